@@ -1,4 +1,4 @@
-"""The tables' plots as SVG, in the style and light colours of a run's report."""
+"""The tables' plots as SVG, in the style and light colors of a run's report."""
 
 import io
 import re
@@ -16,7 +16,7 @@ from examples.paper.tables import Column, Table, split
 from megatron_r1.reporting.page import style
 from megatron_r1.reporting.plots import INKS, STYLE
 
-COLOURS = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style().partition("@media")[0]))
+COLORS = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style().partition("@media")[0]))
 ROW_INCHES, WIDTH_INCHES = 0.42, 7.6
 CURVE_SIZE = (WIDTH_INCHES, 2.8)
 
@@ -87,6 +87,6 @@ def _svg(figure: Figure) -> str:
     unstamped = {"Date": None, "Creator": None}
     figure.savefig(buffer, format="svg", metadata=unstamped, facecolor=INKS["page"])
     svg = buffer.getvalue()
-    for ink, colour in INKS.items():
-        svg = svg.replace(colour, COLOURS[ink])
+    for ink, color in INKS.items():
+        svg = svg.replace(color, COLORS[ink])
     return re.sub(r"font-family: [^;\"]+", "font-family: system-ui, sans-serif", svg)

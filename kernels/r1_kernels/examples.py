@@ -2,7 +2,7 @@
 `tools/bench kernels`, by the ahead-of-time compilation of `tools/bench resources` and for README's
 table. No computation imports this file.
 
-The examples are those launches in each specialisation that compiles to other code. Their sizes are
+The examples are those launches in each specialization that compiles to other code. Their sizes are
 those of DeepSeek-V3's output layer and of one of its weights, unless the caller gives smaller ones;
 on PyTorch's meta device they take no memory."""
 

@@ -12,7 +12,7 @@ other blanks in the JSON of a tool call, thinking that is dropped. So:
 4. Where the template rewrites what stands before, or no turn matches, the whole request is rendered
    as a new branch.
 
-Where sampled tokens are those that the tokeniser itself would choose, this equals a full render."""
+Where sampled tokens are those that the tokenizer itself would choose, this equals a full render."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A node is a prompt (given tokens) or an engine's answer to it (sampled tokens); its token sequence
 is that of all nodes from the root to it. The tokens that are trained are those that an engine
-sampled, with its log-probabilities: no text is tokenised a second time. A conversation that cannot
+sampled, with its log-probabilities: no text is tokenized a second time. A conversation that cannot
 be continued with its own tokens (`continuation`) goes on in a new branch."""
 
 from __future__ import annotations

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
-from megatron_r1.config import Config
-from megatron_r1.config.recipe import verb_of
+from megatron_r1.config import Config, verb_of
 from megatron_r1.engine import gpu
 from megatron_r1.engine.limits import positions
 from megatron_r1.errors import UserError

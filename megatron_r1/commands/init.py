@@ -21,8 +21,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.commands import rl
 from megatron_r1.commands.rl_checks import prepare
 from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
-from megatron_r1.config import Config
-from megatron_r1.config.recipe import verb_of
+from megatron_r1.config import Config, verb_of
 from megatron_r1.data.prompts import Prompt, is_heldout, normalize, without_roles
 from megatron_r1.data.records import read_records, require_text
 from megatron_r1.data.text import PromptText
@@ -53,7 +52,7 @@ MODEL = "MODEL_FOLDER"
 MAX_ROWS = 20_000
 """The most rows that are read for lengths and counts."""
 COLUMN_ROWS = 100
-"""Rows by which the columns are recognised."""
+"""Rows by which the columns are recognized."""
 TRIED_TRUTHS = 20
 FEW, FEW_HELDOUT, MANY_HELDOUT = 20, 64, 500
 OWN = ":"

@@ -4,8 +4,7 @@ import itertools
 from pathlib import Path
 
 from megatron_r1 import config as configuration
-from megatron_r1.config import Config
-from megatron_r1.config.recipe import verb_of
+from megatron_r1.config import Config, verb_of
 from megatron_r1.data.records import read_records
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.errors import UserError

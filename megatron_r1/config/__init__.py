@@ -7,18 +7,13 @@ nearest right one."""
 
 from megatron_r1.config.agents import AgentsConfig, VerifiersConfig
 from megatron_r1.config.engines import RolloutConfig, TeacherConfig
+from megatron_r1.config.loading import dump, from_overrides, from_tree, load, parse
+from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.other_models import CriticConfig, RewardModelConfig
-from megatron_r1.config.recipe import (
-    RESUMABLE,
-    Config,
-    dump,
-    from_overrides,
-    from_tree,
-    known_keys,
-    load,
-    parse,
-)
-from megatron_r1.config.rl import RewardsConfig, RLConfig
-from megatron_r1.config.run import CheckpointConfig, DataConfig, ModelConfig, RunConfig
+from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.recipe import RESUMABLE, Config, Verb, known_keys, verb_of
+from megatron_r1.config.rewards import RewardsConfig
+from megatron_r1.config.rl import RLConfig
+from megatron_r1.config.run import CheckpointConfig, DataConfig, RunConfig
 from megatron_r1.config.sample import SampleConfig
-from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
+from megatron_r1.config.training import FP8Config, OptimizerConfig, SFTConfig

@@ -17,7 +17,7 @@ class PushConfig(Section):
     """memory an engine rank may use for weights on their way; if that is less than all its weights,
     engines pause while they travel; default: as much as the weights have"""
     fp8: bool = False
-    """quantise projections on their way, in blocks of 128 x 128: half of bf16's bytes, and engines
+    """quantize projections on their way, in blocks of 128 x 128: half of bf16's bytes, and engines
     compute with FP8 weights"""
     delta: Resumable[bool] = False
     """over gloo and nccl send only what changed since the push before; for slow links, at the cost

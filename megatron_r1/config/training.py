@@ -1,4 +1,4 @@
-"""Settings of the train step: optimizer, parallel layout, FP8, supervised data."""
+"""Settings of the train step: optimizer, FP8, supervised data."""
 
 from typing import Any, Literal, Self
 
@@ -6,10 +6,6 @@ from pydantic import Field, field_validator, model_validator
 
 from megatron_r1.config.mixture import MixturePart, read_parts
 from megatron_r1.config.section import Section
-from megatron_r1.errors import UserError
-
-DEFAULT_TOKENS = 16_384
-"""Tokens of a micro-batch."""
 
 
 class OptimizerConfig(Section):
@@ -28,64 +24,6 @@ class OptimizerConfig(Section):
     clip_grad: float = Field(1.0, gt=0, description="largest global norm of the gradient")
     moments: Literal["float32", "bfloat16"] = "float32"
     """dtype of Adam's moments; bfloat16: DeepSeek-V3's, 4 bytes a parameter less"""
-
-
-class ParallelConfig(Section):
-    """How the model is divided over trainer ranks, and what is recomputed or kept on the host."""
-
-    processes: int = Field(1, ge=1)
-    """trainer ranks started on this machine; under torchrun: WORLD_SIZE"""
-    tensor: int = Field(1, ge=1, description="ranks that share every layer's matrices")
-    pipeline: int = Field(1, ge=1, description="stages of layers, each on ranks of its own")
-    expert: int = Field(1, ge=1, description="ranks that a layer's routed experts are spread over")
-    context: int = Field(1, ge=1, description="ranks that share the tokens of every sample")
-    expert_tensor: int = Field(1, ge=1, description="ranks that share every routed expert")
-    virtual_pipeline: int = Field(1, ge=1)
-    """model chunks per pipeline rank, interleaved to shorten the bubble"""
-    pipeline_layout: str | None = None
-    """what each chunk holds, in Megatron's letters: E embedding, t decoder layer, m MTP layers, L
-    head and loss, as in Et*3|(tt|)*29mL; default: evenly, longer chunks in the middle"""
-    dispatcher: Literal["alltoall", "flex"] = "alltoall"
-    """how tokens travel to experts on other ranks; flex: DeepEP's kernels, on GPUs"""
-    overlap_param_gather: bool = False
-    """gather updated parameters over data parallelism during the next mini-batch's forward pass"""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """activations computed again in the backward pass; selective: those of recompute_modules"""
-    recompute_modules: list[str] = ["core_attn"]
-    """core_attn, layernorm, mla_up_proj, mlp, moe, moe_act, shared_experts"""
-    optimizer_offload: float = Field(0.0, ge=0, le=1)
-    """share of the optimizer's state and update on the host; on a CPU all is there"""
-    reference_offload: Literal["host", "device"] = "host"
-    """where the reference's weights wait; device: always on the GPU"""
-    tokens_per_microbatch: int | None = Field(None, gt=0)
-    """upper limit; a longer sample gets a micro-batch alone. Default: 16,384; without GPUs fewer,
-    so that activations take 3 GiB, or less where memory is short"""
-    share_prompts: bool = False
-    """compute a prompt once for all its responses in a micro-batch; on a CPU, without context
-    parallelism, routing replay and MTP training. Gradients are the same"""
-    threads: int | None = Field(None, description="CPU threads per rank; default: cores / ranks")
-
-    @property
-    def microbatch_tokens(self) -> int:
-        """The setting `tokens_per_microbatch`, or its default on GPUs."""
-        return self.tokens_per_microbatch or DEFAULT_TOKENS
-
-    def num_replicas(self, world_size: int) -> int:
-        """Return the data-parallel size: the number of model replicas with different samples."""
-        return world_size // (self.tensor * self.pipeline * self.context)
-
-    def check_sizes(self, world_size: int) -> None:
-        """Raise UserError where the sizes do not divide `world_size` ranks."""
-        groups = {
-            "tensor x pipeline x context": self.tensor * self.pipeline * self.context,
-            "expert_tensor x expert x pipeline": self.expert_tensor * self.expert * self.pipeline,
-        }
-        for sizes, product in groups.items():
-            if world_size % product:
-                raise UserError(
-                    f"parallel: {world_size} trainer ranks cannot be divided into groups of "
-                    f"{product} ({sizes}); change parallel.processes or the sizes"
-                )
 
 
 class FP8Config(Section):

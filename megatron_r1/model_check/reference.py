@@ -2,7 +2,7 @@
 
 Every tensor is read once or named, the tokenizer fits the model and gives texts back, and
 transformers computes the log-probabilities of a few token sequences. OUT gets `Reference` as JSON;
-PLAIN gets a copy of a quantised folder that transformers and vLLM can load. A mistake ends the
+PLAIN gets a copy of a quantized folder that transformers and vLLM can load. A mistake ends the
 process with its message."""
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_r1 import platform
 from megatron_r1.config import Config
-from megatron_r1.config.run import Fusion
+from megatron_r1.config.model import Fusion
 from megatron_r1.errors import UserError
 
 FIELDS = {

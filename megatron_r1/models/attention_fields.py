@@ -105,7 +105,7 @@ def has_qkv_bias(hf: dict) -> bool:
 
 
 def has_qk_norm(hf: dict) -> bool:
-    """Return whether each head's query and key are normalised."""
+    """Return whether each head's query and key are normalized."""
     return _flag(hf, model_family(hf).qk_norm)
 
 

@@ -29,7 +29,7 @@ def expert_fields(hf: dict) -> dict[str, Any]:
         "moe_router_topk": hf["num_experts_per_tok"],
         "moe_router_score_function": function,
         "moe_router_enable_expert_bias": function == "sigmoid",
-        # With softmax Megatron normalises the chosen scores unless this is set; `models.routing`
+        # With softmax Megatron normalizes the chosen scores unless this is set; `models.routing`
         # reads it so with sigmoid too.
         "moe_router_pre_softmax": not normalizes(hf),
         "moe_router_topk_scaling_factor": hf.get("routed_scaling_factor") or 1.0,

@@ -105,7 +105,7 @@ FAMILIES = {
         rope=("default", "yarn"),
         experts="softmax",
         needs=("first_k_dense_replace", "n_shared_experts", "routed_scaling_factor"),
-        # The released code either normalises or scales, transformers does not normalise.
+        # The released code either normalizes or scales, transformers does not normalize.
         fixed={**_LATENT, **_ROUTED, **_NO_MTP, "scoring_func": "softmax", "norm_topk_prob": False},
     ),
     "DeepseekV3": Family(

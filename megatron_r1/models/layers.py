@@ -38,14 +38,17 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised activations. x: (s, b, hidden_size) or (..., hidden_size), any
+        """Return the normalized activations. x: (s, b, hidden_size) or (..., hidden_size), any
         float dtype -> same shape and dtype."""
         return _Normalize.apply(x, self.weight, self.eps)
 
 
 class _Normalize(torch.autograd.Function):
     """y = w n, n = x / r, r = sqrt(mean(x^2) + eps); so, with u = w dy, dw = sum(n dy) over rows
-    and dx = (u - n mean(u n)) / r."""
+    and dx = (u - n mean(u n)) / r.
+
+    x, dy (..., hidden_size) in any float dtype, w (hidden_size,); means are in fp32. Saved: n in
+    x's dtype, 1 / r (..., 1) in fp32, and w."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -4,7 +4,7 @@ The offset z of a head, its attention sink, is one more logit of the softmax, wi
 
     out = Σ_k exp(scale q·k) v_k / (exp(z) + Σ_k exp(scale q·k))
 
-PyTorch's flash attention returns lse = log Σ_k exp(scale q·k) with its output; with the normaliser
+PyTorch's flash attention returns lse = log Σ_k exp(scale q·k) with its output; with the normalizer
 logaddexp(lse, z) in its place the output shrinks by exp(lse - that), and the same backward kernel,
 given both, computes the gradients of queries, keys and values.
 
@@ -61,10 +61,13 @@ def _blocks(x: Tensor, size: int) -> Tensor:
 
 
 class _Offset(torch.autograd.Function):
-    """Attention with an offset (h,), causal or under a mask to add to the scores."""
+    """Attention with an offset (h,), causal or under a mask to add to the scores.
+
+    query (b, h, s, d), key and value (b, h, s', d) of one dtype; mask: (s, s') in it, or None."""
 
     @staticmethod
     def forward(ctx, query, key, value, offset, mask, scale: float):
+        """Return out (b, h, s, d), the module's equation; lse is in fp32 or wider."""
         causal = mask is None
         out, lse = _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
         whole = torch.logaddexp(lse, offset.to(lse.dtype)[:, None])
@@ -75,6 +78,10 @@ class _Offset(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Return the gradients of query, key, value and offset for that of out, grad (b, h, s, d).
+
+        dz = -Σ exp(z - logaddexp(lse, z)) (grad·out), over sequences and queries
+        """
         query, key, value, offset, mask, out, whole = ctx.saved_tensors
         row = grad, query, key, value, out, whole
         causal = mask is None

@@ -6,7 +6,7 @@ segment's prefix or -1, is all that both need. Every layer but attention works o
 prompt of which there are 16 responses costs one pass, and its gradient is the sum of theirs.
 
 A query attends to its own segment, causally, and to the whole prefix; the two are joined by the
-normalisers of their softmax, forward and backward as in `models.ring_attention`. The matrix of
+normalizers of their softmax, forward and backward as in `models.ring_attention`. The matrix of
 queries x keys never exists.
 
 Shapes: t tokens, S segments, h query heads, g key/value heads (g divides h), d head size of queries
@@ -76,8 +76,18 @@ class _Segments:
 
 
 class _PrefixAttention(torch.autograd.Function):
+    """`prefix_attention`, with the places of its segments.
+
+    Tensors have the query's dtype; sums over segments, and lse, are in fp32 or wider. Saved: query,
+    key, value and out, and lse (t, h, 1) over a query's own segment and its prefix."""
+
     @staticmethod
     def forward(ctx, query, key, value, segments: _Segments, scale: float):
+        """Return out (t, h, e), joined from the attention to the own segment, o, and to the
+        prefix, p.
+
+            out = exp(lse_o - lse) out_o + exp(lse_p - lse) out_p,  lse = log(exp lse_o + exp lse_p)
+        """
         size, wide = _sizes(query, key, value)
         batches = zip(*(segments.buckets.spread(x, size) for x in (query, key, value)), strict=True)
         own = [
@@ -100,6 +110,11 @@ class _PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Return the gradients of query (t, h, d), key (t, g, d) and value (t, g, e) for that of
+        out, grad (t, h, e).
+
+        Both parts compute theirs with the joint `out` and `lse` (equations: `ring_attention`), and
+        they add up; a prefix's keys and values get those of all its segments."""
         query, key, value, out, lse = ctx.saved_tensors
         segments, buckets = ctx.segments, ctx.segments.buckets
         size, wide = _sizes(query, key, value)
@@ -107,7 +122,7 @@ class _PrefixAttention(torch.autograd.Function):
         norms = [x[..., 0] for x in buckets.spread(lse, 1)]
         own: list[list[Tensor]] = [[], [], []]
         for g, q, k, v, o, norm in zip(*tensors, norms, strict=True):
-            # A padded query has grad 0, and so any finite normaliser will do.
+            # A padded query has grad 0, and so any finite normalizer will do.
             parts = _gradients((g, q, k, v, o), norm, True, ctx.scale)
             for of, part in zip(own, parts, strict=True):
                 of.append(part.to(wide))

@@ -1,7 +1,7 @@
 """Routing replay (R3, arXiv 2510.11370): Megatron's routers use the experts the engine chose.
 
 Only the choice is replayed: the weights of the chosen experts are the trainer's own scores,
-normalised over the chosen, so gradients reach the router as usual. The expert bias and the limit on
+normalized over the chosen, so gradients reach the router as usual. The expert bias and the limit on
 groups affect only the choice and so have no effect on a replayed token.
 
 A router calls the object in its `router_replay` for the top k (moe_utils.py:706, Megatron-Core

@@ -3,7 +3,7 @@
 A rank has two chunks of every sample (`models.context`): its queries stay, keys and values go round
 a ring of ranks, and each query chunk attends to one arriving chunk at a time (ring attention, arXiv
 2310.01889). A rank holds its own share of keys and values, and two more while one is in use and the
-next arrives. Chunks are joined by the normalisers of their softmax: of chunk c
+next arrives. Chunks are joined by the normalizers of their softmax: of chunk c
 
     lse_c = log Σ_k exp(scale q·k),    out_c = Σ_k exp(scale q·k - lse_c) v_k
 
@@ -66,8 +66,15 @@ class _Halves:
 
 
 class _RingAttention(torch.autograd.Function):
+    """`ring_attention`, with the halves of its borders.
+
+    Tensors have the query's dtype; sums over chunks and ranks, and lse, are in fp32 or wider.
+    Saved, of this rank's tokens: query, key, value, out, and lse (t, h, 1) over all keys that they
+    see."""
+
     @staticmethod
     def forward(ctx, query, key, value, halves: _Halves, scale: float, group: ProcessGroup):
+        """Return out (t, h, e), the module's sum over chunks c."""
         size, rank, ranks = max(key.shape[2], value.shape[2]), group.rank(), group.size()
         queries, masks = halves.spread(query, size), halves.buckets.padding(query.dtype)
         # Sums over chunks are in fp32 at least.
@@ -92,6 +99,11 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Return the gradients of query (t, h, d), key (t, g, d) and value (t, g, e) for that of
+        out, grad (t, h, e).
+
+            dq = scale Σ_k ds k,    dk = scale Σ_q ds q,    dv = Σ_q p grad
+            ds = p (grad·v - grad·out),    p = exp(scale q·k - lse)"""
         query, key, value, out, lse = ctx.saved_tensors
         halves, group, rank, ranks = ctx.halves, ctx.group, ctx.group.rank(), ctx.group.size()
         size, masks = max(key.shape[2], value.shape[2]), halves.buckets.padding(query.dtype)

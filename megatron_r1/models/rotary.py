@@ -2,7 +2,7 @@
 
 Megatron slices them sample by sample, in Python, for queries and keys of every layer
 (models/common/embeddings/rope_utils.py:151, Megatron-Core 0.16.1): with 256 samples that is a third
-of a small model's time besides its products, and on a GPU a synchronisation each time."""
+of a small model's time besides its products, and on a GPU a synchronization each time."""
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding

@@ -3,7 +3,7 @@
 Megatron (moe_utils.py:608, Megatron-Core 0.16.1) scores a group of experts by its best topk /
 group_topk, where DeepSeek-V3 and its descendants take the best two and DeepSeek-V2 the best one:
 with any other ratio tokens would silently be routed differently. And with sigmoid it always
-normalises the chosen scores, except for one expert, which it never does."""
+normalizes the chosen scores, except for one expert, which it never does."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def route(
     the logits' dtype and bool.
 
     logits: (T, experts). use_pre_softmax: whether the weights are the scores as they are, instead
-    of normalised over the chosen experts. expert_bias: (experts,), counts in the choice only. The
+    of normalized over the chosen experts. expert_bias: (experts,), counts in the choice only. The
     arguments are those of Megatron's topk_routing_with_score_function."""
     assert not fused, "no model here sets moe_router_fusion"
     wide = logits.float()

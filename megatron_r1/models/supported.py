@@ -17,7 +17,7 @@ from megatron_r1.models.attention_fields import (
 from megatron_r1.models.config_keys import Recorded, refuse_unread
 from megatron_r1.models.expert_fields import expert_divisions, expert_fields
 from megatron_r1.models.hf_config import model_family, need, num_mtp_layers, require
-from megatron_r1.models.quantisation import check_quantisation
+from megatron_r1.models.quantization import check_quantization
 
 if TYPE_CHECKING:
     from megatron_r1.config import ParallelConfig
@@ -49,7 +49,7 @@ def own_fields(hf: dict) -> dict[str, Any]:
     need(hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     need(hf, "vocab_size", "rms_norm_eps", "max_position_embeddings", *family.needs)
     require(hf, hidden_act="silu", attention_dropout=0.0, **family.fixed)
-    check_quantisation(hf)
+    check_quantization(hf)
     fields = {
         **attention_fields(hf),
         **expert_fields(hf),

@@ -81,7 +81,7 @@ def prepare(local_rank: int = 0) -> torch.device:
 
 
 def join_process_group() -> None:
-    """Initialise torch.distributed from torchrun's environment variables, unless it is already."""
+    """Initialize torch.distributed from torchrun's environment variables, unless it is already."""
     if not dist.is_initialized():
         dist.init_process_group(distributed_backend(), device_id=device() if _REAL_CUDA else None)
 
@@ -106,7 +106,7 @@ def synchronize() -> None:
 
 
 def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised tensor in host memory, pinned where there is a GPU: only to and from
+    """Return an uninitialized tensor in host memory, pinned where there is a GPU: only to and from
     pinned memory are copies fast and asynchronous."""
     return torch.empty(shape, dtype=dtype, device=CPU, pin_memory=_REAL_CUDA)
 

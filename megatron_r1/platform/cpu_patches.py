@@ -123,7 +123,7 @@ def _factories() -> None:
     )
     # torch collects the factories to which `with torch.device("meta")` applies at the first use.
     # Were the wrappers below collected, it would apply to none: transformers, which creates models
-    # in it, would leave buffers such as inv_freq uninitialised.
+    # in it, would leave buffers such as inv_freq uninitialized.
     _device_constructors()
     for name in names.split():
         make = getattr(torch, name)

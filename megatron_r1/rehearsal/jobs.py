@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1 import config as configuration
-from megatron_r1.config import Config
-from megatron_r1.config.recipe import verb_of
+from megatron_r1.config import Config, verb_of
 from megatron_r1.config.yaml_text import as_sections
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.workflow import pipeline_recipe

@@ -3,7 +3,7 @@
 from math import prod
 
 from megatron_r1.config.engines import RolloutConfig
-from megatron_r1.config.training import ParallelConfig
+from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.errors import UserError
 from megatron_r1.models.pipeline_stages import parse_layout
 

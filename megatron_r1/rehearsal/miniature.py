@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_r1.config import Config
-from megatron_r1.config.recipe import dump, parse
+from megatron_r1.config import Config, dump, parse
 from megatron_r1.curation.filters import NAMES
 from megatron_r1.data.templates import TEMPLATES
 from megatron_r1.rehearsal import layout, model, questions, served

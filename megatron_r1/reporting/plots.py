@@ -1,4 +1,4 @@
-"""Plots as inline SVG whose colours are CSS variables, so that they follow light and dark pages."""
+"""Plots as inline SVG whose colors are CSS variables, so that they follow light and dark pages."""
 
 import io
 import re
@@ -16,7 +16,7 @@ INK_NAMES = (
     *("ink", "muted", "grid", "page", "accent", "second"),
     *("rollout", "reward", "train", "push", "other"),
 )
-# Placeholder colours for matplotlib (#010101, …); in the SVG they become var(--name).
+# Placeholder colors for matplotlib (#010101, …); in the SVG they become var(--name).
 INKS = {name: "#" + 3 * f"{number:02x}" for number, name in enumerate(INK_NAMES, 1)}
 MAX_POINTS = 300
 STYLE = {

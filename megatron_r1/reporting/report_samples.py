@@ -130,7 +130,7 @@ def _card(sample: Sample) -> Card:
 
 
 def _segments(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the chain of thought plain, its tags faint, the answer in the colour of the verdict."""
+    """Yield the chain of thought plain, its tags faint, the answer in the color of the verdict."""
     text = printable(shorten(text, MAX_CHARACTERS).strip(), keep_newlines=True)
     if not text:
         yield "i", "(empty)"

@@ -80,7 +80,7 @@ def _among(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
     if group is not None and not isinstance(group, dist.ProcessGroup):
         return ""
     group = group or dist.group.WORLD
-    assert group is not None, "torch.distributed is initialised"
+    assert group is not None, "torch.distributed is initialized"
     ranks, axes = dist.get_process_group_ranks(group), _axes_of(group, groups)
     shown = ", ".join(map(str, ranks[:16])) + (f", … {len(ranks)} in all" if ranks[16:] else "")
     return f" among ranks {shown}" + (f" ({' and '.join(axes)})" if axes else "")

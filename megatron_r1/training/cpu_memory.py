@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from megatron_r1.config import Config
-from megatron_r1.config.training import DEFAULT_TOKENS
+from megatron_r1.config.parallel import DEFAULT_TOKENS
 from megatron_r1.errors import UserError
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.hf_config import sparse_layers

@@ -150,7 +150,7 @@ class Replica:
         self._members, self._group = replicas[position.data_rank], groups[position.data_rank]
         self.leads = position.rank == self._members[0]
 
-    def share(self, parts: Sequence[Buffer]) -> memoryview:
+    def broadcast(self, parts: Sequence[Buffer]) -> memoryview:
         """Return the leader's `parts`, joined, on every rank of the replica."""
         size = torch.tensor([sum(map(len, parts))])
         if len(self._members) > 1:

@@ -44,7 +44,7 @@ class Head:
     def policy_loss(self, **settings) -> LinearPolicyLoss:
         """Return the policy loss of the response tokens for `batch.advantages`.
 
-        Uses batch.logprobs["old"] and, if there, ["reference"]. Without "old" the current policy is
+        Uses batch.logprobs["old"] and, if there, ["ref"]. Without "old" the current policy is
         the old one (ratio 1), and its log-probabilities are stored as "old". settings: those of
         r1_kernels' policy_loss; with a context_group the denominator must be among them. With
         branches of trajectories, average "sequence" weighs a token by batch.sequence_weights."""
@@ -58,7 +58,7 @@ class Head:
                 self.weight,
                 batch.targets,
                 batch.logprobs.get("old"),
-                batch.logprobs.get("reference"),
+                batch.logprobs.get("ref"),
                 batch.advantages,
                 mask,
                 cu_seqlens=batch.borders,

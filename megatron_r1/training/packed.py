@@ -98,8 +98,8 @@ class PackedBatch:
     labels: Tensor
     """(S,) fp32: the samples' own, for score models."""
     logprobs: dict[str, Tensor] = field(default_factory=dict)
-    """fp32 (T,) by name, 0 outside responses: "old" and "reference" are computed by the trainer,
-    "teacher" is there where all samples have it."""
+    """fp32 (T,) by name, 0 outside responses: "old" (π_old) and "ref" (π_ref) are computed by the
+    trainer, "teacher" is there where all samples have it."""
     sequence_weights: Tensor | None = None
     """(T,) fp32: what a response token weighs in an average per trajectory, 1 / (sampled tokens of
     the whole trajectory), 0 elsewhere; None where every sample is a whole trajectory."""

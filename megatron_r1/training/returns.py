@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def penalised_rewards(
+def penalized_rewards(
     rewards: Tensor, log_ratio: Tensor | None, kl_beta: float, mask: Tensor, last: Tensor
 ) -> Tensor:
     """Return (T,), the rewards of tokens (DeepSeekMath, arXiv 2402.03300, eq. 2).
@@ -61,7 +61,7 @@ def gae(
         δ_t = r_t + γ V_{t+1} - V_t,  V = 0 after the last token, also of a truncated response
         A_t = Σ_{s≥t} (γ λ)^(s-t) δ_s,  R_t = A_t + V_t
 
-    rewards: r, as of `penalised_rewards`; values: V. Where the mask is 0, A is 0 and R is V."""
+    rewards: r, as of `penalized_rewards`; values: V. Where the mask is 0, A is 0 and R is V."""
     rows, ends = _sampled_only(mask, last)
     own = values[rows]
     positions = torch.arange(len(rows), device=values.device)

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from megatron_r1.config.losses import TokenSettings
 from megatron_r1.models.context import held_positions, sample_order
 from megatron_r1.training.packed import PackedBatch
-from megatron_r1.training.returns import discounted_sums, penalised_rewards
+from megatron_r1.training.returns import discounted_sums, penalized_rewards
 
 
 class WholeResponses:
@@ -65,12 +65,12 @@ class WholeResponses:
         return whole[held_positions(self._borders, self._rank, self._ranks)]
 
     def token_rewards(self, kl_beta: float) -> Tensor:
-        """Return `returns.penalised_rewards`, (T,). Needs logprobs["old"] and ["reference"] with
+        """Return `returns.penalized_rewards`, (T,). Needs logprobs["old"] and ["ref"] with
         kl_beta > 0."""
         log_ratio = None
         if kl_beta:
-            log_ratio = self.whole(self.batch.logprobs["old"] - self.batch.logprobs["reference"])
-        return penalised_rewards(self.rewards, log_ratio, kl_beta, self.is_graded, self.last)
+            log_ratio = self.whole(self.batch.logprobs["old"] - self.batch.logprobs["ref"])
+        return penalized_rewards(self.rewards, log_ratio, kl_beta, self.is_graded, self.last)
 
 
 class ScoredRollout:
@@ -87,7 +87,7 @@ class ScoredRollout:
         self._data_group = data_group
         self.responses = [WholeResponses(batch, context_group) for batch in batches]
 
-    def normalised(self, advantages: list[Tensor], epsilon: float) -> list[Tensor]:
+    def normalized(self, advantages: list[Tensor], epsilon: float) -> list[Tensor]:
         """Return `advantages`, (T,) per micro-batch, shifted and scaled so that those of all graded
         response tokens of the rollout have mean 0 and standard deviation 1 (of the population,
         epsilon added to it)."""
@@ -128,7 +128,7 @@ TokenAdvantages = Callable[[ScoredRollout, TokenSettings], TokenTargets]
 
 
 def reward_to_go(scored: ScoredRollout, settings: TokenSettings) -> list[Tensor]:
-    """Return A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalised rewards, (T,) per micro-batch."""
+    """Return A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalized rewards, (T,) per micro-batch."""
     return [
         discounted_sums(r.token_rewards(settings.kl_beta), settings.discount, r.is_graded, r.last)
         for r in scored.responses

@@ -81,7 +81,7 @@ class Trainer:
 
     @property
     def score_is_new(self) -> bool:
-        """Whether the model is a score model with a randomly initialised head."""
+        """Whether the model is a score model with a randomly initialized head."""
         return construction.language_body(self.config, self.hf) is not None
 
     @property
@@ -150,7 +150,7 @@ class Trainer:
             if reference:
                 assert self.reference is not None, "keep_reference() comes first"
                 with self.reference.in_place():
-                    self._fill_logprobs(batches, "reference", temperature)
+                    self._fill_logprobs(batches, "ref", temperature)
             first = batches[: len(self._in_rounds([[]]))] if self.replay.is_on else []
             if first:
                 self._fill_logprobs(first, "own_routing", temperature)

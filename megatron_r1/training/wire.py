@@ -93,7 +93,7 @@ class Sample(msgspec.Struct, frozen=True):
         teacher: Sequence[float] | None = None,
     ) -> Sample:
         """Encode a branch, whose prompt is all that was given before its first sampled token; what
-        follows the last one is left out, as nothing is learnt from it.
+        follows the last one is left out, as nothing is learned from it.
 
         is_sampled: a byte per token, 1 where it is trained on; logprobs: one per token; teacher:
         one per sampled token; routing: of all tokens but the last. ValueError where these do not

@@ -145,7 +145,8 @@ class Operations:
         """Run one operation; its result is JSON-like. share: of "load", on the leader of a replica:
         the parts of `wire.encode_share`. Raises ValueError for an unknown operation."""
         if call.operation == "load":
-            headers, buffers = self.replica.share(share[:1]), self.replica.share(share[1:])
+            broadcast = self.replica.broadcast
+            headers, buffers = broadcast(share[:1]), broadcast(share[1:])
             return self.trainer.load(decode_share(headers, buffers))
         if call.operation not in self._homes:
             raise ValueError(f"unknown operation {call.operation!r}: use {', '.join(self._homes)}")

@@ -19,7 +19,7 @@ def load_hf(model_chunks: Sequence, hf: dict, path: str | Path, stored: dict | N
 
     stored: the configuration of the checkpoint, where that is the language model that a score model
     `hf` starts from; its heads are ignored and the score head's weights are not changed. FP8
-    checkpoints (fp8.py) are dequantised. MTP layers' copies of the embedding and head are ignored.
+    checkpoints (fp8.py) are dequantized. MTP layers' copies of the embedding and head are ignored.
     Vocabulary padding becomes zero. Raises UserError naming every missing, unexpected or mis-shaped
     tensor."""
     _load(model_chunks, hf, HfWeights(path, stored or hf))

@@ -20,7 +20,7 @@ INKS = {
     "failed": "wrong",
     "pending": "other",
 }
-"""State → colour of the page (`reporting/templates/style.css.jinja`)."""
+"""State → color of the page (`reporting/templates/style.css.jinja`)."""
 
 
 @dataclass(frozen=True)

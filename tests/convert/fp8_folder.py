@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-QUANTISED = re.compile(
+QUANTIZED = re.compile(
     r"(self_attn\.(q|k|v|o|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa|(gate|up|down)_proj)\.weight$"
 )
 
@@ -19,7 +19,7 @@ def blocks(matrix: torch.Tensor):
             yield slice(row, row + 128), slice(column, column + 128)
 
 
-def quantise(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """kind: "amax" scales by amax / 448; "powers" by the power of two above; "odd" by a number that
     no rule gives back."""
     q = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
@@ -36,7 +36,7 @@ def quantise(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tenso
     return q, scales
 
 
-def dequantise(q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def dequantize(q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """fp32."""
     weight = q.float()
     for block in blocks(weight):
@@ -49,9 +49,9 @@ def publish(source: Path, out: Path, kind: str) -> dict[str, torch.Tensor]:
     shutil.copytree(source, out)
     tensors, values = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        if QUANTISED.search(name):
-            tensors[name], tensors[f"{name}_scale_inv"] = quantise(tensor, kind)
-            values[name] = dequantise(tensors[name], tensors[f"{name}_scale_inv"])
+        if QUANTIZED.search(name):
+            tensors[name], tensors[f"{name}_scale_inv"] = quantize(tensor, kind)
+            values[name] = dequantize(tensors[name], tensors[f"{name}_scale_inv"])
         else:
             keep = name.endswith("e_score_correction_bias")
             tensors[name] = tensor if keep else tensor.bfloat16()

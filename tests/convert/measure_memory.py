@@ -65,8 +65,8 @@ def write_fp8(folder: Path) -> int:
     (folder / "config.json").write_text(json.dumps(HF))
     tensors = {}
     for name, (shape, dtype) in stored_tensors(HF, torch.bfloat16, with_mtp=True).items():
-        tensors[name] = (shape, torch.float8_e4m3fn if fp8.is_quantised(name) else dtype)
-        if fp8.is_quantised(name):
+        tensors[name] = (shape, torch.float8_e4m3fn if fp8.is_quantized(name) else dtype)
+        if fp8.is_quantized(name):
             tensors[fp8.scale_name(name)] = (fp8.scale_shape(shape), torch.float32)
     pools = random_pools()
     files = split_into_files(tensors, 2 * 10**9)

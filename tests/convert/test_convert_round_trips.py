@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from fp8_folder import dequantise, publish
+from fp8_folder import dequantize, publish
 from random_folder import write_folder
 from safetensors.torch import load_file, save_file
 from small_models import DEEPSEEK, FIRST, MODELS
@@ -115,7 +115,7 @@ def test_trained_weights_get_scales_of_their_own(convert, tmp_path):
     assert (old != new).nonzero().tolist() == [[1, 1]]
     largest = tensors[name][128:256, 128:192].float().abs().max()
     assert torch.equal(new[1, 1], largest / torch.tensor(448.0))
-    rebuilt = dequantise(found[name], new)
+    rebuilt = dequantize(found[name], new)
     assert (rebuilt - tensors[name].float()).abs().max() <= largest * 2**-4
     status, output = convert("verify", tmp_path / "trained", out, "--config", tmp_path / "fp8")
     assert status == 0, output

@@ -49,7 +49,7 @@ def test_the_emulation_is_what_transformer_engine_computes(name, shape):
     for what, ours, theirs, plain in zip(("y", "dx", "dw"), want, got, exact, strict=True):
         ours, theirs, plain = (t.detach().float() for t in (ours, theirs, plain))
         apart = (ours - theirs).norm() / theirs.norm()
-        quantised = (plain - theirs).norm() / theirs.norm()
+        quantized = (plain - theirs).norm() / theirs.norm()
         # Both round to bf16 at the end (2^-9 on average); FP8 is ten times as far from bf16.
-        assert quantised > 0.01, (name, shape, what)
+        assert quantized > 0.01, (name, shape, what)
         assert apart < 4e-3, (name, shape, what, apart.item())

@@ -179,7 +179,7 @@ def test_policy_loss_of_so_many_tokens_that_its_outputs_pass_2_to_the_31():
 
 @pytest.mark.parametrize("block", [(128, 128), (1, 128)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_quantisation_has_the_cpu_s_bits(block, dtype):
+def test_quantization_has_the_cpu_s_bits(block, dtype):
     x, _ = logits_and_targets(1_000, 1_111, dtype)
     q, scale_inv = quantize_blockwise(x, block=block)
     want_q, want_scale = quantize_blockwise(x.cpu(), block=block)

@@ -1,4 +1,4 @@
-"""A trainer's parameters quantised to FP8 on a GPU: the same bits as on the CPU."""
+"""A trainer's parameters quantized to FP8 on a GPU: the same bits as on the CPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""FP8 block-wise quantisation, bit for bit, against the definition, vLLM's copy of DeepGEMM's
+"""FP8 block-wise quantization, bit for bit, against the definition, vLLM's copy of DeepGEMM's
 function and a table of the e4m3 numbers built from the format's description."""
 
 import importlib
@@ -92,7 +92,7 @@ def test_there_and_back_is_the_definition_bit_for_bit(backend, size, block, dtyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
-def test_vllm_quantises_to_the_same_bits(block, backend):
+def test_vllm_quantizes_to_the_same_bits(block, backend):
     deep_gemm = pytest.importorskip("vllm.utils.deep_gemm")
     x = matrix(300, 200, torch.bfloat16, seed=1)
     q, scale_inv = quantize_blockwise(x, block=block, backend=backend)

@@ -48,7 +48,7 @@ def test_no_kernel_spills_and_all_fit_into_shared_memory(compiled):
 
 
 def test_every_element_is_moved_once(compiled):
-    # Up to 1.1% more: a quantiser's scale is read by each of the rows that share it.
+    # Up to 1.1% more: a quantizer's scale is read by each of the rows that share it.
     for name, entry in compiled["kernels"].items():
         assert entry["bytes"] <= 1.011 * entry["least_bytes"], name
 

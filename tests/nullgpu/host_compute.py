@@ -40,7 +40,7 @@ class HostCompute(TorchDispatchMode):
         wanted = kwargs.get("device")
         makes = wanted is not None and torch.device(wanted).type == "cuda"
         reads = any(tensor.is_cuda for tensor in found)
-        # Transformer Engine's quantised tensors have operators of their own.
+        # Transformer Engine's quantized tensors have operators of their own.
         plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in found)
         its_own = namespace != "aten" or name in ALLOCATES or func.is_view
         if its_own or not plain or not (makes or reads):

@@ -73,8 +73,8 @@ CASES = {
 def engine_config(folder: Path, hf: dict, is_fp8: bool):
     """Return vLLM's configuration of a model folder that is written here."""
     folder.mkdir(parents=True)
-    quantised = {"quantization_config": fp8.CONFIG} if is_fp8 else {}
-    (folder / "config.json").write_text(json.dumps(hf | quantised))
+    quantized = {"quantization_config": fp8.CONFIG} if is_fp8 else {}
+    (folder / "config.json").write_text(json.dumps(hf | quantized))
     arguments = {"skip_tokenizer_init": True, "load_format": "dummy", "enforce_eager": True}
     return EngineArgs(
         model=str(folder), dtype="bfloat16", max_model_len=256, **arguments

@@ -25,7 +25,7 @@ def main() -> None:
         sent = [[], []]
         if replica.leads:
             sent[0] = [b"share of ", b"", f"replica {position.data_rank}".encode()]
-        got = [bytes(replica.share(parts)).decode() for parts in sent]
+        got = [bytes(replica.broadcast(parts)).decode() for parts in sent]
         everyone = [None] * position.world_size
         dist.all_gather_object(everyone, (position.data_rank, replica.leads, got))
         if position.rank == 0:

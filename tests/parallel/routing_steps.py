@@ -92,7 +92,7 @@ def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
     report = trainer.compute_logprobs(1.0, reference=True) | trainer.agreement()
     report["microbatches"] = len(plan)
     for batch in trainer.minibatches[0] if POSITION.last_stage else []:
-        gap = (batch.logprobs["reference"] - batch.logprobs["old"]).abs().max()
+        gap = (batch.logprobs["ref"] - batch.logprobs["old"]).abs().max()
         report["reference_gap"] = max(report.get("reference_gap", 0.0), gap.item())
     report |= trainer.update(0, LOSS, None, 0.1)
     weights.write_hf(trainer.bare, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32)

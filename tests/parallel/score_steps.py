@@ -119,7 +119,7 @@ def started(name, grid, sizes, models_folder, out):
 
 
 def from_megatron(own, hf, sizes, chunks, folder, saved):
-    """The same from a Megatron checkpoint of the language model; a score model's is recognised."""
+    """The same from a Megatron checkpoint of the language model; a score model's is recognized."""
     (language,) = build(own, sizes)
     weights.load_hf([language], own, folder)
     save(language, saved)

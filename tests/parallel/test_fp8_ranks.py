@@ -120,18 +120,18 @@ def updates_alike(folder, case):
     recipe = case.split("_")[1]
     one = f"one_{recipe}"
     got, want = report(folder, case), report(folder, one)
-    quantised = distance(folder, one, "one_none", "one")
-    assert quantised > 0.1, "else the recipe has no effect and the test proves nothing"
+    quantized = distance(folder, one, "one_none", "one")
+    assert quantized > 0.1, "else the recipe has no effect and the test proves nothing"
     if recipe == "tensorwise":
         # Each shard has a scale of its own: rounded anew, as far apart as two roundings are.
-        assert distance(folder, case, one, "one") < 1.5 * quantised
+        assert distance(folder, case, one, "one") < 1.5 * quantized
         assert got["loss"][0] == pytest.approx(want["loss"][0], rel=5e-3)
         return
     # The same tiles give the same operands, summed in fp32 in another order. Attention sums fewer
     # heads in other blocks, too: another last bit gives one of mxfp8's small tiles another power of
     # two now and then (0.001 of an update seen).
     is_mxfp8 = recipe == "mxfp8"
-    assert distance(folder, case, one, "one") < (0.02 * quantised if is_mxfp8 else 2e-5)
+    assert distance(folder, case, one, "one") < (0.02 * quantized if is_mxfp8 else 2e-5)
     assert got["loss"][0] == pytest.approx(want["loss"][0], rel=1e-4 if is_mxfp8 else 1e-6)
     assert got["grad_norm"][0] == pytest.approx(
         want["grad_norm"][0], rel=2e-3 if is_mxfp8 else 1e-5

@@ -38,7 +38,7 @@ MODEL = DEEPSEEK | {
 }
 MARK, EVEN, ODD_END = 8.0, 2.1, 3.43
 """Of the embedding; of the head for words and, in size, for the end token. The mark is most of the
-normalised hidden state, about 32 ** 0.5, so the logits are ±12 and ±19.5."""
+normalized hidden state, about 32 ** 0.5, so the logits are ±12 and ±19.5."""
 
 
 def write(folder: Path) -> None:

@@ -84,7 +84,7 @@ def write(folder: Path, hf: dict) -> None:
             tensors[name] = tensors[original].clone() if original else drawn(name, shape)
     form = hf.get("quantization_config", {}).get("quant_method")
     for name in [*tensors] if form else []:
-        if form == "fp8" and fp8.is_quantised(name):
+        if form == "fp8" and fp8.is_quantized(name):
             tensors |= _as_fp8(name, tensors[name])
         elif form == "mxfp4" and tensors[name].dim() == 3:
             tensors |= _as_mxfp4(name, tensors.pop(name).shape, draw)

@@ -1,5 +1,5 @@
 """RL that starts from an FP8 folder, as DeepSeek publishes them: the trainer reads the scales, and
-the engine must not expect quantised weights from the pushes."""
+the engine must not expect quantized weights from the pushes."""
 
 import json
 import subprocess

@@ -1,7 +1,7 @@
-"""A real vLLM engine in block-wise FP8, fed in bf16 or fp32 by pushes that quantise on the way.
+"""A real vLLM engine in block-wise FP8, fed in bf16 or fp32 by pushes that quantize on the way.
 
 Oracle: an engine that loaded, from files, the FP8 checkpoint that the same weights make, by vLLM's
-own checksums of what it computes with; and transformers with those weights dequantised.
+own checksums of what it computes with; and transformers with those weights dequantized.
 """
 
 import asyncio
@@ -50,23 +50,23 @@ def blockwise(w):
     return codes, scales
 
 
-def write_fp8(plain, folder, *, dequantised=False):
+def write_fp8(plain, folder, *, dequantized=False):
     """The model in `plain` as an FP8 checkpoint, or as what that one means."""
     folder.mkdir()
     tensors = {}
     for name, tensor in load_file(plain / "model.safetensors").items():
-        if not fp8.is_quantised(name):
+        if not fp8.is_quantized(name):
             tensors[name] = tensor
             continue
         codes, scales = blockwise(tensor)
-        if dequantised:
+        if dequantized:
             spread = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
             tensors[name] = codes.float() * spread[: tensor.shape[0], : tensor.shape[1]]
         else:
             tensors[name], tensors[fp8.scale_name(name)] = codes, scales
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     hf = json.loads((plain / "config.json").read_text())
-    form = {} if dequantised else {"quantization_config": fp8.CONFIG}
+    form = {} if dequantized else {"quantization_config": fp8.CONFIG}
     (folder / "config.json").write_text(json.dumps(hf | form))
 
 
@@ -87,7 +87,7 @@ def test_after_an_fp8_push_an_engine_is_as_if_started_on_the_fp8_checkpoint(
         oracle(write_model, tmp_path / name, config, seed)
     before, trained = tmp_path / "a", tmp_path / "b"
     write_fp8(trained, tmp_path / "stored")
-    write_fp8(trained, tmp_path / "meant", dequantised=True)
+    write_fp8(trained, tmp_path / "meant", dequantized=True)
     arguments = ["--load-format", "dummy", "--hf-overrides"]
     arguments.append(json.dumps({"quantization_config": fp8.CONFIG}))
 
@@ -110,7 +110,7 @@ def test_after_an_fp8_push_an_engine_is_as_if_started_on_the_fp8_checkpoint(
 
     groups = asyncio.run(run())
     # Activations are bf16 on one side: 0.01 to 0.06 is seen (an expert chosen otherwise), and 0.07
-    # to 0.2 from weights that are not quantised.
+    # to 0.2 from weights that are not quantized.
     gap = mean_difference(oracle, tmp_path / "meant", groups)
     assert gap < 0.1
     assert gap < 0.6 * mean_difference(oracle, trained, groups)

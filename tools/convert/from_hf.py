@@ -206,16 +206,16 @@ def _write_hf_files(job: Job, with_mtp: bool) -> None:
     folder.mkdir(exist_ok=True)
     carry_files(job.hf, folder)
     weights = _source(job.hf)
-    quantised = [name for name, (_, dtype) in weights.tensors.items() if dtype == fp8.STORED]
-    write_config(job.hf, folder, torch.float8_e4m3fn if quantised else job.dtype, with_mtp)
-    if not quantised:
+    quantized = [name for name, (_, dtype) in weights.tensors.items() if dtype == fp8.STORED]
+    write_config(job.hf, folder, torch.float8_e4m3fn if quantized else job.dtype, with_mtp)
+    if not quantized:
         return
-    shapes = {name: fp8.scale_shape(weights.tensors[name][0]) for name in quantised}
+    shapes = {name: fp8.scale_shape(weights.tensors[name][0]) for name in quantized}
     plan = plan_file({fp8.scale_name(n): (s, torch.float32) for n, s in shapes.items()})
     with open(folder / SCALES_FILE, "wb") as file:
         file.write(plan.header)
         file.flush()
-        for name in quantised:
+        for name in quantized:
             at = plan.tensors[fp8.scale_name(name)].offset
             write_at(file.fileno(), at, weights.scales(name))
 

@@ -104,8 +104,8 @@ def hf_tensors_on_disk(hf: dict, dtype: torch.dtype, with_mtp: bool) -> dict:
     tensors = {}
     plain = stored_tensors(hf, torch.bfloat16, with_mtp=with_mtp)
     for name, (shape, kept) in plain.items():
-        tensors[name] = (shape, FP8 if fp8.is_quantised(name) else kept)
-        if fp8.is_quantised(name):
+        tensors[name] = (shape, FP8 if fp8.is_quantized(name) else kept)
+        if fp8.is_quantized(name):
             tensors[fp8.scale_name(name)] = (fp8.scale_shape(shape), torch.float32)
     return tensors
 
@@ -147,7 +147,7 @@ def _write_tensor(job: Job, file: int, name: str, placed, scales) -> None:
     for first, count in parts.stripes(placed.shape, fp8.BLOCK if scales else 1):
         values = weights.read(name, 0, first, count)
         if scales:
-            values, inverse = fp8_blocks.quantise(
+            values, inverse = fp8_blocks.quantize(
                 values, known.rows(name, first, count), power_of_two=known.power_of_two
             )
             write_at(file, scales.offset + first // fp8.BLOCK * scale_row, inverse)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from megatron_r1.config import Config, ParallelConfig
+from megatron_r1.config import Config, ParallelConfig, Verb
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.config.hardware import Assumptions, Hardware
-from megatron_r1.config.recipe import Verb
 from megatron_r1.engine.limits import check_engines
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import read_hf_config

@@ -1,4 +1,4 @@
-"""FP8 e4m3 block-wise quantisation in plain PyTorch, a stripe of block rows at a time.
+"""FP8 e4m3 block-wise quantization in plain PyTorch, a stripe of block rows at a time.
 
 Whole checkpoints are converted with this, so memory is bounded: besides input and output, only a
 few fp32 copies of one stripe exist, of at most STRIPE_ELEMENTS (or one row of blocks)."""

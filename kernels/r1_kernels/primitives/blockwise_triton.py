@@ -1,4 +1,4 @@
-"""FP8 e4m3 block-wise quantisation in Triton: every element is read once and written once.
+"""FP8 e4m3 block-wise quantization in Triton: every element is read once and written once.
 
     scale_inv = max(max |x|, 1e-4) / 448     q = e4m3(x · (1 / scale_inv))     x' = q · scale_inv
 
@@ -9,7 +9,7 @@ One kernel per direction and no collective: a block's scale depends on that bloc
 holds one tile of rows x 128 elements in registers: load, largest magnitude, scale, convert, store.
 A weight's tile is its 128x128 block, an activation's is 32 blocks of 1x128. Memory is the lower
 bound: 3 bytes per bf16 element in either direction, 1.6e12 elements/s at the 4.8 TB/s of an H200.
-There is no backward kernel: quantisation has no gradient here (`r1_kernels.blockwise`).
+There is no backward kernel: quantization has no gradient here (`r1_kernels.blockwise`).
 
 To have the same bits as the plain definition:
 - The largest magnitude is the maximum of the bit patterns as integers. Non-negative floats are
@@ -105,7 +105,7 @@ def _quantize_kernel(
     TILE_ROWS: tl.constexpr,
     HARDWARE_CAST: tl.constexpr,  # the device converts to e4m3 itself
 ):
-    """Quantise one tile of TILE_ROWS x 128; grid (tiles,), neighbours in one row of blocks."""
+    """Quantize one tile of TILE_ROWS x 128; grid (tiles,), neighbours in one row of blocks."""
     row, column, inside, block_column, across = _tile(rows, columns, TILE_ROWS, WIDTH)
     address = row[:, None] * x_stride + column[None, :]
     values = tl.load(x + address, mask=inside, other=0.0).to(tl.float32)

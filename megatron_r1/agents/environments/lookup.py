@@ -1,6 +1,6 @@
 """Two-hop look-up: the answer to a question is in a table that only the tool can read.
 
-A row's `seed` fixes the table. Every row has another table, so no policy can memorise it.
+A row's `seed` fixes the table. Every row has another table, so no policy can memorize it.
 The question is a key; its value is a key again, whose value is the answer."""
 
 import random

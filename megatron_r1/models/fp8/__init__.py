@@ -1,7 +1,7 @@
 """FP8 training: computed by Transformer Engine on a GPU, emulated on a CPU.
 
 `megatron_fields` returns fields of Megatron's configuration; `apply` checks the model built with
-them and installs the emulation. docs/fp8.md lists what is quantised and what has been checked."""
+them and installs the emulation. docs/fp8.md lists what is quantized and what has been checked."""
 
 from typing import Any
 

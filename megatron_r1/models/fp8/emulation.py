@@ -51,7 +51,7 @@ def _forward_impl(
     out)."""
     assert not gradient_accumulation_fusion and not grad_output_buffer, "CUDA only: not emulated"
     if sequence_parallel:
-        # Over the tensor group, before quantising: tiles along the tokens are then those of a
+        # Over the tensor group, before quantizing: tiles along the tokens are then those of a
         # single process.
         input = gather_from_sequence_parallel_region(
             input, tensor_parallel_output_grad=True, group=tp_group

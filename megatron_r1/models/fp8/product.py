@@ -31,6 +31,11 @@ def fp8_linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
+    """y = r(x) r(W)ᵀ, dx = r(dy) r(W), dW = r(dy)ᵀ r(x), r the rounding to FP8 in tiles that lie
+    along the summed axis.
+
+    x (..., in), W (out, in), dy (..., out), each in its own float dtype. Saved: x and W."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
         ctx.recipe = recipe
@@ -50,7 +55,7 @@ class _Product(torch.autograd.Function):
             dx = _round(dy, recipe.gradient_tile, recipe, recipe.gradient_dtype) @ columns
             dx = dx.to(x.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
-            # Both quantised from high precision, as in Transformer Engine, not from FP8 rows.
+            # Both quantized from high precision, as in Transformer Engine, not from FP8 rows.
             tokens = x.reshape(-1, x.shape[-1])
             tokens = _round(tokens, recipe.input_tile[::-1], recipe)
             dy = _round(dy, recipe.gradient_tile[::-1], recipe, recipe.gradient_dtype)

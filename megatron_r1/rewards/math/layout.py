@@ -1,4 +1,4 @@
-r"""What changes only the look of an answer: fonts, sizes, colours and spaces."""
+r"""What changes only the look of an answer: fonts, sizes, colors and spaces."""
 
 import re
 

@@ -5,7 +5,7 @@ Unfinished: the comparison does not see the question. Where it is "compute log_2
 gives a reason to expect it: the same operator, or a related one.
 
 Hostile: sympy computes powers, factorials and binomials while it parses them, so `9^{9^{9}}` has to
-be recognised as text. The worker's limits of time and memory stop what passes."""
+be recognized as text. The worker's limits of time and memory stop what passes."""
 
 import re
 

@@ -4,7 +4,7 @@ DeepSeek-R1, arXiv 2501.12948, eq. 1-3).
     A_i = (r_i - mean(r)) / std(r), over the G responses to one prompt; the same for every token
     J   = 1/N Σ_i 1/|o_i| Σ_t [ min(ρ A_i, clip(ρ, 1 - ε_low, 1 + ε_high) A_i) - β KL(π_θ ‖ π_ref) ]
 
-with ρ = π_θ / π_old of token t; there is no critic. Advantages are normalised per group, the loss
+with ρ = π_θ / π_old of token t; there is no critic. Advantages are normalized per group, the loss
 per sequence: the mean over a response's tokens, then over responses. KL is in the loss, never in
 the reward, and `kl_estimator` chooses its estimate. ρ, the clip and the estimators k1, k2 and k3
 are defined in `r1_kernels.policy_terms`; in plain PyTorch they are `primitives/policy_torch.py`.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """Return A_i = (r_i - mean(r)) / std(r), one per response, normalised by `rl.advantage_std`; 0
+    """Return A_i = (r_i - mean(r)) / std(r), one per response, normalized by `rl.advantage_std`; 0
     for an ungraded response, and for a whole group whose rewards are equal."""
     by = "group" if rl.advantage_std == "group" else "none"
     by_group = [group_advantages(g, divide_by=by, epsilon=rl.advantage_epsilon) for g in groups]
@@ -42,7 +42,7 @@ def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
     token, N with constant (they are divided by L first).
 
     With importance_cap None the difference between the engine's and the trainer's log-probabilities
-    is not corrected. Reads batch.logprobs["reference"] if kl_beta > 0, and ["old"]; without "old"
+    is not corrected. Reads batch.logprobs["ref"] if kl_beta > 0, and ["old"]; without "old"
     the policy itself is taken for π_old (ratio 1)."""
     from megatron_r1.training.losses import LossTerms, denominator
     from megatron_r1.training.metrics import Maximum, Mean

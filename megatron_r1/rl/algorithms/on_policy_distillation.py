@@ -6,7 +6,7 @@ thinkingmachines.ai/blog/on-policy-distillation).
     J     = 1/Σ_i |o_i| Σ_i Σ_t ρ A_i,t
 
 Its expected gradient at ρ = 1 is that of -KL(π_θ ‖ π_teacher) at the states that the student
-visits. R1-Zero's wide clips hardly ever bound ρ. Averaged per token; advantages are not normalised.
+visits. R1-Zero's wide clips hardly ever bound ρ. Averaged per token; advantages are not normalized.
 Rewards are reported but not used: an ungraded response is trained on too. With `discount` γ above 0
 the advantage of a token includes those after it (γ = 1: the KL of whole responses). The metric
 `teacher/kl` is the mean of -A at discount 0. One response per prompt is enough."""

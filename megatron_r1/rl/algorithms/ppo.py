@@ -8,7 +8,7 @@
 
 With λ (`gae_lambda`) 1, R_t is the reward to go; a smaller λ relies more on the critic, and in long
 chains of thought lets the reward fade before it reaches the first tokens. γ is `discount`. Averaged
-per sequence. `advantage_std` batch normalises A over the tokens of the rollout, none leaves it.
+per sequence. `advantage_std` batch normalizes A over the tokens of the rollout, none leaves it.
 For ungraded responses A is 0 and the target is the value itself. How the critic learns: section
 `critic`."""
 
@@ -27,7 +27,7 @@ __all__ = ["advantages", "token_advantages"]
 
 def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
     """Return the advantages and targets of `training.returns.gae` with the critic's batch.values,
-    per micro-batch; with `advantage_std` batch the advantages are normalised over the rollout."""
+    per micro-batch; with `advantage_std` batch the advantages are normalized over the rollout."""
     from megatron_r1.training.returns import gae
     from megatron_r1.training.token_advantages import TokenTargets
 
@@ -46,5 +46,5 @@ def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTar
         advantages.append(made)
         returns.append(targets)
     if settings.advantage_std == "batch":
-        advantages = scored.normalised(advantages, settings.advantage_epsilon)
+        advantages = scored.normalized(advantages, settings.advantage_epsilon)
     return TokenTargets(advantages, returns)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
     """Return the rewards, from which the trainer computes each token's advantage; NaN, by which it
-    recognises them, for ungraded ones. Raises ValueError as `graded`."""
+    recognizes them, for ungraded ones. Raises ValueError as `graded`."""
     for rewards in groups:
         graded(rewards)
     return [[math.nan if r is None else r for r in rewards] for rewards in groups]
@@ -37,4 +37,4 @@ def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTar
     from megatron_r1.training.token_advantages import TokenTargets, reward_to_go
 
     advantages = reward_to_go(scored, settings)
-    return TokenTargets(scored.normalised(advantages, settings.advantage_epsilon))
+    return TokenTargets(scored.normalized(advantages, settings.advantage_epsilon))

@@ -14,7 +14,7 @@ from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, checkpoint_te
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.layout import recipe_stages
 from megatron_r1.weights.rules import whole
-from megatron_r1.weights.stored.fp8 import BLOCK, is_quantised
+from megatron_r1.weights.stored.fp8 import BLOCK, is_quantized
 
 FUSED_FIRST = ("gate_proj", "q_a_proj", "k_proj", "q_proj")
 """vLLM stores another projection behind these in one matrix, which must begin at a block."""
@@ -82,7 +82,7 @@ def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor:
     predicted = PredictedLayout(hf, engines)
     for rank in range(0, engines.ranks_per_engine, engines.tensor):
         for item, region in predicted.needed(engines.coordinate(rank)):
-            if not is_quantised(item.name):
+            if not is_quantized(item.name):
                 continue
             setting = f"rollout.tensor={engines.tensor}"
             if item.expert is not None and not engines.expert_parallel:
@@ -111,7 +111,7 @@ def _trainer_regions(
     """Yield every region of a quantised tensor that a trainer rank holds, of one expert only."""
     rules = table(hf)
     for item in checkpoint_tensors(rules, {"layers"}, range(len(rules.layers)), (0,)):
-        if not is_quantised(item.name) or item.rule.split is whole:
+        if not is_quantized(item.name) or item.rule.split is whole:
             continue
         source = item.rule.sources[item.source]
         ranks = tensor if item.expert is None else expert_tensor

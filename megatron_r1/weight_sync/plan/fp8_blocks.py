@@ -7,7 +7,7 @@ from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.layout import hf_tensors
 from megatron_r1.weights.rules import Shape
-from megatron_r1.weights.stored.fp8 import BLOCK, is_quantised, scale_name, scale_shape
+from megatron_r1.weights.stored.fp8 import BLOCK, is_quantized, scale_name, scale_shape
 
 
 def pushed_tensors(hf: dict, *, fp8: bool, drafts: bool = False) -> list[tuple[str, Shape]]:
@@ -21,7 +21,7 @@ def pushed_tensors(hf: dict, *, fp8: bool, drafts: bool = False) -> list[tuple[s
         if name in copies:
             continue
         names_and_shapes.append((name, shape))
-        if fp8 and is_quantised(name):
+        if fp8 and is_quantized(name):
             names_and_shapes.append((scale_name(name), scale_shape(shape)))
     return names_and_shapes
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from megatron_r1.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_r1.config.training import ParallelConfig
+    from megatron_r1.config.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)

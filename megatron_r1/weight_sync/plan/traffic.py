@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_r1.weight_sync.plan.tensors import Region
-from megatron_r1.weights.stored.fp8 import BLOCK, is_quantised
+from megatron_r1.weights.stored.fp8 import BLOCK, is_quantized
 
 ByteCount = Callable[[str, str | None, Region], float]
 """(HF name, the tensor's own dtype or None, region) -> bytes on the wire."""
@@ -20,7 +20,7 @@ def plain_bytes(dtype: str) -> ByteCount:
 
 def fp8_bytes(name: str, own: str | None, region: Region) -> float:
     """Count projections as float8 with an fp32 scale per 128 x 128 block, the rest in bf16."""
-    if not is_quantised(name):
+    if not is_quantized(name):
         return region.num_elements * _WIDTH[own or "bfloat16"]
     height, width = region.bottom - region.top, region.right - region.left
     return region.num_elements + 4 * -(-height // BLOCK) * -(-width // BLOCK)

@@ -10,7 +10,7 @@ from megatron_r1.weight_sync.plan.receiver_layout import Encoding
 from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weights.local import merged
 from megatron_r1.weights.rules import Piece
-from megatron_r1.weights.stored.fp8_blocks import quantise
+from megatron_r1.weights.stored.fp8_blocks import quantize
 
 
 @dataclass(eq=False)
@@ -60,7 +60,7 @@ class ParameterSlice:
 class EncodedSlices:
     """The tensors of one push to one engine rank, computed when they are read.
 
-    "codes" and "scales" are the two results of `stored.fp8_blocks.quantise` for a slice of whole
+    "codes" and "scales" are the two results of `stored.fp8_blocks.quantize` for a slice of whole
     blocks: float8 of its shape, and one fp32 per 128 x 128 block. One computation gives both; only
     the codes or merged values that were read last are kept, and the scales until they are read."""
 
@@ -76,7 +76,7 @@ class EncodedSlices:
             return part.values()
         if encoding == "scales":
             scales = self._scales.pop(part, None)
-            values = quantise(part.values())[1] if scales is None else scales
+            values = quantize(part.values())[1] if scales is None else scales
         elif self._last and self._last[0] == index:  # the next rows of the same delivery
             return self._last[1]
         else:
@@ -84,6 +84,6 @@ class EncodedSlices:
             if encoding == "plain":
                 values = part.values()
             else:
-                values, self._scales[part] = quantise(part.values())
+                values, self._scales[part] = quantize(part.values())
         self._last = (index, values)
         return values

@@ -22,7 +22,7 @@ class Adapter(torch.nn.Module):
 
     a: (blocks x rank, in), a block per Hugging Face layer in the weight. b: (out, rank); a row
     multiplies its own layer's block. Both have the dtype and device of `weight`; a is not
-    initialised, b is 0. group: the tensor ranks that share the weight. Under sequence parallelism
+    initialized, b is 0. group: the tensor ranks that share the weight. Under sequence parallelism
     (`by_sequence`) each of them has a part of the tokens, of routed experts all of them."""
 
     _blocks: Tensor

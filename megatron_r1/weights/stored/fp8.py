@@ -2,7 +2,7 @@
 
 The weight W of a projection is stored as float8_e4m3fn, and beside it `W_scale_inv`, one fp32 per
 128x128 block (the last ones cut off by the edge): W = q · scale_inv (deepseek-ai/DeepSeek-V3,
-README_WEIGHTS.md). The linear layers of attention, MLPs, shared and routed experts are quantised,
+README_WEIGHTS.md). The linear layers of attention, MLPs, shared and routed experts are quantized,
 those of MTP too; embedding, head, norms, the router and MTP's eh_proj are not
 (deepseek-ai/DeepSeek-V3, inference/model.py; in vLLM's deepseek_mtp.py eh_proj is a plain Linear).
 """
@@ -10,18 +10,18 @@ those of MTP too; embedding, head, norms, the router and MTP's eh_proj are not
 import re
 
 from megatron_r1.errors import UserError
-from megatron_r1.models import quantisation
+from megatron_r1.models import quantization
 from megatron_r1.models.hf_config import model_family
 
-BLOCK = quantisation.BLOCK
-CONFIG = quantisation.FP8_BLOCKS
+BLOCK = quantization.BLOCK
+CONFIG = quantization.FP8_BLOCKS
 STORED = "float8_e4m3fn"
 
 _SCALE = "_scale_inv"
 _PROJECTION = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
 
 
-def is_quantised(name: str) -> bool:
+def is_quantized(name: str) -> bool:
     """Whether an FP8 checkpoint holds the HF tensor `name` as FP8."""
     return bool(_PROJECTION.search(name))
 

@@ -1,4 +1,4 @@
-"""Quantises to DeepSeek's FP8 blocks (`fp8` has the layout)."""
+"""Quantizes to DeepSeek's FP8 blocks (`fp8` has the layout)."""
 
 import torch
 from r1_kernels import dequantize_blockwise, quantize_blockwise
@@ -7,7 +7,7 @@ from torch import Tensor
 from megatron_r1.weights.stored.fp8 import BLOCK, scale_shape
 
 
-def quantise(
+def quantize(
     x: Tensor, known: Tensor | None = None, *, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return (q, scale_inv) of whole blocks x (M, N), fp32 or bf16: float8_e4m3fn (M, N)
@@ -15,7 +15,7 @@ def quantise(
 
     A block's scale is amax / 448 (rounded up to a power of two if `power_of_two`, for checkpoints
     whose quantization_config has scale_fmt "ue8m0"). known: scales (⌈M/128⌉, ⌈N/128⌉) that the
-    weights may have been dequantised with: a block that equals FP8 numbers times its known scale,
+    weights may have been dequantized with: a block that equals FP8 numbers times its known scale,
     in fp32 or rounded to bf16, keeps that scale, and with it every bit. Without it FP8 → bf16 → FP8
     would not be the identity: bf16 rounding changes a number by at most 2^-8 of itself and half the
     distance between two e4m3 numbers is at least 2^-5 of them, so the codes are recovered, but the

@@ -70,12 +70,12 @@ def write_config(
     with_score: whether they are a score model's, also if `source` is a language model's."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     # For loaders these take precedence over the files.
-    quantisation = config.pop("quantization_config", None)
+    quantization = config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     if dtype == torch.float8_e4m3fn:
         config["dtype"] = "bfloat16"
-        config["quantization_config"] = quantisation or fp8.CONFIG
+        config["quantization_config"] = quantization or fp8.CONFIG
     if not with_mtp:
         for name in ("num_nextn_predict_layers", "num_mtp_layers"):
             if name in config:

@@ -25,7 +25,7 @@ FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": fp8
 _IGNORED = (".rotary_emb.inv_freq",)
 
 SCALES_FILE = "fp8_scales.safetensors"
-"""The file of a converted checkpoint with the FP8 scales that its weights were dequantised with."""
+"""The file of a converted checkpoint with the FP8 scales that its weights were dequantized with."""
 
 
 class HfWeights:
@@ -103,7 +103,7 @@ class HfWeights:
         return values
 
     def has(self, name: str) -> bool:
-        """Whether the folder has the tensor of this name, plain or quantised."""
+        """Whether the folder has the tensor of this name, plain or quantized."""
         return name in self._home or mxfp4.blocks_name(name) in self._home
 
     def whole(self, name: str) -> Tensor:
@@ -114,7 +114,7 @@ class HfWeights:
         blocks, scales = mxfp4.blocks_name(name), mxfp4.scales_name(name)
         experts = range(self._home[blocks].tensors[blocks].shape[0])
         parts = [(self._expert(blocks, i), self._expert(scales, i)) for i in experts]
-        return torch.stack([mxfp4.dequantise(*part).T for part in parts])
+        return torch.stack([mxfp4.dequantize(*part).T for part in parts])
 
     def _read_stacked(self, part: StackedPart, dim: int, start: int, length: int) -> Tensor:
         """Return rows or columns of one expert's tensor, as `read`."""
@@ -126,7 +126,7 @@ class HfWeights:
             self._expert(name, part.expert)
             for name in (mxfp4.blocks_name(part.name), mxfp4.scales_name(part.name))
         )
-        return part.of(mxfp4.dequantise(blocks, scales).T).narrow(dim, start, length)
+        return part.of(mxfp4.dequantize(blocks, scales).T).narrow(dim, start, length)
 
     def _expert(self, name: str, expert: int) -> Tensor:
         shape = self._home[name].tensors[name].shape
@@ -273,8 +273,8 @@ class KnownScales:
         for path in _files_with_scales(Path(folder)):
             file = SafetensorsFile(path)
             self._home |= {name: file for name in file.tensors if fp8.is_scale(name)}
-        quantisation = hf.get("quantization_config") or {}
-        self.power_of_two = quantisation.get("scale_fmt") == "ue8m0"
+        quantization = hf.get("quantization_config") or {}
+        self.power_of_two = quantization.get("scale_fmt") == "ue8m0"
 
     def rows(self, name: str, first: int, count: int) -> Tensor | None:
         """Return the scales of rows [first, first + count) of the weight `name`, or None."""

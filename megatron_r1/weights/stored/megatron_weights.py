@@ -28,7 +28,7 @@ class MegatronWeights:
         self.path, self.hf = Path(folder), hf
         self.checkpoint = DistributedCheckpoint(folder)
         self.with_mtp = any(key.startswith("mtp.") for key in self.checkpoint.shapes)
-        self.layout = self._recognise()
+        self.layout = self._recognize()
         self.copies = table(hf).copies
         self._runs = self.layout.by_hf_name()
         self._check_shapes()
@@ -79,7 +79,7 @@ class MegatronWeights:
                 f"checkpoint {self.path} has no MTP layers; leave them out (model.mtp: none)"
             )
 
-    def _recognise(self) -> StoredLayout:
+    def _recognize(self) -> StoredLayout:
         """Return the layout whose tensors are all in the checkpoint."""
         if any(key.startswith("adapters.") for key in self.checkpoint.shapes):
             raise UserError(

@@ -35,7 +35,7 @@ def stored_shapes(shape: Shape) -> dict[str, Shape]:
     return {"_blocks": (*scales, 16), "_scales": scales}
 
 
-def dequantise(blocks: Tensor, scales: Tensor) -> Tensor:
+def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:
     """Return the weight of one expert, (rows, columns) bf16, from its codes (rows, columns / 32,
     16) and exponents (rows, columns / 32)."""
     codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(2)

@@ -1,6 +1,6 @@
-"""A quantised model folder as transformers and vLLM can load it on a CPU: with weights in fp32.
+"""A quantized model folder as transformers and vLLM can load it on a CPU: with weights in fp32.
 
-Their own dequantisation there takes an optional package, wants a GPU, or assumes evenly cut blocks
+Their own dequantization there takes an optional package, wants a GPU, or assumes evenly cut blocks
 and so refuses or misreads matrices with a partial last block, such as DeepSeek-V3's kv_a_proj of
 576 rows (integrations/finegrained_fp8.py, transformers 5.19)."""
 

@@ -1,4 +1,4 @@
-// libnvidia-ml.so.1 of the null GPU: what vLLM reads about devices before it initialises CUDA.
+// libnvidia-ml.so.1 of the null GPU: what vLLM reads about devices before it initializes CUDA.
 #include <stdio.h>
 #include "null_gpu.h"
 

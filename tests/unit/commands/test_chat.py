@@ -14,7 +14,7 @@ from megatron_r1 import cli
 from megatron_r1 import config as configuration
 from megatron_r1.commands import chat, sample
 from megatron_r1.commands.trained_model import find_exported, recipe_of
-from megatron_r1.config.recipe import parse
+from megatron_r1.config import parse
 from megatron_r1.errors import UserError
 
 LAPTOP = Path(__file__).parents[3] / "examples/laptop/model"

@@ -143,7 +143,7 @@ def test_weights_that_are_no_numbers_are_named(folder, tmp_path):
         reference.main(folder, "float32", tmp_path / "plain")
 
 
-def test_quantised_weights_are_compared_as_plain_ones(folder, tmp_path):
+def test_quantized_weights_are_compared_as_plain_ones(folder, tmp_path):
     name, block = "model.layers.0.mlp.up_proj.weight", 128
     tensors = load_file(folder / WEIGHTS)
     rows, columns = tensors[name].shape

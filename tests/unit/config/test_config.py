@@ -5,7 +5,7 @@ import yaml
 
 from megatron_r1 import config as configuration
 from megatron_r1.cli import main
-from megatron_r1.config.recipe import parse_overrides
+from megatron_r1.config.command_line import parse_overrides
 from megatron_r1.errors import UserError
 from megatron_r1.training.schedule import learning_rate
 from megatron_r1.workflow.pipeline_recipe import load as load_pipeline

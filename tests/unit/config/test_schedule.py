@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1.config import load, parse
-from megatron_r1.config.recipe import RESUMABLE, dump
+from megatron_r1.config import RESUMABLE, dump, load, parse
 from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import UserError
 from megatron_r1.rewards.combine import weights_at

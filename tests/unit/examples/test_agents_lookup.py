@@ -10,7 +10,7 @@ from megatron_r1.agents.tree import TokenTree
 TOOL = {"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}
 
 
-def test_demonstrations_are_tokenised_as_episodes_are():
+def test_demonstrations_are_tokenized_as_episodes_are():
     tokenizer = make_lookup.lookup_tokenizer()
     continuation = Continuation(tokenizer)
     assert set(continuation.probe([TOOL]).values()) == {"exact"}

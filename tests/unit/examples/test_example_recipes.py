@@ -9,7 +9,7 @@ import pytest
 
 from megatron_r1 import cli
 from megatron_r1 import config as configuration
-from megatron_r1.config.recipe import verb_of
+from megatron_r1.config import verb_of
 from megatron_r1.models import read_hf_config
 from tools.plan.command import main
 from tools.plan.parameters import ModelCounts

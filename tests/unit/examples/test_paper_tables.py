@@ -107,7 +107,7 @@ def test_a_table_of_several_comparisons_counts_them(tmp_path):
     assert "**The direction agrees. 2 of 3 comparisons cannot be made yet.**" in shown
 
 
-def test_plots_are_whole_documents_in_colours_of_the_report(tmp_path):
+def test_plots_are_whole_documents_in_colors_of_the_report(tmp_path):
     hacked = {f"judged.reward@{step}": [step / 50 + 0.01] * 3 for step in (0, 12, 48)}
     hacked |= {f"judged.win_rate@{step}": [0.5, 0.6, 0.55] for step in (0, 12, 48)}
     files = write_page(tmp_path / "paper.md", PUBLISHED, Results(a_report(SMALL | hacked)))

@@ -1,4 +1,4 @@
-"""FP8 numerics against fp64 and a quantiser of our own.
+"""FP8 numerics against fp64 and a quantizer of our own.
 
 The oracle knows a number format as the list of all its values, read off the 256 codes, and a tile
 as a loop: nothing of `models.fp8` is used to make it."""
@@ -37,7 +37,7 @@ def nearest(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(take_above, values[above], values[below]) * x.sign()
 
 
-def quantised(x, tile, dtype, power_of_two) -> torch.Tensor:
+def quantized(x, tile, dtype, power_of_two) -> torch.Tensor:
     """fp64 of x's FP8 copy, one tile at a time."""
     x, out = x.double(), torch.zeros(x.shape, dtype=torch.float64)
     rows, columns = tile or x.shape
@@ -66,10 +66,10 @@ def test_rounding_is_the_nearest_value_at_the_tile_s_scale(shape, tile, dtype):
     x = wide(shape)
     got = round_to_fp8(x, tile or (0, 0), dtype, power_of_two=True)
     assert got.dtype == torch.float32
-    assert torch.equal(got.double(), quantised(x, tile, dtype, True))
+    assert torch.equal(got.double(), quantized(x, tile, dtype, True))
     # The scale itself is rounded here, so a value may fall on the other side of the middle.
     got = round_to_fp8(x, tile or (0, 0), dtype, power_of_two=False).double()
-    want = quantised(x, tile, dtype, False)
+    want = quantized(x, tile, dtype, False)
     same = (got - want).abs() <= 1e-6 * want.abs()
     assert same.float().mean() > 0.995
     spacing = 2.0 ** -(3 if dtype == E4M3 else 2)
@@ -128,7 +128,7 @@ def test_float32_scales_are_those_of_an_fp8_checkpoint():
         ("mxfp8", "power_of_two"),
     ],
 )
-def test_a_linear_s_output_and_gradients_are_products_of_quantised_operands(name, scales):
+def test_a_linear_s_output_and_gradients_are_products_of_quantized_operands(name, scales):
     fp8 = FP8Config(recipe=name, scales=scales)
     g = torch.Generator().manual_seed(2)
     # 3 x 70 tokens and 300 -> 272 features: every tile has a tail.
@@ -146,7 +146,7 @@ def test_a_linear_s_output_and_gradients_are_products_of_quantised_operands(name
     tokens, upstream = x.detach().flatten(0, 1), dy.flatten(0, 1)
 
     def operand(tensor, tile, dtype=E4M3):
-        return quantised(tensor, tile, dtype, scales == "power_of_two")
+        return quantized(tensor, tile, dtype, scales == "power_of_two")
 
     weight = w.detach()
     want = {

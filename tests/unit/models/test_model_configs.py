@@ -315,7 +315,7 @@ def test_released_models_mean_the_same_as_transformers_5_writes_them(name):
         ("gpt-oss-20b", FP8, "quant_method='fp8' cannot be read, only 'mxfp4'"),
     ],
 )
-def test_quantised_weights_that_cannot_be_read_are_refused_by_the_configuration(
+def test_quantized_weights_that_cannot_be_read_are_refused_by_the_configuration(
     name, form, message
 ):
     hf = resolve_aliases(RELEASED[name][0])

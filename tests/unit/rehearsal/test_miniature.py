@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from megatron_r1.config import Config, load
-from megatron_r1.config.training import ParallelConfig
+from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.errors import RunError, UserError
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rehearsal import layout, miniature, model, questions

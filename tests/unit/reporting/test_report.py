@@ -56,7 +56,7 @@ def read_page(path):
     assert len(page.ids) == len(set(page.ids)), "two elements share an id"
     for svg in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
         ElementTree.fromstring(svg)
-        assert "#0" not in re.sub(r"#[\w-]+-", "", svg), "a colour that is no CSS variable"
+        assert "#0" not in re.sub(r"#[\w-]+-", "", svg), "a color that is no CSS variable"
     return html, " ".join(" ".join(page.words).split())
 
 

@@ -1,4 +1,4 @@
-"""Shared by the tests of the code reward: responses, a sandbox that can be recognised from outside,
+"""Shared by the tests of the code reward: responses, a sandbox that can be recognized from outside,
 and problems with right and wrong answers."""
 
 import contextlib

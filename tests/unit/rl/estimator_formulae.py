@@ -63,7 +63,7 @@ def less_the_rollouts_mean(responses):
     return same_for_all_tokens(responses, lambda o: float(o.reward - mean))
 
 
-def penalised(o, beta):
+def penalized(o, beta):
     """Each token's reward: the KL penalty, and the response's reward with the last."""
     r = [-beta * (o.old[t] - o.ref[t]) for t in range(len(o))]
     r[-1] = r[-1] + o.reward
@@ -95,7 +95,7 @@ def leave_one_out_and_kl(responses, beta):
     return made
 
 
-def normalised_over_tokens(responses, advantages, eps=1e-6):
+def normalized_over_tokens(responses, advantages, eps=1e-6):
     known = [a for o, a in zip(responses, advantages, strict=True) if o.reward is not None]
     every = torch.cat(known)
     mean, std = every.mean(), every.std(correction=0)
@@ -107,10 +107,10 @@ def normalised_over_tokens(responses, advantages, eps=1e-6):
 
 def reinforce_pp(responses, beta, discount=1.0):
     made = [
-        torch.zeros(len(o)).double() if o.reward is None else to_go(penalised(o, beta), discount)
+        torch.zeros(len(o)).double() if o.reward is None else to_go(penalized(o, beta), discount)
         for o in responses
     ]
-    return normalised_over_tokens(responses, made)
+    return normalized_over_tokens(responses, made)
 
 
 def gae(responses, beta, discount, lam):
@@ -120,7 +120,7 @@ def gae(responses, beta, discount, lam):
         if o.reward is None:
             advantages.append(torch.zeros(len(o)).double())
         else:
-            r, v = penalised(o, beta), [*o.values, 0.0]
+            r, v = penalized(o, beta), [*o.values, 0.0]
             deltas = [r[t] + discount * v[t + 1] - v[t] for t in range(len(o))]
             advantages.append(to_go(deltas, discount * lam))
         returns.append(advantages[-1] + o.values)

@@ -95,7 +95,7 @@ class Problem:
                 for i, n in zip(members, lengths, strict=True)
             ]
         )
-        batch.logprobs["reference"] = spread([o.ref for o in own])
+        batch.logprobs["ref"] = spread([o.ref for o in own])
         batch.logprobs["teacher"] = spread([o.teacher for o in own])
         # Whatever a critic says outside of responses must not be asked.
         batch.values = spread([o.values for o in own]).where(batch.is_response, 7.0)
@@ -244,12 +244,12 @@ def test_reinforce_pp():
     check("reinforce_pp", {}, advantages, plain(0.2, 0.2), "token", (0.2, 0.2))
 
 
-def test_ppo_normalises_over_the_rollout_and_leaves_returns_for_the_critic():
+def test_ppo_normalizes_over_the_rollout_and_leaves_returns_for_the_critic():
     settings = {"kl_beta": 0.1, "gae_lambda": 0.9, "discount": 0.95}
 
     def advantages(responses):
         made, _ = formulae.gae(responses, 0.1, 0.95, 0.9)
-        return formulae.normalised_over_tokens(responses, made)
+        return formulae.normalized_over_tokens(responses, made)
 
     check("ppo", settings, advantages, plain(0.2, 0.2), "sequence", (0.2, 0.2))
 
@@ -308,7 +308,7 @@ def test_distillation_and_rloo_have_the_gradients_of_the_divergences_they_are_na
     torch.testing.assert_close(estimated(-gaps), gradients(per_token), **EXACT)
 
 
-def test_rewards_that_are_all_equal_are_normalised_to_0():
+def test_rewards_that_are_all_equal_are_normalized_to_0():
     batch = packed_batch(
         [Sample.pack([1], [2] * n, None, 0.7) for n in (1, 4, 9)], TokenSplit(), torch.device("cpu")
     )
@@ -347,7 +347,7 @@ def test_discounted_sums_are_the_loop_s_of_any_length(discount):
 
 def test_a_micro_batch_without_samples_is_left_as_it_is():
     batch = packed_batch([], TokenSplit(tensor=2), torch.device("cpu"))
-    batch.logprobs["old"] = batch.logprobs["reference"] = torch.zeros(2)
+    batch.logprobs["old"] = batch.logprobs["ref"] = torch.zeros(2)
     scored = ScoredRollout([batch])
     settings = TokenSettings(0.1, 1.0, 1.0, "batch", advantage_epsilon=1e-6)
     scored.store(find_function(algorithms.find("reinforce_pp").token_advantages)(scored, settings))

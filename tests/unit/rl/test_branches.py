@@ -97,7 +97,7 @@ class Episodes(Problem):
         assert torch.equal(batch.advantages[batch.is_response].isnan(), exact.isnan())
         batch.advantages = batch.advantages.double()
         batch.advantages[batch.is_response] = exact
-        batch.logprobs |= {"reference": spread("ref"), "teacher": spread("teacher")}
+        batch.logprobs |= {"ref": spread("ref"), "teacher": spread("teacher")}
         batch.values = spread("values", outside=7.0)
         if first_old or members[0] in self.minibatches[1]:
             batch.logprobs["old"] = spread("old")
@@ -144,7 +144,7 @@ def test_the_reward_of_a_trajectory_reaches_all_its_branches(seed):
 
     def advantages(responses):
         made, _ = formulae.gae(responses, 0.0, 1.0, 1.0)
-        return formulae.normalised_over_tokens(responses, made)
+        return formulae.normalized_over_tokens(responses, made)
 
     same("ppo", {}, advantages, plain(0.2, 0.2), "sequence", (0.2, 0.2))
 
@@ -169,7 +169,7 @@ def test_returns_pass_over_given_tokens(seed):
 
     def advantages(responses):
         made, _ = formulae.gae(responses, 0.1, 0.95, 0.9)
-        return formulae.normalised_over_tokens(responses, made)
+        return formulae.normalized_over_tokens(responses, made)
 
     settings = {"kl_beta": 0.1, "gae_lambda": 0.9, "discount": 0.95}
     same("ppo", settings, advantages, plain(0.2, 0.2), "sequence", (0.2, 0.2))

@@ -38,7 +38,7 @@ def micro_batch(samples=SAMPLES, seed=0):
     tokens = batch.input_ids.shape[1]
     hidden = torch.randn(tokens, HIDDEN, generator=g, requires_grad=True)
     weight = torch.randn(PADDED, HIDDEN, generator=g)
-    for name in ("old", "reference"):
+    for name in ("old", "ref"):
         batch.logprobs[name] = -2.5 + 0.3 * torch.randn(tokens, generator=g)
     return batch, Head(batch, hidden, weight, 0.8, None, VOCABULARY)
 
@@ -87,7 +87,7 @@ def test_grpo_s_loss_and_gradient_are_equation_1_of_each_response(average):
         new = logprobs_of(head, rows, tokens)
         ratio = (new - batch.logprobs["old"][rows].double()).exp()
         objective = torch.min(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage)
-        gap = batch.logprobs["reference"][rows].double() - new
+        gap = batch.logprobs["ref"][rows].double() - new
         loss = -objective + 0.1 * (gap.exp() - gap - 1)
         expected = expected + (loss.mean() if average == "sequence" else loss.sum())
     expected.backward()

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from megatron_r1.training.returns import discounted_sums, gae, penalised_rewards
+from megatron_r1.training.returns import discounted_sums, gae, penalized_rewards
 
 # (tokens before the response, its tokens, tokens after it, whether it was graded); the second is
 # without a response, as padding is. Of the last two responses every third token was given.
@@ -51,19 +51,19 @@ def rewards_by_hand(spans, grades, old, ref, beta):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_penalised_rewards_are_the_loop_s(beta):
+def test_penalized_rewards_are_the_loop_s(beta):
     spans, mask, last = layout()
     old, ref = numbers(1), numbers(2)
     grades = [math.nan] * TOTAL
     for number, (span, is_graded) in enumerate(spans):
         for t in span if is_graded else []:
             grades[t] = 1.5 + number
-    got = penalised_rewards(fp64(grades), fp64(old) - fp64(ref), beta, mask, last)
+    got = penalized_rewards(fp64(grades), fp64(old) - fp64(ref), beta, mask, last)
     wanted = rewards_by_hand(spans, grades, old, ref, beta)
     # One product and two sums in fp64.
     torch.testing.assert_close(got, fp64(wanted), rtol=1e-15, atol=1e-15)
     if not beta:
-        assert torch.equal(penalised_rewards(fp64(grades), None, 0.0, mask, last), got)
+        assert torch.equal(penalized_rewards(fp64(grades), None, 0.0, mask, last), got)
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.6, 1.0])

@@ -15,7 +15,7 @@ from megatron_r1.weight_sync.send.sender import WeightSender, run_all
 from megatron_r1.weight_sync.transports import receiver_class
 from megatron_r1.weights import hf_tensors
 from megatron_r1.weights.layout import stage_shards
-from megatron_r1.weights.stored.fp8 import is_quantised, scale_name
+from megatron_r1.weights.stored.fp8 import is_quantized, scale_name
 from tools.bench.push.small_model import held_by
 
 
@@ -34,7 +34,7 @@ def table_of(hf, engine, rank):
     slots, end = [], 0
     for tensor, region in PredictedLayout(hf, engine).needed(engine.coordinate(rank)):
         items = [(tensor.name, region, "bfloat16")]
-        if is_quantised(tensor.name):
+        if is_quantized(tensor.name):
             items = [(tensor.name, region, "float8_e4m3fn")]
             items.append((scale_name(tensor.name), scale_region(region), "float32"))
         for name, at, dtype in items:

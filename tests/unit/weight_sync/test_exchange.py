@@ -17,7 +17,7 @@ from megatron_r1.weight_sync.transports import buckets, exchange
 from megatron_r1.weight_sync.transports.buckets import Buckets
 from megatron_r1.weight_sync.transports.exchange import GlooReceiver
 from megatron_r1.weight_sync.transports.process_group import GlooSender
-from megatron_r1.weights.stored.fp8_blocks import quantise
+from megatron_r1.weights.stored.fp8_blocks import quantize
 from tests.unit.weight_sync.push_world import World, draw
 from tests.unit.weight_sync.test_push_plan import DEEPSEEK as WITH_MTP
 from tests.unit.weight_sync.test_push_plan import QWEN
@@ -184,7 +184,7 @@ def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
     for slot in first.table.slots:  # between them nothing is written
         assert torch.equal(*(slot_view(r.memory, slot).float() for r in (first, second))), slot.name
     name = "model.layers.2.mlp.experts.3.up_proj.weight"
-    codes, scales = quantise(tensors[name])
+    codes, scales = quantize(tensors[name])
     found = {slot.name: slot_view(first.memory, slot) for slot in first.table.slots}
     assert torch.equal(found[name].float(), codes.float())
     assert torch.equal(found[name + "_scale_inv"], scales)

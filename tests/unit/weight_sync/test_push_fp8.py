@@ -1,4 +1,4 @@
-"""Weights quantised to FP8 during a push, from sharded trainers to sliced engines.
+"""Weights quantized to FP8 during a push, from sharded trainers to sliced engines.
 
 Oracle: DeepSeek's published formula in numpy, rounding by a table of all 256 codes.
 """
@@ -21,7 +21,7 @@ from megatron_r1.weight_sync.receive.table import dtype_of, slot_view
 from megatron_r1.weight_sync.send import slices
 from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weight_sync.transports import buckets
-from megatron_r1.weights.stored.fp8 import is_quantised, scale_name
+from megatron_r1.weights.stored.fp8 import is_quantized, scale_name
 from tools.bench.push.small_model import held_by
 
 DEEPSEEK = {
@@ -84,7 +84,7 @@ def checkpoint(tensors):
     found = {}
     for name, tensor in tensors.items():
         found[name] = tensor
-        if is_quantised(name):
+        if is_quantized(name):
             found[name], found[scale_name(name)] = published(tensor)
     return found
 
@@ -138,10 +138,10 @@ def test_an_engine_receives_the_fp8_checkpoint_of_the_same_weights(
     assert sent == sum(s.height * s.width * dtype_of(s).itemsize for s in slots)
 
 
-def test_each_block_is_quantised_once_a_push(monkeypatch):
+def test_each_block_is_quantized_once_a_push(monkeypatch):
     monkeypatch.setattr(buckets, "BUCKET_BYTES", 10_000)
-    sizes, quantise = [], slices.quantise
-    monkeypatch.setattr(slices, "quantise", lambda x: sizes.append(x.numel()) or quantise(x))
+    sizes, quantize = [], slices.quantize
+    monkeypatch.setattr(slices, "quantize", lambda x: sizes.append(x.numel()) or quantize(x))
     tensors = draw(DEEPSEEK, 1)
     world = World(DEEPSEEK, TrainerGrid(2, tensor=2), EngineLayout(), tensors)
     try:
@@ -149,7 +149,7 @@ def test_each_block_is_quantised_once_a_push(monkeypatch):
             world.push(number)
     finally:
         world.close()
-    once = sum(tensor.numel() for name, tensor in tensors.items() if is_quantised(name))
+    once = sum(tensor.numel() for name, tensor in tensors.items() if is_quantized(name))
     assert sum(sizes) == 3 * once
 
 

@@ -41,13 +41,13 @@ def product(of: Adapter, x: torch.Tensor, heights: list[int]) -> torch.Tensor:
     return torch.cat([SCALE * x @ a.T @ b.T for a, b in parts], -1)
 
 
-def test_the_input_of_a_layer_with_its_norm_inside_is_normalised_first():
+def test_the_input_of_a_layer_with_its_norm_inside_is_normalized_first():
     own = adapter({"gate": 3, "up": 4})
     layer = SimpleNamespace(lora=own, layer_norm_weight=torch.randn(WIDTH), eps=1e-3)
     x, out = torch.randn(6, 1, WIDTH), torch.randn(6, 1, 7)
-    normalised = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * layer.layer_norm_weight
+    normalized = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * layer.layer_norm_weight
     got, bias = add_product(layer, (x,), (out, None))
-    torch.testing.assert_close(got, out + product(own, normalised, [3, 4]))
+    torch.testing.assert_close(got, out + product(own, normalized, [3, 4]))
     assert bias is None
 
 

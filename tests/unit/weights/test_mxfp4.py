@@ -35,7 +35,7 @@ def packed_tensors():
     return tensors
 
 
-def test_experts_are_what_transformers_dequantises(tmp_path):
+def test_experts_are_what_transformers_dequantizes(tmp_path):
     tensors = packed_tensors()
     save_file(tensors, tmp_path / "model.safetensors")
     with HfWeights(tmp_path, HF) as weights:

@@ -59,7 +59,7 @@ def _rows(
     call: Callable, ours: Callable, plain: Callable, computes: str = ""
 ) -> tuple[Implementation, ...]:
     """Return ours and the baselines. plain: a function of eager.py; computes: of the baselines."""
-    # One specialised graph for this call, as a training step would have.
+    # One specialized graph for this call, as a training step would have.
     compiled = partial(torch.compile, plain, dynamic=False)
     return (
         Implementation(OURS, call, lambda: ours),

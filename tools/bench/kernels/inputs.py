@@ -107,7 +107,7 @@ class HiddenInputs(Inputs):
         def logits_of(part: slice | Tensor) -> Tensor:
             return hidden[part].double() @ exact_weight.t()
 
-        lse, self.logprobs = truth.normalisers(logits_of, targets, len(weight))
+        lse, self.logprobs = truth.normalizers(logits_of, targets, len(weight))
         self.tokens = make_tokens(sizes, targets, self.logprobs, random)
         with torch.enable_grad():
             _, upstream = truth.policy_gradient(self.logprobs, *self.tokens.loss_inputs)
@@ -153,7 +153,7 @@ class LogitsInputs(Inputs):
             self.logits[part] = rows.scatter_add_(1, targets[part, None], lift)
         self.pristine = self.logits.clone()
         self.logits.requires_grad_()
-        lse, self.logprobs = truth.normalisers(
+        lse, self.logprobs = truth.normalizers(
             lambda part: self.pristine[part].double(), targets, sizes.shard
         )
         self.tokens = make_tokens(sizes, targets, self.logprobs, random)

@@ -6,7 +6,7 @@ from typing import Any
 from tools.bench.kernels.calls import OURS
 from tools.bench.kernels.table import duration, quantity
 
-OURS_COLOUR, PEER_COLOUR = "#1f6f8b", "#b8c4cc"
+OURS_COLOR, PEER_COLOR = "#1f6f8b", "#b8c4cc"
 ROW_INCHES, FRAME_INCHES, WIDTH_INCHES = 0.27, 0.95, 12.0
 SMALLEST_BYTES = 1e3  # drawn for zero bytes, as the axis is logarithmic
 
@@ -43,8 +43,8 @@ def draw(cases: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def _bars(axes: Any, names: list[str], values: list[float], labels: list[str]) -> None:
-    colours = [OURS_COLOUR if name.startswith(OURS) else PEER_COLOUR for name in names]
-    bars = axes.barh(range(len(names)), values, color=colours, height=0.75)
+    colors = [OURS_COLOR if name.startswith(OURS) else PEER_COLOR for name in names]
+    bars = axes.barh(range(len(names)), values, color=colors, height=0.75)
     axes.bar_label(bars, labels, padding=3, fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()

@@ -6,7 +6,7 @@ from typing import Any
 from tools.bench.kernels.calls import OURS
 
 
-def summarised(name: str, about: str, result: dict[str, Any]) -> dict[str, Any]:
+def summarized(name: str, about: str, result: dict[str, Any]) -> dict[str, Any]:
     """Return one case of the JSON file, with medians, ratios to ours and shares of the bound."""
     rows, bound = result.get("rows", []), result.get("bound")
     for row in rows:

@@ -26,7 +26,7 @@ def chunks(tokens: int, vocab: int, device: torch.device) -> list[slice]:
 
 
 @torch.no_grad()
-def normalisers(
+def normalizers(
     logits_of: Callable[[slice], Tensor], targets: Tensor, vocab: int
 ) -> tuple[Tensor, Tensor]:
     """Return log sum exp of every row and the targets' log-probabilities, each (T,) fp64.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.config.recipe import load
+from megatron_r1.config import load
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.checks import engine_layout

@@ -1,7 +1,7 @@
 """Reads the machine code of the compiled Triton kernels, without a GPU and without timing.
 
 Every kernel in r1_kernels.examples is compiled ahead of time for sm_80, sm_90 and sm_100, in the
-specialisations of its examples there. Reported per element of the main loop: bytes moved,
+specializations of its examples there. Reported per element of the main loop: bytes moved,
 instructions, exponentials (MUFU). For sm_90 also the upper bounds in elements per second of an
 H200: by its memory, its issue slots and its MUFU units."""
 

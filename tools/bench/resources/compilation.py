@@ -1,7 +1,7 @@
 """Compile the kernels that a primitive launches, without the GPU.
 
 Primitives run on meta tensors, which have shapes and no memory. Triton's driver is replaced by one
-that names the target architecture, and a launch compiles and stops. The specialisation (types,
+that names the target architecture, and a launch compiles and stops. The specialization (types,
 divisibility by 16, constants, warps) is that of a launch on a GPU, by Triton's own rules."""
 
 import importlib

@@ -27,13 +27,13 @@ FORMS: dict[str, list[tuple[str, str, int, str]]] = {
         ("204", r"\text{The answer is } 205", 0, "another value"),
         ("The answer is 204.", "The answer is 204.", 1, "a truth in a sentence, and its own text"),
     ],
-    "fonts, colours and spaces": [
+    "fonts, colors and spaces": [
         ("204", r"204\,", 1, "a space at the end"),
         ("204", r"\bf 204", 1, "a font"),
         ("204", r"{\rm 204}", 1, "a font within a group"),
-        ("204", r"\color{red}204", 1, "a colour"),
-        ("204", r"\color{red}{204}", 1, "a colour of a group"),
-        ("204", r"\textcolor{blue}{204}", 1, "a colour"),
+        ("204", r"\color{red}204", 1, "a color"),
+        ("204", r"\color{red}{204}", 1, "a color of a group"),
+        ("204", r"\textcolor{blue}{204}", 1, "a color"),
         ("204", r"\textcolor{blue}{205}", 0, "another value"),
         ("204", "204<|im_end|>", 1, "a template's token"),
         ("12", "12_{10}", 1, "a base that is the usual one"),

@@ -79,7 +79,7 @@ def test_hostile_answers_get_nothing_and_the_next_honest_one_its_reward(family, 
     assert honest.reward == 1.0
 
 
-def test_hostile_answers_are_recognised_before_a_parser_has_them(graded):
+def test_hostile_answers_are_recognized_before_a_parser_has_them(graded):
     counts = graded[1]
     # A loaded machine may run into the time limit here and there; a hole would do so seven times.
     assert counts["timeouts"] < len(TRUTHS)
@@ -105,7 +105,7 @@ def test_no_answer_runs_as_code(tmp_path):
     assert not trace.exists()
 
 
-def test_what_is_not_recognised_costs_one_time_limit_and_a_worker(monkeypatch, tmp_path):
+def test_what_is_not_recognized_costs_one_time_limit_and_a_worker(monkeypatch, tmp_path):
     # Without the refusals, which this test stands in for: the next trick that nobody knows yet.
     (tmp_path / "unguarded.py").write_text(
         "from megatron_r1.rewards import math\n"

@@ -1,4 +1,4 @@
-"""Which quantised checkpoints can be read, by `quantization_config` of `config.json`. No torch."""
+"""Which quantized checkpoints can be read, by `quantization_config` of `config.json`. No torch."""
 
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import model_family
@@ -13,7 +13,7 @@ FP8_BLOCKS = {
 """`quantization_config` of DeepSeek's published FP8 checkpoints (`weights.stored.fp8`)."""
 
 
-def check_quantisation(hf: dict) -> None:
+def check_quantization(hf: dict) -> None:
     """Raise UserError for weights that are stored in another form than the one that can be read:
     blocks of FP8, or for models with stacked experts MXFP4."""
     found = hf.get("quantization_config")

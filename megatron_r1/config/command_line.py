@@ -1,0 +1,73 @@
+"""Settings on the command line: `--section.key value`."""
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_r1.config.keys import keys_of
+from megatron_r1.config.mistakes import explain
+from megatron_r1.config.recipe import known_keys
+from megatron_r1.config.section import Section
+from megatron_r1.config.yaml_text import put
+from megatron_r1.errors import UserError, did_you_mean
+
+T = TypeVar("T", bound=Section)
+
+
+def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[str, Any]:
+    """Parse `--rl.group_size 8 --data.task=sums` to {"rl.group_size": 8, "data.task": "sums"}.
+
+    Values are YAML; a template such as `{problem}` is text. switches: keys that become true when no
+    value follows. Raises UserError for an option without a value or without a section."""
+    overrides: dict[str, Any] = {}
+    pending = list(options)
+    while pending:
+        option = pending.pop(0)
+        if not option.startswith("--"):
+            raise UserError(f"unexpected argument {option}: settings are --section.key value")
+        key, equals, value = option[2:].partition("=")
+        if not equals:
+            is_last = not pending or pending[0].startswith("--")
+            if is_last and key in switches:
+                overrides[key] = True
+                continue
+            if not pending:
+                raise UserError(f"--{key} needs a value{did_you_mean(key, switches, '--{}')}")
+            value = pending.pop(0)
+        if "." not in key:
+            # Compared with whole keys, most of which are longer: a looser cutoff than elsewhere.
+            near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.4)
+            hint = f"; did you mean --{near[0]}?" if near else ""
+            raise UserError(f"unknown option --{key}: settings are --section.key value{hint}")
+        overrides[key] = _value(value)
+    return overrides
+
+
+def take_section(overrides: Mapping[str, Any], settings: type[T]) -> tuple[T, dict[str, Any]]:
+    """Return the settings of a verb that has sections of its own, and the other overrides.
+
+    settings: the model of these sections. Raises UserError naming every mistake."""
+    tree: dict[str, Any] = {}
+    others = {}
+    for key, value in overrides.items():
+        if key.partition(".")[0] in settings.model_fields:
+            put(tree, key.split("."), value, key)
+        else:
+            others[key] = value
+    try:
+        return settings.model_validate(tree), others
+    except ValidationError as failure:
+        known = [key for key, _ in keys_of(settings)]
+        raise UserError(explain(failure, settings, known)) from None
+
+
+def _value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        return text  # no YAML, such as a template
+    # `{problem}` is YAML, too: a mapping of a name to nothing, which no setting takes.
+    return text if value and isinstance(value, dict) and ":" not in text else value

@@ -1,0 +1,62 @@
+"""Reads a recipe from YAML, with settings of the command line over it; writes the resolved one."""
+
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_r1.config.mistakes import explain
+from megatron_r1.config.recipe import Config, known_keys
+from megatron_r1.config.yaml_text import put, read_sections
+from megatron_r1.errors import UserError
+
+
+def load(
+    path: str | Path, overrides: dict[str, Any] | None = None, required: tuple[str, ...] = ()
+) -> Config:
+    """Read a recipe and apply `{"section.key": value}`.
+
+    required: dotted keys that must have a value. Raises UserError naming every mistake."""
+    tree = read_sections(Path(path))
+    if "stages" in tree:
+        raise UserError(f"recipe {path}: it has stages: run it with megatron-r1 pipeline {path}")
+    return from_tree(_with_overrides(tree, overrides or {}), str(path), required)
+
+
+def from_tree(tree: dict[str, Any], origin: str, required: tuple[str, ...] = ()) -> Config:
+    """Build the configuration from a recipe's sections.
+
+    origin: name of the recipe in errors. Raises UserError naming every mistake."""
+    config = parse(tree, origin)
+    missing = [key for key in required if not attrgetter(key)(config)]
+    if missing:
+        raise UserError(f"recipe {origin}: {', '.join(missing)} must be set")
+    return config
+
+
+def from_overrides(overrides: dict[str, Any]) -> Config:
+    """Build the configuration of a command without a recipe: the defaults with
+    `{"section.key": value}` applied. Raises UserError."""
+    return parse(_with_overrides({}, overrides), "command line")
+
+
+def parse(tree: dict[str, Any], origin: str = "config") -> Config:
+    """Build the typed configuration from nested sections. Raises UserError naming each wrong key,
+    its value and the remedy."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as failure:
+        raise UserError(f"{origin}: {explain(failure, Config, known_keys())}") from None
+
+
+def dump(config: Config) -> str:
+    """Return the resolved configuration as YAML with every key."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def _with_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    for dotted, value in overrides.items():
+        put(tree, dotted.split("."), value, dotted)
+    return tree
