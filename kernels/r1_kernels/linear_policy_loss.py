@@ -89,15 +89,18 @@ def linear_policy_loss(
 ) -> LinearPolicyLoss:
     """Compute the policy loss of (T,) tokens of packed responses from hidden states.
 
-    hidden: (T, H) float; weight: (V_local, H) of the same dtype, this rank's equal contiguous share
-    of the vocabulary over `group`; targets: (T,) int64 or int32 global ids, read where the mask is
-    not 0. temperature, vocab_size, chunk_tokens, reduce_hidden_grad: see `linear_token_logprobs`.
+    hidden: (T, H) float.
+    weight: (V_local, H) of the same dtype, this rank's equal contiguous share of the vocabulary
+        over `group`.
+    targets: (T,) int64 or int32 global ids, read where the mask is not 0.
+    temperature, vocab_size, chunk_tokens, reduce_hidden_grad: see `linear_token_logprobs`.
+    old_logprobs: (T,), or None for the present policy's own (ratio 1), for the one update of an
+        on-policy step.
+    ratio_level: "sequence" (GSPO) needs all log-probabilities first: one product more.
+    rows: the indices, rising, of all tokens whose mask is not 0, for callers that have them; to
+        find them here, the host waits for the device.
     The rest: as in `policy_loss`, with the entropy of the head itself.
     Autocast is off inside: the output layer computes in the dtype of hidden and weight.
-    rows: the indices, rising, of all tokens whose mask is not 0, for callers that have them; to
-    find them here, the host waits for the device.
-    old_logprobs None: the present policy's own (ratio 1), for the one update of an on-policy step.
-    ratio_level "sequence" (GSPO) needs all log-probabilities first: one product more.
     Raises ValueError for shapes, dtypes, devices, targets and settings that do not fit, by name."""
     check_tensors(hidden=hidden, weight=weight, targets=targets, advantages=advantages, mask=mask)
     settings = PolicySettings(

@@ -39,12 +39,15 @@ def linear_token_logprobs(
 
     Differentiable in hidden and weight.
 
-    hidden: (T, H) float; weight: (V_local, H) of the same dtype, this rank's equal contiguous share
-    of the vocabulary over `group`; targets: (T,) int64 or int32 global ids, valid for every token;
-    vocab_size: ids from here on are padding; chunk_tokens: tokens whose logits exist at once (None:
-    chosen by device and vocabulary). reduce_hidden_grad: the gradient of `hidden` is summed over
-    the group; False leaves this rank's part, for callers that sum it themselves, as Megatron's
-    tensor-parallel regions do. Autocast is off inside: products are in the dtype of hidden.
+    hidden: (T, H) float.
+    weight: (V_local, H) of the same dtype, this rank's equal contiguous share of the vocabulary
+        over `group`.
+    targets: (T,) int64 or int32 global ids, valid for every token.
+    vocab_size: ids from here on are padding.
+    chunk_tokens: tokens whose logits exist at once (None: chosen by device and vocabulary).
+    reduce_hidden_grad: the gradient of `hidden` is summed over the group; False leaves this rank's
+        part, for callers that sum it themselves, as Megatron's tensor-parallel regions do.
+    Autocast is off inside: products are in the dtype of hidden.
     Returns logprobs (T,) and entropy (T,), fp32 (fp64 for fp64), the same bits on every rank.
     Raises ValueError for shapes, dtypes, devices, targets and a temperature that do not fit."""
     check_same_device(hidden=hidden, weight=weight, targets=targets)

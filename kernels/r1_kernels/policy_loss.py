@@ -29,7 +29,9 @@ class PolicyLoss(NamedTuple):
     """The result of `policy_loss`. loss: (); the rest (T,) without gradient, 0 where the mask is 0.
     All fp32 (fp64 for fp64).
 
-    ratio: ρ, not clipped. clipped: 1 where the clip is active, else 0. kl: the estimate.
+    ratio: ρ, not clipped.
+    clipped: 1 where the clip is active, else 0.
+    kl: the estimate.
     importance: v, the weight that corrects from the engine's to the trainer's policy."""
 
     loss: Tensor
@@ -65,13 +67,17 @@ def policy_loss(
 ) -> PolicyLoss:
     """Compute the loss of (T,) tokens of packed responses; differentiable in logprobs and entropy.
 
-    logprobs, advantages: (T,) float; old_logprobs: (T,), or None for logprobs themselves (ratio 1,
-    the one update of an on-policy step); ref_logprobs: (T,) or None with kl_beta 0;
-    rollout_logprobs: (T,), the engine's, or None for no correction; mask: (T,) bool, integers or
-    float weights ≥ 0, where a token with 0 does not count and may hold NaN; entropy: (T,), for a
-    bonus of entropy_coef · entropy; cu_seqlens: (S + 1,) borders of the responses, for ratio_level
-    or average "sequence"; sequence_group: ranks that each hold some tokens of every response, as in
-    context parallelism (cu_seqlens: the borders in this rank's T; the losses of the ranks add up).
+    logprobs, advantages: (T,) float.
+    old_logprobs: (T,), or None for logprobs themselves (ratio 1, the one update of an on-policy
+        step).
+    ref_logprobs: (T,), or None with kl_beta 0; the default kl_beta is DeepSeek-R1's.
+    rollout_logprobs: (T,), the engine's, or None for no correction.
+    mask: (T,) bool, integers or float weights ≥ 0, where a token with 0 does not count and may hold
+        NaN.
+    entropy: (T,), for a bonus of entropy_coef · entropy.
+    cu_seqlens: (S + 1,) borders of the responses, for ratio_level or average "sequence".
+    sequence_group: ranks that each hold some tokens of every response, as in context parallelism
+        (cu_seqlens: the borders in this rank's T; the losses of the ranks add up).
     average and denominator: see `averaging.Averaging.weights`; denominator=1 gives the sum.
     clip_low, clip_high: ε on either side; 10, DeepSeek-R1's, hardly clips, where PPO's is 0.2.
     Formulae and the other settings: `policy_terms`.

@@ -32,8 +32,11 @@ STATISTICS = ("peak", "total", "moment", "chosen")
 class Shard(NamedTuple):
     """The columns of the vocabulary that a rank has.
 
-    first: id of the first column. columns: their number. real: how many of them are vocabulary, not
-    padding. size: ids in the whole vocabulary. group: None where one rank has all of it."""
+    first: id of the first column.
+    columns: their number.
+    real: how many of them are vocabulary, not padding.
+    size: ids in the whole vocabulary.
+    group: None where one rank has all of it."""
 
     first: int
     columns: int

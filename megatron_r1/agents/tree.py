@@ -22,11 +22,12 @@ Message = Mapping[str, Any]
 class Node:
     """One piece of a conversation.
 
-    parent: number of the node before it, None for a root. messages: the chat messages that these
-    tokens stand for. tools: of a root, the tools that its prompt describes. logprobs and
-    policy_versions: of sampled tokens, one a token; None where tokens were given. routing: experts
-    that processed the tokens since the sampled node before, without the last token; empty unless
-    the engine returned it."""
+    parent: number of the node before it, None for a root.
+    messages: the chat messages that these tokens stand for.
+    tools: of a root, the tools that its prompt describes.
+    logprobs and policy_versions: of sampled tokens, one a token; None where tokens were given.
+    routing: experts that processed the tokens since the sampled node before, without the last
+        token; empty unless the engine returned it."""
 
     parent: int | None
     token_ids: array[int]
@@ -46,9 +47,11 @@ class Node:
 class Branch:
     """A token sequence from a root to an answer that no other sampled turn follows.
 
-    token_ids: all of it. is_sampled: one byte a token, 1 where the token was sampled and is trained
-    in this branch. logprobs: the engine's, float32, 0 where is_sampled is 0. policy_versions: -1
-    there. routing: rows of all tokens but the last, or empty."""
+    token_ids: all of it.
+    is_sampled: one byte a token, 1 where the token was sampled and is trained in this branch.
+    logprobs: the engine's, float32, 0 where is_sampled is 0.
+    policy_versions: -1 there.
+    routing: rows of all tokens but the last, or empty."""
 
     token_ids: array[int]
     is_sampled: bytes

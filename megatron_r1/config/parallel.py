@@ -20,6 +20,9 @@ class ParallelConfig(Section):
     pipeline: int = Field(1, ge=1, description="stages of layers, each on ranks of its own")
     expert: int = Field(1, ge=1, description="ranks that a layer's routed experts are spread over")
     context: int = Field(1, ge=1, description="ranks that share the tokens of every sample")
+    sequence: bool | None = None
+    """whether tensor ranks also share the tokens of norms and residuals (sequence parallelism);
+    default: with routed experts, which need it, and not without"""
     expert_tensor: int = Field(1, ge=1, description="ranks that share every routed expert")
     virtual_pipeline: int = Field(1, ge=1)
     """model chunks per pipeline rank, interleaved to shorten the bubble"""
@@ -54,6 +57,17 @@ class ParallelConfig(Section):
     def num_replicas(self, world_size: int) -> int:
         """Return the data-parallel size: the number of model replicas with different samples."""
         return world_size // (self.tensor * self.pipeline * self.context)
+
+    def splits_sequences(self, has_experts: bool) -> bool:
+        """Return whether tensor ranks share the tokens between matrices. has_experts: of the model.
+        Raises UserError for experts without it."""
+        if self.tensor > 1 and has_experts and self.sequence is False:
+            raise UserError(
+                "parallel.sequence: false: Megatron's experts under tensor parallelism need "
+                "sequence parallelism; leave it out, or set parallel.tensor: 1"
+            )
+        chosen = has_experts if self.sequence is None else self.sequence
+        return chosen and self.tensor > 1
 
     def check_sizes(self, world_size: int) -> None:
         """Raise UserError where the sizes do not divide `world_size` ranks."""

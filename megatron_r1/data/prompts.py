@@ -63,12 +63,13 @@ def load_prompts(
     """Read prompts from a file, or generate them with a reasoning-gym task.
 
     path: of `records.read_records`, rows with `question`, `truth` and optionally `kind` (default:
-    `kind`, else math); other columns go to the reward. columns: our name → the file's.
+        `kind`, else math); other columns go to the reward.
+    columns: our name → the file's.
     task: a reasoning-gym dataset, generated with `parameters` and `seed`. Without `kind` (or with
-    "logic") its own scorer grades; any other kind gets the item's answer as its truth.
+        "logic") its own scorer grades; any other kind gets the item's answer as its truth.
     heldout_path: a file that is held out whole, its questions dropped from train; without it, the
-    share `heldout_fraction` of all possible questions is held out. num_train, num_heldout: how many
-    of each, the first ones; None: all (a task needs the numbers).
+        share `heldout_fraction` of all possible questions is held out.
+    num_train, num_heldout: how many of each, the first ones; None: all (a task needs the numbers).
     Raises UserError for a bad row (with file and line), an unknown task, parameter or kind, and
     where questions are too few."""
     if (path is None) == (task is None):

@@ -21,12 +21,17 @@ LINE_NAMES = {"text": "response", "num_tokens": "length", "is_ungraded": "ungrad
 class TextResponse:
     """A response and its grade.
 
-    text: without the `<think>` that the prompt may end with. num_tokens: None where a server does
-    not report it. truncated: cut at the limit of tokens. opened: the prompt ended with `<think>`.
-    refusal: why the policy gave no response, else "". index: among the question's samples.
-    rewards: term → [0, 1], empty while ungraded. reward: their weighted sum. reason: the graders'
-    reasons. is_ungraded: a grader was called and failed. episode: of several turns, its part of the
-    line in samples.jsonl (`Episode.record`)."""
+    text: without the `<think>` that the prompt may end with.
+    num_tokens: None where a server does not report it.
+    truncated: cut at the limit of tokens.
+    opened: the prompt ended with `<think>`.
+    refusal: why the policy gave no response, else "".
+    index: among the question's samples.
+    rewards: term → [0, 1], empty while ungraded.
+    reward: their weighted sum.
+    reason: the graders' reasons.
+    is_ungraded: a grader was called and failed.
+    episode: of several turns, its part of the line in samples.jsonl (`Episode.record`)."""
 
     text: str
     num_tokens: int | None = None

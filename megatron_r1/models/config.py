@@ -94,9 +94,8 @@ def _parallel_fields(parallel: ParallelConfig, has_experts: bool) -> dict[str, A
         "pipeline_model_parallel_size": parallel.pipeline,
         "expert_model_parallel_size": parallel.expert,
         "context_parallel_size": parallel.context,
-        # Megatron requires it of experts under tensor parallelism; a packed batch then has a
-        # multiple of parallel.tensor tokens. Dense models keep whole sequences.
-        "sequence_parallel": has_experts and parallel.tensor > 1,
+        # A packed batch then has a multiple of parallel.tensor tokens.
+        "sequence_parallel": parallel.splits_sequences(has_experts),
     }
     return fields | ({"expert_tensor_parallel_size": parallel.expert_tensor} if has_experts else {})
 

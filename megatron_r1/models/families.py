@@ -13,21 +13,25 @@ from typing import Any, Literal
 class Family:
     """One architecture. A flag whose value is a text names the key of `config.json` that has it.
 
-    latent: multi-head latent attention (DeepSeek-V2) instead of grouped-query attention. qkv_bias:
-    biases on query, key and value. qk_norm: RMS norms of each head's query and key. rope: supported
-    values of rope_type. rotary: part of a head that is rotated, unless `config.json` has another.
-    theta: base of the rotary angles, unless `config.json` has another. sinks: each head has a
-    learned logit for no key in its softmax (`models.offset_attention`). windows: every other layer,
-    from the first, sees the last `sliding_window` tokens only.
+    latent: multi-head latent attention (DeepSeek-V2) instead of grouped-query attention.
+    qkv_bias: biases on query, key and value.
+    qk_norm: RMS norms of each head's query and key.
+    rope: supported values of rope_type.
+    rotary: part of a head that is rotated, unless `config.json` has another.
+    theta: base of the rotary angles, unless `config.json` has another.
+    sinks: each head has a learned logit for no key in its softmax (`models.offset_attention`).
+    windows: every other layer, from the first, sees the last `sliding_window` tokens only.
     experts: the routers' score function, with sigmoid also a correction bias; None: no experts.
-    expert_size: the key of an expert's inner features. open_swiglu: experts compute
-    clamp(gate) sigmoid(1.702 gate) (clamp(up) + 1). biases: of the output projection, router and
-    experts. stacked: a tensor of the checkpoint has all experts of a layer (`weights.stacked`).
+    expert_size: the key of an expert's inner features.
+    open_swiglu: experts compute clamp(gate) sigmoid(1.702 gate) (clamp(up) + 1).
+    biases: of the output projection, router and experts.
+    stacked: a tensor of the checkpoint has all experts of a layer (`weights.stacked`).
     normalizes: whether a token's expert weights sum to 1, unless `norm_topk_prob` is given.
     layer_types: whether transformers reads mlp_layer_types instead of first_k_dense_replace.
-    needs: keys that must be given, because transformers has a default of its own. fixed: keys that
-    may have one value only. inert: keys without an effect, given those values. score_head: whether
-    transformers has the architecture with a scalar head."""
+    needs: keys that must be given, because transformers has a default of its own.
+    fixed: keys that may have one value only.
+    inert: keys without an effect, given those values.
+    score_head: whether transformers has the architecture with a scalar head."""
 
     latent: bool = False
     qkv_bias: bool | str = False

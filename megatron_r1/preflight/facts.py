@@ -55,10 +55,14 @@ class Link(msgspec.Struct):
 
 
 class Folder(msgspec.Struct):
-    """The run folder from one rank. error: why it cannot be used, or "". shared: whether the file
-    of node 0 is there. excluded: whether a lock that rank 0 holds excludes this rank; None where it
-    was not tried. write, read: bytes per second. fsync_seconds: median of small files. free:
-    bytes."""
+    """The run folder from one rank.
+
+    error: why it cannot be used, or "".
+    shared: whether the file of node 0 is there.
+    excluded: whether a lock that rank 0 holds excludes this rank; None where it was not tried.
+    write, read: bytes per second.
+    fsync_seconds: median of small files.
+    free: bytes."""
 
     error: str = ""
     shared: bool = False
@@ -83,9 +87,16 @@ class Node(msgspec.Struct):
 
 
 class Facts(msgspec.Struct):
-    """The measurements of a rank. memory: of its GPU. products: FLOP/s of matrix products. links:
-    by parallel axis. pairs: rates to the same rank of neighbouring nodes. folder: of ranks that
-    used it. node: of a node's first rank. seconds: by step. gloo: like pairs, over gloo."""
+    """The measurements of a rank.
+
+    memory: of its GPU.
+    products: FLOP/s of matrix products.
+    links: by parallel axis.
+    pairs: rates to the same rank of neighbouring nodes.
+    folder: of ranks that used it.
+    node: of a node's first rank.
+    seconds: by step.
+    gloo: like pairs, over gloo."""
 
     rank: int
     node_index: int

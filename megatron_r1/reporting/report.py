@@ -34,9 +34,10 @@ def write_report(
 ) -> Path:
     """Write `report.html` into the folder from the files in it, and return its path.
 
-    title: the run's name; default: the folder's. facts: what was run, in order, such as
-    {"model": "DeepSeek-V3 shape, 3 layers", "parameters": "1.36M", "device": "2 CPU cores"};
-    steps, duration and date are added. next_commands: (comment, command) pairs to try next.
+    title: the run's name; default: the folder's.
+    facts: what was run, in order, such as {"model": "DeepSeek-V3 shape, 3 layers", "parameters":
+        "1.36M", "device": "2 CPU cores"}; steps, duration and date are added.
+    next_commands: (comment, command) pairs to try next.
     Any run will do: one step, no evaluations, supervised training, or nothing recorded yet."""
     folder = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
     if not folder.path.is_dir():

@@ -17,9 +17,12 @@ from megatron_r1.rewards.combine import DEFAULT_WEIGHTS
 class Sampling:
     """Settings of the sampling of a rollout.
 
-    num_samples: G, responses per prompt. max_tokens: the longest response. step: the training step,
-    from 1. weights: of the rewards (`rewards.combine`). routing: shape of the experts' indices to
-    return with each token, or None for none. is_scored: whether the teacher scores every token."""
+    num_samples: G, responses per prompt.
+    max_tokens: the longest response.
+    step: the training step, from 1.
+    weights: of the rewards (`rewards.combine`).
+    routing: shape of the experts' indices to return with each token, or None for none.
+    is_scored: whether the teacher scores every token."""
 
     num_samples: int
     temperature: float
@@ -35,11 +38,13 @@ class Sampling:
 class GradedResponse:
     """One response with its rewards (`rewards.combine.Reward`).
 
-    text: the decoded response. rewards: each term alone. reward: their weighted sum, 0 and without
-    meaning where `is_graded` is False. ungraded: terms whose grader failed. teacher_logprobs:
-    float32, of each token at temperature 1; None where no teacher scored it. episode: None for a
-    single turn; else `response` holds the sampled tokens of all its turns, `text` is its last
-    answer."""
+    text: the decoded response.
+    rewards: each term alone.
+    reward: their weighted sum, 0 and without meaning where `is_graded` is False.
+    ungraded: terms whose grader failed.
+    teacher_logprobs: float32, of each token at temperature 1; None where no teacher scored it.
+    episode: None for a single turn; else `response` holds the sampled tokens of all its turns,
+        `text` is its last answer."""
 
     response: Response
     text: str

@@ -34,10 +34,14 @@ USED = 0.9
 
 @dataclass(frozen=True)
 class CPUMemory:
-    """Bytes on this host. weights: those of all ranks, with gradients, optimizer state, reference
-    and the copy that a checkpoint is written from; engine_weights: those of the engines, with their
-    receive buffers; others: KV caches, the loss head, processes; per_token: activations of a token
-    of every rank's micro-batch; free: free memory before the run."""
+    """Bytes on this host.
+
+    weights: those of all ranks, with gradients, optimizer state, reference and the copy that a
+        checkpoint is written from.
+    engine_weights: those of the engines, with their receive buffers.
+    others: KV caches, the loss head, processes.
+    per_token: activations of a token of every rank's micro-batch.
+    free: free memory before the run."""
 
     weights: int
     engine_weights: int

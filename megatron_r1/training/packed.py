@@ -170,11 +170,13 @@ def packed_batch(
 class Placement(NamedTuple):
     """The positions of a micro-batch's tokens: shared prefixes first, then samples, then padding.
 
-    borders: (prefixes + samples + padding + 1,) int64, from 0 to T. starts: the position of each
-    sample's token 0. If a shared prefix has its first `skipped` tokens, starts is the position of
-    its first own token less `skipped`: starts + i is token i's position for every own token.
-    prefixes: (indices of samples, shared tokens) of each. links: for each
-    part between two borders the number of the prefix that it continues, -1 for none."""
+    borders: (prefixes + samples + padding + 1,) int64, from 0 to T.
+    starts: the position of each sample's token 0. If a shared prefix has its first `skipped`
+        tokens, starts is the position of its first own token less `skipped`: starts + i is token
+        i's position for every own token.
+    prefixes: (indices of samples, shared tokens) of each.
+    links: for each part between two borders the number of the prefix that it continues, -1 for
+        none."""
 
     borders: Tensor
     starts: list[int]

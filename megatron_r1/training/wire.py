@@ -30,18 +30,20 @@ class Sample(msgspec.Struct, frozen=True):
     """A training sample: one prompt with its response, or one branch of a trajectory of several
     turns. Its `bytes` may be views of other memory, or of a file.
 
-    token_ids: int32 bytes, prompt then response; logprobs: float32 bytes, the rollout engine's, one
-    per response token (empty for SFT); advantage: the same for every response token (GRPO);
+    token_ids: int32 bytes, prompt then response.
+    logprobs: float32 bytes, the rollout engine's, one per response token (empty for SFT).
+    advantage: the same for every response token (GRPO).
     routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes each
-    (`models.routing_shape`), for the tokens before the last; empty without routing replay; teacher:
-    float32 bytes, the teacher's log-probabilities of the response, or None; label: for a reward
-    model, 1 for a good text, 0 for a bad one.
+        (`models.routing_shape`), for the tokens before the last; empty without routing replay.
+    teacher: float32 bytes, the teacher's log-probabilities of the response, or None.
+    label: for a reward model, 1 for a good text, 0 for a bad one.
 
     mask: a byte per token of the response, 1 where the policy sampled it and is trained on it, 0
-    where it was given (a tool's result, a user's turn); empty: all were sampled. weight: the
-    sample's share of its trajectory's sampled tokens; those of all branches add up to 1.
+        where it was given (a tool's result, a user's turn); empty: all were sampled.
+    weight: the sample's share of its trajectory's sampled tokens; those of all branches add up to
+        1.
     trajectories: how many trajectories it counts for in a denominator: 1, or 0 for every branch but
-    the first."""
+        the first."""
 
     token_ids: bytes
     prompt_length: int

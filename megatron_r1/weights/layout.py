@@ -39,11 +39,13 @@ class Shard:
 class LayoutEntry:
     """One parameter of one rank.
 
-    shape: this rank's. pieces: the HF tensors in it; rows without a piece are vocabulary padding.
-    replicated: whether all tensor ranks have the same pieces. owner: whether this rank, of those
-    that hold the same pieces along the tensor and pipeline axes, writes them. expert: whether its
-    replicas are the expert-data-parallel group. dtype: its own if it differs from the model's, else
-    None."""
+    shape: this rank's.
+    pieces: the HF tensors in it; rows without a piece are vocabulary padding.
+    replicated: whether all tensor ranks have the same pieces.
+    owner: whether this rank, of those that hold the same pieces along the tensor and pipeline axes,
+        writes them.
+    expert: whether its replicas are the expert-data-parallel group.
+    dtype: its own if it differs from the model's, else None."""
 
     shape: Shape
     pieces: tuple[Piece, ...]

@@ -155,6 +155,7 @@ def build(hf, sizes):
         "expert": sizes["ep"],
         "expert_tensor": sizes["etp"],
         "context": sizes["cp"],
+        "sequence": sizes["sequence"],
         "virtual_pipeline": sizes["vp"],
         "pipeline_layout": sizes["layout"],
     }

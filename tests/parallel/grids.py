@@ -1,6 +1,7 @@
 """Names of parallel grids: tp2, dp2, cp2 … joined by x, a layout of pipeline stages by its word;
 "one" is one process.
 
+tp2xsequence is two tensor ranks with sequence parallelism, of models that do without by default.
 pp2xvp2 is two pipeline ranks with two chunks each; pp4xapart is four with LAYOUTS["apart"].
 """
 
@@ -23,12 +24,14 @@ AXES = ("tp", "pp", "vp", "ep", "etp", "cp", "dp")
 
 
 def sizes(grid: str, with_mtp: bool = True) -> dict:
-    """Ranks along every axis of AXES, and "layout": stages spelled out, or None."""
-    found = dict.fromkeys(AXES, 1) | {"layout": None}
+    """Ranks along every axis of AXES, "layout": stages spelled out, or None, and "sequence"."""
+    found = dict.fromkeys(AXES, 1) | {"layout": None, "sequence": None}
     for part in grid.split("x") if grid != "one" else []:
         axis, number = re.fullmatch(r"([a-z]+)(\d*)", part).groups()
         if axis in LAYOUTS:
             found["layout"] = LAYOUTS[axis] if with_mtp else LAYOUTS[axis].replace("m", "")
+        elif axis == "sequence":
+            found["sequence"] = True
         elif axis in AXES:
             found[axis] = int(number)
         else:
@@ -47,6 +50,7 @@ def parallel_settings(grid: str, with_mtp: bool = True) -> dict:
         "expert": at["ep"],
         "expert_tensor": at["etp"],
         "context": at["cp"],
+        "sequence": at["sequence"],
     }
 
 
@@ -66,8 +70,11 @@ def models_on(grid: str, num_ranks: int, chosen: str = "first") -> dict[str, dic
 
 def allows(hf: dict, at: dict) -> bool:
     """Whether a model can be split over the axes of `sizes`: one without experts has no ranks of
-    them, and gpt-oss neither context parallelism nor several ranks for an expert."""
+    them, one with experts always splits sequences, and gpt-oss has neither context parallelism nor
+    several ranks for an expert."""
     experts = {"n_routed_experts", "num_experts", "num_local_experts"} & hf.keys()
     if "sliding_window" in hf and at["cp"] * at["etp"] > 1:
         return False
-    return bool(experts) or at["ep"] == at["etp"] == 1
+    if experts:
+        return not at["sequence"]
+    return at["ep"] == at["etp"] == 1

@@ -6,7 +6,7 @@ from ranks import run_ranks, run_script
 
 HERE = Path(__file__).parent
 
-TWO_RANKS = ["tp2", "pp2", "pp2xvp2", "pp2xuneven", "ep2", "cp2", "tp2xetp2"]
+TWO_RANKS = ["tp2", "pp2", "pp2xvp2", "pp2xuneven", "ep2", "cp2", "tp2xetp2", "tp2xsequence"]
 # Every pair of axes, and more than two where one needs another.
 FOUR_RANKS = [
     *("tp2xpp2", "tp2xep2", "tp2xcp2", "tp2xdp2", "pp2xep2", "pp2xcp2", "pp2xdp2"),

@@ -61,8 +61,7 @@ def layer_activations(job: Job, sparse: bool, tokens: int | None = None) -> Laye
     tokens: of the micro-batch; default: the largest."""
     hf, tensor = job.hf, job.parallel.tensor
     whole = (tokens or job.microbatch_tokens) / job.parallel.context
-    # Dense models keep whole sequences under tensor parallelism (models/config.py).
-    split = whole / tensor if job.has_experts else whole
+    split = whole / tensor if job.splits_sequences else whole
     value = 2 * VALUE if job.config.model.dtype == "float32" else VALUE
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
     modules = {"layernorm": 2 * hidden * split * value}

@@ -51,7 +51,7 @@ def _tokens(job: Job) -> tuple[float, float]:
     """Return (whole, split) tokens of a mean micro-batch on a rank."""
     samples = job.num_responses / job.minibatches / job.data
     tokens = samples * job.sample_tokens / job.num_microbatches / job.parallel.context
-    return tokens, tokens / job.parallel.tensor if job.has_experts else tokens
+    return tokens, tokens / job.parallel.tensor if job.splits_sequences else tokens
 
 
 def _tensor(job: Job, layers: int) -> Group:

@@ -130,6 +130,10 @@ class Job:
         return bool(self.rules.num_experts)
 
     @property
+    def splits_sequences(self) -> bool:
+        return self.parallel.splits_sequences(self.has_experts)
+
+    @property
     def latent_attention(self) -> bool:
         return bool(self.hf.get("kv_lora_rank"))
 

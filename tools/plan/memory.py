@@ -186,7 +186,7 @@ def head_bytes(job: Job) -> tuple[int, str]:
 def _score_head_bytes(job: Job, hidden: int) -> tuple[int, str]:
     """Return (bytes, formula) of a score head: states in fp32 for the product and its gradient."""
     tokens = job.microbatch_tokens // job.parallel.context
-    if job.has_experts:  # sequence parallelism
+    if job.splits_sequences:
         tokens //= job.parallel.tensor
     formula = f"{tokens} x {hidden} states x (4 + 4) B"
     return tokens * hidden * 8, formula

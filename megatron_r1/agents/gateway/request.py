@@ -29,10 +29,12 @@ class Refused(Exception):
 class TurnRequest:
     """A client's request for one turn.
 
-    max_tokens: None for as many as fit. max_calls: 1 where the client takes one tool call a turn.
+    max_tokens: None for as many as fit.
+    max_calls: 1 where the client takes one tool call a turn.
     options: the request's sampling options that differ from the neutral ones; the run's own replace
-    them (`sampling_options`). token_ids: the whole prompt, in token mode. stored: the conversation
-    that a later request may continue by `previous_response_id`."""
+        them (`sampling_options`).
+    token_ids: the whole prompt, in token mode.
+    stored: the conversation that a later request may continue by `previous_response_id`."""
 
     messages: list[Message]
     tools: list[dict[str, Any]]

@@ -30,11 +30,14 @@ class Test:
 
 @dataclass(frozen=True)
 class Problem:
-    """A programming problem, as its tests define it. tests: at least one. function: the name to
-    call, or None where the program reads and prints. checker: source of a Python program that
-    replaces the comparison, or None. tolerance: allowed difference of numbers (see `compare`), or
-    None to compare text. provides_names: a script has the names that LiveCodeBench's harness
-    imports, as a function always has."""
+    """A programming problem, as its tests define it.
+
+    tests: at least one.
+    function: the name to call, or None where the program reads and prints.
+    checker: source of a Python program that replaces the comparison, or None.
+    tolerance: allowed difference of numbers (see `compare`), or None to compare text.
+    provides_names: a script has the names that LiveCodeBench's harness imports, as a function
+        always has."""
 
     tests: tuple[Test, ...]
     function: str | None = None

@@ -40,10 +40,12 @@ class Job(msgspec.Struct):
 class JobStatus(msgspec.Struct):
     """A worker's report on job `id`, or on itself.
 
-    ready: the worker has started. loaded: the function of job `id` is imported, and grading starts.
-    graded: the job's grade. failed: a grade of `Grade.ungraded`, because the function raised.
-    memory: the job exceeded the memory limit, and the worker exits. unloadable: the function cannot
-    be imported."""
+    ready: the worker has started.
+    loaded: the function of job `id` is imported, and grading starts.
+    graded: the job's grade.
+    failed: a grade of `Grade.ungraded`, because the function raised.
+    memory: the job exceeded the memory limit, and the worker exits.
+    unloadable: the function cannot be imported."""
 
     status: Literal["ready", "loaded", "graded", "failed", "memory", "unloadable"]
     id: int = -1

@@ -237,6 +237,14 @@ def test_dense_models_keep_whole_sequences_under_tensor_parallelism():
     assert not build(LLAMA).add_qkv_bias
 
 
+def test_dense_models_share_sequences_where_the_recipe_says_so_and_experts_always():
+    assert build(QWEN, tensor=2, sequence=True).sequence_parallel
+    assert not build(QWEN, sequence=True).sequence_parallel, "one rank has nothing to share"
+    assert build(DEEPSEEK, tensor=2, sequence=True).sequence_parallel
+    with pytest.raises(UserError, match="parallel.sequence: false: Megatron's experts"):
+        build(DEEPSEEK, tensor=2, sequence=False)
+
+
 def test_keys_that_change_nothing_are_not_refused():
     names = {"_model_name_or_path": "v3", "unk_token_id": 0, "transformers_version": "4.46.0"}
     names |= {"auto_map": {"AutoModel": "m.M"}, "use_cache": True}
