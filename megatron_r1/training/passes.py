@@ -46,7 +46,7 @@ def run_passes(
         )
         return out, partial(compute, batch)
 
-    # Routing replay recognises a pass that will be recomputed by the training mode.
+    # Routing replay recognizes a pass that will be recomputed by the training mode.
     for chunk in chunks if forward_only else ():
         chunk.eval()
     interleaved, groups = len(chunks) > 1, process_groups(chunks)

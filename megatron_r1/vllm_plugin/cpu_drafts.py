@@ -16,7 +16,7 @@ def expand_temperatures() -> None:
 
     Upstream: utils/cpu_triton_utils.py:390 (`_expand_kernel_impl`), behind
     v1/sample/rejection_sampler.py:581 (`expand_batch_to_tokens`). Without it: the kernel fills a
-    copy of its output, of integers, and logits are divided by uninitialised memory: tokens from
+    copy of its output, of integers, and logits are divided by uninitialized memory: tokens from
     another distribution, log-probabilities that are not finite. Goes when: it writes to its output.
     """
     from vllm.v1.sample import rejection_sampler

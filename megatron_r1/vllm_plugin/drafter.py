@@ -9,7 +9,7 @@ def apply() -> None:
     """Apply all three patches, once per process."""
     name_the_drafter()
     checksum_the_drafter()
-    quantise_as_the_model()
+    quantize_as_the_model()
 
 
 def name_the_drafter() -> None:
@@ -50,7 +50,7 @@ def checksum_the_drafter() -> None:
     Worker.compute_weight_checksums = compute_weight_checksums
 
 
-def quantise_as_the_model() -> None:
+def quantize_as_the_model() -> None:
     """Give the drafter the model's quantization_config where --hf-overrides changes it.
 
     Upstream: config/speculative.py:1056 (`compose_draft_hf_overrides`), which leaves such overrides

@@ -14,7 +14,7 @@ def gather_single_tokens() -> None:
 
     Upstream: model_executor/models/deepseek_v2.py:1359, 1402, 1547 and 1577 (vllm-project/vllm
     #50154, pull request #50691). With rollout.tensor, .data and .expert_parallel the ranks of a
-    tensor group hold shares of the tokens behind such a layer, which the next layer recognises by
+    tensor group hold shares of the tokens behind such a layer, which the next layer recognizes by
     their number. Without the patch: one token is padded to the group's size, so that a share has
     one row, too, and counts as the whole: all ranks but the first go on with padding, and the
     log-probabilities of a data rank's last sequence are off by 0.1 to 2 wherever the model runs

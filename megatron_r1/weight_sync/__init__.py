@@ -4,7 +4,7 @@
    both sides' log-probabilities (`probes`).
 2. `trainer_rank`: the verbs of a push on each trainer rank, called by the bridge.
 3. `plan`: which rectangle of which tensor goes from which trainer rank to which engine rank.
-4. `send`: the rank's slices of its parameters, as they are or quantised to FP8.
+4. `send`: the rank's slices of its parameters, as they are or quantized to FP8.
 5. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends; over the last two
    an engine passes on to others what has entered it.
 6. `receive`: the engine rank's table of slots and the buffer in which a push arrives.

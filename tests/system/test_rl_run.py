@@ -187,11 +187,14 @@ def processes_of(folder: Path, text: str) -> list[int]:
 
 
 def versions(folder: Path, step: int) -> list[int]:
-    """The policies that made the tokens in a step's log; one of a response that one made."""
+    """The policy that made each token in a step's log, which has one number of a response that one
+    policy made."""
     path = folder / f"sample_log/step_{step:08d}.log"
     records = [decode(frame) for frame in FramedFile.read(path)]
     outputs = [out for r in records if isinstance(r, GroupRecord) for out in r.responses]
-    return [v for out in outputs for v in np.frombuffer(out.policy_versions, np.int32).tolist()]
+    pairs = [(o.policy_versions, np.frombuffer(o.token_ids, np.int32)) for o in outputs]
+    made = [np.broadcast_to(np.frombuffer(by, np.int32), tokens.shape) for by, tokens in pairs]
+    return np.concatenate(made).tolist()
 
 
 @pytest.mark.slow

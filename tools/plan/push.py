@@ -216,7 +216,7 @@ def push_section(job: Job) -> Section:
     if form != "FP8":
         section["in FP8"] = in_bytes(
             _rank_bytes(json.dumps(job.hf), engines, "FP8", 1, drafts(job))[0],
-            "into an engine GPU with projections quantised on the way, 1 B + 4 B / 128 x 128",
+            "into an engine GPU with projections quantized on the way, 1 B + 4 B / 128 x 128",
         )
     section["receive buffer"] = in_bytes(receive_buffer_bytes(job), _receive_buffer_formula(job))
     if sends_differences(job):

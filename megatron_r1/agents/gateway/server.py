@@ -29,7 +29,7 @@ from megatron_r1.engine.errors import EngineError
 
 MAX_BODY_BYTES = 64 * 2**20
 BYTES_PER_TOKEN = 32
-"""Of a request's JSON: far above that of any text. To tokenise a longer one would hold up all other
+"""Of a request's JSON: far above that of any text. To tokenize a longer one would hold up all other
 sessions, for seconds a megabyte."""
 MAX_OTHER_BYTES = 2**18
 """Of what a body has beside the conversation."""

@@ -108,7 +108,7 @@ def _refuse_cut(item: HFTensor, region: Region, setting: str) -> None:
 def _trainer_regions(
     hf: dict, tensor: int, expert_tensor: int
 ) -> Iterator[tuple[HFTensor, Region]]:
-    """Yield every region of a quantised tensor that a trainer rank holds, of one expert only."""
+    """Yield every region of a quantized tensor that a trainer rank holds, of one expert only."""
     rules = table(hf)
     for item in checkpoint_tensors(rules, {"layers"}, range(len(rules.layers)), (0,)):
         if not is_quantized(item.name) or item.rule.split is whole:

@@ -1,6 +1,6 @@
 """FP8 pushes: the tensors of such an engine, and the regions that are whole blocks of them.
 
-A block of 128 x 128 has one scale, so a rank that holds all of it quantises it and sends it whole
+A block of 128 x 128 has one scale, so a rank that holds all of it quantizes it and sends it whole
 to an engine rank."""
 
 from megatron_r1.weight_sync.plan.tensors import Region

@@ -59,7 +59,7 @@ class ReceiverLayout:
         if slot.dtype != STORED or (rank, scales) not in self._slots:
             raise ValueError(
                 f"engine rank {rank} needs {name} as {slot.dtype} without {scales}: weights can be "
-                f"quantised during a push to FP8 in blocks of {BLOCK} x {BLOCK} only"
+                f"quantized during a push to FP8 in blocks of {BLOCK} x {BLOCK} only"
             )
         at = first_cut(region, transfer.shape)
         if at is not None:

@@ -1,4 +1,4 @@
-"""The errors of a push that an engine's server has to recognise.
+"""The errors of a push that an engine's server has to recognize.
 
 Apart from `buffer`, whose checksums import llvmlite. Where the server imports that before it forks
 its engine core, vLLM 0.32 does not start: triton_utils/dispatcher.py:143 looks into `__dict__` of
@@ -8,7 +8,7 @@ every module's attributes, and that of llvmlite's library is no dictionary."""
 class PushError(ValueError):
     """An error of a push. vLLM passes errors between its processes as text (v1/engine/core.py:1751
     and, from the ranks, v1/executor/multiproc_executor.py:1004), so the text has `CODE`, by which
-    `vllm_plugin.swap_endpoint` recognises it."""
+    `vllm_plugin.swap_endpoint` recognizes it."""
 
     CODE: str
 

@@ -1,4 +1,4 @@
-"""Slices of a trainer rank's parameters, as they are, or merged with an adapter or quantised to FP8
+"""Slices of a trainer rank's parameters, as they are, or merged with an adapter or quantized to FP8
 blocks during a push."""
 
 from collections.abc import Iterable

@@ -128,7 +128,7 @@ def test_bodies_have_a_size(monkeypatch):
     run(test)
 
 
-def test_a_body_that_no_engine_could_take_is_not_tokenised(monkeypatch):
+def test_a_body_that_no_engine_could_take_is_not_tokenized(monkeypatch):
     async def test(served, session, fleet):
         body = {"messages": [{"role": "user", "content": "x" * 3000}]}
         status, reply = await post(served, session, CHAT, body)

@@ -78,7 +78,7 @@ BESIDE: dict[str, list[Pair]] = {
         *labelled("204", 1, "quotes", '"204"', "'204'", "“204”"),
         *labelled("204", 1, "Chinese", r"\text{答案：}204", "所以答案为204。"),
         *labelled("204", 1, "layout", r"\mathbf{m+n}=\mathbf{204}", r"204 \mathrm{~cm}^2"),
-        *labelled("204", 1, "a colour", r"{\color{#FF0000}204}", r"\color[HTML]{FF0000}{204}"),
+        *labelled("204", 1, "a color", r"{\color{#FF0000}204}", r"\color[HTML]{FF0000}{204}"),
         *labelled("yes", 1, "quotes", '"Yes"'),
         *labelled("yes", 0, "quotes", '"no"', "'yes' or 'no'"),
     ],
