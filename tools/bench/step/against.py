@@ -16,8 +16,8 @@ from tools.bench.step.work import Work, write_questions
 def run(
     chosen: argparse.Namespace, runs: dict[str, tuple[Work, dict[str, dict]]]
 ) -> dict[str, Any]:
-    """Return, for each of `runs` (name: work and settings), medians of both checkouts, the ratio of
-    their tokens per second, and every step."""
+    """Return, for each of `runs` (name: work and settings), medians of both checkouts, ratios of
+    their tokens per second and of their processor time a token, and every step."""
     steps: dict[str, dict[str, Steps]] = {name: {"this": [], "other": []} for name in runs}
     conditions = []
     with tempfile.TemporaryDirectory() as folder:
@@ -29,16 +29,29 @@ def run(
                     conditions.append((os.getloadavg()[0], machine.cores_worth()))
                     place = Path(folder) / f"{turn} {name} {side}"
                     lines = ours.run(work, model, questions, place, chosen.steps, more, root)
-                    steps[name][side] += lines
+                    steps[name][side] += map(_timings, lines)
                     seconds = ", ".join(f"{line['seconds']:.2f}" for line in lines)
                     print(f"{name}, {side}: {seconds} s a step", flush=True)
     comparisons = {name: _compared(**sides) for name, sides in steps.items()}
     for name, comparison in comparisons.items():
-        print(f"{name}: this has {comparison['ratio']:.3f} x the tokens/s of the other")
+        print(
+            f"{name}: this has {comparison['ratio']:.3f} x the tokens/s of the other, and takes "
+            f"{comparison['core_ratio']:.3f} x its processor time a token"
+        )
     return {"conditions": conditions, "comparisons": comparisons, "steps": steps}
 
 
+def _timings(line: dict[str, Any]) -> dict[str, Any]:
+    kept = ("seconds", "core_seconds", "response_tokens")
+    return {key: value for key, value in line.items() if key in kept or key.startswith("time/")}
+
+
 def _compared(this: Steps, other: Steps) -> dict[str, Any]:
+    """Return medians and ratios. core_ratio: of sums, which other work on the cores moves least."""
     both = medians(this), medians(other)
+    core = [
+        sum(step["core_seconds"] for step in steps) / sum(step["response_tokens"] for step in steps)
+        for steps in (this, other)
+    ]
     ratio = both[0]["tokens_per_second"] / both[1]["tokens_per_second"]
-    return {"this": both[0], "other": both[1], "ratio": ratio}
+    return {"this": both[0], "other": both[1], "ratio": ratio, "core_ratio": core[0] / core[1]}
