@@ -131,11 +131,11 @@ def tool_schema(name: str, bound: Callable[..., Any]) -> dict[str, Any]:
     function = schema["function"]
     function.pop("return", None)
     function["name"] = name
-    known = {parameter.name for parameter in _named_parameters(bound)}
-    for rest in function["parameters"]["properties"].keys() - known:  # a documented *args
-        del function["parameters"]["properties"][rest]
-        function["parameters"]["required"].remove(rest)
-    _complete(function["parameters"], _types(bound))
+    parameters, known = function["parameters"], {p.name for p in _named_parameters(bound)}
+    for rest in parameters["properties"].keys() - known:  # a documented *args
+        del parameters["properties"][rest]
+    parameters["required"] = [name for name in parameters.get("required", ()) if name in known]
+    _complete(parameters, _types(bound))
     return schema
 
 

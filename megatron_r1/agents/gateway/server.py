@@ -164,9 +164,10 @@ class Gateway:
                 refused = Refused(message, status=413, kind="request_too_large")
             except RecursionError:
                 refused = Refused("the request is nested too deep")
-            except ConnectionError:
-                return web.Response(status=499)  # the client is gone, and reads no reply
             except Exception as error:  # noqa: BLE001 - our fault, or that of the parsers' start
+                transport = request.transport
+                if isinstance(error, ConnectionError) and (not transport or transport.is_closing()):
+                    return web.Response(status=499)  # the client is gone, and reads no reply
                 refused = Refused("the gateway failed", status=500, kind="api_error")
                 if session is not None:
                     session.end("protocol_error", f"{type(error).__name__}: {error}")

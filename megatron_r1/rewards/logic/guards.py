@@ -14,6 +14,7 @@ ONE_NUMBER = re.compile(r"\s*\$?(-?\d[\d,]*(?:\.\d+)?)\s*%?[\s.]*")
 NUMBER = r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?"
 STATEMENT = r"\w+ is an? \w+"
 COMPLEX = re.compile(r"[\d.eE+\-*ij()\s\u2212]*")
+MOVES_PER_NEEDED = 10
 RELATIVE_ERROR = Fraction(1, 1000)
 
 
@@ -96,6 +97,16 @@ def _flat_actions(answer: str, entry: dict[str, Any]) -> str:
     return "it is not a list of steps, each {agent: action}"
 
 
+def _few_moves(answer: str, entry: dict[str, Any]) -> str:
+    """Refuse random walks, which end at the exit now and then: the scorer sets no limit, and passes
+    over moves that are not possible."""
+    most = MOVES_PER_NEEDED * entry["metadata"]["min_moves"]
+    is_plain = re.fullmatch(r"(?:[A-Z][+-]\d+[\s,]*)+", answer.strip())
+    if is_plain and len(re.findall(r"[+-]", answer)) <= most:
+        return ""
+    return f"it is not up to {most} moves, each as F+1"
+
+
 GUARDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "advanced_geometry": _made_of(
         rf"{NUMBER}\s*°?|\(?\s*{NUMBER}\s*,\s*{NUMBER}\s*\)?", "one value"
@@ -115,6 +126,7 @@ GUARDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "polynomial_equations": _made_of(rf"{NUMBER}(?:\s*,\s*{NUMBER})*|", "numbers between commas"),
     "puzzle24": _numbers_given,
     "quantum_lock": _made_of(r"[A-Ca-c\s,→>-]*", "buttons between arrows"),
+    "rush_hour": _few_moves,
     "sokoban": _made_of(r"[UDLRudlr\s]*", "moves"),
     "survo": _made_of(r"[\d\s-]*", "rows of numbers"),
     "spell_backward": _as_long,

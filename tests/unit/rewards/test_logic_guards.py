@@ -1,6 +1,7 @@
 """No task of reasoning-gym pays a constant answer, or its own answer with a change that matters."""
 
 import functools
+import random
 import re
 
 import pytest
@@ -111,6 +112,19 @@ def test_words_around_the_answer_are_refused(task):
 def test_what_a_scorer_would_pass_over_is_refused(task, answer):
     for entry in entries(task):
         assert reward(task, entry, answer.replace("{}", str(entry["answer"]))) == 0
+
+
+def test_random_walks_do_not_find_the_exit():
+    draw = random.Random(1)
+    walk = [f"{draw.choice('ABCDEFGHIJK')}{draw.choice('+-')}1" for _ in range(4000)]
+    for entry in entries("rush_hour", 12):
+        assert reward("rush_hour", entry, " ".join(walk)) == 0
+    board = {"board_config": "FCCDDDFooooIGoxAAIGoHoooooHEEEoooooo", "min_moves": 6}
+    solvable = {"answer": None, "metadata": board}
+    solution = "F+1 E+1 B-1 C-1 H-1 A+1"
+    assert reward("rush_hour", solvable, solution) == 1
+    assert reward("rush_hour", solvable, f"It is not {solution}") == 0
+    assert reward("rush_hour", solvable, " ".join([*["A-1"] * 60, solution])) == 0
 
 
 def test_a_scorer_that_raises_on_an_answer_gives_nothing_and_on_an_entry_raises():
