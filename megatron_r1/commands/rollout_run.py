@@ -27,8 +27,8 @@ from megatron_r1.weights.stored import fp8
 async def open_rollouts(
     config: Config, recorder: Recorder, text: PromptText, hosts: HostPool | None
 ) -> AsyncIterator[tuple[RolloutCollector, SampleLog]]:
-    """Yield the collector, whose engines are still to be started, and the log of
-    finished groups; close both and all that the collector uses at the end of the block.
+    """Yield the collector, whose engines are still to be started, and the log of finished groups;
+    close both, and all that the collector uses, at the end of the block.
 
     hosts: where engines run that are not on this host."""
     rewards, notify = config.rewards, recorder.view.message
