@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import os
 import sys
+import sysconfig
 import threading
+import traceback
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -17,6 +19,8 @@ from megatron_r1.errors import UserError, did_you_mean
 # Stages beside each other are threads. Two at a time, `ast.parse` of Python 3.11 can end in "AST
 # constructor recursion depth mismatch", and `find_spec` in the KeyError of an invalidated cache.
 _READING = threading.Lock()
+_LIBRARIES = (str(Path(__file__).parent), *sysconfig.get_paths().values(), "<")
+"""The beginnings of the names of files that are not the user's."""
 
 
 def find_function(path: str) -> Callable[..., Any]:
@@ -45,6 +49,20 @@ def find(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
         known = [key for key, other in vars(module).items() if key[:1] != "_" and is_one(other)]
         raise UserError(f"{module.__file__} has no {kind} {name}{did_you_mean(name, known)}")
     return value
+
+
+def place_of(error: BaseException) -> str:
+    """Return ` (my_env.py:60)`, the innermost line of the user's own files that an error comes
+    from; "" where it comes from none."""
+    places = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or "<string>", error.lineno or 1))
+    for name, line in reversed(places):
+        if not name.startswith(_LIBRARIES):
+            path = Path(name)
+            here = Path.cwd()
+            return f" ({path.relative_to(here) if path.is_relative_to(here) else path}:{line})"
+    return ""
 
 
 def source_of(function: str) -> str:

@@ -101,6 +101,14 @@ class Continuation:
             return False
         return True
 
+    def shows(self, tools: Sequence[Message]) -> bool:
+        """Return whether the template writes the tools into a prompt."""
+        question: list[Message] = [{"role": "user", "content": "u"}]
+        try:
+            return self._text(question, tools) != self._text(question)
+        except Unrenderable:
+            return False
+
     def probe(self, tools: Sequence[Message]) -> dict[str, str]:
         """Return for each kind of message that may follow an answer whether the template continues
         it `exact`, in a `new branch`, or `refuses` it."""

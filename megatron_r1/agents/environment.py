@@ -25,12 +25,14 @@ has it, is a method that gets the text of the last answer before `get_reward`; `
 when the episode is over. Methods may be coroutines. docs/agents.md has the details."""
 
 import contextlib
+import difflib
 import functools
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -54,10 +56,24 @@ RESERVED = ("reset", "get_reward", "final_answer", "close")
 @dataclass(frozen=True)
 class Description:
     """The tools of an environment's class, as schemas in OpenAI's form, and whether it grades: has
-    `get_reward`."""
+    `get_reward`.
+
+    parameters: the arguments of the class, and whether each is required; None where it takes any.
+    misspelt: tools with nearly the name of a reserved method that the class lacks, and that name.
+    """
 
     tools: list[dict[str, Any]]
     grades: bool
+    parameters: dict[str, bool] | None = None
+    misspelt: dict[str, str] = field(default_factory=dict)
+
+    def list_tools(self) -> str:
+        """Return the tools with the names of their arguments: `get(key, default), size()`."""
+        return ", ".join(
+            f"{tool['name']}({', '.join(tool['parameters']['properties'])})"
+            + (f" (did you mean {near}?)" if (near := self.misspelt.get(tool["name"])) else "")
+            for tool in (tool["function"] for tool in self.tools)
+        )
 
 
 def target_of(name: str) -> str:
@@ -65,10 +81,13 @@ def target_of(name: str) -> str:
     if name in SHIPPED:
         return SHIPPED[name]
     module, _, attribute = name.partition(":")
-    if module and attribute.isidentifier():
+    if module and attribute.isidentifier() and not module.endswith(".py"):
         return name
+    near = did_you_mean(name, SHIPPED)
+    if own := re.fullmatch(r"(\w[\w.]*?)(?:\.py)?[.:](\w+)", name):
+        near = f"; did you mean {own[1]}:{own[2]}?"
     raise UserError(
-        f"agents.environment: unknown environment {name!r}{did_you_mean(name, SHIPPED)} (known: "
+        f"agents.environment: unknown environment {name!r}{near} (known: "
         f"{', '.join(SHIPPED)}; your own is written 'module:Class')"
     )
 
@@ -98,7 +117,42 @@ def describe(environment: type) -> Description:
             f"agents.environment: {name} has no public method besides {', '.join(RESERVED)}, so "
             "the model would have no tool; add one, or leave agents out"
         )
-    return Description(tools, "get_reward" in public)
+    lacking = [method for method in RESERVED if method not in public]
+    near = {
+        method: difflib.get_close_matches(method, lacking, n=1, cutoff=0.85)
+        for method in public.keys() - set(RESERVED)
+    }
+    misspelt = {method: names[0] for method, names in near.items() if names}
+    return Description(tools, "get_reward" in public, _parameters(environment), misspelt)
+
+
+def check_parameters(name: str, description: Description, values: Mapping[str, Any]) -> None:
+    """Raise UserError where `agents.parameters` are not the arguments of the class. name: of
+    `agents.environment`."""
+    known, title = description.parameters, name.rpartition(":")[2]
+    if known is None:
+        return
+    for key in values:
+        if key not in known:
+            raise UserError(
+                f"agents.parameters: {title} takes {', '.join(known) or 'no arguments'}, not "
+                f"{key!r}{did_you_mean(key, known)}"
+            )
+    if missing := [key for key, is_required in known.items() if is_required and key not in values]:
+        raise UserError(
+            f"agents.parameters: {title} needs {', '.join(missing)}; set agents.parameters: "
+            f"{{{missing[0]}: …}}"
+        )
+
+
+def _parameters(environment: type) -> dict[str, bool] | None:
+    try:
+        parameters = inspect.signature(environment).parameters.values()
+    except ValueError:  # a class of a built-in type
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name: p.default is p.empty for p in parameters if p.kind is not p.VAR_POSITIONAL}
 
 
 def _public_methods(environment: type) -> dict[str, Callable[..., Any]]:
@@ -108,10 +162,22 @@ def _public_methods(environment: type) -> dict[str, Callable[..., Any]]:
         static = inspect.getattr_static(environment, name, None)
         if name.startswith("_") or isinstance(static, functools.cached_property):
             continue
+        if isinstance(static, types.FunctionType):
+            _require_self(f"{environment.__name__}.{name}", static)
         is_bound = isinstance(static, staticmethod | classmethod | types.MethodDescriptorType)
         bound = value if is_bound or not hasattr(value, "__get__") else value.__get__(object())
         methods[name] = bound
     return methods
+
+
+def _require_self(name: str, method: Callable[..., Any]) -> None:
+    names = [str(p).partition(":")[0] for p in inspect.signature(method).parameters.values()]
+    if not names or (names[0] != "self" and not names[0].startswith("*")):
+        given, own = ", ".join(names), name.rpartition(".")[2]
+        raise UserError(
+            f"agents.environment: {name}({given}) has no self; write "
+            f"{own}({', '.join(['self', *names])}), or put @staticmethod above it"
+        )
 
 
 def tool_schema(name: str, bound: Callable[..., Any]) -> dict[str, Any]:
@@ -237,3 +303,9 @@ def row_arguments(reset: Callable[..., Any], row: Mapping[str, Any]) -> dict[str
         return dict(row)
     names = {parameter.name for parameter in parameters}
     return {name: value for name, value in row.items() if name in names}
+
+
+def missing_arguments(reset: Callable[..., Any], values: Mapping[str, Any]) -> list[str]:
+    """Return the arguments that `reset` needs and `values` lack."""
+    parameters = _named_parameters(reset)
+    return [p.name for p in parameters if p.default is p.empty and p.name not in values]

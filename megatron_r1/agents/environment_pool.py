@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import math
 import os
 import signal
 import subprocess
@@ -32,7 +31,14 @@ LATE_SECONDS = 10.0
 
 
 class EnvironmentFault(Exception):
-    """The environment failed: its `reset` or `get_reward` raised, or its process is gone."""
+    """The environment failed: its `reset` or `get_reward` raised, or its process is gone.
+
+    what: the fault. fix: what the user should write instead. is_of_method: whether `what` begins
+    with the name of one of the environment's methods."""
+
+    def __init__(self, what: str, fix: str = "", is_of_method: bool = False) -> None:
+        super().__init__(f"{what}; {fix}" if fix else what)
+        self.what, self.fix, self.is_of_method = what, fix, is_of_method
 
 
 class CallTimedOut(EnvironmentFault):
@@ -75,8 +81,8 @@ def describe(name: str) -> Description:
             f"agents.environment: importing {target} ends the process: {last_line(done.stderr)}"
         ) from None
     if error := answer.get("error"):
-        raise UserError(error.removeprefix("UserError: "))
-    return Description(answer["tools"], answer["grades"])
+        raise UserError(error)
+    return Description(**answer)
 
 
 class Environments:
@@ -193,12 +199,9 @@ class EnvironmentProcess:
         return await self._checked("reset", row)
 
     async def reward(self, answer: str) -> float:
-        """Return the episode's reward. answer: the text of its last answer. Raises
-        EnvironmentFault, also where it is not finite."""
-        reward = await self._checked("get_reward", answer, method="reward")
-        if not math.isfinite(reward):
-            raise EnvironmentFault(f"get_reward returned {reward}")
-        return reward
+        """Return the episode's reward, a finite number. answer: the text of its last answer. Raises
+        EnvironmentFault."""
+        return await self._checked("reward", answer)
 
     async def finish(self) -> bool:
         """Close the episode's environment; return whether another episode may follow. An error of
@@ -214,15 +217,15 @@ class EnvironmentProcess:
         limit = min(seconds, self._seconds)
         reply = await self._send("call", [name, arguments], limit)
         if reply.get("is_fault"):
-            raise EnvironmentFault(f"{name}: {reply['error']}")
+            raise _fault(reply)
         is_error = "error" in reply
         text = f"error: {reply['error']}" if is_error else reply["value"]
         return CallResult(text, is_error, reply["done"], reply["seconds"])
 
-    async def _checked(self, name: str, argument: object, method: str = "") -> Any:
-        reply = await self._send(method or name, [argument], self._seconds)
+    async def _checked(self, method: str, argument: object) -> Any:
+        reply = await self._send(method, [argument], self._seconds)
         if "error" in reply:
-            raise EnvironmentFault(f"{name}: {reply['error']}")
+            raise _fault(reply)
         return reply["value"]
 
     async def _send(self, method: str, arguments: Sequence[object], seconds: float) -> dict:
@@ -241,3 +244,7 @@ class EnvironmentProcess:
             if asyncio.get_running_loop().time() - began >= seconds:
                 raise CallTimedOut(f"{what}, after its {seconds:g} s") from None
             raise EnvironmentFault(what) from None
+
+
+def _fault(reply: Mapping[str, Any]) -> EnvironmentFault:
+    return EnvironmentFault(reply["fault"], reply.get("fix", ""), is_of_method=True)

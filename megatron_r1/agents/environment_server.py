@@ -12,12 +12,15 @@ import contextlib
 import faulthandler
 import inspect
 import json
+import math
 import os
+import reprlib
 import signal
 import socket
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from pydantic_core import to_jsonable_python
@@ -27,11 +30,13 @@ from megatron_r1.agents.environment import (
     converted,
     describe,
     find_environment,
+    missing_arguments,
     row_arguments,
 )
-from megatron_r1.errors import RunError
+from megatron_r1.errors import RunError, UserError
 from megatron_r1.processes.frames import LENGTH
 from megatron_r1.processes.lifetime import die_with_parent, end_without_parent
+from megatron_r1.user_code import place_of
 
 GRACE_SECONDS = 1.0
 """The time between the interruption of a call whose limit is over and the end of its process; C
@@ -44,6 +49,14 @@ MAX_TEXT = 2**20
 
 class CallTimeout(BaseException):
     """Raised in a method whose time is over; no `except Exception` catches it."""
+
+
+class WrongUse(Exception):
+    """A method's signature or result is not what an environment's must be; fix: what to write."""
+
+    def __init__(self, fault: str, fix: str) -> None:
+        super().__init__(fault)
+        self.fix = fix
 
 
 def frame(message: Mapping[str, Any]) -> bytes:
@@ -101,6 +114,8 @@ class _Episode:
         self._stream = connection.makefile("rwb")
         self._loop = asyncio.new_event_loop()
         self._environment: Any = None
+        self._running = ""
+        """The method that is running, for errors."""
         signal.signal(signal.SIGALRM, _interrupt)
 
     def serve(self) -> None:
@@ -127,8 +142,13 @@ class _Episode:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except CallTimeout:
             answer |= {"error": f"no result within {seconds:g} s", "timeout": True}
+            answer["fault"] = f"{self._running}: {answer['error']} (agents.call_seconds)"
+        except WrongUse as error:
+            answer["error"] = str(error)
+            answer |= {"fault": f"{self._running}() {error}", "fix": error.fix}
         except BaseException as error:  # noqa: BLE001 - a user's code may raise anything
             answer["error"] = _worded(error)[:MAX_TEXT]
+            answer["fault"] = f"{self._running}: {answer['error']}{place_of(error)}"
             answer["is_fault"] = isinstance(error, RunError)
         if "error" in answer:
             with contextlib.suppress(Exception):  # the error may be that of `done`
@@ -143,20 +163,35 @@ class _Episode:
     def reset(self, row: dict[str, Any]) -> str | None:
         """Make the episode's environment, and return the question's text, if `reset` gives one."""
         self.close()
+        self._running = "__init__"
         self._environment = self._class(**self._options)
-        reset = self._environment.reset
-        positional, named = call_arguments(reset, row_arguments(reset, row))
+        self._running, reset = "reset", self._environment.reset
+        arguments = row_arguments(reset, row)
+        if missing := missing_arguments(reset, arguments):
+            columns = [name for name in row if name != "truth" or row[name] is not None]
+            raise WrongUse(
+                f"needs {', '.join(missing)}",
+                f"the row has {', '.join(columns)}; add the column, or give {missing[0]} a default",
+            )
+        positional, named = call_arguments(reset, arguments)
         question = self._result(reset(*positional, **named))
-        return None if question is None else _text(question)
+        if not isinstance(question, str | None):
+            raise WrongUse(
+                f"returned {reprlib.repr(question)}",
+                "return the question's text, or None for the row's",
+            )
+        return None if question is None else question[:MAX_TEXT]
 
     def close(self) -> None:
         """Call the environment's `close`, if it has one."""
+        self._running = "close"
         environment, self._environment = self._environment, None
         if hasattr(environment, "close"):
             self._result(environment.close())
 
     def call(self, name: str, arguments: Any) -> str:
         """Return a tool's result as text. Raises what the tool raises."""
+        self._running = name
         if not isinstance(arguments, dict):
             raise TypeError(f"the arguments of {name} must be a JSON object")
         method = getattr(self._environment, name)
@@ -166,8 +201,20 @@ class _Episode:
     def reward(self, answer: str) -> float:
         """Return the episode's reward. answer: the text of its last answer."""
         if hasattr(self._environment, "final_answer"):
+            self._running = "final_answer"
             self._result(self._environment.final_answer(answer))
-        return float(self._result(self._environment.get_reward()))
+        self._running = "get_reward"
+        reward = self._result(self._environment.get_reward())
+        fault = f"returned {reprlib.repr(reward)}"
+        try:
+            number = None if isinstance(reward, str | bytes) else float(reward)
+        except (TypeError, ValueError, OverflowError):
+            number = None
+        if number is None:
+            raise WrongUse(fault, "return a number")
+        if not math.isfinite(number):
+            raise WrongUse(fault, "return a finite number")
+        return number
 
     def _result(self, value: Any) -> Any:
         return self._loop.run_until_complete(value) if inspect.isawaitable(value) else value
@@ -206,10 +253,14 @@ def _interrupt(*_: object) -> None:
 
 def _print_description(target: str) -> None:
     try:
-        description = describe(find_environment(target))
-        answer: dict[str, Any] = {"tools": description.tools, "grades": description.grades}
+        answer: dict[str, Any] = asdict(describe(find_environment(target)))
+    except UserError as error:
+        key = "agents.environment: "
+        answer = {"error": key + str(error).removeprefix(key)}
     except BaseException as error:  # noqa: BLE001 - a user's module may raise anything
-        answer = {"error": f"{type(error).__name__}: {error}"}
+        text = error.msg if isinstance(error, SyntaxError) else str(error)
+        fault = f"{type(error).__name__}: {text}{place_of(error)}"
+        answer = {"error": f"agents.environment: {target}: {fault}"}
     print(f"\n{json.dumps(answer)}")
 
 

@@ -101,9 +101,11 @@ class EpisodePlayer:
                     if self.environments.description.grades:
                         await environment.reward("")
             except EnvironmentFault as fault:
+                name = f"{self.settings.environment}{'.' if fault.is_of_method else ': '}"
+                row = f"{prompt.location or prompt.id} ({shorten(prompt.question)})"
+                fix = f"; {fault.fix}" if fault.fix else ""
                 raise UserError(
-                    f"agents.environment: {self.settings.environment} fails on question "
-                    f"{prompt.id} ({shorten(prompt.question)}): {fault}"
+                    f"agents.environment: {name}{fault.what} for the row {row}{fix}"
                 ) from None
 
     async def close(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_r1.agents.environment_pool import describe
 from megatron_r1.agents.verifiers.harness import list_tasks
 from megatron_r1.config import AgentsConfig
-from megatron_r1.data.prompts import PromptSplit, load_prompts
+from megatron_r1.data.prompts import MissingTruth, PromptSplit, load_prompts
 from megatron_r1.errors import UserError
 from megatron_r1.rewards import ENVIRONMENT
 
@@ -16,8 +16,20 @@ from megatron_r1.rewards import ENVIRONMENT
 def load_rows(environment: str, **arguments: Any) -> PromptSplit:
     """Return `data.prompts.load_prompts` for `agents.environment`, or for none: where the
     environment grades, rows need no truth. Raises UserError."""
-    if not environment or not describe(environment).grades:
+    if not environment:
         return load_prompts(**arguments)
+    description = describe(environment)
+    if not description.grades:
+        try:
+            return load_prompts(**arguments)
+        except MissingTruth as error:
+            tools = {method: tool for tool, method in description.misspelt.items()}
+            tool = tools.get("get_reward")
+            near = f" ({tool} is a tool; did you mean get_reward?)" if tool else ""
+            raise UserError(
+                f"agents.environment: {environment.rpartition(':')[2]} has no get_reward{near}, so "
+                f"kind {error.kind} grades the answer and needs 'truth': {error}"
+            ) from None
     # The rows of a task have what its scorer needs; as questions of an environment they would not.
     kind = None if arguments.get("task") else ENVIRONMENT
     split = load_prompts(**arguments | {"kind": kind})

@@ -3,9 +3,11 @@
 import asyncio
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_r1.agents.episode import Episode
 from megatron_r1.commands import torchrun
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt, PromptSplit
@@ -25,8 +27,9 @@ from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.advice import advice
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.environments import player_of
+from megatron_r1.rl.grading import check_grades
 from megatron_r1.rl.metrics import rollout_metrics
-from megatron_r1.rl.rollout import Group, Rollout, Sampling
+from megatron_r1.rl.rollout import Group, Rollout, Sampling, responses_of
 from megatron_r1.training.cpu_memory import cpu_memory
 from megatron_r1.weights import num_parameters
 
@@ -40,12 +43,14 @@ TRAINER_BYTES = 16
 def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
     """Sample and grade the first questions of the first rollout, at most `MAX_RESPONSES` responses
     on an engine of this host, and print responses, figures and advice. Writes nothing.
-    Raises UserError where the recipe's engines are on other hosts."""
+    Raises UserError where the recipe's engines are on other hosts, and where the run would not fit
+    into memory."""
     if config.rollout.placement != "local":
         raise UserError(
             f"--dry-run: rollout.placement: {config.rollout.placement} has its engines on other "
             "hosts; give --rollout.placement local --rollout.engines 1 for it, on a host with room"
         )
+    memory = _memory(config)
     first = config.at(1)
     group_size = min(first.rl.group_size, MAX_RESPONSES)
     num_groups = min(first.rl.questions_per_rollout, MAX_RESPONSES // group_size)
@@ -55,7 +60,8 @@ def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
         rollout, seconds = asyncio.run(_sample(first, text, questions, group_size, Path(logs)))
     for group, index in _shown(rollout.groups):
         print(_sample_text(group, index))
-    print(_summary(config, first, rollout, seconds))
+    check_grades(rollout.groups, config.rewards.max_ungraded)
+    print(_summary(config, first, rollout, seconds, memory))
 
 
 async def _sample(
@@ -89,7 +95,6 @@ async def _sample(
         start = time.perf_counter()
         collected = await collector.collect(questions, sampling)
         seconds = time.perf_counter() - start
-        collector.check_grades(collected.groups)
         return collected, seconds
     finally:
         await asyncio.gather(fleet.close(), pool.close(), collector.close())
@@ -102,13 +107,15 @@ def _shown(groups: Sequence[Group]) -> list[tuple[Group, int]]:
 
 
 def _sample_text(group: Group, index: int) -> str:
-    graded = group.responses[index]
+    graded, question = group.responses[index], group.prompt.question
     response = wording.shorten(graded.text.strip(), MAX_SHOWN_CHARS)
+    if graded.episode is not None:
+        question, response = _conversation(graded.episode)
     terms = ", ".join(f"{term} {reward:.3g}" for term, reward in graded.rewards.items())
     tokens = counted(len(graded.response.token_ids), "token")
     return "\n".join(
         [
-            f"--- {printable(shorten(group.prompt.question, 200))}",
+            f"--- {printable(shorten(question, 200))}",
             printable(response, keep_newlines=True),
             f"    {tokens}{', cut off' if graded.truncated else ''}; {terms}; "
             f"{printable(graded.reason)}",
@@ -116,38 +123,67 @@ def _sample_text(group: Group, index: int) -> str:
     )
 
 
-def _summary(config: Config, first: Config, rollout: Rollout, seconds: float) -> str:
+def _conversation(episode: Episode) -> tuple[str, str]:
+    """Return the text that an episode began with, and its further turns: answers, and after an
+    arrow what its calls returned."""
+    turns = episode.turns
+    begin = next((at for at, turn in enumerate(turns) if turn.trained), len(turns))
+    questions = [turn.text for turn in turns[:begin] if turn.role == "user"]
+    lines = []
+    for turn in turns[begin:]:
+        arrow = {"assistant": "", "tool": "-> "}.get(turn.role, f"{turn.role}: ")
+        lines.append(arrow + wording.shorten(turn.text.strip(), MAX_SHOWN_CHARS))
+    counts = f"({counted(episode.num_tool_calls, 'call')}, {episode.num_tool_errors} failed)"
+    return " ".join(questions[-1:]), "\n".join([*lines, counts])
+
+
+def _episodes(rollout: Rollout) -> list[str]:
+    """Return a line with the ends of the episodes and their calls, if there are episodes."""
+    episodes = [r.episode for r in responses_of(rollout.groups) if r.episode is not None]
+    if not episodes:
+        return []
+    ends = Counter(episode.status for episode in episodes).most_common()
+    calls = sum(episode.num_tool_calls for episode in episodes)
+    errors = sum(episode.num_tool_errors for episode in episodes)
+    counts = ", ".join(f"{count} {status}" for status, count in ends)
+    return [f"episodes: {counts}; {counted(calls, 'call')}, {errors:,} failed"]
+
+
+def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, memory: str) -> str:
     """Return the batch in numbers, what the run will take at least, and what should be changed."""
     means = rollout_metrics(rollout, version=0)
     responses = sum(len(group.responses) for group in rollout.groups)
     rate = means["response_tokens"] / seconds
     full = first.rl.questions_per_rollout * first.rl.group_size
     sampling = full * means["response_length/mean"] / rate * config.run.steps
-    parameters = num_parameters(read_hf_config(config.model.path), with_mtp=False)
     lines = [
         "---",
         f"{counted(responses, 'response')} to {counted(len(rollout.groups), 'question')}: accuracy "
         f"{percent(means['accuracy'])}, reward {means['reward/mean']:.3g}, groups with different "
         f"rewards {percent(1 - means['groups/zero_variance'])}",
+        *_episodes(rollout),
         f"{means['response_length/mean']:,.0f} tokens on average, {percent(means['truncated'])} "
         f"cut off at {first.rollout.max_response_tokens:,}; {rate:,.0f} tokens/s",
         f"{counted(config.run.steps, 'step')} of {full:,} responses: {duration(sampling)} of "
         "sampling at this rate and length, less where more is sampled at once; updates come on "
         "top",
-        f"{parameters / 1e6:,.1f}M parameters; {_memory(config, parameters)}",
+        memory,
         *advice(rollout, first).values(),
         "nothing was trained or written",
     ]
     return "\n".join(lines)
 
 
-def _memory(config: Config, parameters: int) -> str:
-    """Return a sentence on the memory that the run takes."""
+def _memory(config: Config) -> str:
+    """Return a sentence on the memory that the run takes. Raises UserError for a run that does not
+    fit into this host's."""
+    parameters = num_parameters(read_hf_config(config.model.path), with_mtp=False)
+    size = f"{parameters / 1e6:,.1f}M parameters; "
     if gpu.is_usable():
         return (
-            f"{parameters * TRAINER_BYTES / 2**30:,.2f} GiB for weights, gradients and Adam's "
-            "moments in fp32, over all tensor, pipeline and expert ranks; activations come on top "
-            "(tools/plan)"
+            f"{size}{parameters * TRAINER_BYTES / 2**30:,.2f} GiB for weights, gradients and "
+            "Adam's moments in fp32, over all tensor, pipeline and expert ranks; activations come "
+            "on top (tools/plan)"
         )
     memory = cpu_memory(config, torchrun.num_ranks(config), samples=True)
-    return memory.describe(memory.microbatch(config.parallel.tokens_per_microbatch))
+    return size + memory.describe(memory.microbatch(config.parallel.tokens_per_microbatch))

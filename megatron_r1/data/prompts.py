@@ -30,13 +30,22 @@ COLUMNS = "data.columns"
 class Prompt:
     """A question. id: hash of its text, for an environment with its fields; the same in all runs.
     kind: the reward that grades its responses, by comparison with `truth`. fields: that reward's
-    other arguments, in JSON types."""
+    other arguments, in JSON types. location: of its row, "file:line", where it has one."""
 
     id: str
     question: str
     kind: str
     truth: Any
     fields: dict[str, Any] = field(default_factory=dict)
+    location: str = field(default="", compare=False, repr=False)
+
+
+class MissingTruth(UserError):
+    """A row has no truth. kind: the reward that would compare with it."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -173,7 +182,8 @@ def _from_file(
         question = require_text(location, without_roles(row), "question", COLUMNS)
         row_kind = row.get("kind") or kind or "math"
         if "truth" not in row and row_kind not in WITHOUT_TRUTH:
-            raise UserError(f"{location}: 'truth' {missing(row, 'truth', COLUMNS)}")
+            fault = f"{location}: 'truth' {missing(row, 'truth', COLUMNS)}"
+            raise MissingTruth(fault, row_kind)
         try:
             resolve(row_kind)
         except (ValueError, AttributeError, TypeError) as error:
@@ -182,7 +192,8 @@ def _from_file(
             _check_truth(location, row["truth"])
         fields = {n: v for n, v in row.items() if n not in ("question", *RESERVED_FIELDS)}
         prompt = make_prompt(question, row_kind, row.get("truth"), fields)
-        yield replace(prompt, id=_digest(_identity(question, fields, kind)).hex()[:16])
+        identity = _digest(_identity(question, fields, kind)).hex()[:16]
+        yield replace(prompt, id=identity, location=location)
 
 
 def without_roles(row: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_r1.agents.environment import check_parameters
+from megatron_r1.agents.environment_pool import describe
 from megatron_r1.agents.rows import load_rows
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.config.evaluation import BenchmarkConfig, EvalConfig
@@ -96,6 +98,7 @@ def _load_rows(entry: BenchmarkConfig, config: Config) -> PromptSet:
             f"benchmark {entry.title}: rows of an environment have no instruction or files"
         )
     parameters = entry.options or (own.parameters if name == own.environment else {})
+    check_parameters(name, describe(name), parameters)
     played = {"environment": name, "harness": "", "parameters": parameters}
     if entry.path is not None:
         columns = {"columns": data.columns, "kind": data.kind}

@@ -1,7 +1,10 @@
 """The environment or the agent of a run: its checks before the run starts, and its player."""
 
+import sys
+
 from megatron_r1.agents.agent_runs import harness_of
 from megatron_r1.agents.continuation import Continuation
+from megatron_r1.agents.environment import check_parameters
 from megatron_r1.agents.environment_pool import Environments, describe
 from megatron_r1.agents.harness import harness_player
 from megatron_r1.agents.player import EpisodePlayer, Player
@@ -38,20 +41,35 @@ def find_player(config: Config) -> tuple[str, str | list[str]] | None:
             "the tokenizer's own chat template: set data.template: chat"
         )
     if agents.environment:
-        describe(agents.environment)
+        description = describe(agents.environment)
+        check_parameters(agents.environment, description, agents.parameters)
     elif agents.harness:
         harness_of(agents)
     return key, player
 
 
 def check_environment(config: Config, text: PromptText) -> None:
-    """Check section `agents`, and print how the chat template continues a conversation. Raises
-    UserError."""
+    """Check section `agents`; print the environment's tools and how the chat template continues a
+    conversation. Raises UserError."""
     if find_player(config) is None:
         return
     agents = config.agents
-    tools = describe(agents.environment).tools if agents.environment else [ANY_TOOL]
-    verdicts = Continuation(text.tokenizer).probe(tools)
+    tools, template = [ANY_TOOL], Continuation(text.tokenizer)
+    if agents.environment:
+        description = describe(agents.environment)
+        tools = description.tools
+        print(f"tools: {description.list_tools()}")
+        if not template.shows(tools):
+            print(
+                f"the chat template of {config.model.path} shows no tools to the model; "
+                + (
+                    "agents.system must describe them"
+                    if agents.system
+                    else "show worked calls in agents.system, as examples/smollm2/python_tool.yaml"
+                ),
+                file=sys.stderr,
+            )
+    verdicts = template.probe(tools)
     for case, verdict in verdicts.items():
         print(f"chat template, {case}: {verdict}")
     if agents.environment and "refused" in verdicts.values():

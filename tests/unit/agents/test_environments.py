@@ -362,7 +362,7 @@ def test_an_error_without_words_and_a_reward_that_is_no_number():
         async with environments.open() as game:
             await game.reset({"question": "?"})
             assert (await game.call("fail", {}, 9)).text == "error: WordlessError"
-            with pytest.raises(EnvironmentFault, match="get_reward returned inf"):
+            with pytest.raises(EnvironmentFault, match="returned inf; return a finite number"):
                 await game.reward("")
 
     play(use, f"{MODULE}:Rude", at_close="no number")

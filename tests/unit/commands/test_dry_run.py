@@ -1,0 +1,58 @@
+"""What a dry run shows of episodes, and that memory is checked before anything is sampled."""
+
+import json
+from array import array
+
+import pytest
+
+from megatron_r1.agents.episode import Episode, Turn
+from megatron_r1.commands import dry_run
+from megatron_r1.config import Config
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.engine.responses import Response
+from megatron_r1.errors import UserError
+from megatron_r1.rl.rollout import GradedResponse, Group, Rollout
+from megatron_r1.training import cpu_memory
+
+
+def test_an_episode_is_shown_with_resets_text_calls_and_results():
+    turns = [
+        Turn("system", "Follow the keys.", 0, False),
+        Turn("user", "start: apple", 9, False),
+        Turn("assistant", '<tool_call>{"name": "get"}</tool_call>', 5, True),
+        Turn("tool", "error: no\x1b key", 4, False),
+        Turn("assistant", "508", 2, True),
+    ]
+    episode = Episode("done", turns, [], num_tool_calls=1, num_tool_errors=1)
+    response = Response(array("i", [1, 2]), array("f", [0.0, 0.0]), array("i", [0, 0]), "stop")
+    graded = GradedResponse(response, "508", {"accuracy": 0.2}, 0.2, "done", episode=episode)
+    group = Group(Prompt("p", "kv 3", "environment", None), [1], [graded])
+    assert dry_run._sample_text(group, 0).splitlines() == [
+        "--- start: apple",
+        '<tool_call>{"name": "get"}</tool_call>',
+        "-> error: no� key",
+        "508",
+        "(1 call, 1 failed)",
+        "    2 tokens; accuracy 0.2; done",
+    ]
+    rollout = Rollout([group, group], 1.0, 0.0)
+    assert dry_run._episodes(rollout) == ["episodes: 2 done; 2 calls, 2 failed"]
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_samples(tmp_path, monkeypatch):
+    shape = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "max_position_embeddings": 256,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    monkeypatch.setattr(dry_run.gpu, "is_usable", lambda: False)
+    monkeypatch.setattr(cpu_memory, "free_bytes", lambda: 1)
+    config = Config.model_validate({"model": {"path": str(tmp_path)}})
+    with pytest.raises(UserError, match="GiB of memory"):
+        dry_run.show_batch(config, None, None)
