@@ -225,7 +225,9 @@ def _run_command(verb: str, rest: list[str]) -> int:
     count = len(command.ARGUMENTS)
     values, options = rest[:count], rest[count:]
     if len(values) < count or any(value.startswith("--") for value in values):
-        raise UserError(f"usage: megatron-r1 {verb} {' '.join(command.ARGUMENTS)} [--key value …]")
+        given = next((at for at, value in enumerate(values) if value[:2] == "--"), len(values))
+        usage = f"usage: megatron-r1 {verb} {' '.join(command.ARGUMENTS)} [--key value …]"
+        raise UserError(f"{command.ARGUMENTS[given]} is missing; {usage}")
     own, names = {}, getattr(command, "OPTIONS", ())
     for name in names:
         if f"--{name}" in options:

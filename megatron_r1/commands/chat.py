@@ -9,15 +9,15 @@ import asyncio
 import contextlib
 import os
 import sys
-import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
+from megatron_r1.commands.trained_model import CONVERT, find_exported, recipe_of, template_of_model
 from megatron_r1.config import Config, verb_of
 from megatron_r1.engine import gpu
 from megatron_r1.engine.limits import positions
+from megatron_r1.engine.temporary_files import temporary_logs
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.engine_policy import EnginePolicy
 from megatron_r1.evaluation.response import Decoding, TextResponse
@@ -44,7 +44,7 @@ def run(config: Config, folder: str, question: str | None = None) -> None:
     if model.name == "hf" and checkpoints:
         export, newest = model / "config.json", checkpoints[-1]
         if export.stat().st_mtime < newest.stat().st_mtime:
-            _note(f"{newest} is newer: python tools/convert to-hf {newest} FOLDER exports it")
+            _note(f"{newest} is newer: {CONVERT} to-hf {newest} FOLDER exports it")
     questions = None if question is None else [question]
     if question is None and not sys.stdin.isatty():
         questions = [line.strip() for line in sys.stdin if line.strip()]
@@ -79,8 +79,8 @@ async def _answer(config: Config, model: Path, questions: list[str] | None) -> N
     """Answer the questions on one engine; questions None: those typed at the terminal."""
     rollout = config.rollout
     decoding = Decoding(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
-    with tempfile.TemporaryDirectory() as scratch:
-        policy = EnginePolicy(config, model, decoding, Path(scratch), None)
+    with temporary_logs() as scratch:
+        policy = EnginePolicy(config, model, decoding, scratch, None)
         try:
             _note("starting vLLM")
             with contextlib.redirect_stdout(sys.stderr):

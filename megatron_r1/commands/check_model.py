@@ -3,8 +3,9 @@
 Prints what the folder holds, the memory that training it takes, and the largest difference of
 Megatron's (`--parallel.key value` is its layout) and vLLM's log-probabilities from transformers',
 on a few texts and random tokens. Exit status 0: they agree, within 1e-4 in float32, within
-transformers' own rounding in bfloat16 (`--model.dtype bfloat16`); 1: they do not, or nothing could
-be compared; 2: the model or its files cannot be used, for the reason in the message."""
+transformers' own rounding in bfloat16 (`--model.dtype bfloat16`); 1: they do not, there is no
+tokenizer, or nothing could be compared; 2: the model or its files cannot be used, for the reason in
+the message."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ import psutil
 
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.errors import RunError, UserError
+from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.files import atomic_write
 from megatron_r1.model_check.comparison import NOT_RUN, by_megatron, by_vllm
 from megatron_r1.model_check.findings import Findings, Reference
@@ -34,7 +36,8 @@ IMPLIED = {"model.dtype": "float32"}
 OPTIONS = ("json",)
 
 TRAINING_BYTES = 28
-"""Memory of RL per parameter in float32: weights, gradients, optimizer, reference and engine."""
+"""Memory of RL per parameter in float32: weights, gradients, optimizer, reference and engine, but
+no activations, KV caches and processes (`training.cpu_memory` counts them)."""
 CHECK_BYTES = 20
 """Memory of this check per parameter at its peak: the trainer, with its optimizer."""
 
@@ -51,6 +54,11 @@ def run(config: Config, folder: str, json: str | None = None) -> None:
     _write(json, found)
     if not found.agree:
         raise RunError(f"{folder}: transformers, Megatron and vLLM do not agree (see above)")
+    if found.tokens is None:
+        raise RunError(
+            f"{folder}: the models agree, but the folder has no tokenizer, which training needs: "
+            "put its tokenizer.json and tokenizer_config.json there"
+        )
 
 
 def _write(path: str | None, found: Findings | dict) -> None:
@@ -63,6 +71,7 @@ def _check(config: Config, folder: str) -> Findings:
     """Return the findings. Raises UserError and RunError where nothing can be compared."""
     hf = read_hf_config(folder, key="HF_FOLDER")
     check_supported(hf)
+    require_weights(Path(folder), "HF_FOLDER")
     config = _config(config, folder)
     check_divisions(hf, config.parallel, transformer_engine=False)
     recipe_stages(config, hf)
@@ -154,7 +163,7 @@ def _text(found: Findings, parallel: ParallelConfig) -> str:
     rows = {
         "model": f"{found.architecture}: supported; {found.parameters:,} parameters",
         "weights": f"{found.tensors:,} tensors, each read once",
-        "memory": f"RL in float32 takes about {memory:,.1f} GB; {free:,.1f} are free here",
+        "memory": f"RL in float32 takes about {memory:,.1f} GB for weights; {free:,.1f} free here",
         "tokenizer": tokens,
         "compared": f"{found.compared} tokens, {found.dtype}; transformers is the reference",
         "Megatron": f"{difference(found.megatron)}; {layout}",

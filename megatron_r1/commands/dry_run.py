@@ -1,10 +1,9 @@
 """Samples and grades one batch, and trains nothing: `megatron-r1 rl RECIPE.yaml --dry-run`."""
 
 import asyncio
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_r1.agents.episode import Episode
@@ -16,13 +15,14 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
 from megatron_r1.engine.from_config import engine_settings, fleet_settings
 from megatron_r1.engine.limits import context_length
+from megatron_r1.engine.temporary_files import temporary_logs
 from megatron_r1.errors import UserError
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models import read_hf_config
 from megatron_r1.reporting import wording
 from megatron_r1.reporting.wording import counted, duration, percent, printable
 from megatron_r1.rewards.base import shorten
-from megatron_r1.rewards.combine import weights_at
+from megatron_r1.rewards.combine import ACCURACY, weights_at
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.advice import advice
 from megatron_r1.rl.collector import RolloutCollector
@@ -56,10 +56,10 @@ def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
     num_groups = min(first.rl.questions_per_rollout, MAX_RESPONSES // group_size)
     sampler = PromptSampler(prompts.train, config.run.seed)
     questions = sampler.next_by_kind(num_groups, weights=first.rl.kind_weights)
-    with tempfile.TemporaryDirectory() as logs:
-        rollout, seconds = asyncio.run(_sample(first, text, questions, group_size, Path(logs)))
+    with temporary_logs() as logs:
+        rollout, seconds = asyncio.run(_sample(first, text, questions, group_size, logs))
     for group, index in _shown(rollout.groups):
-        print(_sample_text(group, index))
+        print(_sample_text(group, index, weights_at(first.rewards.weights, 1)))
     check_grades(rollout.groups, config.rewards.max_ungraded)
     print(_summary(config, first, rollout, seconds, memory))
 
@@ -106,12 +106,13 @@ def _shown(groups: Sequence[Group]) -> list[tuple[Group, int]]:
     return pairs[:NUM_SHOWN]
 
 
-def _sample_text(group: Group, index: int) -> str:
+def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:
     graded, question = group.responses[index], group.prompt.question
     response = wording.shorten(graded.text.strip(), MAX_SHOWN_CHARS)
     if graded.episode is not None:
         question, response = _conversation(graded.episode)
-    terms = ", ".join(f"{term} {reward:.3g}" for term, reward in graded.rewards.items())
+    shown = {ACCURACY, *weights}
+    terms = ", ".join(f"{t} {reward:.3g}" for t, reward in graded.rewards.items() if t in shown)
     tokens = counted(len(graded.response.token_ids), "token")
     return "\n".join(
         [

@@ -76,7 +76,7 @@ def run(
     folder = find_exported(model, MODEL)
     hf = read_hf_config(folder, key=MODEL)
     check_supported(hf)
-    require_weights(folder)
+    require_weights(folder, MODEL)
     rows = [row for _, row in itertools.islice(read_records(data), MAX_ROWS)]
     if not rows:
         raise UserError(f"{data}: it holds no rows")
@@ -95,8 +95,10 @@ def run(
     template = next(guess.value for guess in guesses if guess.key == "data.template")
     guesses += _sizes(folder, hf, questions, PromptText(str(folder), template, (MODEL, template)))
     command = f"megatron-r1 rl {shlex.quote(str(path))}"
+    given = {"question": question, "truth": truth, "kind": kind}
+    options = [text for key, value in given.items() if value for text in (f"--{key}", value)]
     title = (
-        f"Written by: megatron-r1 init {shlex.join([model, data])}",
+        f"Written by: megatron-r1 init {shlex.join([model, data, *options])}",
         f"Try it: {command} --dry-run",
         f"Train:  {command}",
         "Every other setting: megatron-r1 keys",

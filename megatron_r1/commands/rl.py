@@ -5,6 +5,7 @@ The algorithm is `rl.loop.train`. Here the roles of a run are started and joined
 graders (`rollout_run`) beside the trainer (`training_run`), and a session of both."""
 
 import asyncio
+from pathlib import Path
 
 from megatron_r1.commands.rl_checks import prepare, questions_drawn
 from megatron_r1.commands.rollout_run import open_rollouts
@@ -15,6 +16,7 @@ from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import TrainerLost
+from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.fleet.placement import accepting_hosts, open_pool
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.heldout import HeldoutEvaluation
@@ -50,7 +52,9 @@ def dry_run(config: Config) -> None:
     """Sample and grade one batch, print it, and train nothing. Errors as `run`."""
     from megatron_r1.commands.dry_run import show_batch
 
-    show_batch(config, *prepare(config))
+    prepared = prepare(config)
+    require_weights(Path(config.model.path))
+    show_batch(config, *prepared)
 
 
 async def _run(

@@ -16,7 +16,8 @@ from megatron_r1.errors import UserError
 from megatron_r1.fleet.placement import check_room, hosts_address
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
-from megatron_r1.reporting.wording import percent
+from megatron_r1.reporting.wording import counted, percent
+from megatron_r1.rewards.base import shorten
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.environments import check_environment
 from megatron_r1.rl.teacher import check_teacher
@@ -55,7 +56,22 @@ def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
     check_environment(config, text)
     rows = config.data.model_dump(exclude={"template"})
     prompts = rows_of(config.agents, **rows)
+    if prompts.contradictions and config.data.task is None:
+        kept, other = prompts.contradictions[0]
+        print(
+            f"{config.data.path}: {counted(len(prompts.contradictions), 'row')} left out, whose "
+            f"question has another truth before: {shorten(kept.question)!r} has "
+            f"{shorten(repr(kept.truth))}, which counts, and {shorten(repr(other.truth))}",
+            file=sys.stderr,
+        )
     prompts = prompts_that_fit(prompts, text, context_length(config))
+    per_rollout = config.rl.questions_per_rollout
+    if per_rollout > len(prompts.train):
+        print(
+            f"rl.questions_per_rollout: {per_rollout} is more than the {len(prompts.train):,} "
+            "questions to train on: a rollout has some of them several times",
+            file=sys.stderr,
+        )
     if not prompts.heldout:
         print(
             "no held-out questions, so nothing will be evaluated: raise data.heldout_fraction or "

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_r1 import config as configuration
 from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.curation.cache import ResultCache
 from megatron_r1.curation.decision import DUPLICATE, DecisionCounts
 from megatron_r1.curation.decontamination import contaminated, load_avoided
-from megatron_r1.curation.filters import PooledFilters, check_filters, filters_of
+from megatron_r1.curation.filters import NAMES, PooledFilters, check_filters, filters_of
 from megatron_r1.curation.judges import ResponseJudge, make_judge
 from megatron_r1.curation.outputs import FILES, Decide, decide_all, write_outputs
 from megatron_r1.curation.preference_pairs import PreferencePairs
@@ -28,6 +29,7 @@ from megatron_r1.curation.sft_examples import SftExamples, cached_rewriter
 from megatron_r1.curation.user_function import UserFunction, load_function
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.shots import Shots
+from megatron_r1.data.templates import TEMPLATES
 from megatron_r1.errors import RunError, UserError
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
@@ -36,6 +38,8 @@ from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import Grader, Sampler
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.reporting.wording import counted
+from megatron_r1.rewards.answer import THINK
 from megatron_r1.rewards.combine import weights_at
 from megatron_r1.rewards.runtime.pool import RewardPool
 
@@ -65,6 +69,10 @@ def of_run(folder: str) -> tuple[str, dict[str, Any]]:
         "run.folder": str(Path(folder) / "sampled"),
         "rollout.colocated": False,
     }
+    trained = configuration.load(recipe)
+    template = TEMPLATES.get(trained.data.template, trained.data.template)
+    if "format" not in trained.rewards.weights and THINK not in template:
+        settings["sample.filters.format"] = False  # the run's responses have no thoughts
     return str(recipe), settings
 
 
@@ -233,9 +241,21 @@ async def _decide(
     if not counts.num_kept:
         raise RunError(
             f"{folder}: no response is kept; most are {counts.decisions.most_common(1)[0][0]} "
-            f"(samples.jsonl has the reason of each). Change {REMEDIES[sample.output]}: the same "
-            "command then decides again without sampling"
+            f"(samples.jsonl has the reason of each). {_filtered(counts)}Change "
+            f"{REMEDIES[sample.output]}: the same command then decides again without sampling"
         )
+
+
+def _filtered(counts: DecisionCounts) -> str:
+    """Return which filter drops the most responses that would be kept without it, and its switch;
+    "" if none does."""
+    name = next((name for name, _ in counts.decisions.most_common() if name in NAMES), None)
+    if name is None:
+        return ""
+    return (
+        f"The filter {name} drops {counted(counts.decisions[name], 'response')} that would be "
+        f"kept: sample.filters.{name}: false keeps them. "
+    )
 
 
 def _report(

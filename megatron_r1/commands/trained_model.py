@@ -12,6 +12,7 @@ from megatron_r1.first_recipe.template import template_of
 from megatron_r1.models.hf_config import hub_hint
 from megatron_r1.training.checkpoints.finding import STATE_FILE, complete_checkpoints
 
+CONVERT = f"python {Path(__file__).resolve().parents[2] / 'tools/convert'}"
 TEMPLATE_ROWS = 100
 """Supervised prompts that are compared for their template."""
 
@@ -28,7 +29,7 @@ def find_exported(path: str, name: str) -> Path:
     if (folder / STATE_FILE).is_file() or checkpoints:
         run = folder.parents[1] if (folder / STATE_FILE).is_file() else folder
         raise UserError(
-            f"{name} {path} has checkpoints and no hf/ yet: python tools/convert to-hf {path} "
+            f"{name} {path} has checkpoints and no hf/ yet: {CONVERT} to-hf {path} "
             f"{run}/hf exports one; a run that ends does so by itself"
         )
     if (folder / "config.yaml").is_file():

@@ -24,7 +24,7 @@ from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.cpu_memory import cpu_memory
 from megatron_r1.training.recorder import Recorder
 from megatron_r1.weights.adapters.table import check_adapters
-from megatron_r1.weights.stored.weight_files import weight_files
+from megatron_r1.weights.stored.weight_files import require_complete, weight_files
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ Body = Callable[[TrainingRun], Awaitable[None]]
 
 IMPLEMENTATIONS = "implementations.json"
 """The file in the run's folder that names the implementation of each part of a step."""
+
+OTHERS = {"curation.json": "a sampling", "identity.json": "an evaluation or a sampling"}
+"""Files of folders that a training run cannot continue."""
 
 Commands = Sequence[tuple[str, str]]
 """(purpose, command) suggestions for the report."""
@@ -68,6 +71,12 @@ def run_training(
     name: of the kind of run, for its title. facts: about the run, the model's path first.
     Raises UserError, TrainerError or EngineError as they end the run, KeyboardInterrupt when it was
     asked to stop."""
+    for file, what in OTHERS.items():
+        if Path(config.run.folder, file).exists():
+            raise UserError(
+                f"run.folder {config.run.folder} is that of {what}: give the training a folder of "
+                "its own"
+            )
     try:
         asyncio.run(_run(config, name, facts, body, next_commands))
     except asyncio.CancelledError:  # the second Ctrl-C
@@ -173,7 +182,7 @@ def _require_weights(model: ModelConfig) -> None:
     """Raise UserError where ranks and engines, once started, would find no weights."""
     if model.init == "load" and not model.checkpoint:
         try:
-            weight_files(Path(model.path))
+            require_complete(weight_files(Path(model.path)))
         except UserError as error:
             raise UserError(
                 f"model.path: {error}; give a folder with weights, or model.init: random to sft"

@@ -24,6 +24,7 @@ def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[
     value follows. Raises UserError for an option without a value or without a section."""
     overrides: dict[str, Any] = {}
     pending = list(options)
+    known = [*switches, "dry-run"]  # an option of rl that is no setting
     while pending:
         option = pending.pop(0)
         if not option.startswith("--"):
@@ -35,11 +36,11 @@ def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[
                 overrides[key] = True
                 continue
             if not pending:
-                raise UserError(f"--{key} needs a value{did_you_mean(key, switches, '--{}')}")
+                raise UserError(f"--{key} needs a value{did_you_mean(key, known, '--{}')}")
             value = pending.pop(0)
         if "." not in key:
             # Compared with whole keys, most of which are longer: a looser cutoff than elsewhere.
-            near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.4)
+            near = difflib.get_close_matches(key, [*known, *known_keys()], n=1, cutoff=0.4)
             hint = f"; did you mean --{near[0]}?" if near else ""
             raise UserError(f"unknown option --{key}: settings are --section.key value{hint}")
         overrides[key] = _value(value)

@@ -11,7 +11,9 @@ from megatron_r1.rewards.remote.settings import ServiceSettings
 class BenchmarkConfig(Section):
     """One entry of `eval.benchmarks`; a plain name stands for {name: …}."""
 
-    name: str = Field(description="aime_2024, gym/logic, …, or package.module:NAME of your own")
+    name: str
+    """aime_2024, gym/logic, …; questions: those of `path`, or that section data holds out; or
+    package.module:NAME of your own"""
     label: str = Field("", description="what results call it; default: the name")
     path: str | None = None
     """file, folder or hub name of the data; default: its own name on the hub"""

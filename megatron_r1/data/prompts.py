@@ -50,10 +50,13 @@ class MissingTruth(UserError):
 
 @dataclass(frozen=True)
 class PromptSplit:
-    """Train and held-out prompts; no normalized question occurs twice in the two lists."""
+    """Train and held-out prompts; no normalized question occurs twice in the two lists.
+    contradictions: the prompt that is kept and a later one of the same question and another truth.
+    """
 
     train: list[Prompt]
     heldout: list[Prompt]
+    contradictions: list[tuple[Prompt, Prompt]] = field(default_factory=list)
 
 
 def load_prompts(
@@ -81,8 +84,10 @@ def load_prompts(
     num_train, num_heldout: how many of each, the first ones; None: all (a task needs the numbers).
     Raises UserError for a bad row (with file and line), an unknown task, parameter or kind, and
     where questions are too few."""
-    if (path is None) == (task is None):
-        raise UserError(f"give either data.path or data.task, got path={path}, task={task}")
+    if path is None and task is None:
+        raise UserError("data.path is missing: give a file of questions, or data.task")
+    if path is not None and task is not None:
+        raise UserError(f"data.path {path} and data.task {task} are both set; leave one out")
     if not 0.0 <= heldout_fraction < 1.0:
         raise UserError(f"data.heldout_fraction={heldout_fraction} must be at least 0 and below 1")
     if num_heldout and not heldout_fraction and heldout_path is None:
@@ -146,6 +151,7 @@ def _split(
     kind: str | None,
 ) -> PromptSplit:
     limits = {False: num_train, True: num_heldout if fraction else 0}
+    contradictions: list[tuple[Prompt, Prompt]] = []
     sides: dict[bool, dict[str, Prompt]] = {False: {}, True: {p.id: p for p in heldout}}
 
     def is_full(side: bool) -> bool:
@@ -155,10 +161,14 @@ def _split(
     for prompt in prompts:
         if is_full(False) and is_full(True):
             break
+        known = sides[False].get(prompt.id) or sides[True].get(prompt.id)
+        if known is not None and known.truth != prompt.truth:
+            contradictions.append((known, prompt))
         side = is_heldout(_identity(prompt.question, prompt.fields, kind), fraction)
         if prompt.id not in sides[False] and prompt.id not in sides[True] and not is_full(side):
             sides[side][prompt.id] = prompt
-    return PromptSplit(list(sides[False].values()), list(sides[True].values())[:num_heldout])
+    train, rest = list(sides[False].values()), list(sides[True].values())
+    return PromptSplit(train, rest[:num_heldout], contradictions)
 
 
 def _require(side: str, prompts: list[Prompt], count: int | None, key: str, source: object) -> None:

@@ -24,6 +24,8 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: no such file{where}")
     if path.suffix not in READERS:
         raise UserError(f"{path}: expected a {' or '.join(READERS)} file")
+    if not path.stat().st_size:
+        raise UserError(f"{path}: the file is empty")
     yield from READERS[path.suffix](path)
 
 

@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_r1.engine.errors import EngineError
 from megatron_r1.processes.inspection import session_members
 
 
@@ -23,6 +26,22 @@ class Scratch(tempfile.TemporaryDirectory):
             "TMPDIR": self.name,
             "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", compiled),
         }
+
+
+@contextlib.contextmanager
+def temporary_logs() -> Iterator[Path]:
+    """Provide a temporary folder for the logs of engines. It stays where an engine fails, whose
+    error names its log."""
+    folder = Path(tempfile.mkdtemp(prefix="megatron_r1_logs_"))
+    failed = False
+    try:
+        yield folder
+    except EngineError:
+        failed = True
+        raise
+    finally:
+        if not failed:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def shared_files(session: int) -> list[Path]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_r1.errors import UserError
 from megatron_r1.training.checkpoints.finding import STATE_FILE, complete_checkpoints
-from megatron_r1.weights.stored.weight_files import weight_files
+from megatron_r1.weights.stored.weight_files import require_complete, weight_files
 
 NUM_BLOCKS, BLOCK_BYTES = 16, 65_536
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
@@ -39,14 +39,15 @@ def has_newest_export(run: Path) -> bool:
     )
 
 
-def require_weights(folder: Path) -> None:
-    """Raise UserError for a model folder without weights that an engine can load."""
+def require_weights(folder: Path, key: str = "model.path") -> None:
+    """Raise UserError for a model folder without whole weights that an engine can load. key: that
+    names it, for errors."""
     if any(folder.glob("*.bin")):  # the format before safetensors, which engines still read
         return
     try:
-        weight_files(folder)
-    except ValueError as error:
-        raise UserError(f"model.path: {error}; give a folder with weights") from None
+        require_complete(weight_files(folder))
+    except UserError as error:
+        raise UserError(f"{key}: {error}; give a folder with weights") from None
 
 
 def fingerprint(folder: Path) -> str:

@@ -11,13 +11,16 @@ from megatron_r1.agents.environment_pool import describe
 from megatron_r1.agents.rows import load_rows
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.config.evaluation import BenchmarkConfig, EvalConfig
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompts import Prompt, load_prompts
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.base import to_prompts
 from megatron_r1.evaluation.benchmarks.sources import Rows, read_rows
 from megatron_r1.evaluation.response_log import PromptKey
 from megatron_r1.rewards import ENVIRONMENT
+
+OWN = "questions"
+"""The benchmark of the user's own questions."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,7 @@ def load_prompt_sets(config: Config) -> list[PromptSet]:
     for title in titles:
         if titles.count(title) > 1:
             raise UserError(f"eval.benchmarks names {title} twice: give each a label of its own")
-    return [
-        _load_rows(entry, config)
-        if entry.name.partition("/")[0] == ENVIRONMENT
-        else _load(entry, config.eval)
-        for entry in entries
-    ]
+    return [_load_entry(entry, config) for entry in entries]
 
 
 def digest(prompt: Prompt) -> str:
@@ -59,6 +57,29 @@ def digest(prompt: Prompt) -> str:
     content: list[Any] = [prompt.question, prompt.kind, prompt.truth, prompt.fields]
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _load_entry(entry: BenchmarkConfig, config: Config) -> PromptSet:
+    if entry.name.partition("/")[0] == ENVIRONMENT:
+        return _load_rows(entry, config)
+    return _load_own(entry, config) if entry.name == OWN else _load(entry, config.eval)
+
+
+def _load_own(entry: BenchmarkConfig, config: Config) -> PromptSet:
+    """Load the user's own questions: all of `path`, or those that the recipe's `data` holds out,
+    with the columns and the kind of `data`."""
+    if entry.files or entry.instruction is not None or entry.options:
+        raise UserError(f"benchmark {entry.title}: it has no instruction, files or options")
+    data = config.data.model_dump(exclude={"template"})
+    if entry.path is not None:
+        given = {name: data[name] for name in ("columns", "kind")}
+        prompts = load_prompts(path=entry.path, heldout_fraction=0.0, **given).train
+    else:
+        prompts = load_prompts(**data).heldout
+    prompts = prompts[: entry.limit or config.eval.limit]
+    if not prompts:
+        raise UserError(f"benchmark {entry.title}: data holds no questions out; give it a path")
+    return PromptSet(entry.title, prompts, entry.samples or config.eval.samples)
 
 
 def _load(entry: BenchmarkConfig, config: EvalConfig) -> PromptSet:

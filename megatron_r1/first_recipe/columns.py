@@ -53,9 +53,10 @@ def guess_columns(
     if question is None:
         question, reasons["question"] = _find(QUESTION_NAMES, flat, _is_question, truth)
     if question is None:
-        blank = _blank(QUESTION_NAMES, flat, _is_question)
+        if blank := _blank(QUESTION_NAMES, flat, _is_question):
+            raise UserError(f"{source}: {blank}")
         raise UserError(
-            f"{source}: no column looks like the question{blank}; name it: --question COLUMN"
+            f"{source}: no column looks like the question; name it: --question COLUMN"
             f"{_listed(flat)}"
         )
     kinds = _kinds_of_rows(flat) if kind is None else set()
@@ -63,9 +64,11 @@ def guess_columns(
     if truth is None and needs_truth:
         truth, reasons["truth"] = _find(TRUTH_NAMES, flat, _is_truth, question)
     if truth is None and needs_truth:
+        if blank := _blank(TRUTH_NAMES, flat, _is_truth):
+            raise UserError(f"{source}: {blank}")
         raise UserError(
-            f"{source}: no column looks like the answer to {question!r}"
-            f"{_blank(TRUTH_NAMES, flat, _is_truth)}; name it: --truth COLUMN{_listed(flat)}"
+            f"{source}: no column looks like the answer to {question!r}; name it: --truth COLUMN"
+            f"{_listed(flat)}"
         )
     if kind is not None:
         resolve(kind)
@@ -116,14 +119,14 @@ def _find(
 
 
 def _blank(names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any], bool]) -> str:
-    """Return why a column with a usual name is none: "('answer' is None in row 6 …)", or ""."""
+    """Return why a column with a usual name is none: "row 6: 'answer' is None; …", or ""."""
     for usual in names:
         for column in rows[0]:
             if _plain(column) == usual:
                 for number, row in enumerate(rows, start=1):
                     if not fits(value := row.get(column)):
-                        where = f"{column!r} is {shorten(repr(value))} in row {number}"
-                        return f" ({where}: give one, or remove the row)"
+                        what = f"{column!r} is {shorten(repr(value))}"
+                        return f"row {number}: {what}; give one, or remove the row"
     return ""
 
 

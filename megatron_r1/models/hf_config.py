@@ -71,6 +71,8 @@ def hub_hint(path: str) -> str:
     """Return how to fetch a model whose name on the hub was given instead of a folder, else ""."""
     if Path(path).exists() or path.count("/") != 1 or path[0] in "./":
         return ""
+    if Path(path).parent.is_dir():
+        return f"; {Path(path).parent}/ has no run or model of that name yet"
     return f"; if it is a model of the hub: hf download {path} --local-dir FOLDER"
 
 

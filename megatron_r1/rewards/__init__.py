@@ -46,11 +46,23 @@ def resolve(kind: str) -> str:
     if kind in known:
         return known[kind]
     module, _, function = kind.partition(":")
-    if function.isidentifier() and all(part.isidentifier() for part in module.split(".")):
+    is_file = module.endswith(".py")
+    if not is_file and function.isidentifier() and _is_module(module):
         if module.split(".")[0] in sys.stdlib_module_names:
             raise UserError(f"reward kind {kind!r} is Python's own function, not a reward")
         return kind
+    if is_file:
+        module = module[:-3].replace("/", ".")
+    elif not function:
+        module, _, function = kind.rpartition(".")
+    hint = did_you_mean(kind, known)
+    if function.isidentifier() and _is_module(module):
+        hint = f"; did you mean '{module}:{function}'?"
     raise UserError(
-        f"unknown reward kind {kind!r}{did_you_mean(kind, known)} (known: "
+        f"unknown reward kind {kind!r}{hint} (known: "
         f"{', '.join(sorted(known))}; your own is written 'package.module:function')"
     )
+
+
+def _is_module(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))

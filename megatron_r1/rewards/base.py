@@ -22,6 +22,8 @@ class Grade:
     is_graded: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.reward, str) or self.reward is None:
+            raise ValueError(f"the reward must be a number, got {self.reward!r}")
         if not 0.0 <= self.reward <= 1.0:
             raise ValueError(f"reward must be between 0 and 1, got {self.reward!r} ({self.reason})")
         object.__setattr__(self, "reward", float(self.reward))

@@ -67,10 +67,11 @@ def combine(grades: Mapping[str, Grade], weights: Mapping[str, float] = DEFAULT_
             f"graded: {', '.join(sorted(grades)) or 'nothing'}"
         )
     ungraded = tuple(term for term, grade in grades.items() if not grade.is_graded)
+    counted = {ACCURACY, *weights, *ungraded}
     return Reward(
         total=sum(weight * grades[term].reward for term, weight in weights.items()),
         terms={term: grade.reward for term, grade in grades.items()},
-        reason="; ".join(grade.reason for grade in grades.values()),
+        reason="; ".join(grades[term].reason for term in grades if term in counted),
         ungraded=ungraded,
         is_graded=not any(weights.get(term) for term in ungraded),
     )

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from megatron_r1.errors import UserError
 from megatron_r1.rewards import ENVIRONMENT, FORM_REWARDS, REGISTRY, REMOTE
-from megatron_r1.rewards.base import Grade
+from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.combine import ACCURACY
 from megatron_r1.rewards.options import call_fields
 from megatron_r1.rewards.runtime.pool import RewardPool
@@ -75,8 +75,9 @@ class RewardTerms:
                 if not trial.is_graded:
                     name = f"rewards.weights.{term}: it"
                     if term == ACCURACY:
-                        name = f"question {prompt.id}: its {kind} answer"
-                    raise UserError(f"{name} {trial.reason}; see rewards.options.{kind}")
+                        name = f"question {shorten(prompt.question)!r}: its {kind} answer"
+                    hint = f"; see rewards.options.{kind}" if kind in REGISTRY | REMOTE else ""
+                    raise UserError(f"{name} {trial.reason}{hint}")
 
     async def _try(self, term: str, prompt: Gradable, opened: bool) -> Grade:
         """Return a grade, ungraded if the reward cannot be used. A user's own may raise where there

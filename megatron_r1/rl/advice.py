@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from megatron_r1.config import Config
 from megatron_r1.reporting.wording import counted
+from megatron_r1.rewards import REGISTRY, REMOTE
 from megatron_r1.rewards.answer import ANSWER, BOXES
 from megatron_r1.rewards.combine import ACCURACY
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout, responses_of
 
 FIRST_STEPS = 5
 """Steps that are examined: later, equal rewards and long responses may be what was learned."""
-MOST_EQUAL = 0.9
-MOST_TRUNCATED = 0.5
+MOST_EQUAL = 0.8
+MOST_TRUNCATED = 0.4
 LEAST_LANGUAGE = 0.5
 
 
@@ -22,7 +23,7 @@ def advice(rollout: Rollout, config: Config) -> dict[str, str]:
     groups = rollout.groups + rollout.passed_over
     responses = responses_of(groups)
     found = {
-        "accuracy": _nothing_right(responses, config),
+        "accuracy": _nothing_right(groups, config),
         "groups": _equal_groups(groups, config),
         "length": _cut_off(responses, config),
         "prompt": _doubled_start(groups),
@@ -31,13 +32,19 @@ def advice(rollout: Rollout, config: Config) -> dict[str, str]:
     return {topic: sentence for topic, sentence in found.items() if sentence}
 
 
-def _nothing_right(responses: Sequence[GradedResponse], config: Config) -> str:
+def _nothing_right(groups: list[Group], config: Config) -> str:
+    responses = responses_of(groups)
     graded = [each for each in responses if ACCURACY not in each.ungraded]
     if not graded or any(each.rewards.get(ACCURACY, 1.0) for each in graded):
         return ""
     sentence = f"0 of {counted(len(graded), 'response')} are right"
-    read = [each for each in graded if each.episode is None]  # an environment reads as it likes
-    num_plain = sum(not any(form in each.text for form in (ANSWER, *BOXES)) for each in read)
+    # Environments and rewards of the user's own read responses as they like.
+    ours = [group for group in groups if group.prompt.kind in REGISTRY | REMOTE]
+    num_plain = sum(
+        not any(form in each.text for form in (ANSWER, *BOXES))
+        for each in responses_of(ours)
+        if each.episode is None and ACCURACY not in each.ungraded
+    )
     if config.rewards.answer not in ("last", "auto") and 2 * num_plain > len(graded):
         return (
             f"{sentence}; {num_plain:,} have neither {ANSWER} nor a box, and rewards.answer: "

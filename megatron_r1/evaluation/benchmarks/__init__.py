@@ -3,10 +3,9 @@
 A benchmark maps the rows of its public data set to prompts (`base.Benchmark`); the same rewards as
 in training grade the responses."""
 
-import importlib
-
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.evaluation.benchmarks.base import Benchmark
+from megatron_r1.user_code import find
 
 PACKAGE = "megatron_r1.evaluation.benchmarks"
 REGISTRY: dict[str, str] = {
@@ -29,15 +28,13 @@ def find_benchmark(name: str) -> tuple[Benchmark, str]:
     if not attribute:
         raise UserError(
             f"unknown benchmark {name!r}{did_you_mean(base, REGISTRY)} (known: "
-            f"{', '.join(sorted(REGISTRY))}; your own is written 'package.module:NAME')"
+            f"{', '.join(sorted(REGISTRY))}; your own questions: {{name: questions, path: FILE}}; "
+            "your own layout is written 'package.module:NAME')"
         )
     try:
-        benchmark = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        return find(f"{module}:{attribute}", "Benchmark", lambda o: isinstance(o, Benchmark)), part
+    except (ImportError, UserError) as error:
         raise UserError(f"benchmark {name!r} cannot be imported: {error}") from error
-    if not isinstance(benchmark, Benchmark):
-        raise UserError(f"benchmark {name!r} is a {type(benchmark).__name__}, not a Benchmark")
-    return benchmark, part
 
 
 __all__ = ["REGISTRY", "Benchmark", "find_benchmark"]

@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 import msgspec
 
+from megatron_r1.errors import UserError
 from megatron_r1.processes.frames import LENGTH, frame, private_streams
 from megatron_r1.processes.lifetime import end_without_parent
 from megatron_r1.rewards import REGISTRY
 from megatron_r1.rewards.base import MAX_REASON_CHARS, Grade, shorten
-from megatron_r1.user_code import find_function
+from megatron_r1.user_code import find_function, place_of
 
 MAX_REPLY_BYTES = 64 * 1024
 POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
@@ -86,13 +87,17 @@ def _grade(function: Callable[..., Grade], job: Job) -> JobStatus:
     try:
         grade = function(job.response, job.truth, **job.fields)
         if not isinstance(grade, Grade):
-            raise TypeError(f"{job.target} must return a Grade, got {type(grade).__name__}")
+            raise TypeError(
+                f"{job.target} must return a Grade, got {type(grade).__name__}: "
+                "return Grade(number from 0 to 1, reason)"
+            )
     except MemoryError:
         return JobStatus("memory", job.id, reason="ran over the memory limit")
     except BaseException as error:  # noqa: BLE001 - SystemExit must not end the worker either
         is_call = isinstance(error, TypeError)
         explanation = explain_call(function, job.target, job.fields) if is_call else ""
-        grade = Grade.ungraded(explanation or _describe(error))
+        reason = explanation or _describe(error) + place_of(error)
+        grade = Grade.ungraded(reason)
     status: Literal["graded", "failed"] = "graded" if grade.is_graded else "failed"
     return JobStatus(status, job.id, grade.reward, grade.reason)
 
@@ -128,7 +133,8 @@ def explain_call(function: Callable[..., Any], target: str, fields: Mapping[str,
 
 
 def _describe(error: BaseException) -> str:
-    return shorten(f"{type(error).__name__}: {error}", MAX_REASON_CHARS - 50)
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return shorten(f"{kind}{error}", MAX_REASON_CHARS - 100)
 
 
 if __name__ == "__main__":

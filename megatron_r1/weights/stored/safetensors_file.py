@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from megatron_r1.errors import UserError
 from megatron_r1.weights.layout import Shape
 from megatron_r1.weights.stacked import published_tensors
 from megatron_r1.weights.stored.raw import read_box
+from megatron_r1.weights.stored.safetensors_header import open_file
 
 _TYPES = {
     "F64": torch.float64,
@@ -34,16 +34,6 @@ _TYPES = {
 }
 """The format's names of dtypes, those that weights have."""
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
-_LARGEST_HEADER = 100_000_000  # the library's own limit
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a file: its safetensors dtype, its shape, the offset of its first byte."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
 
 
 class SafetensorsFile:
@@ -51,12 +41,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.file = os.open(path, os.O_RDONLY)
-        try:
-            self.tensors = self._header()
-        except ValueError as error:
-            os.close(self.file)
-            raise UserError(f"{path} is damaged: {error}; fetch or write it again") from error
+        self.file, self.tensors = open_file(path)
 
     def close(self) -> None:
         os.close(self.file)
@@ -65,36 +50,6 @@ class SafetensorsFile:
         """Return a rectangle of a tensor, of shape `sizes`, in its stored dtype."""
         at = self.tensors[name]
         return read_box(self.file, at.offset, at.shape, _TYPES[at.dtype], starts, sizes)
-
-    def _header(self) -> dict[str, StoredTensor]:
-        size = os.fstat(self.file).st_size
-        if os.pread(self.file, 7, 0) == b"version":
-            raise ValueError("it is a pointer of Git LFS; run git lfs pull")
-        length = int.from_bytes(os.pread(self.file, 8, 0), "little")
-        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            raise ValueError(f"its header claims {length} bytes, the file has {size}")
-        try:
-            entries = json.loads(os.pread(self.file, length, 8))
-            entries.pop("__metadata__", None)
-            tensors, last = {}, 0
-            for name, entry in entries.items():
-                start, end = entry["data_offsets"]
-                tensors[name] = StoredTensor(
-                    entry["dtype"], tuple(entry["shape"]), 8 + length + start
-                )
-                if 8 + length + end > size:
-                    raise ValueError(
-                        f"{name} ends at byte {8 + length + end}, the file at {size}: it is cut off"
-                    )
-                last = max(last, end)
-                known = _TYPES.get(entry["dtype"])
-                if known and prod(entry["shape"]) * known.itemsize != end - start:
-                    raise ValueError(f"{name} has {end - start} bytes, its shape says otherwise")
-            if 8 + length + last != size:
-                raise ValueError(f"its tensors end at byte {8 + length + last}, the file at {size}")
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise ValueError(f"its header is not one of safetensors ({error!r})") from error
-        return tensors
 
 
 @dataclass(frozen=True)

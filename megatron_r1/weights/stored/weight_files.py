@@ -1,9 +1,12 @@
-"""Lists the safetensors files of a model folder. No torch."""
+"""Lists the safetensors files of a model folder, and whether they are whole. No torch."""
 
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_r1.errors import UserError
+from megatron_r1.weights.stored.safetensors_header import open_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHERS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -35,3 +38,9 @@ def weight_files(folder: Path) -> list[Path]:
             "and save_pretrained writes these files)"
         )
     return [single]
+
+
+def require_complete(files: Iterable[Path]) -> None:
+    """Raise UserError naming a file that is damaged or cut off. Headers and sizes are read."""
+    for path in files:
+        os.close(open_file(path)[0])

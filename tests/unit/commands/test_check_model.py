@@ -199,6 +199,25 @@ def test_the_exit_status_is_0_only_if_all_agree(
     assert (written["agree"], written["vllm"]) == (not status, vllm)
 
 
+def test_without_a_tokenizer_the_exit_status_is_1(folder, capsys, monkeypatch):
+    async def agrees():
+        return 1e-5
+
+    found = Reference(15, None, False, [[1, 2, 3]], [[-1.0, -2.0]], 0.0)
+    monkeypatch.setattr(check_model, "_reference", lambda *_: found)
+    monkeypatch.setattr(check_model, "by_megatron", lambda *_: agrees())
+    monkeypatch.setattr(check_model, "by_vllm", lambda *_: agrees())
+    status, output = checked(capsys, folder)
+    assert status == 1 and "the models agree, but the folder has no tokenizer" in output, output
+
+
+def test_a_file_that_is_cut_off_is_named_before_anything_starts(folder, capsys):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    status, output = checked(capsys, folder)
+    assert status == 2 and f"{weights} is damaged" in output and "it is cut off" in output, output
+
+
 def test_without_vllm_the_engine_is_reported_as_not_run(folder, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "vllm", None)
     none = Reference(15, None, False, [], [], 0.0)

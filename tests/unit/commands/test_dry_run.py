@@ -27,7 +27,7 @@ def test_an_episode_is_shown_with_resets_text_calls_and_results():
     response = Response(array("i", [1, 2]), array("f", [0.0, 0.0]), array("i", [0, 0]), "stop")
     graded = GradedResponse(response, "508", {"accuracy": 0.2}, 0.2, "done", episode=episode)
     group = Group(Prompt("p", "kv 3", "environment", None), [1], [graded])
-    assert dry_run._sample_text(group, 0).splitlines() == [
+    assert dry_run._sample_text(group, 0, {"accuracy": 1.0}).splitlines() == [
         "--- start: apple",
         '<tool_call>{"name": "get"}</tool_call>',
         "-> error: no� key",

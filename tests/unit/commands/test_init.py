@@ -92,11 +92,14 @@ def test_a_chat_model_and_a_run_keep_their_own_template(here):
         (["absent", "my sums.csv"], "MODEL_FOLDER absent: no such folder"),
         (["model", "absent.csv"], "absent.csv: no such file"),
         (["model", "my sums.csv", "--question", "Mathtask"], "did you mean Math task"),
-        (["model", "empty.jsonl"], "it holds no rows"),
+        (["model", "empty.jsonl"], "the file is empty"),
         (["model", "my sums.csv", "--kind", "maths"], "did you mean 'math'"),
         (["model", "my sums.csv", "--kind", "no_such:grade"], "rl does not run it yet: "),
         (["model", "my sums.csv", "--run.steps", "5"], "write it into the recipe"),
-        (["run", "my sums.csv"], r"no hf/ yet: python tools/convert to-hf run run/hf exports one"),
+        (
+            ["run", "my sums.csv"],
+            "/tools/convert to-hf run run/hf exports one",
+        ),
     ],
 )
 def test_what_is_missing_is_named(here, capsys, monkeypatch, arguments, message):
@@ -161,9 +164,9 @@ def test_columns_that_cannot_be_told_apart_are_listed():
 @pytest.mark.parametrize("blank", [None, "", float("nan")])
 def test_a_row_without_a_value_is_named(blank):
     rows = [{"question": "1 + 1?", "answer": "2"}, {"question": "1 + 2?", "answer": blank}]
-    with pytest.raises(UserError, match=r"'answer' is .* in row 2: give one, or remove the row"):
+    with pytest.raises(UserError, match=r"^data: row 2: 'answer' is .*; give one, or remove"):
         guess_columns("data", rows)
-    with pytest.raises(UserError, match=r"the question \('question' is '' in row 1"):
+    with pytest.raises(UserError, match=r"^data: row 1: 'question' is ''"):
         guess_columns("data", [{"question": "", "answer": "2"}])
 
 

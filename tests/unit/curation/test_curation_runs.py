@@ -10,6 +10,7 @@ import pytest
 from fake_server import FakeServer
 
 from megatron_r1.cli import main
+from megatron_r1.commands.sample import of_run
 from megatron_r1.curation.cache import ResultCache
 from megatron_r1.curation.decision import Decision
 from megatron_r1.curation.outputs import WINDOW, PromptResult, decide_all
@@ -301,6 +302,25 @@ def test_a_mistake_is_named_before_anything_is_asked(recipe, capsys, sample, opt
         assert main(["sample", recipe(server.url, **sample), *options]) == 2
         assert not server.requests
     assert message in capsys.readouterr().err
+
+
+def test_the_filter_that_drops_all_right_responses_is_named(recipe, capsys):
+    with FakeServer(lambda q, b: (200, f"<answer>{2 * asked_number(q)}</answer>")) as server:
+        assert main(["sample", recipe(server.url)]) == 1
+    error = capsys.readouterr().err
+    assert "The filter format drops" in error, error
+    assert "sample.filters.format: false keeps them" in error
+
+
+def test_responses_of_a_run_without_thoughts_are_kept(tmp_path):
+    def implied(**sections):
+        (tmp_path / "config.yaml").write_text(json.dumps(sections))
+        return of_run(str(tmp_path))[1]
+
+    plain = {"data": {"template": "chat"}, "rewards": {"weights": {"accuracy": 1.0}}}
+    assert implied(**plain)["sample.filters.format"] is False
+    assert "sample.filters.format" not in implied(**plain | {"data": {"template": "r1_zero"}})
+    assert "sample.filters.format" not in implied(data={"template": "chat"})
 
 
 def test_where_nothing_is_kept_the_command_fails_and_says_why(recipe, tmp_path, capsys):

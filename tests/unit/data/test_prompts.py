@@ -91,9 +91,9 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 def test_sources_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         load_prompts(path=tmp_path / "absent.jsonl")
-    with pytest.raises(ValueError, match="either data.path or data.task"):
+    with pytest.raises(ValueError, match="data.path is missing"):
         load_prompts()
-    with pytest.raises(ValueError, match="it holds no questions"):
+    with pytest.raises(ValueError, match="the file is empty"):
         load_prompts(path=write_lines(tmp_path / "empty.jsonl", []))
     with pytest.raises(ValueError, match="expected a .jsonl or .parquet"):
         load_prompts(path=write_lines(tmp_path / "p.txt", ["a,b"]))
@@ -287,7 +287,7 @@ def test_examples_load_and_a_bad_line_is_named(tmp_path):
     bad = write_lines(tmp_path / "bad.jsonl", [*rows, {"prompt": "p"}])
     with pytest.raises(ValueError, match=r"bad\.jsonl:6: 'response' must be a string"):
         load_examples(bad)
-    with pytest.raises(ValueError, match="no examples"):
+    with pytest.raises(ValueError, match="the file is empty"):
         load_examples(write_lines(tmp_path / "none.jsonl", []))
 
 

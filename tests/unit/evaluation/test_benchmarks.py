@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import pickle
+import sys
 import zlib
 
 import pytest
@@ -410,7 +411,8 @@ def test_your_own_benchmark_is_one_file(tmp_path, monkeypatch):
         "        yield Question(row['land'], f\"Capital of {row['land']}?\", 'math', row['city'])\n"
         "CAPITALS = Benchmark(questions, hubs={'me/capitals': lambda options: ['*.jsonl']})\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [at for at in sys.path if at not in ("", os.getcwd())])
+    monkeypatch.chdir(tmp_path)  # the console script does not have it in sys.path
     path = write_jsonl(tmp_path / "c.jsonl", [{"land": "Peru", "city": "Lima"}])
     [prompt] = load("capitals:CAPITALS", path)
     assert (prompt.id, prompt.question, prompt.truth) == ("Peru", "Capital of Peru?", "Lima")

@@ -2,6 +2,7 @@
 
 import re
 from array import array
+from dataclasses import replace
 
 import pytest
 
@@ -53,10 +54,10 @@ MIXED = (graded(), graded(right=1.0))
         ),
         ([(graded(), graded())], {}, {"accuracy", "groups"}, "2 of them: wrong"),
         (
-            [MIXED, *[(graded(right=1.0), graded(right=1.0))] * 9],
+            [MIXED, *[(graded(right=1.0), graded(right=1.0))] * 4],
             {},
             {"groups"},
-            "9 of 10 groups have the same reward.*raise rl.group_size=2",
+            "4 of 5 groups have the same reward.*raise rl.group_size=2",
         ),
         ([MIXED, (graded(right=1.0), graded(right=1.0))], {}, set(), ""),
         (
@@ -90,6 +91,13 @@ def test_a_start_token_that_template_and_tokenizer_both_have_is_seen():
     found = advice(rollout(MIXED, prompt_ids=(0, 0, 5)), config())
     assert "begin with token 0 twice" in found["prompt"]
     assert not advice(rollout(MIXED, prompt_ids=(0,)), config())
+
+
+def test_a_reward_of_ones_own_is_not_blamed_on_the_form_of_answers():
+    own = replace(PROMPT, kind="mine:unit")
+    group = Group(own, [5, 6], [graded("7", reason="7, not 122"), graded("no number")])
+    found = advice(Rollout([group], 1.0, 1.0), config(rewards={"answer": "strict"}))
+    assert "rewards.answer" not in found["accuracy"]
 
 
 def test_ungraded_responses_are_not_called_wrong():

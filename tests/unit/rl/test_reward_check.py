@@ -32,6 +32,12 @@ def answers_only(response, truth, **entry):
 def raises(response, truth, **entry):
     raise KeyError("weather")
 
+def bare_number(response, truth, **entry):
+    return 1.0
+
+def text(response, truth, **entry):
+    return Grade("1", "x")
+
 def refuses(response, truth, **entry):
     raise TypeError("of its own")
 """
@@ -62,12 +68,14 @@ def check(*prompts, **rewards):
         ("mine:alone", "'mine:alone' must take a response and a truth: def alone.response, truth"),
         ("mine:needs", "'mine:needs' needs wanted: give it in the row, or for all rows as "
          "rewards.options.mine:needs.wanted"),
-        ("mine:raises", "cannot be graded: KeyError: 'weather'"),
-        ("mine:refuses", "cannot be graded: TypeError: of its own"),
+        ("mine:raises", r"cannot be graded: KeyError: 'weather' \(mine.py:\d+\)$"),
+        ("mine:refuses", r"cannot be graded: TypeError: of its own \(mine.py:\d+\)$"),
+        ("mine:bare_number", r"must return a Grade, got float: return Grade\(number from 0 to 1"),
+        ("mine:text", r"ValueError: the reward must be a number, got '1' \(mine.py:\d+\)$"),
     ],
 )  # fmt: skip
 def test_a_reward_of_ones_own_is_tried_before_anything_starts(mine, kind, message):
-    with pytest.raises(ValueError, match=f"question .*: its {kind} answer .*{message}"):
+    with pytest.raises(ValueError, match=f"question '2 [+] 11[?]': its {kind} answer .*{message}"):
         check(make_prompt("2 + 11?", kind, "13", {}))
     with pytest.raises(ValueError, match=f"rewards.weights.{kind}: it .*{message}"):
         check(make_prompt("2 + 11?", "math", "13", {}), weights={"accuracy": 1.0, kind: 1.0})
