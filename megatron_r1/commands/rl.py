@@ -14,6 +14,7 @@ from megatron_r1.config import Config
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
+from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import TrainerLost
 from megatron_r1.evaluation.model_folder import require_weights
@@ -93,7 +94,10 @@ async def _run(
                     await session.close()
             except TrainerLost:
                 if config.rollout.colocated and fleet.awake.is_set():
-                    await fleet.sleep()  # the ranks that start again need the GPUs' memory
+                    try:
+                        await fleet.sleep()  # the ranks that start again need the GPUs' memory
+                    except EngineError as error:
+                        view.message(f"engines did not free their memory: {error}")
                 raise
 
         await running.supervisor.with_restarts(attempt)

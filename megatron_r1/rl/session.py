@@ -49,6 +49,9 @@ class Session:
     async def begin(self) -> None:
         """Put trainer and engines where the run was left, or at its beginning."""
         view, uses_reference = self.recorder.view, self.passes.uses_reference
+        fleet = self.collector.fleet
+        if self.config.rollout.colocated and fleet.awake.is_set():
+            await fleet.sleep()  # a checkpoint, and then the weights in transit, need their memory
         if self.recorder.resumed:
             view.phase("loading checkpoint")
             await self.recorder.load(self.trainer, reference=uses_reference)
@@ -62,9 +65,6 @@ class Session:
         # The pool may be older than this session: its counts until now are not of this session.
         self._rewards_before.subtract(self._num_rewards())
         await self.passes.bridge.open()
-        fleet = self.collector.fleet
-        if self.config.rollout.colocated and fleet.awake.is_set():
-            await fleet.sleep()  # their memory takes the weights in transit
         await self.push_weights()
         if self.step == 0:
             await self.heldout.run(self.step)

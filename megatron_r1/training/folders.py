@@ -47,6 +47,7 @@ class Folders:
 
         Returns when the tensors are copied; `checkpoint_progress` returns the outcome."""
         self._writer.save(Path(folder), partial(contents.sharded, self._trainer.networks()), state)
+        torch.cuda.empty_cache()  # of engines on the same GPU
 
     def checkpoint_progress(self, wait: bool = False) -> dict[str, Any]:
         """Return is_done, error (a sentence or None) and seconds of the latest `save_checkpoint`.

@@ -260,7 +260,8 @@ class Trainer:
 
     def yield_memory(self) -> None:
         """Free what the trainer does not need while engines compute on the same GPUs: gradients,
-        and memory that torch keeps for later activations."""
+        the loaded samples, and memory that torch keeps for later activations."""
+        self.minibatches = []
         free_gradients(self.chunks)
         if self.critic is not None:
             free_gradients(self.critic.chunks)

@@ -176,7 +176,8 @@ class WeightBridge:
     async def _push_to_new(self, engine: Engine) -> None:
         await self._form([engine], _refuse)
         if self.links.colocated:  # what its cache takes is needed for the weights in transit
-            await engine.client.sleep()
+            async with raise_dead_after(engine, self._timeout_seconds):
+                await engine.client.sleep()
         (one,) = [one for one in self.links.sets if engine in one.engines]
         # The others' last number: the pushes to an engine are numbered without gaps.
         sending = self.links.send(self._push_number, [engine], _refuse)

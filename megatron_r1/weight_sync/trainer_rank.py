@@ -6,12 +6,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_r1 import platform
 from megatron_r1.config import Config
 from megatron_r1.weight_sync.plan import TrainerGrid
 from megatron_r1.weight_sync.send.sender import WeightSender
+from megatron_r1.weight_sync.transports.process_group import gpu_uuid
 from megatron_r1.weights.layout import recipe_stages
 from megatron_r1.weights.local import local_entries
 
@@ -47,6 +49,7 @@ class WeightPush:
             rank=rank,
             stages=stages,
             drafts=self._config.rollout.drafts_by_mtp,
+            gpus=_gpus() if self._config.push.transport == "nccl" else (),
         )
         return {"store": address}
 
@@ -59,6 +62,14 @@ class WeightPush:
         """Call `WeightSender.send`."""
         assert self._sender is not None, "open_push() comes first"
         return self._sender.send(push, sets, gone)
+
+
+def _gpus() -> list[str]:
+    """Return the UUID of every rank's GPU."""
+    found: list[Any] = [None] * dist.get_world_size()
+    device = torch.device("cuda", torch.cuda.current_device())
+    dist.all_gather_object(found, gpu_uuid(device))
+    return found
 
 
 def _store() -> tuple[dist.TCPStore, list]:

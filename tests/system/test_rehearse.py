@@ -66,7 +66,10 @@ SHIPPED = {
     # What laptop-r1 has not: a critic, and a served reward alone.
     "paper": (PAPER, "paper", (*BASE, "--rehearsal.stages", "[ppo_095, rlhf]")),
     "slurm-one_node": (LAPTOP, "r1_zero", NODE),
-    "slurm-colocated": (LAPTOP, "r1_zero", (*NODES, "--rollout.colocated", "true")),
+    "slurm-colocated": (
+        *(LAPTOP, "r1_zero"),
+        (*NODES, "--rollout.colocated", "true", "--rollout.gpu_memory", "0.5"),
+    ),
     "slurm-pools": (LAPTOP, "r1_zero", NODES),
 }
 NEED_GPU = {"layers", "memory", "rollout.colocated"}

@@ -34,8 +34,8 @@ class RankMemory:
 
     @property
     def resident(self) -> int:
-        """Bytes of parameters, gradients and optimizer state that stay while engines compute."""
-        return sum(self.training.get(kind, 0) for kind in (*PERSISTENT, CRITIC)) - self.freed
+        """Bytes of models and optimizers that stay while engines compute."""
+        return sum(self.training.get(kind, 0) for kind in RESIDENT) - self.freed
 
     @property
     def peak(self) -> int:
@@ -45,6 +45,8 @@ class RankMemory:
 PERSISTENT = ("parameters", "gradients", "optimizer")
 CRITIC = "critic"
 """The three kinds of PPO's critic, in addition to the policy's."""
+RESIDENT = (*PERSISTENT, "fp8 copies", "reference", CRITIC)
+"""Kinds that stay on the GPU between updates; the reference only where it is kept there."""
 RECEIVE_BUFFER = "receive buffer"
 """The receive buffer of the engine rank on the same GPU, which it keeps while it sleeps."""
 

@@ -183,7 +183,9 @@ def push_section(job: Job) -> Section:
     # What is for one host has to be set to gloo or nccl for more.
     alone = job.config.push.delta or (job.config.push.on_one_host and _is_one_node(job))
     most = 1 if alone else SET_ENGINES
-    links = set_links(job.hf, grid, engines, job.stages, _count(form), most, drafts=drafts(job))
+    over_nccl = job.config.push.transport == "nccl" and job.config.rollout.colocated
+    which = {"drafts": drafts(job), "colocated": over_nccl}
+    links = set_links(job.hf, grid, engines, job.stages, _count(form), most, **which)
     received = links.received
     link, link_name = push_link(job)
     written = form

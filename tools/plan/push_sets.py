@@ -8,7 +8,12 @@ from functools import lru_cache
 
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.entry import engine_sets, entries, sent_bytes
+from megatron_r1.weight_sync.plan.entry import (
+    engine_sets,
+    entries,
+    neighbours_in_order,
+    sent_bytes,
+)
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.traffic import ByteCount
 from megatron_r1.weight_sync.transports import PASSED_BYTES
@@ -99,9 +104,12 @@ def set_links(
     most: int,
     *,
     drafts: bool = False,
+    colocated: bool = False,
 ) -> SetLinks:
-    """Return what a push connects. most: engines of a set. drafts: with the engines' drafters."""
-    return _set_links(json.dumps(hf), grid, engines, _Stages(stages), count, most, drafts)
+    """Return what a push connects. most: engines of a set. drafts: with the engines' drafters.
+    colocated: over NCCL, which avoids pairs of ranks on one GPU."""
+    one = json.dumps(hf), grid, engines, _Stages(stages), count, most, drafts, colocated
+    return _set_links(*one)
 
 
 class _Stages:
@@ -126,11 +134,13 @@ def _set_links(
     count: ByteCount,
     most: int,
     drafts: bool,
+    colocated: bool,
 ) -> SetLinks:
     needs = PredictedLayout(json.loads(hf), engines, drafts=drafts)
     planner = Planner(json.loads(hf), grid, engines, stages.stages, needs)
     sets = engine_sets(engines.engines, most)
-    plans = entries(planner, count, sets)
+    near = neighbours_in_order(sets, engines.ranks_per_engine, grid.world) if colocated else {}
+    plans = entries(planner, count, sets, neighbours=near)
     out: Counter[int] = Counter()
     into: Counter[tuple[int, int, int]] = Counter()
     entering: Counter[tuple[int, int, int]] = Counter()

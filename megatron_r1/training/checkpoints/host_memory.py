@@ -21,6 +21,8 @@ from torch import Tensor
 from megatron_r1 import platform
 
 KEYS = ("param", "exp_avg", "exp_avg_sq")
+GATHERED_ELEMENTS = 1 << 24
+"""Elements that ranks gather at a time: 64 MiB of the device's memory."""
 
 
 class HostMemory:
@@ -96,22 +98,26 @@ def _gather(part: Any, index: int, memory: HostMemory | None, **_: Any) -> dict[
 
 def _gather_bucket(part: Any, param_map: dict, pieces: dict[str, Tensor]) -> None:
     """Fill `pieces`, host buffers of one bucket, from all data-parallel ranks' shards of it."""
-    group = part.data_parallel_group
-    size = group.size()
-    shards = pieces
-    if size > 1:
-        shards = {
-            key: torch.empty(piece.numel() // size, dtype=piece.dtype, device=platform.device())
-            for key, piece in pieces.items()
-        }
-    for parameter, ranges in param_map.items():
-        tensors = part._get_main_param_and_optimizer_states(parameter)
-        here = slice(ranges["gbuf_local"].start, ranges["gbuf_local"].end)
-        for key, shard in shards.items():
-            shard[here].copy_(tensors[key].detach(), non_blocking=True)
-    if size > 1:
-        for key, shard in shards.items():
-            whole = torch.empty(shard.numel() * size, dtype=shard.dtype, device=shard.device)
-            # Over data parallelism, which the optimizer's state is spread over.
-            dist.all_gather_into_tensor(whole, shard, group=group)
-            pieces[key].copy_(whole, non_blocking=True)
+    size = part.data_parallel_group.size()
+    for key, piece in pieces.items():
+        shard = piece
+        if size > 1:
+            shard = torch.empty(piece.numel() // size, dtype=piece.dtype, device=platform.device())
+        for parameter, ranges in param_map.items():
+            state = part._get_main_param_and_optimizer_states(parameter)[key]
+            here = slice(ranges["gbuf_local"].start, ranges["gbuf_local"].end)
+            shard[here].copy_(state.detach(), non_blocking=True)
+        if size > 1:
+            _all_gather(piece.view(size, -1), shard, part.data_parallel_group)
+
+
+def _all_gather(piece: Tensor, shard: Tensor, group: dist.ProcessGroup) -> None:
+    """Fill `piece` (ranks, elements), on the host, with the shards (elements,) of all ranks of data
+    parallelism, over which the optimizer's state is spread. By slices: a bucket may have 10 GiB,
+    and engines on the same GPU leave less."""
+    length = max(1, GATHERED_ELEMENTS // len(piece))
+    for start in range(0, len(shard), length):
+        part = shard[start : start + length]
+        whole = torch.empty(len(piece) * len(part), dtype=shard.dtype, device=shard.device)
+        dist.all_gather_into_tensor(whole, part, group=group)
+        piece[:, start : start + length].copy_(whole.view(len(piece), -1), non_blocking=True)

@@ -10,7 +10,7 @@ instead of once per engine."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -31,6 +31,11 @@ times the mean, without a limit 1.4 times. SMALL: a piece of less than this part
 a sender that is already chosen."""
 SHARED_MEMORY_LARGEST = 1 / 16
 """`LARGEST` in shared memory, where a link costs nothing and every copy by another core helps."""
+
+
+Neighbours = Mapping[tuple[int, int, int], int]
+"""(Set, engine of it, position) → the trainer rank on the same GPU, for the engine ranks that have
+one. NCCL refuses such a pair, whose slices would go over gloo, at a thirtieth of the rate."""
 
 
 class Part(NamedTuple):
@@ -62,6 +67,17 @@ def engine_sets(engines: int, most: int = SET_ENGINES) -> list[range]:
     return [range(*edge) for edge in pairwise(edges)]
 
 
+def neighbours_in_order(sets: Sequence[range], ranks_per_engine: int, world: int) -> Neighbours:
+    """Return those of colocated engines whose ranks are on the trainer ranks' GPUs in order."""
+    placed = {
+        (index, member, position): engine * ranks_per_engine + position
+        for index, engines in enumerate(sets)
+        for member, engine in enumerate(engines)
+        for position in range(ranks_per_engine)
+    }
+    return {at: rank for at, rank in placed.items() if rank < world}
+
+
 def largest_over(transport: str) -> float:
     """Return `LARGEST` over a transport."""
     return SHARED_MEMORY_LARGEST if transport in ("shm", "cuda_ipc") else LARGEST
@@ -73,11 +89,13 @@ def entries(
     sets: Sequence[range],
     sent: Sequence[float] = (),
     largest: float = LARGEST,
+    neighbours: Neighbours | None = None,
 ) -> list[list[list[Entry]]]:
     """Return the entries of each set and position, in order of engine.
 
     sets: engines of each set; their number in `planner` is not used. sent: bytes that each trainer
-    rank sends to other sets. largest: see `LARGEST`. The largest pieces choose
+    rank sends to other sets. largest: see `LARGEST`. neighbours: these send to an engine rank on
+    their GPU only what no other rank holds. The largest pieces choose
     first, each the least busy of the ranks that hold it; a small piece comes from a rank that sends
     to the same engine rank in any case. Every rank computes the same result."""
     held = _by_position(planner, num_bytes)
@@ -94,8 +112,10 @@ def entries(
         for index, engines in enumerate(sets):
             if len(engines) == piece.size:
                 senders = chosen[index, piece.position, piece.engine]
-                known = [rank for rank in senders if rank in piece.replicas]
-                choice = known if known and piece.is_small else piece.replicas
+                near = (neighbours or {}).get((index, piece.engine, piece.position))
+                holders = [rank for rank in piece.replicas if rank != near] or piece.replicas
+                known = [rank for rank in senders if rank in holders]
+                choice = known if known and piece.is_small else holders
                 sender = min(choice, key=busy.__getitem__)
                 busy[sender] += piece.num_bytes
                 senders.setdefault(sender, []).extend(piece.parts)

@@ -8,6 +8,7 @@ from megatron_r1.weight_sync.plan.entry import (
     engine_sets,
     entries,
     largest_over,
+    neighbours_in_order,
     num_links,
 )
 from megatron_r1.weight_sync.plan.planner import Planner
@@ -30,5 +31,7 @@ def planned_links(config: Config, hf: dict) -> list[int]:
     planner = Planner(hf, grid, layout, recipe_stages(config, hf), needs)
     count = fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype)
     sets = engine_sets(layout.engines, max_engines(push))
-    plans = entries(planner, count, sets, largest=largest_over(push.transport))
+    is_near = config.rollout.colocated and push.transport == "nccl"
+    near = neighbours_in_order(sets, layout.ranks_per_engine, grid.world) if is_near else {}
+    plans = entries(planner, count, sets, (), largest_over(push.transport), near)
     return num_links(plans, grid.world)

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.distributed import Store
 
-from megatron_r1.weight_sync.plan.entry import Entry, entries, largest_over, sent_bytes
+from megatron_r1.weight_sync.plan.entry import (
+    Entry,
+    Neighbours,
+    entries,
+    largest_over,
+    sent_bytes,
+)
 from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
@@ -80,7 +86,8 @@ class WeightSender:
 
     held: this rank's parameters of the model that `hf` describes. stages: the shards of the
     pipeline's virtual stages, default an even spread. store: where trainer and engine ranks meet.
-    drafts: whether engines draft with the MTP layers.
+    drafts: whether engines draft with the MTP layers. gpus: the UUID of each rank's GPU, where
+    engines may share it over NCCL.
     share: see `Share`; not needed for a single rank."""
 
     def __init__(
@@ -94,7 +101,9 @@ class WeightSender:
         rank: int = 0,
         stages: list[list[Shard]] | None = None,
         drafts: bool = False,
+        gpus: Sequence[str] = (),
     ):
+        self._rank_on = {gpu: rank for rank, gpu in enumerate(gpus)}
         self.hf, self.grid, self.held, self.stages = hf, grid, held, stages
         self.store, self.share, self.rank, self.drafts = store, share, rank, drafts
         self._sets: dict[str, _Set] = {}
@@ -250,7 +259,8 @@ class WeightSender:
                 planner = Planner(self.hf, self.grid, one, self.stages, needs)
                 members = [range(len(meetings[name])) for name in names]
                 largest = largest_over(transport)
-                plans = entries(planner, _count(tables), members, offers.sent, largest)
+                near = self._neighbours([offers.sets[name][1] for name in names])
+                plans = entries(planner, _count(tables), members, offers.sent, largest, near)
             except ValueError as error:
                 failed |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
                 continue
@@ -267,6 +277,16 @@ class WeightSender:
                 except EXPECTED as error:
                     failed[name] = f"{type(error).__name__}: {error}"
         return failed
+
+    def _neighbours(self, addresses: Sequence[list[list[str]]]) -> Neighbours:
+        """Return the trainer ranks on engine ranks' GPUs, which are the addresses over NCCL."""
+        return {
+            (index, engine, position): self._rank_on[address]
+            for index, of_set in enumerate(addresses)
+            for engine, of_engine in enumerate(of_set)
+            for position, address in enumerate(of_engine)
+            if address in self._rank_on
+        }
 
     def _prepare(
         self,

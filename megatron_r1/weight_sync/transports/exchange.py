@@ -29,6 +29,7 @@ from megatron_r1.weight_sync.transports.process_group import (
     Header,
     PairReceiver,
     finish,
+    gpu_uuid,
     groups,
 )
 
@@ -232,6 +233,7 @@ class NcclReceiver(GlooReceiver):
         super().prepare()
         # Of this thread, vLLM's. The receiving threads would take GPU 0.
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.address = gpu_uuid(self.device)  # by which the plan avoids senders on it
         self._claiming = threading.Lock()
 
     def allocate(self) -> torch.Tensor:
@@ -248,8 +250,13 @@ class NcclReceiver(GlooReceiver):
             elif not (storage := self.memory.untyped_storage()).nbytes():
                 storage.resize_(size)
 
+    def close(self) -> None:
+        super().close()
+        if not any(thread.is_alive() for thread in self._threads):
+            self.free_memory()  # after a push that broke off
+
     def free_memory(self) -> None:
-        if self.borrows_memory:
+        if self.borrows_memory and hasattr(self, "memory"):
             # The storage, since views of it may be left; what they show is not used any more.
             self.memory.untyped_storage().resize_(0)
             torch.cuda.empty_cache()

@@ -326,9 +326,14 @@ def groups(
     return Groups(control, cast(dist.ProcessGroup, data), end.device)
 
 
+def gpu_uuid(device: torch.device) -> str:
+    """Return the UUID of a GPU: processes number GPUs differently."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
 def _share_a_gpu(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Return whether both ranks of `group` compute on the same GPU."""
-    own = torch.tensor(list(str(torch.cuda.get_device_properties(device).uuid).encode()))
+    own = torch.tensor(list(gpu_uuid(device).encode()))
     both = torch.empty(2 * len(own), dtype=own.dtype)
     group._allgather_base(both, own, AllgatherOptions()).wait()
     first, second = both.chunk(2)

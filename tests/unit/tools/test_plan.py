@@ -189,6 +189,19 @@ def test_gradients_are_the_engines_memory_while_these_compute(colocated):
     assert ("gradients" in rank.scoring) != colocated and "gradients" in rank.training
 
 
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("reference", {"parallel__reference_offload": "device"}),
+        ("fp8 copies", {"fp8__recipe": "blockwise"}),
+    ],
+)
+def test_all_that_the_trainer_keeps_on_a_gpu_is_not_the_engines(kind, changed):
+    bill, plain = Bill(planned(**changed, rollout__gpu_memory=None)), Bill(planned())
+    more = max(rank.training.get(kind, 0) for rank in bill.ranks)
+    assert bill.engines.resident > plain.engines.resident + more / 2 > 0
+
+
 def test_an_engine_that_takes_more_of_a_gpu_than_the_trainer_leaves_is_named():
     most = Bill(planned()).sections()["engine memory of a GPU"]["share, at most"]
     assert str(most) == "75.0%"

@@ -5,7 +5,12 @@ from collections import Counter, defaultdict
 import pytest
 
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.entry import SET_ENGINES, engine_sets, entries
+from megatron_r1.weight_sync.plan.entry import (
+    SET_ENGINES,
+    engine_sets,
+    entries,
+    neighbours_in_order,
+)
 from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import stage_shards
 from tests.unit.weight_sync.test_push_plan import DEEPSEEK, DEEPSEEK_V3, WORLDS, held
@@ -46,6 +51,28 @@ def test_everyone_computes_the_same_plan():
     grid, layout = TrainerGrid(8, pipeline=2, expert=4), EngineLayout(tensor=2, data=2)
     plans = [entries(Planner(DEEPSEEK, grid, layout), BYTES, [range(2), range(2, 4)]) for _ in "ab"]
     assert plans[0] == plans[1]
+
+
+def test_a_rank_sends_to_its_own_gpu_only_what_it_alone_holds():
+    grid, layout = TrainerGrid(8, pipeline=2, expert=2), EngineLayout(2, tensor=2, data=2)
+    planner, sets = Planner(DEEPSEEK, grid, layout), [range(2)]
+    near = neighbours_in_order(sets, layout.ranks_per_engine, grid.world)
+    assert near[0, 1, 3] == 7 and len(near) == 8
+
+    def pairs(plan):
+        return [e for of in plan for e in of if e.sender == 4 * e.engine + e.position]
+
+    (anyhow,), (apart,) = (
+        entries(planner, BYTES, sets),
+        entries(planner, BYTES, sets, neighbours=near),
+    )
+    assert pairs(anyhow)
+    holdings = [held(DEEPSEEK, grid, rank) for rank in range(grid.world)]
+    for entry in pairs(apart):
+        for part in entry.parts:
+            others = [own for rank, own in enumerate(holdings) if rank != entry.sender]
+            found = (r for own in others for r in own.get(part.item.name, ()))
+            assert not any(part.region.intersection(r) == part.region for r in found), part
 
 
 def test_sets_are_of_equal_size():

@@ -16,7 +16,8 @@ from megatron_r1.config import load
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.checks import engine_layout
-from megatron_r1.weight_sync.plan.entry import Entry, engine_sets, entries
+from megatron_r1.weight_sync.plan.entry import Entry, engine_sets, entries, neighbours_in_order
+from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import Shard, recipe_stages
 from tools.bench.children import ROOT
@@ -48,6 +49,7 @@ class Case:
     stages: list[list[Shard]]
     planner: Planner
     cluster: Cluster
+    drafts: bool = False
 
     @property
     def engines(self) -> EngineLayout:
@@ -115,9 +117,12 @@ def _cases() -> Iterator[Case]:
     grid = TrainerGrid.of(config.parallel, config.parallel.processes)
     engines = engine_layout(config)
     stages = recipe_stages(config, hf)
-    planner = Planner(hf, grid, engines, stages)
+    drafts = config.rollout.drafts_by_mtp
+    needs = PredictedLayout(hf, engines, drafts=drafts)
+    planner = Planner(hf, grid, engines, stages, needs)
     cluster = Cluster(grid.world, engines.num_ranks, config.rollout.colocated)
-    yield Case("the recipe's 16 engines x 128 GPUs, colocated", hf, stages, planner, cluster)
+    name = "the recipe's 16 engines x 128 GPUs, colocated"
+    yield Case(name, hf, stages, planner, cluster, drafts)
     stages = real_size.stages(hf)
     planner = Planner(hf, real_size.GRID, real_size.ENGINES, stages)
     cluster = Cluster(real_size.GRID.world, real_size.ENGINES.num_ranks, colocated=False)
@@ -158,7 +163,10 @@ def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
             yield row(design, ends.max(), pairs, 0, setup)
     began = time.process_time()
     sets = engine_sets(case.engines.engines)
-    plans = list(zip(sets, entries(case.planner, count, sets), strict=True))
+    ranks, world = case.engines.ranks_per_engine, case.planner.grid.world
+    near = neighbours_in_order(sets, ranks, world) if cluster.colocated else {}
+    entered = entries(case.planner, count, sets, neighbours=near)
+    plans = list(zip(sets, entered, strict=True))
     planning = time.process_time() - began
     pairs = np.array(
         [
@@ -172,7 +180,11 @@ def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
         cluster.capacity, ENTRY_BATCH
     )
     exchange = len(sets) * case.engines.ranks_per_engine
-    links = set_links(case.hf, case.planner.grid, case.engines, case.stages, count, len(sets[0]))
+    links = set_links(
+        *(case.hf, case.planner.grid, case.engines, case.stages, count, len(sets[0])),
+        drafts=case.drafts,
+        colocated=cluster.colocated,
+    )
     requests, size = links.requests(case.engines, case.planner.grid.world), _table_bytes(case)
     setup = Setup(requests, size, size, [2, len(sets[0])], planning)
     yield row("enters one engine, exchanged", ends.max(), pairs, exchange, setup)
