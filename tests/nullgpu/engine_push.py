@@ -74,6 +74,8 @@ async def main(folder: Path, transport: str, num_engines: int) -> None:
         colocated = transport == "nccl"
         bridge = FileBridge(QWEN, fleet, transport=transport, colocated=colocated)
         found, left = [await checksums(fleet)], []
+        if colocated:
+            await fleet.sleep()  # as `rl.session` does before engines are connected
         await bridge.push(other)
         assert [len(one.engines) for one in bridge.bridge.links.sets] == [num_engines]
         found.append(await checksums(fleet))
