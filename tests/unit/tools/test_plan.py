@@ -290,7 +290,7 @@ def test_a_push_is_priced_as_sets_of_engines_execute_it():
     # The mean is whole / 16; the last stage also sends the drafter's eh_proj, whole, to every rank.
     assert push["out of a trainer rank"].value < 1.5 * whole / 16
     assert alone["out of a trainer rank"].value > 12 * push["out of a trainer rank"].value
-    assert push["links of a rank"].value <= 8
+    assert push["links of a rank"].value <= 10
     # An offer, table, plan and group of each engine rank; two requests of each trainer rank; four
     # of each of at most 5 pairs into an engine rank.
     assert 2048 * (6 + 1 + 2 + 4) < push["store requests"].value < 2048 * (6 + 1 + 2 + 4 * 6)
