@@ -182,8 +182,9 @@ def _require_weights(model: ModelConfig) -> None:
     """Raise UserError where ranks and engines, once started, would find no weights."""
     if model.init == "load" and not model.checkpoint:
         try:
-            require_complete(weight_files(Path(model.path)))
+            files = weight_files(Path(model.path))
         except UserError as error:
             raise UserError(
                 f"model.path: {error}; give a folder with weights, or model.init: random to sft"
             ) from None
+        require_complete(files)

@@ -45,9 +45,10 @@ def require_weights(folder: Path, key: str = "model.path") -> None:
     if any(folder.glob("*.bin")):  # the format before safetensors, which engines still read
         return
     try:
-        require_complete(weight_files(folder))
+        files = weight_files(folder)
     except UserError as error:
         raise UserError(f"{key}: {error}; give a folder with weights") from None
+    require_complete(files)
 
 
 def fingerprint(folder: Path) -> str:
