@@ -2,8 +2,9 @@
 
 `RLConfig` makes both; `training.wire` carries them as mappings of these names."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
 
 AdvantageStd = Literal["group", "batch", "none"]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -11,8 +12,26 @@ LossAverage = Literal["sequence", "token", "constant"]
 RatioLevel = Literal["token", "sequence"]
 
 
+class _Readable:
+    """Settings that are also read as the mapping that they were before 0.3: losses and token
+    advantages of users may say settings["kl_beta"], and pass {**settings, "discount": 0.5} on."""
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self, name, default)
+
+    def keys(self) -> Iterable[str]:
+        return [field.name for field in fields(self)]  # type: ignore[arg-type]
+
+    @classmethod
+    def of(cls, settings: Self | Mapping[str, Any]) -> Self:
+        return settings if isinstance(settings, cls) else cls(**settings)
+
+
 @dataclass(frozen=True)
-class LossSettings:
+class LossSettings(_Readable):
     """Settings of a policy loss: those of r1_kernels' `policy_loss` (formulae: its `policy_terms`),
     but for `average`, by which the trainer's denominator is chosen too. The defaults of optional
     terms leave the term out."""
@@ -40,7 +59,7 @@ class LossSettings:
 
 
 @dataclass(frozen=True)
-class TokenSettings:
+class TokenSettings(_Readable):
     """Settings of an algorithm's token advantages, with the names and meanings of `rl`."""
 
     kl_beta: float

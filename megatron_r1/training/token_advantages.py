@@ -129,6 +129,7 @@ TokenAdvantages = Callable[[ScoredRollout, TokenSettings], TokenTargets]
 
 def reward_to_go(scored: ScoredRollout, settings: TokenSettings) -> list[Tensor]:
     """Return A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalized rewards, (T,) per micro-batch."""
+    settings = TokenSettings.of(settings)
     return [
         discounted_sums(r.token_rewards(settings.kl_beta), settings.discount, r.is_graded, r.last)
         for r in scored.responses

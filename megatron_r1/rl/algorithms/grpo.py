@@ -44,9 +44,11 @@ def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
     With importance_cap None the difference between the engine's and the trainer's log-probabilities
     is not corrected. Reads batch.logprobs["ref"] if kl_beta > 0, and ["old"]; without "old"
     the policy itself is taken for π_old (ratio 1)."""
+    from megatron_r1.config.losses import LossSettings
     from megatron_r1.training.losses import LossTerms, denominator
     from megatron_r1.training.metrics import Maximum, Mean
 
+    settings = LossSettings.of(settings)
     limit, is_constant = settings.max_response_tokens, settings.average == "constant"
     assert limit or not is_constant, "a constant average is over max_response_tokens"
     is_corrected = settings.importance_cap is not None

@@ -28,9 +28,11 @@ __all__ = ["advantages", "token_advantages"]
 def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
     """Return the advantages and targets of `training.returns.gae` with the critic's batch.values,
     per micro-batch; with `advantage_std` batch the advantages are normalized over the rollout."""
+    from megatron_r1.config.losses import TokenSettings
     from megatron_r1.training.returns import gae
     from megatron_r1.training.token_advantages import TokenTargets
 
+    settings = TokenSettings.of(settings)
     advantages, returns = [], []
     for responses in scored.responses:
         own = responses.batch.values

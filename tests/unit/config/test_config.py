@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import yaml
 from megatron_r1 import config as configuration
 from megatron_r1.cli import main
 from megatron_r1.config.command_line import parse_overrides
+from megatron_r1.config.losses import LossSettings
 from megatron_r1.errors import UserError
 from megatron_r1.training.schedule import learning_rate
 from megatron_r1.workflow.pipeline_recipe import load as load_pipeline
@@ -209,3 +211,10 @@ def test_keys_that_may_change_when_a_run_continues():
     }
     keys = [f"{section}.{key}" for section, names in expected.items() for key in names.split()]
     assert sorted(configuration.RESUMABLE) == sorted([*keys, "checkpoint", "eval", "parallel"])
+
+
+def test_settings_of_losses_are_read_as_mappings_too():
+    settings = configuration.Config().rl.loss_settings(8)
+    assert settings["kl_beta"] == settings.kl_beta
+    changed = LossSettings.of({**settings, "objective": "cispo"})
+    assert changed == replace(settings, objective="cispo") and LossSettings.of(changed) is changed
