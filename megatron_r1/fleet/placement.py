@@ -36,10 +36,10 @@ def check_room(rollout: RolloutConfig) -> None:
     ranks = rollout.engines * rollout.tensor * rollout.pipeline * rollout.data
     # Engines are started all at once: 100,000 of them took everything on a host down.
     needed, room = ranks * RANK_GIB, psutil.virtual_memory().total / 2**30
-    if ranks * rollout.kv_cache_gib > room:
+    if rollout.kv_cache_gib > room:
         raise UserError(
-            f"rollout.kv_cache_gib={rollout.kv_cache_gib}: {ranks:,} engine processes with so much "
-            f"each take more than the {room:,.0f} GiB of this host; lower it"
+            f"rollout.kv_cache_gib={rollout.kv_cache_gib}: each engine process takes so much, more "
+            f"than the {room:,.0f} GiB of this host; lower it"
         )
     if needed > room:
         raise UserError(

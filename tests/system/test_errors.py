@@ -30,8 +30,9 @@ def recipe(base, folder, **changes) -> str:
             "rollout.hosts_address: nowhere.invalid has no address",
         ),
         (["--rollout.engines", "100000"], 2, "rollout.engines=100000: 100,000 processes of vLLM"),
+        (["--rollout.kv_cache_gib", "4000"], 2, "rollout.kv_cache_gib=4000: each engine process"),
     ],
-    ids=["key", "model", "data", "tensor size", "ranks", "length", "address", "engines"],
+    ids=["key", "model", "data", "tensor size", "ranks", "length", "address", "engines", "cache"],
 )
 def test_a_wrong_setting_is_one_message(base, tmp_path, settings, status, message):
     done = run("rl", recipe(base, tmp_path), *settings, timeout_seconds=120)
@@ -75,7 +76,7 @@ def test_a_checkpoint_of_another_model_is_refused(base, tmp_path):
 
 
 def test_an_engine_that_cannot_start_is_one_message(base, tmp_path):
-    done = run("rl", recipe(base, tmp_path), "--rollout.kv_cache_gib", "4000")
+    done = run("rl", recipe(base, tmp_path), "--rollout.start_timeout_seconds", "0.5")
     assert done.returncode == 1
     assert "engine-0" in done.stderr and "Traceback" not in done.stderr
 
