@@ -107,7 +107,7 @@ def test_which_shots_depends_on_seed_and_question_and_never_tells_the_answer(sho
     ("content", "num_shots", "message"),
     [
         ('{"question": "a"}', None, r"shots.jsonl:1: 'response' must be a string"),
-        ("", None, "holds no worked examples"),
+        ("", None, "the file is empty"),
         ('{"question": "a", "response": "b"}', 2, "sample.num_shots: 2 is more than the 1 of"),
     ],
 )

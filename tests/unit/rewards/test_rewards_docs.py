@@ -89,7 +89,9 @@ def test_the_reward_that_is_shown_works_as_it_stands(example):
     graded = [json.loads(line) for line in target.read_text().splitlines()]
     assert [line["reward"] for line in graded] == [pytest.approx(2 / 3), 1.0, 0.0]
     assert graded[0]["reason"] == "2 steps, 3 wanted"
-    assert graded[2]["reason"] == "cannot be graded: ValueError: wanted must be at least 1, got 0"
+    reason, place = graded[2]["reason"].rsplit(" (", 1)
+    assert reason == "cannot be graded: ValueError: wanted must be at least 1, got 0"
+    assert place.partition(":")[0].endswith("my_rewards.py")
 
 
 def test_the_recipe_that_is_shown_loads(tmp_path):
