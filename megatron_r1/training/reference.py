@@ -34,14 +34,13 @@ class Reference:
             kept.copy_(live.detach())
 
     @contextlib.contextmanager
-    def in_place(self, *, to_compute: bool = True) -> Iterator[None]:
-        """Let the model have the reference's weights inside the block.
-
-        to_compute: on its device; else where they are kept."""
+    def in_place(self) -> Iterator[None]:
+        """Let the model compute with the reference's weights inside the block. They are brought to
+        the parameters' device: data of another would lose the hooks that collect gradients."""
         policy = [live.data for live in self._live]
         try:
             for live, kept in zip(self._live, self._kept, strict=True):
-                live.data = kept.to(live.device, non_blocking=True) if to_compute else kept
+                live.data = kept.to(live.device, non_blocking=True)
             yield
         finally:
             for live, data in zip(self._live, policy, strict=True):

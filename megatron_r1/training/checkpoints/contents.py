@@ -75,8 +75,7 @@ def sharded(networks: Networks, memory: HostMemory | None = None) -> dict[str, A
         if has_adapters(chunks):
             tree[adapters.BASE] = unwrap_model(chunks[0]).base_fingerprint
     if reference is not None:
-        # Not on the device, where engines may leave no room for a second set of weights.
-        with reference.in_place(to_compute=False):
+        with reference.in_place():
             tree["reference"] = [_weights(chunk, REFERENCE) for chunk in chunks]
             for tensor in (t for kept in tree["reference"] for t in kept.values()):
                 # The entries hold the parameters themselves, whose data is the policy's again when
