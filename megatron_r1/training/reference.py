@@ -26,7 +26,19 @@ class Reference:
             platform.empty_on_host(tuple(t.shape), t.dtype) if on_host else torch.empty_like(t)
             for t in self._live
         ]
+        frozen: Iterator[Tensor] = (
+            p for chunk in chunks for p in chunk.parameters() if not p.requires_grad
+        )
+        self._by_live: dict[int, Tensor] = {id(t): t for t in frozen}
+        self._by_live |= {id(t): kept for t, kept in zip(self._live, self._kept, strict=True)}
         self.refresh()
+
+    def kept(self, live: Tensor) -> Tensor:
+        """Return the reference's value of one of the model's own tensors, where it is kept; of one
+        that is not trained, the tensor itself.
+
+        live: the parameter or buffer, not a view. Raises KeyError for any other tensor."""
+        return self._by_live[id(live)]
 
     def refresh(self) -> None:
         """Replace the reference by the current policy."""

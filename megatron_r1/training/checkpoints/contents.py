@@ -75,12 +75,11 @@ def sharded(networks: Networks, memory: HostMemory | None = None) -> dict[str, A
         if has_adapters(chunks):
             tree[adapters.BASE] = unwrap_model(chunks[0]).base_fingerprint
     if reference is not None:
-        with reference.in_place():
-            tree["reference"] = [_weights(chunk, REFERENCE) for chunk in chunks]
-            for tensor in (t for kept in tree["reference"] for t in kept.values()):
-                # The entries hold the parameters themselves, whose data is the policy's again when
-                # the context ends.
-                tensor.data = tensor.data.detach()
+        tree["reference"] = [_weights(chunk, REFERENCE) for chunk in chunks]
+        for entry in (entry for entries in tree["reference"] for entry in entries.values()):
+            # From where it is kept: beside engines, the GPU may have no room for a second set of
+            # weights.
+            entry.data = reference.kept(entry.data)
     return tree
 
 

@@ -25,3 +25,17 @@ def test_the_model_computes_with_the_reference_while_it_is_in_place_and_not_afte
     with reference.in_place():
         now = [t for chunk in chunks for t in chunk.state_dict().values()]
         assert all(torch.equal(a, b + 1) for a, b in zip(now, first, strict=True))
+
+
+def test_a_checkpoint_reads_the_kept_weights_and_those_that_are_not_trained_as_they_are():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    model[0].bias.requires_grad_(False)
+    first = model[0].weight.detach().clone()
+    reference = Reference([model])
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    assert torch.equal(reference.kept(model[0].weight), first)
+    assert reference.kept(model[0].bias) is model[0].bias
+    assert reference.kept(model[1].running_var) is not model[1].running_var
+    with pytest.raises(KeyError):  # a view would be the policy's
+        reference.kept(model[0].weight.detach())
