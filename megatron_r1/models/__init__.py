@@ -5,6 +5,8 @@
     attention_fields.py, expert_fields.py                config.json to Megatron's configuration
     routing_shape.py, pipeline_stages.py                 layouts; no torch in any file so far
     config.py, build.py                                  Megatron's configuration, and the model
+    patches.py                                           what is replaced in Megatron
+    gradients.py                                         which ranks sum which gradient
     policy_model.py, score_model.py                      the last stage: hidden states or scores
     layers.py, attention.py                              layers that Megatron lacks on a CPU
     by_transformers.py                                   transformers' model, for comparisons
@@ -12,7 +14,8 @@
     routing.py, replay.py, fp8/                          choice of experts, routing replay, FP8
 
 A new architecture made of known parts is one entry of `families.FAMILIES`. Everything but
-`read_hf_config` is imported at first use, after `megatron_r1.platform.prepare()`."""
+`read_hf_config` is imported at first use, after `megatron_r1.platform.prepare()`; before the first
+model is built, `patches.install()` is called."""
 
 from typing import Any
 

@@ -7,7 +7,6 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
-from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_r1 import platform
@@ -51,16 +50,6 @@ def acceleration_fields(config: Config, has_experts: bool) -> dict[str, Any]:
         "moe_token_dispatcher_type": "alltoall",
         **(_dispatcher_fields(config) if has_experts else {}),
     }
-
-
-def allow_fused_gradients() -> None:
-    """Let Megatron build its output layer with `gradient_accumulation_fusion` where Apex is
-    missing. Safe to call again.
-
-    Its constructor requires Apex's kernel (tensor_parallel/layers.py:924, Megatron-Core 0.16.1),
-    which only its product uses; `LMHead` has none, and the other layers are Transformer Engine's,
-    with a kernel of their own."""
-    layers._grad_accum_fusion_available = True
 
 
 def _check_attention(backend: str) -> None:

@@ -9,18 +9,17 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_last_stage,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from megatron_r1.models.acceleration import allow_fused_gradients
+from megatron_r1.models import patches
 from megatron_r1.models.attention_fields import model_arguments, rope_scaling, yarn_scaling
+from megatron_r1.models.gradients import correct_attributes
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.layers import block_specs
 from megatron_r1.models.policy_model import PolicyModel
-from megatron_r1.models.rotary import patch_rotary_embedding, set_yarn
-from megatron_r1.models.routing import patch_routing
+from megatron_r1.models.rotary import set_yarn
 from megatron_r1.models.score_model import ScoreModel
 
 LATENT_EPSILON = 1e-6
@@ -40,12 +39,9 @@ def build_model(
     score head, scores (b, s) fp32, on the last stage; earlier stages return (s, b, h), Megatron's
     order. groups: Megatron's process groups, which agree with `config`; None: those of its
     `parallel_state`. The vocabulary is padded to a multiple of the tensor-parallel size (see
-    `vocab_shard`)."""
+    `vocab_shard`). Raises RuntimeError before `patches.install()`."""
+    patches.check_installed()
     groups = groups or ProcessGroupCollection.use_mpu_process_groups()
-    patch_rotary_embedding()
-    patch_routing()
-    if config.gradient_accumulation_fusion:
-        allow_fused_gradients()
     block, mtp = block_specs(config, vp_stage=vp_stage)
     tensor_parallel = config.tensor_model_parallel_size
     num_virtual = config.virtual_pipeline_model_parallel_size
@@ -64,11 +60,9 @@ def build_model(
         **model_arguments(hf),
     )
     built.unpadded_vocab_size = hf["vocab_size"]
-    _mark_experts(built)
-    _mark_sinks(built)
+    correct_attributes(built, config)
     if config.multi_latent_attention:
         _set_latent_epsilon(built)
-        _mark_replicated(built)
     scaling = rope_scaling(hf)
     if scaling:
         rotary = built.rotary_pos_emb
@@ -81,50 +75,6 @@ def build_model(
 def process_groups(chunks: Sequence) -> ProcessGroupCollection:
     """Return the process groups that a model's chunks, bare or wrapped, were built with."""
     return unwrap_model(chunks[0]).pg_collection
-
-
-def _mark_experts(model: PolicyModel | ScoreModel) -> None:
-    """Have experts' gradients summed over the right ranks, and all counted in their norm.
-
-    Sum: Megatron marks experts (`allreduce` False) only when expert_parallel > 1
-    (tensor_parallel/layers.py). With tensor_parallel 2 and both expert sizes 1, two ranks hold the
-    same experts and see different tokens, and their gradients would not be summed. Norm: Megatron
-    counts a parameter on the first tensor rank only, unless it is marked as split. No tensor rank
-    has another's experts or another's part of their gradients; Megatron's own layers are marked,
-    Transformer Engine's grouped ones are not."""
-    config = model.config
-    if not config.num_moe_experts:
-        return
-    for name, parameter in model.named_parameters():
-        if ".mlp.experts." in name:
-            parameter.tensor_model_parallel = True
-            if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
-                parameter.allreduce = False
-                # Megatron marks the bias of an expert's second layer, whose gradient would be
-                # summed over the tensor group once more.
-                parameter.sequence_parallel = False
-
-
-def _mark_sinks(model: PolicyModel | ScoreModel) -> None:
-    """Mark the softmax offsets as split over the tensor group, which Megatron's attention does not:
-    the gradient's norm would count those of the first rank only."""
-    for name, parameter in model.named_parameters():
-        if name.endswith(".softmax_offset"):
-            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-
-
-def _mark_replicated(model: PolicyModel | ScoreModel) -> None:
-    """Have the norm of the gradients count the down-projections of latent attention once.
-
-    They are whole on every tensor rank, but Transformer Engine marks the weights of all its linear
-    layers as split (pytorch/module/linear.py:2297, 2.20.2), and Megatron's norm adds up what is
-    split: with tensor_parallel 2 it was 11% too large on a small model, and gradients were clipped
-    by as much too early."""
-    for module in model.modules():
-        if isinstance(module, MLASelfAttention):
-            for name in ("linear_q_down_proj", "linear_kv_down_proj"):
-                if hasattr(module, name):
-                    getattr(module, name).weight.tensor_model_parallel = False
 
 
 def _set_latent_epsilon(model: PolicyModel | ScoreModel) -> None:

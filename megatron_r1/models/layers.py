@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from megatron_r1.models.attention import CoreAttention
+from megatron_r1.models.gradients import sum_over_token_parts
 
 
 class RMSNorm(torch.nn.Module):
@@ -34,8 +35,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Makes finalize_model_grads sum the gradient over the tensor group.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        sum_over_token_parts(self.weight, config)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalized activations. x: (s, b, hidden_size) or (..., hidden_size), any
@@ -79,9 +79,7 @@ class ReplicatedLinear(torch.nn.Module):
         )
         if config.perform_initialization:
             config.init_method(self.weight)
-        # Each rank computes on its part of the sequence, so the gradient is summed over the tensor
-        # group, as those of norms are.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        sum_over_token_parts(self.weight, config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """Return the layer's product. x: (s, b, input_size) -> (s, b, output_size) and no bias, as

@@ -1,8 +1,8 @@
 """Rotary position embedding of a packed batch with all angles gathered in one operation.
 
-Megatron slices them sample by sample, in Python, for queries and keys of every layer
-(models/common/embeddings/rope_utils.py:151, Megatron-Core 0.16.1): with 256 samples that is a third
-of a small model's time besides its products, and on a GPU a synchronization each time."""
+In place of Megatron's function (`models.patches`), which slices them sample by sample, in Python,
+for queries and keys of every layer: with 256 samples that is a third of a small model's time
+besides its products, and on a GPU a synchronization each time."""
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding
@@ -63,8 +63,3 @@ def set_yarn(
     rotary.inv_freq = rotary.inv_freq * (1 - scaled) + rotary.inv_freq / factor * scaled
     # Megatron's attention multiplies by 1 + ln(factor) / 10 where its configuration has this.
     model.config.yarn_rotary_scaling_factor = factor
-
-
-def patch_rotary_embedding() -> None:
-    """Replace Megatron's function by `rotate_packed`. Safe to call again."""
-    rope_utils._apply_rotary_pos_emb_thd = rotate_packed

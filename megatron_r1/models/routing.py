@@ -1,14 +1,14 @@
-"""The choice of experts as the models' released code makes it, in place of Megatron's.
+"""The choice of experts as the models' released code makes it, in place of Megatron's function
+(`models.patches`).
 
-Megatron (moe_utils.py:608, Megatron-Core 0.16.1) scores a group of experts by its best topk /
-group_topk, where DeepSeek-V3 and its descendants take the best two and DeepSeek-V2 the best one:
-with any other ratio tokens would silently be routed differently. And with sigmoid it always
-normalizes the chosen scores, except for one expert, which it never does."""
+Megatron scores a group of experts by its best topk / group_topk, where DeepSeek-V3 and its
+descendants take the best two and DeepSeek-V2 the best one: with any other ratio tokens would
+silently be routed differently. And with sigmoid it always normalizes the chosen scores, except for
+one expert, which it never does (moe_utils.py:724, Megatron-Core 0.16.1)."""
 
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe import router
 from torch import Tensor
 
 from megatron_r1.models.expert_fields import GROUP_SCORES
@@ -63,8 +63,3 @@ def _within_groups(scores: Tensor, num_groups: int, kept: int, best: int) -> Ten
     groups = grouped.topk(best, dim=-1).values.sum(-1).topk(kept, dim=-1).indices
     left_out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, groups, False)
     return grouped.masked_fill(left_out[..., None], -torch.inf).flatten(1)
-
-
-def patch_routing() -> None:
-    """Replace Megatron's function by `route`. Safe to call again."""
-    router.topk_routing_with_score_function = route

@@ -3,13 +3,15 @@
 The head is one row of weights, whole on every tensor-parallel rank. Under sequence parallelism each
 rank multiplies its own part of the tokens and only the scores are gathered, so that each gradient
 counts once: that of the hidden states is cut to the rank's own tokens, that of the head is summed
-over the tensor ranks like a norm's (`sequence_parallel` on the parameter)."""
+over the tensor ranks like a norm's (`models.gradients`)."""
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
+
+from megatron_r1.models.gradients import sum_over_token_parts
 
 
 class ScoreHead(MegatronModule):
@@ -20,7 +22,7 @@ class ScoreHead(MegatronModule):
         self.weight = torch.nn.Parameter(
             torch.zeros(1, config.hidden_size, dtype=config.params_dtype)
         )
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        sum_over_token_parts(self.weight, config)
         self.tp_group = tp_group
 
     def forward(self, hidden: Tensor) -> Tensor:

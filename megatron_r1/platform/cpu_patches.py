@@ -1,42 +1,22 @@
 """Patches of Megatron-Core for a CPU: one for each use of CUDA in its code.
 
-Megatron-Core names CUDA directly in some fifty places. Each patch names an upstream line that
-needs it; tests/unit/test_platform.py fails when that line moves. `platform.prepare()` installs the
-patches in the order of this file, before Megatron is imported."""
+Megatron-Core names CUDA directly in some fifty places. Each patch (`patch.Patch`) is one's answer
+on a CPU; tests/unit/test_platform.py fails when its upstream line moves. `platform.prepare()`
+installs the patches in the order of this file, before Megatron is imported."""
 
 import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_r1.platform.patch import Patch, listed_in
+
 CPU = torch.device("cpu")
-MEGATRON_VERSION = "0.16.1"
-
-
-@dataclass(frozen=True)
-class Patch:
-    """The CPU's answer to one CUDA habit of Megatron-Core.
-
-    upstream: file below `megatron/core` and line, as of `MEGATRON_VERSION`; text: what that line
-    contains."""
-
-    name: str
-    upstream: str
-    text: str
-    install: Callable[[], None]
-
-
 PATCHES: list[Patch] = []
-
-
-def _patch(name: str, upstream: str, text: str) -> Callable[[Callable[[], None]], None]:
-    """Register the decorated function as a patch; the arguments are those of `Patch`."""
-    return lambda install: PATCHES.append(Patch(name, upstream, text, install))
+_patch = listed_in(PATCHES)
 
 
 class _Event:

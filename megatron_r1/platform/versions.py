@@ -4,8 +4,9 @@ import warnings
 from importlib import metadata
 
 from megatron_r1.errors import UserError
-from megatron_r1.platform.cpu_patches import MEGATRON_VERSION
 
+MEGATRON_VERSION = "0.16.1"
+"""The version whose lines are patched (`platform.cpu_patches`, `models.patches`)."""
 TRANSFORMER_ENGINE_VERSION = "2.20.2"
 """The version in requirements/cuda.lock, with which names, shapes and checkpoints are tested."""
 

@@ -45,7 +45,8 @@ class GridPosition:
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
-    """Join the process group, create Megatron's groups and seed every random stream.
+    """Prepare this process for Megatron and its models, join the process group, create Megatron's
+    groups and seed every random stream.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them."""
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
@@ -58,6 +59,10 @@ def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    from megatron_r1.models import patches
+    from megatron_r1.models.gradients import embedding_ranks
+
+    patches.install()
     platform.join_process_group()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -113,19 +118,6 @@ def _chunks(parallel: ParallelConfig) -> int | None:
     if parallel.pipeline_layout:
         chunks = len(parse_layout(parallel.pipeline_layout)) // parallel.pipeline
     return chunks if chunks > 1 else None
-
-
-def embedding_ranks(pipeline_layout: str | None, pipeline: Sequence[int]) -> list[int]:
-    """Return the ranks of one pipeline whose copies of the embedding are kept equal: the first, and
-    the one with the MTP layers, which without a layout is the last.
-
-    Where MTP layers and head are on different ranks, Megatron would otherwise treat the last rank's
-    head as a copy of the embedding (Megatron-Core 0.16.1, language_module.py:47)."""
-    with_copy = pipeline[-1]
-    for index, stage in enumerate(parse_layout(pipeline_layout) if pipeline_layout else []):
-        if "m" in stage:
-            with_copy = pipeline[index % len(pipeline)]
-    return list(dict.fromkeys([pipeline[0], with_copy]))
 
 
 class Replica:

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 
 from megatron_r1 import models, weights  # noqa: E402
 from megatron_r1.config import Config  # noqa: E402
+from megatron_r1.models import patches  # noqa: E402
 from megatron_r1.training import construction  # noqa: E402
 from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint  # noqa: E402
 from megatron_r1.weights.stored.hf_weights import HfWeights  # noqa: E402
@@ -124,6 +125,7 @@ def fp8_is_read_at_any_split(name, folder, size):
 
 
 def main(folder: Path) -> None:
+    patches.install()
     dist.init_process_group(platform.distributed_backend())
     size = dist.get_world_size()
     parallel_state.initialize_model_parallel(

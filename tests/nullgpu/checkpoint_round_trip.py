@@ -27,9 +27,9 @@ def load_strictly() -> None:
 
 def subscript_empty_extra_state() -> None:
     """Leave Megatron's split of the grouped experts' extra state as it is."""
-    from megatron_r1.models.fp8 import transformer_engine
+    from megatron.core.extensions.transformer_engine import TEGroupedLinear
 
-    transformer_engine.accept_empty_extra_state = lambda grouped: None
+    TEGroupedLinear._split_extra_state = TEGroupedLinear._split_extra_state.__wrapped__
 
 
 def store_remainders() -> None:

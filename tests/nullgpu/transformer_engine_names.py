@@ -18,7 +18,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_r1 import platform
 from megatron_r1.config import Config
 from megatron_r1.models.hf_config import as_score_model, resolve_aliases
-from megatron_r1.training.distributed import embedding_ranks
 
 
 def with_score_models() -> dict[str, dict]:
@@ -42,6 +41,8 @@ def take_place(rank: int, world: int, settings: Config) -> None:
     """Make this process rank `rank` of `world`, with Megatron's groups."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from megatron_r1.models.gradients import embedding_ranks
 
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
@@ -107,6 +108,9 @@ def compare(hf: dict, settings: Config, stored: bool) -> list[str]:
 
 def main() -> None:
     platform.prepare(0)
+    from megatron_r1.models import patches
+
+    patches.install()
     fake_groups()
     compared, wrong = 0, []
     for grid in sys.argv[1:]:

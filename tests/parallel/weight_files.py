@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from megatron_r1 import models, weights  # noqa: E402
 from megatron_r1.config import Config  # noqa: E402
+from megatron_r1.models import patches  # noqa: E402
 
 
 @contextlib.contextmanager
@@ -173,6 +174,7 @@ def random_weights_do_not_depend_on_the_split(build, oracle, out):
 
 
 def main(oracle: Path, out: Path) -> None:
+    patches.install()
     dist.init_process_group(platform.distributed_backend())
     checks = (
         checkpoints_that_do_not_fit_are_named,

@@ -21,7 +21,7 @@ def test_the_upstream_line_that_needs_the_patch_is_still_there(patch):
 
 
 def test_the_pinned_megatron_is_installed():
-    assert importlib.metadata.version("megatron-core") == cpu_patches.MEGATRON_VERSION
+    assert importlib.metadata.version("megatron-core") == versions.MEGATRON_VERSION
 
 
 def run(code: str) -> str:
@@ -113,5 +113,5 @@ def test_another_transformer_engine_is_named(monkeypatch, recwarn, found, warns)
 
 def test_the_lock_for_gpus_has_the_versions_that_are_checked():
     lock = (Path(__file__).parents[2] / "requirements" / "cuda.lock").read_text().splitlines()
-    assert f"megatron-core=={cpu_patches.MEGATRON_VERSION}" in lock
+    assert f"megatron-core=={versions.MEGATRON_VERSION}" in lock
     assert f"transformer-engine=={versions.TRANSFORMER_ENGINE_VERSION}" in lock

@@ -34,8 +34,10 @@ def by_megatron(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
 
     from megatron_r1 import models, weights
     from megatron_r1.config import Config, ModelConfig
+    from megatron_r1.models import patches
     from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
 
+    patches.install()
     backend = platform.distributed_backend()
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()

@@ -25,6 +25,9 @@ def build_ranks(job: Job, pipeline_ranks: Iterable[int] | None = None) -> str:
     Raises ValueError for the first parameter that differs, and if all ranks together do not own
     every value of the model exactly once."""
     platform.prepare()
+    from megatron_r1.models import patches
+
+    patches.install()
     started = time.perf_counter()
     chosen = list(pipeline_ranks or range(job.parallel.pipeline))
     counts = RankCounts(job)

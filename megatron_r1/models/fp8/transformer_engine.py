@@ -27,10 +27,6 @@ def megatron_fields(fp8: FP8Config) -> dict[str, Any]:
     cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
     check_device(fp8, torch.cuda.get_device_capability(), cuda)
     _check_transformer_engine(fp8)
-    from megatron.core.extensions.transformer_engine import TEGroupedLinear
-
-    if TEGroupedLinear is not None:  # an older Transformer Engine has no grouped layers
-        accept_empty_extra_state(TEGroupedLinear)
     return {
         "fp8": "hybrid" if fp8.gradient_format == "e5m2" else "e4m3",
         "fp8_recipe": fp8.recipe,
@@ -38,26 +34,6 @@ def megatron_fields(fp8: FP8Config) -> dict[str, Any]:
         # not change results; with it, an expert gets tokens that were not routed to it.
         "moe_router_padding_for_quantization": False,
     }
-
-
-def accept_empty_extra_state(grouped_linear: Any) -> None:
-    """Have Megatron's grouped experts split an empty extra state into empty ones.
-
-    From 2.17 on Transformer Engine writes an empty tensor for recipes without a history, which
-    `_split_extra_state` decodes to None and subscripts (extensions/transformer_engine.py:1705,
-    Megatron-Core 0.16.1): no checkpoint could be written. Checkpoints leave the parts out anyway
-    (`training.checkpoints.contents`)."""
-    split = grouped_linear._split_extra_state
-    if getattr(split, "accepts_empty", False):
-        return
-
-    def split_or_repeat(self: Any, state: Any) -> list[Any]:
-        if isinstance(state, torch.Tensor) and state.numel() == 0:
-            return [state] * self.num_gemms
-        return split(self, state)
-
-    split_or_repeat.accepts_empty = True  # type: ignore[attr-defined]
-    grouped_linear._split_extra_state = split_or_repeat
 
 
 def check_device(fp8: FP8Config, capability: tuple[int, int], cuda: tuple[int, ...]) -> None:

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 from torch.nn.functional import linear
 
+from megatron_r1.models.gradients import mark_like
 from megatron_r1.weights.adapters.table import A, B
 from megatron_r1.weights.layout import LayoutEntry
 
@@ -45,10 +46,7 @@ class Adapter(torch.nn.Module):
             torch.zeros(of_b.shape, dtype=weight.dtype, device=weight.device)
         )
         for factor, entry in ((self.a, of_a), (self.b, of_b)):
-            # As Megatron marks weights: who sums the gradient, and whose part of the norm counts.
-            factor.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
-            counts = not entry.replicated or group.rank() == 0
-            factor.tensor_model_parallel = counts  # type: ignore[attr-defined]
+            mark_like(factor, weight, counts=not entry.replicated or group.rank() == 0)
         blocks = _blocks(of_a, of_b)
         self._is_plain = blocks.shape[1] == 1 and bool(blocks.all())
         self.register_buffer("_blocks", blocks.to(self.b), persistent=False)

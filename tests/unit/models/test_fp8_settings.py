@@ -10,11 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1.config import FP8Config, parse
 from megatron_r1.models.fp8.recipes import E5M2, check_sizes, find_recipe
-from megatron_r1.models.fp8.transformer_engine import (
-    accept_empty_extra_state,
-    check_device,
-    megatron_fields,
-)
+from megatron_r1.models.fp8.transformer_engine import check_device, megatron_fields
 
 
 def test_defaults_of_each_recipe():
@@ -139,22 +135,3 @@ def test_a_size_the_matrix_units_cannot_take_is_named():
         check_sizes(Layer(40, 48), blockwise)
     with pytest.raises(ValueError, match="multiples of 32"):
         check_sizes(Layer(576, 48), find_recipe(FP8Config(recipe="mxfp8")))
-
-
-def test_grouped_experts_of_recipes_without_history_can_be_saved():
-    class Upstream:
-        """TEGroupedLinear, as in extensions/transformer_engine.py:1692."""
-
-        num_gemms = 3
-
-        def _split_extra_state(self, state):
-            if not state.numel():
-                return None["extra_fp8_variables"]
-            return ["split"] * self.num_gemms
-
-    accept_empty_extra_state(Upstream)
-    accept_empty_extra_state(Upstream)
-    empty, full = torch.empty(0, dtype=torch.uint8), torch.ones(2)
-    parts = Upstream()._split_extra_state(empty)
-    assert len(parts) == 3 and all(part is empty for part in parts)
-    assert Upstream()._split_extra_state(full) == ["split"] * 3

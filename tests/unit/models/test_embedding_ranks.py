@@ -1,4 +1,4 @@
-from megatron_r1.training.distributed import embedding_ranks
+from megatron_r1.models.gradients import embedding_ranks
 
 
 def test_the_embedding_is_kept_equal_on_the_first_rank_and_where_mtp_layers_are():

@@ -1,0 +1,112 @@
+"""Over which ranks a parameter's gradient is summed, and on which its norm counts.
+
+A rank computes the gradient of the parameters that it holds, from the tokens and features that it
+sees. The ranks that hold the same parameter and see something else add theirs up; Megatron reads
+who they are from attributes of the parameter:
+
+    parameter                                     summed over        attributes
+    split over the tensor ranks                   data               a
+    whole on each of them, which see all tokens   data               -
+    whole on each, which see a part each          data, tensor       b
+    norm of queries or keys of a rank's heads     data, tensor       - (Megatron knows its name)
+    of routed experts                             expert data        a, c
+    copy of the embedding                         data, embedding    -
+
+    a    tensor_model_parallel: the norm of all gradients counts the parameter on every tensor rank,
+         without it on the first only (tensor_parallel/layers.py:89, Megatron-Core 0.16.1)
+    b    sequence_parallel
+    c    allreduce is False, where experts have another grid than the other parameters
+
+data is Megatron's group `dp_cp` (data and context parallelism), expert data `expt_dp`: the buffers
+of DistributedDataParallel sum over them. tensor is `tp` and embedding `embd`: there
+`finalize_model_grads` does. No parameter has `average_gradients_across_tp_domain`.
+
+This file sets what our own layers need, and corrects what Megatron and Transformer Engine set
+otherwise. Gradients of activations are no matter of attributes: the layers' own communication sums
+them (`policy_model.LMHead`, `layers.LatentAttention`). An adapter's factor has its weight's
+`allreduce`, and is summed over the tensor ranks, where it has to be, in its own backward pass
+(`weights.adapters.adapter`)."""
+
+from collections.abc import Sequence
+
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from megatron_r1.models.pipeline_stages import parse_layout
+
+
+def sum_over_token_parts(parameter: Parameter, config: TransformerConfig) -> None:
+    """Have the gradient of a parameter that is whole on every tensor rank summed over them where
+    each uses it on its own tokens: under sequence parallelism."""
+    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def mark_like(factor: Parameter, weight: Tensor, counts: bool) -> None:
+    """Have the gradient of an adapter's factor summed over the data ranks as that of `weight`.
+    counts: whether the norm counts it on this tensor rank."""
+    factor.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
+    factor.tensor_model_parallel = counts  # type: ignore[attr-defined]
+
+
+def correct_attributes(model: Module, config: TransformerConfig) -> None:
+    """Correct the attributes of a model's parameters as Megatron has built it."""
+    _correct_experts(model, config)
+    _correct_sinks(model)
+    _correct_down_projections(model)
+
+
+def _correct_experts(model: Module, config: TransformerConfig) -> None:
+    """Have experts' gradients summed over the right ranks, and all counted in their norm.
+
+    Sum: Megatron sets `allreduce` to False only when expert_parallel > 1
+    (tensor_parallel/layers.py). With tensor_parallel 2 and both expert sizes 1, two ranks hold the
+    same experts and see different tokens, and their gradients would not be summed. Norm: no tensor
+    rank has another's experts or another's part of their gradients; Megatron's own layers have
+    `tensor_model_parallel`, Transformer Engine's grouped ones do not."""
+    if not config.num_moe_experts:
+        return
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
+                parameter.allreduce = False  # type: ignore[attr-defined]
+                # Megatron marks the bias of an expert's second layer, whose gradient would be
+                # summed over the tensor group once more.
+                parameter.sequence_parallel = False  # type: ignore[attr-defined]
+
+
+def _correct_sinks(model: Module) -> None:
+    """Have the norm count the softmax offsets of every tensor rank: they are split over them, which
+    Megatron's attention does not say."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".softmax_offset"):
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+
+
+def _correct_down_projections(model: Module) -> None:
+    """Have the norm count the down-projections of latent attention once.
+
+    They are whole on every tensor rank, but Transformer Engine marks the weights of all its linear
+    layers as split (pytorch/module/linear.py:2297, 2.20.2): with tensor_parallel 2 the norm was 11%
+    too large on a small model, and gradients were clipped by as much too early."""
+    for module in model.modules():
+        if isinstance(module, MLASelfAttention):
+            for name in ("linear_q_down_proj", "linear_kv_down_proj"):
+                if hasattr(module, name):
+                    getattr(module, name).weight.tensor_model_parallel = False
+
+
+def embedding_ranks(pipeline_layout: str | None, pipeline: Sequence[int]) -> list[int]:
+    """Return the ranks of one pipeline whose copies of the embedding are kept equal: the first, and
+    the one with the MTP layers, which without a layout is the last.
+
+    Where MTP layers and head are on different ranks, Megatron would otherwise treat the last rank's
+    head as a copy of the embedding (Megatron-Core 0.16.1, language_module.py:47)."""
+    with_copy = pipeline[-1]
+    for index, stage in enumerate(parse_layout(pipeline_layout) if pipeline_layout else []):
+        if "m" in stage:
+            with_copy = pipeline[index % len(pipeline)]
+    return list(dict.fromkeys([pipeline[0], with_copy]))

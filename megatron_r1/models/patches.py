@@ -1,0 +1,104 @@
+"""Every patch of Megatron-Core that the models here need, on a CPU and on a GPU.
+
+`install` replaces names of Megatron's modules for the whole process. Who starts a process that
+builds models calls it once, after `platform.prepare()`, whose own patches are for a CPU only
+(`platform.cpu_patches`): trainer ranks do in `training.distributed.initialize`. `build_model`
+refuses to build before, as the model would compute something else without an error. A patch's
+upstream line is the one that is wrong, or too slow; tests/unit/models/test_patches.py fails when it
+moves.
+
+What concerns one layer is no patch but a subclass that the layer specs choose (`models.layers`);
+parameters' marks are corrected in `models.gradients`."""
+
+import functools
+from typing import Any
+
+import torch
+from megatron.core.extensions import transformer_engine
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.moe import router
+
+from megatron_r1.models.rotary import rotate_packed
+from megatron_r1.models.routing import route
+from megatron_r1.platform.patch import Patch, listed_in
+
+PATCHES: list[Patch] = []
+_patch = listed_in(PATCHES)
+_installed = False
+
+
+def install() -> None:
+    """Install all patches; a second call has no effect."""
+    global _installed
+    if not _installed:
+        for patch in PATCHES:
+            patch.install()
+        _installed = True
+
+
+def check_installed() -> None:
+    """Raise RuntimeError where `install` has not been called in this process."""
+    if not _installed:
+        raise RuntimeError(
+            "models are built from a patched Megatron-Core: call megatron_r1.models.patches."
+            "install() once in this process, after megatron_r1.platform.prepare()"
+        )
+
+
+@_patch(
+    "groups of experts are scored by their best topk / group_topk, not as the models define it",
+    "transformer/moe/moe_utils.py:554",
+    "topk // group_topk",
+)
+def _routing() -> None:
+    # Tokens would silently be routed differently.
+    router.topk_routing_with_score_function = route
+
+
+@_patch(
+    "rotary angles of a packed batch are sliced sample by sample, and know no shared prefixes",
+    "models/common/embeddings/rope_utils.py:237",
+    "for x in sequence_splits",
+)
+def _rotary_angles() -> None:
+    rope_utils._apply_rotary_pos_emb_thd = rotate_packed
+
+
+@_patch(
+    "gradient_accumulation_fusion requires Apex's kernel of the output layer",
+    "tensor_parallel/layers.py:924",
+    "not _grad_accum_fusion_available",
+)
+def _fused_gradients_without_apex() -> None:
+    # Only that layer's product uses it, which `LMHead` has not; the other layers with fused
+    # gradients are Transformer Engine's, with a kernel of their own.
+    layers._grad_accum_fusion_available = True
+
+
+@_patch(
+    "an empty extra state of grouped experts is subscripted, and no checkpoint can be written",
+    "extensions/transformer_engine.py:1705",
+    'state["extra_fp8_variables"]',
+)
+def _empty_extra_state() -> None:
+    # None without Transformer Engine, and with one too old for grouped layers.
+    if transformer_engine.TEGroupedLinear is not None:
+        accept_empty_extra_state(transformer_engine.TEGroupedLinear)
+
+
+def accept_empty_extra_state(grouped_linear: Any) -> None:
+    """Have Megatron's grouped experts split an empty extra state into empty ones.
+
+    From 2.17 on Transformer Engine writes an empty tensor for recipes without a history, which
+    `_split_extra_state` decodes to None. Checkpoints leave the parts out anyway
+    (`training.checkpoints.contents`)."""
+    split = grouped_linear._split_extra_state
+
+    @functools.wraps(split)
+    def split_or_repeat(self: Any, state: Any) -> list[Any]:
+        if isinstance(state, torch.Tensor) and state.numel() == 0:
+            return [state] * self.num_gemms
+        return split(self, state)
+
+    grouped_linear._split_extra_state = split_or_repeat

@@ -1,0 +1,31 @@
+"""One patch of Megatron-Core, and the lists that they stand in: `cpu_patches` for the CPU,
+`models.patches` for the models."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Patch:
+    """The answer to one line of Megatron-Core.
+
+    upstream: file below `megatron/core` and line, as of `versions.MEGATRON_VERSION`; text: what
+    that line contains. A test fails when it moves."""
+
+    name: str
+    upstream: str
+    text: str
+    install: Callable[[], None]
+
+
+Register = Callable[[Callable[[], None]], None]
+
+
+def listed_in(patches: list[Patch]) -> Callable[[str, str, str], Register]:
+    """Return a decorator that appends the decorated function to `patches`; its arguments are the
+    name, upstream and text of the `Patch`."""
+
+    def patch(name: str, upstream: str, text: str) -> Register:
+        return lambda install: patches.append(Patch(name, upstream, text, install))
+
+    return patch

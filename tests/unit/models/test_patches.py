@@ -1,0 +1,74 @@
+"""The patches of Megatron-Core: their upstream lines, and that no model is built without them."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_r1.models import patches
+
+CORE = Path(importlib.util.find_spec("megatron").submodule_search_locations[0]) / "core"
+
+PROGRAM = """
+from megatron_r1 import platform
+platform.prepare()
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.moe import router
+
+from megatron_r1.models import build_model, patches
+from megatron_r1.models.rotary import rotate_packed
+from megatron_r1.models.routing import route
+
+def replaced():
+    return (
+        rope_utils._apply_rotary_pos_emb_thd is rotate_packed,
+        router.topk_routing_with_score_function is route,
+        layers._grad_accum_fusion_available,
+    )
+
+try:
+    build_model({}, None)
+except RuntimeError as error:
+    assert "call megatron_r1.models.patches.install() once" in str(error), error
+else:
+    raise AssertionError("a model is built without the patches")
+assert replaced() == (False, False, False), "importing the models patches nothing"
+for _ in range(2):
+    patches.install()
+    patches.check_installed()
+    assert replaced() == (True, True, True)
+"""
+
+
+@pytest.mark.parametrize("patch", patches.PATCHES, ids=lambda patch: patch.name)
+def test_the_upstream_line_that_needs_the_patch_is_still_there(patch):
+    file, line = patch.upstream.split(":")
+    text = (CORE / file).read_text().splitlines()[int(line) - 1]
+    assert patch.text in text, f"megatron-core moved: {patch.upstream} now reads {text.strip()!r}"
+
+
+def test_no_model_is_built_before_the_patches_are_installed():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_grouped_experts_of_recipes_without_history_can_be_saved():
+    class Upstream:
+        """TEGroupedLinear, as in extensions/transformer_engine.py:1692."""
+
+        num_gemms = 3
+
+        def _split_extra_state(self, state):
+            if not state.numel():
+                return None["extra_fp8_variables"]
+            return ["split"] * self.num_gemms
+
+    patches.accept_empty_extra_state(Upstream)
+    empty, full = torch.empty(0, dtype=torch.uint8), torch.ones(2)
+    parts = Upstream()._split_extra_state(empty)
+    assert len(parts) == 3 and all(part is empty for part in parts)
+    assert Upstream()._split_extra_state(full) == ["split"] * 3
