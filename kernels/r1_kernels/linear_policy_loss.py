@@ -65,9 +65,13 @@ def linear_policy_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
+    # The head, as in `linear_token_logprobs`.
     temperature: float = 1.0,
     group: ProcessGroup | None = None,
     vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+    reduce_hidden_grad: bool = True,
+    # The loss of a token: `PolicySettings`, and what its terms read.
     clip_low: float = 10.0,
     clip_high: float = 10.0,
     dual_clip: float | None = None,
@@ -77,14 +81,14 @@ def linear_policy_loss(
     importance_cap: float | None = 2.0,
     objective: str = "ppo",
     entropy_coef: float = 0.0,
+    # Sequences, and the average over tokens: `Averaging`.
     ratio_level: str = "token",
     average: str = "token",
     denominator: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     sequence_group: ProcessGroup | None = None,
+    # How it is computed: rows that are known; Triton on CUDA tensors, PyTorch elsewhere.
     rows: Tensor | None = None,
-    chunk_tokens: int | None = None,
-    reduce_hidden_grad: bool = True,
     backend: str | None = None,
 ) -> LinearPolicyLoss:
     """Compute the policy loss of (T,) tokens of packed responses from hidden states.

@@ -48,6 +48,7 @@ def policy_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
+    # The loss of a token: `PolicySettings`, and what its terms read.
     clip_low: float = 10.0,
     clip_high: float = 10.0,
     dual_clip: float | None = None,
@@ -58,11 +59,13 @@ def policy_loss(
     objective: str = "ppo",
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
+    # Sequences, and the average over tokens: `Averaging`.
     ratio_level: str = "token",
     average: str = "token",
     denominator: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     sequence_group: ProcessGroup | None = None,
+    # How it is computed: None for Triton on CUDA tensors, PyTorch elsewhere.
     backend: str | None = None,
 ) -> PolicyLoss:
     """Compute the loss of (T,) tokens of packed responses; differentiable in logprobs and entropy.

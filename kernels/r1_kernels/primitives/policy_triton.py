@@ -15,6 +15,8 @@ Each program sums its own part of the loss, in one order, and the caller adds th
 would add them in an order, and so with bits, that change from run to run.
 Formulae: `r1_kernels.policy_terms`."""
 
+from typing import NamedTuple, Self
+
 import torch
 import triton
 import triton.language as tl
@@ -46,6 +48,25 @@ NUM_WARPS = 4
 # None spills and memory is the limit of each, so nothing measured here decides between them.
 SUM_BLOCK = 2048
 SUM_WARPS = 8
+
+
+class _Limits(NamedTuple):
+    """The numbers of `PolicySettings`, one argument of the kernel. dual_clip: read only with
+    HAS_DUAL_CLIP; importance_cap: inf for none."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    kl_beta: float
+    importance_cap: float
+
+    @classmethod
+    def of(cls, settings: PolicySettings) -> Self:
+        cap = float("inf") if settings.importance_cap is None else settings.importance_cap
+        dual_clip = settings.dual_clip or 0.0
+        return cls(settings.clip_low, settings.clip_high, dual_clip, settings.kl_beta, cap)
+
+
 MAX_EXPONENT = tl.constexpr(MAX_LOG_RATIO)
 
 
@@ -67,17 +88,15 @@ def _surrogate(
     logprob,
     advantage,
     scale,
-    clip_low,
-    clip_high,
-    dual_clip,
+    limits,
     HAS_DUAL_CLIP: tl.constexpr,
     IS_CISPO: tl.constexpr,
 ):
     """Return the surrogate, whether a clip is active, and `scale` times the surrogate's derivatives
     by the log-ratio x and, cispo's, by the log-probability itself."""
     ratio = _exp(x)
-    limited = tl.where(ratio < 1.0 - clip_low, 1.0 - clip_low, ratio)
-    limited = tl.where(ratio > 1.0 + clip_high, 1.0 + clip_high, limited)
+    limited = tl.where(ratio < 1.0 - limits.clip_low, 1.0 - limits.clip_low, ratio)
+    limited = tl.where(ratio > 1.0 + limits.clip_high, 1.0 + limits.clip_high, limited)
     bounded = limited * advantage
     if IS_CISPO:
         clipped = limited != ratio
@@ -89,7 +108,7 @@ def _surrogate(
         clipped = bounded < free
         surrogate = tl.where(clipped, bounded, free)
         if HAS_DUAL_CLIP:
-            floor = dual_clip * advantage
+            floor = limits.dual_clip * advantage
             below = (advantage < 0.0) & (surrogate < floor)
             surrogate = tl.where(below, floor, surrogate)
             clipped = clipped | below
@@ -143,21 +162,11 @@ def _store_rows(outputs, token, num_tokens, inside, rows):
 
 @triton.jit
 def policy_terms_kernel(
-    logprobs,  # in: (T,) any float
-    old_logprobs,  # in: (T,) any float
-    ref_logprobs,  # in: (T,) any float, read only with HAS_REF
-    rollout_logprobs,  # in: (T,) any float, read only with HAS_ROLLOUT
-    advantages,  # in: (T,) any float
-    weights,  # in: (T,) any float
-    log_ratio,  # in: (T,) any float, read only with HAS_LOG_RATIO
+    tokens,  # in: `TokenTensors`, (T,) any float each; those with a flag are read only if it is set
     loss,  # out: (blocks,) fp32
     outputs,  # out: (6, T) fp32: grad_ratio, grad_logprob, ratio, clipped, kl, importance
     num_tokens,  # T
-    clip_low,  # the scalars of `PolicySettings`
-    clip_high,
-    dual_clip,  # read only with HAS_DUAL_CLIP
-    kl_beta,
-    importance_cap,  # inf for none
+    limits,  # `_Limits`
     ESTIMATOR: tl.constexpr,  # 1 to 3, for k1 to k3
     HAS_REF: tl.constexpr,
     HAS_ROLLOUT: tl.constexpr,
@@ -170,30 +179,30 @@ def policy_terms_kernel(
     block = tl.program_id(0).to(tl.int64)
     token = block * BLOCK + tl.arange(0, BLOCK)
     inside = token < num_tokens
-    weight = _read(weights, token, inside)
-    logprob = _read(logprobs, token, inside)
-    old = _read(old_logprobs, token, inside)
-    advantage = _read(advantages, token, inside)
-    x = _read(log_ratio, token, inside) if HAS_LOG_RATIO else logprob - old
-    gap = old - _read(rollout_logprobs, token, inside) if HAS_ROLLOUT else old
-    g = _read(ref_logprobs, token, inside) - logprob if HAS_REF else logprob
+    weight = _read(tokens.weights, token, inside)
+    logprob = _read(tokens.logprobs, token, inside)
+    old = _read(tokens.old_logprobs, token, inside)
+    advantage = _read(tokens.advantages, token, inside)
+    x = _read(tokens.log_ratio, token, inside) if HAS_LOG_RATIO else logprob - old
+    gap = old - _read(tokens.rollout_logprobs, token, inside) if HAS_ROLLOUT else old
+    g = _read(tokens.ref_logprobs, token, inside) - logprob if HAS_REF else logprob
     # Tokens that do not count may hold NaN: replaced before the arithmetic, not after. A weight of
     # NaN counts, so that it shows in the loss.
     seen = (weight > 0.0) | (weight != weight)
     weight = tl.where(seen, weight, 0.0)
     advantage = tl.where(seen, advantage, 0.0)
     x = tl.where(seen, x, 0.0)
-    importance = _importance(gap, seen, importance_cap, HAS_ROLLOUT)
+    importance = _importance(gap, seen, limits.importance_cap, HAS_ROLLOUT)
     surrogate, clipped, grad_ratio, grad_logprob = _surrogate(
-        x, tl.where(seen, logprob, 0.0), advantage, -weight * importance,
-        clip_low, clip_high, dual_clip, HAS_DUAL_CLIP, IS_CISPO,
+        x, tl.where(seen, logprob, 0.0), advantage, -weight * importance, limits,
+        HAS_DUAL_CLIP, IS_CISPO,
     )  # fmt: skip
     total = -importance * surrogate
     kl = tl.zeros((BLOCK,), tl.float32)
     if HAS_REF:
         kl, slope = _kl(tl.where(seen, g, 0.0), ESTIMATOR)
-        total += kl_beta * kl
-        by_kl = weight * kl_beta * slope  # 0 where the weight is
+        total += limits.kl_beta * kl
+        by_kl = weight * limits.kl_beta * slope  # 0 where the weight is
         # Not 0 + by_kl: the compiler may not drop it, because of -0.
         grad_logprob = grad_logprob + by_kl if IS_CISPO else by_kl
     tl.store(loss + block, tl.sum(weight * total, 0))
@@ -226,7 +235,7 @@ def segment_sums_kernel(
 def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     """Compute loss, derivatives and metrics of (T,) tokens of any stride; T may be 0."""
     given = TokenTensors._make(t if t is None else t.contiguous() for t in tokens)
-    logprobs, old_logprobs = given.both_logprobs()
+    logprobs, _ = given.both_logprobs()
     count = len(logprobs)
     shapes = {name: t.shape for name, t in given._asdict().items() if t is not None}
     assert set(shapes.values()) == {(count,)}, shapes
@@ -237,21 +246,11 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     if count:
         with torch.cuda.device_of(logprobs):
             policy_terms_kernel[(blocks,)](
-                logprobs,
-                old_logprobs,
-                _or(given.ref_logprobs, logprobs),
-                _or(given.rollout_logprobs, logprobs),
-                given.advantages,
-                given.weights,
-                _or(given.log_ratio, logprobs),
+                _pointers(given),
                 loss,
                 outputs,
                 count,
-                settings.clip_low,
-                settings.clip_high,
-                settings.dual_clip or 0.0,
-                settings.kl_beta,
-                float("inf") if settings.importance_cap is None else settings.importance_cap,
+                _Limits.of(settings),
                 ESTIMATOR=1 + KL_ESTIMATORS.index(settings.kl_estimator),
                 HAS_REF=given.ref_logprobs is not None,
                 HAS_ROLLOUT=given.rollout_logprobs is not None,
@@ -265,9 +264,9 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     return PolicyTerms(loss, *outputs.unbind())
 
 
-def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """Return a valid pointer for an argument that the kernel does not read."""
-    return stand_in if tensor is None else tensor
+def _pointers(tokens: TokenTensors) -> TokenTensors:
+    """Return the tensors with a valid pointer for each that the kernel does not read."""
+    return TokenTensors._make(tokens.logprobs if t is None else t for t in tokens)
 
 
 def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:

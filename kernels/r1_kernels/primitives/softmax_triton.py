@@ -162,6 +162,7 @@ def _gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY: tl.co
 
 @triton.jit
 def logits_gradient_kernel(
+    # Tensors: what `row_statistics_kernel` read, `RowUpstream`, and the result.
     logits,  # in: (T, V_local) any float, rows `row_stride` elements apart
     targets,  # in: (T,) integers, ids of the whole vocabulary
     peak,  # in: (T,) fp32, m over the whole vocabulary
@@ -170,12 +171,14 @@ def logits_gradient_kernel(
     grad_logprobs,  # in: (T,) fp32, g
     grad_entropy,  # in: (T,) fp32, h, read only with HAS_ENTROPY
     gradient,  # out: (T, V_local) any float; may be `logits` itself
+    # Numbers: of the two matrices, of the `Shard`, and of the temperature.
     row_stride,
     gradient_stride,
     first,  # id of the shard's first column
     num_columns,  # V_local; those from `real` on are padding and get 0
     real,
     scale,  # c
+    # Constants of the compiled kernel.
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,  # columns per turn
     ALIGNMENT: tl.constexpr,  # of rows, in elements
