@@ -37,7 +37,7 @@ OPTIONS = ("json",)
 
 TRAINING_BYTES = 28
 """Memory of RL per parameter in float32: weights, gradients, optimizer, reference and engine, but
-no activations, KV caches and processes (`training.cpu_memory` counts them)."""
+no activations, KV caches and processes (`trainer_client.cpu_memory` counts them)."""
 CHECK_BYTES = 20
 """Memory of this check per parameter at its peak: the trainer, with its optimizer."""
 

@@ -8,8 +8,8 @@ from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.files import atomic_write, fsync
+from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.training.checkpoints import manifest
-from megatron_r1.training.client import TrainerClient
 
 SOURCE_FILE = ".made_of"
 """The file of an exported folder with the checksum of the checkpoint's manifest, which covers all

@@ -41,7 +41,7 @@ from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.combine import DEFAULT_WEIGHTS
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rewards.terms import RewardTerms
-from megatron_r1.training.cpu_memory import cpu_memory
+from megatron_r1.trainer_client.cpu_memory import cpu_memory
 from megatron_r1.weights import num_parameters
 
 ARGUMENTS = ("MODEL_FOLDER", "DATA")

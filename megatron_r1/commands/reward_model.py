@@ -19,8 +19,8 @@ from megatron_r1.data.scored_text import ScoredText
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.reliability import label_measures, pair_measures
 from megatron_r1.models import read_hf_config
-from megatron_r1.training.client import TrainerClient
-from megatron_r1.training.recorder import Recorder
+from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.trainer_client.recorder import Recorder
 from megatron_r1.training.wire import Sample
 
 REQUIRED = ("run.folder", "model.path", "reward_model.data")

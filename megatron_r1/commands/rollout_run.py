@@ -19,7 +19,7 @@ from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.environments import player_of
 from megatron_r1.rl.sample_log import SampleLog
 from megatron_r1.rl.teacher import teacher_fleet
-from megatron_r1.training.recorder import Recorder
+from megatron_r1.trainer_client.recorder import Recorder
 from megatron_r1.weights.stored import fp8
 
 

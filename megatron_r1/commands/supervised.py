@@ -11,9 +11,9 @@ from megatron_r1.config import Config
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.errors import UserError
 from megatron_r1.processes.stopping import StopRequest
-from megatron_r1.training.client import TrainerClient
-from megatron_r1.training.recorder import Recorder
-from megatron_r1.training.schedule import learning_rate
+from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.trainer_client.recorder import Recorder
+from megatron_r1.trainer_client.schedule import learning_rate
 from megatron_r1.training.wire import Sample
 
 Item = TypeVar("Item")

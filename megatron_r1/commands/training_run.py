@@ -19,10 +19,10 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.supervision.supervisor import Supervisor
-from megatron_r1.training.batch_size import check_batches
-from megatron_r1.training.client import TrainerClient
-from megatron_r1.training.cpu_memory import cpu_memory
-from megatron_r1.training.recorder import Recorder
+from megatron_r1.trainer_client.batch_size import check_batches
+from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.trainer_client.cpu_memory import cpu_memory
+from megatron_r1.trainer_client.recorder import Recorder
 from megatron_r1.weights.adapters.table import check_adapters
 from megatron_r1.weights.stored.weight_files import require_complete, weight_files
 

@@ -11,7 +11,7 @@ from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.from_config import engine_settings
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.model_check.findings import Reference
-from megatron_r1.training.client import TrainerClient
+from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.training.wire import Sample
 
 NOT_RUN = "NOT RUN"

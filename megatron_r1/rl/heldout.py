@@ -17,7 +17,7 @@ from megatron_r1.rewards.remote.response_text import Part
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.metrics import episode_metrics, sample_records
 from megatron_r1.rl.rollout import Group, Sampling, responses_of
-from megatron_r1.training.recorder import Recorder
+from megatron_r1.trainer_client.recorder import Recorder
 
 
 class HeldoutEvaluation:

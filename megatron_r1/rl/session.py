@@ -17,8 +17,8 @@ from megatron_r1.rl.metrics import mean_of_updates, rollout_metrics, sample_reco
 from megatron_r1.rl.rollout import Rollout
 from megatron_r1.rl.step_sampler import StepRollout, StepSampler
 from megatron_r1.rl.trainer_passes import TrainerPasses
+from megatron_r1.trainer_client.recorder import Recorder
 from megatron_r1.training.checkpoints.finding import complete_checkpoints, step_of
-from megatron_r1.training.recorder import Recorder
 
 
 class Session:

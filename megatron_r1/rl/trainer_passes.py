@@ -4,9 +4,9 @@ from functools import cached_property
 
 from megatron_r1.config import Config
 from megatron_r1.rl import algorithms
-from megatron_r1.training.client import TrainerClient
-from megatron_r1.training.recorder import RunState
-from megatron_r1.training.schedule import learning_rate
+from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.trainer_client.recorder import RunState
+from megatron_r1.trainer_client.schedule import learning_rate
 from megatron_r1.training.wire import Sample
 from megatron_r1.weight_sync.bridge import WeightBridge
 

@@ -20,7 +20,7 @@ from megatron_r1.processes import inspection
 from megatron_r1.rewards.runtime.pool import OutstandingJob
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.in_flight import InFlight, InFlightGroup, Phase
-from megatron_r1.training.client import TrainerClient
+from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.training.wire import RankStatus
 
 ANSWER_SECONDS = 5.0

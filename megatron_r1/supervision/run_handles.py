@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megatron_r1.config import Config
 from megatron_r1.rl.collector import RolloutCollector
-from megatron_r1.training.client import TrainerClient
-from megatron_r1.training.recorder import Recorder
+from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.trainer_client.recorder import Recorder
 
 
 @dataclass

@@ -11,8 +11,8 @@ from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.supervision.health import HealthServer
 from megatron_r1.supervision.run_handles import RunHandles
 from megatron_r1.supervision.watchdog import Watchdog
-from megatron_r1.training.client import TrainerClient
-from megatron_r1.training.recorder import Recorder
+from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.trainer_client.recorder import Recorder
 
 
 class Supervisor:

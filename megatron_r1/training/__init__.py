@@ -1,1 +1,17 @@
-"""The one train step that SFT, RL and reward models share: SPMD ranks driven over ZeroMQ."""
+"""A trainer rank: the one train step that SFT, RL and reward models share, SPMD ranks driven over
+ZeroMQ. The controller's side is `megatron_r1.trainer_client`.
+
+    rank.py, worker.py                    a rank's process, and its loop over the controller's calls
+    rank_monitor.py, collectives.py       what a rank does, and which collective it waits in
+    wire.py                               messages and samples, for both sides
+    distributed.py                        process groups, a rank's position, its model replica
+    trainer.py, critic.py                 the operations of a step
+    construction.py, optimizer.py         model chunks, gradient buffers, Adam
+    packed.py, shared_prompts.py          samples as one packed micro-batch
+    passes.py                             Megatron's schedule, and the step around it
+    head.py, losses.py, scores.py         what a loss gets and returns
+    returns.py, token_advantages.py       advantages that are computed on the ranks
+    metrics.py                            means over micro-batches and ranks
+    reference.py                          the reference policy's weights
+    folders.py, checkpoints/              exports and checkpoints
+    implementations.py                    the layers and kernels in use"""

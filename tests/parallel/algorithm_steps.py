@@ -20,8 +20,8 @@ from trainer_steps import config
 from megatron_r1 import weights
 from megatron_r1.config import Config
 from megatron_r1.rl import algorithms
+from megatron_r1.trainer_client.packing import pack
 from megatron_r1.training import distributed
-from megatron_r1.training.packing import pack
 from megatron_r1.training.wire import Sample
 
 SETTINGS = {

@@ -24,11 +24,11 @@ from scored_models import LABELS, models_on  # noqa: E402
 
 from megatron_r1 import models, weights  # noqa: E402
 from megatron_r1.config import ParallelConfig  # noqa: E402
+from megatron_r1.trainer_client.packing import pack  # noqa: E402
 from megatron_r1.training import distributed, scores  # noqa: E402
 from megatron_r1.training.checkpoints.contents import without_extra_state  # noqa: E402
 from megatron_r1.training.metrics import merge, reduce_over_data  # noqa: E402
 from megatron_r1.training.packed import TokenSplit, packed_batch  # noqa: E402
-from megatron_r1.training.packing import pack  # noqa: E402
 from megatron_r1.training.passes import run_passes  # noqa: E402
 from megatron_r1.training.wire import Sample  # noqa: E402
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
-from megatron_r1.training.rank_socket import RankSocket
+from megatron_r1.trainer_client.rank_socket import RankSocket
 
 HERE = Path(__file__).parent
 TOKEN = "secret" * 8

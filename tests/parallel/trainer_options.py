@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_r1 import weights
 from megatron_r1.config import Config
+from megatron_r1.trainer_client.packing import pack
 from megatron_r1.training import distributed
-from megatron_r1.training.packing import pack
 from megatron_r1.training.wire import Sample
 
 LOSS = "megatron_r1.training.losses:supervised"

@@ -18,8 +18,8 @@ from grids import parallel_settings
 from megatron_r1 import weights
 from megatron_r1.config import Config
 from megatron_r1.config.losses import LossSettings
+from megatron_r1.trainer_client.packing import pack
 from megatron_r1.training import distributed
-from megatron_r1.training.packing import pack
 from megatron_r1.training.wire import Sample
 
 TEMPERATURE = 0.8

@@ -28,7 +28,7 @@ from megatron_r1.config import Config
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.hf_config import resolve_aliases
 from megatron_r1.supervision.inspect_roles import inspect_trainer
-from megatron_r1.training.client import TrainerClient
+from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.weight_sync.bridge import WeightBridge
 from megatron_r1.weight_sync.engine_links import EngineLinks
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout

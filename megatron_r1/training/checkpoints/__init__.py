@@ -3,11 +3,12 @@ them.
 
     finding.py      the checkpoints in a folder: choose, set aside, delete   no torch
     manifest.py     size and checksum of every file                          no torch
-    series.py       the controller's part: save, await the outcome, load     no torch
     contents.py     the tensors and states that a rank saves and restores
     host_memory.py  buffers kept between checkpoints, where the optimizer's shards are gathered
     staging.py      copies the content into host memory, planned by Megatron
     writer.py       writes the copies in the background, each file hashed on its way
     loading.py      verifies with all ranks, then reads at any parallel layout
 
-docs/checkpoints.md describes the folder and what happens after each kind of damage."""
+The controller's part, which asks for a save, awaits its outcome and asks for a load, is
+`trainer_client.checkpoint_series`. docs/checkpoints.md describes the folder and what happens after
+each kind of damage."""

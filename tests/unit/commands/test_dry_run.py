@@ -12,7 +12,7 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import UserError
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout
-from megatron_r1.training import cpu_memory
+from megatron_r1.trainer_client import cpu_memory
 
 
 def test_an_episode_is_shown_with_resets_text_calls_and_results():

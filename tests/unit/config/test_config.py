@@ -9,7 +9,7 @@ from megatron_r1.cli import main
 from megatron_r1.config.command_line import parse_overrides
 from megatron_r1.config.losses import LossSettings
 from megatron_r1.errors import UserError
-from megatron_r1.training.schedule import learning_rate
+from megatron_r1.trainer_client.schedule import learning_rate
 from megatron_r1.workflow.pipeline_recipe import load as load_pipeline
 
 ROOT = Path(__file__).parents[3]

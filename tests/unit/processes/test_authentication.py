@@ -16,7 +16,7 @@ from megatron_r1.processes.authentication import (
     protect_server,
 )
 from megatron_r1.processes.stopping import StopRequest
-from megatron_r1.training.rank_socket import RankSocket
+from megatron_r1.trainer_client.rank_socket import RankSocket
 from megatron_r1.training.wire import Call, Reply, identity
 
 

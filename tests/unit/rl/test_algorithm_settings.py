@@ -22,7 +22,7 @@ from megatron_r1.rl.advantages import overlong_punishment
 from megatron_r1.rl.loop import minibatches, training_reward, training_samples, update
 from megatron_r1.rl.rollout import GradedResponse, Group
 from megatron_r1.rl.trainer_passes import TrainerPasses
-from megatron_r1.training.recorder import RunState
+from megatron_r1.trainer_client.recorder import RunState
 
 ROOT = Path(__file__).parents[3]
 

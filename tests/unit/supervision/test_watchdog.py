@@ -29,9 +29,9 @@ from megatron_r1.rl.rollout import Sampling
 from megatron_r1.supervision.inspect_roles import coordinates
 from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.supervision.watchdog import HangError
-from megatron_r1.training.client import TrainerClient
+from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.trainer_client.recorder import Recorder
 from megatron_r1.training.distributed import GridPosition
-from megatron_r1.training.recorder import Recorder
 from megatron_r1.training.worker import Operations
 
 QUESTION = "What is 6 x 7?"

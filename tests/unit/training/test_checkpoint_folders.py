@@ -10,8 +10,8 @@ from blake3 import blake3
 
 from megatron_r1.config import CheckpointConfig
 from megatron_r1.errors import TrainerError, UserError
+from megatron_r1.trainer_client.checkpoint_series import CheckpointSeries
 from megatron_r1.training.checkpoints import finding, manifest
-from megatron_r1.training.checkpoints.series import CheckpointSeries
 
 
 def make(checkpoints: Path, step: int) -> Path:

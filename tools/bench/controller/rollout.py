@@ -28,8 +28,8 @@ from megatron_r1.rl.rollout import Rollout
 from megatron_r1.rl.sample_log import SampleLog
 from megatron_r1.rl.step_sampler import StepSampler
 from megatron_r1.rl.trainer_passes import TrainerPasses
-from megatron_r1.training.client import TrainerClient
-from megatron_r1.training.recorder import RunState
+from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.trainer_client.recorder import RunState
 from tools.bench.controller import engines, ranks
 from tools.bench.controller.watch import Watch
 from tools.bench.controller.work import (

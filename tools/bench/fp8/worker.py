@@ -71,7 +71,7 @@ def _train(task: dict[str, Any], place) -> dict[str, Any]:
 
 
 def _load(trainer, sentences: list[list[int]]) -> None:
-    from megatron_r1.training.packing import pack
+    from megatron_r1.trainer_client.packing import pack
     from megatron_r1.training.wire import Sample
 
     samples = [Sample.pack(tokens[:2], tokens[2:]) for tokens in sentences]

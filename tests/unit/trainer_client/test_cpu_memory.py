@@ -7,8 +7,13 @@ import pytest
 from megatron_r1.config import Config
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.errors import UserError
-from megatron_r1.training import cpu_memory as memory
-from megatron_r1.training.cpu_memory import CPUMemory, activation_bytes, cpu_memory, free_bytes
+from megatron_r1.trainer_client import cpu_memory as memory
+from megatron_r1.trainer_client.cpu_memory import (
+    CPUMemory,
+    activation_bytes,
+    cpu_memory,
+    free_bytes,
+)
 from tools.plan.activations import layer_activations
 from tools.plan.job import Job
 from tools.plan.memory import rank_memory

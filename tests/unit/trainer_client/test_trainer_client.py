@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from megatron_r1.config import Config
-from megatron_r1.training.client import TrainerClient
+from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.training.wire import Call, Reply
 
 
@@ -33,7 +33,7 @@ class Repeats:
 @pytest.fixture
 def client(tmp_path, monkeypatch):
     model = {"path": "examples/laptop/model"}
-    monkeypatch.setattr("megatron_r1.training.client.sample_cost", lambda hf: None)
+    monkeypatch.setattr("megatron_r1.trainer_client.client.sample_cost", lambda hf: None)
     client = TrainerClient(Config(model=model), tmp_path)
     client.socket.close()
     client.socket = Repeats()

@@ -13,7 +13,7 @@ from megatron_r1.config.parallel import DEFAULT_TOKENS
 from megatron_r1.errors import UserError
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.hf_config import sparse_layers
-from megatron_r1.training.sample_cost import head_sizes
+from megatron_r1.trainer_client.sample_cost import head_sizes
 from megatron_r1.weights import num_parameters
 from megatron_r1.weights.adapters.table import num_adapter_parameters
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from megatron_r1.config import CheckpointConfig
 from megatron_r1.errors import TrainerError
+from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.training.checkpoints import finding
 from megatron_r1.training.checkpoints.finding import STATE_FILE, DamagedCheckpoint
-from megatron_r1.training.client import TrainerClient
 
 
 @dataclass

@@ -22,11 +22,11 @@ from megatron_r1.errors import TrainerError, TrainerLost, UserError
 from megatron_r1.models import read_hf_config
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
 from megatron_r1.processes.open_files import allow_open_files
-from megatron_r1.training.packing import Packing, pack
-from megatron_r1.training.rank_processes import RankProcesses
-from megatron_r1.training.rank_socket import RankSocket
-from megatron_r1.training.sample_cost import sample_cost
-from megatron_r1.training.shared_prompts import pack_by_prompt
+from megatron_r1.trainer_client.packing import Packing, pack
+from megatron_r1.trainer_client.prompt_packing import pack_by_prompt
+from megatron_r1.trainer_client.rank_processes import RankProcesses
+from megatron_r1.trainer_client.rank_socket import RankSocket
+from megatron_r1.trainer_client.sample_cost import sample_cost
 from megatron_r1.training.wire import Buffer, Call, Reply, Sample, Share, encode_share
 
 POLL_SECONDS = 0.5

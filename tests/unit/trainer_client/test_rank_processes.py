@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megatron_r1.processes import out_of_memory
-from megatron_r1.training.rank_processes import RankProcesses
+from megatron_r1.trainer_client.rank_processes import RankProcesses
 
 
 @pytest.mark.parametrize(("kills", "says"), [(3, False), (4, True)])

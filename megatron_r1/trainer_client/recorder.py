@@ -11,9 +11,9 @@ from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.tensorboard import TensorBoardLog
 from megatron_r1.reporting.trackers import TrackerSet, check_trackers
 from megatron_r1.reporting.trackers.base import TrackedRun
+from megatron_r1.trainer_client.checkpoint_series import CheckpointSeries
+from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.training.checkpoints import finding
-from megatron_r1.training.checkpoints.series import CheckpointSeries
-from megatron_r1.training.client import TrainerClient
 
 
 @dataclass

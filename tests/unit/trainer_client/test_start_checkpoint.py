@@ -4,8 +4,8 @@ import pytest
 
 from megatron_r1.config import Config
 from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.trainer_client.recorder import Recorder
 from megatron_r1.training.checkpoints import finding, manifest
-from megatron_r1.training.recorder import Recorder
 
 
 def make(folder):
