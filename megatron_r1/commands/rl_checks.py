@@ -11,6 +11,7 @@ from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import draw_shares
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
+from megatron_r1.engine.cpu_kernels import check_cpu_kernels
 from megatron_r1.engine.limits import check_engines, context_length
 from megatron_r1.errors import UserError
 from megatron_r1.fleet.placement import check_room, hosts_address
@@ -36,6 +37,7 @@ def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
     if config.rl.routing_replay:
         routing_shape(hf)
     check_engines(config, hf)
+    check_cpu_kernels(config.rollout, hf)
     check_room(config.rollout)
     check_pushes(config, hf, torchrun.num_ranks(config))
     transport = config.push.transport

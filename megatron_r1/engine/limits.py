@@ -5,7 +5,12 @@ from pathlib import Path
 
 from megatron_r1.config import Config, RolloutConfig, TeacherConfig
 from megatron_r1.errors import UserError
-from megatron_r1.models.hf_config import language_settings, load_config
+from megatron_r1.models.hf_config import (
+    language_settings,
+    load_config,
+    resolve_aliases,
+    sparse_layers,
+)
 
 
 def context_length(config: Config) -> int:
@@ -119,6 +124,7 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
             f"config.json has no {lacking}: vLLM would route tokens by softmax and without the "
             "routers' bias, transformers and the trainer do not; add these keys"
         )
+    _check_sparse(hf)
     layers = language.get("num_hidden_layers", engines.pipeline)
     if engines.pipeline > layers:
         raise UserError(
@@ -134,6 +140,20 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
         raise UserError(
             f"{section}.expert_parallel: {ranks} ranks ({section}.tensor x {section}.data) for "
             f"{experts} experts leave some with none; use more {section}.engines of fewer ranks"
+        )
+
+
+def _check_sparse(hf: dict) -> None:
+    """Raise UserError for a mixture of experts all of whose layers are dense, where vLLM's class
+    looks for one (models/glm4_moe.py:509, models/qwen3_moe.py:607, vLLM 0.32)."""
+    classes = {"Glm4MoeForCausalLM", "Qwen3MoeForCausalLM"}
+    names = classes.intersection(hf.get("architectures") or ())
+    if names and not any(sparse_layers(resolve_aliases(hf))):
+        keys = ("first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step", "num_experts")
+        found = ", ".join(f"{key}={hf[key]}" for key in keys if hf.get(key))
+        raise UserError(
+            f"config.json: no layer has experts ({found or 'none are given'}), and vLLM's class of "
+            f"{', '.join(names)} needs one: no engine can sample from this model"
         )
 
 

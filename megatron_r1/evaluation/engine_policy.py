@@ -14,6 +14,7 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.shots import FewShotText, Shots
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
+from megatron_r1.engine.cpu_kernels import check_cpu_kernels
 from megatron_r1.engine.from_config import engine_settings, fleet_settings
 from megatron_r1.engine.limits import check_engines, context_length
 from megatron_r1.engine.responses import Response
@@ -47,7 +48,9 @@ class EnginePolicy:
         self._text = FewShotText(*source, shots) if shots else PromptText(*source)
         self._room = context_length(config)
         check_room(rollout)
-        check_engines(config, load_config(model))
+        hf = load_config(model)
+        check_engines(config, hf)
+        check_cpu_kernels(rollout, hf)
         self._fleet: RolloutFleet | None = None
         self._resources = contextlib.AsyncExitStack()
         self._players: dict[str, EpisodePlayer] = {}

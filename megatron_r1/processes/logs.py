@@ -10,7 +10,9 @@ ERROR_LINE = re.compile(
     r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception)\w*: (?!\d+ validation).+|Value error, .+)$"
 )
 # Warnings name errors that were survived; the rest is printed by Python extensions at exit.
-NOISE = re.compile(r" (WARNING|INFO) [\d-]+ [\d:]+ \[|nanobind: | - leaked |INFO: +")
+NOISE = re.compile(
+    r" (WARNING|INFO) [\d-]+ [\d:]+ \[|nanobind|^ - (leaked|\.\.\. skipped) |INFO: +"
+)
 LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]+\] )?")
 EXCERPT_BYTES = 2**18
 """Bytes read from a log's beginning, and from its end: an engine that dies with hundreds of

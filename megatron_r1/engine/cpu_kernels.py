@@ -1,0 +1,56 @@
+"""The sizes of a model that vLLM's kernels for CPUs have, checked before an engine starts.
+
+Without the check an engine ends at its start, or at its first prompt, with a message that names no
+key of `config.json`. Lines are of vLLM 0.32."""
+
+from typing import Any
+
+from megatron_r1.config import RolloutConfig
+from megatron_r1.engine import gpu
+from megatron_r1.errors import UserError
+from megatron_r1.models.hf_config import ARCHITECTURES, model_family, resolve_aliases, sparse_layers
+
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""v1/attention/backends/cpu_attn.py:70 (`get_supported_head_sizes`)."""
+LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+"""v1/attention/backends/mla/cpu_mla.py:24."""
+ALIGNMENT = 32
+"""model_executor/layers/fused_moe/experts/cpu_moe.py:112 (`_supports_grouped_gemm`): of the hidden
+size and, where it is not padded, of a rank's part of an expert."""
+REMEDY = "use a machine with a GPU, or a model of another size"
+
+
+def check_cpu_kernels(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
+    """Raise UserError for a model that engines on this host, which has no GPU, cannot compute.
+    hf: any `config.json`; one of an architecture that is not known here is not checked."""
+    if rollout.placement != "local" or gpu.is_usable():
+        return
+    if not any(name in ARCHITECTURES for name in hf.get("architectures") or []):
+        return
+    hf = resolve_aliases(hf)
+    family, heads = model_family(hf), hf["num_attention_heads"]
+    if family.latent:
+        for key, size in LATENT_SIZES.items():
+            if hf[key] != size:
+                raise UserError(f"config.json: {key}={hf[key]}: {_only(str(size))}")
+    elif (size := hf.get("head_dim") or hf["hidden_size"] // heads) not in HEAD_SIZES:
+        name = "head_dim" if hf.get("head_dim") else "hidden_size / num_attention_heads"
+        raise UserError(f"config.json: {name}={size}: {_only(', '.join(map(str, HEAD_SIZES)))}")
+    if not any(sparse_layers(hf)):
+        return
+    multiples = _only(f"multiples of {ALIGNMENT} in a model with experts")
+    if hf["hidden_size"] % ALIGNMENT:
+        raise UserError(f"config.json: hidden_size={hf['hidden_size']}: {multiples}")
+    if "n_shared_experts" in family.needs and not hf["n_shared_experts"]:
+        raise UserError(
+            "config.json: n_shared_experts=0: on a CPU, vLLM's engine ends without a message at "
+            f"matrices of no width; {REMEDY}"
+        )
+    ranks = 1 if rollout.expert_parallel else rollout.tensor * rollout.data
+    if family.open_swiglu and (size := hf["intermediate_size"]) % (ALIGNMENT * ranks):
+        shared = f" shared by {ranks} ranks" if ranks > 1 else ""
+        raise UserError(f"config.json: intermediate_size={size}{shared}: {multiples}")
+
+
+def _only(sizes: str) -> str:
+    return f"on a CPU, vLLM computes only {sizes}; {REMEDY}"

@@ -1,0 +1,101 @@
+"""Sizes that vLLM's kernels for CPUs lack are named by their keys before an engine starts."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from megatron_r1.config import RolloutConfig
+from megatron_r1.engine import cpu_kernels, gpu
+from megatron_r1.engine.limits import check_ranks
+from megatron_r1.errors import UserError
+
+QWEN = {
+    "architectures": ["Qwen3ForCausalLM"],
+    **{"num_hidden_layers": 2, "hidden_size": 72, "num_attention_heads": 6, "head_dim": 64},
+}
+MOE = {
+    **QWEN,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    **{"hidden_size": 96, "num_experts": 4, "decoder_sparse_step": 1},
+}
+LATENT = {
+    **{key: size for key, size in MOE.items() if key not in ("num_experts", "head_dim")},
+    "architectures": ["DeepseekV3ForCausalLM"],
+    **{"n_routed_experts": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "n_shared_experts": 1},
+}
+OSS = {
+    **{key: size for key, size in MOE.items() if key != "num_experts"},
+    "architectures": ["GptOssForCausalLM"],
+    **{"num_local_experts": 4, "intermediate_size": 64},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(gpu, "is_usable", lambda: False)
+
+
+@pytest.mark.parametrize(
+    "hf, message",
+    [
+        (QWEN | {"head_dim": 40}, "head_dim=40: on a CPU, vLLM computes only 32, 64, 80"),
+        (QWEN | {"head_dim": None}, "hidden_size / num_attention_heads=12"),
+        (
+            MOE | {"hidden_size": 112},
+            "hidden_size=112: .* multiples of 32 .*experts; use a machine",
+        ),
+        (LATENT | {"kv_lora_rank": 256}, "kv_lora_rank=256: .* only 512"),
+        (LATENT | {"qk_rope_head_dim": 32}, "qk_rope_head_dim=32: .* only 64"),
+        (LATENT | {"hidden_size": 80}, "hidden_size=80"),
+        (LATENT | {"n_shared_experts": 0}, "n_shared_experts=0: .* matrices of no width"),
+        (OSS | {"intermediate_size": 48}, "intermediate_size=48: .* multiples of 32"),
+    ],
+)
+def test_a_size_that_vllm_lacks_on_a_cpu_is_named(hf, message, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        cpu_kernels.check_cpu_kernels(RolloutConfig(), hf)
+    cpu_kernels.check_cpu_kernels(RolloutConfig(placement="hosts"), hf)
+    monkeypatch.setattr(gpu, "is_usable", lambda: True)
+    cpu_kernels.check_cpu_kernels(RolloutConfig(), hf)
+
+
+def test_ranks_share_the_width_of_an_expert():
+    cpu_kernels.check_cpu_kernels(RolloutConfig(tensor=2), OSS)
+    cpu_kernels.check_cpu_kernels(RolloutConfig(tensor=4, expert_parallel=True), OSS)
+    with pytest.raises(UserError, match="intermediate_size=64 shared by 4 ranks"):
+        cpu_kernels.check_cpu_kernels(RolloutConfig(tensor=4), OSS)
+
+
+@pytest.mark.parametrize(
+    "hf",
+    [
+        QWEN,
+        MOE,
+        LATENT,
+        LATENT | {"hidden_size": 80, "first_k_dense_replace": 2},
+        {**QWEN, "architectures": ["Gemma3ForCausalLM"], "head_dim": 40},
+    ],
+)
+def test_other_sizes_and_unknown_architectures_pass(hf):
+    cpu_kernels.check_cpu_kernels(RolloutConfig(), hf)
+
+
+def test_the_sizes_are_those_of_the_installed_vllm():
+    spec = find_spec("vllm")
+    if spec is None or spec.origin is None:
+        pytest.skip("vllm is not installed")
+    package = Path(spec.origin).parent
+    attention = (package / "v1/attention/backends/cpu_attn.py").read_text()
+    assert f"return {[*cpu_kernels.HEAD_SIZES]}" in attention
+    experts = (package / "model_executor/layers/fused_moe/experts/cpu_moe.py").read_text()
+    assert f"output_alignment = {cpu_kernels.ALIGNMENT}" in experts
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mlp_only_layers": [0, 1]}, {"decoder_sparse_step": 3}, {"num_experts": 0}]
+)
+def test_experts_in_no_layer_are_refused_where_vllm_needs_one(changes):
+    check_ranks(RolloutConfig(), MOE, "rollout")
+    with pytest.raises(UserError, match="no layer has experts .*vLLM's class of Qwen3MoeForCausal"):
+        check_ranks(RolloutConfig(), MOE | changes, "rollout")
