@@ -33,10 +33,10 @@ def load_tokenizer(folder: str, key: str) -> Any:
         )
     try:
         return _load(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and tokenizers raise anything for damaged files
         raise UserError(
             f"{key}: no usable tokenizer in {folder}: {error}; fetch its files again"
-        ) from None
+        ) from error
 
 
 def _load(folder: Path) -> Any:

@@ -47,7 +47,7 @@ def require_weights(folder: Path, key: str = "model.path") -> None:
     try:
         files = weight_files(folder)
     except UserError as error:
-        raise UserError(f"{key}: {error}; give a folder with weights") from None
+        raise UserError(f"{key}: {error}") from None
     require_complete(files)
 
 

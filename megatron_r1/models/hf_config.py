@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,8 @@ def load_config(path: str | Path, key: str = "model.path") -> dict:
             hint = (
                 "; this is a LoRA adapter: merge it into its base model (peft's merge_and_unload)"
             )
+        elif Path(path).is_file():
+            hint = "; this is a file: give the folder that it is in"
         elif ggufs := sorted(Path(path).glob("*.gguf")):
             hint = (
                 f"; {ggufs[0].name}: load it with transformers (from_pretrained with gguf_file), "
@@ -62,9 +65,16 @@ def load_config(path: str | Path, key: str = "model.path") -> dict:
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}; fetch it again") from error
+        remedy = "save it as UTF-8 without BOM" if _has_mark(file) else "fetch it again"
+        raise UserError(f"{file} is not valid JSON: {error}; {remedy}") from error
     _check_kinds(file, hf)
     return hf
+
+
+def _has_mark(file: Path) -> bool:
+    """Return whether a file begins with a byte order mark, which an editor may have written."""
+    marks = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return file.read_bytes()[:3].startswith(marks)
 
 
 def hub_hint(path: str) -> str:
@@ -223,15 +233,19 @@ def rope_parameters(hf: dict) -> dict:
     outside = {name: hf.get(name) for name in ("rope_theta", "partial_rotary_factor")}
     for name, value in [*old.items(), *outside.items()]:
         if value is not None and rope.setdefault(name, value) != value:
+            remedy = "leave one"
+            if name in outside and name in new:
+                remedy = "transformers and vLLM read the latter: remove the former, if so meant"
             raise UserError(
                 f"config.json: {name}={value!r} beside rope_parameters with {name}={rope[name]!r}; "
-                "leave one"
+                + remedy
             )
     kind = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or kind or "default"
     rope.setdefault("rope_theta", model_family(hf).theta)
     for name, value in rope.items():
-        if isinstance(value, str) and name != "rope_type":
+        is_number = not isinstance(value, str) and (value is not None or name != "rope_theta")
+        if not is_number and name != "rope_type":
             raise UserError(
                 f"config.json: {name}={value!r} of the rotary settings must be a number"
             )
@@ -243,7 +257,8 @@ def require(hf: dict, **allowed) -> None:
     for name, value in allowed.items():
         actual = hf.get(name)
         if actual is not None and actual != value:
-            raise UserError(f"{name}={actual!r} in config.json is not supported, only {value!r} is")
+            remedy = "leave it out" if value is None else f"only {value!r} is"
+            raise UserError(f"{name}={actual!r} in config.json is not supported, {remedy}")
 
 
 def need(hf: dict, *names: str) -> None:

@@ -29,6 +29,7 @@ _SIZES = (
     *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
     *("num_experts_per_tok", "decoder_sparse_step"),
 )
+_DTYPES = ("auto", "float64", "float32", "bfloat16", "float16", "float8_e4m3fn")
 _REFUSED = {
     "context": "the ring of ranks has neither windows nor learned softmax offsets",
     "expert_tensor": "each of the ranks that share an expert would add its bias",
@@ -70,8 +71,18 @@ def _check_sizes(hf: dict) -> None:
         size = hf.get(key)
         if size is not None and (type(size) is not int or size < 1):
             raise UserError(f"config.json: {key}={size!r} must be a whole number above 0")
-    if not isinstance(hf.get("rms_norm_eps", 0.0), float | int):
-        raise UserError(f"config.json: rms_norm_eps={hf['rms_norm_eps']!r} must be a number")
+    epsilon = hf.get("rms_norm_eps", 1.0)
+    if not isinstance(epsilon, float) or epsilon <= 0:
+        raise UserError(
+            f"config.json: rms_norm_eps={epsilon!r} must be a number above 0, written with a "
+            "decimal point or exponent"
+        )
+    for key in ("dtype", "torch_dtype"):
+        if (dtype := hf.get(key)) is not None and dtype not in _DTYPES:
+            raise UserError(
+                f"config.json: {key}={dtype!r} is no type of weights; write what they are, such as "
+                '"bfloat16"'
+            )
 
 
 def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool) -> None:

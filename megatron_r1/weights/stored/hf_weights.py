@@ -24,6 +24,9 @@ FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": fp8
 # Buffers of older transformers, which no model reads.
 _IGNORED = (".rotary_emb.inv_freq",)
 
+_BODY = "model."
+"""What the names of a model's tensors but the head begin with."""
+
 SCALES_FILE = "fp8_scales.safetensors"
 """The file of a converted checkpoint with the FP8 scales that its weights were dequantized with."""
 
@@ -181,7 +184,10 @@ class HfWeights:
         extra = sorted(
             name
             for name in self._home.keys() - known.keys() - packed.keys() - repeated
-            if not name.endswith(_IGNORED) and not self._is_scale(name, known)
+            if not name.endswith(_IGNORED)
+            and not self._is_scale(name, known)
+            # transformers writes shared experts of 0 features where n_shared_experts is 0.
+            and 0 not in self._home[name].tensors[name].shape
         )
         problems = [
             f"{label} ({len(names)}): {_some(names)}"
@@ -191,8 +197,13 @@ class HfWeights:
         if problems:
             raise UserError(
                 f"checkpoint {self.path} does not fit its config.json: {'; '.join(problems)}"
-                + _hint(missing, hf)
+                + _hint(missing, extra, self._unreadable(needed), hf)
             )
+
+    def _unreadable(self, names: Collection[str]) -> bool:
+        """Return whether a tensor of these is stored in a dtype that is not read."""
+        stored = (self._home[name].tensors[name].dtype for name in names if name in self._home)
+        return any(dtype not in FLOATS for dtype in stored)
 
     def check_repeated(self, num_rows: int = 4096) -> None:
         """Raise UserError where tensors that must be equal differ; call after `check`."""
@@ -251,13 +262,38 @@ class HfWeights:
         return tuple(starts), tuple(sizes)
 
 
-def _hint(missing: list[str], hf: dict) -> str:
+def _hint(missing: list[str], extra: list[str], is_unreadable: bool, hf: dict) -> str:
+    """Return what to do about tensors that do not fit."""
     mtp = str(hf["num_hidden_layers"])
+    if is_unreadable:
+        return "; load the model with transformers and save it in bfloat16 or float32"
+    if missing and extra and (prefix := _prefix(missing, extra)):
+        named = f"begin with {prefix}" if prefix != _BODY else f"lack {_BODY}"
+        return (
+            f"; the names {named}: save the model itself (an AutoModelForCausalLM; of PEFT after "
+            "merge_and_unload) by save_pretrained"
+        )
+    if extra and not missing:
+        return (
+            "; correct the key of config.json that differs, or remove these tensors if the model "
+            "does not need them"
+        )
     if any(name.split(".layers.")[-1].split(".")[0] == mtp for name in missing):
         return "; leave the MTP layers out (model.mtp: none) if the checkpoint has none"
     if missing == ["lm_head.weight"]:
         return "; set tie_word_embeddings to true if the embedding is the head, or fetch it again"
     return "; fetch the folder again, or correct the key of config.json that differs"
+
+
+def _prefix(missing: list[str], extra: list[str]) -> str:
+    """Return what all of the unexpected names have before the missing ones, or what all of them
+    lack, `_BODY`; "" if they differ in another way."""
+    have, lack = set(extra), set(missing)
+    if {_BODY + name for name in have} <= lack:
+        return _BODY
+    ending = missing[0]
+    found = next((name for name in extra if name.endswith(ending)), "").removesuffix(ending)
+    return found if found and {found + name for name in lack} <= have else ""
 
 
 def _some(names: list[str], most: int = 8) -> str:

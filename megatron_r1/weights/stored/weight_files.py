@@ -16,7 +16,8 @@ OTHERS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 def weight_files(folder: Path) -> list[Path]:
     """Return the weight files of a Hugging Face folder.
 
-    Raises UserError where there are none, and for files that its index lists but are missing."""
+    Raises UserError where there are none, for files that its index lists but are missing, and for
+    two models in one folder."""
     single, index = folder / SINGLE, folder / INDEX
     if index.is_file():
         try:
@@ -27,6 +28,11 @@ def weight_files(folder: Path) -> list[Path]:
         if missing := [file.name for file in files if not file.is_file()]:
             raise UserError(
                 f"{index} names files that {folder} lacks: {', '.join(missing)}; fetch them"
+            )
+        if single.is_file() and single not in files:
+            raise UserError(
+                f"{folder} has {SINGLE} and {INDEX}, which names other files: transformers reads "
+                "the former, vLLM and this project the latter; remove what is old"
             )
         return files
     if not single.is_file():
