@@ -52,13 +52,8 @@ def run(config: Config, folder: str, json: str | None = None) -> None:
         raise
     print(_text(found, config.parallel))
     _write(json, found)
-    if not found.agree:
-        raise RunError(f"{folder}: transformers, Megatron and vLLM do not agree (see above)")
-    if found.tokens is None:
-        raise RunError(
-            f"{folder}: the models agree, but the folder has no tokenizer, which training needs: "
-            "put its tokenizer.json and tokenizer_config.json there"
-        )
+    if found.problem is not None:
+        raise RunError(f"{folder}: {found.problem}")
 
 
 def _write(path: str | None, found: Findings | dict) -> None:
@@ -75,7 +70,7 @@ def _check(config: Config, folder: str) -> Findings:
     config = _config(config, folder)
     check_divisions(hf, config.parallel, transformer_engine=False)
     recipe_stages(config, hf)
-    parameters = num_parameters(hf)
+    parameters = num_parameters(hf, with_mtp=config.model.mtp != "none")
     free = psutil.virtual_memory().available
     if parameters * CHECK_BYTES > free:
         raise RunError(
@@ -85,11 +80,11 @@ def _check(config: Config, folder: str) -> Findings:
         )
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "plain"
-        reference = _reference(folder, config.model.dtype, plain, Path(scratch))
+        reference = _reference(config, plain, Path(scratch))
         megatron = asyncio.run(by_megatron(config, reference, Path(scratch)))
         source = plain if plain.exists() else Path(folder)
         vllm = asyncio.run(by_vllm(source, config, reference, Path(scratch)))
-    agree = megatron <= reference.tolerance and _agrees(vllm, reference.tolerance)
+    problem = _problem(megatron, vllm, reference)
     return Findings(
         folder,
         hf["architectures"][0],
@@ -104,7 +99,8 @@ def _check(config: Config, folder: str) -> Findings:
         reference.tolerance,
         megatron,
         vllm,
-        agree,
+        problem is None,
+        problem,
     )
 
 
@@ -122,9 +118,10 @@ def _config(config: Config, folder: str) -> Config:
     )
 
 
-def _reference(folder: str, dtype: str, plain: Path, scratch: Path) -> Reference:
-    out = scratch / "reference.json"
-    arguments = [folder, dtype, str(plain), str(out)]
+def _reference(config: Config, plain: Path, scratch: Path) -> Reference:
+    out, model = scratch / "reference.json", config.model
+    folder = model.path
+    arguments = [folder, model.dtype, model.mtp, str(plain), str(out)]
     done = subprocess.run(
         [sys.executable, "-m", "megatron_r1.model_check.reference", *arguments],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -140,8 +137,19 @@ def _reference(folder: str, dtype: str, plain: Path, scratch: Path) -> Reference
     return msgspec.json.decode(out.read_bytes(), type=Reference)
 
 
-def _agrees(vllm: float | str, tolerance: float) -> bool:
-    return vllm.startswith(NOT_RUN) if isinstance(vllm, str) else vllm <= tolerance
+def _problem(megatron: float, vllm: float | str, reference: Reference) -> str | None:
+    """Return why the exit status is 1; None for 0."""
+    tolerance = reference.tolerance
+    if megatron > tolerance or (isinstance(vllm, float) and vllm > tolerance):
+        return "transformers, Megatron and vLLM do not agree (see above)"
+    if isinstance(vllm, str) and not vllm.startswith(NOT_RUN):
+        return "transformers and Megatron agree, but vLLM could not be compared (see above)"
+    if reference.num_tokens is None:
+        return (
+            "the models agree, but the folder has no tokenizer, which training needs: put its "
+            "tokenizer.json and tokenizer_config.json there"
+        )
+    return None
 
 
 def _text(found: Findings, parallel: ParallelConfig) -> str:

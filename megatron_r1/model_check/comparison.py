@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_r1.config import Config
+from megatron_r1.engine.cpu_kernels import check_cpu_kernels
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.from_config import engine_settings
+from megatron_r1.engine.limits import check_engines, positions
+from megatron_r1.errors import UserError
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.model_check.findings import Reference
+from megatron_r1.models.hf_config import load_config
+from megatron_r1.processes.logs import file_excerpt
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.training.wire import Sample
 
-NOT_RUN = "NOT RUN"
+NOT_RUN, FAILED = "NOT RUN", "FAILED"
+ENGINE = "engine-0"
+MAX_LENGTH = 256
+"""Tokens of a sequence and its one new token; those of the reference are shorter."""
 
 
 async def by_megatron(config: Config, reference: Reference, scratch: Path) -> float:
@@ -39,7 +48,13 @@ async def by_vllm(folder: Path, config: Config, reference: Reference, scratch: P
     `folder`, or why there is none."""
     if find_spec("vllm") is None:
         return f"{NOT_RUN}: vllm is not installed in this environment"
-    settings = engine_settings(config.rollout) | {"max_model_len": 256, "max_num_seqs": 16}
+    try:
+        check_engines(config, load_config(folder))
+        check_cpu_kernels(config.rollout, load_config(folder))
+    except UserError as error:
+        return f"{FAILED}: {error}"
+    length = min(MAX_LENGTH, positions(folder))
+    settings = engine_settings(config.rollout) | {"max_model_len": length, "max_num_seqs": 16}
     async with contextlib.AsyncExitStack() as stack:
         fleet = await stack.enter_async_context(RolloutFleet(1, scratch, **settings))
         try:
@@ -47,6 +62,10 @@ async def by_vllm(folder: Path, config: Config, reference: Reference, scratch: P
             client = fleet.engines[0].client
             scored = [await client.score(ids, 1) for ids in reference.sequences]
         except EngineError as error:
-            return f"FAILED: {error}"
+            log = scratch / f"{ENGINE}.log"
+            reason = str(error).replace(f"{scratch}{os.sep}", "")  # which is removed in a moment
+            if log.name not in reason and log.is_file():
+                reason += f"; from {log.name}:\n{file_excerpt(log)}"
+            return f"{FAILED}: {reason}"
     pairs = zip(scored, reference.logprobs, strict=True)
     return max(abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))

@@ -28,9 +28,10 @@ class Reference(msgspec.Struct):
         return max(TOLERANCE, 2 * self.noise)
 
 
-class Findings(msgspec.Struct):
+class Findings(msgspec.Struct, omit_defaults=True):
     """The result of a check, as `--json` writes it. megatron and vllm: the largest difference from
-    transformers' log-probabilities, or why there is none."""
+    transformers' log-probabilities, or why there is none. agree: whether the exit status is 0.
+    problem: why not; left out where it is."""
 
     folder: str
     architecture: str
@@ -46,3 +47,4 @@ class Findings(msgspec.Struct):
     megatron: float | str
     vllm: float | str
     agree: bool
+    problem: str | None = None

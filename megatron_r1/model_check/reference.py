@@ -1,9 +1,9 @@
-"""`python -m megatron_r1.model_check.reference FOLDER DTYPE PLAIN OUT`: a model folder by itself.
+"""`python -m megatron_r1.model_check.reference FOLDER DTYPE MTP PLAIN OUT`: a model folder alone.
 
 Every tensor is read once or named, the tokenizer fits the model and gives texts back, and
-transformers computes the log-probabilities of a few token sequences. OUT gets `Reference` as JSON;
-PLAIN gets a copy of a quantized folder that transformers and vLLM can load. A mistake ends the
-process with its message."""
+transformers computes the log-probabilities of a few token sequences. MTP: `model.mtp`. OUT gets
+`Reference` as JSON; PLAIN gets a copy of a quantized folder that transformers and vLLM can load. A
+mistake ends the process with its message."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import torch
+from tokenizers import Tokenizer
 
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.errors import UserError
@@ -33,11 +34,12 @@ RANDOM_LENGTHS = (48, 17)
 QUESTION = "What is 2 + 3?"
 
 
-def main(folder: Path, dtype: str, plain: Path) -> Reference:
-    """Return what was found. Raises UserError for what does not fit."""
+def main(folder: Path, dtype: str, with_mtp: bool, plain: Path) -> Reference:
+    """Return what was found. with_mtp: whether MTP layers must be there. Raises UserError for what
+    does not fit."""
     hf = read_hf_config(folder, key="HF_FOLDER")
     with HfWeights(folder, hf) as weights:
-        weights.check(with_mtp=True)
+        weights.check(with_mtp)
         weights.check_repeated()
         num_tensors = len(weights.tensors)
         if hf.get("quantization_config"):
@@ -73,8 +75,7 @@ def _tokenizer(folder: Path, vocab_size: int) -> Any:
     if last >= vocab_size:
         raise UserError(
             f"{folder}: the tokenizer's token {tokenizer.convert_ids_to_tokens(last)!r} has id "
-            f"{last}, but the model has vocab_size={vocab_size}: use the tokenizer that the model "
-            "was trained with"
+            f"{last}, but the model has vocab_size={vocab_size}: {_remedy(folder, tokenizer, last)}"
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -89,6 +90,18 @@ def _tokenizer(folder: Path, vocab_size: int) -> Any:
     if tokenizer.chat_template is not None:
         _check_template(folder, tokenizer)
     return tokenizer
+
+
+def _remedy(folder: Path, tokenizer: Any, last: int) -> str:
+    """Return what to do about the token `last`, which the model does not have."""
+    token, file = tokenizer.convert_ids_to_tokens(last), folder / "tokenizer.json"
+    if file.is_file() and Tokenizer.from_file(str(file)).token_to_id(token) is None:
+        names = [name for name, value in tokenizer.special_tokens_map.items() if value == token]
+        return (
+            f"it is not in tokenizer.json, {type(tokenizer).__name__} of transformers adds it as "
+            f"{' and '.join(names)}: name a token of yours as such in tokenizer_config.json"
+        )
+    return "use the tokenizer that the model was trained with"
 
 
 def _check_template(folder: Path, tokenizer: Any) -> None:
@@ -132,7 +145,7 @@ def _logprobs(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
-        found = main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+        found = main(Path(sys.argv[1]), sys.argv[2], sys.argv[3] != "none", Path(sys.argv[4]))
     except UserError as error:
         sys.exit(str(error))
-    Path(sys.argv[4]).write_bytes(msgspec.json.encode(found))
+    Path(sys.argv[5]).write_bytes(msgspec.json.encode(found))

@@ -8,8 +8,10 @@ from safetensors.torch import load_file, save_file
 from small_qwen2 import MODEL
 
 from megatron_r1 import cli
+from megatron_r1 import config as configuration
 from megatron_r1.commands import check_model
 from megatron_r1.data.tokenizer import load_tokenizer
+from megatron_r1.engine.errors import EngineError
 from megatron_r1.errors import UserError
 from megatron_r1.model_check import comparison, reference
 from megatron_r1.model_check.findings import Reference
@@ -93,6 +95,7 @@ def read_all(folder):
 
 CODE = '{"auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", null]}}'
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SETTINGS = "tokenizer_config.json"
 
 
 @pytest.mark.parametrize(
@@ -102,6 +105,14 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
         (without("config.json", {"model.Q4_1.gguf": ""}), "model.Q4_1.gguf: load it with"),
         (without("config.json", {"config.json": "[]"}), "must be a JSON object"),
         (without("config.json", {"config.json": ""}), "not valid JSON.*fetch it again"),
+        (without("config.json", {"config.json": "\ufeff{}"}), "save it as UTF-8 without BOM"),
+        (settings(dtype="float31"), "dtype='float31' is no type of weights; .*bfloat16"),
+        (settings(torch_dtype=16), "torch_dtype=16 is no type of weights"),
+        (settings(rms_norm_eps=1), "rms_norm_eps=1 must be a number above 0, written with a dec"),
+        (settings(rms_norm_eps=-1e-6), "rms_norm_eps=-1e-06 must be a number above 0"),
+        (settings(rope_parameters={"rope_theta": None}), "rope_theta=None .* must be a number"),
+        (settings(rope_theta=1e4, rope_parameters={"rope_theta": 1e6}), "vLLM read the latter"),
+        (settings(mlp_bias=True), "mlp_bias=True is not supported"),
         (settings(architectures="Qwen2ForCausalLM"), "architectures='Qwen2.*must be a JSON list"),
         (settings(rope_scaling=[4]), r"rope_scaling=\[4\] must be a JSON object"),
         (settings(rope_parameters={"rope_theta": "1e6"}), "rope_theta='1e6' .* must be a number"),
@@ -120,6 +131,15 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
             "Python code of its own .*write a tokenizer.json",
         ),
         (without("tokenizer.json", {"tokenizer.json": "{"}), "no usable tokenizer.*again"),
+        (without("tokenizer.json", {"tokenizer.json": "{}"}), "no usable tokenizer.*again"),
+        (without("tokenizer.json", {"tokenizer.json": "[]"}), "no usable tokenizer.*again"),
+        (without(SETTINGS, {SETTINGS: "[]"}), "no usable tokenizer.*again"),
+        (
+            lambda folder: (folder / INDEX).write_text(
+                json.dumps({"weight_map": {"a": "tokenizer.json"}})
+            ),
+            "has model.safetensors and model.safetensors.index.json.*remove what is old",
+        ),
     ],
 )
 def test_what_is_no_model_folder_is_refused_with_what_to_do(folder, change, message):
@@ -133,6 +153,104 @@ def test_a_tokenizer_of_a_model_type_that_transformers_does_not_know_is_loaded(f
     assert len(load_tokenizer(str(folder), "HF_FOLDER")) == 512
 
 
+def rewritten_weights(folder, change):
+    tensors = {change(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda name: f"base_model.{name}", "the names begin with base_model.: .*save_pretrained"),
+        (lambda name: name.removeprefix("model."), "the names lack model.: save the model itself"),
+        (lambda name: name.replace("mlp", "ffn"), "fetch the folder again, or correct the key of"),
+    ],
+)
+def test_tensors_of_other_names_are_refused_with_what_to_do(folder, change, message):
+    rewritten_weights(folder, change)
+    hf = read_hf_config(folder)
+    with HfWeights(folder, hf) as weights, pytest.raises(UserError, match=message):
+        weights.check(with_mtp=True)
+
+
+def test_a_dtype_that_is_not_read_is_refused_with_what_to_do(folder):
+    tensors = load_file(folder / WEIGHTS)
+    save_file(
+        tensors | {"model.norm.weight": tensors["model.norm.weight"].double()}, folder / WEIGHTS
+    )
+    hf, message = read_hf_config(folder), "norm.weight is F64, only .*save it in bfloat16"
+    with HfWeights(folder, hf) as weights, pytest.raises(UserError, match=message):
+        weights.check(with_mtp=True)
+
+
+def test_tensors_without_elements_are_no_part_of_a_model(folder):
+    tensors = load_file(folder / WEIGHTS)
+    save_file(tensors | {"model.layers.0.mlp.shared": torch.zeros(0, 48)}, folder / WEIGHTS)
+    with HfWeights(folder, read_hf_config(folder)) as weights:
+        weights.check(with_mtp=True)
+        assert weights.tensors.keys() == tensors.keys()
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """A Qwen3-MoE whose experts have rows of 33 numbers."""
+    hf = {
+        **{**MODEL, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"},
+        **{"vocab_size": 512, "head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 33, "norm_topk_prob": True, "decoder_sparse_step": 1},
+        **{"mlp_only_layers": [], "eos_token_id": 1, "bos_token_id": 0},
+    }
+    write_folder(tmp_path / "experts", hf, seed=0)
+    return tmp_path / "experts"
+
+
+def test_experts_of_any_width_are_compared(experts, tmp_path):
+    found = reference.main(experts, "float32", True, tmp_path / "plain")
+    assert found.num_tokens == 512 and len(found.logprobs) == len(found.sequences)
+
+
+def test_a_token_that_transformers_adds_beyond_the_vocabulary_is_named(folder, tmp_path):
+    with pytest.raises(
+        UserError, match="Qwen2Tokenizer of transformers adds it as unk_token: name"
+    ):
+        reference.main(folder, "float32", True, tmp_path / "plain")
+    rewritten(folder / SETTINGS, unk_token="<pad>")
+    assert reference.main(folder, "float32", True, tmp_path / "plain").num_tokens == 512
+
+
+def test_what_transformers_refuses_in_a_configuration_is_named(folder, tmp_path):
+    rewritten(folder / SETTINGS, unk_token="<pad>")
+    rewritten(folder / "config.json", initializer_range="much")
+    with pytest.raises(UserError, match=r"config\.json: transformers refuses it: .*initializer_r"):
+        reference.main(folder, "float32", True, tmp_path / "plain")
+
+
+def test_a_folder_without_mtp_weights_is_checked_with_model_mtp_none(experts, tmp_path, capsys):
+    content = json.loads((experts / "config.json").read_text())
+    routing = {"n_routed_experts": content.pop("num_experts"), "n_group": 1, "topk_group": 1}
+    hf = content | {
+        **{"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", **routing},
+        **{"first_k_dense_replace": 0, "n_shared_experts": 1, "routed_scaling_factor": 1.0},
+        **{"num_nextn_predict_layers": 1, "tie_word_embeddings": False},
+    }
+    hf["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 1.0,
+    }
+    folder = tmp_path / "glm"
+    write_folder(folder, hf, seed=0)
+    tensors = load_file(folder / WEIGHTS)
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
+    status, output = checked(capsys, folder)
+    assert status == 2 and "missing" in output and "leave the MTP layers out" in output, output
+    config = configuration.from_overrides({"model.path": str(folder), "model.mtp": "none"})
+    found = check_model._reference(config, tmp_path / "plain", tmp_path)
+    assert found.num_tensors == len(kept)
+
+
 def test_weights_that_are_no_numbers_are_named(folder, tmp_path):
     tensors = load_file(folder / WEIGHTS)
     tensors["model.norm.weight"][0] = float("nan")
@@ -140,7 +258,7 @@ def test_weights_that_are_no_numbers_are_named(folder, tmp_path):
         file.unlink()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"NaN or infinite numbers are in model\.norm\.weight"):
-        reference.main(folder, "float32", tmp_path / "plain")
+        reference.main(folder, "float32", True, tmp_path / "plain")
 
 
 def test_quantized_weights_are_compared_as_plain_ones(folder, tmp_path):
@@ -167,6 +285,7 @@ def test_a_tokenizer_of_another_size_is_named(folder, capsys):
     tensors = load_file(folder / "model.safetensors")
     name = "model.embed_tokens.weight"
     save_file(tensors | {name: tensors[name][:260].clone()}, folder / "model.safetensors")
+    rewritten(folder / SETTINGS, unk_token="<pad>")
     rewritten(folder / "config.json", vocab_size=260)
     status, output = checked(capsys, folder)
     assert status == 2 and "vocab_size=260" in output, output
@@ -180,7 +299,10 @@ def test_a_tokenizer_of_another_size_is_named(folder, capsys):
         (1e-5, "NOT RUN: vllm is not installed", 0, ["vLLM       NOT RUN: vllm is not"]),
         (3e-4, 2e-5, 1, ["Megatron   DIFFERS: max |Δ log p| = 3.0e-04 (at most 1.0e-04)"]),
         (1e-5, 0.3, 1, ["vLLM       DIFFERS", "do not agree"]),
-        (1e-5, "FAILED: the engine ended", 1, ["vLLM       FAILED: the engine ended"]),
+        (
+            *(1e-5, "FAILED: the engine ended", 1),
+            ["vLLM       FAILED: the engine ended", "agree, but vLLM could not be compared"],
+        ),
     ],
 )
 def test_the_exit_status_is_0_only_if_all_agree(
@@ -197,9 +319,10 @@ def test_the_exit_status_is_0_only_if_all_agree(
     assert found == status and all(line in output for line in lines), output
     written = json.loads((tmp_path / "found.json").read_text())
     assert (written["agree"], written["vllm"]) == (not status, vllm)
+    assert ("problem" in written) == bool(status)
 
 
-def test_without_a_tokenizer_the_exit_status_is_1(folder, capsys, monkeypatch):
+def test_without_a_tokenizer_the_exit_status_is_1(folder, capsys, monkeypatch, tmp_path):
     async def agrees():
         return 1e-5
 
@@ -207,8 +330,11 @@ def test_without_a_tokenizer_the_exit_status_is_1(folder, capsys, monkeypatch):
     monkeypatch.setattr(check_model, "_reference", lambda *_: found)
     monkeypatch.setattr(check_model, "by_megatron", lambda *_: agrees())
     monkeypatch.setattr(check_model, "by_vllm", lambda *_: agrees())
-    status, output = checked(capsys, folder)
+    status, output = checked(capsys, folder, "--json", tmp_path / "found.json")
     assert status == 1 and "the models agree, but the folder has no tokenizer" in output, output
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert written["agree"] is False and "no tokenizer" in written["problem"]
+    assert written["tokens"] is None and written["vllm"] == 1e-5
 
 
 def test_a_file_that_is_cut_off_is_named_before_anything_starts(folder, capsys):
@@ -223,6 +349,33 @@ def test_without_vllm_the_engine_is_reported_as_not_run(folder, monkeypatch, tmp
     none = Reference(15, None, False, [], [], 0.0)
     answer = asyncio.run(comparison.by_vllm(tmp_path, None, none, tmp_path))
     assert answer == "NOT RUN: vllm is not installed in this environment"
+
+
+class FailingFleet:
+    def __init__(self, count, scratch, **settings):
+        self.scratch, self.settings = scratch, settings
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *exception):
+        return None
+
+    async def start(self, folder):
+        assert self.settings["max_model_len"] == 64  # MODEL's max_position_embeddings
+        (self.scratch / "engine-0.log").write_text("ValueError: head size 40\n")
+        raise EngineError("status 500: See stack trace (above)")
+
+
+def test_why_an_engine_failed_is_read_from_its_log(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "RolloutFleet", FailingFleet)
+    none, config = Reference(15, None, False, [], [], 0.0), configuration.from_overrides({})
+    rewritten(folder / "config.json", head_dim=32)
+    answer = asyncio.run(comparison.by_vllm(folder, config, none, tmp_path))
+    assert answer.startswith("FAILED: status 500") and "ValueError: head size 40" in answer
+    rewritten(folder / "config.json", head_dim=40)
+    answer = asyncio.run(comparison.by_vllm(folder, config, none, tmp_path))
+    assert "head_dim=40: on a CPU, vLLM computes only" in answer and str(tmp_path) not in answer
 
 
 def test_rounding_of_both_sides_is_tolerated():
