@@ -236,10 +236,16 @@ def _run_command(verb: str, rest: list[str]) -> int:
                 raise UserError(f"--{name} needs a value")
             own[name] = options[at + 1]
             del options[at : at + 2]
+    known = [f"--{name}" for name in names]
     for option in options:
-        misspelt = did_you_mean(option, [f"--{name}" for name in names], "{}")
-        if option.startswith("--") and "." not in option and misspelt:
-            raise UserError(f"unknown option {option}{misspelt}")
+        name = option.partition("=")[0]
+        if (
+            name.startswith("--")
+            and "." not in name
+            and name[2:] not in configuration.Config.model_fields
+        ):
+            has = f"; {verb} has {', '.join(known)}" if known else ""
+            raise UserError(f"unknown option {name}{did_you_mean(name, known, '{}') or has}")
     overrides = {**getattr(command, "IMPLIED", {}), **_overrides(options)}
     config = configuration.from_overrides(overrides)
     for key in overrides:

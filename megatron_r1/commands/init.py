@@ -116,7 +116,9 @@ def run(
             memory = cpu_memory(recipe, 1, samples=True)
             print(memory.describe(memory.microbatch(None)))
     except UserError as error:
-        raise UserError(f"{path} is written, but rl does not run it yet: {error}") from None
+        raise UserError(
+            f"{path} is written, but rl does not run it yet: {error}\nthen: {command} --dry-run"
+        ) from None
     print(f"\n{path} is written: look at it, then {command} --dry-run")
 
 

@@ -116,12 +116,12 @@ def load_prompts(
     return split
 
 
-def _check_truth(location: str, truth: Any) -> None:
+def _check_truth(location: str, truth: Any, column: str) -> None:
     """Raise UserError for a truth that nothing can be compared with: found when graded, it would
-    cost rollouts."""
+    cost rollouts. column: its name in the file."""
     if truth is None or (isinstance(truth, str) and not truth.strip()):
-        raise UserError(f"{location}: 'truth' is {truth!r}; give one, or remove the row")
-    if fault := find_non_finite(truth, "truth"):
+        raise UserError(f"{location}: {column!r} is {truth!r}; give one, or remove the row")
+    if fault := find_non_finite(truth, column):
         raise UserError(f"{location}: {fault}; give another, or remove the row")
 
 
@@ -199,7 +199,7 @@ def _from_file(
         except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{location}: {error}") from error
         if row_kind in ("math", "code"):
-            _check_truth(location, row["truth"])
+            _check_truth(location, row["truth"], (columns or {}).get("truth", "truth"))
         fields = {n: v for n, v in row.items() if n not in ("question", *RESERVED_FIELDS)}
         prompt = make_prompt(question, row_kind, row.get("truth"), fields)
         identity = _digest(_identity(question, fields, kind)).hex()[:16]

@@ -23,7 +23,8 @@ def read_rows(path: Path) -> Iterator[Row]:
         where = "" if path.is_absolute() else f" (relative to {Path.cwd()})"
         raise UserError(f"{path}: no such file{where}")
     if path.suffix not in READERS:
-        raise UserError(f"{path}: expected a {' or '.join(READERS)} file")
+        hint = "; tabs are read in a .csv: rename it" if path.suffix == ".tsv" else ""
+        raise UserError(f"{path}: expected a {' or '.join(READERS)} file{hint}")
     if not path.stat().st_size:
         raise UserError(f"{path}: the file is empty")
     yield from READERS[path.suffix](path)
@@ -48,7 +49,11 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
                 raise UserError(f"{location}: not JSON: {describe_json_error(error)}") from error
             if not isinstance(row, dict):
-                raise UserError(f"{location}: expected an object, got {type(row).__name__}")
+                hint = "; a file that is one list is .json: rename it"
+                raise UserError(
+                    f"{location}: expected an object, got {type(row).__name__}"
+                    + (hint if isinstance(row, list) else "")
+                )
             yield location, row
 
 
@@ -99,7 +104,10 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 )
             for number, row in enumerate(reader, start=2):
                 if None in row or None in row.values():
-                    raise UserError(f"{path}:{number}: not as many fields as the header has")
+                    raise UserError(
+                        f"{path}:{number}: not as many fields as the header has; put a field with "
+                        f"a {delimiter!r} in it between double quotes"
+                    )
                 yield f"{path}:{number}", row
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as such") from None

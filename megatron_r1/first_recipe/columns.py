@@ -20,6 +20,10 @@ TRUTH_NAMES = (
     *("expected", "gold", "reference", "result", "label", "tests", "test_cases", "output"),
 )
 """Usual names, the likelier first."""
+ONE_MESSAGE = (
+    "a question is a text, or a chat of one user message: write that message and the answer into "
+    "columns of their own, and what a system says into data.template"
+)
 Row = Mapping[str, Any]
 
 
@@ -55,6 +59,8 @@ def guess_columns(
     if question is None:
         if blank := _blank(QUESTION_NAMES, flat, _is_question):
             raise UserError(f"{source}: {blank}")
+        if chat := next((name for name, value in flat[0].items() if _is_chat(value)), None):
+            raise UserError(f"{source}: {chat!r} has chats; {ONE_MESSAGE}{_listed(flat)}")
         raise UserError(
             f"{source}: no column looks like the question; name it: --question COLUMN"
             f"{_listed(flat)}"
@@ -78,12 +84,12 @@ def guess_columns(
 
 
 def _flat(row: Row) -> dict[str, Any]:
-    """Return the row with the entries of its mappings as `column.entry`."""
+    """Return the row with the entries of its mappings as `column.entry`, at any depth."""
     entries = {
         f"{name}.{key}": value
         for name, column in row.items()
         if isinstance(column, dict)
-        for key, value in column.items()
+        for key, value in _flat(column).items()
     }
     return {**row, **entries}
 
@@ -99,7 +105,9 @@ def _find(
     fitting = [
         name
         for name in rows[0]
-        if name != other and all(fits(row.get(name)) for row in rows) and not _counts(name, rows)
+        if name != other
+        and all(fits(row.get(name)) and not _wraps(row.get(name)) for row in rows)
+        and not _counts(name, rows)
     ]
     for usual in names:
         for column in fitting:
@@ -126,7 +134,8 @@ def _blank(names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any], bool
                 for number, row in enumerate(rows, start=1):
                     if not fits(value := row.get(column)):
                         what = f"{column!r} is {shorten(repr(value))}"
-                        return f"row {number}: {what}; give one, or remove the row"
+                        remedy = ONE_MESSAGE if _is_chat(value) else "give one, or remove the row"
+                        return f"row {number}: {what}; {remedy}"
     return ""
 
 
@@ -136,6 +145,19 @@ def _is_question(value: Any) -> bool:
             return bool(value.strip())
         case [{"role": "user", "content": str()}]:
             return True
+    return False
+
+
+def _is_chat(value: Any) -> bool:
+    """Return whether a value is a list of messages."""
+    return isinstance(value, list) and any(isinstance(m, dict) and "role" in m for m in value)
+
+
+def _wraps(value: Any) -> bool:
+    """Return whether a value is a mapping of one number or text, which is a column itself."""
+    match value:
+        case dict() if len(value) == 1:
+            return isinstance(next(iter(value.values())), str | int | float)
     return False
 
 

@@ -133,3 +133,60 @@ def test_reasons_of_terms_without_a_weight_are_left_out():
     grades = {"accuracy": Grade(0.0, "wrong"), "format": Grade(0.0, "bad format")}
     assert combine(grades, {"accuracy": 1.0}).reason == "wrong"
     assert combine(grades).reason == "wrong; bad format"
+
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
+TURNS = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": CHAT, "answer": "2"}, "a chat of one user message.*into data.template"),
+        ({"messages": TURNS}, "'messages' has chats; a question is a text.*columns of their own"),
+    ],
+)
+def test_a_chat_that_is_no_question_is_refused_with_what_to_write(row, message):
+    with pytest.raises(UserError, match=message):
+        guess_columns("chats.jsonl", [row])
+
+
+def test_columns_within_columns_are_found_at_any_depth():
+    rows = [
+        {"data": {"question": {"text": f"{n} + 1 = ?"}, "answer": {"value": n}}} for n in (5, 9)
+    ]
+    found = guess_columns("deep.jsonl", rows)
+    assert (found.question, found.truth) == ("data.question.text", "data.answer.value")
+    row = {"question": "Add.", "truth": {"tests": [{"stdin": "1", "stdout": "2"}]}}
+    assert guess_columns("code.jsonl", [row]).truth == "truth"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.tsv", "question\ttruth\n", "tabs are read in a .csv: rename it"),
+        ("a.jsonl", '[{"question": "1 + 1", "truth": "2"}]', "a file that is one list is .json"),
+        (
+            "a.csv",
+            "question,truth\nHow many, now?,2\n",
+            "csv:2: .*put a field with a ',' in it bet",
+        ),
+        ("b.csv", "question,truth\n1 + 1,\n", "csv:2: 'truth' is ''; give one, or remove the row"),
+    ],
+)
+def test_a_file_of_questions_that_is_not_read_says_what_to_change(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_prompts(path=tmp_path / name)
+
+
+def test_an_empty_truth_has_the_name_of_its_column(tmp_path):
+    (tmp_path / "own.csv").write_text("Problem,Answer\n1 + 1,\n")
+    columns = {"question": "Problem", "truth": "Answer"}
+    with pytest.raises(UserError, match="csv:2: 'Answer' is ''; give one"):
+        load_prompts(path=tmp_path / "own.csv", columns=columns)
+
+
+def test_an_option_that_a_command_lacks_is_named_with_those_it_has(capsys):
+    assert cli.main(["init", "model", "data.csv", "--force"]) == 2
+    assert "unknown option --force; init has --out, --question" in capsys.readouterr().err
