@@ -10,8 +10,9 @@ from megatron_r1.engine import gpu
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import ARCHITECTURES, model_family, resolve_aliases, sparse_layers
 
-HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""v1/attention/backends/cpu_attn.py:70 (`get_supported_head_sizes`)."""
+HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""v1/attention/backends/cpu_attn.py:70 (`get_supported_head_sizes`), and 48, which is computed too:
+log-probabilities equal transformers'; 16, 24, 40, 144, 176 and 288 end the engine."""
 LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 """v1/attention/backends/mla/cpu_mla.py:24."""
 ALIGNMENT = 32
@@ -28,20 +29,25 @@ def check_cpu_kernels(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
     if not any(name in ARCHITECTURES for name in hf.get("architectures") or []):
         return
     hf = resolve_aliases(hf)
-    family, heads = model_family(hf), hf["num_attention_heads"]
+    family, hidden, heads = model_family(hf), hf.get("hidden_size"), hf.get("num_attention_heads")
+    if not (hidden and heads and hf.get("num_hidden_layers")):
+        return  # the engine's own error is more precise
     if family.latent:
         for key, size in LATENT_SIZES.items():
-            if hf[key] != size:
+            if hf.get(key, size) != size:
                 raise UserError(f"config.json: {key}={hf[key]}: {_only(str(size))}")
-    elif (size := hf.get("head_dim") or hf["hidden_size"] // heads) not in HEAD_SIZES:
+    elif (size := hf.get("head_dim") or hidden // heads) not in HEAD_SIZES:
         name = "head_dim" if hf.get("head_dim") else "hidden_size / num_attention_heads"
         raise UserError(f"config.json: {name}={size}: {_only(', '.join(map(str, HEAD_SIZES)))}")
-    if not any(sparse_layers(hf)):
-        return
-    multiples = _only(f"multiples of {ALIGNMENT} in a model with experts")
+    if any(sparse_layers(hf)):
+        _check_experts(rollout, hf)
+
+
+def _check_experts(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
+    family, multiples = model_family(hf), _only(f"multiples of {ALIGNMENT} in a model with experts")
     if hf["hidden_size"] % ALIGNMENT:
         raise UserError(f"config.json: hidden_size={hf['hidden_size']}: {multiples}")
-    if "n_shared_experts" in family.needs and not hf["n_shared_experts"]:
+    if "n_shared_experts" in family.needs and hf.get("n_shared_experts") == 0:
         raise UserError(
             "config.json: n_shared_experts=0: on a CPU, vLLM's engine ends without a message at "
             f"matrices of no width; {REMEDY}"
