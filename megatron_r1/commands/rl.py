@@ -93,7 +93,7 @@ async def _run(
                 finally:
                     await session.close()
             except TrainerLost:
-                if config.rollout.colocated and fleet.awake.is_set():
+                if config.rollout.colocated:
                     try:
                         await fleet.sleep()  # the ranks that start again need the GPUs' memory
                     except EngineError as error:

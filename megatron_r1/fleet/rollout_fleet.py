@@ -7,7 +7,7 @@ import contextlib
 import os
 import secrets
 from array import array
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,8 +23,8 @@ from megatron_r1.fleet.lengths import ExpectedLength, LengthEstimator
 from megatron_r1.fleet.members import Members, Notify
 from megatron_r1.fleet.replacement import DRAIN_SECONDS, Replacement
 from megatron_r1.fleet.retries import RequestRetries
+from megatron_r1.fleet.swap import EngineCall, UpdateInfo, swap_calls
 
-UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
 """Its entry sends an engine the weights that the fleet's engines hold; no push begins before its
 exit."""
@@ -189,21 +189,10 @@ class RolloutFleet:
             )
         async with self._pushing:
             engines = [engine for engine in self.members.up if engine not in self._swapped]
-            slept = not self.awake.is_set()
             incomplete: list[Engine] = []
             try:
-                if slept:
-                    engines = await self._on(engines, lambda client: client.wake("weights"))
-                up = await self._on(
-                    engines,
-                    lambda client: client.swap_weights(update_info, version, resume=not slept),
-                    [engine for engine in engines if engine in repeatable],
-                    incomplete,
-                )
-                engines = [engine for engine in up if engine not in incomplete]
-                if slept:
-                    engines = await self._on(engines, lambda client: client.wake("kv_cache"))
-                    await self._on(engines, lambda client: client.resume())
+                for call in swap_calls(update_info, version, asleep=not self.awake.is_set()):
+                    engines = await self._call_engines(engines, call, repeatable, incomplete)
             except Exception as error:
                 self.members.fail(EngineError(f"the push of version {version} failed: {error}"))
                 raise
@@ -215,14 +204,17 @@ class RolloutFleet:
 
     async def sleep(self) -> None:
         """Free the engines' memory for the trainer: weights and caches are dropped until the next
-        push. Nothing may be in flight. Raises EngineError if an engine refuses."""
-        self.members.require_usable()
+        push. Nothing may be in flight. Returns at once where the fleet sleeps already. Raises
+        EngineError if an engine refuses."""
         async with self._pushing:
+            if not self.awake.is_set():
+                return
+            self.members.require_usable()
             self.awake.clear()
             # A starting engine has no weights yet: it is started again once the fleet is awake.
             starting = [engine for engine in self._starting if not engine.is_up]
             await asyncio.gather(*(engine.end() for engine in starting))
-            await self._on(self.members.up, lambda client: client.sleep())
+            await self._call_engines(self.members.up, lambda client: client.sleep())
 
     async def add_engine(self) -> Engine:
         """Start one more engine, give it the current weights, and let it serve. Raises EngineError
@@ -330,16 +322,16 @@ class RolloutFleet:
                 raise EngineError(f"{engine.name} is not needed any more: it has left")
             self.members.put_up(engine, place_of)
 
-    async def _on(
+    async def _call_engines(
         self,
         engines: list[Engine],
-        step: Callable[[EngineClient], Coroutine[Any, Any, None]],
+        call: EngineCall,
         repeatable: Collection[Engine] = (),
         incomplete: list[Engine] | None = None,
     ) -> list[Engine]:
-        """Take a step of a push on each engine; return those that are up after it. Engines of
-        `repeatable` that lack a push are added to `incomplete`."""
-        calls = (engine.unless_lost(step(engine.client)) for engine in engines)
+        """Make a call of a push to each engine; return those to which the next is made, which are
+        up and not `incomplete`. Engines of `repeatable` that lack a push are added there."""
+        calls = (engine.unless_lost(call(engine.client)) for engine in engines)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
             if isinstance(outcome, PushIncomplete) and engine in repeatable:
@@ -352,7 +344,7 @@ class RolloutFleet:
                 self.replacement.replace(engine, outcome)
             elif isinstance(outcome, BaseException):
                 raise outcome
-        return [engine for engine in engines if engine.is_up]
+        return [engine for engine in engines if engine.is_up and engine not in (incomplete or ())]
 
 
 def share_of_gpus(

@@ -50,7 +50,7 @@ class Session:
         """Put trainer and engines where the run was left, or at its beginning."""
         view, uses_reference = self.recorder.view, self.passes.uses_reference
         fleet = self.collector.fleet
-        if self.config.rollout.colocated and fleet.awake.is_set():
+        if self.config.rollout.colocated:
             await fleet.sleep()  # a checkpoint, and then the weights in transit, need their memory
         if self.recorder.resumed:
             view.phase("loading checkpoint")

@@ -19,6 +19,7 @@ from megatron_r1.errors import TrainerError
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.fleet.placement import hosts_address
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.fleet.swap import swap_calls
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.engine_links import EngineLinks, Lose, WeightSource, raise_dead_after
 from megatron_r1.weight_sync.plan.checks import engine_layout
@@ -197,14 +198,10 @@ class WeightBridge:
     async def _swap_new(self, engine: Engine) -> None:
         assert self._version is not None, "no push has been made"
         # An engine outside the fleet has no watchdog, and the next push waits for it.
-        colocated, client = self.links.colocated, engine.client
+        asleep = self.links.colocated  # since `_push_to_new`
         async with raise_dead_after(engine, self._timeout_seconds):
-            if colocated:
-                await client.wake("weights")
-            await client.swap_weights(self._update_info(), self._version, resume=not colocated)
-            if colocated:
-                await client.wake("kv_cache")
-                await client.resume()
+            for call in swap_calls(self._update_info(), self._version, asleep=asleep):
+                await call(engine.client)
 
     def _update_info(self) -> dict[str, Any]:
         return {"push": self._push_number, "timeout_seconds": self._timeout_seconds}

@@ -326,6 +326,21 @@ def test_engines_wake_for_a_push_weights_first_and_their_cache_last(tmp_path):
     assert [path for path in awake if "wake" in path] == []
 
 
+def test_a_fleet_that_sleeps_is_not_put_to_sleep_again(tmp_path):
+    peer = Peer(good)
+
+    async def story(fleet):
+        del peer.called[:]
+        await asyncio.gather(fleet.sleep(), fleet.sleep())
+        await fleet.sleep()
+        once = list(peer.called)
+        await fleet.push({}, 1)
+        await fleet.sleep()
+        return once, peer.called.count("/sleep?level=2&mode=wait")
+
+    assert run(tmp_path, [peer], story) == (["/sleep?level=2&mode=wait"], 2)
+
+
 def test_no_engine_is_replaced_while_the_memory_is_the_trainers(tmp_path):
     peers = [Peer(good), Peer(good)]
 
