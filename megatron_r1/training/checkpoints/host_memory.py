@@ -56,12 +56,12 @@ class HostMemory:
         if is_gathered and tensor.is_contiguous():
             # A view with a storage of its own: torch.save writes the whole storage.
             return torch.from_numpy(tensor.numpy())
-        kind = (tuple(tensor.shape), tensor.dtype)
-        index = self._num_used.get(kind, 0)
-        self._num_used[kind] = index + 1
-        buffers = self._copies.setdefault(kind, [])
+        shape_and_dtype = (tuple(tensor.shape), tensor.dtype)
+        index = self._num_used.get(shape_and_dtype, 0)
+        self._num_used[shape_and_dtype] = index + 1
+        buffers = self._copies.setdefault(shape_and_dtype, [])
         if index == len(buffers):
-            buffers.append(platform.empty_on_host(*kind))
+            buffers.append(platform.empty_on_host(*shape_and_dtype))
         return buffers[index].copy_(tensor, non_blocking=True)
 
 
@@ -99,6 +99,8 @@ def _gather(part: Any, index: int, memory: HostMemory | None, **_: Any) -> dict[
 def _gather_bucket(part: Any, param_map: dict, pieces: dict[str, Tensor]) -> None:
     """Fill `pieces`, host buffers of one bucket, from all data-parallel ranks' shards of it."""
     size = part.data_parallel_group.size()
+    # One key at a time, so that one shard is on the device: 0.7 GiB in the recipe for 2,048 GPUs,
+    # where engines leave 4 and three shards would take 2. Each call below returns all three keys.
     for key, piece in pieces.items():
         shard = piece
         if size > 1:
