@@ -20,17 +20,7 @@ from megatron_r1.training import distributed
 from megatron_r1.training.wire import Sample
 
 LOSS = "megatron_r1.rl.algorithms.grpo:loss"
-SETTINGS = LossSettings(
-    average="token",
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    ratio_level="token",
-    importance_cap=None,
-    kl_beta=0.0,
-    kl_estimator="k3",
-    entropy_coef=0.0,
-)
+SETTINGS = LossSettings(average="token", clip_low=0.2, clip_high=0.2)
 MAX_RESPONSE = 64
 """rollout.max_response_tokens, which MTP losses are divided by."""
 

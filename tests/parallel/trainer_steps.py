@@ -28,10 +28,8 @@ SETTINGS = LossSettings(
     clip_low=0.2,
     clip_high=0.3,
     dual_clip=3.0,
-    ratio_level="token",
     importance_cap=2.0,
     kl_beta=0.1,
-    kl_estimator="k3",
     entropy_coef=0.01,
 )
 LOSS = "megatron_r1.rl.algorithms.grpo:loss"

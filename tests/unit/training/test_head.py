@@ -18,17 +18,7 @@ SAMPLES = [
     ([5], [6, 1, 2], -1.0),
     ([3, 4], [12], 0.5),
 ]
-GRPO = LossSettings(
-    average="sequence",
-    clip_low=0.2,
-    clip_high=0.3,
-    dual_clip=None,
-    ratio_level="token",
-    importance_cap=None,
-    kl_beta=0.1,
-    kl_estimator="k3",
-    entropy_coef=0.0,
-)
+GRPO = LossSettings(average="sequence", clip_low=0.2, clip_high=0.3, kl_beta=0.1)
 
 
 def micro_batch(samples=SAMPLES, seed=0):
