@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -125,3 +125,13 @@ class Engine:
         except TimeoutError:
             return False
         return True  # it died, which is noticed by its process
+
+
+@contextlib.asynccontextmanager
+async def raise_dead_after(engine: Engine, seconds: float) -> AsyncIterator[None]:
+    """Raise EngineDied where the block takes longer than `seconds`."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise EngineDied(f"{engine.name} has not answered for {seconds:g} seconds") from None

@@ -16,15 +16,17 @@ from typing import Any, TypeVar
 from megatron_r1.config import Config
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.errors import TrainerError
-from megatron_r1.fleet.engine import Engine
+from megatron_r1.fleet.engine import Engine, raise_dead_after
 from megatron_r1.fleet.placement import hosts_address
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.fleet.swap import swap_calls
 from megatron_r1.models import read_hf_config
-from megatron_r1.weight_sync.engine_links import EngineLinks, Lose, WeightSource, raise_dead_after
+from megatron_r1.weight_sync.engine_links import EngineLinks
+from megatron_r1.weight_sync.engine_set import OnLost
 from megatron_r1.weight_sync.plan.checks import engine_layout
 from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
 from megatron_r1.weight_sync.probes import EXACT_TOLERANCE, TOLERANCE, Prober
+from megatron_r1.weight_sync.set_connector import WeightSource
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -76,7 +78,7 @@ class WeightBridge:
         await self.links.open()
         self.fleet.feed = self.feed
         with self.fleet.patient(self.links.connect_seconds):
-            await self._form(self._up, self._lose_dead)
+            await self._form_sets(self._engines_up, self._lose_if_dead)
 
     async def hold(self) -> None:
         """Keep engines from joining until the next push: the trainer's weights will change."""
@@ -94,13 +96,14 @@ class WeightBridge:
         is_windowed = self.links.num_windows > 1
         patience = self._timeout_seconds if is_windowed else self.links.connect_seconds
         with self.fleet.patient(patience):
-            await self._form(self.links.unsettled(self._up), self._lose)
+            regrouped = self.links.engines_to_regroup(self._engines_up)
+            await self._form_sets(regrouped, self._lose)
             sent = await (self._push_windows if is_windowed else self._push_whole)(version)
         swapped = time.perf_counter()
         metrics = {"push/transfer": sent - start, "push/pause": swapped - sent}
         metrics["push/links"] = self.links.num_links
         if self.prober is not None:
-            metrics |= await self.prober.check(self._push_number, self._up, self._lose)
+            metrics |= await self.prober.check(self._push_number, self._engines_up, self._lose)
         self._version = version
         self._release()
         return metrics
@@ -128,10 +131,10 @@ class WeightBridge:
     async def _push_whole(self, version: int) -> float:
         """Send to all engines, again to those whose set fails for no fault of theirs, then let them
         swap. Return the time at which the swap began."""
-        waiting = self._up
+        waiting = self._engines_up
         while waiting:
             waiting = [engine for engine in await self._send(waiting) if engine.is_up]
-            await self._form(waiting, self._lose)
+            await self._form_sets(waiting, self._lose)
         swap_began = time.perf_counter()
         await self.fleet.push(self._update_info(), version)
         return swap_began
@@ -140,60 +143,64 @@ class WeightBridge:
         """Do as `_push_whole`, but let engines load each window while the next are sent. Engines
         whose set fails meanwhile stay paused, and load all windows anew."""
         swap_began = time.perf_counter()
-        waiting = self._up
+        waiting = self._engines_up
         while waiting:
-            sharing = [e for one in self.links.sets if len(one.engines) > 1 for e in one.engines]
-            swapping = self.fleet.push(self._update_info(), version, sharing)
-            again, incomplete = await _both(self._send(waiting), swapping)
+            shared_sets = [s for s in self.links.sets if len(s.engines) > 1]
+            repeatable = [engine for engine_set in shared_sets for engine in engine_set.engines]
+            swapping = self.fleet.push(self._update_info(), version, repeatable)
+            to_repeat, incomplete = await _run_both(self._send(waiting), swapping)
             for engine in incomplete:
-                if engine not in again:
+                if engine not in to_repeat:
                     self._lose(engine, EngineDied(f"{engine.name} did not get the weights"))
             waiting = [engine for engine in incomplete if engine.is_up]
-            await self._form(waiting, self._lose, resume=False)
+            await self._form_sets(waiting, self._lose, resume=False)
         return swap_began
 
     async def _send(self, engines: Sequence[Engine]) -> list[Engine]:
         with self.links.reporting_deaths():
             return await self.links.send(self._push_number, engines, self._lose)
 
-    async def _form(self, engines: Sequence[Engine], lose: Lose, *, resume: bool = True) -> None:
+    async def _form_sets(
+        self, engines: Sequence[Engine], on_lost: OnLost, *, resume: bool = True
+    ) -> None:
         # Engines that sleep, for the trainer's sake, must not compute before they are awake.
-        await self.links.form(engines, lose, resume=resume and self.fleet.awake.is_set())
+        resume = resume and self.fleet.awake.is_set()
+        await self.links.form_sets(engines, on_lost, resume=resume)
 
     @property
-    def _up(self) -> list[Engine]:
+    def _engines_up(self) -> list[Engine]:
         return [engine for engine in self.fleet.engines if engine.is_up]
 
     def _lose(self, engine: Engine, error: EngineError) -> None:
         death = error if isinstance(error, EngineDied) else EngineDied(str(error))
         self.fleet.lose(engine, death)
 
-    def _lose_dead(self, engine: Engine, error: EngineError) -> None:
+    def _lose_if_dead(self, engine: Engine, error: EngineError) -> None:
         """Raise the error of an engine that has not died: settings are then wrong."""
         if not isinstance(error, EngineDied):
             raise error
         self.fleet.lose(engine, error)
 
     async def _push_to_new(self, engine: Engine) -> None:
-        await self._form([engine], _refuse)
+        await self._form_sets([engine], _raise_error)
         if self.links.colocated:  # what its cache takes is needed for the weights in transit
             async with raise_dead_after(engine, self._timeout_seconds):
                 await engine.client.sleep()
-        (one,) = [one for one in self.links.sets if engine in one.engines]
+        engine_set = self.links.set_of(engine)
         # The others' last number: the pushes to an engine are numbered without gaps.
-        sending = self.links.send(self._push_number, [engine], _refuse)
+        sending = self.links.send(self._push_number, [engine], _raise_error)
         try:
             if self.links.num_windows == 1:
                 await sending
                 await self._swap_new(engine)
             else:
-                await _both(sending, self._swap_new(engine))
+                await _run_both(sending, self._swap_new(engine))
         except Exception:
             if self.links.num_windows > 1:
-                await self.links.report_gone(one, engine)
+                await self.links.report_gone(engine_set, engine)
             raise
         if self.prober is not None:
-            await self.prober.check(self._push_number, [engine], _refuse)
+            await self.prober.check(self._push_number, [engine], _raise_error)
 
     async def _swap_new(self, engine: Engine) -> None:
         assert self._version is not None, "no push has been made"
@@ -212,16 +219,16 @@ class WeightBridge:
             self._settled.release()
 
 
-async def _both(first: Coroutine[Any, Any, S], second: Coroutine[Any, Any, T]) -> tuple[S, T]:
+async def _run_both(first: Coroutine[Any, Any, S], second: Coroutine[Any, Any, T]) -> tuple[S, T]:
     """Run both at once and return their results, or raise the first error."""
     try:
-        async with asyncio.TaskGroup() as both:
-            tasks = both.create_task(first), both.create_task(second)
+        async with asyncio.TaskGroup() as group:
+            tasks = group.create_task(first), group.create_task(second)
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return tasks[0].result(), tasks[1].result()
 
 
-def _refuse(engine: Engine, error: EngineError) -> None:
+def _raise_error(engine: Engine, error: EngineError) -> None:
     """Raise the error of an engine that is not in the fleet yet, so that it does not join."""
     raise error

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from megatron_r1.engine.errors import EngineDied, EngineError, EngineFault
 from megatron_r1.engine.responses import Response
-from megatron_r1.fleet.engine import Engine
-from megatron_r1.weight_sync.engine_links import Lose, WeightSource, raise_dead_after
+from megatron_r1.fleet.engine import Engine, raise_dead_after
+from megatron_r1.weight_sync.engine_set import OnLost
+from megatron_r1.weight_sync.set_connector import WeightSource
 
 PROBE_TOKENS = 8
 EXACT_TOLERANCE, TOLERANCE = 1e-3, 0.3
@@ -30,7 +31,9 @@ class Prober:
         self.trainer, self.prompts = trainer, prompts
         self.tolerance, self.timeout_seconds = tolerance, timeout_seconds
 
-    async def check(self, push: int, engines: Sequence[Engine], lose: Lose) -> dict[str, float]:
+    async def check(
+        self, push: int, engines: Sequence[Engine], on_lost: OnLost
+    ) -> dict[str, float]:
         """Sample from each engine and return the largest mean difference, "push/probe_diff".
 
         Raises EngineError where it exceeds the tolerance."""
@@ -39,7 +42,7 @@ class Prober:
             try:
                 difference = await self._difference(engine)
             except EngineDied as death:
-                lose(engine, death)
+                on_lost(engine, death)
                 continue
             differences.append(difference)
             if not difference <= self.tolerance:

@@ -1,0 +1,165 @@
+"""Connects sets of engines with the trainer: all their ranks meet in the trainer's store."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from megatron_r1.config.push import PushConfig
+from megatron_r1.engine.errors import EngineDied, EngineError
+from megatron_r1.fleet.engine import Engine
+from megatron_r1.weight_sync.engine_set import EngineSet
+
+CONNECT_SECONDS = 120.0
+"""Limit for the ranks of a set and of the trainer to find each other."""
+ANSWER_SECONDS = 20.0
+"""The time limit for an engine to report that it could not be connected, once the trainer has; more
+than `LAST_WORDS_SECONDS`, in which the client waits for the engine's end."""
+
+
+class WeightSource(Protocol):
+    """The methods of `TrainerClient` that a push uses."""
+
+    async def probe(
+        self, sequences: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]]
+    ) -> float: ...
+
+    async def call_all(
+        self, operation: str, *, begun: Callable[[], object] | None = None, **arguments: Any
+    ) -> list[dict[str, Any]]: ...
+
+
+class SetConnector:
+    """Connects sets of engines with one trainer. The arguments are those of `EngineLinks`."""
+
+    def __init__(
+        self,
+        trainer: WeightSource,
+        settings: PushConfig,
+        tensors: Sequence[tuple[str, Sequence[int]]],
+        layout: dict[str, Any],
+        store_host: str | None,
+        *,
+        colocated: bool,
+    ):
+        self.trainer, self.settings, self.colocated = trainer, settings, colocated
+        self.tensors = [[name, list(shape)] for name, shape in tensors]
+        self.layout, self.store_host = layout, store_host
+        self.num_windows = 1
+        """The most windows of an engine that was connected."""
+        self.store: tuple[str, int] = ("", 0)
+        """Address of the trainer's store."""
+
+    @property
+    def connect_seconds(self) -> float:
+        return min(CONNECT_SECONDS, self.settings.timeout_seconds)
+
+    async def open(self) -> None:
+        """Let the trainer's ranks prepare to send."""
+        (first, *_) = await self.trainer.call_all("open_push")
+        host, port = first["store"]
+        self.store = self.store_host or host, port
+
+    async def connect(
+        self, sets: Sequence[EngineSet], gone: Sequence[str], *, resume: bool
+    ) -> tuple[dict[str, str], dict[Engine, EngineError]]:
+        """Connect all ranks of these sets with the trainer's. Return the problems by set, and the
+        engines that have died, or do not answer.
+
+        gone: names of sets to disconnect. resume: engines may compute afterwards."""
+        calls: dict[Engine, asyncio.Task[None]] = {}
+
+        def call_engines() -> None:
+            for engine_set in sets:
+                for member, engine in enumerate(engine_set.engines):
+                    call = self._connect_engine(engine_set, member, resume)
+                    calls[engine] = asyncio.create_task(call)
+
+        try:
+            # The engines' timeout begins with the trainer's turn, which may be computing for long.
+            results = await self.trainer.call_all(
+                "connect_sets",
+                begun=call_engines,
+                sets=[(engine_set.name, len(engine_set.engines)) for engine_set in sets],
+                layout=self.layout,
+                transport=self.settings.transport,
+                timeout_seconds=self.connect_seconds,
+                push_seconds=self.settings.timeout_seconds,
+                full_every=self.settings.full_every if self.settings.delta else 1,
+                gone=gone,
+            )
+            problems: dict[str, str] = {}
+            for rank, result in enumerate(results):
+                for name, problem in result["problems"].items():
+                    text = f"trainer rank {rank} cannot connect to it: {problem}"
+                    problems.setdefault(name, text)
+            for engine_set in sets:
+                num_links = [result["num_links"].get(engine_set.name, 0) for result in results]
+                engine_set.num_links = num_links
+            self.num_windows = max(self.num_windows, *(r["num_windows"] for r in results))
+            patience = ANSWER_SECONDS if problems else self.settings.timeout_seconds
+            if calls:
+                await asyncio.wait(calls.values(), timeout=patience)
+            deaths = _deaths(calls)
+            for engine_set in sets:
+                for engine in engine_set.engines:
+                    if (error := deaths.get(engine) or _error(calls[engine])) is not None:
+                        problems.setdefault(engine_set.name, str(error))
+            return problems, deaths
+        finally:
+            for call in calls.values():
+                call.cancel()
+            await asyncio.gather(*calls.values(), return_exceptions=True)
+
+    async def _connect_engine(self, engine_set: EngineSet, member: int, resume: bool) -> None:
+        """Let an engine of a set connect with the trainer."""
+        engine, memory = engine_set.engines[member], self.settings.memory_gib
+        init_info = {
+            "store": list(self.store),
+            "name": engine_set.name,
+            "member": member,
+            "members": len(engine_set.engines),
+            "tensors": self.tensors,
+            "memory_bytes": memory and int(memory * 2**30),
+            "timeout_seconds": self.connect_seconds,
+            "push_seconds": self.settings.timeout_seconds,
+            # A difference needs all of the push before in the memory.
+            "borrows_memory": self.colocated and not self.settings.delta,
+        }
+        try:
+            await engine.unless_lost(engine.client.init_weight_transfer(init_info, resume=resume))
+        except EngineDied:
+            await self.report_gone(engine_set, engine)
+            raise
+
+    async def report_gone(self, engine_set: EngineSet, engine: Engine) -> None:
+        """Report to all ranks of a set that this engine of it is gone."""
+        with contextlib.suppress(RuntimeError):  # the trainer is gone as well
+            error = f"{engine.name} is gone"
+            await asyncio.to_thread(_report_failure, *self.store, engine_set.name, error)
+
+
+def _error(call: asyncio.Task[None]) -> BaseException | None:
+    return call.exception() if call.done() else None
+
+
+def _deaths(calls: dict[Engine, asyncio.Task[None]]) -> dict[Engine, EngineError]:
+    """Return the engines that have died, or do not answer. Raises an error of another kind than
+    EngineError."""
+    deaths: dict[Engine, EngineError] = {}
+    for engine, call in calls.items():
+        error = _error(call)
+        if isinstance(error, EngineDied):
+            deaths[engine] = error
+        elif not call.done():
+            deaths[engine] = EngineDied(f"{engine.name} does not answer while it connects")
+        elif error is not None and not isinstance(error, EngineError):
+            raise error
+    return deaths
+
+
+def _report_failure(host: str, port: int, name: str, error: str) -> None:
+    # Imports torch, which takes seconds and which the controller needs for nothing else.
+    from megatron_r1.weight_sync.receive.rendezvous import report_failure
+
+    report_failure(host, port, name, error)
