@@ -1,12 +1,16 @@
 """Sends the trainer's weights to the engines; a weight passes these modules in this order.
 
-1. `bridge` (controller): `WeightBridge` connects engines (`engine_links`), pushes, and compares
-   both sides' log-probabilities (`probes`).
+1. `bridge` (controller): `WeightBridge` pushes, and compares both sides' log-probabilities
+   (`probes`). `engine_links` divides the engines into sets (`engine_set`), `set_connector` connects
+   these with the trainer.
 2. `trainer_rank`: the verbs of a push on each trainer rank, called by the bridge.
 3. `plan`: which rectangle of which tensor goes from which trainer rank to which engine rank.
-4. `send`: the rank's slices of its parameters, as they are or quantized to FP8.
-5. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends; over the last two
-   an engine passes on to others what has entered it.
+4. `send`: `sender` reads what the engines offer to receive (`offers`), links this rank with those
+   that the plan gives it (`link_planner`, `set_links`), and sends them its `slices`, as they are or
+   quantized to FP8.
+5. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends (`base`); over the
+   last two (`groups`, `pair_sender`, `pair_receiver`) an engine passes on to others what has
+   entered it (`exchange`).
 6. `receive`: the engine rank's table of slots and the buffer in which a push arrives.
 7. `verify`: one checksum per delivery, computed on both ends and compared before use.
 8. `megatron_r1.vllm_plugin.swap`: inside vLLM, the received weights replace the old ones;

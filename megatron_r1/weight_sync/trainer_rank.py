@@ -13,7 +13,7 @@ from megatron_r1 import platform
 from megatron_r1.config import Config
 from megatron_r1.weight_sync.plan import TrainerGrid
 from megatron_r1.weight_sync.send.sender import WeightSender
-from megatron_r1.weight_sync.transports.process_group import gpu_uuid
+from megatron_r1.weight_sync.transports.gpu_uuid import gpu_uuid
 from megatron_r1.weights.layout import recipe_stages
 from megatron_r1.weights.local import local_entries
 
@@ -37,8 +37,8 @@ class WeightPush:
         for parameter, entry in local_entries(self._model_chunks, self._hf):
             for piece in entry.pieces:
                 held[piece.hf_name].append((parameter, piece))
-        grid = TrainerGrid.of(self._config.parallel, dist.get_world_size())
-        store, address = _store()
+        grid = TrainerGrid.from_recipe(self._config.parallel, dist.get_world_size())
+        store, address = _open_store()
         rank = dist.get_rank()
         self._sender = WeightSender(
             self._hf,
@@ -49,7 +49,7 @@ class WeightPush:
             rank=rank,
             stages=stages,
             drafts=self._config.rollout.drafts_by_mtp,
-            gpus=_gpus() if self._config.push.transport == "nccl" else (),
+            gpus=_gpu_uuids() if self._config.push.transport == "nccl" else (),
         )
         return {"store": address}
 
@@ -64,7 +64,7 @@ class WeightPush:
         return self._sender.send(push, sets, gone)
 
 
-def _gpus() -> list[str]:
+def _gpu_uuids() -> list[str]:
     """Return the UUID of every rank's GPU."""
     found: list[Any] = [None] * dist.get_world_size()
     device = torch.device("cuda", torch.cuda.current_device())
@@ -72,14 +72,14 @@ def _gpus() -> list[str]:
     return found
 
 
-def _store() -> tuple[dist.TCPStore, list]:
+def _open_store() -> tuple[dist.TCPStore, list]:
     """Return a client of the store that rank 0 hosts, and its [host, port]."""
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     store = None
     if dist.get_rank() == 0:
         # Every pair and group has a connection of its own to the store while it is created.
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
     port = platform.from_rank_zero(store and store.port)  # only rank 0 has chosen one
     return store or dist.TCPStore(host, port, is_master=False), [host, port]

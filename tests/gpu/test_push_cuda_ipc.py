@@ -29,7 +29,7 @@ def sources(push):
 
 def send(port, pushes, done):
     rendezvous = Rendezvous(TCPStore("127.0.0.1", port, is_master=False), ENGINE, 60)
-    (info,) = rendezvous.receivers(1)
+    (info,) = rendezvous.read_receivers(1)
     sender = sender_class("cuda_ipc")(rendezvous, 0, 0, info)
     sender.plan(DELIVERIES)
     rendezvous.publish_plan(0, [[(0, DELIVERIES)]])

@@ -11,6 +11,7 @@ from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.checks import check_drafter
 from megatron_r1.weight_sync.plan.checks import engine_layout as layout_of
 from megatron_r1.weight_sync.plan.entry import SET_ENGINES
+from megatron_r1.weight_sync.plan.links import shares_gpus_over_nccl
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
 from megatron_r1.weight_sync.transports import PASSED_BYTES
@@ -91,7 +92,7 @@ def _form(job: Job) -> str:
 
 
 @cache  # the same function for the same form: it is a key of `set_links`' results
-def _count(form: str) -> ByteCount:
+def _byte_count(form: str) -> ByteCount:
     return fp8_bytes if form == "FP8" else plain_bytes(form)
 
 
@@ -99,7 +100,7 @@ def _count(form: str) -> ByteCount:
 def _rank_bytes(hf: str, layout: EngineLayout, form: str, ranks: int, drafts: bool) -> list[float]:
     """Return the bytes that each of an engine's first `ranks` ranks needs, its drafter's among
     them."""
-    needs, num_bytes = PredictedLayout(json.loads(hf), layout, drafts=drafts), _count(form)
+    needs, num_bytes = PredictedLayout(json.loads(hf), layout, drafts=drafts), _byte_count(form)
     return [
         sum(
             num_bytes(t.name, t.rule.dtype, part)
@@ -132,8 +133,7 @@ def receive_buffer_bytes(job: Job, on: Literal["host", "GPU"] | None = None) -> 
 
 def borrows_memory(job: Job) -> bool:
     """Return whether the receive buffer is in the place of the KV cache, which sleeps meanwhile."""
-    push = job.config.push
-    return job.config.rollout.colocated and push.transport == "nccl" and not push.delta
+    return shares_gpus_over_nccl(job.config) and not job.config.push.delta
 
 
 def borrowed_bytes(job: Job) -> int:
@@ -179,13 +179,19 @@ def _is_one_node(job: Job) -> bool:
 def push_section(job: Job) -> Section:
     """Return the bytes that a push moves, their balance, and the memory that it keeps."""
     parallel, engines, form = job.parallel, engine_layout(job), _form(job)
-    grid = TrainerGrid.of(parallel, job.world_size)
+    grid = TrainerGrid.from_recipe(parallel, job.world_size)
     # What is for one host has to be set to gloo or nccl for more.
     alone = job.config.push.delta or (job.config.push.on_one_host and _is_one_node(job))
-    most = 1 if alone else SET_ENGINES
-    over_nccl = job.config.push.transport == "nccl" and job.config.rollout.colocated
-    which = {"drafts": drafts(job), "colocated": over_nccl}
-    links = set_links(job.hf, grid, engines, job.stages, _count(form), most, **which)
+    links = set_links(
+        job.hf,
+        grid,
+        engines,
+        job.stages,
+        _byte_count(form),
+        1 if alone else SET_ENGINES,
+        drafts=drafts(job),
+        shares_gpus=shares_gpus_over_nccl(job.config),
+    )
     received = links.received
     link, link_name = push_link(job)
     written = form

@@ -5,15 +5,12 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.entry import (
-    engine_sets,
-    entries,
-    neighbours_in_order,
-    sent_bytes,
-)
+from megatron_r1.weight_sync.plan.entry import engine_sets, sent_bytes
+from megatron_r1.weight_sync.plan.links import planned_entries
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.traffic import ByteCount
 from megatron_r1.weight_sync.transports import PASSED_BYTES
@@ -101,15 +98,15 @@ def set_links(
     engines: EngineLayout,
     stages: list[list[Shard]],
     count: ByteCount,
-    most: int,
+    max_engines: int,
     *,
     drafts: bool = False,
-    colocated: bool = False,
+    shares_gpus: bool = False,
 ) -> SetLinks:
-    """Return what a push connects. most: engines of a set. drafts: with the engines' drafters.
-    colocated: over NCCL, which avoids pairs of ranks on one GPU."""
-    one = json.dumps(hf), grid, engines, _Stages(stages), count, most, drafts, colocated
-    return _set_links(*one)
+    """Return what a push connects. max_engines: of a set. drafts: with the engines' drafters.
+    shares_gpus: see `plan.links.shares_gpus_over_nccl`."""
+    model, key = json.dumps(hf), _Stages(stages)
+    return _set_links(model, grid, engines, key, count, max_engines, drafts, shares_gpus)
 
 
 class _Stages:
@@ -132,29 +129,28 @@ def _set_links(
     engines: EngineLayout,
     stages: _Stages,
     count: ByteCount,
-    most: int,
+    max_engines: int,
     drafts: bool,
-    colocated: bool,
+    shares_gpus: bool,
 ) -> SetLinks:
     needs = PredictedLayout(json.loads(hf), engines, drafts=drafts)
     planner = Planner(json.loads(hf), grid, engines, stages.stages, needs)
-    sets = engine_sets(engines.engines, most)
-    near = neighbours_in_order(sets, engines.ranks_per_engine, grid.world) if colocated else {}
-    plans = entries(planner, count, sets, neighbours=near)
+    sets = engine_sets(engines.engines, max_engines)
+    plans = planned_entries(planner, count, sets, shares_gpus=shares_gpus)
     out: Counter[int] = Counter()
     into: Counter[tuple[int, int, int]] = Counter()
     entering: Counter[tuple[int, int, int]] = Counter()
     received = [0.0] * engines.ranks_per_engine
     for index, plan in enumerate(plans):
-        for entry in (entry for of_position in plan for entry in of_position):
-            at = index, entry.engine, entry.position
+        for entry in chain.from_iterable(plan):
+            engine_rank = index, entry.engine, entry.position
             out[entry.sender] += 1
-            into[at] += 1
-            entering[at] += entry.num_bytes
+            into[engine_rank] += 1
+            entering[engine_rank] += entry.num_bytes
             received[entry.position] += entry.num_bytes / len(sets)
     by_set = [sent_bytes(plan, grid.world) for plan in plans]
     return SetLinks(
-        sent=[sum(of_rank) for of_rank in zip(*by_set, strict=True)],
+        sent=[sum(bytes_of_rank) for bytes_of_rank in zip(*by_set, strict=True)],
         out=max(out.values()),
         into=max(into.values()),
         num_links=out.total(),

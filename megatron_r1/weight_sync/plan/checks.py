@@ -36,7 +36,7 @@ def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
     check_drafter(config)
     layout = engine_layout(config)
     predicted = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
-    grid = TrainerGrid.of(config.parallel, num_ranks)
+    grid = TrainerGrid.from_recipe(config.parallel, num_ranks)
     Planner(hf, grid, layout, recipe_stages(config, hf), predicted)  # as every trainer rank does
     for rank in range(0, layout.ranks_per_engine, layout.tensor):  # one of each stage and copy
         for _ in predicted.needed(layout.coordinate(rank)):
@@ -69,13 +69,13 @@ def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor:
             f"push.fp8: {hf['architectures'][0]} has no FP8 layout; set push.fp8: false"
         )
     for item, region in _trainer_regions(hf, tensor, expert_tensor):
-        of_expert = item.expert is not None
-        name, size = ("expert_tensor", expert_tensor) if of_expert else ("tensor", tensor)
-        at = first_cut(region, item.shape)
-        if at is not None and size == 1:
+        is_expert = item.expert is not None
+        name, size = ("expert_tensor", expert_tensor) if is_expert else ("tensor", tensor)
+        cut = first_cut(region, item.shape)
+        if cut is not None and size == 1:
             raise UserError(
-                f"push.fp8: Megatron keeps {item.name} {item.shape} in parts that end at {at}, "
-                f"within a block of {BLOCK}: a model with heads of {at} cannot be pushed in FP8; "
+                f"push.fp8: Megatron keeps {item.name} {item.shape} in parts that end at {cut}, "
+                f"within a block of {BLOCK}: a model with heads of {cut} cannot be pushed in FP8; "
                 "set push.fp8: false"
             )
         _refuse_cut(item, region, f"parallel.{name}={size}")
@@ -97,10 +97,10 @@ def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor:
 
 
 def _refuse_cut(item: HFTensor, region: Region, setting: str) -> None:
-    at = first_cut(region, item.shape)
-    if at is not None:
+    cut = first_cut(region, item.shape)
+    if cut is not None:
         raise UserError(
-            f"push.fp8: {setting} cuts {item.name} {item.shape} at {at}, within a block of "
+            f"push.fp8: {setting} cuts {item.name} {item.shape} at {cut}, within a block of "
             f"{BLOCK} x {BLOCK}, which has one scale: lower it, or set push.fp8: false"
         )
 
@@ -118,10 +118,10 @@ def _trainer_regions(
         for rank in range(ranks):
             for piece in item.rule.split(item.rule.sources, rank, ranks)[1]:
                 if piece.hf_name == source.name:
-                    yield item, Region.of(piece, item.shape)
+                    yield item, Region.from_piece(piece, item.shape)
 
 
 def _is_fused_first(item: HFTensor) -> bool:
     name = item.name.split(".")[-2]
-    alone = name == "q_proj" and len(item.rule.sources) == 1
-    return name in FUSED_FIRST and not alone
+    is_unfused = name == "q_proj" and len(item.rule.sources) == 1
+    return name in FUSED_FIRST and not is_unfused

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from megatron_r1.weight_sync.plan.planner import Planner
@@ -24,13 +24,13 @@ SET_ENGINES = 16
 costs time to create its groups, latency of their rings, and more engines that a death delays."""
 
 
-LARGEST, SMALL = 0.5, 0.2
-"""A sender is chosen for each piece of what an engine rank receives. LARGEST: most of that rank's
-bytes in one piece; with a half the busiest trainer rank of the recipe for 2,048 GPUs sends 1.15
-times the mean, without a limit 1.4 times. SMALL: a piece of less than this part of LARGEST goes to
-a sender that is already chosen."""
-SHARED_MEMORY_LARGEST = 1 / 16
-"""`LARGEST` in shared memory, where a link costs nothing and every copy by another core helps."""
+LARGEST_PIECE, SMALL_PIECE = 0.5, 0.2
+"""A sender is chosen for each piece of what an engine rank receives. LARGEST_PIECE: most of that
+rank's bytes in one piece; with a half the busiest trainer rank of the recipe for 2,048 GPUs sends
+1.15 times the mean, without a limit 1.4 times. SMALL_PIECE: a piece of less than this part of
+LARGEST_PIECE goes to a sender that is already chosen."""
+SHARED_MEMORY_LARGEST_PIECE = 1 / 16
+"""`LARGEST_PIECE` in shared memory, where links cost nothing and each core that copies helps."""
 
 
 Neighbours = Mapping[tuple[int, int, int], int]
@@ -57,13 +57,13 @@ class Entry:
 
     @property
     def num_bytes(self) -> float:
-        return _total(self.parts)
+        return _sum_bytes(self.parts)
 
 
-def engine_sets(engines: int, most: int = SET_ENGINES) -> list[range]:
-    """Return the engines of each set of at most `most`, sets of equal size as far as possible."""
-    count = -(-engines // most)
-    edges = [engines * index // count for index in range(count + 1)]
+def engine_sets(engines: int, max_engines: int = SET_ENGINES) -> list[range]:
+    """Return the engines of each set of at most `max_engines`, in sets of nearly equal size."""
+    num_sets = -(-engines // max_engines)
+    edges = [engines * index // num_sets for index in range(num_sets + 1)]
     return [range(*edge) for edge in pairwise(edges)]
 
 
@@ -75,12 +75,12 @@ def neighbours_in_order(sets: Sequence[range], ranks_per_engine: int, world: int
         for member, engine in enumerate(engines)
         for position in range(ranks_per_engine)
     }
-    return {at: rank for at, rank in placed.items() if rank < world}
+    return {place: rank for place, rank in placed.items() if rank < world}
 
 
-def largest_over(transport: str) -> float:
-    """Return `LARGEST` over a transport."""
-    return SHARED_MEMORY_LARGEST if transport in ("shm", "cuda_ipc") else LARGEST
+def largest_piece(transport: str) -> float:
+    """Return `LARGEST_PIECE` over a transport."""
+    return SHARED_MEMORY_LARGEST_PIECE if transport in ("shm", "cuda_ipc") else LARGEST_PIECE
 
 
 def entries(
@@ -88,36 +88,38 @@ def entries(
     num_bytes: ByteCount,
     sets: Sequence[range],
     sent: Sequence[float] = (),
-    largest: float = LARGEST,
+    largest: float = LARGEST_PIECE,
     neighbours: Neighbours | None = None,
 ) -> list[list[list[Entry]]]:
     """Return the entries of each set and position, in order of engine.
 
     sets: engines of each set; their number in `planner` is not used. sent: bytes that each trainer
-    rank sends to other sets. largest: see `LARGEST`. neighbours: these send to an engine rank on
-    their GPU only what no other rank holds. The largest pieces choose
-    first, each the least busy of the ranks that hold it; a small piece comes from a rank that sends
-    to the same engine rank in any case. Every rank computes the same result."""
-    held = _by_position(planner, num_bytes)
+    rank sends to other sets. largest: see `LARGEST_PIECE`. neighbours: these send to an engine rank
+    on their GPU only what no other rank holds.
+
+    Senders are chosen for the largest pieces first, each the least busy of the ranks that hold it;
+    a small piece comes from a rank that sends to the same engine rank in any case. Every rank
+    computes the same result."""
+    parts_by_position = _held_parts(planner, num_bytes)
     pieces = [
         piece
         for size in {len(engines) for engines in sets}
-        for position, of_position in enumerate(held)
-        for piece in _pieces(of_position, position, size, largest)
+        for position, held_parts in enumerate(parts_by_position)
+        for piece in _pieces(held_parts, position, size, largest)
     ]
     pieces.sort(key=lambda p: (-p.num_bytes, p.engine, p.position, p.replicas.start, p.size))
-    busy = list(sent) or [0.0] * planner.grid.world
+    load = list(sent) or [0.0] * planner.grid.world
     chosen: dict[tuple[int, int, int], dict[int, list[Part]]] = defaultdict(dict)
     for piece in pieces:
         for index, engines in enumerate(sets):
             if len(engines) == piece.size:
                 senders = chosen[index, piece.position, piece.engine]
-                near = (neighbours or {}).get((index, piece.engine, piece.position))
-                holders = [rank for rank in piece.replicas if rank != near] or piece.replicas
-                known = [rank for rank in senders if rank in holders]
-                choice = known if known and piece.is_small else holders
-                sender = min(choice, key=busy.__getitem__)
-                busy[sender] += piece.num_bytes
+                neighbour = (neighbours or {}).get((index, piece.engine, piece.position))
+                holders = [rank for rank in piece.replicas if rank != neighbour] or piece.replicas
+                connected = [rank for rank in senders if rank in holders]
+                candidates = connected if connected and piece.is_small else holders
+                sender = min(candidates, key=load.__getitem__)
+                load[sender] += piece.num_bytes
                 senders.setdefault(sender, []).extend(piece.parts)
     return [
         [
@@ -126,7 +128,7 @@ def entries(
                 for engine in range(len(engines))
                 for sender, parts in chosen[index, position, engine].items()
             ]
-            for position in range(len(held))
+            for position in range(len(parts_by_position))
         ]
         for index, engines in enumerate(sets)
     ]
@@ -135,7 +137,7 @@ def entries(
 def sent_bytes(plan: Iterable[Iterable[Entry]], world: int) -> list[float]:
     """Return the bytes that each trainer rank sends to a set."""
     sent = [0.0] * world
-    for entry in (entry for of_position in plan for entry in of_position):
+    for entry in chain.from_iterable(plan):
         sent[entry.sender] += entry.num_bytes
     return sent
 
@@ -143,7 +145,7 @@ def sent_bytes(plan: Iterable[Iterable[Entry]], world: int) -> list[float]:
 def num_links(plans: Iterable[Iterable[Iterable[Entry]]], world: int) -> list[int]:
     """Return the number of engine ranks that each trainer rank sends to, in all sets."""
     links = [0] * world
-    for entry in (entry for plan in plans for of_position in plan for entry in of_position):
+    for entry in (entry for plan in plans for entry in chain.from_iterable(plan)):
         links[entry.sender] += 1
     return links
 
@@ -161,53 +163,55 @@ class _Piece(NamedTuple):
     parts: list[Part]
 
 
-_Held = dict[range, list[Part]]
+_HeldParts = dict[range, list[Part]]
 """Parts by the trainer ranks that hold them, in order of pipeline stages."""
 
 
-def _by_position(planner: Planner, num_bytes: ByteCount) -> list[_Held]:
+def _held_parts(planner: Planner, num_bytes: ByteCount) -> list[_HeldParts]:
+    """Return what the rank at each position of an engine needs."""
     engines = planner.engines
-    found: list[_Held] = [{} for _ in range(engines.ranks_per_engine)]
+    found: list[_HeldParts] = [{} for _ in range(engines.ranks_per_engine)]
     for item, replicas, needed in planner.shared_holdings():
         sizes: dict[Region, float] = {}
-        for at, region in needed:
+        for coordinate, region in needed:
             if region not in sizes:
                 sizes[region] = num_bytes(item.name, item.rule.dtype, region)
             part = Part(item, region, sizes[region])
-            found[engines.rank(at)].setdefault(replicas, []).append(part)
+            found[engines.rank(coordinate)].setdefault(replicas, []).append(part)
     return found
 
 
-def _pieces(held: _Held, position: int, engines: int, largest: float) -> Iterator[_Piece]:
+def _pieces(held: _HeldParts, position: int, engines: int, largest: float) -> Iterator[_Piece]:
     """Yield the pieces of a position: consecutive parts, of each engine equal bytes up to half a
     tensor, at most about `largest` of them in a piece."""
-    share = _total(part for parts in held.values() for part in parts) / engines
+    share = _sum_bytes(part for parts in held.values() for part in parts) / engines
     end = 0.0
-    cut: list[_Held] = [{} for _ in range(engines)]
+    shares: list[_HeldParts] = [{} for _ in range(engines)]
     for replicas, parts in held.items():
         for part in parts:
             engine = min(int((end + part.num_bytes / 2) / share), engines - 1)
-            cut[engine].setdefault(replicas, []).append(part)
+            shares[engine].setdefault(replicas, []).append(part)
             end += part.num_bytes
-    for engine, of_engine in enumerate(cut):
-        for replicas, parts in of_engine.items():
-            for some in _split(parts, share * largest):
-                size = _total(some)
-                is_small = size < SMALL * largest * share
-                yield _Piece(size, engine, position, replicas, engines, is_small, some)
+    for engine, engine_parts in enumerate(shares):
+        for replicas, parts in engine_parts.items():
+            for run in _runs(parts, share * largest):
+                size = _sum_bytes(run)
+                is_small = size < SMALL_PIECE * largest * share
+                yield _Piece(size, engine, position, replicas, engines, is_small, run)
 
 
-def _split(parts: list[Part], limit: float) -> Iterator[list[Part]]:
-    some: list[Part] = []
+def _runs(parts: list[Part], limit: float) -> Iterator[list[Part]]:
+    """Yield runs of consecutive parts with about `limit` bytes each."""
+    run: list[Part] = []
     room = limit
     for part in parts:
-        if some and room < part.num_bytes / 2:
-            yield some
-            some, room = [], limit
-        some.append(part)
+        if run and room < part.num_bytes / 2:
+            yield run
+            run, room = [], limit
+        run.append(part)
         room -= part.num_bytes
-    yield some
+    yield run
 
 
-def _total(parts: Iterable[Part]) -> float:
+def _sum_bytes(parts: Iterable[Part]) -> float:
     return sum(part.num_bytes for part in parts)

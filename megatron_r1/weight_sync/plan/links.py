@@ -1,20 +1,24 @@
-"""The links between ranks that a recipe's push is planned with."""
+"""The links between ranks that a recipe's push is planned with, before any engine runs."""
+
+from collections.abc import Sequence
 
 from megatron_r1.config import Config
 from megatron_r1.config.push import PushConfig
 from megatron_r1.weight_sync.plan.checks import engine_layout
 from megatron_r1.weight_sync.plan.entry import (
+    LARGEST_PIECE,
     SET_ENGINES,
+    Entry,
     engine_sets,
     entries,
-    largest_over,
+    largest_piece,
     neighbours_in_order,
     num_links,
 )
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.ranks import TrainerGrid
-from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes
+from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import recipe_stages
 
 
@@ -23,15 +27,40 @@ def max_engines(push: PushConfig) -> int:
     return 1 if push.on_one_host or push.delta else SET_ENGINES
 
 
+def shares_gpus_over_nccl(config: Config) -> bool:
+    """Return whether engine ranks are on the trainer ranks' GPUs and pushes go over NCCL, which
+    refuses a pair of ranks on one GPU."""
+    return config.rollout.colocated and config.push.transport == "nccl"
+
+
+def planned_entries(
+    planner: Planner,
+    num_bytes: ByteCount,
+    sets: Sequence[range],
+    *,
+    shares_gpus: bool,
+    largest: float = LARGEST_PIECE,
+) -> list[list[list[Entry]]]:
+    """Return the `entries` of engines that do not run yet.
+
+    shares_gpus: see `shares_gpus_over_nccl`; the engines' ranks are then counted on the trainer
+    ranks' GPUs in order, and the plan avoids such pairs."""
+    ranks = planner.engines.ranks_per_engine
+    neighbours = neighbours_in_order(sets, ranks, planner.grid.world) if shares_gpus else {}
+    return entries(planner, num_bytes, sets, (), largest, neighbours)
+
+
 def planned_links(config: Config, hf: dict) -> list[int]:
     """Return the number of links to engine ranks of each of `parallel.processes` trainer ranks."""
     layout, push = engine_layout(config), config.push
-    grid = TrainerGrid.of(config.parallel, config.parallel.processes)
+    grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
     needs = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
     planner = Planner(hf, grid, layout, recipe_stages(config, hf), needs)
-    count = fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype)
-    sets = engine_sets(layout.engines, max_engines(push))
-    is_near = config.rollout.colocated and push.transport == "nccl"
-    near = neighbours_in_order(sets, layout.ranks_per_engine, grid.world) if is_near else {}
-    plans = entries(planner, count, sets, (), largest_over(push.transport), near)
+    plans = planned_entries(
+        planner,
+        fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype),
+        engine_sets(layout.engines, max_engines(push)),
+        shares_gpus=shares_gpus_over_nccl(config),
+        largest=largest_piece(push.transport),
+    )
     return num_links(plans, grid.world)

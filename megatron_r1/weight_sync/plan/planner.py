@@ -67,17 +67,17 @@ class Planner:
         it each engine needs: sums over a million transfers need no list of them."""
         for stage in range(self.grid.pipeline):
             for expert_rank in range(self.grid.expert):
-                for item in self.held(stage, expert_rank):
+                for item in self.held_tensors(stage, expert_rank):
                     if item.expert is None and expert_rank:
                         continue
                     for region, replicas in self.holdings(item):
-                        if needed := self.needed_of(item, region):
+                        if needed := self.needed_parts(item, region):
                             yield item, replicas, needed
 
-    def holdings(self, item: HFTensor, only: int | None = None) -> Iterator[Holding]:
+    def holdings(self, item: HFTensor, only_rank: int | None = None) -> Iterator[Holding]:
         """Yield the parts of a tensor over the trainer's ranks.
 
-        only: the part of this (expert-)tensor-parallel rank."""
+        only_rank: the part of this (expert-)tensor-parallel rank."""
         grid, rule = self.grid, item.rule
         layer = item.layer
         stage = self._stage_of_part[item.part] if layer is None else self._stage_of_layer[layer]
@@ -86,32 +86,35 @@ class Planner:
             return
         ranks = grid.tensor if item.expert is None else grid.expert_tensor
         name = rule.sources[item.source].name
-        for part in range(ranks) if only is None else (only,):
+        for tensor_rank in range(ranks) if only_rank is None else (only_rank,):
             if item.expert is None:
-                replicas = grid.dense_replicas(stage, part)
+                replicas = grid.dense_replicas(stage, tensor_rank)
             else:
                 owner = item.expert * grid.expert // self.table.num_experts
-                replicas = grid.expert_replicas(stage, part, owner)
-            for piece in rule.split(rule.sources, part, ranks)[1]:
+                replicas = grid.expert_replicas(stage, tensor_rank, owner)
+            for piece in rule.split(rule.sources, tensor_rank, ranks)[1]:
                 if piece.hf_name == name:
-                    yield Holding(Region.of(piece, item.shape), replicas)
+                    yield Holding(Region.from_piece(piece, item.shape), replicas)
 
-    def needed_of(self, item: HFTensor, held: Region) -> list[tuple[Coordinate, Region]]:
-        """Return who within one engine needs which part of `held`."""
-        alike = self.needs.cache_key(item)
-        if alike is not None and (alike, held) in self._needed:
-            return self._needed[alike, held]
-        regions = ((at, self.needs.region(item, at)) for at in self.needs.coordinates(item))
-        parts = ((at, held.intersection(region)) for at, region in regions if region)
-        needed = [(at, part) for at, part in parts if part]
-        if alike is not None:
-            self._needed[alike, held] = needed
+    def needed_parts(self, item: HFTensor, held: Region) -> list[tuple[Coordinate, Region]]:
+        """Return the parts of `held` that the ranks of one engine need, with their coordinates."""
+        key = self.needs.cache_key(item)
+        if key is not None and (key, held) in self._needed:
+            return self._needed[key, held]
+        needed = []
+        for coordinate in self.needs.coordinates(item):
+            region = self.needs.region(item, coordinate)
+            part = held.intersection(region) if region else None
+            if part:
+                needed.append((coordinate, part))
+        if key is not None:
+            self._needed[key, held] = needed
         return needed
 
-    def held(self, stage: int, expert_rank: int) -> Iterator[HFTensor]:
+    def held_tensors(self, stage: int, expert_rank: int) -> Iterator[HFTensor]:
         """Yield the tensors of which a trainer rank of `stage` holds a part."""
         per_rank = self.table.num_experts // self.grid.expert
         experts = range(expert_rank * per_rank, (expert_rank + 1) * per_rank)
-        layers = [layer for layer, at in self._stage_of_layer.items() if at == stage]
-        ends = {part for part, at in self._stage_of_part.items() if at == stage}
-        return checkpoint_tensors(self.table, {"layers", *ends}, sorted(layers), experts)
+        layers = [layer for layer, owner in self._stage_of_layer.items() if owner == stage]
+        parts = {part for part, owner in self._stage_of_part.items() if owner == stage}
+        return checkpoint_tensors(self.table, {"layers", *parts}, sorted(layers), experts)

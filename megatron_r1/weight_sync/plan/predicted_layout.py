@@ -44,32 +44,35 @@ class PredictedLayout:
             start, end = self._stage_layers[-1].start, len(self.table.layers + self.table.mtp)
             self._stage_layers[-1] = range(start, end)
         self._stage_of_layer = [s for s, layers in enumerate(self._stage_layers) for _ in layers]
-        twice = is_tied(self.table) or drafts
-        self._embedding_stages = sorted({0, layout.pipeline - 1} if twice else {0})
+        on_last_stage = is_tied(self.table) or drafts
+        self._embedding_stages = sorted({0, layout.pipeline - 1} if on_last_stage else {0})
         self._end_stages = [layout.pipeline - 1]
         if model_family(hf).stacked:  # vLLM's class of gpt-oss has both ends on every stage
             self._embedding_stages = self._end_stages = list(range(layout.pipeline))
         self._num_expert_ranks = layout.data * layout.tensor
-        within = list(product(range(layout.data), range(layout.tensor)))
+        within_stage = list(product(range(layout.data), range(layout.tensor)))
         self._stage_coordinates = [
-            [Coordinate(stage, *at) for at in within] for stage in range(layout.pipeline)
+            [Coordinate(stage, *ranks) for ranks in within_stage]
+            for stage in range(layout.pipeline)
         ]
 
-    def tensors(self, at: Coordinate) -> Iterator[HFTensor]:
-        """Yield the tensors of which the rank at `at` needs a part, in checkpoint order."""
+    def tensors(self, coordinate: Coordinate) -> Iterator[HFTensor]:
+        """Yield the tensors of which the rank at `coordinate` needs a part, in checkpoint order."""
         parts = {"layers"}
-        if at.pipeline in self._embedding_stages:
+        if coordinate.pipeline in self._embedding_stages:
             parts.add("embedding")
-        if at.pipeline in self._end_stages:
+        if coordinate.pipeline in self._end_stages:
             parts |= {"final_norm", "head"}
-        spread = self.layout.expert_parallel
-        experts = self._experts_on(at) if spread else range(self.table.num_experts)
-        return checkpoint_tensors(self.table, parts, self._stage_layers[at.pipeline], experts)
+        expert_parallel = self.layout.expert_parallel
+        experts = self._experts_on(coordinate) if expert_parallel else range(self.table.num_experts)
+        return checkpoint_tensors(
+            self.table, parts, self._stage_layers[coordinate.pipeline], experts
+        )
 
-    def needed(self, at: Coordinate) -> Iterator[tuple[HFTensor, Region]]:
-        """Yield each tensor that the rank at `at` needs, with the region it needs."""
-        for tensor in self.tensors(at):
-            region = self.region(tensor, at)
+    def needed(self, coordinate: Coordinate) -> Iterator[tuple[HFTensor, Region]]:
+        """Yield each tensor that the rank at `coordinate` needs, with the region it needs."""
+        for tensor in self.tensors(coordinate):
+            region = self.region(tensor, coordinate)
             if region is not None:
                 yield tensor, region
 
@@ -85,7 +88,7 @@ class PredictedLayout:
             stages = self._end_stages
         if tensor.expert is not None and self.layout.expert_parallel:
             return [self._stage_coordinates[stages[0]][self._expert_owner(tensor.expert)]]
-        return [at for stage in stages for at in self._stage_coordinates[stage]]
+        return [place for stage in stages for place in self._stage_coordinates[stage]]
 
     def cache_key(self, tensor: HFTensor) -> Hashable | None:
         """Return a key that is equal for tensors with the same coordinates and regions, those of
@@ -96,25 +99,25 @@ class PredictedLayout:
             return None
         return id(tensor.rule), tensor.source, self.coordinates(tensor)[0].pipeline
 
-    def region(self, tensor: HFTensor, at: Coordinate) -> Region | None:
-        """Return the region of `tensor` that the rank at `at` needs, or None."""
+    def region(self, tensor: HFTensor, coordinate: Coordinate) -> Region | None:
+        """Return the region of `tensor` that the rank at `coordinate` needs, or None."""
         rule, shape = tensor.rule, tensor.shape
-        rank, ranks = at.tensor, self.layout.tensor
+        rank, ranks = coordinate.tensor, self.layout.tensor
         if rule.split is whole and tensor.expert is not None and not self.layout.expert_parallel:
             # The bias behind an expert's sum over ranks: the first of them adds it.
-            return None if at.data or at.tensor else Region.whole(shape)
+            return None if coordinate.data or coordinate.tensor else Region.whole(shape)
         if rule.split is whole or tensor.name.endswith(DRAFTER_WHOLE):
             return Region.whole(shape)
         if tensor.expert is not None:
             if self.layout.expert_parallel:
                 return Region.whole(shape)
             # Without expert parallelism vLLM splits experts over data x tensor ranks alike.
-            rank, ranks = at.data * ranks + rank, self._num_expert_ranks
+            rank, ranks = coordinate.data * ranks + rank, self._num_expert_ranks
         if rule.split in (rows, columns):
             dim = 1 if rule.split is rows else 0
             if shape[dim] % ranks:
                 self._refuse(tensor, shape[dim], ranks)
-            return _share(shape, dim, rank, ranks)
+            return _equal_share(shape, dim, rank, ranks)
         if rule.split is vocabulary:
             padded = -(-shape[0] // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
             start, end = rank * padded // ranks, min((rank + 1) * padded // ranks, shape[0])
@@ -122,31 +125,33 @@ class PredictedLayout:
         assert isinstance(rule.split, QueryGroups)
         groups = rule.split.num_groups
         if tensor.source == 0 or groups % ranks == 0:
-            return _share(shape, 0, rank, ranks)
-        return _share(shape, 0, rank * groups // ranks, groups)  # several ranks share a head
+            return _equal_share(shape, 0, rank, ranks)
+        return _equal_share(shape, 0, rank * groups // ranks, groups)  # several ranks share a head
 
     def _refuse(self, tensor: HFTensor, size: int, ranks: int) -> NoReturn:
-        keys, other = f"rollout.tensor={self.layout.tensor}", ""
+        keys, remedy = f"rollout.tensor={self.layout.tensor}", ""
         if tensor.expert is not None:
             keys += f" x rollout.data={self.layout.data}"
-            other = ", or set rollout.expert_parallel: true"
+            remedy = ", or set rollout.expert_parallel: true"
         raise UserError(
             f"{keys}: {ranks} engine ranks cannot share {tensor.name} {tensor.shape}, as size "
-            f"{ranks} does not divide {size}; choose a divisor of {size}{other}"
+            f"{ranks} does not divide {size}; choose a divisor of {size}{remedy}"
         )
 
-    def _experts_on(self, at: Coordinate) -> range:
-        """Return the routed experts on the rank at `at` under expert parallelism (FusedMoE, linear
-        placement: the first ranks have one more where they do not divide)."""
-        each, more = divmod(self.table.num_experts, self._num_expert_ranks)
-        rank = at.data * self.layout.tensor + at.tensor
-        start = rank * each + min(rank, more)
-        return range(start, start + each + (rank < more))
+    def _experts_on(self, coordinate: Coordinate) -> range:
+        """Return the routed experts on the rank at `coordinate` under expert parallelism (FusedMoE,
+        linear placement: the first ranks have one more where they do not divide)."""
+        per_rank, rest = divmod(self.table.num_experts, self._num_expert_ranks)
+        rank = coordinate.data * self.layout.tensor + coordinate.tensor
+        start = rank * per_rank + min(rank, rest)
+        return range(start, start + per_rank + (rank < rest))
 
     def _expert_owner(self, expert: int) -> int:
-        each, more = divmod(self.table.num_experts, self._num_expert_ranks)
-        full = more * (each + 1)
-        return expert // (each + 1) if expert < full else more + (expert - full) // each
+        per_rank, rest = divmod(self.table.num_experts, self._num_expert_ranks)
+        on_larger = rest * (per_rank + 1)  # experts on the first ranks, which have one more
+        if expert < on_larger:
+            return expert // (per_rank + 1)
+        return rest + (expert - on_larger) // per_rank
 
 
 def stage_layers(num_layers: int, stages: int) -> list[range]:
@@ -159,6 +164,6 @@ def stage_layers(num_layers: int, stages: int) -> list[range]:
     return [range(s, s + n) for s, n in zip(starts, lengths, strict=True)]
 
 
-def _share(shape: Shape, dim: int, rank: int, ranks: int) -> Region:
+def _equal_share(shape: Shape, dim: int, rank: int, ranks: int) -> Region:
     length = shape[dim] // ranks
     return Region.along(shape, dim, rank * length, length)

@@ -39,7 +39,7 @@ class TrainerGrid:
                 )
 
     @classmethod
-    def of(cls, parallel: ParallelConfig, world: int) -> TrainerGrid:
+    def from_recipe(cls, parallel: ParallelConfig, world: int) -> TrainerGrid:
         """Return the grid of `world` ranks under a recipe's `parallel` section."""
         axes = {"tensor", "pipeline", "context", "expert", "expert_tensor"}
         return cls(world, **parallel.model_dump(include=axes))
@@ -116,7 +116,8 @@ class EngineLayout:
         data, pipeline = divmod(within, self.pipeline)
         return Coordinate(pipeline, data, tensor)
 
-    def rank(self, at: Coordinate, engine: int = 0) -> int:
-        """Return the global rank at `at` of engine `engine`."""
-        within = (at.data * self.pipeline + at.pipeline) * self.tensor + at.tensor
+    def rank(self, coordinate: Coordinate, engine: int = 0) -> int:
+        """Return the global rank at `coordinate` of engine `engine`."""
+        stage = coordinate.data * self.pipeline + coordinate.pipeline
+        within = stage * self.tensor + coordinate.tensor
         return engine * self.ranks_per_engine + within

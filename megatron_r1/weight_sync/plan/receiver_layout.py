@@ -27,21 +27,21 @@ class ReceiverLayout:
         self._regions: dict[str, dict[Coordinate, Region]] = defaultdict(dict)
         self._slots: dict[tuple[int, str], int] = {}
         for rank, rank_table in enumerate(tables):
-            at = layout.coordinate(rank)
+            coordinate = layout.coordinate(rank)
             for index, slot in enumerate(rank_table.slots):
-                if at in self._regions[slot.name]:
+                if coordinate in self._regions[slot.name]:
                     raise ValueError(f"engine rank {rank} has two slots for {slot.name}")
                 region = Region(slot.top, slot.bottom, slot.left, slot.right)
-                self._regions[slot.name][at] = region
+                self._regions[slot.name][coordinate] = region
                 self._slots[rank, slot.name] = index
 
     def coordinates(self, tensor: HFTensor) -> list[Coordinate]:
         """Return the coordinates that need a part of `tensor`, in a fixed order."""
         return sorted(self._regions.get(tensor.name, ()))
 
-    def region(self, tensor: HFTensor, at: Coordinate) -> Region | None:
-        """Return the region of `tensor` that the rank at `at` needs, or None."""
-        return self._regions[tensor.name].get(at)
+    def region(self, tensor: HFTensor, coordinate: Coordinate) -> Region | None:
+        """Return the region of `tensor` that the rank at `coordinate` needs, or None."""
+        return self._regions[tensor.name].get(coordinate)
 
     def cache_key(self, tensor: HFTensor) -> None:
         """Return None: each tensor has its own entries in the tables."""
@@ -61,10 +61,10 @@ class ReceiverLayout:
                 f"engine rank {rank} needs {name} as {slot.dtype} without {scales}: weights can be "
                 f"quantized during a push to FP8 in blocks of {BLOCK} x {BLOCK} only"
             )
-        at = first_cut(region, transfer.shape)
-        if at is not None:
+        cut = first_cut(region, transfer.shape)
+        if cut is not None:
             raise ValueError(
-                f"{name} {transfer.shape} is cut at {at}, within a block of {BLOCK} x {BLOCK}, "
+                f"{name} {transfer.shape} is cut at {cut}, within a block of {BLOCK} x {BLOCK}, "
                 "which has one scale; set push.fp8: false, or fewer tensor parallel ranks"
             )
         return [
@@ -73,11 +73,11 @@ class ReceiverLayout:
         ]
 
     def _delivery(self, rank: int, name: str, region: Region) -> Delivery:
-        whole = self._regions[name][self.layout.coordinate(rank)]
+        slot = self._regions[name][self.layout.coordinate(rank)]
         return Delivery(
             self._slots[rank, name],
-            region.top - whole.top,
-            region.bottom - whole.top,
-            region.left - whole.left,
-            region.right - whole.left,
+            region.top - slot.top,
+            region.bottom - slot.top,
+            region.left - slot.left,
+            region.right - slot.left,
         )

@@ -49,7 +49,7 @@ class Region:
         return cls(whole.top, whole.bottom, start, start + length)
 
     @classmethod
-    def of(cls, piece: Piece, shape: Shape) -> Region:
+    def from_piece(cls, piece: Piece, shape: Shape) -> Region:
         """Return the region that `piece` covers of its HF tensor, which has `shape`."""
         return cls.along(shape, piece.dim, piece.hf_start, piece.length)
 
@@ -94,18 +94,18 @@ def checkpoint_tensors(
     experts: which routed experts.
     A tied head is yielded as the embedding only."""
     if "embedding" in parts:
-        yield from _tensors_of(table.embedding, "embedding")
+        yield from _rule_tensors(table.embedding, "embedding")
     if "layers" in parts:
         rules = table.layers + table.mtp
         for layer in layers:
-            yield from _tensors_of(rules[layer], "layers", layer, experts)
+            yield from _rule_tensors(rules[layer], "layers", layer, experts)
     if "final_norm" in parts:
-        yield from _tensors_of(table.final_norm, "final_norm")
+        yield from _rule_tensors(table.final_norm, "final_norm")
     if "head" in parts and not is_tied(table):
-        yield from _tensors_of(table.head, "head")
+        yield from _rule_tensors(table.head, "head")
 
 
-def _tensors_of(
+def _rule_tensors(
     rules: Iterable[Rule], part: str, layer: int | None = None, experts: Iterable[int] = ()
 ) -> Iterator[HFTensor]:
     prefix = "" if layer is None else f"model.layers.{layer}."

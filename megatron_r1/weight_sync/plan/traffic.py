@@ -15,12 +15,12 @@ _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def plain_bytes(dtype: str) -> ByteCount:
     """Count every tensor in `dtype`, except those that keep their own."""
-    return lambda name, own, region: region.num_elements * _WIDTH[own or dtype]
+    return lambda name, own_dtype, region: region.num_elements * _WIDTH[own_dtype or dtype]
 
 
-def fp8_bytes(name: str, own: str | None, region: Region) -> float:
+def fp8_bytes(name: str, own_dtype: str | None, region: Region) -> float:
     """Count projections as float8 with an fp32 scale per 128 x 128 block, the rest in bf16."""
     if not is_quantized(name):
-        return region.num_elements * _WIDTH[own or "bfloat16"]
+        return region.num_elements * _WIDTH[own_dtype or "bfloat16"]
     height, width = region.bottom - region.top, region.right - region.left
     return region.num_elements + 4 * -(-height // BLOCK) * -(-width // BLOCK)

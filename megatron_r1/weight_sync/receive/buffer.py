@@ -4,7 +4,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ class ReceiveBuffer:
 
     deliveries[sender]: those of each trainer rank or `Peer`, in its order, the same in every
     push. is_weighted: see `RunningChecksum`. Pushes are numbered from 1. A transport writes into
-    `memory` and reports each delivery to `arrived`, from any thread; the engine waits in `wait`.
-    Raises ValueError where the deliveries do not cover the table."""
+    `memory` and reports each delivery to `delivery_arrived`, from any thread; the engine waits in
+    `wait`. Raises ValueError where the deliveries do not cover the table."""
 
     def __init__(
         self,
@@ -30,40 +30,41 @@ class ReceiveBuffer:
         is_weighted: bool = False,
     ):
         self._is_weighted = is_weighted
-        check_coverage(table, [d for of_sender in deliveries.values() for d in of_sender])
+        check_coverage(table, chain.from_iterable(deliveries.values()))
         self.table, self.memory, self.deliveries = table, memory, deliveries
         self.windows = {sender: by_window(table, items) for sender, items in deliveries.items()}
         # By window: the number of a sender's deliveries up to its end.
-        self._last = {
+        self._num_until = {
             sender: list(accumulate(map(len, windows))) for sender, windows in self.windows.items()
         }
         self._arriving: dict[int, tuple[int, int, RunningChecksum]] = {}
         """Push, index and checksum so far of the current delivery of each sender."""
         self._push = dict.fromkeys(deliveries, 0)
-        self._count = dict.fromkeys(deliveries, 0)
-        self._sent: dict[tuple[Any, int], int] = {}
+        self._num_arrived = dict.fromkeys(deliveries, 0)
+        """The push that each sender's last delivery was of, and how many of it have arrived."""
+        self._arrived_checksums: dict[tuple[Any, int], int] = {}
         """The checksum of the delivery that arrived last, by sender and index."""
-        self._taken: dict[tuple[Any, int], int] = {}
+        self._loaded_checksums: dict[tuple[Any, int], int] = {}
         """The checksums of the push that was taken for loading last, by sender and index."""
-        self._wrong: dict[int, dict[str, None]] = {}
+        self._damaged: dict[int, dict[str, None]] = {}
         """The damaged tensors of each push, as an ordered set."""
         self._failure: Exception | None = None
         self._changed = threading.Condition()
 
     def rows_arrived(self, sender: Any, push: int, index: int, row: int) -> None:
         """Report that the rows of deliveries[sender][index] before `row` are in the memory."""
-        self._checksum(sender, push, index).update_to(row)
+        self._running_checksum(sender, push, index).update_to(row)
 
-    def arrived(self, sender: Any, push: int, index: int, sent: int) -> None:
+    def delivery_arrived(self, sender: Any, push: int, index: int, sent: int) -> None:
         """Report that deliveries[sender][index] is in the memory; sent: the sender's checksum."""
         slot = self.deliveries[sender][index].slot
-        is_right = self._checksum(sender, push, index).digest() == sent
+        is_right = self._running_checksum(sender, push, index).digest() == sent
         with self._changed:
             if not is_right:
                 name = f"{self.table.slots[slot].name} (from rank {sender})"
-                self._wrong.setdefault(push, {})[name] = None
-            self._sent[sender, index] = sent
-            self._push[sender], self._count[sender] = push, index + 1
+                self._damaged.setdefault(push, {})[name] = None
+            self._arrived_checksums[sender, index] = sent
+            self._push[sender], self._num_arrived[sender] = push, index + 1
             self._changed.notify_all()
 
     def fail(self, error: Exception) -> None:
@@ -89,7 +90,7 @@ class ReceiveBuffer:
         naming the tensors whose checksums differ."""
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
-            while late := self._late(push, window, senders):
+            while late := self._late_senders(push, window, senders):
                 left = deadline - time.monotonic()
                 if self._failure is not None:
                     raise IncompletePush(f"push {push} broke off: {self._failure}")
@@ -98,11 +99,11 @@ class ReceiveBuffer:
                         f"push {push}: after {timeout_seconds:g} s trainer ranks "
                         f"{', '.join(map(str, late))} have not sent all of it"
                     )
-            wrong = list(self._wrong.get(push, ()))
-        if wrong:
+            damaged = list(self._damaged.get(push, ()))
+        if damaged:
             raise ValueError(
-                f"push {push}: {len(wrong)} tensors arrived otherwise than they were sent: "
-                f"{_first_few(wrong)}"
+                f"push {push}: {len(damaged)} tensors arrived otherwise than they were sent: "
+                f"{_first_few(damaged)}"
             )
 
     def take_changed(self, window: int) -> set[int]:
@@ -112,13 +113,13 @@ class ReceiveBuffer:
         with self._changed:
             for sender, windows in self.windows.items():
                 for index in windows[window]:
-                    now = self._sent[sender, index]
-                    if self._taken.get((sender, index), now) != now:
+                    checksum = self._arrived_checksums[sender, index]
+                    if self._loaded_checksums.get((sender, index), checksum) != checksum:
                         changed.add(self.deliveries[sender][index].slot)
-                    self._taken[sender, index] = now
+                    self._loaded_checksums[sender, index] = checksum
         return changed
 
-    def _checksum(self, sender: Any, push: int, index: int) -> RunningChecksum:
+    def _running_checksum(self, sender: Any, push: int, index: int) -> RunningChecksum:
         arriving = self._arriving.get(sender)
         if arriving is None or arriving[:2] != (push, index):
             delivery = self.deliveries[sender][index]
@@ -128,14 +129,16 @@ class ReceiveBuffer:
             self._arriving[sender] = arriving
         return arriving[2]
 
-    def _late(self, push: int, window: int, senders: Sequence[Any] | None = None) -> list[Any]:
+    def _late_senders(
+        self, push: int, window: int, senders: Sequence[Any] | None = None
+    ) -> list[Any]:
         """Return those of the senders whose part of the window has not arrived."""
         return [
             sender
-            for sender, last in self._last.items()
+            for sender, num_until in self._num_until.items()
             if (senders is None or sender in senders)
-            and last[window]
-            and (self._push[sender], self._count[sender]) < (push, last[window])
+            and num_until[window]
+            and (self._push[sender], self._num_arrived[sender]) < (push, num_until[window])
         ]
 
 
@@ -147,9 +150,9 @@ def check_coverage(table: SlotTable, deliveries: Iterable[Delivery]) -> None:
         parts[delivery.slot].append(delivery)
     problems = []
     for index, slot in enumerate(table.slots):
-        of_slot = parts.get(index, [])
-        size = sum(part.num_elements for part in of_slot)
-        if size != slot.height * slot.width or _overlap(of_slot):
+        slot_parts = parts.get(index, [])
+        size = sum(part.num_elements for part in slot_parts)
+        if size != slot.height * slot.width or _overlap(slot_parts):
             problems.append(f"{slot.name} ({size} of {slot.height * slot.width} elements)")
     if problems:
         raise ValueError(

@@ -21,12 +21,12 @@ from megatron_r1.weight_sync.receive.table import Delivery, SlotTable
 REPORT_SECONDS = 10.0
 POLL_SECONDS = 1.0
 """The pause between checks of a rank that waits for memory whether the set has failed."""
-ONE_POLL_SECONDS = 0.01
+KEY_POLL_SECONDS = 0.01
 """The pause between checks of trainer rank 0 whether all engines are there."""
 ANSWER_SECONDS = 5.0
 """The time limit for the ranks of a position to show, after a failure, that they are alive."""
-Entries = list[list[tuple[int, list[Delivery]]]]
-"""entries[engine]: (sender, deliveries) of what enters an engine's rank at one position."""
+PositionPlan = list[list[tuple[int, list[Delivery]]]]
+"""plan[engine]: (sender, deliveries) of what enters the engine's rank at one position."""
 
 
 class ReceiverInfo(NamedTuple):
@@ -122,27 +122,29 @@ class Rendezvous:
         self._num_ranks = 0
         self._waiting = threading.local()
 
-    def client(self) -> Store:
+    def new_connection(self) -> Store:
         """Return a new connection to the store, for a thread of its own: while one waits, all
         others of its connection have to wait."""
         return self.shared.clone()  # type: ignore[attr-defined]  # missing in the stubs
 
     def publish_receiver(self, rank: int, info: ReceiverInfo) -> None:
         """Engine rank: publish its table and address."""
-        self._offer(rank, _PublishedReceiver(self._tables.publish(info.table), info.address))
+        self._publish_offer(
+            rank, _PublishedReceiver(self._tables.publish(info.table), info.address)
+        )
 
     def publish_problem(self, rank: int, problem: str) -> None:
         """Engine rank: publish that it cannot take part, so that no other rank need wait."""
-        self._offer(rank, _PublishedReceiver(problem=problem))
-        self.report(Failure(f"{self._name(rank)}: {problem}", [self.member]))
+        self._publish_offer(rank, _PublishedReceiver(problem=problem))
+        self.report(Failure(f"{self._rank_name(rank)}: {problem}", [self.member]))
 
-    def _offer(self, rank: int, published: _PublishedReceiver) -> None:
+    def _publish_offer(self, rank: int, published: _PublishedReceiver) -> None:
         self.store.set(f"offer/{rank}", msgspec.msgpack.encode(published))  # type: ignore[arg-type]
 
-    def receivers(self, num_ranks: int) -> list[ReceiverInfo]:
+    def read_receivers(self, num_ranks: int) -> list[ReceiverInfo]:
         """Trainer rank: return all ranks of the engine. Raises ValueError for a rank's problem."""
         offers = [f"offer/{rank}" for rank in range(num_ranks)]
-        self._poll(self.store, offers, self.timeout_seconds)
+        self._wait_for_keys(self.store, offers, self.timeout_seconds)
         receivers = []
         for rank, offer in enumerate(offers):
             published = msgspec.msgpack.decode(self.store.get(offer), type=_PublishedReceiver)
@@ -152,9 +154,9 @@ class Rendezvous:
             receivers.append(ReceiverInfo(table, published.address))
         return receivers
 
-    def publish_plan(self, position: int, entries: Entries) -> None:
+    def publish_plan(self, position: int, plan: PositionPlan) -> None:
         """Trainer rank: publish the plan of a position."""
-        self.shared.set(f"plan/{position}", msgspec.msgpack.encode(entries))  # type: ignore[arg-type]
+        self.shared.set(f"plan/{position}", msgspec.msgpack.encode(plan))  # type: ignore[arg-type]
 
     def publish_prepared(self, num_senders: int, num_ranks: int) -> None:
         """Trainer rank, one of `num_senders`: publish that its plans are there, and that it can be
@@ -166,21 +168,21 @@ class Rendezvous:
         """Wait until all trainer ranks are prepared; return the number of engine ranks."""
         num_ranks = int(self.shared.get("ready"))
         if not num_ranks:
-            raise SetFailed(_failure(self.shared.get("failed")))
+            raise SetFailed(_decode_failure(self.shared.get("failed")))
         return num_ranks
 
-    def plans(self, rank: int) -> dict[int | Peer, list[Delivery]]:
+    def read_plan(self, rank: int) -> dict[int | Peer, list[Delivery]]:
         """Engine rank: return the deliveries of trainer ranks by sender, then those of the other
         engines."""
         self._num_ranks = self.await_prepared()
-        entries = msgspec.msgpack.decode(self.shared.get(f"plan/{rank}"), type=Entries)
-        found: dict[int | Peer, list[Delivery]] = dict(entries[self.member])
-        for engine, of_engine in enumerate(entries):
-            parts = [part for _, deliveries in of_engine for part in deliveries]
-            if engine != self.member and parts:
+        plan = msgspec.msgpack.decode(self.shared.get(f"plan/{rank}"), type=PositionPlan)
+        deliveries: dict[int | Peer, list[Delivery]] = dict(plan[self.member])
+        for engine, senders in enumerate(plan):
+            entered = [delivery for _, sent in senders for delivery in sent]
+            if engine != self.member and entered:
                 # By window, also where several trainer ranks send to that engine.
-                found[Peer(engine)] = sorted(parts, key=lambda part: part.slot)
-        return found
+                deliveries[Peer(engine)] = sorted(entered, key=lambda delivery: delivery.slot)
+        return deliveries
 
     def publish_complete(self, push: int) -> None:
         """Engine rank of a set of several engines: publish that it has all of a push."""
@@ -193,7 +195,7 @@ class Rendezvous:
         """Trainer rank: wait until all engine ranks have all of a push. An engine rank that does
         not get it has the time to report why."""
         seconds = self.push_seconds + 2 * ANSWER_SECONDS
-        self._poll(self.shared, [f"complete/{push}"], seconds)
+        self._wait_for_keys(self.shared, [f"complete/{push}"], seconds)
 
     def release(self, rank: int, push: int, window: int) -> None:
         """Engine rank: publish that `window` is in use and its memory may be overwritten."""
@@ -223,35 +225,44 @@ class Rendezvous:
         encoded = msgspec.json.encode(failure).decode()
         first = self.shared.compare_set("failed", "", encoded)
         self.shared.set("ready", "0")  # ends the wait of all that are still connecting
-        return _failure(first)
+        return _decode_failure(first)
+
+    def report_error(self, error: str, *members: int) -> Failure:
+        """Trainer rank: do as `report`, of an error with these members at fault; return that
+        failure where the store is lost, too."""
+        failure = Failure(error, list(members))
+        try:
+            return self.report(failure)
+        except RuntimeError:
+            return failure
 
     def report_own(self, rank: int, error: str, *, is_damaged: bool = False) -> Failure:
         """Engine rank: do as `report`, of a failure of this rank."""
-        return self.report(Failure(f"{self._name(rank)}: {error}", [self.member], is_damaged))
+        return self.report(Failure(f"{self._rank_name(rank)}: {error}", [self.member], is_damaged))
 
-    def cause(self, rank: int, error: str, is_closing: Callable[[], bool]) -> Failure:
+    def find_cause(self, rank: int, error: str, is_closing: Callable[[], bool]) -> Failure:
         """Engine rank whose exchange broke: return the failure of the rank at fault, which has
         published it, or else has died: then it does not answer."""
-        mine = f"answer/{rank}"
-        self.shared.append(mine, f"{self.member} ")  # type: ignore[attr-defined]
+        answers = f"answer/{rank}"
+        self.shared.append(answers, f"{self.member} ")  # type: ignore[attr-defined]
         deadline = time.monotonic() + ANSWER_SECONDS
         while time.monotonic() < deadline and not is_closing():
             if self.shared.check(["failed"]):
-                return _failure(self.shared.get("failed"))
-            if len(self.shared.get(mine).split()) == self.members:
+                return _decode_failure(self.shared.get("failed"))
+            if len(self.shared.get(answers).split()) == self.members:
                 break
             time.sleep(0.1)
-        answered = {int(engine) for engine in self.shared.get(mine).split()}
+        answered = {int(engine) for engine in self.shared.get(answers).split()}
         silent = sorted(set(range(self.members)) - answered)
         if silent:
             names = ", ".join(map(str, silent))
             error = f"rank {rank} of engine {names} of the set has died or hangs: {error}"
         return self.report(Failure(error, silent))
 
-    def _name(self, rank: int) -> str:
+    def _rank_name(self, rank: int) -> str:
         return f"engine {self.member} of the set, rank {rank}"
 
-    def _poll(self, store: Store, keys: Sequence[str], seconds: float) -> None:
+    def _wait_for_keys(self, store: Store, keys: Sequence[str], seconds: float) -> None:
         """Trainer rank 0: wait until the store has all keys. Its `wait` would log a warning every
         time that it ends to check for a failure."""
         deadline = time.monotonic() + seconds
@@ -259,11 +270,11 @@ class Rendezvous:
             self._raise_failure()
             if time.monotonic() > deadline:
                 raise DistStoreError(f"{self.engine}: {keys[-1]} is not there after {seconds:g} s")
-            time.sleep(ONE_POLL_SECONDS)
+            time.sleep(KEY_POLL_SECONDS)
 
     def _raise_failure(self) -> None:
         if self.shared.check(["failed"]):
-            raise SetFailed(_failure(self.shared.get("failed"))) from None
+            raise SetFailed(_decode_failure(self.shared.get("failed"))) from None
 
 
 def report_failure(host: str, port: int, name: str, error: str) -> None:
@@ -277,5 +288,5 @@ def report_failure(host: str, port: int, name: str, error: str) -> None:
     Rendezvous(store, name, REPORT_SECONDS).report(Failure(error))
 
 
-def _failure(encoded: bytes) -> Failure:
+def _decode_failure(encoded: bytes) -> Failure:
     return msgspec.json.decode(encoded, type=Failure)

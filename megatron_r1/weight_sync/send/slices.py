@@ -40,15 +40,15 @@ class ParameterSlice:
         """Return (height, width): a view, the same one while the parameter's memory is the same,
         or the merged values."""
         if self.is_merged:
-            return merged(self.parameter, *self._inside())
+            return merged(self.parameter, *self._local_slices())
         if self._view is None or self._address != self.parameter.data_ptr():
             matrix = self.parameter.detach()
             matrix = matrix if matrix.dim() > 1 else matrix[:, None]
-            self._view = matrix[self._inside()]
+            self._view = matrix[self._local_slices()]
             self._address = self.parameter.data_ptr()
         return self._view
 
-    def _inside(self) -> tuple[slice, slice]:
+    def _local_slices(self) -> tuple[slice, slice]:
         """Return the region's rows and columns in the parameter."""
         region, piece = self.region, self.piece
         move = piece.local_start - piece.hf_start

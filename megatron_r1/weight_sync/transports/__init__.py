@@ -17,21 +17,21 @@ PASSED_BYTES = 64 << 20
 TRANSPORTS = {
     "shm": ("shared_memory.SharedMemoryReceiver", "shared_memory.SharedMemorySender"),
     "cuda_ipc": ("device_memory.DeviceReceiver", "device_memory.DeviceSender"),
-    "gloo": ("exchange.GlooReceiver", "process_group.GlooSender"),
-    "nccl": ("exchange.NcclReceiver", "process_group.NcclSender"),
+    "gloo": ("exchange.GlooReceiver", "pair_sender.GlooSender"),
+    "nccl": ("exchange.NcclReceiver", "pair_sender.NcclSender"),
 }
 
 
 def receiver_class(transport: str) -> type[Receiver]:
     """Return the engine rank's end of a transport, imported only now."""
-    return _named(TRANSPORTS[transport][0])
+    return _import_class(TRANSPORTS[transport][0])
 
 
 def sender_class(transport: str) -> type[Sender]:
     """Return the trainer rank's end of a transport, imported only now."""
-    return _named(TRANSPORTS[transport][1])
+    return _import_class(TRANSPORTS[transport][1])
 
 
-def _named(where: str) -> Any:
-    module, name = where.split(".")
+def _import_class(path: str) -> Any:
+    module, name = path.split(".")
     return getattr(import_module(f"{__name__}.{module}"), name)

@@ -37,7 +37,7 @@ class Receiver(ABC):
         self.memory = self.allocate() if memory is None else memory
         try:
             rendezvous.publish_receiver(rank, ReceiverInfo(table, self.address))
-            deliveries = rendezvous.plans(rank)
+            deliveries = rendezvous.read_plan(rank)
             self.senders = [source for source in deliveries if not isinstance(source, Peer)]
             self.buffer = ReceiveBuffer(table, self.memory, deliveries, self.is_weighted)
             self.connect()

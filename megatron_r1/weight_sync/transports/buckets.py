@@ -21,19 +21,19 @@ class Buckets:
     table: SlotTable
     deliveries: Sequence[Delivery]
 
-    def of(self, indices: Sequence[int], size: int | None = None) -> Iterator[list[Chunk]]:
-        """Yield the buckets of the deliveries `indices`, in order, of `size` bytes. A row is never
-        cut."""
+    def cut(self, indices: Sequence[int], num_bytes: int | None = None) -> Iterator[list[Chunk]]:
+        """Yield the buckets of the deliveries `indices`, in order, each of at most `num_bytes`,
+        or one row: a row is never cut."""
         bucket: list[Chunk] = []
-        size = room = size or BUCKET_BYTES
+        size = room = num_bytes or BUCKET_BYTES
         for index in indices:
-            height, row = self.deliveries[index].height, self._row_bytes(index)
+            height, row_bytes = self.deliveries[index].height, self._row_bytes(index)
             start = 0
             while start < height:
-                rows = min(height - start, max(room // row, 0 if bucket else 1))
+                rows = min(height - start, max(room // row_bytes, 0 if bucket else 1))
                 if rows:
                     bucket.append((index, start, start + rows))
-                    start, room = start + rows, room - rows * row
+                    start, room = start + rows, room - rows * row_bytes
                 if start < height:
                     yield bucket
                     bucket, room = [], size

@@ -11,6 +11,7 @@ import base64
 import msgspec
 import torch
 
+from megatron_r1.weight_sync.transports.gpu_uuid import gpu_uuid
 from megatron_r1.weight_sync.transports.shared_memory import (
     SharedMemoryReceiver,
     SharedMemorySender,
@@ -27,13 +28,13 @@ class DeviceMemory(msgspec.Struct, frozen=True):
     handle: list
 
     @classmethod
-    def of(cls, memory: torch.Tensor) -> DeviceMemory:
+    def from_tensor(cls, memory: torch.Tensor) -> DeviceMemory:
         device, *handle = memory.untyped_storage()._share_cuda_()
-        return cls(_uuid(device), handle)
+        return cls(gpu_uuid(device), handle)
 
     def open(self) -> torch.Tensor:
         """Return all of it, uint8. Raises ValueError where this process does not see that GPU."""
-        visible = {_uuid(device): device for device in range(torch.cuda.device_count())}
+        visible = {gpu_uuid(device): device for device in range(torch.cuda.device_count())}
         if self.gpu not in visible:
             raise ValueError(
                 f"push.transport: cuda_ipc: an engine rank's GPU {self.gpu} is not one of the "
@@ -48,7 +49,7 @@ class DeviceMemory(msgspec.Struct, frozen=True):
 class DeviceReceiver(SharedMemoryReceiver):
     """A `SharedMemoryReceiver` with its memory on the GPU."""
 
-    def reserve(self, num_bytes: int) -> torch.Tensor:
+    def allocate_bytes(self, num_bytes: int) -> torch.Tensor:
         try:
             memory = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
         except torch.OutOfMemoryError as error:
@@ -56,7 +57,7 @@ class DeviceReceiver(SharedMemoryReceiver):
                 f"push.transport: cuda_ipc: {num_bytes / 2**30:.3g} GiB are needed on the engine's "
                 "GPU for weights in transit; lower push.memory_gib or rollout.gpu_memory"
             ) from error
-        packed = msgspec.msgpack.encode(DeviceMemory.of(memory))
+        packed = msgspec.msgpack.encode(DeviceMemory.from_tensor(memory))
         self.address = base64.b64encode(packed).decode()
         return memory
 
@@ -64,10 +65,6 @@ class DeviceReceiver(SharedMemoryReceiver):
 class DeviceSender(SharedMemorySender):
     """A `SharedMemorySender` that writes into memory of the receiver's GPU."""
 
-    def open(self) -> torch.Tensor:
+    def map_memory(self) -> torch.Tensor:
         packed = base64.b64decode(self.receiver.address)
         return msgspec.msgpack.decode(packed, type=DeviceMemory).open()
-
-
-def _uuid(device: int) -> str:
-    return str(torch.cuda.get_device_properties(device).uuid)

@@ -1,9 +1,9 @@
 """Receives what enters this engine of a set, and passes it on to the others.
 
-An engine rank receives its part from a few trainer ranks, as in `process_group`, checks it, and
+An engine rank receives its part from a few trainer ranks, as in `pair_receiver`, checks it, and
 exchanges it with the ranks at its position of the other engines. In every round each contributes a
 bucket, and every rank ends with all of them: around a ring over gloo, by an all-gather over NCCL
-(`_gather`). The checksums that it passes on are the trainer's own.
+(`_gather_parts`). The checksums that it passes on are the trainer's own.
 Every group is created in a thread of its own, and within one group all ranks make the same calls in
 the same order, which follow from the plan; what enters never waits for the exchange. So no rank can
 wait in a circle. In a set of one engine nothing is exchanged."""
@@ -23,15 +23,9 @@ from megatron_r1.weight_sync.receive.rendezvous import Peer, SetFailed
 from megatron_r1.weight_sync.receive.table import Delivery, by_window
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from megatron_r1.weight_sync.transports.buckets import Buckets, Chunk
-from megatron_r1.weight_sync.transports.process_group import (
-    IDLE_SECONDS,
-    Groups,
-    Header,
-    PairReceiver,
-    finish,
-    gpu_uuid,
-    groups,
-)
+from megatron_r1.weight_sync.transports.gpu_uuid import gpu_uuid
+from megatron_r1.weight_sync.transports.groups import Groups, Header, create_groups, wait_for
+from megatron_r1.weight_sync.transports.pair_receiver import IDLE_SECONDS, PairReceiver
 
 PATIENCE_SECONDS = 2.0
 """The time beyond a push's limit that a rank waits for the others, so that the one at fault reports
@@ -43,53 +37,60 @@ class GlooReceiver(PairReceiver):
 
     def connect(self) -> None:
         self._shared: Groups | None = None
-        held, members = self.buffer.deliveries, range(self.rendezvous.members)
-        shares: list[Sequence[Delivery]] = [held.get(Peer(engine), ()) for engine in members]
-        own = [(part, (s, i)) for s in self.senders for i, part in enumerate(held[s])]
-        own.sort(key=lambda each: each[0].slot)  # as `Rendezvous.plans` does for the others
-        shares[self.rendezvous.member] = [part for part, _ in own]
-        self._shares, self._places = shares, [place for _, place in own]
+        deliveries, members = self.buffer.deliveries, range(self.rendezvous.members)
+        # What enters each engine of the set from trainer ranks.
+        shares: list[Sequence[Delivery]] = [deliveries.get(Peer(engine), ()) for engine in members]
+        own = [
+            (delivery, (sender, index))
+            for sender in self.senders
+            for index, delivery in enumerate(deliveries[sender])
+        ]
+        own.sort(key=lambda entry: entry[0].slot)  # as `Rendezvous.read_plan` does for the others
+        shares[self.rendezvous.member] = [delivery for delivery, _ in own]
+        self._shares, self._own_sources = shares, [source for _, source in own]
         self._windows = [by_window(self.table, share) for share in shares]
-        self._sums: dict[tuple[int, int], int] = {}
-        self._begun: list[SimpleQueue[Header | None]] = [
+        self._own_checksums: dict[tuple[int, int], int] = {}
+        self._begun_windows: list[SimpleQueue[Header | None]] = [
             SimpleQueue() for _ in range(self.table.num_windows)
         ]
         super().connect()
         if self.rendezvous.members > 1:
-            self._start(self._exchange, name="exchange")
+            self._start_thread(self._run_exchange, name="exchange")
 
     def close(self) -> None:
         self._is_closing = True
-        for queue in getattr(self, "_begun", ()):
+        for queue in getattr(self, "_begun_windows", ()):
             queue.put(None)
         super().close()
 
     def fail(self, error: Exception) -> None:
         super().fail(error)
-        for queue in self._begun:
+        for queue in self._begun_windows:
             queue.put(None)
 
-    def begins(self, sender: int, header: Header) -> None:
+    def window_begins(self, sender: int, header: Header) -> None:
         """Note that a window of a push has begun to arrive."""
         windows = self.buffer.windows
         if sender == next(s for s in self.senders if windows[s][header.window]):
-            self._begun[header.window].put(header)
+            self._begun_windows[header.window].put(header)
 
-    def arrived(self, sender: int, header: Header, index: int, checksum: int) -> None:
-        self._sums[sender, index] = checksum
-        super().arrived(sender, header, index, checksum)
+    def delivery_arrived(self, sender: int, header: Header, index: int, checksum: int) -> None:
+        self._own_checksums[sender, index] = checksum
+        super().delivery_arrived(sender, header, index, checksum)
 
-    def _exchange(self) -> None:
+    def _run_exchange(self) -> None:
         error = self._exchange_pushes()
         if self._is_closing or self.buffer.has_failed:
             return
-        met, text, failure = self.rendezvous, str(error), error
+        rendezvous, text, failure = self.rendezvous, str(error), error
         with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
             if isinstance(error, ValueError):  # what enters this rank is damaged or late
                 is_damaged = not isinstance(error, IncompletePush)
-                failure = SetFailed(met.report_own(self.rank, text, is_damaged=is_damaged))
+                failure = SetFailed(rendezvous.report_own(self.rank, text, is_damaged=is_damaged))
             else:
-                failure = SetFailed(met.cause(self.rank, text, lambda: self._is_closing))
+                failure = SetFailed(
+                    rendezvous.find_cause(self.rank, text, lambda: self._is_closing)
+                )
         self.buffer.fail(failure)
 
     def _exchange_pushes(self) -> Exception:
@@ -116,14 +117,14 @@ class GlooReceiver(PairReceiver):
         group = shared.control
         push = torch.zeros(1, dtype=torch.int64)  # 0: the leader closes
         if leader == self.rendezvous.member:
-            header = self._begun[window].get()
+            header = self._begun_windows[window].get()
             if header is not None:
                 push[0] = header.push
             elif not self._is_closing:
                 raise RuntimeError("what enters this rank broke off")
             others = [e for e in range(self.rendezvous.members) if e != leader]
             for work in [group.send([push], engine, 0) for engine in others]:
-                self._finish_control(work)
+                self._wait_for(work)
         else:  # gloo cannot end a wait for the next push; the leader's closing does
             group.recv([push], leader, 0).wait(datetime.timedelta(seconds=IDLE_SECONDS))
         if self._is_closing or not int(push):
@@ -134,90 +135,88 @@ class GlooReceiver(PairReceiver):
         if window >= 2:
             self.rendezvous.await_release(self.rank, number, window - 2)
         self.claim_memory()
-        self._pass_on(shared.data, number, window)
-        self._pass_sums_on(group, number, window)
+        self._exchange_buckets(shared.data, number, window)
+        self._exchange_checksums(group, number, window)
         return number
 
-    def _pass_on(self, group: dist.ProcessGroup, push: int, window: int) -> None:
+    def _exchange_buckets(self, group: dist.ProcessGroup, push: int, window: int) -> None:
         """Exchange a window bucket by bucket, each round one of every engine, padded alike."""
-        area, mine = self.table.area(self.memory, push), self.rendezvous.member
+        area, member = self.table.area(self.memory, push), self.rendezvous.member
         buckets = [Buckets(self.table, share) for share in self._shares]
         lists = [
-            list(own.of(windows[window], PASSED_BYTES))
-            for own, windows in zip(buckets, self._windows, strict=True)
+            list(share.cut(windows[window], PASSED_BYTES))
+            for share, windows in zip(buckets, self._windows, strict=True)
         ]
         arrived: list[tuple[Buckets, list[Chunk], torch.Tensor]] = []
         for number in range(max(map(len, lists))):
-            chunks = [of_engine[number : number + 1] for of_engine in lists]
+            chunks = [engine_buckets[number : number + 1] for engine_buckets in lists]
             sizes = [
-                own.num_bytes(*bucket) if bucket else 0
-                for own, bucket in zip(buckets, chunks, strict=True)
+                share.num_bytes(*bucket) if bucket else 0
+                for share, bucket in zip(buckets, chunks, strict=True)
             ]
             gathered = torch.empty(len(sizes) * max(sizes), dtype=torch.uint8, device=self.device)
             parts = gathered.chunk(len(sizes))
-            if chunks[mine]:
-                parts[mine][: sizes[mine]] = buckets[mine].pack(area, *chunks[mine])
-            self._gather(group, gathered, _unpack_each(area, arrived))
+            if chunks[member]:
+                packed = buckets[member].pack(area, *chunks[member])
+                parts[member][: sizes[member]] = packed
+            self._gather_parts(group, gathered, _unpack_each(area, arrived))
             arrived = [
                 (buckets[engine], chunks[engine][0], part[: sizes[engine]])
                 for engine, part in enumerate(parts)
-                if engine != mine and chunks[engine]
+                if engine != member and chunks[engine]
             ]
         for _ in _unpack_each(area, arrived):
             pass
 
-    def _gather(
+    def _gather_parts(
         self, group: dist.ProcessGroup, gathered: torch.Tensor, unpacking: Iterator[None]
     ) -> None:
         """Fill `gathered`, equal parts of all engines, around a ring. Meanwhile unpack the round
         before, a part in each hop.
 
         gloo's own all-gather takes three times as long with 64 MiB a part (docs/log.md)."""
-        mine, members = self.rendezvous.member, self.rendezvous.members
+        member, members = self.rendezvous.member, self.rendezvous.members
         parts = gathered.chunk(members)
         for hop in range(members - 1):
-            passed, coming = parts[(mine - hop) % members], parts[(mine - hop - 1) % members]
+            sent, received = parts[(member - hop) % members], parts[(member - hop - 1) % members]
             works = [
-                group.send([passed], (mine + 1) % members, 0),
-                group.recv([coming], (mine - 1) % members, 0),
+                group.send([sent], (member + 1) % members, 0),
+                group.recv([received], (member - 1) % members, 0),
             ]
             next(unpacking, None)
             for work in works:
-                finish(work, self, PATIENCE_SECONDS)
+                self._wait_for(work)
 
-    def _pass_sums_on(self, group: dist.ProcessGroup, push: int, window: int) -> None:
-        """Pass the trainer's checksums on, and check what came from the other engines."""
-        mine, indices = self.rendezvous.member, [windows[window] for windows in self._windows]
+    def _exchange_checksums(self, group: dist.ProcessGroup, push: int, window: int) -> None:
+        """Exchange the trainer's checksums, and check by them what the other engines passed on."""
+        member, indices = self.rendezvous.member, [windows[window] for windows in self._windows]
         sums = torch.zeros(max(map(len, indices)), dtype=torch.int64)
-        own = [self._sums[self._places[index]] for index in indices[mine]]
+        own = [self._own_checksums[self._own_sources[index]] for index in indices[member]]
         signed = [s - 2**64 if s >= 2**63 else s for s in own]
         sums[: len(own)] = torch.tensor(signed, dtype=torch.int64)
         gathered = torch.empty(len(indices) * len(sums), dtype=torch.int64)
-        self._finish_control(group._allgather_base(gathered, sums, self._options))
-        for engine, (of_engine, sent) in enumerate(
+        self._wait_for(group._allgather_base(gathered, sums, self._options))
+        for engine, (engine_indices, engine_sums) in enumerate(
             zip(indices, gathered.view(len(indices), -1).tolist(), strict=True)
         ):
-            if engine != mine:
-                for index, checksum in zip(of_engine, sent, strict=False):
-                    self.buffer.arrived(Peer(engine), push, index, checksum % 2**64)
+            if engine != member:
+                for index, checksum in zip(engine_indices, engine_sums, strict=False):
+                    self.buffer.delivery_arrived(Peer(engine), push, index, checksum % 2**64)
 
     @property
     def _options(self) -> AllgatherOptions:
         options = AllgatherOptions()
-        options.timeout = self._patience
+        seconds = self.rendezvous.push_seconds + PATIENCE_SECONDS
+        options.timeout = datetime.timedelta(seconds=seconds)
         return options
 
-    def _finish_control(self, work: dist.Work) -> None:
-        work.wait(self._patience)
-
-    @property
-    def _patience(self) -> datetime.timedelta:
-        return datetime.timedelta(seconds=self.rendezvous.push_seconds + PATIENCE_SECONDS)
+    def _wait_for(self, work: dist.Work) -> None:
+        wait_for(work, self.rendezvous, PATIENCE_SECONDS)
 
     def _create_groups(self) -> Groups:
         """Return the groups of the ranks at this position, in order of engines."""
         member, members = self.rendezvous.member, self.rendezvous.members
-        return groups(self, f"exchange/{self.rank}", member, members)
+        return create_groups(self, f"exchange/{self.rank}", member, members)
 
 
 class NcclReceiver(GlooReceiver):
@@ -239,12 +238,12 @@ class NcclReceiver(GlooReceiver):
     def allocate(self) -> torch.Tensor:
         if self.borrows_memory:
             return torch.empty(0, dtype=torch.uint8, device=self.device)  # `claim_memory` has it
-        with self._naming_shortage():
+        with self._memory_error():
             return super().allocate()
 
     def claim_memory(self) -> None:
         size = self.table.areas * self.table.num_bytes
-        with self._claiming, self._naming_shortage():
+        with self._claiming, self._memory_error():
             if self.memory.numel() < size:
                 self.memory = self.buffer.memory = super().allocate()
             elif not (storage := self.memory.untyped_storage()).nbytes():
@@ -262,7 +261,7 @@ class NcclReceiver(GlooReceiver):
             torch.cuda.empty_cache()
 
     @contextlib.contextmanager
-    def _naming_shortage(self) -> Iterator[None]:
+    def _memory_error(self) -> Iterator[None]:
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -273,7 +272,7 @@ class NcclReceiver(GlooReceiver):
                 "gloo"
             ) from error
 
-    def _gather(
+    def _gather_parts(
         self, group: dist.ProcessGroup, gathered: torch.Tensor, unpacking: Iterator[None]
     ) -> None:
         """Fill `gathered` by one all-gather in place, and meanwhile unpack the round before."""
@@ -281,13 +280,13 @@ class NcclReceiver(GlooReceiver):
         work = group._allgather_base(gathered, own, self._options)
         for _ in unpacking:
             pass
-        finish(work, self, on_gpu=True)
+        wait_for(work, self.rendezvous, on_gpu=True)
 
 
 def _unpack_each(
     area: torch.Tensor, arrived: list[tuple[Buckets, list[Chunk], torch.Tensor]]
 ) -> Iterator[None]:
     """Unpack parts into the receive buffer, one per step."""
-    for own, bucket, packed in arrived:
-        own.unpack(area, bucket, packed)
+    for buckets, bucket, packed in arrived:
+        buckets.unpack(area, bucket, packed)
         yield

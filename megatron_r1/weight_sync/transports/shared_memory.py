@@ -85,12 +85,12 @@ class SharedMemoryReceiver(Receiver):
 
     def allocate(self) -> torch.Tensor:
         self._closing = threading.Event()
-        return self.reserve(self.table.areas * self.table.num_bytes)
+        return self.allocate_bytes(self.table.areas * self.table.num_bytes)
 
-    def reserve(self, num_bytes: int) -> torch.Tensor:
+    def allocate_bytes(self, num_bytes: int) -> torch.Tensor:
         """Return the memory and set `address`, with which senders open it."""
         sweep()
-        path = FOLDER / _name(self.rendezvous.engine, self.rank)
+        path = FOLDER / _file_name(self.rendezvous.engine, self.rank)
         try:
             self._file = NamedMemory(path, num_bytes)
         except OSError as error:
@@ -102,7 +102,7 @@ class SharedMemoryReceiver(Receiver):
         return map_bytes(path, num_bytes)
 
     def connect(self) -> None:
-        paths = {sender: _progress(self, sender) for sender in self.senders}
+        paths = {sender: _progress_path(self, sender) for sender in self.senders}
         progress = {sender: np.memmap(path, np.uint64, "r") for sender, path in paths.items()}
         for path in paths.values():
             path.unlink()
@@ -160,7 +160,7 @@ class _Follower:
         memory_fence()
         while self.index < len(self.ends) and self.ends[self.index] <= done:
             sent = int(self.progress[SUMS + self.index])
-            self.buffer.arrived(self.sender, push, self.index, sent)
+            self.buffer.delivery_arrived(self.sender, push, self.index, sent)
             self.index += 1
         if self.index < len(self.ends) and done > self.starts[self.index]:
             row = (done - self.starts[self.index]) // self.row_bytes[self.index]
@@ -176,15 +176,15 @@ class SharedMemorySender(Sender):
     _file: NamedMemory | None = None
 
     def plan(self, deliveries: Sequence[Delivery]) -> None:
-        path = _progress(self, self.sender)
+        path = _progress_path(self, self.sender)
         self._file = NamedMemory(path, 8 * (SUMS + len(deliveries)))
         self._progress = np.memmap(path, np.uint64, "r+")
-        self._memory = self.open()
+        self._memory = self.map_memory()
         self._views: dict[int, list[torch.Tensor]] = {}
         super().plan(deliveries)
 
-    def open(self) -> torch.Tensor:
-        """Map the receiver's memory."""
+    def map_memory(self) -> torch.Tensor:
+        """Return the receiver's memory, mapped into this process."""
         return map_bytes(Path(self.receiver.address), self.table.areas * self.table.num_bytes)
 
     def send(self, push: int, window: int, slices: Slices) -> None:
@@ -199,21 +199,21 @@ class SharedMemorySender(Sender):
             delivery = self.deliveries[index]
             row_bytes = delivery.row_bytes(self.table)
 
-            def written(row: int, start: int = done, row_bytes: int = row_bytes) -> None:
+            def report_rows(row: int, start: int = done, row_bytes: int = row_bytes) -> None:
                 memory_fence()
                 progress[DONE] = start + row * row_bytes
 
-            progress[SUMS + index] = copy_with_checksum(targets[index], slices[index], written)
+            progress[SUMS + index] = copy_with_checksum(targets[index], slices[index], report_rows)
             memory_fence()
             progress[DONE] = done = done + delivery.num_bytes(self.table)
 
     def _targets(self, push: int) -> list[torch.Tensor]:
         """Return the views that the deliveries of this push fill."""
-        at = push % self.table.areas
-        if at not in self._views:
+        index = push % self.table.areas
+        if index not in self._views:
             area, slots = self.table.area(self._memory, push), self.table.slots
-            self._views[at] = [slot_view(area, slots[d.slot], d) for d in self.deliveries]
-        return self._views[at]
+            self._views[index] = [slot_view(area, slots[d.slot], d) for d in self.deliveries]
+        return self._views[index]
 
     def close(self) -> None:
         self._progress = None
@@ -221,10 +221,10 @@ class SharedMemorySender(Sender):
             self._file.close()
 
 
-def _progress(end: Receiver | Sender, sender: int) -> Path:
+def _progress_path(end: Receiver | Sender, sender: int) -> Path:
     """Return the file of a sender's progress array."""
-    return FOLDER / f"{_name(end.rendezvous.engine, end.rank)}_from_{sender}"
+    return FOLDER / f"{_file_name(end.rendezvous.engine, end.rank)}_from_{sender}"
 
 
-def _name(engine: str, rank: int) -> str:
+def _file_name(engine: str, rank: int) -> str:
     return f"{PREFIX}{engine.replace('/', '-')}_{rank}"

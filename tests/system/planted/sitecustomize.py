@@ -242,8 +242,8 @@ def link_all_pairs(module):
     """Every slice comes from the least busy of the ranks that hold it: nearly all are linked."""
     upstream = module.entries
 
-    def entries(planner, num_bytes, sets, sent, largest):
-        return upstream(planner, num_bytes, sets, sent, largest=1e-9)
+    def entries(planner, num_bytes, sets, sent, largest, neighbours):
+        return upstream(planner, num_bytes, sets, sent, 1e-9, neighbours)
 
     module.entries = entries
 
@@ -265,7 +265,7 @@ PLANTED = {
     "lost": ("megatron_r1.rl.collector", wait_for_ever),
     "trained": ("megatron_r1.training.trainer", train_frozen_layers),
     "mtp": ("megatron_r1.weight_sync.trainer_rank", refuse_mtp),
-    "all_pairs": ("megatron_r1.weight_sync.send.sender", link_all_pairs),
+    "all_pairs": ("megatron_r1.weight_sync.send.link_planner", link_all_pairs),
     "single_tokens": ("megatron_r1.vllm_plugin.sequence_parallel", confuse_single_tokens),
     "undelivered": ("megatron_r1.vllm_plugin.swap", deliver_nothing),
     "lost_request": ("megatron_r1.engine.client", lose_a_request),

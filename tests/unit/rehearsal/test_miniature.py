@@ -53,7 +53,7 @@ def test_a_push_with_more_links_than_its_plan_is_refused(tmp_path):
     config = small.config.model_copy(update=changed)
     (tmp_path / "config.json").write_text(json.dumps(small.hf))
     stages = recipe_stages(config, small.hf)
-    grid = TrainerGrid.of(config.parallel, 16)
+    grid = TrainerGrid.from_recipe(config.parallel, 16)
     arguments = small.hf, grid, engine_layout(config), stages, plain_bytes("bfloat16"), 16
     most = set_links(*arguments, drafts=True).out  # as tools/plan counts
     phases = Phases("rl", tmp_path / "recipe.yaml", config, [], 1.0, lambda line: None)

@@ -16,7 +16,7 @@ from megatron_r1.weight_sync.receive.table import Slot, SlotTable, slot_view
 from megatron_r1.weight_sync.transports import buckets, exchange
 from megatron_r1.weight_sync.transports.buckets import Buckets
 from megatron_r1.weight_sync.transports.exchange import GlooReceiver
-from megatron_r1.weight_sync.transports.process_group import GlooSender
+from megatron_r1.weight_sync.transports.pair_sender import GlooSender
 from megatron_r1.weights.stored.fp8_blocks import quantize
 from tests.unit.weight_sync.push_world import World, draw
 from tests.unit.weight_sync.test_push_plan import DEEPSEEK as WITH_MTP

@@ -71,7 +71,7 @@ def receives(planner: Planner, rank: int) -> Iterator[Transfer]:
     at, engine = planner.engines.coordinate(rank), rank // planner.engines.ranks_per_engine
     for item in planner.needs.tensors(at):
         for holding in planner.holdings(item):
-            needed = planner.needed_of(item, holding.region)
+            needed = planner.needed_parts(item, holding.region)
             for index, (coordinate, region) in enumerate(needed):
                 if coordinate == at:
                     turn = engine * len(needed) + index + first_turn(item.name)

@@ -96,7 +96,7 @@ class World:
 
         def connect(sender):
             rendezvous = Rendezvous(self.client(), f"test.{self.store.port}", 10)
-            (info,) = rendezvous.receivers(1)
+            (info,) = rendezvous.read_receivers(1)
             end = sender_class(transport)(rendezvous, sender, 0, info, self.full_every)
             end.plan(deliveries[sender])
             rendezvous.publish_plan(0, [list(deliveries.items())])
@@ -212,7 +212,7 @@ def test_equal_engines_share_one_table():
         for rank in range(2):
             info = ReceiverInfo(SlotTable(2048, slots), f"{name}/{rank}")
             Rendezvous(store, name, 5).publish_receiver(rank, info)
-        receivers[name] = Rendezvous(store, name, 5, tables=tables).receivers(2)
+        receivers[name] = Rendezvous(store, name, 5, tables=tables).read_receivers(2)
     assert [info.address for info in receivers["b.1"]] == ["b.1/0", "b.1/1"]
     assert len({id(info.table) for infos in receivers.values() for info in infos}) == 2
     assert [infos[1].table.slots for infos in receivers.values()] == [SLOTS, SLOTS, WINDOWED]
@@ -236,7 +236,7 @@ def test_a_tensor_that_arrives_otherwise_is_named(
     monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(CHECKSUMS, "PASS_BYTES", chunk_bytes)
     world = make_world(transport, SLOTS, BY_TWO)
-    buffer, arrived = world.receiver.buffer, world.receiver.buffer.arrived
+    buffer, arrived = world.receiver.buffer, world.receiver.buffer.delivery_arrived
 
     def corrupted(sender, push, index, sent):
         delivery = buffer.deliveries[sender][index]
@@ -246,7 +246,7 @@ def test_a_tensor_that_arrives_otherwise_is_named(
             part.view({4: torch.int32, 2: torch.int16}[part.itemsize])[-1, 1] ^= 1
         arrived(sender, push, index, sent)
 
-    monkeypatch.setattr(world.receiver.buffer, "arrived", corrupted)
+    monkeypatch.setattr(world.receiver.buffer, "delivery_arrived", corrupted)
     world.send(1)
     with pytest.raises(ValueError, match=rf"1 tensors arrived otherwise.*{name} \(from rank 1\)"):
         world.receiver.buffer.wait(1, 0, 20)

@@ -19,8 +19,9 @@ from megatron_r1.weight_sync.engine_links import EngineLinks
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.receive.errors import IncompletePush
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
-from megatron_r1.weight_sync.send.sender import WeightSender, run_all
-from megatron_r1.weight_sync.transports import buckets, process_group, receiver_class
+from megatron_r1.weight_sync.send.sender import WeightSender
+from megatron_r1.weight_sync.send.threads import run_all
+from megatron_r1.weight_sync.transports import buckets, pair_sender, receiver_class
 from tests.unit.weight_sync.push_world import Shared, draw
 from tools.bench.push.small_model import held_by
 
@@ -211,7 +212,7 @@ def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(
         await bridge.open()
         await push(bridge, 1)
         clients, count = [engine.client for engine in fleet.engines], []
-        packed = process_group.GlooSender._packed
+        packed = pair_sender.GlooSender._pack
 
         def dying(*arguments):
             count.append(1)
@@ -221,7 +222,7 @@ def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(
             return packed(*arguments)
 
         loop = asyncio.get_running_loop()
-        monkeypatch.setattr(process_group.GlooSender, "_packed", dying)
+        monkeypatch.setattr(pair_sender.GlooSender, "_pack", dying)
         await push(bridge, 2)
         assert {index for index, _ in fleet.lost} == {2}
         assert [client.version for client in clients[:2]] == [2, 2]

@@ -29,7 +29,7 @@ from megatron_r1.weight_sync.receive import Slot, SlotTable
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
 from megatron_r1.weight_sync.receive.table import slot_view
 from megatron_r1.weight_sync.send.sender import WeightSender
-from megatron_r1.weight_sync.transports import buckets, exchange, process_group
+from megatron_r1.weight_sync.transports import buckets, exchange, pair_receiver, pair_sender
 from megatron_r1.weights import hf_tensors
 from tools.bench.push.small_model import SHAPE, held_by
 
@@ -169,7 +169,7 @@ def _last(folder: Path, place: tuple) -> dict[str, Any]:
 def _rank(place: tuple, port: int, folder: Path, fault: str, tensors: dict) -> None:
     """Be one rank, and write what happens to a file."""
     buckets.BUCKET_BYTES = exchange.PASSED_BYTES = 1 << 11
-    process_group.CLOSE_SECONDS = 0.1
+    pair_receiver.CLOSE_SECONDS = 0.1
     try:
         with (folder / str(place)).open("w", buffering=1) as out:
             role = _trainer if place[0] == "trainer" else _engine
@@ -214,7 +214,7 @@ def _trainer(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> N
     store.add("complete", 1)
     store.wait(["push2"])
     if place in _victims(fault):
-        _die_in(process_group.GlooSender, "_packed", after=2)
+        _die_in(pair_sender.GlooSender, "_pack", after=2)
     began = time.monotonic()
     problems = ends.send(2, [NAME])["problems"]
     error = "; ".join(problem["error"] for problem in problems.values())

@@ -67,10 +67,10 @@ def sends(planner: Planner, rank: int, engine: int | None = None) -> Iterator[Tr
     engines, grid = planner.engines, planner.grid
     stage, tensor = grid.stage(rank), grid.tensor_rank(rank)
     expert_tensor, expert_rank = grid.expert_coordinate(rank)
-    for item in planner.held(stage, expert_rank):
+    for item in planner.held_tensors(stage, expert_rank):
         own = expert_tensor if item.expert is not None else tensor
         for held, replicas in planner.holdings(item, own):
-            needed = planner.needed_of(item, held)
+            needed = planner.needed_parts(item, held)
             if not needed:
                 continue
             first, end = 0, len(needed) * engines.engines

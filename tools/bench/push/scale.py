@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from megatron_r1.config import load
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.checks import engine_layout
-from megatron_r1.weight_sync.plan.entry import Entry, engine_sets, entries, neighbours_in_order
+from megatron_r1.weight_sync.plan.entry import Entry, engine_sets
+from megatron_r1.weight_sync.plan.links import planned_entries
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import Shard, recipe_stages
@@ -114,7 +116,7 @@ def beyond(row: dict[str, Any]) -> list[str]:
 def _cases() -> Iterator[Case]:
     config = load(RECIPE)
     hf = read_hf_config(config.model.path)
-    grid = TrainerGrid.of(config.parallel, config.parallel.processes)
+    grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
     engines = engine_layout(config)
     stages = recipe_stages(config, hf)
     drafts = config.rollout.drafts_by_mtp
@@ -163,17 +165,14 @@ def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
             yield row(design, ends.max(), pairs, 0, setup)
     began = time.process_time()
     sets = engine_sets(case.engines.engines)
-    ranks, world = case.engines.ranks_per_engine, case.planner.grid.world
-    near = neighbours_in_order(sets, ranks, world) if cluster.colocated else {}
-    entered = entries(case.planner, count, sets, neighbours=near)
+    entered = planned_entries(case.planner, count, sets, shares_gpus=cluster.colocated)
     plans = list(zip(sets, entered, strict=True))
     planning = time.process_time() - began
     pairs = np.array(
         [
             (entry.sender, engines[entry.engine] * case.engines.ranks_per_engine + entry.position)
             for engines, plan in plans
-            for of_position in plan
-            for entry in of_position
+            for entry in chain.from_iterable(plan)
         ]
     )
     ends = entry_tasks(cluster, plans, case.engines.ranks_per_engine).finish_times(
@@ -183,7 +182,7 @@ def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
     links = set_links(
         *(case.hf, case.planner.grid, case.engines, case.stages, count, len(sets[0])),
         drafts=case.drafts,
-        colocated=cluster.colocated,
+        shares_gpus=cluster.colocated,
     )
     requests, size = links.requests(case.engines, case.planner.grid.world), _table_bytes(case)
     setup = Setup(requests, size, size, [2, len(sets[0])], planning)

@@ -1,0 +1,166 @@
+"""Plans and creates the links over which a trainer rank sends to sets of engines (`plan.entry`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from megatron_r1.weight_sync.plan.entry import (
+    Entry,
+    Neighbours,
+    entries,
+    largest_piece,
+    sent_bytes,
+)
+from megatron_r1.weight_sync.plan.planner import Planner
+from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
+from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayout
+from megatron_r1.weight_sync.plan.tensors import Region, Transfer
+from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
+from megatron_r1.weight_sync.receive.rendezvous import PositionPlan, ReceiverInfo, Rendezvous
+from megatron_r1.weight_sync.receive.table import Delivery, SlotTable
+from megatron_r1.weight_sync.send.offers import EXPECTED_ERRORS, Offers
+from megatron_r1.weight_sync.send.set_links import Link, SetLinks
+from megatron_r1.weight_sync.send.slices import ParameterSlice
+from megatron_r1.weight_sync.transports import sender_class
+from megatron_r1.weight_sync.transports.base import Sender
+from megatron_r1.weights.layout import Shard
+from megatron_r1.weights.rules import Piece
+from megatron_r1.weights.stored.fp8 import STORED
+
+HeldPieces = Mapping[str, Sequence[tuple[Tensor, Piece]]]
+"""HF name -> the parameters that hold pieces of that tensor."""
+
+
+class LinkPlanner:
+    """Plans the links of all trainer ranks, and creates those of rank `rank` of `grid`.
+
+    Every trainer rank computes the same plan, and publishes a part of it for the engines. held,
+    stages, gpus: see `WeightSender`."""
+
+    def __init__(
+        self,
+        hf: dict,
+        grid: TrainerGrid,
+        held: HeldPieces,
+        *,
+        rank: int,
+        stages: list[list[Shard]] | None,
+        gpus: Sequence[str],
+    ):
+        self.hf, self.grid, self.held, self.rank, self.stages = hf, grid, held, rank, stages
+        self._rank_of_gpu = {gpu: rank for rank, gpu in enumerate(gpus)}
+
+    def create_links(
+        self,
+        rendezvous: Mapping[str, list[Rendezvous]],
+        offers: Offers,
+        engine_layout: EngineLayout,
+        transport: str,
+        full_every: int,
+    ) -> tuple[dict[str, SetLinks], dict[str, str]]:
+        """Return this rank's links by set, not connected yet, and the problems by set; a set with a
+        problem may have some links.
+
+        rendezvous: of each engine of a set. engine_layout: of one engine."""
+        created: dict[str, SetLinks] = {}
+        problems: dict[str, str] = {}
+        make_end = partial(sender_class(transport), full_every=full_every)
+        for index, tables in enumerate(offers.tables):
+            names = [name for name, (offered, _) in offers.sets.items() if offered == index]
+            try:
+                needs = ReceiverLayout(self.hf, engine_layout, tables)
+                planner = Planner(self.hf, self.grid, engine_layout, self.stages, needs)
+                sets = [range(len(rendezvous[name])) for name in names]
+                neighbours = self._neighbours([offers.sets[name][1] for name in names])
+                largest, num_bytes = largest_piece(transport), _byte_count(tables)
+                plans = entries(planner, num_bytes, sets, offers.sent, largest, neighbours)
+            except ValueError as error:
+                problems |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
+                continue
+            for turn, (name, plan) in enumerate(zip(names, plans, strict=True)):
+                links = SetLinks(rendezvous[name], sent_bytes(plan, self.grid.world))
+                created[name] = links
+                addresses = offers.sets[name][1]
+                try:
+                    for position, position_entries in enumerate(plan):
+                        publishes = (turn + position) % self.grid.world == self.rank
+                        receivers = [
+                            ReceiverInfo(tables[position], ranks[position]) for ranks in addresses
+                        ]
+                        self._link_position(
+                            links, needs, position, position_entries, receivers, make_end, publishes
+                        )
+                except EXPECTED_ERRORS as error:
+                    problems[name] = f"{type(error).__name__}: {error}"
+        return created, problems
+
+    def _neighbours(self, addresses: Sequence[list[list[str]]]) -> Neighbours:
+        """Return the trainer ranks on engine ranks' GPUs, which are the addresses over NCCL."""
+        return {
+            (index, engine, position): self._rank_of_gpu[address]
+            for index, engines in enumerate(addresses)
+            for engine, ranks in enumerate(engines)
+            for position, address in enumerate(ranks)
+            if address in self._rank_of_gpu
+        }
+
+    def _link_position(
+        self,
+        links: SetLinks,
+        needs: ReceiverLayout,
+        position: int,
+        position_entries: Sequence[Entry],
+        receivers: Sequence[ReceiverInfo],
+        make_end: Callable[..., Sender],
+        publishes: bool,
+    ) -> None:
+        """Create this rank's links to one position, and publish the position's plan if
+        `publishes`."""
+        plan: PositionPlan = [[] for _ in links.rendezvous]
+        for entry in position_entries:
+            if not publishes and entry.sender != self.rank:
+                continue
+            parts, deliveries = _deliveries(needs, entry)
+            plan[entry.engine].append((entry.sender, deliveries))
+            if entry.sender == self.rank:
+                rendezvous, receiver = links.rendezvous[entry.engine], receivers[entry.engine]
+                end = make_end(rendezvous, self.rank, position, receiver)
+                held = {part: self._slice(part.name, part.region) for part, _ in parts}
+                slices = [(held[part], encoding) for part, encoding in parts]
+                links.links.append(Link(entry.engine, end, slices))
+                end.plan(deliveries)
+        if publishes:
+            links.rendezvous[0].publish_plan(position, plan)
+
+    def _slice(self, name: str, region: Region) -> ParameterSlice:
+        """Return the region of an HF tensor in a parameter of this rank. Raises ValueError."""
+        for parameter, piece in self.held.get(name, ()):
+            part = ParameterSlice(parameter, piece, region)
+            if part.is_held:
+                return part
+        raise ValueError(f"this rank does not hold {region} of {name}")
+
+
+def _byte_count(tables: list[SlotTable]) -> ByteCount:
+    """Return how a slice's bytes are counted, for a balance of engines and senders."""
+    dtypes = {slot.dtype for table in tables for slot in table.slots}
+    if STORED in dtypes:
+        return fp8_bytes
+    return plain_bytes("float32" if dtypes == {"float32"} else "bfloat16")
+
+
+def _deliveries(
+    needs: ReceiverLayout, entry: Entry
+) -> tuple[list[tuple[Transfer, Encoding]], list[Delivery]]:
+    """Return the deliveries of an entry in order of slots, with what each holds."""
+    found = []
+    for item, region, _ in entry.parts:
+        dtype = item.rule.dtype
+        part = Transfer(item.name, item.shape, region, entry.sender, entry.position, dtype)
+        for delivery, encoding in needs.deliveries(entry.position, part):
+            found.append((part, encoding, delivery))
+    found.sort(key=lambda row: row[2].slot)
+    return [row[:2] for row in found], [row[2] for row in found]

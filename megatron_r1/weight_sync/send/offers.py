@@ -1,0 +1,75 @@
+"""What the engines offer to receive: tables of slots and addresses. Trainer rank 0 reads them, once
+for all trainer ranks."""
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from megatron_r1.weight_sync.receive.rendezvous import ReceiverInfo, Rendezvous
+from megatron_r1.weight_sync.receive.table import SlotTable
+
+EXPECTED_ERRORS = (OSError, RuntimeError, ValueError)
+"""Errors that fail a set and not this rank; torch.distributed raises the second."""
+
+
+class Offers(msgspec.Struct):
+    """What rank 0 has read, as it passes it on to the other trainer ranks."""
+
+    sent: list[float]
+    """Bytes per push that each trainer rank sends to the sets already connected."""
+    tables: list[list[SlotTable]] = []
+    """Tables of one engine, by engine rank; once for all sets that are alike."""
+    sets: dict[str, tuple[int, list[list[str]]]] = {}
+    """Set -> (index into `tables`, addresses by engine and rank)."""
+    problems: dict[str, str] = {}
+    """Set -> why it cannot connect."""
+
+
+def read_offers(
+    sets: Mapping[str, Sequence[Rendezvous]],
+    ranks_per_engine: int,
+    pushed: Sequence[str],
+    sent: list[float],
+) -> Offers:
+    """Return the offers of these sets' engines; problems are also reported to the set.
+
+    sets: the rendezvous of each engine of a set. pushed: names of the tensors of a push. sent: see
+    `Offers`."""
+    offers = Offers(sent)
+    for name, engines in sets.items():
+        try:
+            receivers = [engine.read_receivers(ranks_per_engine) for engine in engines]
+            tables = _common_tables(receivers)
+            _check_all_taken(tables, pushed)
+        except EXPECTED_ERRORS as error:
+            offers.problems[name] = f"{type(error).__name__}: {error}"
+            engines[0].report_error(offers.problems[name])
+            continue
+        if tables not in offers.tables:
+            offers.tables.append(tables)
+        addresses = [[receiver.address for receiver in ranks] for ranks in receivers]
+        offers.sets[name] = offers.tables.index(tables), addresses
+    return offers
+
+
+def _common_tables(engines: Sequence[Sequence[ReceiverInfo]]) -> list[SlotTable]:
+    """Return the tables of one engine's ranks. Raises ValueError where engines differ."""
+    tables = [receiver.table for receiver in engines[0]]
+    for engine, receivers in enumerate(engines):
+        for rank, receiver in enumerate(receivers):
+            if receiver.table != tables[rank]:
+                raise ValueError(
+                    f"rank {rank} of engine {engine} needs other tensors than the same rank of "
+                    "engine 0"
+                )
+    return tables
+
+
+def _check_all_taken(tables: Sequence[SlotTable], pushed: Sequence[str]) -> None:
+    """Raise ValueError where no rank of an engine takes one of the pushed tensors: the engine would
+    go on with the values it started with."""
+    taken = {slot.name for table in tables for slot in table.slots}
+    left = [name for name in pushed if name not in taken]
+    if left:
+        names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+        raise ValueError(f"the engine takes no pushes of {len(left)} tensors: {names}")

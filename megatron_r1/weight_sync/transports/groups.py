@@ -1,0 +1,106 @@
+"""The process groups of a transport between hosts, gloo's and NCCL's, and what travels in them.
+
+Every pair of a trainer and an engine rank with something to exchange is a group of two, so that a
+lost rank breaks its own pairs only; the ranks at one position of a set's engines are a group, too
+(`exchange`). A push is a stream of buckets: one is on the wire while another is packed
+(`pair_sender`), or unpacked (`pair_receiver`); a header precedes each window, and the checksums
+follow it. A push is sent whole, or as the difference to the pair's last push; then every bucket's
+length precedes it.
+
+With NCCL, buckets are packed and checksums computed on the GPUs, where the receive buffer is as
+well. Headers, lengths and checksums travel over a gloo group beside it: no GPU waits for a push. So
+do the buckets of a trainer and an engine rank that share a GPU, which NCCL refuses."""
+
+import datetime
+from typing import NamedTuple, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions
+
+from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
+from megatron_r1.weight_sync.transports.gpu_uuid import gpu_uuid
+
+ENGINE_RANK, TRAINER_RANK = 0, 1
+"""The ranks of a pair in its group."""
+
+
+class Header(NamedTuple):
+    """Header of one window on the wire. base: the push to which this one is the difference; 0: it
+    is whole."""
+
+    push: int
+    window: int
+    base: int
+
+
+class LinkEnd(Protocol):
+    """What a group needs of the rank's end of a link. backend: "gloo" or "nccl". device: where
+    buckets are packed and unpacked."""
+
+    rendezvous: Rendezvous
+    backend: str
+    device: torch.device
+
+
+class Groups(NamedTuple):
+    """Two groups of the same ranks: for integers in host memory, and for buckets, on `device`."""
+
+    control: dist.ProcessGroup
+    data: dist.ProcessGroup
+    device: torch.device
+
+    def abort(self) -> None:
+        for group in {self.control, self.data}:
+            group.abort()
+
+
+def pair_groups(end: LinkEnd, sender: int, engine_rank: int, *, is_sender: bool) -> Groups:
+    """Return the groups of trainer rank `sender` and a rank of the rendezvous' engine."""
+    name = f"pair/{sender}/{end.rendezvous.member}/{engine_rank}"
+    rank = TRAINER_RANK if is_sender else ENGINE_RANK
+    return create_groups(end, name, rank, 2, may_share_gpu=True)
+
+
+def create_groups(
+    end: LinkEnd, name: str, rank: int, size: int, *, may_share_gpu: bool = False
+) -> Groups:
+    """Return the groups of `size` ranks that meet under `name`.
+
+    may_share_gpu: both ranks may be on one GPU."""
+    rendezvous = end.rendezvous
+    store = dist.PrefixStore(name, rendezvous.new_connection())
+    timeout = datetime.timedelta(seconds=rendezvous.timeout_seconds)
+    # The stubs give a backend no send and recv.
+    control = cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, rank, size, timeout))
+    if end.backend == "gloo" or (may_share_gpu and _is_one_gpu(control, end.device)):
+        return Groups(control, control, torch.device("cpu"))
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = datetime.timedelta(seconds=rendezvous.push_seconds)
+    store = dist.PrefixStore("nccl", store)
+    data = dist.ProcessGroupNCCL(store, rank, size, options)
+    return Groups(control, cast(dist.ProcessGroup, data), end.device)
+
+
+def wait_for(
+    work: dist.Work,
+    rendezvous: Rendezvous,
+    more_seconds: float = 0.0,
+    *,
+    on_gpu: bool = False,
+) -> None:
+    """Wait for `work`, at most as long as a push may take, and `more_seconds`. on_gpu: it is
+    NCCL's."""
+    if on_gpu:
+        work.wait()  # a timeout here would block the host; `create_groups` has set the group's
+    else:
+        work.wait(datetime.timedelta(seconds=rendezvous.push_seconds + more_seconds))
+
+
+def _is_one_gpu(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return whether both ranks of `group` compute on the same GPU."""
+    own = torch.tensor(list(gpu_uuid(device).encode()))
+    both = torch.empty(2 * len(own), dtype=own.dtype)
+    group._allgather_base(both, own, AllgatherOptions()).wait()
+    first, second = both.chunk(2)
+    return torch.equal(first, second)
