@@ -48,9 +48,14 @@ class Critic:
         self.position = position
         self.value_clip = config.critic.value_clip
         transformer = transformer_config(hf, own)
-        self.bare = construction.model_chunks(own, hf, transformer, position.groups, score_std=0.0)
+        self.model_chunks = construction.model_chunks(
+            own, hf, transformer, position.groups, score_std=0.0
+        )
         overlap = own.parallel.overlap_param_gather
-        self.chunks = construction.with_gradients(transformer, self.bare, position.groups, overlap)
+        self.chunks = construction.with_gradients(
+            transformer, self.model_chunks, position.groups, overlap
+        )
+        """`model_chunks` in the wrappers by which Megatron reduces gradients."""
         self.optimizer = new_optimizer(own, self.chunks)
         transformer.grad_scale_func = self.optimizer.scale_loss  # read by Megatron's schedule
 

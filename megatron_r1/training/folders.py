@@ -28,7 +28,7 @@ class Folders:
         """Write a complete Hugging Face folder: weights (adapters merged), config and tokenizer."""
         trainer = self._trainer
         weights.save_hf(
-            trainer.bare,
+            trainer.model_chunks,
             trainer.hf,
             Path(trainer.config.model.path),
             Path(folder),
@@ -40,7 +40,7 @@ class Folders:
         trainer, model = self._trainer, self._trainer.config.model
         assert model.lora is not None, "the recipe has no adapters"
         dtype = getattr(torch, model.dtype)
-        save_adapter(trainer.bare, trainer.hf, model.lora, model.path, Path(folder), dtype)
+        save_adapter(trainer.model_chunks, trainer.hf, model.lora, model.path, Path(folder), dtype)
 
     def save_checkpoint(self, folder: str, state: dict[str, Any]) -> None:
         """Start to write a checkpoint, with the controller's `state` in it.

@@ -34,7 +34,7 @@ PACKAGES = {
 def in_use(trainer: Trainer) -> dict[str, str]:
     """Return the implementation of each part on this rank."""
     found: dict[str, set[str]] = {}
-    for chunk in trainer.bare:
+    for chunk in trainer.model_chunks:
         for name, module in chunk.named_modules():
             role = _role(name)
             if role and not isinstance(module, IdentityOp):

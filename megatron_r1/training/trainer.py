@@ -56,9 +56,14 @@ class Trainer:
         self.groups = position.groups
         self.hf = models.read_hf_config(config.model.path, config.model.head)
         self.transformer = models.transformer_config(self.hf, config)
-        self.bare = construction.model_chunks(config, self.hf, self.transformer, self.groups)
+        self.model_chunks = construction.model_chunks(
+            config, self.hf, self.transformer, self.groups
+        )
         overlap = config.parallel.overlap_param_gather
-        self.chunks = construction.with_gradients(self.transformer, self.bare, self.groups, overlap)
+        self.chunks = construction.with_gradients(
+            self.transformer, self.model_chunks, self.groups, overlap
+        )
+        """`model_chunks` in the wrappers by which Megatron reduces gradients."""
         self.optimizer = new_optimizer(config, self.chunks)
         self.transformer.grad_scale_func = self.optimizer.scale_loss  # read by Megatron's schedule
         self.reference: Reference | None = None
@@ -72,7 +77,7 @@ class Trainer:
         plain = self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"
         check_shared_prompts(config, platform.has_gpu(), plain)
         shape = routing_shape(self.hf) if config.rl.routing_replay else None
-        self.replay = Replay(self.bare, shape)
+        self.replay = Replay(self.model_chunks, shape)
         split = (position.tensor_rank, config.parallel.tensor)
         self.routing = RoutingPart(shape, self.replay.layers, *split) if shape else None
         self.critic: Critic | None = None
@@ -127,7 +132,7 @@ class Trainer:
         """Make the current policy the reference."""
         if self.reference is None:
             on_host = self.config.parallel.reference_offload == "host"
-            self.reference = Reference(self.bare, on_host)
+            self.reference = Reference(self.model_chunks, on_host)
         else:
             self.reference.refresh()
 
@@ -214,7 +219,7 @@ class Trainer:
             # The whole model learns from examples to predict further tokens; from its own samples
             # it must learn by their advantages only.
             alone = None if loss == SUPERVISED else self.config.rollout.max_response_tokens
-            for chunk in self.bare:
+            for chunk in self.model_chunks:
                 chunk.mtp_alone = alone
         run = partial(self._run, batches, compute, forward_only=False)
         reports, stepped = optimizer_step(
@@ -268,8 +273,8 @@ class Trainer:
 
     def networks(self) -> Networks:
         """Return what a checkpoint holds: policy, reference and critic."""
-        critic = Network(self.critic.bare, self.critic.optimizer) if self.critic else None
-        return Networks(Network(self.bare, self.optimizer), self.reference, critic)
+        critic = Network(self.critic.model_chunks, self.critic.optimizer) if self.critic else None
+        return Networks(Network(self.model_chunks, self.optimizer), self.reference, critic)
 
     def _fill_logprobs(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
         if batches:
@@ -300,7 +305,7 @@ class Trainer:
         return Head(
             batch,
             out.reshape(-1, out.shape[-1]),
-            models.lm_head_weight(self.bare[-1]),
+            models.lm_head_weight(self.model_chunks[-1]),
             temperature,
             self.groups.tp,
             self.hf["vocab_size"],

@@ -117,7 +117,7 @@ class Operations:
             for home, operations in (
                 (self.trainer, TRAINER_OPERATIONS),
                 (Folders(self.trainer), FOLDER_OPERATIONS),
-                (WeightPush(self.trainer.bare, self.trainer.hf, config), PUSH_OPERATIONS),
+                (WeightPush(self.trainer.model_chunks, self.trainer.hf, config), PUSH_OPERATIONS),
             )
             for operation in operations
         }

@@ -61,7 +61,7 @@ def attention_without_cudnn() -> None:
 def state(trainer) -> dict[str, torch.Tensor]:
     """This rank's weights, master weights and moments, as CPU tensors over the same memory."""
     found = {}
-    for number, chunk in enumerate(trainer.bare):
+    for number, chunk in enumerate(trainer.model_chunks):
         for name, parameter in chunk.named_parameters():
             if parameter.requires_grad:
                 found[f"{number}.{name}"] = on_host(parameter.data)

@@ -117,7 +117,9 @@ def main() -> None:
             report[name]["updates"] = [
                 trainer.update(i, loss, settings_of_loss, RATE, TEMPERATURE) for i in (0, 1)
             ]
-        weights.write_hf(trainer.bare, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32)
+        weights.write_hf(
+            trainer.model_chunks, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32
+        )
         first = position.data_rank == position.tensor_rank == 0
         if position.last_stage and first and parallel_state.get_context_parallel_rank() == 0:
             (out / f"{grid}.json").write_text(json.dumps(report))

@@ -47,12 +47,12 @@ def forked_draw() -> float:
 def digest(trainer) -> str:
     """Of this rank's weights, buffers, master weights, moments and reference, bit for bit."""
     hasher = hashlib.sha256()
-    for chunk in trainer.bare:
+    for chunk in trainer.model_chunks:
         for _, tensor in sorted(chunk.state_dict(keep_vars=True).items()):
             if torch.is_tensor(tensor):
                 hasher.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
     with trainer.reference.in_place():
-        for chunk in trainer.bare:
+        for chunk in trainer.model_chunks:
             for parameter in chunk.parameters():
                 hasher.update(parameter.detach().numpy().tobytes())
     for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]):

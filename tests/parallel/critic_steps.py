@@ -75,7 +75,7 @@ def digest(trainer) -> str:
     """Of this rank's weights, master weights and moments, the policy's and the critic's."""
     hasher = hashlib.sha256()
     for part in (trainer, trainer.critic):
-        for chunk in part.bare:
+        for chunk in part.model_chunks:
             for tensor in chunk.parameters():
                 hasher.update(tensor.detach().contiguous().numpy().tobytes())
         for optimizer in getattr(part.optimizer, "chained_optimizers", [part.optimizer]):
@@ -120,7 +120,9 @@ def play(name: str, grid: str, policy: Path, scored: Path, out: Path) -> None:
     trainer.values()
     close(name, grid, "new values", gap_of_values(trainer, position, plan, expected["new"]), 1e-4)
     hf = read_hf_config(scored, None)
-    weights.write_hf(trainer.critic.bare, hf, out / "critic.safetensors", dtype=torch.float32)
+    weights.write_hf(
+        trainer.critic.model_chunks, hf, out / "critic.safetensors", dtype=torch.float32
+    )
     found = load_file(out / "critic.safetensors")
     gaps = [(found[key] - expected["weights"][key]).abs().max() for key in found]
     close(name, grid, "weights", max(gaps), 1e-4)

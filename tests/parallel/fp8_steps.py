@@ -82,9 +82,14 @@ def main() -> None:
 
         trainer = Trainer(config, position)
         folders = Folders(trainer)
-        emulated = [n for n, m in trainer.bare[0].named_modules() if "_forward_impl" in vars(m)]
+        emulated = [
+            n for n, m in trainer.model_chunks[0].named_modules() if "_forward_impl" in vars(m)
+        ]
         weights.write_hf(
-            trainer.bare, trainer.hf, out / f"{name}_before.safetensors", dtype=torch.float32
+            trainer.model_chunks,
+            trainer.hf,
+            out / f"{name}_before.safetensors",
+            dtype=torch.float32,
         )
         report = {"loss": [], "grad_norm": [], "emulated": emulated}
         start = 0
@@ -98,13 +103,16 @@ def main() -> None:
                 report[key].append(metrics.get(key))
             if step == 0:
                 weights.write_hf(
-                    trainer.bare, trainer.hf, out / f"{name}_one.safetensors", dtype=torch.float32
+                    trainer.model_chunks,
+                    trainer.hf,
+                    out / f"{name}_one.safetensors",
+                    dtype=torch.float32,
                 )
             if name == "saved" and step == STEPS // 2 - 1:
                 folders.save_checkpoint(str(out / "checkpoint"), {})
                 folders.checkpoint_progress(wait=True)
         weights.write_hf(
-            trainer.bare, trainer.hf, out / f"{name}_all.safetensors", dtype=torch.float32
+            trainer.model_chunks, trainer.hf, out / f"{name}_all.safetensors", dtype=torch.float32
         )
         if position.last_stage and position.data_rank == 0 and position.tensor_rank == 0:
             (out / f"{name}.json").write_text(json.dumps(report))

@@ -52,14 +52,17 @@ def critic(model: str, out: Path) -> None:
     trainer.values()
     trainer.update(0, LOSS, SETTINGS, 0.1)
     with torch.no_grad():
-        for parameter in trainer.critic.bare[0].parameters():
+        for parameter in trainer.critic.model_chunks[0].parameters():
             assert parameter.requires_grad
             parameter.add_(1)
     folders, folder = Folders(trainer), str(out / "step_00000001")
     folders.save_checkpoint(folder, {})
     assert folders.checkpoint_progress(wait=True)["error"] is None
     Folders(other).load_checkpoint(folder, True)
-    for mine, theirs in ((trainer.bare, other.bare), (trainer.critic.bare, other.critic.bare)):
+    for mine, theirs in (
+        (trainer.model_chunks, other.model_chunks),
+        (trainer.critic.model_chunks, other.critic.model_chunks),
+    ):
         pairs = zip(mine[0].parameters(), theirs[0].parameters(), strict=True)
         print("difference", max((a - b).abs().max().item() for a, b in pairs))
     distributed.leave_process_groups()

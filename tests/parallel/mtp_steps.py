@@ -63,10 +63,10 @@ def update(settings: Config, position, model: str):
 def write_gradients(trainer, file: Path) -> None:
     """Export the gradients as if they were the weights."""
     with torch.no_grad():
-        for chunk in trainer.bare:
+        for chunk in trainer.model_chunks:
             for parameter in chunk.parameters():
                 parameter.data.copy_(parameter.main_grad)
-    weights.write_hf(trainer.bare, trainer.hf, file, dtype=torch.float32)
+    weights.write_hf(trainer.model_chunks, trainer.hf, file, dtype=torch.float32)
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
         for mtp in ("none", "frozen", "train"):
             trainer = update(config(model, grid, mtp), position, model)
             file = Path(out) / f"{grid}-{mtp}.safetensors"
-            weights.write_hf(trainer.bare, trainer.hf, file, dtype=torch.float32)
+            weights.write_hf(trainer.model_chunks, trainer.hf, file, dtype=torch.float32)
         write_gradients(trainer, Path(out) / f"{grid}-gradients.safetensors")
         dist.barrier()
         parallel_state.destroy_model_parallel()

@@ -47,9 +47,12 @@ def measure(trainer) -> dict[str, int]:
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.step()
-    bare = [t for chunk in trainer.bare for t in chunk.parameters()]
+    bare = [t for chunk in trainer.model_chunks for t in chunk.parameters()]
     bare += [
-        b for chunk in trainer.bare for n, b in chunk.named_buffers() if n.endswith("expert_bias")
+        b
+        for chunk in trainer.model_chunks
+        for n, b in chunk.named_buffers()
+        if n.endswith("expert_bias")
     ]
     parameters = storages(bare)
     buffers = [b for c in trainer.chunks for b in c.buffers + c.expert_parallel_buffers]

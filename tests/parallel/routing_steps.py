@@ -55,7 +55,7 @@ def record_own(model: str, samples: list[Sample]) -> list[Sample]:
 
     trainer = Trainer(config(model, "one", replay=False), POSITION)
     recorders = []
-    for layer in trainer.bare[0].decoder.layers:
+    for layer in trainer.model_chunks[0].decoder.layers:
         if hasattr(layer.mlp, "router"):
             recorders.append(RouterReplay())
             recorders[-1].set_router_replay_action(RouterReplayAction.RECORD)
@@ -95,7 +95,9 @@ def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
         gap = (batch.logprobs["ref"] - batch.logprobs["old"]).abs().max()
         report["reference_gap"] = max(report.get("reference_gap", 0.0), gap.item())
     report |= trainer.update(0, LOSS, None, 0.1)
-    weights.write_hf(trainer.bare, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32)
+    weights.write_hf(
+        trainer.model_chunks, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32
+    )
     return report
 
 

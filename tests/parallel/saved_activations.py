@@ -28,7 +28,9 @@ def main() -> None:
     trainer = Trainer(config, position)
     sample = Sample.pack([1] * (LENGTH // 2), [2] * (LENGTH // 2), [-1.0] * (LENGTH // 2), 1.0)
     trainer.load([[[sample] * SAMPLES]])
-    own = {p.untyped_storage().data_ptr() for chunk in trainer.bare for p in chunk.parameters()}
+    own = {
+        p.untyped_storage().data_ptr() for chunk in trainer.model_chunks for p in chunk.parameters()
+    }
     saved = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

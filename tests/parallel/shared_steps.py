@@ -45,7 +45,9 @@ def play(settings, position, shares: bool):
     assert not shares or not position.last_stage or loaded["packing/shared"] > 0.3
     trainer.compute_logprobs(TEMPERATURE, reference=True)
     updates = [trainer.update(i, LOSS, SETTINGS, 0.1, TEMPERATURE) for i in (0, 1)]
-    return updates, torch.cat([p.detach().flatten() for c in trainer.bare for p in c.parameters()])
+    return updates, torch.cat(
+        [p.detach().flatten() for c in trainer.model_chunks for p in c.parameters()]
+    )
 
 
 def main() -> None:

@@ -95,7 +95,9 @@ def main() -> None:
         load(trainer, position, (1, 2))
         report = {"score": trainer.agreement()}
         report |= {"first": update(trainer, 0), "second": update(trainer, 1)}
-        weights.write_hf(trainer.bare, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32)
+        weights.write_hf(
+            trainer.model_chunks, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32
+        )
         folders.save_checkpoint(str(out / f"checkpoint_{grid}"), {"grid": grid})
         # Trains on while it is written: that must not be in the checkpoint.
         load(trainer, position, (3,))

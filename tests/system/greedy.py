@@ -27,7 +27,7 @@ def by_trainer(config_path: str, checkpoint: str) -> list[list[int]]:
 
     trainer = Trainer(settings, place)
     Folders(trainer).load_checkpoint(checkpoint, reference=True)
-    model = trainer.bare[0].eval()
+    model = trainer.model_chunks[0].eval()
     answers = []
     for prompt in PROMPTS:
         tokens = list(prompt)

@@ -63,7 +63,9 @@ def _train(task: dict[str, Any], place) -> dict[str, Any]:
     folder = Path(task["model"]).with_name(f"trained_{os.getpid()}")
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(MODEL))
-    weights.write_hf(trainer.bare, trainer.hf, folder / "model.safetensors", dtype=torch.bfloat16)
+    weights.write_hf(
+        trainer.model_chunks, trainer.hf, folder / "model.safetensors", dtype=torch.bfloat16
+    )
     # An engine computes in bf16 with the pushed weights; the gap is the trainer's distance from it.
     loaded = _settings({**task, "variant": BASELINE}, init="load", path=str(folder))
     gap = (_logprobs(Trainer(parse(loaded), place), heldout) - logprobs).abs()
