@@ -34,7 +34,7 @@ from megatron_r1.weight_sync.engine_links import EngineLinks
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.receiver_layout import ReceiverLayout
 from megatron_r1.weight_sync.probes import Prober
-from megatron_r1.weight_sync.send import sender
+from megatron_r1.weight_sync.send import link_planner
 from megatron_r1.weights import hf_tensors
 
 MODELS = {
@@ -180,7 +180,7 @@ def recorded_layouts(monkeypatch) -> list[ReceiverLayout]:
         found.append(ReceiverLayout(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(sender, "ReceiverLayout", recorded)
+    monkeypatch.setattr(link_planner, "ReceiverLayout", recorded)
     return found
 
 
