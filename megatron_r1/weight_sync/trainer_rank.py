@@ -2,6 +2,7 @@
 
 import os
 import resource
+import socket
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -49,7 +50,7 @@ class WeightPush:
             rank=rank,
             stages=stages,
             drafts=self._config.rollout.drafts_by_mtp,
-            gpus=_gpu_uuids() if self._config.push.transport == "nccl" else (),
+            gpus=_gpus() if self._config.push.transport == "nccl" else (),
         )
         return {"store": address}
 
@@ -64,11 +65,10 @@ class WeightPush:
         return self._sender.send(push, sets, gone)
 
 
-def _gpu_uuids() -> list[str]:
-    """Return the UUID of every rank's GPU."""
+def _gpus() -> list[tuple[str, str]]:
+    """Return the UUID and the node of every rank's GPU."""
     found: list[Any] = [None] * dist.get_world_size()
-    device = torch.device("cuda", torch.cuda.current_device())
-    dist.all_gather_object(found, gpu_uuid(device))
+    dist.all_gather_object(found, (gpu_uuid(torch.cuda.current_device()), socket.gethostname()))
     return found
 
 

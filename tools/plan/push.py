@@ -191,6 +191,7 @@ def push_section(job: Job) -> Section:
         1 if alone else SET_ENGINES,
         drafts=drafts(job),
         shares_gpus=shares_gpus_over_nccl(job.config),
+        ranks_per_node=job.hardware.gpus_per_node,
     )
     received = links.received
     link, link_name = push_link(job)

@@ -9,9 +9,10 @@ from itertools import chain
 
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.entry import engine_sets, sent_bytes
+from megatron_r1.weight_sync.plan.entry import engine_sets, sender_loads
 from megatron_r1.weight_sync.plan.links import planned_entries
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
+from megatron_r1.weight_sync.plan.shared_gpus import RANKS_PER_NODE
 from megatron_r1.weight_sync.plan.traffic import ByteCount
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from megatron_r1.weights.layout import Shard
@@ -24,7 +25,8 @@ SLOT_BYTES = 90
 
 @dataclass(frozen=True)
 class SetLinks:
-    """The links of a push in sets. sent: bytes out of each trainer rank. out, into: most links of a
+    """The links of a push in sets. sent: load of each trainer rank, which is its bytes,
+    but of those within its node only a part (`plan.entry.sender_loads`). out, into: most links of a
     trainer rank, of an engine rank. num_links: of all. num_engines: of the largest set. entering:
     most bytes that enter an engine rank from trainer ranks. received: bytes of each rank of an
     engine, with those that other engines pass on."""
@@ -102,11 +104,14 @@ def set_links(
     *,
     drafts: bool = False,
     shares_gpus: bool = False,
+    ranks_per_node: int = RANKS_PER_NODE,
 ) -> SetLinks:
     """Return what a push connects. max_engines: of a set. drafts: with the engines' drafters.
     shares_gpus: see `plan.links.shares_gpus_over_nccl`."""
     model, key = json.dumps(hf), _Stages(stages)
-    return _set_links(model, grid, engines, key, count, max_engines, drafts, shares_gpus)
+    return _set_links(
+        model, grid, engines, key, count, max_engines, drafts, shares_gpus, ranks_per_node
+    )
 
 
 class _Stages:
@@ -132,11 +137,14 @@ def _set_links(
     max_engines: int,
     drafts: bool,
     shares_gpus: bool,
+    ranks_per_node: int,
 ) -> SetLinks:
     needs = PredictedLayout(json.loads(hf), engines, drafts=drafts)
     planner = Planner(json.loads(hf), grid, engines, stages.stages, needs)
     sets = engine_sets(engines.engines, max_engines)
-    plans = planned_entries(planner, count, sets, shares_gpus=shares_gpus)
+    plans = planned_entries(
+        planner, count, sets, shares_gpus=shares_gpus, ranks_per_node=ranks_per_node
+    )
     out: Counter[int] = Counter()
     into: Counter[tuple[int, int, int]] = Counter()
     entering: Counter[tuple[int, int, int]] = Counter()
@@ -148,7 +156,7 @@ def _set_links(
             into[engine_rank] += 1
             entering[engine_rank] += entry.num_bytes
             received[entry.position] += entry.num_bytes / len(sets)
-    by_set = [sent_bytes(plan, grid.world) for plan in plans]
+    by_set = [sender_loads(plan, grid.world) for plan in plans]
     return SetLinks(
         sent=[sum(bytes_of_rank) for bytes_of_rank in zip(*by_set, strict=True)],
         out=max(out.values()),

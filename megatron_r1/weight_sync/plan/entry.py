@@ -10,14 +10,16 @@ instead of once per engine."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import NamedTuple
 
 from megatron_r1.weight_sync.plan.planner import Planner
+from megatron_r1.weight_sync.plan.shared_gpus import NONE_SHARED, SAME_NODE_LOAD, SharedGPUs
 from megatron_r1.weight_sync.plan.tensors import HFTensor, Region
 from megatron_r1.weight_sync.plan.traffic import ByteCount
+from megatron_r1.weights.stored.fp8 import BLOCK
 
 SET_ENGINES = 16
 """Most engines of a set. A larger one saves bytes out of the trainer, which has some to spare, and
@@ -29,13 +31,11 @@ LARGEST_PIECE, SMALL_PIECE = 0.5, 0.2
 rank's bytes in one piece; with a half the busiest trainer rank of the recipe for 2,048 GPUs sends
 1.15 times the mean, without a limit 1.4 times. SMALL_PIECE: a piece of less than this part of
 LARGEST_PIECE goes to a sender that is already chosen."""
+UNEVEN = 1 / 64
+"""A tensor is cut where an engine's share of the bytes ends, unless less than this part of the
+share is left on either side."""
 SHARED_MEMORY_LARGEST_PIECE = 1 / 16
 """`LARGEST_PIECE` in shared memory, where links cost nothing and each core that copies helps."""
-
-
-Neighbours = Mapping[tuple[int, int, int], int]
-"""(Set, engine of it, position) → the trainer rank on the same GPU, for the engine ranks that have
-one. NCCL refuses such a pair, whose slices would go over gloo, at a thirtieth of the rate."""
 
 
 class Part(NamedTuple):
@@ -48,12 +48,15 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """The part that enters engine rank `position` of engine `engine`, of the set, from `sender`."""
+    """The part that enters engine rank `position` of engine `engine`, of the set, from `sender`.
+
+    load: see `SharedGPUs.load`."""
 
     sender: int
     engine: int
     position: int
     parts: tuple[Part, ...]
+    load: float
 
     @property
     def num_bytes(self) -> float:
@@ -67,17 +70,6 @@ def engine_sets(engines: int, max_engines: int = SET_ENGINES) -> list[range]:
     return [range(*edge) for edge in pairwise(edges)]
 
 
-def neighbours_in_order(sets: Sequence[range], ranks_per_engine: int, world: int) -> Neighbours:
-    """Return those of colocated engines whose ranks are on the trainer ranks' GPUs in order."""
-    placed = {
-        (index, member, position): engine * ranks_per_engine + position
-        for index, engines in enumerate(sets)
-        for member, engine in enumerate(engines)
-        for position in range(ranks_per_engine)
-    }
-    return {place: rank for place, rank in placed.items() if rank < world}
-
-
 def largest_piece(transport: str) -> float:
     """Return `LARGEST_PIECE` over a transport."""
     return SHARED_MEMORY_LARGEST_PIECE if transport in ("shm", "cuda_ipc") else LARGEST_PIECE
@@ -89,44 +81,52 @@ def entries(
     sets: Sequence[range],
     sent: Sequence[float] = (),
     largest: float = LARGEST_PIECE,
-    neighbours: Neighbours | None = None,
+    shared: SharedGPUs = NONE_SHARED,
 ) -> list[list[list[Entry]]]:
     """Return the entries of each set and position, in order of engine.
 
-    sets: engines of each set; their number in `planner` is not used. sent: bytes that each trainer
-    rank sends to other sets. largest: see `LARGEST_PIECE`. neighbours: these send to an engine rank
-    on their GPU only what no other rank holds.
+    sets: engines of each set; their number in `planner` is not used. sent: each trainer rank's
+    load by other sets (`sender_loads`). largest: see `LARGEST_PIECE`. shared: a trainer rank sends
+    to an engine rank on its GPU only what no other rank holds.
 
-    Senders are chosen for the largest pieces first, each the least busy of the ranks that hold it;
-    a small piece comes from a rank that sends to the same engine rank in any case. Every rank
-    computes the same result."""
+    Senders are chosen for the largest pieces first, each the one that is done first of the ranks
+    that hold it; a small piece comes from a rank that sends to the same engine rank in any case.
+    Every rank computes the same result."""
     parts_by_position = _held_parts(planner, num_bytes)
     pieces = [
         piece
         for size in {len(engines) for engines in sets}
         for position, held_parts in enumerate(parts_by_position)
-        for piece in _pieces(held_parts, position, size, largest)
+        for piece in _pieces(held_parts, num_bytes, position, size, largest)
     ]
     pieces.sort(key=lambda p: (-p.num_bytes, p.engine, p.position, p.replicas.start, p.size))
-    load = list(sent) or [0.0] * planner.grid.world
+    loads = list(sent) or [0.0] * planner.grid.world
     chosen: dict[tuple[int, int, int], dict[int, list[Part]]] = defaultdict(dict)
     for piece in pieces:
         for index, engines in enumerate(sets):
             if len(engines) == piece.size:
-                senders = chosen[index, piece.position, piece.engine]
-                neighbour = (neighbours or {}).get((index, piece.engine, piece.position))
+                receiver = index, piece.engine, piece.position
+                senders = chosen[receiver]
+                neighbour = shared.trainer_rank.get(receiver)
                 holders = [rank for rank in piece.replicas if rank != neighbour] or piece.replicas
                 connected = [rank for rank in senders if rank in holders]
                 candidates = connected if connected and piece.is_small else holders
-                sender = min(candidates, key=load.__getitem__)
-                load[sender] += piece.num_bytes
+                sender = min(candidates, key=loads.__getitem__)
+                if near := shared.in_its_node(candidates, receiver):
+                    nearest = min(near, key=loads.__getitem__)
+                    saved = (1 - SAME_NODE_LOAD) * piece.num_bytes
+                    sender = nearest if loads[nearest] < loads[sender] + saved else sender
+                loads[sender] += shared.load(sender, receiver, piece.num_bytes)
                 senders.setdefault(sender, []).extend(piece.parts)
     return [
         [
             [
-                Entry(sender, engine, position, tuple(parts))
+                Entry(
+                    *(sender, engine, position, tuple(parts)),
+                    shared.load(sender, (index, engine, position), _sum_bytes(parts)),
+                )
                 for engine in range(len(engines))
-                for sender, parts in chosen[index, position, engine].items()
+                for sender, parts in chosen[index, engine, position].items()
             ]
             for position in range(len(parts_by_position))
         ]
@@ -134,12 +134,13 @@ def entries(
     ]
 
 
-def sent_bytes(plan: Iterable[Iterable[Entry]], world: int) -> list[float]:
-    """Return the bytes that each trainer rank sends to a set."""
-    sent = [0.0] * world
+def sender_loads(plan: Iterable[Iterable[Entry]], world: int) -> list[float]:
+    """Return what the entries of a set take of each trainer rank's time, in bytes through its
+    adapter: all that it sends, those within a node counted by `SAME_NODE_LOAD`."""
+    loads = [0.0] * world
     for entry in chain.from_iterable(plan):
-        sent[entry.sender] += entry.num_bytes
-    return sent
+        loads[entry.sender] += entry.load
+    return loads
 
 
 def num_links(plans: Iterable[Iterable[Iterable[Entry]]], world: int) -> list[int]:
@@ -181,23 +182,48 @@ def _held_parts(planner: Planner, num_bytes: ByteCount) -> list[_HeldParts]:
     return found
 
 
-def _pieces(held: _HeldParts, position: int, engines: int, largest: float) -> Iterator[_Piece]:
-    """Yield the pieces of a position: consecutive parts, of each engine equal bytes up to half a
-    tensor, at most about `largest` of them in a piece."""
+def _pieces(
+    held: _HeldParts, num_bytes: ByteCount, position: int, engines: int, largest: float
+) -> Iterator[_Piece]:
+    """Yield the pieces of a position: consecutive parts, of each engine equal bytes up to `UNEVEN`
+    of them or a block of rows, at most about `largest` of them in a piece."""
     share = _sum_bytes(part for parts in held.values() for part in parts) / engines
     end = 0.0
     shares: list[_HeldParts] = [{} for _ in range(engines)]
     for replicas, parts in held.items():
         for part in parts:
-            engine = min(int((end + part.num_bytes / 2) / share), engines - 1)
-            shares[engine].setdefault(replicas, []).append(part)
-            end += part.num_bytes
+            for cut in _cut_by_shares(part, end, share, num_bytes):
+                engine = min(int((end + cut.num_bytes / 2) / share), engines - 1)
+                shares[engine].setdefault(replicas, []).append(cut)
+                end += cut.num_bytes
     for engine, engine_parts in enumerate(shares):
         for replicas, parts in engine_parts.items():
             for run in _runs(parts, share * largest):
                 size = _sum_bytes(run)
                 is_small = size < SMALL_PIECE * largest * share
                 yield _Piece(size, engine, position, replicas, engines, is_small, run)
+
+
+def _cut_by_shares(
+    part: Part, start: float, share: float, num_bytes: ByteCount
+) -> Iterator[Part]:
+    """Yield a part, which begins at byte `start` of its position, in pieces of whole blocks of rows
+    that end about where engines' shares end."""
+    item, region, size = part
+    per_row = size / (region.bottom - region.top)
+    least = UNEVEN * share / per_row
+    edges = [region.top]
+    for number in range(int(start / share) + 1, int((start + size) / share) + 1):
+        row = region.top + (number * share - start) / per_row
+        row = round(row / BLOCK) * BLOCK
+        if row - edges[-1] > least and region.bottom - row > least:
+            edges.append(row)
+    if len(edges) == 1:
+        yield part
+        return
+    for top, bottom in pairwise([*edges, region.bottom]):
+        rows = replace(region, top=top, bottom=bottom)
+        yield Part(item, rows, num_bytes(item.name, item.rule.dtype, rows))
 
 
 def _runs(parts: list[Part], limit: float) -> Iterator[list[Part]]:

@@ -12,12 +12,16 @@ from megatron_r1.weight_sync.plan.entry import (
     engine_sets,
     entries,
     largest_piece,
-    neighbours_in_order,
     num_links,
 )
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.ranks import TrainerGrid
+from megatron_r1.weight_sync.plan.shared_gpus import (
+    NONE_SHARED,
+    RANKS_PER_NODE,
+    shared_in_order,
+)
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import recipe_stages
 
@@ -39,15 +43,18 @@ def planned_entries(
     sets: Sequence[range],
     *,
     shares_gpus: bool,
+    ranks_per_node: int = RANKS_PER_NODE,
     largest: float = LARGEST_PIECE,
 ) -> list[list[list[Entry]]]:
     """Return the `entries` of engines that do not run yet.
 
     shares_gpus: see `shares_gpus_over_nccl`; the engines' ranks are then counted on the trainer
-    ranks' GPUs in order, and the plan avoids such pairs."""
-    ranks = planner.engines.ranks_per_engine
-    neighbours = neighbours_in_order(sets, ranks, planner.grid.world) if shares_gpus else {}
-    return entries(planner, num_bytes, sets, (), largest, neighbours)
+    ranks' GPUs in order, `ranks_per_node` to a node, and the plan avoids such pairs."""
+    shared = NONE_SHARED
+    if shares_gpus:
+        world, ranks = planner.grid.world, planner.engines.ranks_per_engine
+        shared = shared_in_order(sets, ranks, world, ranks_per_node)
+    return entries(planner, num_bytes, sets, (), largest, shared)
 
 
 def planned_links(config: Config, hf: dict) -> list[int]:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from megatron_r1.weight_sync.plan.entry import (
     Entry,
-    Neighbours,
     entries,
     largest_piece,
-    sent_bytes,
+    sender_loads,
 )
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayout
+from megatron_r1.weight_sync.plan.shared_gpus import SharedGPUs
 from megatron_r1.weight_sync.plan.tensors import Region, Transfer
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
 from megatron_r1.weight_sync.receive.rendezvous import PositionPlan, ReceiverInfo, Rendezvous
@@ -48,10 +48,11 @@ class LinkPlanner:
         *,
         rank: int,
         stages: list[list[Shard]] | None,
-        gpus: Sequence[str],
+        gpus: Sequence[tuple[str, str]],
     ):
         self.hf, self.grid, self.held, self.rank, self.stages = hf, grid, held, rank, stages
-        self._rank_of_gpu = {gpu: rank for rank, gpu in enumerate(gpus)}
+        self._rank_of_gpu = {gpu: rank for rank, (gpu, _) in enumerate(gpus)}
+        self._nodes = [node for _, node in gpus]
 
     def create_links(
         self,
@@ -74,14 +75,14 @@ class LinkPlanner:
                 needs = ReceiverLayout(self.hf, engine_layout, tables)
                 planner = Planner(self.hf, self.grid, engine_layout, self.stages, needs)
                 sets = [range(len(rendezvous[name])) for name in names]
-                neighbours = self._neighbours([offers.sets[name][1] for name in names])
+                shared = self._shared_gpus([offers.sets[name][1] for name in names])
                 largest, num_bytes = largest_piece(transport), _byte_count(tables)
-                plans = entries(planner, num_bytes, sets, offers.sent, largest, neighbours)
+                plans = entries(planner, num_bytes, sets, offers.sent, largest, shared)
             except ValueError as error:
                 problems |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
                 continue
             for turn, (name, plan) in enumerate(zip(names, plans, strict=True)):
-                links = SetLinks(rendezvous[name], sent_bytes(plan, self.grid.world))
+                links = SetLinks(rendezvous[name], sender_loads(plan, self.grid.world))
                 created[name] = links
                 addresses = offers.sets[name][1]
                 try:
@@ -97,15 +98,16 @@ class LinkPlanner:
                     problems[name] = f"{type(error).__name__}: {error}"
         return created, problems
 
-    def _neighbours(self, addresses: Sequence[list[list[str]]]) -> Neighbours:
+    def _shared_gpus(self, addresses: Sequence[list[list[str]]]) -> SharedGPUs:
         """Return the trainer ranks on engine ranks' GPUs, which are the addresses over NCCL."""
-        return {
+        ranks = {
             (index, engine, position): self._rank_of_gpu[address]
             for index, engines in enumerate(addresses)
             for engine, ranks in enumerate(engines)
             for position, address in enumerate(ranks)
             if address in self._rank_of_gpu
         }
+        return SharedGPUs(ranks, self._nodes)
 
     def _link_position(
         self,

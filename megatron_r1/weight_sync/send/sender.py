@@ -29,8 +29,8 @@ class WeightSender:
 
     held: this rank's parameters of the model that `hf` describes. stages: the shards of the
     pipeline's virtual stages, default an even spread. store: where trainer and engine ranks meet.
-    drafts: whether engines draft with the MTP layers. gpus: the UUID of each rank's GPU, where
-    engines may share it over NCCL. share: see `Share`; not needed for a single rank."""
+    drafts: whether engines draft with the MTP layers. gpus: the UUID of each rank's GPU and its
+    node, where engines may share it over NCCL. share: see `Share`; not needed for a single rank."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class WeightSender:
         rank: int = 0,
         stages: list[list[Shard]] | None = None,
         drafts: bool = False,
-        gpus: Sequence[str] = (),
+        gpus: Sequence[tuple[str, str]] = (),
     ):
         self.hf, self.grid, self.rank, self.drafts = hf, grid, rank, drafts
         self.store, self.share = store, share

@@ -22,8 +22,8 @@ class Link(NamedTuple):
 class SetLinks:
     """The links of this rank to a set of engines.
 
-    rendezvous: of each engine with the trainer. sent: the bytes that each trainer rank sends to the
-    set per push."""
+    rendezvous: of each engine with the trainer. sent: each trainer rank's load by a push
+    to the set (`plan.entry.sender_loads`)."""
 
     rendezvous: list[Rendezvous]
     sent: list[float]

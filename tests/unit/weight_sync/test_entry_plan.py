@@ -9,8 +9,8 @@ from megatron_r1.weight_sync.plan.entry import (
     SET_ENGINES,
     engine_sets,
     entries,
-    neighbours_in_order,
 )
+from megatron_r1.weight_sync.plan.shared_gpus import shared_in_order
 from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import stage_shards
 from tests.unit.weight_sync.test_push_plan import DEEPSEEK, DEEPSEEK_V3, WORLDS, held
@@ -56,15 +56,15 @@ def test_everyone_computes_the_same_plan():
 def test_a_rank_sends_to_its_own_gpu_only_what_it_alone_holds():
     grid, layout = TrainerGrid(8, pipeline=2, expert=2), EngineLayout(2, tensor=2, data=2)
     planner, sets = Planner(DEEPSEEK, grid, layout), [range(2)]
-    near = neighbours_in_order(sets, layout.ranks_per_engine, grid.world)
-    assert near[0, 1, 3] == 7 and len(near) == 8
+    near = shared_in_order(sets, layout.ranks_per_engine, grid.world)
+    assert near.trainer_rank[0, 1, 3] == 7 and len(near.trainer_rank) == 8
 
     def pairs(plan):
         return [e for of in plan for e in of if e.sender == 4 * e.engine + e.position]
 
     (anyhow,), (apart,) = (
         entries(planner, BYTES, sets),
-        entries(planner, BYTES, sets, neighbours=near),
+        entries(planner, BYTES, sets, shared=near),
     )
     assert pairs(anyhow)
     holdings = [held(DEEPSEEK, grid, rank) for rank in range(grid.world)]
@@ -73,6 +73,35 @@ def test_a_rank_sends_to_its_own_gpu_only_what_it_alone_holds():
             others = [own for rank, own in enumerate(holdings) if rank != entry.sender]
             found = (r for own in others for r in own.get(part.item.name, ()))
             assert not any(part.region.intersection(r) == part.region for r in found), part
+
+
+def test_most_bytes_of_engines_on_the_trainers_gpus_stay_in_their_node():
+    grid, layout = TrainerGrid(16, tensor=2, pipeline=2), EngineLayout(2, tensor=2, data=4)
+    planner, sets = Planner(DEEPSEEK, grid, layout), [range(2)]
+    shared = shared_in_order(sets, layout.ranks_per_engine, grid.world, ranks_per_node=4)
+
+    def inside(plan):
+        found = [e for at in plan for e in at]
+        within = [e for e in found if e.sender // 4 == (8 * e.engine + e.position) // 4]
+        return sum(e.num_bytes for e in within) / sum(e.num_bytes for e in found)
+
+    (apart,), (together,) = (
+        entries(planner, BYTES, sets),
+        entries(planner, BYTES, sets, shared=shared),
+    )
+    assert inside(together) > 0.98 > inside(apart)
+
+
+def test_engines_receive_equal_bytes_though_one_tensor_is_more_than_a_share():
+    hf = DEEPSEEK | {"vocab_size": 1 << 15}
+    planner = Planner(hf, TrainerGrid(2, tensor=2), EngineLayout(1, tensor=2))
+    (plan,) = entries(planner, BYTES, [range(16)])
+    for position in plan:
+        received = Counter()
+        for entry in position:
+            received[entry.engine] += entry.num_bytes
+        mean = sum(received.values()) / 16
+        assert len(received) == 16 and max(received.values()) < 1.1 * mean
 
 
 def test_sets_are_of_equal_size():
