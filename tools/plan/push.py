@@ -13,6 +13,7 @@ from megatron_r1.weight_sync.plan.checks import engine_layout as layout_of
 from megatron_r1.weight_sync.plan.entry import SET_ENGINES
 from megatron_r1.weight_sync.plan.links import shares_gpus_over_nccl
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
+from megatron_r1.weight_sync.plan.shared_gpus import SAME_NODE_LOAD
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from tools.plan.job import Job
@@ -248,6 +249,8 @@ def _connections(job: Job, engines: EngineLayout, grid: TrainerGrid, links: SetL
     rate, link = push_link(job)
     over_nccl = job.config.push.transport == "nccl"
     creation = ", and the creation of NCCL groups, a rank's pairs at once" if over_nccl else ""
+    shared = shares_gpus_over_nccl(job.config)
+    inside = f" (within its node {SAME_NODE_LOAD} of the time)" if shared else ""
     return {
         "links of a rank": Quantity(
             links.out,
@@ -268,8 +271,8 @@ def _connections(job: Job, engines: EngineLayout, grid: TrainerGrid, links: SetL
         "push": Quantity(
             links.seconds(rate, given),
             "s",
-            f"out of the busiest trainer rank, then what engines pass on, through their {link}s, "
-            "in rounds",
+            f"out of the busiest trainer rank{inside}, then what engines pass on, through their "
+            f"{link}s, in rounds",
         ),
     }
 

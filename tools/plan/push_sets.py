@@ -25,13 +25,16 @@ SLOT_BYTES = 90
 
 @dataclass(frozen=True)
 class SetLinks:
-    """The links of a push in sets. sent: load of each trainer rank, which is its bytes,
-    but of those within its node only a part (`plan.entry.sender_loads`). out, into: most links of a
-    trainer rank, of an engine rank. num_links: of all. num_engines: of the largest set. entering:
-    most bytes that enter an engine rank from trainer ranks. received: bytes of each rank of an
-    engine, with those that other engines pass on."""
+    """The links of a push in sets.
+
+    sent: bytes out of each trainer rank. loads: what they take of its time
+    (`plan.entry.sender_loads`). out, into: most links of a trainer rank, of an engine rank.
+    num_links: of all. num_engines: of the largest set. entering: most bytes that enter an engine
+    rank from trainer ranks. received: bytes of each rank of an engine, with those that other
+    engines pass on."""
 
     sent: list[float]
+    loads: list[float]
     out: int
     into: int
     num_links: int
@@ -52,7 +55,7 @@ class SetLinks:
         rounds = -(-passed_on // (PASSED_BYTES * self.num_engines))
         hops = (self.num_engines - 1) * given.hop_seconds
         return (
-            max(max(self.sent), self.entering) / rate
+            max(max(self.loads), self.entering) / rate
             + passed_on / rate
             + rounds * (given.round_seconds + hops)
         )
@@ -148,17 +151,19 @@ def _set_links(
     out: Counter[int] = Counter()
     into: Counter[tuple[int, int, int]] = Counter()
     entering: Counter[tuple[int, int, int]] = Counter()
-    received = [0.0] * engines.ranks_per_engine
+    sent, received = [0.0] * grid.world, [0.0] * engines.ranks_per_engine
     for index, plan in enumerate(plans):
         for entry in chain.from_iterable(plan):
             engine_rank = index, entry.engine, entry.position
             out[entry.sender] += 1
+            sent[entry.sender] += entry.num_bytes
             into[engine_rank] += 1
             entering[engine_rank] += entry.num_bytes
             received[entry.position] += entry.num_bytes / len(sets)
     by_set = [sender_loads(plan, grid.world) for plan in plans]
     return SetLinks(
-        sent=[sum(bytes_of_rank) for bytes_of_rank in zip(*by_set, strict=True)],
+        sent=sent,
+        loads=[sum(loads) for loads in zip(*by_set, strict=True)],
         out=max(out.values()),
         into=max(into.values()),
         num_links=out.total(),

@@ -108,7 +108,9 @@ def entries(
                 receiver = index, piece.engine, piece.position
                 senders = chosen[receiver]
                 neighbour = shared.trainer_rank.get(receiver)
-                holders = [rank for rank in piece.replicas if rank != neighbour] or piece.replicas
+                holders: Sequence[int] = piece.replicas
+                if neighbour in holders and len(holders) > 1:
+                    holders = [rank for rank in holders if rank != neighbour]
                 connected = [rank for rank in senders if rank in holders]
                 candidates = connected if connected and piece.is_small else holders
                 sender = min(candidates, key=loads.__getitem__)
@@ -204,9 +206,7 @@ def _pieces(
                 yield _Piece(size, engine, position, replicas, engines, is_small, run)
 
 
-def _cut_by_shares(
-    part: Part, start: float, share: float, num_bytes: ByteCount
-) -> Iterator[Part]:
+def _cut_by_shares(part: Part, start: float, share: float, num_bytes: ByteCount) -> Iterator[Part]:
     """Yield a part, which begins at byte `start` of its position, in pieces of whole blocks of rows
     that end about where engines' shares end."""
     item, region, size = part

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 EngineRank = tuple[int, int, int]
 """(set, engine of it, position)."""
@@ -33,7 +34,14 @@ class SharedGPUs:
         neighbour = self.trainer_rank.get(receiver)
         if neighbour is None:
             return []
-        return [rank for rank in senders if self.nodes[rank] == self.nodes[neighbour]]
+        return [rank for rank in self._ranks_of_node[self.nodes[neighbour]] if rank in senders]
+
+    @cached_property
+    def _ranks_of_node(self) -> dict[Hashable, list[int]]:
+        ranks: dict[Hashable, list[int]] = {}
+        for rank, node in enumerate(self.nodes):
+            ranks.setdefault(node, []).append(rank)
+        return ranks
 
     def load(self, sender: int, receiver: EngineRank, num_bytes: float) -> float:
         """Return what sending takes of the trainer rank's time, in bytes through its adapter."""
