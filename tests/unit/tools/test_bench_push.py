@@ -78,14 +78,14 @@ class SizedEntry(Entry):
 def test_what_enters_is_passed_on_by_a_ring(engines):
     """Each of E engines of one rank receives 1 byte at 1 B/s, then E - 1 bytes from its neighbour:
     E seconds, as if the trainer had sent everything to every engine."""
-    position = [SizedEntry(rank, rank, 0, ()) for rank in range(engines)]
+    position = [SizedEntry(rank, rank, 0, (), 0.0) for rank in range(engines)]
     cluster = Cluster(engines, engines, colocated=False, rates=FREE)
     tasks = entry_tasks(cluster, [(range(engines), [position])], 1)
     np.testing.assert_allclose(tasks.finish_times(cluster.capacity), [1.0] * engines + [engines])
 
 
 def test_a_sender_of_two_engine_ranks_halves_its_rate():
-    plan = [[SizedEntry(0, 0, 0, ())], [SizedEntry(0, 0, 1, ())]]
+    plan = [[SizedEntry(0, 0, 0, (), 0.0)], [SizedEntry(0, 0, 1, (), 0.0)]]
     cluster = Cluster(1, 2, colocated=False, rates=FREE)
     ends = entry_tasks(cluster, [(range(1), plan)], 2).finish_times(cluster.capacity)
     np.testing.assert_allclose(ends, [2, 2])
