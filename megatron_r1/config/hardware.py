@@ -22,7 +22,7 @@ FlopRate = Annotated[float, FINITE, "FLOP/s"]
 Rate = Annotated[float, FINITE, "1/s"]
 Seconds = Annotated[float, FINITE, "s"]
 Ratio = Annotated[float, FINITE, "x"]
-Share = Annotated[float, Field(gt=0, le=1), "share"]
+Fraction = Annotated[float, Field(gt=0, le=1), "share"]
 Count = Annotated[int, Field(gt=0), ""]
 Tokens = Annotated[int, Field(gt=0), "tokens"]
 
@@ -71,14 +71,14 @@ HARDWARE = {
 class Assumptions:
     """Numbers of the estimate that no table gives."""
 
-    compute_efficiency: Share = 0.45
+    compute_efficiency: Fraction = 0.45
     """Share of the bf16 peak while a stage computes, without bubbles and communication. A guess,
     near the 38.9% of whole steps of DeepSeek-V3 in FP8 (arXiv 2505.09343, table 4)."""
-    bandwidth_efficiency: Share = 0.6
+    bandwidth_efficiency: Fraction = 0.6
     """Share of the memory bandwidth while an engine decodes; a guess."""
-    link_efficiency: Share = 0.75
+    link_efficiency: Fraction = 0.75
     """Share of NVLink's and the network's rate in a collective; a guess."""
-    push_efficiency: Share = 0.75
+    push_efficiency: Fraction = 0.75
     """Share of the rate of the link into an engine GPU during a push; a guess."""
     store_requests: Rate = 25e3
     """Requests per second of one TCPStore; 24,000 to 44,000 were measured with 1 to 4 clients on 2
@@ -98,13 +98,13 @@ class Assumptions:
     """Launch of an all-gather of what engines pass on; a guess."""
     hop_seconds: Seconds = 21e-6
     """Per hop of its ring: 10 us, and 0.5 MB of filling at the adapter's rate; a guess."""
-    gradients_exposed: Share = 0.5
+    gradients_exposed: Fraction = 0.5
     """Share of the data axis's traffic that does not overlap: the reduce-scatter overlaps the last
     micro-batches, the all-gather does not; a guess."""
     decode_latency_per_layer: Seconds = 150e-6
     """Least time of a decoding step in each layer of an engine of several GPUs, for any batch: two
     all-to-alls and small kernels; a guess."""
-    draft_acceptance: Share = 0.85
+    draft_acceptance: Fraction = 0.85
     """Share of right tokens among those that an MTP layer drafts behind right ones: "between 85%
     and 90%" for DeepSeek-V3's second token (arXiv 2412.19437, section 5.4.3). A guess for later
     tokens, at temperature 1, and after RL with frozen MTP layers."""
@@ -114,7 +114,7 @@ class Assumptions:
     """The fullest rank's tokens over the mean in an expert-parallel group; a guess."""
     prompt_tokens: Tokens = 512
     """Mean and longest length of a prompt, unless --prompt-tokens gives it; a guess."""
-    response_share: Share = 0.25
+    response_share: Fraction = 0.25
     """Mean length of a response over the limit, unless --response-tokens gives it; a guess."""
     questions: Count = 10_000
     """Questions of a `sample` run without data.num_train; a guess."""

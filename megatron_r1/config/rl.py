@@ -131,6 +131,18 @@ class RLConfig(Section):
                 f"rl.dual_clip: {self.dual_clip:g}: {self.algorithm} clips its weight on either "
                 "side already; leave it out"
             )
+        if self.gae_lambda != 1 and not algorithm.critic:
+            raise ValueError(
+                f"rl.gae_lambda: {self.gae_lambda:g}: {self.algorithm} has no critic, whose values "
+                "it would weigh; leave it out, or use rl.algorithm: ppo"
+            )
+        discounts = algorithm.kl_in_reward or algorithm.critic or algorithm.teacher
+        is_own = self.algorithm not in algorithms.ALGORITHMS
+        if self.discount != 1 and not (discounts or is_own):
+            raise ValueError(
+                f"rl.discount: {self.discount:g}: {self.algorithm} gives every token of a response "
+                "the same advantage; leave it out"
+            )
         if self.dynamic_sampling and (self.group_size == 1 or algorithm.teacher):
             why = (
                 "learns from its teacher, not from rewards that differ"

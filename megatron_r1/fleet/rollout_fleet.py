@@ -26,8 +26,8 @@ from megatron_r1.fleet.retries import RequestRetries
 from megatron_r1.fleet.swap import EngineCall, UpdateInfo, swap_calls
 
 Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
-"""Its entry sends an engine the weights that the fleet's engines hold; no push begins before its
-exit."""
+"""On entering the context, an engine has been sent the weights that the fleet's engines hold; no
+push begins before it is left."""
 
 
 class RolloutFleet:

@@ -117,8 +117,8 @@ class _RingAttention(torch.autograd.Function):
             keys = halves.spread(share[..., : key.shape[2]], size)
             values = halves.spread(share[..., key.shape[2] :], size)
             d_keys, d_values = (
-                [[torch.zeros_like(x, dtype=wide) for x in half] for half in of]
-                for of in (keys, values)
+                [[torch.zeros_like(x, dtype=wide) for x in half] for half in halves_of_share]
+                for halves_of_share in (keys, values)
             )
             for half, other, causal in _visible(rank, owner, ranks):
                 for at, q in enumerate(queries[half]):

@@ -35,12 +35,12 @@ async def train(session: Session) -> None:
         ]
         advantages = passes.algorithm.advantages(rewards, config.rl)
         # Not in the event loop: a rollout of 8,192 x 30,000 tokens is copied here.
-        trajectories = await asyncio.to_thread(training_samples, rollout.groups, advantages)
+        samples_by_response = await asyncio.to_thread(training_samples, rollout.groups, advantages)
         # By seed and step alone, so that a step that is repeated has the same mini-batches.
-        random.Random(f"{config.run.seed}:{session.step}").shuffle(trajectories)
+        random.Random(f"{config.run.seed}:{session.step}").shuffle(samples_by_response)
 
         with session.phase("train"):
-            metrics = await passes.load(minibatches(trajectories, config.rl.minibatches))
+            metrics = await passes.load(minibatches(samples_by_response, config.rl.minibatches))
             # Under π_ref, and under π_old where the first update does not compute them anyway.
             metrics |= await passes.compute_logprobs(config)
             metrics |= await passes.token_advantages(config)
@@ -110,9 +110,10 @@ def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) ->
     ]
 
 
-def minibatches(trajectories: list[list[Sample]], count: int) -> list[list[Sample]]:
-    """Return the samples of `count` mini-batches of equally many trajectories, in order."""
-    size = len(trajectories) // count
+def minibatches(samples_by_response: list[list[Sample]], count: int) -> list[list[Sample]]:
+    """Return the samples of `count` mini-batches with equally many responses each, in order."""
+    size = len(samples_by_response) // count
     return [
-        list(chain.from_iterable(trajectories[i * size : (i + 1) * size])) for i in range(count)
+        list(chain.from_iterable(samples_by_response[i * size : (i + 1) * size]))
+        for i in range(count)
     ]

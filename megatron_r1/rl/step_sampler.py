@@ -53,10 +53,12 @@ class StepSampler:
         rl = self.config.rl
         # A GPU makes the last long samples of a batch no slower when the next one fills it up; to a
         # CPU every sequence is work, and the trainer waits for those: 2.5 s a step with
-        # overlap, 2.2 s with one batch after the other (docs/log.md).
-        alone = rl.dynamic_sampling or gpu.device() == "cpu"
+        # overlap, 2.2 s with one rollout after the other (docs/log.md).
+        one_at_a_time = rl.dynamic_sampling or gpu.device() == "cpu"
         steps = first_step, self.config.run.steps
-        self._stream = RolloutStream(self._sample, *steps, rl.staleness, one_at_a_time=alone)
+        self._stream = RolloutStream(
+            self._sample, *steps, rl.staleness, one_at_a_time=one_at_a_time
+        )
 
     async def take(self, step: int) -> StepRollout:
         """Return the rollout of `step`; those of later steps continue as far as `rl.staleness`

@@ -27,7 +27,7 @@ from megatron_r1.trainer_client.prompt_packing import pack_by_prompt
 from megatron_r1.trainer_client.rank_processes import RankProcesses
 from megatron_r1.trainer_client.rank_socket import RankSocket
 from megatron_r1.trainer_client.sample_cost import sample_cost
-from megatron_r1.training.wire import Buffer, Call, Reply, Sample, Share, encode_share
+from megatron_r1.training.wire import Buffer, Call, ReplicaSamples, Reply, Sample, encode_share
 
 POLL_SECONDS = 0.5
 CONNECTIONS, OTHER_FILES = 2, 600
@@ -148,7 +148,7 @@ class TrainerClient:
     ) -> tuple[list[Packing], list[list[Buffer]]]:
         """Return the packing of every mini-batch, and each replica's encoded share of all."""
         limit = self.config.parallel.microbatch_tokens
-        shares: list[Share] = [[] for _ in range(self.data_size)]
+        shares: list[ReplicaSamples] = [[] for _ in range(self.data_size)]
         packings = [
             pack_by_prompt(samples, self.data_size, limit, self._cost)
             if self.config.parallel.share_prompts and unit == 1

@@ -43,7 +43,7 @@ from megatron_r1.training.reference import Reference
 from megatron_r1.training.scores import Scores
 from megatron_r1.training.shared_prompts import check_shared_prompts
 from megatron_r1.training.token_advantages import ScoredRollout
-from megatron_r1.training.wire import SUPERVISED, Sample, Share
+from megatron_r1.training.wire import SUPERVISED, ReplicaSamples, Sample
 from megatron_r1.user_code import find_function
 
 
@@ -94,20 +94,20 @@ class Trainer:
         """The parameters of the whole model, counted in its weight table."""
         return weights.num_parameters(self.hf)
 
-    def load(self, share: Share) -> dict[str, float]:
-        """Pack samples into tensors: share[i][m] is micro-batch m of update i.
+    def load(self, share: ReplicaSamples) -> dict[str, float]:
+        """Pack samples into tensors: share[i][m] is micro-batch m of mini-batch i.
 
         Returns "packing/padding", the share of padding among the tokens computed, and, where
         prompts are shared, "packing/shared", the share of tokens that are not computed again."""
-        samples = [s for step in share for batch in step for s in batch]
+        samples = [s for minibatch in share for microbatch in minibatch for s in microbatch]
         check_token_ids(samples, self.hf["vocab_size"])
         shares = self.config.parallel.share_prompts
         pack = partial(
             packed_batch, split=self.split, device=platform.device(), share_prompts=shares
         )
         self.minibatches = [
-            [pack(samples, routing=self.routing) for samples in self._in_rounds(step)]
-            for step in share
+            [pack(microbatch, routing=self.routing) for microbatch in self._in_rounds(minibatch)]
+            for minibatch in share
         ]
         # The sum also runs over context ranks, which hold parts of the same samples.
         num_tokens = sum(len(s) for s in samples)
@@ -166,7 +166,7 @@ class Trainer:
         return metrics
 
     def _batches(self) -> list[PackedBatch]:
-        return [batch for step in self.minibatches for batch in step]
+        return [batch for minibatch in self.minibatches for batch in minibatch]
 
     def token_advantages(self, function: str, settings: TokenSettings) -> None:
         """Replace the advantages of all loaded samples by those that the `TokenAdvantages` at

@@ -129,7 +129,7 @@ def _bytes_of(typecode: str, numbers: Sequence[float]) -> bytes:
     return cast(bytes, memoryview(numbers).cast("B"))
 
 
-Share = list[list[list[Sample]]]
+ReplicaSamples = list[list[list[Sample]]]
 """The samples of one model replica: share[i][m] are those of micro-batch m of optimizer step i."""
 JOINED_BYTES = 1 << 16
 """Buffers below this size are joined: a part of a message of its own costs a few microseconds."""
@@ -147,7 +147,7 @@ class SampleHeader(msgspec.Struct, array_like=True):
     trajectories: int
 
 
-def encode_share(share: Share) -> list[Buffer]:
+def encode_share(share: ReplicaSamples) -> list[Buffer]:
     """Return the parts of a message: the headers, and the samples' buffers one after the other.
 
     Not one msgpack object, which ends at 4 GiB: routing of 512 x 30,000 tokens is 7 GB."""
@@ -180,7 +180,7 @@ def encode_share(share: Share) -> list[Buffer]:
     return [msgspec.msgpack.encode(headers), *parts, b"".join(small)]
 
 
-def decode_share(headers: Buffer, buffers: memoryview) -> Share:
+def decode_share(headers: Buffer, buffers: memoryview) -> ReplicaSamples:
     """Return the share whose `encode_share` was the headers and, joined, the buffers; its samples
     refer to `buffers`."""
     end = 0
@@ -203,7 +203,7 @@ def decode_share(headers: Buffer, buffers: memoryview) -> Share:
 
 class Call(msgspec.Struct, frozen=True):
     """Controller → rank: run `operation` with `arguments`. The leader of a replica gets the parts
-    of an encoded `Share` after it, and forwards them to the others."""
+    of an encoded `ReplicaSamples` after it, and forwards them to the others."""
 
     operation: str
     arguments: dict[str, Any] = {}

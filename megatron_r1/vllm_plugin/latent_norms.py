@@ -1,8 +1,9 @@
 """A patch of vLLM 0.32, on every platform, for the norms inside latent attention."""
 
 import functools
-import sys
 from typing import Any
+
+from megatron_r1.vllm_plugin.model_classes import when_loaded
 
 MODELS = "vllm.model_executor.models.deepseek_v2"
 EPSILON = 1e-6
@@ -16,19 +17,12 @@ def use_released_epsilon() -> None:
     whatever rms_norm_eps is; vLLM uses rms_norm_eps, 1e-5 for Moonlight and GLM-4.7-Flash. Goes
     when: vLLM does as they do.
     """
-    from vllm.model_executor.models import registry
+    when_loaded(MODELS, _patch_both)
 
-    upstream = registry._LazyRegisteredModel.load_model_cls
 
-    def load_model_cls(self: Any) -> Any:
-        model = upstream(self)
-        # Importing it here would cost every process of a server that runs no model some seconds.
-        if MODELS in sys.modules:
-            for name in ("DeepseekV2Attention", "DeepseekV2MLAAttention"):
-                _patch(getattr(sys.modules[MODELS], name))
-        return model
-
-    registry._LazyRegisteredModel.load_model_cls = load_model_cls
+def _patch_both(models: Any) -> None:
+    _patch(models.DeepseekV2Attention)
+    _patch(models.DeepseekV2MLAAttention)
 
 
 @functools.cache  # a second call would wrap the patch in itself

@@ -1,10 +1,11 @@
 """A patch of vLLM 0.32, on every platform, for DeepSeek's experts over tensor and data ranks."""
 
 import functools
-import sys
 from typing import Any
 
 import torch
+
+from megatron_r1.vllm_plugin.model_classes import when_loaded
 
 MODELS = "vllm.model_executor.models.deepseek_v2"
 
@@ -20,18 +21,7 @@ def gather_single_tokens() -> None:
     log-probabilities of a data rank's last sequence are off by 0.1 to 2 wherever the model runs
     eagerly. Goes when: layers say what they return.
     """
-    from vllm.model_executor.models import registry
-
-    upstream = registry._LazyRegisteredModel.load_model_cls
-
-    def load_model_cls(self: Any) -> Any:
-        model = upstream(self)
-        # Importing it here would cost every process of a server that runs no model some seconds.
-        if MODELS in sys.modules:
-            _patch(sys.modules[MODELS].DeepseekV2DecoderLayer)
-        return model
-
-    registry._LazyRegisteredModel.load_model_cls = load_model_cls
+    when_loaded(MODELS, lambda models: _patch(models.DeepseekV2DecoderLayer))
 
 
 @functools.cache  # a second call would wrap the patch in itself

@@ -39,17 +39,18 @@ def load(
 
     in_place: the memory may not be overwritten, because the engine computes there with parameters
     that post-processing leaves unchanged. For engines that captured no addresses: on a CPU."""
-    for _, group in groupby(placed, key=lambda at: id(at.parameter.layer)):
-        of_layer = list(group)
-        for at in of_layer:
-            if at.parameter.is_live:
+    for _, group in groupby(placed, key=lambda each: id(each.parameter.layer)):
+        in_layer = list(group)
+        layer = in_layer[0].parameter.layer
+        received = {}
+        for each in in_layer:
+            if each.parameter.is_live:
                 # It keeps its storage, by which the recorder identifies it.
-                getattr(at.parameter.layer, at.parameter.name).copy_(at.value(memory))
-        received = {
-            at.parameter.name: at.value(memory) for at in of_layer if not at.parameter.is_live
-        }
+                getattr(layer, each.parameter.name).copy_(each.value(memory))
+            else:
+                received[each.parameter.name] = each.value(memory)
         if received:
-            _load_layer(model, of_layer[0].parameter.layer, received, in_place)
+            _load_layer(model, layer, received, in_place)
 
 
 @torch.no_grad()

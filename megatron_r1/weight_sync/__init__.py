@@ -3,7 +3,7 @@
 1. `bridge` (controller): `WeightBridge` pushes, and compares both sides' log-probabilities
    (`probes`). `engine_links` divides the engines into sets (`engine_set`), `set_connector` connects
    these with the trainer.
-2. `trainer_rank`: the verbs of a push on each trainer rank, called by the bridge.
+2. `trainer_rank`: the operations of a push on each trainer rank, called by the bridge.
 3. `plan`: which rectangle of which tensor goes from which trainer rank to which engine rank.
 4. `send`: `sender` reads what the engines offer to receive (`offers`), links this rank with those
    that the plan gives it (`link_planner`, `set_links`), and sends them its `slices`, as they are or

@@ -1,4 +1,4 @@
-"""The verbs of a push on a trainer rank."""
+"""The operations of a push on a trainer rank."""
 
 import os
 import resource

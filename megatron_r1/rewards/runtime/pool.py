@@ -15,7 +15,7 @@ from typing import Self, cast
 
 import msgspec
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import RunError, UserError
 from megatron_r1.processes.framed_process import START_TIMEOUT_SECONDS, WorkerLost
 from megatron_r1.processes.frames import frame
 from megatron_r1.rewards import REMOTE, resolve
@@ -109,10 +109,10 @@ class RewardPool:
     async def grade(self, kind: str, response: str, truth: object, /, **fields: object) -> Grade:
         """Return the grade of one response. kind: a registered reward or "module:function".
 
-        A failure that the response causes (time, memory, a crash, an exception in the reward) is a
-        grade of 0 with the reason. A mistake of the user raises UserError: an unknown kind, a
-        module that cannot be imported, a truth or field that is not JSON. RunError: no worker
-        can be started, the pool is closed, or a served model is down
+        A failure that the response causes (time, memory, a crash) is a grade of 0 with the reason;
+        a reward that raises gives `Grade.ungraded`. A mistake of the user raises UserError: an
+        unknown kind, a module that cannot be imported, a truth or field that is not JSON. RunError:
+        no worker can be started, the pool is closed, or a served model is down
         (`remote.service.ServiceError`)."""
         if self._failure is not None:
             raise self._failure
@@ -172,8 +172,8 @@ class RewardPool:
         return jobs
 
     async def close(self) -> None:
-        """Kill the workers; a `grade` still waiting raises RuntimeError. Safe to call again."""
-        self._fail(RuntimeError("the reward pool is closed"))
+        """Kill the workers; a `grade` still waiting raises RunError. Safe to call again."""
+        self._fail(RunError("the reward pool is closed"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

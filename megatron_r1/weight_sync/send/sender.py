@@ -20,7 +20,7 @@ from megatron_r1.weight_sync.send.slices import EncodedSlices
 from megatron_r1.weight_sync.send.threads import run_all
 from megatron_r1.weights.layout import Shard
 
-Share = Callable[[bytes | None], bytes]
+FromRankZero = Callable[[bytes | None], bytes]
 """Passes bytes of trainer rank 0 on to all of them."""
 
 
@@ -30,7 +30,8 @@ class WeightSender:
     held: this rank's parameters of the model that `hf` describes. stages: the shards of the
     pipeline's virtual stages, default an even spread. store: where trainer and engine ranks meet.
     drafts: whether engines draft with the MTP layers. gpus: the UUID of each rank's GPU and its
-    node, where engines may share it over NCCL. share: see `Share`; not needed for a single rank."""
+    node, where engines may share it over NCCL. share: see `FromRankZero`; not needed for a single
+    rank."""
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class WeightSender:
         grid: TrainerGrid,
         held: HeldPieces,
         store: Store,
-        share: Share = lambda value: value or b"",
+        share: FromRankZero = lambda value: value or b"",
         *,
         rank: int = 0,
         stages: list[list[Shard]] | None = None,

@@ -210,6 +210,8 @@ def passes(config):
     ("settings", "message"),
     [
         ({"algorithm": "cispo", "dual_clip": 3}, "rl.dual_clip: 3: cispo clips its weight"),
+        ({"gae_lambda": 0.95}, "rl.gae_lambda: 0.95: grpo has no critic"),
+        ({"algorithm": "dapo", "discount": 0.9}, "rl.discount: 0.9: dapo gives every token"),
         ({"algorithm": "ppo", "group_size": 1, "dynamic_sampling": True}, "ppo with rl.group_size"),
         ({"algorithm": "on_policy_distillation", "dynamic_sampling": True}, "from its teacher"),
     ],

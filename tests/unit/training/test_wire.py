@@ -9,7 +9,7 @@ from megatron_r1.training import wire
 from megatron_r1.training.wire import Sample, decode_share, encode_share
 
 
-def share(draw: random.Random) -> wire.Share:
+def share(draw: random.Random) -> wire.ReplicaSamples:
     def sample() -> Sample:
         prompt, length = [1, 2, 70_000], draw.choice([0, 1, 5, 300])
         response = array("i", [draw.randrange(1 << 17) for _ in range(length)])
