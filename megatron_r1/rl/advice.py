@@ -13,6 +13,7 @@ from megatron_r1.rl.rollout import GradedResponse, Group, Rollout, responses_of
 
 FIRST_STEPS = 5
 """Steps that are examined: later, equal rewards and long responses may be what was learned."""
+FEW_RIGHT = 0.05
 MOST_EQUAL = 0.8
 MOST_TRUNCATED = 0.4
 LEAST_LANGUAGE = 0.5
@@ -22,22 +23,38 @@ def advice(rollout: Rollout, config: Config) -> dict[str, str]:
     """Return topic → sentence for each fault of a rollout. config: the settings of its step."""
     groups = rollout.groups + rollout.passed_over
     responses = responses_of(groups)
+    few_right = _has_few_right(groups)
     found = {
-        "accuracy": _nothing_right(groups, config),
-        "groups": _equal_groups(groups, config),
-        "length": _cut_off(responses, config),
+        "accuracy": _nothing_right(groups, config) if few_right else "",
+        # Where hardly any is right, equal rewards follow from it, and more samples do not help.
+        "groups": "" if few_right else _equal_groups(groups, config),
+        "length": _cut_off(responses, few_right, config),
         "prompt": _doubled_start(groups),
         "language": _mixed_languages(responses),
     }
     return {topic: sentence for topic, sentence in found.items() if sentence}
 
 
+def _has_few_right(groups: list[Group]) -> bool:
+    """Return whether no graded response is right, or so few that most groups have equal rewards."""
+    graded = _graded(groups)
+    num_right = _num_right(graded)
+    num_equal = sum(group.has_equal_rewards for group in groups)
+    is_rare = num_right <= FEW_RIGHT * len(graded) and num_equal >= MOST_EQUAL * len(groups)
+    return bool(graded) and (not num_right or is_rare)
+
+
+def _graded(groups: list[Group]) -> list[GradedResponse]:
+    return [each for each in responses_of(groups) if ACCURACY not in each.ungraded]
+
+
+def _num_right(graded: Sequence[GradedResponse]) -> int:
+    return sum(bool(each.rewards.get(ACCURACY, 1.0)) for each in graded)
+
+
 def _nothing_right(groups: list[Group], config: Config) -> str:
-    responses = responses_of(groups)
-    graded = [each for each in responses if ACCURACY not in each.ungraded]
-    if not graded or any(each.rewards.get(ACCURACY, 1.0) for each in graded):
-        return ""
-    sentence = f"0 of {counted(len(graded), 'response')} are right"
+    graded = _graded(groups)
+    sentence = f"{_num_right(graded)} of {counted(len(graded), 'response')} are right"
     # Environments and rewards of the user's own read responses as they like.
     ours = [group for group in groups if group.prompt.kind in REGISTRY | REMOTE]
     num_plain = sum(
@@ -48,17 +65,22 @@ def _nothing_right(groups: list[Group], config: Config) -> str:
     if config.rewards.answer not in ("last", "auto") and 2 * num_plain > len(graded):
         return (
             f"{sentence}; {num_plain:,} have neither {ANSWER} nor a box, and rewards.answer: "
-            f"{config.rewards.answer} reads little else: set rewards.answer: auto, or teach the "
-            "form with `megatron-r1 sft`"
+            f"{config.rewards.answer} reads little else: set rewards.answer: auto, or show the "
+            "form by a solved question before {problem} in data.template, or teach it with "
+            "`megatron-r1 sft`"
         )
     # The terms' reasons are joined in the order of the terms.
     firsts = [each.reason.split("; ")[0] for each in graded if next(iter(each.rewards)) == ACCURACY]
     if firsts:
         (common, count), *_ = Counter(first.split(":")[0] for first in firsts).most_common(1)
-        sentence += f"; {count:,} of them: {common}"
+        sentence += f"; the most frequent reason, of {count:,}: {common}"
+    examples = "Put one or two solved questions before {problem} in data.template"
+    if any(each.episode for each in graded):  # its conversation begins with agents.system
+        examples = "Show one or two solved questions in agents.system"
     return (
-        f"{sentence}. Choose easier questions, check that data.template is what the model was "
-        "trained with, or begin with `megatron-r1 sft`"
+        f"{sentence}. {examples}, as turns of the model's own chat format if it has one "
+        "(docs/first_day.md, worked examples); or check that data.template is what the model was "
+        "trained with, choose easier questions, or begin with `megatron-r1 sft`"
     )
 
 
@@ -74,19 +96,25 @@ def _equal_groups(groups: Sequence[Group], config: Config) -> str:
     )
 
 
-def _cut_off(responses: Sequence[GradedResponse], config: Config) -> str:
+def _cut_off(responses: Sequence[GradedResponse], few_right: bool, config: Config) -> str:
     num_cut = sum(each.truncated for each in responses)
     if num_cut < MOST_TRUNCATED * len(responses):
         return ""
     limit = config.rollout.max_response_tokens
     sentence = (
         f"{num_cut:,} of {counted(len(responses), 'response')} are cut off at "
-        f"rollout.max_response_tokens={limit}: raise it"
+        f"rollout.max_response_tokens={limit}{'' if few_right else ': raise it'}"
+    )
+    others = (
+        "the model may have learned another end token than its tokenizer's, or another template "
+        f"than data.template={config.data.template[:20]!r}"
     )
     if num_cut == len(responses):
+        return f"{sentence}. None has an end: {others}"
+    if few_right:
         sentence += (
-            ". None has an end: the model may have learned another end token than its tokenizer's, "
-            f"or another template than data.template={config.data.template[:20]!r}"
+            ", and hardly any response is right: the model may not come to an end. A solved "
+            f"question in data.template shows it where to stop; else {others}"
         )
     return sentence
 

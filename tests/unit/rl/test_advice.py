@@ -43,16 +43,25 @@ MIXED = (graded(), graded(right=1.0))
         (
             [(graded("It is 122."), graded("122!", reason="wrong: 122!, expected 122", right=0.0))],
             {},
-            {"accuracy", "groups"},
+            {"accuracy"},
             "0 of 2 responses are right; 2 have neither <answer> nor a box.*answer: auto",
         ),
         (
             [(graded("It is 7."), graded("7"))],
             {"rewards": {"answer": "auto"}},
-            {"accuracy", "groups"},
-            "0 of 2 responses are right; 2 of them: wrong. Choose easier questions",
+            {"accuracy"},
+            "0 of 2 responses are right; the most frequent reason, of 2: wrong. "
+            "Put one or two solved questions before {problem} in data.template",
         ),
-        ([(graded(), graded())], {}, {"accuracy", "groups"}, "2 of them: wrong"),
+        ([(graded(), graded())], {}, {"accuracy"}, "reason, of 2: wrong.*worked examples"),
+        # One of 40 is as good as none where it leaves the groups equal, and not where it does not.
+        (
+            [MIXED, *[(graded(), graded())] * 19],
+            {},
+            {"accuracy"},
+            "1 of 40 responses are right; .*solved questions",
+        ),
+        ([MIXED, MIXED], {}, set(), ""),
         (
             [MIXED, *[(graded(right=1.0), graded(right=1.0))] * 4],
             {},
@@ -65,6 +74,13 @@ MIXED = (graded(), graded(right=1.0))
             {"rollout": {"max_response_tokens": 64}},
             {"length"},
             "1 of 2 responses are cut off at rollout.max_response_tokens=64: raise it$",
+        ),
+        # Length is not what a model lacks that is never right.
+        (
+            [(graded(finish="length"), graded())],
+            {},
+            {"accuracy", "length"},
+            "solved questions",
         ),
         (
             [(graded(finish="length"), graded(right=1.0, finish="length"))],
@@ -85,6 +101,12 @@ def test_each_fault_is_named_with_its_numbers_and_the_setting(groups, settings, 
     assert found.keys() == topics
     first = next(iter(found.values()), "")
     assert re.search(words, first), first
+
+
+def test_longer_responses_are_not_advised_where_none_is_right():
+    found = advice(rollout((graded(finish="length"), graded())), config())["length"]
+    assert "1 of 2 responses are cut off" in found and "raise it" not in found
+    assert "may not come to an end" in found and "data.template" in found
 
 
 def test_a_start_token_that_template_and_tokenizer_both_have_is_seen():
