@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_r1.agents.episode import Episode
 from megatron_r1.commands import torchrun
+from megatron_r1.commands.rl_checks import naming_renamed_columns
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import PromptSampler
@@ -89,7 +90,8 @@ async def _sample(
         weights=weights,
     )
     try:
-        await collector.check(weights, questions)
+        with naming_renamed_columns(config.data.columns):
+            await collector.check(weights, questions)
         print(f"starting {counted(rollout.engines, 'engine')} on {config.model.path}", flush=True)
         await fleet.start(config.model.path)
         start = time.perf_counter()
@@ -114,11 +116,14 @@ def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:
     shown = {ACCURACY, *weights}
     terms = ", ".join(f"{t} {reward:.3g}" for t, reward in graded.rewards.items() if t in shown)
     tokens = counted(len(graded.response.token_ids), "token")
+    truth = group.prompt.truth
+    # Quoted: spaces at its ends would make a reward of one's own call right answers wrong.
+    wanted = "" if truth is None else f"truth {printable(shorten(repr(truth)))}; "
     return "\n".join(
         [
             f"--- {printable(shorten(question, 200))}",
             printable(response, keep_newlines=True),
-            f"    {tokens}{', cut off' if graded.truncated else ''}; {terms}; "
+            f"    {wanted}{tokens}{', cut off' if graded.truncated else ''}; {terms}; "
             f"{printable(graded.reason)}",
         ]
     )

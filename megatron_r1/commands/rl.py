@@ -7,7 +7,7 @@ graders (`rollout_run`) beside the trainer (`training_run`), and a session of bo
 import asyncio
 from pathlib import Path
 
-from megatron_r1.commands.rl_checks import prepare, questions_drawn
+from megatron_r1.commands.rl_checks import naming_renamed_columns, prepare, questions_drawn
 from megatron_r1.commands.rollout_run import open_rollouts
 from megatron_r1.commands.training_run import TrainingRun, run_training, show_trainer
 from megatron_r1.config import Config
@@ -74,7 +74,8 @@ async def _run(
             await log.prune()  # old samples are not of this run's policies
         # Served rewards of a later phase too: a mistake in them should show now.
         terms = {term: None for _, phase in config.phases() for term in phase.rewards.weights}
-        await collector.check(terms, prompts.train + prompts.heldout)
+        with naming_renamed_columns(config.data.columns):
+            await collector.check(terms, prompts.train + prompts.heldout)
         view.phase("starting", f"trainer and {config.rollout.engines} x vLLM")
         if not await running.stop.before(_start(config, trainer, collector)):
             return

@@ -1,7 +1,10 @@
 """What an RL run checks before anything starts, and the questions that it may draw."""
 
+import contextlib
+import re
 import sys
 from collections import Counter
+from collections.abc import Iterator, Mapping
 
 from megatron_r1.agents.rows import rows_of
 from megatron_r1.commands import torchrun
@@ -18,6 +21,7 @@ from megatron_r1.fleet.placement import check_room, hosts_address
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.reporting.wording import counted, percent
+from megatron_r1.rewards import REGISTRY, REMOTE
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.environments import check_environment
@@ -66,6 +70,7 @@ def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
             f"{shorten(repr(kept.truth))}, which counts, and {shorten(repr(other.truth))}",
             file=sys.stderr,
         )
+    show_padded_truths(config.data.path or config.data.task or "data", prompts)
     prompts = prompts_that_fit(prompts, text, context_length(config))
     per_rollout = config.rl.questions_per_rollout
     if per_rollout > len(prompts.train):
@@ -81,6 +86,45 @@ def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
             file=sys.stderr,
         )
     return text, prompts
+
+
+def show_padded_truths(source: str, prompts: PromptSplit) -> None:
+    """Print how many truths have spaces at an end, which a reward of the user's own may compare.
+    source: the file or the task."""
+    padded = [
+        prompt
+        for prompt in prompts.train + prompts.heldout
+        if prompt.kind not in REGISTRY | REMOTE
+        and isinstance(prompt.truth, str)
+        and prompt.truth != prompt.truth.strip()
+    ]
+    if padded:
+        first = padded[0]
+        verb = "begins or ends" if len(padded) == 1 else "begin or end"
+        print(
+            f"{source}: {counted(len(padded), 'truth')} {verb} with a space, which "
+            f"{first.kind} gets with it: {shorten(first.question)!r} has "
+            f"{shorten(repr(first.truth))}",
+            file=sys.stderr,
+        )
+
+
+@contextlib.contextmanager
+def naming_renamed_columns(columns: Mapping[str, str] | None) -> Iterator[None]:
+    """Say of a field that a reward lacks, where the file has a column of this name, as what it is
+    read. columns: `data.columns`."""
+    try:
+        yield
+    except UserError as error:
+        lacks = re.search(r" needs ([\w, ]+): give it in the row", str(error))
+        names = lacks[1].split(", ") if lacks else []
+        for ours, theirs in (columns or {}).items():
+            if theirs in names and ours != theirs:
+                raise UserError(
+                    f"{error}; the file's column {theirs!r} is read as {ours} (data.columns), "
+                    f"which a reward gets by that name: call its parameter {ours}"
+                ) from None
+        raise
 
 
 def prompts_that_fit(prompts: PromptSplit, text: PromptText, room: int) -> PromptSplit:

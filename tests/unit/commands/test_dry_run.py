@@ -39,6 +39,17 @@ def test_an_episode_is_shown_with_resets_text_calls_and_results():
     assert dry_run._episodes(rollout) == ["episodes: 2 done; 2 calls, 2 failed"]
 
 
+def test_a_truth_is_shown_with_its_spaces():
+    response = Response(array("i", [1, 2]), array("f", [0.0, 0.0]), array("i", [0, 0]), "stop")
+    graded = GradedResponse(response, "lion", {"accuracy": 0.0}, 0.0, "wrong")
+    group = Group(Prompt("p", "lion, oak, elm", "odd:one", " lion "), [1], [graded])
+    assert dry_run._sample_text(group, 0, {"accuracy": 1.0}).splitlines() == [
+        "--- lion, oak, elm",
+        "lion",
+        "    truth ' lion '; 2 tokens; accuracy 0; wrong",
+    ]
+
+
 def test_a_run_that_does_not_fit_is_refused_before_it_samples(tmp_path, monkeypatch):
     shape = {
         "architectures": ["Qwen2ForCausalLM"],

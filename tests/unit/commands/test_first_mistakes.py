@@ -9,6 +9,7 @@ import pytest
 
 from megatron_r1 import cli
 from megatron_r1 import config as configuration
+from megatron_r1.commands.rl_checks import naming_renamed_columns, show_padded_truths
 from megatron_r1.commands.training_run import run_training
 from megatron_r1.config import RolloutConfig
 from megatron_r1.data.prompts import load_prompts
@@ -90,6 +91,33 @@ def test_questions_are_checked(tmp_path):
     rows = [{"question": q, "truth": t} for q, t in (("a", "1"), ("A ", "2"), ("b", "3"))]
     split = load_prompts(path=write(tmp_path / "q.jsonl", [*rows, rows[2]]), heldout_fraction=0.0)
     assert [(kept.truth, other.truth) for kept, other in split.contradictions] == [("1", "2")]
+
+
+def test_truths_with_spaces_at_an_end_are_counted_for_a_reward_of_ones_own(tmp_path, capsys):
+    rows = [{"question": q, "truth": t} for q, t in (("a", " lion "), ("b", "oak"), ("c", "elm "))]
+    path = write(tmp_path / "odd.jsonl", rows)
+    for kind in ("odd:one", "math"):
+        show_padded_truths(path, load_prompts(path=path, kind=kind, heldout_fraction=0.0))
+    said = capsys.readouterr().err
+    assert f"{path}: 2 truths begin or end with a space, which odd:one gets with it: 'a'" in said
+    assert said.count("\n") == 1 and said.endswith("has ' lion '\n")
+
+
+def test_a_column_that_is_read_under_another_name_is_named():
+    def lacking(names):
+        return UserError(
+            f"question 'q': its odd:one answer cannot be graded: reward 'odd:one' "
+            f"needs {names}: give it in the row, or for all rows as rewards.options"
+        )
+
+    columns = {"question": "words", "truth": "truth"}
+    said = "'words' is read as question .data.columns.*parameter question$"
+    with pytest.raises(UserError, match=said), naming_renamed_columns(columns):
+        raise lacking("size, words")
+    for names, known in (("size", columns), ("words", None), ("truth", columns)):
+        with pytest.raises(UserError) as unchanged, naming_renamed_columns(known):
+            raise lacking(names)
+        assert str(unchanged.value) == str(lacking(names))
 
 
 @pytest.mark.parametrize("kind", ["sub.mine.unit", "sub/mine.py:unit"])
