@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pydantic_core import to_jsonable_python
 
 from megatron_r1 import config as configuration
 from megatron_r1.commands import rl
-from megatron_r1.commands.rl_checks import prepare
+from megatron_r1.commands.rl_checks import naming_renamed_columns, prepare
 from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
 from megatron_r1.config import Config, verb_of
 from megatron_r1.data.prompts import Prompt, is_heldout, normalize, without_roles
@@ -36,6 +37,7 @@ from megatron_r1.first_recipe.recipe_text import recipe_text, value_text
 from megatron_r1.first_recipe.sizes import Guess, Machine
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.supported import check_supported
+from megatron_r1.rewards import ENVIRONMENT
 from megatron_r1.rewards.answer import MARKER
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.combine import DEFAULT_WEIGHTS
@@ -54,6 +56,8 @@ MAX_ROWS = 20_000
 COLUMN_ROWS = 100
 """Rows by which the columns are recognized."""
 TRIED_TRUTHS = 20
+SMALL = 1e9
+"""Below so many parameters, a template is said to need worked examples."""
 FEW, FEW_HELDOUT, MANY_HELDOUT = 20, 64, 500
 OWN = ":"
 """It is in the name of a reward function of the user's own, module:function."""
@@ -70,6 +74,10 @@ def run(
 ) -> None:
     """Write the recipe and print it. Raises UserError naming what is missing, before it is written,
     and for a recipe that `rl` would refuse."""
+    if Path(model).is_file():
+        raise UserError(
+            f"{MODEL} {model}: it is a file; the order is megatron-r1 init {' '.join(ARGUMENTS)}"
+        )
     path = Path(out or f"{Path(data.removeprefix('hub:').split(':')[0]).stem}.yaml")
     if path.exists():
         raise UserError(f"{path} exists already; remove it, or give --out ANOTHER.yaml")
@@ -81,6 +89,8 @@ def run(
     if not rows:
         raise UserError(f"{data}: it holds no rows")
     columns = guess_columns(data, rows[:COLUMN_ROWS], question, truth, kind)
+    if kind is None:
+        columns = _kind_of_run(columns, folder)
     guesses = [
         Guess("run.folder", f"runs/{path.stem}", "everything that the run writes"),
         Guess(
@@ -89,7 +99,7 @@ def run(
             f"{hf['architectures'][0]}, {num_parameters(hf) / 1e6:,.1f}M parameters",
         ),
         *_data(data, rows, columns),
-        *_answers(folder),
+        *_answers(folder, num_parameters(hf)),
     ]
     questions = _questions(data, columns)
     template = next(guess.value for guess in guesses if guess.key == "data.template")
@@ -111,7 +121,8 @@ def run(
         recipe = configuration.load(path, required=rl.REQUIRED)
         _, prompts = prepare(recipe)
         if OWN in (columns.kind or ""):
-            asyncio.run(_check_own(prompts.train))
+            with naming_renamed_columns(recipe.data.columns):
+                asyncio.run(_check_own(prompts.train))
         if not gpu.is_usable():
             memory = cpu_memory(recipe, 1, samples=True)
             print(memory.describe(memory.microbatch(None)))
@@ -139,6 +150,17 @@ def _data(data: str, rows: Sequence[dict[str, Any]], columns: Columns) -> list[G
     return guesses
 
 
+def _kind_of_run(columns: Columns, folder: Path) -> Columns:
+    """Return the columns with the reward of the RL run that made the model, in place of a guess.
+    That of an environment would need the run's `agents`, which are not taken over."""
+    trained = recipe_of(folder)
+    own = trained.data.kind if trained is not None and verb_of(trained) == "rl" else None
+    if columns.kind is None or own in (None, ENVIRONMENT):
+        return columns
+    reasons = columns.reasons | {"kind": f"as {folder.parent} trained the model"}
+    return replace(columns, kind=own, reasons=reasons)
+
+
 def _questions(data: str, columns: Columns) -> list[str]:
     """Return the distinct questions of the rows that are read. Raises UserError for a row without
     one."""
@@ -150,9 +172,9 @@ def _questions(data: str, columns: Columns) -> list[str]:
     return list(found.values())
 
 
-def _answers(folder: Path) -> list[Guess]:
+def _answers(folder: Path, parameters: int) -> list[Guess]:
     """Return the template and the reading of answers: those of the run that made the model, else
-    those of a chat model or a base model."""
+    those of a chat model or a base model. parameters: their number in the model."""
     template, reason = template_of_model(folder, MODEL)
     trained = recipe_of(folder)
     if trained is not None and verb_of(trained) == "rl":
@@ -162,6 +184,12 @@ def _answers(folder: Path) -> list[Guess]:
             Guess("rewards.answer", rewards["answer"], reason),
             Guess("rewards.weights", to_jsonable_python(rewards["weights"]), reason),
         ]
+    if parameters < SMALL:
+        reason += (
+            "; a model as small as this one often talks about the question instead of answering "
+            "it: where the dry run shows that, write this template out, with one or two solved "
+            "questions before {problem} (docs/first_day.md, worked examples)"
+        )
     form = {name: weight for name, weight in DEFAULT_WEIGHTS.items() if name != "format"}
     return [
         Guess("data.template", template, reason),

@@ -38,7 +38,9 @@ def find_exported(path: str, name: str) -> Path:
             "steps, and hf/ at its end"
         )
     what = "neither a Hugging Face folder (no config.json) nor a run's folder (no hf/)"
-    if not folder.is_dir():
+    if folder.is_file():
+        what = "it is a file, and no folder"
+    elif not folder.is_dir():
         what = f"no such folder (relative to {Path.cwd()}){hub_hint(str(path))}"
     raise UserError(f"{name} {path}: {what}")
 

@@ -62,7 +62,7 @@ def test_the_recipe_loads_and_says_why(here, capsys):
 
 def test_a_chat_model_and_a_run_keep_their_own_template(here):
     def guessed(folder):
-        return {guess.key: guess.value for guess in init._answers(Path(folder))}
+        return {guess.key: guess.value for guess in init._answers(Path(folder), 10**10)}
 
     settings = Path("model/tokenizer_config.json")
     plain = json.loads(settings.read_text())
@@ -86,9 +86,36 @@ def test_a_chat_model_and_a_run_keep_their_own_template(here):
     assert text == '# title\ndata:\n  # reason\n  template: "Pupil: {problem}\\nTeacher: "\n'
 
 
+def test_a_small_model_is_said_to_need_worked_examples(here):
+    def reason(parameters):
+        guesses = init._answers(Path("model"), parameters)
+        return next(guess.reason for guess in guesses if guess.key == "data.template")
+
+    assert "solved questions before {problem}" in reason(135_000_000)
+    assert "solved" not in reason(7_000_000_000)
+
+
+def test_the_reward_of_the_run_that_made_the_model_is_taken_over(here, capsys):
+    Path("run").mkdir()
+    Path("model").rename("run/hf")
+    Path("mine.py").write_text(
+        "from megatron_r1.rewards import Grade\n"
+        "def unit(response, truth, **entry):\n"
+        "    return Grade(1.0, 'fine')\n"
+    )
+    data = {"kind": "mine:unit", "template": "Q: {problem}"}
+    Path("run/config.yaml").write_text(json.dumps({"data": data}))
+    assert cli.main(["init", "run", "my sums.csv", "--out", "again.yaml"]) == 0
+    assert configuration.load("again.yaml").data.kind == "mine:unit"
+    assert "the reward: as run trained the model" in capsys.readouterr().out
+    assert cli.main(["init", "run", "my sums.csv", "--out", "other.yaml", "--kind", "math"]) == 0
+    assert configuration.load("other.yaml").data.kind == "math"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["my sums.csv", "model"], "it is a file; the order is megatron-r1 init MODEL_FOLDER DATA"),
         (["absent", "my sums.csv"], "MODEL_FOLDER absent: no such folder"),
         (["model", "absent.csv"], "absent.csv: no such file"),
         (["model", "my sums.csv", "--question", "Mathtask"], "did you mean Math task"),
