@@ -96,7 +96,9 @@ def _grade(function: Callable[..., Grade], job: Job) -> JobStatus:
     except BaseException as error:  # noqa: BLE001 - SystemExit must not end the worker either
         is_call = isinstance(error, TypeError)
         explanation = explain_call(function, job.target, job.fields) if is_call else ""
-        reason = explanation or _describe(error) + place_of(error)
+        place = place_of(error)  # in the user's own files
+        call = f", called with the response {shorten(repr(job.response))}" if place else ""
+        reason = explanation or _describe(error) + place + call
         grade = Grade.ungraded(reason)
     status: Literal["graded", "failed"] = "graded" if grade.is_graded else "failed"
     return JobStatus(status, job.id, grade.reward, grade.reason)

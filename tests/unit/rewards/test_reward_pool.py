@@ -164,7 +164,9 @@ def test_what_a_grader_raises_prints_or_returns_stays_its_own(graders):
 
     (failed, stopped, confused, chatter), snapshot = run_in_pool(scenario)
     assert re.fullmatch(
-        r"cannot be graded: KeyError: 'metadata' \(\S+graders.py:\d+\)", failed.reason
+        r"cannot be graded: KeyError: 'metadata' \(\S+graders.py:\d+\), "
+        r"called with the response '\?'",
+        failed.reason,
     )
     assert stopped.reason.startswith("cannot be graded: SystemExit: 0 (")
     assert "must return a Grade, got float" in confused.reason

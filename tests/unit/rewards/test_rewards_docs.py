@@ -92,6 +92,7 @@ def test_the_reward_that_is_shown_works_as_it_stands(example):
     reason, place = graded[2]["reason"].rsplit(" (", 1)
     assert reason == "cannot be graded: ValueError: wanted must be at least 1, got 0"
     assert place.partition(":")[0].endswith("my_rewards.py")
+    assert place.endswith("), called with the response '1. add'")
 
 
 def test_the_recipe_that_is_shown_loads(tmp_path):

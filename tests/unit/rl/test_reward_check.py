@@ -68,10 +68,11 @@ def check(*prompts, **rewards):
         ("mine:alone", "'mine:alone' must take a response and a truth: def alone.response, truth"),
         ("mine:needs", "'mine:needs' needs wanted: give it in the row, or for all rows as "
          "rewards.options.mine:needs.wanted"),
-        ("mine:raises", r"cannot be graded: KeyError: 'weather' \(mine.py:\d+\)$"),
-        ("mine:refuses", r"cannot be graded: TypeError: of its own \(mine.py:\d+\)$"),
+        ("mine:raises", r"cannot be graded: KeyError: 'weather' \(mine.py:\d+\), called with the "
+         r"response '<think>I think.</think>.n<answer>13</answer>'$"),
+        ("mine:refuses", r"cannot be graded: TypeError: of its own \(mine.py:\d+\), called with"),
         ("mine:bare_number", r"must return a Grade, got float: return Grade\(number from 0 to 1"),
-        ("mine:text", r"ValueError: the reward must be a number, got '1' \(mine.py:\d+\)$"),
+        ("mine:text", r"ValueError: the reward must be a number, got '1' \(mine.py:\d+\), called"),
     ],
 )  # fmt: skip
 def test_a_reward_of_ones_own_is_tried_before_anything_starts(mine, kind, message):
