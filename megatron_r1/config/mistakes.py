@@ -8,6 +8,10 @@ from pydantic import BaseModel, ValidationError
 from megatron_r1.config.keys import models_within
 from megatron_r1.errors import did_you_mean
 
+GREEDY = ("rollout.temperature", "eval.temperature")
+LEAST_WORD = 5
+"""Characters of a part of a key that is searched for in others: `max` and `num` are in many."""
+
 
 def explain(failure: ValidationError, root: type[BaseModel], known: Iterable[str] = ()) -> str:
     """Return all errors of validating a `root`.
@@ -31,6 +35,10 @@ def _sentence(error: Mapping[str, Any], root: type[BaseModel], known: Iterable[s
         quote = (
             "; YAML takes that for more than a text: put it in double quotes, within the shell's"
         )
+    if error["type"] == "list_type" and isinstance(error.get("input"), str):
+        quote = f"; in brackets: [{error['input']}]"
+    if error["type"] == "greater_than" and key in GREEDY:
+        quote = "; 0.01 decodes nearly greedily, by the likeliest token"
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error.get('input')!r}{quote}"
 
 
@@ -43,6 +51,10 @@ def _hint(location: tuple[str | int, ...], root: type[BaseModel], known: Iterabl
         return near
     if elsewhere := [key for key in known if key.rpartition(".")[2] == leaf]:
         return f"; did you mean {elsewhere[0]}?"
+    words = {word for word in leaf.split("_") if len(word) >= LEAST_WORD}
+    similar = [key for key in here if words & set(key.split("_"))]
+    if len(similar) == 1:
+        return f"; did you mean {'.'.join([*parents, similar[0]])}?"
     return f"; {'.'.join(parents) or 'a recipe'} has {', '.join(here)}"
 
 

@@ -16,7 +16,7 @@ from megatron_r1.config.rewards import RewardsConfig
 from megatron_r1.config.rl import RLConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, RunConfig
 from megatron_r1.config.sample import SampleConfig
-from megatron_r1.config.schedule import changes_at
+from megatron_r1.config.schedule import changes_at, check_keys
 from megatron_r1.config.section import Resumable, Section, resumable_keys
 from megatron_r1.config.training import FP8Config, OptimizerConfig, SFTConfig
 
@@ -71,6 +71,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _schedule_is_valid(self) -> Self:
+        if self.rl.schedule:
+            check_keys(self.rl.schedule, known_keys())
         for entry in self.rl.schedule:
             tree = self.model_dump()
             tree["rl"]["schedule"] = []

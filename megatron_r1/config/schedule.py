@@ -1,5 +1,6 @@
 """Settings that change with the step: `rl.schedule`."""
 
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -32,11 +33,7 @@ class ScheduleEntry(BaseModel):
     from_step: int = Field(gt=0, description="first step with these settings")
 
     @model_validator(mode="after")
-    def _names_settings_that_can_change(self) -> "ScheduleEntry":
-        for key in self.changes:
-            if key not in KEYS:
-                near = did_you_mean(key, KEYS, "{}") or f"; these can: {', '.join(KEYS)}"
-                raise ValueError(f"rl.schedule: {key} cannot change during a run{near}")
+    def _changes_something(self) -> "ScheduleEntry":
         if not self.changes:
             raise ValueError(
                 f"rl.schedule: from_step: {self.from_step} changes nothing; add settings such as "
@@ -57,6 +54,16 @@ def changes_at(schedule: list[ScheduleEntry], step: int) -> dict[str, dict[str, 
         if entry.from_step <= step:
             changes |= entry.changes
     return as_sections(changes)
+
+
+def check_keys(schedule: list[ScheduleEntry], known: Collection[str]) -> None:
+    """Raise ValueError for a setting that cannot change. known: all keys of a recipe, which are
+    not misspelt."""
+    for key in (key for entry in schedule for key in entry.changes):
+        if key not in KEYS:
+            near = "" if key in known else did_you_mean(key, KEYS, "{}")
+            near = near or f"; these can: {', '.join(KEYS)}"
+            raise ValueError(f"rl.schedule: {key} cannot change during a run{near}")
 
 
 def check_order(schedule: list[ScheduleEntry]) -> list[ScheduleEntry]:

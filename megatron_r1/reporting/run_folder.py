@@ -9,6 +9,8 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from megatron_r1.config.differences import changed_keys, flatten, is_within, value_text
+from megatron_r1.config.schedule import KEYS as SCHEDULED_KEYS
+from megatron_r1.config.yaml_text import as_text
 from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import append_lines, keep_lines, read_lines
@@ -175,7 +177,18 @@ class RunFolder:
             "To continue that run, give it the settings it has; to start another one, choose "
             "another folder or remove this one."
         )
+        if scheduled := [key for key in keys if is_within(key, SCHEDULED_KEYS)]:
+            lines.append(
+                f"To change {', '.join(scheduled)} on the way of an RL run, add an entry to "
+                f"rl.schedule: {self._schedule_entry(scheduled, after)}"
+            )
         return "\n".join(lines)
+
+    def _schedule_entry(self, keys: list[str], after: dict[str, Any]) -> str:
+        """Return an entry of `rl.schedule` with the new values of `keys` from the next step on."""
+        step = 1 + max((line["step"] for line in self.read_metrics()), default=0)
+        values = [f"{k}: {as_text(after[k])}" for k in keys if k in SCHEDULED_KEYS and k in after]
+        return f"{{from_step: {step}, {', '.join(values) or '…'}}}"
 
 
 def _integer_step(record: Mapping[str, Any], what: str) -> int:

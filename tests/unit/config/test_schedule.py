@@ -84,6 +84,10 @@ def test_it_survives_the_recipe_that_a_run_writes(tmp_path):
             r"did you mean rollout\.max_response_tokens",
         ),
         ([{"from_step": 3, "rollout.tensor": 2}], r"rollout\.tensor cannot change during a run"),
+        (
+            [{"from_step": 3, "rl.dynamic_sampling": True}],
+            r"rl\.dynamic_sampling cannot change during a run; these can: rollout\.temperature",
+        ),
         ([{"from_step": 3, "rl.kind_weights": {"math": -1}}], r"from_step: 3: rl\.kind_weights"),
         ([{"from_step": 3, "rewards.weights": {"format": 0}}], "from_step: 3: .*no weight is ab"),
         ([{"from_step": 3, "rewards.weights": {"formt": 1}}], "from_step: 3: .*did you mean 'for"),

@@ -3,12 +3,14 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_r1.config.differences import flatten
@@ -221,6 +223,23 @@ def test_other_settings_are_refused_with_both_values_and_the_remedy(tmp_path):
     assert "eval.num_samples: 4 in the folder, 8 now" in message
     assert "choose another folder" in message and "learning_rate" not in message
     assert folder.config_path.read_bytes() == before
+
+
+def test_settings_that_a_schedule_changes_are_refused_with_an_entry_for_it(tmp_path):
+    settings = {"optimizer": {"learning_rate": 2e-5, "beta1": 0.9}, "rl": {"schedule": []}}
+    folder = RunFolder(tmp_path)
+    folder.write_config(settings)
+    folder.append_metrics({"step": 24})
+    slower = {"learning_rate": 1e-5, "beta1": 0.8}
+    with pytest.raises(UserError) as error:
+        folder.write_config({**settings, "optimizer": slower})
+    sentence = str(error.value).splitlines()[-1]
+    assert sentence.startswith("To change optimizer.learning_rate on the way of an RL run")
+    (entry,) = re.findall("{.*}", sentence)
+    assert yaml.safe_load(entry) == {"from_step": 25, "optimizer.learning_rate": 1e-5}
+    with pytest.raises(UserError) as error:
+        folder.write_config({**settings, "optimizer": {**slower, "learning_rate": 2e-5}})
+    assert "rl.schedule" not in str(error.value)
 
 
 def test_settings_that_may_change_are_updated(tmp_path):
