@@ -67,6 +67,8 @@ def require_same_settings(
 ) -> None:
     """Write the recipe. Raises UserError if `settings`, all that responses and grades depend on,
     differ from those of the logged responses."""
-    require_same_identity(folder.path / "identity.json", settings, bool(log.digests))
+    models = folder.read_config().get("model", {}).get("path"), config.model.path
+    identity = folder.path / "identity.json"
+    require_same_identity(identity, settings, bool(log.digests), models)
     # All other settings may change between starts; the file has those of the latest.
     folder.write_config(config.model_dump(), may_change=tuple(Config.model_fields))

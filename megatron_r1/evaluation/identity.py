@@ -30,16 +30,19 @@ def settings_that_matter(config: Config, policy: Mapping[str, Any]) -> dict[str,
     }
 
 
-def require_same_identity(path: Path, settings: Mapping[str, Any], has_samples: bool) -> None:
-    """Write `settings` into a new folder; compare them with those of one that has samples. Raises
-    UserError naming each difference with both values."""
+def require_same_identity(
+    path: Path, settings: Mapping[str, Any], has_samples: bool, models: tuple[object, object]
+) -> None:
+    """Write `settings` into a new folder; compare them with those of one that has samples. models:
+    `model.path` of the folder and now. Raises UserError naming each difference with both values."""
     if not (has_samples and path.exists()):
         atomic_write(path, json.dumps(settings, indent=1) + "\n")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     names = [*before, *(name for name in settings if name not in before)]
     changed = [
-        f"  {name}: {before.get(name)!r} in the folder, {settings.get(name)!r} now\n"
+        f"  {name}: {before.get(name)!r} in the folder, {settings.get(name)!r} now"
+        f"{_about_weights(models) if name == 'weights' else ''}\n"
         for name in names
         if _deciding(name, before.get(name)) != _deciding(name, settings.get(name))
     ]
@@ -48,6 +51,14 @@ def require_same_identity(path: Path, settings: Mapping[str, Any], has_samples: 
             f"{path.parent} holds responses with other settings:\n{''.join(changed)}To continue, "
             "restore those; to start anew, choose another run.folder or remove this one."
         )
+
+
+def _about_weights(models: tuple[object, object]) -> str:
+    """Return what the digests of two models' weights stand for."""
+    before, now = models
+    if before == now:
+        return f" (the files in model.path, {now}, have changed since)"
+    return f" (of model.path: {before} in the folder, {now} now)"
 
 
 def _deciding(name: str, value: Any) -> Any:

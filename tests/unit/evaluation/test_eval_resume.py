@@ -8,7 +8,9 @@ import pytest
 from fake_server import FakeServer
 
 from megatron_r1.cli import main
+from megatron_r1.errors import UserError
 from megatron_r1.evaluation import server_policy
+from megatron_r1.evaluation.identity import require_same_identity
 
 PROBLEMS = [
     {"id": f"q{i}", "problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(4)
@@ -135,6 +137,23 @@ def test_a_changed_setting_that_matters_is_refused_by_name(recipe, capsys, chang
         assert main(["eval", path, *change]) == 2
         assert len(server.requests) == num_asked
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        (("runs/mine", "models/base"), "(of model.path: runs/mine in the folder, models/base now)"),
+        (("runs/mine", "runs/mine"), "(the files in model.path, runs/mine, have changed since)"),
+    ],
+)
+def test_the_folder_of_another_model_is_refused_with_both_models(tmp_path, models, said):
+    path = tmp_path / "identity.json"
+    require_same_identity(path, {"weights": "c716", "run.seed": 0}, False, models)
+    require_same_identity(path, {"weights": "c716", "run.seed": 0}, True, models)
+    with pytest.raises(UserError) as refused:
+        require_same_identity(path, {"weights": "3efe", "run.seed": 0}, True, models)
+    assert f"weights: 'c716' in the folder, '3efe' now {said}" in str(refused.value)
+    assert "run.seed" not in str(refused.value)
 
 
 def test_a_mistyped_start_leaves_nothing_to_agree_with(recipe, capsys):
