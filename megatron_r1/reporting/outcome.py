@@ -81,6 +81,8 @@ def outcome_sentence(metrics: Metrics, heldout: Sequence[Evaluation]) -> str:
     scored = [evaluation for evaluation in heldout if evaluation.passed]
     steps = f"In {num_steps(metrics):,} steps" if num_steps(metrics) != 1 else "In one step"
     if len(scored) > 1:
+        if 0 < scored[-1].step < num_steps(metrics):
+            steps = f"By step {scored[-1].step:,} of {num_steps(metrics):,}"
         return f"{steps}, {_change(scored[0], scored[-1])}."
     if scored:
         last = scored[0]
@@ -117,7 +119,7 @@ def recorded(metrics: Metrics, key: str) -> list[float]:
 
 def num_steps(metrics: Metrics) -> int:
     """Return the last step that any line names, 0 where none does."""
-    return int(max(finite(line, "step") or 0.0 for line in metrics))
+    return int(max((finite(line, "step") or 0.0 for line in metrics), default=0.0))
 
 
 def _score(line: Mapping[str, Any], key: str) -> Score | None:

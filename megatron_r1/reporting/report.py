@@ -44,6 +44,7 @@ def write_report(
         raise UserError(f"{folder.path} is not a folder; give the folder of a run")
     metrics = folder.read_metrics()
     heldout = evaluations([*metrics, *folder.read_evaluations()])
+    settings = folder.read_config()
     html = render(
         "reporting/templates/run.html.jinja",
         title=printable(title or folder.path.resolve().name),
@@ -52,10 +53,10 @@ def write_report(
         advice=[(line["step"], printable(line["text"])) for line in folder.read_advice()],
         tiles=_tiles(metrics, heldout),
         curves=two_curves(metrics, heldout) if metrics else [],
-        small=small_plots(metrics),
+        small=small_plots([_without_unweighted(line, settings) for line in metrics]),
         time_split=time_split(metrics),
         samples=chosen_samples(folder.read_samples) if metrics else None,
-        settings=_settings(folder.read_config()),
+        settings=_settings(settings),
         next_commands=next_commands,
     )
     return atomic_write(folder.report_path, html)
@@ -108,6 +109,14 @@ def _tiles(metrics: Metrics, heldout: Sequence[Evaluation]) -> list[tuple[str, s
 
 def _arrow(first: str, last: str) -> str:
     return first if first == last else f"{first} → {last}"
+
+
+def _without_unweighted(line: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a metrics line without the format reward where it has no weight: it is graded always,
+    and its curve says nothing about such a run."""
+    weights = (config.get("rewards") or {}).get("weights")
+    hidden = "format/mean" if weights and "format" not in weights else None
+    return {key: value for key, value in line.items() if key != hidden}
 
 
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -58,7 +58,7 @@ class Session:
             self.step = self.state.step
             self._rewards_before = Counter(self.state.rewards)
             counts = ", ".join(f"{n:,} {name}" for name, n in self._rewards_before.items())
-            view.message(f"responses so far: {counts or 'none graded'}")
+            view.message(f"grades so far, of every term: {counts or 'none'}")
             self.sampler.prompts.load_state_dict(self.state.sampler)
         elif uses_reference:
             await self.trainer.call("keep_reference")

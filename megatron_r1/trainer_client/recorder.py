@@ -58,14 +58,18 @@ class Recorder:
         self._with_tensorboard = "tensorboard" in config.run.trackers
         self._tensorboard: TensorBoardLog | None = None
         self._last_step = config.run.steps
+        # Graded always, as a metric; shown where the policy is trained on it.
+        weighted = "format" in config.rewards.weights
+        self._not_shown = () if weighted else ("format/mean", "eval/format")
         self.latest: Mapping[str, Any] = {}
         """The metrics line of the newest step of this process."""
         notes = [note] if note else []
         self.checkpoints = CheckpointSeries(folder.checkpoints, config.checkpoint, notes.append)
         self._go_back()
-        self.view = LiveView(title, config.run.steps, facts=facts, history=folder.read_metrics())
+        history = map(self._shown, folder.read_metrics())
+        self.view = LiveView(title, config.run.steps, facts=facts, history=history)
         for line in folder.read_evaluations():
-            self.view.evaluation(line)
+            self.view.evaluation(self._shown(line))
         for note in notes:
             self.view.message(note)
         self.checkpoints.notify = self.view.message
@@ -100,7 +104,7 @@ class Recorder:
         if self._tensorboard:
             self._tensorboard.write(metrics)
         self._trackers.step(metrics)
-        self.view.step(metrics, samples)
+        self.view.step(self._shown(metrics), samples)
         self.latest = dict(metrics)
 
     def advise(self, step: int, sentences: Mapping[str, str]) -> None:
@@ -118,7 +122,7 @@ class Recorder:
         if self._tensorboard:
             self._tensorboard.write(metrics)
         self._trackers.evaluation(metrics)
-        self.view.evaluation(metrics)
+        self.view.evaluation(self._shown(metrics))
 
     async def save(self, trainer: TrainerClient) -> None:
         """Have the trainer start to write this step's checkpoint."""
@@ -134,7 +138,11 @@ class Recorder:
         if self._tensorboard:
             self._tensorboard.close()
         self._go_back()
-        self.view.rewind(self.folder.read_metrics(), self.folder.read_evaluations())
+        lines = self.folder.read_metrics(), self.folder.read_evaluations()
+        self.view.rewind(*(map(self._shown, each) for each in lines))
+
+    def _shown(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in metrics.items() if key not in self._not_shown}
 
     def _go_back(self) -> None:
         """Take the state of the newest checkpoint and cut every file back to its step."""

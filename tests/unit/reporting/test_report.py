@@ -195,6 +195,23 @@ def test_a_fall_is_not_called_a_rise():
     )
 
 
+def test_the_last_evaluation_may_be_before_the_last_step():
+    lines = [{"step": 0, "eval/pass@1": 0.2}, {"step": 24, "eval/pass@1": 0.6}, {"step": 31}]
+    sentence = outcome_sentence(lines, evaluations(lines))
+    assert sentence == "By step 24 of 31, held-out pass@1 rose from 20.0% to 60.0%."
+    assert outcome_sentence([], evaluations(lines[:1])) == "At step 0, held-out pass@1 is 20.0%."
+
+
+def test_the_format_reward_has_a_chart_where_it_has_a_weight(tmp_path):
+    for weights in ({"accuracy": 1.0}, {"accuracy": 1.0, "format": 0.1}):
+        folder = RunFolder(tmp_path / str(len(weights)))
+        folder.path.mkdir()
+        folder.write_config({"rewards": {"weights": weights}})
+        folder.append_metrics({"step": 1, "accuracy": 0.5, "format/mean": 0.25})
+        _, words = read_page(write_report(folder))
+        assert ("responses in the asked-for form" in words) == ("format" in weights)
+
+
 def test_training_samples_are_shown_where_nothing_was_evaluated(tmp_path):
     with RunFolder(tmp_path) as folder:
         for step in range(1, 10):
