@@ -41,7 +41,7 @@ help:
 	@echo "make bench     kernels and whole steps beside their public peers"
 	@echo "make gpu-check  what a machine with a GPU can answer, in nine minutes"
 	@echo "make docs      API pages in build/docs"
-	@echo "make clean     remove $(VENV), $(CUDA_VENV), $(AGENTS_VENV), runs and build"
+	@echo "make clean     remove $(VENV), $(CUDA_VENV), $(AGENTS_VENV) and build; runs stay"
 
 setup: system-packages $(INSTALLED)
 
@@ -172,9 +172,9 @@ bench: setup
 	$(BIN)/python tools/bench kernels
 	$(BIN)/python tools/bench step
 
-# What docs/gpu-checklist.md asks of a machine with a GPU, in nine minutes: build/gpu_check.
-gpu-check: setup
-	$(BIN)/python tools/gpu_check
+# What docs/gpu-checklist.md asks of a machine with a GPU, in nine minutes: build/gpu_check. Without one it says so.
+gpu-check: $(if $(wildcard /dev/nvidia0),setup-cuda,setup)
+	$(if $(wildcard /dev/nvidia0),$(CUDA_BIN),$(BIN))/python tools/gpu_check
 
 # Pages of every module, class and function, from their docstrings: build/docs/index.html.
 docs: setup
@@ -182,4 +182,4 @@ docs: setup
 	$(BIN)/python -W ignore tools/docs build/docs
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) $(AGENTS_VENV) runs build *.egg-info
+	rm -rf $(VENV) $(CUDA_VENV) $(AGENTS_VENV) build *.egg-info

@@ -3,14 +3,17 @@
     families.py                                          the table of architectures
     hf_config.py, config_keys.py, supported.py           config.json, and what of it is refused
     attention_fields.py, expert_fields.py                config.json to Megatron's configuration
+    quantization.py                                      which quantized checkpoints can be read
     routing_shape.py, pipeline_stages.py                 layouts; no torch in any file so far
-    config.py, build.py                                  Megatron's configuration, and the model
+    config.py, acceleration.py, build.py                 Megatron's configuration, the choice of
+                                                         implementations, and the model
     patches.py                                           what is replaced in Megatron
     gradients.py                                         which ranks sum which gradient
     policy_model.py, score_model.py                      the last stage: hidden states or scores
-    layers.py, attention.py                              layers that Megatron lacks on a CPU
+    layers.py, attention.py, offset_attention.py         layers that Megatron lacks on a CPU
     by_transformers.py                                   transformers' model, for comparisons
-    rotary.py, context.py                                packed batches, context parallelism
+    rotary.py, buckets.py, prefixes.py                   packed batches, prompts computed once
+    context.py, ring_attention.py                        context parallelism
     routing.py, replay.py, fp8/                          choice of experts, routing replay, FP8
 
 A new architecture made of known parts is one entry of `families.FAMILIES`. Everything but

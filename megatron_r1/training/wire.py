@@ -154,9 +154,9 @@ def encode_share(share: ReplicaSamples) -> list[Buffer]:
     headers: list[list[list[SampleHeader]]] = []
     parts: list[Buffer] = []
     small: list[Buffer] = []
-    for step in share:
+    for minibatch in share:
         headers.append([])
-        for microbatch in step:
+        for microbatch in minibatch:
             headers[-1].append([])
             for sample in microbatch:
                 teacher = sample.teacher
@@ -165,9 +165,14 @@ def encode_share(share: ReplicaSamples) -> list[Buffer]:
                     sample.mask,
                 )
                 ids, logprobs, routing, scores, mask = map(len, buffers)
-                sizes = ids, logprobs, routing, -1 if teacher is None else scores, mask
-                fields = sample.prompt_length, sample.advantage, sample.label, sizes
-                header = SampleHeader(*fields, sample.weight, sample.trajectories)
+                header = SampleHeader(
+                    prompt_length=sample.prompt_length,
+                    advantage=sample.advantage,
+                    label=sample.label,
+                    sizes=(ids, logprobs, routing, -1 if teacher is None else scores, mask),
+                    weight=sample.weight,
+                    trajectories=sample.trajectories,
+                )
                 headers[-1][-1].append(header)
                 for buffer in buffers:
                     if len(buffer) < JOINED_BYTES:
@@ -192,13 +197,24 @@ def decode_share(headers: Buffer, buffers: memoryview) -> ReplicaSamples:
 
     def sample(header: SampleHeader) -> Sample:
         ids, logprobs, routing, teacher, mask = map(take, header.sizes)
-        scores = teacher if header.sizes[3] >= 0 else None
-        numbers = header.prompt_length, header.advantage, header.label
-        turns = mask, header.weight, header.trajectories
-        return Sample(ids, numbers[0], logprobs, numbers[1], routing, scores, numbers[2], *turns)
+        return Sample(
+            token_ids=ids,
+            prompt_length=header.prompt_length,
+            logprobs=logprobs,
+            advantage=header.advantage,
+            routing=routing,
+            teacher=teacher if header.sizes[3] >= 0 else None,
+            label=header.label,
+            mask=mask,
+            weight=header.weight,
+            trajectories=header.trajectories,
+        )
 
-    steps = msgspec.msgpack.decode(headers, type=list[list[list[SampleHeader]]])
-    return [[[sample(header) for header in m] for m in step] for step in steps]
+    minibatches = msgspec.msgpack.decode(headers, type=list[list[list[SampleHeader]]])
+    return [
+        [[sample(header) for header in microbatch] for microbatch in minibatch]
+        for minibatch in minibatches
+    ]
 
 
 class Call(msgspec.Struct, frozen=True):

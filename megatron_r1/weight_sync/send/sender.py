@@ -21,7 +21,7 @@ from megatron_r1.weight_sync.send.threads import run_all
 from megatron_r1.weights.layout import Shard
 
 FromRankZero = Callable[[bytes | None], bytes]
-"""Passes bytes of trainer rank 0 on to all of them."""
+"""Broadcasts rank 0's bytes to all trainer ranks, which pass None, and returns them."""
 
 
 class WeightSender:
@@ -30,8 +30,8 @@ class WeightSender:
     held: this rank's parameters of the model that `hf` describes. stages: the shards of the
     pipeline's virtual stages, default an even spread. store: where trainer and engine ranks meet.
     drafts: whether engines draft with the MTP layers. gpus: the UUID of each rank's GPU and its
-    node, where engines may share it over NCCL. share: see `FromRankZero`; not needed for a single
-    rank."""
+    node, where engines may share it over NCCL. broadcast: see `FromRankZero`; a single rank needs
+    none."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class WeightSender:
         grid: TrainerGrid,
         held: HeldPieces,
         store: Store,
-        share: FromRankZero = lambda value: value or b"",
+        broadcast: FromRankZero = lambda value: value or b"",
         *,
         rank: int = 0,
         stages: list[list[Shard]] | None = None,
@@ -47,7 +47,7 @@ class WeightSender:
         gpus: Sequence[tuple[str, str]] = (),
     ):
         self.hf, self.grid, self.rank, self.drafts = hf, grid, rank, drafts
-        self.store, self.share = store, share
+        self.store, self.broadcast = store, broadcast
         self._planner = LinkPlanner(hf, grid, held, rank=rank, stages=stages, gpus=gpus)
         self._sets: dict[str, SetLinks] = {}
         self._tables = TableStore(store)
@@ -156,12 +156,12 @@ class WeightSender:
     def _offers(self, rendezvous: dict[str, list[Rendezvous]], ranks_per_engine: int) -> Offers:
         """Return what the engines offer, which rank 0 reads for all."""
         if self.rank:
-            return msgspec.msgpack.decode(self.share(None), type=Offers)
+            return msgspec.msgpack.decode(self.broadcast(None), type=Offers)
         by_set = [links.sent for links in self._sets.values()]
         sent = [sum(bytes_of_rank) for bytes_of_rank in zip(*by_set, strict=True)]
         pushed = [name for name, _ in pushed_tensors(self.hf, fp8=False, drafts=self.drafts)]
         offers = read_offers(rendezvous, ranks_per_engine, pushed, sent)
-        self.share(msgspec.msgpack.encode(offers))
+        self.broadcast(msgspec.msgpack.encode(offers))
         return offers
 
     def _connect_set(self, links: SetLinks) -> str:
