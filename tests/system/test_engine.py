@@ -245,6 +245,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
     assert largest_difference(oracle, models / "b", groups) <= TOLERANCE
 
 
+@pytest.mark.slow  # another engine; without one: tests/unit/fleet/test_fleet.py
 def test_without_a_restart_left_a_death_fails_its_calls_with_the_reason(models, loop, tmp_path):
     async def run():
         async with RolloutFleet(1, tmp_path, **ENGINE) as fleet:
