@@ -56,6 +56,7 @@ DRY_RUN = "--dry-run"
 """The option of `rl` that calls `dry_run(config)` instead of `run(config)`."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+READ_ONLY = (errno.EROFS, errno.EACCES)
 
 USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
 
@@ -77,7 +78,8 @@ Every key, its default and meaning: megatron-r1 keys, or keys rl sample.keep for
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status: 0 done, 1 failed (`RunError`, a full disk), 2 a
-    mistake of the user's (`UserError`), 130 stopped. Other exceptions keep their traceback."""
+    mistake of the user's (`UserError`, a file that cannot be written), 130 stopped. Other
+    exceptions keep their traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _dispatch(arguments)
@@ -91,6 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
+        if error.errno in READ_ONLY:
+            print(f"megatron-r1: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
         if error.errno not in DISK_FULL:
             raise
         print(

@@ -3,9 +3,9 @@
 Prints what the folder holds, the memory that training it takes, and the largest difference of
 Megatron's (`--parallel.key value` is its layout) and vLLM's log-probabilities from transformers',
 on a few texts and random tokens. Exit status 0: they agree, within 1e-4 in float32, within
-transformers' own rounding in bfloat16 (`--model.dtype bfloat16`); 1: they do not, there is no
-tokenizer, or nothing could be compared; 2: the model or its files cannot be used, for the reason in
-the message."""
+transformers' own rounding in bfloat16 (`--model.dtype bfloat16`); 1: they do not, or nothing could
+be compared; 2: the model or its files cannot be used, for the reason in the message. A folder
+without a tokenizer is checked on token ids."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _check(config: Config, folder: str) -> Findings:
         megatron = asyncio.run(by_megatron(config, reference, Path(scratch)))
         source = plain if plain.exists() else Path(folder)
         vllm = asyncio.run(by_vllm(source, config, reference, Path(scratch)))
-    problem = _problem(megatron, vllm, reference)
+    problem = _problem(megatron, vllm, reference.tolerance)
     return Findings(
         folder,
         hf["architectures"][0],
@@ -137,18 +137,12 @@ def _reference(config: Config, plain: Path, scratch: Path) -> Reference:
     return msgspec.json.decode(out.read_bytes(), type=Reference)
 
 
-def _problem(megatron: float, vllm: float | str, reference: Reference) -> str | None:
+def _problem(megatron: float, vllm: float | str, tolerance: float) -> str | None:
     """Return why the exit status is 1; None for 0."""
-    tolerance = reference.tolerance
     if megatron > tolerance or (isinstance(vllm, float) and vllm > tolerance):
         return "transformers, Megatron and vLLM do not agree (see above)"
     if isinstance(vllm, str) and not vllm.startswith(NOT_RUN):
         return "transformers and Megatron agree, but vLLM could not be compared (see above)"
-    if reference.num_tokens is None:
-        return (
-            "the models agree, but the folder has no tokenizer, which training needs: put its "
-            "tokenizer.json and tokenizer_config.json there"
-        )
     return None
 
 
@@ -161,7 +155,10 @@ def _text(found: Findings, parallel: ParallelConfig) -> str:
         verdict = "agrees" if value <= found.tolerance else "DIFFERS"
         return f"{verdict}: max |Δ log p| = {value:.1e} (at most {found.tolerance:.1e})"
 
-    tokens = "none in the folder: NOT CHECKED"
+    tokens = (
+        "none in the folder, which training needs: tokenizer.json and tokenizer_config.json; "
+        "checked on token ids"
+    )
     if found.tokens is not None:
         template = "renders its chat template" if found.template else "has no chat template"
         tokens = f"{found.tokens:,} tokens; gives texts back, {template}"

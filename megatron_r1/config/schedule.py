@@ -32,6 +32,15 @@ class ScheduleEntry(BaseModel):
 
     from_step: int = Field(gt=0, description="first step with these settings")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names_its_first_step(cls, given: Any) -> Any:
+        # Other keys are settings, so pydantic alone would take a misspelt one for a setting.
+        for key in given if isinstance(given, dict) and "from_step" not in given else ():
+            if near := did_you_mean(key, ["from_step"], "{}"):
+                raise ValueError(f"unknown key {key}{near}")
+        return given
+
     @model_validator(mode="after")
     def _changes_something(self) -> "ScheduleEntry":
         if not self.changes:

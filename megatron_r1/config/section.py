@@ -14,7 +14,9 @@ class Section(BaseModel):
 
     A field's meaning is its `description`, or a docstring below it (`keys.docstrings`)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 @dataclass(frozen=True)

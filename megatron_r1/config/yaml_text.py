@@ -19,6 +19,8 @@ def read_sections(
     what: name of the file's kind in errors. prepare: is applied to the text before it is parsed.
     Raises UserError for a missing file, invalid YAML, a key that occurs twice in one mapping (`<<`
     may merge a key that the mapping also sets), and for content that is not a mapping."""
+    if path.is_dir():
+        raise UserError(f"{what} {path}: is a folder; name a file in it")
     if not path.is_file():
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")], "{}")
         raise UserError(f"{what} {path}: no such file (relative to {Path.cwd()}){near}")

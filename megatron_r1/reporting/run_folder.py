@@ -1,5 +1,6 @@
 """A run's folder: one process writes it at a time, and it holds every step exactly once."""
 
+import errno
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,6 +16,9 @@ from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import append_lines, keep_lines, read_lines
 from megatron_r1.reporting.folder_lock import LOCK, FolderLock
+
+NO_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.ENOENT)
+READ_ONLY = (errno.EROFS, errno.EACCES)
 
 
 class RunFolder:
@@ -49,11 +53,17 @@ class RunFolder:
     def __enter__(self) -> Self:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+            self._lock = FolderLock(self.path / LOCK)
+        except OSError as error:
+            if error.errno in NO_FOLDER:
+                what = "cannot be a folder"
+            elif error.errno in READ_ONLY:
+                what = "cannot be written"
+            else:
+                raise
             raise UserError(
-                f"run.folder {self.path} cannot be a folder ({error.strerror}); choose another"
+                f"run.folder {self.path} {what} ({error.strerror}); choose another"
             ) from None
-        self._lock = FolderLock(self.path / LOCK)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -97,7 +97,9 @@ def _read_weight(path: str, name: str, value: Any) -> float | Weight:
         try:
             resolve(name)
         except ValueError as error:
-            raise UserError(f"{path}: {error}; {ACCURACY!r} is the prompt's own kind") from None
+            own = f"{ACCURACY!r} is the prompt's own kind"
+            near = did_you_mean(name, [ACCURACY])
+            raise UserError(f"{path}: {error}{near or '; '}{near and ' '}{own}") from None
     if isinstance(value, Weight):
         value = vars(value)
     if not isinstance(value, Mapping):

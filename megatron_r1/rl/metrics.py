@@ -81,9 +81,13 @@ def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
 def sample_records(
     groups: list[Group], step: int, split: str, limit: int | None
 ) -> list[dict[str, Any]]:
-    """Return lines for samples.jsonl: the first response of `limit` groups, or, with None, every
-    response of all groups."""
-    count = None if limit is None else 1
+    """Return lines for samples.jsonl: `limit` responses, the first of every group before the second
+    of any, or, with None, every response of all groups."""
+    responses = [
+        (place, group, graded) for group in groups for place, graded in enumerate(group.responses)
+    ]
+    if limit is not None:
+        responses = sorted(responses, key=lambda response: response[0])[:limit]
     return [
         {
             "step": step,
@@ -99,6 +103,5 @@ def sample_records(
             "policy_version": (graded.response.policy_versions or [None])[-1],
             **(graded.episode.record() if graded.episode else {}),
         }
-        for group in groups[:limit]
-        for graded in group.responses[:count]
+        for _, group, graded in responses
     ]

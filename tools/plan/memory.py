@@ -213,7 +213,9 @@ def memory_section(job: Job, rank: RankMemory) -> Section:
         "gradients": f"({dense} + {expert}) x 4 B (fp32)",
         "optimizer": f"{state} B x (dense / {job.dense_replicas} + expert / {job.expert_replicas} "
         f"replicas){part}",
-        "fp8 copies": "two fp8 copies of each linear weight" if rank.training["fp8 copies"] else "",
+        "fp8 copies": "two fp8 copies of each linear weight"
+        if rank.training["fp8 copies"]
+        else "fp8.recipe: none",
         "activations": f"micro-batches in flight: {' + '.join(map(str, flights))}, x "
         f"{job.microbatch_tokens:,} tokens / context {parallel.context}, recompute "
         f"{parallel.recompute}",

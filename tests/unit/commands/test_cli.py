@@ -1,5 +1,8 @@
 """Exit statuses and messages of the command line for failures and mistakes; its help."""
 
+import errno
+import os
+
 import pytest
 
 from megatron_r1 import cli
@@ -16,6 +19,17 @@ def test_a_full_disk_is_a_sentence_and_not_a_traceback(monkeypatch, capsys):
     output = capsys.readouterr().err
     assert "the disk is full: " in output and "No space left on device" in output
     assert "run the same command again" in output
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_file_that_cannot_be_written_is_named_without_a_traceback(monkeypatch, capsys, number):
+    def write(arguments):
+        raise OSError(number, os.strerror(number), "/archive/mine.yaml")
+
+    monkeypatch.setattr(cli, "_dispatch", write)
+    assert cli.main(["init"]) == 2
+    expected = f"megatron-r1: /archive/mine.yaml: {os.strerror(number)}\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_other_errors_of_the_system_keep_their_traceback(monkeypatch):

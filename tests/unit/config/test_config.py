@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def test_a_preset_fills_what_the_recipe_leaves_out(tmp_path):
         ({"eval": {"benchmarks": "questions"}}, "got 'questions'; in brackets: [questions]"),
         ({"eval": {"temperature": 0}}, "greater than 0, got 0; 0.01 decodes nearly greedily"),
         ({"rl": {"group_size": "many"}}, "rl.group_size: input should be a valid integer"),
+        ({"rl": {"kl_beta": math.inf}}, "rl.kl_beta: input should be a finite number, got inf"),
+        ({"optimizer": {"learning_rate": math.inf}}, "optimizer.learning_rate: input should be a"),
         ({"rl": {"group_size": 1}}, "greater than or equal to 2, got 1"),
         ({"model": {"checkpoint": "a/b", "init": "random"}},
          "model.checkpoint: a/b would not be read with model.init: random"),
@@ -147,6 +150,7 @@ def test_keys_of_one_section(capsys):
     ("arguments", "message"),
     [
         (["rl", "nowhere.yaml"], "recipe nowhere.yaml: no such file"),
+        (["rl", str(Path(__file__).parent)], "is a folder; name a file in it"),
         (["train", "x.yaml"], "unknown verb train"),
         (["rl"], "rl needs a recipe"),
     ],

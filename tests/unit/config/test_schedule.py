@@ -78,6 +78,8 @@ def test_it_survives_the_recipe_that_a_run_writes(tmp_path):
     [
         ([{"from_step": 3}], "from_step: 3 changes nothing"),
         ([{"rl.kl_beta": 0.1}], "from_step must be set"),
+        ([{"fromstep": 3, "rl.kl_beta": 0.1}], "unknown key fromstep; did you mean from_step"),
+        ([{"from_step": 3, "rl.kl_beta": float("inf")}], "from_step: 3: rl.kl_beta: .*finite"),
         ([{"from_step": 0, "rl.kl_beta": 0.1}], "from_step"),
         (
             [{"from_step": 3, "rollout.max_respons_tokens": 1}],

@@ -51,6 +51,21 @@ def test_log_samples_is_the_number_of_records_of_a_step():
         assert len(sample_records(groups, 1, "train", limit)) == limit
 
 
+def test_with_fewer_groups_more_responses_of_each_are_recorded():
+    empty = Response(array("i"), array("f"), array("i"), "stop")
+    groups = [
+        Group(
+            make_prompt(question, "math", "1", {}),
+            [1],
+            [GradedResponse(empty, f"{question}{place}", {}, 0, "") for place in range(4)],
+        )
+        for question in "ab"
+    ]
+    for limit, texts in ((2, "a0 b0"), (5, "a0 b0 a1 b1 a2"), (9, "a0 b0 a1 b1 a2 b2 a3 b3")):
+        records = sample_records(groups, 1, "train", limit)
+        assert [record["response"] for record in records] == texts.split()
+
+
 @pytest.mark.parametrize(("words", "is_avoided"), [(4, True), (5, False), (0, False)])
 def test_avoid_ngram_is_the_number_of_shared_words(tmp_path, words, is_avoided):
     rows = [{"question": "one two three four five", "truth": "1"}]

@@ -1,5 +1,6 @@
 """A run's folder: whole lines, every step once, one writer, no silent change of settings."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -57,6 +58,23 @@ def test_atomic_write_makes_files_as_readable_as_the_umask_allows(tmp_path):
     plain.touch()
     atomic_write(tmp_path / "atomic", "x")
     assert (tmp_path / "atomic").stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EROFS, "mine cannot be written .Read-only file system.; choose another"),
+        (errno.EACCES, "mine cannot be written .Permission denied.; choose another"),
+        (errno.EEXIST, "mine cannot be a folder .File exists.; choose another"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch, number, message):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(UserError, match=message), RunFolder(tmp_path / "mine"):
+        pass
 
 
 @pytest.mark.parametrize("cut", range(1, 26))

@@ -72,6 +72,7 @@ def test_a_schedule_survives_the_resolved_configuration(tmp_path):
     [
         ({"weights": {"langage": 0.1}}, "rewards.weights.langage: unknown reward kind 'langage'; "
          "did you mean 'language'"),
+        ({"weights": {"acuracy": 1}}, "did you mean 'accuracy'? 'accuracy' is the prompt's own"),
         ({"weights": {"format": "much"}}, "rewards.weights.format: must be a number, or"),
         ({"weights": {"format": True}}, "rewards.weights.format: must be a number"),
         ({"weights": {"format": float("nan")}}, "rewards.weights.format: must be a number"),

@@ -611,6 +611,15 @@ def test_where_no_layout_fits_the_numbers_of_gpus_that_do_are_named(capsys, reci
         assert main([path, *options, *size.split()]) == 0, size
 
 
+@pytest.mark.parametrize("recipe", ["r1_zero", "all_scenarios_rl", "cold_start_sft", "helpful_rm"])
+def test_every_number_of_the_json_file_has_its_formula(tmp_path, recipe):
+    file = tmp_path / "plan.json"
+    assert main([str(RECIPE.parent / f"{recipe}.yaml"), "--json", str(file)]) == 0
+    sections = json.loads(file.read_text())["sections"]
+    bare = [name for rows in sections.values() for name, row in rows.items() if not row["formula"]]
+    assert bare == []
+
+
 @pytest.mark.parametrize("recipe", ["r1_zero", "cold_start_sampling"])
 def test_a_bill_without_room_has_no_impossible_numbers(tmp_path, capsys, recipe):
     file = tmp_path / "plan.json"
