@@ -93,8 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno in READ_ONLY:
-            print(f"megatron-r1: {error.filename}: {error.strerror}", file=sys.stderr)
+        if error.errno in READ_ONLY and error.filename:
+            remedy = "give a place that you may write to"
+            print(f"megatron-r1: {error.filename}: {error.strerror}; {remedy}", file=sys.stderr)
             return 2
         if error.errno not in DISK_FULL:
             raise

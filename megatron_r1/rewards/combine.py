@@ -98,8 +98,8 @@ def _read_weight(path: str, name: str, value: Any) -> float | Weight:
             resolve(name)
         except ValueError as error:
             own = f"{ACCURACY!r} is the prompt's own kind"
-            near = did_you_mean(name, [ACCURACY])
-            raise UserError(f"{path}: {error}{near or '; '}{near and ' '}{own}") from None
+            near = did_you_mean(name, [ACCURACY]) or ";"
+            raise UserError(f"{path}: {error}{near} {own}") from None
     if isinstance(value, Weight):
         value = vars(value)
     if not isinstance(value, Mapping):
