@@ -266,16 +266,21 @@ def same_gradients(name, hf, grid, chunks, model_folder, out):
 
 
 def main(oracle: Path, out: Path, chosen: str, names: list[str]) -> None:
+    joined = None
     for grid in names:
         for name, hf in grids.models_on(grid, int(os.environ["WORLD_SIZE"]), chosen).items():
             hf = resolve_aliases(hf)
             with_mtp = bool(hf.get("num_nextn_predict_layers"))
             sizes = grids.sizes(grid, with_mtp)
             settings = grids.parallel_settings(grid, with_mtp)
-            distributed.initialize(ParallelConfig.model_validate(settings), seed=1)
+            # Once for models of the same grid: each of Megatron's groups has threads until the end.
+            if settings != joined:
+                if joined is not None:
+                    parallel_state.destroy_model_parallel()
+                distributed.initialize(ParallelConfig.model_validate(settings), seed=1)
+                joined = settings
             compare(name, hf, grid, sizes, oracle, out)
-            parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    distributed.leave_process_groups()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """A preflight of ranks that are nodes of their own: `preflight_ranks.py OUT`.
 
-Planted: node 1 has another folder, products on rank 2 take longer, node 3 has another torch."""
+Planted: node 1 has another folder, products on rank 2 are slow, whatever else the machine does, node 3 has another torch."""
 
 import os
 import socket
 import sys
-import time
 from dataclasses import replace
 
 import torch
@@ -14,11 +13,6 @@ from megatron_r1.config import parse
 from megatron_r1.errors import RunError
 from megatron_r1.preflight import folder, host, judge, rank, report, speed
 from megatron_r1.preflight.settings import PreflightConfig
-
-
-def slow(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    time.sleep(1.0)
-    return torch.matmul(left, right)
 
 
 def main() -> None:
@@ -37,7 +31,7 @@ def main() -> None:
     )
     probes = rank.Probes()
     if number == "2":
-        probes = replace(probes, products=lambda: speed.product_rate(slow))
+        probes = replace(probes, products=lambda: speed.product_rate(torch.matmul) / 1e6)
     if number == "3":
         probes = replace(probes, versions=lambda: host.versions() | {"torch": "1.0"})
     facts = rank.run(config, settings, probes)
