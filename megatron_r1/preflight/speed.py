@@ -1,10 +1,8 @@
 """The rate of matrix products on a rank's device."""
 
 import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from megatron_r1 import platform
 
@@ -14,19 +12,19 @@ MIN_REPEATS = 3
 SIZES = {"cuda": (8192, torch.bfloat16), "cpu": (512, torch.float32)}
 
 
-def product_rate(multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> float:
+def product_rate() -> float:
     """Return the FLOP per second of square products: the median of a GPU's, whose clock is to
     hold; the best of a CPU's, which other processes share."""
     device = platform.device()
     size, dtype = SIZES[device.type]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    multiply(left, right)  # not timed: libraries load
+    torch.matmul(left, right)  # not timed: libraries load
     seconds: list[float] = []
     end = time.perf_counter() + SECONDS[device.type]
     while time.perf_counter() < end or len(seconds) < MIN_REPEATS:
         platform.synchronize()
         start = time.perf_counter()
-        multiply(left, right)
+        torch.matmul(left, right)
         platform.synchronize()
         seconds.append(time.perf_counter() - start)
     chosen = sorted(seconds)[len(seconds) // 2 if device.type == "cuda" else 0]

@@ -1,13 +1,12 @@
 """A preflight of ranks that are nodes of their own: `preflight_ranks.py OUT`.
 
-Planted: node 1 has another folder, products on rank 2 are slow, whatever else the machine does, node 3 has another torch."""
+Planted: node 1 has another folder, rank 2 a low rate of products, whatever else the machine does,
+node 3 another torch."""
 
 import os
 import socket
 import sys
 from dataclasses import replace
-
-import torch
 
 from megatron_r1.config import parse
 from megatron_r1.errors import RunError
@@ -31,7 +30,7 @@ def main() -> None:
     )
     probes = rank.Probes()
     if number == "2":
-        probes = replace(probes, products=lambda: speed.product_rate(torch.matmul) / 1e6)
+        probes = replace(probes, products=lambda: speed.product_rate() / 1e6)
     if number == "3":
         probes = replace(probes, versions=lambda: host.versions() | {"torch": "1.0"})
     facts = rank.run(config, settings, probes)
