@@ -16,6 +16,7 @@ from megatron_r1.commands import torchrun
 from megatron_r1.config.command_line import parse_overrides
 from megatron_r1.config.keys import describe, switches
 from megatron_r1.errors import RunError, UserError, did_you_mean
+from megatron_r1.files import READ_ONLY
 from megatron_r1.processes.imports import without_garbage_collection
 
 VERBS = {
@@ -56,7 +57,6 @@ DRY_RUN = "--dry-run"
 """The option of `rl` that calls `dry_run(config)` instead of `run(config)`."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-READ_ONLY = (errno.EROFS, errno.EACCES)
 
 USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
 

@@ -91,15 +91,16 @@ def run(
     columns = guess_columns(data, rows[:COLUMN_ROWS], question, truth, kind)
     if kind is None:
         columns = _kind_of_run(columns, folder)
+    parameters = num_parameters(hf)
     guesses = [
         Guess("run.folder", f"runs/{path.stem}", "everything that the run writes"),
         Guess(
             "model.path",
             str(folder),
-            f"{hf['architectures'][0]}, {num_parameters(hf) / 1e6:,.1f}M parameters",
+            f"{hf['architectures'][0]}, {parameters / 1e6:,.1f}M parameters",
         ),
         *_data(data, rows, columns),
-        *_answers(folder, num_parameters(hf)),
+        *_answers(folder, parameters),
     ]
     questions = _questions(data, columns)
     template = next(guess.value for guess in guesses if guess.key == "data.template")
@@ -118,19 +119,25 @@ def run(
         print(f"{guess.key}: {value_text(guess.value)}   # {guess.reason}")
     _check_truths(data, columns)
     try:
-        recipe = configuration.load(path, required=rl.REQUIRED)
-        _, prompts = prepare(recipe)
-        if OWN in (columns.kind or ""):
-            with naming_renamed_columns(recipe.data.columns):
-                asyncio.run(_check_own(prompts.train))
-        if not gpu.is_usable():
-            memory = cpu_memory(recipe, 1, samples=True)
-            print(memory.describe(memory.microbatch(None)))
+        _try(path, columns)
     except UserError as error:
         raise UserError(
             f"{path} is written, but rl does not run it yet: {error}\nthen: {command} --dry-run"
         ) from None
     print(f"\n{path} is written: look at it, then {command} --dry-run")
+
+
+def _try(path: Path, columns: Columns) -> None:
+    """Check the recipe as `rl` does, and print the memory that it takes without a GPU. Raises
+    UserError."""
+    recipe = configuration.load(path, required=rl.REQUIRED)
+    _, prompts = prepare(recipe)
+    if OWN in (columns.kind or ""):
+        with naming_renamed_columns(recipe.data.columns):
+            asyncio.run(_check_own(prompts.train))
+    if not gpu.is_usable():
+        memory = cpu_memory(recipe, 1, samples=True)
+        print(memory.describe(memory.microbatch(None)))
 
 
 def _data(data: str, rows: Sequence[dict[str, Any]], columns: Columns) -> list[Guess]:

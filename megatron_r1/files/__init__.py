@@ -1,11 +1,15 @@
 """Files that are complete or absent, even if the process is killed at any time."""
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+READ_ONLY = (errno.EROFS, errno.EACCES)
+"""Numbers of errors of a place that this user may not write to."""
 
 
 def atomic_write(

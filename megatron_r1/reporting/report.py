@@ -22,7 +22,14 @@ from megatron_r1.reporting.page import render
 from megatron_r1.reporting.report_plots import small_plots, time_split, two_curves
 from megatron_r1.reporting.report_samples import chosen_samples
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.wording import duration, finite, number, percent, printable
+from megatron_r1.reporting.wording import (
+    duration,
+    finite,
+    number,
+    percent,
+    printable,
+    shown_metrics,
+)
 
 
 def write_report(
@@ -45,6 +52,7 @@ def write_report(
     metrics = folder.read_metrics()
     heldout = evaluations([*metrics, *folder.read_evaluations()])
     settings = folder.read_config()
+    weights = (settings.get("rewards") or {}).get("weights")
     html = render(
         "reporting/templates/run.html.jinja",
         title=printable(title or folder.path.resolve().name),
@@ -53,7 +61,7 @@ def write_report(
         advice=[(line["step"], printable(line["text"])) for line in folder.read_advice()],
         tiles=_tiles(metrics, heldout),
         curves=two_curves(metrics, heldout) if metrics else [],
-        small=small_plots([_without_unweighted(line, settings) for line in metrics]),
+        small=small_plots([shown_metrics(line, weights) for line in metrics]),
         time_split=time_split(metrics),
         samples=chosen_samples(folder.read_samples) if metrics else None,
         settings=_settings(settings),
@@ -109,14 +117,6 @@ def _tiles(metrics: Metrics, heldout: Sequence[Evaluation]) -> list[tuple[str, s
 
 def _arrow(first: str, last: str) -> str:
     return first if first == last else f"{first} → {last}"
-
-
-def _without_unweighted(line: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a metrics line without the format reward where it has no weight: it is graded always,
-    and its curve says nothing about such a run."""
-    weights = (config.get("rewards") or {}).get("weights")
-    hidden = "format/mean" if weights and "format" not in weights else None
-    return {key: value for key, value in line.items() if key != hidden}
 
 
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

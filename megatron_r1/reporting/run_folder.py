@@ -13,12 +13,11 @@ from megatron_r1.config.differences import changed_keys, flatten, is_within, val
 from megatron_r1.config.schedule import KEYS as SCHEDULED_KEYS
 from megatron_r1.config.yaml_text import as_text
 from megatron_r1.errors import UserError
-from megatron_r1.files import atomic_write
+from megatron_r1.files import READ_ONLY, atomic_write
 from megatron_r1.files.jsonl import append_lines, keep_lines, read_lines
 from megatron_r1.reporting.folder_lock import LOCK, FolderLock
 
 NO_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.ENOENT)
-READ_ONLY = (errno.EROFS, errno.EACCES)
 
 
 class RunFolder:

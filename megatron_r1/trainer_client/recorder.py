@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.tensorboard import TensorBoardLog
 from megatron_r1.reporting.trackers import TrackerSet, check_trackers
 from megatron_r1.reporting.trackers.base import TrackedRun
+from megatron_r1.reporting.wording import shown_metrics
 from megatron_r1.trainer_client.checkpoint_series import CheckpointSeries
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.training.checkpoints import finding
@@ -58,9 +60,7 @@ class Recorder:
         self._with_tensorboard = "tensorboard" in config.run.trackers
         self._tensorboard: TensorBoardLog | None = None
         self._last_step = config.run.steps
-        # Graded always, as a metric; shown where the policy is trained on it.
-        weighted = "format" in config.rewards.weights
-        self._not_shown = () if weighted else ("format/mean", "eval/format")
+        self._shown = partial(shown_metrics, weights=config.rewards.weights)
         self.latest: Mapping[str, Any] = {}
         """The metrics line of the newest step of this process."""
         notes = [note] if note else []
@@ -140,9 +140,6 @@ class Recorder:
         self._go_back()
         lines = self.folder.read_metrics(), self.folder.read_evaluations()
         self.view.rewind(*(map(self._shown, each) for each in lines))
-
-    def _shown(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in metrics.items() if key not in self._not_shown}
 
     def _go_back(self) -> None:
         """Take the state of the newest checkpoint and cut every file back to its step."""

@@ -1,7 +1,7 @@
 """A preflight of ranks that are nodes of their own: `preflight_ranks.py OUT`.
 
-Planted: node 1 has another folder, rank 2 a low rate of products, whatever else the machine does,
-node 3 another torch."""
+Planted faults: node 1 has another run folder, rank 2 reports a low rate of matrix products, which
+does not depend on the machine's load, and node 3 reports another version of torch."""
 
 import os
 import socket
