@@ -3,11 +3,12 @@
 from megatron_r1.config import Config
 from megatron_r1.errors import UserError
 from megatron_r1.weight_sync.plan.checks import engine_layout
-from megatron_r1.weight_sync.plan.links import planned_links
+from megatron_r1.weight_sync.plan.entry import num_links
+from megatron_r1.weight_sync.plan.links import planned_push
 
 MAX_LINKS = 100
 """Most links of a trainer rank beyond those that the numbers of ranks require. The recipe for 2,048
-GPUs has 7; with links between nearly all pairs of ranks it had 758."""
+GPUs has 17; with links between nearly all pairs of ranks it would have 1,185."""
 PAIR_REQUESTS = 4
 """Requests to the store for a pair of ranks: each sets its address and gets the other's."""
 MAX_REQUESTS = 1_000_000
@@ -17,7 +18,8 @@ MAX_REQUESTS = 1_000_000
 def check_connections(config: Config, hf: dict) -> None:
     """Refuse a push whose full size connects too many ranks, with UserError."""
     if not config.push.on_one_host:  # in shared memory a link costs nothing
-        check_links(planned_links(config, hf), engine_layout(config).num_ranks)
+        links = num_links(planned_push(config, hf), config.parallel.processes)
+        check_links(links, engine_layout(config).num_ranks)
 
 
 def check_links(links: list[int], engine_ranks: int) -> None:

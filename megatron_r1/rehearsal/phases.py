@@ -17,7 +17,8 @@ from megatron_r1.processes.logs import last_lines
 from megatron_r1.rehearsal import launch, layout
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.training.checkpoints.finding import complete_checkpoints
-from megatron_r1.weight_sync.plan.links import planned_links
+from megatron_r1.weight_sync.plan.entry import num_links
+from megatron_r1.weight_sync.plan.links import planned_push
 
 POLL_SECONDS = 0.05
 """Short: three steps of a small model take two seconds, and the kill should follow the first."""
@@ -73,7 +74,7 @@ class Phases:
         saved = complete_checkpoints(self.run_folder.checkpoints)[-1].name
         self._show(what, phase, f"{saved} is complete; steps {steps} before the kill")
         if self.verb == "rl":
-            self._show_links(round(lines[0]["push/links"]))
+            self._compare_with_plan(round(lines[0]["push/links"]), lines[0]["push/bytes"])
 
     def _resumed(self) -> None:
         other = layout.different_layout(self.config.parallel)
@@ -100,16 +101,26 @@ class Phases:
         if self.verb == "rl":
             self._show_pushes(lines)
 
-    def _show_links(self, made: int) -> None:
-        """Compare the links of the first push with those that `tools/plan` counts."""
+    def _compare_with_plan(self, links: int, num_bytes: float) -> None:
+        """Compare the first push with what `tools/plan` counts before engines run."""
         hf = read_hf_config(self.config.model.path, None)
-        planned = max(planned_links(self.config, hf))
-        if made > planned:
+        plan = planned_push(self.config, hf)
+        planned = max(num_links(plan, self.config.parallel.processes))
+        if links > planned:
             raise RunError(
-                f"rehearse: push: a trainer rank has {made} links to engine ranks, where its plan, "
-                f"by which tools/plan counts, has {planned}"
+                f"rehearse: push: a trainer rank has {links} links to engine ranks, where its "
+                f"plan, by which tools/plan counts, has {planned}"
             )
-        evidence = f"a trainer rank has at most {made} to engine ranks, of {planned} planned"
+        entries = (entry for engine_set in plan for position in engine_set for entry in position)
+        planned_bytes = sum(entry.num_bytes for entry in entries)
+        if round(planned_bytes) != num_bytes:
+            raise RunError(
+                f"rehearse: push: trainer ranks send {num_bytes:,.0f} bytes, where their plan, by "
+                f"which tools/plan counts, has {planned_bytes:,.0f}: engines need other parts of "
+                "tensors than weight_sync/plan/predicted_layout.py says"
+            )
+        evidence = f"a trainer rank has at most {links} to engine ranks, of {planned} planned; "
+        evidence += f"{num_bytes:,.0f} bytes are sent, as planned"
         self.shown.append(PhaseResult("links", evidence, 0.0))
 
     def _show_pushes(self, lines: Sequence[dict]) -> None:

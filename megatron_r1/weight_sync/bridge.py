@@ -101,7 +101,7 @@ class WeightBridge:
             sent = await (self._push_windows if is_windowed else self._push_whole)(version)
         swapped = time.perf_counter()
         metrics = {"push/transfer": sent - start, "push/pause": swapped - sent}
-        metrics["push/links"] = self.links.num_links
+        metrics |= {"push/links": self.links.num_links, "push/bytes": self.links.num_bytes}
         if self.prober is not None:
             metrics |= await self.prober.check(self._push_number, self._engines_up, self._lose)
         self._version = version

@@ -64,6 +64,11 @@ class EngineLinks:
         by_set = [engine_set.num_links for engine_set in self.sets]
         return max(map(sum, zip(*by_set, strict=True)), default=0)
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of a whole push out of all trainer ranks."""
+        return sum(sum(engine_set.num_bytes) for engine_set in self.sets)
+
     async def open(self) -> None:
         """Let the trainer's ranks prepare to send."""
         await self._connector.open()

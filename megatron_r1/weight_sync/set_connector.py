@@ -94,8 +94,9 @@ class SetConnector:
                     text = f"trainer rank {rank} cannot connect to it: {problem}"
                     problems.setdefault(name, text)
             for engine_set in sets:
-                num_links = [result["num_links"].get(engine_set.name, 0) for result in results]
-                engine_set.num_links = num_links
+                name = engine_set.name
+                engine_set.num_links = [result["num_links"].get(name, 0) for result in results]
+                engine_set.num_bytes = [result["num_bytes"].get(name, 0) for result in results]
             self.num_windows = max(self.num_windows, *(r["num_windows"] for r in results))
             patience = ANSWER_SECONDS if problems else self.settings.timeout_seconds
             if calls:

@@ -61,6 +61,8 @@ TRAINERS = {
     "deepseek-v2": [{"expert": 2}],
     "gpt-oss": [{"tensor": 2, "expert": 2}, {"pipeline": 2}],
 }
+BOTH_AXES = {"tensor": 2, "data": 2, "expert_parallel": True}
+"""The axes of the 671B recipes' engines."""
 SMALL = 4e-3
 """GiB of receive buffer: about half of what the models have, so that it comes in windows."""
 
@@ -89,19 +91,25 @@ SMALL = 4e-3
                 ("deepseek", {"tensor": 2}, "gloo"),
                 ("deepseek", {"tensor": 2, "expert_parallel": True}, "shm"),
                 ("deepseek", {"data": 2, "expert_parallel": True}, "shm"),
+                ("deepseek", BOTH_AXES, "shm"),
                 ("deepseek", {"pipeline": 2}, "shm"),
                 ("qwen", {}, "gloo"),
                 ("qwen", {"tensor": 2}, "shm"),
                 ("qwen", {"pipeline": 2}, "shm"),
                 ("qwen3", {"tensor": 2}, "shm"),
                 ("qwen3-moe", {"tensor": 2, "expert_parallel": True}, "shm"),
+                ("qwen3-moe", BOTH_AXES, "shm"),
                 ("glm", {"tensor": 2}, "shm"),
+                ("glm", BOTH_AXES, "shm"),
                 ("glm-lite", {}, "shm"),
+                ("glm-lite", BOTH_AXES, "shm"),
                 ("kimi", {"tensor": 2, "expert_parallel": True}, "shm"),
                 ("deepseek-v2", {"pipeline": 2}, "shm"),
+                ("deepseek-v2", BOTH_AXES, "shm"),
                 ("gpt-oss", {}, "shm"),
                 ("gpt-oss", {"tensor": 2}, "gloo"),
                 ("gpt-oss", {"tensor": 2, "expert_parallel": True}, "shm"),
+                ("gpt-oss", BOTH_AXES, "shm"),
                 ("gpt-oss", {"pipeline": 2}, "shm"),
             ]
         ),

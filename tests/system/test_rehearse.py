@@ -193,6 +193,7 @@ UNDRAFTED = ("--rollout.speculative.method", "none")
     [
         ("mtp", ZERO, "MTP layers (m) must stand there 0 times, not 1"),
         ("all_pairs", ZERO, "links to engine ranks, where its plan"),
+        ("split_shared", ZERO, "bytes, where their plan"),
         ("single_tokens", (*ZERO, *UNDRAFTED), "log-probabilities of engine-"),
         ("left_out_drafter", ZERO, "the engine takes no pushes of"),
         ("undelivered", SMALL, "are not what the engine computes with"),

@@ -19,7 +19,7 @@ from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.shared_gpus import NONE_SHARED, SAME_NODE_LOAD, SharedGPUs
 from megatron_r1.weight_sync.plan.tensors import HFTensor, Region
 from megatron_r1.weight_sync.plan.traffic import ByteCount
-from megatron_r1.weights.stored.fp8 import BLOCK
+from megatron_r1.weights.stored.fp8 import BLOCK, is_quantized
 
 SET_ENGINES = 16
 """Most engines of a set. A larger one saves bytes out of the trainer, which has some to spare, and
@@ -29,11 +29,12 @@ costs time to create its groups, latency of their rings, and more engines that a
 LARGEST_PIECE, SMALL_PIECE = 0.5, 0.2
 """A sender is chosen for each piece of what an engine rank receives. LARGEST_PIECE: most of that
 rank's bytes in one piece; with a half the busiest trainer rank of the recipe for 2,048 GPUs sends
-1.15 times the mean, without a limit 1.4 times. SMALL_PIECE: a piece of less than this part of
+1.17 times the mean, without a limit 1.4 times. SMALL_PIECE: a piece of less than this part of
 LARGEST_PIECE goes to a sender that is already chosen."""
-UNEVEN = 1 / 64
+UNEVEN = 1 / 1024
 """A tensor is cut where an engine's share of the bytes ends, unless less than this part of the
-share is left on either side."""
+share is left on either side. All engines pass on as much as the one with the largest share, which
+the others' are padded to."""
 SHARED_MEMORY_LARGEST_PIECE = 1 / 16
 """`LARGEST_PIECE` in shared memory, where links cost nothing and each core that copies helps."""
 
@@ -207,15 +208,16 @@ def _pieces(
 
 
 def _cut_by_shares(part: Part, start: float, share: float, num_bytes: ByteCount) -> Iterator[Part]:
-    """Yield a part, which begins at byte `start` of its position, in pieces of whole blocks of rows
-    that end about where engines' shares end."""
+    """Yield a part, which begins at byte `start` of its position, in pieces of whole rows, or
+    of blocks of rows that have FP8 scales, that end about where engines' shares end."""
     item, region, size = part
     per_row = size / (region.bottom - region.top)
     least = UNEVEN * share / per_row
+    step = BLOCK if is_quantized(item.name) else 1
     edges = [region.top]
     for number in range(int(start / share) + 1, int((start + size) / share) + 1):
         row = region.top + (number * share - start) / per_row
-        row = round(row / BLOCK) * BLOCK
+        row = round(row / step) * step
         if row - edges[-1] > least and region.bottom - row > least:
             edges.append(row)
     if len(edges) == 1:

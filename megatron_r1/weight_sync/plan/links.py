@@ -1,4 +1,4 @@
-"""The links between ranks that a recipe's push is planned with, before any engine runs."""
+"""The entries and links that a recipe's push is planned with, before any engine runs."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,6 @@ from megatron_r1.weight_sync.plan.entry import (
     engine_sets,
     entries,
     largest_piece,
-    num_links,
 )
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
@@ -57,17 +56,16 @@ def planned_entries(
     return entries(planner, num_bytes, sets, (), largest, shared)
 
 
-def planned_links(config: Config, hf: dict) -> list[int]:
-    """Return the number of links to engine ranks of each of `parallel.processes` trainer ranks."""
+def planned_push(config: Config, hf: dict) -> list[list[list[Entry]]]:
+    """Return the `entries` of a recipe's push from `parallel.processes` trainer ranks."""
     layout, push = engine_layout(config), config.push
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
     needs = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
     planner = Planner(hf, grid, layout, recipe_stages(config, hf), needs)
-    plans = planned_entries(
+    return planned_entries(
         planner,
         fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype),
         engine_sets(layout.engines, max_engines(push)),
         shares_gpus=shares_gpus_over_nccl(config),
         largest=largest_piece(push.transport),
     )
-    return num_links(plans, grid.world)

@@ -23,6 +23,8 @@ VOCABULARY_MULTIPLE = 64
 DRAFTER_WHOLE = ".eh_proj.weight"
 """A plain linear layer on every rank of vLLM's drafter; Megatron splits it."""
 
+SHARED_EXPERTS = ".shared_experts."
+
 
 class PredictedLayout:
     """The regions that the ranks of one engine need of the model that `hf` describes.
@@ -47,8 +49,12 @@ class PredictedLayout:
         on_last_stage = is_tied(self.table) or drafts
         self._embedding_stages = sorted({0, layout.pipeline - 1} if on_last_stage else {0})
         self._end_stages = [layout.pipeline - 1]
-        if model_family(hf).stacked:  # vLLM's class of gpt-oss has both ends on every stage
+        family = model_family(hf)
+        if family.stacked:  # vLLM's class of gpt-oss has both ends on every stage
             self._embedding_stages = self._end_stages = list(range(layout.pipeline))
+        # vllm/config/parallel.py, use_sequence_parallel_moe: each rank's tokens are its own there.
+        splits_tokens = layout.expert_parallel and layout.tensor > 1 and layout.data > 1
+        self._whole_shared = splits_tokens and family.whole_shared
         self._num_expert_ranks = layout.data * layout.tensor
         within_stage = list(product(range(layout.data), range(layout.tensor)))
         self._stage_coordinates = [
@@ -107,6 +113,8 @@ class PredictedLayout:
             # The bias behind an expert's sum over ranks: the first of them adds it.
             return None if coordinate.data or coordinate.tensor else Region.whole(shape)
         if rule.split is whole or tensor.name.endswith(DRAFTER_WHOLE):
+            return Region.whole(shape)
+        if self._whole_shared and SHARED_EXPERTS in tensor.name:
             return Region.whole(shape)
         if tensor.expert is not None:
             if self.layout.expert_parallel:

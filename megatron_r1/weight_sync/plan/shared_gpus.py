@@ -13,8 +13,7 @@ RANKS_PER_NODE = 8
 """Trainer ranks of a node where no plan says otherwise, a GPU each."""
 SAME_NODE_LOAD = 0.3
 """Time of a byte within a node over that of one through an adapter: 44.26 GB/s through an adapter
-(prime-rl#3341), 150 GB/s over NVLink (0.75 of an H800's). Simulated for the recipe of 2,048 GPUs, a
-push takes 1.19 of its floor, and 1.21 where senders in other nodes are as good."""
+(prime-rl#3341), 150 GB/s over NVLink (0.75 of an H800's)."""
 
 
 @dataclass(frozen=True)

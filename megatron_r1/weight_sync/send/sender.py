@@ -67,8 +67,8 @@ class WeightSender:
         sets: name, unique to every call, and number of engines of each. layout: the fields of
         `EngineLayout`, of one engine. full_every: of so many pushes the first is sent whole, the
         others as differences. push_seconds: limit for a push, default `timeout_seconds`. gone: sets
-        to disconnect. Returns "problems" by set, and of the others "num_windows", and "num_bytes"
-        and, by set, "num_links" of this rank."""
+        to disconnect. Returns "problems" by set, and of the others "num_windows" and, by set,
+        "num_links" and "num_bytes" of this rank."""
         for name in gone:
             self.disconnect(name)
         engine_layout = EngineLayout(**{**layout, "engines": 1})
@@ -103,8 +103,8 @@ class WeightSender:
         return {
             "problems": offers.problems | failed,
             "num_windows": max(windows, default=1),
-            "num_bytes": sum(links.num_bytes for links in connected.values()),
             "num_links": {name: len(links.links) for name, links in connected.items()},
+            "num_bytes": {name: links.num_bytes for name, links in connected.items()},
         }
 
     def disconnect(self, name: str) -> None:

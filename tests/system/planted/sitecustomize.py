@@ -248,6 +248,17 @@ def link_all_pairs(module):
     module.entries = entries
 
 
+def split_shared_experts(module):
+    """The plan splits shared experts over tensor ranks where vLLM keeps them whole."""
+    upstream = module.PredictedLayout.__init__
+
+    def init(self, *arguments, **settings):
+        upstream(self, *arguments, **settings)
+        self._whole_shared = False
+
+    module.PredictedLayout.__init__ = init
+
+
 def train_frozen_layers(module):
     """MTP layers are trained, though the recipe freezes them."""
     upstream = module.Trainer.__init__
@@ -266,6 +277,7 @@ PLANTED = {
     "trained": ("megatron_r1.training.trainer", train_frozen_layers),
     "mtp": ("megatron_r1.weight_sync.trainer_rank", refuse_mtp),
     "all_pairs": ("megatron_r1.weight_sync.send.link_planner", link_all_pairs),
+    "split_shared": ("megatron_r1.weight_sync.plan.predicted_layout", split_shared_experts),
     "single_tokens": ("megatron_r1.vllm_plugin.sequence_parallel", confuse_single_tokens),
     "undelivered": ("megatron_r1.vllm_plugin.swap", deliver_nothing),
     "lost_request": ("megatron_r1.engine.client", lose_a_request),

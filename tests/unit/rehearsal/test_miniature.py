@@ -43,7 +43,7 @@ def shrunk(path, overrides=None, max_ranks=16):
     return config, miniature.shrink(config, hf, Path("rehearsal"), max_ranks)
 
 
-def test_a_push_with_more_links_than_its_plan_is_refused(tmp_path):
+def test_a_push_with_more_links_or_other_bytes_than_its_plan_is_refused(tmp_path):
     config, small = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml")
     path = {"path": str(tmp_path), "mtp": config.model.mtp}
     changed = {
@@ -55,13 +55,16 @@ def test_a_push_with_more_links_than_its_plan_is_refused(tmp_path):
     stages = recipe_stages(config, small.hf)
     grid = TrainerGrid.from_recipe(config.parallel, 16)
     arguments = small.hf, grid, engine_layout(config), stages, plain_bytes("bfloat16"), 16
-    most = set_links(*arguments, drafts=True).out  # as tools/plan counts
+    planned = set_links(*arguments, drafts=True)  # as tools/plan counts
+    most, sent = planned.out, sum(planned.sent)
     phases = Phases("rl", tmp_path / "recipe.yaml", config, [], 1.0, lambda line: None)
-    phases._show_links(most)
+    phases._compare_with_plan(most, sent)
     with pytest.raises(
         RunError, match=f"has {most + 1} links to engine ranks, where its plan.*{most}"
     ):
-        phases._show_links(most + 1)
+        phases._compare_with_plan(most + 1, sent)
+    with pytest.raises(RunError, match="engines need other parts of tensors than"):
+        phases._compare_with_plan(most, sent + 512)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -84,6 +84,18 @@ def test_what_enters_is_passed_on_by_a_ring(engines):
     np.testing.assert_allclose(tasks.finish_times(cluster.capacity), [1.0] * engines + [engines])
 
 
+class ThreeBytes(Entry):
+    num_bytes = 3.0
+
+
+def test_shares_are_padded_to_the_largest():
+    """One engine receives 1 byte at 1 B/s, the other 3; then each sends the other 3 bytes."""
+    position = [SizedEntry(0, 0, 0, (), 0.0), ThreeBytes(1, 1, 0, (), 0.0)]
+    cluster = Cluster(2, 2, colocated=False, rates=FREE)
+    ends = entry_tasks(cluster, [(range(2), [position])], 1).finish_times(cluster.capacity)
+    np.testing.assert_allclose(ends, [1, 3, 6])
+
+
 def test_a_sender_of_two_engine_ranks_halves_its_rate():
     plan = [[SizedEntry(0, 0, 0, (), 0.0)], [SizedEntry(0, 0, 1, (), 0.0)]]
     cluster = Cluster(1, 2, colocated=False, rates=FREE)

@@ -87,7 +87,7 @@ class SmallTrainer:
             if members is not None:
                 failure = {"error": "Connection reset", "members": members, "is_damaged": False}
                 problems = {arguments["sets"][0]: failure}
-        answer = {"problems": problems, "num_windows": 1, "num_links": {}}
+        answer = {"problems": problems, "num_windows": 1, "num_links": {}, "num_bytes": {}}
         return [{"store": ["127.0.0.1", self.port], **answer}]
 
     def sets(self):

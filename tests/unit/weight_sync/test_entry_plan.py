@@ -101,7 +101,7 @@ def test_engines_receive_equal_bytes_though_one_tensor_is_more_than_a_share():
         for entry in position:
             received[entry.engine] += entry.num_bytes
         mean = sum(received.values()) / 16
-        assert len(received) == 16 and max(received.values()) < 1.1 * mean
+        assert len(received) == 16 and max(received.values()) < 1.002 * mean
 
 
 def test_sets_are_of_equal_size():
@@ -111,21 +111,24 @@ def test_sets_are_of_equal_size():
     assert engine_sets(64) == [range(0, 16), range(16, 32), range(32, 48), range(48, 64)]
 
 
-@pytest.mark.parametrize(("count", "most"), [(BYTES, 1.16), (fp8_bytes, 1.2)])
+@pytest.mark.parametrize(("count", "most"), [(BYTES, 1.18), (fp8_bytes, 1.2)])
 def test_the_recipe_for_2048_ranks_needs_few_links_and_sends_evenly(count, most):
     grid = TrainerGrid(2048, tensor=4, context=2, expert=8, pipeline=16)
     layout = EngineLayout(16, tensor=8, data=16, expert_parallel=True)
     stages = stage_shards(DEEPSEEK_V3, 16, 2, pipeline_layout="Et|t|(tt|)*29tmL")
     planner = Planner(DEEPSEEK_V3, grid, layout, stages)
     (plan,) = entries(planner, count, [range(16)])
-    sent, into, received = Counter(), Counter(), Counter()
+    sent, into, received, entered = Counter(), Counter(), Counter(), Counter()
     for entry in (entry for of_position in plan for entry in of_position):
         sent[entry.sender] += entry.num_bytes
         into[entry.engine, entry.position] += 1
+        entered[entry.engine, entry.position] += entry.num_bytes
         received[entry.position] += entry.num_bytes
     out = Counter(entry.sender for of_position in plan for entry in of_position)
-    assert max(out.values()) <= 8 and max(into.values()) <= 8
+    assert max(out.values()) <= 16 and max(into.values()) <= 10
     assert len(into) == 2048 and len(sent) == 2048
     assert max(sent.values()) <= most * sum(sent.values()) / 2048
     needed = traffic(planner, count).received
+    shares = [16 * entered[engine, p] / received[p] for engine in range(16) for p in range(128)]
+    assert min(shares) > 0.99 and max(shares) < 1.002
     assert [received[p] for p in range(128)] == pytest.approx(needed[:128])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -94,93 +95,54 @@ def direct_tasks(cluster: Cluster, planner: Planner, links: DirectLinks, rotated
 def entry_tasks(
     cluster: Cluster, plans: Sequence[tuple[range, list[list[Entry]]]], ranks_per_engine: int
 ) -> Tasks:
-    """Return the tasks where each slice enters one engine of a set, bucket by bucket, and the ranks
-    of a position exchange a bucket each per round.
+    """Return the tasks where each slice enters one engine of a set, bucket by bucket, and then the
+    ranks of a position exchange a bucket each per round.
 
     plans: the engines of each set, with `plan.entry.entries`."""
-    tasks, buckets, segments = Tasks(), _Buckets(), []
-    for index, (engines, plan) in enumerate(plans):
-        for of_position in plan:
-            segments.append(
-                buckets.add(index, engines, of_position, ranks_per_engine, PASSED_BYTES)
-            )
-    order = np.lexsort((buckets.round, buckets.receiver, buckets.sender))
-    sender, receiver = np.array(buckets.sender)[order], np.array(buckets.receiver)[order]
-    _, link = np.unique(sender * cluster.receivers + receiver, return_inverse=True)
+    entered = [
+        (entry, engines[entry.engine] * ranks_per_engine + entry.position)
+        for engines, plan in plans
+        for entry in chain.from_iterable(plan)
+    ]
+    entered.sort(key=lambda pair: (pair[0].sender, pair[1]))
+    entry_bytes = np.array([entry.num_bytes for entry, _ in entered])
+    count = np.maximum(np.round(entry_bytes / PASSED_BYTES).astype(int), 1)
+    link = np.repeat(np.arange(len(entered)), count)  # of each bucket
+    receiver = np.array([receiver for _, receiver in entered])
+    sender = np.array([entry.sender for entry, _ in entered])
+    tasks = Tasks()
     sent = tasks.add(
         link,
-        np.array(buckets.size)[order],
-        cluster.route(sender, receiver),
+        (entry_bytes / count)[link],
+        cluster.route(sender[link], receiver[link]),
         cluster.rates.message_seconds,
     )
-    number = np.empty(len(order), int)
-    number[order] = sent
-    for lane, (places, sizes, ranks) in enumerate(segments, int(link.max()) + 1):
-        if len(ranks) > 1:
-            _exchange(tasks, cluster, lane, places, number, sizes, cluster.gpu_of(ranks))
+    received = np.bincount(receiver, entry_bytes, cluster.receivers)
+    lane = len(entered)
+    for engines, _ in plans:
+        for position in range(ranks_per_engine):
+            ranks = np.array(engines) * ranks_per_engine + position
+            if len(ranks) > 1:
+                rounds = _exchange(tasks, cluster, lane, received[ranks].max(), ranks)
+                arriving = sent[np.isin(receiver[link], ranks)]
+                tasks.wait(np.full(len(arriving), rounds[0]), arriving)
+                lane += 1
     return tasks
 
 
 def _exchange(
-    tasks: Tasks,
-    cluster: Cluster,
-    lane: int,
-    places: np.ndarray,
-    number: np.ndarray,
-    sizes: np.ndarray,
-    gpus: np.ndarray,
-) -> None:
-    """Add the all-gathers of a position: rings in order of engines, one round after another.
-
-    places, sizes: [engine, round]; a place is an index of `number`, or -1."""
-    total, rates = sizes.sum(axis=0), cluster.rates
-    uses: list[tuple[np.ndarray, np.ndarray | float]] = []
-    for engine, gpu in enumerate(gpus):
-        # A member passes on all but what its successor has brought in.
-        after = sizes[(engine + 1) % len(gpus)]
-        into = (total - sizes[engine]) / total
-        for kind, share in ((0, (total - after) / total), (1, into), (5, into)):
-            uses.append((np.full(len(total), kind * cluster.gpus + gpu), share))
-    seconds = rates.round_seconds + (len(gpus) - 1) * rates.hop_seconds
-    rounds = tasks.add(np.full(len(total), lane), total, uses, seconds)
-    entered = places[places >= 0]
-    tasks.wait(np.full(len(entered), rounds[0]), number[entered])
-
-
-class _Buckets:
-    """Buckets that enter, with the round in which they are exchanged."""
-
-    def __init__(self):
-        self.sender: list[int] = []
-        self.receiver: list[int] = []
-        self.round: list[int] = []
-        self.size: list[float] = []
-
-    def add(
-        self,
-        index: int,
-        engines: range,
-        of_position: list[Entry],
-        ranks_per_engine: int,
-        bucket: int,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the places of a position's buckets here, their sizes [engine, round], and the
-        position's ranks."""
-        rounds: list[list[tuple[int, float]]] = [[] for _ in engines]
-        for entry in of_position:
-            receiver = engines[entry.engine] * ranks_per_engine + entry.position
-            count = max(1, round(entry.num_bytes / bucket))
-            for _ in range(count):
-                own = rounds[entry.engine]
-                own.append((len(self.sender), entry.num_bytes / count))
-                self.sender.append(entry.sender)
-                self.receiver.append(receiver)
-                self.round.append(len(own) - 1)
-                self.size.append(entry.num_bytes / count)
-        length = max(map(len, rounds))
-        places, sizes = np.full((len(engines), length), -1), np.zeros((len(engines), length))
-        for engine, own in enumerate(rounds):
-            for place, (number, size) in enumerate(own):
-                places[engine, place], sizes[engine, place] = number, size
-        position = of_position[0].position
-        return places, sizes, np.array([e * ranks_per_engine + position for e in engines])
+    tasks: Tasks, cluster: Cluster, lane: int, largest: float, ranks: np.ndarray
+) -> np.ndarray:
+    """Add the all-gathers of a position, and return their numbers: rings in order of engines, one
+    round after another, in which every engine contributes as much as that with the largest share
+    (`transports.exchange` pads them)."""
+    members, rates = len(ranks), cluster.rates
+    starts = np.arange(0, largest, PASSED_BYTES)
+    sizes = members * np.minimum(PASSED_BYTES, largest - starts)
+    uses: list[tuple[np.ndarray, np.ndarray | float]] = [
+        (np.full(len(sizes), kind * cluster.gpus + gpu), (members - 1) / members)
+        for gpu in cluster.gpu_of(ranks)
+        for kind in (0, 1, 5)  # out of and into the adapter, and what the receiver processes
+    ]
+    seconds = rates.round_seconds + (members - 1) * rates.hop_seconds
+    return tasks.add(np.full(len(sizes), lane), sizes, uses, seconds)
