@@ -52,7 +52,7 @@ class Episode:
     reason: str = ""
 
     @property
-    def is_scored(self) -> bool:
+    def has_reward(self) -> bool:
         """Whether the policy caused the end, so that the episode's reward counts."""
         return self.status in SCORED
 

@@ -43,7 +43,7 @@ class ParallelConfig(Section):
     """where the reference's weights wait; device: always on the GPU"""
     tokens_per_microbatch: int | None = Field(None, gt=0)
     """upper limit; a longer sample gets a micro-batch alone. Default: 16,384; without GPUs fewer,
-    so that activations take 3 GiB, or less where memory is short"""
+    so that activations take 1.5 GiB, or less where memory is short"""
     share_prompts: bool = False
     """compute a prompt once for all its responses in a micro-batch; on a CPU, without context
     parallelism, routing replay and MTP training. Gradients are the same"""

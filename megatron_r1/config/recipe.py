@@ -134,7 +134,7 @@ Verb = Literal["rl", "sft", "reward-model", "sample"]
 
 
 def verb_of(config: Config) -> Verb:
-    """Return the verb that a recipe is for, from the sections that it sets."""
+    """Return the verb that a recipe is for, from its sections that are not the default."""
     if config.model.head == "score" or config.reward_model != RewardModelConfig():
         return "reward-model"
     if config.sft != SFTConfig():

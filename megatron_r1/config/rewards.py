@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from megatron_r1.config.section import MayChange, Resumable, Section
+from megatron_r1.config.section import Resumable, ResumableMark, Section
 from megatron_r1.rewards.combine import DEFAULT_WEIGHTS, Weight, read_weights
 from megatron_r1.rewards.options import read_options
 from megatron_r1.rewards.reading import READERS, Reading
@@ -19,7 +19,7 @@ class RewardsConfig(Section):
     """reward = sum of weight x term: a number, or {weight, from_step, to_step}"""
     # The addresses of served models may change, for where they run decides nothing.
     options: Annotated[
-        dict[str, dict[str, Any]], MayChange(("helpful.url", "judge.url", "safety.url"))
+        dict[str, dict[str, Any]], ResumableMark(("helpful.url", "judge.url", "safety.url"))
     ] = {}
     """{reward: its options}, such as language: {target: zh}"""
     answer: Reading = "strict"

@@ -20,7 +20,7 @@ class Section(BaseModel):
 
 
 @dataclass(frozen=True)
-class MayChange:
+class ResumableMark:
     """Marks a field that may differ when a run continues.
 
     within: dotted keys of a mapping that may; default: the whole field."""
@@ -28,7 +28,7 @@ class MayChange:
     within: tuple[str, ...] = ()
 
 
-Resumable = Annotated[T, MayChange()]
+Resumable = Annotated[T, ResumableMark()]
 """The type of a setting that changes how long, how often or where a run computes, not what it
 learns: it may differ when the run continues."""
 
@@ -37,7 +37,7 @@ def resumable_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of `model` that are marked as resumable, also those of its sections."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        marks = [mark for mark in field.metadata if isinstance(mark, MayChange)]
+        marks = [mark for mark in field.metadata if isinstance(mark, ResumableMark)]
         if marks:
             yield from [f"{key}.{part}" for part in marks[0].within] or [key]
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):

@@ -131,7 +131,7 @@ class EnginePolicy:
             played = await self._player(agents).play(prompt, answer, self._decoding.max_tokens)
             fleet.members.require_usable()
             episode = played.episode
-            if episode.is_scored:
+            if episode.has_reward:
                 break
         else:
             raise RunError(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. A flag whose value is a text names the key of `config.json` that has it.
+    """One architecture. Where a flag may be a text, this is the key of `config.json` that decides.
 
     latent: multi-head latent attention (DeepSeek-V2) instead of grouped-query attention.
     qkv_bias: biases on query, key and value.

@@ -61,7 +61,7 @@ class RolloutCollector:
     async def collect(
         self, prompts: list[Prompt], sampling: Sampling, finished: StepLog | None = None
     ) -> Rollout:
-        """Sample and grade a group for each prompt, all at once; with `sampling.is_scored` the
+        """Sample and grade a group for each prompt, all at once; with `sampling.with_teacher` the
         teacher scores a group as soon as it is sampled.
 
         Groups come back in the order of `prompts`; those that `finished` has are not sampled again.
@@ -218,10 +218,10 @@ class RolloutCollector:
     ) -> list[array[float]]:
         """Return the teacher's log-probabilities of each response; an empty list if unscored."""
         sampling = running.sampling
-        if not sampling.is_scored:
+        if not sampling.with_teacher:
             return []
         teacher = self.teacher
-        assert teacher is not None, "Sampling.is_scored needs a teacher"
+        assert teacher is not None, "Sampling.with_teacher needs a teacher"
 
         async def score(token_ids: Sequence[int], first: int) -> array[float]:
             logprobs = await teacher.score(token_ids, first, order=sampling.step)

@@ -49,7 +49,7 @@ class ResponseGrader:
         self, prompt: Prompt, played: Played, weights: Mapping[str, float]
     ) -> GradedResponse:
         episode, response = played.episode, played.episode.response()
-        if not episode.is_scored:
+        if not episode.has_reward:
             grade = Grade.ungraded(f"{episode.status}: {episode.reason}")
             grades = dict.fromkeys((ACCURACY, *weights), grade)
         else:
@@ -111,7 +111,7 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
     responses = responses_of(groups)
     if not responses:
         return
-    faults = Counter(r.episode.status for r in responses if r.episode and not r.episode.is_scored)
+    faults = Counter(r.episode.status for r in responses if r.episode and not r.episode.has_reward)
     broken = set.intersection(*(set(graded.ungraded) for graded in responses))
     if broken and not faults:
         term = min(broken)

@@ -28,7 +28,7 @@ class InFlightGroup:
         """Count the group's responses and enter phase "grading"."""
         self._enter("grading")
         self._tracker.num_groups += 1
-        self._tracker.num_samples += len(responses)
+        self._tracker.num_responses += len(responses)
         self._tracker.num_tokens += sum(len(response.token_ids) for response in responses)
 
     def grading_done(self) -> None:
@@ -42,14 +42,14 @@ class InFlightGroup:
 class InFlight:
     """Tracks the groups in flight and counts finished work since the start of the process.
 
-    num_started: groups requested. num_groups, num_samples, num_tokens: groups that were sampled,
-    their responses, and these responses' tokens. num_graded: groups that are finished. num_scored:
+    num_started: groups requested. num_groups, num_responses, num_tokens: groups that were sampled,
+    their responses, and the tokens of these. num_graded: groups that are finished. num_scored:
     responses that a teacher has scored."""
 
     def __init__(self) -> None:
         self.groups: set[InFlightGroup] = set()
         self.num_started = self.num_graded = self.num_scored = 0
-        self.num_groups = self.num_samples = self.num_tokens = 0
+        self.num_groups = self.num_responses = self.num_tokens = 0
 
     @contextlib.contextmanager
     def group(self, prompt: Prompt) -> Iterator[InFlightGroup]:

@@ -22,7 +22,7 @@ class Sampling:
     step: the training step, from 1.
     weights: of the rewards (`rewards.combine`).
     routing: shape of the experts' indices to return with each token, or None for none.
-    is_scored: whether the teacher scores every token."""
+    with_teacher: whether the teacher scores every token."""
 
     num_samples: int
     temperature: float
@@ -31,7 +31,7 @@ class Sampling:
     step: int = 1
     weights: Mapping[str, float] = field(default_factory=lambda: DEFAULT_WEIGHTS)
     routing: RoutingShape | None = None
-    is_scored: bool = False
+    with_teacher: bool = False
 
 
 @dataclass(frozen=True)

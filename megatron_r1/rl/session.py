@@ -99,7 +99,7 @@ class Session:
     async def push_weights(self) -> None:
         """Send the trainer's weights to every engine, as version `step`."""
         bridge = self.passes.bridge
-        await bridge.hold()  # not held by an update while the policy waits for its critic
+        await bridge.hold()  # an update has done so, but there is none while only a critic trains
         if self.config.rollout.colocated:
             await self.trainer.call("yield_memory")
         self._push_metrics = await bridge.push(self.step)

@@ -92,7 +92,7 @@ class StepSampler:
             step,
             weights_at(config.rewards.weights, step),
             self._routing,
-            is_scored=self.collector.teacher is not None,
+            with_teacher=self.collector.teacher is not None,
         )
         num_groups = rl.questions_per_rollout
         # Drawn before the first await: the next batch may draw while this one is being sampled.

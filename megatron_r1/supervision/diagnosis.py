@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from typing import Any, cast
 
 from megatron_r1.supervision import inspect_roles
-from megatron_r1.supervision.inspect_roles import Finding, indented, seconds
+from megatron_r1.supervision.inspect_roles import Finding, indented, rounded
 from megatron_r1.supervision.run_handles import RunHandles
 
 
@@ -32,7 +32,7 @@ def report(run: RunHandles, findings: list[Finding], quiet_seconds: float) -> st
     """Return the text of a hang's report. quiet_seconds: since the last progress."""
     step = run.recorder.latest.get("step", run.recorder.state.step)
     lines = [
-        f"Nothing has moved for {seconds(quiet_seconds)}.",
+        f"Nothing has moved for {rounded(quiet_seconds)}.",
         f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}, controller on {socket.gethostname()}, "
         f"last finished step {step}",
         "",

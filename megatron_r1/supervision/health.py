@@ -160,7 +160,7 @@ def _of_the_rollouts(rollouts: RolloutCollector) -> Iterator[Metric]:
     yield _gauges("engine_sequences", "asked for and not back", "engine", running)
     yield _counter("engine_restarts", "of engines that died or hung", fleet.num_restarts)
     yield _gauge("engines_policy_version", "of the weights that engines hold", fleet.version)
-    yield _counter("samples", "responses that came back", in_flight.num_samples)
+    yield _counter("samples", "responses that came back", in_flight.num_responses)
     yield _counter("tokens", "of these responses", in_flight.num_tokens)
     yield _counter("groups", "sampled", in_flight.num_groups)
     open_groups: dict[str, float] = {phase: in_flight.count(phase) for phase in PHASES}

@@ -52,11 +52,11 @@ def indented(lines: list[str], by: int = 4) -> list[str]:
     return [" " * by + line for text in lines for line in text.splitlines()]
 
 
-def seconds(value: float) -> str:
+def rounded(seconds: float) -> str:
     """Format a duration as "12 s", "3 min" or "2.5 h"."""
-    if value < 120:
-        return f"{value:.0f} s"
-    return f"{value / 60:.0f} min" if value < 7_200 else f"{value / 3600:.1f} h"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7_200 else f"{seconds / 3600:.1f} h"
 
 
 async def inspect_trainer(trainer: TrainerClient) -> Finding:
@@ -67,7 +67,7 @@ async def inspect_trainer(trainer: TrainerClient) -> Finding:
     if waiting is None:
         headline = "trainer: every rank waits for the controller"
     else:
-        since = seconds(time.monotonic() - waiting.since)
+        since = rounded(time.monotonic() - waiting.since)
         missing = _ranks(sorted(waiting.missing))
         where = _locations(trainer, waiting.missing, statuses)
         headline = f"trainer: {waiting.operation!r} since {since}, no reply from {missing}; {where}"
@@ -100,7 +100,7 @@ def _rank_lines(trainer: TrainerClient, rank: int, status: RankStatus | None) ->
     name = f"rank {rank}{coordinates(trainer, rank)}"
     if status is None:
         return [f"{name} {_silence(trainer, rank)}"]
-    lines = [f"{name}: {status.operation}, for {seconds(status.seconds)}"]
+    lines = [f"{name}: {status.operation}, for {rounded(status.seconds)}"]
     for index, thread in enumerate(status.threads):
         # Helper threads only if they wait for other ranks too, such as a checkpoint's.
         if index == 0 or thread.collective:
@@ -210,7 +210,7 @@ async def stacks(engine: Engine) -> str:
 
 def _open_groups(in_flight: InFlight, phase: Phase) -> str:
     oldest = in_flight.oldest(phase)
-    since = f", the oldest for {seconds(time.monotonic() - oldest.since)}" if oldest else ""
+    since = f", the oldest for {rounded(time.monotonic() - oldest.since)}" if oldest else ""
     return f"{in_flight.count(phase)} groups are not back{since}"
 
 
@@ -245,7 +245,7 @@ async def _state(engine: Engine) -> tuple[str, bool]:
 
 
 def _describe_group(group: InFlightGroup) -> str:
-    since = seconds(time.monotonic() - group.since)
+    since = rounded(time.monotonic() - group.since)
     return (
         f"{group.prompt.kind} question {group.prompt.id} ({_short(group.prompt.question)!r}), "
         f"{group.phase} for {since}"
@@ -255,7 +255,7 @@ def _describe_group(group: InFlightGroup) -> str:
 def _describe_job(job: OutstandingJob) -> str:
     where = f"worker {job.process}" if job.process else "queued"
     question = _short(job.question or "")
-    return f"{where}: {job.target}, question {question!r}, since {seconds(job.seconds)}"
+    return f"{where}: {job.target}, question {question!r}, since {rounded(job.seconds)}"
 
 
 def _short(question: str) -> str:

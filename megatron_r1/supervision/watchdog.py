@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from megatron_r1.errors import RunError
 from megatron_r1.files import atomic_write
 from megatron_r1.supervision.diagnosis import diagnose, report
-from megatron_r1.supervision.inspect_roles import Finding, count_tokens, seconds
+from megatron_r1.supervision.inspect_roles import Finding, count_tokens, rounded
 from megatron_r1.supervision.run_handles import RunHandles
 
 MAX_TICK_SECONDS = 5.0
@@ -87,7 +87,7 @@ class Watchdog:
         content = report(self.run, findings, self.quiet_seconds)
         await asyncio.to_thread(atomic_write, path, content)
         message = (
-            f"nothing has moved for {seconds(self.quiet_seconds)}. Everything waits for "
+            f"nothing has moved for {rounded(self.quiet_seconds)}. Everything waits for "
             f"{findings[0].headline}\nall roles and stacks: {path}"
         )
         policy = self.run.config.run.on_hang

@@ -133,7 +133,7 @@ def seed_whole_prompts_only() -> None:
 def keep_matrices_plain() -> None:
     """Multiply by matrices without packing them, where --additional-config has `PLAIN_MATRICES`.
 
-    Upstream: model_executor/layers/utils.py:581 (`dispatch_cpu_unquantized_gemm`). Without it:
+    Upstream: model_executor/layers/utils.py:582 (`dispatch_cpu_unquantized_gemm`). Without it:
     every matrix is packed for oneDNN, most of a push's time. Goes when: vLLM has such a setting."""
     from vllm import _custom_ops
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -200,7 +200,7 @@ def allocate_cache_lazily() -> None:
 def use_reference_attention() -> None:
     """Compute latent attention the same way on all CPUs, unless a backend is set.
 
-    Upstream: platforms/cpu.py:153 and 260 (`CpuPlatform`). Without it: CPUs with AMX take a backend
+    Upstream: platforms/cpu.py:156 and 255 (`CpuPlatform`). Without it: CPUs with AMX take a backend
     for bf16 only, whatever the dtype, and a float32 engine does not start. Goes when: the choice
     depends on the dtype."""
     from vllm.platforms.cpu import CpuPlatform

@@ -35,8 +35,8 @@ class DeliveryCheck:
     def __init__(self, owners: Sequence[PlacedParameter]):
         self._owners = owners
         layers: dict[torch.nn.Module, list[PlacedParameter]] = {}
-        for at in dict.fromkeys(owners):
-            layers.setdefault(at.parameter.layer, []).append(at)
+        for placed in dict.fromkeys(owners):
+            layers.setdefault(placed.parameter.layer, []).append(placed)
         self._turns = list(layers.values())
         """The parameters of each layer; layers that were compared longest ago first."""
         self._before: list[tuple[list[PlacedParameter], PlacedParameter, list[int]]] = []
@@ -49,7 +49,7 @@ class DeliveryCheck:
         left = CPU_BYTES if current_platform.is_cpu() else GPU_BYTES
         self._before = []
         for layer in list(self._turns):
-            new = [at for at in layer if at in arrived and not at.parameter.is_live]
+            new = [placed for placed in layer if placed in arrived and not placed.parameter.is_live]
             tensors = _in_use(layer) if new else []
             size = sum(tensor.nbytes for tensor in tensors)
             if not tensors or SMALL_BYTES < size > left:
@@ -63,10 +63,14 @@ class DeliveryCheck:
     def end(self, push: int, loaded: Sequence[PlacedParameter], memory: torch.Tensor) -> None:
         """Compare after a load of the parameters `loaded` from `memory`. Raises UndeliveredPush,
         naming the tensors that the engine does not compute with."""
-        wrong = [at for at in loaded if at.parameter.is_live and not _equals(at, memory)]
-        wrong += [at for layer, at, before in self._before if _checksums(_in_use(layer)) == before]
+        wrong = [
+            placed for placed in loaded if placed.parameter.is_live and not _equals(placed, memory)
+        ]
+        wrong += [
+            placed for layer, placed, before in self._before if _checksums(_in_use(layer)) == before
+        ]
         if wrong:
-            names = ", ".join(at.parameter.title for at in wrong[:5])
+            names = ", ".join(placed.parameter.title for placed in wrong[:5])
             raise UndeliveredPush(
                 f"push {push}: {len(wrong)} tensors arrived and are not what the engine computes "
                 f"with: {names}{', ...' if len(wrong) > 5 else ''}"
@@ -78,16 +82,16 @@ def _in_use(layer: Sequence[PlacedParameter]) -> list[torch.Tensor]:
     Those that vLLM keeps outside of the layer, as matrices packed for oneDNN, are not among them.
     """
     found = [
-        getattr(at.parameter.layer, at.parameter.name, None)
-        for at in layer
-        if not at.parameter.is_live
+        getattr(placed.parameter.layer, placed.parameter.name, None)
+        for placed in layer
+        if not placed.parameter.is_live
     ]
     return [t for t in found if t is not None and t.numel() and not t.is_meta]
 
 
-def _equals(at: PlacedParameter, memory: torch.Tensor) -> bool:
-    in_use = getattr(at.parameter.layer, at.parameter.name)
-    return _checksums([in_use]) == _checksums([at.value(memory).to(in_use.device)])
+def _equals(placed: PlacedParameter, memory: torch.Tensor) -> bool:
+    in_use = getattr(placed.parameter.layer, placed.parameter.name)
+    return _checksums([in_use]) == _checksums([placed.value(memory).to(in_use.device)])
 
 
 @torch.no_grad()

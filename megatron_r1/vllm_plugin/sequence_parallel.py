@@ -13,7 +13,7 @@ MODELS = "vllm.model_executor.models.deepseek_v2"
 def gather_single_tokens() -> None:
     """Give whole hidden states on from a layer whose batch is one token.
 
-    Upstream: model_executor/models/deepseek_v2.py:1359, 1402, 1547 and 1577 (vllm-project/vllm
+    Upstream: model_executor/models/deepseek_v2.py:1363, 1402, 1552 and 1578 (vllm-project/vllm
     #50154, pull request #50691). With rollout.tensor, .data and .expert_parallel the ranks of a
     tensor group hold shares of the tokens behind such a layer, which the next layer recognizes by
     their number. Without the patch: one token is padded to the group's size, so that a share has

@@ -66,7 +66,7 @@ class WeightBridge:
         self._timeout_seconds = links.settings.timeout_seconds
         self._settled = asyncio.Lock()
         self._is_held = False
-        """Whether `open` or `hold` holds the lock, and not `feed`."""
+        """Whether the lock is held for a push, and not for an engine that joins."""
         self._push_number = 0
         self._version: int | None = None
         self._is_closed = False

@@ -10,6 +10,7 @@ from megatron_r1.engine.limits import check_ranks, positions
 from megatron_r1.models.hf_config import load_config, read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.reporting.wording import counted
+from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from tools.plan.flops import decode_flops, forward_flops
 from tools.plan.job import BYTES, Job
 from tools.plan.parameters import ModelCounts
@@ -79,6 +80,11 @@ class Engines:
         """Mean tokens of a sequence in a pass: a draft counts while all before it were right."""
         right = self.job.assumptions.draft_acceptance
         return sum(right**n for n in range(self.drafted + 1))
+
+    @cached_property
+    def whole_shared(self) -> bool:
+        """Whether each GPU has the shared experts whole."""
+        return PredictedLayout(self.job.hf, engine_layout(self.job)).whole_shared
 
     @property
     def weights(self) -> int:
@@ -230,6 +236,7 @@ def rollout_section(engines: Engines) -> Section:
             engines.weights,
             f"its part of every tensor: attention over {counted(engines.tensor, 'GPU')}, routed "
             f"experts over {job.engine_gpus}; norms, routers, latent down-projections whole"
+            + (", shared experts too" if engines.whole_shared else "")
             + ("; the drafter's among them" if engines.mtp_layers else "")
             + ("; projections in FP8 (push.fp8)" if in_fp8(job) else ""),
         ),

@@ -28,8 +28,8 @@ class Algorithm:
     """An estimator: the rules of its settings, and what its module defines.
 
     advantages: maps the rewards of a rollout's groups, None for an ungraded response, to a number
-        per response: its advantage, 0 if ungraded. With `token_advantages` the number is the reward
-        or advantage that these are computed from, NaN if ungraded.
+        per response: the advantage of all its tokens, 0 if ungraded. With `token_advantages` it is
+        what these are computed from, a reward or an advantage, and NaN if ungraded.
     loss: "module:function" of a `training.losses.Loss`, called on the trainer ranks.
     token_advantages: "module:function" of a `training.token_advantages.TokenAdvantages`, called
         there once the rollout is scored; None where all tokens of a response share one advantage.

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """Return the rewards, from which the trainer computes each token's advantage; NaN, by which it
-    recognizes them, for ungraded ones. Raises ValueError as `graded`."""
+    """Return the rewards as they are, for `token_advantages`; NaN for ungraded responses. Raises
+    ValueError as `graded`."""
     for rewards in groups:
         graded(rewards)
     return [[math.nan if r is None else r for r in rewards] for rewards in groups]

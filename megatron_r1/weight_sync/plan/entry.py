@@ -29,12 +29,12 @@ costs time to create its groups, latency of their rings, and more engines that a
 LARGEST_PIECE, SMALL_PIECE = 0.5, 0.2
 """A sender is chosen for each piece of what an engine rank receives. LARGEST_PIECE: most of that
 rank's bytes in one piece; with a half the busiest trainer rank of the recipe for 2,048 GPUs sends
-1.17 times the mean, without a limit 1.4 times. SMALL_PIECE: a piece of less than this part of
-LARGEST_PIECE goes to a sender that is already chosen."""
+1.17 times the mean in FP8, without a limit 1.25 times (without a drafter, and nodes aside).
+SMALL_PIECE: a piece of less than this part of LARGEST_PIECE goes to a sender that is already
+chosen."""
 UNEVEN = 1 / 1024
 """A tensor is cut where an engine's share of the bytes ends, unless less than this part of the
-share is left on either side. All engines pass on as much as the one with the largest share, which
-the others' are padded to."""
+share is left on either side. The exchange pads all shares to the largest."""
 SHARED_MEMORY_LARGEST_PIECE = 1 / 16
 """`LARGEST_PIECE` in shared memory, where links cost nothing and each core that copies helps."""
 

@@ -30,8 +30,8 @@ class PredictedLayout:
     """The regions that the ranks of one engine need of the model that `hf` describes.
 
     Used to plan without an engine; a push uses `ReceiverLayout`. drafts: whether the engine drafts
-    with the MTP layers, on its last stage, and so needs them. Raises UserError where vLLM cannot
-    split the model so."""
+    with the MTP layers, on its last stage, and so needs them. whole_shared: whether every tensor
+    rank has the shared experts whole. Raises UserError where vLLM cannot split the model so."""
 
     def __init__(self, hf: dict, layout: EngineLayout, *, drafts: bool = False):
         self.layout, self.table = layout, table(hf)
@@ -54,7 +54,7 @@ class PredictedLayout:
             self._embedding_stages = self._end_stages = list(range(layout.pipeline))
         # vllm/config/parallel.py, use_sequence_parallel_moe: each rank's tokens are its own there.
         splits_tokens = layout.expert_parallel and layout.tensor > 1 and layout.data > 1
-        self._whole_shared = splits_tokens and family.whole_shared
+        self.whole_shared = splits_tokens and family.whole_shared
         self._num_expert_ranks = layout.data * layout.tensor
         within_stage = list(product(range(layout.data), range(layout.tensor)))
         self._stage_coordinates = [
@@ -114,7 +114,7 @@ class PredictedLayout:
             return None if coordinate.data or coordinate.tensor else Region.whole(shape)
         if rule.split is whole or tensor.name.endswith(DRAFTER_WHOLE):
             return Region.whole(shape)
-        if self._whole_shared and SHARED_EXPERTS in tensor.name:
+        if self.whole_shared and SHARED_EXPERTS in tensor.name:
             return Region.whole(shape)
         if tensor.expert is not None:
             if self.layout.expert_parallel:

@@ -254,7 +254,7 @@ def split_shared_experts(module):
 
     def init(self, *arguments, **settings):
         upstream(self, *arguments, **settings)
-        self._whole_shared = False
+        self.whole_shared = False
 
     module.PredictedLayout.__init__ = init
 

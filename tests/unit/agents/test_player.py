@@ -119,7 +119,7 @@ def test_an_episode_with_calls_is_done_and_its_turns_are_kept(text):
 def test_every_end_has_its_status(text, answers, settings, status, reward):
     played = play(text, answers, **settings)
     assert (played.episode.status, played.reward) == (status, reward)
-    assert played.episode.is_scored == (reward is not None)
+    assert played.episode.has_reward == (reward is not None)
     assert bool(played.episode.reason) == (reward is None)
 
 

@@ -31,7 +31,7 @@ def test_links_between_nearly_all_pairs_are_refused(monkeypatch):
     """Each engine by itself, as pushes were before sets of engines."""
     monkeypatch.chdir(RECIPE.parents[2])
     plant_all_pairs(monkeypatch)
-    with pytest.raises(UserError, match=r"1,\d{3} links .* 5,\d{3},\d{3} requests to one store"):
+    with pytest.raises(UserError, match=r"1,\d{3} links .* 8,\d{3},\d{3} requests to one store"):
         _check(load(RECIPE, {"push.delta": True}), "rl")
 
 

@@ -323,15 +323,15 @@ class CountingTeacher:
         return array("f", [-(i + order / 8) for i in range(first, len(token_ids))])
 
 
-def collected(is_scored):
+def collected(with_teacher):
     async def run():
         teacher = CountingTeacher()
-        pool = SlowGrader(teacher) if is_scored else RewardPool(1)
+        pool = SlowGrader(teacher) if with_teacher else RewardPool(1)
         collector = RolloutCollector(Student(), pool, Text(), RewardsConfig(), teacher)
         prompts = [make_prompt("27", "math", "9", {}), make_prompt("3", "math", "9", {})]
-        sampling = Sampling(3, 1.0, 1.0, 32, step=2, is_scored=is_scored)
+        sampling = Sampling(3, 1.0, 1.0, 32, step=2, with_teacher=with_teacher)
         rollout = await collector.collect(prompts, sampling)
-        if not is_scored:
+        if not with_teacher:
             await pool.close()
         return rollout, teacher.num_scored, collector.in_flight
 
@@ -339,7 +339,7 @@ def collected(is_scored):
 
 
 def test_every_response_is_scored_after_its_own_prompt_while_others_are_graded():
-    rollout, num_scored, in_flight = collected(is_scored=True)
+    rollout, num_scored, in_flight = collected(with_teacher=True)
     assert num_scored == in_flight.num_scored == 6
     scores = [[list(o.teacher_logprobs) for o in group.responses] for group in rollout.groups]
     # The prompts have 2 and 1 tokens, the responses 4, 5, 6 and 2, 3, 4.
@@ -363,7 +363,7 @@ def test_an_episode_is_scored_branch_by_branch_where_it_was_sampled():
         members = SimpleNamespace(require_usable=lambda: None)
         peers = SimpleNamespace(members=members), RewardPool(1), Text(), RewardsConfig()
         collector = RolloutCollector(*peers, teacher, SimpleNamespace(play=play))
-        sampling = Sampling(1, 1.0, 1.0, 32, step=2, is_scored=True)
+        sampling = Sampling(1, 1.0, 1.0, 32, step=2, with_teacher=True)
         prompts = [make_prompt("2", "environment", "9", {})]
         return (await collector.collect(prompts, sampling)).groups[0].responses[0]
 
@@ -374,14 +374,14 @@ def test_an_episode_is_scored_branch_by_branch_where_it_was_sampled():
 
 
 def test_what_is_sampled_for_an_evaluation_is_not_scored():
-    rollout, num_scored, _ = collected(is_scored=False)
+    rollout, num_scored, _ = collected(with_teacher=False)
     assert num_scored == 0 and rollout.teacher_seconds == 0
     assert {o.teacher_logprobs for g in rollout.groups for o in g.responses} == {None}
 
 
-@pytest.mark.parametrize("is_scored", [True, False])
-def test_scores_survive_the_sample_log_to_the_bit(is_scored):
-    rollout, *_ = collected(is_scored)
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_scores_survive_the_sample_log_to_the_bit(with_teacher):
+    rollout, *_ = collected(with_teacher)
     group = rollout.groups[0]
     again = unpack(decode(encode(pack(3, group))), group.prompt)
     assert again == group

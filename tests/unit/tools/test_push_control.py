@@ -1,0 +1,35 @@
+"""The bench of the control path, with 8 + 4 processes instead of 256: each fault happens, and the
+ranks that cannot end the push name it."""
+
+import pytest
+
+from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
+from tools.bench.push import control
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "engine rank killed",
+        pytest.param("none", marks=pytest.mark.slow),
+        pytest.param("trainer rank killed", marks=pytest.mark.slow),
+        pytest.param("engine killed", marks=pytest.mark.slow),
+        pytest.param("engine rank hangs", marks=pytest.mark.slow),
+    ],
+)
+def test_each_fault_is_named_by_the_ranks_it_stops(fault, tmp_path, monkeypatch):
+    small = {
+        "GRID": TrainerGrid(8, tensor=2, pipeline=2, expert=2),
+        "ENGINE": EngineLayout(tensor=2, expert_parallel=True),
+        "ENGINES": 2,
+        "TRAINER": 5,
+        "MEMBER": 1,
+        "POSITION": 1,
+        "PUSH_SECONDS": 3.0,
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(control, name, value)
+    found = control._run(fault, tmp_path)
+    assert found["right"], found
+    assert found["killed"] == {"none": 0, "engine killed": 2, "engine rank hangs": 0}.get(fault, 1)
+    assert bool(found["engine ranks that report an error"]) == (fault != "none")
