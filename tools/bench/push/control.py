@@ -123,7 +123,7 @@ def _judge(fault: str, ends: dict[tuple, dict], processes: dict[tuple, Any]) -> 
     named = sum(names.get(fault, "?") in text for text in engines.values())
     no_end = [str(place) for place, end in left.items() if "push 2" not in end]
     right = not wrong and not no_end and named == len(engines)
-    right &= bool(engines) == (fault != "none")
+    right &= bool(engines) == bool(texts) == (fault != "none")
     return {
         "killed": len(killed & victims),
         "engine ranks that ended push 2": sum(
@@ -220,7 +220,7 @@ def _trainer(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> N
     error = "; ".join(problem["error"] for problem in problems.values())
     note(**{"push 2": "right", "error": error, "seconds": time.monotonic() - began})
     store.set(f"trainer{rank}", "1")
-    time.sleep(PUSH_SECONDS + 10 if fault != "none" else 5)  # its end is not to be an error
+    _stay(store, fault)
 
 
 def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> None:
@@ -246,7 +246,15 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
     except ValueError as error:
         seconds = time.monotonic() - began
         note(**{"push 2": "refused", "error": str(error), "seconds": seconds})
-    time.sleep(PUSH_SECONDS + 10 if fault != "none" else 5)
+    _stay(store, fault)
+
+
+def _stay(store: TCPStore, fault: str) -> None:
+    """Wait until the others are done: this rank's end is not to be their error."""
+    if fault == "none":
+        store.wait([f"trainer{rank}" for rank in range(GRID.world)])
+    else:
+        time.sleep(PUSH_SECONDS + 10)
 
 
 def _die_in(of: type, method: str, after: int, hangs: bool = False) -> None:
