@@ -33,7 +33,7 @@ WHAT = {
 
 @dataclass(frozen=True)
 class Bill:
-    """The bill of a job that passes `Job.check_trainer` and `.check_engines`."""
+    """The bill of a job that passes `Job.check_trainer` and `.check_engine_gpus`."""
 
     job: Job
 

@@ -19,7 +19,7 @@ from tools.plan.bill import Bill
 from tools.plan.job import Job
 from tools.plan.measured import calibrate_from
 from tools.plan.published import table
-from tools.plan.push import check_engines
+from tools.plan.push import check_engines_and_push
 from tools.plan.quantity import Quantity
 from tools.plan.report import as_json, as_text, layouts_text, sizes_text
 from tools.plan.search import FittingLayout, fastest, nearest, nearest_sizes
@@ -139,7 +139,7 @@ def _can_work(job: Job) -> bool:
     """Return whether engines and trainer are possible; print why not, and layouts that fit."""
     try:
         if job.generates:
-            check_engines(job)
+            check_engines_and_push(job)
     except ValueError as error:
         print(f"cannot work: {error}")
         if sizes := nearest_sizes(job):

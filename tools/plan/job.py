@@ -240,7 +240,7 @@ class Job:
         check_batches(self.config, self.verb, self.world_size, "GPU")
         assert self.stages, "building them checks the layout"
 
-    def check_engines(self) -> None:
+    def check_engine_gpus(self) -> None:
         """Raise ValueError for engines that are impossible, or impossible on these GPUs."""
         rollout, gpus = self.config.rollout, self.rollout_gpus or self.world_size
         check_engines(self.config, self.hf)

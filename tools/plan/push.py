@@ -49,9 +49,9 @@ def _shares(job: Job, tensor: int) -> bool:
     return job.engine_gpus % tensor == 0 and heads % tensor == 0 and whole
 
 
-def check_engines(job: Job) -> None:
+def check_engines_and_push(job: Job) -> None:
     """Raise UserError for engines that are impossible on these GPUs or for this model."""
-    job.check_engines()
+    job.check_engine_gpus()
     if pushes(job):
         check_drafter(job.config)
     needed, push = engine_rank_bytes(job), job.config.push

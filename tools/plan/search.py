@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from tools.plan.bill import Bill
 from tools.plan.job import Job
-from tools.plan.push import check_engines
+from tools.plan.push import check_engines_and_push
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _fits_always(job: Job) -> bool:
 def _fits(job: Job) -> bool:
     try:
         if job.generates:
-            check_engines(job)
+            check_engines_and_push(job)
     except ValueError:
         return False
     return _fitting_bill(job) is not None
