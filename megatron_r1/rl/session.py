@@ -45,6 +45,7 @@ class Session:
         self._acceptance = AcceptanceMeter()
         self._draft_metrics: dict[str, float] = {}
         self._rewards_before: Counter[str] = Counter()
+        self._meter = RewardMeter(self.collector.pool)
 
     async def begin(self) -> None:
         """Put trainer and engines where the run was left, or at its beginning."""

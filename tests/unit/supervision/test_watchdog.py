@@ -170,6 +170,7 @@ def test_reported_once_and_health_says_so_until_it_moves(tmp_path, capsys):
         seen["stalled"] = await run.get("/health")
         seen["metrics"] = await run.get("/metrics")
         await asyncio.sleep(2.0)  # time for a second report, were there one
+        seen["reports"] = list((run.folder / "logs").glob("hang-*.txt"))
         gate.touch()
         await grading
         seen["moving"] = await run.get("/health")
@@ -180,9 +181,10 @@ def test_reported_once_and_health_says_so_until_it_moves(tmp_path, capsys):
             await supervisor.run(watch())
 
     asyncio.run(body())
-    assert len(list((run.folder / "logs").glob("hang-*.txt"))) == 1
-    output = capsys.readouterr().out
-    assert output.count("nothing has moved for") == 1 and "the run moves again" in output
+    assert len(seen["reports"]) == 1
+    # A busy machine may need a second for the rest, which is then a hang of its own.
+    stalled, moves, _ = capsys.readouterr().out.partition("the run moves again")
+    assert stalled.count("nothing has moved for") == 1 and moves
     status, text = seen["at first"]
     health = json.loads(text)
     assert status == 200 and health["step"] == 1 and health["groups"]["grading"] == 1
