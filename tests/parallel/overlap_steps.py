@@ -42,6 +42,7 @@ def parameters(
             trainer.yield_memory()
             buffers = [b for c in trainer.chunks for b in c.buffers + c.expert_parallel_buffers]
             assert [b.grad_data.untyped_storage().nbytes() for b in buffers] == [0] * len(buffers)
+            trainer.load(minibatches)  # it has freed the samples, too
         trainer.update(index, LOSS, None, 0.01)
     return {n: p.detach().clone() for n, p in trainer.model_chunks[0].named_parameters()}, (
         implementations.in_use(trainer)
