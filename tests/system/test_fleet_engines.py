@@ -55,8 +55,10 @@ def assert_right(oracle, models, made):
         assert largest_difference(oracle, models / "good", groups) <= TOLERANCE
 
 
-def test_an_engine_that_answers_nonsense_is_found_and_replaced(models, oracle, loop, fleet):
-    """Nothing but its answers tells that it is ill."""
+@pytest.fixture(scope="module")
+def replaced(loop, fleet):
+    """The spoiled engine, the messages about it, and what was sampled until it was replaced and
+    afterwards."""
     spoiled, messages = fleet.engines[0], []
     fleet.members.notify = messages.append
 
@@ -67,7 +69,12 @@ def test_an_engine_that_answers_nonsense_is_found_and_replaced(models, oracle, l
                 await asyncio.sleep(0.2)
         return made + await rounds(fleet, 4)
 
-    made = loop(sample_until_replaced())
+    return spoiled, messages, loop(sample_until_replaced())
+
+
+def test_an_engine_that_answers_nonsense_is_found_and_replaced(models, oracle, fleet, replaced):
+    """Nothing but its answers tells that it is ill."""
+    spoiled, messages, made = replaced
     assert fleet.num_restarts == 1, messages
     assert "engine-0 cannot go on" in messages[0] and "log-probability of token" in messages[0]
     assert fleet.metrics()["engines/requeued"] >= 2
@@ -75,6 +82,7 @@ def test_an_engine_that_answers_nonsense_is_found_and_replaced(models, oracle, l
     assert_right(oracle, models, made)
 
 
+@pytest.mark.usefixtures("replaced")
 def test_engines_share_a_batch_evenly(loop, fleet):
     def made():
         return [sum(group.tokens for group in e.pace._groups) for e in fleet.engines]
@@ -87,6 +95,7 @@ def test_engines_share_a_batch_evenly(loop, fleet):
     assert all(engine.num_running == 0 for engine in fleet.engines)
 
 
+@pytest.mark.usefixtures("replaced")
 def test_engines_join_and_leave_amid_a_batch(models, oracle, loop, fleet):
     async def change():
         running = asyncio.ensure_future(rounds(fleet, 4))
@@ -103,6 +112,7 @@ def test_engines_join_and_leave_amid_a_batch(models, oracle, loop, fleet):
     assert_right(oracle, models, made)
 
 
+@pytest.mark.usefixtures("replaced")
 def test_sleeping_engines_sample_again_only_once_they_have_both_memories(
     models, oracle, loop, fleet
 ):
