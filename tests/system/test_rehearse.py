@@ -99,9 +99,9 @@ def keep(name, folder):
         found = json.loads(Path(file).read_text())
         # Paths as a recipe has them, not those of the checkout that ran it, or of its miniature.
         # A long one is cut, and then is no whole prefix.
-        cut = re.compile(rf'"{re.escape(str(folder)[:16])}[^"]*"')
+        cut = re.compile(rf'{re.escape(str(folder)[:16])}[^"]*')
         texts = (
-            cut.sub('"FOLDER"', path.read_text().replace(f"{ROOT}/", "").replace(f"{folder}/", ""))
+            cut.sub("FOLDER", path.read_text().replace(f"{ROOT}/", "").replace(f"{folder}/", ""))
             for path in written
         )
         found[name] = [json.loads(text) for text in texts]
