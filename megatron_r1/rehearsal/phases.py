@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Self
 
@@ -108,8 +109,9 @@ class Phases:
         """Compare the first push with what `tools/plan` counts before engines run."""
         hf = read_hf_config(self.config.model.path, None)
         plan = planned_push(self.config, hf)
-        entries = (entry for engine_set in plan for position in engine_set for entry in position)
-        planned_bytes = sum(entry.num_bytes for entry in entries)
+        planned_bytes = sum(
+            entry.num_bytes for of_set in plan for entry in chain.from_iterable(of_set)
+        )
         if abs(num_bytes - planned_bytes) > UNPLANNED * planned_bytes:
             raise RunError(
                 f"rehearse: push: trainer ranks send {num_bytes:,.0f} bytes, where their plan, by "

@@ -67,7 +67,7 @@ class EngineLinks:
     @property
     def num_bytes(self) -> int:
         """The bytes of a whole push out of all trainer ranks."""
-        return sum(sum(engine_set.num_bytes) for engine_set in self.sets)
+        return sum(engine_set.num_bytes for engine_set in self.sets)
 
     async def open(self) -> None:
         """Let the trainer's ranks prepare to send."""

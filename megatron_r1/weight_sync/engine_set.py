@@ -15,10 +15,10 @@ died, or its link."""
 class EngineSet:
     """Engines that receive a push together: what enters one is passed on to the others.
 
-    name: at the trainer and in its store, new for every set. num_links, num_bytes: of each trainer
-    rank to it, the bytes of a whole push."""
+    name: at the trainer and in its store, new for every set. num_links: of each trainer rank to
+    it. num_bytes: of a whole push, out of all of them."""
 
     name: str
     engines: list[Engine]
     num_links: list[int] = field(default_factory=list)
-    num_bytes: list[int] = field(default_factory=list)
+    num_bytes: int = 0

@@ -96,7 +96,7 @@ class SetConnector:
             for engine_set in sets:
                 name = engine_set.name
                 engine_set.num_links = [result["num_links"].get(name, 0) for result in results]
-                engine_set.num_bytes = [result["num_bytes"].get(name, 0) for result in results]
+                engine_set.num_bytes = sum(result["num_bytes"].get(name, 0) for result in results)
             self.num_windows = max(self.num_windows, *(r["num_windows"] for r in results))
             patience = ANSWER_SECONDS if problems else self.settings.timeout_seconds
             if calls:

@@ -98,8 +98,8 @@ def keep(name, folder):
         written = sorted(folder.glob("*/rehearsal.json"), key=lambda path: path.stat().st_mtime)
         found = json.loads(Path(file).read_text())
         # Paths as a recipe has them, not those of the checkout that ran it, or of its miniature.
-        # A long one is cut, and then is no whole prefix.
-        cut = re.compile(rf'{re.escape(str(folder)[:16])}[^"]*')
+        # The table cuts a long value, which then has a part of the folder's name.
+        cut = re.compile(rf'{re.escape(str(folder.parent))}[^"]*')
         texts = (
             cut.sub("FOLDER", path.read_text().replace(f"{ROOT}/", "").replace(f"{folder}/", ""))
             for path in written

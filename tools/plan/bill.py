@@ -224,14 +224,15 @@ class Bill:
         needed, left = borrowed_bytes(self.job), max(0, engines.cache)
         if needed <= left:
             return None
-        share = self.job.config.rollout.gpu_memory
-        larger = math.ceil(100 * ((share or 0) + (needed - engines.cache) / memory)) / 100
-        raised = share and larger <= engines.free / memory
+        raised, share = "", self.job.config.rollout.gpu_memory
+        if share is not None:
+            larger = math.ceil(100 * (share + (needed - engines.cache) / memory)) / 100
+            if larger <= engines.free / memory:
+                raised = f"set rollout.gpu_memory to {larger:g}, or "
         return (
             f"a push over nccl needs {_size(needed)} of a GPU in the place of the KV cache, which "
-            f"has {_size(left)}: "
-            + (f"set rollout.gpu_memory to {larger:g}, or " if raised else "")
-            + f"{self._smaller_receive_buffer()}, or set push.transport to gloo"
+            f"has {_size(left)}: {raised}{self._smaller_receive_buffer()}, or set "
+            "push.transport to gloo"
         )
 
     def _more_room(self) -> str:

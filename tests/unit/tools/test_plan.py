@@ -176,8 +176,20 @@ def test_over_nccl_colocated_engines_receive_in_the_place_of_their_cache():
     share, push = Bill(replace(fits_engine, hardware=hardware)).problems()[-2:]
     assert "rollout.gpu_memory is not set, and vLLM takes 0.92" in share
     assert "a push over nccl needs 21.85 GiB" in push and "which has 20.85 GiB" in push
+    assert "set rollout.gpu_memory" not in push  # the trainer leaves no larger share
     # A difference needs all of the push before, so its memory is kept.
     assert Bill(planned(push__transport="nccl", push__delta=True)).engines.receive_buffer
+
+
+def test_a_larger_share_of_the_gpu_is_the_remedy_where_the_trainer_leaves_it(capsys):
+    fewer = ["--gpus", "512", "--rollout.engines", "4", "--rl.schedule", "[]"]
+    assert main([str(RECIPE), *fewer, "--rollout.gpu_memory", "0.55"]) == 1
+    remedy = re.search(
+        r"cache, which has .*: set (rollout.gpu_memory) to (0\.\d+), or", capsys.readouterr().out
+    )
+    assert main([str(RECIPE), *fewer, f"--{remedy[1]}", remedy[2]]) == 0
+    less = f"{float(remedy[2]) - 0.01:.2f}"
+    assert main([str(RECIPE), *fewer, f"--{remedy[1]}", less]) == 1
 
 
 @pytest.mark.parametrize("colocated", [True, False])
