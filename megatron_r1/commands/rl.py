@@ -27,8 +27,8 @@ from megatron_r1.rl.session import Session
 from megatron_r1.rl.step_sampler import StepSampler
 from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.trainer_client.client import TrainerClient
-from megatron_r1.weight_sync.bridge import weight_bridge
-from megatron_r1.weight_sync.probes import PROBE_TOKENS
+from megatron_r1.weight_bridge.bridge import weight_bridge
+from megatron_r1.weight_bridge.probes import PROBE_TOKENS
 
 REQUIRED = ("run.folder", "model.path")
 

@@ -67,7 +67,7 @@ class RolloutFleet:
         self.server_settings = server_settings
         self.version = -1
         self.feed: Feed = contextlib.nullcontext
-        """Gives the others' weights to an engine that joins (`weight_sync.bridge`)."""
+        """Gives the others' weights to an engine that joins (`weight_bridge.bridge`)."""
         self.awake = asyncio.Event()
         """Clear while the engines' memory is the trainer's."""
         self.awake.set()

@@ -8,7 +8,7 @@ from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.trainer_client.recorder import RunState
 from megatron_r1.trainer_client.schedule import learning_rate
 from megatron_r1.training.wire import Sample
-from megatron_r1.weight_sync.bridge import WeightBridge
+from megatron_r1.weight_bridge.bridge import WeightBridge
 
 
 class TrainerPasses:

@@ -1,19 +1,17 @@
 """Sends the trainer's weights to the engines; a weight passes these modules in this order.
 
-1. `bridge` (controller): `WeightBridge` pushes, and compares both sides' log-probabilities
-   (`probes`). `engine_links` divides the engines into sets (`engine_set`), `set_connector` connects
-   these with the trainer.
-2. `trainer_rank`: the operations of a push on each trainer rank, called by the bridge.
-3. `plan`: which rectangle of which tensor goes from which trainer rank to which engine rank.
-4. `send`: `sender` reads what the engines offer to receive (`offers`), links this rank with those
+1. `trainer_rank`: the operations of a push on each trainer rank, called by the controller
+   (`megatron_r1.weight_bridge`).
+2. `plan`: which rectangle of which tensor goes from which trainer rank to which engine rank.
+3. `send`: `sender` reads what the engines offer to receive (`offers`), links this rank with those
    that the plan gives it (`link_planner`, `set_links`), and sends them its `slices`, as they are or
    quantized to FP8.
-5. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends (`base`); over the
+4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends (`base`); over the
    last two (`groups`, `pair_sender`, `pair_receiver`) an engine passes on to others what has
    entered it (`exchange`).
-6. `receive`: the engine rank's table of slots and the buffer in which a push arrives.
-7. `verify`: one checksum per delivery, computed on both ends and compared before use.
-8. `megatron_r1.vllm_plugin.swap`: inside vLLM, the received weights replace the old ones;
+5. `receive`: the engine rank's table of slots and the buffer in which a push arrives.
+6. `verify`: one checksum per delivery, computed on both ends and compared before use.
+7. `megatron_r1.vllm_plugin.swap`: inside vLLM, the received weights replace the old ones;
    `delivery` compares the tensors in use before and after.
 
 `receive`, `transports` and `verify` also run inside vLLM, so they import nothing else of ours."""

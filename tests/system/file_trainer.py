@@ -10,8 +10,8 @@ from torch.distributed import TCPStore
 
 from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.weight_sync.bridge import WeightBridge
-from megatron_r1.weight_sync.engine_links import EngineLinks
+from megatron_r1.weight_bridge.bridge import WeightBridge
+from megatron_r1.weight_bridge.engine_links import EngineLinks
 from megatron_r1.weight_sync.plan import TrainerGrid
 from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
 from megatron_r1.weight_sync.send.sender import WeightSender

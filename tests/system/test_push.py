@@ -29,11 +29,11 @@ from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.hf_config import resolve_aliases
 from megatron_r1.supervision.inspect_roles import inspect_trainer
 from megatron_r1.trainer_client.client import TrainerClient
-from megatron_r1.weight_sync.bridge import WeightBridge
-from megatron_r1.weight_sync.engine_links import EngineLinks
+from megatron_r1.weight_bridge.bridge import WeightBridge
+from megatron_r1.weight_bridge.engine_links import EngineLinks
+from megatron_r1.weight_bridge.probes import Prober
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.receiver_layout import ReceiverLayout
-from megatron_r1.weight_sync.probes import Prober
 from megatron_r1.weight_sync.send import link_planner
 from megatron_r1.weights import hf_tensors
 

@@ -13,7 +13,7 @@ from megatron_r1.engine.from_config import fleet_settings
 from megatron_r1.engine.responses import Response
 from megatron_r1.rl.metrics import sample_records
 from megatron_r1.rl.rollout import GradedResponse, Group
-from megatron_r1.weight_sync.bridge import weight_bridge
+from megatron_r1.weight_bridge.bridge import weight_bridge
 
 
 @pytest.mark.parametrize("section", ["rollout", "teacher"])

@@ -18,8 +18,8 @@ import torch
 from megatron_r1.config import Config
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.trainer_client.client import TrainerClient
-from megatron_r1.weight_sync.bridge import WeightBridge
-from megatron_r1.weight_sync.engine_links import EngineLinks
+from megatron_r1.weight_bridge.bridge import WeightBridge
+from megatron_r1.weight_bridge.engine_links import EngineLinks
 from megatron_r1.weights import hf_tensors
 from tools.bench import machine
 from tools.bench.small_models import qwen2

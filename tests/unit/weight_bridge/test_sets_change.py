@@ -8,14 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 from test_bridge_losses import SmallFleet
-from test_exchange import DEEPSEEK, plain_table, wrong_slots
 from torch.distributed import TCPStore
 
 from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import ConnectionBroken, EngineDied, PushIncomplete
 from megatron_r1.fleet.engine import Engine
-from megatron_r1.weight_sync.bridge import WeightBridge
-from megatron_r1.weight_sync.engine_links import EngineLinks
+from megatron_r1.weight_bridge.bridge import WeightBridge
+from megatron_r1.weight_bridge.engine_links import EngineLinks
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.receive.errors import IncompletePush
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
@@ -23,6 +22,7 @@ from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weight_sync.send.threads import run_all
 from megatron_r1.weight_sync.transports import buckets, pair_sender, receiver_class
 from tests.unit.weight_sync.push_world import Shared, draw
+from tests.unit.weight_sync.test_exchange import DEEPSEEK, plain_table, wrong_slots
 from tools.bench.push.small_model import held_by
 
 GRID, LAYOUT = TrainerGrid(4, pipeline=2, expert=2), EngineLayout(tensor=2)

@@ -21,19 +21,19 @@ from megatron_r1.fleet.placement import hosts_address
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.fleet.swap import swap_calls
 from megatron_r1.models import read_hf_config
-from megatron_r1.weight_sync.engine_links import EngineLinks
-from megatron_r1.weight_sync.engine_set import OnLost
+from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.weight_bridge.engine_links import EngineLinks
+from megatron_r1.weight_bridge.probes import EXACT_TOLERANCE, TOLERANCE, Prober
+from megatron_r1.weight_bridge.set_connector import OnLost
 from megatron_r1.weight_sync.plan.checks import engine_layout
 from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
-from megatron_r1.weight_sync.probes import EXACT_TOLERANCE, TOLERANCE, Prober
-from megatron_r1.weight_sync.set_connector import WeightSource
 
 S = TypeVar("S")
 T = TypeVar("T")
 
 
 def weight_bridge(
-    config: Config, trainer: WeightSource, fleet: RolloutFleet, probes: Sequence[Sequence[int]]
+    config: Config, trainer: TrainerClient, fleet: RolloutFleet, probes: Sequence[Sequence[int]]
 ) -> WeightBridge:
     """Return the bridge of a run; probes: token ids of the prompts."""
     push, fp8 = config.push, config.push.fp8

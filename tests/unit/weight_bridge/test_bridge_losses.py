@@ -14,9 +14,9 @@ from megatron_r1.engine.errors import ConnectionBroken, EngineDied, EngineError,
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import TrainerLost
 from megatron_r1.fleet.engine import Engine
-from megatron_r1.weight_sync.bridge import WeightBridge
-from megatron_r1.weight_sync.engine_links import EngineLinks
-from megatron_r1.weight_sync.probes import Prober
+from megatron_r1.weight_bridge.bridge import WeightBridge
+from megatron_r1.weight_bridge.engine_links import EngineLinks
+from megatron_r1.weight_bridge.probes import Prober
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from megatron_r1.engine.errors import EngineDied, EngineError, EngineFault
 from megatron_r1.engine.responses import Response
 from megatron_r1.fleet.engine import Engine, raise_dead_after
-from megatron_r1.weight_sync.engine_set import OnLost
-from megatron_r1.weight_sync.set_connector import WeightSource
+from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.weight_bridge.set_connector import OnLost
 
 PROBE_TOKENS = 8
 EXACT_TOLERANCE, TOLERANCE = 1e-3, 0.3
@@ -23,7 +23,7 @@ class Prober:
 
     def __init__(
         self,
-        trainer: WeightSource,
+        trainer: TrainerClient,
         prompts: Sequence[Sequence[int]],
         tolerance: float,
         timeout_seconds: float,

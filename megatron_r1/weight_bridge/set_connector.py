@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.fleet.engine import Engine
-from megatron_r1.weight_sync.engine_set import EngineSet
+from megatron_r1.trainer_client.client import TrainerClient
 
 CONNECT_SECONDS = 120.0
 """Limit for the ranks of a set and of the trainer to find each other."""
@@ -17,16 +18,22 @@ ANSWER_SECONDS = 20.0
 than `LAST_WORDS_SECONDS`, in which the client waits for the engine's end."""
 
 
-class WeightSource(Protocol):
-    """The methods of `TrainerClient` that a push uses."""
+OnLost = Callable[[Engine, EngineError], None]
+"""Handles an engine that can no longer be used; the error is EngineDied where it is known to have
+died, or its link."""
 
-    async def probe(
-        self, sequences: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]]
-    ) -> float: ...
 
-    async def call_all(
-        self, operation: str, *, begun: Callable[[], object] | None = None, **arguments: Any
-    ) -> list[dict[str, Any]]: ...
+@dataclass(eq=False)
+class EngineSet:
+    """Engines that receive a push together: what enters one is passed on to the others.
+
+    name: at the trainer and in its store, new for every set. num_links: of each trainer rank to
+    it. num_bytes: of a whole push, out of all of them."""
+
+    name: str
+    engines: list[Engine]
+    num_links: list[int] = field(default_factory=list)
+    num_bytes: int = 0
 
 
 class SetConnector:
@@ -34,7 +41,7 @@ class SetConnector:
 
     def __init__(
         self,
-        trainer: WeightSource,
+        trainer: TrainerClient,
         settings: PushConfig,
         tensors: Sequence[tuple[str, Sequence[int]]],
         layout: dict[str, Any],

@@ -8,10 +8,10 @@ from typing import Any
 from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.fleet.engine import Engine
-from megatron_r1.weight_sync.engine_set import EngineSet, OnLost
+from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.weight_bridge.set_connector import EngineSet, OnLost, SetConnector
 from megatron_r1.weight_sync.plan.entry import engine_sets
 from megatron_r1.weight_sync.plan.links import max_engines
-from megatron_r1.weight_sync.set_connector import SetConnector, WeightSource
 
 MAX_UNEXPLAINED = 2
 """Failures of sets without a known cause, until every engine is a set of its own: they
@@ -31,7 +31,7 @@ class EngineLinks:
 
     def __init__(
         self,
-        trainer: WeightSource,
+        trainer: TrainerClient,
         settings: PushConfig,
         tensors: Sequence[tuple[str, Sequence[int]]],
         layout: dict[str, Any],
