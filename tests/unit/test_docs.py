@@ -77,7 +77,7 @@ def test_the_list_of_pages_has_all_pages():
 def test_the_readme_is_one_page():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = text.splitlines()
-    assert len(lines) <= 160 and max(map(len, lines)) <= 130 and len(text.split()) <= 1200
+    assert len(lines) <= 130 and max(map(len, lines)) <= 130 and len(text.split()) <= 1200
 
 
 def test_short_names_of_modules_exist():
