@@ -1,6 +1,6 @@
 """Training data of reward models: pairs of responses to a question, or labelled responses."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,16 +24,13 @@ class Preference:
     location: str
 
 
-def read_preferences(
-    path: str | Path, kind: Kind, columns: Mapping[str, str] | None = None
-) -> Iterator[Preference]:
+def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
     """Yield the rows of a JSONL or Parquet file: {"question", "chosen", "rejected"} for pairwise,
     {"question", "response", "label"} for pointwise, label 1 or true for a good response, 0 or false
     for a bad one. "prompt" is read where "question" is missing; "opened" is false by default.
 
     Raises UserError with file and line for a bad row."""
-    names = ("question", "prompt", "chosen", "rejected", "response", "label", "opened")
-    for location, row in read_records(path, columns, names):
+    for location, row in read_records(path):
         question = require_text(location, row, "prompt" if "question" not in row else "question")
         opened = row.get("opened", False)
         if not isinstance(opened, bool):

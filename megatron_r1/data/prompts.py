@@ -12,7 +12,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +201,8 @@ def _from_file(
         if row_kind in ("math", "code"):
             _check_truth(location, row["truth"], (columns or {}).get("truth", "truth"))
         fields = {n: v for n, v in row.items() if n not in ("question", *RESERVED_FIELDS)}
-        prompt = make_prompt(question, row_kind, row.get("truth"), fields)
         identity = _digest(_identity(question, fields, kind)).hex()[:16]
-        yield replace(prompt, id=identity, location=location)
+        yield Prompt(identity, question, row_kind, row.get("truth"), fields, location)
 
 
 def without_roles(row: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_r1.data.prompts import normalize
 from megatron_r1.data.records import read_records, require_text
-from megatron_r1.data.templates import find_template, is_opened, render
+from megatron_r1.data.templates import is_opened, render
 from megatron_r1.data.text import PromptText
 from megatron_r1.errors import UserError
 from megatron_r1.rewards.answer import THINK
@@ -94,4 +94,4 @@ class FewShotText(PromptText):
     def encode(self, question: str) -> list[int]:
         if self._chat:
             return list(self._apply_chat_template(self._shots.turns(question))["input_ids"])
-        return self._tokenizer.encode(self._shots.text(find_template(self._template), question))
+        return self.tokenizer.encode(self._shots.text(self._template, question))

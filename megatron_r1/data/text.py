@@ -25,25 +25,19 @@ class PromptText:
         the folder has no tokenizer, the tokenizer names no end token, or the template is none."""
         self._chat = template == "chat"
         self._template = template if self._chat else find_template(template)
-        self._tokenizer = load_tokenizer(model_path, keys[0])
-        if self._chat and not self._tokenizer.chat_template:
+        self.tokenizer: Any = load_tokenizer(model_path, keys[0])
+        if self._chat and not self.tokenizer.chat_template:
             raise UserError(
                 f"{keys[1]}: chat is the tokenizer's own, and that of {model_path} has none; "
                 "use r1_zero, plain or a text with {problem}"
             )
-        if self._tokenizer.eos_token_id is None:
+        if self.tokenizer.eos_token_id is None:
             raise UserError(f"model.path {model_path}: the tokenizer names no eos_token")
-        self.end: int = self._tokenizer.eos_token_id
-        self._byte_decoder = ByteDecoder.of(self._tokenizer)
+        self.end: int = self.tokenizer.eos_token_id
+        self._byte_decoder = ByteDecoder.of(self.tokenizer)
         self.opens_thought = is_opened(self.render("?"))
 
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer itself, of transformers."""
-        return self._tokenizer
-
     def render(self, question: str) -> str:
-        """Return the prompt as text."""
         if not self._chat:
             return render(self._template, question)
         return self._apply_chat_template(_turns(question), tokenize=False)
@@ -52,7 +46,7 @@ class PromptText:
         """Return the prompt's token ids, with those that the tokenizer itself puts in front."""
         if self._chat:
             return list(self._apply_chat_template(_turns(question))["input_ids"])
-        return self._tokenizer.encode(render(self._template, question))
+        return self.tokenizer.encode(render(self._template, question))
 
     def fits(self, question: str, room: int) -> bool:
         """Whether the prompt leaves at least one of `room` tokens for a response."""
@@ -62,7 +56,7 @@ class PromptText:
 
     def encode_response(self, text: str) -> list[int]:
         """Return the token ids of a response, with the end token."""
-        return [*self._tokenizer.encode(text, add_special_tokens=False), self.end]
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self.end]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of a response without the end token. Other special tokens stay: tags may
@@ -71,10 +65,10 @@ class PromptText:
             token_ids = token_ids[:-1]
         if self._byte_decoder is not None:
             return self._byte_decoder.decode(np.asarray(token_ids, np.int32))
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
     def _apply_chat_template(self, turns: list[dict[str, str]], **options: Any) -> Any:
-        return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
+        return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
 
 
 def _turns(question: str) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.data.hub import HUB
+from megatron_r1.data.records import HUB
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.user_code import source_of
 from megatron_r1.workflow.graph import Graph

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from megatron_r1.data.hub import parse_name
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.records import read_records
+from megatron_r1.data.records import parse_name, read_records
 from megatron_r1.errors import UserError
 
 ROWS = [{"q": f"{i} + 1?", "meta": {"truth": str(i + 1)}} for i in range(7)]
