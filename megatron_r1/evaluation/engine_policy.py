@@ -84,21 +84,13 @@ class EnginePolicy:
         await self._resources.enter_async_context(accepting_hosts(self._fleet, hosts))
 
     async def respond(self, question: str, seed: int) -> TextResponse:
-        assert self._fleet is not None, "start() was not called"
         opened = self._text.opens_thought
         prompt_ids = self._text.encode(question)
         if len(prompt_ids) >= self._room:
             refusal = f"the prompt has {len(prompt_ids)} tokens, the model room for {self._room}"
             return TextResponse("", 0, False, opened, refusal)
-        [response] = await self._fleet.generate(
-            prompt_ids,
-            n=1,
-            max_tokens=min(self._decoding.max_tokens, self._room - len(prompt_ids)),
-            temperature=self._decoding.temperature,
-            top_p=self._decoding.top_p,
-            stop_token_ids=[self._text.end],
-            seed=seed,
-        )
+        max_tokens = min(self._decoding.max_tokens, self._room - len(prompt_ids))
+        response = await self._generate(prompt_ids, max_tokens, seed)
         ids, truncated = response.token_ids, response.finish_reason == "length"
         return TextResponse(self._text.decode(ids), len(ids), truncated, opened)
 
@@ -116,16 +108,7 @@ class EnginePolicy:
         seeds = itertools.count(seed)
 
         async def answer(token_ids: Sequence[int], max_tokens: int) -> Response:
-            [response] = await fleet.generate(
-                token_ids,
-                n=1,
-                max_tokens=max_tokens,
-                temperature=self._decoding.temperature,
-                top_p=self._decoding.top_p,
-                stop_token_ids=[self._text.end],
-                seed=next(seeds),
-            )
-            return response
+            return await self._generate(token_ids, max_tokens, next(seeds))
 
         for _ in range(ATTEMPTS):
             played = await self._player(agents).play(prompt, answer, self._decoding.max_tokens)
@@ -150,13 +133,24 @@ class EnginePolicy:
             episode=episode.record(),
         )
 
+    async def _generate(self, token_ids: Sequence[int], max_tokens: int, seed: int) -> Response:
+        assert self._fleet is not None, "start() was not called"
+        [response] = await self._fleet.generate(
+            token_ids,
+            n=1,
+            max_tokens=max_tokens,
+            temperature=self._decoding.temperature,
+            top_p=self._decoding.top_p,
+            stop_token_ids=[self._text.end],
+            seed=seed,
+        )
+        return response
+
     def _player(self, agents: AgentsConfig) -> EpisodePlayer:
         key = agents.model_dump_json()
         if key not in self._players:
-            name = agents.environment
-            environments = Environments(
-                name, agents.parameters, agents.call_seconds, describe(name)
-            )
+            name, seconds = agents.environment, agents.call_seconds
+            environments = Environments(name, agents.parameters, seconds, describe(name))
             player = EpisodePlayer(self._text, environments, agents, self._room)
             self._resources.push_async_callback(player.close)
             self._players[key] = player

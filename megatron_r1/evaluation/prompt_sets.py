@@ -11,7 +11,7 @@ from megatron_r1.agents.environment_pool import describe
 from megatron_r1.agents.rows import load_rows
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.config.evaluation import BenchmarkConfig, EvalConfig
-from megatron_r1.data.prompts import Prompt, load_prompts
+from megatron_r1.data.prompts import Prompt
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.base import to_prompts
@@ -70,16 +70,20 @@ def _load_own(entry: BenchmarkConfig, config: Config) -> PromptSet:
     with the columns and the kind of `data`."""
     if entry.files or entry.instruction is not None or entry.options:
         raise UserError(f"benchmark {entry.title}: it has no instruction, files or options")
-    data = config.data.model_dump(exclude={"template"})
-    if entry.path is not None:
-        given = {name: data[name] for name in ("columns", "kind")}
-        prompts = load_prompts(path=entry.path, heldout_fraction=0.0, **given).train
-    else:
-        prompts = load_prompts(**data).heldout
-    prompts = prompts[: entry.limit or config.eval.limit]
+    prompts = _own_prompts("", entry, config)
     if not prompts:
         raise UserError(f"benchmark {entry.title}: data holds no questions out; give it a path")
     return PromptSet(entry.title, prompts, entry.samples or config.eval.samples)
+
+
+def _own_prompts(environment: str, entry: BenchmarkConfig, config: Config) -> list[Prompt]:
+    data = config.data.model_dump(exclude={"template"})
+    if entry.path is None:
+        prompts = load_rows(environment, **data).heldout
+    else:
+        given = {name: data[name] for name in ("columns", "kind")}
+        prompts = load_rows(environment, path=entry.path, heldout_fraction=0.0, **given).train
+    return prompts[: entry.limit or config.eval.limit]
 
 
 def _load(entry: BenchmarkConfig, config: EvalConfig) -> PromptSet:
@@ -107,7 +111,7 @@ def _load(entry: BenchmarkConfig, config: EvalConfig) -> PromptSet:
 def _load_rows(entry: BenchmarkConfig, config: Config) -> PromptSet:
     """Load the rows of benchmark `environment/NAME`: all of `path`, or those that the recipe's
     `data` holds out. Without a name it is `agents.environment`."""
-    own, data = config.agents, config.data
+    own = config.agents
     name = entry.name.partition("/")[2] or own.environment
     if not name:
         raise UserError(
@@ -121,17 +125,12 @@ def _load_rows(entry: BenchmarkConfig, config: Config) -> PromptSet:
     parameters = entry.options or (own.parameters if name == own.environment else {})
     check_parameters(name, describe(name), parameters)
     played = {"environment": name, "harness": "", "parameters": parameters}
-    if entry.path is not None:
-        columns = {"columns": data.columns, "kind": data.kind}
-        prompts = load_rows(name, path=entry.path, heldout_fraction=0.0, **columns).train
-    elif data.path or data.task:
-        prompts = load_rows(name, **data.model_dump(exclude={"template"})).heldout
-    else:
+    if not (entry.path is not None or config.data.path or config.data.task):
         raise UserError(
             f"benchmark {entry.title}: give its rows as path, or set data.path, whose held-out "
             "rows are played then"
         )
-    prompts = prompts[: entry.limit or config.eval.limit]
+    prompts = _own_prompts(name, entry, config)
     if not prompts:
         raise UserError(f"benchmark {entry.title}: no rows are held out; give data.heldout_path")
     agents = own.model_copy(update=played)

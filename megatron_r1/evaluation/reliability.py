@@ -35,14 +35,12 @@ def label_measures(
     return _measures(questions, margins, [_sigmoid(score) for score in scores], labels)
 
 
-def expected_calibration_error(
-    probabilities: Sequence[float], outcomes: Sequence[float], bins: int = NUM_BINS
-) -> float:
-    """Return Σ_b n_b / n · |mean outcome - mean probability| over equal bins of the probability
+def expected_calibration_error(probabilities: Sequence[float], outcomes: Sequence[float]) -> float:
+    """Return Σ_b n_b / n · |mean outcome - mean probability| over ten equal bins of the probability
     (Guo et al. 2017, arXiv 1706.04599, eq. 3). outcomes: 0 or 1."""
     members_of: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for probability, outcome in zip(probabilities, outcomes, strict=True):
-        members_of[min(bins - 1, int(probability * bins))].append((probability, outcome))
+        members_of[min(NUM_BINS - 1, int(probability * NUM_BINS))].append((probability, outcome))
     gaps = (abs(sum(outcome - p for p, outcome in members)) for members in members_of.values())
     return sum(gaps) / len(probabilities)
 
@@ -64,8 +62,8 @@ def _measures(
         "eval/calibration_error": expected_calibration_error(probabilities, outcomes),
     }
     if accuracy.low is not None and accuracy.high is not None:
-        interval = {"low": accuracy.low, "high": accuracy.high}
-        measures |= {f"interval/accuracy/{end}": value for end, value in interval.items()}
+        measures["interval/accuracy/low"] = accuracy.low
+        measures["interval/accuracy/high"] = accuracy.high
     return measures
 
 
