@@ -22,14 +22,22 @@ def call_fields(
 ) -> dict[str, Any]:
     """Return the keyword arguments of reward `kind`.
 
-    The prompt's own `fields` override the options, and `facts` override both. For a served reward
-    (`REMOTE`) the options override the fields: see `join_fields`."""
-    from megatron_r1.rewards.remote.runner import join_fields  # aiohttp: a recipe needs none
+    For rewards in worker processes the prompt's own `fields` override the options. For served
+    rewards the recipe alone selects the service and the key: a data set with a column "model", or
+    one with a "url" of its own that would collect keys, changes nothing. Only where there are no
+    options (`megatron-r1 score`) do a line's own settings count, except api_key_env. `facts`
+    override both."""
+    given = options.get(kind, {})
+    if kind in REMOTE:
+        from megatron_r1.rewards.remote.runner import settings_names  # aiohttp: a recipe needs none
 
+        refused = settings_names(kind) if given else {"api_key_env"}
+        fields = {name: value for name, value in fields.items() if name not in refused}
+        return {**fields, **given, **facts}
     if kind in FORM_REWARDS:
         names = option_names(kind)
         fields = {name: value for name, value in fields.items() if name in names}
-    return {**join_fields(kind, options.get(kind, {}), fields), **facts}
+    return {**given, **fields, **facts}
 
 
 def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -12,13 +12,12 @@ from megatron_r1.rewards.options import call_fields
 from megatron_r1.rewards.runtime.pool import RewardPool
 
 Options = Mapping[str, Mapping[str, Any]]
+"""`rewards.options`."""
 
 
 class Gradable(Protocol):
     """The parts of a prompt that grading reads (`data.prompts.Prompt`)."""
 
-    @property
-    def id(self) -> str: ...
     @property
     def question(self) -> str: ...
     @property
@@ -33,7 +32,6 @@ class RewardTerms:
     """Calls terms of `rewards.weights`; accuracy is the reward of the prompt's own kind."""
 
     def __init__(self, pool: RewardPool, options: Options) -> None:
-        """options: `rewards.options`."""
         self._pool, self._options = pool, options
 
     async def grade(

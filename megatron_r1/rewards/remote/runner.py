@@ -55,8 +55,7 @@ class RemoteRewards:
         entry = {name: value for name, value in fields.items() if name not in names}
         key = json.dumps([kind, options], sort_keys=True, default=str)
         if key not in self._graders:
-            settings = read_settings(kind, reward_class(kind).settings_type, options)
-            self._graders[key] = reward_class(kind)(settings)
+            self._graders[key] = reward_class(kind)(check_options(kind, options))
             self._checks[key] = asyncio.create_task(self._graders[key].check())
         # Shielded: other callers still wait for the check when this one is cancelled.
         await asyncio.shield(self._checks[key])
@@ -95,19 +94,6 @@ def settings_names(kind: str) -> frozenset[str]:
     return frozenset(reward_class(kind).settings_type.model_fields)
 
 
-def check_options(kind: str, options: Mapping[str, Any]) -> None:
-    """Raise UserError for options that are no settings of reward `kind`; no key is read."""
-    read_settings(kind, reward_class(kind).settings_type, options)
-
-
-def join_fields(kind: str, options: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Combine the recipe's `options` and a prompt's `fields` into the arguments of a reward.
-
-    For rewards in worker processes the prompt's field overrides the option. For served rewards the
-    recipe alone selects the service and the key: a data set with a column "model", or one with a
-    "url" of its own that would collect keys, changes nothing. Only where there are no options
-    (`megatron-r1 score`) do a line's own settings count, except api_key_env."""
-    if kind not in REMOTE:
-        return {**options, **fields}
-    refused = settings_names(kind) if options else {"api_key_env"}
-    return {name: value for name, value in fields.items() if name not in refused} | dict(options)
+def check_options(kind: str, options: Mapping[str, Any]) -> ServiceSettings:
+    """Return the settings of reward `kind`; no key is read. Raises UserError for other options."""
+    return read_settings(kind, reward_class(kind).settings_type, options)

@@ -12,8 +12,9 @@ from megatron_r1.data.prompts import load_prompts, make_prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.rewards import REMOTE, judge, resolve
 from megatron_r1.rewards.base import UNGRADED
+from megatron_r1.rewards.options import call_fields
 from megatron_r1.rewards.remote import service
-from megatron_r1.rewards.remote.runner import check_options, join_fields, reward_class
+from megatron_r1.rewards.remote.runner import check_options, reward_class
 from megatron_r1.rewards.remote.service import ServiceError
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.collector import RolloutCollector
@@ -267,10 +268,11 @@ def test_wrong_options_are_told_by_name(options, message):
 def test_data_cannot_say_which_service_is_asked_with_whose_key():
     options = {"url": "http://ours", "model": "m", "api_key_env": "OURS"}
     theirs = {"url": "http://evil", "model": "gpt", "api_key_env": "THEIRS", "votes": 9, "k": 1}
-    assert join_fields("judge", options, theirs) == {**options, "k": 1}
-    assert "api_key_env" not in join_fields("judge", {}, theirs)
-    assert join_fields("judge", {}, theirs)["url"] == "http://evil"
-    assert join_fields("math", {"exact": True, "a": 1}, {"a": 2}) == {"exact": True, "a": 2}
+    assert call_fields("judge", {"judge": options}, theirs, {}) == {**options, "k": 1}
+    assert "api_key_env" not in call_fields("judge", {}, theirs, {})
+    assert call_fields("judge", {}, theirs, {})["url"] == "http://evil"
+    math = {"math": {"exact": True, "a": 1}}
+    assert call_fields("math", math, {"a": 2}, {}) == {"exact": True, "a": 2}
 
 
 def test_a_key_is_in_no_message(monkeypatch):
