@@ -40,9 +40,13 @@ def require_same_identity(
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     names = [*before, *(name for name in settings if name not in before)]
+    logged, now = models
+    weights = f" (of model.path: {logged} in the folder, {now} now)"
+    if logged == now:
+        weights = f" (the files in model.path, {now}, have changed since)"
     changed = [
         f"  {name}: {before.get(name)!r} in the folder, {settings.get(name)!r} now"
-        f"{_about_weights(models) if name == 'weights' else ''}\n"
+        f"{weights if name == 'weights' else ''}\n"
         for name in names
         if _deciding(name, before.get(name)) != _deciding(name, settings.get(name))
     ]
@@ -51,14 +55,6 @@ def require_same_identity(
             f"{path.parent} holds responses with other settings:\n{''.join(changed)}To continue, "
             "restore those; to start anew, choose another run.folder or remove this one."
         )
-
-
-def _about_weights(models: tuple[object, object]) -> str:
-    """Return what the digests of two models' weights stand for."""
-    before, now = models
-    if before == now:
-        return f" (the files in model.path, {now}, have changed since)"
-    return f" (of model.path: {before} in the folder, {now} now)"
 
 
 def _deciding(name: str, value: Any) -> Any:

@@ -1,10 +1,8 @@
 """One sampled response as text, its rewards once it is graded, and what it is sampled from."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import Prompt
@@ -69,7 +67,7 @@ class TextResponse:
         return line | (line.pop("episode") or {})
 
     @classmethod
-    def from_line(cls, line: Mapping[str, Any]) -> TextResponse:
+    def from_line(cls, line: Mapping[str, Any]) -> Self:
         """Return the response that `to_line` wrote."""
         line = {**line, "ungraded": is_ungraded(line)}
         episode = {key: line[key] for key in ("status", "turns")} if "turns" in line else None

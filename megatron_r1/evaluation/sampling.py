@@ -34,7 +34,7 @@ class Grader:
     """Grades a `TextResponse` by constant weights."""
 
     def __init__(self, pool: RewardPool, weights: Mapping[str, float], options: Options) -> None:
-        """weights: reward term → weight in the sum. options: `rewards.options`."""
+        """weights: reward term → weight in the sum."""
         self._rewards, self._weights = RewardTerms(pool, options), weights
         self._terms = list(dict.fromkeys((ACCURACY, *weights)))
 
@@ -159,7 +159,6 @@ class Sampler:
     async def _finish(
         self, prompt_set: PromptSet, prompt: Prompt, response: TextResponse, seed: int, new: bool
     ) -> None:
-        """Grade and log one response."""
         try:
             is_open = not response.refusal and response.reward is None
             if self._grader is not None and is_open:

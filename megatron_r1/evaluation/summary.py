@@ -1,13 +1,11 @@
 """Every metric of every benchmark, with its interval, from the logged samples."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.estimators import Estimate, estimate, pass_at_k, powers_up_to, subsets
@@ -60,9 +58,7 @@ class GradedSample:
     difference: int
 
     @classmethod
-    def from_line(
-        cls, line: Mapping[str, Any], prompt: Prompt, part: Part, reading: str
-    ) -> GradedSample:
+    def from_line(cls, line: Mapping[str, Any], prompt: Prompt, part: Part, reading: str) -> Self:
         """Return what a line of the log counts. reading: `rewards.answer`."""
         text, opened = line["response"], line["opened"]
         return cls(

@@ -9,10 +9,8 @@ standard deviation within a group, so where all answers are safe it would learn 
 the fourth digit.
 Sources: arXiv 2501.12948 v2, section 3.1 and supplement B.3."""
 
-from __future__ import annotations
-
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import msgspec
 import numpy as np
@@ -48,7 +46,7 @@ class RewardModelSettings(ServiceSettings):
     )
 
     @model_validator(mode="after")
-    def _has_one_form(self) -> RewardModelSettings:
+    def _has_one_form(self) -> Self:
         if self.threshold is not None and {"shift", "scale"} & self.model_fields_set:
             raise ValueError(f"threshold={self.threshold:g} is a raw score: leave out shift, scale")
         return self

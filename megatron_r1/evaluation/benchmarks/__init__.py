@@ -35,6 +35,3 @@ def find_benchmark(name: str) -> tuple[Benchmark, str]:
         return find(f"{module}:{attribute}", "Benchmark", lambda o: isinstance(o, Benchmark)), part
     except (ImportError, UserError) as error:
         raise UserError(f"benchmark {name!r} cannot be imported: {error}") from error
-
-
-__all__ = ["REGISTRY", "Benchmark", "find_benchmark"]

@@ -12,7 +12,6 @@ or, without one, before it opens any output."""
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.code.problem import Test
@@ -72,7 +71,10 @@ def _read_score(outcome: Outcome, budget: Budget) -> Grade | _Failure:
         return Grade(0.0, f"the checker rejects: {shorten(printed) or failure}")
     if not printed:
         return Grade(1.0, "accepted by the checker")
-    score, reason = _parse_json(printed), ""
+    try:
+        score, reason = json.loads(printed), ""
+    except (ValueError, RecursionError):
+        score, reason = None, ""
     if isinstance(score, dict):
         reason = str(score.get("reason", ""))
         score = score.get("score")
@@ -84,10 +86,3 @@ def _read_score(outcome: Outcome, budget: Budget) -> Grade | _Failure:
         )
     verb = "accepted" if score == 1 else "rejected" if score == 0 else "partly accepted"
     return Grade(float(score), f"{verb} by the checker" + (f": {reason}" if reason else ""))
-
-
-def _parse_json(printed: str) -> Any:
-    try:
-        return json.loads(printed)
-    except (ValueError, RecursionError):
-        return None

@@ -1,13 +1,11 @@
 """A client of a judge: its settings, one request per vote, the valid verdicts, their cache."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import msgspec
 from pydantic import Field, model_validator
@@ -38,7 +36,7 @@ class JudgeSettings(ServiceSettings):
     )
 
     @model_validator(mode="after")
-    def _votes_can_decide(self) -> JudgeSettings:
+    def _votes_can_decide(self) -> Self:
         if self.num_votes % 2 != (self.mode == "verify"):
             need = {
                 "verify": "odd to verify, so that there is a majority",
@@ -163,7 +161,6 @@ class ReplyCache:
             raise UserError(f"cache: {folder} cannot be written to; choose another")
 
     async def get(self, request: dict[str, Any], vote: int) -> str | None:
-        """Return the reply to a request; None for one that is not cached."""
         return await asyncio.to_thread(self._read, self._path(request, vote))
 
     async def put(self, request: dict[str, Any], vote: int, reply: str) -> None:

@@ -177,7 +177,8 @@ def describe_failure(outcome: Outcome, budget: Budget) -> str:
         return f"output limit: over {budget.output_bytes / 2**20:g} MiB"
     if outcome.status == 0:
         return ""
-    message = _last_line(outcome.stderr)
+    lines = outcome.stderr[-2000:].decode("utf-8", "replace").splitlines()
+    message = shorten(next((line for line in reversed(lines) if line.strip()), ""), 160)
     if any(name in message for name in ("MemoryError", "bad_alloc")):
         return f"memory limit of {budget.memory_bytes / 2**20:g} MiB: {message}"
     ending = f"exit status {outcome.status}"
@@ -187,8 +188,3 @@ def describe_failure(outcome: Outcome, budget: Budget) -> str:
         if signal == 9 and outcome.seconds >= budget.cpu_seconds:
             return f"time limit: {budget.cpu_seconds:g} s of CPU"
     return f"runtime error ({ending})" + (f": {message}" if message else "")
-
-
-def _last_line(stderr: bytes) -> str:
-    lines = stderr[-2000:].decode("utf-8", "replace").splitlines()
-    return shorten(next((line for line in reversed(lines) if line.strip()), ""), 160)
