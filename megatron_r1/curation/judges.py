@@ -1,7 +1,5 @@
 """Judges of responses, which compare two or call one safe: a served model, or a user's function."""
 
-from __future__ import annotations
-
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -19,25 +17,6 @@ from megatron_r1.rewards.remote.settings import read_settings
 NO_VOTE = {"url", "api_key_env", "timeout_seconds", "retry_seconds", "concurrency", "cache"}
 """Settings of a served judge that change none of its votes."""
 ARGUMENTS = {"pairs": "question, first, second", "labels": "question, response"}
-
-
-def make_judge(
-    config: SampleConfig, options: Mapping[str, Any], cache: ResultCache
-) -> ResponseJudge:
-    """Return the judge that `sample.judge` names. options: `rewards.options.judge`. Raises
-    UserError for a judge without an address, and for a function that cannot be called."""
-    if config.judge != SERVED_JUDGE:
-        function = load_function(config.judge, "sample.judge", ARGUMENTS[config.output])
-        return FunctionJudge(function, config.pairs.votes, cache)
-    mode = "compare" if config.output == "pairs" else "verify"
-    try:
-        settings = read_settings("judge", JudgeSettings, {**options, "mode": mode})
-    except ValueError as error:
-        raise UserError(
-            f"sample.output: {config.output} needs a judge: {error}; or name a function of yours, "
-            f"sample.judge: module:function({ARGUMENTS[config.output]})"
-        ) from None
-    return ServedJudge(Judge(settings), cache)
 
 
 class ResponseJudge(ABC):
@@ -118,5 +97,24 @@ class ServedJudge(ResponseJudge):
     async def _safety(self, question: str, response: str) -> float:
         num_votes = self._judge.settings.num_votes
         texts = {"question": question, "response": response}
-        votes = await self._judge.client.votes(SAFETY, texts, num_votes)
+        votes = await self._judge.votes(SAFETY, texts, num_votes)
         return votes.count("safe") / num_votes
+
+
+def make_judge(
+    config: SampleConfig, options: Mapping[str, Any], cache: ResultCache
+) -> ResponseJudge:
+    """Return the judge that `sample.judge` names. options: `rewards.options.judge`. Raises
+    UserError for a judge without an address, and for a function that cannot be called."""
+    if config.judge != SERVED_JUDGE:
+        function = load_function(config.judge, "sample.judge", ARGUMENTS[config.output])
+        return FunctionJudge(function, config.pairs.votes, cache)
+    mode = "compare" if config.output == "pairs" else "verify"
+    try:
+        settings = read_settings("judge", JudgeSettings, {**options, "mode": mode})
+    except ValueError as error:
+        raise UserError(
+            f"sample.output: {config.output} needs a judge: {error}; or name a function of yours, "
+            f"sample.judge: module:function({ARGUMENTS[config.output]})"
+        ) from None
+    return ServedJudge(Judge(settings), cache)

@@ -44,15 +44,10 @@ class Comparison:
         return 0 if lead > 0 else 1
 
 
-class Judge:
+class Judge(JudgeClient):
     """The reward `judge`. No request is sent before the first call."""
 
     settings_type = JudgeSettings
-
-    def __init__(self, settings: JudgeSettings) -> None:
-        self.settings = settings
-        self.client = JudgeClient(settings)
-        self.service = self.client.service
 
     async def check(self) -> None:
         """Raise ServiceError unless the service replies within seconds, with valid verdicts that
@@ -60,7 +55,7 @@ class Judge:
         question, right, wrong = CHECK.values()
         unfit = f"{self.service.url}: model {self.settings.model!r} cannot serve as a judge"
         try:
-            await self.service.request(self.client.probe, CHECK_SECONDS)
+            await self.service.request(self.probe, CHECK_SECONDS)
             if self.settings.mode == "verify":
                 separates = await asyncio.gather(
                     self.verify(question, "12", right), self.verify(question, "12", wrong)
@@ -109,10 +104,10 @@ class Judge:
         texts = {"question": question, "reference answer": truth, "response": response}
         num_votes = self.settings.num_votes
         majority = num_votes // 2 + 1
-        votes = await self.client.votes(VERIFY, texts, majority)
+        votes = await self.votes(VERIFY, texts, majority)
         if len(set(votes)) > 1:
             rest = num_votes - majority
-            votes += await self.client.votes(VERIFY, texts, rest, first=2 * majority)
+            votes += await self.votes(VERIFY, texts, rest, first=2 * majority)
         return votes.count("correct") >= majority
 
     async def compare(self, question: str, first: str, second: str) -> Comparison:
@@ -125,13 +120,8 @@ class Judge:
             return Comparison(0, 0, num_votes)
         straight = {"question": question, "response A": first, "response B": second}
         swapped = {"question": question, "response A": second, "response B": first}
-        as_a, as_b = map(
-            Counter,
-            await asyncio.gather(
-                self.client.votes(COMPARE, straight, num_votes // 2),
-                self.client.votes(COMPARE, swapped, num_votes // 2),
-            ),
-        )
+        orders = (self.votes(COMPARE, texts, num_votes // 2) for texts in (straight, swapped))
+        as_a, as_b = map(Counter, await asyncio.gather(*orders))
         return Comparison(as_a["A"] + as_b["B"], as_a["B"] + as_b["A"], as_a["tie"] + as_b["tie"])
 
     async def close(self) -> None:
