@@ -27,34 +27,29 @@ PAUSE_SECONDS = 1.0
 REPORT_SECONDS = 5.0
 
 
-class Message(msgspec.Struct):
-    """The text of a chat reply, and the thought where the server splits it off."""
-
+class _Message(msgspec.Struct):
     content: str | None = None
     # A server that splits off the thought returns it under one of these names.
     reasoning_content: str | None = None
     reasoning: str | None = None
 
 
-class Choice(msgspec.Struct):
+class _Choice(msgspec.Struct):
     """One response: `message` from /chat/completions, `text` from /completions."""
 
     finish_reason: str | None = None
-    message: Message | None = None
+    message: _Message | None = None
     text: str | None = None
 
 
-class Usage(msgspec.Struct):
-    """The number of tokens that a server counted, None where it counts none."""
-
+class _Usage(msgspec.Struct):
     completion_tokens: int | None = None
+    """None where a server counts none."""
 
 
-class Completion(msgspec.Struct):
-    """The parts of a reply that are read: `message` of chats, `text` of completions."""
-
-    choices: list[Choice]
-    usage: Usage | None = None
+class _Completion(msgspec.Struct):
+    choices: list[_Choice]
+    usage: _Usage | None = None
 
 
 class ServerPolicy:
@@ -79,7 +74,7 @@ class ServerPolicy:
         self._template = template
         path = "/chat/completions" if self._chat else "/completions"
         probe = self._body(TINY_QUESTION, 0) | {"max_tokens": 1}
-        self._service = Service(server, server.api_base + path, Completion, probe)
+        self._service = Service(server, server.api_base + path, _Completion, probe)
         self._takes_limits = False
         self.concurrency = server.concurrency
         # The address is not part of it: a server may restart on another node.
@@ -159,7 +154,7 @@ class ServerPolicy:
         return truncated and THINK not in text and END_THINK not in text
 
 
-def _text_of(choice: Choice) -> str:
+def _text_of(choice: _Choice) -> str:
     if choice.message is None:
         return choice.text or ""
     thought = choice.message.reasoning_content or choice.message.reasoning
