@@ -252,10 +252,11 @@ def _describe_group(group: InFlightGroup) -> str:
     )
 
 
-def _describe_job(job: OutstandingJob) -> str:
-    where = f"worker {job.process}" if job.process else "queued"
-    question = _short(job.question or "")
-    return f"{where}: {job.target}, question {question!r}, since {rounded(job.seconds)}"
+def _describe_job(pending: OutstandingJob) -> str:
+    where = f"worker {pending.worker_pid}" if pending.worker_pid else "queued"
+    question = _short(pending.job.fields.get("question") or "")
+    since = rounded(time.monotonic() - pending.since)
+    return f"{where}: {pending.job.target}, question {question!r}, since {since}"
 
 
 def _short(question: str) -> str:

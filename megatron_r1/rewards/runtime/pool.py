@@ -38,8 +38,8 @@ LEVELS = ("queued", "running")
 
 
 @dataclass(eq=False)
-class _Pending:
-    """A job and the future that `RewardPool.grade` awaits.
+class OutstandingJob:
+    """A job that is queued or running, and the future that `RewardPool.grade` awaits.
 
     worker_pid: None in the queue. since: time.monotonic() when it got there."""
 
@@ -49,19 +49,6 @@ class _Pending:
     num_crashes: int = 0
     worker_pid: int | None = None
     since: float = field(default_factory=time.monotonic)
-
-
-@dataclass(frozen=True)
-class OutstandingJob:
-    """A job that is queued or running.
-
-    process: pid of the worker that has it, None in the queue. seconds: for how long. question: of
-    its prompt, if its fields have one."""
-
-    target: str
-    process: int | None
-    seconds: float
-    question: str | None
 
 
 class RewardPool:
@@ -89,8 +76,8 @@ class RewardPool:
         self.memory_limit_bytes = memory_limit_bytes
         self._ids = itertools.count()
         self._encoded = "", cast(str, msgspec.Raw(b'""'))
-        self._queue: deque[_Pending] = deque()
-        self._running: dict[int, _Pending] = {}
+        self._queue: deque[OutstandingJob] = deque()
+        self._running: dict[int, OutstandingJob] = {}
         self._work = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._workers: set[WorkerProcess] = set()
@@ -132,7 +119,7 @@ class RewardPool:
         job.response = self._as_json(response)
         limit = time_limit(kind, fields, self.timeout_seconds)
         result = asyncio.get_running_loop().create_future()
-        pending = _Pending(job, limit, result)
+        pending = OutstandingJob(job, limit, result)
         self._queue.append(pending)
         outstanding = len(self._queue) + len(self._running)
         self.most_outstanding = max(self.most_outstanding, outstanding)
@@ -165,11 +152,7 @@ class RewardPool:
         """Return running and then queued jobs, each the oldest first, at most `most`."""
         outstanding = [*self._running.values(), *self._queue]
         outstanding.sort(key=lambda pending: (pending.worker_pid is None, pending.since))
-        jobs, now = [], time.monotonic()
-        for p in outstanding[:most]:
-            question = p.job.fields.get("question")
-            jobs.append(OutstandingJob(p.job.target, p.worker_pid, now - p.since, question))
-        return jobs
+        return outstanding[:most]
 
     async def close(self) -> None:
         """Kill the workers; a `grade` still waiting raises RunError. Safe to call again."""
@@ -196,7 +179,7 @@ class RewardPool:
 
     async def _serve(self, worker: WorkerProcess) -> None:
         """Send jobs to one worker until it is lost or must be replaced."""
-        sent: deque[_Pending] = deque()
+        sent: deque[OutstandingJob] = deque()
         try:
             while True:
                 self._send_jobs(worker, sent)
@@ -213,7 +196,7 @@ class RewardPool:
             self._queue.extendleft(reversed(sent))
             self._work.set()
 
-    def _send_jobs(self, worker: WorkerProcess, sent: deque[_Pending]) -> None:
+    def _send_jobs(self, worker: WorkerProcess, sent: deque[OutstandingJob]) -> None:
         ahead = min(MAX_AHEAD, max(1, int(AHEAD_SECONDS / worker.seconds_per_job)))
         share = math.ceil(len(self._queue) / self.num_workers)
         for _ in range(min(share, ahead - len(sent))):
@@ -227,7 +210,7 @@ class RewardPool:
             self._running[pending.job.id] = pending
             worker.send(frame(pending.job))
 
-    async def _finish_first(self, worker: WorkerProcess, sent: deque[_Pending]) -> bool:
+    async def _finish_first(self, worker: WorkerProcess, sent: deque[OutstandingJob]) -> bool:
         """Wait for the first of the sent jobs. Return False when the worker must be replaced."""
         first = sent[0]
         is_loaded = first.job.target in worker.loaded
@@ -261,7 +244,7 @@ class RewardPool:
         worker.seconds_per_job += 0.2 * (elapsed - worker.seconds_per_job)
         return reply.status != "memory"
 
-    async def _handle_crash(self, worker: WorkerProcess, sent: deque[_Pending]) -> None:
+    async def _handle_crash(self, worker: WorkerProcess, sent: deque[OutstandingJob]) -> None:
         status = await worker.kill()
         first = sent[0]
         first.num_crashes += 1
@@ -276,7 +259,7 @@ class RewardPool:
             else:
                 self._raise(first, f"importing it ends the process ({ending}){message}")
 
-    def _handle_reply(self, job: _Pending, reply: JobStatus) -> None:
+    def _handle_reply(self, job: OutstandingJob, reply: JobStatus) -> None:
         if reply.status == "unloadable":
             self._raise(job, reply.reason)
             return
@@ -290,11 +273,11 @@ class RewardPool:
         self._counters[counter] += 1
         self._set_grade(job, grade)
 
-    def _set_grade(self, job: _Pending, grade: Grade) -> None:
+    def _set_grade(self, job: OutstandingJob, grade: Grade) -> None:
         if not job.result.done():
             job.result.set_result(grade)
 
-    def _raise(self, job: _Pending, reason: str) -> None:
+    def _raise(self, job: OutstandingJob, reason: str) -> None:
         if not job.result.done():
             # Libraries that run out of memory while they are imported raise all kinds of errors.
             if "MemoryError" in reason or self.memory_limit_bytes < SMALL_LIMIT_BYTES:
