@@ -13,20 +13,12 @@ from numbers import Real
 from typing import Any
 
 from megatron_r1.agents.agent_runs import Outcome, Run, Server
-from megatron_r1.agents.answers import AnswerReader, Generate
-from megatron_r1.agents.continuation import Continuation
+from megatron_r1.agents.answers import Generate
 from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.agents.episode import SCORED, Episode, turns_of
-from megatron_r1.agents.gateway import (
-    Gateway,
-    Session,
-    SessionLimits,
-    TurnSampler,
-    TurnSampling,
-)
-from megatron_r1.agents.parsing import Parser, parser_of
+from megatron_r1.agents.gateway import Gateway, Session, SessionLimits, TurnSampling
+from megatron_r1.agents.parsing import Parser
 from megatron_r1.agents.player import Played, row_of
-from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.errors import UserError
@@ -90,7 +82,7 @@ class HarnessPlayer:
     async def _play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
         session = self.gateway.open(
             SessionLimits(self._max_turns, max_tokens),
-            TurnSampling(generate, self._room, self.text.end, *self._sampling),
+            TurnSampling(generate, self._room, *self._sampling),
         )
         began = time.monotonic()
         reward: float | None = None
@@ -162,35 +154,6 @@ class HarnessPlayer:
             reason=shorten(session.reason, 400),
         )
         return Played(episode, session.last_text, reward)
-
-
-def harness_player(
-    text: PromptText, agents: AgentsConfig, run: Run, *, room: int, temperature: float, top_p: float
-) -> HarnessPlayer:
-    """Return the player of an agent with the settings of a recipe; arguments as of
-    `HarnessPlayer`."""
-    tokenizer = text.tokenizer
-    parsers = parser_of(
-        agents.tool_parser, agents.reasoning_parser, tokenizer.name_or_path, agents.parser_workers
-    )
-    continuation = Continuation(tokenizer)
-    gateway = Gateway(
-        TurnSampler(text.decode, AnswerReader(parsers, continuation)),
-        continuation,
-        host=agents.gateway_host,
-        sampling_options=agents.sampling_options,
-    )
-    return HarnessPlayer(
-        text,
-        gateway,
-        parsers,
-        run,
-        max_turns=agents.max_turns,
-        timeout_seconds=agents.timeout_seconds,
-        room=room,
-        temperature=temperature,
-        top_p=top_p,
-    )
 
 
 def _compare(outcome: Outcome, session: Session) -> None:

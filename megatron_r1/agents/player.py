@@ -57,12 +57,7 @@ class EpisodePlayer:
         """room: most tokens of a prompt and its answer that an engine takes."""
         self.text, self.environments, self.settings, self.room = text, environments, settings, room
         self.continuation = Continuation(text.tokenizer)
-        self.parsers = parser_of(
-            settings.tool_parser,
-            settings.reasoning_parser,
-            text.tokenizer.name_or_path,
-            settings.parser_workers,
-        )
+        self.parsers = parser_of(settings, text.tokenizer.name_or_path)
         self.reader = AnswerReader(self.parsers, self.continuation)
 
     async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:

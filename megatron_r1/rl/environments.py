@@ -6,7 +6,9 @@ from megatron_r1.agents.agent_runs import harness_of
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.environment import check_parameters
 from megatron_r1.agents.environment_pool import Environments, describe
-from megatron_r1.agents.harness import harness_player
+from megatron_r1.agents.gateway import Gateway
+from megatron_r1.agents.harness import HarnessPlayer
+from megatron_r1.agents.parsing import parser_of
 from megatron_r1.agents.player import EpisodePlayer, Player
 from megatron_r1.agents.verifiers.harness import VerifiersHarness
 from megatron_r1.config import Config
@@ -81,25 +83,34 @@ def check_environment(config: Config, text: PromptText) -> None:
 
 def player_of(config: Config, text: PromptText) -> Player | None:
     """Return the player of the run's episodes; None where responses are single turns."""
-    agents, room = config.agents, context_length(config)
-    if agents.harness or agents.verifiers.taskset:
-        run = (
-            harness_of(agents)
-            if agents.harness
-            else VerifiersHarness(agents.verifiers, text.tokenizer.name_or_path)
+    agents, room, rollout = config.agents, context_length(config), config.rollout
+    tokenizer = text.tokenizer.name_or_path
+    if agents.environment:
+        environments = Environments(
+            agents.environment,
+            agents.parameters,
+            agents.call_seconds,
+            describe(agents.environment),
+            agents.environment_processes,
         )
-        rollout = config.rollout
-        return harness_player(
-            text, agents, run, room=room, temperature=rollout.temperature, top_p=rollout.top_p
-        )
-    if not agents.environment:
+        return EpisodePlayer(text, environments, agents, room)
+    if agents.harness:
+        run = harness_of(agents)
+    elif agents.verifiers.taskset:
+        run = VerifiersHarness(agents.verifiers, tokenizer)
+    else:
         return None
-    description = describe(agents.environment)
-    environments = Environments(
-        agents.environment,
-        agents.parameters,
-        agents.call_seconds,
-        description,
-        agents.environment_processes,
+    parsers = parser_of(agents, tokenizer)
+    options = agents.sampling_options
+    gateway = Gateway(text, parsers, host=agents.gateway_host, sampling_options=options)
+    return HarnessPlayer(
+        text,
+        gateway,
+        parsers,
+        run,
+        max_turns=agents.max_turns,
+        timeout_seconds=agents.timeout_seconds,
+        room=room,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
     )
-    return EpisodePlayer(text, environments, agents, room)

@@ -11,9 +11,7 @@ from functools import partial
 import pytest
 from tiny_models import QWEN, write_model
 
-from megatron_r1.agents.answers import AnswerReader
-from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampler, TurnSampling
+from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
 from megatron_r1.agents.parsing import ParserPool
 from megatron_r1.data.text import PromptText
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
@@ -60,14 +58,13 @@ def play(model, fleet, loop):
         return response
 
     async def main(agent):
-        async with ParserPool(str(model), "hermes", None, num_workers=1) as parsers:
-            continuation = Continuation(text.tokenizer)
-            sampler = TurnSampler(text.decode, AnswerReader(parsers, continuation))
-            async with Gateway(sampler, continuation) as gateway:
-                sampling = TurnSampling(generate, ROOM, text.end)
-                session = gateway.open(SessionLimits(50, 5000), sampling)
-                result = await agent(gateway, session, calls)
-                return session, calls, result
+        async with (
+            ParserPool(str(model), "hermes", None, num_workers=1) as parsers,
+            Gateway(text, parsers) as gateway,
+        ):
+            session = gateway.open(SessionLimits(50, 5000), TurnSampling(generate, ROOM))
+            result = await agent(gateway, session, calls)
+            return session, calls, result
 
     return lambda agent: loop(main(agent))
 

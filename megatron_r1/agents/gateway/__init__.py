@@ -2,4 +2,4 @@
 
 from megatron_r1.agents.gateway.server import Gateway
 from megatron_r1.agents.gateway.session import Session, SessionLimits
-from megatron_r1.agents.gateway.turns import TurnSampler, TurnSampling
+from megatron_r1.agents.gateway.turns import TurnSampling

@@ -8,8 +8,18 @@ from typing import Any
 
 import msgspec
 
-from megatron_r1.agents.gateway.body import SAMPLING, Body, stop_strings, text_of
-from megatron_r1.agents.gateway.request import Message, Refused, TurnReply, TurnRequest
+from megatron_r1.agents.gateway.request import (
+    REQUIRED,
+    SAMPLING,
+    Body,
+    Message,
+    Refused,
+    TurnReply,
+    TurnRequest,
+    stop_strings,
+    text_of,
+)
+from megatron_r1.agents.parsing import tool_call
 
 NEUTRAL = SAMPLING | {"reasoning_effort": None, "verbosity": None}
 WITHOUT_EFFECT = (
@@ -17,21 +27,24 @@ WITHOUT_EFFECT = (
     *("prompt_cache_retention", "safety_identifier", "service_tier"),
 )
 END = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": sampling\n\n"
 
 
-def read(body: Body) -> TurnRequest:
-    """Return the turn that a body requests. Raises Refused."""
+def read(body: Body, stored: object) -> TurnRequest:
+    """Return the turn that a body requests. stored: not used here. Raises Refused."""
     body.ignore(*WITHOUT_EFFECT)
     model = body.take("model", str, "")
-    messages = read_messages(body.take("messages", list))
-    tools = [_tool(tool, f"tools.{i}") for i, tool in enumerate(body.take("tools", list, []))]
+    messages = [_message(each) for each in body.take_objects("messages")]
+    require_turn(messages, "messages")
+    tools = [_tool(each) for each in body.take_objects("tools", [])]
     options = body.options(NEUTRAL)
     choice = body.take("tool_choice", (str, dict), "auto")
     if choice == "none":
         tools = []
     elif choice != "auto":
         options["tool_choice"] = choice
-    _take_fixed(body)
+    body.take_fixed(n=1, logprobs=False, top_logprobs=0, logit_bias={}, modalities=["text"])
+    body.take_fixed(response_format={"type": "text"})
     calls_in_parallel = body.take("parallel_tool_calls", bool, True)
     most = body.take_positive("max_completion_tokens")
     request = TurnRequest(
@@ -41,7 +54,7 @@ def read(body: Body) -> TurnRequest:
         max_tokens=body.take_positive("max_tokens") if most is None else most,
         stop=stop_strings(body.take("stop", (str, list), []), "stop"),
         stream=body.take("stream", bool, False),
-        include_usage=_includes_usage(body),
+        include_usage=bool(body.take("stream_options", dict, {}).get("include_usage")),
         max_calls=None if calls_in_parallel else 1,
         options=options,
     )
@@ -50,16 +63,9 @@ def read(body: Body) -> TurnRequest:
     return request
 
 
-def read_messages(values: list[Any]) -> list[Message]:
-    """Return messages in the form of the tree. Raises Refused, also for a last message of the
-    assistant: a turn is sampled whole."""
-    messages = [_message(Body(value, f"messages.{i}")) for i, value in enumerate(values)]
-    require_turn(messages, "messages")
-    return messages
-
-
 def require_turn(messages: list[Message], where: str) -> None:
-    """Raise Refused for messages after which it is not the assistant's turn."""
+    """Raise Refused for messages after which it is not the assistant's turn: one is sampled
+    whole."""
     if not messages:
         raise Refused("must not be empty", where)
     if messages[-1]["role"] == "assistant":
@@ -68,7 +74,8 @@ def require_turn(messages: list[Message], where: str) -> None:
 
 def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     """Return the body of a reply."""
-    message: dict[str, Any] = {"role": "assistant", "content": _content(turn), "refusal": None}
+    content = turn.message["content"] or (None if turn.tool_calls else "")
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
     if turn.reasoning is not None:
         message["reasoning_content"] = turn.reasoning
     if turn.tool_calls:
@@ -122,13 +129,9 @@ def as_arguments(value: Any, where: str) -> str:
 def _message(body: Body) -> Message:
     role = body.take_one_of("role", ("system", "developer", "user", "assistant", "tool"), None)
     body.ignore("name", "refusal", "annotations", "cache_control", "provider_specific_fields", "id")
-    where = body.path("content")
-    default: Any = None if role == "assistant" else ...
-    content = body.take("content", (str, list), *([default] if default is None else []))
-    message = {
-        "role": "system" if role == "developer" else role,
-        "content": text_of(content, where),
-    }
+    content = body.take("content", (str, list), None if role == "assistant" else REQUIRED)
+    text = text_of(content, body.path("content"))
+    message = {"role": "system" if role == "developer" else role, "content": text}
     if role == "tool":
         message["tool_call_id"] = body.take("tool_call_id", str)
     if role == "assistant":
@@ -136,35 +139,31 @@ def _message(body: Body) -> Message:
         thought = body.take("reasoning", str, thought)
         if thought is not None:
             message["reasoning_content"] = thought
-        calls = body.take("tool_calls", list, [])
-        if calls:
-            where = body.path("tool_calls")
-            message["tool_calls"] = [_call(call, f"{where}.{i}") for i, call in enumerate(calls)]
+        if calls := body.take_objects("tool_calls", []):
+            message["tool_calls"] = [_call(call) for call in calls]
     body.finish()
     return message
 
 
-def _call(value: Any, where: str) -> dict[str, Any]:
-    body = Body(value, where)
+def _call(body: Body) -> dict[str, Any]:
     body.ignore("index", "provider_specific_fields")
-    body.take_one_of("type", ("function",), "function")
+    body.take_fixed(type="function")
     function = Body(body.take("function", dict), body.path("function"))
     call_id = body.take("id", str)
     arguments = as_arguments(function.take("arguments", str, ""), function.path("arguments"))
-    named = {"name": function.take("name", str), "arguments": arguments}
+    call = tool_call(function.take("name", str), arguments, call_id)
     function.ignore("provider_specific_fields")
     function.finish()
     body.finish()
-    return {"id": call_id, "type": "function", "function": named}
+    return call
 
 
-def _tool(value: Any, where: str) -> dict[str, Any]:
-    body = Body(value, where)
+def _tool(body: Body) -> dict[str, Any]:
     body.take_one_of("type", ("function",), None)
     body.ignore("cache_control")
-    function = body.take("function", dict)
+    function = Body(body.take("function", dict), body.path("function"))
     body.finish()
-    return function_tool(Body(function, f"{where}.function"), "parameters")
+    return function_tool(function, "parameters")
 
 
 def function_tool(body: Body, schema: str) -> dict[str, Any]:
@@ -182,36 +181,18 @@ def function_tool(body: Body, schema: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _take_fixed(body: Body) -> None:
-    """Take options of which one value only can be honoured."""
-    body.take_one_of("n", (1,), 1)
-    body.take_one_of("logprobs", (False,), False)
-    body.take_one_of("top_logprobs", (0,), 0)
-    body.take_one_of("logit_bias", ({},), {})
-    body.take_one_of("modalities", (["text"],), ["text"])
-    body.take_one_of("response_format", ({"type": "text"},), {"type": "text"})
-
-
-def _includes_usage(body: Body) -> bool:
-    options = body.take("stream_options", dict, {})
-    return bool(options.get("include_usage"))
-
-
-def _content(turn: TurnReply) -> str | None:
-    return turn.message["content"] or (None if turn.tool_calls else "")
-
-
 def _finish(turn: TurnReply) -> str:
-    is_call = turn.tool_calls and turn.finish_reason == "stop"
-    return "tool_calls" if is_call else turn.finish_reason
+    if turn.is_cut:
+        return "length"
+    return "tool_calls" if turn.tool_calls else "stop"
 
 
 def _usage(turn: TurnReply) -> dict[str, Any]:
     return {
         "prompt_tokens": turn.num_prompt_tokens,
-        "completion_tokens": len(turn.token_ids),
-        "total_tokens": turn.num_prompt_tokens + len(turn.token_ids),
-        "prompt_tokens_details": {"cached_tokens": turn.num_cached_tokens},
+        "completion_tokens": turn.num_tokens,
+        "total_tokens": turn.num_prompt_tokens + turn.num_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

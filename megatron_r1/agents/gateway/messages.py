@@ -6,11 +6,18 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
-
 from megatron_r1.agents.gateway import chat
-from megatron_r1.agents.gateway.body import Body, stop_strings, text_of
-from megatron_r1.agents.gateway.request import Message, Refused, TurnReply, TurnRequest
+from megatron_r1.agents.gateway.request import (
+    Body,
+    Message,
+    Refused,
+    TurnReply,
+    TurnRequest,
+    event,
+    stop_strings,
+    text_of,
+)
+from megatron_r1.agents.parsing import tool_call
 
 NEUTRAL = {
     "temperature": None,
@@ -27,17 +34,17 @@ WITHOUT_EFFECT = (
 ATTRIBUTION = "x-anthropic-billing-header"
 """The beginning of a system block of Claude Code that differs in every request; vLLM also drops
 it."""
+KEEP_ALIVE = b'event: ping\ndata: {"type": "ping"}\n\n'
 
 
-def read(body: Body) -> TurnRequest:
-    """Return the turn that a body requests. Raises Refused."""
+def read(body: Body, stored: object) -> TurnRequest:
+    """Return the turn that a body requests. stored: not used here. Raises Refused."""
     body.ignore(*WITHOUT_EFFECT)
     model = body.take("model", str, "")
     system = _system(body.take("system", (str, list), None))
-    values = body.take("messages", list)
-    sent = [m for i, value in enumerate(values) for m in _messages(Body(value, f"messages.{i}"))]
+    sent = [message for each in body.take_objects("messages") for message in _messages(each)]
     chat.require_turn(sent, "messages")
-    tools = [_tool(Body(tool, f"tools.{i}")) for i, tool in enumerate(body.take("tools", list, []))]
+    tools = [_tool(each) for each in body.take_objects("tools", [])]
     options = body.options(NEUTRAL)
     choice = Body(body.take("tool_choice", dict, {"type": "auto"}), "tool_choice")
     is_single = choice.take("disable_parallel_tool_use", bool, False)
@@ -69,11 +76,11 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     none = {"stop_reason": None, "stop_sequence": None}
     usage = _usage(turn)
     message = _head(turn) | {"content": [], **none, "usage": usage | {"output_tokens": 0}}
-    yield _event({"type": "message_start", "message": message})
+    yield event({"type": "message_start", "message": message})
     for index, block in enumerate(_blocks(turn)):
-        yield from map(_event, _block_events(index, block))
-    yield _event({"type": "message_delta", "delta": _stop(turn), "usage": usage})
-    yield _event({"type": "message_stop"})
+        yield from map(event, _block_events(index, block))
+    yield event({"type": "message_delta", "delta": _stop(turn), "usage": usage})
+    yield event({"type": "message_stop"})
 
 
 def error(refused: Refused) -> dict[str, Any]:
@@ -83,7 +90,7 @@ def error(refused: Refused) -> dict[str, Any]:
 
 def error_event(refused: Refused) -> bytes:
     """Return an error that ends a stream which has begun."""
-    return _event(error(refused))
+    return event(error(refused))
 
 
 def _system(value: str | list[Any] | None) -> list[Message]:
@@ -144,8 +151,7 @@ def _assistant(blocks: list[Body]) -> Message:
             message["reasoning_content"] = thought
         elif kind == "tool_use":
             arguments = json.dumps(block.take("input", dict), ensure_ascii=False)
-            function = {"name": block.take("name", str), "arguments": arguments}
-            call = {"id": block.take("id", str), "type": "function", "function": function}
+            call = tool_call(block.take("name", str), arguments, block.take("id", str))
             message.setdefault("tool_calls", []).append(call)
         else:
             block.ignore("data")
@@ -154,7 +160,7 @@ def _assistant(blocks: list[Body]) -> Message:
 
 
 def _tool(body: Body) -> dict[str, Any]:
-    body.take_one_of("type", ("custom",), "custom")
+    body.take_fixed(type="custom")
     body.ignore("allowed_callers", "defer_loading", "eager_input_streaming", "input_examples")
     return chat.function_tool(body, "input_schema")
 
@@ -200,7 +206,7 @@ def _block_events(index: int, block: dict[str, Any]) -> Iterator[dict[str, Any]]
 
 
 def _stop(turn: TurnReply) -> dict[str, Any]:
-    if turn.finish_reason == "length":
+    if turn.is_cut:
         reason = "max_tokens"
     elif turn.stop_string is not None:
         reason = "stop_sequence"
@@ -210,19 +216,13 @@ def _stop(turn: TurnReply) -> dict[str, Any]:
 
 
 def _usage(turn: TurnReply) -> dict[str, Any]:
-    cached = turn.num_cached_tokens
     return {
-        "input_tokens": turn.num_prompt_tokens - cached,
-        "output_tokens": len(turn.token_ids),
-        "cache_read_input_tokens": cached,
+        "input_tokens": turn.num_prompt_tokens,
+        "output_tokens": turn.num_tokens,
+        "cache_read_input_tokens": 0,
         "cache_creation_input_tokens": 0,
     }
 
 
 def _head(turn: TurnReply) -> dict[str, Any]:
     return {"id": f"msg_{turn.id}", "type": "message", "role": "assistant", "model": turn.model}
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    name = value["type"].encode()
-    return b"event: " + name + b"\ndata: " + msgspec.json.encode(value) + b"\n\n"

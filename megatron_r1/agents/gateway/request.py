@@ -1,10 +1,19 @@
-"""One turn as every protocol has it: the request, the reply, and the refusal of a request."""
+"""A request as every protocol has it: its body, the turn it asks for, the reply, the refusal."""
 
 from __future__ import annotations
 
+import time
+import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
+from megatron_r1.engine.responses import Response
+
+MODEL = "policy"
+"""The model's name in /v1/models; a request may have any other."""
 Message = dict[str, Any]
 """A chat message in OpenAI's form; content is text, arguments of tool calls are JSON text."""
 
@@ -51,20 +60,24 @@ class TurnRequest:
 
 @dataclass(frozen=True)
 class TurnReply:
-    """One sampled turn. id: unique, hexadecimal. message: the assistant's. finish_reason: `stop` or
-    `length`. stop_string: which of `TurnRequest.stop` ended it."""
+    """One sampled turn. message: the assistant's. stop_string: which of `TurnRequest.stop` ended
+    it. id: unique, hexadecimal."""
 
-    id: str
     model: str
-    created: int
-    message: Message
-    finish_reason: str
-    stop_string: str | None
     num_prompt_tokens: int
-    num_cached_tokens: int
-    token_ids: list[int]
-    logprobs: list[float]
-    policy_versions: list[int]
+    response: Response
+    message: Message
+    stop_string: str | None
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.response.token_ids)
+
+    @property
+    def is_cut(self) -> bool:
+        return self.response.finish_reason == "length"
 
     @property
     def tool_calls(self) -> list[dict[str, Any]]:
@@ -73,3 +86,131 @@ class TurnReply:
     @property
     def reasoning(self) -> str | None:
         return self.message.get("reasoning_content")
+
+
+REQUIRED: Any = object()
+SAMPLING = {
+    "temperature": None,
+    "top_p": None,
+    "top_k": -1,
+    "min_p": 0,
+    "seed": None,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "repetition_penalty": 1,
+}
+"""Sampling options of OpenAI and vLLM, and for each the value that changes nothing."""
+
+
+class Body:
+    """A JSON object of a request whose fields are taken one by one; `finish` refuses what is left.
+
+    So an option is ignored only where the code names it. null counts as absent."""
+
+    def __init__(self, value: object, where: str = "") -> None:
+        """where: the path of this object in the request, for errors."""
+        if not isinstance(value, Mapping):
+            raise Refused(f"must be an object, got {_shown(value)}", where or None)
+        self._left = {name: entry for name, entry in value.items() if entry is not None}
+        self.where = where
+
+    def path(self, name: str) -> str:
+        """Return the path of a field, `messages.0.role`."""
+        return f"{self.where}.{name}" if self.where else name
+
+    def take(self, name: str, kinds: type | tuple[type, ...], default: Any = REQUIRED) -> Any:
+        """Return a field of one of `kinds`. Raises Refused where it has another type, or is absent
+        and there is no default."""
+        if name not in self._left:
+            if default is REQUIRED:
+                raise Refused("is required", self.path(name))
+            return default
+        value = self._left.pop(name)
+        is_bool = isinstance(value, bool)
+        allowed = kinds if isinstance(kinds, tuple) else (kinds,)
+        if not isinstance(value, kinds) or (is_bool and bool not in allowed):
+            names = " or ".join(kind.__name__ for kind in allowed)
+            raise Refused(f"must be {names}, got {_shown(value)}", self.path(name))
+        return value
+
+    def take_objects(self, name: str, default: Any = REQUIRED) -> list[Body]:
+        """Return a field that is a list of objects; raises as `take`."""
+        values, where = self.take(name, list, default), self.path(name)
+        return [Body(value, f"{where}.{i}") for i, value in enumerate(values)]
+
+    def take_positive(self, name: str) -> int | None:
+        """Return a positive integer, or None where it is absent."""
+        value = self.take(name, int, None)
+        if value is not None and value < 1:
+            raise Refused(f"must be at least 1, got {value}", self.path(name))
+        return value
+
+    def take_one_of(self, name: str, values: tuple[Any, ...], default: Any) -> Any:
+        """Return a field that must be one of `values`. Raises Refused for any other."""
+        value = self._left.pop(name, default)
+        if value not in values:
+            shown = " or ".join(map(_shown, values))
+            raise Refused(f"{_shown(value)} is not supported; use {shown}", self.path(name))
+        return value
+
+    def take_fixed(self, **values: Any) -> None:
+        """Take fields of which one value only can be honoured, which is also the default."""
+        for name, value in values.items():
+            self.take_one_of(name, (value,), value)
+
+    def ignore(self, *names: str) -> None:
+        """Drop fields that change neither prompt nor sampling."""
+        for name in names:
+            self._left.pop(name, None)
+
+    def options(self, neutral: Mapping[str, object]) -> dict[str, object]:
+        """Return the sampling options whose value changes something. neutral: the options, each
+        with the value that changes nothing; None where every value changes something."""
+        found = {name: self._left.pop(name) for name in neutral if name in self._left}
+        return {name: value for name, value in found.items() if value != neutral[name]}
+
+    def finish(self) -> None:
+        """Raise Refused for a field that was not taken."""
+        for name, value in self._left.items():
+            raise Refused(
+                f"this gateway does not support it (got {_shown(value)}); leave it out",
+                self.path(name),
+            )
+
+
+def text_of(value: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> str:
+    """Return a message's content, a text or a list of text parts, as one text."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, list):
+        raise Refused(f"must be a text or a list of parts, got {_shown(value)}", where)
+    return "".join(_part(part, f"{where}.{index}", kinds) for index, part in enumerate(value))
+
+
+def _part(value: Any, where: str, kinds: tuple[str, ...]) -> str:
+    body = Body(value, where)
+    kind = body.take("type", str)
+    if kind not in kinds:
+        raise Refused(f"parts of type {kind} are not supported; use {kinds[0]}", body.path("type"))
+    body.ignore("cache_control", "citations", "annotations", "logprobs")
+    text = body.take("text", str)
+    body.finish()
+    return text
+
+
+def event(value: dict[str, Any]) -> bytes:
+    """Return a server-sent event with the name of its type."""
+    return b"event: " + value["type"].encode() + b"\ndata: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def stop_strings(value: Any, where: str) -> tuple[str, ...]:
+    """Return the stop strings of a field that is one or a list of them."""
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
+        raise Refused(f"must be a text or a list of texts, got {_shown(value)}", where)
+    return tuple(strings)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

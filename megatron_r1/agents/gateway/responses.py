@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import msgspec
-
 from megatron_r1.agents.gateway import chat
-from megatron_r1.agents.gateway.body import Body, text_of
-from megatron_r1.agents.gateway.request import Message, Refused, TurnReply, TurnRequest
+from megatron_r1.agents.gateway.request import (
+    Body,
+    Message,
+    Refused,
+    TurnReply,
+    TurnRequest,
+    event,
+    text_of,
+)
+from megatron_r1.agents.parsing import tool_call
 
 PARTS = ("input_text", "output_text", "text")
 NEUTRAL = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}
@@ -35,18 +41,16 @@ def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
     chat.require_turn(sent, "input")
     instructions = body.take("instructions", str, None)
     system = [] if instructions is None else [{"role": "system", "content": instructions}]
-    tools = [_tool(Body(tool, f"tools.{i}")) for i, tool in enumerate(body.take("tools", list, []))]
+    tools = [_tool(each) for each in body.take_objects("tools", [])]
     options = body.options(NEUTRAL)
     text = Body(body.take("text", dict, {}), "text")
     options |= {f"text.{name}": value for name, value in text.options({"verbosity": None}).items()}
-    text.take_one_of("format", ({"type": "text"},), {"type": "text"})
+    text.take_fixed(format={"type": "text"})
     text.finish()
     choice = body.take("tool_choice", (str, dict), "auto")
     if choice not in ("auto", "none"):
         options["tool_choice"] = choice
-    body.take_one_of("background", (False,), False)
-    body.take_one_of("top_logprobs", (0,), 0)
-    body.take_one_of("truncation", ("disabled",), "disabled")
+    body.take_fixed(background=False, top_logprobs=0, truncation="disabled")
     request = TurnRequest(
         system + sent,
         [] if choice == "none" else tools,
@@ -63,10 +67,9 @@ def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
 
 def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     """Return the body of a reply."""
-    is_cut = turn.finish_reason == "length"
     return _head(turn, request) | {
-        "status": "incomplete" if is_cut else "completed",
-        "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+        "status": _status(turn),
+        "incomplete_details": {"reason": "max_output_tokens"} if turn.is_cut else None,
         "output": _output(turn),
         "usage": _usage(turn),
     }
@@ -74,17 +77,17 @@ def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
 
 def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     """Yield the reply as server-sent events."""
-    for number, event in enumerate(_events(turn, request)):
-        yield _event(event | {"sequence_number": number})
+    for number, entry in enumerate(_events(turn, request)):
+        yield event(entry | {"sequence_number": number})
 
 
-error = chat.error
+error, KEEP_ALIVE = chat.error, chat.KEEP_ALIVE
 
 
 def error_event(refused: Refused) -> bytes:
     """Return an error that ends a stream which has begun."""
     entry = {"type": "error", "code": refused.code or refused.kind, "message": str(refused)}
-    return _event(entry | {"param": refused.field, "sequence_number": 0})
+    return event(entry | {"param": refused.field, "sequence_number": 0})
 
 
 def _messages(value: Any) -> list[Message]:
@@ -125,8 +128,7 @@ def _item(body: Body) -> Message:
     elif kind == "function_call":
         body.ignore("caller", "namespace")
         arguments = chat.as_arguments(body.take("arguments", str), body.path("arguments"))
-        function = {"name": body.take("name", str), "arguments": arguments}
-        call = {"id": body.take("call_id", str), "type": "function", "function": function}
+        call = tool_call(body.take("name", str), arguments, body.take("call_id", str))
         message = {"role": "assistant", "content": "", "tool_calls": [call]}
     elif kind == "function_call_output":
         output = text_of(body.take("output", (str, list)), body.path("output"), PARTS)
@@ -147,8 +149,12 @@ def _tool(body: Body) -> dict[str, Any]:
     return chat.function_tool(body, "parameters")
 
 
+def _status(turn: TurnReply) -> str:
+    return "incomplete" if turn.is_cut else "completed"
+
+
 def _output(turn: TurnReply) -> list[dict[str, Any]]:
-    status = "incomplete" if turn.finish_reason == "length" else "completed"
+    status = _status(turn)
     items: list[dict[str, Any]] = []
     if turn.reasoning is not None:
         content = [{"type": "reasoning_text", "text": turn.reasoning}]
@@ -213,16 +219,10 @@ def _head(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
 
 
 def _usage(turn: TurnReply) -> dict[str, Any]:
-    cached = {"cached_tokens": turn.num_cached_tokens, "cache_write_tokens": 0}
     return {
         "input_tokens": turn.num_prompt_tokens,
-        "input_tokens_details": cached,
-        "output_tokens": len(turn.token_ids),
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": turn.num_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": turn.num_prompt_tokens + len(turn.token_ids),
+        "total_tokens": turn.num_prompt_tokens + turn.num_tokens,
     }
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    name = value["type"].encode()
-    return b"event: " + name + b"\ndata: " + msgspec.json.encode(value) + b"\n\n"

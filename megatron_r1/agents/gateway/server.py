@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
-import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import PayloadEncodingError
 
+from megatron_r1.agents.answers import AnswerReader
 from megatron_r1.agents.continuation import Continuation, NextPrompt, Unrenderable
 from megatron_r1.agents.gateway import chat, messages, responses, tokens
-from megatron_r1.agents.gateway.body import Body
-from megatron_r1.agents.gateway.request import Refused, TurnReply, TurnRequest
+from megatron_r1.agents.gateway.request import (
+    MODEL,
+    Body,
+    Message,
+    Refused,
+    TurnReply,
+    TurnRequest,
+)
 from megatron_r1.agents.gateway.session import Session, SessionLimits, TakenTurn
 from megatron_r1.agents.gateway.turns import TurnSampler, TurnSampling, continue_tokens
+from megatron_r1.agents.parsing import Parser
+from megatron_r1.data.text import PromptText
 from megatron_r1.engine.errors import EngineError
 
 MAX_BODY_BYTES = 64 * 2**20
@@ -41,32 +47,30 @@ themselves."""
 SamplingOptions = Literal["run", "refuse"]
 
 
-@dataclass(frozen=True)
-class WireFormat:
-    """One protocol: its functions that read a body and write a reply, a stream and an error."""
+class WireFormat(Protocol):
+    """One protocol, a module: reads a body, and writes a reply, a stream and an error."""
 
-    read: Callable[[Body, Session], TurnRequest]
-    reply: Callable[[TurnReply, TurnRequest], dict[str, Any]]
-    events: Callable[[TurnReply, TurnRequest], Iterator[bytes]]
-    error: Callable[[Refused], dict[str, Any]]
-    error_event: Callable[[Refused], bytes]
-    keep_alive: bytes = b": sampling\n\n"
+    KEEP_ALIVE: bytes
 
+    def read(self, body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest: ...
 
-def _wire_format(
-    module: Any, read: Callable[[Body, Session], TurnRequest], **more: Any
-) -> WireFormat:
-    return WireFormat(read, module.reply, module.events, module.error, module.error_event, **more)
+    def reply(self, turn: TurnReply, request: TurnRequest) -> dict[str, Any]: ...
+
+    def events(self, turn: TurnReply, request: TurnRequest) -> Iterator[bytes]: ...
+
+    def error(self, refused: Refused) -> dict[str, Any]: ...
+
+    def error_event(self, refused: Refused) -> bytes: ...
 
 
-CHAT = _wire_format(chat, lambda body, session: chat.read(body))
-RESPONSES = _wire_format(responses, lambda body, session: responses.read(body, session.stored))
-MESSAGES = _wire_format(
-    messages,
-    lambda body, session: messages.read(body),
-    keep_alive=b'event: ping\ndata: {"type": "ping"}\n\n',
-)
-TOKENS = _wire_format(tokens, lambda body, session: tokens.read(body))
+ROUTES: dict[str, WireFormat] = {
+    "/v1/chat/completions": chat,
+    "/v1/responses": responses,
+    "/v1/messages": messages,
+    "/v1/v1/messages": messages,  # Anthropic's client adds /v1 to OpenAI's base URL
+    "/inference/v1/generate": tokens,
+    "/v1/inference/v1/generate": tokens,
+}
 
 
 class Gateway:
@@ -74,20 +78,18 @@ class Gateway:
 
     def __init__(
         self,
-        sampler: TurnSampler,
-        continuation: Continuation,
+        text: PromptText,
+        parser: Parser,
         *,
-        model: str = "policy",
         host: str = "127.0.0.1",
-        port: int = 0,
         sampling_options: SamplingOptions = "run",
     ) -> None:
-        """host, port: the address to listen on; port 0 for a free one. model: the name in
-        /v1/models; a request may have any other. sampling_options: `run` replaces a request's
-        options that differ from the run's, and notes it in the session, as only the policy's own
-        distribution can be trained on; `refuse` answers 400."""
-        self._sampler, self._continuation = sampler, continuation
-        self._model, self._host, self._port = model, host, port
+        """host: the address to listen on, at a free port. sampling_options: `run` replaces a
+        request's options that differ from the run's, and notes it in the session, as only the
+        policy's own distribution can be trained on; `refuse` answers 400."""
+        self._continuation = Continuation(text.tokenizer)
+        self._sampler = TurnSampler(text.decode, AnswerReader(parser, self._continuation))
+        self._end, self._host, self._port = text.end, host, 0
         self._sampling_options = sampling_options
         self._sessions: dict[bytes, Session] = {}
         self._runner: web.AppRunner | None = None
@@ -102,19 +104,13 @@ class Gateway:
     async def start(self) -> None:
         """Start to listen. Raises OSError where the address is taken."""
         app = web.Application(client_max_size=MAX_BODY_BYTES)
-        for path, wire in (
-            ("/v1/chat/completions", CHAT),
-            ("/v1/responses", RESPONSES),
-            ("/v1/messages", MESSAGES),
-            ("/v1/v1/messages", MESSAGES),  # Anthropic's client adds /v1 to OpenAI's base URL
-            ("/inference/v1/generate", TOKENS),
-            ("/v1/inference/v1/generate", TOKENS),
-        ):
+        for path, wire in ROUTES.items():
             app.router.add_post(path, self._endpoint(wire, self._turn))
-        for path in ("/v1/messages/count_tokens", "/v1/v1/messages/count_tokens"):
-            app.router.add_post(path, self._endpoint(MESSAGES, self._count_tokens))
-        app.router.add_get("/v1/models", self._endpoint(CHAT, self._models))
-        app.router.add_route("*", "/{path:.*}", self._endpoint(CHAT, self._unknown))
+            if wire is messages:
+                count = self._endpoint(wire, self._count_tokens)
+                app.router.add_post(f"{path}/count_tokens", count)
+        app.router.add_get("/v1/models", self._endpoint(chat, self._models))
+        app.router.add_route("*", "/{path:.*}", self._endpoint(chat, self._unknown))
         # A handler is cancelled when its client goes away; its turn waits for a repeated request.
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
         await self._runner.setup()
@@ -196,7 +192,7 @@ class Gateway:
         self, wire: WireFormat, session: Session, http: web.Request
     ) -> web.StreamResponse:
         body = await _body(http, session)
-        request = wire.read(_parsed(body), session)
+        request = wire.read(_parsed(body), session.stored)
         self._replace_options(session, request)
         prompt = self._next_prompt(session, request)
         key = hashlib.sha256(http.path.encode() + body).digest()
@@ -233,40 +229,21 @@ class Gateway:
         """Sample a turn. Raises Refused where no engine could."""
         try:
             with session.waiting():
-                turn = await self._sampler.sample(
-                    prompt_ids,
-                    session.sampling,
-                    max_tokens,
-                    session.claim,
-                    request.tools,
-                    request.stop,
-                    request.max_calls,
+                reply = await self._sampler.sample(
+                    request, prompt_ids, session.sampling, max_tokens, session.claim
                 )
         except EngineError as error:
             raise Refused(
                 "no engine could sample this turn", status=503, kind="api_error"
             ) from error
-        reply = TurnReply(
-            uuid.uuid4().hex,
-            request.model or self._model,
-            int(time.time()),
-            turn.message,
-            turn.response.finish_reason,
-            turn.stop_string,
-            len(prompt_ids),
-            0,
-            turn.response.token_ids.tolist(),
-            turn.response.logprobs.tolist(),
-            turn.response.policy_versions.tolist(),
-        )
-        return TakenTurn(prompt, request, turn, reply)
+        return TakenTurn(prompt, request, reply)
 
     def _replace_options(self, session: Session, request: TurnRequest) -> None:
         """Note, or refuse, sampling options that are not the run's."""
         run: dict[str, Any] = {
             "temperature": session.sampling.temperature,
             "top_p": session.sampling.top_p,
-            "stop_token_ids": [session.sampling.end],
+            "stop_token_ids": [self._end],
         }
         for name, value in request.options.items():
             if name in run and value == run[name]:
@@ -289,17 +266,18 @@ class Gateway:
     async def _count_tokens(
         self, wire: WireFormat, session: Session, http: web.Request
     ) -> web.StreamResponse:
-        prompt = self._next_prompt(session, wire.read(_parsed(await _body(http, session)), session))
+        request = wire.read(_parsed(await _body(http, session)), session.stored)
+        prompt = self._next_prompt(session, request)
         before = 0 if prompt.parent is None else session.tree.num_tokens(prompt.parent)
         return _json({"input_tokens": before + len(prompt.token_ids)})
 
     async def _models(
         self, wire: WireFormat, session: Session, http: web.Request
     ) -> web.StreamResponse:
-        model = {"id": self._model, "object": "model", "created": 0, "owned_by": "megatron-r1"}
+        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "megatron-r1"}
         model |= {"max_model_len": session.sampling.max_context}  # as vLLM
         date = "1970-01-01T00:00:00Z"
-        model |= {"type": "model", "display_name": self._model, "created_at": date}  # Anthropic
+        model |= {"type": "model", "display_name": MODEL, "created_at": date}  # Anthropic
         return _json({"object": "list", "data": [model], "has_more": False})
 
     async def _unknown(
@@ -321,7 +299,7 @@ async def _stream(
     stream = web.StreamResponse(headers=head)
     await stream.prepare(http)
     while not (await asyncio.wait({task}, timeout=KEEP_ALIVE_SECONDS))[0]:
-        await stream.write(wire.keep_alive)
+        await stream.write(wire.KEEP_ALIVE)
     try:
         for event in wire.events(session.add(task.result()), request):
             await stream.write(event)

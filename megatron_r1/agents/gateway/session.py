@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from megatron_r1.agents.continuation import NextPrompt
 from megatron_r1.agents.gateway.request import Message, Refused, TurnReply, TurnRequest
-from megatron_r1.agents.gateway.turns import SampledTurn, TurnSampling
+from megatron_r1.agents.gateway.turns import TurnSampling
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.engine.errors import EngineError
 
@@ -32,7 +32,6 @@ class TakenTurn:
 
     prompt: NextPrompt
     request: TurnRequest
-    turn: SampledTurn
     reply: TurnReply
     is_added: bool = False
 
@@ -154,18 +153,18 @@ class Session:
         if taken.is_added:
             return taken.reply
         taken.is_added = True
-        prompt, request, turn = taken.prompt, taken.request, taken.turn
+        prompt, request, reply = taken.prompt, taken.request, taken.reply
         parent = prompt.parent
         if prompt.token_ids or parent is None:
             tools = request.tools if parent is None else ()
             parent = self.tree.add_given(parent, prompt.token_ids, prompt.messages, tools)
-        self.tree.add_sampled(parent, turn.response, turn.message)
+        self.tree.add_sampled(parent, reply.response, reply.message)
         self.num_turns += 1
-        self.num_tokens += len(turn.response.token_ids)
-        self.last_text = turn.message["content"]
+        self.num_tokens += reply.num_tokens
+        self.last_text = reply.message["content"]
         if request.stored:
-            self.stored[f"resp_{taken.reply.id}"] = [*request.stored, turn.message]
-        return taken.reply
+            self.stored[f"resp_{reply.id}"] = [*request.stored, reply.message]
+        return reply
 
     def finished(self, key: bytes, task: asyncio.Task[TakenTurn]) -> None:
         """Count a turn's task off. key: the hash of its request."""

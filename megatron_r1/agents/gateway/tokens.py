@@ -5,12 +5,11 @@ sends the integer `token_id` (both are sent)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from megatron_r1.agents.gateway import chat
-from megatron_r1.agents.gateway.body import SAMPLING, Body
-from megatron_r1.agents.gateway.request import Refused, TurnReply, TurnRequest
+from megatron_r1.agents.gateway.request import SAMPLING, Body, Refused, TurnReply, TurnRequest
 
 NEUTRAL = SAMPLING | {"stop_token_ids": None, "min_tokens": 0, "ignore_eos": None}
 WITHOUT_EFFECT = (
@@ -19,20 +18,18 @@ WITHOUT_EFFECT = (
 )
 
 
-def read(body: Body) -> TurnRequest:
-    """Return the turn that a body requests. Raises Refused."""
+def read(body: Body, stored: object) -> TurnRequest:
+    """Return the turn that a body requests. stored: not used here. Raises Refused."""
     model = body.take("model", str, "")
     body.ignore("request_id", "cache_salt", "priority", "return_token_ids")
     token_ids = body.take("token_ids", list)
     if not token_ids or not all(type(t) is int and 0 <= t < 2**31 for t in token_ids):
         raise Refused("must be a list of at least one token id", "token_ids")
-    body.take_one_of("stream", (False,), False)
-    body.take_one_of("output_mode", ("tokens",), "tokens")
+    body.take_fixed(stream=False, output_mode="tokens")
     sampling = Body(body.take("sampling_params", dict, {}), "sampling_params")
     sampling.ignore(*WITHOUT_EFFECT)
-    sampling.take_one_of("n", (1,), 1)
     sampling.take_one_of("logprobs", (0, 1), 0)  # the sampled token's own is sent
-    sampling.take_one_of("prompt_logprobs", (0,), 0)
+    sampling.take_fixed(n=1, prompt_logprobs=0)
     request = TurnRequest(
         [],
         [],
@@ -48,16 +45,17 @@ def read(body: Body) -> TurnRequest:
 
 def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     """Return the body of a reply."""
+    response = turn.response
     content = [
         {"token": f"token_id:{token}", "token_id": token, "logprob": logprob, "top_logprobs": []}
-        for token, logprob in zip(turn.token_ids, turn.logprobs, strict=True)
+        for token, logprob in zip(response.token_ids, response.logprobs, strict=True)
     ]
     choice = {
         "index": 0,
-        "token_ids": turn.token_ids,
+        "token_ids": response.token_ids.tolist(),
         "logprobs": {"content": content},
-        "finish_reason": turn.finish_reason,
-        "weight_versions": _spans(turn.policy_versions),
+        "finish_reason": response.finish_reason,
+        "weight_versions": _spans(response.policy_versions),
     }
     return {"request_id": turn.id, "choices": [choice], "prompt_logprobs": None}
 
@@ -67,10 +65,10 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     raise AssertionError("token mode has no streams")
 
 
-error, error_event = chat.error, chat.error_event
+error, error_event, KEEP_ALIVE = chat.error, chat.error_event, chat.KEEP_ALIVE
 
 
-def _spans(versions: list[int]) -> list[dict[str, Any]]:
+def _spans(versions: Iterable[int]) -> list[dict[str, Any]]:
     spans: list[dict[str, Any]] = []
     for at, version in enumerate(versions):
         if spans and spans[-1]["version"] == str(version):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_r1.agents.answers import AnswerReader, Generate, require_whole
 from megatron_r1.agents.continuation import NextPrompt
+from megatron_r1.agents.gateway.request import MODEL, TurnReply, TurnRequest
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.engine.responses import Response
 
@@ -19,22 +20,12 @@ Claim = Callable[[int], int]
 @dataclass(frozen=True)
 class TurnSampling:
     """The run's sampling of a session's turns. max_context: most tokens of a prompt and its
-    answer. end: the token that ends an answer."""
+    answer."""
 
     generate: Generate
     max_context: int
-    end: int
     temperature: float = 1.0
     top_p: float = 1.0
-
-
-@dataclass(frozen=True)
-class SampledTurn:
-    """An engine's answer and its message. stop_string: the text that ended it, if one did."""
-
-    response: Response
-    message: dict[str, Any]
-    stop_string: str | None
 
 
 class TurnSampler:
@@ -46,27 +37,28 @@ class TurnSampler:
 
     async def sample(
         self,
+        request: TurnRequest,
         prompt_ids: Sequence[int],
         sampling: TurnSampling,
         max_tokens: int,
         claim: Claim,
-        tools: Sequence[dict[str, Any]] = (),
-        stop: Sequence[str] = (),
-        max_calls: int | None = None,
-    ) -> SampledTurn:
+    ) -> TurnReply:
         """Sample one answer; raises what `sampling.generate` and `claim` raise.
 
         claim: called with the number of its tokens, returns how many of them are kept: other turns
-        of the episode may have used its tokens up meanwhile. stop: texts that end it. max_calls:
-        tool calls kept of it."""
+        of the episode may have used its tokens up meanwhile."""
         response = await sampling.generate(prompt_ids, max_tokens)
         require_whole(response)
-        response, text, stop_string = cut(response, len(prompt_ids), stop, self._decode)
+        num_prompt = len(prompt_ids)
+        response, text, stop_string = cut(response, num_prompt, request.stop, self._decode)
         if (kept := claim(len(response.token_ids))) < len(response.token_ids):
-            response = _first(response, len(prompt_ids), kept, "length")
+            response = _first(response, num_prompt, kept, "length")
             text, stop_string = self._decode(response.token_ids), None
-        message = await self._reader.read(text, response.token_ids, prompt_ids, tools, max_calls)
-        return SampledTurn(response, message, stop_string)
+        message = await self._reader.read(
+            text, response.token_ids, prompt_ids, request.tools, request.max_calls
+        )
+        model = request.model or MODEL
+        return TurnReply(model, num_prompt, response, message, stop_string)
 
 
 def cut(

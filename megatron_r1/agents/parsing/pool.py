@@ -39,6 +39,13 @@ class Parsed:
         return message
 
 
+def tool_call(name: str, arguments: str, call_id: str | None = None) -> dict[str, Any]:
+    """Return a tool call in OpenAI's form, with a new id where it has none. arguments: JSON."""
+    function = {"name": name, "arguments": arguments}
+    call_id = call_id or f"call_{uuid.uuid4().hex[:24]}"
+    return {"id": call_id, "type": "function", "function": function}
+
+
 class ParserPool:
     """Worker processes with one pair of parsers. They start with the first `parse` or `check`, and
     end with the calling thread. Without parsers a turn is all content, and no process starts."""
@@ -97,7 +104,8 @@ class ParserPool:
                 self._idle.append(worker)
         if reply.status != "parsed":
             return Parsed(None, job.text, failure=reply.reason)
-        return Parsed(reply.reasoning, reply.content, [_openai(call) for call in reply.tool_calls])
+        calls = [tool_call(call.name, call.arguments, call.id) for call in reply.tool_calls]
+        return Parsed(reply.reasoning, reply.content, calls)
 
     async def close(self) -> None:
         """Kill the workers. Safe to call again."""
@@ -121,12 +129,3 @@ class ParserPool:
     def _named(self) -> str:
         tool, reasoning = self._options.tool_parser, self._options.reasoning_parser
         return f"agents.tool_parser {tool or 'none'}, agents.reasoning_parser {reasoning or 'none'}"
-
-
-def _openai(call: Any) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {
-        "id": call.id or f"call_{uuid.uuid4().hex[:24]}",
-        "type": "function",
-        "function": function,
-    }

@@ -7,9 +7,7 @@ import itertools
 from array import array
 from collections import Counter
 
-from megatron_r1.agents.answers import AnswerReader
-from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampler, TurnSampling
+from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
 from megatron_r1.agents.parsing import Parsed
 from megatron_r1.engine.responses import Response
 from tests.chat_tokenizer import chat_tokenizer
@@ -76,9 +74,7 @@ def text_of():
 
 
 def gateway_of(text, **options):
-    continuation = Continuation(text.tokenizer)
-    sampler = TurnSampler(text.decode, AnswerReader(WrittenParsers(), continuation))
-    return Gateway(sampler, continuation, **options)
+    return Gateway(text, WrittenParsers(), **options)
 
 
 @contextlib.asynccontextmanager
@@ -87,7 +83,7 @@ async def gateway(*texts, limits=LIMITS, max_context=2000, **options):
     text = text_of()
     fleet = WrittenFleet(text.tokenizer, texts)
     async with gateway_of(text, **options) as served:
-        session = served.open(limits, TurnSampling(fleet.generate, max_context, text.end))
+        session = served.open(limits, TurnSampling(fleet.generate, max_context))
         yield served, session, fleet
 
 

@@ -9,6 +9,7 @@ from megatron_r1.agents.answers import AnswerReader
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.parsing import Parsed, ParseJob, ParserPool, parser_of, pool
 from megatron_r1.agents.parsing.hermes import HermesParser
+from megatron_r1.config import AgentsConfig
 from megatron_r1.errors import UserError
 from tests.chat_tokenizer import chat_tokenizer
 
@@ -63,7 +64,8 @@ def test_without_parsers_a_turn_is_all_content_and_needs_no_process():
     ],
 )
 def test_the_settings_choose_the_parser(tool_parser, reasoning_parser, names):
-    parser = parser_of(tool_parser, reasoning_parser, "folder", num_workers=3)
+    settings = {"tool_parser": tool_parser, "reasoning_parser": reasoning_parser}
+    parser = parser_of(AgentsConfig(**settings, parser_workers=3), "folder")
     if names is None:
         assert isinstance(parser, HermesParser)
     else:

@@ -221,7 +221,7 @@ def test_episodes_are_graded_logged_and_measured(text):
     ],
 )
 def test_hermes(text, calls, content, thought):
-    message = parse_hermes(text)
-    functions = [c["function"] for c in message.get("tool_calls", [])]
-    assert [(f["name"], f["arguments"]) for f in functions] == calls
-    assert (message["content"], message.get("reasoning_content")) == (content, thought)
+    parsed = parse_hermes(text)
+    functions = [call["function"] for call in parsed.tool_calls]
+    assert [(f["name"], json.loads(f["arguments"])) for f in functions] == calls
+    assert (parsed.content, parsed.reasoning) == (content, thought)

@@ -1,5 +1,6 @@
 """The demonstrations of examples/agents are what the chat template and the environment say."""
 
+import json
 import random
 
 from examples.agents import make_lookup
@@ -24,10 +25,10 @@ def test_demonstrations_are_tokenized_as_episodes_are():
             prompt = continuation.next_prompt(TokenTree(), messages, [TOOL])
             assert prompt.token_ids == expected
             assert len(expected) < 100
-            message = parse_hermes(row["response"])
+            message = parse_hermes(row["response"]).message()
             messages.append(message)
             if calls := message.get("tool_calls"):
-                assert set(calls[0]["function"]["arguments"]) == {"key"}
+                assert set(json.loads(calls[0]["function"]["arguments"])) == {"key"}
                 result = rows[number + 1]["prompt"].split("<|result|>")[-1]
                 content = result.removesuffix("<|assistant|>")
                 messages.append({"role": "tool", "tool_call_id": "c", "content": content})

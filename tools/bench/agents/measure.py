@@ -12,9 +12,7 @@ from typing import Any
 import aiohttp
 import psutil
 
-from megatron_r1.agents.answers import AnswerReader
-from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampler, TurnSampling
+from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
 from megatron_r1.agents.parsing import ParserPool
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.responses import Response
@@ -66,10 +64,8 @@ async def measure(
     context = multiprocessing.get_context("spawn")
     async with ParserPool(str(TOKENIZER), name, None, num_workers=1) as parsers:
         await parsers.check()
-        continuation = Continuation(text.tokenizer)
-        sampler = TurnSampler(text.decode, AnswerReader(parsers, continuation))
-        async with Gateway(sampler, continuation) as gate:
-            sampling = TurnSampling(generate, MAX_CONTEXT, text.end)
+        async with Gateway(text, parsers) as gate:
+            sampling = TurnSampling(generate, MAX_CONTEXT)
             limits = SessionLimits(num_turns, MAX_CONTEXT)
             sessions = [gate.open(limits, sampling) for _ in range(num_sessions)]
             secrets = [session.secret for session in sessions]
