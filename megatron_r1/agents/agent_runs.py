@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -68,29 +69,18 @@ def function_harness(path: str) -> Run:
         return function
 
     async def run(base_url: str, api_key: str, row: dict[str, Any]) -> Any:
-        loop = asyncio.get_running_loop()
-        result: asyncio.Future[Any] = loop.create_future()
-
-        def settle(value: Any, error: Exception | None) -> None:
-            if result.done():
-                return
-            if error is None:
-                result.set_result(value)
-            else:
-                result.set_exception(error)
+        result: Future[Any] = Future()
+        result.set_running_or_notify_cancel()  # a cancelled run leaves it to the thread
 
         def work() -> None:
-            ending: tuple[Any, Exception | None]
             try:
-                ending = function(base_url, api_key, row), None
+                result.set_result(function(base_url, api_key, row))
             except Exception as error:  # noqa: BLE001 - raised again where it is awaited
-                ending = None, error
-            with contextlib.suppress(RuntimeError):  # the run has ended
-                loop.call_soon_threadsafe(settle, *ending)
+                result.set_exception(error)
 
         # Not a pool's thread: those would keep the process from ending.
         threading.Thread(target=work, daemon=True, name="agent").start()
-        value = await result
+        value = await asyncio.wrap_future(result)
         # An object with an async __call__, or a decorated coroutine function.
         return await value if inspect.isawaitable(value) else value
 

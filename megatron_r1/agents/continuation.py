@@ -112,7 +112,8 @@ class Continuation:
     def probe(self, tools: Sequence[Message]) -> dict[str, str]:
         """Return for each kind of message that may follow an answer whether the template continues
         it `exact`, in a `new branch`, or `refuses` it."""
-        call = {"type": "function", "function": {"name": _a_name(tools), "arguments": {}}}
+        name = tools[0]["function"]["name"] if tools else ""
+        call = {"type": "function", "function": {"name": name, "arguments": {}}}
         calling, thinking = {"tool_calls": [call]}, {"reasoning_content": "r"}
         cases: dict[str, tuple[str, dict[str, Any]]] = {
             "a question after an answer": ("user", {}),
@@ -244,20 +245,22 @@ def _renderable(message: Message) -> dict[str, Any]:
         plain["reasoning_content"] = plain.pop("reasoning")
     if calls := plain.get("tool_calls"):
         plain["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": _parsed(call["function"])}}
+            {**call, "function": {**call["function"], "arguments": arguments_of(call["function"])}}
             for call in calls
         ]
     return plain
 
 
-def _parsed(function: Mapping[str, Any]) -> Any:
+def arguments_of(function: Mapping[str, Any]) -> Any:
+    """Return a call's arguments from JSON; text that is none as it is, which is the model's
+    mistake."""
     arguments = function.get("arguments", {})
     if not isinstance(arguments, str):
         return arguments
     try:
         return json.loads(arguments)
     except (ValueError, RecursionError):
-        return arguments  # the model's mistake, rendered as it is
+        return arguments
 
 
 def _thinks(message: Message) -> bool:
@@ -286,7 +289,3 @@ def _dummy(answer: Message, thinks: bool) -> Message:
     if answer.get("tool_calls"):
         dummy["tool_calls"] = answer["tool_calls"]
     return dummy
-
-
-def _a_name(tools: Sequence[Message]) -> str:
-    return tools[0]["function"]["name"] if tools else ""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_r1.agents.answers import AnswerReader, Generate, require_whole
-from megatron_r1.agents.continuation import Continuation, Unrenderable
+from megatron_r1.agents.continuation import Continuation, Unrenderable, arguments_of
 from megatron_r1.agents.environment_pool import (
     CallTimedOut,
     EnvironmentFault,
@@ -113,13 +112,6 @@ def row_of(prompt: Prompt) -> dict[str, Any]:
     return {"question": prompt.question, "truth": prompt.truth, **prompt.fields}
 
 
-def _as_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text  # the model's mistake; the environment names it
-
-
 class _RunningEpisode:
     """One episode while it is played."""
 
@@ -201,7 +193,7 @@ class _RunningEpisode:
         else:
             left = self._settings.timeout_seconds - self._seconds["tools"]
             try:
-                arguments = _as_json(function["arguments"])
+                arguments = arguments_of(function)  # the environment names the model's mistakes
                 result = await environment.call(function["name"], arguments, left)
             except CallTimedOut:
                 self.is_lost = True

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_r1.agents.continuation import arguments_of
 from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.request import (
     Body,
@@ -173,16 +174,9 @@ def _blocks(turn: TurnReply) -> list[dict[str, Any]]:
         blocks.append({"type": "text", "text": turn.message["content"]})
     for call in turn.tool_calls:
         named = {"type": "tool_use", "id": call["id"], "name": call["function"]["name"]}
-        blocks.append(named | {"input": _as_object(call["function"]["arguments"])})
+        arguments = arguments_of(call["function"])
+        blocks.append(named | {"input": arguments if isinstance(arguments, dict) else {}})
     return blocks
-
-
-def _as_object(arguments: str) -> dict[str, Any]:
-    try:
-        value = json.loads(arguments)
-    except ValueError:
-        value = None
-    return value if isinstance(value, dict) else {}
 
 
 def _block_events(index: int, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
