@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_r1.agents.environment import Description, target_of
 from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, frame
+from megatron_r1.config import AgentsConfig
 from megatron_r1.errors import RunError, UserError
 from megatron_r1.processes.children import popen_options
 from megatron_r1.processes.frames import LENGTH
@@ -88,23 +89,15 @@ def describe(name: str) -> Description:
 class Environments:
     """Makes the environments of a run; their server starts with the first `open`."""
 
-    def __init__(
-        self,
-        name: str,
-        options: Mapping[str, Any],
-        call_seconds: float,
-        description: Description,
-        most: int = 512,
-    ) -> None:
-        """options: arguments of the class. call_seconds: wall time of one call of a method. most:
-        environments at once."""
-        self.description, self.call_seconds = description, call_seconds
-        self._target, self._options = target_of(name), dict(options)
+    def __init__(self, agents: AgentsConfig, description: Description) -> None:
+        self.description, self.call_seconds = description, agents.call_seconds
+        self._target, self._options = target_of(agents.environment), dict(agents.parameters)
         self._folder = tempfile.TemporaryDirectory(prefix="environments-")
         self._path = str(Path(self._folder.name) / "socket")
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
         self._idle: list[EnvironmentProcess] = []
+        most = agents.environment_processes
         self._room = asyncio.Semaphore(most)
         # A connection to each environment, and one to an engine for its turn.
         allow_open_files(2 * most + 512, f"agents.environment_processes: {most:,}")

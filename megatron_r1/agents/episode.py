@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from megatron_r1.agents.tree import Branch, Message, TokenTree
 from megatron_r1.engine.responses import Response
 
@@ -79,10 +81,10 @@ class Episode:
         """Return the sampled tokens of all turns, end to end, as one response."""
         token_ids, logprobs, versions = array("i"), array("f"), array("i")
         for branch in self.branches:
-            for at in _spans(branch.is_sampled):
-                token_ids += branch.token_ids[at]
-                logprobs += branch.logprobs[at]
-                versions += branch.policy_versions[at]
+            sampled = np.frombuffer(branch.is_sampled, bool)
+            token_ids.frombytes(np.asarray(branch.token_ids)[sampled].tobytes())
+            logprobs.frombytes(np.asarray(branch.logprobs)[sampled].tobytes())
+            versions.frombytes(np.asarray(branch.policy_versions)[sampled].tobytes())
         reason = "length" if self.status == "max_tokens" else "stop"
         return Response(token_ids, logprobs, versions, reason)
 
@@ -110,14 +112,3 @@ def _text(message: Message) -> str:
         return f"{content}{json.dumps(calls)}"
     text = content if isinstance(content, str) else json.dumps(content)
     return text.encode("utf-8", "replace").decode()  # a tool may return half a surrogate pair
-
-
-def _spans(is_sampled: bytes) -> list[slice]:
-    """Return the runs of sampled tokens, in order."""
-    spans, start = [], is_sampled.find(b"\1")
-    while start >= 0:
-        end = is_sampled.find(b"\0", start)
-        end = len(is_sampled) if end < 0 else end
-        spans.append(slice(start, end))
-        start = is_sampled.find(b"\1", end)
-    return spans

@@ -149,8 +149,7 @@ class EnginePolicy:
     def _player(self, agents: AgentsConfig) -> EpisodePlayer:
         key = agents.model_dump_json()
         if key not in self._players:
-            name, seconds = agents.environment, agents.call_seconds
-            environments = Environments(name, agents.parameters, seconds, describe(name))
+            environments = Environments(agents, describe(agents.environment))
             player = EpisodePlayer(self._text, environments, agents, self._room)
             self._resources.push_async_callback(player.close)
             self._players[key] = player

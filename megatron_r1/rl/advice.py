@@ -23,9 +23,10 @@ def advice(rollout: Rollout, config: Config) -> dict[str, str]:
     """Return topic → sentence for each fault of a rollout. config: the settings of its step."""
     groups = rollout.groups + rollout.passed_over
     responses = responses_of(groups)
-    few_right = _has_few_right(groups)
+    nothing_right = _nothing_right(groups, config)
+    few_right = bool(nothing_right)
     found = {
-        "accuracy": _nothing_right(groups, config) if few_right else "",
+        "accuracy": nothing_right,
         # Where hardly any is right, equal rewards follow from it, and more samples do not help.
         "groups": "" if few_right else _equal_groups(groups, config),
         "length": _cut_off(responses, few_right, config),
@@ -35,26 +36,15 @@ def advice(rollout: Rollout, config: Config) -> dict[str, str]:
     return {topic: sentence for topic, sentence in found.items() if sentence}
 
 
-def _has_few_right(groups: list[Group]) -> bool:
-    """Return whether no graded response is right, or so few that most groups have equal rewards."""
-    graded = _graded(groups)
-    num_right = _num_right(graded)
+def _nothing_right(groups: list[Group], config: Config) -> str:
+    """Advise where no graded response is right, or so few that most groups have equal rewards."""
+    graded = [each for each in responses_of(groups) if ACCURACY not in each.ungraded]
+    num_right = sum(bool(each.rewards.get(ACCURACY, 1.0)) for each in graded)
     num_equal = sum(group.has_equal_rewards for group in groups)
     is_rare = num_right <= FEW_RIGHT * len(graded) and num_equal >= MOST_EQUAL * len(groups)
-    return bool(graded) and (not num_right or is_rare)
-
-
-def _graded(groups: list[Group]) -> list[GradedResponse]:
-    return [each for each in responses_of(groups) if ACCURACY not in each.ungraded]
-
-
-def _num_right(graded: Sequence[GradedResponse]) -> int:
-    return sum(bool(each.rewards.get(ACCURACY, 1.0)) for each in graded)
-
-
-def _nothing_right(groups: list[Group], config: Config) -> str:
-    graded = _graded(groups)
-    sentence = f"{_num_right(graded)} of {counted(len(graded), 'response')} are right"
+    if not graded or (num_right and not is_rare):
+        return ""
+    sentence = f"{num_right} of {counted(len(graded), 'response')} are right"
     # Environments and rewards of the user's own read responses as they like.
     ours = [group for group in groups if group.prompt.kind in REGISTRY | REMOTE]
     num_plain = sum(

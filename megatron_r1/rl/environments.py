@@ -86,13 +86,7 @@ def player_of(config: Config, text: PromptText) -> Player | None:
     agents, room, rollout = config.agents, context_length(config), config.rollout
     tokenizer = text.tokenizer.name_or_path
     if agents.environment:
-        environments = Environments(
-            agents.environment,
-            agents.parameters,
-            agents.call_seconds,
-            describe(agents.environment),
-            agents.environment_processes,
-        )
+        environments = Environments(agents, describe(agents.environment))
         return EpisodePlayer(text, environments, agents, room)
     if agents.harness:
         run = harness_of(agents)

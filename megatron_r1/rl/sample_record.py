@@ -9,6 +9,7 @@ from array import array
 
 import msgspec
 import numpy as np
+from msgspec.structs import asdict
 
 from megatron_r1.agents.episode import Episode, Status, Turn
 from megatron_r1.agents.tree import Branch
@@ -121,28 +122,14 @@ def _pack_response(graded: GradedResponse) -> ResponseRecord:
 
 
 def _pack_episode(episode: Episode) -> EpisodeRecord:
-    return EpisodeRecord(
-        episode.status,
-        tuple(
-            TurnRecord(t.role, _bytes(t.text), t.num_tokens, t.trained, t.policy_version)
-            for t in episode.turns
-        ),
-        tuple(
-            BranchRecord(
-                memoryview(branch.token_ids),
-                memoryview(branch.is_sampled),
-                memoryview(branch.logprobs),
-                memoryview(branch.policy_versions),
-                memoryview(branch.routing),
-            )
-            for branch in episode.branches
-        ),
-        episode.num_tool_calls,
-        episode.num_tool_errors,
-        episode.tool_seconds,
-        episode.engine_seconds,
-        _bytes(episode.reason),
-    )
+    """Return the record, which has the same fields, its texts and arrays as bytes."""
+    turns = [TurnRecord(**vars(turn) | {"text": _bytes(turn.text)}) for turn in episode.turns]
+    branches = [
+        BranchRecord(**{name: memoryview(value) for name, value in vars(branch).items()})
+        for branch in episode.branches
+    ]
+    parts = {"turns": tuple(turns), "branches": tuple(branches), "reason": _bytes(episode.reason)}
+    return EpisodeRecord(**vars(episode) | parts)
 
 
 def _unpack_response(record: ResponseRecord) -> GradedResponse:
@@ -165,28 +152,19 @@ def _unpack_response(record: ResponseRecord) -> GradedResponse:
 
 
 def _unpack_episode(record: EpisodeRecord) -> Episode:
-    return Episode(
-        record.status,
-        [
-            Turn(t.role, _str(t.text), t.num_tokens, t.trained, t.policy_version)
-            for t in record.turns
-        ],
-        [
-            Branch(
-                _array("i", branch.token_ids),
-                bytes(branch.is_sampled),
-                _array("f", branch.logprobs),
-                _array("i", branch.policy_versions),
-                bytes(branch.routing),
-            )
-            for branch in record.branches
-        ],
-        record.num_tool_calls,
-        record.num_tool_errors,
-        record.tool_seconds,
-        record.engine_seconds,
-        _str(record.reason),
-    )
+    turns = [Turn(**asdict(turn) | {"text": _str(turn.text)}) for turn in record.turns]
+    branches = [
+        Branch(
+            _array("i", branch.token_ids),
+            bytes(branch.is_sampled),
+            _array("f", branch.logprobs),
+            _array("i", branch.policy_versions),
+            bytes(branch.routing),
+        )
+        for branch in record.branches
+    ]
+    parts = {"turns": turns, "branches": branches, "reason": _str(record.reason)}
+    return Episode(**asdict(record) | parts)
 
 
 def _bytes(text: str) -> memoryview:

@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import PayloadEncodingError
 
-from megatron_r1.agents.answers import AnswerReader
+from megatron_r1.agents.answers import AnswerReader, require_whole
 from megatron_r1.agents.continuation import Continuation, NextPrompt, Unrenderable
 from megatron_r1.agents.gateway import chat, messages, responses, tokens
 from megatron_r1.agents.gateway.request import (
@@ -27,8 +27,8 @@ from megatron_r1.agents.gateway.request import (
     TurnReply,
     TurnRequest,
 )
-from megatron_r1.agents.gateway.session import Session, SessionLimits, TakenTurn
-from megatron_r1.agents.gateway.turns import TurnSampler, TurnSampling, continue_tokens
+from megatron_r1.agents.gateway.session import Session, SessionLimits, TakenTurn, TurnSampling
+from megatron_r1.agents.gateway.turns import continue_tokens, cut, first_tokens
 from megatron_r1.agents.parsing import Parser
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.errors import EngineError
@@ -88,8 +88,8 @@ class Gateway:
         request's options that differ from the run's, and notes it in the session, as only the
         policy's own distribution can be trained on; `refuse` answers 400."""
         self._continuation = Continuation(text.tokenizer)
-        self._sampler = TurnSampler(text.decode, AnswerReader(parser, self._continuation))
-        self._end, self._host, self._port = text.end, host, 0
+        self._text, self._reader = text, AnswerReader(parser, self._continuation)
+        self._host, self._port = host, 0
         self._sampling_options = sampling_options
         self._sessions: dict[bytes, Session] = {}
         self._runner: web.AppRunner | None = None
@@ -198,7 +198,11 @@ class Gateway:
         key = hashlib.sha256(http.path.encode() + body).digest()
         task = session.undelivered.pop(key, None)
         if task is None or (task.done() and (task.cancelled() or task.exception())):
-            task = self._begin(session, request, prompt)
+            before = session.tree.token_ids(prompt.parent) if prompt.parent is not None else ()
+            prompt_ids = [*before, *prompt.token_ids]
+            most = session.max_tokens(request.max_tokens, len(prompt_ids))
+            task = asyncio.create_task(self._sample(session, request, prompt, prompt_ids, most))
+            session.running.add(task)
             task.add_done_callback(partial(session.finished, key))
         try:
             if not request.stream:
@@ -208,16 +212,6 @@ class Gateway:
             session.undelivered[key] = task
             raise
 
-    def _begin(
-        self, session: Session, request: TurnRequest, prompt: NextPrompt
-    ) -> asyncio.Task[TakenTurn]:
-        before = session.tree.token_ids(prompt.parent) if prompt.parent is not None else ()
-        prompt_ids = [*before, *prompt.token_ids]
-        max_tokens = session.max_tokens(request.max_tokens, len(prompt_ids))
-        task = asyncio.create_task(self._sample(session, request, prompt, prompt_ids, max_tokens))
-        session.running.add(task)
-        return task
-
     async def _sample(
         self,
         session: Session,
@@ -226,16 +220,26 @@ class Gateway:
         prompt_ids: list[int],
         max_tokens: int,
     ) -> TakenTurn:
-        """Sample a turn. Raises Refused where no engine could."""
-        try:
-            with session.waiting():
-                reply = await self._sampler.sample(
-                    request, prompt_ids, session.sampling, max_tokens, session.claim
-                )
-        except EngineError as error:
-            raise Refused(
-                "no engine could sample this turn", status=503, kind="api_error"
-            ) from error
+        """Sample a turn. Raises Refused where no engine could, and where other turns at once have
+        used up the episode's tokens."""
+        num_prompt, decode = len(prompt_ids), self._text.decode
+        with session.waiting():
+            try:
+                response = await session.sampling.generate(prompt_ids, max_tokens)
+                require_whole(response)
+            except EngineError as error:
+                raise Refused(
+                    "no engine could sample this turn", status=503, kind="api_error"
+                ) from error
+            response, text, stop_string = cut(response, num_prompt, request.stop, decode)
+            if (kept := session.claim(len(response.token_ids))) < len(response.token_ids):
+                response = first_tokens(response, num_prompt, kept, "length")
+                text, stop_string = decode(response.token_ids), None
+            message = await self._reader.read(
+                text, response.token_ids, prompt_ids, request.tools, request.max_calls
+            )
+        model = request.model or MODEL
+        reply = TurnReply(model, num_prompt, response, message, stop_string)
         return TakenTurn(prompt, request, reply)
 
     def _replace_options(self, session: Session, request: TurnRequest) -> None:
@@ -243,7 +247,7 @@ class Gateway:
         run: dict[str, Any] = {
             "temperature": session.sampling.temperature,
             "top_p": session.sampling.top_p,
-            "stop_token_ids": [self._end],
+            "stop_token_ids": [self._text.end],
         }
         for name, value in request.options.items():
             if name in run and value == run[name]:

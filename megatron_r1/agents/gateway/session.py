@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from megatron_r1.agents.answers import Generate
 from megatron_r1.agents.continuation import NextPrompt
 from megatron_r1.agents.gateway.request import Message, Refused, TurnReply, TurnRequest
-from megatron_r1.agents.gateway.turns import TurnSampling
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.engine.errors import EngineError
 
@@ -24,6 +24,17 @@ class SessionLimits:
     max_turns: int
     max_tokens: int
     max_parallel: int = 64
+
+
+@dataclass(frozen=True)
+class TurnSampling:
+    """The run's sampling of a session's turns. max_context: most tokens of a prompt and its
+    answer."""
+
+    generate: Generate
+    max_context: int
+    temperature: float = 1.0
+    top_p: float = 1.0
 
 
 @dataclass

@@ -1,64 +1,17 @@
-"""Samples one turn: an engine's answer to prompt tokens, cut at stop strings, as a message."""
+"""A turn as tokens: an answer that is cut at stop strings, a prompt that is given as tokens."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
-from megatron_r1.agents.answers import AnswerReader, Generate, require_whole
 from megatron_r1.agents.continuation import NextPrompt
-from megatron_r1.agents.gateway.request import MODEL, TurnReply, TurnRequest
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.engine.responses import Response
 
 Decode = Callable[[Sequence[int]], str]
-Claim = Callable[[int], int]
-
-
-@dataclass(frozen=True)
-class TurnSampling:
-    """The run's sampling of a session's turns. max_context: most tokens of a prompt and its
-    answer."""
-
-    generate: Generate
-    max_context: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-
-class TurnSampler:
-    """Samples turns and reads them as messages."""
-
-    def __init__(self, decode: Decode, reader: AnswerReader) -> None:
-        """decode: tokens of an answer to text, without the end token (`data.text.PromptText`)."""
-        self._decode, self._reader = decode, reader
-
-    async def sample(
-        self,
-        request: TurnRequest,
-        prompt_ids: Sequence[int],
-        sampling: TurnSampling,
-        max_tokens: int,
-        claim: Claim,
-    ) -> TurnReply:
-        """Sample one answer; raises what `sampling.generate` and `claim` raise.
-
-        claim: called with the number of its tokens, returns how many of them are kept: other turns
-        of the episode may have used its tokens up meanwhile."""
-        response = await sampling.generate(prompt_ids, max_tokens)
-        require_whole(response)
-        num_prompt = len(prompt_ids)
-        response, text, stop_string = cut(response, num_prompt, request.stop, self._decode)
-        if (kept := claim(len(response.token_ids))) < len(response.token_ids):
-            response = _first(response, num_prompt, kept, "length")
-            text, stop_string = self._decode(response.token_ids), None
-        message = await self._reader.read(
-            text, response.token_ids, prompt_ids, request.tools, request.max_calls
-        )
-        model = request.model or MODEL
-        return TurnReply(model, num_prompt, response, message, stop_string)
 
 
 def cut(
@@ -81,12 +34,13 @@ def cut(
             high = middle
         else:
             low = middle
-    return _first(response, num_prompt_tokens, high, "stop"), text[:at], string
+    return first_tokens(response, num_prompt_tokens, high, "stop"), text[:at], string
 
 
-def _first(
+def first_tokens(
     response: Response, num_prompt_tokens: int, count: int, finish_reason: Literal["stop", "length"]
 ) -> Response:
+    """Return the first `count` tokens of a response."""
     routing = response.routing
     if routing:
         row_bytes = len(routing) // (num_prompt_tokens + len(response.token_ids) - 1)

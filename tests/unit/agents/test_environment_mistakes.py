@@ -46,11 +46,11 @@ def test_a_method_that_fails_is_named_with_its_line_the_row_and_the_remedy(tmp_p
         None: f"reset() needs mistake {row}; the row has question, seed; add the column, or give "
         "mistake a default",
     }
-    config = AgentsConfig(environment=NAME)
+    config = AgentsConfig(environment=NAME, call_seconds=5.0)
     found = {}
 
     async def check():
-        environments = Environments(NAME, {}, 5.0, describe(own.Mistaken))
+        environments = Environments(config, describe(own.Mistaken))
         player = EpisodePlayer(model(tmp_path), environments, config, 1000)
         try:
             for mistake in expected:

@@ -21,6 +21,7 @@ from megatron_r1.agents.environment_pool import (
 )
 from megatron_r1.agents.environment_pool import describe as describe_apart
 from megatron_r1.agents.environments.calculator import Calculator
+from megatron_r1.config import AgentsConfig
 from megatron_r1.errors import UserError
 from tests.unit.agents import own_environments as own
 
@@ -31,7 +32,8 @@ def play(use, name=f"{MODULE}:Counter", seconds=5.0, **options):
     """Run use(environments) and close them."""
 
     async def run():
-        environments = Environments(name, options, seconds, Description([], True))
+        settings = AgentsConfig(environment=name, parameters=options, call_seconds=seconds)
+        environments = Environments(settings, Description([], True))
         try:
             return await use(environments)
         finally:

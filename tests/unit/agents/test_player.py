@@ -71,7 +71,8 @@ def play(
 
     async def run():
         description = describe(find_environment(target_of(environment)))
-        environments = Environments(environment, config.parameters, 5.0, description)
+        settings = config.model_copy(update={"environment": environment, "call_seconds": 5.0})
+        environments = Environments(settings, description)
         try:
             return await EpisodePlayer(text, environments, config, room).play(
                 row, generate, max_tokens
