@@ -183,7 +183,6 @@ class _Episode:
         return None if question is None else question[:MAX_TEXT]
 
     def close(self) -> None:
-        """Call the environment's `close`, if it has one."""
         self._running = "close"
         environment, self._environment = self._environment, None
         if hasattr(environment, "close"):
@@ -199,7 +198,6 @@ class _Episode:
         return _text(self._result(method(*positional, **named)))
 
     def reward(self, answer: str) -> float:
-        """Return the episode's reward. answer: the text of its last answer."""
         if hasattr(self._environment, "final_answer"):
             self._running = "final_answer"
             self._result(self._environment.final_answer(answer))

@@ -67,7 +67,6 @@ class HarnessPlayer:
             raise UserError(f"agents.gateway_host: the gateway cannot listen: {error}") from None
 
     async def close(self) -> None:
-        """Stop the gateway, the parsers and the agent's server."""
         await self.gateway.close()
         await self.parsers.close()
         if isinstance(self.run, Server):

@@ -36,7 +36,6 @@ class Node:
     logprobs: array[float] | None = None
     policy_versions: array[int] | None = None
     routing: bytes | memoryview = b""
-    finish_reason: str | None = None
 
     @property
     def is_sampled(self) -> bool:
@@ -105,21 +104,19 @@ class TokenTree:
                 response.logprobs,
                 response.policy_versions,
                 self._new_rows(parent, response),
-                response.finish_reason,
             )
         )
 
-    def path(self, node: int) -> list[int]:
-        """Return the numbers of the nodes from the root to `node`."""
+    def path(self, node: int | None) -> list[int]:
+        """Return the numbers of the nodes from the root to `node`; of None, none."""
         numbers: list[int] = []
-        at: int | None = node
-        while at is not None:
-            numbers.append(at)
-            at = self.nodes[at].parent
+        while node is not None:
+            numbers.append(node)
+            node = self.nodes[node].parent
         return numbers[::-1]
 
-    def token_ids(self, node: int) -> array[int]:
-        """Return all tokens from the root to the end of `node`."""
+    def token_ids(self, node: int | None) -> array[int]:
+        """Return all tokens from the root to the end of `node`; of None, none."""
         return _joined("i", (self.nodes[number].token_ids for number in self.path(node)))
 
     def num_tokens(self, node: int) -> int:

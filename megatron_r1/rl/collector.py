@@ -101,7 +101,6 @@ class RolloutCollector:
             await self.player.check(prompts)
 
     async def close(self) -> None:
-        """End environments, agents and parsers."""
         if self.player is not None:
             await self.player.close()
 
@@ -128,9 +127,7 @@ class RolloutCollector:
             if recalled:
                 responses = [graded.response for graded in recalled.responses]
             elif self.player is None:
-                responses = await self._generate(
-                    prompt, prompt_ids, sampling, sampling.num_samples, sampling.max_tokens
-                )
+                responses = await self._generate(prompt, prompt_ids, sampling)
             else:
                 played = await self._play(prompt, sampling)
                 responses = [each.episode.response() for each in played]
@@ -155,14 +152,12 @@ class RolloutCollector:
         prompt: Prompt,
         token_ids: Sequence[int],
         sampling: Sampling,
-        num_samples: int,
-        max_tokens: int,
         affinity: Affinity | None = None,
     ) -> list[Response]:
         return await self.fleet.generate(
             token_ids,
-            n=num_samples,
-            max_tokens=max_tokens,
+            n=sampling.num_samples,
+            max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             stop_token_ids=[self.text.end],
@@ -183,8 +178,8 @@ class RolloutCollector:
             affinity = Affinity(origin=group)
 
             async def answer(token_ids: Sequence[int], max_tokens: int) -> Response:
-                settings = prompt, token_ids, sampling, 1, max_tokens, affinity
-                return (await self._generate(*settings))[0]
+                one = replace(sampling, num_samples=1, max_tokens=max_tokens)
+                return (await self._generate(prompt, token_ids, one, affinity))[0]
 
             return answer
 

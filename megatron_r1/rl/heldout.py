@@ -5,7 +5,7 @@ from collections import defaultdict
 from functools import partial
 from statistics import fmean
 
-from megatron_r1.config import Config
+from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.estimators import Estimate, estimate
 from megatron_r1.evaluation.voting import expects_number, majority_score
@@ -50,29 +50,21 @@ class HeldoutEvaluation:
             step_of_settings,
             weights_at(config.rewards.weights, step_of_settings),
         )
-        part = compared_part(config.rewards.options.get("judge", {}))
-        metrics, groups = await evaluate(
-            self._collector, self._prompts, sampling, part, config.rewards.answer
-        )
+        metrics, groups = await evaluate(self._collector, self._prompts, sampling, config.rewards)
         records = sample_records(groups, step, "eval", None)
         self._recorder.evaluation({"step": step, **metrics}, records)
 
 
 async def evaluate(
-    collector: RolloutCollector,
-    prompts: list[Prompt],
-    sampling: Sampling,
-    part: Part | None = None,
-    reading: str = "strict",
+    collector: RolloutCollector, prompts: list[Prompt], sampling: Sampling, rewards: RewardsConfig
 ) -> tuple[dict[str, float], list[Group]]:
     """Sample `sampling.num_samples` = N responses to every prompt; return metrics and groups.
 
     eval/pass@1: mean accuracy over all samples (DeepSeek-R1, arXiv 2501.12948, section 3);
     eval/cons@N: share of prompts whose majority answer is right (`voting.majority_score`);
     eval/TERM: mean of each other reward that is measured, such as format and language;
-    eval/win_rate, eval/lc_win_rate: of questions of kind judge, where the judge compares; part: of
-    a response that it reads, None where it does not compare (`evaluation.win_rate`); reading:
-    where answers are read, `rewards.answer`;
+    eval/win_rate, eval/lc_win_rate: of questions of kind judge, where the judge compares
+    (`evaluation.win_rate`);
     eval/ungraded: share of the responses whose accuracy could not be graded. Ungraded responses
     count in no mean, and a prompt without a graded response in none.
     interval/…/low, /high: their 95% intervals (`estimators.estimate`).
@@ -80,7 +72,7 @@ async def evaluate(
     Raises UserError and RunError as `grading.check_grades`."""
     rollout = await collector.collect(prompts, sampling)
     collector.check_grades(rollout.groups)
-    estimates = await _estimates(collector, rollout.groups, sampling.num_samples, part, reading)
+    estimates = await _estimates(collector, rollout.groups, sampling.num_samples, rewards)
     responses = responses_of(rollout.groups)
     metrics = {
         **{f"eval/{name}": score.value for name, score in estimates.items()},
@@ -103,11 +95,7 @@ async def evaluate(
 
 
 async def _estimates(
-    collector: RolloutCollector,
-    groups: list[Group],
-    num_samples: int,
-    part: Part | None,
-    reading: str,
+    collector: RolloutCollector, groups: list[Group], num_samples: int, rewards: RewardsConfig
 ) -> dict[str, Estimate]:
     """Return the estimate of each reward, of pass@1, cons@N and the win rates; see `evaluate`."""
     votes, means, opened = [], defaultdict(list), collector.text.opens_thought
@@ -120,13 +108,14 @@ async def _estimates(
             if scores and term == ACCURACY and group.prompt.kind != ENVIRONMENT:
                 texts = [each.text for each in graded]
                 vote = partial(majority_score, collector.pool, group.prompt.kind, texts, scores)
-                votes.append(vote(opened, reading, numeric=expects_number(group.prompt)))
+                votes.append(vote(opened, rewards.answer, numeric=expects_number(group.prompt)))
     accuracies = means.pop(ACCURACY, [])
     estimates: dict[str, Estimate] = {term: estimate(means[term]) for term in sorted(means)}
     if accuracies:
         estimates["pass@1"] = estimate(accuracies)
     if votes:
         estimates[f"cons@{num_samples}"] = estimate(await asyncio.gather(*votes))
+    part = compared_part(rewards.options.get("judge", {}))
     compared = [_compared(group, opened, part) for group in groups if part]
     if any(compared):
         estimates |= win_rates([samples for samples in compared if samples], seed=0)

@@ -32,7 +32,6 @@ class InFlightGroup:
         self._tracker.num_tokens += sum(len(response.token_ids) for response in responses)
 
     def grading_done(self) -> None:
-        """Enter phase "scoring"."""
         self._enter("scoring")
 
     def _enter(self, phase: Phase) -> None:
@@ -69,5 +68,4 @@ class InFlight:
         return min(groups, key=lambda group: group.since, default=None)
 
     def count(self, phase: Phase) -> int:
-        """Return the number of groups in `phase`."""
         return sum(group.phase == phase for group in self.groups)

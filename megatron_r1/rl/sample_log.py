@@ -18,7 +18,6 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
@@ -30,7 +29,6 @@ from megatron_r1.rl.rollout import Group
 from megatron_r1.rl.sample_record import Accepted, GroupRecord, decode, encode, pack, unpack
 
 SYNC_SECONDS = 1.0
-Result = TypeVar("Result")
 _NAME = re.compile(r"step_(\d{8,})\.log")
 
 
@@ -49,7 +47,7 @@ class SampleLog:
     async def step(self, step: int) -> StepLog:
         """Open the log of `step`, with the groups that it already holds."""
         path = self.folder / f"step_{step:08d}.log"
-        log = await self._in_thread(lambda: StepLog(self, path))
+        log = await asyncio.wrap_future(self._thread.submit(StepLog, self, path))
         if log.num_damaged_bytes:
             self._notify(
                 f"{path}: {log.num_damaged_bytes:,} bytes are no whole record, as a kill leaves "
@@ -68,8 +66,8 @@ class SampleLog:
         writing failed."""
         # Before the batch is trained on: otherwise a later group could outlive, on disk, the policy
         # that made it.
-        await self._in_thread(self._sync)
-        await self._in_thread(lambda: self._close(path))
+        await asyncio.wrap_future(self._thread.submit(self._sync))
+        await asyncio.wrap_future(self._thread.submit(self._close, path))
         if self._failure is not None:
             raise RunError(
                 f"{self.folder}: samples cannot be written down ({self._failure}); make room, or "
@@ -78,7 +76,7 @@ class SampleLog:
 
     async def prune(self, until: float = math.inf) -> None:
         """Delete the logs up to step `until`, to which no checkpoint goes back; default all."""
-        await self._in_thread(lambda: self._remove(until))
+        await asyncio.wrap_future(self._thread.submit(self._remove, until))
 
     async def close(self) -> None:
         """Sync and end the thread. May be called more than once."""
@@ -88,9 +86,6 @@ class SampleLog:
         self._sync()
         for path in list(self._open):
             self._close(path)
-
-    async def _in_thread(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _sync_later(self) -> None:
         self._timer = None
@@ -180,7 +175,6 @@ class StepLog:
         return self.is_accepted or not any(graded.ungraded for graded in group.responses)
 
     def keep(self, position: int, group: Group) -> None:
-        """Append a finished group."""
         self._log.append(self._path, lambda: pack(position, group))
 
     async def accept(self) -> None:

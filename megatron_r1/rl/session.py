@@ -91,7 +91,6 @@ class Session:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     async def rollout(self) -> Rollout:
-        """Return this step's rollout."""
         self._taken = await self.sampler.take(self.step)
         if self.config.rollout.speculative.method != "none":
             self._draft_metrics = await self._acceptance.read(self.collector.fleet.engines)

@@ -76,7 +76,6 @@ class StepSampler:
             self._stream.pushed(version)
 
     async def close(self) -> None:
-        """Cancel the rollouts that are being sampled."""
         if self._stream is not None:
             await self._stream.close()
 

@@ -89,7 +89,6 @@ class TrainerClient:
 
     @property
     def address(self) -> str:
-        """The ZeroMQ address that the ranks connect to."""
         return self.socket.address
 
     @property
@@ -124,8 +123,7 @@ class TrainerClient:
 
         Raises the error of the first rank that fails: UserError for a user's mistake, else
         TrainerError."""
-        replies = await self._gather("start", self.world_size)
-        self.ranks = [replies[rank] for rank in range(self.world_size)]
+        self.ranks = await self._gather("start", self.world_size)
 
     async def load(self, minibatches: list[list[Sample]], unit: int = 1) -> dict[str, float]:
         """Send each model replica its share of every mini-batch, packed into micro-batches.
@@ -214,8 +212,7 @@ class TrainerClient:
     ) -> list[dict[str, Any]]:
         """Run `operation` on every rank; return all results, by rank. begun: called when earlier
         calls are done and this one starts."""
-        replies = await self._everywhere(operation, arguments, begun=begun)
-        return [replies[rank] for rank in range(len(self.ranks))]
+        return await self._everywhere(operation, arguments, begun=begun)
 
     async def probe(
         self, sequences: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]]
@@ -242,7 +239,6 @@ class TrainerClient:
         self.is_usable = True
 
     async def close(self) -> None:
-        """Stop the ranks."""
         if self.ranks and self.processes.are_alive and self.is_usable:
             with contextlib.suppress(TimeoutError, TrainerError):
                 await asyncio.wait_for(self.call("stop"), timeout=10)
@@ -260,7 +256,7 @@ class TrainerClient:
         arguments: dict[str, Any] | None = None,
         shares: list[list[Buffer]] | None = None,
         begun: Callable[[], object] | None = None,
-    ) -> dict[int, dict[str, Any]]:
+    ) -> list[dict[str, Any]]:
         await self._busy.acquire()
         if begun is not None:
             begun()
@@ -280,7 +276,7 @@ class TrainerClient:
         operation: str,
         arguments: dict[str, Any] | None,
         shares: list[list[Buffer]] | None,
-    ) -> dict[int, dict[str, Any]]:
+    ) -> list[dict[str, Any]]:
         call = msgspec.msgpack.encode(Call(operation, arguments or {}))
         for rank, description in enumerate(self.ranks):
             if rank % SENT_AT_ONCE == 0:
@@ -298,11 +294,11 @@ class TrainerClient:
         self.is_usable = True
         return replies
 
-    def _last_stage(self, replies: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    def _last_stage(self, replies: list[dict[str, Any]]) -> dict[str, Any]:
         return next(replies[r["rank"]] for r in self.ranks if r["last_stage"])
 
-    async def _gather(self, operation: str, count: int) -> dict[int, dict[str, Any]]:
-        """Return the results of all ranks. Raises the error of the first rank that fails."""
+    async def _gather(self, operation: str, count: int) -> list[dict[str, Any]]:
+        """Return the results by rank. Raises the error of the first rank that fails."""
         replies: dict[int, dict[str, Any]] = {}
         self.waiting = Waiting(operation, time.monotonic(), set(range(count)))
         try:
@@ -322,7 +318,7 @@ class TrainerClient:
                     self.num_replies += 1
         finally:
             self.waiting = None
-        return replies
+        return [replies[rank] for rank in range(count)]
 
     async def _fail(self, reply: Reply) -> NoReturn:
         """Raise the error of `reply`, or, if another rank was killed, that cause of the error."""

@@ -29,7 +29,6 @@ class RankProcesses:
 
     @property
     def are_ours(self) -> bool:
-        """Whether this process started the ranks."""
         return bool(self._processes)
 
     @property
@@ -62,7 +61,6 @@ class RankProcesses:
             children.stop(process, timeout_seconds=5)
 
     def kill(self) -> None:
-        """Kill all ranks at once, also stopped or stuck ones."""
         for process in self._processes:
             children.kill(process)
 

@@ -34,7 +34,8 @@ class Gym:
         Args:
             answer: the final answer alone, without the way to it.
         """
-        if self._is_right(answer):
+        text = f"<answer>{answer}</answer>"
+        if logic.grade(text, **self._row, reading="tags").reward == 1.0:
             self._reward, self.done = math.pow(self._discount, self._wrong), True
             return "right"
         self._wrong += 1
@@ -47,7 +48,3 @@ class Gym:
 
     def get_reward(self) -> float:
         return self._reward
-
-    def _is_right(self, answer: str) -> bool:
-        text = f"<answer>{answer}</answer>"
-        return logic.grade(text, **self._row, reading="tags").reward == 1.0

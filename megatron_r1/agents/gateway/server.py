@@ -198,8 +198,7 @@ class Gateway:
         key = hashlib.sha256(http.path.encode() + body).digest()
         task = session.undelivered.pop(key, None)
         if task is None or (task.done() and (task.cancelled() or task.exception())):
-            before = session.tree.token_ids(prompt.parent) if prompt.parent is not None else ()
-            prompt_ids = [*before, *prompt.token_ids]
+            prompt_ids = [*session.tree.token_ids(prompt.parent), *prompt.token_ids]
             most = session.max_tokens(request.max_tokens, len(prompt_ids))
             task = asyncio.create_task(self._sample(session, request, prompt, prompt_ids, most))
             session.running.add(task)
@@ -272,8 +271,8 @@ class Gateway:
     ) -> web.StreamResponse:
         request = wire.read(_parsed(await _body(http, session)), session.stored)
         prompt = self._next_prompt(session, request)
-        before = 0 if prompt.parent is None else session.tree.num_tokens(prompt.parent)
-        return _json({"input_tokens": before + len(prompt.token_ids)})
+        num_tokens = len(session.tree.token_ids(prompt.parent)) + len(prompt.token_ids)
+        return _json({"input_tokens": num_tokens})
 
     async def _models(
         self, wire: WireFormat, session: Session, http: web.Request

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_r1.agents.parsing.pool import Parsed, tool_call
-from megatron_r1.agents.parsing.worker import ParseJob
+from megatron_r1.agents.parsing.pool import Parsed
+from megatron_r1.agents.parsing.worker import ParseJob, tool_call
 
 CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 

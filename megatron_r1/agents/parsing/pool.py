@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -37,13 +36,6 @@ class Parsed:
         if self.tool_calls:
             message["tool_calls"] = self.tool_calls
         return message
-
-
-def tool_call(name: str, arguments: str, call_id: str | None = None) -> dict[str, Any]:
-    """Return a tool call in OpenAI's form, with a new id where it has none. arguments: JSON."""
-    function = {"name": name, "arguments": arguments}
-    call_id = call_id or f"call_{uuid.uuid4().hex[:24]}"
-    return {"id": call_id, "type": "function", "function": function}
 
 
 class ParserPool:
@@ -104,8 +96,7 @@ class ParserPool:
                 self._idle.append(worker)
         if reply.status != "parsed":
             return Parsed(None, job.text, failure=reply.reason)
-        calls = [tool_call(call.name, call.arguments, call.id) for call in reply.tool_calls]
-        return Parsed(reply.reasoning, reply.content, calls)
+        return Parsed(reply.reasoning, reply.content, reply.tool_calls)
 
     async def close(self) -> None:
         """Kill the workers. Safe to call again."""

@@ -6,7 +6,7 @@ no vLLM, and a parser that hangs on what a model wrote can be killed here."""
 
 import os
 import sys
-from collections.abc import Sequence
+import uuid
 from typing import Any, Literal
 
 import msgspec
@@ -34,16 +34,8 @@ class ParseJob(msgspec.Struct):
     tools: list[dict[str, Any]] = []
 
 
-class ToolCall(msgspec.Struct):
-    """One tool call of a turn; arguments: JSON."""
-
-    name: str
-    arguments: str
-    id: str | None = None
-
-
 class ParseReply(msgspec.Struct):
-    """The parts of a turn, or the state of the worker.
+    """The parts of a turn, its calls in OpenAI's form, or the state of the worker.
 
     ready: the worker has loaded the parsers. unusable: it cannot load them, and ends. failed: the
     parser raised."""
@@ -52,7 +44,14 @@ class ParseReply(msgspec.Struct):
     reason: str = ""
     reasoning: str | None = None
     content: str | None = None
-    tool_calls: list[ToolCall] = []
+    tool_calls: list[dict[str, Any]] = []
+
+
+def tool_call(name: str, arguments: str, call_id: str | None = None) -> dict[str, Any]:
+    """Return a tool call in OpenAI's form, with a new id where it has none. arguments: JSON."""
+    function = {"name": name, "arguments": arguments}
+    call_id = call_id or f"call_{uuid.uuid4().hex[:24]}"
+    return {"id": call_id, "type": "function", "function": function}
 
 
 def main(options: Options) -> None:
@@ -106,15 +105,14 @@ class TurnParser:
         assert self._parser is not None, "a pool without parsers starts no worker"
 
     def parse(self, job: ParseJob) -> ParseReply:
-        """Return reasoning, content and calls of a turn."""
         message = {"role": "user", "content": ""}  # parsers read the tools only
-        request = self._request(model="", messages=[message], tools=_known(job.tools) or None)
+        request = self._request(model="", messages=[message], tools=job.tools or None)
         parser = self._parser(self._tokenizer, request.tools, chat_template_kwargs={})
         parser.set_prompt_token_ids(job.prompt_token_ids)
         reasoning, content, calls = parser.parse(
             job.text, request, enable_auto_tools=True, model_output_token_ids=job.token_ids
         )
-        found = [ToolCall(call.name, call.arguments, call.id) for call in calls or []]
+        found = [tool_call(call.name, call.arguments, call.id) for call in calls or []]
         return ParseReply("parsed", "", reasoning, content, found)
 
 
@@ -123,11 +121,6 @@ def _require(kind: str, name: str, known: list[str]) -> None:
         raise UserError(
             f"agents.{kind}_parser: vLLM has no {kind} parser {name!r}{did_you_mean(name, known)}"
         )
-
-
-def _known(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return tools in the form that vLLM's request accepts."""
-    return [{"type": "function", "function": tool.get("function", tool)} for tool in tools]
 
 
 if __name__ == "__main__":

@@ -41,26 +41,24 @@ class VerifiersHarness:
         """Play the task of a row. Raises EnvironmentFault where the server is lost, and
         RuntimeError where verifiers reports an error."""
         await self.start()
-        root = base_url.removesuffix("/v1")
-        job_id = uuid.uuid4().hex
+        gives_tokens = self._settings.client == "tokens"
         job = {
-            "id": job_id,
+            "id": uuid.uuid4().hex,
             "task": row["task"],
             "key": api_key,
             "client": self._settings.client,
-            "base_url": root if self._settings.client == "tokens" else base_url,
+            "base_url": base_url.removesuffix("/v1") if gives_tokens else base_url,
             "renderer": self._settings.renderer,
             "tokenizer": self._tokenizer,
         }
-        reply = await self._ask(job_id, job)
+        reply = await self._ask(job)
         if not reply["ok"]:
             if reply.get("traces", 1) != 1:
                 raise RuntimeError(f"the episode has {reply['traces']} traces; one can be trained")
             if reply.get("is_timeout"):
                 reply["errors"].append("a time-out of verifiers, whose clock counts the engines")
             raise RuntimeError(f"verifiers: {'; '.join(reply['errors']) or 'not ok'}")
-        is_compared = self._settings.client == "tokens"
-        return Outcome(reply["reward"], reply["sequences"] if is_compared else None)
+        return Outcome(reply["reward"], reply["sequences"] if gives_tokens else None)
 
     async def start(self) -> None:
         """Start the server, unless it runs. Raises EnvironmentFault."""
@@ -99,16 +97,16 @@ class VerifiersHarness:
             await asyncio.wait({self._reader}, timeout=5.0)
             self._reader = None
 
-    async def _ask(self, job_id: str, job: dict[str, Any]) -> dict[str, Any]:
-        future = self._future(job_id)
+    async def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        future = self._future(job["id"])
         self._write(job)
         try:
             return await future
         except asyncio.CancelledError:
-            self._write({"cancel": job_id})
+            self._write({"cancel": job["id"]})
             raise
         finally:
-            self._waiting.pop(job_id, None)
+            self._waiting.pop(job["id"], None)
 
     def _future(self, job_id: str) -> asyncio.Future[dict[str, Any]]:
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()

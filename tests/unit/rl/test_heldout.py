@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.rl.heldout import evaluate
@@ -36,7 +37,9 @@ def run(right_of, ungraded=0):
     collector = SimpleNamespace(
         collect=collect, pool=None, text=text, check_grades=lambda groups: None
     )
-    metrics, groups = asyncio.run(evaluate(collector, [], Sampling(4, 1.0, 1.0, 8)))
+    metrics, groups = asyncio.run(
+        evaluate(collector, [], Sampling(4, 1.0, 1.0, 8), RewardsConfig())
+    )
     assert len(groups) == len(right_of)
     return metrics
 
@@ -89,9 +92,11 @@ def test_compared_responses_have_win_rates_beside_the_rest():
         collect=collect, pool=None, text=text, check_grades=lambda groups: None
     )
     sampling = Sampling(4, 1.0, 1.0, 8)
-    metrics, _ = asyncio.run(evaluate(collector, [], sampling, "summary"))
+    judge = {"judge": {"mode": "compare", "part": "summary"}}
+    comparing = RewardsConfig().model_copy(update={"options": judge})
+    metrics, _ = asyncio.run(evaluate(collector, [], sampling, comparing))
     assert metrics["eval/win_rate"] == 2.5 / 4
     assert metrics["eval/lc_win_rate"] == pytest.approx(0.5, abs=0.02)
     assert metrics["interval/lc_win_rate/low"] <= metrics["eval/lc_win_rate"]
-    plain, _ = asyncio.run(evaluate(collector, [], sampling))
+    plain, _ = asyncio.run(evaluate(collector, [], sampling, RewardsConfig()))
     assert "eval/win_rate" not in plain and plain["eval/pass@1"] == metrics["eval/pass@1"]
