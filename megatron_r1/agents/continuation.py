@@ -48,10 +48,9 @@ class NextPrompt:
 class Continuation:
     """A tokenizer's chat template, applied by the continuation rule."""
 
-    def __init__(self, tokenizer: Any, **template_options: Any) -> None:
-        """tokenizer: of transformers. template_options: variables of the template, such as
-        enable_thinking."""
-        self._tokenizer, self._options = tokenizer, template_options
+    def __init__(self, tokenizer: Any) -> None:
+        """tokenizer: of transformers."""
+        self._tokenizer = tokenizer
         self.vocabulary_size = len(tokenizer)
         special = [re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special]
         self._special = re.compile("|".join(sorted(special, reverse=True)) or r"(?!)")
@@ -173,7 +172,6 @@ class Continuation:
                 tools=list(tools) or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **self._options,
             )
         except (TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
             raise Unrenderable(f"the chat template refuses the messages: {error}") from None

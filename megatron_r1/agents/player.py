@@ -121,8 +121,8 @@ class _RunningEpisode:
         self._tree = TokenTree()
         self._messages: list[Message] = []
         self._first_prompt = 0
-        self._counts = {"num_tool_calls": 0, "num_tool_errors": 0}
-        self._seconds = {"tool_seconds": 0.0, "engine_seconds": 0.0}
+        self._totals: dict[str, Any] = {"num_tool_calls": 0, "num_tool_errors": 0}
+        self._totals |= {"tool_seconds": 0.0, "engine_seconds": 0.0}
         self.text = ""
         """The text of the last answer."""
         self.answer = ""
@@ -170,7 +170,7 @@ class _RunningEpisode:
             return None
         began = time.monotonic()
         response = await self._generate(tree.token_ids(node), room)
-        self._seconds["engine_seconds"] += time.monotonic() - began
+        self._totals["engine_seconds"] += time.monotonic() - began
         require_whole(response)
         self.text = player.text.decode(response.token_ids)
         message = await player.reader.read(
@@ -183,32 +183,32 @@ class _RunningEpisode:
     async def _call(self, call: dict[str, Any], environment: EnvironmentProcess) -> Status | None:
         """Call a tool; return a status if the episode ends with it."""
         function = call["function"]
-        self._counts["num_tool_calls"] += 1
+        self._totals["num_tool_calls"] += 1
         names = [tool["function"]["name"] for tool in self._tools]
         done = False
         if function["name"] not in names:
-            self._counts["num_tool_errors"] += 1
+            self._totals["num_tool_errors"] += 1
             text = f"error: there is no tool {function['name']!r}; there are {', '.join(names)}"
         else:
-            left = self._settings.timeout_seconds - self._seconds["tool_seconds"]
+            left = self._settings.timeout_seconds - self._totals["tool_seconds"]
             try:
                 arguments = arguments_of(function)  # the environment names the model's mistakes
                 result = await environment.call(function["name"], arguments, left)
             except CallTimedOut:
                 self.is_lost = True
-                self._seconds["tool_seconds"] += min(left, self._settings.call_seconds)
+                self._totals["tool_seconds"] += min(left, self._settings.call_seconds)
                 return "agent_timeout"
-            self._seconds["tool_seconds"] += result.seconds
-            self._counts["num_tool_errors"] += result.is_error
+            self._totals["tool_seconds"] += result.seconds
+            self._totals["num_tool_errors"] += result.is_error
             text, done = result.text, result.done
         limit = self._settings.max_result_chars
         text = text if len(text) <= limit else f"{text[:limit]} … (cut off)"
         self._messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
-        if self._seconds["tool_seconds"] >= self._settings.timeout_seconds:
+        if self._totals["tool_seconds"] >= self._settings.timeout_seconds:
             return "agent_timeout"
         return "done" if done else None
 
     def episode(self, status: Status, reason: str) -> Episode:
         """Return the episode as it has been played so far."""
         turns, branches = turns_of(self._tree, self._player.text.decode), self._tree.branches()
-        return Episode(status, turns, branches, **self._counts, **self._seconds, reason=reason)
+        return Episode(status, turns, branches, **self._totals, reason=reason)

@@ -88,10 +88,6 @@ class TrainerClient:
         self._packings: list[Packing] = []
 
     @property
-    def address(self) -> str:
-        return self.socket.address
-
-    @property
     def can_restart(self) -> bool:
         """Whether this process started the ranks; those of torchrun it cannot restart."""
         return self.processes.are_ours
@@ -116,7 +112,7 @@ class TrainerClient:
 
     def launch(self) -> None:
         """Start `parallel.processes` ranks on this machine."""
-        self.processes.start(self.config, self.address, self._token)
+        self.processes.start(self.config, self.socket.address, self._token)
 
     async def connect(self) -> None:
         """Wait until every rank has built its model.

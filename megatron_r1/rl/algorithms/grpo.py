@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_r1.config import RLConfig
+from megatron_r1.config.losses import LossSettings
 from megatron_r1.rl.advantages import group_advantages, over_batch_std
 
 if TYPE_CHECKING:
-    from megatron_r1.config import RLConfig
-    from megatron_r1.config.losses import LossSettings
     from megatron_r1.training.head import Head
     from megatron_r1.training.losses import LossTerms
     from megatron_r1.training.packed import PackedBatch
@@ -44,7 +44,6 @@ def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
     With importance_cap None the difference between the engine's and the trainer's log-probabilities
     is not corrected. Reads batch.logprobs["ref"] if kl_beta > 0, and ["old"]; without "old"
     the policy itself is taken for π_old (ratio 1)."""
-    from megatron_r1.config.losses import LossSettings
     from megatron_r1.training.losses import LossTerms, denominator
     from megatron_r1.training.metrics import Maximum, Mean
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_r1.config.losses import TokenSettings
 from megatron_r1.rl.algorithms.reinforce_pp import advantages
 
 if TYPE_CHECKING:
-    from megatron_r1.config.losses import TokenSettings
     from megatron_r1.training.token_advantages import ScoredRollout, TokenTargets
 
 __all__ = ["advantages", "token_advantages"]
@@ -28,7 +28,6 @@ __all__ = ["advantages", "token_advantages"]
 def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
     """Return the advantages and targets of `training.returns.gae` with the critic's batch.values,
     per micro-batch; with `advantage_std` batch the advantages are normalized over the rollout."""
-    from megatron_r1.config.losses import TokenSettings
     from megatron_r1.training.returns import gae
     from megatron_r1.training.token_advantages import TokenTargets
 

@@ -9,15 +9,10 @@ is the sum of its tokens', so tokens are summed and not averaged. One update per
 `advantage_std` batch divides by the rollout's standard deviation. The mean includes the response's
 own reward, which scales the gradient by (N - 1) / N. No KL."""
 
-from __future__ import annotations
-
 from statistics import fmean
-from typing import TYPE_CHECKING
 
+from megatron_r1.config import RLConfig
 from megatron_r1.rl.advantages import graded, over_batch_std
-
-if TYPE_CHECKING:
-    from megatron_r1.config import RLConfig
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:

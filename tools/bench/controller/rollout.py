@@ -146,7 +146,7 @@ class _Job:
         context, per_process = multiprocessing.get_context("fork"), self.world // RANK_PROCESSES
         for index in range(RANK_PROCESSES):
             own = range(index * per_process, (index + 1) * per_process)
-            args = own, trainer.address, trainer._token, self.world, self.replicas
+            args = own, trainer.socket.address, trainer._token, self.world, self.replicas
             context.Process(target=ranks.serve, args=args, daemon=True).start()
 
 
