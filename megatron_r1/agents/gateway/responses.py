@@ -19,11 +19,8 @@ from megatron_r1.agents.parsing import tool_call
 
 PARTS = ("input_text", "output_text", "text")
 NEUTRAL = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}
-WITHOUT_EFFECT = (
-    *("metadata", "moderation", "prompt_cache_key", "prompt_cache_options", "store", "user"),
-    *("prompt_cache_retention", "safety_identifier", "service_tier", "include", "stream_options"),
-    "max_tool_calls",  # of OpenAI's own tools, of which there are none
-)
+# max_tool_calls: of OpenAI's own tools, of which there are none.
+WITHOUT_EFFECT = (*chat.WITHOUT_EFFECT, "include", "stream_options", "max_tool_calls")
 
 
 def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
