@@ -135,23 +135,17 @@ JOINED_BYTES = 1 << 16
 """Buffers below this size are joined: a part of a message of its own costs a few microseconds."""
 
 
-class SampleHeader(msgspec.Struct, array_like=True):
-    """A `Sample` without its buffers, whose lengths are `sizes`; that of `teacher` is -1 for
-    None."""
-
-    prompt_length: int
-    advantage: float
-    label: float
-    sizes: tuple[int, int, int, int, int]
-    weight: float
-    trajectories: int
+BUFFERS = ("token_ids", "logprobs", "routing", "teacher", "mask")
+"""The fields of a `Sample` that travel behind the headers, in this order."""
+Header = tuple[Sample, list[int | None]]
+"""A sample without its buffers, and their sizes; None for a teacher that is None."""
 
 
 def encode_share(share: ReplicaSamples) -> list[Buffer]:
     """Return the parts of a message: the headers, and the samples' buffers one after the other.
 
     Not one msgpack object, which ends at 4 GiB: routing of 512 x 30,000 tokens is 7 GB."""
-    headers: list[list[list[SampleHeader]]] = []
+    headers: list[list[list[Header]]] = []
     parts: list[Buffer] = []
     small: list[Buffer] = []
     for minibatch in share:
@@ -159,24 +153,13 @@ def encode_share(share: ReplicaSamples) -> list[Buffer]:
         for microbatch in minibatch:
             headers[-1].append([])
             for sample in microbatch:
-                teacher = sample.teacher
-                buffers = (
-                    *(sample.token_ids, sample.logprobs, sample.routing, teacher or b""),
-                    sample.mask,
-                )
-                ids, logprobs, routing, scores, mask = map(len, buffers)
-                header = SampleHeader(
-                    prompt_length=sample.prompt_length,
-                    advantage=sample.advantage,
-                    label=sample.label,
-                    sizes=(ids, logprobs, routing, -1 if teacher is None else scores, mask),
-                    weight=sample.weight,
-                    trajectories=sample.trajectories,
-                )
-                headers[-1][-1].append(header)
-                for buffer in buffers:
+                buffers = [getattr(sample, name) for name in BUFFERS]
+                sizes = [None if buffer is None else len(buffer) for buffer in buffers]
+                bare = msgspec.structs.replace(sample, **dict.fromkeys(BUFFERS, b""))
+                headers[-1][-1].append((bare, sizes))
+                for buffer in filter(None, buffers):
                     if len(buffer) < JOINED_BYTES:
-                        small += [buffer] if buffer else []
+                        small.append(buffer)
                         continue
                     if small:
                         parts.append(b"".join(small))
@@ -190,27 +173,18 @@ def decode_share(headers: Buffer, buffers: memoryview) -> ReplicaSamples:
     refer to `buffers`."""
     end = 0
 
-    def take(size: int) -> bytes:
+    def take(size: int | None) -> memoryview | None:
         nonlocal end
-        end += max(size, 0)
-        return cast(bytes, buffers[end - max(size, 0) : end])
+        if size is None:
+            return None
+        end += size
+        return buffers[end - size : end]
 
-    def sample(header: SampleHeader) -> Sample:
-        ids, logprobs, routing, teacher, mask = map(take, header.sizes)
-        return Sample(
-            token_ids=ids,
-            prompt_length=header.prompt_length,
-            logprobs=logprobs,
-            advantage=header.advantage,
-            routing=routing,
-            teacher=teacher if header.sizes[3] >= 0 else None,
-            label=header.label,
-            mask=mask,
-            weight=header.weight,
-            trajectories=header.trajectories,
-        )
+    def sample(header: Header) -> Sample:
+        bare, sizes = header
+        return msgspec.structs.replace(bare, **dict(zip(BUFFERS, map(take, sizes), strict=True)))
 
-    minibatches = msgspec.msgpack.decode(headers, type=list[list[list[SampleHeader]]])
+    minibatches = msgspec.msgpack.decode(headers, type=list[list[list[Header]]])
     return [
         [[sample(header) for header in microbatch] for microbatch in minibatch]
         for minibatch in minibatches
