@@ -8,6 +8,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
@@ -19,9 +20,27 @@ from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.policy_model import PolicyModel
 from megatron_r1.models.score_model import ScoreModel
 from megatron_r1.training.checkpoints import finding, loading
+from megatron_r1.training.optimizer import new_optimizer
 from megatron_r1.weights.adapters.attach import attach_adapters
 from megatron_r1.weights.rules import SCORE
 from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
+
+
+def network(
+    config: Config,
+    hf: dict,
+    transformer: TransformerConfig,
+    groups: ProcessGroupCollection,
+    score_std: float | None = None,
+) -> tuple[list[PolicyModel | ScoreModel], list[DistributedDataParallel], MegatronOptimizer]:
+    """Return `model_chunks`, the same in the wrappers by which Megatron reduces gradients, and the
+    optimizer of their parameters. Sets `transformer`'s functions of gradients."""
+    chunks = model_chunks(config, hf, transformer, groups, score_std)
+    overlap = config.parallel.overlap_param_gather
+    wrapped = _with_gradients(transformer, chunks, groups, overlap)
+    optimizer = new_optimizer(config, wrapped)
+    transformer.grad_scale_func = optimizer.scale_loss  # read by Megatron's schedule
+    return chunks, wrapped, optimizer
 
 
 def model_chunks(
@@ -75,9 +94,8 @@ def language_body(config: Config, hf: dict) -> dict | None:
 
 def _verify(checkpoint: Path, config: Config) -> None:
     """Raise UserError, on every rank, where `checkpoint` differs from its manifest."""
-    finding.check_start(checkpoint)
-    if not finding.has_manifest(checkpoint):
-        return
+    if finding.check_start(checkpoint) is not None:
+        return  # there is no manifest
     if faults := loading.damage(checkpoint, config.checkpoint.verify):
         raise UserError(
             f"model.checkpoint: {checkpoint} is damaged: {'; '.join(faults[:5])}; put a good copy "
@@ -85,14 +103,12 @@ def _verify(checkpoint: Path, config: Config) -> None:
         )
 
 
-def with_gradients(
+def _with_gradients(
     transformer: TransformerConfig,
     chunks: list[PolicyModel | ScoreModel],
     groups: ProcessGroupCollection,
-    overlap_param_gather: bool = False,
+    overlap_param_gather: bool,
 ) -> list[DistributedDataParallel]:
-    """Return the chunks wrapped with gradient buffers; sets `transformer`'s gradient functions.
-    overlap_param_gather: `parallel.overlap_param_gather`."""
     settings = DistributedDataParallelConfig(
         # Sums of bf16 gradients over many micro-batches and ranks would lose the small ones.
         grad_reduce_in_fp32=transformer.params_dtype != torch.float32,

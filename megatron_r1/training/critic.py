@@ -18,7 +18,6 @@ from megatron_r1.training import construction
 from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.losses import LossTerms
 from megatron_r1.training.metrics import Mean, merge, reduce_over_data
-from megatron_r1.training.optimizer import new_optimizer
 from megatron_r1.training.packed import PackedBatch
 from megatron_r1.training.passes import optimizer_step, run_passes
 
@@ -48,16 +47,9 @@ class Critic:
         self.position = position
         self.value_clip = config.critic.value_clip
         transformer = transformer_config(hf, own)
-        self.model_chunks = construction.model_chunks(
+        self.model_chunks, self.chunks, self.optimizer = construction.network(
             own, hf, transformer, position.groups, score_std=0.0
         )
-        overlap = own.parallel.overlap_param_gather
-        self.chunks = construction.with_gradients(
-            transformer, self.model_chunks, position.groups, overlap
-        )
-        """`model_chunks` in the wrappers by which Megatron reduces gradients."""
-        self.optimizer = new_optimizer(own, self.chunks)
-        transformer.grad_scale_func = self.optimizer.scale_loss  # read by Megatron's schedule
 
     def values(self, batches: list[PackedBatch]) -> None:
         """Fill `PackedBatch.values`, (T,) fp32 each, on the last stage."""
@@ -72,7 +64,7 @@ class Critic:
         whole mini-batch, value/loss, value/clip_fraction, value/mean (before the step),
         value/explained_variance of the values used for the advantages (1: equal to the returns; 0:
         no better than their mean), and value/grad_norm."""
-        compute = partial(_loss, self.value_clip)
+        compute = partial(value_loss, clip=self.value_clip)
         run = partial(run_passes, self.chunks, batches, compute, forward_only=False)
         reports, stepped = optimizer_step(
             self.chunks, self.optimizer, learning_rate, run, is_last=is_last
@@ -83,15 +75,15 @@ class Critic:
         return metrics | {f"value/{name}": value for name, value in stepped.items()}
 
 
-def value_loss(batch: PackedBatch, values: Tensor, clip: float | None) -> LossTerms:
+def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTerms:
     """Return Σ ½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²) over response tokens, with
     their number as the denominator.
 
-    values: (T,) fp32, V at every position; V_old is `batch.values`, R `batch.returns`, ε `clip`,
+    scores: (1, T) fp32, V at every position; V_old is `batch.values`, R `batch.returns`, ε `clip`,
     None for ∞. The clipped term is that of PPO's first implementation (arXiv 2005.12729, section
     3)."""
     assert batch.values is not None and batch.returns is not None, "values and returns come first"
-    rows = batch.response_rows
+    rows, values = batch.response_rows, scores.view(-1)
     new, old, returns = values[rows], batch.values[rows], batch.returns[rows]
     limit = float("inf") if clip is None else clip
     losses = (new - returns).square()
@@ -111,15 +103,8 @@ def value_loss(batch: PackedBatch, values: Tensor, clip: float | None) -> LossTe
     return LossTerms(measured["value/loss"].sum(), count, means)
 
 
-def _loss(clip: float | None, batch: PackedBatch, scores: Tensor):
-    terms = value_loss(batch, scores.view(-1), clip)
-    return terms.loss, terms.denominator, terms.metrics
-
-
-def _keep_values(batch: PackedBatch, scores: Tensor):
+def _keep_values(batch: PackedBatch, scores: Tensor) -> None:
     batch.values = torch.where(batch.is_response, scores.view(-1), 0.0)
-    zero = torch.zeros((), device=scores.device)
-    return zero, zero.int(), {}
 
 
 def _explained(metrics: dict[str, float]) -> float:

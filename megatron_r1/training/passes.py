@@ -15,8 +15,9 @@ from megatron_r1 import platform
 from megatron_r1.models.build import process_groups
 from megatron_r1.training.packed import PackedBatch
 
-Compute = Callable[[PackedBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]
-"""(batch, output of the last stage) → (loss, denominator, report), Megatron's loss function."""
+Compute = Callable[[PackedBatch, torch.Tensor], Any]
+"""(batch, output of the last stage) → (loss, denominator, report), Megatron's loss function; of a
+pass that is forward only, the report alone."""
 
 Inputs = Callable[[torch.nn.Module, PackedBatch], dict[str, torch.Tensor]]
 """Called before every forward pass; returns further arguments of the model."""
@@ -44,7 +45,13 @@ def run_passes(
             packed_seq_params=batch.packed_seq_params,
             **more,
         )
-        return out, partial(compute, batch)
+        return out, partial(loss, batch)
+
+    def loss(batch, out):
+        if not forward_only:
+            return compute(batch, out)
+        zero = torch.zeros((), device=out.device)
+        return zero, zero.int(), compute(batch, out)
 
     # Routing replay recognizes a pass that will be recomputed by the training mode.
     for chunk in chunks if forward_only else ():

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import msgspec
-import torch
 from torch import Tensor
 
 from megatron_r1 import models, platform, weights
@@ -30,7 +29,6 @@ from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.head import Head
 from megatron_r1.training.losses import Loss
 from megatron_r1.training.metrics import Maximum, Mean, Metrics, merge, reduce_over_data
-from megatron_r1.training.optimizer import new_optimizer
 from megatron_r1.training.packed import (
     PackedBatch,
     RoutingPart,
@@ -56,16 +54,9 @@ class Trainer:
         self.groups = position.groups
         self.hf = models.read_hf_config(config.model.path, config.model.head)
         self.transformer = models.transformer_config(self.hf, config)
-        self.model_chunks = construction.model_chunks(
+        self.model_chunks, self.chunks, self.optimizer = construction.network(
             config, self.hf, self.transformer, self.groups
         )
-        overlap = config.parallel.overlap_param_gather
-        self.chunks = construction.with_gradients(
-            self.transformer, self.model_chunks, self.groups, overlap
-        )
-        """`model_chunks` in the wrappers by which Megatron reduces gradients."""
-        self.optimizer = new_optimizer(config, self.chunks)
-        self.transformer.grad_scale_func = self.optimizer.scale_loss  # read by Megatron's schedule
         self.reference: Reference | None = None
         self.minibatches: list[list[PackedBatch]] = []
         self.split = TokenSplit(
@@ -78,11 +69,9 @@ class Trainer:
         check_shared_prompts(config, platform.has_gpu(), plain)
         shape = routing_shape(self.hf) if config.rl.routing_replay else None
         self.replay = Replay(self.model_chunks, shape)
-        split = (position.tensor_rank, config.parallel.tensor)
+        split = (self.groups.tp.rank(), config.parallel.tensor)
         self.routing = RoutingPart(shape, self.replay.layers, *split) if shape else None
-        self.critic: Critic | None = None
-        if needs_critic(config):
-            self.critic = Critic(config, position)
+        self.critic = Critic(config, position) if needs_critic(config) else None
 
     @property
     def score_is_new(self) -> bool:
@@ -186,8 +175,11 @@ class Trainer:
         metrics: dict[str, Mean | Maximum]
         metrics = {"logprob_diff/max": largest, "logprob_diff/mean": mean}
         if self.config.teacher.path and self.position.last_stage:
-            gaps = (_log_ratio(batch, "old", "teacher") for batch in batches)
-            metrics["teacher/kl"] = Mean(sum(gaps), mean.count)
+            gaps = [
+                (batch.logprobs["old"] - batch.logprobs["teacher"])[batch.is_response]
+                for batch in batches
+            ]
+            metrics["teacher/kl"] = Mean(sum(g.double().sum().item() for g in gaps), mean.count)
         return self._reduced(metrics)
 
     def _engine_gap(self, batches: list[PackedBatch], name: str) -> tuple[Mean, Maximum]:
@@ -315,10 +307,10 @@ class Trainer:
     def _scores(self, batch: PackedBatch, out: Tensor) -> Scores:
         return Scores(batch, out.view(-1), self.groups.cp)
 
-    def _logprobs_only(self, name: str, temperature: float, batch: PackedBatch, out: Tensor):
+    def _logprobs_only(
+        self, name: str, temperature: float, batch: PackedBatch, out: Tensor
+    ) -> None:
         batch.logprobs[name] = self._head(batch, out, temperature).logprobs()[0]
-        zero = torch.zeros((), device=out.device)
-        return zero, zero.int(), {}
 
     def _loss(
         self,
@@ -330,15 +322,7 @@ class Trainer:
     ):
         is_score = has_score_head(self.hf)
         head: Any = self._scores(batch, out) if is_score else self._head(batch, out, temperature)
-        terms = loss(batch, head, settings)
-        return terms.loss, terms.denominator, terms.metrics
+        return loss(batch, head, settings)
 
-    def _scores_only(self, batch: PackedBatch, out: Tensor):
-        zero = torch.zeros((), device=out.device)
-        return zero, zero.int(), self._scores(batch, out).of_samples().tolist()
-
-
-def _log_ratio(batch: PackedBatch, name: str, other: str) -> float:
-    """Return Σ log π_name - log π_other over the batch's response tokens."""
-    gaps = (batch.logprobs[name] - batch.logprobs[other])[batch.is_response]
-    return gaps.double().sum().item()
+    def _scores_only(self, batch: PackedBatch, out: Tensor) -> list[float]:
+        return self._scores(batch, out).of_samples().tolist()

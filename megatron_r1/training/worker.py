@@ -165,14 +165,8 @@ TRAINER_OPERATIONS = (
 )
 """Methods of `trainer.Trainer`; "load" is another."""
 FOLDER_OPERATIONS = (
-    *(
-        "export",
-        "export_adapter",
-        "save_checkpoint",
-        "checkpoint_progress",
-        "verify_checkpoint",
-        "load_checkpoint",
-    ),
+    *("export", "export_adapter", "save_checkpoint", "checkpoint_progress", "verify_checkpoint"),
+    "load_checkpoint",
 )
 """Methods of `folders.Folders`."""
 PUSH_OPERATIONS = ("open_push", "connect_sets", "send_weights")

@@ -142,7 +142,7 @@ def check_start(folder: Path) -> str | None:
     Checked before any rank starts; the ranks verify the checksums when they load it. Returns a note
     for the user where there is no manifest to verify against: the checkpoint was made elsewhere."""
     if (folder / "metadata.json").is_file():
-        if has_manifest(folder):
+        if (folder / manifest.NAME).is_file():
             return None
         return f"model.checkpoint {folder} has no {manifest.NAME}: its checksums cannot be verified"
     if several := complete_checkpoints(folder / "checkpoints") or complete_checkpoints(folder):
@@ -155,8 +155,3 @@ def check_start(folder: Path) -> str | None:
         f"model.checkpoint: {folder} {what}; give the folder of a Megatron checkpoint, such as "
         "RUN/checkpoints/step_00000012 or what tools/convert from-hf makes"
     )
-
-
-def has_manifest(folder: Path) -> bool:
-    """Whether `folder` has checksums to compare its files with."""
-    return (folder / manifest.NAME).is_file()
