@@ -41,61 +41,12 @@ def pipeline_stages(
     layout: Megatron's string, one group per chunk in the order micro-batches pass them, split by
     "|": E embedding, t decoder layer, m MTP layer, L head and loss; x*3 and (xy|)*3 repeat, commas
     are ignored. Its number of groups sets the virtual stages. None: the layers are spread evenly,
-    or as `uneven_layout` has them, the embedding on the first chunk, MTP layers and head on the
-    last. num_mtp: MTP layers of the model as built.
+    or as evenly as they can be (`uneven_layout`), the embedding on the first chunk, MTP layers and
+    head on the last. num_mtp: MTP layers of the model as built.
 
     Raises UserError for a layout that Megatron would refuse or silently build differently, and for
     fewer layers than chunks."""
-    layout = layout or uneven_layout(num_layers, pipeline, virtual, num_mtp=num_mtp)
-    if layout:
-        return _spelled_out(layout, num_layers, pipeline, virtual, num_mtp)
-    length = num_layers // (pipeline * virtual)
-    return [
-        [
-            _even_stage(chunk * pipeline + rank, length, num_layers, num_mtp)
-            for chunk in range(virtual)
-        ]
-        for rank in range(pipeline)
-    ]
-
-
-def uneven_layout(
-    num_layers: int, pipeline: int, virtual: int = 1, *, num_mtp: int = 0
-) -> str | None:
-    """Return the layout, in Megatron's letters, of layers that do not divide evenly over the
-    chunks; None where they do.
-
-    Each chunk has one layer more than another at most. Those with one more are in the middle: the
-    first has the embedding besides, the last the head and the MTP layers, which cost more. Raises
-    UserError for fewer layers than chunks."""
-    chunks = pipeline * virtual
-    length, extra = divmod(num_layers, chunks)
-    if not length:
-        raise UserError(
-            f"parallel.pipeline={pipeline} x parallel.virtual_pipeline={virtual} are {chunks} "
-            f"stages, and the model has {num_layers} layers: lower one of them, or spell the "
-            "stages out, empty ones too, with parallel.pipeline_layout"
-        )
-    if not extra:
-        return None
-    costliest_last = [*range(1, chunks - 1), 0]
-    longer = costliest_last[:extra]
-    groups = ["t" * (length + (chunk in longer)) for chunk in range(chunks)]
-    return "E" + "|".join(groups) + "m" * num_mtp + "L"
-
-
-def _even_stage(index: int, length: int, num_layers: int, num_mtp: int) -> Stage:
-    start, last = index * length, (index + 1) * length == num_layers
-    return Stage(
-        layers=tuple(range(start, start + length)),
-        embedding=index == 0,
-        mtp=last and num_mtp > 0,
-        final_norm=last,
-        head=last,
-    )
-
-
-def _spelled_out(layout, num_layers, pipeline, virtual, num_mtp) -> list[list[Stage]]:
+    layout = layout or _spread(num_layers, pipeline, virtual, num_mtp)
     groups = parse_layout(layout)
     _check(layout, groups, num_layers, pipeline, virtual, num_mtp)
     stages: list[list[Stage]] = [[] for _ in range(pipeline)]
@@ -116,6 +67,34 @@ def _spelled_out(layout, num_layers, pipeline, virtual, num_mtp) -> list[list[St
         )
         start = end
     return stages
+
+
+def uneven_layout(
+    num_layers: int, pipeline: int, virtual: int = 1, *, num_mtp: int = 0
+) -> str | None:
+    """Return the layout, in Megatron's letters, of layers that do not divide evenly over the
+    chunks; None where they do.
+
+    Each chunk has one layer more than another at most. Those with one more are in the middle: the
+    first has the embedding besides, the last the head and the MTP layers, which cost more. Raises
+    UserError for fewer layers than chunks."""
+    layout = _spread(num_layers, pipeline, virtual, num_mtp)
+    return layout if num_layers % (pipeline * virtual) else None
+
+
+def _spread(num_layers: int, pipeline: int, virtual: int, num_mtp: int) -> str:
+    chunks = pipeline * virtual
+    length, extra = divmod(num_layers, chunks)
+    if not length:
+        raise UserError(
+            f"parallel.pipeline={pipeline} x parallel.virtual_pipeline={virtual} are {chunks} "
+            f"stages, and the model has {num_layers} layers: lower one of them, or spell the "
+            "stages out, empty ones too, with parallel.pipeline_layout"
+        )
+    costliest_last = [*range(1, chunks - 1), 0]
+    longer = costliest_last[:extra]
+    groups = ["t" * (length + (chunk in longer)) for chunk in range(chunks)]
+    return "E" + "|".join(groups) + "m" * num_mtp + "L"
 
 
 def parse_layout(layout: str) -> list[str]:

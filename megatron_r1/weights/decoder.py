@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from megatron_r1.models.attention_fields import has_qk_norm, has_qkv_bias
-from megatron_r1.models.hf_config import model_family, num_mtp_layers, sparse_layers
+from megatron_r1.models.hf_config import has_score_head, model_family, num_mtp_layers, sparse_layers
 from megatron_r1.weights.rules import (
     QueryGroups,
     Rule,
@@ -12,6 +12,7 @@ from megatron_r1.weights.rules import (
     columns,
     gated,
     rows,
+    vocabulary,
     weight,
     whole,
 )
@@ -30,10 +31,16 @@ def table(hf: dict) -> Table:
     for layer in range(num_layers, num_layers + num_mtp):
         copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
         copies[f"model.layers.{layer}.shared_head.head.weight"] = f"{head}.weight"
-    return Table.of_decoder(
-        hf,
-        head,
-        layers,
+    vocab, hidden = hf["vocab_size"], hf["hidden_size"]
+    embedding = "embedding.word_embeddings"
+    last = weight("output_layer", head, (vocab, hidden), vocabulary)
+    if has_score_head(hf):
+        last = weight("score", "score", (1, hidden), whole)
+    return Table(
+        embedding=[weight(embedding, "model.embed_tokens", (vocab, hidden), vocabulary)],
+        layers=layers,
+        final_norm=[weight("decoder.final_layernorm", "model.norm", (hidden,), whole)],
+        head=[last],
         # An MTP layer has the structure of the last decoder layer.
         mtp=[_mtp(hf, layers[-1])] * num_mtp,
         copies=copies,

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from megatron_r1.errors import UserError
-from megatron_r1.models.hf_config import has_score_head
 
 SCORE = "score.weight"
 """Name of a score model's head, in Hugging Face and in Megatron."""
@@ -85,25 +83,6 @@ class Table:
     mtp: list[list[Rule]] = field(default_factory=list)
     copies: dict[str, str] = field(default_factory=dict)
     num_experts: int = 0
-
-    @classmethod
-    def of_decoder(cls, hf: dict, head: str, layers: list[list[Rule]], **more: Any) -> Table:
-        """Return the table of a decoder with these layers: word embedding, final norm and head.
-
-        head: the HF name of the LM head; a score model has its score head instead. more: further
-        fields."""
-        hidden, vocab = hf["hidden_size"], hf["vocab_size"]
-        embedding = "embedding.word_embeddings"
-        last = weight("output_layer", head, (vocab, hidden), vocabulary)
-        if has_score_head(hf):
-            last = weight("score", "score", (1, hidden), whole)
-        return cls(
-            embedding=[weight(embedding, "model.embed_tokens", (vocab, hidden), vocabulary)],
-            layers=layers,
-            final_norm=[weight("decoder.final_layernorm", "model.norm", (hidden,), whole)],
-            head=[last],
-            **more,
-        )
 
 
 def weight(megatron: str, name: str, shape: Shape, split: Split, te: str | None = None) -> Rule:
@@ -193,10 +172,10 @@ class QueryGroups:
                 f"value together ({sources[0].name}); choose a divisor of {height}"
             )
         rows = height // ranks
-        return (rows, *width), list(_rows_of(pieces, rank * rows, rows))
+        return (rows, *width), list(rows_of(pieces, rank * rows, rows))
 
 
-def _rows_of(pieces: Iterable[Piece], start: int, length: int) -> Iterator[Piece]:
+def rows_of(pieces: Iterable[Piece], start: int, length: int) -> Iterator[Piece]:
     """Yield the parts of `pieces` (dim 0) within rows [start, start + length) of their parameter,
     placed in a parameter that has these rows only."""
     for piece in pieces:

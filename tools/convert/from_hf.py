@@ -14,12 +14,12 @@ from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.wording import counted
 from megatron_r1.training.checkpoints import manifest
+from megatron_r1.weights import rules
 from megatron_r1.weights.stored import fp8
 from megatron_r1.weights.stored.dcp_writing import Chunk, WrittenChunk, write_chunks, write_metadata
 from megatron_r1.weights.stored.hf_folder import carry_files, write_config
 from megatron_r1.weights.stored.hf_weights import SCALES_FILE, HfWeights
 from megatron_r1.weights.stored.megatron_names import (
-    RowRun,
     StoredLayout,
     StoredParameter,
     stored_layout,
@@ -48,11 +48,11 @@ FILE_BYTES = 1 << 30
 class Piece:
     """A chunk to write and the rows of Hugging Face tensors in it.
 
-    shape: the chunk's, without prepended axes. runs: their `start` is relative to the chunk."""
+    shape: the chunk's, without prepended axes. runs: their `local_start` is the chunk's row."""
 
     chunk: Chunk
     shape: tuple[int, ...]
-    runs: tuple[RowRun, ...]
+    runs: tuple[rules.Piece, ...]
     num_bytes: int
 
 
@@ -125,16 +125,8 @@ def cut(slot: StoredParameter, itemsize: int) -> Iterator[Piece]:
         count = min(step, slot.shape[0] - first)
         shape = (count, *slot.shape[1:])
         chunk = Chunk(slot.key, (*slot.index, first, *zeros), (*ones, *shape))
-        runs = tuple(_inside(slot.runs, first, first + count))
+        runs = tuple(rules.rows_of(slot.runs, first, count))
         yield Piece(chunk, shape, runs, count * row)
-
-
-def _inside(runs: Iterable[RowRun], first: int, end: int) -> Iterator[RowRun]:
-    for run in runs:
-        start, stop = max(first, run.start), min(end, run.start + run.length)
-        if start < stop:
-            shift = start - run.start
-            yield RowRun(run.hf_name, run.hf_start + shift, start - first, stop - start)
 
 
 def group(pieces: Iterable[Piece]) -> list[list[Piece]]:
@@ -174,7 +166,7 @@ def _values(job: Job, pieces: list[Piece]) -> Iterator[tuple[Chunk, torch.Tensor
         values = torch.empty(piece.shape, dtype=job.dtype_of(piece.chunk.key))
         for run in piece.runs:
             rows = weights.read(run.hf_name, 0, run.hf_start, run.length)
-            values[run.start : run.start + run.length] = rows
+            values[run.local_start : run.local_start + run.length] = rows
         yield piece.chunk, values.view(piece.chunk.sizes)
 
 

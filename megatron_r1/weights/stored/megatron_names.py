@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.layout import Shape, layout, stage_shards
+from megatron_r1.weights.rules import Piece
 
 _EXPERT = re.compile(
     r"(?P<prefix>.*\.mlp\.experts)\."
@@ -22,23 +23,14 @@ _LAYER = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.*)")
 
 
 @dataclass(frozen=True)
-class RowRun:
-    """Rows [start, start + length) of a slot are rows [hf_start, …) of an HF tensor."""
-
-    hf_name: str
-    hf_start: int
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
 class StoredParameter:
-    """One Megatron parameter inside a stored tensor: stored[index] has `shape` and these runs."""
+    """One Megatron parameter inside a stored tensor: stored[index] has `shape`, and these runs of
+    rows (dim 0) are rows of HF tensors."""
 
     key: str
     index: tuple[int, ...]
     shape: Shape
-    runs: tuple[RowRun, ...]
+    runs: tuple[Piece, ...]
 
 
 @dataclass
@@ -52,7 +44,7 @@ class StoredLayout:
     dtypes: dict[str, str] = field(default_factory=dict)
     vocabulary: set[str] = field(default_factory=set)
 
-    def by_hf_name(self) -> dict[str, list[tuple[StoredParameter, RowRun]]]:
+    def by_hf_name(self) -> dict[str, list[tuple[StoredParameter, Piece]]]:
         """Return HF tensor -> the slots and runs with its rows, in row order."""
         by_name = defaultdict(list)
         for slot in self.slots:
@@ -109,10 +101,10 @@ def _stored_name(name: str, stacked: bool) -> tuple[str, tuple[int, ...]]:
     return name, index
 
 
-def _run(piece, shape: Shape) -> RowRun:
+def _run(piece: Piece, shape: Shape) -> Piece:
     if piece.dim == 0:
-        return RowRun(piece.hf_name, piece.hf_start, piece.local_start, piece.length)
+        return piece
     assert (piece.hf_start, piece.local_start, piece.length) == (0, 0, shape[1]), (
         "one rank holds whole rows"
     )
-    return RowRun(piece.hf_name, 0, 0, shape[0])
+    return Piece(piece.hf_name, 0, 0, 0, shape[0])

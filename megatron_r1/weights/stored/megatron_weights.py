@@ -63,7 +63,7 @@ class MegatronWeights:
                 first, end = max(first, start), min(end, start + length)
             if first >= end:
                 continue
-            starts = [run.start + first - run.hf_start, *(0 for _ in slot.shape[1:])]
+            starts = [run.local_start + first - run.hf_start, *(0 for _ in slot.shape[1:])]
             sizes = [end - first, *slot.shape[1:]]
             if dim == 1:
                 starts[1], sizes[1] = start, length
