@@ -4,10 +4,11 @@ Every rank computes the same header from the weight table. Rank 0 creates the fi
 under a temporary name, every owner maps it and copies its pieces into place (nothing is gathered;
 no rank ever holds a whole tensor), and rank 0 renames it."""
 
+import contextlib
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -40,27 +41,19 @@ def save_hf(
     folders. The folder appears complete or not at all (an existing one is replaced). Weights are
     split into files of at most max_shard_bytes, except for larger single tensors. Raises UserError
     on every rank when something cannot be written."""
-    out, source = Path(out_folder), Path(source_folder)
-    unfinished = out.with_name(out.name + ".incomplete")
-    with_mtp = has_mtp(model_chunks)
+    source, with_mtp = Path(source_folder), has_mtp(model_chunks)
     files = hf_folder.split_into_files(
         stored_tensors(hf, dtype, with_mtp=with_mtp), max_shard_bytes
     )
 
-    def begin() -> None:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        hf_folder.carry_files(source, unfinished)
-        hf_folder.write_config(source, unfinished, dtype, with_mtp, has_score_head(hf))
+    def begin(folder: Path) -> None:
+        hf_folder.carry_files(source, folder)
+        hf_folder.write_config(source, folder, dtype, with_mtp, has_score_head(hf))
+        hf_folder.write_index(folder, files)
 
-    def finish() -> None:
-        hf_folder.write_index(unfinished, files)
-        replace_folder(unfinished, out)
-
-    on_first_rank(begin)
-    plans = {unfinished / name: plan_file(content) for name, content in files.items()}
-    write_files(model_chunks, hf, plans, durable=True)
-    on_first_rank(finish)
+    with new_folder(Path(out_folder), begin) as folder:
+        plans = {folder / name: plan_file(content) for name, content in files.items()}
+        write_files(model_chunks, hf, plans, durable=True)
 
 
 def write_hf(
@@ -178,8 +171,23 @@ def on_first_rank(action: Callable[[], object], group: dist.ProcessGroup | None 
         raise UserError(outcome[0])
 
 
-def replace_folder(unfinished: Path, out: Path) -> None:
-    """Rename `unfinished` to `out`, in place of a folder that may be there."""
+@contextlib.contextmanager
+def new_folder(out: Path, begin: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield a folder that all ranks write into, renamed to `out` at the end of the block, in place
+    of a folder that may be there. begin: writes into it first, on rank 0."""
+    unfinished = out.with_name(out.name + ".incomplete")
+
+    def create() -> None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        begin(unfinished)
+
+    on_first_rank(create)
+    yield unfinished
+    on_first_rank(lambda: _replace_folder(unfinished, out))
+
+
+def _replace_folder(unfinished: Path, out: Path) -> None:
     # A folder cannot be renamed over another: for an instant neither name exists, but both folders
     # are on disk.
     previous = out.with_name(out.name + ".previous")

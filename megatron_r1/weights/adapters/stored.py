@@ -1,7 +1,6 @@
 """Export of the adapters alone, in PEFT's format."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from megatron_r1.config.lora import LoraConfig
 from megatron_r1.weights.adapters.attach import adapter_pieces
 from megatron_r1.weights.adapters.table import adapter_shapes, adapter_table, target_modules
 from megatron_r1.weights.stored.safetensors_file import plan_file
-from megatron_r1.weights.writing import on_first_rank, replace_folder, write_pieces
+from megatron_r1.weights.writing import new_folder, write_pieces
 
 PREFIX = "base_model.model."
 """The beginning of every name in PEFT's files."""
@@ -27,7 +26,6 @@ def save_adapter(
     all (an existing one is replaced). Raises UserError on every rank when something cannot be
     written."""
     rules = adapter_table(hf, lora)
-    unfinished = out.with_name(out.name + ".incomplete")
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -41,17 +39,14 @@ def save_adapter(
         "inference_mode": True,
     }
 
-    def begin() -> None:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    def begin(folder: Path) -> None:
         text = json.dumps(settings, indent=2) + "\n"
-        (unfinished / "adapter_config.json").write_text(text, encoding="utf-8")
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
-    on_first_rank(begin)
     plan = plan_file({PREFIX + name: (s, dtype) for name, s in adapter_shapes(rules).items()})
     held = (
         (factor, [replace(piece, hf_name=PREFIX + piece.hf_name) for piece in pieces], owner)
         for factor, pieces, owner in adapter_pieces(chunks)
     )
-    write_pieces(held, {unfinished / "adapter_model.safetensors": plan}, {}, durable=True)
-    on_first_rank(lambda: replace_folder(unfinished, out))
+    with new_folder(out, begin) as folder:
+        write_pieces(held, {folder / "adapter_model.safetensors": plan}, {}, durable=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -18,6 +18,7 @@ from megatron_r1.weights.layout import Shape, hf_tensors
 from megatron_r1.weights.stacked import StackedPart, published_tensors, stacked_part
 from megatron_r1.weights.stored import fp8, mxfp4
 from megatron_r1.weights.stored.safetensors_file import SafetensorsFile
+from megatron_r1.weights.stored.safetensors_header import StoredTensor
 from megatron_r1.weights.stored.weight_files import INDEX, SINGLE, weight_files
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": fp8.STORED}
@@ -41,12 +42,14 @@ class HfWeights:
         self.path, self.hf = Path(folder), hf
         self.files = [SafetensorsFile(file) for file in weight_files(self.path)]
         self._home: dict[str, SafetensorsFile] = {}
+        self._stored: dict[str, StoredTensor] = {}
         for file in self.files:
             if twice := sorted(self._home.keys() & file.tensors.keys()):
                 raise UserError(
                     f"{_some(twice)}: in {self._home[twice[0]].path} and in {file.path}; remove one"
                 )
             self._home |= dict.fromkeys(file.tensors, file)
+            self._stored |= file.tensors
         self.copies = table(hf).copies
         self._repeated: dict[str, list[str]] = {}
 
@@ -64,11 +67,11 @@ class HfWeights:
         for name, (shape, _) in hf_tensors(self.hf).items():
             part = stacked_part(self.hf, name)
             home = part.name if part else name
-            if home in self._home:
-                stored = self._home[home].tensors[home]
+            if home in self._stored:
+                stored = self._stored[home]
                 kept = shape if part else stored.shape
                 tensors[name] = (kept, FLOATS.get(stored.dtype, stored.dtype))
-            elif mxfp4.blocks_name(home) in self._home:
+            elif mxfp4.blocks_name(home) in self._stored:
                 tensors[name] = (shape, "bfloat16")
         return tensors
 
@@ -86,18 +89,18 @@ class HfWeights:
     def _read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         if part := stacked_part(self.hf, name):
             return self._read_stacked(part, dim, start, length)
-        name = name if name in self._home else self.copies.get(name, name)
-        starts, sizes = self._box(name, dim, start, length)
-        file = self._home[name]
-        if file.tensors[name].dtype != "F8_E4M3":
-            return file.read(name, starts, sizes)
+        name = name if name in self._stored else self.copies.get(name, name)
+        shape = self._stored[name].shape
+        starts, sizes = [0] * len(shape), list(shape)
+        starts[dim], sizes[dim] = start, length
+        if not self._is_fp8(name):
+            return self.read_stored(name, starts, sizes)
         # Whole blocks around the rectangle, which may begin and end inside a block.
-        shape = file.tensors[name].shape
         first = tuple(s // fp8.BLOCK for s in starts)
         last = tuple(-(-(s + n) // fp8.BLOCK) for s, n in zip(starts, sizes, strict=True))
         outer = tuple(f * fp8.BLOCK for f in first)
         ends = tuple(min(x * fp8.BLOCK, full) for x, full in zip(last, shape, strict=True))
-        q = file.read(name, outer, tuple(e - o for e, o in zip(ends, outer, strict=True)))
+        q = self.read_stored(name, outer, tuple(e - o for e, o in zip(ends, outer, strict=True)))
         blocks = tuple(x - f for x, f in zip(last, first, strict=True))
         scales = self.read_stored(fp8.scale_name(name), first, blocks).float()
         values = dequantize_blockwise(q, scales, dtype=torch.float32)
@@ -107,23 +110,22 @@ class HfWeights:
 
     def has(self, name: str) -> bool:
         """Whether the folder has the tensor of this name, plain or quantized."""
-        return name in self._home or mxfp4.blocks_name(name) in self._home
+        return name in self._stored or mxfp4.blocks_name(name) in self._stored
 
     def whole(self, name: str) -> Tensor:
         """Return a tensor by its name in the folder, also one that has all experts of a layer;
         dtypes as `read`, MXFP4 as bf16."""
-        if name in self._home:
-            return self.read(name, 0, 0, self._home[name].tensors[name].shape[0])
+        if name in self._stored:
+            return self.read(name, 0, 0, self._stored[name].shape[0])
         blocks, scales = mxfp4.blocks_name(name), mxfp4.scales_name(name)
-        experts = range(self._home[blocks].tensors[blocks].shape[0])
+        experts = range(self._stored[blocks].shape[0])
         parts = [(self._expert(blocks, i), self._expert(scales, i)) for i in experts]
         return torch.stack([mxfp4.dequantize(*part).T for part in parts])
 
     def _read_stacked(self, part: StackedPart, dim: int, start: int, length: int) -> Tensor:
         """Return rows or columns of one expert's tensor, as `read`."""
-        if part.name in self._home:
-            shape = self._home[part.name].tensors[part.name].shape[1:]
-            starts, sizes = part.box(shape, dim, start, length)
+        if part.name in self._stored:
+            starts, sizes = part.box(self._stored[part.name].shape[1:], dim, start, length)
             return part.of(self.read_stored(part.name, (part.expert, *starts), (1, *sizes))[0])
         blocks, scales = (
             self._expert(name, part.expert)
@@ -132,62 +134,59 @@ class HfWeights:
         return part.of(mxfp4.dequantize(blocks, scales).T).narrow(dim, start, length)
 
     def _expert(self, name: str, expert: int) -> Tensor:
-        shape = self._home[name].tensors[name].shape
-        starts = (expert, *(0 for _ in shape[1:]))
-        return self.read_stored(name, starts, (1, *shape[1:]))[0]
+        rest = self._stored[name].shape[1:]
+        return self.read_stored(name, (expert, *(0 for _ in rest)), (1, *rest))[0]
 
-    def read_stored(self, name: str, starts: Shape, sizes: Shape) -> Tensor:
+    def read_stored(self, name: str, starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """Return a rectangle, of shape `sizes`, as it is stored: FP8 codes, or their scales."""
         return self._home[name].read(name, starts, sizes)
 
     def scales(self, name: str) -> Tensor | None:
         """Return all scales of an FP8 tensor, fp32 of `fp8.scale_shape`; None for another."""
-        stored = self._home.get(fp8.scale_name(name))
+        stored = self._stored.get(fp8.scale_name(name))
         if stored is None:
             return None
-        shape = stored.tensors[fp8.scale_name(name)].shape
-        return self.read_stored(fp8.scale_name(name), (0,) * len(shape), shape).float()
+        zeros = (0,) * len(stored.shape)
+        return self.read_stored(fp8.scale_name(name), zeros, stored.shape).float()
 
     def check(self, with_mtp: bool) -> None:
         """Raise UserError naming every missing, unexpected or mis-shaped tensor."""
         hf = self.hf
         known = published_tensors(hf)
         needed = published_tensors(hf, with_mtp).keys() - self.copies.keys()
-        # As MXFP4, which only stacked experts have: name -> the shape of what is stored instead.
-        packed = {
-            name + ending: shape
-            for name in sorted(needed - self._home.keys())
-            if mxfp4.blocks_name(name) in self._home
-            for ending, shape in mxfp4.stored_shapes(known[name][0]).items()
-        }
-        absent = {name for name in needed - self._home.keys() if name + "_blocks" not in packed}
-        missing = sorted(absent | (packed.keys() - self._home.keys()))
-        scales = set()
-        wrong = []
-        for name in sorted(packed.keys() & self._home.keys()):
-            if (stored := self._home[name].tensors[name]).shape != packed[name]:
-                wrong.append(f"{name} is {stored.shape}, config.json says {packed[name]}")
-        for name in sorted(needed & self._home.keys()):
-            stored = self._home[name].tensors[name]
-            if stored.shape != known[name][0]:
-                wrong.append(f"{name} is {stored.shape}, config.json says {known[name][0]}")
-            elif stored.dtype not in FLOATS:
+        # As MXFP4, which only stacked experts have, two others are stored instead.
+        expected: dict[str, Shape] = {}
+        for name in needed:
+            shape = known[name][0]
+            is_packed = name not in self._stored and mxfp4.blocks_name(name) in self._stored
+            packed = mxfp4.stored_shapes(shape) if is_packed else {}
+            expected |= {name + ending: s for ending, s in packed.items()} or {name: shape}
+        wrong, unreadable, scales = [], False, set()
+        for name in sorted(expected.keys() & self._stored.keys()):
+            stored = self._stored[name]
+            is_float = name not in known or stored.dtype in FLOATS
+            unreadable |= not is_float
+            if stored.shape != expected[name]:
+                wrong.append(f"{name} is {stored.shape}, config.json says {expected[name]}")
+            elif not is_float:
                 wrong.append(f"{name} is {stored.dtype}, only {', '.join(FLOATS)} can be read")
             elif stored.dtype == "F8_E4M3":
                 scales.add(fp8.scale_name(name))
                 wrong += self._wrong_scales(name, stored.shape)
+        is_fp8 = {name for name in known if name in self._stored and self._is_fp8(name)}
         if scales:
             fp8.check_layout(hf)
-        missing += sorted(scales - self._home.keys())
+        missing = sorted(expected.keys() - self._stored.keys())
+        missing += sorted(scales - self._stored.keys())
         self._repeated = self._find_repeated(with_mtp)
         repeated = {copy for copies in self._repeated.values() for copy in copies}
         extra = sorted(
             name
-            for name in self._home.keys() - known.keys() - packed.keys() - repeated
+            for name in self._stored.keys() - known.keys() - expected.keys() - repeated
             if not name.endswith(_IGNORED)
-            and not self._is_scale(name, known)
+            and name.removesuffix("_scale_inv") not in is_fp8
             # transformers writes shared experts of 0 features where n_shared_experts is 0.
-            and 0 not in self._home[name].tensors[name].shape
+            and 0 not in self._stored[name].shape
         )
         problems = [
             f"{label} ({len(names)}): {_some(names)}"
@@ -197,18 +196,13 @@ class HfWeights:
         if problems:
             raise UserError(
                 f"checkpoint {self.path} does not fit its config.json: {'; '.join(problems)}"
-                + _hint(missing, extra, self._unreadable(needed), hf)
+                + _hint(missing, extra, unreadable, hf)
             )
-
-    def _unreadable(self, names: Collection[str]) -> bool:
-        """Return whether a tensor of these is stored in a dtype that is not read."""
-        stored = (self._home[name].tensors[name].dtype for name in names if name in self._home)
-        return any(dtype not in FLOATS for dtype in stored)
 
     def check_repeated(self, num_rows: int = 4096) -> None:
         """Raise UserError where tensors that must be equal differ; call after `check`."""
         for name in self._repeated:
-            height = self._home[name].tensors[name].shape[0]
+            height = self._stored[name].shape[0]
             for start in range(0, height, num_rows):
                 self.read(name, 0, start, min(num_rows, height - start))
 
@@ -220,7 +214,7 @@ class HfWeights:
             pairs.append(("lm_head.weight", "model.embed_tokens.weight"))
         found: dict[str, list[str]] = {}
         for copy, original in pairs:
-            if copy in self._home and original in self._home:
+            if copy in self._stored and original in self._stored:
                 found.setdefault(original, []).append(copy)
         return found
 
@@ -233,33 +227,19 @@ class HfWeights:
             f"one tensor; {remedy}"
         )
 
-    def _is_scale(self, name: str, known: Collection[str]) -> bool:
-        """Whether `name` has the scales of an FP8 tensor."""
-        scaled = name.removesuffix("_scale_inv")
-        return (
-            scaled != name
-            and scaled in known
-            and scaled in self._home
-            and self._home[scaled].tensors[scaled].dtype == "F8_E4M3"
-        )
+    def _is_fp8(self, name: str) -> bool:
+        return self._stored[name].dtype == "F8_E4M3"
 
     def _wrong_scales(self, name: str, shape: Shape) -> list[str]:
         scale = fp8.scale_name(name)
-        if scale not in self._home:
+        if (stored := self._stored.get(scale)) is None:
             return []
-        stored = self._home[scale].tensors[scale]
         # Not every publisher stores them as F32.
         if stored.dtype in ("F32", "BF16") and stored.shape == fp8.scale_shape(shape):
             return []
         return [
             f"{scale} is {stored.dtype} {stored.shape}, not F32 or BF16 {fp8.scale_shape(shape)}"
         ]
-
-    def _box(self, name: str, dim: int, start: int, length: int) -> tuple[Shape, Shape]:
-        sizes = list(self._home[name].tensors[name].shape)
-        starts = [0] * len(sizes)
-        starts[dim], sizes[dim] = start, length
-        return tuple(starts), tuple(sizes)
 
 
 def _hint(missing: list[str], extra: list[str], is_unreadable: bool, hf: dict) -> str:

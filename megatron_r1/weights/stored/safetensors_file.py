@@ -5,7 +5,7 @@ before they exist, so that all ranks of an export know where each tensor will li
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -46,7 +46,7 @@ class SafetensorsFile:
     def close(self) -> None:
         os.close(self.file)
 
-    def read(self, name: str, starts: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+    def read(self, name: str, starts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         """Return a rectangle of a tensor, of shape `sizes`, in its stored dtype."""
         at = self.tensors[name]
         return read_box(self.file, at.offset, at.shape, _TYPES[at.dtype], starts, sizes)
