@@ -75,18 +75,12 @@ def _optimizer(optimizer: Any) -> str:
 
 def _reduction(settings: Any) -> str:
     dtype = "float32" if settings.grad_reduce_in_fp32 else "the parameters' dtype"
-    overlapped = [
-        name
-        for name, is_on in (
-            ("reduction", settings.overlap_grad_reduce),
-            ("gather of parameters", settings.overlap_param_gather),
-        )
-        if is_on
-    ]
-    return (
-        f"{platform.distributed_backend()} in {dtype}, "
-        f"{' and '.join(overlapped) or 'nothing'} overlapped"
-    )
+    is_overlapped = {
+        "reduction": settings.overlap_grad_reduce,
+        "gather of parameters": settings.overlap_param_gather,
+    }
+    overlapped = " and ".join(name for name, is_on in is_overlapped.items() if is_on)
+    return f"{platform.distributed_backend()} in {dtype}, {overlapped or 'nothing'} overlapped"
 
 
 def _flash_version() -> str:

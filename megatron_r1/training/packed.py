@@ -32,14 +32,16 @@ from megatron_r1.training.wire import Sample
 class TokenSplit:
     """The split of a micro-batch's tokens between the ranks that share it.
 
-    tensor: ranks of sequence parallelism, which divide what a context rank holds; context: ranks of
-    context parallelism, of which this is number context_rank; token_multiple: the tokens of each
-    rank are a multiple of it, as FP8 products need."""
+    tensor: ranks of sequence parallelism, which divide what a context rank holds, and of which this
+    is number tensor_rank; context: ranks of context parallelism, of which this is number
+    context_rank; token_multiple: the tokens of each rank are a multiple of it, as FP8 products
+    need."""
 
     tensor: int = 1
     context: int = 1
     context_rank: int = 0
     token_multiple: int = 1
+    tensor_rank: int = 0
 
     @property
     def sample_multiple(self) -> int:
@@ -54,15 +56,11 @@ class TokenSplit:
 
 @dataclass(frozen=True)
 class RoutingPart:
-    """The part of the routing that a rank replays.
-
-    layers: the rank's MoE layers, as indices into shape.moe_layers; tensor_rank: its rank among the
-    `tensor` ranks of sequence parallelism, which split a context rank's tokens."""
+    """The part of the routing that a rank replays. layers: the rank's MoE layers, as indices into
+    shape.moe_layers."""
 
     shape: RoutingShape
     layers: list[int]
-    tensor_rank: int = 0
-    tensor: int = 1
 
 
 @dataclass
@@ -139,10 +137,13 @@ def packed_batch(
         assert first is not None, "marked above"
         position += first.repeat_interleave(borders.diff())
     held = held_positions(borders, split.context_rank, split.context)
+    own_tokens = held.view(split.tensor, -1)[split.tensor_rank]
     # The inverse of `held`, -1 for positions on other context ranks.
     here = torch.full((total,), -1).index_copy(0, held, torch.arange(len(held)))
     ends = [at + len(sample) - 1 for at, sample in zip(placement.starts, samples, strict=True)]
-    own = ResponseValues(*(whole[held] for whole in _response_values(samples, placement)))
+    is_response, advantages, rollout_logprobs, teacher, weights = (
+        whole[held] for whole in _response_values(samples, placement)
+    )
     has_teacher = all(sample.teacher is not None for sample in samples)
     has_branches = any(sample.weight != 1 for sample in samples)
     return PackedBatch(
@@ -151,17 +152,17 @@ def packed_batch(
         packed_seq_params=_attention_borders(attention_borders, split, int(position.max()) + 1),
         borders=(borders // split.context).int().to(device),
         targets=tokens.roll(-1)[held].to(device),
-        is_response=own.is_response.to(device),
-        response_rows=own.is_response.nonzero()[:, 0].to(device),
+        is_response=is_response.to(device),
+        response_rows=is_response.nonzero()[:, 0].to(device),
         num_samples=sum(s.trajectories for s in samples) if split.context_rank == 0 else 0,
-        advantages=own.advantages.to(device),
-        rollout_logprobs=own.rollout_logprobs.to(device),
+        advantages=advantages.to(device),
+        rollout_logprobs=rollout_logprobs.to(device),
         last_tokens=here[torch.tensor(ends, dtype=torch.int64)].to(device),
         labels=torch.tensor([s.label for s in samples], dtype=torch.float32, device=device),
-        logprobs={"teacher": own.teacher.to(device)} if has_teacher else {},
-        sequence_weights=own.weights.to(device) if has_branches else None,
+        logprobs={"teacher": teacher.to(device)} if has_teacher else {},
+        sequence_weights=weights.to(device) if has_branches else None,
         num_shared=sum(placement.skipped) - sum(count for _, count in placement.prefixes),
-        routing=packed_routing(samples, placement.starts, held, routing, device)
+        routing=packed_routing(samples, placement.starts, own_tokens, routing, device)
         if routing
         else None,
     )
@@ -215,18 +216,9 @@ def _tokens(samples: list[Sample], placement: Placement) -> Tensor:
     return tokens
 
 
-class ResponseValues(NamedTuple):
-    """Values per response token, (T,) each, 0 elsewhere. is_response: bool; the others: fp32, as
-    the fields of `PackedBatch` (weights: sequence_weights)."""
-
-    is_response: Tensor
-    advantages: Tensor
-    rollout_logprobs: Tensor
-    teacher: Tensor
-    weights: Tensor
-
-
-def _response_values(samples: list[Sample], placement: Placement) -> ResponseValues:
+def _response_values(samples: list[Sample], placement: Placement) -> tuple[Tensor, ...]:
+    """Return the whole micro-batch's is_response (bool), advantages, rollout_logprobs, teacher and
+    sequence_weights (fp32), (T,) each, 0 outside responses; see `PackedBatch`."""
     total = int(placement.borders[-1])
     is_response = torch.zeros(total, dtype=torch.bool)
     advantages, rollout_logprobs, teacher, weights = per_token = torch.zeros(4, total)
@@ -243,7 +235,7 @@ def _response_values(samples: list[Sample], placement: Placement) -> ResponseVal
                 values[response] = torch.frombuffer(bytearray(encoded), dtype=torch.float32)
     if any(sample.mask for sample in samples):
         per_token[:, ~is_response] = 0.0
-    return ResponseValues(is_response, advantages, rollout_logprobs, teacher, weights)
+    return is_response, *per_token
 
 
 def check_token_ids(samples: Iterable[Sample], vocab_size: int) -> None:
@@ -280,10 +272,9 @@ def packed_routing(
 ) -> RecordedRouting:
     """Return the part's routing of the packed micro-batch in which samples[i] begins at starts[i].
 
-    held: (T,) int64, the positions of the micro-batch that this context rank has. Indices stay in
+    held: int64, the positions of the micro-batch whose experts this rank chooses. Indices stay in
     the 1 or 2 bytes they arrived in. Raises ValueError for routing that does not fit its sample."""
     shape = part.shape
-    held = held.view(part.tensor, -1)[part.tensor_rank]
     total = 1 + max([int(held.max()), *(s + len(x) for s, x in zip(starts, samples, strict=True))])
     # Experts below 32,768 look the same in int16, which torch can index; in uint16 it cannot.
     dtype = np.dtype("u1" if shape.index_bytes == 1 else "<i2")

@@ -64,13 +64,13 @@ class Trainer:
             config.parallel.context,
             self.groups.cp.rank(),
             fp8.token_multiple(config.fp8),
+            self.groups.tp.rank(),
         )
         plain = self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"
         check_shared_prompts(config, platform.has_gpu(), plain)
         shape = routing_shape(self.hf) if config.rl.routing_replay else None
         self.replay = Replay(self.model_chunks, shape)
-        split = (self.groups.tp.rank(), config.parallel.tensor)
-        self.routing = RoutingPart(shape, self.replay.layers, *split) if shape else None
+        self.routing = RoutingPart(shape, self.replay.layers) if shape else None
         self.critic = Critic(config, position) if needs_critic(config) else None
 
     @property

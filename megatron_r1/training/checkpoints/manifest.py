@@ -7,7 +7,7 @@ CRC-32 does 2.0 and BLAKE2b 0.7), and because the `b3sum` command checks the fil
 
 import heapq
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -39,7 +39,9 @@ def write(folder: Path, known: Mapping[str, FileEntry] | None = None) -> None:
 
     known: entries of files that were hashed as they were written; the other files are read."""
     known = known or {}
-    rest = [name for name in _files(folder) if name not in known]
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    rest = [name for name in names if name not in known and name != NAME]
     with ThreadPoolExecutor(THREADS) as pool:
         read = dict(zip(rest, pool.map(lambda name: checksum(folder / name), rest), strict=True))
     files = {
@@ -120,13 +122,6 @@ def _fault(path: Path, entry: FileEntry, verify: Verify) -> str | None:
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None
-
-
-def _files(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != NAME:
-            yield name
 
 
 def _digest(files: Mapping) -> str:

@@ -101,7 +101,7 @@ class CheckpointWriter:
         except OSError as error:
             raise UserError(_sentence(folder, str(error))) from error
         self._progress = Progress()
-        arguments = (staged, partial, folder, state, began)
+        arguments = (staged, folder, state, began)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
 
@@ -115,12 +115,7 @@ class CheckpointWriter:
         return self._progress
 
     def _write(
-        self,
-        staged: StagedCheckpoint,
-        partial: Path,
-        folder: Path,
-        state: dict[str, Any],
-        began: float,
+        self, staged: StagedCheckpoint, folder: Path, state: dict[str, Any], began: float
     ) -> None:
         """Run in the background thread; record the same outcome on all ranks."""
         written = WrittenFiles(dist.get_rank())
@@ -139,7 +134,7 @@ class CheckpointWriter:
             dist.gather_object(written, from_all, dst=0, group=self._group)
             outcome: list[str | None] = [None]
             if from_all is not None:
-                outcome = [_finish(staged, partial, folder, state, from_all)]
+                outcome = [_finish(staged, folder, state, from_all)]
             dist.broadcast_object_list(outcome, src=0, group=self._group)
             failure = outcome[0]
         except RuntimeError as lost:  # gloo's: a rank has ended
@@ -207,13 +202,10 @@ class HashedFile(io.FileIO):
 
 
 def _finish(
-    staged: StagedCheckpoint,
-    partial: Path,
-    folder: Path,
-    state: dict[str, Any],
-    from_all: list[WrittenFiles],
+    staged: StagedCheckpoint, folder: Path, state: dict[str, Any], from_all: list[WrittenFiles]
 ) -> str | None:
     """Finish a save on rank 0: small files, manifest, rename. Returns the error, or None."""
+    partial = partial_of(folder)
     errors = [f"rank {w.rank}: {w.error}" for w in from_all if w.error is not None]
     if not errors:
         try:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -65,7 +66,7 @@ def test_experts_survive_the_way_from_the_engine_to_the_packed_batch(shape):
         Sample.pack([5], [6, 1, 2, 3], [-1.0] * 4, 1.0, second),
     ]
     samples = msgspec.msgpack.decode(msgspec.msgpack.encode(samples), type=list[Sample])
-    batch = packed_batch(samples, TokenSplit(tensor=4), CPU, RoutingPart(shape, [0, 2]))
+    batch = packed_batch(samples, TokenSplit(token_multiple=4), CPU, RoutingPart(shape, [0, 2]))
     experts, known = batch.routing
     assert known.tolist() == [*[True] * 4, False, False, False, True, True, False, False, False]
     assert experts[known].tolist() == [*whole[:, [1, 3]].tolist(), *part[:, [1, 3]].tolist()]
@@ -81,7 +82,8 @@ def test_ranks_hold_their_own_tokens_of_the_routing():
         split = TokenSplit(tensor=2, context=2, context_rank=context_rank)
         tokens = packed_batch([sample], split, CPU).input_ids[0]
         for tensor_rank in range(2):
-            part = RoutingPart(SMALL, [0, 1, 2], tensor_rank, 2)
+            part = RoutingPart(SMALL, [0, 1, 2])
+            split = replace(split, tensor_rank=tensor_rank)
             experts, known = packed_batch([sample], split, CPU, part).routing
             own = tokens.chunk(2)[tensor_rank].tolist()
             assert known.tolist() == [token in by_token for token in own]
@@ -94,7 +96,7 @@ def test_without_replay_nothing_is_carried():
     assert sample.routing == b"" and packed_batch([sample], TokenSplit(), CPU).routing is None
     batch = packed_batch([sample], TokenSplit(), CPU, RoutingPart(SMALL, [0]))
     assert not batch.routing.known.any()
-    empty = packed_batch([], TokenSplit(tensor=2), CPU, RoutingPart(SMALL, [0], 1, 2))
+    empty = packed_batch([], TokenSplit(tensor=2, tensor_rank=1), CPU, RoutingPart(SMALL, [0]))
     assert empty.routing.known.tolist() == [False]
 
 
