@@ -1,8 +1,9 @@
 """Guesses sizes of a recipe from the model, the lengths of the prompts and the machine."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from megatron_r1.models.hf_config import key_value_heads
 
 GIB = 2**30
 CPU_RESPONSE, GPU_RESPONSE = 256, 4096
@@ -60,7 +61,7 @@ def lengths(longest_prompt: int, positions: int, machine: Machine) -> list[Guess
     ]
 
 
-def layout(hf: Mapping[str, Any], parameters: int, machine: Machine) -> list[Guess]:
+def layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]:
     """Return dtypes and the parallel layout; micro-batches fit themselves to a CPU's memory. hf:
     `config.json`."""
     if machine.is_cpu:
@@ -97,11 +98,10 @@ def engine_share(parameters: int, tensor: int, machine: Machine) -> float:
     return max(5, int(20 * (1 - OVERHEAD - taken / machine.memory)) * 5) / 100
 
 
-def tensor_ranks(hf: Mapping[str, Any], parameters: int, machine: Machine) -> int:
+def tensor_ranks(hf: dict[str, Any], parameters: int, machine: Machine) -> int:
     """Return the least tensor-parallel size at which the trainer's state fits, or the largest that
     divides heads and GPUs."""
-    heads = hf["num_attention_heads"]
-    kv_heads = hf.get("num_key_value_heads") or heads
+    heads, kv_heads = hf["num_attention_heads"], key_value_heads(hf)
     sizes = [n for n in (1, 2, 4, 8) if not (machine.gpus % n or heads % n or kv_heads % n)]
     for size in sizes:
         taken = parameters * (GPU_BYTES / size + GPU_BYTES_SHARDED / machine.gpus)

@@ -217,6 +217,19 @@ def sparse_layers(hf: dict) -> list[bool]:
     return [i >= first and i not in dense and (i + 1) % step == 0 for i in layers]
 
 
+def key_value_heads(hf: dict) -> int:
+    """Return the number of heads of keys and values."""
+    return hf.get("num_key_value_heads") or hf["num_attention_heads"]
+
+
+def head_sizes(hf: dict) -> tuple[int, int]:
+    """Return the features of a query head and of a value head."""
+    if hf.get("kv_lora_rank"):
+        return hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"], hf["v_head_dim"]
+    size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    return size, size
+
+
 def num_mtp_layers(hf: dict) -> int:
     """Return the number of multi-token-prediction layers; 0 for architectures without any."""
     return hf.get("num_nextn_predict_layers") or 0

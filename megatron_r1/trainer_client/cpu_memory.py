@@ -12,8 +12,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.parallel import DEFAULT_TOKENS
 from megatron_r1.errors import UserError
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.hf_config import sparse_layers
-from megatron_r1.trainer_client.sample_cost import head_sizes
+from megatron_r1.models.hf_config import head_sizes, key_value_heads, sparse_layers
 from megatron_r1.weights import num_parameters
 from megatron_r1.weights.adapters.table import num_adapter_parameters
 
@@ -138,7 +137,7 @@ def activation_bytes(hf: dict, value: int) -> int:
         widest = max(query, out)
         attention = latent + heads * (2 * query + out + 2 * query + 3 * widest + 2 * out)
     else:
-        groups = hf.get("num_key_value_heads") or heads
+        groups = key_value_heads(hf)
         # The projection; q and k with positions; q, k and v in batches; the output, and its copy.
         attention = query * (2 * (heads + 2 * groups) + heads + groups + 2 * heads)
     norms = 4 * hidden

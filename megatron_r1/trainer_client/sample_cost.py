@@ -9,6 +9,7 @@ tokens: a sample of 65,536 costs as much as thirteen of 10,000, not as much as s
 from collections.abc import Callable
 from math import prod
 
+from megatron_r1.models.hf_config import head_sizes
 from megatron_r1.weights import hf_tensors
 
 
@@ -22,14 +23,6 @@ def balance_length(hf: dict) -> float:
     """Return s_0: the number of tokens at which attention costs as much as everything else."""
     width = hf["num_attention_heads"] * sum(head_sizes(hf))
     return 2 * active_parameters(hf) / (hf["num_hidden_layers"] * width)
-
-
-def head_sizes(hf: dict) -> tuple[int, int]:
-    """Return the features of a query head and of a value head."""
-    if hf.get("kv_lora_rank"):
-        return hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"], hf["v_head_dim"]
-    size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    return size, size
 
 
 def active_parameters(hf: dict) -> float:

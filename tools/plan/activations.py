@@ -10,6 +10,7 @@ and its part of heads or features."""
 from dataclasses import dataclass
 
 from megatron_r1.config import ParallelConfig
+from megatron_r1.models.hf_config import head_sizes, key_value_heads
 from tools.plan.job import Job
 
 VALUE = 2
@@ -64,20 +65,18 @@ def layer_activations(job: Job, sparse: bool, tokens: int | None = None) -> Laye
     split = whole / tensor if job.splits_sequences else whole
     value = 2 * VALUE if job.config.model.dtype == "float32" else VALUE
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    head, out = head_sizes(hf)
     modules = {"layernorm": 2 * hidden * split * value}
     always = hidden * split * value  # the residual between attention and MLP
     if job.latent_attention:
         query, key = hf.get("q_lora_rank") or 0, hf["kv_lora_rank"]
-        rope, out = hf["qk_rope_head_dim"], hf["v_head_dim"]
-        head = hf["qk_nope_head_dim"] + rope
-        latents = (2 * query + 2 * key + rope) * split
+        latents = (2 * query + 2 * key + hf["qk_rope_head_dim"]) * split
         always += (latents + heads / tensor * out * whole) * value
         modules["mla_up_proj"] = heads / tensor * (2 * head + out) * whole * value
     else:
-        size = hf.get("head_dim") or hidden // heads
         # With fewer key and value heads than ranks, several ranks have the same one.
-        groups = max(hf.get("num_key_value_heads") or heads, tensor)
-        always += (2 * heads + 2 * groups) / tensor * size * whole * value
+        groups = max(key_value_heads(hf), tensor)
+        always += (2 * heads + 2 * groups) / tensor * head * whole * value
     modules["core_attn"] = 4 * heads / tensor * whole
     dispatch = 0.0
     if sparse:

@@ -7,6 +7,7 @@ pipeline from the inside out; expert groups span the first three."""
 from dataclasses import dataclass
 
 from megatron_r1.config.hardware import link_rate
+from megatron_r1.models.hf_config import head_sizes, key_value_heads
 from megatron_r1.reporting.wording import counted
 from tools.plan.activations import VALUE
 from tools.plan.job import Job
@@ -74,13 +75,7 @@ def _tensor(job: Job, layers: int) -> Group:
 def _context(job: Job, layers: int) -> Group:
     hf, size = job.hf, job.parallel.context
     whole, _ = _tokens(job)
-    heads = hf["num_attention_heads"]
-    if job.latent_attention:
-        values = heads * (hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"] + hf["v_head_dim"])
-    else:
-        head = hf.get("head_dim") or hf["hidden_size"] // heads
-        values = 2 * (hf.get("num_key_value_heads") or heads) * head
-    values /= job.parallel.tensor
+    values = key_value_heads(hf) * sum(head_sizes(hf)) / job.parallel.tensor
     forward = layers * values * whole * (size - 1) * VALUE
     again = job.parallel.recompute == "full"
     formula = (

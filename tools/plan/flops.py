@@ -7,7 +7,7 @@ backward. With these, DeepSeek-V3 at 4,096 tokens takes 250 GFLOP per token, as 
 
 from math import prod
 
-from megatron_r1.trainer_client.sample_cost import head_sizes
+from megatron_r1.models.hf_config import head_sizes
 from megatron_r1.weights.decoder import table
 from tools.plan.job import Job
 from tools.plan.parameters import ModelCounts

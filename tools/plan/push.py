@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron_r1.config.hardware import GIB
 from megatron_r1.errors import UserError
+from megatron_r1.models.hf_config import key_value_heads
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.checks import check_drafter
@@ -43,8 +44,7 @@ def engine_layout(job: Job) -> EngineLayout:
 
 def _shares(job: Job, tensor: int) -> bool:
     """Return whether `tensor` GPUs can share the attention, and divide the engine's GPUs."""
-    heads = job.hf["num_attention_heads"]
-    groups = heads if job.latent_attention else job.hf.get("num_key_value_heads") or heads
+    heads, groups = job.hf["num_attention_heads"], key_value_heads(job.hf)
     whole = groups % tensor == 0 or tensor % groups == 0
     return job.engine_gpus % tensor == 0 and heads % tensor == 0 and whole
 

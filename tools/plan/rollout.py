@@ -7,7 +7,7 @@ from functools import cached_property
 
 from megatron_r1.config import Config
 from megatron_r1.engine.limits import check_ranks, positions
-from megatron_r1.models.hf_config import load_config, read_hf_config
+from megatron_r1.models.hf_config import head_sizes, key_value_heads, load_config, read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
@@ -38,9 +38,7 @@ def cache_bytes_per_token(hf: dict, value: int = 2, mtp_layers: int = 0) -> int:
     if hf.get("kv_lora_rank"):
         values = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
     else:
-        heads = hf["num_attention_heads"]
-        size = hf.get("head_dim") or hf["hidden_size"] // heads
-        values = 2 * (hf.get("num_key_value_heads") or heads) * size
+        values = key_value_heads(hf) * sum(head_sizes(hf))
     return (hf["num_hidden_layers"] + mtp_layers) * values * value
 
 
@@ -120,7 +118,7 @@ class Engines:
         whole = cache_bytes_per_token(self.job.hf, self.value, self.mtp_layers)
         if self.job.latent_attention:
             return whole
-        return whole / min(self.tensor, self.job.hf.get("num_key_value_heads") or self.tensor)
+        return whole / min(self.tensor, key_value_heads(self.job.hf))
 
     @property
     def sequences(self) -> float:
