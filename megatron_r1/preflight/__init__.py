@@ -2,7 +2,6 @@
 rank, `judge` compares the ranks with each other and with the planner, `report` prints and writes.
 
     host.py      versions, memory, clock, ports and sandbox of a node
-    speed.py     matrix products of a rank
     links.py     collectives of every parallel axis, and links between pairs of nodes
     folder.py    the run folder: speed, fsync, locks, seen by every node
     progress.py  where each rank is, and the name of one that hangs"""

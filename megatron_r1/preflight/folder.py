@@ -33,7 +33,10 @@ def check_folder(folder: Path, place: Place, progress: Progress) -> Folder:
     with _faults(found):
         if place.rank == 0:
             work.mkdir(parents=True, exist_ok=True)
-            _write_token(work, progress)
+            token = secrets.token_hex(8)
+            (work / "token").write_text(token)
+            fsync(work)
+            progress.store.set("token", token)
             lock = FolderLock(work / LOCK)
     progress.meet("folder made")
     tries_lock = place.rank == 1 if place.num_nodes == 1 else place.leads and place.node > 0
@@ -67,13 +70,6 @@ def _faults(found: Folder):
         yield
     except (OSError, UserError) as error:
         found.error = found.error or str(error)
-
-
-def _write_token(work: Path, progress: Progress) -> None:
-    token = secrets.token_hex(8)
-    (work / "token").write_text(token)
-    fsync(work)
-    progress.store.set("token", token)
 
 
 def _has_token(work: Path, progress: Progress) -> bool:

@@ -1,9 +1,8 @@
 """Judges the measurements of all ranks: against each other, and against the planner's rates."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from statistics import median, median_high
 from typing import Literal
 
@@ -82,13 +81,13 @@ def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, obje
             share = share_inside(gpus, span)
             rate = median_high(groups.values()) / efficiency
             (inside if share == 1 else across).append(rate * (1 - share) or rate)
-    across += [rate / efficiency for rate in _node_rates(facts, _pairs_of).values()]
+    across += [rate / efficiency for rate in _node_rates(facts, "pairs").values()]
     values: dict[str, object] = {"hardware": hardware.name, "gpus_per_node": gpus}
     if inside:
         values["nvlink"] = min(inside)
     if across:
         values["network"] = min(across)
-    if gloo := _node_rates(facts, _gloo_of):
+    if gloo := _node_rates(facts, "gloo"):
         values["host_network"] = min(gloo.values())
     return values
 
@@ -102,10 +101,10 @@ def _versions(nodes: Sequence[tuple[Facts, Node]]) -> Iterable[Finding]:
         others = [(each.host, value) for (each, _), value in zip(nodes, values, strict=True)]
         others = [(host, value) for host, value in others if value != usual]
         if others:
-            shown = ", ".join(f"{value} on {host}" for host, value in others[:MANY])
+            shown = _some([f"{value} on {host}" for host, value in others])
             level: Literal["note", "block"] = "note" if name in MAY_DIFFER else "block"
             hosts = tuple(dict.fromkeys(host for host, _ in others))
-            problem = f"{name}: {shown}{_more(len(others))}; {usual} on the others"
+            problem = f"{name}: {shown}; {usual} on the others"
             differing.append(Finding("versions", name, "equal on all nodes", level, problem, hosts))
     shown = ", ".join(
         f"{name} {nodes[0][1].versions[name]}"
@@ -156,7 +155,7 @@ def _products(facts: Sequence[Facts], settings: PreflightConfig) -> Finding:
         f"{least.rank} on {least.host})",
         f"{settings.slowest:.0%} of the median",
         "block" if slow else "ok",
-        "slow: " + _ranks(slow) if slow else "",
+        f"slow: {_some([f'rank {each.rank} on {each.host}' for each in slow])}" if slow else "",
         _hosts(slow),
     )
 
@@ -195,7 +194,7 @@ def _links(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Findin
 
 
 def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Finding]:
-    rates = _node_rates(facts, _pairs_of)
+    rates = _node_rates(facts, "pairs")
     if not rates:
         return
     usual = median_high(rates.values())
@@ -212,7 +211,7 @@ def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Findin
 
 
 def _gloo(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Finding]:
-    rates = _node_rates(facts, _gloo_of)
+    rates = _node_rates(facts, "gloo")
     if not rates:
         return
     hardware, usual = hardware_of(settings, facts), median_high(rates.values())
@@ -321,36 +320,23 @@ def _groups(facts: Sequence[Facts], axis: str) -> dict[tuple[int, ...], float]:
     return rates
 
 
-def _node_rates(
-    facts: Sequence[Facts], rates_of: Callable[[Facts], list[float]]
-) -> Mapping[int, float]:
+def _node_rates(facts: Sequence[Facts], kind: Literal["pairs", "gloo"]) -> dict[int, float]:
     """Return the rate of each node to the better of its neighbours: the median of its ranks."""
     rates: dict[int, list[float]] = {}
     for each in facts:
-        if found := rates_of(each):
+        if found := getattr(each, kind):
             rates.setdefault(each.node_index, []).append(max(found))
     return {node: median(found) for node, found in rates.items()}
-
-
-_pairs_of, _gloo_of = attrgetter("pairs"), attrgetter("gloo")
 
 
 def _hosts(facts: Iterable[Facts]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(each.host for each in facts))
 
 
-def _ranks(facts: Sequence[Facts]) -> str:
-    shown = ", ".join(f"rank {each.rank} on {each.host}" for each in facts[:MANY])
-    return shown + _more(len(facts))
-
-
 def _some(values: Sequence[object]) -> str:
-    return ", ".join(map(str, values[:MANY])) + _more(len(values))
+    more = f" and {len(values) - MANY} more" if len(values) > MANY else ""
+    return ", ".join(map(str, values[:MANY])) + more
 
 
 def _by(holders: Sequence[str]) -> str:
     return f" by {', '.join(holders)}" if holders else ""
-
-
-def _more(count: int) -> str:
-    return f" and {count - MANY} more" if count > MANY else ""

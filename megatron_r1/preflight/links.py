@@ -131,7 +131,7 @@ def _buffer() -> Tensor:
 
 def _operations(
     buffer: Tensor, group: ProcessGroup, size: int
-) -> dict[str, tuple[Callable[[], None], float]]:
+) -> dict[str, tuple[Callable[[], object], float]]:
     """Return each operation over `group`, with the bytes that a rank sends as a share of the
     buffer's."""
     buffer = buffer[: len(buffer) // size * size]
@@ -141,10 +141,10 @@ def _operations(
     to, source = ranks[(own + 1) % size], ranks[own - 1]
     return {
         # Over the axis: every rank adds to the sum.
-        "all-reduce": (lambda: _discard(dist.all_reduce(buffer, group=group)), 2 * (1 - 1 / size)),
+        "all-reduce": (lambda: dist.all_reduce(buffer, group=group), 2 * (1 - 1 / size)),
         # Over the axis: every rank has a part for every other.
         "all-to-all": (
-            lambda: _discard(dist.all_to_all_single(received, buffer, group=group)),
+            lambda: dist.all_to_all_single(received, buffer, group=group),
             1 - 1 / size,
         ),
         # Along the axis: every rank sends to the next one, the last to the first.
@@ -158,11 +158,7 @@ def _send_and_receive(sent: Tensor, to: int, received: Tensor, source: int) -> N
         request.wait()
 
 
-def _discard(result: object) -> None:
-    """Ignore the handle of a finished collective."""
-
-
-def _timed(run: Callable[[], None], repeats: int) -> float:
+def _timed(run: Callable[[], object], repeats: int) -> float:
     platform.synchronize()
     start = time.perf_counter()
     for _ in range(repeats):

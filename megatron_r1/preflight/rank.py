@@ -1,17 +1,17 @@
 """All checks on one rank, in the order of every rank."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
 from datetime import timedelta
 from pathlib import Path
 
 import msgspec
+import torch
 import torch.distributed as dist
 
 from megatron_r1 import platform
 from megatron_r1.config import Config
-from megatron_r1.preflight import host, links, speed
+from megatron_r1.preflight import host, links
 from megatron_r1.preflight.facts import Facts, Link, Memory, Node, Place
 from megatron_r1.preflight.folder import check_folder
 from megatron_r1.preflight.progress import Progress
@@ -22,15 +22,13 @@ START_TIMES = 4.0
 """Times the limit for one check: Python's imports from a shared file system, and NCCL's groups."""
 
 
-@dataclass(frozen=True)
-class Probes:
-    """The measurements that need no other rank."""
-
-    versions: Callable[[], dict[str, str]] = host.versions
-    products: Callable[[], float] = speed.product_rate
+PRODUCT_SECONDS = {"cuda": 2.0, "cpu": 0.3}
+"""A GPU that runs too hot lowers its clock within seconds."""
+MIN_PRODUCTS = 3
+PRODUCT_SIZES = {"cuda": (8192, torch.bfloat16), "cpu": (512, torch.float32)}
 
 
-def run(config: Config, settings: PreflightConfig, probes: Probes = Probes()) -> list[Facts]:
+def run(config: Config, settings: PreflightConfig) -> list[Facts]:
     """Run all checks; return the facts of all ranks on rank 0, elsewhere none.
 
     A rank that hangs ends the process, with its name (`progress`)."""
@@ -42,11 +40,11 @@ def run(config: Config, settings: PreflightConfig, probes: Probes = Probes()) ->
     progress.enter("versions and memory", START_TIMES)
     # Before this process and its neighbours hold any of it.
     device_memory = host.device_memory(place.local_rank)
-    versions, memory = (probes.versions(), host.host_memory()) if place.leads else ({}, None)
+    versions, memory = (host.versions(), host.host_memory()) if place.leads else ({}, None)
     progress.enter("join of the process groups", START_TIMES)
     groups = distributed.initialize(config.parallel, config.run.seed).groups
     progress.enter("matrix products")
-    products = probes.products()
+    products = product_rate()
     found: dict[str, Link] = {}
     for axis, (_, operation) in links.AXES.items():
         progress.enter(f"{operation} over {axis}", START_TIMES)
@@ -80,6 +78,25 @@ def run(config: Config, settings: PreflightConfig, probes: Probes = Probes()) ->
     distributed.leave_process_groups()
     progress.close()
     return everyone
+
+
+def product_rate() -> float:
+    """Return the FLOP per second of square products: the median of a GPU's, whose clock is to
+    hold; the best of a CPU's, which other processes share."""
+    device = platform.device()
+    size, dtype = PRODUCT_SIZES[device.type]
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    torch.matmul(left, right)  # not timed: libraries load
+    seconds: list[float] = []
+    end = time.perf_counter() + PRODUCT_SECONDS[device.type]
+    while time.perf_counter() < end or len(seconds) < MIN_PRODUCTS:
+        platform.synchronize()
+        start = time.perf_counter()
+        torch.matmul(left, right)
+        platform.synchronize()
+        seconds.append(time.perf_counter() - start)
+    chosen = sorted(seconds)[len(seconds) // 2 if device.type == "cuda" else 0]
+    return 2 * size**3 / chosen
 
 
 def _connect() -> dist.Store:

@@ -6,11 +6,10 @@ does not depend on the machine's load, and node 3 reports another version of tor
 import os
 import socket
 import sys
-from dataclasses import replace
 
 from megatron_r1.config import parse
 from megatron_r1.errors import RunError
-from megatron_r1.preflight import folder, host, judge, rank, report, speed
+from megatron_r1.preflight import folder, host, judge, rank, report
 from megatron_r1.preflight.settings import PreflightConfig
 
 
@@ -28,12 +27,12 @@ def main() -> None:
     settings = PreflightConfig(
         slowest=0.01, output=f"{out}/found.json", calibration=f"{out}/rates.yaml"
     )
-    probes = rank.Probes()
+    product_rate, versions = rank.product_rate, host.versions
     if number == "2":
-        probes = replace(probes, products=lambda: speed.product_rate() / 1e6)
+        rank.product_rate = lambda: product_rate() / 1e6
     if number == "3":
-        probes = replace(probes, versions=lambda: host.versions() | {"torch": "1.0"})
-    facts = rank.run(config, settings, probes)
+        host.versions = lambda: versions() | {"torch": "1.0"}
+    facts = rank.run(config, settings)
     if facts:
         try:
             report.write("small", settings, facts, judge.judge(config, settings, facts))
