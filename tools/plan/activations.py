@@ -37,23 +37,18 @@ class Layer:
         """Return the bytes kept from the forward pass to the backward pass."""
         if parallel.recompute == "full":
             return self.input
-        dropped = parallel.recompute_modules if parallel.recompute == "selective" else ()
-        return (
-            self.input
-            + self.always
-            + sum(
-                num_bytes
-                for name, num_bytes in self.modules.items()
-                if name not in dropped and not (name in _INSIDE_MOE and "moe" in dropped)
-            )
-        )
+        dropped = set(parallel.recompute_modules if parallel.recompute == "selective" else ())
+        if "moe" in dropped:
+            dropped |= _INSIDE_MOE
+        kept = (self.modules[name] for name in self.modules.keys() - dropped)
+        return self.input + self.always + sum(kept)
 
     def working(self, parallel: ParallelConfig) -> int:
         """Return the bytes added during its backward pass, by recomputation and dispatch."""
         return self.everything - self.kept(parallel) + self.dispatch
 
 
-_INSIDE_MOE = ("moe", "moe_act", "shared_experts")
+_INSIDE_MOE = {"moe_act", "shared_experts"}
 
 
 def layer_activations(job: Job, sparse: bool, tokens: int | None = None) -> Layer:
@@ -62,7 +57,7 @@ def layer_activations(job: Job, sparse: bool, tokens: int | None = None) -> Laye
     tokens: of the micro-batch; default: the largest."""
     hf, tensor = job.hf, job.parallel.tensor
     whole = (tokens or job.microbatch_tokens) / job.parallel.context
-    split = whole / tensor if job.splits_sequences else whole
+    split = job.split(whole)
     value = 2 * VALUE if job.config.model.dtype == "float32" else VALUE
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
     head, out = head_sizes(hf)

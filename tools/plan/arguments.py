@@ -3,7 +3,6 @@
 import argparse
 import math
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from megatron_r1.config import Verb, verb_of
 from megatron_r1.config.command_line import parse_overrides
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
 from megatron_r1.engine.limits import context_length
-from megatron_r1.errors import UserError
+from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.models.hf_config import read_hf_config
 from tools.plan.calibrate import calibrated
 from tools.plan.job import Job, text_limit
@@ -153,9 +152,9 @@ def _check_options(chosen: argparse.Namespace, rest: list[str]) -> None:
         )
     for word in rest:
         key = word.partition("=")[0]
-        near = get_close_matches(key, options, n=1) if "." not in key else []
+        near = did_you_mean(key, options, "{}") if "." not in key else ""
         if key.startswith("--") and near:
-            raise UserError(f"unknown option {key}; did you mean {near[0]}?")
+            raise UserError(f"unknown option {key}{near}")
     for option, value in options.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and not 0 < value < math.inf:

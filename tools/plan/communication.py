@@ -48,16 +48,8 @@ def groups(job: Job, rank: int) -> dict[str, Group]:
     return {name: group for name, group in axes.items() if group and group.size > 1}
 
 
-def _tokens(job: Job) -> tuple[float, float]:
-    """Return (whole, split) tokens of a mean micro-batch on a rank."""
-    samples = job.num_responses / job.minibatches / job.data
-    tokens = samples * job.sample_tokens / job.num_microbatches / job.parallel.context
-    return tokens, tokens / job.parallel.tensor if job.splits_sequences else tokens
-
-
 def _tensor(job: Job, layers: int) -> Group:
-    hf, size = job.hf, job.parallel.tensor
-    whole, _ = _tokens(job)
+    hf, size, whole = job.hf, job.parallel.tensor, job.rank_tokens
     hidden, share = hf["hidden_size"], (size - 1) / size
     gathered = scattered = 2 * hidden
     if job.latent_attention:
@@ -73,8 +65,7 @@ def _tensor(job: Job, layers: int) -> Group:
 
 
 def _context(job: Job, layers: int) -> Group:
-    hf, size = job.hf, job.parallel.context
-    whole, _ = _tokens(job)
+    hf, size, whole = job.hf, job.parallel.context, job.rank_tokens
     values = key_value_heads(hf) * sum(head_sizes(hf)) / job.parallel.tensor
     forward = layers * values * whole * (size - 1) * VALUE
     again = job.parallel.recompute == "full"
@@ -89,8 +80,7 @@ def _context(job: Job, layers: int) -> Group:
 def _expert(job: Job, sparse: int) -> Group | None:
     if not sparse:
         return None
-    parallel, size = job.parallel, job.parallel.expert
-    _, split = _tokens(job)
+    parallel, size, split = job.parallel, job.parallel.expert, job.split(job.rank_tokens)
     routed = job.hf["num_experts_per_tok"] * split * job.assumptions.expert_imbalance
     once = sparse * routed * job.hf["hidden_size"] * VALUE * (size - 1) / size
     recomputed = parallel.recompute == "selective" and "moe" in parallel.recompute_modules
@@ -104,7 +94,7 @@ def _expert(job: Job, sparse: int) -> Group | None:
 
 
 def _pipeline(job: Job) -> Group:
-    _, split = _tokens(job)
+    split = job.split(job.rank_tokens)
     once = split * job.hf["hidden_size"] * VALUE * job.virtual
     formula = (
         f"{split:,.0f} tokens x {job.hf['hidden_size']} x {VALUE} B x "

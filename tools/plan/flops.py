@@ -65,7 +65,7 @@ def flops_section(job: Job) -> Section:
 def _training_flops(job: Job) -> Section:
     length = job.sample_tokens
     forward = forward_flops(job.hf, length)
-    samples = job.num_responses / job.minibatches
+    samples = job.step_samples
     passes = 3 + (job.parallel.recompute == "full")
     section = {
         "training, per token": Quantity(

@@ -10,7 +10,7 @@ from megatron_r1.config.algorithms import rules_of
 from megatron_r1.config.hardware import Assumptions, Hardware
 from megatron_r1.engine.limits import check_engines
 from megatron_r1.errors import UserError
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config import read_hf_config, sparse_layers
 from megatron_r1.models.supported import check_divisions
 from megatron_r1.trainer_client.batch_size import check_batches
 from megatron_r1.weights.adapters.table import adapter_table
@@ -81,13 +81,10 @@ class Job:
             self.shared["adapters"] = adapter_table(self.hf, lora)
         return self.shared["adapters"]
 
-    @property
+    @cached_property
     def sparse(self) -> list[bool]:
         """Whether each decoder layer has routed experts."""
-        if "sparse" not in self.shared:
-            kinds = {id(layer): any(r.expert for r in layer) for layer in self.rules.layers}
-            self.shared["sparse"] = [kinds[id(layer)] for layer in self.rules.layers]
-        return self.shared["sparse"]
+        return sparse_layers(self.hf)
 
     def layers(self, pipeline_rank: int) -> tuple[int, int]:
         """Return the numbers of (dense, sparse) decoder layers on a pipeline rank."""
@@ -132,6 +129,10 @@ class Job:
     @property
     def splits_sequences(self) -> bool:
         return self.parallel.splits_sequences(self.has_experts)
+
+    def split(self, tokens: float) -> float:
+        """Return the tokens of a rank where tensor ranks share the sequence between matrices."""
+        return tokens / self.parallel.tensor if self.splits_sequences else tokens
 
     @property
     def latent_attention(self) -> bool:
@@ -214,9 +215,20 @@ class Job:
         return max(self.parallel.microbatch_tokens, self.longest_sample)
 
     @property
+    def step_samples(self) -> float:
+        """Samples of one optimizer step."""
+        return self.num_responses / self.minibatches
+
+    @property
+    def rank_tokens(self) -> float:
+        """Tokens of a mean micro-batch on a rank: context parallelism divides them."""
+        tokens = self.step_samples / self.data * self.sample_tokens
+        return tokens / self.num_microbatches / self.parallel.context
+
+    @property
     def num_microbatches(self) -> int:
         """Micro-batches of one optimizer step on each data-parallel rank."""
-        tokens = self.num_responses / self.minibatches * self.sample_tokens
+        tokens = self.step_samples * self.sample_tokens
         limit = max(self.parallel.microbatch_tokens, self.sample_tokens)
         return max(1, -(-int(tokens) // (self.data * limit)))
 

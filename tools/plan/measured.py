@@ -6,7 +6,6 @@ first, which warms up, and before the first change of rl.schedule."""
 
 import argparse
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -69,11 +68,12 @@ class Measured:
             raise UserError(f"--calibrate-from {folder}: metrics.jsonl is missing or has no step")
         self.lines = lines[1:] or lines
         self._lengths()
-        self._training()
+        self._solve("compute_efficiency", "time/train", "scoring", "training", "critic")
+        self.reasons["link_efficiency"] = "time/train is computation and communication together"
         if job.generates:
             self._rollout()
         if pushes(job):
-            self._push()
+            self._solve("push_efficiency", "time/push", "push")
 
     def _median(self, key: str) -> float | None:
         found = [value for line in self.lines if (value := finite(line, key)) is not None]
@@ -98,54 +98,42 @@ class Measured:
             )
             config = job.config.model_copy(update={"rollout": rollout})
             self.job = replace(job, config=config, response_tokens=response)
-            self._assume(**{k: v for k, v in self.values.items() if k == "prompt_tokens"})
+            if "prompt_tokens" in self.values:
+                self.job = self._with(prompt_tokens=self.values["prompt_tokens"])
         elif sample and sample >= 2:
-            self._assume(prompt_tokens=min(job.assumptions.prompt_tokens, round(sample) - 1))
+            self.job = self._with(
+                prompt_tokens=min(job.assumptions.prompt_tokens, round(sample) - 1)
+            )
             rest = round(sample) - self.job.assumptions.prompt_tokens
             self.job = replace(self.job, response_tokens=rest)
-
-    def _assume(self, **values: float) -> None:
-        self.job = self._with(**values)
 
     def _with(self, **values: float) -> Job:
         return replace(self.job, assumptions=replace(self.job.assumptions, **values))
 
-    def _seconds(self, names: tuple[str, ...]) -> Callable[[Job], float | None]:
-        """Return the function from a job to the sum of its planned seconds of `names`."""
-
-        def seconds(job: Job) -> float | None:
-            section = time_section(Bill(job).times)
-            parts = [section[name].value for name in names if name in section]
-            return None if not parts or None in parts else sum(filter(None, parts))
-
-        return seconds
-
-    def _training(self) -> None:
-        names = ("scoring", "training", "critic")
-        self._solve("compute_efficiency", "time/train", self._seconds(names))
-        self.reasons["link_efficiency"] = "time/train is computation and communication together"
-
-    def _push(self) -> None:
-        self._solve("push_efficiency", "time/push", self._seconds(("push",)))
+    def _seconds(self, parts: tuple[str, ...], **values: float) -> float | None:
+        """Return the sum of the planned seconds of `parts` with these values."""
+        section = time_section(Bill(self._with(**values)).times)
+        planned = [section[name].value for name in parts if name in section]
+        return None if not planned or None in planned else sum(filter(None, planned))
 
     def _rollout(self) -> None:
         """One number of seconds determines one of two: engines of one GPU have no exchanges."""
         several = self.job.engine_gpus > 1
         names = "decode_latency_per_layer", "bandwidth_efficiency"
         wanted, other = names if several else names[::-1]
-        self._solve(wanted, "time/rollout", self._seconds(("rollout",)))
+        self._solve(wanted, "time/rollout", "rollout")
         self.reasons[other] = (
             f"time/rollout was used for {wanted}" if several else "engines have one GPU each"
         )
 
-    def _solve(self, name: str, key: str, seconds: Callable[[Job], float | None]) -> None:
-        """Set `name` to the value with which `seconds` of the job are the median of `key`."""
+    def _solve(self, name: str, key: str, *parts: str) -> None:
+        """Set `name` to the value with which `parts` of the plan take the median of `key`."""
         measured = self._median(key)
         if not measured:
             self.reasons[name] = f"the metrics have no {key}"
             return
         low, high = LIMITS
-        ends = [seconds(self._with(**{name: value})) for value in LIMITS]
+        ends = [self._seconds(parts, **{name: value}) for value in LIMITS]
         if ends[0] is None or ends[1] is None:
             self.reasons[name] = "the run does not fit on this hardware as planned"
             return
@@ -159,7 +147,7 @@ class Measured:
         falling = ends[0] > ends[1]
         for _ in range(BISECTIONS):
             middle = math.sqrt(low * high)
-            too_long = (seconds(self._with(**{name: middle})) or 0.0) > measured
+            too_long = (self._seconds(parts, **{name: middle}) or 0.0) > measured
             low, high = (middle, high) if too_long == falling else (low, middle)
         self.values[name] = low
-        self._assume(**{name: low})
+        self.job = self._with(**{name: low})

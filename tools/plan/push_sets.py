@@ -111,23 +111,10 @@ def set_links(
 ) -> SetLinks:
     """Return what a push connects. max_engines: of a set. drafts: with the engines' drafters.
     shares_gpus: see `plan.links.shares_gpus_over_nccl`."""
-    model, key = json.dumps(hf), _Stages(stages)
+    model, chunks = json.dumps(hf), tuple(map(tuple, stages))
     return _set_links(
-        model, grid, engines, key, count, max_engines, drafts, shares_gpus, ranks_per_node
+        model, grid, engines, chunks, count, max_engines, drafts, shares_gpus, ranks_per_node
     )
-
-
-class _Stages:
-    """Stages as a key of a cache."""
-
-    def __init__(self, stages: list[list[Shard]]):
-        self.stages, self._key = stages, repr(stages)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Stages) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
 
 
 @lru_cache
@@ -135,7 +122,7 @@ def _set_links(
     hf: str,
     grid: TrainerGrid,
     engines: EngineLayout,
-    stages: _Stages,
+    stages: tuple[tuple[Shard, ...], ...],
     count: ByteCount,
     max_engines: int,
     drafts: bool,
@@ -143,7 +130,7 @@ def _set_links(
     ranks_per_node: int,
 ) -> SetLinks:
     needs = PredictedLayout(json.loads(hf), engines, drafts=drafts)
-    planner = Planner(json.loads(hf), grid, engines, stages.stages, needs)
+    planner = Planner(json.loads(hf), grid, engines, stages, needs)
     sets = engine_sets(engines.engines, max_engines)
     plans = planned_entries(
         planner, count, sets, shares_gpus=shares_gpus, ranks_per_node=ranks_per_node

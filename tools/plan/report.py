@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_r1.config.yaml_text import as_text as as_yaml
 from megatron_r1.reporting.wording import counted
 from tools.plan.bill import Bill
 from tools.plan.job import Job
@@ -72,7 +73,10 @@ def layouts_text(
         return f"{title}: none on {job.world_size:,} {job.hardware.name}; {remedy}"
     lines = [f"{title}:"]
     for found in others:
-        changes = " ".join(f"--parallel.{k} {_value(v)}" for k, v in found.changes.items())
+        changes = " ".join(
+            f"--parallel.{key} {shlex.quote(as_yaml(value))}"
+            for key, value in found.changes.items()
+        )
         peak, seconds = in_bytes(found.peak), Quantity(found.seconds, "s")
         lines.append(f"  {peak!s:>10}, {seconds!s:>8} a step   {changes or '(the recipe)'}")
     return "\n".join(lines)
@@ -87,13 +91,6 @@ def _size_options(job: Job, other: Job) -> str:
     engines = other.config.rollout.engines
     changed = job.generates and engines != job.config.rollout.engines
     return f"--gpus {other.world_size}" + (f" --rollout.engines {engines}" if changed else "")
-
-
-def _value(value: Any) -> str:
-    """Quote a value for the shell and YAML."""
-    if isinstance(value, list):
-        value = f"[{', '.join(value)}]"
-    return "null" if value is None else shlex.quote(str(value))
 
 
 def _title(bill: Bill) -> str:

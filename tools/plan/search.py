@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby, product
-from operator import attrgetter
+from itertools import groupby, islice, product
+from operator import attrgetter, itemgetter
 
 from tools.plan.bill import Bill
 from tools.plan.job import Job
@@ -24,19 +24,15 @@ class FittingLayout:
 
 def nearest(job: Job, count: int = 5) -> list[FittingLayout]:
     """Return layouts that fit, fewest and smallest changes first."""
-    found: list[FittingLayout] = []
-    for distance, changes in sorted(_candidates(job), key=lambda pair: pair[0]):
-        if fitting := _fitting(job, changes, distance):
-            found.append(fitting)
-            if len(found) == count:
-                break
-    return sorted(found, key=attrgetter("distance", "seconds"))
+    candidates = sorted(_candidates(job), key=itemgetter(0))
+    fitting = filter(None, (_fitting(job, *candidate) for candidate in candidates))
+    return sorted(islice(fitting, count), key=attrgetter("distance", "seconds"))
 
 
 def fastest(job: Job, count: int = 10) -> list[FittingLayout]:
     """Return layouts that fit, shortest estimated step first."""
-    found = [fitting for pair in _candidates(job) if (fitting := _fitting(job, *pair[::-1]))]
-    return sorted(found, key=attrgetter("seconds"))[:count]
+    fitting = filter(None, (_fitting(job, *candidate) for candidate in _candidates(job)))
+    return sorted(fitting, key=attrgetter("seconds"))[:count]
 
 
 def nearest_sizes(job: Job) -> list[Job]:
@@ -147,8 +143,7 @@ def _distance(job: Job, changes: dict) -> float:
     return sum(doublings) + (changes["recompute"] != job.parallel.recompute)
 
 
-def _fitting(job: Job, changes: dict, distance: float) -> FittingLayout | None:
-    changes = dict(changes)
+def _fitting(job: Job, distance: float, changes: dict) -> FittingLayout | None:
     chunks = changes["pipeline"] * changes["virtual_pipeline"]
     same = all(getattr(job.parallel, k) == changes[k] for k in ("pipeline", "virtual_pipeline"))
     if not same:

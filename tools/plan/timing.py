@@ -68,9 +68,7 @@ class StepTime:
     def _seconds(self, flops: float) -> float:
         """Return seconds of `flops` per token for a rank's share of a mean micro-batch."""
         job = self.job
-        samples = job.num_responses / job.minibatches / job.data
-        tokens = samples * self.length / job.num_microbatches
-        share = tokens / job.parallel.context / job.parallel.tensor
+        share = job.rank_tokens / job.parallel.tensor
         return flops * share / (job.hardware.bf16 * job.assumptions.compute_efficiency)
 
     def microbatch(self, rank: int, backward: bool) -> float:
