@@ -14,24 +14,18 @@ MOST_LAYERS = 2
 """Decoder layers of one pipeline stage; more exercise nothing that two do not."""
 
 
-def data_size(parallel: ParallelConfig) -> int:
-    """Return the number of model replicas."""
-    return parallel.processes // (parallel.tensor * parallel.context * parallel.pipeline)
-
-
 def shrink(parallel: ParallelConfig, max_ranks: int) -> ParallelConfig:
     """Return the layout with each axis at most `PARTS`, and replicas of the model dropped if there
     would be more than `max_ranks` ranks otherwise. Raises UserError if that is not enough."""
     sizes = {axis: min(getattr(parallel, axis), PARTS) for axis in AXES}
+    layout = None
     if parallel.pipeline_layout:
         groups = short_stages(
             parse_layout(parallel.pipeline_layout), sizes["pipeline"], parallel.pipeline
         )
         sizes["virtual_pipeline"] = len(groups) // sizes["pipeline"]
         layout = "|".join(groups)
-    else:
-        layout = None
-    replicas = min(data_size(parallel), PARTS)
+    replicas = min(parallel.num_replicas(parallel.processes), PARTS)
     dense = sizes["tensor"] * sizes["context"]
     # Experts are spread over the ranks of all replicas of a stage.
     experts = sizes["expert"] * sizes["expert_tensor"]
@@ -46,12 +40,7 @@ def shrink(parallel: ParallelConfig, max_ranks: int) -> ParallelConfig:
             f"miniature; raise it to {processes}"
         )
     return parallel.model_copy(
-        update={
-            **sizes,
-            "pipeline_layout": layout,
-            "processes": processes,
-            "threads": 1,
-        }
+        update={**sizes, "pipeline_layout": layout, "processes": processes, "threads": 1}
     )
 
 

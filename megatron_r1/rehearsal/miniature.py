@@ -48,6 +48,7 @@ class Miniature:
 def shrink(config: Config, hf: dict, folder: Path, max_ranks: int) -> Miniature:
     """Return the miniature of a recipe for the model `hf`, which will run in `folder`."""
     parallel = layout.shrink(config.parallel, max_ranks)
+    replicas = parallel.num_replicas(parallel.processes)
     small_hf = model.shrink(hf, layout.num_layers(parallel), config.push.fp8)
     changed: dict[str, Any] = {
         "run": {
@@ -78,7 +79,7 @@ def shrink(config: Config, hf: dict, folder: Path, max_ranks: int) -> Miniature:
         "rollout": _rollout(config),
         "push": _push(config),
         "rewards": _rewards(config),
-        "rl": _rl(config, layout.data_size(parallel)),
+        "rl": _rl(config, replicas),
         "teacher": _teacher(config, folder),
         "optimizer": {
             "learning_rate": LEARNING_RATE,
@@ -89,8 +90,8 @@ def shrink(config: Config, hf: dict, folder: Path, max_ranks: int) -> Miniature:
         | {"tokens_per_microbatch": _tokens(config), "dispatcher": "alltoall"},
         "checkpoint": {"every": 1},
         "eval": {"every": 0, "samples": 1, "benchmarks": []},
-        "sft": _sft(config, folder, layout.data_size(parallel)),
-        "reward_model": _reward_model(config, folder, layout.data_size(parallel)),
+        "sft": _sft(config, folder, replicas),
+        "reward_model": _reward_model(config, folder, replicas),
         "sample": _sample(config),
         "critic": {
             "path": config.critic.path and str(folder / "model"),

@@ -1,14 +1,14 @@
 """The phases of a rehearsal, in order, and what each of them has shown."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Self
 
 from megatron_r1.config import Config
 from megatron_r1.curation.outputs import FILES
@@ -201,38 +201,40 @@ class Phases:
         kept = _num_lines(written) if written.exists() else 0
         self._show(what, phase, f"{responses} responses; {kept} lines in {written.name}")
 
+    @contextlib.contextmanager
     def _phase(
         self, what: str, config: Config | None = None, settings: Sequence[str] = ()
-    ) -> "_Phase":
+    ) -> Iterator["_Phase"]:
+        """Start the command, which is killed with all its processes at the end of the block."""
         self.notify(what)
         log = self.recipe.with_name(f"log-{len(self.shown)}.txt")
         settings = [*self.settings, *settings]
-        started = launch.started(self.verb, self.recipe, config or self.config, settings, log)
         blocked = self.run_folder.path / "logs" / "controller-blocked.txt"
-        return _Phase(what, started, log, blocked, self.timeout_seconds)
+        since, cpu_since = time.monotonic(), launch.cpu_seconds()
+        started = launch.started(self.verb, self.recipe, config or self.config, settings, log)
+        with started as process:
+            phase = _Phase(what, process, log, blocked, self.timeout_seconds, since)
+            yield phase
+            phase.seconds = time.monotonic() - since
+            # Before the kill: the children of killed processes have no parent that waits for them.
+            phase.cpu_seconds = launch.cpu_seconds() - cpu_since
 
     def _show(self, what: str, phase: "_Phase", evidence: str) -> None:
         self.shown.append(PhaseResult(what, evidence, phase.seconds, phase.cpu_seconds))
 
 
+@dataclass
 class _Phase:
-    """A started command, which is killed with all its processes at the end of the block."""
+    """A started command. blocked: the stacks of a controller that does not answer."""
 
-    def __init__(self, what: str, started, log: Path, blocked: Path, timeout_seconds: float):
-        self.what, self.log, self.timeout_seconds = what, log, timeout_seconds
-        self._started, self._blocked = started, blocked
-        self._since, self._cpu_since = time.monotonic(), launch.cpu_seconds()
-        self.seconds = self.cpu_seconds = 0.0
-
-    def __enter__(self) -> Self:
-        self.process = self._started.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.seconds = time.monotonic() - self._since
-        # Before the kill: the children of killed processes have no parent that waits for them.
-        self.cpu_seconds = launch.cpu_seconds() - self._cpu_since
-        self._started.__exit__(*error)
+    what: str
+    process: subprocess.Popen
+    log: Path
+    blocked: Path
+    timeout_seconds: float
+    since: float
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     def wait(self, condition: Callable[[], object]) -> None:
         """Wait until `condition()` is true; a command that ends before has failed."""
@@ -251,10 +253,10 @@ class _Phase:
             self._fail(f"the command ended with status {self.process.returncode}")
 
     def _check_time(self) -> None:
-        if time.monotonic() - self._since > self.timeout_seconds:
+        if time.monotonic() - self.since > self.timeout_seconds:
             self._fail(f"not done after {self.timeout_seconds:g} s")
-        if self._blocked.exists() and self._blocked.stat().st_size:
-            self._fail(f"the controller does not answer; its stacks: {self._blocked}")
+        if self.blocked.exists() and self.blocked.stat().st_size:
+            self._fail(f"the controller does not answer; its stacks: {self.blocked}")
 
     def _fail(self, reason: str) -> None:
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []

@@ -1,10 +1,10 @@
 """Synthetic data of every kind that a verb reads, and the rule that grades its responses."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.files.jsonl import write_lines
 from megatron_r1.rewards.base import Grade
 
 KIND = f"{__name__}:grade"
@@ -36,33 +36,29 @@ def write_questions(path: Path, count: int, others: Sequence[str] = ()) -> None:
     """Write `count` questions whose responses `grade` grades, or in turn it and `others`. target:
     for a recipe that also rewards the language."""
     kinds = [KIND, *others]
-    _write(
-        path,
-        (
-            {
-                "question": f"{i} + {i + 1} =",
-                "truth": 2 * i + 1,
-                "kind": kinds[i % len(kinds)],
-                "target": "en",
-            }
-            for i in range(count)
-        ),
+    rows = (
+        {
+            "question": f"{i} + {i + 1} =",
+            "truth": 2 * i + 1,
+            "kind": kinds[i % len(kinds)],
+            "target": "en",
+        }
+        for i in range(count)
     )
+    write_lines(path, rows)
 
 
 def write_examples(path: Path, count: int, num_words: int) -> None:
     """Write `count` examples of supervised fine-tuning with up to `num_words` words of thought."""
-    _write(
-        path,
-        (
-            {
-                "prompt": f"{i} + {i + 1} =",
-                "response": f"<think>{'count ' * (1 + i * num_words // count)}</think>"
-                f"<answer>{2 * i + 1}</answer>",
-            }
-            for i in range(count)
-        ),
+    rows = (
+        {
+            "prompt": f"{i} + {i + 1} =",
+            "response": f"<think>{'count ' * (1 + i * num_words // count)}</think>"
+            f"<answer>{2 * i + 1}</answer>",
+        }
+        for i in range(count)
     )
+    write_lines(path, rows)
 
 
 def write_preferences(path: Path, count: int, kind: str) -> None:
@@ -74,8 +70,4 @@ def write_preferences(path: Path, count: int, kind: str) -> None:
             rows.append({"question": question, "chosen": right, "rejected": "I do not know."})
         else:
             rows.append({"question": question, "response": right * (1 + i % 2), "label": i % 2})
-    _write(path, rows)
-
-
-def _write(path: Path, rows: Any) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, rows)

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from megatron_r1.config import Config
 from megatron_r1.files import atomic_write
-from megatron_r1.rehearsal.layout import data_size
 from megatron_r1.rehearsal.miniature import Change
 from megatron_r1.rehearsal.phases import PhaseResult
 from megatron_r1.rehearsal.served import reward_models
@@ -75,10 +74,9 @@ def structure(recipe: Config, hf: dict, small: Config, verb: str) -> list[Row]:
         before, after = (f"{each.method}, {each.tokens} tokens" for each in drafts)
         rows.append(Row("rollout.speculative", before, after, YES))
     if verb != "sample":
-        replicas = data_size(recipe.parallel), data_size(small.parallel)
-        if replicas[0] > 1:
-            before, after = map(str, replicas)
-            rows.append(Row("replicas of the model", before, after, _exercised(*replicas)))
+        old, new = (p.num_replicas(p.processes) for p in (recipe.parallel, small.parallel))
+        if old > 1:
+            rows.append(Row("replicas of the model", str(old), str(new), _exercised(old, new)))
         if hf.get("num_nextn_predict_layers") and verb != "reward-model":
             rows.append(Row("model.mtp", recipe.model.mtp, small.model.mtp, YES))
         if recipe.model.lora is not None:
