@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_r1.errors import UserError
-
 if TYPE_CHECKING:
     from megatron_r1.config.parallel import ParallelConfig
 
@@ -26,21 +24,11 @@ class TrainerGrid:
     expert: int = 1
     expert_tensor: int = 1
 
-    def __post_init__(self):
-        groups = {
-            "tensor x context x pipeline": self.tensor * self.context * self.pipeline,
-            "expert_tensor x expert x pipeline": self.expert_model * self.pipeline,
-        }
-        for sizes, size in groups.items():
-            if self.world % size:
-                raise UserError(
-                    f"parallel: {self.world} trainer ranks cannot be divided into groups of {size} "
-                    f"({sizes}); change parallel.processes or the sizes"
-                )
-
     @classmethod
     def from_recipe(cls, parallel: ParallelConfig, world: int) -> TrainerGrid:
-        """Return the grid of `world` ranks under a recipe's `parallel` section."""
+        """Return the grid of `world` ranks under a recipe's `parallel` section. Raises UserError
+        where they cannot be divided so."""
+        parallel.check_sizes(world)
         axes = {"tensor", "pipeline", "context", "expert", "expert_tensor"}
         return cls(world, **parallel.model_dump(include=axes))
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from weight_shards import shard
 
+from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, Region, TrainerGrid, Transfer
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
@@ -160,7 +161,7 @@ def test_vllm_s_pipeline_stages():
 def test_sizes_that_cannot_be_are_named():
     groups = r"parallel: 8 trainer ranks cannot be divided into groups of 3 \(tensor x .* change"
     with pytest.raises(ValueError, match=groups):
-        TrainerGrid(8, tensor=3)
+        TrainerGrid.from_recipe(ParallelConfig(tensor=3), 8)
     with pytest.raises(ValueError, match="rollout.tensor=3 does not divide num_attention_heads=4;"):
         Planner(DEEPSEEK, TrainerGrid(1), EngineLayout(tensor=3))
     with pytest.raises(ValueError, match="parallel.expert=3 does not divide 8 experts; choose a"):
