@@ -40,26 +40,16 @@ def jobs(
     verbs: name → module of those that stages may use. implied: verb → settings that it adds by
     itself. only: names of stages; none: all. Raises UserError for a recipe without anything to
     rehearse, for a stage that a pipeline would refuse, and for a model that no stage has."""
-    if "stages" in pipeline_recipe.read_tree(Path(path)):
-        return _stages(path, overrides, verbs, implied, only)
-    config = configuration.load(path, dict(overrides))
-    verb = verb_of(config)
-    if implied.get(verb):
-        config = configuration.load(path, {**implied[verb], **overrides})
-    if config.eval.benchmarks and not (config.data.path or config.data.task):
-        raise UserError(
-            f"recipe {path}: it is for eval, which is rehearsed by itself with --eval.limit 2"
-        )
-    return [Job(Path(path).stem, verb, config)]
-
-
-def _stages(
-    path: str,
-    overrides: Mapping[str, Any],
-    verbs: Mapping[str, str],
-    implied: Mapping[str, dict],
-    only: Collection[str],
-) -> list[Job]:
+    if "stages" not in pipeline_recipe.read_tree(Path(path)):
+        config = configuration.load(path, dict(overrides))
+        verb = verb_of(config)
+        if implied.get(verb):
+            config = configuration.load(path, {**implied[verb], **overrides})
+        if config.eval.benchmarks and not (config.data.path or config.data.task):
+            raise UserError(
+                f"recipe {path}: it is for eval, which is rehearsed by itself with --eval.limit 2"
+            )
+        return [Job(Path(path).stem, verb, config)]
     recipe = pipeline_recipe.load(path, dict(overrides))
     added = {verb: as_sections(settings) for verb, settings in implied.items()}
     plan = Plan.of(recipe, path, Path(recipe.pipeline.folder), recipe.pipeline.seed, added)
@@ -69,23 +59,20 @@ def _stages(
         if name not in names:
             near = did_you_mean(name, names, "{}") or f"; there are {', '.join(names)}"
             raise UserError(f"rehearsal.stages: no stage that is rehearsed is called {name}{near}")
-    stages = [plan.stages[name] for name in names if not only or name in only]
-    if not stages:
+    if not names:
         raise UserError(f"recipe {path}: no stage is one of {', '.join(VERBS)}")
-    configs = [_with_model(plan, stage.name, plan.config(stage)) for stage in stages]
-    return [
-        Job(stage.name, stage.config.verb, config)
-        for stage, config in zip(stages, configs, strict=True)
-    ]
-
-
-def _with_model(plan: Plan, name: str, config: Config) -> Config:
-    """Return the stage's settings with the model that it, or the stages before it, start from."""
-    path = _model_path(plan, name, config)
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+    found = []
+    for name in names:
+        if not only or name in only:
+            config = plan.config(plan.stages[name])
+            model = config.model.model_copy(update={"path": _model_path(plan, name, config)})
+            config = config.model_copy(update={"model": model})
+            found.append(Job(name, plan.stages[name].config.verb, config))
+    return found
 
 
 def _model_path(plan: Plan, name: str, config: Config) -> str:
+    """Return the model that the stage, or the stages before it, start from."""
     path = config.model.path
     if match := REFERENCE.match(path):  # a stage, or a file of its folder
         name_of_earlier = match[1].partition(".")[0]

@@ -1,5 +1,6 @@
 """A recipe in miniature, and the list of what was changed and why."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,19 +168,19 @@ def _response_tokens(config: Config, tokens: int) -> int:
 
 def _schedule(config: Config) -> list[dict[str, Any]]:
     """Return the recipe's changes of settings, one at each step from the second."""
+    shrunk: dict[str, Callable[[Config, Any], Any]] = {
+        "rollout.max_response_tokens": _response_tokens,
+        "rl.minibatches": _minibatches,
+        "rewards.weights": _weights,
+        "rl.kind_weights": _kind_weights,
+    }
     entries: list[dict[str, Any]] = []
     for step, entry in enumerate(config.rl.schedule, start=2):
-        changes = dict(entry.changes)
-        if tokens := changes.get("rollout.max_response_tokens"):
-            changes["rollout.max_response_tokens"] = _response_tokens(config, tokens)
-        for size in ("rl.questions_per_rollout", "rl.group_size"):
-            changes.pop(size, None)
-        if number := changes.get("rl.minibatches"):
-            changes["rl.minibatches"] = _minibatches(config, number)
-        if "rewards.weights" in changes:
-            changes["rewards.weights"] = _weights(config, changes["rewards.weights"])
-        if "rl.kind_weights" in changes:
-            changes["rl.kind_weights"] = _kind_weights(config, changes["rl.kind_weights"])
+        changes = {
+            key: shrunk[key](config, value) if key in shrunk else value
+            for key, value in entry.changes.items()
+            if key not in ("rl.questions_per_rollout", "rl.group_size")
+        }
         if changes:
             entries.append({"from_step": step, **changes})
     return entries
