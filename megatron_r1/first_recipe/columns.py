@@ -55,10 +55,8 @@ def guess_columns(
             near = did_you_mean(given, flat[0], "{}")
             raise UserError(f"--{name} {given}: {source} has no such column{near}{_listed(flat)}")
     if question is None:
-        question, reasons["question"] = _find(QUESTION_NAMES, flat, _is_question, truth)
+        question, reasons["question"] = _find(source, QUESTION_NAMES, flat, _is_question, truth)
     if question is None:
-        if blank := _blank(QUESTION_NAMES, flat, _is_question):
-            raise UserError(f"{source}: {blank}")
         if chat := next((name for name, value in flat[0].items() if _is_chat(value)), None):
             raise UserError(f"{source}: {chat!r} has chats; {ONE_MESSAGE}{_listed(flat)}")
         raise UserError(
@@ -68,10 +66,8 @@ def guess_columns(
     kinds = _kinds_of_rows(flat) if kind is None else set()
     needs_truth = not kinds or not kinds.issubset(WITHOUT_TRUTH)
     if truth is None and needs_truth:
-        truth, reasons["truth"] = _find(TRUTH_NAMES, flat, _is_truth, question)
+        truth, reasons["truth"] = _find(source, TRUTH_NAMES, flat, _is_truth, question)
     if truth is None and needs_truth:
-        if blank := _blank(TRUTH_NAMES, flat, _is_truth):
-            raise UserError(f"{source}: {blank}")
         raise UserError(
             f"{source}: no column looks like the answer to {question!r}; name it: --truth COLUMN"
             f"{_listed(flat)}"
@@ -95,13 +91,15 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 def _find(
+    source: str,
     names: Sequence[str],
     rows: Sequence[Row],
     fits: Callable[[Any], bool],
     other: str | None,
 ) -> tuple[str | None, str]:
     """Return (column, reason): by its name; else, of two columns, the one that is left, where
-    questions are longer than truths. other: the column that is already taken."""
+    questions are longer than truths. other: the column that is already taken. Raises UserError
+    where one of a usual name has rows without a value."""
     fitting = [
         name
         for name in rows[0]
@@ -117,8 +115,8 @@ def _find(
         for column in fitting:
             if usual in re.split("[_.]", _plain(column)):
                 return column, f"its name has {usual!r} in it"
-    if _blank(names, rows, fits):
-        return None, ""
+    if blank := _blank(names, rows, fits):
+        raise UserError(f"{source}: {blank}")
     if other is None and len(fitting) == 2:
         return max(fitting, key=lambda name: _length(name, rows)), "the longer of two columns"
     if len(fitting) == 1:
