@@ -8,15 +8,24 @@ import argparse
 import datetime
 import json
 import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_r1.files import atomic_write
+from tools.bench import machine
 from tools.bench.children import ROOT
-from tools.gpu_check import environment, page, runner
+from tools.gpu_check import page, runner
 from tools.gpu_check.checks import CHECKS, Check
+
+PACKAGES = (
+    *("torch", "triton", "transformer-engine", "megatron-core", "vllm", "flash-attn", "numpy"),
+    *("liger-kernel", "trl", "quack-kernels"),
+)
+QUERY = "name,driver_version,memory.total,clocks.max.sm,mig.mode.current"
 
 
 def main() -> int:
@@ -38,7 +47,7 @@ def main() -> int:
         "command": " ".join(["python tools/gpu_check", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "interpreted": chosen.interpret,
-        **environment.describe(),
+        **_machine(),
     }
     out = chosen.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -92,3 +101,33 @@ def _selected(only: list[str] | None, interpret: bool) -> list[Check]:
         for check in found
         if check.interpreted
     ]
+
+
+def _machine() -> dict[str, Any]:
+    """Return GPUs, CUDA, Python, processor and versions; entries are "unknown" where a tool or a
+    module is missing."""
+    import torch
+
+    found: dict[str, Any] = {
+        "python": sys.version.split()[0],
+        "processor": f"{machine.processor()}, {machine.num_cores()} cores",
+        "cuda": torch.version.cuda or "none: torch is a CPU build",
+        "gpus": [],
+        "nvidia-smi": _nvidia_smi(),
+        "versions": machine.versions(PACKAGES),
+    }
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        capability = f"sm_{about.major}{about.minor}"
+        memory = f"{about.total_memory / 2**30:.1f} GiB"
+        found["gpus"].append(f"{about.name}, {capability}, {memory}")
+    return found
+
+
+def _nvidia_smi() -> list[str]:
+    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [f"unknown ({error})"]
+    return (done.stdout or done.stderr).strip().splitlines()
