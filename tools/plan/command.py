@@ -24,10 +24,6 @@ from tools.plan.quantity import Quantity
 from tools.plan.report import as_json, as_text, layouts_text, sizes_text
 from tools.plan.search import FittingLayout, fastest, nearest, nearest_sizes
 
-NEAREST = "nearest layouts that fit (fullest rank, estimated step)"
-FASTEST = "fastest layouts that fit (fullest rank, estimated step)"
-
-
 FITS, UNFIT, REFUSED = range(3)
 VERDICTS = {FITS: "fits", UNFIT: "does not fit", REFUSED: "refused"}
 """The verdict of each exit status; for several recipes the highest is returned."""
@@ -74,7 +70,7 @@ def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
             layouts = _print_nearest(job)
     elif chosen.search:
         layouts = fastest(job)
-        print("\n" + layouts_text(job, layouts, FASTEST))
+        print("\n" + layouts_text(job, layouts, "fastest"))
     if chosen.build:
         from tools.plan.build import build_ranks
 
@@ -131,7 +127,7 @@ def _refused(error: object) -> int:
 
 def _print_nearest(job: Job) -> list[FittingLayout]:
     layouts = nearest(job)
-    print(layouts_text(job, layouts, NEAREST, () if layouts else nearest_sizes(job)))
+    print(layouts_text(job, layouts, "nearest", () if layouts else nearest_sizes(job)))
     return layouts
 
 

@@ -62,10 +62,11 @@ def as_json(bill: Bill, problems: list[str], others: list[FittingLayout]) -> dic
 
 
 def layouts_text(
-    job: Job, others: list[FittingLayout], title: str, other_sizes: Sequence[Job] = ()
+    job: Job, others: list[FittingLayout], which: str, other_sizes: Sequence[Job] = ()
 ) -> str:
     """Return a line per layout with its changes and costs. other_sizes: the same layout on other
     numbers of GPUs, named if `others` is empty."""
+    title = f"{which} layouts that fit (fullest rank, estimated step)"
     if not others:
         remedy = "use more GPUs, or GPUs with more memory"
         if other_sizes:
