@@ -9,7 +9,7 @@ import torch
 from made_once import made_once
 from ranks import run_script
 
-from tools.convert import command, comparison, from_hf, to_hf
+from tools.convert import command, from_hf, to_hf, verify
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS / "parallel"))
@@ -31,7 +31,7 @@ def convert(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
 
     def run(*arguments) -> tuple[int, str]:
         # Kept open for the life of a process, which here is many conversions long.
-        for opened in (comparison._opened, from_hf._source, to_hf._inputs):
+        for opened in (verify._opened, from_hf._source, to_hf._inputs):
             opened.cache_clear()
         monkeypatch.setattr(sys, "argv", ["tools/convert", *map(str, arguments)])
         threads = torch.get_num_threads()

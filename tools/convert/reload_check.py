@@ -15,8 +15,8 @@ import torch
 from megatron_r1.errors import UserError
 from megatron_r1.processes.lifetime import die_with_parent
 from megatron_r1.weights import num_parameters
-from tools.convert.comparison import Sides, compare
 from tools.convert.sources import open_weights, read_config
+from tools.convert.verify import Sides, compare
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-3

@@ -27,8 +27,9 @@ from megatron_r1.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.weights.stored.raw import write_at
 from megatron_r1.weights.stored.safetensors_file import plan_file, stored_tensors
 from tools.convert import parts, reload_check
-from tools.convert.checkpoints import check_manifest, find_checkpoint
 from tools.convert.sources import (
+    check_manifest,
+    find_checkpoint,
     find_hf_files,
     fingerprint,
     read_config,
