@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from megatron_r1.files import atomic_write
 from tools.bench import machine
 from tools.bench.children import ROOT
-from tools.gpu_check import page, runner
+from tools.gpu_check import runner
 from tools.gpu_check.checks import CHECKS, Check
 
 PACKAGES = (
@@ -26,6 +27,13 @@ PACKAGES = (
     *("liger-kernel", "trl", "quack-kernels"),
 )
 QUERY = "name,driver_version,memory.total,clocks.max.sm,mig.mode.current"
+NULL_GPU = "(null)"
+"""A part of the name of the null GPU's devices (tests/nullgpu/shim/null_gpu.h)."""
+
+ON_NULL_GPU = (
+    "**This is the null GPU of tests/nullgpu**: kernels do not run, so times are meaningless, "
+    "results are wrong, and nothing is settled."
+)
 
 
 def main() -> int:
@@ -61,7 +69,7 @@ def main() -> int:
             print("\n".join(f"    {line}" for line in outcome.tail), flush=True)
         results = {**about, "checks": [each.as_json() for each in outcomes]}
         atomic_write(out / "gpu_check.json", json.dumps(results, indent=1) + "\n")
-        atomic_write(out / "gpu_check.md", page.write(about, outcomes))
+        atomic_write(out / "gpu_check.md", page(about, outcomes))
     print(f"results: {out}/gpu_check.md")
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
@@ -131,3 +139,36 @@ def _nvidia_smi() -> list[str]:
     except (OSError, subprocess.TimeoutExpired) as error:
         return [f"unknown ({error})"]
     return (done.stdout or done.stderr).strip().splitlines()
+
+
+def page(about: dict[str, Any], outcomes: Sequence[runner.Outcome]) -> str:
+    """Return the page in Markdown: the machine, a row per check, and the output of what failed."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    is_null = any(NULL_GPU in gpu for gpu in about["gpus"])
+    lines = [
+        f"# GPU check, {about['date']}",
+        "",
+        f"`{about['command']}`; {'; '.join(about['gpus']) or 'no GPU'}; driver and clocks: "
+        f"{'; '.join(about['nvidia-smi'])}; CUDA {about['cuda']}; Python {about['python']}; "
+        f"{about['processor']}.",
+        "",
+        versions + ".",
+        "",
+        *([ON_NULL_GPU, ""] if is_null else []),
+        "| check | result | seconds | settles in docs/gpu-checklist.md |",
+        "|---|---|---:|---|",
+    ]
+    for outcome in outcomes:
+        result = outcome.status
+        if outcome.status in ("skipped", "no time"):
+            result += f": {outcome.tail[-1]}" if outcome.tail else ""
+        settles = (
+            "; ".join(outcome.check.settles) if outcome.status == "passed" and not is_null else ""
+        )
+        lines.append(f"| {outcome.check.name} | {result} | {outcome.seconds:.0f} | {settles} |")
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            check = outcome.check
+            lines += ["", f"## Failed: {check.name}", "", f"`{check.command}`", "", "```"]
+            lines += [*outcome.tail, "```"]
+    return "\n".join(lines) + "\n"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tools.gpu_check import page, runner
+from tools.gpu_check import runner
 from tools.gpu_check.checks import ALONE, CHECKS, Check
+from tools.gpu_check.command import page
 
 ROOT = Path(__file__).parents[3]
 
@@ -60,11 +61,11 @@ def test_the_page_names_what_is_settled_and_shows_what_failed(tmp_path):
     good, bad = python("", settles=("a line",)), python("raise SystemExit('broken')")
     about = {"command": "x", "date": "today", "gpus": ["H100"], "nvidia-smi": ["driver 1"]}
     about |= {"cuda": "13", "python": "3", "processor": "CPU", "versions": {"torch": "2"}}
-    text = page.write(about, outcomes(tmp_path, good, bad))
+    text = page(about, outcomes(tmp_path, good, bad))
     assert "| a check | passed | 0 | a line |" in text
     assert "## Failed: a check" in text and "broken" in text
     assert "meaningless" not in text
-    text = page.write(about | {"gpus": ["NVIDIA H100 (null)"]}, outcomes(tmp_path, good))
+    text = page(about | {"gpus": ["NVIDIA H100 (null)"]}, outcomes(tmp_path, good))
     assert "times are meaningless" in text and "a line" not in text
 
 
