@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import msgspec
 import yaml
@@ -42,7 +41,13 @@ def write(
         }
         atomic_write(settings.output, json.dumps(content, indent=1) + "\n")
     if settings.calibration:
-        _write_calibration(Path(settings.calibration), settings, facts)
+        header = (
+            f"# Measured by preflight on {len(facts)} ranks: rates that, times the planner's\n"
+            "# link_efficiency, are what the slowest axis has reached; host_network as it is.\n"
+        )
+        rates = yaml.safe_dump(measured_rates(hardware_of(settings, facts), facts), sort_keys=False)
+        path = atomic_write(settings.calibration, header + rates)
+        print(f"{path}: for tools/plan --calibrate")
     if blocking := [finding for finding in findings if finding.level == "block"]:
         hosts = list(dict.fromkeys(host for finding in blocking for host in finding.hosts))
         raise RunError(
@@ -50,13 +55,3 @@ def write(
             + (f"; replace or repair {', '.join(hosts)}" if hosts else "")
         )
     print("nothing blocks the run")
-
-
-def _write_calibration(path: Path, settings: PreflightConfig, facts: Sequence[Facts]) -> None:
-    values = measured_rates(hardware_of(settings, facts), facts)
-    title = (
-        f"# Measured by preflight on {len(facts)} ranks: rates that, times the planner's\n"
-        "# link_efficiency, are what the slowest axis has reached; host_network as it is.\n"
-    )
-    atomic_write(path, title + yaml.safe_dump(values, sort_keys=False))
-    print(f"{path}: for tools/plan --calibrate")

@@ -23,8 +23,6 @@ from megatron_r1.weights.stored.megatron_weights import MegatronWeights
 HF_FILES = "huggingface"
 """Subfolder of a converted checkpoint with config.json, tokenizer and FP8 scales of its source."""
 
-Weights = HfWeights | MegatronWeights
-
 
 @dataclass(frozen=True)
 class Found:
@@ -82,7 +80,9 @@ def check_manifest(found: Found, how: Verify, chosen: Namespace) -> None:
         raise UserError(
             f"{damaged}; convert another checkpoint, or this one as it is with --checksums none"
         )
-    older = _older(found, how)
+    limit, every = finding.step_of(found.folder), finding.complete_checkpoints(found.folder.parent)
+    before = (folder for folder in every[::-1] if finding.step_of(folder) < limit)
+    older = next((folder for folder in before if not manifest.damage(folder, how)), None)
     if older is None:
         raise UserError(f"{damaged}; {found.run} has no older one that is undamaged")
     words = [str(older) if Path(word) == found.run else word for word in chosen.arguments]
@@ -90,14 +90,6 @@ def check_manifest(found: Found, how: Verify, chosen: Namespace) -> None:
         f"{damaged}\nThe newest undamaged one is older, of step {finding.step_of(older)}. "
         f"To take that one:\n  {shlex.join(['python', 'tools/convert', *words])}"
     )
-
-
-def _older(found: Found, how: Verify) -> Path | None:
-    """Return the run's newest undamaged checkpoint before `found`, or None."""
-    before = finding.complete_checkpoints(found.folder.parent)[::-1]
-    limit = finding.step_of(found.folder)
-    good = (f for f in before if finding.step_of(f) < limit and not manifest.damage(f, how))
-    return next(good, None)
 
 
 def read_supported_config(folder: Path, checkpoint: Path | None = None) -> dict:
@@ -150,7 +142,7 @@ def find_hf_files(checkpoint: Path, given: Path | None) -> Path:
     return model
 
 
-def open_weights(path: Path, config: Path | None) -> Weights:
+def open_weights(path: Path, config: Path | None) -> HfWeights | MegatronWeights:
     """Open the weights of a Hugging Face folder or a checkpoint; raise UserError if incomplete."""
     if is_hf(path):
         weights = HfWeights(path, read_config(path))
