@@ -118,7 +118,8 @@ def _find(
     if blank := _blank(names, rows, fits):
         raise UserError(f"{source}: {blank}")
     if other is None and len(fitting) == 2:
-        return max(fitting, key=lambda name: _length(name, rows)), "the longer of two columns"
+        longer = max(fitting, key=lambda name: sum(len(str(row.get(name))) for row in rows))
+        return longer, "the longer of two columns"
     if len(fitting) == 1:
         return fitting[0], "the only column left that could be it"
     return None, ""
@@ -153,10 +154,8 @@ def _is_chat(value: Any) -> bool:
 
 def _wraps(value: Any) -> bool:
     """Return whether a value is a mapping of one number or text, which is a column itself."""
-    match value:
-        case dict() if len(value) == 1:
-            return isinstance(next(iter(value.values())), str | int | float)
-    return False
+    entries = list(value.values()) if isinstance(value, dict) else []
+    return len(entries) == 1 and isinstance(entries[0], str | int | float)
 
 
 def _is_truth(value: Any) -> bool:
@@ -194,10 +193,6 @@ def _guess_kind(truth: str, rows: Sequence[Row]) -> tuple[str, str]:
     except (ValueError, TypeError, AttributeError, KeyError):
         return "math", f"{truth!r} is compared as a number, a formula or words"
     return "code", f"{truth!r} holds tests of a program"
-
-
-def _length(name: str, rows: Sequence[Row]) -> int:
-    return sum(len(str(row.get(name))) for row in rows)
 
 
 def _plain(name: str) -> str:

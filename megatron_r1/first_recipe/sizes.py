@@ -65,12 +65,8 @@ def layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]
     """Return dtypes and the parallel layout; micro-batches fit themselves to a CPU's memory. hf:
     `config.json`."""
     if machine.is_cpu:
-        dtype = "float32"
         reason = "this machine has no GPU"
-        return [
-            Guess("model.dtype", dtype, reason),
-            Guess("rollout.dtype", dtype, reason),
-        ]
+        return [Guess(key, "float32", reason) for key in ("model.dtype", "rollout.dtype")]
     tensor = tensor_ranks(hf, parameters, machine)
     guesses = [
         Guess("rollout.colocated", True, "trainer and engines take turns on the same GPUs"),

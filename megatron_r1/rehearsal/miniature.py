@@ -316,19 +316,17 @@ def _sample(config: Config) -> dict[str, Any]:
 def _changes(config: Config, small: Config, hf: dict, small_hf: dict) -> list[Change]:
     """Return every setting and size that differs, with the reason where it is not size alone."""
     before, after = config.model_dump(), small.model_dump()
-    changes = []
-    for section, values in before.items():
-        for key, value in values.items():
-            new = after[section][key]
-            if value != new:
-                reason = REASONS.get(f"{section}.{key}", "size")
-                changes.append(Change(f"{section}.{key}", _text(value), _text(new), reason))
-    for key, value in hf.items():
-        if small_hf.get(key) != value:
-            changes.append(
-                Change(f"config.json {key}", _text(value), _text(small_hf.get(key)), "size")
-            )
-    return changes
+    compared = [
+        (f"{section}.{key}", value, after[section][key])
+        for section, values in before.items()
+        for key, value in values.items()
+    ]
+    compared += [(f"config.json {key}", value, small_hf.get(key)) for key, value in hf.items()]
+    return [
+        Change(key, _text(old), _text(new), REASONS.get(key, "size"))
+        for key, old, new in compared
+        if old != new
+    ]
 
 
 REASONS = {
