@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -13,7 +12,6 @@ from megatron_r1.errors import UserError, did_you_mean
 from tools.plan.job import Job
 from tools.plan.quantity import Quantity, Section
 
-Part = TypeVar("Part", Hardware, Assumptions)
 RELATIVE_TO = "hardware"
 """The key of a file that names the hardware whose rates its shares refer to."""
 
@@ -38,25 +36,24 @@ def calibrated(
             near = did_you_mean(name, known, "{}") or f"; there are {', '.join(known)}"
             raise UserError(f"--calibrate {file}: unknown name {name}{near}")
     values = {name: _number(value) for name, value in values.items()}
-    parts = [_replaced(part, values, file) for part in (hardware, assumptions)]
-    return parts[0], parts[1], dict.fromkeys(values, str(file))
-
-
-def _number(value: object) -> object:
-    """Return a text such as 1e-06, which JSON writes and YAML 1.1 takes for a text, as a number."""
-    is_number = isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?e[+-]?\d+", value)
-    return float(str(value)) if is_number else value
-
-
-def _replaced(part: Part, values: dict, file: Path) -> Part:
     try:
-        return replace(part, **{name: values[name] for name in fields_of(part) if name in values})
+        hardware, assumptions = (
+            replace(part, **{name: values[name] for name in fields_of(part) if name in values})
+            for part in (hardware, assumptions)
+        )
     except ValidationError as failure:
         error = failure.errors()[0]
         why = error["msg"].replace("Input", "it")
         raise UserError(
             f"--calibrate {file}: {error['loc'][0]}: {error['input']!r}: {why}"
         ) from None
+    return hardware, assumptions, dict.fromkeys(values, str(file))
+
+
+def _number(value: object) -> object:
+    """Return a text such as 1e-06, which JSON writes and YAML 1.1 takes for a text, as a number."""
+    is_number = isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?e[+-]?\d+", value)
+    return float(str(value)) if is_number else value
 
 
 def assumed_section(job: Job) -> Section:

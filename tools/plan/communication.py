@@ -31,7 +31,6 @@ class Group:
     step: float = 0
 
     def seconds(self, job: Job, num_bytes: float) -> float:
-        """Return the seconds for `num_bytes` at the assumed rates."""
         return num_bytes / link_rate(job.hardware, job.assumptions, self.span)
 
 

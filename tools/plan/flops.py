@@ -53,7 +53,6 @@ def head_flops(hf: dict) -> float:
 
 
 def flops_section(job: Job) -> Section:
-    """Return the bill's section on operations."""
     section = _training_flops(job) if job.trains else {}
     if job.critic:
         critic = _training_flops(job.critic)

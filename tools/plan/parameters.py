@@ -64,24 +64,17 @@ class RankCounts:
         self._known: dict = job.shared.setdefault(("counts", *sizes), {})
 
     def of_rank(self, pipeline_rank: int) -> Counts:
-        """Return the counts of all model chunks of one pipeline rank."""
         return sum(map(self.of_chunk, self.job.stages[pipeline_rank]), Counts())
 
     def of_chunk(self, chunk: Shard) -> Counts:
-        """Return the counts of one model chunk."""
         ends = {name: getattr(chunk, name) for name in ("embedding", "final_norm", "head", "mtp")}
         kinds = Counter(self.job.sparse[layer] for layer in chunk.layers)
         key = (*ends.values(), *sorted(kinds.items()))
         if key not in self._known:
             first = {self.job.sparse[layer]: layer for layer in chunk.layers}
-            self._known[key] = self._counted((*ends.values(),), (), **ends) + sum(
-                (self.of_layer(first[kind]) * times for kind, times in kinds.items()), Counts()
-            )
+            layers = (self._counted(kind, (first[kind],)) * n for kind, n in kinds.items())
+            self._known[key] = self._counted((*ends.values(),), (), **ends) + sum(layers, Counts())
         return self._known[key]
-
-    def of_layer(self, layer: int) -> Counts:
-        """Return the counts of one decoder layer."""
-        return self._counted(self.job.sparse[layer], (layer,))
 
     def _counted(self, key, layers: tuple[int, ...], **ends: bool) -> Counts:
         if key not in self._known:
@@ -148,7 +141,6 @@ def _size(rules: list[Rule], expert: bool = False) -> int:
 
 
 def parameter_section(job: Job) -> Section:
-    """Return the bill's section on parameters."""
     counts = ModelCounts(job.hf)
     experts, chosen = job.hf.get("n_routed_experts"), job.hf.get("num_experts_per_tok")
     section = {

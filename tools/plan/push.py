@@ -124,9 +124,8 @@ def receive_buffer_bytes(job: Job, on: Literal["host", "GPU"] | None = None) -> 
 
     on: return 0 if the transport's buffer is not there, or not between pushes.
     """
-    if not pushes(job) or on not in (None, receive_buffer_place(job)):
-        return 0
-    if on is not None and borrows_memory(job):
+    elsewhere = on is not None and (on != receive_buffer_place(job) or borrows_memory(job))
+    if elsewhere or not pushes(job):
         return 0
     needed, limit = engine_rank_bytes(job), job.config.push.memory_gib
     return needed if limit is None else min(needed, round(limit * GIB))
@@ -147,7 +146,6 @@ def borrowed_bytes(job: Job) -> int:
 
 
 def receive_buffer_place(job: Job) -> Literal["host", "GPU"]:
-    """Return where the receive buffer is."""
     return "GPU" if job.config.push.transport in ("cuda_ipc", "nccl") else "host"
 
 

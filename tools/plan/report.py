@@ -85,13 +85,13 @@ def layouts_text(
 
 def sizes_text(job: Job, others: Sequence[Job]) -> str:
     """Return the options that change `job` into each of `others`, on other numbers of GPUs."""
-    return " or ".join(_size_options(job, other) for other in others)
-
-
-def _size_options(job: Job, other: Job) -> str:
-    engines = other.config.rollout.engines
-    changed = job.generates and engines != job.config.rollout.engines
-    return f"--gpus {other.world_size}" + (f" --rollout.engines {engines}" if changed else "")
+    options = []
+    for other in others:
+        engines = other.config.rollout.engines
+        changed = job.generates and engines != job.config.rollout.engines
+        adapted = f" --rollout.engines {engines}" if changed else ""
+        options.append(f"--gpus {other.world_size}{adapted}")
+    return " or ".join(options)
 
 
 def _title(bill: Bill) -> str:

@@ -55,25 +55,17 @@ def _fits_always(job: Job) -> bool:
     """Return whether every part of `rl.schedule` fits; mean lengths grow with their limit."""
     limit = job.config.rollout.max_response_tokens
     phases = [config for _, config in job.config.phases()] if job.verb == "rl" else [job.config]
-    return all(
-        _fits(
-            replace(
-                job,
-                config=config,
-                response_tokens=job.response_tokens * config.rollout.max_response_tokens // limit,
-            )
-        )
-        for config in phases
-    )
-
-
-def _fits(job: Job) -> bool:
-    try:
-        if job.generates:
-            check_engines_and_push(job)
-    except ValueError:
-        return False
-    return _fitting_bill(job) is not None
+    for config in phases:
+        response = job.response_tokens * config.rollout.max_response_tokens // limit
+        phase = replace(job, config=config, response_tokens=response)
+        try:
+            if phase.generates:
+                check_engines_and_push(phase)
+        except ValueError:
+            return False
+        if _fitting_bill(phase) is None:
+            return False
+    return True
 
 
 def _fitting_bill(job: Job) -> Bill | None:
