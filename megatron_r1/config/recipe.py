@@ -117,13 +117,14 @@ class Config(Section):
         rate = {"learning_rate": critic.learning_rate}
         # A model with a score head has no MTP layers (m), wherever the policy's are placed.
         layout = parallel.pipeline_layout and parallel.pipeline_layout.replace("m", "")
-        return self.model_copy(
-            update={
-                "model": self.model.model_copy(update=model),
-                "optimizer": self.optimizer.model_copy(update=rate),
-                "parallel": parallel.model_copy(update={"pipeline_layout": layout}),
-            }
-        )
+        return self.changed(model=model, optimizer=rate, parallel={"pipeline_layout": layout})
+
+    def changed(self, **sections: dict[str, Any]) -> Self:
+        """Return the recipe with these values in its sections, which are not checked again."""
+        update = {
+            name: getattr(self, name).model_copy(update=values) for name, values in sections.items()
+        }
+        return self.model_copy(update=update)
 
 
 RESUMABLE = tuple(resumable_keys(Config))

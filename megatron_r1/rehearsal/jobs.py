@@ -65,8 +65,7 @@ def jobs(
     for name in names:
         if not only or name in only:
             config = plan.config(plan.stages[name])
-            model = config.model.model_copy(update={"path": _model_path(plan, name, config)})
-            config = config.model_copy(update={"model": model})
+            config = config.changed(model={"path": _model_path(plan, name, config)})
             found.append(Job(name, plan.stages[name].config.verb, config))
     return found
 

@@ -96,12 +96,7 @@ def _without_kernels(config: Config) -> Config:
     """Return the recipe without choices of kernels that only a GPU has; shapes do not depend on
     them."""
     model = {"attention_backend": "auto", "fusions": None}
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update=model),
-            "parallel": config.parallel.model_copy(update={"dispatcher": "alltoall"}),
-        }
-    )
+    return config.changed(model=model, parallel={"dispatcher": "alltoall"})
 
 
 @contextlib.contextmanager

@@ -53,8 +53,7 @@ class Job:
 
     def with_parallel(self, **changes) -> Job:
         """Return the same job in another layout."""
-        parallel = self.parallel.model_copy(update=changes)
-        return replace(self, config=self.config.model_copy(update={"parallel": parallel}))
+        return replace(self, config=self.config.changed(parallel=changes))
 
     def on(self, world_size: int) -> Job:
         """Return the same job on `world_size` GPUs; the number of multi-GPU engines is adapted."""
@@ -62,8 +61,7 @@ class Job:
         ranks = rollout.tensor * rollout.data
         if self.rollout_gpus or ranks == 1:
             return replace(self, world_size=world_size)
-        rollout = rollout.model_copy(update={"engines": world_size // ranks})
-        config = self.config.model_copy(update={"rollout": rollout})
+        config = self.config.changed(rollout={"engines": world_size // ranks})
         return replace(self, world_size=world_size, config=config)
 
     @property

@@ -91,21 +91,17 @@ class Measured:
         if mean and job.generates:
             response, longest = max(1, round(mean)), self._median("response_length/max") or mean
             self.values["response_share"] = min(1.0, mean / job.longest_response)
-            if sample and sample > mean:
-                self.values["prompt_tokens"] = max(1, round(sample - mean))
-            rollout = job.config.rollout.model_copy(
-                update={"max_response_tokens": max(response, round(longest))}
-            )
-            config = job.config.model_copy(update={"rollout": rollout})
+            limit = {"max_response_tokens": max(response, round(longest))}
+            config = job.config.changed(rollout=limit)
             self.job = replace(job, config=config, response_tokens=response)
-            if "prompt_tokens" in self.values:
-                self.job = self._with(prompt_tokens=self.values["prompt_tokens"])
+            if sample and sample > mean:
+                self.values["prompt_tokens"] = prompt = max(1, round(sample - mean))
+                self.job = self._with(prompt_tokens=prompt)
         elif sample and sample >= 2:
-            self.job = self._with(
-                prompt_tokens=min(job.assumptions.prompt_tokens, round(sample) - 1)
+            prompt = min(job.assumptions.prompt_tokens, round(sample) - 1)
+            self.job = replace(
+                self._with(prompt_tokens=prompt), response_tokens=round(sample) - prompt
             )
-            rest = round(sample) - self.job.assumptions.prompt_tokens
-            self.job = replace(self.job, response_tokens=rest)
 
     def _with(self, **values: float) -> Job:
         return replace(self.job, assumptions=replace(self.job.assumptions, **values))
