@@ -14,7 +14,7 @@ from megatron_r1.weight_sync.plan.shared_gpus import shared_in_order
 from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import stage_shards
 from tests.unit.weight_sync.test_push_plan import DEEPSEEK, DEEPSEEK_V3, WORLDS, held
-from tools.bench.push.direct_links import traffic
+from tools.bench.push.direct_links import direct_links
 
 BYTES = plain_bytes("bfloat16")
 
@@ -128,7 +128,7 @@ def test_the_recipe_for_2048_ranks_needs_few_links_and_sends_evenly(count, most)
     assert max(out.values()) <= 16 and max(into.values()) <= 10
     assert len(into) == 2048 and len(sent) == 2048
     assert max(sent.values()) <= most * sum(sent.values()) / 2048
-    needed = traffic(planner, count).received
+    needed = direct_links(planner, count).received
     shares = [16 * entered[engine, p] / received[p] for engine in range(16) for p in range(128)]
     assert min(shares) > 0.99 and max(shares) < 1.002
     assert [received[p] for p in range(128)] == pytest.approx(needed[:128])

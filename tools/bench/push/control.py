@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import tempfile
 import time
 from collections import Counter
@@ -23,14 +22,16 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
+from megatron_r1.files.jsonl import read_lines
+from megatron_r1.processes.children import free_port
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.receive import Slot, SlotTable
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
 from megatron_r1.weight_sync.receive.table import slot_view
 from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weight_sync.transports import buckets, exchange, pair_receiver, pair_sender
 from megatron_r1.weights import hf_tensors
+from tools.bench.push.real_size import slot_table
 from tools.bench.push.small_model import SHAPE, held_by
 
 HF = SHAPE | {"num_hidden_layers": 8, "n_routed_experts": 32}
@@ -68,9 +69,7 @@ def _run(fault: str, folder: Path) -> dict[str, Any]:
         name: torch.randn(shape, generator=generator).bfloat16()
         for name, (shape, _) in hf_tensors(HF, with_mtp=False).items()
     }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port("127.0.0.1")
     places = [("trainer", rank, 0) for rank in range(GRID.world)]
     places += [
         ("engine", member, rank) for member in range(ENGINES) for rank in range(ENGINE.num_ranks)
@@ -89,12 +88,11 @@ def _run(fault: str, folder: Path) -> dict[str, Any]:
     store.set("connect", "1")
     _until(store, "connected", len(places), CONNECT_SECONDS)
     connected, keys = time.monotonic() - began, store.num_keys()
-    for push in (1, 2):
-        began = time.monotonic()
-        store.set(f"push{push}", "1")
-        if push == 1:
-            _until(store, "complete", len(places), CONNECT_SECONDS)
-            pushed = time.monotonic() - began
+    began = time.monotonic()
+    store.set("push1", "1")
+    _until(store, "complete", len(places), CONNECT_SECONDS)
+    pushed = time.monotonic() - began
+    store.set("push2", "1")
     for process in processes.values():
         process.join(PUSH_SECONDS + 60)
         process.kill()
@@ -160,9 +158,8 @@ def _until(store: TCPStore, key: str, count: int, seconds: float) -> None:
 
 def _last(folder: Path, place: tuple) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    with contextlib.suppress(FileNotFoundError):
-        for line in (folder / str(place)).read_text().splitlines():
-            found |= json.loads(line)
+    for line in read_lines(folder / str(place)):
+        found |= line
     return found
 
 
@@ -199,14 +196,8 @@ def _trainer(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> N
     ends = WeightSender(HF, GRID, held, store, share, rank=rank)
     store.add("ready", 1)
     store.get("connect")
-    found = ends.connect(
-        [(NAME, ENGINES)],
-        asdict(ENGINE),
-        "gloo",
-        CONNECT_SECONDS,
-        push_seconds=PUSH_SECONDS,
-    )
-    note(**found)
+    sets, seconds = [(NAME, ENGINES)], CONNECT_SECONDS
+    note(**ends.connect(sets, asdict(ENGINE), "gloo", seconds, push_seconds=PUSH_SECONDS))
     store.add("connected", 1)
     store.wait(["push1"])
     problems = ends.send(1, [NAME])["problems"]
@@ -230,7 +221,8 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
     store.get("connect")
     seconds = CONNECT_SECONDS, PUSH_SECONDS
     met = Rendezvous(_client(port), NAME, *seconds, member=member, members=ENGINES)
-    receiver = exchange.GlooReceiver(met, rank, _table(rank))
+    table = slot_table(PredictedLayout(HF, ENGINE), ENGINE.coordinate(rank))
+    receiver = exchange.GlooReceiver(met, rank, table)
     store.add("connected", 1)
     receiver.buffer.wait(1, 0, CONNECT_SECONDS)
     note(**{"push 1": "right" if _is_right(receiver, tensors) else "wrong"})
@@ -280,12 +272,3 @@ def _is_right(receiver: Any, tensors: dict) -> bool:
         if not torch.equal(slot_view(receiver.memory, slot), part):
             return False
     return True
-
-
-def _table(rank: int) -> SlotTable:
-    slots, end = [], 0
-    for tensor, at in PredictedLayout(HF, ENGINE).needed(ENGINE.coordinate(rank)):
-        pitch, edges = 2 * (at.right - at.left), (at.top, at.bottom, at.left, at.right)
-        slots.append(Slot(tensor.name, *edges, end, pitch, "bfloat16"))
-        end += pitch * (at.bottom - at.top)
-    return SlotTable(end, slots)

@@ -16,6 +16,9 @@ from tools.bench.push.assumptions import Assumptions
 from tools.bench.push.direct_links import DirectLinks
 from tools.bench.push.fluid import Tasks
 
+Plans = Sequence[tuple[range, list[list[Entry]]]]
+"""The engines of each set, with `plan.entry.entries`."""
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -60,12 +63,7 @@ class Cluster:
         kind = np.where(same_node, 2, 0)
         out = np.where(same_gpu, -1, kind * gpus + sender)
         into = np.where(same_gpu, -1, (kind + 1) * gpus + target)
-        return [
-            (out, 1.0),
-            (into, 1.0),
-            (4 * gpus + sender, 1.0),
-            (5 * gpus + target, 1.0),
-        ]
+        return [(out, 1.0), (into, 1.0), (4 * gpus + sender, 1.0), (5 * gpus + target, 1.0)]
 
 
 def direct_tasks(cluster: Cluster, planner: Planner, links: DirectLinks, rotated: bool) -> Tasks:
@@ -82,29 +80,26 @@ def direct_tasks(cluster: Cluster, planner: Planner, links: DirectLinks, rotated
         place = (within - links.sender) % engines.ranks_per_engine
     order = np.lexsort((place, engine, links.sender))
     sender, receiver = links.sender[order], links.receiver[order]
-    tasks = Tasks()
-    tasks.add(
-        sender,
-        links.num_bytes[order],
-        cluster.route(sender, receiver),
-        cluster.rates.message_seconds,
-    )
+    tasks, route = Tasks(), cluster.route(sender, receiver)
+    tasks.add(sender, links.num_bytes[order], route, cluster.rates.message_seconds)
     return tasks
 
 
-def entry_tasks(
-    cluster: Cluster, plans: Sequence[tuple[range, list[list[Entry]]]], ranks_per_engine: int
-) -> Tasks:
-    """Return the tasks where each slice enters one engine of a set, bucket by bucket, and then the
-    ranks of a position exchange a bucket each per round.
-
-    plans: the engines of each set, with `plan.entry.entries`."""
-    entered = [
+def entered_ranks(plans: Plans, ranks_per_engine: int) -> list[tuple[Entry, int]]:
+    """Return every entry with the engine rank, of all engines, that it enters."""
+    return [
         (entry, engines[entry.engine] * ranks_per_engine + entry.position)
         for engines, plan in plans
         for entry in chain.from_iterable(plan)
     ]
-    entered.sort(key=lambda pair: (pair[0].sender, pair[1]))
+
+
+def entry_tasks(cluster: Cluster, plans: Plans, ranks_per_engine: int) -> Tasks:
+    """Return the tasks where each slice enters one engine of a set, bucket by bucket, and then the
+    ranks of a position exchange a bucket each per round."""
+    entered = sorted(
+        entered_ranks(plans, ranks_per_engine), key=lambda pair: (pair[0].sender, pair[1])
+    )
     entry_bytes = np.array([entry.num_bytes for entry, _ in entered])
     count = np.maximum(np.round(entry_bytes / PASSED_BYTES).astype(int), 1)
     link = np.repeat(np.arange(len(entered)), count)  # of each bucket

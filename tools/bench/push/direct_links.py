@@ -12,25 +12,27 @@ import numpy as np
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.tensors import Transfer
 from megatron_r1.weight_sync.plan.traffic import ByteCount
-from tools.plan.push_sets import PAIR_REQUESTS
 
 
 @dataclass(frozen=True)
 class DirectLinks:
     """The bytes from each trainer rank to each engine rank that has something from it, in the order
-    of the sender's first tensor."""
+    of the sender's first tensor. sent: bytes by trainer rank; received: bytes by engine rank."""
 
     sender: np.ndarray
     receiver: np.ndarray
     num_bytes: np.ndarray
+    sent: np.ndarray
+    received: np.ndarray
 
-    def most(self) -> tuple[int, int]:
-        """Return the most links of a trainer rank, and of an engine rank."""
-        return int(np.bincount(self.sender).max()), int(np.bincount(self.receiver).max())
+    @property
+    def busiest_sender(self) -> float:
+        """The busiest trainer rank's bytes over the average of all trainer ranks."""
+        return self.sent.max() / self.sent.mean()
 
 
 def direct_links(planner: Planner, num_bytes: ByteCount) -> DirectLinks:
-    """Return the pairs of `Planner.sends` of all ranks, computed for all of them at once."""
+    """Return the pairs of `sends` of all ranks, computed for all of them at once."""
     engines, found = planner.engines, []
     for item, replicas, needed in planner.shared_holdings():
         if not needed:
@@ -47,16 +49,11 @@ def direct_links(planner: Planner, num_bytes: ByteCount) -> DirectLinks:
     total = np.bincount(inverse, size)
     order = np.argsort(first)
     sender, receiver = np.divmod(pairs[order], engines.num_ranks)
-    return DirectLinks(sender, receiver, total[order])
-
-
-def direct_requests(planner: Planner, num_links: int) -> int:
-    """Return the requests to the store when all engines connect: a trainer
-    rank reads every offer and each position's table, and per link a plan is published, listed and
-    read, and a group formed."""
-    world, engines = planner.grid.world, planner.engines
-    requests = world * (engines.num_ranks + engines.ranks_per_engine + engines.engines)
-    return requests + 5 * engines.num_ranks + num_links * (3 + PAIR_REQUESTS)
+    total = total[order]
+    sent = np.bincount(sender, total, planner.grid.world)
+    return DirectLinks(
+        sender, receiver, total, sent, np.bincount(receiver, total, engines.num_ranks)
+    )
 
 
 def sends(planner: Planner, rank: int, engine: int | None = None) -> Iterator[Transfer]:
@@ -88,34 +85,3 @@ def sends(planner: Planner, rank: int, engine: int | None = None) -> Iterator[Tr
 def first_turn(name: str) -> int:
     """Return where a tensor's turns begin: otherwise the first replica would always come first."""
     return zlib.crc32(name.encode())
-
-
-def traffic(planner: Planner, num_bytes: ByteCount) -> Traffic:
-    """Return the bytes that one push between `planner`'s layouts moves."""
-    engines = planner.engines
-    sent = np.zeros(planner.grid.world)
-    one_engine = np.zeros(engines.ranks_per_engine)
-    for item, replicas, needed in planner.shared_holdings():
-        sizes = [num_bytes(item.name, item.rule.dtype, region) for _, region in needed]
-        for (at, _), size in zip(needed, sizes, strict=True):
-            one_engine[engines.rank(at)] += size
-        first, end, turns = 0, engines.engines * len(sizes), len(replicas)
-        if len(set(sizes)) == 1:  # whole rounds at once
-            sent[replicas.start : replicas.stop : replicas.step] += end // turns * sizes[0]
-            first = end // turns * turns
-        for turn in range(first, end):
-            sent[replicas[(turn + first_turn(item.name)) % turns]] += sizes[turn % len(sizes)]
-    return Traffic(sent, np.tile(one_engine, engines.engines))
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of one push: sent[trainer rank], received[engine rank]."""
-
-    sent: np.ndarray
-    received: np.ndarray
-
-    @property
-    def busiest_sender(self) -> float:
-        """The busiest trainer rank's bytes over the average of all trainer ranks."""
-        return self.sent.max() / self.sent.mean()

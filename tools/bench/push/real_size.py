@@ -9,12 +9,13 @@ import msgspec
 
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
+from megatron_r1.weight_sync.plan.ranks import Coordinate
 from megatron_r1.weight_sync.plan.receiver_layout import ReceiverLayout
 from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes
 from megatron_r1.weight_sync.receive.table import Slot, SlotTable
 from megatron_r1.weights.layout import Shard, stage_shards
 from tools.bench.children import ROOT
-from tools.bench.push.direct_links import sends, traffic
+from tools.bench.push.direct_links import direct_links, sends
 
 MODEL = ROOT / "examples/deepseek_r1/model/config.json"
 GRID = TrainerGrid(2048, pipeline=16, expert=64)
@@ -32,7 +33,7 @@ def plan_of_671b() -> dict[str, dict[str, float | str]]:
     found: dict[str, dict[str, float | str]] = {"plan": _seconds(hf)}
     needs = PredictedLayout(hf, ENGINES)
     for name, num_bytes in (("bf16", plain_bytes("bfloat16")), ("fp8", fp8_bytes)):
-        moved = traffic(planner, num_bytes)
+        moved = direct_links(planner, num_bytes)
         one_engine = sum(
             num_bytes(tensor.name, tensor.rule.dtype, region)
             for rank in range(ENGINES.ranks_per_engine)
@@ -66,16 +67,22 @@ def _seconds(hf: dict) -> dict[str, float]:
 
 
 def tables(hf: dict, engine: EngineLayout) -> list[bytes]:
-    """Return the table that each rank of an engine publishes: its tensors, one after another."""
-    needs, found = PredictedLayout(hf, engine), []
-    for rank in range(engine.ranks_per_engine):
-        slots, end = [], 0
-        for tensor, at in needs.needed(engine.coordinate(rank)):
-            pitch = 2 * (at.right - at.left)
-            slots.append(Slot(tensor.name, *astuple(at), end, pitch, "bfloat16"))
-            end += pitch * (at.bottom - at.top)
-        found.append(msgspec.msgpack.encode(SlotTable(end, slots)))
-    return found
+    """Return the table that each rank of an engine publishes."""
+    needs = PredictedLayout(hf, engine)
+    return [
+        msgspec.msgpack.encode(slot_table(needs, engine.coordinate(rank)))
+        for rank in range(engine.ranks_per_engine)
+    ]
+
+
+def slot_table(needs: PredictedLayout, coordinate: Coordinate) -> SlotTable:
+    """Return the table of an engine rank's tensors in bfloat16, one after another."""
+    slots, end = [], 0
+    for tensor, at in needs.needed(coordinate):
+        pitch = 2 * (at.right - at.left)
+        slots.append(Slot(tensor.name, *astuple(at), end, pitch, "bfloat16"))
+        end += pitch * (at.bottom - at.top)
+    return SlotTable(end, slots)
 
 
 def _sender_seconds(hf: dict, rank: int, encoded: list[bytes]) -> float:

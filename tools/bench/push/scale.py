@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from megatron_r1.config import load
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.checks import engine_layout
-from megatron_r1.weight_sync.plan.entry import Entry, engine_sets
+from megatron_r1.weight_sync.plan.entry import engine_sets
 from megatron_r1.weight_sync.plan.links import planned_entries
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
@@ -25,9 +24,9 @@ from megatron_r1.weights.layout import Shard, recipe_stages
 from tools.bench.children import ROOT
 from tools.bench.push import real_size
 from tools.bench.push.assumptions import Assumptions, as_table
-from tools.bench.push.designs import Cluster, direct_tasks, entry_tasks
-from tools.bench.push.direct_links import direct_links, direct_requests, traffic
-from tools.plan.push_sets import set_links
+from tools.bench.push.designs import Cluster, direct_tasks, entered_ranks, entry_tasks
+from tools.bench.push.direct_links import direct_links
+from tools.plan.push_sets import PAIR_REQUESTS, set_links
 
 RECIPE = ROOT / "examples/deepseek_r1/r1_zero.yaml"
 FORMS: dict[str, ByteCount] = {"bf16": plain_bytes("bfloat16"), "FP8": fp8_bytes}
@@ -42,7 +41,6 @@ MOST = {
     "setup seconds": (10.0, "{:.3g} s of set-up"),
 }
 """The aims of a push at this size: the most of each figure, and its name in a sentence."""
-Plans = list[tuple[range, list[list[Entry]]]]
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,8 @@ def _cases() -> Iterator[Case]:
 
 def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
     cluster, rates = case.cluster, case.cluster.rates
-    floor = traffic(case.planner, count).received.max() / rates.nic
+    direct = direct_links(case.planner, count)
+    floor = direct.received.max() / rates.nic
 
     def row(design: str, seconds: float, links: np.ndarray, exchange: int, setup: Setup) -> dict:
         out, into = (np.bincount(side).max() for side in links.T)
@@ -153,7 +152,6 @@ def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
         }
 
     if form == "bf16":  # the bytes of FP8 are half of it, and everything else is the same
-        direct = direct_links(case.planner, count)
         pairs = np.stack([direct.sender, direct.receiver], axis=1)
         setup = _direct_setup(case, pairs)
         for design, rotated, capacity in (
@@ -169,17 +167,10 @@ def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
     entered = planned_entries(case.planner, count, sets, shares_gpus=cluster.colocated)
     plans = list(zip(sets, entered, strict=True))
     planning = time.process_time() - began
-    pairs = np.array(
-        [
-            (entry.sender, engines[entry.engine] * case.engines.ranks_per_engine + entry.position)
-            for engines, plan in plans
-            for entry in chain.from_iterable(plan)
-        ]
-    )
-    ends = entry_tasks(cluster, plans, case.engines.ranks_per_engine).finish_times(
-        cluster.capacity, ENTRY_BATCH
-    )
-    exchange = len(sets) * case.engines.ranks_per_engine
+    per_engine = case.engines.ranks_per_engine
+    pairs = np.array([(entry.sender, rank) for entry, rank in entered_ranks(plans, per_engine)])
+    ends = entry_tasks(cluster, plans, per_engine).finish_times(cluster.capacity, ENTRY_BATCH)
+    exchange = len(sets) * per_engine
     links = set_links(
         *(case.hf, case.planner.grid, case.engines, case.stages, count, len(sets[0])),
         drafts=case.drafts,
@@ -191,9 +182,11 @@ def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
 
 
 def _direct_setup(case: Case, pairs: np.ndarray) -> Setup:
-    """Each trainer rank reads the offers of all engine ranks and the table of each position, and
-    publishes a plan per link, which is read; it creates its groups one after another."""
-    world, requests = case.planner.grid.world, direct_requests(case.planner, len(pairs))
+    """Each trainer rank reads the offers of all engine ranks and the table of each position; per
+    link a plan is published, listed and read, and a group formed, one after another."""
+    world, engines = case.planner.grid.world, case.engines
+    requests = world * (engines.num_ranks + engines.ranks_per_engine + engines.engines)
+    requests += 5 * engines.num_ranks + len(pairs) * (3 + PAIR_REQUESTS)
     most = int(np.bincount(pairs[:, 0]).max())
     return Setup(requests, world * _table_bytes(case), 0, [2] * most, 1.0)
 
