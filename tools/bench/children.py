@@ -1,5 +1,6 @@
 """Processes that the benches start: their environment, and megatron-r1's command line."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -18,6 +19,17 @@ def environment(**more: str) -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     path = os.pathsep.join(filter(None, paths))
     return {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path, **more}
+
+
+def core_seconds(pid: int) -> float:
+    """Return the processor seconds so far of a process and of all below it."""
+    import psutil  # here, as the bench of kernels needs little more than torch and Triton
+
+    process, used = psutil.Process(pid), 0.0
+    for each in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            used += sum(each.cpu_times()[:2])  # user and system
+    return used
 
 
 def megatron_r1(verb: str, recipe: Path, settings: Mapping[str, Any] | None = None) -> list[str]:

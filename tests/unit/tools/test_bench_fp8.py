@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from megatron_r1.config import parse
-from tools.bench.fp8 import curves
+from tools.bench.fp8 import compared, relative_errors, smoothed
 from tools.bench.fp8.language import ENTROPY, LENGTH, Language
 from tools.bench.fp8.variants import VARIANTS, settings
 
@@ -32,10 +32,10 @@ def test_sentences_have_the_stated_entropy_and_depend_on_their_names_alone():
 
 
 def test_curves_are_smoothed_before_they_are_compared():
-    assert curves.smoothed([2.0, 1.0, 1.0]) == pytest.approx([2.0, 1.9, 1.81])
-    errors = curves.relative_errors([2.2, 1.1], [2.0, 1.0])
+    assert smoothed([2.0, 1.0, 1.0]) == pytest.approx([2.0, 1.9, 1.81])
+    errors = relative_errors([2.2, 1.1], [2.0, 1.0])
     assert errors == pytest.approx([0.1, 0.1])
-    late = curves.compared([1.0, 1.0, 1.01, 0.99], [1.0] * 4)
+    late = compared([1.0, 1.0, 1.01, 0.99], [1.0] * 4)
     # 1 + 0.1 * 0.01 = 1.001, then 0.9 * 1.001 + 0.1 * 0.99 = 0.9999
     assert late == pytest.approx({"mean": 0.00045, "mean_magnitude": 0.00055, "largest": 0.001})
 

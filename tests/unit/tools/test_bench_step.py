@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1.config import load, parse
-from tools.bench.step import SETTINGS, WORKS, figures, ours, pretrained, work
+from tools.bench.step import SETTINGS, WORKS, figures, pretrained, systems, work
 from tools.bench.step.model import Tail, write_model
 
 
@@ -17,7 +17,8 @@ def step(seconds: float, tokens: int, **phases: float) -> dict:
 
 def test_tokens_per_second_are_medians_of_steps_and_the_ratio_is_ours_over_theirs():
     compared = figures.compared(
-        [step(1, 100), step(2, 100), step(1, 300)], [step(10, 100), step(10, 300), step(10, 500)]
+        ours=[step(1, 100), step(2, 100), step(1, 300)],
+        trl=[step(10, 100), step(10, 300), step(10, 500)],
     )
     assert compared["ours"]["tokens_per_second"] == 100
     assert compared["trl"]["tokens_per_second"] == 30
@@ -35,7 +36,7 @@ def test_an_overlapped_step_is_compared_with_the_slower_of_its_parts():
 
 
 def test_the_page_shows_the_figures_it_was_given():
-    both = figures.compared([step(1, 500)], [step(4, 400)])
+    both = figures.compared(ours=[step(1, 500)], trl=[step(4, 400)])
     phases = {"time/rollout": 2.0, "time/reward": 0.0, "time/train": 1.0, "time/push": 0.0}
     result = {
         "packages": {"trl": "1.2.3"},
@@ -60,7 +61,7 @@ def test_the_page_shows_the_figures_it_was_given():
 
 def test_every_recipe_of_ours_is_one_the_command_takes(tmp_path):
     for name, more in SETTINGS.items():
-        made = ours.recipe(WORKS["short"], tmp_path, tmp_path / "q", tmp_path / "run", 3, more)
+        made = systems.recipe(WORKS["short"], tmp_path, tmp_path / "q", tmp_path / "run", 3, more)
         config = parse(made, name)
         assert config.rollout.max_response_tokens == 32
         assert config.rl.staleness == (1 if name == "overlapped" else 0)
@@ -71,7 +72,7 @@ def test_every_recipe_of_ours_is_one_the_command_takes(tmp_path):
 
 def test_the_work_travels_to_the_other_process_whole():
     given = replace(WORKS["long tail"], kl_beta=0.5)
-    assert work.Work(**json.loads(given.as_json())) == given
+    assert work.Work(**json.loads(json.dumps(vars(given)))) == given
 
 
 def test_rewards_differ_and_questions_are_the_same_every_time(tmp_path):
@@ -92,7 +93,9 @@ def test_both_systems_get_the_pretrained_models_prompts_as_its_recipe_writes_the
         recipe.rl.questions_per_rollout * recipe.rl.group_size
     )
     more = pretrained.faster(recipe)
-    made = parse(ours.recipe(pretrained.work_of(recipe), tmp_path, tmp_path, tmp_path, 3, more), "")
+    made = parse(
+        systems.recipe(pretrained.work_of(recipe), tmp_path, tmp_path, tmp_path, 3, more), ""
+    )
     assert made.parallel.share_prompts
     assert made.rollout.kv_block_tokens == recipe.rollout.kv_block_tokens
 

@@ -1,4 +1,5 @@
-"""One training run in a process of its own: `python -m tools.bench.fp8.worker TASK.json OUT.json`.
+"""One training run in a process of its own: `python -m tools.bench.fp8.worker TASK`, which prints
+its report as its last line; both are JSON.
 
 It uses the real trainer (Megatron's model, optimizer and schedule) on one rank, with SFT's loss."""
 
@@ -9,6 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_r1.config import parse
+from megatron_r1.processes.children import rank_variables
+from megatron_r1.trainer_client.packing import pack
+from megatron_r1.training import distributed
+from megatron_r1.training.wire import Sample
 from tools.bench.fp8.language import Language
 from tools.bench.fp8.variants import BASELINE, MODEL, WARMUP_STEPS, settings
 
@@ -16,18 +24,10 @@ LOSS = "megatron_r1.training.losses:supervised"
 
 
 def main() -> None:
-    task = json.loads(Path(sys.argv[1]).read_text())
-    place = _initialize(task)
-    Path(sys.argv[2]).write_text(json.dumps(_train(task, place)))
-
-
-def _initialize(task: dict[str, Any]):
-    from megatron_r1.config import parse
-    from megatron_r1.training import distributed
-
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    return distributed.initialize(parse(_settings(task)).parallel, seed=task["seed"])
+    task = json.loads(sys.argv[1])
+    os.environ |= rank_variables(0, 1, port=0)
+    place = distributed.initialize(parse(_settings(task)).parallel, seed=task["seed"])
+    print("\n" + json.dumps(_train(task, place)))
 
 
 def _settings(task: dict[str, Any], **model: Any) -> dict[str, Any]:
@@ -37,10 +37,8 @@ def _settings(task: dict[str, Any], **model: Any) -> dict[str, Any]:
 
 
 def _train(task: dict[str, Any], place) -> dict[str, Any]:
-    import torch
-
+    # Megatron, which these import, needs the platform that `initialize` prepares.
     from megatron_r1 import weights
-    from megatron_r1.config import parse
     from megatron_r1.training.trainer import Trainer
 
     language = Language(MODEL["vocab_size"], task["seed"])
@@ -73,9 +71,6 @@ def _train(task: dict[str, Any], place) -> dict[str, Any]:
 
 
 def _load(trainer, sentences: list[list[int]]) -> None:
-    from megatron_r1.trainer_client.packing import pack
-    from megatron_r1.training.wire import Sample
-
     samples = [Sample.pack(tokens[:2], tokens[2:]) for tokens in sentences]
     limit = trainer.config.parallel.microbatch_tokens
     plan = pack([len(s) for s in samples], 1, limit).shares[0]
@@ -84,8 +79,6 @@ def _load(trainer, sentences: list[list[int]]) -> None:
 
 def _logprobs(trainer, sentences: list[list[int]]):
     """Return every predicted token's fp32 log-probability, in an order fixed by `sentences`."""
-    import torch
-
     _load(trainer, sentences)
     trainer.compute_logprobs(temperature=1.0, reference=False)
     batches = trainer.minibatches[0]

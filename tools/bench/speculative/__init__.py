@@ -15,13 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from megatron_r1.config.engines import SpeculativeConfig
 from megatron_r1.engine.from_config import speculative_settings
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.fleet.speculation import AcceptanceMeter
 from tools.bench import machine
+from tools.bench.children import core_seconds
 from tools.bench.speculative.model import VOCABULARY, write_model
 
 PLAIN = "no drafts"
@@ -103,10 +102,11 @@ async def _turns(
         await meters[name].read(fleet.engines)
     for _ in range(chosen.rounds):
         for name, fleet in fleets.items():
-            before = _core_seconds(fleet)
+            server = fleet.engines[0].server.process.pid
+            before = core_seconds(server)
             seconds = await _generate(fleet, sequences, chosen.tokens, chosen.temperature)
             tokens = sequences * chosen.tokens
-            rounds[name].append((tokens / seconds, tokens / (_core_seconds(fleet) - before)))
+            rounds[name].append((tokens / seconds, tokens / (core_seconds(server) - before)))
     rows = []
     for name, fleet in fleets.items():
         row: dict[str, Any] = {"sequences": sequences, "drafts": name, "rounds": rounds[name]}
@@ -120,21 +120,11 @@ async def _turns(
     return rows
 
 
-def _core_seconds(fleet: RolloutFleet) -> float:
-    """Return the processor seconds of the engine's processes so far."""
-    server = psutil.Process(fleet.engines[0].server.process.pid)
-    times = [process.cpu_times() for process in (server, *server.children(recursive=True))]
-    return sum(each.user + each.system for each in times)
-
-
 async def _generate(fleet: RolloutFleet, sequences: int, tokens: int, temperature: float) -> float:
     """Return the seconds in which these sequences are sampled, the same prompts in every call."""
     draw = random.Random(0)
     prompts = [draw.choices(range(VOCABULARY), k=PROMPT_TOKENS) for _ in range(sequences)]
+    settings = {"n": 1, "max_tokens": tokens, "temperature": temperature}
     start = time.perf_counter()
-    calls = (
-        fleet.generate(prompt, n=1, max_tokens=tokens, temperature=temperature)
-        for prompt in prompts
-    )
-    await asyncio.gather(*calls)
+    await asyncio.gather(*(fleet.generate(prompt, **settings) for prompt in prompts))
     return time.perf_counter() - start

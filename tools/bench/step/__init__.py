@@ -12,15 +12,15 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tools.bench import machine
 from tools.bench.small_models import TOKENIZER
-from tools.bench.step import against, ours, recipe, theirs
+from tools.bench.step import against, recipe
 from tools.bench.step.figures import as_page, compared, overlapped, table
 from tools.bench.step.model import Tail, write_model
+from tools.bench.step.systems import run_ours, run_trl, trl_version
 from tools.bench.step.work import Work, write_questions
 
 WORKS = {"long tail": Work(limit=256), "short": Work(limit=32)}
@@ -60,20 +60,23 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         overlap = {"long tail, overlapped": (WORKS["long tail"], SETTINGS["overlapped"])}
         runs = {name: (work, {}) for name, work in WORKS.items()} | overlap
         return {"packages": machine.versions(PACKAGES), **against.run(chosen, runs)}
-    versions = machine.versions(PACKAGES) | {"trl": theirs.version(chosen.peer_python)}
+    versions = machine.versions(PACKAGES) | {"trl": trl_version(chosen.peer_python)}
     if chosen.model:
         from tools.bench.step import pretrained  # here, as TRL's interpreter lacks what it imports
 
         return {"packages": versions, **pretrained.run(chosen)}
     with tempfile.TemporaryDirectory() as folder:
         steps, conditions = _measure(chosen, Path(folder))
-    comparisons = {name: compared(steps[name, "ours"], steps[name, "trl"]) for name in WORKS}
+    comparisons = {
+        name: compared(ours=steps[name, "ours"], trl=steps[name, "trl"]) for name in WORKS
+    }
     overlap = overlapped(steps["long tail", "in turns"], steps["long tail", "overlapped"])
     print(table(comparisons, overlap))
+    load, worth = ((min(values), max(values)) for values in zip(*conditions, strict=True))
     result = {
         "packages": versions,
-        "load": _range(load for load, _ in conditions),
-        "cores are worth": _range(worth for _, worth in conditions),
+        "load": load,
+        "cores are worth": worth,
         "work": {name: vars(work) for name, work in WORKS.items()},
         "comparisons": comparisons,
         "overlap": overlap,
@@ -99,10 +102,10 @@ def _measure(
         if system == "trl":
             # With long responses one of TRL's steps takes as long as several of ours.
             count = chosen.steps if name == "short" else max(2, chosen.steps // 3)
-            lines = theirs.run(work, model, questions, count, chosen.peer_python)
+            lines = run_trl(work, model, questions, count, chosen.peer_python)
         else:
             run = folder / f"{turn} {system}"
-            lines = ours.run(work, model, questions, run, chosen.steps, SETTINGS[system])
+            lines = run_ours(work, model, questions, run, chosen.steps, SETTINGS[system])
         steps.setdefault((name, system), []).extend(lines)
         seconds = ", ".join(f"{line['seconds']:.2f}" for line in lines)
         print(
@@ -111,8 +114,3 @@ def _measure(
             flush=True,
         )
     return steps, conditions
-
-
-def _range(values: Iterable[float]) -> tuple[float, float]:
-    found = list(values)
-    return min(found), max(found)

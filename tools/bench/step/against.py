@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench import machine
-from tools.bench.step import ours
-from tools.bench.step.figures import Steps, medians
+from tools.bench.step.figures import Steps, compared
 from tools.bench.step.model import Tail, write_model
+from tools.bench.step.systems import run_ours
 from tools.bench.step.work import Work, write_questions
 
 
@@ -28,12 +28,20 @@ def run(
                 for side, root in (("other", chosen.against), ("this", None)):
                     conditions.append((os.getloadavg()[0], machine.cores_worth()))
                     place = Path(folder) / f"{turn} {name} {side}"
-                    lines = ours.run(work, model, questions, place, chosen.steps, more, root)
+                    lines = run_ours(work, model, questions, place, chosen.steps, more, root)
                     steps[name][side] += map(_timings, lines)
                     seconds = ", ".join(f"{line['seconds']:.2f}" for line in lines)
                     print(f"{name}, {side}: {seconds} s a step", flush=True)
-    comparisons = {name: _compared(**sides) for name, sides in steps.items()}
-    for name, comparison in comparisons.items():
+    comparisons = {}
+    for name, sides in steps.items():
+        comparisons[name] = comparison = compared(**sides)
+        # Of sums, which other work on the cores moves least.
+        this, other = (
+            sum(step["core_seconds"] for step in lines)
+            / sum(step["response_tokens"] for step in lines)
+            for lines in sides.values()
+        )
+        comparison["core_ratio"] = this / other
         print(
             f"{name}: this has {comparison['ratio']:.3f} x the tokens/s of the other, and takes "
             f"{comparison['core_ratio']:.3f} x its processor time a token"
@@ -44,14 +52,3 @@ def run(
 def _timings(line: dict[str, Any]) -> dict[str, Any]:
     kept = ("seconds", "core_seconds", "response_tokens")
     return {key: value for key, value in line.items() if key in kept or key.startswith("time/")}
-
-
-def _compared(this: Steps, other: Steps) -> dict[str, Any]:
-    """Return medians and ratios. core_ratio: of sums, which other work on the cores moves least."""
-    both = medians(this), medians(other)
-    core = [
-        sum(step["core_seconds"] for step in steps) / sum(step["response_tokens"] for step in steps)
-        for steps in (this, other)
-    ]
-    ratio = both[0]["tokens_per_second"] / both[1]["tokens_per_second"]
-    return {"this": both[0], "other": both[1], "ratio": ratio, "core_ratio": core[0] / core[1]}

@@ -10,11 +10,12 @@ Steps = list[dict[str, Any]]
 """One dictionary per step: "seconds" (wall clock), "core_seconds" and "response_tokens"."""
 
 
-def compared(ours: Steps, theirs: Steps) -> dict[str, Any]:
-    """Return the medians of both systems and the ratio of their tokens per second."""
-    both = medians(ours), medians(theirs)
-    ratio = both[0]["tokens_per_second"] / both[1]["tokens_per_second"]
-    return {"ours": both[0], "trl": both[1], "ratio": ratio}
+def compared(**both: Steps) -> dict[str, Any]:
+    """Return the medians of two systems by name, and the ratio of the first's tokens per second to
+    the second's."""
+    found = {name: medians(steps) for name, steps in both.items()}
+    first, second = (of["tokens_per_second"] for of in found.values())
+    return {**found, "ratio": first / second}
 
 
 def medians(steps: Steps) -> dict[str, float]:

@@ -17,8 +17,8 @@ from megatron_r1.files.jsonl import read_lines, write_lines
 from megatron_r1.processes.peak_memory import PeakMemory
 from tools.bench import machine
 from tools.bench.children import ROOT
-from tools.bench.step import ours, theirs
 from tools.bench.step.figures import medians
+from tools.bench.step.systems import run_ours, run_trl
 from tools.bench.step.work import Work
 
 RECIPE = ROOT / "examples/smollm2/rl.yaml"
@@ -46,9 +46,9 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
             with PeakMemory(every_seconds=1.0) as peak:
                 given = work, model, questions
                 if system == "trl":
-                    lines = theirs.run(*given, chosen.steps, chosen.peer_python)
+                    lines = run_trl(*given, chosen.steps, chosen.peer_python)
                 else:
-                    lines = ours.run(*given, folder / f"{turn}", chosen.steps, faster(recipe))
+                    lines = run_ours(*given, folder / f"{turn}", chosen.steps, faster(recipe))
             steps[system] += lines
             peaks[system].append(peak.gib)
             seconds = ", ".join(f"{line['seconds']:.1f}" for line in lines)

@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,6 @@ class Work:
     @property
     def num_responses(self) -> int:
         return self.questions * self.group
-
-    def as_json(self) -> str:
-        return json.dumps(asdict(self))
 
 
 def write_questions(path: Path, count: int, seed: int = 0) -> Path:

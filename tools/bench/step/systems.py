@@ -1,17 +1,17 @@
-"""megatron-r1 as a user runs it: a recipe on the command line, measured from outside."""
+"""The two systems: megatron-r1 as a user runs it, a recipe on the command line, measured from
+outside; and TRL, run by an interpreter that has it."""
 
-import contextlib
+import json
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import yaml
 
 from megatron_r1.files.jsonl import read_lines
-from tools.bench.children import environment, megatron_r1
+from tools.bench.children import core_seconds, environment, megatron_r1, run_to_end
 from tools.bench.step.work import Work
 
 POLL_SECONDS = 0.002
@@ -51,7 +51,7 @@ def recipe(
     return settings
 
 
-def run(
+def run_ours(
     work: Work,
     model: Path,
     questions: Path,
@@ -95,16 +95,27 @@ def _watch(path: Path, process: subprocess.Popen) -> list[np.ndarray]:
     while process.poll() is None:
         now = path.stat().st_size if path.exists() else 0
         if now != size:
-            mark = np.array([time.perf_counter(), _used(psutil.Process(process.pid))])
+            mark = np.array([time.perf_counter(), core_seconds(process.pid)])
             size = now
             marks += [mark] * (path.read_bytes().count(b"\n") - len(marks))
         time.sleep(POLL_SECONDS)
     return marks
 
 
-def _used(process: psutil.Process) -> float:
-    used = 0.0
-    for each in [process, *process.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            used += sum(each.cpu_times()[:2])  # user and system
-    return used
+def trl_version(python: str) -> str:
+    """Return TRL's version; exit if `python` has no TRL, before anything long begins."""
+    code = "from importlib import metadata; print(metadata.version('trl'))"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise SystemExit(f"{python} has no trl: {python} -m pip install -r requirements/bench.txt")
+    return found.stdout.strip()
+
+
+def run_trl(
+    work: Work, model: Path, questions: Path, steps: int, python: str
+) -> list[dict[str, Any]]:
+    """Return one line per step but the first."""
+    worker = [python, "-m", "tools.bench.step.peer_trl", json.dumps(vars(work))]
+    command = [*worker, str(model), str(questions), str(steps)]
+    output = run_to_end(command, HF_HUB_OFFLINE="1", PYTHONWARNINGS="ignore")
+    return [json.loads(line) for line in output.splitlines() if line.startswith('{"seconds"')]
