@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench.chaos import oracle, task
-from tools.bench.chaos.schedule import order
+from tools.bench.chaos import oracle, order, task
 from tools.bench.chaos.user import End, Sighting, User
 
 

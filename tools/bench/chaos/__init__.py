@@ -10,18 +10,33 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tools.bench.chaos import oracle, task
 from tools.bench.chaos.faults import FAULTS, possible, small_disk
-from tools.bench.chaos.schedule import Report, disturb
 from tools.bench.chaos.user import User
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 DISK_MEBIBYTES = 96
 STDERR_CHARS = 600
+OVERLAP = 0.15
+"""Probability that the next fault does not wait for the run to recover."""
+LATEST_RECOVERY_SECONDS = 420.0
+
+
+@dataclass
+class Report:
+    """One fault. step: the last finished step when it was injected; seconds_to_next_step: from its
+    beginning until a later step was finished."""
+
+    fault: str
+    step: int
+    at_seconds: float
+    what: str
+    seconds_to_next_step: float | None = None
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
@@ -82,16 +97,71 @@ def _disturbed(
     user = User(_command(disk, base, chosen), disk / "run", logs, ENVIRONMENT)
     draw = random.Random(chosen.seed)
     try:
-        return user, disturb(user, names, chosen.steps, chosen.gap, draw, _print_report)
+        return user, disturb(user, names, chosen.steps, chosen.gap, draw)
     finally:
         user.close()
 
 
-def _print_report(report: Report) -> None:
-    seconds = report.seconds_to_next_step
-    took = "    the end" if seconds is None else f"{seconds:9.1f} s"
-    what = report.what.splitlines()[-1][:120]
-    print(f"step {report.step:4}  {report.fault:36}{took}  {what}", flush=True)
+def order(names: list[str], draw: random.Random) -> Iterator[str]:
+    """Yield all names in random order, then all in another order, without end."""
+    while True:
+        yield from draw.sample(names, len(names))
+
+
+def disturb(
+    user: User,
+    names: list[str],
+    steps: int,
+    gap: tuple[int, int],
+    draw: random.Random,
+) -> list[Report]:
+    """Inject faults until the run is done. gap: steps between a recovery and the next fault."""
+    reports, faults = [], order(names, draw)
+    _until(user, lambda: user.best >= 1)
+    num_reported, wait = 0, draw.randint(1, gap[0])
+    while not user.is_done:
+        due = user.best + wait
+        _until(user, lambda due=due: user.best >= min(due, steps - 1))
+        if user.best >= steps - 1:
+            break
+        user.follow(draw.uniform(0.0, 1.5))  # into any phase of a step
+        reports.append(_inject(user, next(faults), draw))
+        if draw.random() < OVERLAP and user.best < steps - 1:
+            user.follow(draw.uniform(0.0, 20.0))
+            reports.append(_inject(user, next(faults), draw))
+        at = reports[-1].step
+        _until(user, lambda at=at: user.best > at)
+        for report in reports[num_reported:]:
+            later = [seen.seconds for seen in user.sightings if seen.line["step"] > report.step]
+            if later:  # empty if the fault came in the run's last step or after it
+                report.seconds_to_next_step = round(later[0] - report.at_seconds, 2)
+            seconds = report.seconds_to_next_step
+            took = "    the end" if seconds is None else f"{seconds:9.1f} s"
+            what = report.what.splitlines()[-1][:120]
+            print(f"step {report.step:4}  {report.fault:36}{took}  {what}", flush=True)
+        num_reported, wait = len(reports), draw.randint(*gap)
+    _until(user, lambda: user.is_done)
+    return reports
+
+
+def _inject(user: User, name: str, draw: random.Random) -> Report:
+    """Inject the fault as soon as its target exists; raise RuntimeError if it never does."""
+    deadline = user.seconds + LATEST_RECOVERY_SECONDS
+    while user.seconds < deadline:
+        seconds = user.seconds
+        what = FAULTS[name](user, draw) if user.is_running else None
+        if what or user.is_done:
+            return Report(name, user.best, round(seconds, 2), what or "came too late")
+        user.follow(0.02)
+    raise RuntimeError(f"no target for this fault after step {user.best}: {name}")
+
+
+def _until(user: User, condition: Callable[[], bool]) -> None:
+    deadline = user.seconds + LATEST_RECOVERY_SECONDS
+    while not condition() and not user.is_done:
+        user.follow(0.1)
+        if user.seconds > deadline:
+            raise RuntimeError(f"stuck after step {user.best} for {LATEST_RECOVERY_SECONDS:.0f} s")
 
 
 def _result(

@@ -4,13 +4,12 @@ A base model repeats a number of three digits. It seldom thinks first, and is th
 guesses, with one digit wrong. Reinforcement learning discovers that thinking pays; evaluation uses
 numbers it was not trained on."""
 
-import json
 import random
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from megatron_r1.files.jsonl import write_lines
 from tools.bench.children import megatron_r1, run_to_end
 from tools.bench.small_models import qwen2, write_folder
 
@@ -56,11 +55,6 @@ def command(
 def write_questions(path: Path) -> Path:
     """Write every number once."""
     return write_lines(path, [{"question": f"{n}=", "truth": str(n)} for n in NUMBERS])
-
-
-def write_lines(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 def _example(draw: random.Random) -> dict[str, str]:

@@ -20,6 +20,24 @@ per SM: programs at once. load, store: bytes of the widest in the main loop. KiB
 turn of it in all programs of an SM. bar, shfl: barriers and shuffles in it. memory, issue, mufu:
 upper bounds in 1e12 elements/s for an H200. A kernel without a loop: all of it."""
 
+# Limits of a multiprocessor (SM). Sources: CUDA C++ Programming Guide, "Technical Specifications
+# per Compute Capability" and "Arithmetic Instructions"; NVIDIA's data sheet of the H200 (4.8 TB/s).
+# Not modelled: latency, and the half rate of integer, minimum and conversion instructions.
+ARCHITECTURES = (80, 90, 100)
+SHARED_KIB = {80: 164, 90: 228, 100: 228}  # of an SM
+RESERVED_SHARED = 1024  # bytes per program that CUDA itself uses
+REGISTERS = 65_536  # of an SM
+REGISTER_UNIT = 256  # granularity of a warp's registers
+THREADS = 2_048
+PROGRAMS = 32
+
+H200 = 90
+SMS = 132
+CLOCK = 1.755e9
+ISSUED = 4 * 32  # instructions of threads per clock and SM: four schedulers, a warp each
+MUFU = 16  # exponentials, reciprocals, ... per clock and SM
+BANDWIDTH = 4.8e12
+
 
 def add_options(options: argparse.ArgumentParser) -> None:
     """Add nothing: --json, which every bench has, is the only option."""
@@ -33,12 +51,12 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     import triton
     from r1_kernels.examples import KERNELS, Sizes
 
-    from tools.bench.resources import bound, compilation
+    from tools.bench.resources import compilation
 
     entries: dict[str, dict[str, Any]] = {}
     print(HEADER)
     for kernel, example in ((k, e) for k in KERNELS for e in k.examples(Sizes(), "meta")):
-        for arch in bound.ARCHITECTURES:
+        for arch in ARCHITECTURES:
             for launch in compilation.compile_launches(kernel, example, arch):
                 entry = measure(example, launch, arch)
                 entries[f"{example.name}, sm_{arch}"] = entry
@@ -52,7 +70,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
 def measure(example, launch, arch: int) -> dict[str, Any]:
     """Return one kernel's entry. example: examples.Example; launch: compilation.Launch."""
-    from tools.bench.resources import bound, machine_code
+    from tools.bench.resources import machine_code
 
     kernel, warps = launch.kernel, launch.kernel.metadata.num_warps
     threads = 32 * warps
@@ -60,7 +78,7 @@ def measure(example, launch, arch: int) -> dict[str, Any]:
     handled = moved.elements or example.elements / launch.programs
     used = machine_code.resources(kernel)
     loop = machine_code.main_loop(kernel, moved, handled / threads)
-    programs = bound.programs_per_sm(arch, used["registers"], used["shared_bytes"], warps)
+    programs = programs_per_sm(arch, used["registers"], used["shared_bytes"], warps)
     num_bytes = (moved.loaded + moved.stored) / handled
     entry = {
         "kernel": launch.name,
@@ -72,8 +90,8 @@ def measure(example, launch, arch: int) -> dict[str, Any]:
         "bytes": num_bytes,
         "least_bytes": example.least_bytes,
     }
-    if arch == bound.H200:
-        limits = bound.bounds(num_bytes, loop["instructions"], loop["mufu"])
+    if arch == H200:
+        limits = bounds(num_bytes, loop["instructions"], loop["mufu"])
         entry["elements_per_second"] = limits
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
 
@@ -87,3 +105,24 @@ def _line(name: str, arch: int, e: dict[str, Any]) -> str:
         f"{e['bytes']:6.2f} {e['mufu']:5.2f} {e['instructions']:6.2f}"
         + "".join(f" {limit / 1e12:7.2f}" for limit in limits)
     )
+
+
+def programs_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
+    """Return how many programs with these registers per thread and shared bytes fit on an SM."""
+    of_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    return min(
+        PROGRAMS,
+        THREADS // (32 * warps),
+        REGISTERS // of_warp // warps,
+        SHARED_KIB[arch] * 1024 // (shared + RESERVED_SHARED),
+    )
+
+
+def bounds(num_bytes: float, instructions: float, mufu: float) -> dict[str, float]:
+    """Return an H200's upper bounds in elements per second, from bytes, instructions and MUFU
+    operations per element."""
+    return {
+        "memory": BANDWIDTH / num_bytes,
+        "issue": SMS * CLOCK * ISSUED / instructions,
+        "mufu": SMS * CLOCK * MUFU / mufu if mufu else float("inf"),
+    }

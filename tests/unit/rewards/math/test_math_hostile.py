@@ -5,20 +5,14 @@ Every scenario is bounded: a grade by the pool's limit, a worker's memory by its
 """
 
 import asyncio
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[4] / "tools" / "bench"))
-
-from rewards import hostile
-from rewards.soak import TRUTHS, soak_samples
 
 from megatron_r1.rewards import math as math_reward
 from megatron_r1.rewards.math.refusal import refusal
 from megatron_r1.rewards.math.spelling import spell
 from megatron_r1.rewards.runtime.pool import RewardPool
+from tools.bench.rewards import TRUTHS, hostile, soak_samples
 
 FAMILIES = {
     "towers": hostile.TOWERS,
