@@ -1,10 +1,12 @@
 """Processes that the benches start: their environment, and megatron-r1's command line."""
 
 import contextlib
+import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,12 @@ def environment(**more: str) -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     path = os.pathsep.join(filter(None, paths))
     return {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path, **more}
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what an importable function returns in a new process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own:
+        return own.submit(function, *arguments).result()
 
 
 def core_seconds(pid: int) -> float:

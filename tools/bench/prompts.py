@@ -15,23 +15,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-HF = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "vocab_size": 2048,
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "hidden_act": "silu",
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-}
-LOSS = "megatron_r1.rl.algorithms.grpo:loss"
+from tools.bench.small_models import qwen2
+
+MODEL = qwen2(
+    hidden=256,
+    layers=4,
+    heads=8,
+    vocab_size=2048,
+    intermediate_size=704,
+    num_key_value_heads=4,
+    max_position_embeddings=8192,
+)
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
@@ -52,7 +46,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     os.environ |= rank_variables(0, 1, free_port("127.0.0.1"))
     platform.prepare()
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(HF))
+        (Path(folder) / "config.json").write_text(json.dumps(MODEL))
         config = Config.model_validate(
             {
                 "model": {"path": folder, "init": "random", "dtype": "float32"},
@@ -63,7 +57,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         settings = find("grpo"), replace(config.rl.loss_settings(chosen.response), kl_beta=0.0)
         results = [_measured(config, position, *settings, chosen, n) for n in chosen.prompts]
         distributed.leave_process_groups()
-    return {"model": HF, "results": results}
+    return {"model": MODEL, "results": results}
 
 
 def _measured(config, position, algorithm, settings, chosen, prompt: int) -> dict[str, Any]:
@@ -73,7 +67,7 @@ def _measured(config, position, algorithm, settings, chosen, prompt: int) -> dic
     draw = random.Random(0)
 
     def tokens(count):
-        return [draw.randrange(HF["vocab_size"]) for _ in range(count)]
+        return [draw.randrange(MODEL["vocab_size"]) for _ in range(count)]
 
     first, logprobs = tokens(prompt), [-7.0] * chosen.response
     samples = [

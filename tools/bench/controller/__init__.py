@@ -6,11 +6,10 @@ sample log, advantages, packing, and the samples' way to the ranks. So the secon
 controller adds to sampling, on the cores that the engines, the graders and the ranks share here."""
 
 import argparse
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from tools.bench import machine
+from tools.bench.children import in_own_process
 from tools.bench.controller.rollout import measure
 from tools.bench.controller.work import GROUP
 
@@ -32,12 +31,10 @@ def add_options(options: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Return a dictionary per size, each measured in a process of its own."""
     sizes = []
-    context = multiprocessing.get_context("spawn")
     for groups in chosen.groups:
-        with ProcessPoolExecutor(1, mp_context=context) as own:
-            size = groups, chosen.tokens, chosen.ranks, chosen.replicas
-            case = chosen.routing, chosen.sampling_seconds
-            sizes.append(own.submit(measure, *size, *case).result())
+        size = groups, chosen.tokens, chosen.ranks, chosen.replicas
+        case = chosen.routing, chosen.sampling_seconds
+        sizes.append(in_own_process(measure, *size, *case))
         print("\n  ".join([_line(sizes[-1]), *beyond(sizes[-1])]), flush=True)
     return {"cores are worth": machine.cores_worth(), "group": GROUP, "sizes": sizes}
 

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,18 +84,14 @@ def measure(
     }
 
 
+@dataclass
 class _Job:
-    def __init__(
-        self,
-        config: Config,
-        text: PromptText,
-        urls: list[str],
-        world: int,
-        replicas: int,
-        folder: Path,
-    ) -> None:
-        self.config, self.text, self.urls, self.folder = config, text, urls, folder
-        self.world, self.replicas = world, replicas
+    config: Config
+    text: PromptText
+    urls: list[str]
+    world: int
+    replicas: int
+    folder: Path
 
     async def run(self) -> dict[str, Any]:
         """Train on one synthetic rollout; return seconds, blocks of the event loop and memory."""
@@ -174,15 +171,17 @@ class _Passes(TrainerPasses):
             self.loaded, self.used = time.perf_counter(), _cpu_seconds()
 
 
+@dataclass
 class _OneStep:
     """A session of one step, as `rl.loop.train` calls it. seconds: until the rollout is there
     ("rollout"), and from there until the trainer has it ("load")."""
 
-    def __init__(self, passes: _Passes, sampler: StepSampler, watch: Watch) -> None:
-        self.passes, self.sampler, self.watch = passes, sampler, watch
-        self.step = 0
-        self.seconds: dict[str, float] = {}
-        self.metrics: dict[str, float] = {}
+    passes: _Passes
+    sampler: StepSampler
+    watch: Watch
+    step: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def next_step(self) -> bool:
         self.step += 1

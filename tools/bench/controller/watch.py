@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import psutil
 
 BEAT_SECONDS = 0.002
 
@@ -55,6 +56,5 @@ class Watch:
 
 def memory() -> dict[str, int]:
     """Return this process's VmRSS and RssAnon in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":") for line in lines)
-    return {name: int(fields[name].split()[0]) << 10 for name in ("VmRSS", "RssAnon")}
+    held = psutil.Process().memory_info()
+    return {"VmRSS": held.rss, "RssAnon": held.rss - held.shared}

@@ -73,25 +73,26 @@ async def _measure(
     num_bytes = width * sum(torch.Size(size).numel() for _, size in tensors)
     bridge = WeightBridge(fleet, EngineLinks(trainer, config.push, tensors, {}))
     await bridge.open()
-    copy = _Copy(num_bytes)
+    both = [torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2)]
     pushes, reloads = [], []
     worth = [machine.cores_worth()]
     for version in range(WARM_UP + repeats):
         if version:
             await bridge.hold()
-        before = copy.seconds()
+        before = _copy_seconds(*both)
         start = time.perf_counter()
         seconds = await bridge.push(version)
         seconds["push"] = time.perf_counter() - start
-        seconds["copy"] = (before + copy.seconds()) / 2
+        seconds["copy"] = (before + _copy_seconds(*both)) / 2
         pushes.append(seconds)
     worth.append(machine.cores_worth())
     # Not alternating with pushes: the disk stays busy for a while after an export.
     for _ in range(1 + num_reloads):
         reloads.append(await _export_and_reload(trainer, fleet, folder / "export"))
     pushes, reloads = pushes[WARM_UP:], reloads[1:]
-    both = pushes, reloads
-    found = {name: median(r[name] for r in rounds) for rounds in both for name in rounds[0]}
+    found = {
+        name: median(r[name] for r in rounds) for rounds in (pushes, reloads) for name in rounds[0]
+    }
     of_transfer, of_push = (
         quantiles((r["copy"] / r[name] for r in pushes), n=4) for name in ("push/transfer", "push")
     )
@@ -114,21 +115,15 @@ async def _measure(
     }
 
 
-class _Copy:
-    """Copies by one core, between pages that are already mapped."""
-
-    def __init__(self, num_bytes: int):
-        self.source, self.target = (torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2))
-
-    def seconds(self) -> float:
-        """Return the seconds of one copy."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        start = time.perf_counter()
-        self.target.copy_(self.source)
-        seconds = time.perf_counter() - start
-        torch.set_num_threads(threads)
-        return seconds
+def _copy_seconds(source: torch.Tensor, target: torch.Tensor) -> float:
+    """Return the seconds in which one core copies, between pages that are already mapped."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    target.copy_(source)
+    seconds = time.perf_counter() - start
+    torch.set_num_threads(threads)
+    return seconds
 
 
 async def _export_and_reload(trainer, fleet, folder: Path) -> dict[str, float]:
