@@ -183,10 +183,10 @@ class _OneStep:
     seconds: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def next_step(self) -> bool:
+    def next_step(self) -> Config | None:
         self.step += 1
         self.sampler.start(1)
-        return self.step == 1
+        return self.passes.config if self.step == 1 else None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
