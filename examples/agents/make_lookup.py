@@ -7,15 +7,14 @@ every row and that only the tool can read. The demonstrations teach the form of 
 an answer. Of them 10% follow the table to its end; 50% stop after the first hop, 40% guess."""
 
 import argparse
-import json
 import random
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from examples.laptop.make_tokenizer import SPECIAL, make_tokenizer
+from examples.laptop.r1.model import write_folder
 from megatron_r1.agents.environments.lookup import Lookup
-from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import write_lines
 
 USER, ASSISTANT, RESULT = "<|user|>", "<|assistant|>", "<|result|>"
@@ -29,7 +28,6 @@ CHAT_TEMPLATE = (
     "</tool_call>{% endfor %}<eos>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-CONFIG = Path(__file__).parents[1] / "laptop/r1/models/qwen.json"
 NUM_EPISODES, NUM_ROWS = 24_000, 4_000
 WHOLE, ONE_HOP = 0.10, 0.50
 
@@ -71,18 +69,11 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
     folder, draw = chosen.folder, random.Random(chosen.seed)
-    tokenizer = lookup_tokenizer()
-    tokenizer.save_pretrained(folder / "model")
-    config = json.loads(CONFIG.read_text()) | {"vocab_size": len(tokenizer)}
-    atomic_write(folder / "model" / "config.json", json.dumps(config, indent=2))
-    write_lines(
-        folder / "demonstrations.jsonl",
-        (row for _ in range(NUM_EPISODES) for row in demonstrate(draw)),
-    )
-    write_lines(
-        folder / "rows.jsonl",
-        ({"question": f"Follow table {i}.", "seed": i} for i in range(NUM_ROWS)),
-    )
+    write_folder(folder / "model", lookup_tokenizer(), "qwen")
+    demonstrations = (row for _ in range(NUM_EPISODES) for row in demonstrate(draw))
+    write_lines(folder / "demonstrations.jsonl", demonstrations)
+    rows = ({"question": f"Follow table {i}.", "seed": i} for i in range(NUM_ROWS))
+    write_lines(folder / "rows.jsonl", rows)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from megatron_r1 import config as configuration
@@ -63,8 +65,9 @@ SMALL = {"seed": 0, "gpu_memory_utilization": 0.3}  # share of GPU memory; on a 
 LIBRARIES = {"transformers": answers_of_transformers, "vllm": answers_of_vllm}
 
 
-def start(library: str, folder: str, prompts: list[list[int]], limit: int) -> subprocess.Popen:
-    """Start a library in a process of its own: both patch modules that they import."""
+def answers_of(library: str, folder: str, prompts: list[list[int]], limit: int) -> list[list[int]]:
+    """Return the answers of a library in a process of its own, as both patch modules that they
+    import; exit with what it wrote if it fails."""
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -72,19 +75,17 @@ def start(library: str, folder: str, prompts: list[list[int]], limit: int) -> su
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "TORCHDYNAMO_DISABLE": "1",
     }
-    job = subprocess.Popen(
+    done = subprocess.run(
         [sys.executable, "-m", "examples.laptop.check_export", "--answer", library, folder],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        input=json.dumps([prompts, limit]),
+        capture_output=True,
         text=True,
         env=environment,
+        check=False,
     )
-    assert job.stdin is not None
-    job.stdin.write(json.dumps([prompts, limit]))
-    job.stdin.close()
-    job.stdin = None
-    return job
+    if done.returncode:
+        sys.exit(f"{library} could not load {folder}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:
@@ -101,19 +102,15 @@ def main() -> None:
     prompts = [text.encode(q.question) for q in questions]
     limit, options = config.rollout.max_response_tokens, config.rewards.call_options
     read = {kind: options.get(kind, {}) for kind in GRADERS}
-    jobs = {name: start(name, str(run / "hf"), prompts, limit) for name in LIBRARIES}
-    answers = {}
-    for name, job in jobs.items():
-        output, errors = job.communicate()
-        if job.returncode:
-            sys.exit(f"{name} could not load {run / 'hf'}:\n{errors[-3000:]}")
-        answers[name] = json.loads(output.strip().splitlines()[-1])
+    with ThreadPoolExecutor() as threads:
+        ask = partial(answers_of, folder=str(run / "hf"), prompts=prompts, limit=limit)
+        first, second = threads.map(ask, LIBRARIES)
+    for name, answers in zip(LIBRARIES, (first, second), strict=True):
         right = [
             GRADERS[q.kind](text.decode(a), q.truth, **q.fields, **read[q.kind]).reward
-            for q, a in zip(questions, answers[name], strict=True)
+            for q, a in zip(questions, answers, strict=True)
         ]
         print(f"{name:12} loads {run / 'hf'}; greedy accuracy {sum(right) / len(right):.1%}")
-    first, second = answers.values()
     same = sum(a == b for a, b in zip(first, second, strict=True))
     print(f"{same} of {len(first)} answers are the same, token for token")
 

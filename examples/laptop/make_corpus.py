@@ -102,7 +102,6 @@ def main() -> None:
         respond = worked if len(examples) < NUM_WORKED else mixed
         prompt = render(TEMPLATE, text)
         examples.append({"prompt": prompt, "response": respond(draw, terms)})
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
     write_lines(chosen.out, examples)
 
 

@@ -22,7 +22,6 @@ Pairs = list[tuple[int, int]]
 
 def write(folder: str) -> None:
     """Write train.jsonl and heldout.jsonl, the same every time."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     for name, pairs in zip(("train", "heldout"), _split(), strict=True):
         rows = [{"question": f"{a} + {b}", "truth": str(a + b)} for a, b in pairs]
         write_lines(Path(folder) / f"{name}.jsonl", rows)

@@ -7,7 +7,6 @@ since teachers score the tokens of students."""
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -22,11 +21,14 @@ CONFIGS = Path(__file__).parent / "models"
 
 def write(folder: str, corpus: str, architecture: str, vocabulary: int = 1024) -> None:
     """Write `folder`. architecture: deepseek, qwen, llama; corpus: JSONL {prompt, response}."""
-    tokenizer = train_tokenizer(corpus, vocabulary)
+    write_folder(Path(folder), train_tokenizer(corpus, vocabulary), architecture)
+
+
+def write_folder(folder: Path, tokenizer: PreTrainedTokenizerFast, architecture: str) -> None:
     tokenizer.save_pretrained(folder)
-    config: dict[str, Any] = json.loads((CONFIGS / f"{architecture}.json").read_text())
+    config = json.loads((CONFIGS / f"{architecture}.json").read_text())
     config |= {"vocab_size": len(tokenizer)}
-    atomic_write(Path(folder) / "config.json", json.dumps(config, indent=2))
+    atomic_write(folder / "config.json", json.dumps(config, indent=2))
 
 
 def train_tokenizer(corpus: str, vocabulary: int) -> PreTrainedTokenizerFast:

@@ -31,7 +31,7 @@ from megatron_r1.rl.step_sampler import StepSampler
 from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.trainer_client.recorder import RunState
-from tools.bench.controller import engines, ranks
+from tools.bench.controller import synthetic
 from tools.bench.controller.watch import Watch
 from tools.bench.controller.work import (
     GROUP,
@@ -59,12 +59,12 @@ def measure(
         config = _config(write_model(folder / "model"), groups, tokens, world, routed)
         text = PromptText(config.model.path, config.data.template)
         reply = make_reply(folder / "model", tokens, len(text.encode("0" * PROMPT_CHARS)), routed)
-        bodies = {engines.JSON: folder / "reply.json", MEDIA_TYPE: folder / "reply.bytes"}
-        bodies[engines.JSON].write_bytes(as_json(reply))
+        bodies = {synthetic.JSON: folder / "reply.json", MEDIA_TYPE: folder / "reply.bytes"}
+        bodies[synthetic.JSON].write_bytes(as_json(reply))
         bodies[MEDIA_TYPE].write_bytes(as_bytes(reply))
         own, theirs = context.Pipe()
         args = ENGINES, bodies, theirs, sampling / groups
-        server = context.Process(target=engines.serve, args=args, daemon=True)
+        server = context.Process(target=synthetic.serve_engines, args=args, daemon=True)
         server.start()
         job = _Job(config, text, own.recv(), world, replicas, folder)
         try:
@@ -101,7 +101,7 @@ class _Job:
         self._start_ranks(trainer)
         await asyncio.wait_for(trainer.connect(), CONNECT_SECONDS)
         connected = time.perf_counter() - began
-        make_server = partial(engines.SyntheticServer, self.urls)
+        make_server = partial(synthetic.SyntheticServer, self.urls)
         fleet = RolloutFleet(
             ENGINES, self.folder, make_server=make_server, max_num_seqs=num_groups * GROUP
         )
@@ -144,7 +144,7 @@ class _Job:
         for index in range(RANK_PROCESSES):
             own = range(index * per_process, (index + 1) * per_process)
             args = own, trainer.socket.address, trainer._token, self.world, self.replicas
-            context.Process(target=ranks.serve, args=args, daemon=True).start()
+            context.Process(target=synthetic.serve_ranks, args=args, daemon=True).start()
 
 
 class _Passes(TrainerPasses):
