@@ -110,7 +110,10 @@ class _Job:
         prompts = [Prompt(f"{i}", f"{i:0{PROMPT_CHARS}}", "math", "42") for i in range(num_groups)]
         try:
             await fleet.start(config.model.path)
-            await asyncio.gather(*(_grade(pool, kind) for kind in ("math", "format") * 64))
+            # Workers import the rewards: a run's first step does, and no later one.
+            text = "<think></think> <answer>42</answer>" * 100
+            kinds = ("math", "format") * 64
+            await asyncio.gather(*(pool.grade(kind, text, "42") for kind in kinds))
             calls = await _call_all(trainer)
             sampler = StepSampler(config, collector, PromptSampler(prompts, 0), log)
             async with Watch() as watch:
@@ -208,11 +211,6 @@ class _OneStep:
         self.seconds["metrics"] = time.perf_counter() - began
         await asyncio.sleep(0.01)  # the watch sees a block
         self.watch.phase = ""
-
-
-async def _grade(pool: RewardPool, kind: str) -> None:
-    """Have a worker import a reward: a run's first step does, and no later one."""
-    await pool.grade(kind, "<think></think> <answer>42</answer>" * 100, "42")
 
 
 async def _call_all(trainer: TrainerClient) -> list[float]:

@@ -90,10 +90,11 @@ def as_json(reply: Reply) -> bytes:
         np.save(file, reply.routing)
         routing = b64encode(file.getvalue()).decode()
     for index, (ids, logprobs) in enumerate(zip(reply.token_ids, reply.logprobs, strict=True)):
-        content = [
-            {"token_id": i, "logprob": p, "rank": 1, "top_logprobs": [_top(i, p)]}
+        tokens = (
+            {"token_id": i, "logprob": p, "rank": 1}
             for i, p in zip(ids.tolist(), logprobs.tolist(), strict=True)
-        ]
+        )
+        content = [{**token, "top_logprobs": [token]} for token in tokens]
         choice = {"index": index, "finish_reason": "stop", "stop_reason": int(ids[-1])}
         choice |= {"token_ids": ids.tolist(), "routed_experts": routing, "sampling_mask": None}
         spans = [{"version": "0", "start": 0, "end": len(ids)}]
@@ -116,7 +117,3 @@ def as_bytes(reply: Reply) -> bytes:
     tokens = b"".join(ids.tobytes() + logprobs.tobytes() for ids, logprobs in arrays)
     experts = b"" if rows is None else rows.tobytes() * len(reply.token_ids)
     return len(header).to_bytes(4, "little") + header + tokens + experts
-
-
-def _top(token_id: int, logprob: float) -> dict[str, Any]:
-    return {"token_id": token_id, "logprob": logprob, "rank": 1}

@@ -45,7 +45,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Return sizes, versions and the cases with their rows."""
     import torch
 
-    from tools.bench.kernels import plot, supervise, table
+    from tools.bench.kernels import supervise, table
     from tools.bench.kernels.cases import BY_NAME
 
     on_gpu = torch.cuda.is_available()
@@ -74,7 +74,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         cases.append(table.summarized(name, BY_NAME[name].about, result))
         print("\n" + "\n".join(table.lines(cases[-1])), flush=True)
     if chosen.plot:
-        plot.draw(cases, f"{about['device']}, {size}, {about['date']}", chosen.plot)
+        table.draw(cases, f"{about['device']}, {size}, {about['date']}", chosen.plot)
     return {**about, "sizes": task["sizes"], "repeats": task["repeats"], "cases": cases}
 
 

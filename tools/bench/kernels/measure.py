@@ -85,10 +85,6 @@ class CudaMeter:
         torch.cuda.empty_cache()
 
 
-def meter(device: torch.device) -> CpuMeter | CudaMeter:
-    return CudaMeter(device) if device.type == "cuda" else CpuMeter()
-
-
 def _status(field: str) -> int | None:
     found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     return int(found[1]) * 1024 if found else None

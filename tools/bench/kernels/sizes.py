@@ -1,12 +1,7 @@
 """The shape of the problem, and presets for the usual ones."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
 LONGEST_SEQUENCE = 4_096
@@ -32,7 +27,7 @@ class Sizes:
             raise ValueError(f"tokens is {self.tokens}: give a multiple of {self.sequences}")
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> Any:
         import torch  # here, so that --help does not import it
 
         return getattr(torch, self.dtype)

@@ -21,7 +21,7 @@ import torch
 
 from tools.bench.kernels.calls import TOO_LATE, Implementation, why
 from tools.bench.kernels.cases import BY_NAME, Case
-from tools.bench.kernels.measure import meter
+from tools.bench.kernels.measure import CpuMeter, CudaMeter
 from tools.bench.kernels.sizes import Sizes
 
 ENOUGH_SECONDS = {"cpu": 2.0, "cuda": 5.0}  # of timed calls of one row; each gets at least one
@@ -115,7 +115,8 @@ def run_case(
     device, started = torch.device(task["device"]), time.time()
     report(doing="inputs")
     inputs = make_inputs(case.inputs, Sizes(**task["sizes"]), device)
-    bound, measure = inputs.bound(case.gradients, case.masked), meter(device)
+    bound = inputs.bound(case.gradients, case.masked)
+    measure = CudaMeter(device) if device.type == "cuda" else CpuMeter()
     calls = Calls(inputs, measure, report)
     rows = [new_row(each, device, skip.get(each.name, "")) for each in case.implementations]
     pairs = list(zip(case.implementations, rows, strict=True))

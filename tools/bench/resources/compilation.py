@@ -6,6 +6,7 @@ divisibility by 16, constants, warps) is that of a launch on a GPU, by Triton's 
 
 import importlib
 import inspect
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -26,23 +27,6 @@ class Launch(NamedTuple):
     kernel: Any
 
 
-class AbsentGPU:
-    """Driver for compilation only. The architecture is also the device number, because Triton keeps
-    one target per device."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def compile_launches(kernel: Kernel, example: Example, arch: int) -> list[Launch]:
     """Call the primitive without a GPU; return what it would launch on capability `arch`."""
     launches: list[Launch] = []
@@ -52,11 +36,17 @@ def compile_launches(kernel: Kernel, example: Example, arch: int) -> list[Launch
         compiled = compile_and_run(self, *args, grid=grid, warmup=True, **options)
         launches.append(Launch(self.__name__, grid[0], compiled))
 
+    # The architecture is also the device number, because Triton keeps one target per device.
+    absent_gpu = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: 0,
+    )
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         # It queries PyTorch for the tensor's device, not Triton's driver.
         mock.patch.object(blockwise_triton, "_has_e4m3", return_value=arch >= 89),
-        mock.patch.object(triton.runtime.driver, "_active", AbsentGPU(arch)),
+        mock.patch.object(triton.runtime.driver, "_active", absent_gpu),
     ):
         getattr(primitives("triton"), kernel.name)(*example.arguments)
     return launches

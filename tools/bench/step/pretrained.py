@@ -103,5 +103,4 @@ def write_prompts(folder: Path, template: str) -> Path:
         }
         for row in read_lines(folder / "train.jsonl")
     ]
-    write_lines(folder / "prompts.jsonl", rows)
-    return folder / "prompts.jsonl"
+    return write_lines(folder / "prompts.jsonl", rows)

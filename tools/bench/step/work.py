@@ -1,10 +1,11 @@
 """The work of both systems: questions, limits, reward, and the part of the algorithm they share."""
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_r1.files.jsonl import write_lines
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,13 @@ class Work:
 
 def write_questions(path: Path, count: int, seed: int = 0) -> Path:
     """Write sums of two to four numbers as JSONL: prompts of unequal length."""
-    draw = random.Random(seed)
+    draw, rows = random.Random(seed), []
     kind = "tools.bench.step.work:grade"
-    with path.open("w") as file:
-        for _ in range(count):
-            numbers = range(draw.randrange(2, 5))
-            terms = [str(draw.randrange(1, 10 ** draw.randrange(1, 5))) for _ in numbers]
-            line = {"question": f"{' + '.join(terms)} =", "truth": "0", "kind": kind}
-            file.write(json.dumps(line) + "\n")
-    return path
+    for _ in range(count):
+        numbers = range(draw.randrange(2, 5))
+        terms = [str(draw.randrange(1, 10 ** draw.randrange(1, 5))) for _ in numbers]
+        rows.append({"question": f"{' + '.join(terms)} =", "truth": "0", "kind": kind})
+    return write_lines(path, rows)
 
 
 def reward(response: str) -> float:
