@@ -31,13 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     common = [str(RECIPE), "--pipeline.folder", str(chosen.folder)]
     common += ["--pipeline.seeds", chosen.seeds, *pipeline_options]
-    runs: list[list[str]] = [] if chosen.page_only else [[]]
-    if runs and chosen.only:
-        runs = [["--pipeline.until", name] for name in needed(published.tables[chosen.only])]
+    stages = needed(published.tables[chosen.only]) if chosen.only else [None]
     status = 0
-    for more in runs:
-        status = cli.main(["pipeline", *common, *more])
-        if status:
+    for stage in [] if chosen.page_only else stages:
+        until = ["--pipeline.until", stage] if stage else []
+        if status := cli.main(["pipeline", *common, *until]):
             break
     try:
         results = Results.read(chosen.folder / "report.json")

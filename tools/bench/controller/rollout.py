@@ -66,9 +66,8 @@ def measure(
         args = ENGINES, bodies, theirs, sampling / groups
         server = context.Process(target=synthetic.serve_engines, args=args, daemon=True)
         server.start()
-        job = _Job(config, text, own.recv(), world, replicas, folder)
         try:
-            result = asyncio.run(job.run())
+            result = asyncio.run(_train(config, text, own.recv(), world, replicas, folder))
         finally:
             for process in multiprocessing.active_children():
                 process.kill()
@@ -84,70 +83,58 @@ def measure(
     }
 
 
-@dataclass
-class _Job:
-    config: Config
-    text: PromptText
-    urls: list[str]
-    world: int
-    replicas: int
-    folder: Path
-
-    async def run(self) -> dict[str, Any]:
-        """Train on one synthetic rollout; return seconds, blocks of the event loop and memory."""
-        config, num_groups = self.config, self.config.rl.questions_per_rollout
-        trainer = TrainerClient(config, self.folder, world_size=self.world)
-        began = time.perf_counter()
-        self._start_ranks(trainer)
-        await asyncio.wait_for(trainer.connect(), CONNECT_SECONDS)
-        connected = time.perf_counter() - began
-        make_server = partial(synthetic.SyntheticServer, self.urls)
-        fleet = RolloutFleet(
-            ENGINES, self.folder, make_server=make_server, max_num_seqs=num_groups * GROUP
-        )
-        pool, log = RewardPool(config.rewards.workers), SampleLog(self.folder / "samples")
-        collector = RolloutCollector(fleet, pool, self.text, config.rewards)
-        prompts = [Prompt(f"{i}", f"{i:0{PROMPT_CHARS}}", "math", "42") for i in range(num_groups)]
-        try:
-            await fleet.start(config.model.path)
-            # Workers import the rewards: a run's first step does, and no later one.
-            text = "<think></think> <answer>42</answer>" * 100
-            kinds = ("math", "format") * 64
-            await asyncio.gather(*(pool.grade(kind, text, "42") for kind in kinds))
-            calls = await _call_all(trainer)
-            sampler = StepSampler(config, collector, PromptSampler(prompts, 0), log)
-            async with Watch() as watch:
-                bridge: Any = SimpleNamespace(hold=partial(asyncio.sleep, 0))
-                passes = _Passes(config, trainer, bridge, RunState())
-                session: Any = _OneStep(passes, sampler, watch)
-                before = _cpu_seconds()
-                await train(session)
-            cpu = passes.used - before
-        finally:
-            await asyncio.gather(fleet.close(), pool.close(), log.close())
-            trainer.socket.close()
-        expected = {"samples": num_groups * GROUP, "tokens": passes.num_tokens}
-        assert passes.received == expected, f"{passes.received} arrived, not {expected}"
-        blocked = {phase: 1e3 * seconds for phase, seconds in watch.longest.items() if phase}
-        computed = {phase: 1e3 * seconds for phase, seconds in watch.computed.items() if phase}
-        return {
-            "seconds": session.seconds,
-            "longest block, ms": blocked,
-            "longest computation, ms": computed,
-            "blocks over 100 ms": sum(n for phase, n in watch.late.items() if phase),
-            "peak bytes": dict(watch.peak),
-            "cpu seconds": dict(cpu),
-            "connect, seconds": connected,
-            "call_all, seconds": calls,
-            "accuracy": session.metrics["accuracy"],
-        }
-
-    def _start_ranks(self, trainer: TrainerClient) -> None:
-        context, per_process = multiprocessing.get_context("fork"), self.world // RANK_PROCESSES
-        for index in range(RANK_PROCESSES):
-            own = range(index * per_process, (index + 1) * per_process)
-            args = own, trainer.socket.address, trainer._token, self.world, self.replicas
-            context.Process(target=synthetic.serve_ranks, args=args, daemon=True).start()
+async def _train(
+    config: Config, text: PromptText, urls: list[str], world: int, replicas: int, folder: Path
+) -> dict[str, Any]:
+    """Train on one synthetic rollout; return seconds, blocks of the event loop and memory."""
+    num_groups = config.rl.questions_per_rollout
+    trainer = TrainerClient(config, folder, world_size=world)
+    began = time.perf_counter()
+    context, per_process = multiprocessing.get_context("fork"), world // RANK_PROCESSES
+    for index in range(RANK_PROCESSES):
+        own = range(index * per_process, (index + 1) * per_process)
+        args = own, trainer.socket.address, trainer._token, world, replicas
+        context.Process(target=synthetic.serve_ranks, args=args, daemon=True).start()
+    await asyncio.wait_for(trainer.connect(), CONNECT_SECONDS)
+    connected = time.perf_counter() - began
+    make_server = partial(synthetic.SyntheticServer, urls)
+    fleet = RolloutFleet(ENGINES, folder, make_server=make_server, max_num_seqs=num_groups * GROUP)
+    pool, log = RewardPool(config.rewards.workers), SampleLog(folder / "samples")
+    collector = RolloutCollector(fleet, pool, text, config.rewards)
+    prompts = [Prompt(f"{i}", f"{i:0{PROMPT_CHARS}}", "math", "42") for i in range(num_groups)]
+    try:
+        await fleet.start(config.model.path)
+        # Workers import the rewards: a run's first step does, and no later one.
+        answer = "<think></think> <answer>42</answer>" * 100
+        kinds = ("math", "format") * 64
+        await asyncio.gather(*(pool.grade(kind, answer, "42") for kind in kinds))
+        calls = await _call_all(trainer)
+        sampler = StepSampler(config, collector, PromptSampler(prompts, 0), log)
+        async with Watch() as watch:
+            bridge: Any = SimpleNamespace(hold=partial(asyncio.sleep, 0))
+            passes = _Passes(config, trainer, bridge, RunState())
+            session: Any = _OneStep(passes, sampler, watch)
+            before = _cpu_seconds()
+            await train(session)
+        cpu = passes.used - before
+    finally:
+        await asyncio.gather(fleet.close(), pool.close(), log.close())
+        trainer.socket.close()
+    expected = {"samples": num_groups * GROUP, "tokens": passes.num_tokens}
+    assert passes.received == expected, f"{passes.received} arrived, not {expected}"
+    blocked = {phase: 1e3 * seconds for phase, seconds in watch.longest.items() if phase}
+    computed = {phase: 1e3 * seconds for phase, seconds in watch.computed.items() if phase}
+    return {
+        "seconds": session.seconds,
+        "longest block, ms": blocked,
+        "longest computation, ms": computed,
+        "blocks over 100 ms": sum(n for phase, n in watch.late.items() if phase),
+        "peak bytes": dict(watch.peak),
+        "cpu seconds": dict(cpu),
+        "connect, seconds": connected,
+        "call_all, seconds": calls,
+        "accuracy": session.metrics["accuracy"],
+    }
 
 
 class _Passes(TrainerPasses):

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from types import TracebackType
 from typing import Self
 
 import psutil
@@ -32,9 +31,7 @@ class Watch:
         self._task = asyncio.create_task(self._beat())
         return self
 
-    async def __aexit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task

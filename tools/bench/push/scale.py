@@ -57,31 +57,6 @@ class Case:
         return self.planner.engines
 
 
-@dataclass(frozen=True)
-class Setup:
-    """The work of connecting all ranks, once: requests to the store, bytes out of it, groups that a
-    rank creates one after another, by their size, and seconds of planning."""
-
-    requests: float
-    store_bytes: float
-    broadcast_bytes: float
-    group_sizes: list[int]
-    planning: float
-
-    def seconds(self, rates: Assumptions) -> float:
-        """Return the seconds of the set-up."""
-        creating = sum(
-            rates.group_seconds + size * rates.group_rank_seconds for size in self.group_sizes
-        )
-        return (
-            self.requests / rates.store_requests
-            + self.store_bytes / rates.store_bytes
-            + self.broadcast_bytes / rates.broadcast
-            + self.planning
-            + creating
-        )
-
-
 def simulate() -> dict[str, Any]:
     """Return, and print, the simulated pushes of all cases, weights and designs."""
     start = time.process_time()
@@ -135,7 +110,9 @@ def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
     direct = direct_links(case.planner, count)
     floor = direct.received.max() / rates.nic
 
-    def row(design: str, seconds: float, links: np.ndarray, exchange: int, setup: Setup) -> dict:
+    def row(
+        design: str, seconds: float, links: np.ndarray, exchange: int, requests: float, setup: float
+    ) -> dict:
         out, into = (np.bincount(side).max() for side in links.T)
         return {
             "weights": form,
@@ -147,8 +124,8 @@ def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
             "links into a rank": int(into),
             "groups of a rank": int(max(out, into + bool(exchange))),
             "groups": len(links) + exchange,
-            "store requests": setup.requests,
-            "setup seconds": setup.seconds(rates),
+            "store requests": requests,
+            "setup seconds": setup,
         }
 
     if form == "bf16":  # the bytes of FP8 are half of it, and everything else is the same
@@ -161,7 +138,7 @@ def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
         ):
             tasks = direct_tasks(cluster, case.planner, direct, rotated)
             ends = tasks.finish_times(capacity, DIRECT_BATCH)
-            yield row(design, ends.max(), pairs, 0, setup)
+            yield row(design, ends.max(), pairs, 0, *setup)
     began = time.process_time()
     sets = engine_sets(case.engines.engines)
     entered = planned_entries(case.planner, count, sets, shares_gpus=cluster.colocated)
@@ -177,18 +154,42 @@ def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
         shares_gpus=cluster.colocated,
     )
     requests, size = links.requests(case.engines, case.planner.grid.world), _table_bytes(case)
-    setup = Setup(requests, size, size, [2, len(sets[0])], planning)
-    yield row("enters one engine, exchanged", ends.max(), pairs, exchange, setup)
+    setup = _setup_seconds(rates, requests, size, size, [2, len(sets[0])], planning)
+    yield row("enters one engine, exchanged", ends.max(), pairs, exchange, requests, setup)
 
 
-def _direct_setup(case: Case, pairs: np.ndarray) -> Setup:
-    """Each trainer rank reads the offers of all engine ranks and the table of each position; per
-    link a plan is published, listed and read, and a group formed, one after another."""
+def _direct_setup(case: Case, pairs: np.ndarray) -> tuple[float, float]:
+    """Return the requests to the store, and the seconds: each trainer rank reads the offers of all
+    engine ranks and the table of each position; per link a plan is published, listed and read, and
+    a group formed, one after another."""
     world, engines = case.planner.grid.world, case.engines
     requests = world * (engines.num_ranks + engines.ranks_per_engine + engines.engines)
     requests += 5 * engines.num_ranks + len(pairs) * (3 + PAIR_REQUESTS)
     most = int(np.bincount(pairs[:, 0]).max())
-    return Setup(requests, world * _table_bytes(case), 0, [2] * most, 1.0)
+    rates, num_bytes = case.cluster.rates, world * _table_bytes(case)
+    return requests, _setup_seconds(rates, requests, num_bytes, 0, [2] * most, 1.0)
+
+
+def _setup_seconds(
+    rates: Assumptions,
+    requests: float,
+    store_bytes: float,
+    broadcast_bytes: float,
+    group_sizes: list[int],
+    planning: float,
+) -> float:
+    """Return the seconds of connecting all ranks, once.
+
+    requests, store_bytes: to and out of the store; group_sizes: of the groups that a rank creates
+    one after another; planning: seconds."""
+    creating = sum(rates.group_seconds + size * rates.group_rank_seconds for size in group_sizes)
+    return (
+        requests / rates.store_requests
+        + store_bytes / rates.store_bytes
+        + broadcast_bytes / rates.broadcast
+        + planning
+        + creating
+    )
 
 
 def _table_bytes(case: Case) -> int:
