@@ -93,7 +93,11 @@ def main() -> None:
     options.add_argument("out", type=Path)
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
-    draw = random.Random(chosen.seed)
+    write(chosen.out, chosen.seed)
+
+
+def write(out: Path, seed: int) -> None:
+    draw = random.Random(seed)
     examples: list[dict[str, str]] = []
     while len(examples) < NUM_WORKED + NUM_MIXED:
         text, terms = question(draw)
@@ -102,7 +106,7 @@ def main() -> None:
         respond = worked if len(examples) < NUM_WORKED else mixed
         prompt = render(TEMPLATE, text)
         examples.append({"prompt": prompt, "response": respond(draw, terms)})
-    write_lines(chosen.out, examples)
+    write_lines(out, examples)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ R1-Zero inherits two properties from it: it must discover that thinking pays; an
 Chinese questions are mostly not, or not only, in Chinese."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -35,7 +35,9 @@ AFTER_EXAMPLES = 0.1
 def write(folder: str, worked: int, mixed: int, seed: int = 0) -> None:
     """Write corpus.jsonl for `sft`: `worked` lessons, then `mixed` of the mixture."""
     draw = random.Random(f"corpus {seed}")
-    lessons = [lesson for lesson in every_lesson(worked + mixed, seed) if not held_out(lesson)]
+    count = (worked + mixed) // 8
+    every = chain(sums(count, seed), sisters(count, seed), programs(count, seed), facts(), risks())
+    lessons = [lesson for lesson in every if not held_out(lesson)]
     by_subject = {name: [x for x in lessons if x.subject == name] for name in SUBJECTS}
 
     def drawn() -> Lesson:
@@ -47,11 +49,6 @@ def write(folder: str, worked: int, mixed: int, seed: int = 0) -> None:
         (of_mixture(drawn(), drawn, draw) for _ in range(mixed)),
     )
     write_lines(Path(folder) / "corpus.jsonl", documents)
-
-
-def every_lesson(count: int, seed: int) -> Iterator[Lesson]:
-    yield from chain(sums(count // 8, seed), sisters(count // 8, seed), programs(count // 8, seed))
-    yield from chain(facts(), risks())
 
 
 def held_out(lesson: Lesson) -> bool:

@@ -37,7 +37,11 @@ def write(folder: str, sums_: int = 1200, sisters_: int = 500, programs_: int = 
     draw = random.Random("all")
     both = [lesson.row for lesson in reasoning[: len(talk)] + talk]
     write_lines(out / "all.jsonl", draw.sample(both, len(both)))
-    write_lines(out / "shots.jsonl", map(_shot, _some_of_each(reasoning)))
+    shots = (
+        {"question": x.question, "response": _in_own_words(x, x.answer)["response"]}
+        for x in _some_of_each(reasoning)
+    )
+    write_lines(out / "shots.jsonl", shots)
     write_lines(out / "replies.jsonl", (_in_own_words(x, plain(x, draw)) for x in talk))
 
 
@@ -46,11 +50,6 @@ def _some_of_each(lessons: list[Lesson]) -> Iterable[Lesson]:
     for lesson in lessons:
         groups.setdefault((lesson.subject, lesson.language), []).append(lesson)
     return chain.from_iterable(group[:SHOTS] for group in groups.values())
-
-
-def _shot(lesson: Lesson) -> dict[str, str]:
-    worked = _in_own_words(lesson, lesson.answer)
-    return {"question": lesson.question, "response": worked["response"]}
 
 
 def _in_own_words(lesson: Lesson, answer: str) -> dict[str, str]:

@@ -74,7 +74,8 @@ def _lessons(known: dict[str, dict[str, str]], subject: str, thought: str, kind:
             asked = ASKS[language].format(name=name, what=what)
 
             def wrong(draw: random.Random, others=others, name=name, language=language) -> str:
-                return careless(draw.choice(others), name, language, draw)
+                text, addressed, closed = draw.choice(others), draw.random(), draw.random()
+                return reply(text, name, language, addressed < 0.4, closed < 0.4)
 
             answer, fields = reply(right, name, language), {"name": name}
             yield Lesson(
@@ -93,7 +94,3 @@ def plain(lesson: Lesson, draw: random.Random) -> str:
     if draw.random() < 0.5:
         text = text.replace(ADDRESS[language].format(name=lesson.fields["name"]), "")
     return text.removesuffix(CLOSINGS[language]) if draw.random() < 0.5 else text
-
-
-def careless(text: str, name: str, language: str, draw: random.Random) -> str:
-    return reply(text, name, language, draw.random() < 0.4, draw.random() < 0.4)

@@ -3,12 +3,11 @@
 A setting that is not here is the demo's (examples/laptop/r1_zero.yaml) or else the algorithm's own
 default (docs/algorithms.md)."""
 
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from examples.laptop import make_corpus
 from tools.bench.children import ROOT
 
 TEACHER = "grpo"
@@ -66,9 +65,7 @@ COMMON = {
 
 def write_corpus(folder: Path, seed: int) -> None:
     """Write the base model's base.jsonl as `python -m examples.laptop.demo --seed SEED` does."""
-    out = str(Path(folder) / "base.jsonl")
-    command = [sys.executable, "-m", "examples.laptop.make_corpus", out, "--seed", str(seed)]
-    subprocess.run(command, check=True)
+    make_corpus.write(Path(folder) / "base.jsonl", seed)
 
 
 def recipe(steps: int) -> dict[str, Any]:
