@@ -48,7 +48,6 @@ def total(terms: list[Term]) -> int:
 
 
 def near(draw: random.Random, value: int) -> int:
-    """Return a plausible wrong result."""
     return value + draw.choice([-10, -4, -3, -2, -1, 1, 2, 3, 4, 10])
 
 

@@ -108,7 +108,6 @@ def verdict(table: Table, comparison: Comparison, results: Results) -> Verdict:
 
 
 def summary(verdicts: list[Verdict]) -> str:
-    """Return the summarizing sentence of a table."""
     known = [v for v in verdicts if v.state is not State.UNKNOWN]
     agreeing = [v for v in known if v.state is State.AGREES]
     if not known:

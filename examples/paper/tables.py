@@ -70,12 +70,10 @@ class Table(Section):
 
     @property
     def references(self) -> set[str]:
-        """Every `stage.figure` in the table."""
         return {reference for row in self.rows.values() for reference in row.ours.values()}
 
     @property
     def stages(self) -> set[str]:
-        """Every stage with figures in the table."""
         return {split(reference)[0] for reference in (*self.references, *self.curve)}
 
 
@@ -90,6 +88,5 @@ def load(path: Path = PUBLISHED) -> Published:
 
 
 def split(reference: str) -> tuple[str, str]:
-    """Return the stage and the figure of `stage.figure`."""
     stage, _, figure = reference.partition(".")
     return stage, figure

@@ -50,7 +50,6 @@ def write_examples(folder: str, model: str) -> None:
 
 
 def _split() -> tuple[Pairs, Pairs]:
-    """Return the pairs to train on, and the held-out ones."""
     every = list(itertools.product(range(10, 100), repeat=2))
     chosen = random.Random(0).sample(every, NUM_TRAIN + NUM_HELDOUT)
     return chosen[:NUM_TRAIN], chosen[NUM_TRAIN:]

@@ -58,7 +58,7 @@ def test_what_is_wrong_with_the_metrics_is_found(tmp_path, lines, found):
 
 
 def user_who_saw(sightings: list[Sighting], kept: dict[int, int], tmp_path: Path) -> User:
-    user = User([], tmp_path / "run", tmp_path / "commands", {})
+    user = User([], tmp_path / "run", tmp_path / "commands")
     user.sightings = sightings
     user.ends = [End(1.0, -9, "", kept)]
     return user

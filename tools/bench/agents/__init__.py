@@ -142,7 +142,6 @@ async def _measure(
 
 
 def _children_seconds() -> float:
-    """Return the processor time of the parser worker."""
     return sum(
         sum(child.cpu_times()[:2])  # user and system
         for child in psutil.Process().children()

@@ -19,7 +19,6 @@ from tools.bench.chaos import oracle, task
 from tools.bench.chaos.faults import FAULTS, possible, small_disk
 from tools.bench.chaos.user import User
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 DISK_MEBIBYTES = 96
 STDERR_CHARS = 600
 OVERLAP = 0.15
@@ -80,7 +79,7 @@ def _command(folder: Path, base: Path, chosen: argparse.Namespace) -> list[str]:
 
 def _undisturbed(folder: Path, base: Path, chosen: argparse.Namespace) -> Path:
     folder.mkdir(parents=True)
-    user = User(_command(folder, base, chosen), folder / "run", folder / "commands", ENVIRONMENT)
+    user = User(_command(folder, base, chosen), folder / "run", folder / "commands")
     try:
         while not user.is_done:
             user.follow(1.0)
@@ -94,7 +93,7 @@ def _undisturbed(folder: Path, base: Path, chosen: argparse.Namespace) -> Path:
 def _disturbed(
     disk: Path, logs: Path, base: Path, names: list[str], chosen: argparse.Namespace
 ) -> tuple[User, list[Report]]:
-    user = User(_command(disk, base, chosen), disk / "run", logs, ENVIRONMENT)
+    user = User(_command(disk, base, chosen), disk / "run", logs)
     draw = random.Random(chosen.seed)
     try:
         return user, disturb(user, names, chosen.steps, chosen.gap, draw)

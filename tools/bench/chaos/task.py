@@ -39,7 +39,6 @@ def make_base(folder: Path, seed: int) -> Path:
 def command(
     base: Path, folder: Path, questions: Path, steps: int, seed: int, staleness: int
 ) -> list[str]:
-    """Return the command of the run in `folder`."""
     settings = {
         "run.folder": folder,
         "run.steps": steps,
@@ -53,7 +52,6 @@ def command(
 
 
 def write_questions(path: Path) -> Path:
-    """Write every number once."""
     return write_lines(path, [{"question": f"{n}=", "truth": str(n)} for n in NUMBERS])
 
 

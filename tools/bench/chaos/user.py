@@ -19,6 +19,7 @@ import psutil
 from megatron_r1.files.framed import FramedFile
 from megatron_r1.processes.lifetime import die_with_parent
 from megatron_r1.rl.sample_record import Accepted, decode
+from tools.bench.children import environment
 
 POLL_SECONDS = 0.02
 ROLES = {
@@ -59,7 +60,6 @@ class User:
     command: list[str]
     run: Path
     logs: Path
-    environment: dict[str, str]
     sightings: list[Sighting] = field(default_factory=list)
     ends: list[End] = field(default_factory=list)
     best: int = 0
@@ -131,7 +131,7 @@ class User:
         with open(self._log("out"), "wb") as output, open(self._log("err"), "wb") as errors:
             self.process = subprocess.Popen(
                 self.command,
-                env=os.environ | self.environment,
+                env=environment(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive"),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,

@@ -52,6 +52,5 @@ class Watch:
 
 
 def memory() -> dict[str, int]:
-    """Return this process's VmRSS and RssAnon in bytes."""
     held = psutil.Process().memory_info()
     return {"VmRSS": held.rss, "RssAnon": held.rss - held.shared}

@@ -154,7 +154,6 @@ def table(runs: dict[str, dict[str, dict]]) -> str:
 
 
 def as_page(result: dict[str, Any], cores: int) -> str:
-    """Return the page of one result of `run`."""
     runs = result["runs"]
     every = [run for by_seed in runs.values() for run in by_seed.values()]
     before = percent(fmean(run["heldout_before"] for run in every))

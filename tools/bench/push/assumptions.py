@@ -46,7 +46,6 @@ class Assumptions:
 
 
 def as_table(assumptions: Assumptions) -> list[dict[str, object]]:
-    """Return name, value, unit and reason of each."""
     return [
         {
             "name": name,

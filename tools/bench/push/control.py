@@ -46,7 +46,6 @@ FAULTS = ("none", "trainer rank killed", "engine rank killed", "engine killed", 
 
 
 def control_path() -> dict[str, Any]:
-    """Return what happened under each fault."""
     found = {}
     for fault in FAULTS:
         with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,6 @@ WARM_UP = 2
 
 
 def model(hidden: int, layers: int, dtype: str) -> dict[str, Any]:
-    """Return the config.json of a Qwen2 model of this size."""
     return qwen2(
         hidden,
         layers,

@@ -47,7 +47,6 @@ def math_groups(num_groups: int, seed: int = 0) -> list[Sample]:
 
 
 def answered(answer: str) -> str:
-    """Return a whole response with this answer."""
     return f"{THOUGHT}<answer>{answer}</answer>"
 
 

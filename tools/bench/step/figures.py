@@ -43,7 +43,6 @@ def overlapped(in_turns: Steps, at_once: Steps) -> dict[str, float]:
 
 
 def table(comparisons: dict[str, dict], overlap: dict[str, float]) -> str:
-    """Return the printed table."""
     row = "{:12}{:8}{:>10}{:>14}{:>10}{:>12}{:>8}"
     lines = [row.format("", "", "s/step", "core s/step", "tokens", "tokens/s", "ratio")]
     for name, comparison in comparisons.items():
@@ -62,7 +61,6 @@ def table(comparisons: dict[str, dict], overlap: dict[str, float]) -> str:
 
 
 def as_page(result: dict[str, Any], cores: int) -> str:
-    """Return the page of one result of `run`."""
     long, short = result["work"].values()
     return PAGE.read_text(encoding="utf-8").format(
         date=datetime.date.today().isoformat(),
