@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron_r1 import config as configuration
 from megatron_r1.commands import torchrun
-from megatron_r1.config.command_line import parse_overrides
 from megatron_r1.config.keys import describe, switches
+from megatron_r1.config.loading import parse_overrides, take_section
 from megatron_r1.errors import RunError, UserError, did_you_mean
 from megatron_r1.files import READ_ONLY
 from megatron_r1.processes.imports import without_garbage_collection
@@ -205,7 +205,6 @@ def _run_rehearsal(rest: list[str]) -> int:
 def _run_preflight(rest: list[str]) -> int:
     """Be a rank of the preflight under torchrun; otherwise start all of its ranks here."""
     from megatron_r1.commands import preflight
-    from megatron_r1.config.command_line import take_section
     from megatron_r1.preflight.settings import Settings
 
     recipe, *options = _recipe_first(PREFLIGHT, rest)

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_r1.commands import reward_model
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
-from megatron_r1.config.command_line import take_section
+from megatron_r1.config.loading import take_section
 from megatron_r1.engine.limits import check_engines, context_length
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import read_hf_config

@@ -8,8 +8,7 @@ nearest right one."""
 from megatron_r1.config.agents import AgentsConfig, VerifiersConfig
 from megatron_r1.config.engines import RolloutConfig, TeacherConfig
 from megatron_r1.config.loading import dump, from_overrides, from_tree, load, parse
-from megatron_r1.config.model import ModelConfig
-from megatron_r1.config.other_models import CriticConfig, RewardModelConfig
+from megatron_r1.config.model import CriticConfig, ModelConfig, RewardModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.recipe import RESUMABLE, Config, Verb, known_keys, verb_of
 from megatron_r1.config.rewards import RewardsConfig

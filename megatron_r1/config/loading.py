@@ -1,18 +1,24 @@
-"""Reads a recipe from YAML, with settings of the command line over it; writes the resolved one."""
+"""Reads a recipe from YAML, with settings of the command line (`--section.key value`) over it;
+writes the resolved one."""
 
-from collections.abc import Collection
+import difflib
+from collections.abc import Collection, Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from megatron_r1.config.differences import is_within
+from megatron_r1.config.keys import keys_of
 from megatron_r1.config.mistakes import explain
 from megatron_r1.config.recipe import Config, known_keys
+from megatron_r1.config.section import Section
 from megatron_r1.config.yaml_text import put, read_sections
-from megatron_r1.errors import UserError
+from megatron_r1.errors import UserError, did_you_mean
+
+T = TypeVar("T", bound=Section)
 
 REMEDIES = {
     "eval.benchmarks": ", such as [gym/arithmetic]; your own: [{name: questions, path: FILE}]",
@@ -73,7 +79,64 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
+def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[str, Any]:
+    """Parse `--rl.group_size 8 --data.task=sums` to {"rl.group_size": 8, "data.task": "sums"}.
+
+    Values are YAML; a template such as `{problem}` is text. switches: keys that become true when no
+    value follows. Raises UserError for an option without a value or without a section."""
+    overrides: dict[str, Any] = {}
+    pending = list(options)
+    known = [*switches, "dry-run"]  # an option of rl that is no setting
+    while pending:
+        option = pending.pop(0)
+        if not option.startswith("--"):
+            raise UserError(f"unexpected argument {option}: settings are --section.key value")
+        key, equals, value = option[2:].partition("=")
+        if not equals:
+            is_last = not pending or pending[0].startswith("--")
+            if is_last and key in switches:
+                overrides[key] = True
+                continue
+            if not pending:
+                raise UserError(f"--{key} needs a value{did_you_mean(key, known, '--{}')}")
+            value = pending.pop(0)
+        if "." not in key:
+            # Compared with whole keys, most of which are longer: a looser cutoff than elsewhere.
+            near = difflib.get_close_matches(key, [*known, *known_keys()], n=1, cutoff=0.4)
+            hint = f"; did you mean --{near[0]}?" if near else ""
+            raise UserError(f"unknown option --{key}: settings are --section.key value{hint}")
+        overrides[key] = _value(value)
+    return overrides
+
+
+def take_section(overrides: Mapping[str, Any], settings: type[T]) -> tuple[T, dict[str, Any]]:
+    """Return the settings of a verb that has sections of its own, and the other overrides.
+
+    settings: the model of these sections. Raises UserError naming every mistake."""
+    tree: dict[str, Any] = {}
+    others = {}
+    for key, value in overrides.items():
+        if key.partition(".")[0] in settings.model_fields:
+            put(tree, key.split("."), value, key)
+        else:
+            others[key] = value
+    try:
+        return settings.model_validate(tree), others
+    except ValidationError as failure:
+        known = [key for key, _ in keys_of(settings)]
+        raise UserError(explain(failure, settings, known)) from None
+
+
 def _with_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     for dotted, value in overrides.items():
         put(tree, dotted.split("."), value, dotted)
     return tree
+
+
+def _value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        return text  # no YAML, such as a template
+    # `{problem}` is YAML, too: a mapping of a name to nothing, which no setting takes.
+    return text if value and isinstance(value, dict) and ":" not in text else value

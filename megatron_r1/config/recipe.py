@@ -8,8 +8,7 @@ from megatron_r1.config.agents import AgentsConfig
 from megatron_r1.config.engines import RolloutConfig, TeacherConfig
 from megatron_r1.config.evaluation import EvalConfig
 from megatron_r1.config.mistakes import explain
-from megatron_r1.config.model import ModelConfig
-from megatron_r1.config.other_models import CriticConfig, RewardModelConfig
+from megatron_r1.config.model import CriticConfig, ModelConfig, RewardModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.push import PushConfig
 from megatron_r1.config.rewards import RewardsConfig

@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_r1.config.mixture import MixturePart
+from megatron_r1.config.training import MixturePart
 from megatron_r1.data.sft import Example, ExampleSampler, load_examples
 from megatron_r1.errors import UserError
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_r1 import config as configuration
 from megatron_r1.config import Verb, verb_of
-from megatron_r1.config.command_line import parse_overrides
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
+from megatron_r1.config.loading import parse_overrides
 from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.models.hf_config import read_hf_config

@@ -10,7 +10,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from megatron_r1.config.lora import LoraConfig
+from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.build import process_groups
 from megatron_r1.weights.adapters.adapter import Adapter
 from megatron_r1.weights.adapters.table import adapter_shapes, adapter_table

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_r1.config.lora import LoraConfig
+from megatron_r1.config.model import LoraConfig
 from megatron_r1.weights.adapters.attach import adapter_pieces
 from megatron_r1.weights.adapters.table import adapter_shapes, adapter_table, target_modules
 from megatron_r1.weights.stored.safetensors_file import plan_file

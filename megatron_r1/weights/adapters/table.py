@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from megatron_r1.config import Config
-from megatron_r1.config.lora import LoraConfig
+from megatron_r1.config.model import LoraConfig
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.weights.decoder import table

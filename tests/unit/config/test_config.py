@@ -7,7 +7,7 @@ import yaml
 
 from megatron_r1 import config as configuration
 from megatron_r1.cli import main
-from megatron_r1.config.command_line import parse_overrides
+from megatron_r1.config.loading import parse_overrides
 from megatron_r1.config.losses import LossSettings
 from megatron_r1.errors import UserError
 from megatron_r1.trainer_client.schedule import learning_rate

@@ -9,7 +9,7 @@ import pytest
 from megatron_r1 import config as configuration
 from megatron_r1.commands.sft import _examples
 from megatron_r1.commands.supervised import with_steps
-from megatron_r1.config.mixture import MixturePart
+from megatron_r1.config.training import MixturePart
 from megatron_r1.data.mixture import MixtureSampler, describe, epoch_counts, load_mixture
 from megatron_r1.errors import UserError
 

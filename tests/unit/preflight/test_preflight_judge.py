@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_r1.config import parse
-from megatron_r1.config.command_line import take_section
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions, link_rate
+from megatron_r1.config.loading import take_section
 from megatron_r1.errors import UserError
 from megatron_r1.preflight.facts import Facts, Folder, Link, Memory, Node
 from megatron_r1.preflight.judge import hardware_of, judge, measured_rates

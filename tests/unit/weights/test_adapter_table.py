@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from megatron_r1.config import Config
-from megatron_r1.config.lora import LoraConfig
+from megatron_r1.config.model import LoraConfig
 from megatron_r1.errors import UserError
 from megatron_r1.weights import Shard, hf_tensors, layout
 from megatron_r1.weights.adapters.table import (

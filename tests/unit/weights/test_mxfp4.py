@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from megatron_r1.config.lora import LoraConfig
+from megatron_r1.config.model import LoraConfig
 from megatron_r1.errors import UserError
 from megatron_r1.weight_sync.plan.checks import check_blocks
 from megatron_r1.weight_sync.plan.ranks import EngineLayout
