@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 from megatron_r1.config import AgentsConfig
 from megatron_r1.processes import lifetime
 from megatron_r1.processes.children import popen_options
-from megatron_r1.processes.stderr_tail import last_line
+from megatron_r1.processes.framed_process import last_line
 from megatron_r1.user_code import find_function
 
 Run = Callable[[str, str, dict[str, Any]], Awaitable[Any]]

@@ -21,9 +21,9 @@ from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, 
 from megatron_r1.config import AgentsConfig
 from megatron_r1.errors import RunError, UserError
 from megatron_r1.processes.children import popen_options
+from megatron_r1.processes.framed_process import last_line
 from megatron_r1.processes.frames import LENGTH
 from megatron_r1.processes.open_files import allow_open_files
-from megatron_r1.processes.stderr_tail import last_line
 
 SERVER = "megatron_r1.agents.environment_server"
 START_SECONDS = 120.0

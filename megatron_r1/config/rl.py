@@ -2,6 +2,7 @@
 
 The defaults are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section 2 and supplement B)."""
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -176,9 +177,5 @@ class RLConfig(Section):
     def token_settings(self) -> TokenSettings:
         """The settings of the algorithm's token advantages."""
         return TokenSettings(
-            kl_beta=self.kl_beta,
-            discount=self.discount,
-            gae_lambda=self.gae_lambda,
-            advantage_std=self.advantage_std,
-            advantage_epsilon=self.advantage_epsilon,
+            **{field.name: getattr(self, field.name) for field in fields(TokenSettings)}
         )

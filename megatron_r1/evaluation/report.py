@@ -12,7 +12,7 @@ from megatron_r1.evaluation.estimators import Estimate
 from megatron_r1.evaluation.summary import Summary
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.page import render
-from megatron_r1.reporting.report_turns import conversation
+from megatron_r1.reporting.report_samples import conversation
 from megatron_r1.reporting.wording import number, percent, printable, shorten
 
 LOG_WIDTH = 140

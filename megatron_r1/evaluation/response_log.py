@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.response import is_ungraded
-from megatron_r1.files.jsonl import read_lines, whole_lines
-from megatron_r1.files.line_writer import LineWriter
+from megatron_r1.files.jsonl import LineWriter, read_lines, whole_lines
 
 PromptKey = tuple[str, str]
 """(benchmark, prompt id); the benchmark is "" in lines of `sample`."""

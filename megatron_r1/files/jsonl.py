@@ -1,5 +1,7 @@
 """Append-only JSON-lines files that survive kill -9: every line is whole, or the torn last one."""
 
+import asyncio
+import contextlib
 import json
 import math
 import mmap
@@ -11,6 +13,9 @@ from typing import Any, BinaryIO
 
 from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write, fsync
+
+SHARE_SECONDS = 0.1
+"""Least time between two writes of a `LineWriter`: lines added meanwhile share the next fsync."""
 
 
 def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -138,3 +143,49 @@ def _cut_torn_line(path: Path) -> None:
         if whole < size:
             file.truncate(whole)
             os.fsync(file.fileno())
+
+
+class LineWriter:
+    """Appends lines in the background: `add` returns at once; lines are durable when `close`
+    returns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pending: list[dict[str, Any]] = []
+        self._wake = asyncio.Event()
+        self._writing: asyncio.Task[None] | None = None
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Queue a line. Raises the error of an earlier write."""
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+        if self._writing.done():
+            self._writing.result()
+        self._pending.append(dict(line))
+        self._wake.set()
+
+    async def close(self) -> None:
+        if self._writing is not None:
+            self._writing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._writing
+            self._writing = None
+        append_lines(self.path, self._take_pending())
+
+    async def _write(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            # In a thread, and to its end: a line must not be written half, nor twice.
+            append = asyncio.to_thread(append_lines, self.path, self._take_pending())
+            writing = asyncio.ensure_future(append)
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                await writing
+                raise
+            await asyncio.sleep(SHARE_SECONDS)
+
+    def _take_pending(self) -> list[dict[str, Any]]:
+        lines, self._pending = self._pending, []
+        return lines

@@ -11,14 +11,31 @@ import msgspec
 
 from megatron_r1.processes.children import popen_options
 from megatron_r1.processes.frames import LENGTH
-from megatron_r1.processes.stderr_tail import StderrTail
 
 START_TIMEOUT_SECONDS = 120.0
+TAIL_BYTES = 4096
 Reply = TypeVar("Reply")
 
 
 class WorkerLost(Exception):
     """The process ended, or sent something that is no reply."""
+
+
+class StderrTail:
+    """Reads a stream in a task, so that the child never blocks, and keeps the last bytes."""
+
+    def __init__(self, stream: asyncio.StreamReader) -> None:
+        self._stream, self._tail = stream, b""
+        self.task = asyncio.create_task(self._read())
+
+    @property
+    def last_line(self) -> str:
+        """The last line so far, "" if there is none."""
+        return last_line(self._tail, "")
+
+    async def _read(self) -> None:
+        while chunk := await self._stream.read(65536):
+            self._tail = (self._tail + chunk)[-TAIL_BYTES:]
 
 
 class FramedProcess(Generic[Reply]):
@@ -110,3 +127,9 @@ def _environment() -> dict[str, str]:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return {**threads, "PYTHONHASHSEED": "0", "PYTHONPATH": path}
+
+
+def last_line(output: bytes, default: str = "no message") -> str:
+    """Return the last line of `output` with any text, or `default`."""
+    lines = output.decode("utf-8", "replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), default)

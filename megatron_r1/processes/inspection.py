@@ -1,8 +1,10 @@
-"""Other processes of this host, as the kernel shows them."""
+"""Other processes of this host, as the kernel shows them, and the memory that they hold."""
 
 import contextlib
 import os
+import threading
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -41,3 +43,32 @@ def catches_signal(pid: int, number: int) -> bool:
             if line.startswith("SigCgt:"):
                 return bool(int(line.split()[1], 16) >> (number - 1) & 1)
     return False
+
+
+class PeakMemory:
+    """The most memory that this process's descendants hold at one time from `with` to its end:
+    `gib`, in shares (PSS), where a page that several of them map counts once."""
+
+    def __init__(self, every_seconds: float = 5.0):
+        """every_seconds: time between two measurements. One took 90 ms for 10 GiB."""
+        self.gib = 0.0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._measure, args=(every_seconds,), daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _measure(self, every_seconds: float) -> None:
+        while not self._end.wait(every_seconds):
+            self.gib = max(self.gib, sum(map(_held, descendants(os.getpid()))) / 2**30)
+
+
+def _held(pid: int) -> int:
+    with contextlib.suppress(psutil.Error, OSError):
+        return psutil.Process(pid).memory_full_info().pss
+    return 0

@@ -1,18 +1,40 @@
-"""The samples of a report: the same run at its beginning, in the middle and at the end."""
+"""The samples of a report: the same run at its beginning, in the middle and at the end; an episode
+of several turns as a conversation."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_r1.reporting.report_turns import ShownTurn, conversation
-from megatron_r1.reporting.wording import finite, is_right, last_line, printable, shorten
+from megatron_r1.reporting.wording import (
+    counted,
+    finite,
+    is_right,
+    last_line,
+    printable,
+    shorten,
+)
 
 NUM_QUESTIONS = 3
-MAX_CHARACTERS = 6000
+MAX_CHARACTERS, MAX_TURN_CHARACTERS = 6000, 2000
+MAX_TURNS = 40
+"""Turns shown; of a longer episode the first and the last ones."""
+CALL = re.compile(r"(<tool_call>.*?</tool_call>)", re.DOTALL)
 NAMES = {1: ("",), 2: ("beginning", "end"), 3: ("beginning", "middle", "end")}
 
 Sample = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ShownTurn:
+    """One message. text: (tag, text) segments; tag: "", i (faint) or b (a tool call). details: its
+    tokens, whether they were trained or given, and the policy that sampled them."""
+
+    role: str
+    is_trained: bool
+    details: str
+    text: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -150,3 +172,41 @@ def _segments(text: str) -> Iterator[tuple[str, str]]:
         if tag:
             yield "i", tag
         position = at + len(tag.strip())
+
+
+def conversation(sample: Mapping[str, Any]) -> list[ShownTurn]:
+    """Return the turns of a line of samples.jsonl; empty for a single turn."""
+    turns = sample.get("turns")
+    if not isinstance(turns, list):
+        return []
+    shown = [_shown(turn) for turn in turns if isinstance(turn, Mapping)]
+    if len(shown) <= MAX_TURNS:
+        return shown
+    half = MAX_TURNS // 2
+    gap = ShownTurn("…", False, f"{len(shown) - 2 * half:,} turns left out", [])
+    return [*shown[:half], gap, *shown[-half:]]
+
+
+def _shown(turn: Mapping[str, Any]) -> ShownTurn:
+    is_trained, tokens = bool(turn.get("trained")), finite(turn, "tokens")
+    version = finite(turn, "policy_version")
+    details = [
+        "" if tokens is None else counted(int(tokens), "token"),
+        "trained" if is_trained else "given",
+        "" if version is None else f"policy {version:.0f}",
+    ]
+    return ShownTurn(
+        printable(turn.get("role", "")),
+        is_trained,
+        " · ".join(detail for detail in details if detail),
+        list(_turn_segments(str(turn.get("text") or ""))),
+    )
+
+
+def _turn_segments(text: str) -> Iterator[tuple[str, str]]:
+    text = printable(shorten(text, MAX_TURN_CHARACTERS).strip(), keep_newlines=True)
+    if not text:
+        yield "i", "(empty)"
+    for part in CALL.split(text):
+        if part:
+            yield "b" if CALL.fullmatch(part) else "", part

@@ -18,7 +18,7 @@ from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.config import VerifiersConfig
 from megatron_r1.errors import UserError
 from megatron_r1.processes.children import popen_options
-from megatron_r1.processes.stderr_tail import StderrTail, last_line
+from megatron_r1.processes.framed_process import StderrTail, last_line
 
 SCRIPT = Path(__file__).with_name("serve.py")
 START_SECONDS = 300.0

@@ -2,10 +2,11 @@
 
 import asyncio
 import os
+from pathlib import Path
 
 import pytest
 
-from megatron_r1.commands import export
+from megatron_r1.commands import sampling_run
 from megatron_r1.config import Config, ParallelConfig, dump
 from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.training.checkpoints import manifest
@@ -48,16 +49,16 @@ class Trainer:
 
     async def call(self, verb, folder, **arguments):
         if verb == "load_checkpoint":
-            self.checkpoint = export.Path(folder)
+            self.checkpoint = Path(folder)
             return
-        export.Path(folder).mkdir()
-        (export.Path(folder) / "config.json").write_text("{}")
-        (export.Path(folder) / "weights").write_text((self.checkpoint / "weights").read_text())
+        Path(folder).mkdir()
+        (Path(folder) / "config.json").write_text("{}")
+        (Path(folder) / "weights").write_text((self.checkpoint / "weights").read_text())
 
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "TrainerClient", Trainer)
+    monkeypatch.setattr(sampling_run, "TrainerClient", Trainer)
     for name in "ab":
         checkpoint(tmp_path / name, 100, name)
         (tmp_path / name / "config.yaml").write_text(dump(Config()))
@@ -69,7 +70,7 @@ def test_an_export_is_used_again_for_the_same_checkpoint_only(runs):
 
     def exported(name):
         made = runs / name / "checkpoints/step_00000100"
-        asyncio.run(export.export_checkpoint(made, target, ParallelConfig(), runs))
+        asyncio.run(sampling_run.export_checkpoint(made, target, ParallelConfig(), runs))
         return (target / "weights").read_text()
 
     (runs / "eval").mkdir()

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from megatron_r1.processes.peak_memory import PeakMemory
+from megatron_r1.processes.inspection import PeakMemory
 
 # Writes 200 MiB, which a forked child shares; both hold it until the input ends.
 PARENT_AND_CHILD = """
