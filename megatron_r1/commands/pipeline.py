@@ -10,13 +10,13 @@ from typing import Any
 
 from megatron_r1.commands.torchrun import is_rank
 from megatron_r1.config.yaml_text import as_sections, as_text
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import UserError
 from megatron_r1.reporting.folder_lock import is_locked
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.workflow import serving
 from megatron_r1.workflow.check import check, missing_files
 from megatron_r1.workflow.executor import Executor
-from megatron_r1.workflow.graph import Graph
+from megatron_r1.workflow.graph import Graph, unknown_stage
 from megatron_r1.workflow.pipeline_recipe import PipelineConfig, load
 from megatron_r1.workflow.plan import Plan
 from megatron_r1.workflow.report import write_report
@@ -77,8 +77,7 @@ def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:
     """Return the stages to run, in order. Raises UserError for an unknown name."""
     for key, name in (("only", config.only), ("until", config.until)):
         if name and name not in graph.upstream:
-            near = did_you_mean(name, graph.order, "{}") or f"; there are {', '.join(graph.order)}"
-            raise UserError(f"pipeline.{key}: no stage is called {name}{near}")
+            raise UserError(f"pipeline.{key}: {unknown_stage(name, graph.order)}")
     if config.only:
         return [config.only]
     if config.until:

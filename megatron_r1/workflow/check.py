@@ -88,15 +88,11 @@ def _check_function(where: str, function: str, arguments: Mapping[str, Any]) -> 
     if name not in defined:
         near = did_you_mean(name, defined, "{}") or f"; it has {', '.join(defined) or 'none'}"
         raise UserError(f"{where}: function {function}: the module has no function {name}{near}")
-    _check_arguments(f"{where}: arguments of {function}", defined[name].args, arguments)
-
-
-def _check_arguments(where: str, parameters: ast.arguments, given: Mapping[str, Any]) -> None:
-    """Raise UserError unless the arguments fit. The first parameter is the folder; the others are
-    passed by name."""
+    # The first parameter is the folder; the others are passed by name.
+    parameters, where = defined[name].args, f"{where}: arguments of {function}"
     positional = [p.arg for p in (*parameters.posonlyargs, *parameters.args)][1:]
     names = positional + [p.arg for p in parameters.kwonlyargs]
-    for name in given:
+    for name in arguments:
         if name not in names and parameters.kwarg is None:
             near = did_you_mean(name, names, "{}") or f"; it takes {', '.join(names) or 'none'}"
             raise UserError(f"{where}: unknown argument {name}{near}")
@@ -104,6 +100,6 @@ def _check_arguments(where: str, parameters: ast.arguments, given: Mapping[str, 
     needed = positional[: max(0, num_needed)]
     defaults = zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True)
     needed += [p.arg for p, default in defaults if default is None]
-    missing = [name for name in needed if name not in given]
+    missing = [name for name in needed if name not in arguments]
     if missing:
         raise UserError(f"{where}: {', '.join(missing)} must be given")

@@ -50,12 +50,12 @@ def settings(plan: Plan, stage: Stage, finished: bool) -> dict[str, Any]:
         arguments = substitute(stage.settings, plan.unresolved)
         deciding = flatten({"function": stage.config.function, "arguments": arguments})
     else:
+        free = [name for name in RESUMABLE if not (finished and name in FINAL)]
+        for verb, sections in SECTIONS_OF_VERB.items():
+            if verb != stage.config.verb:
+                free += sections
         flat = flatten(plan.config(stage).model_dump())
-        deciding = {
-            key: value
-            for key, value in flat.items()
-            if _decides(key, finished) and not _is_of_another(key, stage.config.verb)
-        }
+        deciding = {key: value for key, value in flat.items() if not is_within(key, free)}
     for name, server in stage.config.serve.items():
         served = {key: getattr(server, key) for key in ("model", "task", "arguments", "command")}
         deciding |= flatten({f"serve.{name}": served})
@@ -179,13 +179,3 @@ def _texts_and_keys(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _texts_and_keys(item)
-
-
-def _decides(key: str, finished: bool) -> bool:
-    free = [name for name in RESUMABLE if not (finished and name in FINAL)]
-    return not is_within(key, free)
-
-
-def _is_of_another(key: str, verb: str) -> bool:
-    section = key.partition(".")[0]
-    return any(section in sections for owner, sections in SECTIONS_OF_VERB.items() if owner != verb)

@@ -1,6 +1,6 @@
 """The graph of stages: references are its edges, `after` adds edges without a file."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from graphlib import CycleError, TopologicalSorter
 
 from megatron_r1.errors import UserError, did_you_mean
@@ -73,10 +73,10 @@ def _upstream(stage: Stage, stages: Mapping[str, Stage]) -> tuple[str, ...]:
             upstream[head] = None
     for name in stage.config.after:
         if name not in stages:
-            raise UserError(f"stages.{stage.name}: after: {_unknown_stage(name, stages)}")
+            raise UserError(f"stages.{stage.name}: after: {unknown_stage(name, stages)}")
         upstream[name] = None
     if stage.config.evaluates and stage.config.evaluates not in stages:
-        unknown = _unknown_stage(stage.config.evaluates, stages)
+        unknown = unknown_stage(stage.config.evaluates, stages)
         raise UserError(f"stages.{stage.name}: evaluates: {unknown}")
     return tuple(upstream)
 
@@ -93,30 +93,27 @@ def _check_served(stage: Stage, where: str, rest: str) -> None:
 
 def _check_output(stages: Mapping[str, Stage], where: str, head: str, rest: str) -> None:
     if head not in stages:
-        raise UserError(f"{where}: {_unknown_stage(head, stages)}")
+        raise UserError(f"{where}: {unknown_stage(head, stages)}")
     known = OUTPUTS.get(stages[head].config.verb)
     if rest and known and rest.partition("/")[0] not in known:
         near = did_you_mean(rest, known, "{}") or f"; it has {', '.join(known)}"
         raise UserError(f"{where}: {stages[head].config.verb} leaves no {rest}{near}")
 
 
-def _unknown_stage(name: str, stages: Iterable[str]) -> str:
-    stages = list(stages)
+def unknown_stage(name: str, stages: Collection[str]) -> str:
+    """Return that there is no such stage, with the nearest, or all there are."""
     near = did_you_mean(name, stages, "{}") or f"; there are {', '.join(stages)}"
     return f"no stage is called {name}{near}"
 
 
 def _ordered(upstream: Mapping[str, tuple[str, ...]]) -> list[str]:
     """Sort topologically; of stages that could be next, the first in the recipe is."""
-    sorter = TopologicalSorter(upstream)
     try:
-        sorter.prepare()
+        TopologicalSorter(upstream).prepare()
     except CycleError as error:
         raise UserError(f"stages need each other: {' → '.join(error.args[1])}") from None
     order: list[str] = []
-    ready: list[str] = []
-    while sorter.is_active():
-        ready = sorted([*ready, *sorter.get_ready()], key=list(upstream).index)
-        order.append(ready.pop(0))
-        sorter.done(order[-1])
+    while len(order) < len(upstream):
+        left = (name for name in upstream if name not in order)
+        order.append(next(name for name in left if set(upstream[name]) <= set(order)))
     return order

@@ -88,13 +88,20 @@ class Plan:
         """Plan the stages of a recipe. implied: verb → sections that it sets by itself."""
         path, stages, broken = Path(path), {}, {}
         for name, config in recipe.stages.items():
+            if config.verb == MAKE:
+                stages[name] = Stage(name, config, dict(config.arguments))
+                continue
+            settings: dict[str, Any] = {}
             try:
-                settings = _settings(recipe, path, name, config)
+                if config.recipe:
+                    settings = read_tree(path.parent / config.recipe, f"stages.{name}: recipe")
+                settings = merged(merged(recipe.defaults, settings), config.settings)
             except UserError as error:
-                settings, broken[name] = {}, str(error)
-            if config.verb != MAKE:
-                settings = merged(settings, (implied or {}).get(config.verb, {}))
-                _put_run(settings, folder / name, seed)
+                broken[name] = str(error)
+            settings = merged(settings, (implied or {}).get(config.verb, {}))
+            run = settings.get("run")
+            if run is None or isinstance(run, dict):  # anything else is refused by its verb's check
+                settings["run"] = {"seed": seed, **(run or {}), "folder": str(folder / name)}
             stages[name] = Stage(name, config, settings)
         return cls(path, folder, seed, stages, broken)
 
@@ -156,21 +163,6 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         is_section = isinstance(value, Mapping) and isinstance(below, Mapping)
         joined[key] = merged(below or {}, value) if is_section else value
     return joined
-
-
-def _settings(recipe: PipelineRecipe, path: Path, name: str, config: StageConfig) -> dict[str, Any]:
-    if config.verb == MAKE:
-        return dict(config.arguments)
-    base: dict[str, Any] = {}
-    if config.recipe:
-        base = read_tree(path.parent / config.recipe, f"stages.{name}: recipe")
-    return merged(merged(recipe.defaults, base), config.settings)
-
-
-def _put_run(settings: dict[str, Any], folder: Path, seed: int) -> None:
-    run = settings.get("run")
-    if run is None or isinstance(run, dict):  # anything else is refused by its verb's check
-        settings["run"] = {"seed": seed, **(run or {}), "folder": str(folder)}
 
 
 def _exists(text: str) -> bool:
