@@ -31,7 +31,7 @@ def started(config: Config, hf: dict, folder: Path, verb: str) -> Iterator[list[
     """Serve one model with random weights as every reward model that a miniature's `rl` has; yield
     the settings that name its address, as on a cluster (examples/deepseek_r1/stage.sbatch).
 
-    hf: of the policy, whose architecture the model has. Raises ServingError."""
+    hf: of the policy, whose architecture the model has. Raises RunError."""
     names = reward_models(config.rewards.options)
     if verb != "rl" or not names:
         yield []

@@ -14,7 +14,7 @@ from megatron_r1.workflow.graph import Graph
 from megatron_r1.workflow.pipeline_recipe import PipelineConfig
 from megatron_r1.workflow.plan import Plan
 from megatron_r1.workflow.results import headline, results_of
-from megatron_r1.workflow.runner import Runner, Signals, StageFailed
+from megatron_r1.workflow.runner import Runner, Signals
 from megatron_r1.workflow.status import State, examine, examine_all, stale_text, status_lines
 
 Task = TypeVar("Task", bound=Hashable)
@@ -80,7 +80,7 @@ class Executor:
             Runner(plan, self._signals, _print, prefix).run(
                 stage, upstream, _referenced_outputs(plan, name)
             )
-        except StageFailed as failure:
+        except RunError as failure:
             raise RunError(
                 f"stage {title} failed: {failure}\nThe same command continues with this stage."
             ) from None

@@ -35,10 +35,6 @@ COMPLETE = {
 """The output that each verb writes last."""
 
 
-class StageFailed(RunError):
-    """A stage ended without being done; the message is the diagnosis."""
-
-
 class Signals:
     """Counts Ctrl-C and SIGTERM within a `with` block, so that running stages can end in order."""
 
@@ -77,8 +73,8 @@ class Runner:
     def run(self, stage: Stage, upstream: tuple[str, ...], referenced: set[str]) -> None:
         """Run `stage` to its end. referenced: outputs that other stages refer to.
 
-        Raises StageFailed, and KeyboardInterrupt when a signal asked to stop; in both cases the
-        stage continues when it is run again."""
+        Raises RunError where it ends without being done, and KeyboardInterrupt when a signal asked
+        to stop; in both cases the stage continues when it is run again."""
         folder = self.plan.folder_of(stage.name)
         self._wait_for_folder(folder)
         self._clear(stage, folder)
@@ -88,11 +84,8 @@ class Runner:
         try:
             command = self._run_command(stage, folder)
             _check_outputs(stage, folder, referenced)
-        except (StageFailed, serving.ServingError) as error:
-            manifest.end_attempt(folder, str(error))
-            raise StageFailed(str(error)) from None
-        except KeyboardInterrupt:
-            manifest.end_attempt(folder, None)
+        except (RunError, KeyboardInterrupt) as error:
+            manifest.end_attempt(folder, str(error) or None)
             raise
         manifest.finish(self.plan, stage, upstream, command)
 
@@ -105,7 +98,7 @@ class Runner:
             self.signals.raise_if_asked()
             time.sleep(POLL_SECONDS)
         if is_locked(folder):
-            raise StageFailed(
+            raise RunError(
                 f"a process of an earlier start still works in {folder}, on this machine or, with "
                 "a launch, on another: wait for it, or end it (kill, scancel)"
             )
@@ -159,9 +152,7 @@ class Runner:
             return
         if num_signals or status == STOPPED:
             raise KeyboardInterrupt
-        raise StageFailed(
-            f"{describe_status(status)}; from {child.log}:\n{excerpt(child.output())}"
-        )
+        raise RunError(f"{describe_status(status)}; from {child.log}:\n{excerpt(child.output())}")
 
     def _request_stop(self, child: Child, stage: Stage, folder: Path) -> None:
         if self.signals.count == 1:
@@ -195,15 +186,15 @@ def _check_outputs(stage: Stage, folder: Path, referenced: set[str]) -> None:
             continue
         if name == complete:
             detached = "; its launch must wait for its end, as sbatch --wait does"
-            raise StageFailed(
+            raise RunError(
                 f"the command ended well but left no {folder / name}"
                 + (detached if stage.config.launch else "")
             )
-        raise StageFailed(
+        raise RunError(
             f"it left no {name}, which another stage refers to as ${{{stage.name}.{name}}}; "
             f"there is {', '.join(sorted(path.name for path in folder.iterdir()))}"
         )
     try:
         results_of(folder)
     except UserError as error:
-        raise StageFailed(str(error)) from None
+        raise RunError(str(error)) from None

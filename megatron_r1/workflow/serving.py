@@ -25,10 +25,6 @@ VLLM = "megatron_r1.vllm_plugin.serve"
 """Module that runs vLLM's own server, whose engine processes end with it."""
 
 
-class ServingError(RunError):
-    """A served model did not start or has ended; the message is the diagnosis."""
-
-
 class Server:
     """One served model or other HTTP service."""
 
@@ -47,7 +43,7 @@ class Server:
     def wait_ready(self, while_waiting: Callable[[], None]) -> None:
         """Return when the server answers.
 
-        while_waiting: is called several times a second, and may raise. Raises ServingError when the
+        while_waiting: is called several times a second, and may raise. Raises RunError when the
         server ended, or is not ready after `timeout_seconds`."""
         deadline = time.monotonic() + self.config.timeout_seconds
         while time.monotonic() < deadline:
@@ -56,17 +52,17 @@ class Server:
             if asyncio.run(is_healthy(self.url, self.config.health)):
                 return
             time.sleep(POLL_SECONDS)
-        raise ServingError(
+        raise RunError(
             f"serve.{self.name}: not ready after {self.config.timeout_seconds:g} s; raise its "
             f"timeout_seconds if it only needs longer. {self.log} says:\n"
             f"{excerpt(self._child.output())}"
         )
 
     def check(self) -> None:
-        """Raise ServingError if the server has ended."""
+        """Raise RunError if the server has ended."""
         status = self._child.poll()
         if status is not None:
-            raise ServingError(
+            raise RunError(
                 f"serve.{self.name}: the server ended ({describe_status(status)}); {self.log} "
                 f"says:\n{excerpt(self._child.output())}"
             )
@@ -117,7 +113,7 @@ def server_command(name: str, config: ServeConfig, port: int) -> list[str]:
 def choose_ports(configs: Mapping[str, ServeConfig], before: Mapping[str, int]) -> dict[str, int]:
     """Return a port for each server: the one it had before, as a run that continues expects it.
 
-    Raises ServingError if another process has taken that port."""
+    Raises RunError if another process has taken that port."""
     ports: dict[str, int] = {}
     for name, config in configs.items():
         port = before.get(name)
@@ -126,7 +122,7 @@ def choose_ports(configs: Mapping[str, ServeConfig], before: Mapping[str, int]) 
             while port in ports.values():
                 port = free_port(config.host)
         elif not _becomes_free(config.host, port):
-            raise ServingError(
+            raise RunError(
                 f"serve.{name}: port {port} of {config.host}, where this stage began with it, is "
                 "in use by another process; end that one"
             )
@@ -142,18 +138,10 @@ def url(config: ServeConfig, port: int) -> str:
 def _becomes_free(host: str, port: int) -> bool:
     """Return whether a port is free, after the server of a killed attempt has had time to end."""
     deadline = time.monotonic() + END_SECONDS
-    while not _is_free(host, port):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL_SECONDS)
-    return True
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    while time.monotonic() < deadline:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+            return True
+        time.sleep(POLL_SECONDS)
+    return False
