@@ -39,19 +39,14 @@ COMMANDS = {
 """Verbs that take no recipe. Each is a module with `run(config, *arguments)`, ARGUMENTS, the names
 of its arguments, and SETTINGS, the sections and keys that it reads; optional are IMPLIED, and
 OPTIONS, the names of command-line options outside the recipe, which `run` takes as keywords."""
-PIPELINE = "pipeline"
-"""The verb that runs other verbs, with a recipe of its own kind."""
-REHEARSE = "rehearse"
-"""The verb that runs a recipe of either kind in miniature."""
-PREFLIGHT = "preflight"
-"""The verb that checks the nodes before they run a recipe; each of its processes is a rank."""
-MODULES = {
-    **VERBS,
-    **COMMANDS,
-    PIPELINE: "megatron_r1.commands.pipeline",
-    REHEARSE: "megatron_r1.commands.rehearse",
-    PREFLIGHT: "megatron_r1.commands.preflight",
+OTHERS = {
+    "pipeline": "megatron_r1.commands.pipeline",
+    "rehearse": "megatron_r1.commands.rehearse",
+    "preflight": "megatron_r1.commands.preflight",
 }
+"""The verbs that run VERBS, as a graph or in miniature, with `run(recipe, overrides, VERBS)`; and
+one that checks the nodes before a run, each of whose processes is a rank."""
+MODULES = VERBS | COMMANDS | OTHERS
 HELP = {"-h", "--help"}
 DRY_RUN = "--dry-run"
 """The option of `rl` that calls `dry_run(config)` instead of `run(config)`."""
@@ -124,18 +119,22 @@ def _dispatch(arguments: list[str]) -> int:
         print(_describe_keys(arguments[1:]))
         return 0
     verb, *rest = arguments
-    if verb == PIPELINE:
-        return _run_pipeline(rest)
-    if verb == REHEARSE:
-        return _run_rehearsal(rest)
-    if verb == PREFLIGHT:
-        return _run_preflight(rest)
     if verb in COMMANDS:
         return _run_command(verb, rest)
-    if verb not in VERBS:
+    if verb not in MODULES:
         hint = did_you_mean(verb, MODULES, "{}") or f"; use one of {', '.join(MODULES)}"
         raise UserError(f"unknown verb {verb}{hint}")
-    recipe, *options = _recipe_first(verb, rest)
+    if not rest or rest[0].startswith("--"):
+        raise UserError(f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml")
+    recipe, *options = rest
+    if verb == "preflight":
+        return _run_preflight(recipe, options)
+    if verb in OTHERS:
+        from megatron_r1.workflow.pipeline_recipe import PipelineRecipe
+
+        own = switches(PipelineRecipe if verb == "pipeline" else configuration.Config)
+        importlib.import_module(OTHERS[verb]).run(recipe, parse_overrides(options, own), VERBS)
+        return 0
     with without_garbage_collection():
         command = importlib.import_module(VERBS[verb])
     is_dry = DRY_RUN in options
@@ -178,43 +177,18 @@ def _help(verb: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _recipe_first(verb: str, rest: list[str]) -> list[str]:
-    """Return the arguments of a verb whose first has to be a recipe."""
-    if not rest or rest[0].startswith("--"):
-        raise UserError(f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml")
-    return rest
-
-
-def _run_pipeline(rest: list[str]) -> int:
-    from megatron_r1.commands import pipeline
-    from megatron_r1.workflow.pipeline_recipe import PipelineRecipe
-
-    recipe, *options = _recipe_first(PIPELINE, rest)
-    pipeline.run(recipe, parse_overrides(options, switches(PipelineRecipe)), VERBS)
-    return 0
-
-
-def _run_rehearsal(rest: list[str]) -> int:
-    from megatron_r1.commands import rehearse
-
-    recipe, *options = _recipe_first(REHEARSE, rest)
-    rehearse.run(recipe, _overrides(options), VERBS)
-    return 0
-
-
-def _run_preflight(rest: list[str]) -> int:
+def _run_preflight(recipe: str, options: list[str]) -> int:
     """Be a rank of the preflight under torchrun; otherwise start all of its ranks here."""
     from megatron_r1.commands import preflight
     from megatron_r1.preflight.settings import Settings
 
-    recipe, *options = _recipe_first(PREFLIGHT, rest)
-    options = [re.sub(r"^--json(?=$|=)", "--preflight.output", option) for option in options]
-    own, overrides = take_section(_overrides(options), Settings)
+    renamed = [re.sub(r"^--json(?=$|=)", "--preflight.output", option) for option in options]
+    own, overrides = take_section(_overrides(renamed), Settings)
     config = configuration.load(recipe, overrides, required=preflight.REQUIRED)
     ranks = torchrun.num_ranks(config)
     if not torchrun.is_rank():
         config.parallel.check_sizes(ranks)
-        return preflight.start_ranks([PREFLIGHT, *rest], ranks)
+        return preflight.start_ranks(["preflight", recipe, *options], ranks)
     with without_garbage_collection():
         from megatron_r1.preflight import judge, rank, report
 

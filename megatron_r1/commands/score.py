@@ -17,7 +17,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,24 +61,24 @@ def run(config: Config, source: str, target: str) -> None:
     graded: such zeros should not be trained on."""
     try:
         with _source(source) as lines, _target(target) as graded:
-            tally = asyncio.run(_score(config, lines, graded))
+            scoring = asyncio.run(_score(config, lines, graded))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout again at exit
         raise RunError("the reader of the output has ended") from None
-    print(tally.summary(), file=sys.stderr if target == PIPE else sys.stdout)
-    if tally.num_service_failures:
+    print(scoring.summary(), file=sys.stderr if target == PIPE else sys.stdout)
+    if scoring.num_service_failures:
         raise RunError(
-            f"reward 0 because a service failed, lines: {tally.num_service_failures:,}; the "
-            f"first of them: {tally.first_service_failure}"
+            f"reward 0 because a service failed, lines: {scoring.num_service_failures:,}; the "
+            f"first of them: {scoring.first_service_failure}"
         )
-    if tally.num_lines and tally.num_ungraded == tally.num_lines:
+    if scoring.num_lines and scoring.num_ungraded == scoring.num_lines:
         raise RunError(
-            f"{target}: none of the {tally.num_lines:,} lines could be graded; the first: "
-            f"{tally.first_ungraded}"
+            f"{target}: none of the {scoring.num_lines:,} lines could be graded; the first: "
+            f"{scoring.first_ungraded}"
         )
 
 
-async def _score(config: Config, lines: BinaryIO, graded: BinaryIO) -> _Tally:
+async def _score(config: Config, lines: BinaryIO, graded: BinaryIO) -> _Scoring:
     """Grade lines as they are read and write them in their order; at most so many wait that
     memory stays bounded. Returns the counts."""
     settings = config.rewards
@@ -89,14 +88,13 @@ async def _score(config: Config, lines: BinaryIO, graded: BinaryIO) -> _Tally:
     num_bytes, numbers = 0, itertools.count(1)
     try:
         async with RewardPool(workers, settings.timeout_seconds, settings.memory_bytes) as pool:
-            tally = _Tally(pool)
-            grader = _LineGrader(pool, settings.call_options, config.data.kind, tally)
+            scoring = _Scoring(pool, settings.call_options, config.data.kind)
             batch: list[bytes | None] = [b""]
             while batch:
                 # In a thread: waiting for a slow pipe must not delay the workers' replies.
                 batch = await asyncio.to_thread(_read_batch, lines)
                 for line in batch:
-                    task = asyncio.create_task(grader.grade(next(numbers), line))
+                    task = asyncio.create_task(scoring.grade(next(numbers), line))
                     tasks.append((task, len(line or b"")))
                     num_bytes += len(line or b"")
                 while tasks and (
@@ -108,17 +106,20 @@ async def _score(config: Config, lines: BinaryIO, graded: BinaryIO) -> _Tally:
                     num_bytes -= size
                     record, grade = await task
                     graded.write(_encode(record, grade))
-                    tally.add(record.get("kind"), grade)
+                    scoring.add(record.get("kind"), grade)
     finally:
         await asyncio.gather(*(task for task, _ in tasks), return_exceptions=True)
-    return tally
+    return scoring
 
 
-class _Tally:
-    """Counts lines and adds up rewards by kind; prints the progress to stderr now and then."""
+class _Scoring:
+    """Grades lines, counts them and adds up rewards by kind; prints the progress to stderr now and
+    then. options: `rewards.options`. kind: of lines that name none."""
 
-    def __init__(self, pool: RewardPool) -> None:
-        self._pool = pool
+    def __init__(
+        self, pool: RewardPool, options: dict[str, dict[str, Any]], kind: str | None
+    ) -> None:
+        self._pool, self._options, self._kind = pool, options, kind
         self._start = self._last_progress = time.perf_counter()
         self.num_lines = self.num_ungraded = self.num_service_failures = 0
         self.first_ungraded = self.first_service_failure = ""
@@ -138,10 +139,6 @@ class _Tally:
             self._last_progress = now
             rate = self.num_lines / (now - self._start)
             print(f"score: {self.num_lines:,} lines, {rate:,.0f}/s", file=sys.stderr, flush=True)
-
-    def service_failed(self, reason: str) -> None:
-        self.num_service_failures += 1
-        self.first_service_failure = self.first_service_failure or reason
 
     def summary(self) -> str:
         """Return the counts of lines, mean rewards by kind, failures and seconds, and on a second
@@ -163,16 +160,6 @@ class _Tally:
             line += f"\nscore: the first that could not: {self.first_ungraded}"
         return line
 
-
-@dataclass(frozen=True)
-class _LineGrader:
-    """Grades lines. options: `rewards.options`. kind: of lines that name none."""
-
-    pool: RewardPool
-    options: dict[str, dict[str, Any]]
-    kind: str | None
-    tally: _Tally
-
     async def grade(self, number: int, line: bytes | None) -> tuple[dict[str, Any], Grade]:
         """Return the line's fields and its grade; a line that is no record is a field itself."""
         if line is None:
@@ -187,8 +174,8 @@ class _LineGrader:
             return {"line": text}, Grade.ungraded(f"line {number} is not JSON: {fault}")
         if not isinstance(record, dict):
             return {"line": record}, Grade.ungraded(f"line {number} is not an object")
-        if self.kind is not None:
-            record.setdefault("kind", self.kind)
+        if self._kind is not None:
+            record.setdefault("kind", self._kind)
         return record, await self._grade_record(record)
 
     async def _grade_record(self, record: dict[str, Any]) -> Grade:
@@ -200,10 +187,11 @@ class _LineGrader:
         fields = {name: value for name, value in record.items() if name not in RESERVED}
         facts = {name: fields.pop(name) for name in FACTS if name in fields}
         try:
-            arguments = call_fields(kind, self.options, fields, facts)
-            return await self.pool.grade(kind, record["response"], truth, **arguments)
+            arguments = call_fields(kind, self._options, fields, facts)
+            return await self._pool.grade(kind, record["response"], truth, **arguments)
         except ServiceError as error:
-            self.tally.service_failed(str(error))
+            self.num_service_failures += 1
+            self.first_service_failure = self.first_service_failure or str(error)
             return Grade.ungraded(error)
         except (ValueError, RecursionError) as error:
             return Grade.ungraded(error)
