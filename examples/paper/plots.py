@@ -13,10 +13,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from examples.paper.results import Results
 from examples.paper.tables import Column, Table, split
-from megatron_r1.reporting.page import style
+from megatron_r1.reporting.page import render
 from megatron_r1.reporting.plots import INKS, STYLE
 
-COLORS = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style().partition("@media")[0]))
+PAGE_STYLE = render("reporting/templates/style.css.jinja")
+COLORS = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", PAGE_STYLE.partition("@media")[0]))
 ROW_INCHES, WIDTH_INCHES = 0.42, 7.6
 CURVE_SIZE = (WIDTH_INCHES, 2.8)
 

@@ -15,11 +15,6 @@ def render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(values)
 
 
-def style() -> str:
-    """Return the style sheet of every page."""
-    return render("reporting/templates/style.css.jinja")
-
-
 @cache
 def _environment() -> Environment:
     """Return Jinja with the templates of all packages, by their path within `megatron_r1`."""

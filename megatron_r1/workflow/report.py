@@ -6,12 +6,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from megatron_r1.files import atomic_write
+from megatron_r1.files.jsonl import read_lines
 from megatron_r1.reporting.page import render
-from megatron_r1.reporting.wording import duration, printable
-from megatron_r1.workflow.curves import rl_plots
+from megatron_r1.reporting.plots import Curve, curve_plot
+from megatron_r1.reporting.report import Plot
+from megatron_r1.reporting.wording import duration, finite, printable
 from megatron_r1.workflow.drawing import Box, graph_svg
 from megatron_r1.workflow.graph import Graph
 from megatron_r1.workflow.plan import Plan, Stage
@@ -20,6 +25,18 @@ from megatron_r1.workflow.status import State, Status, examine_all
 
 # A stage of several seeds is shown in the first of these states that one of them has.
 BY_PROGRESS = [State.FAILED, State.STALE, State.PENDING, State.UNFINISHED, State.RUNNING]
+
+INKS = ("accent", "second", "reward", "push", "train", "other", "muted", "ink")
+SIZE = (5.2, 2.9)
+QUANTITIES = (
+    ("accuracy", "eval/pass@1", "Accuracy", "training samples; points: held-out", True),
+    ("response_length/mean", "eval/response_length", "Response length", "tokens, mean", False),
+    ("language/mean", "eval/language", "Language purity", "words in the target language", True),
+    ("reward/mean", "", "Reward", "mean over a step's samples", False),
+)
+"""Key in metrics.jsonl, in evaluations.jsonl, label, meaning, whether it is a share."""
+
+Lines = list[dict[str, Any]]
 
 
 class Cell(NamedTuple):
@@ -58,7 +75,7 @@ def write_report(root: Path, title: str, command: str, plans: Sequence[Plan], gr
             "written": report["written"],
         },
         drawing=_drawing(report, graph),
-        plots=rl_plots(plans, graph),
+        plots=_rl_plots(plans, graph),
         num_seeds=len(plans),
         seed=plans[0].seed,
         manifests={
@@ -178,3 +195,65 @@ def _cell(stage: Mapping[str, Any], name: str) -> Cell:
         return Cell(first.format(name), first.source)
     each = ", ".join(f"seed {seed}: {result.format(name)}" for seed, result in by_seed.items())
     return Cell(stage["figures"][name]["worded"], f"{first.source}; {each}")
+
+
+def _rl_plots(plans: Sequence[Plan], graph: Graph) -> list[Plot]:
+    """Return a plot per quantity, with a curve per RL stage over its own steps: the mean of the
+    seeds. Held-out points have their 95% interval, or the range of several seeds."""
+    trained = _read(plans, graph, "metrics.jsonl")
+    stages = [
+        name for name, runs in trained.items() if any("reward/mean" in r[-1] for r in runs if r)
+    ]
+    heldout = _read(plans, graph, "evaluations.jsonl")
+    plots = []
+    for key, heldout_key, label, meaning, is_share in QUANTITIES:
+        curves = []
+        for index, name in enumerate(stages):
+            ink = INKS[index % len(INKS)]
+            if by_step := _by_step(trained[name], key):
+                curves.append(Curve(plans[0].stages[name].title, *_means(by_step), ink))
+            curves += heldout_points(heldout[name], heldout_key, ink)
+        if curves:
+            svg = curve_plot(key.replace("/", "-"), curves, SIZE, is_share, from_zero=not is_share)
+            plots.append(Plot(label, meaning, svg))
+    return plots
+
+
+def heldout_points(runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
+    """Return the held-out evaluations of one stage as points, none if there are none.
+
+    runs: the lines of evaluations.jsonl of each seed."""
+    by_step = _by_step(runs, key)
+    if not by_step:
+        return []
+    if len(runs) == 1:
+        lines, name = {line["step"]: line for line in runs[0]}, key.removeprefix("eval/")
+        low, high = (
+            np.array([finite(lines[step], f"interval/{name}/{end}") for step in by_step], float)
+            for end in ("low", "high")
+        )  # None becomes NaN
+    else:
+        low, high = (np.array([end(v) for v in by_step.values()]) for end in (min, max))
+    # matplotlib leaves labels that begin with _ out of its legend.
+    return [Curve("_held-out", *_means(by_step), ink, "o", low, high)]
+
+
+def _read(plans: Sequence[Plan], graph: Graph, file: str) -> dict[str, list[Lines]]:
+    return {
+        name: [list(read_lines(plan.folder_of(name) / file)) for plan in plans]
+        for name in graph.order
+    }
+
+
+def _by_step(runs: Sequence[Lines], key: str) -> dict[int, list[float]]:
+    """Return step → the values of the runs that have one, in the order of steps."""
+    by_step: dict[int, list[float]] = {}
+    for run in runs:
+        for line in run:
+            if (value := finite(line, key)) is not None:
+                by_step.setdefault(int(line["step"]), []).append(value)
+    return dict(sorted(by_step.items()))
+
+
+def _means(by_step: Mapping[int, Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([*by_step], dtype=float), np.array([fmean(v) for v in by_step.values()])

@@ -1,5 +1,6 @@
 """A run's folder: whole lines, every step once, one writer, no silent change of settings."""
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -327,7 +328,7 @@ def test_tensorboard_shows_every_step_once_after_a_kill_and_resume(tmp_path):
     # The kill tore the last event.
     path = next(tmp_path.iterdir())
     os.truncate(path, path.stat().st_size - 5)
-    with TensorBoardLog(tmp_path, purge_step=4) as second:
+    with contextlib.closing(TensorBoardLog(tmp_path, purge_step=4)) as second:
         for step in range(4, 7):
             second.write({"step": step, "loss": 10.0 * step, "bad": float("nan")})
     expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0), (6, 60.0)]
@@ -336,7 +337,7 @@ def test_tensorboard_shows_every_step_once_after_a_kill_and_resume(tmp_path):
 
 
 def test_tensorboard_steps_are_readable_before_the_log_is_closed(tmp_path):
-    with TensorBoardLog(tmp_path) as log:
+    with contextlib.closing(TensorBoardLog(tmp_path)) as log:
         log.write({"step": 1, "eval/pass@1": 0.5})
         assert scalars(tmp_path, "eval/pass@1") == [(1, 0.5)]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from workflow_world import World
 
-from megatron_r1.workflow import curves
+from megatron_r1.workflow import report
 from megatron_r1.workflow.drawing import BOX_HEIGHT, BOX_WIDTH, Box, graph_svg
 from megatron_r1.workflow.results import Result, Spread, headline, results_of
 
@@ -135,9 +135,9 @@ def test_held_out_points_span_the_seeds_or_their_own_interval():
         [{"step": 0, "eval/pass@1": value, "interval/pass@1/low": 0.1, "interval/pass@1/high": 0.9}]
         for value in (0.2, 0.3, 0.7)
     ]
-    [several] = curves.heldout_points(runs, "eval/pass@1", "accent")
+    [several] = report.heldout_points(runs, "eval/pass@1", "accent")
     assert (several.low[0], several.values[0], several.high[0]) == (0.2, pytest.approx(0.4), 0.7)
-    [one] = curves.heldout_points(runs[:1], "eval/pass@1", "accent")
+    [one] = report.heldout_points(runs[:1], "eval/pass@1", "accent")
     assert (one.low[0], one.values[0], one.high[0]) == (0.1, 0.2, 0.9)
 
 
