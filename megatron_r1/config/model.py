@@ -1,8 +1,8 @@
 """The models that a run trains: its policy with low-rank adapters, a critic, a reward model."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from megatron_r1.config.section import Resumable, Section
 from megatron_r1.errors import UserError
@@ -23,7 +23,6 @@ class LoraConfig(Section):
 
     @property
     def scale(self) -> float:
-        """The factor of the product B A."""
         return self.alpha / self.rank
 
 
@@ -54,7 +53,7 @@ class ModelConfig(Section):
     """train low-rank adapters, and leave the model's weights as they are; see docs/lora.md"""
 
     @model_validator(mode="after")
-    def _adapters_alone_are_trained(self) -> Self:
+    def _fits_together(self) -> Self:
         others = {
             "init: random": self.init == "random",
             "head: score": self.head == "score",
@@ -67,10 +66,6 @@ class ModelConfig(Section):
                 f"model.lora: adapters of a loaded language model are all that is trained with it; "
                 f"leave out model.lora or model.{other}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _weights_are_loaded_or_random(self) -> Self:
         if self.checkpoint and self.init == "random":
             raise ValueError(
                 f"model.checkpoint: {self.checkpoint} would not be read with model.init: random; "
@@ -79,7 +74,6 @@ class ModelConfig(Section):
         return self
 
     def require_language_head(self) -> None:
-        """Raise UserError for a model with a score head."""
         if self.head != "language":
             raise UserError(
                 f"model.head: {self.head} is for the verb reward-model; leave it out here"
@@ -114,7 +108,7 @@ class RewardModelConfig(Section):
     part: Part | None = None
     """part of a response that is scored; default: summary for pairwise (R1's helpful), response for
     pointwise (its safety)"""
-    template: str | None = None
+    template: Annotated[str | None, AfterValidator(check_template)] = None
     """text with {question} and {response}, special tokens included; the score is read at its last
     token; default: the tokenizer's chat template"""
     max_chars: int = Field(20_000, ge=100)
@@ -126,11 +120,6 @@ class RewardModelConfig(Section):
     batch_size: int = Field(256, gt=0, description="pairs, or labelled responses, per step")
     heldout_fraction: float = Field(0.1, ge=0, lt=1)
     """share of the questions that is held out, by their text"""
-
-    @field_validator("template")
-    @classmethod
-    def _has_its_places(cls, template: str | None) -> str | None:
-        return check_template(template)
 
     @property
     def shown(self) -> Part:

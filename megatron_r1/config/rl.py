@@ -5,7 +5,7 @@ The defaults are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section 2 and suppleme
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from megatron_r1.config import algorithms
 from megatron_r1.config.losses import (
@@ -88,17 +88,12 @@ class RLConfig(Section):
     routing_replay: bool = False
     """train every token through the experts the engine chose for it; a mixture of experts only. See
     docs/routing_replay.md"""
-    schedule: Resumable[list[ScheduleEntry]] = []
+    schedule: Resumable[Annotated[list[ScheduleEntry], AfterValidator(check_order)]] = []
     """settings from a step on, [{from_step: 513, rollout.max_response_tokens: 65536}]; steps are
     rollouts. A continued run may change it. See docs/algorithms.md"""
     sample_log: Resumable[bool] = True
     """write every finished group down, so that a run that is killed does not sample it again; needs
     the disk of the steps since the oldest checkpoint kept"""
-
-    @field_validator("schedule")
-    @classmethod
-    def _in_order(cls, schedule: list[ScheduleEntry]) -> list[ScheduleEntry]:
-        return check_order(schedule)
 
     @model_validator(mode="before")
     @classmethod

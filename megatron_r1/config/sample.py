@@ -37,13 +37,9 @@ class KeepConfig(Section):
 
     @model_validator(mode="after")
     def _has_the_grades_it_needs(self) -> Self:
-        graded = {
-            "min_reward": self.min_reward is not None,
-            "min_pass_rate": self.min_pass_rate is not None,
-            "max_pass_rate": self.max_pass_rate is not None,
-            "choose: best": self.choose == "best",
-        }
-        needing = [name for name, is_set in graded.items() if is_set]
+        limits = ("min_reward", "min_pass_rate", "max_pass_rate")
+        needing = [name for name in limits if getattr(self, name) is not None]
+        needing += ["choose: best"] if self.choose == "best" else []
         if self.min_accuracy is None and needing:
             raise ValueError(
                 f"sample.keep.{needing[0]} needs grades, and sample.keep.min_accuracy: null is not "
@@ -160,4 +156,4 @@ class SampleConfig(Section):
     @property
     def is_graded(self) -> bool:
         """Whether rewards grade the responses."""
-        return self.keeps and self.keep.is_graded
+        return self.keeps and self.keep.min_accuracy is not None
