@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_r1.agents.episode import Episode
@@ -59,9 +59,11 @@ def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
     questions = sampler.next_by_kind(num_groups, weights=first.rl.kind_weights)
     with temporary_logs() as logs:
         rollout, seconds = asyncio.run(_sample(first, text, questions, group_size, logs))
-    for group, index in _shown(rollout.groups):
+    groups = rollout.groups
+    pairs = [(group, index) for index in range(len(groups[0].responses)) for group in groups]
+    for group, index in pairs[:NUM_SHOWN]:
         print(_sample_text(group, index, weights_at(first.rewards.weights, 1)))
-    check_grades(rollout.groups, config.rewards.max_ungraded)
+    check_grades(groups, config.rewards.max_ungraded)
     print(_summary(config, first, rollout, seconds, memory))
 
 
@@ -100,12 +102,6 @@ async def _sample(
         return collected, seconds
     finally:
         await asyncio.gather(fleet.close(), pool.close(), collector.close())
-
-
-def _shown(groups: Sequence[Group]) -> list[tuple[Group, int]]:
-    """Return NUM_SHOWN (group, index of a response) pairs, of as many groups as there are."""
-    pairs = [(group, index) for index in range(len(groups[0].responses)) for group in groups]
-    return pairs[:NUM_SHOWN]
 
 
 def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:

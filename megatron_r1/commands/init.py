@@ -63,17 +63,10 @@ OWN = ":"
 """It is in the name of a reward function of the user's own, module:function."""
 
 
-def run(
-    config: Config,
-    model: str,
-    data: str,
-    out: str | None = None,
-    question: str | None = None,
-    truth: str | None = None,
-    kind: str | None = None,
-) -> None:
-    """Write the recipe and print it. Raises UserError naming what is missing, before it is written,
-    and for a recipe that `rl` would refuse."""
+def run(config: Config, model: str, data: str, out: str | None = None, **given: str) -> None:
+    """Write the recipe and print it. given: the question, truth and kind that the user names.
+    Raises UserError naming what is missing, before it is written, and for a recipe that `rl` would
+    refuse."""
     if Path(model).is_file():
         raise UserError(
             f"{MODEL} {model}: it is a file; the order is megatron-r1 init {' '.join(ARGUMENTS)}"
@@ -88,8 +81,8 @@ def run(
     rows = [row for _, row in itertools.islice(read_records(data), MAX_ROWS)]
     if not rows:
         raise UserError(f"{data}: it holds no rows")
-    columns = guess_columns(data, rows[:COLUMN_ROWS], question, truth, kind)
-    if kind is None:
+    columns = guess_columns(data, rows[:COLUMN_ROWS], **given)
+    if "kind" not in given:
         columns = _kind_of_run(columns, folder)
     parameters = num_parameters(hf)
     guesses = [
@@ -104,10 +97,10 @@ def run(
     ]
     questions = _questions(data, columns)
     template = next(guess.value for guess in guesses if guess.key == "data.template")
-    guesses += _sizes(folder, hf, questions, PromptText(str(folder), template, (MODEL, template)))
+    text = PromptText(str(folder), template, (MODEL, template))
+    guesses += _sizes(folder, hf, parameters, questions, text)
     command = f"megatron-r1 rl {shlex.quote(str(path))}"
-    given = {"question": question, "truth": truth, "kind": kind}
-    options = [text for key, value in given.items() if value for text in (f"--{key}", value)]
+    options = [text for key, value in given.items() for text in (f"--{key}", value)]
     title = (
         f"Written by: megatron-r1 init {shlex.join([model, data, *options])}",
         f"Try it: {command} --dry-run",
@@ -211,10 +204,10 @@ def _answers(folder: Path, parameters: int) -> list[Guess]:
 
 
 def _sizes(
-    folder: Path, hf: dict[str, Any], questions: Sequence[str], text: PromptText
+    folder: Path, hf: dict[str, Any], parameters: int, questions: Sequence[str], text: PromptText
 ) -> list[Guess]:
     """Return the settings that depend on the model's size, the prompts and the machine."""
-    machine, parameters = _machine(), num_parameters(hf)
+    machine = _machine()
     limits = sizes.lengths(
         max(len(text.encode(question)) for question in questions), positions(folder), machine
     )

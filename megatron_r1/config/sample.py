@@ -31,10 +31,6 @@ class KeepConfig(Section):
     max_pass_rate: float | None = Field(None, ge=0, le=1)
     """questions that are right more often are left out"""
 
-    @property
-    def is_graded(self) -> bool:
-        return self.min_accuracy is not None
-
     @model_validator(mode="after")
     def _has_the_grades_it_needs(self) -> Self:
         limits = ("min_reward", "min_pass_rate", "max_pass_rate")

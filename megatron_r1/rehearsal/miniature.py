@@ -304,7 +304,7 @@ def _sample(config: Config) -> dict[str, Any]:
         "filters": dict.fromkeys(NAMES, False),
         "pairs": sample.pairs.model_dump() | {"max_length_bias": None},
     }
-    if sample.keeps and sample.keep.is_graded:
+    if sample.is_graded:
         limits = {"min_accuracy": 0.0, "min_reward": None}
         limits |= {"min_pass_rate": None, "max_pass_rate": None}
         changed["keep"] = sample.keep.model_dump() | limits
