@@ -23,8 +23,7 @@ from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.training.checkpoints import manifest
 
 SOURCE_FILE = ".made_of"
-"""The file of an exported folder with the checksum of the checkpoint's manifest, which covers all
-files of the checkpoint."""
+"""The file of an exported folder with the checksum of the checkpoint's manifest of all files."""
 
 
 def run_in_folder(

@@ -81,8 +81,7 @@ def docstrings(model: type[BaseModel]) -> dict[str, str]:
 
 
 def models_within(annotation: Any, entry: str = "") -> Iterator[tuple[type[BaseModel], str]]:
-    """Yield the models in a type such as `list[Model] | None`, each with the suffix of its keys
-    (`ENTRY`)."""
+    """Yield the models in a type such as `list[Model] | None`, each with its suffix (`ENTRY`)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, entry
     else:

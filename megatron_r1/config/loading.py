@@ -1,5 +1,4 @@
-"""Reads a recipe from YAML, with settings of the command line (`--section.key value`) over it;
-writes the resolved one."""
+"""Reads a recipe from YAML, and settings of the command line over it (`--section.key value`)."""
 
 import difflib
 from collections.abc import Collection, Mapping
@@ -44,10 +43,9 @@ def from_tree(
     required: tuple[str, ...] = (),
     given: Collection[str] = (),
 ) -> Config:
-    """Build the configuration from a recipe's sections.
+    """Build the configuration from a recipe's sections; raises as `load`.
 
-    origin: name of the recipe in errors. given: keys that the command line sets. Raises UserError
-    naming every mistake."""
+    origin: name of the recipe in errors. given: keys that the command line sets."""
     config = parse(tree, origin, given)
     missing = [key for key in required if not attrgetter(key)(config)]
     if missing:

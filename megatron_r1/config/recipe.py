@@ -107,8 +107,7 @@ class Config(Section):
         )
 
     def of_critic(self) -> Self:
-        """Return the recipe of the critic: the same run with the critic as its model, which is
-        trained whole."""
+        """Return the recipe of the critic: the same run with it as the model, trained whole."""
         critic, parallel = self.critic, self.parallel
         model: dict[str, Any] = {"head": "score", "lora": None}
         if critic.path is not None:

@@ -117,9 +117,8 @@ class HealthServer:
 
 
 class RunCollector(Collector):
-    """Collects gauges for every number of the newest metrics line (megatron_r1_reward_mean for
-    "reward/mean", megatron_r1_phase_seconds{phase=…} for times), and counters since this process
-    began."""
+    """Collects gauges for the newest metrics line (megatron_r1_reward_mean for "reward/mean",
+    megatron_r1_phase_seconds{phase=…} for times), and counters since this process began."""
 
     def __init__(self, watchdog: Watchdog) -> None:
         self._watchdog = watchdog

@@ -82,8 +82,7 @@ class Watchdog:
                 self.run.num_engine_tokens = await count_tokens(self.run.rollouts)
 
     async def _handle_hang(self) -> bool:
-        """Write a report and act by `run.on_hang`. Return whether to stay silent until there is
-        progress."""
+        """Write a report and act by `run.on_hang`; return whether to stay silent until progress."""
         self.num_reports += 1
         findings = await diagnose(self.run)
         path = self.run.folder / "logs" / f"hang-{time.strftime('%Y%m%d-%H%M%S')}.txt"
@@ -200,8 +199,7 @@ def _inspect_controller(run: RunHandles) -> Finding:
 
 
 def _suspended_frames(task: asyncio.Task[Any]) -> list[str]:
-    """Return the frames of a suspended task, coroutine by coroutine: `task.get_stack` has the
-    outermost one only."""
+    """Return the frames of a suspended task: `task.get_stack` has the outermost coroutine only."""
     frames = []
     coroutine: Any = cast(Coroutine[Any, Any, Any], task.get_coro())
     while (frame := getattr(coroutine, "cr_frame", None)) is not None:

@@ -24,8 +24,7 @@ FILES = ("path", "data", "checkpoint")
 
 @dataclass(frozen=True)
 class Stage:
-    """One node of the workflow. settings: its sections, or the arguments of its function, with
-    references as they are written."""
+    """One node of the workflow. settings: its sections or arguments, references as written."""
 
     name: str
     config: StageConfig

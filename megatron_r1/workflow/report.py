@@ -1,5 +1,4 @@
-"""The reports of a pipeline: the page `report.html`, its numbers in `report.json`, and their table
-in `report.md`."""
+"""Reports of a pipeline: `report.html`, its numbers in `report.json`, a table in `report.md`."""
 
 import json
 import time
@@ -40,8 +39,7 @@ Lines = list[dict[str, Any]]
 
 
 class Cell(NamedTuple):
-    """One number of the report's table, with its source. source: the file and key of the number,
-    and the number of each seed."""
+    """One number of the report's table. source: its file and key, and the number of each seed."""
 
     text: str
     source: str = ""
