@@ -46,7 +46,10 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     graph = Graph(plans[0].stages)
     chosen = _chosen(config, graph)
     if config.status:
-        _print_status(plans, graph, chosen, is_locked(root))
+        for plan in plans:
+            print(f"{plan.folder} · seed {plan.seed}")
+            statuses = examine_all(plan, graph, is_running=is_locked(root))
+            print("\n".join(status_lines(plan, chosen, statuses)), flush=True)
         return
     if config.dry:
         _print_commands(plans, graph, chosen)
@@ -101,13 +104,6 @@ def _check_states(config: PipelineConfig, plan: Plan, graph: Graph, chosen: list
     stale = {name: statuses[name] for name in chosen if statuses[name].state is State.STALE}
     if stale and not config.rerun:
         raise UserError(stale_text(plan, stale))
-
-
-def _print_status(plans: list[Plan], graph: Graph, chosen: list[str], is_running: bool) -> None:
-    for plan in plans:
-        print(f"{plan.folder} · seed {plan.seed}")
-        statuses = examine_all(plan, graph, is_running)
-        print("\n".join(status_lines(plan, chosen, statuses)), flush=True)
 
 
 def _print_commands(plans: list[Plan], graph: Graph, chosen: list[str]) -> None:

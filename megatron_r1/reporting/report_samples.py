@@ -70,9 +70,11 @@ def chosen_samples(read: Callable[[], Iterator[Sample]]) -> Samples | None:
     for sample in read():
         steps.setdefault(str(sample.get("split", "train")), set()).add(int(sample["step"]))
     split = "eval" if len(steps["eval"]) > 1 or not steps["train"] else "train"
-    moments = _moments(sorted(steps[split]))
+    moments = sorted(steps[split])
     if not moments:
         return None
+    if len(moments) > 3:
+        moments = [moments[0], moments[len(moments) // 2], moments[-1]]
     by_step: dict[int, list[Sample]] = {step: [] for step in moments}
     for sample in read():
         if sample.get("split", "train") == split and sample["step"] in by_step:
@@ -91,12 +93,6 @@ def chosen_samples(read: Callable[[], Iterator[Sample]]) -> Samples | None:
         for step, samples in by_step.items()
     ]
     return Samples(intro, by_moment=by_moment)
-
-
-def _moments(steps: Sequence[int]) -> list[int]:
-    if len(steps) <= 3:
-        return list(steps)
-    return [steps[0], steps[len(steps) // 2], steps[-1]]
 
 
 def _same_questions(

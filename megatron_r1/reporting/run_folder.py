@@ -186,17 +186,14 @@ class RunFolder:
             "another folder or remove this one."
         )
         if scheduled := [key for key in keys if is_within(key, SCHEDULED_KEYS)]:
+            step = 1 + max((line["step"] for line in self.read_metrics()), default=0)
+            known = [key for key in scheduled if key in SCHEDULED_KEYS and key in after]
+            values = ", ".join(f"{key}: {as_text(after[key])}" for key in known) or "…"
             lines.append(
                 f"To change {', '.join(scheduled)} on the way of an RL run, add an entry to "
-                f"rl.schedule: {self._schedule_entry(scheduled, after)}"
+                f"rl.schedule: {{from_step: {step}, {values}}}"
             )
         return "\n".join(lines)
-
-    def _schedule_entry(self, keys: list[str], after: dict[str, Any]) -> str:
-        """Return an entry of `rl.schedule` with the new values of `keys` from the next step on."""
-        step = 1 + max((line["step"] for line in self.read_metrics()), default=0)
-        values = [f"{k}: {as_text(after[k])}" for k in keys if k in SCHEDULED_KEYS and k in after]
-        return f"{{from_step: {step}, {', '.join(values) or '…'}}}"
 
 
 def _integer_step(record: Mapping[str, Any], what: str) -> int:

@@ -98,18 +98,14 @@ class Watchdog:
             return True
         if policy == "stop":
             raise HangError(f"{message}\nthe same command continues from the newest checkpoint")
-        await self._recover(findings[0], message)
-        return False
-
-    async def _recover(self, finding: Finding, message: str) -> None:
-        """Kill a hanging role; its supervisor restarts it up to its limit of restarts."""
-        if finding.recover is None:
+        if findings[0].recover is None:
             raise HangError(
                 f"{message}\nthis cannot be restarted by itself; the same command continues"
             )
         self.run.recorder.view.message(f"{message}\nkilled, to be started again")
         self._quiet = 0.0
-        await finding.recover()
+        await findings[0].recover()  # its supervisor restarts it up to its limit of restarts
+        return False
 
     @contextlib.contextmanager
     def _stacks_of_a_blocked_loop(self) -> Iterator[Callable[[], None]]:

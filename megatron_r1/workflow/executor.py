@@ -46,16 +46,17 @@ class Executor:
             print(f"{plan.folder} · {len(chosen)} stages · seed {seed}")
             print("\n".join(status_lines(plan, chosen, self._statuses[seed])), flush=True)
         tasks = [StageOfSeed(seed, name) for seed in self._plans for name in chosen]
-        run_all(tasks, self._needs, self._run_stage, self._config.jobs, self.report_failure)
+        upstream = self._graph.upstream
+        needs = {
+            task: [task._replace(stage=name) for name in upstream[task.stage]] for task in tasks
+        }
+        run_all(tasks, needs.__getitem__, self._run_stage, self._config.jobs, self.report_failure)
 
     def report_failure(self, error: Exception, running: list[StageOfSeed]) -> None:
         """Print that a stage has failed while the stages `running` go on."""
         names = ", ".join(map(self._name, running))
         going_on = f"\nno other stage begins; still running: {names} (Ctrl-C stops that)"
         _print(f"{error}{going_on if running else ''}")
-
-    def _needs(self, task: StageOfSeed) -> list[StageOfSeed]:
-        return [StageOfSeed(task.seed, name) for name in self._graph.upstream[task.stage]]
 
     def _run_stage(self, task: StageOfSeed) -> None:
         """Run a stage whose upstream is done, unless it is done itself."""

@@ -31,16 +31,10 @@ def main(command: list[str]) -> int:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr)
         return 127
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: _pass_on(child, number))
+        signal.signal(number, lambda number, _: child.send_signal(number))
     status = child.wait()
     kill_descendants()
     return status if status >= 0 else 128 - status
-
-
-def _pass_on(child: subprocess.Popen, number: int) -> None:
-    if child.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child.pid, number)
 
 
 def _kill_all() -> None:
