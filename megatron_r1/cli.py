@@ -78,12 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _dispatch(arguments)
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"megatron-r1: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"megatron-r1: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # `| head` has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

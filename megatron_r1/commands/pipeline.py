@@ -11,8 +11,7 @@ from typing import Any
 from megatron_r1.commands.torchrun import is_rank
 from megatron_r1.config.yaml_text import as_sections, as_text
 from megatron_r1.errors import UserError
-from megatron_r1.reporting.folder_lock import is_locked
-from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.reporting.run_folder import RunFolder, is_locked
 from megatron_r1.workflow import serving
 from megatron_r1.workflow.check import check, missing_files
 from megatron_r1.workflow.executor import Executor

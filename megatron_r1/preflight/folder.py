@@ -12,7 +12,7 @@ from megatron_r1.errors import UserError
 from megatron_r1.files import fsync
 from megatron_r1.preflight.facts import Folder, Place
 from megatron_r1.preflight.progress import Progress
-from megatron_r1.reporting.folder_lock import LOCK, FolderLock, is_locked
+from megatron_r1.reporting.run_folder import LOCK, FolderLock, is_locked
 
 NUM_BYTES = 64 << 20
 SMALL_FILES = 8

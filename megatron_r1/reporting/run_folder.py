@@ -1,6 +1,10 @@
 """A run's folder: one process writes it at a time, and it holds every step exactly once."""
 
 import errno
+import fcntl
+import os
+import socket
+import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,8 +19,9 @@ from megatron_r1.config.yaml_text import as_text
 from megatron_r1.errors import UserError
 from megatron_r1.files import READ_ONLY, atomic_write
 from megatron_r1.files.jsonl import append_lines, keep_lines, read_lines
-from megatron_r1.reporting.folder_lock import LOCK, FolderLock
 
+LOCK = ".lock"
+_FLOCK = "hhqqi0q"  # struct flock of Linux: type, whence, start, length, pid
 NO_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.ENOENT)
 
 
@@ -201,3 +206,52 @@ def _integer_step(record: Mapping[str, Any], what: str) -> int:
     if not isinstance(step, int) or isinstance(step, bool):
         raise ValueError(f"{what} has step {step!r}; give it the integer number of its step")
     return step
+
+
+class FolderLock:
+    """An exclusive lock on a file, released by the kernel however its process ends.
+
+    A POSIX lock (lockf) rather than flock: forked workers inherit a flock, and would keep the
+    folder locked when they outlive a killed parent. A POSIX lock does not exclude its own process,
+    hence `_held`."""
+
+    _held: set[str] = set()
+
+    def __init__(self, path: Path):
+        self.key = str(path.resolve())
+        if self.key in self._held:
+            raise UserError(
+                f"{path.parent} is already in use by this process; close that run first"
+            )
+        self.file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open for the lock
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.file.seek(0)
+            owner = self.file.read().strip() or "unknown"
+            self.file.close()
+            raise UserError(
+                f"{path.parent} is in use by another run ({owner}); "
+                "wait for it, stop it, or choose another folder"
+            ) from error
+        self.file.truncate(0)
+        self.file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        self.file.flush()
+        self._held.add(self.key)
+
+    def release(self) -> None:
+        self._held.discard(self.key)
+        self.file.close()
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether another process holds the lock of a run's folder.
+
+    The process that holds the lock must not call this: closing the file would release it."""
+    path = folder / LOCK
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        query = struct.pack(_FLOCK, fcntl.F_RDLCK, 0, 0, 0, 0)
+        lock_type = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, query))[0]
+    return lock_type != fcntl.F_UNLCK

@@ -71,14 +71,14 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
     return facts
 
 
-class HealthServer:
+class HealthServer(Collector):
     """Serves while an `async with` block runs, at `address`."""
 
     def __init__(self, watchdog: Watchdog, host: str, port: int) -> None:
         """port: 0 for any free one."""
         self._watchdog, self._host, self._port = watchdog, host, port
         self._registry = prometheus_client.CollectorRegistry()
-        self._registry.register(RunCollector(watchdog))
+        self._registry.register(self)
         self._file = watchdog.run.folder / ADDRESS_FILE
         self.address = ""
 
@@ -115,15 +115,9 @@ class HealthServer:
         body = prometheus_client.generate_latest(self._registry)
         return web.Response(body=body, headers=content_type)
 
-
-class RunCollector(Collector):
-    """Collects gauges for the newest metrics line (megatron_r1_reward_mean for "reward/mean",
-    megatron_r1_phase_seconds{phase=…} for times), and counters since this process began."""
-
-    def __init__(self, watchdog: Watchdog) -> None:
-        self._watchdog = watchdog
-
     def collect(self) -> Iterator[Metric]:
+        """Yield gauges for the newest metrics line (megatron_r1_reward_mean for "reward/mean",
+        megatron_r1_phase_seconds{phase=…} for times), and counters since this process began."""
         run = self._watchdog.run
         yield from _of_the_step(run)
         is_stalled = self._watchdog.is_stalled

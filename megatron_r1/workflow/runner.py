@@ -16,7 +16,7 @@ from megatron_r1.errors import RunError, UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.processes import stopping
 from megatron_r1.processes.logs import excerpt
-from megatron_r1.reporting.folder_lock import is_locked
+from megatron_r1.reporting.run_folder import is_locked
 from megatron_r1.workflow import function_stage, manifest, serving
 from megatron_r1.workflow.child import Child, describe_status
 from megatron_r1.workflow.plan import Plan, Stage
