@@ -108,12 +108,10 @@ def _config(config: Config, folder: str) -> Config:
     """Return the recipe of the check: as few processes as the layout takes, one dtype for all."""
     at = config.parallel
     ranks = at.pipeline * max(at.tensor * at.context, at.expert * (at.expert_tensor or 1))
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"path": folder}),
-            "parallel": at.model_copy(update={"processes": max(at.processes, ranks)}),
-            "rollout": config.rollout.model_copy(update={"dtype": config.model.dtype}),
-        }
+    return config.with_changes(
+        model={"path": folder},
+        parallel={"processes": max(at.processes, ranks)},
+        rollout={"dtype": config.model.dtype},
     )
 
 

@@ -54,7 +54,7 @@ def with_steps(config: Config, section: Literal["sft", "reward_model"], epoch_si
             f"{section}.epochs: {settings.epochs:g} epochs of {epoch_size:,} examples are "
             f"{steps:,} batches, and run.steps is {config.run.steps:,}; leave one of them out"
         )
-    return config.model_copy(update={"run": config.run.model_copy(update={"steps": steps})})
+    return config.with_changes(run={"steps": steps})
 
 
 def run_supervised(

@@ -172,8 +172,7 @@ def _with_microbatch(
     memory = cpu_memory(config, num_ranks, samples=samples)
     tokens = memory.microbatch(config.parallel.tokens_per_microbatch)
     notify(memory.describe(tokens))
-    parallel = config.parallel.model_copy(update={"tokens_per_microbatch": tokens})
-    return config.model_copy(update={"parallel": parallel})
+    return config.with_changes(parallel={"tokens_per_microbatch": tokens})
 
 
 def _require_weights(model: ModelConfig) -> None:

@@ -106,23 +106,21 @@ class Config(Section):
             for (start, phase), end in zip(phases, ends, strict=True)
         )
 
+    def with_changes(self, **sections: dict[str, Any]) -> Self:
+        """Return a copy with other values, which are not checked, of some settings by section."""
+        changed = {name: getattr(self, name).model_copy(update=sections[name]) for name in sections}
+        return self.model_copy(update=changed)
+
     def of_critic(self) -> Self:
         """Return the recipe of the critic: the same run with it as the model, trained whole."""
-        critic, parallel = self.critic, self.parallel
+        critic = self.critic
         model: dict[str, Any] = {"head": "score", "lora": None}
         if critic.path is not None:
             model |= {"path": critic.path, "checkpoint": None}
-        rate = {"learning_rate": critic.learning_rate}
         # A model with a score head has no MTP layers (m), wherever the policy's are placed.
-        layout = parallel.pipeline_layout and parallel.pipeline_layout.replace("m", "")
-        return self.changed(model=model, optimizer=rate, parallel={"pipeline_layout": layout})
-
-    def changed(self, **sections: dict[str, Any]) -> Self:
-        """Return the recipe with these values in its sections, which are not checked again."""
-        update = {
-            name: getattr(self, name).model_copy(update=values) for name, values in sections.items()
-        }
-        return self.model_copy(update=update)
+        layout = self.parallel.pipeline_layout and self.parallel.pipeline_layout.replace("m", "")
+        rate, parallel = {"learning_rate": critic.learning_rate}, {"pipeline_layout": layout}
+        return self.with_changes(model=model, optimizer=rate, parallel=parallel)
 
 
 RESUMABLE = tuple(resumable_keys(Config))

@@ -40,8 +40,7 @@ class EnginePolicy:
         shots: worked examples before every question. Raises ValueError for a model without config,
         weights or tokenizer."""
         require_weights(model)
-        named = config.model.model_copy(update={"path": str(model)})
-        config = config.model_copy(update={"model": named})
+        config = config.with_changes(model={"path": str(model)})
         rollout, source = config.rollout, (str(model), config.data.template)
         self._config, self._model, self._decoding = config, model, decoding
         self._folder = folder

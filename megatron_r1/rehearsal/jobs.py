@@ -65,7 +65,7 @@ def jobs(
     for name in names:
         if not only or name in only:
             config = plan.config(plan.stages[name])
-            config = config.changed(model={"path": _model_path(plan, name, config)})
+            config = config.with_changes(model={"path": _model_path(plan, name, config)})
             found.append(Job(name, plan.stages[name].config.verb, config))
     return found
 

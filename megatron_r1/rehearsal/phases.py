@@ -91,7 +91,7 @@ class Phases:
         if self.verb == "rl":
             fewer = layout.fewer_engine_ranks(config.rollout)
             changed |= {f"rollout.{key}": value for key, value in fewer.items()}
-            config = config.changed(rollout=fewer)
+            config = config.with_changes(rollout=fewer)
         settings = [f"--{key}={value}" for key, value in changed.items()]
         what = "resume in another layout, to the end"
         with self._phase(what, config, settings) as phase:

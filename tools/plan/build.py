@@ -96,7 +96,7 @@ def _without_kernels(config: Config) -> Config:
     """Return the recipe without choices of kernels that only a GPU has; shapes do not depend on
     them."""
     model = {"attention_backend": "auto", "fusions": None}
-    return config.changed(model=model, parallel={"dispatcher": "alltoall"})
+    return config.with_changes(model=model, parallel={"dispatcher": "alltoall"})
 
 
 @contextlib.contextmanager

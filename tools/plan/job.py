@@ -53,7 +53,7 @@ class Job:
 
     def with_parallel(self, **changes) -> Job:
         """Return the same job in another layout."""
-        return replace(self, config=self.config.changed(parallel=changes))
+        return replace(self, config=self.config.with_changes(parallel=changes))
 
     def on(self, world_size: int) -> Job:
         """Return the same job on `world_size` GPUs; the number of multi-GPU engines is adapted."""
@@ -61,7 +61,7 @@ class Job:
         ranks = rollout.tensor * rollout.data
         if self.rollout_gpus or ranks == 1:
             return replace(self, world_size=world_size)
-        config = self.config.changed(rollout={"engines": world_size // ranks})
+        config = self.config.with_changes(rollout={"engines": world_size // ranks})
         return replace(self, world_size=world_size, config=config)
 
     @property

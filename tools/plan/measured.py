@@ -92,7 +92,7 @@ class Measured:
             response, longest = max(1, round(mean)), self._median("response_length/max") or mean
             self.values["response_share"] = min(1.0, mean / job.longest_response)
             limit = {"max_response_tokens": max(response, round(longest))}
-            config = job.config.changed(rollout=limit)
+            config = job.config.with_changes(rollout=limit)
             self.job = replace(job, config=config, response_tokens=response)
             if sample and sample > mean:
                 self.values["prompt_tokens"] = prompt = max(1, round(sample - mean))
