@@ -1,46 +1,34 @@
 """Reinforcement learning: R1-Zero, R1's reasoning stage and its stage for all scenarios. See
 docs/stages/, docs/algorithms.md and docs/rewards.md.
 
-The algorithm is `rl.loop.train`. Here the roles of a run are started and joined: engines, teacher,
-graders and sample log beside the trainer (`training_run`), and a session of both."""
+The algorithm is `rl.loop.train`. Here the roles of a run are started and joined: engines and
+graders (`rollout_run`) beside the trainer (`training_run`), and a session of both."""
 
 import asyncio
-import contextlib
-import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 from megatron_r1.commands.rl_checks import naming_renamed_columns, prepare, questions_drawn
+from megatron_r1.commands.rollout_run import open_rollouts
 from megatron_r1.commands.training_run import TrainingRun, run_training, show_trainer
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
-from megatron_r1.engine import gpu
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.engine.from_config import engine_settings, fleet_settings
 from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import TrainerLost
 from megatron_r1.evaluation.model_folder import require_weights
-from megatron_r1.fleet.hosts.pool import HostPool
-from megatron_r1.fleet.placement import accepting_hosts, open_pool, server_maker
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.models import read_hf_config
-from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.fleet.placement import accepting_hosts, open_pool
 from megatron_r1.rl.collector import RolloutCollector
-from megatron_r1.rl.environments import player_of
 from megatron_r1.rl.heldout import HeldoutEvaluation
 from megatron_r1.rl.loop import train
 from megatron_r1.rl.sample_log import SampleLog
 from megatron_r1.rl.session import Session
 from megatron_r1.rl.step_sampler import StepSampler
-from megatron_r1.rl.teacher import teacher_fleet
 from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.trainer_client.client import TrainerClient
-from megatron_r1.trainer_client.recorder import Recorder
 from megatron_r1.weight_bridge.bridge import weight_bridge
 from megatron_r1.weight_bridge.probes import PROBE_TOKENS
-from megatron_r1.weights.stored import fp8
 
 REQUIRED = ("run.folder", "model.path")
 
@@ -79,7 +67,7 @@ async def _run(
     place = config.rollout, recorder.folder.path, config.push.on_one_host
     async with (
         open_pool(*place, view.message) as hosts,
-        _open_rollouts(config, recorder, text, hosts) as (collector, log),
+        open_rollouts(config, recorder, text, hosts) as (collector, log),
     ):
         running.supervisor.watch_rollouts(collector)
         if not config.rl.sample_log:
@@ -114,60 +102,6 @@ async def _run(
                 raise
 
         await running.supervisor.with_restarts(attempt)
-
-
-@contextlib.asynccontextmanager
-async def _open_rollouts(
-    config: Config, recorder: Recorder, text: PromptText, hosts: HostPool | None
-) -> AsyncIterator[tuple[RolloutCollector, SampleLog]]:
-    """Yield the collector, whose engines are still to be started, and the log of finished groups;
-    close both, and all that the collector uses, at the end of the block.
-
-    hosts: where engines run that are not on this host."""
-    rewards, notify = config.rewards, recorder.view.message
-    pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
-    fleet = _fleet(config, recorder, hosts)
-    logs = recorder.folder.path / "logs"
-    teacher = teacher_fleet(config, logs, notify) if config.teacher.path else None
-    player = player_of(config, text)
-    collector = RolloutCollector(fleet, pool, text, rewards, teacher, player)
-    log = SampleLog(recorder.folder.sample_log, notify)
-    try:
-        yield collector, log
-    finally:
-        fleets = [fleet, teacher] if teacher is not None else [fleet]
-        closing = collector.close(), pool.close(), log.close()
-        await asyncio.gather(*(each.close() for each in fleets), *closing)
-
-
-def _fleet(config: Config, recorder: Recorder, hosts: HostPool | None) -> RolloutFleet:
-    rollout = config.rollout
-    return RolloutFleet(
-        rollout.engines,
-        recorder.folder.path / "logs",
-        notify=recorder.view.message,
-        make_server=server_maker(hosts),
-        weight_transfer_backend=f"megatron_r1_{config.push.transport}",
-        device=gpu.device(),
-        sleeps=rollout.colocated,
-        max_model_len=context_length(config),
-        # A run that continues must not draw the numbers of its beginning again.
-        seed=config.run.seed * 1_000_003 + recorder.state.step,
-        return_routing=config.rl.routing_replay,
-        extra_args=_model_as_pushed(config),
-        **fleet_settings(rollout),
-        **engine_settings(rollout),
-    )
-
-
-def _model_as_pushed(config: Config) -> list[str]:
-    """Return engine arguments for a model whose weights are pushed: the folder's weights are not
-    read, and `push.fp8` alone decides whether weights are FP8."""
-    arguments = ["--load-format", "dummy"]
-    if config.push.fp8 or "quantization_config" in read_hf_config(config.model.path):
-        form = {"quantization_config": fp8.CONFIG if config.push.fp8 else None}
-        arguments += ["--hf-overrides", json.dumps(form)]
-    return arguments
 
 
 async def _start(config: Config, trainer: TrainerClient, collector: RolloutCollector) -> None:

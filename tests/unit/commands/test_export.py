@@ -2,11 +2,10 @@
 
 import asyncio
 import os
-from pathlib import Path
 
 import pytest
 
-from megatron_r1.commands import sampling_run
+from megatron_r1.commands import export
 from megatron_r1.config import Config, ParallelConfig, dump
 from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.training.checkpoints import manifest
@@ -49,16 +48,16 @@ class Trainer:
 
     async def call(self, verb, folder, **arguments):
         if verb == "load_checkpoint":
-            self.checkpoint = Path(folder)
+            self.checkpoint = export.Path(folder)
             return
-        Path(folder).mkdir()
-        (Path(folder) / "config.json").write_text("{}")
-        (Path(folder) / "weights").write_text((self.checkpoint / "weights").read_text())
+        export.Path(folder).mkdir()
+        (export.Path(folder) / "config.json").write_text("{}")
+        (export.Path(folder) / "weights").write_text((self.checkpoint / "weights").read_text())
 
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling_run, "TrainerClient", Trainer)
+    monkeypatch.setattr(export, "TrainerClient", Trainer)
     for name in "ab":
         checkpoint(tmp_path / name, 100, name)
         (tmp_path / name / "config.yaml").write_text(dump(Config()))
@@ -70,7 +69,7 @@ def test_an_export_is_used_again_for_the_same_checkpoint_only(runs):
 
     def exported(name):
         made = runs / name / "checkpoints/step_00000100"
-        asyncio.run(sampling_run.export_checkpoint(made, target, ParallelConfig(), runs))
+        asyncio.run(export.export_checkpoint(made, target, ParallelConfig(), runs))
         return (target / "weights").read_text()
 
     (runs / "eval").mkdir()

@@ -1,0 +1,64 @@
+"""Exports a checkpoint of a run as a Hugging Face folder, with the trainer that wrote it."""
+
+import shutil
+from pathlib import Path
+
+from megatron_r1 import config as configuration
+from megatron_r1.config import Config, ParallelConfig
+from megatron_r1.errors import UserError
+from megatron_r1.evaluation.model_folder import find_model
+from megatron_r1.files import atomic_write, fsync
+from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.training.checkpoints import manifest
+
+SOURCE_FILE = ".made_of"
+"""The file of an exported folder with the checksum of the checkpoint's manifest, which covers all
+files of the checkpoint."""
+
+
+async def export_checkpoint(
+    checkpoint: Path, target: Path, parallel: ParallelConfig, log_folder: Path
+) -> None:
+    """Write `target` completely or not at all, unless it is an export of this checkpoint already.
+
+    checkpoint: `…/checkpoints/step_…` of a run, whose `config.yaml` describes the model. parallel:
+    layout of the exporting trainer, which may differ from that of the training. Raises UserError
+    for a checkpoint outside a run, TrainerError when the trainer fails."""
+    listed, exported = checkpoint / manifest.NAME, target / SOURCE_FILE
+    # A checkpoint without manifest is damaged: loading it raises.
+    source = manifest.checksum(listed).checksum if listed.is_file() else ""
+    if exported.is_file() and exported.read_text(encoding="ascii") == source:
+        return
+    recipe = checkpoint.parents[1] / "config.yaml"
+    if not recipe.is_file():
+        raise UserError(
+            f"{checkpoint} is not in a run's folder: {recipe} with its settings is missing"
+        )
+    trained: Config = configuration.load(recipe)
+    trainer = TrainerClient(trained.model_copy(update={"parallel": parallel}), log_folder)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        trainer.launch()
+        await trainer.connect()
+        await trainer.call("load_checkpoint", folder=str(checkpoint.resolve()), reference=False)
+        await trainer.call("export", folder=str(partial.resolve()))
+    finally:
+        await trainer.close()
+    atomic_write(partial / SOURCE_FILE, source)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    fsync(target.parent)
+
+
+async def model_to_serve(config: Config, folder: Path) -> Path:
+    """Return the Hugging Face folder for `model.path`: itself, that of a run, or that of a
+    checkpoint, exported into `folder` first. Raises as `find_model` and `export_checkpoint`."""
+    model, must_export = find_model(config.model.path)
+    if must_export:
+        target = folder / f"hf_{model.name}"
+        print(f"exporting {model} to {target}", flush=True)
+        await export_checkpoint(model, target, config.parallel, folder / "logs")
+        model = target
+    print(f"model: {model}", flush=True)
+    return model
