@@ -35,17 +35,15 @@ def register() -> None:
 def _patch() -> None:
     from vllm.platforms import current_platform
 
-    from megatron_r1.vllm_plugin import drafter, latent_norms, sequence_parallel
+    from megatron_r1.vllm_plugin import deepseek_classes, drafter
 
-    sequence_parallel.gather_single_tokens()
-    latent_norms.use_released_epsilon()
+    deepseek_classes.apply()
     drafter.apply()
-    if not current_platform.is_cpu():
-        return
-    from megatron_r1.vllm_plugin import cpu_drafts, cpu_parallel, cpu_patches, cpu_routing
+    if current_platform.is_cpu():
+        from megatron_r1.vllm_plugin import cpu_parallel, cpu_patches, cpu_routing
 
-    for patches in (cpu_patches, cpu_parallel, cpu_routing, cpu_drafts):
-        patches.apply()
+        for patches in (cpu_patches, cpu_parallel, cpu_routing):
+            patches.apply()
 
 
 def dump_stacks_on_signal() -> None:

@@ -1,10 +1,11 @@
-"""Patches of vLLM 0.32's CPU build: three bugs that give wrong log-probabilities without an error,
+"""Patches of vLLM 0.32's CPU build: four bugs that give wrong log-probabilities without an error,
 five that end the engine, two of them with block-wise FP8 models, and two that make starts and
 pushes slow.
 
 Without any one of the first five, tests/system/test_engine.py, which compares with transformers,
-fails; without the last two, test_push_fp8_engine.py. Paths are below vllm/. `apply` makes those
-patches that are made once per process."""
+fails; without those of FP8, test_push_fp8_engine.py; without `expand_temperatures`, and without
+the CPU's `--no-async-scheduling` in `engine/settings.py`, test_speculative.py. Paths are below
+vllm/. `apply` makes those patches that are made once per process."""
 
 import mmap
 from typing import Any
@@ -34,6 +35,7 @@ def apply() -> None:
     request_amx()
     allow_cpus_without_amx()
     pass_bias_as_float32()
+    expand_temperatures()
 
 
 def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
@@ -262,3 +264,31 @@ def pass_bias_as_float32() -> None:
         return upstream(self, layer, x, None if bias is None else bias.float(), **named)
 
     CPUFp8BlockScaledMMKernel.apply_weights = apply_weights
+
+
+def expand_temperatures() -> None:
+    """Give every drafted token the temperature and top-p of its sequence.
+
+    Upstream: utils/cpu_triton_utils.py:390 (`_expand_kernel_impl`), behind
+    v1/sample/rejection_sampler.py:581 (`expand_batch_to_tokens`). Without it: the kernel fills a
+    copy of its output, of integers, and logits are divided by uninitialized memory: tokens from
+    another distribution, log-probabilities that are not finite. Goes when: it writes to its output.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+def expand_batch_to_tokens(
+    x: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    num_tokens: int,
+    replace_from: Any = 0,
+    replace_to: Any = 0,
+) -> torch.Tensor:
+    """Return each sequence's x [num_seqs] for all its tokens [num_tokens], `replace_from` replaced.
+
+    cu_num_tokens: [num_seqs], where each sequence's tokens end."""
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    replaced = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+    return replaced.repeat_interleave(counts, output_size=num_tokens)

@@ -38,7 +38,7 @@ def refuse_mtp(module):
 
 def confuse_single_tokens(module):
     """A row of padding counts as the batch's one token (vllm-project/vllm#50154)."""
-    module.gather_single_tokens = lambda: None
+    module.gather_single_tokens = lambda layer: None
 
 
 def deliver_nothing(module):
@@ -278,7 +278,7 @@ PLANTED = {
     "mtp": ("megatron_r1.weight_sync.trainer_rank", refuse_mtp),
     "all_pairs": ("megatron_r1.weight_sync.send.link_planner", link_all_pairs),
     "split_shared": ("megatron_r1.weight_sync.plan.predicted_layout", split_shared_experts),
-    "single_tokens": ("megatron_r1.vllm_plugin.sequence_parallel", confuse_single_tokens),
+    "single_tokens": ("megatron_r1.vllm_plugin.deepseek_classes", confuse_single_tokens),
     "undelivered": ("megatron_r1.vllm_plugin.swap", deliver_nothing),
     "lost_request": ("megatron_r1.engine.client", lose_a_request),
     "dead_sender": ("megatron_r1.weight_sync.send.sender", kill_a_sending_rank),
