@@ -1,9 +1,10 @@
-"""One engine of a fleet: a server, its client, its load, and how its death is noticed."""
+"""One engine of a fleet: a server, its client, its load, how its death is noticed, and the calls
+with which it replaces its weights by those that it has received."""
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ T = TypeVar("T")
 MakeServer = Callable[..., Server]
 """Makes a server from (model folder, log path, **engine settings): `EngineServer`, or
 `placement.server_maker(pool)` for engines on other hosts."""
+UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]
 
 # A server whose engine core died fails its requests first and ends a moment later.
 LAST_WORDS_SECONDS = 10.0
@@ -135,3 +138,18 @@ async def raise_dead_after(engine: Engine, seconds: float) -> AsyncIterator[None
             yield
     except TimeoutError:
         raise EngineDied(f"{engine.name} has not answered for {seconds:g} seconds") from None
+
+
+def swap_calls(update_info: UpdateInfo, version: int, *, asleep: bool) -> list[EngineCall]:
+    """Return the calls that load a push as `version`, in order; after the last the engine samples.
+
+    asleep: the engine sleeps. An update while the weights sleep kills vLLM, and the memory of the
+    KV cache may hold the received weights until they are loaded, so it wakes after them."""
+    if not asleep:
+        return [lambda client: client.swap_weights(update_info, version, resume=True)]
+    return [
+        lambda client: client.wake("weights"),
+        lambda client: client.swap_weights(update_info, version, resume=False),
+        lambda client: client.wake("kv_cache"),
+        lambda client: client.resume(),
+    ]

@@ -88,7 +88,7 @@ def record(
         recorder = _Recorder(titles, tied)
         for loader in loaders:
             loader._do_torchao_reload = False
-            known = recorder.names()
+            known = {copy.name for copies in recorder.copies.values() for copy in copies}
             left = [(name, shape) for name, shape in tensors if name not in known]
             with recorder, torch.no_grad():
                 load_weights(loader, (recorder.source(name, shape) for name, shape in left))
@@ -138,10 +138,6 @@ class _Recorder(TorchDispatchMode):
                     not tensor.is_meta,
                 )
                 self._parameters.setdefault(_storage(tensor), parameter)
-
-    def names(self) -> set[str]:
-        """Return the HF tensors of which something was copied."""
-        return {copy.name for copies in self.copies.values() for copy in copies}
 
     def source(self, name: str, shape: Sequence[int]) -> tuple[str, torch.Tensor]:
         """Return the (name, tensor) that a loader receives for the HF tensor `name`."""

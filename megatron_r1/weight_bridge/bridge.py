@@ -16,15 +16,14 @@ from typing import Any, TypeVar
 from megatron_r1.config import Config
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.errors import TrainerError
-from megatron_r1.fleet.engine import Engine, raise_dead_after
+from megatron_r1.fleet.engine import Engine, raise_dead_after, swap_calls
 from megatron_r1.fleet.placement import hosts_address
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.fleet.swap import swap_calls
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.weight_bridge.engine_links import EngineLinks
 from megatron_r1.weight_bridge.probes import EXACT_TOLERANCE, TOLERANCE, Prober
-from megatron_r1.weight_bridge.set_connector import OnLost
+from megatron_r1.weight_bridge.set_connector import OnLost, SetConnector
 from megatron_r1.weight_sync.plan.checks import engine_layout
 from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
 
@@ -39,7 +38,7 @@ def weight_bridge(
     push, fp8 = config.push, config.push.fp8
     elsewhere = config.rollout.placement == "hosts"
     is_exact = config.model.dtype == config.rollout.dtype == "float32" and not fp8
-    links = EngineLinks(
+    connector = SetConnector(
         trainer,
         push,
         pushed_tensors(
@@ -48,9 +47,9 @@ def weight_bridge(
         asdict(replace(engine_layout(config), engines=1)),
         # Ranks that the controller has started meet at 127.0.0.1, unreachable from other hosts.
         store_host=hosts_address(config.rollout) if elsewhere else None,
-        notify=lambda line: fleet.members.notify(line),
         colocated=config.rollout.colocated,
     )
+    links = EngineLinks(connector, lambda line: fleet.members.notify(line))
     tolerance = push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE)
     return WeightBridge(fleet, links, Prober(trainer, probes, tolerance, push.timeout_seconds))
 
@@ -63,7 +62,8 @@ class WeightBridge:
 
     def __init__(self, fleet: RolloutFleet, links: EngineLinks, prober: Prober | None = None):
         self.fleet, self.links, self.prober = fleet, links, prober
-        self._timeout_seconds = links.settings.timeout_seconds
+        self.connector = links.connector
+        self._timeout_seconds = links.connector.settings.timeout_seconds
         self._settled = asyncio.Lock()
         self._is_held = False
         """Whether the lock is held for a push, and not for an engine that joins."""
@@ -75,9 +75,9 @@ class WeightBridge:
         """Connect trainer and engines, before the first push. Raises EngineError."""
         await self._settled.acquire()
         self._is_held = True
-        await self.links.open()
+        await self.connector.open()
         self.fleet.feed = self.feed
-        with self.fleet.patient(self.links.connect_seconds):
+        with self.fleet.patient(self.connector.connect_seconds):
             await self._form_sets(self._engines_up, self._lose_if_dead)
 
     async def hold(self) -> None:
@@ -93,8 +93,8 @@ class WeightBridge:
         start = time.perf_counter()
         self._push_number += 1
         # With several windows an engine waits for most of the weights during the swap.
-        is_windowed = self.links.num_windows > 1
-        patience = self._timeout_seconds if is_windowed else self.links.connect_seconds
+        is_windowed = self.connector.num_windows > 1
+        patience = self._timeout_seconds if is_windowed else self.connector.connect_seconds
         with self.fleet.patient(patience):
             regrouped = self.links.engines_to_regroup(self._engines_up)
             await self._form_sets(regrouped, self._lose)
@@ -183,21 +183,21 @@ class WeightBridge:
 
     async def _push_to_new(self, engine: Engine) -> None:
         await self._form_sets([engine], _raise_error)
-        if self.links.colocated:  # what its cache takes is needed for the weights in transit
+        if self.connector.colocated:  # what its cache takes is needed for the weights in transit
             async with raise_dead_after(engine, self._timeout_seconds):
                 await engine.client.sleep()
         engine_set = self.links.set_of(engine)
         # The others' last number: the pushes to an engine are numbered without gaps.
         sending = self.links.send(self._push_number, [engine], _raise_error)
         try:
-            if self.links.num_windows == 1:
+            if self.connector.num_windows == 1:
                 await sending
                 await self._swap_new(engine)
             else:
                 await _run_both(sending, self._swap_new(engine))
         except Exception:
-            if self.links.num_windows > 1:
-                await self.links.report_gone(engine_set, engine)
+            if self.connector.num_windows > 1:
+                await self.connector.report_gone(engine_set, engine)
             raise
         if self.prober is not None:
             await self.prober.check(self._push_number, [engine], _raise_error)
@@ -205,7 +205,7 @@ class WeightBridge:
     async def _swap_new(self, engine: Engine) -> None:
         assert self._version is not None, "no push has been made"
         # An engine outside the fleet has no watchdog, and the next push waits for it.
-        asleep = self.links.colocated  # since `_push_to_new`
+        asleep = self.connector.colocated  # since `_push_to_new`
         async with raise_dead_after(engine, self._timeout_seconds):
             for call in swap_calls(self._update_info(), self._version, asleep=asleep):
                 await call(engine.client)

@@ -5,10 +5,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.fleet.engine import Engine
-from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.weight_bridge.set_connector import EngineSet, OnLost, SetConnector
 from megatron_r1.weight_sync.plan.entry import engine_sets
 from megatron_r1.weight_sync.plan.links import max_engines
@@ -24,39 +22,14 @@ class EngineLinks:
     Over gloo and nccl equal engines form sets of at most `plan.entry.SET_ENGINES`; over other
     transports, and with push.delta, every engine is a set of its own.
 
-    tensors: name and shape of every tensor in a checkpoint of the model. layout: the fields of
-    `plan.EngineLayout`, of one engine. store_host: the address of trainer rank 0's host for
-    engines; None: the one that the trainer's ranks use. notify: gets a line for the user.
-    colocated: the engines share the trainer's GPUs, in turn."""
+    notify: gets a line for the user."""
 
-    def __init__(
-        self,
-        trainer: TrainerClient,
-        settings: PushConfig,
-        tensors: Sequence[tuple[str, Sequence[int]]],
-        layout: dict[str, Any],
-        store_host: str | None = None,
-        notify: Callable[[str], None] = print,
-        *,
-        colocated: bool = False,
-    ):
-        self.trainer, self.settings, self.notify = trainer, settings, notify
-        self.colocated = colocated
+    def __init__(self, connector: SetConnector, notify: Callable[[str], None] = print):
+        self.connector, self.notify = connector, notify
         self.sets: list[EngineSet] = []
-        self._connector = SetConnector(
-            trainer, settings, tensors, layout, store_host, colocated=colocated
-        )
         self._num_sets = self._num_unexplained = 0
         self._gone: list[str] = []
         """Sets that trainer ranks still hold resources for."""
-
-    @property
-    def connect_seconds(self) -> float:
-        return self._connector.connect_seconds
-
-    @property
-    def num_windows(self) -> int:
-        return self._connector.num_windows
 
     @property
     def num_links(self) -> int:
@@ -68,10 +41,6 @@ class EngineLinks:
     def num_bytes(self) -> int:
         """The bytes of a whole push out of all trainer ranks."""
         return sum(engine_set.num_bytes for engine_set in self.sets)
-
-    async def open(self) -> None:
-        """Let the trainer's ranks prepare to send."""
-        await self._connector.open()
 
     def set_of(self, engine: Engine) -> EngineSet:
         """Return the set that an engine is in."""
@@ -103,7 +72,7 @@ class EngineLinks:
         while groups:
             sets = [self._new_set(group) for group in groups]
             gone, self._gone = self._gone, []
-            problems, deaths = await self._connector.connect(sets, gone, resume=resume)
+            problems, deaths = await self.connector.connect(sets, gone, resume=resume)
             groups = []
             for engine_set in sets:
                 if engine_set.name not in problems:
@@ -135,7 +104,7 @@ class EngineLinks:
         and are in no set any more. Raises EngineError for a push that arrived damaged."""
         sets = [s for s in self.sets if set(s.engines) & set(engines)]
         gone, self._gone = self._gone, []
-        results = await self.trainer.call_all(
+        results = await self.connector.trainer.call_all(
             "send_weights", push=push, sets=[s.name for s in sets], gone=gone
         )
         problems: dict[str, dict[str, Any]] = {}
@@ -155,23 +124,19 @@ class EngineLinks:
 
         async def report(engine_set: EngineSet, engine: Engine) -> None:
             await engine.died.wait()
-            await self.report_gone(engine_set, engine)
+            await self.connector.report_gone(engine_set, engine)
 
         reports = [
             asyncio.create_task(report(engine_set, engine))
             for engine_set in self.sets
             for engine in engine_set.engines
-            if len(engine_set.engines) > 1 or self.num_windows > 1
+            if len(engine_set.engines) > 1 or self.connector.num_windows > 1
         ]
         try:
             yield
         finally:
             for task in reports:
                 task.cancel()
-
-    async def report_gone(self, engine_set: EngineSet, engine: Engine) -> None:
-        """Report to all ranks of a set that this engine of it is gone."""
-        await self._connector.report_gone(engine_set, engine)
 
     def _lose_at_fault(
         self,
@@ -205,7 +170,7 @@ class EngineLinks:
     def _max_engines(self) -> int:
         """Most engines of a set."""
         is_alone = self._num_unexplained >= MAX_UNEXPLAINED
-        return 1 if is_alone else max_engines(self.settings)
+        return 1 if is_alone else max_engines(self.connector.settings)
 
     def _divide(self, engines: Sequence[Engine]) -> list[list[Engine]]:
         """Return the engines of each new set."""
@@ -214,7 +179,7 @@ class EngineLinks:
 
     def _new_set(self, engines: list[Engine]) -> EngineSet:
         self._num_sets += 1
-        _, port = self._connector.store
+        _, port = self.connector.store
         return EngineSet(f"{engines[0].name}.{self._num_sets}.{port}", engines)
 
     def _drop(self, sets: Sequence[EngineSet]) -> None:

@@ -37,7 +37,12 @@ class EngineSet:
 
 
 class SetConnector:
-    """Connects sets of engines with one trainer. The arguments are those of `EngineLinks`."""
+    """Connects sets of engines with one trainer.
+
+    tensors: name and shape of every tensor in a checkpoint of the model. layout: the fields of
+    `plan.EngineLayout`, of one engine. store_host: the address of trainer rank 0's host for
+    engines; None: the one that the trainer's ranks use. colocated: the engines share the trainer's
+    GPUs, in turn."""
 
     def __init__(
         self,
@@ -45,9 +50,9 @@ class SetConnector:
         settings: PushConfig,
         tensors: Sequence[tuple[str, Sequence[int]]],
         layout: dict[str, Any],
-        store_host: str | None,
+        store_host: str | None = None,
         *,
-        colocated: bool,
+        colocated: bool = False,
     ):
         self.trainer, self.settings, self.colocated = trainer, settings, colocated
         self.tensors = [[name, list(shape)] for name, shape in tensors]

@@ -17,11 +17,12 @@ from megatron_r1.fleet.engine import Engine
 from megatron_r1.weight_bridge.bridge import WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
 from megatron_r1.weight_bridge.probes import Prober
+from megatron_r1.weight_bridge.set_connector import SetConnector
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
 
 
 def make_bridge(trainer, fleet, probes=()):
-    links = EngineLinks(trainer, PushConfig(), [], {})
+    links = EngineLinks(SetConnector(trainer, PushConfig(), [], {}))
     return WeightBridge(fleet, links, Prober(trainer, probes, 1e-3, 600))
 
 
@@ -189,7 +190,7 @@ def test_an_engine_on_the_trainer_s_gpu_has_no_cache_while_its_first_weights_arr
     async def story():
         trainer, client = SmallTrainer(), RecordingClient()
         settings = PushConfig(transport="nccl")
-        links = EngineLinks(trainer, settings, [], {}, colocated=colocated)
+        links = EngineLinks(SetConnector(trainer, settings, [], {}, colocated=colocated))
         bridge = WeightBridge(SmallFleet(), links)
         await bridge.open()
         await bridge.push(1)
@@ -237,7 +238,8 @@ def engines(count):
 
 
 def sharing_bridge(trainer, fleet):
-    links = EngineLinks(trainer, PushConfig(transport="gloo"), [], {}, notify=lambda line: None)
+    connector = SetConnector(trainer, PushConfig(transport="gloo"), [], {})
+    links = EngineLinks(connector, notify=lambda line: None)
     return WeightBridge(fleet, links)
 
 

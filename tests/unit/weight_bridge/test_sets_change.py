@@ -15,6 +15,7 @@ from megatron_r1.engine.errors import ConnectionBroken, EngineDied, PushIncomple
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.weight_bridge.bridge import WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
+from megatron_r1.weight_bridge.set_connector import SetConnector
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.receive.errors import IncompletePush
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
@@ -152,7 +153,8 @@ def make(monkeypatch):
         trainers.append(Trainer(tensors))
         fleet = Fleet(engine(index, windows) for index in range(count))
         settings = PushConfig(transport="gloo", timeout_seconds=30)
-        links = EngineLinks(trainers[-1], settings, [], SHAPE, notify=lambda line: None)
+        connector = SetConnector(trainers[-1], settings, [], SHAPE)
+        links = EngineLinks(connector, notify=lambda line: None)
         return fleet, WeightBridge(fleet, links), engine
 
     yield make
