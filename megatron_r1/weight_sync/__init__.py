@@ -4,8 +4,8 @@
    (`megatron_r1.weight_bridge`).
 2. `plan`: which rectangle of which tensor goes from which trainer rank to which engine rank.
 3. `send`: `sender` reads what the engines offer to receive (`offers`), links this rank with those
-   that the plan gives it (`link_planner`, `set_links`), and sends them its `slices`, as they are or
-   quantized to FP8.
+   that the plan gives it (`link_planner`), and sends them its `slices`, as they are or quantized
+   to FP8.
 4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends (`base`); over the
    last two (`groups`, `pair_sender`, `pair_receiver`) an engine passes on to others what has
    entered it (`exchange`).

@@ -5,6 +5,6 @@ every trainer rank computes the same one from both layouts."""
 
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.plan.tensors import Region, Transfer
+from megatron_r1.weight_sync.plan.tensors import Region
 
-__all__ = ["Coordinate", "EngineLayout", "Planner", "Region", "TrainerGrid", "Transfer"]
+__all__ = ["Coordinate", "EngineLayout", "Planner", "Region", "TrainerGrid"]

@@ -7,9 +7,10 @@ from typing import Literal
 
 from megatron_r1.weight_sync.plan.fp8_blocks import first_cut, scale_region
 from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout
-from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, Transfer
+from megatron_r1.weight_sync.plan.tensors import HFTensor, Region
 from megatron_r1.weight_sync.receive.table import Delivery, SlotTable, dtype_of
 from megatron_r1.weights.decoder import table
+from megatron_r1.weights.rules import Shape
 from megatron_r1.weights.stored.fp8 import BLOCK, STORED, scale_name
 
 Encoding = Literal["plain", "codes", "scales"]
@@ -46,12 +47,13 @@ class ReceiverLayout:
     def cache_key(self, tensor: HFTensor) -> None:
         """Return None: each tensor has its own entries in the tables."""
 
-    def deliveries(self, rank: int, transfer: Transfer) -> list[tuple[Delivery, Encoding]]:
-        """Return `transfer` as a part of engine rank `rank`'s slot for it; where the slot holds FP8
-        blocks, with the delivery of their scales.
+    def deliveries(
+        self, rank: int, name: str, shape: Shape, region: Region
+    ) -> list[tuple[Delivery, Encoding]]:
+        """Return the region of the tensor `name`, of `shape`, as a part of engine rank `rank`'s
+        slot for it; where the slot holds FP8 blocks, with the delivery of their scales.
 
         Raises ValueError for FP8 of another kind, and for parts of blocks."""
-        name, region = transfer.name, transfer.region
         slot = self._tables[rank].slots[self._slots[rank, name]]
         if dtype_of(slot).itemsize > 1:
             return [(self._delivery(rank, name, region), "plain")]
@@ -61,10 +63,10 @@ class ReceiverLayout:
                 f"engine rank {rank} needs {name} as {slot.dtype} without {scales}: weights can be "
                 f"quantized during a push to FP8 in blocks of {BLOCK} x {BLOCK} only"
             )
-        cut = first_cut(region, transfer.shape)
+        cut = first_cut(region, shape)
         if cut is not None:
             raise ValueError(
-                f"{name} {transfer.shape} is cut at {cut}, within a block of {BLOCK} x {BLOCK}, "
+                f"{name} {shape} is cut at {cut}, within a block of {BLOCK} x {BLOCK}, "
                 "which has one scale; set push.fp8: false, or fewer tensor parallel ranks"
             )
         return [

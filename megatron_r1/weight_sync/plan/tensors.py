@@ -1,4 +1,4 @@
-"""The HF tensors of a weight table, rectangles of them, and their transfers between ranks."""
+"""The HF tensors of a weight table, and rectangles of them."""
 
 from __future__ import annotations
 
@@ -62,21 +62,6 @@ class Region:
     @property
     def num_elements(self) -> int:
         return (self.bottom - self.top) * (self.right - self.left)
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """The transfer of `region` of the HF tensor `name`, which has `shape`.
-
-    sender: global trainer rank; receiver: global engine rank. dtype: the tensor's own, or None for
-    the push's."""
-
-    name: str
-    shape: Shape
-    region: Region
-    sender: int
-    receiver: int
-    dtype: str | None
 
 
 def is_tied(table: Table) -> bool:

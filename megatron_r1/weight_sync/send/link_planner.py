@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,12 +19,11 @@ from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayout
 from megatron_r1.weight_sync.plan.shared_gpus import SharedGPUs
-from megatron_r1.weight_sync.plan.tensors import Region, Transfer
+from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
 from megatron_r1.weight_sync.receive.rendezvous import PositionPlan, ReceiverInfo, Rendezvous
-from megatron_r1.weight_sync.receive.table import Delivery, SlotTable
+from megatron_r1.weight_sync.receive.table import SlotTable
 from megatron_r1.weight_sync.send.offers import EXPECTED_ERRORS, Offers
-from megatron_r1.weight_sync.send.set_links import Link, SetLinks
 from megatron_r1.weight_sync.send.slices import ParameterSlice
 from megatron_r1.weight_sync.transports import sender_class
 from megatron_r1.weight_sync.transports.base import Sender
@@ -32,6 +33,37 @@ from megatron_r1.weights.stored.fp8 import STORED
 
 HeldPieces = Mapping[str, Sequence[tuple[Tensor, Piece]]]
 """HF name -> the parameters that hold pieces of that tensor."""
+
+
+class Link(NamedTuple):
+    """The link to a rank of engine number `engine` of the set: the transport's end, and the data of
+    each of its deliveries."""
+
+    engine: int
+    end: Sender
+    slices: list[tuple[ParameterSlice, Encoding]]
+
+
+@dataclass
+class SetLinks:
+    """The links of this rank to a set of engines.
+
+    rendezvous: of each engine with the trainer. sent: each trainer rank's load by a push
+    to the set (`plan.entry.sender_loads`)."""
+
+    rendezvous: list[Rendezvous]
+    sent: list[float]
+    links: list[Link] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes that this rank sends to the set per push."""
+        ends = [link.end for link in self.links]
+        return sum(part.num_bytes(end.table) for end in ends for part in end.deliveries)
+
+    def close(self) -> None:
+        for link in self.links:
+            link.end.close()
 
 
 class LinkPlanner:
@@ -125,13 +157,20 @@ class LinkPlanner:
         for entry in position_entries:
             if not publishes and entry.sender != self.rank:
                 continue
-            parts, deliveries = _deliveries(needs, entry)
+            found = [
+                (delivery, encoding, (item.name, region))
+                for item, region, _ in entry.parts
+                for delivery, encoding in needs.deliveries(position, item.name, item.shape, region)
+            ]
+            found.sort(key=lambda each: each[0].slot)
+            deliveries = [delivery for delivery, _, _ in found]
             plan[entry.engine].append((entry.sender, deliveries))
             if entry.sender == self.rank:
                 rendezvous, receiver = links.rendezvous[entry.engine], receivers[entry.engine]
                 end = make_end(rendezvous, self.rank, position, receiver)
-                held = {part: self._slice(part.name, part.region) for part, _ in parts}
-                slices = [(held[part], encoding) for part, encoding in parts]
+                # Codes and scales of a region are of one slice, which is quantized once.
+                held = {part: self._slice(*part) for _, _, part in found}
+                slices = [(held[part], encoding) for _, encoding, part in found]
                 links.links.append(Link(entry.engine, end, slices))
                 end.plan(deliveries)
         if publishes:
@@ -152,17 +191,3 @@ def _byte_count(tables: list[SlotTable]) -> ByteCount:
     if STORED in dtypes:
         return fp8_bytes
     return plain_bytes("float32" if dtypes == {"float32"} else "bfloat16")
-
-
-def _deliveries(
-    needs: ReceiverLayout, entry: Entry
-) -> tuple[list[tuple[Transfer, Encoding]], list[Delivery]]:
-    """Return the deliveries of an entry in order of slots, with what each holds."""
-    found = []
-    for item, region, _ in entry.parts:
-        dtype = item.rule.dtype
-        part = Transfer(item.name, item.shape, region, entry.sender, entry.position, dtype)
-        for delivery, encoding in needs.deliveries(entry.position, part):
-            found.append((part, encoding, delivery))
-    found.sort(key=lambda row: row[2].slot)
-    return [row[:2] for row in found], [row[2] for row in found]

@@ -4,8 +4,6 @@ NVLink or within the GPU itself; nothing passes through the host.
 Trainer ranks open the engine rank's memory through CUDA's inter-process handles. Progress and
 checksums are exchanged through /dev/shm, as in `shared_memory`."""
 
-from __future__ import annotations
-
 import base64
 
 import msgspec
@@ -16,34 +14,6 @@ from megatron_r1.weight_sync.transports.shared_memory import (
     SharedMemoryReceiver,
     SharedMemorySender,
 )
-
-
-class DeviceMemory(msgspec.Struct, frozen=True):
-    """A handle with which another process opens memory of a GPU.
-
-    gpu: its UUID, since processes number GPUs differently. handle: the result of
-    `UntypedStorage._share_cuda_` without the device's number."""
-
-    gpu: str
-    handle: list
-
-    @classmethod
-    def from_tensor(cls, memory: torch.Tensor) -> DeviceMemory:
-        device, *handle = memory.untyped_storage()._share_cuda_()
-        return cls(gpu_uuid(device), handle)
-
-    def open(self) -> torch.Tensor:
-        """Return all of it, uint8. Raises ValueError where this process does not see that GPU."""
-        visible = {gpu_uuid(device): device for device in range(torch.cuda.device_count())}
-        if self.gpu not in visible:
-            raise ValueError(
-                f"push.transport: cuda_ipc: an engine rank's GPU {self.gpu} is not one of the "
-                f"{len(visible)} that this trainer rank sees; let every rank see all GPUs of its "
-                "host (CUDA_VISIBLE_DEVICES), or set push.transport: nccl"
-            )
-        device = torch.device("cuda", visible[self.gpu])
-        storage = torch.UntypedStorage._new_shared_cuda(device.index, *self.handle)
-        return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 
 class DeviceReceiver(SharedMemoryReceiver):
@@ -57,7 +27,9 @@ class DeviceReceiver(SharedMemoryReceiver):
                 f"push.transport: cuda_ipc: {num_bytes / 2**30:.3g} GiB are needed on the engine's "
                 "GPU for weights in transit; lower push.memory_gib or rollout.gpu_memory"
             ) from error
-        packed = msgspec.msgpack.encode(DeviceMemory.from_tensor(memory))
+        device, *handle = memory.untyped_storage()._share_cuda_()
+        # By its UUID, since processes number GPUs differently.
+        packed = msgspec.msgpack.encode((gpu_uuid(device), handle))
         self.address = base64.b64encode(packed).decode()
         return memory
 
@@ -66,5 +38,16 @@ class DeviceSender(SharedMemorySender):
     """A `SharedMemorySender` that writes into memory of the receiver's GPU."""
 
     def map_memory(self) -> torch.Tensor:
-        packed = base64.b64decode(self.receiver.address)
-        return msgspec.msgpack.decode(packed, type=DeviceMemory).open()
+        """Return the receiver's memory, uint8. Raises ValueError where this process does not see
+        its GPU."""
+        gpu, handle = msgspec.msgpack.decode(base64.b64decode(self.receiver.address))
+        visible = {gpu_uuid(device): device for device in range(torch.cuda.device_count())}
+        if gpu not in visible:
+            raise ValueError(
+                f"push.transport: cuda_ipc: an engine rank's GPU {gpu} is not one of the "
+                f"{len(visible)} that this trainer rank sees; let every rank see all GPUs of its "
+                "host (CUDA_VISIBLE_DEVICES), or set push.transport: nccl"
+            )
+        device = torch.device("cuda", visible[gpu])
+        storage = torch.UntypedStorage._new_shared_cuda(device.index, *handle)
+        return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

@@ -96,7 +96,9 @@ class GlooReceiver(PairReceiver):
     def _exchange_pushes(self) -> Exception:
         """Exchange push after push until one fails; return the error."""
         try:
-            self._shared = shared = self._create_groups()
+            member, members = self.rendezvous.member, self.rendezvous.members
+            shared = create_groups(self, f"exchange/{self.rank}", member, members)
+            self._shared = shared
             self._groups.append(shared)
             while True:
                 for window in range(self.table.num_windows):
@@ -212,11 +214,6 @@ class GlooReceiver(PairReceiver):
 
     def _wait_for(self, work: dist.Work) -> None:
         wait_for(work, self.rendezvous, PATIENCE_SECONDS)
-
-    def _create_groups(self) -> Groups:
-        """Return the groups of the ranks at this position, in order of engines."""
-        member, members = self.rendezvous.member, self.rendezvous.members
-        return create_groups(self, f"exchange/{self.rank}", member, members)
 
 
 class NcclReceiver(GlooReceiver):

@@ -43,18 +43,27 @@ class RowsChecksum:
 
 
 class RowsWeightedSum:
-    """The checksum of rows on their own device: their `weighted_sum`; used as `RowsChecksum`."""
+    """The checksum of rows on their own device, used as `RowsChecksum`: of the elements' bits w, in
+    row order, sum(w[i]) + MIXER * sum((2i + 1) w[i]) modulo 2^64.
+
+    An odd factor has an inverse, so any single wrong element shows, and so do two that are swapped.
+    """
 
     def __init__(self) -> None:
-        self._sums: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._sum: torch.Tensor | int = 0
         self._count = 0
 
     def update(self, rows: torch.Tensor) -> None:
-        self._sums.append(_weighted_sums(rows, self._count))
-        self._count += rows.numel()
+        bits = _BITS[rows.element_size()]
+        for chunk in _chunks(rows, SUMMED_ELEMENTS * rows.itemsize):
+            words = rows[chunk].reshape(-1).view(bits).long()
+            first = 2 * self._count + 1
+            factors = torch.arange(first, first + 2 * len(words), 2, device=rows.device)
+            self._sum = self._sum + words.sum() + MIXER * (words * factors).sum()
+            self._count += len(words)
 
     def digest(self) -> int:
-        return sum(int(plain + weighted * MIXER) for plain, weighted in self._sums) % 2**64
+        return int(self._sum) % 2**64
 
 
 class RunningChecksum:
@@ -116,27 +125,10 @@ def copy_with_checksum(
 
 
 def weighted_sum(values: torch.Tensor) -> int:
-    """Return sum(w[i]) + MIXER * sum((2i + 1) w[i]) modulo 2^64 of the elements' bits w, in row
-    order, of a tensor (height, width) on any device.
-
-    An odd factor has an inverse, so any single wrong element shows, and so do two that are swapped.
-    """
-    plain, weighted = _weighted_sums(values)
-    return int(plain + weighted * MIXER) % 2**64
-
-
-def _weighted_sums(values: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both sums of `weighted_sum` on the values' device; start: number of the first
-    element."""
-    bits = _BITS[values.element_size()]
-    width = values.shape[1]
-    plain = weighted = torch.zeros((), dtype=torch.int64, device=values.device)
-    for rows in _chunks(values, SUMMED_ELEMENTS * values.itemsize):
-        words = values[rows].reshape(-1).view(bits).long()
-        first = 2 * (start + rows.start * width) + 1
-        factors = torch.arange(first, first + 2 * len(words), 2, device=values.device)
-        plain, weighted = plain + words.sum(), weighted + (words * factors).sum()
-    return plain, weighted
+    """Return the `RowsWeightedSum` of a tensor (height, width) on any device."""
+    rows = RowsWeightedSum()
+    rows.update(values)
+    return rows.digest()
 
 
 def _words(values: torch.Tensor) -> np.ndarray:

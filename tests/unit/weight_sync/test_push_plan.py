@@ -10,12 +10,12 @@ from weight_shards import shard
 
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.models import read_hf_config
-from megatron_r1.weight_sync.plan import EngineLayout, Planner, Region, TrainerGrid, Transfer
+from megatron_r1.weight_sync.plan import EngineLayout, Planner, Region, TrainerGrid
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes
 from megatron_r1.weights import layout
 from megatron_r1.weights.layout import stage_shards
-from tools.bench.push.direct_links import direct_links, first_turn, sends
+from tools.bench.push.direct_links import Transfer, direct_links, first_turn, sends
 from tools.bench.push.small_model import SHAPE
 
 DEEPSEEK = SHAPE | {"num_nextn_predict_layers": 1}

@@ -10,8 +10,24 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_r1.weight_sync.plan.planner import Planner
-from megatron_r1.weight_sync.plan.tensors import Transfer
+from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weight_sync.plan.traffic import ByteCount
+from megatron_r1.weights.rules import Shape
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The transfer of `region` of the HF tensor `name`, which has `shape`.
+
+    sender: global trainer rank; receiver: global engine rank. dtype: the tensor's own, or None for
+    the push's."""
+
+    name: str
+    shape: Shape
+    region: Region
+    sender: int
+    receiver: int
+    dtype: str | None
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ def _sender_seconds(hf: dict, rank: int, encoded: list[bytes]) -> float:
     decoded = [msgspec.msgpack.decode(table, type=SlotTable) for table in encoded]
     needs, of_stages = ReceiverLayout(hf, ONE, decoded), stages(hf)
     for engine in range(ENGINES.engines):
-        for transfer in sends(Planner(hf, GRID, ONE, of_stages, needs), rank, engine):
-            needs.deliveries(transfer.receiver % ONE.ranks_per_engine, transfer)
+        for one in sends(Planner(hf, GRID, ONE, of_stages, needs), rank, engine):
+            at = one.receiver % ONE.ranks_per_engine
+            needs.deliveries(at, one.name, one.shape, one.region)
     return time.perf_counter() - start
