@@ -43,7 +43,6 @@ class EngineLinks:
         return sum(engine_set.num_bytes for engine_set in self.sets)
 
     def set_of(self, engine: Engine) -> EngineSet:
-        """Return the set that an engine is in."""
         (found,) = [engine_set for engine_set in self.sets if engine in engine_set.engines]
         return found
 

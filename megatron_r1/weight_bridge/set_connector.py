@@ -74,7 +74,7 @@ class SetConnector:
 
     async def connect(
         self, sets: Sequence[EngineSet], gone: Sequence[str], *, resume: bool
-    ) -> tuple[dict[str, str], dict[Engine, EngineError]]:
+    ) -> tuple[dict[str, str], dict[Engine, EngineDied]]:
         """Connect all ranks of these sets with the trainer's. Return the problems by set, and the
         engines that have died, or do not answer.
 
@@ -113,11 +113,12 @@ class SetConnector:
             patience = ANSWER_SECONDS if problems else self.settings.timeout_seconds
             if calls:
                 await asyncio.wait(calls.values(), timeout=patience)
-            deaths = _deaths(calls)
+            errors = _errors(calls)
             for engine_set in sets:
                 for engine in engine_set.engines:
-                    if (error := deaths.get(engine) or _error(calls[engine])) is not None:
-                        problems.setdefault(engine_set.name, str(error))
+                    if engine in errors:
+                        problems.setdefault(engine_set.name, str(errors[engine]))
+            deaths = {e: error for e, error in errors.items() if isinstance(error, EngineDied)}
             return problems, deaths
         finally:
             for call in calls.values():
@@ -152,23 +153,18 @@ class SetConnector:
             await asyncio.to_thread(_report_failure, *self.store, engine_set.name, error)
 
 
-def _error(call: asyncio.Task[None]) -> BaseException | None:
-    return call.exception() if call.done() else None
-
-
-def _deaths(calls: dict[Engine, asyncio.Task[None]]) -> dict[Engine, EngineError]:
-    """Return the engines that have died, or do not answer. Raises an error of another kind than
-    EngineError."""
-    deaths: dict[Engine, EngineError] = {}
+def _errors(calls: dict[Engine, asyncio.Task[None]]) -> dict[Engine, EngineError]:
+    """Return the errors of these calls, EngineDied for one that has not ended. Raises an error of
+    another kind than EngineError."""
+    errors: dict[Engine, EngineError] = {}
     for engine, call in calls.items():
-        error = _error(call)
-        if isinstance(error, EngineDied):
-            deaths[engine] = error
-        elif not call.done():
-            deaths[engine] = EngineDied(f"{engine.name} does not answer while it connects")
-        elif error is not None and not isinstance(error, EngineError):
+        if not call.done():
+            errors[engine] = EngineDied(f"{engine.name} does not answer while it connects")
+        elif isinstance(error := call.exception(), EngineError):
+            errors[engine] = error
+        elif error is not None:
             raise error
-    return deaths
+    return errors
 
 
 def _report_failure(host: str, port: int, name: str, error: str) -> None:

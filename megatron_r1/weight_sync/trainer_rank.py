@@ -14,7 +14,7 @@ from megatron_r1 import platform
 from megatron_r1.config import Config
 from megatron_r1.weight_sync.plan import TrainerGrid
 from megatron_r1.weight_sync.send.sender import WeightSender
-from megatron_r1.weight_sync.transports.gpu_uuid import gpu_uuid
+from megatron_r1.weight_sync.transports.base import gpu_uuid
 from megatron_r1.weights.layout import recipe_stages
 from megatron_r1.weights.local import local_entries
 
@@ -55,12 +55,10 @@ class WeightPush:
         return {"store": address}
 
     def connect_sets(self, **arguments: Any) -> dict[str, Any]:
-        """Call `WeightSender.connect`."""
         assert self._sender is not None, "open_push() comes first"
         return self._sender.connect(**arguments)
 
     def send_weights(self, push: int, sets: list[str], gone: Sequence[str] = ()) -> dict[str, Any]:
-        """Call `WeightSender.send`."""
         assert self._sender is not None, "open_push() comes first"
         return self._sender.send(push, sets, gone)
 

@@ -56,6 +56,8 @@ class PredictedLayout:
         splits_tokens = layout.expert_parallel and layout.tensor > 1 and layout.data > 1
         self.whole_shared = splits_tokens and family.whole_shared
         self._num_expert_ranks = layout.data * layout.tensor
+        expert_ranks = range(self._num_expert_ranks)
+        self._rank_of_expert = [rank for rank in expert_ranks for _ in self._experts_on(rank)]
         within_stage = list(product(range(layout.data), range(layout.tensor)))
         self._stage_coordinates = [
             [Coordinate(stage, *ranks) for ranks in within_stage]
@@ -70,7 +72,8 @@ class PredictedLayout:
         if coordinate.pipeline in self._end_stages:
             parts |= {"final_norm", "head"}
         expert_parallel = self.layout.expert_parallel
-        experts = self._experts_on(coordinate) if expert_parallel else range(self.table.num_experts)
+        rank = coordinate.data * self.layout.tensor + coordinate.tensor
+        experts = self._experts_on(rank) if expert_parallel else range(self.table.num_experts)
         return checkpoint_tensors(
             self.table, parts, self._stage_layers[coordinate.pipeline], experts
         )
@@ -93,7 +96,7 @@ class PredictedLayout:
         else:
             stages = self._end_stages
         if tensor.expert is not None and self.layout.expert_parallel:
-            return [self._stage_coordinates[stages[0]][self._expert_owner(tensor.expert)]]
+            return [self._stage_coordinates[stages[0]][self._rank_of_expert[tensor.expert]]]
         return [place for stage in stages for place in self._stage_coordinates[stage]]
 
     def cache_key(self, tensor: HFTensor) -> Hashable | None:
@@ -146,20 +149,12 @@ class PredictedLayout:
             f"{ranks} does not divide {size}; choose a divisor of {size}{remedy}"
         )
 
-    def _experts_on(self, coordinate: Coordinate) -> range:
-        """Return the routed experts on the rank at `coordinate` under expert parallelism (FusedMoE,
-        linear placement: the first ranks have one more where they do not divide)."""
+    def _experts_on(self, rank: int) -> range:
+        """Return the routed experts on a rank of a stage under expert parallelism (FusedMoE, linear
+        placement: the first ranks have one more where they do not divide)."""
         per_rank, rest = divmod(self.table.num_experts, self._num_expert_ranks)
-        rank = coordinate.data * self.layout.tensor + coordinate.tensor
         start = rank * per_rank + min(rank, rest)
         return range(start, start + per_rank + (rank < rest))
-
-    def _expert_owner(self, expert: int) -> int:
-        per_rank, rest = divmod(self.table.num_experts, self._num_expert_ranks)
-        on_larger = rest * (per_rank + 1)  # experts on the first ranks, which have one more
-        if expert < on_larger:
-            return expert // (per_rank + 1)
-        return rest + (expert - on_larger) // per_rank
 
 
 def stage_layers(num_layers: int, stages: int) -> list[range]:

@@ -42,8 +42,8 @@ class ReceiveBuffer:
         self._push = dict.fromkeys(deliveries, 0)
         self._num_arrived = dict.fromkeys(deliveries, 0)
         """The push that each sender's last delivery was of, and how many of it have arrived."""
-        self._arrived_checksums: dict[tuple[Any, int], int] = {}
-        """The checksum of the delivery that arrived last, by sender and index."""
+        self.checksums: dict[tuple[Any, int], int] = {}
+        """The sender's checksum of the delivery that arrived last, by sender and index."""
         self._loaded_checksums: dict[tuple[Any, int], int] = {}
         """The checksums of the push that was taken for loading last, by sender and index."""
         self._damaged: dict[int, dict[str, None]] = {}
@@ -63,7 +63,7 @@ class ReceiveBuffer:
             if not is_right:
                 name = f"{self.table.slots[slot].name} (from rank {sender})"
                 self._damaged.setdefault(push, {})[name] = None
-            self._arrived_checksums[sender, index] = sent
+            self.checksums[sender, index] = sent
             self._push[sender], self._num_arrived[sender] = push, index + 1
             self._changed.notify_all()
 
@@ -113,7 +113,7 @@ class ReceiveBuffer:
         with self._changed:
             for sender, windows in self.windows.items():
                 for index in windows[window]:
-                    checksum = self._arrived_checksums[sender, index]
+                    checksum = self.checksums[sender, index]
                     if self._loaded_checksums.get((sender, index), checksum) != checksum:
                         changed.add(self.deliveries[sender][index].slot)
                     self._loaded_checksums[sender, index] = checksum
@@ -129,9 +129,7 @@ class ReceiveBuffer:
             self._arriving[sender] = arriving
         return arriving[2]
 
-    def _late_senders(
-        self, push: int, window: int, senders: Sequence[Any] | None = None
-    ) -> list[Any]:
+    def _late_senders(self, push: int, window: int, senders: Sequence[Any] | None) -> list[Any]:
         """Return those of the senders whose part of the window has not arrived."""
         return [
             sender

@@ -109,7 +109,6 @@ class WeightSender:
         }
 
     def disconnect(self, name: str) -> None:
-        """Close the links to a set, if there are any."""
         if name in self._sets:
             self._sets.pop(name).close()
 

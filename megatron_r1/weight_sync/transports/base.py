@@ -117,3 +117,8 @@ class Sender(ABC):
         """Wait until the memory of this window may be overwritten."""
         if window >= 2:
             self.rendezvous.await_release(self.rank, push, window - 2)
+
+
+def gpu_uuid(device: torch.device | int) -> str:
+    """Return the UUID of a GPU of this process: processes number GPUs differently."""
+    return str(torch.cuda.get_device_properties(device).uuid)

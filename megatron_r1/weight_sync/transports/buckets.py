@@ -41,7 +41,6 @@ class Buckets:
             yield bucket
 
     def num_bytes(self, bucket: Sequence[Chunk]) -> int:
-        """Return the size of a bucket."""
         return sum((bottom - top) * self._row_bytes(index) for index, top, bottom in bucket)
 
     def pack(self, area: torch.Tensor, bucket: Sequence[Chunk]) -> torch.Tensor:

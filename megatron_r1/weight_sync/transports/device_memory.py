@@ -9,7 +9,7 @@ import base64
 import msgspec
 import torch
 
-from megatron_r1.weight_sync.transports.gpu_uuid import gpu_uuid
+from megatron_r1.weight_sync.transports.base import gpu_uuid
 from megatron_r1.weight_sync.transports.shared_memory import (
     SharedMemoryReceiver,
     SharedMemorySender,

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from queue import SimpleQueue
 
 import torch
@@ -22,9 +23,15 @@ from megatron_r1.weight_sync.receive.errors import IncompletePush
 from megatron_r1.weight_sync.receive.rendezvous import Peer, SetFailed
 from megatron_r1.weight_sync.receive.table import Delivery, by_window
 from megatron_r1.weight_sync.transports import PASSED_BYTES
+from megatron_r1.weight_sync.transports.base import gpu_uuid
 from megatron_r1.weight_sync.transports.buckets import Buckets, Chunk
-from megatron_r1.weight_sync.transports.gpu_uuid import gpu_uuid
-from megatron_r1.weight_sync.transports.groups import Groups, Header, create_groups, wait_for
+from megatron_r1.weight_sync.transports.groups import (
+    Groups,
+    Header,
+    create_groups,
+    integers,
+    wait_for,
+)
 from megatron_r1.weight_sync.transports.pair_receiver import IDLE_SECONDS, PairReceiver
 
 PATIENCE_SECONDS = 2.0
@@ -49,7 +56,6 @@ class GlooReceiver(PairReceiver):
         shares[self.rendezvous.member] = [delivery for delivery, _ in own]
         self._shares, self._own_sources = shares, [source for _, source in own]
         self._windows = [by_window(self.table, share) for share in shares]
-        self._own_checksums: dict[tuple[int, int], int] = {}
         self._begun_windows: list[SimpleQueue[Header | None]] = [
             SimpleQueue() for _ in range(self.table.num_windows)
         ]
@@ -69,14 +75,9 @@ class GlooReceiver(PairReceiver):
             queue.put(None)
 
     def window_begins(self, sender: int, header: Header) -> None:
-        """Note that a window of a push has begun to arrive."""
         windows = self.buffer.windows
         if sender == next(s for s in self.senders if windows[s][header.window]):
             self._begun_windows[header.window].put(header)
-
-    def delivery_arrived(self, sender: int, header: Header, index: int, checksum: int) -> None:
-        self._own_checksums[sender, index] = checksum
-        super().delivery_arrived(sender, header, index, checksum)
 
     def _run_exchange(self) -> None:
         error = self._exchange_pushes()
@@ -145,25 +146,20 @@ class GlooReceiver(PairReceiver):
         """Exchange a window bucket by bucket, each round one of every engine, padded alike."""
         area, member = self.table.area(self.memory, push), self.rendezvous.member
         buckets = [Buckets(self.table, share) for share in self._shares]
-        lists = [
-            list(share.cut(windows[window], PASSED_BYTES))
+        cuts = [
+            share.cut(windows[window], PASSED_BYTES)
             for share, windows in zip(buckets, self._windows, strict=True)
         ]
         arrived: list[tuple[Buckets, list[Chunk], torch.Tensor]] = []
-        for number in range(max(map(len, lists))):
-            chunks = [engine_buckets[number : number + 1] for engine_buckets in lists]
-            sizes = [
-                share.num_bytes(*bucket) if bucket else 0
-                for share, bucket in zip(buckets, chunks, strict=True)
-            ]
+        for chunks in zip_longest(*cuts, fillvalue=[]):
+            sizes = [share.num_bytes(bucket) for share, bucket in zip(buckets, chunks, strict=True)]
             gathered = torch.empty(len(sizes) * max(sizes), dtype=torch.uint8, device=self.device)
             parts = gathered.chunk(len(sizes))
             if chunks[member]:
-                packed = buckets[member].pack(area, *chunks[member])
-                parts[member][: sizes[member]] = packed
+                parts[member][: sizes[member]] = buckets[member].pack(area, chunks[member])
             self._gather_parts(group, gathered, _unpack_each(area, arrived))
             arrived = [
-                (buckets[engine], chunks[engine][0], part[: sizes[engine]])
+                (buckets[engine], chunks[engine], part[: sizes[engine]])
                 for engine, part in enumerate(parts)
                 if engine != member and chunks[engine]
             ]
@@ -193,9 +189,8 @@ class GlooReceiver(PairReceiver):
         """Exchange the trainer's checksums, and check by them what the other engines passed on."""
         member, indices = self.rendezvous.member, [windows[window] for windows in self._windows]
         sums = torch.zeros(max(map(len, indices)), dtype=torch.int64)
-        own = [self._own_checksums[self._own_sources[index]] for index in indices[member]]
-        signed = [s - 2**64 if s >= 2**63 else s for s in own]
-        sums[: len(own)] = torch.tensor(signed, dtype=torch.int64)
+        own = [self.buffer.checksums[self._own_sources[index]] for index in indices[member]]
+        sums[: len(own)] = integers(own)
         gathered = torch.empty(len(indices) * len(sums), dtype=torch.int64)
         self._wait_for(group._allgather_base(gathered, sums, self._options))
         for engine, (engine_indices, engine_sums) in enumerate(

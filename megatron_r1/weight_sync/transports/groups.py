@@ -12,6 +12,7 @@ well. Headers, lengths and checksums travel over a gloo group beside it: no GPU 
 do the buckets of a trainer and an engine rank that share a GPU, which NCCL refuses."""
 
 import datetime
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
-from megatron_r1.weight_sync.transports.gpu_uuid import gpu_uuid
+from megatron_r1.weight_sync.transports.base import gpu_uuid
 
 ENGINE_RANK, TRAINER_RANK = 0, 1
 """The ranks of a pair in its group."""
@@ -95,6 +96,11 @@ def wait_for(
         work.wait()  # a timeout here would block the host; `create_groups` has set the group's
     else:
         work.wait(datetime.timedelta(seconds=rendezvous.push_seconds + more_seconds))
+
+
+def integers(values: Iterable[int]) -> torch.Tensor:
+    """Return numbers of 64 bits, signed or not, as they travel: int64."""
+    return torch.tensor([v - 2**64 if v >= 2**63 else v for v in values], dtype=torch.int64)
 
 
 def _is_one_gpu(group: dist.ProcessGroup, device: torch.device) -> bool:

@@ -83,10 +83,6 @@ class PairReceiver(Receiver):
     def window_begins(self, sender: int, header: Header) -> None:
         """Do nothing: called when a window begins to arrive."""
 
-    def delivery_arrived(self, sender: int, header: Header, index: int, checksum: int) -> None:
-        """Check deliveries[sender][index], which is in the memory."""
-        self.buffer.delivery_arrived(sender, header.push, index, checksum)
-
     def fail(self, error: Exception) -> None:
         """Report to the set and to this engine that nothing more will arrive."""
         with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
@@ -141,7 +137,7 @@ class PairReceiver(Receiver):
         sums = torch.empty(len(indices), dtype=torch.int64)
         wait_for(groups.control.recv([sums], TRAINER_RANK, 0), self.rendezvous)
         for index, sent in zip(indices, sums.tolist(), strict=True):
-            self.delivery_arrived(sender, header, index, sent % 2**64)
+            self.buffer.delivery_arrived(sender, header.push, index, sent % 2**64)
 
     def _unpack(
         self,

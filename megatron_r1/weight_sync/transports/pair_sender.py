@@ -1,6 +1,6 @@
 """The sending end of a transport between hosts (`groups`)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from megatron_r1.weight_sync.transports.buckets import Buckets, Chunk
 from megatron_r1.weight_sync.transports.groups import (
     ENGINE_RANK,
     Header,
+    integers,
     pair_groups,
     wait_for,
 )
@@ -52,7 +53,7 @@ class GlooSender(Sender):
         is_full = self._base == 0 or self._since_full + 1 >= self.full_every
         header = Header(push, window, 0 if is_full else self._base)
         self._base = 0  # a push that breaks off cannot be the base of another
-        wait_for(control.send([_integers(header)], ENGINE_RANK, 0), self.rendezvous)
+        wait_for(control.send([integers(header)], ENGINE_RANK, 0), self.rendezvous)
         running = {index: self._checksum(index) for index in indices}
         on_the_wire: list[tuple[dist.Work, torch.Tensor]] = []
         self.num_bytes_sent = 0
@@ -63,15 +64,14 @@ class GlooSender(Sender):
                 wait_for(work, self.rendezvous, on_gpu=sent.is_cuda)
             on_the_wire = []
             if header.base:
-                length = _integers([len(message)])
+                length = integers([len(message)])
                 on_the_wire.append((control.send([length], ENGINE_RANK, 0), length))
             on_the_wire.append((data.send([message], ENGINE_RANK, 0), message))
             self.num_bytes_sent += sum(sent.nbytes for _, sent in on_the_wire)
         for work, sent in on_the_wire:
             wait_for(work, self.rendezvous, on_gpu=sent.is_cuda)
-        sums = [running[index].digest() for index in indices]
-        signed = _integers(s - 2**64 if s >= 2**63 else s for s in sums)
-        wait_for(control.send([signed], ENGINE_RANK, 0), self.rendezvous)
+        sums = integers(running[index].digest() for index in indices)
+        wait_for(control.send([sums], ENGINE_RANK, 0), self.rendezvous)
         if self.full_every > 1:
             self._base, self._since_full = push, 0 if is_full else self._since_full + 1
 
@@ -124,7 +124,3 @@ class NcclSender(GlooSender):
         # Of this thread: `run_all` has set it. A thread of NCCL's would take GPU 0.
         self.device = torch.device("cuda", torch.cuda.current_device())
         super().connect()
-
-
-def _integers(values: Iterable[int]) -> torch.Tensor:
-    return torch.tensor(list(values), dtype=torch.int64)

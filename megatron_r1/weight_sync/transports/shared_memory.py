@@ -222,7 +222,6 @@ class SharedMemorySender(Sender):
 
 
 def _progress_path(end: Receiver | Sender, sender: int) -> Path:
-    """Return the file of a sender's progress array."""
     return FOLDER / f"{_file_name(end.rendezvous.engine, end.rank)}_from_{sender}"
 
 

@@ -83,7 +83,6 @@ class RunningChecksum:
             self._row = row
 
     def digest(self) -> int:
-        """Return the checksum of all rows."""
         if self._is_weighted:
             return weighted_sum(self._values)
         self.update_to(len(self._values))
