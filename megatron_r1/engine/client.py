@@ -242,9 +242,7 @@ class EngineClient:
         except (aiohttp.ClientError, OSError) as error:
             message = f"{self.url}{path}: {type(error).__name__}: {error}"
             raise ConnectionBroken(message) from error
-        refusal = _error_reply(body)
-        what = refusal.error or f"status {reply.status}: {_shorten(body)}"
-        raise _error_class(reply.status, refusal)(f"{self.url}{path}: {what}", reply.status)
+        raise _refusal(self.url + path, reply.status, body)
 
     def _unusable(self, body: bytes, error: ValueError) -> EngineFault:
         return EngineFault(f"{self.url}{GENERATE}: {error}: {_shorten(body)}")
@@ -260,18 +258,15 @@ async def is_healthy(url: str, path: str = "/health") -> bool:
     return True
 
 
-def _error_reply(body: bytes) -> ErrorReply:
+def _refusal(address: str, status: int, body: bytes) -> EngineError:
+    """Return the error of a reply with another status than 200."""
     try:
-        return msgspec.json.decode(body, type=ErrorReply)
+        reply = msgspec.json.decode(body, type=ErrorReply)
     except msgspec.MsgspecError:  # vLLM's own errors are of another form, or plain text
-        return ErrorReply()
-
-
-def _error_class(status: int, reply: ErrorReply) -> type[EngineError]:
-    if status < 500:
-        return EngineError
+        reply = ErrorReply()
     kinds = {PushIncomplete.KIND: PushIncomplete, EngineDied.KIND: EngineDied}
-    return kinds.get(reply.kind, EngineFault)
+    error = EngineError if status < 500 else kinds.get(reply.kind, EngineFault)
+    return error(f"{address}: {reply.error or f'status {status}: {_shorten(body)}'}", status)
 
 
 def _shorten(body: bytes) -> str:

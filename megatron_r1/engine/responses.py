@@ -7,7 +7,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -114,7 +113,8 @@ def parse_scores(body: bytes, token_ids: Sequence[int], first: int) -> array[flo
         scored = (entry or {}).get(str(token))
         if scored is None:
             raise ValueError(f"token {token} has no score")
-        scores.append(_finite(scored.logprob, token))
+        scores.append(scored.logprob)
+    _check_logprobs(token_ids[first:], scores)
     return scores
 
 
@@ -145,21 +145,20 @@ def checked(
     vocab_size: int | None,
 ) -> Response:
     """Return a response. Raises ValueError as `parse_responses`; vocab_size: None where unknown."""
-    ids, floats = np.frombuffer(token_ids, np.int32), np.frombuffer(logprobs, np.float32)
-    unusable = ~(floats > LOWEST_LOGPROB) | np.isinf(floats)
-    if unusable.any():
-        first = int(unusable.argmax())
-        raise ValueError(f"the log-probability of token {ids[first]} is {floats[first]}")
+    _check_logprobs(token_ids, logprobs)
+    ids = np.frombuffer(token_ids, np.int32)
     if vocab_size and len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ValueError(f"tokens {ids.min()} to {ids.max()} of {vocab_size}")
     versions = _version_per_token(spans, len(ids))
     return Response(token_ids, logprobs, versions, finish_reason or "abort", routing)
 
 
-def _finite(logprob: float, token: int) -> float:
-    if not math.isfinite(logprob) or logprob <= LOWEST_LOGPROB:
-        raise ValueError(f"the log-probability of token {token} is {logprob}")
-    return logprob
+def _check_logprobs(token_ids: Sequence[int], logprobs: array[float]) -> None:
+    floats = np.frombuffer(logprobs, np.float32)
+    unusable = ~(floats > LOWEST_LOGPROB) | np.isinf(floats)
+    if unusable.any():
+        first = int(unusable.argmax())
+        raise ValueError(f"the log-probability of token {token_ids[first]} is {floats[first]}")
 
 
 def _version_per_token(spans: Iterable[VersionSpan], num_tokens: int) -> array[int]:

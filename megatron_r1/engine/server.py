@@ -164,7 +164,6 @@ class EngineServer(Server):
         return self.process is not None and self.process.poll() is None
 
     def stop(self) -> None:
-        """Stop the process and everything under it; harmless if it has ended."""
         if self.process is None:
             return
         shared = {*self._shared, *shared_files(self.process.pid)}

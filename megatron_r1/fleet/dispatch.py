@@ -45,7 +45,6 @@ class Affinity:
         return self.origin.engine if self.engine is None and self.origin else self.engine
 
     def assigned(self, engine: Engine) -> None:
-        """Note where a turn goes."""
         self.engine = engine
         if self.origin is not None and self.origin.engine is None:
             self.origin.engine = engine
@@ -92,11 +91,6 @@ class Dispatcher:
         self._waiting: list[tuple[Priority, Work, asyncio.Future[Engine]]] = []
         self._arrivals = itertools.count()
         self._is_scheduled = False
-
-    @property
-    def num_waiting(self) -> int:
-        """Groups without an engine."""
-        return sum(not future.done() for _, _, future in self._waiting)
 
     def use(self, engines: Iterable[Engine]) -> None:
         """Set the engines that receive work."""

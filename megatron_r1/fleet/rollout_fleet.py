@@ -303,7 +303,12 @@ class RolloutFleet:
                 self.engines.append(engine)
             self._starting.add(engine)
             try:
-                await self._enlist(engine, instead_of or engine)
+                await engine.prepare(self.version, self.start_timeout_seconds)
+                async with self.feed(engine):
+                    place = instead_of or engine
+                    if place not in self.engines:
+                        raise EngineError(f"{engine.name} is not needed any more: it has left")
+                    self.members.put_up(engine, place)
                 return engine
             except BaseException as error:
                 if engine in self.engines:
@@ -313,13 +318,6 @@ class RolloutFleet:
                     raise
             finally:
                 self._starting.discard(engine)
-
-    async def _enlist(self, engine: Engine, place_of: Engine) -> None:
-        await engine.prepare(self.version, self.start_timeout_seconds)
-        async with self.feed(engine):
-            if place_of not in self.engines:
-                raise EngineError(f"{engine.name} is not needed any more: it has left")
-            self.members.put_up(engine, place_of)
 
     async def _call_engines(
         self,

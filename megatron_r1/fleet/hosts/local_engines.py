@@ -23,7 +23,6 @@ class LocalEngine:
     stopping: threading.Thread | None = field(default=None, compare=False)
 
     def report(self) -> EngineReport:
-        """Return its state now, for the controller."""
         if self.stopping is not None:
             return EngineReport(self.order.engine, "stopping")
         if self.server is None or not self.server.is_alive():

@@ -171,9 +171,8 @@ class HostPool:
             self.notify(f"host {report.name} is here, room for {what}: {report.num_engines}")
         host.report, host.heard, host.reached = report, now, now
         for reported in report.engines:
-            engine = self._placed.get(reported.engine)
-            if engine is not None and reported.engine in host.assigned:
-                part = next(part for part in engine.parts if part.host is host)
+            part = host.assigned.get(reported.engine)
+            if part is not None:
                 part.report = reported
                 if reported.state == "ended" and part.ended is None:
                     part.ended = now
@@ -215,7 +214,7 @@ class HostPool:
             self._placed[engine.name] = engine
             for part, host in zip(engine.parts, hosts, strict=True):
                 part.host = host
-                host.assigned.add(engine.name)
+                host.assigned[engine.name] = part
 
     def _mention_waiting(self) -> None:
         """Notify once for each number of waiting engines, when it has lasted WAIT_SECONDS."""
@@ -235,15 +234,13 @@ class HostPool:
         """Order every host of `engine` to stop its part."""
         self._placed.pop(engine.name, None)
         for host in self._hosts.values():
-            host.assigned.discard(engine.name)
+            host.assigned.pop(engine.name, None)
 
     def _free(self) -> dict[HostRecord, int]:
         return {host: host.num_free for host in self._hosts.values()}
 
     def _orders(self, host: HostRecord) -> Orders:
-        engines = [self._placed[name] for name in sorted(host.assigned)]
-        parts = [(engine, part) for engine in engines for part in engine.parts]
-        orders = [engine.order(part) for engine, part in parts if part.host is host]
+        orders = [part.engine.order(part) for _, part in sorted(host.assigned.items())]
         # The host gives up first, so that an engine never runs twice.
         return Orders(self.silence_seconds * 2 / 3, [order for order in orders if order])
 
@@ -267,7 +264,7 @@ class HostPool:
 
     def _lose(self, identity: bytes, how: str) -> None:
         host = self._hosts.pop(identity)
-        engines = [self._placed[name] for name in host.assigned]
+        engines = [part.engine for part in host.assigned.values()]
         for engine in engines:
             engine.loss = f"host {host.name} {how}"
             self._withdraw(engine)

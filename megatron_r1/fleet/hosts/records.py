@@ -1,24 +1,26 @@
 """The controller's records of engine hosts and of the engines that it places on them."""
 
+from __future__ import annotations
+
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.engine.multi_host import EnginePart
+from megatron_r1.engine.settings import EnginePart
 from megatron_r1.fleet.hosts.wire import EngineOrder, EngineReport, HostReport
 
 
 @dataclass(eq=False)
 class HostRecord:
     """The controller's record of one engine host. heard, reached: when its last report
-    arrived, and when a message to it was last accepted (time.monotonic); assigned: names of engines
-    that it runs, all or a part; num_deaths: of these, those that ended here without an order."""
+    arrived, and when a message to it was last accepted (time.monotonic); assigned: by the engine's
+    name, the parts that it runs; num_deaths: of these, those that ended here without an order."""
 
     report: HostReport
     heard: float
     reached: float
-    assigned: set[str] = field(default_factory=set)
+    assigned: dict[str, RemotePart] = field(default_factory=dict)
     num_deaths: int = 0
 
     @property
@@ -29,15 +31,16 @@ class HostRecord:
     def num_free(self) -> int:
         """Slots neither assigned nor still taken by an engine that is stopping."""
         running = {engine.engine for engine in self.report.engines}
-        return self.report.num_engines - len(running | self.assigned)
+        return self.report.num_engines - len(running | self.assigned.keys())
 
 
 @dataclass(eq=False)
 class RemotePart:
-    """The part of an engine that one host runs: all of it, or an equal share. host: None while it
+    """The part of `engine` that one host runs: all of it, or an equal share. host: None while it
     waits for one; report: the host's last; ended: when that first reported its end
     (time.monotonic)."""
 
+    engine: RemoteEngine
     index: int
     host: HostRecord | None = None
     report: EngineReport | None = None
@@ -59,7 +62,7 @@ class RemoteEngine:
         self.name = uuid.uuid4().hex
         self.model, self.log_path = Path(model).resolve(), Path(log_path).resolve()
         self.settings = settings
-        self.parts = [RemotePart(index) for index in range(num_hosts)]
+        self.parts = [RemotePart(self, index) for index in range(num_hosts)]
         self.loss = ""
         self.first_ended: RemotePart | None = None
 
@@ -77,8 +80,11 @@ class RemoteEngine:
     def order(self, part: RemotePart) -> EngineOrder | None:
         """Return the order for the host of a part, or None while the coordinator's address is not
         known, which the first part reports and the others need."""
+        log = self.log_path  # parts may share a folder, so each has a file
+        if part.index:
+            log = log.with_stem(f"{log.stem}-part-{part.index}")
         first = self.parts[0].report
-        settings = (self.name, str(self.model), str(self._log(part)), self.settings)
+        settings = (self.name, str(self.model), str(log), self.settings)
         if len(self.parts) == 1:
             return EngineOrder(*settings)
         coordinator = first.coordinator if first is not None and part.index else ""
@@ -93,11 +99,6 @@ class RemoteEngine:
             return self.loss
         assert part.host is not None and part.report is not None
         return f"on host {part.host.name}: {part.report.end}"
-
-    def _log(self, part: RemotePart) -> Path:
-        """Return the log path of one part; parts may share a folder, so each has a file."""
-        path = self.log_path
-        return path if part.index == 0 else path.with_stem(f"{path.stem}-part-{part.index}")
 
 
 def choose_hosts(free: dict[HostRecord, int], count: int) -> list[HostRecord]:

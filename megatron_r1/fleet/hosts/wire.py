@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from megatron_r1.engine.multi_host import EnginePart
+from megatron_r1.engine.settings import EnginePart
 from megatron_r1.files import atomic_write
 
 REPORT_SECONDS = 1.0

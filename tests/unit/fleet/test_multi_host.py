@@ -13,7 +13,7 @@ from scripted_host import COORDINATOR, ScriptedHost
 
 from megatron_r1 import config
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.engine.multi_host import EnginePart, network_environment
+from megatron_r1.engine.settings import EnginePart, network_environment
 from megatron_r1.fleet.hosts.pool import HostPool
 from megatron_r1.fleet.hosts.remote_server import RemoteServer
 from megatron_r1.processes.authentication import ENVIRONMENT, make_token
