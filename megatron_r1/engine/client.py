@@ -28,6 +28,8 @@ GENERATE = "/inference/v1/generate"
 SPILLING = 2
 """Choices per engine whose routed experts are in memory at once: 14 MB each, of 30,000 tokens."""
 T = TypeVar("T")
+UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""The fields of `vllm_plugin.backend.PushUpdateInfo`, for all workers or of one worker each."""
 
 
 class ErrorReply(msgspec.Struct):
@@ -167,18 +169,13 @@ class EngineClient:
             await self.resume()
 
     async def swap_weights(
-        self,
-        update_info: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-        version: int,
-        *,
-        resume: bool = True,
+        self, update_info: UpdateInfo, version: int, *, resume: bool = True
     ) -> None:
         """Pause the engine, load the received weights, name them `version`, and `resume`.
 
         A sequence in flight continues under the new weights, with the keys and values of its
         earlier tokens recomputed, so that each token's log-probability is that of the policy
-        version recorded for it. update_info: the fields of `vllm_plugin.backend.PushUpdateInfo`; a
-        sequence: one per worker.
+        version recorded for it.
 
         Raises PushIncomplete, and EngineError for a push that arrived damaged or could not be
         loaded. The engine stays paused then, and unless nothing had changed yet it must not resume.

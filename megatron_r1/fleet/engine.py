@@ -4,11 +4,11 @@ with which it replaces its weights by those that it has received."""
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from megatron_r1.engine.client import EngineClient
+from megatron_r1.engine.client import EngineClient, UpdateInfo
 from megatron_r1.engine.errors import ConnectionBroken, EngineDied, EngineError, EngineTimeout
 from megatron_r1.engine.server import Server
 from megatron_r1.fleet.pace import Pace
@@ -17,7 +17,6 @@ T = TypeVar("T")
 MakeServer = Callable[..., Server]
 """Makes a server from (model folder, log path, **engine settings): `EngineServer`, or
 `placement.server_maker(pool)` for engines on other hosts."""
-UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]
 
 # A server whose engine core died fails its requests first and ends a moment later.

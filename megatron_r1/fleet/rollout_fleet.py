@@ -11,14 +11,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_r1.engine.client import EngineClient
+from megatron_r1.engine.client import EngineClient, UpdateInfo
 from megatron_r1.engine.errors import EngineDied, EngineError, PushIncomplete
 from megatron_r1.engine.gpu import gpus_of_slot, visible_gpus
 from megatron_r1.engine.limits import vocab_size
 from megatron_r1.engine.responses import Response
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.dispatch import Affinity, Dispatcher, Work
-from megatron_r1.fleet.engine import Engine, EngineCall, MakeServer, UpdateInfo, swap_calls
+from megatron_r1.fleet.engine import Engine, EngineCall, MakeServer, swap_calls
 from megatron_r1.fleet.lengths import ExpectedLength, LengthEstimator
 from megatron_r1.fleet.members import Members, Notify
 from megatron_r1.fleet.replacement import DRAIN_SECONDS, Replacement

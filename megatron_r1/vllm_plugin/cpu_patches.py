@@ -3,7 +3,7 @@ five that end the engine, two of them with block-wise FP8 models, and two that m
 pushes slow.
 
 Without any one of the first five, tests/system/test_engine.py, which compares with transformers,
-fails; without those of FP8, test_push_fp8_engine.py; without `expand_temperatures`, and without
+fails; without the two for FP8, test_push_fp8_engine.py; without `expand_temperatures`, and without
 the CPU's `--no-async-scheduling` in `engine/settings.py`, test_speculative.py. Paths are below
 vllm/. `apply` makes those patches that are made once per process."""
 
