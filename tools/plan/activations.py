@@ -40,7 +40,7 @@ class Layer:
         dropped = set(parallel.recompute_modules if parallel.recompute == "selective" else ())
         if "moe" in dropped:
             dropped |= _INSIDE_MOE
-        kept = (self.modules[name] for name in self.modules.keys() - dropped)
+        kept = (size for name, size in self.modules.items() if name not in dropped)
         return self.input + self.always + sum(kept)
 
     def working(self, parallel: ParallelConfig) -> int:
