@@ -3,8 +3,18 @@
 import asyncio
 import time
 
+from tools.bench.children import in_own_process
 from tools.bench.controller import beyond
+from tools.bench.controller.rollout import measure
 from tools.bench.controller.watch import Watch
+from tools.bench.controller.work import GROUP
+
+
+def test_a_small_rollout_arrives_whole():
+    """`measure` raises where the ranks get other samples than the engines have sent."""
+    found = in_own_process(measure, 4, 200, 4, 2, False, 0.0)
+    assert found["response tokens"] == 4 * GROUP * 200
+    assert found["seconds"]["rollout"] > 0 and found["accuracy"] == 0.5
 
 
 def test_a_loop_that_parses_samples_itself_is_named_with_its_phase():

@@ -147,10 +147,10 @@ class _Passes(TrainerPasses):
         self.num_tokens = sum(len(sample) for samples in minibatches for sample in samples)
         call_all = self.trainer._gather
 
-        async def gather(operation: str, count: int) -> dict[int, dict[str, Any]]:
+        async def gather(operation: str, count: int) -> list[dict[str, Any]]:
             replies = await call_all(operation, count)
             names = "samples", "tokens"
-            self.received = {n: sum(r.get(n, 0) for r in replies.values()) for n in names}
+            self.received = {n: sum(r.get(n, 0) for r in replies) for n in names}
             return replies
 
         self.trainer._gather = gather  # type: ignore[method-assign]
