@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
     item: HFTensor
     region: Region
-    num_bytes: float
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Entry:
     load: float
 
     @property
-    def num_bytes(self) -> float:
+    def num_bytes(self) -> int:
         return _sum_bytes(self.parts)
 
 
@@ -158,7 +158,7 @@ class _Piece(NamedTuple):
     """Parts that the same trainer ranks hold and that enter the same engine rank, of sets of `size`
     engines; is_small: of all that enters it."""
 
-    num_bytes: float
+    num_bytes: int
     engine: int
     position: int
     replicas: range
@@ -176,7 +176,7 @@ def _held_parts(planner: Planner, num_bytes: ByteCount) -> list[_HeldParts]:
     engines = planner.engines
     found: list[_HeldParts] = [{} for _ in range(engines.ranks_per_engine)]
     for item, replicas, needed in planner.shared_holdings():
-        sizes: dict[Region, float] = {}
+        sizes: dict[Region, int] = {}
         for coordinate, region in needed:
             if region not in sizes:
                 sizes[region] = num_bytes(item.name, item.rule.dtype, region)
@@ -241,5 +241,5 @@ def _runs(parts: list[Part], limit: float) -> Iterator[list[Part]]:
     yield run
 
 
-def _sum_bytes(parts: Iterable[Part]) -> float:
+def _sum_bytes(parts: Iterable[Part]) -> int:
     return sum(part.num_bytes for part in parts)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_r1.errors import UserError
@@ -36,7 +36,7 @@ class Planner:
         hf: dict,
         grid: TrainerGrid,
         engines: EngineLayout,
-        stages: list[list[Shard]] | None = None,
+        stages: Sequence[Sequence[Shard]] | None = None,
         needs: PredictedLayout | ReceiverLayout | None = None,
     ):
         self.grid, self.engines = grid, engines

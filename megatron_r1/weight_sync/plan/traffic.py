@@ -7,7 +7,7 @@ from collections.abc import Callable
 from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weights.stored.fp8 import BLOCK, is_quantized
 
-ByteCount = Callable[[str, str | None, Region], float]
+ByteCount = Callable[[str, str | None, Region], int]
 """(HF name, the tensor's own dtype or None, region) -> bytes on the wire."""
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -18,7 +18,7 @@ def plain_bytes(dtype: str) -> ByteCount:
     return lambda name, own_dtype, region: region.num_elements * _WIDTH[own_dtype or dtype]
 
 
-def fp8_bytes(name: str, own_dtype: str | None, region: Region) -> float:
+def fp8_bytes(name: str, own_dtype: str | None, region: Region) -> int:
     """Count projections as float8 with an fp32 scale per 128 x 128 block, the rest in bf16."""
     if not is_quantized(name):
         return region.num_elements * _WIDTH[own_dtype or "bfloat16"]
