@@ -75,7 +75,8 @@ def job_of(
     config = config_of(recipe, overrides).at(step or chosen.step or 1)
     verb = verb_of(config)
     _check_verb(chosen, verb)
-    hardware, assumptions, measured = HARDWARE[chosen.hardware], Assumptions(), {}
+    hardware, assumptions = HARDWARE[chosen.hardware], Assumptions()
+    measured: dict[str, str] = {}
     if chosen.calibrate:
         hardware, assumptions, measured = calibrated(hardware, assumptions, chosen.calibrate)
     if chosen.memory_gib is not None:

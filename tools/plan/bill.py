@@ -19,7 +19,7 @@ from tools.plan.push import (
     sends_differences,
     sent_last_bytes,
 )
-from tools.plan.quantity import Section, in_bytes
+from tools.plan.quantity import Quantity, Section, in_bytes
 from tools.plan.rollout import Engines, rollout_section, samples_section, teacher_section
 from tools.plan.timing import StepTime, time_section
 
@@ -57,8 +57,8 @@ class Bill:
         return StepTime(self.job, self.engines)
 
     @property
-    def step_seconds(self) -> float:
-        return time_section(self.times)["step"].value
+    def step(self) -> Quantity:
+        return time_section(self.times)["step"]
 
     def sections(self) -> dict[str, Section]:
         """Return the sections of a trainer, of engines, or of both, as the verb has them."""
@@ -161,12 +161,12 @@ class Bill:
 
     def _host_problem(self, parts: Section, gpus: int) -> str | None:
         """Return the problem of a node with these parts, of `gpus` in all, or None."""
-        needed = sum(part.value for part in parts.values())
+        needed = sum(part.number for part in parts.values())
         hardware = self.job.hardware
         memory = hardware.host_memory * min(hardware.gpus_per_node, gpus)
         if needed <= memory:
             return None
-        largest = max(parts, key=lambda kind: parts[kind].value)
+        largest = max(parts, key=lambda kind: parts[kind].number)
         fix = {
             "checkpoint being written": "set checkpoint.asynchronous to false, or ",
             "optimizer": "lower parallel.optimizer_offload, or ",

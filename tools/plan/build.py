@@ -141,7 +141,7 @@ def _compare_ranks(job: Job, built: dict[int, list[dict]]) -> tuple[int, int, in
 
 def _compare(job: Job, pipeline_rank: int, built: list[dict], at: dict) -> tuple[int, int]:
     """Return the (dense, expert) values a rank owns; raise ValueError if `built` differs."""
-    owned = defaultdict(int)
+    owned: defaultdict[bool, int] = defaultdict(int)
     for chunk, shapes in zip(job.stages[pipeline_rank], built, strict=True):
         # Without a GPU the layers, and so the names, are Megatron's own.
         shard: Shard = replace(chunk, **at, transformer_engine=platform.uses_transformer_engine())

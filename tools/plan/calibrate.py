@@ -37,10 +37,11 @@ def calibrated(
             raise UserError(f"--calibrate {file}: unknown name {name}{near}")
     values = {name: _number(value) for name, value in values.items()}
     try:
-        hardware, assumptions = (
-            replace(part, **{name: values[name] for name in fields_of(part) if name in values})
+        of_hardware, others = (
+            {name: values[name] for name in fields_of(part) if name in values}
             for part in (hardware, assumptions)
         )
+        hardware, assumptions = replace(hardware, **of_hardware), replace(assumptions, **others)
     except ValidationError as failure:
         error = failure.errors()[0]
         why = error["msg"].replace("Input", "it")

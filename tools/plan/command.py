@@ -20,7 +20,6 @@ from tools.plan.job import Job
 from tools.plan.measured import calibrate_from
 from tools.plan.published import table
 from tools.plan.push import check_engines_and_push
-from tools.plan.quantity import Quantity
 from tools.plan.report import as_json, as_text, layouts_text, sizes_text
 from tools.plan.search import FittingLayout, fastest, nearest, nearest_sizes
 
@@ -37,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(table())
             return FITS
         if chosen.calibrate_from:
-            print(calibrate_from(*chosen.calibrate_from, chosen, overrides))
+            folder, file = chosen.calibrate_from
+            print(calibrate_from(folder, file, chosen, overrides))
             return FITS
     except ValueError as error:
         return _refused(error)
@@ -97,7 +97,7 @@ def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> 
     if chosen.step or not config.rl.schedule:
         return status
     steps = [step for step, _ in config.phases()]
-    seconds = [Bill(job_of(recipe, chosen, overrides, 1)).step_seconds]
+    each_step = [Bill(job_of(recipe, chosen, overrides, 1)).step]
     for entry in config.rl.schedule:
         job = job_of(recipe, chosen, overrides, entry.from_step)
         changes = ", ".join(f"{key}={value}" for key, value in entry.changes.items())
@@ -106,16 +106,16 @@ def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> 
             status = UNFIT
             continue
         bill = Bill(job)
-        seconds.append(bill.step_seconds)
+        each_step.append(bill.step)
         problems = bill.problems()
         peak = f"{bill.worst.peak / GIB:.0f} GiB on the fullest GPU, "
-        print(f"  {peak if job.trains else ''}{Quantity(bill.step_seconds, 's')} a step")
+        print(f"  {peak if job.trains else ''}{bill.step} a step")
         print("\n".join(f"  does not fit: {problem}" for problem in problems) or "  fits")
         status = UNFIT if problems else status
     ends = [*steps[1:], config.run.steps + 1]
-    if len(seconds) == len(steps) and None not in seconds:
-        parts = zip(steps, ends, seconds, strict=True)
-        total = sum((end - first) * each for first, end, each in parts)
+    if len(each_step) == len(steps) and all(each.value is not None for each in each_step):
+        parts = zip(steps, ends, each_step, strict=True)
+        total = sum((end - first) * each.number for first, end, each in parts)
         print(f"\nthe run of {config.run.steps} steps: {total / 3600:,.0f} hours")
     return status
 

@@ -183,9 +183,9 @@ class Job:
     @property
     def num_steps(self) -> int | None:
         """Steps of the run; None if epochs of the data decide (sft.epochs, reward_model.epochs)."""
-        of_verb = {"sft": self.config.sft, "reward-model": self.config.reward_model}
-        by_data = self.verb in of_verb and of_verb[self.verb].epochs is not None
-        return None if by_data else self.config.run.steps
+        config = self.config
+        epochs = {"sft": config.sft.epochs, "reward-model": config.reward_model.epochs}
+        return config.run.steps if epochs.get(self.verb) is None else None
 
     @property
     def minibatches(self) -> int:

@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import yaml
 
@@ -91,8 +92,8 @@ class Measured:
         if mean and job.generates:
             response, longest = max(1, round(mean)), self._median("response_length/max") or mean
             self.values["response_share"] = min(1.0, mean / job.longest_response)
-            limit = {"max_response_tokens": max(response, round(longest))}
-            config = job.config.with_changes(rollout=limit)
+            changes = {"max_response_tokens": max(response, round(longest))}
+            config = job.config.with_changes(rollout=changes)
             self.job = replace(job, config=config, response_tokens=response)
             if sample and sample > mean:
                 self.values["prompt_tokens"] = prompt = max(1, round(sample - mean))
@@ -103,7 +104,7 @@ class Measured:
                 self._with(prompt_tokens=prompt), response_tokens=round(sample) - prompt
             )
 
-    def _with(self, **values: float) -> Job:
+    def _with(self, **values: Any) -> Job:
         return replace(self.job, assumptions=replace(self.job.assumptions, **values))
 
     def _seconds(self, parts: tuple[str, ...], **values: float) -> float | None:
@@ -129,18 +130,18 @@ class Measured:
             self.reasons[name] = f"the metrics have no {key}"
             return
         low, high = LIMITS
-        ends = [self._seconds(parts, **{name: value}) for value in LIMITS]
-        if ends[0] is None or ends[1] is None:
+        at_low, at_high = (self._seconds(parts, **{name: value}) for value in LIMITS)
+        if at_low is None or at_high is None:
             self.reasons[name] = "the run does not fit on this hardware as planned"
             return
-        shortest, longest = sorted(ends)
+        shortest, longest = sorted((at_low, at_high))
         if not shortest < measured < longest:
             self.reasons[name] = (
                 f"no value explains {key}: {measured:.3g} s; the plan has {shortest:.3g} to "
                 f"{longest:.3g} s"
             )
             return
-        falling = ends[0] > ends[1]
+        falling = at_low > at_high
         for _ in range(BISECTIONS):
             middle = math.sqrt(low * high)
             too_long = (self._seconds(parts, **{name: middle}) or 0.0) > measured

@@ -152,7 +152,7 @@ def microbatches_held(job: Job, rank: int) -> list[int]:
 
 def _held(job: Job, rank: int, layers: dict[bool, Layer]) -> list[Layer]:
     """Return one of each kind of layer on a pipeline rank."""
-    held = [layers[sparse] for sparse, count in enumerate(job.layers(rank)) if count]
+    held = [layers[bool(sparse)] for sparse, count in enumerate(job.layers(rank)) if count]
     return held or [Layer(0, 0, {}, 0)]
 
 

@@ -72,13 +72,14 @@ class RankCounts:
         key = (*ends.values(), *sorted(kinds.items()))
         if key not in self._known:
             first = {self.job.sparse[layer]: layer for layer in chunk.layers}
-            layers = (self._counted(kind, (first[kind],)) * n for kind, n in kinds.items())
-            self._known[key] = self._counted((*ends.values(),), (), **ends) + sum(layers, Counts())
+            at = {kind: replace(self._at, layers=(first[kind],)) for kind in kinds}
+            layers = (self._counted(kind, at[kind]) * n for kind, n in kinds.items())
+            own = self._counted((*ends.values(),), replace(self._at, **ends))
+            self._known[key] = own + sum(layers, Counts())
         return self._known[key]
 
-    def _counted(self, key, layers: tuple[int, ...], **ends: bool) -> Counts:
+    def _counted(self, key, at: Shard) -> Counts:
         if key not in self._known:
-            at = replace(self._at, layers=layers, **ends)
             counts = self._sum(layout(self.job.hf, at))
             if self.job.adapters is not None:
                 counts = Counts(frozen=counts.parameters, buffers=counts.buffers)

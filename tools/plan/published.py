@@ -36,7 +36,7 @@ class Row:
         recipe = chosen.recipes[0]
         if self.number == "run":
             return run_hours(recipe, chosen, overrides)
-        return time_section(Bill(job_of(recipe, chosen, overrides)).times)[self.number].value
+        return time_section(Bill(job_of(recipe, chosen, overrides)).times)[self.number].number
 
 
 def run_hours(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> float:
@@ -44,7 +44,7 @@ def run_hours(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> floa
     config = config_of(recipe, overrides)
     starts = [step for step, _ in config.phases()]
     ends = [*starts[1:], config.run.steps + 1]
-    seconds = [Bill(job_of(recipe, chosen, overrides, step)).step_seconds for step in starts]
+    seconds = [Bill(job_of(recipe, chosen, overrides, step)).step.number for step in starts]
     spent = zip(starts, ends, seconds, strict=True)
     return sum((end - start) * each for start, end, each in spent) / 3600
 

@@ -98,7 +98,7 @@ def _byte_count(form: str) -> ByteCount:
 
 
 @lru_cache
-def _rank_bytes(hf: str, layout: EngineLayout, form: str, ranks: int, drafts: bool) -> list[float]:
+def _rank_bytes(hf: str, layout: EngineLayout, form: str, ranks: int, drafts: bool) -> list[int]:
     """Return the bytes that each of an engine's first `ranks` ranks needs, its drafter's among
     them."""
     needs, num_bytes = PredictedLayout(json.loads(hf), layout, drafts=drafts), _byte_count(form)
@@ -111,7 +111,7 @@ def _rank_bytes(hf: str, layout: EngineLayout, form: str, ranks: int, drafts: bo
     ]
 
 
-def _needed_bytes(job: Job) -> float:
+def _needed_bytes(job: Job) -> int:
     """Return the bytes for all engines, each element once per GPU that computes with it."""
     layout = engine_layout(job)
     ranks = layout.ranks_per_engine
@@ -280,9 +280,8 @@ def _receive_buffer_formula(job: Job) -> str:
     how = "all its weights at once"
     if receive_buffer_bytes(job) < engine_rank_bytes(job):
         how = f"push.memory_gib={push.memory_gib:g}: engines pause while the rest travels"
-    place = receive_buffer_place(job)
-    if borrows_memory(job):
-        place += ", in the place of its KV cache"
+    borrowed = ", in the place of its KV cache" if borrows_memory(job) else ""
+    place = f"{receive_buffer_place(job)}{borrowed}"
     text = f"of an engine rank, on its {place} ({push.transport}); {how}"
     if push.on_one_host and not _is_one_node(job):
         text += f"; {push.transport} is for one host, set push.transport to gloo or nccl"

@@ -15,6 +15,12 @@ class Quantity:
     unit: str
     formula: str = ""
 
+    @property
+    def number(self) -> float:
+        """The value of a quantity that has one."""
+        assert self.value is not None, self.formula
+        return self.value
+
     def __str__(self) -> str:
         if self.value is None:
             return "-"

@@ -147,4 +147,4 @@ def _fitting(job: Job, distance: float, changes: dict) -> FittingLayout | None:
     if bill is None:
         return None
     differing = {k: v for k, v in changes.items() if getattr(job.parallel, k) != v}
-    return FittingLayout(differing, distance, bill.worst.peak, bill.step_seconds)
+    return FittingLayout(differing, distance, bill.worst.peak, bill.step.number)

@@ -56,10 +56,11 @@ class StepTime:
         """Forward FLOP of a token through a dense and a sparse layer; 0 if the model has none."""
         job = self.job
         first = {sparse: layer for layer, sparse in enumerate(job.sparse)}
-        return tuple(
-            layer_flops(job, first[sparse], self.length) if sparse in first else 0.0
-            for sparse in (False, True)
+        dense, sparse = (
+            layer_flops(job, first[kind], self.length) if kind in first else 0.0
+            for kind in (False, True)
         )
+        return dense, sparse
 
     def _passes(self, backward: bool) -> int:
         """Return a layer's work in forward passes."""
@@ -123,10 +124,10 @@ def time_section(times: StepTime) -> Section:
     if missing := [name for name in parts if section[name].value is None]:
         why = f"none without {missing[0]}: {section[missing[0]].formula}"
         return section | {"step": Quantity(None, "s", why)}
-    section["step"] = _step(job, {name: section[name].value for name in parts})
-    step, tokens = section["step"].value, job.num_responses * job.sample_tokens
+    section["step"] = _step(job, {name: section[name].number for name in parts})
+    step, tokens = section["step"].number, job.num_responses * job.sample_tokens
     if job.verb == "rl":
-        share = section["rollout"].value / step
+        share = section["rollout"].number / step
         section["share of rollout"] = Quantity(share, "share", "rollout / step")
     section["tokens per second"] = Quantity(tokens / step, "tokens", f"{tokens:,} tokens / step")
     if job.trains and (steps := job.num_steps) is not None:

@@ -528,7 +528,7 @@ def test_virtual_stages_round_micro_batches_up_and_pay_for_it():
     assert (sixteen.num_microbatches, sixteen.slots) == (16, 16)
     assert (seventeen.num_microbatches, seventeen.slots) == (17, 32)
     assert Bill(sixteen).times.bubble(16, 16) == pytest.approx(15 / 47)
-    assert Bill(seventeen).step_seconds > Bill(sixteen).step_seconds
+    assert Bill(seventeen).step.number > Bill(sixteen).step.number
     plain = Bill(real_job(virtual_pipeline=1, pipeline_layout="Et*4|(t*4|)*14tmL"))
     assert plain.times.bubble(16, plain.job.slots) == pytest.approx(15 / 31)
 

@@ -33,7 +33,7 @@ def test_the_documented_table_is_the_one_that_is_printed(capsys):
 def test_a_run_s_hours_are_its_phases():
     chosen, overrides = parse([str(RECIPE)])
     assert [step for step, _ in config_of(RECIPE, overrides).phases()] == [1, 513]
-    first, second = (Bill(job_of(RECIPE, chosen, overrides, n)).step_seconds for n in (512, 650))
+    first, second = (Bill(job_of(RECIPE, chosen, overrides, n)).step.number for n in (512, 650))
     hours = (512 * first + 138 * second) / 3600
     assert run_hours(RECIPE, chosen, overrides) == pytest.approx(hours)
 
