@@ -120,9 +120,9 @@ class Assumptions:
     """Questions of a `sample` run without data.num_train; a guess."""
 
 
-def fields_of(part: Hardware | Assumptions) -> dict[str, FieldInfo]:
+def fields_of(part: object) -> dict[str, FieldInfo]:
     """Return the named numbers of a part; a field's description is its docstring."""
-    fields: dict[str, Any] = type(part).__pydantic_fields__  # type: ignore[union-attr]
+    fields: dict[str, Any] = type(part).__pydantic_fields__  # type: ignore[attr-defined]
     return {name: info for name, info in fields.items() if name != "name"}
 
 
