@@ -208,8 +208,9 @@ def _write_hf_files(job: Job, with_mtp: bool) -> None:
         file.write(plan.header)
         file.flush()
         for name in quantized:
-            at = plan.tensors[fp8.scale_name(name)].offset
-            write_at(file.fileno(), at, weights.scales(name))
+            scales = weights.scales(name)
+            assert scales is not None, f"{name} is FP8"
+            write_at(file.fileno(), plan.tensors[fp8.scale_name(name)].offset, scales)
 
 
 def _contents(folder: Path, number: int) -> Path:

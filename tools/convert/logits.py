@@ -104,13 +104,13 @@ def by_transformers(folder: Path, scratch: Path) -> torch.Tensor:
 
 
 def main(library: str, *arguments: str) -> None:
-    *arguments, out = arguments
+    *inputs, out = arguments
     if library == "megatron":
-        checkpoint, folder, dtype = arguments
+        checkpoint, folder, dtype = inputs
         logits = by_megatron(Path(checkpoint), Path(folder), dtype)
     else:
         with tempfile.TemporaryDirectory(dir=Path(out).parent) as scratch:
-            logits = by_transformers(Path(arguments[0]), Path(scratch))
+            logits = by_transformers(Path(inputs[0]), Path(scratch))
     torch.save(logits.clone(), out)
 
 

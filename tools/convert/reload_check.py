@@ -15,6 +15,7 @@ import torch
 from megatron_r1.errors import UserError
 from megatron_r1.processes.lifetime import die_with_parent
 from megatron_r1.weights import num_parameters
+from megatron_r1.weights.stored.megatron_weights import MegatronWeights
 from tools.convert.sources import open_weights, read_config
 from tools.convert.verify import Sides, compare
 
@@ -37,7 +38,7 @@ def check(checkpoint: Path, hf_files: Path, folder: Path, dtype: torch.dtype, wo
     if not fits or dtype == torch.float8_e4m3fn:
         _same_tensors(checkpoint, hf_files, folder, workers)
     if fits:
-        with open_weights(checkpoint, hf_files) as source:
+        with MegatronWeights(checkpoint, hf) as source:
             rounded = _rounding(source.dtype, dtype)
         _same_logits(checkpoint, folder, dtype, rounded)
 

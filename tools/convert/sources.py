@@ -20,6 +20,7 @@ from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
 from megatron_r1.weights.stored.hf_weights import HfWeights
 from megatron_r1.weights.stored.megatron_weights import MegatronWeights
 
+Weights = HfWeights | MegatronWeights
 HF_FILES = "huggingface"
 """Subfolder of a converted checkpoint with config.json, tokenizer and FP8 scales of its source."""
 
@@ -142,7 +143,7 @@ def find_hf_files(checkpoint: Path, given: Path | None) -> Path:
     return model
 
 
-def open_weights(path: Path, config: Path | None) -> HfWeights | MegatronWeights:
+def open_weights(path: Path, config: Path | None) -> Weights:
     """Open the weights of a Hugging Face folder or a checkpoint; raise UserError if incomplete."""
     if is_hf(path):
         weights = HfWeights(path, read_config(path))

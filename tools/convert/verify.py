@@ -14,7 +14,7 @@ from megatron_r1.weights.stored import fp8, fp8_blocks
 from megatron_r1.weights.stored.hf_weights import HfWeights
 from megatron_r1.weights.stored.raw import as_bytes
 from tools.convert import parts
-from tools.convert.sources import check_manifest, find_checkpoint, is_hf, open_weights
+from tools.convert.sources import Weights, check_manifest, find_checkpoint, is_hf, open_weights
 
 SHOWN = 20
 # From exact to coarse: two dtypes are compared in the later one.
@@ -79,7 +79,7 @@ def _sort_names(a, b) -> tuple[list[str], list[str], list[str]]:
     """Return (names in both, missing tensors, other shapes), the last two in words."""
     both, alone, reshaped = [], [], []
     for name in [*a.tensors, *(n for n in b.tensors if n not in a.tensors)]:
-        lacking = [side for side in (a, b) if entry_of(side, name) is None]
+        lacking = [s for s in (a, b) if not {name, s.copies.get(name)} & s.tensors.keys()]
         if lacking:
             alone.append(f"{name}: only in one, {lacking[0].path} lacks it")
             continue
@@ -115,7 +115,7 @@ def compare(sides: Sides, names: list[str], workers: int) -> list[Difference]:
 
 
 @cache
-def _opened(sides: Sides):
+def _opened(sides: Sides) -> tuple[Weights, Weights]:
     return open_weights(sides.a, sides.config), open_weights(sides.b, sides.config)
 
 
@@ -127,7 +127,8 @@ def _compare_tensor(sides: Sides, name: str) -> Difference | None:
     pair = _opened(sides)
     (shape, a), (_, b) = (entry_of(side, name) for side in pair)
     dtype, lossy = common_dtype(a, b), (a == fp8.STORED) != (b == fp8.STORED)
-    count, largest, where = 0, -1.0, ()
+    count, largest = 0, -1.0
+    where: tuple[int, ...] = ()
     for first, rows in parts.stripes(shape, fp8.BLOCK):
         x, y = (side.read(name, 0, first, rows) for side in pair)
         if lossy:
@@ -150,9 +151,9 @@ def _compare_tensor(sides: Sides, name: str) -> Difference | None:
     return Difference(name, count, largest, where) if count else None
 
 
-def entry_of(weights, name: str) -> tuple[tuple[int, ...], str] | None:
-    """Return (shape, stored dtype) of a tensor, which may be stored as another; None without."""
-    return weights.tensors.get(name) or weights.tensors.get(weights.copies.get(name))
+def entry_of(weights: Weights, name: str) -> tuple[tuple[int, ...], str]:
+    """Return (shape, stored dtype) of a tensor, which may be stored as another."""
+    return weights.tensors.get(name) or weights.tensors[weights.copies[name]]
 
 
 def common_dtype(a: str, b: str) -> torch.dtype:
