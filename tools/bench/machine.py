@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 SECONDS = 0.3
@@ -65,7 +64,7 @@ def _hash_counts(num_processes: int) -> list[int]:
 
 
 def _hash(begin, counts) -> None:
-    values, count = np.ones(NUM_BYTES, np.uint8), 0
+    values, count = b"\1" * NUM_BYTES, 0
     begin.wait()
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end:

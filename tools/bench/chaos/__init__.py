@@ -6,11 +6,12 @@ Checked at the end: every step is recorded once, no finished sample is lost, and
 is that of undisturbed runs."""
 
 import argparse
+import math
 import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,11 +117,11 @@ def disturb(
 ) -> list[Report]:
     """Inject faults until the run is done. gap: steps between a recovery and the next fault."""
     reports, faults = [], order(names, draw)
-    _until(user, lambda: user.best >= 1)
+    _until(user, 1)
     num_reported, wait = 0, draw.randint(1, gap[0])
     while not user.is_done:
         due = user.best + wait
-        _until(user, lambda due=due: user.best >= min(due, steps - 1))
+        _until(user, min(due, steps - 1))
         if user.best >= steps - 1:
             break
         user.follow(draw.uniform(0.0, 1.5))  # into any phase of a step
@@ -128,8 +129,7 @@ def disturb(
         if draw.random() < OVERLAP and user.best < steps - 1:
             user.follow(draw.uniform(0.0, 20.0))
             reports.append(_inject(user, next(faults), draw))
-        at = reports[-1].step
-        _until(user, lambda at=at: user.best > at)
+        _until(user, reports[-1].step + 1)
         for report in reports[num_reported:]:
             later = [seen.seconds for seen in user.sightings if seen.line["step"] > report.step]
             if later:  # empty if the fault came in the run's last step or after it
@@ -139,7 +139,7 @@ def disturb(
             what = report.what.splitlines()[-1][:120]
             print(f"step {report.step:4}  {report.fault:36}{took}  {what}", flush=True)
         num_reported, wait = len(reports), draw.randint(*gap)
-    _until(user, lambda: user.is_done)
+    _until(user)
     return reports
 
 
@@ -155,9 +155,10 @@ def _inject(user: User, name: str, draw: random.Random) -> Report:
     raise RuntimeError(f"no target for this fault after step {user.best}: {name}")
 
 
-def _until(user: User, condition: Callable[[], bool]) -> None:
+def _until(user: User, step: float = math.inf) -> None:
+    """Follow the run until it has finished a step, or is done."""
     deadline = user.seconds + LATEST_RECOVERY_SECONDS
-    while not condition() and not user.is_done:
+    while user.best < step and not user.is_done:
         user.follow(0.1)
         if user.seconds > deadline:
             raise RuntimeError(f"stuck after step {user.best} for {LATEST_RECOVERY_SECONDS:.0f} s")

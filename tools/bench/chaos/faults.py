@@ -58,6 +58,7 @@ def pause_of(role: str, least: float, most: float) -> Fault:
 def stop_controller(user: User, draw: random.Random) -> str:
     """Stop the command for good; kill it after a while, as a user would."""
     process = user.process
+    assert process, "the command is running"
     process.send_signal(signal.SIGSTOP)
     user.follow(draw.uniform(5, 15))
     process.kill()
@@ -112,6 +113,7 @@ def corrupt_checkpoint(user: User, draw: random.Random) -> str | None:
     checkpoints = user.run / "checkpoints"
     if len(list(checkpoints.glob(CHECKPOINT))) < 2:
         return None
+    assert user.process, "the command is running"
     user.may_start = False
     user.process.kill()
     try:

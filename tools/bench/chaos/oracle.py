@@ -9,8 +9,10 @@ from megatron_r1.files.jsonl import read_lines
 from tools.bench.chaos.task import MINIBATCHES, QUESTIONS
 from tools.bench.chaos.user import User
 
-NOT_OF_SAMPLES = ("time/", "rewards/", "tokens_per_second", "groups/replayed", "/restarts")
-NOT_OF_SAMPLES += ("engines/", "checkpoint/", "push/")
+NOT_OF_SAMPLES = (
+    *("time/", "rewards/", "tokens_per_second", "groups/replayed", "/restarts"),
+    *("engines/", "checkpoint/", "push/"),
+)
 """Parts of the names of metrics that differ when a step is repeated with the same samples."""
 AGREEMENT = 1e-4
 """Trainer's and engine's log-probabilities in fp32 differ by 1e-6 to 1e-5; a token of weights that

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ class User:
         """Return a random process of one of ROLES, or the "controller", which is the command.
 
         None while the role starts or the command does not run."""
-        if not self.is_running:
+        if self.process is None or not self.is_running:
             return None
         controller = psutil.Process(self.process.pid)
         if role == "controller":
@@ -182,10 +181,10 @@ def _log_name(process: psutil.Process, folder: Path) -> str:
 def kept_groups(log: Path) -> dict[int, int]:
     """Return the number of whole groups on disk by step; reading cuts a torn end off, so copies are
     read."""
-    kept = Counter()
+    kept = {}
     with tempfile.TemporaryDirectory() as folder:
         for path in sorted(log.glob("step_*.log")):
             copy = shutil.copy(path, folder)
             records = map(decode, FramedFile.read(Path(copy)))
             kept[int(path.stem[5:])] = sum(not isinstance(r, Accepted) for r in records)
-    return dict(kept)
+    return kept

@@ -4,7 +4,7 @@ import asyncio
 import multiprocessing
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -116,7 +116,7 @@ async def _train(
             session: Any = _OneStep(passes, sampler, watch)
             before = _cpu_seconds()
             await train(session)
-        cpu = passes.used - before
+        cpu = {who: s - before[who] for who, s in passes.used.items() if s > before[who]}
     finally:
         await asyncio.gather(fleet.close(), pool.close(), log.close())
         trainer.socket.close()
@@ -130,7 +130,7 @@ async def _train(
         "longest computation, ms": computed,
         "blocks over 100 ms": sum(n for phase, n in watch.late.items() if phase),
         "peak bytes": dict(watch.peak),
-        "cpu seconds": dict(cpu),
+        "cpu seconds": cpu,
         "connect, seconds": connected,
         "call_all, seconds": calls,
         "accuracy": session.metrics["accuracy"],
@@ -229,10 +229,10 @@ def _config(model: Path, groups: int, tokens: int, world: int, routed: bool) -> 
     )
 
 
-def _cpu_seconds() -> Counter[str]:
+def _cpu_seconds() -> defaultdict[str, float]:
     """Return the CPU seconds so far of the controller, reward workers, and the other processes:
     synthetic engines and ranks."""
-    used: Counter[str] = Counter(controller=time.process_time())
+    used = defaultdict(float, controller=time.process_time())
     for child in psutil.Process().children(recursive=True):
         is_worker = "megatron_r1.rewards.runtime.worker" in child.cmdline()
         times = child.cpu_times()

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Self
 
 import psutil
@@ -22,9 +22,9 @@ class Watch:
 
     def __init__(self) -> None:
         self.phase = ""
-        self.longest: Counter[str] = Counter()
+        self.longest: defaultdict[str, float] = defaultdict(float)
         self.late: Counter[str] = Counter()
-        self.computed: Counter[str] = Counter()
+        self.computed: defaultdict[str, float] = defaultdict(float)
         self.peak: Counter[str] = Counter()
 
     async def __aenter__(self) -> Self:

@@ -81,10 +81,10 @@ def _collected(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
                 continue
             place = folder / f"seed_{seed}" / name
             rl = configuration.load(place / "config.yaml").rl
-            lines = (
+            metrics, evaluations = (
                 list(read_lines(place / file)) for file in ("metrics.jsonl", "evaluations.jsonl")
             )
-            figures = of_run(*lines, rl.questions_per_rollout, rl.group_size)
+            figures = of_run(metrics, evaluations, rl.questions_per_rollout, rl.group_size)
             runs.setdefault(name, {})[seed] = figures
             counts.add(rl.questions_per_rollout * rl.group_size)
     assert len(counts) == 1, (

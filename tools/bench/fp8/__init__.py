@@ -59,7 +59,7 @@ def _runs(names: list[str], chosen: argparse.Namespace, folder: str) -> dict[str
     tasks = [(name, seed) for seed in range(chosen.seeds) for name in names]
     with ThreadPoolExecutor(chosen.jobs) as threads:
         try:
-            reports = threads.map(lambda task: _train(*task, chosen, folder), tasks)
+            reports = threads.map(lambda task: _train(chosen, folder, *task), tasks)
             for (name, seed), report in zip(tasks, reports, strict=True):
                 runs[name].append(report)
                 heldout = report["heldout_loss"]
@@ -69,7 +69,7 @@ def _runs(names: list[str], chosen: argparse.Namespace, folder: str) -> dict[str
     return runs
 
 
-def _train(name: str, seed: int, chosen: argparse.Namespace, folder: str) -> dict[str, Any]:
+def _train(chosen: argparse.Namespace, folder: str, name: str, seed: int) -> dict[str, Any]:
     """Run the worker of one variant and seed; return its report."""
     sizes = {"steps": chosen.steps, "sentences": chosen.sentences, "threads": chosen.threads}
     task = {"variant": name, "seed": seed, "model": f"{folder}/model", **sizes}

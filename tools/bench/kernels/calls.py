@@ -34,7 +34,7 @@ class Implementation:
     ours, in words. overwrites: its inputs are restored after each call."""
 
     name: str
-    call: Callable[[Any, Any], Results]
+    call: Callable[..., Results]
     load: Callable[[], Any]
     computes: str = ""
     gpu_only: bool = False
@@ -57,9 +57,8 @@ def on_hidden(
         logprobs, *_ = logprobs_of(*leaves, tokens.targets)
     results = {"logprobs": logprobs.detach()}
     if gradients:
-        total, upstream = logprobs, inputs.upstream
-        if policy:
-            total, upstream = eager.policy_loss(logprobs, *tokens.loss_inputs), None
+        loss = eager.policy_loss(logprobs, *tokens.loss_inputs) if policy else None
+        total, upstream = (logprobs, inputs.upstream) if loss is None else (loss, None)
         results["hidden"], results["weight"] = torch.autograd.grad(total, leaves, upstream)
     return results
 

@@ -24,7 +24,8 @@ from tools.bench.kernels.inputs import (
     PolicyInputs,
 )
 
-SETTINGS = {"clip_low": eager.CLIP, "clip_high": eager.CLIP, "kl_beta": eager.KL_BETA}
+CLIP = eager.CLIP
+SETTINGS: dict[str, Any] = {"clip_low": CLIP, "clip_high": CLIP, "kl_beta": eager.KL_BETA}
 
 
 @dataclass(frozen=True)

@@ -130,8 +130,8 @@ class HiddenInputs(Inputs):
     def leaves(self, gradients: bool) -> tuple[Tensor, Tensor]:
         """Return hidden and weight; detached ones, unless `gradients`, as some peers check
         requires_grad, not the grad mode, to decide what to save."""
-        leaves = self.hidden, self.weight
-        return leaves if gradients else tuple(leaf.detach() for leaf in leaves)
+        hidden, weight = self.hidden, self.weight
+        return (hidden, weight) if gradients else (hidden.detach(), weight.detach())
 
     def bound(self, gradients: bool, masked: bool) -> measure.Bound:
         """Return the least time that the matrix products can take. masked: masked tokens need not

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ class CpuMeter:
         seconds = time.perf_counter() - started
         peak = None if before is None else _status("VmHWM")
         del results
-        return Sample(seconds, None if peak is None else max(0, peak - before))
+        return Sample(seconds, None if before is None or peak is None else max(0, peak - before))
 
     def settle(self) -> None:
         gc.collect()
@@ -110,14 +111,16 @@ def matrix_bound(hidden: Tensor, weight: Tensor, tokens: int, products: int) -> 
     On a GPU logits and d weight are written in fp32, as a kernel has to that rounds neither."""
     rows = hidden[:TOKENS_AT_ONCE]
     rounds = rows.is_cuda and rows.dtype != torch.float32
-    unrounded = {"out_dtype": torch.float32} if rounds else {}
+    product: Callable[[Tensor, Tensor], Tensor] = torch.mm
+    if rounds:
+        product = partial(torch.mm, out_dtype=torch.float32)
     d_logits = rows.new_ones(len(rows), len(weight))
 
     def call() -> None:
-        torch.mm(rows, weight.t(), **unrounded)
+        product(rows, weight.t())
         if products == 3:
             torch.mm(d_logits, weight)
-            torch.mm(d_logits.t(), rows, **unrounded)
+            product(d_logits.t(), rows)
 
     flops = 2.0 * products * weight.numel()
     name = f"torch.mm, {'these three products' if products == 3 else 'this product'} alone"

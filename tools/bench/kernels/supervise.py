@@ -43,14 +43,13 @@ def results(
             return
         doing, reason = "", ""
         for message in _messages(task, silence, worker):
-            case = message.get("case")
             if "result" in message:
-                yield case, message["result"]
+                yield message["case"], message["result"]
                 task["cases"] = task["cases"][1:]
                 doing = ""
             elif "doing" in message:
                 doing = message["doing"]
-                progress(f"{case}: {doing}")
+                progress(f"{message['case']}: {doing}")
             else:
                 reason = reason or message.get("broken") or message["ended"]
         if task["cases"]:
@@ -69,8 +68,16 @@ def _messages(
     with tempfile.TemporaryFile("w+") as log:
         name, value = ALLOCATOR
         env = environment(**{name: os.environ.get(name, value)})
-        streams = {"stdin": -1, "stdout": -1, "stderr": log, "text": True}
-        worker = subprocess.Popen(command, env=env, start_new_session=True, **streams)
+        worker = subprocess.Popen(
+            command,
+            env=env,
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        assert worker.stdin
         lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=_read, args=(worker.stdout, lines), daemon=True).start()
         try:

@@ -16,11 +16,12 @@ def summarized(name: str, about: str, result: dict[str, Any]) -> dict[str, Any]:
     rows, bound = result.get("rows", []), result.get("bound")
     for row in rows:
         row["median_seconds"] = median(row["seconds"]) if row["seconds"] else None
-    ours = next((row for row in rows if row["name"] == OURS), {})
+    ours: dict[str, Any] = next((row for row in rows if row["name"] == OURS), {})
+    least = bound["needed"] / bound["rate"] if bound else None
     for row in rows:
         row["time_ratio"] = _ratio(row["median_seconds"], ours["median_seconds"])
         row["memory_ratio"] = _ratio(row["extra_bytes"], ours["extra_bytes"])
-        row["share_of_bound"] = _ratio(bound["needed"] / bound["rate"], row["median_seconds"])
+        row["share_of_bound"] = _ratio(least, row["median_seconds"])
     failed = result.get("failed", "")
     return {"kernel": name, "about": about, "failed": failed, "bound": bound, "rows": rows}
 

@@ -48,9 +48,9 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         return found
     plan = plan_of_671b()
     print("671B, 2,048 training ranks (TP1 PP16 EP64) to 64 engines x 16 GPUs")
-    for name, found in plan.items():
+    for name, figures in plan.items():
         print(f"  {name}")
-        _print_values(found)
+        _print_values(figures)
     here = {}
     for name in chosen.engines:
         dtype, plain_matrices = ENGINES[name]

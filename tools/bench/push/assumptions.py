@@ -53,5 +53,5 @@ def as_table(assumptions: Assumptions) -> list[dict[str, object]]:
             "unit": hardware.unit_of(info),
             "reason": info.description or "",
         }
-        for name, info in Assumptions.__pydantic_fields__.items()
+        for name, info in hardware.fields_of(assumptions).items()
     ]

@@ -218,8 +218,8 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
     store = _client(port)
     store.add("ready", 1)
     store.get("connect")
-    seconds = CONNECT_SECONDS, PUSH_SECONDS
-    met = Rendezvous(_client(port), NAME, *seconds, member=member, members=ENGINES)
+    limits = CONNECT_SECONDS, PUSH_SECONDS
+    met = Rendezvous(_client(port), NAME, *limits, member=member, members=ENGINES)
     table = slot_table(PredictedLayout(HF, ENGINE), ENGINE.coordinate(rank))
     receiver = exchange.GlooReceiver(met, rank, table)
     store.add("connected", 1)

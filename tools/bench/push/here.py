@@ -53,7 +53,8 @@ async def measure(
     config = Config.model_validate({"model": given, "rollout": {"dtype": dtype}})
     trainer = TrainerClient(config, folder / "logs")
     trainer.launch()
-    settings = {"max_model_len": 512, "max_num_seqs": 4, "plain_matrices": plain_matrices}
+    settings: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 4}
+    settings["plain_matrices"] = plain_matrices
     try:
         await trainer.connect()
         await trainer.call("export", folder=str(folder / "export"))

@@ -3,7 +3,7 @@ plan of a push without sets, as with push.delta or a single engine."""
 
 import json
 import time
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import msgspec
 
@@ -56,7 +56,7 @@ def stages(hf: dict) -> list[list[Shard]]:
     return stage_shards(hf, GRID.pipeline, pipeline_layout=STAGES, with_mtp=False)
 
 
-def _seconds(hf: dict) -> dict[str, float]:
+def _seconds(hf: dict) -> dict[str, float | str]:
     """Return the seconds to plan for one rank from scratch; the slowest of a few of each kind."""
     encoded = tables(hf, ONE)
     senders = [_sender_seconds(hf, rank, encoded) for rank in (0, 1, 64, 1000, 1984, 2047)]
@@ -80,7 +80,8 @@ def slot_table(needs: PredictedLayout, coordinate: Coordinate) -> SlotTable:
     slots, end = [], 0
     for tensor, at in needs.needed(coordinate):
         pitch = 2 * (at.right - at.left)
-        slots.append(Slot(tensor.name, *astuple(at), end, pitch, "bfloat16"))
+        corners = at.top, at.bottom, at.left, at.right
+        slots.append(Slot(tensor.name, *corners, end, pitch, "bfloat16"))
         end += pitch * (at.bottom - at.top)
     return SlotTable(end, slots)
 

@@ -130,7 +130,7 @@ def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
 
     if form == "bf16":  # the bytes of FP8 are half of it, and everything else is the same
         pairs = np.stack([direct.sender, direct.receiver], axis=1)
-        setup = _direct_setup(case, pairs)
+        requests, setup = _direct_setup(case, pairs)
         for design, rotated, capacity in (
             ("each engine in turn, packed on the host", False, cluster.with_host_packing()),
             ("each engine in turn", False, cluster.capacity),
@@ -138,7 +138,7 @@ def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
         ):
             tasks = direct_tasks(cluster, case.planner, direct, rotated)
             ends = tasks.finish_times(capacity, DIRECT_BATCH)
-            yield row(design, ends.max(), pairs, 0, *setup)
+            yield row(design, ends.max(), pairs, 0, requests, setup)
     began = time.process_time()
     sets = engine_sets(case.engines.engines)
     entered = planned_entries(case.planner, count, sets, shares_gpus=cluster.colocated)

@@ -48,7 +48,7 @@ def traffic(ttir: str) -> Traffic:
     for number, line in enumerate(lines):
         if "scf.for" not in line:
             continue
-        indent = re.match(r" *", line)[0]
+        indent = line[: -len(line.lstrip(" "))]
         end = next(i for i in range(number, len(lines)) if lines[i].startswith(indent + "}"))
         loaded, stored = _moved(lines[number:end])
         if loaded:
@@ -62,7 +62,7 @@ def _moved(lines: list[str]) -> tuple[int, int]:
     num_bytes = {"load": 0, "store": 0}
     for line in lines:
         if access := ACCESS.search(line):
-            bits = int(re.search(r"\d+", access[3])[0])
+            bits = int(re.findall(r"\d+", access[3])[0])
             num_bytes[access[1]] += prod(map(int, access[2].split("x"))) * bits // 8
     return num_bytes["load"], num_bytes["store"]
 

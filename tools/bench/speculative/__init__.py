@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_r1.config.engines import SpeculativeConfig
 from megatron_r1.engine.from_config import speculative_settings
+from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.fleet.speculation import AcceptanceMeter
 from tools.bench import machine
@@ -102,11 +103,13 @@ async def _turns(
         await meters[name].read(fleet.engines)
     for _ in range(chosen.rounds):
         for name, fleet in fleets.items():
-            server = fleet.engines[0].server.process.pid
-            before = core_seconds(server)
+            server = fleet.engines[0].server
+            assert isinstance(server, EngineServer) and server.process
+            before = core_seconds(server.process.pid)
             seconds = await _generate(fleet, sequences, chosen.tokens, chosen.temperature)
             tokens = sequences * chosen.tokens
-            rounds[name].append((tokens / seconds, tokens / (core_seconds(server) - before)))
+            used = core_seconds(server.process.pid) - before
+            rounds[name].append((tokens / seconds, tokens / used))
     rows = []
     for name, fleet in fleets.items():
         row: dict[str, Any] = {"sequences": sequences, "drafts": name, "rounds": rounds[name]}
@@ -124,7 +127,7 @@ async def _generate(fleet: RolloutFleet, sequences: int, tokens: int, temperatur
     """Return the seconds in which these sequences are sampled, the same prompts in every call."""
     draw = random.Random(0)
     prompts = [draw.choices(range(VOCABULARY), k=PROMPT_TOKENS) for _ in range(sequences)]
-    settings = {"n": 1, "max_tokens": tokens, "temperature": temperature}
+    calls = (fleet.generate(p, n=1, max_tokens=tokens, temperature=temperature) for p in prompts)
     start = time.perf_counter()
-    await asyncio.gather(*(fleet.generate(prompt, **settings) for prompt in prompts))
+    await asyncio.gather(*calls)
     return time.perf_counter() - start

