@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,10 @@ from pathlib import Path
 from megatron_r1 import config as configuration
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.text import PromptText
-from megatron_r1.rewards import logic, math
+from megatron_r1.rewards import Grade, logic, math
 
 QUESTIONS = 100
-GRADERS = {"math": math.grade, "logic": logic.grade}
+GRADERS: dict[str, Callable[..., Grade]] = {"math": math.grade, "logic": logic.grade}
 
 
 def answers_of_transformers(folder: str, prompts: list[list[int]], limit: int) -> list[list[int]]:

@@ -51,8 +51,8 @@ def _rows(axes: Axes, table: Table, name: str, results: Results) -> None:
         if name in row.ours and (spread := results.spread(row.ours[name])):
             below = [height + 0.2] * len(spread.values)
             axes.plot(spread.values, below, ".", color=INKS["other"])
-            bar = {"xerr": spread.deviation or 0.0, "capsize": 3}
-            axes.errorbar(spread.mean, height, fmt="o", color=INKS["accent"], **bar)
+            error = spread.deviation or 0.0
+            axes.errorbar(spread.mean, height, xerr=error, capsize=3, fmt="o", color=INKS["accent"])
         published = row.published.get(name)
         if isinstance(published, float):
             share = published / 100 if column.unit == "share" else published

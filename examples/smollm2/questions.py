@@ -3,7 +3,6 @@ Products of two numbers of four digits, for which the model needs a tool.
 
 python -m examples.smollm2.questions build/smollm2/questions"""
 
-import itertools
 import random
 import sys
 from collections.abc import Iterator
@@ -29,7 +28,8 @@ def write(folder: str) -> None:
 
 def write_products(folder: str) -> None:
     """Write train.jsonl and heldout.jsonl with products of two numbers of four digits."""
-    draw, seen = random.Random(2), set()
+    draw = random.Random(2)
+    seen: set[tuple[int, int]] = set()
     while len(seen) < NUM_TRAIN + NUM_PRODUCTS:
         seen.add((draw.randrange(1000, 10_000), draw.randrange(1000, 10_000)))
     rows = [{"question": f"{a} * {b}", "truth": str(a * b)} for a, b in sorted(seen)]
@@ -50,7 +50,7 @@ def write_examples(folder: str, model: str) -> None:
 
 
 def _split() -> tuple[Pairs, Pairs]:
-    every = list(itertools.product(range(10, 100), repeat=2))
+    every = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     chosen = random.Random(0).sample(every, NUM_TRAIN + NUM_HELDOUT)
     return chosen[:NUM_TRAIN], chosen[NUM_TRAIN:]
 

@@ -41,7 +41,7 @@ def write(folder: str, worked: int, mixed: int, seed: int = 0) -> None:
     by_subject = {name: [x for x in lessons if x.subject == name] for name in SUBJECTS}
 
     def drawn() -> Lesson:
-        (subject,) = draw.choices(list(SUBJECTS), SUBJECTS.values())
+        (subject,) = draw.choices(list(SUBJECTS), list(SUBJECTS.values()))
         return draw.choice(by_subject[subject])
 
     documents = chain(
@@ -58,7 +58,7 @@ def held_out(lesson: Lesson) -> bool:
 def worked_out(lesson: Lesson, draw: random.Random) -> dict[str, str]:
     """Return the lesson with its thought, in a language drawn by the question's."""
     shares = THOUGHT_IN[lesson.language]
-    (chosen,) = draw.choices(list(shares), shares.values())
+    (chosen,) = draw.choices(list(shares), list(shares.values()))
     lines = [line[draw.choice(LANGUAGES) if chosen == "mixed" else chosen] for line in lesson.lines]
     return document(lesson, respond("\n".join(lines), lesson.answer))
 

@@ -19,7 +19,7 @@ OPERATIONS = {"+": ("plus", "加"), "-": ("minus", "减"), "*": ("times", "乘")
 def sums(count: int, seed: int) -> Iterator[Lesson]:
     """Yield `count` sums of three digits, each in both languages."""
     for item in generate_items("chain_sum", SUM, seed, count):
-        terms = re.search(r"problem: (.*) =", item["question"])[1]
+        terms = re.findall(r"problem: (.*) =", item["question"])[0]
         zh = f"请写出这道算式的最后答案：{terms} ="
         total = int(item["answer"])
 
@@ -71,14 +71,14 @@ def _in_chinese(question: str) -> str:
     name, numbers = question.split()[0], re.findall(r"\d+", question)
     if "friends" in question:
         male, female = numbers
-        friend = re.search(r"does (\w+), a male", question)[1]
+        friend = re.findall(r"does (\w+), a male", question)[0]
         return (
             f"{name} 有 {male} 个男性朋友和 {female} 个女性朋友，他们互为朋友，没有别的朋友。"
             f"{name} 的男性朋友 {friend} 有几个女性朋友？"
         )
     relations = re.findall(r"(\d+) (brothers|sisters)", question)
     have = "和".join(f" {n} 个{'兄弟' if who == 'brothers' else '姐妹'}" for n, who in relations)
-    whose = re.search(r"does (\w+)'s", question)[1]
+    whose = re.findall(r"does (\w+)'s", question)[0]
     return f"{name} 有{have}。{whose} 的兄弟有几个姐妹？"
 
 
@@ -126,10 +126,10 @@ def program(steps: list[tuple[str, int]]) -> str:
 
 
 def _mistaken(steps: list[tuple[str, int]], draw: random.Random) -> list[tuple[str, int]]:
-    wrong = [list(step) for step in steps]
-    step = draw.choice(wrong)
+    at = draw.choice(range(len(steps)))
+    sign, k = steps[at]
     if draw.random() < 0.5:
-        step[0] = draw.choice([sign for sign in OPERATIONS if sign != step[0]])
+        sign = draw.choice([other for other in OPERATIONS if other != sign])
     else:
-        step[1] = draw.choice([k for k in range(2, 10) if k != step[1]])
-    return [tuple(step) for step in wrong]
+        k = draw.choice([other for other in range(2, 10) if other != k])
+    return [*steps[:at], (sign, k), *steps[at + 1 :]]
