@@ -144,7 +144,7 @@ def _fitting(job: Job, distance: float, changes: dict) -> FittingLayout | None:
     if changes["recompute"] == "selective" != job.parallel.recompute:
         changes["recompute_modules"] = _cheap_modules(job)
     bill = _fitting_bill(job.with_parallel(**changes))
-    if bill is None:
+    if bill is None or bill.step.value is None:
         return None
     differing = {k: v for k, v in changes.items() if getattr(job.parallel, k) != v}
     return FittingLayout(differing, distance, bill.worst.peak, bill.step.number)
