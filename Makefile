@@ -24,7 +24,7 @@ TE_SOURCE := build/transformer-engine
 SMOLLM2 := build/smollm2
 TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
-.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test test-all lint format losses bench gpu-check docs clean
+.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test-unit test test-all lint format losses bench gpu-check docs clean
 
 help:
 	@echo "make demo      a small model learns to reason: minutes on two CPU cores"
@@ -32,7 +32,7 @@ help:
 	@echo "make smollm2   that model alone, for recipes of your own: $(SMOLLM2)/model"
 	@echo "make demo-agents  a tiny model learns to use a tool: minutes on two CPU cores"
 	@echo "make setup     install everything into $(VENV) (3.7 GB; the others do it, too)"
-	@echo "make test      the tests that take minutes;  make test-all: the long ones as well"
+	@echo "make test-unit  the unit tests, six minutes;  make test: 16 to 20 minutes;  make test-all: hours"
 	@echo "make setup-cuda  for GPUs: CUDA torch, Transformer Engine, vLLM in $(CUDA_VENV) (9 GB; 10 to 25 minutes on two cores)"
 	@echo "make agents    verifiers, in $(AGENTS_VENV): environments of others for agents.verifiers (0.5 GB)"
 	@echo "make test-cuda  those packages on a null GPU, without a driver (10 to 20 minutes on two cores)"
@@ -137,6 +137,9 @@ define run-tests
 	$(BIN)/python -m pytest $(1) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 $(SIDE_BY_SIDE) || failed=1; \
 	test -z "$$failed"
 endef
+
+test-unit: setup
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile tests/unit
 
 test: setup
 	$(call run-tests,-m "not slow")

@@ -110,8 +110,7 @@ def show_padded_truths(source: str, prompts: PromptSplit) -> None:
 
 @contextlib.contextmanager
 def naming_renamed_columns(columns: Mapping[str, str] | None) -> Iterator[None]:
-    """Say of a field that a reward lacks, where the file has a column of this name, as what it is
-    read. columns: `data.columns`."""
+    """If a reward lacks a field that `data.columns` has renamed, add the new name to the error."""
     try:
         yield
     except UserError as error:

@@ -50,8 +50,8 @@ class LossSettings(_Readable):
     ratio_level: RatioLevel = "token"
     """sequence: one ρ per response"""
     importance_cap: float | None = None
-    """largest weight of a token by π_old over the engine's policy; None: tokens are not
-    weighed, while the kernel's None is a weight without a limit"""
+    """largest weight of a token by π_old over the engine's policy; None: tokens are not weighed
+    (in the kernel, None means no upper limit)"""
     kl_beta: float = 0.0
     """β, the weight of the KL estimate in the loss; 0 where the penalty is in the reward"""
     kl_estimator: KLEstimator = "k3"

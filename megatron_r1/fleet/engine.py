@@ -1,5 +1,4 @@
-"""One engine of a fleet: a server, its client, its load, how its death is noticed, and the calls
-with which it replaces its weights by those that it has received."""
+"""One engine of a fleet: a server, its client, its load, and how its death is noticed."""
 
 import asyncio
 import contextlib
@@ -8,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from megatron_r1.engine.client import EngineClient, UpdateInfo
+from megatron_r1.engine.client import EngineClient
 from megatron_r1.engine.errors import ConnectionBroken, EngineDied, EngineError, EngineTimeout
 from megatron_r1.engine.server import Server
 from megatron_r1.fleet.pace import Pace
@@ -17,7 +16,6 @@ T = TypeVar("T")
 MakeServer = Callable[..., Server]
 """Makes a server from (model folder, log path, **engine settings): `EngineServer`, or
 `placement.server_maker(pool)` for engines on other hosts."""
-EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]
 
 # A server whose engine core died fails its requests first and ends a moment later.
 LAST_WORDS_SECONDS = 10.0
@@ -137,18 +135,3 @@ async def raise_dead_after(engine: Engine, seconds: float) -> AsyncIterator[None
             yield
     except TimeoutError:
         raise EngineDied(f"{engine.name} has not answered for {seconds:g} seconds") from None
-
-
-def swap_calls(update_info: UpdateInfo, version: int, *, asleep: bool) -> list[EngineCall]:
-    """Return the calls that load a push as `version`, in order; after the last the engine samples.
-
-    asleep: the engine sleeps. An update while the weights sleep kills vLLM, and the memory of the
-    KV cache may hold the received weights until they are loaded, so it wakes after them."""
-    if not asleep:
-        return [lambda client: client.swap_weights(update_info, version, resume=True)]
-    return [
-        lambda client: client.wake("weights"),
-        lambda client: client.swap_weights(update_info, version, resume=False),
-        lambda client: client.wake("kv_cache"),
-        lambda client: client.resume(),
-    ]

@@ -10,41 +10,30 @@ given up on serves no more. Exit status: 0 the run is over, 1 no controller for 
 seconds, 2 a mistake of the user's, 143 SIGTERM or SIGINT."""
 
 import argparse
-import contextlib
 import signal
 import socket
 import sys
 import time
-import uuid
 from enum import Enum
 from pathlib import Path
-from urllib.parse import urlsplit
-
-import msgspec
-import zmq
 
 from megatron_r1.errors import UserError
+from megatron_r1.fleet.hosts.link import HostLink
 from megatron_r1.fleet.hosts.local_engines import LocalEngines
 from megatron_r1.fleet.hosts.wire import (
     REPORT_SECONDS,
     EngineReport,
     HostReport,
-    Orders,
     published_address,
     shared_memory_identity,
 )
 from megatron_r1.processes import lifetime
-from megatron_r1.processes.authentication import FILE, known_token, protect_client
+from megatron_r1.processes.authentication import FILE, known_token
 
 POLL_SECONDS = 0.1
 FIRST_ANSWER_SECONDS = 10.0
 """Time for a controller at a known address to answer, before the address is read again."""
 LEFT, GAVE_UP = 128 + signal.SIGTERM, 1
-REFUSED = (
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
 
 
 class StopReason(Enum):
@@ -54,63 +43,6 @@ class StopReason(Enum):
     SIGNALLED = "a signal"
     SILENT = "the controller fell silent"
     UNANSWERED = "the controller never answered"
-
-
-class HostLink:
-    """A host's authenticated connection to the controller, which is made again by itself; a report
-    that cannot be sent now is dropped."""
-
-    def __init__(self, address: str, token: str) -> None:
-        """address: tcp://host:port of the controller. Raises UserError for another form."""
-        parts = urlsplit(address)
-        if parts.scheme != "tcp" or not parts.hostname or not parts.port:
-            raise UserError(f"controller address {address!r}: must be tcp://host:port")
-        self.address, self._peer = address, (parts.hostname, parts.port)
-        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().hex.encode())
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues for a connection that is down
-        self._socket.setsockopt(zmq.LINGER, 1000)
-        # A connection that went down silently is closed and tried again.
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 2_000)
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
-        protect_client(self._socket, token)
-        self._monitor: zmq.Socket = self._socket.get_monitor_socket(REFUSED)
-        self._socket.connect(address)
-
-    def send(self, report: HostReport) -> None:
-        """Send a report, unless the connection is down: the next one repeats it."""
-        with contextlib.suppress(zmq.Again):
-            self._socket.send(msgspec.msgpack.encode(report), zmq.NOBLOCK)
-
-    def receive(self, timeout_seconds: float) -> Orders | None:
-        """Return the newest orders that arrive in time, or None."""
-        orders = None
-        if self._socket.poll(int(timeout_seconds * 1000)):
-            with contextlib.suppress(zmq.Again):
-                while True:
-                    payload = self._socket.recv(zmq.NOBLOCK)
-                    orders = msgspec.msgpack.decode(payload, type=Orders)
-        return orders
-
-    def was_refused(self) -> bool:
-        """Return whether the controller has rejected this token since the last call."""
-        refused = False
-        while self._monitor.poll(0):
-            self._monitor.recv_multipart()
-            refused = True
-        return refused
-
-    def local_address(self) -> str:
-        """Return this host's address on the network that leads to the controller."""
-        family = socket.getaddrinfo(*self._peer, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family[0], socket.SOCK_DGRAM) as probe:
-            probe.connect(family[4])  # UDP: chooses a route, sends nothing
-            return probe.getsockname()[0]
-
-    def close(self) -> None:
-        self._socket.disable_monitor()
-        self._monitor.close(linger=0)
-        self._socket.close()
 
 
 class EngineHost:

@@ -24,8 +24,8 @@ class Replacement:
     """Replaces engines until `max_restarts` are used up: a death after that fails the fleet, while
     an engine that is only slow or faulty then stays.
 
-    tasks: replacements under way. patience_seconds: while engines wait for weights within a step of
-    theirs, the time in which they need not answer."""
+    tasks: replacements under way. patience_seconds: how long engines may stay silent while they
+    wait for weights."""
 
     def __init__(
         self,

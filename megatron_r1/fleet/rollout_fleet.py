@@ -18,11 +18,12 @@ from megatron_r1.engine.limits import vocab_size
 from megatron_r1.engine.responses import Response
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.dispatch import Affinity, Dispatcher, Work
-from megatron_r1.fleet.engine import Engine, EngineCall, MakeServer, swap_calls
+from megatron_r1.fleet.engine import Engine, MakeServer
 from megatron_r1.fleet.lengths import ExpectedLength, LengthEstimator
 from megatron_r1.fleet.members import Members, Notify
 from megatron_r1.fleet.replacement import DRAIN_SECONDS, Replacement
 from megatron_r1.fleet.retries import RequestRetries
+from megatron_r1.fleet.swap import EngineCall, swap_calls
 
 Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
 """On entering the context, an engine has been sent the weights that the fleet's engines hold; no

@@ -4,7 +4,7 @@
     hf_config.py, config_keys.py, supported.py           config.json, and what of it is refused
     attention_fields.py, expert_fields.py                config.json to Megatron's configuration
     quantization.py                                      which quantized checkpoints can be read
-    routing_shape.py, pipeline_stages.py                 layouts; no torch in any file so far
+    routing_shape.py, pipeline_stages.py                 layouts (the files above import no torch)
     config.py, acceleration.py, build.py                 Megatron's configuration, the choice of
                                                          implementations, and the model
     patches.py                                           what is replaced in Megatron

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. Where a flag may be a text, this is the key of `config.json` that decides.
+    """One architecture. A flag may also be a key of `config.json`, whose value decides.
 
     latent: multi-head latent attention (DeepSeek-V2) instead of grouped-query attention.
     qkv_bias: biases on query, key and value.

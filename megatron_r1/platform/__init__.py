@@ -2,12 +2,8 @@
 
 `prepare()` is called once in a trainer process, before anything imports Megatron-Core. On a GPU it
 only chooses the device; on a CPU it installs `cpu_patches`, so that the same unmodified Megatron
-trains over gloo. No other file patches Megatron or torch for a CPU. Files that have to choose
-between two settings or two layers call `has_gpu()` or `uses_transformer_engine()`:
-
-    models/config.py, layers.py, fp8/         Transformer Engine's layers, or Megatron's and ours
-    training/construction.py, optimizer.py    overlapped reduction, Transformer Engine's Adam
-    engine/gpu.py (no torch)                  vLLM's settings for CPU and GPU
+trains over gloo. No other file patches Megatron or torch for a CPU. Code that has to choose
+between two settings or two layers calls `has_gpu()` or `uses_transformer_engine()`.
 
 Processes that run transformers or vLLM must not call `prepare()`: both choose their device by
 `torch.cuda`, whose patched functions would mislead them."""

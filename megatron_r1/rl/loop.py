@@ -16,7 +16,7 @@ import random
 from itertools import accumulate, chain
 
 from megatron_r1.config import Config
-from megatron_r1.rl.advantages import overlong_punishment
+from megatron_r1.rl.overlong import overlong_punishment
 from megatron_r1.rl.rollout import GradedResponse, Group
 from megatron_r1.rl.session import Session
 from megatron_r1.rl.trainer_passes import TrainerPasses

@@ -1,20 +1,19 @@
 """The rollouts of the training steps, sampled ahead of training and kept in the sample log."""
 
 import gc
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from megatron_r1.config import Config
-from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engine import gpu
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.rewards.combine import weights_at
 from megatron_r1.rl.collector import RolloutCollector
-from megatron_r1.rl.rollout import Group, Rollout, Sampling
+from megatron_r1.rl.dynamic_sampling import collect_informative
+from megatron_r1.rl.rollout import Rollout, Sampling
 from megatron_r1.rl.sample_log import SampleLog
 from megatron_r1.rl.stream import RolloutStream
 
@@ -51,9 +50,8 @@ class StepSampler:
         gc.collect()
         gc.freeze()
         rl = self.config.rl
-        # A GPU makes the last long samples of a batch no slower when the next one fills it up; to a
-        # CPU every sequence is work, and the trainer waits for those: 2.5 s a step with
-        # overlap, 2.2 s with one rollout after the other (docs/log.md).
+        # On a GPU the next batch fills the slots that the last long samples leave free. On a CPU it
+        # slows them down: 2.5 s a step with overlap, 2.2 s without (docs/log.md).
         one_at_a_time = rl.dynamic_sampling or gpu.device() == "cpu"
         steps = first_step, self.config.run.steps
         self._stream = RolloutStream(
@@ -111,36 +109,3 @@ class StepSampler:
             return StepRollout(collected, prompts_after)
         await log.accept()
         return StepRollout(collected, prompts_after, log.num_recalled)
-
-
-async def collect_informative(
-    collect: Callable[[list[Prompt]], Awaitable[Rollout]],
-    draw: Callable[[int], list[Prompt]],
-    num_groups: int,
-    max_rounds: int,
-) -> Rollout:
-    """Return a rollout of `num_groups` groups, those with different rewards first (dynamic
-    sampling: DAPO, arXiv 2503.14476, section 3.2).
-
-    A group whose responses all have the same reward has advantage 0 everywhere. Without such groups
-    the number of samples behind a gradient stays the same while the policy learns.
-
-    draw: returns that many new prompts. Each of at most `max_rounds` rounds draws a prompt for
-    every group still missing; equal-reward groups then fill the batch up to its size, and the rest
-    of them are `passed_over`. Times are summed over the rounds."""
-    different: list[Group] = []
-    equal: list[Group] = []
-    rounds: list[Rollout] = []
-    while len(different) < num_groups and len(rounds) < max_rounds:
-        rounds.append(await collect(draw(num_groups - len(different))))
-        for group in rounds[-1].groups:
-            (equal if group.has_equal_rewards else different).append(group)
-    num_missing = num_groups - len(different)
-    return replace(
-        rounds[-1],
-        groups=different + equal[:num_missing],
-        passed_over=equal[num_missing:],
-        rollout_seconds=sum(r.rollout_seconds for r in rounds),
-        reward_seconds=sum(r.reward_seconds for r in rounds),
-        teacher_seconds=sum(r.teacher_seconds for r in rounds),
-    )

@@ -27,10 +27,10 @@ class RolloutStream(Generic[Rollout]):
     ):
         """sample: samples the rollout of a step; called in the order of the steps.
 
-        one_at_a_time: each call waits for the one before to end, for rollouts that draw a number of
-        prompts not known before, and for engines that are no faster with fewer sequences. Otherwise
-        calls overlap: the next rollout fills the engines while the last long samples of the one
-        before are being generated."""
+        one_at_a_time: start a rollout only when the one before has ended: where the number of its
+        prompts is not known in advance, and where engines gain nothing from more sequences.
+        Otherwise rollouts overlap: the next one fills the engines while the last long samples of
+        the one before are generated."""
         self._sample, self._staleness, self._last = sample, staleness, last
         self._one_at_a_time = one_at_a_time
         self._next = first

@@ -135,8 +135,9 @@ class Replica:
         replicas: dict[int, list[int]] = {}
         for rank, data_rank in enumerate(data_ranks):
             replicas.setdefault(int(data_rank), []).append(rank)
-        # Every rank creates every group: use_local_synchronization names a group by how many its
-        # rank has created, in which ranks differ (torch 2.13, distributed_c10d.py:5467), and hangs.
+        # Every rank creates every group. With use_local_synchronization a group's name is the count
+        # of groups that its rank has made (torch 2.13, distributed_c10d.py:5467); ranks disagree on
+        # it and hang.
         # Samples are bytes on hosts: gloo, also where tensors travel by NCCL.
         groups = {d: dist.new_group(ranks, backend="gloo") for d, ranks in replicas.items()}
         self._members, self._group = replicas[position.data_rank], groups[position.data_rank]

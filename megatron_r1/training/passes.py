@@ -16,8 +16,8 @@ from megatron_r1.models.build import process_groups
 from megatron_r1.training.packed import PackedBatch
 
 Compute = Callable[[PackedBatch, torch.Tensor], Any]
-"""(batch, output of the last stage) → (loss, denominator, report), Megatron's loss function; of a
-pass that is forward only, the report alone."""
+"""(batch, output of the last stage) → (loss, denominator, report), as Megatron's loss function; in
+a forward-only pass the report alone."""
 
 Inputs = Callable[[torch.nn.Module, PackedBatch], dict[str, torch.Tensor]]
 """Called before every forward pass; returns further arguments of the model."""

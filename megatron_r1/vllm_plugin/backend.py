@@ -22,8 +22,8 @@ from megatron_r1.vllm_plugin.cpu_patches import is_packed
 from megatron_r1.vllm_plugin.delivery import DeliveryCheck
 from megatron_r1.vllm_plugin.memory_layout import lay_out, with_gaps
 from megatron_r1.vllm_plugin.recorder import Copy, Parameter, record
-from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
-from megatron_r1.weight_sync.receive.table import SlotTable
+from megatron_r1.weight_sync.rendezvous import Rendezvous
+from megatron_r1.weight_sync.table import SlotTable
 from megatron_r1.weight_sync.transports import receiver_class
 from megatron_r1.weight_sync.transports.base import Receiver
 

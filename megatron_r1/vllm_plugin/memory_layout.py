@@ -7,7 +7,7 @@ from itertools import groupby
 import torch
 
 from megatron_r1.vllm_plugin.recorder import Copy, Parameter
-from megatron_r1.weight_sync.receive import Slot, SlotTable
+from megatron_r1.weight_sync.table import Slot, SlotTable
 
 ALIGNMENT = 64
 """Bytes, of parameters, which are views of the memory while their layers load."""

@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 from megatron_r1.config import Config
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.errors import TrainerError
-from megatron_r1.fleet.engine import Engine, raise_dead_after, swap_calls
+from megatron_r1.fleet.engine import Engine, raise_dead_after
 from megatron_r1.fleet.placement import hosts_address
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.fleet.swap import swap_calls
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.weight_bridge.engine_links import EngineLinks

@@ -14,8 +14,8 @@ from megatron_r1.trainer_client.client import TrainerClient
 CONNECT_SECONDS = 120.0
 """Limit for the ranks of a set and of the trainer to find each other."""
 ANSWER_SECONDS = 20.0
-"""The time limit for an engine to report that it could not be connected, once the trainer has; more
-than `LAST_WORDS_SECONDS`, in which the client waits for the engine's end."""
+"""Once the trainer has failed to connect, an engine has this long to report its own problem. Longer
+than `LAST_WORDS_SECONDS`, the client's wait for a dying engine."""
 
 
 OnLost = Callable[[Engine, EngineError], None]
@@ -169,6 +169,6 @@ def _errors(calls: dict[Engine, asyncio.Task[None]]) -> dict[Engine, EngineError
 
 def _report_failure(host: str, port: int, name: str, error: str) -> None:
     # Imports torch, which takes seconds and which the controller needs for nothing else.
-    from megatron_r1.weight_sync.receive.rendezvous import report_failure
+    from megatron_r1.weight_sync.rendezvous import report_failure
 
     report_failure(host, port, name, error)

@@ -9,9 +9,11 @@
 4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends (`base`); over the
    last two (`groups`, `pair_sender`, `pair_receiver`) an engine passes on to others what has
    entered it (`exchange`).
-5. `receive`: the engine rank's table of slots and the buffer in which a push arrives.
+5. `receive`: the buffer of an engine rank in which a push arrives.
 6. `verify`: one checksum per delivery, computed on both ends and compared before use.
 7. `megatron_r1.vllm_plugin.swap`: inside vLLM, the received weights replace the old ones;
    `delivery` compares the tensors in use before and after.
 
-`receive`, `transports` and `verify` also run inside vLLM, so they import nothing else of ours."""
+Both sides agree on it before: an engine rank publishes its `table` of slots, and `rendezvous` is
+how they find each other and learn of failures. These two, `receive`, `transports` and `verify` run
+inside vLLM as well, so they import nothing else of ours."""

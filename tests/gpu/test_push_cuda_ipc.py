@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from megatron_r1.weight_sync.receive import Delivery, Slot, SlotTable
-from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
-from megatron_r1.weight_sync.receive.table import slot_view
+from megatron_r1.weight_sync.rendezvous import Rendezvous
+from megatron_r1.weight_sync.table import Delivery, Slot, SlotTable, slot_view
 from megatron_r1.weight_sync.transports import receiver_class, sender_class
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

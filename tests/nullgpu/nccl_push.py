@@ -15,8 +15,8 @@ import torch
 from host_compute import compute_everywhere
 
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.receive.table import slot_view
 from megatron_r1.weight_sync.send.sender import WeightSender
+from megatron_r1.weight_sync.table import slot_view
 from megatron_r1.weight_sync.transports.base import Receiver
 
 os.chdir(Path(__file__).parents[2])  # the next imports read recipes

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_r1.weight_sync.receive.table import slot_view
+from megatron_r1.weight_sync.table import slot_view
 
 pytest.importorskip("vllm")
 

@@ -61,7 +61,7 @@ class SetLinks:
         )
 
     def requests(self, engines: EngineLayout, world: int) -> int:
-        """Return the requests to the store when all engines connect (`receive.rendezvous`).
+        """Return the requests to the store when all engines connect (`rendezvous`).
 
         An engine rank looks for its table, offers it, waits until all is ready, reads its
         position's plan, and creates its group; trainer rank 0 reads every offer, and each table

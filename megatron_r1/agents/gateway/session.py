@@ -142,8 +142,8 @@ class Session:
         """Take a sampled turn's tokens from the episode's; return how many of them were left.
         Raises Refused where none was.
 
-        Turns at once begin with the same tokens left: to reserve them at the beginning would make
-        the others wait for one that names no maximum. So the turn that ends last is cut."""
+        Turns in flight share the tokens left. Reserving them at the start would block the others
+        behind a turn without a maximum, so the last to finish is cut."""
         kept = min(num_tokens, self.limits.max_tokens - self.num_claimed)
         if num_tokens and kept < 1:
             raise self.out_of_tokens(

@@ -156,7 +156,7 @@ def num_links(plans: Iterable[Iterable[Iterable[Entry]]], world: int) -> list[in
 
 class _Piece(NamedTuple):
     """Parts that the same trainer ranks hold and that enter the same engine rank, of sets of `size`
-    engines; is_small: of all that enters it."""
+    engines; is_small: whether it is a small part of what enters that rank."""
 
     num_bytes: int
     engine: int
@@ -188,8 +188,8 @@ def _held_parts(planner: Planner, num_bytes: ByteCount) -> list[_HeldParts]:
 def _pieces(
     held: _HeldParts, num_bytes: ByteCount, position: int, engines: int, largest: float
 ) -> Iterator[_Piece]:
-    """Yield the pieces of a position: consecutive parts, of each engine equal bytes up to `UNEVEN`
-    of them or a block of rows, at most about `largest` of them in a piece."""
+    """Yield a position's pieces. Each engine gets an equal share of the bytes, up to `UNEVEN` of
+    them or one block of rows; a piece has at most about `largest` of a share."""
     share = _sum_bytes(part for parts in held.values() for part in parts) / engines
     end = 0.0
     shares: list[_HeldParts] = [{} for _ in range(engines)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_r1.weight_sync.receive.errors import IncompletePush
-from megatron_r1.weight_sync.receive.table import Delivery, SlotTable, by_window, slot_view
+from megatron_r1.weight_sync.table import Delivery, SlotTable, by_window, slot_view
 from megatron_r1.weight_sync.verify.checksum import RunningChecksum
 
 
@@ -107,8 +107,8 @@ class ReceiveBuffer:
             )
 
     def take_changed(self, window: int) -> set[int]:
-        """Return the slots of this window, which is to be loaded, for which other values have
-        arrived than in the push that was loaded before; one that was refused does not count."""
+        """Return this window's slots whose values differ from those of the last push that was
+        loaded; pushes that were refused do not count."""
         changed = set()
         with self._changed:
             for sender, windows in self.windows.items():

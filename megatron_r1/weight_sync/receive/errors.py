@@ -1,8 +1,8 @@
 """The errors of a push that an engine's server has to recognize.
 
-Apart from `buffer`, whose checksums import llvmlite. Where the server imports that before it forks
-its engine core, vLLM 0.32 does not start: triton_utils/dispatcher.py:143 looks into `__dict__` of
-every module's attributes, and that of llvmlite's library is no dictionary."""
+In a file of its own, not in `buffer`, whose checksums import llvmlite. Where the server imports
+that before it forks its engine core, vLLM 0.32 does not start: triton_utils/dispatcher.py:143 looks
+into `__dict__` of every module's attributes, and that of llvmlite's library is no dictionary."""
 
 
 class PushError(ValueError):

@@ -21,10 +21,10 @@ from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayou
 from megatron_r1.weight_sync.plan.shared_gpus import SharedGPUs
 from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
-from megatron_r1.weight_sync.receive.rendezvous import PositionPlan, ReceiverInfo, Rendezvous
-from megatron_r1.weight_sync.receive.table import SlotTable
+from megatron_r1.weight_sync.rendezvous import PositionPlan, ReceiverInfo, Rendezvous
 from megatron_r1.weight_sync.send.offers import EXPECTED_ERRORS, Offers
 from megatron_r1.weight_sync.send.slices import ParameterSlice
+from megatron_r1.weight_sync.table import SlotTable
 from megatron_r1.weight_sync.transports import sender_class
 from megatron_r1.weight_sync.transports.base import Sender
 from megatron_r1.weights.layout import Shard

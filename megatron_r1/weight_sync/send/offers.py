@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from megatron_r1.weight_sync.receive.rendezvous import ReceiverInfo, Rendezvous
-from megatron_r1.weight_sync.receive.table import SlotTable
+from megatron_r1.weight_sync.rendezvous import ReceiverInfo, Rendezvous
+from megatron_r1.weight_sync.table import SlotTable
 
 EXPECTED_ERRORS = (OSError, RuntimeError, ValueError)
 """Errors that fail a set and not this rank; torch.distributed raises the second."""

@@ -4,23 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-import torch
 from torch.distributed import Store
 
 from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.receive.rendezvous import Failure, Rendezvous, SetFailed, TableStore
+from megatron_r1.weight_sync.rendezvous import Failure, Rendezvous, SetFailed, TableStore
 from megatron_r1.weight_sync.send.link_planner import HeldPieces, Link, LinkPlanner, SetLinks
 from megatron_r1.weight_sync.send.offers import EXPECTED_ERRORS, Offers, read_offers
 from megatron_r1.weight_sync.send.slices import EncodedSlices
+from megatron_r1.weight_sync.send.threads import run_all
 from megatron_r1.weights.layout import Shard
 
-T = TypeVar("T")
 FromRankZero = Callable[[bytes | None], bytes]
 """Broadcasts rank 0's bytes to all trainer ranks, which pass None, and returns them."""
 
@@ -174,15 +172,3 @@ class WeightSender:
             links.rendezvous[0].report_error(f"trainer rank {self.rank}: {text}")
             return text
         return ""
-
-
-def run_all(calls: Sequence[Callable[[], T]]) -> list[T]:
-    """Run each call in a thread of its own; return their results, or raise the first error when all
-    have ended. A single call runs in this thread."""
-    if len(calls) <= 1:
-        return [call() for call in calls]
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-    use_device = partial(torch.cuda.set_device, device) if device is not None else None
-    with ThreadPoolExecutor(len(calls), initializer=use_device) as threads:
-        running = [threads.submit(call) for call in calls]
-    return [call.result() for call in running]

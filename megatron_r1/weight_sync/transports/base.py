@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 
 from megatron_r1.weight_sync.receive.buffer import ReceiveBuffer
-from megatron_r1.weight_sync.receive.rendezvous import Peer, ReceiverInfo, Rendezvous
-from megatron_r1.weight_sync.receive.table import Delivery, SlotTable, by_window
+from megatron_r1.weight_sync.rendezvous import Peer, ReceiverInfo, Rendezvous
+from megatron_r1.weight_sync.table import Delivery, SlotTable, by_window
 
 
 class Receiver(ABC):

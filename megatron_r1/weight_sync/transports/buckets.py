@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_r1.weight_sync.receive.table import Delivery, SlotTable, slot_view
+from megatron_r1.weight_sync.table import Delivery, SlotTable, slot_view
 
 BUCKET_BYTES = 32 << 20
 Chunk = tuple[int, int, int]

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from megatron_r1.weight_sync.receive.errors import IncompletePush
-from megatron_r1.weight_sync.receive.rendezvous import Peer, SetFailed
-from megatron_r1.weight_sync.receive.table import Delivery, by_window
+from megatron_r1.weight_sync.rendezvous import Peer, SetFailed
+from megatron_r1.weight_sync.table import Delivery, by_window
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from megatron_r1.weight_sync.transports.base import gpu_uuid
 from megatron_r1.weight_sync.transports.buckets import Buckets, Chunk

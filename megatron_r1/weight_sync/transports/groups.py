@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
+from megatron_r1.weight_sync.rendezvous import Rendezvous
 from megatron_r1.weight_sync.transports.base import gpu_uuid
 
 ENGINE_RANK, TRAINER_RANK = 0, 1

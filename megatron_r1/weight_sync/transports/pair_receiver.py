@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from megatron_r1.weight_sync.receive.rendezvous import SetFailed
-from megatron_r1.weight_sync.receive.table import SlotTable
+from megatron_r1.weight_sync.rendezvous import SetFailed
+from megatron_r1.weight_sync.table import SlotTable
 from megatron_r1.weight_sync.transports import delta
 from megatron_r1.weight_sync.transports.base import Receiver
 from megatron_r1.weight_sync.transports.buckets import Buckets, Chunk

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_r1.weight_sync.receive.table import Delivery, dtype_of
+from megatron_r1.weight_sync.table import Delivery, dtype_of
 from megatron_r1.weight_sync.transports import delta
 from megatron_r1.weight_sync.transports.base import Sender, Slices
 from megatron_r1.weight_sync.transports.buckets import Buckets, Chunk

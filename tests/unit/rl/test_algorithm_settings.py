@@ -18,8 +18,8 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import UserError
 from megatron_r1.rl import algorithms
-from megatron_r1.rl.advantages import overlong_punishment
 from megatron_r1.rl.loop import minibatches, training_reward, training_samples, update
+from megatron_r1.rl.overlong import overlong_punishment
 from megatron_r1.rl.rollout import GradedResponse, Group
 from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.trainer_client.recorder import RunState

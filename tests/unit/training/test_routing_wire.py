@@ -15,7 +15,8 @@ from megatron_r1.config import Config
 from megatron_r1.engine.responses import decode_routing
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.models.routing_shape import RoutingShape, routing_shape
-from megatron_r1.training.packed import RoutingPart, TokenSplit, packed_batch
+from megatron_r1.training.packed import TokenSplit, packed_batch
+from megatron_r1.training.packed_routing import RoutingPart
 from megatron_r1.training.wire import Sample
 
 CPU = torch.device("cpu")

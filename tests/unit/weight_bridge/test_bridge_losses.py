@@ -18,7 +18,7 @@ from megatron_r1.weight_bridge.bridge import WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
 from megatron_r1.weight_bridge.probes import Prober
 from megatron_r1.weight_bridge.set_connector import SetConnector
-from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
+from megatron_r1.weight_sync.rendezvous import Rendezvous
 
 
 def make_bridge(trainer, fleet, probes=()):

@@ -9,9 +9,10 @@ from torch.distributed import TCPStore
 
 from megatron_r1.weight_sync.plan.fp8_blocks import scale_region
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.receive import Slot, SlotTable
-from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
-from megatron_r1.weight_sync.send.sender import WeightSender, run_all
+from megatron_r1.weight_sync.rendezvous import Rendezvous
+from megatron_r1.weight_sync.send.sender import WeightSender
+from megatron_r1.weight_sync.send.threads import run_all
+from megatron_r1.weight_sync.table import Slot, SlotTable
 from megatron_r1.weight_sync.transports import receiver_class
 from megatron_r1.weights import hf_tensors
 from megatron_r1.weights.layout import stage_shards

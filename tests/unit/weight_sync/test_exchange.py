@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+from megatron_r1.weight_sync import rendezvous
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.receive import rendezvous
-from megatron_r1.weight_sync.receive.rendezvous import Rendezvous, SetFailed
-from megatron_r1.weight_sync.receive.table import Slot, SlotTable, slot_view
+from megatron_r1.weight_sync.rendezvous import Rendezvous, SetFailed
+from megatron_r1.weight_sync.table import Slot, SlotTable, slot_view
 from megatron_r1.weight_sync.transports import buckets, exchange
 from megatron_r1.weight_sync.transports.buckets import Buckets
 from megatron_r1.weight_sync.transports.exchange import GlooReceiver

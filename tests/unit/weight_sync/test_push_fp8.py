@@ -15,11 +15,10 @@ from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.checks import check_blocks, check_pushes
 from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors, scale_region
 from megatron_r1.weight_sync.plan.tensors import Region
-from megatron_r1.weight_sync.receive import SlotTable
-from megatron_r1.weight_sync.receive.rendezvous import ReceiverInfo, Rendezvous
-from megatron_r1.weight_sync.receive.table import dtype_of, slot_view
+from megatron_r1.weight_sync.rendezvous import ReceiverInfo, Rendezvous
 from megatron_r1.weight_sync.send import slices
 from megatron_r1.weight_sync.send.sender import WeightSender
+from megatron_r1.weight_sync.table import SlotTable, dtype_of, slot_view
 from megatron_r1.weight_sync.transports import buckets
 from megatron_r1.weights.stored.fp8 import is_quantized, scale_name
 from tools.bench.push.small_model import held_by

@@ -11,11 +11,10 @@ import xxhash
 from torch.distributed import TCPStore
 
 from megatron_r1.engine.errors import PushIncomplete
-from megatron_r1.weight_sync.receive import Delivery, Slot, SlotTable
 from megatron_r1.weight_sync.receive.buffer import check_coverage
 from megatron_r1.weight_sync.receive.errors import IncompletePush
-from megatron_r1.weight_sync.receive.rendezvous import ReceiverInfo, Rendezvous, TableStore
-from megatron_r1.weight_sync.receive.table import slot_view
+from megatron_r1.weight_sync.rendezvous import ReceiverInfo, Rendezvous, TableStore
+from megatron_r1.weight_sync.table import Delivery, Slot, SlotTable, slot_view
 from megatron_r1.weight_sync.transports import buckets, receiver_class, sender_class, shared_memory
 from megatron_r1.weight_sync.transports.shared_memory import NamedMemory, sweep
 from megatron_r1.weight_sync.verify.checksum import (

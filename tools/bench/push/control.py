@@ -26,9 +26,9 @@ from megatron_r1.files.jsonl import read_lines
 from megatron_r1.processes.children import free_port
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
-from megatron_r1.weight_sync.receive.table import slot_view
+from megatron_r1.weight_sync.rendezvous import Rendezvous
 from megatron_r1.weight_sync.send.sender import WeightSender
+from megatron_r1.weight_sync.table import slot_view
 from megatron_r1.weight_sync.transports import buckets, exchange, pair_receiver, pair_sender
 from megatron_r1.weights import hf_tensors
 from tools.bench.push.real_size import slot_table

@@ -16,7 +16,7 @@ import msgspec
 import xxhash
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 
-from megatron_r1.weight_sync.receive.table import Delivery, SlotTable
+from megatron_r1.weight_sync.table import Delivery, SlotTable
 
 REPORT_SECONDS = 10.0
 POLL_SECONDS = 1.0

@@ -1,0 +1,40 @@
+"""Dynamic sampling: further prompts take the place of groups that teach nothing."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.rl.rollout import Group, Rollout
+
+
+async def collect_informative(
+    collect: Callable[[list[Prompt]], Awaitable[Rollout]],
+    draw: Callable[[int], list[Prompt]],
+    num_groups: int,
+    max_rounds: int,
+) -> Rollout:
+    """Return a rollout of `num_groups` groups, those with different rewards first (dynamic
+    sampling: DAPO, arXiv 2503.14476, section 3.2).
+
+    A group whose responses all have the same reward has advantage 0 everywhere. Without such groups
+    the number of samples behind a gradient stays the same while the policy learns.
+
+    draw: returns that many new prompts. Each of at most `max_rounds` rounds draws a prompt for
+    every group still missing; equal-reward groups then fill the batch up to its size, and the rest
+    of them are `passed_over`. Times are summed over the rounds."""
+    different: list[Group] = []
+    equal: list[Group] = []
+    rounds: list[Rollout] = []
+    while len(different) < num_groups and len(rounds) < max_rounds:
+        rounds.append(await collect(draw(num_groups - len(different))))
+        for group in rounds[-1].groups:
+            (equal if group.has_equal_rewards else different).append(group)
+    num_missing = num_groups - len(different)
+    return replace(
+        rounds[-1],
+        groups=different + equal[:num_missing],
+        passed_over=equal[num_missing:],
+        rollout_seconds=sum(r.rollout_seconds for r in rounds),
+        reward_seconds=sum(r.reward_seconds for r in rounds),
+        teacher_seconds=sum(r.teacher_seconds for r in rounds),
+    )
