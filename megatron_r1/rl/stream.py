@@ -10,15 +10,15 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-Rollout = TypeVar("Rollout")
+T = TypeVar("T")
 
 
-class RolloutStream(Generic[Rollout]):
+class RolloutStream(Generic[T]):
     """Samples the rollouts of the steps `first` … `last`, in order."""
 
     def __init__(
         self,
-        sample: Callable[[int], Awaitable[Rollout]],
+        sample: Callable[[int], Awaitable[T]],
         first: int,
         last: int,
         staleness: int,
@@ -34,7 +34,7 @@ class RolloutStream(Generic[Rollout]):
         self._sample, self._staleness, self._last = sample, staleness, last
         self._one_at_a_time = one_at_a_time
         self._next = first
-        self._tasks: dict[int, asyncio.Task[Rollout]] = {}
+        self._tasks: dict[int, asyncio.Task[T]] = {}
 
     def pushed(self, version: int) -> None:
         """Start the rollouts that may begin now that the engines hold `version`."""
@@ -43,7 +43,7 @@ class RolloutStream(Generic[Rollout]):
             self._tasks[self._next] = asyncio.create_task(self._start(self._next, before))
             self._next += 1
 
-    async def take(self, step: int) -> Rollout:
+    async def take(self, step: int) -> T:
         """Wait for the rollout of `step` and return it; raises what its sampling raised.
 
         A later rollout that has failed meanwhile raises only when it is taken itself. Raises
@@ -62,7 +62,7 @@ class RolloutStream(Generic[Rollout]):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _start(self, step: int, before: asyncio.Task[Rollout] | None) -> Rollout:
+    async def _start(self, step: int, before: asyncio.Task[T] | None) -> T:
         if self._one_at_a_time and before is not None:
             await asyncio.wait({before})
         return await self._sample(step)

@@ -46,7 +46,9 @@ def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
     if average == "token":
         return batch.is_response.sum().int()
     if average in ("sequence", "constant"):
-        return torch.tensor(batch.num_samples, dtype=torch.int, device=batch.is_response.device)
+        return torch.tensor(
+            batch.num_trajectories, dtype=torch.int, device=batch.is_response.device
+        )
     raise ValueError(f"loss average {average!r}: use token, sequence or constant")
 
 

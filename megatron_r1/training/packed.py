@@ -70,7 +70,7 @@ class PackedBatch:
     """Sample borders of the whole micro-batch, for attention."""
     borders: Tensor
     """(S + 1,) int32, from 0 to T: sample borders of this rank's part."""
-    num_samples: int
+    num_trajectories: int
     """S without padding, the branches of a trajectory counted as one, on the first context rank; 0
     on the others, so that the sum over ranks is the number of trajectories."""
     last_tokens: Tensor
@@ -145,7 +145,7 @@ def packed_batch(
         targets=tokens.roll(-1)[held].to(device),
         is_response=is_response.to(device),
         response_rows=is_response.nonzero()[:, 0].to(device),
-        num_samples=sum(s.trajectories for s in samples) if split.context_rank == 0 else 0,
+        num_trajectories=sum(s.trajectories for s in samples) if split.context_rank == 0 else 0,
         advantages=advantages.to(device),
         rollout_logprobs=rollout_logprobs.to(device),
         last_tokens=here[torch.tensor(ends, dtype=torch.int64)].to(device),

@@ -3,7 +3,7 @@
 A sample is one text; its score is read at its last token. That position may be on any rank of the
 context group. All these ranks compute the same loss from the same scores; the gradient reaches the
 rank that has the position, and the sample is counted on the first context rank
-(`PackedBatch.num_samples`)."""
+(`PackedBatch.num_trajectories`)."""
 
 from dataclasses import dataclass
 
@@ -47,7 +47,7 @@ def pairwise(batch: PackedBatch, scores: Scores, settings: object = None) -> Los
     of_samples = scores.of_samples()
     margins = of_samples[0::2] - of_samples[1::2]
     measured = {"accuracy": margins > 0, "margin": margins}
-    return _terms(batch, -logsigmoid(margins), measured, batch.num_samples // 2)
+    return _terms(batch, -logsigmoid(margins), measured, batch.num_trajectories // 2)
 
 
 def pointwise(batch: PackedBatch, scores: Scores, settings: object = None) -> LossTerms:
@@ -59,14 +59,16 @@ def pointwise(batch: PackedBatch, scores: Scores, settings: object = None) -> Lo
     of_samples, labels = scores.of_samples(), batch.labels
     margins = of_samples * (2 * labels - 1)
     losses = binary_cross_entropy_with_logits(of_samples, labels, reduction="none")
-    return _terms(batch, losses, {"accuracy": margins > 0, "margin": margins}, batch.num_samples)
+    return _terms(
+        batch, losses, {"accuracy": margins > 0, "margin": margins}, batch.num_trajectories
+    )
 
 
 def _terms(
     batch: PackedBatch, losses: Tensor, measured: dict[str, Tensor], count: int
 ) -> LossTerms:
     # Every context rank has all the losses; the first one reports them.
-    reports = batch.num_samples > 0
+    reports = batch.num_trajectories > 0
     denominator = torch.tensor(count, dtype=torch.int, device=losses.device)
     means = {
         name: Mean(values.detach().float().sum() * reports, denominator)

@@ -33,14 +33,14 @@ def test_positions_targets_and_borders_by_hand():
     assert b.targets[seen].tolist() == [10, 11, 6, 1, 2]
     assert b.rollout_logprobs[seen].tolist() == [-0.5, -0.25, -1.0, -2.0, -3.0]
     assert b.advantages[seen].tolist() == [2.0, 2.0, -1.0, -1.0, -1.0]
-    assert b.num_samples == 2
+    assert b.num_trajectories == 2
 
 
 def test_padding_for_sequence_parallelism_adds_a_sample_that_counts_nothing():
     b = batch(multiple_of=4)
     assert b.input_ids.shape == (1, 12)
     assert b.packed_seq_params.cu_seqlens_q.tolist() == [0, 5, 9, 12]
-    assert b.is_response.sum() == 5 and b.num_samples == 2
+    assert b.is_response.sum() == 5 and b.num_trajectories == 2
 
 
 def test_a_microbatch_without_samples_counts_nothing():
@@ -86,7 +86,7 @@ def test_a_prompt_of_several_samples_lies_there_once():
     assert b.response_rows.tolist() == [2, 3, 6, 8]
     assert b.targets[b.is_response].tolist() == [1, 2, 3, 4]
     assert b.advantages[b.is_response].tolist() == [0.5, 0.5, 1.5, 2.5]
-    assert b.last_tokens.tolist() == [4, 7, 9, 10] and b.num_samples == 4
+    assert b.last_tokens.tolist() == [4, 7, 9, 10] and b.num_trajectories == 4
     assert b.borders.tolist() == [0, 2, 5, 8, 10, 11, 12] and b.num_shared == 4
     assert segments_before(b.packed_seq_params.cu_seqlens_q).tolist() == [-1, 0, -1, 0, 0, -1]
     assert b.packed_seq_params.max_seqlen_q == 5
