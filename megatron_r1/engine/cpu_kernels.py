@@ -3,6 +3,7 @@
 Without the check an engine ends at its start, or at its first prompt, with a message that names no
 key of `config.json`. Lines are of vLLM 0.32."""
 
+import os
 from typing import Any
 
 from megatron_r1.config import RolloutConfig
@@ -33,8 +34,10 @@ def check_cpu_kernels(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
     if not (hidden and heads and hf.get("num_hidden_layers")):
         return  # the engine's own error is more precise
     if family.latent:
+        # vLLM's own variable, which its engines inherit: with it they compute keys and values.
+        is_disabled = os.environ.get("VLLM_MLA_DISABLE", "0") != "0"
         for key, size in LATENT_SIZES.items():
-            if hf.get(key, size) != size:
+            if hf.get(key, size) != size and not is_disabled:
                 raise UserError(f"config.json: {key}={hf[key]}: {_only(str(size))}")
     elif (size := hf.get("head_dim") or hidden // heads) not in HEAD_SIZES:
         name = "head_dim" if hf.get("head_dim") else "hidden_size / num_attention_heads"

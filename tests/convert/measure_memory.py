@@ -43,6 +43,7 @@ HF = {
     "n_group": 4,
     "topk_group": 4,
     "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
     "q_lora_rank": 1536,
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,

@@ -101,3 +101,9 @@ def test_experts_in_no_layer_are_refused_where_vllm_needs_one(changes):
     check_ranks(RolloutConfig(), MOE, "rollout")
     with pytest.raises(UserError, match="no layer has experts .*vLLM's class of Qwen3MoeForCausal"):
         check_ranks(RolloutConfig(), MOE | changes, "rollout")
+
+
+def test_latents_of_any_size_are_computed_as_keys_and_values(monkeypatch):
+    monkeypatch.setattr(cpu_kernels.gpu, "is_usable", lambda: False)
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    cpu_kernels.check_cpu_kernels(RolloutConfig(), LATENT | {"kv_lora_rank": 256})

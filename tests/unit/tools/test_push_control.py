@@ -4,6 +4,7 @@ ranks that cannot end the push name it."""
 import pytest
 
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
+from tools.bench.children import in_own_process
 from tools.bench.push import control
 
 
@@ -17,19 +18,17 @@ from tools.bench.push import control
         pytest.param("engine rank hangs", marks=pytest.mark.slow),
     ],
 )
-def test_each_fault_is_named_by_the_ranks_it_stops(fault, tmp_path, monkeypatch):
-    small = {
-        "GRID": TrainerGrid(8, tensor=2, pipeline=2, expert=2),
-        "ENGINE": EngineLayout(tensor=2, expert_parallel=True),
-        "ENGINES": 2,
-        "TRAINER": 5,
-        "MEMBER": 1,
-        "POSITION": 1,
-        "PUSH_SECONDS": 3.0,
-    }
-    for name, value in small.items():
-        monkeypatch.setattr(control, name, value)
-    found = control._run(fault, tmp_path)
+def test_each_fault_is_named_by_the_ranks_it_stops(fault, tmp_path):
+    # The ranks are forked, and a fork of this process, whose libraries have threads, may crash.
+    found = in_own_process(small_run, fault, tmp_path)
     assert found["right"], found
     assert found["killed"] == {"none": 0, "engine killed": 2, "engine rank hangs": 0}.get(fault, 1)
     assert bool(found["engine ranks that report an error"]) == (fault != "none")
+
+
+def small_run(fault, folder):
+    control.GRID = TrainerGrid(8, tensor=2, pipeline=2, expert=2)
+    control.ENGINE, control.ENGINES = EngineLayout(tensor=2, expert_parallel=True), 2
+    control.TRAINER, control.MEMBER, control.POSITION = 5, 1, 1
+    control.PUSH_SECONDS = 3.0
+    return control._run(fault, folder)
