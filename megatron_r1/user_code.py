@@ -66,7 +66,8 @@ def place_of(error: BaseException) -> str:
 
 
 def source_of(function: str) -> str:
-    """Return the source of "module:function"'s module, unimported. Raises UserError without one."""
+    """Return the source of the module in "module:function", without importing it. Raises UserError
+    if there is no such module."""
     module = function.partition(":")[0]
     importlib.invalidate_caches()
     spec = _find_below(os.getcwd(), module)  # first, as with `python -m`, which runs it
@@ -90,7 +91,8 @@ def _find_below(folder: str, module: str) -> ModuleSpec | None:
 
 def syntax_of(function: str) -> str:
     """Return the syntax tree of the module in "module:function" as text, without comments and
-    layout. Raises UserError as `source_of` and for a syntax error."""
+    layout: results of an equal module may be used again. Raises UserError as `source_of` and for a
+    syntax error."""
     try:
         with _READING:
             return ast.dump(ast.parse(source_of(function)))

@@ -103,7 +103,8 @@ async def _converse(policy: EnginePolicy, seed: int) -> None:
 
 
 async def _answer_all(policy: EnginePolicy, questions: list[str], seed: int) -> None:
-    """Answer all questions at once; print the answers in order, several below their questions."""
+    """Answer all questions at once; print the answers in their order, each below its question where
+    there are several."""
     answers = await asyncio.gather(*(policy.respond(question, seed) for question in questions))
     for question, answer in zip(questions, answers, strict=True):
         if len(questions) > 1:

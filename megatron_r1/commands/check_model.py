@@ -105,7 +105,8 @@ def _check(config: Config, folder: str) -> Findings:
 
 
 def _config(config: Config, folder: str) -> Config:
-    """Return the recipe of the check: as few processes as the layout takes, one dtype for all."""
+    """Return the recipe of the check: this folder, as few processes as the layout takes, an engine
+    of the trainer's dtype."""
     at = config.parallel
     ranks = at.pipeline * max(at.tensor * at.context, at.expert * (at.expert_tensor or 1))
     return config.with_changes(
@@ -144,6 +145,7 @@ def _problem(megatron: float, vllm: float | str, tolerance: float) -> str | None
 
 
 def _text(found: Findings, parallel: ParallelConfig) -> str:
+    """Return the findings as lines."""
 
     def difference(value: float | str) -> str:
         if isinstance(value, str):

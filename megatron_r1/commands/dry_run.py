@@ -43,8 +43,9 @@ TRAINER_BYTES = 16
 
 def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
     """Sample and grade the first questions of the first rollout, at most `MAX_RESPONSES` responses
-    on an engine of this host, and print responses, figures and advice. Writes nothing. Raises
-    UserError for engines on other hosts, and for a run that would not fit into memory."""
+    on an engine of this host, and print responses, figures and advice. Writes nothing.
+    Raises UserError where the recipe's engines are on other hosts, and where the run would not fit
+    into memory."""
     if config.rollout.placement != "local":
         raise UserError(
             f"--dry-run: rollout.placement: {config.rollout.placement} has its engines on other "
@@ -125,7 +126,8 @@ def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:
 
 
 def _conversation(episode: Episode) -> tuple[str, str]:
-    """Return an episode's question, and its further turns: answers, results behind an arrow."""
+    """Return the text that an episode began with, and its further turns: answers, and after an
+    arrow what its calls returned."""
     turns = episode.turns
     begin = next((at for at, turn in enumerate(turns) if turn.trained), len(turns))
     questions = [turn.text for turn in turns[:begin] if turn.role == "user"]
@@ -138,6 +140,7 @@ def _conversation(episode: Episode) -> tuple[str, str]:
 
 
 def _episodes(rollout: Rollout) -> list[str]:
+    """Return a line with the ends of the episodes and their calls, if there are episodes."""
     episodes = [r.episode for r in responses_of(rollout.groups) if r.episode is not None]
     if not episodes:
         return []
@@ -174,7 +177,8 @@ def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, me
 
 
 def _memory(config: Config) -> str:
-    """Return a sentence on the run's memory. Raises UserError where this host has less."""
+    """Return a sentence on the memory that the run takes. Raises UserError for a run that does not
+    fit into this host's."""
     parameters = num_parameters(read_hf_config(config.model.path), with_mtp=False)
     size = f"{parameters / 1e6:,.1f}M parameters; "
     if gpu.is_usable():

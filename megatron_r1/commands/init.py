@@ -64,8 +64,9 @@ OWN = ":"
 
 
 def run(config: Config, model: str, data: str, out: str | None = None, **given: str) -> None:
-    """Write the recipe and print it. given: question, truth and kind that the user names. Raises
-    UserError for what is missing, before it is written, and for a recipe that `rl` would refuse."""
+    """Write the recipe and print it. given: the question, truth and kind that the user names.
+    Raises UserError naming what is missing, before it is written, and for a recipe that `rl` would
+    refuse."""
     if Path(model).is_file():
         raise UserError(
             f"{MODEL} {model}: it is a file; the order is megatron-r1 init {' '.join(ARGUMENTS)}"
@@ -120,7 +121,8 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
 
 
 def _try(path: Path, columns: Columns) -> None:
-    """Check the recipe as `rl` does, and print the memory that it takes without a GPU."""
+    """Check the recipe as `rl` does, and print the memory that it takes without a GPU. Raises
+    UserError."""
     recipe = configuration.load(path, required=rl.REQUIRED)
     _, prompts = prepare(recipe)
     if OWN in (columns.kind or ""):
@@ -160,7 +162,8 @@ def _kind_of_run(columns: Columns, folder: Path) -> Columns:
 
 
 def _questions(data: str, columns: Columns) -> list[str]:
-    """Return the distinct questions of the rows. Raises UserError for a row without one."""
+    """Return the distinct questions of the rows that are read. Raises UserError for a row without
+    one."""
     renamed = {"question": columns.question}
     found: dict[str, str] = {}
     for location, row in itertools.islice(read_records(data, renamed), MAX_ROWS):
@@ -245,7 +248,8 @@ def _machine() -> Machine:
 
 
 def _check_truths(data: str, columns: Columns) -> None:
-    """Print how many of the first truths the math reward reads, and the first that it does not."""
+    """Print how many of the first truths the math reward reads as an answer, and the first that it
+    does not."""
     if columns.kind != "math" or columns.truth is None:
         return
     rows = itertools.islice(read_records(data, {"truth": columns.truth}), TRIED_TRUTHS)

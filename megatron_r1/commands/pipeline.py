@@ -25,7 +25,8 @@ from megatron_r1.workflow.status import State, examine_all, stale_text, status_l
 
 def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:
     """Run the pipeline of the recipe at `path`. verbs: name → module of the verbs that stages may
-    use. Raises UserError before anything runs, RunError for a failed stage, KeyboardInterrupt."""
+    use. Raises UserError before anything runs, RunError when a stage fails, KeyboardInterrupt
+    when asked to stop."""
     if is_rank():
         raise UserError(
             "pipeline is one process and starts the others: give a stage the launch "
@@ -87,7 +88,8 @@ def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:
 
 
 def _check_states(config: PipelineConfig, plan: Plan, graph: Graph, chosen: list[str]) -> None:
-    """Raise UserError for stale stages that may not rerun, and for one alone that needs others."""
+    """Raise UserError for stale stages without `pipeline.rerun`, and for `pipeline.only` with a
+    stage that needs others first."""
     statuses = examine_all(plan, graph)
     if config.only:
         not_done = [

@@ -14,7 +14,8 @@ SETTINGS = ("preflight",)
 
 
 def start_ranks(arguments: Sequence[str], num_ranks: int) -> int:
-    """Run the command as `num_ranks` ranks on this machine; return its exit status."""
+    """Run the command with these arguments as `num_ranks` ranks on this machine; return its exit
+    status."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     command = [sys.executable, "-m", *launcher, "-m", "megatron_r1", *arguments]
     environment = os.environ | {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}

@@ -39,7 +39,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a reward model. dropped: how many rows were left out, by reason."""
+    """The training and held-out rows of a reward model. dropped: how many rows were left out, by
+    reason."""
 
     train: list[Row]
     heldout: list[Row]
@@ -90,7 +91,8 @@ def run(config: Config) -> None:
 
 def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
     """Read the rows of `reward_model.data`, tokenize them and split them by their questions. Raises
-    UserError with file and line for a bad row, for a padding token at an end, for an empty side."""
+    UserError with file and line for a bad row, for texts that end with the padding token, and where
+    a side has no rows."""
     settings = config.reward_model
     limit = settings.max_tokens or hf["max_position_embeddings"]
     sides: dict[bool, list[Row]] = {False: [], True: []}

@@ -89,7 +89,8 @@ def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
 
 
 def show_padded_truths(source: str, prompts: PromptSplit) -> None:
-    """Print how many truths have spaces at an end, which a reward of the user's own may compare."""
+    """Print how many truths have spaces at an end, which a reward of the user's own may compare.
+    source: the file or the task."""
     padded = [
         prompt
         for prompt in prompts.train + prompts.heldout

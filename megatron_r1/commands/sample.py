@@ -93,8 +93,9 @@ class Plan:
 
 
 def run(config: Config) -> None:
-    """Sample what is missing, decide, write the outputs; the same command continues. Raises
-    UserError before any long work, RunError if an engine or a service fails or nothing is kept."""
+    """Sample what is missing, decide, write the outputs. Raises UserError before any long work
+    starts, RunError if an engine or a service fails or no response is kept. The same command
+    continues."""
     if bool(config.sample.server) == bool(config.model.path):
         raise UserError(
             "sample needs one model: either model.path (a Hugging Face folder or a run's folder) "
@@ -110,7 +111,9 @@ def run(config: Config) -> None:
 
 
 def _plan(config: Config) -> Plan:
-    """Load what a run samples and how it writes it. Raises UserError where no question is left."""
+    """Load what a run samples and how it writes it: questions that no benchmark has, worked
+    examples, the rewriting function, the form of its output. Raises UserError where no question
+    is left."""
     sample = config.sample
     data = config.data.model_dump(exclude={"template"})
     if not sample.is_graded and data["kind"] is None:
@@ -244,7 +247,8 @@ async def _decide(
 
 
 def _filtered(counts: DecisionCounts) -> str:
-    """Return which filter drops the most responses that would be kept without it, or ""."""
+    """Return which filter drops the most responses that would be kept without it, and its switch;
+    "" if none does."""
     name = next((name for name, _ in counts.decisions.most_common() if name in NAMES), None)
     if name is None:
         return ""

@@ -126,6 +126,7 @@ class _Scoring:
         self._rewards: dict[str, tuple[float, int]] = {}
 
     def add(self, kind: object, grade: Grade) -> None:
+        """Count one line."""
         self.num_lines += 1
         if not grade.is_graded:
             self.num_ungraded += 1
@@ -208,7 +209,8 @@ def _encode(record: dict[str, Any], grade: Grade) -> bytes:
 
 
 def _read_batch(lines: BinaryIO) -> list[bytes | None]:
-    """Return the next lines, about BATCH_BYTES, none at the end; None: a line that is too long."""
+    """Return the next lines, about BATCH_BYTES, or none at the end; None stands for a line that is
+    too long."""
     batch: list[bytes | None] = []
     num_bytes = 0
     while num_bytes < BATCH_BYTES and (line := lines.readline(MAX_LINE_BYTES)):

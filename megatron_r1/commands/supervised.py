@@ -103,6 +103,7 @@ async def _train(
 
 
 async def _step(task: SupervisedTask, recorder: Recorder, trainer: TrainerClient) -> None:
+    """Take one optimizer step on the next batch, and record it."""
     state, config = recorder.state, task.config
     batch = task.to_samples(task.sampler.next(task.batch_size))
     start = time.perf_counter()

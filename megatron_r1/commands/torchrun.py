@@ -36,7 +36,8 @@ def num_ranks(config: Config) -> int:
 
 
 def start_controller(arguments: list[str]) -> tuple[subprocess.Popen, str]:
-    """Start the controller beside rank 0; return it and its address for all ranks."""
+    """Start the controller beside rank 0 with the command's `arguments`; return it and the address
+    for all ranks."""
     port = children.free_port()
     os.environ[RANKS_ENVIRONMENT] = secrets.token_hex(32)  # rank 0 sends it to the other ranks
     environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN}

@@ -38,7 +38,8 @@ class TrainingRun:
 
 
 Body = Callable[[TrainingRun], Awaitable[None]]
-"""Trains. It is called while the trainer's ranks still start, and awaits `trainer.connect()`."""
+"""Trains. It is called while the trainer's ranks are still starting, and awaits
+`trainer.connect()`."""
 
 IMPLEMENTATIONS = "implementations.json"
 """The file in the run's folder that names the implementation of each part of a step."""
@@ -67,8 +68,9 @@ def run_training(
 ) -> None:
     """Run `body`, export the model and write the report.
 
-    name: of the kind of run, for its title. facts: about the run, the model's path first. Raises
-    UserError, TrainerError or EngineError as they end the run, KeyboardInterrupt when stopped."""
+    name: of the kind of run, for its title. facts: about the run, the model's path first.
+    Raises UserError, TrainerError or EngineError as they end the run, KeyboardInterrupt when it was
+    asked to stop."""
     for file, what in OTHERS.items():
         if Path(config.run.folder, file).exists():
             raise UserError(

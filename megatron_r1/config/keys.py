@@ -81,7 +81,8 @@ def docstrings(model: type[BaseModel]) -> dict[str, str]:
 
 
 def models_within(annotation: Any, entry: str = "") -> Iterator[tuple[type[BaseModel], str]]:
-    """Yield the models in a type such as `list[Model] | None`, each with its suffix (`ENTRY`)."""
+    """Yield the models in a type such as `list[Model] | None`, each with the suffix of its keys
+    (`ENTRY`)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, entry
     else:

@@ -1,4 +1,5 @@
-"""Reads a recipe from YAML, and settings of the command line over it (`--section.key value`)."""
+"""Reads a recipe from YAML, with settings of the command line (`--section.key value`) over it;
+writes the resolved one."""
 
 import difflib
 from collections.abc import Collection, Mapping
@@ -43,9 +44,10 @@ def from_tree(
     required: tuple[str, ...] = (),
     given: Collection[str] = (),
 ) -> Config:
-    """Build the configuration from a recipe's sections; raises as `load`.
+    """Build the configuration from a recipe's sections.
 
-    origin: name of the recipe in errors. given: keys that the command line sets."""
+    origin: name of the recipe in errors. given: keys that the command line sets. Raises UserError
+    naming every mistake."""
     config = parse(tree, origin, given)
     missing = [key for key in required if not attrgetter(key)(config)]
     if missing:
@@ -99,7 +101,7 @@ def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[
                 raise UserError(f"--{key} needs a value{did_you_mean(key, known, '--{}')}")
             value = pending.pop(0)
         if "." not in key:
-            # Compared with whole keys, most of which are longer: a looser cutoff than elsewhere.
+            # A looser cutoff than elsewhere: `key` is compared with dotted keys, which are longer.
             near = difflib.get_close_matches(key, [*known, *known_keys()], n=1, cutoff=0.4)
             hint = f"; did you mean --{near[0]}?" if near else ""
             raise UserError(f"unknown option --{key}: settings are --section.key value{hint}")

@@ -152,7 +152,8 @@ class RLConfig(Section):
         return self
 
     def loss_settings(self, max_response_tokens: int) -> LossSettings:
-        """Return the settings of the algorithm's loss. max_response_tokens: of the step."""
+        """Return the settings of the algorithm's loss. max_response_tokens: of the step's `rollout`
+        section."""
         kl_in_reward = algorithms.rules_of(self.algorithm).kl_in_reward
         return LossSettings(
             average=self.loss_average,

@@ -66,7 +66,8 @@ def changes_at(schedule: list[ScheduleEntry], step: int) -> dict[str, dict[str, 
 
 
 def check_keys(schedule: list[ScheduleEntry], known: Collection[str]) -> None:
-    """Raise ValueError for a setting that cannot change. known: all keys, none of them misspelt."""
+    """Raise ValueError for a setting that cannot change. known: all keys of a recipe, which are
+    not misspelt."""
     for key in (key for entry in schedule for key in entry.changes):
         if key not in KEYS:
             near = "" if key in known else did_you_mean(key, KEYS, "{}")

@@ -95,8 +95,10 @@ class SFTConfig(Section):
 
 
 def read_parts(entries: list[Any]) -> list[MixturePart]:
-    """Read `sft.data` given as a list. Raises ValueError naming the entry, the key and the nearest
-    right one, and for an empty list or shares that do not add up."""
+    """Read `sft.data` given as a list.
+
+    Raises ValueError naming the entry, the key and the nearest right one, and for an empty list or
+    shares that do not add up."""
     if not entries:
         raise ValueError("sft.data: the list is empty; give {path: …} entries, or one path")
     parts = [_read_part(number, entry) for number, entry in enumerate(entries)]

@@ -47,7 +47,8 @@ def as_sections(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def put(tree: dict[str, Any], keys: list[str], value: Any, option: str) -> None:
-    """Set the value at nested `keys` of `tree`. Raises UserError where a parent is no section."""
+    """Set the value at nested `keys` of `tree`. Raises UserError naming `option` where one of the
+    parents is not a section."""
     *parents, leaf = keys
     for parent in parents:
         tree = tree.setdefault(parent, {})

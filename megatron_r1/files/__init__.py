@@ -15,7 +15,8 @@ READ_ONLY = (errno.EROFS, errno.EACCES)
 def atomic_write(
     path: str | Path, content: str | bytes, *, mode: int = 0o666, durable: bool = True
 ) -> Path:
-    """Replace `path` by `content`, text as UTF-8; arguments and guarantees as `atomic_writer`'s."""
+    """Replace `path` by `content` (text as UTF-8) so that no reader ever sees half of it; arguments
+    as `atomic_writer`'s."""
     with atomic_writer(path, mode=mode, durable=durable) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
     return Path(path)
@@ -25,8 +26,7 @@ def atomic_write(
 def atomic_writer(
     path: str | Path, *, mode: int = 0o666, durable: bool = True
 ) -> Iterator[BinaryIO]:
-    """Yield a file that becomes `path` at the end of the block, or is deleted where that raises: no
-    reader ever sees half of it.
+    """Yield a file that becomes `path` at the end of the block, or is deleted where that raises.
 
     The content goes to a temporary name in the same folder and is renamed. Missing parent folders
     are created.

@@ -23,7 +23,8 @@ MAX_PAYLOAD_BYTES = 2**32 - 1
 
 
 def append_frame(descriptor: int, payload: bytes) -> None:
-    """Append one frame, without a sync. Raises OSError, or ValueError for too long a payload."""
+    """Write one frame at the end of an open file, without a sync. Raises OSError, or ValueError for
+    a payload that is too long."""
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise ValueError(
             f"a record of {len(payload):,} bytes: a frame holds at most {MAX_PAYLOAD_BYTES:,}"
@@ -45,7 +46,8 @@ class FramedFile:
 
     @classmethod
     def read(cls, path: Path) -> FramedFile:
-        """Check every byte, and cut off what follows the last whole record; no file, no records."""
+        """Check every byte of a file, and cut off what follows its last whole record. A missing
+        file has no records."""
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size

@@ -19,8 +19,10 @@ SHARE_SECONDS = 0.1
 
 
 def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Append one strict JSON line per record in one write, then flush and fsync. A torn last line
-    (a crash during an earlier write) is cut off first, so that it cannot swallow the new one."""
+    """Append one strict JSON line per record in one write, then flush and fsync.
+
+    A torn last line (a crash during an earlier write) is cut off first, so that it cannot swallow
+    the new one."""
     if not records:
         return
     is_new = not path.exists()
@@ -144,7 +146,8 @@ def _cut_torn_line(path: Path) -> None:
 
 
 class LineWriter:
-    """Appends lines in the background; they are durable when `close` returns."""
+    """Appends lines in the background: `add` returns at once; lines are durable when `close`
+    returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -56,7 +56,8 @@ def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 def stop(
     process: subprocess.Popen, timeout_seconds: float = 10.0, kill_seconds: float | None = None
 ) -> None:
-    """Send SIGTERM, wait, then `kill` the process with everything in its session's first group."""
+    """Send SIGTERM, wait, then kill the process with everything in its session's first group.
+    kill_seconds: as `kill`'s."""
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -76,8 +77,10 @@ def kill(process: subprocess.Popen, timeout_seconds: float | None = None) -> Non
 
 
 def free_port(host: str = "") -> int:
-    """Return a TCP port that is free now, for a process that will listen on it later: none of those
-    for outgoing connections (Linux: from 32,768 on), which could be taken by then."""
+    """Return a TCP port that is free now, for a process that will listen on it later.
+
+    The port is none of those that the system gives to outgoing connections (Linux: from 32,768 on),
+    which could be taken by then."""
     for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((host, port))

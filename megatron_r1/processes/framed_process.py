@@ -59,8 +59,9 @@ class FramedProcess(Generic[Reply]):
     async def launch(
         cls, module: str, arguments: list[str], reply: type[Reply], max_bytes: int
     ) -> Self:
-        """Return a process that is ready, or raise WorkerLost with its last words. max_bytes: of a
-        reply."""
+        """Return a process that is ready; otherwise raise WorkerLost with its last words.
+
+        max_bytes: of a reply."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", module, *arguments),
             stdout=asyncio.subprocess.PIPE,

@@ -16,7 +16,8 @@ def frame(message: msgspec.Struct) -> bytes:
 
 
 def private_streams() -> tuple[BinaryIO, BinaryIO]:
-    """Move the pipes away from descriptors 0 and 1, which the child's code could use."""
+    """Move the pipes away from descriptors 0 and 1, where code that the child runs could read or
+    print."""
     jobs, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

@@ -28,7 +28,8 @@ def descendants(pid: int) -> list[int]:
 
 
 def state(pid: int) -> str | None:
-    """Return a process's state in psutil's words ("stopped", "disk-sleep"), None if it ended."""
+    """Return a process's state in psutil's words ("running", "stopped", "disk-sleep", …), or None
+    if it has ended."""
     try:
         return psutil.Process(pid).status()
     except psutil.NoSuchProcess:

@@ -24,7 +24,8 @@ def end_without_parent(number: int = signal.SIGKILL) -> None:
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Have Linux send signal `number` when the thread that created this process ends."""
+    """Have the kernel send signal `number` when the thread that created this process ends (Linux).
+    As `prctl` otherwise."""
     # vLLM's engine core, for example, detects a vanished API server only at its next message; an
     # idle one would keep its memory and its cores for ever.
     prctl(PR_SET_PDEATHSIG, number)

@@ -15,8 +15,9 @@ NOISE = re.compile(
 )
 LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]+\] )?")
 EXCERPT_BYTES = 2**18
-"""Bytes read from a log's beginning, and its end: a dying engine repeats the traceback for each
-request. After 722 requests it was 140 MB, which each of them read."""
+"""Bytes read from a log's beginning, and from its end: an engine that dies with hundreds of
+requests repeats the same traceback for each of them. After 722 requests it was 140 MB, which each
+of them read."""
 
 
 def excerpt(log: str, num_last_lines: int = 5) -> str:

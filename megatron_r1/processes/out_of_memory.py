@@ -4,11 +4,13 @@ import contextlib
 from pathlib import Path
 
 COUNTERS = Path("/proc/vmstat")
-"""Linux: its line oom_kill counts the processes killed since the start, containers' included."""
+"""Linux: its line oom_kill counts the processes killed since the system started, containers'
+included."""
 
 
 def num_kills() -> int:
-    """Return how many processes the kernel has killed for lack of memory; 0 where it shows none."""
+    """Return the kernel's count of processes that it killed for lack of memory; 0 where it shows
+    none."""
     with contextlib.suppress(OSError, ValueError):
         for line in COUNTERS.read_text().splitlines():
             name, _, value = line.partition(" ")

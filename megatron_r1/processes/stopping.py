@@ -9,7 +9,8 @@ from typing import Any
 
 POLL_SECONDS = 0.2
 FILE = "stop"
-"""Created in the run folder where no signal can be sent: from another host, by a batch script."""
+"""Created in the run folder where no signal can be sent: from another host, or by a batch
+script."""
 
 
 @dataclass

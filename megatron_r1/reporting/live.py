@@ -88,6 +88,7 @@ class LiveView:
 
     @property
     def doing(self) -> tuple[str, str]:
+        """The current phase and its detail."""
         return self._state.phase, self._state.detail
 
     def step(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()) -> None:

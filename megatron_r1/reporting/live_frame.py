@@ -72,8 +72,10 @@ class LiveState:
 
 
 def frame(state: LiveState, console: Console, now: float) -> Group:
-    """Return the whole view, as wide as the terminal and at most one line less high, and of one
-    height while the run goes on, so that every refresh covers the one before."""
+    """Return the whole view, as wide as the terminal and at most one line less high.
+
+    The height does not change while the run goes on, so every refresh covers the one before.
+    """
     width = min(console.size.width - 1, MAX_WIDTH)
     height = min(console.size.height - 1, MAX_HEIGHT)
     roomy = height >= 32
@@ -221,7 +223,8 @@ def _majority(metrics: dict[str, Any]) -> str:
 
 
 def _samples(state: LiveState, console: Console, width: int, height: int, most: int) -> list[Text]:
-    """Return questions and responses, long ones cut to the beginning and the line of the answer."""
+    """Return questions and responses; long ones are cut to the beginning and the last line, which
+    has the answer."""
     chosen = state.samples[:most]
     if not chosen or height < 2:
         return []

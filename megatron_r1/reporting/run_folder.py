@@ -174,6 +174,7 @@ class RunFolder:
         return [by_step[step] for step in sorted(by_step)]
 
     def read_advice(self) -> list[dict[str, Any]]:
+        """Return the lines of `advice.jsonl`."""
         return list(read_lines(self.advice_path))
 
     def read_samples(self) -> Iterator[dict[str, Any]]:

@@ -10,8 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metric:
-    """The label and form of one key of metrics.jsonl. unit: "%" shows a fraction as a percentage,
-    "s" seconds, "" a plain number."""
+    """The label and form of one key of metrics.jsonl.
+
+    unit: "%" shows a fraction as a percentage, "s" seconds, "" a plain number.
+    """
 
     key: str
     label: str
@@ -123,8 +125,10 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: Any, keep_newlines: bool = False) -> str:
-    """Replace control and bidirectional characters, so that text is safe for terminals and logs: a
-    model under training may write any character, escape sequences included."""
+    """Replace control and bidirectional characters, so that text is safe for terminals and logs.
+
+    A model under training may write any character, escape sequences included.
+    """
     kept = "\n" if keep_newlines else ""
     text = str(text).replace("\t", "    ")
     return "".join(

@@ -76,7 +76,8 @@ def _inspect_controller(run: RunHandles) -> Finding:
 
 
 def _suspended_frames(task: asyncio.Task[Any]) -> list[str]:
-    """Return the frames of a suspended task: `task.get_stack` has the outermost coroutine only."""
+    """Return the frames of a suspended task, coroutine by coroutine: `task.get_stack` has the
+    outermost one only."""
     frames = []
     coroutine: Any = cast(Coroutine[Any, Any, Any], task.get_coro())
     while (frame := getattr(coroutine, "cr_frame", None)) is not None:

@@ -60,7 +60,8 @@ def rounded(seconds: float) -> str:
 
 
 async def inspect_trainer(trainer: TrainerClient) -> Finding:
-    """Inspect all ranks. The headline has the open call, and where ranks without a reply are."""
+    """Inspect all ranks. The headline has the open call, the ranks without a reply, and where they
+    are."""
     waiting = trainer.waiting
     statuses = await trainer.socket.statuses(range(trainer.world_size), ANSWER_SECONDS)
     if waiting is None:
@@ -82,8 +83,8 @@ async def inspect_trainer(trainer: TrainerClient) -> Finding:
 
 
 def _locations(trainer: TrainerClient, missing: set[int], statuses: dict[int, RankStatus]) -> str:
-    """Return where ranks are, by location; first those that do not respond: the others wait for
-    them."""
+    """Return where ranks are, grouped by location. Ranks that do not respond come first: the others
+    wait for them."""
     by_location: dict[str, list[int]] = {}
     for rank in sorted(missing, key=lambda rank: (rank in statuses, rank)):
         location = _silence(trainer, rank)
@@ -156,7 +157,8 @@ async def inspect_teacher(rollouts: RolloutCollector) -> Finding:
 
 
 def inspect_rewards(rollouts: RolloutCollector) -> Finding:
-    """Inspect the reward workers. The headline has the number of groups and the longest job."""
+    """Inspect the reward workers. The headline has the groups being graded and the job that has
+    taken longest."""
     oldest = rollouts.in_flight.oldest("grading")
     jobs = rollouts.pool.jobs()
     details = [f"oldest group: {_describe_group(oldest)}"] if oldest else []
@@ -171,7 +173,8 @@ def inspect_rewards(rollouts: RolloutCollector) -> Finding:
 
 
 async def count_tokens(rollouts: RolloutCollector) -> int:
-    """Return how many tokens the engines have generated, by vLLM's metrics; without these, 0."""
+    """Return the number of tokens that all engines have generated, by vLLM's metrics; engines
+    without metrics count 0."""
 
     async def of(engine: Engine) -> float:
         with contextlib.suppress(EngineError, TimeoutError):

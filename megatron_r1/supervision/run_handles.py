@@ -36,7 +36,10 @@ class RunHandles:
         return is_down or "starting" in self.recorder.view.doing[0]
 
     def progress(self) -> Hashable:
-        """Return a value that changes whenever any role makes progress."""
+        """Return a value that changes whenever any role makes progress.
+
+        It has the beginning of an open call, the groups and tokens of the engines, the grades of
+        the reward workers."""
         trainer, view = self.trainer, self.recorder.view
         waiting = trainer.waiting
         parts: tuple[Hashable, ...] = (

@@ -79,7 +79,8 @@ class Watchdog:
                 self.run.num_engine_tokens = await count_tokens(self.run.rollouts)
 
     async def _handle_hang(self) -> bool:
-        """Write a report and act by `run.on_hang`; return whether to stay silent until progress."""
+        """Write a report and act by `run.on_hang`. Return whether to stay silent until there is
+        progress."""
         self.num_reports += 1
         findings = await diagnose(self.run)
         path = self.run.folder / "logs" / f"hang-{time.strftime('%Y%m%d-%H%M%S')}.txt"

@@ -17,8 +17,10 @@ from megatron_r1.workflow.references import REFERENCE, texts
 
 
 def check(plan: Plan, verbs: Mapping[str, str], files: bool = True) -> None:
-    """Raise UserError with a line for every stage that cannot run. verbs: name → module. files:
-    whether files named in settings must exist."""
+    """Raise UserError with a line for every stage that cannot run.
+
+    verbs: name → module, whose REQUIRED are the keys that a recipe must set. files: whether files
+    named in settings must exist."""
     mistakes = list(plan.broken.values())
     for name, stage in plan.stages.items():
         if name not in plan.broken:

@@ -85,6 +85,7 @@ class Child:
         self.wait(END_SECONDS)
 
     def output(self) -> str:
+        """Return what it wrote to its log."""
         with self.log.open("rb") as log:
             log.seek(self._log_start)
             return log.read().decode(errors="replace")

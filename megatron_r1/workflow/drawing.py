@@ -51,7 +51,8 @@ Paths = Sequence[Sequence[Node]]
 def graph_svg(
     boxes: Mapping[str, Box], upstream: Mapping[str, Sequence[str]], depths: Mapping[str, int]
 ) -> str:
-    """Return the SVG. depths: layer of each stage, 0 at the top, below those of its upstream."""
+    """Return the SVG. depths: layer of each stage, 0 at the top; larger than those of its
+    upstream."""
     layers, paths = _layers(upstream, depths)
     _reduce_crossings(layers, paths)
     centres = _centres(layers)
@@ -86,7 +87,8 @@ def _layers(
 
 
 def _reduce_crossings(layers: list[list[Node]], paths: Paths) -> None:
-    """Sort layers by the mean position of neighbours, down and up (Sugiyama et al., 1981)."""
+    """Sort each layer by the mean position of its neighbours, downwards and upwards in turn
+    (Sugiyama et al. 1981)."""
     above: dict[Node, list[Node]] = {}
     below: dict[Node, list[Node]] = {}
     for path in paths:

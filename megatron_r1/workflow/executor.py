@@ -108,7 +108,8 @@ def run_all(
     on_failure: is called with the exception of a task and the tasks still running, if there are any
     or an earlier task has failed already.
 
-    After a failure none begins, and those that run end. Raises the first exception."""
+    After a failure no other task begins, and those that run come to their end. Raises the first
+    exception."""
     sorter = TopologicalSorter({task: [n for n in needs(task) if n in tasks] for task in tasks})
     sorter.prepare()
     ready: list[Task] = []

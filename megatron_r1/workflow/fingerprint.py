@@ -44,7 +44,8 @@ def settings(plan: Plan, stage: Stage, finished: bool) -> dict[str, Any]:
     """Return the settings that decide the stage's result, by dotted keys.
 
     References stay as written, since what they mean is an input: a pipeline's folder may be moved.
-    finished: whether the stage is done; else it may continue with another number of steps."""
+    finished: whether the stage is done; one that is not may continue with another number of steps.
+    """
     if stage.is_function:
         arguments = substitute(stage.settings, plan.unresolved)
         deciding = flatten({"function": stage.config.function, "arguments": arguments})
@@ -114,8 +115,10 @@ def changes(
 
 def digest(path: Path) -> str:
     """Return the digest of a file's content, or of the names and contents in a folder (hidden ones
-    left out); MISSING where there is neither. A file of more than WHOLE_BYTES counts by its size
-    and 64 blocks spread over it: training changes nearly every weight."""
+    left out); MISSING where there is neither.
+
+    A file of more than WHOLE_BYTES counts by its size and 64 blocks spread over it: training
+    changes nearly every weight."""
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if not _is_hidden(entry))
         return _joined((name, digest(path / name)) for name in names)

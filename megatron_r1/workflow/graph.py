@@ -25,8 +25,10 @@ class Graph:
     order and `sorted` keep the recipe's order where the edges allow it."""
 
     def __init__(self, stages: Mapping[str, Stage]) -> None:
-        """Read the edges. Raises UserError with a line for every unknown reference, or for a
-        cycle."""
+        """Read the edges.
+
+        Raises UserError with a line for every stage with an unknown reference, or else for a cycle.
+        """
         self.upstream: dict[str, tuple[str, ...]] = {}
         mistakes = []
         for name, stage in stages.items():

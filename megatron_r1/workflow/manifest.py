@@ -113,7 +113,8 @@ def has_outputs(folder: Path) -> bool:
 
 
 def git_commit() -> dict[str, Any] | None:
-    """Return the working directory's commit and whether files differ from it; None outside git."""
+    """Return the commit of the working directory and whether files differ from it; None outside
+    git."""
     try:
         commit = _git("rev-parse", "HEAD")
         return {"commit": commit, "changed": bool(_git("status", "--porcelain", "-uno"))}

@@ -131,7 +131,9 @@ class PipelineRecipe(Section):
 
 def load(path: str | Path, overrides: dict[str, Any] | None = None) -> PipelineRecipe:
     """Read a pipeline's recipe and apply `{"pipeline.key": …, "stages.NAME.section.key": …}`.
-    References need no quotes, also within braces. Raises UserError naming every mistake."""
+
+    `${…}` may stand in it without quotes, also within braces. Raises UserError naming every
+    mistake."""
     tree = read_tree(Path(path), "pipeline recipe")
     if "stages" not in tree:
         raise UserError(

@@ -24,7 +24,8 @@ FILES = ("path", "data", "checkpoint")
 
 @dataclass(frozen=True)
 class Stage:
-    """One node of the workflow. settings: its sections or arguments, references as written."""
+    """One node of the workflow. settings: its sections, or the arguments of its function, with
+    references as they are written."""
 
     name: str
     config: StageConfig

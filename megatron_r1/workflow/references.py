@@ -44,7 +44,8 @@ def references(value: Any) -> Iterator[tuple[str, str]]:
 
 
 def substitute(value: Any, lookup: Callable[[str], Any]) -> Any:
-    """Return a copy with references replaced by `lookup(name)`, which keeps its type if alone."""
+    """Return a copy with each reference replaced by `lookup(name)`, whose type is kept where the
+    reference is the whole text."""
     if isinstance(value, dict):
         return {key: substitute(item, lookup) for key, item in value.items()}
     if isinstance(value, list):

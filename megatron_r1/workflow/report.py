@@ -1,4 +1,5 @@
-"""Reports of a pipeline: `report.html`, its numbers in `report.json`, a table in `report.md`."""
+"""The reports of a pipeline: the page `report.html`, its numbers in `report.json`, and their table
+in `report.md`."""
 
 import json
 import time
@@ -39,7 +40,8 @@ Lines = list[dict[str, Any]]
 
 
 class Cell(NamedTuple):
-    """One number of the report's table. source: its file and key, and the number of each seed."""
+    """One number of the report's table, with its source. source: the file and key of the number,
+    and the number of each seed."""
 
     text: str
     source: str = ""

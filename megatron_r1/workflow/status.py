@@ -55,8 +55,10 @@ class Status:
 
 
 def examine_all(plan: Plan, graph: Graph, is_running: bool = False) -> dict[str, Status]:
-    """Return the status of every stage. is_running: whether another process works on the pipeline.
-    Raises UserError for a folder that is not of this pipeline."""
+    """Return the status of every stage.
+
+    is_running: whether another process works on the pipeline. Raises UserError for a folder that is
+    not of this pipeline."""
     statuses: dict[str, Status] = {}
     for name in graph.order:
         upstream = {upper: statuses[upper] for upper in graph.upstream[name]}

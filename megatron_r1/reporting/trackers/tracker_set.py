@@ -59,9 +59,11 @@ class TrackerSet:
             self._add(EVALUATION, line)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
+        """Send the line of a step."""
         self._add(STEP, metrics)
 
     def evaluation(self, metrics: Mapping[str, Any]) -> None:
+        """Send the line of an evaluation."""
         self._add(EVALUATION, metrics)
 
     def close(self, finished: bool) -> None:

@@ -26,11 +26,14 @@ def check() -> None:
 
 
 class WandbTracker:
-    """Sends each line with its own step: a resumed run adds to the one that it was. Offline, W&B
-    begins a new folder at each start, which gets all lines again: the newest has the whole run."""
+    """Sends each line with its own step: a resumed run adds to the one that it was.
+
+    Offline, W&B begins a new folder at each start, which then gets all lines again: the newest has
+    the whole run."""
 
     def __init__(self, run: TrackedRun) -> None:
-        """Open the tracked run, offline where the server cannot be reached."""
+        """Open the tracked run, offline where the server cannot be reached. Raises what wandb
+        raises."""
         import wandb
         from wandb.errors import CommError
 
