@@ -46,9 +46,10 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     graph = Graph(plans[0].stages)
     chosen = _chosen(config, graph)
     if config.status:
+        is_running = is_locked(root)
         for plan in plans:
             print(f"{plan.folder} · seed {plan.seed}")
-            statuses = examine_all(plan, graph, is_running=is_locked(root))
+            statuses = examine_all(plan, graph, is_running)
             print("\n".join(status_lines(plan, chosen, statuses)), flush=True)
         return
     if config.dry:

@@ -32,10 +32,9 @@ from megatron_r1.training.wire import Sample
 class TokenSplit:
     """The split of a micro-batch's tokens between the ranks that share it.
 
-    tensor: ranks of sequence parallelism, which divide what a context rank holds, and of which this
-    is number tensor_rank; context: ranks of context parallelism, of which this is number
-    context_rank; token_multiple: the tokens of each rank are a multiple of it, as FP8 products
-    need."""
+    context, context_rank: size of the context-parallel group, and this rank's index in it. tensor,
+    tensor_rank: the same of the sequence-parallel group, which divides what a context rank holds.
+    token_multiple: the tokens of each rank are a multiple of it, as FP8 products need."""
 
     tensor: int = 1
     context: int = 1

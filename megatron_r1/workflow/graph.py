@@ -108,12 +108,15 @@ def unknown_stage(name: str, stages: Collection[str]) -> str:
 
 def _ordered(upstream: Mapping[str, tuple[str, ...]]) -> list[str]:
     """Sort topologically; of stages that could be next, the first in the recipe is."""
+    sorter = TopologicalSorter(upstream)
     try:
-        TopologicalSorter(upstream).prepare()
+        sorter.prepare()
     except CycleError as error:
         raise UserError(f"stages need each other: {' → '.join(error.args[1])}") from None
     order: list[str] = []
-    while len(order) < len(upstream):
-        left = (name for name in upstream if name not in order)
-        order.append(next(name for name in left if set(upstream[name]) <= set(order)))
+    ready: list[str] = []
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()], key=list(upstream).index)
+        order.append(ready.pop(0))
+        sorter.done(order[-1])
     return order

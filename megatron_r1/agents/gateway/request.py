@@ -154,7 +154,7 @@ class Body:
         return value
 
     def take_fixed(self, **values: Any) -> None:
-        """Take fields of which one value only can be honoured, which is also the default."""
+        """Take fields that support a single value, which is also their default."""
         for name, value in values.items():
             self.take_one_of(name, (value,), value)
 

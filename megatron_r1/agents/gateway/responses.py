@@ -19,7 +19,7 @@ from megatron_r1.agents.parsing import tool_call
 
 PARTS = ("input_text", "output_text", "text")
 NEUTRAL = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}
-# max_tool_calls: of OpenAI's own tools, of which there are none.
+# max_tool_calls limits OpenAI's built-in tools, which this gateway does not have.
 WITHOUT_EFFECT = (*chat.WITHOUT_EFFECT, "include", "stream_options", "max_tool_calls")
 
 
