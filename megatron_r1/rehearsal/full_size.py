@@ -3,7 +3,7 @@
 from megatron_r1.config import Config
 from megatron_r1.errors import UserError
 from megatron_r1.weight_sync.plan.checks import engine_layout
-from megatron_r1.weight_sync.plan.entry import num_links
+from megatron_r1.weight_sync.plan.engine_sets import num_links
 from megatron_r1.weight_sync.plan.links import planned_push
 
 MAX_LINKS = 100

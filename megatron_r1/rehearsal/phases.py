@@ -18,7 +18,7 @@ from megatron_r1.processes.logs import last_lines
 from megatron_r1.rehearsal import launch, layout
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.training.checkpoints.finding import complete_checkpoints
-from megatron_r1.weight_sync.plan.entry import num_links
+from megatron_r1.weight_sync.plan.engine_sets import num_links
 from megatron_r1.weight_sync.plan.links import planned_push
 
 POLL_SECONDS = 0.05

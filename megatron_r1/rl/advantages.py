@@ -2,9 +2,15 @@
 response. None is the reward of a response that could not be graded: the mask of every mean and
 deviation here, which are over graded responses."""
 
+from __future__ import annotations
+
 import math
 from itertools import chain
 from statistics import fmean, pstdev
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_r1.config import RLConfig
 
 
 def graded(rewards: list[float | None]) -> list[float]:
@@ -51,3 +57,13 @@ def over_batch_std(
         return advantages
     scale = pstdev(known) + epsilon
     return [[a / scale for a in group] for group in advantages]
+
+
+def response_rewards(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
+    """Return the rewards as they are, NaN for ungraded responses: the `advantages` of an algorithm
+    whose trainer ranks compute an advantage per token from them. Raises ValueError as `graded`.
+
+    rl: not used; every algorithm's `advantages` has this parameter."""
+    for rewards in groups:
+        graded(rewards)
+    return [[math.nan if r is None else r for r in rewards] for rewards in groups]

@@ -7,7 +7,9 @@ ZeroMQ. The controller's side is `megatron_r1.trainer_client`.
     distributed.py                        process groups, a rank's position, its model replica
     trainer.py, critic.py                 the operations of a step
     construction.py, optimizer.py         model chunks, gradient buffers, Adam
-    packed.py, shared_prompts.py          samples as one packed micro-batch
+    batch.py                              the tensors of a packed micro-batch
+    packed.py, packed_routing.py,
+    shared_prompts.py                     samples packed into one
     passes.py                             Megatron's schedule, and the step around it
     head.py, losses.py, scores.py         what a loss gets and returns
     returns.py, token_advantages.py       advantages that are computed on the ranks

@@ -15,10 +15,10 @@ from megatron_r1.errors import UserError
 from megatron_r1.models.config import transformer_config
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.training import construction
+from megatron_r1.training.batch import PackedBatch
 from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.losses import LossTerms
 from megatron_r1.training.metrics import Mean, merge, reduce_over_data
-from megatron_r1.training.packed import PackedBatch
 from megatron_r1.training.passes import optimizer_step, run_passes
 
 

@@ -11,7 +11,7 @@ from r1_kernels.arguments import trusted_values
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_r1.training.packed import PackedBatch
+from megatron_r1.training.batch import PackedBatch
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from megatron_r1.config.losses import LossAverage, LossSettings
+from megatron_r1.training.batch import PackedBatch
 from megatron_r1.training.head import Head
 from megatron_r1.training.metrics import Mean, Metrics
-from megatron_r1.training.packed import PackedBatch
 
 
 class LossTerms(NamedTuple):

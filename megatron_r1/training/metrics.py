@@ -1,14 +1,19 @@
 """Metrics that are spread over micro-batches and ranks, and their reduction to one number each."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1 import platform
-from megatron_r1.training.distributed import GridPosition
+
+if TYPE_CHECKING:
+    from megatron_r1.training.distributed import GridPosition
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_r1 import platform
 from megatron_r1.models.build import process_groups
-from megatron_r1.training.packed import PackedBatch
+from megatron_r1.training.batch import PackedBatch
 
 Compute = Callable[[PackedBatch, torch.Tensor], Any]
 """(batch, output of the last stage) → (loss, denominator, report), as Megatron's loss function; in

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
+from megatron_r1.training.batch import PackedBatch
 from megatron_r1.training.losses import LossTerms
 from megatron_r1.training.metrics import Mean
-from megatron_r1.training.packed import PackedBatch
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_r1.config.losses import TokenSettings
 from megatron_r1.models.context import held_positions, sample_order
-from megatron_r1.training.packed import PackedBatch
+from megatron_r1.training.batch import PackedBatch
 from megatron_r1.training.returns import discounted_sums, penalized_rewards
 
 

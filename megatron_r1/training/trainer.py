@@ -23,19 +23,15 @@ from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.replay import Replay
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.training import construction
+from megatron_r1.training.batch import PackedBatch
 from megatron_r1.training.checkpoints.contents import Network, Networks
 from megatron_r1.training.critic import Critic, needs_critic
 from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.head import Head
 from megatron_r1.training.losses import Loss
 from megatron_r1.training.metrics import Maximum, Mean, Metrics, merge, reduce_over_data
-from megatron_r1.training.packed import (
-    PackedBatch,
-    RoutingPart,
-    TokenSplit,
-    check_token_ids,
-    packed_batch,
-)
+from megatron_r1.training.packed import TokenSplit, check_token_ids, packed_batch
+from megatron_r1.training.packed_routing import RoutingPart
 from megatron_r1.training.passes import free_gradients, optimizer_step, run_passes
 from megatron_r1.training.reference import Reference
 from megatron_r1.training.scores import Scores

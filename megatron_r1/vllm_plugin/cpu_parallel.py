@@ -126,6 +126,7 @@ def gather_uneven_shares() -> None:
         mine = input_.new_zeros(max(sizes), *input_.shape[1:])
         mine[: len(input_)] = input_
         shares = [torch.empty_like(mine) for _ in sizes]
+        # Over the communicator's own group: the ranks whose tokens are exchanged.
         dist.all_gather(shares, mine, group=self.device_group)
         return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])
 
@@ -133,6 +134,7 @@ def gather_uneven_shares() -> None:
         self: Any, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
     ) -> torch.Tensor:
         assert dim == 0, f"reduce_scatterv over dimension {dim}"
+        # Over the same group, and whole, since the shares may differ in size.
         total = input_.clone()
         dist.all_reduce(total, group=self.device_group)
         sizes = sizes or [len(total) // self.world_size] * self.world_size

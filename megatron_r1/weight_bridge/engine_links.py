@@ -8,7 +8,7 @@ from typing import Any
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.weight_bridge.set_connector import EngineSet, OnLost, SetConnector
-from megatron_r1.weight_sync.plan.entry import engine_sets
+from megatron_r1.weight_sync.plan.engine_sets import engine_sets
 from megatron_r1.weight_sync.plan.links import max_engines
 
 MAX_UNEXPLAINED = 2
@@ -19,7 +19,7 @@ may not reach each other."""
 class EngineLinks:
     """The links of one trainer to all engines.
 
-    Over gloo and nccl equal engines form sets of at most `plan.entry.SET_ENGINES`; over other
+    Over gloo and nccl equal engines form sets of at most `plan.engine_sets.SET_ENGINES`; over other
     transports, and with push.delta, every engine is a set of its own.
 
     notify: gets a line for the user."""

@@ -66,6 +66,7 @@ class WeightPush:
 def _gpus() -> list[tuple[str, str]]:
     """Return the UUID and the node of every rank's GPU."""
     found: list[Any] = [None] * dist.get_world_size()
+    # Over all ranks: each plans the whole push, for which it needs to know who shares a GPU.
     dist.all_gather_object(found, (gpu_uuid(torch.cuda.current_device()), socket.gethostname()))
     return found
 

@@ -11,7 +11,7 @@ from megatron_r1.reporting.wording import counted
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.checks import check_drafter
 from megatron_r1.weight_sync.plan.checks import engine_layout as layout_of
-from megatron_r1.weight_sync.plan.entry import SET_ENGINES
+from megatron_r1.weight_sync.plan.engine_sets import SET_ENGINES
 from megatron_r1.weight_sync.plan.links import shares_gpus_over_nccl
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.shared_gpus import SAME_NODE_LOAD

@@ -1,5 +1,5 @@
 """Counts the connections of a push in sets of engines, and their time, over the plan that a run
-executes (`weight_sync/plan/entry.py`)."""
+executes (`weight_sync/plan/engine_sets.py`)."""
 
 import json
 from collections import Counter
@@ -9,7 +9,7 @@ from itertools import chain
 
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.entry import engine_sets, sender_loads
+from megatron_r1.weight_sync.plan.engine_sets import engine_sets, sender_loads
 from megatron_r1.weight_sync.plan.links import planned_entries
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.shared_gpus import RANKS_PER_NODE
@@ -28,7 +28,7 @@ class SetLinks:
     """The links of a push in sets.
 
     sent: bytes out of each trainer rank. loads: what they take of its time
-    (`plan.entry.sender_loads`). out, into: most links of a trainer rank, of an engine rank.
+    (`plan.engine_sets.sender_loads`). out, into: most links of a trainer rank, of an engine rank.
     num_links: of all. num_engines: of the largest set. entering: most bytes that enter an engine
     rank from trainer ranks. received: bytes of each rank of an engine, with those that other
     engines pass on."""

@@ -17,9 +17,9 @@ from megatron_r1.rl.algorithms import grpo
 
 if TYPE_CHECKING:
     from megatron_r1.config.losses import LossSettings
+    from megatron_r1.training.batch import PackedBatch
     from megatron_r1.training.head import Head
     from megatron_r1.training.losses import LossTerms
-    from megatron_r1.training.packed import PackedBatch
 
 
 def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:

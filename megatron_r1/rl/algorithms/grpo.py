@@ -21,9 +21,9 @@ from megatron_r1.config.losses import LossSettings
 from megatron_r1.rl.advantages import group_advantages, over_batch_std
 
 if TYPE_CHECKING:
+    from megatron_r1.training.batch import PackedBatch
     from megatron_r1.training.head import Head
     from megatron_r1.training.losses import LossTerms
-    from megatron_r1.training.packed import PackedBatch
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:

@@ -17,12 +17,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_r1.config.losses import TokenSettings
-from megatron_r1.rl.algorithms.reinforce_pp import advantages
+from megatron_r1.rl.advantages import response_rewards
 
 if TYPE_CHECKING:
     from megatron_r1.training.token_advantages import ScoredRollout, TokenTargets
 
-__all__ = ["advantages", "token_advantages"]
+advantages = response_rewards  # what `token_advantages` starts from
 
 
 def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:

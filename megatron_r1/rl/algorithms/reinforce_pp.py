@@ -11,23 +11,16 @@ nor deviation. Clip and β are those usual with PPO."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-from megatron_r1.rl.advantages import graded
+from megatron_r1.rl.advantages import response_rewards
 
 if TYPE_CHECKING:
-    from megatron_r1.config import RLConfig
     from megatron_r1.config.losses import TokenSettings
     from megatron_r1.training.token_advantages import ScoredRollout, TokenTargets
 
 
-def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """Return the rewards as they are, for `token_advantages`; NaN for ungraded responses. Raises
-    ValueError as `graded`."""
-    for rewards in groups:
-        graded(rewards)
-    return [[math.nan if r is None else r for r in rewards] for rewards in groups]
+advantages = response_rewards  # what `token_advantages` starts from
 
 
 def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:

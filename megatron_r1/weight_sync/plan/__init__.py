@@ -1,7 +1,7 @@
 """Decides which trainer rank sends which rectangle of which tensor to which engine rank.
 
-Pure Python, except `receiver_layout`, which reads engines' tables. `entry` has the plan of a push;
-every trainer rank computes the same one from both layouts."""
+Pure Python, except `receiver_layout`, which reads engines' tables. `engine_sets` has the plan of a
+push; every trainer rank computes the same one from both layouts."""
 
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout, TrainerGrid

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from megatron_r1.config import Config
 from megatron_r1.config.push import PushConfig
 from megatron_r1.weight_sync.plan.checks import engine_layout
-from megatron_r1.weight_sync.plan.entry import (
+from megatron_r1.weight_sync.plan.engine_sets import (
     LARGEST_PIECE,
     SET_ENGINES,
     Entry,

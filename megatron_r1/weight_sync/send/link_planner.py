@@ -1,4 +1,4 @@
-"""Plans and creates the links over which a trainer rank sends to sets of engines (`plan.entry`)."""
+"""Plans and creates the links from a trainer rank to sets of engines (`plan.engine_sets`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megatron_r1.weight_sync.plan.entry import (
+from megatron_r1.weight_sync.plan.engine_sets import (
     Entry,
     entries,
     largest_piece,
@@ -49,7 +49,7 @@ class SetLinks:
     """The links of this rank to a set of engines.
 
     rendezvous: of each engine with the trainer. sent: each trainer rank's load by a push
-    to the set (`plan.entry.sender_loads`)."""
+    to the set (`plan.engine_sets.sender_loads`)."""
 
     rendezvous: list[Rendezvous]
     sent: list[float]

@@ -1,5 +1,5 @@
 """A trainer rank's part of a push: it sends the slices that the plan assigns to this rank
-(`plan.entry`), each to one engine rank, straight from the model's parameters."""
+(`plan.engine_sets`), each to one engine rank, straight from the model's parameters."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.entry import Entry
+from megatron_r1.weight_sync.plan.engine_sets import Entry
 from megatron_r1.weight_sync.plan.traffic import plain_bytes
 from megatron_r1.weights.layout import stage_shards
 from tests.unit.weight_sync.test_push_plan import DEEPSEEK

@@ -1,5 +1,7 @@
 """Losses on a packed batch, from hidden states, against fp64 on each sample alone."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -100,3 +102,13 @@ def test_a_micro_batch_without_samples_has_a_loss_and_gradient_of_zero():
         terms = loss(batch, head, settings)
         terms.loss.backward()
         assert terms.loss.item() == 0.0 and head.hidden.grad.abs().sum() == 0
+
+
+def test_losses_are_imported_without_megatron():
+    program = (
+        "import sys; import megatron_r1.training.losses, megatron_r1.rl.algorithms.grpo; "
+        "print(*(name for name in sys.modules if name.startswith('megatron.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == [], done.stderr
+    assert done.returncode == 0, done.stderr

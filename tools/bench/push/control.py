@@ -1,9 +1,9 @@
 """The control path of a push to a set of engines, with a process per rank: tiny weights, gloo, real
 rendezvous, groups, order of calls, and ranks that die in the middle.
 
-128 trainer ranks and 8 engines of 16 ranks, as planned by `plan.entry`. After an undisturbed push,
-which is compared with the trainer's weights byte by byte, a second one is broken off in each way of
-`FAULTS`; every rank that could not end it must say which rank was at fault."""
+128 trainer ranks and 8 engines of 16 ranks, as planned by `plan.engine_sets`. After an undisturbed
+push, which is compared with the trainer's weights byte by byte, a second one is broken off in each
+way of `FAULTS`; every rank that could not end it must say which rank was at fault."""
 
 from __future__ import annotations
 

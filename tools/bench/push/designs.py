@@ -9,7 +9,7 @@ from itertools import chain
 
 import numpy as np
 
-from megatron_r1.weight_sync.plan.entry import Entry
+from megatron_r1.weight_sync.plan.engine_sets import Entry
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from tools.bench.push.assumptions import Assumptions
@@ -17,7 +17,7 @@ from tools.bench.push.direct_links import DirectLinks
 from tools.bench.push.fluid import Tasks
 
 Plans = Sequence[tuple[range, list[list[Entry]]]]
-"""The engines of each set, with `plan.entry.entries`."""
+"""The engines of each set, with `plan.engine_sets.entries`."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from megatron_r1.config import load
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.checks import engine_layout
-from megatron_r1.weight_sync.plan.entry import engine_sets
+from megatron_r1.weight_sync.plan.engine_sets import engine_sets
 from megatron_r1.weight_sync.plan.links import planned_entries
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.entry import (
+from megatron_r1.weight_sync.plan.engine_sets import (
     SET_ENGINES,
     engine_sets,
     entries,
