@@ -84,6 +84,8 @@ def again_at_once(cluster, job):
     """Slurm lets a requeued job wait for two minutes, counted from when all of it has ended; nobody
     else is waiting here."""
     cluster.wait(job, "PENDING", "RUNNING", seconds=MINUTES)
+    # A start in the second of the requeue is refused: "Job credential revoked", and the job fails.
+    time.sleep(2.0)
     for _ in range(MINUTES):
         if cluster.field(job, "JobState") == "RUNNING":
             return
