@@ -80,7 +80,7 @@ def run(config: Config) -> None:
             await _evaluate(config, recorder, trainer, rows.heldout)
 
     sampler = RowSampler(rows.train, config.run.seed)
-    loss, size = f"megatron_r1.training.scores:{settings.kind}", len(rows.train[0].samples)
+    loss, size = f"megatron_r1.training.reward_losses:{settings.kind}", len(rows.train[0].samples)
     task = SupervisedTask(
         config, sampler, settings.batch_size, _samples_of, loss, size, notes, evaluate
     )

@@ -11,7 +11,9 @@ ZeroMQ. The controller's side is `megatron_r1.trainer_client`.
     packed.py, packed_routing.py,
     shared_prompts.py                     samples packed into one
     passes.py                             Megatron's schedule, and the step around it
-    head.py, losses.py, scores.py         what a loss gets and returns
+    head.py, scores.py                    what a loss gets
+    losses.py, reward_losses.py,
+    value_loss.py                         losses, and what they return
     returns.py, token_advantages.py       advantages that are computed on the ranks
     metrics.py                            means over micro-batches and ranks
     reference.py                          the reference policy's weights

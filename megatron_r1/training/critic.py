@@ -17,9 +17,9 @@ from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.training import construction
 from megatron_r1.training.batch import PackedBatch
 from megatron_r1.training.distributed import GridPosition
-from megatron_r1.training.losses import LossTerms
-from megatron_r1.training.metrics import Mean, merge, reduce_over_data
+from megatron_r1.training.metrics import merge, reduce_over_data
 from megatron_r1.training.passes import optimizer_step, run_passes
+from megatron_r1.training.value_loss import explained_variance, value_loss
 
 
 def needs_critic(config: Config) -> bool:
@@ -71,45 +71,9 @@ class Critic:
         )
         metrics = reduce_over_data(self.position, merge(reports))
         if metrics:
-            metrics["value/explained_variance"] = _explained(metrics)
+            metrics["value/explained_variance"] = explained_variance(metrics)
         return metrics | {f"value/{name}": value for name, value in stepped.items()}
-
-
-def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTerms:
-    """Return Σ ½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²) over response tokens, with
-    their number as the denominator.
-
-    scores: (1, T) fp32, V at every position; V_old is `batch.values`, R `batch.returns`, ε `clip`,
-    None for ∞. The clipped term is that of PPO's first implementation (arXiv 2005.12729, section
-    3)."""
-    assert batch.values is not None and batch.returns is not None, "values and returns come first"
-    rows, values = batch.response_rows, scores.view(-1)
-    new, old, returns = values[rows], batch.values[rows], batch.returns[rows]
-    limit = float("inf") if clip is None else clip
-    losses = (new - returns).square()
-    clipped = (old + (new - old).clamp(-limit, limit) - returns).square()
-    count = torch.tensor(len(rows), dtype=torch.int, device=values.device)
-    measured = {
-        "value/loss": 0.5 * torch.maximum(losses, clipped),
-        "value/clip_fraction": clipped > losses,
-        "value/mean": new,
-        "return": returns,
-        "return_squared": returns.double().square(),
-        "error": returns - old,
-        "error_squared": (returns - old).double().square(),
-    }
-    # fp64: the explained variance is a difference of mean squares and squared means.
-    means = {name: Mean(x.detach().double().sum(), count) for name, x in measured.items()}
-    return LossTerms(measured["value/loss"].sum(), count, means)
 
 
 def _keep_values(batch: PackedBatch, scores: Tensor) -> None:
     batch.values = torch.where(batch.is_response, scores.view(-1), 0.0)
-
-
-def _explained(metrics: dict[str, float]) -> float:
-    """Return 1 - Var(R - V) / Var(R); removes the moments that it uses from `metrics`."""
-    returns, errors = (
-        metrics.pop(f"{name}_squared") - metrics.pop(name) ** 2 for name in ("return", "error")
-    )
-    return 1 - errors / returns if returns > 0 else 0.0

@@ -73,6 +73,25 @@ def gae(
     return advantages, advantages + values
 
 
+def moments(values: Tensor) -> Tensor:
+    """Return (3,) fp64: the sum of `values` (N,), the sum of their squares, and N. The moments of
+    the parts of a rollout add up to those of the whole."""
+    wide = values.double()
+    return torch.stack([wide.sum(), wide.square().sum(), wide.new_tensor(len(wide))])
+
+
+def standardized(values: Tensor, total: Tensor, epsilon: float) -> Tensor:
+    """Return (values - mean) / (std + epsilon), in fp64 but for the result.
+
+    total: the `moments` of all values that mean and population standard deviation are of; with a
+    deviation of 0 and epsilon 0 nothing is divided."""
+    mean, square = (total[:2] / total[2].clamp(min=1)).unbind()
+    # Of equal values the rounded difference may be below 0.
+    scale = (square - mean.square()).clamp(min=0).sqrt() + epsilon
+    scale = torch.where(scale > 0, scale, 1.0)
+    return ((values.double() - mean) / scale).to(values.dtype)
+
+
 def _sampled_only(mask: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """Return the positions where the mask is set, (N,) int64, and for each of them the number,
     among the N, of the last one of its sample."""

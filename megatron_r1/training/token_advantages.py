@@ -18,7 +18,12 @@ from torch.distributed import ProcessGroup
 from megatron_r1.config.losses import TokenSettings
 from megatron_r1.models.context import held_positions, sample_order
 from megatron_r1.training.batch import PackedBatch
-from megatron_r1.training.returns import discounted_sums, penalized_rewards
+from megatron_r1.training.returns import (
+    discounted_sums,
+    moments,
+    penalized_rewards,
+    standardized,
+)
 
 
 class WholeResponses:
@@ -92,20 +97,11 @@ class ScoredRollout:
         response tokens of the rollout have mean 0 and standard deviation 1 (of the population,
         epsilon added to it)."""
         pairs = list(zip(self.responses, advantages, strict=True))
-        own = [r.own(a)[r.own(r.is_graded)].double() for r, a in pairs]
-        sums = [torch.stack([a.sum(), a.square().sum(), a.new_tensor(len(a))]) for a in own]
-        total = torch.stack(sums).sum(0)
+        total = torch.stack([moments(r.own(a)[r.own(r.is_graded)]) for r, a in pairs]).sum(0)
         if self._data_group is not None:
             # Over data and context parallelism: mean and deviation are those of the whole rollout.
             dist.all_reduce(total, group=self._data_group)
-        mean, square = (total[:2] / total[2].clamp(min=1)).unbind()
-        # Of equal advantages the rounded difference may be below 0, and the deviation 0.
-        scale = (square - mean.square()).clamp(min=0).sqrt() + epsilon
-        scale = torch.where(scale > 0, scale, 1.0)
-        scaled = [((a.double() - mean) / scale).to(a.dtype) for a in advantages]
-        return [
-            torch.where(r.is_graded, a, 0.0) for r, a in zip(self.responses, scaled, strict=True)
-        ]
+        return [torch.where(r.is_graded, standardized(a, total, epsilon), 0.0) for r, a in pairs]
 
     def store(self, targets: TokenTargets) -> None:
         """Replace the advantages, and the returns if any, in the micro-batches."""

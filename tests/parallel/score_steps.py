@@ -25,7 +25,7 @@ from scored_models import LABELS, models_on  # noqa: E402
 from megatron_r1 import models, weights  # noqa: E402
 from megatron_r1.config import ParallelConfig  # noqa: E402
 from megatron_r1.trainer_client.packing import pack  # noqa: E402
-from megatron_r1.training import distributed, scores  # noqa: E402
+from megatron_r1.training import distributed, reward_losses, scores  # noqa: E402
 from megatron_r1.training.checkpoints.contents import without_extra_state  # noqa: E402
 from megatron_r1.training.metrics import merge, reduce_over_data  # noqa: E402
 from megatron_r1.training.packed import TokenSplit, packed_batch  # noqa: E402
@@ -77,7 +77,7 @@ def compare(name, grid, sizes, position, oracle, out):
     pairs = zip(plan, found, strict=True) if position.last_stage else []
     gaps = [(got - answers["scores"][members]).abs().max() for members, got in pairs if members]
     report(name, grid, "scores", max(gaps, default=0.0), SCORE_TOLERANCE)
-    for loss in (scores.pairwise, scores.pointwise):
+    for loss in (reward_losses.pairwise, reward_losses.pointwise):
         for chunk in chunks:
             chunk.train()
             chunk.zero_grad_buffer()

@@ -3,10 +3,17 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_r1.training.returns import discounted_sums, gae, penalized_rewards
+from megatron_r1.training.returns import (
+    discounted_sums,
+    gae,
+    moments,
+    penalized_rewards,
+    standardized,
+)
 
 # (tokens before the response, its tokens, tokens after it, whether it was graded); the second is
 # without a response, as padding is. Of the last two responses every third token was given.
@@ -93,3 +100,14 @@ def test_generalized_advantages_are_the_loop_s(discount, lam):
     # 33 terms at most, added in another order.
     torch.testing.assert_close(got[0], fp64(advantages), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(got[1], fp64(returns), rtol=1e-13, atol=1e-13)
+
+
+def test_parts_are_standardized_by_the_moments_of_the_whole():
+    parts = torch.randn(3, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0, -2.0])
+    whole = np.concatenate(parts).astype(np.float64)
+    total = moments(parts[0]) + moments(parts[1])
+    for part in parts:
+        wanted = (part.double().numpy() - whole.mean()) / (whole.std() + 1e-6)
+        assert standardized(part, total, 1e-6).numpy() == pytest.approx(wanted, abs=1e-6)
+    equal = torch.full((3,), 0.1)
+    assert standardized(equal, moments(equal), 0.0).tolist() == pytest.approx([0.0] * 3, abs=1e-7)
