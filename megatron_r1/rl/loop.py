@@ -43,12 +43,12 @@ async def train(session: Session) -> None:
             metrics = await passes.load(minibatches(samples_by_response, config.rl.minibatches))
             # Under π_ref, and under π_old where the first update does not compute them anyway.
             metrics |= await passes.compute_logprobs(config)
-            metrics |= await passes.token_advantages(config)
+            metrics |= await passes.compute_token_advantages(config)
             updates = [
                 await update(passes, config, index, session.step)
                 for index in range(config.rl.minibatches)
             ]
-            metrics |= await passes.engine_agreement()  # with π_old, known only now
+            metrics |= await passes.compare_with_engines()  # with π_old, known only now
             await passes.refresh_reference_if_due(config)
         with session.phase("push"):
             await session.push_weights()

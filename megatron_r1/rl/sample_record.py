@@ -105,19 +105,19 @@ def unpack(record: GroupRecord, prompt: Prompt) -> Group:
 def _pack_response(graded: GradedResponse) -> ResponseRecord:
     response, teacher = graded.response, graded.teacher_logprobs
     return ResponseRecord(
-        memoryview(response.token_ids),
-        memoryview(response.logprobs),
-        _shortened(response.policy_versions),
-        response.finish_reason,
-        memoryview(response.routing),
-        _bytes(graded.text),
-        graded.rewards,
-        graded.reward,
-        _bytes(graded.reason),
-        graded.ungraded,
-        graded.is_graded,
-        None if teacher is None else memoryview(teacher),
-        None if graded.episode is None else _pack_episode(graded.episode),
+        token_ids=memoryview(response.token_ids),
+        logprobs=memoryview(response.logprobs),
+        policy_versions=_shortened(response.policy_versions),
+        finish_reason=response.finish_reason,
+        routing=memoryview(response.routing),
+        text=_bytes(graded.text),
+        rewards=graded.rewards,
+        reward=graded.reward,
+        reason=_bytes(graded.reason),
+        ungraded=graded.ungraded,
+        is_graded=graded.is_graded,
+        teacher_logprobs=None if teacher is None else memoryview(teacher),
+        episode=None if graded.episode is None else _pack_episode(graded.episode),
     )
 
 

@@ -82,13 +82,13 @@ class StepSampler:
         config = self.config.at(step)
         rl, rollout = config.rl, config.rollout
         sampling = Sampling(
-            rl.group_size,
-            rollout.temperature,
-            rollout.top_p,
-            rollout.max_response_tokens,
-            step,
-            weights_at(config.rewards.weights, step),
-            self._routing,
+            num_samples=rl.group_size,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_tokens=rollout.max_response_tokens,
+            step=step,
+            weights=weights_at(config.rewards.weights, step),
+            routing=self._routing,
             with_teacher=self.collector.teacher is not None,
         )
         num_groups = rl.questions_per_rollout

@@ -37,7 +37,7 @@ class TrainerPasses:
         The first mini-batch's under π_old come with its update, which starts from π_old, unless
         token advantages need them earlier or replayed routing is measured before."""
         if self.algorithm.rules.critic:
-            await self.trainer.call("values")
+            await self.trainer.call("compute_values")
         has_token_advantages = self.algorithm.token_advantages is not None
         return await self.trainer.call(
             "compute_logprobs",
@@ -46,17 +46,19 @@ class TrainerPasses:
             first_minibatch=has_token_advantages or config.rl.routing_replay,
         )
 
-    async def token_advantages(self, config: Config) -> dict[str, float]:
+    async def compute_token_advantages(self, config: Config) -> dict[str, float]:
         """Replace the responses' advantages by one per token, if the algorithm defines that."""
         function = self.algorithm.token_advantages
         if function is None:
             return {}
         settings = config.rl.token_settings
-        return await self.trainer.call("token_advantages", function=function, settings=settings)
+        return await self.trainer.call(
+            "compute_token_advantages", function=function, settings=settings
+        )
 
-    async def engine_agreement(self) -> dict[str, float]:
+    async def compare_with_engines(self) -> dict[str, float]:
         """Compare the engines' log-probabilities with those under π_old."""
-        return await self.trainer.call("agreement")
+        return await self.trainer.call("compare_with_engines")
 
     async def update_policy(self, config: Config, index: int) -> dict[str, float]:
         """Take one optimizer step of the policy on mini-batch `index`."""

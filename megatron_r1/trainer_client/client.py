@@ -180,7 +180,7 @@ class TrainerClient:
 
     async def update_critic(self, index: int, learning_rate: float) -> dict[str, float]:
         """Make one optimizer step of the critic on mini-batch `index`; return its metrics. Errors
-        as `update`. The operations "values" and "token_advantages" come first."""
+        as `update`. The operations "compute_values" and "compute_token_advantages" come first."""
         metrics = await self.call("update_critic", index=index, learning_rate=learning_rate)
         _require_finite(metrics, ("value/loss", "value/grad_norm"), "critic.learning_rate")
         return metrics

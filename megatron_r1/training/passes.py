@@ -1,7 +1,7 @@
 """Megatron's schedule over packed micro-batches, and the optimizer step around it, for the policy
 and the critic alike."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ def run_passes(
 
     Returns the reports of `compute`, one per micro-batch, on the last pipeline stage."""
 
-    def forward_step(iterator, model):
+    def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple:
         batch = next(iterator)
         more = inputs(model, batch) if inputs else {}
         out = model(
@@ -47,7 +47,7 @@ def run_passes(
         )
         return out, partial(loss, batch)
 
-    def loss(batch, out):
+    def loss(batch: PackedBatch, out: torch.Tensor) -> Any:
         if not forward_only:
             return compute(batch, out)
         zero = torch.zeros((), device=out.device)

@@ -1,8 +1,9 @@
 """One trainer rank: Megatron's model, optimizer and schedule behind the operations of a step.
 
 An RL step calls load() (receive the rollout's micro-batches), compute_logprobs() (old and
-reference policy), agreement() (difference from the engine's), for some algorithms values() and
-token_advantages(), and then update(), and update_critic(), once per mini-batch. SFT and reward
+reference policy), compare_with_engines() (differences of log-probabilities), for some algorithms
+compute_values() and compute_token_advantages(), and then update(), and update_critic(), once per
+mini-batch. SFT and reward
 models call load() and update(); sample_scores() evaluates a reward model, probe() compares a few
 tokens with an engine.
 
@@ -13,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_r1 import models, platform, weights
 from megatron_r1.config import Config
@@ -28,11 +29,11 @@ from megatron_r1.training.checkpoints.contents import Network, Networks
 from megatron_r1.training.critic import Critic, needs_critic
 from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.head import Head
-from megatron_r1.training.losses import Loss
+from megatron_r1.training.losses import Loss, LossTerms
 from megatron_r1.training.metrics import Maximum, Mean, Metrics, merge, reduce_over_data
 from megatron_r1.training.packed import TokenSplit, check_token_ids, packed_batch
 from megatron_r1.training.packed_routing import RoutingPart
-from megatron_r1.training.passes import free_gradients, optimizer_step, run_passes
+from megatron_r1.training.passes import Compute, free_gradients, optimizer_step, run_passes
 from megatron_r1.training.reference import Reference
 from megatron_r1.training.scores import Scores
 from megatron_r1.training.shared_prompts import check_shared_prompts
@@ -56,11 +57,11 @@ class Trainer:
         self.reference: Reference | None = None
         self.minibatches: list[list[PackedBatch]] = []
         self.split = TokenSplit(
-            config.parallel.tensor,
-            config.parallel.context,
-            self.groups.cp.rank(),
-            fp8.token_multiple(config.fp8),
-            self.groups.tp.rank(),
+            tensor=config.parallel.tensor,
+            tensor_rank=self.groups.tp.rank(),
+            context=config.parallel.context,
+            context_rank=self.groups.cp.rank(),
+            token_multiple=fp8.token_multiple(config.fp8),
         )
         plain = self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"
         check_shared_prompts(config, platform.has_gpu(), plain)
@@ -153,14 +154,14 @@ class Trainer:
     def _batches(self) -> list[PackedBatch]:
         return [batch for minibatch in self.minibatches for batch in minibatch]
 
-    def token_advantages(self, function: str, settings: TokenSettings) -> None:
+    def compute_token_advantages(self, function: str, settings: TokenSettings) -> None:
         """Replace the advantages of all loaded samples by those that the `TokenAdvantages` at
         "module:function" computes per token; compute_logprobs() comes first."""
         if self.position.last_stage:
             scored = ScoredRollout(self._batches(), self.groups.cp, self.groups.dp_cp)
             scored.store(find_function(function)(scored, settings))
 
-    def agreement(self) -> dict[str, float]:
+    def compare_with_engines(self) -> dict[str, float]:
         """Return the mean and the largest absolute difference, over response tokens, of the
         engine's log-probabilities and the trainer's "old" ones; compute_logprobs() comes first.
 
@@ -218,14 +219,14 @@ class Trainer:
     def _is_last(self, index: int) -> bool:
         return index == len(self.minibatches) - 1
 
-    def values(self) -> None:
+    def compute_values(self) -> None:
         """Compute the critic's values of all loaded samples, into `PackedBatch.values`."""
         assert self.critic is not None, "the recipe has no critic"
         self.critic.values(self._batches())
 
     def update_critic(self, index: int, learning_rate: float) -> dict[str, float]:
         """Make one optimizer step of the critic on mini-batch `index`; returns its metrics value/…
-        values() and the returns, from token_advantages(), come first."""
+        compute_values() and the returns, from compute_token_advantages(), come first."""
         assert self.critic is not None, "the recipe has no critic"
         return self.critic.update(self.minibatches[index], learning_rate, self._is_last(index))
 
@@ -268,12 +269,12 @@ class Trainer:
         if batches:
             self._run(batches, partial(self._logprobs_only, name, temperature), forward_only=True)
 
-    def _run(self, batches: list[PackedBatch], compute, forward_only: bool) -> list[Any]:
+    def _run(self, batches: list[PackedBatch], compute: Compute, forward_only: bool) -> list[Any]:
         """Run Megatron's schedule over `batches`, with routing replay and MTP labels; returns the
         reports of `compute` on the last stage."""
         train_mtp = self.config.model.mtp == "train" and not forward_only
 
-        def inputs(model, batch):
+        def inputs(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
             self.replay.begin(model, batch.routing)
             # Without labels the MTP layers are not run, which saves their part of a forward pass.
             if not train_mtp:
@@ -292,12 +293,12 @@ class Trainer:
     def _head(self, batch: PackedBatch, out: Tensor, temperature: float) -> Head:
         return Head(
             batch,
-            out.reshape(-1, out.shape[-1]),
-            models.lm_head_weight(self.model_chunks[-1]),
-            temperature,
-            self.groups.tp,
-            self.hf["vocab_size"],
-            self.groups.cp,
+            hidden=out.reshape(-1, out.shape[-1]),
+            weight=models.lm_head_weight(self.model_chunks[-1]),
+            temperature=temperature,
+            group=self.groups.tp,
+            vocab_size=self.hf["vocab_size"],
+            context_group=self.groups.cp,
         )
 
     def _scores(self, batch: PackedBatch, out: Tensor) -> Scores:
@@ -315,7 +316,7 @@ class Trainer:
         temperature: float,
         batch: PackedBatch,
         out: Tensor,
-    ):
+    ) -> LossTerms:
         is_score = has_score_head(self.hf)
         head: Any = self._scores(batch, out) if is_score else self._head(batch, out, temperature)
         return loss(batch, head, settings)

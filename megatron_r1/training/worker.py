@@ -157,15 +157,30 @@ class Operations:
         return getattr(self._homes[call.operation], call.operation)(**arguments) or {}
 
 
-SETTINGS: dict[str, Any] = {"update": LossSettings | None, "token_advantages": TokenSettings}
+SETTINGS: dict[str, Any] = {
+    "update": LossSettings | None,
+    "compute_token_advantages": TokenSettings,
+}
 """The types of the argument `settings`, which msgpack carries as a mapping."""
 TRAINER_OPERATIONS = (
-    *("keep_reference", "compute_logprobs", "agreement", "token_advantages", "update", "probe"),
-    *("values", "update_critic", "sample_scores", "yield_memory"),
+    "keep_reference",
+    "compute_logprobs",
+    "compare_with_engines",
+    "compute_values",
+    "compute_token_advantages",
+    "update",
+    "update_critic",
+    "sample_scores",
+    "probe",
+    "yield_memory",
 )
 """Methods of `trainer.Trainer`; "load" is another."""
 FOLDER_OPERATIONS = (
-    *("export", "export_adapter", "save_checkpoint", "checkpoint_progress", "verify_checkpoint"),
+    "export",
+    "export_adapter",
+    "save_checkpoint",
+    "checkpoint_progress",
+    "verify_checkpoint",
     "load_checkpoint",
 )
 """Methods of `folders.Folders`."""

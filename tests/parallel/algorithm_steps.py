@@ -85,7 +85,7 @@ def advantages_of(trainer, position, name: str, rl, names) -> dict[str, list[flo
     for batch in batches:
         guess = (0.3 * batch.targets + 0.11 * batch.position_ids[0]).sin()
         batch.values = torch.where(batch.is_response, guess, 0.0)
-    trainer.token_advantages(algorithms.find(name).token_advantages, rl.token_settings)
+    trainer.compute_token_advantages(algorithms.find(name).token_advantages, rl.token_settings)
     found: dict[str, list[float]] = {}
     if position.last_stage:
         for batch, own in zip(batches, [own for step in names for own in step], strict=False):

@@ -42,7 +42,7 @@ def load(trainer, position) -> list[list[int]]:
     samples = [Sample.pack(p, r, advantage=target) for p, r, target in rollout()]
     plan = pack([len(s) for s in samples], position.data_size, 60).shares[position.data_rank]
     trainer.load([[[samples[i] for i in members] for members in plan]])
-    trainer.values()
+    trainer.compute_values()
     for batch in trainer.minibatches[0]:
         batch.returns = batch.advantages.clone()
     return plan
@@ -117,7 +117,7 @@ def play(name: str, grid: str, policy: Path, scored: Path, out: Path) -> None:
         )
         close(name, grid, f"metrics of update {step}", max(gaps), 5 * TOLERANCE)
     assert 0 < expected["metrics"][-1]["value/clip_fraction"] < 1, "clipping was to be tried"
-    trainer.values()
+    trainer.compute_values()
     close(name, grid, "new values", gap_of_values(trainer, position, plan, expected["new"]), 1e-4)
     hf = read_hf_config(scored, None)
     weights.write_hf(

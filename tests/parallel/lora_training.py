@@ -49,7 +49,7 @@ def critic(model: str, out: Path) -> None:
     trainer, other = Trainer(settings, position), Trainer(settings, position)
     trainer.keep_reference()
     trainer_steps.load(trainer, position, (1,))
-    trainer.values()
+    trainer.compute_values()
     trainer.update(0, LOSS, SETTINGS, 0.1)
     with torch.no_grad():
         for parameter in trainer.critic.model_chunks[0].parameters():

@@ -93,7 +93,7 @@ def main() -> None:
         folders = Folders(trainer)
         trainer.keep_reference()
         load(trainer, position, (1, 2))
-        report = {"score": trainer.agreement()}
+        report = {"score": trainer.compare_with_engines()}
         report |= {"first": update(trainer, 0), "second": update(trainer, 1)}
         weights.write_hf(
             trainer.model_chunks, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32
@@ -101,14 +101,14 @@ def main() -> None:
         folders.save_checkpoint(str(out / f"checkpoint_{grid}"), {"grid": grid})
         # Trains on while it is written: that must not be in the checkpoint.
         load(trainer, position, (3,))
-        report["next rollout"] = update(trainer, 0) | trainer.agreement()
+        report["next rollout"] = update(trainer, 0) | trainer.compare_with_engines()
         assert folders.checkpoint_progress(wait=True)["error"] is None
         if previous.exists():
             other = Trainer(settings, position)
             Folders(other).load_checkpoint(str(previous), reference=True)
             # Old log-probabilities by the update itself: nothing may differ.
             load(other, position, (3,), first_old=False)
-            report["continued"] = update(other, 0) | other.agreement()
+            report["continued"] = update(other, 0) | other.compare_with_engines()
         is_first_context = parallel_state.get_context_parallel_rank() == 0
         if (
             position.last_stage

@@ -205,7 +205,7 @@ async def _call_all(trainer: TrainerClient) -> list[float]:
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
-        await trainer.call_all("agreement")
+        await trainer.call_all("compare_with_engines")
         seconds.append(time.perf_counter() - began)
     return seconds
 
