@@ -22,7 +22,7 @@ from megatron_r1.vllm_plugin.cpu_patches import is_packed
 from megatron_r1.vllm_plugin.delivery import DeliveryCheck
 from megatron_r1.vllm_plugin.memory_layout import lay_out, with_gaps
 from megatron_r1.vllm_plugin.recorder import Copy, Parameter, record
-from megatron_r1.weight_sync.rendezvous import Rendezvous
+from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
 from megatron_r1.weight_sync.table import SlotTable
 from megatron_r1.weight_sync.transports import receiver_class
 from megatron_r1.weight_sync.transports.base import Receiver
@@ -79,13 +79,13 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         trainer takes over, and when the engine comes into another set."""
         host, port = init_info.store
         store = TCPStore(host, port, is_master=False)
-        rendezvous = Rendezvous(
+        rendezvous = EngineRendezvous(
             store,
             init_info.name,
             init_info.timeout_seconds,
             init_info.push_seconds,
             member=init_info.member,
-            members=init_info.members,
+            num_members=init_info.members,
         )
         parallel = self.vllm_config.parallel_config
         self._rank = parallel.data_parallel_index * parallel.world_size + parallel.rank

@@ -169,6 +169,6 @@ def _errors(calls: dict[Engine, asyncio.Task[None]]) -> dict[Engine, EngineError
 
 def _report_failure(host: str, port: int, name: str, error: str) -> None:
     # Imports torch, which takes seconds and which the controller needs for nothing else.
-    from megatron_r1.weight_sync.rendezvous import report_failure
+    from megatron_r1.weight_sync.rendezvous.controller import report_failure
 
     report_failure(host, port, name, error)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from megatron_r1.weight_sync.rendezvous import Rendezvous
+from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
+from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
 from megatron_r1.weight_sync.table import Delivery, Slot, SlotTable, slot_view
 from megatron_r1.weight_sync.transports import receiver_class, sender_class
 
@@ -27,7 +28,7 @@ def sources(push):
 
 
 def send(port, pushes, done):
-    rendezvous = Rendezvous(TCPStore("127.0.0.1", port, is_master=False), ENGINE, 60)
+    rendezvous = TrainerRendezvous(TCPStore("127.0.0.1", port, is_master=False), ENGINE, 60)
     (info,) = rendezvous.read_receivers(1)
     sender = sender_class("cuda_ipc")(rendezvous, 0, 0, info)
     sender.plan(DELIVERIES)
@@ -46,7 +47,7 @@ def test_what_another_process_writes_is_here_and_its_checksums_agree():
     pushes, done = spawn.Queue(), spawn.Event()
     other = spawn.Process(target=send, args=(store.port, pushes, done), daemon=True)
     other.start()
-    rendezvous = Rendezvous(TCPStore("127.0.0.1", store.port, is_master=False), ENGINE, 60)
+    rendezvous = EngineRendezvous(TCPStore("127.0.0.1", store.port, is_master=False), ENGINE, 60)
     receiver = receiver_class("cuda_ipc")(rendezvous, 0, TABLE)
     try:
         for push in (1, 2):

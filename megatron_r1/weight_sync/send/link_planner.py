@@ -21,7 +21,8 @@ from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayou
 from megatron_r1.weight_sync.plan.shared_gpus import SharedGPUs
 from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
-from megatron_r1.weight_sync.rendezvous import PositionPlan, ReceiverInfo, Rendezvous
+from megatron_r1.weight_sync.rendezvous.offers import PositionPlan, ReceiverInfo
+from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
 from megatron_r1.weight_sync.send.offers import EXPECTED_ERRORS, Offers
 from megatron_r1.weight_sync.send.slices import ParameterSlice
 from megatron_r1.weight_sync.table import SlotTable
@@ -51,7 +52,7 @@ class SetLinks:
     rendezvous: of each engine with the trainer. sent: each trainer rank's load by a push
     to the set (`plan.engine_sets.sender_loads`)."""
 
-    rendezvous: list[Rendezvous]
+    rendezvous: list[TrainerRendezvous]
     sent: list[float]
     links: list[Link] = field(default_factory=list)
 
@@ -88,7 +89,7 @@ class LinkPlanner:
 
     def create_links(
         self,
-        rendezvous: Mapping[str, list[Rendezvous]],
+        rendezvous: Mapping[str, list[TrainerRendezvous]],
         offers: Offers,
         engine_layout: EngineLayout,
         transport: str,

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from megatron_r1.weight_sync.rendezvous import ReceiverInfo, Rendezvous
+from megatron_r1.weight_sync.rendezvous.offers import ReceiverInfo
+from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
 from megatron_r1.weight_sync.table import SlotTable
 
 EXPECTED_ERRORS = (OSError, RuntimeError, ValueError)
@@ -26,7 +27,7 @@ class Offers(msgspec.Struct):
 
 
 def read_offers(
-    sets: Mapping[str, Sequence[Rendezvous]],
+    sets: Mapping[str, Sequence[TrainerRendezvous]],
     ranks_per_engine: int,
     pushed: Sequence[str],
     sent: list[float],

@@ -12,7 +12,9 @@ from torch.distributed import Store
 
 from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.rendezvous import Failure, Rendezvous, SetFailed, TableStore
+from megatron_r1.weight_sync.rendezvous.failure import Failure, SetFailed
+from megatron_r1.weight_sync.rendezvous.tables import TableStore
+from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
 from megatron_r1.weight_sync.send.link_planner import HeldPieces, Link, LinkPlanner, SetLinks
 from megatron_r1.weight_sync.send.offers import EXPECTED_ERRORS, Offers, read_offers
 from megatron_r1.weight_sync.send.slices import EncodedSlices
@@ -72,15 +74,17 @@ class WeightSender:
             self.disconnect(name)
         engine_layout = EngineLayout(**{**layout, "engines": 1})
         meet = partial(
-            Rendezvous,
+            TrainerRendezvous,
             self.store,
             timeout_seconds=timeout_seconds,
             push_seconds=push_seconds,
             tables=self._tables,
         )
         rendezvous = {
-            name: [meet(name, member=member, members=members) for member in range(members)]
-            for name, members in sets
+            name: [
+                meet(name, member=member, num_members=num_engines) for member in range(num_engines)
+            ]
+            for name, num_engines in sets
         }
         offers = self._offers(rendezvous, engine_layout.num_ranks)
         created, failed = self._planner.create_links(
@@ -151,7 +155,9 @@ class WeightSender:
                     problems[name] = rendezvous.report_error(late)
         return {"problems": {name: msgspec.to_builtins(f) for name, f in problems.items()}}
 
-    def _offers(self, rendezvous: dict[str, list[Rendezvous]], ranks_per_engine: int) -> Offers:
+    def _offers(
+        self, rendezvous: dict[str, list[TrainerRendezvous]], ranks_per_engine: int
+    ) -> Offers:
         """Return what the engines offer, which rank 0 reads for all."""
         if self.rank:
             return msgspec.msgpack.decode(self.broadcast(None), type=Offers)

@@ -7,7 +7,9 @@ from typing import Protocol
 import torch
 
 from megatron_r1.weight_sync.receive.buffer import ReceiveBuffer
-from megatron_r1.weight_sync.rendezvous import Peer, ReceiverInfo, Rendezvous
+from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous, Peer
+from megatron_r1.weight_sync.rendezvous.offers import ReceiverInfo
+from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
 from megatron_r1.weight_sync.table import Delivery, SlotTable, by_window
 
 
@@ -25,7 +27,7 @@ class Receiver(ABC):
 
     def __init__(
         self,
-        rendezvous: Rendezvous,
+        rendezvous: EngineRendezvous,
         rank: int,
         table: SlotTable,
         memory: torch.Tensor | None = None,
@@ -85,7 +87,7 @@ class Sender(ABC):
 
     def __init__(
         self,
-        rendezvous: Rendezvous,
+        rendezvous: TrainerRendezvous,
         sender: int,
         rank: int,
         receiver: ReceiverInfo,

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from megatron_r1.weight_sync.receive.errors import IncompletePush
-from megatron_r1.weight_sync.rendezvous import Peer, SetFailed
+from megatron_r1.weight_sync.rendezvous.engine import Peer
+from megatron_r1.weight_sync.rendezvous.failure import SetFailed
 from megatron_r1.weight_sync.table import Delivery, by_window
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from megatron_r1.weight_sync.transports.base import gpu_uuid
@@ -44,7 +45,7 @@ class GlooReceiver(PairReceiver):
 
     def connect(self) -> None:
         self._shared: Groups | None = None
-        deliveries, members = self.buffer.deliveries, range(self.rendezvous.members)
+        deliveries, members = self.buffer.deliveries, range(self.rendezvous.num_members)
         # What enters each engine of the set from trainer ranks.
         shares: list[Sequence[Delivery]] = [deliveries.get(Peer(engine), ()) for engine in members]
         own = [
@@ -52,7 +53,9 @@ class GlooReceiver(PairReceiver):
             for sender in self.senders
             for index, delivery in enumerate(deliveries[sender])
         ]
-        own.sort(key=lambda entry: entry[0].slot)  # as `Rendezvous.read_plan` does for the others
+        own.sort(
+            key=lambda entry: entry[0].slot
+        )  # as `EngineRendezvous.read_plan` does for the others
         shares[self.rendezvous.member] = [delivery for delivery, _ in own]
         self._shares, self._own_sources = shares, [source for _, source in own]
         self._windows = [by_window(self.table, share) for share in shares]
@@ -60,7 +63,7 @@ class GlooReceiver(PairReceiver):
             SimpleQueue() for _ in range(self.table.num_windows)
         ]
         super().connect()
-        if self.rendezvous.members > 1:
+        if self.rendezvous.num_members > 1:
             self._start_thread(self._run_exchange, name="exchange")
 
     def close(self) -> None:
@@ -97,7 +100,7 @@ class GlooReceiver(PairReceiver):
     def _exchange_pushes(self) -> Exception:
         """Exchange push after push until one fails; return the error."""
         try:
-            member, members = self.rendezvous.member, self.rendezvous.members
+            member, members = self.rendezvous.member, self.rendezvous.num_members
             shared = create_groups(self, f"exchange/{self.rank}", member, members)
             self._shared = shared
             self._groups.append(shared)
@@ -125,7 +128,7 @@ class GlooReceiver(PairReceiver):
                 push[0] = header.push
             elif not self._is_closing:
                 raise RuntimeError("what enters this rank broke off")
-            others = [e for e in range(self.rendezvous.members) if e != leader]
+            others = [e for e in range(self.rendezvous.num_members) if e != leader]
             for work in [group.send([push], engine, 0) for engine in others]:
                 self._wait_for(work)
         else:  # gloo cannot end a wait for the next push; the leader's closing does
@@ -173,7 +176,7 @@ class GlooReceiver(PairReceiver):
         before, a part in each hop.
 
         gloo's own all-gather takes three times as long with 64 MiB a part (docs/log.md)."""
-        member, members = self.rendezvous.member, self.rendezvous.members
+        member, members = self.rendezvous.member, self.rendezvous.num_members
         parts = gathered.chunk(members)
         for hop in range(members - 1):
             sent, received = parts[(member - hop) % members], parts[(member - hop - 1) % members]
@@ -268,7 +271,7 @@ class NcclReceiver(GlooReceiver):
         self, group: dist.ProcessGroup, gathered: torch.Tensor, unpacking: Iterator[None]
     ) -> None:
         """Fill `gathered` by one all-gather in place, and meanwhile unpack the round before."""
-        own = gathered.chunk(self.rendezvous.members)[self.rendezvous.member]
+        own = gathered.chunk(self.rendezvous.num_members)[self.rendezvous.member]
         work = group._allgather_base(gathered, own, self._options)
         for _ in unpacking:
             pass

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from megatron_r1.weight_sync.rendezvous import Rendezvous
+from megatron_r1.weight_sync.rendezvous.base import Rendezvous
 from megatron_r1.weight_sync.transports.base import gpu_uuid
 
 ENGINE_RANK, TRAINER_RANK = 0, 1
@@ -39,9 +39,11 @@ class LinkEnd(Protocol):
     """What a group needs of the rank's end of a link. backend: "gloo" or "nccl". device: where
     buckets are packed and unpacked."""
 
-    rendezvous: Rendezvous
     backend: str
     device: torch.device
+
+    @property
+    def rendezvous(self) -> Rendezvous: ...
 
 
 class Groups(NamedTuple):

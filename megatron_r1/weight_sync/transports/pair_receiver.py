@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from megatron_r1.weight_sync.rendezvous import SetFailed
+from megatron_r1.weight_sync.rendezvous.failure import SetFailed
 from megatron_r1.weight_sync.table import SlotTable
 from megatron_r1.weight_sync.transports import delta
 from megatron_r1.weight_sync.transports.base import Receiver

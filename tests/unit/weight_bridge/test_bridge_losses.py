@@ -18,7 +18,7 @@ from megatron_r1.weight_bridge.bridge import WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
 from megatron_r1.weight_bridge.probes import Prober
 from megatron_r1.weight_bridge.set_connector import SetConnector
-from megatron_r1.weight_sync.rendezvous import Rendezvous
+from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
 
 
 def make_bridge(trainer, fleet, probes=()):
@@ -416,7 +416,7 @@ class WindowedTrainer(SmallTrainer):
         return [answer | {"num_windows": 3}]
 
     async def _wait(self):
-        rendezvous = Rendezvous(self.store, self.name, 30)
+        rendezvous = TrainerRendezvous(self.store, self.name, 30)
         with pytest.raises(ConnectionError, match="engine-0 is gone"):
             await asyncio.to_thread(rendezvous.await_release, 0, 1, 0)
         self.gone.set()

@@ -18,7 +18,7 @@ from megatron_r1.weight_bridge.engine_links import EngineLinks
 from megatron_r1.weight_bridge.set_connector import SetConnector
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.receive.errors import IncompletePush
-from megatron_r1.weight_sync.rendezvous import Rendezvous
+from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
 from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weight_sync.send.threads import run_all
 from megatron_r1.weight_sync.transports import buckets, pair_sender, receiver_class
@@ -80,8 +80,8 @@ class Client:
             self.num_reused += memory is not None
             store = TCPStore(*info["store"], is_master=False)
             seconds = info["timeout_seconds"], info["push_seconds"]
-            place = {"member": info["member"], "members": info["members"]}
-            met = Rendezvous(store, info["name"], *seconds, **place)
+            place = {"member": info["member"], "num_members": info["members"]}
+            met = EngineRendezvous(store, info["name"], *seconds, **place)
             return receiver_class("gloo")(met, rank, table, memory)
 
         self.receivers = run_all([partial(receiver, rank) for rank in range(2)])

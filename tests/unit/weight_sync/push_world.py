@@ -9,7 +9,7 @@ from torch.distributed import TCPStore
 
 from megatron_r1.weight_sync.plan.fp8_blocks import scale_region
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.rendezvous import Rendezvous
+from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
 from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weight_sync.send.threads import run_all
 from megatron_r1.weight_sync.table import Slot, SlotTable
@@ -98,8 +98,8 @@ class World:
         tables = {place: table(hf, engine, place[1]) for place in places}
 
         def receiver(member, rank):
-            sizes = {"member": member, "members": engines}
-            met = Rendezvous(self.client(), self.name, 20, seconds, **sizes)
+            sizes = {"member": member, "num_members": engines}
+            met = EngineRendezvous(self.client(), self.name, 20, seconds, **sizes)
             return receiver_class(transport)(met, rank, tables[member, rank])
 
         def connect(sender):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from megatron_r1.weight_sync import rendezvous
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.rendezvous import Rendezvous, SetFailed
+from megatron_r1.weight_sync.rendezvous import base as rendezvous_base
+from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
+from megatron_r1.weight_sync.rendezvous.failure import SetFailed
 from megatron_r1.weight_sync.table import Slot, SlotTable, slot_view
 from megatron_r1.weight_sync.transports import buckets, exchange
 from megatron_r1.weight_sync.transports.buckets import Buckets
@@ -158,9 +159,9 @@ def test_windows_are_exchanged_one_after_another_as_they_are_released(make_world
 
 
 def test_a_release_does_not_wait_for_a_wait_of_the_same_rank(monkeypatch):
-    monkeypatch.setattr(rendezvous, "POLL_SECONDS", 60.0)
+    monkeypatch.setattr(rendezvous_base, "POLL_SECONDS", 60.0)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    met = Rendezvous(store, "set", 60.0)
+    met = EngineRendezvous(store, "set", 60.0)
     waiting = threading.Thread(target=met.await_release, args=(0, 1, 0), daemon=True)
     waiting.start()
     time.sleep(0.2)  # it waits now

@@ -5,7 +5,7 @@ import torch
 from test_receive import BY_TWO, SLOTS, TENSORS, WINDOWED, WINDOWED_BY_TWO, World, expected_values
 
 from megatron_r1.config.push import PushConfig
-from megatron_r1.weight_sync.rendezvous import ReceiverInfo
+from megatron_r1.weight_sync.rendezvous.offers import ReceiverInfo
 from megatron_r1.weight_sync.table import Delivery, Slot, SlotTable, slot_view
 from megatron_r1.weight_sync.transports import buckets, delta, sender_class
 

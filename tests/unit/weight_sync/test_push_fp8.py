@@ -15,7 +15,8 @@ from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.checks import check_blocks, check_pushes
 from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors, scale_region
 from megatron_r1.weight_sync.plan.tensors import Region
-from megatron_r1.weight_sync.rendezvous import ReceiverInfo, Rendezvous
+from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
+from megatron_r1.weight_sync.rendezvous.offers import ReceiverInfo
 from megatron_r1.weight_sync.send import slices
 from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weight_sync.table import SlotTable, dtype_of, slot_view
@@ -228,7 +229,7 @@ def test_an_engine_with_fp8_of_another_kind_is_refused():
         return SlotTable(table.num_bytes, [s for s in table.slots if "scale" not in s.name])
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    rendezvous = Rendezvous(store, "other", 5)
+    rendezvous = EngineRendezvous(store, "other", 5)
     rendezvous.publish_receiver(0, ReceiverInfo(without_scales(DEEPSEEK, EngineLayout(), 0)))
     held = held_by(DEEPSEEK, TrainerGrid(1), 0, draw(DEEPSEEK, 1))
     sender = WeightSender(DEEPSEEK, TrainerGrid(1), held, store)

@@ -13,7 +13,10 @@ from torch.distributed import TCPStore
 from megatron_r1.engine.errors import PushIncomplete
 from megatron_r1.weight_sync.receive.buffer import check_coverage
 from megatron_r1.weight_sync.receive.errors import IncompletePush
-from megatron_r1.weight_sync.rendezvous import ReceiverInfo, Rendezvous, TableStore
+from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
+from megatron_r1.weight_sync.rendezvous.offers import ReceiverInfo
+from megatron_r1.weight_sync.rendezvous.tables import TableStore
+from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
 from megatron_r1.weight_sync.table import Delivery, Slot, SlotTable, slot_view
 from megatron_r1.weight_sync.transports import buckets, receiver_class, sender_class, shared_memory
 from megatron_r1.weight_sync.transports.shared_memory import NamedMemory, sweep
@@ -90,11 +93,11 @@ class World:
         ends = {}
 
         def receive():
-            rendezvous = Rendezvous(self.client(), f"test.{self.store.port}", 10)
+            rendezvous = EngineRendezvous(self.client(), f"test.{self.store.port}", 10)
             ends["receiver"] = receiver_class(transport)(rendezvous, 0, self.table)
 
         def connect(sender):
-            rendezvous = Rendezvous(self.client(), f"test.{self.store.port}", 10)
+            rendezvous = TrainerRendezvous(self.client(), f"test.{self.store.port}", 10)
             (info,) = rendezvous.read_receivers(1)
             end = sender_class(transport)(rendezvous, sender, 0, info, self.full_every)
             end.plan(deliveries[sender])
@@ -210,8 +213,8 @@ def test_equal_engines_share_one_table():
     for name, slots in {"a.1": SLOTS, "b.1": SLOTS, "c.1": WINDOWED}.items():
         for rank in range(2):
             info = ReceiverInfo(SlotTable(2048, slots), f"{name}/{rank}")
-            Rendezvous(store, name, 5).publish_receiver(rank, info)
-        receivers[name] = Rendezvous(store, name, 5, tables=tables).read_receivers(2)
+            EngineRendezvous(store, name, 5).publish_receiver(rank, info)
+        receivers[name] = TrainerRendezvous(store, name, 5, tables=tables).read_receivers(2)
     assert [info.address for info in receivers["b.1"]] == ["b.1/0", "b.1/1"]
     assert len({id(info.table) for infos in receivers.values() for info in infos}) == 2
     assert [infos[1].table.slots for infos in receivers.values()] == [SLOTS, SLOTS, WINDOWED]

@@ -26,7 +26,7 @@ from megatron_r1.files.jsonl import read_lines
 from megatron_r1.processes.children import free_port
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.rendezvous import Rendezvous
+from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
 from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weight_sync.table import slot_view
 from megatron_r1.weight_sync.transports import buckets, exchange, pair_receiver, pair_sender
@@ -219,7 +219,7 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
     store.add("ready", 1)
     store.get("connect")
     limits = CONNECT_SECONDS, PUSH_SECONDS
-    met = Rendezvous(_client(port), NAME, *limits, member=member, members=ENGINES)
+    met = EngineRendezvous(_client(port), NAME, *limits, member=member, num_members=ENGINES)
     table = slot_table(PredictedLayout(HF, ENGINE), ENGINE.coordinate(rank))
     receiver = exchange.GlooReceiver(met, rank, table)
     store.add("connected", 1)
