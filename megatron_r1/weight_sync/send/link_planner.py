@@ -36,9 +36,9 @@ HeldPieces = Mapping[str, Sequence[tuple[Tensor, Piece]]]
 """HF name -> the parameters that hold pieces of that tensor."""
 
 
-class Link(NamedTuple):
-    """The link to a rank of engine number `engine` of the set: the transport's end, and the data of
-    each of its deliveries."""
+class PushLink(NamedTuple):
+    """The link to a rank of engine number `engine` of the set: the sending end of the
+    transport, and the data of each delivery over it."""
 
     engine: int
     end: Sender
@@ -46,15 +46,15 @@ class Link(NamedTuple):
 
 
 @dataclass
-class SetLinks:
-    """The links of this rank to a set of engines.
+class LinkedSet:
+    """A set of engines, with the links of this rank to it.
 
-    rendezvous: of each engine with the trainer. sent: each trainer rank's load by a push
-    to the set (`plan.engine_sets.sender_loads`)."""
+    rendezvous: of each engine with this rank. sent: each trainer rank's load by a push to the set
+    (`plan.engine_sets.sender_loads`)."""
 
     rendezvous: list[TrainerRendezvous]
     sent: list[float]
-    links: list[Link] = field(default_factory=list)
+    links: list[PushLink] = field(default_factory=list)
 
     @property
     def num_bytes(self) -> int:
@@ -94,12 +94,12 @@ class LinkPlanner:
         engine_layout: EngineLayout,
         transport: str,
         full_every: int,
-    ) -> tuple[dict[str, SetLinks], dict[str, str]]:
+    ) -> tuple[dict[str, LinkedSet], dict[str, str]]:
         """Return this rank's links by set, not connected yet, and the problems by set; a set with a
         problem may have some links.
 
         rendezvous: of each engine of a set. engine_layout: of one engine."""
-        created: dict[str, SetLinks] = {}
+        created: dict[str, LinkedSet] = {}
         problems: dict[str, str] = {}
         make_end = partial(sender_class(transport), full_every=full_every)
         for index, tables in enumerate(offers.tables):
@@ -115,17 +115,24 @@ class LinkPlanner:
                 problems |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
                 continue
             for turn, (name, plan) in enumerate(zip(names, plans, strict=True)):
-                links = SetLinks(rendezvous[name], sender_loads(plan, self.grid.world))
-                created[name] = links
+                linked = LinkedSet(rendezvous[name], sender_loads(plan, self.grid.world))
+                created[name] = linked
                 addresses = offers.sets[name][1]
                 try:
                     for position, position_entries in enumerate(plan):
+                        # Every rank has computed all plans; each publishes about as many.
                         publishes = (turn + position) % self.grid.world == self.rank
                         receivers = [
                             ReceiverInfo(tables[position], ranks[position]) for ranks in addresses
                         ]
                         self._link_position(
-                            links, needs, position, position_entries, receivers, make_end, publishes
+                            linked,
+                            needs,
+                            position,
+                            position_entries,
+                            receivers,
+                            make_end,
+                            publishes,
                         )
                 except EXPECTED_ERRORS as error:
                     problems[name] = f"{type(error).__name__}: {error}"
@@ -144,7 +151,7 @@ class LinkPlanner:
 
     def _link_position(
         self,
-        links: SetLinks,
+        linked: LinkedSet,
         needs: ReceiverLayout,
         position: int,
         position_entries: Sequence[Entry],
@@ -154,7 +161,7 @@ class LinkPlanner:
     ) -> None:
         """Create this rank's links to one position, and publish the position's plan if
         `publishes`."""
-        plan: PositionPlan = [[] for _ in links.rendezvous]
+        plan: PositionPlan = [[] for _ in linked.rendezvous]
         for entry in position_entries:
             if not publishes and entry.sender != self.rank:
                 continue
@@ -167,15 +174,15 @@ class LinkPlanner:
             deliveries = [delivery for delivery, _, _ in found]
             plan[entry.engine].append((entry.sender, deliveries))
             if entry.sender == self.rank:
-                rendezvous, receiver = links.rendezvous[entry.engine], receivers[entry.engine]
+                rendezvous, receiver = linked.rendezvous[entry.engine], receivers[entry.engine]
                 end = make_end(rendezvous, self.rank, position, receiver)
                 # Codes and scales of a region are of one slice, which is quantized once.
                 held = {part: self._slice(*part) for _, _, part in found}
                 slices = [(held[part], encoding) for _, encoding, part in found]
-                links.links.append(Link(entry.engine, end, slices))
+                linked.links.append(PushLink(entry.engine, end, slices))
                 end.plan(deliveries)
         if publishes:
-            links.rendezvous[0].publish_plan(position, plan)
+            linked.rendezvous[0].publish_plan(position, plan)
 
     def _slice(self, name: str, region: Region) -> ParameterSlice:
         """Return the region of an HF tensor in a parameter of this rank. Raises ValueError."""

@@ -15,7 +15,7 @@ from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.rendezvous.failure import Failure, SetFailed
 from megatron_r1.weight_sync.rendezvous.tables import TableStore
 from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
-from megatron_r1.weight_sync.send.link_planner import HeldPieces, Link, LinkPlanner, SetLinks
+from megatron_r1.weight_sync.send.link_planner import HeldPieces, LinkedSet, LinkPlanner, PushLink
 from megatron_r1.weight_sync.send.offers import EXPECTED_ERRORS, Offers, read_offers
 from megatron_r1.weight_sync.send.slices import EncodedSlices
 from megatron_r1.weight_sync.send.threads import run_all
@@ -50,7 +50,7 @@ class WeightSender:
         self.hf, self.grid, self.rank, self.drafts = hf, grid, rank, drafts
         self.store, self.broadcast = store, broadcast
         self._planner = LinkPlanner(hf, grid, held, rank=rank, stages=stages, gpus=gpus)
-        self._sets: dict[str, SetLinks] = {}
+        self._sets: dict[str, LinkedSet] = {}
         self._tables = TableStore(store)
 
     def connect(
@@ -94,10 +94,11 @@ class WeightSender:
         present = {name: created[name] for name in offers.sets if name not in failed}
         for name, problem in failed.items():  # first, so that no rank waits for this one
             rendezvous[name][0].report_error(f"trainer rank {self.rank}: {problem}")
-        for links in present.values():  # before any wait, which would block this rank's only client
-            num_ranks = len(links.rendezvous) * engine_layout.num_ranks
-            links.rendezvous[0].publish_prepared(self.grid.world, num_ranks)
-        outcomes = run_all([partial(self._connect_set, links) for links in present.values()])
+        # Before any wait, which would block this rank's only client of the store.
+        for linked in present.values():
+            num_ranks = len(linked.rendezvous) * engine_layout.num_ranks
+            linked.rendezvous[0].publish_prepared(self.grid.world, num_ranks)
+        outcomes = run_all([partial(self._connect_set, linked) for linked in present.values()])
         failed |= {name: text for name, text in zip(present, outcomes, strict=True) if text}
         for name in failed:
             self.disconnect(name)
@@ -106,8 +107,8 @@ class WeightSender:
         return {
             "problems": offers.problems | failed,
             "num_windows": max(windows, default=1),
-            "num_links": {name: len(links.links) for name, links in connected.items()},
-            "num_bytes": {name: links.num_bytes for name, links in connected.items()},
+            "num_links": {name: len(linked.links) for name, linked in connected.items()},
+            "num_bytes": {name: linked.num_bytes for name, linked in connected.items()},
         }
 
     def disconnect(self, name: str) -> None:
@@ -124,7 +125,7 @@ class WeightSender:
             self.disconnect(name)
         problems: dict[str, Failure] = {}
 
-        def send_over(name: str, link: Link) -> None:
+        def send_over(name: str, link: PushLink) -> None:
             try:
                 for window in range(link.end.table.num_windows):
                     link.end.send(push, window, EncodedSlices(link.slices))
@@ -139,13 +140,13 @@ class WeightSender:
         run_all(
             [
                 partial(send_over, name, link)
-                for name, set_links in present.items()
-                for link in set_links.links
+                for name, linked in present.items()
+                for link in linked.links
             ]
         )
-        for name, set_links in present.items():
-            if self.rank == 0 and len(set_links.rendezvous) > 1 and name not in problems:
-                rendezvous = set_links.rendezvous[0]
+        for name, linked in present.items():
+            if self.rank == 0 and len(linked.rendezvous) > 1 and name not in problems:
+                rendezvous = linked.rendezvous[0]
                 try:
                     rendezvous.await_complete(push)
                 except SetFailed as error:
@@ -161,20 +162,20 @@ class WeightSender:
         """Return what the engines offer, which rank 0 reads for all."""
         if self.rank:
             return msgspec.msgpack.decode(self.broadcast(None), type=Offers)
-        by_set = [links.sent for links in self._sets.values()]
+        by_set = [linked.sent for linked in self._sets.values()]
         sent = [sum(bytes_of_rank) for bytes_of_rank in zip(*by_set, strict=True)]
         pushed = [name for name, _ in pushed_tensors(self.hf, fp8=False, drafts=self.drafts)]
         offers = read_offers(rendezvous, ranks_per_engine, pushed, sent)
         self.broadcast(msgspec.msgpack.encode(offers))
         return offers
 
-    def _connect_set(self, links: SetLinks) -> str:
+    def _connect_set(self, linked: LinkedSet) -> str:
         """Connect to a set, all links at once, and return the problem if there is one."""
         try:
-            links.rendezvous[0].await_prepared()
-            run_all([link.end.connect for link in links.links])
+            linked.rendezvous[0].await_prepared()
+            run_all([link.end.connect for link in linked.links])
         except EXPECTED_ERRORS as error:
             text = f"{type(error).__name__}: {error}"
-            links.rendezvous[0].report_error(f"trainer rank {self.rank}: {text}")
+            linked.rendezvous[0].report_error(f"trainer rank {self.rank}: {text}")
             return text
         return ""

@@ -18,7 +18,7 @@ TRANSPORTS = {
     "shm": ("shared_memory.SharedMemoryReceiver", "shared_memory.SharedMemorySender"),
     "cuda_ipc": ("device_memory.DeviceReceiver", "device_memory.DeviceSender"),
     "gloo": ("exchange.GlooReceiver", "pair_sender.GlooSender"),
-    "nccl": ("exchange.NcclReceiver", "pair_sender.NcclSender"),
+    "nccl": ("nccl_receiver.NcclReceiver", "pair_sender.NcclSender"),
 }
 
 

@@ -15,8 +15,8 @@ Chunk = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Buckets:
-    """The buckets of one trainer rank's deliveries to one engine rank."""
+class BucketPacker:
+    """Cuts deliveries to one engine rank into buckets, and packs and unpacks these."""
 
     table: SlotTable
     deliveries: Sequence[Delivery]

@@ -3,14 +3,13 @@
 An engine rank receives its part from a few trainer ranks, as in `pair_receiver`, checks it, and
 exchanges it with the ranks at its position of the other engines. In every round each contributes a
 bucket, and every rank ends with all of them: around a ring over gloo, by an all-gather over NCCL
-(`_gather_parts`). The checksums that it passes on are the trainer's own.
+(`_gather_buckets`). The checksums that it passes on are the trainer's own.
 Every group is created in a thread of its own, and within one group all ranks make the same calls in
 the same order, which follow from the plan; what enters never waits for the exchange. So no rank can
 wait in a circle. In a set of one engine nothing is exchanged."""
 
 import contextlib
 import datetime
-import threading
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from queue import SimpleQueue
@@ -24,11 +23,10 @@ from megatron_r1.weight_sync.rendezvous.engine import Peer
 from megatron_r1.weight_sync.rendezvous.failure import SetFailed
 from megatron_r1.weight_sync.table import Delivery, by_window
 from megatron_r1.weight_sync.transports import PASSED_BYTES
-from megatron_r1.weight_sync.transports.base import gpu_uuid
-from megatron_r1.weight_sync.transports.buckets import Buckets, Chunk
+from megatron_r1.weight_sync.transports.buckets import BucketPacker, Chunk
 from megatron_r1.weight_sync.transports.groups import (
     Groups,
-    Header,
+    WindowHeader,
     create_groups,
     integers,
     wait_for,
@@ -59,7 +57,7 @@ class GlooReceiver(PairReceiver):
         shares[self.rendezvous.member] = [delivery for delivery, _ in own]
         self._shares, self._own_sources = shares, [source for _, source in own]
         self._windows = [by_window(self.table, share) for share in shares]
-        self._begun_windows: list[SimpleQueue[Header | None]] = [
+        self._begun_windows: list[SimpleQueue[WindowHeader | None]] = [
             SimpleQueue() for _ in range(self.table.num_windows)
         ]
         super().connect()
@@ -77,7 +75,7 @@ class GlooReceiver(PairReceiver):
         for queue in self._begun_windows:
             queue.put(None)
 
-    def window_begins(self, sender: int, header: Header) -> None:
+    def window_begins(self, sender: int, header: WindowHeader) -> None:
         windows = self.buffer.windows
         if sender == next(s for s in self.senders if windows[s][header.window]):
             self._begun_windows[header.window].put(header)
@@ -146,43 +144,48 @@ class GlooReceiver(PairReceiver):
         return number
 
     def _exchange_buckets(self, group: dist.ProcessGroup, push: int, window: int) -> None:
-        """Exchange a window bucket by bucket, each round one of every engine, padded alike."""
-        area, member = self.table.area(self.memory, push), self.rendezvous.member
-        buckets = [Buckets(self.table, share) for share in self._shares]
+        """Exchange a window in rounds. In each round every engine contributes a bucket, all padded
+        to the size of the largest."""
+        area, own = self.table.area(self.memory, push), self.rendezvous.member
+        packers = [BucketPacker(self.table, share) for share in self._shares]
         cuts = [
-            share.cut(windows[window], PASSED_BYTES)
-            for share, windows in zip(buckets, self._windows, strict=True)
+            packer.cut(windows[window], PASSED_BYTES)
+            for packer, windows in zip(packers, self._windows, strict=True)
         ]
-        arrived: list[tuple[Buckets, list[Chunk], torch.Tensor]] = []
-        for chunks in zip_longest(*cuts, fillvalue=[]):
-            sizes = [share.num_bytes(bucket) for share, bucket in zip(buckets, chunks, strict=True)]
+        arrived: list[tuple[BucketPacker, list[Chunk], torch.Tensor]] = []
+        for buckets in zip_longest(*cuts, fillvalue=[]):
+            sizes = [
+                packer.num_bytes(bucket) for packer, bucket in zip(packers, buckets, strict=True)
+            ]
             gathered = torch.empty(len(sizes) * max(sizes), dtype=torch.uint8, device=self.device)
-            parts = gathered.chunk(len(sizes))
-            if chunks[member]:
-                parts[member][: sizes[member]] = buckets[member].pack(area, chunks[member])
-            self._gather_parts(group, gathered, _unpack_each(area, arrived))
+            packed = gathered.chunk(len(sizes))
+            if buckets[own]:
+                packed[own][: sizes[own]] = packers[own].pack(area, buckets[own])
+            self._gather_buckets(group, gathered, _unpack_each(area, arrived))
             arrived = [
-                (buckets[engine], chunks[engine], part[: sizes[engine]])
-                for engine, part in enumerate(parts)
-                if engine != member and chunks[engine]
+                (packers[member], bucket, packed[member][: sizes[member]])
+                for member, bucket in enumerate(buckets)
+                if member != own and bucket
             ]
         for _ in _unpack_each(area, arrived):
             pass
 
-    def _gather_parts(
+    def _gather_buckets(
         self, group: dist.ProcessGroup, gathered: torch.Tensor, unpacking: Iterator[None]
     ) -> None:
-        """Fill `gathered`, equal parts of all engines, around a ring. Meanwhile unpack the round
-        before, a part in each hop.
+        """Fill `gathered`, which has equal room for a bucket of every engine, around a ring:
+        `num_members` - 1 hops, in each of which a rank passes on the bucket that it received last.
+        Meanwhile unpack the round before, a bucket in each hop.
 
-        gloo's own all-gather takes three times as long with 64 MiB a part (docs/log.md)."""
-        member, members = self.rendezvous.member, self.rendezvous.num_members
-        parts = gathered.chunk(members)
-        for hop in range(members - 1):
-            sent, received = parts[(member - hop) % members], parts[(member - hop - 1) % members]
+        gloo's own all-gather takes three times as long with 64 MiB a bucket (docs/log.md)."""
+        member, num_members = self.rendezvous.member, self.rendezvous.num_members
+        buckets = gathered.chunk(num_members)
+        for hop in range(num_members - 1):
+            sent = buckets[(member - hop) % num_members]
+            received = buckets[(member - hop - 1) % num_members]
             works = [
-                group.send([sent], (member + 1) % members, 0),
-                group.recv([received], (member - 1) % members, 0),
+                group.send([sent], (member + 1) % num_members, 0),
+                group.recv([received], (member - 1) % num_members, 0),
             ]
             next(unpacking, None)
             for work in works:
@@ -214,74 +217,10 @@ class GlooReceiver(PairReceiver):
         wait_for(work, self.rendezvous, PATIENCE_SECONDS)
 
 
-class NcclReceiver(GlooReceiver):
-    """A `GlooReceiver` between GPUs, with the receive buffer in device memory.
-
-    Memory that is borrowed is allocated with the first window of a push and freed once all is
-    loaded: the engine's KV cache, which sleeps meanwhile, has it between pushes.
-    Run on null GPUs only (tests/nullgpu)."""
-
-    backend, is_weighted = "nccl", True
-
-    def prepare(self) -> None:
-        super().prepare()
-        # Of this thread, vLLM's. The receiving threads would take GPU 0.
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self.address = gpu_uuid(self.device)  # by which the plan avoids senders on it
-        self._claiming = threading.Lock()
-
-    def allocate(self) -> torch.Tensor:
-        if self.borrows_memory:
-            return torch.empty(0, dtype=torch.uint8, device=self.device)  # `claim_memory` has it
-        with self._memory_error():
-            return super().allocate()
-
-    def claim_memory(self) -> None:
-        size = self.table.areas * self.table.num_bytes
-        with self._claiming, self._memory_error():
-            if self.memory.numel() < size:
-                self.memory = self.buffer.memory = super().allocate()
-            elif not (storage := self.memory.untyped_storage()).nbytes():
-                storage.resize_(size)
-
-    def close(self) -> None:
-        super().close()
-        if not any(thread.is_alive() for thread in self._threads):
-            self.free_memory()  # after a push that broke off
-
-    def free_memory(self) -> None:
-        if self.borrows_memory and hasattr(self, "memory"):
-            # The storage, since views of it may be left; what they show is not used any more.
-            self.memory.untyped_storage().resize_(0)
-            torch.cuda.empty_cache()
-
-    @contextlib.contextmanager
-    def _memory_error(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            size = self.table.areas * self.table.num_bytes / 2**30
-            raise ValueError(
-                f"push.transport: nccl: {size:.3g} GiB are needed on the engine's GPU for weights "
-                "in transit; lower push.memory_gib or rollout.gpu_memory, or set push.transport: "
-                "gloo"
-            ) from error
-
-    def _gather_parts(
-        self, group: dist.ProcessGroup, gathered: torch.Tensor, unpacking: Iterator[None]
-    ) -> None:
-        """Fill `gathered` by one all-gather in place, and meanwhile unpack the round before."""
-        own = gathered.chunk(self.rendezvous.num_members)[self.rendezvous.member]
-        work = group._allgather_base(gathered, own, self._options)
-        for _ in unpacking:
-            pass
-        wait_for(work, self.rendezvous, on_gpu=True)
-
-
 def _unpack_each(
-    area: torch.Tensor, arrived: list[tuple[Buckets, list[Chunk], torch.Tensor]]
+    area: torch.Tensor, arrived: list[tuple[BucketPacker, list[Chunk], torch.Tensor]]
 ) -> Iterator[None]:
-    """Unpack parts into the receive buffer, one per step."""
-    for buckets, bucket, packed in arrived:
-        buckets.unpack(area, bucket, packed)
+    """Unpack buckets into the receive buffer, one per step."""
+    for packer, bucket, packed in arrived:
+        packer.unpack(area, bucket, packed)
         yield

@@ -26,7 +26,7 @@ ENGINE_RANK, TRAINER_RANK = 0, 1
 """The ranks of a pair in its group."""
 
 
-class Header(NamedTuple):
+class WindowHeader(NamedTuple):
     """Header of one window on the wire. base: the push to which this one is the difference; 0: it
     is whole."""
 

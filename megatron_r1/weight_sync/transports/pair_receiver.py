@@ -14,11 +14,11 @@ from megatron_r1.weight_sync.rendezvous.failure import SetFailed
 from megatron_r1.weight_sync.table import SlotTable
 from megatron_r1.weight_sync.transports import delta
 from megatron_r1.weight_sync.transports.base import Receiver
-from megatron_r1.weight_sync.transports.buckets import Buckets, Chunk
+from megatron_r1.weight_sync.transports.buckets import BucketPacker, Chunk
 from megatron_r1.weight_sync.transports.groups import (
     TRAINER_RANK,
     Groups,
-    Header,
+    WindowHeader,
     pair_groups,
     wait_for,
 )
@@ -80,7 +80,7 @@ class PairReceiver(Receiver):
     def claim_memory(self) -> None:
         """Allocate memory that is borrowed; called before a window is written."""
 
-    def window_begins(self, sender: int, header: Header) -> None:
+    def window_begins(self, sender: int, header: WindowHeader) -> None:
         """Do nothing: called when a window begins to arrive."""
 
     def fail(self, error: Exception) -> None:
@@ -93,10 +93,10 @@ class PairReceiver(Receiver):
         last = 0
         try:
             while not self._is_closing:
-                fields = torch.empty(len(Header._fields), dtype=torch.int64)
+                fields = torch.empty(len(WindowHeader._fields), dtype=torch.int64)
                 idle_limit = datetime.timedelta(seconds=IDLE_SECONDS)
                 groups.control.recv([fields], TRAINER_RANK, 0).wait(idle_limit)
-                header = Header(*fields.tolist())
+                header = WindowHeader(*fields.tolist())
                 if header.base not in (0, last):
                     raise ValueError(
                         f"push {header.push} is the difference to push {header.base}, but this "
@@ -117,12 +117,12 @@ class PairReceiver(Receiver):
         if not self._is_closing:
             self.fail(RuntimeError(f"trainer rank {sender}: {error}"))
 
-    def _receive_window(self, groups: Groups, sender: int, header: Header) -> None:
-        buckets = Buckets(self.table, self.buffer.deliveries[sender])
+    def _receive_window(self, groups: Groups, sender: int, header: WindowHeader) -> None:
+        packer = BucketPacker(self.table, self.buffer.deliveries[sender])
         indices = self.buffer.windows[sender][header.window]
         arriving: tuple[dist.Work, torch.Tensor, list[Chunk]] | None = None
-        for bucket in buckets.cut(indices):
-            size = buckets.num_bytes(bucket)
+        for bucket in packer.cut(indices):
+            size = packer.num_bytes(bucket)
             if header.base:
                 length = torch.empty(1, dtype=torch.int64)
                 wait_for(groups.control.recv([length], TRAINER_RANK, 0), self.rendezvous)
@@ -130,10 +130,10 @@ class PairReceiver(Receiver):
             data = torch.empty(size, dtype=torch.uint8, device=groups.device)
             work = groups.data.recv([data], TRAINER_RANK, 0)
             if arriving:
-                self._unpack(header, buckets, *arriving)
+                self._unpack(header, packer, *arriving)
             arriving = (work, data, bucket)
         if arriving:
-            self._unpack(header, buckets, *arriving)
+            self._unpack(header, packer, *arriving)
         sums = torch.empty(len(indices), dtype=torch.int64)
         wait_for(groups.control.recv([sums], TRAINER_RANK, 0), self.rendezvous)
         for index, sent in zip(indices, sums.tolist(), strict=True):
@@ -141,8 +141,8 @@ class PairReceiver(Receiver):
 
     def _unpack(
         self,
-        header: Header,
-        buckets: Buckets,
+        header: WindowHeader,
+        packer: BucketPacker,
         work: dist.Work,
         data: torch.Tensor,
         bucket: list[Chunk],
@@ -151,7 +151,7 @@ class PairReceiver(Receiver):
         packed = data.to(self.device)
         if header.base:
             # The base is in another area than this push where areas alternate.
-            state = buckets.pack(self.table.area(self.memory, header.base), bucket).cpu()
+            state = packer.pack(self.table.area(self.memory, header.base), bucket).cpu()
             delta.patch(state, packed.cpu())
             packed = state.to(self.device)
-        buckets.unpack(self.table.area(self.memory, header.push), bucket, packed)
+        packer.unpack(self.table.area(self.memory, header.push), bucket, packed)

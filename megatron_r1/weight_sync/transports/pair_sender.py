@@ -8,10 +8,10 @@ import torch.distributed as dist
 from megatron_r1.weight_sync.table import Delivery, dtype_of
 from megatron_r1.weight_sync.transports import delta
 from megatron_r1.weight_sync.transports.base import Sender, Slices
-from megatron_r1.weight_sync.transports.buckets import Buckets, Chunk
+from megatron_r1.weight_sync.transports.buckets import BucketPacker, Chunk
 from megatron_r1.weight_sync.transports.groups import (
     ENGINE_RANK,
-    Header,
+    WindowHeader,
     integers,
     pair_groups,
     wait_for,
@@ -51,13 +51,13 @@ class GlooSender(Sender):
         if not indices:
             return
         is_full = self._base == 0 or self._since_full + 1 >= self.full_every
-        header = Header(push, window, 0 if is_full else self._base)
+        header = WindowHeader(push, window, 0 if is_full else self._base)
         self._base = 0  # a push that breaks off cannot be the base of another
         wait_for(control.send([integers(header)], ENGINE_RANK, 0), self.rendezvous)
         running = {index: self._checksum(index) for index in indices}
         on_the_wire: list[tuple[dist.Work, torch.Tensor]] = []
         self.num_bytes_sent = 0
-        for number, bucket in enumerate(Buckets(self.table, self.deliveries).cut(indices)):
+        for number, bucket in enumerate(BucketPacker(self.table, self.deliveries).cut(indices)):
             packed = self._pack(bucket, slices, running)
             message = self._message(number, packed, header).to(device)
             for work, sent in on_the_wire:
@@ -101,7 +101,7 @@ class GlooSender(Sender):
             packed.append(values.reshape(-1).view(torch.uint8))
         return torch.cat(packed)
 
-    def _message(self, number: int, packed: torch.Tensor, header: Header) -> torch.Tensor:
+    def _message(self, number: int, packed: torch.Tensor, header: WindowHeader) -> torch.Tensor:
         """Return the message of bucket `number`; with deltas, keep it on the host for the next
         push."""
         if self.full_every == 1:

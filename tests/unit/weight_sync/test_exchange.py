@@ -15,7 +15,7 @@ from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
 from megatron_r1.weight_sync.rendezvous.failure import SetFailed
 from megatron_r1.weight_sync.table import Slot, SlotTable, slot_view
 from megatron_r1.weight_sync.transports import buckets, exchange
-from megatron_r1.weight_sync.transports.buckets import Buckets
+from megatron_r1.weight_sync.transports.buckets import BucketPacker
 from megatron_r1.weight_sync.transports.exchange import GlooReceiver
 from megatron_r1.weight_sync.transports.pair_sender import GlooSender
 from megatron_r1.weights.stored.fp8_blocks import quantize
@@ -217,14 +217,14 @@ def test_damage_in_the_exchange_is_refused_with_the_tensor_s_name(
         weighted(monkeypatch)
     tensors = draw(QWEN, 1)
     world = make_world(QWEN, TrainerGrid(1), EngineLayout(), tensors, engines=2, table=plain_table)
-    pack = Buckets.pack
+    pack = BucketPacker.pack
 
     def damaged(*args):
         packed = pack(*args)
         packed[7] ^= 1
         return packed
 
-    monkeypatch.setattr(Buckets, "pack", damaged)
+    monkeypatch.setattr(BucketPacker, "pack", damaged)
     world.send(1)
     for receiver in world.receivers.values():
         with pytest.raises(ValueError, match=r"1 tensors arrived otherwise.*through engine [01]"):
