@@ -141,7 +141,7 @@ def _set_links(
     sent, received = [0.0] * grid.world, [0.0] * engines.ranks_per_engine
     for index, plan in enumerate(plans):
         for entry in chain.from_iterable(plan):
-            engine_rank = index, entry.engine, entry.position
+            engine_rank = index, entry.member, entry.position
             out[entry.sender] += 1
             sent[entry.sender] += entry.num_bytes
             into[engine_rank] += 1

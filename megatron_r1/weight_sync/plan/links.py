@@ -4,15 +4,9 @@ from collections.abc import Sequence
 
 from megatron_r1.config import Config
 from megatron_r1.config.push import PushConfig
+from megatron_r1.weight_sync.plan.bundles import LARGEST_BUNDLE, largest_bundle
 from megatron_r1.weight_sync.plan.checks import engine_layout
-from megatron_r1.weight_sync.plan.engine_sets import (
-    LARGEST_PIECE,
-    SET_ENGINES,
-    Entry,
-    engine_sets,
-    entries,
-    largest_piece,
-)
+from megatron_r1.weight_sync.plan.engine_sets import SET_ENGINES, Entry, engine_sets, entries
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.ranks import TrainerGrid
@@ -43,7 +37,7 @@ def planned_entries(
     *,
     shares_gpus: bool,
     ranks_per_node: int = RANKS_PER_NODE,
-    largest: float = LARGEST_PIECE,
+    largest: float = LARGEST_BUNDLE,
 ) -> list[list[list[Entry]]]:
     """Return the `entries` of engines that do not run yet.
 
@@ -67,5 +61,5 @@ def planned_push(config: Config, hf: dict) -> list[list[list[Entry]]]:
         fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype),
         engine_sets(layout.engines, max_engines(push)),
         shares_gpus=shares_gpus_over_nccl(config),
-        largest=largest_piece(push.transport),
+        largest=largest_bundle(push.transport),
     )

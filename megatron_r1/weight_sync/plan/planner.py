@@ -1,5 +1,5 @@
 """The parts of each tensor that trainer ranks hold, and those that engine ranks need, from which
-`entry` makes the plan."""
+`engine_sets` makes the plan."""
 
 from __future__ import annotations
 

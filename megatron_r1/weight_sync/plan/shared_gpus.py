@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 EngineRank = tuple[int, int, int]
-"""(set, engine of it, position)."""
+"""(set, member, position): the engine is number `member` of the set."""
 
 RANKS_PER_NODE = 8
 """Trainer ranks of a node where no plan says otherwise, a GPU each."""

@@ -9,12 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megatron_r1.weight_sync.plan.engine_sets import (
-    Entry,
-    entries,
-    largest_piece,
-    sender_loads,
-)
+from megatron_r1.weight_sync.plan.bundles import largest_bundle
+from megatron_r1.weight_sync.plan.engine_sets import Entry, entries, sender_loads
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayout
@@ -37,10 +33,10 @@ HeldPieces = Mapping[str, Sequence[tuple[Tensor, Piece]]]
 
 
 class PushLink(NamedTuple):
-    """The link to a rank of engine number `engine` of the set: the sending end of the
+    """The link to a rank of engine number `member` of the set: the sending end of the
     transport, and the data of each delivery over it."""
 
-    engine: int
+    member: int
     end: Sender
     slices: list[tuple[ParameterSlice, Encoding]]
 
@@ -109,7 +105,7 @@ class LinkPlanner:
                 planner = Planner(self.hf, self.grid, engine_layout, self.stages, needs)
                 sets = [range(len(rendezvous[name])) for name in names]
                 shared = self._shared_gpus([offers.sets[name][1] for name in names])
-                largest, num_bytes = largest_piece(transport), _byte_count(tables)
+                largest, num_bytes = largest_bundle(transport), _byte_count(tables)
                 plans = entries(planner, num_bytes, sets, offers.sent, largest, shared)
             except ValueError as error:
                 problems |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
@@ -172,14 +168,14 @@ class LinkPlanner:
             ]
             found.sort(key=lambda each: each[0].slot)
             deliveries = [delivery for delivery, _, _ in found]
-            plan[entry.engine].append((entry.sender, deliveries))
+            plan[entry.member].append((entry.sender, deliveries))
             if entry.sender == self.rank:
-                rendezvous, receiver = linked.rendezvous[entry.engine], receivers[entry.engine]
+                rendezvous, receiver = linked.rendezvous[entry.member], receivers[entry.member]
                 end = make_end(rendezvous, self.rank, position, receiver)
                 # Codes and scales of a region are of one slice, which is quantized once.
                 held = {part: self._slice(*part) for _, _, part in found}
                 slices = [(held[part], encoding) for _, encoding, part in found]
-                linked.links.append(PushLink(entry.engine, end, slices))
+                linked.links.append(PushLink(entry.member, end, slices))
                 end.plan(deliveries)
         if publishes:
             linked.rendezvous[0].publish_plan(position, plan)

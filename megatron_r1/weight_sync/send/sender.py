@@ -133,7 +133,7 @@ class WeightSender:
                 problems.setdefault(name, error.failure)
             except (OSError, RuntimeError) as error:
                 text = f"trainer rank {self.rank}: {type(error).__name__}: {error}"
-                failure = link.end.rendezvous.report_error(text, link.engine)
+                failure = link.end.rendezvous.report_error(text, link.member)
                 problems.setdefault(name, failure)
 
         present = {name: self._sets[name] for name in sets if name in self._sets}

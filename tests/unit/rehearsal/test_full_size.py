@@ -16,7 +16,7 @@ RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
 
 def plant_all_pairs(monkeypatch):
     """Each part of what an engine rank receives comes from the least busy of its holders."""
-    monkeypatch.setattr(links, "largest_piece", lambda transport: 1e-9)
+    monkeypatch.setattr(links, "largest_bundle", lambda transport: 1e-9)
 
 
 def test_a_trainer_rank_with_too_many_links_is_refused(monkeypatch):

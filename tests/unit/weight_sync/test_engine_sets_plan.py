@@ -29,7 +29,7 @@ def test_each_rank_s_needs_enter_one_engine_once_from_a_holder(hf, grid, layout,
     for position, of_position in enumerate(plan):
         found = Counter()
         for entry in of_position:
-            assert entry.position == position and entry.engine in range(engines)
+            assert entry.position == position and entry.member in range(engines)
             for part in entry.parts:
                 own = holdings[entry.sender][part.item.name]
                 assert any(part.region.intersection(r) == part.region for r in own), part
@@ -60,7 +60,7 @@ def test_a_rank_sends_to_its_own_gpu_only_what_it_alone_holds():
     assert near.trainer_rank[0, 1, 3] == 7 and len(near.trainer_rank) == 8
 
     def pairs(plan):
-        return [e for of in plan for e in of if e.sender == 4 * e.engine + e.position]
+        return [e for of in plan for e in of if e.sender == 4 * e.member + e.position]
 
     (anyhow,), (apart,) = (
         entries(planner, BYTES, sets),
@@ -82,7 +82,7 @@ def test_most_bytes_of_engines_on_the_trainers_gpus_stay_in_their_node():
 
     def inside(plan):
         found = [e for at in plan for e in at]
-        within = [e for e in found if e.sender // 4 == (8 * e.engine + e.position) // 4]
+        within = [e for e in found if e.sender // 4 == (8 * e.member + e.position) // 4]
         return sum(e.num_bytes for e in within) / sum(e.num_bytes for e in found)
 
     (apart,), (together,) = (
@@ -99,7 +99,7 @@ def test_engines_receive_equal_bytes_though_one_tensor_is_more_than_a_share():
     for position in plan:
         received = Counter()
         for entry in position:
-            received[entry.engine] += entry.num_bytes
+            received[entry.member] += entry.num_bytes
         mean = sum(received.values()) / 16
         assert len(received) == 16 and max(received.values()) < 1.002 * mean
 
@@ -121,8 +121,8 @@ def test_the_recipe_for_2048_ranks_needs_few_links_and_sends_evenly(count, most)
     sent, into, received, entered = Counter(), Counter(), Counter(), Counter()
     for entry in (entry for of_position in plan for entry in of_position):
         sent[entry.sender] += entry.num_bytes
-        into[entry.engine, entry.position] += 1
-        entered[entry.engine, entry.position] += entry.num_bytes
+        into[entry.member, entry.position] += 1
+        entered[entry.member, entry.position] += entry.num_bytes
         received[entry.position] += entry.num_bytes
     out = Counter(entry.sender for of_position in plan for entry in of_position)
     assert max(out.values()) <= 16 and max(into.values()) <= 10

@@ -88,7 +88,7 @@ def direct_tasks(cluster: Cluster, planner: Planner, links: DirectLinks, rotated
 def entered_ranks(plans: Plans, ranks_per_engine: int) -> list[tuple[Entry, int]]:
     """Return every entry with the engine rank, of all engines, that it enters."""
     return [
-        (entry, engines[entry.engine] * ranks_per_engine + entry.position)
+        (entry, engines[entry.member] * ranks_per_engine + entry.position)
         for engines, plan in plans
         for entry in chain.from_iterable(plan)
     ]
