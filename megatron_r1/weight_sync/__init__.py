@@ -16,4 +16,23 @@
 
 Both sides agree on it before: an engine rank publishes its `table` of slots, and `rendezvous` is
 how they find each other and learn of failures. These two, `receive`, `transports` and `verify` run
-inside vLLM as well, so they import nothing else of ours."""
+inside vLLM as well, so they import nothing else of ours. `results` has what the trainer ranks reply
+to the controller.
+
+Words, each with the module that defines it:
+
+- set: equal engines that are served together; member: an engine's number in its set; position: a
+  rank's number in its engine (`plan.engine_sets`).
+- region: a rectangle of a Hugging Face tensor (`plan.tensors`). piece: the rows or columns of a
+  tensor that one parameter of a trainer rank has (`weights.rules`). holding: a region with the
+  trainer ranks that all have it, its replicas (`plan.planner`).
+- part: a region that an engine rank needs, with its bytes; bundle: parts that have one sender;
+  share: the parts that enter one engine of a set (`plan.bundles`). entry: what one trainer rank
+  sends to one engine rank (`plan.engine_sets`), over a link (`send.link_planner`).
+- slot: a region that an engine rank needs, with its place in the receive buffer; window: slots that
+  are received and loaded together; area: the memory of one push, of two that take turns where the
+  engine computes in place; delivery: the rectangle of a slot that one trainer rank sends, with a
+  checksum (`table`).
+- slice: the values of a delivery, read from a parameter (`send.slices`).
+- chunk: rows of a delivery; bucket: the chunks of one message (`transports.buckets`). round: the
+  exchange of one bucket of every engine of a set (`transports.exchange`)."""
