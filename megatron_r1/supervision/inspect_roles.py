@@ -113,7 +113,7 @@ def coordinates(trainer: TrainerClient, rank: int) -> str:
     """Return where a rank is on the grid, "" before it has said it."""
     if rank >= len(trainer.ranks):
         return ""
-    own = trainer.ranks[rank]
+    own = dict(trainer.ranks[rank])
     axes = ("tensor", "context", "pipeline", "expert", "data")
     return " (" + ", ".join(f"{axis} {own[f'{axis}_rank']}" for axis in axes) + ")"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import msgspec
 import zmq
@@ -27,7 +27,15 @@ from megatron_r1.trainer_client.prompt_packing import pack_by_prompt
 from megatron_r1.trainer_client.rank_processes import RankProcesses
 from megatron_r1.trainer_client.rank_socket import RankSocket
 from megatron_r1.trainer_client.sample_cost import sample_cost
-from megatron_r1.training.wire import Buffer, Call, ReplicaSamples, Reply, Sample, encode_share
+from megatron_r1.training.wire import (
+    Buffer,
+    Call,
+    RankDescription,
+    ReplicaSamples,
+    Reply,
+    Sample,
+    encode_share,
+)
 
 POLL_SECONDS = 0.5
 CONNECTIONS, OTHER_FILES = 2, 600
@@ -76,8 +84,8 @@ class TrainerClient:
         self._token = os.environ.get(RANKS_ENVIRONMENT) or secrets.token_hex(32)
         self.socket = RankSocket(bind, self._token)
         self.processes = RankProcesses(Path(log_folder))
-        self.ranks: list[dict[str, Any]] = []
-        """`worker.Operations.describe` of each rank, once it has built its model."""
+        self.ranks: list[RankDescription] = []
+        """The description of each rank, once it has built its model."""
         self._busy = asyncio.Lock()
         self.is_usable = True
         """False during a call and after one that failed: the ranks' state is then unknown."""
@@ -119,7 +127,8 @@ class TrainerClient:
 
         Raises the error of the first rank that fails: UserError for a user's mistake, else
         TrainerError."""
-        self.ranks = await self._gather("start", self.world_size)
+        descriptions = await self._gather("start", self.world_size)
+        self.ranks = cast(list[RankDescription], descriptions)
 
     async def load(self, minibatches: list[list[Sample]], unit: int = 1) -> dict[str, float]:
         """Send each model replica its share of every mini-batch, packed into micro-batches.

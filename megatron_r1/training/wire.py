@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import msgspec
 
@@ -209,6 +209,25 @@ class Reply(msgspec.Struct, frozen=True):
     result: dict[str, Any] | None = None
     error: str | None = None
     is_mistake: bool = False
+
+
+class RankDescription(TypedDict):
+    """The result of a rank's start (`worker.Operations.describe`): what the controller distributes
+    batches by, the rank's place on the grid, and facts of its model."""
+
+    rank: int
+    tensor_rank: int
+    pipeline_rank: int
+    context_rank: int
+    expert_rank: int
+    data_rank: int
+    data_size: int
+    last_stage: bool
+    leads_replica: bool
+    num_parameters: int
+    score_is_new: bool
+    implementations: dict[str, str]
+    process: int
 
 
 class ThreadAt(msgspec.Struct, frozen=True):

@@ -18,7 +18,14 @@ from megatron_r1.processes.authentication import RANKS_ENVIRONMENT, protect_clie
 from megatron_r1.training import distributed
 from megatron_r1.training.distributed import GridPosition, Replica
 from megatron_r1.training.rank_monitor import IDLE, RankMonitor
-from megatron_r1.training.wire import Call, Reply, decode_share, identity, monitor_identity
+from megatron_r1.training.wire import (
+    Call,
+    RankDescription,
+    Reply,
+    decode_share,
+    identity,
+    monitor_identity,
+)
 
 
 def serve_under_torchrun(config: Config, find_controller: Callable[[], str | None]) -> None:
@@ -58,7 +65,7 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
         position = position or distributed.initialize(config.parallel, config.run.seed)
         rank_monitor.groups = position.groups
         operations = Operations(config, position)
-        reply(operations.describe())
+        reply({**operations.describe()})
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
@@ -122,9 +129,8 @@ class Operations:
             for operation in operations
         }
 
-    def describe(self) -> dict[str, Any]:
-        """Return what the controller distributes batches by, where the rank is on the grid, and
-        facts of the model: the reply to the rank's start."""
+    def describe(self) -> RankDescription:
+        """Return the reply to the rank's start."""
         return {
             "rank": self.position.rank,
             "tensor_rank": self.position.tensor_rank,

@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import cast
 
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.weight_bridge.set_connector import EngineSet, OnLost, SetConnector
 from megatron_r1.weight_sync.plan.engine_sets import engine_sets
 from megatron_r1.weight_sync.plan.links import max_engines
+from megatron_r1.weight_sync.results import FailedSet, SentWeights
 
 MAX_UNEXPLAINED = 2
 """Failures of sets without a known cause, until every engine is a set of its own: they
@@ -103,11 +104,11 @@ class EngineLinks:
         and are in no set any more. Raises EngineError for a push that arrived damaged."""
         sets = [s for s in self.sets if set(s.engines) & set(engines)]
         gone, self._gone = self._gone, []
-        results = await self.connector.trainer.call_all(
+        replies = await self.connector.trainer.call_all(
             "send_weights", push=push, sets=[s.name for s in sets], gone=gone
         )
-        problems: dict[str, dict[str, Any]] = {}
-        for result in results:
+        problems: dict[str, FailedSet] = {}
+        for result in cast(list[SentWeights], replies):
             for name, problem in result["problems"].items():
                 known = problems.setdefault(name, problem)
                 known["members"] = sorted({*known["members"], *problem["members"]})

@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.weight_sync.results import ConnectedSets, OpenedPush
 
 CONNECT_SECONDS = 120.0
 """Limit for the ranks of a set and of the trainer to find each other."""
@@ -68,7 +69,7 @@ class SetConnector:
 
     async def open(self) -> None:
         """Let the trainer's ranks prepare to send."""
-        (first, *_) = await self.trainer.call_all("open_push")
+        (first, *_) = cast(list[OpenedPush], await self.trainer.call_all("open_push"))
         host, port = first["store"]
         self.store = self.store_host or host, port
 
@@ -89,7 +90,7 @@ class SetConnector:
 
         try:
             # The engines' timeout begins with the trainer's turn, which may be computing for long.
-            results = await self.trainer.call_all(
+            replies = await self.trainer.call_all(
                 "connect_sets",
                 begun=call_engines,
                 sets=[(engine_set.name, len(engine_set.engines)) for engine_set in sets],
@@ -100,6 +101,7 @@ class SetConnector:
                 full_every=self.settings.full_every if self.settings.delta else 1,
                 gone=gone,
             )
+            results = cast(list[ConnectedSets], replies)
             problems: dict[str, str] = {}
             for rank, result in enumerate(results):
                 for name, problem in result["problems"].items():

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_r1 import platform
 from megatron_r1.config import Config
 from megatron_r1.weight_sync.plan import TrainerGrid
+from megatron_r1.weight_sync.results import ConnectedSets, OpenedPush, SentWeights
 from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weight_sync.transports.base import gpu_uuid
 from megatron_r1.weights.layout import recipe_stages
@@ -29,10 +30,8 @@ class WeightPush:
         self._model_chunks, self._hf, self._config = model_chunks, hf, config
         self._sender: WeightSender | None = None
 
-    def open_push(self) -> dict[str, Any]:
-        """Create the sender, before the first engine is connected.
-
-        Returns "store", the [host, port] of the store that rank 0 hosts for trainer and engines."""
+    def open_push(self) -> OpenedPush:
+        """Create the sender, before the first engine is connected."""
         stages = recipe_stages(self._config, self._hf)
         held = defaultdict(list)
         for parameter, entry in local_entries(self._model_chunks, self._hf):
@@ -54,11 +53,13 @@ class WeightPush:
         )
         return {"store": address}
 
-    def connect_sets(self, **arguments: Any) -> dict[str, Any]:
+    def connect_sets(self, **arguments: Any) -> ConnectedSets:
+        """Connect this rank with sets of engines, as `WeightSender.connect` does."""
         assert self._sender is not None, "open_push() comes first"
         return self._sender.connect(**arguments)
 
-    def send_weights(self, push: int, sets: list[str], gone: Sequence[str] = ()) -> dict[str, Any]:
+    def send_weights(self, push: int, sets: list[str], gone: Sequence[str] = ()) -> SentWeights:
+        """Push to sets of engines, as `WeightSender.send` does."""
         assert self._sender is not None, "open_push() comes first"
         return self._sender.send(push, sets, gone)
 
@@ -76,7 +77,8 @@ def _open_store() -> tuple[dist.TCPStore, list]:
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     store = None
     if dist.get_rank() == 0:
-        # Every pair and group has a connection of its own to the store while it is created.
+        # Every pair and group has a connection of its own to the store while it is created, and
+        # each is an open file of this process.
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)

@@ -15,6 +15,7 @@ from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.rendezvous.failure import Failure, SetFailed
 from megatron_r1.weight_sync.rendezvous.tables import TableStore
 from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
+from megatron_r1.weight_sync.results import ConnectedSets, SentWeights
 from megatron_r1.weight_sync.send.link_planner import HeldPieces, LinkedSet, LinkPlanner, PushLink
 from megatron_r1.weight_sync.send.offers import EXPECTED_ERRORS, Offers, read_offers
 from megatron_r1.weight_sync.send.slices import EncodedSlices
@@ -62,14 +63,13 @@ class WeightSender:
         full_every: int = 1,
         push_seconds: float | None = None,
         gone: Sequence[str] = (),
-    ) -> dict[str, Any]:
+    ) -> ConnectedSets:
         """Agree with all engine ranks of these sets on the deliveries of this rank, and connect.
 
-        sets: name, unique to every call, and number of engines of each. layout: the fields of
+        sets: name, unique to every call, and number of engines of each set. layout: the fields of
         `EngineLayout`, of one engine. full_every: of so many pushes the first is sent whole, the
         others as differences. push_seconds: limit for a push, default `timeout_seconds`. gone: sets
-        to disconnect. Returns "problems" by set, and of the others "num_windows" and, by set,
-        "num_links" and "num_bytes" of this rank."""
+        to disconnect."""
         for name in gone:
             self.disconnect(name)
         engine_layout = EngineLayout(**{**layout, "engines": 1})
@@ -92,7 +92,7 @@ class WeightSender:
         )
         self._sets |= created
         present = {name: created[name] for name in offers.sets if name not in failed}
-        for name, problem in failed.items():  # first, so that no rank waits for this one
+        for name, problem in failed.items():  # first, so that no other rank waits for this one
             rendezvous[name][0].report_error(f"trainer rank {self.rank}: {problem}")
         # Before any wait, which would block this rank's only client of the store.
         for linked in present.values():
@@ -115,12 +115,11 @@ class WeightSender:
         if name in self._sets:
             self._sets.pop(name).close()
 
-    def send(self, push: int, sets: Sequence[str], gone: Sequence[str] = ()) -> dict[str, Any]:
+    def send(self, push: int, sets: Sequence[str], gone: Sequence[str] = ()) -> SentWeights:
         """Send the present weights to these sets, over all links at once, as push number `push` of
-        each. Rank 0 returns when the engines of each set have passed on all of it.
+        each set. Rank 0 returns when the engines of each set have passed on all of the push.
 
-        gone: sets to disconnect. Returns "problems": a `Failure` by set; one that fails does not
-        stop the others."""
+        gone: sets to disconnect. A set that fails does not stop the others."""
         for name in gone:
             self.disconnect(name)
         problems: dict[str, Failure] = {}
