@@ -17,9 +17,9 @@ class Receiver(ABC):
     """An engine rank's end. Its constructor publishes `table`, waits for all trainer ranks' plans,
     and then receives their pushes in the background.
 
-    memory: uint8, all areas; default `allocate`'s. borrows_memory: the memory is needed by others
-    between pushes; heeded by NCCL only. address: where senders reach it. senders: the trainer ranks
-    that send to this engine rank."""
+    memory: uint8, all areas; default `allocate`'s. borrows_memory: between pushes others need the
+    memory; only NCCL's receiver frees it then. address: where senders reach this end. senders: the
+    trainer ranks that send to this engine rank."""
 
     address = ""
     is_weighted = False
@@ -52,10 +52,11 @@ class Receiver(ABC):
 
     @abstractmethod
     def allocate(self) -> torch.Tensor:
-        """Return the memory; raises ValueError when there is not enough."""
+        """Return the memory for all areas. Raises ValueError when there is not enough."""
 
     def free_memory(self) -> None:  # noqa: B027 - most transports keep theirs
-        """Free memory that is borrowed, until the next push. All of a push has been loaded."""
+        """Free the memory until the next push, if it is borrowed. Called when all of a push has
+        been loaded."""
 
     @abstractmethod
     def connect(self) -> None:
@@ -66,8 +67,9 @@ class Receiver(ABC):
         """Stop receiving and free all resources. A second call does nothing."""
 
     def reusable_memory(self, table: SlotTable) -> torch.Tensor | None:
-        """Return the memory for a receiver with this table, once this one is closed, or None where
-        it has to allocate its own. The engine may compute with weights in it."""
+        """Return this receiver's memory for the use of another one with this table, once this one
+        is closed; None where the other has to allocate its own. The engine may compute with weights
+        in the memory."""
         return None
 
 
@@ -108,7 +110,7 @@ class Sender(ABC):
     def send(self, push: int, window: int, slices: Slices) -> None:
         """Send the deliveries of one window; on return the slices may change.
 
-        From the third window on it first waits until the engine rank has released the window whose
+        From the third window on, first wait until the engine rank has released the window whose
         memory this one overwrites."""
 
     @abstractmethod

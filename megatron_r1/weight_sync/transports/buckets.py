@@ -22,8 +22,8 @@ class BucketPacker:
     deliveries: Sequence[Delivery]
 
     def cut(self, indices: Sequence[int], num_bytes: int | None = None) -> Iterator[list[Chunk]]:
-        """Yield the buckets of the deliveries `indices`, in order, each of at most `num_bytes`,
-        or one row: a row is never cut."""
+        """Yield the buckets of the deliveries `indices`, in order, each of at most `num_bytes`
+        (default `BUCKET_BYTES`), or of one row: a row is never cut."""
         bucket: list[Chunk] = []
         size = room = num_bytes or BUCKET_BYTES
         for index in indices:

@@ -1,12 +1,14 @@
-"""Receives what enters this engine of a set, and passes it on to the others.
+"""The receiving end over gloo: an engine rank of a set, which receives its share of a push and
+passes that share on to the other engines.
 
-An engine rank receives its part from a few trainer ranks, as in `pair_receiver`, checks it, and
-exchanges it with the ranks at its position of the other engines. In every round each contributes a
-bucket, and every rank ends with all of them: around a ring over gloo, by an all-gather over NCCL
-(`_gather_buckets`). The checksums that it passes on are the trainer's own.
-Every group is created in a thread of its own, and within one group all ranks make the same calls in
-the same order, which follow from the plan; what enters never waits for the exchange. So no rank can
-wait in a circle. In a set of one engine nothing is exchanged."""
+The rank receives its share from a few trainer ranks, as in `pair_receiver`, checks it, and
+exchanges it with the ranks at its position of the other engines. In every round each rank
+contributes a bucket, and every rank ends with all of them: around a ring over gloo, by an
+all-gather over NCCL (`_gather_buckets`). The checksums that a rank passes on are the trainer's own.
+
+Every group is created in a thread of its own. Within one group all ranks make the same calls in the
+same order, which follows from the plan, and what enters never waits for the exchange. So ranks
+cannot wait for each other in a circle. In a set of one engine nothing is exchanged."""
 
 import contextlib
 import datetime
@@ -34,18 +36,19 @@ from megatron_r1.weight_sync.transports.groups import (
 from megatron_r1.weight_sync.transports.pair_receiver import IDLE_SECONDS, PairReceiver
 
 PATIENCE_SECONDS = 2.0
-"""The time beyond a push's limit that a rank waits for the others, so that the one at fault reports
-first."""
+"""How much longer than a push's limit a rank waits for other ranks, so that the rank at fault
+reports first."""
 
 
 class GlooReceiver(PairReceiver):
-    """An engine rank of a set."""
+    """An engine rank's end in a set: a `PairReceiver` that exchanges what it receives."""
 
     def connect(self) -> None:
+        """Begin to receive, and to exchange if the set has several engines."""
         self._shared: Groups | None = None
         deliveries, members = self.buffer.deliveries, range(self.rendezvous.num_members)
-        # What enters each engine of the set from trainer ranks.
-        shares: list[Sequence[Delivery]] = [deliveries.get(Peer(engine), ()) for engine in members]
+        # By member: what enters that engine from trainer ranks.
+        shares: list[Sequence[Delivery]] = [deliveries.get(Peer(member), ()) for member in members]
         own = [
             (delivery, (sender, index))
             for sender in self.senders
@@ -76,11 +79,14 @@ class GlooReceiver(PairReceiver):
             queue.put(None)
 
     def window_begins(self, sender: int, header: WindowHeader) -> None:
+        """Let the exchange of a window begin, once: with the first of the window's senders."""
         windows = self.buffer.windows
         if sender == next(s for s in self.senders if windows[s][header.window]):
             self._begun_windows[header.window].put(header)
 
     def _run_exchange(self) -> None:
+        """Exchange pushes until one fails; then report the cause, which the push that waits in
+        this engine raises."""
         error = self._exchange_pushes()
         if self._is_closing or self.buffer.has_failed:
             return
@@ -107,17 +113,20 @@ class GlooReceiver(PairReceiver):
                     push = self._exchange_window(shared, window)
                 self.rendezvous.publish_complete(push)
         except (ValueError, RuntimeError, OSError) as error:
-            return error.with_traceback(None)  # whose frames hold the group
+            return error.with_traceback(None)  # the traceback's frames hold the group
         finally:
-            # Without a reference its connections are closed, and the others' calls fail: before
-            # this rank asks who has died, because a rank answers only once its call has failed.
+            # Without a reference the group's connections are closed, and the calls of the other
+            # ranks fail. That has to come before this rank asks which rank has died, because a
+            # rank answers only once its call has failed.
             if self._shared is not None:
                 self._groups.remove(self._shared)
                 self._shared = None
 
     def _exchange_window(self, shared: Groups, window: int) -> int:
         """Wait for the next push's window, exchange it, and return the push's number."""
-        leader = next(e for e, windows in enumerate(self._windows) if windows[window])
+        # An engine that nothing of this window enters sees no header: the first engine that has
+        # one tells all others that the push has begun.
+        leader = next(m for m, windows in enumerate(self._windows) if windows[window])
         group = shared.control
         push = torch.zeros(1, dtype=torch.int64)  # 0: the leader closes
         if leader == self.rendezvous.member:
@@ -126,10 +135,10 @@ class GlooReceiver(PairReceiver):
                 push[0] = header.push
             elif not self._is_closing:
                 raise RuntimeError("what enters this rank broke off")
-            others = [e for e in range(self.rendezvous.num_members) if e != leader]
-            for work in [group.send([push], engine, 0) for engine in others]:
+            others = [m for m in range(self.rendezvous.num_members) if m != leader]
+            for work in [group.send([push], member, 0) for member in others]:
                 self._wait_for(work)
-        else:  # gloo cannot end a wait for the next push; the leader's closing does
+        else:  # gloo cannot interrupt a wait for the next push; it ends when the leader closes
             group.recv([push], leader, 0).wait(datetime.timedelta(seconds=IDLE_SECONDS))
         if self._is_closing or not int(push):
             raise RuntimeError(f"engine {leader} of the set has ended")
@@ -192,19 +201,21 @@ class GlooReceiver(PairReceiver):
                 self._wait_for(work)
 
     def _exchange_checksums(self, group: dist.ProcessGroup, push: int, window: int) -> None:
-        """Exchange the trainer's checksums, and check by them what the other engines passed on."""
-        member, indices = self.rendezvous.member, [windows[window] for windows in self._windows]
+        """Exchange the trainer's checksums, and compare what the other engines passed on with
+        these."""
+        own_member = self.rendezvous.member
+        indices = [windows[window] for windows in self._windows]
         sums = torch.zeros(max(map(len, indices)), dtype=torch.int64)
-        own = [self.buffer.checksums[self._own_sources[index]] for index in indices[member]]
+        own = [self.buffer.checksums[self._own_sources[index]] for index in indices[own_member]]
         sums[: len(own)] = integers(own)
         gathered = torch.empty(len(indices) * len(sums), dtype=torch.int64)
         self._wait_for(group._allgather_base(gathered, sums, self._options))
-        for engine, (engine_indices, engine_sums) in enumerate(
-            zip(indices, gathered.view(len(indices), -1).tolist(), strict=True)
-        ):
-            if engine != member:
-                for index, checksum in zip(engine_indices, engine_sums, strict=False):
-                    self.buffer.delivery_arrived(Peer(engine), push, index, checksum % 2**64)
+        sums_by_member = gathered.view(len(indices), -1).tolist()
+        for member, member_sums in enumerate(sums_by_member):
+            if member != own_member:
+                # Not strict: the shorter lists of checksums are padded.
+                for index, checksum in zip(indices[member], member_sums, strict=False):
+                    self.buffer.delivery_arrived(Peer(member), push, index, checksum % 2**64)
 
     @property
     def _options(self) -> AllgatherOptions:

@@ -1,15 +1,15 @@
 """The process groups of a transport between hosts, gloo's and NCCL's, and what travels in them.
 
-Every pair of a trainer and an engine rank with something to exchange is a group of two, so that a
-lost rank breaks its own pairs only; the ranks at one position of a set's engines are a group, too
-(`exchange`). A push is a stream of buckets: one is on the wire while another is packed
-(`pair_sender`), or unpacked (`pair_receiver`); a header precedes each window, and the checksums
-follow it. A push is sent whole, or as the difference to the pair's last push; then every bucket's
-length precedes it.
+A trainer rank and an engine rank that it sends to are a group of two, so that a lost rank breaks
+its own pairs only. The ranks at one position of a set's engines are a group, too (`exchange`). A
+push is a stream of buckets: one is on the wire while another is packed (`pair_sender`) or unpacked
+(`pair_receiver`). A header precedes each window, and the window's checksums follow it. A push is
+sent whole, or as the difference to the pair's last push; then each bucket's length precedes it.
 
 With NCCL, buckets are packed and checksums computed on the GPUs, where the receive buffer is as
-well. Headers, lengths and checksums travel over a gloo group beside it: no GPU waits for a push. So
-do the buckets of a trainer and an engine rank that share a GPU, which NCCL refuses."""
+well. Headers, lengths and checksums travel over a gloo group beside NCCL's, so that no GPU waits
+for a push to begin. Buckets use gloo, too, between a trainer and an engine rank that share a GPU:
+NCCL refuses such a pair."""
 
 import datetime
 from collections.abc import Iterable
@@ -27,8 +27,9 @@ ENGINE_RANK, TRAINER_RANK = 0, 1
 
 
 class WindowHeader(NamedTuple):
-    """Header of one window on the wire. base: the push to which this one is the difference; 0: it
-    is whole."""
+    """What precedes a window on the wire.
+
+    base: the push to which this one is the difference, or 0 where this push is sent whole."""
 
     push: int
     window: int
@@ -36,8 +37,9 @@ class WindowHeader(NamedTuple):
 
 
 class LinkEnd(Protocol):
-    """What a group needs of the rank's end of a link. backend: "gloo" or "nccl". device: where
-    buckets are packed and unpacked."""
+    """The attributes of a link's end that its groups are created with.
+
+    backend: "gloo" or "nccl". device: where buckets are packed and unpacked."""
 
     backend: str
     device: torch.device
@@ -92,16 +94,18 @@ def wait_for(
     *,
     on_gpu: bool = False,
 ) -> None:
-    """Wait for `work`, at most as long as a push may take, and `more_seconds`. on_gpu: it is
-    NCCL's."""
+    """Wait for `work`, at most as long as a push may take, and `more_seconds`.
+
+    on_gpu: the work is NCCL's."""
     if on_gpu:
-        work.wait()  # a timeout here would block the host; `create_groups` has set the group's
+        # Without a timeout, which would block the host; `create_groups` has set the group's.
+        work.wait()
     else:
         work.wait(datetime.timedelta(seconds=rendezvous.push_seconds + more_seconds))
 
 
 def integers(values: Iterable[int]) -> torch.Tensor:
-    """Return numbers of 64 bits, signed or not, as they travel: int64."""
+    """Return integers of 64 bits, signed or not, as they are on the wire: int64."""
     return torch.tensor([v - 2**64 if v >= 2**63 else v for v in values], dtype=torch.int64)
 
 

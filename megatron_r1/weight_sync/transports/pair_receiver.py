@@ -29,7 +29,7 @@ IDLE_SECONDS = 30 * 24 * 3600.0
 
 
 class PairReceiver(Receiver):
-    """A thread per trainer rank receives its windows."""
+    """The receiving end with a thread per trainer rank, which receives that rank's windows."""
 
     backend = "gloo"
     device = torch.device("cpu")
@@ -78,10 +78,10 @@ class PairReceiver(Receiver):
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def claim_memory(self) -> None:
-        """Allocate memory that is borrowed; called before a window is written."""
+        """Allocate the memory if it is borrowed; called before a window is written."""
 
     def window_begins(self, sender: int, header: WindowHeader) -> None:
-        """Do nothing: called when a window begins to arrive."""
+        """Do nothing; a subclass learns by this call that a window begins to arrive."""
 
     def fail(self, error: Exception) -> None:
         """Report to the set and to this engine that nothing more will arrive."""
@@ -90,7 +90,8 @@ class PairReceiver(Receiver):
         self.buffer.fail(error)
 
     def _receive_pushes(self, sender: int, groups: Groups) -> None:
-        last = 0
+        """Receive window after window of one trainer rank, until one fails or this end closes."""
+        last = 0  # the push to which the next one may be a difference
         try:
             while not self._is_closing:
                 fields = torch.empty(len(WindowHeader._fields), dtype=torch.int64)
@@ -108,7 +109,7 @@ class PairReceiver(Receiver):
                 last = header.push
         except Exception as error:  # noqa: BLE001 - raised by the push that waits
             self._pair_failed(sender, error)
-            # The last reference closes the connection, so that the sender fails at once.
+            # The connection closes with the last reference, so that the sender fails at once.
             if groups in self._groups:
                 self._groups.remove(groups)
             del groups
@@ -118,6 +119,7 @@ class PairReceiver(Receiver):
             self.fail(RuntimeError(f"trainer rank {sender}: {error}"))
 
     def _receive_window(self, groups: Groups, sender: int, header: WindowHeader) -> None:
+        """Receive a window, one bucket while the one before is unpacked, and check it."""
         packer = BucketPacker(self.table, self.buffer.deliveries[sender])
         indices = self.buffer.windows[sender][header.window]
         arriving: tuple[dist.Work, torch.Tensor, list[Chunk]] | None = None
@@ -150,7 +152,7 @@ class PairReceiver(Receiver):
         wait_for(work, self.rendezvous, on_gpu=data.is_cuda)
         packed = data.to(self.device)
         if header.base:
-            # The base is in another area than this push where areas alternate.
+            # Where areas take turns, the base is in another area than this push.
             state = packer.pack(self.table.area(self.memory, header.base), bucket).cpu()
             delta.patch(state, packed.cpu())
             packed = state.to(self.device)

@@ -1,4 +1,9 @@
-"""The sending end of a transport between hosts (`groups`)."""
+"""The sending ends of the transports between hosts (`groups`).
+
+With `full_every` > 1 a push is the difference to the one before it, encoded bucket by bucket
+(`delta`). Both ends have that one: the receiver in its memory, the sender as a copy of every packed
+bucket in host memory. The first push is sent whole, and so are one that follows a push that broke
+off, because the receiver may not have all of that, and every `full_every`-th."""
 
 from collections.abc import Sequence
 
@@ -20,19 +25,23 @@ from megatron_r1.weight_sync.verify.checksum import RowsChecksum, RowsWeightedSu
 
 
 class GlooSender(Sender):
-    """Packs a bucket while the one before is on the wire."""
+    """The sending end over gloo: packs a bucket while the one before is on the wire."""
 
     backend = "gloo"
     device = torch.device("cpu")
     is_weighted = False
 
     _base = 0
-    """The push whose bytes `_sent` holds, by bucket; 0: none that the receiver has whole."""
+    """The push to which the next one may be sent as a difference: the receiver has all of it, and
+    `_sent` has its bytes by bucket. 0: there is none, and the next push is sent whole."""
     _since_full = 0
+    """Pushes sent as differences since the last whole one."""
     num_bytes_sent = 0
-    """Bytes of the last window, as it was sent."""
+    """Bytes of the last window, as they were sent."""
 
     def plan(self, deliveries: Sequence[Delivery]) -> None:
+        """Prepare for the deliveries of every push. Raises ValueError where pushes are differences
+        and the engine rank receives them in several windows."""
         self._sent: list[torch.Tensor] = []
         if self.full_every > 1 and self.table.num_windows > 1:
             raise ValueError(
@@ -46,13 +55,15 @@ class GlooSender(Sender):
         self._groups = pair_groups(self, self.sender, self.rank, is_sender=True)
 
     def send(self, push: int, window: int, slices: Slices) -> None:
+        """Send a window: its header, then its buckets, each after its length where the push is a
+        difference, then a checksum for every delivery."""
         self.await_free_memory(push, window)
         (control, data, device), indices = self._groups, self.windows[window]
         if not indices:
             return
         is_full = self._base == 0 or self._since_full + 1 >= self.full_every
         header = WindowHeader(push, window, 0 if is_full else self._base)
-        self._base = 0  # a push that breaks off cannot be the base of another
+        self._base = 0  # until all is sent: a push that breaks off cannot be the base of another
         wait_for(control.send([integers(header)], ENGINE_RANK, 0), self.rendezvous)
         running = {index: self._checksum(index) for index in indices}
         on_the_wire: list[tuple[dist.Work, torch.Tensor]] = []
@@ -63,7 +74,7 @@ class GlooSender(Sender):
             for work, sent in on_the_wire:
                 wait_for(work, self.rendezvous, on_gpu=sent.is_cuda)
             on_the_wire = []
-            if header.base:
+            if header.base:  # the length of a difference depends on the values
                 length = integers([len(message)])
                 on_the_wire.append((control.send([length], ENGINE_RANK, 0), length))
             on_the_wire.append((data.send([message], ENGINE_RANK, 0), message))
@@ -102,14 +113,15 @@ class GlooSender(Sender):
         return torch.cat(packed)
 
     def _message(self, number: int, packed: torch.Tensor, header: WindowHeader) -> torch.Tensor:
-        """Return the message of bucket `number`; with deltas, keep it on the host for the next
-        push."""
+        """Return the message that carries bucket `number`: its bytes, or their difference to the
+        last push. Where the next push may be a difference to this one, keep the bytes in host
+        memory."""
         if self.full_every == 1:
             return packed
         message, on_host = packed, packed.cpu()
         if header.base:
             message = delta.encode(on_host, self._sent[number]).to(self.device)
-        self._sent[number : number + 1] = [on_host]
+        self._sent[number : number + 1] = [on_host]  # the first push appends
         return message
 
 
@@ -121,6 +133,6 @@ class NcclSender(GlooSender):
     backend, is_weighted = "nccl", True
 
     def connect(self) -> None:
-        # Of this thread: `run_all` has set it. A thread of NCCL's would take GPU 0.
+        # The current device of this thread, which `run_all` has set: in NCCL's threads it is GPU 0.
         self.device = torch.device("cuda", torch.cuda.current_device())
         super().connect()

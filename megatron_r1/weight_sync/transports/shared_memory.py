@@ -65,7 +65,7 @@ def sweep() -> None:
     """Remove the files that killed processes have left in /dev/shm."""
     for path in FOLDER.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError), open(path, "rb") as file:
-            # A new one may not be locked yet.
+            # A new file may not be locked yet.
             if time.time() - os.fstat(file.fileno()).st_mtime > SWEEP_AGE_SECONDS:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
@@ -73,7 +73,7 @@ def sweep() -> None:
 
 def map_bytes(path: Path, num_bytes: int) -> torch.Tensor:
     """Map a file, uint8. Raises OSError where the other side has removed it."""
-    path.stat()  # torch would create one
+    path.stat()  # torch would create a file where there is none
     return torch.from_file(str(path), shared=True, size=num_bytes, dtype=torch.uint8)
 
 
@@ -102,6 +102,8 @@ class SharedMemoryReceiver(Receiver):
         return map_bytes(path, num_bytes)
 
     def connect(self) -> None:
+        """Map the senders' progress arrays and follow them. The names of all files go: both sides
+        have mapped them by now."""
         paths = {sender: _progress_path(self, sender) for sender in self.senders}
         progress = {sender: np.memmap(path, np.uint64, "r") for sender, path in paths.items()}
         for path in paths.values():
@@ -125,7 +127,7 @@ class SharedMemoryReceiver(Receiver):
         followers = [_Follower(sender, array, self.buffer) for sender, array in progress.items()]
         try:
             while not self._closing.is_set():
-                # sum, not any: every follower must have its turn.
+                # sum, not any, which would stop at the first: every follower must have its turn.
                 if not sum(follower.follow() for follower in followers):
                     under_way = any(follower.is_under_way for follower in followers)
                     time.sleep(FOLLOW_SECONDS if under_way else POLL_SECONDS)
@@ -188,10 +190,13 @@ class SharedMemorySender(Sender):
         return map_bytes(Path(self.receiver.address), self.table.areas * self.table.num_bytes)
 
     def send(self, push: int, window: int, slices: Slices) -> None:
+        """Copy the deliveries of a window to their places. The progress array shows the receiver
+        the rows that are written, and each delivery's checksum when all of its rows are."""
         self.await_free_memory(push, window)
         progress = self._progress
         assert progress is not None, "plan() comes first, and close() last"
         if int(progress[PUSH]) != push:
+            # In this order: `_Follower.follow` must not take the last push's count for this one's.
             progress[DONE] = 0
             progress[PUSH] = push
         targets, done = self._targets(push), int(progress[DONE])
