@@ -25,7 +25,7 @@ class _Saving:
 
 
 class CheckpointSeries:
-    """The checkpoints of one run. `latest`: the newest that is known to be whole, or None.
+    """The checkpoints of one run. `latest`: the newest checkpoint known to be whole, or None.
 
     notify: called with lines for the user."""
 
@@ -38,8 +38,8 @@ class CheckpointSeries:
         self.start_again()
 
     def start_again(self) -> None:
-        """Choose the newest good checkpoint again, after the ranks were lost; one that they were
-        writing counts only if it became whole. Raises UserError when all are damaged."""
+        """Choose the newest good checkpoint again, after the ranks were lost. A checkpoint that
+        they were writing counts only if it became whole. Raises UserError when all are damaged."""
         for name in finding.remove_partial(self._folder):
             self.notify(f"{name} was still being written when the run ended; removed")
         self._choose(*self._newest())

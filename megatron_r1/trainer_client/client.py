@@ -64,8 +64,8 @@ class Waiting:
 
 
 class TrainerClient:
-    """All trainer ranks as one: an operation runs on every rank, and its result is that of the last
-    pipeline stage."""
+    """All trainer ranks as one: an operation runs on every rank, and its result is the result of
+    the last pipeline stage."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class TrainerClient:
 
     @property
     def can_restart(self) -> bool:
-        """Whether this process started the ranks; those of torchrun it cannot restart."""
+        """Whether this process started the ranks; it cannot restart ranks that torchrun started."""
         return self.processes.are_ours
 
     @property
@@ -106,8 +106,8 @@ class TrainerClient:
 
     @property
     def implementations(self) -> dict[str, str]:
-        """The implementation of each part of a step, over all ranks, as the stages of a pipeline
-        have different parts."""
+        """The implementation of each part of a step, over all ranks, because the stages of a
+        pipeline have different parts."""
         found: dict[str, dict[str, None]] = {}
         for rank in self.ranks:
             for part, kind in rank["implementations"].items():
@@ -175,7 +175,7 @@ class TrainerClient:
         `Trainer.update`.
 
         Raises TrainerError when loss or gradient is not finite: the weights are then lost, and the
-        newest checkpoint is from before."""
+        newest checkpoint is from before this step."""
         metrics = await self.call(
             "update",
             index=index,

@@ -26,7 +26,7 @@ CHUNK_LOGITS = 1 << 24
 MOST_BYTES, FEWEST_TOKENS = 3 << 29, 512
 """Limits of a default micro-batch: its activations and its tokens. Larger ones are not faster.
 SmolLM2-135M cut to 6 layers, 4,096 tokens, one core: 7.0 to 7.5 CPU seconds in micro-batches of
-4,096, 2,048 or 1,024 tokens, 8.3 in those of 512, 9.3 in those of 256."""
+4,096, 2,048 or 1,024 tokens, 8.3 in micro-batches of 512, 9.3 in micro-batches of 256."""
 USED = 0.9
 """The part of the free memory that a default micro-batch may fill."""
 
@@ -123,7 +123,13 @@ def cpu_memory(config: Config, num_ranks: int, *, samples: bool) -> CPUMemory:
     if parallel.recompute == "full":  # the inputs of all layers, and the rest of one
         kept = kept // hf["num_hidden_layers"] + value * hf["num_hidden_layers"] * hf["hidden_size"]
     per_token = kept * num_ranks // (parallel.tensor * parallel.context)
-    return CPUMemory(weights, engine_weights, others, per_token, free_bytes())
+    return CPUMemory(
+        weights=weights,
+        engine_weights=engine_weights,
+        others=others,
+        per_token=per_token,
+        free=free_bytes(),
+    )
 
 
 def activation_bytes(hf: dict, value: int) -> int:

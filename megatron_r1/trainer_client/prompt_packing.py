@@ -9,17 +9,18 @@ from megatron_r1.training.wire import Sample
 
 
 def pack_by_prompt(
-    samples: list[Sample], ranks: int, limit: int, cost: Callable[[int], float]
+    samples: list[Sample], num_ranks: int, limit: int, cost: Callable[[int], float]
 ) -> Packing:
-    """Return `packing.pack` of the samples, in units of those with one prompt, which counts once.
+    """Return `packing.pack` of the samples, in units of samples with the same prompt, whose tokens
+    count once.
 
-    A unit has at most `limit` tokens; with fewer units than ranks every sample is one. cost: the
-    argument of `pack`."""
+    A unit has at most `limit` tokens; where there would be fewer units than ranks, every sample is
+    a unit. cost: the argument of `pack`."""
     units = [unit for members in by_prompt(samples) for unit in _within(samples, members, limit)]
-    if len(units) < ranks:
+    if len(units) < num_ranks:
         units = [[i] for i in range(len(samples))]
     lengths = [_shared_length(samples, unit) for unit in units]
-    packing = pack(lengths, ranks, limit, cost=cost)
+    packing = pack(lengths, num_ranks, limit, cost=cost)
     shares = [[[i for u in m for i in units[u]] for m in own] for own in packing.shares]
     return packing._replace(shares=shares)
 

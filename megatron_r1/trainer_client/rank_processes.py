@@ -40,13 +40,13 @@ class RankProcesses:
         """Start `parallel.processes` ranks, which connect to the controller at `address`.
 
         token: the secret of the ZeroMQ connection."""
-        count = config.parallel.processes
+        num_ranks = config.parallel.processes
         port = children.free_port("127.0.0.1")
         settings = config.model_dump_json()
         self._kills_before = out_of_memory.num_kills()
-        for rank in range(count):
+        for rank in range(num_ranks):
             environment = {
-                **children.rank_variables(rank, count, port),
+                **children.rank_variables(rank, num_ranks, port),
                 RANKS_ENVIRONMENT: token,
                 # Threads that wait for work must not spin: engines, other ranks and other runs
                 # compute on the same cores. Two runs side by side: 7 to 12 s instead of 6.

@@ -43,7 +43,7 @@ class PushInitInfo(WeightTransferInitInfo):
     members: int = 1
     """Engines of the set."""
     memory_bytes: int | None = None
-    """Limit per rank for weights in transit; None: as many as the weights have."""
+    """Limit per rank for weights in transit; None: as many bytes as the weights have."""
     timeout_seconds: float = 600.0
     """Time limit for the trainer to connect."""
     push_seconds: float = 600.0
@@ -95,7 +95,8 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             memory = None
             if before is not None:
                 before.close()
-                # Another trainer numbers its pushes anew, and would overwrite the area in use.
+                # Another trainer gets new memory: it numbers its pushes anew, and would overwrite
+                # the area in use.
                 memory = before.reusable_memory(table) if init_info.store == self._store else None
             self._store = init_info.store
             transport = self.config.backend.removeprefix(BACKEND_PREFIX)

@@ -19,7 +19,7 @@ GAP_BYTES = 128
 class PlacedParameter:
     """A parameter in checkpoint form at byte `offset` of the memory, while it holds `window`.
 
-    num_rows: those that are received; the rest is a vocabulary's padding."""
+    num_rows: the rows that are received; all others are a vocabulary's padding."""
 
     parameter: Parameter
     offset: int
@@ -113,7 +113,18 @@ def _slot(at: PlacedParameter, copy: Copy) -> Slot:
     size = at.parameter.dtype.itemsize
     dtype = str(at.parameter.dtype).removeprefix("torch.")
     offset, pitch = at.offset + copy.offset * size, copy.pitch * size
-    return Slot(copy.name, *copy.rectangle, offset, pitch, dtype, at.window)
+    top, bottom, left, right = copy.rectangle
+    return Slot(
+        name=copy.name,
+        top=top,
+        bottom=bottom,
+        left=left,
+        right=right,
+        offset=offset,
+        pitch=pitch,
+        dtype=dtype,
+        window=at.window,
+    )
 
 
 def _aligned(num_bytes: int) -> int:

@@ -129,13 +129,13 @@ class _Recorder(TorchDispatchMode):
             parameters, buffers = get_layer_params_buffers(layer)
             for name, tensor in (parameters | buffers).items():
                 parameter = Parameter(
-                    layer,
-                    name,
-                    f"{title}.{name}",
-                    tuple(tensor.shape),
-                    tensor.stride(),
-                    tensor.dtype,
-                    not tensor.is_meta,
+                    layer=layer,
+                    name=name,
+                    title=f"{title}.{name}",
+                    shape=tuple(tensor.shape),
+                    strides=tensor.stride(),
+                    dtype=tensor.dtype,
+                    is_live=not tensor.is_meta,
                 )
                 self._parameters.setdefault(_storage(tensor), parameter)
 

@@ -21,7 +21,8 @@ VOCABULARY_MULTIPLE = 64
 """vLLM pads the vocabulary to this (DEFAULT_VOCAB_PADDING_SIZE) before it splits it."""
 
 DRAFTER_WHOLE = ".eh_proj.weight"
-"""A plain linear layer on every rank of vLLM's drafter; Megatron splits it."""
+"""The end of a tensor's name: vLLM's drafter has this plain linear layer on every rank, where
+Megatron splits it."""
 
 SHARED_EXPERTS = ".shared_experts."
 
@@ -29,9 +30,10 @@ SHARED_EXPERTS = ".shared_experts."
 class PredictedLayout:
     """The regions that the ranks of one engine need of the model that `hf` describes.
 
-    Used to plan without an engine; a push uses `ReceiverLayout`. drafts: whether the engine drafts
-    with the MTP layers, on its last stage, and so needs them. whole_shared: whether every tensor
-    rank has the shared experts whole. Raises UserError where vLLM cannot split the model so."""
+    A plan is made of this where no engine runs; a push is planned with `ReceiverLayout`. drafts:
+    whether the engine drafts with the MTP layers, on its last stage, and so needs them.
+    whole_shared: whether every tensor rank has the shared experts whole. Raises UserError where
+    vLLM cannot split the model so."""
 
     def __init__(self, hf: dict, layout: EngineLayout, *, drafts: bool = False):
         self.layout, self.table = layout, table(hf)
@@ -100,8 +102,9 @@ class PredictedLayout:
         return [place for stage in stages for place in self._stage_coordinates[stage]]
 
     def cache_key(self, tensor: HFTensor) -> Hashable | None:
-        """Return a key that is equal for tensors with the same coordinates and regions, those of
-        the layers on one engine stage; None where too few share it for a cache to help."""
+        """Return a key that is equal for tensors with the same coordinates and regions, which are
+        the tensors of one rule in the layers of one engine stage; None where too few tensors share
+        a key for a cache to help."""
         if tensor.expert is not None and self.layout.expert_parallel:
             return None
         if tensor.layer is not None and tensor.layer >= len(self._stage_of_layer):
@@ -111,7 +114,7 @@ class PredictedLayout:
     def region(self, tensor: HFTensor, coordinate: Coordinate) -> Region | None:
         """Return the region of `tensor` that the rank at `coordinate` needs, or None."""
         rule, shape = tensor.rule, tensor.shape
-        rank, ranks = coordinate.tensor, self.layout.tensor
+        rank, num_ranks = coordinate.tensor, self.layout.tensor
         if rule.split is whole and tensor.expert is not None and not self.layout.expert_parallel:
             # The bias behind an expert's sum over ranks: the first of them adds it.
             return None if coordinate.data or coordinate.tensor else Region.whole(shape)
@@ -123,30 +126,31 @@ class PredictedLayout:
             if self.layout.expert_parallel:
                 return Region.whole(shape)
             # Without expert parallelism vLLM splits experts over data x tensor ranks alike.
-            rank, ranks = coordinate.data * ranks + rank, self._num_expert_ranks
+            rank, num_ranks = coordinate.data * num_ranks + rank, self._num_expert_ranks
         if rule.split in (rows, columns):
             dim = 1 if rule.split is rows else 0
-            if shape[dim] % ranks:
-                self._refuse(tensor, shape[dim], ranks)
-            return _equal_share(shape, dim, rank, ranks)
+            if shape[dim] % num_ranks:
+                self._refuse(tensor, shape[dim], num_ranks)
+            return _equal_share(shape, dim, rank, num_ranks)
         if rule.split is vocabulary:
             padded = -(-shape[0] // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-            start, end = rank * padded // ranks, min((rank + 1) * padded // ranks, shape[0])
+            start, end = rank * padded // num_ranks, min((rank + 1) * padded // num_ranks, shape[0])
             return Region.along(shape, 0, start, end - start) if start < end else None
         assert isinstance(rule.split, QueryGroups)
         groups = rule.split.num_groups
-        if tensor.source == 0 or groups % ranks == 0:
-            return _equal_share(shape, 0, rank, ranks)
-        return _equal_share(shape, 0, rank * groups // ranks, groups)  # several ranks share a head
+        if tensor.source == 0 or groups % num_ranks == 0:
+            return _equal_share(shape, 0, rank, num_ranks)
+        # There are fewer key-value heads than ranks, so several ranks have the same one.
+        return _equal_share(shape, 0, rank * groups // num_ranks, groups)
 
-    def _refuse(self, tensor: HFTensor, size: int, ranks: int) -> NoReturn:
+    def _refuse(self, tensor: HFTensor, size: int, num_ranks: int) -> NoReturn:
         keys, remedy = f"rollout.tensor={self.layout.tensor}", ""
         if tensor.expert is not None:
             keys += f" x rollout.data={self.layout.data}"
             remedy = ", or set rollout.expert_parallel: true"
         raise UserError(
-            f"{keys}: {ranks} engine ranks cannot share {tensor.name} {tensor.shape}, as size "
-            f"{ranks} does not divide {size}; choose a divisor of {size}{remedy}"
+            f"{keys}: {num_ranks} engine ranks cannot share {tensor.name} {tensor.shape}, as size "
+            f"{num_ranks} does not divide {size}; choose a divisor of {size}{remedy}"
         )
 
     def _experts_on(self, rank: int) -> range:
@@ -157,16 +161,16 @@ class PredictedLayout:
         return range(start, start + per_rank + (rank < rest))
 
 
-def stage_layers(num_layers: int, stages: int) -> list[range]:
-    """Return the decoder layers of each pipeline stage: what does not divide goes to the stages
-    before the last (vllm/distributed/utils.py, get_pp_indices)."""
-    lengths = [num_layers // stages] * stages
-    for i in range(2, num_layers % stages + 2):
+def stage_layers(num_layers: int, num_stages: int) -> list[range]:
+    """Return the decoder layers of each pipeline stage. Where the stages do not divide them, the
+    stages before the last have one more (vllm/distributed/utils.py, get_pp_indices)."""
+    lengths = [num_layers // num_stages] * num_stages
+    for i in range(2, num_layers % num_stages + 2):
         lengths[-i] += 1
-    starts = [sum(lengths[:i]) for i in range(stages)]
+    starts = [sum(lengths[:i]) for i in range(num_stages)]
     return [range(s, s + n) for s, n in zip(starts, lengths, strict=True)]
 
 
-def _equal_share(shape: Shape, dim: int, rank: int, ranks: int) -> Region:
-    length = shape[dim] // ranks
+def _equal_share(shape: Shape, dim: int, rank: int, num_ranks: int) -> Region:
+    length = shape[dim] // num_ranks
     return Region.along(shape, dim, rank * length, length)

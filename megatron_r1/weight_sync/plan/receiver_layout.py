@@ -77,9 +77,9 @@ class ReceiverLayout:
     def _delivery(self, rank: int, name: str, region: Region) -> Delivery:
         slot = self._regions[name][self.layout.coordinate(rank)]
         return Delivery(
-            self._slots[rank, name],
-            region.top - slot.top,
-            region.bottom - slot.top,
-            region.left - slot.left,
-            region.right - slot.left,
+            slot=self._slots[rank, name],
+            top=region.top - slot.top,
+            bottom=region.bottom - slot.top,
+            left=region.left - slot.left,
+            right=region.right - slot.left,
         )
