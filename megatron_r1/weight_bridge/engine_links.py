@@ -34,7 +34,7 @@ class EngineLinks:
 
     @property
     def num_links(self) -> int:
-        """The links of the trainer rank that has most."""
+        """The number of links of the trainer rank that has most."""
         by_set = [engine_set.num_links for engine_set in self.sets]
         return max(map(sum, zip(*by_set, strict=True)), default=0)
 
@@ -48,9 +48,9 @@ class EngineLinks:
         return found
 
     def engines_to_regroup(self, engines: Sequence[Engine]) -> list[Engine]:
-        """Return those of the engines that are to be divided into new sets: all that are not in
-        full ones, where an engine has joined or a set has lost one. Sets with engines that are not
-        among these are dropped."""
+        """Return the engines that are to be divided into new sets: where an engine has joined or a
+        set has lost one, all engines that are not in full sets, otherwise none. Sets with engines
+        that are not among `engines` are dropped."""
         self._drop([s for s in self.sets if not set(s.engines) <= set(engines)])
         full = [s for s in self.sets if len(s.engines) >= self._max_engines]
         partial = [s for s in self.sets if s not in full]
@@ -100,8 +100,9 @@ class EngineLinks:
     async def send(self, push: int, engines: Sequence[Engine], on_lost: OnLost) -> list[Engine]:
         """Send push number `push` to the sets of these engines.
 
-        Engines at fault are lost. Returns the others of their sets, which have not got all of it
-        and are in no set any more. Raises EngineError for a push that arrived damaged."""
+        Engines at fault are lost. Returns the other engines of the sets that failed: they have not
+        got all of the push, and are in no set any more. Raises EngineError for a push that arrived
+        damaged."""
         sets = [s for s in self.sets if set(s.engines) & set(engines)]
         gone, self._gone = self._gone, []
         replies = await self.connector.trainer.call_all(
@@ -146,7 +147,7 @@ class EngineLinks:
         members: Sequence[int],
         is_damaged: bool,
     ) -> list[Engine]:
-        """Lose the engines at fault, and return the others, of a set that has failed.
+        """Lose the engines at fault of a set that has failed, and return its other engines.
 
         error, members, is_damaged: of the `Failure`."""
         engines = engine_set.engines

@@ -28,8 +28,8 @@ died, or its link."""
 class EngineSet:
     """Engines that receive a push together: what enters one is passed on to the others.
 
-    name: at the trainer and in its store, new for every set. num_links: of each trainer rank to
-    it. num_bytes: of a whole push, out of all of them."""
+    name: at the trainer and in its store, new for every set. num_links: links of each trainer rank
+    to the set. num_bytes: bytes of a whole push to the set, out of all trainer ranks."""
 
     name: str
     engines: list[Engine]
@@ -76,8 +76,8 @@ class SetConnector:
     async def connect(
         self, sets: Sequence[EngineSet], gone: Sequence[str], *, resume: bool
     ) -> tuple[dict[str, str], dict[Engine, EngineDied]]:
-        """Connect all ranks of these sets with the trainer's. Return the problems by set, and the
-        engines that have died, or do not answer.
+        """Connect all ranks of these sets with all trainer ranks. Return the problems by set, and
+        the engines that have died or do not answer, with the error of each.
 
         gone: names of sets to disconnect. resume: engines may compute afterwards."""
         calls: dict[Engine, asyncio.Task[None]] = {}

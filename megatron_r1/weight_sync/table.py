@@ -36,7 +36,7 @@ class SlotTable(msgspec.Struct, frozen=True):
     """All slots of one engine rank, by window and then in checkpoint order.
 
     num_bytes: of one area. areas: 1, or 2 where the engine computes with the received weights in
-    place, so that the next push must be written beside them."""
+    place, so that the next push must be written beside these weights."""
 
     num_bytes: int
     slots: list[Slot]
@@ -90,12 +90,14 @@ def dtype_of(slot: Slot) -> torch.dtype:
     return getattr(torch, slot.dtype)
 
 
-def slot_view(memory: torch.Tensor, slot: Slot, part: Delivery | None = None) -> torch.Tensor:
-    """Return the view (height, width) of a slot, or of a part of it, in a vector of bytes."""
+def slot_view(memory: torch.Tensor, slot: Slot, delivery: Delivery | None = None) -> torch.Tensor:
+    """Return the view (height, width) of a slot, or of a delivery into it, in a vector of bytes."""
     dtype = dtype_of(slot)
     size = dtype.itemsize
     top, bottom, left, right = (
-        (part.top, part.bottom, part.left, part.right) if part else (0, slot.height, 0, slot.width)
+        (delivery.top, delivery.bottom, delivery.left, delivery.right)
+        if delivery
+        else (0, slot.height, 0, slot.width)
     )
     start = (slot.offset + top * slot.pitch) // size + left
     shape = (bottom - top, right - left)

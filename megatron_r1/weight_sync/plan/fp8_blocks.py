@@ -1,7 +1,7 @@
-"""FP8 pushes: the tensors of such an engine, and the regions that are whole blocks of them.
+"""FP8 pushes: the tensors that an engine in FP8 takes, and regions of whole blocks.
 
-A block of 128 x 128 has one scale, so a rank that holds all of it quantizes it and sends it whole
-to an engine rank."""
+A block of 128 x 128 has one scale, so a rank that holds all of a block quantizes it and sends it
+whole to an engine rank."""
 
 from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weights.decoder import table
@@ -13,8 +13,8 @@ from megatron_r1.weights.stored.fp8 import BLOCK, is_quantized, scale_name, scal
 def pushed_tensors(hf: dict, *, fp8: bool, drafts: bool = False) -> list[tuple[str, Shape]]:
     """Return the names and shapes of the tensors in a checkpoint of the model, plain or in FP8.
 
-    drafts: with those of the MTP layers, but without their copies of embedding and head, which the
-    drafter shares with the model."""
+    drafts: with the tensors of the MTP layers, but without their copies of embedding and head,
+    which the drafter shares with the model."""
     names_and_shapes: list[tuple[str, Shape]] = []
     copies = table(hf).copies
     for name, (shape, _) in hf_tensors(hf, with_mtp=drafts).items():

@@ -41,8 +41,8 @@ def planned_entries(
 ) -> list[list[list[Entry]]]:
     """Return the `entries` of engines that do not run yet.
 
-    shares_gpus: see `shares_gpus_over_nccl`; the engines' ranks are then counted on the trainer
-    ranks' GPUs in order, `ranks_per_node` to a node, and the plan avoids such pairs."""
+    shares_gpus: see `shares_gpus_over_nccl`; the plan then avoids pairs on one GPU, with the
+    engines' ranks on the trainer ranks' GPUs in order, `ranks_per_node` in a node."""
     shared = NONE_SHARED
     if shares_gpus:
         world, ranks = planner.grid.world, planner.engines.ranks_per_engine

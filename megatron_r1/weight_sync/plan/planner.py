@@ -25,7 +25,7 @@ class Holding(NamedTuple):
 
 
 class Planner:
-    """Transfers between two layouts of the model that `hf` describes.
+    """What moves between two layouts of the model that `hf` describes.
 
     stages: the shards of each pipeline rank's virtual stages (`weights.layout.stage_shards`),
     default an even spread. needs: default `PredictedLayout`. Raises UserError for an impossible
@@ -63,8 +63,10 @@ class Planner:
             )
 
     def shared_holdings(self) -> Iterator[tuple[HFTensor, range, list[tuple[Coordinate, Region]]]]:
-        """Yield everything that is sent, once per holding, as the tensor, its replicas, and what of
-        it each engine needs: sums over a million transfers need no list of them."""
+        """Yield everything that is sent, by holding: the tensor, the holding's replicas, and the
+        parts of the holding that each engine needs, with their coordinates.
+
+        An iterator, so that sums over a million transfers need no list of them."""
         for stage in range(self.grid.pipeline):
             for expert_rank in range(self.grid.expert):
                 for item in self.held_tensors(stage, expert_rank):

@@ -77,7 +77,8 @@ class Coordinate(NamedTuple):
 
 @dataclass(frozen=True)
 class EngineLayout:
-    """The layout of `engines` engines of pipeline x data x tensor ranks each.
+    """The layout of `engines` engines of pipeline x data x tensor ranks each. The fields have the
+    names of the recipe's keys in `rollout`, and of the argument `layout` of "connect_sets".
 
     expert_parallel: whether routed experts are spread whole over the data x tensor ranks of a stage
     (--enable-expert-parallel); otherwise each expert is split over them. As in vLLM, the rank

@@ -1,4 +1,4 @@
-"""Engine ranks of colocated runs on the GPUs, and so in the nodes, of trainer ranks."""
+"""Which engine ranks of a colocated run are on the GPUs, and so in the nodes, of trainer ranks."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ SAME_NODE_LOAD = 0.3
 
 @dataclass(frozen=True)
 class SharedGPUs:
-    """Which trainer rank has an engine rank's GPU, for the engine ranks that share one, and the
-    node of each trainer rank.
+    """Which trainer rank is on the GPU of each engine rank, for the engine ranks that share a GPU,
+    and the node of each trainer rank.
 
-    NCCL refuses such a pair of ranks: their slices would go over gloo, at a thirtieth of the
+    NCCL refuses a pair of ranks on one GPU: their slices would go over gloo, at a thirtieth of the
     rate."""
 
     trainer_rank: Mapping[EngineRank, int]
     nodes: Sequence[Hashable]
 
     def in_its_node(self, senders: Sequence[int], receiver: EngineRank) -> list[int]:
-        """Return those of the trainer ranks that are in the node of an engine rank; none for one
-        with a GPU of its own."""
+        """Return those of the trainer ranks that are in the node of an engine rank; none for an
+        engine rank with a GPU of its own."""
         neighbour = self.trainer_rank.get(receiver)
         if neighbour is None:
             return []
@@ -43,7 +43,7 @@ class SharedGPUs:
         return ranks
 
     def load(self, sender: int, receiver: EngineRank, num_bytes: float) -> float:
-        """Return what sending takes of the trainer rank's time, in bytes through its adapter."""
+        """Return how long sending keeps the trainer rank busy, in bytes through its adapter."""
         return num_bytes * (SAME_NODE_LOAD if self.in_its_node([sender], receiver) else 1)
 
 
@@ -53,7 +53,7 @@ NONE_SHARED = SharedGPUs({}, ())
 def shared_in_order(
     sets: Sequence[range], ranks_per_engine: int, world: int, ranks_per_node: int = RANKS_PER_NODE
 ) -> SharedGPUs:
-    """Return those of engines whose ranks are on the trainer ranks' GPUs in order."""
+    """Return the shared GPUs of engines whose ranks are on the trainer ranks' GPUs in order."""
     placed = {
         (index, member, position): engine * ranks_per_engine + position
         for index, engines in enumerate(sets)

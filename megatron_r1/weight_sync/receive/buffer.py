@@ -17,10 +17,10 @@ from megatron_r1.weight_sync.verify.checksum import RunningChecksum
 class ReceiveBuffer:
     """The memory of one engine rank and the state of its deliveries.
 
-    deliveries[sender]: those of each trainer rank or `Peer`, in its order, the same in every
-    push. is_weighted: see `RunningChecksum`. Pushes are numbered from 1. A transport writes into
-    `memory` and reports each delivery to `delivery_arrived`, from any thread; the engine waits in
-    `wait`. Raises ValueError where the deliveries do not cover the table."""
+    deliveries[sender]: the deliveries of each trainer rank or `Peer`, in its order, the same in
+    every push. is_weighted: see `RunningChecksum`. Pushes are numbered from 1. A transport writes
+    into `memory` and reports each delivery to `delivery_arrived`, from any thread; the engine waits
+    in `wait`. Raises ValueError where the deliveries do not cover the table."""
 
     def __init__(
         self,
@@ -41,7 +41,8 @@ class ReceiveBuffer:
         """Push, index and checksum so far of the current delivery of each sender."""
         self._push = dict.fromkeys(deliveries, 0)
         self._num_arrived = dict.fromkeys(deliveries, 0)
-        """The push that each sender's last delivery was of, and how many of it have arrived."""
+        """The push of each sender's last delivery, and how many of its deliveries of that push have
+        arrived."""
         self.checksums: dict[tuple[Any, int], int] = {}
         """The sender's checksum of the delivery that arrived last, by sender and index."""
         self._loaded_checksums: dict[tuple[Any, int], int] = {}
@@ -84,7 +85,7 @@ class ReceiveBuffer:
         timeout_seconds: float,
         senders: Sequence[Any] | None = None,
     ) -> None:
-        """Wait until all of `window` of `push` has arrived, or what these senders send.
+        """Wait until all of `window` of `push` has arrived, or all that `senders` send of it.
 
         Raises IncompletePush, naming trainer ranks whose deliveries are late, and ValueError,
         naming the tensors whose checksums differ."""

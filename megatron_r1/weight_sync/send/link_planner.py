@@ -56,7 +56,7 @@ class LinkedSet:
     def num_bytes(self) -> int:
         """The bytes that this rank sends to the set per push."""
         ends = [link.end for link in self.links]
-        return sum(part.num_bytes(end.table) for end in ends for part in end.deliveries)
+        return sum(delivery.num_bytes(end.table) for end in ends for delivery in end.deliveries)
 
     def close(self) -> None:
         for link in self.links:
@@ -172,9 +172,9 @@ class LinkPlanner:
             if entry.sender == self.rank:
                 rendezvous, receiver = linked.rendezvous[entry.member], receivers[entry.member]
                 end = make_end(rendezvous, self.rank, position, receiver)
-                # Codes and scales of a region are of one slice, which is quantized once.
-                held = {part: self._slice(*part) for _, _, part in found}
-                slices = [(held[part], encoding) for _, encoding, part in found]
+                # Codes and scales of a region come from one slice, which is quantized once.
+                held = {source: self._slice(*source) for _, _, source in found}
+                slices = [(held[source], encoding) for _, encoding, source in found]
                 linked.links.append(PushLink(entry.member, end, slices))
                 end.plan(deliveries)
         if publishes:
@@ -183,14 +183,14 @@ class LinkPlanner:
     def _slice(self, name: str, region: Region) -> ParameterSlice:
         """Return the region of an HF tensor in a parameter of this rank. Raises ValueError."""
         for parameter, piece in self.held.get(name, ()):
-            part = ParameterSlice(parameter, piece, region)
-            if part.is_held:
-                return part
+            found = ParameterSlice(parameter, piece, region)
+            if found.is_held:
+                return found
         raise ValueError(f"this rank does not hold {region} of {name}")
 
 
 def _byte_count(tables: list[SlotTable]) -> ByteCount:
-    """Return how a slice's bytes are counted, for a balance of engines and senders."""
+    """Return the function that counts a slice's bytes, to balance engines and senders."""
     dtypes = {slot.dtype for table in tables for slot in table.slots}
     if STORED in dtypes:
         return fp8_bytes

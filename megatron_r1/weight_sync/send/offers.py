@@ -14,12 +14,12 @@ EXPECTED_ERRORS = (OSError, RuntimeError, ValueError)
 
 
 class Offers(msgspec.Struct):
-    """What rank 0 has read, as it passes it on to the other trainer ranks."""
+    """What rank 0 has read, in the form in which it is passed on to the other trainer ranks."""
 
     sent: list[float]
     """Bytes per push that each trainer rank sends to the sets already connected."""
     tables: list[list[SlotTable]] = []
-    """Tables of one engine, by engine rank; once for all sets that are alike."""
+    """Tables of one engine, by engine rank; one list for all sets with the same tables."""
     sets: dict[str, tuple[int, list[list[str]]]] = {}
     """Set -> (index into `tables`, addresses by engine and rank)."""
     problems: dict[str, str] = {}
@@ -46,6 +46,7 @@ def read_offers(
             offers.problems[name] = f"{type(error).__name__}: {error}"
             engines[0].report_error(offers.problems[name])
             continue
+        # Equal tables are one entry, so that ranks get them and plan for them only once.
         if tables not in offers.tables:
             offers.tables.append(tables)
         addresses = [[receiver.address for receiver in ranks] for ranks in receivers]

@@ -37,8 +37,8 @@ class ParameterSlice:
         return hasattr(self.parameter, "adapter")
 
     def values(self) -> Tensor:
-        """Return (height, width): a view, the same one while the parameter's memory is the same,
-        or the merged values."""
+        """Return the values (height, width): a view, the same one while the parameter's memory is
+        the same, or the merged values."""
         if self.is_merged:
             return merged(self.parameter, *self._local_slices())
         if self._view is None or self._address != self.parameter.data_ptr():
@@ -61,8 +61,9 @@ class EncodedSlices:
     """The tensors of one push to one engine rank, computed when they are read.
 
     "codes" and "scales" are the two results of `stored.fp8_blocks.quantize` for a slice of whole
-    blocks: float8 of its shape, and one fp32 per 128 x 128 block. One computation gives both; only
-    the codes or merged values that were read last are kept, and the scales until they are read."""
+    blocks: float8 of its shape, and one fp32 per 128 x 128 block. One computation gives both. To
+    take little memory, only the codes or merged values that were read last are kept, and scales
+    until they are read."""
 
     def __init__(self, slices: Iterable[tuple[ParameterSlice, Encoding]]):
         self._slices = list(slices)
@@ -71,19 +72,19 @@ class EncodedSlices:
 
     def __getitem__(self, index: int) -> Tensor:
         """Return the values (height, width) of one delivery, in the trainer's dtype if plain."""
-        part, encoding = self._slices[index]
-        if encoding == "plain" and not part.is_merged:
-            return part.values()
+        source, encoding = self._slices[index]
+        if encoding == "plain" and not source.is_merged:
+            return source.values()
         if encoding == "scales":
-            scales = self._scales.pop(part, None)
-            values = quantize(part.values())[1] if scales is None else scales
+            scales = self._scales.pop(source, None)
+            values = quantize(source.values())[1] if scales is None else scales
         elif self._last and self._last[0] == index:  # the next rows of the same delivery
             return self._last[1]
         else:
             self._last = None  # frees the last values before the next are computed
             if encoding == "plain":
-                values = part.values()
+                values = source.values()
             else:
-                values, self._scales[part] = quantize(part.values())
+                values, self._scales[source] = quantize(source.values())
         self._last = (index, values)
         return values
