@@ -113,23 +113,12 @@ class LinkPlanner:
             for turn, (name, plan) in enumerate(zip(names, plans, strict=True)):
                 linked = LinkedSet(rendezvous[name], sender_loads(plan, self.grid.world))
                 created[name] = linked
-                addresses = offers.sets[name][1]
+                receivers = [
+                    [ReceiverInfo(*of_rank) for of_rank in zip(tables, addresses, strict=True)]
+                    for addresses in offers.sets[name][1]
+                ]
                 try:
-                    for position, position_entries in enumerate(plan):
-                        # Every rank has computed all plans; each publishes about as many.
-                        publishes = (turn + position) % self.grid.world == self.rank
-                        receivers = [
-                            ReceiverInfo(tables[position], ranks[position]) for ranks in addresses
-                        ]
-                        self._link_position(
-                            linked,
-                            needs,
-                            position,
-                            position_entries,
-                            receivers,
-                            make_end,
-                            publishes,
-                        )
+                    self._link_set(linked, needs, plan, receivers, make_end, turn)
                 except EXPECTED_ERRORS as error:
                     problems[name] = f"{type(error).__name__}: {error}"
         return created, problems
@@ -144,6 +133,26 @@ class LinkPlanner:
             if address in self._rank_of_gpu
         }
         return SharedGPUs(ranks, self._nodes)
+
+    def _link_set(
+        self,
+        linked: LinkedSet,
+        needs: ReceiverLayout,
+        plan: Sequence[Sequence[Entry]],
+        receivers: Sequence[Sequence[ReceiverInfo]],
+        make_end: Callable[..., Sender],
+        turn: int,
+    ) -> None:
+        """Create this rank's links to a set, and publish the plans of some positions.
+
+        receivers: by engine and rank. turn: number of the set."""
+        for position, position_entries in enumerate(plan):
+            # Every rank has computed all plans; each publishes about as many.
+            publishes = (turn + position) % self.grid.world == self.rank
+            at_position = [ranks[position] for ranks in receivers]
+            self._link_position(
+                linked, needs, position, position_entries, at_position, make_end, publishes
+            )
 
     def _link_position(
         self,
