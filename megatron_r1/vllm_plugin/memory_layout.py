@@ -10,7 +10,8 @@ from megatron_r1.vllm_plugin.recorder import Copy, Parameter
 from megatron_r1.weight_sync.table import Slot, SlotTable
 
 ALIGNMENT = 64
-"""Bytes, of parameters, which are views of the memory while their layers load."""
+"""Bytes; parameters begin at multiples of these: they are views of the memory while their layers
+load."""
 GAP_BYTES = 128
 """The gap between the rows of a matrix that `with_gaps` spreads."""
 

@@ -69,9 +69,9 @@ def record(
     """Run the loaders on (name, shape) of a checkpoint's tensors; return the copies into each
     parameter, in the order of loading.
 
-    models: the model, and the drafter, if any; its loader gets the tensors that the model's did not
-    take. Layers that they share count as the model's. They must not be in use meanwhile, and are
-    unchanged afterwards.
+    models: the model, and the drafter, if any; the drafter's loader gets the tensors that the
+    model's did not take. Layers that both share count as the model's. The models must not be in use
+    meanwhile, and are unchanged afterwards.
 
     Raises ValueError where a loader does more than copy rectangles, or leaves part of a parameter
     unloaded."""

@@ -13,7 +13,7 @@ from megatron_r1.weight_sync.plan.links import max_engines
 from megatron_r1.weight_sync.results import FailedSet, SentWeights
 
 MAX_UNEXPLAINED = 2
-"""Failures of sets without a known cause, until every engine is a set of its own: they
+"""Failures of sets without a known cause, after which every engine is a set of its own: the engines
 may not reach each other."""
 
 
@@ -68,7 +68,7 @@ class EngineLinks:
         sets of one, and those that fail again are lost. resume: engines may compute afterwards."""
         self._drop([s for s in self.sets if set(s.engines) & set(engines)])
         groups = self._divide(engines)
-        set_problems: dict[Engine, str] = {}  # why its set of several could not connect
+        set_problems: dict[Engine, str] = {}  # why the engine's set of several could not connect
         while groups:
             sets = [self._new_set(group) for group in groups]
             gone, self._gone = self._gone, []

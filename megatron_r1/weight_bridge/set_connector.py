@@ -20,8 +20,8 @@ than `LAST_WORDS_SECONDS`, the client's wait for a dying engine."""
 
 
 OnLost = Callable[[Engine, EngineError], None]
-"""Handles an engine that can no longer be used; the error is EngineDied where it is known to have
-died, or its link."""
+"""Handles an engine that can no longer be used; the error is EngineDied where the engine, or its
+link, is known to have died."""
 
 
 @dataclass(eq=False)

@@ -80,6 +80,7 @@ class Rendezvous:
 
     def report(self, failure: Failure) -> Failure:
         """Publish a failure, unless one has been published already, and return the first one."""
+        # Sets the key only where there is none: a missing key compares as equal to "".
         first = self.shared.compare_set("failed", "", encode_failure(failure))
         self.shared.set("ready", "0")  # ends the wait of all that are still connecting
         return decode_failure(first)

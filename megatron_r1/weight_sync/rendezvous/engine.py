@@ -27,7 +27,7 @@ class Peer(NamedTuple):
 
 
 class EngineRendezvous(Rendezvous):
-    """The rendezvous of the ranks of one engine."""
+    """The rendezvous as each rank of the engine has it."""
 
     _num_ranks = 0
     """Engine ranks of the whole set; known once the plan has been read."""
@@ -60,6 +60,7 @@ class EngineRendezvous(Rendezvous):
         if self.shared.add(f"has/{push}", 1) == self._num_ranks:
             self.shared.set(f"complete/{push}", "1")
             self.shared.delete_key(f"has/{push}")
+            # Not the key of this push, which trainer rank 0 may not have read yet.
             self.shared.delete_key(f"complete/{push - 1}")
 
     def release(self, rank: int, push: int, window: int) -> None:

@@ -43,7 +43,7 @@ class TrainerRendezvous(Rendezvous):
         """Publish that this rank, one of `num_senders`, has published its plans and can be reached.
 
         num_ranks: of all engines of the set."""
-        if self.shared.add("prepared", 1) == num_senders:
+        if self.shared.add("prepared", 1) == num_senders:  # the last ends the wait of all
             self.shared.set("ready", str(num_ranks))
 
     def await_complete(self, push: int) -> None:

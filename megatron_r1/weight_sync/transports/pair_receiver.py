@@ -24,6 +24,7 @@ from megatron_r1.weight_sync.transports.groups import (
 )
 
 CLOSE_SECONDS = 2.0
+"""How long `close` waits for the threads that receive, all together."""
 IDLE_SECONDS = 30 * 24 * 3600.0
 """The time that a receiver waits for the next push to begin."""
 
