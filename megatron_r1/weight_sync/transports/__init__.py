@@ -13,13 +13,13 @@ if TYPE_CHECKING:  # vLLM reads TRANSPORTS in every process; torch and llvmlite 
 
 PASSED_BYTES = 64 << 20
 """A bucket that an engine rank passes on; in a round of an exchange each of the set has one."""
-# name -> (receiver, sender), each as module.class
 TRANSPORTS = {
     "shm": ("shared_memory.SharedMemoryReceiver", "shared_memory.SharedMemorySender"),
     "cuda_ipc": ("device_memory.DeviceReceiver", "device_memory.DeviceSender"),
     "gloo": ("exchange.GlooReceiver", "pair_sender.GlooSender"),
     "nccl": ("nccl_receiver.NcclReceiver", "pair_sender.NcclSender"),
 }
+"""name -> (receiver, sender), each as module.class"""
 
 
 def receiver_class(transport: str) -> type[Receiver]:

@@ -2,8 +2,8 @@
 
 With `full_every` > 1 a push is the difference to the one before it, encoded bucket by bucket
 (`delta`). Both ends have that one: the receiver in its memory, the sender as a copy of every packed
-bucket in host memory. The first push is sent whole, and so are one that follows a push that broke
-off, because the receiver may not have all of that, and every `full_every`-th."""
+bucket in host memory. A push is sent whole if it is the first, if the one before it broke off (the
+receiver may not have all of that one), and as every `full_every`-th."""
 
 from collections.abc import Sequence
 
