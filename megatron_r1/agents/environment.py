@@ -30,14 +30,14 @@ import functools
 import inspect
 import re
 import types
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
 
+from megatron_r1.agents.tool_arguments import argument_adapters, named_parameters
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.user_code import find
 
@@ -197,22 +197,16 @@ def tool_schema(name: str, bound: Callable[..., Any]) -> dict[str, Any]:
     function = schema["function"]
     function.pop("return", None)
     function["name"] = name
-    parameters, known = function["parameters"], {p.name for p in _named_parameters(bound)}
+    parameters, known = function["parameters"], {p.name for p in named_parameters(bound)}
     for rest in parameters["properties"].keys() - known:  # a documented *args
         del parameters["properties"][rest]
     parameters["required"] = [name for name in parameters.get("required", ()) if name in known]
-    _complete(parameters, _types(bound))
+    _complete(parameters, argument_adapters(bound))
     return schema
 
 
-def _named_parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Return the parameters of a method without `*args` and `**kwargs`."""
-    parameters = inspect.signature(method).parameters.values()
-    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-
-
 def _plain_schema(method: Callable[..., Any]) -> dict[str, Any]:
-    parameters = _named_parameters(method)
+    parameters = named_parameters(method)
     properties: dict[str, Any] = {parameter.name: {} for parameter in parameters}
     required = [p.name for p in parameters if p.default is p.empty]
     return {
@@ -237,75 +231,3 @@ def _complete(schema: dict[str, Any], adapters: Mapping[str, TypeAdapter[Any]]) 
                 if definitions := found.pop("$defs", None):
                     schema.setdefault("$defs", {}).update(definitions)
                 properties[name] = {**found, **described}
-
-
-def _types(method: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
-    """Return the converter of each argument. Arguments are left out that have no type, one that
-    pydantic has no schema for, or one that is imported for type checkers only."""
-    function = inspect.unwrap(method)
-    return _types_of(getattr(function, "__func__", function))  # bound methods differ by episode
-
-
-@functools.lru_cache(maxsize=1024)
-def _types_of(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
-    names = getattr(function, "__globals__", None)
-    adapters = {}
-    for name, annotation in getattr(function, "__annotations__", {}).items():
-        if name == "return":
-            continue
-        alone = types.SimpleNamespace(__annotations__={name: annotation})
-        with contextlib.suppress(NameError, TypeError, PydanticUserError):
-            hint = typing.get_type_hints(alone, names, include_extras=True)[name]
-            try:
-                adapters[name] = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))
-            except PydanticUserError:  # a type with a configuration of its own
-                adapters[name] = TypeAdapter(hint)
-    return adapters
-
-
-def call_arguments(
-    method: Callable[..., Any], values: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return positional and keyword arguments of a call with values by name. Raises TypeError for
-    names that are not the method's."""
-    parameters = inspect.signature(method).parameters.values()
-    first = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in values]
-    by_name = {name: value for name, value in values.items() if name not in first}
-    bound = inspect.signature(method).bind(*(values[name] for name in first), **by_name)
-    return bound.args, bound.kwargs
-
-
-def converted(method: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values of JSON as the types of a tool's arguments, such as members of an Enum. Raises
-    ValueError where one does not fit."""
-    parameters, adapters = inspect.signature(method).parameters, _types(method)
-    result = dict(values)
-    for name, value in values.items():
-        if name not in adapters or name not in parameters:
-            continue
-        if value is None and parameters[name].default is None:
-            continue  # `limit: int = None`
-        try:
-            result[name] = adapters[name].validate_python(value)
-        except ValidationError as error:
-            faults = (
-                f"{'.'.join(map(str, (name, *fault['loc'])))}: {fault['msg']}"
-                for fault in error.errors()
-            )
-            raise ValueError("; ".join(faults)) from None
-    return result
-
-
-def row_arguments(reset: Callable[..., Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of a row that `reset` takes: all, if it ends in **row."""
-    parameters = inspect.signature(reset).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(row)
-    names = {parameter.name for parameter in parameters}
-    return {name: value for name, value in row.items() if name in names}
-
-
-def missing_arguments(reset: Callable[..., Any], values: Mapping[str, Any]) -> list[str]:
-    """Return the arguments that `reset` needs and `values` lack."""
-    parameters = _named_parameters(reset)
-    return [p.name for p in parameters if p.default is p.empty and p.name not in values]

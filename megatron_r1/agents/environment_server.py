@@ -25,11 +25,10 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from megatron_r1.agents.environment import (
+from megatron_r1.agents.environment import describe, find_environment
+from megatron_r1.agents.tool_arguments import (
     call_arguments,
-    converted,
-    describe,
-    find_environment,
+    converted_arguments,
     missing_arguments,
     row_arguments,
 )
@@ -194,7 +193,7 @@ class _Episode:
         if not isinstance(arguments, dict):
             raise TypeError(f"the arguments of {name} must be a JSON object")
         method = getattr(self._environment, name)
-        positional, named = call_arguments(method, converted(method, arguments))
+        positional, named = call_arguments(method, converted_arguments(method, arguments))
         return _text(self._result(method(*positional, **named)))
 
     def reward(self, answer: str) -> float:

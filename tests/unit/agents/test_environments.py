@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 from transformers.utils import get_json_schema
 
-from megatron_r1.agents import environment, environment_pool, environment_server
+from megatron_r1.agents import environment_pool, environment_server, tool_arguments
 from megatron_r1.agents.environment import Description, describe
 from megatron_r1.agents.environment_pool import (
     CallTimedOut,
@@ -264,11 +264,11 @@ def test_the_types_of_a_tool_are_read_once(monkeypatch):
         @functools.wraps(add)
         def sum(self, *values, **named): ...
 
-    monkeypatch.setattr(environment, "TypeAdapter", adapter)
+    monkeypatch.setattr(tool_arguments, "TypeAdapter", adapter)
     for name in ("add", "sum"):
         for _ in range(3):
             tool = getattr(Fresh(), name)
-            assert environment.converted(tool, {"number": "3"}) == {"number": 3}
+            assert tool_arguments.converted_arguments(tool, {"number": "3"}) == {"number": 3}
     assert built == [int, int | None]
 
 
