@@ -8,8 +8,6 @@ from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
-import msgspec
-
 from megatron_r1.config import AgentsConfig
 from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.data.prompts import Prompt
@@ -18,6 +16,7 @@ from megatron_r1.data.templates import find_template, is_opened, render
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.response import Decoding, TextResponse
 from megatron_r1.rewards.answer import END_THINK, THINK
+from megatron_r1.rewards.remote.completions import Completion, CompletionChoice
 from megatron_r1.rewards.remote.service import Service, ServiceError, Ungradable
 
 TINY_QUESTION = "1 + 1 ="
@@ -25,31 +24,6 @@ CONNECT_SECONDS = 5.0
 """The time limit of one attempt to connect."""
 PAUSE_SECONDS = 1.0
 REPORT_SECONDS = 5.0
-
-
-class _Message(msgspec.Struct):
-    content: str | None = None
-    # A server that splits off the thought returns it under one of these names.
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    """One response: `message` from /chat/completions, `text` from /completions."""
-
-    finish_reason: str | None = None
-    message: _Message | None = None
-    text: str | None = None
-
-
-class _Usage(msgspec.Struct):
-    completion_tokens: int | None = None
-    """None where a server counts none."""
-
-
-class _Completion(msgspec.Struct):
-    choices: list[_Choice]
-    usage: _Usage | None = None
 
 
 class ServerPolicy:
@@ -74,7 +48,7 @@ class ServerPolicy:
         self._template = template
         path = "/chat/completions" if self._chat else "/completions"
         probe = self._body(TINY_QUESTION, 0) | {"max_tokens": 1}
-        self._service = Service(server, server.api_base + path, _Completion, probe)
+        self._service = Service(server, server.api_base + path, Completion[CompletionChoice], probe)
         self._takes_limits = False
         self.concurrency = server.concurrency
         # The address is not part of it: a server may restart on another node.
@@ -154,7 +128,7 @@ class ServerPolicy:
         return truncated and THINK not in text and END_THINK not in text
 
 
-def _text_of(choice: _Choice) -> str:
+def _text_of(choice: CompletionChoice) -> str:
     if choice.message is None:
         return choice.text or ""
     thought = choice.message.reasoning_content or choice.message.reasoning

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import msgspec
 from pydantic import Field, model_validator
 
 from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write
+from megatron_r1.rewards.remote.completions import ChatChoice, Completion
 from megatron_r1.rewards.remote.judge_prompts import VERDICTS, judge_prompt, read_verdict
 from megatron_r1.rewards.remote.response_text import Part, break_control_tokens, cut_middle
 from megatron_r1.rewards.remote.service import Service, Ungradable
@@ -60,19 +60,6 @@ def compared_part(options: dict[str, Any]) -> Part | None:
     return part
 
 
-class _Message(msgspec.Struct):
-    content: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _Completion(msgspec.Struct):
-    choices: list[_Choice]
-
-
 class JudgeClient:
     """The judge's service (`/chat/completions`, OpenAI's form) and its cache."""
 
@@ -81,7 +68,7 @@ class JudgeClient:
         self.cache = None if settings.cache is None else ReplyCache(settings.cache)
         self.probe = self._body("Reply with the word ready.")
         url = f"{settings.api_base}/chat/completions"
-        self.service = Service(settings, url, _Completion, self.probe)
+        self.service = Service(settings, url, Completion[ChatChoice], self.probe)
 
     async def votes(
         self, instructions: str, texts: dict[str, str], num_votes: int, first: int = 0
