@@ -27,7 +27,7 @@ from megatron_r1.user_code import find_function
 
 Run = Callable[[str, str, dict[str, Any]], Awaitable[Any]]
 """Runs an agent: (base_url, api_key, row) → its reward, None where the row's own reward grades the
-episode, or an `Outcome`."""
+episode, or an `AgentOutcome`."""
 
 
 OUTPUT_BYTES = 2**16
@@ -35,7 +35,7 @@ OUTPUT_BYTES = 2**16
 
 
 @runtime_checkable
-class Server(Protocol):
+class RunWithServer(Protocol):
     """A `Run` with a server of its own, which is started before the first episode."""
 
     async def start(self) -> None: ...
@@ -44,7 +44,7 @@ class Server(Protocol):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AgentOutcome:
     """A reward with the agent's own record of the tokens: every sequence up to its last sampled
     token; None where it keeps none."""
 

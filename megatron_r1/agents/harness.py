@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-from megatron_r1.agents.agent_runs import Outcome, Run, Server
+from megatron_r1.agents.agent_runs import AgentOutcome, Run, RunWithServer
 from megatron_r1.agents.answers import Generate
 from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.agents.episode import SCORED, Episode, turns_of
-from megatron_r1.agents.gateway import Gateway, Session, SessionLimits, TurnSampling
+from megatron_r1.agents.gateway import Gateway, GatewaySession, SessionLimits, TurnSampling
 from megatron_r1.agents.parsing import Parser
 from megatron_r1.agents.player import Played, row_of
 from megatron_r1.data.prompts import Prompt
@@ -57,7 +57,7 @@ class HarnessPlayer:
         """Start the gateway, a parser and the agent's server, if it has one. Raises UserError."""
         await self.parsers.check()
         try:
-            if isinstance(self.run, Server):
+            if isinstance(self.run, RunWithServer):
                 await self.run.start()
         except EnvironmentFault as fault:
             raise UserError(f"section agents: {fault}") from None
@@ -69,7 +69,7 @@ class HarnessPlayer:
     async def close(self) -> None:
         await self.gateway.close()
         await self.parsers.close()
-        if isinstance(self.run, Server):
+        if isinstance(self.run, RunWithServer):
             await self.run.close()
 
     async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
@@ -91,7 +91,7 @@ class HarnessPlayer:
         try:
             if await self._within_its_time(agent, session, began):
                 outcome = await agent
-                if isinstance(outcome, Outcome):
+                if isinstance(outcome, AgentOutcome):
                     _compare(outcome, session)
                     outcome = outcome.reward
                 reward = _as_reward(outcome, prompt)
@@ -117,7 +117,7 @@ class HarnessPlayer:
         return self._played(session, reward, is_finished, time.monotonic() - began)
 
     async def _within_its_time(
-        self, agent: asyncio.Future[Any], session: Session, began: float
+        self, agent: asyncio.Future[Any], session: GatewaySession, began: float
     ) -> bool:
         """Wait until the agent has ended; return False where its time is over first."""
         while True:
@@ -130,7 +130,7 @@ class HarnessPlayer:
                 return True
 
     def _played(
-        self, session: Session, reward: float | None, is_finished: bool, seconds: float
+        self, session: GatewaySession, reward: float | None, is_finished: bool, seconds: float
     ) -> Played:
         status: Any = session.status or ("max_tokens" if session.is_cut else "done")
         if status not in SCORED:
@@ -155,7 +155,7 @@ class HarnessPlayer:
         return Played(episode, session.last_text, reward)
 
 
-def _compare(outcome: Outcome, session: Session) -> None:
+def _compare(outcome: AgentOutcome, session: GatewaySession) -> None:
     """End the episode as protocol_error where the agent's record has other tokens than the tree."""
     if outcome.sequences is None:
         return

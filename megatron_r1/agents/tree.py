@@ -19,7 +19,7 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Node:
+class TreeNode:
     """One piece of a conversation.
 
     parent: number of the node before it, None for a root.
@@ -68,7 +68,7 @@ class TokenTree:
     """The nodes of one episode, numbered from 0 in the order in which they were added."""
 
     def __init__(self) -> None:
-        self.nodes: list[Node] = []
+        self.nodes: list[TreeNode] = []
         self._ends: list[int] = []
         """Tokens from the root to the end of each node."""
         self._children: dict[int | None, list[int]] = {None: []}
@@ -82,7 +82,7 @@ class TokenTree:
     ) -> int:
         """Add tokens that no policy sampled; return the node's number. Where an equal node follows
         `parent` already, as after a repeated request, that one is returned."""
-        node = Node(parent, array("i", token_ids), tuple(messages), tuple(tools))
+        node = TreeNode(parent, array("i", token_ids), tuple(messages), tuple(tools))
         same = (number for number in self._children[parent] if self.nodes[number] == node)
         found = next(same, None)
         return self._add(node) if found is None else found
@@ -96,14 +96,13 @@ class TokenTree:
         if not len(response.logprobs) == len(response.policy_versions) == num_tokens:
             raise ValueError(f"{num_tokens} tokens without as many log-probabilities and versions")
         return self._add(
-            Node(
+            TreeNode(
                 parent,
                 response.token_ids,
                 (message,),
-                (),
-                response.logprobs,
-                response.policy_versions,
-                self._new_rows(parent, response),
+                logprobs=response.logprobs,
+                policy_versions=response.policy_versions,
+                routing=self._new_rows(parent, response),
             )
         )
 
@@ -146,7 +145,7 @@ class TokenTree:
                 trained.update(self.path(last))
         return branches
 
-    def _add(self, node: Node) -> int:
+    def _add(self, node: TreeNode) -> int:
         number, parent = len(self.nodes), node.parent
         self._children[parent].append(number)
         self._children[number] = []

@@ -1,11 +1,11 @@
 """Samples as bytes, from engines with our plugin (`vllm_plugin/samples_endpoint.py`): a tenth of
 JSON's bytes, and no number is parsed.
 
-A reply of media type `MEDIA_TYPE` is the header's length (uint32), the header (JSON: `Header`),
-then for each choice its token ids (int32) and log-probabilities (float32), and last the routed
-experts of each choice that has some. All little-endian. A group's routed experts, 223 MB of
-16 x 30,000 tokens of DeepSeek-V3, go to a file without a name in the folder for temporary files
-(`TMPDIR`), which is there as long as a response that refers to it."""
+A reply of media type `MEDIA_TYPE` is the length of the header (uint32), the header (JSON,
+`ReplyHeader`), then for each choice its token ids (int32) and log-probabilities (float32), and last
+the routed experts of each choice that has some. All numbers are little-endian. A
+group's routed experts, 223 MB for 16 x 30,000 tokens of DeepSeek-V3, go to a file without a name in
+the folder for temporary files (`TMPDIR`), which exists as long as a response that refers to it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Routing(msgspec.Struct):
     shape: tuple[int, int, int]
 
 
-class Choice(msgspec.Struct):
-    """A response without its arrays."""
+class ChoiceHeader(msgspec.Struct):
+    """One response of a reply, except its arrays, which follow the header as bytes."""
 
     finish_reason: str
     num_tokens: int
@@ -42,13 +42,13 @@ class Choice(msgspec.Struct):
     routed_experts: Routing | None = None
 
 
-class Header(msgspec.Struct):
-    """The header of a reply, before its arrays."""
+class ReplyHeader(msgspec.Struct):
+    """The JSON at the start of a reply, before the arrays."""
 
-    choices: list[Choice]
+    choices: list[ChoiceHeader]
 
 
-_decode = msgspec.json.Decoder(Header).decode
+_decode = msgspec.json.Decoder(ReplyHeader).decode
 
 
 async def read_responses(
@@ -86,7 +86,7 @@ async def _tokens(content: StreamReader, count: int) -> tuple[array[int], array[
 
 async def _spilled(
     content: StreamReader,
-    choices: list[Choice],
+    choices: list[ChoiceHeader],
     lengths: list[int],
     shape: RoutingShape,
     spilling: asyncio.Semaphore,

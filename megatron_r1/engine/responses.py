@@ -62,7 +62,7 @@ class VersionSpan(msgspec.Struct):
     end: int
 
 
-class Choice(msgspec.Struct):
+class GenerateChoice(msgspec.Struct):
     """One sampled response in vLLM's form; `parse_responses` checks it."""
 
     finish_reason: str | None = None
@@ -75,7 +75,7 @@ class Choice(msgspec.Struct):
 class GenerateReply(msgspec.Struct):
     """The body of a reply of `/inference/v1/generate`: one choice per response asked for."""
 
-    choices: list[Choice]
+    choices: list[GenerateChoice]
 
 
 class ScoreReply(msgspec.Struct):
@@ -119,7 +119,10 @@ def parse_scores(body: bytes, token_ids: Sequence[int], first: int) -> array[flo
 
 
 def _response(
-    choice: Choice, num_prompt_tokens: int, routing: RoutingShape | None, vocab_size: int | None
+    choice: GenerateChoice,
+    num_prompt_tokens: int,
+    routing: RoutingShape | None,
+    vocab_size: int | None,
 ) -> Response:
     token_ids = choice.token_ids or []
     content = (choice.logprobs.content if choice.logprobs else None) or []

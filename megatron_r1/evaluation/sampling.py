@@ -26,7 +26,8 @@ MAX_GRADING = 4
 NUM_PROGRESS_LINES = 20
 REFRESH_SECONDS = 0.2
 
-Job = tuple[PromptSet, Prompt, int]
+SampleJob = tuple[PromptSet, Prompt, int]
+"""A response to sample: the set, the prompt, and the response's index among those to the prompt."""
 Details = Callable[[PromptSet, Prompt, TextResponse], dict[str, Any]]
 
 
@@ -76,7 +77,7 @@ class Sampler:
         Raises UserError if the log has responses to other versions of the prompts."""
         self._policy, self._grader, self._log = policy, grader, log
         self._sets, self._seed, self._details = sets, seed, details
-        self._by_prompt, self._progress = by_prompt, Progress()
+        self._by_prompt, self._progress = by_prompt, SamplingProgress()
         self._grading_slots = asyncio.Semaphore(MAX_GRADING * policy.concurrency)
         self._num_ungraded: Counter[str] = Counter()
         self._gradable: set[str] = set()
@@ -113,7 +114,7 @@ class Sampler:
             raise stopped
         await self._policy.close()  # voting and deciding need no engine
 
-    def _missing(self) -> Iterator[Job]:
+    def _missing(self) -> Iterator[SampleJob]:
         most = max(prompt_set.num_samples for prompt_set in self._sets)
         if self._by_prompt:
             jobs = ((s, p, i) for s in self._sets for p in s.prompts for i in range(s.num_samples))
@@ -124,7 +125,7 @@ class Sampler:
             if (prompt_set.key(prompt), index) not in self._log:
                 yield prompt_set, prompt, index
 
-    async def _sample(self, jobs: Iterator[Job], grading: asyncio.TaskGroup) -> None:
+    async def _sample(self, jobs: Iterator[SampleJob], grading: asyncio.TaskGroup) -> None:
         for prompt_set, prompt, index in jobs:
             if self._broken_grader:
                 return
@@ -210,7 +211,7 @@ def sample_seed(seed: int, prompt: PromptKey, index: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
-class Progress:
+class SamplingProgress:
     """One line that changes on a terminal, about twenty lines in a log. Called with (finished,
     wanted) after each sample."""
 

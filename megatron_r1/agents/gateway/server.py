@@ -27,7 +27,12 @@ from megatron_r1.agents.gateway.request import (
     TurnReply,
     TurnRequest,
 )
-from megatron_r1.agents.gateway.session import Session, SessionLimits, TakenTurn, TurnSampling
+from megatron_r1.agents.gateway.session import (
+    GatewaySession,
+    SessionLimits,
+    TakenTurn,
+    TurnSampling,
+)
 from megatron_r1.agents.gateway.turns import continue_tokens, cut, first_tokens
 from megatron_r1.agents.parsing import Parser
 from megatron_r1.data.text import PromptText
@@ -91,7 +96,7 @@ class Gateway:
         self._text, self._reader = text, AnswerReader(parser, self._continuation)
         self._host, self._port = host, 0
         self._sampling_options = sampling_options
-        self._sessions: dict[bytes, Session] = {}
+        self._sessions: dict[bytes, GatewaySession] = {}
         self._runner: web.AppRunner | None = None
 
     async def __aenter__(self) -> Self:
@@ -124,13 +129,13 @@ class Gateway:
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}"
 
-    def open(self, limits: SessionLimits, sampling: TurnSampling) -> Session:
+    def open(self, limits: SessionLimits, sampling: TurnSampling) -> GatewaySession:
         """Return a new session; requests with its secret are served until `end`."""
-        session = Session(limits, sampling)
+        session = GatewaySession(limits, sampling)
         self._sessions[_digest(session.secret)] = session
         return session
 
-    async def end(self, session: Session) -> None:
+    async def end(self, session: GatewaySession) -> None:
         """End a session: its secret is unknown from now on, its turns in flight are aborted."""
         self._sessions.pop(_digest(session.secret), None)
         await session.close()
@@ -146,7 +151,7 @@ class Gateway:
     def _endpoint(
         self,
         wire: WireFormat,
-        handle: Callable[[WireFormat, Session, web.Request], Awaitable[web.StreamResponse]],
+        handle: Callable[[WireFormat, GatewaySession, web.Request], Awaitable[web.StreamResponse]],
     ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def endpoint(request: web.Request) -> web.StreamResponse:
             session = None
@@ -173,7 +178,7 @@ class Gateway:
 
         return endpoint
 
-    def _session(self, headers: Mapping[str, str]) -> Session:
+    def _session(self, headers: Mapping[str, str]) -> GatewaySession:
         """Return the session whose secret the headers carry. Raises Refused with status 401."""
         bearer = headers.get("Authorization", "").removeprefix("Bearer ").strip()
         for secret in (bearer, *(headers.get(name, "") for name in KEY_HEADERS)):
@@ -189,7 +194,7 @@ class Gateway:
         )
 
     async def _turn(
-        self, wire: WireFormat, session: Session, http: web.Request
+        self, wire: WireFormat, session: GatewaySession, http: web.Request
     ) -> web.StreamResponse:
         body = await _body(http, session)
         request = wire.read(_parsed(body), session.stored)
@@ -213,7 +218,7 @@ class Gateway:
 
     async def _sample(
         self,
-        session: Session,
+        session: GatewaySession,
         request: TurnRequest,
         prompt: NextPrompt,
         prompt_ids: list[int],
@@ -241,7 +246,7 @@ class Gateway:
         reply = TurnReply(model, num_prompt, response, message, stop_string)
         return TakenTurn(prompt, request, reply)
 
-    def _replace_options(self, session: Session, request: TurnRequest) -> None:
+    def _replace_options(self, session: GatewaySession, request: TurnRequest) -> None:
         """Note, or refuse, sampling options that are not the run's."""
         run: dict[str, Any] = {
             "temperature": session.sampling.temperature,
@@ -256,7 +261,7 @@ class Gateway:
                 raise Refused(f"{value!r} would change the sampling; {instead}", name)
             session.notes[f"{name}={value}"[:80]] += 1
 
-    def _next_prompt(self, session: Session, request: TurnRequest) -> NextPrompt:
+    def _next_prompt(self, session: GatewaySession, request: TurnRequest) -> NextPrompt:
         if request.token_ids is not None:
             if (most := max(request.token_ids)) >= (size := self._continuation.vocabulary_size):
                 raise Refused(f"token {most} is none of the vocabulary's {size}", "token_ids")
@@ -267,7 +272,7 @@ class Gateway:
             raise Refused(str(error), "messages") from None
 
     async def _count_tokens(
-        self, wire: WireFormat, session: Session, http: web.Request
+        self, wire: WireFormat, session: GatewaySession, http: web.Request
     ) -> web.StreamResponse:
         request = wire.read(_parsed(await _body(http, session)), session.stored)
         prompt = self._next_prompt(session, request)
@@ -275,7 +280,7 @@ class Gateway:
         return _json({"input_tokens": num_tokens})
 
     async def _models(
-        self, wire: WireFormat, session: Session, http: web.Request
+        self, wire: WireFormat, session: GatewaySession, http: web.Request
     ) -> web.StreamResponse:
         model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "megatron-r1"}
         model |= {"max_model_len": session.sampling.max_context}  # as vLLM
@@ -284,14 +289,14 @@ class Gateway:
         return _json({"object": "list", "data": [model], "has_more": False})
 
     async def _unknown(
-        self, wire: WireFormat, session: Session, http: web.Request
+        self, wire: WireFormat, session: GatewaySession, http: web.Request
     ) -> web.StreamResponse:
         raise Refused(f"there is no {http.method} {http.path}", status=404, kind="not_found_error")
 
 
 async def _stream(
     wire: WireFormat,
-    session: Session,
+    session: GatewaySession,
     task: asyncio.Task[TakenTurn],
     request: TurnRequest,
     http: web.Request,
@@ -312,7 +317,7 @@ async def _stream(
     return stream
 
 
-async def _body(http: web.Request, session: Session) -> bytes:
+async def _body(http: web.Request, session: GatewaySession) -> bytes:
     """Return a request's body. Raises Refused where it is not encoded as its headers name it, and
     where it is so long that no engine could take it."""
     try:

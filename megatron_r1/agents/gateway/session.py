@@ -48,7 +48,7 @@ class TakenTurn:
 
 
 @dataclass
-class Session:
+class GatewaySession:
     """One episode behind the gateway.
 
     status: how the episode has ended, by a limit or a failure that the policy did not cause; None

@@ -13,7 +13,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.agents.agent_runs import Outcome
+from megatron_r1.agents.agent_runs import AgentOutcome
 from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.config import VerifiersConfig
 from megatron_r1.errors import UserError
@@ -37,7 +37,7 @@ class VerifiersHarness:
         self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._reader: asyncio.Task[None] | None = None
 
-    async def __call__(self, base_url: str, api_key: str, row: dict[str, Any]) -> Outcome:
+    async def __call__(self, base_url: str, api_key: str, row: dict[str, Any]) -> AgentOutcome:
         """Play the task of a row. Raises EnvironmentFault where the server is lost, and
         RuntimeError where verifiers reports an error."""
         await self.start()
@@ -58,7 +58,7 @@ class VerifiersHarness:
             if reply.get("is_timeout"):
                 reply["errors"].append("a time-out of verifiers, whose clock counts the engines")
             raise RuntimeError(f"verifiers: {'; '.join(reply['errors']) or 'not ok'}")
-        return Outcome(reply["reward"], reply["sequences"] if gives_tokens else None)
+        return AgentOutcome(reply["reward"], reply["sequences"] if gives_tokens else None)
 
     async def start(self) -> None:
         """Start the server, unless it runs. Raises EnvironmentFault."""

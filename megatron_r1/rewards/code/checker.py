@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.code.problem import Test
 from megatron_r1.rewards.sandbox.limits import Budget
-from megatron_r1.rewards.sandbox.process import Outcome, describe_failure
+from megatron_r1.rewards.sandbox.process import ProgramOutcome, describe_failure
 from megatron_r1.rewards.sandbox.programs import python_script
 from megatron_r1.rewards.sandbox.run import run
 
@@ -62,7 +62,7 @@ def _run(checker: str, test: Test, actual: bytes, budget: Budget) -> Grade | _Fa
     return _read_score(outcome, budget)
 
 
-def _read_score(outcome: Outcome, budget: Budget) -> Grade | _Failure:
+def _read_score(outcome: ProgramOutcome, budget: Budget) -> Grade | _Failure:
     printed = outcome.stdout.decode("utf-8", "replace").strip().rpartition("\n")[2]
     opened_actual = ACTUAL_OPENED in outcome.stderr
     if failure := describe_failure(outcome, budget):

@@ -22,7 +22,7 @@ from megatron_r1.rewards import REMOTE, resolve
 from megatron_r1.rewards.base import Grade, find_non_finite
 from megatron_r1.rewards.remote.runner import RemoteRewards
 from megatron_r1.rewards.runtime.process import WorkerProcess
-from megatron_r1.rewards.runtime.worker import Job, JobStatus
+from megatron_r1.rewards.runtime.worker import GradingJob, JobStatus
 from megatron_r1.rewards.sandbox.limits import time_limit
 
 # Jobs sent to a worker ahead of time: enough that its pipe never runs dry, and at most this many
@@ -43,7 +43,7 @@ class OutstandingJob:
 
     worker_pid: None in the queue. since: time.monotonic() when it got there."""
 
-    job: Job
+    job: GradingJob
     timeout_seconds: float
     result: asyncio.Future[Grade]
     num_crashes: int = 0
@@ -107,7 +107,7 @@ class RewardPool:
             return await self._remote.grade(kind, response, truth, fields)
         target = resolve(kind)
         job_id = next(self._ids)
-        job = Job(job_id, target, "", truth, fields)
+        job = GradingJob(job_id, target, "", truth, fields)
         try:
             encoded = msgspec.json.encode(job)
         except (TypeError, UnicodeEncodeError) as error:

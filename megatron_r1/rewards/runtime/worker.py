@@ -27,7 +27,7 @@ POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
-class Job(msgspec.Struct):
+class GradingJob(msgspec.Struct):
     """One response for a worker to grade. target: "module:function" of the reward, called as
     function(response, truth, **fields)."""
 
@@ -60,7 +60,7 @@ def main(memory_limit_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     jobs, replies = private_streams()
-    decoder = msgspec.json.Decoder(Job)
+    decoder = msgspec.json.Decoder(GradingJob)
     functions: dict[str, Callable[..., Grade]] = {}
 
     def send(status: JobStatus) -> None:
@@ -83,7 +83,7 @@ def main(memory_limit_bytes: int) -> None:
             return
 
 
-def _grade(function: Callable[..., Grade], job: Job) -> JobStatus:
+def _grade(function: Callable[..., Grade], job: GradingJob) -> JobStatus:
     try:
         grade = function(job.response, job.truth, **job.fields)
         if not isinstance(grade, Grade):

@@ -43,7 +43,7 @@ class SandboxError(RunError):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProgramOutcome:
     """The outcome of one run.
 
     stdout, stderr: the bytes written, cut off at the limit that `stopped` names. status: the exit
@@ -80,7 +80,7 @@ class SandboxProcess:
         self.started = started
         self.deadline = started + SETUP_SECONDS
 
-    def wait(self) -> Outcome:
+    def wait(self) -> ProgramOutcome:
         """Return the outcome of the program, killing it at its limits. Raises SandboxError."""
         stopped = self._collect_output()
         seconds = time.monotonic() - self.started
@@ -91,7 +91,7 @@ class SandboxProcess:
             message = shorten(stderr.decode("utf-8", "replace"), 300) or "no message"
             raise SandboxError(f"bubblewrap could not build a sandbox: {message}")
         status = 128 + signal.SIGKILL if exit_status is None else exit_status
-        return Outcome(stdout, stderr, status, seconds, stopped)
+        return ProgramOutcome(stdout, stderr, status, seconds, stopped)
 
     def close(self) -> None:
         """Kill the sandbox if it still runs. Safe in any state."""
@@ -169,7 +169,7 @@ class SandboxProcess:
         return None
 
 
-def describe_failure(outcome: Outcome, budget: Budget) -> str:
+def describe_failure(outcome: ProgramOutcome, budget: Budget) -> str:
     """Return which limit the program exceeded or how it crashed; "" if it exited normally."""
     if outcome.stopped == "wall time":
         return f"time limit: stopped after {budget.wall_seconds:.3g} s"

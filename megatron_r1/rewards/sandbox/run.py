@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from megatron_r1.rewards.sandbox import host
 from megatron_r1.rewards.sandbox.limits import Budget
-from megatron_r1.rewards.sandbox.process import Outcome, SandboxError, SandboxProcess
+from megatron_r1.rewards.sandbox.process import ProgramOutcome, SandboxError, SandboxProcess
 from megatron_r1.rewards.sandbox.seccomp import build_filter
 
 NUM_OPEN_FILES = 64
@@ -50,7 +50,7 @@ def run(
     stdin: bytes = b"",
     files: Mapping[str, bytes],
     compiler: bool = False,
-) -> Outcome:
+) -> ProgramOutcome:
     """Run `command` with `files` in its working folder; the sandbox is gone on return.
 
     compiler: mount the system's programs and headers, and allow new processes and files. Raises
@@ -118,7 +118,7 @@ def _run_once(
     stdin: bytes,
     files: Mapping[str, bytes],
     compiler: bool,
-) -> Outcome:
+) -> ProgramOutcome:
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(sealed_file(stdin)).fileno()
         sandbox = launch(stack, command, budget, source, files, compiler)
