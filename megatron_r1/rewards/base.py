@@ -15,11 +15,14 @@ class Grade:
 
     reward: float in [0, 1]. reason: one line for a person who audits the sample, cut to 500
     characters. is_graded: False where the reward itself failed, so that its 0 does not measure the
-    response. Raises ValueError for a reward outside [0, 1] or NaN."""
+    response. verdict: the result by name, where the caller decides by more than the number, as
+    curation does by the filter that objected. Raises ValueError for a reward outside [0, 1] or NaN.
+    """
 
     reward: float
     reason: str
     is_graded: bool = True
+    verdict: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.reward, str) or self.reward is None:

@@ -115,7 +115,7 @@ class PooledFilters:
         if not self._filters:
             return None
         fields = {name: prompt.fields[name] for name in FIELDS if name in prompt.fields}
-        verdict = await self._pool.grade(
+        result = await self._pool.grade(
             f"{__name__}:grade",
             response.text,
             None,
@@ -123,16 +123,16 @@ class PooledFilters:
             prompt={"question": prompt.question, "kind": prompt.kind, "fields": fields},
             filters=self._filters,
         )
-        if verdict.reward:
+        if result.reward:
             return None
-        name, _, why = verdict.reason.partition(": ")
-        return Decision(name, why) if name in REGISTRY else Decision("unfiltered", verdict.reason)
+        return Decision(result.verdict or "unfiltered", result.reason)
 
 
 def grade(
     response: str, truth: object, *, facts: dict[str, Any], prompt: dict[str, Any], filters: Filters
 ) -> Grade:
-    """Return 1 for a response that all filters keep, else 0 with the reason "filter: why"."""
+    """Return 1 for a response that all filters keep, else 0 with the name of the filter that drops
+    it as the verdict."""
     filtered = TextResponse(response, **facts)
     name, why = first_objection(filtered, Prompt("", truth=truth, **prompt), filters)
-    return Grade(0.0, f"{name}: {why}") if name else Grade(1.0, "")
+    return Grade(0.0, why, verdict=name) if name else Grade(1.0, "")

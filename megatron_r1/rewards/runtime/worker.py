@@ -52,6 +52,8 @@ class JobStatus(msgspec.Struct):
     id: int = -1
     reward: float = 0.0
     reason: str = ""
+    verdict: str = ""
+    """`Grade.verdict`."""
 
 
 def main(memory_limit_bytes: int) -> None:
@@ -101,7 +103,7 @@ def _grade(function: Callable[..., Grade], job: GradingJob) -> JobStatus:
         reason = explanation or _describe(error) + place + call
         grade = Grade.ungraded(reason)
     status: Literal["graded", "failed"] = "graded" if grade.is_graded else "failed"
-    return JobStatus(status, job.id, grade.reward, grade.reason)
+    return JobStatus(status, job.id, grade.reward, grade.reason, grade.verdict)
 
 
 def explain_call(function: Callable[..., Any], target: str, fields: Mapping[str, Any]) -> str:
