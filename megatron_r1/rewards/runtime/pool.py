@@ -11,7 +11,7 @@ import math
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import Self, cast
+from typing import Self
 
 import msgspec
 
@@ -22,15 +22,18 @@ from megatron_r1.rewards import REMOTE, resolve
 from megatron_r1.rewards.base import Grade, find_non_finite
 from megatron_r1.rewards.remote.runner import RemoteRewards
 from megatron_r1.rewards.runtime.process import WorkerProcess
-from megatron_r1.rewards.runtime.worker import GradingJob, JobStatus
+from megatron_r1.rewards.runtime.worker import EncodedJob, JobStatus
 from megatron_r1.rewards.sandbox.limits import time_limit
 
-# Jobs sent to a worker ahead of time: enough that its pipe never runs dry, and at most this many
-# seconds of work can get stuck behind one slow job.
 AHEAD_SECONDS = 0.02
+"""Seconds of work that are sent to a worker ahead of time: enough that its pipe never runs dry. At
+most this much work gets stuck behind one slow job."""
 MAX_AHEAD = 64
+"""The most jobs that are sent to a worker ahead of time."""
 COUNTERS = ("graded", "timeouts", "crashes", "out_of_memory", "errors")
-
+"""The counters of a snapshot, which `RewardPool.snapshot` explains."""
+EMPTY = msgspec.Raw(b'""')
+"""An empty response, encoded."""
 SMALL_LIMIT_BYTES = 512 * 2**20
 """About the address space that importing the largest reward, with sympy, takes."""
 LEVELS = ("queued", "running")
@@ -43,7 +46,7 @@ class OutstandingJob:
 
     worker_pid: None in the queue. since: time.monotonic() when it got there."""
 
-    job: GradingJob
+    job: EncodedJob
     timeout_seconds: float
     result: asyncio.Future[Grade]
     num_crashes: int = 0
@@ -75,7 +78,7 @@ class RewardPool:
         self.timeout_seconds = timeout_seconds
         self.memory_limit_bytes = memory_limit_bytes
         self._ids = itertools.count()
-        self._encoded = "", cast(str, msgspec.Raw(b'""'))
+        self._encoded = "", EMPTY
         self._queue: deque[OutstandingJob] = deque()
         self._running: dict[int, OutstandingJob] = {}
         self._work = asyncio.Event()
@@ -107,7 +110,7 @@ class RewardPool:
             return await self._remote.grade(kind, response, truth, fields)
         target = resolve(kind)
         job_id = next(self._ids)
-        job = GradingJob(job_id, target, "", truth, fields)
+        job = EncodedJob(job_id, target, truth, fields, EMPTY)
         try:
             encoded = msgspec.json.encode(job)
         except (TypeError, UnicodeEncodeError) as error:
@@ -128,7 +131,7 @@ class RewardPool:
             self._tasks = [asyncio.create_task(self._run_worker()) for _ in range(self.num_workers)]
         return await pending.result
 
-    def _as_json(self, response: str) -> str:
+    def _as_json(self, response: str) -> msgspec.Raw:
         """Return `response` encoded, which `frame` then copies: the terms of a reward are graded
         one after the other, and encoding 30,000 tokens takes 0.2 ms."""
         if response is not self._encoded[0]:
@@ -136,7 +139,7 @@ class RewardPool:
                 encoded = msgspec.json.encode(response)
             except UnicodeEncodeError:  # a lone surrogate, which JSON allows, has no UTF-8 form
                 encoded = msgspec.json.encode(response.encode("utf-8", "replace").decode("utf-8"))
-            self._encoded = response, cast(str, msgspec.Raw(encoded))
+            self._encoded = response, msgspec.Raw(encoded)
         return self._encoded[1]
 
     def snapshot(self) -> dict[str, int]:

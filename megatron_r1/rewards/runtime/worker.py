@@ -27,15 +27,26 @@ POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
-class GradingJob(msgspec.Struct):
-    """One response for a worker to grade. target: "module:function" of the reward, called as
+class JobArguments(msgspec.Struct):
+    """A grading job without its response. target: "module:function" of the reward, called as
     function(response, truth, **fields)."""
 
     id: int
     target: str
-    response: str
     truth: Any
     fields: dict[str, Any]
+
+
+class GradingJob(JobArguments):
+    """One response for a worker to grade."""
+
+    response: str
+
+
+class EncodedJob(JobArguments):
+    """A `GradingJob` as the pool sends it, the response encoded before."""
+
+    response: msgspec.Raw
 
 
 class JobStatus(msgspec.Struct):
