@@ -260,11 +260,15 @@ class RewardPool:
                 reason = f"the grader's process died twice ({ending}){message}"
                 self._set_grade(first, Grade(0.0, reason))
             else:
-                self._raise(first, f"importing it ends the process ({ending}){message}")
+                # A process that has ended leaves nothing but the line that it printed last.
+                is_out_of_memory = "MemoryError" in message
+                self._raise(
+                    first, f"importing it ends the process ({ending}){message}", is_out_of_memory
+                )
 
     def _handle_reply(self, job: OutstandingJob, reply: JobStatus) -> None:
         if reply.status == "unloadable":
-            self._raise(job, reply.reason)
+            self._raise(job, reply.reason, reply.is_out_of_memory)
             return
         counter = {"graded": "graded", "memory": "out_of_memory"}.get(reply.status, "errors")
         limit = f" of {self.memory_limit_bytes / 2**20:.0f} MiB" if reply.status == "memory" else ""
@@ -280,10 +284,11 @@ class RewardPool:
         if not job.result.done():
             job.result.set_result(grade)
 
-    def _raise(self, job: OutstandingJob, reason: str) -> None:
+    def _raise(self, job: OutstandingJob, reason: str, is_out_of_memory: bool = False) -> None:
         if not job.result.done():
-            # Libraries that run out of memory while they are imported raise all kinds of errors.
-            if "MemoryError" in reason or self.memory_limit_bytes < SMALL_LIMIT_BYTES:
+            # Libraries that run out of memory while they are imported raise all kinds of errors, so
+            # the limit is named wherever it is small.
+            if is_out_of_memory or self.memory_limit_bytes < SMALL_LIMIT_BYTES:
                 reason += f" (within {self.memory_limit_bytes:,} bytes: rewards.memory_gib)"
             error = UserError(f"reward {job.job.target!r} cannot be used: {reason}")
             job.result.set_exception(error)

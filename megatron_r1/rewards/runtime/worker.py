@@ -65,6 +65,8 @@ class JobStatus(msgspec.Struct):
     reason: str = ""
     verdict: str = ""
     """`Grade.verdict`."""
+    is_out_of_memory: bool = False
+    """Of an unloadable function, whether its import ended in a MemoryError."""
 
 
 def main(memory_limit_bytes: int) -> None:
@@ -87,7 +89,9 @@ def main(memory_limit_bytes: int) -> None:
             try:
                 functions[job.target] = find_function(job.target)
             except BaseException as error:  # noqa: BLE001 - a user's module may raise anything
-                send(JobStatus("unloadable", job.id, reason=_describe(error)))
+                status = JobStatus("unloadable", job.id, reason=_describe(error))
+                status.is_out_of_memory = _comes_from_memory(error)
+                send(status)
                 continue
             send(JobStatus("loaded", job.id))
         result = _grade(functions[job.target], job)
@@ -145,6 +149,15 @@ def explain_call(function: Callable[..., Any], target: str, fields: Mapping[str,
             f"parameters with **entry, {signature}"
         )
     return ""
+
+
+def _comes_from_memory(error: BaseException | None) -> bool:
+    """Return whether `error` is a MemoryError, or was raised while one was handled."""
+    seen: list[BaseException] = []  # `raise error from error` makes a circle
+    while error is not None and error not in seen:
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return any(isinstance(each, MemoryError) for each in seen)
 
 
 def _describe(error: BaseException) -> str:
