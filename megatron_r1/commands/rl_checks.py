@@ -1,7 +1,6 @@
 """What an RL run checks before anything starts, and the questions that it may draw."""
 
 import contextlib
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.reporting.wording import counted, percent
 from megatron_r1.rewards import REGISTRY, REMOTE
 from megatron_r1.rewards.base import shorten
+from megatron_r1.rewards.terms import RewardUnusable
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.environments import check_environment
 from megatron_r1.rl.teacher import check_teacher
@@ -114,11 +114,9 @@ def naming_renamed_columns(columns: Mapping[str, str] | None) -> Iterator[None]:
     """If a reward lacks a field that `data.columns` has renamed, add the new name to the error."""
     try:
         yield
-    except UserError as error:
-        lacks = re.search(r" needs ([\w, ]+): give it in the row", str(error))
-        names = lacks[1].split(", ") if lacks else []
+    except RewardUnusable as error:
         for ours, theirs in (columns or {}).items():
-            if theirs in names and ours != theirs:
+            if theirs in error.missing and ours != theirs:
                 raise UserError(
                     f"{error}; the file's column {theirs!r} is read as {ours} (data.columns), "
                     f"which a reward gets by that name: call its parameter {ours}"

@@ -16,13 +16,14 @@ class Grade:
     reward: float in [0, 1]. reason: one line for a person who audits the sample, cut to 500
     characters. is_graded: False where the reward itself failed, so that its 0 does not measure the
     response. verdict: the result by name, where the caller decides by more than the number, as
-    curation does by the filter that objected. Raises ValueError for a reward outside [0, 1] or NaN.
-    """
+    curation does by the filter that objected. missing: the fields without which the reward cannot
+    be called. Raises ValueError for a reward outside [0, 1] or NaN."""
 
     reward: float
     reason: str
     is_graded: bool = True
     verdict: str = ""
+    missing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.reward, str) or self.reward is None:
@@ -33,9 +34,9 @@ class Grade:
         object.__setattr__(self, "reason", shorten(self.reason, MAX_REASON_CHARS))
 
     @classmethod
-    def ungraded(cls, fault: object) -> "Grade":
+    def ungraded(cls, fault: object, missing: tuple[str, ...] = ()) -> "Grade":
         """Return the grade of a response that the reward could not grade because of `fault`."""
-        return cls(0.0, f"{UNGRADED}: {fault}", is_graded=False)
+        return cls(0.0, f"{UNGRADED}: {fault}", is_graded=False, missing=missing)
 
 
 def shorten(text: object, max_chars: int = 80) -> str:

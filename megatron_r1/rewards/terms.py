@@ -15,6 +15,14 @@ Options = Mapping[str, Mapping[str, Any]]
 """`rewards.options`."""
 
 
+class RewardUnusable(UserError):
+    """A reward cannot grade a prompt. missing: the fields of the prompt that it lacks."""
+
+    def __init__(self, message: str, missing: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
 class Gradable(Protocol):
     """The parts of a prompt that grading reads (`data.prompts.Prompt`)."""
 
@@ -59,8 +67,9 @@ class RewardTerms:
         """Call every term and the own reward of one prompt of every kind, language and set of
         fields: a row without a needed column must not stop the run at the step that draws it.
 
-        Raises UserError for a reward that cannot be imported or cannot grade what it is called
-        with: a truth it does not understand, an option, a field or a program it lacks."""
+        Raises UserError for a reward that cannot be imported, RewardUnusable for one that cannot
+        grade what it is called with: a truth it does not understand, an option, a field or a
+        program it lacks."""
         examples = {
             (p.kind, str(p.fields.get("language")), frozenset(p.fields)): p for p in prompts
         }
@@ -75,7 +84,7 @@ class RewardTerms:
                     if term == ACCURACY:
                         name = f"question {shorten(prompt.question)!r}: its {kind} answer"
                     hint = f"; see rewards.options.{kind}" if kind in REGISTRY | REMOTE else ""
-                    raise UserError(f"{name} {trial.reason}{hint}")
+                    raise RewardUnusable(f"{name} {trial.reason}{hint}", trial.missing)
 
     async def _try(self, term: str, prompt: Gradable, opened: bool) -> Grade:
         """Return a grade, ungraded if the reward cannot be used. A user's own may raise where there

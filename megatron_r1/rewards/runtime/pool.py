@@ -274,7 +274,8 @@ class RewardPool:
         limit = f" of {self.memory_limit_bytes / 2**20:.0f} MiB" if reply.status == "memory" else ""
         try:
             is_graded = reply.status != "failed"
-            grade = Grade(reply.reward, reply.reason + limit, is_graded, reply.verdict)
+            reason = reply.reason + limit
+            grade = Grade(reply.reward, reason, is_graded, reply.verdict, reply.missing)
         except ValueError as error:
             counter, grade = "errors", Grade(0.0, str(error))
         self._counters[counter] += 1

@@ -11,7 +11,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping
 from inspect import Parameter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -65,6 +65,8 @@ class JobStatus(msgspec.Struct):
     reason: str = ""
     verdict: str = ""
     """`Grade.verdict`."""
+    missing: tuple[str, ...] = ()
+    """`Grade.missing`."""
     is_out_of_memory: bool = False
     """Of an unloadable function, whether its import ended in a MemoryError."""
 
@@ -111,44 +113,57 @@ def _grade(function: Callable[..., Grade], job: GradingJob) -> JobStatus:
     except MemoryError:
         return JobStatus("memory", job.id, reason="ran over the memory limit")
     except BaseException as error:  # noqa: BLE001 - SystemExit must not end the worker either
-        is_call = isinstance(error, TypeError)
-        explanation = explain_call(function, job.target, job.fields) if is_call else ""
+        fault = FITS
+        if isinstance(error, TypeError):
+            fault = explain_call(function, job.target, job.fields)
         place = place_of(error)  # in the user's own files
         call = f", called with the response {shorten(repr(job.response))}" if place else ""
-        reason = explanation or _describe(error) + place + call
-        grade = Grade.ungraded(reason)
+        grade = Grade.ungraded(fault.text or _describe(error) + place + call, fault.missing)
     status: Literal["graded", "failed"] = "graded" if grade.is_graded else "failed"
-    return JobStatus(status, job.id, grade.reward, grade.reason, grade.verdict)
+    return JobStatus(
+        status, job.id, grade.reward, grade.reason, verdict=grade.verdict, missing=grade.missing
+    )
 
 
-def explain_call(function: Callable[..., Any], target: str, fields: Mapping[str, Any]) -> str:
-    """Return which argument function(response, truth, **fields) lacks or refuses, and the remedy.
+class CallFault(NamedTuple):
+    """Why a reward cannot be called. text: the argument that it lacks or refuses, and the remedy;
+    "" for a call that fits the signature. missing: the names of the fields that it lacks."""
 
-    "" for a call that fits the signature. target: the function's "module:function"."""
+    text: str
+    missing: tuple[str, ...] = ()
+
+
+FITS = CallFault("")
+
+
+def explain_call(function: Callable[..., Any], target: str, fields: Mapping[str, Any]) -> CallFault:
+    """Compare the call function(response, truth, **fields) with the function's signature. target:
+    the function's "module:function"."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # written in C, without a signature
-        return ""
+        return FITS
     kind = next((name for name, path in REGISTRY.items() if path == target), target)
     signature = f"def {target.partition(':')[2]}(response, truth, *, …, **entry) -> Grade"
     kinds = {parameter.kind for parameter in parameters}
     positional = [parameter for parameter in parameters if parameter.kind in POSITIONAL]
     if len(positional) < 2 and Parameter.VAR_POSITIONAL not in kinds:
-        return f"reward {kind!r} must take a response and a truth: {signature}"
+        return CallFault(f"reward {kind!r} must take a response and a truth: {signature}")
     named = [p for p in parameters if p not in positional[:2] and p.kind not in VARIADIC]
-    missing = [p.name for p in named if p.default is p.empty and p.name not in fields]
+    missing = tuple(p.name for p in named if p.default is p.empty and p.name not in fields)
     if missing:
-        return (
+        return CallFault(
             f"reward {kind!r} needs {', '.join(missing)}: give it in the row, or for all rows as "
-            f"rewards.options.{kind}.{missing[0]}"
+            f"rewards.options.{kind}.{missing[0]}",
+            missing,
         )
     refused = sorted(fields.keys() - {parameter.name for parameter in named})
     if refused and Parameter.VAR_KEYWORD not in kinds:
-        return (
+        return CallFault(
             f"reward {kind!r} is called with {refused[0]!r} and does not take it: end its "
             f"parameters with **entry, {signature}"
         )
-    return ""
+    return FITS
 
 
 def _comes_from_memory(error: BaseException | None) -> bool:

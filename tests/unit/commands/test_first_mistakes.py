@@ -23,6 +23,7 @@ from megatron_r1.models.hf_config import hub_hint
 from megatron_r1.rewards import resolve
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.combine import combine
+from megatron_r1.rewards.terms import RewardUnusable
 
 QUESTIONS = [{"question": f"{a} + 1", "truth": str(a + 1)} for a in range(40)]
 
@@ -104,16 +105,17 @@ def test_truths_with_spaces_at_an_end_are_counted_for_a_reward_of_ones_own(tmp_p
 
 
 def test_a_column_that_is_read_under_another_name_is_named():
-    def lacking(names):
-        return UserError(
+    def lacking(*names):
+        return RewardUnusable(
             f"question 'q': its odd:one answer cannot be graded: reward 'odd:one' "
-            f"needs {names}: give it in the row, or for all rows as rewards.options"
+            f"needs {', '.join(names)}: give it in the row, or for all rows as rewards.options",
+            names,
         )
 
     columns = {"question": "words", "truth": "truth"}
     said = "'words' is read as question .data.columns.*parameter question$"
     with pytest.raises(UserError, match=said), naming_renamed_columns(columns):
-        raise lacking("size, words")
+        raise lacking("size", "words")
     for names, known in (("size", columns), ("words", None), ("truth", columns)):
         with pytest.raises(UserError) as unchanged, naming_renamed_columns(known):
             raise lacking(names)

@@ -89,7 +89,8 @@ def test_a_reward_of_ones_own_may_raise_where_there_is_no_answer(mine):
 def test_the_one_row_that_lacks_a_column_is_found_before_anything_starts(mine):
     rows = [make_prompt(f"{i}?", "mine:needs", "13", {"wanted": i}) for i in range(9)]
     check(*rows)
-    with pytest.raises(ValueError, match="needs wanted"):
+    with pytest.raises(ValueError, match="needs wanted") as lacking:
         check(*rows, make_prompt("2 + 11?", "mine:needs", "13", {"unwanted": 1}), *rows)
+    assert lacking.value.missing == ("wanted",)
     with pytest.raises(ValueError, match="reward 'language' needs target: .*options.language.targ"):
         check(make_prompt("?", "language", None, {}))
