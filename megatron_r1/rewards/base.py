@@ -1,8 +1,9 @@
-"""The result of every reward: a number between 0 and 1 and the reason for it."""
+"""The result of every reward: a number and the reason for it."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 MAX_REASON_CHARS = 500
 UNGRADED = "cannot be graded"
@@ -13,11 +14,14 @@ UNGRADED = "cannot be graded"
 class Grade:
     """One reward's result for one response.
 
-    reward: float in [0, 1]. reason: one line for a person who audits the sample, cut to 500
-    characters. is_graded: False where the reward itself failed, so that its 0 does not measure the
-    response. verdict: the result by name, where the caller decides by more than the number, as
-    curation does by the filter that objected. missing: the fields without which the reward cannot
-    be called. Raises ValueError for a reward outside [0, 1] or NaN."""
+    reward: a number within `limits`, from 0 to 1. reason: one line for a person who audits the
+    sample, cut to 500 characters. is_graded: False where the reward itself failed, so that its 0
+    does not measure the response. verdict: the result by name, where the caller needs more than the
+    number, such as the filter that objected. missing: the fields for want of which the reward
+    could not be called. Raises ValueError for a reward outside the limits, and for NaN."""
+
+    limits: ClassVar[tuple[float, float]] = 0.0, 1.0
+    """The smallest and the largest reward; an environment's has wider ones (`rl.grading`)."""
 
     reward: float
     reason: str
@@ -28,8 +32,12 @@ class Grade:
     def __post_init__(self) -> None:
         if isinstance(self.reward, str) or self.reward is None:
             raise ValueError(f"the reward must be a number, got {self.reward!r}")
-        if not 0.0 <= self.reward <= 1.0:
-            raise ValueError(f"reward must be between 0 and 1, got {self.reward!r} ({self.reason})")
+        lowest, highest = self.limits
+        if not lowest <= self.reward <= highest:
+            raise ValueError(
+                f"reward must be between {lowest:g} and {highest:g}, got {self.reward!r} "
+                f"({self.reason})"
+            )
         object.__setattr__(self, "reward", float(self.reward))
         object.__setattr__(self, "reason", shorten(self.reason, MAX_REASON_CHARS))
 

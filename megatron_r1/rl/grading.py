@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,10 +97,9 @@ def _graded(
 
 
 class EnvironmentGrade(Grade):
-    """The reward of an environment of the user's: any finite number."""
+    """The reward of a user's environment, which may be any finite number."""
 
-    def __post_init__(self) -> None:
-        pass
+    limits = (-sys.float_info.max, sys.float_info.max)
 
 
 def check_grades(groups: list[Group], max_ungraded: float) -> None:
