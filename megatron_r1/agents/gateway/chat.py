@@ -27,7 +27,9 @@ WITHOUT_EFFECT = (
     *("prompt_cache_retention", "safety_identifier", "service_tier"),
 )
 END = b"data: [DONE]\n\n"
+"""The end of a stream: OpenAI's client reads until this event, not until the connection closes."""
 KEEP_ALIVE = b": sampling\n\n"
+"""A comment of server-sent events, which clients skip."""
 
 
 def read(body: Body, stored: object) -> TurnRequest:
@@ -40,12 +42,14 @@ def read(body: Body, stored: object) -> TurnRequest:
     options = body.options(NEUTRAL)
     choice = body.take("tool_choice", (str, dict), "auto")
     if choice == "none":
+        # Left out of the prompt: to forbid the calls while sampling would change the distribution.
         tools = []
     elif choice != "auto":
         options["tool_choice"] = choice
     body.take_fixed(n=1, logprobs=False, top_logprobs=0, logit_bias={}, modalities=["text"])
     body.take_fixed(response_format={"type": "text"})
     calls_in_parallel = body.take("parallel_tool_calls", bool, True)
+    # `max_tokens` is the deprecated name of the same limit.
     most = body.take_positive("max_completion_tokens")
     request = TurnRequest(
         messages,
@@ -58,7 +62,7 @@ def read(body: Body, stored: object) -> TurnRequest:
         max_calls=None if calls_in_parallel else 1,
         options=options,
     )
-    body.ignore("max_tokens")
+    body.ignore("max_tokens")  # sent beside the newer name, which counts
     body.finish()
     return request
 
@@ -74,6 +78,7 @@ def require_turn(messages: list[Message], where: str) -> None:
 
 def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     """Return the body of a reply."""
+    # OpenAI's content is null where the assistant wrote nothing beside its calls.
     content = turn.message["content"] or (None if turn.tool_calls else "")
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
     if turn.reasoning is not None:
@@ -92,6 +97,7 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     if turn.message["content"]:
         deltas.append({"content": turn.message["content"]})
     if turn.tool_calls:
+        # Clients put the deltas of a call together by its index, which a whole reply does not have.
         calls = [{"index": i, **call} for i, call in enumerate(turn.tool_calls)]
         deltas.append({"tool_calls": calls})
     head = _head(turn, "chat.completion.chunk")
@@ -99,7 +105,7 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
         yield _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
     last = {"index": 0, "delta": {}, "finish_reason": _finish(turn)}
     yield _event(head | {"choices": [last]})
-    if request.include_usage:
+    if request.include_usage:  # OpenAI sends it in a last chunk, whose choices are empty
         yield _event(head | {"choices": [], "usage": _usage(turn)})
     yield END
 
@@ -131,10 +137,13 @@ def _message(body: Body) -> Message:
     body.ignore("name", "refusal", "annotations", "cache_control", "provider_specific_fields", "id")
     content = body.take("content", (str, list), None if role == "assistant" else REQUIRED)
     text = text_of(content, body.path("content"))
+    # `developer` is OpenAI's newer name of the system's role, which chat templates do not know.
     message = {"role": "system" if role == "developer" else role, "content": text}
     if role == "tool":
         message["tool_call_id"] = body.take("tool_call_id", str)
     if role == "assistant":
+        # OpenAI has no field for the thought; servers return it under one of these names, and a
+        # client that sends a reply back keeps the name.
         thought = body.take("reasoning_content", str, None)
         thought = body.take("reasoning", str, thought)
         if thought is not None:
@@ -146,7 +155,7 @@ def _message(body: Body) -> Message:
 
 
 def _call(body: Body) -> dict[str, Any]:
-    body.ignore("index", "provider_specific_fields")
+    body.ignore("index", "provider_specific_fields")  # `index` stays in a call joined from a stream
     body.take_fixed(type="function")
     function = Body(body.take("function", dict), body.path("function"))
     call_id = body.take("id", str)

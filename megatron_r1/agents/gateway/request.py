@@ -105,7 +105,8 @@ SAMPLING = {
 class Body:
     """A JSON object of a request whose fields are taken one by one; `finish` refuses what is left.
 
-    So an option is ignored only where the code names it. null counts as absent."""
+    So an option is ignored only where the code names it. null counts as absent: in replies some
+    fields are null, and clients send replies back as messages."""
 
     def __init__(self, value: object, where: str = "") -> None:
         """where: the path of this object in the request, for errors."""
@@ -126,7 +127,7 @@ class Body:
                 raise Refused("is required", self.path(name))
             return default
         value = self._left.pop(name)
-        is_bool = isinstance(value, bool)
+        is_bool = isinstance(value, bool)  # an int too in Python, but not in JSON
         allowed = kinds if isinstance(kinds, tuple) else (kinds,)
         if not isinstance(value, kinds) or (is_bool and bool not in allowed):
             names = " or ".join(kind.__name__ for kind in allowed)
@@ -192,6 +193,7 @@ def _part(value: Any, where: str, kinds: tuple[str, ...]) -> str:
     kind = body.take("type", str)
     if kind not in kinds:
         raise Refused(f"parts of type {kind} are not supported; use {kinds[0]}", body.path("type"))
+    # Hints on caching, and what clients send back with the parts of a reply.
     body.ignore("cache_control", "citations", "annotations", "logprobs")
     text = body.take("text", str)
     body.finish()

@@ -56,6 +56,8 @@ def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
         stream=body.take("stream", bool, False),
         max_calls=None if body.take("parallel_tool_calls", bool, True) else 1,
         options=options,
+        # Without the system message: in OpenAI's protocol instructions are not carried over to the
+        # response that continues this one.
         stored=sent,
     )
     body.finish()
@@ -84,11 +86,13 @@ error, KEEP_ALIVE = chat.error, chat.KEEP_ALIVE
 def error_event(refused: Refused) -> bytes:
     """Return an error that ends a stream which has begun."""
     entry = {"type": "error", "code": refused.code or refused.kind, "message": str(refused)}
+    # 0: a turn is sampled whole before its first event, so no event has been sent.
     return event(entry | {"param": refused.field, "sequence_number": 0})
 
 
 def _messages(value: Any) -> list[Message]:
-    """Return the messages of `input`; consecutive items of the assistant are one message."""
+    """Return the messages of `input`. Consecutive items of the assistant are one message: the
+    protocol sends a turn's thought, text and calls as an item each, chat templates take one."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     messages: list[Message] = []
@@ -112,10 +116,11 @@ def _join(last: Message, message: Message) -> None:
 
 
 def _item(body: Body) -> Message:
+    # A message may leave its type out: the protocol's short form is role and content.
     kind = body.take_one_of(
         "type", ("message", "function_call", "function_call_output", "reasoning"), "message"
     )
-    body.ignore("id", "status")
+    body.ignore("id", "status")  # of an item of a reply that is sent back
     if kind == "message":
         body.ignore("phase", "name")
         roles = ("user", "assistant", "system", "developer")
@@ -135,6 +140,7 @@ def _item(body: Body) -> Message:
         body.ignore("encrypted_content")
         summary = text_of(body.take("summary", list, []), body.path("summary"), ("summary_text",))
         parts = body.take("content", list, [])
+        # `content` has the whole thought; items of OpenAI's own models have only a summary.
         thought = text_of(parts, body.path("content"), ("reasoning_text",)) or summary
         message = {"role": "assistant", "content": "", "reasoning_content": thought}
     body.finish()
