@@ -13,8 +13,9 @@ import numpy as np
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
-# MMLU has 14,042 questions: fewer resamples there, as its means are close to normal anyway.
 MAX_DRAWS = 40_000_000
+"""The most questions drawn in all resamples together. So a benchmark of 14,042 questions, MMLU, has
+fewer resamples; its means are close to normal anyway."""
 MIN_RESAMPLES = 1_000
 CHUNK_DRAWS = 4_000_000
 NUM_SUBSETS = 100

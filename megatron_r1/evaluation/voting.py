@@ -18,10 +18,10 @@ from megatron_r1.rewards.terms import Gradable
 EQUIVALENCE = f"{__name__}:grade"
 MAX_COMPARED_CHARS = 1_000
 """Longer answers are the same only if their texts are."""
-# No exponents: Fraction("1e999999999") would never return.
 NUMBER = re.compile(
     r"[+-]?(?:[0-9]{1,300}|[0-9]{1,3}(?:,[0-9]{3}){1,99})(?:\.[0-9]{1,300}|/[0-9]{1,300})?"
 )
+"""A number as it is written, without exponents: Fraction("1e999999999") would never return."""
 RIGHT = -1
 """The group of the answers that equal the truth."""
 

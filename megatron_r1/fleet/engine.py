@@ -17,8 +17,9 @@ MakeServer = Callable[..., Server]
 """Makes a server from (model folder, log path, **engine settings): `EngineServer`, or
 `placement.server_maker(pool)` for engines on other hosts."""
 
-# A server whose engine core died fails its requests first and ends a moment later.
 LAST_WORDS_SECONDS = 10.0
+"""How long a failed request waits to see whether its engine has died: a server whose engine core
+died fails its requests first and ends a moment later."""
 POLL_SECONDS = 0.1
 RETRY_SECONDS = 0.5
 PACE_SECONDS = 300.0

@@ -10,35 +10,37 @@ from megatron_r1.rewards.base import shorten
 THINK, END_THINK = "<think>", "</think>"
 ANSWER, END_ANSWER = "<answer>", "</answer>"
 BOXES = (r"\boxed", r"\fbox")
-# Also `\boxed 13`: TeX would box only the 1, but every reader understands 13.
 OPENED_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[+-]?\d(?:[\d.,/]*\d)?))")
+r"""The opening of a box. Also `\boxed 13`: TeX would box only the 1, but every reader understands
+13."""
 MARKER = "####"
 """Precedes the final answer in GSM8K's solutions, and in responses of models trained on them."""
 MARKED_NUMBER = re.compile(r"####\s*([-+$\\.\d][^\n#]*)")
-# A second answer outside the box: `12 or \boxed{13}`, `\boxed{13} or 12`.
 OR_BOX = re.compile(r"(?<=[\s$*,])or[\s$*]{1,9}\\f?box")
+r"""A second answer outside the box: `12 or \boxed{13}`, `\boxed{13} or 12`."""
 BOX_OR = re.compile(
     r"\}(?:[\s$*,(]|\\text\s*\{){1,9}or(?:[\s$*}]|perhaps|maybe|possibly){1,9}([-+.\d\\][^\s$*)]{0,80})"
 )
 MAX_BEFORE_OR_CHARS = 80
-# Boxes with only this between them are one answer of several parts, not corrections.
 BETWEEN_BOXES = re.compile(
     r"(?:\s|[$,;]|\\[()\[\],:; ]|\\q?quad|\\text\s*\{\s*(?:,?\s*(?:and|or))?\s*\}"
     r"|\band\b|\bor\b){0,40}"
 )
+"""Boxes with only this between them are one answer of several parts, not corrections."""
 MAX_BOXES = 100
-# Spaces, stops and the end of a proof after an answer: `204\,.`, `204\ ` whose space was stripped,
-# `204 \\`, `204 \blacksquare`.
 CLOSING = re.compile(
     r"(?:\\(?:blacksquare|square|qed|Box)(?![A-Za-z])|[■□]"
     r"|\\\\|(?<!\\)\\(?:[,;:!. ]|$)|[~\s.,。，])+$"
 )
+r"""Spaces, stops and the end of a proof after an answer: `204\,.`, `204\ ` whose space was
+stripped, `204 \\`, `204 \blacksquare`."""
 MAX_CLOSING_CHARS = 80  # a long run of spaces within an answer would be tried at each of them
-# Of chat templates: a model may write them as text, or a rollout end with one.
 SPECIAL_TOKEN = re.compile(
     r"(?:<\|[\w-]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|<(?:eos|bos|eod|pad|unk|(?:start|end)_of_turn)>"
     r"|\[/?INST\]|\[(?:EOS|PAD|END)\])$"
 )
+"""A special token of chat templates at the end: a model may write one as text, or a rollout end
+with one."""
 MAX_TOKEN_CHARS = 44
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 DELIMITERS = (
@@ -51,14 +53,14 @@ DELIMITERS = (
 DISPLAYS = ((r"\[", r"\]"), ("$$", "$$"))
 NUMBER = r"[-+]?\d++(?:[.,/]\d++)*+\\?%?"
 GLUE = r"(?:[\s$*]|\\[ ,;:!])"
-# Only the number, and at most a word that draws a conclusion from it: `12, so \boxed{13}`.
 BARE_BEFORE = re.compile(
     rf"{GLUE}{{0,9}}(?P<number>{NUMBER}){GLUE}{{0,9}}[,;.]?{GLUE}{{0,9}}"
     rf"(?:(?:and|so|then|thus|hence|therefore|no|but){GLUE}{{0,9}}[,:]?)?{GLUE}{{0,9}}",
     re.IGNORECASE,
 )
-# `1. \boxed{13}`: an item of a list.
+r"""Only the number, and at most a word that draws a conclusion from it: `12, so \boxed{13}`."""
 LIST_ITEM = re.compile(r"\s*\d{1,2}\.\s*")
+r"""`1. \boxed{13}`: an item of a list."""
 BARE_AFTER = re.compile(
     rf"{GLUE}{{0,9}}[,;.]?{GLUE}{{0,9}}(?P<number>{NUMBER}){GLUE}{{0,9}}[.,;]?{GLUE}{{0,9}}"
 )

@@ -14,8 +14,8 @@ from megatron_r1.rewards.base import Grade
 
 ACCURACY = "accuracy"
 """The term that each prompt's own kind of reward grades."""
-# DeepSeek-R1-Zero is trained on accuracy and format.
 DEFAULT_WEIGHTS: Mapping[str, float] = {ACCURACY: 1.0, "format": 0.1}
+"""The terms that DeepSeek-R1-Zero is trained on, accuracy and format."""
 
 
 @dataclass(frozen=True)

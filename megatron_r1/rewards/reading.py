@@ -27,21 +27,20 @@ Reading = Literal["strict", "tags", "boxed", "last", "auto"]
 READINGS: tuple[str, ...] = get_args(Reading)
 READERS = ("math", "logic")
 """The rewards whose option `reading` `rewards.answer` sets."""
-# A number that no letter, formula or longer number goes on from: not the 2 of x^2 or of 3.14.2.
 LAST_NUMBER = re.compile(
     r"(?<![\w.,:/^{\\+*-])[-+]?\$?(?P<number>[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?)"
     r"(?:\\?%)?(?![\w^{]|[.,:/]\d)"
 )
-# What joins the last number to one before it: two candidates (`12 or 13`), or a calculation that is
-# not worked out and may be the question (`2 + 11`).
+"""A number that no letter, formula or longer number goes on from: not the 2 of x^2 or of 3.14.2."""
 JOINED = re.compile(
     r"\d[\s$)]{0,9}[,;(.]?[\s$]{0,9}(?:[,;&|~^/]|(?:or|and|to|vs\.?|versus|maybe|perhaps|possibly"
     r"|(?:or|but) (?:maybe|perhaps|possibly)|times|plus|minus)\b|[-+*×÷]"
     r"|\\(?:times|cdot|div)\b)[\s$(.]{0,9}$",
     re.IGNORECASE,
 )
+"""What joins the last number to one before it: two candidates (`12 or 13`), or a calculation that
+is not worked out and may be the question (`2 + 11`)."""
 NUMBER = re.compile(r"\s*[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?\s*")
-# The number is not what the line says: `it is not 122`, `less than 122`, `half of 122`, `x < 122` …
 DENIED = re.compile(
     rf"(?:(?:{DENIAL.pattern}"
     r"|\b(?:up to|by one|square|cube|root|sqrt|log|ln|before|after|times)\b)[\s$*(]{0,9}"
@@ -49,7 +48,8 @@ DENIED = re.compile(
     r"|(?<!answer)[<>≤≥≠≈~±]\s*=?[\s$]{0,9}|!=[\s$]{0,9}|\\(?:n?eq|ne|[lg]eq?|[lg]t|approx|sim|pm|mp)\s*)$",
     re.IGNORECASE,
 )
-# … `122 million`, `122 or so`, `122 is wrong`, `122 squared`, `122?`.
+"""What makes the number after it another one than the line's: `it is not 122`, `less than 122`,
+`half of 122`, `x < 122`."""
 CHANGED = re.compile(
     r"[\s$*)]{0,9}(?:[!?]*\?|\+(?=[\s$*.]*$)|-?ish\b"
     r"|(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed|less|fewer)\b"
@@ -57,6 +57,8 @@ CHANGED = re.compile(
     r"|(?:is|was)(?: (?:not|too)\b|n['’]t| (?:wrong|incorrect|false)))",
     re.IGNORECASE,
 )
+"""What does so after the number: `122 million`, `122 or so`, `122 is wrong`, `122 squared`,
+`122?`."""
 EMPHASIS = "*_` "
 EMPHASISED = re.compile(r"(?<![\w)*])\*\*([^*\n]+)\*\*(?![\w(*])")
 MAX_LINE_CHARS = 2_000

@@ -34,8 +34,9 @@ REGISTRY: dict[str, Filter] = {
     "repetition": repetition,
 }
 """The filters, in the order in which they run; the first that objects gives the reason."""
-# Duplicates are not seen in one response alone: `selection` drops them, switched on by this name.
 NAMES = (*REGISTRY, DUPLICATE)
+"""The filters and `duplicate`, which no response shows alone: where that name is switched on,
+`selection` drops duplicates."""
 OF_OUTPUT: dict[str, tuple[str, ...]] = {
     "sft": NAMES,
     # A reward model must have seen bad form to score it low.

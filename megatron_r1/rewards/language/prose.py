@@ -49,8 +49,8 @@ TOKENS = re.compile(
     """,
     re.VERBOSE,
 )
-# Spaced letters, which as single letters would count as variables.
 SPACED_LETTERS = re.compile(r"(?<![^\W_])[A-Za-z](?:[ ][A-Za-z](?![^\W_])){4,}+")
+"""Spaced letters, which as single letters would count as variables."""
 
 SYMBOL = re.compile(r"""[^\w\s,.;:!?'"’“”‘，。；：！？、（）「」《》…—-]|[_\d]""")
 WORD_LIKE = re.compile(r"[^\W\d_]{2,}")
@@ -59,15 +59,15 @@ FENCED_WEIGHT = 1 / 8
 MIN_PROSE_WORDS = 8
 MAX_PROSE_SYMBOLS = 0.04
 NO_WORDS = re.compile(rf"[0-9]|(?:{FUNCTIONS})(?![A-Za-z])")
-# `1the`: the letters are no unit, no ordinal ending and no variable.
 AFTER_NUMBER = re.compile(rf"(?<=[0-9.,])(?!(?:{UNITS}|st|nd|rd|th)$)[A-Za-z]{{2,3}}$")
-# Replaces a removed span, so that the symbols on its two sides stay apart.
+"""`1the`: the letters are no unit, no ordinal ending and no variable."""
 OPERAND = " 0 "
+"""Replaces a removed span, so that the symbols on its two sides stay apart."""
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|[\W\d_]+")
 
 COMMAND = re.compile(r"\\([A-Za-z]++)")
-# In formulae, two letters are a product (`ab`, `dx`) and capitals are points (`ABC`).
 FORMULA_WORD = re.compile(r"(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])|[^\x00-\x7f]+")
+"""In formulae, two letters are a product (`ab`, `dx`) and capitals are points (`ABC`)."""
 LETTER_ROW = re.compile(r"(?<![A-Za-z])[A-Za-z](?:[\s,;.~]++[A-Za-z](?![A-Za-z])){3,}+")
 # The commands that occur in mathematics of chains of thought. Any other one counts as a word.
 _KNOWN = """

@@ -6,32 +6,34 @@ from dataclasses import dataclass
 
 HAN = "々〆〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 KANA = "\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9d"
-# A clause in these two scripts, or a word of any other letters ("don't" is one).
 RUNS = re.compile(f"([{HAN}{KANA}]+)|([^\\W\\d_{HAN}{KANA}]+(?:['’][^\\W\\d_{HAN}{KANA}]+)*)")
+"""A clause in these two scripts, or a word of any other letters ("don't" is one)."""
 HAS_KANA = re.compile(f"[{KANA}]")
 LATIN = re.compile("[A-Za-zªºÀ-ÖØ-öø-\u024f\u1e00-\u1eff\ufb00-\ufb06'’]+")
 GREEK_SYMBOL = re.compile("[A-Za-z]?[µ\u0370-\u03ff]{1,2}[A-Za-z]?")
 
-# Characters per Chinese word. Hand-segmented corpora have 1.5 (AS) to 1.7 (MSR), punctuation
-# counted as words (Emerson 2005, Second International Chinese Word Segmentation Bakeoff); jieba
-# finds 1.75 to 1.85 without punctuation. A constant, because the reward hardly depends on it, and
-# because no segmenter is both maintained and light.
 HAN_PER_WORD = 1.7
-# No English word is longer; a longer one is several words joined, five letters each.
+"""Characters per Chinese word. Hand-segmented corpora have 1.5 (AS) to 1.7 (MSR), punctuation
+counted as words (Emerson 2005, Second International Chinese Word Segmentation Bakeoff); jieba finds
+1.75 to 1.85 without punctuation. A constant, because the reward hardly depends on it, and because
+no segmenter is both maintained and light."""
 MAX_WORD_LETTERS = 20
+"""No English word has more letters; a longer one counts as several words joined, of
+GLUED_WORD_LETTERS each."""
 GLUED_WORD_LETTERS = 5
 
 # A few symbols and single letters are mathematics, punctuation or emoji. But a language can be
 # spelled in any of them (Morse, Braille, `f,i,r,s,t`), so none may be free without bound.
 SYMBOL = r"(?:[^\w\s]|_)"
-# Symbols of any kind with only white space between them.
 STRETCH = re.compile(rf"{SYMBOL}(?:\s*+{SYMBOL})*+")
+"""Symbols of any kind with only white space between them."""
 FREE_PER_STRETCH = 4
 """Symbols that may stand between two operands or words: `)) = (` has four."""
-# Punctuation and mathematics: ASCII, Latin-1, general and CJK punctuation, arrows, operators.
 RARE_RUN = re.compile(
     r"[^\w\s!-~\u00a1-\u00bf×÷\u2010-\u205e\u2190-\u22ff\u27c0-\u27ff\u2900-\u2aff\u3000-\u303f]+"
 )
+"""A run of symbols outside punctuation and mathematics, which are ASCII, Latin-1, general and CJK
+punctuation, arrows and operators."""
 
 
 @dataclass(frozen=True)

@@ -44,14 +44,15 @@ from megatron_r1.rewards.math.structure import (
 from megatron_r1.rewards.math.symbolic import constant, read_expression, same_expression
 from megatron_r1.rewards.math.units import same_unit, split_han_unit, split_unit
 
-# `~204`; elsewhere a tilde is one of LaTeX's spaces.
 ABOUT = re.compile(r"~\s*\d")
+"""An answer that is only near a number, `~204`; elsewhere a tilde is one of LaTeX's spaces."""
 INEQUALITY = re.compile(r"[<>]|\\[lg]eq(?![A-Za-z])")
 APPROXIMATION = 0.01
 """Largest relative error of a number after `\\approx`."""
 
-# `match_all` may compare each member with every other one.
 MAX_MEMBERS = 100
+"""The most members of a list that is compared: `match_all` may compare each member with every other
+one."""
 Result = tuple[bool, str]
 """Whether the answer is right, and why it was refused instead of compared ("" if compared)."""
 

@@ -30,8 +30,8 @@ FORMS = [
     )
 ]
 PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*(?:percent|per cent)\s*\}|percent|per cent|pct)$")
-# Brackets that do not change the value: `-(1/2)` and `(-3)/4`.
 WRAPPED = re.compile(r"([+-]?)\s*(?:\(([^()]*)\)|\[([^\[\]]*)\])")
+"""Brackets that do not change the value: `-(1/2)` and `(-3)/4`."""
 WRAPPED_TWICE = re.compile(r"\(\s*(\([^()]*\))\s*\)")
 MAX_WRAPS = 4
 WRAPPED_PART = re.compile(r"(?:^|(?<=[/{]))\(\s*([+-]?[\d.]+)\s*\)(?=[/}]|$)")

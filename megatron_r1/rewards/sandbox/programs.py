@@ -19,8 +19,8 @@ SCRIPT = (HERE / "inside_script.py").read_text(encoding="utf-8")
 CALL = (HERE / "inside_call.py").read_text(encoding="utf-8")
 NAMES = (HERE / "inside_names.py").read_text(encoding="utf-8")
 STANDARDS = ("c++17", "c++20", "c++23")
-# The GNU dialects, as contest sites use them. One error is enough for a grade's reason.
 COMPILER_OPTIONS = "-O2 -w -fmax-errors=1 -fdiagnostics-color=never -fno-diagnostics-show-caret"
+"""The GNU dialects, as contest sites use them. One error is enough for a grade's reason."""
 
 
 OLDEST_KERNEL = (5, 14)
