@@ -32,7 +32,7 @@ class Server(ABC):
 
     @property
     def is_lost(self) -> bool:
-        """Whether a host of it is lost, so that a replacement needs another host."""
+        """Whether the server has lost a host, so that a replacement needs another one."""
         return False
 
     @property
@@ -130,7 +130,8 @@ class EngineServer(Server):
         self._kills_before = 0
         self._scratch: Scratch | None = None
         self._shared: list[Path] = []
-        """Its files in /dev/shm once it was ready, for the case that all of it is killed."""
+        """The engine's files in /dev/shm when it became ready: if all its processes are killed, no
+        process is left to ask for them."""
         self._url: str | None = None
 
     @property
@@ -156,14 +157,18 @@ class EngineServer(Server):
         self.process = children.start(command, self.log_path, environment)
 
     async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
+        """Wait as `Server.wait_ready`, and note the files in shared memory that `stop` deletes."""
         await super().wait_ready(timeout_seconds)
         assert self.process is not None
         self._shared = shared_files(self.process.pid)
 
     def is_alive(self) -> bool:
+        """Return whether the process has been started and has not ended."""
         return self.process is not None and self.process.poll() is None
 
     def stop(self) -> None:
+        """End the process and those under it: SIGTERM, and SIGKILL after STOP_SECONDS. Delete its
+        temporary files and what it leaves in shared memory."""
         if self.process is None:
             return
         shared = {*self._shared, *shared_files(self.process.pid)}
@@ -200,7 +205,7 @@ class EngineServer(Server):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM's own does
             probe.bind((here.host, port))
-            if here.part is not None:  # while this port is taken: it has to be another
+            if here.part is not None:  # while the server's port is taken, so that it is another one
                 host = socket.gethostbyname(here.host)  # ZeroMQ listens at no name
                 self.coordinator = f"{host}:{children.free_port(host)}"
         self._url = f"http://{here.host}:{port}"

@@ -27,7 +27,7 @@ from megatron_r1.models.hf_config import load_config
 from megatron_r1.rewards.combine import ACCURACY
 
 ATTEMPTS = 3
-"""Episodes of one sample that may fail without the policy's doing."""
+"""Episodes that are tried for one sample: one that fails by no fault of the policy is repeated."""
 
 
 class EnginePolicy:
@@ -36,7 +36,7 @@ class EnginePolicy:
     def __init__(
         self, config: Config, model: Path, decoding: Decoding, folder: Path, shots: Shots | None
     ) -> None:
-        """folder: `run.folder`, for `logs/` and the controller's address that engine hosts read.
+        """folder: `run.folder`; `logs/` and the address for engine hosts are written there.
         shots: worked examples before every question. Raises ValueError for a model without config,
         weights or tokenizer."""
         require_weights(model)
@@ -62,6 +62,8 @@ class EnginePolicy:
         }
 
     async def start(self) -> None:
+        """Start the engines on the model's weights. Raises EngineError if one does not start,
+        UserError as `placement.open_pool`."""
         log = partial(print, flush=True)
         rollout = self._config.rollout
         # False: no trainer shares memory with the engines, which load the model's folder.
@@ -83,6 +85,7 @@ class EnginePolicy:
         await self._resources.enter_async_context(accepting_hosts(self._fleet, hosts))
 
     async def respond(self, question: str, seed: int) -> TextResponse:
+        """Sample one response. A prompt that leaves no room for a response is refused."""
         opened = self._text.opens_thought
         prompt_ids = self._text.encode(question)
         if len(prompt_ids) >= self._room:
@@ -94,6 +97,8 @@ class EnginePolicy:
         return TextResponse(self._text.decode(ids), len(ids), truncated, opened)
 
     async def check(self, agents: AgentsConfig, prompts: Sequence[Prompt]) -> None:
+        """Begin an episode for one prompt of each set of fields. Raises UserError for a template
+        other than chat, and for an environment that fails."""
         if self._config.data.template != "chat":
             raise UserError(
                 f"data.template: {self._config.data.template!r} renders one question; environment "
@@ -102,6 +107,8 @@ class EnginePolicy:
         await self._player(agents).check(prompts)
 
     async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
+        """Play one episode; its turns are sampled with the seeds from `seed` on. Raises RunError
+        after ATTEMPTS episodes that failed by no fault of the policy, or if no engine is left."""
         fleet = self._fleet
         assert fleet is not None, "start() was not called"
         seeds = itertools.count(seed)
@@ -111,6 +118,7 @@ class EnginePolicy:
 
         for _ in range(ATTEMPTS):
             played = await self._player(agents).play(prompt, answer, self._decoding.max_tokens)
+            # Without an engine every further episode would fail: the fleet's error has the cause.
             fleet.members.require_usable()
             episode = played.episode
             if episode.has_reward:

@@ -28,11 +28,16 @@ PACE_SECONDS = 300.0
 
 @dataclass(eq=False)
 class Engine:
-    """One engine of a fleet, with its load and state. role, index: its name, unique at any time.
-    num_running: sequences in flight; num_occupied, tokens_expected: the dispatcher's expectation of
-    them. is_up: it answers and holds the current weights, so it gets every push. is_open: it gets
-    new groups; a draining one does not. is_leaving: it is not to be replaced. died: set once its
-    death was noticed."""
+    """One engine of a fleet, with its load and state.
+
+    role, index: make its name, which no other engine has at the same time.
+    num_running: sequences in flight.
+    num_occupied, tokens_expected: how many sequences and tokens of them the dispatcher expects to
+        be decoded (`dispatch.Work`).
+    is_up: it answers and holds the current weights, so it gets every push.
+    is_open: it gets new groups; a draining engine gets none.
+    is_leaving: it must not be replaced.
+    died: set when its death has been noticed."""
 
     index: int
     server: Server
@@ -52,7 +57,7 @@ class Engine:
         return f"{self.role}-{self.index}"
 
     async def prepare(self, version: int, timeout_seconds: float) -> None:
-        """Wait until it answers, then name its weights `version`. Raises EngineError."""
+        """Wait until the engine answers, then name its weights `version`. Raises EngineError."""
         try:
             await self.server.wait_ready(timeout_seconds)
         except EngineError as error:
@@ -62,13 +67,14 @@ class Engine:
         await self.client.set_version(version)
 
     async def end(self) -> None:
-        """Stop its processes and fail its calls; harmless if it has ended."""
+        """Stop the engine's processes and fail its calls; harmless if it has ended."""
         self.died.set()
         await self.client.close()
         await asyncio.to_thread(self.server.stop)
 
     async def unless_dead(self, call: Coroutine[Any, Any, T]) -> T:
-        """Await `call`; raise EngineDied as soon as the engine's process has ended."""
+        """Return the result of `call`. Raises EngineDied as soon as the engine has died, and what
+        the call raises."""
         if self.died.is_set():
             call.close()
             raise self.death()
@@ -81,6 +87,7 @@ class Engine:
                 is_late = isinstance(error, EngineTimeout)
                 if not isinstance(error, EngineError) or is_late or (error.status or 500) < 500:
                     return request.result()
+                # A fault, or the first sign of a death, which costs the request no attempt.
                 await asyncio.wait({death}, timeout=LAST_WORDS_SECONDS)
             if not death.done():
                 return request.result()
@@ -92,9 +99,9 @@ class Engine:
                 await request
 
     async def unless_lost(self, call: Coroutine[Any, Any, T]) -> T:
-        """Await a call that must not be repeated, as `unless_dead`: an engine whose connection
-        breaks during a push may hold the old weights or the new ones, or be paused, so it counts as
-        dead."""
+        """Return the result of a call that must not be repeated, as `unless_dead`. An engine whose
+        connection breaks during a push may hold the old weights or the new ones, or be paused, so
+        it counts as dead."""
         try:
             return await self.unless_dead(call)
         except ConnectionBroken as broken:
@@ -105,14 +112,14 @@ class Engine:
         return EngineDied(f"{self.name} died: {self.server.describe_end()}")
 
     async def drain(self, within_seconds: float) -> None:
-        """Wait until nothing is in flight, it has died, or the time is over."""
+        """Wait until no sequence is in flight, the engine has died, or the time is over."""
         deadline = time.monotonic() + within_seconds
         while self.num_running and not self.died.is_set() and time.monotonic() < deadline:
             await asyncio.sleep(POLL_SECONDS)
 
     async def answers(self, within_seconds: float) -> bool:
-        """Return whether the engine core, not only the server before it, answers in time. An error
-        status is an answer; a connection that cannot be made is none."""
+        """Return whether the engine core answers in time, not only the HTTP server in front of it.
+        An error status is an answer; a connection that cannot be made is not."""
         try:
             async with asyncio.timeout(within_seconds):
                 while not self.died.is_set():
@@ -125,12 +132,12 @@ class Engine:
                     await asyncio.sleep(RETRY_SECONDS)
         except TimeoutError:
             return False
-        return True  # it died, which is noticed by its process
+        return True  # it has died, which was noticed already: False is for an engine that hangs
 
 
 @contextlib.asynccontextmanager
 async def raise_dead_after(engine: Engine, seconds: float) -> AsyncIterator[None]:
-    """Raise EngineDied where the block takes longer than `seconds`."""
+    """Raise EngineDied if the block takes longer than `seconds`."""
     try:
         async with asyncio.timeout(seconds):
             yield

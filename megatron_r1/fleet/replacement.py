@@ -21,10 +21,10 @@ will do so again."""
 
 
 class Replacement:
-    """Replaces engines until `max_restarts` are used up: a death after that fails the fleet, while
-    an engine that is only slow or faulty then stays.
+    """Replaces engines until `max_restarts` are used up. After that the death of an engine fails
+    the fleet, and an engine that is only slow or faulty stays.
 
-    tasks: replacements under way. patience_seconds: how long engines may stay silent while they
+    tasks: the replacements under way. patience_seconds: how long engines may be silent while they
     wait for weights."""
 
     def __init__(
@@ -34,8 +34,9 @@ class Replacement:
         max_restarts: int,
         unresponsive_seconds: float,
     ) -> None:
-        """start_replacement: starts an engine in the place of a dead one, with the current weights,
-        or raises EngineError. unresponsive_seconds: as `RolloutFleet`'s."""
+        """start_replacement: starts an engine in the place of a dead one and gives it the current
+        weights, or raises EngineError. unresponsive_seconds: an engine that has not answered for
+        this time counts as dead."""
         self.members, self.start_replacement = members, start_replacement
         self.max_restarts, self.unresponsive_seconds = max_restarts, unresponsive_seconds
         self.patience_seconds = 0.0
@@ -57,8 +58,9 @@ class Replacement:
                 await task
 
     def handle(self, engine: Engine, failure: EngineDied | EngineFault) -> None:
-        """Replace an engine after a failed request: at once if it died or ran out of memory,
-        drained if too many of its last replies were unusable. Raises as `replace`."""
+        """Replace an engine after a failed request: at once if it died; after its other requests
+        if it ran out of memory, or if too many of its last replies were unusable. Raises as
+        `replace`."""
         if isinstance(failure, EngineDied):
             self.replace(engine, failure)
             return
@@ -67,14 +69,14 @@ class Replacement:
             self.retire(engine, EngineError(f"{engine.name} cannot go on: {failure}"))
 
     def replace(self, engine: Engine, death: EngineError) -> None:
-        """Begin to replace a dead engine, unless that is under way. Raises `death` when no restart
-        is left.
+        """Begin to replace a dead engine, unless it is being replaced already. Raises `death` if no
+        restart is left.
 
-        An engine lost with its host is replaced only if it was the last one:
-        `placement.accepting_hosts` adds an engine when a host joins."""
+        An engine that was lost with its host is replaced only if it was the last one: when a host
+        joins, `placement.accepting_hosts` adds an engine, which costs no restart."""
         if not engine.is_up:
             return
-        if engine.is_leaving:
+        if engine.is_leaving:  # `remove_engine` ends it; nothing takes its place
             self.members.remove(engine)
             return
         if engine.server.is_lost and any(other is not engine for other in self.members.up):
@@ -89,8 +91,8 @@ class Replacement:
         self._start(self._revive(engine, death))
 
     def retire(self, engine: Engine, reason: EngineError) -> None:
-        """Begin to replace an engine that still works, while restarts are left: it gets no new
-        groups, and is replaced once those in flight are back or the time for that is over."""
+        """Begin to replace an engine that still works, if restarts are left. The engine gets no new
+        groups, and is replaced once those in flight are back, or after DRAIN_SECONDS."""
         if engine.is_open and self.num_restarts < self.max_restarts:
             self.members.set_open(engine, False)
             self._start(self._drain_and_replace(engine, reason))
@@ -102,15 +104,16 @@ class Replacement:
 
     async def _drain_and_replace(self, engine: Engine, reason: EngineError) -> None:
         await engine.drain(DRAIN_SECONDS)
-        if not engine.is_up:  # it died meanwhile, or has left
+        if not engine.is_up:  # it died meanwhile and is being replaced, or has left
             return
         if self.num_restarts < self.max_restarts:
             self.replace(engine, reason)
-        else:  # others have used up the last restart
+        else:  # others have used up the last restart, so it serves on
             self.members.set_open(engine, not engine.is_leaving)
 
     async def _revive(self, dead: Engine, reason: EngineError) -> None:
-        """Start a replacement, again and again while restarts are left; then fail the fleet."""
+        """Start a replacement; if it does not start, try again while restarts are left, and then
+        fail the fleet."""
         try:
             await dead.end()
             while self.num_restarts < self.max_restarts and not dead.is_leaving:
@@ -152,7 +155,7 @@ class Replacement:
                     reason = EngineDied(f"{engine.name} has not answered for {seconds:g} seconds")
                     with contextlib.suppress(EngineDied):
                         self.replace(engine, reason)
-                    engine.died.set()
+                    engine.died.set()  # its calls fail now: a process that hangs ends none of them
             paces = {engine: engine.pace for engine in self.members.engines if engine.is_open}
             for engine, how in find_slow(paces, time.monotonic()).items():
                 self.retire(engine, EngineError(f"{engine.name} {how}"))

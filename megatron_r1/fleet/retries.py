@@ -1,4 +1,4 @@
-"""Requests are repeated, on other engines if there are any, until a reply is usable."""
+"""Repeats failed requests, on other engines if there are any, until a reply is usable."""
 
 import asyncio
 import contextlib
@@ -21,11 +21,11 @@ meets a fresh engine; where that fails too, the weights or the request are at fa
 
 
 class RequestRetries:
-    """Repeats failed requests; num_requeued counts sequences sent again."""
+    """Repeats failed requests. num_requeued: the number of sequences that were sent again."""
 
     def __init__(self, members: Members, on_failure: OnFailure) -> None:
-        """on_failure: called with an engine that died or gave an unusable reply; it may raise
-        EngineDied when the fleet has failed."""
+        """on_failure: called with an engine that died or gave an unusable reply, and with the
+        error; it may raise EngineDied if the fleet has failed."""
         self.members, self.on_failure = members, on_failure
         self.num_requeued = 0
         self._starting = asyncio.Lock()
@@ -38,9 +38,10 @@ class RequestRetries:
     ) -> T:
         """Return the first usable result of `call` on an engine.
 
-        Deaths are not the request's fault and do not count as attempts; the restarts bound them.
-        lengths: returns the tokens of each sequence of a result. Raises EngineError if an engine
-        refuses the call, MAX_ATTEMPTS replies are unusable, or no engine is left."""
+        The death of an engine does not count as an attempt: the request did not cause it, and the
+        number of restarts limits it. lengths: returns the number of tokens of each sequence in a
+        result. Raises EngineError if an engine refuses the call, if MAX_ATTEMPTS replies are
+        unusable, or if no engine is left."""
         dispatcher = self.members.dispatcher
         faults: list[EngineFault] = []
         while len(faults) < MAX_ATTEMPTS:
@@ -48,7 +49,9 @@ class RequestRetries:
             engine = await dispatcher.acquire(work)
             began = time.monotonic()
             try:
-                async with self._starting:  # one in a turn of the event loop: 512 take 0.3 s
+                # One request in a turn of the event loop: to start 512 at once takes 0.3 s, in
+                # which nothing else runs.
+                async with self._starting:
                     await asyncio.sleep(0)
                 result = await engine.unless_dead(call(engine.client))
             except (EngineDied, EngineFault) as failure:
@@ -56,6 +59,7 @@ class RequestRetries:
                 self.num_requeued += work.num_sequences
                 if isinstance(failure, EngineFault):
                     faults.append(failure)
+                # If the fleet has failed, `require_usable` raises its error, which has the cause.
                 with contextlib.suppress(EngineDied):
                     self.on_failure(engine, failure)
                 continue

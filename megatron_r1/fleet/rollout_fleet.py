@@ -26,8 +26,8 @@ from megatron_r1.fleet.retries import RequestRetries
 from megatron_r1.fleet.swap import EngineCall, swap_calls
 
 Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
-"""On entering the context, an engine has been sent the weights that the fleet's engines hold; no
-push begins before it is left."""
+"""A context that sends an engine the weights that the fleet's engines hold before its block begins.
+No push begins until the block has ended."""
 
 
 class RolloutFleet:
@@ -53,11 +53,12 @@ class RolloutFleet:
         notify: Notify = lambda message: None,
         **server_settings: Any,
     ) -> None:
-        """log_folder: gets `ROLE-0.log`, `ROLE-1.log`, ... max_restarts: engines replaced in all;
-        the death after that fails the fleet's calls. unresponsive_seconds: an engine that has not
-        answered for so long counts as dead. notify: gets a line when an engine is replaced, joins
-        or leaves. make_server: where engines run: `EngineServer` on this host. server_settings: of
-        `EngineSettings`, the same for all. Raises ValueError for num_engines < 1."""
+        """log_folder: the folder of the engines' logs, `ROLE-0.log`, `ROLE-1.log`, ...
+        max_restarts: the number of engines that may be replaced in all; the next death fails the
+        fleet's calls. unresponsive_seconds: an engine that has not answered for this time counts as
+        dead. notify: called with a line when an engine is replaced, joins or leaves. make_server:
+        makes an engine's server, `EngineServer` for one on this host. server_settings: fields of
+        `EngineSettings`, the same for all engines. Raises ValueError for num_engines < 1."""
         if num_engines < 1:
             raise ValueError(f"num_engines is {num_engines}; it must be at least 1")
         self.num_engines, self.log_folder = num_engines, Path(log_folder)
@@ -67,9 +68,9 @@ class RolloutFleet:
         self.server_settings = server_settings
         self.version = -1
         self.feed: Feed = contextlib.nullcontext
-        """Gives the others' weights to an engine that joins (`weight_bridge.bridge`)."""
+        """Sends the fleet's weights to an engine that joins (`weight_bridge.bridge`)."""
         self.awake = asyncio.Event()
-        """Clear while the engines' memory is the trainer's."""
+        """Cleared while the trainer uses the engines' memory."""
         self.awake.set()
         capacity = server_settings.get("max_num_seqs", 256) * server_settings.get("data", 1)
         self.members = Members(Dispatcher(capacity), notify)
@@ -86,7 +87,7 @@ class RolloutFleet:
         self._starting: set[Engine] = set()
         self._joining: set[int] = set()
         self._swapped: set[Engine] = set()
-        """Engines that have loaded a push that others have not received yet."""
+        """Engines that have loaded a push which other engines have not received yet."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -103,10 +104,10 @@ class RolloutFleet:
         return self.replacement.num_restarts
 
     async def start(self, model_path: str | os.PathLike[str], version: int = 0) -> None:
-        """Start all engines on the weights in `model_path` and name these `version`.
+        """Start all engines on the weights in `model_path`, and name these weights `version`.
 
-        The engines end with the calling thread: call it from the main one. Raises EngineError if
-        one does not start; none is left running then."""
+        The engines end with the thread that calls this: call it from the main thread. If an engine
+        does not start, all are ended, and EngineError is raised."""
         self._model = Path(model_path)
         try:
             for index in range(self.num_engines):
@@ -131,15 +132,15 @@ class RolloutFleet:
         affinity: Affinity | None = None,
         **sampling: Any,
     ) -> list[Response]:
-        """Sample a group of n responses on one engine; on another where it dies or fails.
+        """Sample a group of n responses on one engine; if that engine dies or fails, on another.
 
-        kind: the prompt's kind; lengths of responses are estimated for each kind.
+        kind: the prompt's kind; response lengths are estimated for each kind.
         order: groups with a smaller number are sent first.
-        affinity: the engine that has the conversation's earlier turns.
+        affinity: the engine whose cache has the conversation's earlier turns.
         sampling: further arguments of `EngineClient.generate`.
 
-        Raises EngineError where the call was refused, no engine could serve it, or its engine died
-        and no restart is left; it names the engine, how it ended, and quotes its log."""
+        Raises EngineError if the call was refused, no engine could serve it, or its engine died and
+        no restart is left; the message names the engine and how it ended, and quotes its log."""
         sampling |= {"n": n, "max_tokens": max_tokens}
         num_prompt_tokens = len(prompt_token_ids)
         expected = self.lengths.estimate(kind, num_prompt_tokens, max_tokens)
@@ -153,8 +154,8 @@ class RolloutFleet:
 
     async def score(self, token_ids: Sequence[int], first: int, *, order: int = 0) -> array[float]:
         """Return the log-probabilities of token_ids[first:] at temperature 1, float32, from one
-        engine; from another where it dies or fails. order: calls with a lower one go first. Raises
-        as `generate`."""
+        engine; if that engine dies or fails, from another. order: calls with a smaller number are
+        sent first. Raises as `generate`."""
         return await self.retries.run(
             Work(1, len(token_ids), ExpectedLength(1.0, 1.0, num_groups=1), order),
             lambda client: client.score(token_ids, first),
@@ -163,8 +164,8 @@ class RolloutFleet:
 
     @contextlib.contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
-        """Allow engines to be silent for `seconds` inside the block, in which they wait for
-        weights."""
+        """Count no engine as dead that is silent for up to `seconds` inside the block: engines
+        that wait for weights answer nothing."""
         self.replacement.patience_seconds = seconds
         try:
             yield
@@ -174,14 +175,14 @@ class RolloutFleet:
     async def push(
         self, update_info: UpdateInfo, version: int, repeatable: Collection[Engine] = ()
     ) -> list[Engine]:
-        """Have all engines load the weights that they have received.
+        """Let all engines load the weights that they have received.
 
         Sequences in flight continue under the new weights; their earlier tokens keep their version.
-        An engine that did not receive them, or whose connection breaks, is replaced; those of
-        `repeatable` that did not receive them are returned instead, paused: the caller sends the
-        weights again and calls once more. Raises ValueError for a `version` that is not above the
-        current one, and EngineError where an engine refused them, or died without a restart left:
-        the fleet is unusable from then on."""
+        An engine that did not receive the weights, or whose connection breaks, is replaced. An
+        engine in `repeatable` that did not receive the weights is paused and returned instead: the
+        caller sends the weights again and calls `push` once more. Raises ValueError for a `version`
+        that is not above the current one. Raises EngineError if an engine refuses the weights, or
+        dies and no restart is left; the fleet is unusable from then on."""
         self.members.require_usable()
         if version <= self.version:
             raise ValueError(
@@ -203,8 +204,8 @@ class RolloutFleet:
             return incomplete
 
     async def sleep(self) -> None:
-        """Free the engines' memory for the trainer: weights and caches are dropped until the next
-        push. Nothing may be in flight. Returns at once where the fleet sleeps already. Raises
+        """Free the engines' memory for the trainer: the engines drop weights and caches until the
+        next push. No request may be in flight. Returns at once if the fleet sleeps already. Raises
         EngineError if an engine refuses."""
         async with self._pushing:
             if not self.awake.is_set():
@@ -233,8 +234,9 @@ class RolloutFleet:
         return engine
 
     async def remove_engine(self, index: int) -> None:
-        """Let an engine finish its requests, for at most two minutes, and end it; the others repeat
-        what is left. Raises ValueError if there is no such engine, or no other."""
+        """Let an engine finish its requests for at most two minutes, then end it; other engines
+        repeat the requests that are left. Raises ValueError if the fleet has no such engine, or no
+        other one."""
         engine = next((engine for engine in self.engines if engine.index == index), None)
         if engine is None:
             raise ValueError(f"no engine {index}; there are {[e.index for e in self.engines]}")
@@ -244,7 +246,7 @@ class RolloutFleet:
         self.members.set_open(engine, False)
         await engine.drain(DRAIN_SECONDS)
         async with self._pushing:
-            self.members.remove(engine)  # a replacement of it under way then gives up
+            self.members.remove(engine)  # a replacement that is under way for it gives up then
         await engine.end()
         self.members.notify(f"{engine.name} has left: {len(self.engines)} engines")
 
@@ -265,8 +267,8 @@ class RolloutFleet:
         await asyncio.gather(*(engine.end() for engine in engines))
 
     def launch(self, index: int) -> Engine:
-        """Start an engine's processes, which end with the calling thread, and return at once. Each
-        engine samples from its own seed, and shares a secret with its client only."""
+        """Start an engine's processes and return at once; they end with the calling thread. Every
+        engine samples with another seed, and shares a secret with its own client only."""
         assert self._model is not None, "start() was not called"
         settings = self.server_settings
         if self.make_server is EngineServer:  # hosts of a pool divide their GPUs themselves
@@ -285,14 +287,15 @@ class RolloutFleet:
         return Engine(index, server, client, role=self.role)
 
     def lose(self, engine: Engine, reason: EngineDied) -> None:
-        """Replace an engine that is unusable, unless that is under way. Raises `reason` when no
+        """Replace an unusable engine, unless it is being replaced already. Raises `reason` if no
         restart is left."""
         self.replacement.replace(engine, reason)
 
     async def _start_one(self, index: int, instead_of: Engine | None = None) -> Engine:
-        """Start an engine, give it the current weights, and let it serve. Where the fleet is put to
-        sleep before that, start again once it is awake. Raises EngineError if it does not start, or
-        refuses them, or `instead_of` has left meanwhile."""
+        """Start an engine, give it the current weights, and let it serve. If the fleet is put to
+        sleep before the engine serves, start the engine again when the fleet is awake. Raises
+        EngineError if the engine does not start or refuses the weights, or if `instead_of` has left
+        meanwhile."""
         while True:
             await self.awake.wait()
             try:
@@ -327,8 +330,9 @@ class RolloutFleet:
         repeatable: Collection[Engine] = (),
         incomplete: list[Engine] | None = None,
     ) -> list[Engine]:
-        """Make a call of a push to each engine; return those to which the next is made, which are
-        up and not `incomplete`. Engines of `repeatable` that lack a push are added there."""
+        """Make one call of a push to every engine. Return the engines that get the next call: those
+        that are up and received the weights. An engine in `repeatable` that did not receive them is
+        added to `incomplete`; any other is replaced."""
         calls = (engine.unless_lost(call(engine.client)) for engine in engines)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
@@ -348,8 +352,8 @@ class RolloutFleet:
 def share_of_gpus(
     settings: dict[str, Any], index: int, num_engines: int, key: str = "rollout.engines"
 ) -> dict[str, Any]:
-    """Return the settings of one of several engines on this host's GPUs, each of which gets an
-    equal share. key: and errors, as of `gpus_of_slot`."""
+    """Return the settings of one of several engines that share this host's GPUs equally. key: the
+    setting that errors name. Raises as `gpus_of_slot`."""
     if num_engines == 1 or settings.get("device") != "cuda":
         return settings
     gpus = gpus_of_slot(visible_gpus(os.environ), num_engines, index % num_engines, key)

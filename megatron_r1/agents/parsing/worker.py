@@ -105,6 +105,8 @@ class TurnParser:
         assert self._parser is not None, "a pool without parsers starts no worker"
 
     def parse(self, job: ParseJob) -> ParseReply:
+        """Split a sampled turn into its reasoning, content and tool calls. Raises what vLLM's
+        parser raises."""
         message = {"role": "user", "content": ""}  # parsers read the tools only
         request = self._request(model="", messages=[message], tools=job.tools or None)
         parser = self._parser(self._tokenizer, request.tools, chat_template_kwargs={})
