@@ -162,6 +162,7 @@ def _compare_exclusions(expected: str, answer: str) -> bool | None:
 
 def _compare_relations(expected: str, answer: str) -> bool | None:
     """Compare equations, inequalities and memberships; None where neither text is one."""
+    # Each of `x = 1, x = 2` is compared as a member of a list.
     if len(split(expected, SEPARATORS)) > 1 or len(split(answer, SEPARATORS)) > 1:
         return None
     truth_chain, answer_chain = read_chain(expected), read_chain(answer)
@@ -247,6 +248,7 @@ def _compare_units(expected: str, answer: str) -> bool | None:
     (left, left_unit), (right, right_unit) = split_unit(expected), split_unit(answer)
     if left_unit is None and right_unit is None:
         return None
+    # A missing unit agrees with any, but a share is no length: `5%` is not `5 cm`.
     if PERCENT.search(expected if left_unit is None else answer):
         return False
     if (radians := _in_radians(left, left_unit, right, right_unit)) is not None:
@@ -291,8 +293,10 @@ def _compare_lists(expected: str, answer: str) -> bool | None:
     truth_list, answer_list = _structure(expected), _structure(answer)
     if truth_list is None and answer_list is None:
         return None
+    # Not by members: `(0, 1) \cup (1, 2)` may be written in another order (`_compare_sets`).
     if SET_WORDS.search(expected) or SET_WORDS.search(answer):
         return None
+    # `x > 1 and x < 2` and `x > 1 or x < 2` have the same members, and are different sets.
     if INEQUALITY.search(expected) and INEQUALITY.search(answer):
         words = [{word for _, word in split(text, SEPARATORS)} for text in (expected, answer)]
         if "and" in words[0] ^ words[1] and "or" in words[0] ^ words[1]:
@@ -388,6 +392,7 @@ def _name_first(chain: Chain) -> Chain:
     return Chain(chain.sides[::-1], chain.relations)
 
 
+# In this order: `0.5 or 1/2` would be a list of two members, where one value is expected.
 RULES = (
     _compare_alternatives,
     _compare_exclusions,

@@ -65,7 +65,7 @@ def read_number(text: str) -> WrittenNumber | None:
     is_percent = bare != text
     for _ in range(MAX_WRAPS):
         bare = WRAPPED_TWICE.sub(r"\1", bare)
-    if PAIR.search(bare):
+    if PAIR.search(bare):  # its comma may separate two numbers, not thousands
         return None
     while (match := WRAPPED.fullmatch(bare)) is not None:
         bare = match[1] + (match[2] or match[3] or "").strip()

@@ -84,12 +84,14 @@ SPELLINGS: tuple[tuple[str, Replacement], ...] = (
     (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\(?:mathrm|mathit|mathbf|mathsf|text(?:bf|it|rm|sf|normal)|mbox)\s*(?=\{)", r"\\text"),
+    # Constants and differentials may be set upright; any other letter in `\text{}` is a word.
     (r"\\text\s*\{\s*([eid])\s*\}", r" \1 "),
     (r"\\text\s*\{[\s,]*(and|or)\s*\}", r" \1 "),
     (r"\\text\s*\{\s*\}", ""),
     (r"\\text\s*\{\s*([+-]?[\d.,]+)\s*\}", r"\1"),
     (r"\\(?:vee|lor)(?![A-Za-z])", " or "),
     (r"\\(?:wedge|land)(?![A-Za-z])", " and "),
+    # `1{,}000`: in braces LaTeX puts no space after the comma.
     (r"(?<=\d)\{\s*,\s*\}(?=\d{3}(?!\d))", ""),
     (r"\{\s*,\s*\}", ","),
     (r"\\lbrace(?![A-Za-z])", r"\\{"),
@@ -112,6 +114,7 @@ SPELLINGS: tuple[tuple[str, Replacement], ...] = (
     (r"\\celsius(?![A-Za-z])", "°C"),
     *BASES,
     (r"_\s*(\w)", r"_{\1}"),
+    # To base ten a number is itself; to another one it is compared as text (`same_expression`).
     (r"(?<![\w}.])([-+]?[\d.,]*\d)\s*_\s*\{\s*10\s*\}", r"\1"),
     (r"\^\s*(\d+)", r"^{\1}"),
     (r"\^\s*-\s*(\d+)", r"^{-\1}"),
