@@ -36,7 +36,7 @@ OUTPUT_BYTES = 2**16
 
 @runtime_checkable
 class RunWithServer(Protocol):
-    """A `Run` with a server of its own, which is started before the first episode."""
+    """A `Run` that needs a server, which is started before the first episode."""
 
     async def start(self) -> None: ...
 
@@ -45,8 +45,9 @@ class RunWithServer(Protocol):
 
 @dataclass(frozen=True)
 class AgentOutcome:
-    """A reward with the agent's own record of the tokens: every sequence up to its last sampled
-    token; None where it keeps none."""
+    """What an agent's run has returned. reward: None where the row's own reward grades the episode.
+    sequences: the agent's record of the tokens, each sequence up to its last sampled token; None
+    where the agent keeps no record."""
 
     reward: float | None
     sequences: list[list[int]] | None = None
@@ -88,10 +89,10 @@ def function_harness(path: str) -> Run:
 
 
 class CommandHarness:
-    """Runs a program per episode, in a folder of its own that is deleted afterwards.
+    """Runs a program for each episode, in a new folder that is deleted afterwards.
 
-    It finds the gateway in OPENAI_BASE_URL, OPENAI_API_KEY, ANTHROPIC_BASE_URL and
-    ANTHROPIC_API_KEY, and the row as JSON on its standard input. Its last line may be
+    The program finds the gateway in OPENAI_BASE_URL, OPENAI_API_KEY, ANTHROPIC_BASE_URL and
+    ANTHROPIC_API_KEY, and the row as JSON on its standard input. The last line of its output may be
     `{"reward": 0.5}`. It must end with status 0."""
 
     def __init__(self, command: Sequence[str], most_at_once: int) -> None:

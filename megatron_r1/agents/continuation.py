@@ -49,7 +49,7 @@ class Continuation:
     """A tokenizer's chat template, applied by the continuation rule."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """tokenizer: of transformers."""
+        """tokenizer: a tokenizer of transformers, with a chat template."""
         self._tokenizer = tokenizer
         self.vocabulary_size = len(tokenizer)
         special = [re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special]
@@ -250,8 +250,8 @@ def _renderable(message: Message) -> dict[str, Any]:
 
 
 def arguments_of(function: Mapping[str, Any]) -> Any:
-    """Return a call's arguments from JSON; text that is none as it is, which is the model's
-    mistake."""
+    """Return a call's arguments, read from JSON. Text that is no JSON, the model's mistake, is
+    returned unchanged."""
     arguments = function.get("arguments", {})
     if not isinstance(arguments, str):
         return arguments

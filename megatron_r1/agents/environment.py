@@ -55,12 +55,14 @@ RESERVED = ("reset", "get_reward", "final_answer", "close")
 
 @dataclass(frozen=True)
 class Description:
-    """The tools of an environment's class, as schemas in OpenAI's form, and whether it grades: has
-    `get_reward`.
+    """The description of an environment's class.
 
-    parameters: the arguments of the class, and whether each is required; None where it takes any.
-    misspelt: tools with nearly the name of a reserved method that the class lacks, and that name.
-    """
+    tools: the schemas of its tools, in OpenAI's form.
+    grades: whether the class has `get_reward`.
+    parameters: the arguments of the class, and whether each is required; None where the class takes
+        any argument.
+    misspelt: tools whose name is close to that of a reserved method which the class lacks, each
+        with the reserved name."""
 
     tools: list[dict[str, Any]]
     grades: bool
@@ -93,13 +95,13 @@ def target_of(name: str) -> str:
 
 
 def find_environment(target: str) -> type:
-    """Import and return the class of "module:Class". Raises UserError where there is none, and what
-    its module raises at its import."""
+    """Import and return the class named "module:Class". Raises UserError where there is no such
+    class, and whatever its module raises when it is imported."""
     return find(target, "environment class", inspect.isclass)
 
 
 def describe(environment: type) -> Description:
-    """Return the description of a class. Raises UserError for one that is no environment."""
+    """Return the description of a class. Raises UserError for a class that is no environment."""
     name = environment.__name__
     public = _public_methods(environment)
     tools = [tool_schema(*method) for method in public.items() if method[0] not in RESERVED]
@@ -127,8 +129,8 @@ def describe(environment: type) -> Description:
 
 
 def check_parameters(name: str, description: Description, values: Mapping[str, Any]) -> None:
-    """Raise UserError where `agents.parameters` are not the arguments of the class. name: of
-    `agents.environment`."""
+    """Raise UserError where `agents.parameters` are not the arguments of the class. name: the value
+    of `agents.environment`."""
     known, title = description.parameters, name.rpartition(":")[2]
     if known is None:
         return
@@ -181,9 +183,9 @@ def _require_self(name: str, method: Callable[..., Any]) -> None:
 
 
 def tool_schema(name: str, bound: Callable[..., Any]) -> dict[str, Any]:
-    """Return the schema of a bound method from its signature and docstring, in Google's form. Where
-    arguments are undocumented or have no types, the whole docstring is the description. name: the
-    attribute's, which is not `__name__` under a decorator without `functools.wraps`."""
+    """Return the schema of a bound method, from its signature and its docstring in Google's form.
+    If an argument has no documentation or no type, the whole docstring is the description. name:
+    the attribute's name; `__name__` is another one under a decorator without `functools.wraps`."""
     from transformers.utils import get_json_schema  # 2 s
     from transformers.utils.chat_template_utils import (
         DocstringParsingException,
@@ -219,8 +221,8 @@ def _plain_schema(method: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _complete(schema: dict[str, Any], adapters: Mapping[str, TypeAdapter[Any]]) -> None:
-    """Put in pydantic's schema of each argument that has none: transformers calls enumerations,
-    dataclasses and dates objects."""
+    """Add pydantic's schema of each argument whose type transformers does not know: it describes
+    enumerations, dataclasses and dates as plain objects."""
     properties = schema["properties"]
     for name in properties.keys() & adapters.keys():
         described = {key: text for key, text in properties[name].items() if key == "description"}

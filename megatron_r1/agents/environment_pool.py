@@ -1,4 +1,4 @@
-"""The controller's side of environments: each is a process of its own during an episode."""
+"""The controller's side of environments, each of which is a process during its episode."""
 
 from __future__ import annotations
 
@@ -43,8 +43,7 @@ class EnvironmentFault(Exception):
 
 
 class CallTimedOut(EnvironmentFault):
-    """The process of a call was ended because the call exceeded its time and was not
-    interruptible."""
+    """A call exceeded its time and could not be interrupted, so its process was ended."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ class CallResult:
 
 @functools.cache
 def describe(name: str) -> Description:
-    """Return the description of `agents.environment`, found in a process of its own: the user's
-    module is not imported here. Raises UserError."""
+    """Return the description of `agents.environment`. Another process imports the user's module
+    and describes it. Raises UserError."""
     target = target_of(name)
     try:
         done = subprocess.run(
@@ -104,11 +103,11 @@ class Environments:
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[EnvironmentProcess]:
-        """Yield a process for an episode, which its `reset` begins: one whose last episode ended
-        well, or a new one. Raises RunError where the class can no longer be imported, and
-        EnvironmentFault where the server has just been killed."""
+        """Yield a process for an episode, which begins with `reset`. The process is one whose last
+        episode ended well, or a new one. Raises RunError if the class can no longer be imported,
+        EnvironmentFault if the server has just been killed."""
         async with self._room:
-            # Those whose server was killed have ended with it.
+            # A server that was killed has taken its processes with it.
             self._idle = [process for process in self._idle if process.is_alive]
             process = self._idle.pop() if self._idle else await self._start_process()
             try:
@@ -153,7 +152,7 @@ class Environments:
             *command,
             json.dumps(self._options),
             stdout=asyncio.subprocess.PIPE,
-            limit=2**26,  # of a line that the import prints
+            limit=2**26,  # bytes of one line: importing the user's module may print long ones
             **popen_options(),
         )
         assert self._process.stdout, "started with a pipe"
@@ -187,7 +186,7 @@ class EnvironmentProcess:
         self._writer.close()
 
     async def reset(self, row: Mapping[str, Any]) -> str | None:
-        """Begin an episode; return the question's text, or None where it is the row's. Raises
+        """Begin an episode. Return the question's text, or None to use the row's. Raises
         EnvironmentFault."""
         return await self._checked("reset", row)
 
@@ -197,16 +196,16 @@ class EnvironmentProcess:
         return await self._checked("reward", answer)
 
     async def finish(self) -> bool:
-        """Close the episode's environment; return whether another episode may follow. An error of
-        its `close` must not be that of the next episode."""
+        """Close the episode's environment. Return whether the process may play another episode: not
+        after an error of `close`, which would be taken for an error of that episode."""
         with contextlib.suppress(EnvironmentFault):
             return "error" not in await self._send("close", [], CLOSE_SECONDS) and self.is_reusable
         return False
 
     async def call(self, name: str, arguments: object, seconds: float) -> CallResult:
-        """Call a tool, for at most `seconds` and the limit of every call. Raises EnvironmentFault
-        where its process ends or it raises RunError, CallTimedOut where it was ended for exceeding
-        the time."""
+        """Call a tool, for at most `seconds` and at most `call_seconds`. Raises EnvironmentFault if
+        the process ends or the tool raises RunError, CallTimedOut if the process was ended because
+        the call exceeded its time."""
         limit = min(seconds, self._seconds)
         reply = await self._send("call", [name, arguments], limit)
         if reply.get("is_fault"):

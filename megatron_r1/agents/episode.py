@@ -27,9 +27,10 @@ STATUSES: tuple[str, ...] = get_args(Scored) + get_args(Ungraded)
 class Turn:
     """One message of an episode.
 
-    num_tokens: its tokens, with those that the template adds; messages that were given together
-    count their tokens at the last of them. trained: whether the policy sampled it. policy_version:
-    that of its last token; None for a given message."""
+    num_tokens: the message's tokens, including the tokens that the template adds. Of messages that
+        were given together, the last has all their tokens, the others 0.
+    trained: whether the policy sampled the message.
+    policy_version: the version that sampled its last token; None for a given message."""
 
     role: str
     text: str
@@ -41,8 +42,8 @@ class Turn:
 @dataclass(frozen=True)
 class Episode:
     """A played episode. branches: its token sequences (`TokenTree.branches`). reason: what ended
-    it, where that was not the policy. tool_seconds, engine_seconds: the time in the environment's
-    methods, and the time of waiting for engines."""
+    the episode, if the policy did not. tool_seconds: the time spent in the environment's methods.
+    engine_seconds: the time spent waiting for engines."""
 
     status: Status
     turns: list[Turn]
@@ -60,11 +61,11 @@ class Episode:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of all branches; what they share counts in each."""
+        """Number of tokens of all branches; a token that branches share counts in each of them."""
         return sum(len(branch.token_ids) for branch in self.branches)
 
     def record(self) -> dict[str, Any]:
-        """Return what the episode adds to its line of samples.jsonl."""
+        """Return the fields that the episode adds to its line of samples.jsonl."""
         turns = [
             {
                 "role": turn.role,

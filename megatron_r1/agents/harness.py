@@ -47,8 +47,8 @@ class HarnessPlayer:
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> None:
-        """max_turns, timeout_seconds: limits of an episode; its time is without that of the
-        engines. room: most tokens of a prompt and its answer that an engine takes."""
+        """max_turns, timeout_seconds: limits of an episode; the time in which engines sample does
+        not count. room: the most tokens of a prompt and its answer that an engine takes."""
         self.text, self.gateway, self.parsers, self.run = text, gateway, parsers, run
         self._max_turns, self._timeout_seconds, self._room = max_turns, timeout_seconds, room
         self._sampling = temperature, top_p

@@ -29,8 +29,8 @@ from megatron_r1.rewards.base import shorten
 
 @dataclass(frozen=True)
 class Played:
-    """An episode, the text of its last answer, and the environment's reward: None where it has no
-    `get_reward`, or the episode is not scored."""
+    """An episode, the text of its last answer, and the environment's reward. The reward is None if
+    the environment has no `get_reward`, or the episode is not scored."""
 
     episode: Episode
     text: str
@@ -107,7 +107,7 @@ class EpisodePlayer:
 
 
 def row_of(prompt: Prompt) -> dict[str, Any]:
-    """Return the arguments of `reset` that a row has."""
+    """Return the arguments that a row offers to `reset`."""
     return {"question": prompt.question, "truth": prompt.truth, **prompt.fields}
 
 

@@ -22,12 +22,12 @@ Message = Mapping[str, Any]
 class TreeNode:
     """One piece of a conversation.
 
-    parent: number of the node before it, None for a root.
-    messages: the chat messages that these tokens stand for.
-    tools: of a root, the tools that its prompt describes.
-    logprobs and policy_versions: of sampled tokens, one a token; None where tokens were given.
-    routing: experts that processed the tokens since the sampled node before, without the last
-        token; empty unless the engine returned it."""
+    parent: the number of the node before this one; None for a root.
+    messages: the chat messages that the tokens stand for.
+    tools: the tools that a root's prompt describes; empty for other nodes.
+    logprobs, policy_versions: one entry for each sampled token; None if the tokens were given.
+    routing: the experts that processed the tokens after the previous sampled node, without the last
+        token; empty unless the engine returned them."""
 
     parent: int | None
     token_ids: array[int]
@@ -46,11 +46,11 @@ class TreeNode:
 class Branch:
     """A token sequence from a root to an answer that no other sampled turn follows.
 
-    token_ids: all of it.
+    token_ids: the whole sequence.
     is_sampled: one byte a token, 1 where the token was sampled and is trained in this branch.
-    logprobs: the engine's, float32, 0 where is_sampled is 0.
-    policy_versions: -1 there.
-    routing: rows of all tokens but the last, or empty."""
+    logprobs: the engine's log-probabilities, float32; 0 where is_sampled is 0.
+    policy_versions: the version that sampled each token; -1 where is_sampled is 0.
+    routing: the routed experts of all tokens but the last, or empty."""
 
     token_ids: array[int]
     is_sampled: bytes
@@ -80,8 +80,8 @@ class TokenTree:
         messages: Sequence[Message],
         tools: Sequence[Message] = (),
     ) -> int:
-        """Add tokens that no policy sampled; return the node's number. Where an equal node follows
-        `parent` already, as after a repeated request, that one is returned."""
+        """Add tokens that no policy sampled, and return the node's number. If an equal node follows
+        `parent` already, as after a repeated request, return the number of that node."""
         node = TreeNode(parent, array("i", token_ids), tuple(messages), tuple(tools))
         same = (number for number in self._children[parent] if self.nodes[number] == node)
         found = next(same, None)
@@ -90,8 +90,8 @@ class TokenTree:
     def add_sampled(self, parent: int, response: Response, message: Message) -> int:
         """Add an engine's answer to the tokens of `parent`; return the node's number.
 
-        message: the answer as a chat message. Raises ValueError where a token has no
-        log-probability or version, and where routed experts are not those of the sequence."""
+        message: the answer as a chat message. Raises ValueError if a token has no log-probability
+        or version, or if the routed experts are not rows of this sequence."""
         num_tokens = len(response.token_ids)
         if not len(response.logprobs) == len(response.policy_versions) == num_tokens:
             raise ValueError(f"{num_tokens} tokens without as many log-probabilities and versions")
@@ -107,7 +107,7 @@ class TokenTree:
         )
 
     def path(self, node: int | None) -> list[int]:
-        """Return the numbers of the nodes from the root to `node`; of None, none."""
+        """Return the numbers of the nodes from the root to `node`; [] for None."""
         numbers: list[int] = []
         while node is not None:
             numbers.append(node)
@@ -115,7 +115,7 @@ class TokenTree:
         return numbers[::-1]
 
     def token_ids(self, node: int | None) -> array[int]:
-        """Return all tokens from the root to the end of `node`; of None, none."""
+        """Return all tokens from the root to the end of `node`; no tokens for None."""
         return _joined("i", (self.nodes[number].token_ids for number in self.path(node)))
 
     def num_tokens(self, node: int) -> int:
@@ -131,8 +131,8 @@ class TokenTree:
         return self._children[node]
 
     def branches(self) -> list[Branch]:
-        """Return a branch for every sampled node that no sampled one follows, in the order of the
-        nodes. A sampled turn that several branches share is trained in the first of them only."""
+        """Return a branch for every sampled node that no other sampled node follows, in the order
+        of the nodes. A sampled turn that several branches share is trained in the first only."""
         sampled = [number for number, node in enumerate(self.nodes) if node.is_sampled]
         followed = {number for last in sampled for number in self.path(last)[:-1]}
         trained: set[int] = set()
@@ -154,9 +154,9 @@ class TokenTree:
         return number
 
     def _new_rows(self, parent: int, response: Response) -> bytes | memoryview:
-        """Return the rows of `response.routing` that earlier answers of the path did not have.
+        """Return the rows of `response.routing` for the tokens after the path's previous answer.
 
-        Rows of the tokens before are dropped, not stored twice: an earlier turn keeps the experts
+        The rows of earlier tokens are dropped, not stored twice: an earlier turn keeps the experts
         that really sampled it, even if the weights have changed since."""
         if not response.routing:
             return b""

@@ -9,8 +9,9 @@ from megatron_r1.rewards.sandbox.session import PythonSession, SessionEnded
 
 
 class Python:
-    """One tool, `python`. seconds: wall time of a call. cpu_seconds: of all calls of an episode.
-    memory_mib: of the interpreter. output_chars: of a call's output, which is cut off there."""
+    """One tool, `python`. seconds: the wall time limit of a call. cpu_seconds: the limit of the CPU
+    time of all calls of an episode. memory_mib: the interpreter's memory limit. output_chars: the
+    length at which a call's output is cut off."""
 
     def __init__(
         self,

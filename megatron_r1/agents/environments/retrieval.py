@@ -14,8 +14,8 @@ SNIPPET_WORDS = 32
 
 
 class Retrieval:
-    """Two tools, `search` and `read`. corpus: path of the JSONL. text_chars: of a document that
-    `read` returns at most."""
+    """Two tools, `search` and `read`. corpus: the path of the JSONL file. text_chars: the most
+    characters of a document that `read` returns."""
 
     def __init__(self, corpus: str, text_chars: int = 4_000) -> None:
         self._index = sqlite3.connect(f"file:{index_of(Path(corpus))}?mode=ro", uri=True)

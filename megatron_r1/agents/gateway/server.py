@@ -40,10 +40,10 @@ from megatron_r1.engine.errors import EngineError
 
 MAX_BODY_BYTES = 64 * 2**20
 BYTES_PER_TOKEN = 32
-"""Of a request's JSON: far above that of any text. To tokenize a longer one would hold up all other
-sessions, for seconds a megabyte."""
+"""The most bytes of a request's JSON for each token of the context, far more than any text has. To
+tokenize a longer request would hold up all other sessions, for seconds a megabyte."""
 MAX_OTHER_BYTES = 2**18
-"""Of what a body has beside the conversation."""
+"""The most bytes that a body may have beside its conversation."""
 KEEP_ALIVE_SECONDS = 10.0
 """The pause between comments in a stream whose turn is still being sampled."""
 KEY_HEADERS = ("x-api-key", "X-Session-ID", "X-R1-Session")

@@ -65,7 +65,7 @@ class GatewaySession:
     num_turns: int = 0
     num_tokens: int = 0
     num_claimed: int = 0
-    """Tokens that engines have sampled, those of turns that are not in the tree yet included."""
+    """Tokens that engines have sampled, including those of turns that are not in the tree yet."""
     stored: dict[str, list[Message]] = field(default_factory=dict)
     undelivered: dict[bytes, asyncio.Task[TakenTurn]] = field(default_factory=dict)
     """Turns whose client has closed its connection, by a hash of their request. If the client
@@ -105,8 +105,8 @@ class GatewaySession:
         return self.num_tokens >= self.limits.max_tokens
 
     def end(self, status: str, reason: str) -> None:
-        """Set the status, unless the episode has ended already; after a failed turn it is
-        engine_error."""
+        """Set the status, unless the episode has ended already. After a failed turn the status is
+        engine_error, whatever is given."""
         if self.status is None:
             failure = next(iter(self.failures.values()), None)
             self.status, self.reason = (
@@ -114,7 +114,7 @@ class GatewaySession:
             )
 
     def max_tokens(self, asked: int | None, num_prompt_tokens: int) -> int:
-        """Return how many tokens a turn may have. Raises Refused where a limit is reached."""
+        """Return the most tokens that a turn may sample. Raises Refused if a limit is reached."""
         if self.num_turns >= self.limits.max_turns:
             reason = f"the episode has had its {self.limits.max_turns} turns"
             self.end("max_turns", reason)
@@ -139,11 +139,11 @@ class GatewaySession:
         return min(left, room, asked or left)
 
     def claim(self, num_tokens: int) -> int:
-        """Take a sampled turn's tokens from the episode's; return how many of them were left.
-        Raises Refused where none was.
+        """Take a sampled turn's tokens from the episode's. Return how many of them the episode had
+        left. Raises Refused if none were left.
 
-        Turns in flight share the tokens left. Reserving them at the start would block the others
-        behind a turn without a maximum, so the last to finish is cut."""
+        Turns in flight share the tokens that are left. If a turn reserved its tokens when it
+        started, one without a maximum would block all others; so the last to finish is cut."""
         kept = min(num_tokens, self.limits.max_tokens - self.num_claimed)
         if num_tokens and kept < 1:
             raise self.out_of_tokens(

@@ -56,9 +56,8 @@ def first_tokens(
 
 
 def continue_tokens(tree: TokenTree, token_ids: list[int]) -> NextPrompt:
-    """Return what to append to `tree` for a prompt that is given as tokens.
-
-    That is what follows the longest sampled sequence that begins it, or all of it as a new
+    """Return what to append to `tree` for a prompt that is given as tokens: the tokens after the
+    longest sampled sequence with which the prompt begins, or else the whole prompt, as a new
     branch."""
     asked = array("i", token_ids)
     best: int | None = None

@@ -97,8 +97,8 @@ async def _run(client: Any, job: dict[str, Any], output: TextIO) -> None:
 
 
 def _outcome(episode: Any) -> dict[str, Any]:
-    """Return an episode's reward, tokens and errors. `reward` of a failed trace is 0, so `ok` is
-    there, too."""
+    """Return an episode's reward, tokens and errors. `ok` tells a failed trace, whose reward is 0,
+    from one that earned 0."""
     traces = episode.traces
     errors = [f"{e.type}: {e.message}" for each in (episode, *traces) for e in each.errors]
     sequences = []
