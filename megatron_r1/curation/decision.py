@@ -16,8 +16,8 @@ DUPLICATE = "duplicate"
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a response is kept, and why. code: `decision` in samples.jsonl. why: for a person who
-    reads the line."""
+    """Whether a response is kept, and why. code: the field `decision` in samples.jsonl. why: the
+    reason, for a person who reads the line."""
 
     code: str
     why: str = ""
@@ -52,8 +52,8 @@ class DecisionCounts:
             self._num_kept_tokens += line["length"] or 0
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of curation.json. accuracy: mean over graded responses, None without
-        any. kept_tokens: as sampled, before rewriting."""
+        """Return the content of curation.json. accuracy: the mean over graded responses; None
+        without graded responses. kept_tokens: the sampled tokens, before rewriting."""
         return {
             "questions": len(self._questions),
             "questions_with_kept": sum(self._questions.values()),

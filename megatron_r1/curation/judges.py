@@ -20,11 +20,11 @@ ARGUMENTS = {"pairs": "question, first, second", "labels": "question, response"}
 
 
 class ResponseJudge(ABC):
-    """Base class of judges; votes are cached on disk by their texts, so that a resumed command
-    requests none twice."""
+    """Base class of judges. Votes are cached on disk by the texts that were judged, so that a
+    resumed command requests no vote twice."""
 
     def __init__(self, identity: object, cache: ResultCache) -> None:
-        """identity: JSON value of all that the votes depend on beside the texts."""
+        """identity: a JSON value of everything besides the texts that the votes depend on."""
         self._identity, self._cache = identity, cache
 
     async def compare(self, question: str, first: str, second: str) -> Comparison:
@@ -38,7 +38,7 @@ class ResponseJudge(ABC):
         return await self._cache.get(key, lambda: self._safety(*key[2:]))
 
     async def check(self) -> None:  # noqa: B027 - a function needs none
-        """Raise what shows that the judge cannot be used at all."""
+        """Raise an error if the judge cannot be used at all."""
 
     async def close(self) -> None:  # noqa: B027
         """Close its connections."""

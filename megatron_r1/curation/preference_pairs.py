@@ -31,16 +31,17 @@ PairId = tuple[str, int, int]
 
 
 class PreferencePairs:
-    """Compares a question's responses in pairs. log_ratios: of the lengths of every pair with a
-    winner. dropped: the pairs that `balance` leaves out; it is called once all
-    pairs are known."""
+    """Compares a question's responses in pairs. log_ratios: log(chosen / rejected) of the lengths,
+    for every pair with a winner. dropped: the pairs that `balance`, called when all pairs are
+    known, leaves out."""
 
     def __init__(self, selection: Selection, settings: PairsConfig, judge: ResponseJudge) -> None:
         self._selection, self._settings, self._judge = selection, settings, judge
         self.log_ratios: dict[PairId, float] = {}
         self.dropped: set[PairId] = set()
         self._failed: dict[tuple[str, str, str], Ungradable] = {}
-        """Not judged again: a pair that succeeded in the second pass would not be balanced."""
+        """Pairs that the judge could not compare. They are not judged again: a pair that succeeded
+        in the second pass would not be balanced."""
 
     async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
         decisions = await self._selection.drops(prompt, responses)

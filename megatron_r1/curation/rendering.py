@@ -34,9 +34,9 @@ class Rendering:
     """The prompts and responses of sft.jsonl."""
 
     def __init__(self, settings: RenderConfig, template: str, model_path: str) -> None:
-        """template: of the prompts that were sampled from. model_path: of the tokenizer whose chat
-        template is used unless the settings name another. Raises ValueError for an invalid
-        template, and for a chat without a tokenizer."""
+        """template: the template of the prompts that responses were sampled from. model_path: the
+        folder with the tokenizer whose chat template is used, unless the settings name another
+        tokenizer. Raises ValueError for an invalid template, and for a chat without a tokenizer."""
         self._response = settings.response
         self._template = settings.template or template
         self._tokenizer_path = settings.tokenizer or model_path

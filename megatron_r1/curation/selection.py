@@ -90,7 +90,7 @@ class Selection:
 
 
 def pass_rate(responses: Sequence[TextResponse], min_accuracy: float) -> float | None:
-    """Return the share of the graded responses that are right; None if none is graded."""
+    """Return the share of the graded responses that are right; None if no response is graded."""
     graded = [r for r in responses if r.rewards and not r.is_ungraded]
     if not graded:
         return None

@@ -45,7 +45,7 @@ class SftExamples:
         rewriter: Rewriter | None = None,
         grader: Grader | None = None,
     ) -> None:
-        """Set up the decision. rendering: None if nothing is written. grader: of rewritten
+        """Set up the decision. rendering: None if nothing is written. grader: grades rewritten
         responses, which are then selected again."""
         self._selection, self._rendering = selection, rendering
         self._rewriter, self._grader = rewriter, grader

@@ -55,8 +55,9 @@ class EngineClient:
         vocab_size: int | None = None,
     ) -> None:
         """url: `http://host:port`. secret: the server's bearer token (`EngineSettings.secret`);
-        empty: it has none. timeout_seconds: for one call, from sending to the last byte.
-        vocab_size: of the model; a token beyond it is a fault."""
+        empty if the server has none. timeout_seconds: the time limit of one call, from sending to
+        the last byte. vocab_size: the size of the model's vocabulary; a token beyond it is a fault.
+        """
         self.url = url.rstrip("/")
         self.headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self.timeout_seconds, self.vocab_size = timeout_seconds, vocab_size
@@ -88,12 +89,15 @@ class EngineClient:
     ) -> list[Response]:
         """Sample n responses to one prompt in one request.
 
-        stop_token_ids: the only tokens that end a response. temperature: 0 is greedy; the
-        log-probabilities then are those at temperature 1. seed: makes the n responses reproducible
-        for the same weights and the same batch composition; the engine then draws sequence by
-        sequence, which is slower; None: from the engine's own seed. routing: of the model, to get
-        the experts of every token from an engine that was started with `return_routing`. Raises
-        EngineFault where the reply is not n responses as `parse_responses` requires them."""
+        stop_token_ids: the only tokens that end a response.
+        temperature: 0 is greedy; the log-probabilities are then reported at temperature 1.
+        seed: makes the n responses reproducible for the same weights and the same batch
+            composition. The engine then draws sequence by sequence, which is slower. None: the
+            engine draws from its own seed.
+        routing: the shape of the model's routing, to get the experts of every token from an engine
+            that was started with `return_routing`.
+
+        Raises EngineFault if the reply is not n responses as `parse_responses` requires them."""
         sampling = {
             "n": n,
             "max_tokens": max_tokens,
@@ -178,8 +182,8 @@ class EngineClient:
         version recorded for it.
 
         Raises PushIncomplete, and EngineError for a push that arrived damaged or could not be
-        loaded. The engine stays paused then, and unless nothing had changed yet it must not resume.
-        """
+        loaded. The engine is then still paused, and must not resume unless none of its weights has
+        changed yet."""
         update = {"update_info": update_info, "weight_version": str(version), "resume": resume}
         await self.request("POST", "/swap_weights", update)
 

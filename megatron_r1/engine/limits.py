@@ -37,8 +37,8 @@ def context_length(config: Config) -> int:
 
 
 def positions(folder: str | Path, key: str = "model.path") -> int:
-    """Return max_position_embeddings of a model. key: of `folder` in the recipe. Raises
-    UserError."""
+    """Return max_position_embeddings of the model in `folder`. key: the recipe's setting that names
+    the folder, for errors. Raises UserError."""
     hf = load_config(folder, key)
     try:
         return int(language_settings(hf)["max_position_embeddings"])
@@ -57,7 +57,8 @@ def vocab_size(model: Path) -> int | None:
 
 
 def check_engines(config: Config, hf: dict) -> None:
-    """Raise UserError for what no rollout engine can serve. hf: any model's `config.json`."""
+    """Raise UserError for settings with which no rollout engine can serve the model. hf: its
+    `config.json`, of any architecture."""
     rollout = config.rollout
     check_ranks(rollout, hf, "rollout")
     if config.rl.routing_replay and rollout.pipeline > 1:
@@ -69,7 +70,8 @@ def check_engines(config: Config, hf: dict) -> None:
 
 
 def check_speculation(rollout: RolloutConfig, hf: dict) -> None:
-    """Raise UserError for drafts that vLLM cannot make. hf: any model's `config.json`."""
+    """Raise UserError for drafts that vLLM cannot make for the model. hf: its `config.json`, of any
+    architecture."""
     method, tokens = rollout.speculative.method, rollout.speculative.tokens
     if method == "suffix" and rollout.placement == "local" and not find_spec("arctic_inference"):
         raise UserError(
@@ -100,7 +102,8 @@ def check_speculation(rollout: RolloutConfig, hf: dict) -> None:
 
 
 def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) -> None:
-    """Raise UserError for engines whose ranks cannot share the model. section: of the recipe."""
+    """Raise UserError for engines whose ranks cannot share the model. section: the section of the
+    recipe that has the settings."""
     language = language_settings(hf)
     heads = language.get("num_attention_heads", engines.tensor)
     kv_heads = language.get("num_key_value_heads") or heads
@@ -144,8 +147,8 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
 
 
 def _check_sparse(hf: dict) -> None:
-    """Raise UserError for a mixture of experts all of whose layers are dense, where vLLM's class
-    looks for one (models/glm4_moe.py:509, models/qwen3_moe.py:607, vLLM 0.32)."""
+    """Raise UserError for a mixture of experts whose layers are all dense: vLLM's class needs one
+    layer with experts (models/glm4_moe.py:509, models/qwen3_moe.py:607, vLLM 0.32)."""
     classes = {"Glm4MoeForCausalLM", "Qwen3MoeForCausalLM"}
     names = classes.intersection(hf.get("architectures") or ())
     if names and not any(sparse_layers(resolve_aliases(hf))):
@@ -158,8 +161,8 @@ def _check_sparse(hf: dict) -> None:
 
 
 def _check_gpt_oss(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) -> None:
-    """Raise UserError for ranks that vLLM's class of gpt-oss cannot have: it gives each a
-    key-value head of its own, and wants a part of intermediate_size for each."""
+    """Raise UserError for ranks among which vLLM's class of gpt-oss cannot divide the model: a
+    tensor rank needs key-value heads of its own, every rank an equal part of intermediate_size."""
     kv_heads, inner = hf["num_key_value_heads"], hf["intermediate_size"]
     if kv_heads % engines.tensor:
         raise UserError(

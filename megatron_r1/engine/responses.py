@@ -1,4 +1,4 @@
-"""Reads vLLM's replies into compact form, with checks: responses, scores, routed experts.
+"""Reads and checks vLLM's replies: responses, scores, routed experts, all kept in compact form.
 
 Replies are JSON; engines with our plugin send samples as bytes instead (`compact_reply`)."""
 
@@ -147,7 +147,8 @@ def checked(
     routing: bytes | memoryview,
     vocab_size: int | None,
 ) -> Response:
-    """Return a response. Raises ValueError as `parse_responses`; vocab_size: None where unknown."""
+    """Return a response after the checks of `parse_responses`, and raise ValueError as it does.
+    vocab_size: None if unknown."""
     _check_logprobs(token_ids, logprobs)
     ids = np.frombuffer(token_ids, np.int32)
     if vocab_size and len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
@@ -176,8 +177,8 @@ def _version_per_token(spans: Iterable[VersionSpan], num_tokens: int) -> array[i
 
 
 def decode_routing(text: str | None, shape: RoutingShape, num_tokens: int) -> bytes:
-    """Return `moe_rows` of vLLM's base64 of an .npy array. Raises ValueError also where `text` is
-    None or malformed."""
+    """Return the bytes of `moe_rows` for vLLM's routed experts: an .npy array in base64. Raises
+    ValueError as `moe_rows`, and if `text` is None or malformed."""
     if text is None:
         raise ValueError(NO_ROUTING)
     try:
@@ -191,10 +192,11 @@ def moe_rows(rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> np.ndarr
     """Return the routed experts of the MoE layers as indices [num_tokens - 1, MoE layers, topk] of
     shape.index_bytes bytes each.
 
-    vLLM gives a row per token that passed through the model: all of prompt and response but the
-    last token, which was sampled and never fed. A row has every decoder layer, dense ones left at 0
-    (entrypoints/scale_out/token_in_token_out/protocol.py:407, vLLM 0.32). num_tokens: of prompt and
-    response. Raises ValueError where `rows` has another shape or impossible experts."""
+    vLLM returns a row for every token that passed through the model: all tokens of prompt and
+    response except the last, which was sampled and not fed back. A row covers every decoder layer;
+    dense layers are 0 (entrypoints/scale_out/token_in_token_out/protocol.py:407, vLLM 0.32).
+    num_tokens: the tokens of prompt and response. Raises ValueError if `rows` has another shape or
+    impossible experts."""
     expected = (num_tokens - 1, shape.num_layers, shape.topk)
     if rows.shape != expected:
         raise ValueError(

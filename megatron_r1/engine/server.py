@@ -115,8 +115,9 @@ class EngineServer(Server):
     def __init__(
         self, model: str | os.PathLike[str], log_path: str | os.PathLike[str], **settings: Any
     ) -> None:
-        """model: folder with `config.json` (Hugging Face) and the first weights. log_path: receives
-        everything the engine prints; appended to. settings: of `EngineSettings`."""
+        """model: a folder in Hugging Face format with `config.json` and the first weights.
+        log_path: the file to which everything that the engine prints is appended. settings: fields
+        of `EngineSettings`."""
         self.model = Path(model)
         self.log_path = Path(log_path)
         self.settings = EngineSettings(**settings)

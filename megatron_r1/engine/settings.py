@@ -39,7 +39,8 @@ class EnginePart(msgspec.Struct, frozen=True):
         return data // self.count
 
     def arguments(self, data: int, coordinator: str) -> list[str]:
-        """Return vLLM's arguments besides those of an engine of `data` copies on one host."""
+        """Return vLLM's arguments for a part, which an engine of `data` copies on one host does not
+        need."""
         host, _, port = coordinator.rpartition(":")
         copies = self.copies(data)
         return [
@@ -52,15 +53,15 @@ class EnginePart(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """Settings of one engine, or of the part of it that one host runs.
+    """Settings of one engine, or of the part of an engine that one host runs.
 
     dtype: of weights, activations and KV cache.
     max_model_len: prompt plus response, tokens.
     max_num_seqs: sequences decoded together, by each of `data` copies.
     num_threads: OpenMP threads of all ranks together (CPU only).
     kv_cache_gib: memory of a rank for keys and values (CPU only).
-    kv_block_tokens: tokens of a block of that memory; None: vLLM's own. With latent
-        attention a CPU has 16, and this setting changes nothing.
+    kv_block_tokens: tokens of a block of that memory; None for vLLM's default. With latent
+        attention a block on a CPU has 16 tokens, whatever this setting is.
     prefix_caching: share the prompt's keys and values within a group. vLLM turns it off for MLA on
         CPU.
     weight_transfer_backend: a name registered by `vllm_plugin`.
@@ -68,15 +69,16 @@ class EngineSettings:
         On a GPU vLLM has this in its second model runner and with prefix caching; on a CPU
         `vllm_plugin.cpu_routing` adds it, without.
     tensor, pipeline, data, expert_parallel: how ranks share the model; see `RolloutConfig`.
-    gpu_memory: share of each GPU's memory it takes (GPU only); None: vLLM's default.
+    gpu_memory: share of each GPU's memory that the engine takes (GPU only); None for vLLM's
+        default.
     plain_matrices: leave matrices unpacked, which speeds up pushes and slows down generation (CPU
         only; `vllm_plugin.cpu_patches`).
-    sleeps: whether it can free its memory and allocate it again (GPU only).
-    speculative: vLLM's own `speculative_config`; None: no speculation.
-    secret: bearer token of every call but `/health`; empty: none.
-    host: address to listen at. port: None: any free one.
-    part: the part of the engine that runs here; None: all of it.
-    extra_args, extra_env: passed to vLLM unchanged; they override the rest."""
+    sleeps: whether the engine can free its memory and allocate it again (GPU only).
+    speculative: vLLM's `speculative_config`; None for no speculation.
+    secret: bearer token that every call except `/health` needs; empty for none.
+    host: address to listen at. port: None for any free port.
+    part: the part of the engine that runs here; None for the whole engine.
+    extra_args, extra_env: passed to vLLM unchanged; they override the other settings."""
 
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: str = "float32"
@@ -105,7 +107,7 @@ class EngineSettings:
     extra_env: Mapping[str, str] | None = None
 
     def arguments(self, model: Path) -> list[str]:
-        """Return vLLM's arguments, without the port and those of a part."""
+        """Return vLLM's arguments, except the port and the arguments of a part."""
         is_cpu = self.device == "cpu"
         share = None if is_cpu else self.gpu_memory
         prefix_caching = not is_cpu if self.return_routing else self.prefix_caching
@@ -140,8 +142,8 @@ class EngineSettings:
         ]
 
     def environment(self) -> dict[str, str]:
-        """Return environment variables to set over this process's. Raises OSError for a `host` that
-        does not resolve."""
+        """Return the environment variables that are set in addition to this process's, or replace
+        them. Raises OSError for a `host` that does not resolve."""
         copies = self.part.copies(self.data) if self.part else self.data
         ranks = self.tensor * self.pipeline * copies
         threads = max(1, self.num_threads // ranks)
@@ -180,9 +182,10 @@ def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict
 
 
 def network_environment(address: str) -> dict[str, str]:
-    """Return the environment that makes ranks on the host with this address reachable for others.
+    """Return the environment variables that make ranks on the host with this address reachable from
+    other hosts.
 
-    gloo would use the address that the host's name resolves to, which on many is a loopback one.
+    gloo would use the address that the host's name resolves to, on many hosts a loopback address.
     Raises OSError for a name that does not resolve."""
     address = socket.gethostbyname(address)
     interface = os.environ.get("GLOO_SOCKET_IFNAME")

@@ -53,9 +53,9 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 def estimate(per_question: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
     """Return the mean over questions and its percentile bootstrap interval.
 
-    per_question: [questions], any unit. seed: of the resampling; the same seed gives the same
-    interval. Equal values give an interval of width 0, which does not mean that other questions
-    would give the same (docs/evaluation.md)."""
+    per_question: [questions], any unit. seed: the seed of the resampling; the same seed gives the
+    same interval. Equal values give an interval of width 0, which does not mean that other
+    questions would give the same (docs/evaluation.md)."""
     values = np.asarray(per_question, dtype=np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"a mean over questions needs at least one, got shape {values.shape}")

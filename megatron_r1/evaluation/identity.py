@@ -33,8 +33,9 @@ def settings_that_matter(config: Config, policy: Mapping[str, Any]) -> dict[str,
 def require_same_identity(
     path: Path, settings: Mapping[str, Any], has_samples: bool, models: tuple[object, object]
 ) -> None:
-    """Write `settings` into a new folder; compare them with those of one that has samples. models:
-    `model.path` of the folder and now. Raises UserError naming each difference with both values."""
+    """Write `settings` into a folder without samples; compare them with the settings of a folder
+    that has samples. models: `model.path` in the folder and now. Raises UserError naming each
+    difference with both values."""
     if not (has_samples and path.exists()):
         atomic_write(path, json.dumps(settings, indent=1) + "\n")
         return
@@ -58,8 +59,8 @@ def require_same_identity(
 
 
 def _deciding(name: str, value: Any) -> Any:
-    """Return what decides samples and grades of a setting: of `rewards.options` all but addresses,
-    for a served model may move to another host."""
+    """Return the part of a setting that decides samples and grades: everything except the addresses
+    in `rewards.options`, because a served model may move to another host."""
     if name != "rewards.options" or not value:
         return value
     return {reward: {k: v for k, v in of.items() if k != "url"} for reward, of in value.items()}

@@ -66,8 +66,8 @@ def _load_entry(entry: BenchmarkConfig, config: Config) -> PromptSet:
 
 
 def _load_own(entry: BenchmarkConfig, config: Config) -> PromptSet:
-    """Load the user's own questions: all of `path`, or those that the recipe's `data` holds out,
-    with the columns and the kind of `data`."""
+    """Load the user's own questions: all questions of `path`, or the questions that the recipe's
+    `data` holds out. The columns and the kind are those of `data`."""
     if entry.files or entry.instruction is not None or entry.options:
         raise UserError(f"benchmark {entry.title}: it has no instruction, files or options")
     prompts = _own_prompts("", entry, config)
@@ -109,8 +109,8 @@ def _load(entry: BenchmarkConfig, config: EvalConfig) -> PromptSet:
 
 
 def _load_rows(entry: BenchmarkConfig, config: Config) -> PromptSet:
-    """Load the rows of benchmark `environment/NAME`: all of `path`, or those that the recipe's
-    `data` holds out. Without a name it is `agents.environment`."""
+    """Load the rows of benchmark `environment/NAME`: all rows of `path`, or the rows that the
+    recipe's `data` holds out. Without a name the environment is `agents.environment`."""
     own = config.agents
     name = entry.name.partition("/")[2] or own.environment
     if not name:

@@ -19,17 +19,17 @@ LINE_NAMES = {"text": "response", "num_tokens": "length", "is_ungraded": "ungrad
 class TextResponse:
     """A response and its grade.
 
-    text: without the `<think>` that the prompt may end with.
-    num_tokens: None where a server does not report it.
-    truncated: cut at the limit of tokens.
-    opened: the prompt ended with `<think>`.
+    text: the response without the `<think>` that its prompt may end with.
+    num_tokens: the length in tokens; None if a server does not report it.
+    truncated: whether the response was cut at the limit of tokens.
+    opened: whether the prompt ended with `<think>`.
     refusal: why the policy gave no response, else "".
-    index: among the question's samples.
-    rewards: term → [0, 1], empty while ungraded.
-    reward: their weighted sum.
+    index: the response's index among the question's samples.
+    rewards: term → reward in [0, 1]; empty while the response is ungraded.
+    reward: the weighted sum of the rewards.
     reason: the graders' reasons.
-    is_ungraded: a grader was called and failed.
-    episode: of several turns, its part of the line in samples.jsonl (`Episode.record`)."""
+    is_ungraded: whether a grader was called and failed.
+    episode: for a response of several turns, its fields in samples.jsonl (`Episode.record`)."""
 
     text: str
     num_tokens: int | None = None
@@ -82,7 +82,7 @@ def is_ungraded(line: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Sampling parameters. max_tokens: of the response."""
+    """Sampling parameters. max_tokens: the most tokens of a response."""
 
     temperature: float
     top_p: float
@@ -97,7 +97,7 @@ class Policy(Protocol):
     identity: dict[str, Any]
 
     async def start(self) -> None:
-        """Make it ready, before the first question. Raises RunError if that fails."""
+        """Make the policy ready, before the first question. Raises RunError if that fails."""
 
     async def respond(self, question: str, seed: int) -> TextResponse:
         """Sample one response. The same seed gives the same response, as far as the engine can
@@ -107,8 +107,8 @@ class Policy(Protocol):
         """Raise UserError where episodes of these prompts cannot be played."""
 
     async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
-        """Play one episode in the environment of `agents`, which may grade it. Raises RunError
-        where it fails again and again without the policy's doing."""
+        """Play one episode in the environment of `agents`, which may grade the episode. Raises
+        RunError if episodes fail again and again by no fault of the policy."""
 
     async def close(self) -> None:
         """Release everything. May be called twice, and without `start`."""

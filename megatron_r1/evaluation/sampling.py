@@ -57,7 +57,7 @@ class Grader:
 
 
 class Sampler:
-    """Samples every prompt `num_samples` times. Only what is in progress is in memory."""
+    """Samples every prompt `num_samples` times. Only responses in progress are in memory."""
 
     def __init__(
         self,
@@ -70,9 +70,9 @@ class Sampler:
         *,
         by_prompt: bool,
     ) -> None:
-        """grader: None to log responses ungraded. details: more fields for a response's line.
-        by_prompt: all samples of a prompt in a row, so that the engine can reuse its
-        cache; otherwise first samples of all prompts come first.
+        """grader: None to log responses ungraded. details: returns more fields for a response's
+        line. by_prompt: sample all responses to a prompt in a row, so that the engine can reuse its
+        cache; otherwise the first responses to all prompts come first.
 
         Raises UserError if the log has responses to other versions of the prompts."""
         self._policy, self._grader, self._log = policy, grader, log
@@ -212,8 +212,8 @@ def sample_seed(seed: int, prompt: PromptKey, index: int) -> int:
 
 
 class SamplingProgress:
-    """One line that changes on a terminal, about twenty lines in a log. Called with (finished,
-    wanted) after each sample."""
+    """Shows progress, as one line that changes on a terminal or about twenty lines in a log. Called
+    with (finished, wanted) after each sample."""
 
     def __init__(self) -> None:
         self._is_terminal = sys.stdout.isatty()

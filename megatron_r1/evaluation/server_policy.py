@@ -39,8 +39,8 @@ class ServerPolicy:
         key: str = "eval.server",
     ) -> None:
         """template: used with api "completions" only. shots: worked examples before every question.
-        key: of the recipe, for errors. Raises ValueError for a template that needs a tokenizer, and
-        for an api_key_env that is not set."""
+        key: the recipe's key of the server, for errors. Raises ValueError for a template that needs
+        a tokenizer, and for an api_key_env that is not set."""
         self._server, self._decoding, self._shots, self._key = server, decoding, shots, key
         self._chat = server.api == "chat"
         if not self._chat:
@@ -71,6 +71,8 @@ class ServerPolicy:
                 raise ServiceError(f"{url}: {error}; check {self._key}") from None
 
     async def respond(self, question: str, seed: int) -> TextResponse:
+        """Sample one response. A question that the server refuses gets no response. Raises
+        ServiceError if the server refuses every question, or is down."""
         try:
             reply = await self._service.request(self._body(question, seed))
         except Ungradable as error:
@@ -121,8 +123,8 @@ class ServerPolicy:
 
     def _is_opened(self, text: str, truncated: bool) -> bool:
         """Return whether the response starts inside a thought that the prompt opened. A server does
-        not show its chat template, and those of reasoning models end with <think>. So a truncated
-        response without any tag is taken for an unfinished thought, which has no answer."""
+        not show its chat template, and the templates of reasoning models end with <think>. So a
+        truncated response without any tag counts as an unfinished thought, which has no answer."""
         if not self._chat:
             return is_opened(find_template(self._template))
         return truncated and THINK not in text and END_THINK not in text
@@ -145,9 +147,9 @@ async def wait_until_listening(
 ) -> None:
     """Return when the host and port of `url` accept connections.
 
-    on_failure: called with the reason after each failed attempt. key: of the recipe, for the error.
-    Raises ServiceError after `wait_seconds`, which are few by default: a wrong address should show
-    at once, and the time that the server takes to start is known to the user only."""
+    on_failure: called with the reason after each failed attempt. key: the recipe's key of the
+    server, for the error. Raises ServiceError after `wait_seconds`. The default is short: a wrong
+    address should show at once, and only the user knows how long the server takes to start."""
     address = urlsplit(url)
     port = address.port or {"http": 80, "https": 443}[address.scheme]
     deadline = time.monotonic() + wait_seconds
@@ -173,8 +175,8 @@ async def wait_until_listening(
 
 @contextlib.asynccontextmanager
 async def report_waiting(name: str, reason: Callable[[], str]) -> AsyncIterator[None]:
-    """Print a line when the block begins, and one with the latest reason every few seconds. reason:
-    returns "" while none is known."""
+    """Print a line when the block begins, and a line with the latest reason every few seconds.
+    reason: returns the reason, or "" while none is known."""
     print(f"waiting for {name}", flush=True)
     began = time.monotonic()
 

@@ -27,9 +27,11 @@ from megatron_r1.rewards.runtime.pool import RewardPool
 
 @dataclass(frozen=True)
 class Summary:
-    """The results of one benchmark. metrics: name → estimate over questions; "length" in tokens,
-    the others fractions. counts: of questions and samples. passes, votes: k → pass@k and cons@k,
-    both empty where responses are compared with others and the metrics are win rates."""
+    """The results of one benchmark.
+
+    metrics: name → estimate over questions; "length" is in tokens, the others are fractions.
+    counts: the numbers of questions and samples.
+    passes, votes: k → pass@k, k → cons@k; both empty if the metrics are win rates."""
 
     title: str
     num_samples: int
@@ -79,8 +81,9 @@ async def summarize(
     part: Part = "summary",
     reading: str = "strict",
 ) -> Summary:
-    """Summarize a benchmark, whose samples must all be in the log. seed: of the resampling. part:
-    of a response that a judge compares. reading: where answers are read, `rewards.answer`."""
+    """Summarize a benchmark whose samples are all in the log. seed: the seed of the resampling.
+    part: the part of a response that a judge compares. reading: `rewards.answer`, the place where
+    answers are read."""
     prompts = prompt_set.prompts
     lines_of = log.read(map(prompt_set.key, prompts), prompt_set.num_samples)
     groups = [

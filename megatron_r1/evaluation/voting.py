@@ -49,8 +49,8 @@ def read_vote(
     kind: str = "",
     numeric: bool = False,
 ) -> Vote | None:
-    """Return the vote of a response; None without an answer. Arguments as of
-    `rewards.reading.read_answer`, by which the reward `kind` reads it, too."""
+    """Return the vote of a response; None without an answer. The answer is read as the reward
+    `kind` reads it, by `rewards.reading.read_answer`, whose arguments these are."""
     answer = read_answer(
         response, reading, opened=opened, plain_line=kind == "math", numeric=numeric
     ).text
@@ -125,9 +125,10 @@ async def majority_score(
     numeric: bool = False,
 ) -> float:
     """Return the score of the majority's answer, which cons@N averages; 0 without any vote.
-    opened, reading, numeric: as of `read_vote`. Answers
-    are compared by meaning only if that can change the outcome: for mathematics, if some answer is
-    right and the wrong ones together could outvote it."""
+
+    opened, reading, numeric: as for `read_vote`. Answers are compared by meaning only if that can
+    change the outcome: for mathematics, if some answer is right and the wrong answers together
+    could outvote it."""
     votes = [read_vote(text, opened, reading, kind=kind, numeric=numeric) for text in responses]
     if kind == "math":
         num_votes = sum(vote is not None for vote in votes)

@@ -52,8 +52,9 @@ class Affinity:
 
 @dataclass
 class Work:
-    """One group to sample, or one sequence to score. order: groups with a lower one go first.
-    affinity: of the conversation that it is a turn of. avoid: engines that failed at it."""
+    """One group to sample, or one sequence to score. order: work with a lower number goes first.
+    affinity: the engine that has the earlier turns of the same conversation. avoid: engines that
+    failed at this work."""
 
     num_sequences: int
     prompt_tokens: int
@@ -98,7 +99,8 @@ class Dispatcher:
         self._schedule()
 
     async def acquire(self, work: Work) -> Engine:
-        """Wait for an engine for `work`; `release` it afterwards. Raises what `fail` was given."""
+        """Wait until an engine is assigned to `work`, and return the engine; `release` it after
+        use. Raises the error that `fail` was given."""
         future = asyncio.get_running_loop().create_future()
         priority = (work.order, not work.avoid, -work.expected.longest, next(self._arrivals))
         heapq.heappush(self._waiting, (priority, work, future))
@@ -112,7 +114,7 @@ class Dispatcher:
             raise
 
     def release(self, engine: Engine, work: Work) -> None:
-        """Count `work` off: `engine` is no longer busy with it."""
+        """Record that `engine` is no longer busy with `work`."""
         engine.num_running -= work.num_sequences
         engine.num_occupied -= work.occupied
         engine.tokens_expected -= work.tokens
@@ -132,8 +134,8 @@ class Dispatcher:
             asyncio.get_running_loop().call_soon(self._assign)
 
     def _assign(self) -> None:
-        """Assign as much as there is room for. Work that avoids all engines with room lets what is
-        behind it pass."""
+        """Assign engines to waiting work while an engine has room. Work that avoids all engines
+        with room is passed by the work behind it."""
         self._is_scheduled = False
         passed = []
         while self._waiting and any(self._has_room(engine) for engine in self.engines):
@@ -155,8 +157,9 @@ class Dispatcher:
             heapq.heappush(self._waiting, entry)
 
     def _engine_for(self, work: Work) -> Engine | None:
-        """Return the least loaded engine with room, none that failed at `work` if there are
-        others. The one that has its prompt in its cache counts as less loaded by that prompt."""
+        """Return the least loaded engine with room; None if there is none. An engine that failed
+        at `work` is returned only if there are no other engines. The engine that has the prompt in
+        its cache counts as less loaded by the cost of the prompt."""
         others = [engine for engine in self.engines if engine not in work.avoid]
         free = [engine for engine in others or self.engines if self._has_room(engine)]
         preferred = work.affinity.preferred if work.affinity else None

@@ -22,7 +22,8 @@ class ExternalFleet(RolloutFleet):
     def __init__(
         self, urls: Sequence[str], log_folder: Path, *, max_model_len: int, **settings: Any
     ) -> None:
-        """max_model_len: tokens that each must have room for. settings: of `RolloutFleet`."""
+        """max_model_len: the tokens that each server must have room for. settings: arguments of
+        `RolloutFleet`."""
         super().__init__(len(urls), log_folder, max_model_len=max_model_len, **settings)
         self.urls = list(urls)
 
@@ -33,7 +34,7 @@ class ExternalFleet(RolloutFleet):
 
 
 class ExternalClient(EngineClient):
-    """A client that leaves the server's weights their name."""
+    """A client that does not rename the server's weights."""
 
     async def set_version(self, version: int) -> None: ...
 

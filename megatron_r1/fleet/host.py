@@ -46,7 +46,7 @@ class StopReason(Enum):
 
 
 class EngineHost:
-    """A link to the controller, and the engines that it orders here."""
+    """A link to the controller, and the engines that the controller orders here."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options

@@ -11,13 +11,13 @@ MEMORY_GROUPS = 64
 """Groups over which the moving averages extend: lengths drift while a policy learns, by far less
 than a factor of two within one step of the paper's 512 groups."""
 ENOUGH_GROUPS = 4
-"""Groups of its own before a kind of prompt is estimated apart from all others."""
+"""The groups of one kind of prompt that are needed to estimate that kind apart from the others."""
 
 
 @dataclass
 class ExpectedLength:
-    """Expected tokens of a response. mean: of all in a group. longest: of the longest in it.
-    num_groups: how many the estimate is from."""
+    """The expected number of tokens of a response. mean: the mean over a group. longest: the
+    longest response of a group. num_groups: the number of groups that the estimate is made from."""
 
     mean: float
     longest: float

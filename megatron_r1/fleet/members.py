@@ -7,7 +7,7 @@ from megatron_r1.fleet.dispatch import Dispatcher
 from megatron_r1.fleet.engine import Engine
 
 Notify = Callable[[str], None]
-"""Gets one line of text for a person, when an engine is replaced, joins or leaves."""
+"""Called with a line for a person when an engine is replaced, joins or leaves."""
 
 
 class Members:

@@ -23,8 +23,8 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class ServedGroup:
-    """A group that came back at time `at`, `seconds` after its request. tokens: of all responses.
-    longest: tokens of its longest response."""
+    """A group that came back at time `at`, `seconds` after its request. tokens: the tokens of all
+    its responses. longest: the tokens of its longest response."""
 
     at: float
     seconds: float
@@ -62,7 +62,8 @@ class Pace:
         return median(speeds) if speeds else 0.0
 
     def is_known(self, now: float) -> bool:
-        """Return whether it covers a whole window, with enough groups in it to be compared."""
+        """Return whether the engine has served for a whole window, and enough groups in it to be
+        compared with others."""
         self._forget(now)
         return now - self.began >= self.window and len(self._groups) >= ENOUGH_GROUPS
 

@@ -39,9 +39,12 @@ Weights = Mapping[str, float | Weight]
 class Reward:
     """The combined reward of one response.
 
-    total: weighted sum, which the policy is trained on. terms: each term's reward, in [0, 1].
-    reason: the terms' reasons, one line. ungraded: terms whose reward function raised. is_graded:
-    False if one of these has a weight, so that the total does not measure the response."""
+    total: the weighted sum, which the policy is trained on.
+    terms: each term's reward, in [0, 1].
+    reason: the terms' reasons, in one line.
+    ungraded: the terms whose reward function raised.
+    is_graded: False if an ungraded term has a weight, so that the total does not measure the
+        response."""
 
     total: float
     terms: dict[str, float]

@@ -23,10 +23,10 @@ def call_fields(
     """Return the keyword arguments of reward `kind`.
 
     For rewards in worker processes the prompt's own `fields` override the options. For served
-    rewards the recipe alone selects the service and the key: a data set with a column "model", or
-    one with a "url" of its own that would collect keys, changes nothing. Only where there are no
-    options (`megatron-r1 score`) do a line's own settings count, except api_key_env. `facts`
-    override both."""
+    rewards only the recipe selects the service and the key: a data set with a column "model"
+    changes nothing, nor does one with a column "url", which could collect keys. Only if there are
+    no options (`megatron-r1 score`) do the settings of a line count, except api_key_env. `facts`
+    override options and fields."""
     given = options.get(kind, {})
     if kind in REMOTE:
         from megatron_r1.rewards.remote.runner import settings_names  # aiohttp: a recipe needs none

@@ -74,11 +74,12 @@ def read_answer(
 ) -> Extraction:
     r"""Return the final answer of a response, read as `reading` says, after its chain of thought.
 
-    strict: `answer.extract`, with `plain_line`. tags: the one `<answer>` block. boxed: the last
-    `\boxed{}`. last: in the last line that is not blank, what follows `####` or "answer is"; the
-    last number of that where the truth is `numeric` (`is_number`), else all of it. auto: the first
-    of tags, boxed and last that is there. opened: the prompt ended with `<think>`. Linear in the
-    length of the response. Raises ValueError for another reading."""
+    reading: "strict" is `answer.extract`, with `plain_line`. "tags" is the one `<answer>` block.
+    "boxed" is the last `\boxed{}`. "last" is the text after `####` or "answer is" in the last line
+    that is not blank; if the truth is `numeric` (`is_number`), the last number of that text. "auto"
+    is the first of tags, boxed and last that is present.
+    opened: whether the prompt ended with `<think>`.
+    Linear in the length of the response. Raises ValueError for another reading."""
     if reading not in READINGS:
         raise ValueError(f"rewards.answer: {reading!r} is none of {', '.join(READINGS)}")
     if reading == "strict":

@@ -50,9 +50,9 @@ class RewardTerms:
         num_tokens: int | None,
         opened: bool,
     ) -> dict[str, Grade]:
-        """Return term → grade. num_tokens: None if unknown. opened: the prompt ended with
-        `<think>`. Raises ValueError for a reward that cannot be used, RunError for a service
-        that is down."""
+        """Return term → grade. num_tokens: the response's length; None if unknown. opened: whether
+        the prompt ended with `<think>`. Raises ValueError for a reward that cannot be used,
+        RunError for a service that is down."""
         facts: dict[str, object] = {"question": prompt.question}
         if num_tokens is not None:
             facts["num_tokens"] = num_tokens
@@ -64,8 +64,9 @@ class RewardTerms:
     async def check(
         self, terms: Collection[str], prompts: Iterable[Gradable], opened: bool = False
     ) -> None:
-        """Call every term and the own reward of one prompt of every kind, language and set of
-        fields: a row without a needed column must not stop the run at the step that draws it.
+        """Call the prompt's own reward and every term for one prompt of every kind, language and
+        set of fields: a row without a needed column must not stop the run at the step that draws
+        it.
 
         Raises UserError for a reward that cannot be imported, RewardUnusable for one that cannot
         grade what it is called with: a truth it does not understand, an option, a field or a
@@ -87,8 +88,9 @@ class RewardTerms:
                     raise RewardUnusable(f"{name} {trial.reason}{hint}", trial.missing)
 
     async def _try(self, term: str, prompt: Gradable, opened: bool) -> Grade:
-        """Return a grade, ungraded if the reward cannot be used. A user's own may raise where there
-        is no answer; one that also raises on a well-formed one is broken, or called wrongly."""
+        """Return a grade, which is ungraded if the reward cannot be used. A user's own reward may
+        raise where there is no answer; one that also raises on a well-formed answer is broken, or
+        called wrongly."""
         trial = (await self.grade([term], prompt, "", 0, opened))[term]
         if not trial.is_graded and _kind(term, prompt) not in REGISTRY | REMOTE:
             text = f"<think>I think.</think>\n<answer>{prompt.truth}</answer>"

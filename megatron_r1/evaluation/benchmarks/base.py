@@ -17,8 +17,8 @@ MAX_TOTAL_SECONDS = 600
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a benchmark. id: of the data set, or "". problem: without the instruction.
-    kind, truth, fields: as in `data.prompts.Prompt`."""
+    """One question of a benchmark. id: the question's id in the data set, or "". problem: the text
+    without the instruction. kind, truth, fields: as in `data.prompts.Prompt`."""
 
     id: str
     problem: str
@@ -33,12 +33,12 @@ class Benchmark:
 
     questions: turns rows into questions, lazily; raises ValueError with the row's place.
     instruction: the prompt, with {problem} where the problem goes.
-    hubs: repositories on the Hugging Face hub that hold it, the usual one first, each with a
-    function of the options that returns the files (glob patterns). A benchmark without any makes
-    its own questions and reads no rows.
+    hubs: repositories on the Hugging Face hub that hold the benchmark, the usual one first, each
+        with a function of the options that returns the files (glob patterns). A benchmark without
+        repositories makes its own questions and reads no rows.
     options: every option with its default.
-    compares: the truths are another model's responses, to which a judge compares; the results are
-    win rates. Its questions are of the kind judge."""
+    compares: whether the truths are another model's responses, with which a judge compares; the
+        results are then win rates, and the questions are of the kind judge."""
 
     questions: Callable[[Rows, Options], Iterator[Question]]
     instruction: str = "{problem}"

@@ -32,8 +32,8 @@ class LocalEngine:
         return EngineReport(self.order.engine, "running", url=url, coordinator=coordinator)
 
     def begin_stop(self) -> None:
-        """Stop it in a thread: an engine gets seconds to end by itself, while the host has to go on
-        reporting."""
+        """Stop the engine in a thread: it has seconds to end by itself, in which the host must go
+        on reporting."""
         if self.stopping is None:
             stop = self.server.stop if self.server else lambda: None
             self.stopping = threading.Thread(target=stop, daemon=True)
@@ -41,15 +41,15 @@ class LocalEngine:
 
 
 class LocalEngines:
-    """The engines of a host, or parts of engines, at most `num_engines`: each in a slot with its
-    share of the GPUs and a port of its own."""
+    """At most `num_engines` engines, or parts of engines, on one host. Each has a slot, with a
+    share of the GPUs and a port."""
 
     def __init__(
         self, num_engines: int, address: str, first_port: int | None, logs: Path | None
     ) -> None:
-        """address: of this host, where others reach the engines; they listen on it alone.
-        first_port: of the engine in slot 0; None: any free one. logs: folder for the engines' logs;
-        None: the controller's."""
+        """address: the address of this host at which others reach the engines; they listen on no
+        other. first_port: the port of the engine in slot 0; None for any free port. logs: the
+        folder for the engines' logs; None for the controller's folder."""
         self.num_engines, self.address = num_engines, address
         self.first_port, self.logs = first_port, logs
         self._engines: dict[str, LocalEngine] = {}
@@ -72,7 +72,7 @@ class LocalEngines:
         return [engine.report() for engine in self._engines.values()]
 
     def stop(self) -> None:
-        """Stop all at the same time, and wait for their end."""
+        """Stop all engines at the same time, and wait until they have ended."""
         for engine in self._engines.values():
             engine.begin_stop()
         for engine in self._engines.values():

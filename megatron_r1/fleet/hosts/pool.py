@@ -22,9 +22,9 @@ UNREACHABLE_SECONDS = 5.0
 
 
 class HostPool:
-    """Assigns engines to the hosts that report to it. An engine on several hosts gets all of them
-    at once: none waits for a second host while it keeps another from the first. Safe to use from
-    any thread.
+    """Assigns engines to the hosts that report to the pool. An engine on several hosts gets all of
+    them at once: no engine holds one host, which another engine could use, while it waits for a
+    second. Safe to use from any thread.
 
     A thread of its own exchanges messages with the hosts, so that a busy controller does not look
     dead. The pool restarts nothing that has died: the fleet decides that."""
@@ -39,11 +39,11 @@ class HostPool:
         needs_shared_memory: bool = False,
         notify: Callable[[str], None] = lambda message: None,
     ) -> None:
-        """bind: where hosts connect, as tcp://*:5557. hosts_per_engine: over how many every engine
-        is spread. silence_seconds: a host without a report for so long is lost.
-        needs_shared_memory: weights travel through this host's /dev/shm; refuse other hosts.
-        notify: gets a line when a host joins or leaves, from the pool's thread. Raises UserError if
-        the port is taken."""
+        """bind: the address at which hosts connect, such as tcp://*:5557. hosts_per_engine: the
+        number of hosts over which every engine is spread. silence_seconds: a host that sends no
+        report for this time is lost. needs_shared_memory: refuse other hosts, because weights
+        travel through this host's /dev/shm. notify: called in the pool's thread with a line when a
+        host joins or leaves. Raises UserError if the port is taken."""
         self.hosts_per_engine = hosts_per_engine
         self.silence_seconds, self.notify = silence_seconds, notify
         self._memory = shared_memory_identity() if needs_shared_memory else None
@@ -84,7 +84,7 @@ class HostPool:
             return count - len(self._waiting)
 
     def describe(self) -> str:
-        """Return in words which hosts are there, or why one was refused."""
+        """Return a description of the hosts that are there, or of why one was refused."""
         with self._lock:
             hosts = [f"{host.name} with {host.report.num_engines}" for host in self._hosts.values()]
         return self.refusal or ", ".join(hosts) or "no host has come"
@@ -95,7 +95,7 @@ class HostPool:
             self._waiting.append(engine)
 
     def remove(self, engine: RemoteEngine) -> None:
-        """Have an engine stopped; harmless if it has ended."""
+        """Order an engine's hosts to stop it; harmless if it has ended."""
         with self._lock:
             if engine in self._waiting:
                 self._waiting.remove(engine)
@@ -111,8 +111,8 @@ class HostPool:
             )
 
     def close(self) -> None:
-        """Order the hosts to leave, as the run is over, and wait for that. Safe to call more than
-        once."""
+        """Order the hosts to leave, because the run is over, and wait until they have left. Safe to
+        call more than once."""
         self._closing = True
         self._thread.join()
 
@@ -143,8 +143,8 @@ class HostPool:
         self._socket.close()
 
     def _listen(self) -> None:
-        """Receive reports for POLL_SECONDS and no longer: of many hosts, one always has sent
-        something."""
+        """Receive reports for POLL_SECONDS, and no longer: with many hosts another report is always
+        waiting."""
         deadline = time.monotonic() + POLL_SECONDS
         while (left := deadline - time.monotonic()) > 0 and self._socket.poll(int(left * 1000)):
             identity, payload = self._socket.recv_multipart()
@@ -188,9 +188,10 @@ class HostPool:
             self.notify(refusal)
 
     def _judge_ended(self) -> None:
-        """End an engine with the first part of it that ends. But ranks also end when those on
-        another host are lost, which only that host's silence shows: a part counts as the cause only
-        after the hosts of all others have reported since."""
+        """End every engine of which a part has ended, and record the part that ended first as the
+        cause. The ranks of a part also end when the ranks on another host are lost, and only the
+        silence of that host shows it. So a part counts as the cause only when the hosts of all
+        other parts have reported since."""
         for engine in list(self._placed.values()):
             ended = [(part.ended, part.index) for part in engine.parts if part.ended is not None]
             if not ended:

@@ -13,9 +13,12 @@ from megatron_r1.fleet.hosts.wire import EngineOrder, EngineReport, HostReport
 
 @dataclass(eq=False)
 class HostRecord:
-    """The controller's record of one engine host. heard, reached: when its last report
-    arrived, and when a message to it was last accepted (time.monotonic); assigned: by the engine's
-    name, the parts that it runs; num_deaths: of these, those that ended here without an order."""
+    """The controller's record of one engine host.
+
+    heard: when its last report arrived (time.monotonic).
+    reached: when the socket last accepted a message to it (time.monotonic).
+    assigned: the parts of engines that it runs, by the engine's name.
+    num_deaths: the number of engines that a part on this host has ended, without an order."""
 
     report: HostReport
     heard: float
@@ -36,9 +39,9 @@ class HostRecord:
 
 @dataclass(eq=False)
 class RemotePart:
-    """The part of `engine` that one host runs: all of it, or an equal share. host: None while it
-    waits for one; report: the host's last; ended: when that first reported its end
-    (time.monotonic)."""
+    """The part of `engine` that one host runs: the whole engine, or an equal share. host: None
+    while the part waits for a host. report: the host's last report of the part. ended: when the
+    host first reported that the part has ended (time.monotonic)."""
 
     engine: RemoteEngine
     index: int
@@ -48,17 +51,18 @@ class RemotePart:
 
 
 class RemoteEngine:
-    """An engine that should run on hosts of a pool. Once a host of it is lost or a part of it has
-    ended, it never runs again, even if that host comes back.
+    """An engine that should run on hosts of a pool. Once it has lost a host, or a part of it has
+    ended, it never runs again, even if the host comes back.
 
-    loss: which of its hosts is lost, and how that was noticed. first_ended: the part whose end
-    ended the engine."""
+    loss: which host was lost, and how the loss was noticed. first_ended: the part whose end ended
+    the engine."""
 
     def __init__(
         self, model: Path, log_path: Path, num_hosts: int, settings: dict[str, Any]
     ) -> None:
-        """num_hosts: the engine is spread over so many, and gets them all at once. settings: of
-        `EngineSettings`, but for host, port, part and GPUs, which its hosts set."""
+        """num_hosts: the number of hosts over which the engine is spread; it gets all at once.
+        settings: fields of `EngineSettings`, except host, port, part and GPUs, which its hosts
+        set."""
         self.name = uuid.uuid4().hex
         self.model, self.log_path = Path(model).resolve(), Path(log_path).resolve()
         self.settings = settings
@@ -78,8 +82,8 @@ class RemoteEngine:
         return report.url if report is not None else ""
 
     def order(self, part: RemotePart) -> EngineOrder | None:
-        """Return the order for the host of a part, or None while the coordinator's address is not
-        known, which the first part reports and the others need."""
+        """Return the order for the host of a part. Return None while the coordinator's address is
+        unknown: the first part reports it, and the other parts need it."""
         log = self.log_path  # parts may share a folder, so each has a file
         if part.index:
             log = log.with_stem(f"{log.stem}-part-{part.index}")
@@ -93,7 +97,7 @@ class RemoteEngine:
         return EngineOrder(*settings, EnginePart(part.index, len(self.parts), coordinator))
 
     def describe_end(self) -> str:
-        """Return how it ended, as its hosts report it; empty while it may run."""
+        """Return how the engine ended, as its hosts report it; "" while it may run."""
         part = self.first_ended
         if self.loss or part is None:
             return self.loss
@@ -102,8 +106,9 @@ class RemoteEngine:
 
 
 def choose_hosts(free: dict[HostRecord, int], count: int) -> list[HostRecord]:
-    """Return `count` hosts for an engine, or none if there are not enough: those where fewest
-    engines died, and of these the ones with most room. free: slots of each host."""
+    """Return `count` hosts for an engine, or [] if there are not enough: hosts with the fewest
+    deaths first, and among equals those with the most free slots. free: the free slots of each
+    host."""
     able = [host for host, slots in free.items() if slots > 0]
     able.sort(key=lambda host: (host.num_deaths, -free[host]))
     return able[:count] if len(able) >= count else []

@@ -16,12 +16,12 @@ gone."""
 
 
 class RemoteServer(Server):
-    """An engine that is started wherever there is room, now or later."""
+    """An engine that is started on any host that has room, now or later."""
 
     poll_seconds = 0.1
 
     def __init__(self, pool: HostPool, model: Path, log_path: Path, **settings: Any) -> None:
-        """Order nothing yet: `start` does. settings: as `RemoteEngine`'s."""
+        """Prepare the engine; `start` orders it. settings: as for `RemoteEngine`."""
         self.pool = pool
         self.engine = RemoteEngine(model, log_path, pool.hosts_per_engine, settings)
         self._is_stopped = False
@@ -42,11 +42,11 @@ class RemoteServer(Server):
         self.pool.add(self.engine)
 
     def is_alive(self) -> bool:
-        """Return whether it runs or waits for hosts."""
+        """Return whether the engine runs or waits for hosts."""
         return not (self._is_stopped or self.engine.describe_end())
 
     def stop(self) -> None:
-        """Stop it, and wait until its hosts report that; harmless if it has ended."""
+        """Stop the engine, and wait until its hosts report that; harmless if it has ended."""
         if self._is_stopped:
             return
         self._is_stopped = True

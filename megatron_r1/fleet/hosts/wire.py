@@ -33,9 +33,9 @@ class EngineReport(msgspec.Struct, frozen=True):
 
 
 class HostReport(msgspec.Struct, frozen=True):
-    """Host → controller: what runs there. num_engines: its slots, for engines or parts of them;
-    shared_memory: identity of its /dev/shm, the same only for hosts that share it; leaving: it is
-    about to exit."""
+    """Host → controller: what runs there. num_engines: the host's slots, for engines or parts of
+    engines. shared_memory: the identity of its /dev/shm, the same only for hosts that share it.
+    leaving: the host is about to exit."""
 
     name: str
     num_engines: int
@@ -45,8 +45,8 @@ class HostReport(msgspec.Struct, frozen=True):
 
 
 class EngineOrder(msgspec.Struct, frozen=True):
-    """An engine that should run. settings: of `EngineSettings`, but for the host's own; part: the
-    host's, of an engine over several hosts."""
+    """An engine that should run. settings: fields of `EngineSettings`, except those that the host
+    sets. part: the part that the host runs, of an engine over several hosts."""
 
     engine: str
     model: str
@@ -56,9 +56,9 @@ class EngineOrder(msgspec.Struct, frozen=True):
 
 
 class Orders(msgspec.Struct, frozen=True):
-    """Controller → host: the engines that should run there, and no others; finished: the run is
-    over, the host is no longer needed; silence_seconds: after so long without a message from the
-    controller, the host stops its engines; refusal: why this host cannot serve this run."""
+    """Controller → host: the engines that should run there, and no others. silence_seconds: the
+    time without a message from the controller after which the host stops its engines. finished: the
+    run is over, and the host is no longer needed. refusal: why this host cannot serve this run."""
 
     silence_seconds: float
     engines: list[EngineOrder] = []

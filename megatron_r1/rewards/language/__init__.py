@@ -38,9 +38,8 @@ def grade(
 
 
 def judged_words(thought: str) -> WordCount:
-    """Count the words of the prose, and those of code, formulae and symbols beyond the free share.
-
-    A thought without prose has no words."""
+    """Count the words of the prose, and the words in code, formulae and symbols that exceed the
+    free share. A thought without prose has no words."""
     parts = prose(thought)
     words = count_words(parts.text)
     neutral = count_words(parts.inline).plus(count_words(parts.fenced), FENCED_WEIGHT)

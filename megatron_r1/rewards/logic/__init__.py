@@ -93,7 +93,7 @@ def grade(
 
 
 def _cannot_score(scorer: Callable[[str, Any], float], entry: Any) -> bool:
-    """Whether the scorer raises on the entry's own answer, too: then the entry is at fault."""
+    """Whether the scorer raises on the entry's own answer too, so that the entry is at fault."""
     if entry["answer"] is None:
         return False
     try:

@@ -23,7 +23,7 @@ AFTER = re.compile(
 
 
 def changes_box(text: str) -> bool:
-    """Return whether the text beside its last box changes the box's value, or denies it."""
+    """Return whether the text beside the last box changes the box's value, or denies it."""
     span = box_span(text)
     if span is None:
         return False

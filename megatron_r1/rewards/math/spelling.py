@@ -153,8 +153,8 @@ def spell(text: str) -> str:
 
 
 def _unbraced(text: str) -> str:
-    """Return the inside of braces around all of `text` that only group: of `{204}`, not of the set
-    `{1, 4}`."""
+    """Return `text` without braces around all of it that only group, as in `{204}`; the braces of
+    the set `{1, 4}` stay."""
     while encloses("{", "}", text) and not re.search("[,;]", text):
         text = text[1:-1].strip()
     return text

@@ -51,8 +51,8 @@ class JudgeSettings(ServiceSettings):
 
 
 def compared_part(options: dict[str, Any]) -> Part | None:
-    """Return the part of a response that a judge with these options compares; None for one that
-    verifies. options: those of `rewards.options.judge`, validated before."""
+    """Return the part of a response that a judge with these options compares; None for a judge that
+    verifies. options: `rewards.options.judge`, after validation."""
     settings = JudgeSettings.model_fields
     if options.get("mode", settings["mode"].default) != "compare":
         return None

@@ -53,9 +53,10 @@ def check_template(template: str | None) -> str | None:
 def response_part(response: str, part: Part, opened: bool) -> Extraction:
     """Return one part of a response.
 
-    summary: the text after the thought, stripped; all of a response without a thought, none where
-    the thought is never closed. response: all of it, thought included. opened: the prompt ended
-    with `<think>`, which is put back before the whole response."""
+    part: "summary" is the text after the thought, stripped: the whole text of a response without a
+    thought, and no text if the thought is never closed. "response" is the whole response with its
+    thought. opened: whether the prompt ended with `<think>`, which is then put back before the
+    whole response."""
     if part == "response":
         text = THINK + response if opened else response
         return Extraction(text) if response.strip() else Extraction(None, "the response is empty")
@@ -73,8 +74,8 @@ def break_control_tokens(text: str) -> str:
 
 
 def cut_middle(text: str, max_chars: int) -> str:
-    """Cut `text` to about `max_chars`: as much of its beginning as of its end, where the answer
-    is, with a note of how much is missing between them."""
+    """Cut `text` to about `max_chars`: equal parts of its beginning and of its end, where the
+    answer is, with a note between them of how much is missing."""
     if len(text) <= max_chars:
         return text
     half = max_chars // 2

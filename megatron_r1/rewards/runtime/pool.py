@@ -1,9 +1,8 @@
 """Rewards graded in killable worker processes, awaited from the controller.
 
 A reward function may hang inside a C call, use all memory or end its process; none of that reaches
-the run. The first job of a worker's queue has `timeout_seconds` of wall time, counted from when it
-starts (the import of its module is not counted); then the worker's process group is killed and
-replaced."""
+the run. A job has `timeout_seconds` of wall time from its start (the import of its module does not
+count); then the worker's process group is killed and replaced."""
 
 import asyncio
 import itertools
@@ -37,14 +36,15 @@ EMPTY = msgspec.Raw(b'""')
 SMALL_LIMIT_BYTES = 512 * 2**20
 """About the address space that importing the largest reward, with sympy, takes."""
 LEVELS = ("queued", "running")
-"""The numbers of a snapshot that are levels; the others count since the start."""
+"""The numbers of a snapshot that are levels; the others are counts since the start."""
 
 
 @dataclass(eq=False)
 class OutstandingJob:
     """A job that is queued or running, and the future that `RewardPool.grade` awaits.
 
-    worker_pid: None in the queue. since: time.monotonic() when it got there."""
+    worker_pid: the worker that runs the job; None while the job is queued. since: time.monotonic()
+    when the job was queued, or sent to the worker."""
 
     job: EncodedJob
     timeout_seconds: float
@@ -132,8 +132,8 @@ class RewardPool:
         return await pending.result
 
     def _as_json(self, response: str) -> msgspec.Raw:
-        """Return `response` encoded, which `frame` then copies: the terms of a reward are graded
-        one after the other, and encoding 30,000 tokens takes 0.2 ms."""
+        """Return `response` as JSON, encoded once for all terms of its reward, which are graded one
+        after the other: encoding 30,000 tokens takes 0.2 ms."""
         if response is not self._encoded[0]:
             try:
                 encoded = msgspec.json.encode(response)
@@ -143,10 +143,10 @@ class RewardPool:
         return self._encoded[1]
 
     def snapshot(self) -> dict[str, int]:
-        """Return counts since the start, and the numbers of jobs now queued and running.
+        """Return counts since the start, and the numbers of jobs that are queued and running now.
 
-        graded: calls that returned a grade. timeouts, crashes (a retried crash counts twice),
-        out_of_memory, errors: calls that did not."""
+        graded: calls that returned a grade. timeouts, crashes, out_of_memory, errors: calls that
+        returned none; a crash that was retried counts twice."""
         counts = {name: self._counters[name] for name in COUNTERS}
         counts |= {"queued": len(self._queue), "running": len(self._running)}
         return counts | self._remote.snapshot()

@@ -72,7 +72,7 @@ class JobStatus(msgspec.Struct):
 
 
 def main(memory_limit_bytes: int) -> None:
-    """Serve jobs until stdin ends, or one of them exceeds the limit on address space."""
+    """Serve jobs until stdin ends, or a job exceeds the limit on address space."""
     end_without_parent()
     resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

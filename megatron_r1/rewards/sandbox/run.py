@@ -80,8 +80,8 @@ def launch(
     files: Mapping[str, bytes],
     compiler: bool = False,
 ) -> SandboxProcess:
-    """Start a sandbox, whose files `stack` closes; the caller closes the sandbox before. stdin: as
-    of `Popen`; the others as of `run`."""
+    """Start a sandbox. `stack` closes its files; the caller closes the sandbox before that. stdin:
+    as for `Popen`; the other arguments: as for `run`."""
     contents = [build_filter(compiler=compiler), *files.values()]
     fds = [stack.enter_context(sealed_file(content)).fileno() for content in contents]
     options = ["--seccomp", str(fds[0])]
@@ -130,9 +130,9 @@ def _run_once(
 def _view(compiler: bool, disk_bytes: int) -> tuple[str, ...]:
     """Return bwrap's options for the files of the sandbox.
 
-    It sees read-only the shared libraries and the interpreter or, with `compiler`, the system's
-    programs and headers; no /etc, /home, /root, /proc, /sys, /tmp, and no device but /dev/null.
-    Only the compiler gets a writable working folder, of `disk_bytes`."""
+    A program sees the shared libraries and the interpreter or, with `compiler`, the system's
+    programs and headers, all read-only. It sees no /etc, /home, /root, /proc, /sys, /tmp, and no
+    device except /dev/null. Only the compiler has a writable working folder, of `disk_bytes`."""
     arguments: list[str] = []
     for folder in LIBRARIES + (COMPILER_FOLDERS if compiler else ()):
         if os.path.isdir(folder) and not os.path.islink(folder):

@@ -15,7 +15,7 @@ from megatron_r1.rewards.sandbox.run import launch
 
 INSIDE = (Path(__file__).parent / "inside_session.py").read_text(encoding="utf-8")
 GRACE_SECONDS = 0.5
-"""A cell is interrupted at the end of its time; one that prevents that is killed so much later."""
+"""The time between the interruption of a cell whose time is over and its end by force."""
 MAX_SOURCE_BYTES = 32 * 1024
 """Less than a pipe holds: sending a cell never blocks."""
 
@@ -27,8 +27,8 @@ class SessionEnded(Exception):
 class PythonSession:
     """An interpreter that starts at once; `close` ends it.
 
-    limits: cpu_seconds is of all calls together, memory_mib of the process, output_mib of what one
-    call may print. Raises as `run.launch`."""
+    limits: cpu_seconds limits all calls together, memory_mib the process, output_mib the output of
+    one call. Raises as `run.launch`."""
 
     def __init__(self, limits: Limits) -> None:
         self._stack = contextlib.ExitStack()
@@ -42,9 +42,9 @@ class PythonSession:
             self._stack = stack.pop_all()
 
     def run(self, source: str, seconds: float) -> str:
-        """Return what a cell printed, its last expression's value and its error. Raises ValueError
-        for a source of over `MAX_SOURCE_BYTES`, SessionEnded where the interpreter ends. Any other
-        exception, as that of an alarm, ends the interpreter too."""
+        """Return what a cell printed, the value of its last expression, and its error. Raises
+        ValueError for a source of more than `MAX_SOURCE_BYTES`, SessionEnded if the interpreter
+        ends. Any other exception, such as an alarm's, ends the interpreter too."""
         content = f"{seconds:.3f}\n{source}".encode("utf-8", "replace")
         if len(content) > MAX_SOURCE_BYTES:
             raise ValueError(f"a cell has at most {MAX_SOURCE_BYTES:,} bytes")
