@@ -98,10 +98,11 @@ def turns_of(tree: TokenTree, decode: Callable[[Sequence[int]], str]) -> list[Tu
         count, last = len(node.token_ids), len(node.messages) - 1
         if node.policy_versions is not None:
             version = node.policy_versions[-1] if node.policy_versions else None
-            turns.append(Turn("assistant", decode(node.token_ids), count, True, version))
+            text = decode(node.token_ids)
+            turns.append(Turn("assistant", text, count, trained=True, policy_version=version))
             continue
         turns += [
-            Turn(message["role"], _text(message), count if at == last else 0, False)
+            Turn(message["role"], _text(message), count if at == last else 0, trained=False)
             for at, message in enumerate(node.messages)
         ]
     return turns

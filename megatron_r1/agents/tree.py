@@ -183,10 +183,10 @@ class TokenTree:
                 versions += node.policy_versions
         return Branch(
             _joined("i", (node.token_ids for node in nodes)),
-            bytes(is_sampled),
-            logprobs,
-            versions,
-            b"".join(bytes(node.routing) for node in nodes),
+            is_sampled=bytes(is_sampled),
+            logprobs=logprobs,
+            policy_versions=versions,
+            routing=b"".join(bytes(node.routing) for node in nodes),
         )
 
 

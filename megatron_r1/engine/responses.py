@@ -154,7 +154,8 @@ def checked(
     if vocab_size and len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ValueError(f"tokens {ids.min()} to {ids.max()} of {vocab_size}")
     versions = _version_per_token(spans, len(ids))
-    return Response(token_ids, logprobs, versions, finish_reason or "abort", routing)
+    reason = finish_reason or "abort"
+    return Response(token_ids, logprobs, versions, finish_reason=reason, routing=routing)
 
 
 def _check_logprobs(token_ids: Sequence[int], logprobs: array[float]) -> None:

@@ -90,11 +90,11 @@ class EnginePolicy:
         prompt_ids = self._text.encode(question)
         if len(prompt_ids) >= self._room:
             refusal = f"the prompt has {len(prompt_ids)} tokens, the model room for {self._room}"
-            return TextResponse("", 0, False, opened, refusal)
+            return TextResponse("", num_tokens=0, opened=opened, refusal=refusal)
         max_tokens = min(self._decoding.max_tokens, self._room - len(prompt_ids))
         response = await self._generate(prompt_ids, max_tokens, seed)
         ids, truncated = response.token_ids, response.finish_reason == "length"
-        return TextResponse(self._text.decode(ids), len(ids), truncated, opened)
+        return TextResponse(self._text.decode(ids), len(ids), truncated=truncated, opened=opened)
 
     async def check(self, agents: AgentsConfig, prompts: Sequence[Prompt]) -> None:
         """Begin an episode for one prompt of each set of fields. Raises UserError for a template

@@ -61,15 +61,16 @@ class GradedSample:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any], prompt: Prompt, part: Part, reading: str) -> Self:
-        """Return what a line of the log counts. reading: `rewards.answer`."""
+        """Return the sample of a line of the log. reading: `rewards.answer`."""
         text, opened = line["response"], line["opened"]
+        numeric = expects_number(prompt)
         return cls(
-            float(line["reward"]),
-            line["length"],
-            line["truncated"],
-            is_ungraded(line),
-            read_vote(text, opened, reading, kind=prompt.kind, numeric=expects_number(prompt)),
-            length_difference(text, opened, str(prompt.truth), part),
+            reward=float(line["reward"]),
+            length=line["length"],
+            truncated=line["truncated"],
+            ungraded=is_ungraded(line),
+            vote=read_vote(text, opened, reading, kind=prompt.kind, numeric=numeric),
+            difference=length_difference(text, opened, str(prompt.truth), part),
         )
 
 
@@ -122,7 +123,14 @@ async def summarize(
     }
     if votes:
         counts["without_answer"] = sum(s.vote is None for s in samples)
-    return Summary(prompt_set.title, prompt_set.num_samples, metrics, counts, passes, votes)
+    return Summary(
+        prompt_set.title,
+        prompt_set.num_samples,
+        metrics=metrics,
+        counts=counts,
+        passes=passes,
+        votes=votes,
+    )
 
 
 def _pass(group: Sequence[GradedSample], k: int) -> float:

@@ -115,7 +115,7 @@ class TurnParser:
             job.text, request, enable_auto_tools=True, model_output_token_ids=job.token_ids
         )
         found = [tool_call(call.name, call.arguments, call.id) for call in calls or []]
-        return ParseReply("parsed", "", reasoning, content, found)
+        return ParseReply("parsed", reasoning=reasoning, content=content, tool_calls=found)
 
 
 def _require(kind: str, name: str, known: list[str]) -> None:

@@ -273,9 +273,13 @@ class RewardPool:
         counter = {"graded": "graded", "memory": "out_of_memory"}.get(reply.status, "errors")
         limit = f" of {self.memory_limit_bytes / 2**20:.0f} MiB" if reply.status == "memory" else ""
         try:
-            is_graded = reply.status != "failed"
-            reason = reply.reason + limit
-            grade = Grade(reply.reward, reason, is_graded, reply.verdict, reply.missing)
+            grade = Grade(
+                reply.reward,
+                reply.reason + limit,
+                is_graded=reply.status != "failed",
+                verdict=reply.verdict,
+                missing=reply.missing,
+            )
         except ValueError as error:
             counter, grade = "errors", Grade(0.0, str(error))
         self._counters[counter] += 1

@@ -91,7 +91,7 @@ class SandboxProcess:
             message = shorten(stderr.decode("utf-8", "replace"), 300) or "no message"
             raise SandboxError(f"bubblewrap could not build a sandbox: {message}")
         status = 128 + signal.SIGKILL if exit_status is None else exit_status
-        return ProgramOutcome(stdout, stderr, status, seconds, stopped)
+        return ProgramOutcome(stdout, stderr, status=status, seconds=seconds, stopped=stopped)
 
     def close(self) -> None:
         """Kill the sandbox if it still runs. Safe in any state."""
