@@ -12,6 +12,7 @@ from math_verify import verify
 from megatron_r1.rewards.answer import unwrap
 from megatron_r1.rewards.math import text as math_text
 from megatron_r1.rewards.math.layout import unstyled
+from megatron_r1.rewards.math.members import distinct_members, paired_members, read_list
 from megatron_r1.rewards.math.number import PERCENT, read_number, same_number
 from megatron_r1.rewards.math.refusal import is_division, is_unfinished, refusal
 from megatron_r1.rewards.math.relation import (
@@ -290,7 +291,7 @@ def _compare_lists(expected: str, answer: str) -> bool | None:
     """Compare lists, sets, tuples and intervals; None where neither text is one.
 
     Sets and bare lists have no order, tuples and intervals have one."""
-    truth_list, answer_list = _structure(expected), _structure(answer)
+    truth_list, answer_list = read_list(expected), read_list(answer)
     if truth_list is None and answer_list is None:
         return None
     # Not by members: `(0, 1) \cup (1, 2)` may be written in another order (`_compare_sets`).
@@ -303,8 +304,8 @@ def _compare_lists(expected: str, answer: str) -> bool | None:
             return False
     truth_list = truth_list or Structure("", (expected,))
     answer_list = answer_list or Structure("", (answer,))
-    left, right, has_order = _members(truth_list, answer_list)
-    left, right = _distinct(left, truth_list), _distinct(right, answer_list)
+    left, right, has_order = paired_members(truth_list, answer_list)
+    left, right = distinct_members(left, truth_list), distinct_members(right, answer_list)
     if len(left) != len(right) or len(left) > MAX_MEMBERS:
         return False
     pairs = {truth_list.brackets, answer_list.brackets}
@@ -314,46 +315,6 @@ def _compare_lists(expected: str, answer: str) -> bool | None:
     if len(pairs) > 1 and pairs != {"", "()"}:
         return False
     return all(equivalent(one, other) for one, other in zip(left, right, strict=True))
-
-
-def _structure(text: str) -> Structure | None:
-    r"""Read the structure of `text` without a leading `(x, y) = ` or `x \in `."""
-    chain = read_chain(text) if len(split(text, SEPARATORS)) == 1 else None
-    if chain is not None and set(chain.relations) <= {EQUAL, MEMBER} and is_name(chain.sides[0]):
-        text = chain.sides[-1]
-    return read_structure(text)
-
-
-def _members(truth: Structure, answer: Structure) -> tuple[list[str], list[str], bool]:
-    """Return the members of both, and whether names give them an order. Names are removed where
-    only one side has them, and where all are the same: `x = 3 or x = -1`."""
-    (names, left), (other_names, right) = _values(truth), _values(answer)
-    if names and other_names and (len(set(names)) > 1 or set(names) != set(other_names)):
-        return list(truth.members), list(answer.members), False
-    return left, right, max(len(set(names)), len(set(other_names))) > 1
-
-
-def _values(side: Structure) -> tuple[tuple[str, ...], list[str]]:
-    """Return the members' names (none unless all, or only the first, have one) and their values."""
-    names: list[str] = []
-    values: list[str] = []
-    for member in side.members:
-        chain = read_chain(member)
-        if chain is not None and chain.relations == (EQUAL,) and is_name(chain.sides[0]):
-            names.append(squeeze(chain.sides[0]))
-            values.append(chain.sides[1])
-        else:
-            values.append(member)
-    if names and len(names) < len(values) and len(names) > 1:
-        return (), list(side.members)
-    return (tuple(names) if len(names) == len(values) else ()), values
-
-
-def _distinct(members: list[str], side: Structure) -> list[str]:
-    """Return the members; in a list without an order, a repeated member counts once."""
-    if side.brackets and not side.is_set:
-        return members
-    return list({squeeze(member): member for member in members}.values())
 
 
 def _compare_sets(expected: str, answer: str) -> bool | None:
