@@ -196,8 +196,8 @@ class EnvironmentProcess:
         return await self._checked("reward", answer)
 
     async def finish(self) -> bool:
-        """Close the episode's environment. Return whether the process may play another episode: not
-        after an error of `close`, which would be taken for an error of that episode."""
+        """Close the episode's environment. Return whether the process may play another episode; not
+        after an error of `close`, which must not be taken for an error of the next episode."""
         with contextlib.suppress(EnvironmentFault):
             return "error" not in await self._send("close", [], CLOSE_SECONDS) and self.is_reusable
         return False

@@ -137,7 +137,7 @@ def _message(body: Body) -> Message:
     body.ignore("name", "refusal", "annotations", "cache_control", "provider_specific_fields", "id")
     content = body.take("content", (str, list), None if role == "assistant" else REQUIRED)
     text = text_of(content, body.path("content"))
-    # `developer` is OpenAI's newer name of the system's role, which chat templates do not know.
+    # `developer` is OpenAI's newer name of the role that chat templates call `system`.
     message = {"role": "system" if role == "developer" else role, "content": text}
     if role == "tool":
         message["tool_call_id"] = body.take("tool_call_id", str)
