@@ -164,8 +164,8 @@ class RolloutFleet:
 
     @contextlib.contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
-        """Count no engine as dead that is silent for up to `seconds` inside the block: engines
-        that wait for weights answer nothing."""
+        """Allow engines to be silent for `seconds` inside the block, while they wait for weights,
+        before they count as dead."""
         self.replacement.patience_seconds = seconds
         try:
             yield
@@ -179,10 +179,12 @@ class RolloutFleet:
 
         Sequences in flight continue under the new weights; their earlier tokens keep their version.
         An engine that did not receive the weights, or whose connection breaks, is replaced. An
-        engine in `repeatable` that did not receive the weights is paused and returned instead: the
-        caller sends the weights again and calls `push` once more. Raises ValueError for a `version`
-        that is not above the current one. Raises EngineError if an engine refuses the weights, or
-        dies and no restart is left; the fleet is unusable from then on."""
+        engine in `repeatable` that did not receive the weights stays paused and is returned
+        instead: the caller sends the weights again and calls `push` once more.
+
+        Raises ValueError for a `version` that is not above the current one. Raises EngineError if
+        an engine refuses the weights, or dies and no restart is left; the fleet is unusable from
+        then on."""
         self.members.require_usable()
         if version <= self.version:
             raise ValueError(

@@ -140,7 +140,7 @@ def _item(body: Body) -> Message:
         body.ignore("encrypted_content")
         summary = text_of(body.take("summary", list, []), body.path("summary"), ("summary_text",))
         parts = body.take("content", list, [])
-        # `content` has the whole thought, and may be absent: the protocol requires the summary only.
+        # `content` has the whole thought, but the protocol requires the summary only.
         thought = text_of(parts, body.path("content"), ("reasoning_text",)) or summary
         message = {"role": "assistant", "content": "", "reasoning_content": thought}
     body.finish()

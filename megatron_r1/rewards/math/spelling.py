@@ -84,7 +84,7 @@ SPELLINGS: tuple[tuple[str, Replacement], ...] = (
     (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\(?:mathrm|mathit|mathbf|mathsf|text(?:bf|it|rm|sf|normal)|mbox)\s*(?=\{)", r"\\text"),
-    # Constants and differentials may be set upright; any other letter in `\text{}` is a word.
+    # Constants and the differential may be set upright.
     (r"\\text\s*\{\s*([eid])\s*\}", r" \1 "),
     (r"\\text\s*\{[\s,]*(and|or)\s*\}", r" \1 "),
     (r"\\text\s*\{\s*\}", ""),
