@@ -133,6 +133,7 @@ def _user(blocks: list[Body]) -> list[Message]:
             output = text_of(block.take("content", (str, list), ""), block.path("content"))
             results.append({"role": "tool", "content": output, "tool_call_id": call_id})
         block.finish()
+    # In Chat Completions' form, which templates read, a call's results follow the call at once.
     typed = [{"role": "user", "content": "".join(texts)}] if texts or not results else []
     return results + typed
 
@@ -155,7 +156,7 @@ def _assistant(blocks: list[Body]) -> Message:
             call = tool_call(block.take("name", str), arguments, block.take("id", str))
             message.setdefault("tool_calls", []).append(call)
         else:
-            block.ignore("data")
+            block.ignore("data")  # encrypted by Anthropic for its own models
         block.finish()
     return message
 
@@ -169,6 +170,7 @@ def _tool(body: Body) -> dict[str, Any]:
 def _blocks(turn: TurnReply) -> list[dict[str, Any]]:
     blocks: list[dict[str, Any]] = []
     if turn.reasoning is not None:
+        # The protocol's thinking has a signature, which clients send back; `_assistant` ignores it.
         blocks.append({"type": "thinking", "thinking": turn.reasoning, "signature": turn.id})
     if turn.message["content"]:
         blocks.append({"type": "text", "text": turn.message["content"]})
