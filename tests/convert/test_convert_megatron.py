@@ -9,7 +9,7 @@ from random_folder import write_folder
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from small_models import MODELS
-from test_convert_round_trips import WIDE
+from wide_model import WIDE
 
 from tools.convert import reload_check
 

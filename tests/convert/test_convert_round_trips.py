@@ -5,19 +5,10 @@ import torch
 from fp8_folder import dequantize, publish
 from random_folder import write_folder
 from safetensors.torch import load_file, save_file
-from small_models import DEEPSEEK, FIRST, MODELS
+from small_models import FIRST, MODELS
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from wide_model import WIDE
 
-# Blocks cut off on both sides, several blocks, and a matrix smaller than one.
-WIDE = {
-    **DEEPSEEK,
-    "hidden_size": 192,
-    "intermediate_size": 300,
-    "q_lora_rank": 136,
-    "kv_lora_rank": 140,
-    "num_hidden_layers": 2,
-    "num_nextn_predict_layers": 1,
-}
 FP8_MODELS = {"deepseek": WIDE, "qwen": MODELS["qwen-tied"], "llama": MODELS["llama3"]}
 
 

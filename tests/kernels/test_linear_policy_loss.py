@@ -6,40 +6,11 @@ import formulae
 import pytest
 import torch
 from formulae import near
+from policy_loss_cases import SETTINGS, expected, whole_problem
 from r1_kernels import linear_policy_loss
-from test_policy_loss import SETTINGS
 
 # fp32 sums of 29 and of 37 terms of order 10, scaled by weights of order 1/10
 FP32 = {"atol": 1e-5, "rtol": 1e-5}
-
-
-def whole_problem(tokens=37, vocab=29, temperature=0.8):
-    """A head whose log-probabilities are near old, reference and rollout ones."""
-    h, w, y = formulae.problem(tokens, vocab=vocab, spread=0.3)
-    p = formulae.policy_problem(tokens)
-    new, _ = formulae.logprobs_and_entropy(h @ w.t(), y, temperature)
-    for name in ("old", "ref", "rollout"):
-        p[name] += new - p["new"]
-    return h, w, y, p
-
-
-def expected(h, w, y, p, settings, temperature=0.8, **levels):
-    a, b = h.clone().requires_grad_(), w.clone().requires_grad_()
-    new, entropy = formulae.logprobs_and_entropy(a @ b.t(), y, temperature)
-    loss = formulae.policy_loss(
-        new,
-        p["old"],
-        p["ref"],
-        p["advantages"],
-        p["mask"],
-        rollout=p["rollout"] if "importance_cap" in settings else None,
-        entropy=entropy,
-        cu_seqlens=p["cu_seqlens"],
-        **settings,
-        **levels,
-    )
-    loss.backward()
-    return loss.detach(), new.detach(), entropy.detach(), a.grad, b.grad
 
 
 def ours(h, w, y, p, settings, dtype=torch.float32, temperature=0.8, **options):

@@ -6,29 +6,9 @@ import formulae
 import pytest
 import torch
 from formulae import near
+from policy_loss_cases import SETTINGS
 from r1_kernels import policy_loss
 from r1_kernels.registry import primitives
-
-SETTINGS = {
-    "ppo": {"clip_low": 0.2, "clip_high": 0.2},
-    "r1": {"clip_low": 10.0, "clip_high": 10.0, "kl_beta": 0.001},
-    "dapo, asymmetric": {"clip_low": 0.2, "clip_high": 0.28},
-    "dual clip": {"clip_low": 0.1, "clip_high": 0.1, "dual_clip": 1.3},
-    "k1": {"clip_low": 0.2, "clip_high": 0.2, "kl_beta": 0.3, "kl_estimator": "k1"},
-    "k2": {"clip_low": 0.2, "clip_high": 0.2, "kl_beta": 0.3, "kl_estimator": "k2"},
-    "k3": {"clip_low": 0.2, "clip_high": 0.2, "kl_beta": 0.3, "kl_estimator": "k3"},
-    "importance": {"clip_low": 0.2, "clip_high": 0.2, "importance_cap": 1.1},
-    "importance, no cap": {"clip_low": 0.2, "clip_high": 0.2, "importance_cap": None},
-    "entropy": {"clip_low": 0.2, "clip_high": 0.2, "entropy_coef": 0.07},
-    "cispo": {"clip_low": 0.2, "clip_high": 0.3, "kl_beta": 0.3, "objective": "cispo"},
-    "cispo, no lower bound": {"clip_low": 10.0, "clip_high": 0.3, "objective": "cispo"},
-    "cispo, importance": {
-        "clip_low": 0.2,
-        "clip_high": 0.3,
-        "importance_cap": 1.1,
-        "objective": "cispo",
-    },
-}
 
 
 def ours(p, settings, backend, dtype, **options):

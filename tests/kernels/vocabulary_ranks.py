@@ -5,9 +5,8 @@ import os
 import formulae
 import torch
 import torch.distributed as dist
+from policy_loss_cases import SETTINGS, expected, whole_problem
 from r1_kernels import linear_policy_loss, linear_token_logprobs, token_logprobs, vocabulary
-from test_linear_policy_loss import expected, whole_problem
-from test_policy_loss import SETTINGS
 
 VOCABULARY = 26  # of 28 columns: on four ranks of 7, the last one's last two are padding
 COLUMNS = 28

@@ -6,10 +6,8 @@ buffer only during a push.
 Every engine must have every slice after each push, by plain slicing. Prints the bytes sent by each
 push: of differences, where FULL_EVERY is more than 1, those after the first are fewer."""
 
-import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from host_compute import compute_everywhere
@@ -18,10 +16,8 @@ from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weight_sync.table import slot_view
 from megatron_r1.weight_sync.transports.base import Receiver
-
-os.chdir(Path(__file__).parents[2])  # the next imports read recipes
-from tests.unit.weight_sync import push_world  # noqa: E402
-from tests.unit.weight_sync.test_exchange import DEEPSEEK, QWEN, plain_table  # noqa: E402
+from tests.unit.weight_sync import push_world
+from tests.unit.weight_sync.push_models import DEEPSEEK, QWEN
 
 CASES = {
     "qwen": (QWEN, TrainerGrid(2, tensor=2), EngineLayout()),
@@ -102,7 +98,7 @@ def main(model: str, engines: int, full_every: int, *, is_colocated: bool) -> No
     borrows = is_colocated and full_every == 1
     Placement(0 if is_colocated else grid.world, layout.ranks_per_engine, borrows).install()
     tensors = push_world.draw(hf, 1)
-    options = {"engines": engines, "full_every": full_every, "table": plain_table}
+    options = {"engines": engines, "full_every": full_every, "table": push_world.plain_table}
     world = push_world.World(hf, grid, layout, tensors, transport="nccl", seconds=100, **options)
     sent = []
     for number in (1, 2, 3):

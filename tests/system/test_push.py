@@ -6,8 +6,8 @@ what it computes with), and transformers' log-probabilities.
 
 import asyncio
 
-import msgspec
 import pytest
+from engine_checksums import checksums
 from file_trainer import FileBridge
 from sampled import PROMPTS, TOLERANCE, largest_difference, sample
 from tiny_models import (
@@ -202,13 +202,3 @@ def assert_predicted(hf, found):
         needed = {name: regions[at] for name, regions in found._regions.items() if at in regions}
         differing = {n for n in planned.keys() | needed if planned.get(n) != needed.get(n)}
         assert not differing, [(n, planned.get(n), needed.get(n)) for n in sorted(differing)[:5]]
-
-
-async def checksums(fleet, engine=0):
-    """Of all tensors that an engine computes with, by its own count."""
-    answer = await fleet.engines[engine].client.request(
-        "POST", "/weight_checker", {"action": "checksum"}
-    )
-    found = msgspec.json.decode(answer)["checksums"]
-    assert len(found) > 10
-    return found

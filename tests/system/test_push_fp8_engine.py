@@ -9,10 +9,10 @@ import json
 
 import pytest
 import torch
+from engine_checksums import checksums
 from file_trainer import FileBridge
 from safetensors.torch import load_file, save_file
 from sampled import PROMPTS, sample
-from test_push import checksums
 from tiny_models import DEEPSEEK, QWEN, reference_logprobs, write_model
 
 from megatron_r1.fleet.rollout_fleet import RolloutFleet

@@ -10,8 +10,8 @@ import signal
 import threading
 
 import pytest
+from engine_checksums import checksums
 from file_trainer import FileBridge
-from test_push import checksums
 from tiny_models import DEEPSEEK, write_model
 
 from megatron_r1.fleet.rollout_fleet import RolloutFleet

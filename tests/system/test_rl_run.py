@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import command, environment, run
-from test_supervision import wait_for
+from run_progress import lines, wait_for, wait_for_step
 
 from megatron_r1.files.framed import FramedFile
 from megatron_r1.rl.sample_record import Accepted, GroupRecord, decode, encode
@@ -29,11 +29,6 @@ PLAIN_VLLM = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-
-
-def lines(path: Path) -> list[dict]:
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +160,6 @@ def start(
         text=True,
         start_new_session=True,
     )
-
-
-def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
-    metrics = folder / "metrics.jsonl"
-    wait_for(process, f"at step {step}", lambda: any(m["step"] >= step for m in lines(metrics)))
 
 
 def processes_of(folder: Path, text: str) -> list[int]:

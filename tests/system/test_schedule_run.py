@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from command_line import command, environment, run
-from test_rl_run import lines, wait_for_step
+from run_progress import lines, wait_for_step
 
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.sampler import PromptSampler

@@ -9,10 +9,10 @@ import asyncio
 import pytest
 import torch
 from draft_sampler import nucleus, probability
+from engine_checksums import checksums
 from file_trainer import FileBridge
 from safetensors.torch import load_file, save_file
 from sampled import PROMPTS, TOLERANCE, largest_difference, sample
-from test_push import checksums
 from tiny_models import (
     DRAFTING,
     greedy_tokens,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from command_line import command, environment
 from prometheus_client.parser import text_string_to_metric_families
+from run_progress import wait_for
 
 from megatron_r1.files.framed import FramedFile
 from megatron_r1.rl.sample_record import Accepted, decode
@@ -30,15 +31,6 @@ def start(verb: str, recipe: Path, folder: Path, *more: object) -> subprocess.Po
         text=True,
         start_new_session=True,
     )
-
-
-def wait_for(process: subprocess.Popen, what: str, is_so) -> None:
-    deadline = time.monotonic() + 240
-    while not is_so():
-        if process.poll() is not None:
-            pytest.fail(f"ended before {what}: {process.communicate()}")
-        assert time.monotonic() < deadline, f"not {what} in time"
-        time.sleep(0.002)
 
 
 def metrics_of(folder: Path) -> list[dict]:

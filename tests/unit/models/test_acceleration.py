@@ -7,7 +7,7 @@ import pytest
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.moe import fused_a2a, moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
-from test_model_configs import DEEPSEEK, QWEN
+from small_configs import DEEPSEEK, QWEN
 
 from megatron_r1 import models, platform
 from megatron_r1.config import parse

@@ -3,6 +3,7 @@ from math import prod
 
 import pytest
 from released_configs import FP8, RELEASED
+from small_configs import DEEPSEEK, QWEN
 from transformers import AutoConfig
 
 from megatron_r1 import models
@@ -14,43 +15,6 @@ from megatron_r1.models.supported import check_supported, own_fields
 from megatron_r1.rehearsal.model import shrink
 from megatron_r1.weights import hf_tensors
 
-DEEPSEEK = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_shared_experts": 1,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 4,
-    "n_group": 4,
-    "topk_group": 2,
-    "first_k_dense_replace": 1,
-    "routed_scaling_factor": 1.0,
-    "norm_topk_prob": True,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 24,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-}
-QWEN = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
-}
 LLAMA = {**QWEN, "architectures": ["LlamaForCausalLM"]}
 YARN = {
     "factor": 40,

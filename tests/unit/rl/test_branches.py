@@ -6,7 +6,7 @@ import random
 import estimator_formulae as formulae
 import pytest
 import torch
-from test_algorithms import (
+from estimator_problem import (
     HIDDEN,
     REWARDS,
     VOCABULARY,

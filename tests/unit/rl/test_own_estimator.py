@@ -6,7 +6,7 @@ from pathlib import Path
 
 import estimator_formulae as formulae
 import pytest
-from test_algorithms import check
+from estimator_problem import check
 
 from megatron_r1.config import RLConfig, dump, load, parse
 from megatron_r1.errors import UserError

@@ -7,7 +7,7 @@ from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.engine_sets import Entry
 from megatron_r1.weight_sync.plan.traffic import plain_bytes
 from megatron_r1.weights.layout import stage_shards
-from tests.unit.weight_sync.test_push_plan import DEEPSEEK
+from tests.unit.weight_sync.push_models import DEEPSEEK_MTP
 from tools.bench.push.assumptions import Assumptions
 from tools.bench.push.designs import Cluster, entry_tasks
 from tools.bench.push.fluid import Tasks
@@ -116,9 +116,11 @@ def test_engines_served_one_after_another_are_named():
     """All ranks send to the first engine, whose adapters are the limit while the others wait; in
     sets all engines receive at once."""
     grid, engines = TrainerGrid(16, pipeline=2, expert=4), EngineLayout(8, tensor=2)
-    stages = stage_shards(DEEPSEEK, 2)
+    stages = stage_shards(DEEPSEEK_MTP, 2)
     cluster = Cluster(16, 16, colocated=False, rates=FREE)
-    case = Case("small", DEEPSEEK, stages, Planner(DEEPSEEK, grid, engines, stages), cluster)
+    case = Case(
+        "small", DEEPSEEK_MTP, stages, Planner(DEEPSEEK_MTP, grid, engines, stages), cluster
+    )
     found = {row["design"]: beyond(row) for row in _rows(case, "bf16", plain_bytes("bfloat16"))}
     in_turn, _ = found["each engine in turn"]
     assert in_turn == "3.72 x the floor, at most 1.2 wanted"

@@ -2,10 +2,10 @@
 
 import asyncio
 from array import array
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+from small_fleet import SmallFleet
 from torch.distributed import TCPStore
 
 from megatron_r1.config.push import PushConfig
@@ -101,22 +101,6 @@ class SmallTrainer:
 
     async def call(self, operation, **arguments):
         pytest.fail("it was probed")
-
-
-class SmallFleet:
-    def __init__(self, engines=()):
-        self.engines, self.lost, self.awake = list(engines), [], asyncio.Event()
-        self.awake.set()
-
-    async def push(self, update, version, repeatable=()):
-        return []
-
-    def patient(self, seconds):
-        return nullcontext()
-
-    def lose(self, engine, death):
-        engine.is_up = False
-        self.lost.append((engine.index, str(death)))
 
 
 class SmallClient:

@@ -7,7 +7,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from test_bridge_losses import SmallFleet
+from small_fleet import SmallFleet
 from torch.distributed import TCPStore
 
 from megatron_r1.config.push import PushConfig
@@ -22,8 +22,8 @@ from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
 from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weight_sync.send.threads import run_all
 from megatron_r1.weight_sync.transports import buckets, pair_sender, receiver_class
-from tests.unit.weight_sync.push_world import Shared, draw
-from tests.unit.weight_sync.test_exchange import DEEPSEEK, plain_table, wrong_slots
+from tests.unit.weight_sync.push_models import DEEPSEEK
+from tests.unit.weight_sync.push_world import Shared, draw, plain_table, wrong_slots
 from tools.bench.push.small_model import held_by
 
 GRID, LAYOUT = TrainerGrid(4, pipeline=2, expert=2), EngineLayout(tensor=2)

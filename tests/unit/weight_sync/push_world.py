@@ -12,7 +12,7 @@ from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
 from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weight_sync.send.threads import run_all
-from megatron_r1.weight_sync.table import Slot, SlotTable
+from megatron_r1.weight_sync.table import Slot, SlotTable, slot_view
 from megatron_r1.weight_sync.transports import receiver_class
 from megatron_r1.weights import hf_tensors
 from megatron_r1.weights.layout import stage_shards
@@ -133,3 +133,43 @@ class World:
             sender.disconnect(self.name)
         for receiver in self.receivers.values():
             receiver.close()
+
+
+def plain_table(hf, engine, rank, windows=1, *, drafts=False):
+    """Return an engine rank's table in bfloat16; its tensors take turns in `windows` windows, of
+    which two fit into the memory."""
+    needed = list(PredictedLayout(hf, engine, drafts=drafts).needed(engine.coordinate(rank)))
+    placed, ends = [], [0] * windows
+    for index, (tensor, at) in enumerate(needed):
+        window = index * windows // len(needed)
+        placed.append((tensor.name, at, ends[window], window))
+        ends[window] += 2 * at.num_elements
+    half = -(-max(ends) // 64) * 64
+    return SlotTable(
+        half if windows == 1 else 2 * half,
+        [
+            Slot(
+                name,
+                *(at.top, at.bottom, at.left, at.right),
+                offset=start + window % 2 * half,
+                pitch=2 * (at.right - at.left),
+                dtype="bfloat16",
+                window=window,
+            )
+            for name, at, start, window in placed
+        ],
+    )
+
+
+def wrong_slots(world, tensors, number, window=None):
+    wrong = []
+    for place, receiver in world.receivers.items():
+        area = receiver.table.area(receiver.memory, number)
+        for slot in receiver.table.slots:
+            if window is None or slot.window == window:
+                whole = tensors[slot.name]
+                whole = whole if whole.dim() > 1 else whole[:, None]
+                expected = whole[slot.top : slot.bottom, slot.left : slot.right]
+                if not torch.equal(slot_view(area, slot), expected.bfloat16()):
+                    wrong.append((place, slot.name))
+    return wrong

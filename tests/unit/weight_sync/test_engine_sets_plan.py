@@ -13,7 +13,8 @@ from megatron_r1.weight_sync.plan.engine_sets import (
 from megatron_r1.weight_sync.plan.shared_gpus import shared_in_order
 from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import stage_shards
-from tests.unit.weight_sync.test_push_plan import DEEPSEEK, DEEPSEEK_V3, WORLDS, held
+from tests.unit.weight_sync.plan_worlds import DEEPSEEK_V3, WORLDS, held
+from tests.unit.weight_sync.push_models import DEEPSEEK_MTP
 from tools.bench.push.direct_links import direct_links
 
 BYTES = plain_bytes("bfloat16")
@@ -49,13 +50,15 @@ def test_each_rank_s_needs_enter_one_engine_once_from_a_holder(hf, grid, layout,
 
 def test_everyone_computes_the_same_plan():
     grid, layout = TrainerGrid(8, pipeline=2, expert=4), EngineLayout(tensor=2, data=2)
-    plans = [entries(Planner(DEEPSEEK, grid, layout), BYTES, [range(2), range(2, 4)]) for _ in "ab"]
+    plans = [
+        entries(Planner(DEEPSEEK_MTP, grid, layout), BYTES, [range(2), range(2, 4)]) for _ in "ab"
+    ]
     assert plans[0] == plans[1]
 
 
 def test_a_rank_sends_to_its_own_gpu_only_what_it_alone_holds():
     grid, layout = TrainerGrid(8, pipeline=2, expert=2), EngineLayout(2, tensor=2, data=2)
-    planner, sets = Planner(DEEPSEEK, grid, layout), [range(2)]
+    planner, sets = Planner(DEEPSEEK_MTP, grid, layout), [range(2)]
     near = shared_in_order(sets, layout.ranks_per_engine, grid.world)
     assert near.trainer_rank[0, 1, 3] == 7 and len(near.trainer_rank) == 8
 
@@ -67,7 +70,7 @@ def test_a_rank_sends_to_its_own_gpu_only_what_it_alone_holds():
         entries(planner, BYTES, sets, shared=near),
     )
     assert pairs(anyhow)
-    holdings = [held(DEEPSEEK, grid, rank) for rank in range(grid.world)]
+    holdings = [held(DEEPSEEK_MTP, grid, rank) for rank in range(grid.world)]
     for entry in pairs(apart):
         for part in entry.parts:
             others = [own for rank, own in enumerate(holdings) if rank != entry.sender]
@@ -77,7 +80,7 @@ def test_a_rank_sends_to_its_own_gpu_only_what_it_alone_holds():
 
 def test_most_bytes_of_engines_on_the_trainers_gpus_stay_in_their_node():
     grid, layout = TrainerGrid(16, tensor=2, pipeline=2), EngineLayout(2, tensor=2, data=4)
-    planner, sets = Planner(DEEPSEEK, grid, layout), [range(2)]
+    planner, sets = Planner(DEEPSEEK_MTP, grid, layout), [range(2)]
     shared = shared_in_order(sets, layout.ranks_per_engine, grid.world, ranks_per_node=4)
 
     def inside(plan):
@@ -93,7 +96,7 @@ def test_most_bytes_of_engines_on_the_trainers_gpus_stay_in_their_node():
 
 
 def test_engines_receive_equal_bytes_though_one_tensor_is_more_than_a_share():
-    hf = DEEPSEEK | {"vocab_size": 1 << 15}
+    hf = DEEPSEEK_MTP | {"vocab_size": 1 << 15}
     planner = Planner(hf, TrainerGrid(2, tensor=2), EngineLayout(1, tensor=2))
     (plan,) = entries(planner, BYTES, [range(16)])
     for position in plan:

@@ -9,62 +9,19 @@ import torch
 from torch.distributed import TCPStore
 
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.rendezvous import base as rendezvous_base
 from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
 from megatron_r1.weight_sync.rendezvous.failure import SetFailed
-from megatron_r1.weight_sync.table import Slot, SlotTable, slot_view
+from megatron_r1.weight_sync.table import slot_view
 from megatron_r1.weight_sync.transports import buckets, exchange
 from megatron_r1.weight_sync.transports.buckets import BucketPacker
 from megatron_r1.weight_sync.transports.exchange import GlooReceiver
 from megatron_r1.weight_sync.transports.pair_sender import GlooSender
 from megatron_r1.weights.stored.fp8_blocks import quantize
-from tests.unit.weight_sync.push_world import World, draw
-from tests.unit.weight_sync.test_push_plan import DEEPSEEK as WITH_MTP
-from tests.unit.weight_sync.test_push_plan import QWEN
+from tests.unit.weight_sync.push_models import DEEPSEEK, DEEPSEEK_MTP, QWEN
+from tests.unit.weight_sync.push_world import World, draw, plain_table, wrong_slots
 
-DEEPSEEK = WITH_MTP | {"num_nextn_predict_layers": 0}
 SPREAD = EngineLayout(tensor=2, data=2, expert_parallel=True)
-
-
-def plain_table(hf, engine, rank, windows=1, *, drafts=False):
-    """Return an engine rank's table in bfloat16; its tensors take turns in `windows` windows, of
-    which two fit into the memory."""
-    needed = list(PredictedLayout(hf, engine, drafts=drafts).needed(engine.coordinate(rank)))
-    placed, ends = [], [0] * windows
-    for index, (tensor, at) in enumerate(needed):
-        window = index * windows // len(needed)
-        placed.append((tensor.name, at, ends[window], window))
-        ends[window] += 2 * at.num_elements
-    half = -(-max(ends) // 64) * 64
-    return SlotTable(
-        half if windows == 1 else 2 * half,
-        [
-            Slot(
-                name,
-                *(at.top, at.bottom, at.left, at.right),
-                offset=start + window % 2 * half,
-                pitch=2 * (at.right - at.left),
-                dtype="bfloat16",
-                window=window,
-            )
-            for name, at, start, window in placed
-        ],
-    )
-
-
-def wrong_slots(world, tensors, number, window=None):
-    wrong = []
-    for place, receiver in world.receivers.items():
-        area = receiver.table.area(receiver.memory, number)
-        for slot in receiver.table.slots:
-            if window is None or slot.window == window:
-                whole = tensors[slot.name]
-                whole = whole if whole.dim() > 1 else whole[:, None]
-                expected = whole[slot.top : slot.bottom, slot.left : slot.right]
-                if not torch.equal(slot_view(area, slot), expected.bfloat16()):
-                    wrong.append((place, slot.name))
-    return wrong
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3])
@@ -101,9 +58,9 @@ def test_every_engine_has_every_slice_after_each_push(hf, grid, layout, engines)
 
 @pytest.mark.parametrize("layout", [SPREAD, EngineLayout(tensor=2)])
 def test_drafters_have_every_slice_of_mtp_layers_too(make_world, layout):
-    tensors = draw(WITH_MTP, 1, with_mtp=True)
+    tensors = draw(DEEPSEEK_MTP, 1, with_mtp=True)
     grid, table = TrainerGrid(4, tensor=2, pipeline=2), partial(plain_table, drafts=True)
-    world = make_world(WITH_MTP, grid, layout, tensors, engines=2, table=table, drafts=True)
+    world = make_world(DEEPSEEK_MTP, grid, layout, tensors, engines=2, table=table, drafts=True)
     world.push(1)
     assert wrong_slots(world, tensors, 1) == []
     names = {slot.name for at in world.receivers.values() for slot in at.table.slots}
@@ -112,10 +69,10 @@ def test_drafters_have_every_slice_of_mtp_layers_too(make_world, layout):
 
 
 def test_an_engine_whose_drafter_takes_no_pushes_is_refused(make_world):
-    tensors = draw(WITH_MTP, 1, with_mtp=True)
+    tensors = draw(DEEPSEEK_MTP, 1, with_mtp=True)
     problem = r"takes no pushes of \d+ tensors: model\.layers\.4\.enorm\.weight, .*, \.\.\."
     with pytest.raises(SetFailed, match=problem):
-        make_world(WITH_MTP, GRID, SPREAD, tensors, engines=2, table=plain_table, drafts=True)
+        make_world(DEEPSEEK_MTP, GRID, SPREAD, tensors, engines=2, table=plain_table, drafts=True)
 
 
 @pytest.fixture

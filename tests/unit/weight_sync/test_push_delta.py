@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from test_receive import BY_TWO, SLOTS, TENSORS, WINDOWED, WINDOWED_BY_TWO, World, expected_values
+from one_receiver import (
+    BY_TWO,
+    SLOTS,
+    TENSORS,
+    WINDOWED,
+    WINDOWED_BY_TWO,
+    OneReceiver,
+    expected_values,
+)
 
 from megatron_r1.config.push import PushConfig
 from megatron_r1.weight_sync.rendezvous.offers import ReceiverInfo
@@ -34,8 +42,8 @@ def test_a_delta_is_as_long_as_its_definition_says():
     assert len(delta.encode(new, old)) == 125 + 3 * 4 + 3
 
 
-class Pair(World):
-    """A World whose senders send deltas; areas: 2 as on a CPU, 1 as on a GPU."""
+class Pair(OneReceiver):
+    """A OneReceiver whose senders send deltas; areas: 2 as on a CPU, 1 as on a GPU."""
 
     def __init__(self, slots, deliveries, full_every, areas):
         self.full_every = full_every

@@ -1,70 +1,20 @@
 """Push plans against brute force, against Megatron's own rank generator, and at the real size."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from math import prod
 
 import numpy as np
 import pytest
-from weight_shards import shard
 
 from megatron_r1.config.parallel import ParallelConfig
-from megatron_r1.models import read_hf_config
-from megatron_r1.weight_sync.plan import EngineLayout, Planner, Region, TrainerGrid
+from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes
-from megatron_r1.weights import layout
 from megatron_r1.weights.layout import stage_shards
+from tests.unit.weight_sync.plan_worlds import DEEPSEEK_V3, WORLDS, held
+from tests.unit.weight_sync.push_models import DEEPSEEK_MTP
 from tools.bench.push.direct_links import Transfer, direct_links, first_turn, sends
-from tools.bench.push.small_model import SHAPE
-
-DEEPSEEK = SHAPE | {"num_nextn_predict_layers": 1}
-QWEN = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "num_hidden_layers": 4,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "vocab_size": 130,
-    "tie_word_embeddings": True,
-}
-DEEPSEEK_V3 = read_hf_config("examples/deepseek_r1/model")
-WORLDS = [
-    (DEEPSEEK, TrainerGrid(1), EngineLayout()),
-    (DEEPSEEK, TrainerGrid(4, tensor=2, expert=2), EngineLayout(2, tensor=2)),
-    (DEEPSEEK, TrainerGrid(8, pipeline=2, expert=4), EngineLayout(3, tensor=2, data=2)),
-    (DEEPSEEK, TrainerGrid(8, tensor=2, context=2, pipeline=2), EngineLayout(2, tensor=4)),
-    (DEEPSEEK, TrainerGrid(8, expert=2, expert_tensor=2), EngineLayout(1, tensor=2, pipeline=3)),
-    (DEEPSEEK, TrainerGrid(4, tensor=4), EngineLayout(2, 2, 2, 2, expert_parallel=True)),
-    (DEEPSEEK, TrainerGrid(8, expert=8), EngineLayout(2, data=3, expert_parallel=True)),
-    (QWEN, TrainerGrid(4, tensor=2, pipeline=2), EngineLayout(2, tensor=4, pipeline=2)),
-    (QWEN, TrainerGrid(2), EngineLayout(1, tensor=2)),
-]
-
-
-def held(hf: dict, grid: TrainerGrid, rank: int) -> dict[str, list[Region]]:
-    """Return what a trainer rank holds, from the layout that real models are checked against."""
-    expert_tensor, expert = grid.expert_coordinate(rank)
-    at = shard(
-        hf,
-        tp=(grid.tensor_rank(rank), grid.tensor),
-        pp=(grid.stage(rank), grid.pipeline),
-        ep=(expert, grid.expert),
-        etp=(expert_tensor, grid.expert_tensor),
-    )
-    regions = defaultdict(list)
-    for entry in layout(hf, at).values():
-        for piece in entry.pieces:
-            # Only rectangles are compared here: the other dimension is whole.
-            shape = entry.shape if piece.dim == 0 else (entry.shape[0], None)
-            other = shape[1] if piece.dim == 0 and len(shape) > 1 else entry.shape[0]
-            run = (piece.hf_start, piece.hf_start + piece.length)
-            whole = (0, other if len(entry.shape) > 1 else 1)
-            regions[piece.hf_name].append(
-                Region(*run, *whole) if piece.dim == 0 else Region(*whole, *run)
-            )
-    return regions
 
 
 def receives(planner: Planner, rank: int) -> Iterator[Transfer]:
@@ -164,9 +114,9 @@ def test_sizes_that_cannot_be_are_named():
     with pytest.raises(ValueError, match=groups):
         TrainerGrid.from_recipe(ParallelConfig(tensor=3), 8)
     with pytest.raises(ValueError, match="rollout.tensor=3 does not divide num_attention_heads=4;"):
-        Planner(DEEPSEEK, TrainerGrid(1), EngineLayout(tensor=3))
+        Planner(DEEPSEEK_MTP, TrainerGrid(1), EngineLayout(tensor=3))
     with pytest.raises(ValueError, match="parallel.expert=3 does not divide 8 experts; choose a"):
-        Planner(DEEPSEEK, TrainerGrid(3, expert=3), EngineLayout())
+        Planner(DEEPSEEK_MTP, TrainerGrid(3, expert=3), EngineLayout())
 
 
 def test_deepseek_v3_from_2048_ranks_to_64_engines_moves_the_least_and_evenly():

@@ -1,13 +1,9 @@
 """The math reward against labels: those of `math_pairs`, by hand, and math-verify's own tests."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from math_pairs import FORMS, PAIRS
 from math_upstream import AGREED, STRICTER
 
