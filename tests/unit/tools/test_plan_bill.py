@@ -1,0 +1,41 @@
+"""The real recipe's bill, and the remedies of one that does not fit."""
+
+import re
+
+from planned_jobs import LAPTOP, RECIPE, ROOT, V3, real_job
+
+from megatron_r1 import config as configuration
+from megatron_r1.config.hardware import HARDWARE
+from tools.plan.bill import Bill
+from tools.plan.command import main
+from tools.plan.job import Job
+
+
+def test_a_larger_share_of_the_gpu_is_the_remedy_where_the_trainer_leaves_it(capsys):
+    fewer = ["--gpus", "512", "--rollout.engines", "4", "--rl.schedule", "[]"]
+    assert main([str(RECIPE), *fewer, "--rollout.gpu_memory", "0.55"]) == 1
+    remedy = re.search(
+        r"cache, which has .*: set (rollout.gpu_memory) to (0\.\d+), or", capsys.readouterr().out
+    )
+    assert main([str(RECIPE), *fewer, f"--{remedy[1]}", remedy[2]]) == 0
+    less = f"{float(remedy[2]) - 0.01:.2f}"
+    assert main([str(RECIPE), *fewer, f"--{remedy[1]}", less]) == 1
+
+
+def test_the_real_recipe_fits_and_leaves_room_for_65536_tokens():
+    bill = Bill(real_job())
+    assert bill.job.data == 16 and bill.problems() == []
+    config = configuration.load(RECIPE, {"rollout.max_response_tokens": 65_536})
+    assert Bill(Job(V3, config, 2048, HARDWARE["H800"])).problems() == []
+
+
+def test_advice_is_not_what_the_recipe_does_or_its_model_cannot(capsys):
+    dense = str(ROOT / "examples/distill/qwen2.5-32b_rl.yaml")
+    assert main([dense, "--memory-gib", "20"]) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert "recompute full" in output and "of it activations: raise parallel.context" in output
+    assert "parallel.expert" not in output and "raise rollout.tensor=8 (more GPUs" in output
+    assert main([*LAPTOP, "--memory-gib", "6.1"]) == 1
+    assert "1.04 GiB of it activations: set parallel.recompute to full" in capsys.readouterr().out
+    assert main([*LAPTOP, "--memory-gib", "5"]) == 1
+    assert "of it reserved: use GPUs with more memory" in capsys.readouterr().out

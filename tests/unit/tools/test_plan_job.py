@@ -1,0 +1,74 @@
+"""Numbers of GPUs and samples that a job cannot use, and those that it could."""
+
+import re
+
+import pytest
+from planned_jobs import RECIPE
+
+from tools.plan.command import main
+
+
+def test_numbers_of_gpus_below_one_engine_are_not_tried(capsys):
+    layout = ("--parallel.pipeline", "1", "--parallel.pipeline_layout", "null")
+    experts = ("--parallel.tensor", "4", "--parallel.expert", "64", "--rollout.data", "64")
+    assert main([str(RECIPE), *layout, *experts]) == 1
+    assert "512 ranks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("staleness", ["0", "1"])
+def test_engines_that_are_not_colocated_are_told_what_gives_them_gpus(capsys, staleness):
+    options = ["--rollout.colocated", "false", "--rl.staleness", staleness]
+    options += ["--rl.importance_cap", "2", "--push.transport", "gloo"]
+    assert main([str(RECIPE), *options]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    advice = re.search(r"rollout.colocated is false.* pass (--rollout-gpus 2048) assumed", output)
+    assert advice and "on the same GPUs, in turn" in output
+    assert main([str(RECIPE), *options, *advice[1].split()]) == 0
+    output = capsys.readouterr().out
+    assert "on GPUs of their own" in output and "rollout.colocated" not in output
+    assert main([str(RECIPE)]) == 0
+    assert "rollout.colocated" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("r1_zero", ["--gpus", "512"]),
+        ("r1_zero", ["--gpus", "1024"]),
+        ("r1_zero", ["--gpus", "2047"]),
+        ("r1_zero", ["--gpus", "100000"]),
+        ("r1_zero", ["--gpus", "64"]),
+        ("r1_zero", ["--rollout.engines", "32"]),
+        ("r1_zero", ["--rollout-gpus", "1000"]),
+        ("cold_start_sampling", ["--gpus", "2048"]),
+        ("helpful_pairs", ["--gpus", "2048"]),
+        ("rejection_sampling", ["--gpus", "2000"]),
+        ("safety_labels", ["--gpus", "7"]),
+        ("../distill/qwen2.5-32b_rl", ["--gpus", "2048"]),
+        ("../distill/qwen2.5-math-7b_on_policy", ["--gpus", "2048"]),
+        ("../distill/qwen2.5-math-7b_on_policy", ["--gpus", "7"]),
+    ],
+)
+def test_engines_that_do_not_make_up_the_gpus_are_told_how_many_would(capsys, recipe, options):
+    path = str(RECIPE.parent / f"{recipe}.yaml")
+    assert main([path, *options]) == 1
+    advice = capsys.readouterr().out.rpartition("; set ")[2].strip()
+    for way in advice.partition(", or lower")[0].split(" or "):
+        main([path, *options, *way.split()])
+        assert "rollout.engines=" not in capsys.readouterr().out
+
+
+def test_too_few_samples_are_told_what_gives_more_of_them_and_how_many_gpus_they_feed(capsys):
+    few = ["--rl.questions_per_rollout", "1", "--rl.group_size", "8", "--rl.minibatches", "1"]
+    assert main([str(RECIPE), *few]) == 1
+    output = capsys.readouterr().out
+    assert "8 samples of an optimizer step cannot be spread over 16 data-parallel ranks" in output
+    assert "raise rl.questions_per_rollout, raise" in output and "use at most 1,024 GPUs" in output
+
+
+def test_engines_are_told_the_nearest_numbers_on_both_sides(capsys):
+    assert main([str(RECIPE), "--gpus", "2047"]) == 1
+    output = capsys.readouterr().out
+    assert "rollout.engines=16 of 128 GPUs (rollout.tensor=8 x rollout.data=16)" in output
+    assert "are 2,048 GPUs, not 2,047" in output
+    assert "--gpus 1920 --rollout.engines 15 or --gpus 2048 --rollout.engines 16" in output
