@@ -177,10 +177,10 @@ def _help(verb: str) -> str:
 def _run_preflight(recipe: str, options: list[str]) -> int:
     """Be a rank of the preflight under torchrun; otherwise start all of its ranks here."""
     from megatron_r1.commands import preflight
-    from megatron_r1.preflight.settings import Settings
+    from megatron_r1.preflight.settings import PreflightSettings
 
     renamed = [re.sub(r"^--json(?=$|=)", "--preflight.output", option) for option in options]
-    own, overrides = take_section(_overrides(renamed), Settings)
+    own, overrides = take_section(_overrides(renamed), PreflightSettings)
     config = configuration.load(recipe, overrides, required=preflight.REQUIRED)
     ranks = torchrun.num_ranks(config)
     if not torchrun.is_rank():
@@ -237,8 +237,8 @@ def _overrides(options: list[str]) -> dict[str, Any]:
 
 
 def _describe_keys(names: Sequence[str]) -> str:
-    from megatron_r1.preflight.settings import Settings as PreflightSettings
-    from megatron_r1.rehearsal.settings import Settings as RehearsalSettings
+    from megatron_r1.preflight.settings import PreflightSettings
+    from megatron_r1.rehearsal.settings import RehearsalSettings
     from megatron_r1.workflow.pipeline_recipe import PipelineRecipe
 
     own = (RehearsalSettings, PreflightSettings)

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
-def needed(table: tables.Table) -> list[str]:
+def needed(table: tables.PaperTable) -> list[str]:
     """Return the stages whose figures a table shows and those that evaluate them, in the recipe's
     order."""
     recipe = load(RECIPE)

@@ -4,8 +4,8 @@ directions agree."""
 from pathlib import Path
 
 from examples.paper.plots import draw
-from examples.paper.results import Results, State, Verdict, summary, verdict
-from examples.paper.tables import Column, Published, Row, Table
+from examples.paper.results import Agreement, Results, Verdict, summary, verdict
+from examples.paper.tables import Column, PaperRow, PaperTable, Published
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.wording import duration, number, percent
 from megatron_r1.workflow.results import Spread
@@ -59,7 +59,7 @@ def _anchor(title: str) -> str:
     return kept.replace(" ", "-")
 
 
-def _section(table: Table, results: Results, verdicts: list[Verdict], plot: str) -> str:
+def _section(table: PaperTable, results: Results, verdicts: list[Verdict], plot: str) -> str:
     parts = [
         f"## {table.title}",
         table.about.strip(),
@@ -72,7 +72,7 @@ def _section(table: Table, results: Results, verdicts: list[Verdict], plot: str)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _rows(table: Table, results: Results) -> list[str]:
+def _rows(table: PaperTable, results: Results) -> list[str]:
     published = {name for row in table.rows.values() for name in row.published}
     heads, rules = [""], ["---"]
     for name, column in table.columns.items():
@@ -90,14 +90,14 @@ def _rows(table: Table, results: Results) -> list[str]:
     return lines
 
 
-def _published(row: Row, name: str, column: Column) -> str:
+def _published(row: PaperRow, name: str, column: Column) -> str:
     value = row.published.get(name, NOTHING)
     if isinstance(value, str):
         return value
     return f"{value:g}%" if column.unit == "share" else f"{value:g}"
 
 
-def _ours(row: Row, name: str, column: Column, results: Results) -> str:
+def _ours(row: PaperRow, name: str, column: Column, results: Results) -> str:
     spread = results.spread(row.ours[name]) if name in row.ours else None
     if spread is None:
         return NOTHING
@@ -119,7 +119,7 @@ def worded(spread: Spread, column: Column) -> str:
     return f"{word(spread.mean)} ± {deviations[column.unit]}"
 
 
-def _sentence(table: Table, found: Verdict) -> str:
+def _sentence(table: PaperTable, found: Verdict) -> str:
     comparison, column = found.comparison, table.columns[found.comparison.column]
     above, below = table.rows[comparison.above].title, table.rows[comparison.below].title
     claim = f"{column.title}: {above} above {below}"
@@ -127,7 +127,7 @@ def _sentence(table: Table, found: Verdict) -> str:
         return f"{claim}: {found.state}."
     seeds = f"in {found.num_in_order} of {len(found.gap.values)} seeds"
     sentence = f"{claim} {seeds} (by {_points(found.gap, column)}): {found.state}."
-    if found.state is State.AGREES:
+    if found.state is Agreement.AGREES:
         return sentence
     return f"{sentence} Different here: {comparison.otherwise}"
 

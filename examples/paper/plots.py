@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from examples.paper.results import Results
-from examples.paper.tables import Column, Table, split
+from examples.paper.tables import Column, PaperTable, split
 from megatron_r1.reporting.page import render
 from megatron_r1.reporting.plots import INKS, STYLE
 
@@ -22,7 +22,7 @@ ROW_INCHES, WIDTH_INCHES = 0.42, 7.6
 CURVE_SIZE = (WIDTH_INCHES, 2.8)
 
 
-def draw(table: Table, results: Results) -> str | None:
+def draw(table: PaperTable, results: Results) -> str | None:
     """Draw rows from top to bottom, or curves over steps; return None without figures of ours."""
     panels = table.curve or [
         name
@@ -44,7 +44,7 @@ def draw(table: Table, results: Results) -> str | None:
         return _svg(figure)
 
 
-def _rows(axes: Axes, table: Table, name: str, results: Results) -> None:
+def _rows(axes: Axes, table: PaperTable, name: str, results: Results) -> None:
     """Draw seeds, mean and deviation of each row, and the published figure as a hollow mark."""
     column = table.columns[name]
     for height, row in enumerate(table.rows.values()):

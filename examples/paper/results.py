@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.paper.tables import SECONDS, Comparison, Table, split
+from examples.paper.tables import SECONDS, PaperComparison, PaperTable, split
 from megatron_r1.errors import UserError
 from megatron_r1.workflow.results import Spread
 
@@ -67,7 +67,7 @@ class Results:
         return done, len(runs), sum(run["seconds"] or 0.0 for run in runs)
 
 
-class State(enum.StrEnum):
+class Agreement(enum.StrEnum):
     AGREES = "agrees"
     """The published order in every seed."""
     DISAGREES = "does not agree"
@@ -82,8 +82,8 @@ class Verdict:
     """Whether the seeds confirm a comparison. gap: `above` minus `below`, one value per seed that
     has both; None if no seed has."""
 
-    comparison: Comparison
-    state: State
+    comparison: PaperComparison
+    state: Agreement
     gap: Spread | None
 
     @property
@@ -91,25 +91,25 @@ class Verdict:
         return sum(value > 0 for value in self.gap.values) if self.gap else 0
 
 
-def verdict(table: Table, comparison: Comparison, results: Results) -> Verdict:
+def verdict(table: PaperTable, comparison: PaperComparison, results: Results) -> Verdict:
     """Return whether a published order of two rows is ours too, seed by seed."""
     sides = (table.rows[name].ours for name in (comparison.above, comparison.below))
     above, below = (results.by_seed(ours[comparison.column]) for ours in sides)
     gaps = [above[seed] - below[seed] for seed in above if seed in below]
     if not gaps:
-        return Verdict(comparison, State.UNKNOWN, None)
+        return Verdict(comparison, Agreement.UNKNOWN, None)
     if all(gap > 0 for gap in gaps):
-        state = State.AGREES
+        state = Agreement.AGREES
     elif any(gap > 0 for gap in gaps):
-        state = State.UNDECIDED
+        state = Agreement.UNDECIDED
     else:
-        state = State.DISAGREES
+        state = Agreement.DISAGREES
     return Verdict(comparison, state, Spread.of(gaps))
 
 
 def summary(verdicts: list[Verdict]) -> str:
-    known = [v for v in verdicts if v.state is not State.UNKNOWN]
-    agreeing = [v for v in known if v.state is State.AGREES]
+    known = [v for v in verdicts if v.state is not Agreement.UNKNOWN]
+    agreeing = [v for v in known if v.state is Agreement.AGREES]
     if not known:
         return "Not known yet: its stages have not been run."
     missing = len(verdicts) - len(known)

@@ -18,7 +18,7 @@ class Column(Section):
     unit: Literal["share", "number", "seconds"]
 
 
-class Row(Section):
+class PaperRow(Section):
     """One row of a table: what the paper published and what this run got. published: {column: per
     cent or number, or words if no number was published}. ours: {column: `stage.figure`}."""
 
@@ -35,7 +35,7 @@ class Row(Section):
         return ours
 
 
-class Comparison(Section):
+class PaperComparison(Section):
     """Row `above` has the larger published figure. otherwise: the reason if ours differs."""
 
     column: str
@@ -44,7 +44,7 @@ class Comparison(Section):
     otherwise: str
 
 
-class Table(Section):
+class PaperTable(Section):
     """One table of the paper beside this run's numbers. curve: figures `stage.NAME` with a
     `NAME@STEP` for several steps."""
 
@@ -52,8 +52,8 @@ class Table(Section):
     source: str
     about: str
     columns: dict[str, Column]
-    rows: dict[str, Row]
-    compare: list[Comparison]
+    rows: dict[str, PaperRow]
+    compare: list[PaperComparison]
     curve: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -79,7 +79,7 @@ class Table(Section):
 
 class Published(Section):
     paper: str
-    tables: dict[str, Table]
+    tables: dict[str, PaperTable]
 
 
 def load(path: Path = PUBLISHED) -> Published:

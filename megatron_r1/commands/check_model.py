@@ -24,7 +24,7 @@ from megatron_r1.errors import RunError, UserError
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.files import atomic_write
 from megatron_r1.model_check.comparison import NOT_RUN, by_megatron, by_vllm
-from megatron_r1.model_check.findings import Findings, Reference
+from megatron_r1.model_check.findings import Findings, ReferenceResult
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_divisions, check_supported
 from megatron_r1.processes.lifetime import die_with_parent
@@ -116,7 +116,7 @@ def _config(config: Config, folder: str) -> Config:
     )
 
 
-def _reference(config: Config, plain: Path, scratch: Path) -> Reference:
+def _reference(config: Config, plain: Path, scratch: Path) -> ReferenceResult:
     out, model = scratch / "reference.json", config.model
     folder = model.path
     arguments = [folder, model.dtype, model.mtp, str(plain), str(out)]
@@ -132,7 +132,7 @@ def _reference(config: Config, plain: Path, scratch: Path) -> Reference:
         if "Traceback" in done.stderr:
             raise RunError(f"{folder}: transformers failed:\n" + "\n".join(lines[-8:]))
         raise UserError(lines[-1] if lines else f"ended with {done.returncode}")
-    return msgspec.json.decode(out.read_bytes(), type=Reference)
+    return msgspec.json.decode(out.read_bytes(), type=ReferenceResult)
 
 
 def _problem(megatron: float, vllm: float | str, tolerance: float) -> str | None:

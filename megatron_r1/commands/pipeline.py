@@ -17,10 +17,10 @@ from megatron_r1.workflow.check import check, missing_files
 from megatron_r1.workflow.executor import Executor
 from megatron_r1.workflow.graph import Graph, unknown_stage
 from megatron_r1.workflow.pipeline_recipe import PipelineConfig, load
-from megatron_r1.workflow.plan import Plan
+from megatron_r1.workflow.plan import WorkflowPlan
 from megatron_r1.workflow.report import write_report
 from megatron_r1.workflow.runner import Signals, write_recipe
-from megatron_r1.workflow.status import State, examine_all, stale_text, status_lines
+from megatron_r1.workflow.status import StageState, examine_all, stale_text, status_lines
 
 
 def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:
@@ -38,7 +38,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     folders = [root / f"seed_{seed}" if config.seeds else root for seed in seeds]
     implied = _implied(verbs, {stage.verb for stage in recipe.stages.values()})
     plans = [
-        Plan.of(recipe, path, folder, seed, implied)
+        WorkflowPlan.of(recipe, path, folder, seed, implied)
         for folder, seed in zip(folders, seeds, strict=True)
     ]
     for plan in plans:
@@ -88,7 +88,9 @@ def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:
     return graph.order
 
 
-def _check_states(config: PipelineConfig, plan: Plan, graph: Graph, chosen: list[str]) -> None:
+def _check_states(
+    config: PipelineConfig, plan: WorkflowPlan, graph: Graph, chosen: list[str]
+) -> None:
     """Raise UserError for stale stages without `pipeline.rerun`, and for `pipeline.only` with a
     stage that needs others first."""
     statuses = examine_all(plan, graph)
@@ -96,19 +98,19 @@ def _check_states(config: PipelineConfig, plan: Plan, graph: Graph, chosen: list
         not_done = [
             f"{name} is {statuses[name].state}"
             for name in graph.upstream[config.only]
-            if statuses[name].state is not State.DONE
+            if statuses[name].state is not StageState.DONE
         ]
         if not_done:
             raise UserError(
                 f"pipeline.only: {config.only} needs what is not done: {', '.join(not_done)}; "
                 f"--pipeline.until {config.only} runs that, too"
             )
-    stale = {name: statuses[name] for name in chosen if statuses[name].state is State.STALE}
+    stale = {name: statuses[name] for name in chosen if statuses[name].state is StageState.STALE}
     if stale and not config.rerun:
         raise UserError(stale_text(plan, stale))
 
 
-def _print_commands(plans: list[Plan], graph: Graph, chosen: list[str]) -> None:
+def _print_commands(plans: list[WorkflowPlan], graph: Graph, chosen: list[str]) -> None:
     """Print what would run, as shell commands, and write the recipes that they name."""
     for plan in plans:
         for name in chosen:

@@ -17,9 +17,9 @@ from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rehearsal import miniature, served, table
 from megatron_r1.rehearsal.full_size import check_connections
-from megatron_r1.rehearsal.jobs import Job, jobs
+from megatron_r1.rehearsal.jobs import RehearsalJob, jobs
 from megatron_r1.rehearsal.phases import Phases
-from megatron_r1.rehearsal.settings import RehearsalConfig, Settings
+from megatron_r1.rehearsal.settings import RehearsalConfig, RehearsalSettings
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.rl.environments import find_player
 from megatron_r1.weight_sync.plan.checks import check_pushes
@@ -34,7 +34,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
 
     Raises UserError before anything starts, RunError for the first phase that fails."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are stopped
-    own, others = take_section(overrides, Settings)
+    own, others = take_section(overrides, RehearsalSettings)
     settings = own.rehearsal
     found = jobs(path, others, verbs, OF_VERBS, settings.stages)
     for job in found:
@@ -62,14 +62,14 @@ def _check(config: Config, verb: str) -> None:
         check_connections(config, hf)
 
 
-def _identity(job: Job, settings: RehearsalConfig) -> str:
+def _identity(job: RehearsalJob, settings: RehearsalConfig) -> str:
     """Return a text that is equal for runs whose miniatures are."""
     hf = read_hf_config(job.config.model.path, None)
     small = miniature.shrink(job.config, hf, Path(), settings.max_ranks)
     return repr((job.verb, small.config, small.hf))
 
 
-def _rehearse(job: Job, settings: RehearsalConfig) -> None:
+def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
     config = job.config
     folder = Path(settings.folder or f"{config.run.folder}-rehearsal") / job.name
     hf = read_hf_config(config.model.path, None)

@@ -30,7 +30,7 @@ EVALUATION_BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Row:
+class RewardModelRow:
     """A tokenized row: both texts of a pair, the chosen one first, or one text with its label."""
 
     question: str
@@ -42,15 +42,15 @@ class Rows:
     """The training and held-out rows of a reward model. dropped: how many rows were left out, by
     reason."""
 
-    train: list[Row]
-    heldout: list[Row]
+    train: list[RewardModelRow]
+    heldout: list[RewardModelRow]
     dropped: Counter[str]
 
 
-class RowSampler(EpochSampler[Row]):
+class RowSampler(EpochSampler[RewardModelRow]):
     """Draws rows in shuffled epochs; a state is refused after a token or label has changed."""
 
-    def key(self, item: Row) -> str:
+    def key(self, item: RewardModelRow) -> str:
         digest = hashlib.sha256()
         for sample in item.samples:
             digest.update(sample.token_ids + b"%f" % sample.label)
@@ -95,7 +95,7 @@ def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
     a side has no rows."""
     settings = config.reward_model
     limit = settings.max_tokens or hf["max_position_embeddings"]
-    sides: dict[bool, list[Row]] = {False: [], True: []}
+    sides: dict[bool, list[RewardModelRow]] = {False: [], True: []}
     dropped: Counter[str] = Counter()
     for row in read_preferences(settings.data, settings.kind):
         samples = _tokenize(row, text, hf)
@@ -109,7 +109,7 @@ def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
             # The salt: of questions that are all a policy's training questions, the policy's own
             # held-out share is empty.
             heldout = is_heldout(row.question, settings.heldout_fraction, "a reward model's ")
-            sides[heldout].append(Row(normalize(row.question), samples))
+            sides[heldout].append(RewardModelRow(normalize(row.question), samples))
     if not sides[False] or (settings.heldout_fraction and not sides[True]):
         side = "held-out" if sides[False] else "training"
         why = "".join(f"; {count:,} left out: {reason}" for reason, count in dropped.items())
@@ -136,12 +136,12 @@ def _tokenize(row: Preference, text: ScoredText, hf: dict[str, Any]) -> tuple[Sa
     return tuple(samples)
 
 
-def _samples_of(rows: Sequence[Row]) -> list[Sample]:
+def _samples_of(rows: Sequence[RewardModelRow]) -> list[Sample]:
     return list(chain.from_iterable(row.samples for row in rows))
 
 
 async def _evaluate(
-    config: Config, recorder: Recorder, trainer: TrainerClient, heldout: list[Row]
+    config: Config, recorder: Recorder, trainer: TrainerClient, heldout: list[RewardModelRow]
 ) -> None:
     """Score the held-out rows and record how reliable the scores are."""
     recorder.view.phase("evaluation", f"{len(heldout):,} held-out rows")

@@ -82,7 +82,7 @@ def check(config: Config) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SampleInputs:
     """The inputs of a recipe, read and checked. avoided: prompt id → why it is not sampled."""
 
     prompt_set: PromptSet
@@ -106,11 +106,11 @@ def run(config: Config) -> None:
         raise UserError(
             f"agents: {name}: sample draws responses of a single turn; leave section agents out"
         )
-    plan = _plan(config)
-    run_in_folder(config, "the sampling", lambda folder: _sample(config, folder, plan))
+    inputs = _inputs(config)
+    run_in_folder(config, "the sampling", lambda folder: _sample(config, folder, inputs))
 
 
-def _plan(config: Config) -> Plan:
+def _inputs(config: Config) -> SampleInputs:
     """Load what a run samples and how it writes it: questions that no benchmark has, worked
     examples, the rewriting function, the form of its output. Raises UserError where no question
     is left."""
@@ -140,10 +140,10 @@ def _plan(config: Config) -> Plan:
         tokenizer = path if (path / "config.json").is_file() else path / "hf"
         own = str(tokenizer) if config.model.path else ""
         rendering = Rendering(sample.render, config.data.template, own)
-    return Plan(PromptSet("", prompts, sample.samples), avoided, shots, rendering, rewrite)
+    return SampleInputs(PromptSet("", prompts, sample.samples), avoided, shots, rendering, rewrite)
 
 
-async def _sample(config: Config, folder: RunFolder, plan: Plan) -> None:
+async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> None:
     """Sample and grade what is missing in the log, then decide about all of it."""
     log = ResponseLog(folder.samples_path, "sample")
     async with contextlib.AsyncExitStack() as stack:
@@ -162,25 +162,25 @@ async def _sample(config: Config, folder: RunFolder, plan: Plan) -> None:
         rollout, server = config.rollout, config.sample.server
         decoding = Decoding(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
         key = "sample.server"
-        policy = await make_policy(config, folder.path, server, key, decoding, plan.shots)
+        policy = await make_policy(config, folder.path, server, key, decoding, inputs.shots)
         stack.push_async_callback(policy.close)
-        settings = _settings_that_matter(config, policy, plan.shots)
+        settings = _settings_that_matter(config, policy, inputs.shots)
         require_same_settings(folder, config, settings, log)
         if grader is not None:
-            await grader.check(plan.prompt_set.prompts)
+            await grader.check(inputs.prompt_set.prompts)
         if judge is not None:
             await judge.check()
         sampler = Sampler(
             policy,
             grader,
             log,
-            [plan.prompt_set],
+            [inputs.prompt_set],
             config.run.seed,
             lambda prompt_set, prompt, response: {"kind": prompt.kind, "question": prompt.question},
             by_prompt=True,
         )
         await sampler.run()
-        await _decide(config, folder.path, plan, log, pool, grader, judge, settings)
+        await _decide(config, folder.path, inputs, log, pool, grader, judge, settings)
 
 
 def _settings_that_matter(config: Config, policy: Policy, shots: Shots | None) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _settings_that_matter(config: Config, policy: Policy, shots: Shots | None) -
 async def _decide(
     config: Config,
     folder: Path,
-    plan: Plan,
+    inputs: SampleInputs,
     log: ResponseLog,
     pool: RewardPool,
     grader: Grader | None,
@@ -223,7 +223,7 @@ async def _decide(
         assert judge is not None
         decide = pairs = PreferencePairs(selection, sample.pairs, judge)
         # All pairs must be judged before lengths can be balanced; the second pass uses the cache.
-        async for _ in decide_all(log, plan.prompt_set, pairs):
+        async for _ in decide_all(log, inputs.prompt_set, pairs):
             pass
         pairs.balance()
         facts = pairs.length_bias()
@@ -232,12 +232,12 @@ async def _decide(
         decide = SafetyLabels(selection, judge)
     else:
         cache = ResultCache(folder / "rewrites.jsonl")
-        rewriter = cached_rewriter(plan.rewrite, cache) if plan.rewrite else None
-        decide = SftExamples(selection, plan.rendering, rewriter, grader)
+        rewriter = cached_rewriter(inputs.rewrite, cache) if inputs.rewrite else None
+        decide = SftExamples(selection, inputs.rendering, rewriter, grader)
     counts = DecisionCounts()
     file = FILES.get(sample.output)
-    await write_outputs(log, plan.prompt_set, decide, folder / file if file else None, counts.add)
-    _report(folder, plan, counts, file, facts, {"filters": filters, **settings})
+    await write_outputs(log, inputs.prompt_set, decide, folder / file if file else None, counts.add)
+    _report(folder, inputs, counts, file, facts, {"filters": filters, **settings})
     if not counts.num_kept:
         raise RunError(
             f"{folder}: no response is kept; most are {counts.decisions.most_common(1)[0][0]} "
@@ -259,14 +259,19 @@ def _filtered(counts: DecisionCounts) -> str:
 
 
 def _report(
-    folder: Path, plan: Plan, counts: DecisionCounts, file: str | None, facts: dict, settings: dict
+    folder: Path,
+    inputs: SampleInputs,
+    counts: DecisionCounts,
+    file: str | None,
+    facts: dict,
+    settings: dict,
 ) -> None:
     result = counts.as_json() | facts
-    result |= {"avoided": len(plan.avoided), "settings": settings, "versions": versions()}
+    result |= {"avoided": len(inputs.avoided), "settings": settings, "versions": versions()}
     atomic_write(folder / "curation.json", json.dumps(result, indent=1) + "\n")
     print(counts.table(), flush=True)
-    if plan.avoided:
-        print(f"  {len(plan.avoided):,} questions were not sampled: sample.avoid", flush=True)
+    if inputs.avoided:
+        print(f"  {len(inputs.avoided):,} questions were not sampled: sample.avoid", flush=True)
     if facts:
         print(
             f"  {facts['pairs']:,} pairs; log(chosen / rejected length) {facts['length_bias']:+.3f}"

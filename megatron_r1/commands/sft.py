@@ -6,7 +6,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.data.mixture import MixtureSampler, describe, load_mixture
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.data.sft import Example, ExampleSampler, load_examples
+from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
 from megatron_r1.data.text import PromptText
 from megatron_r1.errors import UserError
 from megatron_r1.models import read_hf_config
@@ -30,7 +30,7 @@ def run(config: Config) -> None:
     examples, contents = _examples(config)
     config = with_steps(config, "sft", examples.epoch_size)
 
-    def to_samples(batch: list[Example]) -> list[Sample]:
+    def to_samples(batch: list[SftExample]) -> list[Sample]:
         return [
             Sample.pack(text.encode(example.prompt), text.encode_response(example.response))
             for example in batch
@@ -40,7 +40,7 @@ def run(config: Config) -> None:
     run_supervised(task, "sft", [config.model.path, *contents])
 
 
-def _examples(config: Config) -> tuple[EpochSampler[Example], list[str]]:
+def _examples(config: Config) -> tuple[EpochSampler[SftExample], list[str]]:
     """Return the sampler of examples, and lines about its contents."""
     data, shuffled = config.sft.data, config.sft.order == "shuffled"
     if isinstance(data, str):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_r1.config.training import MixturePart
-from megatron_r1.data.sft import Example, ExampleSampler, load_examples
+from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
 from megatron_r1.errors import UserError
 
 
@@ -19,7 +19,7 @@ class LoadedPart:
     """A file's examples; num_per_epoch: how many of them an epoch has, repeats counted."""
 
     path: str
-    examples: list[Example]
+    examples: list[SftExample]
     num_per_epoch: int
 
 

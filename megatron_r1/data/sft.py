@@ -12,7 +12,7 @@ COLUMNS = "in sft.data, beside path, columns"
 
 
 @dataclass(frozen=True)
-class Example:
+class SftExample:
     """One example of supervised training. prompt: the text the model is given, template included,
     without loss. response: with loss."""
 
@@ -20,11 +20,11 @@ class Example:
     response: str
 
 
-def load_examples(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Example]:
+def load_examples(path: str | Path, columns: Mapping[str, str] | None = None) -> list[SftExample]:
     """Return the rows {"prompt", "response"} of a JSONL or Parquet file; columns: our name → the
     file's. Raises UserError with file and line for a bad row, and for a file without rows."""
     examples = [
-        Example(*(require_text(location, row, name, COLUMNS) for name in ("prompt", "response")))
+        SftExample(*(require_text(location, row, name, COLUMNS) for name in ("prompt", "response")))
         for location, row in read_records(path, columns, ("prompt", "response"))
     ]
     if not examples:
@@ -32,8 +32,8 @@ def load_examples(path: str | Path, columns: Mapping[str, str] | None = None) ->
     return examples
 
 
-class ExampleSampler(EpochSampler[Example]):
+class ExampleSampler(EpochSampler[SftExample]):
     """Draws examples; a state is refused after an example has changed."""
 
-    def key(self, item: Example) -> str:
+    def key(self, item: SftExample) -> str:
         return f"{item.prompt}\0{item.response}"

@@ -14,7 +14,7 @@ from megatron_r1.engine.from_config import engine_settings
 from megatron_r1.engine.limits import check_engines, positions
 from megatron_r1.errors import UserError
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.model_check.findings import Reference
+from megatron_r1.model_check.findings import ReferenceResult
 from megatron_r1.models.hf_config import load_config
 from megatron_r1.processes.logs import file_excerpt
 from megatron_r1.trainer_client.client import TrainerClient
@@ -26,7 +26,7 @@ MAX_LENGTH = 256
 """Tokens of a sequence and its one new token; those of the reference are shorter."""
 
 
-async def by_megatron(config: Config, reference: Reference, scratch: Path) -> float:
+async def by_megatron(config: Config, reference: ReferenceResult, scratch: Path) -> float:
     """Return the largest difference of the trainer's log-probabilities, in the layout of
     `config.parallel`. Raises UserError for a layout that cannot be, TrainerError where a rank
     fails."""
@@ -43,7 +43,9 @@ async def by_megatron(config: Config, reference: Reference, scratch: Path) -> fl
         await trainer.close()
 
 
-async def by_vllm(folder: Path, config: Config, reference: Reference, scratch: Path) -> float | str:
+async def by_vllm(
+    folder: Path, config: Config, reference: ReferenceResult, scratch: Path
+) -> float | str:
     """Return the largest difference of an engine's log-probabilities, started on the weights in
     `folder`, or why there is none."""
     if find_spec("vllm") is None:

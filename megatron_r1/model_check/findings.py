@@ -8,7 +8,7 @@ TOLERANCE = 1e-4
 """The largest difference in float32; about 1e-5 is seen, of sums in another order."""
 
 
-class Reference(msgspec.Struct):
+class ReferenceResult(msgspec.Struct):
     """The result of `model_check.reference`. num_tokens: of the tokenizer; None: the folder has
     none. template: whether it has a chat template. sequences: token ids. logprobs: of each token
     but the first, given those before it, by transformers in the checked dtype. noise: the largest

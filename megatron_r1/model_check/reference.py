@@ -2,8 +2,8 @@
 
 Every tensor is read once or named, the tokenizer fits the model and gives texts back, and
 transformers computes the log-probabilities of a few token sequences. MTP: `model.mtp`. OUT gets
-`Reference` as JSON; PLAIN gets a copy of a quantized folder that transformers and vLLM can load. A
-mistake ends the process with its message."""
+`ReferenceResult` as JSON; PLAIN gets a copy of a quantized folder that transformers and vLLM can
+load. A mistake ends the process with its message."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.errors import UserError
-from megatron_r1.model_check.findings import Reference
+from megatron_r1.model_check.findings import ReferenceResult
 from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.weights.stored.hf_weights import HfWeights
@@ -34,7 +34,7 @@ RANDOM_LENGTHS = (48, 17)
 QUESTION = "What is 2 + 3?"
 
 
-def main(folder: Path, dtype: str, with_mtp: bool, plain: Path) -> Reference:
+def main(folder: Path, dtype: str, with_mtp: bool, plain: Path) -> ReferenceResult:
     """Return what was found. with_mtp: whether MTP layers must be there. Raises UserError for what
     does not fit."""
     hf = read_hf_config(folder, key="HF_FOLDER")
@@ -55,7 +55,7 @@ def main(folder: Path, dtype: str, with_mtp: bool, plain: Path) -> Reference:
     exact = _logprobs(source, hf, torch.float32, sequences)
     found = exact if dtype == "float32" else _logprobs(source, hf, getattr(torch, dtype), sequences)
     noise = max((a - b).abs().max().item() for a, b in zip(exact, found, strict=True))
-    return Reference(
+    return ReferenceResult(
         num_tensors,
         None if tokenizer is None else len(tokenizer),
         getattr(tokenizer, "chat_template", None) is not None,

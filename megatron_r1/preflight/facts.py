@@ -46,7 +46,7 @@ class Memory(msgspec.Struct):
     holders: list[str] = []
 
 
-class Link(msgspec.Struct):
+class LinkRate(msgspec.Struct):
     """The rate of one group: bytes that a rank sends per second."""
 
     operation: str
@@ -73,7 +73,7 @@ class Folder(msgspec.Struct):
     free: int = 0
 
 
-class Node(msgspec.Struct):
+class NodeFacts(msgspec.Struct):
     """The measurements of a node's first rank. ports: fault by setting. unreachable: why rank 0's
     node cannot be connected to, or "". clock_offset: seconds ahead of rank 0's. sandbox: why
     programs cannot be graded, or ""."""
@@ -104,9 +104,9 @@ class Facts(msgspec.Struct):
     device: str
     memory: Memory | None
     products: float
-    links: dict[str, Link]
+    links: dict[str, LinkRate]
     pairs: list[float]
     folder: Folder
-    node: Node | None
+    node: NodeFacts | None
     seconds: dict[str, float]
     gloo: list[float] = []

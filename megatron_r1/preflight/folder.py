@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_r1.errors import UserError
 from megatron_r1.files import fsync
 from megatron_r1.preflight.facts import Folder, Place
-from megatron_r1.preflight.progress import Progress
+from megatron_r1.preflight.progress import RankProgress
 from megatron_r1.reporting.run_folder import LOCK, FolderLock, is_locked
 
 NUM_BYTES = 64 << 20
@@ -22,7 +22,7 @@ seconds."""
 NAME = ".preflight"
 
 
-def check_folder(folder: Path, place: Place, progress: Progress) -> Folder:
+def check_folder(folder: Path, place: Place, progress: RankProgress) -> Folder:
     """Return what this node finds in `folder`, which is as before at the end. Called on all ranks;
     the first of each node writes, and the second of a single node tries the lock.
 
@@ -72,7 +72,7 @@ def _faults(found: Folder):
         found.error = found.error or str(error)
 
 
-def _has_token(work: Path, progress: Progress) -> bool:
+def _has_token(work: Path, progress: RankProgress) -> bool:
     """Return whether the file that node 0 has written is here, soon."""
     if not progress.store.check(["token"]):
         return False  # node 0 could not write it

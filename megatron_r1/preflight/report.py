@@ -12,14 +12,14 @@ from rich.table import Table
 from megatron_r1.errors import RunError
 from megatron_r1.files import atomic_write
 from megatron_r1.preflight.facts import Facts
-from megatron_r1.preflight.judge import Finding, hardware_of, measured_rates
+from megatron_r1.preflight.judge import CheckFinding, hardware_of, measured_rates
 from megatron_r1.preflight.settings import PreflightConfig
 
 WORDS = {"ok": "", "note": "out of line", "block": "blocks"}
 
 
 def write(
-    title: str, settings: PreflightConfig, facts: Sequence[Facts], findings: Sequence[Finding]
+    title: str, settings: PreflightConfig, facts: Sequence[Facts], findings: Sequence[CheckFinding]
 ) -> None:
     """Print the table and write the files that the settings name. Raises RunError where a finding
     blocks the run."""

@@ -31,7 +31,7 @@ class PreflightConfig(Section):
         return name
 
 
-class Settings(Section):
+class PreflightSettings(Section):
     """The section that `preflight` adds to those of a recipe."""
 
     preflight: PreflightConfig = PreflightConfig()

@@ -13,14 +13,14 @@ from megatron_r1.config.yaml_text import as_sections
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.workflow import pipeline_recipe
 from megatron_r1.workflow.check import check
-from megatron_r1.workflow.plan import Plan
+from megatron_r1.workflow.plan import WorkflowPlan
 from megatron_r1.workflow.references import REFERENCE
 
 VERBS = ("rl", "sft", "reward-model", "sample")
 
 
 @dataclass(frozen=True)
-class Job:
+class RehearsalJob:
     """One run. config: as its verb would read it, with a model.path that exists."""
 
     name: str
@@ -34,7 +34,7 @@ def jobs(
     verbs: Mapping[str, str],
     implied: Mapping[str, dict],
     only: Collection[str] = (),
-) -> list[Job]:
+) -> list[RehearsalJob]:
     """Return the runs of the recipe at `path`.
 
     verbs: name → module of those that stages may use. implied: verb → settings that it adds by
@@ -49,10 +49,10 @@ def jobs(
             raise UserError(
                 f"recipe {path}: it is for eval, which is rehearsed by itself with --eval.limit 2"
             )
-        return [Job(Path(path).stem, verb, config)]
+        return [RehearsalJob(Path(path).stem, verb, config)]
     recipe = pipeline_recipe.load(path, dict(overrides))
     added = {verb: as_sections(settings) for verb, settings in implied.items()}
-    plan = Plan.of(recipe, path, Path(recipe.pipeline.folder), recipe.pipeline.seed, added)
+    plan = WorkflowPlan.of(recipe, path, Path(recipe.pipeline.folder), recipe.pipeline.seed, added)
     check(plan, verbs, files=False)
     names = [name for name, stage in plan.stages.items() if stage.config.verb in VERBS]
     for name in only:
@@ -66,11 +66,11 @@ def jobs(
         if not only or name in only:
             config = plan.config(plan.stages[name])
             config = config.with_changes(model={"path": _model_path(plan, name, config)})
-            found.append(Job(name, plan.stages[name].config.verb, config))
+            found.append(RehearsalJob(name, plan.stages[name].config.verb, config))
     return found
 
 
-def _model_path(plan: Plan, name: str, config: Config) -> str:
+def _model_path(plan: WorkflowPlan, name: str, config: Config) -> str:
     """Return the model that the stage, or the stages before it, start from."""
     path = config.model.path
     if match := REFERENCE.match(path):  # a stage, or a file of its folder

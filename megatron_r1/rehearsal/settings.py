@@ -18,7 +18,7 @@ class RehearsalConfig(Section):
     timeout_seconds: float = Field(1800.0, gt=0, description="limit for one phase")
 
 
-class Settings(Section):
+class RehearsalSettings(Section):
     """The section that `rehearse` adds to those of a recipe."""
 
     rehearsal: RehearsalConfig = RehearsalConfig()

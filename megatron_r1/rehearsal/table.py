@@ -16,7 +16,7 @@ from megatron_r1.rehearsal.served import reward_models
 from megatron_r1.rl.environments import find_player
 
 
-class Row(NamedTuple):
+class StructureRow(NamedTuple):
     """A part of a recipe's structure. exercised: `YES`, or why not."""
 
     what: str
@@ -59,39 +59,47 @@ NOT_HERE = {
 }
 
 
-def structure(recipe: Config, hf: dict, small: Config, verb: str) -> list[Row]:
+def structure(recipe: Config, hf: dict, small: Config, verb: str) -> list[StructureRow]:
     """Return a row for each part of the recipe's structure that its verb uses."""
-    rows: list[Row] = []
+    rows: list[StructureRow] = []
     for section in SECTIONS[verb]:
         before, after = getattr(recipe, section), getattr(small, section)
         for key in SIZES[section]:
             old, new = getattr(before, key), getattr(after, key)
             if _is_used(old):
                 exercised = NOT_HERE.get(f"{section}.{key}") or _exercised(old, new)
-                rows.append(Row(f"{section}.{key}", str(old), str(new), exercised))
+                rows.append(StructureRow(f"{section}.{key}", str(old), str(new), exercised))
     if verb in ("rl", "sample") and recipe.rollout.speculative.method != "none":
         drafts = recipe.rollout.speculative, small.rollout.speculative
         before, after = (f"{each.method}, {each.tokens} tokens" for each in drafts)
-        rows.append(Row("rollout.speculative", before, after, YES))
+        rows.append(StructureRow("rollout.speculative", before, after, YES))
     if verb != "sample":
         old, new = (p.num_replicas(p.processes) for p in (recipe.parallel, small.parallel))
         if old > 1:
-            rows.append(Row("replicas of the model", str(old), str(new), _exercised(old, new)))
+            rows.append(
+                StructureRow("replicas of the model", str(old), str(new), _exercised(old, new))
+            )
         if hf.get("num_nextn_predict_layers") and verb != "reward-model":
-            rows.append(Row("model.mtp", recipe.model.mtp, small.model.mtp, YES))
+            rows.append(StructureRow("model.mtp", recipe.model.mtp, small.model.mtp, YES))
         if recipe.model.lora is not None:
             rank = f"rank {recipe.model.lora.rank}"
-            rows.append(Row("model.lora", rank, rank, YES))
+            rows.append(StructureRow("model.lora", rank, rank, YES))
         if recipe.parallel.optimizer_offload:
-            rows.append(Row("parallel.optimizer_offload", "to the host", "—", "no: needs a GPU"))
+            rows.append(
+                StructureRow("parallel.optimizer_offload", "to the host", "—", "no: needs a GPU")
+            )
         if recipe.parallel.dispatcher != "alltoall":
-            rows.append(Row("parallel.dispatcher", "DeepEP", "alltoall", "no: needs a GPU"))
-        rows.append(Row("layers", "Transformer Engine", "Megatron-Core's own", "no: needs a GPU"))
-        rows.append(Row("memory", "of a GPU", "—", "no: tools/plan computes it"))
+            rows.append(
+                StructureRow("parallel.dispatcher", "DeepEP", "alltoall", "no: needs a GPU")
+            )
+        rows.append(
+            StructureRow("layers", "Transformer Engine", "Megatron-Core's own", "no: needs a GPU")
+        )
+        rows.append(StructureRow("memory", "of a GPU", "—", "no: tools/plan computes it"))
     return rows + _left_out(recipe, small, verb)
 
 
-def _left_out(recipe: Config, small: Config, verb: str) -> list[Row]:
+def _left_out(recipe: Config, small: Config, verb: str) -> list[StructureRow]:
     """Return rows for the served models and the functions that a recipe names."""
     rows = []
     if verb in ("rl", "sample"):
@@ -99,18 +107,24 @@ def _left_out(recipe: Config, small: Config, verb: str) -> list[Row]:
             if "url" in values:
                 is_served = verb == "rl" and name in reward_models(recipe.rewards.options)
                 here = ("served", YES) if is_served else ("—", "no: none is served")
-                rows.append(Row(f"rewards.options.{name}", "served", *here))
+                rows.append(StructureRow(f"rewards.options.{name}", "served", *here))
     if verb == "sample":
         if recipe.sample.judge != small.sample.judge:
-            rows.append(Row("sample.judge", recipe.sample.judge, "a rule", "no: none is served"))
+            rows.append(
+                StructureRow("sample.judge", recipe.sample.judge, "a rule", "no: none is served")
+            )
         if recipe.sample.rewrite:
-            rows.append(Row("sample.rewrite", recipe.sample.rewrite, "—", "no: random text"))
+            rows.append(
+                StructureRow("sample.rewrite", recipe.sample.rewrite, "—", "no: random text")
+            )
     if verb == "rl":
         if found := find_player(recipe):
             key, player = found
-            rows.append(Row(key, str(player), "—", "no: random weights call no tool"))
+            rows.append(StructureRow(key, str(player), "—", "no: random weights call no tool"))
         if recipe.teacher.url:
-            rows.append(Row("teacher.url", "served", "started by the run", "no: none is served"))
+            rows.append(
+                StructureRow("teacher.url", "served", "started by the run", "no: none is served")
+            )
     return rows
 
 
@@ -128,7 +142,7 @@ def _is_used(value: object) -> bool:
 def write(
     folder: Path,
     title: str,
-    rows: Sequence[Row],
+    rows: Sequence[StructureRow],
     shown: Sequence[PhaseResult],
     changes: Sequence[Change],
 ) -> None:
@@ -158,7 +172,7 @@ def _cells(phase: PhaseResult) -> tuple[str, str, str, str]:
     return phase.phase, phase.evidence, f"{phase.seconds:.0f}", used
 
 
-def _markdown(title: str, rows: Sequence[Row], shown: Sequence[PhaseResult]) -> str:
+def _markdown(title: str, rows: Sequence[StructureRow], shown: Sequence[PhaseResult]) -> str:
     lines = [f"# Rehearsal of {title}", ""]
     lines += ["| phase | shown | seconds | of CPU |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(_cells(phase))} |" for phase in shown]

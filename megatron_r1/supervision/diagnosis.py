@@ -8,11 +8,11 @@ from collections.abc import Coroutine
 from typing import Any, cast
 
 from megatron_r1.supervision import inspect_roles
-from megatron_r1.supervision.inspect_roles import Finding, indented, rounded
+from megatron_r1.supervision.inspect_roles import RoleFinding, indented, rounded
 from megatron_r1.supervision.run_handles import RunHandles
 
 
-async def diagnose(run: RunHandles) -> list[Finding]:
+async def diagnose(run: RunHandles) -> list[RoleFinding]:
     """Return a finding per role; the first is what everything waits for."""
     rollouts = run.rollouts
     inspections = [inspect_roles.inspect_trainer(run.trainer)]
@@ -28,7 +28,7 @@ async def diagnose(run: RunHandles) -> list[Finding]:
     return [findings.pop(awaited), *findings.values()]
 
 
-def report(run: RunHandles, findings: list[Finding], quiet_seconds: float) -> str:
+def report(run: RunHandles, findings: list[RoleFinding], quiet_seconds: float) -> str:
     """Return the text of a hang's report. quiet_seconds: since the last progress."""
     step = run.recorder.latest.get("step", run.recorder.state.step)
     lines = [
@@ -65,14 +65,14 @@ def _is_pushing(run: RunHandles) -> bool:
     return run.recorder.view.doing[0] == "push"
 
 
-def _inspect_controller(run: RunHandles) -> Finding:
+def _inspect_controller(run: RunHandles) -> RoleFinding:
     phase, detail = run.recorder.view.doing
     doing = f"{phase} ({detail})" if detail else phase or "nothing"
     details = []
     for task in asyncio.all_tasks():
         if task is not asyncio.current_task():
             details += [f"task {task.get_name()}", *indented(_suspended_frames(task))]
-    return Finding("controller", f"controller: in phase {doing}", details)
+    return RoleFinding("controller", f"controller: in phase {doing}", details)
 
 
 def _suspended_frames(task: asyncio.Task[Any]) -> list[str]:

@@ -36,7 +36,7 @@ STATES = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class RoleFinding:
     """The result of inspecting one role of a run that hangs. headline: the role's state
     in one sentence. details: lines of evidence. recover: kills what hangs, so that its supervisor
     starts it again; None where that is not possible."""
@@ -59,7 +59,7 @@ def rounded(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7_200 else f"{seconds / 3600:.1f} h"
 
 
-async def inspect_trainer(trainer: TrainerClient) -> Finding:
+async def inspect_trainer(trainer: TrainerClient) -> RoleFinding:
     """Inspect all ranks. The headline has the open call, the ranks without a reply, and where they
     are."""
     waiting = trainer.waiting
@@ -79,7 +79,7 @@ async def inspect_trainer(trainer: TrainerClient) -> Finding:
         await asyncio.to_thread(trainer.kill)
 
     can_recover = waiting is not None and trainer.can_restart
-    return Finding("trainer", headline, details, kill if can_recover else None)
+    return RoleFinding("trainer", headline, details, kill if can_recover else None)
 
 
 def _locations(trainer: TrainerClient, missing: set[int], statuses: dict[int, RankStatus]) -> str:
@@ -138,7 +138,7 @@ def _ranks(ranks: list[int], most: int = 16) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
 
 
-async def inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> Finding:
+async def inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> RoleFinding:
     """Inspect the engines that sample. The headline has the open groups, since when, and the stuck
     engines. pushing: whether a weight push is in progress."""
     fleet, in_flight = rollouts.fleet, rollouts.in_flight
@@ -148,7 +148,7 @@ async def inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> 
     return await _inspect(fleet, "engines", headline, in_flight.oldest("sampling"))
 
 
-async def inspect_teacher(rollouts: RolloutCollector) -> Finding:
+async def inspect_teacher(rollouts: RolloutCollector) -> RoleFinding:
     """Inspect the teacher's engines as `inspect_engines` does."""
     assert rollouts.teacher is not None, "called for runs with a teacher only"
     in_flight = rollouts.in_flight
@@ -156,7 +156,7 @@ async def inspect_teacher(rollouts: RolloutCollector) -> Finding:
     return await _inspect(rollouts.teacher, "teacher", headline, in_flight.oldest("scoring"))
 
 
-def inspect_rewards(rollouts: RolloutCollector) -> Finding:
+def inspect_rewards(rollouts: RolloutCollector) -> RoleFinding:
     """Inspect the reward workers. The headline has the groups being graded and the job that has
     taken longest."""
     oldest = rollouts.in_flight.oldest("grading")
@@ -169,7 +169,7 @@ def inspect_rewards(rollouts: RolloutCollector) -> Finding:
         headline += f"; {_describe_job(jobs[0])}"
     elif oldest:
         headline += f"; no worker has one of them, so a served model has: {_describe_group(oldest)}"
-    return Finding("rewards", headline, details)
+    return RoleFinding("rewards", headline, details)
 
 
 async def count_tokens(rollouts: RolloutCollector) -> int:
@@ -216,7 +216,7 @@ def _open_groups(in_flight: InFlight, phase: Phase) -> str:
 
 async def _inspect(
     fleet: RolloutFleet, role: str, headline: str, oldest: InFlightGroup | None
-) -> Finding:
+) -> RoleFinding:
     """Inspect all engines. Stuck are those that do not respond, or else those with requests."""
     engines = list(fleet.engines)
     states = dict(zip(engines, await asyncio.gather(*map(_state, engines)), strict=True))
@@ -232,7 +232,7 @@ async def _inspect(
     async def kill() -> None:
         await asyncio.gather(*(asyncio.to_thread(engine.server.stop) for engine in stuck))
 
-    return Finding(role, "; ".join(headlines), details, kill if stuck else None)
+    return RoleFinding(role, "; ".join(headlines), details, kill if stuck else None)
 
 
 async def _state(engine: Engine) -> tuple[str, bool]:

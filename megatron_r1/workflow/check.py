@@ -12,11 +12,11 @@ from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.user_code import source_of
 from megatron_r1.workflow.graph import Graph
 from megatron_r1.workflow.pipeline_recipe import MAKE
-from megatron_r1.workflow.plan import Plan, Stage, names_a_file
+from megatron_r1.workflow.plan import WorkflowPlan, WorkflowStage, names_a_file
 from megatron_r1.workflow.references import REFERENCE, texts
 
 
-def check(plan: Plan, verbs: Mapping[str, str], files: bool = True) -> None:
+def check(plan: WorkflowPlan, verbs: Mapping[str, str], files: bool = True) -> None:
     """Raise UserError with a line for every stage that cannot run.
 
     verbs: name → module, whose REQUIRED are the keys that a recipe must set. files: whether files
@@ -41,7 +41,7 @@ def mistakes_of(check: Callable[..., Any], *arguments: Any) -> list[str]:
     return []
 
 
-def missing_files(plan: Plan) -> list[str]:
+def missing_files(plan: WorkflowPlan) -> list[str]:
     """Return a line for every missing file or folder that settings name and no stage makes."""
     named = []
     for stage in plan.stages.values():
@@ -58,7 +58,7 @@ def missing_files(plan: Plan) -> list[str]:
     ]
 
 
-def _check_stage(plan: Plan, stage: Stage, verbs: Mapping[str, str]) -> None:
+def _check_stage(plan: WorkflowPlan, stage: WorkflowStage, verbs: Mapping[str, str]) -> None:
     config, where = stage.config, f"{plan.path}: stages.{stage.name}"
     if stage.is_function:
         _check_function(where, config.function, config.arguments)

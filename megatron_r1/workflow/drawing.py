@@ -33,7 +33,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Node:
+class GraphNode:
     """A stage; or, named after a layer, the point where an edge passes through that layer."""
 
     name: str
@@ -44,7 +44,7 @@ class Node:
         return PASS_WIDTH if self.edge else BOX_WIDTH
 
 
-Paths = Sequence[Sequence[Node]]
+Paths = Sequence[Sequence[GraphNode]]
 """The nodes that each edge goes through, from top to bottom."""
 
 
@@ -61,7 +61,7 @@ def graph_svg(
         width=max(x + node.width / 2 for node, (x, _) in centres.items()) + MARGIN,
         height=MARGIN * 2 + len(layers) * (BOX_HEIGHT + LAYER_GAP) - LAYER_GAP,
         edges=[_edge([centres[node] for node in path]) for path in paths],
-        boxes=[(box, INKS[box.state], *centres[Node(name)]) for name, box in boxes.items()],
+        boxes=[(box, INKS[box.state], *centres[GraphNode(name)]) for name, box in boxes.items()],
         box_width=BOX_WIDTH,
         box_height=BOX_HEIGHT,
         max_chars=MAX_CHARS,
@@ -70,27 +70,27 @@ def graph_svg(
 
 def _layers(
     upstream: Mapping[str, Sequence[str]], depths: Mapping[str, int]
-) -> tuple[list[list[Node]], Paths]:
+) -> tuple[list[list[GraphNode]], Paths]:
     """Return the nodes by layer, and the paths of all edges."""
-    layers: list[list[Node]] = [[] for _ in range(max(depths.values()) + 1)]
+    layers: list[list[GraphNode]] = [[] for _ in range(max(depths.values()) + 1)]
     for name, depth in depths.items():
-        layers[depth].append(Node(name))
+        layers[depth].append(GraphNode(name))
     paths = []
     for name, above in upstream.items():
         for start in above:
             passed = range(depths[start] + 1, depths[name])
-            passes = [Node(str(layer), (start, name)) for layer in passed]
+            passes = [GraphNode(str(layer), (start, name)) for layer in passed]
             for layer, node in zip(passed, passes, strict=True):
                 layers[layer].append(node)
-            paths.append([Node(start), *passes, Node(name)])
+            paths.append([GraphNode(start), *passes, GraphNode(name)])
     return layers, paths
 
 
-def _reduce_crossings(layers: list[list[Node]], paths: Paths) -> None:
+def _reduce_crossings(layers: list[list[GraphNode]], paths: Paths) -> None:
     """Sort each layer by the mean position of its neighbours, downwards and upwards in turn
     (Sugiyama et al. 1981)."""
-    above: dict[Node, list[Node]] = {}
-    below: dict[Node, list[Node]] = {}
+    above: dict[GraphNode, list[GraphNode]] = {}
+    below: dict[GraphNode, list[GraphNode]] = {}
     for path in paths:
         for upper, lower in pairwise(path):
             above.setdefault(lower, []).append(upper)
@@ -106,7 +106,7 @@ def _reduce_crossings(layers: list[list[Node]], paths: Paths) -> None:
             layer.sort(key=target.__getitem__)
 
 
-def _centres(layers: Sequence[Sequence[Node]]) -> dict[Node, tuple[float, float]]:
+def _centres(layers: Sequence[Sequence[GraphNode]]) -> dict[GraphNode, tuple[float, float]]:
     widths = [sum(n.width for n in layer) + GAP * (len(layer) - 1) for layer in layers]
     centres = {}
     for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):

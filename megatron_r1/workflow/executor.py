@@ -12,10 +12,10 @@ from megatron_r1.reporting.wording import duration
 from megatron_r1.workflow import manifest
 from megatron_r1.workflow.graph import Graph
 from megatron_r1.workflow.pipeline_recipe import PipelineConfig
-from megatron_r1.workflow.plan import Plan
+from megatron_r1.workflow.plan import WorkflowPlan
 from megatron_r1.workflow.results import headline, results_of
 from megatron_r1.workflow.runner import Runner, Signals
-from megatron_r1.workflow.status import State, examine, examine_all, stale_text, status_lines
+from megatron_r1.workflow.status import StageState, examine, examine_all, stale_text, status_lines
 
 Task = TypeVar("Task", bound=Hashable)
 
@@ -31,7 +31,7 @@ class Executor:
     """Runs stages and keeps their statuses up to date. plans: one per seed, of the same stages."""
 
     def __init__(
-        self, config: PipelineConfig, plans: Sequence[Plan], graph: Graph, signals: Signals
+        self, config: PipelineConfig, plans: Sequence[WorkflowPlan], graph: Graph, signals: Signals
     ) -> None:
         self._config, self._graph, self._signals = config, graph, signals
         self._plans = {plan.seed: plan for plan in plans}
@@ -67,9 +67,9 @@ class Executor:
         # Its upstream may have been done again, and may have come out the same.
         above = {upper: statuses[upper] for upper in upstream}
         statuses[name] = examine(plan, stage, above)
-        if statuses[name].state is State.DONE:
+        if statuses[name].state is StageState.DONE:
             return
-        if statuses[name].state is State.STALE:
+        if statuses[name].state is StageState.STALE:
             if not self._config.rerun:
                 raise UserError(stale_text(plan, {name: statuses[name]}))
             _print(f"{title}: what it was is now in {_move_aside(plan.folder_of(name))}")
@@ -144,7 +144,7 @@ def _move_aside(folder: Path) -> Path:
     return folder.rename(old)
 
 
-def _referenced_outputs(plan: Plan, name: str) -> set[str]:
+def _referenced_outputs(plan: WorkflowPlan, name: str) -> set[str]:
     """Return the files of a stage that other stages refer to."""
     names = {ref for stage in plan.stages.values() for _, ref in stage.references}
     return {ref.partition(".")[2] for ref in names if ref.startswith(f"{name}.")}

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.differences import changed_keys, flatten, is_within, value_text
 from megatron_r1.user_code import syntax_of
-from megatron_r1.workflow.plan import Plan, Stage
+from megatron_r1.workflow.plan import WorkflowPlan, WorkflowStage
 from megatron_r1.workflow.references import references, substitute, texts
 
 # Larger files count by size and blocks: the status of a terabyte's model takes seconds.
@@ -40,7 +40,7 @@ SECTIONS_OF_VERB = {
 """Sections that only one verb reads."""
 
 
-def settings(plan: Plan, stage: Stage, finished: bool) -> dict[str, Any]:
+def settings(plan: WorkflowPlan, stage: WorkflowStage, finished: bool) -> dict[str, Any]:
     """Return the settings that decide the stage's result, by dotted keys.
 
     References stay as written, since what they mean is an input: a pipeline's folder may be moved.
@@ -67,7 +67,7 @@ def defaults() -> dict[str, Any]:
     return json.loads(json.dumps(flatten(Config().model_dump()), default=str))
 
 
-def inputs(plan: Plan, stage: Stage, upstream: tuple[str, ...]) -> dict[str, str]:
+def inputs(plan: WorkflowPlan, stage: WorkflowStage, upstream: tuple[str, ...]) -> dict[str, str]:
     """Return the digest of each input: references, files named in settings, functions."""
     digests: dict[str, str] = {}
     for _, text in texts(stage.all_settings):
@@ -157,7 +157,7 @@ def _is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name == "__pycache__"
 
 
-def _functions(stage: Stage) -> dict[str, str]:
+def _functions(stage: WorkflowStage) -> dict[str, str]:
     """Return the syntax of the modules of all user functions that the stage names: its own, and
     those that rewrite, judge, filter or reward."""
     if stage.is_function:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from graphlib import CycleError, TopologicalSorter
 
 from megatron_r1.errors import UserError, did_you_mean
-from megatron_r1.workflow.plan import Stage
+from megatron_r1.workflow.plan import WorkflowStage
 
 TRAINED = ("hf", "checkpoints", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 OUTPUTS = {
@@ -24,7 +24,7 @@ class Graph:
 
     order and `sorted` keep the recipe's order where the edges allow it."""
 
-    def __init__(self, stages: Mapping[str, Stage]) -> None:
+    def __init__(self, stages: Mapping[str, WorkflowStage]) -> None:
         """Read the edges.
 
         Raises UserError with a line for every stage with an unknown reference, or else for a cycle.
@@ -56,7 +56,7 @@ class Graph:
         return depths
 
 
-def _upstream(stage: Stage, stages: Mapping[str, Stage]) -> tuple[str, ...]:
+def _upstream(stage: WorkflowStage, stages: Mapping[str, WorkflowStage]) -> tuple[str, ...]:
     """Return the stages that `stage` needs directly, in the order of its references."""
     upstream: dict[str, None] = {}
     for place, reference in stage.references:
@@ -81,7 +81,7 @@ def _upstream(stage: Stage, stages: Mapping[str, Stage]) -> tuple[str, ...]:
     return tuple(upstream)
 
 
-def _check_served(stage: Stage, where: str, rest: str) -> None:
+def _check_served(stage: WorkflowStage, where: str, rest: str) -> None:
     name, dot, what = rest.rpartition(".")
     if not dot or what != "url":
         raise UserError(f"{where} is unknown; there is ${{serve.NAME.url}}")
@@ -91,7 +91,7 @@ def _check_served(stage: Stage, where: str, rest: str) -> None:
         raise UserError(f"{where}: {name} is not in its serve{near or f'; it serves {served}'}")
 
 
-def _check_output(stages: Mapping[str, Stage], where: str, head: str, rest: str) -> None:
+def _check_output(stages: Mapping[str, WorkflowStage], where: str, head: str, rest: str) -> None:
     if head not in stages:
         raise UserError(f"{where}: {unknown_stage(head, stages)}")
     known = OUTPUTS.get(stages[head].config.verb)

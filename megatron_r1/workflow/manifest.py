@@ -15,7 +15,7 @@ from megatron_r1.errors import UserError
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.files import atomic_write, fsync
 from megatron_r1.workflow import fingerprint
-from megatron_r1.workflow.plan import Plan, Stage
+from megatron_r1.workflow.plan import WorkflowPlan, WorkflowStage
 
 DONE, BEGUN = "stage.json", "begun.json"
 # config.yaml and logs/ are written before a verb reads its inputs.
@@ -35,7 +35,9 @@ def read(folder: Path, name: str) -> dict[str, Any] | None:
         raise UserError(f"{path}: not JSON ({error}); restore it, or move {folder} away") from None
 
 
-def begin(plan: Plan, stage: Stage, upstream: tuple[str, ...], last_output: float | None) -> None:
+def begin(
+    plan: WorkflowPlan, stage: WorkflowStage, upstream: tuple[str, ...], last_output: float | None
+) -> None:
     """Record that an attempt at `stage` begins, with its settings and inputs.
 
     last_output: when an attempt that was killed wrote its last line, in seconds since 1970."""
@@ -67,7 +69,9 @@ def end_attempt(folder: Path, failed: str | None) -> None:
     _write(folder / BEGUN, {**record, "failed": failed})
 
 
-def finish(plan: Plan, stage: Stage, upstream: tuple[str, ...], command: list[str]) -> None:
+def finish(
+    plan: WorkflowPlan, stage: WorkflowStage, upstream: tuple[str, ...], command: list[str]
+) -> None:
     """Write `stage.json`, which declares `stage` done."""
     folder = plan.folder_of(stage.name)
     end_attempt(folder, None)

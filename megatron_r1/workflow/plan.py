@@ -23,7 +23,7 @@ FILES = ("path", "data", "checkpoint")
 
 
 @dataclass(frozen=True)
-class Stage:
+class WorkflowStage:
     """One node of the workflow. settings: its sections, or the arguments of its function, with
     references as they are written."""
 
@@ -64,7 +64,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Plan:
+class WorkflowPlan:
     """The stages of one seed.
 
     path: of the recipe. folder: of this seed's stages. broken: stage → why its settings cannot be
@@ -73,7 +73,7 @@ class Plan:
     path: Path
     folder: Path
     seed: int
-    stages: dict[str, Stage]
+    stages: dict[str, WorkflowStage]
     broken: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -89,7 +89,7 @@ class Plan:
         path, stages, broken = Path(path), {}, {}
         for name, config in recipe.stages.items():
             if config.verb == MAKE:
-                stages[name] = Stage(name, config, dict(config.arguments))
+                stages[name] = WorkflowStage(name, config, dict(config.arguments))
                 continue
             settings: dict[str, Any] = {}
             try:
@@ -102,7 +102,7 @@ class Plan:
             run = settings.get("run")
             if run is None or isinstance(run, dict):  # anything else is refused by its verb's check
                 settings["run"] = {"seed": seed, **(run or {}), "folder": str(folder / name)}
-            stages[name] = Stage(name, config, settings)
+            stages[name] = WorkflowStage(name, config, settings)
         return cls(path, folder, seed, stages, broken)
 
     def folder_of(self, stage: str) -> Path:
@@ -111,7 +111,7 @@ class Plan:
     def log_of(self, stage: str, server: str = "") -> Path:
         return self.folder / "logs" / f"{stage}{'.' if server else ''}{server}.log"
 
-    def config(self, stage: Stage, required: tuple[str, ...] = ()) -> Config:
+    def config(self, stage: WorkflowStage, required: tuple[str, ...] = ()) -> Config:
         """Return a stage's settings as its verb will read them, with references unresolved.
 
         required: keys that must have a value. Raises UserError naming every mistake."""

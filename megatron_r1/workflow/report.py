@@ -19,12 +19,18 @@ from megatron_r1.reporting.report import Plot
 from megatron_r1.reporting.wording import duration, finite, printable
 from megatron_r1.workflow.drawing import Box, graph_svg
 from megatron_r1.workflow.graph import Graph
-from megatron_r1.workflow.plan import Plan, Stage
+from megatron_r1.workflow.plan import WorkflowPlan, WorkflowStage
 from megatron_r1.workflow.results import LABELS, Result, Spread, results_of
-from megatron_r1.workflow.status import State, Status, examine_all
+from megatron_r1.workflow.status import StageState, Status, examine_all
 
 # A stage of several seeds is shown in the first of these states that one of them has.
-BY_PROGRESS = [State.FAILED, State.STALE, State.PENDING, State.UNFINISHED, State.RUNNING]
+BY_PROGRESS = [
+    StageState.FAILED,
+    StageState.STALE,
+    StageState.PENDING,
+    StageState.UNFINISHED,
+    StageState.RUNNING,
+]
 
 INKS = ("accent", "second", "reward", "push", "train", "other", "muted", "ink")
 SIZE = (5.2, 2.9)
@@ -47,7 +53,9 @@ class Cell(NamedTuple):
     source: str = ""
 
 
-def write_report(root: Path, title: str, command: str, plans: Sequence[Plan], graph: Graph) -> Path:
+def write_report(
+    root: Path, title: str, command: str, plans: Sequence[WorkflowPlan], graph: Graph
+) -> Path:
     """Write `report.json`, `report.md` and `report.html` into `root`; return the path of the last.
 
     command: the one that is ending. plans: one per seed, of the same stages."""
@@ -56,7 +64,7 @@ def write_report(root: Path, title: str, command: str, plans: Sequence[Plan], gr
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write(root / "report.json", text + "\n")
     runs = [run for stage in report["stages"].values() for run in stage["by_seed"].values()]
-    stages_done = f"{sum(run['state'] == State.DONE for run in runs)} of {len(runs)}"
+    stages_done = f"{sum(run['state'] == StageState.DONE for run in runs)} of {len(runs)}"
     time_spent = duration(sum(run["seconds"] or 0.0 for run in runs))
     shared = {"title": printable(report["title"]), "table": _table(report)}
     markdown = render(
@@ -88,12 +96,15 @@ def write_report(root: Path, title: str, command: str, plans: Sequence[Plan], gr
 
 
 def collect(
-    title: str, plans: Sequence[Plan], graph: Graph, statuses: Sequence[Mapping[str, Status]]
+    title: str,
+    plans: Sequence[WorkflowPlan],
+    graph: Graph,
+    statuses: Sequence[Mapping[str, Status]],
 ) -> dict[str, Any]:
     """Return the content of report.json. statuses: of all stages, for each plan."""
     results = {
         name: [
-            {} if by_name[name].state is State.FAILED else results_of(plan.folder_of(name))
+            {} if by_name[name].state is StageState.FAILED else results_of(plan.folder_of(name))
             for plan, by_name in zip(plans, statuses, strict=True)
         ]
         for name in graph.order
@@ -137,7 +148,7 @@ def collect(
     }
 
 
-def evaluated(stage: Stage, graph: Graph) -> str:
+def evaluated(stage: WorkflowStage, graph: Graph) -> str:
     """Return the stage whose row is to show this one's results; "" if it has a row of its own."""
     if stage.config.evaluates:
         return stage.config.evaluates
@@ -160,7 +171,7 @@ def _drawing(report: Mapping[str, Any], graph: Graph) -> str:
     for name, stage in report["stages"].items():
         runs = stage["by_seed"].values()
         states = {run["state"] for run in runs}
-        state = next((str(s) for s in BY_PROGRESS if str(s) in states), str(State.DONE))
+        state = next((str(s) for s in BY_PROGRESS if str(s) in states), str(StageState.DONE))
         seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
         mean = duration(sum(seconds) / len(seconds)) if seconds else ""
         second = " · ".join(filter(None, [stage["verb"], state, mean]))
@@ -197,7 +208,7 @@ def _cell(stage: Mapping[str, Any], name: str) -> Cell:
     return Cell(stage["figures"][name]["worded"], f"{first.source}; {each}")
 
 
-def _rl_plots(plans: Sequence[Plan], graph: Graph) -> list[Plot]:
+def _rl_plots(plans: Sequence[WorkflowPlan], graph: Graph) -> list[Plot]:
     """Return a plot per quantity, with a curve per RL stage over its own steps: the mean of the
     seeds. Held-out points have their 95% interval, or the range of several seeds."""
     trained = _read(plans, graph, "metrics.jsonl")
@@ -238,7 +249,7 @@ def heldout_points(runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
     return [Curve("_held-out", *_means(by_step), ink, "o", low, high)]
 
 
-def _read(plans: Sequence[Plan], graph: Graph, file: str) -> dict[str, list[Lines]]:
+def _read(plans: Sequence[WorkflowPlan], graph: Graph, file: str) -> dict[str, list[Lines]]:
     return {
         name: [list(read_lines(plan.folder_of(name) / file)) for plan in plans]
         for name in graph.order

@@ -19,7 +19,7 @@ from megatron_r1.processes.logs import excerpt
 from megatron_r1.reporting.run_folder import is_locked
 from megatron_r1.workflow import function_stage, manifest, serving
 from megatron_r1.workflow.child import Child, describe_status
-from megatron_r1.workflow.plan import Plan, Stage
+from megatron_r1.workflow.plan import WorkflowPlan, WorkflowStage
 from megatron_r1.workflow.results import results_of
 
 POLL_SECONDS = 0.1
@@ -65,12 +65,12 @@ class Runner:
     show: prints a line. prefix: of every line of a command's output, where others run beside it;
     then none of them gets the terminal for its live view."""
 
-    plan: Plan
+    plan: WorkflowPlan
     signals: Signals
     show: Callable[[str], None]
     prefix: str = ""
 
-    def run(self, stage: Stage, upstream: tuple[str, ...], referenced: set[str]) -> None:
+    def run(self, stage: WorkflowStage, upstream: tuple[str, ...], referenced: set[str]) -> None:
         """Run `stage` to its end. referenced: outputs that other stages refer to.
 
         Raises RunError where it ends without being done, and KeyboardInterrupt when a signal asked
@@ -103,7 +103,7 @@ class Runner:
                 "a launch, on another: wait for it, or end it (kill, scancel)"
             )
 
-    def _clear(self, stage: Stage, folder: Path) -> None:
+    def _clear(self, stage: WorkflowStage, folder: Path) -> None:
         """Remove the files of an attempt that cannot be continued."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / stopping.FILE).unlink(missing_ok=True)
@@ -116,7 +116,7 @@ class Runner:
                 else:
                     path.unlink()
 
-    def _run_command(self, stage: Stage, folder: Path) -> list[str]:
+    def _run_command(self, stage: WorkflowStage, folder: Path) -> list[str]:
         """Serve the stage's models, run its command, and return that."""
         configs = {name: self.plan.server(server) for name, server in stage.config.serve.items()}
         before = (manifest.read(folder, manifest.BEGUN) or {})["ports"]
@@ -138,7 +138,7 @@ class Runner:
         return [*shlex.split(launch), *command]
 
     def _wait(
-        self, child: Child, stage: Stage, folder: Path, servers: list[serving.Server]
+        self, child: Child, stage: WorkflowStage, folder: Path, servers: list[serving.StageServer]
     ) -> None:
         num_signals = 0
         while (status := child.wait(POLL_SECONDS)) is None:
@@ -154,7 +154,7 @@ class Runner:
             raise KeyboardInterrupt
         raise RunError(f"{describe_status(status)}; from {child.log}:\n{excerpt(child.output())}")
 
-    def _request_stop(self, child: Child, stage: Stage, folder: Path) -> None:
+    def _request_stop(self, child: Child, stage: WorkflowStage, folder: Path) -> None:
         if self.signals.count == 1:
             self.show(f"stopping {stage.name} when its step is done; once more ends it at once")
         if self.signals.count == 1 and stage.config.launch:
@@ -166,7 +166,7 @@ class Runner:
             child.kill()
 
 
-def write_recipe(plan: Plan, stage: Stage, urls: dict[str, str]) -> list[str]:
+def write_recipe(plan: WorkflowPlan, stage: WorkflowStage, urls: dict[str, str]) -> list[str]:
     """Write the recipe of the stage's command, and return the command."""
     path = plan.folder / "recipes" / f"{stage.name}.yaml"
     settings = plan.resolve(stage.settings, urls)
@@ -179,7 +179,7 @@ def write_recipe(plan: Plan, stage: Stage, urls: dict[str, str]) -> list[str]:
     return [sys.executable, "-m", module, *verb, str(path)]
 
 
-def _check_outputs(stage: Stage, folder: Path, referenced: set[str]) -> None:
+def _check_outputs(stage: WorkflowStage, folder: Path, referenced: set[str]) -> None:
     complete = COMPLETE.get(stage.config.verb)
     for name in sorted(referenced | ({complete} if complete else set())):
         if (folder / name).exists():

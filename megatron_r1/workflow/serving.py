@@ -25,7 +25,7 @@ VLLM = "megatron_r1.vllm_plugin.serve"
 """Module that runs vLLM's own server, whose engine processes end with it."""
 
 
-class Server:
+class StageServer:
     """One served model or other HTTP service."""
 
     def __init__(self, name: str, config: ServeConfig, port: int, log: Path) -> None:
@@ -78,14 +78,14 @@ def served(
     ports: Mapping[str, int],
     logs: Mapping[str, Path],
     while_waiting: Callable[[], None],
-) -> Iterator[list[Server]]:
+) -> Iterator[list[StageServer]]:
     """Start servers and yield them when all are ready; they are stopped at the end of the block.
 
-    while_waiting: as for `Server.wait_ready`."""
-    servers: list[Server] = []
+    while_waiting: as for `StageServer.wait_ready`."""
+    servers: list[StageServer] = []
     try:
         for name, config in configs.items():
-            servers.append(Server(name, config, ports[name], logs[name]))
+            servers.append(StageServer(name, config, ports[name], logs[name]))
         for server in servers:
             server.wait_ready(while_waiting)
         yield servers

@@ -10,11 +10,11 @@ from megatron_r1.errors import UserError
 from megatron_r1.reporting.wording import duration, printable
 from megatron_r1.workflow import fingerprint, manifest
 from megatron_r1.workflow.graph import Graph
-from megatron_r1.workflow.plan import Plan, Stage
+from megatron_r1.workflow.plan import WorkflowPlan, WorkflowStage
 from megatron_r1.workflow.results import headline, results_of
 
 
-class State(enum.StrEnum):
+class StageState(enum.StrEnum):
     """The state of a stage, as `pipeline` prints it."""
 
     DONE = enum.auto()
@@ -33,7 +33,7 @@ class Status:
     """The state of one stage, with the reasons for it. reasons: why the stage is stale, or how it
     failed. manifest: its stage.json or begun.json."""
 
-    state: State
+    state: StageState
     reasons: list[str] = field(default_factory=list)
     manifest: Mapping[str, Any] = field(default_factory=dict)
 
@@ -42,19 +42,19 @@ class Status:
         """Time of all attempts; None if the stage has not begun, or no attempt was measured."""
         attempts = self.manifest.get("attempts", [])
         measured = [a["seconds"] for a in attempts if a["seconds"] is not None]
-        if self.state is State.RUNNING:
+        if self.state is StageState.RUNNING:
             measured.append(time.time() - attempts[-1]["began"])
         return sum(measured) if measured else None
 
     @property
     def reason_lines(self) -> list[str]:
         """Why the stage is stale or has failed, line by line."""
-        if self.state not in (State.STALE, State.FAILED):
+        if self.state not in (StageState.STALE, StageState.FAILED):
             return []
         return [printable(line) for reason in self.reasons for line in reason.splitlines()]
 
 
-def examine_all(plan: Plan, graph: Graph, is_running: bool = False) -> dict[str, Status]:
+def examine_all(plan: WorkflowPlan, graph: Graph, is_running: bool = False) -> dict[str, Status]:
     """Return the status of every stage.
 
     is_running: whether another process works on the pipeline. Raises UserError for a folder that is
@@ -67,7 +67,10 @@ def examine_all(plan: Plan, graph: Graph, is_running: bool = False) -> dict[str,
 
 
 def examine(
-    plan: Plan, stage: Stage, upstream: Mapping[str, Status], is_running: bool = False
+    plan: WorkflowPlan,
+    stage: WorkflowStage,
+    upstream: Mapping[str, Status],
+    is_running: bool = False,
 ) -> Status:
     """Return the status of one stage. upstream: of the stages that it needs directly."""
     folder = plan.folder_of(stage.name)
@@ -80,13 +83,13 @@ def examine(
                 f"{folder} is not empty, and was not made by this pipeline (no {manifest.DONE}): "
                 "move it away, or choose another pipeline.folder"
             )
-        return Status(State.PENDING)
+        return Status(StageState.PENDING)
     if begun and (stage.is_function or not manifest.has_outputs(folder)):
         return _unfinished(begun, is_running)  # nothing is lost by beginning again
     reasons = [
         f"{name} is {status.state}"
         for name, status in upstream.items()
-        if status.state is not State.DONE
+        if status.state is not StageState.DONE
     ]
     reasons += fingerprint.changes(
         record["settings"], fingerprint.settings(plan, stage, bool(done)), fingerprint.defaults()
@@ -97,18 +100,20 @@ def examine(
     if done:
         reasons += _changed_outputs(done["outputs"], fingerprint.outputs(folder))
     if reasons:
-        return Status(State.STALE, reasons, record)
-    return Status(State.DONE, [], record) if done else _unfinished(record, is_running)
+        return Status(StageState.STALE, reasons, record)
+    return Status(StageState.DONE, [], record) if done else _unfinished(record, is_running)
 
 
-def status_lines(plan: Plan, chosen: Sequence[str], statuses: Mapping[str, Status]) -> list[str]:
+def status_lines(
+    plan: WorkflowPlan, chosen: Sequence[str], statuses: Mapping[str, Status]
+) -> list[str]:
     """Return a line per chosen stage (state, name, verb, time, first result), each followed by the
     reasons why it is stale or has failed."""
     rows = []
     for name in chosen:
         stage, status = plan.stages[name], statuses[name]
         seconds = duration(status.seconds) if status.seconds is not None else ""
-        failed = status.state is State.FAILED
+        failed = status.state is StageState.FAILED
         result = "" if failed else headline(results_of(plan.folder_of(name)))
         rows.append([str(status.state), name, stage.config.verb, seconds, result])
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
@@ -122,7 +127,7 @@ def status_lines(plan: Plan, chosen: Sequence[str], statuses: Mapping[str, Statu
     return lines
 
 
-def stale_text(plan: Plan, stale: Mapping[str, Status]) -> str:
+def stale_text(plan: WorkflowPlan, stale: Mapping[str, Status]) -> str:
     """Return which stages are stale, why, and the remedies."""
     lines = [f"{plan.folder}: made of something else than they would be now:"]
     for name, status in stale.items():
@@ -136,10 +141,10 @@ def stale_text(plan: Plan, stale: Mapping[str, Status]) -> str:
 
 def _unfinished(begun: Mapping[str, Any], is_running: bool) -> Status:
     if begun["failed"]:
-        return Status(State.FAILED, [begun["failed"]], begun)
+        return Status(StageState.FAILED, [begun["failed"]], begun)
     is_over = begun["attempts"][-1]["seconds"] is not None
     running = is_running and not is_over
-    return Status(State.RUNNING if running else State.UNFINISHED, [], begun)
+    return Status(StageState.RUNNING if running else StageState.UNFINISHED, [], begun)
 
 
 def _changed_inputs(before: dict[str, str], after: dict[str, str]) -> list[str]:

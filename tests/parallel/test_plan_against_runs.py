@@ -9,7 +9,7 @@ from ranks import run_ranks, run_script
 from small_models import DEEPSEEK
 
 from megatron_r1.config.hardware import HARDWARE
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.memory import CRITIC, PERSISTENT, rank_memory
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def test_persistent_memory_is_within_five_percent_of_the_plan(tmp_path, num_rank
     script = "plan_allocation.py"
     run_ranks(Path(__file__).parent, num_ranks, script, str(tmp_path), str(tmp_path), *grids)
     for grid in grids:
-        job = Job(MODEL, config(str(tmp_path), grid), num_ranks, HARDWARE["H800"])
+        job = PlannedJob(MODEL, config(str(tmp_path), grid), num_ranks, HARDWARE["H800"])
         planned = rank_memory(job)
         for rank in range(num_ranks):
             measured = json.loads((tmp_path / f"{grid}_{rank}.json").read_text())
@@ -67,10 +67,10 @@ def build(*pipeline_ranks: int) -> str:
         "from megatron_r1.models import read_hf_config\n"
         "from tools.plan.build import build_ranks\n"
         "from megatron_r1.config.hardware import HARDWARE\n"
-        "from tools.plan.job import Job\n"
+        "from tools.plan.job import PlannedJob\n"
         "settings = config.load('examples/deepseek_r1/r1_zero.yaml')\n"
         "hf = read_hf_config(settings.model.path)\n"
-        f"print(build_ranks(Job(hf, settings, 2048, HARDWARE['H800']), {chosen}))"
+        f"print(build_ranks(PlannedJob(hf, settings, 2048, HARDWARE['H800']), {chosen}))"
     )
     return run_script(ROOT, ["-c", code])
 

@@ -45,7 +45,7 @@ FILE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Piece:
+class PlannedChunk:
     """A chunk to write and the rows of Hugging Face tensors in it.
 
     shape: the chunk's, without prepended axes. runs: their `local_start` is the chunk's row."""
@@ -57,7 +57,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Job:
+class ImportJob:
     """The task of every worker. own_dtypes: those of tensors that keep their dtype, by key."""
 
     hf: Path
@@ -103,7 +103,7 @@ def run(chosen: Namespace) -> int:
         "names": chosen.names,
     }
     work = WorkFolder(chosen.out, plan)
-    job = Job(chosen.hf, work.path, dtype, layout.dtypes)
+    job = ImportJob(chosen.hf, work.path, dtype, layout.dtypes)
     # torch.save adds up to 2 KiB to every chunk.
     sizes = (prod(s) * job.dtype_of(key).itemsize for key, s in layout.shapes.items())
     work.check_space(sum(sizes) + 2048 * len(layout.slots) + (16 << 20))
@@ -115,7 +115,7 @@ def run(chosen: Namespace) -> int:
     return 0
 
 
-def cut(slot: StoredParameter, itemsize: int) -> Iterator[Piece]:
+def cut(slot: StoredParameter, itemsize: int) -> Iterator[PlannedChunk]:
     """Yield the parameter in pieces of whole rows, of at most CHUNK_BYTES."""
     row = prod(slot.shape[1:]) * itemsize
     step = max(1, CHUNK_BYTES // row)
@@ -126,12 +126,12 @@ def cut(slot: StoredParameter, itemsize: int) -> Iterator[Piece]:
         shape = (count, *slot.shape[1:])
         chunk = Chunk(slot.key, (*slot.index, first, *zeros), (*ones, *shape))
         runs = tuple(rules.rows_of(slot.runs, first, count))
-        yield Piece(chunk, shape, runs, count * row)
+        yield PlannedChunk(chunk, shape, runs, count * row)
 
 
-def group(pieces: Iterable[Piece]) -> list[list[Piece]]:
+def group(pieces: Iterable[PlannedChunk]) -> list[list[PlannedChunk]]:
     """Group consecutive pieces into files of about FILE_BYTES."""
-    files: list[list[Piece]] = []
+    files: list[list[PlannedChunk]] = []
     size = FILE_BYTES
     for piece in pieces:
         if size + piece.num_bytes > FILE_BYTES:
@@ -142,7 +142,7 @@ def group(pieces: Iterable[Piece]) -> list[list[Piece]]:
     return files
 
 
-def write_file(job: Job, part: tuple[int, list[Piece]]) -> Done:
+def write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Done:
     """Write one `.distcp` file atomically, unless it exists; return its contents.
 
     The list of its contents is written before the file gets its name."""
@@ -160,7 +160,7 @@ def write_file(job: Job, part: tuple[int, list[Piece]]) -> Done:
     return done
 
 
-def _values(job: Job, pieces: list[Piece]) -> Iterator[tuple[Chunk, torch.Tensor]]:
+def _values(job: ImportJob, pieces: list[PlannedChunk]) -> Iterator[tuple[Chunk, torch.Tensor]]:
     weights = _source(job.hf)
     for piece in pieces:
         values = torch.empty(piece.shape, dtype=job.dtype_of(piece.chunk.key))
@@ -177,7 +177,7 @@ def _source(folder: Path) -> HfWeights:
 
 
 def _finish(
-    work: WorkFolder, job: Job, layout: StoredLayout, done: list[Done], with_mtp: bool
+    work: WorkFolder, job: ImportJob, layout: StoredLayout, done: list[Done], with_mtp: bool
 ) -> None:
     dtypes = {key: job.dtype_of(key) for key in layout.shapes}
     write_metadata(work.path, layout.shapes, dtypes, [w for d in done for w in d.chunks])
@@ -192,7 +192,7 @@ def _finish(
     work.finish(last)
 
 
-def _write_hf_files(job: Job, with_mtp: bool) -> None:
+def _write_hf_files(job: ImportJob, with_mtp: bool) -> None:
     """Write configuration, tokenizer and FP8 scales, which to-hf reads."""
     folder = job.folder / HF_FILES
     folder.mkdir(exist_ok=True)

@@ -42,7 +42,7 @@ FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
-class Job:
+class ExportJob:
     """The task of every worker. hf_files: the folder of the model's config.json."""
 
     checkpoint: Path
@@ -83,7 +83,7 @@ def run(chosen: Namespace) -> int:
         except UserError:
             work.abandon_empty()
             raise
-    job = Job(checkpoint, hf_files, work.path, dtype)
+    job = ExportJob(checkpoint, hf_files, work.path, dtype)
     parts.run(partial(write_file, job), list(files.items()), chosen.workers)
     carry_files(hf_files, work.path)
     write_config(hf_files, work.path, dtype, with_mtp, has_score_head(hf))
@@ -111,7 +111,7 @@ def hf_tensors_on_disk(hf: dict, dtype: torch.dtype, with_mtp: bool) -> dict:
     return tensors
 
 
-def write_file(job: Job, part: tuple[str, dict]) -> None:
+def write_file(job: ExportJob, part: tuple[str, dict]) -> None:
     """Write one safetensors file atomically, unless it exists."""
     name, tensors = part
     path = job.folder / name
@@ -133,7 +133,7 @@ def write_file(job: Job, part: tuple[str, dict]) -> None:
     fsync(job.folder)
 
 
-def _write_tensor(job: Job, file: int, name: str, placed, scales) -> None:
+def _write_tensor(job: ExportJob, file: int, name: str, placed, scales) -> None:
     weights, known, stacked = _inputs(job)
     row = prod(placed.shape[1:]) * placed.dtype.itemsize
     for expert, parts_of_expert in enumerate(stacked.get(name, ())):
@@ -156,7 +156,7 @@ def _write_tensor(job: Job, file: int, name: str, placed, scales) -> None:
 
 
 @cache
-def _inputs(job: Job) -> tuple[MegatronWeights, KnownScales, dict[str, list]]:
+def _inputs(job: ExportJob) -> tuple[MegatronWeights, KnownScales, dict[str, list]]:
     """Open the inputs, once per process; with them the (tensor, part) pairs of each expert in every
     tensor that has all experts of a layer."""
     hf = read_config(job.hf_files, job.checkpoint)

@@ -60,7 +60,7 @@ def main() -> int:
     out = chosen.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     print(json.dumps(about, indent=1), flush=True)
-    outcomes: list[runner.Outcome] = []
+    outcomes: list[runner.CheckOutcome] = []
     deadline = time.time() + 60 * chosen.minutes
     for outcome in runner.run_all(checks, out, deadline, num_gpus):
         outcomes.append(outcome)
@@ -141,7 +141,7 @@ def _nvidia_smi() -> list[str]:
     return (done.stdout or done.stderr).strip().splitlines()
 
 
-def page(about: dict[str, Any], outcomes: Sequence[runner.Outcome]) -> str:
+def page(about: dict[str, Any], outcomes: Sequence[runner.CheckOutcome]) -> str:
     """Return the page in Markdown: the machine, a row per check, and the output of what failed."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     is_null = any(NULL_GPU in gpu for gpu in about["gpus"])

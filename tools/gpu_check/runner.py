@@ -20,7 +20,7 @@ TAIL_LINES = 25
 
 
 @dataclass
-class Outcome:
+class CheckOutcome:
     """The outcome of a check. status: passed, failed, skipped or no time. tail: the end of its
     output, or why it did not run."""
 
@@ -43,17 +43,17 @@ class Outcome:
 
 def run_all(
     checks: Sequence[Check], out: Path, deadline: float, num_gpus: int
-) -> Iterator[Outcome]:
+) -> Iterator[CheckOutcome]:
     """Yield the outcome of every check, in order. deadline: as `time.time()`."""
     for check in checks:
         missing = [name for name in check.needs if not _is_installed(name)]
         left = deadline - time.time()
         if missing:
-            yield Outcome(check, "skipped", 0.0, [f"not installed: {', '.join(missing)}"])
+            yield CheckOutcome(check, "skipped", 0.0, [f"not installed: {', '.join(missing)}"])
         elif num_gpus < check.num_gpus:
-            yield Outcome(check, "skipped", 0.0, [f"it needs {check.num_gpus} GPUs"])
+            yield CheckOutcome(check, "skipped", 0.0, [f"it needs {check.num_gpus} GPUs"])
         elif left < SHORTEST_SECONDS:
-            yield Outcome(check, "no time", 0.0, ["raise --minutes, or choose it by --only"])
+            yield CheckOutcome(check, "no time", 0.0, ["raise --minutes, or choose it by --only"])
         else:
             yield _run(check, out, min(check.seconds, left))
 
@@ -65,7 +65,7 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _run(check: Check, out: Path, seconds: float) -> Outcome:
+def _run(check: Check, out: Path, seconds: float) -> CheckOutcome:
     arguments = [part.format(out=out) for part in check.arguments]
     log = out / f"{check.name.replace(' ', '-').replace(chr(39), '')}.log"
     began = time.time()
@@ -87,7 +87,7 @@ def _run(check: Check, out: Path, seconds: float) -> Outcome:
     lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
     if code is None:
         lines.append(f"stopped after {seconds:.0f} s")
-    return Outcome(check, _verdict(code, lines), time.time() - began, lines)
+    return CheckOutcome(check, _verdict(code, lines), time.time() - began, lines)
 
 
 def _verdict(code: int | None, lines: list[str]) -> str:

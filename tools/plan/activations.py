@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_r1.config import ParallelConfig
 from megatron_r1.models.hf_config import head_sizes, key_value_heads
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 
 VALUE = 2
 """Bytes of an activation: the trainer computes in bf16 (fp32 doubles it)."""
@@ -51,7 +51,7 @@ class Layer:
 _INSIDE_MOE = {"moe_act", "shared_experts"}
 
 
-def layer_activations(job: Job, sparse: bool, tokens: int | None = None) -> Layer:
+def layer_activations(job: PlannedJob, sparse: bool, tokens: int | None = None) -> Layer:
     """Return the activations of a decoder layer with experts (sparse) or a dense MLP.
 
     tokens: of the micro-batch; default: the largest."""

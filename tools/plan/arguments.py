@@ -14,7 +14,7 @@ from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.models.hf_config import read_hf_config
 from tools.plan.calibrate import calibrated
-from tools.plan.job import Job, text_limit
+from tools.plan.job import PlannedJob, text_limit
 from tools.plan.rollout import check_teacher
 
 
@@ -70,7 +70,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
 
 def job_of(
     recipe: Path, chosen: argparse.Namespace, overrides: dict, step: int | None = None
-) -> Job:
+) -> PlannedJob:
     """Return the job of a recipe with the settings of `step`; default: of --step."""
     config = config_of(recipe, overrides).at(step or chosen.step or 1)
     verb = verb_of(config)
@@ -88,7 +88,7 @@ def job_of(
         gpus = rollout.engines * rollout.tensor * rollout.data
     hf = read_hf_config(config.model.path, "score" if verb == "reward-model" else "language")
     prompt = _prompt_tokens(chosen, config, verb, hf, assumptions.prompt_tokens)
-    job = Job(
+    job = PlannedJob(
         hf=hf,
         config=config,
         world_size=chosen.gpus or gpus,

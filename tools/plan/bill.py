@@ -9,7 +9,7 @@ from megatron_r1.reporting.wording import counted
 from tools.plan.calibrate import assumed_section
 from tools.plan.communication import communication_section
 from tools.plan.flops import flops_section
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from tools.plan.parameters import parameter_section
 from tools.plan.push import (
@@ -33,9 +33,9 @@ WHAT = {
 
 @dataclass(frozen=True)
 class Bill:
-    """The bill of a job that passes `Job.check_trainer` and `.check_engine_gpus`."""
+    """The bill of a job that passes `PlannedJob.check_trainer` and `.check_engine_gpus`."""
 
-    job: Job
+    job: PlannedJob
 
     @cached_property
     def ranks(self) -> list[RankMemory]:

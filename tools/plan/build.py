@@ -15,11 +15,11 @@ from math import prod
 from megatron_r1 import platform
 from megatron_r1.config import Config
 from megatron_r1.weights.layout import LayoutEntry, Shard, layout
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.parameters import ModelCounts, RankCounts
 
 
-def build_ranks(job: Job, pipeline_ranks: Iterable[int] | None = None) -> str:
+def build_ranks(job: PlannedJob, pipeline_ranks: Iterable[int] | None = None) -> str:
     """Build and compare the ranks of `pipeline_ranks` (default: all); return a summary sentence.
 
     Raises ValueError for the first parameter that differs, and if all ranks together do not own
@@ -54,7 +54,7 @@ def build_ranks(job: Job, pipeline_ranks: Iterable[int] | None = None) -> str:
     )
 
 
-def _build_stage(job: Job, pipeline_rank: int) -> list[dict[str, tuple[int, ...]]]:
+def _build_stage(job: PlannedJob, pipeline_rank: int) -> list[dict[str, tuple[int, ...]]]:
     """Build the stage's first rank; return every chunk's shapes by name, checked against the weight
     table as in a run."""
     import torch.distributed as dist
@@ -120,7 +120,7 @@ def weightless() -> Iterator[None]:
         yield
 
 
-def _compare_ranks(job: Job, built: dict[int, list[dict]]) -> tuple[int, int, int]:
+def _compare_ranks(job: PlannedJob, built: dict[int, list[dict]]) -> tuple[int, int, int]:
     """Return (ranks compared, distinct ranks, values that they own together)."""
     parallel = job.parallel
     entries: dict[tuple, tuple[int, int]] = {}
@@ -139,7 +139,7 @@ def _compare_ranks(job: Job, built: dict[int, list[dict]]) -> tuple[int, int, in
     return ranks, len(entries), owned
 
 
-def _compare(job: Job, pipeline_rank: int, built: list[dict], at: dict) -> tuple[int, int]:
+def _compare(job: PlannedJob, pipeline_rank: int, built: list[dict], at: dict) -> tuple[int, int]:
     """Return the (dense, expert) values a rank owns; raise ValueError if `built` differs."""
     owned: defaultdict[bool, int] = defaultdict(int)
     for chunk, shapes in zip(job.stages[pipeline_rank], built, strict=True):
@@ -160,7 +160,7 @@ def _held(entry: LayoutEntry) -> int:
     return sum(n * piece.length for n, piece in zip(across, entry.pieces, strict=True))
 
 
-def rank_coordinates(job: Job) -> Iterator[tuple[int, ...]]:
+def rank_coordinates(job: PlannedJob) -> Iterator[tuple[int, ...]]:
     """Yield every rank's place in Megatron's groups, in order: (pipeline, tensor, expert, expert
     tensor), and among the ranks with the same dense, and the same expert, parameters."""
     from megatron.core.parallel_state import RankGenerator

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from megatron_r1.config.hardware import Assumptions, Hardware, fields_of, unit_of
 from megatron_r1.config.yaml_text import read_sections
 from megatron_r1.errors import UserError, did_you_mean
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.quantity import Quantity, Section
 
 RELATIVE_TO = "hardware"
@@ -57,7 +57,7 @@ def _number(value: object) -> object:
     return float(str(value)) if is_number else value
 
 
-def assumed_section(job: Job) -> Section:
+def assumed_section(job: PlannedJob) -> Section:
     """Return every assumed number with its source: the docstring of its field, or the file."""
     section = {}
     for part in (job.assumptions, job.hardware):

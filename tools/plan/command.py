@@ -16,7 +16,7 @@ from megatron_r1.config.hardware import GIB
 from megatron_r1.files import atomic_write
 from tools.plan.arguments import config_of, job_of, parse
 from tools.plan.bill import Bill
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.measured import calibrate_from
 from tools.plan.published import table
 from tools.plan.push import check_engines_and_push
@@ -125,13 +125,13 @@ def _refused(error: object) -> int:
     return REFUSED
 
 
-def _print_nearest(job: Job) -> list[FittingLayout]:
+def _print_nearest(job: PlannedJob) -> list[FittingLayout]:
     layouts = nearest(job)
     print(layouts_text(job, layouts, "nearest", () if layouts else nearest_sizes(job)))
     return layouts
 
 
-def _can_work(job: Job) -> bool:
+def _can_work(job: PlannedJob) -> bool:
     """Return whether engines and trainer are possible; print why not, and layouts that fit."""
     try:
         if job.generates:

@@ -10,13 +10,13 @@ from megatron_r1.config.hardware import link_rate
 from megatron_r1.models.hf_config import head_sizes, key_value_heads
 from megatron_r1.reporting.wording import counted
 from tools.plan.activations import VALUE
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.parameters import Counts, RankCounts
 from tools.plan.quantity import Section, in_bytes
 
 
 @dataclass(frozen=True)
-class Group:
+class AxisTraffic:
     """Traffic of one parallel axis on one rank of the busiest pipeline stage.
 
     microbatch: bytes sent for one micro-batch, forward and backward; forward: its forward part;
@@ -30,11 +30,11 @@ class Group:
     forward: float = 0
     step: float = 0
 
-    def seconds(self, job: Job, num_bytes: float) -> float:
+    def seconds(self, job: PlannedJob, num_bytes: float) -> float:
         return num_bytes / link_rate(job.hardware, job.assumptions, self.span)
 
 
-def groups(job: Job, rank: int) -> dict[str, Group]:
+def groups(job: PlannedJob, rank: int) -> dict[str, AxisTraffic]:
     """Return every axis with more than one rank, on pipeline rank `rank`."""
     dense, sparse = job.layers(rank)
     axes = {
@@ -47,7 +47,7 @@ def groups(job: Job, rank: int) -> dict[str, Group]:
     return {name: group for name, group in axes.items() if group and group.size > 1}
 
 
-def _tensor(job: Job, layers: int) -> Group:
+def _tensor(job: PlannedJob, layers: int) -> AxisTraffic:
     hf, size, whole = job.hf, job.parallel.tensor, job.rank_tokens
     hidden, share = hf["hidden_size"], (size - 1) / size
     gathered = scattered = 2 * hidden
@@ -60,10 +60,10 @@ def _tensor(job: Job, layers: int) -> Group:
         f"{counted(layers, 'layer')} x (gather {gathered} + scatter {scattered} values) x "
         f"{whole:,.0f} tokens x {VALUE} B x {share:.2f}, backward with the gathers once more"
     )
-    return Group(size, size, formula, forward + backward + again, forward)
+    return AxisTraffic(size, size, formula, forward + backward + again, forward)
 
 
-def _context(job: Job, layers: int) -> Group:
+def _context(job: PlannedJob, layers: int) -> AxisTraffic:
     hf, size, whole = job.hf, job.parallel.context, job.rank_tokens
     values = key_value_heads(hf) * sum(head_sizes(hf)) / job.parallel.tensor
     forward = layers * values * whole * (size - 1) * VALUE
@@ -73,10 +73,10 @@ def _context(job: Job, layers: int) -> Group:
         f"tokens x {counted(size - 1, 'other rank')} x {VALUE} B; backward: again, and their "
         "gradients"
     )
-    return Group(size, size * job.parallel.tensor, formula, (3 + again) * forward, forward)
+    return AxisTraffic(size, size * job.parallel.tensor, formula, (3 + again) * forward, forward)
 
 
-def _expert(job: Job, sparse: int) -> Group | None:
+def _expert(job: PlannedJob, sparse: int) -> AxisTraffic | None:
     if not sparse:
         return None
     parallel, size, split = job.parallel, job.parallel.expert, job.split(job.rank_tokens)
@@ -89,20 +89,20 @@ def _expert(job: Job, sparse: int) -> Group | None:
         f"tokens x {job.hf['hidden_size']} x {VALUE} B x {(size - 1) / size:.2f} x imbalance "
         f"{job.assumptions.expert_imbalance}, out and back, {times} times"
     )
-    return Group(size, size * parallel.expert_tensor, formula, times * once, 2 * once)
+    return AxisTraffic(size, size * parallel.expert_tensor, formula, times * once, 2 * once)
 
 
-def _pipeline(job: Job) -> Group:
+def _pipeline(job: PlannedJob) -> AxisTraffic:
     split = job.split(job.rank_tokens)
     once = split * job.hf["hidden_size"] * VALUE * job.virtual
     formula = (
         f"{split:,.0f} tokens x {job.hf['hidden_size']} x {VALUE} B x "
         f"{counted(job.virtual, 'chunk')}, states forward and gradients backward"
     )
-    return Group(job.parallel.pipeline, job.world_size, formula, 2 * once, once)
+    return AxisTraffic(job.parallel.pipeline, job.world_size, formula, 2 * once, once)
 
 
-def _data(job: Job, counts: Counts) -> Group:
+def _data(job: PlannedJob, counts: Counts) -> AxisTraffic:
     value = job.parameter_bytes
     dense, expert = job.dense_replicas, job.expert_replicas
     moved = counts.dense * (dense - 1) / dense + counts.expert * (expert - 1) / expert
@@ -111,10 +111,10 @@ def _data(job: Job, counts: Counts) -> Group:
         f"dense over {dense}, {counts.expert:,} expert over {expert} ranks"
     )
     span = job.world_size // job.parallel.pipeline
-    return Group(dense, span, formula, step=moved * (4 + value))
+    return AxisTraffic(dense, span, formula, step=moved * (4 + value))
 
 
-def communication_section(job: Job, rank: int) -> Section:
+def communication_section(job: PlannedJob, rank: int) -> Section:
     """Return the bytes that one rank of pipeline rank `rank` sends per optimizer step, by group."""
     return {
         f"{name} ({group.size} ranks)": in_bytes(

@@ -9,7 +9,7 @@ from math import prod
 
 from megatron_r1.models.hf_config import head_sizes
 from megatron_r1.weights.decoder import table
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.parameters import ModelCounts
 from tools.plan.quantity import Quantity, Section
 
@@ -37,7 +37,7 @@ def decode_flops(hf: dict, length: float) -> float:
     return 2 * ModelCounts(hf).multiplied + hf["num_hidden_layers"] * attention
 
 
-def layer_flops(job: Job, layer: int, length: float) -> float:
+def layer_flops(job: PlannedJob, layer: int, length: float) -> float:
     """Return forward FLOP of one token through one decoder layer."""
     experts = job.rules.num_experts
     multiplied = 0.0
@@ -52,7 +52,7 @@ def head_flops(hf: dict) -> float:
     return 2 * prod(table(hf).head[0].sources[0].shape)
 
 
-def flops_section(job: Job) -> Section:
+def flops_section(job: PlannedJob) -> Section:
     section = _training_flops(job) if job.trains else {}
     if job.critic:
         critic = _training_flops(job.critic)
@@ -61,7 +61,7 @@ def flops_section(job: Job) -> Section:
     return section | (_rollout_flops(job) if job.generates else {})
 
 
-def _training_flops(job: Job) -> Section:
+def _training_flops(job: PlannedJob) -> Section:
     length = job.sample_tokens
     forward = forward_flops(job.hf, length)
     samples = job.step_samples
@@ -89,7 +89,7 @@ def _training_flops(job: Job) -> Section:
     return section
 
 
-def _rollout_flops(job: Job) -> Section:
+def _rollout_flops(job: PlannedJob) -> Section:
     prompts = job.num_responses * job.assumptions.prompt_tokens
     decoded = job.num_responses * job.response_tokens
     half = job.assumptions.prompt_tokens + job.response_tokens / 2

@@ -27,7 +27,7 @@ def text_limit(config: Config, hf: dict) -> int:
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """One run on `world_size` trainer ranks, one GPU each.
 
     rollout_gpus: the engines' own GPUs; 0: they take turns on the trainer's. response_tokens: mean
@@ -51,11 +51,11 @@ class Job:
     def parallel(self) -> ParallelConfig:
         return self.config.parallel
 
-    def with_parallel(self, **changes) -> Job:
+    def with_parallel(self, **changes) -> PlannedJob:
         """Return the same job in another layout."""
         return replace(self, config=self.config.with_changes(parallel=changes))
 
-    def on(self, world_size: int) -> Job:
+    def on(self, world_size: int) -> PlannedJob:
         """Return the same job on `world_size` GPUs; the number of multi-GPU engines is adapted."""
         rollout = self.config.rollout
         ranks = rollout.tensor * rollout.data
@@ -158,7 +158,7 @@ class Job:
         return self.verb == "rl" and self.config.model.head == "score"
 
     @cached_property
-    def critic(self) -> Job | None:
+    def critic(self) -> PlannedJob | None:
         """PPO's critic on the same ranks, as a job that scores and trains on this one's samples;
         None for algorithms without a critic."""
         if self.verb != "rl" or self.is_critic or not rules_of(self.config.rl.algorithm).critic:

@@ -21,7 +21,7 @@ from megatron_r1.reporting.wording import counted, finite
 from tools.plan.arguments import job_of
 from tools.plan.bill import Bill
 from tools.plan.calibrate import RELATIVE_TO
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.push import pushes
 from tools.plan.timing import time_section
 
@@ -58,7 +58,7 @@ class Measured:
     """The values that a run determines. values: by name; reasons: why others are not there; job:
     the run's, with its lengths and the values found so far."""
 
-    def __init__(self, folder: Path, job: Job):
+    def __init__(self, folder: Path, job: PlannedJob):
         self.values: dict[str, float] = {}
         self.reasons: dict[str, str] = {}
         self.job = job
@@ -104,7 +104,7 @@ class Measured:
                 self._with(prompt_tokens=prompt), response_tokens=round(sample) - prompt
             )
 
-    def _with(self, **values: Any) -> Job:
+    def _with(self, **values: Any) -> PlannedJob:
         return replace(self.job, assumptions=replace(self.job.assumptions, **values))
 
     def _seconds(self, parts: tuple[str, ...], **values: float) -> float | None:

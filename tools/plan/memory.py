@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from tools.plan.activations import Layer, in_flight, layer_activations
-from tools.plan.job import BYTES, Job
+from tools.plan.job import BYTES, PlannedJob
 from tools.plan.parameters import Counts, RankCounts
 from tools.plan.push import receive_buffer_bytes
 from tools.plan.quantity import Section, in_bytes
@@ -14,7 +14,7 @@ GPU_CHUNK_TOKENS = 8192
 GPU_CHUNK_ELEMENTS = 1 << 27
 
 
-def adam_bytes(job: Job) -> int:
+def adam_bytes(job: PlannedJob) -> int:
     """Return optimizer bytes per parameter: two moments, and an fp32 copy of a bf16 one."""
     master = 4 if job.parameter_bytes == 2 else 0
     return master + 2 * BYTES[job.config.optimizer.moments]
@@ -51,7 +51,7 @@ RECEIVE_BUFFER = "receive buffer"
 """The receive buffer of the engine rank on the same GPU, which it keeps while it sleeps."""
 
 
-def rank_memory(job: Job) -> list[RankMemory]:
+def rank_memory(job: PlannedJob) -> list[RankMemory]:
     """Return the memory of each pipeline rank; ranks that differ in other axes only are equal."""
     counts = RankCounts(job)
     layers = {sparse: layer_activations(job, sparse) for sparse in (False, job.has_experts)}
@@ -62,7 +62,7 @@ def rank_memory(job: Job) -> list[RankMemory]:
     return ranks
 
 
-def persistent_bytes(job: Job, counts: Counts) -> dict[str, int]:
+def persistent_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
     """Return bytes of parameters, gradients and optimizer state on a rank.
 
     DDP's buffers pad each parameter to 64 values and the whole to a multiple of 128 and of the
@@ -79,7 +79,9 @@ def persistent_bytes(job: Job, counts: Counts) -> dict[str, int]:
     }
 
 
-def _of_rank(job: Job, ranks: RankCounts, layers: dict[bool, Layer], rank: int) -> RankMemory:
+def _of_rank(
+    job: PlannedJob, ranks: RankCounts, layers: dict[bool, Layer], rank: int
+) -> RankMemory:
     parallel, counts = job.parallel, ranks.of_rank(rank)
     persistent = persistent_bytes(job, counts)
     kept, working = _activations(job, rank, layers)
@@ -113,7 +115,7 @@ def _of_rank(job: Job, ranks: RankCounts, layers: dict[bool, Layer], rank: int) 
     return RankMemory(rank, counts, training, scoring, host, freed)
 
 
-def _with_critic(critic: Job, memory: RankMemory, counts: Counts) -> RankMemory:
+def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> RankMemory:
     """Add the critic's persistent state. The two models compute in turn, and a score head needs
     less than a language head, so the other kinds are unchanged."""
     persistent = persistent_bytes(critic, counts)
@@ -131,7 +133,7 @@ def _with_critic(critic: Job, memory: RankMemory, counts: Counts) -> RankMemory:
     return replace(memory, training=training, scoring=scoring, host=host, freed=freed)
 
 
-def _activations(job: Job, rank: int, layers: dict[bool, Layer]) -> tuple[int, int]:
+def _activations(job: PlannedJob, rank: int, layers: dict[bool, Layer]) -> tuple[int, int]:
     """Return (bytes kept for the micro-batches in flight, bytes the layer in work adds)."""
     parallel, stages = job.parallel, job.stages[rank]
     flights = microbatches_held(job, rank)
@@ -144,25 +146,25 @@ def _activations(job: Job, rank: int, layers: dict[bool, Layer]) -> tuple[int, i
     return kept, max(layer.working(parallel) for layer in _held(job, rank, layers))
 
 
-def microbatches_held(job: Job, rank: int) -> list[int]:
+def microbatches_held(job: PlannedJob, rank: int) -> list[int]:
     """Return `in_flight` of a pipeline rank, without the empty micro-batches."""
     held = in_flight(rank, job.parallel.pipeline, job.virtual, job.slots)
     return [min(count, job.num_microbatches) for count in held]
 
 
-def _held(job: Job, rank: int, layers: dict[bool, Layer]) -> list[Layer]:
+def _held(job: PlannedJob, rank: int, layers: dict[bool, Layer]) -> list[Layer]:
     """Return one of each kind of layer on a pipeline rank."""
     held = [layers[bool(sparse)] for sparse, count in enumerate(job.layers(rank)) if count]
     return held or [Layer(0, 0, {}, 0)]
 
 
-def _fp8_copies(job: Job, counts: Counts) -> int:
+def _fp8_copies(job: PlannedJob, counts: Counts) -> int:
     """Return bytes of the linear layers' fp8 weights: plain and transposed, one byte each."""
     linear = counts.trained if job.adapters is None else counts.frozen
     return 0 if job.config.fp8.recipe == "none" else 2 * linear
 
 
-def head_bytes(job: Job) -> tuple[int, str]:
+def head_bytes(job: PlannedJob) -> tuple[int, str]:
     """Return (bytes, formula) of the fused loss head (docs/kernels.md) on a last-stage rank.
 
     For its largest micro-batch: one chunk of fp32 logits and one of their gradient; the hidden
@@ -185,7 +187,7 @@ def head_bytes(job: Job) -> tuple[int, str]:
     return num_bytes + columns * hidden * (4 + value), formula
 
 
-def _score_head_bytes(job: Job, hidden: int) -> tuple[int, str]:
+def _score_head_bytes(job: PlannedJob, hidden: int) -> tuple[int, str]:
     """Return (bytes, formula) of a score head: states in fp32 for the product and its gradient."""
     tokens = job.microbatch_tokens // job.parallel.context
     if job.splits_sequences:
@@ -199,7 +201,7 @@ def _padded(count: int, replicas: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def memory_section(job: Job, rank: RankMemory) -> Section:
+def memory_section(job: PlannedJob, rank: RankMemory) -> Section:
     """Return the kinds of one pipeline rank's memory, each with its formula."""
     parallel, value = job.parallel, job.parameter_bytes
     c = rank.counts

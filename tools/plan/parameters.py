@@ -11,7 +11,7 @@ from operator import add
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.layout import LayoutEntry, Shard, layout, layout_of
 from megatron_r1.weights.rules import Rule
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.quantity import Quantity, Section
 
 
@@ -50,7 +50,7 @@ class Counts:
 class RankCounts:
     """Counts of the model chunks of a job; each kind of layer is counted once and cached."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: PlannedJob):
         self.job = job
         parallel = job.parallel
         self._at = replace(
@@ -141,7 +141,7 @@ def _size(rules: list[Rule], expert: bool = False) -> int:
     )
 
 
-def parameter_section(job: Job) -> Section:
+def parameter_section(job: PlannedJob) -> Section:
     counts = ModelCounts(job.hf)
     experts, chosen = job.hf.get("n_routed_experts"), job.hf.get("num_experts_per_tok")
     section = {

@@ -17,7 +17,7 @@ FILE = Path(__file__).with_name("published.yaml")
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedFigure:
     """A published figure. options: of tools/plan, that describe the run; number: "run" (hours) or
     a line of the bill's section "time" (seconds); inputs: what the source states; assumed: what
     `options` sets that it does not; why: explanation of the difference."""
@@ -49,8 +49,8 @@ def run_hours(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> floa
     return sum((end - start) * each for start, end, each in spent) / 3600
 
 
-def rows() -> list[Row]:
-    return [Row(**row) for row in yaml.safe_load(FILE.read_text(encoding="utf-8"))]
+def rows() -> list[PublishedFigure]:
+    return [PublishedFigure(**row) for row in yaml.safe_load(FILE.read_text(encoding="utf-8"))]
 
 
 def table() -> str:

@@ -17,12 +17,12 @@ from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.shared_gpus import SAME_NODE_LOAD
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
 from megatron_r1.weight_sync.transports import PASSED_BYTES
-from tools.plan.job import Job
-from tools.plan.push_sets import SetLinks, set_links
+from tools.plan.job import PlannedJob
+from tools.plan.push_sets import SetTraffic, set_links
 from tools.plan.quantity import Quantity, Section, in_bytes
 
 
-def engine_layout(job: Job) -> EngineLayout:
+def engine_layout(job: PlannedJob) -> EngineLayout:
     """Return the recipe's layout of an engine, or if it gives none, vLLM's usual one.
 
     A recipe gives none if rollout.tensor, .data and .pipeline are 1. Attention is then
@@ -42,14 +42,14 @@ def engine_layout(job: Job) -> EngineLayout:
     )
 
 
-def _shares(job: Job, tensor: int) -> bool:
+def _shares(job: PlannedJob, tensor: int) -> bool:
     """Return whether `tensor` GPUs can share the attention, and divide the engine's GPUs."""
     heads, groups = job.hf["num_attention_heads"], key_value_heads(job.hf)
     whole = groups % tensor == 0 or tensor % groups == 0
     return job.engine_gpus % tensor == 0 and heads % tensor == 0 and whole
 
 
-def check_engines_and_push(job: Job) -> None:
+def check_engines_and_push(job: PlannedJob) -> None:
     """Raise UserError for engines that are impossible on these GPUs or for this model."""
     job.check_engine_gpus()
     if pushes(job):
@@ -63,31 +63,31 @@ def check_engines_and_push(job: Job) -> None:
         )
 
 
-def pushes(job: Job) -> bool:
+def pushes(job: PlannedJob) -> bool:
     return job.trains and job.generates
 
 
-def in_fp8(job: Job) -> bool:
+def in_fp8(job: PlannedJob) -> bool:
     """Return whether engines receive and hold FP8 weights."""
     return pushes(job) and job.config.push.fp8
 
 
-def drafts(job: Job) -> bool:
+def drafts(job: PlannedJob) -> bool:
     """Return whether engines hold the MTP layers, to draft with."""
     return job.config.rollout.drafts_by_mtp
 
 
-def sends_differences(job: Job) -> bool:
+def sends_differences(job: PlannedJob) -> bool:
     """Return whether pushes send differences, for which both sides keep a copy."""
     return pushes(job) and job.config.push.delta and job.config.push.full_every > 1
 
 
-def engine_rank_bytes(job: Job) -> int:
+def engine_rank_bytes(job: PlannedJob) -> int:
     """Return the pushed bytes of an engine's first GPU, which has the most."""
     return _rank_bytes(json.dumps(job.hf), engine_layout(job), _form(job), 1, drafts(job))[0]
 
 
-def _form(job: Job) -> str:
+def _form(job: PlannedJob) -> str:
     """Return the form of pushed weights: a dtype, or "FP8"."""
     return "FP8" if in_fp8(job) else job.config.rollout.dtype
 
@@ -111,7 +111,7 @@ def _rank_bytes(hf: str, layout: EngineLayout, form: str, ranks: int, drafts: bo
     ]
 
 
-def _needed_bytes(job: Job) -> int:
+def _needed_bytes(job: PlannedJob) -> int:
     """Return the bytes for all engines, each element once per GPU that computes with it."""
     layout = engine_layout(job)
     ranks = layout.ranks_per_engine
@@ -119,7 +119,7 @@ def _needed_bytes(job: Job) -> int:
     return layout.engines * sum(one_engine)
 
 
-def receive_buffer_bytes(job: Job, on: Literal["host", "GPU"] | None = None) -> int:
+def receive_buffer_bytes(job: PlannedJob, on: Literal["host", "GPU"] | None = None) -> int:
     """Return bytes of an engine rank's receive buffer.
 
     on: return 0 if the transport's buffer is not there, or not between pushes.
@@ -131,12 +131,12 @@ def receive_buffer_bytes(job: Job, on: Literal["host", "GPU"] | None = None) -> 
     return needed if limit is None else min(needed, round(limit * GIB))
 
 
-def borrows_memory(job: Job) -> bool:
+def borrows_memory(job: PlannedJob) -> bool:
     """Return whether the receive buffer is in the place of the KV cache, which sleeps meanwhile."""
     return shares_gpus_over_nccl(job.config) and not job.config.push.delta
 
 
-def borrowed_bytes(job: Job) -> int:
+def borrowed_bytes(job: PlannedJob) -> int:
     """Return the bytes that a push takes of a GPU beside the weights of trainer and engine: the
     receive buffer, and two rounds of what engines pass on."""
     if not (pushes(job) and borrows_memory(job)):
@@ -145,11 +145,11 @@ def borrowed_bytes(job: Job) -> int:
     return receive_buffer_bytes(job) + 2 * engines * PASSED_BYTES * (engines > 1)
 
 
-def receive_buffer_place(job: Job) -> Literal["host", "GPU"]:
+def receive_buffer_place(job: PlannedJob) -> Literal["host", "GPU"]:
     return "GPU" if job.config.push.transport in ("cuda_ipc", "nccl") else "host"
 
 
-def sent_last_bytes(job: Job) -> int:
+def sent_last_bytes(job: PlannedJob) -> int:
     """Return the mean bytes that push.delta keeps on a trainer rank's host.
 
     The exact bytes of each rank would take too long for every layout of a search.
@@ -157,7 +157,7 @@ def sent_last_bytes(job: Job) -> int:
     return round(_needed_bytes(job) / job.world_size)
 
 
-def push_link(job: Job) -> tuple[float, str]:
+def push_link(job: PlannedJob) -> tuple[float, str]:
     """Return (bytes/s into an engine rank, name of the link)."""
     hardware, transport = job.hardware, job.config.push.transport
     if transport == "nccl":
@@ -171,11 +171,11 @@ def push_link(job: Job) -> tuple[float, str]:
     return rate * job.assumptions.push_efficiency, name
 
 
-def _is_one_node(job: Job) -> bool:
+def _is_one_node(job: PlannedJob) -> bool:
     return job.world_size + job.rollout_gpus <= job.hardware.gpus_per_node
 
 
-def push_section(job: Job) -> Section:
+def push_section(job: PlannedJob) -> Section:
     """Return the bytes that a push moves, their balance, and the memory that it keeps."""
     parallel, engines, form = job.parallel, engine_layout(job), _form(job)
     grid = TrainerGrid.from_recipe(parallel, job.world_size)
@@ -236,7 +236,9 @@ def push_section(job: Job) -> Section:
     return section
 
 
-def _connections(job: Job, engines: EngineLayout, grid: TrainerGrid, links: SetLinks) -> Section:
+def _connections(
+    job: PlannedJob, engines: EngineLayout, grid: TrainerGrid, links: SetTraffic
+) -> Section:
     """Return what connects the ranks, and how long that and a push take."""
     given, needs = job.assumptions, PredictedLayout(job.hf, engines, drafts=drafts(job))
     num_slots = sum(
@@ -275,7 +277,7 @@ def _connections(job: Job, engines: EngineLayout, grid: TrainerGrid, links: SetL
     }
 
 
-def _receive_buffer_formula(job: Job) -> str:
+def _receive_buffer_formula(job: PlannedJob) -> str:
     push = job.config.push
     how = "all its weights at once"
     if receive_buffer_bytes(job) < engine_rank_bytes(job):

@@ -24,7 +24,7 @@ SLOT_BYTES = 90
 
 
 @dataclass(frozen=True)
-class SetLinks:
+class SetTraffic:
     """The links of a push in sets.
 
     sent: bytes out of each trainer rank. loads: what they take of its time
@@ -108,7 +108,7 @@ def set_links(
     drafts: bool = False,
     shares_gpus: bool = False,
     ranks_per_node: int = RANKS_PER_NODE,
-) -> SetLinks:
+) -> SetTraffic:
     """Return what a push connects. max_engines: of a set. drafts: with the engines' drafters.
     shares_gpus: see `plan.links.shares_gpus_over_nccl`."""
     model, chunks = json.dumps(hf), tuple(map(tuple, stages))
@@ -128,7 +128,7 @@ def _set_links(
     drafts: bool,
     shares_gpus: bool,
     ranks_per_node: int,
-) -> SetLinks:
+) -> SetTraffic:
     needs = PredictedLayout(json.loads(hf), engines, drafts=drafts)
     planner = Planner(json.loads(hf), grid, engines, stages, needs)
     sets = engine_sets(engines.engines, max_engines)
@@ -148,7 +148,7 @@ def _set_links(
             entering[engine_rank] += entry.num_bytes
             received[entry.position] += entry.num_bytes / len(sets)
     by_set = [sender_loads(plan, grid.world) for plan in plans]
-    return SetLinks(
+    return SetTraffic(
         sent=sent,
         loads=[sum(loads) for loads in zip(*by_set, strict=True)],
         out=max(out.values()),

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_r1.config.yaml_text import as_text as as_yaml
 from megatron_r1.reporting.wording import counted
 from tools.plan.bill import Bill
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.quantity import Quantity, in_bytes
 from tools.plan.search import FittingLayout
 
@@ -62,7 +62,7 @@ def as_json(bill: Bill, problems: list[str], others: list[FittingLayout]) -> dic
 
 
 def layouts_text(
-    job: Job, others: list[FittingLayout], which: str, other_sizes: Sequence[Job] = ()
+    job: PlannedJob, others: list[FittingLayout], which: str, other_sizes: Sequence[PlannedJob] = ()
 ) -> str:
     """Return a line per layout with its changes and costs. other_sizes: the same layout on other
     numbers of GPUs, named if `others` is empty."""
@@ -83,7 +83,7 @@ def layouts_text(
     return "\n".join(lines)
 
 
-def sizes_text(job: Job, others: Sequence[Job]) -> str:
+def sizes_text(job: PlannedJob, others: Sequence[PlannedJob]) -> str:
     """Return the options that change `job` into each of `others`, on other numbers of GPUs."""
     options = []
     for other in others:
@@ -121,7 +121,7 @@ def _title(bill: Bill) -> str:
     return "\n".join(lines)
 
 
-def _not_colocated(job: Job) -> str:
+def _not_colocated(job: PlannedJob) -> str:
     """Return the hint for a recipe with separate engines but no --rollout-gpus."""
     rollout = job.config.rollout
     ranks = rollout.tensor * rollout.data

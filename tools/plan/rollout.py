@@ -12,7 +12,7 @@ from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from tools.plan.flops import decode_flops, forward_flops
-from tools.plan.job import BYTES, Job
+from tools.plan.job import BYTES, PlannedJob
 from tools.plan.parameters import ModelCounts
 from tools.plan.push import (
     drafts,
@@ -46,7 +46,7 @@ def cache_bytes_per_token(hf: dict, value: int = 2, mtp_layers: int = 0) -> int:
 class Engines:
     """All engines of a job. resident: bytes of the trainer that stay on the same GPU."""
 
-    job: Job
+    job: PlannedJob
     resident: int = 0
 
     @property
@@ -256,7 +256,7 @@ def rollout_section(engines: Engines) -> Section:
     }
 
 
-def samples_section(job: Job) -> Section:
+def samples_section(job: PlannedJob) -> Section:
     """Return bytes of a rollout's samples: token ids, log-probabilities, routing."""
     prompt, response = job.assumptions.prompt_tokens, job.response_tokens
     section = {
@@ -284,7 +284,7 @@ def check_teacher(config: Config) -> None:
         check_ranks(config.teacher, load_config(config.teacher.path, "teacher.path"), "teacher")
 
 
-def teacher_section(job: Job) -> Section:
+def teacher_section(job: PlannedJob) -> Section:
     """Return memory and scoring time on the teacher's own GPUs, if its model type is supported."""
     teacher = job.config.teacher
     try:

@@ -7,7 +7,7 @@ from itertools import groupby, islice, product
 from operator import attrgetter, itemgetter
 
 from tools.plan.bill import Bill
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.push import check_engines_and_push
 
 
@@ -22,20 +22,20 @@ class FittingLayout:
     seconds: float
 
 
-def nearest(job: Job, count: int = 5) -> list[FittingLayout]:
+def nearest(job: PlannedJob, count: int = 5) -> list[FittingLayout]:
     """Return layouts that fit, fewest and smallest changes first."""
     candidates = sorted(_candidates(job), key=itemgetter(0))
     fitting = filter(None, (_fitting(job, *candidate) for candidate in candidates))
     return sorted(islice(fitting, count), key=attrgetter("distance", "seconds"))
 
 
-def fastest(job: Job, count: int = 10) -> list[FittingLayout]:
+def fastest(job: PlannedJob, count: int = 10) -> list[FittingLayout]:
     """Return layouts that fit, shortest estimated step first."""
     fitting = filter(None, (_fitting(job, *candidate) for candidate in _candidates(job)))
     return sorted(fitting, key=attrgetter("seconds"))[:count]
 
 
-def nearest_sizes(job: Job) -> list[Job]:
+def nearest_sizes(job: PlannedJob) -> list[PlannedJob]:
     """Return the job in its own layout on the nearest smaller and larger numbers of GPUs on which
     it fits, in factors of two."""
     parallel = job.parallel
@@ -51,7 +51,7 @@ def nearest_sizes(job: Job) -> list[Job]:
     return [other for other in found if other]
 
 
-def _fits_always(job: Job) -> bool:
+def _fits_always(job: PlannedJob) -> bool:
     """Return whether every part of `rl.schedule` fits; mean lengths grow with their limit."""
     limit = job.config.rollout.max_response_tokens
     phases = [config for _, config in job.config.phases()] if job.verb == "rl" else [job.config]
@@ -68,7 +68,7 @@ def _fits_always(job: Job) -> bool:
     return True
 
 
-def _fitting_bill(job: Job) -> Bill | None:
+def _fitting_bill(job: PlannedJob) -> Bill | None:
     try:
         if job.trains:
             job.check_trainer()
@@ -98,7 +98,7 @@ def _layers(count: int) -> str:
     return "t" if count == 1 else f"t*{count}"
 
 
-def _candidates(job: Job) -> Iterator[tuple[float, dict]]:
+def _candidates(job: PlannedJob) -> Iterator[tuple[float, dict]]:
     """Yield (distance, changes of parallel) of every candidate layout."""
     powers = [2**n for n in range(11)]
     layers = job.hf["num_hidden_layers"]
@@ -121,21 +121,21 @@ def _candidates(job: Job) -> Iterator[tuple[float, dict]]:
         yield _distance(job, changes), changes
 
 
-def _cheap_modules(job: Job) -> list[str]:
+def _cheap_modules(job: PlannedJob) -> list[str]:
     """Return modules that are cheap to recompute: no matrix product but the latents' up-projection
     (DeepSeek-V3 report, section 3.2.3)."""
     latent, experts = ["mla_up_proj"] * job.latent_attention, ["moe_act"] * job.has_experts
     return ["layernorm", *latent, *experts]
 
 
-def _distance(job: Job, changes: dict) -> float:
+def _distance(job: PlannedJob, changes: dict) -> float:
     """Return the number of doublings and halvings of sizes; a change of recompute counts as 1."""
     sizes = {key: size for key, size in changes.items() if key != "recompute"}
     doublings = (abs(math.log2(size / getattr(job.parallel, key))) for key, size in sizes.items())
     return sum(doublings) + (changes["recompute"] != job.parallel.recompute)
 
 
-def _fitting(job: Job, distance: float, changes: dict) -> FittingLayout | None:
+def _fitting(job: PlannedJob, distance: float, changes: dict) -> FittingLayout | None:
     chunks = changes["pipeline"] * changes["virtual_pipeline"]
     same = all(getattr(job.parallel, k) == changes[k] for k in ("pipeline", "virtual_pipeline"))
     if not same:

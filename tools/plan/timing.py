@@ -5,7 +5,7 @@ from functools import cache, cached_property, partial
 from megatron_r1.reporting.wording import counted
 from tools.plan.communication import groups
 from tools.plan.flops import attention_flops, head_flops, layer_flops
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.push import push_link
 from tools.plan.quantity import Quantity, Section
 from tools.plan.rollout import Engines
@@ -19,7 +19,7 @@ which is pessimistic where Transformer Engine overlaps it."""
 class StepTime:
     """Step times of a job with the given engines."""
 
-    def __init__(self, job: Job, engines: Engines):
+    def __init__(self, job: PlannedJob, engines: Engines):
         self.job, self.engines = job, engines
         self.length = job.sample_tokens
         self.groups = cache(partial(groups, job))
@@ -139,7 +139,7 @@ PARTS = ("rollout", "scoring", "training", "critic", "push")
 """The parts of a step, in order."""
 
 
-def _step(job: Job, parts: dict[str, float]) -> Quantity:
+def _step(job: PlannedJob, parts: dict[str, float]) -> Quantity:
     """Return the seconds of a step: engines with GPUs of their own sample the next rollout while
     the trainer computes, if rl.staleness allows it; a push stops both."""
     total = Quantity(sum(parts.values()), "s", " + ".join(parts))

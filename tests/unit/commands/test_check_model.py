@@ -14,7 +14,7 @@ from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.errors import UserError
 from megatron_r1.model_check import comparison, reference
-from megatron_r1.model_check.findings import Reference
+from megatron_r1.model_check.findings import ReferenceResult
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_supported
 from megatron_r1.rehearsal.model import write_folder
@@ -311,7 +311,7 @@ def test_the_exit_status_is_0_only_if_all_agree(
     async def answer(value):
         return value
 
-    found_before = Reference(15, 512, True, [[1, 2, 3]], [[-1.0, -2.0]], 0.0)
+    found_before = ReferenceResult(15, 512, True, [[1, 2, 3]], [[-1.0, -2.0]], 0.0)
     monkeypatch.setattr(check_model, "_reference", lambda *_: found_before)
     monkeypatch.setattr(check_model, "by_megatron", lambda *_: answer(megatron))
     monkeypatch.setattr(check_model, "by_vllm", lambda *_: answer(vllm))
@@ -326,7 +326,7 @@ def test_without_a_tokenizer_token_ids_decide(folder, capsys, monkeypatch, tmp_p
     async def agrees():
         return 1e-5
 
-    found = Reference(15, None, False, [[1, 2, 3]], [[-1.0, -2.0]], 0.0)
+    found = ReferenceResult(15, None, False, [[1, 2, 3]], [[-1.0, -2.0]], 0.0)
     monkeypatch.setattr(check_model, "_reference", lambda *_: found)
     monkeypatch.setattr(check_model, "by_megatron", lambda *_: agrees())
     monkeypatch.setattr(check_model, "by_vllm", lambda *_: agrees())
@@ -346,7 +346,7 @@ def test_a_file_that_is_cut_off_is_named_before_anything_starts(folder, capsys):
 
 def test_without_vllm_the_engine_is_reported_as_not_run(folder, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    none = Reference(15, None, False, [], [], 0.0)
+    none = ReferenceResult(15, None, False, [], [], 0.0)
     answer = asyncio.run(comparison.by_vllm(tmp_path, None, none, tmp_path))
     assert answer == "NOT RUN: vllm is not installed in this environment"
 
@@ -369,7 +369,7 @@ class FailingFleet:
 
 def test_why_an_engine_failed_is_read_from_its_log(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "RolloutFleet", FailingFleet)
-    none, config = Reference(15, None, False, [], [], 0.0), configuration.from_overrides({})
+    none, config = ReferenceResult(15, None, False, [], [], 0.0), configuration.from_overrides({})
     rewritten(folder / "config.json", head_dim=32)
     answer = asyncio.run(comparison.by_vllm(folder, config, none, tmp_path))
     assert answer.startswith("FAILED: status 500") and "ValueError: head size 40" in answer
@@ -379,7 +379,7 @@ def test_why_an_engine_failed_is_read_from_its_log(folder, tmp_path, monkeypatch
 
 
 def test_rounding_of_both_sides_is_tolerated():
-    assert Reference(1, None, False, [], [], 0.0).tolerance == 1e-4
-    assert Reference(1, None, False, [], [], 0.02).tolerance == 0.04
+    assert ReferenceResult(1, None, False, [], [], 0.0).tolerance == 1e-4
+    assert ReferenceResult(1, None, False, [], [], 0.02).tolerance == 0.04
     with pytest.raises(UserError, match="config.json does not exist"):
         check_model.run(None, "nowhere")

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_r1.config import parse
 from megatron_r1.preflight import folder, host
 from megatron_r1.preflight.facts import Place
-from megatron_r1.preflight.progress import Progress
+from megatron_r1.preflight.progress import RankProgress
 from megatron_r1.reporting.run_folder import RunFolder
 
 ALONE = Place(rank=0, world_size=1, local_rank=0, local_size=1, host="here")
@@ -19,7 +19,7 @@ ALONE = Place(rank=0, world_size=1, local_rank=0, local_size=1, host="here")
 def progress(monkeypatch):
     monkeypatch.setattr(folder, "NUM_BYTES", 1 << 20)
     store = dist.HashStore()
-    return Progress(lambda: store, 0, "here", 1, 60.0)
+    return RankProgress(lambda: store, 0, "here", 1, 60.0)
 
 
 def test_a_folder_is_measured_and_left_as_it_was(tmp_path, progress):

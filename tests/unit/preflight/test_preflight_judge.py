@@ -6,10 +6,10 @@ from megatron_r1.config import parse
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions, link_rate
 from megatron_r1.config.loading import take_section
 from megatron_r1.errors import UserError
-from megatron_r1.preflight.facts import Facts, Folder, Link, Memory, Node
+from megatron_r1.preflight.facts import Facts, Folder, LinkRate, Memory, NodeFacts
 from megatron_r1.preflight.judge import hardware_of, judge, measured_rates
 from megatron_r1.preflight.links import neighbours
-from megatron_r1.preflight.settings import PreflightConfig, Settings
+from megatron_r1.preflight.settings import PreflightConfig, PreflightSettings
 
 CONFIG = parse({"run": {"folder": "runs/x"}, "data": {"kind": "code"}})
 SETTINGS = PreflightConfig()
@@ -27,14 +27,16 @@ def facts() -> list[Facts]:
             memory=Memory(80 * GIB, 79 * GIB),
             products=700e12,
             links={
-                "tensor": Link("all-reduce", list(range(rank // 4 * 4, rank // 4 * 4 + 4)), 300e9),
-                "data": Link("all-reduce", list(range(rank % 4, 16, 4)), 45e9),
+                "tensor": LinkRate(
+                    "all-reduce", list(range(rank // 4 * 4, rank // 4 * 4 + 4)), 300e9
+                ),
+                "data": LinkRate("all-reduce", list(range(rank % 4, 16, 4)), 45e9),
             },
             pairs=[40e9, 41e9],
             folder=Folder("", True, rank != 0 or None, 900e6, 800e6, 0.001, 10**12),
             node=None
             if rank % 4
-            else Node(
+            else NodeFacts(
                 {"GPU": "NVIDIA H100 80GB HBM3", "torch": "2.11.0"},
                 Memory(100 * GIB, 95 * GIB),
                 {},
@@ -62,7 +64,7 @@ def test_the_planners_rates_are_those_of_the_gpu_that_is_found():
     assert link_rate(hardware, Assumptions(), 4) == pytest.approx(INSIDE)
     assert link_rate(hardware, Assumptions(), 16) == pytest.approx(ACROSS)
     with pytest.raises(UserError, match="preflight.hardware: H10 is none of H800, H100"):
-        take_section({"preflight.hardware": "H10"}, Settings)
+        take_section({"preflight.hardware": "H10"}, PreflightSettings)
 
 
 def test_a_slow_node_is_named_from_the_groups_that_only_it_is_in():

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_r1.preflight import progress
-from megatron_r1.preflight.progress import Progress
+from megatron_r1.preflight.progress import RankProgress
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ class Ranks:
         store, self.ended = dist.HashStore(), {}
         self.over = threading.Event()
         self.all = [
-            Progress(lambda: store, rank, f"host-{rank}", 3, limit_seconds, self._ender(rank))
+            RankProgress(lambda: store, rank, f"host-{rank}", 3, limit_seconds, self._ender(rank))
             for rank in range(3)
         ]
 

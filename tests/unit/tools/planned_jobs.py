@@ -5,7 +5,7 @@ from pathlib import Path
 from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 
 ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "examples/deepseek_r1/r1_zero.yaml"
@@ -32,13 +32,15 @@ QWEN_72B = {
 }
 
 
-def real_job(**parallel) -> Job:
+def real_job(**parallel) -> PlannedJob:
     config = configuration.load(RECIPE, {f"parallel.{k}": v for k, v in parallel.items()})
-    return Job(V3, config, 2048, HARDWARE["H800"])
+    return PlannedJob(V3, config, 2048, HARDWARE["H800"])
 
 
-def planned(**overrides) -> Job:
+def planned(**overrides) -> PlannedJob:
     """The real job with settings of the recipe such as push__fp8; rollout_gpus: the engines'."""
     gpus = overrides.pop("rollout_gpus", 0)
     changed = {key.replace("__", "."): value for key, value in overrides.items()}
-    return Job(V3, configuration.load(RECIPE, changed), 2048, HARDWARE["H800"], rollout_gpus=gpus)
+    return PlannedJob(
+        V3, configuration.load(RECIPE, changed), 2048, HARDWARE["H800"], rollout_gpus=gpus
+    )

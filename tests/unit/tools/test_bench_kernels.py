@@ -11,13 +11,13 @@ import torch
 
 from tools.bench.kernels import measure, supervise, table
 from tools.bench.kernels.calls import OURS, Implementation
-from tools.bench.kernels.cases import CASES, Case
+from tools.bench.kernels.cases import CASES, KernelCase
 from tools.bench.kernels.inputs import HiddenInputs, LogitsInputs, MatrixInputs, PolicyInputs
-from tools.bench.kernels.sizes import PRESETS, Sizes
+from tools.bench.kernels.sizes import PRESETS, ProblemSizes
 from tools.bench.kernels.worker import run_case
 
 CPU = torch.device("cpu")
-SMALL = Sizes(tokens=48, vocab=333, hidden=16, dtype="float32")
+SMALL = ProblemSizes(tokens=48, vocab=333, hidden=16, dtype="float32")
 
 
 def plain_loss(logprobs, tokens):
@@ -66,7 +66,7 @@ def test_the_oracle_of_blocks_walks_ragged_ones_too():
 
 
 def test_inputs_are_what_every_implementation_can_take():
-    tokens = PolicyInputs(Sizes(tokens=96, vocab=7, hidden=2, dtype="float32"), CPU).tokens
+    tokens = PolicyInputs(ProblemSizes(tokens=96, vocab=7, hidden=2, dtype="float32"), CPU).tokens
     mask, advantages = tokens.rows(tokens.mask), tokens.rows(tokens.advantages)
     assert not mask[:, -1].any() and mask[:, 0].all()
     assert (advantages == advantages[:, :1]).all()
@@ -101,7 +101,7 @@ def doubling(name, **how):
 
 
 def rows_of(*implementations, seconds=60.0):
-    case = Case("policy_loss", "", PolicyInputs, implementations)
+    case = KernelCase("policy_loss", "", PolicyInputs, implementations)
     task = {"sizes": dataclasses.asdict(SMALL), "device": "cpu", "repeats": 2}
     reports = []
     result = run_case(case, task, time.time() + seconds, {}, lambda **m: reports.append(m))
@@ -195,9 +195,9 @@ def test_the_table_says_ratios_and_shares_and_reasons():
 def test_presets_and_sizes_are_checked():
     assert PRESETS["shard"].shard == 16_160
     with pytest.raises(ValueError, match="vocab 10 does not divide by tp 3"):
-        Sizes(tokens=8, vocab=10, hidden=1, dtype="float32", tp=3)
+        ProblemSizes(tokens=8, vocab=10, hidden=1, dtype="float32", tp=3)
     with pytest.raises(ValueError, match="tokens is 12: give a multiple of 8"):
-        Sizes(tokens=12, vocab=10, hidden=1, dtype="float32")
+        ProblemSizes(tokens=12, vocab=10, hidden=1, dtype="float32")
 
 
 def test_a_registered_kernel_that_no_table_includes_is_measured_alone():

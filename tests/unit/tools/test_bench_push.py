@@ -8,13 +8,13 @@ from megatron_r1.weight_sync.plan.engine_sets import Entry
 from megatron_r1.weight_sync.plan.traffic import plain_bytes
 from megatron_r1.weights.layout import stage_shards
 from tests.unit.weight_sync.push_models import DEEPSEEK_MTP
-from tools.bench.push.assumptions import Assumptions
+from tools.bench.push.assumptions import PushAssumptions
 from tools.bench.push.designs import Cluster, entry_tasks
 from tools.bench.push.fluid import Tasks
-from tools.bench.push.scale import Case, _rows, beyond
+from tools.bench.push.scale import ScaleCase, _rows, beyond
 
 EXACT = {"nic": 1.0, "nic_efficiency": 1.0, "nvlink": 10.0, "nvlink_efficiency": 1.0}
-FREE = Assumptions(
+FREE = PushAssumptions(
     **EXACT, device_pack=100.0, message_seconds=0, round_seconds=0, hop_seconds=0, gpus_per_node=1
 )
 
@@ -104,7 +104,7 @@ def test_a_sender_of_two_engine_ranks_halves_its_rate():
 
 
 def test_within_a_node_bytes_pass_nvlink_and_within_a_gpu_only_its_memory():
-    rates = Assumptions(**EXACT, device_pack=100.0, message_seconds=0, gpus_per_node=2)
+    rates = PushAssumptions(**EXACT, device_pack=100.0, message_seconds=0, gpus_per_node=2)
     cluster = Cluster(4, 4, colocated=True, rates=rates)
     for receiver, seconds in ((0, 0.01), (1, 0.1), (2, 1.0)):
         tasks = Tasks()
@@ -118,7 +118,7 @@ def test_engines_served_one_after_another_are_named():
     grid, engines = TrainerGrid(16, pipeline=2, expert=4), EngineLayout(8, tensor=2)
     stages = stage_shards(DEEPSEEK_MTP, 2)
     cluster = Cluster(16, 16, colocated=False, rates=FREE)
-    case = Case(
+    case = ScaleCase(
         "small", DEEPSEEK_MTP, stages, Planner(DEEPSEEK_MTP, grid, engines, stages), cluster
     )
     found = {row["design"]: beyond(row) for row in _rows(case, "bf16", plain_bytes("bfloat16"))}

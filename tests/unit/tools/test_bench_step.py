@@ -72,7 +72,7 @@ def test_every_recipe_of_ours_is_one_the_command_takes(tmp_path):
 
 def test_the_work_travels_to_the_other_process_whole():
     given = replace(WORKS["long tail"], kl_beta=0.5)
-    assert work.Work(**json.loads(json.dumps(vars(given)))) == given
+    assert work.StepWork(**json.loads(json.dumps(vars(given)))) == given
 
 
 def test_rewards_differ_and_questions_are_the_same_every_time(tmp_path):

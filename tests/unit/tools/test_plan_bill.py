@@ -8,7 +8,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import HARDWARE
 from tools.plan.bill import Bill
 from tools.plan.command import main
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 
 
 def test_a_larger_share_of_the_gpu_is_the_remedy_where_the_trainer_leaves_it(capsys):
@@ -26,7 +26,7 @@ def test_the_real_recipe_fits_and_leaves_room_for_65536_tokens():
     bill = Bill(real_job())
     assert bill.job.data == 16 and bill.problems() == []
     config = configuration.load(RECIPE, {"rollout.max_response_tokens": 65_536})
-    assert Bill(Job(V3, config, 2048, HARDWARE["H800"])).problems() == []
+    assert Bill(PlannedJob(V3, config, 2048, HARDWARE["H800"])).problems() == []
 
 
 def test_advice_is_not_what_the_recipe_does_or_its_model_cannot(capsys):

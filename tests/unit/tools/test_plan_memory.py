@@ -9,7 +9,7 @@ from megatron_r1 import weights
 from megatron_r1.weights.layout import layout_of
 from tools.plan.bill import Bill
 from tools.plan.command import main
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.memory import GPU_CHUNK_ELEMENTS, GPU_CHUNK_TOKENS, rank_memory
 
 
@@ -84,7 +84,7 @@ def test_adapters_alone_have_gradients_an_optimizer_and_a_reference():
     assert lora.training["parameters"] > whole.training["parameters"]
 
 
-def rank_shard(job: Job, layer: int) -> weights.Shard:
+def rank_shard(job: PlannedJob, layer: int) -> weights.Shard:
     parallel = job.parallel
     sizes = {"tp": parallel.tensor, "ep": parallel.expert, "etp": parallel.expert_tensor}
     return weights.Shard((layer,), **{axis: (0, size) for axis, size in sizes.items()})

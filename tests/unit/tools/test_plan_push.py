@@ -11,20 +11,24 @@ from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models import read_hf_config
 from tools.plan.bill import Bill
 from tools.plan.command import main
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.push import engine_layout, push_section
 from tools.plan.push_sets import set_links
 
 
 def test_an_engine_is_laid_out_as_the_recipe_says_or_as_vllm_serves_such_models():
     config = configuration.load(RECIPE)
-    given = engine_layout(Job(V3, config, 2048, HARDWARE["H800"]))
+    given = engine_layout(PlannedJob(V3, config, 2048, HARDWARE["H800"]))
     assert (given.tensor, given.data, given.expert_parallel) == (8, 16, True)
     changed = {"rollout.tensor": 16, "rollout.data": 8}
-    wide = engine_layout(Job(V3, configuration.load(RECIPE, changed), 2048, HARDWARE["H800"]))
+    wide = engine_layout(
+        PlannedJob(V3, configuration.load(RECIPE, changed), 2048, HARDWARE["H800"])
+    )
     assert (wide.tensor, wide.data, wide.engines) == (16, 8, 16)
     silent = {"rollout.tensor": 1, "rollout.data": 1, "rollout.expert_parallel": False}
-    assumed = engine_layout(Job(V3, configuration.load(RECIPE, silent), 2048, HARDWARE["H800"]))
+    assumed = engine_layout(
+        PlannedJob(V3, configuration.load(RECIPE, silent), 2048, HARDWARE["H800"])
+    )
     assert assumed == given
 
 
@@ -175,7 +179,7 @@ def test_a_push_is_priced_as_sets_of_engines_execute_it():
 def test_an_assumed_engine_uses_all_its_gpus_and_divides_the_heads(gpus):
     hf = read_hf_config(ROOT / "examples/laptop/model")
     config = configuration.load(ROOT / "examples/laptop/r1_zero.yaml")
-    layout = engine_layout(Job(hf, config, gpus, HARDWARE["H800"]))
+    layout = engine_layout(PlannedJob(hf, config, gpus, HARDWARE["H800"]))
     assert hf["num_attention_heads"] == 2 and layout.tensor in (1, 2)
     assert layout.tensor * layout.data == gpus
     assert layout.tensor == (2 if gpus % 2 == 0 else 1)

@@ -8,7 +8,7 @@ from planned_jobs import LLAMA_405B, QWEN_72B, RECIPE, V3, planned, real_job
 from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import GIB, HARDWARE
 from tools.plan.bill import Bill
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.rollout import Engines, cache_bytes_per_token, samples_section
 
 
@@ -35,7 +35,7 @@ def test_a_pass_with_a_draft_takes_one_layer_more_and_gives_more_tokens():
 def test_sampling_without_a_trainer_has_no_fp8_push():
     changed = {"push.fp8": True, "push.transport": "cuda_ipc"}
     config = configuration.load(RECIPE, changed)
-    engines = Engines(Job(V3, config, 2048, HARDWARE["H800"], verb="sample"))
+    engines = Engines(PlannedJob(V3, config, 2048, HARDWARE["H800"], verb="sample"))
     assert engines.weights == Engines(planned()).weights and not engines.receive_buffer
 
 
@@ -65,7 +65,7 @@ def test_a_rollout_s_routing_is_58_layers_of_8_experts_a_token():
 
 def test_room_for_less_than_one_sequence_is_no_room():
     config = configuration.load(RECIPE, {"rollout.gpu_memory": None})
-    job = Job(V3, config, 128, HARDWARE["H800"], verb="sample")
+    job = PlannedJob(V3, config, 128, HARDWARE["H800"], verb="sample")
     full = Engines(job)
     one_sequence = full.token_bytes * (512 + 8192 / 2)
     for part, seconds in ((0.9, False), (1.1, True)):

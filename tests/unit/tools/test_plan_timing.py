@@ -7,7 +7,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
 from tools.plan.bill import Bill
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 
 
 def test_a_push_within_a_node_goes_over_the_node_s_links():
@@ -16,7 +16,7 @@ def test_a_push_within_a_node_goes_over_the_node_s_links():
     for transport in ("shm", "cuda_ipc", "gloo", "nccl"):
         changed = {"push.transport": transport}
         config = configuration.load(ROOT / "examples/laptop/r1_zero.yaml", changed)
-        bill = Bill(Job(hf, config, 1, h800))
+        bill = Bill(PlannedJob(hf, config, 1, h800))
         seconds[transport] = bill.times.push()
         assert "one host" not in bill.sections()["push"]["receive buffer"].formula
     each = 0.75 / bill.engines.weights

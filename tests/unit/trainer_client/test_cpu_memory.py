@@ -15,7 +15,7 @@ from megatron_r1.trainer_client.cpu_memory import (
     free_bytes,
 )
 from tools.plan.activations import layer_activations
-from tools.plan.job import Job
+from tools.plan.job import PlannedJob
 from tools.plan.memory import rank_memory
 
 # SmolLM2-135M's and a mixture of experts with latent attention.
@@ -55,7 +55,7 @@ def recipe(tmp_path, ranks: int = 1, **changed) -> Config:
 def test_weights_are_those_of_the_plan(tmp_path, dtype, ranks, tensor, kl_beta, lora):
     settings = {"model": {"dtype": dtype, "lora": lora}, "parallel": {"tensor": tensor}}
     config = recipe(tmp_path, ranks, **settings, rl={"kl_beta": kl_beta})
-    job = Job(memory.read_hf_config(str(tmp_path)), config, ranks, HARDWARE["H800"])
+    job = PlannedJob(memory.read_hf_config(str(tmp_path)), config, ranks, HARDWARE["H800"])
     (of_rank,) = rank_memory(job)  # ranks of one pipeline stage are equal
     planned = of_rank.resident + of_rank.host["reference"]
     copies = of_rank.host["checkpoint being written"]
@@ -67,7 +67,7 @@ def test_weights_are_those_of_the_plan(tmp_path, dtype, ranks, tensor, kl_beta, 
 
 def test_activations_are_the_plan_s_and_what_local_layers_keep_beside_them(tmp_path):
     config = recipe(tmp_path)
-    job = Job(memory.read_hf_config(str(tmp_path)), config, 1, HARDWARE["H800"])
+    job = PlannedJob(memory.read_hf_config(str(tmp_path)), config, 1, HARDWARE["H800"])
     planned = 30 * layer_activations(job, False, tokens=1).everything
     assert planned < activation_bytes(DENSE, 4) < 1.5 * planned
     assert activation_bytes(DENSE, 2) == activation_bytes(DENSE, 4) // 2

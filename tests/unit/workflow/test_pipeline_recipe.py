@@ -8,7 +8,7 @@ from workflow_world import World
 
 from megatron_r1.workflow.graph import Graph
 from megatron_r1.workflow.pipeline_recipe import load
-from megatron_r1.workflow.plan import Plan, merged
+from megatron_r1.workflow.plan import WorkflowPlan, merged
 from megatron_r1.workflow.references import protect, references, substitute, unprotect
 
 TRAINING = """
@@ -45,7 +45,7 @@ def training(tmp_path, monkeypatch):
 
 def plan_of(world, **overrides):
     recipe = load("p.yaml", overrides)
-    return Plan.of(recipe, "p.yaml", world.out, recipe.pipeline.seed)
+    return WorkflowPlan.of(recipe, "p.yaml", world.out, recipe.pipeline.seed)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from workflow_world import FUNCTIONS, RECIPE, World
 from megatron_r1.workflow import fingerprint
 from megatron_r1.workflow.fingerprint import inputs, settings
 from megatron_r1.workflow.pipeline_recipe import load
-from megatron_r1.workflow.plan import Plan
+from megatron_r1.workflow.plan import WorkflowPlan
 
 ALL = ["corpus", "other", "both", "last"]
 
@@ -247,7 +247,7 @@ def test_what_a_stage_reads_without_saying_that_it_is_a_file(tmp_path, monkeypat
     source = "def tidy(question, response): return response\ndef polite(text, truth): return 1\n"
     (tmp_path / "mine.py").write_text(source)
     (tmp_path / "p.yaml").write_text(NAMED)
-    plan = Plan.of(load(tmp_path / "p.yaml"), tmp_path / "p.yaml", tmp_path / "out", 0)
+    plan = WorkflowPlan.of(load(tmp_path / "p.yaml"), tmp_path / "p.yaml", tmp_path / "out", 0)
 
     def read():
         return inputs(plan, plan.stages["answers"], ())
@@ -272,7 +272,7 @@ stages:
 def matter(tmp_path, finished, **overrides):
     (tmp_path / "p.yaml").write_text(TRAINED)
     recipe = load(tmp_path / "p.yaml", overrides)
-    plan = Plan.of(recipe, tmp_path / "p.yaml", tmp_path / "out", recipe.pipeline.seed)
+    plan = WorkflowPlan.of(recipe, tmp_path / "p.yaml", tmp_path / "out", recipe.pipeline.seed)
     return settings(plan, plan.stages["base"], finished)
 
 

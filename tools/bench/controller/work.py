@@ -26,7 +26,7 @@ END = "<｜end▁of▁sentence｜>"
 
 
 @dataclass(frozen=True)
-class Reply:
+class GroupReply:
     """The responses of a group: token_ids, logprobs: one array per response; routing: [rows,
     layers, topk] of each, or None."""
 
@@ -59,7 +59,7 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def make_reply(folder: Path, num_tokens: int, num_prompt_tokens: int, routed: bool) -> Reply:
+def make_reply(folder: Path, num_tokens: int, num_prompt_tokens: int, routed: bool) -> GroupReply:
     """Return a group whose responses have `num_tokens` each; every other one answers 42."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     random_numbers = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def make_reply(folder: Path, num_tokens: int, num_prompt_tokens: int, routed: bo
         words = random_numbers.integers(256, 129_000, num_tokens - len(start) - len(end))
         ids.append(np.array([*start, *words, *end], np.int32))
         logprobs.append(-random_numbers.exponential(0.5, num_tokens).astype(np.float32))
-    return Reply(ids, logprobs, _routing(num_prompt_tokens + num_tokens) if routed else None)
+    return GroupReply(ids, logprobs, _routing(num_prompt_tokens + num_tokens) if routed else None)
 
 
 def _routing(num_tokens: int) -> np.ndarray:
@@ -81,7 +81,7 @@ def _routing(num_tokens: int) -> np.ndarray:
     return ((first[..., None] + steps) % experts).astype(np.uint8)
 
 
-def as_json(reply: Reply) -> bytes:
+def as_json(reply: GroupReply) -> bytes:
     """Return the body of vLLM's reply: the fields of its `GenerateTokensResponse`."""
     choices: list[dict[str, Any]] = []
     routing = None
@@ -103,7 +103,7 @@ def as_json(reply: Reply) -> bytes:
     return msgspec.json.encode(body | {"output_mode": "tokens", "prompt_logprobs": None})
 
 
-def as_bytes(reply: Reply) -> bytes:
+def as_bytes(reply: GroupReply) -> bytes:
     """Return the body of our plugin's reply (`vllm_plugin/samples_endpoint.py`)."""
     routed = None
     if (rows := reply.routing) is not None:

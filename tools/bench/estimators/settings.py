@@ -15,7 +15,7 @@ TEACHER = "grpo"
 
 
 @dataclass(frozen=True)
-class Choice:
+class EstimatorChoice:
     """The settings that one estimator is compared with. settings: sections of a recipe. why: the
     reason that this size needs them."""
 
@@ -23,32 +23,32 @@ class Choice:
     why: str = ""
 
 
-CHOICES: dict[str, Choice] = {
-    "grpo": Choice(),
-    "dapo": Choice(),
-    "dr_grpo": Choice(),
-    "gspo": Choice(
+CHOICES: dict[str, EstimatorChoice] = {
+    "grpo": EstimatorChoice(),
+    "dapo": EstimatorChoice(),
+    "dr_grpo": EstimatorChoice(),
+    "gspo": EstimatorChoice(
         {"rl": {"clip_low": 0.015, "clip_high": 0.02}},
         "clips 50 times its source's: at this learning rate an update moves a response's ratio "
         "that much further, and its own clips would silence all mini-batches after the first",
     ),
-    "cispo": Choice(),
-    "reinforce": Choice(
+    "cispo": EstimatorChoice(),
+    "reinforce": EstimatorChoice(
         {"rl": {"minibatches": 4}},
         "as many updates as the others: Adam's steps have their length whatever the batch, and one "
         "a rollout would go a quarter of the way",
     ),
-    "reinforce_pp": Choice(),
-    "rloo": Choice(
+    "reinforce_pp": EstimatorChoice(),
+    "rloo": EstimatorChoice(
         {"rl": {"minibatches": 4, "group_size": 16}},
         "as many answers and updates as the others, for the same reason",
     ),
-    "ppo": Choice(
+    "ppo": EstimatorChoice(
         {"critic": {"learning_rate": 3.0e-4, "warmup_steps": 2}},
         "the critic's head begins with zeros and has few steps: it learns faster than the policy, "
         "and two steps before it, which count",
     ),
-    "on_policy_distillation": Choice(
+    "on_policy_distillation": EstimatorChoice(
         {"teacher": {"path": f"${{{TEACHER}.hf}}", "dtype": "float32"}},
         f"the teacher is {TEACHER}'s model of the same run and seed",
     ),

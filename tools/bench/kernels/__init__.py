@@ -78,9 +78,9 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     return {**about, "sizes": task["sizes"], "repeats": task["repeats"], "cases": cases}
 
 
-def _sizes(chosen: argparse.Namespace, on_gpu: bool) -> sizes.Sizes:
+def _sizes(chosen: argparse.Namespace, on_gpu: bool) -> sizes.ProblemSizes:
     preset = chosen.preset or ("full" if on_gpu else "cpu")
-    names = [field.name for field in dataclasses.fields(sizes.Sizes)]
+    names = [field.name for field in dataclasses.fields(sizes.ProblemSizes)]
     given = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
     return dataclasses.replace(sizes.PRESETS[preset], **given)
 

@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {"clip_low": CLIP, "clip_high": CLIP, "kl_beta": eage
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """One computation that is measured in several implementations. gradients, masked: what the
     bound counts. weight: about its share of the run's time."""
 
@@ -77,7 +77,7 @@ _IN_PLACE = Implementation(
 _KEPT = Implementation("r1_kernels, logits kept", calls.on_logits, lambda: _token_logprobs)
 
 _FUNCTIONS = (
-    Case(
+    KernelCase(
         "linear_policy_loss",
         "policy loss from hidden states, forward and backward",
         HiddenInputs,
@@ -94,14 +94,14 @@ _FUNCTIONS = (
         masked=True,
         weight=12,
     ),
-    Case(
+    KernelCase(
         "linear_token_logprobs",
         "log-probabilities and entropy from hidden states, no gradient",
         HiddenInputs,
         (*_ON_HIDDEN, peers.TRL_CHUNKED, peers.CCE_FORWARD, peers.LIGER_SCALED_CE, peers.LIGER_CE),
         weight=3,
     ),
-    Case(
+    KernelCase(
         "linear_token_logprobs+backward",
         "log-probabilities and entropy from hidden states, forward and backward",
         HiddenInputs,
@@ -116,14 +116,14 @@ _FUNCTIONS = (
         gradients=True,
         weight=4,
     ),
-    Case(
+    KernelCase(
         "token_logprobs",
         "log-probabilities and entropy from logits, no gradient",
         LogitsInputs,
         (*_ON_LOGITS, peers.TRL_LOGITS, peers.MEGATRON, peers.LIGER_SELECTIVE),
         weight=2,
     ),
-    Case(
+    KernelCase(
         "token_logprobs+backward",
         "log-probabilities and entropy from logits, forward and backward into the logits",
         LogitsInputs,
@@ -135,20 +135,20 @@ _FUNCTIONS = (
         gradients=True,
         weight=3,
     ),
-    Case(
+    KernelCase(
         "policy_loss",
         "policy loss from log-probabilities, forward and backward",
         PolicyInputs,
         _rows(calls.policy_loss, _policy_loss, eager.policy_loss, "no ratio, clip or KL out"),
         gradients=True,
     ),
-    Case(
+    KernelCase(
         "quantize_blockwise",
         "a matrix to fp8 with a scale for each 128 x 128 block (DeepGEMM's definition)",
         MatrixInputs,
         _rows(calls.quantize, r1_kernels.quantize_blockwise, eager.quantize),
     ),
-    Case(
+    KernelCase(
         "dequantize_blockwise",
         "and back",
         MatrixInputs,
@@ -157,12 +157,12 @@ _FUNCTIONS = (
 )
 
 
-def alone(kernel: Kernel) -> Case:
+def alone(kernel: Kernel) -> KernelCase:
     """Return the table of a kernel by itself, on its first example."""
     backend = "triton" if torch.cuda.is_available() else "torch"
     ours, plain = (getattr(primitives(b), kernel.name) for b in (backend, "torch"))
     inputs = partial(ExampleInputs, kernel)
-    return Case(kernel.name, kernel.computes, inputs, _rows(calls.primitive, ours, plain))
+    return KernelCase(kernel.name, kernel.computes, inputs, _rows(calls.primitive, ours, plain))
 
 
 CASES = (

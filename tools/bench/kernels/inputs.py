@@ -15,7 +15,7 @@ from r1_kernels import examples, registry
 from torch import Tensor
 
 from tools.bench.kernels import eager, measure, truth
-from tools.bench.kernels.sizes import Sizes
+from tools.bench.kernels.sizes import ProblemSizes
 
 SPREAD = 3.0
 LARGEST_LIFT = 20.0
@@ -57,7 +57,9 @@ class Tokens:
         return [self.rows(part)[:, :-1].contiguous() for part in parts]
 
 
-def make_tokens(sizes: Sizes, targets: Tensor, logprobs: Tensor, random: dict[str, Any]) -> Tokens:
+def make_tokens(
+    sizes: ProblemSizes, targets: Tensor, logprobs: Tensor, random: dict[str, Any]
+) -> Tokens:
     """Return seeded inputs of a policy loss for tokens with these log-probabilities, (T,)."""
     length, column = sizes.length, (sizes.sequences, 1)
     ends = torch.randint(length * 7 // 8, length, column, **random)
@@ -87,7 +89,7 @@ class Inputs:
 class HiddenInputs(Inputs):
     """hidden (T, H) and weight (V, H), both leaves; upstream (T,): the policy loss's gradient."""
 
-    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+    def __init__(self, sizes: ProblemSizes, device: torch.device) -> None:
         random = seeded(device)
         targets = torch.randint(sizes.shard, (sizes.tokens,), **random)
         weight = torch.randn(sizes.shard, sizes.hidden, **random) * (SPREAD / sizes.hidden**0.5)
@@ -100,7 +102,7 @@ class HiddenInputs(Inputs):
         self._solve(sizes, targets, random)
 
     @torch.no_grad()
-    def _solve(self, sizes: Sizes, targets: Tensor, random: dict[str, Any]) -> None:
+    def _solve(self, sizes: ProblemSizes, targets: Tensor, random: dict[str, Any]) -> None:
         hidden, weight, device = self.hidden, self.weight, self.hidden.device
         exact_weight = weight.double()
 
@@ -143,7 +145,7 @@ class HiddenInputs(Inputs):
 class LogitsInputs(Inputs):
     """logits (T, V), a leaf; upstream (T,): the policy loss's gradient."""
 
-    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+    def __init__(self, sizes: ProblemSizes, device: torch.device) -> None:
         random = seeded(device)
         targets = torch.randint(sizes.shard, (sizes.tokens,), **random)
         self.logits = torch.empty(sizes.tokens, sizes.shard, dtype=sizes.torch_dtype, device=device)
@@ -182,7 +184,7 @@ class LogitsInputs(Inputs):
 class PolicyInputs(Inputs):
     """logprobs (T,) fp32, a leaf, and the tokens' other inputs."""
 
-    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+    def __init__(self, sizes: ProblemSizes, device: torch.device) -> None:
         random = seeded(device)
         targets = torch.zeros(sizes.tokens, dtype=torch.long, device=device)
         logprobs = -LARGEST_LIFT * torch.rand(sizes.tokens, **random)
@@ -202,7 +204,7 @@ class PolicyInputs(Inputs):
 class MatrixInputs(Inputs):
     """x (V, H): a weight, its fp8 values and block scales; exact ones of a sample of its rows."""
 
-    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+    def __init__(self, sizes: ProblemSizes, device: torch.device) -> None:
         x = torch.randn(sizes.shard, sizes.hidden, **seeded(device))
         self.x = x.mul_(sizes.hidden**-0.5).to(sizes.torch_dtype)
         del x
@@ -241,7 +243,7 @@ class MatrixInputs(Inputs):
 class ExampleInputs(Inputs):
     """The arguments of a registered kernel's first example; exact results: plain PyTorch, fp64."""
 
-    def __init__(self, kernel: examples.Kernel, sizes: Sizes, device: torch.device) -> None:
+    def __init__(self, kernel: examples.Kernel, sizes: ProblemSizes, device: torch.device) -> None:
         torch.manual_seed(0)
         shape = examples.Sizes(
             sizes.tokens, sizes.shard, (sizes.shard, sizes.hidden), sizes.sequences

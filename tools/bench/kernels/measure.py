@@ -25,7 +25,7 @@ COPIED_BYTES = {"cpu": 2**27, "cuda": 2**30}
 L2_BYTES = 2**28  # several times the largest L2 cache (H200: 50 MB; B200: 126 MB)
 
 
-class Sample(NamedTuple):
+class CallCost(NamedTuple):
     """One measurement of a call. extra_bytes: None if it cannot be measured on this machine."""
 
     seconds: float
@@ -36,7 +36,7 @@ class CpuMeter:
     def __init__(self) -> None:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
 
-    def __call__(self, call: Callable[[], Any]) -> Sample:
+    def __call__(self, call: Callable[[], Any]) -> CallCost:
         gc.collect()
         self._trim(0)
         before = self._reset_peak()
@@ -45,7 +45,7 @@ class CpuMeter:
         seconds = time.perf_counter() - started
         peak = None if before is None else _status("VmHWM")
         del results
-        return Sample(seconds, None if before is None or peak is None else max(0, peak - before))
+        return CallCost(seconds, None if before is None or peak is None else max(0, peak - before))
 
     def settle(self) -> None:
         gc.collect()
@@ -64,7 +64,7 @@ class CudaMeter:
         self._device = device
         self._flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device)
 
-    def __call__(self, call: Callable[[], Any]) -> Sample:
+    def __call__(self, call: Callable[[], Any]) -> CallCost:
         gc.collect()
         torch.cuda.synchronize(self._device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -77,7 +77,7 @@ class CudaMeter:
         torch.cuda.synchronize(self._device)
         del results
         extra_bytes = torch.cuda.max_memory_allocated(self._device) - before
-        return Sample(start.elapsed_time(end) / 1e3, extra_bytes)
+        return CallCost(start.elapsed_time(end) / 1e3, extra_bytes)
 
     def settle(self) -> None:
         """Free memory; raise RuntimeError if an earlier call broke the device's context."""

@@ -8,7 +8,7 @@ LONGEST_SEQUENCE = 4_096
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ProblemSizes:
     """tokens (T), vocab (V, before the division by tp), hidden (H), dtype by name, tp ranks."""
 
     tokens: int
@@ -55,8 +55,8 @@ class Sizes:
 # `full` is DeepSeek-V3's output layer on one micro-batch, `shard` what one of eight tensor-parallel
 # ranks holds of it; `cpu` takes eager PyTorch 3 GB.
 PRESETS = {
-    "full": Sizes(65_536, 129_280, 7_168, "bfloat16"),
-    "shard": Sizes(65_536, 129_280, 7_168, "bfloat16", tp=8),
-    "cpu": Sizes(1_536, 129_280, 128, "float32"),
-    "tiny": Sizes(64, 1_000, 32, "float32"),
+    "full": ProblemSizes(65_536, 129_280, 7_168, "bfloat16"),
+    "shard": ProblemSizes(65_536, 129_280, 7_168, "bfloat16", tp=8),
+    "cpu": ProblemSizes(1_536, 129_280, 128, "float32"),
+    "tiny": ProblemSizes(64, 1_000, 32, "float32"),
 }

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from tools.bench.kernels.calls import TOO_LATE, Implementation, why
-from tools.bench.kernels.cases import BY_NAME, Case
+from tools.bench.kernels.cases import BY_NAME, KernelCase
 from tools.bench.kernels.measure import CpuMeter, CudaMeter
-from tools.bench.kernels.sizes import Sizes
+from tools.bench.kernels.sizes import ProblemSizes
 
 ENOUGH_SECONDS = {"cpu": 2.0, "cuda": 5.0}  # of timed calls of one row; each gets at least one
 WARM_SHARE = 0.75  # of a case's time, after which no further implementation is started
@@ -33,7 +33,7 @@ class Broken(Exception):
 
 
 @lru_cache(maxsize=1)
-def make_inputs(kind: Callable[..., Any], sizes: Sizes, device: torch.device) -> Any:
+def make_inputs(kind: Callable[..., Any], sizes: ProblemSizes, device: torch.device) -> Any:
     """Cached for the next case, which often has the same inputs."""
     return kind(sizes, device)
 
@@ -102,7 +102,7 @@ class Calls:
 
 
 def run_case(
-    case: Case,
+    case: KernelCase,
     task: dict[str, Any],
     until: float,
     skip: dict[str, str],
@@ -114,7 +114,7 @@ def run_case(
     implementations that ended an earlier process, each with the reason. report: see `Calls`."""
     device, started = torch.device(task["device"]), time.time()
     report(doing="inputs")
-    inputs = make_inputs(case.inputs, Sizes(**task["sizes"]), device)
+    inputs = make_inputs(case.inputs, ProblemSizes(**task["sizes"]), device)
     bound = inputs.bound(case.gradients, case.masked)
     measure = CudaMeter(device) if device.type == "cuda" else CpuMeter()
     calls = Calls(inputs, measure, report)
@@ -146,7 +146,7 @@ def main() -> None:
     cases = [BY_NAME[name] for name in task["cases"]]
     for index, case in enumerate(cases):
 
-        def report(case: Case = case, **what: Any) -> None:
+        def report(case: KernelCase = case, **what: Any) -> None:
             lines.write(json.dumps({"case": case.name, **what}) + "\n")
 
         now = time.time()

@@ -13,7 +13,7 @@ PLAN = hardware.Assumptions()
 
 
 @dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True))
-class Assumptions:
+class PushAssumptions:
     nic: ByteRate = 50e9
     """one 400 Gb/s adapter per GPU, in each direction"""
     nic_efficiency: Annotated[float, ""] = 0.885
@@ -45,7 +45,7 @@ class Assumptions:
     gpus_per_node: Count = 8
 
 
-def as_table(assumptions: Assumptions) -> list[dict[str, object]]:
+def as_table(assumptions: PushAssumptions) -> list[dict[str, object]]:
     return [
         {
             "name": name,

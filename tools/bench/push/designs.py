@@ -12,7 +12,7 @@ import numpy as np
 from megatron_r1.weight_sync.plan.engine_sets import Entry
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.transports import PASSED_BYTES
-from tools.bench.push.assumptions import Assumptions
+from tools.bench.push.assumptions import PushAssumptions
 from tools.bench.push.direct_links import DirectLinks
 from tools.bench.push.fluid import Tasks
 
@@ -28,7 +28,7 @@ class Cluster:
     trainers: int
     receivers: int
     colocated: bool
-    rates: Assumptions = Assumptions()
+    rates: PushAssumptions = PushAssumptions()
 
     @property
     def gpus(self) -> int:

@@ -23,7 +23,7 @@ from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_byt
 from megatron_r1.weights.layout import Shard, recipe_stages
 from tools.bench.children import ROOT
 from tools.bench.push import real_size
-from tools.bench.push.assumptions import Assumptions, as_table
+from tools.bench.push.assumptions import PushAssumptions, as_table
 from tools.bench.push.designs import Cluster, direct_tasks, entered_ranks, entry_tasks
 from tools.bench.push.direct_links import direct_links
 from tools.plan.push_sets import PAIR_REQUESTS, set_links
@@ -44,7 +44,7 @@ MOST = {
 
 
 @dataclass(frozen=True)
-class Case:
+class ScaleCase:
     name: str
     hf: dict
     stages: list[list[Shard]]
@@ -60,7 +60,7 @@ class Case:
 def simulate() -> dict[str, Any]:
     """Return, and print, the simulated pushes of all cases, weights and designs."""
     start = time.process_time()
-    found: dict[str, Any] = {"assumptions": as_table(Assumptions()), "cases": {}}
+    found: dict[str, Any] = {"assumptions": as_table(PushAssumptions()), "cases": {}}
     for case in _cases():
         rows = [row for form, count in FORMS.items() for row in _rows(case, form, count)]
         found["cases"][case.name] = rows
@@ -87,7 +87,7 @@ def beyond(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _cases() -> Iterator[Case]:
+def _cases() -> Iterator[ScaleCase]:
     config = load(RECIPE)
     hf = read_hf_config(config.model.path)
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
@@ -98,14 +98,14 @@ def _cases() -> Iterator[Case]:
     planner = Planner(hf, grid, engines, stages, needs)
     cluster = Cluster(grid.world, engines.num_ranks, config.rollout.colocated)
     name = "the recipe's 16 engines x 128 GPUs, colocated"
-    yield Case(name, hf, stages, planner, cluster, drafts)
+    yield ScaleCase(name, hf, stages, planner, cluster, drafts)
     stages = real_size.stages(hf)
     planner = Planner(hf, real_size.GRID, real_size.ENGINES, stages)
     cluster = Cluster(real_size.GRID.world, real_size.ENGINES.num_ranks, colocated=False)
-    yield Case("64 engines x 16 GPUs, of their own", hf, stages, planner, cluster)
+    yield ScaleCase("64 engines x 16 GPUs, of their own", hf, stages, planner, cluster)
 
 
-def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
+def _rows(case: ScaleCase, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
     cluster, rates = case.cluster, case.cluster.rates
     direct = direct_links(case.planner, count)
     floor = direct.received.max() / rates.nic
@@ -158,7 +158,7 @@ def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
     yield row("enters one engine, exchanged", ends.max(), pairs, exchange, requests, setup)
 
 
-def _direct_setup(case: Case, pairs: np.ndarray) -> tuple[float, float]:
+def _direct_setup(case: ScaleCase, pairs: np.ndarray) -> tuple[float, float]:
     """Return the requests to the store, and the seconds: each trainer rank reads the offers of all
     engine ranks and the table of each position; per link a plan is published, listed and read, and
     a group formed, one after another."""
@@ -171,7 +171,7 @@ def _direct_setup(case: Case, pairs: np.ndarray) -> tuple[float, float]:
 
 
 def _setup_seconds(
-    rates: Assumptions,
+    rates: PushAssumptions,
     requests: float,
     store_bytes: float,
     broadcast_bytes: float,
@@ -192,5 +192,5 @@ def _setup_seconds(
     )
 
 
-def _table_bytes(case: Case) -> int:
+def _table_bytes(case: ScaleCase) -> int:
     return sum(map(len, real_size.tables(case.hf, replace(case.engines, engines=1))))

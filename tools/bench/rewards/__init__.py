@@ -18,7 +18,7 @@ from megatron_r1.rewards.runtime.pool import RewardPool
 from tools.bench import machine
 from tools.bench.rewards import hostile, samples
 from tools.bench.rewards.faults import FAULTS
-from tools.bench.rewards.samples import Sample
+from tools.bench.rewards.samples import LabelledResponse
 
 HOSTILE_SHARE, FAULT_SHARE, CODE_SHARE = 0.1, 0.001, 0.01
 TRUTHS = ("13", "x^2 + 1", r"\{1, 2\}", "x > 2", "(1, 2)", "north", "C")
@@ -63,7 +63,9 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-async def _rate(batch: list[Sample], chosen: argparse.Namespace) -> tuple[float | None, int]:
+async def _rate(
+    batch: list[LabelledResponse], chosen: argparse.Namespace
+) -> tuple[float | None, int]:
     """Return grades per second of warm workers (None: not available here), and wrong rewards."""
     try:
         resolve(batch[0].kind)
@@ -82,7 +84,7 @@ async def _rate(batch: list[Sample], chosen: argparse.Namespace) -> tuple[float 
     return len(batch) / seconds, sum(grade.reward != sample.reward for sample, grade in pairs)
 
 
-def math_verify_alone(batch: list[Sample]) -> dict[str, Any]:
+def math_verify_alone(batch: list[LabelledResponse]) -> dict[str, Any]:
     """Return math-verify's answers per second in one process, and verdicts unlike the label."""
     from math_verify import parse, verify  # imports sympy, which takes a second
 
@@ -109,11 +111,11 @@ def _pool(chosen: argparse.Namespace) -> RewardPool:
     return RewardPool(chosen.workers, timeout_seconds=chosen.timeout)
 
 
-async def _grade(pool: RewardPool, sample: Sample) -> Any:
+async def _grade(pool: RewardPool, sample: LabelledResponse) -> Any:
     return await pool.grade(sample.kind, sample.response, sample.truth, **sample.fields)
 
 
-def soak_samples(num: int, seed: int = 0) -> list[Sample]:
+def soak_samples(num: int, seed: int = 0) -> list[LabelledResponse]:
     """Return `num` shuffled samples.
 
     A tenth is hostile, each trick equally often; a thousandth hangs, crashes or exhausts memory; a
@@ -131,14 +133,14 @@ def soak_samples(num: int, seed: int = 0) -> list[Sample]:
     return batch
 
 
-async def soak(pool: RewardPool, batch: list[Sample]) -> dict[str, Any]:
+async def soak(pool: RewardPool, batch: list[LabelledResponse]) -> dict[str, Any]:
     """Grade `batch`; return counts of wrong rewards, hung grades, timeouts and crashes."""
     outcomes: Counter[str] = Counter()
     wrong: Counter[str] = Counter()
     gate = asyncio.Semaphore(IN_FLIGHT)
     longest = 0.0
 
-    async def one(sample: Sample) -> None:
+    async def one(sample: LabelledResponse) -> None:
         nonlocal longest
         async with gate:
             start = time.perf_counter()
@@ -172,15 +174,15 @@ async def soak(pool: RewardPool, batch: list[Sample]) -> dict[str, Any]:
     return report
 
 
-def _hostile(index: int, rng: random.Random) -> Sample:
+def _hostile(index: int, rng: random.Random) -> LabelledResponse:
     names = [*hostile.ANSWERS, *hostile.RESPONSES]
     name, truth = names[index % len(names)], rng.choice(TRUTHS)
     if name in hostile.RESPONSES:
         response = hostile.RESPONSES[name]
     else:
         response = f"<think>x</think><answer>{hostile.ANSWERS[name]}</answer>"
-    return Sample("math", response, truth, 0.0, f"hostile {name}, truth {truth}")
+    return LabelledResponse("math", response, truth, 0.0, f"hostile {name}, truth {truth}")
 
 
-def _fault(name: str) -> Sample:
-    return Sample(f"tools.bench.rewards.faults:{name}", "", None, 0.0, name)
+def _fault(name: str) -> LabelledResponse:
+    return LabelledResponse(f"tools.bench.rewards.faults:{name}", "", None, 0.0, name)

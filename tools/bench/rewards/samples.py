@@ -10,7 +10,7 @@ THOUGHT = "<think>" + "First I add the two numbers, then I check the sum again. 
 
 
 @dataclass(frozen=True)
-class Sample:
+class LabelledResponse:
     """A response whose correct reward is known. reward: the correct one. name: for the report of a
     wrong one."""
 
@@ -22,7 +22,7 @@ class Sample:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def math_groups(num_groups: int, seed: int = 0) -> list[Sample]:
+def math_groups(num_groups: int, seed: int = 0) -> list[LabelledResponse]:
     """Return groups of 16 answers to one question: some right in several spellings, some wrong.
 
     45% integers, 20% fractions and decimals, 25% LaTeX (surds, polynomials, tuples, intervals,
@@ -41,7 +41,9 @@ def math_groups(num_groups: int, seed: int = 0) -> list[Sample]:
         for _ in range(GROUP):
             is_right = rng.random() < share
             answer = rng.choice(right if is_right else wrong)
-            samples.append(Sample("math", answered(answer), truth, float(is_right), answer))
+            samples.append(
+                LabelledResponse("math", answered(answer), truth, float(is_right), answer)
+            )
     rng.shuffle(samples)
     return samples
 
@@ -50,19 +52,22 @@ def answered(answer: str) -> str:
     return f"{THOUGHT}<answer>{answer}</answer>"
 
 
-def format_samples(num: int) -> list[Sample]:
+def format_samples(num: int) -> list[LabelledResponse]:
     """Return `num` samples, half of them well-formed."""
     good, bad = answered("13"), THOUGHT + "13"
-    return [Sample("format", (bad, good)[i % 2], None, float(i % 2), "format") for i in range(num)]
+    return [
+        LabelledResponse("format", (bad, good)[i % 2], None, float(i % 2), "format")
+        for i in range(num)
+    ]
 
 
-def language_samples(num: int) -> list[Sample]:
+def language_samples(num: int) -> list[LabelledResponse]:
     """Return `num` English thoughts, which consist of English words only."""
     fields = {"target": "en"}
-    return [Sample("language", answered("13"), None, 1.0, "english", fields)] * num
+    return [LabelledResponse("language", answered("13"), None, 1.0, "english", fields)] * num
 
 
-def code_samples(num: int) -> list[Sample]:
+def code_samples(num: int) -> list[LabelledResponse]:
     """Return Python programs with one test each (one sandboxed run), every fourth one wrong."""
     samples = []
     for i in range(num):
@@ -71,7 +76,7 @@ def code_samples(num: int) -> list[Sample]:
         response = f"{THOUGHT}<answer>\n```python\n{program}\n```\n</answer>"
         truth = {"tests": [{"stdin": f"{i} 2\n", "stdout": f"{i + 2}\n"}]}
         fields = {"language": "python"}
-        samples.append(Sample("code", response, truth, float(is_right), "sum", fields))
+        samples.append(LabelledResponse("code", response, truth, float(is_right), "sum", fields))
     return samples
 
 

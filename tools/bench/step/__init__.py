@@ -24,9 +24,9 @@ from tools.bench.small_models import TOKENIZER
 from tools.bench.step.figures import Steps, as_page, compared, overlapped, table
 from tools.bench.step.model import Tail, write_model
 from tools.bench.step.systems import run_ours, run_trl, trl_version
-from tools.bench.step.work import Work, write_questions
+from tools.bench.step.work import StepWork, write_questions
 
-WORKS = {"long tail": Work(limit=256), "short": Work(limit=32)}
+WORKS = {"long tail": StepWork(limit=256), "short": StepWork(limit=32)}
 # One core per role, so that rollout and training can hide behind each other.
 APART = {"parallel": {"threads": 1}, "rollout": {"threads": 1}}
 AHEAD = {"rl": {"staleness": 1, "importance_cap": 2.0}}
@@ -127,7 +127,7 @@ def _written(folder: Path) -> tuple[Path, Path]:
 
 
 def _against(
-    chosen: argparse.Namespace, runs: dict[str, tuple[Work, dict[str, dict]]]
+    chosen: argparse.Namespace, runs: dict[str, tuple[StepWork, dict[str, dict]]]
 ) -> dict[str, Any]:
     """Run this checkout beside another one, in turns.
 

@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from tools.bench.step.work import Work, reward
+from tools.bench.step.work import StepWork, reward
 
 
 class StepTimes(TrainerCallback):
@@ -34,7 +34,7 @@ class StepTimes(TrainerCallback):
 
 def main() -> None:
     settings, model, questions, number = sys.argv[1:]
-    work, steps = Work(**json.loads(settings)), int(number)
+    work, steps = StepWork(**json.loads(settings)), int(number)
     lengths: list[int] = []
 
     def count_and_reward(completions, completion_ids, **_) -> list[float]:
@@ -60,7 +60,7 @@ def main() -> None:
         print(json.dumps(line))
 
 
-def _arguments(work: Work, folder: str, rollouts: int) -> GRPOConfig:
+def _arguments(work: StepWork, folder: str, rollouts: int) -> GRPOConfig:
     update = work.num_responses // work.minibatches
     microbatch = work.peer_microbatch or update
     return GRPOConfig(

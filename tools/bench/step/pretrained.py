@@ -19,7 +19,7 @@ from tools.bench import machine
 from tools.bench.children import ROOT
 from tools.bench.step.figures import medians
 from tools.bench.step.systems import run_ours, run_trl
-from tools.bench.step.work import Work
+from tools.bench.step.work import StepWork
 
 RECIPE = ROOT / "examples/smollm2/rl.yaml"
 SYSTEMS = ("ours", "trl")
@@ -72,9 +72,9 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def work_of(recipe: Config) -> Work:
+def work_of(recipe: Config) -> StepWork:
     """Return the recipe's part of the work that both systems share."""
-    return Work(
+    return StepWork(
         limit=recipe.rollout.max_response_tokens,
         questions=recipe.rl.questions_per_rollout,
         group=recipe.rl.group_size,

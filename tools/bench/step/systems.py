@@ -12,13 +12,13 @@ import yaml
 
 from megatron_r1.files.jsonl import read_lines
 from tools.bench.children import core_seconds, environment, megatron_r1, run_to_end
-from tools.bench.step.work import Work
+from tools.bench.step.work import StepWork
 
 POLL_SECONDS = 0.002
 
 
 def recipe(
-    work: Work, model: Path, questions: Path, folder: Path, steps: int, more: dict[str, dict]
+    work: StepWork, model: Path, questions: Path, folder: Path, steps: int, more: dict[str, dict]
 ) -> dict[str, dict[str, Any]]:
     """Return the recipe, with `more` settings by section.
 
@@ -52,7 +52,7 @@ def recipe(
 
 
 def run_ours(
-    work: Work,
+    work: StepWork,
     model: Path,
     questions: Path,
     folder: Path,
@@ -113,7 +113,7 @@ def trl_version(python: str) -> str:
 
 
 def run_trl(
-    work: Work, model: Path, questions: Path, steps: int, python: str
+    work: StepWork, model: Path, questions: Path, steps: int, python: str
 ) -> list[dict[str, Any]]:
     """Return one line per step but the first."""
     worker = [python, "-m", "tools.bench.step.peer_trl", json.dumps(vars(work))]

@@ -9,7 +9,7 @@ from megatron_r1.files.jsonl import write_lines
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """One setting. A step samples `questions` x `group` responses of at most `limit` tokens, then
     makes `minibatches` fp32 updates. kl_beta: weight of the KL to a reference model; at 0 neither
     system has a reference model. peer_microbatch: responses in one of TRL's forward and backward
