@@ -7,7 +7,8 @@ graders (`rollout_run`) beside the trainer (`training_run`), and a session of bo
 import asyncio
 from pathlib import Path
 
-from megatron_r1.commands.rl_checks import naming_renamed_columns, prepare, questions_drawn
+from megatron_r1.commands.rl_checks import naming_renamed_columns, prepare
+from megatron_r1.commands.rl_questions import questions_drawn
 from megatron_r1.commands.rollout_run import open_rollouts
 from megatron_r1.commands.training_run import TrainingRun, run_training, show_trainer
 from megatron_r1.config import Config

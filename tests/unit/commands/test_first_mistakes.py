@@ -9,7 +9,8 @@ import pytest
 
 from megatron_r1 import cli
 from megatron_r1 import config as configuration
-from megatron_r1.commands.rl_checks import naming_renamed_columns, show_padded_truths
+from megatron_r1.commands.rl_checks import naming_renamed_columns
+from megatron_r1.commands.rl_questions import show_padded_truths
 from megatron_r1.commands.training_run import run_training
 from megatron_r1.config import RolloutConfig
 from megatron_r1.data.prompts import load_prompts

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import reasoning_gym
 
-from megatron_r1.commands.rl_checks import prompts_that_fit, questions_drawn
+from megatron_r1.commands.rl_questions import prompts_that_fit, questions_drawn
 from megatron_r1.config import parse
 from megatron_r1.data.prompts import (
     Prompt,
