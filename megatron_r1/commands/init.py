@@ -56,9 +56,14 @@ MAX_ROWS = 20_000
 COLUMN_ROWS = 100
 """Rows by which the columns are recognized."""
 TRIED_TRUTHS = 20
+"""The first truths that the math reward is tried on: a choice, enough to show a column that the
+reward cannot read at all."""
 SMALL = 1e9
 """Below so many parameters, a template is said to need worked examples."""
-FEW, FEW_HELDOUT, MANY_HELDOUT = 20, 64, 500
+MIN_QUESTIONS_TO_SPLIT = 20
+"""With fewer questions none is held out: a choice. A fifth of 20 are four."""
+MAX_HELDOUT_ON_CPU, MAX_HELDOUT_ON_GPU = 64, 500
+"""The most questions of an evaluation: a choice. With four responses to each, 256 and 2,000."""
 OWN = ":"
 """It is in the name of a reward function of the user's own, module:function."""
 
@@ -222,12 +227,11 @@ def _sizes(
 
 def _heldout(questions: Sequence[str], machine: Machine) -> tuple[int, list[Guess]]:
     """Return how many questions are held out, and the settings of these and their evaluation."""
-    if len(questions) < FEW:
+    if len(questions) < MIN_QUESTIONS_TO_SPLIT:
         reason = f"{len(questions)} questions are too few to hold some out: nothing is evaluated"
         return 0, [Guess("data.heldout_fraction", 0.0, reason)]
-    fraction, most = (0.2 if len(questions) < 10 * FEW else 0.1), MANY_HELDOUT
-    if machine.is_cpu:
-        most = FEW_HELDOUT
+    fraction = 0.2 if len(questions) < 10 * MIN_QUESTIONS_TO_SPLIT else 0.1
+    most = MAX_HELDOUT_ON_CPU if machine.is_cpu else MAX_HELDOUT_ON_GPU
     count = sum(is_heldout(question, fraction) for question in questions)
     guesses = [
         Guess("data.heldout_fraction", fraction, f"{min(count, most)} questions, for evaluation"),

@@ -24,10 +24,16 @@ MAY_DIFFER = ("kernel",)
 OTHERS_BYTES = 3 * GIB
 """GPU memory that may be in use: a CUDA context, a display, a monitoring agent."""
 HOST_SHARE = 0.8
-"""The share of a host's memory that should be available."""
+"""The share of a host's memory below which what is available is shown: a choice. It blocks nothing;
+how much a run takes of a host is for `tools/plan` to say."""
 CLOCK_SECONDS = 1.0
+"""The difference from rank 0's clock above which a node is shown: a choice. It blocks nothing."""
 FOLDER_RATE = 100e6
-MANY = 6
+"""The bytes per second below which a node that writes to the run folder is shown: a choice, at
+which 10 GB of a checkpoint take 100 s. It blocks nothing."""
+MAX_LISTED = 6
+"""The most ranks, hosts or groups that one problem lists: a choice, so that it stays readable where
+half of thousands of ranks are slow."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def _versions(nodes: Sequence[tuple[Facts, NodeFacts]]) -> Iterable[CheckFinding
         others = [(each.host, value) for (each, _), value in zip(nodes, values, strict=True)]
         others = [(host, value) for host, value in others if value != usual]
         if others:
-            shown = _some([f"{value} on {host}" for host, value in others])
+            shown = _listed([f"{value} on {host}" for host, value in others])
             level: Literal["note", "block"] = "note" if name in MAY_DIFFER else "block"
             hosts = tuple(dict.fromkeys(host for host, _ in others))
             problem = f"{name}: {shown}; {usual} on the others"
@@ -126,8 +132,8 @@ def _memory(
         most = max(memory.total - memory.free for _, memory in used)
         problem = "; ".join(
             f"{(memory.total - memory.free) / GIB:.1f} GiB of rank {each.rank}'s GPU on {each.host}"
-            f" are taken{_by(memory.holders)}"
-            for each, memory in full[:MANY]
+            f" are taken{_by_whom(memory.holders)}"
+            for each, memory in full[:MAX_LISTED]
         )
         yield CheckFinding(
             "GPU memory",
@@ -144,7 +150,7 @@ def _memory(
         f"at least {least.free / GIB:.0f} of {least.total / GIB:.0f} GiB available",
         f"{HOST_SHARE:.0%}",
         "note" if low else "ok",
-        "; ".join(f"{each.host}{_by(memory.holders)}" for each, memory in low[:MANY]),
+        "; ".join(f"{each.host}{_by_whom(memory.holders)}" for each, memory in low[:MAX_LISTED]),
         _hosts(each for each, _ in low),
     )
 
@@ -159,7 +165,7 @@ def _products(facts: Sequence[Facts], settings: PreflightConfig) -> CheckFinding
         f"{least.rank} on {least.host})",
         f"{settings.slowest:.0%} of the median",
         "block" if slow else "ok",
-        f"slow: {_some([f'rank {each.rank} on {each.host}' for each in slow])}" if slow else "",
+        f"slow: {_listed([f'rank {each.rank} on {each.host}' for each in slow])}" if slow else "",
         _hosts(slow),
     )
 
@@ -180,7 +186,8 @@ def _links(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckF
         hosts = {facts[rank].host for ranks in slow for rank in ranks}
         hosts = hosts - {facts[rank].host for ranks in fine for rank in ranks} or hosts
         problems = [
-            f"{groups[ranks] / 1e9:.3g} GB/s among ranks {_some(ranks)}" for ranks in slow[:MANY]
+            f"{groups[ranks] / 1e9:.3g} GB/s among ranks {_listed(ranks)}"
+            for ranks in slow[:MAX_LISTED]
         ]
         if is_gpu and usual < settings.bandwidth * assumed:
             problems.append(
@@ -209,7 +216,7 @@ def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckF
         f"median {usual / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
         f"{settings.slowest:.0%} of the median",
         "block" if slow else "ok",
-        f"slow to every neighbour: {_some(hosts)}" if hosts else "",
+        f"slow to every neighbour: {_listed(hosts)}" if hosts else "",
         hosts,
     )
 
@@ -223,7 +230,7 @@ def _gloo(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFi
     hosts, share = _hosts(slow), usual / hardware.host_network
     problems = []
     if hosts:
-        problems.append(f"slow to every neighbour: {_some(hosts)}")
+        problems.append(f"slow to every neighbour: {_listed(hosts)}")
     if share < settings.bandwidth:
         problems.append(
             f"{share:.0%} of the planner's host_network, so that pushes take {1 / share:.2g} times "
@@ -255,7 +262,7 @@ def _folder(config: Config, facts: Sequence[Facts]) -> Iterable[CheckFinding]:
         ],
     }.items():
         if wrong:
-            where = f"{path} {problem} on {_some(_hosts(wrong))}"
+            where = f"{path} {problem} on {_listed(_hosts(wrong))}"
             why = f": {wrong[0].folder.error}" if wrong[0].folder.error else ""
             yield CheckFinding(
                 "run folder", path, "one, writable", "block", where + why, _hosts(wrong)
@@ -286,7 +293,7 @@ def _controller(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> Ite
         "all",
         "block" if cut_off or faults else "ok",
         "; ".join(
-            [*faults, *([f"not from {_some(_hosts(cut_off))}: {reason}"] if cut_off else [])]
+            [*faults, *([f"not from {_listed(_hosts(cut_off))}: {reason}"] if cut_off else [])]
         ),
         _hosts(cut_off),
     )
@@ -297,7 +304,7 @@ def _controller(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> Ite
         f"at most {max(map(abs, offsets.values())) * 1e3:.1f} ms from rank 0's",
         f"{CLOCK_SECONDS:g} s",
         "note" if late else "ok",
-        ", ".join(f"{each.host}: {offsets[each.host]:+.1f} s" for each in late[:MANY]),
+        ", ".join(f"{each.host}: {offsets[each.host]:+.1f} s" for each in late[:MAX_LISTED]),
         _hosts(late),
     )
 
@@ -311,7 +318,7 @@ def _sandbox(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> CheckF
         f"works on {len(nodes) - len(without)} of {len(nodes)} nodes",
         "all" if is_needed else "all, where questions are code",
         level if without else "ok",
-        f"not on {_some(_hosts(e for e, _ in without))}: {without[0][1]}" if without else "",
+        f"not on {_listed(_hosts(e for e, _ in without))}: {without[0][1]}" if without else "",
         _hosts(each for each, _ in without),
     )
 
@@ -336,13 +343,16 @@ def _node_rates(facts: Sequence[Facts], kind: Literal["pairs", "gloo"]) -> dict[
 
 
 def _hosts(facts: Iterable[Facts]) -> tuple[str, ...]:
+    """Return the hosts of these ranks, each once."""
     return tuple(dict.fromkeys(each.host for each in facts))
 
 
-def _some(values: Sequence[object]) -> str:
-    more = f" and {len(values) - MANY} more" if len(values) > MANY else ""
-    return ", ".join(map(str, values[:MANY])) + more
+def _listed(values: Sequence[object]) -> str:
+    """Return the first values, separated by commas, and how many more there are."""
+    more = f" and {len(values) - MAX_LISTED} more" if len(values) > MAX_LISTED else ""
+    return ", ".join(map(str, values[:MAX_LISTED])) + more
 
 
-def _by(holders: Sequence[str]) -> str:
+def _by_whom(holders: Sequence[str]) -> str:
+    """Return " by " and the processes that hold some memory; "" where none is known."""
     return f" by {', '.join(holders)}" if holders else ""

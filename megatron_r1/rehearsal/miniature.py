@@ -21,7 +21,11 @@ STEPS = 3
 LEARNING_RATE = 1e-3
 """Changes bf16 weights of 0.1 in one step, so that a push which delivers nothing is noticed."""
 HANG_SECONDS = 600.0
+"""The most of `run.hang_seconds`: a third of the default limit of a phase, so that the run's own
+supervision says what hangs before the phase is ended."""
 QUESTIONS = 16
+"""Number of synthetic questions, two of which are held out: a choice. A rollout of more questions
+draws some of them several times."""
 PROBE_TOLERANCE = 0.1
 """The limit of `push.probe_tolerance` in bf16, where trainer and engine differ by 0.006 here, and
 by 0.8 with another model's weights."""

@@ -263,7 +263,7 @@ class PlannedJob:
         if ranks == 1 and gpus % rollout.engines:
             raise UserError(
                 f"rollout.engines={rollout.engines} does not divide {gpus:,} GPUs; choose "
-                f"{_or(_nearest_divisors(rollout.engines, gpus))}"
+                f"{_alternatives(_nearest_divisors(rollout.engines, gpus))}"
             )
         if ranks > 1 and ranks * rollout.engines != gpus:
             raise UserError(
@@ -280,7 +280,8 @@ class PlannedJob:
         below = gpus // ranks
         counts = [count for count in (below, below + 1) if count]
         sizes = [f"{option} {count * ranks} --rollout.engines {count}" for count in counts]
-        return f"{_or(sizes)} would match{'' if below else ', or lower rollout.data or .tensor'}"
+        or_lower = "" if below else ", or lower rollout.data or .tensor"
+        return f"{_alternatives(sizes)} would match{or_lower}"
 
 
 def _nearest_divisors(target: int, of: int) -> list[int]:
@@ -290,5 +291,6 @@ def _nearest_divisors(target: int, of: int) -> list[int]:
     return [*below[-1:], *above[:1]]
 
 
-def _or(choices: list) -> str:
+def _alternatives(choices: list) -> str:
+    """Return the choices as "A or B or C"."""
     return " or ".join(map(str, choices))
