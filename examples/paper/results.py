@@ -68,6 +68,8 @@ class Results:
 
 
 class Agreement(enum.StrEnum):
+    """Whether the seeds of a run have the order of two rows that the paper published."""
+
     AGREES = "agrees"
     """The published order in every seed."""
     DISAGREES = "does not agree"
@@ -108,6 +110,7 @@ def verdict(table: PaperTable, comparison: PaperComparison, results: Results) ->
 
 
 def summary(verdicts: list[Verdict]) -> str:
+    """Return a sentence that says how many of the comparisons agree with the paper."""
     known = [v for v in verdicts if v.state is not Agreement.UNKNOWN]
     agreeing = [v for v in known if v.state is Agreement.AGREES]
     if not known:

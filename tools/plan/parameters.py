@@ -64,9 +64,12 @@ class RankCounts:
         self._known: dict = job.shared.setdefault(("counts", *sizes), {})
 
     def of_rank(self, pipeline_rank: int) -> Counts:
+        """Return the counts of one rank of this pipeline rank: the sum over its virtual stages."""
         return sum(map(self.of_chunk, self.job.stages[pipeline_rank]), Counts())
 
     def of_chunk(self, chunk: Shard) -> Counts:
+        """Return the counts of one virtual stage on one rank. Layers of one kind, and equal chunks,
+        are counted once."""
         ends = {name: getattr(chunk, name) for name in ("embedding", "final_norm", "head", "mtp")}
         kinds = Counter(self.job.sparse[layer] for layer in chunk.layers)
         key = (*ends.values(), *sorted(kinds.items()))
@@ -142,6 +145,8 @@ def _size(rules: list[Rule], expert: bool = False) -> int:
 
 
 def parameter_section(job: PlannedJob) -> Section:
+    """Return the bill of parameters: of the whole model, of the fullest rank if the job trains, and
+    of MTP layers if the model has some."""
     counts = ModelCounts(job.hf)
     experts, chosen = job.hf.get("n_routed_experts"), job.hf.get("num_experts_per_tok")
     section = {

@@ -39,6 +39,8 @@ def make_base(folder: Path, seed: int) -> Path:
 def command(
     base: Path, folder: Path, questions: Path, steps: int, seed: int, staleness: int
 ) -> list[str]:
+    """Return the command of an RL run on `questions` that starts from the model `base`. staleness:
+    `rl.staleness`; 0: the run is synchronous."""
     settings = {
         "run.folder": folder,
         "run.steps": steps,

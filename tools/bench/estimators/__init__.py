@@ -154,6 +154,8 @@ def table(runs: dict[str, dict[str, dict]]) -> str:
 
 
 def as_page(result: dict[str, Any], cores: int) -> str:
+    """Return the page with the table of all estimators. result: as `run` returns it; cores: number
+    of CPU cores."""
     runs = result["runs"]
     every = [run for by_seed in runs.values() for run in by_seed.values()]
     before = percent(fmean(run["heldout_before"] for run in every))

@@ -29,6 +29,7 @@ and peers that consist of such kernels do not run."""
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
+    """Add the options of `python tools/bench kernels`."""
     options.add_argument("--preset", choices=sizes.PRESETS, help="default: full on a GPU, else cpu")
     options.add_argument("--tokens", type=int)
     options.add_argument("--vocab", type=int)

@@ -46,6 +46,7 @@ class PushAssumptions:
 
 
 def as_table(assumptions: PushAssumptions) -> list[dict[str, object]]:
+    """Return a row for each assumption: its name, value, unit and reason."""
     return [
         {
             "name": name,

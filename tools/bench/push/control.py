@@ -46,6 +46,8 @@ FAULTS = ("none", "trainer rank killed", "engine rank killed", "engine killed", 
 
 
 def control_path() -> dict[str, Any]:
+    """Run the control path once with each fault; print and return what followed from it. "broken"
+    has the faults whose outcome was not the expected one."""
     found = {}
     for fault in FAULTS:
         with tempfile.TemporaryDirectory() as folder:

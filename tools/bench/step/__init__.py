@@ -38,6 +38,7 @@ SHOWN = ("tokens_per_second", "response_length/mean", "logprob_diff/mean", "logp
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
+    """Add the options of `python tools/bench step`."""
     options.add_argument("--recipe", help="measure the phases of this recipe instead, without TRL")
     options.add_argument("--against", type=Path, help="the root of another checkout, without TRL")
     options.add_argument(

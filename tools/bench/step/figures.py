@@ -19,6 +19,8 @@ def compared(**both: Steps) -> dict[str, Any]:
 
 
 def medians(steps: Steps) -> dict[str, float]:
+    """Return the medians of the steps' seconds, core seconds, tokens and tokens per second, and the
+    number of steps."""
     names = ("seconds", "core_seconds", "response_tokens")
     rates = [step["response_tokens"] / step["seconds"] for step in steps]
     middle = {name: median(step[name] for step in steps) for name in names}
@@ -43,6 +45,7 @@ def overlapped(in_turns: Steps, at_once: Steps) -> dict[str, float]:
 
 
 def table(comparisons: dict[str, dict], overlap: dict[str, float]) -> str:
+    """Return the comparisons with TRL and the overlapped steps as a table of plain text."""
     row = "{:12}{:8}{:>10}{:>14}{:>10}{:>12}{:>8}"
     lines = [row.format("", "", "s/step", "core s/step", "tokens", "tokens/s", "ratio")]
     for name, comparison in comparisons.items():
@@ -61,6 +64,7 @@ def table(comparisons: dict[str, dict], overlap: dict[str, float]) -> str:
 
 
 def as_page(result: dict[str, Any], cores: int) -> str:
+    """Return the page `docs/benchmarks/step.md`. cores: number of CPU cores."""
     long, short = result["work"].values()
     return PAGE.read_text(encoding="utf-8").format(
         date=datetime.date.today().isoformat(),
