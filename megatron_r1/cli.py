@@ -2,7 +2,6 @@
 
 import errno
 import importlib
-import inspect
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 from megatron_r1 import config as configuration
 from megatron_r1.commands import torchrun
+from megatron_r1.commands.verb_module import load_verb
 from megatron_r1.config.keys import describe, switches
 from megatron_r1.config.loading import parse_overrides, take_section
 from megatron_r1.errors import RunError, UserError, did_you_mean
@@ -26,26 +26,22 @@ VERBS = {
     "eval": "megatron_r1.commands.eval",
     "sample": "megatron_r1.commands.sample",
 }
-"""Verbs that take a recipe. Each is a module with `run(config)` and REQUIRED, the keys that a
-recipe must set; optional are IMPLIED, settings that the verb adds, `check(config)`, which raises
-UserError for settings that only the verb can check, and `of_run(folder)`, which returns recipe and
-added settings where a run's folder stands for the recipe."""
+"""Verbs that take a recipe: modules with `run(config)`, and what else `VerbModule` lists."""
 COMMANDS = {
     "init": "megatron_r1.commands.init",
     "chat": "megatron_r1.commands.chat",
     "score": "megatron_r1.commands.score",
     "check-model": "megatron_r1.commands.check_model",
 }
-"""Verbs that take no recipe. Each is a module with `run(config, *arguments)`, ARGUMENTS, the names
-of its arguments, and SETTINGS, the sections and keys that it reads; optional are IMPLIED, and
-OPTIONS, the names of command-line options outside the recipe, which `run` takes as keywords."""
+"""Verbs that take no recipe: modules with `run(config, *arguments, **options)`, likewise."""
 OTHERS = {
     "pipeline": "megatron_r1.commands.pipeline",
     "rehearse": "megatron_r1.commands.rehearse",
     "preflight": "megatron_r1.commands.preflight",
 }
-"""The verbs that run VERBS, as a graph or in miniature, with `run(recipe, overrides, VERBS)`; and
-one that checks the nodes before a run, each of whose processes is a rank."""
+"""The verbs that run VERBS, as a graph or in miniature: modules with `run(recipe, overrides,
+VERBS)`; and preflight, which checks the nodes before a run: each of its processes is a rank, which
+imports torch, so that `_run_preflight` runs it and not a module of `commands`."""
 MODULES = VERBS | COMMANDS | OTHERS
 HELP = {"-h", "--help"}
 DRY_RUN = "--dry-run"
@@ -133,19 +129,18 @@ def _dispatch(arguments: list[str]) -> int:
         importlib.import_module(OTHERS[verb]).run(recipe, parse_overrides(options, own), VERBS)
         return 0
     with without_garbage_collection():
-        command = importlib.import_module(VERBS[verb])
+        command = load_verb(verb, VERBS[verb])
     is_dry = DRY_RUN in options
-    if is_dry and not hasattr(command, "dry_run"):
+    if is_dry and command.dry_run is None:
         raise UserError(f"{DRY_RUN}: {verb} has none; rl has")
     options = [option for option in options if option != DRY_RUN]
-    implied = getattr(command, "IMPLIED", {})
-    if hasattr(command, "of_run") and Path(recipe).is_dir():
+    implied = command.implied
+    if command.of_run is not None and Path(recipe).is_dir():
         recipe, implied = command.of_run(recipe)
     overrides = {**implied, **_overrides(options)}
-    config = configuration.load(recipe, overrides, required=command.REQUIRED)
-    if check := getattr(command, "check", None):
-        check(config)
-    if is_dry:
+    config = configuration.load(recipe, overrides, required=command.required)
+    command.check(config)
+    if is_dry and command.dry_run is not None:
         if torchrun.is_rank():
             raise UserError(f"{DRY_RUN} needs no trainer ranks: start it without torchrun")
         command.dry_run(config)
@@ -156,20 +151,18 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
-def _help(verb: str) -> str:
-    """Return the help of `verb`: its purpose, required settings, and own settings."""
-    module = importlib.import_module(MODULES[verb])
-    parameters = " ".join(getattr(module, "ARGUMENTS", ("RECIPE.yaml",)))
-    required = ", ".join(getattr(module, "REQUIRED", ()))
-    own = getattr(module, "SETTINGS", (verb.replace("-", "_"),))
-    options = "".join(f" [--{name} VALUE]" for name in getattr(module, "OPTIONS", ()))
-    settings = " [--section.key value …]" if own else ""
+def _help(name: str) -> str:
+    """Return the help of a verb: its purpose, required settings, and own settings."""
+    verb = load_verb(name, MODULES[name])
+    options = "".join(f" [--{option} VALUE]" for option in verb.options)
+    settings = " [--section.key value …]" if verb.settings else ""
+    required = ", ".join(verb.required)
     parts = [
-        f"usage: megatron-r1 {verb} {parameters}{options}{settings}",
-        inspect.getdoc(module),
+        f"usage: megatron-r1 {name} {' '.join(verb.arguments)}{options}{settings}",
+        verb.about,
         f"The recipe has to set {required}." if required else None,
-        _describe_keys(own) if own else None,
-        "The other settings: megatron-r1 keys" if verb in VERBS else None,
+        _describe_keys(verb.settings) if verb.settings else None,
+        "The other settings: megatron-r1 keys" if name in VERBS else None,
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -197,14 +190,14 @@ def _run_preflight(recipe: str, options: list[str]) -> int:
 
 
 def _run_command(verb: str, rest: list[str]) -> int:
-    command = importlib.import_module(COMMANDS[verb])
-    count = len(command.ARGUMENTS)
+    command = load_verb(verb, COMMANDS[verb])
+    count = len(command.arguments)
     values, options = rest[:count], rest[count:]
     if len(values) < count or any(value.startswith("--") for value in values):
         given = next((at for at, value in enumerate(values) if value[:2] == "--"), len(values))
-        usage = f"usage: megatron-r1 {verb} {' '.join(command.ARGUMENTS)} [--key value …]"
-        raise UserError(f"{command.ARGUMENTS[given]} is missing; {usage}")
-    own, names = {}, getattr(command, "OPTIONS", ())
+        usage = f"usage: megatron-r1 {verb} {' '.join(command.arguments)} [--key value …]"
+        raise UserError(f"{command.arguments[given]} is missing; {usage}")
+    own, names = {}, command.options
     for name in names:
         if f"--{name}" in options:
             at = options.index(f"--{name}")
@@ -222,11 +215,11 @@ def _run_command(verb: str, rest: list[str]) -> int:
         ):
             has = f"; {verb} has {', '.join(known)}" if known else ""
             raise UserError(f"unknown option {name}{did_you_mean(name, known, '{}') or has}")
-    overrides = {**getattr(command, "IMPLIED", {}), **_overrides(options)}
+    overrides = {**command.implied, **_overrides(options)}
     config = configuration.from_overrides(overrides)
     for key in overrides:
-        if not any(f"{key}.".startswith(f"{setting}.") for setting in command.SETTINGS):
-            used = ", ".join(command.SETTINGS) or "no settings: write it into the recipe"
+        if not any(f"{key}.".startswith(f"{setting}.") for setting in command.settings):
+            used = ", ".join(command.settings) or "no settings: write it into the recipe"
             raise UserError(f"--{key}: {verb} does not read it; it reads {used}")
     command.run(config, *values, **own)
     return 0

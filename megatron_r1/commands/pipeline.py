@@ -1,7 +1,6 @@
 """Runs commands as a graph of stages: those not done, unless some are stale, with one report. See
 docs/pipeline.md."""
 
-import importlib
 import shlex
 import sys
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.commands.torchrun import is_rank
+from megatron_r1.commands.verb_module import load_verb
 from megatron_r1.config.yaml_text import as_sections, as_text
 from megatron_r1.errors import UserError
 from megatron_r1.reporting.run_folder import RunFolder, is_locked
@@ -72,8 +72,8 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
 
 def _implied(verbs: Mapping[str, str], used: set[str]) -> dict[str, dict[str, Any]]:
     """Return the settings that each verb in use adds to a recipe, as sections."""
-    modules = {verb: importlib.import_module(verbs[verb]) for verb in used & set(verbs)}
-    return {verb: as_sections(getattr(m, "IMPLIED", {})) for verb, m in modules.items()}
+    known = used & set(verbs)
+    return {verb: as_sections(load_verb(verb, verbs[verb]).implied) for verb in known}
 
 
 def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:
