@@ -52,8 +52,9 @@ async def export_checkpoint(
 
 
 async def model_to_serve(config: Config, folder: Path) -> Path:
-    """Return the Hugging Face folder for `model.path`: itself, that of a run, or that of a
-    checkpoint, exported into `folder` first. Raises as `find_model` and `export_checkpoint`."""
+    """Return the Hugging Face folder for `model.path`: the path itself, the export of a run, or a
+    checkpoint, which is exported into `folder` first. Raises as `find_model` and
+    `export_checkpoint` do."""
     model, must_export = find_model(config.model.path)
     if must_export:
         target = folder / f"hf_{model.name}"

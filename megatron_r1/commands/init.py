@@ -178,8 +178,9 @@ def _questions(data: str, columns: Columns) -> list[str]:
 
 
 def _answers(folder: Path, parameters: int) -> list[Guess]:
-    """Return the template and the reading of answers: those of the run that made the model, else
-    those of a chat model or a base model. parameters: their number in the model."""
+    """Return the settings for the template and for how answers are read: from the RL run that made
+    the model if there is one, else for a chat model or a base model. parameters: number of
+    parameters of the model."""
     template, reason = template_of_model(folder, MODEL)
     trained = recipe_of(folder)
     if trained is not None and verb_of(trained) == "rl":
@@ -226,7 +227,8 @@ def _sizes(
 
 
 def _heldout(questions: Sequence[str], machine: Machine) -> tuple[int, list[Guess]]:
-    """Return how many questions are held out, and the settings of these and their evaluation."""
+    """Return how many questions are held out, with the settings for held-out questions and for
+    their evaluation."""
     if len(questions) < MIN_QUESTIONS_TO_SPLIT:
         reason = f"{len(questions)} questions are too few to hold some out: nothing is evaluated"
         return 0, [Guess("data.heldout_fraction", 0.0, reason)]

@@ -49,7 +49,8 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
 
 
 def _check(config: Config, verb: str) -> None:
-    """Refuse of the recipe what its run would refuse: its miniature may not have it any more."""
+    """Raise UserError for what the full-size run would refuse, since its miniature may no longer
+    have it."""
     hf = read_hf_config(config.model.path, None)
     if verb in ("rl", "sample"):
         check_engines(config, hf)

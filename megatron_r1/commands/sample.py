@@ -144,7 +144,7 @@ def _inputs(config: Config) -> SampleInputs:
 
 
 async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> None:
-    """Sample and grade what is missing in the log, then decide about all of it."""
+    """Sample and grade what the log lacks, then decide about everything in the log."""
     log = ResponseLog(folder.samples_path, "sample")
     async with contextlib.AsyncExitStack() as stack:
         judge = None

@@ -21,8 +21,8 @@ from megatron_r1.reporting.run_folder import RunFolder
 def run_in_folder(
     config: Config, name: str, body: Callable[[RunFolder], Coroutine[Any, Any, None]]
 ) -> None:
-    """Run `body` with run.folder locked. name: of the work, for errors. Raises UserError if the
-    folder is that of a training run, KeyboardInterrupt when asked to stop."""
+    """Run `body` with run.folder locked. name: what the work is called in errors. Raises UserError
+    if the folder belongs to a training run, KeyboardInterrupt when asked to stop."""
     folder = RunFolder(config.run.folder)
     if folder.metrics_path.exists() or folder.checkpoints.exists():
         raise UserError(
@@ -65,8 +65,8 @@ async def make_policy(
 def require_same_settings(
     folder: RunFolder, config: Config, settings: Mapping[str, Any], log: ResponseLog
 ) -> None:
-    """Write the recipe. Raises UserError if `settings`, all that responses and grades depend on,
-    differ from those of the logged responses."""
+    """Write the recipe. settings: all settings that responses and grades depend on. Raises
+    UserError if they differ from the settings of the responses that are logged already."""
     models = folder.read_config().get("model", {}).get("path"), config.model.path
     identity = folder.path / "identity.json"
     require_same_identity(identity, settings, bool(log.digests), models)

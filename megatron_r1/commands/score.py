@@ -79,8 +79,8 @@ def run(config: Config, source: str, target: str) -> None:
 
 
 async def _score(config: Config, lines: BinaryIO, graded: BinaryIO) -> _Scoring:
-    """Grade lines as they are read and write them in their order; at most so many wait that
-    memory stays bounded. Returns the counts."""
+    """Grade lines as they are read and write them in their order. Only so many lines wait at a time
+    that memory stays bounded. Returns the counts."""
     settings = config.rewards
     cores = len(os.sched_getaffinity(0))
     workers = settings.workers if "workers" in settings.model_fields_set else cores

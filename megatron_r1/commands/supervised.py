@@ -60,7 +60,7 @@ def with_steps(config: Config, section: Literal["sft", "reward_model"], epoch_si
 def run_supervised(
     task: SupervisedTask, title: str, facts: Sequence[str], next_commands: Commands = ()
 ) -> None:
-    """Train for `run.steps` batches; arguments and errors as of `run_training`."""
+    """Train for `run.steps` batches. Arguments and errors are those of `run_training`."""
     start = task.sampler.state_dict()
 
     async def body(running: TrainingRun) -> None:

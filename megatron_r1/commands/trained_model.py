@@ -52,8 +52,9 @@ def recipe_of(model: Path) -> Config | None:
 
 
 def template_of_model(model: Path, name: str) -> tuple[str, str]:
-    """Return a model's template, and the reason: that of the RL run that made it, else its
-    tokenizer's, else that of the supervised prompts, else plain. name: of the argument."""
+    """Return a model's template and the reason for it: the template of the RL run that made the
+    model, else the tokenizer's own, else the one of the supervised prompts, else plain. name: the
+    argument that names the model, for errors."""
     trained = recipe_of(model)
     if trained is not None and verb_of(trained) == "rl":
         return trained.data.template, f"as {model.parent} trained the model"

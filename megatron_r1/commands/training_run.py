@@ -166,8 +166,8 @@ def _write_report(
 def _with_microbatch(
     config: Config, num_ranks: int, samples: bool, notify: Callable[[str], object]
 ) -> Config:
-    """Return the recipe with a micro-batch that the memory of this host has room for, if it is a
-    CPU's, and print what the run takes of it. samples: whether engines run as well. Raises
+    """Return the recipe with a micro-batch that fits into this host's memory, if the host trains on
+    its CPU, and print the memory that the run takes. samples: whether engines run as well. Raises
     UserError for a run that does not fit."""
     if gpu.is_usable() or SPANS_HOSTS in os.environ:
         return config

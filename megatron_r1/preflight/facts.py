@@ -1,4 +1,4 @@
-"""The measurements of one rank, as they are sent to rank 0."""
+"""The measurements of one rank, in the form in which the rank sends them to rank 0."""
 
 import os
 import socket
@@ -74,9 +74,9 @@ class Folder(msgspec.Struct):
 
 
 class NodeFacts(msgspec.Struct):
-    """The measurements of a node's first rank. ports: fault by setting. unreachable: why rank 0's
-    node cannot be connected to, or "". clock_offset: seconds ahead of rank 0's. sandbox: why
-    programs cannot be graded, or ""."""
+    """The measurements of a node's first rank. ports: setting → why its port cannot be bound.
+    unreachable: why rank 0's node cannot be connected to, or "". clock_offset: seconds that this
+    node's clock is ahead of rank 0's. sandbox: why programs cannot be graded, or ""."""
 
     versions: dict[str, str]
     memory: Memory
@@ -89,13 +89,13 @@ class NodeFacts(msgspec.Struct):
 class Facts(msgspec.Struct):
     """The measurements of a rank.
 
-    memory: of its GPU.
+    memory: the memory of the rank's GPU; None without a GPU.
     products: FLOP/s of matrix products.
-    links: by parallel axis.
-    pairs: rates to the same rank of neighbouring nodes.
-    folder: of ranks that used it.
-    node: of a node's first rank.
-    seconds: by step.
+    links: parallel axis → the rate of the rank's group on that axis.
+    pairs: rates to the rank of the same number on the neighbouring nodes, in bytes per second.
+    folder: what the rank has found in the run folder, if it has used the folder.
+    node: what the rank has found about its node; None but for a node's first rank.
+    seconds: step of the preflight → how long it took.
     gloo: like pairs, over gloo."""
 
     rank: int

@@ -23,11 +23,12 @@ NAME = ".preflight"
 
 
 def check_folder(folder: Path, place: Place, progress: RankProgress) -> Folder:
-    """Return what this node finds in `folder`, which is as before at the end. Called on all ranks;
-    the first of each node writes, and the second of a single node tries the lock.
+    """Return what this node finds in `folder`, and leave the folder as it was before. Every rank
+    calls this; the first rank of each node writes, and the second rank of a single node tries the
+    lock.
 
-    Node 0 makes a folder within and holds its lock; each node writes a file, then reads that of the
-    next one, which its own cache does not have."""
+    Node 0 makes a folder within `folder` and holds the lock of that folder. Each node writes a
+    file, then reads the file of the next node, which is not in its own cache."""
     work, found = folder / NAME, Folder()
     existed, lock = folder.exists(), None
     with _faults(found):
@@ -73,7 +74,7 @@ def _faults(found: Folder):
 
 
 def _has_token(work: Path, progress: RankProgress) -> bool:
-    """Return whether the file that node 0 has written is here, soon."""
+    """Return whether the file that node 0 has written appears here within `APPEAR_SECONDS`."""
     if not progress.store.check(["token"]):
         return False  # node 0 could not write it
     token, end = progress.store.get("token").decode(), time.monotonic() + APPEAR_SECONDS

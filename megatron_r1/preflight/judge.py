@@ -50,7 +50,8 @@ class CheckFinding:
 
 
 def judge(config: Config, settings: PreflightConfig, facts: Sequence[Facts]) -> list[CheckFinding]:
-    """Return the findings, in the order of the table. facts: of all ranks, by rank."""
+    """Return the findings, in the order of the table. facts: the measurements of all ranks, by
+    rank."""
     nodes = [(each, each.node) for each in facts if each.node is not None]
     return [
         *_versions(nodes),

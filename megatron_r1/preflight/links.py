@@ -57,8 +57,8 @@ def axis_link(groups: "ProcessGroupCollection", axis: str) -> LinkRate | None:
 
 
 def pair_rates(place: Place) -> list[float]:
-    """Return the rates at which this rank and the same one of each neighbouring node send to each
-    other: a node whose adapter is slow is slow to both neighbours."""
+    """Return the rates at which this rank and the rank of the same number on each neighbouring node
+    send to each other: a node whose adapter is slow is slow to both neighbours."""
     rates = []
     for node in neighbours(place.node, place.num_nodes):
         if node is not None:
@@ -73,11 +73,12 @@ def pair_rates(place: Place) -> list[float]:
 
 
 def gloo_rates(place: Place, progress: RankProgress) -> list[float]:
-    """Return the rates at which this rank and the same one of each neighbouring node send to each
-    other over gloo, through host memory; of a single node, the rates between neighbouring ranks.
+    """Return the rates at which this rank and the rank of the same number on each neighbouring node
+    send to each other over gloo, through host memory; on a single node, the rates between
+    neighbouring ranks.
 
-    All ranks begin at once, so that those of a node share its interface. Each pair is a group of
-    its own, as in a push."""
+    All ranks begin at once, so that the ranks of a node share the node's interface. Each pair is a
+    group of its own, as in a push."""
     is_single = place.num_nodes == 1
     own, count = (place.rank, place.world_size) if is_single else (place.node, place.num_nodes)
     rates = []

@@ -28,7 +28,8 @@ def end_process(message: str) -> None:
 
 
 class RankProgress:
-    """The steps of this rank. seconds: how long each took."""
+    """Publishes the steps of this rank, and ends the process where a step takes too long. seconds:
+    how long each step took, by name."""
 
     def __init__(
         self,
@@ -54,14 +55,15 @@ class RankProgress:
         self._thread.start()
 
     def enter(self, name: str, times_limit: float = 1.0) -> None:
-        """Begin a step; every rank enters the same steps. times_limit: of the limit for a step."""
+        """Begin a step; every rank enters the same steps. times_limit: the multiple of the usual
+        limit that this step may take."""
         self._finish()
         self._number, self._name, self._factor = self._number + 1, name, times_limit
         self._since = time.monotonic()
         self.store.set(f"step/{self._rank}", f"{self._number}\t{self._host}\t{name}")
 
     def meet(self, name: str) -> None:
-        """Wait until every rank is here. Each name is used once."""
+        """Wait until every rank has called `meet` with this name. Each name is used once."""
         if self.store.add(f"met/{name}", 1) == self._world_size:
             self.store.set(f"go/{name}", "")
         self.store.wait([f"go/{name}"])

@@ -1,4 +1,4 @@
-"""Settings of a preflight itself, beside those of its recipe."""
+"""Settings of the preflight itself; the settings of the run are in the recipe."""
 
 from pydantic import Field, field_validator
 
@@ -32,6 +32,6 @@ class PreflightConfig(Section):
 
 
 class PreflightSettings(Section):
-    """The section that `preflight` adds to those of a recipe."""
+    """The section that `preflight` adds to the sections of a recipe."""
 
     preflight: PreflightConfig = PreflightConfig()

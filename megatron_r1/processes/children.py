@@ -26,12 +26,12 @@ def start(
 
 
 def popen_options(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return arguments of `Popen` for a child in a session of its own, with `environment` over this
-    process's.
+    """Return arguments of `Popen` for a child in a session of its own, whose environment is this
+    process's with `environment` over it.
 
     The child calls `lifetime.end_without_parent` first, so that it ends with the calling thread:
-    call from one that lives as long as the child should. (`preexec_fn` could do that here, but it
-    runs Python between fork and exec, which can deadlock in a process with threads.)"""
+    call from a thread that lives as long as the child should. (`preexec_fn` could do that here, but
+    it runs Python between fork and exec, which can deadlock in a process with threads.)"""
     return {
         "stdin": subprocess.DEVNULL,
         "env": {**os.environ, **(environment or {}), lifetime.PARENT: str(os.getpid())},
@@ -41,8 +41,8 @@ def popen_options(environment: Mapping[str, str] | None = None) -> dict[str, Any
 
 
 def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """Return the environment variables by which torchrun names a rank of this machine.
-    port: of torch.distributed's store, on rank 0."""
+    """Return the environment variables by which torchrun names a rank of this machine. port: the
+    port of torch.distributed's store, which rank 0 hosts."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

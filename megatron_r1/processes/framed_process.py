@@ -39,9 +39,11 @@ class StderrTail:
 
 
 class FramedProcess(Generic[Reply]):
-    """A Python module that runs as a child and answers in frames, the first when it is ready.
+    """A Python module that runs as a child process and replies in frames; the first frame says that
+    the child is ready.
 
-    It leads a process group of its own, so that `kill` also ends the processes it has started."""
+    The child leads a process group of its own, so that `kill` also ends the processes that the
+    child has started."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, reply: type[Reply], max_bytes: int
@@ -59,9 +61,10 @@ class FramedProcess(Generic[Reply]):
     async def launch(
         cls, module: str, arguments: list[str], reply: type[Reply], max_bytes: int
     ) -> Self:
-        """Return a process that is ready; otherwise raise WorkerLost with its last words.
+        """Return a process that is ready. Raises WorkerLost with the process's last words
+        otherwise.
 
-        max_bytes: of a reply."""
+        max_bytes: bytes of the largest reply."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", module, *arguments),
             stdout=asyncio.subprocess.PIPE,

@@ -10,7 +10,8 @@ LENGTH = struct.Struct("<I")
 
 
 def frame(message: msgspec.Struct) -> bytes:
-    """Return a message as it is sent: the length of its JSON (uint32, little-endian), the JSON."""
+    """Return the frame of a message: the length of its JSON (uint32, little-endian), then the
+    JSON."""
     payload = msgspec.json.encode(message)
     return LENGTH.pack(len(payload)) + payload
 

@@ -46,8 +46,9 @@ def catches_signal(pid: int, number: int) -> bool:
 
 
 class PeakMemory:
-    """The most memory that this process's descendants hold at one time from `with` to its end:
-    `gib`, in shares (PSS), where a page that several of them map counts once."""
+    """The most memory that the descendants of this process hold at one time within the `with`
+    block: `gib`, in proportional shares (PSS), where a page that several processes map counts
+    once."""
 
     def __init__(self, every_seconds: float = 5.0):
         """every_seconds: time between two measurements. One took 90 ms for 10 GiB."""

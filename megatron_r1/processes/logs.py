@@ -15,9 +15,9 @@ NOISE = re.compile(
 )
 LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]+\] )?")
 EXCERPT_BYTES = 2**18
-"""Bytes read from a log's beginning, and from its end: an engine that dies with hundreds of
-requests repeats the same traceback for each of them. After 722 requests it was 140 MB, which each
-of them read."""
+"""Bytes that are read from the beginning of a log, and from its end. An engine that dies with
+hundreds of requests writes the same traceback for each of them: after 722 requests the log had 140
+MB, which each of the requests read."""
 
 
 def excerpt(log: str, num_last_lines: int = 5) -> str:

@@ -23,7 +23,7 @@ def check_connections(config: Config, hf: dict) -> None:
 
 
 def check_links(links: list[int], engine_ranks: int) -> None:
-    """Refuse too many links. links: of each trainer rank to engine ranks."""
+    """Raise UserError for too many links. links: how many each trainer rank has to engine ranks."""
     most, pairs = max(links), sum(links)
     required = -(-engine_ranks // len(links))
     limit, requests = MAX_LINKS * required, PAIR_REQUESTS * pairs

@@ -53,7 +53,7 @@ def started(
 
 
 def cpu_seconds() -> float:
-    """Return the CPU time of all processes that this one has started, and theirs, until now."""
+    """Return the CPU seconds that all descendants of this process have taken until now."""
     used = os.times()
     total = used.children_user + used.children_system  # of those that have ended
     for process in psutil.Process().children(recursive=True):

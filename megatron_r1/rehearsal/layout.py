@@ -45,10 +45,11 @@ def shrink(parallel: ParallelConfig, max_ranks: int) -> ParallelConfig:
 
 
 def short_stages(groups: list[str], pipeline: int, original: int) -> list[str]:
-    """Return fewer and shorter stages: the first, the last, and of those between as many of
-    different lengths as there is room for.
+    """Return fewer and shorter stages: the first one, the last one, and as many of different
+    lengths between them as there is room for.
 
-    groups: of the recipe, in the order of micro-batches, over `original` ranks."""
+    groups: the recipe's stages, in the order in which a micro-batch passes them, over `original`
+    ranks."""
     virtual = min(len(groups) // original, PARTS)
     count = pipeline * virtual
     between = groups[1:-1]
@@ -66,7 +67,8 @@ def short_stages(groups: list[str], pipeline: int, original: int) -> list[str]:
 
 
 def num_layers(parallel: ParallelConfig) -> int:
-    """Return the decoder layers of a miniature: those of its stages, or two on each."""
+    """Return the number of decoder layers of a miniature: the sum over the stages of its layout, or
+    two for each stage."""
     if parallel.pipeline_layout:
         return "".join(parse_layout(parallel.pipeline_layout)).count("t")
     return MOST_LAYERS * parallel.pipeline * parallel.virtual_pipeline

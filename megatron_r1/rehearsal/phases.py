@@ -1,4 +1,4 @@
-"""The phases of a rehearsal, in order, and what each of them has shown."""
+"""Runs the phases of a rehearsal in their order, and records what each phase has shown."""
 
 import contextlib
 import os
@@ -32,8 +32,8 @@ ERROR = "megatron-r1: "
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """The result of a phase. evidence: the figures or files that show it. cpu_seconds: of all its
-    processes; None for a part of another phase."""
+    """The result of a phase. evidence: the figures or files that show the result. cpu_seconds: of
+    all processes of the phase; None for a part of another phase."""
 
     phase: str
     evidence: str
@@ -42,8 +42,8 @@ class PhaseResult:
 
 
 class Phases:
-    """Runs the phases of one miniature. settings: of every command line. notify: gets a line at
-    the start of each phase."""
+    """Runs the phases of one miniature. settings: added to every command line. notify: called with
+    a line at the start of each phase."""
 
     def __init__(
         self,

@@ -28,10 +28,11 @@ def reward_models(options: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def started(config: Config, hf: dict, folder: Path, verb: str) -> Iterator[list[str]]:
-    """Serve one model with random weights as every reward model that a miniature's `rl` has; yield
-    the settings that name its address, as on a cluster (examples/deepseek_r1/stage.sbatch).
+    """Serve one model with random weights in the place of every reward model that a miniature's
+    `rl` has; yield the settings that name its address, as on a cluster
+    (examples/deepseek_r1/stage.sbatch).
 
-    hf: of the policy, whose architecture the model has. Raises RunError."""
+    hf: config.json of the policy, whose architecture the served model has. Raises RunError."""
     names = reward_models(config.rewards.options)
     if verb != "rl" or not names:
         yield []

@@ -1,4 +1,4 @@
-"""Settings of a rehearsal itself, beside those of its recipe."""
+"""Settings of the rehearsal itself; the settings of the run are in the recipe."""
 
 from pydantic import Field
 
@@ -19,6 +19,6 @@ class RehearsalConfig(Section):
 
 
 class RehearsalSettings(Section):
-    """The section that `rehearse` adds to those of a recipe."""
+    """The section that `rehearse` adds to the sections of a recipe."""
 
     rehearsal: RehearsalConfig = RehearsalConfig()

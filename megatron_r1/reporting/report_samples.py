@@ -40,7 +40,7 @@ class ShownTurn:
 @dataclass(frozen=True)
 class Card:
     """One sample as the page shows it. response: (tag, text) segments; tag: "", i (faint) or b.
-    turns: of an episode, shown instead of the response."""
+    turns: the turns of an episode, shown instead of the response."""
 
     question: str
     truth: str | None

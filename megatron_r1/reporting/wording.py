@@ -67,7 +67,8 @@ PHASES = ("rollout", "reward", "train", "push")
 
 def shown_metrics(metrics: Mapping[str, Any], weights: Collection[str] | None) -> dict[str, Any]:
     """Return a line of metrics or of an evaluation as it is shown: without the format reward where
-    it has no weight, since it is graded always. weights: those of `rewards.weights`, or None."""
+    that has no weight, as every response is graded for format. weights: `rewards.weights`, or
+    None."""
     hidden = () if weights is None or "format" in weights else ("format/mean", "eval/format")
     return {key: value for key, value in metrics.items() if key not in hidden}
 

@@ -56,12 +56,13 @@ class Child:
             self._reader.start()
 
     def poll(self) -> int | None:
-        """Return its exit status, None while it runs; 128 + N where signal N ended it."""
+        """Return the exit status of the command, None while it runs; 128 + N where signal N ended
+        it."""
         status = self.process.poll()
         return 128 - status if status is not None and status < 0 else status
 
     def wait(self, seconds: float) -> int | None:
-        """Wait for its end for at most `seconds`, then return as `poll`."""
+        """Wait at most `seconds` for the command to end, then return as `poll` does."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
             if self._reader is not None:
@@ -69,12 +70,13 @@ class Child:
         return self.poll()
 
     def terminate(self) -> None:
-        """Send it SIGTERM, unless it has ended."""
+        """Send SIGTERM to the command, unless it has ended."""
         if self.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
     def stop(self, seconds: float = END_SECONDS) -> None:
-        """Terminate it, and after `seconds` kill it with everything it started."""
+        """Terminate the command; kill it and everything that it has started if it still runs after
+        `seconds`."""
         self.terminate()
         if self.wait(seconds) is None:
             self.kill()
@@ -85,7 +87,7 @@ class Child:
         self.wait(END_SECONDS)
 
     def output(self) -> str:
-        """Return what it wrote to its log."""
+        """Return what the command has written to its log."""
         with self.log.open("rb") as log:
             log.seek(self._log_start)
             return log.read().decode(errors="replace")

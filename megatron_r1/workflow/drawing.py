@@ -51,8 +51,8 @@ Paths = Sequence[Sequence[GraphNode]]
 def graph_svg(
     boxes: Mapping[str, Box], upstream: Mapping[str, Sequence[str]], depths: Mapping[str, int]
 ) -> str:
-    """Return the SVG. depths: layer of each stage, 0 at the top; larger than those of its
-    upstream."""
+    """Return the SVG. depths: layer of each stage, 0 at the top; a stage is below all stages that
+    it needs."""
     layers, paths = _layers(upstream, depths)
     _reduce_crossings(layers, paths)
     centres = _centres(layers)

@@ -102,13 +102,14 @@ def run_all(
     jobs: int,
     on_failure: Callable[[Exception, list[Task]], None],
 ) -> None:
-    """Call `work` for every task, after those of `tasks` that it needs, at most `jobs` at a time.
+    """Call `work` for every task, after the tasks in `tasks` that it needs, at most `jobs` at a
+    time.
 
-    tasks: of those that are ready, the first is begun first. work: is called in threads.
-    on_failure: is called with the exception of a task and the tasks still running, if there are any
-    or an earlier task has failed already.
+    tasks: of the tasks that are ready, the first one in this order begins first. work: is called in
+    threads. on_failure: is called with the exception of a task and the tasks still running, if
+    there are any or an earlier task has failed already.
 
-    After a failure no other task begins, and those that run come to their end. Raises the first
+    After a failure no other task begins, and the running ones come to their end. Raises the first
     exception."""
     sorter = TopologicalSorter({task: [n for n in needs(task) if n in tasks] for task in tasks})
     sorter.prepare()

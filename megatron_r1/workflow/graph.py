@@ -19,8 +19,8 @@ VALUES = {"pipeline": ("folder", "seed"), "here": ("",)}
 
 
 class Graph:
-    """The stages of a pipeline and what each needs. upstream: of every stage those it needs
-    directly. order: all stages, each after its upstream.
+    """The stages of a pipeline and the stages that each of them needs. upstream: stage → the stages
+    that it needs directly. order: all stages, each after its upstream.
 
     order and `sorted` keep the recipe's order where the edges allow it."""
 

@@ -24,8 +24,8 @@ FILES = ("path", "data", "checkpoint")
 
 @dataclass(frozen=True)
 class WorkflowStage:
-    """One node of the workflow. settings: its sections, or the arguments of its function, with
-    references as they are written."""
+    """One stage of a pipeline. settings: sections of a recipe, or the arguments of a function, with
+    references not yet replaced."""
 
     name: str
     config: StageConfig
@@ -41,7 +41,7 @@ class WorkflowStage:
 
     @cached_property
     def all_settings(self) -> dict[str, Any]:
-        """Its settings with those of its servers and its launcher."""
+        """The settings of the stage, of its servers and of its launcher."""
         served = {name: server.model_dump() for name, server in self.config.serve.items()}
         return {**self.settings, "serve": served, "launch": self.config.launch}
 
@@ -65,10 +65,10 @@ class WorkflowStage:
 
 @dataclass(frozen=True)
 class WorkflowPlan:
-    """The stages of one seed.
+    """The stages of a pipeline for one seed.
 
-    path: of the recipe. folder: of this seed's stages. broken: stage → why its settings cannot be
-    read; `check.check` raises these."""
+    path: the recipe's. folder: the folder with this seed's stages. broken: stage → why its settings
+    cannot be read; `check.check` raises an error with all of them."""
 
     path: Path
     folder: Path
@@ -129,7 +129,7 @@ class WorkflowPlan:
         return f"${{{reference}}}"
 
     def meaning(self, reference: str, urls: Mapping[str, str]) -> Any:
-        """Return the value of `${reference}`. urls: of the served models, by their names."""
+        """Return the value of `${reference}`. urls: name of a served model → its address."""
         head, _, rest = reference.partition(".")
         if head == "pipeline":
             return self.seed if rest == "seed" else str(self.folder)

@@ -101,7 +101,8 @@ def collect(
     graph: Graph,
     statuses: Sequence[Mapping[str, Status]],
 ) -> dict[str, Any]:
-    """Return the content of report.json. statuses: of all stages, for each plan."""
+    """Return the content of report.json. statuses: for each plan, the status of each of its
+    stages."""
     results = {
         name: [
             {} if by_name[name].state is StageState.FAILED else results_of(plan.folder_of(name))
@@ -149,7 +150,8 @@ def collect(
 
 
 def evaluated(stage: WorkflowStage, graph: Graph) -> str:
-    """Return the stage whose row is to show this one's results; "" if it has a row of its own."""
+    """Return the stage in whose row the results of this stage are shown; "" if this stage has a row
+    of its own."""
     if stage.config.evaluates:
         return stage.config.evaluates
     if stage.config.verb != "eval":

@@ -45,7 +45,8 @@ class Result:
         return not self.source.startswith("metrics.jsonl")
 
     def format(self, name: str) -> str:
-        """Return `71.0% (66.2–75.8)` or `1,203 (1,100–1,310)`. name: of the result."""
+        """Return a result as `71.0% (66.2–75.8)` or `1,203 (1,100–1,310)`. name: the name of the
+        result."""
         if self.low is None or self.high is None:
             return format_value(name, self.value)
         if is_share(name, self.value):
@@ -67,7 +68,7 @@ class Spread:
         return cls(fmean(values), deviation, list(values))
 
     def format(self, name: str) -> str:
-        """Return `71.0% ± 1.2`. name: of the result."""
+        """Return a result as `71.0% ± 1.2`. name: the name of the result."""
         if self.deviation is None:
             return format_value(name, self.mean)
         if is_share(name, self.mean):

@@ -62,8 +62,8 @@ class Signals:
 class Runner:
     """Runs stages of one plan.
 
-    show: prints a line. prefix: of every line of a command's output, where others run beside it;
-    then none of them gets the terminal for its live view."""
+    show: prints a line. prefix: is put before every line of a command's output, where other
+    commands run at the same time; then no command gets the terminal for its live view."""
 
     plan: WorkflowPlan
     signals: Signals

@@ -72,7 +72,8 @@ def examine(
     upstream: Mapping[str, Status],
     is_running: bool = False,
 ) -> Status:
-    """Return the status of one stage. upstream: of the stages that it needs directly."""
+    """Return the status of one stage. upstream: the statuses of the stages that it needs
+    directly."""
     folder = plan.folder_of(stage.name)
     done = manifest.read(folder, manifest.DONE)
     begun = None if done else manifest.read(folder, manifest.BEGUN)

@@ -15,8 +15,9 @@ STEP, EVALUATION = "step", "eval/step"
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """The arguments with which a tracker is opened. folder: of the run; its name is that of the
-    tracked run. project: W&B's project, MLflow's experiment. settings: the recipe."""
+    """The arguments with which a tracker is opened. folder: the run's folder, whose name becomes
+    the name of the tracked run. project: W&B's project, MLflow's experiment. settings: the
+    recipe."""
 
     folder: Path
     project: str

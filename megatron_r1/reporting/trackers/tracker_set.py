@@ -44,7 +44,7 @@ class TrackerSet:
     def __init__(
         self, names: Sequence[str], run: TrackedRun, notify: Callable[[str], None]
     ) -> None:
-        """names: of `run.trackers`; notify: shows a message."""
+        """names: the values of `run.trackers`. notify: shows a message."""
         self._notify = notify
         known = [name for name in names if name in OPENERS]
         self._trackers = [BackgroundTracker(name, partial(OPENERS[name], run)) for name in known]
@@ -52,7 +52,8 @@ class TrackerSet:
     def history(
         self, steps: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]
     ) -> None:
-        """Send the lines of earlier starts, as far as they are not tracked."""
+        """Send the lines that earlier starts of the run have written and that are not tracked
+        yet."""
         for line in steps:
             self._add(STEP, line)
         for line in evaluations:
