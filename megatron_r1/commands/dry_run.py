@@ -35,7 +35,9 @@ from megatron_r1.trainer_client.cpu_memory import cpu_memory
 from megatron_r1.weights import num_parameters
 
 MAX_RESPONSES = 64
+"""The most responses that are sampled and graded: a choice."""
 NUM_SHOWN = 10
+"""Responses that are printed."""
 MAX_SHOWN_CHARS = 600
 TRAINER_BYTES = 16
 """Memory per parameter: fp32 weight and gradient, and Adam's two moments."""

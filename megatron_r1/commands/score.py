@@ -35,12 +35,13 @@ SETTINGS = ("rewards", "data.kind")
 PIPE = "-"
 RESERVED = ("kind", "response", "truth", "reward", "reason")
 
-# Bounds of the lines in memory, those read and not yet written.
 MAX_OUTSTANDING_LINES = 4096
 MAX_OUTSTANDING_BYTES = 64 * 2**20
+"""Bounds of the lines in memory: of those that are read and not yet written."""
 MAX_LINE_BYTES = 64 * 2**20
+"""A longer line is not graded, and not kept in memory."""
 BATCH_BYTES = 2**20
-
+"""About as much is read at a time."""
 PROGRESS_SECONDS = 5.0
 MAX_KINDS = 20
 """Kinds whose mean reward is shown: a line may name anything."""

@@ -15,7 +15,9 @@ from megatron_r1.preflight.progress import RankProgress
 from megatron_r1.reporting.run_folder import LOCK, FolderLock, is_locked
 
 NUM_BYTES = 64 << 20
+"""Size of the file that each node writes, and whose copy of the next node it reads."""
 SMALL_FILES = 8
+"""Files of 4 KiB whose fsync is timed; their median counts."""
 APPEAR_SECONDS = 10.0
 """The time limit for a file to appear on another node: network file systems keep old listings for
 seconds."""

@@ -31,10 +31,13 @@ AXES = {
 }
 """Axis → the field of Megatron's ProcessGroupCollection, and what travels on it most."""
 NUM_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
+"""Bytes of the buffer that an operation moves."""
 SECONDS = 0.5
+"""About how long the timed operations of an axis take together."""
 MAX_REPEATS = 50
 PAIR_REPEATS = 8
 GLOO_REPEATS = 4
+"""Exchanges of a pair that are timed: fixed, as both of its ranks must make equally many."""
 GLOO_TIMEOUT = timedelta(hours=1)
 """`progress` ends what hangs."""
 
@@ -49,6 +52,8 @@ def axis_link(groups: "ProcessGroupCollection", axis: str) -> LinkRate | None:
     buffer = _buffer()
     run, share = _operations(buffer, group, size)[operation]
     _timed(run, 1)  # not counted: NCCL connects the ranks
+    # Of the slowest rank, so that all ranks of the group choose the same number of repeats: each
+    # must take part in every collective.
     once = _slowest(_timed(run, 1), group)
     repeats = max(1, min(MAX_REPEATS, int(SECONDS / once)))
     seconds = _slowest(_timed(run, repeats), group) / repeats

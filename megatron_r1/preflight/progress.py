@@ -17,7 +17,10 @@ POLL_SECONDS = 0.5
 STAGGER_SECONDS = 1.0
 """The lowest rank that runs writes the diagnosis: each waits so much longer than the one below."""
 LIMIT_RANKS = 16
+"""Ranks from this one on wait equally long, so that with thousands of ranks no process outlives the
+limit by thousands of seconds."""
 FAILED = "failed"
+"""The key of the store by which the rank that writes the diagnosis ends the others."""
 
 
 def end_process(message: str) -> None:

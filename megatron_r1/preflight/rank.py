@@ -25,6 +25,7 @@ START_TIMES = 4.0
 PRODUCT_SECONDS = {"cuda": 2.0, "cpu": 0.3}
 """A GPU that runs too hot lowers its clock within seconds."""
 MIN_PRODUCTS = 3
+"""The fewest products that are timed, where one takes longer than `PRODUCT_SECONDS`."""
 PRODUCT_SIZES = {"cuda": (8192, torch.bfloat16), "cpu": (512, torch.float32)}
 
 

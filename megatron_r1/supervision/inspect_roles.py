@@ -24,8 +24,11 @@ from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.training.wire import RankStatus
 
 ANSWER_SECONDS = 5.0
+"""Time in which a rank or an engine has to answer; that it does not is a part of the report."""
 STACKS_SECONDS = 1.0
+"""Time that the processes of an engine have to write their stacks to its log."""
 STACK_LINES = 150
+"""The most lines of stacks that a report has of one engine."""
 STACK_SIGNAL = signal.SIGUSR2
 """The signal on which a process of an engine writes its stacks to its log (`vllm_plugin`)."""
 TOKENS = re.compile(r"^vllm:generation_tokens_total(?:\{.*\})? (\S+)$", re.MULTILINE)

@@ -13,9 +13,9 @@ from megatron_r1.supervision.inspect_roles import count_tokens, rounded
 from megatron_r1.supervision.run_handles import RunHandles
 
 MAX_TICK_SECONDS = 5.0
-# A controller whose event loop is blocked cannot report. After at least this long, a thread of
-# `faulthandler`, written in C, dumps its stacks.
 MIN_BLOCKED_SECONDS = 60.0
+"""The least time after which a controller whose event loop is blocked has its stacks dumped. It
+cannot report anything itself, so a thread of `faulthandler`, written in C, does."""
 
 
 class HangError(RunError):

@@ -8,10 +8,13 @@ from statistics import fmean
 from megatron_r1.reporting.page import render
 
 BOX_WIDTH, BOX_HEIGHT = 196, 56
-PASS_WIDTH = 14  # of an edge that passes through a layer
+PASS_WIDTH = 14
+"""Width that an edge takes in a layer that it passes through."""
 GAP, LAYER_GAP, MARGIN = 26, 40, 6
 SWEEPS = 4
+"""Passes of `_reduce_crossings` over all layers, downwards and upwards in turn."""
 MAX_CHARS = 24
+"""The most characters of a line that fit into a box."""
 INKS = {
     "done": "right",
     "running": "accent",

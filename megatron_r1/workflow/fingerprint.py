@@ -16,11 +16,14 @@ from megatron_r1.user_code import syntax_of
 from megatron_r1.workflow.plan import WorkflowPlan, WorkflowStage
 from megatron_r1.workflow.references import references, substitute, texts
 
-# Larger files count by size and blocks: the status of a terabyte's model takes seconds.
 WHOLE_BYTES = 256 * 1024**2
+"""Larger files count by their size and some blocks, so that the status of a pipeline with a
+terabyte's model takes seconds."""
 NUM_BLOCKS, BLOCK_BYTES = 64, 65_536
+"""The blocks of a larger file that count: at equal distances, from its first to its last bytes."""
 MISSING = "missing"
 LENGTH = 16
+"""Hexadecimal digits of a SHA-256 that are kept: 64 bits."""
 NOT_OUTPUT = frozenset(
     ("begun.json", "checkpoints", "config.yaml", "logs", "report.html", "sample_log", "stage.json")
     + ("stop", "tensorboard", "wandb", "mlflow", "trackers.json")

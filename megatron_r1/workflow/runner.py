@@ -24,7 +24,9 @@ from megatron_r1.workflow.results import results_of
 
 POLL_SECONDS = 0.1
 LOCK_SECONDS = 30.0
+"""Time that processes of a killed pipeline have to leave a stage's folder: a choice."""
 STOPPED = 130
+"""The exit status of a verb that was asked to stop (`cli.main`)."""
 COMPLETE = {
     "sft": "hf",
     "rl": "hf",

@@ -20,7 +20,9 @@ from megatron_r1.workflow.pipeline_recipe import ServeConfig
 
 POLL_SECONDS = 0.1
 END_SECONDS = 15.0
+"""Time that the server of a killed attempt has to end and to free its port: a choice."""
 CPU_THREADS, CPU_CACHE_GIB = 1, 1
+"""Threads and GiB of KV cache of a model that is served on a CPU."""
 VLLM = "megatron_r1.vllm_plugin.serve"
 """Module that runs vLLM's own server, whose engine processes end with it."""
 
