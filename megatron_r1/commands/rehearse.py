@@ -29,8 +29,8 @@ OF_VERBS = {"reward-model": reward_model.IMPLIED}
 
 
 def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:
-    """Rehearse the recipe at `path`. overrides: of the recipe, and `rehearsal.` settings. verbs:
-    name → module of the verbs that stages may use.
+    """Rehearse the recipe at `path`. overrides: settings of the recipe, and `rehearsal.` settings.
+    verbs: name → module of the verbs that stages may use.
 
     Raises UserError before anything starts, RunError for the first phase that fails."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are stopped

@@ -52,8 +52,8 @@ async def make_policy(
     decoding: Decoding,
     shots: Shots | None = None,
 ) -> Policy:
-    """Return the served model, or engines for `model.path`; a checkpoint is exported first. key: of
-    `server` in the recipe. shots: worked examples before every question."""
+    """Return the served model, or engines for `model.path`; a checkpoint is exported first. key:
+    the name of `server` in the recipe. shots: worked examples before every question."""
     if server is not None:
         return ServerPolicy(server, config.data.template, decoding, shots, key)
     from megatron_r1.evaluation.engine_policy import EnginePolicy

@@ -37,7 +37,7 @@ RESERVED = ("kind", "response", "truth", "reward", "reason")
 
 MAX_OUTSTANDING_LINES = 4096
 MAX_OUTSTANDING_BYTES = 64 * 2**20
-"""Bounds of the lines in memory: of those that are read and not yet written."""
+"""Bounds of the lines in memory: all that are read and not yet written."""
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line is not graded, and not kept in memory."""
 BATCH_BYTES = 2**20
@@ -115,7 +115,7 @@ async def _score(config: Config, lines: BinaryIO, graded: BinaryIO) -> _Scoring:
 
 class _Scoring:
     """Grades lines, counts them and adds up rewards by kind; prints the progress to stderr now and
-    then. options: `rewards.options`. kind: of lines that name none."""
+    then. options: `rewards.options`. kind: the kind of lines that name none."""
 
     def __init__(
         self, pool: RewardPool, options: dict[str, dict[str, Any]], kind: str | None

@@ -18,8 +18,9 @@ TEMPLATE_ROWS = 100
 
 
 def find_exported(path: str, name: str) -> Path:
-    """Return the Hugging Face folder that `path` is, or that a run's folder has as `hf/`. name: of
-    the argument, for errors. Raises UserError where there is none, with the command for one."""
+    """Return the Hugging Face folder that `path` is, or the `hf/` of the run whose folder `path`
+    is. name: the argument that is `path`, for errors. Raises UserError where there is no such
+    folder, with the command that makes one."""
     folder = Path(path)
     if (folder / "config.json").is_file():
         return folder

@@ -14,7 +14,7 @@ class ByteDecoder:
     """Decodes as `tokenizer.decode(ids, skip_special_tokens=False)` does."""
 
     def __init__(self, tokens: list[str | None]) -> None:
-        """tokens: of each id, in GPT-2's alphabet of bytes; None for an id without a token."""
+        """tokens: id → token in GPT-2's alphabet of bytes; None for an id without a token."""
         alphabet = _alphabet()
         table = [_bytes(token or "", alphabet) for token in tokens]
         # The last row is for ids beyond the table, which have no text.
@@ -49,8 +49,8 @@ class ByteDecoder:
 
 
 def _bytes(token: str, alphabet: dict[str, int]) -> bytes:
-    """Return a token's bytes: of a letter outside the alphabet, which only added tokens have, the
-    whole token's UTF-8 form (tokenizers 0.23, pre_tokenizers/byte_level.rs, `decode_chain`)."""
+    """Return a token's bytes. A token with a letter outside the alphabet, which only added tokens
+    have, is its UTF-8 form (tokenizers 0.23, pre_tokenizers/byte_level.rs, `decode_chain`)."""
     try:
         return bytes([alphabet[letter] for letter in token])
     except KeyError:

@@ -16,7 +16,7 @@ from megatron_r1.errors import UserError
 
 @dataclass(frozen=True)
 class LoadedPart:
-    """A file's examples; num_per_epoch: how many of them an epoch has, repeats counted."""
+    """The examples of one file. num_per_epoch: how many of them an epoch has, repeats counted."""
 
     path: str
     examples: list[SftExample]

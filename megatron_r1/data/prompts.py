@@ -28,9 +28,10 @@ COLUMNS = "data.columns"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question. id: hash of its text, for an environment with its fields; the same in all runs.
-    kind: the reward that grades its responses, by comparison with `truth`. fields: that reward's
-    other arguments, in JSON types. location: of its row, "file:line", where it has one."""
+    """A question. id: hash of the question's text, for an environment of text and fields; the same
+    in all runs. kind: the reward that grades its responses, by comparison with `truth`. fields: the
+    reward's other arguments, in JSON types. location: where the question's row is, as "file:line",
+    if it has one."""
 
     id: str
     question: str
@@ -136,9 +137,9 @@ def normalize(question: str) -> str:
 
 
 def is_heldout(question: str, fraction: float, salt: str = "") -> bool:
-    """Whether this question belongs to the held-out share, by its text alone. salt: makes the share
-    independent of those of other salts: a reward model whose pairs have a policy's questions would
-    otherwise find all of them on one side."""
+    """Return whether a question belongs to the held-out share, by its text alone. salt: makes the
+    share independent of the shares of other salts. Without a salt of its own, a reward model whose
+    pairs have a policy's questions would find all of them on one side."""
     return int.from_bytes(_digest(salt + question)[-8:], "big") < fraction * 2**64
 
 
@@ -224,7 +225,7 @@ def _from_task(
 
 
 def _identity(question: str, fields: dict[str, Any], kind: str | None) -> str:
-    """Return the text that identifies a prompt. kind: of `load_prompts`."""
+    """Return the text that identifies a prompt. kind: as in `load_prompts`."""
     if kind != ENVIRONMENT or not fields:
         return question
     text = json.dumps(fields, sort_keys=True, default=str)

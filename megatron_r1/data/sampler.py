@@ -78,9 +78,10 @@ class PromptSampler(EpochSampler[Prompt]):
         return f"{item.id}{item.kind}{item.truth}"
 
     def next_by_kind(self, n: int, weights: Mapping[str, float]) -> list[Prompt]:
-        """Return the next `n` prompts, those of a kind with the probability weight / largest
-        weight; 1 is the weight of kinds left out. The order does not depend on the weights: the
-        state is that of `next`, and the same prompts are drawn again from the same state."""
+        """Return the next `n` prompts by the weights of their kinds: a prompt is drawn with the
+        probability weight / largest weight; kinds left out have weight 1. The order does not depend
+        on the weights: the state is that of `next`, and the same prompts are drawn again from the
+        same state."""
         shares = draw_shares(self.items, weights)
         drawn: list[Prompt] = []
         while len(drawn) < n:

@@ -1,7 +1,7 @@
-"""The tokens that a reward model scores for a question and a response, at the last of them.
+"""The tokens of a question and a response, the last of which a reward model scores.
 
-They equal those that the served model gets: the text that `rewards.reward_model` sends, tokenized
-as vLLM does."""
+The tokens equal those that the served model gets: the text that `rewards.reward_model` sends,
+tokenized as vLLM does."""
 
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.errors import UserError

@@ -79,7 +79,8 @@ class FewShotText(PromptText):
 
     def __init__(self, model_path: str, template: str, shots: Shots) -> None:
         """Load the tokenizer. Raises UserError also if its chat template drops the thoughts of
-        earlier turns, as those of reasoning models do: the examples would lack them."""
+        earlier turns, as templates of reasoning models do: the worked examples would lack their
+        thoughts."""
         super().__init__(model_path, template)
         self._shots = shots
         if self._chat:

@@ -89,8 +89,9 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    """Yield the rows under the names of the first line; every value is text. Names and values are
-    between commas, or semicolons or tabs where the first line has more of these."""
+    """Yield the rows of a table whose first line has the names; every value is text. Names and
+    values are separated by commas, or by semicolons or tabs where the first line has more of
+    these."""
     csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:

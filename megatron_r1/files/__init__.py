@@ -15,8 +15,8 @@ READ_ONLY = (errno.EROFS, errno.EACCES)
 def atomic_write(
     path: str | Path, content: str | bytes, *, mode: int = 0o666, durable: bool = True
 ) -> Path:
-    """Replace `path` by `content` (text as UTF-8) so that no reader ever sees half of it; arguments
-    as `atomic_writer`'s."""
+    """Replace `path` by `content` (text as UTF-8) so that no reader ever sees half of it. The other
+    arguments are those of `atomic_writer`."""
     with atomic_writer(path, mode=mode, durable=durable) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
     return Path(path)

@@ -29,9 +29,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a data file, `a.b` for the entry b of column a; truth is None where the rows'
-    own rewards need none. kind: the reward, None where the rows name it. reasons: why each of these
-    was chosen."""
+    """The columns of a data file, `a.b` for the entry b of column a. truth: None where the rows'
+    own rewards need no truth. kind: the reward, None where the rows name it. reasons: why each
+    column was chosen."""
 
     question: str
     truth: str | None

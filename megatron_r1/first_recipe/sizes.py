@@ -41,8 +41,8 @@ class Machine:
 
 
 def lengths(longest_prompt: int, positions: int, machine: Machine) -> list[Guess]:
-    """Return the limits of a response and of a sequence, in tokens. longest_prompt, positions: of
-    the data and the model."""
+    """Return the settings that limit a response and a sequence, in tokens. longest_prompt: of the
+    data. positions: of the model."""
     usual = CPU_RESPONSE if machine.is_cpu else GPU_RESPONSE
     room = max(positions - longest_prompt, min(LEAST_RESPONSE, positions // 2))
     response = min(usual, room)

@@ -23,7 +23,8 @@ from megatron_r1.training.wire import Sample
 NOT_RUN, FAILED = "NOT RUN", "FAILED"
 ENGINE = "engine-0"
 MAX_LENGTH = 256
-"""Tokens of a sequence and its one new token; those of the reference are shorter."""
+"""The most tokens of a sequence and its one new token; the sequences of the reference are
+shorter."""
 
 
 async def by_megatron(config: Config, reference: ReferenceResult, scratch: Path) -> float:

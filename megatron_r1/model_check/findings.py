@@ -9,10 +9,11 @@ TOLERANCE = 1e-4
 
 
 class ReferenceResult(msgspec.Struct):
-    """The result of `model_check.reference`. num_tokens: of the tokenizer; None: the folder has
-    none. template: whether it has a chat template. sequences: token ids. logprobs: of each token
-    but the first, given those before it, by transformers in the checked dtype. noise: the largest
-    difference of these from transformers' own in float32."""
+    """The result of `model_check.reference`. num_tokens: number of tokens of the tokenizer; None:
+    the folder has no tokenizer. template: whether the tokenizer has a chat template. sequences:
+    token ids. logprobs: log-probability of each token but the first, given the tokens before it, by
+    transformers in the checked dtype. noise: the largest difference of `logprobs` from
+    transformers' own in float32."""
 
     num_tensors: int
     num_tokens: int | None

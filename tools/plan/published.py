@@ -18,9 +18,10 @@ FILE = Path(__file__).with_name("published.yaml")
 
 @dataclass(frozen=True)
 class PublishedFigure:
-    """A published figure. options: of tools/plan, that describe the run; number: "run" (hours) or
-    a line of the bill's section "time" (seconds); inputs: what the source states; assumed: what
-    `options` sets that it does not; why: explanation of the difference."""
+    """A published figure. options: options of tools/plan that describe the run; number: "run"
+    (hours) or a line of the bill's section "time" (seconds); inputs: what the source states;
+    assumed: what `options` sets and the source does not state; why: explanation of the
+    difference."""
 
     name: str
     options: str

@@ -109,8 +109,8 @@ def set_links(
     shares_gpus: bool = False,
     ranks_per_node: int = RANKS_PER_NODE,
 ) -> SetTraffic:
-    """Return what a push connects. max_engines: of a set. drafts: with the engines' drafters.
-    shares_gpus: see `plan.links.shares_gpus_over_nccl`."""
+    """Return the links of a push. max_engines: the most engines of a set. drafts: with the engines'
+    drafters. shares_gpus: see `plan.links.shares_gpus_over_nccl`."""
     model, chunks = json.dumps(hf), tuple(map(tuple, stages))
     return _set_links(
         model, grid, engines, chunks, count, max_engines, drafts, shares_gpus, ranks_per_node
