@@ -86,21 +86,21 @@ def _check(config: Config, folder: str) -> Findings:
         vllm = asyncio.run(by_vllm(source, config, reference, Path(scratch)))
     problem = _problem(megatron, vllm, reference.tolerance)
     return Findings(
-        folder,
-        hf["architectures"][0],
-        config.model.dtype,
-        parameters,
-        parameters * TRAINING_BYTES,
-        free,
-        reference.num_tensors,
-        reference.num_tokens,
-        reference.template,
-        sum(map(len, reference.logprobs)),
-        reference.tolerance,
-        megatron,
-        vllm,
-        problem is None,
-        problem,
+        folder=folder,
+        architecture=hf["architectures"][0],
+        dtype=config.model.dtype,
+        parameters=parameters,
+        memory_bytes=parameters * TRAINING_BYTES,
+        free_bytes=free,
+        tensors=reference.num_tensors,
+        tokens=reference.num_tokens,
+        template=reference.template,
+        compared=sum(map(len, reference.logprobs)),
+        tolerance=reference.tolerance,
+        megatron=megatron,
+        vllm=vllm,
+        agree=problem is None,
+        problem=problem,
     )
 
 

@@ -113,7 +113,14 @@ def _versions(nodes: Sequence[tuple[Facts, NodeFacts]]) -> Iterable[CheckFinding
             hosts = tuple(dict.fromkeys(host for host, _ in others))
             problem = f"{name}: {shown}; {usual} on the others"
             differing.append(
-                CheckFinding("versions", name, "equal on all nodes", level, problem, hosts)
+                CheckFinding(
+                    check="versions",
+                    measured=name,
+                    expected="equal on all nodes",
+                    level=level,
+                    problem=problem,
+                    hosts=hosts,
+                )
             )
     shown = ", ".join(
         f"{name} {nodes[0][1].versions[name]}"
@@ -137,37 +144,40 @@ def _memory(
             for each, memory in full[:MAX_LISTED]
         )
         yield CheckFinding(
-            "GPU memory",
-            f"at most {most / GIB:.1f} GiB in use",
-            f"at most {OTHERS_BYTES / GIB:.0f} GiB",
-            "block" if full else "ok",
-            problem,
-            _hosts(each for each, _ in full),
+            check="GPU memory",
+            measured=f"at most {most / GIB:.1f} GiB in use",
+            expected=f"at most {OTHERS_BYTES / GIB:.0f} GiB",
+            level="block" if full else "ok",
+            problem=problem,
+            hosts=_hosts(each for each, _ in full),
         )
     low = [(e, n.memory) for e, n in nodes if n.memory.free < HOST_SHARE * n.memory.total]
     least = min((node.memory for _, node in nodes), key=lambda memory: memory.free / memory.total)
     yield CheckFinding(
-        "host memory",
-        f"at least {least.free / GIB:.0f} of {least.total / GIB:.0f} GiB available",
-        f"{HOST_SHARE:.0%}",
-        "note" if low else "ok",
-        "; ".join(f"{each.host}{_by_whom(memory.holders)}" for each, memory in low[:MAX_LISTED]),
-        _hosts(each for each, _ in low),
+        check="host memory",
+        measured=f"at least {least.free / GIB:.0f} of {least.total / GIB:.0f} GiB available",
+        expected=f"{HOST_SHARE:.0%}",
+        level="note" if low else "ok",
+        problem="; ".join(
+            f"{each.host}{_by_whom(memory.holders)}" for each, memory in low[:MAX_LISTED]
+        ),
+        hosts=_hosts(each for each, _ in low),
     )
 
 
 def _products(facts: Sequence[Facts], settings: PreflightConfig) -> CheckFinding:
     usual = median_high(each.products for each in facts)
     slow = [each for each in facts if each.products < settings.slowest * usual]
+    ranks = [f"rank {each.rank} on {each.host}" for each in slow]
     least = min(facts, key=lambda each: each.products)
     return CheckFinding(
-        "matrix products",
-        f"median {usual / 1e12:.3g} TFLOP/s, slowest {least.products / 1e12:.3g} (rank "
+        check="matrix products",
+        measured=f"median {usual / 1e12:.3g} TFLOP/s, slowest {least.products / 1e12:.3g} (rank "
         f"{least.rank} on {least.host})",
-        f"{settings.slowest:.0%} of the median",
-        "block" if slow else "ok",
-        f"slow: {_listed([f'rank {each.rank} on {each.host}' for each in slow])}" if slow else "",
-        _hosts(slow),
+        expected=f"{settings.slowest:.0%} of the median",
+        level="block" if slow else "ok",
+        problem=f"slow: {_listed(ranks)}" if slow else "",
+        hosts=_hosts(slow),
     )
 
 
@@ -196,12 +206,12 @@ def _links(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckF
                 "(NCCL_DEBUG=INFO)?"
             )
         yield CheckFinding(
-            f"{axis}: {operation}",
-            f"{usual / 1e9:.3g} GB/s in {len(groups)} groups of {len(next(iter(groups)))}",
-            f"{assumed / 1e9:.3g} GB/s ({hardware.name})" if is_gpu else "none for CPUs",
-            "block" if problems else "ok",
-            "; ".join(problems),
-            tuple(sorted(hosts)),
+            check=f"{axis}: {operation}",
+            measured=f"{usual / 1e9:.3g} GB/s in {len(groups)} groups of {len(next(iter(groups)))}",
+            expected=f"{assumed / 1e9:.3g} GB/s ({hardware.name})" if is_gpu else "none for CPUs",
+            level="block" if problems else "ok",
+            problem="; ".join(problems),
+            hosts=tuple(sorted(hosts)),
         )
 
 
@@ -213,12 +223,12 @@ def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckF
     slow = [each for each in facts if rates.get(each.node_index, usual) < settings.slowest * usual]
     hosts = _hosts(slow)
     yield CheckFinding(
-        "links between nodes",
-        f"median {usual / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
-        f"{settings.slowest:.0%} of the median",
-        "block" if slow else "ok",
-        f"slow to every neighbour: {_listed(hosts)}" if hosts else "",
-        hosts,
+        check="links between nodes",
+        measured=f"median {usual / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
+        expected=f"{settings.slowest:.0%} of the median",
+        level="block" if slow else "ok",
+        problem=f"slow to every neighbour: {_listed(hosts)}" if hosts else "",
+        hosts=hosts,
     )
 
 
@@ -239,13 +249,13 @@ def _gloo(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFi
             "--preflight.calibration's file"
         )
     yield CheckFinding(
-        "push over gloo",
-        f"a rank of the median node {usual / 1e9:.3g} GB/s, of the slowest "
+        check="push over gloo",
+        measured=f"a rank of the median node {usual / 1e9:.3g} GB/s, of the slowest "
         f"{min(rates.values()) / 1e9:.3g}",
-        f"{hardware.host_network / 1e9:.3g} GB/s (planner)",
-        "block" if hosts else "note" if problems else "ok",
-        "; ".join(problems),
-        hosts,
+        expected=f"{hardware.host_network / 1e9:.3g} GB/s (planner)",
+        level="block" if hosts else "note" if problems else "ok",
+        problem="; ".join(problems),
+        hosts=hosts,
     )
 
 
@@ -253,7 +263,13 @@ def _folder(config: Config, facts: Sequence[Facts]) -> Iterable[CheckFinding]:
     path, first = config.run.folder, facts[0].folder
     leaders = [each for each in facts if each.node is not None]
     if first.error:
-        yield CheckFinding("run folder", path, "writable", "block", first.error)
+        yield CheckFinding(
+            check="run folder",
+            measured=path,
+            expected="writable",
+            level="block",
+            problem=first.error,
+        )
         return
     for problem, wrong in {
         "cannot be used": [each for each in facts if each.folder.error],
@@ -266,21 +282,26 @@ def _folder(config: Config, facts: Sequence[Facts]) -> Iterable[CheckFinding]:
             where = f"{path} {problem} on {_listed(_hosts(wrong))}"
             why = f": {wrong[0].folder.error}" if wrong[0].folder.error else ""
             yield CheckFinding(
-                "run folder", path, "one, writable", "block", where + why, _hosts(wrong)
+                check="run folder",
+                measured=path,
+                expected="one, writable",
+                level="block",
+                problem=where + why,
+                hosts=_hosts(wrong),
             )
             return
     slowest = min(leaders, key=lambda each: each.folder.write)
     total = sum(each.folder.write for each in leaders)
     is_slow = slowest.folder.write < FOLDER_RATE
     yield CheckFinding(
-        "run folder",
-        f"a node writes {slowest.folder.write / 1e6:.0f} MB/s (all {total / 1e6:.0f}), reads "
-        f"{min(each.folder.read for each in leaders) / 1e6:.0f}; fsync "
+        check="run folder",
+        measured=f"a node writes {slowest.folder.write / 1e6:.0f} MB/s (all {total / 1e6:.0f}), "
+        f"reads {min(each.folder.read for each in leaders) / 1e6:.0f}; fsync "
         f"{max(each.folder.fsync_seconds for each in leaders) * 1e3:.1f} ms; "
         f"{first.free / 1e9:,.0f} GB free",
-        f"{FOLDER_RATE / 1e6:.0f} MB/s",
-        "note" if is_slow else "ok",
-        f"{path} is slow on {slowest.host}: checkpoints take long" if is_slow else "",
+        expected=f"{FOLDER_RATE / 1e6:.0f} MB/s",
+        level="note" if is_slow else "ok",
+        problem=f"{path} is slow on {slowest.host}: checkpoints take long" if is_slow else "",
     )
 
 
@@ -289,24 +310,26 @@ def _controller(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> Ite
     reason = next((node.unreachable for _, node in nodes if node.unreachable), "")
     faults = [f"{key}: {why}" for key, why in nodes[0][1].ports.items()]
     yield CheckFinding(
-        "controller's ports",
-        f"{len(nodes) - len(cut_off)} of {len(nodes)} nodes connect to {nodes[0][0].host}",
-        "all",
-        "block" if cut_off or faults else "ok",
-        "; ".join(
+        check="controller's ports",
+        measured=f"{len(nodes) - len(cut_off)} of {len(nodes)} nodes connect to {nodes[0][0].host}",
+        expected="all",
+        level="block" if cut_off or faults else "ok",
+        problem="; ".join(
             [*faults, *([f"not from {_listed(_hosts(cut_off))}: {reason}"] if cut_off else [])]
         ),
-        _hosts(cut_off),
+        hosts=_hosts(cut_off),
     )
     offsets = {each.host: node.clock_offset for each, node in nodes}
     late = [each for each, node in nodes if abs(node.clock_offset) > CLOCK_SECONDS]
     yield CheckFinding(
-        "clocks",
-        f"at most {max(map(abs, offsets.values())) * 1e3:.1f} ms from rank 0's",
-        f"{CLOCK_SECONDS:g} s",
-        "note" if late else "ok",
-        ", ".join(f"{each.host}: {offsets[each.host]:+.1f} s" for each in late[:MAX_LISTED]),
-        _hosts(late),
+        check="clocks",
+        measured=f"at most {max(map(abs, offsets.values())) * 1e3:.1f} ms from rank 0's",
+        expected=f"{CLOCK_SECONDS:g} s",
+        level="note" if late else "ok",
+        problem=", ".join(
+            f"{each.host}: {offsets[each.host]:+.1f} s" for each in late[:MAX_LISTED]
+        ),
+        hosts=_hosts(late),
     )
 
 
@@ -315,12 +338,14 @@ def _sandbox(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> CheckF
     is_needed = config.data.kind == "code"
     level: Literal["note", "block"] = "block" if is_needed else "note"
     return CheckFinding(
-        "sandbox",
-        f"works on {len(nodes) - len(without)} of {len(nodes)} nodes",
-        "all" if is_needed else "all, where questions are code",
-        level if without else "ok",
-        f"not on {_listed(_hosts(e for e, _ in without))}: {without[0][1]}" if without else "",
-        _hosts(each for each, _ in without),
+        check="sandbox",
+        measured=f"works on {len(nodes) - len(without)} of {len(nodes)} nodes",
+        expected="all" if is_needed else "all, where questions are code",
+        level=level if without else "ok",
+        problem=f"not on {_listed(_hosts(e for e, _ in without))}: {without[0][1]}"
+        if without
+        else "",
+        hosts=_hosts(each for each, _ in without),
     )
 
 

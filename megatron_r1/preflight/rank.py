@@ -133,7 +133,14 @@ def _node(
         port = int(progress.store.get("clock"))
         offset, unreachable = host.clock_offset(os.environ["MASTER_ADDR"], port)
         ports, sandbox = host.taken_ports(config, place), host.sandbox_fault()
-        found = NodeFacts(versions, memory, ports, unreachable, offset, sandbox)
+        found = NodeFacts(
+            versions=versions,
+            memory=memory,
+            ports=ports,
+            unreachable=unreachable,
+            clock_offset=offset,
+            sandbox=sandbox,
+        )
     progress.meet("clocks read")
     if clock is not None:
         clock.close()

@@ -25,7 +25,7 @@ SLOT_BYTES = 90
 
 @dataclass(frozen=True)
 class SetTraffic:
-    """The links of a push in sets.
+    """The links of a push in sets, and the bytes on them.
 
     sent: bytes out of each trainer rank. loads: what they take of its time
     (`plan.engine_sets.sender_loads`). out, into: most links of a trainer rank, of an engine rank.
