@@ -24,7 +24,7 @@ TE_SOURCE := build/transformer-engine
 SMOLLM2 := build/smollm2
 TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
-.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test-unit test test-all lint format losses bench gpu-check docs clean
+.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test-unit test test-all lint format kernel-files losses bench gpu-check docs clean
 
 help:
 	@echo "make demo      a small model learns to reason: minutes on two CPU cores"
@@ -37,6 +37,7 @@ help:
 	@echo "make agents    verifiers, in $(AGENTS_VENV): environments of others for agents.verifiers (0.5 GB)"
 	@echo "make test-cuda  those packages on a null GPU, without a driver (10 to 20 minutes on two cores)"
 	@echo "make lint      style, imports between packages, types;  make format: repair the style"
+	@echo "make kernel-files  write what is generated from the list of kernels: README's table, compiled resources"
 	@echo "make losses    losses of 20 steps from one seed: a refactoring must not change them"
 	@echo "make bench     kernels and whole steps beside their public peers"
 	@echo "make gpu-check  what a machine with a GPU can answer, in nine minutes"
@@ -161,6 +162,11 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# What is generated from KERNELS in kernels/r1_kernels/registry.py; tests/kernels fails where one of the two files is out of date.
+kernel-files: setup
+	$(BIN)/python tools/kernel_table.py
+	$(BIN)/python tools/bench resources --json docs/benchmarks/kernel-resources.json
 
 # make -s losses > before; change the code; make -s losses > after; diff before after
 losses: $(INSTALLED)

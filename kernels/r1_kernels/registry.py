@@ -1,23 +1,73 @@
-"""Every primitive by name, and the choice of its backend. `examples.py` has their launches."""
+"""Every primitive, and the choice of its backend. `examples.py` has the launches of each."""
 
 import importlib
 import importlib.util
 import os
 from functools import cache
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-STEMS = {
-    "row_statistics": "softmax",
-    "logits_gradient": "softmax",
-    "policy_terms": "policy",
-    "segment_sums": "policy",
-    "quantize_blocks": "blockwise",
-    "dequantize_blocks": "blockwise",
-}
-"""Name of a primitive -> its files, primitives/<stem>_triton.py and primitives/<stem>_torch.py."""
+
+class Kernel(NamedTuple):
+    """A primitive: where its code is, and what README and the benches say about it."""
+
+    name: str
+    """The function in both of its files, and in `examples`."""
+    stem: str
+    """Its files are primitives/<stem>_triton.py and primitives/<stem>_torch.py."""
+    computes: str
+    num_bytes: str
+    """Bytes read → written by one launch, b being those of an input element."""
+    measured_in: str = ""
+    """The table of `tools/bench kernels` that includes it; without one it gets its own."""
+
+
+KERNELS = (
+    Kernel(
+        name="row_statistics",
+        stem="softmax",
+        computes="of each row of logits: largest, Σ eˣ, Σ x eˣ, the target's logit",
+        num_bytes="b per logit, 8 per row → 16 per row",
+        measured_in="token_logprobs",
+    ),
+    Kernel(
+        name="logits_gradient",
+        stem="softmax",
+        computes="the gradient of the logits, over them if wanted",
+        num_bytes="b per logit, 20 per row (28 with an entropy gradient) → 2 or 4 per logit",
+        measured_in="token_logprobs",
+    ),
+    Kernel(
+        name="policy_terms",
+        stem="policy",
+        computes="loss, its derivatives, ratio, clip, KL, importance weight",
+        num_bytes="16 to 28 per token (4 to 7 floats) → 24 per token, 4 per 512 tokens",
+        measured_in="policy_loss",
+    ),
+    Kernel(
+        name="segment_sums",
+        stem="policy",
+        computes="sums over packed sequences",
+        num_bytes="4 per token, two borders per sequence → 4 per sequence",
+    ),
+    Kernel(
+        name="quantize_blocks",
+        stem="blockwise",
+        computes="FP8 e4m3 codes and a scale per 128×128 or 1×128 block",
+        num_bytes="b per element → 1 per element, 4 per block",
+        measured_in="quantize_blockwise",
+    ),
+    Kernel(
+        name="dequantize_blocks",
+        stem="blockwise",
+        computes="codes times the scale of their block",
+        num_bytes="1 per element, 4 per block → 2 or 4 per element",
+        measured_in="dequantize_blockwise",
+    ),
+)
 
 
 def choose(tensor: Tensor, backend: str | None = None) -> SimpleNamespace:
@@ -44,8 +94,9 @@ def choose(tensor: Tensor, backend: str | None = None) -> SimpleNamespace:
 
 @cache
 def primitives(backend: str) -> SimpleNamespace:
-    """Return the functions of STEMS by name, of backend "triton" or "torch"."""
-    modules = {name: f"r1_kernels.primitives.{stem}_{backend}" for name, stem in STEMS.items()}
+    """Return the functions of KERNELS by name, of backend "triton" or "torch"."""
+    # Imported here: the Triton files need triton, which a machine without a GPU may lack.
+    files = {k.name: f"r1_kernels.primitives.{k.stem}_{backend}" for k in KERNELS}
     return SimpleNamespace(
-        **{name: getattr(importlib.import_module(m), name) for name, m in modules.items()}
+        **{name: getattr(importlib.import_module(file), name) for name, file in files.items()}
     )

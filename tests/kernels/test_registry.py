@@ -2,19 +2,19 @@
 
 import importlib
 import inspect
-from pathlib import Path
 
 import pytest
 import r1_kernels
 import torch
 from formulae import near
 from r1_kernels import reference
-from r1_kernels.examples import KERNELS, Sizes
-from r1_kernels.registry import STEMS, primitives
+from r1_kernels.examples import ExampleSizes, launches
+from r1_kernels.registry import KERNELS, primitives
 
-README = Path(__file__).parents[2] / "kernels/README.md"
+from tools import kernel_table
+
 # Odd sizes: a prime number of tokens, a vocabulary and a weight that end inside a block.
-SMALL = Sizes(tokens=13, vocab=72, weight=(131, 130), sequences=3)
+SMALL = ExampleSizes(num_tokens=13, vocab_size=72, weight=(131, 130), num_sequences=3)
 
 
 def tensors(results) -> dict[str, torch.Tensor]:
@@ -33,7 +33,7 @@ def cloned(arguments: tuple) -> list:
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_every_example_gives_the_same_in_triton_and_in_plain_pytorch(kernel):
     torch.manual_seed(0)
-    for example in kernel.examples(SMALL, "cpu"):
+    for example in launches(kernel, SMALL, "cpu"):
         ours, plain = (
             tensors(getattr(primitives(backend), kernel.name)(*cloned(example.arguments)))
             for backend in ("triton", "torch")
@@ -54,15 +54,22 @@ def test_both_backends_have_one_signature(kernel):
         assert function.__module__ == module.__name__
 
 
-def test_every_primitive_has_examples():
-    assert [kernel.name for kernel in KERNELS] == list(STEMS)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_every_primitive_has_examples(kernel):
+    assert list(launches(kernel, SMALL, "meta")), kernel.name
 
 
 def test_readme_has_the_registrys_table():
-    head = ("kernel", "in `primitives/`", "computes", "bytes read → written"), ("---",) * 4
-    rows = [*head, *((f"`{k.name}`", k.stem, k.computes, k.num_bytes) for k in KERNELS)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    assert table in README.read_text(), f"kernels/README.md lacks this table:\n{table}"
+    text = kernel_table.README.read_text()
+    assert kernel_table.table() in text and kernel_table.written(text) == text, "make kernel-files"
+
+
+def test_a_kernel_without_a_row_gets_one_and_the_text_around_the_table_stays():
+    text = kernel_table.README.read_text()
+    without = "".join(line for line in text.splitlines(True) if "`segment_sums`" not in line)
+    assert without != text and kernel_table.written(without) == text
+    with pytest.raises(SystemExit, match="no table"):
+        kernel_table.written("# r1_kernels\n")
 
 
 def test_the_reference_has_every_public_function_with_its_signature():

@@ -2,7 +2,7 @@
 
 r1_kernels is called as the trainer calls it (Triton on a GPU, plain PyTorch on a CPU). The two
 baselines of every table are eager PyTorch, and the same functions under torch.compile. A kernel of
-`r1_kernels.examples` that no public function's table includes gets a table of its own."""
+`r1_kernels.registry` that no public function's table includes gets a table of its own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +11,7 @@ from typing import Any
 
 import r1_kernels
 import torch
-from r1_kernels.examples import KERNELS, Kernel
-from r1_kernels.registry import primitives
+from r1_kernels.registry import KERNELS, Kernel, primitives
 
 from tools.bench.kernels import calls, eager, peers
 from tools.bench.kernels.calls import OURS, Implementation, with_gradients

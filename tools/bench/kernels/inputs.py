@@ -243,14 +243,14 @@ class MatrixInputs(Inputs):
 class ExampleInputs(Inputs):
     """The arguments of a registered kernel's first example; exact results: plain PyTorch, fp64."""
 
-    def __init__(self, kernel: examples.Kernel, sizes: ProblemSizes, device: torch.device) -> None:
+    def __init__(self, kernel: registry.Kernel, sizes: ProblemSizes, device: torch.device) -> None:
         torch.manual_seed(0)
-        shape = examples.Sizes(
+        shape = examples.ExampleSizes(
             sizes.tokens, sizes.shard, (sizes.shard, sizes.hidden), sizes.sequences
         )
-        example = next(kernel.examples(shape, str(device)))
+        example = next(examples.launches(kernel, shape, str(device)))
         self.arguments = example.arguments
-        self.num_bytes = int(example.least_bytes * example.elements)
+        self.num_bytes = int(example.least_bytes * example.num_elements)
         self.device = device
         exact = getattr(registry.primitives("torch"), kernel.name)(*_widened(self.arguments))
         self.checks = {

@@ -1,9 +1,9 @@
 """Reads the machine code of the compiled Triton kernels, without a GPU and without timing.
 
-Every kernel in r1_kernels.examples is compiled ahead of time for sm_80, sm_90 and sm_100, in the
-specializations of its examples there. Reported per element of the main loop: bytes moved,
-instructions, exponentials (MUFU). For sm_90 also the upper bounds in elements per second of an
-H200: by its memory, its issue slots and its MUFU units."""
+Every kernel in r1_kernels.registry is compiled ahead of time for sm_80, sm_90 and sm_100, in the
+specializations of its launches in r1_kernels.examples. Reported per element of the main loop: bytes
+moved, instructions, exponentials (MUFU). For sm_90 also the upper bounds in elements per second of
+an H200: by its memory, its issue slots and its MUFU units."""
 
 import argparse
 import os
@@ -49,13 +49,15 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         sys.exit("TRITON_INTERPRET=1: Triton's interpreter compiles nothing; unset it, start again")
     # Here, as the other benches also run without Triton.
     import triton
-    from r1_kernels.examples import KERNELS, Sizes
+    from r1_kernels.examples import ExampleSizes, launches
+    from r1_kernels.registry import KERNELS
 
     from tools.bench.resources import compilation
 
     entries: dict[str, dict[str, Any]] = {}
     print(HEADER)
-    for kernel, example in ((k, e) for k in KERNELS for e in k.examples(Sizes(), "meta")):
+    sizes = ExampleSizes()
+    for kernel, example in ((k, e) for k in KERNELS for e in launches(k, sizes, "meta")):
         for arch in ARCHITECTURES:
             for launch in compilation.compile_launches(kernel, example, arch):
                 entry = measure(example, launch, arch)
@@ -69,13 +71,13 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(example, launch, arch: int) -> dict[str, Any]:
-    """Return one kernel's entry. example: examples.Example; launch: compilation.Launch."""
+    """Return one kernel's entry. example: examples.ExampleLaunch; launch: compilation.Launch."""
     from tools.bench.resources import machine_code
 
     kernel, warps = launch.kernel, launch.kernel.metadata.num_warps
     threads = 32 * warps
     moved = machine_code.traffic(kernel.asm["ttir"])
-    handled = moved.elements or example.elements / launch.programs
+    handled = moved.elements or example.num_elements / launch.programs
     used = machine_code.resources(kernel)
     loop = machine_code.main_loop(kernel, moved, handled / threads)
     programs = programs_per_sm(arch, used["registers"], used["shared_bytes"], warps)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import triton
-from r1_kernels.examples import KERNELS, Example, Kernel
+from r1_kernels.examples import ExampleLaunch
 from r1_kernels.primitives import blockwise_triton
-from r1_kernels.registry import primitives
+from r1_kernels.registry import KERNELS, Kernel, primitives
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -27,7 +27,7 @@ class Launch(NamedTuple):
     kernel: Any
 
 
-def compile_launches(kernel: Kernel, example: Example, arch: int) -> list[Launch]:
+def compile_launches(kernel: Kernel, example: ExampleLaunch, arch: int) -> list[Launch]:
     """Call the primitive without a GPU; return what it would launch on capability `arch`."""
     launches: list[Launch] = []
     compile_and_run = JITFunction.run
