@@ -32,14 +32,14 @@ def trusted_values() -> Iterator[None]:
 
 
 def check_floats(**tensors: Tensor | None) -> None:
-    """Each must be None, or floating point."""
+    """Require each to be None, or floating point."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOATS:
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Each must be a tensor of real numbers."""
+    """Require each to be a tensor of real numbers."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -48,7 +48,7 @@ def check_tensors(**tensors: Tensor) -> None:
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
-    """Each must be None, or a tensor on the device of the first."""
+    """Require each to be None, or a tensor on the device of the first."""
     check_tensors(**{name: t for name, t in tensors.items() if t is not None})
     (first, device), *others = [(n, t.device) for n, t in tensors.items() if t is not None]
     for name, other in others:
@@ -72,11 +72,11 @@ def check_head(hidden: Tensor, weight: Tensor) -> None:
 
 
 def check_targets(
-    targets: Tensor, tokens: int, vocab_size: int, seen: Tensor | None = None
+    targets: Tensor, num_tokens: int, vocab_size: int, seen: Tensor | None = None
 ) -> None:
     """Require `targets` (T,), integers in 0 … vocab_size - 1 where `seen` (None: everywhere)."""
-    if targets.shape != (tokens,):
-        raise ValueError(f"targets must be ({tokens},), got {tuple(targets.shape)}")
+    if targets.shape != (num_tokens,):
+        raise ValueError(f"targets must be ({num_tokens},), got {tuple(targets.shape)}")
     if targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"targets must be int64 or int32, got {targets.dtype}")
     if _is_trusted.get():
@@ -120,16 +120,15 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature is {temperature}: it must be positive and finite")
 
 
-def check_tokens(tokens: int, **tensors: Tensor | None) -> None:
-    """Each must be None, or (tokens,)."""
+def check_tokens(num_tokens: int, **tensors: Tensor | None) -> None:
+    """Require each to be None, or (num_tokens,)."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape != (tokens,):
-            raise ValueError(f"{name} must be ({tokens},), got {tuple(tensor.shape)}")
+        if tensor is not None and tensor.shape != (num_tokens,):
+            raise ValueError(f"{name} must be ({num_tokens},), got {tuple(tensor.shape)}")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
-    """Check that cu_seqlens is (S + 1,): 0 and the sequences' ends in order, the last at
-    `tokens`."""
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Require cu_seqlens (S + 1,): 0 and the sequences' ends in order, the last at `num_tokens`."""
     if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seqlens must be (sequences + 1,) integers, got {tuple(cu_seqlens.shape)} "
@@ -138,8 +137,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
     if _is_trusted.get():
         return
     ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != tokens or sorted(ends) != ends:
+    if ends[0] != 0 or ends[-1] != num_tokens or sorted(ends) != ends:
         shown = ends if len(ends) <= 6 else [*ends[:3], "…", *ends[-2:]]
         raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {shown}"
+            f"cu_seqlens must rise from 0 to the number of tokens, {num_tokens}; got {shown}"
         )

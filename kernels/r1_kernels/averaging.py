@@ -22,14 +22,14 @@ class Sequences:
     def __init__(
         self,
         cu_seqlens: Tensor,
-        tokens: int,
+        num_tokens: int,
         primitives: SimpleNamespace,
         group: ProcessGroup | None = None,
     ):
         """cu_seqlens: (S + 1,) integers from 0 to T. Raises ValueError for anything else."""
-        check_cu_seqlens(cu_seqlens, tokens)
-        self.cu_seqlens, self.tokens, self.primitives = cu_seqlens, tokens, primitives
-        self.group = group
+        check_cu_seqlens(cu_seqlens, num_tokens)
+        self.cu_seqlens, self.num_tokens = cu_seqlens, num_tokens
+        self.primitives, self.group = primitives, group
 
     def sums(self, values: Tensor) -> Tensor:
         """Return the sum over each sequence, (S,), from values (T,)."""
@@ -42,7 +42,7 @@ class Sequences:
     def spread(self, values: Tensor) -> Tensor:
         """Return for each token, (T,), the value of its sequence, from values (S,)."""
         lengths = self.cu_seqlens.diff()
-        return values.repeat_interleave(lengths, output_size=self.tokens)
+        return values.repeat_interleave(lengths, output_size=self.num_tokens)
 
     def means(self, values: Tensor, seen: Tensor) -> Tensor:
         """Return for each token, (T,), the mean of `values` over its sequence's seen tokens."""
@@ -60,7 +60,7 @@ class Averaging(NamedTuple):
     cu_seqlens: Tensor | None
     sequence_group: ProcessGroup | None
 
-    def sequences(self, tokens: int, primitives: SimpleNamespace) -> Sequences | None:
+    def sequences(self, num_tokens: int, primitives: SimpleNamespace) -> Sequences | None:
         """Return the sequences of the batch, or None if `average` and `ratio_level` need none.
 
         Raises ValueError for unknown names, missing or wrong borders, and a group of several ranks
@@ -81,7 +81,7 @@ class Averaging(NamedTuple):
         if self.cu_seqlens is None:
             name = "average" if self.average == "sequence" else "ratio_level"
             raise ValueError(f'{name}="sequence" needs cu_seqlens, the borders of the sequences')
-        return Sequences(self.cu_seqlens, tokens, primitives, group)
+        return Sequences(self.cu_seqlens, num_tokens, primitives, group)
 
     def weights(self, mask: Tensor, sequences: Sequences | None, dtype: torch.dtype) -> Tensor:
         """Return the weights (T,) of `dtype` with which Σ weight · loss is the average.

@@ -14,6 +14,8 @@ backends give the same bits (a NaN's sign aside). DeepGEMM's own functions give 
 CUDA tensors PyTorch replaces their `/ 448.0` by a multiplication with the reciprocal, and a scale
 can differ in its last bit."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,7 @@ def dequantize_blockwise(
     return choose(q, backend).dequantize_blocks(q, scale_inv, block, dtype)
 
 
-def _checked_block(block) -> tuple[int, int]:
+def _checked_block(block: Any) -> tuple[int, int]:
     if not isinstance(block, tuple | list) or tuple(block) not in BLOCKS:
         raise ValueError(
             f"block is {block}: use (128, 128) for weights or (1, 128) for activations"

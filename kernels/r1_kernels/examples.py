@@ -14,7 +14,7 @@ from torch import Tensor
 
 from r1_kernels.policy_terms import PolicySettings, TokenTensors
 from r1_kernels.registry import Kernel
-from r1_kernels.vocabulary import RowUpstream, Shard
+from r1_kernels.vocabulary import RowUpstream, VocabShard
 
 BF16, FP32 = torch.bfloat16, torch.float32
 POLICIES = (
@@ -63,7 +63,7 @@ def row_statistics(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
         ("bf16, padded", BF16, vocab, vocab - 1),
     ):
         logits = torch.randn(tokens, columns, dtype=dtype, device=device)
-        arguments = logits, _targets(sizes, device), Shard(0, columns, real, vocab, None), 1.0
+        arguments = logits, _targets(sizes, device), _shard(columns, real, vocab), 1.0
         yield ExampleLaunch(f"row_statistics {name}", arguments, dtype.itemsize, logits.numel())
 
 
@@ -76,7 +76,7 @@ def logits_gradient(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]
             logits = torch.randn(sizes.num_tokens, vocab, dtype=dtype, device=device)
             rows = torch.randn(5, sizes.num_tokens, device=device).unbind()
             upstream = RowUpstream._make([*rows[:4], rows[4] if "entropy" in more else None])
-            shard = Shard(0, vocab, vocab - ("padded" in more), vocab, None)
+            shard = _shard(vocab, vocab - ("padded" in more), vocab)
             target = logits if out == dtype else torch.empty_like(logits, dtype=out)
             arguments = logits, _targets(sizes, device), shard, 1.0, upstream, target
             name = f"logits_gradient {names[dtype]} to {names[out]}{more}"
@@ -127,3 +127,10 @@ def dequantize_blocks(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunc
 
 def _targets(sizes: ExampleSizes, device: str) -> Tensor:
     return torch.randint(sizes.vocab_size, (sizes.num_tokens,), device=device)
+
+
+def _shard(num_columns: int, num_real: int, vocab_size: int) -> VocabShard:
+    """Return the first rank's shard. Without a group: a primitive works on one rank alone."""
+    return VocabShard(
+        first=0, num_columns=num_columns, num_real=num_real, vocab_size=vocab_size, group=None
+    )

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r1_kernels.gemm import accumulate, matmul_into, wide
-from r1_kernels.vocabulary import PendingStatistics, RowSoftmax, RowUpstream, Shard
+from r1_kernels.vocabulary import PendingStatistics, RowSoftmax, RowUpstream, VocabShard
 
 Rows: TypeAlias = slice | Tensor
-"""Rows of the batch: a range, or int64 indices."""
+"""Rows of the batch: slice(first, last + 1), or int64 indices."""
 
 GPU_CHUNK_TOKENS = 8192  # each chunk reads and writes the weight's gradient: a tenth of its product
 GPU_CHUNK_ELEMENTS = 1 << 27  # 0.5 GiB of fp32 logits, where the vocabulary's shard is small
@@ -35,16 +35,16 @@ class LinearHead:
     scale: 1 / temperature. chunk_tokens: tokens with logits at once."""
 
     weight: Tensor
-    shard: Shard
+    shard: VocabShard
     scale: float
     chunk_tokens: int
     primitives: SimpleNamespace
 
-    def buffer(self, tokens: int, dtype: torch.dtype) -> Tensor:
+    def buffer(self, num_tokens: int, dtype: torch.dtype) -> Tensor:
         """Allocate memory for the logits (rows, V_local) of one chunk, each row aligned."""
-        rows, columns = min(tokens, self.chunk_tokens), len(self.weight)
-        width = -(-columns // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
-        return self.weight.new_empty(rows, width, dtype=dtype)[:, :columns]
+        num_rows, num_columns = min(num_tokens, self.chunk_tokens), len(self.weight)
+        width = -(-num_columns // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
+        return self.weight.new_empty(num_rows, width, dtype=dtype)[:, :num_columns]
 
     def logits(self, hidden: Tensor, buffer: Tensor) -> Tensor:
         """Compute the unscaled logits (rows, V_local) in `buffer`."""
@@ -64,17 +64,23 @@ class LinearHead:
             logits, targets, self.shard, self.scale, upstream, out
         )
 
-    def chunks(self, rows: Tensor | int) -> Iterator[Rows]:
-        """Yield chunks of `rows` rows, or of the rows with these indices, of nearly equal size: a
-        small last chunk would read the whole weight too. If `chunk_tokens` is a multiple of
-        `CHUNK_STEP`, every chunk but the last is one."""
-        count = rows if isinstance(rows, int) else len(rows)
+    def chunks(self, rows: Rows) -> Iterator[Rows]:
+        """Yield parts of `rows` of nearly equal size: a small last chunk would read the whole
+        weight too. If `chunk_tokens` is a multiple of `CHUNK_STEP`, so is every chunk but the last.
+
+        rows: a range that begins at 0, or indices."""
+        count = num_rows(rows)
         step = CHUNK_STEP if self.chunk_tokens % CHUNK_STEP == 0 else 1
         size = -(-count // max(1, -(-count // self.chunk_tokens)))
         size = -(-size // step) * step
         for start in range(0, count, max(1, size)):
             chunk = slice(start, min(start + size, count))
-            yield chunk if isinstance(rows, int) else rows[chunk]
+            yield chunk if isinstance(rows, slice) else rows[chunk]
+
+
+def num_rows(rows: Rows) -> int:
+    """Return how many rows these are."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def default_chunk_tokens(weight: Tensor) -> int:
@@ -92,7 +98,7 @@ def head_softmax(head: LinearHead, hidden: Tensor, targets: Tensor) -> RowSoftma
     )
     buffer = head.buffer(len(hidden), wide(hidden.dtype))
     pending: tuple[Rows, PendingStatistics] | None = None
-    for rows in head.chunks(len(hidden)):
+    for rows in head.chunks(slice(0, len(hidden))):
         statistics = head.statistics(head.logits(hidden[rows], buffer), targets[rows])
         if pending:
             _store(out, *pending)
@@ -134,7 +140,7 @@ class HeadGradients:
         if self.hidden is None:
             return
         # Padding rows may hold NaN, and 0 times NaN is NaN.
-        real = self.head.shard.real
+        real = self.head.shard.num_real
         d_logits, weight = d_logits[:, :real], self.head.weight[:real]
         if self.group is None and isinstance(rows, slice):
             torch.mm(d_logits, weight, out=self.hidden[rows])

@@ -33,7 +33,7 @@ from r1_kernels.arguments import check_finite, check_targets, check_tensors, che
 from r1_kernels.autocast import without_autocast
 from r1_kernels.averaging import Averaging, Sequences
 from r1_kernels.gemm import wide
-from r1_kernels.linear_head import HeadGradients, LinearHead, Rows
+from r1_kernels.linear_head import HeadGradients, LinearHead, Rows, num_rows
 from r1_kernels.linear_token_logprobs import LinearTokenLogprobs, make_head
 from r1_kernels.policy_loss import prepare_tokens, tokens_loss
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
@@ -113,50 +113,33 @@ def linear_policy_loss(
     averaging = Averaging(ratio_level, average, denominator, cu_seqlens, sequence_group)
     check_finite("entropy_coef", entropy_coef)
     head = make_head(hidden, weight, temperature, group, vocab_size, chunk_tokens, backend)
-    check_tokens(len(hidden), advantages=advantages)
-    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
-        raise ValueError(f"rows must be (tokens,) int64, got {tuple(rows.shape)} {rows.dtype}")
-    given = TokenTensors(None, old_logprobs, ref_logprobs, rollout_logprobs, advantages, mask)
-    on_one_device = {"hidden": hidden, "weight": weight, "targets": targets}
-    tokens, sequences = prepare_tokens(
-        given, settings, averaging, head.primitives, wide(hidden.dtype), **on_one_device
+    given = TokenTensors(
+        logprobs=None,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        advantages=advantages,
+        weights=mask,
     )
-    rows = tokens.weights.nonzero()[:, 0] if rows is None else rows
-    seen = len(hidden) if len(rows) == len(hidden) else rows
-    check_targets(targets, len(hidden), head.shard.size, None if isinstance(seen, int) else seen)
-    run = _Run(head, targets, tokens, seen, settings, entropy_coef)
-    if hidden.dtype == torch.float16:
-        run = run._replace(gradient_scale=_gradient_scale(tokens.weights))
-    if ratio_level == "sequence":
-        return _with_sequence_ratios(hidden, weight, run, sequences, reduce_hidden_grad)
-    # Inside the Function the grad mode is always off, so it is read here.
-    needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
-    gradients = HeadGradients(head, hidden, needs, reduce_hidden_grad)
-    return LinearPolicyLoss(*_LinearPolicyLoss.apply(hidden, weight, run, gradients))
-
-
-def _gradient_scale(weights: Tensor) -> Tensor:
-    """Return the power of two (a scalar) that brings the largest token weight to 0.5 to 1.
-
-    Gradients in fp16 below 6e-8 are 0, and a caller's loss scale comes only with the backward pass:
-    with weights of 1 / 65,536 and 32,768 logits, two thirds of the weight's gradient would be 0."""
-    largest = torch.cat([weights.float(), weights.new_zeros(1, dtype=torch.float32)]).amax()
-    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
+    run = _checked_run(head, hidden, targets, given, rows, settings, averaging, entropy_coef)
+    with_ratios = _with_sequence_ratios if ratio_level == "sequence" else _with_token_ratios
+    return with_ratios(hidden, weight, run, reduce_hidden_grad)
 
 
 class _Run(NamedTuple):
-    """The arguments of one call besides hidden and weight, checked.
-
-    rows: the indices of the tokens that count, or their number if all do. gradient_scale: a scalar
-    by which gradients are multiplied until the backward pass, or None."""
+    """The arguments of one call besides hidden and weight, checked."""
 
     head: LinearHead
     targets: Tensor
     tokens: TokenTensors
-    rows: Tensor | int
+    rows: Rows
+    """The tokens whose mask is not 0: slice(0, T) if these are all, else their indices."""
+    sequences: Sequences | None
+    """What `average` and `ratio_level` need of the sequences, or None if they need nothing."""
     settings: PolicySettings
     entropy_coef: float
-    gradient_scale: Tensor | None = None
+    gradient_scale: Tensor | None
+    """A scalar by which gradients are multiplied until the backward pass, or None."""
 
     def terms(self, rows: Rows, softmax: RowSoftmax) -> PolicyTerms:
         """Compute the loss of one chunk and its derivatives by the log-probabilities."""
@@ -186,6 +169,62 @@ class _Run(NamedTuple):
         return self.head.gradient(logits, self.targets[rows], upstream, out)
 
 
+def _checked_run(
+    head: LinearHead,
+    hidden: Tensor,
+    targets: Tensor,
+    given: TokenTensors,
+    rows: Tensor | None,
+    settings: PolicySettings,
+    averaging: Averaging,
+    entropy_coef: float,
+) -> _Run:
+    """Check the arguments of one call and return them as a run.
+
+    given: the caller's tensors, with the mask as `weights`. rows: the indices of the tokens whose
+    mask is not 0, or None to find them."""
+    check_tokens(len(hidden), advantages=given.advantages)
+    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
+        raise ValueError(f"rows must be (tokens,) int64, got {tuple(rows.shape)} {rows.dtype}")
+    on_one_device = {"hidden": hidden, "weight": head.weight, "targets": targets}
+    tokens, sequences = prepare_tokens(
+        given, settings, averaging, head.primitives, wide(hidden.dtype), **on_one_device
+    )
+    rows = tokens.weights.nonzero()[:, 0] if rows is None else rows
+    all_count = len(rows) == len(hidden)
+    check_targets(targets, len(hidden), head.shard.vocab_size, None if all_count else rows)
+    return _Run(
+        head,
+        targets,
+        tokens,
+        # A slice gives views of the tensors, where indices would copy them.
+        slice(0, len(hidden)) if all_count else rows,
+        sequences,
+        settings,
+        entropy_coef,
+        _gradient_scale(tokens.weights) if hidden.dtype == torch.float16 else None,
+    )
+
+
+def _gradient_scale(weights: Tensor) -> Tensor:
+    """Return the power of two (a scalar) that brings the largest token weight to 0.5 to 1.
+
+    Gradients in fp16 below 6e-8 are 0, and a caller's loss scale comes only with the backward pass:
+    with weights of 1 / 65,536 and 32,768 logits, two thirds of the weight's gradient would be 0."""
+    largest = torch.cat([weights.float(), weights.new_zeros(1, dtype=torch.float32)]).amax()
+    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
+
+
+def _with_token_ratios(
+    hidden: Tensor, weight: Tensor, run: _Run, reduce_hidden_grad: bool
+) -> LinearPolicyLoss:
+    """Compute the loss and its gradients in one pass over the head."""
+    # Inside the Function the grad mode is always off, so it is read here.
+    needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
+    gradients = HeadGradients(run.head, hidden, needs, reduce_hidden_grad)
+    return LinearPolicyLoss(*_LinearPolicyLoss.apply(hidden, weight, run, gradients))
+
+
 class _LinearPolicyLoss(torch.autograd.Function):
     """The loss of one `_Run`, whose gradients the forward pass computes and saves."""
 
@@ -193,12 +232,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, run, gradients):
         head = run.head
         dtype = wide(hidden.dtype)
-        count = run.rows if isinstance(run.rows, int) else len(run.rows)
-        buffer = head.buffer(count, dtype)
+        num_tokens = num_rows(run.rows)
+        buffer = head.buffer(num_tokens, dtype)
         alone = head.shard.group is None
         d_buffer = buffer
         if gradients.needed and not (alone and hidden.dtype == dtype):
-            d_buffer = head.buffer(count, hidden.dtype)
+            d_buffer = head.buffer(num_tokens, hidden.dtype)
         metrics = [hidden.new_zeros(len(hidden), dtype=dtype) for _ in LinearPolicyLoss._fields[1:]]
         losses = [hidden.new_zeros(1, dtype=dtype)]
         waiting: tuple[Rows, Tensor, Tensor] | None = None
@@ -240,19 +279,14 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
 
 def _with_sequence_ratios(
-    hidden: Tensor,
-    weight: Tensor,
-    run: _Run,
-    sequences: Sequences | None,
-    reduce_hidden_grad: bool,
+    hidden: Tensor, weight: Tensor, run: _Run, reduce_hidden_grad: bool
 ) -> LinearPolicyLoss:
     """Compute the loss whose ratios need all log-probabilities first: two passes over the head."""
-    rows, tokens = run.rows, run.tokens
-    picked = slice(None) if isinstance(rows, int) else rows
+    rows, tokens, head = run.rows, run.tokens, run.head
     logprobs, entropy = LinearTokenLogprobs.apply(
-        hidden[picked], weight, run.targets[picked], run.head, reduce_hidden_grad
+        hidden[rows], weight, run.targets[rows], head, reduce_hidden_grad
     )
-    if not isinstance(rows, int):
+    if not isinstance(rows, slice):
         # Tokens that do not count keep 0, and their hidden states a gradient of 0.
         zeros = logprobs.new_zeros(len(hidden))
         logprobs, entropy = (zeros.index_copy(0, rows, part) for part in (logprobs, entropy))
@@ -260,6 +294,6 @@ def _with_sequence_ratios(
     if tokens.old_logprobs is None:
         tokens = tokens._replace(old_logprobs=tokens.logprobs)
     loss, *metrics = tokens_loss(
-        logprobs, entropy, tokens, run.settings, sequences, run.entropy_coef, run.head.primitives
+        logprobs, entropy, tokens, run.settings, run.sequences, run.entropy_coef, head.primitives
     )
     return LinearPolicyLoss(loss, logprobs.detach(), entropy.detach(), *metrics)

@@ -19,7 +19,7 @@ from r1_kernels.autocast import without_autocast
 from r1_kernels.gemm import wide
 from r1_kernels.linear_head import HeadGradients, LinearHead, default_chunk_tokens, head_softmax
 from r1_kernels.registry import choose
-from r1_kernels.vocabulary import RowUpstream, Shard
+from r1_kernels.vocabulary import RowUpstream, VocabShard
 
 
 @without_autocast
@@ -52,7 +52,7 @@ def linear_token_logprobs(
     Raises ValueError for shapes, dtypes, devices, targets and a temperature that do not fit."""
     check_same_device(hidden=hidden, weight=weight, targets=targets)
     head = make_head(hidden, weight, temperature, group, vocab_size, chunk_tokens, backend)
-    check_targets(targets, len(hidden), head.shard.size)
+    check_targets(targets, len(hidden), head.shard.vocab_size)
     return LinearTokenLogprobs.apply(hidden, weight, targets, head, reduce_hidden_grad)
 
 
@@ -71,7 +71,7 @@ def make_head(
     check_count(chunk_tokens=chunk_tokens, vocab_size=vocab_size)
     return LinearHead(
         weight.detach(),
-        Shard.of(weight, len(weight), group, vocab_size),
+        VocabShard.of(weight, len(weight), group, vocab_size),
         1.0 / temperature,
         chunk_tokens or default_chunk_tokens(weight),
         choose(hidden, backend),
@@ -106,7 +106,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
         d_buffer = buffer
         if hidden.dtype != buffer.dtype:
             d_buffer = head.buffer(len(hidden), hidden.dtype)
-        for rows in head.chunks(len(hidden)):
+        for rows in head.chunks(slice(0, len(hidden))):
             states = hidden[rows]
             parts = (*softmax, grad_logprobs, grad_entropy)
             upstream = RowUpstream._make(None if part is None else part[rows] for part in parts)

@@ -97,8 +97,14 @@ def policy_loss(
         clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective
     )
     averaging = Averaging(ratio_level, average, denominator, cu_seqlens, sequence_group)
-    old = logprobs if old_logprobs is None else old_logprobs
-    given = TokenTensors(logprobs, old, ref_logprobs, rollout_logprobs, advantages, mask)
+    given = TokenTensors(
+        logprobs=logprobs,
+        old_logprobs=logprobs if old_logprobs is None else old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        advantages=advantages,
+        weights=mask,
+    )
     primitives = choose(logprobs, backend)
     tokens, sequences = prepare_tokens(
         given, settings, averaging, primitives, wide(logprobs.dtype), entropy=entropy

@@ -18,7 +18,7 @@ from r1_kernels.arguments import (
     check_temperature,
 )
 from r1_kernels.registry import choose
-from r1_kernels.vocabulary import PendingStatistics, RowUpstream, Shard
+from r1_kernels.vocabulary import PendingStatistics, RowUpstream, VocabShard
 
 
 def token_logprobs(
@@ -45,8 +45,8 @@ def token_logprobs(
         raise ValueError(f"logits must be (T, V), got {tuple(logits.shape)}: flatten the batch")
     check_temperature(temperature)
     check_count(vocab_size=vocab_size)
-    shard = Shard.of(logits, logits.shape[1], group, vocab_size)
-    check_targets(targets, len(logits), shard.size)
+    shard = VocabShard.of(logits, logits.shape[1], group, vocab_size)
+    check_targets(targets, len(logits), shard.vocab_size)
     owner = logits if logits._base is None else logits._base
     if inplace_backward and owner.is_leaf and owner.requires_grad:
         raise ValueError(

@@ -24,65 +24,66 @@ from torch.distributed import ProcessGroup
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _known_equal: WeakKeyDictionary[ProcessGroup, set[tuple[int, int]]] = WeakKeyDictionary()
-"""Per group, the (columns, vocab_size) with which its ranks were found to agree."""
+"""Per group, the (num_columns, vocab_size) with which its ranks were found to agree."""
 
 STATISTICS = ("peak", "total", "moment", "chosen")
 
 
-class Shard(NamedTuple):
-    """The columns of the vocabulary that a rank has.
-
-    first: id of the first column.
-    columns: their number.
-    real: how many of them are vocabulary, not padding.
-    size: ids in the whole vocabulary.
-    group: None where one rank has all of it."""
+class VocabShard(NamedTuple):
+    """The columns of the vocabulary that a rank has."""
 
     first: int
-    columns: int
-    real: int
-    size: int
+    """Id of the first column."""
+    num_columns: int
+    num_real: int
+    """How many of the columns are vocabulary, not padding."""
+    vocab_size: int
+    """Ids in the whole vocabulary."""
     group: ProcessGroup | None
+    """The ranks that share the vocabulary, or None where one rank has all of it."""
 
     @classmethod
     def of(
-        cls, local: Tensor, columns: int, group: ProcessGroup | None, vocab_size: int | None
-    ) -> Shard:
-        """Return this rank's shard of `columns` columns. local: any tensor on the rank's device.
+        cls, local: Tensor, num_columns: int, group: ProcessGroup | None, vocab_size: int | None
+    ) -> VocabShard:
+        """Return this rank's shard of `num_columns` columns. local: any tensor on its device.
 
-        Raises ValueError if shards differ, or cannot hold vocab_size ids together. One
-        all-gather per group, columns and vocab_size compares them. So all ranks must change these
-        together: a rank that changes alone hangs in it."""
-        ranks = 1 if group is None else dist.get_world_size(group)
-        group = group if ranks > 1 else None
-        first = 0 if group is None else columns * dist.get_rank(group)
-        size = columns * ranks if vocab_size is None else vocab_size
+        Raises ValueError if the ranks' shards differ, or cannot hold vocab_size ids together. One
+        all-gather per group, num_columns and vocab_size compares the shards, so all ranks must
+        change these together: a rank that changes them alone hangs in the all-gather."""
+        num_ranks = 1 if group is None else dist.get_world_size(group)
+        group = group if num_ranks > 1 else None
+        first = 0 if group is None else num_columns * dist.get_rank(group)
+        vocab_size = num_columns * num_ranks if vocab_size is None else vocab_size
         if group is not None:
-            _check_equal(local, columns, size, group, ranks)
-        if not 0 < size <= columns * ranks:
+            _check_equal(local, num_columns, vocab_size, group, num_ranks)
+        if not 0 < vocab_size <= num_columns * num_ranks:
             raise ValueError(
-                f"vocab_size is {size}, but {ranks} shard(s) of {columns} columns hold 1 to "
-                f"{columns * ranks} ids"
+                f"vocab_size is {vocab_size}, but {num_ranks} shard(s) of {num_columns} columns "
+                f"hold 1 to {num_columns * num_ranks} ids"
             )
-        return cls(first, columns, min(max(size - first, 0), columns), size, group)
+        num_real = min(max(vocab_size - first, 0), num_columns)
+        return cls(first, num_columns, num_real, vocab_size, group)
 
 
-def _check_equal(local: Tensor, columns: int, size: int, group: ProcessGroup, ranks: int) -> None:
+def _check_equal(
+    local: Tensor, num_columns: int, vocab_size: int, group: ProcessGroup, num_ranks: int
+) -> None:
     """Raise ValueError for unequal shards, which would silently map ids to wrong columns."""
     known = _known_equal.setdefault(group, set())
-    if (columns, size) in known:
+    if (num_columns, vocab_size) in known:
         return
-    mine = torch.tensor([columns, size], dtype=torch.int64, device=local.device)
-    everyone = mine.new_empty(2 * ranks)
+    mine = torch.tensor([num_columns, vocab_size], dtype=torch.int64, device=local.device)
+    everyone = mine.new_empty(2 * num_ranks)
     # Over the vocabulary group: every rank sees all shards, so that all raise together, or none.
     # The host waits for it, which is why a head that was found equal is not asked about again.
     all_gather(everyone, mine, group=group)
-    shards = {tuple(shard) for shard in everyone.view(ranks, 2).tolist()}
+    shards = {tuple(shard) for shard in everyone.view(num_ranks, 2).tolist()}
     if len(shards) > 1:
         raise ValueError(
             f"every rank of the group needs the same columns and vocab_size, got {sorted(shards)}"
         )
-    known.add((columns, size))
+    known.add((num_columns, vocab_size))
 
 
 class RowSoftmax(NamedTuple):
@@ -115,10 +116,10 @@ class PendingStatistics:
         self.work = None
         self.parts = local[None]
         if group is not None:
-            ranks = dist.get_world_size(group)
+            num_ranks = dist.get_world_size(group)
             self.local = local.contiguous()
-            self.parts = local.new_empty(ranks, *local.shape)
-            whole = self.parts.view(ranks * len(local), -1)
+            self.parts = local.new_empty(num_ranks, *local.shape)
+            whole = self.parts.view(num_ranks * len(local), -1)
             self.work = all_gather(whole, self.local, group=group, async_op=True)
 
     def wait(self) -> RowSoftmax:

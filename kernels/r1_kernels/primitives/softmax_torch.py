@@ -8,24 +8,24 @@ import torch
 from torch import Tensor
 
 from r1_kernels.gemm import wide
-from r1_kernels.vocabulary import STATISTICS, RowUpstream, Shard
+from r1_kernels.vocabulary import STATISTICS, RowUpstream, VocabShard
 
 TILE_ELEMENTS = 1 << 20  # 4 MiB of fp32
 
 
-def row_statistics(logits: Tensor, targets: Tensor, shard: Shard, scale: float) -> Tensor:
+def row_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, scale: float) -> Tensor:
     """See `softmax_triton.row_statistics`; fp64 logits give fp64."""
     out = logits.new_empty(len(STATISTICS), len(logits), dtype=wide(logits.dtype))
-    if not shard.real:
+    if not shard.num_real:
         out[0], out[1:] = float("-inf"), 0.0
         return out
     peak, total, moment, chosen = out.unbind()
     tiles = _tiles(logits)
     # Allocated once: new memory for every tile costs more than the arithmetic on it.
-    scratch = out.new_empty(2, min(len(logits), tiles.step), shard.real)
+    scratch = out.new_empty(2, min(len(logits), tiles.step), shard.num_real)
     for start in tiles:
         rows = slice(start, start + tiles.step)
-        z = logits[rows, : shard.real].to(out.dtype)
+        z = logits[rows, : shard.num_real].to(out.dtype)
         x, e = scratch[:, : len(z)]
         torch.amax(z, -1, out=peak[rows])
         _below_peak(z, peak[rows], scale, out=x)
@@ -34,14 +34,19 @@ def row_statistics(logits: Tensor, targets: Tensor, shard: Shard, scale: float) 
         # -inf · 0 counts as 0, its limit; e is 0 long before x reaches -1000.
         torch.sum(x.clamp_(min=-1000.0).mul_(e), -1, out=moment[rows])
         local = targets[rows] - shard.first
-        here = (local >= 0) & (local < shard.real)
+        here = (local >= 0) & (local < shard.num_real)
         picked = z.gather(-1, torch.where(here, local, 0)[:, None])[:, 0]
         chosen[rows] = torch.where(here, picked, 0.0)
     return out
 
 
 def logits_gradient(
-    logits: Tensor, targets: Tensor, shard: Shard, scale: float, upstream: RowUpstream, out: Tensor
+    logits: Tensor,
+    targets: Tensor,
+    shard: VocabShard,
+    scale: float,
+    upstream: RowUpstream,
+    out: Tensor,
 ) -> Tensor:
     """See `softmax_triton.logits_gradient`."""
     entropy, peak, log_total, grad_logprobs, grad_entropy = upstream
@@ -50,9 +55,9 @@ def logits_gradient(
         rows = slice(start, start + tiles.step)
         grad = grad_logprobs[rows] * scale
         inverse_total = (-log_total[rows]).exp()
-        z = logits[rows, : shard.real].to(peak.dtype)
+        z = logits[rows, : shard.num_real].to(peak.dtype)
         # `d` may share the memory of the logits: every step below is elementwise.
-        d = out[rows, : shard.real] if out.dtype == peak.dtype else torch.empty_like(z)
+        d = out[rows, : shard.num_real] if out.dtype == peak.dtype else torch.empty_like(z)
         needed = grad != 0
         if grad_entropy is None:
             _below_peak(z, peak[rows], scale, out=d)
@@ -67,13 +72,13 @@ def logits_gradient(
             x.clamp_(min=-1000.0).mul_(slope[:, None]).add_(flat[:, None])
             torch.mul(x, e, out=d).mul_(-inverse_total[:, None])
         local = targets[rows] - shard.first
-        here = ((local >= 0) & (local < shard.real)).nonzero()[:, 0]
+        here = ((local >= 0) & (local < shard.num_real)).nonzero()[:, 0]
         d[here, local[here]] += grad[here]
         if not needed.all():
             d[~needed] = 0.0
         if out.dtype != peak.dtype:
-            out[rows, : shard.real] = d
-        out[rows, shard.real :] = 0.0
+            out[rows, : shard.num_real] = d
+        out[rows, shard.num_real :] = 0.0
     return out
 
 

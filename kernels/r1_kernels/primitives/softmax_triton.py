@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r1_kernels.vocabulary import STATISTICS, RowUpstream, Shard
+from r1_kernels.vocabulary import STATISTICS, RowUpstream, VocabShard
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
@@ -171,7 +171,7 @@ def logits_gradient_kernel(
     grad_logprobs,  # in: (T,) fp32, g
     grad_entropy,  # in: (T,) fp32, h, read only with HAS_ENTROPY
     gradient,  # out: (T, V_local) any float; may be `logits` itself
-    # Numbers: of the two matrices, of the `Shard`, and of the temperature.
+    # Numbers: of the two matrices, of the `VocabShard`, and of the temperature.
     row_stride,
     gradient_stride,
     first,  # id of the shard's first column
@@ -224,7 +224,7 @@ def logits_gradient_kernel(
     tl.store(out + local, chosen.to(dtype), mask=here)
 
 
-def row_statistics(logits: Tensor, targets: Tensor, shard: Shard, scale: float) -> Tensor:
+def row_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, scale: float) -> Tensor:
     """Compute this shard's part of each row's softmax.
 
     logits: (T, V_local), columns adjacent in memory; targets: (T,) ids of the whole vocabulary;
@@ -235,7 +235,7 @@ def row_statistics(logits: Tensor, targets: Tensor, shard: Shard, scale: float) 
     if rows:
         vector = min(LOAD_BYTES // logits.element_size(), _alignment(logits))
         loads = LOADS if vector > 1 else NARROW_LOADS
-        lanes = triton.next_power_of_2(triton.cdiv(shard.real, MIN_TURNS * loads * vector))
+        lanes = triton.next_power_of_2(triton.cdiv(shard.num_real, MIN_TURNS * loads * vector))
         lanes = min(MAX_LANES, max(32, lanes))
         with torch.cuda.device_of(logits):
             row_statistics_kernel[(rows,)](
@@ -245,7 +245,7 @@ def row_statistics(logits: Tensor, targets: Tensor, shard: Shard, scale: float) 
                 logits.stride(0),
                 rows,
                 shard.first,
-                shard.real,
+                shard.num_real,
                 scale,
                 LANES=lanes,
                 VECTOR=vector,
@@ -257,7 +257,12 @@ def row_statistics(logits: Tensor, targets: Tensor, shard: Shard, scale: float) 
 
 
 def logits_gradient(
-    logits: Tensor, targets: Tensor, shard: Shard, scale: float, upstream: RowUpstream, out: Tensor
+    logits: Tensor,
+    targets: Tensor,
+    shard: VocabShard,
+    scale: float,
+    upstream: RowUpstream,
+    out: Tensor,
 ) -> Tensor:
     """Write the gradient of the logits to `out`, in its dtype; `out` may be `logits` itself.
 
@@ -284,7 +289,7 @@ def logits_gradient(
                 out.stride(0),
                 shard.first,
                 columns,
-                shard.real,
+                shard.num_real,
                 scale,
                 HAS_ENTROPY=grad_entropy is not None,
                 BLOCK=block,
@@ -295,12 +300,12 @@ def logits_gradient(
     return out
 
 
-def _check_rows(matrix: Tensor, targets: Tensor, shard: Shard) -> None:
+def _check_rows(matrix: Tensor, targets: Tensor, shard: VocabShard) -> None:
     """Assert (T, V_local) floats with adjacent columns: the kernels get a stride for rows only."""
     about = f"{matrix.dtype} {tuple(matrix.shape)}, strides {matrix.stride()}, {shard}"
     assert matrix.is_floating_point() and matrix.dtype != torch.float64, about
-    assert matrix.shape == (len(targets), shard.columns), about
-    assert matrix.stride(1) == 1 or shard.columns == 1 or not len(matrix), about
+    assert matrix.shape == (len(targets), shard.num_columns), about
+    assert matrix.stride(1) == 1 or shard.num_columns == 1 or not len(matrix), about
 
 
 def _alignment(matrix: Tensor) -> int:
