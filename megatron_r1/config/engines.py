@@ -10,8 +10,10 @@ from megatron_r1.config.section import Resumable, Section
 class EngineConfig(Section):
     """Settings that the engines of rollouts and of a teacher share."""
 
-    tensor: Resumable[int] = Field(1, ge=1, description="ranks of an engine that share every layer")
-    pipeline: Resumable[int] = Field(1, ge=1, description="stages of layers in an engine")
+    tensor: Resumable[int] = Field(1, ge=1)
+    """ranks of an engine that share every layer"""
+    pipeline: Resumable[int] = Field(1, ge=1)
+    """stages of layers in an engine"""
     data: Resumable[int] = Field(1, ge=1)
     """copies of tensor x pipeline ranks behind one engine's address"""
     expert_parallel: Resumable[bool] = False
@@ -20,12 +22,14 @@ class EngineConfig(Section):
     """share of its GPU's memory that an engine takes; default: vLLM's own"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """dtype of an engine's weights and products"""
-    kv_cache_gib: int = Field(1, gt=0, description="KV cache on a CPU, GiB")
+    kv_cache_gib: int = Field(1, gt=0)
+    """KV cache on a CPU, GiB"""
     threads: Resumable[int | None] = Field(None, ge=1)
     """CPU threads per engine; default: 2, and 1 on a machine of 2 cores"""
     start_timeout_seconds: float = Field(600.0, gt=0)
     """limit for an engine to load its weights and answer"""
-    request_timeout_seconds: float = Field(3600.0, gt=0, description="limit for one request")
+    request_timeout_seconds: float = Field(3600.0, gt=0)
+    """limit for one request"""
     max_restarts: Resumable[int] = Field(10, ge=0)
     """how many dead, slow or garbling engines a command replaces; a death after that stops the
     run"""
@@ -63,12 +67,16 @@ class RolloutConfig(EngineConfig):
     hosts"""
     colocated: Resumable[bool] = False
     """engines sleep on the trainer's own GPUs while it computes; see docs/rollout.md"""
-    temperature: float = Field(1.0, gt=0, description="of sampling, and of the trainer's softmax")
-    top_p: float = Field(1.0, gt=0, le=1, description="sample from this share of the probability")
-    max_response_tokens: int = Field(32_768, gt=0, description="a longer response is cut off here")
+    temperature: float = Field(1.0, gt=0)
+    """of sampling, and of the trainer's softmax"""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """sample from this share of the probability"""
+    max_response_tokens: int = Field(32_768, gt=0)
+    """a longer response is cut off here"""
     max_model_len: int | None = None
     """most tokens of prompt and response together; default: the model's own limit"""
-    max_num_seqs: int = Field(256, gt=0, description="sequences an engine decodes at once")
+    max_num_seqs: int = Field(256, gt=0)
+    """sequences an engine decodes at once"""
     kv_block_tokens: Resumable[int | None] = Field(None, ge=32, multiple_of=32)
     """tokens of a block of the KV cache; a group shares the whole blocks of its prompt.
     Default: vLLM's; its 128 on a CPU are too long for most prompts to be shared"""
@@ -106,8 +114,10 @@ class TeacherConfig(EngineConfig):
     url: Resumable[list[str]] = []
     """addresses of vLLM servers that already serve path's model, started with --enable-scale-out;
     default: the run starts engines of its own"""
-    engines: Resumable[int] = Field(1, ge=1, description="vLLM servers on the controller's host")
-    max_num_seqs: Resumable[int] = Field(64, gt=0, description="sequences an engine scores at once")
+    engines: Resumable[int] = Field(1, ge=1)
+    """vLLM servers on the controller's host"""
+    max_num_seqs: Resumable[int] = Field(64, gt=0)
+    """sequences an engine scores at once"""
     tokens_at_once: Resumable[int] = Field(2048, gt=0)
     """tokens that an engine scores in one pass; the logits of all of them exist together, in
     fp32"""

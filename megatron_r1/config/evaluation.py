@@ -14,7 +14,8 @@ class BenchmarkConfig(Section):
     name: str
     """aime_2024, gym/logic, …; questions: those of `path`, or that section data holds out; or
     package.module:NAME of your own"""
-    label: str = Field("", description="what results call it; default: the name")
+    label: str = ""
+    """what results call it; default: the name"""
     path: str | None = None
     """file, folder or hub name of the data; default: its own name on the hub"""
     files: list[str] = []
@@ -46,8 +47,10 @@ class ServerConfig(ServiceSettings):
     data.template makes"""
     wait_seconds: float = Field(10.0, ge=0)
     """how long the start waits for the server to be reachable"""
-    timeout_seconds: float = Field(3600.0, gt=0, description="limit for one response")
-    concurrency: int = Field(64, ge=1, description="responses requested at once")
+    timeout_seconds: float = Field(3600.0, gt=0)
+    """limit for one response"""
+    concurrency: int = Field(64, ge=1)
+    """responses requested at once"""
 
 
 class EvalConfig(Section):
@@ -57,11 +60,13 @@ class EvalConfig(Section):
     """steps between evaluations on the held-out questions; 0: first and last only"""
     samples: int = Field(16, ge=1)
     """responses per question: pass@1 is their mean, cons@N their majority"""
-    temperature: float = Field(0.6, gt=0, description="of sampling (the paper: 0.6)")
+    temperature: float = Field(0.6, gt=0)
+    """of sampling (the paper: 0.6)"""
     top_p: float = Field(0.95, gt=0, le=1)
     """sample from this share of the probability (the paper: 0.95)"""
     benchmarks: list[BenchmarkConfig] = []
     """names, or {name, path, samples, limit, options, …}"""
-    limit: int | None = Field(None, ge=1, description="questions per benchmark, the first ones")
+    limit: int | None = Field(None, ge=1)
+    """questions per benchmark, the first ones"""
     server: ServerConfig | None = None
     """{url, model, api_key_env, api, …}: a served model, evaluated instead of model.path"""

@@ -13,8 +13,11 @@ RatioLevel = Literal["token", "sequence"]
 
 
 class _Readable:
-    """Settings that are also read as the mapping that they were before 0.3: losses and token
-    advantages of users may say settings["kl_beta"], and pass {**settings, "discount": 0.5} on."""
+    """Settings that can also be read as a mapping, which they were before 0.3.
+
+    Losses and token advantages that users wrote for 0.2 read settings["kl_beta"], and call ours
+    with {**settings, "discount": 0.5}; the changelog of 0.3 promises that this works. Nothing else
+    needs this class: it can go, and `of` with it, in a version that takes the promise back."""
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
@@ -27,6 +30,7 @@ class _Readable:
 
     @classmethod
     def of(cls, settings: Self | Mapping[str, Any]) -> Self:
+        """Return settings as they are, or made from a user's mapping of their names."""
         return settings if isinstance(settings, cls) else cls(**settings)
 
 

@@ -15,8 +15,10 @@ class LoraConfig(Section):
     """Low-rank adapters, which are trained instead of the model's own weights (arXiv
     2106.09685): docs/lora.md."""
 
-    rank: int = Field(16, ge=1, description="rows of the factor A, columns of the factor B")
-    alpha: float = Field(32.0, gt=0, description="W + alpha / rank x B A replaces a weight W")
+    rank: int = Field(16, ge=1)
+    """rows of the factor A, columns of the factor B"""
+    alpha: float = Field(32.0, gt=0)
+    """W + alpha / rank x B A replaces a weight W"""
     targets: list[str] | None = Field(None, min_length=1)
     """linear layers with an adapter, by the ending of their Hugging Face name without an expert's
     number: q_proj, mlp.down_proj, experts.up_proj; default: all but routers and head"""
@@ -29,14 +31,16 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The weights to start from, their head and dtype, and where a run differs from config.json."""
 
-    path: str = Field("", description="Hugging Face folder: config, tokenizer, weights; required")
+    path: str = ""
+    """Hugging Face folder: config, tokenizer, weights; required"""
     checkpoint: str | None = None
     """Megatron checkpoint (of tools/convert or a run) whose weights are taken, not path's"""
     head: Literal["language", "score"] = "language"
     """score: one number per token instead of logits; reward-model sets it"""
     init: Literal["load", "random"] = "load"
     """random: train from nothing; the folder needs no weights"""
-    init_std: float = Field(0.02, gt=0, description="standard deviation of random weights")
+    init_std: float = Field(0.02, gt=0)
+    """standard deviation of random weights"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """dtype of trained parameters"""
     attention_backend: Resumable[Literal["auto", "flash", "fused", "unfused"]] = "auto"
@@ -117,7 +121,8 @@ class RewardModelConfig(Section):
     """longer texts are left out; default: the model's own limit"""
     epochs: float | None = Field(None, gt=0)
     """instead of run.steps: passes over the training rows (the paper: 1)"""
-    batch_size: int = Field(256, gt=0, description="pairs, or labelled responses, per step")
+    batch_size: int = Field(256, gt=0)
+    """pairs, or labelled responses, per step"""
     heldout_fraction: float = Field(0.1, ge=0, lt=1)
     """share of the questions that is held out, by their text"""
 

@@ -16,14 +16,19 @@ class ParallelConfig(Section):
 
     processes: int = Field(1, ge=1)
     """trainer ranks started on this machine; under torchrun: WORLD_SIZE"""
-    tensor: int = Field(1, ge=1, description="ranks that share every layer's matrices")
-    pipeline: int = Field(1, ge=1, description="stages of layers, each on ranks of its own")
-    expert: int = Field(1, ge=1, description="ranks that a layer's routed experts are spread over")
-    context: int = Field(1, ge=1, description="ranks that share the tokens of every sample")
+    tensor: int = Field(1, ge=1)
+    """ranks that share every layer's matrices"""
+    pipeline: int = Field(1, ge=1)
+    """stages of layers, each on ranks of its own"""
+    expert: int = Field(1, ge=1)
+    """ranks that a layer's routed experts are spread over"""
+    context: int = Field(1, ge=1)
+    """ranks that share the tokens of every sample"""
     sequence: bool | None = None
     """whether tensor ranks also share the tokens of norms and residuals (sequence parallelism);
     default: with routed experts, which need it, and not without"""
-    expert_tensor: int = Field(1, ge=1, description="ranks that share every routed expert")
+    expert_tensor: int = Field(1, ge=1)
+    """ranks that share every routed expert"""
     virtual_pipeline: int = Field(1, ge=1)
     """model chunks per pipeline rank, interleaved to shorten the bubble"""
     pipeline_layout: str | None = None
@@ -47,7 +52,8 @@ class ParallelConfig(Section):
     share_prompts: bool = False
     """compute a prompt once for all its responses in a micro-batch; on a CPU, without context
     parallelism, routing replay and MTP training. Gradients are the same"""
-    threads: int | None = Field(None, description="CPU threads per rank; default: cores / ranks")
+    threads: int | None = None
+    """CPU threads per rank; default: cores / ranks"""
 
     @property
     def microbatch_tokens(self) -> int:

@@ -25,7 +25,8 @@ class PushConfig(Section):
     others"""
     full_every: Resumable[int] = Field(50, ge=1)
     """with delta: one of so many pushes to an engine is whole"""
-    timeout_seconds: Resumable[float] = Field(600.0, gt=0, description="limit for one push")
+    timeout_seconds: Resumable[float] = Field(600.0, gt=0)
+    """limit for one push"""
     probes: Resumable[int] = Field(2, ge=0)
     """prompts each engine answers after every push, to compare its log-probabilities with the
     trainer's; 0: none"""

@@ -29,10 +29,12 @@ class RewardsConfig(Section):
     max_ungraded: Resumable[float] = Field(0.1, ge=0, le=1)
     """share of a rollout's responses that graders may fail on, rounded up; with more the run
     stops"""
-    workers: Resumable[int] = Field(2, ge=1, description="grader processes")
+    workers: Resumable[int] = Field(2, ge=1)
+    """grader processes"""
     timeout_seconds: float = Field(5.0, gt=0)
     """limit for one response; then its grader is killed and the response gets 0"""
-    memory_gib: float = Field(4.0, gt=0, description="address space of one grader")
+    memory_gib: float = Field(4.0, gt=0)
+    """address space of one grader"""
 
     @property
     def call_options(self) -> dict[str, dict[str, Any]]:

@@ -34,6 +34,7 @@ class RLConfig(Section):
     """where the values come from that a recipe leaves out"""
     algorithm: str = Field(
         "grpo",
+        # No docstring below, as all others have: the list of names is computed.
         description="the policy-gradient estimator, with its own defaults for what recipe and "
         f"preset leave out: {', '.join(algorithms.NAMES)}, or your own as module:RULES. See "
         "docs/algorithms.md",
@@ -45,9 +46,12 @@ class RLConfig(Section):
     kind_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """how often questions of a kind are drawn, beside 1 for kinds left out: {helpful: 0} draws no
     such questions, {helpful: 0.5} half of them in each epoch"""
-    minibatches: int = Field(16, gt=0, description="optimizer steps per rollout, one inner epoch")
-    clip_low: float = Field(10.0, gt=0, description="the ratio is clipped below 1 - clip_low")
-    clip_high: float = Field(10.0, gt=0, description="the ratio is clipped above 1 + clip_high")
+    minibatches: int = Field(16, gt=0)
+    """optimizer steps per rollout, one inner epoch"""
+    clip_low: float = Field(10.0, gt=0)
+    """the ratio is clipped below 1 - clip_low"""
+    clip_high: float = Field(10.0, gt=0)
+    """the ratio is clipped above 1 + clip_high"""
     dual_clip: float | None = Field(None, gt=1)
     """a negative advantage's ratio counts at most this; null: no limit"""
     ratio_level: RatioLevel = "token"
@@ -60,7 +64,8 @@ class RLConfig(Section):
     the reward"""
     kl_estimator: KLEstimator = "k3"
     """estimate of KL in loss and metrics (in a reward it is k1); k3: the paper's"""
-    entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus")
+    entropy_coef: float = Field(0.0, ge=0)
+    """weight of an entropy bonus"""
     reference_refresh: int = Field(400, ge=0)
     """optimizer steps between replacing the reference; 0: never"""
     staleness: int = Field(0, ge=0)
@@ -72,14 +77,16 @@ class RLConfig(Section):
     """how often prompts are drawn for one rollout, before it is filled up"""
     advantage_std: AdvantageStd = "group"
     """divide by the standard deviation of the group, of the rollout, or not"""
-    advantage_epsilon: float = Field(1e-6, ge=0, description="added to the standard deviation")
+    advantage_epsilon: float = Field(1e-6, ge=0)
+    """added to the standard deviation"""
     loss_average: LossAverage = "sequence"
     """sequence: each response weighs the same (GRPO, eq. 1); token: each token (DAPO); constant:
     each token, over max_response_tokens per response (Dr. GRPO)"""
     discount: float = Field(1.0, ge=0, le=1)
     """gamma, the discount of what follows a token (rloo, reinforce_pp, ppo,
     on_policy_distillation)"""
-    gae_lambda: float = Field(1.0, ge=0, le=1, description="lambda of ppo's generalized advantages")
+    gae_lambda: float = Field(1.0, ge=0, le=1)
+    """lambda of ppo's generalized advantages"""
     overlong_buffer: float = Field(0.0, ge=0, le=1)
     """share of max_response_tokens, at its end, over which a growing punishment is taken from the
     reward (DAPO: 0.2); 0: none"""

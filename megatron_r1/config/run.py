@@ -12,7 +12,8 @@ class RunConfig(Section):
 
     folder: Resumable[str] = ""
     """where all files of the run are written; required"""
-    seed: int = Field(0, description="seed of prompt sampling, generation and initialization")
+    seed: int = 0
+    """seed of prompt sampling, generation and initialization"""
     steps: Resumable[int] = Field(650, gt=0)
     """rollouts (rl; 650 x 16 = the paper's 10,400 optimizer steps), batches (sft)"""
     trackers: Resumable[list[Literal["tensorboard", "wandb", "mlflow"]]] = ["tensorboard"]
@@ -20,7 +21,8 @@ class RunConfig(Section):
     libraries and environment variables. See docs/first_day.md"""
     project: Resumable[str] = "megatron-r1"
     """name of the project in W&B, of the experiment in MLflow"""
-    log_samples: Resumable[int] = Field(8, ge=0, description="training samples written per step")
+    log_samples: Resumable[int] = Field(8, ge=0)
+    """training samples written per step"""
     hang_seconds: Resumable[float] = Field(1800.0, ge=0)
     """time without any progress after which a report says what everything waits for; 0: never. See
     docs/supervision.md"""
@@ -38,17 +40,26 @@ class DataConfig(Section):
     path: str | None = None
     """questions and truths: a .jsonl, .json, .csv or .parquet file, hub:NAME[:CONFIG][:SPLIT] or a
     folder, read by the library datasets"""
-    heldout_path: str | None = Field(None, description="a file held out whole, for evaluation")
-    task: str | None = Field(None, description="a reasoning-gym task, instead of a file")
-    parameters: dict[str, Any] = Field(default_factory=dict, description="the task's own settings")
-    kind: str | None = Field(None, description="the reward that grades; default: the row's or math")
+    heldout_path: str | None = None
+    """a file held out whole, for evaluation"""
+    task: str | None = None
+    """a reasoning-gym task, instead of a file"""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """the task's own settings"""
+    kind: str | None = None
+    """the reward that grades; default: the row's or math"""
     columns: dict[str, str] | None = None
     """{our name: the file's column}; a.b is the entry b of column a"""
-    num_train: int | None = Field(None, gt=0, description="questions to train on; a task needs it")
-    num_heldout: int | None = Field(None, ge=0, description="questions kept out of training")
-    heldout_fraction: float = Field(0.1, ge=0, lt=1, description="share of all questions held out")
-    seed: int = Field(0, description="seed that a task's questions are made with")
-    template: str = Field("r1_zero", description="r1_zero, plain, chat, or a text with {problem}")
+    num_train: int | None = Field(None, gt=0)
+    """questions to train on; a task needs it"""
+    num_heldout: int | None = Field(None, ge=0)
+    """questions kept out of training"""
+    heldout_fraction: float = Field(0.1, ge=0, lt=1)
+    """share of all questions held out"""
+    seed: int = 0
+    """seed that a task's questions are made with"""
+    template: str = "r1_zero"
+    """r1_zero, plain, chat, or a text with {problem}"""
 
 
 class CheckpointConfig(Section):
@@ -57,7 +68,8 @@ class CheckpointConfig(Section):
     every: int = Field(1, ge=1)
     """steps between checkpoints; a kill loses at most these, and those since the checkpoint that
     was still being written"""
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep: int = Field(2, ge=1)
+    """newest checkpoints kept"""
     asynchronous: bool = True
     """train on while one is written, and hold the host memory for its copy"""
     verify: Literal["full", "size", "none"] = "full"

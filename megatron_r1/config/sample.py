@@ -53,7 +53,8 @@ class KeepConfig(Section):
 class RenderConfig(Section):
     """The form in which kept responses are written to sft.jsonl."""
 
-    template: str | None = Field(None, description="template of the prompt; default: data.template")
+    template: str | None = None
+    """template of the prompt; default: data.template"""
     response: str = "{response}"
     """text with {thought}, {summary}, {answer} or {response}, such as
     <think>{thought}</think>{summary}"""
@@ -76,12 +77,14 @@ class RenderConfig(Section):
 class PairsConfig(Section):
     """Preference pairs (arXiv 2501.12948 v2, section on the helpful reward model)."""
 
-    per_prompt: int = Field(1, ge=1, description="pairs of a question, no response in two of them")
+    per_prompt: int = Field(1, ge=1)
+    """pairs of a question, no response in two of them"""
     margin: float = Field(0.5, ge=0, le=1)
     """share of votes won less share lost; with less, a near-tie"""
     votes: int = Field(4, ge=2)
     """calls of a judge function per pair; a served judge has rewards.options.judge"""
-    part: Part = Field("summary", description="what is compared and measured: summary, or response")
+    part: Part = "summary"
+    """what is compared and measured: summary, or response"""
     max_length_bias: float | None = Field(0.05, ge=0)
     """mean of log(length of chosen / length of rejected) that may be left, either way; null: any"""
 
@@ -99,7 +102,8 @@ class PairsConfig(Section):
 class SampleConfig(Section):
     """Which responses `sample` draws and keeps, and what it writes of them."""
 
-    samples: int = Field(4, ge=1, description="responses drawn for each question")
+    samples: int = Field(4, ge=1)
+    """responses drawn for each question"""
     output: Output = "sft"
     """sft: kept responses; pairs: preferences; labels: safe or unsafe; answers: responses, graded
     only"""
@@ -109,7 +113,8 @@ class SampleConfig(Section):
     """JSONL of {question, response}: worked examples in front of the question"""
     num_shots: int | None = Field(None, ge=1)
     """how many of them stand before each question, drawn anew; default: all"""
-    avoid: list[str] = Field([], description="files of questions that must not be sampled")
+    avoid: list[str] = []
+    """files of questions that must not be sampled"""
     avoid_ngram: int = Field(13, ge=0)
     """words in a row that such a question must not share; 0: equality only"""
     keep: KeepConfig = KeepConfig()

@@ -30,7 +30,8 @@ class ScheduleEntry(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    from_step: int = Field(gt=0, description="first step with these settings")
+    from_step: int = Field(gt=0)
+    """first step with these settings"""
 
     @model_validator(mode="before")
     @classmethod

@@ -12,7 +12,8 @@ T = TypeVar("T")
 class Section(BaseModel):
     """Typed, immutable settings; unknown keys are refused.
 
-    A field's meaning is its `description`, or a docstring below it (`keys.docstrings`)."""
+    A field's meaning is the docstring below it (`keys.docstrings`), or its `description` where the
+    text is computed."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False

@@ -11,17 +11,24 @@ from megatron_r1.config.section import Section
 class OptimizerConfig(Section):
     """Adam, its learning rate over the run, and the memory of its state."""
 
-    learning_rate: float = Field(3e-6, gt=0, description="after warm-up (the paper: 3e-6)")
-    min_learning_rate: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
-    warmup: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
+    learning_rate: float = Field(3e-6, gt=0)
+    """after warm-up (the paper: 3e-6)"""
+    min_learning_rate: float = Field(0.0, ge=0)
+    """learning rate at the end of the decay"""
+    warmup: int = Field(0, ge=0)
+    """optimizer steps of linear warm-up"""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """how the learning rate falls after warm-up, to min_learning_rate at the end of the run"""
-    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's decay of the gradient's mean")
-    beta2: float = Field(0.95, ge=0, lt=1, description="Adam's decay of the gradient's square")
-    epsilon: float = Field(1e-8, gt=0, description="Adam's, added to the root of the square")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Adam's decay of the gradient's mean"""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Adam's decay of the gradient's square"""
+    epsilon: float = Field(1e-8, gt=0)
+    """Adam's, added to the root of the square"""
     weight_decay: float = Field(0.1, ge=0)
     """AdamW's: a step takes learning rate x this of a weight; 0: none"""
-    clip_grad: float = Field(1.0, gt=0, description="largest global norm of the gradient")
+    clip_grad: float = Field(1.0, gt=0)
+    """largest global norm of the gradient"""
     moments: Literal["float32", "bfloat16"] = "float32"
     """dtype of Adam's moments; bfloat16: DeepSeek-V3's, 4 bytes a parameter less"""
 
@@ -61,12 +68,16 @@ class MixturePart(Section):
     """One file of a mixture. `share`, `count` and `repeat` exclude each other; without any of them
     the file is used once (`repeat: 1`)."""
 
-    path: str = Field(min_length=1, description="JSONL or Parquet of {prompt, response}")
+    path: str = Field(min_length=1)
+    """JSONL or Parquet of {prompt, response}"""
     share: float | None = Field(None, gt=0, le=1)
     """share of an epoch's examples that come from this file"""
-    count: int | None = Field(None, gt=0, description="how many of its examples an epoch has")
-    repeat: float | None = Field(None, gt=0, description="how often an epoch has the whole file")
-    columns: dict[str, str] | None = Field(None, description="{our name: the file's column}")
+    count: int | None = Field(None, gt=0)
+    """how many of its examples an epoch has"""
+    repeat: float | None = Field(None, gt=0)
+    """how often an epoch has the whole file"""
+    columns: dict[str, str] | None = None
+    """{our name: the file's column}"""
 
     @model_validator(mode="after")
     def _is_sized_once(self) -> Self:
@@ -84,7 +95,8 @@ class SFTConfig(Section):
     """JSONL of {prompt, response}, or a list of {path, share|count|repeat}; required by sft"""
     epochs: float | None = Field(None, gt=0)
     """instead of run.steps: passes over the data (the paper: 2)"""
-    batch_size: int = Field(128, gt=0, description="samples per optimizer step")
+    batch_size: int = Field(128, gt=0)
+    """samples per optimizer step"""
     order: Literal["shuffled", "file"] = "shuffled"
     """file: samples in the order of the file, for a curriculum"""
 
