@@ -1,7 +1,7 @@
 """The tokens of a packed batch that a context-parallel rank holds: Transformer Engine's split.
 
-A causal query late in a sample costs more than an early one, so each sample is cut into 2 * ranks
-equal chunks and rank r holds chunks r and 2 * ranks - 1 - r: every rank has equally many tokens and
+A causal query late in a sample costs more than an early one, so each sample is cut into 2 n equal
+chunks for n ranks, and rank r holds chunks r and 2 n - 1 - r: ranks have equally many tokens and
 equal work. A rank's tokens are its two chunks of the first sample, then those of the second, and so
 on: a packed batch whose borders are the global ones divided by the number of ranks."""
 
@@ -9,29 +9,29 @@ import torch
 from torch import Tensor
 
 
-def held_positions(borders: Tensor, rank: int, ranks: int) -> Tensor:
-    """Return the positions (T / ranks,) int64 of the whole batch that `rank` holds, in its order.
+def held_positions(borders: Tensor, rank: int, num_ranks: int) -> Tensor:
+    """Return the positions of the whole batch that `rank` holds, (T / num_ranks,) int64, in order.
 
-    borders: (S + 1,) integers from 0 to T. Raises ValueError where ranks > 1 and a sample's length
-    is not a multiple of 2 * ranks."""
+    borders: (S + 1,) integers from 0 to T. Raises ValueError where num_ranks > 1 and a sample's
+    length is not a multiple of 2 * num_ranks."""
     borders = borders.long()
-    if ranks == 1:
+    if num_ranks == 1:
         return torch.arange(int(borders[-1]), device=borders.device)
     lengths = borders.diff()
-    if (lengths % (2 * ranks)).any():
+    if (lengths % (2 * num_ranks)).any():
         raise ValueError(
-            f"sample lengths {lengths.tolist()[:8]} must be multiples of {2 * ranks} to be split "
-            f"over {ranks} context-parallel ranks: pad them"
+            f"sample lengths {lengths.tolist()[:8]} must be multiples of {2 * num_ranks} to be "
+            f"split over {num_ranks} context-parallel ranks: pad them"
         )
-    chunk = lengths // (2 * ranks)
+    chunk = lengths // (2 * num_ranks)
     first, second = borders[:-1] + rank * chunk, borders[1:] - (rank + 1) * chunk
     starts = torch.stack([first, second], 1).flatten()
     return spans(starts, chunk.repeat_interleave(2))
 
 
-def sample_order(borders: Tensor, ranks: int) -> Tensor:
+def sample_order(borders: Tensor, num_ranks: int) -> Tensor:
     """Return the index, (T,) int64, that sorts tokens gathered rank after rank by samples."""
-    gathered = torch.cat([held_positions(borders, rank, ranks) for rank in range(ranks)])
+    gathered = torch.cat([held_positions(borders, rank, num_ranks) for rank in range(num_ranks)])
     order = torch.empty_like(gathered)
     order[gathered] = torch.arange(len(gathered), device=gathered.device)
     return order

@@ -49,9 +49,9 @@ def ring_attention(
 class _Halves:
     """The first and the second chunks of all samples on a rank; both have the same lengths."""
 
-    def __init__(self, borders: Tensor, ranks: int):
-        chunk = borders.diff() // (2 * ranks)
-        starts = borders[:-1] // ranks
+    def __init__(self, borders: Tensor, num_ranks: int):
+        chunk = borders.diff() // (2 * num_ranks)
+        starts = borders[:-1] // num_ranks
         self.rows = [spans(starts + half * chunk, chunk) for half in (0, 1)]
         self.buckets = Buckets(chunk)
 
@@ -73,9 +73,18 @@ class _RingAttention(torch.autograd.Function):
     see."""
 
     @staticmethod
-    def forward(ctx, query, key, value, halves: _Halves, scale: float, group: ProcessGroup):
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        halves: _Halves,
+        scale: float,
+        group: ProcessGroup,
+    ) -> Tensor:
         """Return out (t, h, e), the module's sum over chunks c."""
-        size, rank, ranks = max(key.shape[2], value.shape[2]), group.rank(), group.size()
+        rank, num_ranks = group.rank(), group.size()
+        size = max(key.shape[2], value.shape[2])
         queries, masks = halves.spread(query, size), halves.buckets.padding(query.dtype)
         # Sums over chunks are in fp32 at least.
         wide = torch.promote_types(query.dtype, torch.float32)
@@ -83,7 +92,7 @@ class _RingAttention(torch.autograd.Function):
         for owner, share in _round(torch.cat([key, value], 2), group):
             keys = halves.spread(share[..., : key.shape[2]], size)
             values = halves.spread(share[..., key.shape[2] :], size)
-            for half, other, causal in _visible(rank, owner, ranks):
+            for half, other, causal in _visible(rank, owner, num_ranks):
                 for at, q in enumerate(queries[half]):
                     k, v = (per_query_head(x[other][at], q.shape[1]) for x in (keys, values))
                     mask = None if causal else masks[at]
@@ -105,7 +114,8 @@ class _RingAttention(torch.autograd.Function):
             dq = scale Σ_k ds k,    dk = scale Σ_q ds q,    dv = Σ_q p grad
             ds = p (grad·v - grad·out),    p = exp(scale q·k - lse)"""
         query, key, value, out, lse = ctx.saved_tensors
-        halves, group, rank, ranks = ctx.halves, ctx.group, ctx.group.rank(), ctx.group.size()
+        halves, group = ctx.halves, ctx.group
+        rank, num_ranks = group.rank(), group.size()
         size, masks = max(key.shape[2], value.shape[2]), halves.buckets.padding(query.dtype)
         queries, outs, grads = (halves.spread(x, size) for x in (query, out, grad))
         # A padded query has grad 0, and so any finite lse will do.
@@ -120,7 +130,7 @@ class _RingAttention(torch.autograd.Function):
                 [[torch.zeros_like(x, dtype=wide) for x in half] for half in halves_of_share]
                 for halves_of_share in (keys, values)
             )
-            for half, other, causal in _visible(rank, owner, ranks):
+            for half, other, causal in _visible(rank, owner, num_ranks):
                 for at, q in enumerate(queries[half]):
                     k, v = (per_query_head(x[other][at], q.shape[1]) for x in (keys, values))
                     row = (grads[half][at], q, k, v, outs[half][at], normalizers[half][at])
@@ -146,29 +156,31 @@ class _RingAttention(torch.autograd.Function):
         return d_query, d_key, d_value, None, None, None
 
 
-def _visible(rank: int, owner: int, ranks: int) -> Iterator[tuple[int, int, bool]]:
+def _visible(rank: int, owner: int, num_ranks: int) -> Iterator[tuple[int, int, bool]]:
     """Yield (half of the queries, half of the owner's keys, whether they are the same chunk) where
     queries see keys."""
-    for half, own in enumerate((rank, 2 * ranks - 1 - rank)):
-        for other, number in enumerate((owner, 2 * ranks - 1 - owner)):
+    for half, own in enumerate((rank, 2 * num_ranks - 1 - rank)):
+        for other, number in enumerate((owner, 2 * num_ranks - 1 - owner)):
             if number <= own:
                 yield half, other, number == own
 
 
 def _round(share: Tensor, group: ProcessGroup) -> Iterator[tuple[int, Tensor]]:
     """Yield (rank, its share), this rank's first. The next share arrives while one is in use."""
-    rank, ranks = group.rank(), group.size()
-    for step in range(ranks):
-        arriving = _pass_on(share, group) if step < ranks - 1 else None
-        yield (rank - step) % ranks, share
+    rank, num_ranks = group.rank(), group.size()
+    for step in range(num_ranks):
+        arriving = _pass_on(share, group) if step < num_ranks - 1 else None
+        yield (rank - step) % num_ranks, share
         if arriving is not None:
             share = arriving()
 
 
 def _pass_on(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
-    """Start sending x, contiguous, to the next rank of the ring; return a function that waits for
-    what the previous rank sends."""
+    """Start sending x, contiguous, to the next rank of the ring, and receiving what the previous
+    rank sends; return a function that waits for both and returns what was received."""
     arriving = torch.empty_like(x)
+    # Point to point between neighbours in `group`, the context-parallel ranks: an all-gather would
+    # hold the keys and values of all ranks at once, here a rank holds two shares beside its own.
     to, of = (dist.get_global_rank(group, (group.rank() + n) % group.size()) for n in (1, -1))
     works = dist.isend(x, to, group), dist.irecv(arriving, of, group)
 
@@ -190,11 +202,11 @@ def _join(known: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor) -> tupl
     return known[0] * (known[1] - whole).exp() + out * (lse - whole).exp(), whole
 
 
-def per_query_head(x: Tensor, heads: int) -> Tensor:
+def per_query_head(x: Tensor, num_heads: int) -> Tensor:
     """Repeat each key/value head for each of its query heads: (r, g, w, n) -> (r, h, w, n)."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], 1)
 
 
-def over_query_heads(x: Tensor, heads: int) -> Tensor:
+def over_query_heads(x: Tensor, num_heads: int) -> Tensor:
     """Return the gradient of `per_query_head`: (r, h, w, n) -> (r, g, w, n)."""
-    return x if x.shape[1] == heads else x.unflatten(1, (heads, -1)).sum(2)
+    return x if x.shape[1] == num_heads else x.unflatten(1, (num_heads, -1)).sum(2)

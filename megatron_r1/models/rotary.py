@@ -1,8 +1,10 @@
 """Rotary position embedding of a packed batch with all angles gathered in one operation.
 
-In place of Megatron's function (`models.patches`), which slices them sample by sample, in Python,
-for queries and keys of every layer: with 256 samples that is a third of a small model's time
-besides its products, and on a GPU a synchronization each time."""
+This replaces Megatron's function (`models.patches`), which slices the angles sample by sample, in
+Python, for queries and keys of every layer: with 256 samples that is a third of a small model's
+time besides its products, and on a GPU a synchronization each time."""
+
+from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding
@@ -14,21 +16,21 @@ from megatron_r1.models.context import held_positions
 from megatron_r1.models.prefixes import first_positions
 
 
-def sample_positions(borders: Tensor, rank: int = 0, ranks: int = 1) -> Tensor:
+def sample_positions(borders: Tensor, rank: int = 0, num_ranks: int = 1) -> Tensor:
     """Return the position in its sample of each token that a context-parallel rank holds, (T /
-    ranks,) int64. borders: (S + 1,) integers from 0 to T, of the whole batch."""
+    num_ranks,) int64. borders: (S + 1,) integers from 0 to T, of the whole batch."""
     borders = borders.long()
     total = int(borders[-1])
     # output_size: without it the host would wait for the GPU's sum once more.
     starts = borders[:-1].repeat_interleave(borders.diff(), output_size=total)
-    if ranks == 1:
+    if num_ranks == 1:
         return torch.arange(total, device=borders.device) - starts
-    held = held_positions(borders, rank, ranks)
+    held = held_positions(borders, rank, num_ranks)
     return held - starts[held]
 
 
 def rotate_packed(
-    t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args, cp_group: ProcessGroup, **kwargs
+    t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, cp_group: ProcessGroup, **kwargs: Any
 ) -> Tensor:
     """Rotate t (T, h, d) of a packed batch by the angles freqs (longest sample, 1, 1, d).
 

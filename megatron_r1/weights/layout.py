@@ -13,7 +13,7 @@ from megatron_r1.weights.decoder import table
 from megatron_r1.weights.rules import Piece, Rule, Shape, Table, stacked, whole
 
 Rank = tuple[int, int]
-"""(rank, ranks) along one parallel axis."""
+"""(rank, number of ranks) along one parallel axis."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Shard:
 class LayoutEntry:
     """One parameter of one rank.
 
-    shape: this rank's.
-    pieces: the HF tensors in it; rows without a piece are vocabulary padding.
+    shape: the shape of this rank's part of the parameter.
+    pieces: the HF tensors in the parameter; rows without a piece are vocabulary padding.
     replicated: whether all tensor ranks have the same pieces.
-    owner: whether this rank, of those that hold the same pieces along the tensor and pipeline axes,
-        writes them.
-    expert: whether its replicas are the expert-data-parallel group.
-    dtype: its own if it differs from the model's, else None."""
+    owner: whether this rank writes the pieces. Of the ranks along the tensor and pipeline axes that
+        hold the same pieces, one does.
+    expert: whether the parameter's replicas are in the expert-data-parallel group.
+    dtype: the parameter's dtype if it differs from the model's, else None."""
 
     shape: Shape
     pieces: tuple[Piece, ...]
@@ -72,7 +72,7 @@ def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str
 
 
 def num_parameters(hf: dict, *, with_mtp: bool = True) -> int:
-    """Return the number of elements of all these tensors."""
+    """Return the number of elements of all tensors that `hf_tensors` lists."""
     return sum(prod(shape) for shape, _ in hf_tensors(hf, with_mtp=with_mtp).values())
 
 
@@ -154,16 +154,16 @@ def _entries(
 ) -> Iterator[tuple[str, LayoutEntry]]:
     """Yield (Megatron parameter, entry) of a rule, once per expert that the rank has."""
     name = (at.transformer_engine and rule.te) or rule.megatron
-    rank, ranks = at.etp if rule.expert else at.tp
-    shape, pieces = rule.split(rule.sources, rank, ranks)
+    rank, num_ranks = at.etp if rule.expert else at.tp
+    shape, pieces = rule.split(rule.sources, rank, num_ranks)
     replicated = rule.split in (whole, stacked)
-    group, groups = at.ep
-    if rule.expert and num_experts % groups:
+    group, num_groups = at.ep
+    if rule.expert and num_experts % num_groups:
         raise UserError(
-            f"parallel.expert={groups} does not divide n_routed_experts={num_experts}; choose a "
-            f"divisor of {num_experts}"
+            f"parallel.expert={num_groups} does not divide n_routed_experts={num_experts}; choose "
+            f"a divisor of {num_experts}"
         )
-    num_local = num_experts // groups if rule.expert else 1
+    num_local = num_experts // num_groups if rule.expert else 1
     for local in range(num_local):
         expert = str(group * num_local + local)
         placed = tuple(
@@ -171,6 +171,11 @@ def _entries(
             for piece in pieces
         )
         entry = LayoutEntry(
-            shape, placed, replicated, not replicated or rank == 0, rule.expert, rule.dtype
+            shape=shape,
+            pieces=placed,
+            replicated=replicated,
+            owner=not replicated or rank == 0,
+            expert=rule.expert,
+            dtype=rule.dtype,
         )
         yield name.replace("{e}", str(local)), entry

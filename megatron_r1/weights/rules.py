@@ -43,7 +43,7 @@ class Piece:
 
 
 Split = Callable[[tuple[Source, ...], int, int], tuple[Shape, list[Piece]]]
-"""(sources, rank, ranks) -> the shape of that rank's parameter and its pieces."""
+"""(sources, rank, num_ranks) -> the shape of that rank's parameter and its pieces."""
 
 
 @dataclass(frozen=True)
@@ -106,38 +106,38 @@ def gated(
     ]
 
 
-def whole(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
+def whole(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
     """Return shape and pieces of a replicated tensor: every rank holds it whole."""
     (source,) = sources
     return source.shape, [Piece(source.name, 0, 0, 0, source.shape[0])]
 
 
-def stacked(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
+def stacked(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
     """Return shape and pieces of replicated tensors, one below the other."""
     return columns(sources, 0, 1)
 
 
-def columns(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
+def columns(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
     """Return shape and pieces of a column-parallel tensor: its rows (output features) are split.
 
     Several sources are concatenated: [gate of this rank; up of this rank]."""
-    return _interleave(sources, blocks=ranks, first=rank, count=1)
+    return _interleave(sources, num_blocks=num_ranks, chosen=range(rank, rank + 1))
 
 
-def rows(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
+def rows(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
     """Return shape and pieces of a row-parallel tensor: its columns (input features) are split."""
     (source,) = sources
     height, width = source.shape
-    length = _divide(width, ranks, source)
+    length = _divide(width, num_ranks, source)
     return (height, length), [Piece(source.name, 1, rank * length, 0, length)]
 
 
-def vocabulary(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
+def vocabulary(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
     """Return shape and pieces of a vocabulary-parallel tensor: rows are split, and padded to a
-    multiple of `ranks`."""
+    multiple of `num_ranks`."""
     (source,) = sources
     num_tokens, width = source.shape
-    height = -(-num_tokens // ranks)
+    height = -(-num_tokens // num_ranks)
     # With more ranks than the last rows need, a rank may hold padding alone.
     start = min(rank * height, num_tokens)
     length = min(height, num_tokens - start)
@@ -154,25 +154,27 @@ class QueryGroups:
     num_groups: int
 
     def __call__(
-        self, sources: tuple[Source, ...], rank: int, ranks: int
+        self, sources: tuple[Source, ...], rank: int, num_ranks: int
     ) -> tuple[Shape, list[Piece]]:
-        groups = self.num_groups
-        if groups % ranks and ranks % groups:
+        num_groups = self.num_groups
+        if num_groups % num_ranks and num_ranks % num_groups:
             raise UserError(
-                f"parallel.tensor={ranks} neither divides num_key_value_heads={groups} nor is a "
-                f"multiple of it; choose a divisor or a multiple of {groups}"
+                f"parallel.tensor={num_ranks} neither divides num_key_value_heads={num_groups} nor "
+                f"is a multiple of it; choose a divisor or a multiple of {num_groups}"
             )
-        if groups % ranks == 0:
-            count = groups // ranks
-            return _interleave(sources, blocks=groups, first=rank * count, count=count)
-        (height, *width), pieces = _interleave(sources, blocks=groups, first=0, count=groups)
-        if height % ranks:
+        if num_groups % num_ranks == 0:
+            num_local = num_groups // num_ranks
+            own = range(rank * num_local, (rank + 1) * num_local)
+            return _interleave(sources, num_blocks=num_groups, chosen=own)
+        every = range(num_groups)
+        (height, *width), pieces = _interleave(sources, num_blocks=num_groups, chosen=every)
+        if height % num_ranks:
             raise UserError(
-                f"parallel.tensor={ranks} does not divide the {height} rows of query, key and "
+                f"parallel.tensor={num_ranks} does not divide the {height} rows of query, key and "
                 f"value together ({sources[0].name}); choose a divisor of {height}"
             )
-        rows = height // ranks
-        return (rows, *width), list(rows_of(pieces, rank * rows, rows))
+        num_rows = height // num_ranks
+        return (num_rows, *width), list(rows_of(pieces, rank * num_rows, num_rows))
 
 
 def rows_of(pieces: Iterable[Piece], start: int, length: int) -> Iterator[Piece]:
@@ -192,24 +194,24 @@ def rows_of(pieces: Iterable[Piece], start: int, length: int) -> Iterator[Piece]
 
 
 def _interleave(
-    sources: tuple[Source, ...], *, blocks: int, first: int, count: int
+    sources: tuple[Source, ...], *, num_blocks: int, chosen: range
 ) -> tuple[Shape, list[Piece]]:
-    """Cut each source into `blocks` runs of rows; return blocks first … first + count - 1, the
-    sources alternating."""
-    lengths = [_divide(source.shape[0], blocks, source) for source in sources]
+    """Cut each source into `num_blocks` runs of rows; return the chosen blocks in order, in each of
+    them the runs of all sources one below the other."""
+    lengths = [_divide(source.shape[0], num_blocks, source) for source in sources]
     pieces, end = [], 0
-    for block in range(first, first + count):
+    for block in chosen:
         for source, length in zip(sources, lengths, strict=True):
             pieces.append(Piece(source.name, 0, block * length, end, length))
             end += length
     return (end, *sources[0].shape[1:]), pieces
 
 
-def _divide(size: int, parts: int, source: Source) -> int:
-    if size % parts:
+def _divide(size: int, num_parts: int, source: Source) -> int:
+    if size % num_parts:
         key = "parallel.expert_tensor" if "{e}" in source.name else "parallel.tensor"
         raise UserError(
-            f"{source.name} {source.shape} cannot be split into {parts} parts: set {key} to a "
+            f"{source.name} {source.shape} cannot be split into {num_parts} parts: set {key} to a "
             f"divisor of {size}"
         )
-    return size // parts
+    return size // num_parts

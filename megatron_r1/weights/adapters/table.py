@@ -57,7 +57,7 @@ def check_adapters(config: Config, hf: dict) -> None:
 
 
 def adapter_shapes(rules: Table) -> dict[str, Shape]:
-    """Return name -> full shape of every adapter's factors, of `adapter_table`."""
+    """Return name -> full shape of all factors that the rules of `adapter_table` list."""
     shapes = {}
     for index, layer in enumerate(rules.layers):
         for rule in layer:
@@ -91,22 +91,22 @@ def target_modules(rules: Table) -> str:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The split of a fused weight's factors B, of which some have no adapter: rows of those have no
-    piece."""
+    """The split of a fused weight's factors B where some of its layers have no adapter: the rows of
+    those layers have no piece."""
 
     split: Split
     names: frozenset[str]
 
     def __call__(
-        self, sources: tuple[Source, ...], rank: int, ranks: int
+        self, sources: tuple[Source, ...], rank: int, num_ranks: int
     ) -> tuple[Shape, list[Piece]]:
-        shape, pieces = self.split(sources, rank, ranks)
+        shape, pieces = self.split(sources, rank, num_ranks)
         chosen = [piece for piece in pieces if piece.hf_name in self.names]
         if not chosen:  # with more ranks than key and value heads
             whole = ", ".join(source.name.removesuffix(B) for source in sources)
             raise UserError(
-                f"model.lora.targets: tensor rank {rank} of parallel.tensor={ranks} has no row of "
-                f"the chosen layers among {whole}; choose all of them, or fewer tensor ranks"
+                f"model.lora.targets: tensor rank {rank} of parallel.tensor={num_ranks} has no row "
+                f"of the chosen layers among {whole}; choose all of them, or fewer tensor ranks"
             )
         return shape, chosen
 
