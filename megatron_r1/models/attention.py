@@ -10,10 +10,14 @@ Shapes: s tokens, b sequences, t tokens of a packed batch on this rank, h query 
 heads (g divides h), d head size of queries and keys, e head size of values. Padded batches have
 Megatron's order (s, b, heads, size); packed ones have no b."""
 
+from typing import Any
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     is_layer_window_attention,
@@ -33,13 +37,13 @@ class CoreAttention(MegatronModule):
 
     def __init__(
         self,
-        config,
+        config: TransformerConfig,
         layer_number: int,
-        *positional,
+        *positional: Any,
         softmax_scale: float | None = None,
         k_channels: int | None = None,
         pg_collection: ProcessGroupCollection,
-        **unused,
+        **unused: Any,
     ):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale or (k_channels or config.kv_channels) ** -0.5
@@ -59,7 +63,7 @@ class CoreAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
-        attn_mask_type=None,
+        attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:

@@ -265,7 +265,7 @@ def rope_parameters(hf: dict) -> dict:
     return rope
 
 
-def require(hf: dict, **allowed) -> None:
+def require(hf: dict, **allowed: Any) -> None:
     """Raise UserError for a field of `hf` that is set to another value than the one allowed."""
     for name, value in allowed.items():
         actual = hf.get(name)

@@ -1,6 +1,8 @@
 """Layers that Megatron-Core lacks on a CPU, and the specs that choose each layer's modules."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -12,9 +14,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_r1.models.attention import CoreAttention
@@ -31,7 +37,7 @@ class RMSNorm(torch.nn.Module):
     The mean is computed in fp32 and the product with the weight in the input's dtype, as in
     transformers. Megatron's own (WrappedTorchNorm) does not support sequence parallelism."""
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-6):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
@@ -51,7 +57,7 @@ class _Normalize(torch.autograd.Function):
     x's dtype, 1 / r (..., 1) in fp32, and w."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
         scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         normalized = (wide * scale).to(x.dtype)
@@ -59,7 +65,7 @@ class _Normalize(torch.autograd.Function):
         return weight * normalized
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         normalized, scale, weight = ctx.saved_tensors
         product = grad.float() * normalized
         d_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
@@ -71,7 +77,7 @@ class _Normalize(torch.autograd.Function):
 class ReplicatedLinear(torch.nn.Module):
     """y = x W^T, all of W on every tensor-parallel rank: TELinear's parallel_mode "duplicated"."""
 
-    def __init__(self, input_size: int, output_size: int, config):
+    def __init__(self, input_size: int, output_size: int, config: TransformerConfig):
         super().__init__()
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(
@@ -100,7 +106,7 @@ class LatentAttention(MLASelfAttention):
     (multi_latent_attention.py:607, Megatron-Core 0.16.1). Behind a replicated projection, the
     backward pass of the gather over the sequence sums them."""
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config: MLATransformerConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         latent = config.kv_lora_rank + config.qk_pos_emb_head_dim
         self.linear_kv_down_proj = ReplicatedLinear(config.hidden_size, latent, config)
@@ -127,19 +133,28 @@ class PackedMTPLayer(MultiTokenPredictionLayer):
     Megatron passes every argument through its checkpoint function, which saves them as tensors
     (multi_token_prediction.py:800, Megatron-Core 0.16.1); PackedSeqParams is not a tensor."""
 
-    def _checkpointed_forward(self, forward_func, *, hidden_states, decoder_input, **context):
+    def _checkpointed_forward(
+        self,
+        forward_func: Callable[..., Tensor],
+        *,
+        hidden_states: Tensor,
+        decoder_input: Tensor,
+        **context: Any,
+    ) -> Tensor:
         if self.config.fp8:  # Transformer Engine's checkpoint function takes any argument
             parts = {"hidden_states": hidden_states, "decoder_input": decoder_input}
             return super()._checkpointed_forward(forward_func, **parts, **context)
 
-        def forward(hidden_states, decoder_input):
+        def forward(hidden_states: Tensor, decoder_input: Tensor) -> Tensor:
             return forward_func(hidden_states, decoder_input, **context)
 
         save_in_parts = self.config.distribute_saved_activations
         return tensor_parallel.checkpoint(forward, save_in_parts, hidden_states, decoder_input)
 
 
-def block_specs(config, *, vp_stage: int | None = None):
+def block_specs(
+    config: TransformerConfig, *, vp_stage: int | None = None
+) -> tuple[TransformerBlockSubmodules, MultiTokenPredictionBlockSubmodules | None]:
     """Return this stage's decoder spec and, where the stage holds MTP layers, their spec, or None.
 
     config.transformer_impl "transformer_engine" uses Megatron's Transformer Engine classes as they
@@ -165,7 +180,7 @@ def block_specs(config, *, vp_stage: int | None = None):
     return block, mtp
 
 
-def _last_layer(config, transformer_engine: bool) -> ModuleSpec:
+def _last_layer(config: TransformerConfig, transformer_engine: bool) -> ModuleSpec:
     """Return the last decoder layer's spec, which MTP layers follow, on any stage."""
     layers = get_gpt_decoder_layer_specs(config, transformer_engine, normalization="RMSNorm")
     return layers[-1] if transformer_engine else _local_layer(layers[-1])

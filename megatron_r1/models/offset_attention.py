@@ -8,10 +8,13 @@ PyTorch's flash attention returns lse = log Σ_k exp(scale q·k) with its output
 logaddexp(lse, z) in its place the output shrinks by exp(lse - that), and the same backward kernel,
 given both, computes the gradients of queries, keys and values.
 
-A query with a window of w tokens sees its own and the w - 1 before it: those of its block of w
-tokens and of the block before. So a sequence of s tokens costs 2 s w products, not s².
+A query with a window of w tokens sees its own token and the w - 1 before it. All of these are in
+the query's block of w tokens or in the block before, so a sequence of s tokens costs 2 s w
+products, not s².
 
 Shapes: b sequences, s tokens, h query heads, g key/value heads (g divides h), d head size."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +69,15 @@ class _Offset(torch.autograd.Function):
     query (b, h, s, d), key and value (b, h, s', d) of one dtype; mask: (s, s') in it, or None."""
 
     @staticmethod
-    def forward(ctx, query, key, value, offset, mask, scale: float):
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        offset: Tensor,
+        mask: Tensor | None,
+        scale: float,
+    ) -> Tensor:
         """Return out (b, h, s, d), the module's equation; lse is in fp32 or wider."""
         causal = mask is None
         out, lse = _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)

@@ -6,7 +6,7 @@ pipeline rank p of P holds the chunks (0, p) … (V - 1, p) of V virtual stages,
 pass the chunks in the order (0, 0), (0, 1) … (0, P - 1), (1, 0) …"""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_r1.errors import UserError
@@ -120,7 +120,9 @@ def _unrolled(text: str, layout: str) -> Iterator[str]:
         position = match.end()
 
 
-def _check(layout, groups, num_layers, pipeline, virtual, num_mtp) -> None:
+def _check(
+    layout: str, groups: Sequence[str], num_layers: int, pipeline: int, virtual: int, num_mtp: int
+) -> None:
     """Raise UserError where a layout does not have each layer once, in Megatron's order."""
 
     def refuse(reason: str) -> None:

@@ -10,8 +10,13 @@ Megatron's order (s, b, h); what the last stage returns is (b, s, h)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
@@ -22,9 +27,11 @@ from megatron.core.transformer.multi_token_prediction import (
     MTPLossLoggingHelper,
     roll_tensor,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from r1_kernels import linear_token_logprobs
 from torch import Tensor
+from torch.nn import Module
 
 
 class LMHead(ColumnParallelLinear):
@@ -34,7 +41,7 @@ class LMHead(ColumnParallelLinear):
     for a module's parameters in that module's forward hook."""
 
     @classmethod
-    def replacing(cls, layer: ColumnParallelLinear, config) -> LMHead:
+    def replacing(cls, layer: ColumnParallelLinear, config: TransformerConfig) -> LMHead:
         """Return an LMHead with the weight, attributes included, of GPTModel's output layer."""
         head = cls(
             layer.input_size,
@@ -98,9 +105,9 @@ class PolicyModel(GPTModel):
         mtp_in_postprocess: bool | None = None,
         runtime_gather_output: bool | None = None,
         decoder_input: Tensor | None = None,
-        inference_context=None,
+        inference_context: BaseInferenceContext | None = None,
         extra_block_kwargs: dict | None = None,
-        **context,
+        **context: Any,
     ) -> Tensor:
         """Return hidden states in place of Megatron's logits: (s, b, h) before the last stage,
         (b, s, h) on it. With labels their gradient contains the MTP loss."""
@@ -111,6 +118,7 @@ class PolicyModel(GPTModel):
         if not self.post_process:
             return hidden_states
         if predicts:
+            assert labels is not None, "MTP layers predict labels"
             hidden_states, *predicted = hidden_states.chunk(1 + self.config.mtp_num_layers)
             hidden_states = self._with_mtp_loss(
                 hidden_states, predicted, labels, loss_mask, context["packed_seq_params"]
@@ -131,7 +139,14 @@ class PolicyModel(GPTModel):
     def _constant_embedding(self, **tokens: Tensor) -> Tensor:
         return self.embedding(**tokens).detach()
 
-    def _with_mtp_loss(self, hidden, predicted, labels, loss_mask, packed_seq_params) -> Tensor:
+    def _with_mtp_loss(
+        self,
+        hidden: Tensor,
+        predicted: Sequence[Tensor],
+        labels: Tensor,
+        loss_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> Tensor:
         """Return `hidden` (s, b, h) with the gradient of the MTP losses in its backward pass.
 
         predicted[k]: (s, b, h), hidden states of MTP layer k, whose targets are the labels shifted
@@ -157,7 +172,7 @@ class PolicyModel(GPTModel):
             hidden = MTPLossAutoScaler.apply(hidden, scale * losses / share)
         return hidden
 
-    def _cross_entropy(self, states, labels, mask) -> Tensor:
+    def _cross_entropy(self, states: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return -log p(label), (b, s) fp32, of `states` (s, b, h) where `mask` (b, s) is not 0."""
         hidden, _ = self.output_layer(states)
         hidden = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])
@@ -175,30 +190,29 @@ class PolicyModel(GPTModel):
         return losses.view_as(labels)
 
 
-def lm_head_weight(model) -> Tensor:
+def lm_head_weight(model: Module) -> Tensor:
     """Return this rank's rows of the head, (padded vocabulary / tensor_parallel, h), tied or not.
 
     model: a last pipeline stage, bare or wrapped. Rows outside `vocab_shard` are padding."""
-    model = unwrap_model(model)
-    weight = model.output_layer.weight
-    return model.shared_embedding_or_output_weight() if weight is None else weight
+    stage: GPTModel = unwrap_model(model)
+    weight = stage.output_layer.weight
+    return stage.shared_embedding_or_output_weight() if weight is None else weight
 
 
-def vocab_shard(model) -> range:
+def vocab_shard(model: Module) -> range:
     """Return the tokens whose head rows this rank holds: row i of `lm_head_weight` is token
     vocab_shard[i].
 
     Shorter than the weight where the vocabulary is padded to a multiple of the tensor-parallel
     size; a softmax must leave those last rows out (logits -inf, or the weight cut)."""
-    model = unwrap_model(model)
-    num_rows = model.output_layer.output_size_per_partition
-    start = num_rows * model.output_layer.tp_group.rank()
-    return range(
-        min(start, model.unpadded_vocab_size), min(start + num_rows, model.unpadded_vocab_size)
-    )
+    stage: PolicyModel = unwrap_model(model)
+    num_rows = stage.output_layer.output_size_per_partition
+    start = num_rows * stage.output_layer.tp_group.rank()
+    end = start + num_rows
+    return range(min(start, stage.unpadded_vocab_size), min(end, stage.unpadded_vocab_size))
 
 
-def logits(model, hidden: Tensor) -> Tensor:
+def logits(model: Module, hidden: Tensor) -> Tensor:
     """Return the logits (b, s, this rank's vocabulary) of `hidden` (b, s, h), the last stage's.
 
     Logits of padding rows are -inf. For tools and tests: the training loss never forms them."""

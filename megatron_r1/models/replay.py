@@ -11,7 +11,7 @@ interleaves the two."""
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,7 +45,12 @@ class LayerReplay:
         self.asked: Tensor | int = 0
 
     def get_replay_topk(
-        self, scores: Tensor, topk: int, num_groups, group_topk, default_compute_topk
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None,
+        group_topk: int | None,
+        default_compute_topk: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         """Return the scores of the chosen experts and their indices, (T, topk) each, int64 indices.
 

@@ -37,8 +37,11 @@ def route(
     scores = wide.softmax(-1) if score_function == "softmax" else wide.sigmoid()
     best = GROUP_SCORES[score_function]
 
-    def choose(scores: Tensor, topk: int, num_groups=None, group_topk=None):
+    def choose(
+        scores: Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         if group_topk:
+            assert num_groups, "topk of groups without groups"
             scores = _within_groups(scores, num_groups, group_topk, best)
         return scores.topk(topk, dim=-1)
 

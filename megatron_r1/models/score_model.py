@@ -5,6 +5,8 @@ rank multiplies its own part of the tokens and only the scores are gathered, so 
 counts once: that of the hidden states is cut to the rank's own tokens, that of the head is summed
 over the tensor ranks like a norm's (`models.gradients`)."""
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -48,7 +50,7 @@ class ScoreModel(GPTModel):
             self.score = ScoreHead(self.config, self.output_layer.tp_group)
             del self.output_layer  # of the vocabulary's size, and without a use
 
-    def _postprocess(self, hidden_states: Tensor, **context) -> Tensor:
+    def _postprocess(self, hidden_states: Tensor, **context: Any) -> Tensor:
         if not self.post_process:
             return hidden_states
         return self.score(hidden_states).transpose(0, 1).contiguous()

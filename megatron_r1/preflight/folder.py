@@ -6,6 +6,7 @@ import secrets
 import shutil
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_r1.errors import UserError
@@ -68,7 +69,7 @@ def check_folder(folder: Path, place: Place, progress: RankProgress) -> Folder:
 
 
 @contextlib.contextmanager
-def _faults(found: Folder):
+def _faults(found: Folder) -> Iterator[None]:
     try:
         yield
     except (OSError, UserError) as error:

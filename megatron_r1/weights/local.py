@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.utils import unwrap_model
 from torch import Tensor
+from torch.nn import Module
 
 from megatron_r1.models.build import process_groups
 from megatron_r1.weights.layout import LayoutEntry, Shard, layout
@@ -46,12 +48,12 @@ def local_entries(model_chunks: Sequence, hf: dict) -> Iterator[tuple[Tensor, La
             yield tensors[name], entry
 
 
-def model_tensors(chunk) -> dict[str, Tensor]:
+def model_tensors(chunk: Module) -> dict[str, Tensor]:
     """Return this rank's tensors that the weight table covers: parameters, router bias buffers;
     without adapters, which have a table of their own."""
-    chunk = unwrap_model(chunk)
-    biases = {n: b for n, b in chunk.named_buffers() if n.endswith(".expert_bias")}
-    return {n: p for n, p in chunk.named_parameters() if ".lora." not in n} | biases
+    bare: Module = unwrap_model(chunk)
+    biases = {n: b for n, b in bare.named_buffers() if n.endswith(".expert_bias")}
+    return {n: p for n, p in bare.named_parameters() if ".lora." not in n} | biases
 
 
 def merged(parameter: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -62,19 +64,20 @@ def merged(parameter: Tensor, rows: slice, columns: slice) -> Tensor:
     return adapter.merged(parameter.detach(), rows, columns)
 
 
-def shard_of(chunk) -> Shard:
+def shard_of(chunk: Module) -> Shard:
     """Return the shard of this rank's model chunk, from the chunk and its process groups."""
-    chunk, groups = unwrap_model(chunk), process_groups([chunk])
+    stage: GPTModel = unwrap_model(chunk)
+    groups = process_groups([chunk])
     return Shard(
-        layers=tuple(layer.layer_number - 1 for layer in chunk.decoder.layers),
-        embedding=chunk.pre_process,
-        final_norm=chunk.decoder.final_layernorm is not None,
-        head=chunk.post_process,
-        mtp=bool(chunk.mtp_process),
+        layers=tuple(layer.layer_number - 1 for layer in stage.decoder.layers),
+        embedding=stage.pre_process,
+        final_norm=stage.decoder.final_layernorm is not None,
+        head=stage.post_process,
+        mtp=bool(stage.mtp_process),
         tp=(groups.tp.rank(), groups.tp.size()),
         ep=(groups.ep.rank(), groups.ep.size()),
         etp=(groups.expt_tp.rank(), groups.expt_tp.size()),
-        transformer_engine=chunk.config.transformer_impl == "transformer_engine",
+        transformer_engine=stage.config.transformer_impl == "transformer_engine",
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.weights.layout import hf_tensors
 from megatron_r1.weights.local import has_mtp, local_pieces
-from megatron_r1.weights.rules import SCORE, Shape
+from megatron_r1.weights.rules import SCORE, Piece, Shape
 from megatron_r1.weights.stored.hf_weights import HfWeights
 from megatron_r1.weights.stored.megatron_weights import MegatronWeights
 
@@ -82,6 +82,6 @@ def _drawn(name: str, shape: Shape, std: float, seed: int) -> torch.Tensor:
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
-def _zero_padding(parameter, pieces) -> None:
+def _zero_padding(parameter: torch.Tensor, pieces: Sequence[Piece]) -> None:
     if sum(piece.length for piece in pieces) < parameter.shape[pieces[0].dim if pieces else 0]:
         parameter.zero_()

@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_r1.models.fp8.product import fp8_linear
 from megatron_r1.models.fp8.recipes import Recipe
@@ -41,9 +42,9 @@ def _forward_impl(
     gradient_accumulation_fusion: bool = False,
     allreduce_dgrad: bool = False,
     sequence_parallel: bool = False,
-    grad_output_buffer=None,
-    wgrad_deferral_limit=None,
-    tp_group=None,
+    grad_output_buffer: list[Tensor] | None = None,
+    wgrad_deferral_limit: int | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Compute what Megatron's linear_with_grad_accumulation_and_async_allreduce (layers.py) does.
 

@@ -15,6 +15,8 @@ rounded down to a power of two if the recipe says so, and rounded in fp32 otherw
 limit, unlike the checkpoint format of `r1_kernels.quantize_blockwise` (amax ≥ 1e-4), which would
 round the gradients of a long batch to zero."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ class _Product(torch.autograd.Function):
     x (..., in), W (out, in), dy (..., out), each in its own float dtype. Saved: x and W."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
         ctx.recipe = recipe
         ctx.save_for_backward(x, weight)
         tokens = x.reshape(-1, x.shape[-1])
@@ -45,7 +47,7 @@ class _Product(torch.autograd.Function):
         return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         recipe: Recipe = ctx.recipe
         dy = dy.reshape(-1, weight.shape[0])

@@ -19,6 +19,7 @@ from typing import IO, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_r1.errors import UserError
@@ -97,7 +98,7 @@ class DistributedCheckpoint:
         sizes = {
             (key, tuple(chunk.offsets)): tuple(chunk.sizes)
             for key, entry in self._metadata.state_dict_metadata.items()
-            if key in self.shapes
+            if isinstance(entry, TensorStorageMetadata) and key in self.shapes
             for chunk in entry.chunks
         }
         chunks: dict[str, dict[int, list[_Chunk]]] = defaultdict(lambda: defaultdict(list))
@@ -134,7 +135,8 @@ class DistributedCheckpoint:
             ) from error
 
     def _data_offset(self, key: str, chunk: _Chunk) -> int:
-        """Return the offset in the file of a chunk's raw data, which a meta tensor has."""
+        """Return the offset in the file of a chunk's raw data. The pickle alone is read: loaded on
+        the meta device, it gives a tensor that knows the offset of its data."""
         known = self._data_offsets.get((chunk.file, chunk.offset))
         if known is None:
             with open(self.path / chunk.file, "rb") as file:
@@ -171,7 +173,7 @@ class DistributedCheckpoint:
                 )
 
 
-def _metadata(folder: Path):
+def _metadata(folder: Path) -> Metadata:
     about = folder / "metadata.json"
     if not about.is_file() or not (folder / ".metadata").is_file():
         raise UserError(

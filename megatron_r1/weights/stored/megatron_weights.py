@@ -36,7 +36,7 @@ class MegatronWeights:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.checkpoint.close()
 
     @property
