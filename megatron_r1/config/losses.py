@@ -36,9 +36,10 @@ class _Readable:
 
 @dataclass(frozen=True)
 class LossSettings(_Readable):
-    """Settings of a policy loss: those of r1_kernels' `policy_loss` (formulae: its `policy_terms`),
-    but for `average`, by which the trainer's denominator is chosen too. The defaults of optional
-    terms leave the term out."""
+    """Settings of a policy loss: those of r1_kernels' `policy_loss` (formulae: its `policy_terms`).
+
+    `average` also chooses the trainer's denominator, unlike in `policy_loss`. The default of each
+    optional term leaves that term out."""
 
     average: LossAverage
     """as `rl.loss_average`; `training.losses` has what each is divided by"""

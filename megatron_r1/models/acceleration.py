@@ -33,8 +33,8 @@ ENVIRONMENT = {
 
 
 def acceleration_fields(config: Config, has_experts: bool) -> dict[str, Any]:
-    """Return Megatron's fields for the settings above. Raises UserError where this machine cannot
-    do what they name."""
+    """Return Megatron's fields for `model.attention_backend`, `model.fusions` and
+    `parallel.dispatcher`. Raises UserError where this machine cannot do what a setting names."""
     backend = config.model.attention_backend
     _check_attention(backend)
     fusions = config.model.fusions

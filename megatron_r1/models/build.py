@@ -78,9 +78,10 @@ def process_groups(chunks: Sequence) -> ProcessGroupCollection:
 
 
 def _set_latent_epsilon(model: PolicyModel | ScoreModel) -> None:
-    """Give the norms of latent attention the epsilon of all released models with it, which do not
-    read rms_norm_eps there (modeling_deepseek.py of DeepSeek-V2, V3, Moonlight and Kimi-K2;
-    transformers' classes). Megatron gives all norms the same."""
+    """Give the norms of latent attention their own epsilon; Megatron gives all norms one.
+
+    All released models with latent attention have this value there, and do not read rms_norm_eps
+    (modeling_deepseek.py of DeepSeek-V2, V3, Moonlight and Kimi-K2; transformers' classes)."""
     for module in model.modules():
         if isinstance(module, MLASelfAttention):
             # Transformer Engine has the norms in the projections behind them.

@@ -1,8 +1,8 @@
 """Over which ranks a parameter's gradient is summed, and on which its norm counts.
 
-A rank computes the gradient of the parameters that it holds, from the tokens and features that it
-sees. The ranks that hold the same parameter and see something else add theirs up; Megatron reads
-who they are from attributes of the parameter:
+A rank computes the gradient of each parameter that it holds from the tokens and features that it
+sees. Ranks that hold the same parameter and see other tokens or features add up their gradients;
+Megatron reads from attributes of the parameter which ranks these are:
 
     parameter                                     summed over        attributes
     split over the tensor ranks                   data               a
@@ -39,8 +39,8 @@ from megatron_r1.models.pipeline_stages import parse_layout
 
 
 def sum_over_token_parts(parameter: Parameter, config: TransformerConfig) -> None:
-    """Have the gradient of a parameter that is whole on every tensor rank summed over them where
-    each uses it on its own tokens: under sequence parallelism."""
+    """Have the gradient of a parameter that every tensor rank holds whole summed over the tensor
+    ranks under sequence parallelism, where each of them applies it to its own tokens."""
     parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
@@ -79,8 +79,8 @@ def _correct_experts(model: Module, config: TransformerConfig) -> None:
 
 
 def _correct_sinks(model: Module) -> None:
-    """Have the norm count the softmax offsets of every tensor rank: they are split over them, which
-    Megatron's attention does not say."""
+    """Have the norm count the softmax offsets of every tensor rank: the offsets are split over the
+    tensor ranks, and Megatron's attention does not mark them so."""
     for name, parameter in model.named_parameters():
         if name.endswith(".softmax_offset"):
             set_tensor_model_parallel_attributes(parameter, True, 0, 1)
@@ -89,9 +89,9 @@ def _correct_sinks(model: Module) -> None:
 def _correct_down_projections(model: Module) -> None:
     """Have the norm count the down-projections of latent attention once.
 
-    They are whole on every tensor rank, but Transformer Engine marks the weights of all its linear
-    layers as split (pytorch/module/linear.py:2297, 2.20.2): with tensor_parallel 2 the norm was 11%
-    too large on a small model, and gradients were clipped by as much too early."""
+    Every tensor rank holds these weights whole, but Transformer Engine marks the weights of all its
+    linear layers as split (pytorch/module/linear.py:2297, 2.20.2): with tensor_parallel 2 the norm
+    was 11% too large on a small model, and gradients were clipped by as much too early."""
     for module in model.modules():
         if isinstance(module, MLASelfAttention):
             for name in ("linear_q_down_proj", "linear_kv_down_proj"):

@@ -13,6 +13,7 @@ Shapes: t tokens, S segments, h query heads, g key/value heads (g divides h), d 
 and keys, e of values."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,9 @@ _ATTRIBUTE = "segments_before"
 def with_prefixes(borders: Tensor, before: Tensor) -> Tensor:
     """Return `borders`, (S + 1,) integers, marked with the segments that the S continue.
 
-    before: (S,) int64, the number of the segment before each, or -1; a prefix has none itself. The
-    mark is on the tensor object, because that alone reaches Megatron's rotary embedding."""
+    before: (S,) int64, for each segment the index of its prefix, or -1; a prefix has no prefix
+    itself. The mark is on the tensor object, because of all arguments only `borders` reaches
+    Megatron's rotary embedding."""
     setattr(borders, _ATTRIBUTE, before)
     return borders
 
@@ -61,8 +63,8 @@ def prefix_attention(
 
 
 class _Segments:
-    """The places of a batch's segments. links: for each prefix the rows that continue it, int64,
-    and its own."""
+    """The places of a batch's segments. links: for each prefix, the rows of the segments that
+    continue it, int64, and the prefix's own rows."""
 
     def __init__(self, borders: Tensor, before: Tensor):
         lengths = borders.diff()
@@ -82,7 +84,9 @@ class _PrefixAttention(torch.autograd.Function):
     key, value and out, and lse (t, h, 1) over a query's own segment and its prefix."""
 
     @staticmethod
-    def forward(ctx, query, key, value, segments: _Segments, scale: float):
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: _Segments, scale: float
+    ) -> Tensor:
         """Return out (t, h, e), joined from the attention to the own segment, o, and to the
         prefix, p.
 
@@ -113,8 +117,9 @@ class _PrefixAttention(torch.autograd.Function):
         """Return the gradients of query (t, h, d), key (t, g, d) and value (t, g, e) for that of
         out, grad (t, h, e).
 
-        Both parts compute theirs with the joint `out` and `lse` (equations: `ring_attention`), and
-        they add up; a prefix's keys and values get those of all its segments."""
+        Both parts compute their gradients with the joint `out` and `lse` (equations:
+        `ring_attention`), and these add up; a prefix's keys and values get those of all its
+        segments."""
         query, key, value, out, lse = ctx.saved_tensors
         segments, buckets = ctx.segments, ctx.segments.buckets
         size, wide = _sizes(query, key, value)

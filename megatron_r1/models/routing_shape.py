@@ -8,9 +8,10 @@ from megatron_r1.models.hf_config import need, sparse_layers
 
 @dataclass(frozen=True)
 class RoutingShape:
-    """The sizes of the routing decisions of a mixture of experts. moe_layers: indices of the
-    decoder layers with routed experts, among num_layers; every token is routed to topk of
-    num_experts."""
+    """The sizes of the routing decisions of a mixture of experts.
+
+    moe_layers: indices of the decoder layers with routed experts, among num_layers. In each of
+    these, every token is routed to topk of num_experts."""
 
     num_layers: int
     moe_layers: tuple[int, ...]

@@ -1,13 +1,15 @@
 """Patches of Megatron-Core for a CPU: one for each use of CUDA in its code.
 
-Megatron-Core names CUDA directly in some fifty places. Each patch (`patch.Patch`) is one's answer
-on a CPU; tests/unit/test_platform.py fails when its upstream line moves. `platform.prepare()`
-installs the patches in the order of this file, before Megatron is imported."""
+Megatron-Core names CUDA directly in some fifty places. Each patch (`patch.Patch`) is the
+answer to one of these places on a CPU; tests/unit/test_platform.py fails when its upstream line
+moves. `platform.prepare()` installs the patches in the order of this file, before Megatron is
+imported."""
 
 import contextlib
 import functools
 import os
 import sys
+from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
@@ -22,9 +24,9 @@ _patch = listed_in(PATCHES)
 class _Event:
     """A CUDA event on a device without queues: everything recorded has already happened."""
 
-    def __init__(self, *args, **kwargs) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def _do_nothing(self, *args, **kwargs) -> None: ...
+    def _do_nothing(self, *args: Any, **kwargs: Any) -> None: ...
 
     record = wait = synchronize = _do_nothing
 
@@ -37,11 +39,11 @@ class _Stream(_Event):
 
     wait_stream = wait_event = _Event._do_nothing
 
-    def record_event(self, *args) -> _Event:
+    def record_event(self, *args: Any) -> _Event:
         return _Event()
 
 
-def _names_cuda(where) -> bool:
+def _names_cuda(where: object) -> bool:
     return isinstance(where, (str, torch.device)) and str(where).startswith("cuda")
 
 

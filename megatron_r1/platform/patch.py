@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Patch:
-    """The answer to one line of Megatron-Core.
+    """What is done in place of one line of Megatron-Core.
 
     upstream: file below `megatron/core` and line, as of `versions.MEGATRON_VERSION`; text: what
     that line contains. A test fails when it moves."""

@@ -19,8 +19,8 @@ _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|b
 
 @dataclass(frozen=True)
 class StackedPart:
-    """The part of a stored tensor, `name`, that is one expert's tensor of the weight table: every
-    `step`-th column of stored[expert], from `first`."""
+    """One expert's tensor of the weight table, as a part of the stored tensor `name`: the columns
+    first, first + step, first + 2 step … of stored[expert]."""
 
     name: str
     expert: int
@@ -28,14 +28,16 @@ class StackedPart:
     step: int
 
     def of(self, stored: Any) -> Any:
-        """Return the torch tensor as a view of stored[expert], or of its columns from a multiple of
-        `step`."""
+        """Return the expert's torch tensor, or some of its rows, as a view of `stored`.
+
+        stored: stored[expert], or a run of its columns that begins at a multiple of `step`."""
         own = stored[..., self.first :: self.step]
         return own.T if own.dim() == 2 else own
 
     def box(self, shape: Shape, dim: int, start: int, length: int) -> tuple[Shape, Shape]:
-        """Return (starts, sizes) of the rectangle of stored[expert], of `shape`, that has these
-        rows (dim 0) or columns (dim 1) of the tensor."""
+        """Return (starts, sizes) of the rectangle of stored[expert] that holds `length` rows (dim
+        0) or columns (dim 1) of the expert's tensor, from `start`. shape: that of stored[expert].
+        """
         starts, sizes = [0] * len(shape), list(shape)
         if dim == 0:
             starts[-1], sizes[-1] = self.step * start, self.step * length
@@ -44,13 +46,14 @@ class StackedPart:
         return tuple(starts), tuple(sizes)
 
     def whole(self, shape: Shape, num_experts: int) -> Shape:
-        """Return the shape of the stored tensor; shape: the expert's."""
+        """Return the shape of the stored tensor; shape: that of one expert's tensor."""
         *rest, columns = reversed(shape)
         return (num_experts, *rest, self.step * columns)
 
 
 def stacked_part(hf: dict, name: str) -> StackedPart | None:
-    """Return where files have the tensor `name` of the weight table; None: under this name."""
+    """Return the part of a stored tensor that is the tensor `name` of the weight table, or None if
+    files have that tensor under its own name."""
     if not model_family(hf).stacked or not (found := _EXPERT.fullmatch(name)):
         return None
     prefix, expert, kind, ending = found.groups()

@@ -96,9 +96,10 @@ def write_pieces(
     *,
     durable: bool,
 ) -> None:
-    """Write planned files of this rank's (parameter, pieces, owner); call on every rank.
+    """Write the planned files; call on every rank with that rank's (parameter, pieces, owner).
 
-    copies: further names of a tensor. part_of: its place in a tensor of all experts."""
+    copies: tensor -> its further names. part_of: returns the part that a tensor is of a stored
+    tensor of all experts, or None if it is stored alone."""
     unfinished = {path: path.with_name(path.name + ".incomplete") for path in plans}
 
     def create() -> None:
@@ -173,8 +174,8 @@ def on_first_rank(action: Callable[[], object], group: dist.ProcessGroup | None 
 
 @contextlib.contextmanager
 def new_folder(out: Path, begin: Callable[[Path], None]) -> Iterator[Path]:
-    """Yield a folder that all ranks write into, renamed to `out` at the end of the block, in place
-    of a folder that may be there. begin: writes into it first, on rank 0."""
+    """Yield a folder that all ranks write into; the end of the block renames it to `out` and
+    replaces a folder that has this name. begin: writes into the folder first, on rank 0."""
     unfinished = out.with_name(out.name + ".incomplete")
 
     def create() -> None:

@@ -24,7 +24,7 @@ class Adapter(torch.nn.Module):
     a: (blocks x rank, in), a block per Hugging Face layer in the weight. b: (out, rank); a row
     multiplies its own layer's block. Both have the dtype and device of `weight`; a is not
     initialized, b is 0. group: the tensor ranks that share the weight. Under sequence parallelism
-    (`by_sequence`) each of them has a part of the tokens, of routed experts all of them."""
+    (`by_sequence`) each of these ranks has a part of the tokens, of routed experts all tokens."""
 
     _blocks: Tensor
 
@@ -93,8 +93,8 @@ def _blocks(of_a: LayoutEntry, of_b: LayoutEntry) -> Tensor:
 def _between(
     of_a: LayoutEntry, of_b: LayoutEntry, by_sequence: bool
 ) -> Callable[..., Tensor] | None:
-    """Return the communication between the factors: what the layer does with its input or output,
-    done with `rank` features a token."""
+    """Return the communication between the factors A and B: what the layer does with its input or
+    output of all features, done with the `rank` features of a token, or None if both are whole."""
     if of_a.replicated and of_b.replicated:
         return None
     if of_a.replicated:  # column-parallel

@@ -3,9 +3,11 @@
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.nn.functional import rms_norm
@@ -74,7 +76,7 @@ def adapter_pieces(chunks: Sequence) -> Iterator[tuple[Tensor, tuple[Piece, ...]
 
 
 def _adapter(
-    chunk, weight: Tensor, of_a: LayoutEntry, of_b: LayoutEntry, lora: LoraConfig
+    chunk: GPTModel, weight: Tensor, of_a: LayoutEntry, of_b: LayoutEntry, lora: LoraConfig
 ) -> Adapter:
     groups = process_groups([chunk])
     group = groups.expt_tp if of_a.expert else groups.tp
@@ -93,8 +95,9 @@ def _attach(layer: torch.nn.Module, adapters: list[Adapter]) -> None:
         layer.register_forward_hook(add_products)
 
 
-def add_product(layer, inputs: tuple, out: tuple) -> tuple:
-    """Return the output of a linear layer, (values, bias), with its adapter's."""
+def add_product(layer: Any, inputs: tuple, out: tuple) -> tuple:
+    """Return the output of a linear layer, (values, bias), with its adapter's product added to the
+    values."""
     x = inputs[0]
     if (norm := getattr(layer, "layer_norm_weight", None)) is not None:
         # Transformer Engine has the norm before a layer in it.
@@ -102,8 +105,9 @@ def add_product(layer, inputs: tuple, out: tuple) -> tuple:
     return out[0] + layer.lora(x), *out[1:]
 
 
-def add_products(layer, inputs: tuple, out: tuple) -> tuple:
-    """Do the same for a layer of all experts, whose input is (tokens by expert, tokens of each)."""
+def add_products(layer: Any, inputs: tuple, out: tuple) -> tuple:
+    """Return the output of a layer of all experts, (values, bias), with the adapters' products
+    added to the values. inputs: tokens by expert, and each expert's number of tokens."""
     x, counts = inputs[:2]
     shares = zip(layer.lora, x.split(counts), strict=True)
     parts = [adapter(tokens) for adapter, tokens in shares]
@@ -121,7 +125,7 @@ def _initialize(adapter: Adapter, shapes: dict[str, Shape], seed: int) -> None:
         target.copy_(values.narrow(piece.dim, piece.hf_start, piece.length))
 
 
-def _needs_gradient(module, inputs, out: Tensor) -> Tensor:
+def _needs_gradient(module: torch.nn.Module, inputs: tuple, out: Tensor) -> Tensor:
     return out.requires_grad_() if torch.is_grad_enabled() and not out.requires_grad else out
 
 

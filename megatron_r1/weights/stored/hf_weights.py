@@ -26,7 +26,7 @@ FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": fp8
 _IGNORED = (".rotary_emb.inv_freq",)
 
 _BODY = "model."
-"""What the names of a model's tensors but the head begin with."""
+"""The prefix that the names of all tensors have, except the head's."""
 
 SCALES_FILE = "fp8_scales.safetensors"
 """The file of a converted checkpoint with the FP8 scales that its weights were dequantized with."""
@@ -56,7 +56,7 @@ class HfWeights:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for file in self.files:
             file.close()
 
@@ -78,8 +78,8 @@ class HfWeights:
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         """Return `length` rows (dim 0) or columns (dim 1), in the stored dtype; FP8 as fp32 values.
 
-        A copy of the table (`Table.copies`) that the folder lacks is read from its original. After
-        `check`, raises UserError where one that it has differs."""
+        A tensor of `Table.copies` that the folder lacks is read from its original. After `check`,
+        raises UserError where a copy that the folder has differs from its original."""
         values = self._read(name, dim, start, length)
         for copy in self._repeated.get(name, ()):
             if not torch.equal(self._read(copy, dim, start, length).to(values.dtype), values):
@@ -207,8 +207,9 @@ class HfWeights:
                 self.read(name, 0, start, min(num_rows, height - start))
 
     def _find_repeated(self, with_mtp: bool) -> dict[str, list[str]]:
-        """Return tensor -> the others in the folder that must equal it: what MTP layers share with
-        the model, and a head where the embedding is the head."""
+        """Return tensor -> the other tensors in the folder that must equal it: the embedding and
+        the head that MTP layers share with the model, and a head where the embedding is the head.
+        """
         pairs = list(self.copies.items()) if with_mtp else []
         if self.hf.get("tie_word_embeddings"):
             pairs.append(("lm_head.weight", "model.embed_tokens.weight"))
@@ -266,8 +267,8 @@ def _hint(missing: list[str], extra: list[str], is_unreadable: bool, hf: dict) -
 
 
 def _prefix(missing: list[str], extra: list[str]) -> str:
-    """Return what all of the unexpected names have before the missing ones, or what all of them
-    lack, `_BODY`; "" if they differ in another way."""
+    """Return the prefix that turns every missing name into an unexpected one, or `_BODY` if all
+    unexpected names lack that prefix; "" if the names differ in another way."""
     have, lack = set(extra), set(missing)
     if {_BODY + name for name in have} <= lack:
         return _BODY

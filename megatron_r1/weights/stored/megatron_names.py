@@ -35,9 +35,10 @@ class StoredParameter:
 
 @dataclass
 class StoredLayout:
-    """The tensors of a stored Megatron checkpoint, and the HF rows that each holds. shapes: key ->
-    shape of the whole stored tensor, prepended axes first. dtypes: of tensors whose dtype is not
-    the model's. vocabulary: keys whose rows may be padded."""
+    """The tensors of a stored Megatron checkpoint, and the HF rows that each holds.
+
+    shapes: key -> shape of the whole stored tensor, prepended axes first. dtypes: key -> dtype of a
+    tensor whose dtype is not the model's. vocabulary: keys of tensors whose rows may be padded."""
 
     slots: list[StoredParameter] = field(default_factory=list)
     shapes: dict[str, Shape] = field(default_factory=dict)
@@ -64,9 +65,9 @@ def stored_layout(
 ) -> StoredLayout:
     """Return the layout of the model `hf` describes, without vocabulary padding.
 
-    transformer_engine: whether Transformer Engine's layers saved it; only latent attention's names
-    differ. stacked: whether layers are one axis; None: as in Megatron 0.16, for models without
-    experts."""
+    transformer_engine: whether Transformer Engine's layers saved the checkpoint; only the names of
+    latent attention differ. stacked: whether the layers are an axis of one tensor; None: as
+    Megatron 0.16 does, for models without experts."""
     rules = table(hf)
     if stacked is None:
         stacked = not rules.num_experts

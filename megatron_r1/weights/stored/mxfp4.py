@@ -26,8 +26,8 @@ def scales_name(name: str) -> str:
 
 
 def stored_shapes(shape: Shape) -> dict[str, Shape]:
-    """Return ending of the name -> shape of what is stored of a weight of `shape`; {} for one that
-    has no whole blocks."""
+    """Return name ending -> shape of the two tensors that store a weight of `shape`; {} for one
+    that has no whole blocks."""
     if len(shape) != 3 or shape[1] % 32:
         return {}
     experts, columns, rows = shape
