@@ -146,7 +146,7 @@ test: setup
 	$(call run-tests,-m "not slow")
 
 test-all: setup cluster-packages
-	$(call run-tests)
+	$(call run-tests,-v)
 
 # tests/nullgpu: a driver and a CUDA runtime whose memory is the host's and whose kernels do nothing, below the real
 # packages. What only hardware can tell is left to gpu-check.
