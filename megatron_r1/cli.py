@@ -41,7 +41,7 @@ OTHERS = {
 }
 """The verbs that run VERBS, as a graph or in miniature: modules with `run(recipe, overrides,
 VERBS)`; and preflight, which checks the nodes before a run: each of its processes is a rank, which
-imports torch, so that `_run_preflight` runs it and not a module of `commands`."""
+imports torch, so that `_run_preflight` runs it and not `commands.preflight.run`."""
 MODULES = VERBS | COMMANDS | OTHERS
 HELP = {"-h", "--help"}
 DRY_RUN = "--dry-run"
@@ -197,15 +197,9 @@ def _run_command(verb: str, rest: list[str]) -> int:
         given = next((at for at, value in enumerate(values) if value[:2] == "--"), len(values))
         usage = f"usage: megatron-r1 {verb} {' '.join(command.arguments)} [--key value …]"
         raise UserError(f"{command.arguments[given]} is missing; {usage}")
-    own, names = {}, command.options
-    for name in names:
-        if f"--{name}" in options:
-            at = options.index(f"--{name}")
-            if at + 1 == len(options):
-                raise UserError(f"--{name} needs a value")
-            own[name] = options[at + 1]
-            del options[at : at + 2]
-    known = [f"--{name}" for name in names]
+    own = {name: _take_option(name, options) for name in command.options}
+    own = {name: value for name, value in own.items() if value is not None}
+    known = [f"--{name}" for name in command.options]
     for option in options:
         name = option.partition("=")[0]
         if (
@@ -223,6 +217,22 @@ def _run_command(verb: str, rest: list[str]) -> int:
             raise UserError(f"--{key}: {verb} does not read it; it reads {used}")
     command.run(config, *values, **own)
     return 0
+
+
+def _take_option(name: str, options: list[str]) -> str | None:
+    """Remove `--name VALUE` or `--name=VALUE` from `options` and return the value; None where it is
+    not there. Raises UserError for an option without a value."""
+    for at, option in enumerate(options):
+        key, has_value, value = option.partition("=")
+        if key != f"--{name}":
+            continue
+        if not has_value:
+            if at + 1 == len(options) or options[at + 1].startswith("--"):
+                raise UserError(f"--{name} needs a value")
+            value = options.pop(at + 1)
+        del options[at]
+        return value
+    return None
 
 
 def _overrides(options: list[str]) -> dict[str, Any]:
