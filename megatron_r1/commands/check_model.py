@@ -23,8 +23,8 @@ from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.errors import RunError, UserError
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.files import atomic_write
-from megatron_r1.model_check.comparison import NOT_RUN, by_megatron, by_vllm
-from megatron_r1.model_check.findings import Findings, ReferenceResult
+from megatron_r1.model_check.comparison import by_megatron, by_vllm
+from megatron_r1.model_check.findings import Findings, NotCompared, ReferenceResult
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_divisions, check_supported
 from megatron_r1.processes.lifetime import die_with_parent
@@ -98,7 +98,7 @@ def _check(config: Config, folder: str) -> Findings:
         compared=sum(map(len, reference.logprobs)),
         tolerance=reference.tolerance,
         megatron=megatron,
-        vllm=vllm,
+        vllm=vllm if isinstance(vllm, float) else str(vllm),
         agree=problem is None,
         problem=problem,
     )
@@ -135,11 +135,11 @@ def _reference(config: Config, plain: Path, scratch: Path) -> ReferenceResult:
     return msgspec.json.decode(out.read_bytes(), type=ReferenceResult)
 
 
-def _problem(megatron: float, vllm: float | str, tolerance: float) -> str | None:
+def _problem(megatron: float, vllm: float | NotCompared, tolerance: float) -> str | None:
     """Return why the exit status is 1; None for 0."""
     if megatron > tolerance or (isinstance(vllm, float) and vllm > tolerance):
         return "transformers, Megatron and vLLM do not agree (see above)"
-    if isinstance(vllm, str) and not vllm.startswith(NOT_RUN):
+    if isinstance(vllm, NotCompared) and vllm.is_failure:
         return "transformers and Megatron agree, but vLLM could not be compared (see above)"
     return None
 

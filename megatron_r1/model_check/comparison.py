@@ -14,13 +14,12 @@ from megatron_r1.engine.from_config import engine_settings
 from megatron_r1.engine.limits import check_engines, positions
 from megatron_r1.errors import UserError
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.model_check.findings import ReferenceResult
+from megatron_r1.model_check.findings import NotCompared, ReferenceResult
 from megatron_r1.models.hf_config import load_config
 from megatron_r1.processes.logs import file_excerpt
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.training.wire import Sample
 
-NOT_RUN, FAILED = "NOT RUN", "FAILED"
 ENGINE = "engine-0"
 MAX_LENGTH = 256
 """The most tokens of a sequence and its one new token; the sequences of the reference are
@@ -46,16 +45,16 @@ async def by_megatron(config: Config, reference: ReferenceResult, scratch: Path)
 
 async def by_vllm(
     folder: Path, config: Config, reference: ReferenceResult, scratch: Path
-) -> float | str:
+) -> float | NotCompared:
     """Return the largest difference of an engine's log-probabilities, started on the weights in
     `folder`, or why there is none."""
     if find_spec("vllm") is None:
-        return f"{NOT_RUN}: vllm is not installed in this environment"
+        return NotCompared("vllm is not installed in this environment", is_failure=False)
     try:
         check_engines(config, load_config(folder))
         check_cpu_kernels(config.rollout, load_config(folder))
     except UserError as error:
-        return f"{FAILED}: {error}"
+        return NotCompared(str(error))
     length = min(MAX_LENGTH, positions(folder))
     settings = engine_settings(config.rollout) | {"max_model_len": length, "max_num_seqs": 16}
     async with contextlib.AsyncExitStack() as stack:
@@ -69,6 +68,6 @@ async def by_vllm(
             reason = str(error).replace(f"{scratch}{os.sep}", "")  # which is removed in a moment
             if log.name not in reason and log.is_file():
                 reason += f"; from {log.name}:\n{file_excerpt(log)}"
-            return f"{FAILED}: {reason}"
+            return NotCompared(reason)
     pairs = zip(scored, reference.logprobs, strict=True)
     return max(abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))

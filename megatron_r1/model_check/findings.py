@@ -29,6 +29,17 @@ class ReferenceResult(msgspec.Struct):
         return max(TOLERANCE, 2 * self.noise)
 
 
+class NotCompared(msgspec.Struct, frozen=True):
+    """Why vLLM's log-probabilities were not compared. is_failure: vLLM could not run the model;
+    False where vLLM is not installed."""
+
+    reason: str
+    is_failure: bool = True
+
+    def __str__(self) -> str:
+        return f"{'FAILED' if self.is_failure else 'NOT RUN'}: {self.reason}"
+
+
 class Findings(msgspec.Struct, omit_defaults=True):
     """The result of a check, as `--json` writes it. megatron and vllm: the largest difference from
     transformers' log-probabilities, or why there is none. agree: whether the exit status is 0.

@@ -14,7 +14,7 @@ from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.errors import UserError
 from megatron_r1.model_check import comparison, reference
-from megatron_r1.model_check.findings import ReferenceResult
+from megatron_r1.model_check.findings import NotCompared, ReferenceResult
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_supported
 from megatron_r1.rehearsal.model import write_folder
@@ -56,8 +56,11 @@ def test_keys_and_layouts_that_are_not_supported_are_named_at_once(folder, capsy
     assert status == 2 and "hf download Org/Model --local-dir FOLDER" in output
     status, output = checked(capsys, folder, "--jsn", "x")
     assert status == 2 and "unknown option --jsn; did you mean --json?" in output
-    status, output = checked(capsys, folder, "--json")
-    assert status == 2 and "--json needs a value" in output
+    for options in (["--json"], ["--json", "--parallel.tensor", 4]):
+        status, output = checked(capsys, folder, *options)
+        assert status == 2 and "--json needs a value" in output
+    status, output = checked(capsys, "Org/Model", f"--json={tmp_path / 'other.json'}")
+    assert status == 2 and json.loads((tmp_path / "other.json").read_text())["agree"] is False
     status, output = checked(capsys, folder, "--optimizer.clip_grad", 1)
     assert status == 2 and "check-model does not read it" in output
 
@@ -296,11 +299,13 @@ def test_a_tokenizer_of_another_size_is_named(folder, capsys):
     "megatron, vllm, status, lines",
     [
         (1e-5, 2e-5, 0, ["Megatron   agrees", "vLLM       agrees"]),
-        (1e-5, "NOT RUN: vllm is not installed", 0, ["vLLM       NOT RUN: vllm is not"]),
+        (1e-5, NotCompared("no vllm", is_failure=False), 0, ["vLLM       NOT RUN: no vllm"]),
         (3e-4, 2e-5, 1, ["Megatron   DIFFERS: max |Δ log p| = 3.0e-04 (at most 1.0e-04)"]),
         (1e-5, 0.3, 1, ["vLLM       DIFFERS", "do not agree"]),
         (
-            *(1e-5, "FAILED: the engine ended", 1),
+            1e-5,
+            NotCompared("the engine ended"),
+            1,
             ["vLLM       FAILED: the engine ended", "agree, but vLLM could not be compared"],
         ),
     ],
@@ -318,7 +323,8 @@ def test_the_exit_status_is_0_only_if_all_agree(
     found, output = checked(capsys, folder, "--json", tmp_path / "found.json")
     assert found == status and all(line in output for line in lines), output
     written = json.loads((tmp_path / "found.json").read_text())
-    assert (written["agree"], written["vllm"]) == (not status, vllm)
+    wanted = vllm if isinstance(vllm, float) else str(vllm)
+    assert (written["agree"], written["vllm"]) == (not status, wanted)
     assert ("problem" in written) == bool(status)
 
 
@@ -348,7 +354,7 @@ def test_without_vllm_the_engine_is_reported_as_not_run(folder, monkeypatch, tmp
     monkeypatch.setitem(sys.modules, "vllm", None)
     none = ReferenceResult(15, None, False, [], [], 0.0)
     answer = asyncio.run(comparison.by_vllm(tmp_path, None, none, tmp_path))
-    assert answer == "NOT RUN: vllm is not installed in this environment"
+    assert str(answer) == "NOT RUN: vllm is not installed in this environment"
 
 
 class FailingFleet:
@@ -371,10 +377,10 @@ def test_why_an_engine_failed_is_read_from_its_log(folder, tmp_path, monkeypatch
     monkeypatch.setattr(comparison, "RolloutFleet", FailingFleet)
     none, config = ReferenceResult(15, None, False, [], [], 0.0), configuration.from_overrides({})
     rewritten(folder / "config.json", head_dim=32)
-    answer = asyncio.run(comparison.by_vllm(folder, config, none, tmp_path))
+    answer = str(asyncio.run(comparison.by_vllm(folder, config, none, tmp_path)))
     assert answer.startswith("FAILED: status 500") and "ValueError: head size 40" in answer
     rewritten(folder / "config.json", head_dim=40)
-    answer = asyncio.run(comparison.by_vllm(folder, config, none, tmp_path))
+    answer = str(asyncio.run(comparison.by_vllm(folder, config, none, tmp_path)))
     assert "head_dim=40: on a CPU, vLLM computes only" in answer and str(tmp_path) not in answer
 
 
