@@ -228,6 +228,12 @@ class FolderLock:
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                self.file.close()
+                raise UserError(
+                    f"{path} cannot be locked ({error.strerror}), which keeps two runs out of one "
+                    "folder; put run.folder on a file system with POSIX locks"
+                ) from error
             self.file.seek(0)
             owner = self.file.read().strip() or "unknown"
             self.file.close()

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -288,6 +289,15 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     holder.join()
     with RunFolder(tmp_path):
         pass
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monkeypatch):
+    def without_locks(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", without_locks)
+    with pytest.raises(ValueError, match="cannot be locked .No locks available.*POSIX locks"):
+        RunFolder(tmp_path).__enter__()
 
 
 def test_a_forked_worker_that_outlives_the_run_does_not_keep_the_lock(tmp_path):
