@@ -42,7 +42,7 @@ class SampleLog:
         self._open: dict[Path, int] = {}
         self._unsynced: set[int] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
 
     async def step(self, step: int) -> StepLog:
         """Open the log of `step`, with the groups that it already holds."""
@@ -56,23 +56,25 @@ class SampleLog:
         return log
 
     def append(self, path: Path, make: Callable[[], GroupRecord | Accepted]) -> None:
-        """Write the record that `make` returns, in the thread; `finish` raises what fails."""
+        """Write the record that `make` returns, in the thread. A failure is raised by `finish`."""
         self._thread.submit(self._append, path, make)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(SYNC_SECONDS, self._sync_later)
 
     async def finish(self, path: Path) -> None:
         """Wait until everything appended is on disk, and close `path`. Raises RunError where
-        writing failed."""
+        writing failed, and what else an append has raised."""
         # Before the batch is trained on: otherwise a later group could outlive, on disk, the policy
         # that made it.
         await asyncio.wrap_future(self._thread.submit(self._sync))
         await asyncio.wrap_future(self._thread.submit(self._close, path))
-        if self._failure is not None:
+        if isinstance(self._failure, OSError):
             raise RunError(
                 f"{self.folder}: samples cannot be written down ({self._failure}); make room, or "
                 "set rl.sample_log: false, and run the same command again"
             )
+        if self._failure is not None:
+            raise self._failure
 
     async def prune(self, until: float = math.inf) -> None:
         """Delete the logs up to step `until`, to which no checkpoint goes back; default all."""
@@ -102,7 +104,9 @@ class SampleLog:
                 fsync(path.parent)
             append_frame(self._open[path], encode(make()))
             self._unsynced.add(self._open[path])
-        except OSError as error:
+        # Of any kind: the result of this call is read by no one, and a batch may be trained on only
+        # when all of it is on disk.
+        except Exception as error:  # noqa: BLE001
             self._failure = error
 
     def _sync(self) -> None:

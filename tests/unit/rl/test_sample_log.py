@@ -164,6 +164,20 @@ def test_a_full_disk_stops_the_batch_and_what_was_whole_is_kept(tmp_path):
     asyncio.run(resume())
 
 
+def test_a_record_that_cannot_be_made_stops_the_batch_with_its_own_error(tmp_path):
+    def broken():
+        raise TypeError("no record")
+
+    async def run():
+        log = SampleLog(tmp_path)
+        log.append(tmp_path / "step_00000001.log", broken)
+        with pytest.raises(TypeError, match="no record"):
+            await log.finish(tmp_path / "step_00000001.log")
+        await log.close()
+
+    asyncio.run(run())
+
+
 def test_a_batch_drawn_in_rounds_goes_on_where_it_was(tmp_path):
     """Questions 0 and 2 … teach; the run ends in the middle of the second of three rounds."""
     sampled: list[int] = []
