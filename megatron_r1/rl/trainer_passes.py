@@ -93,5 +93,7 @@ class TrainerPasses:
         """Replace the reference by the policy every `rl.reference_refresh` optimizer steps."""
         rl, done = config.rl, self.state.optimizer_step
         every = rl.reference_refresh
-        if self.uses_reference and every and done // every > (done - rl.minibatches) // every:
+        if not (self.uses_reference and every and done):  # 0: only a critic has been updated yet
+            return
+        if done // every > (done - rl.minibatches) // every:
             await self.trainer.call("keep_reference")

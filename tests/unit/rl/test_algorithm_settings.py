@@ -6,6 +6,8 @@ import sys
 from array import array
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pytest
 import yaml
@@ -200,6 +202,17 @@ def test_the_policy_waits_for_the_critic_to_be_warm():
     both = [(3, "critic"), (3, ppo.loss)]
     assert updated("ppo", 3, step=4) == ({"value/loss": 2.0, "loss": 1.0}, both)
     assert updated("grpo", 4, step=1) == ({"loss": 1.0}, [(4, grpo.loss)])
+
+
+def test_the_reference_is_not_replaced_before_the_first_update_of_the_policy():
+    config = Config(rl={"kl_beta": 0.1, "reference_refresh": 8, "minibatches": 4})
+    calls, state = [], RunState()
+    trainer = SimpleNamespace(call=AsyncMock(side_effect=calls.append))
+    tested = TrainerPasses(config, trainer, Peers(), state)
+    for state.optimizer_step in (0, 4, 8, 12, 16):
+        asyncio.run(tested.refresh_reference_if_due(config))
+        calls.append(state.optimizer_step)
+    assert calls == [0, 4, "keep_reference", 8, 12, "keep_reference", 16]
 
 
 def passes(config):
