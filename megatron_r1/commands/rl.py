@@ -15,6 +15,7 @@ from megatron_r1.config import Config
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
+from megatron_r1.engine import gpu
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import TrainerLost
@@ -148,12 +149,14 @@ def _session(
 
 def _next_commands(config: Config) -> list[tuple[str, str]]:
     folder, more = config.run.folder, config.run.steps + config.run.steps // 2
+    # On a CPU vLLM takes its share of the machine's memory, and compiling takes minutes.
+    on_cpu = "" if gpu.is_usable() else " --enforce-eager --gpu-memory-utilization 0.3"
     return [
         ("the curves, live", f"tensorboard --logdir {folder}"),
         ("train on from here", f"megatron-r1 rl {folder}/config.yaml --run.steps {more}"),
         (
             "serve the model over an OpenAI-compatible API",
-            f"python -m vllm.entrypoints.openai.api_server --model {folder}/hf --dtype float32 "
-            "--enforce-eager --gpu-memory-utilization 0.3",
+            f"python -m vllm.entrypoints.openai.api_server --model {folder}/hf "
+            f"--dtype {config.rollout.dtype}{on_cpu}",
         ),
     ]
