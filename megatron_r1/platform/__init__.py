@@ -2,8 +2,9 @@
 
 `prepare()` is called once in a trainer process, before anything imports Megatron-Core. On a GPU it
 only chooses the device; on a CPU it installs `cpu_patches`, so that the same unmodified Megatron
-trains over gloo. No other file patches Megatron or torch for a CPU. Code that has to choose
-between two settings or two layers calls `has_gpu()` or `uses_transformer_engine()`.
+trains over gloo. No other file replaces a function of Megatron or torch for the whole process
+because of a CPU. Code that has to choose between two settings or two layers calls `has_gpu()` or
+`uses_transformer_engine()`.
 
 Processes that run transformers or vLLM must not call `prepare()`: both choose their device by
 `torch.cuda`, whose patched functions would mislead them."""

@@ -47,7 +47,7 @@ def build(folder: Path, targets, grid: str):
     config = models.transformer_config(hf, recipe)
     bare = construction.model_chunks(recipe, hf, config, position.groups)
     config.finalize_model_grads_func = finalize_model_grads
-    # Not construction.with_gradients, after which a rank has its part of the gradients only.
+    # Not construction._with_gradients, after which a rank has its part of the gradients only.
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
     return recipe, hf, bare, [DistributedDataParallel(config, ddp, chunk) for chunk in bare]
 
