@@ -73,7 +73,7 @@ def test_each_slice_enters_one_engine_and_both_have_all(loop, models, fleet, bri
     }
     assert sum(link.end.num_bytes_sent for link in one.links) == sum(need.values())
     for engine in (0, 1):
-        entered = sum(link.end.num_bytes_sent for link in one.links if link.engine == engine)
+        entered = sum(link.end.num_bytes_sent for link in one.links if link.member == engine)
         assert 0.4 < entered / sum(need.values()) < 0.6
 
 
