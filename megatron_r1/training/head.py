@@ -41,17 +41,15 @@ class Head:
         zeros = torch.zeros(len(self.hidden), device=self.hidden.device)
         return zeros.index_copy(0, rows, logprobs), zeros.index_copy(0, rows, entropy)
 
-    def policy_loss(self, **settings) -> LinearPolicyLoss:
+    def policy_loss(self, mask: Tensor, **settings) -> LinearPolicyLoss:
         """Return the policy loss of the response tokens for `batch.advantages`.
 
         Uses batch.logprobs["old"] and, if there, ["ref"]. Without "old" the current policy is
-        the old one (ratio 1), and its log-probabilities are stored as "old". settings: those of
-        r1_kernels' policy_loss; with a context_group the denominator must be among them. With
-        branches of trajectories, average "sequence" weighs a token by batch.sequence_weights."""
-        batch, mask = self.batch, self.batch.is_response
-        if settings.get("average") == "sequence" and batch.sequence_weights is not None:
-            # The kernel would make the weights of each branch add up to 1.
-            mask, settings["average"] = batch.sequence_weights, "token"
+        the old one (ratio 1), and its log-probabilities are stored as "old". mask: (T,), the
+        response tokens or their weights; settings: those of r1_kernels' policy_loss. For mask,
+        average and denominator see `losses.token_weights`; with a context_group a denominator must
+        be among the settings."""
+        batch = self.batch
         with trusted_values():  # and `packed_batch` makes the borders
             terms = linear_policy_loss(
                 self.hidden,

@@ -5,14 +5,12 @@ denominator. The trainer divides by the denominator of the whole optimizer step,
 micro-batches and data-parallel ranks, so that the result does not depend on how samples were
 packed. Losses are named in recipes and algorithms as "module:function".
 
-Averaging happens in two places. Within a micro-batch r1_kernels (`Averaging.weights`) weighs the
-tokens of the sum: 1 each ("token"), 1 / |o_i| ("sequence"; |o_i| counts a trajectory with all its
-branches, `PackedBatch.sequence_weights`), or 1 / L ("constant", its denominator being
-max_response_tokens). Over the optimizer step the trainer divides by the sum of `denominator` below.
+Averaging happens in two places. Within a micro-batch r1_kernels weighs the tokens of the sum as
+`token_weights` says; over the optimizer step the trainer divides by the sum of `denominator`.
 `rl.loss_average` selects both in `rl.algorithms.grpo.loss`."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +48,24 @@ def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
             batch.num_trajectories, dtype=torch.int, device=batch.is_response.device
         )
     raise ValueError(f"loss average {average!r}: use token, sequence or constant")
+
+
+def token_weights(
+    batch: PackedBatch, average: LossAverage, max_response_tokens: int | None = None
+) -> dict[str, Any]:
+    """Return the arguments mask, average and denominator of `Head.policy_loss`.
+
+    They give a response token the weight 1 ("token"), 1 / |o_i| ("sequence"), or 1 / L ("constant",
+    L being max_response_tokens). |o_i| counts a trajectory with all its branches: r1_kernels takes
+    each branch for a sequence of its own, so there batch.sequence_weights are the weights."""
+    if average == "sequence":
+        if batch.sequence_weights is None:
+            return {"mask": batch.is_response, "average": "sequence", "denominator": 1}
+        return {"mask": batch.sequence_weights, "average": "token", "denominator": 1}
+    if average == "constant":
+        assert max_response_tokens, "a constant average is over max_response_tokens"
+    divisor = max_response_tokens if average == "constant" else 1
+    return {"mask": batch.is_response, "average": "token", "denominator": divisor}
 
 
 def supervised(batch: PackedBatch, head: Head, settings: object = None) -> LossTerms:

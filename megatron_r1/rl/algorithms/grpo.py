@@ -44,12 +44,10 @@ def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
     With importance_cap None the difference between the engine's and the trainer's log-probabilities
     is not corrected. Reads batch.logprobs["ref"] if kl_beta > 0, and ["old"]; without "old"
     the policy itself is taken for π_old (ratio 1)."""
-    from megatron_r1.training.losses import LossTerms, denominator
+    from megatron_r1.training.losses import LossTerms, denominator, token_weights
     from megatron_r1.training.metrics import Maximum, Mean
 
     settings = LossSettings.of(settings)
-    limit, is_constant = settings.max_response_tokens, settings.average == "constant"
-    assert limit or not is_constant, "a constant average is over max_response_tokens"
     is_corrected = settings.importance_cap is not None
     terms = head.policy_loss(
         objective=settings.objective,
@@ -62,8 +60,7 @@ def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
         kl_beta=settings.kl_beta,
         kl_estimator=settings.kl_estimator,
         entropy_coef=settings.entropy_coef,
-        average="sequence" if settings.average == "sequence" else "token",
-        denominator=limit if is_constant else 1,
+        **token_weights(batch, settings.average, settings.max_response_tokens),
     )
     count = denominator(batch, settings.average)
     num_tokens = batch.is_response.sum()

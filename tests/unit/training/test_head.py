@@ -88,6 +88,30 @@ def test_grpo_s_loss_and_gradient_are_equation_1_of_each_response(average):
     torch.testing.assert_close(got, head.hidden.grad, atol=1e-5, rtol=1e-4)
 
 
+def test_the_branches_of_a_trajectory_share_one_mean():
+    def branch(tokens, num_sampled, of, trajectories):
+        mask = bytes([0] * (len(tokens) - num_sampled) + [1] * num_sampled)
+        logprobs, scores = [-2.0] * len(tokens), {"weight": num_sampled / of}
+        return Sample.pack_branch(tokens, mask, logprobs, 2.0, trajectories=trajectories, **scores)
+
+    first, second = (
+        branch([7, 8, 9], 2, of=3, trajectories=1),
+        branch([5, 6], 1, of=3, trajectories=0),
+    )
+    whole = Sample.pack([3, 4], [12, 11], [-2.0, -2.0], advantage=-1.0)
+    batch = packed_batch([first, second, whole], TokenSplit(), torch.device("cpu"))
+    hidden, weight = torch.randn(len(batch.targets), HIDDEN), torch.randn(PADDED, HIDDEN)
+    batch.logprobs["old"] = torch.full((len(hidden),), -2.5)
+    head = Head(batch, hidden, weight, 0.8, None, VOCABULARY)
+    terms = grpo_loss(batch, head, replace(GRPO, kl_beta=0.0))
+    rows = batch.response_rows
+    new = logprobs_of(head, rows, batch.targets[rows])
+    ratio, advantages = (new + 2.5).exp(), batch.advantages[rows]
+    losses = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.3) * advantages)
+    assert terms.loss.item() == pytest.approx((losses[:3].mean() + losses[3:].mean()).item())
+    assert terms.denominator.item() == 2
+
+
 def test_the_engine_s_log_probabilities_weigh_the_loss_when_asked():
     batch, head = micro_batch()
     terms = grpo_loss(batch, head, replace(GRPO, importance_cap=0.7, kl_beta=0.0))
