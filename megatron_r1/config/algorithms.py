@@ -4,11 +4,15 @@ The mathematics of each is in `rl/algorithms/`, in the file of its name or in `g
 whose docstring gives the source of the values here. An estimator of the user's own has both in one
 module (docs/algorithms.md)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.user_code import find
+
+Option = bool | int | float | str
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,7 @@ class AlgorithmRules:
     """Settings of one estimator.
 
     defaults: `rl` settings of its source, used where recipe and preset leave them out.
+    options: settings that only it has, by name, with their defaults; a recipe's `rl.options`.
     kl_in_reward: `kl_beta` weighs a penalty in every token's reward instead of a term of the loss.
     advantage_stds: allowed values of `advantage_std`. min_group_size: smallest `group_size`.
     dual_clip: whether `dual_clip` has a meaning.
@@ -29,6 +34,22 @@ class AlgorithmRules:
     dual_clip: bool = True
     critic: bool = False
     teacher: bool = False
+    options: dict[str, Option] = field(default_factory=dict)
+
+    def read_options(self, given: Mapping[str, Any]) -> dict[str, Option]:
+        """Return `options` with a recipe's values. Raises ValueError for an unknown name, and for a
+        value of another type than the default's; a whole number may stand for a float."""
+        for name, value in given.items():
+            key = f"rl.options.{name}"
+            if name not in self.options:
+                near = did_you_mean(name, self.options, "{}")
+                known = ", ".join(self.options) or "none"
+                raise ValueError(f"{key}: unknown option{near or f'; the algorithm has {known}'}")
+            wanted = type(self.options[name])
+            allowed = (float, int) if wanted is float else (wanted,)
+            if type(value) not in allowed or value in (inf, -inf) or value != value:
+                raise ValueError(f"{key}: must be {wanted.__name__}, got {value!r}")
+        return self.options | dict(given)
 
 
 PPO_CLIP = {"clip_low": 0.2, "clip_high": 0.2}

@@ -3,8 +3,10 @@
 `RLConfig` makes both; `training.wire` carries them as mappings of these names."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
+
+from megatron_r1.config.algorithms import Option
 
 AdvantageStd = Literal["group", "batch", "none"]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -62,6 +64,8 @@ class LossSettings(_Readable):
     kl_estimator: KLEstimator = "k3"
     entropy_coef: float = 0.0
     """weight of the entropy bonus"""
+    options: dict[str, Option] = field(default_factory=dict)
+    """`rl.options`"""
 
 
 @dataclass(frozen=True)
@@ -76,3 +80,4 @@ class TokenSettings(_Readable):
     """λ"""
     advantage_std: AdvantageStd
     advantage_epsilon: float
+    options: dict[str, Option] = field(default_factory=dict)

@@ -39,6 +39,8 @@ class RLConfig(Section):
         f"preset leave out: {', '.join(algorithms.NAMES)}, or your own as module:RULES. See "
         "docs/algorithms.md",
     )
+    options: dict[str, algorithms.Option] = {}
+    """settings of an algorithm of your own, by the names in its rules"""
     group_size: int = Field(16, ge=1)
     """responses per question, G; 2 or more where a group is the baseline"""
     questions_per_rollout: int = Field(512, gt=0)
@@ -108,13 +110,17 @@ class RLConfig(Section):
         if not isinstance(given, dict) or not isinstance(given.get("algorithm", ""), str):
             return given
         name = given.get("algorithm", "grpo")
-        defaults = algorithms.rules_of(name).defaults
-        for key in defaults.keys() - cls.model_fields.keys():
+        rules = algorithms.rules_of(name)
+        for key in rules.defaults.keys() - cls.model_fields.keys():
             near = did_you_mean(key, cls.model_fields, "{}")
             raise ValueError(f"rl.algorithm: {name}: its default {key} is no setting of rl{near}")
         preset = given.get("preset", cls.model_fields["preset"].default)
         known = PRESETS.get(preset, {}) if isinstance(preset, str) else {}  # else refused later
-        return {**defaults, **known, **given}
+        settings = {**rules.defaults, **known, **given}
+        options = given.get("options", {})
+        if isinstance(options, dict):  # else refused later
+            settings["options"] = rules.read_options(options)
+        return settings
 
     @model_validator(mode="after")
     def _fits_the_algorithm(self) -> Self:
@@ -173,6 +179,7 @@ class RLConfig(Section):
             kl_beta=0.0 if kl_in_reward else self.kl_beta,
             kl_estimator=self.kl_estimator,
             entropy_coef=self.entropy_coef,
+            options=self.options,
         )
 
     @property

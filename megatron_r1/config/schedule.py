@@ -14,7 +14,7 @@ SCHEDULED = {
         *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "entropy_coef"),
         *("reference_refresh", "advantage_epsilon", "discount", "gae_lambda"),
         *("overlong_buffer", "overlong_penalty", "dynamic_sampling_rounds"),
-        *("group_size", "questions_per_rollout", "minibatches", "kind_weights"),
+        *("group_size", "questions_per_rollout", "minibatches", "kind_weights", "options"),
     ),
     "rewards": ("weights",),
     "optimizer": ("learning_rate", "min_learning_rate"),

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import estimator_formulae as formulae
+import msgspec
 import pytest
 from estimator_problem import check
 
 from megatron_r1.config import RLConfig, dump, load, parse
+from megatron_r1.config.losses import LossSettings
 from megatron_r1.errors import UserError
 from megatron_r1.rl import algorithms
 
@@ -86,6 +88,43 @@ def test_losses_and_token_advantages_reach_the_trainer_as_names(folder):
     assert plain.token_advantages == "several:token_advantages"
     assert (plain.rules.critic, critic.rules.critic) == (False, True)
     assert plain.advantages is algorithms.find("grpo").advantages
+
+
+def test_options_of_its_own_have_defaults_and_reach_its_functions(folder):
+    (folder / "top.py").write_text(
+        "from megatron_r1.config.algorithms import AlgorithmRules\n"
+        "RULES = AlgorithmRules(options={'keep': 0.25, 'ties': False})\n"
+        "def advantages(groups, rl):\n"
+        "    return [[float(r >= sorted(g)[-int(len(g) * rl.options['keep'])]) for r in g]\n"
+        "            for g in groups]\n"
+    )
+    given = {"algorithm": "top:RULES", "options": {"keep": 0.5}}
+    rl = RLConfig(**given)
+    assert rl.options == {"keep": 0.5, "ties": False}
+    assert algorithms.find("top:RULES").advantages([[1.0, 4.0, 3.0, 2.0]], rl) == [[0, 1, 1, 0]]
+    carried = msgspec.msgpack.decode(msgspec.msgpack.encode(rl.loss_settings(8)), type=LossSettings)
+    assert carried.options == rl.token_settings.options == rl.options
+    schedule = [{"from_step": 3, "rl.options": {"keep": 1}}]
+    phases = dict(parse({"rl": {**given, "schedule": schedule}}).phases())
+    assert [phase.rl.options["keep"] for phase in phases.values()] == [0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "message"),
+    [
+        ("own:RULES", {"kep": 1.0}, "rl.options.kep: unknown option; did you mean keep?"),
+        ("own:RULES", {"keep": "much"}, "rl.options.keep: must be float, got 'much'"),
+        ("own:RULES", {"ties": 1}, "rl.options.ties: must be bool, got 1"),
+        ("grpo", {"keep": 1.0}, "rl.options.keep: unknown option; the algorithm has none"),
+    ],
+)
+def test_wrong_options_are_named(folder, algorithm, options, message):
+    (folder / "own.py").write_text(
+        "from megatron_r1.config.algorithms import AlgorithmRules\n"
+        "RULES = AlgorithmRules(options={'keep': 0.25, 'ties': False})\n"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse({"rl": {"algorithm": algorithm, "options": options}})
 
 
 @pytest.mark.parametrize(
