@@ -1,6 +1,5 @@
 """Weights of the tokens' losses: token-level or sequence-level averages over packed sequences."""
 
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1_kernels.arguments import check_cu_seqlens, check_finite
+from r1_kernels.registry import Primitives
 
 LEVELS = ("token", "sequence")
 
@@ -23,7 +23,7 @@ class Sequences:
         self,
         cu_seqlens: Tensor,
         num_tokens: int,
-        primitives: SimpleNamespace,
+        primitives: Primitives,
         group: ProcessGroup | None = None,
     ):
         """cu_seqlens: (S + 1,) integers from 0 to T. Raises ValueError for anything else."""
@@ -60,7 +60,7 @@ class Averaging(NamedTuple):
     cu_seqlens: Tensor | None
     sequence_group: ProcessGroup | None
 
-    def sequences(self, num_tokens: int, primitives: SimpleNamespace) -> Sequences | None:
+    def sequences(self, num_tokens: int, primitives: Primitives) -> Sequences | None:
         """Return the sequences of the batch, or None if `average` and `ratio_level` need none.
 
         Raises ValueError for unknown names, missing or wrong borders, and a group of several ranks

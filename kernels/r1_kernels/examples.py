@@ -1,8 +1,8 @@
 """The launches of each kernel in real runs, for the tests, the tables of `tools/bench kernels` and
 the ahead-of-time compilation of `tools/bench resources`. No computation imports this file.
 
-Each kernel of `registry.KERNELS` has a function of its name here, which yields those launches in
-each specialization that compiles to other code. Their sizes are those of DeepSeek-V3's output layer
+Each kernel of `registry.KERNELS` has a function here, which yields those launches in each
+specialization that compiles to other code. Their sizes are those of DeepSeek-V3's output layer
 and of one of its weights, unless the caller gives smaller ones; on PyTorch's meta device they take
 no memory."""
 
@@ -48,8 +48,8 @@ class ExampleLaunch(NamedTuple):
 
 
 def launches(kernel: Kernel, sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
-    """Yield the launches of a kernel: those of the function in this file that has its name."""
-    return globals()[kernel.name](sizes, device)
+    """Yield the launches of a kernel: those of its function in LAUNCHES."""
+    return LAUNCHES[kernel.name](sizes, device)
 
 
 def row_statistics(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
@@ -134,3 +134,13 @@ def _shard(num_columns: int, num_real: int, vocab_size: int) -> VocabShard:
     return VocabShard(
         first=0, num_columns=num_columns, num_real=num_real, vocab_size=vocab_size, group=None
     )
+
+
+LAUNCHES = {
+    "row_statistics": row_statistics,
+    "logits_gradient": logits_gradient,
+    "policy_terms": policy_terms,
+    "segment_sums": segment_sums,
+    "quantize_blocks": quantize_blocks,
+    "dequantize_blocks": dequantize_blocks,
+}

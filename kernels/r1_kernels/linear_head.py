@@ -9,7 +9,6 @@ softmax is read only after the next work is queued."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TypeAlias
 
 import torch
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r1_kernels.gemm import accumulate, matmul_into, wide
+from r1_kernels.registry import Primitives
 from r1_kernels.vocabulary import PendingStatistics, RowSoftmax, RowUpstream, VocabShard
 
 Rows: TypeAlias = slice | Tensor
@@ -38,7 +38,7 @@ class LinearHead:
     shard: VocabShard
     scale: float
     chunk_tokens: int
-    primitives: SimpleNamespace
+    primitives: Primitives
 
     def buffer(self, num_tokens: int, dtype: torch.dtype) -> Tensor:
         """Allocate memory for the logits (rows, V_local) of one chunk, each row aligned."""

@@ -5,7 +5,6 @@ One pass over the tokens computes the loss, its derivative and every metric (for
 (GSPO, arXiv 2507.18071 eq. 7), x is its mean over the seen tokens of the sequence, and its
 derivative is the mean over the sequence."""
 
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from r1_kernels.arguments import (
 from r1_kernels.averaging import Averaging, Sequences
 from r1_kernels.gemm import wide
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
-from r1_kernels.registry import choose
+from r1_kernels.registry import Primitives, choose
 
 
 class PolicyLoss(NamedTuple):
@@ -117,7 +116,7 @@ def prepare_tokens(
     given: TokenTensors,
     settings: PolicySettings,
     averaging: Averaging,
-    primitives: SimpleNamespace,
+    primitives: Primitives,
     dtype: torch.dtype,
     **others: Tensor | None,
 ) -> tuple[TokenTensors, Sequences | None]:
@@ -145,7 +144,7 @@ def tokens_loss(
     settings: PolicySettings,
     sequences: Sequences | None,
     entropy_coef: float,
-    primitives: SimpleNamespace,
+    primitives: Primitives,
 ) -> PolicyLoss:
     """Compute `policy_loss` of prepared tokens. sequences: those whose ratio is one, or None."""
     if sequences is None:
@@ -162,7 +161,7 @@ def _with_sequence_ratios(
     tokens: TokenTensors,
     settings: PolicySettings,
     sequences: Sequences,
-    primitives: SimpleNamespace,
+    primitives: Primitives,
 ) -> tuple[PolicyTerms, Tensor]:
     """Return the terms, and the derivative (T,) of the loss by the log-probabilities."""
     seen = ~(tokens.weights <= 0)

@@ -3,12 +3,18 @@
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import cache
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
+from r1_kernels.vocabulary import RowUpstream, VocabShard
+
+Block = tuple[int, int]
+"""(rows, columns)"""
 
 
 class Kernel(NamedTuple):
@@ -70,7 +76,18 @@ KERNELS = (
 )
 
 
-def choose(tensor: Tensor, backend: str | None = None) -> SimpleNamespace:
+class Primitives(NamedTuple):
+    """The functions of KERNELS, of one backend; the arguments are described in the Triton files."""
+
+    row_statistics: Callable[[Tensor, Tensor, VocabShard, float], Tensor]
+    logits_gradient: Callable[[Tensor, Tensor, VocabShard, float, RowUpstream, Tensor], Tensor]
+    policy_terms: Callable[[TokenTensors, PolicySettings], PolicyTerms]
+    segment_sums: Callable[[Tensor, Tensor], Tensor]
+    quantize_blocks: Callable[[Tensor, Block], tuple[Tensor, Tensor]]
+    dequantize_blocks: Callable[[Tensor, Tensor, Block, torch.dtype], Tensor]
+
+
+def choose(tensor: Tensor, backend: str | None = None) -> Primitives:
     """Return the primitives for `tensor`; None: Triton for CUDA tensors (not fp64), else plain.
 
     Raises ValueError for an unknown name, for Triton on a CPU tensor (allowed in tests by
@@ -93,10 +110,10 @@ def choose(tensor: Tensor, backend: str | None = None) -> SimpleNamespace:
 
 
 @cache
-def primitives(backend: str) -> SimpleNamespace:
-    """Return the functions of KERNELS by name, of backend "triton" or "torch"."""
+def primitives(backend: str) -> Primitives:
+    """Return the primitives of backend "triton" or "torch"."""
     # Imported here: the Triton files need triton, which a machine without a GPU may lack.
     files = {k.name: f"r1_kernels.primitives.{k.stem}_{backend}" for k in KERNELS}
-    return SimpleNamespace(
+    return Primitives(
         **{name: getattr(importlib.import_module(file), name) for name, file in files.items()}
     )
