@@ -66,9 +66,9 @@ async def _run(
     """Start the engines beside the trainer, and train; after the loss of trainer ranks again,
     from the newest checkpoint, with the same engines."""
     recorder, trainer, view = running.recorder, running.trainer, running.recorder.view
-    place = config.rollout, recorder.folder.path, config.push.on_one_host
+    folder, on_one_host = recorder.folder.path, config.push.on_one_host
     async with (
-        open_pool(*place, view.message) as hosts,
+        open_pool(config.rollout, folder, on_one_host, view.message) as hosts,
         open_rollouts(config, recorder, text, hosts) as (collector, log),
     ):
         running.supervisor.watch_rollouts(collector)
