@@ -1,10 +1,13 @@
 """Finds the collective that a thread waits in, from its stack frames.
 
-gloo waits inside the call, so the frames name it. NCCL's calls return at once and the thread waits
-where it next needs a result; then only that place is known."""
+gloo waits inside the call, so the frames name it. A call with async_op returns a request at once,
+and the thread waits where it calls the request's `wait`; that place is named, with the group if the
+function there has one. NCCL's calls all return at once and the thread waits where it next needs a
+result; then only that place is known, as the innermost frame."""
 
 from __future__ import annotations
 
+import linecache
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -33,15 +36,34 @@ AXES = {
 def collective(innermost: FrameType, groups: ProcessGroupCollection | None = None) -> str | None:
     """Return a description of the collective that `innermost` waits in, or None.
 
-    Such as "all_reduce among ranks 0, 1 (tensor), asked for by _reduce (mappings.py:32)". groups:
-    those whose axes are named; None before they exist."""
+    Such as "all_reduce among ranks 0, 1 (tensor), asked for by _reduce (mappings.py:32)", or
+    "a request among ranks 0, 1 (tensor), waited for by backward (layers.py:535)". groups: those
+    whose axes are named; None before they exist."""
     frame: FrameType | None = innermost
     while frame is not None:
         for files in (C10D, MEGATRON):
             if _is_in(frame, files):
                 return _describe(_outermost(frame, files), groups)
         frame = frame.f_back
-    return None
+    return _request(innermost, groups)
+
+
+def _request(frame: FrameType, groups: ProcessGroupCollection | None) -> str | None:
+    """Return a description of the asynchronous request that `frame` waits for, or None.
+
+    A request does not know its group; it is that of the only group among the frame's variables."""
+    import torch.distributed as dist
+
+    path, line = frame.f_code.co_filename, frame.f_lineno
+    values = [*frame.f_locals.values()]
+    if ".wait(" not in linecache.getline(path, line):
+        return None
+    if not any(isinstance(value, dist.Work) for value in values):
+        return None
+    among = {value for value in values if isinstance(value, dist.ProcessGroup)}
+    shown = _ranks_of(among.pop(), groups) if len(among) == 1 else ""
+    file = path.rpartition("/")[2]
+    return f"a request{shown}, waited for by {frame.f_code.co_name} ({file}:{line})"
 
 
 def _is_in(frame: FrameType, files: tuple[str, ...]) -> bool:
@@ -81,6 +103,13 @@ def _among(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
         return ""
     group = group or dist.group.WORLD
     assert group is not None, "torch.distributed is initialized"
+    return _ranks_of(group, groups)
+
+
+def _ranks_of(group: ProcessGroup, groups: ProcessGroupCollection | None) -> str:
+    """Return " among ranks …" with the axes of the group."""
+    import torch.distributed as dist
+
     ranks, axes = dist.get_process_group_ranks(group), _axes_of(group, groups)
     shown = ", ".join(map(str, ranks[:16])) + (f", … {len(ranks)} in all" if ranks[16:] else "")
     return f" among ranks {shown}" + (f" ({' and '.join(axes)})" if axes else "")

@@ -129,7 +129,9 @@ def test_a_stopped_rank_is_named_with_the_collective_and_the_run_ends_or_mends_i
         assert "rank 1 does not answer" in told and "is stopped" in told
         assert "rank 0 in " in told and " among ranks 0, 1 (tensor" in told
     assert "rank 0 (tensor 0, context 0, pipeline 0, expert 0, data 0)" in text
-    assert "distributed_c10d.py" in text, "the stack of the rank that waits"
+    # Megatron's backward pass waits for a request that it made earlier, all else in the call.
+    waits = "distributed_c10d.py" in text or "handle.wait()" in text
+    assert waits, "the stack of the rank that waits"
 
     process = start("sft", base / "sft.yaml", folder, *settings, "--run.on_hang", "restart")
     begun = len(metrics_of(folder)) + 3
