@@ -4,10 +4,6 @@ beside short ones, graded, trained on with context parallelism 2, and pushed."""
 import pytest
 from long_response import SHORT, growth, measure
 
-BETWEEN_STARTS = 16 << 20
-"""Bytes by which the growth may differ from run to run, beside peaks of 830 MB: 36 and 53 MB were
-seen for one cache of 34 MB."""
-
 
 @pytest.mark.slow
 def test_a_response_of_65536_tokens_goes_the_whole_way_within_the_planned_memory(tmp_path):
@@ -22,7 +18,7 @@ def test_a_response_of_65536_tokens_goes_the_whole_way_within_the_planned_memory
     for line in (first, second):
         assert line["logprob_diff/max"] < 1e-4 and line["push/probe_diff"] < 1e-5
     assert second["policy_version"] == 1
-    # 1.6 and 1.4 to 2.1 were seen; docs/benchmarks/long-response.md says what the plan leaves out.
+    # 1.6 and 1.4 were seen; docs/benchmarks/long-response.md says what the plan leaves out.
     for role in ("trainer rank", "engine, core"):
         measured, planned = growth(long, short, role)
-        assert measured < 2 * planned + BETWEEN_STARTS, (role, measured, planned)
+        assert measured < 2 * planned, (role, measured, planned)
