@@ -6,7 +6,7 @@ module (docs/algorithms.md)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf
+from math import isfinite
 from typing import Any
 
 from megatron_r1.errors import UserError, did_you_mean
@@ -47,7 +47,8 @@ class AlgorithmRules:
                 raise ValueError(f"{key}: unknown option{near or f'; the algorithm has {known}'}")
             wanted = type(self.options[name])
             allowed = (float, int) if wanted is float else (wanted,)
-            if type(value) not in allowed or value in (inf, -inf) or value != value:
+            is_infinite = isinstance(value, float) and not isfinite(value)
+            if type(value) not in allowed or is_infinite:
                 raise ValueError(f"{key}: must be {wanted.__name__}, got {value!r}")
         return self.options | dict(given)
 

@@ -54,16 +54,14 @@ def _request(frame: FrameType, groups: ProcessGroupCollection | None) -> str | N
     A request does not know its group; it is that of the only group among the frame's variables."""
     import torch.distributed as dist
 
-    path, line = frame.f_code.co_filename, frame.f_lineno
-    values = [*frame.f_locals.values()]
-    if ".wait(" not in linecache.getline(path, line):
+    if ".wait(" not in linecache.getline(frame.f_code.co_filename, frame.f_lineno):
         return None
+    values = [*frame.f_locals.values()]
     if not any(isinstance(value, dist.Work) for value in values):
         return None
     among = {value for value in values if isinstance(value, dist.ProcessGroup)}
     shown = _ranks_of(among.pop(), groups) if len(among) == 1 else ""
-    file = path.rpartition("/")[2]
-    return f"a request{shown}, waited for by {frame.f_code.co_name} ({file}:{line})"
+    return f"a request{shown}, waited for by {_place(frame)}"
 
 
 def _is_in(frame: FrameType, files: tuple[str, ...]) -> bool:
@@ -88,8 +86,13 @@ def _describe(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
     words = f"{frame.f_code.co_name}{_among(frame, groups)}"
     if caller is None:
         return words
-    file = caller.f_code.co_filename.rpartition("/")[2]
-    return f"{words}, asked for by {caller.f_code.co_name} ({file}:{caller.f_lineno})"
+    return f"{words}, asked for by {_place(caller)}"
+
+
+def _place(frame: FrameType) -> str:
+    """Return the function, file and line, such as "_reduce (mappings.py:32)"."""
+    file = frame.f_code.co_filename.rpartition("/")[2]
+    return f"{frame.f_code.co_name} ({file}:{frame.f_lineno})"
 
 
 def _among(frame: FrameType, groups: ProcessGroupCollection | None) -> str:

@@ -64,8 +64,8 @@ def token_weights(
         return {"mask": batch.sequence_weights, "average": "token", "denominator": 1}
     if average == "constant":
         assert max_response_tokens, "a constant average is over max_response_tokens"
-    divisor = max_response_tokens if average == "constant" else 1
-    return {"mask": batch.is_response, "average": "token", "denominator": divisor}
+        return {"mask": batch.is_response, "average": "token", "denominator": max_response_tokens}
+    return {"mask": batch.is_response, "average": "token", "denominator": 1}
 
 
 def supervised(batch: PackedBatch, head: Head, settings: object = None) -> LossTerms:
