@@ -39,9 +39,9 @@ OTHERS = {
     "rehearse": "megatron_r1.commands.rehearse",
     "preflight": "megatron_r1.commands.preflight",
 }
-"""The verbs that run VERBS, as a graph or in miniature: modules with `run(recipe, overrides,
-VERBS)`; and preflight, which checks the nodes before a run: each of its processes is a rank, which
-imports torch, so that `_run_preflight` runs it and not `commands.preflight.run`."""
+"""Verbs that read a recipe and run other verbs (modules with `run(recipe, overrides, VERBS)`), and
+preflight, which checks the nodes before a run. Each of its processes is a rank and imports torch,
+so `_run_preflight` starts it."""
 MODULES = VERBS | COMMANDS | OTHERS
 HELP = {"-h", "--help"}
 DRY_RUN = "--dry-run"

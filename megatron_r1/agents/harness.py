@@ -26,7 +26,8 @@ from megatron_r1.rewards import ENVIRONMENT
 from megatron_r1.rewards.base import shorten
 
 CLOCK_SECONDS = 0.2
-"""The pause between two checks of an episode's clock, which stands still while engines sample."""
+"""The shortest wait between two checks of an episode's clock, which stands still while engines
+sample."""
 ENDING_SECONDS = 5.0
 """The time that a cancelled agent gets to end."""
 

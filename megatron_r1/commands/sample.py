@@ -195,8 +195,8 @@ def _settings_that_matter(config: Config, policy: Policy, shots: Shots | None) -
         **policy.identity,
     }
     if config.sample.is_graded:
-        graded = rewards.model_dump(include={"weights", "options"})
-        settings |= {f"rewards.{name}": value for name, value in graded.items()}
+        settings["rewards.weights"] = rewards.model_dump()["weights"]
+        settings["rewards.options"] = rewards.call_options
     return settings
 
 

@@ -135,8 +135,8 @@ async def _run(
             if port is None:  # no torchrun has started them
                 trainer.launch()
             await supervisor.run(work())
+            stop.done()
             if recorder.state.step < config.run.steps:
-                stop.done()
                 raise KeyboardInterrupt
             outcome = "finished"
         except Exception:

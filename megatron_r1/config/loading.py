@@ -83,7 +83,8 @@ def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[
     """Parse `--rl.group_size 8 --data.task=sums` to {"rl.group_size": 8, "data.task": "sums"}.
 
     Values are YAML; a template such as `{problem}` is text. switches: keys that become true when no
-    value follows. Raises UserError for an option without a value or without a section."""
+    value follows. A value that begins with "--" needs the form `--key=value`. Raises UserError for
+    an option without a value or without a section."""
     overrides: dict[str, Any] = {}
     pending = list(options)
     known = [*switches, "dry-run"]  # an option of rl that is no setting
@@ -93,11 +94,11 @@ def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[
             raise UserError(f"unexpected argument {option}: settings are --section.key value")
         key, equals, value = option[2:].partition("=")
         if not equals:
-            is_last = not pending or pending[0].startswith("--")
-            if is_last and key in switches:
+            has_value = bool(pending) and not pending[0].startswith("--")
+            if not has_value and key in switches:
                 overrides[key] = True
                 continue
-            if not pending:
+            if not has_value:
                 raise UserError(f"--{key} needs a value{did_you_mean(key, known, '--{}')}")
             value = pending.pop(0)
         if "." not in key:

@@ -1,5 +1,6 @@
 """A recipe: all sections together, with the rules between them."""
 
+import re
 from typing import Any, Literal, Self
 
 from pydantic import ValidationError, model_validator
@@ -97,6 +98,12 @@ class Config(Section):
         steps = [1, *(entry.from_step for entry in self.rl.schedule if entry.from_step > 1)]
         return [(step, self.at(step)) for step in steps]
 
+    @property
+    def uses_reference(self) -> bool:
+        """Whether any step has a KL penalty: the reference is a policy of the past, which has to be
+        copied when the run is there."""
+        return any(phase.rl.kl_beta > 0 for _, phase in self.phases())
+
     def updates_before(self, step: int) -> int:
         """Return the number of optimizer steps that the rollouts before `step` make."""
         phases = self.phases()
@@ -118,7 +125,8 @@ class Config(Section):
         if critic.path is not None:
             model |= {"path": critic.path, "checkpoint": None}
         # A model with a score head has no MTP layers (m), wherever the policy's are placed.
-        layout = self.parallel.pipeline_layout and self.parallel.pipeline_layout.replace("m", "")
+        layout = self.parallel.pipeline_layout
+        layout = layout and re.sub(r"m(\*\d+)?", "", layout)
         rate, parallel = {"learning_rate": critic.learning_rate}, {"pipeline_layout": layout}
         return self.with_changes(model=model, optimizer=rate, parallel=parallel)
 

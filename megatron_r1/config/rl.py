@@ -46,8 +46,8 @@ class RLConfig(Section):
     questions_per_rollout: int = Field(512, gt=0)
     """questions that a rollout samples; 512 x 16 = the paper's 8192 responses"""
     kind_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
-    """how often questions of a kind are drawn, beside 1 for kinds left out: {helpful: 0} draws no
-    such questions, {helpful: 0.5} half of them in each epoch"""
+    """how often questions of a kind are drawn, relative to the largest weight, which draws all in
+    each epoch; kinds left out have 1: {helpful: 0} draws none of the kind, {helpful: 0.5} half"""
     minibatches: int = Field(16, gt=0)
     """optimizer steps per rollout, one inner epoch"""
     clip_low: float = Field(10.0, gt=0)

@@ -1,5 +1,7 @@
 """Settings that change with the step: `rl.schedule`."""
 
+import hashlib
+import json
 from collections.abc import Collection
 from typing import Any
 
@@ -64,6 +66,15 @@ def changes_at(schedule: list[ScheduleEntry], step: int) -> dict[str, dict[str, 
         if entry.from_step <= step:
             changes |= entry.changes
     return as_sections(changes)
+
+
+def digest_until(schedule: list[ScheduleEntry], step: int) -> str:
+    """Return 16 hexadecimal digits that differ where the entries up to `step` do; "" without any.
+
+    Samples depend on all of them: earlier ones have shaped the policy."""
+    entries = [entry.model_dump() for entry in schedule if entry.from_step <= step]
+    text = json.dumps(entries, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if entries else ""
 
 
 def check_keys(schedule: list[ScheduleEntry], known: Collection[str]) -> None:

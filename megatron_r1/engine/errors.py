@@ -21,6 +21,11 @@ class EngineDied(EngineError):
     """"kind" of the reply of a server whose core has ended (`vllm_plugin.swap_endpoint`)."""
 
 
+class NoWeights(EngineError):
+    """The trainer's ranks are gone, so that a new engine gets its weights only when they have
+    started again. No fault of the engine's."""
+
+
 class EngineTimeout(EngineError):
     """No reply within `timeout_seconds`."""
 

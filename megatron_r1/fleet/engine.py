@@ -95,8 +95,11 @@ class Engine:
         finally:
             request.cancel()
             death.cancel()
-            with contextlib.suppress(asyncio.CancelledError, EngineError):
-                await request
+            # Not awaited itself: its cancellation would hide one of the caller.
+            if not request.done():
+                await asyncio.wait({request})
+            if not request.cancelled():
+                request.exception()  # mark as retrieved
 
     async def unless_lost(self, call: Coroutine[Any, Any, T]) -> T:
         """Return the result of a call that must not be repeated, as `unless_dead`. An engine whose

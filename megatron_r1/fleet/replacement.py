@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from megatron_r1.engine.errors import EngineDied, EngineError, EngineFault
+from megatron_r1.engine.errors import EngineDied, EngineError, EngineFault, NoWeights
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.fleet.members import Members
 from megatron_r1.fleet.pace import find_slow
@@ -124,6 +124,9 @@ class Replacement:
                     await self.start_replacement(dead)
                     self.members.notify(f"{dead.name} is back, with the current weights")
                     return
+                except NoWeights as error:
+                    self.num_restarts -= 1  # a trainer that starts takes longer than many engines
+                    reason = error
                 except EngineError as error:
                     reason = error
             if not dead.is_leaving:

@@ -276,7 +276,8 @@ class RolloutFleet:
         if self.make_server is EngineServer:  # hosts of a pool divide their GPUs themselves
             key = "teacher.engines" if self.role == "teacher" else "rollout.engines"
             settings = share_of_gpus(settings, index, self.num_engines, key)
-        own = {"seed": settings.get("seed", 0) + index, "secret": secrets.token_hex(32)}
+        seed = (settings.get("seed", 0) + index) % 2**32  # vLLM hands it to numpy, too
+        own = {"seed": seed, "secret": secrets.token_hex(32)}
         log = self.log_folder / f"{self.role}-{index}.log"
         server = self.make_server(self._model, log, **(settings | own))
         server.start()

@@ -40,7 +40,7 @@ class Reward:
     """The combined reward of one response.
 
     total: the weighted sum, which the policy is trained on.
-    terms: each term's reward, in [0, 1].
+    terms: each term's reward, in [0, 1]; an environment's may be any finite number.
     reason: the terms' reasons, in one line.
     ungraded: the terms whose reward function raised.
     is_graded: False if an ungraded term has a weight, so that the total does not measure the

@@ -33,16 +33,17 @@ def group_advantages(
 
         A_i = (r_i - mean(r)) / (std(r) + epsilon)
 
-    A group whose rewards are all equal teaches nothing: its advantages are 0. divide_by: "group"
+    A group whose rewards are all equal has advantages of 0. divide_by: "group"
     for the z-score (population standard deviation, the group's own root mean square), "none" to
     leave the scale of the rewards (Dr. GRPO, arXiv 2503.20783, section 3.2). Raises ValueError as
     `graded`."""
+    if divide_by not in ("group", "none"):
+        raise ValueError(f"divide_by {divide_by!r}: use group or none")
     known = graded(rewards)
     if len(set(known)) < 2:
         return [0.0] * len(rewards)
-    if divide_by not in ("group", "none"):
-        raise ValueError(f"divide_by {divide_by!r}: use group or none")
-    mean, scale = fmean(known), pstdev(known) + epsilon if divide_by == "group" else 1.0
+    mean = fmean(known)
+    scale = pstdev(known) + epsilon if divide_by == "group" else 1.0
     return [0.0 if r is None else (r - mean) / scale for r in rewards]
 
 

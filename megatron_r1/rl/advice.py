@@ -39,7 +39,7 @@ def advice(rollout: Rollout, config: Config) -> dict[str, str]:
 def _nothing_right(groups: list[Group], config: Config) -> str:
     """Advise where no graded response is right, or so few that most groups have equal rewards."""
     graded = [each for each in responses_of(groups) if ACCURACY not in each.ungraded]
-    num_right = sum(bool(each.rewards.get(ACCURACY, 1.0)) for each in graded)
+    num_right = sum(each.rewards.get(ACCURACY, 1.0) > 0 for each in graded)
     num_equal = sum(group.has_equal_rewards for group in groups)
     is_rare = num_right <= FEW_RIGHT * len(graded) and num_equal >= MOST_EQUAL * len(groups)
     if not graded or (num_right and not is_rare):

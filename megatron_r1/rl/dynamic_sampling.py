@@ -1,4 +1,4 @@
-"""Dynamic sampling: further prompts take the place of groups that teach nothing."""
+"""Dynamic sampling: further prompts take the place of groups with equal rewards."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -16,8 +16,11 @@ async def collect_informative(
     """Return a rollout of `num_groups` groups, those with different rewards first (dynamic
     sampling: DAPO, arXiv 2503.14476, section 3.2).
 
-    A group whose responses all have the same reward has advantage 0 everywhere. Without such groups
-    the number of samples behind a gradient stays the same while the policy learns.
+    Where the group is the baseline, a group whose responses all have the same reward has advantage
+    0 everywhere. Without such groups the number of samples behind a gradient stays the same while
+    the policy learns. Compared are rewards before `overlong_punishment`, as the paper compares
+    accuracies. An estimator with another baseline (reinforce, reinforce_pp, ppo) would learn from
+    the groups that are passed over.
 
     draw: returns that many new prompts. Each of at most `max_rounds` rounds draws a prompt for
     every group still missing; equal-reward groups then fill the batch up to its size, and the rest

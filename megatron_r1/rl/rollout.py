@@ -71,7 +71,7 @@ class Group:
 
     @property
     def has_equal_rewards(self) -> bool:
-        """Whether no two graded responses have different rewards: such a group teaches nothing."""
+        """Whether no two graded responses have different rewards."""
         return len({graded.reward for graded in self.responses if graded.is_graded}) < 2
 
 

@@ -44,10 +44,13 @@ class SampleLog:
         self._timer: asyncio.TimerHandle | None = None
         self._failure: Exception | None = None
 
-    async def step(self, step: int) -> StepLog:
-        """Open the log of `step`, with the groups that it already holds."""
+    async def step(self, step: int, schedule: str = "") -> StepLog:
+        """Open the log of `step`, with the groups that it already holds.
+
+        schedule: `config.schedule.digest_until` the step; groups that were sampled under another
+        schedule, as a continued run may have it, are not used."""
         path = self.folder / f"step_{step:08d}.log"
-        log = await asyncio.wrap_future(self._thread.submit(StepLog, self, path))
+        log = await asyncio.wrap_future(self._thread.submit(StepLog, self, path, schedule))
         if log.num_damaged_bytes:
             self._notify(
                 f"{path}: {log.num_damaged_bytes:,} bytes are no whole record, as a kill leaves "
@@ -135,9 +138,10 @@ class StepLog:
 
     Batches that draw in rounds (`collect_informative`) thus continue in the round they were in."""
 
-    def __init__(self, log: SampleLog, path: Path) -> None:
-        """Read the records of a step. Raises UserError for records of another format."""
-        self._log, self._path = log, path
+    def __init__(self, log: SampleLog, path: Path, schedule: str) -> None:
+        """Read the records of a step that were written under `schedule`. Raises UserError for
+        records of another format."""
+        self._log, self._path, self._schedule = log, path, schedule
         self._records: dict[int, GroupRecord] = {}
         self.is_accepted = False
         file = FramedFile.read(path)
@@ -150,6 +154,8 @@ class StepLog:
                     f"{path}: written by another version of this program ({error}); delete it, and "
                     "its samples are made again"
                 ) from None
+            if record.schedule != schedule:
+                continue
             if isinstance(record, Accepted):
                 self.is_accepted = True
             else:
@@ -179,12 +185,12 @@ class StepLog:
         return self.is_accepted or not any(graded.ungraded for graded in group.responses)
 
     def keep(self, position: int, group: Group) -> None:
-        self._log.append(self._path, lambda: pack(position, group))
+        self._log.append(self._path, lambda: pack(position, group, self._schedule))
 
     async def accept(self) -> None:
         """Record that the batch is complete and will be trained on; returns when all of it is on
         disk. Raises RunError where writing failed."""
         if not self.is_accepted:
-            self._log.append(self._path, Accepted)
+            self._log.append(self._path, lambda: Accepted(self._schedule))
             self.is_accepted = True
         await self._log.finish(self._path)

@@ -73,27 +73,32 @@ class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
 
 class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
     """One finished group of the sample log. position: of the group's prompt among all that the step
-    drew. prompt_id: of that prompt."""
+    drew. prompt_id: of that prompt. schedule: `config.schedule.digest_until` the step, under which
+    it was sampled."""
 
     position: int
     prompt_id: str
     prompt_ids: memoryview
     responses: tuple[ResponseRecord, ...]
+    schedule: str = ""
 
 
 class Accepted(msgspec.Struct, array_like=True, frozen=True, tag="accepted"):
-    """The step's batch was complete and its grades were checked: it may have been trained on."""
+    """The step's batch was complete and its grades were checked: it may have been trained on.
+    schedule: as in `GroupRecord`."""
+
+    schedule: str = ""
 
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(GroupRecord | Accepted).decode
 
 
-def pack(position: int, group: Group) -> GroupRecord:
+def pack(position: int, group: Group, schedule: str = "") -> GroupRecord:
     """Return the record of `group`."""
     records = tuple(_pack_response(graded) for graded in group.responses)
     prompt_ids = array("i", group.prompt_ids)
-    return GroupRecord(position, group.prompt.id, memoryview(prompt_ids), records)
+    return GroupRecord(position, group.prompt.id, memoryview(prompt_ids), records, schedule)
 
 
 def unpack(record: GroupRecord, prompt: Prompt) -> Group:

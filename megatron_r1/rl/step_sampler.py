@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from megatron_r1.config import Config
+from megatron_r1.config.schedule import digest_until
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engine import gpu
 from megatron_r1.models import read_hf_config
@@ -96,7 +97,9 @@ class StepSampler:
         draw = partial(self.prompts.next_by_kind, weights=rl.kind_weights)
         prompts = [] if rl.dynamic_sampling else draw(num_groups)
         prompts_after = self.prompts.state_dict()
-        log = await self.log.step(step) if self.log else None
+        log = None
+        if self.log:
+            log = await self.log.step(step, digest_until(self.config.rl.schedule, step))
         collect = partial(self.collector.collect, sampling=sampling, finished=log)
         if rl.dynamic_sampling:
             max_rounds = rl.dynamic_sampling_rounds

@@ -24,8 +24,7 @@ class TrainerPasses:
         self.config = config
         self.trainer, self.bridge, self.state = trainer, bridge, state
         self.algorithm = algorithms.find(config.rl.algorithm)
-        # At any step: the reference is a policy of the past, which a later step cannot bring back.
-        self.uses_reference = any(phase.rl.kl_beta > 0 for _, phase in config.phases())
+        self.uses_reference = config.uses_reference
 
     async def load(self, minibatches: list[list[Sample]]) -> dict[str, float]:
         """Send the samples of a rollout to the trainer."""
@@ -42,7 +41,7 @@ class TrainerPasses:
         return await self.trainer.call(
             "compute_logprobs",
             temperature=config.rollout.temperature,
-            reference=self.uses_reference,
+            reference=config.rl.kl_beta > 0,
             first_minibatch=has_token_advantages or config.rl.routing_replay,
         )
 

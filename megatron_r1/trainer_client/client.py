@@ -46,7 +46,8 @@ SENT_AT_ONCE = 128
 
 
 def _require_finite(metrics: dict[str, float], names: tuple[str, ...], rate: str) -> None:
-    for name in names:
+    # A loss of the user's own may have other metrics than "loss"; its gradient has a norm.
+    for name in filter(metrics.__contains__, names):
         if not math.isfinite(metrics[name]):
             raise TrainerError(
                 f"{name} is {metrics[name]}: the run stops before it is saved in a checkpoint. "
@@ -282,6 +283,8 @@ class TrainerClient:
         arguments: dict[str, Any] | None,
         shares: list[list[Buffer]] | None,
     ) -> list[dict[str, Any]]:
+        if not self.ranks:
+            raise TrainerLost(f"the ranks are starting again, and cannot be asked for {operation}")
         call = msgspec.msgpack.encode(Call(operation, arguments or {}))
         for rank, description in enumerate(self.ranks):
             if rank % SENT_AT_ONCE == 0:

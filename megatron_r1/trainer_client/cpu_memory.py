@@ -108,7 +108,7 @@ def cpu_memory(config: Config, num_ranks: int, *, samples: bool) -> CPUMemory:
     weights += trained * replicas * value if lora else 0
     if config.checkpoint.asynchronous:
         weights += trained * value + state
-    if samples and any(phase.rl.kl_beta > 0 for _, phase in config.phases()):
+    if samples and config.uses_reference:
         weights += trained * replicas * value
     columns = 1 if config.model.head == "score" else hf["vocab_size"]
     head = 3 * FP32 * CHUNK_LOGITS + 2 * FP32 * columns * hf["hidden_size"]

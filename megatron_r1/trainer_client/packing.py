@@ -40,10 +40,10 @@ def pack(
 
     limit: tokens of a micro-batch; only a sample longer than that exceeds it, and is then alone.
     cost: length -> cost of a sample (`sample_cost`). unit: number of consecutive samples that stay
-    together, in their order (a pair of responses). There are as few micro-batches as the limit
-    allows: more never waste less (measured on log-normal lengths). A micro-batch is empty only
-    where there are too few samples. Raises UserError when there are fewer samples, or units, than
-    ranks."""
+    together, in their order (a pair of responses). There are as few micro-batches as a greedy
+    packing needs: more never waste less (measured on log-normal lengths). A micro-batch is empty
+    only where there are too few samples. Raises UserError when there are fewer samples, or units,
+    than ranks."""
     starts = range(0, len(lengths), unit)
     costs = [sum(cost(length) for length in lengths[i : i + unit]) for i in starts]
     lengths = [sum(lengths[i : i + unit]) for i in starts]

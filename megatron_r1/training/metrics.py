@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -47,10 +48,17 @@ def merge(reports: Iterable[Metrics]) -> dict[str, Mean | Maximum]:
     return merged
 
 
+def nan_max(a: float, b: float) -> float:
+    """Return the larger number, NaN if either is; `max` may lose a NaN."""
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
 def _joined(before: Mean | Maximum | None, metric: Mean | Maximum) -> Mean | Maximum:
     if isinstance(metric, Maximum):
         value = float(metric.value)
-        return Maximum(max(value, float(before.value)) if isinstance(before, Maximum) else value)
+        if isinstance(before, Maximum):
+            value = nan_max(value, float(before.value))
+        return Maximum(value)
     total, count = float(metric.total), float(metric.count)
     if isinstance(before, Mean):
         total, count = float(before.total) + total, float(before.count) + count
@@ -69,6 +77,7 @@ def reduce_over_data(position: GridPosition, metrics: Metrics) -> dict[str, floa
     counts = [float(mean.count) for mean in means.values()]
     added = torch.tensor([totals, counts], dtype=fp64, device=device)  # (2, number of means)
     largest = torch.tensor([float(m.value) for m in maxima.values()], dtype=fp64, device=device)
+    largest = largest.nan_to_num(nan=math.inf)  # a maximum of several ranks may lose a NaN
     # Over data and context parallelism: each of these ranks has other samples, or other tokens of
     # the same samples. Ranks of one tensor group have equal numbers and are not added up.
     dist.all_reduce(added, group=position.groups.dp_cp)

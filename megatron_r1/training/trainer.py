@@ -1,11 +1,10 @@
 """One trainer rank: Megatron's model, optimizer and schedule behind the operations of a step.
 
-An RL step calls load() (receive the rollout's micro-batches), compute_logprobs() (old and
-reference policy), compare_with_engines() (differences of log-probabilities), for some algorithms
-compute_values() and compute_token_advantages(), and then update(), and update_critic(), once per
-mini-batch. SFT and reward
-models call load() and update(); sample_scores() evaluates a reward model, probe() compares a few
-tokens with an engine.
+An RL step calls load() (receive the rollout's micro-batches), compute_values() with a critic,
+compute_logprobs() (old and reference policy), compute_token_advantages() for some algorithms,
+update() and update_critic() once per mini-batch, and compare_with_engines() (differences of
+log-probabilities). SFT and reward models call load() and update(); sample_scores() evaluates a
+reward model, probe() compares a few tokens with an engine.
 
 Every operation is called on all ranks at the same time. A rank handles samples and losses, not
 prompts or rewards."""
@@ -30,7 +29,7 @@ from megatron_r1.training.critic import Critic, needs_critic
 from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.head import Head
 from megatron_r1.training.losses import Loss, LossTerms
-from megatron_r1.training.metrics import Maximum, Mean, Metrics, merge, reduce_over_data
+from megatron_r1.training.metrics import Maximum, Mean, Metrics, merge, nan_max, reduce_over_data
 from megatron_r1.training.packed import TokenSplit, check_token_ids, packed_batch
 from megatron_r1.training.packed_routing import RoutingPart
 from megatron_r1.training.passes import Compute, free_gradients, optimizer_step, run_passes
@@ -186,7 +185,8 @@ class Trainer:
         for batch in batches if self.position.last_stage else []:
             gaps = (batch.logprobs[name] - batch.rollout_logprobs)[batch.is_response].abs()
             gap, count = gap + gaps.double().sum().item(), count + gaps.numel()
-            largest = max(largest, gaps.max().item() if gaps.numel() else 0.0)
+            if gaps.numel():
+                largest = nan_max(largest, gaps.max().item())
         return Mean(gap, count), Maximum(largest)
 
     def update(

@@ -7,6 +7,10 @@ from megatron_r1.training.batch import PackedBatch
 from megatron_r1.training.losses import LossTerms
 from megatron_r1.training.metrics import Mean
 
+EQUAL = 1e-6
+"""The standard deviation, of their root mean square, up to which returns are equal: R = A + V is
+rounded to fp32, 6e-8 of it."""
+
 
 def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTerms:
     """Return Σ ½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²) over response tokens, with
@@ -39,7 +43,8 @@ def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTe
 def explained_variance(metrics: dict[str, float]) -> float:
     """Return 1 - Var(R - V) / Var(R), and 0 for equal returns, from the moments among the metrics
     of `value_loss`, reduced over all ranks; removes these moments from `metrics`."""
+    smallest = EQUAL**2 * metrics["return_squared"]
     returns, errors = (
         metrics.pop(f"{name}_squared") - metrics.pop(name) ** 2 for name in ("return", "error")
     )
-    return 1 - errors / returns if returns > 0 else 0.0
+    return 1 - errors / returns if returns > smallest else 0.0

@@ -32,7 +32,8 @@ class Sample(msgspec.Struct, frozen=True):
 
     token_ids: int32 bytes, prompt then response.
     logprobs: float32 bytes, the rollout engine's, one per response token (empty for SFT).
-    advantage: the same for every response token (GRPO).
+    advantage: the same for every response token; with an algorithm's token_advantages, what these
+        are computed from (a reward or an advantage; NaN if ungraded).
     routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes each
         (`models.routing_shape`), for the tokens before the last; empty without routing replay.
     teacher: float32 bytes, the teacher's log-probabilities of the response, or None.

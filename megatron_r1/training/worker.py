@@ -107,7 +107,7 @@ def _connected(name: bytes, address: str) -> zmq.Socket:
 
 
 class Operations:
-    """The operations that the controller may call: "load", "stop", and those named below."""
+    """The operations that the controller may call: "load" and those named below."""
 
     def __init__(self, config: Config, position: GridPosition):
         # These import Megatron, which is possible only after platform.prepare().

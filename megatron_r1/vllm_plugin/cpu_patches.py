@@ -1,5 +1,5 @@
 """Patches of vLLM 0.32's CPU build: four bugs that give wrong log-probabilities without an error,
-five that end the engine, two of them with block-wise FP8 models, and two that make starts and
+five that end the engine, two of them with block-wise FP8 models, and three that make starts and
 pushes slow.
 
 Without any one of the first five, tests/system/test_engine.py, which compares with transformers,

@@ -10,7 +10,8 @@ tolerance is above what an optimizer step changes. So tensors are compared aroun
   must change.
 
 A pass over all weights would be a large part of the pause, so large layers take turns: an engine
-that loads nothing shows at once, and a single large layer that stays old when it is its turn."""
+that loads nothing shows at once, and a single large layer that stays old when it is its turn. One
+above CPU_BYTES or GPU_BYTES is never compared."""
 
 from collections.abc import Sequence
 
@@ -25,7 +26,7 @@ SMALL_BYTES = 1 << 16
 """Layers of at most so many bytes are compared in every push."""
 CPU_BYTES, GPU_BYTES = 1 << 24, 1 << 31
 """Bytes of larger layers that are compared per window: 8 ms of a core at 4 GB/s, which reads them
-before and after. A layer that is larger still is not compared."""
+before and after."""
 
 
 class DeliveryCheck:

@@ -14,8 +14,8 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from megatron_r1.config import Config
-from megatron_r1.engine.errors import EngineDied, EngineError
-from megatron_r1.errors import TrainerError
+from megatron_r1.engine.errors import EngineDied, EngineError, NoWeights
+from megatron_r1.errors import TrainerError, TrainerLost
 from megatron_r1.fleet.engine import Engine, raise_dead_after
 from megatron_r1.fleet.placement import hosts_address
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
@@ -114,12 +114,14 @@ class WeightBridge:
         """Push to `engine`, which is not in the fleet yet, the weights that the others have.
 
         No push begins within. Waits while the trainer's weights are between two versions. Raises
-        EngineError."""
+        EngineError, and NoWeights where the trainer's ranks are gone."""
         async with self._settled:
             if self._is_closed:
-                raise EngineError(f"{engine.name}: the trainer that had weights for it is gone")
+                raise NoWeights(f"{engine.name}: the trainer that had weights for it is gone")
             try:
                 await self._push_to_new(engine)
+            except TrainerLost as lost:
+                raise NoWeights(f"{engine.name}: no weights for it: {lost}") from lost
             except TrainerError as error:  # the session receives it as well, and may recover
                 raise EngineError(f"{engine.name}: no weights for it: {error}") from error
             yield

@@ -109,6 +109,8 @@ def write_pieces(
     def rename() -> None:
         for path in plans:
             os.replace(unfinished[path], path)
+        for folder in {path.parent for path in plans} if durable else ():
+            fsync(folder)
 
     on_first_rank(create)
     home = {name: path for path, plan in plans.items() for name in plan.tensors}
@@ -196,6 +198,7 @@ def _replace_folder(unfinished: Path, out: Path) -> None:
     if out.exists():
         os.rename(out, previous)
     os.rename(unfinished, out)
+    fsync(out.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 

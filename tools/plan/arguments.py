@@ -72,7 +72,8 @@ def job_of(
     recipe: Path, chosen: argparse.Namespace, overrides: dict, step: int | None = None
 ) -> PlannedJob:
     """Return the job of a recipe with the settings of `step`; default: of --step."""
-    config = config_of(recipe, overrides).at(step or chosen.step or 1)
+    whole = config_of(recipe, overrides)
+    config = whole.at(step or chosen.step or 1)
     verb = verb_of(config)
     _check_verb(chosen, verb)
     hardware, assumptions = HARDWARE[chosen.hardware], Assumptions()
@@ -97,6 +98,7 @@ def job_of(
         measured=measured,
         rollout_gpus=chosen.rollout_gpus or 0,
         verb=verb,
+        keeps_reference=verb == "rl" and whole.uses_reference,
     )
     assert job.critic is None or job.critic.is_critic, "reading it checks it"
     limit = job.longest_response

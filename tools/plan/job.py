@@ -42,6 +42,8 @@ class PlannedJob:
     rollout_gpus: int = 0
     response_tokens: int = 8192
     verb: Verb = "rl"
+    keeps_reference: bool = False
+    """Whether another part of `rl.schedule` than `config` has a KL penalty."""
     measured: dict[str, str] = field(default_factory=dict, compare=False)
     """The file of each name of `hardware` and `assumptions` that --calibrate replaced."""
     shared: dict = field(default_factory=dict, repr=False, compare=False)
@@ -150,7 +152,8 @@ class PlannedJob:
         return self.verb in ("rl", "sample")
 
     @property
-    def has_reference(self) -> bool:
+    def scores_reference(self) -> bool:
+        """Whether a step of `config` computes log-probabilities under the reference."""
         return self.verb == "rl" and self.config.rl.kl_beta > 0 and not self.is_critic
 
     @property

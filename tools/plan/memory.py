@@ -94,7 +94,8 @@ def _of_rank(
     reference = changing * job.parameter_bytes + 4 * counts.buffers
     on_host = round(persistent["optimizer"] * parallel.optimizer_offload)
     persistent["optimizer"] -= on_host
-    host = {"reference": reference if job.has_reference else 0, "optimizer": on_host}
+    is_kept = job.scores_reference or job.keeps_reference
+    host = {"reference": reference if is_kept else 0, "optimizer": on_host}
     if job.config.checkpoint.asynchronous:
         host["checkpoint being written"] = (
             changing * job.parameter_bytes + persistent["optimizer"] + on_host
@@ -102,11 +103,12 @@ def _of_rank(
     stays = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
     ends = {"loss head": head, "reserved": round(job.assumptions.reserved)}
     training = {**stays, "activations": kept, "layer in work": working, **ends}
-    scoring = {**stays, "reference": host["reference"], "layer in work": forward_only, **ends}
+    scored = reference if job.scores_reference else 0
+    scoring = {**stays, "reference": scored, "layer in work": forward_only, **ends}
     if buffer := 0 if job.rollout_gpus else receive_buffer_bytes(job, "GPU"):
         training[RECEIVE_BUFFER] = scoring[RECEIVE_BUFFER] = buffer
     if parallel.reference_offload == "device":
-        training["reference"] = host.pop("reference")
+        training["reference"] = scoring["reference"] = host.pop("reference")
     if job.verb != "rl":
         scoring = {}
     freed = 0

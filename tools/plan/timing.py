@@ -93,7 +93,7 @@ class StepTime:
         count = job.num_microbatches * job.minibatches
         slots = job.slots * job.minibatches
         once = self.microbatch(self.busiest, False) * count / (1 - self.bubble(count, slots))
-        return once * (2 if job.has_reference else 1)
+        return once * (2 if job.scores_reference else 1)
 
     def push(self) -> float:
         return self.engines.weights / push_link(self.job)[0]
@@ -108,7 +108,7 @@ def time_section(times: StepTime) -> Section:
         section["rollout"] = Quantity(seconds, "s", how)
     if job.verb == "rl":
         passes = "a forward pass of the policy"
-        if job.has_reference:
+        if job.scores_reference:
             passes = "forward passes of policy and reference"
         section["scoring"] = Quantity(times.scoring(), "s", passes)
     if job.trains:

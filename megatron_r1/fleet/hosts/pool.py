@@ -147,8 +147,17 @@ class HostPool:
         waiting."""
         deadline = time.monotonic() + POLL_SECONDS
         while (left := deadline - time.monotonic()) > 0 and self._socket.poll(int(left * 1000)):
-            identity, payload = self._socket.recv_multipart()
-            report = msgspec.msgpack.decode(payload, type=HostReport)
+            identity, *payload = self._socket.recv_multipart()
+            try:
+                report = msgspec.msgpack.decode(b"".join(payload), type=HostReport)
+            except msgspec.MsgspecError as error:
+                with self._lock:
+                    self._refuse(
+                        identity,
+                        f"a host's report cannot be read ({error}): start hosts and run from the "
+                        "same commit",
+                    )
+                continue
             with self._lock:
                 self._receive(identity, report)
 
@@ -163,7 +172,11 @@ class HostPool:
                 self._lose(identity, "is leaving")
             return
         if self._memory and report.shared_memory != self._memory:
-            self._refuse(identity, report)
+            self._refuse(
+                identity,
+                f"host {report.name} does not share this host's memory, through which weights "
+                "travel (/dev/shm): start it on this host, or set push.transport: gloo",
+            )
             return
         if host is None:
             host = self._hosts[identity] = HostRecord(report, now, now)
@@ -177,11 +190,8 @@ class HostPool:
                 if reported.state == "ended" and part.ended is None:
                     part.ended = now
 
-    def _refuse(self, identity: bytes, report: HostReport) -> None:
-        refusal = (
-            f"host {report.name} does not share this host's memory, through which weights travel "
-            "(/dev/shm): start it on this host, or set push.transport: gloo"
-        )
+    def _refuse(self, identity: bytes, refusal: str) -> None:
+        """Send the reason to the host, which ends with it, and notify of each reason once."""
         self._send(identity, Orders(self.silence_seconds, refusal=refusal))
         if refusal != self.refusal:
             self.refusal = refusal

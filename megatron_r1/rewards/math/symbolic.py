@@ -8,6 +8,7 @@ import functools
 import logging
 import random
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -20,8 +21,11 @@ from megatron_r1.rewards.math.evaluation import NotNumeric, OutOfRange, evaluate
 from megatron_r1.rewards.math.number import rounds_to_same
 
 CONVERSION = ConversionConfig(lowercase_symbols=False)
-# Signs alternate from point to point, so that |x| is not x.
-NUM_POINTS = 3
+NEAR = (1.0, 4.0)
+"""Magnitudes of the symbols at a point."""
+FAR = ((4.0, 40.0), (40.0, 4_000.0), (0.01, 1.0))
+"""Further ones for expressions with branches, so that |x - 5| is not 5 - x."""
+BRANCHES = (sympy.Abs, sympy.Max, sympy.Min, sympy.sign)
 CACHE_SIZE = 2_048
 KINDS = (sympy.Set, sympy.MatrixBase, sympy.Expr, sympy.Basic)
 # Of 120 digits. When fifteen decided, `20! + 1` was taken for `20!`.
@@ -104,7 +108,7 @@ def constant(text: str) -> mpmath.mpc | None:
 
 
 def _same_at_points(left: sympy.Expr, right: sympy.Expr, seed: str) -> bool | None:
-    """Whether both are equal at random real points of both signs; None for an unknown function.
+    """Whether both are equal at random real points; None for an unknown function.
 
     Different values prove a difference without `simplify`, which may never return. Equal values to
     eighty digits, at points that a response cannot foresee, are taken as proof of equality."""
@@ -112,13 +116,7 @@ def _same_at_points(left: sympy.Expr, right: sympy.Expr, seed: str) -> bool | No
     is_float = left.has(sympy.Float) or right.has(sympy.Float)
     rng = random.Random(seed)
     num_compared = 0
-    for point in range(NUM_POINTS if names else 1):
-        values: dict[str, Any] = {
-            name: mpmath.mpf(rng.uniform(1, 4)) * (-1) ** (index + point)
-            for index, name in enumerate(names)
-        }
-        if "i" in values:
-            values["i"] = mpmath.mpc(0, 1)
+    for values in _points(names, rng, far=_has_branches(left) or _has_branches(right)):
         try:
             pair = [evaluate(side, values) for side in (left, right)]
         except NotNumeric:
@@ -130,6 +128,36 @@ def _same_at_points(left: sympy.Expr, right: sympy.Expr, seed: str) -> bool | No
         num_compared += 1
     # At one sign of a symbol both may be undefined, or too large.
     return num_compared > 0
+
+
+def _points(names: list[str], rng: random.Random, far: bool) -> Iterator[dict[str, Any]]:
+    """Yield values of the symbols: one symbol has both signs, and of each two there are points
+    where they have the same sign and points where they have different ones.
+
+    Several are never negative together: sqrt(xy) is written for sqrt(x) sqrt(y)."""
+    count = len(names)
+    patterns = [[1] * count, [-1] * count, [1] * count]
+    if count > 1:
+        bits = range((count - 1).bit_length())
+        codes = [[(-1) ** (index >> bit & 1) for index in range(count)] for bit in bits]
+        patterns = [[1] * count, *codes, *([-sign for sign in code] for code in codes)]
+    for scale in range(1 + len(FAR) if far else 1):
+        for signs in patterns if names else [[]]:
+            values: dict[str, Any] = {}
+            for index, (name, sign) in enumerate(zip(names, signs, strict=True)):
+                # The decades change from symbol to symbol, too.
+                low, high = FAR[(scale + index) % len(FAR)] if scale else NEAR
+                values[name] = mpmath.mpf(sign * rng.uniform(low, high))
+            if "i" in values:
+                values["i"] = mpmath.mpc(0, 1)
+            yield values
+
+
+def _has_branches(expression: sympy.Expr) -> bool:
+    """Return whether absolute values or roots may make it another formula elsewhere."""
+    powers = expression.atoms(sympy.Pow)
+    has_roots = any(power.base.free_symbols and not power.exp.is_integer for power in powers)
+    return has_roots or expression.has(*BRANCHES)
 
 
 def _close(left: mpmath.mpc, right: mpmath.mpc, *, is_float: bool, is_constant: bool) -> bool:

@@ -116,7 +116,7 @@ class RewardPool:
         except (TypeError, UnicodeEncodeError) as error:
             raise UserError(f"truth and fields of a {kind} job must be JSON: {error}") from error
         if b"null" in encoded:  # what NaN and infinity become
-            for name, value in (("truth", truth), ("entry", fields.get("entry"))):
+            for name, value in {"truth": truth, **fields}.items():
                 if fault := find_non_finite(value, name):
                     raise UserError(f"the {name} of a {kind} job must be JSON: {fault}")
         job.response = self._as_json(response)

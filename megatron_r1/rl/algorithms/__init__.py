@@ -44,7 +44,8 @@ class Algorithm:
 
 def find(name: str) -> Algorithm:
     """Return the algorithm called `name`, or the user's own at "module:RULES". Raises UserError for
-    an unknown name and for a module that defines nothing of an algorithm."""
+    an unknown name, and for a module that defines nothing of an algorithm or not what its rules are
+    for."""
     rules = rules_of(name)
     home, is_own, _ = name.partition(":")
     if not is_own:
@@ -55,6 +56,12 @@ def find(name: str) -> Algorithm:
         raise UserError(
             f"rl.algorithm: {name}: {module.__file__} defines none of {', '.join(PARTS)}; define "
             "one, or use grpo and put the settings in the recipe"
+        )
+    per_token = rules.critic or rules.teacher or rules.kl_in_reward
+    if per_token and "token_advantages" not in defined:
+        raise UserError(
+            f"rl.algorithm: {name}: {module.__file__} defines no token_advantages, which critic, "
+            "teacher and kl_in_reward of its rules are for; define it, or leave them out"
         )
     return Algorithm(
         name,

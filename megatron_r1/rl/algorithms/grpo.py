@@ -1,7 +1,7 @@
 """GRPO: group relative policy optimization (DeepSeekMath, arXiv 2402.03300, section 4.1;
 DeepSeek-R1, arXiv 2501.12948, eq. 1-3).
 
-    A_i = (r_i - mean(r)) / std(r), over the G responses to one prompt; the same for every token
+    A_i = (r_i - mean(r)) / (std(r) + ε), over the G responses to one prompt; all tokens have it
     J   = 1/N Σ_i 1/|o_i| Σ_t [ min(ρ A_i, clip(ρ, 1 - ε_low, 1 + ε_high) A_i) - β KL(π_θ ‖ π_ref) ]
 
 with ρ = π_θ / π_old of token t; there is no critic. Advantages are normalized per group, the loss
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """Return A_i = (r_i - mean(r)) / std(r), one per response, normalized by `rl.advantage_std`; 0
+    """Return A_i, one per response, normalized by `rl.advantage_std`; ε is `advantage_epsilon`. 0
     for an ungraded response, and for a whole group whose rewards are equal."""
     by = "group" if rl.advantage_std == "group" else "none"
     by_group = [group_advantages(g, divide_by=by, epsilon=rl.advantage_epsilon) for g in groups]

@@ -1,5 +1,7 @@
 """Reads a checkpoint at any parallel layout, after all ranks together have verified it."""
 
+import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from megatron_r1.errors import UserError
 from megatron_r1.training.checkpoints import contents, manifest
 from megatron_r1.training.checkpoints.adapters import BASE, check_base
-from megatron_r1.training.checkpoints.contents import Networks
+from megatron_r1.training.checkpoints.contents import REFERENCE, Networks
 from megatron_r1.training.checkpoints.manifest import BadManifest, Verify
 
 UNREADABLE = (
@@ -56,7 +58,9 @@ def load(folder: Path, networks: Networks) -> bool:
     except UserError:
         raise
     except UNREADABLE as error:
-        cause = str(error).strip().splitlines()[-1].strip()  # the first lines are a traceback
+        _check_reference(folder, networks)
+        # The first lines are a traceback; an EOFError has no text.
+        cause = (str(error).strip().splitlines() or [repr(error)])[-1].strip()
         raise UserError(
             f"checkpoint {folder} does not fit this model and recipe ({cause[:300]}); "
             "continue with the recipe that wrote it, or start in another run.folder"
@@ -65,3 +69,16 @@ def load(folder: Path, networks: Networks) -> bool:
     if written_by == own_layout:
         contents.restore_rng(loaded["rng"])
     return written_by == own_layout
+
+
+def _check_reference(folder: Path, networks: Networks) -> None:
+    """Raise UserError where a reference is wanted that the checkpoint does not have."""
+    names: Iterable[str] = (REFERENCE,)
+    with contextlib.suppress(*UNREADABLE):
+        names = dist_checkpointing.load_tensors_metadata(str(folder))
+    if networks.reference is not None and not any(name.startswith(REFERENCE) for name in names):
+        raise UserError(
+            f"checkpoint {folder} has no reference policy: rl.kl_beta was 0 when the run began, "
+            "and rl.schedule cannot add a KL penalty; leave it out, or start a new run with "
+            "rl.kl_beta from the exported model"
+        )

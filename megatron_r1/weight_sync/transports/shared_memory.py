@@ -9,6 +9,7 @@ nothing outlives them. The process that creates a file holds a lock on it until 
 a lock was left by a killed process, and `sweep` removes it."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import threading
@@ -94,9 +95,12 @@ class SharedMemoryReceiver(Receiver):
         try:
             self._file = NamedMemory(path, num_bytes)
         except OSError as error:
+            remedy = "lower push.memory_gib or make it larger"
+            if error.errno != errno.ENOSPC:
+                remedy = "the engine's user must be able to create and map files there"
             raise ValueError(
-                f"{path}: {error.strerror}: {num_bytes / 2**30:.3g} GiB are needed "
-                f"in {FOLDER}; lower push.memory_gib or make it larger"
+                f"{path}: {error.strerror}: {num_bytes / 2**30:.3g} GiB are needed in {FOLDER}; "
+                f"{remedy}"
             ) from error
         self.address = str(path)
         return map_bytes(path, num_bytes)

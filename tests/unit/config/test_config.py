@@ -87,8 +87,10 @@ def test_overrides_are_yaml_values_of_dotted_keys():
         ValueError, match="--pipeline.statu needs a value; did you mean --pipeline.st"
     ):
         parse_overrides(["--pipeline.statu"], {"pipeline.status"})
-    with pytest.raises(ValueError, match="needs a value"):
-        parse_overrides(["--rl.group_size"])
+    for options in (["--rl.group_size"], ["--rl.group_size", "--rl.kl_beta", "0"]):
+        with pytest.raises(ValueError, match="--rl.group_size needs a value"):
+            parse_overrides(options)
+    assert parse_overrides(["--data.template=--{problem}"]) == {"data.template": "--{problem}"}
 
 
 def test_every_recipe_in_the_repository_is_valid():

@@ -2,12 +2,13 @@
 fails rarely."""
 
 import asyncio
+import contextlib
 import json
 
 import pytest
 from aiohttp import web
 
-from megatron_r1.engine.errors import EngineDied, EngineError, EngineTimeout
+from megatron_r1.engine.errors import EngineDied, EngineError, EngineTimeout, NoWeights
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 
 GARBAGE = {
@@ -508,3 +509,56 @@ def test_one_that_was_starting_gives_its_memory_to_the_trainer(tmp_path):
 
     result = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
     assert result == ((False, False), [peers[3], peers[1]], 1)
+
+
+def test_an_engine_without_weights_costs_no_restart(tmp_path):
+    """A trainer that starts again may take longer than all restarts of an engine."""
+    peers = [Peer(good), *(Peer(good) for _ in range(4))]
+    refusals = iter([True] * 3)
+
+    @contextlib.asynccontextmanager
+    async def feed(engine):
+        if next(refusals, False):
+            raise NoWeights(f"{engine.name}: the trainer is gone")
+        yield
+
+    async def story(fleet):
+        fleet.feed = feed
+        peers[0].is_running = False
+        return (await sample(fleet)), fleet.num_restarts
+
+    assert run(tmp_path, peers, story, max_restarts=1)[1] == 1
+
+
+def test_a_cancelled_call_to_a_dead_engine_does_not_go_on(tmp_path):
+    """The request's own end, which takes a moment, must not hide that its caller was cancelled."""
+
+    async def ends_slowly():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.2)
+
+    async def story(fleet):
+        engine = fleet.engines[0]
+        calling = asyncio.create_task(engine.unless_dead(ends_slowly()))
+        await asyncio.sleep(0.05)
+        engine.died.set()
+        await asyncio.sleep(0.05)
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+
+    run(tmp_path, [Peer(good), Peer(good)], story, max_restarts=1)
+
+
+@pytest.mark.parametrize("seed", [20240101 * 1_000_003, -1_000_003])
+def test_every_seed_is_one_that_vllm_takes(tmp_path, seed):
+    class Started(Peer):
+        def __call__(self, model, log, **settings):
+            self.settings = settings
+            return super().__call__(model, log, **settings)
+
+    peer = Started(good)
+    run(tmp_path, [peer], sample, seed=seed)
+    assert 0 <= peer.settings["seed"] < 2**32

@@ -35,6 +35,8 @@ def test_trifles_do_not_hide_a_repetition():
     passage = "Let me check this step of the argument again, from the very top. "
     marked = passage.replace("e", "e\u200b").replace("a", "a\u0301").replace(" ", "\n ").upper()
     assert grade(passage + marked).reward == grade(passage * 2).reward < 0.9
+    accented = passage.replace("e", "\u00e9")  # one character, not two
+    assert grade(passage + accented).reward == grade(passage * 2).reward
 
 
 def test_a_counter_hides_a_loop_unless_numbers_are_masked():

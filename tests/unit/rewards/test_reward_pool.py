@@ -212,6 +212,8 @@ def test_what_the_user_got_wrong_raises(graders):
             await pool.grade("math", "?", object())
         with pytest.raises(ValueError, match=r"truth of a math job .* truth is NaN, which is no"):
             await pool.grade("math", "?", float("nan"))
+        with pytest.raises(ValueError, match=r"tolerance is NaN, which is no"):
+            await pool.grade("graders:even", "2", None, tolerance=float("nan"))
         with pytest.raises(ValueError, match=r"truth\.tests\.0\.result is Infinity"):
             await pool.grade("code", "?", {"tests": [{"args": [], "result": float("inf")}]})
         return await pool.grade("graders:even", "2", None)

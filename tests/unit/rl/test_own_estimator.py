@@ -144,6 +144,15 @@ def test_mistakes_are_named(folder, source, name, message):
         parse({"rl": {"algorithm": name}})
 
 
+@pytest.mark.parametrize("rule", ["critic", "teacher", "kl_in_reward"])
+def test_rules_for_token_advantages_that_are_not_there_are_refused(folder, rule):
+    head = "from megatron_r1.config.algorithms import AlgorithmRules\n"
+    text = f"{head}RULES = AlgorithmRules({rule}=True)\ndef advantages(groups, rl): ...\n"
+    (folder / f"half_{rule}.py").write_text(text)
+    with pytest.raises(UserError, match="defines no token_advantages"):
+        algorithms.find(f"half_{rule}:RULES")
+
+
 def test_a_module_without_an_algorithm_is_refused(folder):
     text = "from megatron_r1.config.algorithms import AlgorithmRules\nRULES = AlgorithmRules()\n"
     (folder / "bare.py").write_text(text)

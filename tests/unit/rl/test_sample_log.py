@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+from megatron_r1.config.schedule import ScheduleEntry, digest_until
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.files.framed import HEADER, FramedFile, append_frame
@@ -95,6 +96,29 @@ def test_groups_come_back_exactly_each_at_its_place(tmp_path):
         assert (await log.step(5)).recall(0, PROMPTS[0]) is None, "another step has other groups"
         other = await log.step(4)
         assert other.recall(0, PROMPTS[1]) is None, "another question was drawn for this place"
+        await log.close()
+
+    asyncio.run(run())
+
+
+def test_groups_of_another_schedule_are_sampled_again(tmp_path):
+    entry = ScheduleEntry.model_validate({"from_step": 4, "rl.group_size": 2})
+    before, after = digest_until([], 4), digest_until([entry], 4)
+    assert before == digest_until([entry], 3) != after
+
+    async def run():
+        log = SampleLog(tmp_path)
+        step = await log.step(4, before)
+        step.keep(0, group(0, 1.0))
+        await step.accept()
+
+        step = await log.step(4, after)
+        assert step.recall(0, PROMPTS[0]) is None and not step.is_accepted
+        step.keep(0, group(0, 1.0, 0.5))
+        await step.accept()
+        again = await log.step(4, after)
+        assert again.recall(0, PROMPTS[0]) == group(0, 1.0, 0.5) and again.is_accepted
+        assert (await log.step(4, before)).recall(0, PROMPTS[0]) == group(0, 1.0)
         await log.close()
 
     asyncio.run(run())

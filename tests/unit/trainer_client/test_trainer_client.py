@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from megatron_r1.config import Config
+from megatron_r1.errors import TrainerLost
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.training.wire import Call, Reply
 
@@ -75,3 +76,12 @@ def test_begun_is_called_when_the_call_is_sent_to_the_ranks(client):
         return waiting
 
     assert asyncio.run(asyncio.wait_for(story(), 10)) == [None]
+
+
+def test_a_call_while_the_ranks_start_again_is_a_loss_and_not_an_empty_reply(client):
+    client.ranks = []
+    with pytest.raises(TrainerLost, match="starting again, and cannot be asked for send_weights"):
+        asyncio.run(client.call_all("send_weights"))
+    client.ranks = [{"rank": 0, "last_stage": True, "leads_replica": False}]
+    client.socket.answers.set()
+    assert asyncio.run(client.call("update")) == {"operation": "update"}

@@ -1,5 +1,7 @@
 """Metrics of micro-batches of different sizes, against the numbers of the tokens themselves."""
 
+import math
+
 import pytest
 import torch
 
@@ -17,6 +19,12 @@ def test_a_merged_mean_is_over_all_tokens_not_over_micro_batches():
 def test_a_merged_maximum_is_the_largest_and_may_be_negative():
     reports = [{"ratio/max": Maximum(torch.tensor(value))} for value in (-3.0, -0.5, -2.0)]
     assert merge(reports) == {"ratio/max": Maximum(-0.5)}
+
+
+@pytest.mark.parametrize("values", [(math.nan, 1.0), (1.0, math.nan)])
+def test_a_maximum_does_not_lose_a_nan(values):
+    merged = merge({"ratio/max": Maximum(torch.tensor(value))} for value in values)
+    assert math.isnan(merged["ratio/max"].value)
 
 
 def test_sums_over_many_micro_batches_do_not_lose_small_parts():

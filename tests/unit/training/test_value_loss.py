@@ -49,3 +49,11 @@ def test_the_variance_that_values_explain_is_over_all_micro_batches():
 def test_equal_returns_have_no_variance_to_explain():
     moments = {"return": 2.0, "return_squared": 4.0, "error": 1.0, "error_squared": 3.0}
     assert explained_variance(moments) == 0.0
+    # Returns of an advantage and a value whose sum is 0.1, but for fp32's rounding.
+    values = torch.linspace(-3, 3, 1001)
+    returns, errors = ((0.1 - values) + values).double(), 0.1 - values.double()
+    assert returns.std() > 0
+    both = {"return": returns, "error": errors}
+    moments = {name: x.mean().item() for name, x in both.items()}
+    moments |= {f"{name}_squared": x.square().mean().item() for name, x in both.items()}
+    assert explained_variance(moments) == 0.0

@@ -10,7 +10,13 @@ from torch.distributed import TCPStore
 
 from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.client import EngineClient
-from megatron_r1.engine.errors import ConnectionBroken, EngineDied, EngineError, EngineFault
+from megatron_r1.engine.errors import (
+    ConnectionBroken,
+    EngineDied,
+    EngineError,
+    EngineFault,
+    NoWeights,
+)
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import TrainerLost
 from megatron_r1.fleet.engine import Engine
@@ -61,10 +67,10 @@ def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_fails(is_closed_fi
         if is_closed_first:
             bridge.close()
         trainer.goes.set()
-        with pytest.raises(EngineError, match="engine-0: no weights for it: trainer rank 0 was"):
+        with pytest.raises(NoWeights, match="engine-0: no weights for it: trainer rank 0 was"):
             await feeding
         bridge.close()
-        with pytest.raises(EngineError, match="engine-0: "):
+        with pytest.raises(NoWeights, match="engine-0: "):
             await waiting
         await engine.client.close()
 
