@@ -76,7 +76,7 @@ def test_no_finished_sample_is_lost_whoever_is_killed(base, tmp_path):
     folder = tmp_path / "run"
     settings = ["--run.steps", 6, "--checkpoint.every", 4, "--eval.every", 0]
     # An engine that makes one group at a time, so that a rollout has a middle.
-    settings += ["--rl.questions_per_rollout", 8, "--rollout.max_num_seqs", 4]
+    settings += ["--rl.questions_per_rollout", 24, "--rollout.max_num_seqs", 4]
     process = start("rl", base / "rl.yaml", folder, *settings)
     third = folder / "sample_log/step_00000003.log"
     wait_for(process, "in the third rollout", lambda: third.exists() and third.stat().st_size > 4e3)
@@ -86,13 +86,13 @@ def test_no_finished_sample_is_lost_whoever_is_killed(base, tmp_path):
     before = metrics_of(folder)
     assert [m["step"] for m in before] == [1, 2] and not any(folder.glob("checkpoints/step_*"))
     kept, is_accepted = records(folder, 3)
-    assert 0 < len(kept) < 8 and not is_accepted, f"killed too late or too early: {kept}"
-    assert [len(records(folder, step)[0]) for step in (1, 2)] == [8, 8]
+    assert 0 < len(kept) < 24 and not is_accepted, f"killed too late or too early: {kept}"
+    assert [len(records(folder, step)[0]) for step in (1, 2)] == [24, 24]
 
     process = start("rl", base / "rl.yaml", folder, *settings)
     wait_for(process, "past step 4", lambda: len(metrics_of(folder)) >= 4)
     replayed = metrics_of(folder)
-    assert [m["groups/replayed"] for m in replayed[:3]] == [8, 8, len(kept)]
+    assert [m["groups/replayed"] for m in replayed[:3]] == [24, 24, len(kept)]
     assert [of_the_samples(m) for m in replayed[:2]] == [of_the_samples(m) for m in before]
 
     health = json.loads(get(folder, "/health"))
