@@ -195,7 +195,7 @@ def _settings_that_matter(config: Config, policy: Policy, shots: Shots | None) -
         **policy.identity,
     }
     if config.sample.is_graded:
-        settings["rewards.weights"] = rewards.model_dump()["weights"]
+        settings["rewards.weights"] = rewards.model_dump(include={"weights"})["weights"]
         settings["rewards.options"] = rewards.call_options
     return settings
 

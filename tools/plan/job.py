@@ -43,7 +43,7 @@ class PlannedJob:
     response_tokens: int = 8192
     verb: Verb = "rl"
     keeps_reference: bool = False
-    """Whether another part of `rl.schedule` than `config` has a KL penalty."""
+    """Whether any part of `rl.schedule` has a KL penalty: the reference is then kept in all."""
     measured: dict[str, str] = field(default_factory=dict, compare=False)
     """The file of each name of `hardware` and `assumptions` that --calibrate replaced."""
     shared: dict = field(default_factory=dict, repr=False, compare=False)

@@ -93,6 +93,15 @@ def test_overrides_are_yaml_values_of_dotted_keys():
     assert parse_overrides(["--data.template=--{problem}"]) == {"data.template": "--{problem}"}
 
 
+@pytest.mark.parametrize(
+    ("layout", "of_critic"),
+    [("Et|t|m*1L", "Et|t|L"), ("Et|tm*2L", "Et|tL"), ("E(tm)*2L", "E(t)*2L")],
+)
+def test_a_critic_has_no_mtp_layers_in_its_layout(layout, of_critic):
+    critic = configuration.parse({"parallel": {"pipeline_layout": layout}}).of_critic()
+    assert critic.parallel.pipeline_layout == of_critic
+
+
 def test_every_recipe_in_the_repository_is_valid():
     for path in sorted((ROOT / "examples").rglob("*.yaml")):
         if path.name == "published.yaml":  # figures of the paper

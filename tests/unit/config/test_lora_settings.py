@@ -30,12 +30,4 @@ def test_what_cannot_be_trained_with_adapters_is_refused_by_name(model, message)
 def test_a_critic_is_trained_whole():
     config = Config.model_validate({"model": {"lora": {"rank": 8}}})
     assert config.of_critic().model.lora is None
-    for layout, of_critic in {
-        "Et|t|m*1L": "Et|t|L",
-        "Et|tm*2L": "Et|tL",
-        "E(tm)*2L": "E(t)*2L",
-    }.items():
-        parallel = {"pipeline_layout": layout}
-        critic = Config.model_validate({"parallel": parallel}).of_critic()
-        assert critic.parallel.pipeline_layout == of_critic
     assert config.model.lora.scale == 4.0
