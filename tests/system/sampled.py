@@ -19,11 +19,11 @@ async def sample(engine, *, n=4, max_tokens=24, **sampling):
 async def sample_amid_a_push(fleet, push, before, after, **sampling):
     """Groups whose every response the model in `before` began and that in `after` ended, and
     version → model; `push(model)` is the fleet's next version."""
-    for wait_seconds in (0.3, 0.6, 1.2, 2.4, 4.8):  # until the push falls amid all responses
+    for _ in range(5):  # a busy machine may end a response before the push does
         await push(before)
         made_by = {fleet.version: before, fleet.version + 1: after}
         running = asyncio.ensure_future(sample(fleet, max_tokens=200, **sampling))
-        await asyncio.sleep(wait_seconds)
+        await sample(fleet, max_tokens=8)  # sent later and sampled beside them: they have begun
         await push(after)
         groups = await running
         if successions(groups) == {tuple(made_by)}:
