@@ -5,7 +5,8 @@
     both       the one after the other in one process, for every grid of GRID+GRID…
     full       no file may grow beyond LIMIT bytes on the last rank
     killed     the last rank is killed with signal 9 while it writes
-    damaged    what all ranks find in a checkpoint of which the last byte of each file was flipped
+    refused    what all ranks find in a checkpoint of which the last byte of each file was flipped,
+               and in one that was written without a reference policy and is read with one
 What came of it goes to OUT/SCENE.json.
 """
 
@@ -130,15 +131,21 @@ def killed(trainer, folders, position, out: Path) -> dict:
     sys.exit(1)
 
 
-def damaged(trainer, folders, position, out: Path) -> dict:
-    folder = out / "flipped"
-    found = folders.verify_checkpoint(str(folder))["damage"]
+def refused(trainer, folders, position, out: Path) -> dict:
+    bare = out / "without_reference"
+    folders.save_checkpoint(str(bare), {"step": 1})
+    assert folders.checkpoint_progress(wait=True)["error"] is None
+    found = folders.verify_checkpoint(str(out / "flipped"))["damage"]
+    refusals = {folder.name: refusal(folders, folder) for folder in (out / "flipped", bare)}
+    return {"damage": found, "refusals": refusals}
+
+
+def refusal(folders, folder: Path) -> str | None:
     try:
         folders.load_checkpoint(str(folder), reference=True)
-        refusal = None
     except ValueError as error:
-        refusal = str(error)
-    return {"damage": found, "refusal": refusal}
+        return str(error)
+    return None
 
 
 def both(model: str, grid: str, out: Path) -> dict:
@@ -180,7 +187,7 @@ def main() -> None:
     if scene == "both":
         found = {grid: both(model, grid, Path(out)) for grid in grids.split("+")}
     else:
-        scenes = (straight, continued, full, killed, damaged)
+        scenes = (straight, continued, full, killed, refused)
         play = {one.__name__: one for one in scenes}[scene]
         settings, position = initialized(model, grids)
         found = play(*new(settings, position), position, Path(out))

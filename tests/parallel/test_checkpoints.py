@@ -104,7 +104,7 @@ def test_a_rank_killed_while_it_writes_leaves_the_last_good_one(straight, oracle
     assert not report.exists() or "lost each other" in json.loads(report.read_text())
 
 
-def test_ranks_find_every_flipped_byte_between_them(straight, oracle):
+def test_ranks_find_every_flipped_byte_and_a_reference_that_was_not_saved(straight, oracle):
     out, _ = straight
     folder = shutil.copytree(out / "step_00000002", out / "flipped")
     names = [name for name in manifest.read(folder) if name.endswith(".distcp")]
@@ -112,7 +112,10 @@ def test_ranks_find_every_flipped_byte_between_them(straight, oracle):
         content = bytearray((folder / name).read_bytes())
         content[-1] ^= 1
         (folder / name).write_bytes(content)
-    for rank in play("damaged", oracle, out, "dp2"):
+    for rank in play("refused", oracle, out, "dp2"):
         expected = [f"{name} does not have the checksum it was written with" for name in names]
         assert rank["damage"] == sorted(expected)
-        assert "is damaged: " in rank["refusal"] and names[0] in rank["refusal"]
+        flipped = rank["refusals"]["flipped"]
+        assert "is damaged: " in flipped and names[0] in flipped
+        bare = rank["refusals"]["without_reference"]
+        assert "without_reference has no reference policy: rl.kl_beta was 0 when" in bare

@@ -15,10 +15,12 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+import zmq
 
 from megatron_r1.config import RolloutConfig
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.gpu import gpus_of_slot, visible_gpus
+from megatron_r1.fleet.hosts.link import HostLink
 from megatron_r1.fleet.hosts.pool import HostPool
 from megatron_r1.fleet.hosts.remote_server import RemoteServer
 from megatron_r1.fleet.hosts.wire import HostReport, publish_address, published_address
@@ -130,6 +132,21 @@ def test_hosts_find_the_port_of_the_recipe(tmp_path, monkeypatch):
 
     assert asyncio.run(scenario()) == port
     assert published_address(tmp_path) is None
+
+
+def test_a_report_of_another_version_is_refused_and_the_pool_goes_on(pool, host):
+    link = HostLink(f"tcp://127.0.0.1:{pool.port}", known_token(pool.folder / "token"))
+    try:
+        until(lambda: link._socket.poll(100, zmq.POLLOUT))
+        link._socket.send(msgspec.msgpack.encode({"name": 7}))
+        orders = []
+        until(lambda: (order := link.receive(0.1)) and not orders.append(order))
+    finally:
+        link.close()
+    assert "cannot be read" in orders[0].refusal and "from the same commit" in orders[0].refusal
+    assert pool.messages == [orders[0].refusal]
+    host("--folder", pool.folder)
+    until(lambda: pool.num_free == 1)
 
 
 def test_waiting_for_hosts_is_mentioned(pool, monkeypatch, tmp_path):
