@@ -108,7 +108,7 @@ async def _sample(
 
 def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:
     graded, question = group.responses[index], group.prompt.question
-    response = wording.shorten(graded.text.strip(), MAX_SHOWN_CHARS)
+    response = wording.shorten_middle(graded.text.strip(), MAX_SHOWN_CHARS)
     if graded.episode is not None:
         question, response = _conversation(graded.episode)
     shown = {ACCURACY, *weights}
@@ -136,7 +136,7 @@ def _conversation(episode: Episode) -> tuple[str, str]:
     lines = []
     for turn in turns[begin:]:
         arrow = {"assistant": "", "tool": "-> "}.get(turn.role, f"{turn.role}: ")
-        lines.append(arrow + wording.shorten(turn.text.strip(), MAX_SHOWN_CHARS))
+        lines.append(arrow + wording.shorten_middle(turn.text.strip(), MAX_SHOWN_CHARS))
     counts = f"({counted(episode.num_tool_calls, 'call')}, {episode.num_tool_errors} failed)"
     return " ".join(questions[-1:]), "\n".join([*lines, counts])
 

@@ -61,12 +61,16 @@ class FunctionJudge(ResponseJudge):
 
     async def _compare(self, question: str, first: str, second: str) -> list[int]:
         orders = [(first, second), (second, first)] * (self._num_votes // 2)
-        votes = await asyncio.gather(*(self._safety(question, *order) for order in orders))
+        votes = await asyncio.gather(*(self._call(question, *order) for order in orders))
         for_first = [1 - vote if i % 2 else vote for i, vote in enumerate(votes)]
         wins, losses = sum(v > 0.5 for v in for_first), sum(v < 0.5 for v in for_first)
         return [wins, losses, self._num_votes - wins - losses]
 
-    async def _safety(self, *texts: str) -> float:
+    async def _safety(self, question: str, response: str) -> float:
+        return await self._call(question, response)
+
+    async def _call(self, *texts: str) -> float:
+        """Return the function's number for `texts`. Raises UserError for anything else."""
         vote = await self._function(*texts)
         if not isinstance(vote, bool | int | float) or not 0 <= vote <= 1:
             raise UserError(

@@ -45,8 +45,8 @@ class SftExamples:
         rewriter: Rewriter | None = None,
         grader: Grader | None = None,
     ) -> None:
-        """Set up the decision. rendering: None if nothing is written. grader: grades rewritten
-        responses, which are then selected again."""
+        """Take the selection's settings. rendering: None if nothing is written. grader: grades
+        rewritten responses, which are then selected again."""
         self._selection, self._rendering = selection, rendering
         self._rewriter, self._grader = rewriter, grader
 

@@ -13,7 +13,7 @@ from megatron_r1.evaluation.summary import Summary
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.page import render
 from megatron_r1.reporting.report_samples import conversation
-from megatron_r1.reporting.wording import number, percent, printable, shorten
+from megatron_r1.reporting.wording import number, percent, printable, shorten_middle
 
 LOG_WIDTH = 140
 NUM_EXAMPLES = 2
@@ -97,7 +97,9 @@ def _examples(
             details = [source, f"reward {sample['reward']:.3g}"]
             if sample["length"] is not None:
                 details.append(f"{sample['length']:,} tokens")
-            response = printable(shorten(sample["response"], MAX_CHARACTERS), keep_newlines=True)
+            response = printable(
+                shorten_middle(sample["response"], MAX_CHARACTERS), keep_newlines=True
+            )
             shown = {
                 "question": printable(question["question"][:MAX_CHARACTERS], keep_newlines=True),
                 "verdict": _verdict(sample),

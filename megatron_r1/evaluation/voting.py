@@ -86,15 +86,15 @@ async def group_answers(
     comparisons: right answers are equal to each other (group `RIGHT`) and to no wrong one. Other
     kinds are compared by number and text only: a puzzle may have many right answers."""
     if kind != "math":
-        numbers = {vote.key: i for i, vote in reversed(list(enumerate(votes))) if vote}
-        return [numbers[vote.key] if vote else None for vote in votes]
+        first_with = {vote.key: i for i, vote in reversed(list(enumerate(votes))) if vote}
+        return [first_with[vote.key] if vote else None for vote in votes]
     wrong: dict[str | Fraction, Vote] = {}
     for vote, score in zip(votes, scores, strict=True):
         if vote and score != 1.0:
             wrong.setdefault(vote.key, vote)
-    numbers = await _by_meaning(pool, list(wrong.values()))
+    group_of = await _by_meaning(pool, list(wrong.values()))
     return [
-        (RIGHT if score == 1.0 else numbers[vote.key]) if vote else None
+        (RIGHT if score == 1.0 else group_of[vote.key]) if vote else None
         for vote, score in zip(votes, scores, strict=True)
     ]
 

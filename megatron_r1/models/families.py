@@ -66,8 +66,17 @@ _WINDOW = {"use_sliding_window": False, "use_mrope": False}
 _UNUSED_WINDOW = ("sliding_window", "max_window_layers")
 _LATENT = {"attention_bias": False, "rope_interleave": True, "mlp_bias": False}
 _ROUTED = {
-    **{"moe_layer_freq": 1, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "moe_layer_freq": 1,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
     "tie_word_embeddings": False,
+}
+_PLAIN_EXPERTS = {
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 0,
+    "first_k_dense_replace": 0,
+    "routed_scaling_factor": 1.0,
 }
 _SIGMOID = {**_ROUTED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 _SIGMOID_NEEDS = (
@@ -99,12 +108,11 @@ FAMILIES = {
         rope=("default", "linear", "yarn"),
         experts="softmax",
         needs=("num_key_value_heads", "norm_topk_prob"),
-        fixed={
-            **{**_LLAMA, **_WINDOW, "n_group": 1, "topk_group": 1, "n_shared_experts": 0},
-            **{"first_k_dense_replace": 0, "routed_scaling_factor": 1.0},
-            # Of Qwen3-Coder.
-            **{"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0},
-        },
+        fixed=_LLAMA
+        | _WINDOW
+        | _PLAIN_EXPERTS
+        # Keys of Qwen3-Coder.
+        | {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0},
         inert=_UNUSED_WINDOW,
     ),
     "DeepseekV2": Family(
@@ -158,13 +166,16 @@ FAMILIES = {
         stacked=True,
         normalizes=True,
         needs=("num_key_value_heads", "head_dim", "sliding_window"),
-        # vLLM has these values in its classes.
         fixed={
-            **{"attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": SWIGLU_LIMIT},
+            **_NO_MTP,
+            **_PLAIN_EXPERTS,
+            # vLLM has the following values in its classes.
+            "attention_bias": True,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": SWIGLU_LIMIT,
             "rms_norm_eps": 1e-5,
-            **{**_NO_MTP, "tie_word_embeddings": False, "norm_topk_prob": True},
-            **{"n_group": 1, "topk_group": 1, "n_shared_experts": 0},
-            **{"first_k_dense_replace": 0, "routed_scaling_factor": 1.0},
+            "tie_word_embeddings": False,
+            "norm_topk_prob": True,
         },
         inert=("initial_context_length",),
     ),

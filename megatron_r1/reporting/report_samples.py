@@ -13,7 +13,7 @@ from megatron_r1.reporting.wording import (
     is_right,
     last_line,
     printable,
-    shorten,
+    shorten_middle,
 )
 
 NUM_QUESTIONS = 3
@@ -149,7 +149,7 @@ def _card(sample: Sample) -> Card:
 
 def _segments(text: str) -> Iterator[tuple[str, str]]:
     """Yield the chain of thought plain, its tags faint, the answer in the color of the verdict."""
-    text = printable(shorten(text, MAX_CHARACTERS).strip(), keep_newlines=True)
+    text = printable(shorten_middle(text, MAX_CHARACTERS).strip(), keep_newlines=True)
     if not text:
         yield "i", "(empty)"
     tags: dict[int, str] = {}
@@ -200,7 +200,7 @@ def _shown(turn: Mapping[str, Any]) -> ShownTurn:
 
 
 def _turn_segments(text: str) -> Iterator[tuple[str, str]]:
-    text = printable(shorten(text, MAX_TURN_CHARACTERS).strip(), keep_newlines=True)
+    text = printable(shorten_middle(text, MAX_TURN_CHARACTERS).strip(), keep_newlines=True)
     if not text:
         yield "i", "(empty)"
     for part in CALL.split(text):

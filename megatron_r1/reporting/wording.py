@@ -140,7 +140,7 @@ def printable(text: Any, keep_newlines: bool = False) -> str:
     )
 
 
-def shorten(text: str, max_characters: int) -> str:
+def shorten_middle(text: str, max_characters: int) -> str:
     """Replace the middle of a longer text by the number of characters left out."""
     if len(text) <= max_characters:
         return text

@@ -101,8 +101,8 @@ def _read_weight(path: str, name: str, value: Any) -> float | Weight:
             resolve(name)
         except ValueError as error:
             own = f"{ACCURACY!r} is the prompt's own kind"
-            near = did_you_mean(name, [ACCURACY]) or ";"
-            raise UserError(f"{path}: {error}{near} {own}") from None
+            suggestion = did_you_mean(name, [ACCURACY]) or ";"
+            raise UserError(f"{path}: {error}{suggestion} {own}") from None
     if isinstance(value, Weight):
         value = vars(value)
     if not isinstance(value, Mapping):

@@ -33,7 +33,7 @@ _NAME = re.compile(r"step_(\d{8,})\.log")
 
 
 class SampleLog:
-    """The logs of a run's steps; for one process at a time, and there for one event loop."""
+    """The logs of a run's steps. One process at a time may use them, from one event loop."""
 
     def __init__(self, folder: Path, notify: Callable[[str], None] = lambda line: None) -> None:
         """notify: called with a message for the user where a file is damaged."""

@@ -40,12 +40,11 @@ def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> 
 
 
 def check_teacher(config: Config) -> None:
-    """Raise UserError for a teacher that cannot score the student's responses, and for one that is
-    missing or not used.
+    """Raise UserError for a teacher that cannot score the student's responses, that the algorithm
+    does not use, or that it needs and that is not set.
 
-    It cannot where the folder is no model; its context is shorter than the student's; the student
-    samples otherwise than at temperature 1; or the teacher has another token, or none, for one of
-    the student's."""
+    A teacher needs a model folder, at least the student's context length, and the student's ids for
+    all of the student's tokens. The student must sample at temperature 1 and top_p 1."""
     path, algorithm = config.teacher.path, config.rl.algorithm
     if bool(path) != rules_of(algorithm).teacher:
         raise UserError(

@@ -122,19 +122,23 @@ class HealthServer(Collector):
         yield from _of_the_step(run)
         is_stalled = self._watchdog.is_stalled
         yield _gauge("stalled", "1: nothing has moved for run.hang_seconds", is_stalled)
-        yield _gauge("seconds_since_progress", "of any role", self._watchdog.quiet_seconds)
-        yield _counter("hang_reports", "hangs noticed", self._watchdog.num_reports)
+        yield _gauge(
+            "seconds_since_progress",
+            "seconds since any role made progress",
+            self._watchdog.quiet_seconds,
+        )
+        yield _counter("hang_reports", "hangs that were reported", self._watchdog.num_reports)
         trainer = run.trainer
-        yield _gauge("trainer_ranks", "that have built their model", len(trainer.ranks))
-        yield _counter("trainer_restarts", "of all ranks together", trainer.num_restarts)
-        yield _counter("trainer_replies", "of single ranks to calls", trainer.num_replies)
+        yield _gauge("trainer_ranks", "ranks that have built their model", len(trainer.ranks))
+        yield _counter("trainer_restarts", "restarts of all ranks together", trainer.num_restarts)
+        yield _counter("trainer_replies", "replies of single ranks to calls", trainer.num_replies)
         if run.rollouts is not None:
             yield from _of_the_rollouts(run.rollouts)
 
 
 def _of_the_step(run: RunHandles) -> Iterator[Metric]:
     latest = dict(run.recorder.latest)
-    yield _gauge("step", "finished last", latest.pop("step", run.recorder.state.step))
+    yield _gauge("step", "last finished step", latest.pop("step", run.recorder.state.step))
     seconds = {}
     for name, value in latest.items():
         if isinstance(value, int | float) and math.isfinite(value) and name not in COUNTED:
@@ -142,24 +146,30 @@ def _of_the_step(run: RunHandles) -> Iterator[Metric]:
                 seconds[name.removeprefix("time/")] = value
             else:
                 yield _gauge(re.sub(r"\W", "_", name), f"{name} of the last step", value)
-    yield _gauges("phase_seconds", "of the last step", "phase", seconds)
+    yield _gauges("phase_seconds", "seconds of each phase of the last step", "phase", seconds)
 
 
 def _of_the_rollouts(rollouts: RolloutCollector) -> Iterator[Metric]:
     fleet, in_flight = rollouts.fleet, rollouts.in_flight
     running = {engine.name: engine.num_running for engine in fleet.engines}
     up = {engine.name: engine.is_up for engine in fleet.engines}
-    yield _gauges("engine_up", "1: it serves", "engine", up)
-    yield _gauges("engine_sequences", "asked for and not back", "engine", running)
-    yield _counter("engine_restarts", "of engines that died or hung", fleet.num_restarts)
-    yield _gauge("engines_policy_version", "of the weights that engines hold", fleet.version)
-    yield _counter("samples", "responses that came back", in_flight.num_responses)
-    yield _counter("tokens", "of these responses", in_flight.num_tokens)
-    yield _counter("groups", "sampled", in_flight.num_groups)
+    yield _gauges("engine_up", "1: the engine serves requests", "engine", up)
+    yield _gauges("engine_sequences", "sequences that the engine is generating", "engine", running)
+    yield _counter("engine_restarts", "restarts of engines that died or hung", fleet.num_restarts)
+    yield _gauge(
+        "engines_policy_version", "version of the weights that engines have", fleet.version
+    )
+    yield _counter("samples", "responses received", in_flight.num_responses)
+    yield _counter("tokens", "tokens of these responses", in_flight.num_tokens)
+    yield _counter("groups", "groups sampled", in_flight.num_groups)
     open_groups: dict[str, float] = {phase: in_flight.count(phase) for phase in PHASES}
-    yield _gauges("groups_open", "not finished", "doing", open_groups)
-    grades = CounterMetricFamily(f"{PREFIX}grader_results", "of reward workers", labels=["result"])
-    levels = GaugeMetricFamily(f"{PREFIX}grader_jobs", "not done", labels=["state"])
+    yield _gauges("groups_open", "groups that are not finished", "doing", open_groups)
+    grades = CounterMetricFamily(
+        f"{PREFIX}grader_results", "results of reward workers", labels=["result"]
+    )
+    levels = GaugeMetricFamily(
+        f"{PREFIX}grader_jobs", "grading jobs that are not done", labels=["state"]
+    )
     for name, count in rollouts.pool.snapshot().items():
         (levels if name in LEVELS else grades).add_metric([name], count)
     yield from (grades, levels)

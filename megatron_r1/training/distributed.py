@@ -155,6 +155,6 @@ class Replica:
             buffer[end : end + len(part)] = part
             end += len(part)
         for piece in joined.split(BROADCAST_BYTES) if size and len(self._members) > 1 else ():
-            # Over the replica: the others have only an empty buffer of that size.
+            # Over the replica: the other ranks receive into an empty buffer of that size.
             dist.broadcast(piece, self._members[0], group=self._group)
         return buffer

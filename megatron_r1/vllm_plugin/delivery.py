@@ -53,7 +53,7 @@ class DeliveryCheck:
             new = [placed for placed in layer if placed in arrived and not placed.parameter.is_live]
             tensors = _in_use(layer) if new else []
             size = sum(tensor.nbytes for tensor in tensors)
-            if not tensors or SMALL_BYTES < size > left:
+            if not tensors or (size > SMALL_BYTES and size > left):
                 continue
             self._before.append((layer, new[0], _checksums(tensors)))
             if size > SMALL_BYTES:

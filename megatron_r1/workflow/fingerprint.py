@@ -83,7 +83,7 @@ def inputs(plan: WorkflowPlan, stage: WorkflowStage, upstream: tuple[str, ...]) 
                 digests[f"${{{reference}}}"] = (
                     digest_of_outputs(outputs(plan.folder_of(head)))
                     if reference == head
-                    else digest(Path(str(plan.meaning(reference, {}))))
+                    else digest(Path(str(plan.value_of(reference, {}))))
                 )
     for name in stage.config.after:
         digests[f"after {name}"] = digest_of_outputs(outputs(plan.folder_of(name)))

@@ -128,7 +128,7 @@ class WorkflowPlan:
             return f"http://{reference.removeprefix('serve.').removesuffix('.url')}.served"
         return f"${{{reference}}}"
 
-    def meaning(self, reference: str, urls: Mapping[str, str]) -> Any:
+    def value_of(self, reference: str, urls: Mapping[str, str]) -> Any:
         """Return the value of `${reference}`. urls: name of a served model → its address."""
         head, _, rest = reference.partition(".")
         if head == "pipeline":
@@ -141,7 +141,7 @@ class WorkflowPlan:
 
     def resolve(self, value: Any, urls: Mapping[str, str] | None = None) -> Any:
         """Return `value` with every reference replaced."""
-        return substitute(value, lambda name: self.meaning(name, urls or {}))
+        return substitute(value, lambda name: self.value_of(name, urls or {}))
 
     def server(self, config: ServeConfig) -> ServeConfig:
         """Return a server's settings with references replaced."""

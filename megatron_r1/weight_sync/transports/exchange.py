@@ -54,9 +54,8 @@ class GlooReceiver(PairReceiver):
             for sender in self.senders
             for index, delivery in enumerate(deliveries[sender])
         ]
-        own.sort(
-            key=lambda entry: entry[0].slot
-        )  # as `EngineRendezvous.read_plan` does for the others
+        # In the order of slots, as `EngineRendezvous.read_plan` sorts the others' shares.
+        own.sort(key=lambda entry: entry[0].slot)
         shares[self.rendezvous.member] = [delivery for delivery, _ in own]
         self._shares, self._own_sources = shares, [source for _, source in own]
         self._windows = [by_window(self.table, share) for share in shares]

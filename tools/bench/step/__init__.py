@@ -3,10 +3,11 @@
 megatron-r1 runs as a user runs it, TRL in a process of its own; the runs alternate, so that other
 load on the machine affects both. Tokens per second are response tokens over the wall-clock time of
 whole steps. The first step of a run includes warming up and is left out. A second comparison, of
-megatron-r1 alone, is the step of overlapped rollouts against the slower of its parts. With
---model: the same beside TRL for a pretrained model, whose answers are short; with --limit also a
-long tail of them. With --recipe: the phases of a recipe. With --against: another checkout of this
-repository instead of TRL."""
+megatron-r1 alone, divides the time of a step with overlapped rollouts by that of its slower part.
+
+--model compares a pretrained model, whose responses are short, and --limit adds responses with a
+long tail. --recipe measures the phases of a recipe. --against compares with another checkout of
+this repository instead of TRL."""
 
 import argparse
 import json
