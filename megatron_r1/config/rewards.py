@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from megatron_r1.config.section import Resumable, ResumableMark, Section
-from megatron_r1.rewards.combine import DEFAULT_WEIGHTS, Weight, read_weights
+from megatron_r1.rewards.combine import DEFAULT_WEIGHTS, ScheduledWeight, read_weights
 from megatron_r1.rewards.options import read_options
 from megatron_r1.rewards.reading import READERS, Reading
 
@@ -15,7 +15,7 @@ from megatron_r1.rewards.reading import READERS, Reading
 class RewardsConfig(Section):
     """The terms of the reward with their weights, and the workers that grade."""
 
-    weights: dict[str, float | Weight] = dict(DEFAULT_WEIGHTS)
+    weights: dict[str, float | ScheduledWeight] = dict(DEFAULT_WEIGHTS)
     """reward = sum of weight x term: a number, or {weight, from_step, to_step}"""
     # The addresses of served models may change, for where they run decides nothing.
     options: Annotated[

@@ -60,6 +60,19 @@ class PromptSplit:
     contradictions: list[tuple[Prompt, Prompt]] = field(default_factory=list)
 
 
+class _ScriptMarks(dict[int, str]):
+    """A table for str.translate that puts ^ before each superscript and _ before each subscript;
+    entries are computed at their first use. NFKC alone would make `2³` and `23` equal."""
+
+    def __missing__(self, code: int) -> str:
+        kind = unicodedata.decomposition(chr(code)).partition(" ")[0]
+        self[code] = {"<super>": "^", "<sub>": "_"}.get(kind, "") + chr(code)
+        return self[code]
+
+
+SCRIPTS = _ScriptMarks()
+
+
 def load_prompts(
     *,
     path: str | Path | None = None,
@@ -132,8 +145,10 @@ def make_prompt(question: str, kind: str, truth: Any, fields: dict[str, Any]) ->
 
 
 def normalize(question: str) -> str:
-    """Return the text that spellings of one question share: NFKC, folded case, single spaces."""
-    return " ".join(unicodedata.normalize("NFKC", question).casefold().split())
+    """Return the text that spellings of one question share: NFKC, folded case, single spaces.
+    Superscripts and subscripts are kept apart from plain characters: `2³` becomes `2^3`."""
+    plain = unicodedata.normalize("NFKC", question.translate(SCRIPTS))
+    return " ".join(plain.casefold().split())
 
 
 def is_heldout(question: str, fraction: float, salt: str = "") -> bool:

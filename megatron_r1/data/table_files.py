@@ -75,7 +75,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 def _read_json(path: Path) -> Iterator[Row]:
     """Yield the rows of a list, or of the list under "data", "rows" or "test" of an object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}; a file of one object a line is .jsonl") from (
             error
@@ -91,7 +91,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 def _read_csv(path: Path) -> Iterator[Row]:
     """Yield the rows of a table whose first line has the names; every value is text. Names and
     values are separated by commas, or by semicolons or tabs where the first line has more of
-    these."""
+    these. A row of several lines has the number of its last."""
     csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -103,13 +103,14 @@ def _read_csv(path: Path) -> Iterator[Row]:
                     f"{path}:1: the first line has to name the columns, and one is {name}: put a "
                     "line such as question,truth before it"
                 )
-            for number, row in enumerate(reader, start=2):
+            for row in reader:
+                location = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
                     raise UserError(
-                        f"{path}:{number}: not as many fields as the header has; put a field with "
+                        f"{location}: not as many fields as the header has; put a field with "
                         f"a {delimiter!r} in it between double quotes"
                     )
-                yield f"{path}:{number}", row
+                yield location, row
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as such") from None
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_r1.evaluation.estimators import Estimate
+from megatron_r1.evaluation.response import is_ungraded
 from megatron_r1.evaluation.summary import Summary
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.page import render
@@ -87,29 +88,44 @@ def write_report(
 def _examples(
     questions: Mapping[tuple[str, str], Mapping[str, Any]], samples: Iterable[Sample]
 ) -> list[dict[str, Any]]:
-    """Return what the page shows of the first samples of each verdict in each benchmark."""
+    """Return what the page shows of the first samples of each verdict in each benchmark, graded
+    samples first. A sample whose grader failed counts only if no later line has its grade."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    ungraded: dict[tuple[str, str, int], tuple[list[dict[str, Any]], dict[str, Any]]] = {}
     for sample in samples:
         group = groups.setdefault((sample["benchmark"], _verdict(sample)), [])
         question = questions.get((sample["benchmark"], sample["id"]))
-        if len(group) < NUM_EXAMPLES and question is not None:
-            source = f"{sample['benchmark']} · {sample['id']} · sample {sample['index']}"
-            details = [source, f"reward {sample['reward']:.3g}"]
-            if sample["length"] is not None:
-                details.append(f"{sample['length']:,} tokens")
-            response = printable(
-                shorten_middle(sample["response"], MAX_CHARACTERS), keep_newlines=True
-            )
-            shown = {
-                "question": printable(question["question"][:MAX_CHARACTERS], keep_newlines=True),
-                "verdict": _verdict(sample),
-                "is_right": sample["reward"] == 1.0,
-                "details": details,
-                "response": response or "(empty)",
-                "turns": conversation(sample),
-            }
-            group.append({**shown, "truth": sample["truth"], "reason": sample["reason"]})
+        key = (sample["benchmark"], sample["id"], sample["index"])
+        ungraded.pop(key, None)
+        if question is None:
+            continue
+        if is_ungraded(sample):
+            ungraded[key] = group, _example(question, sample)
+        elif len(group) < NUM_EXAMPLES:
+            group.append(_example(question, sample))
+    for group, example in ungraded.values():
+        if len(group) < NUM_EXAMPLES:
+            group.append(example)
     return [example for _, group in sorted(groups.items()) for example in group]
+
+
+def _example(question: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
+    """Return what the page shows of one sample; its text is shortened."""
+    source = f"{sample['benchmark']} · {sample['id']} · sample {sample['index']}"
+    details = [source, f"reward {sample['reward']:.3g}"]
+    if sample["length"] is not None:
+        details.append(f"{sample['length']:,} tokens")
+    response = printable(shorten_middle(sample["response"], MAX_CHARACTERS), keep_newlines=True)
+    return {
+        "question": printable(question["question"][:MAX_CHARACTERS], keep_newlines=True),
+        "verdict": _verdict(sample),
+        "is_right": sample["reward"] == 1.0,
+        "details": details,
+        "response": response or "(empty)",
+        "turns": conversation(sample),
+        "truth": sample["truth"],
+        "reason": sample["reason"],
+    }
 
 
 def _verdict(sample: Sample) -> str:

@@ -2,8 +2,6 @@
 
 import asyncio
 import hashlib
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,10 +9,10 @@ from typing import Any
 
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.errors import UserError
+from megatron_r1.evaluation.progress import SamplingProgress
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest
 from megatron_r1.evaluation.response import Policy, TextResponse
 from megatron_r1.evaluation.response_log import PromptKey, ResponseLog
-from megatron_r1.reporting.wording import duration
 from megatron_r1.rewards.combine import ACCURACY, combine
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rewards.terms import Options, RewardTerms
@@ -23,8 +21,6 @@ MAX_UNGRADED = 20
 """Failures of a grader on one kind of prompt, before its first success, that stop the run."""
 MAX_GRADING = 4
 """Responses in grading for each one in sampling; beyond that, sampling waits."""
-NUM_PROGRESS_LINES = 20
-REFRESH_SECONDS = 0.2
 
 SampleJob = tuple[PromptSet, Prompt, int]
 """A response to sample: the set, the prompt, and the response's index among those to the prompt."""
@@ -209,28 +205,3 @@ def sample_seed(seed: int, prompt: PromptKey, index: int) -> int:
     """Return 31 bits that depend on the sample alone, not on what was sampled before it."""
     text = "/".join(part for part in (str(seed), *prompt, str(index)) if part)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
-
-
-class SamplingProgress:
-    """Shows progress, as one line that changes on a terminal or about twenty lines in a log. Called
-    with (finished, wanted) after each sample."""
-
-    def __init__(self) -> None:
-        self._is_terminal = sys.stdout.isatty()
-        self._began: tuple[float, int] | None = None  # time, and samples finished before
-        self._next = 0.0  # prints from this time on a terminal, from this share in a log
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        began, first = self._began = self._began or (now, done)
-        reached = now if self._is_terminal else NUM_PROGRESS_LINES * done // max(1, total)
-        if reached < self._next and done < total:
-            return
-        self._next = reached + (REFRESH_SECONDS if self._is_terminal else 1)
-        line = f"{done:,} of {total:,} samples graded"
-        if first < done < total:
-            line += f", about {duration((now - began) / (done - first) * (total - done))} to go"
-        if self._is_terminal:
-            print(f"\r\x1b[2K{line}", end="\n" if done == total else "", flush=True)
-        else:
-            print(line, flush=True)

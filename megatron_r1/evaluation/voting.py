@@ -69,9 +69,12 @@ def read_vote(
 
 
 def expects_number(prompt: Gradable) -> bool:
-    """Return whether the truth of a prompt of mathematics or logic is one number."""
+    """Return whether the truth of a prompt of mathematics or logic is one number, as their rewards
+    decide it: in mathematics also `$13$`, and a whole solution that ends in `#### 13`."""
     truth = prompt.truth
-    if prompt.kind == "logic":
+    if prompt.kind == "math":
+        truth = unwrap(str(truth))
+    elif prompt.kind == "logic":
         truth = prompt.fields.get("entry", {}).get("answer")
     return is_number(truth)
 

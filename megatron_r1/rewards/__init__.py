@@ -42,7 +42,7 @@ def resolve(kind: str) -> str:
 
     Raises UserError for an unknown kind, naming the known ones, and for a path into Python's own
     library: a row of a data set could otherwise name `builtins:exec` and contain its program."""
-    known = REGISTRY | REMOTE | {ENVIRONMENT: ENVIRONMENT}
+    known = REGISTRY | REMOTE | {ENVIRONMENT: f"{__name__}:refuse_environment"}
     if kind in known:
         return known[kind]
     module, _, function = kind.partition(":")
@@ -61,6 +61,15 @@ def resolve(kind: str) -> str:
     raise UserError(
         f"unknown reward kind {kind!r}{hint} (known: "
         f"{', '.join(sorted(known))}; your own is written 'package.module:function')"
+    )
+
+
+def refuse_environment(response: str, truth: object = None, **entry: object) -> Grade:
+    """Raise UserError: the kind `environment` is graded by the environment of a run, while it plays
+    the episode, and not by a reward."""
+    raise UserError(
+        f"only a run with `agents` grades the kind {ENVIRONMENT!r}, by the environment that plays "
+        "its episodes; give the line the kind of a reward"
     )
 
 

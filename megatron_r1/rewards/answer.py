@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_r1.rewards.base import shorten
 
@@ -42,6 +42,8 @@ SPECIAL_TOKEN = re.compile(
 """A special token of chat templates at the end: a model may write one as text, or a rollout end
 with one."""
 MAX_TOKEN_CHARS = 44
+TRIMMED = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\ufeff\u200b\u200c\u200d\u2060"
+"""Spaces and invisible characters (a byte-order mark, a zero-width space) around an answer."""
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 DELIMITERS = (
     *(("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`")),
@@ -78,11 +80,13 @@ STATEMENT = re.compile(
 class Extraction:
     """The final answer found in a response. text: the stripped answer, or None, with the reason why
     there is none. source: where it was found, for the reason of a grade; "" in the strict reading,
-    whose answers show it."""
+    whose answers show it. around: the whole text with the box that the answer is from; "" for any
+    other answer."""
 
     text: str | None
     reason: str = ""
     source: str = ""
+    around: str = field(default="", compare=False, repr=False)
 
 
 OPEN_THOUGHT = Extraction(None, "no answer found: the thought is never closed")
@@ -102,7 +106,7 @@ def extract(response: str, *, opened: bool = False, plain_line: bool = False) ->
     if (tagged := in_tags(visible)) is not None:
         return tagged
     if (boxed := last_boxed(visible)) is not None:
-        return present(boxed)
+        return present(boxed, around=visible)
     if plain_line:
         return present(last_line(visible.rstrip()))
     return Extraction(None, "no answer found")
@@ -157,7 +161,7 @@ def unwrap(answer: str) -> str:
     r"""Return `answer` without `\boxed{}`, dollar signs, `\text{}` and full stops around it, and
     without the solution before `####`."""
     answer = final_answers(answer)[-1]
-    answer, before = answer.strip(), None
+    answer, before = trimmed(answer), None
     while answer != before:
         before = answer
         answer = answer[:-MAX_CLOSING_CHARS] + CLOSING.sub("", answer[-MAX_CLOSING_CHARS:])
@@ -165,6 +169,11 @@ def unwrap(answer: str) -> str:
             if encloses(left, right, answer):
                 answer = answer[len(left) : len(answer) - len(right)].strip()
     return answer
+
+
+def trimmed(text: str) -> str:
+    """Return `text` without spaces and invisible characters at both ends."""
+    return text.strip(TRIMMED)
 
 
 def after_thought(response: str, opened: bool) -> str | None:
@@ -249,12 +258,12 @@ def _end_of_text(text: str, end: int) -> int:
     return end
 
 
-def present(answer: str, source: str = "") -> Extraction:
+def present(answer: str, source: str = "", around: str = "") -> Extraction:
     """Return the extraction of `answer`, or of none if it is blank."""
-    answer = without_special_tokens(answer).strip()
+    answer = trimmed(without_special_tokens(answer))
     if not answer:
         return Extraction(None, "no answer found: it is empty")
-    return Extraction(answer, source=source)
+    return Extraction(answer, source=source, around=around)
 
 
 def encloses(left: str, right: str, answer: str) -> bool:

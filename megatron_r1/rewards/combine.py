@@ -19,7 +19,7 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {ACCURACY: 1.0, "format": 0.1}
 
 
 @dataclass(frozen=True)
-class Weight:
+class ScheduledWeight:
     """A weight that counts from step `from_step` to `to_step`, both included.
 
     Steps are rollouts, from 1. to_step None: until the end of the run."""
@@ -32,7 +32,7 @@ class Weight:
         return self.from_step <= step and (self.to_step is None or step <= self.to_step)
 
 
-Weights = Mapping[str, float | Weight]
+Weights = Mapping[str, float | ScheduledWeight]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ class Reward:
 
 def weights_at(weights: Weights, step: int) -> dict[str, float]:
     """Return the terms that count at `step` with their weights; a weight of 0 is graded too."""
-    constant = {name: w if isinstance(w, Weight) else Weight(w) for name, w in weights.items()}
+    constant = {
+        name: w if isinstance(w, ScheduledWeight) else ScheduledWeight(w)
+        for name, w in weights.items()
+    }
     return {name: w.weight for name, w in constant.items() if w.counts_at(step)}
 
 
@@ -80,13 +83,13 @@ def combine(grades: Mapping[str, Grade], weights: Mapping[str, float] = DEFAULT_
     )
 
 
-def read_weights(weights: Mapping[str, Any]) -> dict[str, float | Weight]:
+def read_weights(weights: Mapping[str, Any]) -> dict[str, float | ScheduledWeight]:
     """Parse a recipe's `rewards.weights`: term → number or {weight, from_step, to_step}.
 
     Raises UserError naming the term and the key for a term that is no reward, an unknown key, a
     value of the wrong type, a schedule that never counts, and weights of which none is above 0."""
     read = {name: _read_weight(f"rewards.weights.{name}", name, w) for name, w in weights.items()}
-    numbers = {name: w.weight if isinstance(w, Weight) else w for name, w in read.items()}
+    numbers = {name: w.weight if isinstance(w, ScheduledWeight) else w for name, w in read.items()}
     if not any(number > 0 for number in numbers.values()):
         raise UserError(
             f"rewards.weights: no weight is above 0 (got {numbers}), so no response would be "
@@ -95,7 +98,7 @@ def read_weights(weights: Mapping[str, Any]) -> dict[str, float | Weight]:
     return read
 
 
-def _read_weight(path: str, name: str, value: Any) -> float | Weight:
+def _read_weight(path: str, name: str, value: Any) -> float | ScheduledWeight:
     if name != ACCURACY:
         try:
             resolve(name)
@@ -103,18 +106,18 @@ def _read_weight(path: str, name: str, value: Any) -> float | Weight:
             own = f"{ACCURACY!r} is the prompt's own kind"
             suggestion = did_you_mean(name, [ACCURACY]) or ";"
             raise UserError(f"{path}: {error}{suggestion} {own}") from None
-    if isinstance(value, Weight):
+    if isinstance(value, ScheduledWeight):
         value = vars(value)
     if not isinstance(value, Mapping):
         return _finite(path, value)
-    known = [field.name for field in fields(Weight)]
+    known = [field.name for field in fields(ScheduledWeight)]
     for key in value:
         if key not in known:
             names = ", ".join(known)
             raise UserError(f"{path}: unknown key {key}{did_you_mean(key, known, '{}')} ({names})")
     if "weight" not in value:
         raise UserError(f"{path}: a schedule needs its weight: {{weight: 0.1, from_step: 100}}")
-    weight = Weight(**value)
+    weight = ScheduledWeight(**value)
     _finite(f"{path}.weight", weight.weight)
     for key, step in (("from_step", weight.from_step), ("to_step", weight.to_step)):
         is_step = isinstance(step, int) and not isinstance(step, bool) and step >= 1

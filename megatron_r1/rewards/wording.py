@@ -1,4 +1,4 @@
-r"""Words before a number: those that state it as the answer, and those that deny or change it.
+r"""Words beside a number: those that state it as the answer, and those that deny or change it.
 
 `the answer is 204` and `we get $204$` state it; `less than $204$`, `it cannot be $204$` and
 `half of the answer is 204` do not. Whether words state a number is decided by lists of what does:
@@ -20,6 +20,15 @@ DENYING = """
 DENIAL = re.compile(
     rf"\b(?:{'|'.join(DENYING.split())}|at (?:least|most|best|worst))\b|n['’]t\b", re.IGNORECASE
 )
+CHANGED = re.compile(
+    r"[\s$*)]{0,9}(?:[!?]*\?|\+(?=[\s$*.]*$)|-?ish\b"
+    r"|(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed|less|fewer)\b"
+    r"|or (?:more|less|fewer|so|maybe|perhaps|possibly)\b|\(?(?:not|un)\s?(?:sure|certain)\b"
+    r"|(?:is|was)(?: (?:not|too)\b|n['’]t| (?:wrong|incorrect|false)))",
+    re.IGNORECASE,
+)
+"""Text after a number which shows that the number alone is not the answer: `122 million`, `122 or
+so`, `122 is wrong`, `122 squared`, `122?`."""
 # What may stand right before a formula that is the answer: `we get`, `equal to`, `a total of`.
 LEAD = re.compile(
     r"(?:^|[:=,.]|\b(?:is|are|was|were|be|equals?|gives?|get|gets|got|have|has|had|find|finds|found"

@@ -9,7 +9,14 @@ import re
 import time
 from collections.abc import Iterator
 
-from megatron_r1.rewards.answer import ANSWER, END_ANSWER, Extraction, after_thought, extract
+from megatron_r1.rewards.answer import (
+    ANSWER,
+    END_ANSWER,
+    Extraction,
+    after_thought,
+    extract,
+    without_special_tokens,
+)
 from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.code.checker import run_checker
 from megatron_r1.rewards.code.compare import equal_output, equal_result
@@ -136,8 +143,9 @@ def find_program(response: str, *, opened: bool = False) -> Extraction:
 
     There is no program in a thought that is not closed, in two <answer> blocks, without a fence, or
     where the last fence is not closed. The fence's language is ignored, and the fence's indentation
-    is removed from its lines. Linear in the length of the response."""
-    visible = after_thought(response, opened)
+    is removed from its lines. Special tokens at the end of the response are ignored. Linear in the
+    length of the response."""
+    visible = after_thought(without_special_tokens(response), opened)
     if visible is None:
         return Extraction(None, "no program found: the thought is never closed")
     if ANSWER in visible or END_ANSWER in visible:

@@ -100,7 +100,8 @@ def _call_test(test: object, what: str, checker: str | None) -> Test:
     if "result" in test:
         args, kwargs, expected = test.get("args", []), test.get("kwargs", {}), test["result"]
     elif isinstance(test.get("input"), str) and isinstance(test.get("output"), str):
-        lines = [line for line in test["input"].splitlines() if line.strip()]
+        # Not splitlines(), which also splits at U+2028 and U+0085: JSON texts may contain these.
+        lines = [line for line in test["input"].split("\n") if line.strip()]
         args, kwargs = [_json(line, f"{what}: an argument") for line in lines], {}
         expected = _json(test["output"], f"{what}: output")
     else:

@@ -98,7 +98,7 @@ def _cannot_score(scorer: Callable[[str, Any], float], entry: Any) -> bool:
         return False
     try:
         scorer(str(entry["answer"]), entry)
-    except Exception:  # noqa: BLE001 - as above
+    except Exception:  # noqa: BLE001 - a scorer may raise anything for what it cannot read
         return True
     return False
 

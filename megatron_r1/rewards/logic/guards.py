@@ -10,7 +10,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-ONE_NUMBER = re.compile(r"\s*\$?(-?\d[\d,]*(?:\.\d+)?)\s*%?[\s.]*")
+ONE_NUMBER = re.compile(r"\s*\$?(-?\d[\d,]{0,99}(?:\.\d{1,100})?)\s*%?[\s.]*")
+"""A number of bounded length: Fraction raises ValueError for more than 4,300 digits."""
 NUMBER = r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?"
 STATEMENT = r"\w+ is an? \w+"
 COMPLEX = re.compile(r"[\d.eE+\-*ij()\s\u2212]*")
@@ -90,8 +91,8 @@ def _flat_actions(answer: str, entry: dict[str, Any]) -> str:
     """Refuse JSON that is no list of steps, each with actions by agent, as the question asks."""
     try:
         steps = json.loads(answer)
-    except ValueError:
-        return "no JSON"
+    except (ValueError, RecursionError):
+        return "no JSON that can be read"
     if isinstance(steps, list) and all(isinstance(step, dict) for step in steps):
         return ""
     return "it is not a list of steps, each {agent: action}"
@@ -135,4 +136,5 @@ GUARDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     ),
     "word_sorting": _as_many_words,
 }
-"""The guard of each task: it returns why an answer is refused, or ""."""
+"""The guard of each task: it returns why an answer is refused, or "". A guard raises for a faulty
+entry only, never for an answer: the response would be left out instead of getting 0."""

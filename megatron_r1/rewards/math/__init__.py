@@ -12,10 +12,11 @@ from megatron_r1.rewards.answer import (
     describe,
     final_answers,
     stated_numbers,
+    trimmed,
     unwrap,
 )
 from megatron_r1.rewards.base import Grade, shorten
-from megatron_r1.rewards.math.box import changes_box
+from megatron_r1.rewards.box import changes_box
 from megatron_r1.rewards.math.comparison import compare
 from megatron_r1.rewards.math.text import same_words, stated_answer
 from megatron_r1.rewards.reading import is_number, read_answer
@@ -90,7 +91,9 @@ def _too_long(num_chars: int, limit: int) -> Grade:
 
 
 def _stated(truth: str) -> str:
-    """Return the value of a truth that is a sentence, "The answer is 13."; else the truth."""
+    r"""Return what a truth states: the content of its last box or the text after `####`, of a
+    sentence its value ("The answer is 13."); any other truth itself."""
+    truth = final_answers(trimmed(truth))[-1]
     stated = stated_answer(truth)
     return stated if any(character.isdigit() for character in stated) else truth
 

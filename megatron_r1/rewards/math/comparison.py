@@ -11,8 +11,16 @@ from math_verify import verify
 
 from megatron_r1.rewards.answer import unwrap
 from megatron_r1.rewards.math import text as math_text
+from megatron_r1.rewards.math.congruence import same_congruence
 from megatron_r1.rewards.math.layout import unstyled
-from megatron_r1.rewards.math.members import distinct_members, paired_members, read_list
+from megatron_r1.rewards.math.members import (
+    distinct_members,
+    is_set_of_values,
+    lists_relations,
+    paired_members,
+    read_list,
+    with_parameter_of,
+)
 from megatron_r1.rewards.math.number import PERCENT, read_number, same_number
 from megatron_r1.rewards.math.refusal import is_division, is_unfinished, refusal
 from megatron_r1.rewards.math.relation import (
@@ -25,6 +33,8 @@ from megatron_r1.rewards.math.relation import (
     is_name,
     read_chain,
     read_set,
+    relation_name,
+    same_operands,
     same_relation,
     solution_set,
     squeeze,
@@ -136,6 +146,10 @@ def _compare_numbers(expected: str, answer: str, *, finished: bool = True) -> bo
     if finished and is_division(expected, answer):
         return False
     return same_number(left, right)
+
+
+def _compare_congruences(expected: str, answer: str) -> bool | None:
+    return same_congruence(expected, answer, equivalent)
 
 
 def _compare_alternatives(expected: str, answer: str) -> bool | None:
@@ -287,6 +301,19 @@ def _compare_matrices(expected: str, answer: str) -> bool | None:
     return all(equivalent(*pair) for pair in cells)
 
 
+def _compare_conditions(expected: str, answer: str) -> bool | None:
+    """Compare several conditions, `x > 2 and x < 3`, with one text for their set, `2 < x < 3`; None
+    where neither or both of the texts are several conditions, and where one is no set."""
+    parts = [split(text, SEPARATORS) for text in (expected, answer)]
+    several = max(parts, key=len)
+    if min(map(len, parts)) > 1 or len(several) == 1 or read_chain(several[0][0]) is None:
+        return None
+    sets = read_set(expected), read_set(answer)
+    if not all(isinstance(one, sympy.Set) for one in sets):
+        return None
+    return len({relation_name(expected), relation_name(answer), ""}) < 3 and _same_set(*sets)
+
+
 def _compare_lists(expected: str, answer: str) -> bool | None:
     """Compare lists, sets, tuples and intervals; None where neither text is one.
 
@@ -295,7 +322,8 @@ def _compare_lists(expected: str, answer: str) -> bool | None:
     if truth_list is None and answer_list is None:
         return None
     # Not by members: `(0, 1) \cup (1, 2)` may be written in another order (`_compare_sets`).
-    if SET_WORDS.search(expected) or SET_WORDS.search(answer):
+    has_sets = any(map(SET_WORDS.search, (expected, answer)))
+    if has_sets and not any(map(lists_relations, (expected, answer))):
         return None
     # `x > 1 and x < 2` and `x > 1 or x < 2` have the same members, and are different sets.
     if INEQUALITY.search(expected) and INEQUALITY.search(answer):
@@ -304,8 +332,12 @@ def _compare_lists(expected: str, answer: str) -> bool | None:
             return False
     truth_list = truth_list or Structure("", (expected,))
     answer_list = answer_list or Structure("", (answer,))
+    answer_list = with_parameter_of(truth_list, answer_list)
     left, right, has_order = paired_members(truth_list, answer_list)
-    left, right = distinct_members(left, truth_list), distinct_members(right, answer_list)
+    if is_set_of_values(truth_list):
+        left, right = distinct_members(left), distinct_members(right)
+    elif answer_list.is_set:
+        right = distinct_members(right)
     if len(left) != len(right) or len(left) > MAX_MEMBERS:
         return False
     pairs = {truth_list.brackets, answer_list.brackets}
@@ -321,7 +353,7 @@ def _compare_sets(expected: str, answer: str) -> bool | None:
     """Compare unions, complements and named sets; None where neither text has one."""
     if not SET_WORDS.search(expected) and not SET_WORDS.search(answer):
         return None
-    return _same_set(read_set(expected), read_set(answer))
+    return same_operands(expected, answer) or _same_set(read_set(expected), read_set(answer))
 
 
 def _same_set(left: sympy.Basic | None, right: sympy.Basic | None) -> bool:
@@ -355,11 +387,13 @@ def _name_first(chain: Chain) -> Chain:
 
 # In this order: `0.5 or 1/2` would be a list of two members, where one value is expected.
 RULES = (
+    _compare_congruences,
     _compare_alternatives,
     _compare_exclusions,
     _compare_relations,
     _compare_units,
     _compare_matrices,
+    _compare_conditions,
     _compare_lists,
     _compare_sets,
 )

@@ -1,7 +1,12 @@
 """The members of an answer that is a list, set or tuple, and the names that they may have."""
 
+import re
+
 from megatron_r1.rewards.math.relation import EQUAL, MEMBER, is_name, read_chain, squeeze
 from megatron_r1.rewards.math.structure import SEPARATORS, Structure, read_structure, split
+
+DOMAIN = re.compile(r"(?P<name>[A-Za-z])\s*\\in\s*\\mathbb\{[A-Z]\}")
+SYMBOL = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
 
 
 def read_list(text: str) -> Structure | None:
@@ -40,8 +45,41 @@ def _values(side: Structure) -> tuple[tuple[str, ...], list[str]]:
     return (tuple(names) if len(names) == len(values) else ()), values
 
 
-def distinct_members(members: list[str], side: Structure) -> list[str]:
-    """Return the members; in a list without an order, a repeated member counts once."""
-    if side.brackets and not side.is_set:
-        return members
+def lists_relations(text: str) -> bool:
+    r"""Whether `text` is a list with commas that has a relation: `x = k\pi, k \in \mathbb{Z}`."""
+    parts = split(text, SEPARATORS)
+    if all(joint not in (",", ";") for _, joint in parts):
+        return False
+    return any(read_chain(part) is not None for part, _ in parts)
+
+
+def with_parameter_of(truth: Structure, answer: Structure) -> Structure:
+    r"""Return `answer` with its parameter named as in `truth`: with k where the truth is
+    `x = k\pi, k \in \mathbb{Z}` and the answer `x = n\pi, n \in \mathbb{Z}`."""
+    name, other = _parameter(truth), _parameter(answer)
+    tokens = {token for member in answer.members for token in SYMBOL.findall(member)}
+    if name is None or other is None or name in tokens:
+        return answer
+    rename = {other: name}
+    members = (SYMBOL.sub(lambda t: rename.get(t[0], t[0]), member) for member in answer.members)
+    return Structure(answer.brackets, tuple(members))
+
+
+def _parameter(side: Structure) -> str | None:
+    """Return the name of which one member gives the domain, and no other member the value."""
+    domains = [match["name"] for member in side.members if (match := DOMAIN.match(member))]
+    chains = [chain for member in side.members if (chain := read_chain(member)) is not None]
+    given = {squeeze(chain.sides[0]) for chain in chains if EQUAL in chain.relations}
+    return domains[0] if len(domains) == 1 and given and domains[0] not in given else None
+
+
+def is_set_of_values(side: Structure) -> bool:
+    """Whether a repeated member counts once: in a set, and in a list of points, the solutions of a
+    system. A list of numbers, as of prime factors, has each as often as it is written."""
+    is_list_of_points = not side.brackets and all(one.startswith("(") for one in side.members)
+    return side.is_set or is_list_of_points
+
+
+def distinct_members(members: list[str]) -> list[str]:
+    """Return the members, each text once."""
     return list({squeeze(member): member for member in members}.values())

@@ -41,7 +41,7 @@ OPERATORS = [
     )
 ]
 NO_OPERATOR = re.compile(r"\\text\s*\{[^{}]*\}|\\begin\s*\{array\}\s*\{[^{}]*\}")
-# Not of a unit (`5 \text{ cm}^{2}`), and not a power of ten.
+# A number that is raised to a power; not a unit (`5 \text{ cm}^{2}`), and not a power of ten.
 POWER = re.compile(r"(?<=[\d)])(?<!(?<!\d)10)\s*\^")
 ARITHMETIC = re.compile(
     r"(?<=[\d)}!])\s*(?:[+-]|\\times|\\cdot|\\div)\s*(?=[\d({\\-])(?!\s*10\s*\^)"

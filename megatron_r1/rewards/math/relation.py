@@ -9,7 +9,7 @@ from typing import Any
 
 import sympy
 
-from megatron_r1.rewards.math.structure import match_all, split
+from megatron_r1.rewards.math.structure import SEPARATORS, match_all, split
 from megatron_r1.rewards.math.symbolic import read_expression, same_value
 from megatron_r1.rewards.wording import DENIAL
 
@@ -117,15 +117,54 @@ def solution_set(chain: Chain) -> sympy.Set | None:
 
 
 def read_set(text: str) -> sympy.Basic | None:
-    """Read a set: `[1, 2)`, `1 <= x < 2`, `x < 0 or x > 1`."""
-    parts = split(text, frozenset(("or",)))
+    r"""Read a set: `[1, 2)`, `1 <= x < 2`, `x < 0 or x > 1`, `x > 1 and x < 2`; None for a list of
+    relations, for relations of several names, and where one of them is no set."""
+    parts = split(text, SEPARATORS)
     chains = [chain for part, _ in parts if (chain := read_chain(part)) is not None]
-    if len(chains) == len(parts) and not any(MEMBER in chain.relations for chain in chains):
-        solutions = [solution_set(chain) for chain in chains]
-        return None if None in solutions else sympy.Union(*solutions)
-    if len(parts) == len(chains) == 1 and is_name(chains[0].sides[0]):
-        text = chains[0].sides[-1]
-    return read_expression(text)
+    if not chains:
+        return read_expression(text)
+    joints = {joint for _, joint in parts[:-1]}
+    if (
+        len(chains) < len(parts)
+        or joints not in (set(), {"or"}, {"and"})
+        or relation_name(text) is None
+    ):
+        return None
+    sets = [_chain_set(chain) for chain in chains]
+    if len(sets) == 1:
+        return sets[0]
+    if not all(isinstance(one, sympy.Set) for one in sets):
+        return None
+    return (sympy.Union if joints == {"or"} else sympy.Intersection)(*sets)
+
+
+def relation_name(text: str) -> str | None:
+    """Return the one name that the relations of `text` are about, "" without a relation or a name;
+    None for several."""
+    chains = [read_chain(part) for part, _ in split(text, SEPARATORS)]
+    sides = (side for chain in chains if chain is not None for side in chain.sides)
+    found = {squeeze(side) for side in sides if is_name(side)}
+    return None if len(found) > 1 else "".join(found)
+
+
+def same_operands(left: str, right: str) -> bool:
+    r"""Whether both are one union, or one intersection, of the same names: `A \cup B`, in any
+    order."""
+    for operator in (r"\cup", r"\cap"):
+        one = [squeeze(part) for part, _ in split(left, frozenset((operator,)))]
+        other = [squeeze(part) for part, _ in split(right, frozenset((operator,)))]
+        if min(len(one), len(other)) > 1 and all(map(is_name, one)):
+            return sorted(one) == sorted(other)
+    return False
+
+
+def _chain_set(chain: Chain) -> sympy.Basic | None:
+    r"""Return the interval of a solved inequality, and the set on the right of `x \in`."""
+    if MEMBER not in chain.relations:
+        return solution_set(chain)
+    if len(chain.sides) == 2 and is_name(chain.sides[0]):
+        return read_expression(chain.sides[1])
+    return None
 
 
 def _is_solved(chain: Chain) -> bool:

@@ -2,7 +2,7 @@ r"""Sets by their condition, `\{x \mid x > 2\}`, and excluded values, `x \neq 1,
 
 import re
 
-from megatron_r1.rewards.math.relation import is_name, squeeze
+from megatron_r1.rewards.math.relation import is_name, read_chain, squeeze
 from megatron_r1.rewards.math.structure import SEPARATORS, read_structure, split
 
 SET_BUILDER = re.compile(
@@ -24,6 +24,8 @@ def excluded(text: str) -> tuple[str, list[str]] | None:
     names = {squeeze(name) for name, unequal, _ in chains if unequal}
     if len(names) != 1 or not chains[0][1] or not is_name(chains[0][0]):
         return None
+    if any(read_chain(name) is not None for name, unequal, _ in chains if not unequal):
+        return None  # `x \neq 1, x > 0`
     values = [value.strip() if unequal else name for name, unequal, value in chains]
     listed = read_structure(", ".join(values))  # reads \pm, too
     return names.pop(), list(listed.members) if listed else values

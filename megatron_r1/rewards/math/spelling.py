@@ -22,6 +22,10 @@ def _matrix(match: re.Match[str]) -> str:
     return rf"\begin{{{kind}}}{match[2]}\end{{{kind}}}"
 
 
+def _modulus(match: re.Match[str]) -> str:
+    return rf"\pmod{{{(match[1] or match[2] or '').strip()}}}"
+
+
 COMMANDS = {
     "∕": "/", "⁄": "/", "÷": "/", "−": "-", "‐": "-", "–": "-", "×": r"\times ", "·": r"\cdot ",
     "⋅": r"\cdot ", "±": r"\pm ", "∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq ", "⩽": r"\leq ",
@@ -87,6 +91,17 @@ SPELLINGS: tuple[tuple[str, Replacement], ...] = (
     # Constants and the differential may be set upright.
     (r"\\text\s*\{\s*([eid])\s*\}", r" \1 "),
     (r"\\text\s*\{[\s,]*(and|or)\s*\}", r" \1 "),
+    # `where k \in \mathbb{Z}`, and the same in brackets, state a domain after a comma.
+    (
+        r"[\s,]{0,9}(?:\\text\s*\{\s*)?\b(?:where|with|for(?: (?:all|any|some|every))?)\b[\s}]{0,9}"
+        r"(?=[A-Za-z]\s*\\in(?![A-Za-z]))",
+        ", ",
+    ),
+    (r"\(\s*([A-Za-z]\s*\\in\s*\\mathbb\s*\{[A-Z]\})\s*\)$", r", \1"),
+    # `5 (mod 7)`, `5 \bmod 7` and `5\pmod 7`.
+    (r"\(\s*(?:\\text\s*\{\s*mod\s*\}|\\?mod(?![A-Za-z]))\s*(\w+)\s*\)", r"\\pmod{\1}"),
+    (r"\(\s*\\bmod(?![A-Za-z])\s*(\w+)\s*\)", r"\\pmod{\1}"),
+    (r"\\[pb]?mod(?![A-Za-z])\s*(?:\{([^{}]*)\}|(\w+))", _modulus),
     (r"\\text\s*\{\s*\}", ""),
     (r"\\text\s*\{\s*([+-]?[\d.,]+)\s*\}", r"\1"),
     (r"\\(?:vee|lor)(?![A-Za-z])", " or "),

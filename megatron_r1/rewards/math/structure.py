@@ -23,6 +23,7 @@ PAIR = re.compile(r"(?:[(\[]|\\\{)\s*[-+]?\d{1,3}(?:,(?!000)\d{3})+\s*(?:[)\]]|\
 # No list has the member 000 or 050, so `1,000` is a number; `1,200` may be either.
 ROUND_THOUSANDS = re.compile(r"(?<![\d,])[1-9]\d{0,2}(?:,\d{3})*,0\d\d(?!\d)")
 MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1\}", re.DOTALL)
+PLUS_MINUS, MINUS_PLUS = re.compile(r"\\pm(?![A-Za-z])"), re.compile(r"\\mp(?![A-Za-z])")
 SETS = frozenset((r"\{\}", "{}"))
 
 
@@ -77,6 +78,8 @@ def read_structure(text: str) -> Structure | None:
     parts = [part for part, _ in split(inner, SEPARATORS)]
     members = tuple(part for part in parts if part)
     if not brackets or brackets in SETS:
+        if not PLUS_MINUS.search(inner):  # alone, \mp is \pm in another order
+            members = tuple(MINUS_PLUS.sub(r"\\pm", part) for part in members)
         members = tuple(sign for part in members for sign in _both_signs(part))
     if brackets in SETS or len(members) > 1:
         return Structure(brackets, members)
@@ -111,10 +114,10 @@ def match_all(left: Sequence[Any], right: Sequence[Any], same: Callable[..., boo
 
 def _both_signs(member: str) -> tuple[str, ...]:
     r"""Return both values of `3 \pm \sqrt{2}`, or the member itself without a `\pm`."""
-    if not re.search(r"\\pm(?![A-Za-z])", member):
+    if not PLUS_MINUS.search(member):
         return (member,)
-    plus = re.sub(r"\\pm(?![A-Za-z])", "+", member).replace(r"\mp", "-")
-    minus = re.sub(r"\\pm(?![A-Za-z])", "-", member).replace(r"\mp", "+")
+    plus = MINUS_PLUS.sub("-", PLUS_MINUS.sub("+", member))
+    minus = MINUS_PLUS.sub("+", PLUS_MINUS.sub("-", member))
     return plus, minus
 
 

@@ -4,6 +4,7 @@ r"""Answers in words: letters of choices, phrases, dates, sentences. Compared as
 
 import re
 import unicodedata
+from math import gcd
 
 from megatron_r1.rewards.math.units import NO_UNITS
 from megatron_r1.rewards.wording import (
@@ -91,6 +92,9 @@ MONTH = (
 DAY, YEAR = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?:,? (?P<year>\d{4}))?"
 DATES = [re.compile(rf"{MONTH} {DAY}{YEAR}"), re.compile(rf"{DAY} (?:of )?{MONTH}{YEAR}")]
 TIME = re.compile(r"(?P<hour>\d{1,2})(?::(?P<minute>\d\d))? ?(?P<half>[ap])\.?m\.?")
+CLOCK = re.compile(r"(?P<hour>[01]?\d|2[0-4]):(?P<minute>[0-5]\d)(?::(?P<second>[0-5]\d))?")
+ISO_DATE = re.compile(r"(?P<year>\d{4})-(?P<month>0[1-9]|1[0-2])-(?P<day>0[1-9]|[12]\d|3[01])")
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 
 
 def stated_answer(text: str) -> str:
@@ -202,7 +206,9 @@ def read_phrase(text: str) -> str:
 
 
 def read_moment(text: str) -> tuple[str, ...] | None:
-    """Read a date such as `April 5` or a time such as `5 pm`; None for any other text."""
+    """Read a date (`April 5`, `2024-04-05`) or a time (`5 pm`, `12:30`); None for any other text.
+
+    Two numbers in lowest terms, such as `2:3` and `5:12`, are a ratio."""
     if len(text) > MAX_PHRASE_CHARS:
         return None
     text = plain(text).lower()
@@ -211,4 +217,10 @@ def read_moment(text: str) -> tuple[str, ...] | None:
             return match["month"][:3], match["day"].lstrip("0"), match["year"] or ""
     if (match := TIME.fullmatch(text)) is not None:
         return match["hour"].lstrip("0"), match["minute"] or "00", match["half"]
+    if (match := CLOCK.fullmatch(text)) is not None:
+        hour, minute = int(match["hour"]), int(match["minute"])
+        if minute < 10 or match["second"] or gcd(hour, minute) > 1:
+            return str(hour), match["minute"], match["second"] or "", "clock"
+    if (match := ISO_DATE.fullmatch(text)) is not None:
+        return MONTHS[int(match["month"]) - 1], match["day"].lstrip("0"), match["year"]
     return None

@@ -5,6 +5,8 @@ conversion. Words that scale a value (`million`, `dozen`) or join values (`or`) 
 
 import re
 
+from megatron_r1.rewards.wording import DENYING
+
 # Spellings of one unit, the canonical one first.
 _KNOWN = """
     m meter metre | cm centimeter centimetre | mm millimeter millimetre | km kilometer kilometre |
@@ -28,6 +30,15 @@ _NO_UNITS = """
     infinity sqrt sin cos tan ln log exp divided multiplied power root wrong false
 """
 NO_UNITS = frozenset((*_NO_UNITS.split(), "square root"))
+# After a value, no units either: words that deny it, bounds, and short words for a scale.
+_NOT_COUNTED = """
+    invalid excluded denied rejected refuted ruled dismissed discarded disproved unlikely doubtful
+    dubious impossible inaccurate imprecise unsure uncertain unverified nope nah max maximum minimum
+    tops grand mil bil tril mio mrd
+"""
+# `13 different ways`: these deny a value before it, and describe what is counted after it.
+_COUNTED = "different other larger smaller bigger"
+NOT_COUNTED = NO_UNITS.union(_NOT_COUNTED.split(), DENYING.split()).difference(_COUNTED.split())
 
 HAN_UNITS = {
     **{"米": "m", "厘米": "cm", "毫米": "mm", "千米": "km", "公里": "km", "分米": "dm"},
@@ -60,6 +71,10 @@ SYMBOL_UNIT = re.compile(r"(?P<value>.*?)\s*(?P<unit>°\s*[CFK]?|\\?\$|[€£¥�
 MONEY_FIRST = re.compile(
     r"(?P<sign>-?)\s*(?P<unit>(?:US)?\\?\$|[€£¥₹]|USD|EUR|GBP)\s*(?P<value>[\d.].*)"
 )
+SCALED = re.compile(
+    r"(?P<number>[\d.,]*\d)\s*(?:\\text\s*\{\s*)?(?P<scale>[kKmMbBtT][mMnN]?)\s*\}?"
+)
+r"""An amount in thousands, millions or billions, the `13 K` of `\$13 K`."""
 ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 PLAIN_VALUE = re.compile(r"[-+]?\s*[\d.,/ ]*\d\.?|[-+]?\s*(?:\d+\s*)?\\frac\{\d+\}\{\d+\}")
 
@@ -87,7 +102,10 @@ def split_han_unit(text: str) -> tuple[str, str | None]:
 def split_unit(text: str) -> tuple[str, str | None]:
     """Split a spelled answer into its value and its canonical unit (None if it has none)."""
     if (match := MONEY_FIRST.fullmatch(text)) is not None:
-        return match["sign"] + match["value"], _canonical(match["unit"].replace("\\", ""))
+        value = match["value"]
+        if (scaled := SCALED.fullmatch(value)) is not None:  # 13 K, and not 13 kelvin
+            value = rf"{scaled['number']} \cdot {scaled['scale']}"
+        return match["sign"] + value, _canonical(match["unit"].replace("\\", ""))
     match = SYMBOL_UNIT.fullmatch(text)
     if match is not None and match["value"] and not ANGLE_FUNCTION.search(match["value"]):
         return match["value"], _canonical(re.sub(r"[\\\s]", "", match["unit"]))
@@ -110,9 +128,9 @@ def same_unit(left: str | None, right: str | None) -> bool:
 
 
 def _unit(words: str, power: str) -> str | None:
-    is_one = words in KNOWN or words.lower() in KNOWN
+    is_one = any(form in KNOWN for form in _forms(words)[:2])
     parts = [words] if is_one else [part for part in re.split(r"[ /.-]+", words) if part]
-    if any(not NO_UNITS.isdisjoint(_forms(part)[1:]) for part in parts):
+    if any(not NOT_COUNTED.isdisjoint(_forms(part)[1:]) for part in parts):
         return None
     exponent = "".join(digit for digit in power if digit.isdigit())
     for prefix, number in (("sq", "2"), ("square", "2"), ("cu", "3"), ("cubic", "3")):
@@ -131,4 +149,6 @@ def _canonical(word: str) -> str:
 
 
 def _forms(word: str) -> tuple[str, str, str]:
+    if len(word) == 1:  # `13 M` is 13 million, or molar, but not 13 m
+        return word, word, word
     return word, word.lower(), word.lower().removesuffix("s")

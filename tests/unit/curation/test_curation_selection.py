@@ -124,6 +124,8 @@ def test_what_spells_the_same_is_a_duplicate():
     texts = ["It is 42.", "it  is\n４２.", "It is 42!", "It is 42."]
     found, _ = kept([answer(i, text=t) for i, t in enumerate(texts)], {}, {"duplicate": True})
     assert found == {0: "kept", 1: "duplicate", 2: "kept", 3: "duplicate"}
+    powers = [answer(i, text=t) for i, t in enumerate(["x² + 1", "x2 + 1", "x₂ + 1"])]
+    assert set(kept(powers, {}, {"duplicate": True})[0].values()) == {"kept"}
     # The same as an answer that is wrong is no duplicate of anything that is kept.
     twice = [answer(0, 0.0, text="a"), answer(1, text="a")]
     assert kept(twice, {}, {"duplicate": True})[0] == {0: "wrong", 1: "kept"}

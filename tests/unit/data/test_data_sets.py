@@ -29,14 +29,24 @@ def test_csv_and_json_hold_questions(tmp_path):
     (tmp_path / "p.csv").write_text("1 + 1?,2\n1 + 2?,3\n")
     with pytest.raises(UserError, match="first line has to name the columns, and one is 2"):
         train(tmp_path / "p.csv", columns)
-    (tmp_path / "p.json").write_text(json.dumps({"data": ROWS}))
-    assert train(tmp_path / "p.json") == EXPECTED
+    for byte_order_mark in ("", "\ufeff"):
+        (tmp_path / "p.json").write_text(byte_order_mark + json.dumps({"data": ROWS}))
+        assert train(tmp_path / "p.json") == EXPECTED
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, ROWS)))
     with pytest.raises(UserError, match=r"not JSON: .* one object a line is .jsonl"):
         train(tmp_path / "lines.json")
     (tmp_path / "latin.csv").write_bytes("Lösung\n2".encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
         list(read_records(tmp_path / "latin.csv"))
+
+
+def test_a_row_of_csv_is_named_by_its_line(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text('question,truth\n"a\nb",3\n\n1 + 1?,2\n1, then + 1?,2\n')
+    with pytest.raises(UserError, match=r"p\.csv:6: not as many fields"):
+        list(read_records(path))
+    path.write_text('question,truth\n"a\nb",3\n\n1 + 1?,2\n')
+    assert [place for place, _ in read_records(path)] == [f"{path}:3", f"{path}:5"]
 
 
 def test_a_column_of_mappings_and_a_chat_of_one_message(tmp_path):

@@ -140,6 +140,24 @@ def test_spelling_does_not_make_another_question(tmp_path):
     assert (questions(split.train), len(split.heldout)) == (["1 + 2?"], 1)
 
 
+def test_superscripts_and_subscripts_make_another_question(tmp_path):
+    texts = ["What is 2³?", "What is 23?", "What is 2₃?", "2ᵏ⁻¹?", "2k-1?"]
+    rows = [{"question": q, "truth": i} for i, q in enumerate(texts)]
+    split = load_prompts(path=write_lines(tmp_path / "p.jsonl", rows), heldout_fraction=0.0)
+    assert questions(split.train) == texts and not split.contradictions
+    assert normalize("What  is 2³?") == normalize("what is ２³?") == "what is 2^3?"
+
+
+def test_the_id_of_a_question_stays_the_same_between_versions():
+    """Runs are continued and held-out questions are kept apart by it."""
+    texts = {
+        "1 + 1?": "c97c3a9c9b990740",
+        "Größe １½ ℝ … ﬁ 你好\u3000？": "754336e4ba762c30",
+        "$x^2_1$ at 90°": "2aecc831755cd212",
+    }
+    assert {text: make_prompt(text, "math", 1, {}).id for text in texts} == texts
+
+
 def test_too_few_questions_is_an_error():
     one_digit = SUMS | {"max_terms": 2, "max_digits": 1}  # 10 x 10 operands, + or -
     with pytest.raises(ValueError, match=r"chain_sum: only \d+ distinct train questions, 300 want"):

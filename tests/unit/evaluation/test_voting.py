@@ -1,4 +1,8 @@
-from megatron_r1.evaluation.voting import majority_of, read_vote
+import pytest
+
+from megatron_r1.data.prompts import make_prompt
+from megatron_r1.evaluation.voting import expects_number, majority_of, read_vote
+from megatron_r1.rewards import math
 
 
 def answer(text):
@@ -22,3 +26,23 @@ def test_responses_without_an_answer_do_not_vote():
 
 def test_a_tie_goes_to_the_first():
     assert majority([answer("x"), answer("y"), answer("Y"), answer("X")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("truth", "is_one_number"),
+    [
+        *((18, True), ("18", True), ("$18$", True), (r"\boxed{18}", True)),
+        *(("She sells 9 * 2 = 18.\n#### 18", True), ("18 eggs", False), ("x + 18", False)),
+    ],
+)
+def test_answers_to_a_number_vote_as_the_reward_reads_them(truth, is_one_number):
+    prompt = make_prompt("?", "math", truth, {})
+    assert expects_number(prompt) == is_one_number
+    wrong = ("She eats 3 so she has 17 eggs left.", "Therefore she is left with 17 eggs.")
+    votes = [
+        read_vote(text, reading="auto", kind="math", numeric=expects_number(prompt))
+        for text in wrong
+    ]
+    reasons = [math.grade(text, truth, reading="auto").reason for text in wrong]
+    assert (votes[0].key == votes[1].key == 17) == is_one_number
+    assert all(reason.startswith("wrong: 17,") for reason in reasons) == is_one_number

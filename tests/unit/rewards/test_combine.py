@@ -12,7 +12,7 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import UserError
 from megatron_r1.rewards import REGISTRY, Grade
-from megatron_r1.rewards.combine import Weight, combine, weights_at
+from megatron_r1.rewards.combine import ScheduledWeight, combine, weights_at
 from megatron_r1.rewards.options import call_fields, option_names
 from megatron_r1.rewards.runtime.meter import RewardMeter
 from megatron_r1.rewards.runtime.pool import RewardPool
@@ -64,7 +64,7 @@ def test_a_schedule_survives_the_resolved_configuration(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(configuration.dump(config))
     assert configuration.load(path) == config
-    assert config.rewards.weights["language"] == Weight(0.1, 1301)
+    assert config.rewards.weights["language"] == ScheduledWeight(0.1, 1301)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,24 @@ def test_a_scorer_that_raises_on_an_answer_gives_nothing_and_on_an_entry_raises(
         reward("prime_factorization", {**entry, "answer": "two"}, "2 x 7")
 
 
+@pytest.mark.parametrize("task", sorted(logic.GUARDS))
+def test_a_hostile_answer_is_graded_0_and_does_not_raise(task):
+    """Raising would leave the response out of the group's mean instead of counting it as wrong."""
+    hostile = (
+        "9" * 5000,
+        "9," * 5000,
+        "0." + "9" * 5000,
+        "[" * 15_000,
+        '[{"a":' * 3000,
+        "²",
+        "٣/0",
+    )
+    for entry in entries(task):
+        for answer in hostile:
+            grade = logic.grade(f"<answer>{answer}</answer>", task=task, entry=entry)
+            assert grade.reward < 1 and grade.is_graded, (grade, answer[:10])
+
+
 def test_a_task_without_guards_is_refused_by_name():
     with pytest.raises(ValueError, match="does not grade the task 'composite'"):
         reward("composite", {"answer": "1", "metadata": {}}, "1")

@@ -46,6 +46,10 @@ def test_each_reading_finds_what_is_its_own(response, found):
         ("So, 2 + 11 = **13**.", "13"),
         ("It equals 13!", "13"),
         ("Here, 12 is not prime, so the answer is 13", "13"),
+        *(("The answer is −13.", "-13"), ("(−13)", "-13"), ("x = - 13", "-13"), ("- 13", "13")),
+        *(("The answer is −1/2.", "-1/2"), ("1⁄5", "1/5"), ("The answer is 2 5/8.", "21/8")),
+        *(("1 500", "1500"), ("It is 1 234 567.", "1234567"), ("-2 5/8", "-21/8")),
+        *(("In 3 hours, she makes 13.", "13"), ("1) 13", "13"), ("n - 3 = 13", "13")),
     ],
 )
 def test_the_last_line_s_number_is_the_answer(line, truth):
@@ -82,6 +86,16 @@ def test_the_last_line_s_number_is_the_answer(line, truth):
         ("13.5", "wrong: 13.5"),
         ("x^13", "wrong"),
         ("13 " * 900, "the last line has 2699 characters"),
+        *((line, "wrong: -13") for line in ("The answer is −13.", "(−13)", "x = - 13")),
+        *((line, "two numbers") for line in ("Answer: 14 − 13", "14 – 13", "12 13")),
+        *((line, "two numbers") for line in ("3 hours 13 minutes", "2 ft and 13 in")),
+        *((line, "two numbers") for line in ("12 remainder 13", "12 R 13")),
+        *((line, "a root") for line in ("The answer is √13.", "3√13")),
+        *((line, "wrong") for line in ("1⁄13", "2 13/8", "1 013")),
+        *((line, "denies") for line in ("so √ 13", "√(13)")),
+        *((line, "part of an expression") for line in ("2x + 13", "n - 13", "n -13")),
+        *((line, "part of an expression") for line in ("13 - x", "13-14", "13+x", "13 ⅝")),
+        ("5 apples + 13", "part of an expression"),
     ],
 )
 def test_what_is_no_number_of_its_own_is_no_answer(line, reason):
@@ -116,6 +130,34 @@ def test_votes_are_read_as_rewards_are():
     assert read_vote(LAST, reading="boxed", kind="math", numeric=True) is None
     assert read_vote("so\n13", kind="math").key == 13  # graded as an answer, too
     assert read_vote("so\n13", kind="logic") is None
+
+
+@pytest.mark.parametrize("reading", ["strict", "boxed", "auto"])
+@pytest.mark.parametrize(
+    ("label", "responses"),
+    [
+        (0, (r"So $x = -\boxed{13}$.", r"so $-\boxed{13}$", r"$−\boxed{13}$", r"\boxed{13}^2")),
+        (0, (r"less than \boxed{13}", r"$x > \boxed{13}$", r"It is not \boxed{13}")),
+        (0, (r"\boxed{13} is wrong", r"\boxed{13} million", r"√\boxed{13}", r"about \boxed{13}")),
+        (1, (r"so $x = \boxed{13}$.", r"$\boxed{13}^\circ$", r"It adds up to \boxed{13}")),
+        (1, (r"2 + 11 => \boxed{13}", r"not 12 but \boxed{13}", r"\boxed{13} - the smallest")),
+        (1, ("Answer:\n- \\boxed{13}\n- 5 is odd", "$$\\boxed{13}$$\n\n* 2 pairs")),
+    ],
+)
+def test_what_is_beside_a_box_may_change_it(label, responses, reading):
+    for response in responses:
+        grade = math.grade(f"<think>I add.</think>{response}", "13", reading=reading)
+        assert grade.reward == label, (response, grade.reason)
+        assert label or "beside the box of 13" in grade.reason
+    assert math.grade(r"-\boxed{13}", "-13", reading=reading).reward == 0
+    assert math.grade(r"about \boxed{3.14}", "3.14", reading=reading).reward == 1
+
+
+def test_a_changed_box_is_no_answer_in_logic_and_votes_either():
+    sums = {"question": "2 + 11", "answer": "13", "metadata": {}}
+    grade = logic.grade(r"It is $-\boxed{13}$", task="chain_sum", entry=sums, reading="boxed")
+    assert grade.reward == 0 and "beside the box" in grade.reason
+    assert read_vote(r"It is $-\boxed{13}$", kind="math") is None
 
 
 @pytest.mark.parametrize("text", [" " * 200_000 + "x", "$ " * 100_000, "1" * 200_000, "1," * 900])

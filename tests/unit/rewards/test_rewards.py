@@ -9,6 +9,7 @@ import pytest
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
+from megatron_r1.errors import UserError
 from megatron_r1.rewards import FORM_REWARDS, REGISTRY, Grade, resolve
 from megatron_r1.rewards import format as format_reward
 from megatron_r1.rewards import logic as logic_reward
@@ -43,6 +44,11 @@ def test_an_unknown_kind_names_the_nearest_and_a_path_stands_for_itself():
     }.items():
         with pytest.raises(ValueError, match=hint):
             resolve(kind)
+
+
+def test_the_kind_of_an_environment_is_known_but_is_no_reward():
+    with pytest.raises(UserError, match="only a run with `agents` grades the kind 'environment'"):
+        find_function(resolve("environment"))("13", "13", level=3)
 
 
 @pytest.mark.parametrize("kind", FORM_REWARDS)

@@ -143,6 +143,13 @@ print("\\n", f([4, 6]), deepcopy([1.0])[0], heapq.nlargest(1, [1, 2])[0], mean([
 print(pow(2, 10, 1000), timedelta(days=1).days, datetime.datetime(2020, 1, 1).year, stdin.read())"""
 
 
+def test_an_argument_ends_at_a_newline_only():
+    given = ["a\u2028b", "c\u0085d"]
+    text = "\r\n".join(json.dumps(part, ensure_ascii=False) for part in given)
+    truth = {"function": "f", "tests": [{"input": text, "output": "1"}]}
+    assert list(parse_problem(truth, "python").tests[0].args) == given
+
+
 @needs_sandbox
 def test_livecodebench_tests_are_judged_as_by_its_harness():
     tests = [{"input": "7", "output": "2 1 2 1.50\n24 1 2020 7", "testtype": "stdin"}]
@@ -205,6 +212,10 @@ FENCE = "```python\nprint(1)\n```"
         ("1. So:\n   ```py\n   if x:\n     y\n   ```", "if x:\n  y\n"),
         ("```\r\nprint(1)\r\n```\r\n", "print(1)\r\n"),
         ("```inline``` and\n" + FENCE, "print(1)\n"),
+        (f"{FENCE}<|im_end|>", "print(1)\n"),
+        (f"{FENCE}<｜end▁of▁sentence｜>\n<|im_end|>\n", "print(1)\n"),
+        (f"<think>x</think><answer>{FENCE}</answer><|im_end|>", "print(1)\n"),
+        (f"{FENCE}so", None),
         ("", None),
         ("print(1)", None),
         ("```\n\n```", None),

@@ -6,6 +6,7 @@ were written before the comparison was run on them; none was taken from another 
 
 from math_pairs_beside import BESIDE
 from math_pairs_committed import COMMITTED
+from math_pairs_conditions import CONDITIONS
 from math_pairs_layout import LAYOUT
 
 
@@ -414,5 +415,5 @@ FORMS: dict[str, list[tuple[str, str, int, str]]] = {
         ("-5", "5", 0, "without its sign"),
     ],
 }
-FORMS |= COMMITTED | LAYOUT | BESIDE
+FORMS |= COMMITTED | LAYOUT | BESIDE | CONDITIONS
 PAIRS = [(form, *pair) for form, pairs in FORMS.items() for pair in pairs]
