@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from megatron_r1.agents.continuation import Continuation
+from megatron_r1.agents.continuation import Continuation, arguments_of
 from megatron_r1.agents.parsing import ParseJob, Parser
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.responses import Response
@@ -36,12 +36,17 @@ class AnswerReader:
     ) -> dict[str, Any]:
         """Return the assistant's message of an answer.
 
-        Calls that the template refuses stay text in the content, as malformed calls do. text:
-        decoded from token_ids, without the end token. max_calls: tool calls that are kept."""
+        Calls that the template refuses stay text in the content, as malformed calls do, among them
+        calls whose arguments are no JSON object. text: decoded from token_ids, without the end
+        token. max_calls: tool calls that are kept."""
         job = ParseJob(text, list(token_ids), list(prompt_ids), list(tools))
         message = (await self._parser.parse(job)).message()
         if max_calls is not None and "tool_calls" in message:
             message["tool_calls"] = message["tool_calls"][:max_calls]
-        if not self._continuation.can_render(message, tools):
+        functions = [call["function"] for call in message.get("tool_calls", ())]
+        # Parsers of vLLM keep a text or a list as arguments. No protocol has a place for these:
+        # clients fail on them, or send back a call that the gateway has to refuse.
+        are_objects = all(isinstance(arguments_of(function), dict) for function in functions)
+        if not are_objects or not self._continuation.can_render(message, tools):
             return {"role": "assistant", "content": text}
         return message

@@ -250,13 +250,13 @@ def _renderable(message: Message) -> dict[str, Any]:
 
 
 def arguments_of(function: Mapping[str, Any]) -> Any:
-    """Return a call's arguments, read from JSON. Text that is no JSON, the model's mistake, is
-    returned unchanged."""
+    """Return a call's arguments, read from JSON; {} for an empty text. Text that is no JSON, the
+    model's mistake, is returned unchanged."""
     arguments = function.get("arguments", {})
     if not isinstance(arguments, str):
         return arguments
     try:
-        return json.loads(arguments)
+        return json.loads(arguments or "{}")
     except (ValueError, RecursionError):
         return arguments
 

@@ -157,8 +157,10 @@ class Environments:
         )
         assert self._process.stdout, "started with a pipe"
         try:
-            async with asyncio.timeout(START_SECONDS):
+            async with asyncio.timeout(START_SECONDS) as limit:
                 while line := await self._process.stdout.readline():
+                    if line == b"imported\n":
+                        limit.reschedule(None)  # what the class prepares may take hours
                     if line == b"ready\n":
                         return
         except TimeoutError:

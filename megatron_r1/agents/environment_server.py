@@ -65,14 +65,21 @@ def frame(message: Mapping[str, Any]) -> bytes:
 
 
 def serve(target: str, path: str, options: Mapping[str, Any]) -> None:
-    """Fork a process with an environment of class `target` for every connection to `path`."""
+    """Fork a process with an environment of class `target` for every connection to `path`.
+
+    Before the first, a classmethod `_before_episodes` of the class is called with `options`; it may
+    take longer than the calls of an episode."""
     environment = find_environment(target)
+    print("\nimported", flush=True)  # the import may have printed half a line
+    if hasattr(environment, "_before_episodes"):
+        with contextlib.suppress(Exception):  # the first `reset` fails likewise, and names its row
+            environment._before_episodes(**options)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen(1024)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     signal.signal(signal.SIGTERM, _end)
-    print("\nready", flush=True)  # the import may have printed half a line
+    print("\nready", flush=True)
     os.dup2(2, 1)  # the pipe is not read any more, and environments may print
     while True:
         connection, _ = listener.accept()

@@ -3,6 +3,7 @@
 The corpus is JSONL of {title, text}. Its index is written once, beside it, as CORPUS.fts5. The last
 answer is graded by the reward of the row's kind."""
 
+import contextlib
 import json
 import os
 import re
@@ -20,6 +21,11 @@ class Retrieval:
     def __init__(self, corpus: str, text_chars: int = 4_000) -> None:
         self._index = sqlite3.connect(f"file:{index_of(Path(corpus))}?mode=ro", uri=True)
         self._text_chars = text_chars
+
+    @classmethod
+    def _before_episodes(cls, corpus: str, **_: object) -> None:
+        """Write the index before the first episode, whose time limit a large corpus exceeds."""
+        index_of(Path(corpus))
 
     def reset(self, **row: object) -> None:
         """Begin an episode; there is nothing to draw."""
@@ -64,13 +70,24 @@ def index_of(corpus: Path) -> Path:
         return index
     descriptor, name = tempfile.mkstemp(dir=corpus.parent, prefix=index.name)
     os.close(descriptor)
-    with sqlite3.connect(name) as database, open(corpus, encoding="utf-8") as lines:
+    try:
+        _write_index(corpus, name)
+        os.replace(name, index)  # others may be writing the same
+    except BaseException:  # an environment's time limit is one, too
+        os.unlink(name)
+        raise
+    return index
+
+
+def _write_index(corpus: Path, name: str) -> None:
+    with (
+        open(corpus, encoding="utf-8") as lines,
+        contextlib.closing(sqlite3.connect(name)) as database,
+        database,
+    ):
         database.execute("CREATE VIRTUAL TABLE documents USING fts5(title, text)")
         rows = map(json.loads, filter(str.strip, lines))
         database.executemany(
             "INSERT INTO documents VALUES (?, ?)",
             ((row.get("title", ""), row["text"]) for row in rows),
         )
-    database.close()
-    os.replace(name, index)  # others may be writing the same
-    return index

@@ -97,7 +97,7 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     if turn.message["content"]:
         deltas.append({"content": turn.message["content"]})
     if turn.tool_calls:
-        # Clients put the deltas of a call together by its index, which a whole reply does not have.
+        # Streaming clients assemble a call's deltas by `index`; other replies have none.
         calls = [{"index": i, **call} for i, call in enumerate(turn.tool_calls)]
         deltas.append({"tool_calls": calls})
     head = _head(turn, "chat.completion.chunk")

@@ -176,8 +176,7 @@ def _blocks(turn: TurnReply) -> list[dict[str, Any]]:
         blocks.append({"type": "text", "text": turn.message["content"]})
     for call in turn.tool_calls:
         named = {"type": "tool_use", "id": call["id"], "name": call["function"]["name"]}
-        arguments = arguments_of(call["function"])
-        blocks.append(named | {"input": arguments if isinstance(arguments, dict) else {}})
+        blocks.append(named | {"input": arguments_of(call["function"])})
     return blocks
 
 

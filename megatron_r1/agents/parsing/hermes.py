@@ -45,12 +45,13 @@ def _calls(bodies: Iterable[str]) -> list[dict[str, Any]]:
         try:
             call = json.loads(body)
             name = call["name"]
-            arguments = json.dumps(call.get("arguments") or {}, ensure_ascii=False)
+            arguments = call.get("arguments") or {}
+            text = json.dumps(arguments, ensure_ascii=False)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return []
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not isinstance(arguments, dict):
             return []
-        calls.append(tool_call(_encodable(name), _encodable(arguments)))
+        calls.append(tool_call(_encodable(name), _encodable(text)))
     return calls
 
 

@@ -25,6 +25,26 @@ print("x" * 200_000 + " loaded", end="")  # what a slow import may print
 np.random.random()  # a fork gets the generator's state
 
 
+class Prepared:
+    """What it prepares takes longer than a call may."""
+
+    @classmethod
+    def _before_episodes(cls, path: str, pause: float) -> None:
+        time.sleep(pause)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("prepared ")
+
+    def __init__(self, path: str, pause: float) -> None:
+        self.path = path
+
+    def reset(self, **row) -> str:
+        return Path(self.path).read_text()
+
+    def look(self) -> str:
+        """Look."""
+        return "nothing"
+
+
 class Counter:
     """Documented in part, with coroutines, hanging and crashing methods."""
 

@@ -42,6 +42,35 @@ def play(use, name=f"{MODULE}:Counter", seconds=5.0, **options):
     return asyncio.run(run())
 
 
+def test_what_a_class_prepares_is_done_once_before_the_first_episode(tmp_path):
+    async def use(environments):
+        async with environments.open() as first, environments.open() as second:
+            return [await game.reset({"question": "?"}) for game in (first, second)]
+
+    options = {"path": str(tmp_path / "prepared"), "pause": 1.5}
+    assert play(use, f"{MODULE}:Prepared", seconds=1.0, **options) == ["prepared "] * 2
+
+
+def test_the_index_of_retrieval_is_written_before_an_episode_s_time_begins(tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"title": "a", "text": "b"}')
+
+    async def use(environments):
+        async with environments.open():
+            return corpus.with_name("corpus.jsonl.fts5").exists()
+
+    assert play(use, "retrieval", corpus=str(corpus))
+
+
+def test_a_corpus_that_cannot_be_read_is_an_error_of_the_first_episode(tmp_path):
+    async def use(environments):
+        async with environments.open() as game:
+            with pytest.raises(EnvironmentFault, match="FileNotFoundError.*gone.jsonl"):
+                await game.reset({"question": "?"})
+
+    play(use, "retrieval", corpus=str(tmp_path / "gone.jsonl"))
+
+
 def test_schemas_are_those_of_transformers_where_arguments_are_documented():
     def fail(reason: str) -> None:
         """Raise.

@@ -434,6 +434,38 @@ def test_calls_that_the_template_refuses_are_content(monkeypatch):
     run(test, call, call * 2, "Done.")
 
 
+@pytest.mark.parametrize("arguments", ['"x"', '"{}"', "[1]", '""', "{}"])
+@pytest.mark.parametrize(("path", "sent"), [(CHAT, "messages"), (RESPONSES, "input")])
+def test_a_reply_can_be_sent_back_whatever_the_model_writes_as_arguments(path, sent, arguments):
+    async def test(served, session, fleet):
+        said = [{"role": "user", "content": "?"}]
+        status, reply = await post(served, session, path, {sent: said})
+        assert status == 200
+        back = reply["output"] if path == RESPONSES else [reply["choices"][0]["message"]]
+        is_call = "call_id" in back[-1] or bool(back[-1].get("tool_calls"))
+        assert is_call == (arguments == "{}")
+        body = {sent: [*said, *back, {"role": "user", "content": "Go on."}]}
+        assert (await post(served, session, path, body))[0] == 200, reply
+        assert len(session.tree.branches()) == 1, "continued with the tokens that were sampled"
+        check_tree(session, fleet.calls)
+
+    run(test, f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>', "Done.")
+
+
+@pytest.mark.parametrize("arguments", ['"x"', "{}"])
+def test_a_reply_of_messages_can_be_sent_back(arguments):
+    async def test(served, session, fleet):
+        body = {"messages": [USER], "max_tokens": 99}
+        status, reply = await post(served, session, MESSAGES, body)
+        assert (status, reply["content"][-1]["type"] == "tool_use") == (200, arguments == "{}")
+        body["messages"] += [{"role": "assistant", "content": reply["content"]}, USER]
+        assert (await post(served, session, MESSAGES, body))[0] == 200
+        assert len(session.tree.branches()) == 1
+        check_tree(session, fleet.calls)
+
+    run(test, f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>', "Done.")
+
+
 def test_paths_that_do_not_exist():
     async def test(served, session, fleet):
         status, reply = await post(served, session, "/v1/embeddings", {})

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_r1.agents.answers import AnswerReader
 from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.parsing import Parsed, ParseJob, ParserPool, parser_of, pool
+from megatron_r1.agents.parsing import Parsed, ParseJob, ParserPool, parser_of, pool, tool_call
 from megatron_r1.agents.parsing.hermes import HermesParser
 from megatron_r1.config import AgentsConfig
 from megatron_r1.errors import UserError
@@ -103,6 +103,20 @@ def test_vllms_parsers(tmp_path):
                 await parsers.check()
 
     asyncio.run(run())
+
+
+def test_calls_of_vllms_parsers_without_an_object_are_content():
+    class Parser(HermesParser):
+        async def parse(self, job):
+            return Parsed("thought", "", [tool_call("f", job.text)])
+
+    reader = AnswerReader(Parser(), Continuation(chat_tokenizer()))
+    for arguments in ('"x"', "[1]", "3", "null", "no JSON"):
+        message = asyncio.run(reader.read(arguments, [1], [1], []))
+        assert message == {"role": "assistant", "content": arguments}
+    for arguments in ("{}", '{"a": 1}', ""):
+        message = asyncio.run(reader.read(arguments, [1], [1], []))
+        assert message["tool_calls"][0]["function"]["arguments"] == arguments
 
 
 def test_arguments_nested_too_deep_are_content():

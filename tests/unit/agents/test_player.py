@@ -217,6 +217,10 @@ def test_episodes_are_graded_logged_and_measured(text):
         ("<tool_call>{nothing}</tool_call>", [], "<tool_call>{nothing}</tool_call>", None),
         ('<tool_call>{"name": 1}</tool_call>', [], '<tool_call>{"name": 1}</tool_call>', None),
         ("<tool_call>[]</tool_call>", [], "<tool_call>[]</tool_call>", None),
+        (
+            '<think>a</think><tool_call>{"name": "f", "arguments": "{}"}</tool_call>',
+            *([], '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>', "a"),
+        ),
         (" \n<think> hm</think> b </think>", [], "b </think>", "hm"),
         pytest.param(" " * 400_000 + "b", [], " " * 400_000 + "b", None, id="in linear time"),
     ],

@@ -106,6 +106,14 @@ def test_retrieval_finds_the_document_and_any_text_is_a_query(tmp_path):
     assert index.stat().st_mtime_ns == before
 
 
+def test_an_index_that_cannot_be_written_leaves_no_file(tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "a"}\n{"title": "without text"}\n')
+    with pytest.raises(KeyError, match="text"):
+        Retrieval(str(corpus))
+    assert list(tmp_path.iterdir()) == [corpus]
+
+
 @pytest.fixture
 def interpreter():
     try:
