@@ -221,18 +221,19 @@ def _run_command(verb: str, rest: list[str]) -> int:
 
 def _take_option(name: str, options: list[str]) -> str | None:
     """Remove `--name VALUE` or `--name=VALUE` from `options` and return the value; None where it is
-    not there. Raises UserError for an option without a value."""
-    for at, option in enumerate(options):
-        key, has_value, value = option.partition("=")
-        if key != f"--{name}":
-            continue
-        if not has_value:
-            if at + 1 == len(options) or options[at + 1].startswith("--"):
-                raise UserError(f"--{name} needs a value")
-            value = options.pop(at + 1)
-        del options[at]
+    not there. Raises UserError for an option without a value, and for one that is given twice."""
+    found = [at for at, option in enumerate(options) if option.partition("=")[0] == f"--{name}"]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise UserError(f"--{name} is given {len(found)} times; give it once")
+    (at,) = found
+    _, has_value, value = options.pop(at).partition("=")
+    if has_value:
         return value
-    return None
+    if at == len(options) or options[at].startswith("--"):
+        raise UserError(f"--{name} needs a value")
+    return options.pop(at)
 
 
 def _overrides(options: list[str]) -> dict[str, Any]:

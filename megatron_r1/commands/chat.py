@@ -7,12 +7,12 @@ conversation of its own."""
 
 import asyncio
 import contextlib
-import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.commands.awaited_input import read_when_ready
 from megatron_r1.commands.trained_model import CONVERT, find_exported, recipe_of, template_of_model
 from megatron_r1.config import Config, verb_of
 from megatron_r1.engine import gpu
@@ -114,17 +114,11 @@ async def _answer_all(policy: EnginePolicy, questions: list[str], seed: int) -> 
 
 async def _typed_lines() -> AsyncIterator[str]:
     """Yield the terminal's lines until its end. The event loop goes on meanwhile, and with it the
-    watch over the engine; a thread in `input()` would hold up the end of the process."""
-    loop, pending = asyncio.get_running_loop(), b""
+    watch over the engine."""
+    pending = b""
     while True:
         print(PROMPT, end="", file=sys.stderr, flush=True)
-        readable = asyncio.Event()
-        loop.add_reader(sys.stdin.fileno(), readable.set)
-        try:
-            await readable.wait()
-        finally:
-            loop.remove_reader(sys.stdin.fileno())
-        if not (read := os.read(sys.stdin.fileno(), 65_536)):
+        if not (read := await read_when_ready(sys.stdin.fileno(), 65_536)):
             return
         *lines, pending = (pending + read).split(b"\n")
         for line in lines:

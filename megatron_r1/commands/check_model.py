@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -127,6 +128,12 @@ def _reference(config: Config, plain: Path, scratch: Path) -> ReferenceResult:
         text=True,
         preexec_fn=die_with_parent,
     )
+    if done.returncode < 0:
+        raise RunError(
+            f"{folder}: transformers was ended by signal {signal.Signals(-done.returncode).name}; "
+            "SIGKILL is what the system sends where memory is short: free some, or check a folder "
+            "with fewer layers"
+        )
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         if "Traceback" in done.stderr:

@@ -29,7 +29,7 @@ async def export_checkpoint(
     source = manifest.checksum(listed).checksum if listed.is_file() else ""
     if exported.is_file() and exported.read_text(encoding="ascii") == source:
         return
-    recipe = checkpoint.parents[1] / "config.yaml"
+    recipe = checkpoint.resolve().parents[1] / "config.yaml"
     if not recipe.is_file():
         raise UserError(
             f"{checkpoint} is not in a run's folder: {recipe} with its settings is missing"

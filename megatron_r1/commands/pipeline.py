@@ -12,7 +12,7 @@ from megatron_r1.commands.verb_module import load_verb
 from megatron_r1.config.yaml_text import as_sections, as_text
 from megatron_r1.errors import UserError
 from megatron_r1.reporting.run_folder import RunFolder, is_locked
-from megatron_r1.workflow import serving
+from megatron_r1.workflow import manifest, serving
 from megatron_r1.workflow.check import check, missing_files
 from megatron_r1.workflow.executor import Executor
 from megatron_r1.workflow.graph import Graph, unknown_stage
@@ -53,7 +53,8 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
             print("\n".join(status_lines(plan, chosen, statuses)), flush=True)
         return
     if config.dry:
-        _print_commands(plans, graph, chosen)
+        with RunFolder(root):  # a pipeline at work, and its jobs in a queue, read these recipes
+            _print_commands(plans, graph, chosen)
         for line in missing_files(plans[0]):
             print(f"missing yet: {line}", file=sys.stderr)
         return
@@ -111,12 +112,14 @@ def _check_states(
 
 
 def _print_commands(plans: list[WorkflowPlan], graph: Graph, chosen: list[str]) -> None:
-    """Print what would run, as shell commands, and write the recipes that they name."""
+    """Print what would run, as shell commands, and write the recipes that they name. A stage that
+    has begun keeps the ports of its served models."""
     for plan in plans:
         for name in chosen:
             stage = plan.stages[name]
             configs = {n: plan.server(server) for n, server in stage.config.serve.items()}
-            ports = serving.choose_ports(configs, {})
+            begun = manifest.read(plan.folder_of(name), manifest.BEGUN) or {}
+            ports = serving.choose_ports(configs, begun.get("ports", {}))
             urls = {n: serving.url(server, ports[n]) for n, server in configs.items()}
             needed = ", ".join(graph.upstream[name])
             print(f"# {name}{f', after {needed}' if needed else ''}")

@@ -3,6 +3,7 @@
 Sources: arXiv 2501.12948 v2, section 3.1 and supplement B.3; docs/reward_models.md."""
 
 import hashlib
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 from megatron_r1.commands.supervised import SupervisedTask, run_supervised, with_steps
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
+from megatron_r1.config.yaml_text import as_text
 from megatron_r1.data.preferences import Preference, read_preferences
 from megatron_r1.data.prompts import is_heldout, normalize
 from megatron_r1.data.sampler import EpochSampler
@@ -106,8 +108,8 @@ def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
         elif len({sample.token_ids for sample in samples}) < len(samples):
             dropped[f"both responses have the same {settings.shown}"] += 1
         else:
-            # The salt: of questions that are all a policy's training questions, the policy's own
-            # held-out share is empty.
+            # With the policy's split, rows that are all a policy's training questions would leave
+            # nothing held out; a salt of its own makes this split independent.
             heldout = is_heldout(row.question, settings.heldout_fraction, "a reward model's ")
             sides[heldout].append(RewardModelRow(normalize(row.question), samples))
     if not sides[False] or (settings.heldout_fraction and not sides[True]):
@@ -163,14 +165,15 @@ async def _evaluate(
 def _next_commands(config: Config) -> list[tuple[str, str]]:
     folder, name = config.run.folder, config.reward_model.kind
     kind = "helpful" if config.reward_model.shown == "summary" else "safety"
-    template = config.reward_model.template
-    options = f"{{url: 'http://127.0.0.1:8000', model: {name}-rm"
-    options += f", template: {template!r}}}" if template is not None else "}"
+    options = {"url": "http://127.0.0.1:8000", "model": f"{name}-rm"}
+    if config.reward_model.template is not None:
+        options["template"] = config.reward_model.template
+    use = ["megatron-r1", "rl", "RECIPE.yaml", f"--rewards.options.{kind}", as_text(options)]
     return [
         (
             "serve it",
             f"python -m vllm.entrypoints.openai.api_server --model {folder}/hf --runner pooling "
             f"--served-model-name {name}-rm --port 8000",
         ),
-        ("use it as a reward", f'megatron-r1 rl RECIPE.yaml --rewards.options.{kind} "{options}"'),
+        ("use it as a reward", shlex.join(use)),
     ]

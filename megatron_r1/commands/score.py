@@ -16,10 +16,11 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_r1.commands.awaited_input import read_when_ready
 from megatron_r1.config import Config
 from megatron_r1.data.table_files import describe_json_error
 from megatron_r1.errors import RunError, UserError
@@ -41,7 +42,7 @@ MAX_OUTSTANDING_BYTES = 64 * 2**20
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line is not graded, and not kept in memory."""
 BATCH_BYTES = 2**20
-"""About as much is read at a time."""
+"""At most as much is read at a time."""
 PROGRESS_SECONDS = 5.0
 MAX_KINDS = 20
 """Kinds whose mean reward is shown: a line may name anything."""
@@ -90,16 +91,16 @@ async def _score(config: Config, lines: BinaryIO, graded: BinaryIO) -> _Scoring:
     try:
         async with RewardPool(workers, settings.timeout_seconds, settings.memory_bytes) as pool:
             scoring = _Scoring(pool, settings.call_options, config.data.kind)
-            batch: list[bytes | None] = [b""]
-            while batch:
-                # In a thread: waiting for a slow pipe must not delay the workers' replies.
-                batch = await asyncio.to_thread(_read_batch, lines)
-                for line in batch:
+            batches = _batches(lines)
+            batch: list[bytes | None] | None = []
+            while batch is not None:
+                batch = await anext(batches, None)
+                for line in batch or ():
                     task = asyncio.create_task(scoring.grade(next(numbers), line))
                     tasks.append((task, len(line or b"")))
                     num_bytes += len(line or b"")
                 while tasks and (
-                    not batch
+                    batch is None
                     or len(tasks) > MAX_OUTSTANDING_LINES
                     or num_bytes > MAX_OUTSTANDING_BYTES
                 ):
@@ -209,20 +210,26 @@ def _encode(record: dict[str, Any], grade: Grade) -> bytes:
         return (json.dumps(result) + "\n").encode()
 
 
-def _read_batch(lines: BinaryIO) -> list[bytes | None]:
-    """Return the next lines, about BATCH_BYTES, or none at the end; None stands for a line that is
-    too long."""
-    batch: list[bytes | None] = []
-    num_bytes = 0
-    while num_bytes < BATCH_BYTES and (line := lines.readline(MAX_LINE_BYTES)):
-        num_bytes += len(line)
-        if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
-            batch.append(line)
-            continue
-        while (rest := lines.readline(BATCH_BYTES)) and not rest.endswith(b"\n"):
-            pass
-        batch.append(None)
-    return batch
+async def _batches(lines: BinaryIO) -> AsyncIterator[list[bytes | None]]:
+    """Yield the lines, without their line breaks, of what is read at a time; None stands for a line
+    that is too long."""
+    line = bytearray()
+
+    def taken() -> bytes | None:
+        whole = bytes(line) if len(line) < MAX_LINE_BYTES else None
+        line.clear()
+        return whole
+
+    while read := await read_when_ready(lines.fileno(), BATCH_BYTES):
+        *ends, rest = read.split(b"\n")
+        batch = []
+        for end in ends:
+            line += end
+            batch.append(taken())
+        line += rest[: max(0, MAX_LINE_BYTES - len(line))]
+        yield batch
+    if line:
+        yield [taken()]
 
 
 def _source(name: str) -> contextlib.AbstractContextManager[BinaryIO]:

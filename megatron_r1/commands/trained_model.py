@@ -28,7 +28,7 @@ def find_exported(path: str, name: str) -> Path:
     if (folder / "hf" / "config.json").is_file():
         return folder / "hf"
     if (folder / STATE_FILE).is_file() or checkpoints:
-        run = folder.parents[1] if (folder / STATE_FILE).is_file() else folder
+        run = folder.resolve().parents[1] if (folder / STATE_FILE).is_file() else folder
         raise UserError(
             f"{name} {path} has checkpoints and no hf/ yet: {CONVERT} to-hf {path} "
             f"{run}/hf exports one; a run that ends does so by itself"

@@ -2,6 +2,7 @@
 writes the resolved one."""
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 from operator import attrgetter
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_r1.config.yaml_text import put, read_sections
 from megatron_r1.errors import UserError, did_you_mean
 
 T = TypeVar("T", bound=Section)
+STAGES = re.compile(rb"^stages:", re.MULTILINE)
 
 REMEDIES = {
     "eval.benchmarks": ", such as [gym/arithmetic]; your own: [{name: questions, path: FILE}]",
@@ -32,9 +34,16 @@ def load(
     """Read a recipe and apply `{"section.key": value}`.
 
     required: dotted keys that must have a value. Raises UserError naming every mistake."""
-    tree = read_sections(Path(path))
+    pipeline = UserError(f"recipe {path}: it has stages: run it with megatron-r1 pipeline {path}")
+    try:
+        tree = read_sections(Path(path))
+    except UserError:
+        # The references of a pipeline are not YAML where they stand in braces.
+        if Path(path).is_file() and STAGES.search(Path(path).read_bytes()):
+            raise pipeline from None
+        raise
     if "stages" in tree:
-        raise UserError(f"recipe {path}: it has stages: run it with megatron-r1 pipeline {path}")
+        raise pipeline
     return from_tree(_with_overrides(tree, overrides or {}), str(path), required, overrides or ())
 
 

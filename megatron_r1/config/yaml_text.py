@@ -47,11 +47,13 @@ def as_sections(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def put(tree: dict[str, Any], keys: list[str], value: Any, option: str) -> None:
-    """Set the value at nested `keys` of `tree`. Raises UserError naming `option` where one of the
-    parents is not a section."""
+    """Set the value at nested `keys` of `tree`; a parent that is missing or null becomes a section.
+    Raises UserError naming `option` where one of the parents is a value."""
     *parents, leaf = keys
     for parent in parents:
-        tree = tree.setdefault(parent, {})
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
         if not isinstance(tree, dict):
             raise UserError(f"--{option}: {parent} is not a section")
     tree[leaf] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,18 +38,19 @@ def jobs(
 ) -> list[RehearsalJob]:
     """Return the runs of the recipe at `path`.
 
-    verbs: name → module of those that stages may use. implied: verb → settings that it adds by
-    itself. only: names of stages; none: all. Raises UserError for a recipe without anything to
-    rehearse, for a stage that a pipeline would refuse, and for a model that no stage has."""
+    verbs: name → module, whose REQUIRED are the keys that a recipe must set. implied: verb →
+    settings that it adds by itself. only: names of stages; none: all. Raises UserError for a recipe
+    without anything to rehearse or without what its verb requires, for a stage that a pipeline
+    would refuse, and for a model that no stage has."""
     if "stages" not in pipeline_recipe.read_tree(Path(path)):
         config = configuration.load(path, dict(overrides))
         verb = verb_of(config)
-        if implied.get(verb):
-            config = configuration.load(path, {**implied[verb], **overrides})
         if config.eval.benchmarks and not (config.data.path or config.data.task):
             raise UserError(
                 f"recipe {path}: it is for eval, which is rehearsed by itself with --eval.limit 2"
             )
+        added, required = implied.get(verb, {}), importlib.import_module(verbs[verb]).REQUIRED
+        config = configuration.load(path, {**added, **overrides}, required)
         return [RehearsalJob(Path(path).stem, verb, config)]
     recipe = pipeline_recipe.load(path, dict(overrides))
     added = {verb: as_sections(settings) for verb, settings in implied.items()}
@@ -72,7 +74,7 @@ def jobs(
 
 def _model_path(plan: WorkflowPlan, name: str, config: Config) -> str:
     """Return the model that the stage, or the stages before it, start from."""
-    path = config.model.path
+    path = plan.located(config.model.path)
     if match := REFERENCE.match(path):  # a stage, or a file of its folder
         name_of_earlier = match[1].partition(".")[0]
         earlier = plan.stages.get(name_of_earlier)

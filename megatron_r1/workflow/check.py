@@ -53,7 +53,7 @@ def missing_files(plan: WorkflowPlan) -> list[str]:
                 named.append((f"{where}: {place}", text))
     return [
         f"{place}: {path}: no such file or folder (relative to {Path.cwd()})"
-        for place, path in named
+        for place, path in ((place, plan.located(text)) for place, text in named)
         if path and not REFERENCE.search(path) and not Path(path).exists()
     ]
 
@@ -86,6 +86,9 @@ def _check_function(where: str, function: str, arguments: Mapping[str, Any]) -> 
         raise UserError(f"{where}: {error}") from None
     defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     if name not in defined:
+        imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+        if {name, "*"} & {alias.asname or alias.name for node in imports for alias in node.names}:
+            return  # its arguments stand in another module, and are checked by the call
         near = did_you_mean(name, defined, "{}") or f"; it has {', '.join(defined) or 'none'}"
         raise UserError(f"{where}: function {function}: the module has no function {name}{near}")
     # The first parameter is the folder; the others are passed by name.

@@ -26,10 +26,10 @@ LENGTH = 16
 """Hexadecimal digits of a SHA-256 that are kept: 64 bits."""
 NOT_OUTPUT = frozenset(
     ("begun.json", "checkpoints", "config.yaml", "logs", "report.html", "sample_log", "stage.json")
-    + ("stop", "tensorboard", "wandb", "mlflow", "trackers.json")
+    + ("sampled", "stop", "tensorboard", "wandb", "mlflow", "trackers.json")
 )
-"""Files of a stage that no other stage reads: resuming, logs and reports."""
-FINAL = ("run.steps", "eval")
+"""Files of a stage that no other stage reads: resuming, logs, reports, what `sample` of it adds."""
+FINAL = ("run.steps", "rl.schedule", "eval")
 """Resumable settings that decide the result of a finished run."""
 FILE_OF_STAGE = re.compile(r"\$\{([^{}\n.]+)\}/([^$\n]+)")
 """`${stage}/file`: that file alone is an input."""
@@ -87,8 +87,8 @@ def inputs(plan: WorkflowPlan, stage: WorkflowStage, upstream: tuple[str, ...]) 
                 )
     for name in stage.config.after:
         digests[f"after {name}"] = digest_of_outputs(outputs(plan.folder_of(name)))
-    for place, path in stage.named_files():
-        digests[f"{place} {path}"] = digest(Path(path))
+    for place, text in plan.named_files(stage):
+        digests[f"{place} {text}"] = digest(Path(plan.located(text)))
     for function, syntax in _functions(stage).items():
         digests[f"function {function}"] = digest_of_value(syntax)
     return digests

@@ -7,6 +7,8 @@ from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.workflow.plan import WorkflowStage
 
 TRAINED = ("hf", "checkpoints", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
+ADAPTER = "adapter"
+"""What a verb that trains leaves besides, with model.lora."""
 OUTPUTS = {
     "sft": TRAINED,
     "rl": TRAINED,
@@ -95,6 +97,9 @@ def _check_output(stages: Mapping[str, WorkflowStage], where: str, head: str, re
     if head not in stages:
         raise UserError(f"{where}: {unknown_stage(head, stages)}")
     known = OUTPUTS.get(stages[head].config.verb)
+    model = stages[head].settings.get("model")
+    if known is TRAINED and isinstance(model, Mapping) and model.get("lora") is not None:
+        known = (*known, ADAPTER)
     if rest and known and rest.partition("/")[0] not in known:
         near = did_you_mean(rest, known, "{}") or f"; it has {', '.join(known)}"
         raise UserError(f"{where}: {stages[head].config.verb} leaves no {rest}{near}")

@@ -1,5 +1,6 @@
 """A workflow for one seed: the settings of each stage, and what references stand for."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,10 @@ from megatron_r1.workflow.references import REFERENCE, references, substitute, t
 
 FILES = ("path", "data", "checkpoint")
 """Last parts of the names of settings that hold a file or folder."""
+FIXED = ("here", "pipeline.seed")
+"""References that mean the same before and after a stage runs."""
+INDEX = re.compile(r"\[\d+\]")
+"""The number of an entry of a list in a place such as sft.data[0].path."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +54,6 @@ class WorkflowStage:
     def references(self) -> list[tuple[str, str]]:
         """Return (place, name) of all references in `all_settings`."""
         return list(references(self.all_settings))
-
-    def named_files(self) -> list[tuple[str, str]]:
-        """Return (place, path) of every text without references that names an existing file."""
-        served = {f"serve.{name}.model": server.model for name, server in self.config.serve.items()}
-        return [
-            (place, text)
-            for place, text in texts({**self.settings, **served})
-            if place != "run.folder"
-            and ("/" in text or Path(text).suffix or names_a_file(place))
-            and not REFERENCE.search(text)
-            and _exists(text)
-        ]
 
 
 @dataclass(frozen=True)
@@ -139,6 +132,27 @@ class WorkflowPlan:
             return urls[rest.removesuffix(".url")]
         return str(self.folder_of(head) / rest if rest else self.folder_of(head))
 
+    def located(self, text: str) -> str:
+        """Return a text with `${here}` and `${pipeline.seed}` replaced; others stay as they are."""
+        return REFERENCE.sub(
+            lambda match: str(self.value_of(match[1], {})) if match[1] in FIXED else match[0], text
+        )
+
+    def named_files(self, stage: WorkflowStage) -> list[tuple[str, str]]:
+        """Return (place, text) of every text of a stage that names an existing file or folder which
+        no stage makes. A folder that the pipeline itself lies in is left out: every stage changes
+        it."""
+        served = {f"serve.{name}.model": one.model for name, one in stage.config.serve.items()}
+        named = []
+        for place, text in texts({**stage.settings, **served}):
+            path = self.located(text)
+            is_path = "/" in path or Path(path).suffix or names_a_file(place)
+            if place == "run.folder" or not is_path or REFERENCE.search(path):
+                continue
+            if _exists(path) and not self.folder.resolve().is_relative_to(Path(path).resolve()):
+                named.append((place, text))
+        return named
+
     def resolve(self, value: Any, urls: Mapping[str, str] | None = None) -> Any:
         """Return `value` with every reference replaced."""
         return substitute(value, lambda name: self.value_of(name, urls or {}))
@@ -149,10 +163,12 @@ class WorkflowPlan:
 
 
 def names_a_file(place: str) -> bool:
-    """Return whether a setting such as model.path or data.heldout_path holds a file or folder."""
-    section, _, key = place.partition(".")
+    """Return whether a setting such as model.path, data.heldout_path or sft.data[0].path holds a
+    file or folder."""
+    section, *keys = INDEX.sub("", place).split(".")
     # A benchmark's path may be its name on the hub.
-    return key.rpartition("_")[2] in FILES and "." not in key and section != "eval"
+    is_named = bool(keys) and all(key.rpartition("_")[2] in FILES for key in keys)
+    return is_named and section != "eval"
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

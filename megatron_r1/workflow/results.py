@@ -1,6 +1,7 @@
 """The results of a stage: numbers read from the files in its folder."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,11 +156,18 @@ def _of_file(path: Path) -> dict[str, Result]:
         return {}
     try:
         figures = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            str(name): Result(**(value if isinstance(value, dict) else {"value": float(value)}))
-            for name, value in figures.items()
-        }
-    except (ValueError, TypeError, AttributeError) as error:
+        return {str(name): _figure(name, value) for name, value in figures.items()}
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path}: must hold {{name: number or {{value, low, high}}}}: {error}"
         ) from None
+
+
+def _figure(name: str, given: Any) -> Result:
+    """Return the result of an entry of figures.json. Raises TypeError and ValueError for what is no
+    finite number; low and high may be null."""
+    result = Result(**(given if isinstance(given, dict) else {"value": float(given)}))
+    ends = [end for end in (result.low, result.high) if end is not None]
+    if not all(math.isfinite(number) for number in (result.value, *ends)):
+        raise ValueError(f"{name} is {given!r}, which has no finite number")
+    return result

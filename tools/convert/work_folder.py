@@ -23,6 +23,10 @@ class WorkFolder:
         if out.exists():
             raise UserError(f"{out} exists already; remove it or give another OUT")
         self.out, self.path = out, out.with_name(out.name + ".incomplete")
+        self._plan = self.path / _PLAN
+        self._plan_beside = self.path.with_name(f".{self.path.name}{_PLAN}")
+        if not self.path.exists():  # what lies beside was of a folder that somebody removed
+            self._plan_beside.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / _LOCK, "a")  # noqa: SIM115 - held open for the lock
         try:
@@ -51,8 +55,9 @@ class WorkFolder:
             shutil.rmtree(self.path)
 
     def finish(self, last: Callable[[Path], None] = lambda folder: None) -> None:
-        """Call `last` on the folder without its own files, then rename it to OUT."""
-        (self.path / _PLAN).unlink()
+        """Call `last` on the folder without its own files, then rename it to OUT. Until then the
+        plan lies beside it: a conversion that is killed here is continued, and by no other plan."""
+        self._plan.rename(self._plan_beside)
         (self.path / _LOCK).unlink()
         last(self.path)
         for path in [*self.path.rglob("*"), self.path]:
@@ -60,13 +65,15 @@ class WorkFolder:
         self.path.rename(self.out)
         self._lock.close()
         fsync(self.out.parent)
+        self._plan_beside.unlink()
 
     def _check(self, plan: dict) -> None:
-        path = self.path / _PLAN
-        if not path.exists():
-            atomic_write(path, json.dumps(plan))
+        if self._plan_beside.exists():
+            self._plan_beside.rename(self._plan)
+        if not self._plan.exists():
+            atomic_write(self._plan, json.dumps(plan))
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = json.loads(self._plan.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(plan))
         if changed := [key for key in now if before.get(key) != now[key]]:
             others = [

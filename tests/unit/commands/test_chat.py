@@ -16,6 +16,7 @@ from megatron_r1.commands import chat, sample
 from megatron_r1.commands.trained_model import find_exported, recipe_of
 from megatron_r1.config import parse
 from megatron_r1.errors import UserError
+from megatron_r1.training.checkpoints.finding import STATE_FILE
 
 LAPTOP = Path(__file__).parents[3] / "examples/laptop/model"
 
@@ -70,6 +71,15 @@ def test_a_run_without_an_export_is_refused_with_the_command(run_folder, monkeyp
     with pytest.raises(UserError, match="neither a Hugging Face folder"):
         find_exported(str(run_folder), "RUN")
     assert recipe_of(run_folder / "hf") is None
+
+
+def test_a_checkpoint_is_refused_with_the_command_from_its_parent_folder(run_folder, monkeypatch):
+    checkpoint = run_folder / "checkpoints/step_00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / STATE_FILE).write_text("{}")
+    monkeypatch.chdir(checkpoint.parent)
+    with pytest.raises(UserError, match=f"to-hf step_00000010 {run_folder}/hf exports one"):
+        find_exported("step_00000010", "RUN")
 
 
 def test_no_question_is_an_error_before_the_engine_starts(run_folder, monkeypatch, capsys):

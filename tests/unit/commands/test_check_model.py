@@ -1,5 +1,6 @@
 import asyncio
 import json
+import subprocess
 import sys
 
 import pytest
@@ -12,7 +13,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.commands import check_model
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.errors import UserError
+from megatron_r1.errors import RunError, UserError
 from megatron_r1.model_check import comparison, reference
 from megatron_r1.model_check.findings import NotCompared, ReferenceResult
 from megatron_r1.models.hf_config import read_hf_config
@@ -389,3 +390,10 @@ def test_rounding_of_both_sides_is_tolerated():
     assert ReferenceResult(1, None, False, [], [], 0.02).tolerance == 0.04
     with pytest.raises(UserError, match="config.json does not exist"):
         check_model.run(None, "nowhere")
+
+
+def test_a_reference_that_is_killed_is_no_mistake_of_the_user(monkeypatch, tmp_path):
+    killed = subprocess.CompletedProcess([], -9, None, "Loading weights: 3 of 9\n")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: killed)
+    with pytest.raises(RunError, match="m: transformers was ended by signal SIGKILL"):
+        check_model._reference(configuration.parse({"model": {"path": "m"}}), tmp_path, tmp_path)

@@ -77,3 +77,10 @@ def test_an_export_is_used_again_for_the_same_checkpoint_only(runs):
     first = (target / "weights").stat().st_ino
     assert exported("a") == "a" and (target / "weights").stat().st_ino == first
     assert exported("b") == "b"
+
+
+def test_a_checkpoint_may_be_named_from_its_parent_folder(runs, monkeypatch):
+    monkeypatch.chdir(runs / "a/checkpoints")
+    made = export.Path("step_00000100")
+    asyncio.run(export.export_checkpoint(made, runs / "hf", ParallelConfig(), runs))
+    assert (runs / "hf/weights").read_text() == "a"

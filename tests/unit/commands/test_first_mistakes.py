@@ -221,3 +221,8 @@ def test_an_empty_truth_has_the_name_of_its_column(tmp_path):
 def test_an_option_that_a_command_lacks_is_named_with_those_it_has(capsys):
     assert cli.main(["init", "model", "data.csv", "--force"]) == 2
     assert "unknown option --force; init has --out, --question" in capsys.readouterr().err
+
+
+def test_an_option_that_is_given_twice_is_named(capsys):
+    assert cli.main(["chat", "run", "--question", "a", "--question=b"]) == 2
+    assert "--question is given 2 times; give it once" in capsys.readouterr().err

@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import shlex
 
 import pytest
 
-from megatron_r1.commands.reward_model import RowSampler, load_rows
+from megatron_r1.commands.reward_model import RowSampler, _next_commands, load_rows
 from megatron_r1.commands.supervised import with_steps
 from megatron_r1.config import Config
+from megatron_r1.config.loading import parse_overrides
 from megatron_r1.rewards.remote.response_text import response_part
 
 HF = {"max_position_embeddings": 40, "pad_token_id": 0}
@@ -117,3 +119,17 @@ def test_epochs_are_steps_over_the_rows_that_are_left(tmp_path):
     settings = config(path, heldout_fraction=0, epochs=1.5, batch_size=4)
     rows = load_rows(settings, Characters(), HF)
     assert with_steps(settings, "reward_model", len(rows.train)).run.steps == 4
+
+
+@pytest.mark.parametrize(
+    "template",
+    [None, "Q: {question}\nA: {response}", """it's "{question}", $HOME: `{response}`\n"""],
+)
+def test_the_command_that_uses_the_model_has_its_template(template):
+    recipe = Config.model_validate({"reward_model": {"template": template}})
+    [command] = [text for what, text in _next_commands(recipe) if what == "use it as a reward"]
+    verb, options = shlex.split(command)[:3], shlex.split(command)[3:]
+    assert verb == ["megatron-r1", "rl", "RECIPE.yaml"]
+    given = {"url": "http://127.0.0.1:8000", "model": "pairwise-rm"}
+    given |= {} if template is None else {"template": template}
+    assert parse_overrides(options) == {"rewards.options.helpful": given}

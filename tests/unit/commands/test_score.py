@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -242,6 +244,13 @@ def test_a_wrong_command_is_one_line_and_exit_status_2(folder, capsys, arguments
     assert message in line and not (folder / "out.jsonl").exists()
 
 
+def wait_until(condition, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.01)
+
+
 def run_piped(folder, lines):
     return subprocess.run(
         [sys.executable, "-m", "megatron_r1", "score", "-", "-"],
@@ -277,3 +286,29 @@ def test_a_service_that_is_down_ends_in_a_failure_once_all_lines_are_written(fol
     assert judged["reward"] == 0.0 and judged["reason"].startswith("cannot be graded")
     assert math["reward"] == 1.0
     assert "reward 0 because a service failed, lines: 1; the first" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_it_while_a_pipe_is_silent(folder):
+    (folder / "graders.py").write_text(
+        GRADERS + "def note(response, truth, **entry):\n    open(response, 'w').close()\n"
+    )
+    graded = folder / "graded"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_r1", "score", "-", "out.jsonl"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        process.stdin.write(json.dumps({"kind": "graders:note", "response": str(graded)}).encode())
+        process.stdin.write(b"\n")
+        process.stdin.flush()  # it stays open
+        wait_until(graded.exists)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        _, said = process.communicate()
+    assert b"stopped" in said and b"Traceback" not in said
+    assert not (folder / "out.jsonl").exists()

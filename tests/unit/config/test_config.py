@@ -236,3 +236,28 @@ def test_settings_of_losses_are_read_as_mappings_too():
     assert settings["kl_beta"] == settings.kl_beta
     changed = LossSettings.of({**settings, "objective": "cispo"})
     assert changed == replace(settings, objective="cispo") and LossSettings.of(changed) is changed
+
+
+def test_an_option_below_a_key_that_is_null_makes_it_a_section(tmp_path):
+    """A run's config.yaml has every key, also those that are null."""
+    path = tmp_path / "config.yaml"
+    path.write_text(configuration.dump(configuration.Config()))
+    server = {"eval.server.url": "http://x", "eval.server.model": "m"}
+    c = configuration.load(path, {"model.lora.rank": 8, **server})
+    assert (c.model.lora.rank, c.eval.server.url) == (8, "http://x")
+    with pytest.raises(UserError, match="--run.steps.x: steps is not a section"):
+        configuration.load(path, {"run.steps.x": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages: {a: {verb: make, arguments: {source: ${here}/x}}}\n", "it has stages: run it"),
+        ("stages: {}\n", "it has stages: run it with megatron-r1 pipeline"),
+        ("run: {folder: ${here}/x}\n", "not YAML"),
+    ],
+)
+def test_a_pipeline_is_named_as_one_whatever_its_references(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        configuration.load(tmp_path / "recipe.yaml")

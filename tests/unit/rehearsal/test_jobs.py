@@ -89,6 +89,25 @@ def test_an_evaluation_is_named():
         read(LAPTOP / "eval.yaml")
 
 
+def test_a_recipe_without_what_its_verb_requires_is_refused(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"model: {{path: {LAPTOP / 'model'}}}\ndata: {{task: chain_sum}}\n")
+    with pytest.raises(UserError, match="mine.yaml: run.folder must be set"):
+        read(recipe)
+    assert read(recipe, {"run.folder": "runs/x"})[0].verb == "rl"
+
+
+def test_a_model_beside_the_pipelines_recipe_is_found(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    (tmp_path / "p.yaml").write_text(
+        "pipeline: {folder: runs/x}\n"
+        "stages: {tune: {verb: sft, settings: {model: {path: ${here}/model}, sft: {data: d}}}}\n"
+    )
+    (job,) = read(tmp_path / "p.yaml")
+    assert job.config.model.path == str(tmp_path / "model")
+
+
 def test_stages_that_are_equal_in_miniature_are_found():
     """The laptop's answers to held-out questions are sampled from models of one shape; other
     rewards are another rehearsal."""

@@ -1,11 +1,14 @@
 """Recipes of pipelines, and the messages for mistakes in them before anything runs."""
 
+import json
 from itertools import pairwise
 
 import pytest
 import yaml
-from workflow_world import World
+from workflow_world import RECIPE, World
 
+from megatron_r1.processes.children import free_port
+from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.workflow.graph import Graph
 from megatron_r1.workflow.pipeline_recipe import load
 from megatron_r1.workflow.plan import WorkflowPlan, merged
@@ -141,6 +144,12 @@ ONE = STAGE + "arguments: {lines: 3}}\n"
         (ONE + "  x: {verb: sft, settings: {sft: {data: ${corpus}}}}", "model.path must be set"),
         (ONE + "  x: {verb: sft, settings: {model: {path: gone}, sft: {data: ${corpus}}}}",
          "stages.x: model.path: gone: no such file or folder"),
+        (ONE + "  x: {verb: sft, settings: {model: {path: ${here}/gone}, sft: {data: ${corpus}}}}",
+         "stages.x: model.path: ./gone: no such file or folder"),
+        (ONE + "  x: {verb: sft, settings: {model: {path: .}, sft: {data: [gone.jsonl]}}}",
+         "stages.x: sft.data[0]: gone.jsonl: no such file or folder"),
+        (ONE + "  x: {verb: sft, settings: {model: {path: .}, sft: {data: [{path: gone.jsonl}]}}}",
+         "stages.x: sft.data[0].path: gone.jsonl: no such file or folder"),
         (ONE + "  x: {verb: sft, settings: {optimizer: {learning_rat: 1}}}",
          "did you mean optimizer.learning_rate?"),
         (ONE + "  x: {verb: rl, serve: {j: {task: classify}}}", "set model (vLLM serves it) or"),
@@ -150,6 +159,8 @@ ONE = STAGE + "arguments: {lines: 3}}\n"
          "  c: {verb: rl, settings: {model: {path: ${a.hf}}}}\n", "stages need each other: "),
         (ONE + "  a: {verb: rl}\n  b: {verb: rl, settings: {model: {path: ${a.metrics.json}}}}",
          "rl leaves no metrics.json; did you mean metrics.jsonl?"),
+        (ONE + "  a: {verb: sft}\n  b: {verb: rl, settings: {model: {path: ${a.adapter}}}}",
+         "sft leaves no adapter; it has hf, checkpoints"),
         (ONE.replace("out}", "out, seeds: [1, 1]}"), "has one twice"),
         ("stages: [", "not YAML"),
     ],
@@ -159,6 +170,40 @@ def test_a_mistake_is_named_before_anything_runs(world, capsys, recipe, message)
     assert world.run() == 2
     assert message in capsys.readouterr().err
     assert world.calls == [] and not world.out.exists()
+
+
+def test_an_adapter_is_an_output_of_a_stage_that_trains_one(world):
+    world.write(
+        "pipeline: {folder: out}\nstages:\n"
+        "  tune: {verb: sft, settings: {model: {lora: {rank: 8}}}}\n"
+        "  use: {verb: make, function: 'tiny:join', arguments: {sources: ['${tune.adapter}']}}\n"
+    )
+    assert Graph(plan_of(world).stages).upstream["use"] == ("tune",)
+
+
+def test_a_function_may_be_imported_by_its_module(world):
+    (world.path / "more.py").write_text("from tiny import count, join as joined\n")
+    world.write(
+        "pipeline: {folder: out}\nstages:\n"
+        "  a: {verb: make, function: 'more:count', arguments: {lines: 3}}\n"
+        "  b: {verb: make, function: 'more:joined', arguments: {sources: ['${a.data.jsonl}']}}\n"
+    )
+    assert world.run() == 0
+    assert world.calls == ["a", "b"]
+
+
+def test_files_are_found_where_references_to_the_recipe_and_the_seed_point(world):
+    """A folder with the pipeline's own is no input: it changes with every stage."""
+    files = "[${here}/extra_${pipeline.seed}.txt, ${pipeline.folder}/x.txt, ./, extra.txt]"
+    world.write(RECIPE.replace('[${corpus.data.jsonl}, "${other}/data.jsonl", extra.txt]', files))
+    (world.path / "extra_0.txt").write_text("")
+    world.out.mkdir()
+    (world.out / "x.txt").write_text("")
+    plan = plan_of(world)
+    assert plan.named_files(plan.stages["both"]) == [
+        ("sources[0]", "${here}/extra_${pipeline.seed}.txt"),
+        ("sources[3]", "extra.txt"),
+    ]
 
 
 def test_all_mistakes_are_named_at_once(world, capsys):
@@ -192,6 +237,25 @@ def test_commands_can_be_printed_where_the_data_is_not(training, capsys):
     assert "missing yet: p.yaml: stages.base: sft.data: train.jsonl: no such" in output.err
     assert lines[0] == "# base" and lines[1].endswith("megatron_r1 sft out/recipes/base.yaml")
     assert "--served-model-name judge" in lines[3] and lines[3].endswith("&")
+
+
+def test_commands_are_not_printed_over_the_recipes_of_a_pipeline_at_work(training, capsys):
+    assert training.run("--pipeline.dry", "true") == 0
+    recipe = training.out / "recipes/zero.yaml"
+    before = recipe.read_text()
+    with RunFolder(training.out):
+        assert training.run("--pipeline.dry", "true") == 2
+    assert "out is already in use" in capsys.readouterr().err
+    assert recipe.read_text() == before
+
+
+def test_commands_name_the_ports_that_a_stage_began_with(training, capsys):
+    port = free_port("127.0.0.1")
+    (training.out / "zero").mkdir(parents=True)
+    (training.out / "zero/begun.json").write_text(json.dumps({"ports": {"judge": port}}))
+    assert training.run("--pipeline.dry", "true") == 0
+    assert f"--port {port} " in capsys.readouterr().out
+    assert f"url: http://127.0.0.1:{port}" in (training.out / "recipes/zero.yaml").read_text()
 
 
 def test_a_cycle_is_named_in_order(world, capsys):

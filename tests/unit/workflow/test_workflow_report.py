@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from workflow_world import World
 
+from megatron_r1.errors import UserError
 from megatron_r1.workflow import report
 from megatron_r1.workflow.drawing import BOX_HEIGHT, BOX_WIDTH, Box, graph_svg
 from megatron_r1.workflow.results import Result, Spread, headline, results_of
@@ -181,6 +182,30 @@ def test_figures_that_a_stage_gives_itself(world, tmp_path, capsys):
     world.write(RECIPE.replace("votes: 40", "votes: {lower: 1}"))
     assert world.run() == 1
     assert "figures.json: must hold {name: number or {value, low, high}}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        '{"win_rate": NaN}', '{"win_rate": {"value": -Infinity}}', '{"win_rate": {"value": null}}',
+        '{"win_rate": {"value": 0.5, "low": NaN, "high": 0.6}}', '{"win_rate": {"value": "0.5"}}',
+        '{"win_rate": null}', f'{{"win_rate": 1{"0" * 400}}}',
+    ],
+)  # fmt: skip
+def test_figures_that_are_no_finite_numbers_are_refused(tmp_path, figures):
+    (tmp_path / "figures.json").write_text(figures)
+    with pytest.raises(UserError, match="figures.json: must hold {name: number or {value, low"):
+        results_of(tmp_path)
+
+
+def test_a_stage_fails_whose_figures_are_no_numbers_and_the_report_is_written(world, capsys):
+    world.write(
+        "pipeline: {folder: out}\nstages:\n"
+        "  wins: {verb: make, function: 'tiny:figures', arguments: {win_rate: .nan}}\n"
+    )
+    assert world.run() == 1
+    assert "win_rate is nan, which has no finite number" in capsys.readouterr().err
+    assert (world.out / "report.html").exists()
 
 
 def test_a_spread_of_one_has_no_deviation():

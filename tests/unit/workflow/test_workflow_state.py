@@ -112,6 +112,24 @@ def test_a_comment_in_a_functions_module_changes_nothing(done, capsys):
     assert done.states(capsys) == dict.fromkeys(ALL, "done")
 
 
+def test_a_sampling_of_a_stage_s_model_is_none_of_its_outputs(done, capsys):
+    (done.out / "both/sampled").mkdir()
+    (done.out / "both/sampled/samples.jsonl").write_text("{}\n")
+    assert done.states(capsys) == dict.fromkeys(ALL, "done")
+
+
+def test_a_file_beside_the_recipe_is_an_input_as_others_are(world, capsys):
+    world.write(RECIPE.replace("extra.txt", "${here}/extra.txt"))
+    assert world.run() == 0
+    assert world.states(capsys) == dict.fromkeys(ALL, "done")
+    stale = {"corpus": "done", "other": "done", "both": "stale", "last": "stale"}
+    for change, what in ((change_file, "has changed"), (lose_file, "was an input then")):
+        change(world)
+        assert world.states(capsys) == stale
+        assert world.run() == 2
+        assert f"both: sources[2] ${{here}}/extra.txt {what}" in capsys.readouterr().err
+
+
 def test_rerun_moves_aside_and_does_again_only_what_comes_out_otherwise(done, capsys):
     change_setting(done)
     assert done.run("--pipeline.rerun", "true") == 0
@@ -293,6 +311,14 @@ def test_settings_that_only_say_where_or_how_often_do_not_matter(
     for finished, expected in ((False, of_unfinished), (True, of_finished)):
         changed = matter(tmp_path, finished, **{f"stages.base.{key}": value})
         assert (changed != matter(tmp_path, finished)) == expected
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_the_schedule_decides_what_a_finished_rl_run_has_learnt(tmp_path, finished):
+    entry = {"from_step": 2, "optimizer.learning_rate": 1e-3}
+    rl = {"stages.base.verb": "rl"}
+    changed = matter(tmp_path, finished, **rl, **{"stages.base.rl.schedule": [entry]})
+    assert (changed != matter(tmp_path, finished, **rl)) == finished
 
 
 def test_a_large_file_counts_by_blocks_and_any_change_of_size(tmp_path, monkeypatch):
