@@ -33,7 +33,8 @@ class Hardware:
 
     name: str
     memory: Bytes
-    """Memory of a GPU; manufacturer."""
+    """Memory of a GPU as CUDA reports it to programs, in whole GiB; nvidia-smi shows 81,559 MiB of
+    an H100, 143,771 of an H200 and 183,359 of a B200."""
     bf16: FlopRate
     """Peak without sparsity; manufacturer."""
     memory_bandwidth: ByteRate
@@ -58,11 +59,11 @@ class Hardware:
 HARDWARE = {
     hardware.name: hardware
     for hardware in (
-        Hardware("H800", 80e9, 989e12, 3.35e12, 200e9),
-        Hardware("H100", 80e9, 989e12, 3.35e12, 450e9),
-        Hardware("H200", 141e9, 989e12, 4.8e12, 450e9),
-        Hardware("H20", 96e9, 148e12, 4.0e12, 450e9),
-        Hardware("B200", 180e9, 2250e12, 7.7e12, 900e9),
+        Hardware("H800", 79 * GIB, 989e12, 3.35e12, 200e9),
+        Hardware("H100", 79 * GIB, 989e12, 3.35e12, 450e9),
+        Hardware("H200", 139 * GIB, 989e12, 4.8e12, 450e9),
+        Hardware("H20", 95 * GIB, 148e12, 4.0e12, 450e9),
+        Hardware("B200", 178 * GIB, 2250e12, 7.7e12, 900e9),
     )
 }
 

@@ -9,10 +9,16 @@ from pathlib import Path
 import psutil
 
 from megatron_r1.config import Config
+from megatron_r1.config.algorithms import rules_of
 from megatron_r1.config.parallel import DEFAULT_TOKENS
 from megatron_r1.errors import UserError
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.hf_config import head_sizes, key_value_heads, sparse_layers
+from megatron_r1.models.hf_config import (
+    head_sizes,
+    key_value_heads,
+    load_config,
+    sparse_layers,
+)
 from megatron_r1.weights import num_parameters
 from megatron_r1.weights.adapters.table import num_adapter_parameters
 
@@ -35,9 +41,9 @@ USED = 0.9
 class CPUMemory:
     """Bytes on this host.
 
-    weights: those of all ranks, with gradients, optimizer state, reference and the copy that a
-        checkpoint is written from.
-    engine_weights: those of the engines, with their receive buffers.
+    weights: those of all ranks, with gradients, optimizer state, reference, critic and the buffers
+        that a checkpoint is written from.
+    engine_weights: those of the engines, with their receive buffers, and of a teacher's engines.
     others: KV caches, the loss head, processes.
     per_token: activations of a token of every rank's micro-batch.
     free: free memory before the run."""
@@ -68,9 +74,8 @@ class CPUMemory:
         if self.weights + self.engine_weights + tokens * self.per_token <= self.free:
             return tokens
         remedy = (
-            "lower parallel.processes or rollout.engines, set checkpoint.asynchronous: false, "
-            "parallel.recompute: full or optimizer.moments: bfloat16, or take a machine with more "
-            "memory"
+            "lower parallel.processes or rollout.engines, set checkpoint.asynchronous: false or "
+            "parallel.recompute: full, or take a machine with more memory"
         )
         if wanted and self.room >= FEWEST_TOKENS:
             remedy = f"leave parallel.tokens_per_microbatch out, or lower it to {self.room:,}"
@@ -97,19 +102,18 @@ def cpu_memory(config: Config, num_ranks: int, *, samples: bool) -> CPUMemory:
     hf = read_hf_config(config.model.path, config.model.head)
     parallel, value = config.parallel, VALUE[config.model.dtype]
     parameters = num_parameters(hf)
-    # Optimizer state is spread over the ranks; a weight and its gradient are on as many as there
-    # are replicas, at most: experts are on fewer.
+    # A weight and its gradient are on as many ranks as there are replicas, at most: experts are on
+    # fewer.
     replicas = num_ranks // (parallel.tensor * parallel.pipeline)
-    master = FP32 if config.model.dtype == "bfloat16" else 0
     lora = config.model.lora
     trained = num_adapter_parameters(hf, lora) if lora else parameters
-    state = trained * (master + 2 * VALUE[config.optimizer.moments])
-    weights = parameters * replicas * value + trained * replicas * FP32 + state
-    weights += trained * replicas * value if lora else 0
-    if config.checkpoint.asynchronous:
-        weights += trained * value + state
+    weights = _trained_bytes(config, trained, replicas)
+    weights += parameters * replicas * value if lora else 0
     if samples and config.uses_reference:
-        weights += trained * replicas * value
+        weights += trained * value * (replicas + config.checkpoint.asynchronous)
+    if samples and rules_of(config.rl.algorithm).critic:
+        critic = read_hf_config(config.of_critic().model.path, "score", "critic.path")
+        weights += _trained_bytes(config, num_parameters(critic), replicas)
     columns = 1 if config.model.head == "score" else hf["vocab_size"]
     head = 3 * FP32 * CHUNK_LOGITS + 2 * FP32 * columns * hf["hidden_size"]
     others = OTHER_BYTES + num_ranks * (RANK_BYTES + min(head, 3 * FP32 * DEFAULT_TOKENS * columns))
@@ -119,6 +123,12 @@ def cpu_memory(config: Config, num_ranks: int, *, samples: bool) -> CPUMemory:
         engine_weights = 2 * copies * parameters * VALUE[rollout.dtype]
         ranks = copies * rollout.tensor * rollout.pipeline
         others += ranks * (ENGINE_BYTES + (rollout.kv_cache_gib << 30))
+    teacher = config.teacher
+    if samples and teacher.path and not teacher.url:
+        copies = teacher.engines * teacher.data
+        engine_weights += copies * num_stored_parameters(teacher.path) * VALUE[teacher.dtype]
+        ranks = copies * teacher.tensor * teacher.pipeline
+        others += ranks * (ENGINE_BYTES + (teacher.kv_cache_gib << 30))
     kept = activation_bytes(hf, value)
     if parallel.recompute == "full":  # the inputs of all layers, and the rest of one
         kept = kept // hf["num_hidden_layers"] + value * hf["num_hidden_layers"] * hf["hidden_size"]
@@ -130,6 +140,28 @@ def cpu_memory(config: Config, num_ranks: int, *, samples: bool) -> CPUMemory:
         per_token=per_token,
         free=free_bytes(),
     )
+
+
+def _trained_bytes(config: Config, trained: int, replicas: int) -> int:
+    """Return the bytes on all ranks of `trained` parameters: the parameters, gradients, optimizer
+    state, and buffers for a checkpoint, if they are kept.
+
+    Replicas share the optimizer state, whose moments are fp32 on a CPU (`training.optimizer`). Each
+    replica gathers all master weights and moments for a checkpoint, and writes a part of the
+    weights (`training.checkpoints.host_memory`)."""
+    value = VALUE[config.model.dtype]
+    master = FP32 if config.model.dtype == "bfloat16" else 0
+    num_bytes = trained * (replicas * (value + FP32) + master + 2 * FP32)
+    if config.checkpoint.asynchronous:
+        num_bytes += trained * (replicas * 3 * FP32 + value)
+    return num_bytes
+
+
+def num_stored_parameters(folder: str) -> int:
+    """Return the number of parameters in a model folder of any architecture, by its files' size."""
+    hf = load_config(folder, "teacher.path")
+    width = VALUE.get(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16", 2)
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) // width
 
 
 def activation_bytes(hf: dict, value: int) -> int:

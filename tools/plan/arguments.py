@@ -9,6 +9,7 @@ from typing import Any
 from megatron_r1 import config as configuration
 from megatron_r1.config import Verb, verb_of
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
+from megatron_r1.config.keys import switches
 from megatron_r1.config.loading import parse_overrides
 from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import UserError, did_you_mean
@@ -22,18 +23,29 @@ def parse(
     arguments: list[str], description: str | None = None
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Return the options and the recipe's overrides; raise UserError for what is neither."""
-    # --section.key value as one word: argparse would take the value of an unknown option for a
-    # recipe.
-    joined: list[str] = []
-    for word in arguments:
-        last = joined[-1] if joined else ""
-        if last.startswith("--") and "." in last and "=" not in last and word[:2] != "--":
-            joined[-1] = f"{last}={word}"
-        else:
-            joined.append(word)
-    chosen, rest = _parser(description).parse_known_args(joined)
+    settings, others = _split(arguments)
+    chosen, rest = _parser(description).parse_known_args(others)
     _check_options(chosen, rest)
-    return chosen, parse_overrides(rest)
+    return chosen, parse_overrides([*rest, *settings], switches(configuration.Config))
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words of the recipe's settings (`--section.key value`) and all others.
+
+    argparse would take a setting's value, and any word with a blank in it, for a recipe."""
+    settings: list[str] = []
+    others: list[str] = []
+    needs_value = False
+    for word in arguments:
+        key, equals, _ = word.partition("=")
+        if word.startswith("--") and "." in key:
+            settings.append(word)
+            needs_value = not equals
+        else:
+            is_value = needs_value and not word.startswith("--")
+            (settings if is_value else others).append(word)
+            needs_value = False
+    return settings, others
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
@@ -155,7 +167,7 @@ def _check_options(chosen: argparse.Namespace, rest: list[str]) -> None:
         )
     for word in rest:
         key = word.partition("=")[0]
-        near = did_you_mean(key, options, "{}") if "." not in key else ""
+        near = did_you_mean(key, options, "{}")
         if key.startswith("--") and near:
             raise UserError(f"unknown option {key}{near}")
     for option, value in options.items():

@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_r1.config import verb_of
 from megatron_r1.config.hardware import GIB
 from megatron_r1.files import atomic_write
 from tools.plan.arguments import config_of, job_of, parse
@@ -90,15 +91,16 @@ def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
 
 
 def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
-    """Print a line for each change of `rl.schedule`, unless --step chose one; return the exit
-    status."""
+    """Print a line for each later change of `rl.schedule`, which only rl follows, unless --step
+    chose one; return the exit status."""
     status = FITS
     config = config_of(recipe, overrides)
-    if chosen.step or not config.rl.schedule:
+    later = [entry for entry in config.rl.schedule if entry.from_step > 1]  # the bill has step 1
+    if chosen.step or not later or verb_of(config) != "rl":
         return status
-    steps = [step for step, _ in config.phases()]
+    steps = [1, *(entry.from_step for entry in later)]
     each_step = [Bill(job_of(recipe, chosen, overrides, 1)).step]
-    for entry in config.rl.schedule:
+    for entry in later:
         job = job_of(recipe, chosen, overrides, entry.from_step)
         changes = ", ".join(f"{key}={value}" for key, value in entry.changes.items())
         print(f"\nfrom step {entry.from_step} ({changes}; --step {entry.from_step} shows all):")
@@ -108,8 +110,7 @@ def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> 
         bill = Bill(job)
         each_step.append(bill.step)
         problems = bill.problems()
-        peak = f"{bill.worst.peak / GIB:.0f} GiB on the fullest GPU, "
-        print(f"  {peak if job.trains else ''}{bill.step} a step")
+        print(f"  {bill.worst.peak / GIB:.0f} GiB on the fullest GPU, {bill.step} a step")
         print("\n".join(f"  does not fit: {problem}" for problem in problems) or "  fits")
         status = UNFIT if problems else status
     ends = [*steps[1:], config.run.steps + 1]

@@ -65,7 +65,9 @@ def _tensor(job: PlannedJob, layers: int) -> AxisTraffic:
 
 def _context(job: PlannedJob, layers: int) -> AxisTraffic:
     hf, size, whole = job.hf, job.parallel.context, job.rank_tokens
-    values = key_value_heads(hf) * sum(head_sizes(hf)) / job.parallel.tensor
+    # With fewer key and value heads than tensor ranks, several ranks send the same one.
+    heads = max(key_value_heads(hf), job.parallel.tensor)
+    values = heads * sum(head_sizes(hf)) / job.parallel.tensor
     forward = layers * values * whole * (size - 1) * VALUE
     again = job.parallel.recompute == "full"
     formula = (

@@ -247,8 +247,10 @@ class PlannedJob:
         return max(1, (self.rollout_gpus or self.world_size) // self.config.rollout.engines)
 
     def check_trainer(self) -> None:
-        """Raise ValueError, by name, for sizes of `parallel` that do not divide the model."""
+        """Raise ValueError, by name, for settings of `parallel` that are impossible for the model
+        or on these GPUs."""
         self.parallel.check_sizes(self.world_size)
+        self.parallel.splits_sequences(self.has_experts)  # raises where experts need it
         check_divisions(self.hf, self.parallel, transformer_engine=True)
         check_batches(self.config, self.verb, self.world_size, "GPU")
         assert self.stages, "building them checks the layout"

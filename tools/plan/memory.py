@@ -79,6 +79,19 @@ def persistent_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
     }
 
 
+def checkpoint_bytes(job: PlannedJob, counts: Counts, *, with_reference: bool) -> int:
+    """Return bytes of a rank's host buffers for checkpoints (`training.checkpoints.host_memory`).
+
+    Every replica gathers the optimizer's fp32 master weights and moments of the rank's whole part;
+    replicas share the weights, which the reference doubles."""
+    state = _padded(counts.dense_padded, job.dense_replicas)
+    state += _padded(counts.expert_padded, job.expert_replicas)
+    written = counts.dense / job.dense_replicas + counts.expert / job.expert_replicas
+    if job.adapters is None:  # frozen MTP layers; beside adapters nothing frozen is written
+        written += counts.frozen / job.dense_replicas
+    return 3 * 4 * state + round((1 + with_reference) * written * job.parameter_bytes)
+
+
 def _of_rank(
     job: PlannedJob, ranks: RankCounts, layers: dict[bool, Layer], rank: int
 ) -> RankMemory:
@@ -97,9 +110,7 @@ def _of_rank(
     is_kept = job.scores_reference or job.keeps_reference
     host = {"reference": reference if is_kept else 0, "optimizer": on_host}
     if job.config.checkpoint.asynchronous:
-        host["checkpoint being written"] = (
-            changing * job.parameter_bytes + persistent["optimizer"] + on_host
-        )
+        host["checkpoint being written"] = checkpoint_bytes(job, counts, with_reference=is_kept)
     stays = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
     ends = {"loss head": head, "reserved": round(job.assumptions.reserved)}
     training = {**stays, "activations": kept, "layer in work": working, **ends}
@@ -125,9 +136,7 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> Rank
     num_bytes = sum(persistent.values()) - on_host + _fp8_copies(critic, counts)
     host = {**memory.host, "critic's optimizer": on_host}
     if critic.config.checkpoint.asynchronous:
-        host["checkpoint being written"] += (
-            counts.parameters * critic.parameter_bytes + persistent["optimizer"]
-        )
+        host["checkpoint being written"] += checkpoint_bytes(critic, counts, with_reference=False)
     freed = persistent["gradients"] if critic.config.rollout.colocated else 0
     training = {**memory.training, CRITIC: num_bytes}
     scoring = {**memory.scoring, CRITIC: num_bytes - freed}

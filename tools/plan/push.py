@@ -15,7 +15,7 @@ from megatron_r1.weight_sync.plan.engine_sets import SET_ENGINES
 from megatron_r1.weight_sync.plan.links import shares_gpus_over_nccl
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.shared_gpus import SAME_NODE_LOAD
-from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
+from megatron_r1.weight_sync.plan.traffic import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from tools.plan.job import PlannedJob
 from tools.plan.push_sets import SetTraffic, set_links
@@ -93,7 +93,7 @@ def _form(job: PlannedJob) -> str:
 
 
 @cache  # the same function for the same form: it is a key of `set_links`' results
-def _byte_count(form: str) -> ByteCount:
+def _byte_count(form: str) -> CountBytes:
     return fp8_bytes if form == "FP8" else plain_bytes(form)
 
 

@@ -13,7 +13,7 @@ from megatron_r1.weight_sync.plan.engine_sets import engine_sets, sender_loads
 from megatron_r1.weight_sync.plan.links import planned_entries
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.shared_gpus import RANKS_PER_NODE
-from megatron_r1.weight_sync.plan.traffic import ByteCount
+from megatron_r1.weight_sync.plan.traffic import CountBytes
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from megatron_r1.weights.layout import Shard
 
@@ -102,7 +102,7 @@ def set_links(
     grid: TrainerGrid,
     engines: EngineLayout,
     stages: list[list[Shard]],
-    count: ByteCount,
+    count: CountBytes,
     max_engines: int,
     *,
     drafts: bool = False,
@@ -123,7 +123,7 @@ def _set_links(
     grid: TrainerGrid,
     engines: EngineLayout,
     stages: tuple[tuple[Shard, ...], ...],
-    count: ByteCount,
+    count: CountBytes,
     max_engines: int,
     drafts: bool,
     shares_gpus: bool,

@@ -13,7 +13,7 @@ from tools.plan.job import PlannedJob
 
 def test_a_larger_share_of_the_gpu_is_the_remedy_where_the_trainer_leaves_it(capsys):
     fewer = ["--gpus", "512", "--rollout.engines", "4", "--rl.schedule", "[]"]
-    assert main([str(RECIPE), *fewer, "--rollout.gpu_memory", "0.55"]) == 1
+    assert main([str(RECIPE), *fewer, "--rollout.gpu_memory", "0.5"]) == 1
     remedy = re.search(
         r"cache, which has .*: set (rollout.gpu_memory) to (0\.\d+), or", capsys.readouterr().out
     )

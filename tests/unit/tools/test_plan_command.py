@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from planned_jobs import LAPTOP, RECIPE, ROOT
 
+from tools.plan.arguments import parse
 from tools.plan.command import main
 
 ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1"]
@@ -17,6 +19,7 @@ ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1"]
     [
         (["--parallel.tensor", "6"], 1, "2048 trainer ranks cannot be divided into groups of 192"),
         (["--parallel.expert", "3"], 1, "parallel.expert=3 does not divide|groups of"),
+        (["--parallel.sequence", "false"], 1, "cannot work: parallel.sequence: false: Megatron's"),
         (["--parallel.pipeline_layout", "Et"], 1, "pipeline_layout='Et'"),
         (["--rollout.engines", "2048", *ONE_GPU], 1, "1.19 TiB short, for KV cache beside"),
         (["--rollout.engines", "3", *ONE_GPU], 1, "does not divide 2,048 GPUs; choose 2 or 4"),
@@ -83,6 +86,22 @@ def test_several_recipes_have_a_bill_each_and_a_verdict_at_the_end(capsys):
 def test_what_cannot_be_planned_is_refused_by_name(capsys, recipe, options, message):
     assert main([str(ROOT / "examples" / recipe), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_settings_are_those_of_the_other_commands():
+    template, schedule = "Solve {problem} now", "[{from_step: 2, rl.group_size: 8}]"
+    words = ["--data.template", template, "a.yaml", "--rl.schedule", schedule, "b.yaml"]
+    words += ["--gpus=8", "--rollout.colocated", "--hardware", "H200", "--rl.kl_beta", "-1"]
+    chosen, overrides = parse([*words, "--rl.sample_log"])
+    assert (chosen.recipes, chosen.gpus) == ([Path("a.yaml"), Path("b.yaml")], 8)
+    assert chosen.hardware == "H200"
+    assert overrides == {
+        "data.template": template,
+        "rl.schedule": [{"from_step": 2, "rl.group_size": 8}],
+        "rollout.colocated": True,
+        "rl.kl_beta": -1,
+        "rl.sample_log": True,
+    }
 
 
 def test_a_folder_in_place_of_the_json_file_is_refused(tmp_path, capsys):

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+from planned_jobs import LAPTOP, ROOT
+
 from megatron_r1.config import load
 from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models import read_hf_config
@@ -28,3 +30,21 @@ def test_a_64k_part_without_memory_is_refused_though_the_first_fits(capsys):
     assert "does not fit" not in first
     assert later.startswith("rollout.max_response_tokens=65536; --step 513 shows all)")
     assert "  does not fit: " in later
+
+
+def test_a_change_from_the_first_step_on_is_in_the_bill(capsys):
+    first = "{from_step: 1, rollout.max_response_tokens: 24}"
+    assert main([*LAPTOP, "--rl.schedule", f"[{first}]"]) == 0
+    assert "from step" not in capsys.readouterr().out
+    later = "{from_step: 21, rollout.max_response_tokens: 32}"
+    assert main([*LAPTOP, "--rl.schedule", f"[{first}, {later}]"]) == 0
+    output = capsys.readouterr().out
+    assert "from step 21 (" in output and "from step 1 (" not in output
+    assert "\nthe run of 40 steps: " in output
+
+
+def test_only_rl_follows_a_schedule(capsys):
+    recipe = str(ROOT / "examples/deepseek_r1/cold_start_sampling.yaml")
+    schedule = "[{from_step: 2, rollout.max_response_tokens: 1024}]"
+    assert main([recipe, "--rl.schedule", schedule]) == 0
+    assert "from step" not in capsys.readouterr().out

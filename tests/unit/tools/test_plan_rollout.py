@@ -41,10 +41,10 @@ def test_sampling_without_a_trainer_has_no_fp8_push():
 
 def test_an_engine_that_takes_more_of_a_gpu_than_the_trainer_leaves_is_named():
     most = Bill(planned()).sections()["engine memory of a GPU"]["share, at most"]
-    assert str(most) == "75.0%"
+    assert str(most) == "77.0%"
     (problem,) = Bill(planned(rollout__gpu_memory=0.9)).problems()
-    assert problem.startswith("rollout.gpu_memory=0.9: of each GPU's 74.51 GiB the trainer")
-    assert problem.endswith("set at most 0.75")
+    assert problem.startswith("rollout.gpu_memory=0.9: of each GPU's 79.00 GiB the trainer")
+    assert problem.endswith("set at most 0.77")
     less = Bill(planned(rollout__gpu_memory=0.5)).engines
     assert less.cache == round(0.5 * HARDWARE["H800"].memory - 3 * GIB - less.weights)
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from r1_kernels import linear_head
 
 from megatron_r1.config import Config
 from megatron_r1.config.hardware import HARDWARE
@@ -14,6 +15,7 @@ from megatron_r1.trainer_client.cpu_memory import (
     cpu_memory,
     free_bytes,
 )
+from megatron_r1.weights import num_parameters
 from tools.plan.activations import layer_activations
 from tools.plan.job import PlannedJob
 from tools.plan.memory import rank_memory
@@ -59,10 +61,8 @@ def test_weights_are_those_of_the_plan(tmp_path, dtype, ranks, tensor, kl_beta, 
     (of_rank,) = rank_memory(job)  # ranks of one pipeline stage are equal
     planned = of_rank.resident + of_rank.host["reference"]
     copies = of_rank.host["checkpoint being written"]
-    # Replicas share the checkpoint's weights; the plan counts them on every rank.
-    shared = (ranks // tensor - 1) * of_rank.counts.trained * job.parameter_bytes
     found = cpu_memory(config, ranks, samples=True)
-    assert found.weights == pytest.approx(ranks * (planned + copies) - shared, rel=0.01)
+    assert found.weights == pytest.approx(ranks * (planned + copies), rel=0.01)
 
 
 def test_activations_are_the_plan_s_and_what_local_layers_keep_beside_them(tmp_path):
@@ -102,6 +102,31 @@ def test_engines_elsewhere_take_nothing_here_and_a_score_head_no_logits(tmp_path
     assert here.others > hosts.others + GIB
     score = cpu_memory(recipe(tmp_path, model={"head": "score"}), 1, samples=False)
     assert score.others < hosts.others and score.engine_weights == 0
+
+
+def test_a_critic_and_a_teacher_take_memory_too(tmp_path):
+    grpo = cpu_memory(recipe(tmp_path), 1, samples=True)
+    ppo = cpu_memory(recipe(tmp_path, rl={"algorithm": "ppo", "kl_beta": 0.001}), 1, samples=True)
+    # The reference has no critic; weights, gradients, moments and a checkpoint's buffers of both.
+    score = num_parameters(memory.read_hf_config(str(tmp_path), "score"))
+    assert ppo.weights - grpo.weights == score * (4 + 4 + 8 + 12 + 4)
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text(json.dumps(DENSE | {"dtype": "bfloat16"}))
+    (teacher / "model.safetensors").write_bytes(bytes(2 * 5000))
+    settings = {"path": str(teacher), "engines": 3, "dtype": "float32"}
+    taught = cpu_memory(recipe(tmp_path, teacher=settings), 1, samples=True)
+    assert taught.engine_weights == grpo.engine_weights + 3 * 4 * 5000
+    assert taught.others > grpo.others + 3 * GIB
+
+
+def test_the_loss_head_s_chunk_is_that_of_the_kernels():
+    assert memory.CHUNK_LOGITS == linear_head.CPU_CHUNK_ELEMENTS
+
+
+def test_moments_in_bfloat16_save_nothing_on_a_cpu(tmp_path):
+    rounded = cpu_memory(recipe(tmp_path, optimizer={"moments": "bfloat16"}), 1, samples=True)
+    assert rounded.weights == cpu_memory(recipe(tmp_path), 1, samples=True).weights
 
 
 def test_a_container_s_limit_counts_where_it_is_lower(tmp_path, monkeypatch):
