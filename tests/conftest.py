@@ -7,6 +7,7 @@ GPU the tests' own process interprets; the variable itself is not left to what t
 import os
 from importlib.util import find_spec
 
+import pytest
 import torch
 
 
@@ -21,3 +22,9 @@ def import_interpreting_triton() -> None:
 
 if find_spec("triton") and not torch.cuda.is_available():
     import_interpreting_triton()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random tensors of a test do not depend on the tests before it."""
+    torch.manual_seed(0)

@@ -1,16 +1,16 @@
 from dataclasses import replace
 
-from megatron_r1.weights.layout import Rank, Shard, stage_shards
+from megatron_r1.weights.layout import AxisRank, Shard, stage_shards
 
 
 def shard(
     hf: dict,
     *,
-    tp: Rank = (0, 1),
-    pp: Rank = (0, 1),
-    ep: Rank = (0, 1),
-    etp: Rank = (0, 1),
-    vp: Rank = (0, 1),
+    tp: AxisRank = (0, 1),
+    pp: AxisRank = (0, 1),
+    ep: AxisRank = (0, 1),
+    etp: AxisRank = (0, 1),
+    vp: AxisRank = (0, 1),
     pipeline_layout: str | None = None,
     with_mtp: bool = True,
     transformer_engine: bool = False,

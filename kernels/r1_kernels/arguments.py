@@ -72,17 +72,17 @@ def check_head(hidden: Tensor, weight: Tensor) -> None:
 
 
 def check_targets(
-    targets: Tensor, num_tokens: int, vocab_size: int, seen: Tensor | None = None
+    targets: Tensor, num_tokens: int, vocab_size: int, unmasked: Tensor | None = None
 ) -> None:
-    """Require `targets` (T,), integers in 0 … vocab_size - 1 where `seen` (None: everywhere)."""
+    """Require `targets` (T,), integers in 0 … vocab_size - 1 where `unmasked` (None: all)."""
     if targets.shape != (num_tokens,):
         raise ValueError(f"targets must be ({num_tokens},), got {tuple(targets.shape)}")
     if targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"targets must be int64 or int32, got {targets.dtype}")
     if _is_trusted.get():
         return
-    if seen is not None:
-        targets = targets[seen]
+    if unmasked is not None:
+        targets = targets[unmasked]
     if targets.numel():
         low, high = torch.stack(targets.aminmax()).tolist()
         if low < 0 or high >= vocab_size:

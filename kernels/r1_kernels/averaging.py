@@ -44,10 +44,10 @@ class Sequences:
         lengths = self.cu_seqlens.diff()
         return values.repeat_interleave(lengths, output_size=self.num_tokens)
 
-    def means(self, values: Tensor, seen: Tensor) -> Tensor:
-        """Return for each token, (T,), the mean of `values` over its sequence's seen tokens."""
-        total = self.sums(torch.where(seen, values, 0.0))
-        count = self.sums(seen.to(total.dtype))
+    def means(self, values: Tensor, unmasked: Tensor) -> Tensor:
+        """Return for each token, (T,), the mean of `values` over its sequence's unmasked tokens."""
+        total = self.sums(torch.where(unmasked, values, 0.0))
+        count = self.sums(unmasked.to(total.dtype))
         return self.spread(total / count.clamp(min=1))
 
 
@@ -87,9 +87,9 @@ class Averaging(NamedTuple):
         """Return the weights (T,) of `dtype` with which Σ weight · loss is the average.
 
         average "token": mask / denominator, by default Σ mask. "sequence": the weights of a
-        sequence add up to 1 / denominator, by default the number of sequences with a seen token
-        (GRPO). Without any seen token, all weights are 0. Raises ValueError for a denominator that
-        is not positive, or not one number; the value of a tensor is not checked."""
+        sequence add up to 1 / denominator, by default the number of sequences with an unmasked
+        token (GRPO). Without any unmasked token all weights are 0. Raises ValueError for a
+        denominator that is not one positive number; the value of a tensor is not checked."""
         denominator = self.denominator
         if isinstance(denominator, Tensor):
             if denominator.numel() != 1:

@@ -2,7 +2,7 @@
 
 One pass over the tokens computes the loss, its derivative and every metric (formulae:
 `policy_terms`); the backward pass multiplies by the upstream gradient. With a sequence-level ratio
-(GSPO, arXiv 2507.18071 eq. 7), x is its mean over the seen tokens of the sequence, and its
+(GSPO, arXiv 2507.18071 eq. 7), x is its mean over the unmasked tokens of the sequence, and its
 derivative is the mean over the sequence."""
 
 from typing import NamedTuple
@@ -164,15 +164,17 @@ def _with_sequence_ratios(
     primitives: Primitives,
 ) -> tuple[PolicyTerms, Tensor]:
     """Return the terms, and the derivative (T,) of the loss by the log-probabilities."""
-    seen = ~(tokens.weights <= 0)
+    unmasked = ~(tokens.weights <= 0)
     logprobs, old_logprobs = tokens.both_logprobs()
     dtype = wide(logprobs.dtype)
     gap = logprobs.to(dtype) - old_logprobs.to(dtype)
-    terms = primitives.policy_terms(tokens._replace(log_ratio=sequences.means(gap, seen)), settings)
-    # All tokens of a sequence have the same x, a mean to which each seen token adds 1 / |o|.
+    terms = primitives.policy_terms(
+        tokens._replace(log_ratio=sequences.means(gap, unmasked)), settings
+    )
+    # All tokens of a sequence have the same x, a mean to which each unmasked token adds 1 / |o|.
     total = sequences.sums(terms.grad_ratio)
-    count = sequences.sums(seen.to(total.dtype)).clamp(min=1)
-    shared = torch.where(seen, sequences.spread(total / count), 0.0)
+    count = sequences.sums(unmasked.to(total.dtype)).clamp(min=1)
+    shared = torch.where(unmasked, sequences.spread(total / count), 0.0)
     return terms, shared + terms.grad_logprob
 
 

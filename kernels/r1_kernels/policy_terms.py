@@ -18,7 +18,8 @@ constant and no token loses its gradient:
          (http://joschu.net/blog/kl-approx.html; R1 uses k3)
 
 Exponents are capped at MAX_LOG_RATIO; beyond it the derivative is 0, as that of a minimum is. A
-token with weight w = 0 does not count, even if its tensors hold NaN."""
+token with weight w = 0 is masked: it does not count, even if its tensors hold NaN. A token is
+unmasked where its weight is above 0, or NaN."""
 
 from typing import NamedTuple
 

@@ -17,9 +17,9 @@ RatioLevel = Literal["token", "sequence"]
 class _Readable:
     """Settings that can also be read as a mapping, which they were before 0.3.
 
-    Losses and token advantages that users wrote for 0.2 read settings["kl_beta"], and call ours
-    with {**settings, "discount": 0.5}; the changelog of 0.3 promises that this works. Nothing else
-    needs this class: it can go, and `of` with it, in a version that takes the promise back."""
+    Losses and token advantages that users wrote for 0.2 read settings["kl_beta"], which the
+    changelog of 0.3 promises to work, and call ours with {**settings, "discount": 0.5}. Nothing
+    else needs this class: it can go, and `of` with it, in a version that takes the promise back."""
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)

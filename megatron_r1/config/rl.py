@@ -59,8 +59,7 @@ class RLConfig(Section):
     ratio_level: RatioLevel = "token"
     """sequence: one ratio per response, the mean of its logarithm (GSPO)"""
     importance_cap: float | None = Field(None, gt=0)
-    """each token is weighed by the trainer's over the engine's probability, at most this; null: not
-    weighed"""
+    """upper limit of each token's importance weight π_old / π_engine; null: no such weights"""
     kl_beta: float = Field(0.001, ge=0)
     """weight of the estimate of KL to the reference, in the loss; of rloo, reinforce_pp and ppo in
     the reward"""

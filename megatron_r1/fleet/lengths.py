@@ -1,8 +1,8 @@
 """Estimates the lengths of responses from those that came back.
 
 Estimates are kept for each kind and size of prompt, because a proof takes more tokens
-than a greeting. Of a group of n two numbers matter: the mean length, which is the work it makes,
-and the longest, which determines when the group is complete."""
+than a greeting. Two numbers of a group matter: the mean length, which is the work it makes, and the
+longest, which determines when the group is complete."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -70,9 +70,9 @@ class CoreAttention(MegatronModule):
         """Attend causally within each sequence.
 
         query (s, b, h, d), key (s, b, g, d), value (s, b, g, e) -> (s, b, h*e); with
-        packed_seq_params, query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h*e). The borders
-        of the packed sequences are cu_seqlens_q, int32 (sequences + 1,), from 0 to the tokens of
-        all context-parallel ranks together."""
+        packed_seq_params, query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h*e). Its
+        cu_seqlens_q, int32 (sequences + 1,), goes from 0 to the tokens of all context-parallel
+        ranks together."""
         assert attention_mask is None and attention_bias is None, "only causal masking is built in"
         if packed_seq_params is None:
             assert self.group.size() == 1, "context parallelism works on packed batches"
@@ -80,16 +80,16 @@ class CoreAttention(MegatronModule):
             out = _attend(q, k, v, self.softmax_scale, self.softmax_offset, self.window)
             return out.permute(2, 0, 1, 3).flatten(2)
         before = segments_before(packed_seq_params.cu_seqlens_q)
-        borders = packed_seq_params.cu_seqlens_q.long()
+        cu_seqlens = packed_seq_params.cu_seqlens_q.long()
         if before is not None:
             assert self.softmax_offset is None and self.window is None, "see check_shared_prompts"
-            joined = prefix_attention(query, key, value, borders, before, self.softmax_scale)
+            joined = prefix_attention(query, key, value, cu_seqlens, before, self.softmax_scale)
             return joined.flatten(1)
         if self.group.size() > 1:
-            parts = query, key, value, borders
+            parts = query, key, value, cu_seqlens
             return ring_attention(*parts, self.softmax_scale, self.group).flatten(1)
         settings = self.softmax_scale, self.softmax_offset, self.window
-        return attend_packed(query, key, value, borders.diff(), *settings).flatten(1)
+        return attend_packed(query, key, value, cu_seqlens.diff(), *settings).flatten(1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

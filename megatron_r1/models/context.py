@@ -3,35 +3,35 @@
 A causal query late in a sample costs more than an early one, so each sample is cut into 2 n equal
 chunks for n ranks, and rank r holds chunks r and 2 n - 1 - r: ranks have equally many tokens and
 equal work. A rank's tokens are its two chunks of the first sample, then those of the second, and so
-on: a packed batch whose borders are the global ones divided by the number of ranks."""
+on: a packed batch whose cu_seqlens are the global ones divided by the number of ranks."""
 
 import torch
 from torch import Tensor
 
 
-def held_positions(borders: Tensor, rank: int, num_ranks: int) -> Tensor:
+def held_positions(cu_seqlens: Tensor, rank: int, num_ranks: int) -> Tensor:
     """Return the positions of the whole batch that `rank` holds, (T / num_ranks,) int64, in order.
 
-    borders: (S + 1,) integers from 0 to T. Raises ValueError where num_ranks > 1 and a sample's
+    cu_seqlens: (S + 1,) integers from 0 to T. Raises ValueError where num_ranks > 1 and a sample's
     length is not a multiple of 2 * num_ranks."""
-    borders = borders.long()
+    cu_seqlens = cu_seqlens.long()
     if num_ranks == 1:
-        return torch.arange(int(borders[-1]), device=borders.device)
-    lengths = borders.diff()
+        return torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+    lengths = cu_seqlens.diff()
     if (lengths % (2 * num_ranks)).any():
         raise ValueError(
             f"sample lengths {lengths.tolist()[:8]} must be multiples of {2 * num_ranks} to be "
             f"split over {num_ranks} context-parallel ranks: pad them"
         )
     chunk = lengths // (2 * num_ranks)
-    first, second = borders[:-1] + rank * chunk, borders[1:] - (rank + 1) * chunk
+    first, second = cu_seqlens[:-1] + rank * chunk, cu_seqlens[1:] - (rank + 1) * chunk
     starts = torch.stack([first, second], 1).flatten()
     return spans(starts, chunk.repeat_interleave(2))
 
 
-def sample_order(borders: Tensor, num_ranks: int) -> Tensor:
+def sample_order(cu_seqlens: Tensor, num_ranks: int) -> Tensor:
     """Return the index, (T,) int64, that sorts tokens gathered rank after rank by samples."""
-    gathered = torch.cat([held_positions(borders, rank, num_ranks) for rank in range(num_ranks)])
+    gathered = torch.cat([held_positions(cu_seqlens, rank, num_ranks) for rank in range(num_ranks)])
     order = torch.empty_like(gathered)
     order[gathered] = torch.arange(len(gathered), device=gathered.device)
     return order

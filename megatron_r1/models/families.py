@@ -22,9 +22,9 @@ class Family:
     sinks: each head has a learned logit for no key in its softmax (`models.offset_attention`).
     windows: every other layer, from the first, sees the last `sliding_window` tokens only.
     experts: the routers' score function, with sigmoid also a correction bias; None: no experts.
-    expert_size: the key of an expert's inner features.
+    expert_size: the key of `config.json` with the number of an expert's inner features.
     open_swiglu: experts compute clamp(gate) sigmoid(1.702 gate) (clamp(up) + 1).
-    biases: of the output projection, router and experts.
+    biases: whether the output projection, router and experts have biases.
     stacked: a tensor of the checkpoint has all experts of a layer (`weights.stacked`).
     normalizes: whether a token's expert weights sum to 1, unless `norm_topk_prob` is given.
     layer_types: whether transformers reads mlp_layer_types instead of first_k_dense_replace.

@@ -52,7 +52,7 @@ def check_installed() -> None:
     "topk // group_topk",
 )
 def _routing() -> None:
-    # Tokens would silently be routed differently.
+    # Without it tokens go to other experts than in transformers and vLLM, without an error.
     router.topk_routing_with_score_function = route
 
 
@@ -71,8 +71,8 @@ def _rotary_angles() -> None:
     "not _grad_accum_fusion_available",
 )
 def _fused_gradients_without_apex() -> None:
-    # Only that layer's product uses it, which `LMHead` has not; the other layers with fused
-    # gradients are Transformer Engine's, with a kernel of their own.
+    # Safe: only the output layer's product uses Apex's kernel, and `LMHead` has no product. The
+    # other layers with fused gradients are Transformer Engine's, with a kernel of their own.
     layers._grad_accum_fusion_available = True
 
 

@@ -30,50 +30,50 @@ from megatron_r1.models.ring_attention import (
 _ATTRIBUTE = "segments_before"
 
 
-def with_prefixes(borders: Tensor, before: Tensor) -> Tensor:
-    """Return `borders`, (S + 1,) integers, marked with the segments that the S continue.
+def with_prefixes(cu_seqlens: Tensor, before: Tensor) -> Tensor:
+    """Return `cu_seqlens`, (S + 1,) integers, marked with the segments that the S continue.
 
     before: (S,) int64, for each segment the index of its prefix, or -1; a prefix has no prefix
-    itself. The mark is on the tensor object, because of all arguments only `borders` reaches
+    itself. The mark is on the tensor object, because of all arguments only `cu_seqlens` reaches
     Megatron's rotary embedding."""
-    setattr(borders, _ATTRIBUTE, before)
-    return borders
+    setattr(cu_seqlens, _ATTRIBUTE, before)
+    return cu_seqlens
 
 
-def segments_before(borders: Tensor) -> Tensor | None:
+def segments_before(cu_seqlens: Tensor) -> Tensor | None:
     """Return the mark of `with_prefixes`, or None."""
-    return getattr(borders, _ATTRIBUTE, None)
+    return getattr(cu_seqlens, _ATTRIBUTE, None)
 
 
-def first_positions(borders: Tensor) -> Tensor | None:
+def first_positions(cu_seqlens: Tensor) -> Tensor | None:
     """Return the position of each segment's first token, (S,) int64; None where all are 0."""
-    before = segments_before(borders)
+    before = segments_before(cu_seqlens)
     if before is None:
         return None
-    return torch.where(before >= 0, borders.long().diff()[before], 0)
+    return torch.where(before >= 0, cu_seqlens.long().diff()[before], 0)
 
 
 def prefix_attention(
-    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, before: Tensor, scale: float
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, before: Tensor, scale: float
 ) -> Tensor:
     """Attend causally within each segment and to the whole segment before it.
 
-    query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h, e). borders: (S + 1,) int64."""
-    return _PrefixAttention.apply(query, key, value, _Segments(borders, before), scale)
+    query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h, e). cu_seqlens: (S + 1,) int64."""
+    return _PrefixAttention.apply(query, key, value, _Segments(cu_seqlens, before), scale)
 
 
 class _Segments:
     """The places of a batch's segments. links: for each prefix, the rows of the segments that
     continue it, int64, and the prefix's own rows."""
 
-    def __init__(self, borders: Tensor, before: Tensor):
-        lengths = borders.diff()
+    def __init__(self, cu_seqlens: Tensor, before: Tensor):
+        lengths = cu_seqlens.diff()
         self.buckets = Buckets(lengths)
         self.links = []
         for prefix in before[before >= 0].unique().tolist():
             members = (before == prefix).nonzero()[:, 0]
-            rows = spans(borders[members], lengths[members])
-            own = slice(int(borders[prefix]), int(borders[prefix + 1]))
+            rows = spans(cu_seqlens[members], lengths[members])
+            own = slice(int(cu_seqlens[prefix]), int(cu_seqlens[prefix + 1]))
             self.links.append((rows, own))
 
 

@@ -37,21 +37,21 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 def ring_attention(
-    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scale: float, group: ProcessGroup
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float, group: ProcessGroup
 ) -> Tensor:
     """Attend on the part of a packed batch that this rank of the context-parallel `group` holds.
 
-    query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h, e). borders: int64 (S + 1,), those of
+    query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h, e). cu_seqlens: int64 (S + 1,), of
     the whole batch."""
-    return _RingAttention.apply(query, key, value, _Halves(borders, group.size()), scale, group)
+    return _RingAttention.apply(query, key, value, _Halves(cu_seqlens, group.size()), scale, group)
 
 
 class _Halves:
     """The first and the second chunks of all samples on a rank; both have the same lengths."""
 
-    def __init__(self, borders: Tensor, num_ranks: int):
-        chunk = borders.diff() // (2 * num_ranks)
-        starts = borders[:-1] // num_ranks
+    def __init__(self, cu_seqlens: Tensor, num_ranks: int):
+        chunk = cu_seqlens.diff() // (2 * num_ranks)
+        starts = cu_seqlens[:-1] // num_ranks
         self.rows = [spans(starts + half * chunk, chunk) for half in (0, 1)]
         self.buckets = Buckets(chunk)
 
@@ -66,7 +66,7 @@ class _Halves:
 
 
 class _RingAttention(torch.autograd.Function):
-    """`ring_attention`, with the halves of its borders.
+    """`ring_attention`, with the halves of its samples.
 
     Tensors have the query's dtype; sums over chunks and ranks, and lse, are in fp32 or wider.
     Saved, of this rank's tokens: query, key, value, out, and lse (t, h, 1) over all keys that they

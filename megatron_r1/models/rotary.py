@@ -16,16 +16,16 @@ from megatron_r1.models.context import held_positions
 from megatron_r1.models.prefixes import first_positions
 
 
-def sample_positions(borders: Tensor, rank: int = 0, num_ranks: int = 1) -> Tensor:
+def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> Tensor:
     """Return the position in its sample of each token that a context-parallel rank holds, (T /
-    num_ranks,) int64. borders: (S + 1,) integers from 0 to T, of the whole batch."""
-    borders = borders.long()
-    total = int(borders[-1])
+    num_ranks,) int64. cu_seqlens: (S + 1,) integers from 0 to T, of the whole batch."""
+    cu_seqlens = cu_seqlens.long()
+    total = int(cu_seqlens[-1])
     # output_size: without it the host would wait for the GPU's sum once more.
-    starts = borders[:-1].repeat_interleave(borders.diff(), output_size=total)
+    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=total)
     if num_ranks == 1:
-        return torch.arange(total, device=borders.device) - starts
-    held = held_positions(borders, rank, num_ranks)
+        return torch.arange(total, device=cu_seqlens.device) - starts
+    held = held_positions(cu_seqlens, rank, num_ranks)
     return held - starts[held]
 
 

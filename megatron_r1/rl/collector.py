@@ -59,21 +59,22 @@ class RolloutCollector:
         self._max_ungraded = rewards.max_ungraded
 
     async def collect(
-        self, prompts: list[Prompt], sampling: Sampling, finished: StepLog | None = None
+        self, prompts: list[Prompt], sampling: Sampling, log: StepLog | None = None
     ) -> Rollout:
         """Sample and grade a group for each prompt, all at once; with `sampling.with_teacher` the
         teacher scores a group as soon as it is sampled.
 
-        Groups come back in the order of `prompts`; those that `finished` has are not sampled again.
+        Groups come back in the order of `prompts`; those that `log` already has are not sampled
+        again.
         Raises EngineError when an engine fails."""
         start = time.perf_counter()
-        running = RolloutInProgress(sampling, finished, start, start, start)
-        positions = finished.reserve(len(prompts)) if finished else range(len(prompts))
+        running = RolloutInProgress(sampling, log, start, start, start)
+        positions = log.reserve(len(prompts)) if log else range(len(prompts))
         begun = []
         for prompt, at in zip(prompts, positions, strict=True):
             # An episode that failed is played again; a response can be graded again.
             only_final = self.player is not None
-            recalled = finished.recall(at, prompt, only_final) if finished else None
+            recalled = log.recall(at, prompt, only_final) if log else None
             prompt_ids = recalled.prompt_ids if recalled else self.text.encode(prompt.question)
             begun.append((at, prompt, prompt_ids, recalled))
             await asyncio.sleep(0)  # hundreds at once would block the event loop

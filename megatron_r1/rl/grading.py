@@ -115,9 +115,10 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
     broken = set.intersection(*(set(graded.ungraded) for graded in responses))
     if broken and not faults:
         term = min(broken)
-        name = groups[0].prompt.kind if term == ACCURACY else term
+        names = {group.prompt.kind for group in groups} if term == ACCURACY else {term}
         raise UserError(
-            f"reward {name!r} failed on all {len(responses)} responses: {responses[0].reason}; "
+            f"reward {', '.join(map(repr, sorted(names)))} failed on all {len(responses)} "
+            f"responses: {responses[0].reason}; "
             "repair it, its rewards.options, or leave it out of rewards.weights"
         )
     ungraded = [graded for graded in responses if not graded.is_graded]

@@ -27,7 +27,7 @@ class InFlightGroup:
     def sampling_done(self, responses: Sequence[Response]) -> None:
         """Count the group's responses and enter phase "grading"."""
         self._enter("grading")
-        self._tracker.num_groups += 1
+        self._tracker.num_sampled += 1
         self._tracker.num_responses += len(responses)
         self._tracker.num_tokens += sum(len(response.token_ids) for response in responses)
 
@@ -41,14 +41,14 @@ class InFlightGroup:
 class InFlight:
     """Tracks the groups in flight and counts finished work since the start of the process.
 
-    num_started: groups requested. num_groups, num_responses, num_tokens: groups that were sampled,
-    their responses, and the tokens of these. num_graded: groups that are finished. num_scored:
-    responses that a teacher has scored."""
+    num_started: groups requested. num_sampled, num_responses, num_tokens: groups that were sampled,
+    their responses, and the tokens of these. num_finished: groups that are graded, and scored
+    where there is a teacher. num_scored: responses that a teacher has scored."""
 
     def __init__(self) -> None:
         self.groups: set[InFlightGroup] = set()
-        self.num_started = self.num_graded = self.num_scored = 0
-        self.num_groups = self.num_responses = self.num_tokens = 0
+        self.num_started = self.num_finished = self.num_scored = 0
+        self.num_sampled = self.num_responses = self.num_tokens = 0
 
     @contextlib.contextmanager
     def group(self, prompt: Prompt) -> Iterator[InFlightGroup]:
@@ -58,7 +58,7 @@ class InFlight:
         self.num_started += 1
         try:
             yield group
-            self.num_graded += 1
+            self.num_finished += 1
         finally:
             self.groups.discard(group)
 

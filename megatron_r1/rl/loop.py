@@ -13,13 +13,14 @@ algorithm (`rl.algorithms.grpo.loss`), and `r1_kernels.linear_policy_loss`."""
 
 import asyncio
 import random
-from itertools import accumulate, chain
+from itertools import chain
 
 from megatron_r1.config import Config
 from megatron_r1.rl.overlong import overlong_punishment
-from megatron_r1.rl.rollout import GradedResponse, Group
+from megatron_r1.rl.rollout import GradedResponse
 from megatron_r1.rl.session import Session
 from megatron_r1.rl.trainer_passes import TrainerPasses
+from megatron_r1.rl.training_samples import training_samples
 from megatron_r1.training.wire import Sample
 
 
@@ -41,6 +42,7 @@ async def train(session: Session) -> None:
 
         with session.phase("train"):
             metrics = await passes.load(minibatches(samples_by_response, config.rl.minibatches))
+            await passes.compute_values()
             # Under π_ref, and under π_old where the first update does not compute them anyway.
             metrics |= await passes.compute_logprobs(config)
             metrics |= await passes.compute_token_advantages(config)
@@ -74,40 +76,6 @@ def training_reward(graded: GradedResponse, config: Config) -> float | None:
     num_tokens, limit = len(graded.response.token_ids), config.rollout.max_response_tokens
     punishment = overlong_punishment(num_tokens, limit, config.rl.overlong_buffer)
     return graded.reward + config.rl.overlong_penalty * punishment
-
-
-def training_samples(groups: list[Group], advantages: list[list[float]]) -> list[list[Sample]]:
-    """Return the trainer's samples of every response, in the groups' order: one with the response's
-    advantage, or, of an episode of several turns, one for each of its branches."""
-    return [
-        _samples(group.prompt_ids, graded, advantage)
-        for group, of_group in zip(groups, advantages, strict=True)
-        for graded, advantage in zip(group.responses, of_group, strict=True)
-    ]
-
-
-def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) -> list[Sample]:
-    response, scores = graded.response, graded.teacher_logprobs
-    branches = graded.episode.branches if graded.episode else []
-    if not branches:  # a single turn, or an episode in which nothing was sampled
-        tokens = prompt_ids, response.token_ids, response.logprobs
-        return [Sample.pack(*tokens, advantage, response.routing, scores)]
-    counts = [branch.is_sampled.count(1) for branch in branches]
-    return [
-        Sample.pack_branch(
-            branch.token_ids,
-            branch.is_sampled,
-            branch.logprobs,
-            advantage,
-            weight=count / sum(counts),
-            trajectories=int(number == 0),
-            routing=branch.routing,
-            teacher=None if scores is None else scores[end - count : end],
-        )
-        for number, (branch, count, end) in enumerate(
-            zip(branches, counts, accumulate(counts), strict=True)
-        )
-    ]
 
 
 def minibatches(samples_by_response: list[list[Sample]], count: int) -> list[list[Sample]]:

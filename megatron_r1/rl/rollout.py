@@ -20,7 +20,7 @@ class Sampling:
     num_samples: G, responses per prompt.
     max_tokens: the longest response.
     step: the training step, from 1.
-    weights: of the rewards (`rewards.combine`).
+    weights: the weight of each term in the reward (`rewards.combine`).
     routing: shape of the experts' indices to return with each token, or None for none.
     with_teacher: whether the teacher scores every token."""
 

@@ -107,8 +107,8 @@ class SampleLog:
                 fsync(path.parent)
             append_frame(self._open[path], encode(make()))
             self._unsynced.add(self._open[path])
-        # Of any kind: the result of this call is read by no one, and a batch may be trained on only
-        # when all of it is on disk.
+        # Every exception is kept, for `finish` to raise: nothing else reads this call's result, and
+        # a batch may be trained on only when all of it is on disk.
         except Exception as error:  # noqa: BLE001
             self._failure = error
 

@@ -100,7 +100,7 @@ class StepSampler:
         log = None
         if self.log:
             log = await self.log.step(step, digest_until(self.config.rl.schedule, step))
-        collect = partial(self.collector.collect, sampling=sampling, finished=log)
+        collect = partial(self.collector.collect, sampling=sampling, log=log)
         if rl.dynamic_sampling:
             max_rounds = rl.dynamic_sampling_rounds
             collected = await collect_informative(collect, draw, num_groups, max_rounds)

@@ -31,12 +31,10 @@ class TrainerPasses:
         return await self.trainer.load(minibatches)
 
     async def compute_logprobs(self, config: Config) -> dict[str, float]:
-        """Compute every token's log-probability under π_old and π_ref, and the critic's values.
+        """Compute every token's log-probability under π_old and π_ref.
 
         The first mini-batch's under π_old come with its update, which starts from π_old, unless
         token advantages need them earlier or replayed routing is measured before."""
-        if self.algorithm.rules.critic:
-            await self.trainer.call("compute_values")
         has_token_advantages = self.algorithm.token_advantages is not None
         return await self.trainer.call(
             "compute_logprobs",
@@ -44,6 +42,11 @@ class TrainerPasses:
             reference=config.rl.kl_beta > 0,
             first_minibatch=has_token_advantages or config.rl.routing_replay,
         )
+
+    async def compute_values(self) -> None:
+        """Compute the critic's value of every token, if the algorithm has a critic."""
+        if self.algorithm.rules.critic:
+            await self.trainer.call("compute_values")
 
     async def compute_token_advantages(self, config: Config) -> dict[str, float]:
         """Replace the responses' advantages by one per token, if the algorithm defines that."""

@@ -161,7 +161,7 @@ def _of_the_rollouts(rollouts: RolloutCollector) -> Iterator[Metric]:
     )
     yield _counter("samples", "responses received", in_flight.num_responses)
     yield _counter("tokens", "tokens of these responses", in_flight.num_tokens)
-    yield _counter("groups", "groups sampled", in_flight.num_groups)
+    yield _counter("groups", "groups sampled", in_flight.num_sampled)
     open_groups: dict[str, float] = {phase: in_flight.count(phase) for phase in PHASES}
     yield _gauges("groups_open", "groups that are not finished", "doing", open_groups)
     grades = CounterMetricFamily(

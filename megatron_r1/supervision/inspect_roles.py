@@ -220,7 +220,7 @@ def _open_groups(in_flight: InFlight, phase: Phase) -> str:
 async def _inspect(
     fleet: RolloutFleet, role: str, headline: str, oldest: InFlightGroup | None
 ) -> RoleFinding:
-    """Inspect all engines. Stuck are those that do not respond, or else those with requests."""
+    """Inspect all engines. Those that do not respond are stuck; if all do, those with requests."""
     engines = list(fleet.engines)
     states = dict(zip(engines, await asyncio.gather(*map(_state, engines)), strict=True))
     stuck = [e for e, (_, responds) in states.items() if e.is_up and not responds]

@@ -49,8 +49,8 @@ class RunHandles:
         if self.rollouts is not None:
             in_flight, fleet = self.rollouts.in_flight, self.rollouts.fleet
             parts += (
-                (in_flight.num_started, in_flight.num_groups),
-                (in_flight.num_graded, in_flight.num_scored),
+                (in_flight.num_started, in_flight.num_sampled),
+                (in_flight.num_finished, in_flight.num_scored),
                 self.num_engine_tokens,
                 (fleet.version, fleet.num_restarts, tuple(e.is_up for e in fleet.engines)),
                 tuple(self.rollouts.pool.snapshot().items()),

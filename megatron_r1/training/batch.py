@@ -28,9 +28,9 @@ class PackedBatch:
     """(T,) int64: the token after each position."""
 
     packed_seq_params: PackedSeqParams
-    """Sample borders of the whole micro-batch, for attention."""
-    borders: Tensor
-    """(S + 1,) int32, from 0 to T: sample borders of this rank's part."""
+    """`cu_seqlens` of the whole micro-batch, for attention."""
+    cu_seqlens: Tensor
+    """(S + 1,) int32, from 0 to T: where each sample of this rank's part begins, and T."""
     num_trajectories: int
     """S without padding, the branches of a trajectory counted as one, on the first context rank; 0
     on the others, so that the sum over ranks is the number of trajectories."""

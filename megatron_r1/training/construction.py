@@ -33,8 +33,9 @@ def network(
     groups: ProcessGroupCollection,
     score_std: float | None = None,
 ) -> tuple[list[PolicyModel | ScoreModel], list[DistributedDataParallel], MegatronOptimizer]:
-    """Return `model_chunks`, the same in the wrappers by which Megatron reduces gradients, and the
-    optimizer of their parameters. Sets `transformer`'s functions of gradients."""
+    """Return `model_chunks`, the same chunks in Megatron's DistributedDataParallel, and their
+    optimizer. Sets the functions of `transformer` by which Megatron's schedule reduces gradients.
+    """
     chunks = model_chunks(config, hf, transformer, groups, score_std)
     overlap = config.parallel.overlap_param_gather
     wrapped = _with_gradients(transformer, chunks, groups, overlap)

@@ -29,6 +29,9 @@ class Head:
     group: ProcessGroup
     vocab_size: int
     context_group: ProcessGroup | None = None
+    records_old: bool = False
+    """Whether `logprobs` stores its result as batch.logprobs["old"] where there is none: in the
+    update of a policy, which starts at π_old (`policy_loss` always does)."""
 
     def logprobs(self) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities and the entropy of the response tokens, each (T,) fp32, 0 at
@@ -39,7 +42,10 @@ class Head:
                 self.hidden[rows], self.weight, self.batch.targets[rows], **self._options()
             )
         zeros = torch.zeros(len(self.hidden), device=self.hidden.device)
-        return zeros.index_copy(0, rows, logprobs), zeros.index_copy(0, rows, entropy)
+        logprobs, entropy = (zeros.index_copy(0, rows, values) for values in (logprobs, entropy))
+        if self.records_old:
+            self.batch.logprobs.setdefault("old", logprobs.detach())
+        return logprobs, entropy
 
     def policy_loss(self, mask: Tensor, **settings) -> LinearPolicyLoss:
         """Return the policy loss of the response tokens for `batch.advantages`.
@@ -50,7 +56,7 @@ class Head:
         average and denominator see `losses.token_weights`; with a context_group a denominator must
         be among the settings."""
         batch = self.batch
-        with trusted_values():  # and `packed_batch` makes the borders
+        with trusted_values():  # and `packed_batch` makes cu_seqlens
             terms = linear_policy_loss(
                 self.hidden,
                 self.weight,
@@ -59,7 +65,7 @@ class Head:
                 batch.logprobs.get("ref"),
                 batch.advantages,
                 mask,
-                cu_seqlens=batch.borders,
+                cu_seqlens=batch.cu_seqlens,
                 sequence_group=self.context_group,
                 rows=batch.response_rows,
                 **settings,

@@ -77,7 +77,8 @@ def reduce_over_data(position: GridPosition, metrics: Metrics) -> dict[str, floa
     counts = [float(mean.count) for mean in means.values()]
     added = torch.tensor([totals, counts], dtype=fp64, device=device)  # (2, number of means)
     largest = torch.tensor([float(m.value) for m in maxima.values()], dtype=fp64, device=device)
-    largest = largest.nan_to_num(nan=math.inf)  # a maximum of several ranks may lose a NaN
+    # A maximum of several ranks may lose a NaN, so it becomes infinity; infinities stay.
+    largest = largest.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
     # Over data and context parallelism: each of these ranks has other samples, or other tokens of
     # the same samples. Ranks of one tensor group have equal numbers and are not added up.
     dist.all_reduce(added, group=position.groups.dp_cp)

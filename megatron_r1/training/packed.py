@@ -66,16 +66,16 @@ def packed_batch(
     the samples' routing that this rank replays, if any. share_prompts: prompts that several samples
     have lie at the beginning, once, without their last token (`models.prefixes`)."""
     placement = _place(samples, split, shared_prefixes(samples) if share_prompts else [])
-    borders, total = placement.borders, int(placement.borders[-1])
+    cu_seqlens, total = placement.cu_seqlens, int(placement.cu_seqlens[-1])
     tokens = _tokens(samples, placement)
-    attention_borders = borders.int().to(device)
-    position = torch.arange(total) - borders[:-1].repeat_interleave(borders.diff())
+    attention_cu_seqlens = cu_seqlens.int().to(device)
+    position = torch.arange(total) - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     if placement.prefixes:
-        with_prefixes(attention_borders, torch.tensor(placement.links))
-        first = first_positions(attention_borders)
+        with_prefixes(attention_cu_seqlens, torch.tensor(placement.links))
+        first = first_positions(attention_cu_seqlens)
         assert first is not None, "marked above"
-        position += first.repeat_interleave(borders.diff())
-    held = held_positions(borders, split.context_rank, split.context)
+        position += first.repeat_interleave(cu_seqlens.diff())
+    held = held_positions(cu_seqlens, split.context_rank, split.context)
     own_tokens = held.view(split.tensor, -1)[split.tensor_rank]
     # The inverse of `held`, -1 for positions on other context ranks.
     here = torch.full((total,), -1).index_copy(0, held, torch.arange(len(held)))
@@ -88,12 +88,12 @@ def packed_batch(
     return PackedBatch(
         input_ids=tokens[held][None].to(device),
         position_ids=position[held][None].to(device),
-        packed_seq_params=_attention_borders(attention_borders, split, int(position.max()) + 1),
-        borders=(borders // split.context).int().to(device),
+        packed_seq_params=_packed_seq_params(attention_cu_seqlens, split, int(position.max()) + 1),
+        cu_seqlens=(cu_seqlens // split.context).int().to(device),
         targets=tokens.roll(-1)[held].to(device),
         is_response=is_response.to(device),
         response_rows=is_response.nonzero()[:, 0].to(device),
-        num_trajectories=sum(s.trajectories for s in samples) if split.context_rank == 0 else 0,
+        num_trajectories=sum(s.num_trajectories for s in samples) if split.context_rank == 0 else 0,
         advantages=advantages.to(device),
         rollout_logprobs=rollout_logprobs.to(device),
         last_tokens=here[torch.tensor(ends, dtype=torch.int64)].to(device),
@@ -110,15 +110,15 @@ def packed_batch(
 class Placement(NamedTuple):
     """The positions of a micro-batch's tokens: shared prefixes first, then samples, then padding.
 
-    borders: (prefixes + samples + padding + 1,) int64, from 0 to T.
+    cu_seqlens: (prefixes + samples + padding + 1,) int64, from 0 to T.
     starts: the position of each sample's token 0. If a shared prefix has its first `skipped`
         tokens, starts is the position of its first own token less `skipped`: starts + i is token
         i's position for every own token.
     prefixes: (indices of samples, shared tokens) of each.
-    links: for each part between two borders the number of the prefix that it continues, -1 for
+    links: for each segment the number of the prefix that it continues, -1 for
         none."""
 
-    borders: Tensor
+    cu_seqlens: Tensor
     starts: list[int]
     skipped: list[int]
     prefixes: list[tuple[list[int], int]]
@@ -136,19 +136,21 @@ def _place(
     padded = [count for _, count in prefixes]
     padded += [length + -length % split.sample_multiple for length in own_lengths]
     filler = -sum(padded) % split.batch_multiple if padded else split.batch_multiple
-    borders = torch.tensor([0, *padded, *([filler] if filler else [])]).cumsum(0)
-    own_starts = borders.tolist()[len(prefixes) : len(prefixes) + len(samples)]
+    cu_seqlens = torch.tensor([0, *padded, *([filler] if filler else [])]).cumsum(0)
+    own_starts = cu_seqlens.tolist()[len(prefixes) : len(prefixes) + len(samples)]
     starts = [start - skip for start, skip in zip(own_starts, skipped, strict=True)]
     links = [-1] * len(prefixes) + before + [-1] * bool(filler)
-    return Placement(borders, starts, skipped, prefixes, links)
+    return Placement(cu_seqlens, starts, skipped, prefixes, links)
 
 
 def _tokens(samples: list[Sample], placement: Placement) -> Tensor:
     """Return the token ids of the micro-batch, (T,) int64, 0 in padding."""
     # bytearray: torch warns of a read-only buffer.
     ids = [torch.frombuffer(bytearray(s.token_ids), dtype=torch.int32).long() for s in samples]
-    tokens = torch.zeros(int(placement.borders[-1]), dtype=torch.int64)
-    for (members, count), at in zip(placement.prefixes, placement.borders.tolist(), strict=False):
+    tokens = torch.zeros(int(placement.cu_seqlens[-1]), dtype=torch.int64)
+    for (members, count), at in zip(
+        placement.prefixes, placement.cu_seqlens.tolist(), strict=False
+    ):
         tokens[at : at + count] = ids[members[0]][:count]
     for own, start, skip in zip(ids, placement.starts, placement.skipped, strict=True):
         tokens[start + skip : start + len(own)] = own[skip:]
@@ -158,7 +160,7 @@ def _tokens(samples: list[Sample], placement: Placement) -> Tensor:
 def _response_values(samples: list[Sample], placement: Placement) -> tuple[Tensor, ...]:
     """Return the whole micro-batch's is_response (bool), advantages, rollout_logprobs, teacher and
     sequence_weights (fp32), (T,) each, 0 outside responses; see `PackedBatch`."""
-    total = int(placement.borders[-1])
+    total = int(placement.cu_seqlens[-1])
     is_response = torch.zeros(total, dtype=torch.bool)
     advantages, rollout_logprobs, teacher, weights = per_token = torch.zeros(4, total)
     for sample, start in zip(samples, placement.starts, strict=True):
@@ -190,17 +192,17 @@ def check_token_ids(samples: Iterable[Sample], vocab_size: int) -> None:
             )
 
 
-def _attention_borders(borders: Tensor, split: TokenSplit, longest: int) -> PackedSeqParams:
-    """Return the borders as Megatron takes them. longest: positions of the longest sample."""
+def _packed_seq_params(cu_seqlens: Tensor, split: TokenSplit, longest: int) -> PackedSeqParams:
+    """Return cu_seqlens as Megatron takes them. longest: positions of the longest sample."""
     params = PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=borders,
-        cu_seqlens_kv=borders,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
     if split.context > 1:
         # The same tensor, because padding belongs to its sample: Transformer Engine would take
         # different unpadded borders as gaps between samples, which its flash attention refuses.
-        params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = borders
+        params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = cu_seqlens
     return params

@@ -40,14 +40,14 @@ class WholeResponses:
         self.batch, self._group = batch, context_group
         self._ranks = 1 if context_group is None else dist.get_world_size(context_group)
         self._rank = 0 if context_group is None else dist.get_rank(context_group)
-        self._borders = batch.borders.long() * self._ranks
+        self._cu_seqlens = batch.cu_seqlens.long() * self._ranks
         self.is_response = self.whole(batch.is_response.to(torch.uint8)).bool()
         self.rewards = self.whole(batch.advantages)
         self.is_graded = self.is_response & ~self.rewards.isnan()
         self.last = self._last_of_each()
 
     def _last_of_each(self) -> Tensor:
-        lengths = self._borders.diff()
+        lengths = self._cu_seqlens.diff()
         sample = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         ends = torch.full_like(lengths, -1)
         position = torch.arange(len(sample), device=lengths.device)
@@ -61,13 +61,13 @@ class WholeResponses:
         parts = [torch.empty_like(part) for _ in range(self._ranks)]
         # Over context parallelism, whose ranks hold the parts.
         dist.all_gather(parts, part.contiguous(), group=self._group)
-        return torch.cat(parts)[sample_order(self._borders, self._ranks)]
+        return torch.cat(parts)[sample_order(self._cu_seqlens, self._ranks)]
 
     def own(self, whole: Tensor) -> Tensor:
         """Return this rank's part of `whole` (T,)."""
         if self._ranks == 1:
             return whole
-        return whole[held_positions(self._borders, self._rank, self._ranks)]
+        return whole[held_positions(self._cu_seqlens, self._rank, self._ranks)]
 
     def token_rewards(self, kl_beta: float) -> Tensor:
         """Return `returns.penalized_rewards`, (T,). Needs logprobs["old"] and ["ref"] with

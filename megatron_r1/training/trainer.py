@@ -290,7 +290,9 @@ class Trainer:
     # The functions below are `passes.Compute`: `out` is the last stage's output, hidden states
     # (1, T, H) of a policy or scores (1, T) of a score model.
 
-    def _head(self, batch: PackedBatch, out: Tensor, temperature: float) -> Head:
+    def _head(
+        self, batch: PackedBatch, out: Tensor, temperature: float, *, records_old: bool = False
+    ) -> Head:
         return Head(
             batch,
             hidden=out.reshape(-1, out.shape[-1]),
@@ -299,6 +301,7 @@ class Trainer:
             group=self.groups.tp,
             vocab_size=self.hf["vocab_size"],
             context_group=self.groups.cp,
+            records_old=records_old,
         )
 
     def _scores(self, batch: PackedBatch, out: Tensor) -> Scores:
@@ -317,9 +320,11 @@ class Trainer:
         batch: PackedBatch,
         out: Tensor,
     ) -> LossTerms:
-        is_score = has_score_head(self.hf)
-        head: Any = self._scores(batch, out) if is_score else self._head(batch, out, temperature)
-        return loss(batch, head, settings)
+        if has_score_head(self.hf):
+            scores: Any = self._scores(batch, out)
+            return loss(batch, scores, settings)
+        of_policy = settings is not None
+        return loss(batch, self._head(batch, out, temperature, records_old=of_policy), settings)
 
     def _scores_only(self, batch: PackedBatch, out: Tensor) -> list[float]:
         return self._scores(batch, out).of_samples().tolist()

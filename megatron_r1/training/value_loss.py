@@ -22,7 +22,8 @@ def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTe
     assert batch.values is not None and batch.returns is not None, "values and returns come first"
     rows, values = batch.response_rows, scores.view(-1)
     new, old, returns = values[rows], batch.values[rows], batch.returns[rows]
-    # Without a limit the sum of V_old and V - V_old is not V by a rounding, and would count as cut.
+    # V_old + (V - V_old) differs from V by rounding and would be counted as clipped, so without a
+    # limit V itself is taken.
     near = new if clip is None else old + (new - old).clamp(-clip, clip)
     losses, clipped = (new - returns).square(), (near - returns).square()
     count = torch.tensor(len(rows), dtype=torch.int, device=values.device)

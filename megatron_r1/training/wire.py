@@ -43,8 +43,8 @@ class Sample(msgspec.Struct, frozen=True):
         where it was given (a tool's result, a user's turn); empty: all were sampled.
     weight: the sample's share of its trajectory's sampled tokens; those of all branches add up to
         1.
-    trajectories: how many trajectories it counts for in a denominator: 1, or 0 for every branch but
-        the first."""
+    num_trajectories: how many trajectories it counts for in a denominator: 1, or 0 for every branch
+        but the first."""
 
     token_ids: bytes
     prompt_length: int
@@ -55,7 +55,7 @@ class Sample(msgspec.Struct, frozen=True):
     label: float = 0.0
     mask: bytes = b""
     weight: float = 1.0
-    trajectories: int = 1
+    num_trajectories: int = 1
 
     @classmethod
     def pack(
@@ -91,7 +91,7 @@ class Sample(msgspec.Struct, frozen=True):
         advantage: float,
         *,
         weight: float,
-        trajectories: int,
+        num_trajectories: int,
         routing: Buffer = b"",
         teacher: Sequence[float] | None = None,
     ) -> Sample:
@@ -117,7 +117,9 @@ class Sample(msgspec.Struct, frozen=True):
         sample = cls.pack(prompt, response, logprobs[first:end], advantage, routing, teacher)
         # Without a mask where all was sampled, as of a single turn.
         mask = mask if 0 in mask else b""
-        return msgspec.structs.replace(sample, mask=mask, weight=weight, trajectories=trajectories)
+        return msgspec.structs.replace(
+            sample, mask=mask, weight=weight, num_trajectories=num_trajectories
+        )
 
     def __len__(self) -> int:
         return len(self.token_ids) // 4

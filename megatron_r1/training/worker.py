@@ -16,8 +16,9 @@ from megatron_r1.config.losses import LossSettings, TokenSettings
 from megatron_r1.errors import UserError
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT, protect_client
 from megatron_r1.training import distributed
-from megatron_r1.training.distributed import GridPosition, Replica
+from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.rank_monitor import IDLE, RankMonitor
+from megatron_r1.training.replica import Replica
 from megatron_r1.training.wire import (
     Call,
     RankDescription,

@@ -48,16 +48,16 @@ class EngineLinks:
         return found
 
     def engines_to_regroup(self, engines: Sequence[Engine]) -> list[Engine]:
-        """Return the engines that are to be divided into new sets: where an engine has joined or a
-        set has lost one, all engines that are not in full sets, otherwise none. Sets with engines
-        that are not among `engines` are dropped."""
+        """Return the engines that are to be divided into new sets: where an engine has joined, a
+        set has lost one or sets became smaller (`MAX_UNEXPLAINED`), all engines that are not in
+        full sets, otherwise none. Sets with engines that are not among `engines` are dropped."""
         self._drop([s for s in self.sets if not set(s.engines) <= set(engines)])
-        full = [s for s in self.sets if len(s.engines) >= self._max_engines]
+        full = [s for s in self.sets if len(s.engines) == self._max_engines]
         partial = [s for s in self.sets if s not in full]
         in_full_set = {engine for engine_set in full for engine in engine_set.engines}
         rest = [engine for engine in engines if engine not in in_full_set]
         has_joined = sum(len(s.engines) for s in partial) < len(rest)
-        return rest if has_joined or len(partial) > len(self._divide(rest)) else []
+        return rest if has_joined or len(partial) != len(self._divide(rest)) else []
 
     async def form_sets(
         self, engines: Sequence[Engine], on_lost: OnLost, *, resume: bool = True

@@ -12,7 +12,7 @@ from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.rules import Piece, Rule, Shape, Table, stacked, whole
 
-Rank = tuple[int, int]
+AxisRank = tuple[int, int]
 """(rank, number of ranks) along one parallel axis."""
 
 
@@ -29,9 +29,9 @@ class Shard:
     final_norm: bool = True
     head: bool = True
     mtp: bool = True
-    tp: Rank = (0, 1)
-    ep: Rank = (0, 1)
-    etp: Rank = (0, 1)
+    tp: AxisRank = (0, 1)
+    ep: AxisRank = (0, 1)
+    etp: AxisRank = (0, 1)
     transformer_engine: bool = False
 
 
@@ -105,36 +105,36 @@ def recipe_stages(config: Config, hf: dict) -> list[list[Shard]]:
     )
 
 
-def layout(hf: dict, at: Shard) -> dict[str, LayoutEntry]:
-    """Return Megatron parameter name -> LayoutEntry, for all parameters of the shard `at`."""
-    return layout_of(table(hf), at)
+def layout(hf: dict, shard: Shard) -> dict[str, LayoutEntry]:
+    """Return Megatron parameter name -> LayoutEntry, for all parameters of the shard."""
+    return layout_of(table(hf), shard)
 
 
-def layout_of(rules: Table, at: Shard) -> dict[str, LayoutEntry]:
+def layout_of(rules: Table, shard: Shard) -> dict[str, LayoutEntry]:
     """Return `layout` of the parameters that `rules` lists."""
     entries: dict[str, LayoutEntry] = {}
 
     def add(rule: Rule, megatron: str, prefix: str, owner: bool = True) -> None:
-        for name, entry in _entries(rule, prefix, at, rules.num_experts):
+        for name, entry in _entries(rule, prefix, shard, rules.num_experts):
             entries[megatron + name] = replace(entry, owner=entry.owner and owner)
 
-    if at.embedding or at.mtp:
+    if shard.embedding or shard.mtp:
         for rule in rules.embedding:
-            add(rule, "", "", owner=at.embedding)
-    for local, layer in enumerate(at.layers):
+            add(rule, "", "", owner=shard.embedding)
+    for local, layer in enumerate(shard.layers):
         for rule in rules.layers[layer]:
             add(rule, f"decoder.layers.{local}.", f"model.layers.{layer}.")
-    if at.final_norm:
+    if shard.final_norm:
         for rule in rules.final_norm:
             add(rule, "", "")
-    if at.head:
+    if shard.head:
         embedded = {source.name for rule in rules.embedding for source in rule.sources}
         for rule in rules.head:
             tied = rule.sources[0].name in embedded
             # Megatron has one parameter for both where both are on one stage, else a second copy.
-            if not (tied and (at.embedding or at.mtp)):
+            if not (tied and (shard.embedding or shard.mtp)):
                 add(rule, "", "", owner=not tied)
-    if at.mtp:
+    if shard.mtp:
         for index, layer_rules in enumerate(rules.mtp):
             for rule in layer_rules:
                 add(rule, f"mtp.layers.{index}.", f"model.layers.{len(rules.layers) + index}.")
@@ -150,14 +150,14 @@ def _placed(rules: Table, with_mtp: bool) -> Iterator[tuple[str, Rule]]:
 
 
 def _entries(
-    rule: Rule, prefix: str, at: Shard, num_experts: int
+    rule: Rule, prefix: str, shard: Shard, num_experts: int
 ) -> Iterator[tuple[str, LayoutEntry]]:
     """Yield (Megatron parameter, entry) of a rule, once per expert that the rank has."""
-    name = (at.transformer_engine and rule.te) or rule.megatron
-    rank, num_ranks = at.etp if rule.expert else at.tp
+    name = (shard.transformer_engine and rule.te) or rule.megatron
+    rank, num_ranks = shard.etp if rule.expert else shard.tp
     shape, pieces = rule.split(rule.sources, rank, num_ranks)
     replicated = rule.split in (whole, stacked)
-    group, num_groups = at.ep
+    group, num_groups = shard.ep
     if rule.expert and num_experts % num_groups:
         raise UserError(
             f"parallel.expert={num_groups} does not divide n_routed_experts={num_experts}; choose "

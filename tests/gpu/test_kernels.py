@@ -148,8 +148,8 @@ def test_linear_token_logprobs_of_64k_tokens():
 def test_policy_loss_is_the_plain_one(objective, average, ratio_level):
     *_, old, ref, advantages, mask = head_problem(65_537, 1, 1_000, torch.float32)
     new = (old + 0.1 * torch.randn_like(old)).requires_grad_()
-    borders = torch.tensor([0, 1, 1, 1_000, 65_000, 65_537], device=DEVICE)
-    options = {"average": average, "ratio_level": ratio_level, "cu_seqlens": borders}
+    cu_seqlens = torch.tensor([0, 1, 1, 1_000, 65_000, 65_537], device=DEVICE)
+    options = {"average": average, "ratio_level": ratio_level, "cu_seqlens": cu_seqlens}
     settings = {**SETTINGS, **options, "entropy_coef": 0.0, **objective}
     out = policy_loss(new, old, ref, advantages, mask, rollout_logprobs=ref, **settings)
     (grad,) = torch.autograd.grad(out.loss, new)

@@ -23,7 +23,7 @@ def problem(tokens=37, hidden=16, vocab=29, spread=1.0, seed=0):
 
 
 def policy_problem(tokens=37, seed=0):
-    """Log-probabilities near one another, advantages, float weights with zeros, sequence borders.
+    """Log-probabilities near one another, advantages, float weights with zeros, cu_seqlens.
 
     Sequences: one of a single token, one empty, one fully hidden, and the rest."""
     g = torch.Generator().manual_seed(seed)
@@ -36,7 +36,7 @@ def policy_problem(tokens=37, seed=0):
     mask[mask < 0.3] = 0.0
     mask[0] = 0.5
     mask[1 : tokens // 3] = 0.0
-    borders = torch.tensor([0, 1, 1, tokens // 3, tokens // 2, tokens])
+    cu_seqlens = torch.tensor([0, 1, 1, tokens // 3, tokens // 2, tokens])
     return {
         "new": new,
         "old": old,
@@ -44,7 +44,7 @@ def policy_problem(tokens=37, seed=0):
         "rollout": rollout,
         "advantages": advantages,
         "mask": mask,
-        "cu_seqlens": borders,
+        "cu_seqlens": cu_seqlens,
     }
 
 

@@ -59,7 +59,7 @@ def batch():
         rollout=rollout,
         advantages=torch.tensor([1.0, -0.5, 0.7, -1.2, 0.1], dtype=new.dtype),
         mask=(torch.arange(LENGTH) < lengths[:, None]).long(),
-        borders=torch.arange(0, TOKENS + 1, LENGTH),
+        cu_seqlens=torch.arange(0, TOKENS + 1, LENGTH),
     )
 
 
@@ -93,7 +93,7 @@ def ours(batch, dtype, options, corrects, entropy_coef=0.0):
             importance_cap=CAP,
             temperature=TEMPERATURE,
             entropy_coef=entropy_coef,
-            cu_seqlens=batch.borders,
+            cu_seqlens=batch.cu_seqlens,
             **options,
         ).loss
 

@@ -175,8 +175,8 @@ def test_nothing_seen_and_no_tokens_at_all_are_a_loss_of_zero(backend, average):
     for tokens in (3, 0):
         new = torch.full((tokens,), math.nan, requires_grad=True)
         zeros = torch.zeros(tokens)
-        borders = torch.tensor([0, tokens])
-        options = {"average": average, "cu_seqlens": borders, "backend": backend}
+        cu_seqlens = torch.tensor([0, tokens])
+        options = {"average": average, "cu_seqlens": cu_seqlens, "backend": backend}
         out = policy_loss(new, zeros, zeros, zeros, zeros, **options)
         out.loss.backward()
         assert out.loss.item() == 0.0, tokens
@@ -214,8 +214,8 @@ def test_many_tokens_and_two_runs_of_the_same_bits(backend, tokens):
 def test_sums_of_sequences_that_end_inside_a_block_of_2048(backend, length):
     g = torch.Generator().manual_seed(length)
     values = torch.randn(length + 7, generator=g)
-    borders = torch.tensor([0, 3, 3 + length, 7 + length])
-    got = primitives(backend).segment_sums(values, borders)
+    cu_seqlens = torch.tensor([0, 3, 3 + length, 7 + length])
+    got = primitives(backend).segment_sums(values, cu_seqlens)
     want = torch.stack([part.sum() for part in values.double().split([3, length, 4])])
     # fp32 sums of up to 4,099 numbers of order 1, which nearly cancel
     near(got, want, atol=1e-4, rtol=1e-6, length=length)

@@ -19,13 +19,13 @@ def no_reading(monkeypatch):
 
 def calls():
     hidden, weight, targets = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, 2])
-    ones, borders = torch.ones(3), torch.tensor([0, 3])
+    ones, cu_seqlens = torch.ones(3), torch.tensor([0, 3])
     yield lambda: linear_token_logprobs(hidden, weight, targets)
     yield lambda: token_logprobs(hidden @ weight.t(), targets)
     yield lambda: linear_policy_loss(
         *(hidden, weight, targets, None, None, ones, ones),
         average="sequence",
-        cu_seqlens=borders,
+        cu_seqlens=cu_seqlens,
         kl_beta=0.0,
     )
 

@@ -51,7 +51,7 @@ def samples(seed: int) -> list[Sample]:
         made.append(sample)
     several = [i for i, sample in enumerate(made) if sample.mask and i != 5][:2]
     for number, i in enumerate(several):
-        made[i] = msgspec.structs.replace(made[i], weight=0.5, trajectories=int(number == 0))
+        made[i] = msgspec.structs.replace(made[i], weight=0.5, num_trajectories=int(number == 0))
     assert len(several) == 2
     return made
 
@@ -70,8 +70,8 @@ def load(trainer, position, seeds) -> list[list[list[str]]]:
 
 def by_position(batch, names: list[str]) -> dict[str, list[float]]:
     """Advantage, and return if any, of the response tokens this rank holds."""
-    borders, found = batch.borders.tolist(), {}
-    for name, start, end in zip(names, borders, borders[1:], strict=False):
+    cu_seqlens, found = batch.cu_seqlens.tolist(), {}
+    for name, start, end in zip(names, cu_seqlens, cu_seqlens[1:], strict=False):
         for t in range(start, end):
             if batch.is_response[t]:
                 numbers = [batch.advantages, *([] if batch.returns is None else [batch.returns])]

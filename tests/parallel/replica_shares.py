@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_r1.config import ParallelConfig
 from megatron_r1.training import distributed
-from megatron_r1.training.distributed import Replica
+from megatron_r1.training.replica import Replica
 
 
 def main() -> None:

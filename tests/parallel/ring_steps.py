@@ -39,7 +39,7 @@ def differences(lengths: list[int], heads: tuple[int, int, int, int], dtype) -> 
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     lengths = [length * 2 * ranks for length in lengths]
-    borders = torch.tensor([0, *lengths]).cumsum(0)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     draw = torch.Generator().manual_seed(sum(lengths))
     h, g, d, e = heads
     sizes = {"query": (h, d), "key": (g, d), "value": (g, e)}
@@ -50,9 +50,9 @@ def differences(lengths: list[int], heads: tuple[int, int, int, int], dtype) -> 
     weight = torch.randn(sum(lengths), h, e, generator=draw, dtype=torch.float64)
     expected = softmax_attention(*(x.double() for x in whole.values()), lengths, 0.3)
     gradients = torch.autograd.grad((expected * weight).sum(), list(whole.values()))
-    held = held_positions(borders, rank, ranks)
+    held = held_positions(cu_seqlens, rank, ranks)
     own = [x[held].detach().requires_grad_() for x in whole.values()]
-    out = ring_attention(*own, borders, 0.3, dist.group.WORLD)
+    out = ring_attention(*own, cu_seqlens, 0.3, dist.group.WORLD)
     assert out.dtype == dtype
     got = torch.autograd.grad((out.double() * weight[held]).sum(), own)
     found = {"output": (out - expected[held]).abs().max().item()}
@@ -76,9 +76,9 @@ def memory() -> dict[str, int]:
     from megatron_r1.models.ring_attention import ring_attention
 
     whole = torch.tensor([LONG])
-    borders = torch.tensor([0, LONG * dist.get_world_size()])
+    cu_seqlens = torch.tensor([0, LONG * dist.get_world_size()])
     return {
-        "ring": bytes_of(lambda *x: ring_attention(*x, borders, 0.3, dist.group.WORLD), LONG),
+        "ring": bytes_of(lambda *x: ring_attention(*x, cu_seqlens, 0.3, dist.group.WORLD), LONG),
         "alone": bytes_of(lambda *x: attend_packed(*x, whole, 0.3), LONG),
     }
 

@@ -32,8 +32,8 @@ from megatron_r1.config import Config
 from megatron_r1.config.losses import LossSettings
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.responses import Response
-from megatron_r1.rl.loop import training_samples
 from megatron_r1.rl.rollout import GradedResponse, Group
+from megatron_r1.rl.training_samples import training_samples
 from megatron_r1.trainer_client.packing import pack
 from megatron_r1.training import distributed
 

@@ -14,35 +14,35 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     dtype = wide(tokens.both_logprobs()[0].dtype)
     tokens = TokenTensors._make(t if t is None else t.to(dtype) for t in tokens)
     logprobs, old_logprobs = tokens.both_logprobs()
-    seen = ~(tokens.weights <= 0)  # a weight of NaN is seen
+    unmasked = ~(tokens.weights <= 0)  # NaN is unmasked, and shows
     # Tokens that do not count may hold NaN: replace them before the arithmetic, not after.
-    weight, advantage = (torch.where(seen, t, 0.0) for t in (tokens.weights, tokens.advantages))
+    weight, advantage = (torch.where(unmasked, t, 0.0) for t in (tokens.weights, tokens.advantages))
     x = tokens.log_ratio
     if x is None:
         x = logprobs - old_logprobs
-    x = torch.where(seen, x, 0.0)
+    x = torch.where(unmasked, x, 0.0)
     ratio = x.clamp(max=MAX_LOG_RATIO).exp()
     limited = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
     if settings.objective == "cispo":
         clipped = limited != ratio
         by_ratio, by_logprob = torch.zeros_like(ratio), limited * advantage
-        surrogate = by_logprob * torch.where(seen, logprobs, 0.0)
+        surrogate = by_logprob * torch.where(unmasked, logprobs, 0.0)
     else:
         surrogate, clipped = _clipped_surrogate(ratio, limited, advantage, settings.dual_clip)
         by_ratio = torch.where(clipped | (x > MAX_LOG_RATIO), 0.0, ratio * advantage)
         by_logprob = torch.zeros_like(ratio)
-    importance = seen.to(dtype)
+    importance = unmasked.to(dtype)
     if tokens.rollout_logprobs is not None:
-        gap = torch.where(seen, old_logprobs - tokens.rollout_logprobs, 0.0)
+        gap = torch.where(unmasked, old_logprobs - tokens.rollout_logprobs, 0.0)
         trust = gap.clamp(max=MAX_LOG_RATIO).exp()
         if settings.importance_cap is not None:
             trust = trust.clamp(max=settings.importance_cap)
-        importance = torch.where(seen, trust, 0.0)
+        importance = torch.where(unmasked, trust, 0.0)
     total = -importance * surrogate
     grad_logprob = -weight * importance * by_logprob
     kl = torch.zeros_like(ratio)
     if tokens.ref_logprobs is not None:
-        g = torch.where(seen, tokens.ref_logprobs - logprobs, 0.0)
+        g = torch.where(unmasked, tokens.ref_logprobs - logprobs, 0.0)
         kl, slope = _kl(g, settings.kl_estimator)
         total = total + settings.kl_beta * kl
         grad_logprob = grad_logprob + weight * settings.kl_beta * slope
@@ -50,7 +50,7 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
         loss=(weight * total).sum()[None],
         grad_ratio=-weight * importance * by_ratio,
         grad_logprob=grad_logprob,
-        ratio=ratio * seen,
+        ratio=ratio * unmasked,
         clipped=clipped.to(dtype),
         kl=kl,
         importance=importance,

@@ -30,11 +30,15 @@ from r1_kernels.policy_terms import (
     TokenTensors,
 )
 
-# Chosen by registers and instructions as compiled for sm_90 by Triton 3.9; the time on a GPU is not
-# measured. With a reference, tokens per program / warps: registers, instructions per token, and
-# programs for 65,536 tokens (an H200 has 132 SMs). None spills.
-#     256 / 4: 32, 93.0, 256; loads of 8 bytes        512 / 4: 48, 78.8, 128 (used)
-#     256 / 2: 48, 78.5, 256                          1024 / 4: 92, 73.1, 64; 1024 / 8: 48, 79.0, 64
+# Chosen by registers and instructions as compiled for sm_90 by Triton 3.9, with a reference; the
+# time on a GPU is not measured. Programs are those for 65,536 tokens (an H200 has 132 SMs). None
+# spills.
+#     tokens per program, warps   registers   instructions per token   programs
+#                        256, 4          32                     93.0        256   loads of 8 bytes
+#                        256, 2          48                     78.5        256
+#                        512, 4          48                     78.8        128   used
+#                       1024, 4          92                     73.1         64
+#                       1024, 8          48                     79.0         64
 # 4 floats per thread are one 16-byte load of each input, and 128 programs about one per SM. At most
 # 3.4 MB are moved, so the time is that of one program; with 64 programs half the SMs would idle.
 # Nothing in the code decides between 256 / 2 and 512 / 4: the same threads in other programs.
@@ -42,9 +46,12 @@ from r1_kernels.policy_terms import (
 BLOCK = 512
 NUM_WARPS = 4
 # 8 floats per thread in loads of 4 bytes, because a sequence may start at any element; adjacent
-# threads load adjacent elements, so that a warp's 128 bytes are still one line of memory. Values
-# per turn / warps: registers, instructions per value, KiB in flight per SM (29 are needed):
-#     1024 / 4: 31, 5.6, 64      2048 / 8: 31, 6.1, 64 (used)      4096 / 8: 40, 5.6, 96
+# threads load adjacent elements, so that a warp's 128 bytes are still one line of memory. 29 KiB
+# in flight per SM are needed.
+#     values per turn, warps   registers   instructions per value   KiB in flight per SM
+#                    1024, 4          31                      5.6                     64
+#                    2048, 8          31                      6.1                     64   used
+#                    4096, 8          40                      5.6                     96
 # None spills and memory is the limit of each, so nothing measured here decides between them.
 SUM_BLOCK = 2048
 SUM_WARPS = 8
@@ -142,12 +149,12 @@ def _kl(g, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
-def _importance(gap, seen, cap, HAS_ROLLOUT: tl.constexpr):
-    """Return min(e^gap, cap), 1 without the engine's log-probabilities, 0 where not seen."""
-    importance = tl.where(seen, 1.0, 0.0)
+def _importance(gap, unmasked, cap, HAS_ROLLOUT: tl.constexpr):
+    """Return min(e^gap, cap), 1 without the engine's log-probabilities, 0 where it is masked."""
+    importance = tl.where(unmasked, 1.0, 0.0)
     if HAS_ROLLOUT:
         trust = _exp(gap)
-        importance = tl.where(seen, tl.where(trust > cap, cap, trust), 0.0)
+        importance = tl.where(unmasked, tl.where(trust > cap, cap, trust), 0.0)
     return importance
 
 
@@ -188,25 +195,25 @@ def policy_terms_kernel(
     g = _read(tokens.ref_logprobs, token, inside) - logprob if HAS_REF else logprob
     # Tokens that do not count may hold NaN: replaced before the arithmetic, not after. A weight of
     # NaN counts, so that it shows in the loss.
-    seen = (weight > 0.0) | (weight != weight)
-    weight = tl.where(seen, weight, 0.0)
-    advantage = tl.where(seen, advantage, 0.0)
-    x = tl.where(seen, x, 0.0)
-    importance = _importance(gap, seen, limits.importance_cap, HAS_ROLLOUT)
+    unmasked = (weight > 0.0) | (weight != weight)
+    weight = tl.where(unmasked, weight, 0.0)
+    advantage = tl.where(unmasked, advantage, 0.0)
+    x = tl.where(unmasked, x, 0.0)
+    importance = _importance(gap, unmasked, limits.importance_cap, HAS_ROLLOUT)
     surrogate, clipped, grad_ratio, grad_logprob = _surrogate(
-        x, tl.where(seen, logprob, 0.0), advantage, -weight * importance, limits,
+        x, tl.where(unmasked, logprob, 0.0), advantage, -weight * importance, limits,
         HAS_DUAL_CLIP, IS_CISPO,
     )  # fmt: skip
     total = -importance * surrogate
     kl = tl.zeros((BLOCK,), tl.float32)
     if HAS_REF:
-        kl, slope = _kl(tl.where(seen, g, 0.0), ESTIMATOR)
+        kl, slope = _kl(tl.where(unmasked, g, 0.0), ESTIMATOR)
         total += limits.kl_beta * kl
         by_kl = weight * limits.kl_beta * slope  # 0 where the weight is
         # Not 0 + by_kl: the compiler may not drop it, because of -0.
         grad_logprob = grad_logprob + by_kl if IS_CISPO else by_kl
     tl.store(loss + block, tl.sum(weight * total, 0))
-    ratio = tl.where(seen, _exp(x), 0.0)
+    ratio = tl.where(unmasked, _exp(x), 0.0)
     clipped = tl.where(clipped, 1.0, 0.0)
     rows = (grad_ratio, grad_logprob, ratio, clipped, kl, importance)
     _store_rows(outputs, token, num_tokens, inside, rows)

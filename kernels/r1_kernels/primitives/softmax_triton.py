@@ -52,8 +52,9 @@ LOAD_BYTES = 16  # the largest load of one thread
 # and 32, 64 and 128 registers: 64 KiB in flight per SM each, from 64, 32 and 16 warps. 16 warps
 # would leave a scheduler only four to hide each other's latency.
 LOADS = 4
-# Of one element each, in rows that do not begin at a multiple of 16 bytes. 4, 8 and 16 of bf16: 28,
-# 32 and 39 registers, 14.8, 12.4 and 11.0 instructions, 16, 32 and 48 KiB in flight per SM.
+# Loads in flight per lane, of one element each, in rows that do not begin at a multiple of 16
+# bytes. 4, 8 and 16 loads of bf16: 28, 32 and 39 registers, 14.8, 12.4 and 11.0 instructions, 16,
+# 32 and 48 KiB in flight per SM.
 NARROW_LOADS = 8
 # One lane per thread. 128, 256 and 512 lanes for a whole bf16 row: 48, 64 and 64 registers, 9.4,
 # 9.5 and 9.7 instructions, 40, 32 and 32 warps per SM; without a time, nothing decides between 128

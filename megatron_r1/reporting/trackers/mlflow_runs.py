@@ -15,10 +15,10 @@ MAX_CHARS = 500
 NOT_ALLOWED = re.compile(r"[^\w\-. :/]")
 """Characters that MLflow refuses in the name of a metric; each becomes `_`, as in `eval/pass_1`."""
 DEFAULTS = {
-    # Without them a server that is away takes minutes for each line.
+    # With MLflow's own limits a line takes minutes while a server is away.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    # For `mlflow/` in the run's folder: a data base takes packages that mlflow-skinny does not.
+    # Allows plain files in `mlflow/`; a database store needs packages that mlflow-skinny lacks.
     "MLFLOW_ALLOW_FILE_STORE": "true",
 }
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from megatron_r1.config.losses import LossSettings
 from megatron_r1.rl.algorithms import grpo
 
 if TYPE_CHECKING:
-    from megatron_r1.config.losses import LossSettings
     from megatron_r1.training.batch import PackedBatch
     from megatron_r1.training.head import Head
     from megatron_r1.training.losses import LossTerms
@@ -24,4 +24,5 @@ if TYPE_CHECKING:
 
 def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
     """Return -J; `clip_fraction` counts the tokens whose weight is clipped. settings: as GRPO's."""
+    settings = LossSettings.of(settings)
     return grpo.loss(batch, head, replace(settings, objective="cispo"))

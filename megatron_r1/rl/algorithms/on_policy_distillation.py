@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_r1.config.losses import TokenSettings
+
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
-    from megatron_r1.config.losses import TokenSettings
     from megatron_r1.training.token_advantages import ScoredRollout, TokenTargets
 
 
@@ -32,6 +33,7 @@ def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTar
     from megatron_r1.training.returns import discounted_sums
     from megatron_r1.training.token_advantages import TokenTargets
 
+    settings = TokenSettings.of(settings)
     advantages = []
     for responses in scored.responses:
         logprobs = responses.batch.logprobs

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_r1.config.losses import TokenSettings
 from megatron_r1.rl.advantages import response_rewards
 
 if TYPE_CHECKING:
-    from megatron_r1.config.losses import TokenSettings
     from megatron_r1.training.token_advantages import ScoredRollout, TokenTargets
 
 
@@ -29,5 +29,6 @@ def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTar
     elsewhere."""
     from megatron_r1.training.token_advantages import TokenTargets, reward_to_go
 
+    settings = TokenSettings.of(settings)
     advantages = reward_to_go(scored, settings)
     return TokenTargets(scored.normalized(advantages, settings.advantage_epsilon))

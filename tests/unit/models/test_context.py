@@ -18,11 +18,11 @@ def test_each_rank_holds_an_early_and_the_matching_late_chunk_by_hand():
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_the_ranks_together_hold_every_token_once_and_gathering_restores_the_order(ranks):
-    borders = torch.tensor([0, 1, 3, 3, 8]) * 2 * ranks
-    shares = [held_positions(borders, rank, ranks) for rank in range(ranks)]
+    cu_seqlens = torch.tensor([0, 1, 3, 3, 8]) * 2 * ranks
+    shares = [held_positions(cu_seqlens, rank, ranks) for rank in range(ranks)]
     assert {len(share) for share in shares} == {16}
     gathered = torch.cat(shares)
-    assert gathered[sample_order(borders, ranks)].tolist() == list(range(16 * ranks))
+    assert gathered[sample_order(cu_seqlens, ranks)].tolist() == list(range(16 * ranks))
 
 
 def test_a_sample_that_cannot_be_split_is_refused():
@@ -42,10 +42,10 @@ def test_the_shares_of_a_batch_are_the_batch_padded_sample_by_sample(ranks):
         Sample.pack([5], [6, 1, 2, 4, 3, 2, 1, 9], [-1.0] * 8, advantage=-1.0),
     ]
     shares = [packed_batch(samples, TokenSplit(2, ranks, rank), cpu) for rank in range(ranks)]
-    borders = shares[0].packed_seq_params.cu_seqlens_q.long()
-    order = sample_order(borders, ranks)
+    cu_seqlens = shares[0].packed_seq_params.cu_seqlens_q.long()
+    order = sample_order(cu_seqlens, ranks)
     # Lengths 5 and 9 up to multiples of 2 * ranks, all to one of 2 * ranks tokens.
-    assert borders.tolist() == {2: [0, 8, 20], 4: [0, 8, 24]}[ranks]
+    assert cu_seqlens.tolist() == {2: [0, 8, 20], 4: [0, 8, 24]}[ranks]
 
     def whole(name):
         parts = [getattr(share, name).reshape(-1) for share in shares]
@@ -58,5 +58,5 @@ def test_the_shares_of_a_batch_are_the_batch_padded_sample_by_sample(ranks):
     assert whole("position_ids")[:8].tolist() == list(range(8))
     assert sum(share.num_trajectories for share in shares) == 2
     for share in shares:
-        assert share.borders[-1] == share.input_ids.shape[1] == len(order) // ranks
+        assert share.cu_seqlens[-1] == share.input_ids.shape[1] == len(order) // ranks
         assert torch.equal(share.response_rows, share.is_response.nonzero()[:, 0])

@@ -23,20 +23,20 @@ class Group:
 def test_equal_to_megatron_s_on_every_rank(ranks, latent, lengths):
     assert MEGATRON is not rotary.rotate_packed, "the module was patched before this test"
     torch.manual_seed(0)
-    borders = torch.tensor([0, *lengths]).cumsum(0).int()
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     # One more position than the longest sample: Megatron reads a table as long as the batch
     # otherwise.
     freqs = torch.randn(max(lengths) + 1, 1, 1, 6)
     for rank in range(ranks):
-        held = held_positions(borders, rank, ranks)
+        held = held_positions(cu_seqlens, rank, ranks)
         t = torch.randn(len(held), 2, 10)
         settings = {"multi_latent_attention": latent, "mscale": 1.3, "cp_group": Group(rank, ranks)}
-        got = rotary.rotate_packed(t, borders, freqs, **settings)
-        assert torch.equal(got, MEGATRON(t, borders, freqs, **settings))
+        got = rotary.rotate_packed(t, cu_seqlens, freqs, **settings)
+        assert torch.equal(got, MEGATRON(t, cu_seqlens, freqs, **settings))
 
 
 def test_positions_count_within_each_sample():
-    borders = torch.tensor([0, 3, 3, 5])
-    assert rotary.sample_positions(borders).tolist() == [0, 1, 2, 0, 1]
+    cu_seqlens = torch.tensor([0, 3, 3, 5])
+    assert rotary.sample_positions(cu_seqlens).tolist() == [0, 1, 2, 0, 1]
     split = [rotary.sample_positions(torch.tensor([0, 4, 12]), rank, 2).tolist() for rank in (0, 1)]
     assert split == [[0, 3, 0, 1, 6, 7], [1, 2, 2, 3, 4, 5]]

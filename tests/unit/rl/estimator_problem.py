@@ -106,9 +106,9 @@ class Problem:
         return torch.cat([g.flatten() for g in found])
 
 
-def ours(problem, name, settings):
+def ours(problem, name, settings, form=lambda settings: settings):
     """Of each mini-batch: its loss, gradients, metrics and batches, as controller and trainer make
-    them."""
+    them. form: makes what the trainer's functions get of their settings."""
     rl = {"group_size": 4, "questions_per_rollout": 4, "minibatches": 2, **settings}
     config = Config(rl={"algorithm": name, **rl}, rollout={"max_response_tokens": LIMIT})
     algorithm = algorithms.find(name)
@@ -123,8 +123,8 @@ def ours(problem, name, settings):
         every = [batch for step in steps for batch, _ in step]
         function = find_function(algorithm.token_advantages)
         scored = ScoredRollout(every)
-        scored.store(function(scored, config.rl.token_settings))
-    settings = config.rl.loss_settings(LIMIT)
+        scored.store(function(scored, form(config.rl.token_settings)))
+    settings = form(config.rl.loss_settings(LIMIT))
     for step in steps:
         terms = []
         for batch, hidden in step:

@@ -20,10 +20,11 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import UserError
 from megatron_r1.rl import algorithms
-from megatron_r1.rl.loop import minibatches, training_reward, training_samples, update
+from megatron_r1.rl.loop import minibatches, training_reward, update
 from megatron_r1.rl.overlong import overlong_punishment
 from megatron_r1.rl.rollout import GradedResponse, Group
 from megatron_r1.rl.trainer_passes import TrainerPasses
+from megatron_r1.rl.training_samples import training_samples
 from megatron_r1.trainer_client.recorder import RunState
 
 ROOT = Path(__file__).parents[3]
@@ -162,7 +163,7 @@ def test_an_episode_s_branches_stay_in_one_minibatch_and_weigh_as_one_response()
     first, second = minibatches(samples, 2)
     assert [s.advantage for s in first] == [1.0, 1.0, 2.0]
     assert [s.weight for s in first] == [0.75, 0.25, 1.0]
-    assert [s.trajectories for s in first + second] == [1, 0, 1, 1, 1]
+    assert [s.num_trajectories for s in first + second] == [1, 0, 1, 1, 1]
     scores = [array("f", [-1, 0, -2, -3]), array("f", [-4])]
     assert [s.teacher for s in first[:2]] == [each.tobytes() for each in scores]
     assert len(second[0]) == 1, "nothing was sampled, and still it is one response of the mean"

@@ -208,3 +208,11 @@ def test_rewards_that_are_no_numbers_are_refused(name):
         algorithms.find(name).advantages([[1.0, 0.0], [math.inf, 0.0]], rl)
     with pytest.raises(ValueError, match="at least one"):
         algorithms.find(name).advantages([[]], rl)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_may_come_as_a_mapping(name):
+    """As from a user's function that calls ours with {**settings, …}."""
+    problem = Problem()
+    (loss, *_), (again, *_) = (next(ours(problem, name, {}, form)) for form in (dict, lambda s: s))
+    assert torch.equal(loss, again)

@@ -77,7 +77,7 @@ class Episodes(Problem):
                     [0.0] * len(tokens),
                     numbers[i],
                     weight=lengths[number] / sum(lengths),
-                    trajectories=int(number == 0),
+                    num_trajectories=int(number == 0),
                 )
                 made.append(sample)
                 hidden.append(self.hidden[self.first[i] + number][: len(sample)])

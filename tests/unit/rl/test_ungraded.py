@@ -63,6 +63,9 @@ def test_a_group_that_cannot_be_graded_is_one_of_many():
     collector.check_grades([*alone.groups, fine])
     with pytest.raises(ValueError, match="reward 'math' failed on all 2 responses"):
         collector.check_grades(alone.groups)
+    other = Group(make_prompt("Sort 3, 1.", "logic", "1, 3", {}), [], alone.groups[0].responses)
+    with pytest.raises(ValueError, match="reward 'logic', 'math' failed on all 4 responses"):
+        collector.check_grades([*alone.groups, other])
 
 
 def test_ungraded_answers_are_left_out_of_advantages_and_means():

@@ -60,6 +60,20 @@ def test_logprobs_are_those_of_each_response_and_0_elsewhere():
     assert (entropy[~batch.is_response] == 0).all() and (entropy[batch.is_response] > 0).all()
 
 
+def test_an_update_that_asks_for_log_probabilities_alone_leaves_those_of_the_old_policy():
+    """As a loss of a user's may: step 1 compares them with the engine's."""
+    batch, head = micro_batch()
+    for _ in range(2):
+        expected = batch.logprobs["old"].clone()
+        assert replace(head, records_old=True).logprobs()[0].requires_grad
+        torch.testing.assert_close(batch.logprobs["old"], expected)  # those that are there stay
+        del batch.logprobs["old"]
+        head.logprobs()
+        assert "old" not in batch.logprobs
+        made = replace(head, records_old=True).logprobs()[0]
+        assert torch.equal(batch.logprobs["old"], made) and not batch.logprobs["old"].requires_grad
+
+
 def test_supervised_loss_is_the_negative_log_likelihood_of_the_responses():
     batch, head = micro_batch()
     terms = supervised(batch, head)
@@ -89,18 +103,22 @@ def test_grpo_s_loss_and_gradient_are_equation_1_of_each_response(average):
 
 
 def test_the_branches_of_a_trajectory_share_one_mean():
-    def branch(tokens, num_sampled, of, trajectories):
+    def branch(tokens, num_sampled, of, num_trajectories):
         mask = bytes([0] * (len(tokens) - num_sampled) + [1] * num_sampled)
         logprobs, scores = [-2.0] * len(tokens), {"weight": num_sampled / of}
-        return Sample.pack_branch(tokens, mask, logprobs, 2.0, trajectories=trajectories, **scores)
+        return Sample.pack_branch(
+            tokens, mask, logprobs, 2.0, num_trajectories=num_trajectories, **scores
+        )
 
     first, second = (
-        branch([7, 8, 9], 2, of=3, trajectories=1),
-        branch([5, 6], 1, of=3, trajectories=0),
+        branch([7, 8, 9], 2, of=3, num_trajectories=1),
+        branch([5, 6], 1, of=3, num_trajectories=0),
     )
     whole = Sample.pack([3, 4], [12, 11], [-2.0, -2.0], advantage=-1.0)
     batch = packed_batch([first, second, whole], TokenSplit(), torch.device("cpu"))
-    hidden, weight = torch.randn(len(batch.targets), HIDDEN), torch.randn(PADDED, HIDDEN)
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(len(batch.targets), HIDDEN, generator=g)
+    weight = torch.randn(PADDED, HIDDEN, generator=g)
     batch.logprobs["old"] = torch.full((len(hidden),), -2.5)
     head = Head(batch, hidden, weight, 0.8, None, VOCABULARY)
     terms = grpo_loss(batch, head, replace(GRPO, kl_beta=0.0))
@@ -108,7 +126,8 @@ def test_the_branches_of_a_trajectory_share_one_mean():
     new = logprobs_of(head, rows, batch.targets[rows])
     ratio, advantages = (new + 2.5).exp(), batch.advantages[rows]
     losses = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.3) * advantages)
-    assert terms.loss.item() == pytest.approx((losses[:3].mean() + losses[3:].mean()).item())
+    expected = (losses[:3].mean() + losses[3:].mean()).item()
+    assert terms.loss.item() == pytest.approx(expected, rel=1e-5)  # fp32, as above
     assert terms.denominator.item() == 2
 
 

@@ -58,7 +58,7 @@ def test_denominators_count_response_tokens_or_responses():
 
 def test_given_tokens_between_sampled_ones_count_nothing():
     tokens, mask = [3, 4, 5, 6, 7, 8], bytes([0, 0, 1, 0, 0, 1])
-    scores = {"weight": 0.25, "trajectories": 0, "teacher": [-7.0, -8.0]}
+    scores = {"weight": 0.25, "num_trajectories": 0, "teacher": [-7.0, -8.0]}
     first = Sample.pack_branch(tokens, mask, [9.0, 9.0, -1.0, 9.0, 9.0, -2.0], 0.5, **scores)
     second = Sample.pack([1], [2], [-3.0], 1.5, teacher=[-9.0])
     b = packed_batch([first, second], TokenSplit(), CPU)
@@ -87,7 +87,7 @@ def test_a_prompt_of_several_samples_lies_there_once():
     assert b.targets[b.is_response].tolist() == [1, 2, 3, 4]
     assert b.advantages[b.is_response].tolist() == [0.5, 0.5, 1.5, 2.5]
     assert b.last_tokens.tolist() == [4, 7, 9, 10] and b.num_trajectories == 4
-    assert b.borders.tolist() == [0, 2, 5, 8, 10, 11, 12] and b.num_shared == 4
+    assert b.cu_seqlens.tolist() == [0, 2, 5, 8, 10, 11, 12] and b.num_shared == 4
     assert segments_before(b.packed_seq_params.cu_seqlens_q).tolist() == [-1, 0, -1, 0, 0, -1]
     assert b.packed_seq_params.max_seqlen_q == 5
     alone = packed_batch(made[:2], TokenSplit(), CPU, share_prompts=True)

@@ -23,7 +23,11 @@ def share(draw: random.Random) -> wire.ReplicaSamples:
         is_sampled = bytes([0, 0, 0, 1, *(draw.choice([0, 1]) for _ in response[1:])])
         return Sample.pack_branch(
             *([*prompt, *response], is_sampled, [0.0] * 3 + list(given), draw.random()),
-            **{"weight": draw.random(), "trajectories": draw.choice([0, 1]), "routing": routing},
+            **{
+                "weight": draw.random(),
+                "num_trajectories": draw.choice([0, 1]),
+                "routing": routing,
+            },
         )
 
     return [[[sample() for _ in range(draw.choice([0, 1, 4]))] for _ in range(3)] for _ in range(2)]
@@ -63,18 +67,18 @@ def test_a_branch_is_packed_from_its_first_to_its_last_sampled_token():
     logprobs, routing = array("f", [0, 0, -1, -2, 0, -3, 0, 0]), bytes(range(7 * 2))
     sample = Sample.pack_branch(
         *(tokens, is_sampled, logprobs, 0.5),
-        **{"weight": 0.25, "trajectories": 0, "routing": routing, "teacher": [-4, -5, -6]},
+        **{"weight": 0.25, "num_trajectories": 0, "routing": routing, "teacher": [-4, -5, -6]},
     )
     assert sample.token_ids == tokens[:6].tobytes() and sample.prompt_length == 2
     assert sample.mask == bytes([1, 1, 0, 1]) and sample.routing == routing[: 5 * 2]
     assert sample.logprobs == array("f", [-1, -2, 0, -3]).tobytes()
     assert sample.teacher == array("f", [-4, -5, 0, -6]).tobytes()
-    assert (sample.advantage, sample.weight, sample.trajectories) == (0.5, 0.25, 0)
+    assert (sample.advantage, sample.weight, sample.num_trajectories) == (0.5, 0.25, 0)
 
 
 def test_a_branch_of_one_turn_is_a_single_turn_s_sample():
     numbers = [0.0, 0.0, -1.0, -2.0]
-    whole = {"weight": 1.0, "trajectories": 1}
+    whole = {"weight": 1.0, "num_trajectories": 1}
     branch = Sample.pack_branch([1, 2, 3, 4], bytes([0, 0, 1, 1]), numbers, 0.5, **whole)
     assert branch == Sample.pack([1, 2], [3, 4], numbers[2:], 0.5)
 
@@ -82,4 +86,4 @@ def test_a_branch_of_one_turn_is_a_single_turn_s_sample():
 @pytest.mark.parametrize("is_sampled", [bytes(3), bytes([1, 0, 0]), bytes([0, 1])])
 def test_a_branch_without_prompt_or_sampled_token_is_refused(is_sampled):
     with pytest.raises(ValueError, match="a branch of 3 tokens has 3 logprobs and a mask of"):
-        Sample.pack_branch([1, 2, 3], is_sampled, [0.0] * 3, 0.0, weight=1.0, trajectories=1)
+        Sample.pack_branch([1, 2, 3], is_sampled, [0.0] * 3, 0.0, weight=1.0, num_trajectories=1)

@@ -320,6 +320,22 @@ def test_engines_that_cannot_reach_each_other_get_all_weights_from_the_trainer()
     assert asyncio.run(story()) == ([[3], [3], [1, 1, 1]], [])
 
 
+def test_engines_of_other_sets_are_taken_from_them_as_well():
+    """Failures of two sets: afterwards no engine gets weights from another."""
+
+    async def story():
+        trainer, fleet = SmallTrainer([[], None, []]), SmallFleet(engines(32))
+        bridge = sharing_bridge(trainer, fleet)
+        await bridge.open()
+        for version in (1, 2, 3):
+            await bridge.push(version)
+            await bridge.hold()
+        return trainer.sets()
+
+    # Those of the set that failed at once, the others with the next push.
+    assert asyncio.run(story())[-2:] == [[1] * 16, [1] * 16]
+
+
 def test_an_engine_that_dies_while_a_set_connects_is_lost_and_the_others_are_not(monkeypatch):
     monkeypatch.setattr("megatron_r1.fleet.engine.LAST_WORDS_SECONDS", 0.0)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -106,9 +106,10 @@ class Bound:
 
 
 def matrix_bound(hidden: Tensor, weight: Tensor, tokens: int, products: int) -> Bound:
-    """The logits of `tokens` rows (products=1), with d hidden and d weight (3), by torch.mm.
+    """Return the bound of a kernel on hidden states: torch.mm alone, on `tokens` rows.
 
-    On a GPU logits and d weight are written in fp32, as a kernel has to that rounds neither."""
+    products: 1, the logits; 3, also the gradients of hidden states and weight. On a GPU the logits
+    and the weight's gradient are written in fp32, as by a kernel that rounds neither."""
     rows = hidden[:TOKENS_AT_ONCE]
     rounds = rows.is_cuda and rows.dtype != torch.float32
     product: Callable[[Tensor, Tensor], Tensor] = torch.mm

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.tensors import Region
-from megatron_r1.weight_sync.plan.traffic import ByteCount
+from megatron_r1.weight_sync.plan.traffic import CountBytes
 from megatron_r1.weights.rules import Shape
 
 
@@ -47,13 +47,13 @@ class DirectLinks:
         return self.sent.max() / self.sent.mean()
 
 
-def direct_links(planner: Planner, num_bytes: ByteCount) -> DirectLinks:
+def direct_links(planner: Planner, count_bytes: CountBytes) -> DirectLinks:
     """Return the pairs of `sends` of all ranks, computed for all of them at once."""
     engines, found = planner.engines, []
     for item, replicas, needed in planner.shared_holdings():
         if not needed:
             continue
-        sizes = [num_bytes(item.name, item.rule.dtype, region) for _, region in needed]
+        sizes = [count_bytes(item.name, item.rule.dtype, region) for _, region in needed]
         ranks = np.array([engines.rank(at) for at, _ in needed])
         turns = np.arange(len(needed) * engines.engines)
         sender = replicas.start + (turns + first_turn(item.name)) % len(replicas) * replicas.step

@@ -19,7 +19,7 @@ from megatron_r1.weight_sync.plan.checks import engine_layout
 from megatron_r1.weight_sync.plan.engine_sets import engine_sets
 from megatron_r1.weight_sync.plan.links import planned_entries
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
+from megatron_r1.weight_sync.plan.traffic import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import Shard, recipe_stages
 from tools.bench.children import ROOT
 from tools.bench.push import real_size
@@ -29,7 +29,7 @@ from tools.bench.push.direct_links import direct_links
 from tools.plan.push_sets import PAIR_REQUESTS, set_links
 
 RECIPE = ROOT / "examples/deepseek_r1/r1_zero.yaml"
-FORMS: dict[str, ByteCount] = {"bf16": plain_bytes("bfloat16"), "FP8": fp8_bytes}
+FORMS: dict[str, CountBytes] = {"bf16": plain_bytes("bfloat16"), "FP8": fp8_bytes}
 DIRECT_BATCH, ENTRY_BATCH = 0.3, 0.005
 """The share of running tasks that end between two computations of rates. 0.1 and 0.002 change the
 makespans by less than 6% and 0.1%; with 0.02 an all-gather was slowed by what had entered already,
@@ -105,7 +105,7 @@ def _cases() -> Iterator[ScaleCase]:
     yield ScaleCase("64 engines x 16 GPUs, of their own", hf, stages, planner, cluster)
 
 
-def _rows(case: ScaleCase, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
+def _rows(case: ScaleCase, form: str, count: CountBytes) -> Iterator[dict[str, Any]]:
     cluster, rates = case.cluster, case.cluster.rates
     direct = direct_links(case.planner, count)
     floor = direct.received.max() / rates.nic
