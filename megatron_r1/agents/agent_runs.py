@@ -9,7 +9,6 @@ import contextlib
 import inspect
 import json
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -21,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from megatron_r1.config import AgentsConfig
 from megatron_r1.processes import lifetime
-from megatron_r1.processes.children import popen_options
+from megatron_r1.processes.children import kill_group, popen_options
 from megatron_r1.processes.framed_process import last_line
 from megatron_r1.user_code import find_function
 
@@ -129,8 +128,7 @@ class CommandHarness:
                 )
                 await process.wait()
             finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                kill_group(process)
                 await process.wait()
         if process.returncode:
             name = Path(self._command[0]).name

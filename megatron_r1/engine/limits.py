@@ -12,6 +12,9 @@ from megatron_r1.models.hf_config import (
     sparse_layers,
 )
 
+VOCABULARY_MULTIPLE = 64
+"""vLLM pads the vocabulary to this (DEFAULT_VOCAB_PADDING_SIZE) before it splits it."""
+
 
 def context_length(config: Config) -> int:
     """Return `rollout.max_model_len`, or the model's own limit, in tokens.
@@ -118,6 +121,12 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
             f"{section}.tensor={engines.tensor} neither divides num_key_value_heads={kv_heads} nor "
             "is a multiple of it; choose one that does"
         )
+    rows = padded_vocabulary(language.get("vocab_size", engines.tensor))
+    if rows % engines.tensor:
+        raise UserError(
+            f"{section}.tensor={engines.tensor} does not divide the {rows} rows of vLLM's padded "
+            "vocabulary; choose a divisor"
+        )
     if "GptOssForCausalLM" in (language.get("architectures") or ()):
         _check_gpt_oss(engines, language, section)
     routing = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
@@ -144,6 +153,11 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
             f"{section}.expert_parallel: {ranks} ranks ({section}.tensor x {section}.data) for "
             f"{experts} experts leave some with none; use more {section}.engines of fewer ranks"
         )
+
+
+def padded_vocabulary(num_tokens: int) -> int:
+    """Return the rows of vLLM's embedding and LM head, which its tensor ranks share."""
+    return -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def _check_sparse(hf: dict) -> None:

@@ -172,7 +172,9 @@ class EngineServer(Server):
         temporary files and what it leaves in shared memory."""
         if self.process is None:
             return
-        shared = {*self._shared, *shared_files(self.process.pid)}
+        shared = {*self._shared}
+        if children.owns_number(self.process):
+            shared.update(shared_files(self.process.pid))
         children.stop(self.process, STOP_SECONDS, KILL_SECONDS)
         if self._scratch is not None:
             self._scratch.cleanup()

@@ -32,9 +32,12 @@ def atomic_writer(
     are created.
 
     mode: permissions from the start, less the umask. durable: fsync the content before the rename,
-    and the folder after it, so that both survive a power cut."""
+    and the folder after it, so that both survive a power cut, as do the folders created."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if durable:
+        make_folder(path.parent)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
@@ -48,6 +51,15 @@ def atomic_writer(
         raise
     if durable:
         fsync(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its missing parents, unless it exists; those created survive a power
+    cut."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        fsync(folder.parent)
 
 
 def fsync(path: str | Path) -> None:

@@ -95,7 +95,8 @@ class Engine:
         finally:
             request.cancel()
             death.cancel()
-            # Not awaited itself: its cancellation would hide one of the caller.
+            # By `asyncio.wait`: if the request itself were awaited, its CancelledError could not
+            # be told from a cancellation of the caller.
             if not request.done():
                 await asyncio.wait({request})
             if not request.cancelled():

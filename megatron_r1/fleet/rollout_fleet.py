@@ -86,8 +86,6 @@ class RolloutFleet:
         self._pushing = asyncio.Lock()
         self._starting: set[Engine] = set()
         self._joining: set[int] = set()
-        self._swapped: set[Engine] = set()
-        """Engines that have loaded a push which other engines have not received yet."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -173,14 +171,20 @@ class RolloutFleet:
             self.replacement.patience_seconds = 0.0
 
     async def push(
-        self, update_info: UpdateInfo, version: int, repeatable: Collection[Engine] = ()
+        self,
+        update_info: UpdateInfo,
+        version: int,
+        repeatable: Collection[Engine] = (),
+        waiting: Collection[Engine] | None = None,
     ) -> list[Engine]:
-        """Let all engines load the weights that they have received.
+        """Let the engines load the weights that they have received: all of them, or those in
+        `waiting`, where the others have loaded `version` in an earlier call.
 
         Sequences in flight continue under the new weights; their earlier tokens keep their version.
         An engine that did not receive the weights, or whose connection breaks, is replaced. An
         engine in `repeatable` that did not receive the weights stays paused and is returned
-        instead: the caller sends the weights again and calls `push` once more.
+        instead: the caller sends the weights again and calls `push` once more. The fleet holds
+        `version`, and is awake, when a call returns none.
 
         Raises ValueError for a `version` that is not above the current one. Raises EngineError if
         an engine refuses the weights, or dies and no restart is left; the fleet is unusable from
@@ -191,7 +195,8 @@ class RolloutFleet:
                 f"push of version {version}, but the engines hold version {self.version}"
             )
         async with self._pushing:
-            engines = [engine for engine in self.members.up if engine not in self._swapped]
+            up = self.members.up
+            engines = up if waiting is None else [engine for engine in up if engine in waiting]
             incomplete: list[Engine] = []
             try:
                 for call in swap_calls(update_info, version, asleep=not self.awake.is_set()):
@@ -199,7 +204,6 @@ class RolloutFleet:
             except Exception as error:
                 self.members.fail(EngineError(f"the push of version {version} failed: {error}"))
                 raise
-            self._swapped = {*self._swapped, *engines} if incomplete else set()
             if not incomplete:
                 self.version = version
                 self.awake.set()

@@ -9,9 +9,19 @@ import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_r1.processes import lifetime
+
+
+class Child(Protocol):
+    """A child process of `subprocess` or of asyncio. returncode: None until it was waited for."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None: ...
 
 
 def start(
@@ -70,10 +80,25 @@ def kill(process: subprocess.Popen, timeout_seconds: float | None = None) -> Non
 
     timeout_seconds: how long to wait for its end, None: until it has ended. A process inside a
     driver that hangs does not end even so."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    kill_group(process)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout_seconds)
+
+
+def kill_group(leader: Child) -> None:
+    """Kill what is left of the process group that `leader` leads or has led."""
+    if owns_number(leader):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader.pid, signal.SIGKILL)
+
+
+def owns_number(leader: Child) -> bool:
+    """Return whether the process's number still is its own, or that of the group and the session
+    that it has led, and not a later process's.
+
+    Linux may give the number away once the process has been waited for, but not while a member of
+    the group or session is left. So where a process has it then, that is another one."""
+    return leader.returncode is None or not Path(f"/proc/{leader.pid}").exists()
 
 
 def free_port(host: str = "") -> int:

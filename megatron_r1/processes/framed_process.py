@@ -3,13 +3,12 @@
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 from typing import Any, Generic, Self, TypeVar
 
 import msgspec
 
-from megatron_r1.processes.children import popen_options
+from megatron_r1.processes.children import kill_group, popen_options
 from megatron_r1.processes.frames import LENGTH
 
 START_TIMEOUT_SECONDS = 120.0
@@ -111,8 +110,7 @@ class FramedProcess(Generic[Reply]):
         return self._stderr.last_line
 
     async def _end(self) -> int:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        kill_group(self.process)
         status = await self.process.wait()
         # A grandchild that left the group may hold the pipes open. Do not wait for it: close the
         # transport, which has no public name.

@@ -35,10 +35,11 @@ def register() -> None:
 def _patch() -> None:
     from vllm.platforms import current_platform
 
-    from megatron_r1.vllm_plugin import deepseek_classes, drafter
+    from megatron_r1.vllm_plugin import deepseek_classes, drafter, failed_updates
 
     deepseek_classes.apply()
     drafter.apply()
+    failed_updates.apply()
     if current_platform.is_cpu():
         from megatron_r1.vllm_plugin import cpu_parallel, cpu_patches, cpu_routing
 

@@ -5,6 +5,7 @@ paused, waits until a push is complete and correct, and loads it layer by layer.
 update fails before that keeps all its old weights; a later failure leaves it unusable, with an
 error."""
 
+import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ from megatron_r1.vllm_plugin import BACKEND_PREFIX, swap
 from megatron_r1.vllm_plugin.cpu_patches import is_packed
 from megatron_r1.vllm_plugin.delivery import DeliveryCheck
 from megatron_r1.vllm_plugin.memory_layout import lay_out, with_gaps
-from megatron_r1.vllm_plugin.recorder import Copy, Parameter, record
+from megatron_r1.vllm_plugin.recorder import CheckpointParameter, LoaderCopy, record
+from megatron_r1.weight_sync.receive.errors import StoreUnreachable
 from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
 from megatron_r1.weight_sync.table import SlotTable
 from megatron_r1.weight_sync.transports import receiver_class
@@ -78,9 +80,8 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         """Record what this rank needs, publish it, and begin to receive. Called again when another
         trainer takes over, and when the engine comes into another set."""
         host, port = init_info.store
-        store = TCPStore(host, port, is_master=False)
         rendezvous = EngineRendezvous(
-            store,
+            connect_to_store(host, port, init_info.timeout_seconds),
             init_info.name,
             init_info.timeout_seconds,
             init_info.push_seconds,
@@ -113,7 +114,9 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         if self._recorded is None or self._recorded[0] != request:
             models = [self.model] if self.drafter is None else [self.model, self.drafter]
             self._models = torch.nn.ModuleList(models)
-            copies: Mapping[Parameter, Sequence[Copy]] = record(models, init_info.tensors)
+            copies: Mapping[CheckpointParameter, Sequence[LoaderCopy]] = record(
+                models, init_info.tensors
+            )
             copies = with_gaps(copies, lambda parameter: is_packed(parameter, self._models))
             in_place = current_platform.is_cpu()
             self._placed, table = lay_out(copies, init_info.memory_bytes, in_place=in_place)
@@ -152,3 +155,16 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
+
+
+def connect_to_store(host: str, port: int, timeout_seconds: float) -> TCPStore:
+    """Return a connection to the trainer's store. Raises StoreUnreachable."""
+    limit = datetime.timedelta(seconds=timeout_seconds)
+    try:
+        return TCPStore(host, port, is_master=False, timeout=limit)
+    except RuntimeError as error:
+        raise StoreUnreachable(
+            f"the trainer's store at {host}:{port} was not reached within {timeout_seconds:g} s "
+            "from the engine's host: a firewall is between them, or rollout.hosts_address is not "
+            "an address of trainer rank 0's host that engines can reach"
+        ) from error

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.platforms import current_platform
 
-from megatron_r1.vllm_plugin.recorder import Parameter
+from megatron_r1.vllm_plugin.recorder import CheckpointParameter
 
 PLAIN_MATRICES = "plain_matrices"
 """Key of vLLM's --additional-config (`EngineSettings.plain_matrices`)."""
@@ -150,7 +150,7 @@ def keep_matrices_plain() -> None:
     CPUModelRunner.load_model = load_model
 
 
-def is_packed(parameter: Parameter, model: torch.nn.Module) -> bool:
+def is_packed(parameter: CheckpointParameter, model: torch.nn.Module) -> bool:
     """Return whether post-processing packs this matrix for oneDNN, by upstream's conditions."""
     from vllm import _custom_ops
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod

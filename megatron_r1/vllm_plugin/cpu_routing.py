@@ -25,7 +25,7 @@ class RowCollector:
         limit = vllm_config.scheduler_config.max_num_batched_tokens
         self.capturer = upstream.RoutedExpertsCapturer(limit, vllm_config)
         upstream.bind_routed_experts_capturer(model, self.capturer)
-        # Prompts computed in parts: first position and rows so far.
+        # Of each prompt that is computed in parts: its first position, and the rows so far.
         self._parts: dict[str, tuple[int, np.ndarray]] = {}
 
     def collect(self, runner: Any, scheduled: Any, sampled: list) -> dict:
@@ -41,7 +41,7 @@ class RowCollector:
         outputs, end = {}, 0
         for index, request in enumerate(batch.req_ids):
             begin, end = end, end + scheduled.num_scheduled_tokens[request]
-            # Of drafted tokens those that were not sampled had rows, too, as the last of theirs.
+            # Rejected drafts have rows too, after those of the sampled tokens; they are dropped.
             drafted = len(scheduled.scheduled_spec_decode_tokens.get(request, ()))
             rejected = drafted + 1 - len(sampled[index]) if drafted and sampled[index] else 0
             position = int(batch.num_computed_tokens_cpu[index])

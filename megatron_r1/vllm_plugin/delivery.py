@@ -4,7 +4,8 @@ The checksums of a push end in the receive buffer. An engine that loads nothing 
 but one layer, computes on with old weights. The probes detect that in float32; in bfloat16 their
 tolerance is above what an optimizer step changes. So tensors are compared around a load:
 
-- one that is kept as it arrives (`Parameter.is_live`, the router's bias) must equal what arrived;
+- one that is kept as it arrives (`CheckpointParameter.is_live`, the router's bias) must equal what
+  arrived;
 - of the others vLLM's kernels have forms of their own, in which a small change of a scale may be
   rounded away. Where other values arrived for a layer than in the push before, one of its tensors
   must change.

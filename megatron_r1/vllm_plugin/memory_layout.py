@@ -6,7 +6,7 @@ from itertools import groupby
 
 import torch
 
-from megatron_r1.vllm_plugin.recorder import Copy, Parameter
+from megatron_r1.vllm_plugin.recorder import CheckpointParameter, LoaderCopy
 from megatron_r1.weight_sync.table import Slot, SlotTable
 
 ALIGNMENT = 64
@@ -22,7 +22,7 @@ class PlacedParameter:
 
     num_rows: the rows that are received; all others are a vocabulary's padding."""
 
-    parameter: Parameter
+    parameter: CheckpointParameter
     offset: int
     window: int
     num_rows: int
@@ -37,8 +37,9 @@ class PlacedParameter:
 
 
 def with_gaps(
-    copies: Mapping[Parameter, Sequence[Copy]], is_spread: Callable[[Parameter], bool]
-) -> dict[Parameter, Sequence[Copy]]:
+    copies: Mapping[CheckpointParameter, Sequence[LoaderCopy]],
+    is_spread: Callable[[CheckpointParameter], bool],
+) -> dict[CheckpointParameter, Sequence[LoaderCopy]]:
     """Return the same copies with a gap after every row of the matrices that `is_spread` names.
 
     oneDNN reads down the columns of a matrix that it packs. Rows of a power of two of bytes would
@@ -55,7 +56,9 @@ def with_gaps(
     )
 
 
-def _with_gaps(parameter: Parameter, copies: Sequence[Copy]) -> tuple[Parameter, Sequence[Copy]]:
+def _with_gaps(
+    parameter: CheckpointParameter, copies: Sequence[LoaderCopy]
+) -> tuple[CheckpointParameter, Sequence[LoaderCopy]]:
     width = parameter.shape[1]
     stride = width + GAP_BYTES // parameter.dtype.itemsize
 
@@ -68,7 +71,7 @@ def _with_gaps(parameter: Parameter, copies: Sequence[Copy]) -> tuple[Parameter,
 
 
 def lay_out(
-    copies: Mapping[Parameter, Sequence[Copy]],
+    copies: Mapping[CheckpointParameter, Sequence[LoaderCopy]],
     limit_bytes: int | None = None,
     *,
     in_place: bool = False,
@@ -104,13 +107,13 @@ def lay_out(
     return placed, SlotTable(total if half == total else 2 * half, slots, areas)
 
 
-def _num_rows(parameter: Parameter, copies: Sequence[Copy]) -> int:
+def _num_rows(parameter: CheckpointParameter, copies: Sequence[LoaderCopy]) -> int:
     if len(parameter.shape) != 2:
         return parameter.shape[0]
     return max(copy.offset // parameter.strides[0] + copy.height for copy in copies)
 
 
-def _slot(at: PlacedParameter, copy: Copy) -> Slot:
+def _slot(at: PlacedParameter, copy: LoaderCopy) -> Slot:
     size = at.parameter.dtype.itemsize
     dtype = str(at.parameter.dtype).removeprefix("torch.")
     offset, pitch = at.offset + copy.offset * size, copy.pitch * size

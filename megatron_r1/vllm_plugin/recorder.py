@@ -21,7 +21,7 @@ from megatron_r1.vllm_plugin.stacked_experts import is_left_out, load_weights
 
 
 @dataclass(frozen=True)
-class Parameter:
+class CheckpointParameter:
     """A parameter or buffer in checkpoint form.
 
     title: its name with its layer's. is_live: vLLM keeps it in this form while serving (a bias), so
@@ -42,7 +42,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Copy:
+class LoaderCopy:
     """A rectangle of HF tensor `name` that a loader copied into a parameter.
 
     offset, pitch: of its first element and between its rows, in elements of the parameter."""
@@ -65,7 +65,7 @@ class Copy:
 
 def record(
     models: Sequence[torch.nn.Module], tensors: Sequence[tuple[str, Sequence[int]]]
-) -> dict[Parameter, list[Copy]]:
+) -> dict[CheckpointParameter, list[LoaderCopy]]:
     """Run the loaders on (name, shape) of a checkpoint's tensors; return the copies into each
     parameter, in the order of loading.
 
@@ -122,13 +122,13 @@ class _Recorder(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._tied = tied
-        self.copies: dict[Parameter, list[Copy]] = {}
+        self.copies: dict[CheckpointParameter, list[LoaderCopy]] = {}
         self._sources: dict[int, tuple[str, torch.Tensor]] = {}
-        self._parameters: dict[int, Parameter] = {}
+        self._parameters: dict[int, CheckpointParameter] = {}
         for title, layer in layers.items():
             parameters, buffers = get_layer_params_buffers(layer)
             for name, tensor in (parameters | buffers).items():
-                parameter = Parameter(
+                parameter = CheckpointParameter(
                     layer=layer,
                     name=name,
                     title=f"{title}.{name}",
@@ -169,7 +169,7 @@ class _Recorder(TorchDispatchMode):
                 f"the loader of {parameter.title} takes elements of {name} (shape "
                 f"{tuple(whole.shape)}) that are not a rectangle of rows and columns"
             )
-        copy = Copy(name, rectangle, int(target.storage_offset()), pitch)
+        copy = LoaderCopy(name, rectangle, int(target.storage_offset()), pitch)
         self.copies.setdefault(parameter, []).append(copy)
 
     def check_whole(self) -> None:

@@ -38,9 +38,9 @@ def fork_on_cpu() -> None:
 def begin_child() -> None:
     """Prepare a forked process."""
     lifetime.die_with_parent()
-    # The event loop's, inherited. A SIGTERM to a rank, which vLLM sends when another rank has died,
-    # would reach the server through it: that would shut down and wait for ever for requests that
-    # are no longer computed, instead of failing them.
+    # A forked child inherits the event loop's wakeup descriptor. Through it a SIGTERM to this rank,
+    # which vLLM sends when another rank has died, would reach the server: the server would shut
+    # down and wait for ever for requests that are no longer computed, instead of failing them.
     signal.set_wakeup_fd(-1)
 
 

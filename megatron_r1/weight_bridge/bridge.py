@@ -147,17 +147,20 @@ class WeightBridge:
         whose set fails meanwhile stay paused, and load all windows anew."""
         swap_began = time.perf_counter()
         waiting = self._engines_up
-        while waiting:
+        while True:
             shared_sets = [s for s in self.links.sets if len(s.engines) > 1]
             repeatable = [engine for engine_set in shared_sets for engine in engine_set.engines]
-            swapping = self.fleet.push(self._update_info(), version, repeatable)
+            swapping = self.fleet.push(self._update_info(), version, repeatable, waiting)
             to_repeat, incomplete = await _run_both(self._send(waiting), swapping)
+            if not incomplete:
+                return swap_began
             for engine in incomplete:
                 if engine not in to_repeat:
                     self._lose(engine, EngineDied(f"{engine.name} did not get the weights"))
             waiting = [engine for engine in incomplete if engine.is_up]
             await self._form_sets(waiting, self._lose, resume=False)
-        return swap_began
+            # Also if none of them is left: the fleet holds `version` only after a call of
+            # `fleet.push` that leaves no engine behind.
 
     async def _send(self, engines: Sequence[Engine]) -> list[Engine]:
         with self.links.reporting_deaths():

@@ -10,6 +10,7 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.weight_sync.receive.errors import StoreUnreachable
 from megatron_r1.weight_sync.results import ConnectedSets, OpenedPush
 
 CONNECT_SECONDS = 120.0
@@ -119,7 +120,11 @@ class SetConnector:
             for engine_set in sets:
                 for engine in engine_set.engines:
                     if engine in errors:
-                        problems.setdefault(engine_set.name, str(errors[engine]))
+                        error = str(errors[engine])
+                        if StoreUnreachable.CODE in error:
+                            # The trainer's ranks know only that they heard nothing from it.
+                            problems[engine_set.name] = error
+                        problems.setdefault(engine_set.name, error)
             deaths = {e: error for e, error in errors.items() if isinstance(error, EngineDied)}
             return problems, deaths
         finally:

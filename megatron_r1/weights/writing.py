@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1.errors import UserError
-from megatron_r1.files import fsync
+from megatron_r1.files import fsync, make_folder
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.local import has_mtp, local_pieces, merged
@@ -182,7 +182,8 @@ def new_folder(out: Path, begin: Callable[[Path], None]) -> Iterator[Path]:
 
     def create() -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        make_folder(out.parent)
+        unfinished.mkdir()
         begin(unfinished)
 
     on_first_rank(create)

@@ -7,7 +7,7 @@ pytest.importorskip("vllm")
 
 from megatron_r1.vllm_plugin import delivery
 from megatron_r1.vllm_plugin.memory_layout import PlacedParameter
-from megatron_r1.vllm_plugin.recorder import Parameter
+from megatron_r1.vllm_plugin.recorder import CheckpointParameter
 from megatron_r1.weight_sync.receive.errors import UndeliveredPush
 
 NAMES = ["small", "large", "larger", "live"]
@@ -25,7 +25,7 @@ class World:
             layer.register_buffer("weight", tensor)
             is_live = name == "live"
             shape, stride = tuple(tensor.shape), tensor.stride()
-            at = Parameter(layer, "weight", name, shape, stride, tensor.dtype, is_live)
+            at = CheckpointParameter(layer, "weight", name, shape, stride, tensor.dtype, is_live)
             self.placed.append(PlacedParameter(at, 256 * number, 0, rows[name]))
         self.memory = torch.zeros(1024, dtype=torch.uint8)
         # Two copies into `large`: slots 1 and 2.

@@ -12,7 +12,7 @@ from megatron_r1.vllm_plugin.memory_layout import (
     lay_out,
     with_gaps,
 )
-from megatron_r1.vllm_plugin.recorder import Copy, Parameter
+from megatron_r1.vllm_plugin.recorder import CheckpointParameter, LoaderCopy
 
 TENSORS = {
     "gate": torch.randn(4, 8).bfloat16(),
@@ -24,9 +24,9 @@ TENSORS = {
 }
 
 
-def parameter(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Parameter:
+def parameter(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> CheckpointParameter:
     strides = torch.empty(shape, device="meta").stride()
-    return Parameter(torch.nn.Identity(), name, name, shape, strides, dtype, False)
+    return CheckpointParameter(torch.nn.Identity(), name, name, shape, strides, dtype, False)
 
 
 FUSED = parameter("fused", (8, 8), torch.bfloat16)
@@ -34,10 +34,10 @@ BESIDE = parameter("beside", (3, 8), torch.float32)
 FOLDED = parameter("folded", (4, 8), torch.float32)
 NORM = parameter("norm", (8,), torch.float32)
 COPIES = {
-    FUSED: [Copy("gate", (0, 4, 0, 8), 0, 8), Copy("up", (0, 4, 0, 8), 32, 8)],
-    BESIDE: [Copy("left", (0, 3, 0, 6), 0, 8), Copy("right", (0, 3, 0, 2), 6, 8)],
-    FOLDED: [Copy("folded", (0, 8, 0, 4), 0, 4)],  # two rows in one
-    NORM: [Copy("norm", (0, 8, 0, 1), 0, 1)],
+    FUSED: [LoaderCopy("gate", (0, 4, 0, 8), 0, 8), LoaderCopy("up", (0, 4, 0, 8), 32, 8)],
+    BESIDE: [LoaderCopy("left", (0, 3, 0, 6), 0, 8), LoaderCopy("right", (0, 3, 0, 2), 6, 8)],
+    FOLDED: [LoaderCopy("folded", (0, 8, 0, 4), 0, 4)],  # two rows in one
+    NORM: [LoaderCopy("norm", (0, 8, 0, 1), 0, 1)],
 }
 EXPECTED = {
     "fused": torch.cat([TENSORS["gate"], TENSORS["up"]]),

@@ -50,8 +50,11 @@ def test_the_map_lists_the_packages_that_the_import_contract_orders():
     layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
     ordered = [re.findall(r"megatron_r1\.(\w+)", layer) for layer in layers]
     page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ((?:`\w+`(?: · )?)+) \|", page, re.MULTILINE)
-    assert [re.findall(r"`(\w+)`", row) for row in rows] == ordered
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", page, re.MULTILINE)
+    mapped: dict[int, list[str]] = {}
+    for layer, package in rows:
+        mapped.setdefault(int(layer), []).append(package)
+    assert mapped == dict(enumerate(ordered, start=1))
     children = (ROOT / "megatron_r1").iterdir()
     entries = {p.stem for p in children if p.name[0] != "_" and (p.is_dir() or p.suffix == ".py")}
     assert entries == {package for layer in ordered for package in layer}

@@ -42,11 +42,13 @@ LINES = {
     "platforms/cpu.py:409": 'os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"',
     "utils/cpu_triton_utils.py:390": "def _expand_kernel_impl(",
     "v1/engine/async_llm.py:984": "await asyncio.sleep(0.02)",
+    "v1/executor/multiproc_executor.py:443": "status != WorkerProc.ResponseStatus.SUCCESS",
     "v1/sample/rejection_sampler.py:581": "def expand_batch_to_tokens(",
     "v1/worker/gpu_model_runner.py:3500": "self.input_batch.generators.get(",
     "v1/worker/gpu_model_runner.py:5801": "if self.intermediate_tensors is None:",
     "v1/worker/gpu_worker.py:375": "def compute_weight_checksums(",
     "v1/worker/gpu_worker.py:1484": "def init_weight_transfer_engine(",
+    "v1/worker/gpu_worker.py:1534": "if self._weight_update_active:",
     "v1/worker/utils.py:596": "torch.zeros(buf_size",
 }
 

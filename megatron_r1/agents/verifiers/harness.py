@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import uuid
 from pathlib import Path
@@ -17,7 +16,7 @@ from megatron_r1.agents.agent_runs import AgentOutcome
 from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.config import VerifiersConfig
 from megatron_r1.errors import UserError
-from megatron_r1.processes.children import popen_options
+from megatron_r1.processes.children import kill_group, popen_options
 from megatron_r1.processes.framed_process import StderrTail, last_line
 
 SCRIPT = Path(__file__).with_name("serve.py")
@@ -90,8 +89,7 @@ class VerifiersHarness:
         """End the server and the processes that it has started."""
         process, self._process = self._process, None
         if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_group(process)
             await process.wait()
         if self._reader is not None:
             await asyncio.wait({self._reader}, timeout=5.0)

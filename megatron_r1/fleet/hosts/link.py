@@ -46,13 +46,22 @@ class HostLink:
             self._socket.send(msgspec.msgpack.encode(report), zmq.NOBLOCK)
 
     def receive(self, timeout_seconds: float) -> Orders | None:
-        """Return the newest orders that arrive in time, or None."""
-        orders = None
+        """Return the newest orders that arrive in time, or None. Raises UserError where they cannot
+        be read."""
+        newest = None
         if self._socket.poll(int(timeout_seconds * 1000)):
             with contextlib.suppress(zmq.Again):
                 while True:
-                    orders = self._decode(self._socket.recv(zmq.NOBLOCK))
-        return orders
+                    newest = self._socket.recv(zmq.NOBLOCK)
+        if newest is None:
+            return None
+        try:
+            return self._decode(newest)
+        except msgspec.MsgspecError as error:
+            raise UserError(
+                f"the orders of the run at {self.address} cannot be read ({error}): start hosts "
+                "and run from the same commit"
+            ) from error
 
     def was_refused(self) -> bool:
         """Return whether the controller has rejected this token since the last call."""

@@ -49,8 +49,9 @@ class HostPool:
         self._memory = shared_memory_identity() if needs_shared_memory else None
         self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error if the connection is closed
-        # A host that was cut off comes back while its old connection still seems to be open, and is
-        # refused: a line that was down for 11 s cost its engines, although 30 are tolerated.
+        # A host that reconnects replaces its old connection, which may still look open. Without
+        # this it is refused: a network down for 11 s cost a host's engines, although 30 s are
+        # tolerated.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.LINGER, 1000)
         protect_server(self._socket, token)
@@ -62,7 +63,8 @@ class HostPool:
         address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.port = int(address.rpartition(":")[2])
         self.refusal: str | None = None
-        """Why a host was refused, if one was."""
+        """Why a host was refused when no other was there; None again once one is accepted."""
+        self._notified_refusals: set[str] = set()
         self._hosts: dict[bytes, HostRecord] = {}
         self._waiting: list[RemoteEngine] = []
         self._placed: dict[str, RemoteEngine] = {}
@@ -84,7 +86,7 @@ class HostPool:
             return count - len(self._waiting)
 
     def describe(self) -> str:
-        """Return a description of the hosts that are there, or of why one was refused."""
+        """Return a description of the hosts that are there, or of why there is none."""
         with self._lock:
             hosts = [f"{host.name} with {host.report.num_engines}" for host in self._hosts.values()]
         return self.refusal or ", ".join(hosts) or "no host has come"
@@ -180,6 +182,7 @@ class HostPool:
             return
         if host is None:
             host = self._hosts[identity] = HostRecord(report, now, now)
+            self.refusal = None
             what = "engines" if self.hosts_per_engine == 1 else "parts of engines"
             self.notify(f"host {report.name} is here, room for {what}: {report.num_engines}")
         host.report, host.heard, host.reached = report, now, now
@@ -193,8 +196,10 @@ class HostPool:
     def _refuse(self, identity: bytes, refusal: str) -> None:
         """Send the reason to the host, which ends with it, and notify of each reason once."""
         self._send(identity, Orders(self.silence_seconds, refusal=refusal))
-        if refusal != self.refusal:
+        if not self._hosts:
             self.refusal = refusal
+        if refusal not in self._notified_refusals:
+            self._notified_refusals.add(refusal)
             self.notify(refusal)
 
     def _judge_ended(self) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.tensors import HFTensor, Region
-from megatron_r1.weight_sync.plan.traffic import ByteCount
+from megatron_r1.weight_sync.plan.traffic import CountBytes
 from megatron_r1.weights.stored.fp8 import BLOCK, is_quantized
 
 LARGEST_BUNDLE = 0.5
@@ -61,7 +61,7 @@ def largest_bundle(transport: str) -> float:
     return SHARED_MEMORY_LARGEST_BUNDLE if transport in ("shm", "cuda_ipc") else LARGEST_BUNDLE
 
 
-def held_parts(planner: Planner, num_bytes: ByteCount) -> list[HeldParts]:
+def held_parts(planner: Planner, count_bytes: CountBytes) -> list[HeldParts]:
     """Return what the rank at each position of an engine needs."""
     engines = planner.engines
     found: list[HeldParts] = [{} for _ in range(engines.ranks_per_engine)]
@@ -69,21 +69,21 @@ def held_parts(planner: Planner, num_bytes: ByteCount) -> list[HeldParts]:
         sizes: dict[Region, int] = {}
         for coordinate, region in needed:
             if region not in sizes:
-                sizes[region] = num_bytes(item.name, item.rule.dtype, region)
+                sizes[region] = count_bytes(item.name, item.rule.dtype, region)
             part = Part(item, region, sizes[region])
             found[engines.rank(coordinate)].setdefault(replicas, []).append(part)
     return found
 
 
 def bundles(
-    held: HeldParts, num_bytes: ByteCount, position: int, num_engines: int, largest: float
+    held: HeldParts, count_bytes: CountBytes, position: int, num_engines: int, largest: float
 ) -> Iterator[Bundle]:
     """Yield a position's bundles, for sets of `num_engines` engines.
 
     Each engine gets an equal share of the bytes, up to `UNEVEN` of them or one block of rows; a
     bundle has at most about `largest` of a share."""
     share = sum_bytes(part for parts in held.values() for part in parts) / num_engines
-    for member, member_parts in enumerate(_shares(held, num_bytes, num_engines, share)):
+    for member, member_parts in enumerate(_shares(held, count_bytes, num_engines, share)):
         for replicas, parts in member_parts.items():
             for run in _runs(parts, share * largest):
                 size = sum_bytes(run)
@@ -104,14 +104,14 @@ def sum_bytes(parts: Iterable[Part]) -> int:
 
 
 def _shares(
-    held: HeldParts, num_bytes: ByteCount, num_engines: int, share: float
+    held: HeldParts, count_bytes: CountBytes, num_engines: int, share: float
 ) -> list[HeldParts]:
     """Return each engine's share of the parts that a position needs, about `share` bytes."""
     shares: list[HeldParts] = [{} for _ in range(num_engines)]
     end = 0.0
     for replicas, parts in held.items():
         for part in parts:
-            for cut in _cut_by_shares(part, end, share, num_bytes):
+            for cut in _cut_by_shares(part, end, share, count_bytes):
                 # By its middle: a cut is rounded to rows, so its ends may be in other shares.
                 member = min(int((end + cut.num_bytes / 2) / share), num_engines - 1)
                 shares[member].setdefault(replicas, []).append(cut)
@@ -119,7 +119,9 @@ def _shares(
     return shares
 
 
-def _cut_by_shares(part: Part, start: float, share: float, num_bytes: ByteCount) -> Iterator[Part]:
+def _cut_by_shares(
+    part: Part, start: float, share: float, count_bytes: CountBytes
+) -> Iterator[Part]:
     """Yield a part, which begins at byte `start` of its position, in cuts of whole rows that end
     about where engines' shares end; of a tensor with FP8 scales, in cuts of whole blocks of rows.
     """
@@ -138,7 +140,7 @@ def _cut_by_shares(part: Part, start: float, share: float, num_bytes: ByteCount)
         return
     for top, bottom in pairwise([*edges, region.bottom]):
         rows = replace(region, top=top, bottom=bottom)
-        yield Part(item, rows, num_bytes(item.name, item.rule.dtype, rows))
+        yield Part(item, rows, count_bytes(item.name, item.rule.dtype, rows))
 
 
 def _runs(parts: list[Part], limit: float) -> Iterator[list[Part]]:

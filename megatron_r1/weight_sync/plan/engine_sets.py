@@ -23,7 +23,7 @@ from megatron_r1.weight_sync.plan.bundles import (
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.sender_choice import SenderChoice
 from megatron_r1.weight_sync.plan.shared_gpus import NONE_SHARED, SharedGPUs
-from megatron_r1.weight_sync.plan.traffic import ByteCount
+from megatron_r1.weight_sync.plan.traffic import CountBytes
 
 SET_ENGINES = 16
 """Most engines of a set. A larger one saves bytes out of the trainer, which has some to spare, and
@@ -57,7 +57,7 @@ def engine_sets(num_engines: int, max_engines: int = SET_ENGINES) -> list[range]
 
 def entries(
     planner: Planner,
-    num_bytes: ByteCount,
+    count_bytes: CountBytes,
     sets: Sequence[range],
     sent: Sequence[float] = (),
     largest: float = LARGEST_BUNDLE,
@@ -71,12 +71,12 @@ def entries(
 
     Senders are chosen for the largest bundles first (`SenderChoice`). Every rank computes the same
     result."""
-    parts_by_position = held_parts(planner, num_bytes)
+    parts_by_position = held_parts(planner, count_bytes)
     found = [
         bundle
         for num_engines in {len(engines) for engines in sets}
         for position, parts in enumerate(parts_by_position)
-        for bundle in bundles(parts, num_bytes, position, num_engines, largest)
+        for bundle in bundles(parts, count_bytes, position, num_engines, largest)
     ]
     found.sort(key=lambda b: (-b.num_bytes, b.member, b.position, b.replicas.start, b.num_engines))
     choice = SenderChoice(list(sent) or [0.0] * planner.grid.world, shared)

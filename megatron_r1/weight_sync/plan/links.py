@@ -15,7 +15,7 @@ from megatron_r1.weight_sync.plan.shared_gpus import (
     RANKS_PER_NODE,
     shared_in_order,
 )
-from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
+from megatron_r1.weight_sync.plan.traffic import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import recipe_stages
 
 
@@ -32,7 +32,7 @@ def shares_gpus_over_nccl(config: Config) -> bool:
 
 def planned_entries(
     planner: Planner,
-    num_bytes: ByteCount,
+    count_bytes: CountBytes,
     sets: Sequence[range],
     *,
     shares_gpus: bool,
@@ -47,7 +47,7 @@ def planned_entries(
     if shares_gpus:
         world, ranks = planner.grid.world, planner.engines.ranks_per_engine
         shared = shared_in_order(sets, ranks, world, ranks_per_node)
-    return entries(planner, num_bytes, sets, (), largest, shared)
+    return entries(planner, count_bytes, sets, (), largest, shared)
 
 
 def planned_push(config: Config, hf: dict) -> list[list[list[Entry]]]:

@@ -10,15 +10,13 @@ from collections.abc import Hashable, Iterator
 from itertools import product
 from typing import NoReturn
 
+from megatron_r1.engine.limits import padded_vocabulary
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout
 from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, checkpoint_tensors, is_tied
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.rules import QueryGroups, Shape, columns, rows, vocabulary, whole
-
-VOCABULARY_MULTIPLE = 64
-"""vLLM pads the vocabulary to this (DEFAULT_VOCAB_PADDING_SIZE) before it splits it."""
 
 DRAFTER_WHOLE = ".eh_proj.weight"
 """The end of a tensor's name: vLLM's drafter has this plain linear layer on every rank, where
@@ -133,7 +131,9 @@ class PredictedLayout:
                 self._refuse(tensor, shape[dim], num_ranks)
             return _equal_share(shape, dim, rank, num_ranks)
         if rule.split is vocabulary:
-            padded = -(-shape[0] // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+            padded = padded_vocabulary(shape[0])
+            if padded % num_ranks:
+                self._refuse(tensor, padded, num_ranks)
             start, end = rank * padded // num_ranks, min((rank + 1) * padded // num_ranks, shape[0])
             return Region.along(shape, 0, start, end - start) if start < end else None
         assert isinstance(rule.split, QueryGroups)
@@ -145,12 +145,13 @@ class PredictedLayout:
 
     def _refuse(self, tensor: HFTensor, size: int, num_ranks: int) -> NoReturn:
         keys, remedy = f"rollout.tensor={self.layout.tensor}", ""
+        padded = "" if size in tensor.shape else " padded rows"
         if tensor.expert is not None:
             keys += f" x rollout.data={self.layout.data}"
             remedy = ", or set rollout.expert_parallel: true"
         raise UserError(
             f"{keys}: {num_ranks} engine ranks cannot share {tensor.name} {tensor.shape}, as size "
-            f"{num_ranks} does not divide {size}; choose a divisor of {size}{remedy}"
+            f"{num_ranks} does not divide {size}{padded}; choose a divisor of {size}{remedy}"
         )
 
     def _experts_on(self, rank: int) -> range:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weights.stored.fp8 import BLOCK, is_quantized
 
-ByteCount = Callable[[str, str | None, Region], int]
+CountBytes = Callable[[str, str | None, Region], int]
 """(HF name, the tensor's own dtype or None, region) -> bytes on the wire."""
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def plain_bytes(dtype: str) -> ByteCount:
+def plain_bytes(dtype: str) -> CountBytes:
     """Count every tensor in `dtype`, except those that keep their own."""
     return lambda name, own_dtype, region: region.num_elements * _WIDTH[own_dtype or dtype]
 

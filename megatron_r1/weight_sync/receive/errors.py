@@ -22,6 +22,12 @@ class IncompletePush(PushError):
     CODE = "incomplete_push"
 
 
+class StoreUnreachable(PushError):
+    """An engine rank cannot connect to the trainer's store, where all ranks of a set meet."""
+
+    CODE = "store_unreachable"
+
+
 class UndeliveredPush(PushError):
     """A push arrived, and the engine computes with something else."""
 

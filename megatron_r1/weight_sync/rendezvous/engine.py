@@ -51,7 +51,7 @@ class EngineRendezvous(Rendezvous):
         for member, senders in enumerate(plan):
             entered = [delivery for _, sent in senders for delivery in sent]
             if member != self.member and entered:
-                # By window, also where several trainer ranks send to that engine.
+                # By slot, and so by window, also where several trainer ranks send to that engine.
                 deliveries[Peer(member)] = sorted(entered, key=lambda delivery: delivery.slot)
         return deliveries
 
@@ -60,7 +60,7 @@ class EngineRendezvous(Rendezvous):
         if self.shared.add(f"has/{push}", 1) == self._num_ranks:
             self.shared.set(f"complete/{push}", "1")
             self.shared.delete_key(f"has/{push}")
-            # Not the key of this push, which trainer rank 0 may not have read yet.
+            # The previous push's key only: trainer rank 0 may not have read this one's yet.
             self.shared.delete_key(f"complete/{push - 1}")
 
     def release(self, rank: int, push: int, window: int) -> None:

@@ -16,7 +16,7 @@ from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayout
 from megatron_r1.weight_sync.plan.shared_gpus import SharedGPUs
 from megatron_r1.weight_sync.plan.tensors import Region
-from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
+from megatron_r1.weight_sync.plan.traffic import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.weight_sync.rendezvous.offers import PositionPlan, ReceiverInfo
 from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
 from megatron_r1.weight_sync.send.offers import EXPECTED_ERRORS, Offers
@@ -198,7 +198,7 @@ class LinkPlanner:
         raise ValueError(f"this rank does not hold {region} of {name}")
 
 
-def _byte_count(tables: list[SlotTable]) -> ByteCount:
+def _byte_count(tables: list[SlotTable]) -> CountBytes:
     """Return the function that counts a slice's bytes, to balance engines and senders."""
     dtypes = {slot.dtype for table in tables for slot in table.slots}
     if STORED in dtypes:

@@ -123,8 +123,8 @@ class GlooReceiver(PairReceiver):
 
     def _exchange_window(self, shared: Groups, window: int) -> int:
         """Wait for the next push's window, exchange it, and return the push's number."""
-        # An engine that nothing of this window enters sees no header: the first engine that has
-        # one tells all others that the push has begun.
+        # An engine that receives nothing of this window from the trainer sees no header, so the
+        # first engine that does tells all others that the push has begun.
         leader = next(m for m, windows in enumerate(self._windows) if windows[window])
         group = shared.control
         push = torch.zeros(1, dtype=torch.int64)  # 0: the leader closes

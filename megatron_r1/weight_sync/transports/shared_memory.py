@@ -34,8 +34,9 @@ POLL_SECONDS = 0.002
 FOLLOW_SECONDS = 0.0001
 """Pauses between reads of the progress arrays: when idle, and while a push is under way, where 20
 to 500 us make no difference (docs/log.md)."""
-PUSH, DONE, SUMS = 0, 1, 2
-"""Fields of a progress array (uint64): push, bytes written of it, one checksum per delivery."""
+PUSH_AT, WRITTEN_AT, CHECKSUMS_AT = 0, 1, 2
+"""Indices into a progress array (uint64): the push's number, its bytes written so far, and the
+checksum of its first delivery."""
 
 
 class NamedMemory:
@@ -156,16 +157,16 @@ class _Follower:
 
     def follow(self) -> bool:
         """Check the rows written since the last call; return whether there were any."""
-        push, done = int(self.progress[PUSH]), int(self.progress[DONE])
+        push, done = int(self.progress[PUSH_AT]), int(self.progress[WRITTEN_AT])
         if push != self.push:
             # A sender sets its count to 0 before it begins another push.
             self.push, self.index, self.seen = push, 0, 0
-            done = int(self.progress[DONE]) if int(self.progress[PUSH]) == push else 0
+            done = int(self.progress[WRITTEN_AT]) if int(self.progress[PUSH_AT]) == push else 0
         if done <= self.seen:
             return False
         memory_fence()
         while self.index < len(self.ends) and self.ends[self.index] <= done:
-            sent = int(self.progress[SUMS + self.index])
+            sent = int(self.progress[CHECKSUMS_AT + self.index])
             self.buffer.delivery_arrived(self.sender, push, self.index, sent)
             self.index += 1
         if self.index < len(self.ends) and done > self.starts[self.index]:
@@ -183,7 +184,7 @@ class SharedMemorySender(Sender):
 
     def plan(self, deliveries: Sequence[Delivery]) -> None:
         path = _progress_path(self, self.sender)
-        self._file = NamedMemory(path, 8 * (SUMS + len(deliveries)))
+        self._file = NamedMemory(path, 8 * (CHECKSUMS_AT + len(deliveries)))
         self._progress = np.memmap(path, np.uint64, "r+")
         self._memory = self.map_memory()
         self._views: dict[int, list[torch.Tensor]] = {}
@@ -199,22 +200,24 @@ class SharedMemorySender(Sender):
         self.await_free_memory(push, window)
         progress = self._progress
         assert progress is not None, "plan() comes first, and close() last"
-        if int(progress[PUSH]) != push:
+        if int(progress[PUSH_AT]) != push:
             # In this order: `_Follower.follow` must not take the last push's count for this one's.
-            progress[DONE] = 0
-            progress[PUSH] = push
-        targets, done = self._targets(push), int(progress[DONE])
+            progress[WRITTEN_AT] = 0
+            progress[PUSH_AT] = push
+        targets, done = self._targets(push), int(progress[WRITTEN_AT])
         for index in self.windows[window]:
             delivery = self.deliveries[index]
             row_bytes = delivery.row_bytes(self.table)
 
             def report_rows(row: int, start: int = done, row_bytes: int = row_bytes) -> None:
                 memory_fence()
-                progress[DONE] = start + row * row_bytes
+                progress[WRITTEN_AT] = start + row * row_bytes
 
-            progress[SUMS + index] = copy_with_checksum(targets[index], slices[index], report_rows)
+            progress[CHECKSUMS_AT + index] = copy_with_checksum(
+                targets[index], slices[index], report_rows
+            )
             memory_fence()
-            progress[DONE] = done = done + delivery.num_bytes(self.table)
+            progress[WRITTEN_AT] = done = done + delivery.num_bytes(self.table)
 
     def _targets(self, push: int) -> list[torch.Tensor]:
         """Return the views that the deliveries of this push fill."""

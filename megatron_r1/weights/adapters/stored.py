@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_r1.config.model import LoraConfig
+from megatron_r1.files import atomic_write
 from megatron_r1.weights.adapters.attach import adapter_pieces
 from megatron_r1.weights.adapters.table import adapter_shapes, adapter_table, target_modules
 from megatron_r1.weights.stored.safetensors_file import plan_file
@@ -41,7 +42,7 @@ def save_adapter(
 
     def begin(folder: Path) -> None:
         text = json.dumps(settings, indent=2) + "\n"
-        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        atomic_write(folder / "adapter_config.json", text)
 
     plan = plan_file({PREFIX + name: (s, dtype) for name, s in adapter_shapes(rules).items()})
     held = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_r1.files import atomic_write
+from megatron_r1.files import atomic_write, fsync
 from megatron_r1.models.hf_config import as_score_model, has_score_head
 from megatron_r1.weights.layout import Shape
 from megatron_r1.weights.stored import fp8
@@ -55,10 +55,12 @@ def write_index(folder: Path, files: Mapping[str, Tensors]) -> None:
 
 
 def carry_files(source: Path, folder: Path) -> None:
-    """Copy the files of `source` other than weights and config.json, such as the tokenizer's."""
+    """Copy the files of `source` other than weights and config.json, such as the tokenizer's. The
+    copies survive a power cut."""
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in _CARRIED and file.name not in (INDEX, "config.json"):
-            shutil.copyfile(file, folder / file.name)
+            fsync(shutil.copyfile(file, folder / file.name))
+    fsync(folder)
 
 
 def write_config(

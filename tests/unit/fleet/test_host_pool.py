@@ -20,12 +20,18 @@ import zmq
 from megatron_r1.config import RolloutConfig
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.gpu import gpus_of_slot, visible_gpus
+from megatron_r1.errors import UserError
 from megatron_r1.fleet.hosts.link import HostLink
 from megatron_r1.fleet.hosts.pool import HostPool
 from megatron_r1.fleet.hosts.remote_server import RemoteServer
 from megatron_r1.fleet.hosts.wire import HostReport, publish_address, published_address
 from megatron_r1.fleet.placement import open_pool
-from megatron_r1.processes.authentication import ENVIRONMENT, known_token, make_token
+from megatron_r1.processes.authentication import (
+    ENVIRONMENT,
+    known_token,
+    make_token,
+    protect_server,
+)
 from megatron_r1.processes.children import free_port
 
 
@@ -207,6 +213,59 @@ def test_memory_that_is_not_shared_is_refused(pool, host, monkeypatch):
     _, error = agent.communicate(timeout=30)
     assert agent.returncode == 2
     assert "push.transport: gloo" in error and "push.transport: gloo" in pool.describe()
+
+
+def test_a_refused_host_does_not_keep_engines_from_the_accepted_ones(pool):
+    pool._memory = "shared"
+    token = known_token(pool.folder / "token")
+    links = [HostLink(f"tcp://127.0.0.1:{pool.port}", token) for _ in range(3)]
+
+    def report(link, memory):
+        link.send(HostReport(f"host-{memory}", 1, memory))
+        return link.receive(0.1)
+
+    def start(seconds=0.3):
+        server = RemoteServer(pool, pool.folder, pool.folder / "engine-0.log")
+        server.start()
+        with pytest.raises(EngineError) as failure:
+            asyncio.run(server.wait_ready(seconds))
+        server.stop()
+        return str(failure.value)
+
+    refused, good, also_refused = links
+    try:
+        until(lambda: (orders := report(refused, "other")) and orders.refusal)
+        assert "host-other does not share" in start()
+        until(lambda: report(good, "shared") and pool.num_free == 1)
+        assert pool.describe() == "host-shared with 1"
+        assert "host host-shared has not started it" in start()
+        until(lambda: (orders := report(also_refused, "third")) and orders.refusal)
+        assert pool.describe() == "host-shared with 1"
+        assert "host host-shared has not started it" in start()
+        good.send(HostReport("host-shared", 1, "shared", leaving=True))
+        until(lambda: pool.num_free == 0)
+        assert "no host had room for it (no host has come)" in start()
+    finally:
+        for link in links:
+            link.close()
+
+
+def test_a_host_that_cannot_read_its_orders_says_so():
+    context = zmq.Context.instance()
+    controller = context.socket(zmq.ROUTER)
+    protect_server(controller, "t" * 64)
+    port = controller.bind_to_random_port("tcp://127.0.0.1")
+    link = HostLink(f"tcp://127.0.0.1:{port}", "t" * 64)
+    try:
+        until(lambda: link._socket.poll(100, zmq.POLLOUT))
+        link.send(HostReport("host", 1, ""))
+        identity, _ = controller.recv_multipart()
+        controller.send_multipart([identity, msgspec.msgpack.encode({"silence_seconds": "long"})])
+        with pytest.raises(UserError, match="orders of .*cannot be read .*from the same commit"):
+            link.receive(20)
+    finally:
+        link.close()
+        controller.close()
 
 
 def test_gpus_are_shared_out_evenly():

@@ -18,7 +18,7 @@ from megatron_r1.weight_sync.plan.checks import check_pushes, engine_layout
 ROOT = Path(__file__).parents[3]
 DENSE = {
     "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 67,
+    "vocab_size": 190,
     "hidden_size": 128,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
@@ -40,6 +40,11 @@ def config(rl=None, **rollout):
         (DENSE, {"tensor": 5}, "rollout.tensor=5 does not divide num_attention_heads=12"),
         (DENSE, {"tensor": 6}, "tensor=6 neither divides num_key_value_heads=4 nor"),
         ({"text_config": DENSE}, {"tensor": 5}, "rollout.tensor=5 does not divide"),
+        (
+            DENSE | {"vocab_size": 67},
+            {"tensor": 12},
+            "tensor=12 does not divide the 128 rows of vLLM's padded vocabulary",
+        ),
         (DENSE, {"pipeline": 4}, "rollout.pipeline=4 is more than the model's 3 layers"),
         (DENSE, {"expert_parallel": True}, "the model has no experts; set it to false"),
         (
@@ -153,7 +158,7 @@ def test_engines_on_other_hosts_get_none_of_this_hosts_gpus(tmp_path):
 
 
 def test_the_vocabulary_is_the_language_models(tmp_path):
-    for hf, size in [(DENSE, 67), ({"text_config": DENSE}, 67), ({}, None)]:
+    for hf, size in [(DENSE, 190), ({"text_config": DENSE}, 190), ({}, None)]:
         (tmp_path / "config.json").write_text(json.dumps(hf))
         assert vocab_size(tmp_path) == size
 

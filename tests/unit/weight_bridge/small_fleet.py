@@ -9,7 +9,7 @@ class SmallFleet:
         self.engines, self.lost, self.awake = list(engines), [], asyncio.Event()
         self.awake.set()
 
-    async def push(self, update, version, repeatable=()):
+    async def push(self, update, version, repeatable=(), waiting=None):
         return []
 
     def patient(self, seconds):

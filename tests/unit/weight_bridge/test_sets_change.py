@@ -118,10 +118,10 @@ class Client:
 
 
 class Fleet(SmallFleet):
-    async def push(self, update, version, repeatable=()):
+    async def push(self, update, version, repeatable=(), waiting=None):
         """As `RolloutFleet.push`."""
         engines = [engine for engine in self.engines if engine.is_up]
-        pending = [engine for engine in engines if engine.client.version != version]
+        pending = [engine for engine in engines if waiting is None or engine in waiting]
         calls = [engine.client.swap_weights(update, version) for engine in pending]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         incomplete = []

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.errors import UserError
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import stage_shards
 from tests.unit.weight_sync.plan_worlds import DEEPSEEK_V3, WORLDS, held
-from tests.unit.weight_sync.push_models import DEEPSEEK_MTP
+from tests.unit.weight_sync.push_models import DEEPSEEK_MTP, QWEN
 from tools.bench.push.direct_links import Transfer, direct_links, first_turn, sends
 
 
@@ -144,3 +145,20 @@ def test_deepseek_v3_from_2048_ranks_to_64_engines_moves_the_least_and_evenly():
     for rank in (0, 700, 2047):
         own = sum(plain_bytes("bfloat16")(t.name, t.dtype, t.region) for t in sends(planner, rank))
         assert own == pytest.approx(moved.sent[rank])
+
+
+@pytest.mark.parametrize(("vocabulary", "splits"), [(1000, False), (1150, True)])
+def test_a_vocabulary_that_vllm_cannot_split_is_refused(vocabulary, splits):
+    """vLLM pads it to a multiple of 64, here 1024 and 1152, and asserts that ranks divide that."""
+    layout = EngineLayout(tensor=3)
+    changes = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}
+    hf = QWEN | changes | {"intermediate_size": 192, "vocab_size": vocabulary}
+    needs = PredictedLayout(hf, layout)
+    embedding = next(needs.tensors(layout.coordinate(0)))
+    if splits:
+        heights = [needs.region(embedding, layout.coordinate(rank)).bottom for rank in range(3)]
+        assert heights == [384, 768, 1150]
+        return
+    refusal = r"tensor=3: 3 engine ranks cannot share model.embed_tokens.* 1024 padded rows; choose"
+    with pytest.raises(UserError, match=refusal):
+        needs.region(embedding, layout.coordinate(0))

@@ -1,14 +1,30 @@
 """Durable writing: content is synced before its rename, and the folder after it."""
 
+import json
 import os
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_r1.config.model import LoraConfig
 from megatron_r1.weights import writing
+from megatron_r1.weights.adapters import stored
 from megatron_r1.weights.rules import Piece
+from megatron_r1.weights.stored import hf_folder
 from megatron_r1.weights.stored.safetensors_file import plan_file
+
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "vocab_size": 32,
+    "tie_word_embeddings": False,
+}
 
 
 @pytest.fixture
@@ -27,6 +43,19 @@ def events(monkeypatch):
     monkeypatch.setattr(os, "replace", recorded("rename", os.replace, 1))
     monkeypatch.setattr(os, "rename", recorded("rename", os.rename, 1))
     return seen
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """The names of all files and folders that are synced."""
+    names, upstream = set(), os.fsync
+
+    def fsync(descriptor):
+        names.add(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        upstream(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return names
 
 
 def write(folder, durable):
@@ -61,3 +90,23 @@ def test_a_folder_is_renamed_when_its_files_are_synced_and_its_parent_after(even
         ("sync", tmp_path.name),
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_the_small_files_beside_the_weights_are_synced(synced, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "new" / "out"
+    source.mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "config.json"):
+        (source / name).write_text("{}")
+    with writing.new_folder(out, lambda folder: hf_folder.carry_files(source, folder)):
+        pass
+    assert sorted(path.name for path in out.iterdir()) == ["chat_template.jinja", "tokenizer.json"]
+    files = {"chat_template.jinja", "tokenizer.json"}
+    assert synced == {*files, "out.incomplete", "new", tmp_path.name}
+
+
+def test_the_configuration_of_exported_adapters_is_synced(synced, tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "adapter_pieces", lambda chunks: [])
+    lora = LoraConfig(rank=2)
+    stored.save_adapter([], QWEN2, lora, "base", tmp_path / "adapter", torch.float32)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2
+    assert any(name.startswith(".adapter_config.json.") for name in synced)
