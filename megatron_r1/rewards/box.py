@@ -1,4 +1,4 @@
-r"""What stands right beside the last box of an answer, and changes it: `-\boxed{13}`,
+r"""What stands right beside the last box of an answer, in its line, and changes it: `-\boxed{13}`,
 `\boxed{13}^2`, `less than \boxed{13}`, `\boxed{13} is wrong`. Other text explains the answer."""
 
 import re
@@ -6,43 +6,73 @@ import re
 from megatron_r1.rewards.answer import box_span
 from megatron_r1.rewards.wording import CHANGED
 
-MAX_BEFORE_CHARS = 200
-# `adds up to \boxed{13}` states a sum.
-NO_SUM = "(?<!add )(?<!adds )(?<!adding )(?<!sum )(?<!sums )"
+MAX_BESIDE_CHARS = 200
+LINKS = r"[\s$*]{0,9}(?:(?:be|is|equal|equals|exactly|to)\b[\s$*]{0,9}){0,3}$"
 BEFORE = re.compile(
-    r"(?:(?:^|[=({\[:,])[\s$]{0,9}[-−][\s$]{0,9}"
-    r"|(?:^|[\s$])[-−–]\$?"
-    r"|\\(?:sqrt|[dt]?frac|not|neg|pm|mp|log|ln|neq?|[lg]eq?|[lg]t)\s*"
-    r"(?:\{[^{}]{0,80}\}\s*)?\{?[\s$]{0,9}"
-    r"|(?:[<≠√∛]|(?<![-=\n])>)[\s$]{0,9}"
-    r"|(?:\b(?:not|never|cannot|(?:less|more|fewer|greater|other) than|at (?:least|most)"
-    rf"|{NO_SUM}up to|half of|twice|negative|minus)|n['’]t)\b[\s$*]{{0,9}}"
-    r"(?:(?:be|is|equal|equals|exactly|to)\b[\s$*]{0,9}){0,3})$",
+    # A sign: right before the box, after `=` or a bracket, or at the beginning of a formula. With a
+    # space or a dollar sign after it, it may also be a dash: `Final answer: - $\boxed{13}$`.
+    r"(?:(?:^|[\s$({\[=:,*])[-−]$|[=({\[]\s{0,9}[-−–][\s$]{0,9}$|(?:^|(?<=[\s(*$]))\$\s?[-−–]\s{0,9}$"
+    r"|^[-−]\$$|\b(?:is|equals)\s[-−]\$$"
+    # An operator or function, and up to one argument of it.
+    r"|\\(?:sqrt\s*(?:\[[^][]{0,20}\])?|[dt]?frac\s*(?:\{[^{}]{0,80}\})?"
+    r"|(?:log|ln)\s*(?:_\s*(?:\w|\{[^{}]{0,20}\}))?|not|neg|pm|mp|neq?|[lg]t)\s*\{?[\s$]{0,9}$"
+    r"|(?:[<≠√∛]|(?<!^)(?<![-=<>|｜])>)[\s$]{0,9}$"
+    r"|(?:\b(?:not|never|cannot|(?<!no )(?<!not )(?:less|more|fewer|greater|other) than|half of"
+    rf"|twice|negative|minus)|n['’]t)\b{LINKS})",
     re.IGNORECASE,
 )
-ROUNDED = re.compile(
-    r"\b(?:about|approximately|roughly|nearly|almost)\b[\s$*]{0,9}"
-    r"(?:(?:be|is|equal|equals|exactly|to)\b[\s$*]{0,9}){0,3}$",
+NO_SUM = "(?<!add )(?<!adds )(?<!adding )(?<!sum )(?<!sums )"
+"""`adds up to \\boxed{13}` states a sum."""
+UNCOMMITTED = re.compile(
+    rf"(?:^\s*[-−–][\s$]{{0,9}}$|\\[lg]eq?\s*\{{?[\s$]{{0,9}}$|\b(?:at (?:least|most)|{NO_SUM}up to"
+    rf"|not? (?:less|more|fewer|greater) than)\b{LINKS})",
     re.IGNORECASE,
 )
-"""Words that leave a whole number open. A decimal is what they round to: `about \\boxed{3.14}`."""
+"""A dash that may be a sign, and bounds, which a question may ask for. They change the box only
+where an answer is alone, in tags."""
+ROUNDED = re.compile(rf"\b(?:about|approximately|roughly|nearly|almost)\b{LINKS}", re.IGNORECASE)
+"""Words that leave a whole number open, in tags. A decimal is what they round to: `about
+\\boxed{3.14}`."""
 DECIMAL = re.compile(r"\.\d")
-BULLET = re.compile(r"(?:^|(?<=[^=({\[,+\s]))[^\S\n]{0,9}\n\s{0,9}[-*+>][^\S\n]{1,9}$")
-"""The mark of an item of a list, `- \\boxed{13}`, on a line of its own."""
+LINE_MARK = re.compile(r"^\s{0,9}(?:(?:>|[-*+](?=\s)|\d{1,2}[.)](?=\s))\s{0,9}){0,4}")
+"""Marks of quotes and lists at the beginning of a line: `> \\boxed{13}`, `- \\boxed{13}`."""
+HTML_TAG = re.compile(r"</?[A-Za-z][^<>]{0,80}>")
 AFTER = re.compile(
-    r"(?![\s$]{0,9}\n[^\S\n]{0,9}[-*+]\s)[\s$]{0,9}(?:\^(?!\s*\{?\s*\\circ)|[-+*/]\s*(?:[\d(]"
-    r"|\\(?:sqrt|[dt]?frac|pi)(?![A-Za-z]))|\\(?:pm|mp|cdot|times|div)(?![A-Za-z]))"
+    # A power, but not a degree or an ordinal (`^\circ`, `^{th}`, `^\text{th}`).
+    r"\s{0,9}(?:\^\s*\{?\s*(?:[-+]?\d|[a-np-z](?![a-z])|\\(?:[dt]?frac|sqrt|pi)(?![a-z]))"
+    # `\boxed{13} - 1`; after a formula that ends, it is a dash: `$\boxed{13}$ - 5 and 8 added`.
+    r"|[-+*/]\s*(?:\d|\\(?:sqrt|[dt]?frac|pi)(?![a-z]))|[-+*/]\("
+    r"|\\(?:pm|mp|cdot|times|div)(?![a-z]))",
+    re.IGNORECASE,
 )
+CHOICE = re.compile(r"\\f?box(?:ed)?\s*\{(?:\\[a-z]{1,9}\s*\{|[\s$(]){0,4}[A-J][\s$).}]{1,6}")
+"""A box with a choice. What follows may be its text: `\\boxed{A} - 13 apples`."""
 
 
-def changes_box(text: str) -> bool:
-    """Return whether the text beside the last box changes the box's value, or denies it. It takes
-    time linear in the length of the text."""
+def changes_box(text: str, *, alone: bool = False) -> bool:
+    """Return whether the text beside the last box, in its line, changes the box's value, or denies
+    it. It takes time linear in the length of the text.
+
+    alone: whether the text is an answer alone, without its solution. It must commit itself, so
+    `about` and `at most` change it, too."""
     span = box_span(text)
     if span is None:
         return False
     start, end = span
-    before = BULLET.sub("\n", text[max(start - MAX_BEFORE_CHARS, 0) : start])
-    if ROUNDED.search(before) and not DECIMAL.search(text[start:end]):
+    before = text[max(start - MAX_BESIDE_CHARS, 0) : start]
+    after = text[end : end + MAX_BESIDE_CHARS].partition("\n")[0]
+    is_first_line = "\n" not in before
+    before = HTML_TAG.sub("", before.rpartition("\n")[2])
+    if not (alone and is_first_line):
+        before = LINE_MARK.sub("", before, count=1)
+    if before.endswith("*"):
+        after = after.lstrip("*")  # it ends an emphasis, and is no product
+    is_choice = CHOICE.fullmatch(text, start, end) is not None
+    if BEFORE.search(before) or (not is_choice and AFTER.match(after)):
         return True
-    return any((BEFORE.search(before), AFTER.match(text, end), CHANGED.match(text, end)))
+    is_open = ROUNDED.search(before) and not DECIMAL.search(text, start, end)
+    if alone and (is_open or UNCOMMITTED.search(before)):
+        return True
+    # A question may ask for the choice that is wrong: `\boxed{B} is false`.
+    is_number = re.search(r"\d", text[start:end]) is not None
+    return (alone or is_number) and CHANGED.match(after) is not None

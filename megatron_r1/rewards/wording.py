@@ -22,13 +22,17 @@ DENIAL = re.compile(
 )
 CHANGED = re.compile(
     r"[\s$*)]{0,9}(?:[!?]*\?|\+(?=[\s$*.]*$)|-?ish\b"
-    r"|(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed|less|fewer)\b"
+    r"|(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed)\b"
+    r"|(?:less|fewer)(?=[\s$*.!]*$)"
     r"|or (?:more|less|fewer|so|maybe|perhaps|possibly)\b|\(?(?:not|un)\s?(?:sure|certain)\b"
-    r"|(?:is|was)(?: (?:not|too)\b|n['’]t| (?:wrong|incorrect|false)))",
+    r"|(?:is|was) (?:too|wrong|incorrect|false)\b"
+    r"|(?:is|was)(?: not|n['’]t)(?=[\s$*]*(?:$|[.,;:!?)])"
+    r"|(?: (?:it|the|my|an?|final|correct|right|valid|required)){0,3}"
+    r" (?:it|answer|solution|correct|right|valid|true|possible)\b))",
     re.IGNORECASE,
 )
 """Text after a number which shows that the number alone is not the answer: `122 million`, `122 or
-so`, `122 is wrong`, `122 squared`, `122?`."""
+so`, `122 is wrong`, `122 squared`, `122?`. `122 is not listed` may explain the answer."""
 # What may stand right before a formula that is the answer: `we get`, `equal to`, `a total of`.
 LEAD = re.compile(
     r"(?:^|[:=,.]|\b(?:is|are|was|were|be|equals?|gives?|get|gets|got|have|has|had|find|finds|found"

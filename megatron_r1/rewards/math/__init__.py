@@ -58,7 +58,7 @@ def grade(
     is_sentence = len(extraction.text.split()) > 2
     if is_sentence and same_words(str(truth), extraction.text, ignore_case=False):
         return Grade(1.0, describe(extraction.text, expected, True, extraction.source))
-    if changes_box(extraction.text):
+    if changes_box(extraction.text, alone=True):
         return Grade(0.0, f"refused: {shorten(extraction.text)}: what is beside the box changes it")
     *others, answer = map(_stated_alone, final_answers(extraction.text))
     others += stated_numbers(extraction.text)[:-1]

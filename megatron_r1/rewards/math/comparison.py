@@ -14,12 +14,11 @@ from megatron_r1.rewards.math import text as math_text
 from megatron_r1.rewards.math.congruence import same_congruence
 from megatron_r1.rewards.math.layout import unstyled
 from megatron_r1.rewards.math.members import (
-    distinct_members,
-    is_set_of_values,
     lists_relations,
     paired_members,
     read_list,
     with_parameter_of,
+    without_repeats,
 )
 from megatron_r1.rewards.math.number import PERCENT, read_number, same_number
 from megatron_r1.rewards.math.refusal import is_division, is_unfinished, refusal
@@ -334,14 +333,13 @@ def _compare_lists(expected: str, answer: str) -> bool | None:
     answer_list = answer_list or Structure("", (answer,))
     answer_list = with_parameter_of(truth_list, answer_list)
     left, right, has_order = paired_members(truth_list, answer_list)
-    if is_set_of_values(truth_list):
-        left, right = distinct_members(left), distinct_members(right)
-    elif answer_list.is_set:
-        right = distinct_members(right)
+    pairs = {truth_list.brackets, answer_list.brackets}
+    has_order |= not pairs <= {"", *SETS} or WITH_THOUSANDS.fullmatch(expected) is not None
+    if not has_order:
+        left, right = without_repeats((truth_list, answer_list), left, right)
     if len(left) != len(right) or len(left) > MAX_MEMBERS:
         return False
-    pairs = {truth_list.brackets, answer_list.brackets}
-    if not has_order and pairs <= {"", *SETS} and not WITH_THOUSANDS.fullmatch(expected):
+    if not has_order:
         return match_all(left, right, equivalent)
     # A list may leave out the brackets of a tuple, not those of an interval.
     if len(pairs) > 1 and pairs != {"", "()"}:

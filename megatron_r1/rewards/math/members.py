@@ -73,13 +73,18 @@ def _parameter(side: Structure) -> str | None:
     return domains[0] if len(domains) == 1 and given and domains[0] not in given else None
 
 
-def is_set_of_values(side: Structure) -> bool:
-    """Whether a repeated member counts once: in a set, and in a list of points, the solutions of a
-    system. A list of numbers, as of prime factors, has each as often as it is written."""
+def without_repeats(sides: tuple[Structure, Structure], *members: list[str]) -> list[list[str]]:
+    """Return the members of both sides without order, each once unless it matters how often they
+    are written: in lists of numbers that both repeat some. `3, 5, 5` is not `3, 3, 5`, but roots
+    may be listed with or without their multiplicities."""
+    once = [list({squeeze(one): one for one in side}.values()) for side in members]
+    both_repeat = all(len(few) < len(all_) for few, all_ in zip(once, members, strict=True))
+    if both_repeat and not any(map(_is_set_of_values, sides)):
+        return list(members)
+    return once
+
+
+def _is_set_of_values(side: Structure) -> bool:
+    """Whether it is a set, or a list of points, as the solutions of a system are."""
     is_list_of_points = not side.brackets and all(one.startswith("(") for one in side.members)
     return side.is_set or is_list_of_points
-
-
-def distinct_members(members: list[str]) -> list[str]:
-    """Return the members, each text once."""
-    return list({squeeze(member): member for member in members}.values())

@@ -24,21 +24,20 @@ _NO_UNITS = """
     quadruple gross doz kilo mega giga milli micro nano ppm ppb bps basis mille permille reciprocal
     inverse debt loss off never th thousandth double triple twice time pair couple percent pct or
     and not maybe perhaps possibly about approximately around approx roughly nearly almost ish
-    versus vs unless possible less more fewer least most than over under above below up plus minus
-    negative squared cubed factorial mod modulo base binary to but either any all none no
-    is are if else zero one two three four five six seven eight nine ten eleven twelve pi e i inf
-    infinity sqrt sin cos tan ln log exp divided multiplied power root wrong false
+    versus vs unless least most than over under above below up plus minus squared cubed factorial
+    mod modulo base binary to but either any all none no is are if else zero one two three four five
+    six seven eight nine ten eleven twelve pi e i inf infinity sqrt sin cos tan ln log exp divided
+    multiplied power root mil bil tril mio mrd
 """
 NO_UNITS = frozenset((*_NO_UNITS.split(), "square root"))
-# After a value, no units either: words that deny it, bounds, and short words for a scale.
+# No units either where they end the text: words that deny the value, bounds, `grand`.
+# Before a noun they describe what is counted: `13 invalid votes`, `13 different ways`.
 _NOT_COUNTED = """
-    invalid excluded denied rejected refuted ruled dismissed discarded disproved unlikely doubtful
-    dubious impossible inaccurate imprecise unsure uncertain unverified nope nah max maximum minimum
-    tops grand mil bil tril mio mrd
+    invalid excluded denied rejected refuted out dismissed discarded disproved unlikely doubtful
+    possible dubious impossible inaccurate imprecise unsure uncertain unverified nope nah max
+    maximum minimum tops grand
 """
-# `13 different ways`: these deny a value before it, and describe what is counted after it.
-_COUNTED = "different other larger smaller bigger"
-NOT_COUNTED = NO_UNITS.union(_NOT_COUNTED.split(), DENYING.split()).difference(_COUNTED.split())
+NOT_COUNTED = NO_UNITS.union(_NOT_COUNTED.split(), DENYING.split())
 
 HAN_UNITS = {
     **{"米": "m", "厘米": "cm", "毫米": "mm", "千米": "km", "公里": "km", "分米": "dm"},
@@ -130,7 +129,9 @@ def same_unit(left: str | None, right: str | None) -> bool:
 def _unit(words: str, power: str) -> str | None:
     is_one = any(form in KNOWN for form in _forms(words)[:2])
     parts = [words] if is_one else [part for part in re.split(r"[ /.-]+", words) if part]
-    if any(not NOT_COUNTED.isdisjoint(_forms(part)[1:]) for part in parts):
+    if any(not NO_UNITS.isdisjoint(_forms(part)[1:]) for part in parts):
+        return None
+    if not NOT_COUNTED.isdisjoint(_forms(parts[-1])[1:]):
         return None
     exponent = "".join(digit for digit in power if digit.isdigit())
     for prefix, number in (("sq", "2"), ("square", "2"), ("cu", "3"), ("cubic", "3")):

@@ -1,6 +1,7 @@
 """Where the final answer is read: each form that a model may give it, and what is no answer."""
 
 import pytest
+from final_sentences import BOXED, LINES
 
 from megatron_r1.config import Config
 from megatron_r1.evaluation.voting import read_vote
@@ -95,6 +96,9 @@ def test_the_last_line_s_number_is_the_answer(line, truth):
         *((line, "denies") for line in ("so √ 13", "√(13)")),
         *((line, "part of an expression") for line in ("2x + 13", "n - 13", "n -13")),
         *((line, "part of an expression") for line in ("13 - x", "13-14", "13+x", "13 ⅝")),
+        *((line, "part of an expression") for line in ("x = 13 - B", "so $n - 13$")),
+        *((line, "two numbers") for line in ("3 hours, 13 minutes", "12 dollars and 13 cents")),
+        *((line, "two numbers") for line in ("4 lbs 13 oz", "3 weeks and 13 days", "It is 12 13.")),
         ("5 apples + 13", "part of an expression"),
     ],
 )
@@ -138,7 +142,11 @@ def test_votes_are_read_as_rewards_are():
     [
         (0, (r"So $x = -\boxed{13}$.", r"so $-\boxed{13}$", r"$−\boxed{13}$", r"\boxed{13}^2")),
         (0, (r"less than \boxed{13}", r"$x > \boxed{13}$", r"It is not \boxed{13}")),
-        (0, (r"\boxed{13} is wrong", r"\boxed{13} million", r"√\boxed{13}", r"about \boxed{13}")),
+        (0, (r"\boxed{13} is wrong", r"\boxed{13} million", r"√\boxed{13}", r"$x = - \boxed{13}$")),
+        (0, (r"\[ - \boxed{13} \]", r"**-\boxed{13}**", r"x = -$\boxed{13}$", r"$-<b>\boxed{13}$")),
+        (0, (r"$\sqrt[3]{\boxed{13}}$", r"$\frac{1}{\boxed{13}}$", r"$\log_2 \boxed{13}$")),
+        (0, (r"$\boxed{13}^n$", r"$\boxed{13} - 1$", r"$\boxed{13}-(2+1)$", r"\boxed{13} \pm 1")),
+        (0, (r"$\boxed{13}$ is not the answer", r"$\boxed{13}$ isn't right.", r"$\boxed{13}$?")),
         (1, (r"so $x = \boxed{13}$.", r"$\boxed{13}^\circ$", r"It adds up to \boxed{13}")),
         (1, (r"2 + 11 => \boxed{13}", r"not 12 but \boxed{13}", r"\boxed{13} - the smallest")),
         (1, ("Answer:\n- \\boxed{13}\n- 5 is odd", "$$\\boxed{13}$$\n\n* 2 pairs")),
@@ -151,6 +159,22 @@ def test_what_is_beside_a_box_may_change_it(label, responses, reading):
         assert label or "beside the box of 13" in grade.reason
     assert math.grade(r"-\boxed{13}", "-13", reading=reading).reward == 0
     assert math.grade(r"about \boxed{3.14}", "3.14", reading=reading).reward == 1
+
+
+@pytest.mark.parametrize(
+    ("readings", "sentences"),
+    [(("strict", "boxed", "auto"), BOXED), (("auto", "last"), LINES)],
+    ids=["boxed", "lines"],
+)
+def test_sentences_that_models_end_with_are_paid(readings, sentences):
+    refused = []
+    for truth, sentence in sentences:
+        last = ("last",) if r"\boxed" in sentence.rpartition("\n")[2] else ()
+        for reading in (*readings, *last):
+            grade = math.grade(f"First, 2 + 97 = 99.\n{sentence}", truth, reading=reading)
+            if grade.reward != 1:
+                refused.append(f"{reading}: {sentence!r}: {grade.reason}")
+    assert not refused, "\n".join(refused)
 
 
 def test_a_changed_box_is_no_answer_in_logic_and_votes_either():

@@ -1,5 +1,5 @@
 r"""More labelled answers, in the same manner as `math_pairs`: what stands beside a value or a box,
-and changes it or not; pairs that look like numbers; neighbours of the forms of the other files.
+and changes it or not; pairs that look like numbers; neighbors of the forms of the other files.
 """
 
 Pair = tuple[str, str, int, str]
@@ -21,6 +21,9 @@ BESIDE: dict[str, list[Pair]] = {
         *labelled("13", 0, "denied", r"It is not \boxed{13}", r"\boxed{13} is wrong"),
         *labelled("13", 0, "denied", r"less than $\boxed{13}$", r"x > \boxed{13}", r"\boxed{13}?"),
         *labelled("13", 0, "not committed", r"about \boxed{13}", r"\boxed{13} or so"),
+        *labelled("13", 0, "a bound", r"at most $\boxed{13}$", r"x \le \boxed{13}"),
+        *labelled("13", 0, "a sign", r"- \boxed{13}", r"$- \boxed{13}$", r"x = - $\boxed{13}$"),
+        *labelled("13", 1, "marks", r"<b>\boxed{13}</b>", r"> \boxed{13}", r"*\boxed{13}* (cm)"),
         *labelled("13", 0, "another", r"\boxed{13} \text{ or } 14", r"\boxed{13} (or perhaps 14)"),
         *labelled("13", 0, "another", r"\boxed{13},\ 14", r"\boxed{1}\boxed{3}"),
         *labelled(
