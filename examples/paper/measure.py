@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from examples.laptop.r1.measure import Row, figure, win_rate, write_figures
-from megatron_r1.evaluation.estimators import subsets
+from megatron_r1.evaluation.intervals import subsets
 from megatron_r1.evaluation.voting import can_vote, majority_of, read_vote
 from megatron_r1.files.jsonl import read_lines
 

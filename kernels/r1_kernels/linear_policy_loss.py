@@ -160,7 +160,7 @@ class _Run(NamedTuple):
         grad_entropy = None
         if self.entropy_coef:
             grad_entropy = -self.entropy_coef * self.tokens.weights[rows]
-        grad_logprobs = terms.grad_ratio + terms.grad_logprob
+        grad_logprobs = terms.grad_log_ratio + terms.grad_logprob
         if self.gradient_scale is not None:
             grad_logprobs = grad_logprobs * self.gradient_scale
             if grad_entropy is not None:

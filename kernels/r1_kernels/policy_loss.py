@@ -149,7 +149,7 @@ def tokens_loss(
     """Compute `policy_loss` of prepared tokens. sequences: those whose ratio is one, or None."""
     if sequences is None:
         terms = primitives.policy_terms(tokens, settings)
-        grad = terms.grad_ratio + terms.grad_logprob
+        grad = terms.grad_log_ratio + terms.grad_logprob
     else:
         terms, grad = _with_sequence_ratios(tokens, settings, sequences, primitives)
     bonus = entropy_coef * tokens.weights if entropy_coef else None
@@ -172,7 +172,7 @@ def _with_sequence_ratios(
         tokens._replace(log_ratio=sequences.means(gap, unmasked)), settings
     )
     # All tokens of a sequence have the same x, a mean to which each unmasked token adds 1 / |o|.
-    total = sequences.sums(terms.grad_ratio)
+    total = sequences.sums(terms.grad_log_ratio)
     count = sequences.sums(unmasked.to(total.dtype)).clamp(min=1)
     shared = torch.where(unmasked, sequences.spread(total / count), 0.0)
     return terms, shared + terms.grad_logprob

@@ -95,12 +95,13 @@ class PolicyTerms(NamedTuple):
     """The terms of the loss and its gradient, computed in one pass over the tokens. loss:
     (blocks,), partial sums; the rest (T,), 0 where the weight is 0.
 
-    grad_ratio: derivative of the loss by the log-ratio, 0 for cispo. grad_logprob: derivative by
-    the logprob itself, of the KL term and of cispo's surrogate. clipped: 1 where the clip is
+    grad_log_ratio: derivative of the loss with respect to the log-ratio, 0 for cispo. grad_logprob:
+    derivative with respect to the log-probability itself, of the KL term and of cispo's surrogate.
+    clipped: 1 where the clip is
     active, which makes the derivative of ppo's surrogate 0; else 0."""
 
     loss: Tensor
-    grad_ratio: Tensor
+    grad_log_ratio: Tensor
     grad_logprob: Tensor
     ratio: Tensor
     clipped: Tensor

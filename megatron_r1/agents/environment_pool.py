@@ -159,8 +159,9 @@ class Environments:
         try:
             async with asyncio.timeout(START_SECONDS) as limit:
                 while line := await self._process.stdout.readline():
-                    if line == b"imported\n":
-                        limit.reschedule(None)  # what the class prepares may take hours
+                    if line == b"preparing\n":
+                        limit.reschedule(None)  # it may take hours
+                        print(f"agents.environment: {self._target} is preparing", flush=True)
                     if line == b"ready\n":
                         return
         except TimeoutError:

@@ -33,7 +33,7 @@ from megatron_r1.agents.tool_arguments import (
     row_arguments,
 )
 from megatron_r1.errors import RunError, UserError
-from megatron_r1.processes.frames import LENGTH
+from megatron_r1.processes.frames import LENGTH, framed
 from megatron_r1.processes.lifetime import die_with_parent, end_without_parent
 from megatron_r1.user_code import place_of
 
@@ -59,9 +59,8 @@ class WrongUse(Exception):
 
 
 def frame(message: Mapping[str, Any]) -> bytes:
-    """Return a message as it is sent: the length of its JSON (uint32, little-endian), the JSON."""
-    payload = json.dumps(message).encode()
-    return LENGTH.pack(len(payload)) + payload
+    """Return the frame of a message's JSON, by `json`: msgspec would write NaN as null."""
+    return framed(json.dumps(message).encode())
 
 
 def serve(target: str, path: str, options: Mapping[str, Any]) -> None:
@@ -70,8 +69,8 @@ def serve(target: str, path: str, options: Mapping[str, Any]) -> None:
     Before the first, a classmethod `_before_episodes` of the class is called with `options`; it may
     take longer than the calls of an episode."""
     environment = find_environment(target)
-    print("\nimported", flush=True)  # the import may have printed half a line
     if hasattr(environment, "_before_episodes"):
+        print("\npreparing", flush=True)  # the import may have printed half a line
         with contextlib.suppress(Exception):  # the first `reset` fails likewise, and names its row
             environment._before_episodes(**options)
     listener = socket.socket(socket.AF_UNIX)

@@ -189,5 +189,5 @@ def _memory(config: Config) -> str:
             "Adam's moments in fp32, over all tensor, pipeline and expert ranks; activations come "
             "on top (tools/plan)"
         )
-    memory = cpu_memory(config, torchrun.num_ranks(config), samples=True)
+    memory = cpu_memory(config, torchrun.num_ranks(config), has_engines=True)
     return size + memory.describe(memory.microbatch(config.parallel.tokens_per_microbatch))

@@ -134,7 +134,7 @@ def _try(path: Path, columns: Columns) -> None:
         with naming_renamed_columns(recipe.data.columns):
             asyncio.run(_check_own(prompts.train))
     if not gpu.is_usable():
-        memory = cpu_memory(recipe, 1, samples=True)
+        memory = cpu_memory(recipe, 1, has_engines=True)
         print(memory.describe(memory.microbatch(None)))
 
 

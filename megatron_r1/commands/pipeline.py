@@ -118,8 +118,9 @@ def _print_commands(plans: list[WorkflowPlan], graph: Graph, chosen: list[str]) 
         for name in chosen:
             stage = plan.stages[name]
             configs = {n: plan.server(server) for n, server in stage.config.serve.items()}
-            begun = manifest.read(plan.folder_of(name), manifest.BEGUN) or {}
-            ports = serving.choose_ports(configs, begun.get("ports", {}))
+            begun = (manifest.read(plan.folder_of(name), manifest.BEGUN) or {}).get("ports", {})
+            new = {n: server for n, server in configs.items() if n not in begun}
+            ports = {**begun, **serving.choose_ports(new, {})}
             urls = {n: serving.url(server, ports[n]) for n, server in configs.items()}
             needed = ", ".join(graph.upstream[name])
             print(f"# {name}{f', after {needed}' if needed else ''}")

@@ -23,7 +23,7 @@ from megatron_r1.evaluation.reliability import label_measures, pair_measures
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.trainer_client.recorder import Recorder
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 REQUIRED = ("run.folder", "model.path", "reward_model.data")
 IMPLIED = {"model.head": "score"}

@@ -171,7 +171,7 @@ class _Scoring:
         try:
             record = json.loads(stripped)
         except (ValueError, RecursionError) as error:
-            text = line.decode("utf-8", "replace").rstrip("\n")
+            text = line.decode("utf-8", "replace")
             fault = describe_json_error(error)
             return {"line": text}, Grade.ungraded(f"line {number} is not JSON: {fault}")
         if not isinstance(record, dict):

@@ -10,7 +10,8 @@ from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
 from megatron_r1.data.text import PromptText
 from megatron_r1.errors import UserError
 from megatron_r1.models import read_hf_config
-from megatron_r1.training.wire import SUPERVISED, Sample
+from megatron_r1.training.sample import Sample
+from megatron_r1.training.wire import SUPERVISED
 
 REQUIRED = ("run.folder", "model.path", "sft.data")
 

@@ -14,7 +14,7 @@ from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.trainer_client.recorder import Recorder
 from megatron_r1.trainer_client.schedule import learning_rate
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 Item = TypeVar("Item")
 

@@ -164,14 +164,15 @@ def _write_report(
 
 
 def _with_microbatch(
-    config: Config, num_ranks: int, samples: bool, notify: Callable[[str], object]
+    config: Config, num_ranks: int, has_engines: bool, notify: Callable[[str], object]
 ) -> Config:
     """Return the recipe with a micro-batch that fits into this host's memory, if the host trains on
-    its CPU, and print the memory that the run takes. samples: whether engines run as well. Raises
-    UserError for a run that does not fit."""
+    its CPU, and print the memory that the run takes. has_engines: whether engines run as well.
+
+    Raises UserError for a run that does not fit."""
     if gpu.is_usable() or SPANS_HOSTS in os.environ:
         return config
-    memory = cpu_memory(config, num_ranks, samples=samples)
+    memory = cpu_memory(config, num_ranks, has_engines=has_engines)
     tokens = memory.microbatch(config.parallel.tokens_per_microbatch)
     notify(memory.describe(tokens))
     return config.with_changes(parallel={"tokens_per_microbatch": tokens})

@@ -31,7 +31,7 @@ class ByteDecoder:
             return None
         size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         decoder = cls([backend.id_to_token(index) for index in range(size)])
-        # Neighbours matter where bytes of several tokens make a letter, and to a clean-up.
+        # Neighbors matter where bytes of several tokens make a letter, and to a clean-up.
         ids = np.random.default_rng(0).permutation(size).astype(np.int32)
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
         return decoder if decoder.decode(ids) == text else None

@@ -15,7 +15,7 @@ def generate_items(
     """Yield the items 0 … num_items - 1 of a reasoning-gym dataset, generated one by one.
 
     An item has question: str, answer: str or None, metadata: dict, in JSON types. For most tasks
-    item i of seed s is item 0 of seed s + i: neighbouring seeds share nearly all questions.
+    item i of seed s is item 0 of seed s + i: neighboring seeds share nearly all questions.
     Raises UserError for an unknown task or parameter and for values the task refuses."""
     dataset = _make_dataset(task, {**parameters, "seed": seed, "size": num_items})
     for index in range(num_items):

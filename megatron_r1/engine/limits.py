@@ -121,7 +121,7 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
             f"{section}.tensor={engines.tensor} neither divides num_key_value_heads={kv_heads} nor "
             "is a multiple of it; choose one that does"
         )
-    rows = padded_vocabulary(language.get("vocab_size", engines.tensor))
+    rows = padded_vocabulary(language.get("vocab_size", 0))
     if rows % engines.tensor:
         raise UserError(
             f"{section}.tensor={engines.tensor} does not divide the {rows} rows of vLLM's padded "

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from megatron_r1.evaluation.estimators import Estimate
+from megatron_r1.evaluation.intervals import Estimate
 from megatron_r1.evaluation.summary import Summary
 from megatron_r1.files import atomic_writer
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
-from megatron_r1.evaluation.estimators import estimate
+from megatron_r1.evaluation.intervals import estimate
 
 NUM_BINS = 10
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_r1.evaluation.estimators import Estimate
+from megatron_r1.evaluation.intervals import Estimate
 from megatron_r1.evaluation.response import is_ungraded
 from megatron_r1.evaluation.summary import Summary
 from megatron_r1.files import atomic_write

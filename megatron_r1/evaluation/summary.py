@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any, Self
 
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.estimators import Estimate, estimate, pass_at_k, powers_up_to, subsets
+from megatron_r1.evaluation.intervals import Estimate, estimate, pass_at_k, powers_up_to, subsets
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import is_ungraded
 from megatron_r1.evaluation.response_log import ResponseLog

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_r1.evaluation.estimators import CONFIDENCE, Estimate, estimate
+from megatron_r1.evaluation.intervals import CONFIDENCE, Estimate, estimate
 from megatron_r1.rewards.remote.response_text import Part, response_part
 
 PRIOR_PRECISION = 1 / 5.0**2
@@ -36,7 +36,7 @@ def win_rates(questions: Comparisons, seed: int) -> dict[str, Estimate]:
     weights = np.array([1 / len(samples) for samples in questions for _ in samples])
     owners = np.array([q for q, samples in enumerate(questions) for _ in samples])
     preferences, differences = np.array([pair for s in questions for pair in s], np.float64).T
-    lengths = standardized(differences)
+    lengths = squashed(differences)
     value = float(equal_length_win_rates(preferences, lengths, weights[None])[0])
     low = high = None
     if len(questions) > 1:
@@ -60,9 +60,9 @@ def length_difference(response: str, opened: bool, reference: str, part: Part) -
     return len(response_part(response, part, opened).text or "") - len(reference)
 
 
-def standardized(differences: np.ndarray) -> np.ndarray:
-    """Return tanh(difference / standard deviation), [samples]; zeros where all are equal, so that
-    nothing can be said of the effect of length."""
+def squashed(differences: np.ndarray) -> np.ndarray:
+    """Return tanh(difference / standard deviation), [samples], between -1 and 1; zeros where all
+    are equal: nothing can be said of the effect of length then."""
     spread = differences.std(ddof=1) if len(differences) > 1 else 0.0
     return np.tanh(differences / spread) if spread else np.zeros_like(differences)
 

@@ -18,7 +18,7 @@ from megatron_r1.model_check.findings import NotCompared, ReferenceResult
 from megatron_r1.models.hf_config import load_config
 from megatron_r1.processes.logs import file_excerpt
 from megatron_r1.trainer_client.client import TrainerClient
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 ENGINE = "engine-0"
 MAX_LENGTH = 256

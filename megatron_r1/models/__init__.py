@@ -11,6 +11,7 @@
     gradients.py                                         which ranks sum which gradient
     policy_model.py, score_model.py                      the last stage: hidden states or scores
     layers.py, attention.py, offset_attention.py         layers that Megatron lacks on a CPU
+    specs.py                                             each layer's modules
     by_transformers.py                                   transformers' model, for comparisons
     rotary.py, buckets.py, prefixes.py                   packed batches, prompts computed once
     context.py, ring_attention.py                        context parallelism

@@ -15,7 +15,7 @@ OPEN_SWIGLU = {"glu_linear_offset": 1.0, "activation_func_clamp_value": SWIGLU_L
 
 def expert_fields(hf: dict) -> dict[str, Any]:
     """Return Megatron's fields of the experts; {} without any. UserError if not supported."""
-    function = model_family(hf).experts
+    function = model_family(hf).router_score
     if not function:
         return {}
     need(hf, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")

@@ -21,7 +21,8 @@ class Family:
     theta: base of the rotary angles, unless `config.json` has another.
     sinks: each head has a learned logit for no key in its softmax (`models.offset_attention`).
     windows: every other layer, from the first, sees the last `sliding_window` tokens only.
-    experts: the routers' score function, with sigmoid also a correction bias; None: no experts.
+    router_score: the function that turns router logits into scores; with "sigmoid" there is also a
+    correction bias. None: the architecture has no experts.
     expert_size: the key of `config.json` with the number of an expert's inner features.
     open_swiglu: experts compute clamp(gate) sigmoid(1.702 gate) (clamp(up) + 1).
     biases: whether the output projection, router and experts have biases.
@@ -43,7 +44,7 @@ class Family:
     theta: float = 10_000.0
     sinks: bool = False
     windows: bool = False
-    experts: Literal["sigmoid", "softmax"] | None = None
+    router_score: Literal["sigmoid", "softmax"] | None = None
     expert_size: str = "moe_intermediate_size"
     open_swiglu: bool = False
     biases: bool = False
@@ -106,7 +107,7 @@ FAMILIES = {
     "Qwen3Moe": Family(
         qk_norm=True,
         rope=("default", "linear", "yarn"),
-        experts="softmax",
+        router_score="softmax",
         needs=("num_key_value_heads", "norm_topk_prob"),
         fixed=_LLAMA
         | _WINDOW
@@ -118,7 +119,7 @@ FAMILIES = {
     "DeepseekV2": Family(
         latent=True,
         rope=("default", "yarn"),
-        experts="softmax",
+        router_score="softmax",
         whole_shared=True,
         needs=("first_k_dense_replace", "n_shared_experts", "routed_scaling_factor"),
         # The released code either normalizes or scales, transformers does not normalize.
@@ -127,7 +128,7 @@ FAMILIES = {
     "DeepseekV3": Family(
         latent=True,
         rope=("default", "yarn"),
-        experts="sigmoid",
+        router_score="sigmoid",
         normalizes=True,
         whole_shared=True,
         needs=_SIGMOID_NEEDS,
@@ -137,7 +138,7 @@ FAMILIES = {
         qkv_bias="attention_bias",
         qk_norm="use_qk_norm",
         rotary=0.5,
-        experts="sigmoid",
+        router_score="sigmoid",
         normalizes=True,
         needs=("num_key_value_heads", *_SIGMOID_NEEDS),
         fixed=_SIGMOID,
@@ -146,7 +147,7 @@ FAMILIES = {
     "Glm4MoeLite": Family(
         latent=True,
         rope=("default", "yarn"),
-        experts="sigmoid",
+        router_score="sigmoid",
         normalizes=True,
         layer_types=True,
         needs=_SIGMOID_NEEDS,
@@ -159,7 +160,7 @@ FAMILIES = {
         theta=150_000.0,
         sinks=True,
         windows=True,
-        experts="softmax",
+        router_score="softmax",
         expert_size="intermediate_size",
         open_swiglu=True,
         biases=True,

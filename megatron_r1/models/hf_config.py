@@ -137,7 +137,7 @@ def resolve_aliases(hf: dict) -> dict:
                 f"config.json: {alias}={value!r} and {name}={hf[name]!r} mean the same; leave one"
             )
     for known in (ARCHITECTURES[n] for n in hf.get("architectures") or [] if n in ARCHITECTURES):
-        if FAMILIES[known].experts and (size := hf.get(FAMILIES[known].expert_size)):
+        if FAMILIES[known].router_score and (size := hf.get(FAMILIES[known].expert_size)):
             hf.setdefault(EXPERT_SIZE, size)
     return hf
 
@@ -145,7 +145,7 @@ def resolve_aliases(hf: dict) -> dict:
 def published_names(hf: dict) -> dict:
     """Return `hf` with the names that transformers' and vLLM's classes of its architecture read."""
     name, family = "n_routed_experts", model_family(hf)
-    if name not in hf or family.experts != "softmax" or family.latent:
+    if name not in hf or family.router_score != "softmax" or family.latent:
         return hf
     hf = {("num_experts" if key == name else key): value for key, value in hf.items()}
     if family.expert_size != EXPERT_SIZE:

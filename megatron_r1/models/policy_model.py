@@ -83,11 +83,11 @@ class PolicyModel(GPTModel):
     labels MTP layers are not run. Where they are on an earlier stage than the head, that stage
     sends their hidden states behind its own, and the last stage computes the loss."""
 
-    mtp_alone: int | None = None
-    """If set, the MTP losses train the MTP layers only: hidden states, embedding and head are
-    constants to them. They are divided by this number, the most tokens of a response: as sums over
-    tokens beside a policy loss per sequence they would dominate the gradient norm that is
-    clipped."""
+    mtp_only_divisor: int | None = None
+    """None: the MTP losses train the whole model (SFT). A number: they train the MTP layers only,
+    to which hidden states, embedding and head are constants, and are divided by it, the most tokens
+    of a response: as sums over tokens beside a policy loss per sequence they would dominate the
+    gradient norm that is clipped."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -128,7 +128,7 @@ class PolicyModel(GPTModel):
 
     def _with_predictions(self, hidden_states: Tensor, arguments: dict) -> Tensor:
         """Return hidden states with those of the MTP layers behind them."""
-        if self.mtp_alone is None:
+        if self.mtp_only_divisor is None:
             return self.mtp(hidden_states=hidden_states, embedding=self.embedding, **arguments)
         # Needs a gradient: a recomputed layer whose inputs need none would get none itself.
         constant = hidden_states.detach().requires_grad_()
@@ -168,7 +168,7 @@ class PolicyModel(GPTModel):
                 )
             # With per-token losses the schedule divides by the number of tokens of the whole step.
             share = 1 if self.config.calculate_per_token_loss else num_tokens.clamp(min=1)
-            share *= self.mtp_alone or 1
+            share *= self.mtp_only_divisor or 1
             hidden = MTPLossAutoScaler.apply(hidden, scale * losses / share)
         return hidden
 
@@ -180,7 +180,7 @@ class PolicyModel(GPTModel):
         weight = lm_head_weight(self)
         logprobs, _ = linear_token_logprobs(
             hidden[rows],
-            weight if self.mtp_alone is None else weight.detach(),
+            weight if self.mtp_only_divisor is None else weight.detach(),
             labels.reshape(-1)[rows],
             group=self.output_layer.tp_group,
             vocab_size=self.unpadded_vocab_size,

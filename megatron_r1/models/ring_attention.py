@@ -179,7 +179,7 @@ def _pass_on(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     """Start sending x, contiguous, to the next rank of the ring, and receiving what the previous
     rank sends; return a function that waits for both and returns what was received."""
     arriving = torch.empty_like(x)
-    # Point to point between neighbours in `group`, the context-parallel ranks: an all-gather would
+    # Point to point between neighbors in `group`, the context-parallel ranks: an all-gather would
     # hold the keys and values of all ranks at once, here a rank holds two shares beside its own.
     to, of = (dist.get_global_rank(group, (group.rank() + n) % group.size()) for n in (1, -1))
     works = dist.isend(x, to, group), dist.irecv(arriving, of, group)

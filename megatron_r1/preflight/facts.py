@@ -92,7 +92,7 @@ class Facts(msgspec.Struct):
     memory: the memory of the rank's GPU; None without a GPU.
     products: FLOP/s of matrix products.
     links: parallel axis → the rate of the rank's group on that axis.
-    pairs: rates to the rank of the same number on the neighbouring nodes, in bytes per second.
+    pairs: rates to the rank of the same number on the neighboring nodes, in bytes per second.
     folder: what the rank has found in the run folder, if it has used the folder.
     node: what the rank has found about its node; None but for a node's first rank.
     seconds: step of the preflight → how long it took.

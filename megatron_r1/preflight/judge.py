@@ -227,7 +227,7 @@ def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckF
         measured=f"median {usual / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
         expected=f"{settings.slowest:.0%} of the median",
         level="block" if slow else "ok",
-        problem=f"slow to every neighbour: {_listed(hosts)}" if hosts else "",
+        problem=f"slow to every neighbor: {_listed(hosts)}" if hosts else "",
         hosts=hosts,
     )
 
@@ -241,7 +241,7 @@ def _gloo(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFi
     hosts, share = _hosts(slow), usual / hardware.host_network
     problems = []
     if hosts:
-        problems.append(f"slow to every neighbour: {_listed(hosts)}")
+        problems.append(f"slow to every neighbor: {_listed(hosts)}")
     if share < settings.bandwidth:
         problems.append(
             f"{share:.0%} of the planner's host_network, so that pushes take {1 / share:.2g} times "
@@ -360,7 +360,7 @@ def _groups(facts: Sequence[Facts], axis: str) -> dict[tuple[int, ...], float]:
 
 
 def _node_rates(facts: Sequence[Facts], kind: Literal["pairs", "gloo"]) -> dict[int, float]:
-    """Return the rate of each node to the better of its neighbours: the median of its ranks."""
+    """Return the rate of each node to the better of its neighbors: the median of its ranks."""
     rates: dict[int, list[float]] = {}
     for each in facts:
         if found := getattr(each, kind):

@@ -62,10 +62,10 @@ def axis_link(groups: "ProcessGroupCollection", axis: str) -> LinkRate | None:
 
 
 def pair_rates(place: Place) -> list[float]:
-    """Return the rates at which this rank and the rank of the same number on each neighbouring node
-    send to each other: a node whose adapter is slow is slow to both neighbours."""
+    """Return the rates at which this rank and the rank of the same number on each neighboring node
+    send to each other: a node whose adapter is slow is slow to both neighbors."""
     rates = []
-    for node in neighbours(place.node, place.num_nodes):
+    for node in neighbors(place.node, place.num_nodes):
         if node is not None:
             partner = node * place.local_size + place.local_rank
             buffer = _buffer()
@@ -78,16 +78,16 @@ def pair_rates(place: Place) -> list[float]:
 
 
 def gloo_rates(place: Place, progress: RankProgress) -> list[float]:
-    """Return the rates at which this rank and the rank of the same number on each neighbouring node
+    """Return the rates at which this rank and the rank of the same number on each neighboring node
     send to each other over gloo, through host memory; on a single node, the rates between
-    neighbouring ranks.
+    neighboring ranks.
 
     All ranks begin at once, so that the ranks of a node share the node's interface. Each pair is a
     group of its own, as in a push."""
     is_single = place.num_nodes == 1
     own, count = (place.rank, place.world_size) if is_single else (place.node, place.num_nodes)
     rates = []
-    for number, other in enumerate(neighbours(own, count)):
+    for number, other in enumerate(neighbors(own, count)):
         exchange = None
         if other is not None:
             partner = other if is_single else other * place.local_size + place.local_rank
@@ -117,7 +117,7 @@ def _gloo_exchange(rank: int, partner: int, store: dist.Store) -> Callable[[], N
     return exchange
 
 
-def neighbours(node: int, num_nodes: int) -> list[int | None]:
+def neighbors(node: int, num_nodes: int) -> list[int | None]:
     """Return the node's partner in each of three rounds, or None: the links of a ring, in rounds
     of separate pairs."""
     partners: list[int | None] = [None] * 3

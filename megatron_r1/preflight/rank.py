@@ -39,7 +39,7 @@ def run(config: Config, settings: PreflightConfig) -> list[Facts]:
     )
     progress.start()
     progress.enter("versions and memory", START_TIMES)
-    # Before this process and its neighbours hold any of it.
+    # Before this process and its neighbors hold any of it.
     device_memory = host.device_memory(place.local_rank)
     versions, memory = (host.versions(), host.host_memory()) if place.leads else ({}, None)
     progress.enter("join of the process groups", START_TIMES)

@@ -10,9 +10,12 @@ LENGTH = struct.Struct("<I")
 
 
 def frame(message: msgspec.Struct) -> bytes:
-    """Return the frame of a message: the length of its JSON (uint32, little-endian), then the
-    JSON."""
-    payload = msgspec.json.encode(message)
+    """Return the frame of a message's JSON."""
+    return framed(msgspec.json.encode(message))
+
+
+def framed(payload: bytes) -> bytes:
+    """Return a payload as it is sent: its length (uint32, little-endian), then itself."""
     return LENGTH.pack(len(payload)) + payload
 
 

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.estimators import Estimate, estimate
+from megatron_r1.evaluation.intervals import Estimate, estimate
 from megatron_r1.evaluation.voting import expects_number, majority_score
 from megatron_r1.evaluation.win_rate import length_difference, win_rates
 from megatron_r1.rewards import ENVIRONMENT

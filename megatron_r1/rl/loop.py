@@ -21,7 +21,7 @@ from megatron_r1.rl.rollout import GradedResponse
 from megatron_r1.rl.session import Session
 from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.rl.training_samples import training_samples
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 
 async def train(session: Session) -> None:

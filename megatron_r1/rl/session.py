@@ -33,7 +33,7 @@ class Session:
         passes: TrainerPasses,
         heldout: HeldoutEvaluation,
     ):
-        self.config, self.state = passes.config, recorder.state
+        self.config, self.state = passes.run_config, recorder.state
         self.recorder, self.stop = recorder, stop
         self.sampler, self.passes, self.heldout = sampler, passes, heldout
         self.collector, self.trainer = sampler.collector, passes.trainer

@@ -7,7 +7,7 @@ from megatron_r1.rl import algorithms
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.trainer_client.recorder import RunState
 from megatron_r1.trainer_client.schedule import learning_rate
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 from megatron_r1.weight_bridge.bridge import WeightBridge
 
 
@@ -15,13 +15,13 @@ class TrainerPasses:
     """Runs the passes of `rl.algorithm` on the trainer; each returns metrics.
 
     The samples stay with the trainer, from `load` to the next `load`. state: counts the policy's
-    updates. bridge: must be held while weights change. config: of the run; a pass takes the
-    step's, whose settings `rl.schedule` may have changed."""
+    updates. bridge: must be held while weights change. run_config: the run's settings.
+    Every pass also takes `config`, those of its step, which `rl.schedule` may have changed."""
 
     def __init__(
         self, config: Config, trainer: TrainerClient, bridge: WeightBridge, state: RunState
     ):
-        self.config = config
+        self.run_config = config
         self.trainer, self.bridge, self.state = trainer, bridge, state
         self.algorithm = algorithms.find(config.rl.algorithm)
         self.uses_reference = config.uses_reference
@@ -79,15 +79,15 @@ class TrainerPasses:
         settings = config.optimizer.model_copy(
             update={"learning_rate": config.critic.learning_rate}
         )
-        update = self.config.updates_before(step) + index + 1
-        total = self.config.updates_before(self.config.run.steps + 1)
+        update = self.run_config.updates_before(step) + index + 1
+        total = self.run_config.updates_before(self.run_config.run.steps + 1)
         rate = learning_rate(settings, update, total)
         return await self.trainer.update_critic(index, rate)
 
     @cached_property
     def num_policy_updates(self) -> int:
         """Updates of the policy in the whole run: none while its critic warms up."""
-        config = self.config
+        config = self.run_config
         warmup = config.critic.warmup_steps if self.algorithm.rules.critic else 0
         return config.updates_before(config.run.steps + 1) - config.updates_before(warmup + 1)
 

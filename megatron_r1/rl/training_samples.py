@@ -3,7 +3,7 @@
 from itertools import accumulate
 
 from megatron_r1.rl.rollout import GradedResponse, Group
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 
 def training_samples(groups: list[Group], advantages: list[list[float]]) -> list[list[Sample]]:

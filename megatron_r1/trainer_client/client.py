@@ -27,15 +27,8 @@ from megatron_r1.trainer_client.prompt_packing import pack_by_prompt
 from megatron_r1.trainer_client.rank_processes import RankProcesses
 from megatron_r1.trainer_client.rank_socket import RankSocket
 from megatron_r1.trainer_client.sample_cost import sample_cost
-from megatron_r1.training.wire import (
-    Buffer,
-    Call,
-    RankDescription,
-    ReplicaSamples,
-    Reply,
-    Sample,
-    encode_share,
-)
+from megatron_r1.training.sample import Buffer, ReplicaSamples, Sample, encode_samples
+from megatron_r1.training.wire import Call, RankDescription, Reply
 
 POLL_SECONDS = 0.5
 CONNECTIONS, OTHER_FILES = 2, 600
@@ -162,7 +155,7 @@ class TrainerClient:
         for samples, packing in zip(minibatches, packings, strict=True):
             for rank, share in enumerate(packing.shares):
                 shares[rank].append([[samples[i] for i in m] for m in share])
-        return packings, [encode_share(share) for share in shares]
+        return packings, [encode_samples(share) for share in shares]
 
     async def update(
         self,

@@ -96,8 +96,8 @@ class CPUMemory:
         )
 
 
-def cpu_memory(config: Config, num_ranks: int, *, samples: bool) -> CPUMemory:
-    """Return the memory of a run. num_ranks: trainer ranks, all on this host; samples: whether
+def cpu_memory(config: Config, num_ranks: int, *, has_engines: bool) -> CPUMemory:
+    """Return the memory of a run. num_ranks: trainer ranks, all on this host; has_engines: whether
     engines of the recipe run beside them."""
     hf = read_hf_config(config.model.path, config.model.head)
     parallel, value = config.parallel, VALUE[config.model.dtype]
@@ -109,22 +109,22 @@ def cpu_memory(config: Config, num_ranks: int, *, samples: bool) -> CPUMemory:
     trained = num_adapter_parameters(hf, lora) if lora else parameters
     weights = _trained_bytes(config, trained, replicas)
     weights += parameters * replicas * value if lora else 0
-    if samples and config.uses_reference:
+    if has_engines and config.uses_reference:
         weights += trained * value * (replicas + config.checkpoint.asynchronous)
-    if samples and rules_of(config.rl.algorithm).critic:
+    if has_engines and rules_of(config.rl.algorithm).critic:
         critic = read_hf_config(config.of_critic().model.path, "score", "critic.path")
         weights += _trained_bytes(config, num_parameters(critic), replicas)
     columns = 1 if config.model.head == "score" else hf["vocab_size"]
     head = 3 * FP32 * CHUNK_LOGITS + 2 * FP32 * columns * hf["hidden_size"]
     others = OTHER_BYTES + num_ranks * (RANK_BYTES + min(head, 3 * FP32 * DEFAULT_TOKENS * columns))
     engine_weights, rollout = 0, config.rollout
-    if samples and rollout.placement == "local":
+    if has_engines and rollout.placement == "local":
         copies = rollout.engines * rollout.data
         engine_weights = 2 * copies * parameters * VALUE[rollout.dtype]
         ranks = copies * rollout.tensor * rollout.pipeline
         others += ranks * (ENGINE_BYTES + (rollout.kv_cache_gib << 30))
     teacher = config.teacher
-    if samples and teacher.path and not teacher.url:
+    if has_engines and teacher.path and not teacher.url:
         copies = teacher.engines * teacher.data
         engine_weights += copies * num_stored_parameters(teacher.path) * VALUE[teacher.dtype]
         ranks = copies * teacher.tensor * teacher.pipeline

@@ -4,8 +4,8 @@
 from collections.abc import Callable, Iterable
 
 from megatron_r1.trainer_client.packing import Packing, pack
+from megatron_r1.training.sample import Sample
 from megatron_r1.training.shared_prompts import by_prompt
-from megatron_r1.training.wire import Sample
 
 
 def pack_by_prompt(

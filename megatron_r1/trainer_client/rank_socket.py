@@ -10,14 +10,8 @@ import zmq
 import zmq.asyncio
 
 from megatron_r1.processes.authentication import protect_server
-from megatron_r1.training.wire import (
-    MONITOR,
-    Buffer,
-    RankStatus,
-    Reply,
-    identity,
-    monitor_identity,
-)
+from megatron_r1.training.sample import Buffer
+from megatron_r1.training.wire import MONITOR, RankStatus, Reply, identity, monitor_identity
 
 CONNECTING = 4096
 """Connections that may wait to be accepted: two of each rank, which start together."""

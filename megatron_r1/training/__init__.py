@@ -3,8 +3,9 @@ ZeroMQ. The controller's side is `megatron_r1.trainer_client`.
 
     rank.py, worker.py                    a rank's process, and its loop over the controller's calls
     rank_monitor.py, collectives.py       what a rank does, and which collective it waits in
-    wire.py                               messages and samples, for both sides
-    distributed.py                        process groups, a rank's position, its model replica
+    wire.py, sample.py                    messages and samples, for both sides
+    distributed.py                        process groups, a rank's position
+    replica.py                            the samples of a model replica, sent by its first rank
     trainer.py, critic.py                 the operations of a step
     construction.py, optimizer.py         model chunks, gradient buffers, Adam
     batch.py                              the tensors of a packed micro-batch

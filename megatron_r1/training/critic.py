@@ -47,13 +47,13 @@ class Critic:
         self.position = position
         self.value_clip = config.critic.value_clip
         transformer = transformer_config(hf, own)
-        self.model_chunks, self.chunks, self.optimizer = construction.network(
+        self.model_chunks, self.ddp_chunks, self.optimizer = construction.network(
             own, hf, transformer, position.groups, score_std=0.0
         )
 
     def values(self, batches: list[PackedBatch]) -> None:
         """Fill `PackedBatch.values`, (T,) fp32 each, on the last stage."""
-        run_passes(self.chunks, batches, _keep_values, forward_only=True)
+        run_passes(self.ddp_chunks, batches, _keep_values, forward_only=True)
 
     def update(
         self, batches: list[PackedBatch], learning_rate: float, is_last: bool = True
@@ -65,9 +65,9 @@ class Critic:
         value/explained_variance of the values used for the advantages (1: equal to the returns; 0:
         no better than their mean), and value/grad_norm."""
         compute = partial(value_loss, clip=self.value_clip)
-        run = partial(run_passes, self.chunks, batches, compute, forward_only=False)
+        run = partial(run_passes, self.ddp_chunks, batches, compute, forward_only=False)
         reports, stepped = optimizer_step(
-            self.chunks, self.optimizer, learning_rate, run, is_last=is_last
+            self.ddp_chunks, self.optimizer, learning_rate, run, is_last=is_last
         )
         metrics = reduce_over_data(self.position, merge(reports))
         if metrics:

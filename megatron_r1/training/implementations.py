@@ -51,7 +51,7 @@ def in_use(trainer: Trainer) -> dict[str, str]:
         count = num_adapter_parameters(trainer.hf, lora)
         parts["adapters"] = f"rank {lora.rank}, {count / 1e6:,.2f}M parameters, all that is trained"
     parts["optimizer"] = _optimizer(trainer.optimizer)
-    parts["gradient reduction"] = _reduction(trainer.chunks[0].ddp_config)
+    parts["gradient reduction"] = _reduction(trainer.ddp_chunks[0].ddp_config)
     parts["loss head"] = "r1_kernels, in " + (_triton() if platform.has_gpu() else "PyTorch")
     return parts
 

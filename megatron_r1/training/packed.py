@@ -24,8 +24,8 @@ from megatron_r1.models.context import held_positions
 from megatron_r1.models.prefixes import first_positions, with_prefixes
 from megatron_r1.training.batch import PackedBatch
 from megatron_r1.training.packed_routing import RoutingPart, packed_routing
+from megatron_r1.training.sample import Sample
 from megatron_r1.training.shared_prompts import shared_prefixes
-from megatron_r1.training.wire import Sample
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_r1.models.replay import RecordedRouting
 from megatron_r1.models.routing_shape import RoutingShape
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_r1 import platform
 from megatron_r1.training.distributed import GridPosition
-from megatron_r1.training.wire import Buffer
+from megatron_r1.training.sample import Buffer
 
 BROADCAST_BYTES = 1 << 30
 """Samples of one broadcast; a replica's share of long responses with routing has gigabytes."""

@@ -5,7 +5,7 @@ All tokens of the prompt are shared but the last, which predicts another token i
 
 from megatron_r1.config import Config
 from megatron_r1.errors import UserError
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 
 def check_shared_prompts(config: Config, on_gpu: bool, is_plain: bool) -> None:

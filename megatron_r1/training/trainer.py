@@ -34,10 +34,11 @@ from megatron_r1.training.packed import TokenSplit, check_token_ids, packed_batc
 from megatron_r1.training.packed_routing import RoutingPart
 from megatron_r1.training.passes import Compute, free_gradients, optimizer_step, run_passes
 from megatron_r1.training.reference import Reference
+from megatron_r1.training.sample import ReplicaSamples, Sample
 from megatron_r1.training.scores import Scores
 from megatron_r1.training.shared_prompts import check_shared_prompts
 from megatron_r1.training.token_advantages import ScoredRollout
-from megatron_r1.training.wire import SUPERVISED, ReplicaSamples, Sample
+from megatron_r1.training.wire import SUPERVISED
 from megatron_r1.user_code import find_function
 
 
@@ -50,7 +51,8 @@ class Trainer:
         self.groups = position.groups
         self.hf = models.read_hf_config(config.model.path, config.model.head)
         self.transformer = models.transformer_config(self.hf, config)
-        self.model_chunks, self.chunks, self.optimizer = construction.network(
+        # The same chunks, bare and in Megatron's DistributedDataParallel, which has the gradients.
+        self.model_chunks, self.ddp_chunks, self.optimizer = construction.network(
             config, self.hf, self.transformer, self.groups
         )
         self.reference: Reference | None = None
@@ -79,20 +81,21 @@ class Trainer:
         """The parameters of the whole model, counted in its weight table."""
         return weights.num_parameters(self.hf)
 
-    def load(self, share: ReplicaSamples) -> dict[str, float]:
-        """Pack samples into tensors: share[i][m] is micro-batch m of mini-batch i.
+    def load(self, minibatches: ReplicaSamples) -> dict[str, float]:
+        """Pack this replica's samples: minibatches[i][m] are those of micro-batch m of mini-batch
+        i.
 
-        Returns "packing/padding", the share of padding among the tokens computed, and, where
-        prompts are shared, "packing/shared", the share of tokens that are not computed again."""
-        samples = [s for minibatch in share for microbatch in minibatch for s in microbatch]
+        Returns "packing/padding", padding as a fraction of the tokens computed, and, where prompts
+        are shared, "packing/shared", the fraction of tokens that are not computed again."""
+        samples = [s for minibatch in minibatches for microbatch in minibatch for s in microbatch]
         check_token_ids(samples, self.hf["vocab_size"])
-        shares = self.config.parallel.share_prompts
+        shares_prompts = self.config.parallel.share_prompts
         pack = partial(
-            packed_batch, split=self.split, device=platform.device(), share_prompts=shares
+            packed_batch, split=self.split, device=platform.device(), share_prompts=shares_prompts
         )
         self.minibatches = [
             [pack(microbatch, routing=self.routing) for microbatch in self._in_rounds(minibatch)]
-            for minibatch in share
+            for minibatch in minibatches
         ]
         # The sum also runs over context ranks, which hold parts of the same samples.
         num_tokens = sum(len(s) for s in samples)
@@ -100,14 +103,16 @@ class Trainer:
         own = (num_tokens - num_shared) / self.config.parallel.context
         slots = sum(batch.input_ids.numel() for batch in self._batches())
         metrics = {"packing/padding": Mean(slots - own, slots)}
-        if shares:
+        if shares_prompts:
             metrics["packing/shared"] = Mean(num_shared, num_tokens)
         return self._reduced(metrics)
 
     def _in_rounds(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
         """Append empty micro-batches where chunks are interleaved: that schedule runs in rounds of
         as many micro-batches as there are pipeline ranks."""
-        missing = -len(microbatches) % self.config.parallel.pipeline if len(self.chunks) > 1 else 0
+        missing = (
+            -len(microbatches) % self.config.parallel.pipeline if len(self.ddp_chunks) > 1 else 0
+        )
         return microbatches + [[]] * missing
 
     def _reduced(self, metrics: Metrics) -> dict[str, float]:
@@ -207,12 +212,12 @@ class Trainer:
         if self.config.model.mtp == "train":
             # The whole model learns from examples to predict further tokens; from its own samples
             # it must learn by their advantages only.
-            alone = None if loss == SUPERVISED else self.config.rollout.max_response_tokens
+            divisor = None if loss == SUPERVISED else self.config.rollout.max_response_tokens
             for chunk in self.model_chunks:
-                chunk.mtp_alone = alone
+                chunk.mtp_only_divisor = divisor
         run = partial(self._run, batches, compute, forward_only=False)
         reports, stepped = optimizer_step(
-            self.chunks, self.optimizer, learning_rate, run, is_last=self._is_last(index)
+            self.ddp_chunks, self.optimizer, learning_rate, run, is_last=self._is_last(index)
         )
         return self._reduced(merge(reports)) | stepped
 
@@ -243,7 +248,7 @@ class Trainer:
         """Return the mean and the largest difference of an engine's log-probabilities, at
         temperature 1, and the trainer's.
 
-        samples: as `wire.Sample`, the same on every rank; loaded ones stay."""
+        samples: the same on every rank; loaded ones stay."""
         own = msgspec.convert(samples, list[Sample])
         check_token_ids(own, self.hf["vocab_size"])
         batches = [packed_batch(s, self.split, platform.device()) for s in self._in_rounds([own])]
@@ -256,9 +261,9 @@ class Trainer:
         """Free what the trainer does not need while engines compute on the same GPUs: gradients,
         the loaded samples, and memory that torch keeps for later activations."""
         self.minibatches = []
-        free_gradients(self.chunks)
+        free_gradients(self.ddp_chunks)
         if self.critic is not None:
-            free_gradients(self.critic.chunks)
+            free_gradients(self.critic.ddp_chunks)
 
     def networks(self) -> Networks:
         """Return what a checkpoint holds: policy, reference and critic."""
@@ -282,7 +287,7 @@ class Trainer:
             return {"labels": batch.targets[None], "loss_mask": batch.is_response[None].float()}
 
         reports = run_passes(
-            self.chunks, batches, compute, forward_only=forward_only, inputs=inputs
+            self.ddp_chunks, batches, compute, forward_only=forward_only, inputs=inputs
         )
         self.replay.end()
         return reports

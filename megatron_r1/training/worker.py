@@ -19,14 +19,8 @@ from megatron_r1.training import distributed
 from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.rank_monitor import IDLE, RankMonitor
 from megatron_r1.training.replica import Replica
-from megatron_r1.training.wire import (
-    Call,
-    RankDescription,
-    Reply,
-    decode_share,
-    identity,
-    monitor_identity,
-)
+from megatron_r1.training.sample import decode_samples
+from megatron_r1.training.wire import Call, RankDescription, Reply, identity, monitor_identity
 
 
 def serve_under_torchrun(config: Config, find_controller: Callable[[], str | None]) -> None:
@@ -150,11 +144,11 @@ class Operations:
 
     def run(self, call: Call, share: Sequence[memoryview] = ()) -> dict[str, Any]:
         """Run one operation; its result is JSON-like. share: of "load", on the leader of a replica:
-        the parts of `wire.encode_share`. Raises ValueError for an unknown operation."""
+        the parts of `sample.encode_samples`. Raises ValueError for an unknown operation."""
         if call.operation == "load":
             broadcast = self.replica.broadcast
             headers, buffers = broadcast(share[:1]), broadcast(share[1:])
-            return self.trainer.load(decode_share(headers, buffers))
+            return self.trainer.load(decode_samples(headers, buffers))
         if call.operation not in self._homes:
             raise ValueError(f"unknown operation {call.operation!r}: use {', '.join(self._homes)}")
         arguments = call.arguments

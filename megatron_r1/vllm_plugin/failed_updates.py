@@ -6,6 +6,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+TRANSFER = "_weight_transfer_engine", "_weight_update", "_weights"
+"""Ends of the names of a worker's methods that load a push."""
+
 
 def apply() -> None:
     """Apply both patches, once per process."""
@@ -14,13 +17,14 @@ def apply() -> None:
 
 
 def read_every_reply() -> None:
-    """Let a call of all ranks read the replies of all ranks before it raises the error of one.
+    """Let a call of a weight transfer read the replies of all ranks before it raises the error of
+    one.
 
     Upstream: v1/executor/multiproc_executor.py:443 (`MultiprocExecutor.collective_rpc`). Without
     it: the call raises at the first error, and the replies of the ranks behind it stay in their
     queues. The next call takes them for its own, and all later ones are late by one. Goes when: it
-    reads them. Calls with a time limit are left as they are: vLLM makes them between pushes, and
-    ends the engine where one fails."""
+    reads them. Other calls are left as they are: an engine ends where one of them fails, and must
+    not wait for ranks that are in a collective with the one that has failed."""
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
     upstream = MultiprocExecutor.collective_rpc
@@ -37,7 +41,8 @@ def read_every_reply() -> None:
     ) -> Any:
         queues, call = tuple(self.response_mqs), (method, timeout, args, kwargs)
         future = upstream(self, *call, True, unique_reply_rank, **aggregators)
-        if timeout is None and unique_reply_rank is None:
+        is_transfer = isinstance(method, str) and method.endswith(TRANSFER)
+        if is_transfer and timeout is None and unique_reply_rank is None:
             future.get_response = functools.partial(replies_of_all, queues)
         return future if non_block else future.result()
 

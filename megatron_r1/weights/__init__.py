@@ -2,6 +2,7 @@
 
     rules.py                              what a table consists of: rules, splits, pieces
     decoder.py                            the table of every architecture
+    stacked.py                            tensors with all experts of a layer (gpt-oss); no torch
     layout.py                             every parameter of a rank, from config.json; no torch
     local.py                              the layout joined with this rank's real tensors
     reading.py, writing.py                import and export by all ranks together

@@ -121,7 +121,10 @@ def _experts(hf: dict) -> list[Rule]:
     local, shared = "mlp.experts.local_experts.{e}", "mlp.shared_experts"
     grouped = ("mlp.experts.linear_fc1.weight{e}", "mlp.experts.linear_fc2.weight{e}")
     family, num_shared = model_family(hf), hf.get("n_shared_experts") or 0
-    has_bias, router = family.experts == "sigmoid", "mlp.router" if family.stacked else "mlp.gate"
+    has_bias, router = (
+        family.router_score == "sigmoid",
+        "mlp.router" if family.stacked else "mlp.gate",
+    )
     return [
         weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole),
         weight("mlp.router", router, (experts, hidden), whole),

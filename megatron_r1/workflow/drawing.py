@@ -90,7 +90,7 @@ def _layers(
 
 
 def _reduce_crossings(layers: list[list[GraphNode]], paths: Paths) -> None:
-    """Sort each layer by the mean position of its neighbours, downwards and upwards in turn
+    """Sort each layer by the mean position of its neighbors, downwards and upwards in turn
     (Sugiyama et al. 1981)."""
     above: dict[GraphNode, list[GraphNode]] = {}
     below: dict[GraphNode, list[GraphNode]] = {}
@@ -99,11 +99,11 @@ def _reduce_crossings(layers: list[list[GraphNode]], paths: Paths) -> None:
             above.setdefault(lower, []).append(upper)
             below.setdefault(upper, []).append(lower)
     for sweep in range(SWEEPS):
-        neighbours = below if sweep % 2 else above
+        neighbors = below if sweep % 2 else above
         for layer in reversed(layers) if sweep % 2 else layers:
             position = {n: (i + 0.5) / len(row) for row in layers for i, n in enumerate(row)}
             target = {
-                node: fmean(position[other] for other in neighbours.get(node, [node]))
+                node: fmean(position[other] for other in neighbors.get(node, [node]))
                 for node in layer
             }
             layer.sort(key=target.__getitem__)

@@ -24,10 +24,11 @@ NUM_BLOCKS, BLOCK_BYTES = 64, 65_536
 MISSING = "missing"
 LENGTH = 16
 """Hexadecimal digits of a SHA-256 that are kept: 64 bits."""
-NOT_OUTPUT = frozenset(
-    ("begun.json", "checkpoints", "config.yaml", "logs", "report.html", "sample_log", "stage.json")
-    + ("sampled", "stop", "tensorboard", "wandb", "mlflow", "trackers.json")
+START_FILES = frozenset(
+    ("begun.json", "config.yaml", "logs", "stop", "tensorboard", "wandb", "mlflow", "trackers.json")
 )
+"""Files of a stage that are written before its verb reads any input."""
+NOT_OUTPUT = START_FILES | {"checkpoints", "report.html", "sample_log", "sampled", "stage.json"}
 """Files of a stage that no other stage reads: resuming, logs, reports, what `sample` of it adds."""
 FINAL = ("run.steps", "rl.schedule", "eval")
 """Resumable settings that decide the result of a finished run."""

@@ -18,10 +18,6 @@ from megatron_r1.workflow import fingerprint
 from megatron_r1.workflow.plan import WorkflowPlan, WorkflowStage
 
 DONE, BEGUN = "stage.json", "begun.json"
-# config.yaml and logs/ are written before a verb reads its inputs.
-LEFT_BY_A_START = frozenset(
-    (BEGUN, "config.yaml", "logs", "stop", "tensorboard", "wandb", "mlflow", "trackers.json")
-)
 
 
 def read(folder: Path, name: str) -> dict[str, Any] | None:
@@ -113,7 +109,7 @@ def has_outputs(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    return bool(names - LEFT_BY_A_START)
+    return bool(names - fingerprint.START_FILES)
 
 
 def git_commit() -> dict[str, Any] | None:

@@ -101,7 +101,7 @@ def test_vllm_quantizes_to_the_same_bits(block, backend):
     assert_same(q, expected_q)
 
 
-def test_every_number_midpoint_and_neighbour_of_a_midpoint_rounds_to_even(backend):
+def test_every_number_midpoint_and_neighbor_of_a_midpoint_rounds_to_even(backend):
     cases = [(value, code) for code, value in enumerate(VALUES)]
     for low, (a, b) in enumerate(pairwise(VALUES)):
         middle = np.float32((a + b) / 2)

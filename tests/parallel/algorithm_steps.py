@@ -22,7 +22,7 @@ from megatron_r1.config import Config
 from megatron_r1.rl import algorithms
 from megatron_r1.trainer_client.packing import pack
 from megatron_r1.training import distributed
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 SETTINGS = {
     "rloo": {"kl_beta": 0.5},

@@ -19,7 +19,7 @@ from megatron_r1.config import Config
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer_client.packing import pack
 from megatron_r1.training import distributed
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 TOLERANCE = 2e-5
 POLICY_LOSS = "megatron_r1.training.losses:supervised"

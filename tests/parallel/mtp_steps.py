@@ -17,7 +17,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.losses import LossSettings
 from megatron_r1.trainer_client.packing import pack
 from megatron_r1.training import distributed
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 LOSS = "megatron_r1.rl.algorithms.grpo:loss"
 SETTINGS = LossSettings(average="token", clip_low=0.2, clip_high=0.2)

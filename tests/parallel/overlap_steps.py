@@ -16,7 +16,7 @@ from megatron_r1 import models
 from megatron_r1.config import Config
 from megatron_r1.trainer_client.packing import pack
 from megatron_r1.training import distributed
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 LOSS = "megatron_r1.training.losses:supervised"
 
@@ -40,7 +40,7 @@ def parameters(
     for index in range(3):
         if yields:
             trainer.yield_memory()
-            buffers = [b for c in trainer.chunks for b in c.buffers + c.expert_parallel_buffers]
+            buffers = [b for c in trainer.ddp_chunks for b in c.buffers + c.expert_parallel_buffers]
             assert [b.grad_data.untyped_storage().nbytes() for b in buffers] == [0] * len(buffers)
             trainer.load(minibatches)  # it has freed the samples, too
         trainer.update(index, LOSS, None, 0.01)

@@ -44,7 +44,7 @@ def storages(tensors) -> dict[int, int]:
 
 def measure(trainer) -> dict[str, int]:
     """trainer: or its critic, which is built alike."""
-    for chunk in trainer.chunks:
+    for chunk in trainer.ddp_chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.step()
     bare = [t for chunk in trainer.model_chunks for t in chunk.parameters()]
@@ -55,7 +55,7 @@ def measure(trainer) -> dict[str, int]:
         if n.endswith("expert_bias")
     ]
     parameters = storages(bare)
-    buffers = [b for c in trainer.chunks for b in c.buffers + c.expert_parallel_buffers]
+    buffers = [b for c in trainer.ddp_chunks for b in c.buffers + c.expert_parallel_buffers]
     gradients = storages([buffer.grad_data for buffer in buffers])
     optimizers = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
     states = [o.optimizer for o in optimizers if o.optimizer is not None]

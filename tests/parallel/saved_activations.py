@@ -10,7 +10,7 @@ import torch
 
 from megatron_r1.config import Config
 from megatron_r1.training import distributed
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 SAMPLES, LENGTH = 8, 32
 

@@ -30,7 +30,7 @@ from megatron_r1.training.checkpoints.contents import without_extra_state  # noq
 from megatron_r1.training.metrics import merge, reduce_over_data  # noqa: E402
 from megatron_r1.training.packed import TokenSplit, packed_batch  # noqa: E402
 from megatron_r1.training.passes import run_passes  # noqa: E402
-from megatron_r1.training.wire import Sample  # noqa: E402
+from megatron_r1.training.sample import Sample  # noqa: E402
 
 # fp32 and another order of sums; scores have a standard deviation of 1.
 SCORE_TOLERANCE = 2e-5

@@ -12,7 +12,7 @@ from trainer_steps import SETTINGS, TEMPERATURE, config
 
 from megatron_r1.trainer_client.prompt_packing import pack_by_prompt
 from megatron_r1.training import distributed
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 LOSS = "megatron_r1.rl.algorithms.grpo:loss"
 # fp32 sums in another order, through two updates with a large learning rate.

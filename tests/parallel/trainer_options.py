@@ -19,7 +19,7 @@ from megatron_r1 import weights
 from megatron_r1.config import Config
 from megatron_r1.trainer_client.packing import pack
 from megatron_r1.training import distributed
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 LOSS = "megatron_r1.training.losses:supervised"
 BIAS = "e_score_correction_bias"

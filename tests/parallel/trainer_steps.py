@@ -20,7 +20,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.losses import LossSettings
 from megatron_r1.trainer_client.packing import pack
 from megatron_r1.training import distributed
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 TEMPERATURE = 0.8
 SETTINGS = LossSettings(

@@ -71,6 +71,14 @@ def test_a_call_of_one_rank_reads_its_reply_only(collective_rpc):
         collective_rpc(executor, "check_health", timeout=10)
 
 
+def test_other_calls_raise_at_the_first_error(collective_rpc):
+    """The rank behind it may wait for the failed one in a collective, and never reply."""
+    executor = executor_of([[(FAILURE, "out of memory"), (SUCCESS, 1)]])
+    with pytest.raises(RuntimeError, match="Worker failed with error 'out of memory'"):
+        collective_rpc(executor, "determine_available_memory")
+    assert [queue.qsize() for queue in executor.response_mqs] == [0, 1]
+
+
 class Backend:
     """Stands for our weight-transfer backend. is_complete: whether this rank gets the push."""
 

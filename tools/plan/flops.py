@@ -39,9 +39,9 @@ def decode_flops(hf: dict, length: float) -> float:
 
 def layer_flops(job: PlannedJob, layer: int, length: float) -> float:
     """Return forward FLOP of one token through one decoder layer."""
-    experts = job.rules.num_experts
+    experts = job.weight_table.num_experts
     multiplied = 0.0
-    for rule in job.rules.layers[layer]:
+    for rule in job.weight_table.layers[layer]:
         count = sum(prod(source.shape) for source in rule.sources if len(source.shape) > 1)
         multiplied += count * (job.hf["num_experts_per_tok"] if rule.expert and experts else 1)
     return 2 * multiplied + attention_flops(job.hf, length)

@@ -67,14 +67,15 @@ class PlannedJob:
         return replace(self, world_size=world_size, config=config)
 
     @property
-    def rules(self) -> Table:
-        if "rules" not in self.shared:
-            self.shared["rules"] = table(self.hf)
-        return self.shared["rules"]
+    def weight_table(self) -> Table:
+        """The weight table of the model (`weights.decoder`)."""
+        if "weight_table" not in self.shared:
+            self.shared["weight_table"] = table(self.hf)
+        return self.shared["weight_table"]
 
     @property
     def adapters(self) -> Table | None:
-        """The rules of the adapters that are trained instead of the model's weights, if any."""
+        """The weight table of the adapters, if they are trained instead of the model's weights."""
         if (lora := self.config.model.lora) is None:
             return None
         if "adapters" not in self.shared:
@@ -120,11 +121,11 @@ class PlannedJob:
 
     @property
     def with_mtp(self) -> bool:
-        return self.config.model.mtp != "none" and bool(self.rules.mtp)
+        return self.config.model.mtp != "none" and bool(self.weight_table.mtp)
 
     @property
     def has_experts(self) -> bool:
-        return bool(self.rules.num_experts)
+        return bool(self.weight_table.num_experts)
 
     @property
     def splits_sequences(self) -> bool:

@@ -181,7 +181,7 @@ def head_bytes(job: PlannedJob) -> tuple[int, str]:
     For its largest micro-batch: one chunk of fp32 logits and one of their gradient; the hidden
     states and their gradient, whole along the sequence; the weight's gradient in fp32 while it is
     summed over chunks, and in the parameter's dtype for the optimizer."""
-    outputs, hidden = job.rules.head[0].sources[0].shape
+    outputs, hidden = job.weight_table.head[0].sources[0].shape
     if outputs == 1:
         return _score_head_bytes(job, hidden)
     columns = -(-outputs // job.parallel.tensor)

@@ -24,7 +24,7 @@ from tools.plan.push import (
 from tools.plan.quantity import Quantity, Section, in_bytes
 
 ID = LOGPROB = 4
-"""Bytes of a token's id and of its log-probability in training/wire.py."""
+"""Bytes of a token's id and of its log-probability in training/sample.py."""
 LOGITS = 4
 """Bytes of a logit; logits and their log-softmax exist at once."""
 
@@ -65,7 +65,7 @@ class Engines:
     @property
     def mtp_layers(self) -> int:
         """Number of layers that draft."""
-        return len(self.job.rules.mtp) if drafts(self.job) else 0
+        return len(self.job.weight_table.mtp) if drafts(self.job) else 0
 
     @property
     def drafted(self) -> int:

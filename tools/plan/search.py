@@ -106,7 +106,7 @@ def _candidates(job: PlannedJob) -> Iterator[tuple[float, dict]]:
         "tensor": [n for n in powers if n <= job.hardware.gpus_per_node],
         "context": [n for n in powers if n <= 64],
         "pipeline": [n for n in powers if n <= layers],
-        "expert": [n for n in powers if n <= max(1, job.rules.num_experts)],
+        "expert": [n for n in powers if n <= max(1, job.weight_table.num_experts)],
         "expert_tensor": [1],
         "virtual_pipeline": [1, 2],
         "recompute": ["none", "selective", "full"],
@@ -139,7 +139,7 @@ def _fitting(job: PlannedJob, distance: float, changes: dict) -> FittingLayout |
     chunks = changes["pipeline"] * changes["virtual_pipeline"]
     same = all(getattr(job.parallel, k) == changes[k] for k in ("pipeline", "virtual_pipeline"))
     if not same:
-        num_mtp = len(job.rules.mtp) if job.with_mtp else 0
+        num_mtp = len(job.weight_table.mtp) if job.with_mtp else 0
         changes["pipeline_layout"] = even_layout(job.hf["num_hidden_layers"], num_mtp, chunks)
     if changes["recompute"] == "selective" != job.parallel.recompute:
         changes["recompute_modules"] = _cheap_modules(job)

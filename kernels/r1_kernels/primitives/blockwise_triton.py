@@ -105,7 +105,7 @@ def _quantize_kernel(
     TILE_ROWS: tl.constexpr,
     HARDWARE_CAST: tl.constexpr,  # the device converts to e4m3 itself
 ):
-    """Quantize one tile of TILE_ROWS x 128; grid (tiles,), neighbours in one row of blocks."""
+    """Quantize one tile of TILE_ROWS x 128; grid (tiles,), neighbors in one row of blocks."""
     row, column, inside, block_column, across = _tile(rows, columns, TILE_ROWS, WIDTH)
     address = row[:, None] * x_stride + column[None, :]
     values = tl.load(x + address, mask=inside, other=0.0).to(tl.float32)

@@ -25,11 +25,11 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     limited = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
     if settings.objective == "cispo":
         clipped = limited != ratio
-        by_ratio, by_logprob = torch.zeros_like(ratio), limited * advantage
+        by_log_ratio, by_logprob = torch.zeros_like(ratio), limited * advantage
         surrogate = by_logprob * torch.where(unmasked, logprobs, 0.0)
     else:
         surrogate, clipped = _clipped_surrogate(ratio, limited, advantage, settings.dual_clip)
-        by_ratio = torch.where(clipped | (x > MAX_LOG_RATIO), 0.0, ratio * advantage)
+        by_log_ratio = torch.where(clipped | (x > MAX_LOG_RATIO), 0.0, ratio * advantage)
         by_logprob = torch.zeros_like(ratio)
     importance = unmasked.to(dtype)
     if tokens.rollout_logprobs is not None:
@@ -48,7 +48,7 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
         grad_logprob = grad_logprob + weight * settings.kl_beta * slope
     return PolicyTerms(
         loss=(weight * total).sum()[None],
-        grad_ratio=-weight * importance * by_ratio,
+        grad_log_ratio=-weight * importance * by_log_ratio,
         grad_logprob=grad_logprob,
         ratio=ratio * unmasked,
         clipped=clipped.to(dtype),

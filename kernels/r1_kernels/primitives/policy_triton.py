@@ -108,7 +108,7 @@ def _surrogate(
     if IS_CISPO:
         clipped = limited != ratio
         surrogate = bounded * logprob
-        by_ratio = tl.zeros(x.shape, tl.float32)
+        by_log_ratio = tl.zeros(x.shape, tl.float32)
         by_logprob = scale * bounded
     else:
         free = ratio * advantage
@@ -119,9 +119,9 @@ def _surrogate(
             below = (advantage < 0.0) & (surrogate < floor)
             surrogate = tl.where(below, floor, surrogate)
             clipped = clipped | below
-        by_ratio = tl.where(clipped | (x > MAX_EXPONENT), 0.0, scale * free)
+        by_log_ratio = tl.where(clipped | (x > MAX_EXPONENT), 0.0, scale * free)
         by_logprob = tl.zeros(x.shape, tl.float32)
-    return surrogate, clipped, by_ratio, by_logprob
+    return surrogate, clipped, by_log_ratio, by_logprob
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def _store_rows(outputs, token, num_tokens, inside, rows):
 def policy_terms_kernel(
     tokens,  # in: `TokenTensors`, (T,) any float each; those with a flag are read only if it is set
     loss,  # out: (blocks,) fp32
-    outputs,  # out: (6, T) fp32: grad_ratio, grad_logprob, ratio, clipped, kl, importance
+    outputs,  # out: (6, T) fp32: grad_log_ratio, grad_logprob, ratio, clipped, kl, importance
     num_tokens,  # T
     limits,  # `_Limits`
     ESTIMATOR: tl.constexpr,  # 1 to 3, for k1 to k3
@@ -200,7 +200,7 @@ def policy_terms_kernel(
     advantage = tl.where(unmasked, advantage, 0.0)
     x = tl.where(unmasked, x, 0.0)
     importance = _importance(gap, unmasked, limits.importance_cap, HAS_ROLLOUT)
-    surrogate, clipped, grad_ratio, grad_logprob = _surrogate(
+    surrogate, clipped, grad_log_ratio, grad_logprob = _surrogate(
         x, tl.where(unmasked, logprob, 0.0), advantage, -weight * importance, limits,
         HAS_DUAL_CLIP, IS_CISPO,
     )  # fmt: skip
@@ -215,7 +215,7 @@ def policy_terms_kernel(
     tl.store(loss + block, tl.sum(weight * total, 0))
     ratio = tl.where(unmasked, _exp(x), 0.0)
     clipped = tl.where(clipped, 1.0, 0.0)
-    rows = (grad_ratio, grad_logprob, ratio, clipped, kl, importance)
+    rows = (grad_log_ratio, grad_logprob, ratio, clipped, kl, importance)
     _store_rows(outputs, token, num_tokens, inside, rows)
 
 

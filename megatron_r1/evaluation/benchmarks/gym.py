@@ -97,7 +97,7 @@ BENCHMARK = Benchmark(
         "questions": 10,  # per task
         "difficulty": "default",
         "parameters": {},  # of a single task
-        "seed": 1_000_000,  # far from the seeds of training: neighbouring seeds share questions
+        "seed": 1_000_000,  # far from the seeds of training: neighboring seeds share questions
         "heldout_fraction": 1.0,  # below 1: only what training with this fraction held out
     },
 )

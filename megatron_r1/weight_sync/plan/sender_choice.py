@@ -35,10 +35,10 @@ class SenderChoice:
         """Return the trainer ranks that may send a bundle. connected: the senders that the engine
         rank has already."""
         holders: Sequence[int] = bundle.replicas
-        neighbour = self._shared.trainer_rank.get(receiver)
-        if neighbour in holders and len(holders) > 1:
+        neighbor = self._shared.trainer_rank.get(receiver)
+        if neighbor in holders and len(holders) > 1:
             # NCCL refuses a pair of ranks on one GPU (`SharedGPUs`).
-            holders = [rank for rank in holders if rank != neighbour]
+            holders = [rank for rank in holders if rank != neighbor]
         if bundle.is_small:
             # A link costs more than its few bytes balance: with the least busy rank for every
             # bundle a rank of the recipe for 2,048 GPUs had 17 links, not 5 (docs/log.md).

@@ -30,10 +30,10 @@ class SharedGPUs:
     def in_its_node(self, senders: Sequence[int], receiver: EngineRank) -> list[int]:
         """Return those of the trainer ranks that are in the node of an engine rank; none for an
         engine rank with a GPU of its own."""
-        neighbour = self.trainer_rank.get(receiver)
-        if neighbour is None:
+        neighbor = self.trainer_rank.get(receiver)
+        if neighbor is None:
             return []
-        return [rank for rank in self._ranks_of_node[self.nodes[neighbour]] if rank in senders]
+        return [rank for rank in self._ranks_of_node[self.nodes[neighbor]] if rank in senders]
 
     @cached_property
     def _ranks_of_node(self) -> dict[Hashable, list[int]]:

@@ -115,11 +115,11 @@ def test_train_and_heldout_are_disjoint_whatever_the_seed_and_size():
         settings = {"task": "chain_sum", "parameters": SUMS, "num_train": 500, "num_heldout": 60}
         return load_prompts(**settings | changes)
 
-    first, neighbour, large = load(seed=1), load(seed=2), load(seed=9, num_train=2000)
+    first, neighbor, large = load(seed=1), load(seed=2), load(seed=9, num_train=2000)
     assert load(seed=1) == first
-    assert questions(neighbour.train) != questions(first.train)
-    heldout = {normalize(q) for split in (first, neighbour) for q in questions(split.heldout)}
-    for split in (first, neighbour, large):
+    assert questions(neighbor.train) != questions(first.train)
+    heldout = {normalize(q) for split in (first, neighbor) for q in questions(split.heldout)}
+    for split in (first, neighbor, large):
         train = [normalize(q) for q in questions(split.train)]
         assert len(set(train)) == len(train)
         assert heldout.isdisjoint(train)

@@ -7,7 +7,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from megatron_r1.evaluation.estimators import estimate, pass_at_k, powers_up_to, subsets
+from megatron_r1.evaluation.intervals import estimate, pass_at_k, powers_up_to, subsets
 from megatron_r1.evaluation.voting import (
     group_answers,
     majority_of,

@@ -5,7 +5,7 @@ import torch
 
 from megatron_r1.models.context import held_positions, sample_order, spans
 from megatron_r1.training.packed import TokenSplit, packed_batch
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 BORDERS = torch.tensor([0, 8, 12, 24])
 

@@ -8,7 +8,7 @@ from megatron_r1.config.loading import take_section
 from megatron_r1.errors import UserError
 from megatron_r1.preflight.facts import Facts, Folder, LinkRate, Memory, NodeFacts
 from megatron_r1.preflight.judge import hardware_of, judge, measured_rates
-from megatron_r1.preflight.links import neighbours
+from megatron_r1.preflight.links import neighbors
 from megatron_r1.preflight.settings import PreflightConfig, PreflightSettings
 
 CONFIG = parse({"run": {"folder": "runs/x"}, "data": {"kind": "code"}})
@@ -74,11 +74,11 @@ def test_a_slow_node_is_named_from_the_groups_that_only_it_is_in():
     assert blocking(found) == {"tensor: all-reduce": ("host-2",)}
 
 
-def test_a_slow_adapter_is_named_from_its_node_being_slow_to_both_neighbours():
+def test_a_slow_adapter_is_named_from_its_node_being_slow_to_both_neighbors():
     found = facts()
     for rank in range(16):
         node = rank // 4
-        # Either neighbour of host-1 has one slow link, too.
+        # Either neighbor of host-1 has one slow link, too.
         found[rank].pairs = {1: [8e9, 8e9], 3: [41e9, 41e9]}.get(node, [8e9, 41e9])
     assert blocking(found) == {"links between nodes": ("host-1",)}
 
@@ -157,7 +157,7 @@ def test_a_push_over_gloo_is_planned_with_its_slowest_node_which_is_named():
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 3, 4, 5, 8])
 def test_rounds_of_pairs_have_every_link_of_the_ring_once(num_nodes):
-    rounds = zip(*(neighbours(node, num_nodes) for node in range(num_nodes)), strict=True)
+    rounds = zip(*(neighbors(node, num_nodes) for node in range(num_nodes)), strict=True)
     links = []
     for partners in rounds:
         for node, partner in enumerate(partners):

@@ -9,8 +9,8 @@ from megatron_r1.config import Config
 from megatron_r1.rl import algorithms
 from megatron_r1.training.head import Head
 from megatron_r1.training.packed import TokenSplit, packed_batch
+from megatron_r1.training.sample import Sample
 from megatron_r1.training.token_advantages import ScoredRollout
-from megatron_r1.training.wire import Sample
 from megatron_r1.user_code import find_function
 
 HIDDEN, VOCABULARY, TEMPERATURE, LIMIT = 5, 11, 0.7, 12

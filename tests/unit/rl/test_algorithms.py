@@ -14,8 +14,8 @@ from megatron_r1.config.losses import TokenSettings
 from megatron_r1.rl import algorithms
 from megatron_r1.training.packed import TokenSplit, packed_batch
 from megatron_r1.training.returns import discounted_sums
+from megatron_r1.training.sample import Sample
 from megatron_r1.training.token_advantages import ScoredRollout, WholeResponses
-from megatron_r1.training.wire import Sample
 from megatron_r1.user_code import find_function
 
 

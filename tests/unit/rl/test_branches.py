@@ -18,7 +18,7 @@ from estimator_problem import (
 )
 
 from megatron_r1.training.packed import TokenSplit, packed_batch
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 # The weights of an average per trajectory are fp32.
 NEAR = {"rtol": 1e-6, "atol": 1e-9}

@@ -26,7 +26,7 @@ from megatron_r1.rl.rollout import Sampling
 from megatron_r1.rl.sample_record import decode, encode, pack, unpack
 from megatron_r1.rl.teacher import check_teacher, differing_tokens
 from megatron_r1.training.packed import TokenSplit, packed_batch
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 
 def write_model(folder, words, *, positions=64, vocab_size=None, **changes):

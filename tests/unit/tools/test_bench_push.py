@@ -76,7 +76,7 @@ class SizedEntry(Entry):
 
 @pytest.mark.parametrize("engines", [2, 4])
 def test_what_enters_is_passed_on_by_a_ring(engines):
-    """Each of E engines of one rank receives 1 byte at 1 B/s, then E - 1 bytes from its neighbour:
+    """Each of E engines of one rank receives 1 byte at 1 B/s, then E - 1 bytes from its neighbor:
     E seconds, as if the trainer had sent everything to every engine."""
     position = [SizedEntry(rank, rank, 0, (), 0.0) for rank in range(engines)]
     cluster = Cluster(engines, engines, colocated=False, rates=FREE)

@@ -61,7 +61,7 @@ def test_weights_are_those_of_the_plan(tmp_path, dtype, ranks, tensor, kl_beta, 
     (of_rank,) = rank_memory(job)  # ranks of one pipeline stage are equal
     planned = of_rank.resident + of_rank.host["reference"]
     copies = of_rank.host["checkpoint being written"]
-    found = cpu_memory(config, ranks, samples=True)
+    found = cpu_memory(config, ranks, has_engines=True)
     assert found.weights == pytest.approx(ranks * (planned + copies), rel=0.01)
 
 
@@ -71,11 +71,11 @@ def test_activations_are_the_plan_s_and_what_local_layers_keep_beside_them(tmp_p
     planned = 30 * layer_activations(job, False, tokens=1).everything
     assert planned < activation_bytes(DENSE, 4) < 1.5 * planned
     assert activation_bytes(DENSE, 2) == activation_bytes(DENSE, 4) // 2
-    again = cpu_memory(recipe(tmp_path, parallel={"recompute": "full"}), 1, samples=False)
+    again = cpu_memory(recipe(tmp_path, parallel={"recompute": "full"}), 1, has_engines=False)
     inputs = 30 * layer_activations(job, False, tokens=1).input
     assert again.per_token == inputs + activation_bytes(DENSE, 4) // 30
     # Measured: 15.4 GB in all with one micro-batch of 8,064 tokens, where the kernel ended it.
-    assert cpu_memory(config, 1, samples=False).weights + 8064 * activation_bytes(
+    assert cpu_memory(config, 1, has_engines=False).weights + 8064 * activation_bytes(
         DENSE, 4
     ) == pytest.approx(15.4e9, rel=0.1)
 
@@ -96,17 +96,19 @@ def test_a_micro_batch_is_what_the_free_memory_has_room_for():
 
 
 def test_engines_elsewhere_take_nothing_here_and_a_score_head_no_logits(tmp_path):
-    here = cpu_memory(recipe(tmp_path), 1, samples=True)
-    hosts = cpu_memory(recipe(tmp_path, rollout={"placement": "hosts"}), 1, samples=True)
+    here = cpu_memory(recipe(tmp_path), 1, has_engines=True)
+    hosts = cpu_memory(recipe(tmp_path, rollout={"placement": "hosts"}), 1, has_engines=True)
     assert here.engine_weights == 2 * 134_515_008 * 4 and hosts.engine_weights == 0
     assert here.others > hosts.others + GIB
-    score = cpu_memory(recipe(tmp_path, model={"head": "score"}), 1, samples=False)
+    score = cpu_memory(recipe(tmp_path, model={"head": "score"}), 1, has_engines=False)
     assert score.others < hosts.others and score.engine_weights == 0
 
 
 def test_a_critic_and_a_teacher_take_memory_too(tmp_path):
-    grpo = cpu_memory(recipe(tmp_path), 1, samples=True)
-    ppo = cpu_memory(recipe(tmp_path, rl={"algorithm": "ppo", "kl_beta": 0.001}), 1, samples=True)
+    grpo = cpu_memory(recipe(tmp_path), 1, has_engines=True)
+    ppo = cpu_memory(
+        recipe(tmp_path, rl={"algorithm": "ppo", "kl_beta": 0.001}), 1, has_engines=True
+    )
     # The reference has no critic; weights, gradients, moments and a checkpoint's buffers of both.
     score = num_parameters(memory.read_hf_config(str(tmp_path), "score"))
     assert ppo.weights - grpo.weights == score * (4 + 4 + 8 + 12 + 4)
@@ -115,7 +117,7 @@ def test_a_critic_and_a_teacher_take_memory_too(tmp_path):
     (teacher / "config.json").write_text(json.dumps(DENSE | {"dtype": "bfloat16"}))
     (teacher / "model.safetensors").write_bytes(bytes(2 * 5000))
     settings = {"path": str(teacher), "engines": 3, "dtype": "float32"}
-    taught = cpu_memory(recipe(tmp_path, teacher=settings), 1, samples=True)
+    taught = cpu_memory(recipe(tmp_path, teacher=settings), 1, has_engines=True)
     assert taught.engine_weights == grpo.engine_weights + 3 * 4 * 5000
     assert taught.others > grpo.others + 3 * GIB
 
@@ -125,8 +127,8 @@ def test_the_loss_head_s_chunk_is_that_of_the_kernels():
 
 
 def test_moments_in_bfloat16_save_nothing_on_a_cpu(tmp_path):
-    rounded = cpu_memory(recipe(tmp_path, optimizer={"moments": "bfloat16"}), 1, samples=True)
-    assert rounded.weights == cpu_memory(recipe(tmp_path), 1, samples=True).weights
+    rounded = cpu_memory(recipe(tmp_path, optimizer={"moments": "bfloat16"}), 1, has_engines=True)
+    assert rounded.weights == cpu_memory(recipe(tmp_path), 1, has_engines=True).weights
 
 
 def test_a_container_s_limit_counts_where_it_is_lower(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from megatron_r1.rl.algorithms.grpo import loss as grpo_loss
 from megatron_r1.training.head import Head
 from megatron_r1.training.losses import supervised
 from megatron_r1.training.packed import TokenSplit, packed_batch
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 HIDDEN, VOCABULARY, PADDED = 6, 13, 16
 SAMPLES = [

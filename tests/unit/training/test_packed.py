@@ -10,8 +10,8 @@ from megatron_r1.models.prefixes import segments_before
 from megatron_r1.trainer_client.prompt_packing import pack_by_prompt
 from megatron_r1.training.losses import denominator, supervised
 from megatron_r1.training.packed import TokenSplit, check_token_ids, packed_batch
+from megatron_r1.training.sample import Sample
 from megatron_r1.training.shared_prompts import check_shared_prompts
-from megatron_r1.training.wire import Sample
 from megatron_r1.user_code import find_function
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from megatron_r1.engine.server import EngineServer
 from megatron_r1.models.routing_shape import RoutingShape, routing_shape
 from megatron_r1.training.packed import TokenSplit, packed_batch
 from megatron_r1.training.packed_routing import RoutingPart
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 
 CPU = torch.device("cpu")
 SMALL = RoutingShape(num_layers=4, moe_layers=(1, 2, 3), topk=2, num_experts=256)

@@ -5,11 +5,11 @@ from array import array
 
 import pytest
 
-from megatron_r1.training import wire
-from megatron_r1.training.wire import Sample, decode_share, encode_share
+from megatron_r1.training import sample as module
+from megatron_r1.training.sample import ReplicaSamples, Sample, decode_samples, encode_samples
 
 
-def share(draw: random.Random) -> wire.ReplicaSamples:
+def share(draw: random.Random) -> ReplicaSamples:
     def sample() -> Sample:
         prompt, length = [1, 2, 70_000], draw.choice([0, 1, 5, 300])
         response = array("i", [draw.randrange(1 << 17) for _ in range(length)])
@@ -35,11 +35,11 @@ def share(draw: random.Random) -> wire.ReplicaSamples:
 
 @pytest.mark.parametrize("joined_bytes", [1, 200, 1 << 16])
 def test_a_share_arrives_as_it_was_sent(joined_bytes, monkeypatch):
-    monkeypatch.setattr(wire, "JOINED_BYTES", joined_bytes)
+    monkeypatch.setattr(module, "JOINED_BYTES", joined_bytes)
     for seed in range(20):
         sent = share(random.Random(seed))
-        headers, *parts = encode_share(sent)
-        got = decode_share(headers, memoryview(b"".join(parts)))
+        headers, *parts = encode_samples(sent)
+        got = decode_samples(headers, memoryview(b"".join(parts)))
         assert got == sent
         assert [s.teacher is None for u in got for m in u for s in m] == [
             s.teacher is None for u in sent for m in u for s in m
@@ -47,9 +47,9 @@ def test_a_share_arrives_as_it_was_sent(joined_bytes, monkeypatch):
 
 
 def test_large_buffers_are_sent_without_a_copy():
-    logprobs = array("f", [0.5]) * wire.JOINED_BYTES
+    logprobs = array("f", [0.5]) * module.JOINED_BYTES
     sample = Sample.pack([1], array("i", [2]) * len(logprobs), logprobs)
-    [part] = [p for p in encode_share([[[sample]]]) if isinstance(p, memoryview)]
+    [part] = [p for p in encode_samples([[[sample]]]) if isinstance(p, memoryview)]
     logprobs[-1] = 0.25
     assert part.cast("f")[-1] == 0.25
 

@@ -49,7 +49,7 @@ ANSWER = (
     "I take the next step of the sum and call the tool with it, so that no digit is lost.\n"
     '<tool_call>\n{"name": "calculate", "arguments": {"expression": "12 * 34 + 56"}}\n</tool_call>'
 )
-QUESTION = "Compute the sum of the products of all neighbours in the list, step by step. " * 4
+QUESTION = "Compute the sum of the products of all neighbors in the list, step by step. " * 4
 RESULT = "464, and the list goes on with 78, 90, 12."
 MAX_CONTEXT = 1_000_000
 

@@ -176,7 +176,7 @@ class _OneStep:
     def next_step(self) -> Config | None:
         self.step += 1
         self.sampler.start(1)
-        return self.passes.config if self.step == 1 else None
+        return self.passes.run_config if self.step == 1 else None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

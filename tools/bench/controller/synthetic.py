@@ -15,7 +15,8 @@ import zmq
 from megatron_r1.engine.client import GENERATE
 from megatron_r1.engine.server import RunningServer
 from megatron_r1.processes.authentication import protect_client
-from megatron_r1.training.wire import Call, Reply, decode_share, identity
+from megatron_r1.training.sample import decode_samples
+from megatron_r1.training.wire import Call, Reply, identity
 
 JSON = "application/json"
 AWAKE = b'{"is_sleeping": false}'
@@ -113,6 +114,6 @@ def receive(socket: zmq.Socket) -> dict[str, Any]:
     msgspec.msgpack.decode(message.buffer, type=Call)
     if not parts:
         return {}
-    share = decode_share(parts[0].buffer, memoryview(b"".join(p.buffer for p in parts[1:])))
+    share = decode_samples(parts[0].buffer, memoryview(b"".join(p.buffer for p in parts[1:])))
     samples = [sample for step in share for microbatch in step for sample in microbatch]
     return {"samples": len(samples), "tokens": sum(len(sample) for sample in samples)}

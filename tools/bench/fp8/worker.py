@@ -16,7 +16,7 @@ from megatron_r1.config import parse
 from megatron_r1.processes.children import rank_variables
 from megatron_r1.trainer_client.packing import pack
 from megatron_r1.training import distributed
-from megatron_r1.training.wire import Sample
+from megatron_r1.training.sample import Sample
 from tools.bench.fp8.language import Language
 from tools.bench.fp8.variants import BASELINE, MODEL, WARMUP_STEPS, settings
 
