@@ -1,5 +1,6 @@
 """The documents name files, packages and commands that exist."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -69,6 +70,15 @@ def test_import_contracts_name_every_package():
     plugin = next(each for each in contracts if "vLLM plugin" in each["name"])
     named = {*plugin["source_modules"], *plugin["forbidden_modules"]}
     assert packages - named == {"megatron_r1.processes", "megatron_r1.weight_sync"}
+
+
+def test_a_package_s_list_of_files_has_all_its_files():
+    for page in (ROOT / "megatron_r1").rglob("__init__.py"):
+        text = ast.get_docstring(ast.parse(page.read_text(encoding="utf-8"))) or ""
+        listed = set(re.findall(r"(\w+)\.py\b", text))
+        files = {path.stem for path in page.parent.glob("*.py")} - {"__init__"}
+        if len(listed) > 2:  # else the docstring mentions a file or two
+            assert listed == files, page
 
 
 def test_the_list_of_pages_has_all_pages():

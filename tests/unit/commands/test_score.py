@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -299,6 +300,8 @@ def test_ctrl_c_ends_it_while_a_pipe_is_silent(folder):
         stderr=subprocess.PIPE,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        # A shell's background jobs ignore Ctrl-C, and so would what the tests start.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         process.stdin.write(json.dumps({"kind": "graders:note", "response": str(graded)}).encode())

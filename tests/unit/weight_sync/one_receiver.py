@@ -72,11 +72,11 @@ class OneReceiver:
         ends = {}
 
         def receive():
-            rendezvous = EngineRendezvous(self.client(), f"test.{self.store.port}", 10)
+            rendezvous = EngineRendezvous(self.client(), f"test.{self.store.port}", 60)
             ends["receiver"] = receiver_class(transport)(rendezvous, 0, self.table)
 
         def connect(sender):
-            rendezvous = TrainerRendezvous(self.client(), f"test.{self.store.port}", 10)
+            rendezvous = TrainerRendezvous(self.client(), f"test.{self.store.port}", 60)
             (info,) = rendezvous.read_receivers(1)
             end = sender_class(transport)(rendezvous, sender, 0, info, self.full_every)
             end.plan(deliveries[sender])
