@@ -18,7 +18,7 @@ from megatron_r1.rewards.terms import Gradable
 EQUIVALENCE = f"{__name__}:grade"
 MAX_COMPARED_CHARS = 1_000
 """Longer answers are the same only if their texts are."""
-NUMBER = re.compile(
+VOTED_NUMBER = re.compile(
     r"[+-]?(?:[0-9]{1,300}|[0-9]{1,3}(?:,[0-9]{3}){1,99})(?:\.[0-9]{1,300}|/[0-9]{1,300})?"
 )
 """A number as it is written, without exponents: Fraction("1e999999999") would never return."""
@@ -58,7 +58,7 @@ def read_vote(
         return None
     text = unwrap(answer)
     compact = "".join(text.split()).lower()
-    if NUMBER.fullmatch(compact):
+    if VOTED_NUMBER.fullmatch(compact):
         try:
             return Vote(Fraction(compact.replace(",", "")), text)
         except ZeroDivisionError:

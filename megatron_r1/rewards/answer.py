@@ -16,6 +16,7 @@ r"""The opening of a box. Also `\boxed 13`: TeX would box only the 1, but every 
 MARKER = "####"
 """Precedes the final answer in GSM8K's solutions, and in responses of models trained on them."""
 MARKED_NUMBER = re.compile(r"####\s*([-+$\\.\d][^\n#]*)")
+"""A number after the marker: `#### 13`."""
 OR_BOX = re.compile(r"(?<=[\s$*,])or[\s$*]{1,9}\\f?box")
 r"""A second answer outside the box: `12 or \boxed{13}`, `\boxed{13} or 12`."""
 BOX_OR = re.compile(
@@ -53,10 +54,12 @@ DELIMITERS = (
     *((box + "{", "}") for box in BOXES),
 )
 DISPLAYS = ((r"\[", r"\]"), ("$$", "$$"))
-NUMBER = r"[-+]?\d++(?:[.,/]\d++)*+\\?%?"
+"""The two forms of a displayed formula."""
+NUMBER_PATTERN = r"[-+]?\d++(?:[.,/]\d++)*+\\?%?"
+"""A number beside a box: a decimal, a fraction, thousands, percent."""
 GLUE = r"(?:[\s$*]|\\[ ,;:!])"
 BARE_BEFORE = re.compile(
-    rf"{GLUE}{{0,9}}(?P<number>{NUMBER}){GLUE}{{0,9}}[,;.]?{GLUE}{{0,9}}"
+    rf"{GLUE}{{0,9}}(?P<number>{NUMBER_PATTERN}){GLUE}{{0,9}}[,;.]?{GLUE}{{0,9}}"
     rf"(?:(?:and|so|then|thus|hence|therefore|no|but){GLUE}{{0,9}}[,:]?)?{GLUE}{{0,9}}",
     re.IGNORECASE,
 )
@@ -64,16 +67,18 @@ r"""Only the number, and at most a word that draws a conclusion from it: `12, so
 LIST_ITEM = re.compile(r"\s*\d{1,2}\.\s*")
 r"""`1. \boxed{13}`: an item of a list."""
 BARE_AFTER = re.compile(
-    rf"{GLUE}{{0,9}}[,;.]?{GLUE}{{0,9}}(?P<number>{NUMBER}){GLUE}{{0,9}}[.,;]?{GLUE}{{0,9}}"
+    rf"{GLUE}{{0,9}}[,;.]?{GLUE}{{0,9}}(?P<number>{NUMBER_PATTERN}){GLUE}{{0,9}}[.,;]?{GLUE}{{0,9}}"
 )
+"""Only a number after a box: `\\boxed{13}, 12.`"""
 MAX_BARE_CHARS = 120
 STATEMENT = re.compile(
     r"(?:(?<!\w)answer\b[\s:*]{0,9}(?:is\b|=)?|答案(?:是|为|等于|[:：]))[\s:*=$]{0,9}"
     # The number ends here, and is not part of a term, a list or a time.
-    rf"(?P<number>{NUMBER})(?![\d.,/]*\d|[A-Za-z^_({{\\:])"
+    rf"(?P<number>{NUMBER_PATTERN})(?![\d.,/]*\d|[A-Za-z^_({{\\:])"
     r"(?![\s$]*[-+*/^=\\:]|\s+\d|[\s$]*(?:or|and|times|plus|minus|more|less|divided|of|to)\b|,\s*\d)",
     re.IGNORECASE,
 )
+"""A number that is called the answer: `The answer is 13`, `答案是13`."""
 
 
 @dataclass(frozen=True)

@@ -22,105 +22,15 @@ from megatron_r1.rewards.answer import (
 )
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.box import changes_box
-from megatron_r1.rewards.wording import CHANGED, DENIAL, after_answer_is
+from megatron_r1.rewards.last_number import last_number, with_plain_signs
+from megatron_r1.rewards.wording import after_answer_is
 
 Reading = Literal["strict", "tags", "boxed", "last", "auto"]
 READINGS: tuple[str, ...] = get_args(Reading)
 READERS = ("math", "logic")
 """The rewards whose option `reading` `rewards.answer` sets."""
-# A number with commas between its thousands, or with a fraction after the whole.
-DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+(?: \d+(?=/\d))?)(?:\.\d+)?(?:/\d+)?"
-LAST_NUMBER = re.compile(
-    rf"(?<![\w.,:/^{{\\+*√∛∜-])[-+]?\$?(?P<number>[-+]?{DIGITS})"
-    r"(?:\\?%)?(?![\w^{√∛∜⁻]|[.,:/]\d)"
-)
-"""A number that no letter, formula or longer number goes on from: not the 2 of x^2 or of 3.14.2."""
-SPACED = re.compile(
-    r"((?:^|[=:]|\b(?:is|are|equals)\b)[\s$*]{0,9}[-+]?\$?)(\d{1,3}(?: \d{3})+)"
-    r"(?=(?:\.\d+)?[\s$*.!)]{0,9}$)|(?<![\d.,])(\d{1,3}(?: \d{3}){2,})(?![\d/])"
-)
-"""Spaces between the thousands of a number that is all that is stated, `The answer is 1 500.`, or
-has several. In `On day 7 140 eggs hatch` there are two numbers."""
-SIGNS = str.maketrans({**dict.fromkeys("−–‐－", "-"), **dict.fromkeys("⁄∕", "/")})
-"""Characters that are a minus sign or a fraction's bar."""
-DASH = re.compile(
-    r"(?:(?<=[A-Za-z]{2})(?<!\bis)(?<!equals)|(?<=[:)]))\s{0,9}–(?=\s{0,9}\$?\d)", re.IGNORECASE
-)
-"""An en dash that is no sign: `Answer –13`."""
-SIGN_APART = re.compile(r"([=(])([\s$]{0,9}-)\s{1,9}(?=\$?\d)")
-"""A minus sign with a space after it, `x = - 13`. One that begins a line is the mark of a list, and
-one after words is a dash: `Final answer: - 13`."""
-JOINED = re.compile(
-    r"\d[\s$)]{0,9}[,;(.]?[\s$]{0,9}(?:[,;&|~^/]|(?:or|and|to|vs\.?|versus|maybe|perhaps|possibly"
-    r"|(?:or|but) (?:maybe|perhaps|possibly)|times|plus|minus)\b|[-+*×÷·⋅]"
-    r"|\\(?:times|cdot|div)\b)[\s$(.]{0,9}$"
-    # `12 13`, `12 remainder 5`, `2 dozen and 5`.
-    r"|\d\$?\s[\s$]{0,9}$"
-    r"|\d\s{0,9}(?:r|rem|remainder|(?:(?:and|with) )?an? remainder(?: of)?|with remainder)"
-    r"\.?,?\s{0,9}$|\d\s{0,9}(?:dozens?|tens) and\s{0,9}$",
-    re.IGNORECASE,
-)
-"""Text that joins the last number to an earlier one: two candidates (`12 or 13`), a calculation
-that is not worked out and may be the question (`2 + 11`), or parts of one quantity."""
-NUMBERED = re.compile(
-    r"(?:\b(?:day|week|month|quarter|year|hour|minute|step|round|stage|phase|case|part|question"
-    r"|problem|page|chapter|line|row|column|group|class|grade|level|team|game|trial|figure)"
-    r"\s#?\d{1,9}|\bin \d{4}),?\s{1,9}$",
-    re.IGNORECASE,
-)
-"""A number that tells which one, and joins no other: `On day 7, 140 eggs`, `In 2024, 140 eggs`."""
-# Units from large to small: after a number of the first, one of a later is part of one quantity.
-UNITS = (
-    "years? months? weeks? days? h|hrs?|hours? m|mins?|minutes? s|secs?|seconds?",
-    "miles? yards?|yd feet|foot|ft|['′’] inch(?:es)?|in(?![\\s-]*[A-Za-z])|[\"″”]",
-    "km|kilomet(?:er|re)s? m|met(?:er|re)s? cm|centimet(?:er|re)s? mm|millimet(?:er|re)s?",
-    "tons?|tonnes? kg|kilograms? g|grams? mg|milligrams?",
-    "lbs?|pounds? oz|ounces?",
-    "dollars?|euros?|pounds? cents?|pence|¢",
-    "gallons? quarts? pints? cups?",
-    "degrees?|° minutes?|['′’]",
-)
-QUANTITIES = tuple(
-    (
-        re.compile(rf"\d\s{{0,9}}(?:{unit})\.?,?\s{{0,9}}(?:and\s{{1,9}})?$", re.IGNORECASE),
-        re.compile(rf"[\s-]{{0,9}}(?:{'|'.join(smaller)})(?![A-Za-z])", re.IGNORECASE),
-    )
-    for units in map(str.split, UNITS)
-    for unit, *smaller in (units[i:] for i in range(len(units) - 1))
-)
-"""Text around the last number that makes it a part of a quantity: `3 hours 20 minutes`. In `In 3
-hours, 20 cars pass` it is none."""
-OPERATION = r"(?:[-+*/×÷·⋅]|\\(?:times|cdot|div)\b)[\s$(]{0,9}$"
-TERM_BEFORE = re.compile(
-    rf"\d[A-Za-z][\s$]{{0,9}}{OPERATION}|[A-Za-z\])}}][\s$]{{0,9}}[+×÷·⋅][\s$(]{{0,9}}$"
-)
-"""A number after it is the last term of an expression: `2x - 3`, `n + 3`."""
-FORMULA_TERM_BEFORE = re.compile(rf"(?:(?<![A-Za-z])[A-Za-z]|[\])}}])[\s$]{{0,9}}{OPERATION}")
-"""The same within a formula, `n - 3`. In a sentence it is a dash: `Option B - 13`."""
-SIGNED_TERM_BEFORE = re.compile(r"(?:(?<![A-Za-z])[b-zB-HJ-Z]|[\d\])}])[\s$]{1,9}$")
-"""The same, for a number with its own sign: `n -3`."""
-TERM_AFTER = re.compile(
-    r"[\s$)]{0,9}(?:[+×÷·⋅√∛∜][\s$(]{0,9}[\w\\]|\s{0,9}[\u00bc-\u00be\u2150-\u215e]"
-    r"|\s\d(?!\d*(?:st|nd|rd|th)\b)"
-    r"|[-*/^][\s$(]{0,9}(?:\d|[b-z](?![A-Za-z])|\\)|[-*/^][B-HJ-Z](?![A-Za-z]))"
-)
-"""A number before it is the first term of an expression: `13 - x`, `12-13`, `2 ⅝`."""
-FORMULA_TERM_AFTER = re.compile(r"[\s$)]{0,9}[-*/^][\s$(]{0,9}[B-HJ-Z](?![A-Za-z])")
-"""The same within a formula, `x = 13 - B`. `The answer is 13 - B` names a choice."""
-LABEL = re.compile(r"\s*(?:\(?[A-Ha-h]\)|[A-H])\s+-")
-"""The letter of a choice and a dash, `B - 13`, is no formula either."""
-WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-NUMBER = re.compile(r"\s*[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?\s*")
-DENIED = re.compile(
-    rf"(?:(?:{DENIAL.pattern}"
-    r"|\b(?:up to|by one|square|cube|root|sqrt|log|ln|before|after|times)\b)[\s$*(]{0,9}"
-    r"(?:(?:be|is|are|equal|exactly|to|of|from|by|it|that|the|say|think|answer)\b[\s$*:]{0,9}){0,4}"
-    r"|(?<!answer)[<>≤≥≠≈~±]\s*=?[\s$]{0,9}|!=[\s$]{0,9}|[√∛∜][\s$(]{0,9}"
-    r"|\\(?:n?eq|ne|[lg]eq?|[lg]t|approx|sim|pm|mp)\s*)$",
-    re.IGNORECASE,
-)
-"""Text before a number which shows that the number is not the answer: `it is not 122`, `less than
-122`, `half of 122`, `x < 122`."""
+NUMERIC_TRUTH = re.compile(r"\s*[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?\s*")
+"""A truth that is one number in digits (`is_number`)."""
 EMPHASIS = "*_` "
 EMPHASIZED = re.compile(r"(?<![\w)*])\*\*([^*\n]+)\*\*(?![\w(*])")
 MAX_LINE_CHARS = 2_000
@@ -158,7 +68,7 @@ def read_answer(
 
 def is_number(truth: object) -> bool:
     """Return whether a truth is one number, written in digits."""
-    return NUMBER.fullmatch(str(truth)) is not None
+    return NUMERIC_TRUTH.fullmatch(str(truth)) is not None
 
 
 def _unchanged(found: Extraction) -> Extraction:
@@ -192,58 +102,12 @@ def _last(visible: str, numeric: bool) -> Extraction | None:
         return present(answer, "in the last line")
     line = EMPHASIZED.sub(r"\1", line)
     if numeric:
-        line = SIGN_APART.sub(r"\1\2", DASH.sub(" - ", line).translate(SIGNS))
+        line = with_plain_signs(line)
     stated = after_answer_is(line) or line
     if numeric:
-        stated = SPACED.sub(_without_spaces, stated)
-        return _last_number(stated) or present(stated, "in the last line")
+        return last_number(stated) or present(stated, "in the last line")
     whole = stated.strip(EMPHASIS)
     return present(whole.removesuffix(".").rstrip(EMPHASIS) or whole, "in the last line")
-
-
-def _without_spaces(spaced: re.Match[str]) -> str:
-    return (spaced[1] or "") + (spaced[2] or spaced[3]).replace(" ", "")
-
-
-def _last_number(text: str) -> Extraction | None:
-    numbers = list(LAST_NUMBER.finditer(text))
-    if not numbers:
-        return None
-    last = numbers[-1]
-    before = text[: last.start()]
-    if DENIED.search(before) or CHANGED.match(text, last.end()):
-        return Extraction(None, f"no answer found: the last line denies {last[0]}")
-    if len(numbers) > 1 and _is_joined(before, text[last.end() :]):
-        pair = shorten(text[numbers[-2].start() : last.end()])
-        return Extraction(None, f"no answer found: two numbers end the last line: {pair}")
-    if _is_term(before, last[0], text[last.end() :]):
-        return Extraction(None, f"no answer found: {last[0]} is part of an expression")
-    return present(re.sub("[$,]", "", last[0]), "in the last line")
-
-
-def _is_joined(before: str, after: str) -> bool:
-    """Return whether the number between the texts and one before it are two candidates, or parts of
-    a calculation or quantity."""
-    if NUMBERED.search(before):
-        return False
-    if JOINED.search(before):
-        return True
-    return any(unit.search(before) and smaller.match(after) for unit, smaller in QUANTITIES)
-
-
-def _is_term(before: str, number: str, after: str) -> bool:
-    """Return whether `number`, between the texts, is a term of an expression."""
-    if TERM_BEFORE.search(before) or TERM_AFTER.match(after):
-        return True
-    tail = WORD.split(before)[-1]
-    is_open = before.replace("$$", "$").count("$") % 2 == 1
-    in_formula = "=" in tail or r"\(" in tail or r"\[" in tail or ("$" in tail and is_open)
-    if in_formula and FORMULA_TERM_AFTER.match(after):
-        return True
-    in_formula |= tail == before and LABEL.match(before) is None
-    if number[0] in "+-" and (match := SIGNED_TERM_BEFORE.search(before)):
-        return in_formula or match[0][0].isdigit()
-    return in_formula and FORMULA_TERM_BEFORE.search(before) is not None
 
 
 FINDERS: dict[str, Callable[[str, bool], Extraction | None]] = {
