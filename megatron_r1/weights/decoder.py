@@ -9,10 +9,10 @@ from megatron_r1.weights.rules import (
     Rule,
     Source,
     Table,
-    columns,
+    column_parallel,
     gated,
-    rows,
-    vocabulary,
+    row_parallel,
+    vocab_parallel,
     weight,
     whole,
 )
@@ -33,11 +33,11 @@ def table(hf: dict) -> Table:
         copies[f"model.layers.{layer}.shared_head.head.weight"] = f"{head}.weight"
     vocab, hidden = hf["vocab_size"], hf["hidden_size"]
     embedding = "embedding.word_embeddings"
-    last = weight("output_layer", head, (vocab, hidden), vocabulary)
+    last = weight("output_layer", head, (vocab, hidden), vocab_parallel)
     if has_score_head(hf):
         last = weight("score", "score", (1, hidden), whole)
     return Table(
-        embedding=[weight(embedding, "model.embed_tokens", (vocab, hidden), vocabulary)],
+        embedding=[weight(embedding, "model.embed_tokens", (vocab, hidden), vocab_parallel)],
         layers=layers,
         final_norm=[weight("decoder.final_layernorm", "model.norm", (hidden,), whole)],
         head=[last],
@@ -68,9 +68,13 @@ def _grouped_query(hf: dict) -> list[Rule]:
         Rule(f"{qkv}.weight", weights, split),
         *([Rule(f"{qkv}.bias", biases, split)] if has_qkv_bias(hf) else []),
         *(weight(f"{m}{x}_layernorm", f"self_attn.{x}_norm", (size,), whole) for x in norms),
-        weight(f"{m}linear_proj", "self_attn.o_proj", (hidden, heads * size), rows),
+        weight(f"{m}linear_proj", "self_attn.o_proj", (hidden, heads * size), row_parallel),
         *([_bias(f"{m}linear_proj", "self_attn.o_proj", hidden)] if family.biases else []),
-        *([Rule(f"{m}core_attention.softmax_offset", sinks, columns)] if family.sinks else []),
+        *(
+            [Rule(f"{m}core_attention.softmax_offset", sinks, column_parallel)]
+            if family.sinks
+            else []
+        ),
     ]
 
 
@@ -91,18 +95,18 @@ def _latent(hf: dict) -> list[Rule]:
         query = [
             weight(m + "linear_q_down_proj", h + "q_a_proj", (rank, hidden), whole),
             weight(m + "q_layernorm", h + "q_a_layernorm", (rank,), whole, q_norm),
-            weight(m + "linear_q_up_proj", h + "q_b_proj", (query_height, rank), columns),
+            weight(m + "linear_q_up_proj", h + "q_b_proj", (query_height, rank), column_parallel),
         ]
     else:
-        query = [weight(m + "linear_q_proj", h + "q_proj", (query_height, hidden), columns)]
+        query = [weight(m + "linear_q_proj", h + "q_proj", (query_height, hidden), column_parallel)]
     down = (latent + rope, hidden)
     return [
         weight("input_layernorm", "input_layernorm", (hidden,), whole),
         *query,
         weight(m + "linear_kv_down_proj", h + "kv_a_proj_with_mqa", down, whole),
         weight(m + "kv_layernorm", h + "kv_a_layernorm", (latent,), whole, kv_norm),
-        weight(m + "linear_kv_up_proj", h + "kv_b_proj", (kv_height, latent), columns),
-        weight(m + "linear_proj", h + "o_proj", (hidden, heads * value), rows),
+        weight(m + "linear_kv_up_proj", h + "kv_b_proj", (kv_height, latent), column_parallel),
+        weight(m + "linear_proj", h + "o_proj", (hidden, heads * value), row_parallel),
     ]
 
 
@@ -141,7 +145,7 @@ def _expert_biases(hf: dict, local: str, router: str) -> list[Rule]:
     te = ("mlp.experts.linear_fc1.bias{e}", "mlp.experts.linear_fc2.bias{e}")
     return [
         _bias("mlp.router", router, hf["n_routed_experts"]),
-        Rule(f"{local}.linear_fc1.bias", gate_up, columns, te[0]),
+        Rule(f"{local}.linear_fc1.bias", gate_up, column_parallel, te[0]),
         _bias(f"{local}.linear_fc2", f"{name}.down_proj", hidden, te[1]),
     ]
 
@@ -151,7 +155,7 @@ def _mtp(hf: dict, decoder_layer: list[Rule]) -> list[Rule]:
     return [
         weight("enorm", "enorm", (hidden,), whole),
         weight("hnorm", "hnorm", (hidden,), whole),
-        weight("eh_proj", "eh_proj", (hidden, 2 * hidden), columns),
+        weight("eh_proj", "eh_proj", (hidden, 2 * hidden), column_parallel),
         *(replace(r, megatron=inner + r.megatron, te=r.te and inner + r.te) for r in decoder_layer),
         weight("final_layernorm", "shared_head.norm", (hidden,), whole),
     ]

@@ -101,8 +101,14 @@ def gated(
         Source(f"{name}.{part}_proj.weight", (inner, hidden)) for part in ("gate", "up")
     )
     return [
-        Rule(f"{megatron}.linear_fc1.weight", gate_up, columns, te[0] or None),
-        weight(f"{megatron}.linear_fc2", f"{name}.down_proj", (hidden, inner), rows, te[1] or None),
+        Rule(f"{megatron}.linear_fc1.weight", gate_up, column_parallel, te[0] or None),
+        weight(
+            f"{megatron}.linear_fc2",
+            f"{name}.down_proj",
+            (hidden, inner),
+            row_parallel,
+            te[1] or None,
+        ),
     ]
 
 
@@ -114,17 +120,21 @@ def whole(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape
 
 def stacked(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
     """Return shape and pieces of replicated tensors, one below the other."""
-    return columns(sources, 0, 1)
+    return column_parallel(sources, 0, 1)
 
 
-def columns(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
+def column_parallel(
+    sources: tuple[Source, ...], rank: int, num_ranks: int
+) -> tuple[Shape, list[Piece]]:
     """Return shape and pieces of a column-parallel tensor: its rows (output features) are split.
 
     Several sources are concatenated: [gate of this rank; up of this rank]."""
     return _interleave(sources, num_blocks=num_ranks, chosen=range(rank, rank + 1))
 
 
-def rows(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
+def row_parallel(
+    sources: tuple[Source, ...], rank: int, num_ranks: int
+) -> tuple[Shape, list[Piece]]:
     """Return shape and pieces of a row-parallel tensor: its columns (input features) are split."""
     (source,) = sources
     height, width = source.shape
@@ -132,7 +142,9 @@ def rows(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape,
     return (height, length), [Piece(source.name, 1, rank * length, 0, length)]
 
 
-def vocabulary(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
+def vocab_parallel(
+    sources: tuple[Source, ...], rank: int, num_ranks: int
+) -> tuple[Shape, list[Piece]]:
     """Return shape and pieces of a vocabulary-parallel tensor: rows are split, and padded to a
     multiple of `num_ranks`."""
     (source,) = sources

@@ -1,10 +1,15 @@
 """Predicts the part of every Hugging Face tensor that each rank of a vLLM engine needs.
 
 The weight table that lays a model out over Megatron's ranks also determines how vLLM splits it:
-each split of `weights.rules` has a counterpart here. vLLM 0.32's classes: columns is
-ColumnParallelLinear and MergedColumnParallelLinear, rows RowParallelLinear, whole ReplicatedLinear
-and norms, vocabulary VocabParallelEmbedding and ParallelLMHead, QueryGroups QKVParallelLinear;
-routed experts are FusedMoE's."""
+each split of `weights.rules` has a counterpart here. vLLM 0.32's classes:
+
+    column_parallel   ColumnParallelLinear, MergedColumnParallelLinear
+    row_parallel      RowParallelLinear
+    whole             ReplicatedLinear, norms
+    vocab_parallel    VocabParallelEmbedding, ParallelLMHead
+    QueryGroups       QKVParallelLinear
+
+Routed experts are FusedMoE's."""
 
 from collections.abc import Hashable, Iterator
 from itertools import product
@@ -16,7 +21,14 @@ from megatron_r1.models.hf_config import model_family
 from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout
 from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, checkpoint_tensors, is_tied
 from megatron_r1.weights.decoder import table
-from megatron_r1.weights.rules import QueryGroups, Shape, columns, rows, vocabulary, whole
+from megatron_r1.weights.rules import (
+    QueryGroups,
+    Shape,
+    column_parallel,
+    row_parallel,
+    vocab_parallel,
+    whole,
+)
 
 DRAFTER_WHOLE = ".eh_proj.weight"
 """The end of a tensor's name: vLLM's drafter has this plain linear layer on every rank, where
@@ -125,12 +137,12 @@ class PredictedLayout:
                 return Region.whole(shape)
             # Without expert parallelism vLLM splits experts over data x tensor ranks alike.
             rank, num_ranks = coordinate.data * num_ranks + rank, self._num_expert_ranks
-        if rule.split in (rows, columns):
-            dim = 1 if rule.split is rows else 0
+        if rule.split in (row_parallel, column_parallel):
+            dim = 1 if rule.split is row_parallel else 0
             if shape[dim] % num_ranks:
                 self._refuse(tensor, shape[dim], num_ranks)
             return _equal_share(shape, dim, rank, num_ranks)
-        if rule.split is vocabulary:
+        if rule.split is vocab_parallel:
             padded = padded_vocabulary(shape[0])
             if padded % num_ranks:
                 self._refuse(tensor, padded, num_ranks)

@@ -11,7 +11,16 @@ from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.layout import Shape, recipe_stages
-from megatron_r1.weights.rules import Piece, Rule, Source, Split, Table, rows, stacked, whole
+from megatron_r1.weights.rules import (
+    Piece,
+    Rule,
+    Source,
+    Split,
+    Table,
+    row_parallel,
+    stacked,
+    whole,
+)
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 """Endings of the factors' names, PEFT's, in place of a weight's `.weight`."""
@@ -125,7 +134,7 @@ def _adapter(rule: Rule, lora: LoraConfig) -> Iterator[Rule]:
     ]
     if not chosen:
         return
-    by_rows = rule.split is rows
+    by_rows = rule.split is row_parallel
     # Transformer Engine has the experts of a layer in one module, with weight0, weight1, …
     te = rule.te and rule.te.replace(".weight{e}", ".lora.{e}")
     megatron = rule.megatron.replace(".weight", ".lora")
@@ -134,7 +143,7 @@ def _adapter(rule: Rule, lora: LoraConfig) -> Iterator[Rule]:
     split_b: Split = whole if by_rows else rule.split
     if len(chosen) < len(rule.sources):
         split_b = _Chosen(split_b, frozenset(_factor(s, B, ()).name for s in chosen))
-    by_name = {"a": (factors_a, rows if by_rows else stacked), "b": (factors_b, split_b)}
+    by_name = {"a": (factors_a, row_parallel if by_rows else stacked), "b": (factors_b, split_b)}
     for name, (sources, split) in by_name.items():
         yield Rule(f"{megatron}.{name}", sources, split, te and f"{te}.{name}")
 

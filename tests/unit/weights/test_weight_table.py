@@ -8,7 +8,14 @@ import pytest
 from weight_shards import shard
 
 from megatron_r1 import weights
-from megatron_r1.weights.rules import QueryGroups, Source, columns, rows, vocabulary, whole
+from megatron_r1.weights.rules import (
+    QueryGroups,
+    Source,
+    column_parallel,
+    row_parallel,
+    vocab_parallel,
+    whole,
+)
 
 DEEPSEEK_V3 = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -92,13 +99,13 @@ def pieces_of(split, sources, rank, ranks):
 
 
 def test_columns_puts_this_ranks_gate_before_its_up():
-    shape, pieces = pieces_of(columns, [("gate", (6, 3)), ("up", (6, 3))], 1, 2)
+    shape, pieces = pieces_of(column_parallel, [("gate", (6, 3)), ("up", (6, 3))], 1, 2)
     assert shape == (6, 3)
     assert pieces == [("gate", 0, 3, 0, 3), ("up", 0, 3, 3, 3)]
 
 
 def test_rows_cuts_columns():
-    assert pieces_of(rows, [("down", (5, 8))], 3, 4) == ((5, 2), [("down", 1, 6, 0, 2)])
+    assert pieces_of(row_parallel, [("down", (5, 8))], 3, 4) == ((5, 2), [("down", 1, 6, 0, 2)])
 
 
 def test_whole_is_the_same_everywhere():
@@ -106,7 +113,7 @@ def test_whole_is_the_same_everywhere():
 
 
 def test_vocabulary_pads_the_last_ranks():
-    held = [pieces_of(vocabulary, [("embed", (5, 2))], rank, 4) for rank in range(4)]
+    held = [pieces_of(vocab_parallel, [("embed", (5, 2))], rank, 4) for rank in range(4)]
     assert [shape for shape, _ in held] == [(2, 2)] * 4
     assert [pieces for _, pieces in held] == [
         [("embed", 0, 0, 0, 2)],
@@ -160,7 +167,7 @@ def test_a_split_that_does_not_divide_is_named():
     with pytest.raises(ValueError, match="does not divide the 8 rows"):
         pieces_of(QueryGroups(2), sources, 0, 16)
     with pytest.raises(ValueError, match="gate .*cannot be split into 4"):
-        pieces_of(columns, [("gate", (6, 3))], 0, 4)
+        pieces_of(column_parallel, [("gate", (6, 3))], 0, 4)
 
 
 @pytest.mark.parametrize(
