@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +18,7 @@ from megatron_r1.agents.environment import Description, target_of
 from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, frame
 from megatron_r1.config import AgentsConfig
 from megatron_r1.errors import RunError, UserError
-from megatron_r1.processes.children import popen_options
+from megatron_r1.processes.children import kill_group, popen_options
 from megatron_r1.processes.framed_process import last_line
 from megatron_r1.processes.frames import LENGTH
 from megatron_r1.processes.open_files import allow_open_files
@@ -141,7 +139,7 @@ class Environments:
                 async with asyncio.timeout(CLOSE_SECONDS + 2 * GRACE_SECONDS):
                     await self._process.wait()
             except TimeoutError:
-                os.killpg(self._process.pid, signal.SIGKILL)
+                kill_group(self._process)
                 await self._process.wait()
         self._folder.cleanup()
 

@@ -160,8 +160,9 @@ def encode_samples(samples: ReplicaSamples) -> list[Buffer]:
 
 
 def decode_samples(headers: Buffer, buffers: memoryview) -> ReplicaSamples:
-    """Return the samples of which `encode_samples` made the headers and, joined, the buffers; they
-    refer to `buffers`."""
+    """Return the samples that `encode_samples` encoded; they refer to `buffers`.
+
+    headers: the first part of its message; buffers: the others, joined."""
     end = 0
 
     def take(size: int | None) -> memoryview | None:

@@ -1,6 +1,6 @@
-"""Patches of vLLM 0.32, on every platform, for an engine of several ranks of which some fail in a
-push: it is connected anew and gets the push again, so its ranks must stay in step. Paths are below
-vllm/."""
+"""Patches of vLLM 0.32, on every platform, for an engine of several ranks where some ranks fail in
+a push: it is connected anew and gets the push again, so its ranks must stay in step. Paths are
+below vllm/."""
 
 import functools
 from collections.abc import Sequence

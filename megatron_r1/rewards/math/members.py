@@ -66,7 +66,7 @@ def with_parameter_of(truth: Structure, answer: Structure) -> Structure:
 
 
 def _parameter(side: Structure) -> str | None:
-    """Return the name of which one member gives the domain, and no other member the value."""
+    """Return the name whose domain one member gives and whose value none gives, or None."""
     domains = [match["name"] for member in side.members if (match := DOMAIN.match(member))]
     chains = [chain for member in side.members if (chain := read_chain(member)) is not None]
     given = {squeeze(chain.sides[0]) for chain in chains if EQUAL in chain.relations}

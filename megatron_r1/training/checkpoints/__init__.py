@@ -4,7 +4,7 @@ them.
     finding.py      the checkpoints in a folder: choose, set aside, delete   no torch
     manifest.py     size and checksum of every file                          no torch
     contents.py     the tensors and states that a rank saves and restores
-    adapters.py     what a checkpoint has with model.lora, and of which model
+    adapters.py     the content of a checkpoint with model.lora, and its base model
     host_memory.py  buffers kept between checkpoints, where the optimizer's shards are gathered
     staging.py      copies the content into host memory, planned by Megatron
     writer.py       writes the copies in the background, each file hashed on its way
