@@ -1,14 +1,69 @@
 """Errors that end a command, and how their messages help the user."""
 
 import difflib
+import functools
 from collections.abc import Iterable
+from enum import StrEnum
+from typing import Any
+
+
+class Cause(StrEnum):
+    """What is wrong with the thing that a `UserError` names."""
+
+    UNKNOWN = "unknown"
+    """It is none of the names that are known."""
+    MISSING = "missing"
+    """It must be given, and is not."""
+    NOT_FOUND = "not_found"
+    """No file, folder, address or object has that name."""
+    UNREADABLE = "unreadable"
+    """The system does not let this process read or write it."""
+    MALFORMED = "malformed"
+    """Its type or its syntax is wrong."""
+    OUT_OF_RANGE = "out_of_range"
+    """The value is too small or too large by itself."""
+    TOO_LARGE = "too_large"
+    """It does not fit: memory, disk, context length, number of processes."""
+    INDIVISIBLE = "indivisible"
+    """One size must be a multiple of another, and is not."""
+    CONFLICT = "conflict"
+    """It contradicts another setting, file or option."""
+    CHANGED = "changed"
+    """It differs from what the run, checkpoint or output was made with."""
+    DUPLICATE = "duplicate"
+    """It is given more than once."""
+    EXISTS = "exists"
+    """It would overwrite what is there."""
+    BUSY = "busy"
+    """Another process uses it."""
+    EMPTY = "empty"
+    """Nothing of it can be used."""
+    UNSUPPORTED = "unsupported"
+    """It is valid, and not implemented here."""
+    NOT_INSTALLED = "not_installed"
+    """A package or program is missing."""
+    FAILED = "failed"
+    """The user's own code, or a program that it names, failed."""
 
 
 class UserError(ValueError):
     """A mistake in a user's command, recipe or file.
 
     The message names the thing, its value and the remedy. The command line prints it without a
-    traceback and exits with status 2; any other ValueError is a bug and keeps its traceback."""
+    traceback and exits with status 2; any other ValueError is a bug and keeps its traceback.
+
+    key: the thing at fault, in the user's terms: a recipe key (`rl.group_size`), an option
+        (`--json`), a file's role (`questions`), a field of a row (`truth`).
+    cause: what is wrong with it. Programs and tests go by these two; the wording may change."""
+
+    def __init__(self, message: str, *, key: str = "", cause: Cause = Cause.FAILED) -> None:
+        super().__init__(message)
+        self.key = key
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild = functools.partial(type(self), key=self.key, cause=self.cause)
+        return rebuild, self.args
 
 
 class RunError(RuntimeError):
