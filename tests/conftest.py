@@ -1,14 +1,15 @@
-"""Puts this folder on the path, for what tests of several folders share, and decides about Triton.
+"""What all tests share: the folder of shared modules on the path, interpreted Triton kernels,
+seeds, and the watchdog against hangs.
 
 Triton looks at TRITON_INTERPRET when it is first imported, which may be any test's doing. Without a
-GPU the tests' own process interprets; the variable itself is not left to what they start.
-"""
+GPU the tests' own process interprets; the variable itself is not left to what they start."""
 
 import os
 from importlib.util import find_spec
 
 import pytest
 import torch
+from watchdog import pytest_runtest_protocol  # noqa: F401
 
 
 def import_interpreting_triton() -> None:
