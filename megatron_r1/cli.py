@@ -15,7 +15,7 @@ from megatron_r1.commands import torchrun
 from megatron_r1.commands.verb_module import load_verb
 from megatron_r1.config.keys import describe, switches
 from megatron_r1.config.loading import parse_overrides, take_section
-from megatron_r1.errors import RunError, UserError, did_you_mean
+from megatron_r1.errors import Cause, RunError, UserError, did_you_mean
 from megatron_r1.files import READ_ONLY
 from megatron_r1.processes.imports import without_garbage_collection
 
@@ -116,9 +116,13 @@ def _dispatch(arguments: list[str]) -> int:
         return _run_command(verb, rest)
     if verb not in MODULES:
         hint = did_you_mean(verb, MODULES, "{}") or f"; use one of {', '.join(MODULES)}"
-        raise UserError(f"unknown verb {verb}{hint}")
+        raise UserError(f"unknown verb {verb}{hint}", key="verb", cause=Cause.UNKNOWN)
     if not rest or rest[0].startswith("--"):
-        raise UserError(f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml")
+        raise UserError(
+            f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml",
+            key="RECIPE",
+            cause=Cause.MISSING,
+        )
     recipe, *options = rest
     if verb == "preflight":
         return _run_preflight(recipe, options)
@@ -132,7 +136,7 @@ def _dispatch(arguments: list[str]) -> int:
         command = load_verb(verb, VERBS[verb])
     is_dry = DRY_RUN in options
     if is_dry and command.dry_run is None:
-        raise UserError(f"{DRY_RUN}: {verb} has none; rl has")
+        raise UserError(f"{DRY_RUN}: {verb} has none; rl has", key=DRY_RUN, cause=Cause.UNSUPPORTED)
     options = [option for option in options if option != DRY_RUN]
     implied = command.implied
     if command.of_run is not None and Path(recipe).is_dir():
@@ -142,7 +146,11 @@ def _dispatch(arguments: list[str]) -> int:
     command.check(config)
     if is_dry and command.dry_run is not None:
         if torchrun.is_rank():
-            raise UserError(f"{DRY_RUN} needs no trainer ranks: start it without torchrun")
+            raise UserError(
+                f"{DRY_RUN} needs no trainer ranks: start it without torchrun",
+                key=DRY_RUN,
+                cause=Cause.CONFLICT,
+            )
         command.dry_run(config)
         return 0
     if torchrun.is_rank():
@@ -196,7 +204,11 @@ def _run_command(verb: str, rest: list[str]) -> int:
     if len(values) < count or any(value.startswith("--") for value in values):
         given = next((at for at, value in enumerate(values) if value[:2] == "--"), len(values))
         usage = f"usage: megatron-r1 {verb} {' '.join(command.arguments)} [--key value …]"
-        raise UserError(f"{command.arguments[given]} is missing; {usage}")
+        raise UserError(
+            f"{command.arguments[given]} is missing; {usage}",
+            key=command.arguments[given],
+            cause=Cause.MISSING,
+        )
     own = {name: _take_option(name, options) for name in command.options}
     own = {name: value for name, value in own.items() if value is not None}
     known = [f"--{name}" for name in command.options]
@@ -208,13 +220,21 @@ def _run_command(verb: str, rest: list[str]) -> int:
             and name[2:] not in configuration.Config.model_fields
         ):
             has = f"; {verb} has {', '.join(known)}" if known else ""
-            raise UserError(f"unknown option {name}{did_you_mean(name, known, '{}') or has}")
+            raise UserError(
+                f"unknown option {name}{did_you_mean(name, known, '{}') or has}",
+                key=name,
+                cause=Cause.UNKNOWN,
+            )
     overrides = {**command.implied, **_overrides(options)}
     config = configuration.from_overrides(overrides)
     for key in overrides:
         if not any(f"{key}.".startswith(f"{setting}.") for setting in command.settings):
             used = ", ".join(command.settings) or "no settings: write it into the recipe"
-            raise UserError(f"--{key}: {verb} does not read it; it reads {used}")
+            raise UserError(
+                f"--{key}: {verb} does not read it; it reads {used}",
+                key=key,
+                cause=Cause.UNSUPPORTED,
+            )
     command.run(config, *values, **own)
     return 0
 
@@ -226,13 +246,17 @@ def _take_option(name: str, options: list[str]) -> str | None:
     if not found:
         return None
     if len(found) > 1:
-        raise UserError(f"--{name} is given {len(found)} times; give it once")
+        raise UserError(
+            f"--{name} is given {len(found)} times; give it once",
+            key=f"--{name}",
+            cause=Cause.DUPLICATE,
+        )
     (at,) = found
     _, has_value, value = options.pop(at).partition("=")
     if has_value:
         return value
     if at == len(options) or options[at].startswith("--"):
-        raise UserError(f"--{name} needs a value")
+        raise UserError(f"--{name} needs a value", key=f"--{name}", cause=Cause.MISSING)
     return options.pop(at)
 
 

@@ -38,7 +38,7 @@ from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
 
 from megatron_r1.agents.tool_arguments import argument_adapters, named_parameters
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.user_code import find
 
 SHIPPED = {
@@ -90,7 +90,9 @@ def target_of(name: str) -> str:
         near = f"; did you mean {own[1]}:{own[2]}?"
     raise UserError(
         f"agents.environment: unknown environment {name!r}{near} (known: "
-        f"{', '.join(SHIPPED)}; your own is written 'module:Class')"
+        f"{', '.join(SHIPPED)}; your own is written 'module:Class')",
+        key="agents.environment",
+        cause=Cause.UNKNOWN,
     )
 
 
@@ -107,17 +109,23 @@ def describe(environment: type) -> Description:
     tools = [tool_schema(*method) for method in public.items() if method[0] not in RESERVED]
     if "reset" not in public:
         raise UserError(
-            f"agents.environment: {name} has no method reset(self, **row), which begins an episode"
+            f"agents.environment: {name} has no method reset(self, **row), which begins an episode",
+            key="agents.environment",
+            cause=Cause.MISSING,
         )
     if "done" in public:
         raise UserError(
             f"agents.environment: {name}.done is a method; it is reserved for an attribute that "
-            "ends the episode: rename the method, or set self.done"
+            "ends the episode: rename the method, or set self.done",
+            key="agents.environment",
+            cause=Cause.CONFLICT,
         )
     if not tools:
         raise UserError(
             f"agents.environment: {name} has no public method besides {', '.join(RESERVED)}, so "
-            "the model would have no tool; add one, or leave agents out"
+            "the model would have no tool; add one, or leave agents out",
+            key="agents.environment",
+            cause=Cause.EMPTY,
         )
     lacking = [method for method in RESERVED if method not in public]
     near = {
@@ -138,12 +146,16 @@ def check_parameters(name: str, description: Description, values: Mapping[str, A
         if key not in known:
             raise UserError(
                 f"agents.parameters: {title} takes {', '.join(known) or 'no arguments'}, not "
-                f"{key!r}{did_you_mean(key, known)}"
+                f"{key!r}{did_you_mean(key, known)}",
+                key=f"agents.parameters.{key}",
+                cause=Cause.UNKNOWN,
             )
     if missing := [key for key, is_required in known.items() if is_required and key not in values]:
         raise UserError(
             f"agents.parameters: {title} needs {', '.join(missing)}; set agents.parameters: "
-            f"{{{missing[0]}: …}}"
+            f"{{{missing[0]}: …}}",
+            key=f"agents.parameters.{missing[0]}",
+            cause=Cause.MISSING,
         )
 
 
@@ -178,7 +190,9 @@ def _require_self(name: str, method: Callable[..., Any]) -> None:
         given, own = ", ".join(names), name.rpartition(".")[2]
         raise UserError(
             f"agents.environment: {name}({given}) has no self; write "
-            f"{own}({', '.join(['self', *names])}), or put @staticmethod above it"
+            f"{own}({', '.join(['self', *names])}), or put @staticmethod above it",
+            key="agents.environment",
+            cause=Cause.MALFORMED,
         )
 
 

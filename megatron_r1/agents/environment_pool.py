@@ -17,7 +17,7 @@ from typing import Any
 from megatron_r1.agents.environment import Description, target_of
 from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, frame
 from megatron_r1.config import AgentsConfig
-from megatron_r1.errors import RunError, UserError
+from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.processes.children import kill_group, popen_options
 from megatron_r1.processes.framed_process import last_line
 from megatron_r1.processes.frames import LENGTH
@@ -70,16 +70,20 @@ def describe(name: str) -> Description:
         )
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"agents.environment: {target} took over {START_SECONDS:g} s to import"
+            f"agents.environment: {target} took over {START_SECONDS:g} s to import",
+            key="agents.environment",
+            cause=Cause.FAILED,
         ) from None
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         raise UserError(
-            f"agents.environment: importing {target} ends the process: {last_line(done.stderr)}"
+            f"agents.environment: importing {target} ends the process: {last_line(done.stderr)}",
+            key="agents.environment",
+            cause=Cause.FAILED,
         ) from None
     if error := answer.get("error"):
-        raise UserError(error)
+        raise UserError(error, key="agents.environment", cause=Cause(answer["cause"]))
     return Description(**answer)
 
 

@@ -32,7 +32,7 @@ from megatron_r1.agents.tool_arguments import (
     missing_arguments,
     row_arguments,
 )
-from megatron_r1.errors import RunError, UserError
+from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.processes.frames import LENGTH, framed
 from megatron_r1.processes.lifetime import die_with_parent, end_without_parent
 from megatron_r1.user_code import place_of
@@ -259,11 +259,12 @@ def _print_description(target: str) -> None:
         answer: dict[str, Any] = asdict(describe(find_environment(target)))
     except UserError as error:
         key = "agents.environment: "
-        answer = {"error": key + str(error).removeprefix(key)}
+        answer = {"error": key + str(error).removeprefix(key), "cause": error.cause}
     except BaseException as error:  # noqa: BLE001 - a user's module may raise anything
         text = error.msg if isinstance(error, SyntaxError) else str(error)
         fault = f"{type(error).__name__}: {text}{place_of(error)}"
-        answer = {"error": f"agents.environment: {target}: {fault}"}
+        text = f"agents.environment: {target}: {fault}"
+        answer = {"error": text, "cause": Cause.FAILED}
     print(f"\n{json.dumps(answer)}")
 
 

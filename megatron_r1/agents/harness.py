@@ -21,7 +21,7 @@ from megatron_r1.agents.parsing import Parser
 from megatron_r1.agents.player import Played, row_of
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards import ENVIRONMENT
 from megatron_r1.rewards.base import shorten
 
@@ -61,11 +61,15 @@ class HarnessPlayer:
             if isinstance(self.run, RunWithServer):
                 await self.run.start()
         except EnvironmentFault as fault:
-            raise UserError(f"section agents: {fault}") from None
+            raise UserError(f"section agents: {fault}", key="agents", cause=Cause.FAILED) from None
         try:
             await self.gateway.start()
         except OSError as error:
-            raise UserError(f"agents.gateway_host: the gateway cannot listen: {error}") from None
+            raise UserError(
+                f"agents.gateway_host: the gateway cannot listen: {error}",
+                key="agents.gateway_host",
+                cause=Cause.NOT_FOUND,
+            ) from None
 
     async def close(self) -> None:
         await self.gateway.close()

@@ -23,7 +23,7 @@ from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards.base import shorten
 
 
@@ -99,7 +99,9 @@ class EpisodePlayer:
                 row = f"{prompt.location or prompt.id} ({shorten(prompt.question)})"
                 fix = f"; {fault.fix}" if fault.fix else ""
                 raise UserError(
-                    f"agents.environment: {name}{fault.what} for the row {row}{fix}"
+                    f"agents.environment: {name}{fault.what} for the row {row}{fix}",
+                    key="agents.environment",
+                    cause=Cause.FAILED,
                 ) from None
 
     async def close(self) -> None:

@@ -9,7 +9,7 @@ from megatron_r1.agents.environment_pool import describe
 from megatron_r1.agents.verifiers.harness import list_tasks
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import MissingTruth, PromptSplit, load_prompts
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards import ENVIRONMENT
 
 
@@ -28,7 +28,9 @@ def load_rows(environment: str, **arguments: Any) -> PromptSplit:
             near = f" ({tool} is a tool; did you mean get_reward?)" if tool else ""
             raise UserError(
                 f"agents.environment: {environment.rpartition(':')[2]} has no get_reward{near}, so "
-                f"kind {error.kind} grades the answer and needs 'truth': {error}"
+                f"kind {error.kind} grades the answer and needs 'truth': {error}",
+                key="agents.environment",
+                cause=Cause.MISSING,
             ) from None
     # The rows of a task have what its scorer needs; as questions of an environment they would not.
     kind = None if arguments.get("task") else ENVIRONMENT
@@ -46,7 +48,11 @@ def rows_of(agents: AgentsConfig, **arguments: Any) -> PromptSplit:
     if not agents.verifiers.taskset:
         return load_rows(agents.environment, **arguments)
     if arguments["path"] or arguments["task"]:
-        raise UserError("data.path: the questions are the taskset's; leave out data.path and task")
+        raise UserError(
+            "data.path: the questions are the taskset's; leave out data.path and task",
+            key="data.path",
+            cause=Cause.CONFLICT,
+        )
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         for task in list_tasks(agents.verifiers):
             prompt = task.get("prompt")

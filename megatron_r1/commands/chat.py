@@ -18,7 +18,7 @@ from megatron_r1.config import Config, verb_of
 from megatron_r1.engine import gpu
 from megatron_r1.engine.limits import positions
 from megatron_r1.engine.temporary_files import temporary_logs
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.engine_policy import EnginePolicy
 from megatron_r1.evaluation.response import Decoding, TextResponse
 from megatron_r1.first_recipe.recipe_text import value_text
@@ -49,7 +49,11 @@ def run(config: Config, folder: str, question: str | None = None) -> None:
     if question is None and not sys.stdin.isatty():
         questions = [line.strip() for line in sys.stdin if line.strip()]
         if not questions:
-            raise UserError("stdin holds no question; give one a line, or --question TEXT")
+            raise UserError(
+                "stdin holds no question; give one a line, or --question TEXT",
+                key="stdin",
+                cause=Cause.EMPTY,
+            )
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_answer(config, model, questions))
 

@@ -21,7 +21,7 @@ import msgspec
 import psutil
 
 from megatron_r1.config import Config, ParallelConfig
-from megatron_r1.errors import RunError, UserError
+from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.files import atomic_write
 from megatron_r1.model_check.comparison import by_megatron, by_vllm
@@ -138,7 +138,11 @@ def _reference(config: Config, plain: Path, scratch: Path) -> ReferenceResult:
         lines = done.stderr.strip().splitlines()
         if "Traceback" in done.stderr:
             raise RunError(f"{folder}: transformers failed:\n" + "\n".join(lines[-8:]))
-        raise UserError(lines[-1] if lines else f"ended with {done.returncode}")
+        raise UserError(
+            lines[-1] if lines else f"ended with {done.returncode}",
+            key=ARGUMENTS[0],
+            cause=Cause.FAILED,
+        )
     return msgspec.json.decode(out.read_bytes(), type=ReferenceResult)
 
 

@@ -17,7 +17,7 @@ from megatron_r1.engine import gpu
 from megatron_r1.engine.from_config import engine_settings, fleet_settings
 from megatron_r1.engine.limits import context_length
 from megatron_r1.engine.temporary_files import temporary_logs
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models import read_hf_config
 from megatron_r1.reporting import wording
@@ -51,7 +51,9 @@ def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
     if config.rollout.placement != "local":
         raise UserError(
             f"--dry-run: rollout.placement: {config.rollout.placement} has its engines on other "
-            "hosts; give --rollout.placement local --rollout.engines 1 for it, on a host with room"
+            "hosts; give --rollout.placement local --rollout.engines 1 for it, on a host with room",
+            key="rollout.placement",
+            cause=Cause.CONFLICT,
         )
     memory = _memory(config)
     first = config.at(1)

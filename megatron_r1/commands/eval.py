@@ -10,7 +10,7 @@ from typing import Any
 from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.figure import write_figure
 from megatron_r1.evaluation.identity import settings_that_matter, versions
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest, load_prompt_sets
@@ -37,19 +37,25 @@ def run(config: Config) -> None:
     if not config.eval.server and not config.model.path:
         raise UserError(
             "eval needs a model: model.path (a Hugging Face folder or a run's folder) or "
-            "eval.server ({url: …, model: …})"
+            "eval.server ({url: …, model: …})",
+            key="model.path",
+            cause=Cause.MISSING,
         )
     if config.eval.server and config.model.path:
         raise UserError(
             f"eval has two models: model.path {config.model.path} and eval.server "
-            f"{config.eval.server.url}. Leave one out: --model.path '' or --eval.server null"
+            f"{config.eval.server.url}. Leave one out: --model.path '' or --eval.server null",
+            key="eval.server",
+            cause=Cause.CONFLICT,
         )
     sets = load_prompt_sets(config)
     mode = config.rewards.options.get("judge", {}).get("mode", "verify")
     if (compared := [s.title for s in sets if s.compares]) and mode != "compare":
         raise UserError(
             f"benchmark {compared[0]} compares responses with another model's: set "
-            f"rewards.options.judge.mode: compare (it is {mode})"
+            f"rewards.options.judge.mode: compare (it is {mode})",
+            key="rewards.options.judge.mode",
+            cause=Cause.CONFLICT,
         )
     run_in_folder(config, "the evaluation", lambda folder: _evaluate(config, folder, sets))
 
@@ -77,7 +83,9 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
                     await policy.check(prompt_set.agents, prompt_set.prompts)
                 await grader.check([p for p in prompt_set.prompts if p.kind != ENVIRONMENT])
             except UserError as error:
-                raise UserError(f"benchmark {prompt_set.title}, {error}") from None
+                raise UserError(
+                    f"benchmark {prompt_set.title}, {error}", key=error.key, cause=error.cause
+                ) from None
         await sampler.run()
         part = rewards.options.get("judge", {}).get("part", "summary")
         summaries = [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_r1 import config as configuration
 from megatron_r1.config import Config, ParallelConfig
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.files import atomic_write, fsync
 from megatron_r1.trainer_client.client import TrainerClient
@@ -32,7 +32,9 @@ async def export_checkpoint(
     recipe = checkpoint.resolve().parents[1] / "config.yaml"
     if not recipe.is_file():
         raise UserError(
-            f"{checkpoint} is not in a run's folder: {recipe} with its settings is missing"
+            f"{checkpoint} is not in a run's folder: {recipe} with its settings is missing",
+            key="checkpoint",
+            cause=Cause.NOT_FOUND,
         )
     trained: Config = configuration.load(recipe)
     trainer = TrainerClient(trained.model_copy(update={"parallel": parallel}), log_folder)

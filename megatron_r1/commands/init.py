@@ -28,7 +28,7 @@ from megatron_r1.data.records import read_records, require_text
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
 from megatron_r1.engine.limits import positions
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.files import atomic_write
 from megatron_r1.first_recipe import sizes
@@ -72,20 +72,15 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     """Write the recipe and print it. given: the question, truth and kind that the user names.
     Raises UserError naming what is missing, before it is written, and for a recipe that `rl` would
     refuse."""
-    if Path(model).is_file():
-        raise UserError(
-            f"{MODEL} {model}: it is a file; the order is megatron-r1 init {' '.join(ARGUMENTS)}"
-        )
     path = Path(out or f"{Path(data.removeprefix('hub:').split(':')[0]).stem}.yaml")
-    if path.exists():
-        raise UserError(f"{path} exists already; remove it, or give --out ANOTHER.yaml")
+    _check_arguments(model, path)
     folder = find_exported(model, MODEL)
     hf = read_hf_config(folder, key=MODEL)
     check_supported(hf)
     require_weights(folder, MODEL)
     rows = [row for _, row in itertools.islice(read_records(data), MAX_ROWS)]
     if not rows:
-        raise UserError(f"{data}: it holds no rows")
+        raise UserError(f"{data}: it holds no rows", key=ARGUMENTS[1], cause=Cause.EMPTY)
     columns = guess_columns(data, rows[:COLUMN_ROWS], **given)
     if "kind" not in given:
         columns = _kind_of_run(columns, folder)
@@ -120,9 +115,26 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
         _try(path, columns)
     except UserError as error:
         raise UserError(
-            f"{path} is written, but rl does not run it yet: {error}\nthen: {command} --dry-run"
+            f"{path} is written, but rl does not run it yet: {error}\nthen: {command} --dry-run",
+            key=error.key,
+            cause=error.cause,
         ) from None
     print(f"\n{path} is written: look at it, then {command} --dry-run")
+
+
+def _check_arguments(model: str, path: Path) -> None:
+    if Path(model).is_file():
+        raise UserError(
+            f"{MODEL} {model}: it is a file; the order is megatron-r1 init {' '.join(ARGUMENTS)}",
+            key=MODEL,
+            cause=Cause.MALFORMED,
+        )
+    if path.exists():
+        raise UserError(
+            f"{path} exists already; remove it, or give --out ANOTHER.yaml",
+            key="--out",
+            cause=Cause.EXISTS,
+        )
 
 
 def _try(path: Path, columns: Columns) -> None:

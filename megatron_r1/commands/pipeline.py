@@ -10,7 +10,7 @@ from typing import Any
 from megatron_r1.commands.torchrun import is_rank
 from megatron_r1.commands.verb_module import load_verb
 from megatron_r1.config.yaml_text import as_sections, as_text
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.reporting.run_folder import RunFolder, is_locked
 from megatron_r1.workflow import manifest, serving
 from megatron_r1.workflow.check import check, missing_files
@@ -30,7 +30,9 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     if is_rank():
         raise UserError(
             "pipeline is one process and starts the others: give a stage the launch "
-            '"torchrun --no-python …", and run pipeline itself without torchrun'
+            '"torchrun --no-python …", and run pipeline itself without torchrun',
+            key="torchrun",
+            cause=Cause.CONFLICT,
         )
     recipe = load(path, dict(overrides))
     config, root = recipe.pipeline, Path(recipe.pipeline.folder)
@@ -81,7 +83,11 @@ def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:
     """Return the stages to run, in order. Raises UserError for an unknown name."""
     for key, name in (("only", config.only), ("until", config.until)):
         if name and name not in graph.upstream:
-            raise UserError(f"pipeline.{key}: {unknown_stage(name, graph.order)}")
+            raise UserError(
+                f"pipeline.{key}: {unknown_stage(name, graph.order)}",
+                key=f"pipeline.{key}",
+                cause=Cause.UNKNOWN,
+            )
     if config.only:
         return [config.only]
     if config.until:
@@ -104,11 +110,13 @@ def _check_states(
         if not_done:
             raise UserError(
                 f"pipeline.only: {config.only} needs what is not done: {', '.join(not_done)}; "
-                f"--pipeline.until {config.only} runs that, too"
+                f"--pipeline.until {config.only} runs that, too",
+                key="pipeline.only",
+                cause=Cause.MISSING,
             )
     stale = {name: statuses[name] for name in chosen if statuses[name].state is StageState.STALE}
     if stale and not config.rerun:
-        raise UserError(stale_text(plan, stale))
+        raise UserError(stale_text(plan, stale), key="pipeline.rerun", cause=Cause.CHANGED)
 
 
 def _print_commands(plans: list[WorkflowPlan], graph: Graph, chosen: list[str]) -> None:

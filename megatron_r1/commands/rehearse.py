@@ -13,7 +13,7 @@ from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.config.loading import take_section
 from megatron_r1.engine.limits import check_engines, context_length
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rehearsal import miniature, served, table
 from megatron_r1.rehearsal.full_size import check_connections
@@ -79,7 +79,9 @@ def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
         if (folder / "recipe.yaml").exists():
             raise UserError(
                 f"rehearsal.folder: {lock.path} has an earlier rehearsal; remove it, or choose "
-                "another folder"
+                "another folder",
+                key="rehearsal.folder",
+                cause=Cause.EXISTS,
             )
         written = miniature.write(small, job.verb)
         ranks = "no" if job.verb == "sample" else small.config.parallel.processes

@@ -18,7 +18,7 @@ from megatron_r1.data.preferences import Preference, read_preferences
 from megatron_r1.data.prompts import is_heldout, normalize
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.data.scored_text import ScoredText
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.reliability import label_measures, pair_measures
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer_client.client import TrainerClient
@@ -64,7 +64,11 @@ def run(config: Config) -> None:
     UserError before any long work."""
     settings = config.reward_model
     if config.model.head != "score":
-        raise UserError(f"model.head: {config.model.head} has no score to train; set it to score")
+        raise UserError(
+            f"model.head: {config.model.head} has no score to train; set it to score",
+            key="model.head",
+            cause=Cause.CONFLICT,
+        )
     check_trainer(config, "reward-model")
     hf = read_hf_config(config.model.path, "score")
     text = ScoredText(config.model.path, settings.template, settings.shown, settings.max_chars)
@@ -117,7 +121,9 @@ def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
         why = "".join(f"; {count:,} left out: {reason}" for reason, count in dropped.items())
         raise UserError(
             f"{settings.data}: no {side} row{why}; give more rows or change "
-            f"reward_model.heldout_fraction={settings.heldout_fraction:g}"
+            f"reward_model.heldout_fraction={settings.heldout_fraction:g}",
+            key="reward_model.data",
+            cause=Cause.EMPTY,
         )
     return Rows(sides[False], sides[True], dropped)
 
@@ -131,7 +137,10 @@ def _tokenize(row: Preference, text: ScoredText, hf: dict[str, Any]) -> tuple[Sa
             raise UserError(
                 f"{row.location}: the text ends with {text.decode(tokens[-1:])!r}, config.json's "
                 "pad_token_id: transformers would read the score before it, vLLM behind it; end "
-                "reward_model.template with another token, or give config.json another pad_token_id"
+                "reward_model.template with another token, or give config.json another "
+                "pad_token_id",
+                key="reward_model.template",
+                cause=Cause.CONFLICT,
             )
         if tokens:
             samples.append(Sample.pack(tokens, [], label=label))

@@ -12,7 +12,7 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
 from megatron_r1.engine.cpu_kernels import check_cpu_kernels
 from megatron_r1.engine.limits import check_engines
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.fleet.placement import check_room, hosts_address
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
@@ -39,7 +39,11 @@ def check_settings(config: Config) -> None:
     """Check the recipe's settings against each other, the model's config.json and this host. Raises
     UserError."""
     if config.model.init != "load":
-        raise UserError("model.init: rl needs a model to start from; make one with sft, then load")
+        raise UserError(
+            "model.init: rl needs a model to start from; make one with sft, then load",
+            key="model.init",
+            cause=Cause.CONFLICT,
+        )
     config.model.require_language_head()
     algorithms.find(config.rl.algorithm)
     check_trainer(config, "rl")
@@ -54,12 +58,16 @@ def check_settings(config: Config) -> None:
     if transport in ("cuda_ipc", "nccl") and not gpu.is_usable():
         raise UserError(
             f"push.transport: {transport} moves memory of GPUs, and there is none here; set shm, "
-            "or gloo where engines are on other hosts"
+            "or gloo where engines are on other hosts",
+            key="push.transport",
+            cause=Cause.UNSUPPORTED,
         )
     if config.rollout.colocated and config.rollout.gpu_memory is None and gpu.is_usable():
         raise UserError(
             "rollout.gpu_memory is not set, and vLLM takes 0.92 of a GPU, which rollout.colocated "
-            "shares with a trainer rank; set what the rank leaves: tools/plan prints the most"
+            "shares with a trainer rank; set what the rank leaves: tools/plan prints the most",
+            key="rollout.gpu_memory",
+            cause=Cause.MISSING,
         )
     check_teacher(config)
     if config.rollout.placement == "hosts":
@@ -76,6 +84,8 @@ def naming_renamed_columns(columns: Mapping[str, str] | None) -> Iterator[None]:
             if theirs in error.missing and ours != theirs:
                 raise UserError(
                     f"{error}; the file's column {theirs!r} is read as {ours} (data.columns), "
-                    f"which a reward gets by that name: call its parameter {ours}"
+                    f"which a reward gets by that name: call its parameter {ours}",
+                    key=f"data.columns.{ours}",
+                    cause=Cause.CONFLICT,
                 ) from None
         raise

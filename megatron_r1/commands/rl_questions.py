@@ -9,7 +9,7 @@ from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import draw_shares
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.limits import context_length
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.reporting.wording import counted, percent
 from megatron_r1.rewards import REGISTRY, REMOTE
 from megatron_r1.rewards.base import shorten
@@ -80,7 +80,11 @@ def prompts_that_fit(prompts: PromptSplit, text: PromptText, room: int) -> Promp
             "model's own limit, is that room"
         )
         if not train:
-            raise UserError(f"no question is left to train on: {note}")
+            raise UserError(
+                f"no question is left to train on: {note}",
+                key="data.path",
+                cause=Cause.TOO_LARGE,
+            )
         print(note, file=sys.stderr)
     return PromptSplit(train, heldout)
 
@@ -94,7 +98,9 @@ def questions_drawn(config: Config, prompts: list[Prompt]) -> list[str]:
         try:
             shares = draw_shares(prompts, phase.rl.kind_weights)
         except UserError as error:
-            raise UserError(f"{error}, from step {step}") from None
+            raise UserError(
+                f"{error}, from step {step}", key=error.key, cause=error.cause
+            ) from None
         sizes = {kind: shares[kind] * count for kind, count in counts.most_common()}
         parts = (f"{percent(size / sum(sizes.values()))} {kind}" for kind, size in sizes.items())
         lines.append(f"from step {step}: {', '.join(parts)}")

@@ -30,7 +30,7 @@ from megatron_r1.curation.user_function import UserFunction, load_function
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.shots import Shots
 from megatron_r1.data.templates import TEMPLATES
-from megatron_r1.errors import RunError, UserError
+from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import Decoding, Policy
@@ -61,7 +61,9 @@ def of_run(folder: str) -> tuple[str, dict[str, Any]]:
     if not recipe.is_file():
         raise UserError(
             f"sample {folder}: a folder without config.yaml is no run's; give a run's folder, or a "
-            "recipe with model.path"
+            "recipe with model.path",
+            key="RECIPE",
+            cause=Cause.NOT_FOUND,
         )
     settings = {
         "model.path": folder,
@@ -99,12 +101,16 @@ def run(config: Config) -> None:
     if bool(config.sample.server) == bool(config.model.path):
         raise UserError(
             "sample needs one model: either model.path (a Hugging Face folder or a run's folder) "
-            "or sample.server ({url: …, model: …})"
+            "or sample.server ({url: …, model: …})",
+            key="model.path",
+            cause=Cause.CONFLICT if config.model.path else Cause.MISSING,
         )
     agents = config.agents
     if name := agents.environment or agents.harness or agents.verifiers.taskset:
         raise UserError(
-            f"agents: {name}: sample draws responses of a single turn; leave section agents out"
+            f"agents: {name}: sample draws responses of a single turn; leave section agents out",
+            key="agents",
+            cause=Cause.CONFLICT,
         )
     inputs = _inputs(config)
     run_in_folder(config, "the sampling", lambda folder: _sample(config, folder, inputs))
@@ -128,7 +134,9 @@ def _inputs(config: Config) -> SampleInputs:
         raise UserError(
             f"sample.avoid: all {len(split.train):,} questions are among those to be avoided, the "
             f"first because of {avoided[split.train[0].id]}; give other questions, or set "
-            "sample.avoid_ngram: 0 for equality only"
+            "sample.avoid_ngram: 0 for equality only",
+            key="sample.avoid",
+            cause=Cause.EMPTY,
         )
     shots = Shots(sample.shots, sample.num_shots, config.run.seed) if sample.shots else None
     rewrite, rendering = None, None

@@ -10,7 +10,7 @@ from megatron_r1.commands.export import model_to_serve
 from megatron_r1.config import Config
 from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.data.shots import Shots
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.identity import require_same_identity
 from megatron_r1.evaluation.response import Decoding, Policy
 from megatron_r1.evaluation.response_log import ResponseLog
@@ -27,7 +27,9 @@ def run_in_folder(
     if folder.metrics_path.exists() or folder.checkpoints.exists():
         raise UserError(
             f"run.folder {folder.path} is that of a training run: give {name} a folder of its own, "
-            "and the run as model.path"
+            "and the run as model.path",
+            key="run.folder",
+            cause=Cause.EXISTS,
         )
 
     async def run() -> None:

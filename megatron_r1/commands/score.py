@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from megatron_r1.commands.awaited_input import read_when_ready
 from megatron_r1.config import Config
 from megatron_r1.data.table_files import describe_json_error
-from megatron_r1.errors import RunError, UserError
+from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.files import atomic_writer
 from megatron_r1.reporting.wording import duration
 from megatron_r1.rewards.base import Grade
@@ -238,7 +238,9 @@ def _source(name: str) -> contextlib.AbstractContextManager[BinaryIO]:
     try:
         return open(name, "rb")
     except OSError as error:
-        raise UserError(f"{name}: {error.strerror}") from None
+        raise UserError(
+            f"{name}: {error.strerror}", key=ARGUMENTS[0], cause=Cause.UNREADABLE
+        ) from None
 
 
 @contextlib.contextmanager
@@ -249,10 +251,16 @@ def _target(name: str) -> Iterator[BinaryIO]:
         return
     path = Path(name).resolve()  # a link stays a link
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise UserError(f"{name}: not a regular file; write to - for a pipe")
+        raise UserError(
+            f"{name}: not a regular file; write to - for a pipe",
+            key=ARGUMENTS[1],
+            cause=Cause.UNSUPPORTED,
+        )
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(atomic_writer(path))
         except OSError as error:
-            raise UserError(f"{name}: {error.strerror}") from None
+            raise UserError(
+                f"{name}: {error.strerror}", key=ARGUMENTS[1], cause=Cause.UNREADABLE
+            ) from None
         yield file

@@ -8,7 +8,7 @@ from megatron_r1.data.mixture import MixtureSampler, describe, load_mixture
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
 from megatron_r1.data.text import PromptText
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models import read_hf_config
 from megatron_r1.training.sample import Sample
 from megatron_r1.training.wire import SUPERVISED
@@ -24,7 +24,9 @@ def run(config: Config) -> None:
     if rules_of(config.rl.algorithm).critic:
         raise UserError(
             f"rl.algorithm: {config.rl.algorithm} has a critic, which sft would keep in memory and "
-            "not train; leave rl.algorithm out"
+            "not train; leave rl.algorithm out",
+            key="rl.algorithm",
+            cause=Cause.CONFLICT,
         )
     read_hf_config(config.model.path)
     text = PromptText(config.model.path, "{problem}")

@@ -9,7 +9,7 @@ from typing import Generic, Literal, TypeVar
 from megatron_r1.commands.training_run import Commands, TrainingRun, run_training, show_trainer
 from megatron_r1.config import Config
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.trainer_client.recorder import Recorder
@@ -52,7 +52,9 @@ def with_steps(config: Config, section: Literal["sft", "reward_model"], epoch_si
     if "steps" in config.run.model_fields_set and config.run.steps != steps:
         raise UserError(
             f"{section}.epochs: {settings.epochs:g} epochs of {epoch_size:,} examples are "
-            f"{steps:,} batches, and run.steps is {config.run.steps:,}; leave one of them out"
+            f"{steps:,} batches, and run.steps is {config.run.steps:,}; leave one of them out",
+            key=f"{section}.epochs",
+            cause=Cause.CONFLICT,
         )
     return config.with_changes(run={"steps": steps})
 

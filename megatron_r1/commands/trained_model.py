@@ -7,7 +7,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.config import Config, verb_of
 from megatron_r1.data.records import read_records
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.first_recipe.template import template_of
 from megatron_r1.models.hf_config import hub_hint
 from megatron_r1.training.checkpoints.finding import STATE_FILE, complete_checkpoints
@@ -31,19 +31,23 @@ def find_exported(path: str, name: str) -> Path:
         run = folder.resolve().parents[1] if (folder / STATE_FILE).is_file() else folder
         raise UserError(
             f"{name} {path} has checkpoints and no hf/ yet: {CONVERT} to-hf {path} "
-            f"{run}/hf exports one; a run that ends does so by itself"
+            f"{run}/hf exports one; a run that ends does so by itself",
+            key=name,
+            cause=Cause.MISSING,
         )
     if (folder / "config.yaml").is_file():
         raise UserError(
             f"{name} {path}: this run has no checkpoint yet; it writes one every checkpoint.every "
-            "steps, and hf/ at its end"
+            "steps, and hf/ at its end",
+            key=name,
+            cause=Cause.MISSING,
         )
     what = "neither a Hugging Face folder (no config.json) nor a run's folder (no hf/)"
     if folder.is_file():
         what = "it is a file, and no folder"
     elif not folder.is_dir():
         what = f"no such folder (relative to {Path.cwd()}){hub_hint(str(path))}"
-    raise UserError(f"{name} {path}: {what}")
+    raise UserError(f"{name} {path}: {what}", key=name, cause=Cause.NOT_FOUND)
 
 
 def recipe_of(model: Path) -> Config | None:

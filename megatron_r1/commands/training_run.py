@@ -12,7 +12,7 @@ from megatron_r1.commands import torchrun
 from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
 from megatron_r1.engine import gpu
-from megatron_r1.errors import TrainerError, UserError
+from megatron_r1.errors import Cause, TrainerError, UserError
 from megatron_r1.evaluation.model_folder import has_newest_export
 from megatron_r1.files import atomic_write
 from megatron_r1.models import read_hf_config
@@ -75,7 +75,9 @@ def run_training(
         if Path(config.run.folder, file).exists():
             raise UserError(
                 f"run.folder {config.run.folder} is that of {what}: give the training a folder of "
-                "its own"
+                "its own",
+                key="run.folder",
+                cause=Cause.EXISTS,
             )
     try:
         asyncio.run(_run(config, name, facts, body, next_commands))
@@ -185,6 +187,8 @@ def _require_weights(model: ModelConfig) -> None:
             files = weight_files(Path(model.path))
         except UserError as error:
             raise UserError(
-                f"model.path: {error}; give a folder with weights, or model.init: random to sft"
+                f"model.path: {error}; give a folder with weights, or model.init: random to sft",
+                key="model.path",
+                cause=error.cause,
             ) from None
         require_complete(files)

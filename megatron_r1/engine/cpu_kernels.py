@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_r1.config import RolloutConfig
 from megatron_r1.engine import gpu
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.hf_config import ARCHITECTURES, model_family, resolve_aliases, sparse_layers
 
 HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -38,10 +38,18 @@ def check_cpu_kernels(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
         is_disabled = os.environ.get("VLLM_MLA_DISABLE", "0") != "0"
         for key, size in LATENT_SIZES.items():
             if hf.get(key, size) != size and not is_disabled:
-                raise UserError(f"config.json: {key}={hf[key]}: {_only(str(size))}")
+                raise UserError(
+                    f"config.json: {key}={hf[key]}: {_only(str(size))}",
+                    key=f"config.json: {key}",
+                    cause=Cause.UNSUPPORTED,
+                )
     elif (size := hf.get("head_dim") or hidden // heads) not in HEAD_SIZES:
         name = "head_dim" if hf.get("head_dim") else "hidden_size / num_attention_heads"
-        raise UserError(f"config.json: {name}={size}: {_only(', '.join(map(str, HEAD_SIZES)))}")
+        raise UserError(
+            f"config.json: {name}={size}: {_only(', '.join(map(str, HEAD_SIZES)))}",
+            key=f"config.json: {name}",
+            cause=Cause.UNSUPPORTED,
+        )
     if any(sparse_layers(hf)):
         _check_experts(rollout, hf)
 
@@ -49,16 +57,26 @@ def check_cpu_kernels(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
 def _check_experts(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
     family, multiples = model_family(hf), _only(f"multiples of {ALIGNMENT} in a model with experts")
     if hf["hidden_size"] % ALIGNMENT:
-        raise UserError(f"config.json: hidden_size={hf['hidden_size']}: {multiples}")
+        raise UserError(
+            f"config.json: hidden_size={hf['hidden_size']}: {multiples}",
+            key="config.json: hidden_size",
+            cause=Cause.INDIVISIBLE,
+        )
     if "n_shared_experts" in family.needs and hf.get("n_shared_experts") == 0:
         raise UserError(
             "config.json: n_shared_experts=0: on a CPU, vLLM's engine ends without a message at "
-            f"matrices of no width; {REMEDY}"
+            f"matrices of no width; {REMEDY}",
+            key="config.json: n_shared_experts",
+            cause=Cause.UNSUPPORTED,
         )
     ranks = 1 if rollout.expert_parallel else rollout.tensor * rollout.data
     if family.open_swiglu and (size := hf["intermediate_size"]) % (ALIGNMENT * ranks):
         shared = f" shared by {ranks} ranks" if ranks > 1 else ""
-        raise UserError(f"config.json: intermediate_size={size}{shared}: {multiples}")
+        raise UserError(
+            f"config.json: intermediate_size={size}{shared}: {multiples}",
+            key="config.json: intermediate_size",
+            cause=Cause.INDIVISIBLE,
+        )
 
 
 def _only(sizes: str) -> str:

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_r1.config import Config, RolloutConfig, TeacherConfig
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.hf_config import (
     language_settings,
     load_config,
@@ -26,7 +26,9 @@ def context_length(config: Config) -> int:
     if length > limit:
         raise UserError(
             f"rollout.max_model_len: {length} is more than the model's {limit} positions "
-            f"({config.model.path}/config.json: max_position_embeddings)"
+            f"({config.model.path}/config.json: max_position_embeddings)",
+            key="rollout.max_model_len",
+            cause=Cause.TOO_LARGE,
         )
     # Engines are sized once, for the longest responses of rl.schedule.
     longest = max(phase.rollout.max_response_tokens for _, phase in config.phases())
@@ -34,7 +36,9 @@ def context_length(config: Config) -> int:
         raise UserError(
             f"rollout.max_response_tokens: {longest} leaves no room for "
             f"a prompt within {length} tokens; lower it"
-            + (f", or raise rollout.max_model_len (at most {limit})" if length < limit else "")
+            + (f", or raise rollout.max_model_len (at most {limit})" if length < limit else ""),
+            key="rollout.max_response_tokens",
+            cause=Cause.TOO_LARGE,
         )
     return length
 
@@ -47,7 +51,9 @@ def positions(folder: str | Path, key: str = "model.path") -> int:
         return int(language_settings(hf)["max_position_embeddings"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{folder}/config.json: no max_position_embeddings can be read ({error!r})"
+            f"{folder}/config.json: no max_position_embeddings can be read ({error!r})",
+            key="config.json: max_position_embeddings",
+            cause=Cause.MISSING,
         ) from error
 
 
@@ -67,7 +73,9 @@ def check_engines(config: Config, hf: dict) -> None:
     if config.rl.routing_replay and rollout.pipeline > 1:
         raise UserError(
             f"rollout.pipeline={rollout.pipeline}: vLLM returns the experts of one stage only; set "
-            "rl.routing_replay: false, or rollout.pipeline: 1"
+            "rl.routing_replay: false, or rollout.pipeline: 1",
+            key="rollout.pipeline",
+            cause=Cause.CONFLICT,
         )
     check_speculation(rollout, hf)
 
@@ -79,7 +87,9 @@ def check_speculation(rollout: RolloutConfig, hf: dict) -> None:
     if method == "suffix" and rollout.placement == "local" and not find_spec("arctic_inference"):
         raise UserError(
             "rollout.speculative.method: suffix needs a package that is not installed here: pip "
-            "install arctic-inference==0.1.1, or set method: ngram"
+            "install arctic-inference==0.1.1, or set method: ngram",
+            key="rollout.speculative.method",
+            cause=Cause.NOT_INSTALLED,
         )
     if method != "mtp":
         return
@@ -90,17 +100,23 @@ def check_speculation(rollout: RolloutConfig, hf: dict) -> None:
     if not layers:
         raise UserError(
             "rollout.speculative.method: mtp drafts with the model's MTP layers, and its "
-            f"config.json has none ({keys[0]}); set method: ngram, or none"
+            f"config.json has none ({keys[0]}); set method: ngram, or none",
+            key="rollout.speculative.method",
+            cause=Cause.CONFLICT,
         )
     if rollout.pipeline > 1:
         raise UserError(
             f"rollout.speculative.method: mtp with rollout.pipeline={rollout.pipeline}: a drafter "
-            "behind stages has not been tried; set rollout.pipeline: 1, or method: ngram"
+            "behind stages has not been tried; set rollout.pipeline: 1, or method: ngram",
+            key="rollout.speculative.method",
+            cause=Cause.UNSUPPORTED,
         )
     if tokens > layers and tokens % layers:
         raise UserError(
             f"rollout.speculative.tokens: {tokens} is no multiple of the model's {layers} MTP "
-            "layers, which draft in turn; choose one"
+            "layers, which draft in turn; choose one",
+            key="rollout.speculative.tokens",
+            cause=Cause.INDIVISIBLE,
         )
 
 
@@ -113,19 +129,25 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
     if heads % engines.tensor:
         raise UserError(
             f"{section}.tensor={engines.tensor} does not divide num_attention_heads={heads}; "
-            "choose a divisor"
+            "choose a divisor",
+            key=f"{section}.tensor",
+            cause=Cause.INDIVISIBLE,
         )
     latent = bool(language.get("kv_lora_rank"))
     if not latent and kv_heads % engines.tensor and engines.tensor % kv_heads:
         raise UserError(
             f"{section}.tensor={engines.tensor} neither divides num_key_value_heads={kv_heads} nor "
-            "is a multiple of it; choose one that does"
+            "is a multiple of it; choose one that does",
+            key=f"{section}.tensor",
+            cause=Cause.INDIVISIBLE,
         )
     rows = padded_vocabulary(language.get("vocab_size", 0))
     if rows % engines.tensor:
         raise UserError(
             f"{section}.tensor={engines.tensor} does not divide the {rows} rows of vLLM's padded "
-            "vocabulary; choose a divisor"
+            "vocabulary; choose a divisor",
+            key=f"{section}.tensor",
+            cause=Cause.INDIVISIBLE,
         )
     if "GptOssForCausalLM" in (language.get("architectures") or ()):
         _check_gpt_oss(engines, language, section)
@@ -134,24 +156,41 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
     if lacking and "DeepseekV3ForCausalLM" in (language.get("architectures") or ()):
         raise UserError(
             f"config.json has no {lacking}: vLLM would route tokens by softmax and without the "
-            "routers' bias, transformers and the trainer do not; add these keys"
+            "routers' bias, transformers and the trainer do not; add these keys",
+            key=f"config.json: {next(iter(lacking))}",
+            cause=Cause.MISSING,
         )
     _check_sparse(hf)
     layers = language.get("num_hidden_layers", engines.pipeline)
     if engines.pipeline > layers:
         raise UserError(
             f"{section}.pipeline={engines.pipeline} is more than the model's {layers} layers; "
-            "lower it"
+            "lower it",
+            key=f"{section}.pipeline",
+            cause=Cause.TOO_LARGE,
         )
+    if engines.expert_parallel:
+        _check_expert_ranks(engines, language, section)
+
+
+def _check_expert_ranks(
+    engines: RolloutConfig | TeacherConfig, language: dict, section: str
+) -> None:
     names = ("n_routed_experts", "num_local_experts", "num_experts")  # by architecture
     experts = next((count for name in names if (count := language.get(name))), 0)
-    if engines.expert_parallel and not experts:
-        raise UserError(f"{section}.expert_parallel: the model has no experts; set it to false")
+    if not experts:
+        raise UserError(
+            f"{section}.expert_parallel: the model has no experts; set it to false",
+            key=f"{section}.expert_parallel",
+            cause=Cause.CONFLICT,
+        )
     ranks = engines.tensor * engines.data
-    if engines.expert_parallel and ranks > experts:
+    if ranks > experts:
         raise UserError(
             f"{section}.expert_parallel: {ranks} ranks ({section}.tensor x {section}.data) for "
-            f"{experts} experts leave some with none; use more {section}.engines of fewer ranks"
+            f"{experts} experts leave some with none; use more {section}.engines of fewer ranks",
+            key=f"{section}.expert_parallel",
+            cause=Cause.TOO_LARGE,
         )
 
 
@@ -170,7 +209,9 @@ def _check_sparse(hf: dict) -> None:
         found = ", ".join(f"{key}={hf[key]}" for key in keys if hf.get(key))
         raise UserError(
             f"config.json: no layer has experts ({found or 'none are given'}), and vLLM's class of "
-            f"{', '.join(names)} needs one: no engine can sample from this model"
+            f"{', '.join(names)} needs one: no engine can sample from this model",
+            key="config.json",
+            cause=Cause.UNSUPPORTED,
         )
 
 
@@ -181,11 +222,15 @@ def _check_gpt_oss(engines: RolloutConfig | TeacherConfig, hf: dict, section: st
     if kv_heads % engines.tensor:
         raise UserError(
             f"{section}.tensor={engines.tensor} does not divide num_key_value_heads={kv_heads}, "
-            "which vLLM's gpt-oss cannot share among ranks; choose a divisor"
+            "which vLLM's gpt-oss cannot share among ranks; choose a divisor",
+            key=f"{section}.tensor",
+            cause=Cause.INDIVISIBLE,
         )
     ranks = engines.tensor * engines.pipeline * engines.data
     if inner % ranks:
         raise UserError(
             f"{section}: {ranks} ranks (tensor x pipeline x data) do not divide intermediate_size="
-            f"{inner}, as vLLM's gpt-oss requires; choose a divisor"
+            f"{inner}, as vLLM's gpt-oss requires; choose a divisor",
+            key=section,
+            cause=Cause.INDIVISIBLE,
         )

@@ -17,7 +17,7 @@ import time
 from enum import Enum
 from pathlib import Path
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.fleet.hosts.link import HostLink
 from megatron_r1.fleet.hosts.local_engines import LocalEngines
 from megatron_r1.fleet.hosts.wire import (
@@ -110,7 +110,7 @@ class EngineHost:
                 heard_at, patience = time.monotonic(), orders.silence_seconds
                 reason = StopReason.SILENT
                 if orders.refusal:
-                    raise UserError(orders.refusal)
+                    raise UserError(orders.refusal, key="megatron-r1 host", cause=Cause.CONFLICT)
                 if orders.finished:
                     self._print("the run is over")
                     return StopReason.FINISHED

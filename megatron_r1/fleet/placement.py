@@ -13,7 +13,7 @@ from megatron_r1.config import RolloutConfig
 from megatron_r1.engine import gpu
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.server import EngineServer
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.fleet.engine import Engine, MakeServer
 from megatron_r1.fleet.hosts.pool import HostPool
 from megatron_r1.fleet.hosts.remote_server import RemoteServer
@@ -39,13 +39,17 @@ def check_room(rollout: RolloutConfig) -> None:
     if rollout.kv_cache_gib > room:
         raise UserError(
             f"rollout.kv_cache_gib={rollout.kv_cache_gib}: each engine process takes so much, more "
-            f"than the {room:,.0f} GiB of this host; lower it"
+            f"than the {room:,.0f} GiB of this host; lower it",
+            key="rollout.kv_cache_gib",
+            cause=Cause.TOO_LARGE,
         )
     if needed > room:
         raise UserError(
             f"rollout.engines={rollout.engines}: {ranks:,} processes of vLLM take "
             f"{needed:,.0f} GiB before they hold a model, and this host has {room:,.0f}; lower it, "
-            "or set rollout.placement: hosts"
+            "or set rollout.placement: hosts",
+            key="rollout.engines",
+            cause=Cause.TOO_LARGE,
         )
 
 
@@ -88,7 +92,9 @@ def hosts_address(rollout: RolloutConfig) -> str:
     except OSError as error:
         raise UserError(
             f"rollout.hosts_address: {address} has no address ({error}); set one of this host's "
-            "that engine hosts can reach"
+            "that engine hosts can reach",
+            key="rollout.hosts_address",
+            cause=Cause.NOT_FOUND,
         ) from error
     return address
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import zmq
 from zmq.utils import z85
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import atomic_write
 
 ENVIRONMENT = "MEGATRON_R1_TOKEN"
@@ -39,14 +39,24 @@ def known_token(path: str | os.PathLike[str] | None) -> str:
     if path is None or not Path(path).is_file():
         raise UserError(
             f"no token of the run: set {ENVIRONMENT} to the content of the file `{FILE}` in its "
-            f"folder{f' ({path} is no file)' if path else ''}"
+            f"folder{f' ({path} is no file)' if path else ''}",
+            key=ENVIRONMENT,
+            cause=Cause.MISSING,
         )
     path = Path(path)
     if path.stat().st_mode & OTHERS:
-        raise UserError(f"token file {path} can be read by others: chmod 600 {path}")
+        raise UserError(
+            f"token file {path} can be read by others: chmod 600 {path}",
+            key=FILE,
+            cause=Cause.OUT_OF_RANGE,
+        )
     token = path.read_text(encoding="ascii").strip()
     if not token:
-        raise UserError(f"token file {path} is empty: delete it, and the run makes a new one")
+        raise UserError(
+            f"token file {path} is empty: delete it, and the run makes a new one",
+            key=FILE,
+            cause=Cause.EMPTY,
+        )
     return token
 
 

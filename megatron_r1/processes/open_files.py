@@ -2,7 +2,7 @@
 
 import resource
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 
 def allow_open_files(needed: int, reason: str) -> None:
@@ -14,6 +14,8 @@ def allow_open_files(needed: int, reason: str) -> None:
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UserError(
             f"{reason}: {needed:,} open files, and this process may have {hard:,}; raise the limit "
-            f"(ulimit -Hn {needed}, or LimitNOFILE of the service that starts it)"
+            f"(ulimit -Hn {needed}, or LimitNOFILE of the service that starts it)",
+            key="ulimit -n",
+            cause=Cause.TOO_LARGE,
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -1,7 +1,7 @@
 """What only the recipe's full size shows of its push: how many ranks it connects to each other."""
 
 from megatron_r1.config import Config
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.weight_sync.plan.checks import engine_layout
 from megatron_r1.weight_sync.plan.engine_sets import num_links
 from megatron_r1.weight_sync.plan.links import planned_push
@@ -33,5 +33,7 @@ def check_links(links: list[int], engine_ranks: int) -> None:
         f"push: at full size a trainer rank would have {most:,} links to engine ranks (at most "
         f"{limit:,}), and {pairs:,} pairs would make {requests:,} requests to one store when they "
         f"connect (at most {MAX_REQUESTS:,}); set push.delta: false, so that engines pass weights "
-        "on to each other, or use fewer rollout.engines"
+        "on to each other, or use fewer rollout.engines",
+        key="push.delta",
+        cause=Cause.TOO_LARGE,
     )

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_r1 import config as configuration
 from megatron_r1.config import Config, verb_of
 from megatron_r1.config.yaml_text import as_sections
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.workflow import pipeline_recipe
 from megatron_r1.workflow.check import check
 from megatron_r1.workflow.plan import WorkflowPlan
@@ -47,7 +47,9 @@ def jobs(
         verb = verb_of(config)
         if config.eval.benchmarks and not (config.data.path or config.data.task):
             raise UserError(
-                f"recipe {path}: it is for eval, which is rehearsed by itself with --eval.limit 2"
+                f"recipe {path}: it is for eval, which is rehearsed by itself with --eval.limit 2",
+                key="eval.benchmarks",
+                cause=Cause.UNSUPPORTED,
             )
         added, required = implied.get(verb, {}), importlib.import_module(verbs[verb]).REQUIRED
         config = configuration.load(path, {**added, **overrides}, required)
@@ -60,9 +62,15 @@ def jobs(
     for name in only:
         if name not in names:
             near = did_you_mean(name, names, "{}") or f"; there are {', '.join(names)}"
-            raise UserError(f"rehearsal.stages: no stage that is rehearsed is called {name}{near}")
+            raise UserError(
+                f"rehearsal.stages: no stage that is rehearsed is called {name}{near}",
+                key="rehearsal.stages",
+                cause=Cause.UNKNOWN,
+            )
     if not names:
-        raise UserError(f"recipe {path}: no stage is one of {', '.join(VERBS)}")
+        raise UserError(
+            f"recipe {path}: no stage is one of {', '.join(VERBS)}", key="stages", cause=Cause.EMPTY
+        )
     found = []
     for name in names:
         if not only or name in only:
@@ -90,5 +98,7 @@ def _model_path(plan: WorkflowPlan, name: str, config: Config) -> str:
             return planned
     raise UserError(
         f"rehearse: stage {name} starts from {path}, which has no config.json; give a folder with "
-        f"one: --stages.{name}.model.path FOLDER"
+        f"one: --stages.{name}.model.path FOLDER",
+        key=f"stages.{name}.model.path",
+        cause=Cause.NOT_FOUND,
     )

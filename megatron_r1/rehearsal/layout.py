@@ -4,7 +4,7 @@ from math import prod
 
 from megatron_r1.config.engines import RolloutConfig
 from megatron_r1.config.parallel import ParallelConfig
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.pipeline_stages import parse_layout
 
 AXES = ("tensor", "context", "expert", "expert_tensor", "pipeline", "virtual_pipeline")
@@ -37,7 +37,9 @@ def shrink(parallel: ParallelConfig, max_ranks: int) -> ParallelConfig:
     if processes > max_ranks:
         raise UserError(
             f"rehearsal.max_ranks: {max_ranks} is less than the {processes} ranks of the layout in "
-            f"miniature; raise it to {processes}"
+            f"miniature; raise it to {processes}",
+            key="rehearsal.max_ranks",
+            cause=Cause.OUT_OF_RANGE,
         )
     return parallel.model_copy(
         update={**sizes, "pipeline_layout": layout, "processes": processes, "threads": 1}

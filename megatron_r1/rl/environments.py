@@ -14,7 +14,7 @@ from megatron_r1.agents.verifiers.harness import VerifiersHarness
 from megatron_r1.config import Config
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.limits import context_length
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 ANY_TOOL = {"type": "function", "function": {"name": "tool", "parameters": {"type": "object"}}}
 """Stands for the tools of an agent, which are known only when it runs."""
@@ -35,12 +35,18 @@ def find_player(config: Config) -> tuple[str, str | list[str]] | None:
         return None
     if len(named) > 1:
         both = " and ".join(f"{key}: {value}" for key, value in named.items())
-        raise UserError(f"{both} each play the episodes; leave one out")
+        raise UserError(
+            f"{both} each play the episodes; leave one out",
+            key=next(iter(named)),
+            cause=Cause.CONFLICT,
+        )
     [(key, player)] = named.items()
     if config.data.template != "chat":
         raise UserError(
             f"data.template: {config.data.template!r} renders one question; {key} needs "
-            "the tokenizer's own chat template: set data.template: chat"
+            "the tokenizer's own chat template: set data.template: chat",
+            key="data.template",
+            cause=Cause.CONFLICT,
         )
     if agents.environment:
         description = describe(agents.environment)
@@ -77,7 +83,9 @@ def check_environment(config: Config, text: PromptText) -> None:
     if agents.environment and "refused" in verdicts.values():
         raise UserError(
             f"model.path: the chat template of {config.model.path} refuses the results of tools; "
-            "give the tokenizer one that has role tool"
+            "give the tokenizer one that has role tool",
+            key="model.path",
+            cause=Cause.UNSUPPORTED,
         )
 
 

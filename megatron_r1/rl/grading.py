@@ -12,7 +12,7 @@ from megatron_r1.agents.player import Played
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.responses import Response
-from megatron_r1.errors import RunError, UserError
+from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.combine import ACCURACY, Reward, combine
 from megatron_r1.rewards.runtime.pool import RewardPool
@@ -119,7 +119,9 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
         raise UserError(
             f"reward {', '.join(map(repr, sorted(names)))} failed on all {len(responses)} "
             f"responses: {responses[0].reason}; "
-            "repair it, its rewards.options, or leave it out of rewards.weights"
+            "repair it, its rewards.options, or leave it out of rewards.weights",
+            key=min(names),
+            cause=Cause.FAILED,
         )
     ungraded = [graded for graded in responses if not graded.is_graded]
     allowed = math.ceil(max_ungraded * len(responses))

@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.errors import RunError, UserError
+from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.files import fsync
 from megatron_r1.files.framed import FramedFile, append_frame
 from megatron_r1.rl.rollout import Group
@@ -152,7 +152,9 @@ class StepLog:
             except msgspec.MsgspecError as error:
                 raise UserError(
                     f"{path}: written by another version of this program ({error}); delete it, and "
-                    "its samples are made again"
+                    "its samples are made again",
+                    key=path.name,
+                    cause=Cause.CHANGED,
                 ) from None
             if record.schedule != schedule:
                 continue

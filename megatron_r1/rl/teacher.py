@@ -8,7 +8,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engine import from_config, gpu, limits
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.fleet.external import ExternalFleet
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.hf_config import language_settings, load_config
@@ -51,7 +51,9 @@ def check_teacher(config: Config) -> None:
             f"teacher.path: {path} would not be used by rl.algorithm: {algorithm}; set that to "
             "on_policy_distillation, or leave the teacher out"
             if path
-            else f"rl.algorithm: {algorithm} learns from a teacher: set teacher.path to its folder"
+            else f"rl.algorithm: {algorithm} learns from a teacher: set teacher.path to its folder",
+            key="teacher.path",
+            cause=Cause.CONFLICT if path else Cause.MISSING,
         )
     if not path:
         return
@@ -62,7 +64,9 @@ def check_teacher(config: Config) -> None:
     if room < needed:
         raise UserError(
             f"teacher.path {path} has {room} positions (max_position_embeddings), and the student "
-            f"writes up to {needed} tokens with the prompt; set rollout.max_model_len: {room}"
+            f"writes up to {needed} tokens with the prompt; set rollout.max_model_len: {room}",
+            key="teacher.path",
+            cause=Cause.TOO_LARGE,
         )
     for step, phase in config.phases():
         rollout = phase.rollout
@@ -72,14 +76,18 @@ def check_teacher(config: Config) -> None:
         raise UserError(
             f"{when}rollout.temperature: {rollout.temperature:g}, rollout.top_p: "
             f"{rollout.top_p:g}: the teacher scores at temperature 1 without a cut, which has to "
-            "be the student's distribution too; set both to 1"
+            "be the student's distribution too; set both to 1",
+            key="rollout.top_p" if rollout.temperature == 1.0 else "rollout.temperature",
+            cause=Cause.CONFLICT,
         )
     student = load_config(config.model.path)
     own, known = (language_settings(each).get("vocab_size", 0) for each in (student, hf))
     if known < own:
         raise UserError(
             f"teacher.path {path} knows tokens 0 … {known - 1}, and the student may write any of "
-            f"0 … {own - 1}; choose a teacher with a vocab_size of at least {own}"
+            f"0 … {own - 1}; choose a teacher with a vocab_size of at least {own}",
+            key="teacher.path",
+            cause=Cause.CONFLICT,
         )
     tokenizer = load_tokenizer(config.model.path, "model.path")
     vocabulary = load_tokenizer(path, "teacher.path").get_vocab()
@@ -87,7 +95,9 @@ def check_teacher(config: Config) -> None:
         raise UserError(
             f"teacher.path {path}: its tokenizer is not the student's ({config.model.path}), so "
             f"its log-probabilities are of other texts: {difference}. Choose a teacher of the same "
-            "family"
+            "family",
+            key="teacher.path",
+            cause=Cause.CONFLICT,
         )
 
 

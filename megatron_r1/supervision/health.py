@@ -11,7 +11,7 @@ from aiohttp import web
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.rewards.runtime.pool import LEVELS
 from megatron_r1.rl.collector import RolloutCollector
@@ -95,7 +95,9 @@ class HealthServer(Collector):
             await self._runner.cleanup()
             raise UserError(
                 f"run.health_port: {self._port} cannot be used ({error}); choose another, or 0 for "
-                "any that is free"
+                "any that is free",
+                key="run.health_port",
+                cause=Cause.BUSY,
             ) from None
         port = self._runner.addresses[0][1]
         self.address = f"http://{self._host}:{port}"

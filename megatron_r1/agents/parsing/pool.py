@@ -113,7 +113,11 @@ class ParserPool:
             raise RunError(f"a parser worker did not start: {error}") from None
         if worker.greeting and worker.greeting.status == "unusable":
             await worker.kill()
-            raise UserError(f"{self._named()} cannot be used: {worker.greeting.reason}")
+            raise UserError(
+                f"{self._named()} cannot be used: {worker.greeting.reason}",
+                key=worker.greeting.key,
+                cause=worker.greeting.cause,
+            )
         self._all.add(worker)
         return worker
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.processes.frames import LENGTH, frame, private_streams
 from megatron_r1.processes.lifetime import end_without_parent
 
@@ -38,10 +38,12 @@ class ParseReply(msgspec.Struct):
     """The parts of a turn, its calls in OpenAI's form, or the state of the worker.
 
     ready: the worker has loaded the parsers. unusable: it cannot load them, and ends. failed: the
-    parser raised."""
+    parser raised. key, cause: what is at fault, of unusable."""
 
     status: Literal["ready", "unusable", "parsed", "failed"]
     reason: str = ""
+    key: str = ""
+    cause: Cause = Cause.FAILED
     reasoning: str | None = None
     content: str | None = None
     tool_calls: list[dict[str, Any]] = []
@@ -66,8 +68,10 @@ def main(options: Options) -> None:
     try:
         parser = TurnParser(options)
     except Exception as error:  # noqa: BLE001 - vLLM may raise anything for a bad name
-        name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        send(ParseReply("unusable", reason=f"{name}{error}"))
+        if not isinstance(error, UserError):
+            key = "agents.tool_parser" if options.tool_parser else "agents.reasoning_parser"
+            error = UserError(f"{type(error).__name__}: {error}", key=key, cause=Cause.FAILED)
+        send(ParseReply("unusable", reason=str(error), key=error.key, cause=error.cause))
         return
     send(ParseReply("ready"))
     decoder = msgspec.json.Decoder(ParseJob)
@@ -121,7 +125,9 @@ class TurnParser:
 def _require(kind: str, name: str, known: list[str]) -> None:
     if name and name not in known:
         raise UserError(
-            f"agents.{kind}_parser: vLLM has no {kind} parser {name!r}{did_you_mean(name, known)}"
+            f"agents.{kind}_parser: vLLM has no {kind} parser {name!r}{did_you_mean(name, known)}",
+            key=f"agents.{kind}_parser",
+            cause=Cause.UNKNOWN,
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_r1.agents.agent_runs import AgentOutcome
 from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.config import VerifiersConfig
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.processes.children import kill_group, popen_options
 from megatron_r1.processes.framed_process import StderrTail, last_line
 
@@ -168,8 +168,14 @@ def list_tasks(settings: VerifiersConfig) -> list[dict[str, Any]]:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(
             f"agents.verifiers.python: {settings.python} cannot list the tasks: {error}; make an "
-            "environment with `make agents`, and name its python"
+            "environment with `make agents`, and name its python",
+            key="agents.verifiers.python",
+            cause=Cause.NOT_FOUND,
         ) from None
     if done.returncode:
-        raise UserError(f"agents.verifiers.taskset: {settings.taskset}: {last_line(done.stderr)}")
+        raise UserError(
+            f"agents.verifiers.taskset: {settings.taskset}: {last_line(done.stderr)}",
+            key="agents.verifiers.taskset",
+            cause=Cause.FAILED,
+        )
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import msgspec
 import zmq
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.fleet.hosts.wire import HostReport, Orders
 from megatron_r1.processes.authentication import protect_client
 
@@ -26,7 +26,11 @@ class HostLink:
         """address: tcp://host:port of the controller. Raises UserError for another form."""
         parts = urlsplit(address)
         if parts.scheme != "tcp" or not parts.hostname or not parts.port:
-            raise UserError(f"controller address {address!r}: must be tcp://host:port")
+            raise UserError(
+                f"controller address {address!r}: must be tcp://host:port",
+                key="--controller",
+                cause=Cause.MALFORMED,
+            )
         self.address, self._peer = address, (parts.hostname, parts.port)
         self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().hex.encode())
@@ -60,7 +64,9 @@ class HostLink:
         except msgspec.MsgspecError as error:
             raise UserError(
                 f"the orders of the run at {self.address} cannot be read ({error}): start hosts "
-                "and run from the same commit"
+                "and run from the same commit",
+                key="--controller",
+                cause=Cause.CHANGED,
             ) from error
 
     def was_refused(self) -> bool:

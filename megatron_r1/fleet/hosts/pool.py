@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.fleet.hosts.records import HostRecord, RemoteEngine, choose_hosts
 from megatron_r1.fleet.hosts.wire import REPORT_SECONDS, HostReport, Orders, shared_memory_identity
 from megatron_r1.processes.authentication import protect_server
@@ -59,7 +59,11 @@ class HostPool:
             self._socket.bind(bind)
         except zmq.ZMQError as error:
             self._socket.close()
-            raise UserError(f"rollout.hosts_port: cannot listen at {bind}: {error}") from error
+            raise UserError(
+                f"rollout.hosts_port: cannot listen at {bind}: {error}",
+                key="rollout.hosts_port",
+                cause=Cause.BUSY,
+            ) from error
         address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.port = int(address.rpartition(":")[2])
         self.refusal: str | None = None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from megatron_r1.config import RLConfig
 from megatron_r1.config.algorithms import AlgorithmRules, rules_of
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.rl.algorithms import grpo, grpo_variants
 
 PARTS = ("advantages", "loss", "token_advantages")
@@ -55,13 +55,17 @@ def find(name: str) -> Algorithm:
     if not defined:
         raise UserError(
             f"rl.algorithm: {name}: {module.__file__} defines none of {', '.join(PARTS)}; define "
-            "one, or use grpo and put the settings in the recipe"
+            "one, or use grpo and put the settings in the recipe",
+            key="rl.algorithm",
+            cause=Cause.EMPTY,
         )
     per_token = rules.critic or rules.teacher or rules.kl_in_reward
     if per_token and "token_advantages" not in defined:
         raise UserError(
             f"rl.algorithm: {name}: {module.__file__} defines no token_advantages, which critic, "
-            "teacher and kl_in_reward of its rules are for; define it, or leave them out"
+            "teacher and kl_in_reward of its rules are for; define it, or leave them out",
+            key="rl.algorithm",
+            cause=Cause.MISSING,
         )
     return Algorithm(
         name,
