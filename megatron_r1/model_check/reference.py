@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.model_check.findings import ReferenceResult
 from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
@@ -75,18 +75,27 @@ def _tokenizer(folder: Path, vocab_size: int) -> Any:
     if last >= vocab_size:
         raise UserError(
             f"{folder}: the tokenizer's token {tokenizer.convert_ids_to_tokens(last)!r} has id "
-            f"{last}, but the model has vocab_size={vocab_size}: {_remedy(folder, tokenizer, last)}"
+            f"{last}, but the model has vocab_size={vocab_size}: "
+            f"{_remedy(folder, tokenizer, last)}",
+            key="tokenizer",
+            cause=Cause.CONFLICT,
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{folder}: the tokenizer has no eos_token, so no response would end; set it in "
-            "tokenizer_config.json"
+            "tokenizer_config.json",
+            key="tokenizer",
+            cause=Cause.MISSING,
         )
     for text in TEXTS:
         ids = tokenizer.encode(text, add_special_tokens=False)
         back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if back.strip() != text.strip() and tokenizer.unk_token_id not in ids:
-            raise UserError(f"{folder}: the tokenizer turns {text!r} into {back!r}")
+            raise UserError(
+                f"{folder}: the tokenizer turns {text!r} into {back!r}",
+                key="tokenizer",
+                cause=Cause.CONFLICT,
+            )
     if tokenizer.chat_template is not None:
         _check_template(folder, tokenizer)
     return tokenizer
@@ -114,11 +123,23 @@ def _check_template(folder: Path, tokenizer: Any) -> None:
             messages, tokenize=True, add_generation_prompt=True, return_dict=False
         )
     except Exception as error:  # a template is a program, and may raise anything
-        raise UserError(f"{folder}: the chat template fails: {error}; correct it") from error
+        raise UserError(
+            f"{folder}: the chat template fails: {error}; correct it",
+            key="chat_template",
+            cause=Cause.FAILED,
+        ) from error
     if QUESTION not in text:
-        raise UserError(f"{folder}: the chat template leaves out the question: {text!r}")
+        raise UserError(
+            f"{folder}: the chat template leaves out the question: {text!r}",
+            key="chat_template",
+            cause=Cause.CONFLICT,
+        )
     if list(ids) != tokenizer.encode(text, add_special_tokens=False):
-        raise UserError(f"{folder}: the chat template's text has other tokens than the template")
+        raise UserError(
+            f"{folder}: the chat template's text has other tokens than the template",
+            key="chat_template",
+            cause=Cause.CONFLICT,
+        )
 
 
 def _logprobs(
@@ -137,7 +158,9 @@ def _logprobs(
         where = f"NaN or infinite numbers are in {', '.join(bad[:4])}" if bad else "they overflow"
         raise UserError(
             f"{folder}: transformers computes no log-probabilities in {dtype}: {where}; fetch or "
-            "write the weights again"
+            "write the weights again",
+            key="weights",
+            cause=Cause.MALFORMED,
         )
     return answers
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron_r1 import platform
 from megatron_r1.config import Config
 from megatron_r1.config.model import Fusion
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 FIELDS = {
     "gradient_accumulation": "gradient_accumulation_fusion",
@@ -57,34 +57,45 @@ def _check_attention(backend: str) -> None:
         if backend != "auto":
             raise UserError(
                 f"model.attention_backend: {backend} is for GPUs, and a CPU has one attention: use "
-                "auto"
+                "auto",
+                key="model.attention_backend",
+                cause=Cause.UNSUPPORTED,
             )
         return
     if backend == "flash" and not any(map(find_spec, FLASH_ATTENTION)):
         raise UserError(
             "model.attention_backend: flash needs the package flash-attn, which is not installed; "
-            "install it, or use fused (cuDNN) or auto"
+            "install it, or use fused (cuDNN) or auto",
+            key="model.attention_backend",
+            cause=Cause.NOT_INSTALLED,
         )
     for name, variable in ENVIRONMENT.items():
         wanted = str(int(backend in ("auto", name)))
         if (found := os.environ.get(variable, wanted)) != wanted:
             raise UserError(
                 f"model.attention_backend: {backend} sets {variable}={wanted}, and the environment "
-                f"has {variable}={found}; unset it and use the setting"
+                f"has {variable}={found}; unset it and use the setting",
+                key="model.attention_backend",
+                cause=Cause.CONFLICT,
             )
 
 
 def _check_fusion(fusion: str) -> None:
     if not platform.has_gpu():
         raise UserError(
-            f"model.fusions: {fusion} is a CUDA kernel, and there is no GPU; use [] or leave it out"
+            f"model.fusions: {fusion} is a CUDA kernel, and there is no GPU; use [] or leave it "
+            "out",
+            key="model.fusions",
+            cause=Cause.UNSUPPORTED,
         )
     if fusion == "permute":
         from megatron.core.transformer.moe import moe_utils
 
         if getattr(moe_utils, "fused_permute", None) is None:
             raise UserError(
-                "model.fusions: permute needs Transformer Engine 2.1 or newer; leave it out"
+                "model.fusions: permute needs Transformer Engine 2.1 or newer; leave it out",
+                key="model.fusions",
+                cause=Cause.NOT_INSTALLED,
             )
 
 
@@ -96,11 +107,15 @@ def _dispatcher_fields(config: Config) -> dict[str, Any]:
     if not (platform.has_gpu() and fused_a2a.HAVE_DEEP_EP):
         raise UserError(
             "parallel.dispatcher: flex needs GPUs and the package deep_ep (DeepEP), which does not "
-            "import here; install it, or use alltoall"
+            "import here; install it, or use alltoall",
+            key="parallel.dispatcher",
+            cause=Cause.NOT_INSTALLED,
         )
     if config.parallel.tensor * config.parallel.expert == 1:
         raise UserError(
             "parallel.dispatcher: flex sends tokens between ranks, and parallel.tensor x "
-            "parallel.expert is 1; use alltoall"
+            "parallel.expert is 1; use alltoall",
+            key="parallel.dispatcher",
+            cause=Cause.CONFLICT,
         )
     return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}

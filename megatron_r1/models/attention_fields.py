@@ -3,7 +3,7 @@ Megatron."""
 
 from typing import Any
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.hf_config import model_family, need, require, rope_parameters
 
 _ROPE_KEYS = {
@@ -33,7 +33,9 @@ def attention_fields(hf: dict) -> dict[str, Any]:
         known = " and ".join(repr(kind) for kind in dict.fromkeys(every))
         raise UserError(
             f"config.json: layer_types={layers} is not supported for {hf['architectures'][0]}, "
-            f"only {known} in turn"
+            f"only {known} in turn",
+            key="layer_types",
+            cause=Cause.UNSUPPORTED,
         )
     fields = _latent(hf) if family.latent else _grouped_query(hf)
     if family.sinks:
@@ -67,7 +69,9 @@ def _linear_factor(rope: dict) -> float | None:
     if not isinstance(rope["factor"], float):
         raise UserError(
             f"config.json: factor={rope['factor']!r} of linear must be written with a decimal point"
-            f" ({float(rope['factor'])}): vLLM reads no whole number there"
+            f" ({float(rope['factor'])}): vLLM reads no whole number there",
+            key="factor",
+            cause=Cause.MALFORMED,
         )
     return rope["factor"]
 
@@ -143,12 +147,16 @@ def _grouped_query(hf: dict) -> dict[str, Any]:
     if num_heads % groups:
         raise UserError(
             f"config.json: num_attention_heads={num_heads} is not a multiple of "
-            f"num_key_value_heads={groups}"
+            f"num_key_value_heads={groups}",
+            key="num_attention_heads",
+            cause=Cause.INDIVISIBLE,
         )
     if (rotated := int(size * _rope(hf)["partial_rotary_factor"])) % 2 or not rotated:
         raise UserError(
             f"config.json: {rotated} numbers of a head are rotated (head_dim, or hidden_size / "
-            "num_attention_heads, x partial_rotary_factor), which must be pairs"
+            "num_attention_heads, x partial_rotary_factor), which must be pairs",
+            key="partial_rotary_factor",
+            cause=Cause.OUT_OF_RANGE,
         )
     return {
         "num_query_groups": groups,
@@ -164,14 +172,18 @@ def _latent(hf: dict) -> dict[str, Any]:
     if "q_lora_rank" not in hf:
         raise UserError(
             "config.json lacks q_lora_rank, whose default in transformers is not null; add null for"
-            " a model with q_proj, else the size"
+            " a model with q_proj, else the size",
+            key="q_lora_rank",
+            cause=Cause.MISSING,
         )
     nope, rope = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"]
     require(hf, num_key_value_heads=hf["num_attention_heads"], qk_head_dim=nope + rope)
     if hf.get("head_dim") not in (None, rope, nope + rope):
         raise UserError(
             f"config.json: head_dim={hf['head_dim']} is neither qk_rope_head_dim={rope} nor "
-            f"qk_nope_head_dim + qk_rope_head_dim={nope + rope}; remove it"
+            f"qk_nope_head_dim + qk_rope_head_dim={nope + rope}; remove it",
+            key="head_dim",
+            cause=Cause.CONFLICT,
         )
     return {
         "kv_channels": nope + rope,
@@ -192,16 +204,24 @@ def _rope(hf: dict) -> dict[str, Any]:
     if kind not in family.rope:
         raise UserError(
             f"rope_type={kind!r} in config.json is not supported for {hf['architectures'][0]}, "
-            f"only {', '.join(family.rope)}"
+            f"only {', '.join(family.rope)}",
+            key="rope_type",
+            cause=Cause.UNSUPPORTED,
         )
     known = {"rope_type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS[kind]}
     if unknown := {k: v for k, v in rope.items() if k not in known and v is not None}:
         raise UserError(
             f"config.json: {unknown} of the rotary settings is not supported with rope_type="
-            f"{kind!r}; remove it if it changes nothing"
+            f"{kind!r}; remove it if it changes nothing",
+            key=min(unknown),
+            cause=Cause.UNSUPPORTED,
         )
     if kind != "default" and (rope.get("factor") or 1.0) < 1.0:
-        raise UserError(f"config.json: factor={rope['factor']!r} of {kind} must be at least 1")
+        raise UserError(
+            f"config.json: factor={rope['factor']!r} of {kind} must be at least 1",
+            key="factor",
+            cause=Cause.OUT_OF_RANGE,
+        )
     rope.setdefault("partial_rotary_factor", family.rotary)
     if family.rotary == 1.0:
         require(rope, partial_rotary_factor=1.0)
@@ -221,7 +241,9 @@ def _latent_rope(hf: dict) -> dict[str, Any]:
     if (not mscale_all_dim and mscale not in (0.0, 1.0)) or (mscale_all_dim and not mscale):
         raise UserError(
             f"mscale={mscale} with mscale_all_dim={mscale_all_dim} in config.json means different "
-            "things to transformers and vLLM; give both or leave both out"
+            "things to transformers and vLLM; give both or leave both out",
+            key="mscale",
+            cause=Cause.CONFLICT,
         )
     return {
         **fields,

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 
 def load_by_transformers(folder: str | Path, hf: dict, dtype: torch.dtype, **options: Any) -> Any:
@@ -24,7 +24,9 @@ def load_by_transformers(folder: str | Path, hf: dict, dtype: torch.dtype, **opt
     except Exception as error:  # every class has checks of its own, of many kinds
         reason = " ".join(str(error).split()) or repr(error)
         raise UserError(
-            f"{Path(folder) / 'config.json'}: transformers refuses it: {reason}; correct the key"
+            f"{Path(folder) / 'config.json'}: transformers refuses it: {reason}; correct the key",
+            key="config.json",
+            cause=Cause.MALFORMED,
         ) from error
     config.model_type = kind.config_class.model_type
     options = {"experts_implementation": "eager"} | options

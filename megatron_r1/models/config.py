@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_r1 import platform
 from megatron_r1.config import Config, ParallelConfig
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models import fp8
 from megatron_r1.models.acceleration import acceleration_fields
 from megatron_r1.models.hf_config import model_family
@@ -40,7 +40,9 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
     if fields.get("softmax_type") and config.model.attention_backend == "flash":
         raise UserError(
             "model.attention_backend: flash has no learned softmax offsets, which "
-            f"{hf['architectures'][0]} needs; use fused (cuDNN 9.18 or later) or auto"
+            f"{hf['architectures'][0]} needs; use fused (cuDNN 9.18 or later) or auto",
+            key="model.attention_backend",
+            cause=Cause.UNSUPPORTED,
         )
     if has_experts:
         fields["moe_router_bias_update_rate"] = config.model.expert_bias_update_rate
@@ -51,7 +53,9 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
     except ValueError as error:
         raise UserError(
             f"Megatron-Core refuses the model of {config.model.path} with the settings of parallel "
-            f"and fp8: {error}"
+            f"and fp8: {error}",
+            key="model.path",
+            cause=Cause.UNSUPPORTED,
         ) from error
 
 
@@ -110,13 +114,17 @@ def _pipeline_fields(parallel: ParallelConfig, num_layers: int, num_mtp: int) ->
         if len(stages[0]) > 1:
             raise UserError(
                 f"parallel.virtual_pipeline={len(stages[0])} needs parallel.pipeline > 1: one rank "
-                "alone cannot interleave"
+                "alone cannot interleave",
+                key="parallel.virtual_pipeline",
+                cause=Cause.CONFLICT,
             )
         return {}
     if any(stage.mtp for stage in stages[0][1:]):
         raise UserError(
             f"parallel.pipeline_layout={layout!r}: MTP layers (m) cannot be on a later chunk of "
-            "the first pipeline rank, whose two embeddings nothing would keep equal; use another"
+            "the first pipeline rank, whose two embeddings nothing would keep equal; use another",
+            key="parallel.pipeline_layout",
+            cause=Cause.UNSUPPORTED,
         )
     interleaved = len(stages[0]) > 1
     return {
@@ -146,10 +154,20 @@ def _recompute_fields(parallel: ParallelConfig, fields: Mapping[str, Any]) -> di
     for module in modules:
         if module not in RECOMPUTABLE:
             raise UserError(
-                f"parallel.recompute_modules: {module!r} is none of {', '.join(RECOMPUTABLE)}"
+                f"parallel.recompute_modules: {module!r} is none of {', '.join(RECOMPUTABLE)}",
+                key="parallel.recompute_modules",
+                cause=Cause.UNKNOWN,
             )
         if module in lacking:
-            raise UserError(f"parallel.recompute_modules: this model has no {module!r}; leave it")
+            raise UserError(
+                f"parallel.recompute_modules: this model has no {module!r}; leave it",
+                key="parallel.recompute_modules",
+                cause=Cause.CONFLICT,
+            )
     if "moe" in modules and "shared_experts" in modules:
-        raise UserError("parallel.recompute_modules: 'moe' includes 'shared_experts'; name one")
+        raise UserError(
+            "parallel.recompute_modules: 'moe' includes 'shared_experts'; name one",
+            key="parallel.recompute_modules",
+            cause=Cause.DUPLICATE,
+        )
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}

@@ -5,7 +5,7 @@ configuration is checked by reading it with `Recorded`."""
 
 from typing import Any
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 
 class Recorded(dict):
@@ -63,5 +63,7 @@ def refuse_unread(hf: Recorded) -> None:
         raise UserError(
             f"config.json of {' '.join(hf.get('architectures') or [])}: {listed} is not supported "
             "and could change what the model computes; remove it from config.json if you know that "
-            "it does not"
+            "it does not",
+            key=min(unknown),
+            cause=Cause.UNSUPPORTED,
         )

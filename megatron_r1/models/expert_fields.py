@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.families import SWIGLU_LIMIT
 from megatron_r1.models.hf_config import model_family, need, sparse_layers
 
@@ -72,7 +72,9 @@ def _check_layer_types(hf: dict) -> None:
         raise UserError(
             f"config.json: mlp_layer_types={types} is not what first_k_dense_replace="
             f"{hf.get('first_k_dense_replace')} says; vLLM reads the latter, transformers the "
-            "former: make them agree"
+            "former: make them agree",
+            key="mlp_layer_types",
+            cause=Cause.CONFLICT,
         )
 
 
@@ -83,29 +85,43 @@ def _groups(hf: dict, best: int) -> dict[str, int]:
     if best == 1 and method not in ("greedy", "group_limited_greedy"):
         raise UserError(
             f"topk_method={method!r} in config.json is not supported, only 'greedy' and "
-            "'group_limited_greedy' are"
+            "'group_limited_greedy' are",
+            key="topk_method",
+            cause=Cause.UNSUPPORTED,
         )
     if best == 1 and method == "greedy" and num_groups > 1:
         raise UserError(
             f"config.json: n_group={num_groups} with topk_method='greedy', which has no groups: "
-            "transformers and vLLM route tokens differently; set n_group to 1"
+            "transformers and vLLM route tokens differently; set n_group to 1",
+            key="n_group",
+            cause=Cause.CONFLICT,
         )
     if experts % num_groups:
         raise UserError(
-            f"config.json: n_routed_experts={experts} is not a multiple of n_group={num_groups}"
+            f"config.json: n_routed_experts={experts} is not a multiple of n_group={num_groups}",
+            key="n_routed_experts",
+            cause=Cause.INDIVISIBLE,
         )
     if chosen > experts:
         raise UserError(
-            f"config.json: num_experts_per_tok={chosen} is more than n_routed_experts={experts}"
+            f"config.json: num_experts_per_tok={chosen} is more than n_routed_experts={experts}",
+            key="num_experts_per_tok",
+            cause=Cause.CONFLICT,
         )
     if kept > num_groups:
-        raise UserError(f"config.json: topk_group={kept} is more than n_group={num_groups}")
+        raise UserError(
+            f"config.json: topk_group={kept} is more than n_group={num_groups}",
+            key="topk_group",
+            cause=Cause.CONFLICT,
+        )
     if kept == num_groups:
         return {}
     if experts // num_groups < best or chosen > experts // num_groups * kept:
         raise UserError(
             f"config.json: num_experts_per_tok={chosen} experts cannot be chosen from topk_group="
             f"{kept} groups of {experts // num_groups} (n_routed_experts / n_group), each scored "
-            f"by its best {best}"
+            f"by its best {best}",
+            key="num_experts_per_tok",
+            cause=Cause.CONFLICT,
         )
     return {"moe_router_num_groups": num_groups, "moe_router_group_topk": kept}

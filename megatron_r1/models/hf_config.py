@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.families import FAMILIES, Family
 
 HeadKind = Literal["language", "score"]
@@ -60,13 +60,17 @@ def load_config(path: str | Path, key: str = "model.path") -> dict:
             hint = hub_hint(str(path))
         raise UserError(
             f"{file} does not exist (relative to {Path.cwd()}): {key} must be a Hugging Face model "
-            f"folder{hint}"
+            f"folder{hint}",
+            key=key,
+            cause=Cause.NOT_FOUND,
         )
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         remedy = "save it as UTF-8 without BOM" if _has_mark(file) else "fetch it again"
-        raise UserError(f"{file} is not valid JSON: {error}; {remedy}") from error
+        raise UserError(
+            f"{file} is not valid JSON: {error}; {remedy}", key="config.json", cause=Cause.MALFORMED
+        ) from error
     _check_kinds(file, hf)
     return hf
 
@@ -89,14 +93,22 @@ def hub_hint(path: str) -> str:
 def _check_kinds(file: Path, hf: Any) -> None:
     """Raise UserError for an entry that is of another kind than every release has."""
     if not isinstance(hf, dict):
-        raise UserError(f"{file} must be a JSON object of settings; fetch it again")
+        raise UserError(
+            f"{file} must be a JSON object of settings; fetch it again",
+            key="config.json",
+            cause=Cause.MALFORMED,
+        )
     for keys, kind, name in (
         (("architectures", *_LISTS), list, "list"),
         (("rope_scaling", "rope_parameters", "quantization_config"), dict, "object"),
     ):
         for key in keys:
             if not isinstance(hf.get(key), kind | None):
-                raise UserError(f"{file}: {key}={hf[key]!r} must be a JSON {name}, or be left out")
+                raise UserError(
+                    f"{file}: {key}={hf[key]!r} must be a JSON {name}, or be left out",
+                    key=key,
+                    cause=Cause.MALFORMED,
+                )
 
 
 def language_settings(hf: dict) -> dict:
@@ -123,7 +135,9 @@ def read_hf_config(
     if head == "language" and has_score_head(hf):
         raise UserError(
             f"{file}: {hf['architectures'][0]} is a reward model; give the folder of a language "
-            "model here (megatron-r1 reward-model trains reward models)"
+            "model here (megatron-r1 reward-model trains reward models)",
+            key=key,
+            cause=Cause.CONFLICT,
         )
     return as_score_model(hf) if head == "score" or has_score_head(hf) else hf
 
@@ -134,7 +148,9 @@ def resolve_aliases(hf: dict) -> dict:
     for alias, name in _ALIASES.items():
         if alias in hf and hf.setdefault(name, value := hf.pop(alias)) != value:
             raise UserError(
-                f"config.json: {alias}={value!r} and {name}={hf[name]!r} mean the same; leave one"
+                f"config.json: {alias}={value!r} and {name}={hf[name]!r} mean the same; leave one",
+                key=alias,
+                cause=Cause.CONFLICT,
             )
     for known in (ARCHITECTURES[n] for n in hf.get("architectures") or [] if n in ARCHITECTURES):
         if FAMILIES[known].router_score and (size := hf.get(FAMILIES[known].expert_size)):
@@ -164,7 +180,9 @@ def as_score_model(hf: dict) -> dict:
     if not model_family(hf).score_head:
         raise UserError(
             f"transformers has no score model of {hf['architectures'][0]}; take a model of "
-            f"{', '.join(name for name, family in FAMILIES.items() if family.score_head)}"
+            f"{', '.join(name for name, family in FAMILIES.items() if family.score_head)}",
+            key="architectures",
+            cause=Cause.UNSUPPORTED,
         )
     names = [n.removesuffix(_SUFFIXES["language"]) for n in hf["architectures"]]
     scored = {
@@ -184,7 +202,9 @@ def _check_labels(file: Path, hf: dict) -> None:
     if count != 1:
         raise UserError(
             f"{file}: a classifier of {count} labels; only score models can be trained and "
-            "converted, with num_labels: 1"
+            "converted, with num_labels: 1",
+            key="num_labels",
+            cause=Cause.UNSUPPORTED,
         )
 
 
@@ -198,7 +218,9 @@ def architecture(hf: dict) -> str:
     raise UserError(
         f"{found if names else 'config.json lacks architectures; add the name of its class'}; "
         f"supported are {', '.join(name + _SUFFIXES['language'] for name in FAMILIES)} "
-        "(docs/models.md)"
+        "(docs/models.md)",
+        key="architectures",
+        cause=Cause.UNSUPPORTED if names else Cause.MISSING,
     )
 
 
@@ -251,7 +273,9 @@ def rope_parameters(hf: dict) -> dict:
                 remedy = "transformers and vLLM read the latter: remove the former, if so meant"
             raise UserError(
                 f"config.json: {name}={value!r} beside rope_parameters with {name}={rope[name]!r}; "
-                + remedy
+                + remedy,
+                key=name,
+                cause=Cause.CONFLICT,
             )
     kind = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or kind or "default"
@@ -260,7 +284,9 @@ def rope_parameters(hf: dict) -> dict:
         is_number = not isinstance(value, str) and (value is not None or name != "rope_theta")
         if not is_number and name != "rope_type":
             raise UserError(
-                f"config.json: {name}={value!r} of the rotary settings must be a number"
+                f"config.json: {name}={value!r} of the rotary settings must be a number",
+                key=name,
+                cause=Cause.MALFORMED,
             )
     return rope
 
@@ -271,11 +297,19 @@ def require(hf: dict, **allowed: Any) -> None:
         actual = hf.get(name)
         if actual is not None and actual != value:
             remedy = "leave it out" if value is None else f"only {value!r} is"
-            raise UserError(f"{name}={actual!r} in config.json is not supported, {remedy}")
+            raise UserError(
+                f"{name}={actual!r} in config.json is not supported, {remedy}",
+                key=name,
+                cause=Cause.UNSUPPORTED,
+            )
 
 
 def need(hf: dict, *names: str) -> None:
     """Raise UserError naming every field of `names` that `hf` lacks."""
     missing = [name for name in names if hf.get(name) is None]
     if missing:
-        raise UserError(f"config.json lacks {', '.join(missing)}; add the model's own value")
+        raise UserError(
+            f"config.json lacks {', '.join(missing)}; add the model's own value",
+            key=missing[0],
+            cause=Cause.MISSING,
+        )

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 _ITEM = re.compile(r"\(([^()]*)\)\*(\d+)|([EtmL|])(?:\*(\d+))?")
 
@@ -89,7 +89,9 @@ def _spread(num_layers: int, pipeline: int, virtual: int, num_mtp: int) -> str:
         raise UserError(
             f"parallel.pipeline={pipeline} x parallel.virtual_pipeline={virtual} are {chunks} "
             f"stages, and the model has {num_layers} layers: lower one of them, or spell the "
-            "stages out, empty ones too, with parallel.pipeline_layout"
+            "stages out, empty ones too, with parallel.pipeline_layout",
+            key="parallel.pipeline",
+            cause=Cause.TOO_LARGE,
         )
     costliest_last = [*range(1, chunks - 1), 0]
     longer = costliest_last[:extra]
@@ -110,7 +112,9 @@ def _unrolled(text: str, layout: str) -> Iterator[str]:
         if not match:
             raise UserError(
                 f"parallel.pipeline_layout={layout!r}: {text[position:]!r} is not understood; "
-                "write E, t, m, L and | with repetitions: t*3, (tt|)*29, no bracket within another"
+                "write E, t, m, L and | with repetitions: t*3, (tt|)*29, no bracket within another",
+                key="parallel.pipeline_layout",
+                cause=Cause.MALFORMED,
             )
         group, times, item, repeats = match.groups()
         if item:
@@ -125,15 +129,23 @@ def _check(
 ) -> None:
     """Raise UserError where a layout does not have each layer once, in Megatron's order."""
 
-    def refuse(reason: str) -> None:
-        raise UserError(f"parallel.pipeline_layout={layout!r}: {reason}")
+    def refuse(reason: str, cause: Cause = Cause.MALFORMED) -> None:
+        raise UserError(
+            f"parallel.pipeline_layout={layout!r}: {reason}",
+            key="parallel.pipeline_layout",
+            cause=cause,
+        )
 
     if len(groups) % pipeline:
-        refuse(f"{len(groups)} stages are not a multiple of parallel.pipeline={pipeline}")
+        refuse(
+            f"{len(groups)} stages are not a multiple of parallel.pipeline={pipeline}",
+            Cause.INDIVISIBLE,
+        )
     if virtual > 1 and virtual != len(groups) // pipeline:
         refuse(
             f"{len(groups)} stages over parallel.pipeline={pipeline} are {len(groups) // pipeline} "
-            f"virtual stages, parallel.virtual_pipeline is {virtual}"
+            f"virtual stages, parallel.virtual_pipeline is {virtual}",
+            Cause.CONFLICT,
         )
     flat = "".join(groups)
     for kind, name, wanted in (
@@ -143,7 +155,10 @@ def _check(
         ("m", "MTP layers", num_mtp),
     ):
         if flat.count(kind) != wanted:
-            refuse(f"{name} ({kind}) must stand there {wanted} times, not {flat.count(kind)}")
+            refuse(
+                f"{name} ({kind}) must stand there {wanted} times, not {flat.count(kind)}",
+                Cause.CONFLICT,
+            )
     if flat[0] != "E" or flat[-1] != "L":
         refuse("it must begin with E and end with L")
     if "m" in flat and flat.rindex("t") > flat.index("m"):

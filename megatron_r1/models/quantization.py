@@ -1,6 +1,6 @@
 """Which quantized checkpoints can be read, by `quantization_config` of `config.json`. No torch."""
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.hf_config import model_family
 
 BLOCK = 128
@@ -29,5 +29,7 @@ def check_quantization(hf: dict) -> None:
         if found.get(key) != value:
             raise UserError(
                 f"config.json: quantization_config with {key}={found.get(key)!r} cannot be read, "
-                f"only {value!r}; give a folder of the model in bf16"
+                f"only {value!r}; give a folder of the model in bf16",
+                key="quantization_config",
+                cause=Cause.UNSUPPORTED,
             )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.hf_config import need, sparse_layers
 
 
@@ -35,7 +35,9 @@ def routing_shape(hf: dict) -> RoutingShape:
         architecture = (hf.get("architectures") or ["this model"])[0]
         raise UserError(
             f"rl.routing_replay: {architecture} has no routed experts whose choice could be "
-            "replayed; set it to false"
+            "replayed; set it to false",
+            key="rl.routing_replay",
+            cause=Cause.CONFLICT,
         )
     need(hf, "num_hidden_layers", "num_experts_per_tok")
     moe_layers = tuple(layer for layer, sparse in enumerate(sparse_layers(hf)) if sparse)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.attention_fields import (
     KEY_VALUE_HEADS,
     attention_divisions,
@@ -70,18 +70,26 @@ def _check_sizes(hf: dict) -> None:
     for key in (*_SIZES, *windows):
         size = hf.get(key)
         if size is not None and (type(size) is not int or size < 1):
-            raise UserError(f"config.json: {key}={size!r} must be a whole number above 0")
+            raise UserError(
+                f"config.json: {key}={size!r} must be a whole number above 0",
+                key=key,
+                cause=Cause.OUT_OF_RANGE,
+            )
     epsilon = hf.get("rms_norm_eps", 1.0)
     if not isinstance(epsilon, float) or epsilon <= 0:
         raise UserError(
             f"config.json: rms_norm_eps={epsilon!r} must be a number above 0, written with a "
-            "decimal point or exponent"
+            "decimal point or exponent",
+            key="rms_norm_eps",
+            cause=Cause.OUT_OF_RANGE,
         )
     for key in ("dtype", "torch_dtype"):
         if (dtype := hf.get(key)) is not None and dtype not in _DTYPES:
             raise UserError(
                 f"config.json: {key}={dtype!r} is no type of weights; write what they are, such as "
-                '"bfloat16"'
+                '"bfloat16"',
+                key=key,
+                cause=Cause.UNKNOWN,
             )
 
 
@@ -90,14 +98,20 @@ def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool
     could have."""
     for key in () if hf.get("n_routed_experts") else ("expert", "expert_tensor"):
         if (ranks := getattr(parallel, key)) > 1:
-            raise UserError(f"parallel.{key}={ranks} needs a model with experts; use 1")
+            raise UserError(
+                f"parallel.{key}={ranks} needs a model with experts; use 1",
+                key=f"parallel.{key}",
+                cause=Cause.CONFLICT,
+            )
     family = model_family(hf)
     refused = {"context": family.sinks or family.windows, "expert_tensor": family.biases}
     for key, is_refused in refused.items():
         if is_refused and (ranks := getattr(parallel, key)) > 1:
             raise UserError(
                 f"parallel.{key}={ranks} is not supported for {hf['architectures'][0]}"
-                f" ({_REFUSED[key]}); use 1"
+                f" ({_REFUSED[key]}); use 1",
+                key=f"parallel.{key}",
+                cause=Cause.UNSUPPORTED,
             )
     divisions = [
         *attention_divisions(hf, transformer_engine),
@@ -110,5 +124,7 @@ def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool
         if size % ranks and not (is_shared and ranks % size == 0):
             raise UserError(
                 f"parallel.{key}={ranks} does not divide {field}={size}; choose a divisor "
-                f"{'or a multiple ' if is_shared else ''}of {size}"
+                f"{'or a multiple ' if is_shared else ''}of {size}",
+                key=f"parallel.{key}",
+                cause=Cause.INDIVISIBLE,
             )

@@ -325,7 +325,7 @@ class TrainerClient:
         """Raise the error of `reply`, or, if another rank was killed, that cause of the error."""
         assert reply.error is not None
         if reply.is_mistake:
-            raise UserError(reply.error)
+            raise UserError(reply.error, key=reply.key, cause=reply.cause)
         await asyncio.sleep(POLL_SECONDS)
         killed = self.processes.first_killed()
         cause = reply.error if killed is None else self.processes.cause_of_death(killed)

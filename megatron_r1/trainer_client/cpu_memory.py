@@ -11,7 +11,7 @@ import psutil
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.config.parallel import DEFAULT_TOKENS
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.hf_config import (
     head_sizes,
@@ -73,13 +73,15 @@ class CPUMemory:
         tokens = wanted or max(FEWEST_TOKENS, min(most, self.room))
         if self.weights + self.engine_weights + tokens * self.per_token <= self.free:
             return tokens
+        key = "parallel.processes"
         remedy = (
             "lower parallel.processes or rollout.engines, set checkpoint.asynchronous: false or "
             "parallel.recompute: full, or take a machine with more memory"
         )
         if wanted and self.room >= FEWEST_TOKENS:
+            key = "parallel.tokens_per_microbatch"
             remedy = f"leave parallel.tokens_per_microbatch out, or lower it to {self.room:,}"
-        raise UserError(f"{self.describe(tokens)}: {remedy}")
+        raise UserError(f"{self.describe(tokens)}: {remedy}", key=key, cause=Cause.TOO_LARGE)
 
     def describe(self, tokens: int) -> str:
         """Return a sentence on the run's memory with micro-batches of `tokens`."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import NamedTuple
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 Bins = list[list[int]]
 """The samples of each micro-batch, as indices."""
@@ -52,7 +52,9 @@ def pack(
         raise UserError(
             f"{len(lengths)} {samples} cannot be spread over {num_ranks} data-parallel ranks: "
             "use larger mini-batches (fewer rl.minibatches, a larger sft.batch_size or "
-            "reward_model.batch_size) or fewer parallel.processes"
+            "reward_model.batch_size) or fewer parallel.processes",
+            key="parallel.processes",
+            cause=Cause.TOO_LARGE,
         )
     fewest = -(-sum(lengths) // (num_ranks * limit))
     for per_rank in count(fewest):

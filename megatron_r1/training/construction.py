@@ -14,7 +14,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_r1 import models, platform, weights
 from megatron_r1.config import Config
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models import fp8
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.policy_model import PolicyModel
@@ -100,7 +100,9 @@ def _verify(checkpoint: Path, config: Config) -> None:
     if faults := loading.damage(checkpoint, config.checkpoint.verify):
         raise UserError(
             f"model.checkpoint: {checkpoint} is damaged: {'; '.join(faults[:5])}; put a good copy "
-            "there, or load it as it is with checkpoint.verify: none"
+            "there, or load it as it is with checkpoint.verify: none",
+            key="model.checkpoint",
+            cause=Cause.MALFORMED,
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.config import transformer_config
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.training import construction
@@ -42,7 +42,9 @@ class Critic:
         if hf["vocab_size"] < policy_tokens:
             raise UserError(
                 f"critic.path: {own.model.path} knows {hf['vocab_size']} tokens, the policy "
-                f"{policy_tokens}; give a model with the policy's tokenizer"
+                f"{policy_tokens}; give a model with the policy's tokenizer",
+                key="critic.path",
+                cause=Cause.CONFLICT,
             )
         self.position = position
         self.value_clip = config.critic.value_clip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_r1 import weights
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.training.checkpoints import contents, loading
 from megatron_r1.training.checkpoints.writer import CheckpointWriter
 from megatron_r1.training.trainer import Trainer
@@ -72,7 +72,9 @@ class Folders:
             if damage:
                 raise UserError(
                     f"checkpoint {folder} is damaged: {'; '.join(damage[:5])}; run the same "
-                    "command again: it continues from the newest checkpoint that is whole"
+                    "command again: it continues from the newest checkpoint that is whole",
+                    key="checkpoint",
+                    cause=Cause.MALFORMED,
                 )
         if reference:
             self._trainer.keep_reference()

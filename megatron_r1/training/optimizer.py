@@ -14,7 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 
 from megatron_r1 import platform
 from megatron_r1.config import Config
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.build import process_groups
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -68,7 +68,9 @@ def offload_fields(config: Config) -> dict[str, Any]:
     if config.model.dtype == "float32":
         raise UserError(
             f"parallel.optimizer_offload={share} is not possible with model.dtype=float32: what is "
-            "offloaded are master weights of 16-bit parameters; set model.dtype to bfloat16"
+            "offloaded are master weights of 16-bit parameters; set model.dtype to bfloat16",
+            key="parallel.optimizer_offload",
+            cause=Cause.CONFLICT,
         )
     return {
         "optimizer_cpu_offload": True,
@@ -90,7 +92,9 @@ def moment_fields(config: Config) -> dict[str, Any]:
         raise UserError(
             "optimizer.moments=bfloat16 is not possible with parallel.optimizer_offload="
             f"{config.parallel.optimizer_offload}: what is offloaded is updated in fp32; use one "
-            "of the two"
+            "of the two",
+            key="optimizer.moments",
+            cause=Cause.CONFLICT,
         )
     dtypes = {f"{name}_dtype": torch.bfloat16 for name in _MOMENTS}
     return {**_PRECISION_AWARE, **dtypes}

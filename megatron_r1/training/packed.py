@@ -19,7 +19,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.context import held_positions
 from megatron_r1.models.prefixes import first_positions, with_prefixes
 from megatron_r1.training.batch import PackedBatch
@@ -188,7 +188,9 @@ def check_token_ids(samples: Iterable[Sample], vocab_size: int) -> None:
         if len(wrong):
             raise UserError(
                 f"a sample has token {wrong[0]}, and the model's vocab_size is {vocab_size}: give "
-                "model.path the tokenizer that belongs to its config.json"
+                "model.path the tokenizer that belongs to its config.json",
+                key="model.path",
+                cause=Cause.CONFLICT,
             )
 
 

@@ -4,7 +4,7 @@
 All tokens of the prompt are shared but the last, which predicts another token in every response."""
 
 from megatron_r1.config import Config
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.training.sample import Sample
 
 
@@ -23,7 +23,11 @@ def check_shared_prompts(config: Config, on_gpu: bool, is_plain: bool) -> None:
         > 0,
     }
     if found := [name for name, is_there in obstacles.items() if is_there]:
-        raise UserError(f"parallel.share_prompts: true does not go with {found[0]}; leave it out")
+        raise UserError(
+            f"parallel.share_prompts: true does not go with {found[0]}; leave it out",
+            key="parallel.share_prompts",
+            cause=Cause.CONFLICT,
+        )
 
 
 def shared_prefixes(samples: list[Sample]) -> list[tuple[list[int], int]]:

@@ -8,6 +8,8 @@ from typing import Any, TypedDict
 
 import msgspec
 
+from megatron_r1.errors import Cause
+
 MONITOR = b"monitor-"
 SUPERVISED = "megatron_r1.training.losses:supervised"
 """The loss of sft in `Trainer.update`."""
@@ -34,13 +36,16 @@ class Call(msgspec.Struct, frozen=True):
 class Reply(msgspec.Struct, frozen=True):
     """Rank → controller: the operation's result or error.
 
-    is_mistake: the error is a `UserError`; `error` is then its message, and a traceback otherwise.
+    is_mistake: the error is a `UserError` with this key and cause; `error` is then its message, and
+        a traceback otherwise.
     """
 
     rank: int
     result: dict[str, Any] | None = None
     error: str | None = None
     is_mistake: bool = False
+    key: str = ""
+    cause: Cause = Cause.FAILED
 
 
 class RankDescription(TypedDict):

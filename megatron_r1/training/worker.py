@@ -78,9 +78,11 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
                 return
             reply(operations.run(call, parts[1:]))
     except Exception as error:
-        is_mistake = isinstance(error, UserError)
-        message = str(error) if is_mistake else traceback.format_exc()
-        socket.send(encode(Reply(rank, None, message, is_mistake)))
+        if isinstance(error, UserError):
+            failure = Reply(rank, None, str(error), True, error.key, error.cause)
+        else:
+            failure = Reply(rank, None, traceback.format_exc())
+        socket.send(encode(failure))
         socket.close(linger=5_000)  # the process ends with `raise`: first the message has to leave
         raise
 

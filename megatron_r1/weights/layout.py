@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from megatron_r1.config import Config
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.rules import Piece, Rule, Shape, Table, stacked, whole
@@ -161,7 +161,9 @@ def _entries(
     if rule.expert and num_experts % num_groups:
         raise UserError(
             f"parallel.expert={num_groups} does not divide n_routed_experts={num_experts}; choose "
-            f"a divisor of {num_experts}"
+            f"a divisor of {num_experts}",
+            key="parallel.expert",
+            cause=Cause.INDIVISIBLE,
         )
     num_local = num_experts // num_groups if rule.expert else 1
     for local in range(num_local):

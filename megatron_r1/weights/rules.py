@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 SCORE = "score.weight"
 """Name of a score model's head, in Hugging Face and in Megatron."""
@@ -172,7 +172,9 @@ class QueryGroups:
         if num_groups % num_ranks and num_ranks % num_groups:
             raise UserError(
                 f"parallel.tensor={num_ranks} neither divides num_key_value_heads={num_groups} nor "
-                f"is a multiple of it; choose a divisor or a multiple of {num_groups}"
+                f"is a multiple of it; choose a divisor or a multiple of {num_groups}",
+                key="parallel.tensor",
+                cause=Cause.INDIVISIBLE,
             )
         if num_groups % num_ranks == 0:
             num_local = num_groups // num_ranks
@@ -183,7 +185,9 @@ class QueryGroups:
         if height % num_ranks:
             raise UserError(
                 f"parallel.tensor={num_ranks} does not divide the {height} rows of query, key and "
-                f"value together ({sources[0].name}); choose a divisor of {height}"
+                f"value together ({sources[0].name}); choose a divisor of {height}",
+                key="parallel.tensor",
+                cause=Cause.INDIVISIBLE,
             )
         num_rows = height // num_ranks
         return (num_rows, *width), list(rows_of(pieces, rank * num_rows, num_rows))
@@ -224,6 +228,8 @@ def _divide(size: int, num_parts: int, source: Source) -> int:
         key = "parallel.expert_tensor" if "{e}" in source.name else "parallel.tensor"
         raise UserError(
             f"{source.name} {source.shape} cannot be split into {num_parts} parts: set {key} to a "
-            f"divisor of {size}"
+            f"divisor of {size}",
+            key=key,
+            cause=Cause.INDIVISIBLE,
         )
     return size // num_parts

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import fsync, make_folder
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.weights.decoder import table
@@ -171,7 +171,7 @@ def on_first_rank(action: Callable[[], object], group: dist.ProcessGroup | None 
         # Over all ranks: each has to raise what went wrong on the first.
         dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[0]:
-        raise UserError(outcome[0])
+        raise UserError(outcome[0], key="output", cause=Cause.UNREADABLE)
 
 
 @contextlib.contextmanager

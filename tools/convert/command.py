@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from tools.convert import from_hf, to_hf, verify
 
 DTYPES = ("bfloat16", "float32", "float16", "fp8")
@@ -79,9 +79,17 @@ def main() -> int:
     verb = {"to-hf": to_hf, "from-hf": from_hf, "verify": verify}[chosen.verb]
     try:
         if chosen.workers < 1:
-            raise UserError(f"--workers {chosen.workers} must be at least 1")
+            raise UserError(
+                f"--workers {chosen.workers} must be at least 1",
+                key="--workers",
+                cause=Cause.OUT_OF_RANGE,
+            )
         if chosen.verb == "to-hf" and chosen.max_file_bytes < 1:
-            raise UserError(f"--max-file-bytes {chosen.max_file_bytes} must be at least 1")
+            raise UserError(
+                f"--max-file-bytes {chosen.max_file_bytes} must be at least 1",
+                key="--max-file-bytes",
+                cause=Cause.OUT_OF_RANGE,
+            )
         return verb.run(chosen)
     except UserError as error:
         print(f"tools/convert: {error}", file=sys.stderr)

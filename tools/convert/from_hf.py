@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.wording import counted
 from megatron_r1.training.checkpoints import manifest
@@ -83,7 +83,11 @@ DONE = TypeAdapter(Done)
 def run(chosen: Namespace) -> int:
     """Convert; OUT appears when it is complete."""
     if not is_hf(chosen.hf):
-        raise UserError(f"{chosen.hf} has no config.json: give a Hugging Face model folder")
+        raise UserError(
+            f"{chosen.hf} has no config.json: give a Hugging Face model folder",
+            key="hf",
+            cause=Cause.NOT_FOUND,
+        )
     refuse_inside(chosen.out, chosen.hf)
     hf = read_supported_config(chosen.hf)
     with HfWeights(chosen.hf, hf) as weights:

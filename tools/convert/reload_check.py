@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.processes.lifetime import die_with_parent
 from megatron_r1.weights import num_parameters
 from megatron_r1.weights.stored.megatron_weights import MegatronWeights
@@ -51,7 +51,9 @@ def _same_tensors(checkpoint: Path, hf_files: Path, folder: Path, workers: int) 
         worst = max(differing, key=lambda d: d.largest)
         raise UserError(
             f"{folder} is not the checkpoint: {len(differing)} tensors differ, {worst.name} by "
-            f"{worst.largest:.3g}; the disk may be failing: remove the folder and convert again"
+            f"{worst.largest:.3g}; the disk may be failing: remove the folder and convert again",
+            key="out",
+            cause=Cause.CONFLICT,
         )
     print(f"reread: {len(names)} tensors are the checkpoint's")
 
@@ -77,7 +79,9 @@ def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype, rounded: st
         raise UserError(
             f"transformers' logits of {folder} differ from Megatron's of {checkpoint} by {gap:.2g} "
             f"of their standard deviation (at most {TOLERANCE:g}): do not use it; compare the "
-            "tensors with tools/convert verify"
+            "tensors with tools/convert verify",
+            key="out",
+            cause=Cause.CONFLICT,
         )
     print(f"reloaded: transformers' logits are Megatron's{rounded}: max |Δ| / σ = {gap:.1e}")
 
@@ -94,4 +98,8 @@ def _write_logits(library: str, *arguments: str | Path) -> None:
     )
     if done.returncode:
         lines = [line for line in done.stdout.splitlines() if "arn" not in line]
-        raise UserError(f"{library} ended with {done.returncode}:\n" + "\n".join(lines[-8:]))
+        raise UserError(
+            f"{library} ended with {done.returncode}:\n" + "\n".join(lines[-8:]),
+            key=library,
+            cause=Cause.FAILED,
+        )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_supported
 from megatron_r1.training.checkpoints import finding, manifest
@@ -45,18 +45,28 @@ def find_checkpoint(path: Path) -> Found:
     if (path / "metadata.json").is_file():
         return Found(path, None)
     if is_hf(path):
-        raise UserError(f"{path} is a Hugging Face folder; give a Megatron checkpoint")
+        raise UserError(
+            f"{path} is a Hugging Face folder; give a Megatron checkpoint",
+            key="checkpoint",
+            cause=Cause.CONFLICT,
+        )
     checkpoints = path / "checkpoints"
     if not checkpoints.is_dir():
         what = "has no metadata.json and no checkpoints/" if path.exists() else "does not exist"
-        raise UserError(f"{path} {what}: give a checkpoint's folder or a run's folder")
+        raise UserError(
+            f"{path} {what}: give a checkpoint's folder or a run's folder",
+            key="checkpoint",
+            cause=Cause.NOT_FOUND,
+        )
     folders = finding.complete_checkpoints(checkpoints)
     damaged = sorted(checkpoints.glob("step_*.damaged*"))
     if not folders:
         aside = ", ".join(folder.name for folder in damaged)
         raise UserError(
             f"{checkpoints} has no checkpoint that a run would use"
-            + (f", only {aside}; give one's folder to take it as it is" if aside else " yet")
+            + (f", only {aside}; give one's folder to take it as it is" if aside else " yet"),
+            key="checkpoint",
+            cause=Cause.EMPTY,
         )
     newest = folders[-1]
     print(f"{path}: step {finding.step_of(newest)}, its newest ({newest})", flush=True)
@@ -79,17 +89,25 @@ def check_manifest(found: Found, how: Verify, chosen: Namespace) -> None:
     damaged = f"{found.folder} is damaged: {'; '.join(faults[:5])}"
     if found.run is None:
         raise UserError(
-            f"{damaged}; convert another checkpoint, or this one as it is with --checksums none"
+            f"{damaged}; convert another checkpoint, or this one as it is with --checksums none",
+            key="checkpoint",
+            cause=Cause.MALFORMED,
         )
     limit, every = finding.step_of(found.folder), finding.complete_checkpoints(found.folder.parent)
     before = (folder for folder in every[::-1] if finding.step_of(folder) < limit)
     older = next((folder for folder in before if not manifest.damage(folder, how)), None)
     if older is None:
-        raise UserError(f"{damaged}; {found.run} has no older one that is undamaged")
+        raise UserError(
+            f"{damaged}; {found.run} has no older one that is undamaged",
+            key="checkpoint",
+            cause=Cause.MALFORMED,
+        )
     words = [str(older) if Path(word) == found.run else word for word in chosen.arguments]
     raise UserError(
         f"{damaged}\nThe newest undamaged one is older, of step {finding.step_of(older)}. "
-        f"To take that one:\n  {shlex.join(['python', 'tools/convert', *words])}"
+        f"To take that one:\n  {shlex.join(['python', 'tools/convert', *words])}",
+        key="checkpoint",
+        cause=Cause.MALFORMED,
     )
 
 
@@ -101,8 +119,10 @@ def read_supported_config(folder: Path, checkpoint: Path | None = None) -> dict:
     hf = read_config(folder, checkpoint)
     try:
         check_supported(hf)
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    except UserError as error:
+        raise UserError(
+            f"{folder / 'config.json'}: {error}", key=error.key, cause=error.cause
+        ) from error
     return hf
 
 
@@ -115,7 +135,11 @@ def read_config(folder: Path, checkpoint: Path | None = None) -> dict:
 def refuse_inside(out: Path, source: Path) -> None:
     """Raise UserError if `out` is inside the folder that is read."""
     if source.resolve() in (out.resolve(), *out.resolve().parents) and not out.exists():
-        raise UserError(f"{out} is inside {source}, which is read: give an OUT beside it")
+        raise UserError(
+            f"{out} is inside {source}, which is read: give an OUT beside it",
+            key="out",
+            cause=Cause.CONFLICT,
+        )
 
 
 def find_hf_files(checkpoint: Path, given: Path | None) -> Path:
@@ -132,13 +156,17 @@ def find_hf_files(checkpoint: Path, given: Path | None) -> Path:
     if not recipe.is_file():
         raise UserError(
             f"{checkpoint} does not say which model it is ({HF_FILES}/config.json and {recipe} are "
-            "missing); give its Hugging Face folder with --config"
+            "missing); give its Hugging Face folder with --config",
+            key="--config",
+            cause=Cause.MISSING,
         )
     model = Path(yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["path"])
     if not is_hf(model):
         raise UserError(
             f"{recipe} says model.path {model}, which has no config.json seen from here; give that "
-            "folder with --config"
+            "folder with --config",
+            key="--config",
+            cause=Cause.MISSING,
         )
     return model
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import atomic_write, fsync
 
 _PLAN, _LOCK = ".plan.json", ".lock"
@@ -21,7 +21,11 @@ class WorkFolder:
 
     def __init__(self, out: Path, plan: dict):
         if out.exists():
-            raise UserError(f"{out} exists already; remove it or give another OUT")
+            raise UserError(
+                f"{out} exists already; remove it or give another OUT",
+                key="out",
+                cause=Cause.EXISTS,
+            )
         self.out, self.path = out, out.with_name(out.name + ".incomplete")
         self._plan = self.path / _PLAN
         self._plan_beside = self.path.with_name(f".{self.path.name}{_PLAN}")
@@ -32,7 +36,9 @@ class WorkFolder:
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{self.path} is being written by another conversion") from error
+            raise UserError(
+                f"{self.path} is being written by another conversion", key="out", cause=Cause.BUSY
+            ) from error
         self._check(plan)
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink()
@@ -46,7 +52,9 @@ class WorkFolder:
             self.abandon_empty()
             raise UserError(
                 f"{self.out} needs {needed:,} more bytes, {self.out.parent} has {free:,} free: "
-                "make room or write to another disk"
+                "make room or write to another disk",
+                key="out",
+                cause=Cause.TOO_LARGE,
             )
 
     def abandon_empty(self) -> None:
@@ -82,5 +90,7 @@ class WorkFolder:
             ]
             raise UserError(
                 f"{self.path} holds an unfinished conversion of something else "
-                f"({'; '.join(others)} now); continue that one, or remove the folder"
+                f"({'; '.join(others)} now); continue that one, or remove the folder",
+                key="out",
+                cause=Cause.CHANGED,
             )

@@ -12,7 +12,7 @@ from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
 from megatron_r1.config.keys import switches
 from megatron_r1.config.loading import parse_overrides
 from megatron_r1.engine.limits import context_length
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.models.hf_config import read_hf_config
 from tools.plan.calibrate import calibrated
 from tools.plan.job import PlannedJob, text_limit
@@ -117,21 +117,33 @@ def job_of(
     mean = chosen.response_tokens or max(1, int(limit * job.assumptions.response_share))
     if mean > limit:
         key = "reward_model.max_tokens" if verb == "reward-model" else "rollout.max_response_tokens"
-        raise UserError(f"--response-tokens: {mean} is above {key}={limit}; lower it")
+        raise UserError(
+            f"--response-tokens: {mean} is above {key}={limit}; lower it",
+            key="--response-tokens",
+            cause=Cause.TOO_LARGE,
+        )
     return replace(job, response_tokens=mean)
 
 
 def config_of(recipe: Path, overrides: dict) -> configuration.Config:
     """Load the recipe of one run; raise UserError for other files."""
     if recipe.is_dir():
-        raise UserError(f"recipe {recipe} is a folder; name a recipe in it")
+        raise UserError(
+            f"recipe {recipe} is a folder; name a recipe in it", key="recipe", cause=Cause.NOT_FOUND
+        )
     if recipe.is_file() and "\nstages:" in recipe.read_text(encoding="utf-8"):
-        raise UserError(f"{recipe} is a pipeline; plan the recipes of its stages")
+        raise UserError(
+            f"{recipe} is a pipeline; plan the recipes of its stages",
+            key="recipe",
+            cause=Cause.UNSUPPORTED,
+        )
     config = configuration.load(recipe, overrides, required=("model.path",))
     if config.eval.benchmarks and not (config.data.path or config.data.task):
         raise UserError(
             f"{recipe} is for eval (eval.benchmarks, and neither data.path nor data.task), which "
-            "is not planned; plan a recipe of rl, sft, reward-model or sample"
+            "is not planned; plan a recipe of rl, sft, reward-model or sample",
+            key="eval.benchmarks",
+            cause=Cause.UNSUPPORTED,
         )
     if config.teacher.path:
         check_teacher(config)
@@ -153,7 +165,9 @@ def _prompt_tokens(
     if chosen.prompt_tokens is not None and chosen.prompt_tokens > room:
         raise UserError(
             f"--prompt-tokens: {chosen.prompt_tokens} do not fit beside a response, there is room "
-            f"for {room}; lower it, or raise {key}"
+            f"for {room}; lower it, or raise {key}",
+            key="--prompt-tokens",
+            cause=Cause.TOO_LARGE,
         )
     return chosen.prompt_tokens or min(assumed, room)
 
@@ -163,27 +177,43 @@ def _check_options(chosen: argparse.Namespace, rest: list[str]) -> None:
     recipes = options.pop("--recipes")
     if bool(recipes) == bool(chosen.published or chosen.calibrate_from):
         raise UserError(
-            "name a recipe, or one of --published and --calibrate-from RUN_FOLDER FILE without one"
+            "name a recipe, or one of --published and --calibrate-from RUN_FOLDER FILE without one",
+            key="recipe",
+            cause=Cause.CONFLICT if recipes else Cause.MISSING,
         )
     for word in rest:
         key = word.partition("=")[0]
         near = did_you_mean(key, options, "{}")
         if key.startswith("--") and near:
-            raise UserError(f"unknown option {key}{near}")
+            raise UserError(f"unknown option {key}{near}", key=key, cause=Cause.UNKNOWN)
     for option, value in options.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and not 0 < value < math.inf:
-            raise UserError(f"{option}: {value} is not a finite number above 0")
+            raise UserError(
+                f"{option}: {value} is not a finite number above 0",
+                key=option,
+                cause=Cause.OUT_OF_RANGE,
+            )
     if chosen.json and len(chosen.recipes) > 1:
-        raise UserError(f"--json: one recipe at a time, {len(chosen.recipes)} are named")
+        raise UserError(
+            f"--json: one recipe at a time, {len(chosen.recipes)} are named",
+            key="--json",
+            cause=Cause.CONFLICT,
+        )
 
 
 def _check_verb(chosen: argparse.Namespace, verb: Verb) -> None:
     """Raise UserError for options without a meaning for the verb."""
     if verb == "sample" and (chosen.search or chosen.build):
         option = "--search" if chosen.search else "--build"
-        raise UserError(f"{option}: sample trains nothing, so there are no trainer's ranks")
+        raise UserError(
+            f"{option}: sample trains nothing, so there are no trainer's ranks",
+            key=option,
+            cause=Cause.CONFLICT,
+        )
     if chosen.rollout_gpus and verb != "rl":
         remedy = "use --gpus" if verb == "sample" else "leave it out"
         have = "has no trainer beside its engines" if verb == "sample" else "has no engines"
-        raise UserError(f"--rollout-gpus: {verb} {have}; {remedy}")
+        raise UserError(
+            f"--rollout-gpus: {verb} {have}; {remedy}", key="--rollout-gpus", cause=Cause.CONFLICT
+        )

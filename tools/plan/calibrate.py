@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from megatron_r1.config.hardware import Assumptions, Hardware, fields_of, unit_of
 from megatron_r1.config.yaml_text import read_sections
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from tools.plan.job import PlannedJob
 from tools.plan.quantity import Quantity, Section
 
@@ -29,12 +29,18 @@ def calibrated(
     if measured_on != hardware.name:
         raise UserError(
             f"--calibrate {file}: its values are for hardware: {measured_on}, and the plan for "
-            f"{hardware.name}; pass --hardware {measured_on}, or measure there"
+            f"{hardware.name}; pass --hardware {measured_on}, or measure there",
+            key="--calibrate",
+            cause=Cause.CONFLICT,
         )
     for name in values:
         if name not in known:
             near = did_you_mean(name, known, "{}") or f"; there are {', '.join(known)}"
-            raise UserError(f"--calibrate {file}: unknown name {name}{near}")
+            raise UserError(
+                f"--calibrate {file}: unknown name {name}{near}",
+                key="--calibrate",
+                cause=Cause.UNKNOWN,
+            )
     values = {name: _number(value) for name, value in values.items()}
     try:
         of_hardware, others = (
@@ -46,7 +52,9 @@ def calibrated(
         error = failure.errors()[0]
         why = error["msg"].replace("Input", "it")
         raise UserError(
-            f"--calibrate {file}: {error['loc'][0]}: {error['input']!r}: {why}"
+            f"--calibrate {file}: {error['loc'][0]}: {error['input']!r}: {why}",
+            key="--calibrate",
+            cause=Cause.MALFORMED,
         ) from None
     return hardware, assumptions, dict.fromkeys(values, str(file))
 

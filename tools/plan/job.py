@@ -9,7 +9,7 @@ from megatron_r1.config import Config, ParallelConfig, Verb
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.config.hardware import Assumptions, Hardware
 from megatron_r1.engine.limits import check_engines
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.hf_config import read_hf_config, sparse_layers
 from megatron_r1.models.supported import check_divisions
 from megatron_r1.trainer_client.batch_size import check_batches
@@ -263,19 +263,25 @@ class PlannedJob:
         if rollout.pipeline > 1:
             raise UserError(
                 f"rollout.pipeline={rollout.pipeline}: engines with stages are not planned for; "
-                "use 1"
+                "use 1",
+                key="rollout.pipeline",
+                cause=Cause.UNSUPPORTED,
             )
         ranks = rollout.tensor * rollout.data
         if ranks == 1 and gpus % rollout.engines:
             raise UserError(
                 f"rollout.engines={rollout.engines} does not divide {gpus:,} GPUs; choose "
-                f"{_alternatives(_nearest_divisors(rollout.engines, gpus))}"
+                f"{_alternatives(_nearest_divisors(rollout.engines, gpus))}",
+                key="rollout.engines",
+                cause=Cause.INDIVISIBLE,
             )
         if ranks > 1 and ranks * rollout.engines != gpus:
             raise UserError(
                 f"rollout.engines={rollout.engines} of {ranks} GPUs (rollout.tensor="
                 f"{rollout.tensor} x rollout.data={rollout.data}) are {ranks * rollout.engines:,} "
-                f"GPUs, not {gpus:,}; {self._engines_that_match(ranks, gpus)}"
+                f"GPUs, not {gpus:,}; {self._engines_that_match(ranks, gpus)}",
+                key="rollout.engines",
+                cause=Cause.CONFLICT,
             )
 
     def _engines_that_match(self, ranks: int, gpus: int) -> str:

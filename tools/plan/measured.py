@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_r1.config.hardware import fields_of
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import read_lines
 from megatron_r1.reporting.wording import counted, finite
@@ -36,7 +36,11 @@ def calibrate_from(folder: Path, file: Path, chosen: argparse.Namespace, overrid
     values, reasons = measured.values, measured.reasons
     if not values:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise UserError(f"--calibrate-from {folder}: nothing can be derived: {why}")
+        raise UserError(
+            f"--calibrate-from {folder}: nothing can be derived: {why}",
+            key="--calibrate-from",
+            cause=Cause.EMPTY,
+        )
     hardware = measured.job.hardware.name
     steps = f"{counted(len(measured.lines), 'step')} of {folder}"
     title = f"# From {steps}. Shares are of the rates of {hardware}.\n"
@@ -44,7 +48,11 @@ def calibrate_from(folder: Path, file: Path, chosen: argparse.Namespace, overrid
     try:
         atomic_write(file, title + text)
     except OSError as error:
-        raise UserError(f"--calibrate-from: {file} cannot be written: {error.strerror}") from None
+        raise UserError(
+            f"--calibrate-from: {file} cannot be written: {error.strerror}",
+            key="--calibrate-from",
+            cause=Cause.UNREADABLE,
+        ) from None
     other = "the metrics do not say"
     rows = [f"{file}: from {steps}, for {hardware}"]
     rows += [f"  {name:24}  {value:.4g}" for name, value in values.items()]
@@ -66,7 +74,11 @@ class Measured:
         before = min(changes, default=math.inf)
         lines = [line for line in read_lines(folder / "metrics.jsonl") if line["step"] < before]
         if not lines:
-            raise UserError(f"--calibrate-from {folder}: metrics.jsonl is missing or has no step")
+            raise UserError(
+                f"--calibrate-from {folder}: metrics.jsonl is missing or has no step",
+                key="--calibrate-from",
+                cause=Cause.EMPTY,
+            )
         self.lines = lines[1:] or lines
         self._lengths()
         self._solve("compute_efficiency", "time/train", "scoring", "training", "critic")

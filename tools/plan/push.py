@@ -5,7 +5,7 @@ from functools import cache, lru_cache
 from typing import Literal
 
 from megatron_r1.config.hardware import GIB
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.hf_config import key_value_heads
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
@@ -59,7 +59,9 @@ def check_engines_and_push(job: PlannedJob) -> None:
         raise UserError(
             f"push.delta: push.memory_gib={push.memory_gib:g} brings {needed / GIB:.3g} GiB of "
             "weights in windows, and each overwrites what the next push would be the difference "
-            "to; raise it until all fit, or set push.delta: false"
+            "to; raise it until all fit, or set push.delta: false",
+            key="push.delta",
+            cause=Cause.CONFLICT,
         )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_r1.config import FP8Config
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -82,5 +82,7 @@ def check_sizes(model: torch.nn.Module, recipe: Recipe) -> None:
                 f"fp8.recipe={recipe.name} needs sizes that are multiples of "
                 f"{recipe.size_multiple}; {name} is {tuple(weight.shape)} on this rank. Use a "
                 "smaller parallel.tensor or parallel.expert_tensor if that would make it one, "
-                "or fp8.recipe=none"
+                "or fp8.recipe=none",
+                key="fp8.recipe",
+                cause=Cause.INDIVISIBLE,
             )

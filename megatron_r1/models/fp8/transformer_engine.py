@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_r1.config import FP8Config
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 _SWITCHES = {
     "blockwise": ("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "float32"),
@@ -43,22 +43,30 @@ def check_device(fp8: FP8Config, capability: tuple[int, int], cuda: tuple[int, .
     if fp8.recipe == "blockwise" and (capability < (9, 0) or cuda < (12, 9)):
         raise UserError(
             f"fp8.recipe=blockwise needs compute capability 9.0 (Hopper) and CUDA 12.9 or newer; "
-            f"{device}, CUDA is {'.'.join(map(str, cuda))}. Use fp8.recipe=tensorwise or none"
+            f"{device}, CUDA is {'.'.join(map(str, cuda))}. Use fp8.recipe=tensorwise or none",
+            key="fp8.recipe",
+            cause=Cause.UNSUPPORTED,
         )
     if fp8.recipe == "tensorwise" and capability < (8, 9):
         raise UserError(
             f"fp8.recipe=tensorwise needs compute capability 8.9 (Ada) or newer; {device}. "
-            "Use fp8.recipe=none"
+            "Use fp8.recipe=none",
+            key="fp8.recipe",
+            cause=Cause.UNSUPPORTED,
         )
     if fp8.recipe == "mxfp8" and not (10, 0) <= capability < (12, 0):
         raise UserError(
             f"fp8.recipe=mxfp8 needs compute capability 10.x (Blackwell); {device}. "
-            "Use fp8.recipe=blockwise on Hopper, tensorwise elsewhere"
+            "Use fp8.recipe=blockwise on Hopper, tensorwise elsewhere",
+            key="fp8.recipe",
+            cause=Cause.UNSUPPORTED,
         )
     if fp8.recipe == "blockwise" and fp8.scale_kind == "float32" and capability >= (10, 0):
         raise UserError(
             f"fp8.scales=float32 with fp8.recipe=blockwise needs Hopper; {device}, where "
-            "Transformer Engine computes blocks as MXFP8. Use power_of_two"
+            "Transformer Engine computes blocks as MXFP8. Use power_of_two",
+            key="fp8.scales",
+            cause=Cause.UNSUPPORTED,
         )
 
 
@@ -68,7 +76,9 @@ def _check_transformer_engine(fp8: FP8Config) -> None:
     except ImportError:
         raise UserError(
             f"fp8.recipe={fp8.recipe} needs Transformer Engine, which does not import here; "
-            "install it (make setup-cuda), or use fp8.recipe=none"
+            "install it (make setup-cuda), or use fp8.recipe=none",
+            key="fp8.recipe",
+            cause=Cause.NOT_INSTALLED,
         ) from None
     names = {
         "blockwise": "Float8BlockScaling",
@@ -79,7 +89,9 @@ def _check_transformer_engine(fp8: FP8Config) -> None:
     if recipe_class is None:
         raise UserError(
             f"fp8.recipe={fp8.recipe} needs a newer Transformer Engine: this one has no "
-            f"{names[fp8.recipe]} (2.3 has all of them)"
+            f"{names[fp8.recipe]} (2.3 has all of them)",
+            key="fp8.recipe",
+            cause=Cause.NOT_INSTALLED,
         )
     if fp8.recipe in _SWITCHES:
         variable, kind = _SWITCHES[fp8.recipe]
@@ -88,5 +100,7 @@ def _check_transformer_engine(fp8: FP8Config) -> None:
             value = int(fp8.scale_kind == kind)
             raise UserError(
                 f"fp8.scales={fp8.scale_kind} is set by the environment for Transformer Engine: "
-                f"start the trainer with {variable}={value}"
+                f"start the trainer with {variable}={value}",
+                key="fp8.scales",
+                cause=Cause.CONFLICT,
             )

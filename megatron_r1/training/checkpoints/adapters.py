@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.build import process_groups
 from megatron_r1.weights.adapters.attach import adapter_factors
 from megatron_r1.weights.layout import LayoutEntry
@@ -63,12 +63,16 @@ def check_base(folder: Path, written: int | None, chunks: Any) -> None:
         holds, trained = kinds if written is None else kinds[::-1]
         raise UserError(
             f"checkpoint {folder} holds {holds}, and the recipe trains {trained}; continue with "
-            "the recipe that wrote it, or start in another run.folder"
+            "the recipe that wrote it, or start in another run.folder",
+            key="model.lora",
+            cause=Cause.CHANGED,
         )
     raise UserError(
         f"checkpoint {folder} holds adapters of another model: the weights that were loaded "
         f"(model.path or model.checkpoint) have the fingerprint {own:016x}, theirs had "
-        f"{written:016x}; put the weights back that the run began with"
+        f"{written:016x}; put the weights back that the run began with",
+        key="model.path",
+        cause=Cause.CHANGED,
     )
 
 

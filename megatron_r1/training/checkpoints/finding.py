@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import fsync
 from megatron_r1.training.checkpoints import manifest
 from megatron_r1.training.checkpoints.manifest import Verify
@@ -89,7 +89,9 @@ def refuse_without_good(checkpoints: Path, damaged: list[DamagedCheckpoint]) -> 
     raise UserError(
         "\n  ".join([f"{checkpoints} has no checkpoint left that can be used:", *lines])
         + "\nPut a good copy of one there and run the same command again, or start anew in another "
-        "run.folder. To load one as it is, rename it to step_… and set checkpoint.verify to none"
+        "run.folder. To load one as it is, rename it to step_… and set checkpoint.verify to none",
+        key="checkpoint",
+        cause=Cause.EMPTY,
     )
 
 
@@ -148,10 +150,14 @@ def check_start(folder: Path) -> str | None:
     if several := complete_checkpoints(folder / "checkpoints") or complete_checkpoints(folder):
         raise UserError(
             f"model.checkpoint: {folder} holds several checkpoints; use one of them, the newest is "
-            f"{several[-1]}"
+            f"{several[-1]}",
+            key="model.checkpoint",
+            cause=Cause.CONFLICT,
         )
     what = "has no metadata.json" if folder.exists() else "does not exist"
     raise UserError(
         f"model.checkpoint: {folder} {what}; give the folder of a Megatron checkpoint, such as "
-        "RUN/checkpoints/step_00000012 or what tools/convert from-hf makes"
+        "RUN/checkpoints/step_00000012 or what tools/convert from-hf makes",
+        key="model.checkpoint",
+        cause=Cause.NOT_FOUND,
     )

@@ -11,7 +11,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.training.checkpoints import contents, manifest
 from megatron_r1.training.checkpoints.adapters import BASE, check_base
 from megatron_r1.training.checkpoints.contents import REFERENCE, Networks
@@ -63,7 +63,9 @@ def load(folder: Path, networks: Networks) -> bool:
         cause = (str(error).strip().splitlines() or [repr(error)])[-1].strip()
         raise UserError(
             f"checkpoint {folder} does not fit this model and recipe ({cause[:300]}); "
-            "continue with the recipe that wrote it, or start in another run.folder"
+            "continue with the recipe that wrote it, or start in another run.folder",
+            key="checkpoint",
+            cause=Cause.CHANGED,
         ) from error
     contents.restore(loaded, networks)
     if written_by == own_layout:
@@ -80,5 +82,7 @@ def _check_reference(folder: Path, networks: Networks) -> None:
         raise UserError(
             f"checkpoint {folder} has no reference policy: rl.kl_beta was 0 when the run began, "
             "and rl.schedule cannot add a KL penalty; leave it out, or start a new run with "
-            "rl.kl_beta from the exported model"
+            "rl.kl_beta from the exported model",
+            key="rl.kl_beta",
+            cause=Cause.CHANGED,
         )

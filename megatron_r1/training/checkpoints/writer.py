@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import fsync
 from megatron_r1.training.checkpoints import manifest
 from megatron_r1.training.checkpoints.finding import STATE_FILE, partial_of
@@ -89,7 +89,7 @@ class CheckpointWriter:
         previous save failed."""
         previous = self.progress(wait=True)
         if previous is not None and previous.error is not None:
-            raise UserError(previous.error)
+            raise UserError(previous.error, key="checkpoint", cause=Cause.UNREADABLE)
         began = time.perf_counter()
         if self._group is None:
             # All ranks, over gloo: a group of its own, because the training threads use the others.
@@ -99,7 +99,9 @@ class CheckpointWriter:
         try:
             staged = stage(make_tree(self._memory), partial, self._memory, self._data_group)
         except OSError as error:
-            raise UserError(_sentence(folder, str(error))) from error
+            raise UserError(
+                _sentence(folder, str(error)), key="checkpoint", cause=Cause.UNREADABLE
+            ) from error
         self._progress = Progress()
         arguments = (staged, folder, state, began)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)

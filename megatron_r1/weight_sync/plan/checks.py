@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from megatron_r1.config import Config
 from megatron_r1.engine.from_config import LAYOUT
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.weight_sync.plan.fp8_blocks import first_cut
 from megatron_r1.weight_sync.plan.planner import Planner
@@ -52,7 +52,9 @@ def check_drafter(config: Config) -> None:
         raise UserError(
             "rollout.speculative.method: mtp, but model.mtp: none leaves out the MTP layers, so "
             "the engines' drafter would get no weights; set model.mtp: frozen or train, or "
-            "rollout.speculative.method: ngram or none"
+            "rollout.speculative.method: ngram or none",
+            key="rollout.speculative.method",
+            cause=Cause.CONFLICT,
         )
 
 
@@ -66,7 +68,9 @@ def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor:
     """
     if model_family(hf).stacked:
         raise UserError(
-            f"push.fp8: {hf['architectures'][0]} has no FP8 layout; set push.fp8: false"
+            f"push.fp8: {hf['architectures'][0]} has no FP8 layout; set push.fp8: false",
+            key="push.fp8",
+            cause=Cause.UNSUPPORTED,
         )
     for item, region in _trainer_regions(hf, tensor, expert_tensor):
         is_expert = item.expert is not None
@@ -76,7 +80,9 @@ def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor:
             raise UserError(
                 f"push.fp8: Megatron keeps {item.name} {item.shape} in parts that end at {cut}, "
                 f"within a block of {BLOCK}: a model with heads of {cut} cannot be pushed in FP8; "
-                "set push.fp8: false"
+                "set push.fp8: false",
+                key="push.fp8",
+                cause=Cause.INDIVISIBLE,
             )
         _refuse_cut(item, region, f"parallel.{name}={size}")
     predicted = PredictedLayout(hf, engines)
@@ -92,7 +98,9 @@ def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor:
                 raise UserError(
                     f"push.fp8: {item.name} {item.shape} does not end with a block of {BLOCK}, and "
                     "vLLM stores the next projection behind it in the same matrix: set push.fp8: "
-                    "false"
+                    "false",
+                    key="push.fp8",
+                    cause=Cause.INDIVISIBLE,
                 )
 
 
@@ -101,7 +109,9 @@ def _refuse_cut(item: HFTensor, region: Region, setting: str) -> None:
     if cut is not None:
         raise UserError(
             f"push.fp8: {setting} cuts {item.name} {item.shape} at {cut}, within a block of "
-            f"{BLOCK} x {BLOCK}, which has one scale: lower it, or set push.fp8: false"
+            f"{BLOCK} x {BLOCK}, which has one scale: lower it, or set push.fp8: false",
+            key="push.fp8",
+            cause=Cause.INDIVISIBLE,
         )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, checkpoint_tensors
@@ -59,7 +59,9 @@ class Planner:
         if experts and experts % grid.expert:
             raise UserError(
                 f"parallel.expert={grid.expert} does not divide {experts} experts; choose a "
-                f"divisor of {experts}"
+                f"divisor of {experts}",
+                key="parallel.expert",
+                cause=Cause.INDIVISIBLE,
             )
 
     def shared_holdings(self) -> Iterator[tuple[HFTensor, range, list[tuple[Coordinate, Region]]]]:

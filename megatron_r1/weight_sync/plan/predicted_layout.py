@@ -16,7 +16,7 @@ from itertools import product
 from typing import NoReturn
 
 from megatron_r1.engine.limits import padded_vocabulary
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout
 from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, checkpoint_tensors, is_tied
@@ -51,7 +51,9 @@ class PredictedLayout:
         if heads % layout.tensor:
             raise UserError(
                 f"rollout.tensor={layout.tensor} does not divide num_attention_heads={heads}; "
-                f"choose a divisor of {heads}"
+                f"choose a divisor of {heads}",
+                key="rollout.tensor",
+                cause=Cause.INDIVISIBLE,
             )
         self._stage_layers = stage_layers(len(self.table.layers), layout.pipeline)
         if drafts:
@@ -163,7 +165,9 @@ class PredictedLayout:
             remedy = ", or set rollout.expert_parallel: true"
         raise UserError(
             f"{keys}: {num_ranks} engine ranks cannot share {tensor.name} {tensor.shape}, as size "
-            f"{num_ranks} does not divide {size}{padded}; choose a divisor of {size}{remedy}"
+            f"{num_ranks} does not divide {size}{padded}; choose a divisor of {size}{remedy}",
+            key="rollout.tensor",
+            cause=Cause.INDIVISIBLE,
         )
 
     def _experts_on(self, rank: int) -> range:

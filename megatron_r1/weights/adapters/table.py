@@ -7,7 +7,7 @@ from math import prod
 
 from megatron_r1.config import Config
 from megatron_r1.config.model import LoraConfig
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.layout import Shape, recipe_stages
@@ -46,7 +46,9 @@ def adapter_table(hf: dict, lora: LoraConfig) -> Table:
             endings = sorted({module.rpartition(".")[2] for module in modules} | modules)
             raise UserError(
                 f"model.lora.targets: {target} is no linear layer of this model"
-                f"{did_you_mean(target, endings, '{}')}; it has {', '.join(sorted(modules))}"
+                f"{did_you_mean(target, endings, '{}')}; it has {', '.join(sorted(modules))}",
+                key="model.lora.targets",
+                cause=Cause.UNKNOWN,
             )
     layers = [[a for rule in layer for a in _adapter(rule, lora)] for layer in base.layers]
     return Table([], layers, [], [], num_experts=base.num_experts)
@@ -61,7 +63,9 @@ def check_adapters(config: Config, hf: dict) -> None:
         if not any(rules.layers[layer] for chunk in chunks for layer in chunk.layers):
             raise UserError(
                 f"model.lora: pipeline rank {rank} has no layer with an adapter; choose other "
-                "model.lora.targets, or other stages (parallel.pipeline_layout)"
+                "model.lora.targets, or other stages (parallel.pipeline_layout)",
+                key="model.lora.targets",
+                cause=Cause.EMPTY,
             )
 
 
@@ -115,7 +119,9 @@ class _Chosen:
             whole = ", ".join(source.name.removesuffix(B) for source in sources)
             raise UserError(
                 f"model.lora.targets: tensor rank {rank} of parallel.tensor={num_ranks} has no row "
-                f"of the chosen layers among {whole}; choose all of them, or fewer tensor ranks"
+                f"of the chosen layers among {whole}; choose all of them, or fewer tensor ranks",
+                key="model.lora.targets",
+                cause=Cause.EMPTY,
             )
         return shape, chosen
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.weights.stored.raw import read_box
 
 Box = Sequence[int]
@@ -88,7 +88,9 @@ class DistributedCheckpoint:
         if covered != out.numel():
             raise UserError(
                 f"{self.path} holds {covered} of the {out.numel()} elements of {key} at "
-                f"{tuple(starts)}: it is not complete; use another checkpoint"
+                f"{tuple(starts)}: it is not complete; use another checkpoint",
+                key="checkpoint",
+                cause=Cause.MALFORMED,
             )
         return out
 
@@ -131,7 +133,9 @@ class DistributedCheckpoint:
         except (RuntimeError, LookupError, ValueError, EOFError, pickle.UnpicklingError) as error:
             where, cause = f"{key} at {chunk.starts}", str(error).partition("\n")[0]
             raise UserError(
-                f"{where} in {self.path / chunk.file} is damaged ({cause}); use another checkpoint"
+                f"{where} in {self.path / chunk.file} is damaged ({cause}); use another checkpoint",
+                key="checkpoint",
+                cause=Cause.MALFORMED,
             ) from error
 
     def _data_offset(self, key: str, chunk: _Chunk) -> int:
@@ -162,14 +166,18 @@ class DistributedCheckpoint:
         if absent:
             raise UserError(
                 f"checkpoint {self.path} lacks files: {', '.join(absent)}; copy it whole, or use "
-                "another checkpoint"
+                "another checkpoint",
+                key="checkpoint",
+                cause=Cause.NOT_FOUND,
             )
         for name, end in sorted(ends.items()):
             size = (self.path / name).stat().st_size
             if size < end:
                 raise UserError(
                     f"{self.path / name} has {size} bytes of at least {end}: it is cut off; use "
-                    "another checkpoint"
+                    "another checkpoint",
+                    key="checkpoint",
+                    cause=Cause.MALFORMED,
                 )
 
 
@@ -178,18 +186,24 @@ def _metadata(folder: Path) -> Metadata:
     if not about.is_file() or not (folder / ".metadata").is_file():
         raise UserError(
             f"{folder} is no Megatron distributed checkpoint: it lacks metadata.json or .metadata; "
-            "give a folder such as RUN/checkpoints/step_00000012"
+            "give a folder such as RUN/checkpoints/step_00000012",
+            key="checkpoint",
+            cause=Cause.NOT_FOUND,
         )
     backend = json.loads(about.read_text(encoding="utf-8")).get("sharded_backend")
     if backend != "torch_dist":
         raise UserError(
-            f"{folder} was written in Megatron's format {backend!r}; save it as 'torch_dist'"
+            f"{folder} was written in Megatron's format {backend!r}; save it as 'torch_dist'",
+            key="checkpoint",
+            cause=Cause.UNSUPPORTED,
         )
     try:
         return FileSystemReader(folder).read_metadata()
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
         raise UserError(
-            f"{folder / '.metadata'} is damaged ({error}); use another checkpoint"
+            f"{folder / '.metadata'} is damaged ({error}); use another checkpoint",
+            key="checkpoint",
+            cause=Cause.MALFORMED,
         ) from error
 
 

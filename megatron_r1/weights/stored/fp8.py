@@ -9,7 +9,7 @@ those of MTP too; embedding, head, norms, the router and MTP's eh_proj are not
 
 import re
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.models import quantization
 from megatron_r1.models.hf_config import model_family
 
@@ -45,5 +45,7 @@ def check_layout(hf: dict) -> None:
     """Raise UserError for a model without this layout."""
     if model_family(hf).stacked:
         raise UserError(
-            f"{hf['architectures'][0]} has no FP8 layout: its experts are stored as bf16 or MXFP4"
+            f"{hf['architectures'][0]} has no FP8 layout: its experts are stored as bf16 or MXFP4",
+            key="fp8",
+            cause=Cause.UNSUPPORTED,
         )

@@ -12,7 +12,7 @@ import torch
 from r1_kernels import dequantize_blockwise
 from torch import Tensor
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.layout import Shape, hf_tensors
 from megatron_r1.weights.stacked import StackedPart, published_tensors, stacked_part
@@ -46,7 +46,10 @@ class HfWeights:
         for file in self.files:
             if twice := sorted(self._home.keys() & file.tensors.keys()):
                 raise UserError(
-                    f"{_some(twice)}: in {self._home[twice[0]].path} and in {file.path}; remove one"
+                    f"{_some(twice)}: in {self._home[twice[0]].path} and in {file.path}; remove "
+                    "one",
+                    key="weights",
+                    cause=Cause.DUPLICATE,
                 )
             self._home |= dict.fromkeys(file.tensors, file)
             self._stored |= file.tensors
@@ -83,7 +86,7 @@ class HfWeights:
         values = self._read(name, dim, start, length)
         for copy in self._repeated.get(name, ()):
             if not torch.equal(self._read(copy, dim, start, length).to(values.dtype), values):
-                raise UserError(self._differing(copy, name))
+                raise UserError(self._differing(copy, name), key="weights", cause=Cause.CONFLICT)
         return values
 
     def _read(self, name: str, dim: int, start: int, length: int) -> Tensor:
@@ -196,7 +199,9 @@ class HfWeights:
         if problems:
             raise UserError(
                 f"checkpoint {self.path} does not fit its config.json: {'; '.join(problems)}"
-                + _hint(missing, extra, unreadable, hf)
+                + _hint(missing, extra, unreadable, hf),
+                key="weights",
+                cause=Cause.CONFLICT,
             )
 
     def check_repeated(self, num_rows: int = 4096) -> None:

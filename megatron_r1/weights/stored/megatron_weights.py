@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.layout import Shape, hf_tensors
 from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
@@ -76,7 +76,9 @@ class MegatronWeights:
         """Raise UserError when MTP layers are needed and the checkpoint has none."""
         if with_mtp and not self.with_mtp and table(self.hf).mtp:
             raise UserError(
-                f"checkpoint {self.path} has no MTP layers; leave them out (model.mtp: none)"
+                f"checkpoint {self.path} has no MTP layers; leave them out (model.mtp: none)",
+                key="model.mtp",
+                cause=Cause.CONFLICT,
             )
 
     def _recognize(self) -> StoredLayout:
@@ -84,7 +86,9 @@ class MegatronWeights:
         if any(key.startswith("adapters.") for key in self.checkpoint.shapes):
             raise UserError(
                 f"checkpoint {self.path} holds adapters (model.lora), not a model; take the folder "
-                "hf/ of its run, where they are merged"
+                "hf/ of its run, where they are merged",
+                key="checkpoint",
+                cause=Cause.UNSUPPORTED,
             )
         fewest: list[str] | None = None
         for stacked, engine in product((None, True, False), (False, True)):
@@ -101,7 +105,9 @@ class MegatronWeights:
             f"checkpoint {self.path} does not fit the configuration of "
             f"{self.hf['architectures'][0]}: it lacks {', '.join(fewest[:4])}"
             f"{f' … and {len(fewest) - 4} more' if len(fewest) > 4 else ''}; give the "
-            "config.json it was trained with"
+            "config.json it was trained with",
+            key="checkpoint",
+            cause=Cause.CONFLICT,
         )
 
     def _check_shapes(self) -> None:
@@ -112,5 +118,7 @@ class MegatronWeights:
             if actual != expected and not (padded and actual[1:] == expected[1:]):
                 raise UserError(
                     f"checkpoint {self.path} holds {key} as {actual}, the configuration says "
-                    f"{expected}: give the config.json it was trained with"
+                    f"{expected}: give the config.json it was trained with",
+                    key="checkpoint",
+                    cause=Cause.CONFLICT,
                 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64"), 8),
@@ -35,7 +35,11 @@ def open_file(path: Path) -> tuple[int, dict[str, StoredTensor]]:
         return file, _read(file)
     except ValueError as error:
         os.close(file)
-        raise UserError(f"{path} is damaged: {error}; fetch or write it again") from error
+        raise UserError(
+            f"{path} is damaged: {error}; fetch or write it again",
+            key="weights",
+            cause=Cause.MALFORMED,
+        ) from error
 
 
 def _read(file: int) -> dict[str, StoredTensor]:
