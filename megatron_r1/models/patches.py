@@ -5,7 +5,7 @@ builds models calls it once, after `platform.prepare()`, whose own patches are f
 (`platform.cpu_patches`): trainer ranks do in `training.distributed.initialize`. `build_model`
 refuses to build before, as the model would compute something else without an error. A patch's
 upstream line is the one that is wrong, or too slow; tests/unit/models/test_patches.py fails when it
-moves.
+is gone.
 
 What concerns one layer is no patch but a subclass that the layer specs choose (`models.layers`);
 parameters' marks are corrected in `models.gradients`."""
@@ -48,7 +48,7 @@ def check_installed() -> None:
 
 @_patch(
     "groups of experts are scored by their best topk / group_topk, not as the models define it",
-    "transformer/moe/moe_utils.py:554",
+    "transformer/moe/moe_utils.py:group_limited_topk",
     "topk // group_topk",
 )
 def _routing() -> None:
@@ -58,7 +58,7 @@ def _routing() -> None:
 
 @_patch(
     "rotary angles of a packed batch are sliced sample by sample, and know no shared prefixes",
-    "models/common/embeddings/rope_utils.py:237",
+    "models/common/embeddings/rope_utils.py:_apply_rotary_pos_emb_thd",
     "for x in sequence_splits",
 )
 def _rotary_angles() -> None:
@@ -67,7 +67,7 @@ def _rotary_angles() -> None:
 
 @_patch(
     "gradient_accumulation_fusion requires Apex's kernel of the output layer",
-    "tensor_parallel/layers.py:924",
+    "tensor_parallel/layers.py:ColumnParallelLinear.__init__",
     "not _grad_accum_fusion_available",
 )
 def _fused_gradients_without_apex() -> None:
@@ -78,7 +78,7 @@ def _fused_gradients_without_apex() -> None:
 
 @_patch(
     "an empty extra state of grouped experts is subscripted, and no checkpoint can be written",
-    "extensions/transformer_engine.py:1705",
+    "extensions/transformer_engine.py:TEGroupedLinear._split_extra_state",
     'state["extra_fp8_variables"]',
 )
 def _empty_extra_state() -> None:

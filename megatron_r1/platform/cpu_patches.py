@@ -47,7 +47,7 @@ def _names_cuda(where: object) -> bool:
     return isinstance(where, (str, torch.device)) and str(where).startswith("cuda")
 
 
-@_patch("no torch.compile", "jit.py:21", "jit_fuser = torch.compile")
+@_patch("no torch.compile", "jit.py:enable_jit_fuser", "jit_fuser = torch.compile")
 def _disable_compile() -> None:
     # Read when a function is decorated, so it has to be set before Megatron is imported. Compiling
     # a dozen two-line functions with a C++ compiler takes longer than the compiled code saves.
@@ -56,7 +56,7 @@ def _disable_compile() -> None:
 
 @_patch(
     "no Transformer Engine",
-    "optimizer/clip_grads.py:11",
+    "optimizer/clip_grads.py",
     "from transformer_engine.pytorch.optimizers import",
 )
 def _hide_transformer_engine() -> None:
@@ -66,7 +66,7 @@ def _hide_transformer_engine() -> None:
 
 @_patch(
     "the current device",
-    "distributed/param_and_grad_buffer.py:783",
+    "distributed/param_and_grad_buffer.py:_ParamAndGradBuffer.__init__",
     "device=torch.cuda.current_device()",
 )
 def _current_device() -> None:
@@ -74,7 +74,11 @@ def _current_device() -> None:
     torch.cuda.set_device = lambda device: None
 
 
-@_patch("streams and events", "transformer/moe/token_dispatcher.py:445", "torch.cuda.Stream()")
+@_patch(
+    "streams and events",
+    "transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher.__init__",
+    "torch.cuda.Stream()",
+)
 def _streams() -> None:
     only = _Stream()
     torch.cuda.Stream, torch.cuda.Event = _Stream, _Event
@@ -86,7 +90,7 @@ def _streams() -> None:
 
 @_patch(
     "CUDA's random state is the CPU's",
-    "tensor_parallel/random.py:235",
+    "tensor_parallel/random.py:CudaRNGStatesTracker.add",
     "torch.cuda.get_rng_state()",
 )
 def _random_state() -> None:
@@ -97,7 +101,11 @@ def _random_state() -> None:
     cuda.manual_seed_all = lambda seed: None
 
 
-@_patch('factories with device="cuda"', "pipeline_parallel/schedules.py:596", 'device="cuda"')
+@_patch(
+    'factories with device="cuda"',
+    "pipeline_parallel/schedules.py:forward_backward_no_pipelining",
+    'device="cuda"',
+)
 def _factories() -> None:
     names = (
         "zeros ones empty full tensor as_tensor arange linspace eye rand randn randint randperm "
@@ -120,7 +128,9 @@ def _factories() -> None:
         setattr(torch, name, functools.wraps(make)(on_cpu))
 
 
-@_patch("moves to the GPU", "optimizer/optimizer.py:375", "p.data.cuda()")
+@_patch(
+    "moves to the GPU", "optimizer/optimizer.py:MegatronOptimizer.restore_from_cpu", "p.data.cuda()"
+)
 def _moves() -> None:
     to = torch.Tensor.to
 
@@ -137,7 +147,7 @@ def _moves() -> None:
 
 @_patch(
     "type names",
-    "optimizer/distrib_optimizer.py:420",
+    "optimizer/distrib_optimizer.py:DistributedOptimizer._build_model_and_main_param_groups",
     "model_param.type() == 'torch.cuda.FloatTensor'",
 )
 def _type_names() -> None:
@@ -157,7 +167,7 @@ def _type_names() -> None:
 # From here on a patch imports Megatron, so the ones above have to be in place.
 @_patch(
     "Megatron's own CUDA random state",
-    "tensor_parallel/random.py:66",
+    "tensor_parallel/random.py:_get_cuda_rng_state",
     "torch.cuda.default_generators[idx]",
 )
 def _megatron_random_state() -> None:
@@ -169,8 +179,8 @@ def _megatron_random_state() -> None:
 
 @_patch(
     "MLA asks for Transformer Engine classes that failed to import",
-    "transformer/multi_latent_attention.py:64",
-    "TEColumnParallelLinear, TELinear, Linear, set_save_original_input = None, None",
+    "transformer/multi_latent_attention.py",
+    "TEColumnParallelLinear, TELinear, Linear, set_save_original_input",
 )
 def _mla_linear_names() -> None:
     import megatron.core.transformer.multi_latent_attention as mla
@@ -184,7 +194,7 @@ def _mla_linear_names() -> None:
 
 @_patch(
     "the router's GEMM imports from Transformer Engine",
-    "transformer/moe/moe_utils.py:34",
+    "transformer/moe/moe_utils.py",
     "te_general_gemm",
 )
 def _router_gemm() -> None:
@@ -195,7 +205,7 @@ def _router_gemm() -> None:
 
 @_patch(
     "all-to-all split sizes are wanted in numpy, and only a CUDA tensor is converted",
-    "transformer/moe/moe_utils.py:1093",
+    "transformer/moe/moe_utils.py:maybe_move_tensor_to_cpu",
     "tensor.is_cuda",
 )
 def _splits_as_numpy() -> None:
@@ -210,7 +220,7 @@ def _splits_as_numpy() -> None:
 
 @_patch(
     "gathers of uneven length, as experts split over tensor ranks need, which gloo lacks",
-    "tensor_parallel/mappings.py:150",
+    "tensor_parallel/mappings.py:_gather_along_first_dim",
     "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
 )
 def _uneven_gathers() -> None:
@@ -245,7 +255,7 @@ def _uneven_gathers() -> None:
 
 @_patch(
     "recomputing a norm takes fp8=False for FP8 and asks Transformer Engine",
-    "tensor_parallel/random.py:636",
+    "tensor_parallel/random.py:CheckpointWithoutOutput.__init__",
     "self.fp8 = fp8 is not None",
 )
 def _recompute_without_fp8() -> None:
@@ -261,7 +271,7 @@ def _recompute_without_fp8() -> None:
 
 @_patch(
     "loading torch's AdamW, whose state has a step that Megatron saves elsewhere",
-    "optimizer/distrib_optimizer.py:939",
+    "optimizer/distrib_optimizer.py:DistributedOptimizer._set_main_param_and_optimizer_states",
     "for key in dst_tensors:",
 )
 def _adam_step_on_load() -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class Patch:
     """What is done in place of one line of Megatron-Core.
 
-    upstream: file below `megatron/core` and line, as of `versions.MEGATRON_VERSION`; text: what
-    that line contains. A test fails when it moves."""
+    upstream: `file:symbol`, the file below `megatron/core` and the function that has the line, as
+    of `versions.MEGATRON_VERSION`; without a symbol it is outside of functions. text: what the line
+    contains. A test fails when it is gone."""
 
     name: str
     upstream: str

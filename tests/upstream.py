@@ -1,0 +1,50 @@
+"""Sources of installed packages, by file and symbol, without importing them.
+
+A docstring that gives an upstream function as the reason of a patch is right as long as that
+function is the same: line numbers move with every release, symbols and their sources do not."""
+
+import ast
+import functools
+import hashlib
+import importlib.util
+from pathlib import Path
+
+from megatron_r1.platform.patch import Patch
+
+
+@functools.cache
+def folder(package: str) -> Path:
+    """Return the folder of an installed package; for a namespace package, its only one."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations, f"{package} is not installed"
+    return Path(spec.submodule_search_locations[0])
+
+
+@functools.cache
+def _module(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+def source(package: str, file: str, symbol: str) -> str:
+    """Return the code of `Class.method`, a function or, with "", the module, without comments.
+
+    Raises KeyError naming the symbol where the file has none of that name."""
+    node: ast.AST = _module(folder(package) / file)
+    for name in filter(None, symbol.split(".")):
+        named = [part for part in ast.walk(node) if getattr(part, "name", None) == name]
+        if not named:
+            raise KeyError(f"{file} has no {symbol}")
+        node = named[-1]  # of several definitions, the one that is in force
+    return ast.unparse(node)
+
+
+def fingerprint(package: str, file: str, symbol: str) -> str:
+    """Return a hash of the source that neither comments nor line breaks change."""
+    return hashlib.sha256(source(package, file, symbol).encode()).hexdigest()[:16]
+
+
+def check(patch: Patch) -> None:
+    """Fail where Megatron-Core no longer has the line that `patch` answers."""
+    file, _, symbol = patch.upstream.partition(":")
+    text = source("megatron", f"core/{file}", symbol).replace('"', "'")
+    assert patch.text.replace('"', "'") in text, f"{patch.upstream} has no {patch.text} any more"
