@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.user_code import find
 
 Option = bool | int | float | str
@@ -37,19 +37,27 @@ class AlgorithmRules:
     options: dict[str, Option] = field(default_factory=dict)
 
     def read_options(self, given: Mapping[str, Any]) -> dict[str, Option]:
-        """Return `options` with a recipe's values. Raises ValueError for an unknown name, and for a
+        """Return `options` with a recipe's values. Raises UserError for an unknown name, and for a
         value of another type than the default's; a whole number may stand for a float."""
         for name, value in given.items():
             key = f"rl.options.{name}"
             if name not in self.options:
                 near = did_you_mean(name, self.options, "{}")
                 known = ", ".join(self.options) or "none"
-                raise ValueError(f"{key}: unknown option{near or f'; the algorithm has {known}'}")
+                raise UserError(
+                    f"{key}: unknown option{near or f'; the algorithm has {known}'}",
+                    key=key,
+                    cause=Cause.UNKNOWN,
+                )
             wanted = type(self.options[name])
             allowed = (float, int) if wanted is float else (wanted,)
             is_infinite = isinstance(value, float) and not isfinite(value)
             if type(value) not in allowed or is_infinite:
-                raise ValueError(f"{key}: must be {wanted.__name__}, got {value!r}")
+                raise UserError(
+                    f"{key}: must be {wanted.__name__}, got {value!r}",
+                    key=key,
+                    cause=Cause.MALFORMED,
+                )
         return self.options | dict(given)
 
 
@@ -108,7 +116,11 @@ def rules_of(name: str) -> AlgorithmRules:
         try:
             return find(name, "AlgorithmRules", lambda value: isinstance(value, AlgorithmRules))
         except UserError as error:
-            raise UserError(f"rl.algorithm: {name}: {error}") from None
+            raise UserError(
+                f"rl.algorithm: {name}: {error}", key="rl.algorithm", cause=error.cause
+            ) from None
     meant = did_you_mean(name.replace("+", "p"), NAMES, "{}")
     meant = meant or f"; use {', '.join(NAMES)}, or your own as module:RULES"
-    raise UserError(f"rl.algorithm: there is no {name!r}{meant}")
+    raise UserError(
+        f"rl.algorithm: there is no {name!r}{meant}", key="rl.algorithm", cause=Cause.UNKNOWN
+    )

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from megatron_r1.config.section import Resumable, Section
+from megatron_r1.errors import Cause, UserError
 
 
 class EngineConfig(Section):
@@ -93,14 +94,18 @@ class RolloutConfig(EngineConfig):
     def _spreads_over_hosts(self) -> Self:
         hosts = self.hosts_per_engine
         if hosts > 1 and self.placement != "hosts":
-            raise ValueError(
+            raise UserError(
                 f"rollout.hosts_per_engine: {hosts} needs engine hosts to spread an engine over; "
-                "set rollout.placement: hosts, or rollout.hosts_per_engine: 1"
+                "set rollout.placement: hosts, or rollout.hosts_per_engine: 1",
+                key="rollout.hosts_per_engine",
+                cause=Cause.CONFLICT,
             )
         if self.data % hosts:
-            raise ValueError(
+            raise UserError(
                 f"rollout.hosts_per_engine: {hosts} does not divide rollout.data: {self.data}, the "
-                "copies that the hosts share out; choose a divisor"
+                "copies that the hosts share out; choose a divisor",
+                key="rollout.hosts_per_engine",
+                cause=Cause.INDIVISIBLE,
             )
         return self
 
@@ -127,16 +132,24 @@ class TeacherConfig(EngineConfig):
     @model_validator(mode="after")
     def _fits_together(self):
         if self.url and not self.path:
-            raise ValueError(
+            raise UserError(
                 f"teacher.url: {', '.join(self.url)} serves a model whose tokenizer must be the "
-                "student's; set teacher.path to its folder, for the check"
+                "student's; set teacher.path to its folder, for the check",
+                key="teacher.path",
+                cause=Cause.MISSING,
             )
         for url in self.url:
             if not url.startswith(("http://", "https://")):
-                raise ValueError(f"teacher.url: {url} is no address; write http://host:port")
+                raise UserError(
+                    f"teacher.url: {url} is no address; write http://host:port",
+                    key="teacher.url",
+                    cause=Cause.MALFORMED,
+                )
         if self.tokens_at_once < self.max_num_seqs:
-            raise ValueError(
+            raise UserError(
                 f"teacher.tokens_at_once: {self.tokens_at_once} is less than teacher.max_num_seqs: "
-                f"{self.max_num_seqs}, and every sample has a token; raise it or lower the other"
+                f"{self.max_num_seqs}, and every sample has a token; raise it or lower the other",
+                key="teacher.tokens_at_once",
+                cause=Cause.CONFLICT,
             )
         return self

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from megatron_r1.config.yaml_text import as_text
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 
 ENTRY = {list: "[]", dict: ".NAME"}
 """The part of a dotted key that stands for any entry of a list or mapping."""
@@ -42,7 +42,9 @@ def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> s
             near = did_you_mean(name, known, "{}")
             sections = [section for model in models for section in model.model_fields]
             near = near or f"; there are {', '.join(sections)}"
-            raise UserError(f"keys {name}: no section or key is called so{near}")
+            raise UserError(
+                f"keys {name}: no section or key is called so{near}", key=name, cause=Cause.UNKNOWN
+            )
     return "\n".join(
         _line(key, home.model_fields[leaf], meanings[home].get(leaf, ""))
         for key, home in fields.items()

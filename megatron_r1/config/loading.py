@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from megatron_r1.config.differences import is_within
 from megatron_r1.config.keys import keys_of
-from megatron_r1.config.mistakes import explain
+from megatron_r1.config.mistakes import refusal
 from megatron_r1.config.recipe import Config, known_keys
 from megatron_r1.config.section import Section
 from megatron_r1.config.yaml_text import put, read_sections
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 
 T = TypeVar("T", bound=Section)
 STAGES = re.compile(rb"^stages:", re.MULTILINE)
@@ -34,7 +34,11 @@ def load(
     """Read a recipe and apply `{"section.key": value}`.
 
     required: dotted keys that must have a value. Raises UserError naming every mistake."""
-    pipeline = UserError(f"recipe {path}: it has stages: run it with megatron-r1 pipeline {path}")
+    pipeline = UserError(
+        f"recipe {path}: it has stages: run it with megatron-r1 pipeline {path}",
+        key="stages",
+        cause=Cause.CONFLICT,
+    )
     try:
         tree = read_sections(Path(path))
     except UserError:
@@ -61,7 +65,11 @@ def from_tree(
     missing = [key for key in required if not attrgetter(key)(config)]
     if missing:
         remedy = "".join(REMEDIES.get(key, "") for key in missing)
-        raise UserError(f"recipe {origin}: {', '.join(missing)} must be set{remedy}")
+        raise UserError(
+            f"recipe {origin}: {', '.join(missing)} must be set{remedy}",
+            key=missing[0],
+            cause=Cause.MISSING,
+        )
     return config
 
 
@@ -80,7 +88,7 @@ def parse(tree: dict[str, Any], origin: str = "config", given: Collection[str] =
         wrong = [".".join(map(str, error["loc"])) for error in failure.errors()]
         if all(key and is_within(key, given) for key in wrong):
             origin = "command line"
-        raise UserError(f"{origin}: {explain(failure, Config, known_keys())}") from None
+        raise refusal(failure, Config, known_keys(), origin) from None
 
 
 def dump(config: Config) -> str:
@@ -100,7 +108,11 @@ def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[
     while pending:
         option = pending.pop(0)
         if not option.startswith("--"):
-            raise UserError(f"unexpected argument {option}: settings are --section.key value")
+            raise UserError(
+                f"unexpected argument {option}: settings are --section.key value",
+                key=option,
+                cause=Cause.UNKNOWN,
+            )
         key, equals, value = option[2:].partition("=")
         if not equals:
             has_value = bool(pending) and not pending[0].startswith("--")
@@ -108,13 +120,21 @@ def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[
                 overrides[key] = True
                 continue
             if not has_value:
-                raise UserError(f"--{key} needs a value{did_you_mean(key, known, '--{}')}")
+                raise UserError(
+                    f"--{key} needs a value{did_you_mean(key, known, '--{}')}",
+                    key=f"--{key}",
+                    cause=Cause.MISSING,
+                )
             value = pending.pop(0)
         if "." not in key:
             # A looser cutoff than elsewhere: `key` is compared with dotted keys, which are longer.
             near = difflib.get_close_matches(key, [*known, *known_keys()], n=1, cutoff=0.4)
             hint = f"; did you mean --{near[0]}?" if near else ""
-            raise UserError(f"unknown option --{key}: settings are --section.key value{hint}")
+            raise UserError(
+                f"unknown option --{key}: settings are --section.key value{hint}",
+                key=f"--{key}",
+                cause=Cause.UNKNOWN,
+            )
         overrides[key] = _value(value)
     return overrides
 
@@ -134,7 +154,7 @@ def take_section(overrides: Mapping[str, Any], settings: type[T]) -> tuple[T, di
         return settings.model_validate(tree), others
     except ValidationError as failure:
         known = [key for key, _ in keys_of(settings)]
-        raise UserError(explain(failure, settings, known)) from None
+        raise refusal(failure, settings, known) from None
 
 
 def _with_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

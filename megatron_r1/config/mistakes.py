@@ -6,11 +6,41 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ValidationError
 
 from megatron_r1.config.keys import models_within
-from megatron_r1.errors import did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 
 GREEDY = ("rollout.temperature", "eval.temperature")
 LEAST_WORD = 5
 """Characters of a part of a key that is searched for in others: `max` and `num` are in many."""
+
+
+CAUSES = {
+    "missing": Cause.MISSING,
+    **dict.fromkeys(("extra_forbidden", "literal_error", "enum"), Cause.UNKNOWN),
+    **dict.fromkeys(("too_short", "string_too_short"), Cause.EMPTY),
+    **dict.fromkeys(
+        ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"),
+        Cause.OUT_OF_RANGE,
+    ),
+}
+"""What pydantic's types of errors are to a user; any other is a malformed value."""
+
+
+def refusal(
+    failure: ValidationError, root: type[BaseModel], known: Iterable[str] = (), place: str = ""
+) -> UserError:
+    """Return the error that names all mistakes of validating a `root`; key and cause are those of
+    the first.
+
+    known: as in `explain`. place: where the settings are from, in front of the message."""
+    first = failure.errors()[0]
+    key, cause = ".".join(map(str, first["loc"])), CAUSES.get(first["type"], Cause.MALFORMED)
+    if first["type"] == "value_error" and isinstance(error := first["ctx"]["error"], UserError):
+        # A model that others hold in a list does not know where: its keys are relative to it.
+        is_whole = not key or error.key.split(".")[0] == str(first["loc"][0])
+        key = error.key if is_whole else f"{key}.{error.key}".removesuffix(".")
+        cause = error.cause
+    message = f"{place}: " if place else ""
+    return UserError(message + explain(failure, root, known), key=key, cause=cause)
 
 
 def explain(failure: ValidationError, root: type[BaseModel], known: Iterable[str] = ()) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from megatron_r1.config.section import Resumable, Section
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards.remote.response_text import Part, check_template
 
 Fusion = Literal["gradient_accumulation", "activation", "permute"]
@@ -66,21 +66,27 @@ class ModelConfig(Section):
         }
         if self.lora is not None and any(others.values()):
             other = next(name for name, is_set in others.items() if is_set)
-            raise ValueError(
+            raise UserError(
                 f"model.lora: adapters of a loaded language model are all that is trained with it; "
-                f"leave out model.lora or model.{other}"
+                f"leave out model.lora or model.{other}",
+                key="model.lora",
+                cause=Cause.CONFLICT,
             )
         if self.checkpoint and self.init == "random":
-            raise ValueError(
+            raise UserError(
                 f"model.checkpoint: {self.checkpoint} would not be read with model.init: random; "
-                "set model.init to load, or leave model.checkpoint out"
+                "set model.init to load, or leave model.checkpoint out",
+                key="model.checkpoint",
+                cause=Cause.CONFLICT,
             )
         return self
 
     def require_language_head(self) -> None:
         if self.head != "language":
             raise UserError(
-                f"model.head: {self.head} is for the verb reward-model; leave it out here"
+                f"model.head: {self.head} is for the verb reward-model; leave it out here",
+                key="model.head",
+                cause=Cause.CONFLICT,
             )
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_r1.config.section import Section
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 DEFAULT_TOKENS = 16_384
 """Tokens of a micro-batch."""
@@ -70,7 +70,9 @@ class ParallelConfig(Section):
         if self.tensor > 1 and has_experts and self.sequence is False:
             raise UserError(
                 "parallel.sequence: false: Megatron's experts under tensor parallelism need "
-                "sequence parallelism; leave it out, or set parallel.tensor: 1"
+                "sequence parallelism; leave it out, or set parallel.tensor: 1",
+                key="parallel.sequence",
+                cause=Cause.CONFLICT,
             )
         chosen = has_experts if self.sequence is None else self.sequence
         return chosen and self.tensor > 1
@@ -85,5 +87,7 @@ class ParallelConfig(Section):
             if world_size % product:
                 raise UserError(
                     f"parallel: {world_size} trainer ranks cannot be divided into groups of "
-                    f"{product} ({sizes}); change parallel.processes or the sizes"
+                    f"{product} ({sizes}); change parallel.processes or the sizes",
+                    key="parallel",
+                    cause=Cause.INDIVISIBLE,
                 )

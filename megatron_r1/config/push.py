@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from megatron_r1.config.section import Resumable, Section
+from megatron_r1.errors import Cause, UserError
 
 
 class PushConfig(Section):
@@ -37,9 +38,11 @@ class PushConfig(Section):
     @model_validator(mode="after")
     def _delta_travels(self) -> Self:
         if self.delta and self.on_one_host:
-            raise ValueError(
+            raise UserError(
                 f"push.delta: with push.transport: {self.transport} nothing travels, weights are "
-                "written to where they are wanted; set push.delta: false, or gloo or nccl"
+                "written to where they are wanted; set push.delta: false, or gloo or nccl",
+                key="push.delta",
+                cause=Cause.CONFLICT,
             )
         return self
 

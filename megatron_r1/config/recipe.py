@@ -8,7 +8,7 @@ from pydantic import ValidationError, model_validator
 from megatron_r1.config.agents import AgentsConfig
 from megatron_r1.config.engines import RolloutConfig, TeacherConfig
 from megatron_r1.config.evaluation import EvalConfig
-from megatron_r1.config.mistakes import explain
+from megatron_r1.config.mistakes import refusal
 from megatron_r1.config.model import CriticConfig, ModelConfig, RewardModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.push import PushConfig
@@ -19,6 +19,7 @@ from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.schedule import changes_at, check_keys
 from megatron_r1.config.section import Resumable, Section, resumable_keys
 from megatron_r1.config.training import FP8Config, OptimizerConfig, SFTConfig
+from megatron_r1.errors import Cause, UserError
 
 
 class Config(Section):
@@ -47,25 +48,33 @@ class Config(Section):
     def _across_sections(self) -> Self:
         num_responses = self.rl.questions_per_rollout * self.rl.group_size
         if num_responses % self.rl.minibatches:
-            raise ValueError(
+            raise UserError(
                 f"rl.minibatches: {self.rl.minibatches} does not divide the {num_responses} "
                 f"responses of a rollout ({self.rl.questions_per_rollout} questions x "
-                f"{self.rl.group_size}); choose a divisor"
+                f"{self.rl.group_size}); choose a divisor",
+                key="rl.minibatches",
+                cause=Cause.INDIVISIBLE,
             )
         if self.rl.staleness and self.rl.importance_cap is None:
-            raise ValueError(
+            raise UserError(
                 f"rl.staleness={self.rl.staleness} trains on tokens of older policies, which only "
-                "an importance weight makes right: set rl.importance_cap, to 2.0 for instance"
+                "an importance weight makes right: set rl.importance_cap, to 2.0 for instance",
+                key="rl.importance_cap",
+                cause=Cause.MISSING,
             )
         if self.push.fp8 and self.rollout.dtype == "float32":
-            raise ValueError(
+            raise UserError(
                 "push.fp8: vLLM computes with FP8 weights in 16 bits only; set rollout.dtype: "
-                "bfloat16 (it is float32), or push.fp8: false"
+                "bfloat16 (it is float32), or push.fp8: false",
+                key="push.fp8",
+                cause=Cause.CONFLICT,
             )
         if self.rollout.colocated and self.rl.staleness:
-            raise ValueError(
+            raise UserError(
                 f"rollout.colocated: the engines sleep while the trainer computes, so that nothing "
-                f"can be sampled ahead of it; set rl.staleness: 0 (it is {self.rl.staleness})"
+                f"can be sampled ahead of it; set rl.staleness: 0 (it is {self.rl.staleness})",
+                key="rollout.colocated",
+                cause=Cause.CONFLICT,
             )
         return self
 
@@ -81,8 +90,10 @@ class Config(Section):
             try:
                 type(self).model_validate(tree)
             except ValidationError as failure:
-                reasons = explain(failure, type(self), known_keys())
-                raise ValueError(f"rl.schedule, from_step: {entry.from_step}: {reasons}") from None
+                place = f"rl.schedule, from_step: {entry.from_step}"
+                error = refusal(failure, type(self), known_keys(), place)
+                error.key = "rl.schedule"
+                raise error from None
         return self
 
     def at(self, step: int) -> Self:

@@ -18,7 +18,7 @@ from megatron_r1.config.losses import (
 )
 from megatron_r1.config.schedule import ScheduleEntry, check_order
 from megatron_r1.config.section import Resumable, Section
-from megatron_r1.errors import did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 
 PRESETS: dict[str, dict[str, Any]] = {
     "r1_zero": {},
@@ -112,7 +112,11 @@ class RLConfig(Section):
         rules = algorithms.rules_of(name)
         for key in rules.defaults.keys() - cls.model_fields.keys():
             near = did_you_mean(key, cls.model_fields, "{}")
-            raise ValueError(f"rl.algorithm: {name}: its default {key} is no setting of rl{near}")
+            raise UserError(
+                f"rl.algorithm: {name}: its default {key} is no setting of rl{near}",
+                key="rl.algorithm",
+                cause=Cause.UNKNOWN,
+            )
         preset = given.get("preset", cls.model_fields["preset"].default)
         known = PRESETS.get(preset, {}) if isinstance(preset, str) else {}  # else refused later
         settings = {**rules.defaults, **known, **given}
@@ -125,31 +129,41 @@ class RLConfig(Section):
     def _fits_the_algorithm(self) -> Self:
         algorithm = algorithms.rules_of(self.algorithm)
         if self.group_size < algorithm.min_group_size:
-            raise ValueError(
+            raise UserError(
                 f"rl.group_size: must be greater than or equal to {algorithm.min_group_size}, got "
-                f"{self.group_size}: the group is {self.algorithm}'s baseline"
+                f"{self.group_size}: the group is {self.algorithm}'s baseline",
+                key="rl.group_size",
+                cause=Cause.OUT_OF_RANGE,
             )
         if self.advantage_std not in algorithm.advantage_stds:
-            raise ValueError(
+            raise UserError(
                 f"rl.advantage_std: {self.advantage_std} is not what {self.algorithm} does; use "
-                f"{' or '.join(algorithm.advantage_stds)}, or leave it out"
+                f"{' or '.join(algorithm.advantage_stds)}, or leave it out",
+                key="rl.advantage_std",
+                cause=Cause.CONFLICT,
             )
         if self.dual_clip is not None and not algorithm.dual_clip:
-            raise ValueError(
+            raise UserError(
                 f"rl.dual_clip: {self.dual_clip:g}: {self.algorithm} clips its weight on either "
-                "side already; leave it out"
+                "side already; leave it out",
+                key="rl.dual_clip",
+                cause=Cause.CONFLICT,
             )
         if self.gae_lambda != 1 and not algorithm.critic:
-            raise ValueError(
+            raise UserError(
                 f"rl.gae_lambda: {self.gae_lambda:g}: {self.algorithm} has no critic, whose values "
-                "it would weigh; leave it out, or use rl.algorithm: ppo"
+                "it would weigh; leave it out, or use rl.algorithm: ppo",
+                key="rl.gae_lambda",
+                cause=Cause.CONFLICT,
             )
         discounts = algorithm.kl_in_reward or algorithm.critic or algorithm.teacher
         is_own = self.algorithm not in algorithms.ALGORITHMS
         if self.discount != 1 and not (discounts or is_own):
-            raise ValueError(
+            raise UserError(
                 f"rl.discount: {self.discount:g}: {self.algorithm} gives every token of a response "
-                "the same advantage; leave it out"
+                "the same advantage; leave it out",
+                key="rl.discount",
+                cause=Cause.CONFLICT,
             )
         if self.dynamic_sampling and (self.group_size == 1 or algorithm.teacher):
             why = (
@@ -157,9 +171,11 @@ class RLConfig(Section):
                 if algorithm.teacher
                 else "with rl.group_size: 1 has no groups whose rewards could differ"
             )
-            raise ValueError(
+            raise UserError(
                 f"rl.dynamic_sampling: {self.algorithm} {why}, so that nearly all that is sampled "
-                "would be thrown away; set it to false"
+                "would be thrown away; set it to false",
+                key="rl.dynamic_sampling",
+                cause=Cause.CONFLICT,
             )
         return self
 

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.config.section import Section
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards.remote.response_text import Part
 
 Output = Literal["sft", "pairs", "labels", "answers"]
@@ -37,15 +38,19 @@ class KeepConfig(Section):
         needing = [name for name in limits if getattr(self, name) is not None]
         needing += ["choose: best"] if self.choose == "best" else []
         if self.min_accuracy is None and needing:
-            raise ValueError(
+            raise UserError(
                 f"sample.keep.{needing[0]} needs grades, and sample.keep.min_accuracy: null is not "
-                "to grade; set min_accuracy, 0 for any grade"
+                "to grade; set min_accuracy, 0 for any grade",
+                key=f"sample.keep.{needing[0].partition(':')[0]}",
+                cause=Cause.CONFLICT,
             )
         low, high = self.min_pass_rate, self.max_pass_rate
         if low is not None and high is not None and low > high:
-            raise ValueError(
+            raise UserError(
                 f"sample.keep: min_pass_rate {low} is above max_pass_rate {high}, so no question "
-                "would be left"
+                "would be left",
+                key="sample.keep.min_pass_rate",
+                cause=Cause.CONFLICT,
             )
         return self
 
@@ -67,9 +72,11 @@ class RenderConfig(Section):
         if not any(
             f"{{{name}}}" in response for name in ("thought", "summary", "answer", "response")
         ):
-            raise ValueError(
+            raise UserError(
                 f"sample.render.response: {response!r} has none of {{thought}}, {{summary}}, "
-                "{answer} and {response}, so all responses would be the same"
+                "{answer} and {response}, so all responses would be the same",
+                key="sample.render.response",
+                cause=Cause.MALFORMED,
             )
         return response
 
@@ -92,9 +99,11 @@ class PairsConfig(Section):
     @classmethod
     def _half_in_each_order(cls, votes: int) -> int:
         if votes % 2:
-            raise ValueError(
+            raise UserError(
                 f"sample.pairs.votes: {votes} is odd; each response is to be first equally often, "
-                f"so make it {votes + 1}"
+                f"so make it {votes + 1}",
+                key="sample.pairs.votes",
+                cause=Cause.INDIVISIBLE,
             )
         return votes
 
@@ -130,23 +139,33 @@ class SampleConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.output == "pairs" and self.samples < 2:
-            raise ValueError(
+            raise UserError(
                 f"sample.samples: {self.samples} response cannot be compared with another; "
-                "sample.output: pairs needs 2 or more"
+                "sample.output: pairs needs 2 or more",
+                key="sample.samples",
+                cause=Cause.CONFLICT,
             )
         if self.rewrite is not None and self.output != "sft":
-            raise ValueError(
+            raise UserError(
                 f"sample.rewrite: only sample.output: sft has kept responses to rewrite, not "
-                f"{self.output}"
+                f"{self.output}",
+                key="sample.rewrite",
+                cause=Cause.CONFLICT,
             )
         changed = [name for name, value in self.keep if value != getattr(KeepConfig(), name)]
         if changed and not self.keeps:
-            raise ValueError(
+            raise UserError(
                 f"sample.keep.{changed[0]}: only graded responses are kept or not; the judge "
-                f"decides on sample.output: {self.output}. Leave it out"
+                f"decides on sample.output: {self.output}. Leave it out",
+                key=f"sample.keep.{changed[0]}",
+                cause=Cause.CONFLICT,
             )
         if self.num_shots is not None and self.shots is None:
-            raise ValueError(f"sample.num_shots: {self.num_shots} of which file? set sample.shots")
+            raise UserError(
+                f"sample.num_shots: {self.num_shots} of which file? set sample.shots",
+                key="sample.shots",
+                cause=Cause.MISSING,
+            )
         return self
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_r1.config.yaml_text import as_sections
-from megatron_r1.errors import did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 
 SCHEDULED = {
     "rollout": ("temperature", "top_p", "max_response_tokens"),
@@ -41,15 +41,17 @@ class ScheduleEntry(BaseModel):
         # Other keys are settings, so pydantic alone would take a misspelt one for a setting.
         for key in given if isinstance(given, dict) and "from_step" not in given else ():
             if near := did_you_mean(key, ["from_step"], "{}"):
-                raise ValueError(f"unknown key {key}{near}")
+                raise UserError(f"unknown key {key}{near}", key=key, cause=Cause.UNKNOWN)
         return given
 
     @model_validator(mode="after")
     def _changes_something(self) -> "ScheduleEntry":
         if not self.changes:
-            raise ValueError(
+            raise UserError(
                 f"rl.schedule: from_step: {self.from_step} changes nothing; add settings such as "
-                "rollout.max_response_tokens: 65536"
+                "rollout.max_response_tokens: 65536",
+                key="rl.schedule",
+                cause=Cause.EMPTY,
             )
         return self
 
@@ -78,18 +80,26 @@ def digest_until(schedule: list[ScheduleEntry], step: int) -> str:
 
 
 def check_keys(schedule: list[ScheduleEntry], known: Collection[str]) -> None:
-    """Raise ValueError for a setting that cannot change. known: all keys of a recipe, which are
+    """Raise UserError for a setting that cannot change. known: all keys of a recipe, which are
     not misspelt."""
     for key in (key for entry in schedule for key in entry.changes):
         if key not in KEYS:
             near = "" if key in known else did_you_mean(key, KEYS, "{}")
             near = near or f"; these can: {', '.join(KEYS)}"
-            raise ValueError(f"rl.schedule: {key} cannot change during a run{near}")
+            raise UserError(
+                f"rl.schedule: {key} cannot change during a run{near}",
+                key="rl.schedule",
+                cause=Cause.UNSUPPORTED,
+            )
 
 
 def check_order(schedule: list[ScheduleEntry]) -> list[ScheduleEntry]:
-    """Return the schedule; ValueError unless its steps increase."""
+    """Return the schedule; UserError unless its steps increase."""
     steps = [entry.from_step for entry in schedule]
     if sorted(set(steps)) != steps:
-        raise ValueError(f"rl.schedule: from_step must increase from entry to entry, not {steps}")
+        raise UserError(
+            f"rl.schedule: from_step must increase from entry to entry, not {steps}",
+            key="rl.schedule",
+            cause=Cause.CONFLICT,
+        )
     return schedule

@@ -4,8 +4,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from megatron_r1.config.mistakes import explain
+from megatron_r1.config.mistakes import refusal
 from megatron_r1.config.section import Section
+from megatron_r1.errors import Cause, UserError
 
 
 class OptimizerConfig(Section):
@@ -57,9 +58,11 @@ class FP8Config(Section):
     @model_validator(mode="after")
     def _scales_of_recipe(self) -> Self:
         if self.recipe == "mxfp8" and self.scales == "float32":
-            raise ValueError(
+            raise UserError(
                 "fp8.scales: float32 is not possible with fp8.recipe mxfp8, whose scales are "
-                "powers of two by definition; use power_of_two, or fp8.recipe blockwise"
+                "powers of two by definition; use power_of_two, or fp8.recipe blockwise",
+                key="fp8.scales",
+                cause=Cause.CONFLICT,
             )
         return self
 
@@ -84,7 +87,11 @@ class MixturePart(Section):
         sizes = {name: getattr(self, name) for name in ("share", "count", "repeat")}
         given = {name: size for name, size in sizes.items() if size is not None}
         if len(given) > 1:
-            raise ValueError(f"{self.path} has {given}: give one of share, count and repeat")
+            raise UserError(
+                f"{self.path} has {given}: give one of share, count and repeat",
+                key=list(given)[1],
+                cause=Cause.CONFLICT,
+            )
         return self
 
 
@@ -109,19 +116,29 @@ class SFTConfig(Section):
 def read_parts(entries: list[Any]) -> list[MixturePart]:
     """Read `sft.data` given as a list.
 
-    Raises ValueError naming the entry, the key and the nearest right one, and for an empty list or
+    Raises UserError naming the entry, the key and the nearest right one, and for an empty list or
     shares that do not add up."""
     if not entries:
-        raise ValueError("sft.data: the list is empty; give {path: …} entries, or one path")
+        raise UserError(
+            "sft.data: the list is empty; give {path: …} entries, or one path",
+            key="sft.data",
+            cause=Cause.EMPTY,
+        )
     parts = [_read_part(number, entry) for number, entry in enumerate(entries)]
     shares = [part.share for part in parts if part.share is not None]
     total, are_all = sum(shares), len(shares) == len(parts)
     if are_all and abs(total - 1) > 1e-6:
-        raise ValueError(f"sft.data: the shares {shares} add up to {total:g}; make that 1")
+        raise UserError(
+            f"sft.data: the shares {shares} add up to {total:g}; make that 1",
+            key="sft.data",
+            cause=Cause.CONFLICT,
+        )
     if shares and not are_all and total >= 1:
-        raise ValueError(
+        raise UserError(
             f"sft.data: the shares {shares} add up to {total:g}, which leaves nothing for the "
-            "parts without one; lower them"
+            "parts without one; lower them",
+            key="sft.data",
+            cause=Cause.CONFLICT,
         )
     return parts
 
@@ -133,8 +150,14 @@ def _read_part(number: int, entry: Any) -> MixturePart:
     if isinstance(entry, str):
         entry = {"path": entry}
     if not isinstance(entry, dict):
-        raise ValueError(f"{place}: must be a path or {{path, share|count|repeat}}, got {entry!r}")
+        raise UserError(
+            f"{place}: must be a path or {{path, share|count|repeat}}, got {entry!r}",
+            key=place,
+            cause=Cause.MALFORMED,
+        )
     try:
         return MixturePart.model_validate(entry)
     except ValidationError as failure:
-        raise ValueError(f"{place}: {explain(failure, MixturePart)}") from None
+        error = refusal(failure, MixturePart, place=place)
+        error.key = f"{place}.{error.key}"
+        raise error from None

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 
 MERGE = "tag:yaml.org,2002:merge"
 
@@ -20,19 +20,31 @@ def read_sections(
     Raises UserError for a missing file, invalid YAML, a key that occurs twice in one mapping (`<<`
     may merge a key that the mapping also sets), and for content that is not a mapping."""
     if path.is_dir():
-        raise UserError(f"{what} {path}: is a folder; name a file in it")
+        raise UserError(
+            f"{what} {path}: is a folder; name a file in it", key=what, cause=Cause.MALFORMED
+        )
     if not path.is_file():
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")], "{}")
-        raise UserError(f"{what} {path}: no such file (relative to {Path.cwd()}){near}")
+        raise UserError(
+            f"{what} {path}: no such file (relative to {Path.cwd()}){near}",
+            key=what,
+            cause=Cause.NOT_FOUND,
+        )
     try:
         tree = yaml.load(prepare(path.read_text(encoding="utf-8")), Loader=_Loader) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"{what} {path}: not YAML: {error}") from None
+        raise UserError(
+            f"{what} {path}: not YAML: {error}", key=what, cause=Cause.MALFORMED
+        ) from None
+    except UserError as error:
+        raise UserError(f"{what} {path}: {error}", key=error.key, cause=error.cause) from None
     except ValueError as error:
-        raise UserError(f"{what} {path}: {error}") from None
+        raise UserError(f"{what} {path}: {error}", key=what, cause=Cause.MALFORMED) from None
     if not isinstance(tree, dict):
         raise UserError(
-            f"{what} {path}: must be a mapping of sections, found {type(tree).__name__}"
+            f"{what} {path}: must be a mapping of sections, found {type(tree).__name__}",
+            key=what,
+            cause=Cause.MALFORMED,
         )
     return {section: keys for section, keys in tree.items() if keys is not None}
 
@@ -55,7 +67,9 @@ def put(tree: dict[str, Any], keys: list[str], value: Any, option: str) -> None:
             tree[parent] = {}
         tree = tree[parent]
         if not isinstance(tree, dict):
-            raise UserError(f"--{option}: {parent} is not a section")
+            raise UserError(
+                f"--{option}: {parent} is not a section", key=f"--{option}", cause=Cause.CONFLICT
+            )
     tree[leaf] = value
 
 
@@ -76,7 +90,9 @@ class _Loader(yaml.SafeLoader):
             if key.value in lines:
                 raise UserError(
                     f"{key.value} is there twice, in lines {lines[key.value]} and {line}, and one "
-                    "of them would be ignored; make them one"
+                    "of them would be ignored; make them one",
+                    key=key.value,
+                    cause=Cause.DUPLICATE,
                 )
             lines[key.value] = line
         return node

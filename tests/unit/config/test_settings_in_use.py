@@ -4,6 +4,7 @@ import json
 from array import array
 
 import pytest
+from refusals import refused
 from small_qwen2 import MODEL
 
 from megatron_r1.commands import sample
@@ -11,6 +12,7 @@ from megatron_r1.config import Config, parse
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.from_config import fleet_settings
 from megatron_r1.engine.responses import Response
+from megatron_r1.errors import Cause
 from megatron_r1.rl.metrics import sample_records
 from megatron_r1.rl.rollout import GradedResponse, Group
 from megatron_r1.weight_bridge.bridge import weight_bridge
@@ -83,6 +85,6 @@ def test_avoid_ngram_is_the_number_of_shared_words(tmp_path, words, is_avoided):
             },
         }
     )
-    message = "are among those to be avoided" if is_avoided else "no_such_module"
-    with pytest.raises(ValueError, match=message):
+    refusal = ("sample.avoid", Cause.EMPTY) if is_avoided else ("sample.rewrite", Cause.NOT_FOUND)
+    with refused(*refusal):
         sample.run(config)
