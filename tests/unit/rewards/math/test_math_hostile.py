@@ -1,7 +1,8 @@
 """Answers made to hang, crash or fool the math grader, through the worker pool.
 
-Every scenario is bounded: a grade by the pool's limit, a worker's memory by its own, the whole by
-`within`. What is asserted is what a run needs: no reward, and the next honest answer is graded.
+A worker's memory is bounded, and its time by a limit that no honest machine reaches: what would
+hang is ended by it and counted. What is asserted is what a run needs: no reward, and the next
+honest answer is graded.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import pytest
 from megatron_r1.rewards import math as math_reward
 from megatron_r1.rewards.math.refusal import refusal
 from megatron_r1.rewards.math.spelling import spell
+from megatron_r1.rewards.reading import READINGS
 from megatron_r1.rewards.runtime.pool import RewardPool
 from tools.bench.rewards import TRUTHS, hostile, soak_samples
 
@@ -24,27 +26,10 @@ FAMILIES = {
     "look-alikes": hostile.LOOK_ALIKES,
     "giants": hostile.GIANTS,
 }
-
-
+# Quadratic matching takes many minutes on each.
+HOPELESS = ("$" * 10**6, "answer is " * 10**5, r"\boxed{" * 10**5, "(" * 10**6)
+LONG = (" " * 200_000 + "x", "$ " * 100_000, "1" * 200_000, "1," * 900)
 HONEST = (r"<answer>2\sqrt{3}</answer>", r"\sqrt{12}")
-
-
-def grade_all(batches, *, within=240.0):
-    """For each batch of (response, truth) jobs its grades and that of an honest answer after it, by
-    one worker of 1 GiB; and the pool's counters at the end."""
-
-    async def run():
-        async with (
-            asyncio.timeout(within),
-            RewardPool(1, timeout_seconds=10.0, memory_limit_bytes=2**30) as pool,
-        ):
-            results = []
-            for jobs in batches:
-                grades = await asyncio.gather(*(pool.grade("math", *job) for job in jobs))
-                results.append((grades, await pool.grade("math", *HONEST)))
-            return results, pool.snapshot()
-
-    return asyncio.run(run())
 
 
 def answered(answer):
@@ -52,32 +37,58 @@ def answered(answer):
 
 
 @pytest.fixture(scope="module")
-def graded():
-    """Every family's (name, truth) → grade, the honest grade after it, and the counters."""
-    batches = [
-        [(answered(answer), truth) for answer in answers.values() for truth in TRUTHS]
-        for answers in FAMILIES.values()
-    ]
-    results, counts = grade_all(batches)
-    graded = {}
-    for (family, answers), (grades, honest) in zip(FAMILIES.items(), results, strict=True):
-        names = [(name, truth) for name in answers for truth in TRUTHS]
-        graded[family] = dict(zip(names, grades, strict=True)), honest
-    return graded, counts
+def graded(tmp_path_factory):
+    """Of one worker of 1 GiB: batch → the grades of its jobs and of an honest answer after them,
+    the counters at the end, and the file that code in answers would make."""
+    trace = tmp_path_factory.mktemp("code") / "trace"
+    batches = {
+        family: [
+            (answered(answer.replace("{trace}", str(trace))), truth)
+            for answer in answers.values()
+            for truth in TRUTHS
+        ]
+        for family, answers in FAMILIES.items()
+    }
+    batches["hopeless"] = [(response, 13) for response in HOPELESS]
+    batches["honest"] = [(s.response, s.truth) for s in honest_samples()]
+
+    async def run():
+        async with RewardPool(1, timeout_seconds=300.0, memory_limit_bytes=2**30) as pool:
+            results = {}
+            for name, jobs in batches.items():
+                grades = await asyncio.gather(*(pool.grade("math", *job) for job in jobs))
+                results[name] = grades, await pool.grade("math", *HONEST)
+            long = [
+                pool.grade("math", text, 13, reading=reading, plain_line=True)
+                for text in LONG
+                for reading in READINGS
+            ]
+            await asyncio.gather(*long)
+            return results, pool.snapshot()
+
+    return *asyncio.run(run()), trace
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def honest_samples():
+    return [sample for sample in soak_samples(300, seed=3) if sample.kind == "math"]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "hopeless"])
 def test_hostile_answers_get_nothing_and_the_next_honest_one_its_reward(family, graded):
     grades, honest = graded[0][family]
-    assert {name: grade.reason for name, grade in grades.items() if grade.reward != 0.0} == {}
+    assert [grade.reason for grade in grades if grade.reward != 0.0] == []
     assert honest.reward == 1.0
 
 
 def test_hostile_answers_are_recognized_before_a_parser_has_them(graded):
-    counts = graded[1]
-    # A loaded machine may run into the time limit here and there; a hole would do so seven times.
-    assert counts["timeouts"] < len(TRUTHS)
-    assert counts["crashes"] == counts["out_of_memory"] == 0
+    _, counts, trace = graded
+    assert counts["timeouts"] == counts["crashes"] == counts["out_of_memory"] == 0
+    assert not trace.exists()  # no answer ran as code
+
+
+def test_the_same_answers_get_the_same_rewards_after_hostile_ones(graded):
+    grades, _ = graded[0]["honest"]
+    assert [grade.reward for grade in grades] == [sample.reward for sample in honest_samples()]
 
 
 @pytest.mark.parametrize("name", hostile.RESPONSES)
@@ -87,20 +98,9 @@ def test_an_answer_in_the_wrong_place_is_none(name):
         assert math_reward.grade(hostile.RESPONSES[name], truth).reward == 0.0, truth
 
 
-def test_no_answer_runs_as_code(tmp_path):
-    trace = tmp_path / "trace"
-    jobs = [
-        (answered(code.replace("{trace}", str(trace))), truth)
-        for code in hostile.CODE.values()
-        for truth in TRUTHS
-    ]
-    ((grades, _),), _ = grade_all([jobs])
-    assert {grade.reward for grade in grades} == {0.0}
-    assert not trace.exists()
-
-
 def test_what_is_not_recognized_costs_one_time_limit_and_a_worker(monkeypatch, tmp_path):
     # Without the refusals, which this test stands in for: the next trick that nobody knows yet.
+    # Only that answer has a short limit; its end without one takes hours.
     (tmp_path / "unguarded.py").write_text(
         "from megatron_r1.rewards import math\n"
         "from megatron_r1.rewards.math import comparison\n"
@@ -110,10 +110,11 @@ def test_what_is_not_recognized_costs_one_time_limit_and_a_worker(monkeypatch, t
     monkeypatch.syspath_prepend(str(tmp_path))
 
     async def run():
-        async with asyncio.timeout(120), RewardPool(1, timeout_seconds=1.5) as pool:
+        async with RewardPool(1, timeout_seconds=1.5) as pool:
             tower = await pool.grade(
                 "unguarded:grade", answered(r"\binom{999999999}{499999999}"), "n"
             )
+            pool.timeout_seconds = 300.0
             honest = await pool.grade("unguarded:grade", answered("13"), 13)
             return tower, honest, pool.snapshot()
 
@@ -122,23 +123,25 @@ def test_what_is_not_recognized_costs_one_time_limit_and_a_worker(monkeypatch, t
     assert counts["timeouts"] + counts["out_of_memory"] == 1
 
 
-def test_refusals_say_why():
-    reasons = {
-        "9^{9^{9}}": "too large",
-        "9**9**9": "too large",
-        r"\int_0^1 x dx": "left open",
-        "2 + 11": "left open",
-        r"\log_2 8": "left open: a logarithm",
-        "2^{10}": "left open: a power",
-        "(" * 30 + "x" + ")" * 30: "nested 30 deep",
-        "x^{" * 6 + "x" + "}" * 6: "nested 6 deep",
-        "x_1_2": "index on an index",
-        "(1": "do not close",
-        "1\u200b3": "no mathematics",
-    }
-    for answer, reason in reasons.items():
-        assert reason in (refusal("13", spell(answer)) or ""), answer
-        assert "refused" in math_reward.grade(answered(answer), 13).reason
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("9^{9^{9}}", "too large"),
+        ("9**9**9", "too large"),
+        (r"\int_0^1 x dx", "left open"),
+        ("2 + 11", "left open"),
+        (r"\log_2 8", "logarithm"),
+        ("2^{10}", "power"),
+        ("(" * 30 + "x" + ")" * 30, "30 deep"),
+        ("x^{" * 6 + "x" + "}" * 6, "6 deep"),
+        ("x_1_2", "index"),
+        ("(1", "close"),
+        ("1\u200b3", "no mathematics"),
+    ],
+)
+def test_a_refusal_says_which_rule_refuses(answer, reason):
+    assert reason in (refusal("13", spell(answer)) or "")
+    assert "refused" in math_reward.grade(answered(answer), 13).reason
 
 
 def test_honest_answers_are_not_refused():
@@ -150,12 +153,3 @@ def test_honest_answers_are_not_refused():
     for answer in honest:
         assert refusal(spell(answer), spell(answer)) is None, answer
     assert refusal(r"\int_0^1 f", r"2 \int_0^1 f") is None
-
-
-def test_the_same_answers_get_the_same_rewards_after_hostile_ones():
-    batch = soak_samples(300, seed=3)
-    jobs = [(sample.response, sample.truth) for sample in batch if sample.kind == "math"]
-    ((grades, honest),), _ = grade_all([jobs])
-    expected = [sample.reward for sample in batch if sample.kind == "math"]
-    assert [grade.reward for grade in grades] == expected
-    assert honest.reward == 1.0

@@ -1,7 +1,7 @@
 """The math reward's parts against independent ones: fractions, math-verify, sympy's own evalf."""
 
 import random
-import time
+import re
 from fractions import Fraction
 
 import mpmath
@@ -21,22 +21,26 @@ from megatron_r1.rewards.math.units import split_unit
 X = sympy.Symbol("x", real=True)
 
 
-def test_reasons_say_what_was_read():
-    two = math_reward.grade(r"<answer>\boxed{12}, no: \boxed{13}</answer>", 13)
-    assert (two.reward, two.reason) == (0.0, "two answers: 12, and then 13")
-    assert math_reward.grade(r"\boxed{12}, no: \boxed{13}", 13).reward == 1.0
-    assert math_reward.grade("**13** apples", 13).reason == "correct: 13 apples"
-    assert "a root" in math_reward.grade(r"\boxed{\sqrt{144}}", 12).reason
-    assert "a division" in math_reward.grade(r"\boxed{24/2}", 12).reason
-    gsm8k = "6 + 7 = <<6+7=13>>13\n#### 13"
-    assert math_reward.grade("<answer>12</answer>", gsm8k).reason == "wrong: 12, expected 13"
-    assert math_reward.grade("<answer>12</answer>", 13).reason == "wrong: 12, expected 13"
-    assert math_reward.grade("<answer>13</answer>", 13).reason == "correct: 13"
-    assert math_reward.grade("I give up", 13, plain_line=False).reason == "no answer found"
-    assert math_reward.grade("I give up", 13).reason == "wrong: I give up, expected 13"
-    assert "too long" in math_reward.grade(f"<answer>{'1' * 5_000}</answer>", 13).reason
-    assert "too long" in math_reward.grade(f"<answer>{'1+' * 300}1</answer>", 13).reason
-    assert "2 <answer> blocks" in math_reward.grade("<answer>13</answer>" * 2, 13).reason
+@pytest.mark.parametrize(
+    ("response", "truth", "expected", "values"),
+    [
+        (r"<answer>\boxed{12}, no: \boxed{13}</answer>", 13, 0, ("12", "13")),
+        (r"\boxed{12}, no: \boxed{13}", 13, 1, ("13",)),
+        ("**13** apples", 13, 1, ("13 apples",)),
+        (r"\boxed{\sqrt{144}}", 12, 0, ("root",)),
+        (r"\boxed{24/2}", 12, 0, ("division",)),
+        ("<answer>12</answer>", "6 + 7 = <<6+7=13>>13\n#### 13", 0, ("12", "13")),
+        ("<answer>12</answer>", 13, 0, ("12", "13")),
+        ("<answer>13</answer>", 13, 1, ("13",)),
+        ("I give up", 13, 0, ("I give up", "13")),
+        (f"<answer>{'1' * 5_000}</answer>", 13, 0, ("too long",)),
+        (f"<answer>{'1+' * 300}1</answer>", 13, 0, ("too long",)),
+        ("<answer>13</answer>" * 2, 13, 0, ("2 <answer>",)),
+    ],
+)
+def test_the_reason_shows_what_was_read_and_expected(response, truth, expected, values):
+    grade = math_reward.grade(response, truth)
+    assert grade.reward == expected and all(value in grade.reason for value in values), grade
 
 
 def test_a_long_truth_allows_a_long_answer():
@@ -45,26 +49,13 @@ def test_a_long_truth_allows_a_long_answer():
     assert math_reward.grade(rf"\boxed{{{terms}}}", terms).reward == 1.0
 
 
-@pytest.mark.parametrize(
-    "truth",
-    [
-        None,
-        True,
-        [13],
-        float("nan"),
-        "NaN",
-        "-nan",
-        "nan%",
-        "inf",
-        "",
-        "  ",
-        "$ $",
-        "6 + 7 = 13\n####",
-        "#### 13\nA cat.",
-    ],
-)
+UNCOMPARABLE = (None, True, [13], float("nan"), "NaN", "-nan", "nan%", "inf", "", "  ", "$ $")
+
+
+@pytest.mark.parametrize("truth", [*UNCOMPARABLE, "6 + 7 = 13\n####", "#### 13\nA cat."])
 def test_a_truth_that_cannot_be_compared_is_an_error(truth):
-    with pytest.raises(ValueError, match="truth of a math answer"):
+    shown = "####" if "####" in str(truth) else repr(truth)
+    with pytest.raises(ValueError, match=re.escape(shown)):
         math_reward.grade("<answer>13</answer>", truth)
 
 
@@ -245,11 +236,3 @@ def test_answers_of_a_group_are_compared_once():
         math_reward.grade(r"<answer>\frac{22}{7}</answer>", "22/7")
     assert math_reward._compare.cache_info().hits == 15
     assert math_reward._compare.cache_info().maxsize is not None
-
-
-def test_reading_is_linear_in_hopeless_responses():
-    # A bound for a slow machine: quadratic code takes minutes on these.
-    start = time.perf_counter()
-    for response in ("$" * 10**6, "answer is " * 10**5, r"\boxed{" * 10**5, "(" * 10**6):
-        assert math_reward.grade(response, 13).reward == 0.0
-    assert time.perf_counter() - start < 60
