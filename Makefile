@@ -150,6 +150,11 @@ test-more: setup cluster-packages
 test-all: setup cluster-packages
 	$(PYTEST) -v --durations 20 $(FOLDERS)
 
+# Plants the faults of tests/faults/mutations.yaml in copies of the tree: which does `make test` catch? Goes on after a stop.
+.PHONY: test-faults
+test-faults: setup
+	$(BIN)/python tools/faults
+
 # tests/nullgpu: a driver and a CUDA runtime whose memory is the host's and whose kernels do nothing, below the real
 # packages. What only hardware can tell is left to gpu-check.
 test-cuda: setup-cuda
