@@ -42,11 +42,11 @@ class ParseReply(msgspec.Struct):
 
     status: Literal["ready", "unusable", "parsed", "failed"]
     reason: str = ""
-    key: str = ""
-    cause: Cause = Cause.FAILED
     reasoning: str | None = None
     content: str | None = None
     tool_calls: list[dict[str, Any]] = []
+    key: str = ""
+    cause: Cause = Cause.FAILED
 
 
 def tool_call(name: str, arguments: str, call_id: str | None = None) -> dict[str, Any]:

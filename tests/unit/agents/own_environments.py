@@ -26,15 +26,14 @@ np.random.random()  # a fork gets the generator's state
 
 
 class Prepared:
-    """What it prepares takes longer than a call may."""
+    """Prepares a file before the first episode."""
 
     @classmethod
-    def _before_episodes(cls, path: str, pause: float) -> None:
-        time.sleep(pause)
+    def _before_episodes(cls, path: str) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write("prepared ")
 
-    def __init__(self, path: str, pause: float) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
 
     def reset(self, **row) -> str:
@@ -259,7 +258,7 @@ class Rude:
         if self._at_close == "raise":
             raise ValueError("at the end")
         if self._at_close == "hang":
-            time.sleep(60)
+            time.sleep(10_000)
         if self._at_close == "exit":
             os._exit(1)
 

@@ -7,6 +7,7 @@ import time
 import msgspec
 
 from megatron_r1.agents.parsing.worker import ParseJob, ParseReply
+from megatron_r1.errors import Cause
 from megatron_r1.processes.frames import LENGTH, frame
 
 
@@ -16,13 +17,13 @@ def send(reply):
 
 
 if "unknown" in sys.argv[1]:
-    send(ParseReply("unusable", "no such parser"))
+    send(ParseReply("unusable", "no", key="agents.tool_parser", cause=Cause.UNKNOWN))
     sys.exit()
 send(ParseReply("ready"))
 while header := sys.stdin.buffer.read(LENGTH.size):
     job = msgspec.json.decode(sys.stdin.buffer.read(LENGTH.unpack(header)[0]), type=ParseJob)
     if job.text == "hang":
-        time.sleep(1000)
+        time.sleep(100_000)
     if job.text == "die":
         os._exit(3)
     if job.text == "raise":

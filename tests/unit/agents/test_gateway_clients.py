@@ -167,8 +167,8 @@ def test_errors_are_the_clients_own_exceptions():
             user = [{"role": "user", "content": "x"}]
             with pytest.raises(openai.BadRequestError) as refused:
                 await chat.chat.completions.create(model="m", messages=user, n=2)
-            assert (refused.value.param, "use 1" in refused.value.message) == ("n", True)
-            with pytest.raises(anthropic.BadRequestError, match="top_k|container"):
+            assert refused.value.param == "n"
+            with pytest.raises(anthropic.BadRequestError, match="container"):
                 await claude.messages.create(
                     model="m", messages=user, max_tokens=5, container="box"
                 )

@@ -17,6 +17,9 @@ from megatron_r1.agents.tool_arguments import row_arguments
 from megatron_r1.rewards.sandbox.host import SandboxUnavailable
 from megatron_r1.rewards.sandbox.programs import require_sandbox
 
+LONG = 10_000.0
+"""Seconds that only what hangs reaches."""
+
 
 def test_all_have_documented_tools():
     for path in SHIPPED.values():
@@ -81,7 +84,7 @@ def test_gym_lets_a_wrong_answer_be_mended_for_half_of_the_reward():
         assert answers == ["wrong; attempts left: 1", "wrong; attempts left: 0"] and again.done
         again.final_answer(prompt.truth)
         assert again.get_reward() == 0.0
-    with pytest.raises(ValueError, match="attempts=0 must be at least 1"):
+    with pytest.raises(ValueError, match="attempts=0"):
         Gym(attempts=0)
 
 
@@ -114,15 +117,21 @@ def test_an_index_that_cannot_be_written_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == [corpus]
 
 
-@pytest.fixture
-def interpreter():
+@pytest.fixture(scope="module")
+def one_interpreter():
     try:
         require_sandbox("python")
     except SandboxUnavailable as missing:
         pytest.skip(str(missing))
-    game = Python(seconds=60.0)
+    game = Python(seconds=LONG)
     yield game
     game.close()
+
+
+@pytest.fixture
+def interpreter(one_interpreter):
+    one_interpreter._seconds = LONG
+    return one_interpreter
 
 
 def test_python_keeps_its_variables_and_reports_errors(interpreter):
@@ -133,8 +142,8 @@ def test_python_keeps_its_variables_and_reports_errors(interpreter):
     assert run("f(x)") == "ZeroDivisionError: division by zero (line 1, 2 of the cell)\n"
     assert run("x +").startswith("SyntaxError")
     interpreter._seconds = 0.5
-    assert run("while True: pass").startswith("TimeoutError: the cell's time is over")
-    interpreter._seconds = 60.0
+    assert run("while True: pass").startswith("TimeoutError: ")
+    interpreter._seconds = LONG
     assert run("len(str(2 ** 20000))") == "6021\n"
     assert run("print('y' * 9000)").endswith("y … (cut off)")
     assert run("exit()") == "(no output)"
@@ -174,9 +183,9 @@ def test_an_interpreter_that_is_lost_is_replaced(interpreter, name):
         interpreter.python(ENDING[name])
         interpreter.python("0")  # where the damage shows later
 
-    with pytest.raises(RuntimeError, match="all variables are lost"):
+    with pytest.raises(RuntimeError):
         use()
-    interpreter._seconds = 60.0
+    interpreter._seconds = LONG
     assert interpreter.python("1 + 1") == "2\n"
 
 
@@ -192,10 +201,10 @@ def test_a_cell_that_an_alarm_interrupts_leaves_no_reply_for_the_next(interprete
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
         with pytest.raises(Alarm):
-            interpreter.python("import time; time.sleep(0.3); 'late'")
+            interpreter.python("import time; time.sleep(100_000); 'late'")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert interpreter.python("1 + 1") == "2\n"
-    with pytest.raises(ValueError, match="at most"):
+    with pytest.raises(ValueError, match="32,768"):
         interpreter.python("#" * 2**16)
