@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 
 # Stages beside each other are threads. Two at a time, `ast.parse` of Python 3.11 can end in "AST
 # constructor recursion depth mismatch", and `find_spec` in the KeyError of an invalidated cache.
@@ -42,12 +42,18 @@ def find(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # a module that it imports
         raise UserError(
-            f"{error}: neither installed nor in {os.getcwd()}; start in the folder that has it"
+            f"{error}: neither installed nor in {os.getcwd()}; start in the folder that has it",
+            key=path,
+            cause=Cause.NOT_FOUND,
         ) from None
     value = getattr(module, name, None)
     if not is_one(value):
         known = [key for key, other in vars(module).items() if key[:1] != "_" and is_one(other)]
-        raise UserError(f"{module.__file__} has no {kind} {name}{did_you_mean(name, known)}")
+        raise UserError(
+            f"{module.__file__} has no {kind} {name}{did_you_mean(name, known)}",
+            key=path,
+            cause=Cause.NOT_FOUND,
+        )
     return value
 
 
@@ -76,7 +82,9 @@ def source_of(function: str) -> str:
             spec = importlib.util.find_spec(module)
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         raise UserError(
-            f"function {function}: no Python module {module} can be found from {Path.cwd()}"
+            f"function {function}: no Python module {module} can be found from {Path.cwd()}",
+            key=function,
+            cause=Cause.NOT_FOUND,
         )
     return Path(spec.origin).read_text(encoding="utf-8")
 
@@ -97,4 +105,5 @@ def syntax_of(function: str) -> str:
         with _READING:
             return ast.dump(ast.parse(source_of(function)))
     except SyntaxError as error:
-        raise UserError(f"function {function}: {error}") from None
+        message = f"function {function}: {error}"
+        raise UserError(message, key=function, cause=Cause.MALFORMED) from None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import atomic_write, fsync
 
 SHARE_SECONDS = 0.1
@@ -128,7 +128,9 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(
             f"{path}, line {number}: not a JSON object ({line[:60]!r}); "
-            "delete that line, or restore the file"
+            "delete that line, or restore the file",
+            key=path.name,
+            cause=Cause.MALFORMED,
         )
     return record
 

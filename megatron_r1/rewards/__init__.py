@@ -7,7 +7,7 @@ import any library. Rewards that request a served model are in `remote/`; `sandb
 
 import sys
 
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.rewards.base import Grade
 
 FORM_REWARDS: dict[str, str] = {
@@ -49,7 +49,11 @@ def resolve(kind: str) -> str:
     is_file = module.endswith(".py")
     if not is_file and function.isidentifier() and _is_module(module):
         if module.split(".")[0] in sys.stdlib_module_names:
-            raise UserError(f"reward kind {kind!r} is Python's own function, not a reward")
+            raise UserError(
+                f"reward kind {kind!r} is Python's own function, not a reward",
+                key="kind",
+                cause=Cause.UNSUPPORTED,
+            )
         return kind
     if is_file:
         module = module[:-3].replace("/", ".")
@@ -60,7 +64,9 @@ def resolve(kind: str) -> str:
         hint = f"; did you mean '{module}:{function}'?"
     raise UserError(
         f"unknown reward kind {kind!r}{hint} (known: "
-        f"{', '.join(sorted(known))}; your own is written 'package.module:function')"
+        f"{', '.join(sorted(known))}; your own is written 'package.module:function')",
+        key="kind",
+        cause=Cause.UNKNOWN,
     )
 
 
@@ -69,7 +75,9 @@ def refuse_environment(response: str, truth: object = None, **entry: object) -> 
     the episode, and not by a reward."""
     raise UserError(
         f"only a run with `agents` grades the kind {ENVIRONMENT!r}, by the environment that plays "
-        "its episodes; give the line the kind of a reward"
+        "its episodes; give the line the kind of a reward",
+        key="kind",
+        cause=Cause.CONFLICT,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.rewards import resolve
 from megatron_r1.rewards.base import Grade
 
@@ -93,7 +93,9 @@ def read_weights(weights: Mapping[str, Any]) -> dict[str, float | ScheduledWeigh
     if not any(number > 0 for number in numbers.values()):
         raise UserError(
             f"rewards.weights: no weight is above 0 (got {numbers}), so no response would be "
-            f"rewarded; give one, such as {ACCURACY}: 1.0"
+            f"rewarded; give one, such as {ACCURACY}: 1.0",
+            key="rewards.weights",
+            cause=Cause.EMPTY,
         )
     return read
 
@@ -102,10 +104,11 @@ def _read_weight(path: str, name: str, value: Any) -> float | ScheduledWeight:
     if name != ACCURACY:
         try:
             resolve(name)
-        except ValueError as error:
+        except UserError as error:
             own = f"{ACCURACY!r} is the prompt's own kind"
             suggestion = did_you_mean(name, [ACCURACY]) or ";"
-            raise UserError(f"{path}: {error}{suggestion} {own}") from None
+            message = f"{path}: {error}{suggestion} {own}"
+            raise UserError(message, key=path, cause=error.cause) from None
     if isinstance(value, ScheduledWeight):
         value = vars(value)
     if not isinstance(value, Mapping):
@@ -114,19 +117,33 @@ def _read_weight(path: str, name: str, value: Any) -> float | ScheduledWeight:
     for key in value:
         if key not in known:
             names = ", ".join(known)
-            raise UserError(f"{path}: unknown key {key}{did_you_mean(key, known, '{}')} ({names})")
+            raise UserError(
+                f"{path}: unknown key {key}{did_you_mean(key, known, '{}')} ({names})",
+                key=f"{path}.{key}",
+                cause=Cause.UNKNOWN,
+            )
     if "weight" not in value:
-        raise UserError(f"{path}: a schedule needs its weight: {{weight: 0.1, from_step: 100}}")
+        raise UserError(
+            f"{path}: a schedule needs its weight: {{weight: 0.1, from_step: 100}}",
+            key=f"{path}.weight",
+            cause=Cause.MISSING,
+        )
     weight = ScheduledWeight(**value)
     _finite(f"{path}.weight", weight.weight)
     for key, step in (("from_step", weight.from_step), ("to_step", weight.to_step)):
         is_step = isinstance(step, int) and not isinstance(step, bool) and step >= 1
         if not (is_step or (key == "to_step" and step is None)):
-            raise UserError(f"{path}.{key}: must be a step, 1 or later, got {step!r}")
+            raise UserError(
+                f"{path}.{key}: must be a step, 1 or later, got {step!r}",
+                key=f"{path}.{key}",
+                cause=Cause.OUT_OF_RANGE,
+            )
     if weight.to_step is not None and weight.to_step < weight.from_step:
         raise UserError(
             f"{path}: to_step {weight.to_step} is before from_step {weight.from_step}, so it "
-            "would never count"
+            "would never count",
+            key=f"{path}.to_step",
+            cause=Cause.CONFLICT,
         )
     return weight
 
@@ -136,6 +153,8 @@ def _finite(path: str, value: Any) -> float:
     if not is_number or not math.isfinite(value):
         raise UserError(
             f"{path}: must be a number, or {{weight: 0.1, from_step: 100, to_step: 400}}, "
-            f"got {value!r}"
+            f"got {value!r}",
+            key=path,
+            cause=Cause.MALFORMED,
         )
     return float(value)

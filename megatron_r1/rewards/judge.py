@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.remote.judge_client import JudgeClient, JudgeSettings
 from megatron_r1.rewards.remote.judge_prompts import COMPARE, VERIFY
@@ -84,8 +84,12 @@ class Judge(JudgeClient):
         Ungradable, ServiceError."""
         mode = self.settings.mode
         if not isinstance(question, str) or truth is None:
-            missing = "a question" if truth is not None else "a truth"
-            raise UserError(f"the judge needs {missing} to {mode} a response: add it to the row")
+            missing = "question" if truth is not None else "truth"
+            raise UserError(
+                f"the judge needs a {missing} to {mode} a response: add it to the row",
+                key=missing,
+                cause=Cause.MISSING,
+            )
         part = response_part(response, self.settings.part, opened)
         if part.text is None:
             return Grade(0.0, part.reason)

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.rewards import FORM_REWARDS, REGISTRY, REMOTE, resolve
 from megatron_r1.user_code import find_function
 
@@ -50,10 +50,14 @@ def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         path = f"rewards.options.{kind}"
         try:
             resolve(kind)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}", key=path, cause=error.cause) from None
         if not isinstance(values, Mapping):
-            raise UserError(f"{path}: must be a mapping of options, got {values!r}")
+            raise UserError(
+                f"{path}: must be a mapping of options, got {values!r}",
+                key=path,
+                cause=Cause.MALFORMED,
+            )
         if kind in REMOTE:
             from megatron_r1.rewards.remote.runner import check_options
 
@@ -62,7 +66,11 @@ def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             known = sorted(option_names(kind))
             hint = did_you_mean(unknown[0], known, "{}")
             hint = hint or f"; it has {', '.join(known) or 'none'}"
-            raise UserError(f"{path}: unknown option {unknown[0]}{hint}")
+            raise UserError(
+                f"{path}: unknown option {unknown[0]}{hint}",
+                key=f"{path}.{unknown[0]}",
+                cause=Cause.UNKNOWN,
+            )
     return {kind: dict(values) for kind, values in options.items()}
 
 

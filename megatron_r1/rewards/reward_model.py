@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.remote.response_text import (
     Part,
@@ -48,7 +48,8 @@ class RewardModelSettings(ServiceSettings):
     @model_validator(mode="after")
     def _has_one_form(self) -> Self:
         if self.threshold is not None and {"shift", "scale"} & self.model_fields_set:
-            raise ValueError(f"threshold={self.threshold:g} is a raw score: leave out shift, scale")
+            message = f"threshold={self.threshold:g} is a raw score: leave out shift, scale"
+            raise UserError(message, key="threshold", cause=Cause.CONFLICT)
         return self
 
 
@@ -108,7 +109,11 @@ class RewardModel:
         """Return the response's score as a reward in [0, 1]. opened: the prompt ended with
         `<think>`. Raises UserError without a question, Ungradable, ServiceError."""
         if not isinstance(question, str):
-            raise UserError("a reward model needs the question: add it to the row")
+            raise UserError(
+                "a reward model needs the question: add it to the row",
+                key="question",
+                cause=Cause.MISSING,
+            )
         asked, part = prepare_texts(question, response, self.part, opened, self.settings.max_chars)
         if part.text is None:
             return Grade(0.0, part.reason)

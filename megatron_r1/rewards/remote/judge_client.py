@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.rewards.remote.completions import ChatChoice, Completion
 from megatron_r1.rewards.remote.judge_prompts import VERDICTS, judge_prompt, read_verdict
@@ -42,7 +42,8 @@ class JudgeSettings(ServiceSettings):
                 "verify": "odd to verify, so that there is a majority",
                 "compare": "even to compare, so that each response is shown first equally often",
             }
-            raise ValueError(f"votes must be {need[self.mode]}; got {self.votes}")
+            message = f"votes must be {need[self.mode]}; got {self.votes}"
+            raise UserError(message, key="votes", cause=Cause.CONFLICT)
         return self
 
     @property
@@ -142,10 +143,16 @@ class ReplyCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"cache: {folder} cannot be made ({error.strerror}); choose another"
+                f"cache: {folder} cannot be made ({error.strerror}); choose another",
+                key="cache",
+                cause=Cause.UNREADABLE,
             ) from None
         if not os.access(self.folder, os.W_OK):
-            raise UserError(f"cache: {folder} cannot be written to; choose another")
+            raise UserError(
+                f"cache: {folder} cannot be written to; choose another",
+                key="cache",
+                cause=Cause.UNREADABLE,
+            )
 
     async def get(self, request: dict[str, Any], vote: int) -> str | None:
         return await asyncio.to_thread(self._read, self._path(request, vote))

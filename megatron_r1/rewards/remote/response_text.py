@@ -5,6 +5,7 @@ Serving and training of a reward model both use these functions, so that both se
 import re
 from typing import Literal
 
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards.answer import THINK, Extraction, after_thought
 
 Part = Literal["summary", "response"]
@@ -44,9 +45,10 @@ def chat_messages(question: str, response: str) -> list[dict[str, str]]:
 
 
 def check_template(template: str | None) -> str | None:
-    """Return `template`. Raises ValueError for one without {response}."""
+    """Return `template`. Raises UserError for one without {response}."""
     if template is not None and "{response}" not in template:
-        raise ValueError(f"template must contain {{response}}, got {template!r}")
+        message = f"template must contain {{response}}, got {template!r}"
+        raise UserError(message, key="template", cause=Cause.MALFORMED)
     return template
 
 

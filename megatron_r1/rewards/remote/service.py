@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from megatron_r1.errors import RunError, UserError
+from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.remote.settings import ServiceSettings
 
@@ -173,6 +173,8 @@ def _authorization(settings: ServiceSettings) -> dict[str, str]:
     if not (key := os.environ.get(settings.api_key_env)):
         raise UserError(
             f"api_key_env: the environment variable {settings.api_key_env} is not set; "
-            f"export it, or leave api_key_env out for a service without a key"
+            f"export it, or leave api_key_env out for a service without a key",
+            key="api_key_env",
+            cause=Cause.NOT_FOUND,
         )
     return {"Authorization": f"Bearer {key}"}

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 
 
 class ServiceSettings(BaseModel):
@@ -30,13 +30,15 @@ class ServiceSettings(BaseModel):
     @classmethod
     def _is_http(cls, url: str) -> str:
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url must start with http:// or https://, got {url!r}")
+            message = f"url must start with http:// or https://, got {url!r}"
+            raise UserError(message, key="url", cause=Cause.MALFORMED)
         try:
             is_complete = bool(urlsplit(url).hostname) and urlsplit(url).port != 0
         except ValueError:  # of the port
             is_complete = False
         if not is_complete:
-            raise ValueError(f"url must have a host, and a port up to 65535 or none, got {url!r}")
+            message = f"url must have a host, and a port up to 65535 or none, got {url!r}"
+            raise UserError(message, key="url", cause=Cause.MALFORMED)
         return url.rstrip("/")
 
     @property
@@ -45,19 +47,40 @@ class ServiceSettings(BaseModel):
         return self.url if urlsplit(self.url).path else f"{self.url}/v1"
 
 
+CAUSES = {
+    "extra_forbidden": Cause.UNKNOWN,
+    "missing": Cause.MISSING,
+    "string_too_short": Cause.EMPTY,
+    **dict.fromkeys(("greater_than", "greater_than_equal"), Cause.OUT_OF_RANGE),
+}
+"""What pydantic's types of errors are to a user; any other is a malformed value."""
 Settings = TypeVar("Settings", bound=ServiceSettings)
 
 
 def read_settings(kind: str, settings_type: type[Settings], options: Mapping[str, Any]) -> Settings:
     """Parse `options` as settings of reward `kind`.
 
-    Raises UserError with one line for all mistakes, with the nearest known name for an unknown one.
+    Raises UserError with one line for all mistakes, with the nearest known name for an unknown one;
+    its key and cause are the first one's.
     """
     try:
         return settings_type.model_validate(dict(options))
     except ValidationError as failure:
         mistakes = [_explain(error, settings_type) for error in failure.errors()]
-        raise UserError(f"rewards.options of {kind}: " + "; ".join(mistakes)) from None
+        name, cause = _fault(failure.errors()[0])
+        raise UserError(
+            f"rewards.options of {kind}: " + "; ".join(mistakes),
+            key=f"rewards.options.{kind}.{name}",
+            cause=cause,
+        ) from None
+
+
+def _fault(error: Mapping[str, Any]) -> tuple[str, Cause]:
+    """Return the option at fault in one of pydantic's errors, and what is wrong with it."""
+    raised = error.get("ctx", {}).get("error")
+    if isinstance(raised, UserError):
+        return raised.key, raised.cause
+    return ".".join(map(str, error["loc"])), CAUSES.get(error["type"], Cause.MALFORMED)
 
 
 def _explain(error: Mapping[str, Any], settings_type: type[ServiceSettings]) -> str:

@@ -9,12 +9,13 @@ import itertools
 import math
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
 import msgspec
 
-from megatron_r1.errors import RunError, UserError
+from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.processes.framed_process import START_TIMEOUT_SECONDS, WorkerLost
 from megatron_r1.processes.frames import frame
 from megatron_r1.rewards import REMOTE, resolve
@@ -37,6 +38,22 @@ SMALL_LIMIT_BYTES = 512 * 2**20
 """About the address space that importing the largest reward, with sympy, takes."""
 LEVELS = ("queued", "running")
 """The numbers of a snapshot that are levels; the others are counts since the start."""
+
+
+def _check_json(kind: str, values: Mapping[str, object]) -> None:
+    """Raise UserError naming the first of `values` that JSON cannot hold."""
+    for name, value in values.items():
+        try:
+            msgspec.json.encode(value)
+            fault = find_non_finite(value, name)
+        except (TypeError, UnicodeEncodeError) as error:
+            fault = str(error)
+        if fault:
+            raise UserError(
+                f"the {name} of a {kind} job must be JSON: {fault}",
+                key=name,
+                cause=Cause.MALFORMED,
+            )
 
 
 @dataclass(eq=False)
@@ -71,9 +88,17 @@ class RewardPool:
         memory_limit_bytes: int = 2 * 1024**3,
     ) -> None:
         if num_workers < 1:
-            raise UserError(f"rewards.workers must be at least 1, got {num_workers}")
+            raise UserError(
+                f"rewards.workers must be at least 1, got {num_workers}",
+                key="rewards.workers",
+                cause=Cause.OUT_OF_RANGE,
+            )
         if not timeout_seconds > 0:
-            raise UserError(f"rewards.timeout_seconds must be positive, got {timeout_seconds}")
+            raise UserError(
+                f"rewards.timeout_seconds must be positive, got {timeout_seconds}",
+                key="rewards.timeout_seconds",
+                cause=Cause.OUT_OF_RANGE,
+            )
         self.num_workers = num_workers
         self.timeout_seconds = timeout_seconds
         self.memory_limit_bytes = memory_limit_bytes
@@ -113,12 +138,11 @@ class RewardPool:
         job = EncodedJob(job_id, target, truth, fields, EMPTY)
         try:
             encoded = msgspec.json.encode(job)
-        except (TypeError, UnicodeEncodeError) as error:
-            raise UserError(f"truth and fields of a {kind} job must be JSON: {error}") from error
+        except (TypeError, UnicodeEncodeError):
+            _check_json(kind, {"truth": truth, **fields})
+            raise
         if b"null" in encoded:  # what NaN and infinity become
-            for name, value in {"truth": truth, **fields}.items():
-                if fault := find_non_finite(value, name):
-                    raise UserError(f"the {name} of a {kind} job must be JSON: {fault}")
+            _check_json(kind, {"truth": truth, **fields})
         job.response = self._as_json(response)
         limit = time_limit(kind, fields, self.timeout_seconds)
         result = asyncio.get_running_loop().create_future()
@@ -293,9 +317,14 @@ class RewardPool:
         if not job.result.done():
             # Libraries that run out of memory while they are imported raise all kinds of errors, so
             # the limit is named wherever it is small.
-            if is_out_of_memory or self.memory_limit_bytes < SMALL_LIMIT_BYTES:
+            is_too_small = is_out_of_memory or self.memory_limit_bytes < SMALL_LIMIT_BYTES
+            if is_too_small:
                 reason += f" (within {self.memory_limit_bytes:,} bytes: rewards.memory_gib)"
-            error = UserError(f"reward {job.job.target!r} cannot be used: {reason}")
+            error = UserError(
+                f"reward {job.job.target!r} cannot be used: {reason}",
+                key="rewards.memory_gib" if is_too_small else job.job.target,
+                cause=Cause.OUT_OF_RANGE if is_too_small else Cause.FAILED,
+            )
             job.result.set_exception(error)
 
     def _fail(self, error: Exception) -> None:

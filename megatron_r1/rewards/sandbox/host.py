@@ -9,7 +9,7 @@ import stat
 import sys
 from pathlib import Path
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 NOBODY = 65534
 """User and group id inside every sandbox; outside too, where the grader runs as root."""
@@ -54,7 +54,9 @@ def interpreter() -> tuple[str, tuple[str, ...]]:
     if not system.exists():
         raise SandboxUnavailable(
             f"graded programs need a Python that the sandbox may read, and {own} is private to "
-            "one user: install the system's (apt-get install python3)"
+            "one user: install the system's (apt-get install python3)",
+            key="python3",
+            cause=Cause.UNREADABLE,
         )
     return str(system), ("--ro-bind", str(system), str(system))
 
@@ -64,7 +66,9 @@ def compiler() -> str:
     """Return the system's g++: its headers and libraries are in folders that the sandbox mounts."""
     if not os.access(COMPILER, os.X_OK):
         raise SandboxUnavailable(
-            f"C++ programs need {COMPILER}, which is missing: apt-get install g++"
+            f"C++ programs need {COMPILER}, which is missing: apt-get install g++",
+            key="g++",
+            cause=Cause.NOT_INSTALLED,
         )
     return COMPILER
 
@@ -74,7 +78,9 @@ def _find(program: str, package: str) -> str:
     if path is None:
         raise SandboxUnavailable(
             f"graded programs run in a sandbox or not at all, and {program} is missing: "
-            f"apt-get install {package} (or your system's package of that name)"
+            f"apt-get install {package} (or your system's package of that name)",
+            key=Path(program).name,
+            cause=Cause.NOT_INSTALLED,
         )
     return path
 

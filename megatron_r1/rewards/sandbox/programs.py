@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_r1.errors import Cause
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.sandbox import host
 from megatron_r1.rewards.sandbox.limits import Budget, Limits
@@ -74,7 +75,9 @@ def require_sandbox(language: str) -> None:
     if release and tuple(map(int, release.groups())) < OLDEST_KERNEL:
         raise host.SandboxUnavailable(
             f"graded programs need Linux {'.'.join(map(str, OLDEST_KERNEL))} or newer, this is "
-            f"{platform.release()}: run them on a newer system"
+            f"{platform.release()}: run them on a newer system",
+            key="Linux",
+            cause=Cause.UNSUPPORTED,
         )
     host.launcher()
     if language == "cpp":
@@ -88,13 +91,17 @@ def require_sandbox(language: str) -> None:
             "allow user namespaces (Debian: sysctl kernel.unprivileged_userns_clone=1; Ubuntu: "
             "sysctl kernel.apparmor_restrict_unprivileged_userns=0; Docker: --security-opt "
             "seccomp=unconfined --security-opt apparmor=unconfined --security-opt "
-            "systempaths=unconfined)"
+            "systempaths=unconfined)",
+            key="sandbox",
+            cause=Cause.FAILED,
         ) from None
     if outcome.stdout != b"42\n":
         message = shorten(outcome.stderr.decode("utf-8", "replace"), 300)
         raise host.SandboxUnavailable(
             f"a trivial program fails in the sandbox (status {outcome.status}: {message}): "
-            "install the system's Python (apt-get install python3)"
+            "install the system's Python (apt-get install python3)",
+            key="sandbox",
+            cause=Cause.FAILED,
         )
 
 

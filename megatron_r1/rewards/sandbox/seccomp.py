@@ -18,6 +18,7 @@ import functools
 import platform
 import struct
 
+from megatron_r1.errors import Cause
 from megatron_r1.rewards.sandbox.host import SandboxUnavailable
 
 ALLOWED = """
@@ -79,7 +80,9 @@ def build_filter(*, compiler: bool) -> bytes:
     if machine not in MACHINES:
         raise SandboxUnavailable(
             f"the sandbox has no system-call table for {machine}: run the code reward on "
-            f"{' or '.join(MACHINES)}"
+            f"{' or '.join(MACHINES)}",
+            key="machine",
+            cause=Cause.UNSUPPORTED,
         )
     allowed = numbers(ALLOWED, machine) | (numbers(COMPILING, machine) if compiler else {})
     filtered = numbers(FILTERED, machine)

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 from curation_answers import PROMPT, answer, run_decide, selection
-from served import Served, judge_that
+from fakes.model_service import Served, judge_that
 
 from megatron_r1.config.sample import PairsConfig, SampleConfig
 from megatron_r1.curation.cache import ResultCache

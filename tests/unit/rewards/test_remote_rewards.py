@@ -5,26 +5,24 @@ import json
 
 import pytest
 from aiohttp import web
-from served import Served, judge_that
+from fakes.model_service import Served, by_answer, judge_that
+from refusals import refused
+from waiting import until
 
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import load_prompts, make_prompt
 from megatron_r1.engine.responses import Response
+from megatron_r1.errors import Cause
 from megatron_r1.rewards import REMOTE, judge, resolve
-from megatron_r1.rewards.base import UNGRADED
 from megatron_r1.rewards.options import call_fields
 from megatron_r1.rewards.remote import service
-from megatron_r1.rewards.remote.runner import check_options, reward_class
+from megatron_r1.rewards.remote.runner import check_options, settings_names
 from megatron_r1.rewards.remote.service import ServiceError
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.rollout import Sampling
 
 ROW = {"question": "Name the capital of France.", "model": "m", "votes": 1}
-
-
-def by_answer(texts):
-    return "correct" if texts["reference answer"] in texts["response"] else "incorrect"
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +39,7 @@ def with_pool(answer, scenario):
         async with Served(answer) as served, RewardPool(1) as pool:
             return await scenario(pool, served), served
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(run())
 
 
 def grade_all(answer, responses, **settings):
@@ -76,9 +74,7 @@ def status(code, headers=None, text="no"):
 def test_the_registry_finds_every_served_reward_and_its_settings():
     for kind in REMOTE:
         assert resolve(kind) == REMOTE[kind]
-        assert {"url", "model", "api_key_env"} <= reward_class(
-            kind
-        ).settings_type.model_fields.keys()
+        assert {"url", "model", "api_key_env"} <= settings_names(kind)
 
 
 def test_grades_go_through_the_pool_without_a_worker():
@@ -92,13 +88,14 @@ def test_grades_go_through_the_pool_without_a_worker():
 def test_a_passing_failure_is_tried_again_and_changes_nothing(code):
     grades, counts, _ = grade_all(failing(2, status(code)), ["Lyon", "Paris"])
     assert [grade.reward for grade in grades] == [0.0, 1.0]
-    assert grades[0].reason == "judged incorrect" and counts["remote/retries"] == 2
+    assert grades[0].is_graded and counts["remote/retries"] == 2
 
 
 @pytest.mark.parametrize("text", ["", "<html>", "{}", "[]", '{"choices": 3}'])
 def test_an_answer_of_another_kind_is_a_failed_try(text):
     grades, counts, _ = grade_all(failing(2, status(200, text=text)), ["Lyon"])
-    assert grades[0].reason == "judged incorrect" and counts["remote/retries"] == 2
+    assert (grades[0].reward, grades[0].is_graded) == (0.0, True)
+    assert counts["remote/retries"] == 2
 
 
 def test_the_service_says_how_long_to_wait(monkeypatch):
@@ -120,7 +117,7 @@ def test_a_request_the_service_refuses_costs_one_sample_and_says_so(code):
     answer = failing(10**6, status(code, text="maximum context length"))
     grades, counts, _ = grade_all(answer, ["Lyon", "Paris"])
     assert [grade.reward for grade in grades] == [0.0, 1.0]
-    assert grades[0].reason.startswith(f"{UNGRADED}: status {code}")
+    assert not grades[0].is_graded and str(code) in grades[0].reason
     assert "maximum context length" in grades[0].reason
     assert counts["remote/ungraded"] == 1 and counts["remote/retries"] == 0
 
@@ -128,7 +125,7 @@ def test_a_request_the_service_refuses_costs_one_sample_and_says_so(code):
 def test_a_text_that_breaks_the_service_costs_one_sample():
     grades, counts, _ = grade_all(failing(10**6, status(500)), ["Lyon", "Paris"])
     assert [grade.reward for grade in grades] == [0.0, 1.0]
-    assert grades[0].reason.startswith(f"{UNGRADED}: status 500")
+    assert not grades[0].is_graded and "500" in grades[0].reason
     assert counts["remote/ungraded"] == 1
 
 
@@ -147,22 +144,20 @@ def test_an_outage_in_the_middle_is_an_error_and_never_a_reward():
 
     (first, after), _ = with_pool(answer, scenario)
     assert first.reward == 1.0
-    for error in after:
-        assert isinstance(error, ServiceError)
-        assert "status 500" in str(error) and "gave up after" in str(error)
+    assert all(isinstance(error, ServiceError) and "500" in str(error) for error in after)
 
 
-@pytest.mark.parametrize("failure", [status(429), status(503), status(504)])
-def test_a_service_that_stays_busy_is_an_error_whatever_else_works(failure):
-    with pytest.raises(ServiceError, match="gave up after"):
-        grade_all(failing(10**6, failure), ["Lyon", "Paris"], retry_seconds=0.2)
+@pytest.mark.parametrize("code", [429, 503, 504])
+def test_a_service_that_stays_busy_is_an_error_whatever_else_works(code):
+    with pytest.raises(ServiceError, match=f"{code}.*retry_seconds"):
+        grade_all(failing(10**6, status(code)), ["Lyon", "Paris"], retry_seconds=0.2)
 
 
 def test_a_service_that_hangs_is_an_error():
     async def hang(path, body):
         await asyncio.sleep(3600)
 
-    with pytest.raises(ServiceError, match="no answer in 0.05 s; gave up"):
+    with pytest.raises(ServiceError, match="0.05"):
         grade_all(hang, ["Paris"], timeout_seconds=0.05, retry_seconds=0.2)
 
 
@@ -175,19 +170,19 @@ def test_a_slow_answer_is_asked_for_again():
         return judge_that(by_answer)(path, body)
 
     grades, counts, _ = grade_all(answer, ["Lyon"], timeout_seconds=1.0)
-    assert grades[0].reason == "judged incorrect" and counts["remote/retries"] >= 1
+    assert grades[0].is_graded and counts["remote/retries"] >= 1
 
 
 def test_nobody_listening_is_said_at_the_start():
     async def scenario(pool, served):
         await pool.grade("judge", "", "Paris", **{**ROW, "url": "http://127.0.0.1:9"})
 
-    with pytest.raises(ServiceError, match="127.0.0.1:9.*cannot be reached.*correct its url"):
+    with pytest.raises(ServiceError, match="127.0.0.1:9.*url"):
         with_pool(judge_that(by_answer), scenario)
 
 
 @pytest.mark.parametrize(
-    ("code", "remedy"), [(401, "api_key_env"), (404, "url and model"), (307, "url"), (405, "url")]
+    ("code", "remedy"), [(401, "api_key_env"), (404, "url.*model"), (307, "url"), (405, "url")]
 )
 def test_a_service_that_refuses_us_is_an_error_at_once(code, remedy):
     requests = []
@@ -196,7 +191,7 @@ def test_a_service_that_refuses_us_is_an_error_at_once(code, remedy):
         requests.append(path)
         return web.Response(status=code, headers={"Location": "http://127.0.0.1:9/elsewhere"})
 
-    with pytest.raises(ServiceError, match=f"status {code}.*check {remedy}"):
+    with pytest.raises(ServiceError, match=f"{code}.*{remedy}"):
         grade_all(answer, ["Paris"])
     assert len(requests) == 1
 
@@ -212,8 +207,13 @@ def test_the_check_is_done_once_and_by_an_empty_answer_too():
 
 
 def test_no_more_requests_at_once_than_allowed():
+    asked = []
+
     async def answer(path, body):
-        await asyncio.sleep(0.02)
+        if "Paris" in json.dumps(body):
+            asked.append(body)
+            await until(lambda: len(asked) >= 3)
+            await asyncio.sleep(0.02)  # in which a fourth request could come
         return judge_that(by_answer)(path, body)
 
     _, _, served = grade_all(answer, [f"Paris {i}" for i in range(20)], concurrency=3)
@@ -222,16 +222,14 @@ def test_no_more_requests_at_once_than_allowed():
 
 def test_closing_the_pool_ends_what_waits():
     async def hang(path, body):
-        texts_shown = "Lyon" in json.dumps(body)
-        if texts_shown:
+        if "Lyon" in json.dumps(body):
             await asyncio.sleep(3600)
         return judge_that(by_answer)(path, body)
 
     async def scenario(pool, served):
         row = {**ROW, "url": served.url}
         job = asyncio.create_task(pool.grade("judge", "Lyon", "Paris", **row))
-        while not any("Lyon" in json.dumps(body) for _, _, body in served.requests):
-            await asyncio.sleep(0.01)
+        await until(lambda: any("Lyon" in json.dumps(body) for _, _, body in served.requests))
         await pool.close()
         return await asyncio.gather(job, return_exceptions=True)
 
@@ -240,29 +238,41 @@ def test_closing_the_pool_ends_what_waits():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "key", "cause"),
     [
-        ({"url": "http://x"}, "model must be set"),
-        ({"model": "m"}, "url must be set"),
-        ({"url": "http://x", "model": "m", "vote": 3}, "unknown option vote; did you mean votes?"),
-        ({"url": "x:80", "model": "m"}, "url must start with http"),
-        ({"url": "http://x", "model": "m", "votes": 2}, "votes must be odd"),
-        ({"url": "http://x", "model": "m", "votes": "many"}, "votes: .*got 'many'"),
-        ({"url": "http://x", "model": "m", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is not set"),
+        ({"model": None}, "model", Cause.MISSING),
+        ({"model": ""}, "model", Cause.EMPTY),
+        ({"url": None}, "url", Cause.MISSING),
+        ({"url": "x:80"}, "url", Cause.MALFORMED),
+        ({"url": "http://x:99999"}, "url", Cause.MALFORMED),
+        ({"votes": 2}, "votes", Cause.CONFLICT),
+        ({"votes": "many"}, "votes", Cause.MALFORMED),
+        ({"votes": -1}, "votes", Cause.OUT_OF_RANGE),
     ],
 )
-def test_wrong_options_are_told_by_name(options, message):
-    if "api_key_env" not in options:  # the controller's machine alone needs the key
-        with pytest.raises(ValueError, match=message):
-            check_options("judge", options)
-    if "vote" in options:  # may be a field of the prompt
-        return
+def test_wrong_options_are_told_by_name(options, key, cause):
+    options = {"url": "http://x", "model": "m", **options}
+    options = {name: value for name, value in options.items() if value is not None}
 
     async def scenario(pool, served):
         await pool.grade("judge", "Paris", "Paris", question="?", **options)
 
-    with pytest.raises(ValueError, match=message):
+    with refused(f"rewards.options.judge.{key}", cause, options.get(key, "")):
+        check_options("judge", options)
+    with refused(f"rewards.options.judge.{key}", cause):
         with_pool(judge_that(by_answer), scenario)
+
+
+def test_an_unknown_option_is_one_in_a_recipe_and_may_be_a_field_of_a_prompt():
+    options = {"url": "http://x", "model": "m", "vote": 3}
+    with refused("rewards.options.judge.vote", Cause.UNKNOWN, "votes"):
+        check_options("judge", options)
+
+
+def test_only_the_controller_s_machine_needs_the_key():
+    check_options("judge", {"url": "http://x", "model": "m", "api_key_env": "NO_SUCH_KEY"})
+    with refused("api_key_env", Cause.NOT_FOUND, "NO_SUCH_KEY"):
+        grade_all(judge_that(by_answer), ["Paris"], api_key_env="NO_SUCH_KEY")
 
 
 def test_data_cannot_say_which_service_is_asked_with_whose_key():
@@ -304,7 +314,7 @@ def test_one_votes_verdict_cannot_serve_another():
         return replies[0]
 
     grades, counts, _ = grade_all(answer, ["Lyon"], votes=3)
-    assert grades[0].reason.startswith(UNGRADED) and counts["remote/no_verdict"] == 3
+    assert not grades[0].is_graded and counts["remote/no_verdict"] == 3
 
 
 class Answers:
@@ -337,7 +347,7 @@ def test_a_rollout_is_graded_by_the_recipes_judge_and_stops_when_it_is_down():
         await collector.grader.check_rewards(rewards.weights, prompts)
         rollout = await collector.collect(prompts, Sampling(2, 1.0, 1.0, 8))
         is_down.append(True)
-        with pytest.raises(ServiceError, match="status 503"):
+        with pytest.raises(ServiceError, match="503"):
             await collector.collect(prompts, Sampling(2, 1.0, 1.0, 8))
         return [graded.reward for graded in rollout.groups[0].responses]
 
@@ -352,5 +362,5 @@ def test_prompts_for_reward_models_need_no_truth(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     assert len(load_prompts(path=path, heldout_fraction=0.0).train) == 2
     path.write_text(json.dumps({"question": "?", "kind": "judge"}))
-    with pytest.raises(ValueError, match="'truth' is missing"):
+    with refused("truth", Cause.MISSING):
         load_prompts(path=path)

@@ -4,9 +4,11 @@ import asyncio
 import math
 
 import pytest
-from pydantic import ValidationError
-from served import Served
+from fakes.model_service import Served
+from refusals import refused
 
+from megatron_r1.errors import Cause
+from megatron_r1.rewards.remote.runner import check_options
 from megatron_r1.rewards.remote.service import ServiceError
 from megatron_r1.rewards.reward_model import Helpful, RewardModelSettings, Safety
 
@@ -35,7 +37,7 @@ def with_model(kind, answer, call, **settings):
             finally:
                 await model.close()
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(run())
 
 
 def grade(kind, answer, response=RESPONSE, opened=False, **settings):
@@ -72,8 +74,6 @@ def test_of_several_classes_the_good_ones_share_counts():
 @pytest.mark.parametrize(("score", "expected"), [(1.99, 0.0), (2.0, 1.0), (1e9, 1.0), (-1e9, 0.0)])
 def test_with_a_threshold_a_score_is_good_or_not(score, expected):
     assert grade(Safety, scores(score), threshold=2.0)[0].reward == expected
-    with pytest.raises(ValidationError, match="threshold=2 is a raw score: leave out shift"):
-        RewardModelSettings(url="http://x", model="rm", threshold=2.0, shift=1.0)
 
 
 def shown_to(kind, response, opened=False):
@@ -96,7 +96,7 @@ def test_a_response_without_a_summary_is_0_for_helpful_and_still_seen_by_safety(
     assert shown_to(Helpful, "and so on", opened=True) == []
     assert shown_to(Safety, "and so on", opened=True) == [turns("<think>and so on")]
     given, requests = grade(Helpful, scores(9.0), "Hm.", opened=True)
-    assert given.reward == 0.0 and "never closed" in given.reason and requests == []
+    assert given.reward == 0.0 and given.is_graded and requests == []
 
 
 def test_the_request_asks_for_raw_scores_and_texts_fill_a_template_once():
@@ -119,31 +119,40 @@ def check(kind, answer, **settings):
 def test_the_check_refuses_a_model_of_another_kind():
     check(Helpful, scores(1.0))
     check(Safety, scores(1.0, 2.0), label=1)
-    for answer, settings, remedy in [
-        (scores(1.0, 2.0), {}, "set label, 0 to 1"),
-        (scores(1.0), {"label": 0}, "leave out label"),
-        (scores(1.0, 2.0), {"label": 2}, "set label, 0 to 1"),
-        (scores(), {}, "instead of scores"),
+    for answer, settings in [
+        (scores(1.0, 2.0), {}),
+        (scores(1.0), {"label": 0}),
+        (scores(1.0, 2.0), {"label": 2}),
     ]:
-        with pytest.raises(ServiceError, match=remedy):
+        with pytest.raises(ServiceError, match="label"):
             check(Helpful, answer, **settings)
+    with pytest.raises(ServiceError, match="'rm'"):
+        check(Helpful, scores())
 
 
 def test_the_check_finds_a_chat_template_that_drops_the_thought():
     def without_thought(text):
         return len(text.rpartition("</think>")[2])
 
-    with pytest.raises(ServiceError, match="drops <think>"):
+    with pytest.raises(ServiceError, match="<think>"):
         check(Safety, scores(1.0, num_tokens=without_thought))
     check(Helpful, scores(1.0, num_tokens=without_thought))
     check(Safety, scores(1.0))
 
 
-def test_a_template_without_a_place_for_the_response_is_refused():
-    with pytest.raises(ValueError, match="must contain {response}"):
-        RewardModelSettings(url="http://x", model="m", template="{answer}")
+@pytest.mark.parametrize(
+    ("settings", "key", "cause"),
+    [
+        ({"threshold": 2, "shift": 1.0}, "threshold", Cause.CONFLICT),
+        ({"template": "{answer}"}, "template", Cause.MALFORMED),
+        ({"scale": 0}, "scale", Cause.OUT_OF_RANGE),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, key, cause):
+    with refused(f"rewards.options.safety.{key}", cause, settings[key]):
+        check_options("safety", {"url": "http://x", "model": "rm", **settings})
 
 
 def test_a_row_without_a_question_is_the_users_mistake():
-    with pytest.raises(ValueError, match="needs the question"):
+    with refused("question", Cause.MISSING):
         with_model(Helpful, scores(0.0), lambda model: model.grade("x", None))

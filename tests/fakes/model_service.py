@@ -66,6 +66,11 @@ def verdict(key, choice, before="It is so."):
     return f"{before}\n" + json.dumps({"key": key, "verdict": choice})
 
 
+def by_answer(texts):
+    """The verdict of a judge that looks for the reference answer in the response."""
+    return "correct" if texts["reference answer"] in texts["response"] else "incorrect"
+
+
 def judge_that(decide):
     """The answer function of a judge; decide(texts) gives the verdict. It passes any check."""
 
