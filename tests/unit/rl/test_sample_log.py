@@ -10,6 +10,7 @@ import pytest
 from megatron_r1.config.schedule import ScheduleEntry, digest_until
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.responses import Response
+from megatron_r1.errors import RunError
 from megatron_r1.files.framed import HEADER, FramedFile, append_frame
 from megatron_r1.rl.dynamic_sampling import collect_informative
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout
@@ -165,7 +166,7 @@ def test_a_full_disk_stops_the_batch_and_what_was_whole_is_kept(tmp_path):
         step = await log.step(1)
         step.keep(0, group(0, 1.0))
         step.keep(1, group(1, *[1.0] * 400))  # larger than the disk
-        with pytest.raises(RuntimeError, match="samples cannot be written down .*; make room"):
+        with pytest.raises(RunError, match=str(tmp_path)):
             await step.accept()
         await log.close()
 
@@ -182,7 +183,7 @@ def test_a_full_disk_stops_the_batch_and_what_was_whole_is_kept(tmp_path):
         step = await log.step(1)
         assert step.recall(0, PROMPTS[0]) == group(0, 1.0)
         assert step.recall(1, PROMPTS[1]) is None and not step.is_accepted
-        assert "no whole record, as a kill leaves them" in messages[0]
+        assert len(messages) == 1
         await log.close()
 
     asyncio.run(resume())

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from aiohttp import web
+from refusals import refused
 from transformers import PreTrainedTokenizerFast
 
 from megatron_r1.agents.episode import Episode
@@ -19,6 +20,7 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.client import EngineClient
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.responses import Response
+from megatron_r1.errors import Cause
 from megatron_r1.fleet.external import ExternalFleet
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.collector import RolloutCollector
@@ -71,60 +73,41 @@ def test_a_teacher_of_another_architecture_with_more_tokens_of_its_own_is_accept
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "key", "cause", "shown"),
     [
-        ({"words": ["one", "three", "two"]},
-         r"tokenizer is not the student's .*: 3 is 'two', to the teacher 'three'; 4 is 'three', to "
-         "the teacher 'two'"),
-        ({"words": ["one", "two"]}, "4 is 'three', to the teacher 'nothing'"),
-        ({"vocab_size": 7}, r"knows tokens 0 … 6, and the student may write any of 0 … 7"),
-        ({"positions": 48}, "48 positions .*up to 64 tokens.*set rollout.max_model_len: 48"),
-        ({"rollout": {"temperature": 0.7}}, "rollout.temperature: 0.7.*set both to 1"),
-        ({"schedule": [{"from_step": 3, "rollout.top_p": 0.9}]}, "from_step 3: .*top_p: 0.9"),
-        ({"teacher": {"tensor": 3}}, "teacher.tensor=3 does not divide num_attention_heads=4"),
-        ({"teacher": {"path": "nowhere"}}, "nowhere/config.json does not exist"),
+        ({"words": ["one", "three", "two"]}, "teacher.path", Cause.CONFLICT, ("'two'", "'three'")),
+        ({"words": ["one", "two"]}, "teacher.path", Cause.CONFLICT, ("4 is 'three'",)),
+        ({"vocab_size": 7}, "teacher.path", Cause.CONFLICT, (6, 7)),
+        ({"positions": 48}, "teacher.path", Cause.TOO_LARGE, ("48", "64", "rollout.max_model_len")),
+        ({"rollout": {"temperature": 0.7}}, "rollout.temperature", Cause.CONFLICT, ("0.7",)),
+        (
+            *({"schedule": [{"from_step": 3, "rollout.top_p": 0.9}]}, "rollout.top_p"),
+            *(Cause.CONFLICT, ("from_step 3", "0.9")),
+        ),
+        ({"teacher": {"tensor": 3}}, "teacher.tensor", Cause.INDIVISIBLE, ("heads=4",)),
+        ({"teacher": {"path": "nowhere"}}, "teacher.path", Cause.NOT_FOUND, ("nowhere",)),
     ],
-)  # fmt: skip
-def test_a_teacher_that_cannot_score_the_student_is_refused_by_what_is_wrong(tmp_path, wrong, says):
-    with pytest.raises(ValueError, match=says):
+)
+def test_a_teacher_that_cannot_score_the_student_is_refused(tmp_path, wrong, key, cause, shown):
+    with refused(key, cause, *shown):
         check(tmp_path, **wrong)
 
 
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        (
-            {"rl": {"algorithm": "on_policy_distillation"}},
-            "learns from a teacher: set teacher.path",
-        ),
-        ({"teacher": {"path": "t"}}, "teacher.path: t would not be used by rl.algorithm: grpo"),
-    ],
-)
-def test_a_teacher_goes_with_the_algorithm_that_asks_it(settings, says):
-    with pytest.raises(ValueError, match=says):
-        check_teacher(Config(**settings))
+def test_a_teacher_goes_with_the_algorithm_that_asks_it():
+    with refused("teacher.path", Cause.MISSING):
+        check_teacher(Config(rl={"algorithm": "on_policy_distillation"}))
+    with refused("teacher.path", Cause.CONFLICT, "rl.algorithm: grpo"):
+        check_teacher(Config(teacher={"path": "t"}))
 
 
 def test_without_either_there_is_nothing_to_check():
     check_teacher(Config())
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"url": ["http://a:1"]}, "teacher.url: http://a:1 .*set teacher.path"),
-        ({"path": "t", "url": ["a:1"]}, "a:1 is no address; write http://host:port"),
-        ({"tokens_at_once": 32}, "32 is less than teacher.max_num_seqs: 64"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused(wrong, says):
-    with pytest.raises(ValueError, match=says):
-        Config(teacher=wrong)
-
-
 def test_only_the_first_differing_tokens_are_named():
     told = differing_tokens({f"a{n}": n for n in range(9)}, {f"b{n}": n for n in range(9)})
-    assert told.startswith("0 is 'a0', to the teacher 'b0'; ") and told.endswith("'b4' and 4 more")
+    assert [name in told for name in ("'a0'", "'b0'", "'b4'", "'b5'")] == [True, True, True, False]
+    assert told.endswith(" 4 more")
 
 
 def entries(token_ids):
@@ -187,10 +170,10 @@ def test_scores_are_those_of_the_tokens_from_the_first_asked_for():
 @pytest.mark.parametrize(
     ("said", "says"),
     [
-        (entries([3, 4]), "3 tokens but scores of 2"),
-        (entries([3, 9, 5]), "token 4 has no score"),
-        ([None, None, {"5": {"logprob": -1.0}}], "token 4 has no score"),
-        ([None, {"4": {"logprob": -9999.0}}, {"5": {"logprob": -1.0}}], "token 4 is -9999"),
+        (entries([3, 4]), "3 .*2"),
+        (entries([3, 9, 5]), "token 4"),
+        ([None, None, {"5": {"logprob": -1.0}}], "token 4"),
+        ([None, {"4": {"logprob": -9999.0}}, {"5": {"logprob": -1.0}}], "token 4 .*-9999"),
         ([None, {"4": {"logprob": None}}, {"5": {"logprob": -1.0}}], "prompt_logprobs"),
     ],
 )
@@ -205,9 +188,9 @@ def quick(monkeypatch):
     monkeypatch.setattr("megatron_r1.fleet.external.ExternalServer.poll_seconds", 0.01)
 
 
-def with_fleet(tmp_path, peers, story, *, max_restarts=0, start_timeout_seconds=10.0):
+def with_fleet(tmp_path, peers, story, *, max_restarts=0, start_timeout_seconds=1e5):
     async def run():
-        async with asyncio.timeout(30), peers[0], peers[-1]:
+        async with peers[0], peers[-1]:
             fleet = ExternalFleet(
                 [peer.url for peer in peers],
                 tmp_path,
@@ -251,11 +234,8 @@ def test_a_server_that_drops_calls_is_waited_for_and_the_calls_are_repeated(tmp_
 @pytest.mark.parametrize(
     ("peer", "says"),
     [
-        (
-            Peer(max_model_len=63),
-            "room for 63 tokens, 64 are needed: start it with --max-model-len",
-        ),
-        (Peer(can_score=False), "404.*start the server with --enable-scale-out"),
+        (Peer(max_model_len=63), "63 .*64 .*--max-model-len"),
+        (Peer(can_score=False), "404.*--enable-scale-out"),
     ],
 )
 def test_a_server_that_cannot_score_is_refused_at_the_start(tmp_path, peer, says):
@@ -270,7 +250,7 @@ def test_a_server_that_is_not_there_is_an_error_after_the_timeout(tmp_path):
         )
         await fleet.start(tmp_path)
 
-    with pytest.raises(EngineError, match="http://127.0.0.1:1: no vLLM server answers"):
+    with pytest.raises(EngineError, match="http://127.0.0.1:1"):
         asyncio.run(start())
 
 
@@ -417,5 +397,5 @@ def test_without_a_teacher_there_is_nothing_to_read_and_without_samples_nothing_
 
 
 def test_scores_of_another_number_of_tokens_are_refused():
-    with pytest.raises(ValueError, match="2 response tokens but 1 of the teacher's"):
+    with pytest.raises(ValueError, match="2 .*1 "):
         Sample.pack([1], [2, 3], [-1.0, -1.0], teacher=[-1.0])
