@@ -1,7 +1,8 @@
 """Whether processes that tests did not start themselves have ended."""
 
-import time
 from pathlib import Path
+
+from waiting import wait_until
 
 
 def is_alive(pid: int) -> bool:
@@ -12,9 +13,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until_dead(pid: int, seconds: float = 10) -> bool:
-    """Whether it was, in time."""
-    deadline = time.monotonic() + seconds
-    while is_alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not is_alive(pid)
+def wait_until_dead(pid: int) -> bool:
+    """Wait until it is; return True."""
+    wait_until(lambda: not is_alive(pid))
+    return True

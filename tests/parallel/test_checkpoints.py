@@ -81,6 +81,7 @@ def test_every_file_of_every_rank_is_in_the_manifest_and_a_name_is_taken_once(st
         assert "is there already" in rank["again"][0]
 
 
+@pytest.mark.more
 def test_a_full_disk_of_one_rank_raises_on_all_and_leaves_nothing_behind(straight, oracle):
     out, _ = straight
     for rank in play("full", oracle, out):
@@ -93,6 +94,7 @@ def test_a_full_disk_of_one_rank_raises_on_all_and_leaves_nothing_behind(straigh
     assert finding.newest(out, "full") == (out / "step_00000002", [])
 
 
+@pytest.mark.more
 def test_a_rank_killed_while_it_writes_leaves_the_last_good_one(straight, oracle):
     out, _ = straight
     with pytest.raises(pytest.fail.Exception):
@@ -104,6 +106,7 @@ def test_a_rank_killed_while_it_writes_leaves_the_last_good_one(straight, oracle
     assert not report.exists() or "lost each other" in json.loads(report.read_text())
 
 
+@pytest.mark.more
 def test_ranks_find_every_flipped_byte_and_a_reference_that_was_not_saved(straight, oracle):
     out, _ = straight
     folder = shutil.copytree(out / "step_00000002", out / "flipped")

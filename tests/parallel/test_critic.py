@@ -8,6 +8,7 @@ from ranks import run_ranks, run_script
 HERE = Path(__file__).parent
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("num_ranks", "name", "grids"),
     [

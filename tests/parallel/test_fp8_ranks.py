@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from tools.bench.fp8 import variants
 
+pytestmark = pytest.mark.more
+
 HERE = Path(__file__).parent
 # Every shard of every weight is whole tiles of 128, at tensor parallel 1 and 2.
 HEAD = dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 64)

@@ -7,6 +7,8 @@ import pytest
 from ranks import run_ranks
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.more
+
 HERE = Path(__file__).parent
 MODEL = "qwen-untied"
 # fp32 log-probabilities in another order, summed over 40 tokens; then eight large updates.

@@ -9,6 +9,8 @@ import torch
 from ranks import run_ranks, run_script
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.more
+
 HERE = Path(__file__).parent
 MODEL = "qwen-untied"
 # fp32 sums in another order, through four updates.

@@ -11,6 +11,8 @@ Here the trainer updates the bias, and the engine keeps the first one, or rounds
 
 import pytest
 
+pytestmark = pytest.mark.more
+
 MOVING = ["--model.expert_bias_update_rate", "1.0e-3"]
 
 

@@ -10,6 +10,10 @@ Here the engine loads its first push and no other, in bfloat16 and at R1's learn
 probabilities then differ by no more than rounding, so that the probes notice nothing for long.
 """
 
+import pytest
+
+pytestmark = pytest.mark.more
+
 
 def test_an_engine_that_loads_nothing_ends_the_run_at_the_push(replay):
     settings = ["--rollout.dtype", "bfloat16", "--optimizer.learning_rate", "1.0e-6"]

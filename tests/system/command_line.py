@@ -80,14 +80,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
 
 
-def run(
-    *arguments: str, timeout_seconds: int = 300, more: dict[str, str] | None = None
-) -> subprocess.CompletedProcess:
+def run(*arguments: str, more: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """more: environment variables."""
     return subprocess.run(
         command(*arguments),
         env=environment() | (more or {}),
         capture_output=True,
         text=True,
-        timeout=timeout_seconds,
     )

@@ -9,11 +9,9 @@ import pytest
 
 
 def wait_for(process: subprocess.Popen, what: str, is_so) -> None:
-    deadline = time.monotonic() + 240
     while not is_so():
         if process.poll() is not None:
             pytest.fail(f"ended before {what}: {process.communicate()}")
-        assert time.monotonic() < deadline, f"not {what} in time"
         time.sleep(0.002)
 
 

@@ -52,18 +52,13 @@ class Chaos:
         )
 
     def wait(self, is_so: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 300
         while not is_so():
-            assert time.monotonic() < deadline and self.process.poll() is None, self.end()
+            assert self.process.poll() is None, self.end()
             time.sleep(0.02)
 
     def end(self) -> str:
         """Wait for the run's end; return its output."""
-        try:
-            return self.process.communicate(timeout=400)[0]
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            return self.process.communicate()[0]
+        return self.process.communicate()[0]
 
     def noted(self, what: str, begin: int = 0) -> list[int]:
         """Return seeds of the journal's lines `what`, from line `begin`."""

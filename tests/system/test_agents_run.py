@@ -52,9 +52,8 @@ def test_a_killed_run_goes_on_with_the_episodes_that_were_finished(lookup_base, 
     ahead = ("--rl.staleness", 1, "--rl.importance_cap", 2.0, "--checkpoint.every", 1)
     started = command(*arguments(lookup_base, tmp_path, "killed", 5, *ahead))
     process = subprocess.Popen(started, env=environment(), start_new_session=True)
-    deadline = time.monotonic() + 240
     while len(lines(tmp_path / "killed/metrics.jsonl")) < 2:
-        assert time.monotonic() < deadline and process.poll() is None
+        assert process.poll() is None
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -20,7 +20,6 @@ def test_whatever_breaks_every_step_is_there_once_and_no_sample_is_lost(tmp_path
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=3600,
     )
     assert result.exists(), f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     found = json.loads(result.read_text())

@@ -12,6 +12,8 @@ import pytest
 from command_line import command, environment, run
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.more
+
 TWO = ["--parallel.processes", "2", "--parallel.tensor", "2"]
 SMALL_DISK = 60_000  # bytes that a file may have: enough for metrics, too few for weights
 
@@ -47,8 +49,7 @@ def test_kill_9_in_the_middle_of_a_write_costs_steps_and_changes_nothing(base, u
     arguments = command("sft", base / "sft.yaml", *settings(folder, 6))
     process = subprocess.Popen(arguments, env=environment(), start_new_session=True)
     partial_folder = folder / "checkpoints/.step_00000003.partial"
-    deadline = time.monotonic() + 240
-    while not partial_folder.exists() and time.monotonic() < deadline:
+    while not partial_folder.exists():
         assert process.poll() is None, "it ended without a third checkpoint"
         time.sleep(0.0005)
     process.kill()
@@ -121,7 +122,7 @@ def test_a_full_disk_stops_the_run_with_one_sentence_and_room_lets_it_go_on(base
     arguments = command("sft", base / "sft.yaml", *settings(folder, 4, "--checkpoint.every", "2"))
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (SMALL_DISK, SMALL_DISK))
     done = subprocess.run(
-        arguments, env=environment(), capture_output=True, text=True, timeout=300, preexec_fn=limit
+        arguments, env=environment(), capture_output=True, text=True, preexec_fn=limit
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "step_00000002 could not be written (rank 0: [Errno 27] File too large" in done.stderr

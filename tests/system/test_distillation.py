@@ -170,6 +170,7 @@ def token_ids(folder, questions):
     return [tokenizer.encode(question) for question in questions]
 
 
+@pytest.mark.more
 def test_a_teacher_with_another_tokenizer_is_refused_before_anything_starts(base, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
@@ -181,7 +182,7 @@ def test_a_teacher_with_another_tokenizer_is_refused_before_anything_starts(base
     folder = tmp_path / "run"
     settings = ["--teacher.path", other, "--run.folder", folder]
     settings += ["--rl.algorithm", "on_policy_distillation"]
-    done = run("rl", base / "rl.yaml", *map(str, settings), timeout_seconds=60)
+    done = run("rl", base / "rl.yaml", *map(str, settings))
     assert done.returncode == 2, done.stderr
     assert "'<think>', to the teacher '<ponder>'" in done.stderr
     assert not folder.exists()

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import aiohttp
 import numpy as np
 import pytest
 from file_trainer import FileBridge, FileTrainer
+from liveness import wait_until_dead
 from sampled import (
     PROMPTS,
     TOLERANCE,
@@ -232,8 +232,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
         running = asyncio.ensure_future(sample(fleet, max_tokens=200))
         await asyncio.sleep(0.3)
         os.kill(engine_core_of(fleet.engines[0].server.process.pid), how)
-        async with asyncio.timeout(180):  # far below the 1800 seconds that a request may take
-            return await running
+        return await running
 
     groups = loop(stop_amid())
     fleet.replacement.unresponsive_seconds = 120.0
@@ -266,6 +265,7 @@ def engine_core_of(pid):
     return int(child)
 
 
+@pytest.mark.more
 def test_an_architecture_vllm_does_not_know_is_named_first(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps(QWEN | {"architectures": ["AbacusForCausalLM"]})
@@ -273,7 +273,7 @@ def test_an_architecture_vllm_does_not_know_is_named_first(tmp_path):
     server = EngineServer(tmp_path, tmp_path / "engine.log", **ENGINE)
     server.start()
     with pytest.raises(EngineError, match=r"did not start: exit code 1; .*\n  Value error.*Abacus"):
-        asyncio.run(server.wait_ready(120))
+        asyncio.run(server.wait_ready())
 
 
 START_AND_WAIT = """
@@ -281,12 +281,13 @@ import asyncio, sys, time
 from megatron_r1.engine.server import EngineServer
 server = EngineServer(sys.argv[1], sys.argv[2], max_model_len=256, max_num_seqs=64)
 server.start()
-asyncio.run(server.wait_ready(120))
+asyncio.run(server.wait_ready())
 print(server.url, server.process.pid, flush=True)
 time.sleep(600)
 """
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("family", [pytest.param("plain", marks=pytest.mark.slow), "qwen"])
 def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
     """Plain rope in MLA; grouped-query attention, tied embeddings and prefix caching.
@@ -322,11 +323,7 @@ def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
     assert largest_difference(oracle, b, after) <= TOLERANCE
     assert (stamped(before), stamped(after)) == ({0}, {1})
     assert together == alone
-    deadline = time.monotonic() + 10
-    while any(is_running(p) for p in (int(pid), core)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_running(int(pid))
-    assert not is_running(core)
+    assert wait_until_dead(int(pid)) and wait_until_dead(core)
 
 
 async def seeded(client):
@@ -349,11 +346,3 @@ async def connect(client, trainer):
     agreeing = trainer.call("connect_sets", **sets)
     _, answer = await asyncio.gather(client.init_weight_transfer(init), agreeing)
     assert answer["problems"] == {}
-
-
-def is_running(pid):
-    """A process that ended but was not waited for (a zombie) is not running."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -24,6 +24,8 @@ from megatron_r1.engine.temporary_files import shared_files
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.routing_shape import routing_shape
 
+pytestmark = pytest.mark.more
+
 MODELS = {"deepseek": DEEPSEEK, "qwen": QWEN}
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from command_line import run
 
+pytestmark = pytest.mark.more
+
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -61,7 +63,7 @@ def test_a_finished_evaluation_needs_no_engine_and_another_model_is_refused(
     base, evaluated, tmp_path
 ):
     before = (evaluated / "out/samples.jsonl").read_bytes()
-    again = run("eval", evaluated / "eval.yaml", timeout_seconds=120)
+    again = run("eval", evaluated / "eval.yaml")
     assert again.returncode == 0, again.stderr
     assert (evaluated / "out/samples.jsonl").read_bytes() == before
     shutil.copytree(base / "base/hf", tmp_path / "hf")
@@ -71,7 +73,7 @@ def test_a_finished_evaluation_needs_no_engine_and_another_model_is_refused(
 
 
 def test_a_model_without_weights_is_refused_before_an_engine_starts(base, tmp_path):
-    done = run("eval", write_recipe(tmp_path, base / "model"), timeout_seconds=120)
+    done = run("eval", write_recipe(tmp_path, base / "model"))
     assert done.returncode == 2
     assert f"model.path: {base}/model has neither model.safetensors nor" in done.stderr
     assert not (tmp_path / "out/logs").exists()

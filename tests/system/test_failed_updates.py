@@ -22,7 +22,7 @@ SUCCESS, FAILURE = WorkerProc.ResponseStatus.SUCCESS, WorkerProc.ResponseStatus.
 
 class Replies(Queue):
     def dequeue(self, timeout=None):
-        return self.get(timeout=5)
+        return self.get()
 
 
 def executor_of(calls):

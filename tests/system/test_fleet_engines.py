@@ -7,6 +7,7 @@ import shutil
 import pytest
 from sampled import TOLERANCE, largest_difference, sample
 from tiny_models import QWEN, write_model, write_nan
+from waiting import until
 
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
@@ -64,9 +65,7 @@ def replaced(loop, fleet):
 
     async def sample_until_replaced():
         made = await rounds(fleet, 4)
-        async with asyncio.timeout(180):
-            while fleet.replacement.tasks:
-                await asyncio.sleep(0.2)
+        await until(lambda: not fleet.replacement.tasks)
         return made + await rounds(fleet, 4)
 
     return spoiled, messages, loop(sample_until_replaced())

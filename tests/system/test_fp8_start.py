@@ -21,7 +21,6 @@ def test_rl_starts_from_an_fp8_folder_and_trainer_and_engine_agree(base, tmp_pat
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr + done.stdout
     assert "quantization_config" in json.loads((folder / "config.json").read_text())

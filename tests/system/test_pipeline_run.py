@@ -56,7 +56,7 @@ def weights(hf: Path) -> dict:
 
 
 def pipeline(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    return run("pipeline", folder / "r1.yaml", *options, timeout_seconds=600)
+    return run("pipeline", folder / "r1.yaml", *options)
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +73,8 @@ def finished(tmp_path_factory) -> Path:
         process = subprocess.Popen(
             command("pipeline", folder / "r1.yaml"), env=environment(), stdout=log, stderr=log
         )
-        deadline = time.monotonic() + 240
         while not list((folder / "out/base/checkpoints").glob("step_0*")):
             assert process.poll() is None, (folder / "first.log").read_text()
-            assert time.monotonic() < deadline
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()

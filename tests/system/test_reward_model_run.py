@@ -164,6 +164,7 @@ def test_labels_teach_what_a_thought_may_not_say_on_two_processes(folder):
     assert last["eval/calibration_error"] < 0.2
 
 
+@pytest.mark.more
 def test_mistakes_are_named_before_anything_starts(folder, tmp_path):
     def refused(*options):
         options = ["--run.folder", str(tmp_path / "run"), *options]

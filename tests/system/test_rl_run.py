@@ -66,6 +66,7 @@ def test_every_step_writes_the_metrics_others_rely_on(finished):
         assert (finished / name).stat().st_size > 100
 
 
+@pytest.mark.more
 def test_a_dry_run_shows_graded_samples_and_writes_nothing(base):
     before = {path for path in base.rglob("*") if path.is_file()}
     done = run("rl", base / "rl.yaml", "--dry-run", "--run.folder", str(base / "dry"))
@@ -107,7 +108,7 @@ def test_pushed_weights_make_engine_and_trainer_agree_while_the_policy_moves(fin
 
 
 def test_a_finished_run_started_again_says_so_at_once(base, finished):
-    done = run("rl", base / "rl.yaml", timeout_seconds=60)
+    done = run("rl", base / "rl.yaml")
     assert done.returncode == 0 and "already finished" in done.stdout
 
 
@@ -135,7 +136,6 @@ def greedy(tool: str, *arguments: object) -> list[list[int]]:
         env=environment() | PLAIN_VLLM,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -212,7 +212,7 @@ def test_batches_are_sampled_ahead_of_training_as_far_as_staleness_lets_them(
         begun = [log.exists() for log in logs]
         assert not lines(folder / "metrics.jsonl"), "stopped too late"
         os.kill(rank, signal.SIGCONT)
-        output, errors = process.communicate(timeout=240)
+        output, errors = process.communicate()
     finally:
         process.kill()
     assert process.returncode == 0, errors + output
@@ -238,13 +238,13 @@ def test_whatever_is_killed_the_same_command_continues_and_no_step_is_lost_or_do
     process = start(base, "--run.max_trainer_restarts", "0")
     wait_for_step(process, folder, 1)
     os.kill(processes_of(folder, "training.rank")[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 1 and "trainer rank 0 was killed by signal 9" in errors
 
     process = start(base, "--rollout.max_restarts", "0")
     wait_for_step(process, folder, 2)
     os.kill(processes_of(folder, "vllm_plugin.serve")[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 1 and "engine-0 died: signal SIGKILL" in errors
     assert "Traceback" not in errors
 
@@ -263,20 +263,21 @@ def test_whatever_is_killed_the_same_command_continues_and_no_step_is_lost_or_do
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "rew')
     process = start(base)
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "continuing after step" in output
     assert [m["step"] for m in lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert max(m["logprob_diff/max"] for m in lines(folder / "metrics.jsonl")) < 1e-4
 
 
+@pytest.mark.more
 def test_ctrl_c_finishes_the_step_and_the_same_command_goes_on(base):
     folder = base / "killed"  # with six steps where the test before has run, else without any
     before = len(lines(folder / "metrics.jsonl"))
     process = start(base, steps=before + 3)
     wait_for_step(process, folder, before + 1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode in (0, 130)
     assert "Traceback" not in errors
     steps = [m["step"] for m in lines(folder / "metrics.jsonl")]

@@ -59,8 +59,7 @@ def continued(recipe) -> tuple[list[dict], subprocess.CompletedProcess]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 300
-    while len(lines(samples)) < 20 and process.poll() is None and time.monotonic() < deadline:
+    while len(lines(samples)) < 20 and process.poll() is None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -71,7 +70,7 @@ def continued(recipe) -> tuple[list[dict], subprocess.CompletedProcess]:
         elsewhere = ("--rollout.placement", "hosts", "--rollout.hosts_address", "127.0.0.1")
         done = run("sample", recipe, *elsewhere)
         assert done.returncode == 0, done.stderr + done.stdout
-        assert host.wait(30) == 0  # told that the sampling is over
+        assert host.wait() == 0  # told that the sampling is over
     assert "is here, room for engines: 1" in done.stdout
     return left, done
 
@@ -107,7 +106,7 @@ def test_what_is_kept_is_what_the_reward_calls_right(recipe, continued):
 def test_deciding_again_needs_no_engine(recipe, continued):
     engine_log = recipe.parent / "out/logs/engine-0.log"
     before = engine_log.stat().st_size
-    done = run("sample", recipe, "--sample.keep.per_prompt", "1", timeout_seconds=120)
+    done = run("sample", recipe, "--sample.keep.per_prompt", "1")
     assert done.returncode == 0, done.stderr
     rows = lines(recipe.parent / "out/sft.jsonl")
     assert len(rows) == len({row["id"] for row in rows})

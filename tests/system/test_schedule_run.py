@@ -11,6 +11,9 @@ from run_progress import lines, wait_for_step
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.sampler import PromptSampler
 
+pytestmark = pytest.mark.more
+
+
 OWN, GENERAL = "grader:grade", "grader:general"
 STEPS = 5
 

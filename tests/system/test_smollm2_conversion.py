@@ -68,7 +68,6 @@ def with_packages(arguments: list[str]) -> str:
         env={**environment(), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -116,7 +115,6 @@ def test_the_chain_runs_in_miniature(model, tmp_path):
         "examples/smollm2/chain.yaml",
         f"--pipeline.folder={folder}",
         *options,
-        timeout_seconds=1800,
         more={"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
     )
     assert done.returncode == 0, done.stdout + done.stderr

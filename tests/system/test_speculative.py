@@ -25,6 +25,9 @@ from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.fleet.speculation import AcceptanceMeter
 from megatron_r1.models.routing_shape import routing_shape
 
+pytestmark = pytest.mark.more
+
+
 # Two drafts a pass by one MTP layer: a pass accepts none, one or both.
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64, "num_threads": 1}
 ROUTING = routing_shape(DRAFTING)

@@ -9,6 +9,8 @@ from command_line import environment
 
 from megatron_r1.reporting.run_folder import RunFolder
 
+pytestmark = pytest.mark.more
+
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -19,7 +21,6 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess:
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
     )
 
 

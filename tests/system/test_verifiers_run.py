@@ -57,7 +57,7 @@ def start(base: Path, folder: Path, seconds: float) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> str:
     try:
-        return process.communicate(timeout=400)[0]
+        return process.communicate()[0]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -93,13 +93,12 @@ def test_a_server_that_is_killed_gives_no_reward_and_the_same_command_continues(
 ):
     journal = tmp_path / "journal"
     process = start(lookup_base, tmp_path, 2.0)
-    deadline = time.monotonic() + 300
     while not lines(tmp_path / "run/metrics.jsonl"):
-        assert time.monotonic() < deadline and process.poll() is None
+        assert process.poll() is None
         time.sleep(0.1)
     before = journal.stat().st_size
     while journal.stat().st_size == before:  # calls of the second step, which take two seconds
-        assert time.monotonic() < deadline and process.poll() is None
+        assert process.poll() is None
         time.sleep(0.02)
     [server] = [pid for pid in members(process.pid) if "verifiers/serve.py" in command_of(pid)]
     os.killpg(server, signal.SIGKILL)
