@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.platforms import current_platform
 
+from megatron_r1.processes import timeline
 from megatron_r1.vllm_plugin import BACKEND_PREFIX, swap
 from megatron_r1.vllm_plugin.cpu_patches import is_packed
 from megatron_r1.vllm_plugin.delivery import DeliveryCheck
@@ -131,6 +132,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         if self._receiver is None:
             raise ValueError("no trainer is connected: init_weight_transfer_engine comes first")
 
+    @timeline.timed("core/load weights")
     def receive_weights(self, update_info: PushUpdateInfo) -> None:
         """Wait for the push and load it. Raises ValueError where it is incomplete or damaged; with
         all weights in one window, the old weights are then unchanged. Also raises ValueError where

@@ -27,9 +27,10 @@ def apply() -> None:
 def poll_with_pauses() -> None:
     """Let a process that waits for another's message sleep between two looks for it.
 
-    Upstream: distributed/device_communicators/shm_broadcast.py:208 and 741. Without it: for a
-    second after each message it does nothing but look, and takes the cores of those that compute:
-    four tenths of the CPU time of an engine of tensor 2 x data 2. Goes when: it can be set."""
+    Upstream: distributed/device_communicators/shm_broadcast.py: `SpinCondition.wait` and
+    `MessageQueue.acquire_write`. Without it: for a second after each message it does nothing but
+    look, and takes the cores of those that compute: four tenths of the CPU time of an engine of
+    tensor 2 x data 2. Goes when: it can be set."""
     from vllm.distributed.device_communicators import shm_broadcast
 
     shm_broadcast.sched_yield = lambda: time.sleep(POLL_SECONDS)
@@ -38,9 +39,9 @@ def poll_with_pauses() -> None:
 def keep_intermediate_tensors() -> None:
     """Give every pipeline stage after the first its receive buffers.
 
-    Upstream: v1/worker/gpu_model_runner.py:5801. Without it: only the profiling run creates them,
-    which a CPU skips (cpu_worker.py, `_should_warm_up_model`) when it runs eagerly with a KV cache
-    of given size. Goes when: they are created on loading."""
+    Upstream: v1/worker/gpu_model_runner.py: `GPUModelRunner._dummy_run`. Without it: only the
+    profiling run creates them, which a CPU skips (cpu_worker.py, `_should_warm_up_model`) when it
+    runs eagerly with a KV cache of given size. Goes when: they are created on loading."""
     from vllm.distributed.parallel_state import get_pp_group
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -59,10 +60,11 @@ def keep_intermediate_tensors() -> None:
 def compute_local_experts_only() -> None:
     """Let a rank compute its own experts, and add nothing for those of other ranks.
 
-    Upstream: model_executor/layers/fused_moe/experts/cpu_moe.py:269 and 526 (`apply`, of plain and
-    of FP8 experts). Without it: `expert_map` is ignored, and the kernel reads past the end of this
-    rank's weights. Goes when: `apply` maps expert numbers. Here a foreign expert becomes a local
-    one of weight zero, spread over all so that no expert gets most of the tokens."""
+    Upstream: model_executor/layers/fused_moe/experts/cpu_moe.py: `CPUUnquantizedExperts.apply` and
+    `CPUExpertsFp8.apply` (of plain and of FP8 experts). Without it: `expert_map` is ignored, and
+    the kernel reads past the end of this rank's weights. Goes when: `apply` maps expert numbers.
+    Here a foreign expert becomes a local one of weight zero, spread over all so that no expert gets
+    most of the tokens."""
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
     for experts in (cpu_moe.CPUUnquantizedExperts, cpu_moe.CPUExpertsFp8):
@@ -107,7 +109,8 @@ def local_choice(
 def gather_uneven_shares() -> None:
     """Exchange tokens between data-parallel ranks that share experts.
 
-    Upstream: distributed/device_communicators/base_device_communicator.py:290 and 331. Without it:
+    Upstream: distributed/device_communicators/base_device_communicator.py:
+    `DeviceCommunicatorBase.all_gatherv` and `DeviceCommunicatorBase.reduce_scatterv`. Without it:
     the CPU's communicator lacks `all_gatherv` and `reduce_scatterv`, which the all-to-all of such
     models (`AgRsAll2AllManager`) calls. Goes when: it has them. Shares are padded to the longest,
     since gloo needs equal ones."""

@@ -52,7 +52,7 @@ def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
 def fix_strided_rotary() -> None:
     """Rotate strided queries, as MLA's q_pe, with the PyTorch version of plain rope.
 
-    Upstream: model_executor/layers/rotary_embedding/base.py:298 (`RotaryEmbedding.forward_cpu`).
+    Upstream: model_executor/layers/rotary_embedding/base.py: `RotaryEmbedding.forward_cpu`.
     Without it: the C++ operator assumes that a token's heads are head_size apart, but MLA passes
     the view q[..., nope:], whose heads are nope + rope apart, and log-probabilities are wrong.
     (YaRN has its own class, which never takes this path.) Goes when: the operator reads strides."""
@@ -72,10 +72,10 @@ def fix_strided_rotary() -> None:
 def forget_moe_kernel(method: Any) -> None:
     """Make a layer's next post-processing repack its experts' weights. Call before it.
 
-    Upstream: model_executor/layers/fused_moe/unquantized_fused_moe_method.py:166 (`_setup_kernel`).
-    Without it: once `moe_kernel` is set, `fused_experts.process_weights_after_loading`, which packs
-    w13 and w2 on CPU, is skipped, and the previous version's experts stay. Goes when: it is called
-    on every loading."""
+    Upstream: model_executor/layers/fused_moe/unquantized_fused_moe_method.py:
+    `UnquantizedFusedMoEMethod._setup_kernel`. Without it: once `moe_kernel` is set,
+    `fused_experts.process_weights_after_loading`, which packs w13 and w2 on CPU, is skipped, and
+    the previous version's experts stay. Goes when: it is called on every loading."""
     if current_platform.is_cpu() and getattr(method, "moe_kernel", None) is not None:
         method.moe_kernel = None
 
@@ -83,9 +83,10 @@ def forget_moe_kernel(method: Any) -> None:
 def repack_output_head(model: torch.nn.Module) -> None:
     """Pack a head that shares the embedding's weights again. Call when all weights are loaded.
 
-    Upstream: model_executor/layers/vocab_parallel_embedding.py:67. Without it: the head multiplies
-    by a packed copy of its weights; a tied head is never loaded itself, and so keeps the embedding
-    of the first version. Goes when: loading the embedding packs its tied head."""
+    Upstream: model_executor/layers/vocab_parallel_embedding.py:
+    `UnquantizedEmbeddingMethod.process_weights_after_loading`. Without it: the head multiplies by a
+    packed copy of its weights; a tied head is never loaded itself, and so keeps the embedding of
+    the first version. Goes when: loading the embedding packs its tied head."""
     if not current_platform.is_cpu():
         return
     tables = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
@@ -100,8 +101,9 @@ def is_lookup_only(layer: torch.nn.Module, model: torch.nn.Module) -> bool:
     """Return whether a layer is an embedding that is never multiplied by; post-processing then
     skips it. An embedding without a head beside it may be the head, too.
 
-    Upstream: model_executor/layers/vocab_parallel_embedding.py:67. Without it: every loading packs
-    the embedding for nothing. Goes when: only heads are packed."""
+    Upstream: model_executor/layers/vocab_parallel_embedding.py:
+    `UnquantizedEmbeddingMethod.process_weights_after_loading`. Without it: every loading packs the
+    embedding for nothing. Goes when: only heads are packed."""
     return (
         current_platform.is_cpu()
         and isinstance(layer, VocabParallelEmbedding)
@@ -113,10 +115,10 @@ def is_lookup_only(layer: torch.nn.Module, model: torch.nn.Module) -> bool:
 def seed_whole_prompts_only() -> None:
     """Let a request with a seed use its generator only once its prompt is computed.
 
-    Upstream: v1/worker/gpu_model_runner.py:3500 (`_bookkeeping_sync`). Without it: after a step
-    that computes a part of a prompt, vLLM drops the sampled token and sets the request's generator
-    back, which a CPU's cannot ("CPU Generator does not use offset"), and the engine dies. Goes
-    when: it restores the generator's state instead."""
+    Upstream: v1/worker/gpu_model_runner.py: `GPUModelRunner._bookkeeping_sync`. Without it: after a
+    step that computes a part of a prompt, vLLM drops the sampled token and sets the request's
+    generator back, which a CPU's cannot ("CPU Generator does not use offset"), and the engine dies.
+    Goes when: it restores the generator's state instead."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     upstream = CPUModelRunner.sample_tokens
@@ -135,7 +137,7 @@ def seed_whole_prompts_only() -> None:
 def keep_matrices_plain() -> None:
     """Multiply by matrices without packing them, where --additional-config has `PLAIN_MATRICES`.
 
-    Upstream: model_executor/layers/utils.py:582 (`dispatch_cpu_unquantized_gemm`). Without it:
+    Upstream: model_executor/layers/utils.py: `dispatch_cpu_unquantized_gemm`. Without it:
     every matrix is packed for oneDNN, most of a push's time. Goes when: vLLM has such a setting."""
     from vllm import _custom_ops
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -186,7 +188,7 @@ class _LazyZeros(TorchFunctionMode):
 def allocate_cache_lazily() -> None:
     """Let a KV cache take its memory block by block, when tokens are stored there.
 
-    Upstream: v1/worker/utils.py:596 (`allocate_kv_cache`). Without it: the whole cache is filled
+    Upstream: v1/worker/utils.py: `allocate_kv_cache`. Without it: the whole cache is filled
     with zeros, two seconds per GiB of every start. Goes when: it uses torch.empty."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -202,9 +204,10 @@ def allocate_cache_lazily() -> None:
 def use_reference_attention() -> None:
     """Compute latent attention the same way on all CPUs, unless a backend is set.
 
-    Upstream: platforms/cpu.py:156 and 255 (`CpuPlatform`). Without it: CPUs with AMX take a backend
-    for bf16 only, whatever the dtype, and a float32 engine does not start. Goes when: the choice
-    depends on the dtype."""
+    Upstream: platforms/cpu.py: `CpuPlatform.get_attn_backend_cls` and
+    `CpuPlatform.check_and_update_config`. Without it: CPUs with AMX take a backend for bf16 only,
+    whatever the dtype, and a float32 engine does not start. Goes when: the choice depends on the
+    dtype."""
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -232,10 +235,10 @@ def request_amx() -> None:
 def allow_cpus_without_amx() -> None:
     """Let CPUs with AVX-512 and bf16 compute FP8 models; activations stay in bf16 there.
 
-    Upstream: model_executor/kernels/linear/scaled_mm/cpu.py:236 (`CPUFp8BlockScaledMMKernel`) and
-    layers/fused_moe/experts/cpu_moe.py:456 (`CPUExpertsFp8`). Without it: both refuse CPUs without
-    AMX, although their operators have a slower path with the same results. Goes when: they accept
-    such CPUs."""
+    Upstream: model_executor/kernels/linear/scaled_mm/cpu.py:
+    `CPUFp8BlockScaledMMKernel.is_supported` and model_executor/layers/fused_moe/experts/cpu_moe.py:
+    `CPUExpertsFp8._supports_current_device`. Without it: both refuse CPUs without AMX, although
+    their operators have a slower path with the same results. Goes when: they accept such CPUs."""
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsFp8
 
@@ -248,8 +251,9 @@ def allow_cpus_without_amx() -> None:
 def pass_bias_as_float32() -> None:
     """Give the FP8 product a bias in fp32.
 
-    Upstream: model_executor/kernels/linear/scaled_mm/cpu.py:306 (`apply_weights`). Without it: it
-    passes a bias in bf16, which the operator refuses. Goes when: it converts the bias."""
+    Upstream: model_executor/kernels/linear/scaled_mm/cpu.py:
+    `CPUFp8BlockScaledMMKernel.apply_weights`. Without it: it passes a bias in bf16, which the
+    operator refuses. Goes when: it converts the bias."""
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
 
     upstream = CPUFp8BlockScaledMMKernel.apply_weights
@@ -269,8 +273,8 @@ def pass_bias_as_float32() -> None:
 def expand_temperatures() -> None:
     """Give every drafted token the temperature and top-p of its sequence.
 
-    Upstream: utils/cpu_triton_utils.py:390 (`_expand_kernel_impl`), behind
-    v1/sample/rejection_sampler.py:581 (`expand_batch_to_tokens`). Without it: the kernel fills a
+    Upstream: utils/cpu_triton_utils.py: `_expand_kernel_impl`, behind
+    v1/sample/rejection_sampler.py: `expand_batch_to_tokens`. Without it: the kernel fills a
     copy of its output, of integers, and logits are divided by uninitialized memory: tokens from
     another distribution, log-probabilities that are not finite. Goes when: it writes to its output.
     """

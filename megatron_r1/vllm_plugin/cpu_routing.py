@@ -1,6 +1,6 @@
 """Patch of vLLM 0.32's CPU build: it returns routed experts.
 
-Upstream: config/vllm.py:1135 (`_verify_aux_output_compatibility`). Without it:
+Upstream: config/vllm.py: `VllmConfig._verify_aux_output_compatibility`. Without it:
 --enable-return-routed-experts is refused, since it is connected to the second model runner only,
 which needs Triton and so never runs on a CPU. Goes when: upstream supports it.
 

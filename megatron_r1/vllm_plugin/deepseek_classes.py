@@ -37,13 +37,13 @@ def _patch(models: Any) -> None:
 def gather_single_tokens(layer: Any) -> None:
     """Give whole hidden states on from a layer whose batch is one token.
 
-    Upstream: model_executor/models/deepseek_v2.py:1363, 1402, 1552 and 1578 (vllm-project/vllm
-    #50154, pull request #50691). With rollout.tensor, .data and .expert_parallel the ranks of a
-    tensor group hold shares of the tokens behind such a layer, which the next layer recognizes by
-    their number. Without the patch: one token is padded to the group's size, so that a share has
-    one row, too, and counts as the whole: all ranks but the first go on with padding, and the
-    log-probabilities of a data rank's last sequence are off by 0.1 to 2 wherever the model runs
-    eagerly. Goes when: layers say what they return."""
+    Upstream: model_executor/models/deepseek_v2.py: `DeepseekV2DecoderLayer.forward` and
+    `DeepseekV2Model.forward` (vllm-project/vllm #50154, pull request #50691). With rollout.tensor,
+    .data and .expert_parallel the ranks of a tensor group hold shares of the tokens behind such a
+    layer, which the next layer recognizes by their number. Without the patch: one token is padded
+    to the group's size, so that a share has one row, too, and counts as the whole: all ranks but
+    the first go on with padding, and the log-probabilities of a data rank's last sequence are off
+    by 0.1 to 2 wherever the model runs eagerly. Goes when: layers say what they return."""
     from vllm.distributed import tensor_model_parallel_all_gather
 
     upstream = layer.forward
@@ -63,10 +63,10 @@ def gather_single_tokens(layer: Any) -> None:
 def use_released_epsilon(attention: Any) -> None:
     """Give the norms of latent attention the epsilon that the models were released with.
 
-    Upstream: model_executor/models/deepseek_v2.py:501, 525, 1082 and 1098. The released code of
-    DeepSeek-V2, V3, Moonlight and Kimi-K2 and transformers' classes use 1e-6 in these norms
-    whatever rms_norm_eps is; vLLM uses rms_norm_eps, 1e-5 for Moonlight and GLM-4.7-Flash. Goes
-    when: vLLM does as they do."""
+    Upstream: model_executor/models/deepseek_v2.py: `DeepseekV2Attention.__init__` and
+    `DeepseekV2MLAAttention.__init__`. The released code of DeepSeek-V2, V3, Moonlight and Kimi-K2
+    and transformers' classes use 1e-6 in these norms whatever rms_norm_eps is; vLLM uses
+    rms_norm_eps, 1e-5 for Moonlight and GLM-4.7-Flash. Goes when: vLLM does as they do."""
     upstream = attention.__init__
 
     @functools.wraps(upstream)

@@ -15,7 +15,7 @@ def apply() -> None:
 def name_the_drafter() -> None:
     """Give our weight-transfer backend the drafter beside the model.
 
-    Upstream: v1/worker/gpu_worker.py:1484 (`Worker.init_weight_transfer_engine`). Without it: a
+    Upstream: v1/worker/gpu_worker.py: `Worker.init_weight_transfer_engine`. Without it: a
     backend has the model only, and the drafter keeps the weights it was started with. Goes when:
     one update can be of both models."""
     from vllm.v1.worker.gpu_worker import Worker
@@ -33,7 +33,7 @@ def name_the_drafter() -> None:
 def checksum_the_drafter() -> None:
     """Let POST /weight_checker answer for the drafter's own tensors, too, as `drafter.NAME`.
 
-    Upstream: v1/worker/gpu_worker.py:375 (`Worker.compute_weight_checksums`). Without it: what
+    Upstream: v1/worker/gpu_worker.py: `Worker.compute_weight_checksums`. Without it: what
     the drafter computes with cannot be seen from outside. Goes when: upstream includes it."""
     from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
     from vllm.v1.worker.gpu_worker import Worker
@@ -53,9 +53,10 @@ def checksum_the_drafter() -> None:
 def quantize_as_the_model() -> None:
     """Give the drafter the model's quantization_config where --hf-overrides changes it.
 
-    Upstream: config/speculative.py:1056 (`compose_draft_hf_overrides`), which leaves such overrides
-    to the model: `push.fp8` would then start an FP8 model with a drafter whose FP8 has no blocks,
-    and a model in bf16 from an FP8 folder with a drafter in FP8. Goes when: it applies them."""
+    Upstream: config/speculative.py: `SpeculativeConfig.hf_config_override`, which leaves such
+    overrides to the model: `push.fp8` would then start an FP8 model with a drafter whose FP8 has no
+    blocks, and a model in bf16 from an FP8 folder with a drafter in FP8. Goes when: it applies
+    them."""
     from vllm.config.speculative import SpeculativeConfig
 
     upstream = SpeculativeConfig.compose_draft_hf_overrides

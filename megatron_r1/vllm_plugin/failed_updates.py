@@ -20,11 +20,11 @@ def read_every_reply() -> None:
     """Let a call of a weight transfer read the replies of all ranks before it raises the error of
     one.
 
-    Upstream: v1/executor/multiproc_executor.py:443 (`MultiprocExecutor.collective_rpc`). Without
-    it: the call raises at the first error, and the replies of the ranks behind it stay in their
-    queues. The next call takes them for its own, and all later ones are late by one. Goes when: it
-    reads them. Other calls are left as they are: an engine ends where one of them fails, and must
-    not wait for ranks that are in a collective with the one that has failed."""
+    Upstream: v1/executor/multiproc_executor.py: `MultiprocExecutor.collective_rpc.get_response`.
+    Without it: the call raises at the first error, and the replies of the ranks behind it stay in
+    their queues. The next call takes them for its own, and all later ones are late by one. Goes
+    when: it reads them. Other calls are left as they are: an engine ends where one of them fails,
+    and must not wait for ranks that are in a collective with the one that has failed."""
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
     upstream = MultiprocExecutor.collective_rpc
@@ -67,7 +67,7 @@ def replies_of_all(queues: Sequence[Any]) -> list[Any]:
 def end_unfinished_updates() -> None:
     """Let a rank that connects to a trainer forget the update before.
 
-    Upstream: v1/worker/gpu_worker.py:1534 (`Worker._start_weight_update`). Without it: where one
+    Upstream: v1/worker/gpu_worker.py: `Worker._start_weight_update`. Without it: where one
     rank has loaded a push and another has not, the first still waits for `finish_weight_update`,
     and refuses the repeated push as a second one. Goes when: the update of all ranks ends with the
     error of one."""

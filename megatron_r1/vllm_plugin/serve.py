@@ -9,6 +9,7 @@ runs one host's part of an engine whose server is on another host."""
 import os
 import signal
 import sys
+from importlib import import_module
 from typing import Any
 
 from megatron_r1.processes import lifetime
@@ -16,11 +17,16 @@ from megatron_r1.processes.imports import without_garbage_collection
 from megatron_r1.processes.memory import keep_freed_memory
 from megatron_r1.vllm_plugin import dump_stacks_on_signal
 
+READ_LATE = frozenset(
+    {"CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_CACHE_DIR", "VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE"}
+)
+"""Environment variables that no import reads (`processes.fork_server`)."""
+
 
 def fork_on_cpu() -> None:
     """Let vLLM fork its engine core on CPU.
 
-    Upstream: vllm/platforms/cpu.py:409 (`CpuPlatform.check_and_update_config`). Without it: every
+    Upstream: platforms/cpu.py: `CpuPlatform.check_and_update_config`. Without it: every
     process is spawned, so that it reads its own OpenMP settings when it loads, and imports vLLM
     again; `engine_environment` sets them before the first process starts. Goes when: the method can
     be set."""
@@ -59,16 +65,24 @@ def serve_headless() -> None:
     run_headless(options)
 
 
+def preload() -> None:
+    """Import what `main` needs."""
+    import_module("vllm.entrypoints.launchers.api_server.entry")
+    for own in ("samples_endpoint", "swap_endpoint"):
+        import_module(f"megatron_r1.vllm_plugin.{own}")
+
+
 def main() -> None:
     """Serve until a signal."""
     lifetime.end_without_parent()
     dump_stacks_on_signal()
     os.register_at_fork(after_in_child=begin_child)
     with without_garbage_collection():
-        from vllm.entrypoints.launchers.api_server.entry import main as serve
-        from vllm.platforms import current_platform
+        preload()
+    from vllm.entrypoints.launchers.api_server.entry import main as serve
+    from vllm.platforms import current_platform
 
-        from megatron_r1.vllm_plugin import samples_endpoint, swap_endpoint
+    from megatron_r1.vllm_plugin import samples_endpoint, swap_endpoint
 
     swap_endpoint.add()
     samples_endpoint.add()

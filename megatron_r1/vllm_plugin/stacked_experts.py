@@ -1,9 +1,10 @@
 """Loads the experts of a gpt-oss model one by one, as a push names them.
 
-vLLM 0.32's loader (model_executor/models/gpt_oss.py:1167) takes all experts of a layer as one
-tensor and transposes it, which is no copy of rectangles. Its parameters have gate and up in
-alternate rows; ranks that share experts by tensor parallelism leave the second layer's bias to the
-first of them. The kernel of the experts keeps the tensors of both biases that it was built with."""
+vLLM 0.32's loader (model_executor/models/gpt_oss.py: `GptOssModel._load_weights_other`) takes all
+experts of a layer as one tensor and transposes it, which is no copy of rectangles. Its parameters
+have gate and up in alternate rows; ranks that share experts by tensor parallelism leave the second
+layer's bias to the first of them. The kernel of the experts keeps the tensors of both biases that
+it was built with."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping

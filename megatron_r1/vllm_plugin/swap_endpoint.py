@@ -1,7 +1,8 @@
 """`POST /swap_weights`: one call of vLLM's server for all of a swap of weights.
 
 vLLM's own calls for it are six, made while nothing generates, and /pause sleeps for 20 ms once the
-engine has stopped (v1/engine/async_llm.py:984): 36 ms in all, where the engine itself needs 3."""
+engine has stopped (v1/engine/async_llm.py: `AsyncLLM.pause_generation`): 36 ms in all, where the
+engine itself needs 3."""
 
 import asyncio
 from typing import Annotated, Any
