@@ -57,7 +57,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     if config.dry:
         with RunFolder(root):  # a pipeline at work, and its jobs in a queue, read these recipes
             _print_commands(plans, graph, chosen)
-        for line in missing_files(plans[0]):
+        for _, line in missing_files(plans[0]):
             print(f"missing yet: {line}", file=sys.stderr)
         return
     with RunFolder(root):

@@ -25,7 +25,9 @@ def load_avoided(paths: Iterable[str | Path]) -> list[str]:
     """Return the questions of JSONL or Parquet files. Raises ValueError with file and line for a
     row without one."""
     return [
-        require_text(place, row, "question") for path in paths for place, row in read_records(path)
+        require_text(place, row, "question")
+        for path in paths
+        for place, row in read_records(path, role="sample.avoid")
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_r1.config.sample import SERVED_JUDGE, SampleConfig
 from megatron_r1.curation.cache import ResultCache
 from megatron_r1.curation.user_function import UserFunction, load_function
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards.judge import Comparison, Judge
 from megatron_r1.rewards.remote.judge_client import JudgeSettings
 from megatron_r1.rewards.remote.judge_prompts import SAFETY
@@ -75,7 +75,9 @@ class FunctionJudge(ResponseJudge):
         if not isinstance(vote, bool | int | float) or not 0 <= vote <= 1:
             raise UserError(
                 f"{self._function.key}: {self._function.path} returned {vote!r}; return a number "
-                "from 0 to 1"
+                "from 0 to 1",
+                key=self._function.key,
+                cause=Cause.FAILED,
             )
         return float(vote)
 
@@ -116,9 +118,11 @@ def make_judge(
     mode = "compare" if config.output == "pairs" else "verify"
     try:
         settings = read_settings("judge", JudgeSettings, {**options, "mode": mode})
-    except ValueError as error:
+    except UserError as error:
         raise UserError(
             f"sample.output: {config.output} needs a judge: {error}; or name a function of yours, "
-            f"sample.judge: module:function({ARGUMENTS[config.output]})"
+            f"sample.judge: module:function({ARGUMENTS[config.output]})",
+            key=error.key,
+            cause=error.cause,
         ) from None
     return ServedJudge(Judge(settings), cache)

@@ -10,7 +10,7 @@ from functools import cached_property
 from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.templates import CHAT, find_template, is_opened, render
 from megatron_r1.data.text import PromptText
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.rewards.answer import ANSWER, END_ANSWER, END_THINK, THINK, extract
 
@@ -41,11 +41,13 @@ class Rendering:
         self._template = settings.template or template
         self._tokenizer_path = settings.tokenizer or model_path
         if self._template != CHAT:
-            find_template(self._template)
+            find_template(self._template, "sample.render.template")
         elif not self._tokenizer_path:
             raise UserError(
                 "sample.render.template: chat needs a tokenizer; set sample.render.tokenizer to "
-                "the folder of the model that is to be trained, or give a text with {problem}"
+                "the folder of the model that is to be trained, or give a text with {problem}",
+                key="sample.render.tokenizer",
+                cause=Cause.MISSING,
             )
         else:
             self._chat_text  # noqa: B018 - report a folder without a chat template now

@@ -11,7 +11,7 @@ from megatron_r1.curation.rendering import Rendering
 from megatron_r1.curation.selection import Selection
 from megatron_r1.curation.user_function import UserFunction
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.sampling import Grader
 
@@ -28,7 +28,9 @@ def cached_rewriter(function: UserFunction, cache: ResultCache) -> Rewriter:
         if text is not None and not isinstance(text, str):
             raise UserError(
                 f"{function.key}: {function.path} returned {text!r}; return the response, or None "
-                "to drop it"
+                "to drop it",
+                key=function.key,
+                cause=Cause.FAILED,
             )
         return text
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.errors import RunError, UserError
+from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.user_code import find_function, syntax_of
 
 
@@ -42,17 +42,25 @@ def load_function(path: str, key: str, arguments: str) -> UserFunction:
     form, a module that cannot be imported, and a function with other parameters."""
     module, _, name = path.partition(":")
     if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
-        raise UserError(f"{key}: {path!r} is not written as module:function")
+        raise UserError(
+            f"{key}: {path!r} is not written as module:function", key=key, cause=Cause.MALFORMED
+        )
     try:
         function = find_function(path)
-    except ValueError as error:
-        raise UserError(f"{key}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{key}: {error}", key=key, cause=error.cause) from None
     except Exception as error:
-        raise UserError(f"{key}: {module} cannot be imported: {error!r}") from error
+        raise UserError(
+            f"{key}: {module} cannot be imported: {error!r}", key=key, cause=Cause.FAILED
+        ) from error
     try:
         inspect.signature(function).bind(*arguments.split(", "))
     except TypeError as error:
-        raise UserError(f"{key}: {path} is called as {name}({arguments}): {error}") from None
+        raise UserError(
+            f"{key}: {path} is called as {name}({arguments}): {error}",
+            key=key,
+            cause=Cause.MALFORMED,
+        ) from None
     try:
         syntax = syntax_of(path)
     except ValueError:  # a compiled module has no source, and is taken to stay the same

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_r1.config.training import MixturePart
 from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def epoch_counts(parts: Sequence[MixturePart], sizes: Sequence[int]) -> list[int
             raise UserError(
                 f"sft.data: {part.path} has {size:,} examples, its share {part.share:g} of an "
                 f"epoch of {total:,} are {count:,}; lower the share, or set "
-                f"repeat: {count / size:.2f}"
+                f"repeat: {count / size:.2f}",
+                key="sft.data",
+                cause=Cause.TOO_LARGE,
             )
     return counts
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_r1.data.records import Record, read_records, require_text
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 Kind = Literal["pairwise", "pointwise"]
 
@@ -34,11 +34,19 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
         question = require_text(location, row, "prompt" if "question" not in row else "question")
         opened = row.get("opened", False)
         if not isinstance(opened, bool):
-            raise UserError(f"{location}: 'opened' must be true or false, it is {opened!r}")
+            raise UserError(
+                f"{location}: 'opened' must be true or false, it is {opened!r}",
+                key="opened",
+                cause=Cause.MALFORMED,
+            )
         if kind == "pairwise":
             responses = tuple(require_text(location, row, name) for name in ("chosen", "rejected"))
             if responses[0] == responses[1]:
-                raise UserError(f"{location}: 'chosen' and 'rejected' are the same text")
+                raise UserError(
+                    f"{location}: 'chosen' and 'rejected' are the same text",
+                    key="rejected",
+                    cause=Cause.DUPLICATE,
+                )
             labels: tuple[float, ...] = (1.0, 0.0)
         else:
             responses, labels = (require_text(location, row, "response"),), (_label(location, row),)
@@ -51,5 +59,7 @@ def _label(location: str, row: Record) -> float:
         return float(label)
     actual = f"is {label!r}" if "label" in row else f"is missing (has {', '.join(row)})"
     raise UserError(
-        f"{location}: 'label' must be 1 or true for a good response, else 0; it {actual}"
+        f"{location}: 'label' must be 1 or true for a good response, else 0; it {actual}",
+        key="label",
+        cause=Cause.MALFORMED if "label" in row else Cause.MISSING,
     )

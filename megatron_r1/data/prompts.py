@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_r1.data.records import missing, read_records, require_text
 from megatron_r1.data.tasks import generate_items
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards import ENVIRONMENT, WITHOUT_TRUTH, resolve
 from megatron_r1.rewards.base import find_non_finite
 
@@ -45,7 +45,7 @@ class MissingTruth(UserError):
     """A row has no truth. kind: the reward that would compare with it."""
 
     def __init__(self, message: str, kind: str) -> None:
-        super().__init__(message)
+        super().__init__(message, key="truth", cause=Cause.MISSING)
         self.kind = kind
 
 
@@ -99,26 +99,46 @@ def load_prompts(
     Raises UserError for a bad row (with file and line), an unknown task, parameter or kind, and
     where questions are too few."""
     if path is None and task is None:
-        raise UserError("data.path is missing: give a file of questions, or data.task")
+        raise UserError(
+            "data.path is missing: give a file of questions, or data.task",
+            key="data.path",
+            cause=Cause.MISSING,
+        )
     if path is not None and task is not None:
-        raise UserError(f"data.path {path} and data.task {task} are both set; leave one out")
+        raise UserError(
+            f"data.path {path} and data.task {task} are both set; leave one out",
+            key="data.task",
+            cause=Cause.CONFLICT,
+        )
     if not 0.0 <= heldout_fraction < 1.0:
-        raise UserError(f"data.heldout_fraction={heldout_fraction} must be at least 0 and below 1")
+        raise UserError(
+            f"data.heldout_fraction={heldout_fraction} must be at least 0 and below 1",
+            key="data.heldout_fraction",
+            cause=Cause.OUT_OF_RANGE,
+        )
     if num_heldout and not heldout_fraction and heldout_path is None:
         raise UserError(
-            f"data.num_heldout={num_heldout} needs heldout_fraction > 0 or a heldout_path"
+            f"data.num_heldout={num_heldout} needs heldout_fraction > 0 or a heldout_path",
+            key="data.num_heldout",
+            cause=Cause.CONFLICT,
         )
     if kind is not None:
         resolve(kind)
-    heldout = [] if heldout_path is None else list(_from_file(heldout_path, kind, columns))
+    heldout = (
+        []
+        if heldout_path is None
+        else list(_from_file(heldout_path, kind, columns, "data.heldout_path"))
+    )
     if path is not None:
-        prompts = _from_file(path, kind, columns)
+        prompts = _from_file(path, kind, columns, "data.path")
     else:
         assert task is not None
         if num_train is None or (num_heldout is None and heldout_path is None):
             raise UserError(
                 f"data.task={task} generates any number of questions: set data.num_train and "
-                "data.num_heldout"
+                "data.num_heldout",
+                key="data.num_train",
+                cause=Cause.MISSING,
             )
         # After this many items without enough new questions, the task is considered exhausted.
         num_attempts = 1_000 + 50 * (num_train + (num_heldout or 0))
@@ -134,9 +154,17 @@ def _check_truth(location: str, truth: Any, column: str) -> None:
     """Raise UserError for a truth that nothing can be compared with: found when graded, it would
     cost rollouts. column: its name in the file."""
     if truth is None or (isinstance(truth, str) and not truth.strip()):
-        raise UserError(f"{location}: {column!r} is {truth!r}; give one, or remove the row")
+        raise UserError(
+            f"{location}: {column!r} is {truth!r}; give one, or remove the row",
+            key=column,
+            cause=Cause.EMPTY,
+        )
     if fault := find_non_finite(truth, column):
-        raise UserError(f"{location}: {fault}; give another, or remove the row")
+        raise UserError(
+            f"{location}: {fault}; give another, or remove the row",
+            key=column,
+            cause=Cause.OUT_OF_RANGE,
+        )
 
 
 def make_prompt(question: str, kind: str, truth: Any, fields: dict[str, Any]) -> Prompt:
@@ -191,20 +219,24 @@ def _require(side: str, prompts: list[Prompt], count: int | None, key: str, sour
     if not prompts and count is None and side == "train":
         raise UserError(
             f"{source}: it holds no questions to train on; give more, or lower "
-            "data.heldout_fraction"
+            "data.heldout_fraction",
+            key="data.path",
+            cause=Cause.EMPTY,
         )
     if len(prompts) < (count or 0):
         raise UserError(
             f"{source}: only {len(prompts)} distinct {side} questions, {count} wanted; lower "
             f"data.{key}, change data.heldout_fraction, or make the questions more varied "
-            "(data.parameters of a task)"
+            "(data.parameters of a task)",
+            key=f"data.{key}",
+            cause=Cause.TOO_LARGE,
         )
 
 
 def _from_file(
-    path: str | Path, kind: str | None, columns: Mapping[str, str] | None
+    path: str | Path, kind: str | None, columns: Mapping[str, str] | None, role: str
 ) -> Iterator[Prompt]:
-    for location, row in read_records(path, columns, ("question", "truth", "kind")):
+    for location, row in read_records(path, columns, ("question", "truth", "kind"), role):
         question = require_text(location, without_roles(row), "question", COLUMNS)
         row_kind = row.get("kind") or kind or "math"
         if "truth" not in row and row_kind not in WITHOUT_TRUTH:
@@ -213,7 +245,7 @@ def _from_file(
         try:
             resolve(row_kind)
         except (ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"{location}: {error}") from error
+            raise UserError(f"{location}: {error}", key="kind", cause=Cause.UNKNOWN) from error
         if row_kind in ("math", "code"):
             _check_truth(location, row["truth"], (columns or {}).get("truth", "truth"))
         fields = {n: v for n, v in row.items() if n not in ("question", *RESERVED_FIELDS)}

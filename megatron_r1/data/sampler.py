@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 
 Item = TypeVar("Item")
 
@@ -59,7 +59,9 @@ class EpochSampler(Generic[Item]):
                 what = "items" if name == "fingerprint" else name
                 raise UserError(
                     f"the checkpoint sampled other {what} ({state[name]}) than this run ({own}); "
-                    "restore the data and run.seed, or start a new run in another run.folder"
+                    "restore the data and run.seed, or start a new run in another run.folder",
+                    key="run.seed" if name == "seed" else "data",
+                    cause=Cause.CHANGED,
                 )
         self.epoch, self.position = state["epoch"], state["position"]
         self._order = self._shuffle()
@@ -99,8 +101,16 @@ def draw_shares(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> dict
     for name in weights:
         if name not in kinds:
             near = did_you_mean(name, kinds, "{}")
-            raise UserError(f"rl.kind_weights: no question is of kind {name}{near} ({kinds})")
+            raise UserError(
+                f"rl.kind_weights: no question is of kind {name}{near} ({kinds})",
+                key=f"rl.kind_weights.{name}",
+                cause=Cause.UNKNOWN,
+            )
     largest = max(weights.get(kind, 1.0) for kind in kinds)
     if not largest:
-        raise UserError(f"rl.kind_weights: all kinds of questions have weight 0 ({kinds})")
+        raise UserError(
+            f"rl.kind_weights: all kinds of questions have weight 0 ({kinds})",
+            key="rl.kind_weights",
+            cause=Cause.EMPTY,
+        )
     return {kind: weights.get(kind, 1.0) / largest for kind in kinds}

@@ -4,7 +4,7 @@ The tokens equal those that the served model gets: the text that `rewards.reward
 tokenized as vLLM does."""
 
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards.remote.response_text import (
     Part,
     chat_messages,
@@ -27,7 +27,9 @@ class ScoredText:
         if template is None and not self._tokenizer.chat_template:
             raise UserError(
                 f"reward_model.template: the tokenizer of {model_path} has no chat template; give "
-                'a text such as "User: {question}\\nAssistant: {response}<eos>"'
+                'a text such as "User: {question}\\nAssistant: {response}<eos>"',
+                key="reward_model.template",
+                cause=Cause.MISSING,
             )
         whole, summary = CHECK_RESPONSE, CHECK_RESPONSE.partition("</think>")[2]
         lengths = [len(self._tokens(CHECK_QUESTION, text)) for text in (whole, summary)]
@@ -36,7 +38,9 @@ class ScoredText:
             raise UserError(
                 f"reward_model.template: the chat template of {model_path} drops <think>…</think>, "
                 "which reward_model.part: response is to see; give a text with {question} and "
-                "{response}"
+                "{response}",
+                key="reward_model.template",
+                cause=Cause.CONFLICT,
             )
 
     def encode(self, question: str, response: str, opened: bool = False) -> list[int] | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_r1.data.records import read_records, require_text
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 COLUMNS = "in sft.data, beside path, columns"
 
@@ -25,10 +25,14 @@ def load_examples(path: str | Path, columns: Mapping[str, str] | None = None) ->
     file's. Raises UserError with file and line for a bad row, and for a file without rows."""
     examples = [
         SftExample(*(require_text(location, row, name, COLUMNS) for name in ("prompt", "response")))
-        for location, row in read_records(path, columns, ("prompt", "response"))
+        for location, row in read_records(path, columns, ("prompt", "response"), "sft.data")
     ]
     if not examples:
-        raise UserError(f"{path}: it holds no examples; give rows of {{prompt, response}}")
+        raise UserError(
+            f"{path}: it holds no examples; give rows of {{prompt, response}}",
+            key="sft.data",
+            cause=Cause.EMPTY,
+        )
     return examples
 
 

@@ -9,7 +9,7 @@ from megatron_r1.data.prompts import normalize
 from megatron_r1.data.records import read_records, require_text
 from megatron_r1.data.templates import is_opened, render
 from megatron_r1.data.text import PromptText
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards.answer import THINK
 
 BETWEEN = "\n\n"
@@ -31,13 +31,19 @@ class Shots:
         """num_shots: per question; None for all. Raises UserError for a bad or too small file."""
         self.shots = [
             Shot(require_text(location, row, "question"), require_text(location, row, "response"))
-            for location, row in read_records(path)
+            for location, row in read_records(path, role="sample.shots")
         ]
         if not self.shots:
-            raise UserError(f"sample.shots: {path} holds no worked examples")
+            raise UserError(
+                f"sample.shots: {path} holds no worked examples",
+                key="sample.shots",
+                cause=Cause.EMPTY,
+            )
         if num_shots is not None and num_shots > len(self.shots):
             raise UserError(
-                f"sample.num_shots: {num_shots} is more than the {len(self.shots)} of {path}"
+                f"sample.num_shots: {num_shots} is more than the {len(self.shots)} of {path}",
+                key="sample.num_shots",
+                cause=Cause.TOO_LARGE,
             )
         self._num_shots, self._seed = num_shots, seed
 
@@ -89,7 +95,9 @@ class FewShotText(PromptText):
                 if shot.response.strip() not in shown:
                     raise UserError(
                         f"sample.shots: the chat template of {model_path} does not show an earlier "
-                        f"answer as it is ({shot.response[:60]!r} …); use a text as data.template"
+                        f"answer as it is ({shot.response[:60]!r} …); use a text as data.template",
+                        key="sample.shots",
+                        cause=Cause.CONFLICT,
                     )
 
     def encode(self, question: str) -> list[int]:

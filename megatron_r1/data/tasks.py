@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 
 
 def generate_items(
@@ -30,7 +30,11 @@ def level_parameters(task: str, level: int) -> dict[str, Any]:
     from reasoning_gym.factory import CURRICULA
 
     if task not in CURRICULA:
-        raise UserError(f"reasoning-gym has no levels for task {task!r}: give its parameters")
+        raise UserError(
+            f"reasoning-gym has no levels for task {task!r}: give its parameters",
+            key="data.parameters",
+            cause=Cause.MISSING,
+        )
     curriculum = CURRICULA[task]()
     curriculum.set_global_level(level)
     settings = dataclasses.asdict(curriculum.generate_configuration({}))
@@ -43,16 +47,24 @@ def _make_dataset(task: str, settings: dict[str, Any]) -> Any:
 
     if task not in DATASETS:
         hint = did_you_mean(task, DATASETS) or f"; it has {', '.join(sorted(DATASETS))}"
-        raise UserError(f"reasoning-gym has no task {task!r}{hint}")
+        raise UserError(
+            f"reasoning-gym has no task {task!r}{hint}", key="data.task", cause=Cause.UNKNOWN
+        )
     known = {field.name for field in dataclasses.fields(DATASETS[task][1])}
     if unknown := sorted(settings.keys() - known):
         raise UserError(
-            f"task {task!r} has no parameter {unknown[0]!r}; it has {', '.join(sorted(known))}"
+            f"task {task!r} has no parameter {unknown[0]!r}; it has {', '.join(sorted(known))}",
+            key=f"data.parameters.{unknown[0]}",
+            cause=Cause.UNKNOWN,
         )
     try:
         return reasoning_gym.create_dataset(task, **settings)
     except (AssertionError, ValueError, TypeError) as error:
-        raise UserError(f"task {task!r} refuses its parameters {settings}: {error}") from error
+        raise UserError(
+            f"task {task!r} refuses its parameters {settings}: {error}",
+            key="data.parameters",
+            cause=Cause.OUT_OF_RANGE,
+        ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Prompt templates: how a question becomes the text that the policy continues."""
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 PLACEHOLDER = "{problem}"
 
@@ -21,16 +21,19 @@ TEMPLATES: dict[str, str] = {
 }
 
 
-def find_template(template: str) -> str:
+def find_template(template: str, key: str = "data.template") -> str:
     """Return the text of a template: a name in `TEMPLATES`, or a text with `{problem}` in it.
-    Raises UserError for a text without the placeholder, ValueError for "chat"."""
+    key: of the recipe, for errors. Raises UserError for a text without the placeholder, ValueError
+    for "chat"."""
     if template == CHAT:
         raise ValueError("the chat template belongs to the tokenizer: use apply_chat_template")
     text = TEMPLATES.get(template, template)
     if PLACEHOLDER not in text:
         raise UserError(
             f"prompt template {template!r} is neither one of {', '.join([*TEMPLATES, CHAT])} "
-            f"nor a text with {PLACEHOLDER} where the question goes"
+            f"nor a text with {PLACEHOLDER} where the question goes",
+            key=key,
+            cause=Cause.UNKNOWN,
         )
     return text
 

@@ -8,7 +8,7 @@ import numpy as np
 from megatron_r1.data.byte_decoder import ByteDecoder
 from megatron_r1.data.templates import find_template, is_opened, render
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 
 class PromptText:
@@ -24,15 +24,21 @@ class PromptText:
         whether prompts end with `<think>`, which responses then do not repeat. Raises UserError if
         the folder has no tokenizer, the tokenizer names no end token, or the template is none."""
         self._chat = template == "chat"
-        self._template = template if self._chat else find_template(template)
+        self._template = template if self._chat else find_template(template, keys[1])
         self.tokenizer: Any = load_tokenizer(model_path, keys[0])
         if self._chat and not self.tokenizer.chat_template:
             raise UserError(
                 f"{keys[1]}: chat is the tokenizer's own, and that of {model_path} has none; "
-                "use r1_zero, plain or a text with {problem}"
+                "use r1_zero, plain or a text with {problem}",
+                key=keys[1],
+                cause=Cause.CONFLICT,
             )
         if self.tokenizer.eos_token_id is None:
-            raise UserError(f"model.path {model_path}: the tokenizer names no eos_token")
+            raise UserError(
+                f"model.path {model_path}: the tokenizer names no eos_token",
+                key=keys[0],
+                cause=Cause.MALFORMED,
+            )
         self.end: int = self.tokenizer.eos_token_id
         self._byte_decoder = ByteDecoder.of(self.tokenizer)
         self.opens_thought = is_opened(self.render("?"))

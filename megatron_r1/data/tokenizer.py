@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -17,7 +17,9 @@ def load_tokenizer(folder: str, key: str) -> Any:
     if not path.is_dir():
         raise UserError(
             f"{key}: there is no folder {folder} (relative to {Path.cwd()}); make it, or correct "
-            "the path"
+            "the path",
+            key=key,
+            cause=Cause.NOT_FOUND,
         )
     # Without these, transformers may return an empty tokenizer.
     if not any((path / name).is_file() for name in FILES):
@@ -25,17 +27,23 @@ def load_tokenizer(folder: str, key: str) -> Any:
             raise UserError(
                 f"{key}: the tokenizer of {folder} is Python code of its own (auto_map in "
                 "tokenizer_config.json), which is not executed; write a tokenizer.json in its "
-                "place (docs/models.md, Tokenizers that are Python code)"
+                "place (docs/models.md, Tokenizers that are Python code)",
+                key=key,
+                cause=Cause.UNSUPPORTED,
             )
         raise UserError(
             f"{key}: {folder} has no tokenizer ({FILES[0]}); give a folder with one, beside "
-            "config.json and the weights"
+            "config.json and the weights",
+            key=key,
+            cause=Cause.NOT_FOUND,
         )
     try:
         return _load(path)
     except Exception as error:  # transformers and tokenizers raise anything for damaged files
         raise UserError(
-            f"{key}: no usable tokenizer in {folder}: {error}; fetch its files again"
+            f"{key}: no usable tokenizer in {folder}: {error}; fetch its files again",
+            key=key,
+            cause=Cause.MALFORMED,
         ) from error
 
 

@@ -18,7 +18,7 @@ from megatron_r1.engine.cpu_kernels import check_cpu_kernels
 from megatron_r1.engine.from_config import engine_settings, fleet_settings
 from megatron_r1.engine.limits import check_engines, context_length
 from megatron_r1.engine.responses import Response
-from megatron_r1.errors import RunError, UserError
+from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.evaluation.model_folder import fingerprint, require_weights
 from megatron_r1.evaluation.response import Decoding, TextResponse
 from megatron_r1.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
@@ -102,7 +102,9 @@ class EnginePolicy:
         if self._config.data.template != "chat":
             raise UserError(
                 f"data.template: {self._config.data.template!r} renders one question; environment "
-                f"{agents.environment} needs data.template: chat"
+                f"{agents.environment} needs data.template: chat",
+                key="data.template",
+                cause=Cause.CONFLICT,
             )
         await self._player(agents).check(prompts)
 

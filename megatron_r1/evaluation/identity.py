@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import Config
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import atomic_write
 
 PACKAGES = (
@@ -46,15 +46,21 @@ def require_same_identity(
     if logged == now:
         weights = f" (the files in model.path, {now}, have changed since)"
     changed = [
-        f"  {name}: {before.get(name)!r} in the folder, {settings.get(name)!r} now"
-        f"{weights if name == 'weights' else ''}\n"
+        name
         for name in names
         if _deciding(name, before.get(name)) != _deciding(name, settings.get(name))
     ]
     if changed:
+        lines = "".join(
+            f"  {name}: {before.get(name)!r} in the folder, {settings.get(name)!r} now"
+            f"{weights if name == 'weights' else ''}\n"
+            for name in changed
+        )
         raise UserError(
-            f"{path.parent} holds responses with other settings:\n{''.join(changed)}To continue, "
-            "restore those; to start anew, choose another run.folder or remove this one."
+            f"{path.parent} holds responses with other settings:\n{lines}To continue, "
+            "restore those; to start anew, choose another run.folder or remove this one.",
+            key=changed[0],
+            cause=Cause.CHANGED,
         )
 
 

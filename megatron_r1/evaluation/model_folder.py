@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.training.checkpoints.finding import STATE_FILE, complete_checkpoints
 from megatron_r1.weights.stored.weight_files import require_complete, weight_files
 
@@ -27,7 +27,9 @@ def find_model(path: str) -> tuple[Path, bool]:
         return checkpoints[-1], True
     raise UserError(
         f"model.path {path}: neither a Hugging Face folder (no config.json) nor a run's folder "
-        "(no hf/ and no checkpoints/)"
+        "(no hf/ and no checkpoints/)",
+        key="model.path",
+        cause=Cause.NOT_FOUND,
     )
 
 
@@ -47,7 +49,7 @@ def require_weights(folder: Path, key: str = "model.path") -> None:
     try:
         files = weight_files(folder)
     except UserError as error:
-        raise UserError(f"{key}: {error}") from None
+        raise UserError(f"{key}: {error}", key=key, cause=error.cause) from None
     require_complete(files)
 
 

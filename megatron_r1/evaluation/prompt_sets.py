@@ -12,7 +12,7 @@ from megatron_r1.agents.rows import load_rows
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.config.evaluation import BenchmarkConfig, EvalConfig
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.base import to_prompts
 from megatron_r1.evaluation.benchmarks.sources import Rows, read_rows
@@ -44,11 +44,19 @@ def load_prompt_sets(config: Config) -> list[PromptSet]:
     loading raises."""
     entries = config.eval.benchmarks
     if not entries:
-        raise UserError("eval.benchmarks must be set, for example to [gym/arithmetic]")
+        raise UserError(
+            "eval.benchmarks must be set, for example to [gym/arithmetic]",
+            key="eval.benchmarks",
+            cause=Cause.MISSING,
+        )
     titles = [entry.title for entry in entries]
     for title in titles:
         if titles.count(title) > 1:
-            raise UserError(f"eval.benchmarks names {title} twice: give each a label of its own")
+            raise UserError(
+                f"eval.benchmarks names {title} twice: give each a label of its own",
+                key="label",
+                cause=Cause.DUPLICATE,
+            )
     return [_load_entry(entry, config) for entry in entries]
 
 
@@ -69,10 +77,18 @@ def _load_own(entry: BenchmarkConfig, config: Config) -> PromptSet:
     """Load the user's own questions: all questions of `path`, or the questions that the recipe's
     `data` holds out. The columns and the kind are those of `data`."""
     if entry.files or entry.instruction is not None or entry.options:
-        raise UserError(f"benchmark {entry.title}: it has no instruction, files or options")
+        raise UserError(
+            f"benchmark {entry.title}: it has no instruction, files or options",
+            key="eval.benchmarks",
+            cause=Cause.UNSUPPORTED,
+        )
     prompts = _own_prompts("", entry, config)
     if not prompts:
-        raise UserError(f"benchmark {entry.title}: data holds no questions out; give it a path")
+        raise UserError(
+            f"benchmark {entry.title}: data holds no questions out; give it a path",
+            key="path",
+            cause=Cause.MISSING,
+        )
     return PromptSet(entry.title, prompts, entry.samples or config.eval.samples)
 
 
@@ -95,14 +111,18 @@ def _load(entry: BenchmarkConfig, config: EvalConfig) -> PromptSet:
         rows = read_rows(entry.name, benchmark.hubs, options, entry.path, entry.files)
     elif entry.path is not None:
         raise UserError(
-            f"benchmark {entry.name} makes its own questions: it takes no path ({entry.path})"
+            f"benchmark {entry.name} makes its own questions: it takes no path ({entry.path})",
+            key="path",
+            cause=Cause.CONFLICT,
         )
     instruction = benchmark.instruction if entry.instruction is None else entry.instruction
     all_prompts = to_prompts(benchmark.questions(rows, options), instruction)
     prompts = list(itertools.islice(all_prompts, entry.limit or config.limit))
     if not prompts:
         raise UserError(
-            f"benchmark {entry.title}: no questions are left; loosen its options ({options})"
+            f"benchmark {entry.title}: no questions are left; loosen its options ({options})",
+            key="options",
+            cause=Cause.EMPTY,
         )
     samples = entry.samples or config.samples
     return PromptSet(entry.title, prompts, samples, benchmark.compares)
@@ -116,11 +136,15 @@ def _load_rows(entry: BenchmarkConfig, config: Config) -> PromptSet:
     if not name:
         raise UserError(
             f"benchmark {entry.name}: name the environment, such as environment/calculator, or set "
-            "agents.environment"
+            "agents.environment",
+            key="agents.environment",
+            cause=Cause.MISSING,
         )
     if entry.files or entry.instruction is not None:
         raise UserError(
-            f"benchmark {entry.title}: rows of an environment have no instruction or files"
+            f"benchmark {entry.title}: rows of an environment have no instruction or files",
+            key="eval.benchmarks",
+            cause=Cause.UNSUPPORTED,
         )
     parameters = entry.options or (own.parameters if name == own.environment else {})
     check_parameters(name, describe(name), parameters)
@@ -128,10 +152,16 @@ def _load_rows(entry: BenchmarkConfig, config: Config) -> PromptSet:
     if not (entry.path is not None or config.data.path or config.data.task):
         raise UserError(
             f"benchmark {entry.title}: give its rows as path, or set data.path, whose held-out "
-            "rows are played then"
+            "rows are played then",
+            key="path",
+            cause=Cause.MISSING,
         )
     prompts = _own_prompts(name, entry, config)
     if not prompts:
-        raise UserError(f"benchmark {entry.title}: no rows are held out; give data.heldout_path")
+        raise UserError(
+            f"benchmark {entry.title}: no rows are held out; give data.heldout_path",
+            key="data.heldout_path",
+            cause=Cause.MISSING,
+        )
     agents = own.model_copy(update=played)
     return PromptSet(entry.title, prompts, entry.samples or config.eval.samples, agents=agents)

@@ -11,7 +11,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.response import is_ungraded
 from megatron_r1.files.jsonl import LineWriter, read_lines, whole_lines
 
@@ -100,7 +100,9 @@ class ResponseLog:
         if not is_ours:
             raise UserError(
                 f"{self.path} has a line that `{self._command}` did not write "
-                f"({', '.join(line)}): run.folder must be a folder of its own"
+                f"({', '.join(line)}): run.folder must be a folder of its own",
+                key="run.folder",
+                cause=Cause.CONFLICT,
             )
         (self.ungraded.add if failed else self.ungraded.discard)((prompt, index))
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.progress import SamplingProgress
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest
 from megatron_r1.evaluation.response import Policy, TextResponse
@@ -184,7 +184,9 @@ class Sampler:
             if self._num_ungraded[name] == MAX_UNGRADED:
                 self._broken_grader = UserError(
                     f"{name}: no response could be graded: {response.reason}; repair what the "
-                    "reward needs, or leave these questions out"
+                    "reward needs, or leave these questions out",
+                    key="rewards",
+                    cause=Cause.FAILED,
                 )
 
     def _refuse_other_versions(self) -> None:
@@ -197,7 +199,9 @@ class Sampler:
                     raise UserError(
                         f"{self._log.path} has responses to another version of {where}question "
                         f"{prompt.id} ({prompt.question[:60]!r}): its text, kind, truth or fields "
-                        f"have changed. Restore them, {label}or choose another run.folder"
+                        f"have changed. Restore them, {label}or choose another run.folder",
+                        key="run.folder",
+                        cause=Cause.CHANGED,
                     )
 
 

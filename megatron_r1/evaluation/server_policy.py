@@ -13,7 +13,7 @@ from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.shots import Shots
 from megatron_r1.data.templates import find_template, is_opened, render
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.response import Decoding, TextResponse
 from megatron_r1.rewards.answer import END_THINK, THINK
 from megatron_r1.rewards.remote.completions import Completion, CompletionChoice
@@ -88,7 +88,9 @@ class ServerPolicy:
     async def check(self, agents: AgentsConfig, prompts: Sequence[Prompt]) -> None:
         raise UserError(
             f"{self._key}: episodes in environment {agents.environment} need the tokens of a model "
-            "folder; give model.path instead"
+            "folder; give model.path instead",
+            key=self._key,
+            cause=Cause.CONFLICT,
         )
 
     async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.rewards import WITHOUT_TRUTH, resolve
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.code.problem import parse_problem
@@ -53,15 +53,25 @@ def guess_columns(
     for name, given in (("question", question), ("truth", truth)):
         if given is not None and given not in flat[0]:
             near = did_you_mean(given, flat[0], "{}")
-            raise UserError(f"--{name} {given}: {source} has no such column{near}{_listed(flat)}")
+            raise UserError(
+                f"--{name} {given}: {source} has no such column{near}{_listed(flat)}",
+                key=f"--{name}",
+                cause=Cause.NOT_FOUND,
+            )
     if question is None:
         question, reasons["question"] = _find(source, QUESTION_NAMES, flat, _is_question, truth)
     if question is None:
         if chat := next((name for name, value in flat[0].items() if _is_chat(value)), None):
-            raise UserError(f"{source}: {chat!r} has chats; {ONE_MESSAGE}{_listed(flat)}")
+            raise UserError(
+                f"{source}: {chat!r} has chats; {ONE_MESSAGE}{_listed(flat)}",
+                key="--question",
+                cause=Cause.UNSUPPORTED,
+            )
         raise UserError(
             f"{source}: no column looks like the question; name it: --question COLUMN"
-            f"{_listed(flat)}"
+            f"{_listed(flat)}",
+            key="--question",
+            cause=Cause.MISSING,
         )
     kinds = _kinds_of_rows(flat) if kind is None else set()
     needs_truth = not kinds or not kinds.issubset(WITHOUT_TRUTH)
@@ -70,7 +80,9 @@ def guess_columns(
     if truth is None and needs_truth:
         raise UserError(
             f"{source}: no column looks like the answer to {question!r}; name it: --truth COLUMN"
-            f"{_listed(flat)}"
+            f"{_listed(flat)}",
+            key="--truth",
+            cause=Cause.MISSING,
         )
     if kind is not None:
         resolve(kind)
@@ -116,7 +128,11 @@ def _find(
             if usual in re.split("[_.]", _plain(column)):
                 return column, f"its name has {usual!r} in it"
     if blank := _blank(names, rows, fits):
-        raise UserError(f"{source}: {blank}")
+        raise UserError(
+            f"{source}: {blank}",
+            key="--question" if names is QUESTION_NAMES else "--truth",
+            cause=Cause.EMPTY,
+        )
     if other is None and len(fitting) == 2:
         longer = max(fitting, key=lambda name: sum(len(str(row.get(name))) for row in rows))
         return longer, "the longer of two columns"

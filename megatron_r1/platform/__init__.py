@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.platform.cpu_patches import CPU, PATCHES
 from megatron_r1.platform.versions import check_megatron, warn_of_transformer_engine
 from megatron_r1.processes.imports import without_garbage_collection
@@ -54,7 +54,9 @@ def uses_transformer_engine() -> bool:
         raise UserError(
             f"there is a GPU, but Transformer Engine does not import ({error}): install it, built "
             "for this torch (make setup-cuda), or hide the GPU with "
-            "CUDA_VISIBLE_DEVICES= to train on the CPU"
+            "CUDA_VISIBLE_DEVICES= to train on the CPU",
+            key="transformer_engine",
+            cause=Cause.NOT_INSTALLED,
         ) from error
     warn_of_transformer_engine()
     return True

@@ -3,7 +3,7 @@
 import warnings
 from importlib import metadata
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 MEGATRON_VERSION = "0.16.1"
 """The version whose lines are patched (`platform.cpu_patches`, `models.patches`)."""
@@ -18,7 +18,9 @@ def check_megatron() -> None:
     if found != MEGATRON_VERSION:
         raise UserError(
             f"megatron-core {found} is installed, and this code is written against "
-            f"{MEGATRON_VERSION}: pip install --no-deps megatron-core=={MEGATRON_VERSION}"
+            f"{MEGATRON_VERSION}: pip install --no-deps megatron-core=={MEGATRON_VERSION}",
+            key="megatron-core",
+            cause=Cause.CONFLICT,
         )
 
 

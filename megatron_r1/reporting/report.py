@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.outcome import (
     Evaluation,
@@ -69,7 +69,11 @@ def write_report(
     Any run will do: one step, no evaluations, supervised training, or nothing recorded yet."""
     folder = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
     if not folder.path.is_dir():
-        raise UserError(f"{folder.path} is not a folder; give the folder of a run")
+        raise UserError(
+            f"{folder.path} is not a folder; give the folder of a run",
+            key="folder",
+            cause=Cause.NOT_FOUND,
+        )
     metrics = folder.read_metrics()
     heldout = evaluations([*metrics, *folder.read_evaluations()])
     settings = folder.read_config()

@@ -16,7 +16,7 @@ from pydantic_core import to_jsonable_python
 from megatron_r1.config.differences import changed_keys, flatten, is_within, value_text
 from megatron_r1.config.schedule import KEYS as SCHEDULED_KEYS
 from megatron_r1.config.yaml_text import as_text
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import READ_ONLY, atomic_write
 from megatron_r1.files.jsonl import append_lines, keep_lines, read_lines
 
@@ -67,7 +67,9 @@ class RunFolder:
             else:
                 raise
             raise UserError(
-                f"run.folder {self.path} {what} ({error.strerror}); choose another"
+                f"run.folder {self.path} {what} ({error.strerror}); choose another",
+                key="run.folder",
+                cause=Cause.UNREADABLE if error.errno in READ_ONLY else Cause.MALFORMED,
             ) from None
         return self
 
@@ -98,7 +100,9 @@ class RunFolder:
             changed = sorted(changed_keys(before, after))
             refused = [key for key in changed if not is_within(key, may_change)]
             if refused:
-                raise UserError(self._refusal(refused, before, after))
+                raise UserError(
+                    self._refusal(refused, before, after), key=refused[0], cause=Cause.CHANGED
+                )
             if not changed:
                 return
         atomic_write(self.config_path, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
@@ -119,7 +123,9 @@ class RunFolder:
         config = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise UserError(
-                f"{self.config_path}: not a YAML mapping; restore it, or choose another run.folder"
+                f"{self.config_path}: not a YAML mapping; restore it, or choose another run.folder",
+                key="run.folder",
+                cause=Cause.MALFORMED,
             )
         return config
 
@@ -223,7 +229,9 @@ class FolderLock:
         self.key = str(path.resolve())
         if self.key in self._held:
             raise UserError(
-                f"{path.parent} is already in use by this process; close that run first"
+                f"{path.parent} is already in use by this process; close that run first",
+                key="run.folder",
+                cause=Cause.BUSY,
             )
         self.file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open for the lock
         try:
@@ -233,14 +241,18 @@ class FolderLock:
                 self.file.close()
                 raise UserError(
                     f"{path} cannot be locked ({error.strerror}), which keeps two runs out of one "
-                    "folder; put run.folder on a file system with POSIX locks"
+                    "folder; put run.folder on a file system with POSIX locks",
+                    key="run.folder",
+                    cause=Cause.UNSUPPORTED,
                 ) from error
             self.file.seek(0)
             owner = self.file.read().strip() or "unknown"
             self.file.close()
             raise UserError(
                 f"{path.parent} is in use by another run ({owner}); "
-                "wait for it, stop it, or choose another folder"
+                "wait for it, stop it, or choose another folder",
+                key="run.folder",
+                cause=Cause.BUSY,
             ) from error
         self.file.truncate(0)
         self.file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.data.records import HUB
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.user_code import source_of
-from megatron_r1.workflow.graph import Graph
+from megatron_r1.workflow.graph import Graph, all_of
 from megatron_r1.workflow.pipeline_recipe import MAKE
 from megatron_r1.workflow.plan import WorkflowPlan, WorkflowStage, names_a_file
 from megatron_r1.workflow.references import REFERENCE, texts
@@ -24,36 +24,47 @@ def check(plan: WorkflowPlan, verbs: Mapping[str, str], files: bool = True) -> N
     mistakes = list(plan.broken.values())
     for name, stage in plan.stages.items():
         if name not in plan.broken:
-            mistakes += mistakes_of(_check_stage, plan, stage, verbs)
-    mistakes += mistakes_of(Graph, plan.stages)
+            mistakes += _mistakes_of(f"stages.{name}", _check_stage, plan, stage, verbs)
+    mistakes += _mistakes_of("stages", Graph, plan.stages)
     if files:
-        mistakes += missing_files(plan)
+        mistakes += [
+            UserError(line, key=key, cause=Cause.NOT_FOUND) for key, line in missing_files(plan)
+        ]
     if mistakes:
-        raise UserError("\n".join(mistakes))
+        raise all_of(mistakes)
 
 
-def mistakes_of(check: Callable[..., Any], *arguments: Any) -> list[str]:
-    """Return the lines of the ValueError that `check` raises, [] if it raises none."""
+def _mistakes_of(place: str, check: Callable[..., Any], *arguments: Any) -> list[UserError]:
+    """Return the error that `check` raises for a stage at `place`, [] if it raises none."""
     try:
         check(*arguments)
+    except UserError as error:
+        if not error.key.startswith("stages"):
+            error.key = f"{place}.{error.key}"
+        return [error]
     except ValueError as error:
-        return str(error).splitlines()
+        return [UserError(str(error), key=place, cause=Cause.MALFORMED)]
     return []
 
 
-def missing_files(plan: WorkflowPlan) -> list[str]:
-    """Return a line for every missing file or folder that settings name and no stage makes."""
+def missing_files(plan: WorkflowPlan) -> list[tuple[str, str]]:
+    """Return (key, why it is none) of every setting that names a missing file or folder which no
+    stage makes."""
     named = []
     for stage in plan.stages.values():
-        where = f"{plan.path}: stages.{stage.name}"
         for name, server in stage.config.serve.items():
-            named.append((f"{where}: serve.{name}.model", server.model))
+            named.append((stage.name, f"serve.{name}.model", server.model))
         for place, text in texts({} if stage.is_function else stage.settings):
             if names_a_file(place) and not text.startswith(HUB):
-                named.append((f"{where}: {place}", text))
+                named.append((stage.name, place, text))
+    located = [(name, place, plan.located(text)) for name, place, text in named]
     return [
-        f"{place}: {path}: no such file or folder (relative to {Path.cwd()})"
-        for place, path in ((place, plan.located(text)) for place, text in named)
+        (
+            f"stages.{name}.{place}",
+            f"{plan.path}: stages.{name}: {place}: {path}: no such file or folder (relative to "
+            f"{Path.cwd()})",
+        )
+        for name, place, path in located
         if path and not REFERENCE.search(path) and not Path(path).exists()
     ]
 
@@ -70,27 +81,33 @@ def _check_stage(plan: WorkflowPlan, stage: WorkflowStage, verbs: Mapping[str, s
     else:
         known = [MAKE, *verbs]
         near = did_you_mean(config.verb, known, "{}") or f"; there are {', '.join(known)}"
-        raise UserError(f"{where}: unknown verb {config.verb}{near}")
+        message = f"{where}: unknown verb {config.verb}{near}"
+        raise UserError(message, key="verb", cause=Cause.UNKNOWN)
     for text in (config.launch, *(server.launch for server in config.serve.values())):
         try:
             shlex.split(text)
         except ValueError as error:
-            raise UserError(f"{where}: launch: {text!r}: {error}") from None
+            message = f"{where}: launch: {text!r}: {error}"
+            raise UserError(message, key="launch", cause=Cause.MALFORMED) from None
 
 
 def _check_function(where: str, function: str, arguments: Mapping[str, Any]) -> None:
     name = function.partition(":")[2]
     try:
         tree = ast.parse(source_of(function))
+    except UserError as error:
+        raise UserError(f"{where}: {error}", key="function", cause=error.cause) from None
     except (ValueError, SyntaxError) as error:
-        raise UserError(f"{where}: {error}") from None
+        message = f"{where}: {error}"
+        raise UserError(message, key="function", cause=Cause.MALFORMED) from None
     defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     if name not in defined:
         imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
         if {name, "*"} & {alias.asname or alias.name for node in imports for alias in node.names}:
             return  # its arguments stand in another module, and are checked by the call
         near = did_you_mean(name, defined, "{}") or f"; it has {', '.join(defined) or 'none'}"
-        raise UserError(f"{where}: function {function}: the module has no function {name}{near}")
+        message = f"{where}: function {function}: the module has no function {name}{near}"
+        raise UserError(message, key="function", cause=Cause.NOT_FOUND)
     # The first parameter is the folder; the others are passed by name.
     parameters, where = defined[name].args, f"{where}: arguments of {function}"
     positional = [p.arg for p in (*parameters.posonlyargs, *parameters.args)][1:]
@@ -98,11 +115,13 @@ def _check_function(where: str, function: str, arguments: Mapping[str, Any]) -> 
     for name in arguments:
         if name not in names and parameters.kwarg is None:
             near = did_you_mean(name, names, "{}") or f"; it takes {', '.join(names) or 'none'}"
-            raise UserError(f"{where}: unknown argument {name}{near}")
+            message = f"{where}: unknown argument {name}{near}"
+            raise UserError(message, key=f"arguments.{name}", cause=Cause.UNKNOWN)
     num_needed = len(positional) - len(parameters.defaults)
     needed = positional[: max(0, num_needed)]
     defaults = zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True)
     needed += [p.arg for p, default in defaults if default is None]
     missing = [name for name in needed if name not in arguments]
     if missing:
-        raise UserError(f"{where}: {', '.join(missing)} must be given")
+        message = f"{where}: {', '.join(missing)} must be given"
+        raise UserError(message, key=f"arguments.{missing[0]}", cause=Cause.MISSING)

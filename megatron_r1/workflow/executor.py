@@ -7,7 +7,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from megatron_r1.errors import RunError, UserError
+from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.reporting.wording import duration
 from megatron_r1.workflow import manifest
 from megatron_r1.workflow.graph import Graph
@@ -71,7 +71,11 @@ class Executor:
             return
         if statuses[name].state is StageState.STALE:
             if not self._config.rerun:
-                raise UserError(stale_text(plan, {name: statuses[name]}))
+                raise UserError(
+                    stale_text(plan, {name: statuses[name]}),
+                    key=f"stages.{name}",
+                    cause=Cause.CHANGED,
+                )
             _print(f"{title}: what it was is now in {_move_aside(plan.folder_of(name))}")
         continues = manifest.read(plan.folder_of(name), manifest.BEGUN) is not None
         begins = "continues" if continues else "begins"

@@ -1,9 +1,9 @@
 """The graph of stages: references are its edges, `after` adds edges without a file."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.workflow.plan import WorkflowStage
 
 TRAINED = ("hf", "checkpoints", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
@@ -20,6 +20,12 @@ OUTPUTS = {
 VALUES = {"pipeline": ("folder", "seed"), "here": ("",)}
 
 
+def all_of(mistakes: Sequence[UserError]) -> UserError:
+    """Return the error that has the lines of all; key and cause are those of the first."""
+    lines = "\n".join(map(str, mistakes))
+    return UserError(lines, key=mistakes[0].key, cause=mistakes[0].cause)
+
+
 class Graph:
     """The stages of a pipeline and the stages that each of them needs. upstream: stage → the stages
     that it needs directly. order: all stages, each after its upstream.
@@ -32,14 +38,14 @@ class Graph:
         Raises UserError with a line for every stage with an unknown reference, or else for a cycle.
         """
         self.upstream: dict[str, tuple[str, ...]] = {}
-        mistakes = []
+        mistakes: list[UserError] = []
         for name, stage in stages.items():
             try:
                 self.upstream[name] = _upstream(stage, stages)
             except UserError as error:
-                mistakes.append(str(error))
+                mistakes.append(error)
         if mistakes:
-            raise UserError("\n".join(mistakes))
+            raise all_of(mistakes)
         self.order = _ordered(self.upstream)
 
     def needs(self, stage: str) -> set[str]:
@@ -63,46 +69,65 @@ def _upstream(stage: WorkflowStage, stages: Mapping[str, WorkflowStage]) -> tupl
     upstream: dict[str, None] = {}
     for place, reference in stage.references:
         head, _, rest = reference.partition(".")
+        key = f"stages.{stage.name}.{place}"
         where = f"stages.{stage.name}: {place}: ${{{reference}}}"
         if head in VALUES:
             if rest not in VALUES[head]:
                 known = ", ".join(".".join(filter(None, (head, name))) for name in VALUES[head])
-                raise UserError(f"{where} is unknown; there is {known}")
+                raise UserError(
+                    f"{where} is unknown; there is {known}",
+                    key=key,
+                    cause=Cause.UNKNOWN,
+                )
         elif head == "serve":
-            _check_served(stage, where, rest)
+            _check_served(stage, key, where, rest)
         else:
-            _check_output(stages, where, head, rest)
+            _check_output(stages, key, where, head, rest)
             upstream[head] = None
     for name in stage.config.after:
         if name not in stages:
-            raise UserError(f"stages.{stage.name}: after: {unknown_stage(name, stages)}")
+            raise UserError(
+                f"stages.{stage.name}: after: {unknown_stage(name, stages)}",
+                key=f"stages.{stage.name}.after",
+                cause=Cause.UNKNOWN,
+            )
         upstream[name] = None
     if stage.config.evaluates and stage.config.evaluates not in stages:
         unknown = unknown_stage(stage.config.evaluates, stages)
-        raise UserError(f"stages.{stage.name}: evaluates: {unknown}")
+        raise UserError(
+            f"stages.{stage.name}: evaluates: {unknown}",
+            key=f"stages.{stage.name}.evaluates",
+            cause=Cause.UNKNOWN,
+        )
     return tuple(upstream)
 
 
-def _check_served(stage: WorkflowStage, where: str, rest: str) -> None:
+def _check_served(stage: WorkflowStage, key: str, where: str, rest: str) -> None:
     name, dot, what = rest.rpartition(".")
     if not dot or what != "url":
-        raise UserError(f"{where} is unknown; there is ${{serve.NAME.url}}")
+        message = f"{where} is unknown; there is ${{serve.NAME.url}}"
+        raise UserError(message, key=key, cause=Cause.UNKNOWN)
     if name not in stage.config.serve:
         near = did_you_mean(name, stage.config.serve, "{}")
-        served = ", ".join(stage.config.serve) or "nothing"
-        raise UserError(f"{where}: {name} is not in its serve{near or f'; it serves {served}'}")
+        near = near or f"; it serves {', '.join(stage.config.serve) or 'nothing'}"
+        message = f"{where}: {name} is not in its serve{near}"
+        raise UserError(message, key=key, cause=Cause.UNKNOWN)
 
 
-def _check_output(stages: Mapping[str, WorkflowStage], where: str, head: str, rest: str) -> None:
+def _check_output(
+    stages: Mapping[str, WorkflowStage], key: str, where: str, head: str, rest: str
+) -> None:
     if head not in stages:
-        raise UserError(f"{where}: {unknown_stage(head, stages)}")
+        message = f"{where}: {unknown_stage(head, stages)}"
+        raise UserError(message, key=key, cause=Cause.UNKNOWN)
     known = OUTPUTS.get(stages[head].config.verb)
     model = stages[head].settings.get("model")
     if known is TRAINED and isinstance(model, Mapping) and model.get("lora") is not None:
         known = (*known, ADAPTER)
     if rest and known and rest.partition("/")[0] not in known:
         near = did_you_mean(rest, known, "{}") or f"; it has {', '.join(known)}"
-        raise UserError(f"{where}: {stages[head].config.verb} leaves no {rest}{near}")
+        message = f"{where}: {stages[head].config.verb} leaves no {rest}{near}"
+        raise UserError(message, key=key, cause=Cause.UNKNOWN)
 
 
 def unknown_stage(name: str, stages: Collection[str]) -> str:
@@ -117,7 +142,11 @@ def _ordered(upstream: Mapping[str, tuple[str, ...]]) -> list[str]:
     try:
         sorter.prepare()
     except CycleError as error:
-        raise UserError(f"stages need each other: {' → '.join(error.args[1])}") from None
+        raise UserError(
+            f"stages need each other: {' → '.join(error.args[1])}",
+            key="stages",
+            cause=Cause.CONFLICT,
+        ) from None
     order: list[str] = []
     ready: list[str] = []
     while sorter.is_active():

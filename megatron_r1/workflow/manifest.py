@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.files import atomic_write, fsync
 from megatron_r1.workflow import fingerprint
@@ -28,7 +28,11 @@ def read(folder: Path, name: str) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); restore it, or move {folder} away") from None
+        raise UserError(
+            f"{path}: not JSON ({error}); restore it, or move {folder} away",
+            key=name,
+            cause=Cause.MALFORMED,
+        ) from None
 
 
 def begin(

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from megatron_r1.config.mistakes import explain
+from megatron_r1.config.mistakes import refusal
 from megatron_r1.config.section import Section
 from megatron_r1.config.yaml_text import put, read_sections
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.workflow.references import protect, unprotect
 
 MAKE = "make"
@@ -46,14 +46,20 @@ class PipelineConfig(Section):
     @classmethod
     def _differ(cls, seeds: list[int]) -> list[int]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError(f"pipeline.seeds: {seeds} has one twice; leave it out")
+            raise UserError(
+                f"pipeline.seeds: {seeds} has one twice; leave it out",
+                key="pipeline.seeds",
+                cause=Cause.DUPLICATE,
+            )
         return seeds
 
     @model_validator(mode="after")
     def _one_choice(self):
         if self.only and self.until:
-            raise ValueError(
-                f"pipeline.only {self.only} and pipeline.until {self.until}: choose one of them"
+            raise UserError(
+                f"pipeline.only {self.only} and pipeline.until {self.until}: choose one of them",
+                key="pipeline.until",
+                cause=Cause.CONFLICT,
             )
         return self
 
@@ -81,7 +87,11 @@ class ServeConfig(Section):
     @model_validator(mode="after")
     def _one_of_both(self):
         if bool(self.model) == bool(self.command):
-            raise ValueError("serve: set model (vLLM serves it) or command, one of the two")
+            raise UserError(
+                "serve: set model (vLLM serves it) or command, one of the two",
+                key="command" if self.command else "model",
+                cause=Cause.CONFLICT if self.command else Cause.MISSING,
+            )
         return self
 
 
@@ -113,10 +123,16 @@ class StageConfig(Section):
             if getattr(self, name):
                 right = "arguments" if self.verb == MAKE else "settings"
                 near = "" if self.verb == MAKE else did_you_mean(self.verb, [MAKE], "{}")
-                raise ValueError(f"{name} is not for verb {self.verb}{near or f'; it has {right}'}")
+                raise UserError(
+                    f"{name} is not for verb {self.verb}{near or f'; it has {right}'}",
+                    key=name,
+                    cause=Cause.CONFLICT,
+                )
         if self.verb == MAKE and not re.fullmatch(r"[\w.]+:\w+", self.function):
-            raise ValueError(
-                f"function: make needs one, as package.module:name, got {self.function!r}"
+            raise UserError(
+                f"function: make needs one, as package.module:name, got {self.function!r}",
+                key="function",
+                cause=Cause.MALFORMED if self.function else Cause.MISSING,
             )
         return self
 
@@ -138,21 +154,27 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> PipelineR
     if "stages" not in tree:
         raise UserError(
             f"{path}: it has no stages; a recipe of one is run with its verb, such as megatron-r1 "
-            f"rl {path}"
+            f"rl {path}",
+            key="stages",
+            cause=Cause.MISSING,
         )
     for dotted, value in (overrides or {}).items():
         put(tree, _place(tree, dotted), value, dotted)
     try:
         recipe = PipelineRecipe.model_validate(tree)
     except ValidationError as failure:
-        raise UserError(f"{path}: {explain(failure, PipelineRecipe)}") from None
+        raise refusal(failure, PipelineRecipe, place=str(path)) from None
     if not recipe.pipeline.folder:
-        raise UserError(f"{path}: pipeline.folder must be set")
+        raise UserError(
+            f"{path}: pipeline.folder must be set", key="pipeline.folder", cause=Cause.MISSING
+        )
     for name in recipe.stages:
         if not NAME.fullmatch(name) or name in RESERVED or re.fullmatch(r"seed_\d+", name):
             raise UserError(
                 f"{path}: stages.{name}: a stage cannot be called so; use letters, digits, _ "
-                f"and -, and none of {', '.join(RESERVED)}, seed_N"
+                f"and -, and none of {', '.join(RESERVED)}, seed_N",
+                key=f"stages.{name}",
+                cause=Cause.MALFORMED,
             )
     return recipe
 
@@ -162,7 +184,7 @@ def read_tree(path: Path, what: str = "recipe") -> dict[str, Any]:
     try:
         return unprotect(read_sections(path, what, protect))
     except UserError as error:
-        raise UserError(unprotect(str(error))) from None
+        raise UserError(unprotect(str(error)), key=error.key, cause=error.cause) from None
 
 
 def _place(tree: dict[str, Any], dotted: str) -> list[str]:
@@ -173,7 +195,9 @@ def _place(tree: dict[str, Any], dotted: str) -> list[str]:
         hint = did_you_mean(section, PipelineRecipe.model_fields, "--{}")
         raise UserError(
             f"unknown option --{dotted}{hint}; a pipeline has --pipeline.KEY, "
-            "--stages.NAME.SECTION.KEY and --defaults.SECTION.KEY"
+            "--stages.NAME.SECTION.KEY and --defaults.SECTION.KEY",
+            key=f"--{dotted}",
+            cause=Cause.UNKNOWN,
         )
     if section != "stages":
         return [section, *keys]
@@ -181,10 +205,16 @@ def _place(tree: dict[str, Any], dotted: str) -> list[str]:
     if name not in stages:
         raise UserError(
             f"--{dotted}: no stage is called {name}{did_you_mean(name, stages, '{}')}; there are "
-            f"{', '.join(stages)}"
+            f"{', '.join(stages)}",
+            key=f"--{dotted}",
+            cause=Cause.UNKNOWN,
         )
     if not rest:
-        raise UserError(f"--{dotted}: a setting is --stages.{name}.SECTION.KEY value")
+        raise UserError(
+            f"--{dotted}: a setting is --stages.{name}.SECTION.KEY value",
+            key=f"--{dotted}",
+            cause=Cause.MALFORMED,
+        )
     if rest[0] in StageConfig.model_fields:
         return [section, *keys]
     verb = stages[name].get("verb") if isinstance(stages[name], dict) else None

@@ -67,7 +67,7 @@ class WorkflowPlan:
     folder: Path
     seed: int
     stages: dict[str, WorkflowStage]
-    broken: dict[str, str] = field(default_factory=dict)
+    broken: dict[str, UserError] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -85,12 +85,15 @@ class WorkflowPlan:
                 stages[name] = WorkflowStage(name, config, dict(config.arguments))
                 continue
             settings: dict[str, Any] = {}
+            what = f"stages.{name}: recipe"
             try:
                 if config.recipe:
-                    settings = read_tree(path.parent / config.recipe, f"stages.{name}: recipe")
+                    settings = read_tree(path.parent / config.recipe, what)
                 settings = merged(merged(recipe.defaults, settings), config.settings)
             except UserError as error:
-                broken[name] = str(error)
+                if error.key == what:
+                    error.key = f"stages.{name}.recipe"
+                broken[name] = error
             settings = merged(settings, (implied or {}).get(config.verb, {}))
             run = settings.get("run")
             if run is None or isinstance(run, dict):  # anything else is refused by its verb's check

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Self
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.files.jsonl import read_lines
 from megatron_r1.reporting.outcome import first_and_last
 from megatron_r1.reporting.wording import finite, number, percent
@@ -159,7 +159,9 @@ def _of_file(path: Path) -> dict[str, Result]:
         return {str(name): _figure(name, value) for name, value in figures.items()}
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
-            f"{path}: must hold {{name: number or {{value, low, high}}}}: {error}"
+            f"{path}: must hold {{name: number or {{value, low, high}}}}: {error}",
+            key=path.name,
+            cause=Cause.MALFORMED,
         ) from None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.reporting.wording import duration, printable
 from megatron_r1.workflow import fingerprint, manifest
 from megatron_r1.workflow.graph import Graph
@@ -82,7 +82,9 @@ def examine(
         if manifest.has_outputs(folder):
             raise UserError(
                 f"{folder} is not empty, and was not made by this pipeline (no {manifest.DONE}): "
-                "move it away, or choose another pipeline.folder"
+                "move it away, or choose another pipeline.folder",
+                key="pipeline.folder",
+                cause=Cause.EXISTS,
             )
         return Status(StageState.PENDING)
     if begun and (stage.is_function or not manifest.has_outputs(folder)):

@@ -19,7 +19,7 @@ from megatron_r1.curation.filters.rules import (
     truncated,
 )
 from megatron_r1.data.prompts import Prompt, make_prompt
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.runtime.pool import RewardPool
@@ -62,26 +62,30 @@ def check_filters(given: Mapping[str, Any]) -> None:
         if name not in NAMES:
             raise UserError(
                 f"{place}: there is no such filter{did_you_mean(name, NAMES, '{}')} (known: "
-                f"{', '.join(NAMES)})"
+                f"{', '.join(NAMES)})",
+                key=place,
+                cause=Cause.UNKNOWN,
             )
         if isinstance(options, bool):
             continue
         if not isinstance(options, Mapping):
             message = f"must be true, false or a mapping of options, got {options!r}"
-            raise UserError(f"{place}: {message}")
+            raise UserError(f"{place}: {message}", key=place, cause=Cause.MALFORMED)
         run = REGISTRY.get(name)
         known = list(inspect.signature(run).parameters)[2:] if run else []
         for option in options:
             if option not in known:
                 raise UserError(
                     f"{place}: unknown option {option}{did_you_mean(option, known, '{}')} (it has "
-                    f"{', '.join(known) or 'none'})"
+                    f"{', '.join(known) or 'none'})",
+                    key=f"{place}.{option}",
+                    cause=Cause.UNKNOWN,
                 )
         if run and options:
             try:
                 run(EXAMPLE, make_prompt("2 + 2?", "math", "4", {}), **options)
             except (ValueError, TypeError) as error:
-                raise UserError(f"{place}: {error}") from None
+                raise UserError(f"{place}: {error}", key=place, cause=Cause.MALFORMED) from None
 
 
 def filters_of(output: str, given: Mapping[str, Mapping[str, Any] | bool]) -> Filters:

@@ -3,7 +3,7 @@
 A benchmark maps the rows of its public data set to prompts (`base.Benchmark`); the same rewards as
 in training grade the responses."""
 
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.evaluation.benchmarks.base import Benchmark
 from megatron_r1.user_code import find
 
@@ -29,9 +29,15 @@ def find_benchmark(name: str) -> tuple[Benchmark, str]:
         raise UserError(
             f"unknown benchmark {name!r}{did_you_mean(base, REGISTRY)} (known: "
             f"{', '.join(sorted(REGISTRY))}; your own questions: {{name: questions, path: FILE}}; "
-            "your own layout is written 'package.module:NAME')"
+            "your own layout is written 'package.module:NAME')",
+            key="eval.benchmarks",
+            cause=Cause.UNKNOWN,
         )
     try:
         return find(f"{module}:{attribute}", "Benchmark", lambda o: isinstance(o, Benchmark)), part
     except (ImportError, UserError) as error:
-        raise UserError(f"benchmark {name!r} cannot be imported: {error}") from error
+        raise UserError(
+            f"benchmark {name!r} cannot be imported: {error}",
+            key="eval.benchmarks",
+            cause=Cause.NOT_FOUND,
+        ) from error

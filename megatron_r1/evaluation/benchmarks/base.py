@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_r1.data.prompts import Prompt, make_prompt
 from megatron_r1.data.templates import PLACEHOLDER
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
 
 __all__ = ["Benchmark", "Options", "Question", "Rows", "code_limits", "pick_columns", "to_prompts"]
@@ -51,7 +51,11 @@ class Benchmark:
         for option in given.keys() - self.options.keys():
             known = f"it takes {', '.join(sorted(self.options))}" if self.options else "it has none"
             hint = did_you_mean(option, self.options) or f"; {known}"
-            raise UserError(f"benchmark {name}: unknown option {option!r}{hint}")
+            raise UserError(
+                f"benchmark {name}: unknown option {option!r}{hint}",
+                key=f"options.{option}",
+                cause=Cause.UNKNOWN,
+            )
         return {**self.options, **given}
 
 
@@ -59,7 +63,11 @@ def to_prompts(questions: Iterable[Question], instruction: str) -> Iterator[Prom
     """Yield prompts with unique ids: the data set's, or a hash of the text; a repeated one gets
     "-2", "-3", … Raises UserError for an instruction without {problem}."""
     if PLACEHOLDER not in instruction:
-        raise UserError(f"instruction {instruction!r} has no {PLACEHOLDER}: put the question's in")
+        raise UserError(
+            f"instruction {instruction!r} has no {PLACEHOLDER}: put the question's in",
+            key="instruction",
+            cause=Cause.MALFORMED,
+        )
     seen: dict[str, int] = {}
     for question in questions:
         text = instruction.replace(PLACEHOLDER, question.problem)

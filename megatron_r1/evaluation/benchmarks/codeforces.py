@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_r1.data.records import require_text
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Question, code_limits
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
 
@@ -30,7 +30,11 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
     language."""
     language = options["language"]
     if language not in LANGUAGES:
-        raise UserError(f"codeforces: language {language!r} is not one of {', '.join(LANGUAGES)}")
+        raise UserError(
+            f"codeforces: language {language!r} is not one of {', '.join(LANGUAGES)}",
+            key="options.language",
+            cause=Cause.UNKNOWN,
+        )
     lowest, highest = options["min_rating"] or 0, options["max_rating"] or math.inf
     for place, row in rows:
         columns = pick_columns(place, row, [LAYOUT])
@@ -66,7 +70,11 @@ def _question(place: str, row: dict[str, Any], language: str) -> Question:
     try:
         tests = [{"stdin": t["input"], "stdout": t["output"]} for t in row["official_tests"]]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{place}: 'official_tests' must have input and output") from error
+        raise UserError(
+            f"{place}: 'official_tests' must have input and output",
+            key="official_tests",
+            cause=Cause.MALFORMED,
+        ) from error
     truth: dict[str, Any] = {"tests": tests}
     if row["generated_checker"]:
         truth["checker"] = row["generated_checker"]

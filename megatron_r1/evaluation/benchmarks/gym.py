@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_r1.data.prompts import is_heldout, normalize
 from megatron_r1.data.tasks import generate_items, level_parameters
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Question
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows
 
@@ -53,10 +53,16 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
         hint = did_you_mean(suite, [*SUITES, *DATASETS], "'gym/{}'")
         raise UserError(
             f"gym has no suite or task {suite!r}{hint} (suites: {', '.join(SUITES)}; tasks: "
-            "those of reasoning-gym)"
+            "those of reasoning-gym)",
+            key="eval.benchmarks",
+            cause=Cause.UNKNOWN,
         )
     if suite in SUITES and options["parameters"]:
-        raise UserError(f"gym/{suite}: parameters belong to one task; name it: gym/{tasks[0]}")
+        raise UserError(
+            f"gym/{suite}: parameters belong to one task; name it: gym/{tasks[0]}",
+            key="options.parameters",
+            cause=Cause.CONFLICT,
+        )
     for task in tasks:
         yield from _of_task(task, options, exactly=len(tasks) == 1)
 
@@ -68,7 +74,11 @@ def _of_task(task: str, options: Options, exactly: bool) -> Iterator[Question]:
     if difficulty != "default":
         if difficulty not in DIFFICULTIES:
             names = ", ".join(["default", *DIFFICULTIES])
-            raise UserError(f"gym: difficulty {difficulty!r} is not one of {names}")
+            raise UserError(
+                f"gym: difficulty {difficulty!r} is not one of {names}",
+                key="options.difficulty",
+                cause=Cause.UNKNOWN,
+            )
         parameters = level_parameters(task, DIFFICULTIES[difficulty]) | parameters
     fields: dict[str, Any] = {"task": task, "parameters": parameters}
     wanted, seen = options["questions"], set()
@@ -85,7 +95,9 @@ def _of_task(task: str, options: Options, exactly: bool) -> Iterator[Question]:
         return
     raise UserError(
         f"gym/{task}: only {len(seen)} distinct questions of {wanted}; set fewer `questions`, or "
-        "make them more varied by its parameters"
+        "make them more varied by its parameters",
+        key="options.questions",
+        cause=Cause.TOO_LARGE,
     )
 
 

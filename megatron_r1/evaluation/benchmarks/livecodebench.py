@@ -10,7 +10,7 @@ from datetime import date, datetime
 from typing import Any
 
 from megatron_r1.data.records import require_text
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Question, code_limits
 from megatron_r1.evaluation.benchmarks.packed_tests import decode_tests
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
@@ -50,7 +50,11 @@ def files(options: Options) -> list[str]:
     """Return the files of a release. Raises UserError for an unknown one."""
     release = str(options["release"]).removeprefix("release_")
     if release not in RELEASES:
-        raise UserError(f"livecodebench has no release {release!r}; use {', '.join(RELEASES)}")
+        raise UserError(
+            f"livecodebench has no release {release!r}; use {', '.join(RELEASES)}",
+            key="options.release",
+            cause=Cause.UNKNOWN,
+        )
     names = [f"test{number}.jsonl" for number in range(2, len(RELEASES) + 1)]
     return ["test.jsonl", *names][: RELEASES.index(release) + 1]
 
@@ -59,7 +63,7 @@ def _question(place: str, row: dict[str, Any]) -> Question:
     tests = decode_tests(row["public_test_cases"], place)
     tests += decode_tests(row["private_test_cases"], place)
     if not tests:
-        raise UserError(f"{place}: no test cases")
+        raise UserError(f"{place}: no test cases", key="private_test_cases", cause=Cause.EMPTY)
     problem = require_text(place, row, "question_content").strip()
     kinds = {test.get("testtype") for test in tests}
     if kinds == {"functional"}:
@@ -69,7 +73,11 @@ def _question(place: str, row: dict[str, Any]) -> Question:
         problem += "\n\n" + STDIN
         truth = {"tests": [{"input": t["input"], "output": t["output"]} for t in tests]}
     else:
-        raise UserError(f"{place}: 'testtype' must be stdin or functional throughout, got {kinds}")
+        raise UserError(
+            f"{place}: 'testtype' must be stdin or functional throughout, got {kinds}",
+            key="testtype",
+            cause=Cause.MALFORMED,
+        )
     limits = code_limits(CPU_SECONDS, MEMORY_MIB, len(tests))
     fields = {"language": "python", "limits": limits}
     return Question(str(row["question_id"]), problem, "code", truth, fields)
@@ -87,7 +95,11 @@ def _function_tests(place: str, row: dict[str, Any], tests: list[dict]) -> dict[
             for test in tests
         ]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place}: a functional test is not as it should be: {error!r}") from error
+        raise UserError(
+            f"{place}: a functional test is not as it should be: {error!r}",
+            key="private_test_cases",
+            cause=Cause.MALFORMED,
+        ) from error
     return {"function": name, "tests": cases}
 
 
@@ -97,7 +109,11 @@ def _day(name: str, value: Any) -> date:
     try:
         return datetime.fromisoformat(str(value)).date()
     except ValueError:
-        raise UserError(f"{name} must be a date such as 2024-08-01, got {value!r}") from None
+        raise UserError(
+            f"{name} must be a date such as 2024-08-01, got {value!r}",
+            key=name.rpartition(": ")[2],
+            cause=Cause.MALFORMED,
+        ) from None
 
 
 BENCHMARK = Benchmark(

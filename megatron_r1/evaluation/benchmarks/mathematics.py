@@ -4,7 +4,7 @@
 from collections.abc import Iterator
 
 from megatron_r1.data.records import require_text
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Question
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
 
@@ -28,10 +28,16 @@ def aime_questions(rows: Rows, options: Options) -> Iterator[Question]:
             answer = int(str(columns["answer"]))
         except ValueError:
             raise UserError(
-                f"{place}: an AIME answer is an integer from 0 to 999, got {columns['answer']!r}"
+                f"{place}: an AIME answer is an integer from 0 to 999, got {columns['answer']!r}",
+                key="answer",
+                cause=Cause.MALFORMED,
             ) from None
         if not 0 <= answer <= 999:
-            raise UserError(f"{place}: an AIME answer is between 0 and 999, got {answer}")
+            raise UserError(
+                f"{place}: an AIME answer is between 0 and 999, got {answer}",
+                key="answer",
+                cause=Cause.OUT_OF_RANGE,
+            )
         yield Question(str(columns["id"]), problem, "math", str(answer))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_r1.data.records import require_text
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Question
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
 
@@ -33,12 +33,20 @@ def mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
             continue
         choices = columns["choices"]
         if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-            raise UserError(f"{place}: 'choices' must be a list of texts, got {choices!r}")
+            raise UserError(
+                f"{place}: 'choices' must be a list of texts, got {choices!r}",
+                key="choices",
+                cause=Cause.MALFORMED,
+            )
         problem = require_text(place, columns, "question").strip()
         letter = _letter(place, columns["answer"], len(choices))
         yield Question("", lettered(problem, choices), "math", letter)
     if unknown := sorted(subjects - seen):
-        raise UserError(f"mmlu has no subject {unknown[0]!r}; it has {', '.join(sorted(seen))}")
+        raise UserError(
+            f"mmlu has no subject {unknown[0]!r}; it has {', '.join(sorted(seen))}",
+            key="options.subjects",
+            cause=Cause.UNKNOWN,
+        )
 
 
 def gpqa_questions(rows: Rows, options: Options) -> Iterator[Question]:
@@ -67,7 +75,11 @@ def _letter(place: str, answer: Any, num_choices: int) -> str:
         return answer.strip().upper()
     if isinstance(answer, int) and 0 <= answer < num_choices:
         return letters[answer]
-    raise UserError(f"{place}: 'answer' must be 0 to {num_choices - 1} or a letter, got {answer!r}")
+    raise UserError(
+        f"{place}: 'answer' must be 0 to {num_choices - 1} or a letter, got {answer!r}",
+        key="answer",
+        cause=Cause.OUT_OF_RANGE,
+    )
 
 
 MMLU = Benchmark(

@@ -12,7 +12,7 @@ import pickletools
 import zlib
 from typing import Any
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 MAX_BYTES = 2**30
 """Unpacked size of one problem's tests: the largest known is under 100 MB."""
@@ -42,11 +42,23 @@ def decode_tests(packed: str, place: str) -> list[dict[str, Any]]:
         if isinstance(tests, str):
             tests = json.loads(tests)
     except (ValueError, TypeError, binascii.Error, zlib.error, pickle.UnpicklingError) as error:
-        raise UserError(f"{place}: its private tests cannot be read: {error}") from error
+        raise UserError(
+            f"{place}: its private tests cannot be read: {error}",
+            key="private_test_cases",
+            cause=Cause.MALFORMED,
+        ) from error
     except (EOFError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise UserError(f"{place}: its private tests are damaged: {error}") from error
+        raise UserError(
+            f"{place}: its private tests are damaged: {error}",
+            key="private_test_cases",
+            cause=Cause.MALFORMED,
+        ) from error
     if not isinstance(tests, list) or not all(isinstance(test, dict) for test in tests):
-        raise UserError(f"{place}: its private tests are not a list of test cases")
+        raise UserError(
+            f"{place}: its private tests are not a list of test cases",
+            key="private_test_cases",
+            cause=Cause.MALFORMED,
+        )
     return tests
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_r1.data.table_files import READERS, Row
 from megatron_r1.data.table_files import read_rows as read_file
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 Rows = Iterable[Row]
@@ -36,12 +36,16 @@ def read_rows(
         if not HUB_NAME.fullmatch(place):
             raise UserError(
                 f"benchmark {name}: no such file or folder {place}; give a file, a folder, or a "
-                f"data set's name on the hub such as {hub}"
+                f"data set's name on the hub such as {hub}",
+                key="path",
+                cause=Cause.NOT_FOUND,
             )
         if not files and place not in hubs:
             raise UserError(
                 f"benchmark {name}: which files of {place} are it? Name them, for example "
-                f"files: ['data/test-*.parquet']; known without: {', '.join(hubs)}"
+                f"files: ['data/test-*.parquet']; known without: {', '.join(hubs)}",
+                key="files",
+                cause=Cause.MISSING,
             )
         patterns = files or hubs[place](options)
         local = _download(name, place, patterns)
@@ -63,7 +67,9 @@ def pick_columns(
     missing = [column for column in nearest.values() if column not in row]
     raise UserError(
         f"{place}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, row))}: "
-        "is this the right file?"
+        "is this the right file?",
+        key=missing[0],
+        cause=Cause.MISSING,
     )
 
 
@@ -78,7 +84,9 @@ def _download(name: str, hub: str, patterns: Sequence[str]) -> Path:
             f"benchmark {name}: {hub} cannot be had from the hub "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). A gated data set needs "
             f"`hf auth login`; without a network: hf download {hub} --repo-type dataset "
-            "--local-dir FOLDER on another machine, and path: FOLDER here"
+            "--local-dir FOLDER on another machine, and path: FOLDER here",
+            key="path",
+            cause=Cause.UNREADABLE,
         ) from error
     return Path(folder)
 
@@ -92,7 +100,9 @@ def _read_folder(name: str, folder: Path, patterns: Sequence[str]) -> Iterator[R
     if not chosen:
         raise UserError(
             f"benchmark {name}: {folder} has no file like {', '.join(patterns)}; "
-            f"it has {', '.join(names.values()) or 'no data files'}: name them with files: […]"
+            f"it has {', '.join(names.values()) or 'no data files'}: name them with files: […]",
+            key="files",
+            cause=Cause.NOT_FOUND,
         )
     for path in chosen:
         yield from read_file(path)

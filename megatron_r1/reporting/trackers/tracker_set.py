@@ -9,7 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.reporting.trackers import mlflow_runs, weights_and_biases
 from megatron_r1.reporting.trackers.base import EVALUATION, STEP, TrackedRun, Tracker, numbers_of
 from megatron_r1.rewards.base import shorten
@@ -29,7 +29,9 @@ def check_trackers(names: Iterable[str]) -> None:
         if name in OPENERS and find_spec(name) is None:
             raise UserError(
                 f"run.trackers: {name} needs a package that is not installed: pip install "
-                f"{PACKAGES[name]}, or leave {name} out"
+                f"{PACKAGES[name]}, or leave {name} out",
+                key="run.trackers",
+                cause=Cause.NOT_INSTALLED,
             )
     if weights_and_biases.NAME in names:
         weights_and_biases.check()

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.reporting.trackers.base import EVALUATION, STEP, TrackedRun
 
 NAME = "wandb"
@@ -21,7 +21,9 @@ def check() -> None:
     ):
         raise UserError(
             "run.trackers: wandb has no API key: run `wandb login`, set WANDB_API_KEY, or set "
-            "WANDB_MODE=offline, which writes to the run's folder for `wandb sync`"
+            "WANDB_MODE=offline, which writes to the run's folder for `wandb sync`",
+            key="WANDB_API_KEY",
+            cause=Cause.MISSING,
         )
 
 
