@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_r1.files.jsonl import append_lines, read_lines
-from tools.faults.copies import TreeCopy, failure_of
+from tools.faults.copies import CPU_SECONDS, TreeCopy, failure_of
 from tools.faults.mutations import Mutant, Mutation, covering_tests, digest, plant, read_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +119,7 @@ def _check_unchanged(copies: list[TreeCopy], mutants: Collection[Mutant]) -> Non
 def _run_one(copy: TreeCopy, mutant: Mutant) -> str | None:
     copy.write(mutant.path, mutant.after)
     try:
-        return failure_of(*copy.run(_nodes(mutant.mutation)))
+        return failure_of(*copy.run(_nodes(mutant.mutation), str(CPU_SECONDS)))
     finally:
         copy.write(mutant.path, mutant.before)
 

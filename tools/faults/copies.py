@@ -13,9 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-CPU_SECONDS = 300
-"""Of one process: more than any test of `make test` takes. A loop that a fault makes endless ends
-here; a test that waits for ever is ended by the watchdog of tests/conftest.py."""
+CPU_SECONDS = 120
+"""Of one process with a fault: more than the tests of any fault take. An endless loop ends here; a
+test that waits for ever is ended by the watchdog of tests/conftest.py."""
 IDLE_SECONDS = 60
 """After which that watchdog takes a test that does nothing for a hanging one."""
 CHECK = (
@@ -63,9 +63,10 @@ class TreeCopy:
         file.write_text(text, encoding="utf-8")
         Path(importlib.util.cache_from_source(file)).unlink(missing_ok=True)
 
-    def run(self, tests: list[str]) -> tuple[int, str]:
-        """Run tests up to the first failure; return pytest's exit status and its output."""
-        limited = ["sh", "-c", f'ulimit -S -t {CPU_SECONDS}; exec "$@"', "sh", sys.executable]
+    def run(self, tests: list[str], limit: str = "unlimited") -> tuple[int, str]:
+        """Run tests up to the first failure; return pytest's exit status and its output. limit: CPU
+        seconds of each process."""
+        limited = ["sh", "-c", f'ulimit -S -t {limit}; exec "$@"', "sh", sys.executable]
         with tempfile.TemporaryFile("w+") as log:
             process = subprocess.Popen(
                 [*limited, *PYTEST, *tests],

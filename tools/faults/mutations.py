@@ -15,7 +15,12 @@ from pathlib import Path
 import yaml
 
 TABLE = Path("tests/faults/mutations.yaml")
-FOLDERS = {"kernels": "kernels/r1_kernels", "plan": "tools/plan", "convert": "tools/convert"}
+FOLDERS = {
+    "kernels": "kernels/r1_kernels",
+    "plan": "tools/plan",
+    "convert": "tools/convert",
+    "examples": "examples",
+}
 """Rooms outside of megatron_r1; every other room is one of its packages or modules."""
 
 
