@@ -1,11 +1,13 @@
 """Prompts, templates, SFT examples and the samplers over them."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import reasoning_gym
+from refusals import refused
 
 from megatron_r1.commands.rl_questions import prompts_that_fit, questions_drawn
 from megatron_r1.config import parse
@@ -21,7 +23,7 @@ from megatron_r1.data.sampler import PromptSampler, draw_shares
 from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
 from megatron_r1.data.templates import find_template, is_opened, render
 from megatron_r1.data.text import PromptText
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 from megatron_r1.rewards import logic
 
 SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
@@ -58,56 +60,40 @@ def test_columns_can_have_other_names(tmp_path):
     columns = {"question": "problem", "truth": "answer"}
     [prompt] = load_prompts(path=path, columns=columns, heldout_fraction=0.0).train
     assert (prompt.question, prompt.truth, prompt.fields) == ("1 + 1?", "2", {"source": "s"})
-    wrong = (
-        r"p.jsonl:1: no column 'problm', as columns.question says; did you mean problem\?; it has"
-    )
-    with pytest.raises(ValueError, match=wrong):
+    with refused("columns.question", Cause.NOT_FOUND, f"{path}:1", "problm", "problem"):
         load_prompts(path=path, columns={"question": "problm"})
-    with pytest.raises(ValueError, match=r"columns\.questoin: did you mean columns\.question\?"):
+    with refused("columns.questoin", Cause.UNKNOWN, "columns.question"):
         load_prompts(path=path, columns={"questoin": "problem", "truth": "answer"})
 
 
+def test_files_that_cannot_be_are_refused(tmp_path):
+    for name, cause in (("absent.jsonl", Cause.NOT_FOUND), ("p.txt", Cause.UNSUPPORTED)):
+        write_lines(tmp_path / "p.txt", ["a,b"])
+        with refused("data.path", cause, tmp_path / name):
+            load_prompts(path=tmp_path / name)
+    with refused("data.path", Cause.EMPTY, "empty.jsonl"):
+        load_prompts(path=write_lines(tmp_path / "empty.jsonl", []))
+    with refused("data.path", Cause.MISSING):
+        load_prompts()
+
+
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("changes", "key", "cause", "shown"),
     [
-        ("{", "not JSON"),
-        ("[1]", "expected an object, got list"),
-        ({"truth": 2}, "it is missing; the row has truth; if one of them is meant: data.columns"),
-        ({"question": " ", "truth": 2}, "'question' must be a string that is not blank, it is ' '"),
-        ({"question": "1 + 1?"}, "'truth' is missing"),
-        ({"question": "1 + 1?", "truth": None}, "'truth' is None; give one, or remove the row"),
-        ({"question": "1 + 1?", "truth": " "}, "'truth' is ' '"),
-        ({"question": "1 + 1?", "truth": float("nan")}, "truth is NaN, which is no JSON number"),
-        ({"question": "1 + 1?", "truth": 2, "kind": "maths"}, "did you mean 'math'"),
-        ({"question": "1 + 1?", "truth": 2, "kind": ["math"]}, "unhashable"),
+        ({"task": "chainsum"}, "data.task", Cause.UNKNOWN, "chain_sum"),
+        ({"parameters": {"terms": 1}}, "data.parameters.terms", Cause.UNKNOWN, "min_terms"),
+        (
+            {"parameters": {"min_terms": 3, "max_terms": 2}},
+            *("data.parameters", Cause.OUT_OF_RANGE, "max_terms"),
+        ),
+        ({"num_train": None}, "data.num_train", Cause.MISSING, "data.num_heldout"),
+        ({"heldout_fraction": 0.0}, "data.num_heldout", Cause.CONFLICT, "heldout_fraction"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, message):
-    path = write_lines(tmp_path / "p.jsonl", [{"question": "1 + 2?", "truth": 3}, line])
-    with pytest.raises(ValueError, match=rf"p\.jsonl:2: .*{message}"):
-        load_prompts(path=path)
-
-
-def test_sources_that_cannot_be_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
-        load_prompts(path=tmp_path / "absent.jsonl")
-    with pytest.raises(ValueError, match="data.path is missing"):
-        load_prompts()
-    with pytest.raises(ValueError, match="the file is empty"):
-        load_prompts(path=write_lines(tmp_path / "empty.jsonl", []))
-    with pytest.raises(ValueError, match="expected a .jsonl or .parquet"):
-        load_prompts(path=write_lines(tmp_path / "p.txt", ["a,b"]))
-    with pytest.raises(ValueError, match="did you mean 'chain_sum'"):
-        load_prompts(task="chainsum", num_train=1, num_heldout=1)
-    with pytest.raises(ValueError, match="no parameter 'terms'; it has .*min_terms"):
-        load_prompts(task="chain_sum", parameters={"terms": 1}, num_train=1, num_heldout=1)
-    parameters = {"min_terms": 3, "max_terms": 2}
-    with pytest.raises(ValueError, match="refuses .* max_terms must be >= min_terms"):
-        load_prompts(task="chain_sum", parameters=parameters, num_train=1, num_heldout=1)
-    with pytest.raises(ValueError, match="set data.num_train and data.num_heldout"):
-        load_prompts(task="chain_sum")
-    with pytest.raises(ValueError, match="data.num_heldout=1 needs heldout_fraction > 0"):
-        load_prompts(task="chain_sum", num_train=1, num_heldout=1, heldout_fraction=0.0)
+def test_tasks_that_cannot_be_are_refused(changes, key, cause, shown):
+    settings = {"task": "chain_sum", "num_train": 1, "num_heldout": 1}
+    with refused(key, cause, shown):
+        load_prompts(**settings | changes)
 
 
 def test_train_and_heldout_are_disjoint_whatever_the_seed_and_size():
@@ -160,7 +146,7 @@ def test_the_id_of_a_question_stays_the_same_between_versions():
 
 def test_too_few_questions_is_an_error():
     one_digit = SUMS | {"max_terms": 2, "max_digits": 1}  # 10 x 10 operands, + or -
-    with pytest.raises(ValueError, match=r"chain_sum: only \d+ distinct train questions, 300 want"):
+    with refused("data.num_train", Cause.TOO_LARGE, "chain_sum", 300):
         load_prompts(task="chain_sum", parameters=one_digit, num_train=300, num_heldout=5)
     everything = load_prompts(task="chain_sum", parameters=one_digit, num_train=150, num_heldout=5)
     assert len(everything.train) == 150
@@ -213,11 +199,11 @@ def test_a_sampler_continues_from_its_state(num_drawn):
 
 def test_a_state_of_other_prompts_or_another_seed_is_refused():
     state = PromptSampler(make_prompts(7), seed=1).state_dict()
-    with pytest.raises(ValueError, match="sampled other items"):
+    with refused("data", Cause.CHANGED):
         PromptSampler(make_prompts(8), seed=1).load_state_dict(state)
-    with pytest.raises(ValueError, match="sampled other seed"):
+    with refused("run.seed", Cause.CHANGED, 1, 2):
         PromptSampler(make_prompts(7), seed=2).load_state_dict(state)
-    with pytest.raises(ValueError, match="nothing to sample"):
+    with pytest.raises(ValueError, match="sample"):
         PromptSampler([], seed=1)
 
 
@@ -260,20 +246,18 @@ def test_no_weights_change_nothing_and_a_weight_is_a_share_of_each_epoch():
 def test_weights_of_kinds_that_are_not_there_or_draw_nothing_are_refused():
     prompts = make_kinds(math=2, helpful=2)
     assert draw_shares(prompts, {"helpful": 3}) == {"helpful": 1, "math": 1 / 3}
-    with pytest.raises(UserError, match="no question is of kind helpfull; did you mean helpful"):
+    with refused("rl.kind_weights.helpfull", Cause.UNKNOWN, "helpful"):
         draw_shares(prompts, {"helpfull": 0})
-    with pytest.raises(UserError, match="all kinds of questions have weight 0"):
+    with refused("rl.kind_weights", Cause.EMPTY, 0):
         draw_shares(prompts, {"helpful": 0, "math": 0})
     schedule = [{"from_step": 7, "rl.kind_weights": {"code": 1.0}}]
     recipe = {"schedule": schedule, "kind_weights": {"helpful": 0}}
-    with pytest.raises(UserError, match="of kind code .*, from step 7"):
+    with refused("rl.kind_weights.code", Cause.UNKNOWN, 7):
         questions_drawn(parse({"rl": recipe}), prompts)
     schedule[0]["rl.kind_weights"] = {"helpful": 0.5}
     lines = questions_drawn(parse({"rl": recipe}), prompts)
-    assert lines == [
-        "from step 1: 100.0% math, 0.0% helpful",
-        "from step 7: 66.7% math, 33.3% helpful",
-    ]
+    shares = [re.findall(r"\d+\.\d%|math|helpful", line) for line in lines]
+    assert shares == [["100.0%", "math", "0.0%", "helpful"], ["66.7%", "math", "33.3%", "helpful"]]
     assert questions_drawn(parse({}), prompts) == []
 
 
@@ -282,9 +266,9 @@ def test_templates_place_the_question_and_nothing_else():
     assert render("Q {problem} {A}", "1") == "Q 1 {A}"
     zero = render("r1_zero", "1 + 1?")
     assert zero.endswith("tags.\nUser: 1 + 1?\nAssistant:") and "<answer> </answer>" in zero
-    with pytest.raises(ValueError, match="'r1_zer0' is neither one of r1_zero, plain, chat"):
+    with refused("data.template", Cause.UNKNOWN, "r1_zer0", "r1_zero", "plain", "chat"):
         render("r1_zer0", "1 + 1?")
-    with pytest.raises(ValueError, match="belongs to the tokenizer"):
+    with pytest.raises(ValueError, match="apply_chat_template"):
         find_template("chat")
 
 
@@ -303,9 +287,9 @@ def test_examples_load_and_a_bad_line_is_named(tmp_path):
     resumed.load_state_dict(sampler.state_dict())
     assert resumed.next(9) == sampler.next(9)
     bad = write_lines(tmp_path / "bad.jsonl", [*rows, {"prompt": "p"}])
-    with pytest.raises(ValueError, match=r"bad\.jsonl:6: 'response' must be a string"):
+    with refused("response", Cause.MISSING, f"{bad}:6"):
         load_examples(bad)
-    with pytest.raises(ValueError, match="the file is empty"):
+    with refused("sft.data", Cause.EMPTY):
         load_examples(write_lines(tmp_path / "none.jsonl", []))
 
 
@@ -328,8 +312,8 @@ def test_questions_longer_than_the_engines_room_are_left_out_and_told_of(capsys)
     room = len(text.encode(long.question))
     split = prompts_that_fit(PromptSplit([short, long], [long]), text, room)
     assert (split.train, split.heldout) == ([short], [])
-    assert f"1 questions and 1 held-out ones are longer than the {room}" in capsys.readouterr().err
+    assert str(room) in capsys.readouterr().err
     assert prompts_that_fit(PromptSplit([long], []), text, room + 1).train == [long]
     assert capsys.readouterr().err == ""
-    with pytest.raises(ValueError, match="no question is left to train on"):
+    with refused("data.path", Cause.TOO_LARGE, room):
         prompts_that_fit(PromptSplit([long], []), text, room)

@@ -1,9 +1,11 @@
 """The tokens a reward model is trained on are those that its server scores."""
 
 import pytest
+from refusals import refused
 from transformers import AutoTokenizer
 
 from megatron_r1.data.scored_text import ScoredText
+from megatron_r1.errors import Cause
 from megatron_r1.rewards.reward_model import Helpful, RewardModelSettings, Safety
 
 QUESTION, RESPONSE = "What {response} is it?", "<think>Let me see.</think> It is <|im_end|> late."
@@ -88,9 +90,9 @@ def test_what_serving_does_not_score_is_none_and_what_it_cuts_is_cut(folder):
 
 
 def test_a_chat_template_that_hides_the_thought_cannot_serve_safety(folder):
-    with pytest.raises(ValueError, match="has no chat template"):
+    with refused("reward_model.template", Cause.MISSING, folder):
         ScoredText(str(folder), None, "summary", 100)
     set_chat_template(folder, DROPPING)
     ScoredText(str(folder), None, "summary", 100)
-    with pytest.raises(ValueError, match="drops <think>"):
+    with refused("reward_model.template", Cause.CONFLICT, folder):
         ScoredText(str(folder), None, "response", 100)
