@@ -44,7 +44,11 @@ class LinearHead:
         """Allocate memory for the logits (rows, V_local) of one chunk, each row aligned."""
         num_rows, num_columns = min(num_tokens, self.chunk_tokens), len(self.weight)
         width = -(-num_columns // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
-        return self.weight.new_empty(num_rows, width, dtype=dtype)[:, :num_columns]
+        memory = self.weight.new_empty(num_rows, width, dtype=dtype)
+        # oneDNN's product of bf16 rows of odd length reads one element beyond each of them, times
+        # 0: a NaN that memory holds by chance would be the result.
+        memory[:, num_columns:] = 0
+        return memory[:, :num_columns]
 
     def logits(self, hidden: Tensor, buffer: Tensor) -> Tensor:
         """Compute the unscaled logits (rows, V_local) in `buffer`."""
