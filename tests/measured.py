@@ -33,7 +33,12 @@ def main(command: list[str]) -> int:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     start, shared = time.monotonic(), set(SHARED_MEMORY.iterdir())
     scratch = Path(tempfile.mkdtemp(prefix="r1t_"))  # short: paths of sockets have 107 bytes
-    process = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(scratch)})
+    # What torch compiles stays, for the next run.
+    compiled = os.environ.get(
+        "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
+    )
+    folders = {"TMPDIR": str(scratch), "TORCHINDUCTOR_CACHE_DIR": compiled}
+    process = subprocess.Popen(command, env=os.environ | folders)
     # Ctrl-C reaches the command as well, which ends first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())

@@ -29,7 +29,8 @@ def out(tmp_path_factory) -> Path:
         pytest.param(2, "first", TWO_RANKS, id="2"),
         pytest.param(2, "gpt-oss", ["tp2xep2"], id="2-gpt-oss"),
         pytest.param(2, "rest", TWO_RANKS, id="2-rest", marks=pytest.mark.slow),
-        pytest.param(4, "first", FOUR_RANKS, id="4", marks=pytest.mark.slow),
+        pytest.param(4, "first", FOUR_RANKS, id="4", marks=pytest.mark.more),
+        pytest.param(8, "first", ["tp2xpp2xep2xcp2"], id="8"),
     ],
 )
 def test_logits_gradients_and_checkpoints_equal_transformers(oracle, out, num_ranks, models, grids):

@@ -10,8 +10,6 @@ import pytest
 from command_line import command, environment, run
 from lookup_base import ROOT, lines
 
-pytestmark = pytest.mark.slow
-
 
 def arguments(base: Path, folder: Path, name: str, steps: int, *more: object) -> list:
     recipe = ROOT / "examples/agents/lookup.yaml"
@@ -48,6 +46,7 @@ def test_episodes_are_trained_on_the_tokens_that_were_sampled(lookup_base, tmp_p
         assert trained == sample["length"]
 
 
+@pytest.mark.more
 def test_a_killed_run_goes_on_with_the_episodes_that_were_finished(lookup_base, tmp_path):
     ahead = ("--rl.staleness", 1, "--rl.importance_cap", 2.0, "--checkpoint.every", 1)
     started = command(*arguments(lookup_base, tmp_path, "killed", 5, *ahead))
