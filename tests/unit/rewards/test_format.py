@@ -29,9 +29,42 @@ def test_it_is_one_regular_expression_said_with_reasons():
     assert num_good > 1000
 
 
+GOOD = "<think>2 + 11</think><answer>13</answer>"
+
+
+@pytest.mark.parametrize("response", [GOOD, f"\n {GOOD}\n", GOOD.replace("><", ">\n\n<")])
+def test_the_asked_format_gets_1(response):
+    assert grade(response).reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("response", "tag"),
+    [
+        *(("", "<think>"), ("13", "<think>"), (GOOD + GOOD, "<think>")),
+        ("2 + 11</think><answer>13</answer>", "<think>"),
+        ("<think>2 + 11<answer>13</answer>", "</think>"),
+        ("<think>2 + 11</think>13", "<answer>"),
+        ("<think>2 + 11</think><answer>13", "</answer>"),
+        (GOOD + "<answer>14</answer>", "<answer>"),
+        ("<Think>2 + 11</Think><answer>13</answer>", "<think>"),
+    ],
+)
+def test_the_reason_names_the_tag_at_fault(response, tag):
+    given = grade(response)
+    assert given.reward == 0.0 and f"{tag} occurs" in given.reason
+
+
+def test_a_thought_opened_by_the_prompt_must_not_be_opened_again():
+    assert grade("2 + 11</think><answer>13</answer>", opened=True).reward == 1.0
+    assert grade(GOOD, opened=True).reward == 0.0
+
+
 @pytest.mark.parametrize(
     "response",
     [
+        "<think><answer>13</answer></think>",
+        "<answer>13</answer><think>2 + 11</think>",
+        *("so: " + GOOD, GOOD + ".", GOOD.replace("><", ">so<")),
         "<think>a</think>\u200b<answer>13</answer>",
         "\u200b<think>a</think><answer>13</answer>",
         "<think>a</think><answer>13</answer>\x00",
@@ -54,8 +87,8 @@ def test_look_alikes_nesting_and_copies_get_0(response):
 
 
 @pytest.mark.parametrize("unit", ["<think>", "</answer>", "<", "x", "<think></think>", "\n"])
-def test_ten_megabytes_are_no_trouble(unit):
-    text = unit * (10_000_000 // len(unit))
+def test_two_megabytes_are_no_trouble(unit):
+    text = unit * (2_000_000 // len(unit))
     inside = re.sub("think|answer", "x", text)
     assert grade(text).reward == 0.0
     assert grade(f"<think>{inside}</think><answer>{inside}</answer>").reward == 1.0
