@@ -13,6 +13,7 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import Cause, RunError, UserError
+from megatron_r1.processes import timeline
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.combine import ACCURACY, Reward, combine
 from megatron_r1.rewards.runtime.pool import RewardPool
@@ -64,6 +65,7 @@ class ResponseGrader:
                 grades = {ACCURACY: EnvironmentGrade(played.reward, reason), **grades}
         return _graded(response, played.text, combine(grades, weights), episode)
 
+    @timeline.timed("controller/text of tokens")
     def _decode(self, responses: Sequence[Response]) -> list[str]:
         return [self._text.decode(response.token_ids) for response in responses]
 

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.agents.episode import STATUSES, Episode
+from megatron_r1.processes import timeline
 from megatron_r1.rl.rollout import Group, Rollout, responses_of
 
 
+@timeline.timed("controller/metrics")
 def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
     """Return means over the responses of a rollout, the groups passed over included.
 

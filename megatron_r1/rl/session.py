@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from megatron_r1.config import Config
 from megatron_r1.fleet.speculation import AcceptanceMeter
+from megatron_r1.processes import timeline
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.rewards.runtime.meter import RewardMeter
 from megatron_r1.rewards.runtime.pool import LEVELS
@@ -49,6 +50,7 @@ class Session:
 
     async def begin(self) -> None:
         """Put trainer and engines where the run was left, or at its beginning."""
+        timeline.watch_waiting(asyncio.get_running_loop())
         view, uses_reference = self.recorder.view, self.passes.uses_reference
         fleet = self.collector.fleet
         if self.config.rollout.colocated:
@@ -77,6 +79,7 @@ class Session:
         if self.stop.requested or self.step >= self.config.run.steps:
             return None
         self.step += 1
+        timeline.begin_step(self.step)
         self._seconds = {}
         self._meter = RewardMeter(self.collector.pool)
         self._step_start = time.perf_counter()
@@ -87,7 +90,8 @@ class Session:
         """Show `name` as the run's phase, and measure the seconds spent in it."""
         self.recorder.view.phase(name)
         start = time.perf_counter()
-        yield
+        with timeline.span(f"phase/{name}"):
+            yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     async def rollout(self) -> Rollout:

@@ -2,10 +2,12 @@
 
 from itertools import accumulate
 
+from megatron_r1.processes import timeline
 from megatron_r1.rl.rollout import GradedResponse, Group
 from megatron_r1.training.sample import Sample
 
 
+@timeline.timed("controller/samples")
 def training_samples(groups: list[Group], advantages: list[list[float]]) -> list[list[Sample]]:
     """Return the trainer's samples of every response, in the groups' order: one with the response's
     advantage, or, of an episode of several turns, one for each of its branches."""

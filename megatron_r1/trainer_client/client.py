@@ -20,6 +20,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.losses import LossSettings
 from megatron_r1.errors import TrainerError, TrainerLost, UserError
 from megatron_r1.models import read_hf_config
+from megatron_r1.processes import timeline
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
 from megatron_r1.processes.open_files import allow_open_files
 from megatron_r1.trainer_client.packing import Packing, pack
@@ -140,6 +141,7 @@ class TrainerClient:
             **loaded,
         }
 
+    @timeline.timed("controller/pack")
     def _shares(
         self, minibatches: list[list[Sample]], unit: int
     ) -> tuple[list[Packing], list[list[Buffer]]]:

