@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -16,9 +15,12 @@ from megatron_r1.engine.client import is_healthy
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.settings import EngineSettings
 from megatron_r1.engine.temporary_files import Scratch, shared_files
-from megatron_r1.processes import children, out_of_memory
+from megatron_r1.processes import children, out_of_memory, preloaded
 from megatron_r1.processes.logs import file_excerpt
+from megatron_r1.processes.preloaded import ForkedProcess
 
+MODULE = "megatron_r1.vllm_plugin.serve"
+"""What an engine's process runs."""
 STOP_SECONDS = 5.0
 REMEDY = "lower rollout.kv_cache_gib, rollout.max_num_seqs or rollout.engines"
 KILL_SECONDS = 30.0
@@ -123,7 +125,7 @@ class EngineServer(Server):
         self.settings = EngineSettings(**settings)
         self.arguments = self.settings.arguments(self.model)
         self.environment = self.settings.environment()
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: ForkedProcess | subprocess.Popen[bytes] | None = None
         part = self.settings.part
         self.coordinator = part.coordinator if part else ""
         """`host:port` where the parts of an engine meet; the first one's is known after `start`."""
@@ -146,16 +148,15 @@ class EngineServer(Server):
         """Start the process on a free port and return at once. Raises EngineError if the model
         folder is unusable, OSError if the port is taken."""
         check_model_folder(self.model)
-        command = [sys.executable, "-m", "megatron_r1.vllm_plugin.serve", *self.arguments]
-        command += self._choose_ports()
+        arguments = [*self.arguments, *self._choose_ports()]
         part = self.settings.part
         if part is not None:
-            command += part.arguments(self.settings.data, self.coordinator)
+            arguments += part.arguments(self.settings.data, self.coordinator)
         self._scratch = Scratch()
         self._kills_before = out_of_memory.num_kills()
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         environment = self._scratch.environment() | self.environment
-        self.process = children.start(command, self.log_path, environment)
+        self.process = preloaded.start(MODULE, arguments, self.log_path, environment)
 
     async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
         """Wait as `Server.wait_ready`, and note the files in shared memory that `stop` deletes."""
@@ -173,7 +174,7 @@ class EngineServer(Server):
         if self.process is None:
             return
         shared = {*self._shared}
-        if children.owns_number(self.process):
+        if self.process.pid and children.owns_number(self.process):
             shared.update(shared_files(self.process.pid))
         children.stop(self.process, STOP_SECONDS, KILL_SECONDS)
         if self._scratch is not None:

@@ -15,7 +15,9 @@ from megatron_r1.processes import lifetime
 
 
 class Child(Protocol):
-    """A child process of `subprocess` or of asyncio. returncode: None until it was waited for."""
+    """A child process of `subprocess`, of `preloaded` or of asyncio.
+
+    pid: 0 for a process that has not been started. returncode: None until it was waited for."""
 
     @property
     def pid(self) -> int: ...
@@ -63,8 +65,18 @@ def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     }
 
 
+class Stoppable(Child, Protocol):
+    """A child process of `subprocess` or of `preloaded`."""
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def terminate(self) -> None: ...
+
+
 def stop(
-    process: subprocess.Popen, timeout_seconds: float = 10.0, kill_seconds: float | None = None
+    process: Stoppable, timeout_seconds: float = 10.0, kill_seconds: float | None = None
 ) -> None:
     """Send SIGTERM, wait, then kill the process with everything in its session's first group.
     kill_seconds: as `kill`'s."""
@@ -75,11 +87,13 @@ def stop(
     kill(process, kill_seconds)
 
 
-def kill(process: subprocess.Popen, timeout_seconds: float | None = None) -> None:
+def kill(process: Stoppable, timeout_seconds: float | None = None) -> None:
     """Kill a process that leads its process group, and the group; harmless if it has ended.
 
     timeout_seconds: how long to wait for its end, None: until it has ended. A process inside a
     driver that hangs does not end even so."""
+    if not process.pid:
+        process.terminate()
     kill_group(process)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout_seconds)
@@ -87,7 +101,7 @@ def kill(process: subprocess.Popen, timeout_seconds: float | None = None) -> Non
 
 def kill_group(leader: Child) -> None:
     """Kill what is left of the process group that `leader` leads or has led."""
-    if owns_number(leader):
+    if leader.pid and owns_number(leader):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(leader.pid, signal.SIGKILL)
 

@@ -5,11 +5,31 @@
 with torchrun's environment variables set (RANK, WORLD_SIZE, …)."""
 
 import sys
+from importlib import import_module
 
 import msgspec
 
-from megatron_r1.processes import lifetime
+from megatron_r1.processes import children, lifetime
+from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
 from megatron_r1.processes.imports import without_garbage_collection
+
+READ_LATE = frozenset({*children.rank_variables(0, 1, 0), RANKS_ENVIRONMENT})
+"""Environment variables that no import reads (`processes.fork_server`)."""
+LATER_IMPORTS = (
+    *("training.folders", "training.implementations", "training.trainer"),
+    "weight_sync.trainer_rank",
+)
+"""Modules that `worker.Operations` imports, as they need a process that is prepared."""
+
+
+def preload() -> None:
+    """Import what a rank needs; on a CPU Megatron-Core as well."""
+    from megatron_r1 import platform
+
+    if not platform.has_gpu():
+        platform.prepare()
+        for own in ("training.worker", *LATER_IMPORTS):
+            import_module(f"megatron_r1.{own}")
 
 
 def main() -> None:
