@@ -40,14 +40,14 @@ def check_cpu_kernels(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
             if hf.get(key, size) != size and not is_disabled:
                 raise UserError(
                     f"config.json: {key}={hf[key]}: {_only(str(size))}",
-                    key=f"config.json: {key}",
+                    key=key,
                     cause=Cause.UNSUPPORTED,
                 )
     elif (size := hf.get("head_dim") or hidden // heads) not in HEAD_SIZES:
         name = "head_dim" if hf.get("head_dim") else "hidden_size / num_attention_heads"
         raise UserError(
             f"config.json: {name}={size}: {_only(', '.join(map(str, HEAD_SIZES)))}",
-            key=f"config.json: {name}",
+            key=name,
             cause=Cause.UNSUPPORTED,
         )
     if any(sparse_layers(hf)):
@@ -59,14 +59,14 @@ def _check_experts(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
     if hf["hidden_size"] % ALIGNMENT:
         raise UserError(
             f"config.json: hidden_size={hf['hidden_size']}: {multiples}",
-            key="config.json: hidden_size",
+            key="hidden_size",
             cause=Cause.INDIVISIBLE,
         )
     if "n_shared_experts" in family.needs and hf.get("n_shared_experts") == 0:
         raise UserError(
             "config.json: n_shared_experts=0: on a CPU, vLLM's engine ends without a message at "
             f"matrices of no width; {REMEDY}",
-            key="config.json: n_shared_experts",
+            key="n_shared_experts",
             cause=Cause.UNSUPPORTED,
         )
     ranks = 1 if rollout.expert_parallel else rollout.tensor * rollout.data
@@ -74,7 +74,7 @@ def _check_experts(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
         shared = f" shared by {ranks} ranks" if ranks > 1 else ""
         raise UserError(
             f"config.json: intermediate_size={size}{shared}: {multiples}",
-            key="config.json: intermediate_size",
+            key="intermediate_size",
             cause=Cause.INDIVISIBLE,
         )
 

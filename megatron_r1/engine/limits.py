@@ -52,7 +52,7 @@ def positions(folder: str | Path, key: str = "model.path") -> int:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder}/config.json: no max_position_embeddings can be read ({error!r})",
-            key="config.json: max_position_embeddings",
+            key="max_position_embeddings",
             cause=Cause.MISSING,
         ) from error
 
@@ -157,7 +157,7 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
         raise UserError(
             f"config.json has no {lacking}: vLLM would route tokens by softmax and without the "
             "routers' bias, transformers and the trainer do not; add these keys",
-            key=f"config.json: {next(iter(lacking))}",
+            key=next(iter(lacking)),
             cause=Cause.MISSING,
         )
     _check_sparse(hf)

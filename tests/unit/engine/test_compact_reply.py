@@ -151,7 +151,7 @@ def test_what_json_refuses_bytes_refuse(bad):
 @pytest.mark.parametrize("kept", [2, 30, -1])
 def test_a_reply_that_ends_early_is_a_fault(kept):
     body = as_bytes([choice(LOGPROBS, [("3", 0, 8)])])[:kept]
-    with pytest.raises(EngineFault, match="ends .* too early"):
+    with pytest.raises(EngineFault, match="generate"):
         responses_to(body, MEDIA_TYPE, n=1)
 
 
@@ -179,5 +179,5 @@ def test_a_disk_without_room_for_routing_is_named(monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
-    with pytest.raises(RunError, match="No space left on device.*set TMPDIR"):
+    with pytest.raises(RunError, match="No space left on device.*TMPDIR"):
         responses_to(as_bytes([choice(LOGPROBS, [("3", 0, 8)])]), MEDIA_TYPE, n=1)

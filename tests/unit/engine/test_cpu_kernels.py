@@ -4,11 +4,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from megatron_r1.config import RolloutConfig
 from megatron_r1.engine import cpu_kernels, gpu
 from megatron_r1.engine.limits import check_ranks
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 
 QWEN = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -37,33 +38,35 @@ def no_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "hf, message",
+    ("hf", "key", "size", "cause"),
     [
-        (QWEN | {"head_dim": 40}, "head_dim=40: on a CPU, vLLM computes only 32, 48, 64"),
-        (QWEN | {"head_dim": None}, "hidden_size / num_attention_heads=12"),
-        (
-            MOE | {"hidden_size": 112},
-            "hidden_size=112: .* multiples of 32 .*experts; use a machine",
-        ),
-        (LATENT | {"kv_lora_rank": 256}, "kv_lora_rank=256: .* only 512"),
-        (LATENT | {"qk_rope_head_dim": 32}, "qk_rope_head_dim=32: .* only 64"),
-        (LATENT | {"hidden_size": 80}, "hidden_size=80"),
-        (LATENT | {"n_shared_experts": 0}, "n_shared_experts=0: .* matrices of no width"),
-        (OSS | {"intermediate_size": 48}, "intermediate_size=48: .* multiples of 32"),
+        (QWEN, "head_dim", 40, Cause.UNSUPPORTED),
+        (MOE, "hidden_size", 112, Cause.INDIVISIBLE),
+        (LATENT, "kv_lora_rank", 256, Cause.UNSUPPORTED),
+        (LATENT, "qk_rope_head_dim", 32, Cause.UNSUPPORTED),
+        (LATENT, "hidden_size", 80, Cause.INDIVISIBLE),
+        (LATENT, "n_shared_experts", 0, Cause.UNSUPPORTED),
+        (OSS, "intermediate_size", 48, Cause.INDIVISIBLE),
     ],
 )
-def test_a_size_that_vllm_lacks_on_a_cpu_is_named(hf, message, monkeypatch):
-    with pytest.raises(UserError, match=message):
+def test_a_size_that_vllm_lacks_on_a_cpu_is_named(hf, key, size, cause, monkeypatch):
+    hf = hf | {key: size}
+    with refused(key, cause, f"{key}={size}"):
         cpu_kernels.check_cpu_kernels(RolloutConfig(), hf)
     cpu_kernels.check_cpu_kernels(RolloutConfig(placement="hosts"), hf)
     monkeypatch.setattr(gpu, "is_usable", lambda: True)
     cpu_kernels.check_cpu_kernels(RolloutConfig(), hf)
 
 
+def test_a_head_without_a_size_of_its_own_is_computed():
+    with refused("hidden_size / num_attention_heads", Cause.UNSUPPORTED, 12):
+        cpu_kernels.check_cpu_kernels(RolloutConfig(), QWEN | {"head_dim": None})
+
+
 def test_ranks_share_the_width_of_an_expert():
     cpu_kernels.check_cpu_kernels(RolloutConfig(tensor=2), OSS)
     cpu_kernels.check_cpu_kernels(RolloutConfig(tensor=4, expert_parallel=True), OSS)
-    with pytest.raises(UserError, match="intermediate_size=64 shared by 4 ranks"):
+    with refused("intermediate_size", Cause.INDIVISIBLE, 64, "4 ranks"):
         cpu_kernels.check_cpu_kernels(RolloutConfig(tensor=4), OSS)
 
 
@@ -99,7 +102,7 @@ def test_the_sizes_are_those_of_the_installed_vllm():
 )
 def test_experts_in_no_layer_are_refused_where_vllm_needs_one(changes):
     check_ranks(RolloutConfig(), MOE, "rollout")
-    with pytest.raises(UserError, match="no layer has experts .*vLLM's class of Qwen3MoeForCausal"):
+    with refused("config.json", Cause.UNSUPPORTED, "Qwen3MoeForCausalLM"):
         check_ranks(RolloutConfig(), MOE | changes, "rollout")
 
 

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import pytest
+from refusals import refused
 
 from megatron_r1.config import parse
 from megatron_r1.engine.from_config import engine_settings
 from megatron_r1.engine.settings import EngineSettings
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 
 
 def arguments(**rollout) -> list[str]:
@@ -19,5 +19,5 @@ def test_the_blocks_of_the_cache_are_vllms_unless_set():
     assert "--block-size" not in arguments()
     made = arguments(kv_block_tokens=64)
     assert made[made.index("--block-size") + 1] == "64"
-    with pytest.raises(UserError, match=r"rollout\.kv_block_tokens.*32"):
+    with refused("rollout.kv_block_tokens", Cause.MALFORMED, 32):
         arguments(kv_block_tokens=48)

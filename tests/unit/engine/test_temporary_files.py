@@ -14,7 +14,7 @@ from multiprocessing.shared_memory import SharedMemory
 if len(sys.argv) > 1:
     held = SharedMemory(sys.argv[1])
     print("mapped", flush=True)
-    time.sleep(60)
+    time.sleep(10_000)
 subprocess.run([sys.executable, __file__, NAME])
 """
 

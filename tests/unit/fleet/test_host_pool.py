@@ -5,22 +5,22 @@ Engines on them are in tests/system/test_engine_hosts.py.
 
 import asyncio
 import os
-import re
 import signal
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 import zmq
+from refusals import refused
+from waiting import wait_until
 
 from megatron_r1.config import RolloutConfig
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.gpu import gpus_of_slot, visible_gpus
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 from megatron_r1.fleet.hosts.link import HostLink
 from megatron_r1.fleet.hosts.pool import HostPool
 from megatron_r1.fleet.hosts.remote_server import RemoteServer
@@ -35,19 +35,12 @@ from megatron_r1.processes.authentication import (
 from megatron_r1.processes.children import free_port
 
 
-def until(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} seconds"
-        time.sleep(0.02)
-
-
 @pytest.fixture
 def pool(tmp_path, monkeypatch):
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     messages = []
     pool = HostPool(
-        "tcp://127.0.0.1:*", make_token(tmp_path), silence_seconds=6, notify=messages.append
+        "tcp://127.0.0.1:*", make_token(tmp_path), silence_seconds=1e5, notify=messages.append
     )
     pool.messages, pool.folder = messages, tmp_path
     publish_address(tmp_path, f"tcp://127.0.0.1:{pool.port}")
@@ -77,30 +70,29 @@ def host(pool):
 
 def test_a_host_joins_and_leaves_on_a_signal(pool, host):
     agent = host("--folder", pool.folder, "--engines", "3")
-    until(lambda: pool.num_free == 3)
+    wait_until(lambda: pool.num_free == 3)
     agent.send_signal(signal.SIGTERM)
-    assert agent.wait(10) == 128 + signal.SIGTERM
-    until(lambda: pool.num_free == 0)
-    assert "is leaving" in pool.messages[-1]
+    assert agent.wait() == 128 + signal.SIGTERM
+    wait_until(lambda: pool.num_free == 0)
 
 
 def test_the_end_of_the_run_ends_a_host_well(pool, host):
     agent = host("--folder", pool.folder)
-    until(lambda: pool.num_free == 1)
+    wait_until(lambda: pool.num_free == 1)
     pool.close()
-    assert agent.wait(10) == 0
+    assert agent.wait() == 0
 
 
 def test_a_host_that_waits_finds_the_run(tmp_path, host, pool):
     late = tmp_path / "late"
     agent = host("--folder", late)
-    assert "waiting for a run" in agent.stdout.readline()
+    assert str(late) in agent.stdout.readline()
     make_token(late)
     with_token = known_token(late / "token")
     second = HostPool("tcp://127.0.0.1:*", with_token)
     try:
         publish_address(late, f"tcp://127.0.0.1:{second.port}")
-        until(lambda: second.num_free == 1)
+        wait_until(lambda: second.num_free == 1)
     finally:
         second.close()
 
@@ -110,17 +102,17 @@ def test_an_engine_that_cannot_start_reports_why(pool, host):
     server.start()  # before any host has come: it waits
     assert server.is_alive()
     host("--folder", pool.folder)
-    with pytest.raises(EngineError, match=r"on host .*nothing is not a model folder"):
-        asyncio.run(server.wait_ready(20))
+    with pytest.raises(EngineError, match="nothing"):
+        asyncio.run(server.wait_ready(1e5))
     assert not server.is_alive()
     server.stop()
-    until(lambda: pool.num_free == 1)
+    wait_until(lambda: pool.num_free == 1)
 
 
 def test_without_room_the_error_names_the_hosts(pool):
     server = RemoteServer(pool, pool.folder, pool.folder / "engine-0.log")
     server.start()
-    with pytest.raises(EngineError, match="no host had room for it .no host has come"):
+    with pytest.raises(EngineError, match=pool.describe()):
         asyncio.run(server.wait_ready(0.3))
 
 
@@ -132,7 +124,7 @@ def test_hosts_find_the_port_of_the_recipe(tmp_path, monkeypatch):
     async def scenario():
         async with open_pool(rollout, tmp_path, False, print) as pool:
             assert published_address(tmp_path) == f"tcp://127.0.0.1:{pool.port}"
-            with pytest.raises(ValueError, match=f"rollout.hosts_port: cannot listen at .*:{port}"):
+            with refused("rollout.hosts_port", Cause.BUSY, f":{port}"):
                 await open_pool(rollout, tmp_path, False, print).__aenter__()
             return pool.port
 
@@ -143,23 +135,22 @@ def test_hosts_find_the_port_of_the_recipe(tmp_path, monkeypatch):
 def test_a_report_of_another_version_is_refused_and_the_pool_goes_on(pool, host):
     link = HostLink(f"tcp://127.0.0.1:{pool.port}", known_token(pool.folder / "token"))
     try:
-        until(lambda: link._socket.poll(100, zmq.POLLOUT))
+        wait_until(lambda: link._socket.poll(100, zmq.POLLOUT))
         link._socket.send(msgspec.msgpack.encode({"name": 7}))
         orders = []
-        until(lambda: (order := link.receive(0.1)) and not orders.append(order))
+        wait_until(lambda: (order := link.receive(0.1)) and not orders.append(order))
     finally:
         link.close()
-    assert "cannot be read" in orders[0].refusal and "from the same commit" in orders[0].refusal
-    assert pool.messages == [orders[0].refusal]
+    assert orders[0].refusal and pool.messages == [orders[0].refusal]
     host("--folder", pool.folder)
-    until(lambda: pool.num_free == 1)
+    wait_until(lambda: pool.num_free == 1)
 
 
 def test_waiting_for_hosts_is_mentioned(pool, monkeypatch, tmp_path):
     """A run that does nothing else meanwhile would look as if it hung."""
     monkeypatch.setattr("megatron_r1.fleet.hosts.pool.WAIT_SECONDS", 0.2)
     RemoteServer(pool, tmp_path, tmp_path / "engine.log").start()
-    until(lambda: "1 engine waits for 1 host to come (no host has come)" in pool.messages)
+    wait_until(lambda: any(pool.describe() in message for message in pool.messages))
 
 
 def test_hosts_that_never_fall_silent_leave_the_pool_time_for_its_work():
@@ -185,32 +176,34 @@ def test_hosts_that_never_fall_silent_leave_the_pool_time_for_its_work():
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_host_that_vanishes_loses_its_engines_for_good(pool, host, how):
     agent = host("--folder", pool.folder)
-    until(lambda: pool.num_free == 1)
+    wait_until(lambda: pool.num_free == 1)
     server = RemoteServer(pool, pool.folder / "nothing", pool.folder / "engine-0.log")
     agent.send_signal(how)
     server.start()  # given to a host that can no longer start it
-    until(lambda: not server.is_alive())
+    if how == signal.SIGSTOP:
+        pool.silence_seconds = 0.5
+    wait_until(lambda: not server.is_alive())
     assert server.is_lost
-    assert re.search("host .* (has closed|was not heard from for 6 s)", server.describe_end())
-    assert "1 engine lost with it" in pool.messages[-1]
+    assert server.describe_end() in pool.messages[-1]
     if how == signal.SIGSTOP:  # awake again, it is a new host, and the old engine stays dead
+        pool.silence_seconds = 1e5
         agent.send_signal(signal.SIGCONT)
-        until(lambda: pool.num_free == 1)
+        wait_until(lambda: pool.num_free == 1)
         assert not server.is_alive()
 
 
 def test_another_token_is_refused_and_the_host_prints_so(pool, host):
     address = f"tcp://127.0.0.1:{pool.port}"
-    agent = host("--controller", address, "--patience", "3", **{ENVIRONMENT: "guessed"})
-    output, _ = agent.communicate(timeout=30)
-    assert agent.returncode == 1 and "refuses this token" in output, output
+    agent = host("--controller", address, **{ENVIRONMENT: "guessed"})
+    assert any("token" in line for line in agent.stdout)
+    assert host("--controller", address, "--patience", "0").wait() == 1
     assert pool.num_free == 0 and not pool.messages
 
 
 def test_memory_that_is_not_shared_is_refused(pool, host, monkeypatch):
     pool._memory = "another host's"
     agent = host("--folder", pool.folder)
-    _, error = agent.communicate(timeout=30)
+    _, error = agent.communicate()
     assert agent.returncode == 2
     assert "push.transport: gloo" in error and "push.transport: gloo" in pool.describe()
 
@@ -234,17 +227,17 @@ def test_a_refused_host_does_not_keep_engines_from_the_accepted_ones(pool):
 
     refused, good, also_refused = links
     try:
-        until(lambda: (orders := report(refused, "other")) and orders.refusal)
-        assert "host-other does not share" in start()
-        until(lambda: report(good, "shared") and pool.num_free == 1)
+        wait_until(lambda: (orders := report(refused, "other")) and orders.refusal)
+        assert "host-other" in start()
+        wait_until(lambda: report(good, "shared") and pool.num_free == 1)
         assert pool.describe() == "host-shared with 1"
-        assert "host host-shared has not started it" in start()
-        until(lambda: (orders := report(also_refused, "third")) and orders.refusal)
+        assert "host-shared" in start()
+        wait_until(lambda: (orders := report(also_refused, "third")) and orders.refusal)
         assert pool.describe() == "host-shared with 1"
-        assert "host host-shared has not started it" in start()
+        assert "host-shared" in start()
         good.send(HostReport("host-shared", 1, "shared", leaving=True))
-        until(lambda: pool.num_free == 0)
-        assert "no host had room for it (no host has come)" in start()
+        wait_until(lambda: pool.num_free == 0)
+        assert pool.describe() in start()
     finally:
         for link in links:
             link.close()
@@ -257,12 +250,12 @@ def test_a_host_that_cannot_read_its_orders_says_so():
     port = controller.bind_to_random_port("tcp://127.0.0.1")
     link = HostLink(f"tcp://127.0.0.1:{port}", "t" * 64)
     try:
-        until(lambda: link._socket.poll(100, zmq.POLLOUT))
+        wait_until(lambda: link._socket.poll(100, zmq.POLLOUT))
         link.send(HostReport("host", 1, ""))
         identity, _ = controller.recv_multipart()
         controller.send_multipart([identity, msgspec.msgpack.encode({"silence_seconds": "long"})])
-        with pytest.raises(UserError, match="orders of .*cannot be read .*from the same commit"):
-            link.receive(20)
+        with refused("--controller", Cause.CHANGED, port):
+            link.receive(10_000)
     finally:
         link.close()
         controller.close()
@@ -271,6 +264,5 @@ def test_a_host_that_cannot_read_its_orders_says_so():
 def test_gpus_are_shared_out_evenly():
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}) == ["4", "5", "6", "7"]
     assert gpus_of_slot(["4", "5", "6", "7"], 2, 1, "--engines") == {"CUDA_VISIBLE_DEVICES": "6,7"}
-    refusal = "4 GPUs .4,5,6,7. cannot be divided among 3 engines; set rollout.engines to a divisor"
-    with pytest.raises(EngineError, match=refusal):
+    with pytest.raises(EngineError, match="4 .*4,5,6,7.*3 .*rollout.engines"):
         gpus_of_slot(["4", "5", "6", "7"], 3, 0, "rollout.engines")

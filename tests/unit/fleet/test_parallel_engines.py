@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from megatron_r1.config import load, parse
 from megatron_r1.engine.limits import check_engines, vocab_size
 from megatron_r1.engine.server import EngineServer
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 from megatron_r1.fleet.rollout_fleet import RolloutFleet, share_of_gpus
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout
@@ -35,40 +36,36 @@ def config(rl=None, **rollout):
 
 
 @pytest.mark.parametrize(
-    ("hf", "settings", "message"),
+    ("hf", "settings", "key", "cause", "shown"),
     [
-        (DENSE, {"tensor": 5}, "rollout.tensor=5 does not divide num_attention_heads=12"),
-        (DENSE, {"tensor": 6}, "tensor=6 neither divides num_key_value_heads=4 nor"),
-        ({"text_config": DENSE}, {"tensor": 5}, "rollout.tensor=5 does not divide"),
+        (DENSE, {"tensor": 5}, "tensor", Cause.INDIVISIBLE, "num_attention_heads=12"),
+        (DENSE, {"tensor": 6}, "tensor", Cause.INDIVISIBLE, "num_key_value_heads=4"),
+        ({"text_config": DENSE}, {"tensor": 5}, "tensor", Cause.INDIVISIBLE, "tensor=5"),
+        (DENSE | {"vocab_size": 67}, {"tensor": 12}, "tensor", Cause.INDIVISIBLE, "128"),
+        (DENSE, {"pipeline": 4}, "pipeline", Cause.TOO_LARGE, "3 layers"),
+        (DENSE, {"expert_parallel": True}, "expert_parallel", Cause.CONFLICT, "false"),
         (
-            DENSE | {"vocab_size": 67},
-            {"tensor": 12},
-            "tensor=12 does not divide the 128 rows of vLLM's padded vocabulary",
+            *(EXPERTS, {"expert_parallel": True, "tensor": 4, "data": 4}),
+            *("expert_parallel", Cause.TOO_LARGE, "16 ranks"),
         ),
-        (DENSE, {"pipeline": 4}, "rollout.pipeline=4 is more than the model's 3 layers"),
-        (DENSE, {"expert_parallel": True}, "the model has no experts; set it to false"),
+        (GPT_OSS, {"tensor": 12}, "tensor", Cause.INDIVISIBLE, "num_key_value_heads=4"),
         (
-            EXPERTS,
-            {"expert_parallel": True, "tensor": 4, "data": 4},
-            "16 ranks .* for 8 experts leave some with none",
-        ),
-        (
-            LATENT | {"architectures": ["DeepseekV3ForCausalLM"], "topk_method": "noaux_tc"},
-            {},
-            r"config.json has no \{'scoring_func': 'sigmoid'\}: vLLM would route",
-        ),
-        (GPT_OSS, {"tensor": 12}, "tensor=12 does not divide num_key_value_heads=4, which vLLM's"),
-        (GPT_OSS, {"data": 5}, "5 ranks .* do not divide intermediate_size=96, as vLLM's gpt-oss"),
-        (
-            EXPERTS,
-            {"pipeline": 2, "rl": {"routing_replay": True}},
-            "set rl.routing_replay: false, or rollout.pipeline: 1",
+            *(EXPERTS, {"pipeline": 2, "rl": {"routing_replay": True}}),
+            *("pipeline", Cause.CONFLICT, "rl.routing_replay"),
         ),
     ],
 )
-def test_what_no_engine_can_serve_is_refused(hf, settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_no_engine_can_serve_is_refused(hf, settings, key, cause, shown):
+    with refused(f"rollout.{key}", cause, shown):
         check_engines(config(**settings), hf)
+
+
+def test_models_that_no_engine_computes_as_the_trainer_does_are_refused():
+    deepseek = LATENT | {"architectures": ["DeepseekV3ForCausalLM"], "topk_method": "noaux_tc"}
+    with refused("scoring_func", Cause.MISSING, "sigmoid"):
+        check_engines(config(), deepseek)
+    with refused("rollout", Cause.INDIVISIBLE, "5 ranks", "intermediate_size=96"):
+        check_engines(config(data=5), GPT_OSS)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +82,7 @@ def test_what_engines_can_serve_is_not(hf, settings):
 
 def test_what_cannot_be_pushed_to_is_refused_too():
     check_pushes(config(tensor=4), DENSE, num_ranks=1)
-    with pytest.raises(ValueError, match=r"tensor=4: .* size 4 does not divide .* a divisor of 90"):
+    with refused("rollout.tensor", Cause.INDIVISIBLE, 90):
         check_pushes(config(tensor=4), DENSE | {"intermediate_size": 90}, num_ranks=1)
 
 
@@ -96,7 +93,7 @@ def test_the_layout_is_the_recipes():
 
 def test_engines_that_sleep_leave_nothing_to_sample_ahead():
     config(colocated=True)
-    with pytest.raises(ValueError, match="rollout.colocated: .* set rl.staleness: 0"):
+    with refused("rollout.colocated", Cause.CONFLICT, "rl.staleness"):
         config(colocated=True, rl={"staleness": 1, "importance_cap": 2.0})
 
 
@@ -171,9 +168,9 @@ def test_the_large_recipes_push_from_stages_with_mtp_layers(name):
     check_pushes(recipe, hf, recipe.parallel.processes)
     changed = {"model.mtp": "none"}
     without = load(ROOT / f"examples/deepseek_r1/{name}.yaml", changed)
-    with pytest.raises(UserError, match="drafter would get no weights"):
+    with refused("rollout.speculative.method", Cause.CONFLICT):
         check_pushes(without, hf, num_ranks=2048)
     changed["rollout.speculative.method"] = "none"
     without = load(ROOT / f"examples/deepseek_r1/{name}.yaml", changed)
-    with pytest.raises(UserError, match=r"MTP layers \(m\) must stand there 0 times, not 1"):
+    with refused("parallel.pipeline_layout", Cause.CONFLICT):
         check_pushes(without, hf, num_ranks=2048)

@@ -1,8 +1,9 @@
 import resource
 
 import pytest
+from refusals import refused
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 from megatron_r1.processes.open_files import allow_open_files
 
 
@@ -23,5 +24,5 @@ def test_the_limit_rises_where_it_must_and_never_falls(limits, soft, needed, aft
 
 def test_too_low_a_hard_limit_is_named(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, 1024))
-    with pytest.raises(UserError, match=r"2,048 ranks: 5,120 open files.*may have 1,024"):
+    with refused("ulimit -n", Cause.TOO_LARGE, "2,048 ranks", "5,120", "1,024"):
         allow_open_files(5120, "2,048 ranks")

@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-import time
+
+from waiting import wait_until
 
 from megatron_r1.processes.inspection import PeakMemory
 
@@ -21,8 +22,6 @@ def test_the_peak_remains_when_all_has_ended_and_shared_pages_count_once():
     with PeakMemory(every_seconds=0.02) as peak:
         command = [sys.executable, "-c", PARENT_AND_CHILD]
         with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
-            deadline = time.monotonic() + 60
-            while peak.gib < 200 / 1024 and time.monotonic() < deadline:
-                time.sleep(0.02)
+            wait_until(lambda: peak.gib >= 200 / 1024)
             process.communicate()
     assert 200 <= peak.gib * 1024 < 300

@@ -45,13 +45,11 @@ def export(folder, to, dtype, *changed, mtp="frozen"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_must_have_changed_and_frozen_layers_not(folder, tmp_path, dtype):
     trained = "model.layers.1.self_attn.o_proj.weight"
-    assert "1 changed by training" in export(folder, tmp_path / "good", dtype, trained)
-    with pytest.raises(SystemExit, match="training has changed no tensor"):
+    assert "1 changed" in export(folder, tmp_path / "good", dtype, trained)
+    with pytest.raises(SystemExit, match="no tensor"):
         export(folder, tmp_path / "same", dtype)
-    with pytest.raises(SystemExit, match=f"mtp: frozen, but .*{MTP}"):
+    with pytest.raises(SystemExit, match=f"frozen.*{MTP}"):
         export(folder, tmp_path / "moved", dtype, trained, MTP)
-    assert "2 changed by training" in export(
-        folder, tmp_path / "both", dtype, trained, MTP, mtp="train"
-    )
-    with pytest.raises(SystemExit, match="mtp: train, but no tensor"):
+    assert "2 changed" in export(folder, tmp_path / "both", dtype, trained, MTP, mtp="train")
+    with pytest.raises(SystemExit, match="mtp: train"):
         export(folder, tmp_path / "left", dtype, trained, mtp="train")
