@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards import ENVIRONMENT, FORM_REWARDS, REGISTRY, REMOTE
 from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.combine import ACCURACY
@@ -16,10 +16,20 @@ Options = Mapping[str, Mapping[str, Any]]
 
 
 class RewardUnusable(UserError):
-    """A reward cannot grade a prompt. missing: the fields of the prompt that it lacks."""
+    """A reward cannot grade a prompt. key: the first field that it lacks, else the kind or term.
+    missing: the fields of the prompt that it lacks."""
 
-    def __init__(self, message: str, missing: tuple[str, ...] = ()) -> None:
-        super().__init__(message)
+    def __init__(
+        self,
+        message: str,
+        missing: tuple[str, ...] = (),
+        *,
+        key: str = "kind",
+        cause: Cause = Cause.FAILED,
+    ) -> None:
+        if missing:
+            key, cause = missing[0], Cause.MISSING
+        super().__init__(message, key=key, cause=cause)
         self.missing = missing
 
 
@@ -85,7 +95,8 @@ class RewardTerms:
                     if term == ACCURACY:
                         name = f"question {shorten(prompt.question)!r}: its {kind} answer"
                     hint = f"; see rewards.options.{kind}" if kind in REGISTRY | REMOTE else ""
-                    raise RewardUnusable(f"{name} {trial.reason}{hint}", trial.missing)
+                    key = "kind" if term == ACCURACY else f"rewards.weights.{term}"
+                    raise RewardUnusable(f"{name} {trial.reason}{hint}", trial.missing, key=key)
 
     async def _try(self, term: str, prompt: Gradable, opened: bool) -> Grade:
         """Return a grade, which is ungraded if the reward cannot be used. A user's own reward may
