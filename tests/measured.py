@@ -84,6 +84,7 @@ def what_is_left(scratch: Path, shared: set[Path]) -> list[str]:
     for process in members:
         with contextlib.suppress(psutil.Error):
             process.kill()
+    psutil.wait_procs(members)
     reap()
     mine = os.getuid()
     for path in sorted(SHARED_MEMORY.iterdir()):
