@@ -1,5 +1,5 @@
 """What all tests share: the folder of shared modules on the path, interpreted Triton kernels,
-seeds, and the watchdog against hangs.
+seeds, the watchdog against hangs, and fork servers where there are several workers.
 
 Triton looks at TRITON_INTERPRET when it is first imported, which may be any test's doing. Without a
 GPU the tests' own process interprets; the variable itself is not left to what they start."""
@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from fork_servers import pytest_sessionfinish, pytest_sessionstart  # noqa: F401
 from watchdog import pytest_runtest_protocol  # noqa: F401
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from fork_servers import PROCESSES
 
 IDLE_SECONDS = float(os.environ.get("R1_TEST_IDLE_SECONDS", "300"))
 """The longest pause of a test: a fixed sleep of the product, for example a timeout under test."""
@@ -41,11 +42,12 @@ def interrupt(number: int, frame: object) -> None:
     raise Hung
 
 
-def activity(pid: int) -> tuple[float, float]:
-    """Return the seconds that process `pid` and its descendants have computed, and the seconds that
-    their threads have waited for a core."""
+def activity() -> tuple[float, float]:
+    """Return the seconds that this process, its descendants and those of the run's fork servers
+    have computed, and the seconds that their threads have waited for a core."""
+    roots = [os.getpid(), *map(int, os.environ.get(PROCESSES, "").split())]
     computed = waited = 0.0
-    for member in [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]:
+    for member in [*roots, *(child.pid for root in roots for child in children(root))]:
         with contextlib.suppress(OSError, ValueError):  # it has ended
             fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
             computed += sum(map(int, fields[11:15])) / TICKS
@@ -53,6 +55,12 @@ def activity(pid: int) -> tuple[float, float]:
                 schedule = Path(f"/proc/{member}/task/{thread}/schedstat").read_text()
                 waited += int(schedule.split()[1]) / 1e9
     return computed, waited
+
+
+def children(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
 
 
 class Watchdog:
@@ -84,10 +92,10 @@ class Watchdog:
                 self._watch_test(self._test)
 
     def _watch_test(self, test: str) -> None:
-        start, _ = before = activity(os.getpid())
+        start, _ = before = activity()
         at, idle, interrupted = time.monotonic(), 0.0, False
         while not self._changed.wait(WINDOW_SECONDS):
-            now = activity(os.getpid())
+            now = activity()
             seconds, at = time.monotonic() - at, time.monotonic()
             # Processes that ended and were not waited for take their figures with them.
             active = max(now[0] - before[0], 0.0) + max(now[1] - before[1], 0.0)
@@ -104,7 +112,7 @@ class Watchdog:
 
     def _interrupt(self, reason: str) -> None:
         sys.stderr.write(f"\n{reason}\n")
-        for child in psutil.Process().children(recursive=True):
+        for child in children(os.getpid()):
             with contextlib.suppress(psutil.Error):
                 sys.stderr.write(f"{child.pid} {child.status()} {child.cmdline()}\n"[:300])
                 child.send_signal(signal.SIGKILL)

@@ -76,7 +76,9 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    path = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
+    path = os.environ.get("PYTHONPATH", "")
+    if not path.startswith(str(HERE)):  # `fork_servers` has set it for all workers
+        path = f"{HERE}:{path}"
     return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
 
 

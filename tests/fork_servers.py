@@ -1,0 +1,47 @@
+"""One import of vLLM and one of Megatron-Core for all workers of a test run.
+
+Engines and trainer ranks of the tests are forked from two servers that the run starts, where it has
+several workers; the product has them for one run (`processes.preloaded`)."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+SYSTEM = Path(__file__).parent / "system"
+_servers = contextlib.ExitStack()
+PROCESSES = "R1_TEST_FORK_SERVERS"
+"""Environment variable: process ids of the servers, for the watchdog of each worker."""
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Start the servers before the workers, which inherit the environment."""
+    if not getattr(session.config.option, "numprocesses", None):
+        return
+    from megatron_r1.engine.server import MODULE as ENGINE
+    from megatron_r1.engine.settings import engine_environment
+    from megatron_r1.processes.fork_server import SERVERS
+    from megatron_r1.processes.preloaded import shared_server
+    from megatron_r1.trainer_client.rank_processes import MODULE as RANK
+    from megatron_r1.trainer_client.rank_processes import import_environment
+
+    # What all processes of the tests share: a process with another environment is not forked.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(SYSTEM), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    folder = Path(_servers.enter_context(tempfile.TemporaryDirectory(prefix="f")))
+    started = [
+        _servers.enter_context(shared_server(module, folder, environment))
+        for module, environment in (
+            (ENGINE, engine_environment("cpu", 2, 1)),
+            (RANK, import_environment()),
+        )
+    ]
+    os.environ[SERVERS] = str(folder)
+    os.environ[PROCESSES] = " ".join(str(process.pid) for process in started)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End the servers, and what they have started."""
+    _servers.close()
