@@ -26,21 +26,21 @@ def test_characters_are_counted_when_asked_for_and_tokens_are_never_guessed():
     limits = {"free_length": 0, "max_length": 10}
     assert grade("12345", unit="characters", num_tokens=9, **limits).reward == 0.5
     assert grade("12345", num_tokens=9, **limits).reward == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="num_tokens must be .* got None; give it, or measure"):
+    with pytest.raises(ValueError, match="num_tokens.*None"):
         grade("12345", **limits)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "named"),
     [
-        ({"free_length": 10, "max_length": 10}, "below max_length, got 10 and 10"),
-        ({"free_length": -1, "max_length": 10}, "at least 0 and below max_length, got -1"),
-        ({"free_length": "en", "max_length": 10}, "free_length must be a number of tokens"),
-        ({"free_length": 1, "max_length": 10, "unit": "words"}, "unit must be one of tokens, char"),
-        ({"free_length": 1, "max_length": 10, "num_tokens": True}, "num_tokens must be"),
-        ({"free_length": 1, "max_length": float("nan")}, "below max_length"),
+        ({"free_length": 10, "max_length": 10}, "max_length.*10.*10"),
+        ({"free_length": -1, "max_length": 10}, "max_length.*-1"),
+        ({"free_length": "en", "max_length": 10}, "free_length.*'en'"),
+        ({"free_length": 1, "max_length": 10, "unit": "words"}, "unit.*'words'"),
+        ({"free_length": 1, "max_length": 10, "num_tokens": True}, "num_tokens.*True"),
+        ({"free_length": 1, "max_length": float("nan")}, "max_length.*nan"),
     ],
 )
-def test_wrong_settings_are_errors_that_name_them(settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_settings_are_errors_that_name_them(settings, named):
+    with pytest.raises(ValueError, match=named):
         grade("x", **settings)

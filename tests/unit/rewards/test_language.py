@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 
 import pytest
 
@@ -188,18 +189,19 @@ def test_without_words_to_judge_there_is_no_reward(response):
 
 @pytest.mark.parametrize("target", ["fr", "", None, ["en"], 3])
 def test_another_target_is_an_error(target):
-    with pytest.raises(ValueError, match="target must be one of en, zh"):
+    with pytest.raises(ValueError, match="target.*en, zh.*" + re.escape(repr(target))):
         grade(think("a"), target=target)
 
 
-def test_ten_megabytes_of_anything_are_graded_within_the_limits():
+def test_much_of_anything_is_graded_within_the_limits():
+    """Of memory; and of time, which quadratic work would take a hundred times of."""
     units = ["the quick brown fox ", "我们先算，", "a", "$a ", "`", "```", "\\[", "$$ ", "a_", "A "]
     units += ["\\begin{a}", "a'", "ｈ", "の", "\u0301\u0323", "aB", "1.", "a b "]
-    responses = ["<think>" + unit * (1_000_000 // len(unit.encode())) for unit in units]
-    responses.append("<think>" + "the sum 和 x_1, `a` $b$ " * 400_000)
+    responses = ["<think>" + unit * (150_000 // len(unit.encode())) for unit in units]
+    responses.append("<think>" + "the sum 和 x_1, `a` $b$ " * 20_000)
 
     async def all_of_them():
-        async with RewardPool(2, timeout_seconds=60, memory_limit_bytes=2 * 2**30) as pool:
+        async with RewardPool(1, timeout_seconds=100, memory_limit_bytes=2**30) as pool:
             jobs = (pool.grade("language", text, None, target="en") for text in responses)
             return await asyncio.gather(*jobs), pool.snapshot()
 

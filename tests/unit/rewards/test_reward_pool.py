@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,13 +9,16 @@ import textwrap
 
 import pytest
 from liveness import is_alive, wait_until_dead
+from refusals import refused
+from waiting import until
 
+from megatron_r1.errors import Cause, RunError
 from megatron_r1.rewards import Grade
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rewards.runtime.process import WorkerProcess
 
 GRADERS = """
-import os, sys, time
+import ctypes, os, subprocess, sys
 from megatron_r1.rewards import Grade
 
 def even(response, truth, **entry):
@@ -33,14 +35,10 @@ def leave_once(response, truth, **entry):
     os._exit(3)
 
 def hang_in_c(response, truth, **entry):
-    os.write(os.open(truth, os.O_CREAT | os.O_WRONLY), str(os.getpid()).encode())
-    return Grade(0.0, str(len(str(9**9**9))))
+    ctypes.PyDLL(None).pause()  # keeps the interpreter's lock
 
 def start_child(response, truth, **entry):
-    import subprocess
-    child = subprocess.Popen(["sleep", "600"])
-    open(truth, "w").write(str(child.pid))
-    time.sleep(600)
+    return Grade(1.0, str(subprocess.Popen(["sleep", "1000000"]).pid))
 
 def eat_memory(response, truth, **entry):
     return Grade(0.0, str(len(bytearray(8 * 2**30))))
@@ -67,8 +65,10 @@ def graders(tmp_path, monkeypatch):
 
 
 def run_in_pool(scenario, **settings):
+    """What scenario(pool) returns. No honest grade runs into the limit."""
+
     async def run():
-        async with RewardPool(**{"num_workers": 1, "timeout_seconds": 20.0} | settings) as pool:
+        async with RewardPool(**{"num_workers": 1, "timeout_seconds": 600.0} | settings) as pool:
             return await scenario(pool)
 
     return asyncio.run(run())
@@ -97,40 +97,26 @@ def test_registered_rewards_work_through_the_pool():
 
     grades = run_in_pool(scenario)
     assert [grade.reward for grade in grades] == [1.0, 0.0, 1.0, 1.0]
-    assert grades[1].reason == f"wrong: 12, expected {10**30}"
+    assert str(10**30) in grades[1].reason
 
 
-def test_a_grader_that_hangs_in_c_is_killed_and_the_next_job_runs(graders, tmp_path):
+def test_a_grader_that_hangs_in_c_is_killed_and_the_next_job_runs(graders):
     async def scenario(pool):
-        await pool.grade("graders:even", "2", None)
-        hung = pool.grade("graders:hang_in_c", "?", str(tmp_path / "pid"))
+        before = await pool.grade("graders:even", "2", None)
+        child = await pool.grade("graders:start_child", "?", None)
+        pids = [int(grade.reason.split()[0]) for grade in (before, child)]
+        pool.timeout_seconds = 0.5
+        hung = asyncio.create_task(pool.grade("graders:hang_in_c", "?", None))
+        await asyncio.sleep(0)  # it has its limit
+        pool.timeout_seconds = 600.0
         after = [pool.grade("graders:even", str(i), i) for i in range(20)]
-        return await asyncio.gather(hung, *after), pool.snapshot()
+        return pids, await hung, await asyncio.gather(*after), pool.snapshot()
 
-    (hung, *after), snapshot = run_in_pool(scenario, timeout_seconds=1.5)
-    assert hung == Grade(0.0, "timed out after 1.5 s")
+    pids, hung, after, snapshot = run_in_pool(scenario)
+    assert (hung.reward, hung.is_graded) == (0.0, True) and "0.5" in hung.reason
     assert [grade.reward for grade in after] == [1.0, 0.0] * 10
-    assert snapshot["timeouts"] == 1 and snapshot["graded"] == 21
-    assert wait_until_dead(int((tmp_path / "pid").read_text()))
-
-
-def test_the_processes_a_grader_started_die_with_it(graders, tmp_path):
-    async def scenario(pool):
-        return await pool.grade("graders:start_child", "?", str(tmp_path / "pid"))
-
-    assert "timed out" in run_in_pool(scenario, timeout_seconds=1.0).reason
-    assert wait_until_dead(int((tmp_path / "pid").read_text()))
-
-
-def test_a_tower_of_powers_costs_one_time_limit():
-    async def scenario(pool):
-        towers = ("9**9**9**9", "9^{9^{9^{9}}}")
-        jobs = [pool.grade("math", f"<answer>{tower}</answer>", 13) for tower in towers]
-        return await asyncio.gather(*jobs, pool.grade("math", "<answer>13</answer>", 13))
-
-    *towers, honest = run_in_pool(scenario, timeout_seconds=1.0)
-    assert [grade.reward for grade in towers] == [0.0, 0.0]
-    assert honest.reward == 1.0
+    assert snapshot["timeouts"] == 1 and snapshot["graded"] == 22
+    assert all(map(wait_until_dead, pids))  # the grader, and the process that it started
 
 
 def test_a_worker_that_dies_costs_one_retry(graders, tmp_path):
@@ -141,7 +127,8 @@ def test_a_worker_that_dies_costs_one_retry(graders, tmp_path):
 
     (once, always), snapshot = run_in_pool(scenario)
     assert once == Grade(1.0, "second time")
-    assert always == Grade(0.0, "the grader's process died twice (exit status 3): last words")
+    assert (always.reward, always.is_graded) == (0.0, True)
+    assert "exit status 3" in always.reason and "last words" in always.reason
     assert snapshot["crashes"] == 3 and snapshot["graded"] == 1
 
 
@@ -153,7 +140,7 @@ def test_memory_is_limited_and_the_worker_replaced(graders):
         return before, eaten, after, pool.snapshot()
 
     before, eaten, after, snapshot = run_in_pool(scenario, memory_limit_bytes=2**30)
-    assert eaten == Grade(0.0, "ran over the memory limit of 1024 MiB")
+    assert (eaten.reward, eaten.is_graded) == (0.0, True) and "1024 MiB" in eaten.reason
     assert before.reason != after.reason and snapshot["out_of_memory"] == 1
 
 
@@ -163,13 +150,9 @@ def test_what_a_grader_raises_prints_or_returns_stays_its_own(graders):
         return [await pool.grade(f"graders:{kind}", "?", None) for kind in kinds], pool.snapshot()
 
     (failed, stopped, confused, chatter), snapshot = run_in_pool(scenario)
-    assert re.fullmatch(
-        r"cannot be graded: KeyError: 'metadata' \(\S+graders.py:\d+\), "
-        r"called with the response '\?'",
-        failed.reason,
-    )
-    assert stopped.reason.startswith("cannot be graded: SystemExit: 0 (")
-    assert "must return a Grade, got float" in confused.reason
+    assert not any(grade.is_graded for grade in (failed, stopped, confused))
+    assert all(shown in failed.reason for shown in ("KeyError: 'metadata'", "graders.py:", "'?'"))
+    assert "SystemExit: 0" in stopped.reason and "float" in confused.reason
     assert chatter == Grade(1.0, "")
     assert snapshot["errors"] == 3 and snapshot["crashes"] == 0
 
@@ -186,52 +169,50 @@ def test_a_grade_says_itself_whether_it_is_one(graders):
     assert snapshot["errors"] == snapshot["graded"] == 1
 
 
-def test_ten_megabytes_and_broken_unicode_are_just_wrong_answers(graders):
+def test_a_megabyte_and_broken_unicode_are_just_wrong_answers(graders):
     async def scenario(pool):
         return [
-            await pool.grade("math", f"<answer>{'1' * 10_000_000}</answer>", 13),
-            await pool.grade("math", "{" * 5_000_000 + r"\boxed{" + "{" * 5_000_000, 13),
+            await pool.grade("format", f"<answer>{'1' * 1_000_000}</answer>", None),
             await pool.grade("graders:echo", "a\ud800b", "t", exact=True),
         ]
 
-    long, nested, surrogate = run_in_pool(scenario)
-    assert "too long" in long.reason
-    assert "too long" in nested.reason
+    long, surrogate = run_in_pool(scenario)
+    assert (long.reward, long.is_graded) == (0.0, True)
     assert surrogate.reason == "('a?b', 't', {'exact': True})"
 
 
 def test_what_the_user_got_wrong_raises(graders):
     async def scenario(pool):
-        with pytest.raises(ValueError, match="did you mean 'math'"):
+        nan, inf = float("nan"), float("inf")
+        with refused("kind", Cause.UNKNOWN, "'math'"):
             await pool.grade("maths", "?", None)
-        with pytest.raises(ValueError, match="no_such_module"):
-            await pool.grade("no_such_module:grade", "?", None)
-        with pytest.raises(ValueError, match="has no function odd"):
-            await pool.grade("graders:odd", "?", None)
-        with pytest.raises(ValueError, match="must be JSON"):
+        for kind in ("no_such_module:grade", "graders:odd"):
+            with refused(kind, Cause.FAILED, kind.partition(":")[0]):
+                await pool.grade(kind, "?", None)
+        with refused("truth", Cause.MALFORMED, "math", "object"):
             await pool.grade("math", "?", object())
-        with pytest.raises(ValueError, match=r"truth of a math job .* truth is NaN, which is no"):
-            await pool.grade("math", "?", float("nan"))
-        with pytest.raises(ValueError, match=r"tolerance is NaN, which is no"):
-            await pool.grade("graders:even", "2", None, tolerance=float("nan"))
-        with pytest.raises(ValueError, match=r"truth\.tests\.0\.result is Infinity"):
-            await pool.grade("code", "?", {"tests": [{"args": [], "result": float("inf")}]})
+        with refused("truth", Cause.MALFORMED, "math", "NaN"):
+            await pool.grade("math", "?", nan)
+        with refused("tolerance", Cause.MALFORMED, "NaN"):
+            await pool.grade("graders:even", "2", None, tolerance=nan)
+        with refused("truth", Cause.MALFORMED, "truth.tests.0.result", "Infinity"):
+            await pool.grade("code", "?", {"tests": [{"args": [], "result": inf}]})
         return await pool.grade("graders:even", "2", None)
 
     assert run_in_pool(scenario).reward == 1.0
 
 
 def test_settings_that_cannot_work_are_refused():
-    with pytest.raises(ValueError, match="rewards.workers must be at least 1, got 0"):
+    with refused("rewards.workers", Cause.OUT_OF_RANGE, 0):
         RewardPool(num_workers=0)
-    with pytest.raises(ValueError, match="timeout_seconds must be positive, got 0"):
+    with refused("rewards.timeout_seconds", Cause.OUT_OF_RANGE, 0):
         RewardPool(timeout_seconds=0)
 
 
 def test_workers_that_cannot_start_say_so_instead_of_trying_for_ever(monkeypatch):
     async def scenario(pool):
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="did not start.*its memory limit is"):
+            with pytest.raises(RunError, match=str(2**31)):
                 await pool.grade("math", "<answer>13</answer>", 13)
 
     monkeypatch.setattr(sys, "executable", "/bin/false")
@@ -242,7 +223,7 @@ def test_a_grader_that_cannot_be_imported_is_an_error_and_not_a_grade(graders, t
     (tmp_path / "fragile.py").write_text("import os; os._exit(5)")
 
     async def scenario(pool):
-        with pytest.raises(ValueError, match=r"importing it ends the process \(exit status 5\)"):
+        with refused("fragile:grade", Cause.FAILED, 5):
             await pool.grade("fragile:grade", "?", None)
 
     run_in_pool(scenario)
@@ -250,7 +231,7 @@ def test_a_grader_that_cannot_be_imported_is_an_error_and_not_a_grade(graders, t
 
 def test_a_memory_limit_too_small_for_the_grader_is_an_error_and_not_a_grade():
     async def scenario(pool):
-        with pytest.raises(ValueError, match="within 60,000,000 bytes: rewards.memory_gib"):
+        with refused("rewards.memory_gib", Cause.OUT_OF_RANGE, "60,000,000"):
             await pool.grade("math", "<answer>13</answer>", 13)
 
     run_in_pool(scenario, memory_limit_bytes=60_000_000)
@@ -267,17 +248,16 @@ def test_a_caller_that_gives_up_leaves_the_pool_working(graders):
     assert run_in_pool(scenario).reward == 1.0
 
 
-def test_closing_ends_workers_and_waiting_jobs(graders, tmp_path):
+def test_closing_ends_workers_and_waiting_jobs(graders):
     async def run():
-        pool = RewardPool(1, timeout_seconds=60.0)
+        pool = RewardPool(1, timeout_seconds=600.0)
         first = await pool.grade("graders:even", "2", None)
-        hung = asyncio.create_task(pool.grade("graders:hang_in_c", "?", str(tmp_path / "pid")))
-        while not (tmp_path / "pid").exists():
-            await asyncio.sleep(0.02)
+        hung = asyncio.create_task(pool.grade("graders:hang_in_c", "?", None))
+        await until(lambda: pool.snapshot()["running"])
         await pool.close()
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(RunError):
             await hung
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(RunError):
             await pool.grade("math", "13", 13)
         await pool.close()
         return int(first.reason.split()[0])
@@ -297,7 +277,7 @@ def test_workers_die_with_a_killed_parent(graders, tmp_path):
                 pool = RewardPool(1, timeout_seconds=600)
                 grade = await pool.grade("graders:even", "2", None)
                 print(grade.reason.split()[0], flush=True)
-                await pool.grade("graders:start_child", "2", os.devnull)
+                await pool.grade("graders:hang_in_c", "2", None)
 
             asyncio.run(main())
             """
