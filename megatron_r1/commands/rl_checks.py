@@ -16,6 +16,7 @@ from megatron_r1.errors import Cause, UserError
 from megatron_r1.fleet.placement import check_room, hosts_address
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.models.supported import check_divisions
 from megatron_r1.rewards.terms import RewardUnusable
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.environments import check_environment
@@ -50,6 +51,7 @@ def check_settings(config: Config) -> None:
     hf = read_hf_config(config.model.path)
     if config.rl.routing_replay:
         routing_shape(hf)
+    check_divisions(hf, config.parallel, transformer_engine=gpu.is_usable())
     check_engines(config, hf)
     check_cpu_kernels(config.rollout, hf)
     check_room(config.rollout)

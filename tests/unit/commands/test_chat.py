@@ -9,13 +9,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from megatron_r1 import cli
 from megatron_r1 import config as configuration
 from megatron_r1.commands import chat, sample
 from megatron_r1.commands.trained_model import find_exported, recipe_of
 from megatron_r1.config import parse
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 from megatron_r1.training.checkpoints.finding import STATE_FILE
 
 LAPTOP = Path(__file__).parents[3] / "examples/laptop/model"
@@ -59,16 +60,16 @@ def test_a_folder_is_asked_within_what_a_cache_holds(tmp_path):
 
 def test_a_run_without_an_export_is_refused_with_the_command(run_folder, monkeypatch):
     (run_folder / "hf/config.json").unlink()
-    with pytest.raises(UserError, match="no checkpoint yet"):
+    with refused("RUN", Cause.MISSING, run_folder):
         find_exported(str(run_folder), "RUN")
     monkeypatch.setattr(
         "megatron_r1.commands.trained_model.complete_checkpoints", lambda folder: [folder]
     )
-    with pytest.raises(UserError, match=f"tools/convert to-hf {run_folder} {run_folder}/hf"):
+    with refused("RUN", Cause.MISSING, f"tools/convert to-hf {run_folder} {run_folder}/hf"):
         find_exported(str(run_folder), "RUN")
     (run_folder / "config.yaml").unlink()
     monkeypatch.undo()
-    with pytest.raises(UserError, match="neither a Hugging Face folder"):
+    with refused("RUN", Cause.NOT_FOUND, run_folder):
         find_exported(str(run_folder), "RUN")
     assert recipe_of(run_folder / "hf") is None
 
@@ -78,14 +79,14 @@ def test_a_checkpoint_is_refused_with_the_command_from_its_parent_folder(run_fol
     checkpoint.mkdir(parents=True)
     (checkpoint / STATE_FILE).write_text("{}")
     monkeypatch.chdir(checkpoint.parent)
-    with pytest.raises(UserError, match=f"to-hf step_00000010 {run_folder}/hf exports one"):
+    with refused("RUN", Cause.MISSING, f"to-hf step_00000010 {run_folder}/hf"):
         find_exported("step_00000010", "RUN")
 
 
-def test_no_question_is_an_error_before_the_engine_starts(run_folder, monkeypatch, capsys):
+def test_no_question_is_an_error_before_the_engine_starts(run_folder, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("\n \n"))
-    assert cli.main(["chat", str(run_folder)]) == 2
-    assert "stdin holds no question" in capsys.readouterr().err
+    with refused("stdin", Cause.EMPTY):
+        cli._dispatch(["chat", str(run_folder)])
 
 
 def test_sample_takes_a_run_s_folder(run_folder, tmp_path):
@@ -94,7 +95,7 @@ def test_sample_takes_a_run_s_folder(run_folder, tmp_path):
     assert config.model.path == str(run_folder) and config.model.checkpoint is None
     assert config.run.folder == str(run_folder / "sampled")
     assert config.data.template == "Q: {problem}\nA: "
-    with pytest.raises(UserError, match="no run's"):
+    with refused("RECIPE", Cause.NOT_FOUND, tmp_path):
         sample.of_run(str(tmp_path))
 
 

@@ -2,9 +2,12 @@ import asyncio
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from small_qwen2 import MODEL
 
@@ -13,7 +16,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.commands import check_model
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.errors import RunError, UserError
+from megatron_r1.errors import Cause, RunError
 from megatron_r1.model_check import comparison, reference
 from megatron_r1.model_check.findings import NotCompared, ReferenceResult
 from megatron_r1.models.hf_config import read_hf_config
@@ -46,24 +49,11 @@ def test_keys_and_layouts_that_are_not_supported_are_named_at_once(folder, capsy
     rewritten(folder / "config.json", attn_logit_softcapping=50.0)
     (tmp_path / "found.json").write_text('{"agree": true}')
     status, output = checked(capsys, folder, "--json", tmp_path / "found.json")
-    assert status == 2 and "attn_logit_softcapping=50.0 is not supported" in output
+    assert status == 2 and "attn_logit_softcapping=50.0" in output
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["agree"] is False and "attn_logit_softcapping=50.0" in found["problem"]
-    assert "remove it from config.json" in output
-    rewritten(folder / "config.json", attn_logit_softcapping=None)
-    status, output = checked(capsys, folder, "--parallel.tensor", 4)
-    assert status == 2 and "parallel.tensor=4 does not divide num_attention_heads=2" in output
-    status, output = checked(capsys, "Org/Model")
-    assert status == 2 and "hf download Org/Model --local-dir FOLDER" in output
-    status, output = checked(capsys, folder, "--jsn", "x")
-    assert status == 2 and "unknown option --jsn; did you mean --json?" in output
-    for options in (["--json"], ["--json", "--parallel.tensor", 4]):
-        status, output = checked(capsys, folder, *options)
-        assert status == 2 and "--json needs a value" in output
     status, output = checked(capsys, "Org/Model", f"--json={tmp_path / 'other.json'}")
     assert status == 2 and json.loads((tmp_path / "other.json").read_text())["agree"] is False
-    status, output = checked(capsys, folder, "--optimizer.clip_grad", 1)
-    assert status == 2 and "check-model does not read it" in output
 
 
 def test_missing_and_extra_tensors_are_named(folder, capsys):
@@ -77,19 +67,6 @@ def test_missing_and_extra_tensors_are_named(folder, capsys):
     assert "unexpected (1): model.layers.0.self_attn.sinks" in output
 
 
-def without(name, content=None):
-    def change(folder):
-        (folder / name).unlink()
-        for other, text in (content or {}).items():
-            (folder / other).write_text(text)
-
-    return change
-
-
-def settings(**changes):
-    return lambda folder: rewritten(folder / "config.json", **changes)
-
-
 def read_all(folder):
     hf = read_hf_config(folder, key="HF_FOLDER")
     check_supported(hf)
@@ -97,58 +74,20 @@ def read_all(folder):
         load_tokenizer(str(folder), "HF_FOLDER")
 
 
-CODE = '{"auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", null]}}'
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 SETTINGS = "tokenizer_config.json"
+BROKEN = yaml.safe_load(Path(__file__).with_name("broken_folders.yaml").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (without("config.json", {"adapter_config.json": "{}"}), "LoRA adapter: merge it"),
-        (without("config.json", {"model.Q4_1.gguf": ""}), "model.Q4_1.gguf: load it with"),
-        (without("config.json", {"config.json": "[]"}), "must be a JSON object"),
-        (without("config.json", {"config.json": ""}), "not valid JSON.*fetch it again"),
-        (without("config.json", {"config.json": "\ufeff{}"}), "save it as UTF-8 without BOM"),
-        (settings(dtype="float31"), "dtype='float31' is no type of weights; .*bfloat16"),
-        (settings(torch_dtype=16), "torch_dtype=16 is no type of weights"),
-        (settings(rms_norm_eps=1), "rms_norm_eps=1 must be a number above 0, written with a dec"),
-        (settings(rms_norm_eps=-1e-6), "rms_norm_eps=-1e-06 must be a number above 0"),
-        (settings(rope_parameters={"rope_theta": None}), "rope_theta=None .* must be a number"),
-        (settings(rope_theta=1e4, rope_parameters={"rope_theta": 1e6}), "vLLM read the latter"),
-        (settings(mlp_bias=True), "mlp_bias=True is not supported"),
-        (settings(architectures="Qwen2ForCausalLM"), "architectures='Qwen2.*must be a JSON list"),
-        (settings(rope_scaling=[4]), r"rope_scaling=\[4\] must be a JSON object"),
-        (settings(rope_parameters={"rope_theta": "1e6"}), "rope_theta='1e6' .* must be a number"),
-        (settings(quantization_config="fp8"), "quantization_config='fp8' must be a JSON object"),
-        (without(WEIGHTS), "has neither model.safetensors nor .*fetch them"),
-        (without(WEIGHTS, {"pytorch_model.bin": ""}), "only pytorch_model.bin; .*save_pretrained"),
-        (without(WEIGHTS, {INDEX: "{}"}), "damaged.*fetch it again"),
-        (without(WEIGHTS, {INDEX: '{"weight_map": {"a": "gone"}}'}), "lacks: gone; fetch them"),
-        (without(WEIGHTS, {WEIGHTS: "version https://git-lfs.github.com/spec/v1"}), "git lfs pull"),
-        (
-            lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1]),
-            "it is cut off; fetch or write it again",
-        ),
-        (
-            without("tokenizer.json", {"tokenizer_config.json": CODE}),
-            "Python code of its own .*write a tokenizer.json",
-        ),
-        (without("tokenizer.json", {"tokenizer.json": "{"}), "no usable tokenizer.*again"),
-        (without("tokenizer.json", {"tokenizer.json": "{}"}), "no usable tokenizer.*again"),
-        (without("tokenizer.json", {"tokenizer.json": "[]"}), "no usable tokenizer.*again"),
-        (without(SETTINGS, {SETTINGS: "[]"}), "no usable tokenizer.*again"),
-        (
-            lambda folder: (folder / INDEX).write_text(
-                json.dumps({"weight_map": {"a": "tokenizer.json"}})
-            ),
-            "has model.safetensors and model.safetensors.index.json.*remove what is old",
-        ),
-    ],
-)
-def test_what_is_no_model_folder_is_refused_with_what_to_do(folder, change, message):
-    change(folder)
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize("case", BROKEN, ids=lambda case: f"{case['key']} {case['cause']}")
+def test_what_is_no_model_folder_is_refused(folder, case):
+    if "settings" in case:
+        rewritten(folder / "config.json", **case["settings"])
+    if "missing" in case:
+        (folder / case["missing"]).unlink()
+    for name, content in case.get("instead", {}).items():
+        (folder / name).write_text(content)
+    with refused(case["key"], Cause(case["cause"]), *case.get("shows", ())):
         read_all(folder)
 
 
@@ -163,17 +102,17 @@ def rewritten_weights(folder, change):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, shown",
     [
-        (lambda name: f"base_model.{name}", "the names begin with base_model.: .*save_pretrained"),
-        (lambda name: name.removeprefix("model."), "the names lack model.: save the model itself"),
-        (lambda name: name.replace("mlp", "ffn"), "fetch the folder again, or correct the key of"),
+        (lambda name: f"base_model.{name}", "base_model.: "),
+        (lambda name: name.removeprefix("model."), "model.: "),
+        (lambda name: name.replace("mlp", "ffn"), "mlp"),
     ],
 )
-def test_tensors_of_other_names_are_refused_with_what_to_do(folder, change, message):
+def test_tensors_of_other_names_are_refused(folder, change, shown):
     rewritten_weights(folder, change)
     hf = read_hf_config(folder)
-    with HfWeights(folder, hf) as weights, pytest.raises(UserError, match=message):
+    with HfWeights(folder, hf) as weights, refused("weights", Cause.CONFLICT, shown):
         weights.check(with_mtp=True)
 
 
@@ -182,8 +121,8 @@ def test_a_dtype_that_is_not_read_is_refused_with_what_to_do(folder):
     save_file(
         tensors | {"model.norm.weight": tensors["model.norm.weight"].double()}, folder / WEIGHTS
     )
-    hf, message = read_hf_config(folder), "norm.weight is F64, only .*save it in bfloat16"
-    with HfWeights(folder, hf) as weights, pytest.raises(UserError, match=message):
+    shown = "weights", Cause.CONFLICT, "model.norm.weight", "F64", "bfloat16"
+    with HfWeights(folder, read_hf_config(folder)) as weights, refused(*shown):
         weights.check(with_mtp=True)
 
 
@@ -214,9 +153,7 @@ def test_experts_of_any_width_are_compared(experts, tmp_path):
 
 
 def test_a_token_that_transformers_adds_beyond_the_vocabulary_is_named(folder, tmp_path):
-    with pytest.raises(
-        UserError, match="Qwen2Tokenizer of transformers adds it as unk_token: name"
-    ):
+    with refused("tokenizer", Cause.CONFLICT, "Qwen2Tokenizer", "unk_token"):
         reference.main(folder, "float32", True, tmp_path / "plain")
     rewritten(folder / SETTINGS, unk_token="<pad>")
     assert reference.main(folder, "float32", True, tmp_path / "plain").num_tokens == 512
@@ -225,11 +162,11 @@ def test_a_token_that_transformers_adds_beyond_the_vocabulary_is_named(folder, t
 def test_what_transformers_refuses_in_a_configuration_is_named(folder, tmp_path):
     rewritten(folder / SETTINGS, unk_token="<pad>")
     rewritten(folder / "config.json", initializer_range="much")
-    with pytest.raises(UserError, match=r"config\.json: transformers refuses it: .*initializer_r"):
+    with refused("config.json", Cause.MALFORMED, "initializer_range"):
         reference.main(folder, "float32", True, tmp_path / "plain")
 
 
-def test_a_folder_without_mtp_weights_is_checked_with_model_mtp_none(experts, tmp_path, capsys):
+def test_a_folder_without_mtp_weights_is_checked_with_model_mtp_none(experts, tmp_path):
     content = json.loads((experts / "config.json").read_text())
     routing = {"n_routed_experts": content.pop("num_experts"), "n_group": 1, "topk_group": 1}
     hf = content | {
@@ -248,8 +185,8 @@ def test_a_folder_without_mtp_weights_is_checked_with_model_mtp_none(experts, tm
     kept = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
     assert len(kept) < len(tensors)
     save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
-    status, output = checked(capsys, folder)
-    assert status == 2 and "missing" in output and "leave the MTP layers out" in output, output
+    with refused("weights", Cause.CONFLICT, "model.mtp"):
+        reference.main(folder, "float32", True, tmp_path / "plain")
     config = configuration.from_overrides({"model.path": str(folder), "model.mtp": "none"})
     found = check_model._reference(config, tmp_path / "plain", tmp_path)
     assert found.num_tensors == len(kept)
@@ -261,7 +198,7 @@ def test_weights_that_are_no_numbers_are_named(folder, tmp_path):
     for file in folder.glob("tokenizer*"):
         file.unlink()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"NaN or infinite numbers are in model\.norm\.weight"):
+    with refused("weights", Cause.MALFORMED, "model.norm.weight"):
         reference.main(folder, "float32", True, tmp_path / "plain")
 
 
@@ -285,15 +222,14 @@ def test_quantized_weights_are_compared_as_plain_ones(folder, tmp_path):
     assert (plain / "tokenizer.json").is_file()
 
 
-def test_a_tokenizer_of_another_size_is_named(folder, capsys):
+def test_a_tokenizer_of_another_size_is_named(folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     name = "model.embed_tokens.weight"
     save_file(tensors | {name: tensors[name][:260].clone()}, folder / "model.safetensors")
     rewritten(folder / SETTINGS, unk_token="<pad>")
     rewritten(folder / "config.json", vocab_size=260)
-    status, output = checked(capsys, folder)
-    assert status == 2 and "vocab_size=260" in output, output
-    assert "use the tokenizer that the model was trained with" in output
+    with refused("tokenizer", Cause.CONFLICT, "vocab_size=260"):
+        reference.main(folder, "float32", True, tmp_path / "plain")
 
 
 @pytest.mark.parametrize(
@@ -302,12 +238,12 @@ def test_a_tokenizer_of_another_size_is_named(folder, capsys):
         (1e-5, 2e-5, 0, ["Megatron   agrees", "vLLM       agrees"]),
         (1e-5, NotCompared("no vllm", is_failure=False), 0, ["vLLM       NOT RUN: no vllm"]),
         (3e-4, 2e-5, 1, ["Megatron   DIFFERS: max |Δ log p| = 3.0e-04 (at most 1.0e-04)"]),
-        (1e-5, 0.3, 1, ["vLLM       DIFFERS", "do not agree"]),
+        (1e-5, 0.3, 1, ["vLLM       DIFFERS"]),
         (
             1e-5,
             NotCompared("the engine ended"),
             1,
-            ["vLLM       FAILED: the engine ended", "agree, but vLLM could not be compared"],
+            ["vLLM       FAILED: the engine ended"],
         ),
     ],
 )
@@ -338,7 +274,7 @@ def test_without_a_tokenizer_token_ids_decide(folder, capsys, monkeypatch, tmp_p
     monkeypatch.setattr(check_model, "by_megatron", lambda *_: agrees())
     monkeypatch.setattr(check_model, "by_vllm", lambda *_: agrees())
     status, output = checked(capsys, folder, "--json", tmp_path / "found.json")
-    assert status == 0 and "none in the folder, which training needs" in output, output
+    assert status == 0, output
     written = json.loads((tmp_path / "found.json").read_text())
     assert written["agree"] is True and "problem" not in written
     assert written["tokens"] is None and written["vllm"] == 1e-5
@@ -348,14 +284,14 @@ def test_a_file_that_is_cut_off_is_named_before_anything_starts(folder, capsys):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     status, output = checked(capsys, folder)
-    assert status == 2 and f"{weights} is damaged" in output and "it is cut off" in output, output
+    assert status == 2 and str(weights) in output, output
 
 
 def test_without_vllm_the_engine_is_reported_as_not_run(folder, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "vllm", None)
     none = ReferenceResult(15, None, False, [], [], 0.0)
     answer = asyncio.run(comparison.by_vllm(tmp_path, None, none, tmp_path))
-    assert str(answer) == "NOT RUN: vllm is not installed in this environment"
+    assert str(answer).startswith("NOT RUN: ")
 
 
 class FailingFleet:
@@ -382,18 +318,18 @@ def test_why_an_engine_failed_is_read_from_its_log(folder, tmp_path, monkeypatch
     assert answer.startswith("FAILED: status 500") and "ValueError: head size 40" in answer
     rewritten(folder / "config.json", head_dim=40)
     answer = str(asyncio.run(comparison.by_vllm(folder, config, none, tmp_path)))
-    assert "head_dim=40: on a CPU, vLLM computes only" in answer and str(tmp_path) not in answer
+    assert "head_dim=40" in answer and str(tmp_path) not in answer
 
 
 def test_rounding_of_both_sides_is_tolerated():
     assert ReferenceResult(1, None, False, [], [], 0.0).tolerance == 1e-4
     assert ReferenceResult(1, None, False, [], [], 0.02).tolerance == 0.04
-    with pytest.raises(UserError, match="config.json does not exist"):
+    with refused("HF_FOLDER", Cause.NOT_FOUND, "nowhere"):
         check_model.run(None, "nowhere")
 
 
 def test_a_reference_that_is_killed_is_no_mistake_of_the_user(monkeypatch, tmp_path):
     killed = subprocess.CompletedProcess([], -9, None, "Loading weights: 3 of 9\n")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: killed)
-    with pytest.raises(RunError, match="m: transformers was ended by signal SIGKILL"):
+    with pytest.raises(RunError, match="m: .*SIGKILL"):
         check_model._reference(configuration.parse({"model": {"path": "m"}}), tmp_path, tmp_path)

@@ -3,14 +3,14 @@
 import json
 from array import array
 
-import pytest
+from refusals import refused
 
 from megatron_r1.agents.episode import Episode, Turn
 from megatron_r1.commands import dry_run
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engine.responses import Response
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout
 from megatron_r1.trainer_client import cpu_memory
 
@@ -65,5 +65,5 @@ def test_a_run_that_does_not_fit_is_refused_before_it_samples(tmp_path, monkeypa
     monkeypatch.setattr(dry_run.gpu, "is_usable", lambda: False)
     monkeypatch.setattr(cpu_memory, "free_bytes", lambda: 1)
     config = Config.model_validate({"model": {"path": str(tmp_path)}})
-    with pytest.raises(UserError, match="GiB of memory"):
+    with refused("parallel.processes", Cause.TOO_LARGE, "GiB"):
         dry_run.show_batch(config, None, None)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from refusals import refused
 
-from megatron_r1 import cli
 from megatron_r1 import config as configuration
 from megatron_r1.commands.rl_checks import naming_renamed_columns
 from megatron_r1.commands.rl_questions import show_padded_truths
@@ -16,7 +16,7 @@ from megatron_r1.config import RolloutConfig
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.temporary_files import temporary_logs
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.prompt_sets import load_prompt_sets
 from megatron_r1.first_recipe.columns import guess_columns
 from megatron_r1.fleet.placement import check_room
@@ -34,13 +34,11 @@ def write(path, rows):
     return str(path)
 
 
-@pytest.mark.parametrize(
-    "file, what", [("curation.json", "a sampling"), ("identity.json", "an evaluation or a samplin")]
-)
-def test_the_folder_of_a_sampling_is_refused(tmp_path, file, what):
+@pytest.mark.parametrize("file", ["curation.json", "identity.json"])
+def test_the_folder_of_a_sampling_is_refused(tmp_path, file):
     (tmp_path / file).write_text("{}")
     config = configuration.from_overrides({"run.folder": str(tmp_path)})
-    with pytest.raises(UserError, match=f"is that of {what}.*: give the training a folder of its"):
+    with refused("run.folder", Cause.EXISTS, tmp_path):
         run_training(config, "rl", ["model"], None)
 
 
@@ -60,35 +58,14 @@ def test_the_log_of_an_engine_that_failed_stays():
     assert not failed.value.logs.exists()
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["rl", "r.yaml", "--dryrun"], "--dryrun needs a value; did you mean --dry-run?"),
-        (["rl", "r.yaml", "--dryrun", "--rl.kl_beta", "0"], "did you mean --dry-run?"),
-        (["rl", "r.yaml", "--rl.groupsize", "4"], "command line: unknown key rl.groupsize; did"),
-        (["rl", "wrong.yaml", "--rl.kl_beta", "0"], "wrong.yaml: unknown key rl.groupsize"),
-        (["eval", "r.yaml"], "eval.benchmarks must be set, such as [gym/arithmetic]; your own: [{"),
-        (["init"], "MODEL_FOLDER is missing; usage: megatron-r1 init MODEL_FOLDER DATA"),
-        (["init", "model"], "DATA is missing; usage: megatron-r1 init MODEL_FOLDER DATA"),
-        (["init", "model", "--out", "x"], "DATA is missing; usage"),
-    ],
-)
-def test_the_command_line_is_corrected(tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    Path("r.yaml").write_text("run: {folder: runs/x}\nmodel: {path: m}\n")
-    Path("wrong.yaml").write_text("rl: {groupsize: 4}\n")
-    assert cli.main(arguments) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_questions_are_checked(tmp_path):
-    with pytest.raises(UserError, match="data.path is missing: give a file of questions"):
+    with refused("data.path", Cause.MISSING):
         load_prompts()
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(UserError, match="the file is empty"):
+    with refused("data.path", Cause.EMPTY, "empty.jsonl"):
         load_prompts(path=tmp_path / "empty.jsonl")
     rows = [{"question": "a", "truth": "1"}, {"question": "b", "truth": None}]
-    with pytest.raises(UserError, match="^x.jsonl: row 2: 'truth' is None; give one, or remove"):
+    with refused("--truth", Cause.EMPTY, "x.jsonl: row 2", "None"):
         guess_columns("x.jsonl", rows)
     rows = [{"question": q, "truth": t} for q, t in (("a", "1"), ("A ", "2"), ("b", "3"))]
     split = load_prompts(path=write(tmp_path / "q.jsonl", [*rows, rows[2]]), heldout_fraction=0.0)
@@ -101,8 +78,8 @@ def test_truths_with_spaces_at_an_end_are_counted_for_a_reward_of_ones_own(tmp_p
     for kind in ("odd:one", "math"):
         show_padded_truths(path, load_prompts(path=path, kind=kind, heldout_fraction=0.0))
     said = capsys.readouterr().err
-    assert f"{path}: 2 truths begin or end with a space, which odd:one gets with it: 'a'" in said
-    assert said.count("\n") == 1 and said.endswith("has ' lion '\n")
+    assert all(word in said for word in (f"{path}: 2 truths", "odd:one", "'a'", "' lion '"))
+    assert said.count("\n") == 1
 
 
 def test_a_column_that_is_read_under_another_name_is_named():
@@ -114,8 +91,8 @@ def test_a_column_that_is_read_under_another_name_is_named():
         )
 
     columns = {"question": "words", "truth": "truth"}
-    said = "'words' is read as question .data.columns.*parameter question$"
-    with pytest.raises(UserError, match=said), naming_renamed_columns(columns):
+    shown = "data.columns.question", Cause.CONFLICT, "'words'"
+    with refused(*shown), naming_renamed_columns(columns):
         raise lacking("size", "words")
     for names, known in (("size", columns), ("words", None), ("truth", columns)):
         with pytest.raises(UserError) as unchanged, naming_renamed_columns(known):
@@ -125,7 +102,7 @@ def test_a_column_that_is_read_under_another_name_is_named():
 
 @pytest.mark.parametrize("kind", ["sub.mine.unit", "sub/mine.py:unit"])
 def test_the_form_of_an_own_reward_is_shown(kind):
-    with pytest.raises(UserError, match="did you mean 'sub.mine:unit'"):
+    with refused("kind", Cause.UNKNOWN, kind, "'sub.mine:unit'"):
         resolve(kind)
 
 
@@ -133,12 +110,12 @@ def test_a_run_that_is_not_there_is_no_model_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "hf download runs/mine" in hub_hint("runs/mine")
     Path("runs").mkdir()
-    assert hub_hint("runs/mine") == "; runs/ has no run or model of that name yet"
+    assert "hf download" not in hub_hint("runs/mine")
 
 
 def test_a_cache_that_no_host_has_room_for_is_named():
     much = psutil.virtual_memory().total // 2**30 + 1
-    with pytest.raises(UserError, match=f"rollout.kv_cache_gib={much}"):
+    with refused("rollout.kv_cache_gib", Cause.TOO_LARGE, much):
         check_room(RolloutConfig(kv_cache_gib=much))
 
 
@@ -156,7 +133,7 @@ def test_own_questions_are_a_benchmark(tmp_path):
     mine = loaded({"name": "questions", "path": other}, path=path, kind="a:b", columns=columns)
     assert [(p.question, p.kind, p.truth) for p in mine.prompts] == [("1 + 1", "a:b", "2")]
     assert mine.num_samples == 2
-    with pytest.raises(UserError, match="data holds no questions out; give it a path"):
+    with refused("path", Cause.MISSING, "questions"):
         loaded("questions", path=path, heldout_fraction=0.0)
 
 
@@ -171,14 +148,14 @@ TURNS = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content":
 
 
 @pytest.mark.parametrize(
-    "row, message",
+    "row, cause",
     [
-        ({"prompt": CHAT, "answer": "2"}, "a chat of one user message.*into data.template"),
-        ({"messages": TURNS}, "'messages' has chats; a question is a text.*columns of their own"),
+        ({"prompt": CHAT, "answer": "2"}, Cause.EMPTY),
+        ({"messages": TURNS}, Cause.UNSUPPORTED),
     ],
 )
-def test_a_chat_that_is_no_question_is_refused_with_what_to_write(row, message):
-    with pytest.raises(UserError, match=message):
+def test_a_chat_that_is_no_question_is_refused(row, cause):
+    with refused("--question", cause, repr(next(iter(row)))):
         guess_columns("chats.jsonl", [row])
 
 
@@ -193,36 +170,22 @@ def test_columns_within_columns_are_found_at_any_depth():
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    "name, content, key, cause",
     [
-        ("a.tsv", "question\ttruth\n", "tabs are read in a .csv: rename it"),
-        ("a.jsonl", '[{"question": "1 + 1", "truth": "2"}]', "a file that is one list is .json"),
-        (
-            "a.csv",
-            "question,truth\nHow many, now?,2\n",
-            "csv:2: .*put a field with a ',' in it bet",
-        ),
-        ("b.csv", "question,truth\n1 + 1,\n", "csv:2: 'truth' is ''; give one, or remove the row"),
+        ("a.tsv", "question\ttruth\n", "data.path", Cause.UNSUPPORTED),
+        ("a.jsonl", '[{"question": "1 + 1", "truth": "2"}]', "data.path", Cause.MALFORMED),
+        ("a.csv", "question,truth\nHow many, now?,2\n", "data.path", Cause.MALFORMED),
+        ("b.csv", "question,truth\n1 + 1,\n", "truth", Cause.EMPTY),
     ],
 )
-def test_a_file_of_questions_that_is_not_read_says_what_to_change(tmp_path, name, content, message):
+def test_a_file_of_questions_that_cannot_be_read_is_refused(tmp_path, name, content, key, cause):
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
+    with refused(key, cause, tmp_path / name):
         load_prompts(path=tmp_path / name)
 
 
 def test_an_empty_truth_has_the_name_of_its_column(tmp_path):
     (tmp_path / "own.csv").write_text("Problem,Answer\n1 + 1,\n")
     columns = {"question": "Problem", "truth": "Answer"}
-    with pytest.raises(UserError, match="csv:2: 'Answer' is ''; give one"):
+    with refused("Answer", Cause.EMPTY, "csv:2"):
         load_prompts(path=tmp_path / "own.csv", columns=columns)
-
-
-def test_an_option_that_a_command_lacks_is_named_with_those_it_has(capsys):
-    assert cli.main(["init", "model", "data.csv", "--force"]) == 2
-    assert "unknown option --force; init has --out, --question" in capsys.readouterr().err
-
-
-def test_an_option_that_is_given_twice_is_named(capsys):
-    assert cli.main(["chat", "run", "--question", "a", "--question=b"]) == 2
-    assert "--question is given 2 times; give it once" in capsys.readouterr().err

@@ -5,11 +5,13 @@ import json
 import shlex
 
 import pytest
+from refusals import refused
 
 from megatron_r1.commands.reward_model import RowSampler, _next_commands, load_rows
 from megatron_r1.commands.supervised import with_steps
 from megatron_r1.config import Config
 from megatron_r1.config.loading import parse_overrides
+from megatron_r1.errors import Cause
 from megatron_r1.rewards.remote.response_text import response_part
 
 HF = {"max_position_embeddings": 40, "pad_token_id": 0}
@@ -82,14 +84,14 @@ def test_what_serving_would_not_score_is_left_out_and_counted(tmp_path):
 
 def test_nothing_left_says_why(tmp_path):
     path = pairs(tmp_path, ("Q", "<think>a", "b"))
-    with pytest.raises(ValueError, match="no training row; 1 left out: a response has no summary"):
+    with refused("reward_model.data", Cause.EMPTY, path):
         load_rows(config(path, heldout_fraction=0), Characters(), HF)
-    with pytest.raises(ValueError, match="no held-out row.*heldout_fraction=1e-09"):
+    with refused("reward_model.data", Cause.EMPTY, "heldout_fraction=1e-09"):
         load_rows(config(pairs(tmp_path, ("Q", "a", "b")), heldout_fraction=1e-9), Characters(), HF)
 
 
 def test_a_text_that_ends_with_padding_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="pairs.jsonl:1: the text ends with .*pad_token_id"):
+    with refused("reward_model.template", Cause.CONFLICT, "pairs.jsonl:1", "pad_token_id"):
         load_rows(config(pairs(tmp_path, ("Q", "a", "b"))), Characters(end=0), HF)
 
 
@@ -103,14 +105,14 @@ def test_a_changed_label_is_not_the_data_a_checkpoint_was_made_of(tmp_path):
 
     state = sampler(1).state_dict()
     sampler(1).load_state_dict(state)
-    with pytest.raises(ValueError, match="sampled other items"):
+    with refused("data", Cause.CHANGED):
         sampler(0).load_state_dict(state)
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_stages_of_language_models_refuse_a_score_head(stage):
     module = importlib.import_module(f"megatron_r1.commands.{stage}")
-    with pytest.raises(ValueError, match="model.head: score is for the verb reward-model"):
+    with refused("model.head", Cause.CONFLICT):
         module.run(Config.model_validate({"model": {"path": "x", "head": "score"}}))
 
 

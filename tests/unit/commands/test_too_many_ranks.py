@@ -1,29 +1,30 @@
 """Batches too small for the trainer's ranks are refused before anything else is looked at."""
 
 import pytest
+from refusals import refused
 
 from megatron_r1.commands import reward_model, rl, sft
 from megatron_r1.config import Config
+from megatron_r1.errors import Cause
 from megatron_r1.trainer_client.batch_size import check_batches
 
 RL = {"questions_per_rollout": 4, "group_size": 4, "minibatches": 2}
 
 
 @pytest.mark.parametrize(
-    ("command", "sections", "message"),
+    ("command", "sections", "key", "shown"),
     [
-        (rl, {"rl": RL}, "8 samples .* over 16 data-parallel ranks; lower rl.minibatches=2, raise"),
-        (sft, {"sft": {"batch_size": 15}}, "15 samples .* over 16 .*; raise sft.batch_size, raise"),
+        (rl, {"rl": RL}, "rl.minibatches", (8, 16)),
+        (sft, {"sft": {"batch_size": 15}}, "sft.batch_size", (15, 16)),
         (
-            reward_model,
-            {"model": {"head": "score"}, "reward_model": {"batch_size": 9}},
-            "9 pairs .* over 16 .*; raise reward_model.batch_size, .* at most 18 trainer ranks",
+            *(reward_model, {"model": {"head": "score"}, "reward_model": {"batch_size": 9}}),
+            *("reward_model.batch_size", (9, 16, 18)),
         ),
     ],
 )
 @pytest.mark.parametrize("under_torchrun", [False, True])
 def test_too_few_samples_are_refused_first(
-    monkeypatch, tmp_path, command, sections, message, under_torchrun
+    monkeypatch, tmp_path, command, sections, key, shown, under_torchrun
 ):
     processes = 32
     if under_torchrun:
@@ -32,7 +33,7 @@ def test_too_few_samples_are_refused_first(
     sections = sections | {"parallel": {"processes": processes, "tensor": 2}}
     model = {"path": str(tmp_path / "absent"), **sections.pop("model", {})}
     config = Config.model_validate({"model": model, "run": {"folder": str(tmp_path)}, **sections})
-    with pytest.raises(ValueError, match=message):
+    with refused(key, Cause.OUT_OF_RANGE, *shown):
         command.run(config)
 
 
@@ -40,5 +41,5 @@ def test_a_sample_for_every_rank_is_enough():
     config = Config.model_validate({"rl": RL, "parallel": {"tensor": 2}})
     check_batches(config, "rl", 16)
     one = RL | {"minibatches": 1, "questions_per_rollout": 1}
-    with pytest.raises(ValueError, match="4 samples .*; raise rl.questions_per_rollout, .* most 8"):
+    with refused("rl.questions_per_rollout", Cause.OUT_OF_RANGE, 4, 8):
         check_batches(Config.model_validate({"rl": one, "parallel": {"tensor": 2}}), "rl", 16)
