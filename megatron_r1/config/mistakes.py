@@ -35,9 +35,11 @@ def refusal(
     first = failure.errors()[0]
     key, cause = ".".join(map(str, first["loc"])), CAUSES.get(first["type"], Cause.MALFORMED)
     if first["type"] == "value_error" and isinstance(error := first["ctx"]["error"], UserError):
-        # A model that others hold in a list does not know where: its keys are relative to it.
-        is_whole = not key or error.key.split(".")[0] == str(first["loc"][0])
-        key = error.key if is_whole else f"{key}.{error.key}".removesuffix(".")
+        # A model that others hold does not know where: its keys are relative to it.
+        if not key or error.key.split(".")[0] == str(first["loc"][0]):
+            key = error.key
+        elif error.key != str(first["loc"][-1]):
+            key = f"{key}.{error.key}".removesuffix(".")
         cause = error.cause
     message = f"{place}: " if place else ""
     return UserError(message + explain(failure, root, known), key=key, cause=cause)

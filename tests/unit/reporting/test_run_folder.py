@@ -14,10 +14,12 @@ import sys
 import numpy as np
 import pytest
 import yaml
+from refusals import refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from waiting import wait_until
 
 from megatron_r1.config.differences import flatten
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.tensorboard import TensorBoardLog
@@ -49,7 +51,7 @@ def test_a_failed_atomic_write_keeps_the_old_content(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="28"):
         atomic_write(path, "new")
     assert path.read_text() == "old"
     assert [f.name for f in tmp_path.iterdir()] == ["file.txt"]
@@ -63,19 +65,19 @@ def test_atomic_write_makes_files_as_readable_as_the_umask_allows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "message"),
+    ("number", "cause"),
     [
-        (errno.EROFS, "mine cannot be written .Read-only file system.; choose another"),
-        (errno.EACCES, "mine cannot be written .Permission denied.; choose another"),
-        (errno.EEXIST, "mine cannot be a folder .File exists.; choose another"),
+        (errno.EROFS, Cause.UNREADABLE),
+        (errno.EACCES, Cause.UNREADABLE),
+        (errno.EEXIST, Cause.MALFORMED),
     ],
 )
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch, number, message):
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch, number, cause):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "mkdir", refuse)
-    with pytest.raises(UserError, match=message), RunFolder(tmp_path / "mine"):
+    with refused("run.folder", cause, tmp_path / "mine"), RunFolder(tmp_path / "mine"):
         pass
 
 
@@ -148,7 +150,7 @@ def test_a_step_cannot_be_written_twice(tmp_path):
     write_steps(RunFolder(tmp_path), 1, 3)
     folder = RunFolder(tmp_path)
     for step in (3, 2):
-        with pytest.raises(ValueError, match="already has step 3"):
+        with pytest.raises(ValueError, match="3"):
             folder.append_metrics({"step": step})
     for wrong in (None, "4", 4.0, True):
         with pytest.raises(ValueError, match="step"):
@@ -177,7 +179,7 @@ def test_lines_are_strict_json_and_name_what_was_not_finite(tmp_path):
     assert line["kl"] is None and line["loss"] is None and line["accuracy"] == 0.25
     assert line["count"] == 3 and line["parts"] == {"a": None, "b": [1, None]}
     assert line["nonfinite"] == {"kl": "nan", "loss": "inf", "parts.a": "-inf", "parts.b[1]": "nan"}
-    with pytest.raises(ValueError, match="bad: cannot write a set"):
+    with pytest.raises(ValueError, match="bad.*set"):
         folder.append_metrics({"step": 2, "bad": {1, 2}})
     assert len(folder.read_metrics()) == 1
 
@@ -219,7 +221,7 @@ def test_a_run_that_failed_before_its_first_line_may_start_with_other_settings(t
     assert flatten(folder.read_config())["rl.group_size"] == 64
     (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / made).write_text("{}")
-    with pytest.raises(ValueError, match="group_size: 64 in the folder, 16 now"):
+    with refused("rl.group_size", Cause.CHANGED, 64, 16):
         folder.write_config(CONFIG)
 
 
@@ -235,13 +237,10 @@ def test_the_same_settings_are_accepted_again(tmp_path):
 def test_other_settings_are_refused_with_both_values_and_the_remedy(tmp_path):
     folder = begun(tmp_path)
     before = folder.config_path.read_bytes()
-    with pytest.raises(UserError) as error:
+    shown = ("rl.group_size: 16", 64, "rl.new", "'x'", "eval.num_samples: 4", 8)
+    with refused("eval.num_samples", Cause.CHANGED, *shown) as error:
         folder.write_config(changed(rl={"group_size": 64, "new": "x"}, eval={"num_samples": 8}))
-    message = str(error.value)
-    assert "rl.group_size: 16 in the folder, 64 now" in message
-    assert "rl.new: not set in the folder, 'x' now" in message
-    assert "eval.num_samples: 4 in the folder, 8 now" in message
-    assert "choose another folder" in message and "learning_rate" not in message
+    assert "learning_rate" not in str(error.value)
     assert folder.config_path.read_bytes() == before
 
 
@@ -251,13 +250,11 @@ def test_settings_that_a_schedule_changes_are_refused_with_an_entry_for_it(tmp_p
     folder.write_config(settings)
     folder.append_metrics({"step": 24})
     slower = {"learning_rate": 1e-5, "beta1": 0.8}
-    with pytest.raises(UserError) as error:
+    with refused("optimizer.beta1", Cause.CHANGED, 0.9, 0.8) as error:
         folder.write_config({**settings, "optimizer": slower})
-    sentence = str(error.value).splitlines()[-1]
-    assert sentence.startswith("To change optimizer.learning_rate on the way of an RL run")
-    (entry,) = re.findall("{.*}", sentence)
+    (entry,) = re.findall("{.*}", str(error.value))
     assert yaml.safe_load(entry) == {"from_step": 25, "optimizer.learning_rate": 1e-5}
-    with pytest.raises(UserError) as error:
+    with refused("optimizer.beta1", Cause.CHANGED) as error:
         folder.write_config({**settings, "optimizer": {**slower, "learning_rate": 2e-5}})
     assert "rl.schedule" not in str(error.value)
 
@@ -267,23 +264,23 @@ def test_settings_that_may_change_are_updated(tmp_path):
     new = changed(rl={"num_steps": 200}, eval={"num_samples": 8})
     folder.write_config(new, may_change=["rl.num_steps", "eval"])
     assert flatten(folder.read_config())["rl.num_steps"] == 200
-    with pytest.raises(ValueError, match="rl.num_steps: 200 in the folder, 300 now"):
+    with refused("rl.num_steps", Cause.CHANGED, 200, 300):
         folder.write_config(changed(rl={"num_steps": 300}), may_change=["eval", "rl.num"])
 
 
-def hold(path, ready, stop):
+def hold(path, ready):
     with RunFolder(path):
         ready.set()
-        stop.wait(60)
+        signal.pause()  # until it is killed
 
 
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     context = multiprocessing.get_context("spawn")
-    ready, stop = context.Event(), context.Event()
-    holder = context.Process(target=hold, args=(tmp_path, ready, stop))
+    ready = context.Event()
+    holder = context.Process(target=hold, args=(tmp_path, ready), daemon=True)
     holder.start()
-    assert ready.wait(60)
-    with pytest.raises(ValueError, match=f"in use by another run .pid {holder.pid} on"):
+    wait_until(lambda: ready.is_set() or not holder.is_alive())
+    with refused("run.folder", Cause.BUSY, holder.pid):
         RunFolder(tmp_path).__enter__()
     holder.kill()
     holder.join()
@@ -296,7 +293,7 @@ def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monk
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "lockf", without_locks)
-    with pytest.raises(ValueError, match="cannot be locked .No locks available.*POSIX locks"):
+    with refused("run.folder", Cause.UNSUPPORTED, tmp_path):
         RunFolder(tmp_path).__enter__()
 
 
@@ -318,7 +315,7 @@ def test_a_forked_worker_that_outlives_the_run_does_not_keep_the_lock(tmp_path):
 
 
 def test_one_process_cannot_open_a_folder_twice(tmp_path):
-    with RunFolder(tmp_path), pytest.raises(ValueError, match="already in use by this process"):
+    with RunFolder(tmp_path), refused("run.folder", Cause.BUSY):
         RunFolder(tmp_path / ".." / tmp_path.name).__enter__()
     with RunFolder(tmp_path):
         pass
@@ -359,5 +356,5 @@ def test_a_setting_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
         defaults = {"data": {"parameters": {}}, "sft": {"order": "shuffled"}}
         newer = {"data": {"parameters": {"size": 3}}, "sft": {"order": "shuffled"}}
         folder.write_config(newer, defaults=defaults)
-        with pytest.raises(ValueError, match="sft.order"):
+        with refused("sft.order", Cause.CHANGED):
             folder.write_config({**newer, "sft": {"order": "file"}}, defaults=defaults)

@@ -5,8 +5,9 @@ import struct
 import threading
 
 import pytest
+from refusals import refused
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 from megatron_r1.reporting.trackers import TrackerSet, check_trackers, tracker_set
 from megatron_r1.reporting.trackers.base import EVALUATION, STEP, TrackedRun
 
@@ -123,14 +124,14 @@ def test_a_failing_tracker_is_reported_once_and_gets_every_line_later(tmp_path, 
         shown += track(tmp_path, ["wandb"], [line(1, 0.1)], [line(2, 0.2), line(3, 0.3)])
     assert [step for step, _ in server.sent] == [2, 3]
     assert server.sent[0][1] == {"step": 2.0, "reward/mean": 0.2}
-    assert "wandb: ConnectionError: no route to host; " in shown[0] and len(shown) == 1
+    assert len(shown) == 1 and "wandb" in shown[0] and "no route to host" in shown[0]
 
 
 def test_a_run_does_not_wait_for_its_tracker(tmp_path, monkeypatch):
     server, opening = Server(0), threading.Event()
 
     def opener(run):
-        assert opening.wait(30)
+        opening.wait()
         return server
 
     monkeypatch.setitem(tracker_set.OPENERS, "mlflow", opener)
@@ -146,7 +147,7 @@ def test_a_run_does_not_wait_for_its_tracker(tmp_path, monkeypatch):
 def test_a_missing_library_is_named_with_its_command(monkeypatch):
     monkeypatch.setattr(tracker_set, "find_spec", lambda name: None)
     check_trackers(["tensorboard"])
-    with pytest.raises(UserError, match="pip install mlflow-skinny"):
+    with refused("run.trackers", Cause.NOT_INSTALLED, "pip install mlflow-skinny"):
         check_trackers(["tensorboard", "mlflow"])
 
 
@@ -157,5 +158,5 @@ def test_wandb_without_a_key_is_refused_before_the_run(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    with pytest.raises(UserError, match="WANDB_MODE=offline"):
+    with refused("WANDB_API_KEY", Cause.MISSING, "WANDB_MODE=offline"):
         check_trackers(["wandb"])
