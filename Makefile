@@ -22,6 +22,7 @@ TE := $(shell sed -n 's/^transformer-engine==//p' $(CUDA_LOCK))
 TORCH := $(shell sed -n 's/^torch==//p' $(CUDA_LOCK))
 TE_SOURCE := build/transformer-engine
 SMOLLM2 := build/smollm2
+VERL := build/verl
 TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
 .PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test-unit test test-more test-all lint format kernel-files losses bench gpu-check docs clean
@@ -76,6 +77,20 @@ agents: $(AGENTS_VENV)/.installed
 $(AGENTS_VENV)/.installed: requirements/agents.lock
 	@test -x $(AGENTS_VENV)/bin/python || $(PYTHON) -m venv $(AGENTS_VENV)
 	$(AGENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+# What `make test-more` runs ours with and against: trackers, datasets, peft, smolagents, verifiers, TRL, Liger, verl.
+.PHONY: test-packages
+test-packages: $(VENV)/.test-packages $(VERL)/.installed agents
+
+$(VENV)/.test-packages: requirements/test.txt | $(INSTALLED)
+	@echo "installing the packages of the tests into $(VENV): 96 MB to download"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+$(VERL)/.installed: requirements/verl.txt | $(INSTALLED)
+	@rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
 	@touch $@
 
 # Trainer and engines on GPUs. Needs a driver for CUDA 13 where it runs, neither the toolkit nor a container.

@@ -1,5 +1,5 @@
-"""What is installed without dependency resolution must be complete: cpu.lock, and trainer.txt with
-what the NVIDIA PyTorch image brings. cuda.lock's completeness is tested where it is installed
+"""What is installed without dependency resolution must be complete: cpu.lock, test.txt upon it, and
+trainer.txt with what the NVIDIA PyTorch image brings. cuda.lock's completeness is tested where it is installed
 (tests/nullgpu)."""
 
 import re
@@ -34,6 +34,10 @@ def _pinned(file: str) -> dict[str, Requirement]:
     return {_normalized(Requirement(line).name): Requirement(line) for line in lines if line}
 
 
+# What cpu.lock has is there; its versions are those that the tests of these packages run with.
+LEFT_OUT["test.txt"] = set(_pinned("cpu.lock"))
+
+
 def test_the_trainer_image_has_the_versions_that_are_tested() -> None:
     tested = _pinned("cpu.lock")
     other = {n: str(r) for n, r in _pinned("trainer.txt").items() if str(tested.get(n)) != str(r)}
@@ -61,6 +65,14 @@ def test_a_file_holds_every_dependency_of_what_it_installs(file: str) -> None:
                 unmet.append(f"{name} needs {need}")
     assert not missing
     assert not unmet
+
+
+@pytest.mark.parametrize("file", ["bench.txt", "docs.txt"])
+def test_the_tests_run_with_the_versions_of_the_benches_and_of_the_docs(file: str) -> None:
+    tested, other = _pinned("cpu.lock") | _pinned("test.txt"), _pinned(file)
+    both = tested.keys() & other.keys()
+    assert both
+    assert [str(tested[name]) for name in both] == [str(other[name]) for name in both]
 
 
 def test_the_locks_for_cpus_and_gpus_have_the_same_versions() -> None:
