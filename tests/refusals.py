@@ -19,3 +19,13 @@ def refused(key: str, cause: Cause, *values: object) -> Iterator[pytest.Exceptio
     assert (error.key, error.cause) == (key, cause), f"{error.key}, {error.cause}: {error}"
     missing = [str(value) for value in values if str(value) not in str(error)]
     assert not missing, f"the message does not show {missing}: {error}"
+
+
+@contextlib.contextmanager
+def raised(kind: type[Exception], *values: object) -> Iterator[pytest.ExceptionInfo[Exception]]:
+    """Assert that the block raises an exception of that class whose message shows `values`: names,
+    numbers and paths."""
+    with pytest.raises(kind) as caught:
+        yield caught
+    missing = [str(value) for value in values if str(value) not in str(caught.value)]
+    assert not missing, f"the message does not show {missing}: {caught.value}"

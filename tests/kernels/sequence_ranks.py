@@ -1,6 +1,5 @@
-"""Run under torchrun: policy losses of sequences spread over ranks against the whole of them."""
+"""Run by every rank: policy losses of sequences spread over ranks against the whole of them."""
 
-import os
 from itertools import pairwise
 
 import formulae
@@ -21,8 +20,8 @@ def share(problem, rank, ranks):
     return torch.tensor([t for tokens in held for t in tokens]), ends
 
 
-def main():
-    dist.init_process_group("gloo")
+def check() -> None:
+    """Check on all ranks of the default group."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     group = dist.new_group(range(ranks))
     problem = formulae.policy_problem()
@@ -37,9 +36,6 @@ def main():
             from_logprobs(problem, part, mine, whole, local)
             from_a_head(problem, part, mine, whole, local)
     without_a_denominator_it_is_refused(part, ends, group)
-    if rank == 0:
-        print("all agree")
-    dist.destroy_process_group()
 
 
 def tensors(given):
@@ -91,11 +87,6 @@ def without_a_denominator_it_is_refused(part, ends, group):
     try:
         policy_loss(positional[0], *positional, **named, cu_seqlens=ends, sequence_group=group)
     except ValueError as error:
-        assert "sequence_group needs a denominator" in str(error)
+        assert "denominator" in str(error), error
     else:
         raise AssertionError("a mean over tokens of other ranks was taken")
-
-
-if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"
-    main()

@@ -5,14 +5,21 @@ import pytest
 import torch
 from formulae import near
 from r1_kernels import linear_token_logprobs
+from refusals import raised
 
 # fp32 sums of 29 and of 37 terms of order 10
 FP32 = {"atol": 1e-5, "rtol": 1e-5}
 GRADIENT = {"atol": 1e-4, "rtol": 1e-4}
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("chunk", [1, 5, 37, None])
+@pytest.mark.parametrize(
+    ("chunk", "temperature"),
+    [
+        *((5, 0.6), (37, 1.0), (None, 0.6)),
+        # A launch of every kernel for each of 37 tokens.
+        *(pytest.param(1, t, marks=pytest.mark.more) for t in (1.0, 0.6)),
+    ],
+)
 def test_values_and_gradients_match_fp64_autograd(backend, chunk, temperature):
     h, w, y = formulae.problem()
     up, up_entropy = torch.randn(2, len(h), dtype=torch.float64)
@@ -96,31 +103,31 @@ def test_a_weight_changed_before_the_backward_pass_is_an_error(backend):
     got, _ = linear_token_logprobs(h.float(), d, y, backend=backend)
     with torch.no_grad():
         d += 1
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError):
         got.sum().backward()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "shows"),
     [
-        ({"weight": torch.zeros(7, 2)}, r"hidden must be \(T, H\) and weight \(V, H\)"),
-        ({"hidden": torch.zeros(4, 3, 1)}, r"got \(4, 3, 1\) and \(7, 3\)"),
+        ({"weight": torch.zeros(7, 2)}, ["hidden", "weight"]),
+        ({"hidden": torch.zeros(4, 3, 1)}, ["(4, 3, 1)", "(7, 3)"]),
         (
             {"weight": torch.zeros(7, 3).bfloat16()},
-            "weight is torch.bfloat16, hidden torch.float32",
+            ["weight", "torch.bfloat16", "hidden", "torch.float32"],
         ),
-        ({"targets": torch.zeros(5).long()}, r"targets must be \(4,\), got \(5,\)"),
-        ({"targets": torch.full((4,), 7)}, "targets hold 7, the vocabulary has ids 0 to 6"),
-        ({"targets": torch.zeros(4, device="meta").long()}, "targets is on meta, hidden on cpu"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"chunk_tokens": 0}, "chunk_tokens is 0"),
+        ({"targets": torch.zeros(5).long()}, ["targets", "(4,)", "(5,)"]),
+        ({"targets": torch.full((4,), 7)}, ["targets", "7", "0", "6"]),
+        ({"targets": torch.zeros(4, device="meta").long()}, ["targets", "meta", "hidden"]),
+        ({"temperature": -1.0}, ["temperature", "-1.0"]),
+        ({"chunk_tokens": 0}, ["chunk_tokens", "0"]),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(change, message):
+def test_what_does_not_fit_is_refused_by_name(change, shows):
     arguments = {
         "hidden": torch.zeros(4, 3),
         "weight": torch.zeros(7, 3),
         "targets": torch.zeros(4).long(),
     }
-    with pytest.raises(ValueError, match=message):
+    with raised(ValueError, *shows):
         linear_token_logprobs(**{**arguments, **change})

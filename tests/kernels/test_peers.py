@@ -1,12 +1,12 @@
-"""The losses of TRL's GRPOTrainer and of Liger's fused kernels, from `requirements/bench.txt`, and
-of verl are ours: values and gradients of hidden states and output layer.
+"""The losses of TRL's GRPOTrainer, of Liger's fused kernels and of verl are ours: values and
+gradients of hidden states and output layer. Needs `make test-packages`."""
 
-verl is not in that file, as it needs most of its dependencies only to be imported:
-pip install --no-deps verl==0.9.1 tensordict pyvers omegaconf antlr4-python3-runtime==4.9.3 \
-    hydra-core codetiming ray msgpack orjson"""
-
+import importlib
+import sys
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import formulae
 import pytest
@@ -14,7 +14,9 @@ import torch
 from formulae import near
 from r1_kernels import linear_policy_loss, linear_token_logprobs
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.more, pytest.mark.filterwarnings("ignore")]
+VERL = Path(__file__).parents[2] / "build/verl"
+NOT_INSTALLED = "make test-packages"
 
 ROWS, LENGTH, CAP = 5, 11, 1.5
 LOW, HIGH, BETA, TEMPERATURE = 0.2, 0.28, 0.3, 0.8
@@ -102,7 +104,9 @@ def ours(batch, dtype, options, corrects, entropy_coef=0.0):
 
 def trl(batch, options, corrects, entropy_coef=0.0):
     """GRPOTrainer's own method, on a stand-in for the trainer."""
-    trainer_class = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
+    trainer_class = pytest.importorskip(
+        "trl.trainer.grpo_trainer", reason=NOT_INSTALLED
+    ).GRPOTrainer
     settings = {
         "loss_type": "grpo",
         "importance_sampling_level": "token",
@@ -155,7 +159,7 @@ def trl(batch, options, corrects, entropy_coef=0.0):
 
 def liger(batch, options, corrects):
     """LigerFusedLinearGRPOLoss, which computes in fp32."""
-    module = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss")
+    module = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss", reason=NOT_INSTALLED)
     settings = {"beta": BETA, "epsilon_low": LOW, "epsilon_high": HIGH} | options
     loss_of = module.LigerFusedLinearGRPOLoss(
         compiled=False, temperature=TEMPERATURE, max_completion_length=40, **settings
@@ -181,12 +185,24 @@ def liger(batch, options, corrects):
     return loss_and_gradients(batch, torch.float32, compute)
 
 
-def verl(batch, loss_name, mode, settings):
+@pytest.fixture
+def verl(monkeypatch):
+    """verl's losses and its workers' configurations."""
+    if not (VERL / "verl").exists():
+        pytest.skip(NOT_INSTALLED)
+    # At the end: what both folders have is taken from the environment.
+    monkeypatch.setattr(sys, "path", [*sys.path, str(VERL)])
+    # They import Ray, 75 MB, for what other parts of verl do with it.
+    monkeypatch.setitem(sys.modules, "ray", MagicMock())
+    names = "verl.trainer.ppo.core_algos", "verl.workers.config"
+    return [importlib.import_module(name) for name in names]
+
+
+def loss_of_verl(modules, batch, loss_name, mode, settings):
     """verl's loss of the actor, and its k3, averaged as `mode` says."""
-    core = pytest.importorskip("verl.trainer.ppo.core_algos")
-    config_class = pytest.importorskip("verl.workers.config").ActorConfig
+    core, workers = modules
     clip = {"clip_ratio_low": LOW, "clip_ratio_high": HIGH, "clip_ratio_c": 3.0} | settings
-    config = config_class(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, **clip)
+    config = workers.ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, **clip)
     advantages = batch.advantages[:, None].expand(ROWS, LENGTH)
 
     def compute(hidden, weight):
@@ -238,14 +254,14 @@ def test_liger_s_fused_loss_is_ours(batch, name, corrects):
         (CASES["gspo"][0], "gspo", "seq-mean-token-mean", {}, 1e-6),
     ],
 )
-def test_verl_s_losses_are_ours(batch, our_options, name, mode, settings, tolerance):
-    wanted = verl(batch, name, mode, settings)
+def test_verl_s_losses_are_ours(verl, batch, our_options, name, mode, settings, tolerance):
+    wanted = loss_of_verl(verl, batch, name, mode, settings)
     compare(ours(batch, torch.float64, our_options, False), wanted, tolerance, case=name)
 
 
 @pytest.mark.parametrize("peer", ["trl.kernels", "liger_kernel.ops"])
 def test_logprobs_and_entropy_are_those_of_their_fused_heads(batch, peer):
-    module = pytest.importorskip(peer)
+    module = pytest.importorskip(peer, reason=NOT_INSTALLED)
     up, up_entropy = torch.randn(2, TOKENS)
 
     def theirs(hidden, weight):

@@ -68,7 +68,7 @@ def test_a_kernel_without_a_row_gets_one_and_the_text_around_the_table_stays():
     text = kernel_table.README.read_text()
     without = "".join(line for line in text.splitlines(True) if "`segment_sums`" not in line)
     assert without != text and kernel_table.written(without) == text
-    with pytest.raises(SystemExit, match="no table"):
+    with pytest.raises(SystemExit):
         kernel_table.written("# r1_kernels\n")
 
 
@@ -79,5 +79,5 @@ def test_the_reference_has_every_public_function_with_its_signature():
             bound = getattr(reference, name)
             assert bound.func is public and bound.keywords == {"backend": "torch"}, name
             assert bound.__doc__ == public.__doc__, name
-    with pytest.raises(AttributeError, match="has no attribute 'softmax_loss'"):
+    with pytest.raises(AttributeError, match="softmax_loss"):
         _ = reference.softmax_loss

@@ -7,6 +7,7 @@ import pytest
 import torch
 from formulae import near
 from r1_kernels import token_logprobs
+from refusals import raised
 
 BF16 = {"atol": 1e-6, "rtol": 2**-8}  # one rounding
 # fp32 sums of a few hundred terms, in exponentials accurate to 2 ulp
@@ -235,39 +236,39 @@ def test_two_runs_have_the_same_bits(backend):
 def test_an_in_place_backward_pass_runs_once_and_never_over_a_parameter(backend):
     leaf = torch.randn(2, 5, requires_grad=True)
     targets = torch.zeros(2).long()
-    with pytest.raises(ValueError, match="inplace_backward would write over a leaf"):
+    with raised(ValueError, "inplace_backward"):
         token_logprobs(leaf, targets, inplace_backward=True, backend=backend)
-    with pytest.raises(ValueError, match="a view of one"):
+    with raised(ValueError, "inplace_backward"):
         token_logprobs(leaf.view(2, 5), targets, inplace_backward=True, backend=backend)
     got, _ = token_logprobs(leaf * 1, targets, inplace_backward=True, backend=backend)
     got.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="overwritten"):
+    with pytest.raises(RuntimeError):
         got.sum().backward()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "shows"),
     [
-        ({"logits": torch.zeros(2, 3, 4)}, r"logits must be \(T, V\), got \(2, 3, 4\)"),
-        ({"logits": torch.zeros(2, 4).int()}, "logits must be floating point, got torch.int32"),
-        ({"targets": torch.zeros(3).long()}, r"targets must be \(2,\), got \(3,\)"),
-        ({"targets": torch.zeros(2)}, "targets must be int64 or int32, got torch.float32"),
-        ({"targets": torch.tensor([0, 4])}, "targets hold 4, the vocabulary has ids 0 to 3"),
-        ({"targets": torch.tensor([-100, 1])}, "targets hold -100"),
-        ({"targets": torch.zeros(2, device="meta").long()}, "targets is on meta, logits on cpu"),
-        ({"temperature": 0.0}, "temperature is 0.0: it must be positive"),
-        ({"temperature": math.nan}, "temperature is nan"),
-        ({"vocab_size": 5}, "vocab_size is 5"),
-        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"logits": torch.zeros(2, 3, 4)}, ["logits", "(2, 3, 4)"]),
+        ({"logits": torch.zeros(2, 4).int()}, ["logits", "torch.int32"]),
+        ({"targets": torch.zeros(3).long()}, ["targets", "(2,)", "(3,)"]),
+        ({"targets": torch.zeros(2)}, ["targets", "torch.float32"]),
+        ({"targets": torch.tensor([0, 4])}, ["targets", "4", "0", "3"]),
+        ({"targets": torch.tensor([-100, 1])}, ["targets", "-100"]),
+        ({"targets": torch.zeros(2, device="meta").long()}, ["targets", "meta", "logits"]),
+        ({"temperature": 0.0}, ["temperature", "0.0"]),
+        ({"temperature": math.nan}, ["temperature", "nan"]),
+        ({"vocab_size": 5}, ["vocab_size", "5"]),
+        ({"vocab_size": 0}, ["vocab_size", "0"]),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(change, message):
+def test_what_does_not_fit_is_refused_by_name(change, shows):
     arguments = {"logits": torch.zeros(2, 4), "targets": torch.tensor([0, 1])}
-    with pytest.raises(ValueError, match=message):
+    with raised(ValueError, *shows):
         token_logprobs(**{**arguments, **change})
 
 
 def test_triton_on_a_cpu_tensor_is_refused_outside_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(ValueError, match='backend="triton" needs CUDA tensors, got one on cpu'):
+    with raised(ValueError, "triton", "cpu"):
         token_logprobs(torch.zeros(2, 4), torch.tensor([0, 1]), backend="triton")
