@@ -48,7 +48,12 @@ class ServerPolicy:
         self._template = template
         path = "/chat/completions" if self._chat else "/completions"
         probe = self._body(TINY_QUESTION, 0) | {"max_tokens": 1}
-        self._service = Service(server, server.api_base + path, Completion[CompletionChoice], probe)
+        address = server.api_base + path
+        try:
+            self._service = Service(server, address, Completion[CompletionChoice], probe)
+        except UserError as error:
+            error.key = f"{key}.{error.key}"
+            raise
         self._takes_limits = False
         self.concurrency = server.concurrency
         # The address is not part of it: a server may restart on another node.

@@ -30,7 +30,7 @@ def read_rows(
     place = path or hub
     local = Path(place)
     if local.is_file():
-        yield from read_file(local)
+        yield from read_file(local, "path")
         return
     if not local.exists():
         if not HUB_NAME.fullmatch(place):
@@ -105,4 +105,4 @@ def _read_folder(name: str, folder: Path, patterns: Sequence[str]) -> Iterator[R
             cause=Cause.NOT_FOUND,
         )
     for path in chosen:
-        yield from read_file(path)
+        yield from read_file(path, "path")

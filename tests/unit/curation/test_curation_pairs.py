@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from curation_answers import PROMPT, answer, run_decide, selection
 from fakes.model_service import Served, judge_that
+from refusals import refused
 
 from megatron_r1.config.sample import PairsConfig, SampleConfig
 from megatron_r1.curation.cache import ResultCache
@@ -17,6 +18,7 @@ from megatron_r1.curation.preference_pairs import PreferencePairs, log_ratio, pa
 from megatron_r1.curation.safety_labels import SafetyLabels
 from megatron_r1.curation.user_function import UserFunction, load_function
 from megatron_r1.data.prompts import make_prompt
+from megatron_r1.errors import Cause
 from megatron_r1.rewards.judge import Comparison
 from megatron_r1.rewards.remote.service import Ungradable
 
@@ -286,26 +288,35 @@ def test_a_served_judge_labels_by_its_votes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "options", "message"),
+    ("settings", "options", "key", "cause", "shown"),
     [
-        ({"output": "pairs"}, {}, "sample.output: pairs needs a judge: .*url must be set"),
-        ({"output": "labels"}, {"url": "http://a"}, r"model must be set .*question, response\)"),
-        ({"output": "pairs", "judge": "prefer"}, {}, "'prefer' is not written as module:function"),
-        ({"output": "pairs", "judge": "nowhere:f"}, {}, "sample.judge: No module named 'nowhere'"),
-        ({"output": "pairs", "judge": "user_judges:lenght"}, {}, "did you mean 'length'?"),
-        ({"output": "labels", "judge": "user_judges:length"}, {}, r"\(question, response\): miss"),
+        ({"output": "pairs"}, {}, "rewards.options.judge.url", Cause.MISSING, "pairs"),
+        (
+            *({"output": "labels"}, {"url": "http://a"}),
+            *("rewards.options.judge.model", Cause.MISSING, "(question, response)"),
+        ),
+        ({"judge": "prefer"}, {}, "sample.judge", Cause.MALFORMED, "prefer"),
+        ({"judge": "nowhere:f"}, {}, "sample.judge", Cause.NOT_FOUND, "nowhere"),
+        ({"judge": "user_judges:lenght"}, {}, "sample.judge", Cause.NOT_FOUND, "'length'"),
+        (
+            *({"output": "labels", "judge": "user_judges:length"}, {}),
+            *("sample.judge", Cause.MALFORMED, "(question, response)"),
+        ),
     ],
-)  # fmt: skip
-def test_a_judge_that_cannot_be_asked_is_named(tmp_path, monkeypatch, settings, options, message):
+)
+def test_a_judge_that_cannot_be_asked_is_named(
+    tmp_path, monkeypatch, settings, options, key, cause, shown
+):
     (tmp_path / "user_judges.py").write_text("def length(question, first, second): return 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ValueError, match=message):
+    settings = {"output": "pairs", **settings}
+    with refused(key, cause, shown):
         make_judge(SampleConfig(**settings), options, ResultCache(tmp_path / "v"))
 
 
 @pytest.mark.parametrize("vote", ["A", None, 1.5, -0.1, float("nan")])
 def test_a_judge_that_returns_no_preference_is_named(tmp_path, vote):
-    with pytest.raises(ValueError, match="return a number from 0 to 1"):
+    with refused("sample.judge", Cause.FAILED, repr(vote)):
         pairs_of(tmp_path, lambda *texts: vote, [summary(0, 1), summary(1, 2)])
 
 
@@ -313,7 +324,7 @@ def test_what_a_function_raises_names_the_function_and_the_question(tmp_path):
     def fails(question, first, second):
         raise ConnectionError("no network")
 
-    with pytest.raises(RuntimeError, match=r"sample.judge: j:f raised .*no network.* 'What is 6 x"):
+    with pytest.raises(RuntimeError, match=r"sample\.judge: j:f .*no network.*6 x"):
         pairs_of(tmp_path, fails, [summary(0, 1), summary(1, 2)])
 
 

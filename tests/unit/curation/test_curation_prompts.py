@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from curation_answers import PROMPT, answer
+from refusals import refused
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -15,6 +16,7 @@ from megatron_r1.curation.rendering import Rendering
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.shots import FewShotText, Shots
 from megatron_r1.data.text import PromptText
+from megatron_r1.errors import Cause
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -87,7 +89,7 @@ def test_in_a_chat_they_are_earlier_turns(shots_file, tokenizers):
         r"<bos><user>(\d) \+ \1\?\n<assistant><think>\1 twice.</think> \d\n<user>9 \+ 9\?\n<assis"
     )
     assert re.match(turn, prompt), prompt
-    with pytest.raises(ValueError, match="does not show an earlier answer as it is"):
+    with refused("sample.shots", Cause.CONFLICT, tokenizers["forgets"]):
         FewShotText(tokenizers["forgets"], "chat", Shots(shots_file, 1, seed=0))
 
 
@@ -104,17 +106,17 @@ def test_which_shots_depends_on_seed_and_question_and_never_tells_the_answer(sho
 
 
 @pytest.mark.parametrize(
-    ("content", "num_shots", "message"),
+    ("content", "num_shots", "key", "cause"),
     [
-        ('{"question": "a"}', None, r"shots.jsonl:1: 'response' must be a string"),
-        ("", None, "the file is empty"),
-        ('{"question": "a", "response": "b"}', 2, "sample.num_shots: 2 is more than the 1 of"),
+        ('{"question": "a"}', None, "response", Cause.MISSING),
+        ("", None, "sample.shots", Cause.EMPTY),
+        ('{"question": "a", "response": "b"}', 2, "sample.num_shots", Cause.TOO_LARGE),
     ],
 )
-def test_a_bad_file_of_shots_is_named(tmp_path, content, num_shots, message):
+def test_a_bad_file_of_shots_is_named(tmp_path, content, num_shots, key, cause):
     path = tmp_path / "shots.jsonl"
     path.write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with refused(key, cause, path):
         Shots(path, num_shots, seed=0)
 
 
@@ -176,7 +178,7 @@ def test_what_more_than_ten_questions_share_is_boilerplate():
 def test_files_of_questions_to_avoid(tmp_path):
     path = tmp_path / "held.jsonl"
     path.write_text('{"question": "a"}\n{"problem": "b"}\n')
-    with pytest.raises(ValueError, match=r"held.jsonl:2: 'question' must be a string"):
+    with refused("question", Cause.MISSING, f"{path}:2"):
         load_avoided([path])
     path.write_text('{"question": "a"}\n')
     assert load_avoided([path, path]) == ["a", "a"]
@@ -227,9 +229,9 @@ def test_a_rendered_chat_has_the_tokens_that_the_chat_has(tokenizers, name):
 
 
 def test_a_template_that_is_none_is_named():
-    with pytest.raises(ValueError, match="prompt template 'r1_zeroo' is neither one of"):
+    with refused("sample.render.template", Cause.UNKNOWN, "r1_zeroo", "r1_zero"):
         Rendering(RenderConfig(template="r1_zeroo"), "plain", "")
-    with pytest.raises(ValueError, match="sample.render.template: chat needs a tokenizer"):
+    with refused("sample.render.tokenizer", Cause.MISSING):
         Rendering(RenderConfig(template="chat"), "plain", "")
-    with pytest.raises(ValueError, match=r"render.tokenizer: there is no folder /nowhere"):
+    with refused("sample.render.tokenizer", Cause.NOT_FOUND, "/nowhere"):
         Rendering(RenderConfig(template="chat", tokenizer="/nowhere"), "plain", "")

@@ -4,17 +4,20 @@ import asyncio
 import json
 import re
 import sys
-import time
 
 import pytest
 from fake_server import FakeServer
+from refusals import refused
+from waiting import wait_until
 
+from megatron_r1 import cli
 from megatron_r1.cli import main
 from megatron_r1.commands.sample import of_run
 from megatron_r1.curation.cache import ResultCache
 from megatron_r1.curation.decision import Decision
 from megatron_r1.curation.outputs import WINDOW, PromptResult, decide_all
 from megatron_r1.data.prompts import make_prompt, normalize
+from megatron_r1.errors import Cause
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import ResponseLog
@@ -71,7 +74,7 @@ def recipe(tmp_path, monkeypatch):
             "run": {"folder": str(tmp_path / "out")},
             "data": {"path": str(tmp_path / "q.jsonl"), "heldout_fraction": 0},
             "rollout": {"max_response_tokens": 64},
-            "rewards": {"workers": 1},
+            "rewards": {"workers": 1, "timeout_seconds": 600},
             "sample": {
                 "samples": 4,
                 "server": {"url": url, "model": "m", "concurrency": 2},
@@ -111,8 +114,8 @@ def test_right_answers_are_kept_and_every_answer_says_why(recipe, tmp_path, caps
     result = json.loads((tmp_path / "out/curation.json").read_text())
     assert result["decisions"] == {"kept": len(kept), "wrong": 24 - len(kept)}
     assert result["accuracy"] == pytest.approx(len(kept) / 24)
-    printed = capsys.readouterr().out
-    assert f"24 responses to 6 questions, {len(kept)} kept" in printed and "wrong" in printed
+    printed = capsys.readouterr().out.split()
+    assert {"24", "6", str(len(kept)), "wrong"} <= set(printed)
 
 
 def test_another_choice_is_made_without_sampling_again(recipe, tmp_path):
@@ -149,9 +152,7 @@ def test_a_stopped_command_continues_and_asks_nothing_twice(recipe, tmp_path, ca
             answered.append(body["seed"])
         if len(answered) <= 9:
             return sums(question, body)
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "out/samples.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)  # something is to be there when it fails
+        wait_until((tmp_path / "out/samples.jsonl").exists)  # something is there when it fails
         return 401, "key expired"
 
     with FakeServer(fails_after_nine) as server:
@@ -174,34 +175,26 @@ def test_a_stopped_command_continues_and_asks_nothing_twice(recipe, tmp_path, ca
     assert continued == whole
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (["--rollout.temperature", "0.7"], "rollout.temperature: 1.0 in the folder, 0.7 now"),
-        (["--run.seed", "1"], "run.seed"),
-        (["--rewards.weights", "{accuracy: 1.0}"], "rewards.weights"),
-        (["--sample.server.model", "other"], "sample.server.model"),
-        (["--sample.shots", "shots.jsonl"], "sample.shots"),
-    ],
-)
-def test_what_changes_answers_or_grades_is_refused_by_name(recipe, tmp_path, capsys, change, named):
+def test_what_changes_answers_or_grades_is_refused_by_name(recipe, tmp_path):
     (tmp_path / "shots.jsonl").write_text('{"question": "a", "response": "b"}\n')
+    changes = {
+        "rollout.temperature": "0.7",
+        "run.seed": "1",
+        "rewards.weights": "{accuracy: 1.0}",
+        "sample.server.model": "other",
+        "sample.shots": "shots.jsonl",
+    }
     with FakeServer(sums) as server:
         path = recipe(server.url, samples=1)
         assert main(["sample", path]) == 0
-        assert main(["sample", path, *change]) == 2
-        assert len(server.requests) == 6
-    assert named in capsys.readouterr().err
-
-
-def test_a_changed_truth_is_refused(recipe, tmp_path, capsys):
-    with FakeServer(sums) as server:
-        path = recipe(server.url, samples=1)
-        assert main(["sample", path]) == 0
+        for key, value in changes.items():
+            with refused(key, Cause.CHANGED):
+                cli._dispatch(["sample", path, f"--{key}", value])
         data = tmp_path / "q.jsonl"
         data.write_text(data.read_text().replace('"truth": "4"', '"truth": "5"'))
-        assert main(["sample", path]) == 2
-    assert "another version of question" in capsys.readouterr().err
+        with refused("run.folder", Cause.CHANGED, "What is 2 + 2?"):
+            cli._dispatch(["sample", path])
+        assert len(server.requests) == 6
 
 
 def test_shots_go_before_the_question_and_not_into_the_data(recipe, tmp_path):
@@ -281,35 +274,38 @@ def test_pairs_and_labels_need_no_truth(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sample", "options", "message"),
+    ("sample", "options", "key", "cause", "shown"),
     [
-        ({"server": None}, [], "sample needs one model: either model.path"),
-        ({}, ["--model.path", "x"], "sample needs one model"),
-        ({}, ["--agents.environment", "lookup"], "agents: lookup: sample draws responses of a"),
-        ({"output": "pairs"}, [], "sample.output: pairs needs a judge"),
-        ({"rewrite": "my_data:readible"}, [], "has no function readible; did you mean 'readable'?"),
-        ({"filters": {"repetitions": {}}}, [], "did you mean repetition?"),
-        ({"render": {"template": "r1"}}, [], "prompt template 'r1' is neither one of"),
-        ({"avoid": ["q.jsonl"]}, [], "sample.avoid: all 6 questions are among those to be avoided"),
-        ({"avoid": ["none.jsonl"]}, [], "none.jsonl: no such file"),
-        ({"shots": "none.jsonl"}, [], "none.jsonl: no such file"),
-        ({"keep": {"chose": "best"}}, [], "did you mean sample.keep.choose?"),
-        ({"output": "labels"}, [], "sample.output: labels needs a judge"),
+        ({"server": None}, [], "model.path", Cause.MISSING, ""),
+        ({}, ["--model.path", "x"], "model.path", Cause.CONFLICT, "sample.server"),
+        ({}, ["--agents.environment", "lookup"], "agents", Cause.CONFLICT, "lookup"),
+        ({"output": "pairs"}, [], "rewards.options.judge.url", Cause.MISSING, "pairs"),
+        ({"output": "labels"}, [], "rewards.options.judge.url", Cause.MISSING, "labels"),
+        (
+            *({"rewrite": "my_data:readible"}, []),
+            *("sample.rewrite", Cause.NOT_FOUND, "'readable'"),
+        ),
+        (
+            *({"filters": {"repetitions": {}}}, []),
+            *("sample.filters.repetitions", Cause.UNKNOWN, "repetition?"),
+        ),
+        ({"render": {"template": "r1"}}, [], "sample.render.template", Cause.UNKNOWN, "r1_zero"),
+        ({"avoid": ["q.jsonl"]}, [], "sample.avoid", Cause.EMPTY, 6),
+        ({"avoid": ["none.jsonl"]}, [], "sample.avoid", Cause.NOT_FOUND, "none.jsonl"),
+        ({"shots": "none.jsonl"}, [], "sample.shots", Cause.NOT_FOUND, "none.jsonl"),
     ],
 )
-def test_a_mistake_is_named_before_anything_is_asked(recipe, capsys, sample, options, message):
+def test_a_mistake_is_named_before_anything_is_asked(recipe, sample, options, key, cause, shown):
     with FakeServer(sums) as server:
-        assert main(["sample", recipe(server.url, **sample), *options]) == 2
+        with refused(key, cause, shown):
+            cli._dispatch(["sample", recipe(server.url, **sample), *options])
         assert not server.requests
-    assert message in capsys.readouterr().err
 
 
 def test_the_filter_that_drops_all_right_responses_is_named(recipe, capsys):
     with FakeServer(lambda q, b: (200, f"<answer>{2 * asked_number(q)}</answer>")) as server:
         assert main(["sample", recipe(server.url)]) == 1
-    error = capsys.readouterr().err
-    assert "The filter format drops" in error, error
-    assert "sample.filters.format: false keeps them" in error
+    assert "sample.filters.format: false" in capsys.readouterr().err
 
 
 def test_responses_of_a_run_without_thoughts_are_kept(tmp_path):
@@ -326,7 +322,7 @@ def test_responses_of_a_run_without_thoughts_are_kept(tmp_path):
 def test_where_nothing_is_kept_the_command_fails_and_says_why(recipe, tmp_path, capsys):
     with FakeServer(lambda q, b: (200, "I do not know.")) as server:
         assert main(["sample", recipe(server.url)]) == 1
-    assert "no response is kept; most are wrong" in capsys.readouterr().err
+    assert "wrong" in capsys.readouterr().err
     assert lines(tmp_path / "out/sft.jsonl") == []
     assert {s["decision"] for s in lines(tmp_path / "out/samples.jsonl")} == {"wrong"}
 
@@ -362,7 +358,7 @@ def test_answers_that_no_grader_could_grade_are_graded_again(recipe, tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "response": "x"}\n')
-    with pytest.raises(ValueError, match="has a line that `sample` did not write"):
+    with refused("run.folder", Cause.CONFLICT, tmp_path / "samples.jsonl"):
         ResponseLog(tmp_path / "samples.jsonl", "sample")
 
 

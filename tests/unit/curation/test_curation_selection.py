@@ -10,7 +10,7 @@ import yaml
 from curation_answers import PROMPT, answer, run_decide, selection
 
 from megatron_r1.config import parse
-from megatron_r1.config.sample import RenderConfig, SampleConfig
+from megatron_r1.config.sample import RenderConfig
 from megatron_r1.curation.rendering import Rendering
 from megatron_r1.curation.sft_examples import SftExamples
 from megatron_r1.data.prompts import make_prompt
@@ -169,38 +169,6 @@ def test_rows_are_what_sft_reads_in_the_order_of_choice():
     assert [row["response"] for row in rows] == [responses[1].text, responses[2].text]
     assert {row["prompt"] for row in rows} == {"Q: What is 6 x 7?\nA:"}
     assert {(row["id"], row["kind"]) for row in rows} == {(PROMPT.id, "math")}
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"keep": {"min_accuracy": None, "min_reward": 1}}, "sample.keep.min_reward needs grades"),
-        ({"keep": {"min_accuracy": None, "choose": "best"}}, "keep.choose: best needs grades"),
-        ({"keep": {"min_pass_rate": 0.9, "max_pass_rate": 0.1}}, "so no question would be left"),
-        ({"output": "pairs", "samples": 1}, "sample.output: pairs needs 2 or more"),
-        ({"output": "pairs", "keep": {"per_prompt": 1}}, "sample.keep.per_prompt: only graded"),
-        ({"output": "pairs", "rewrite": "a:b"}, "only sample.output: sft has kept responses"),
-        ({"num_shots": 2}, "sample.num_shots: 2 of which file? set sample.shots"),
-        ({"render": {"response": "<think></think>"}}, "has none of {thought}, {summary}, {answer}"),
-        ({"pairs": {"votes": 3}}, "sample.pairs.votes: 3 is odd; each response is to be first"),
-    ],
-)  # fmt: skip
-def test_settings_that_do_not_go_together(settings, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        SampleConfig(**settings)
-
-
-def test_every_reason_stands_in_the_documentation():
-    page = (ROOT / "docs/sampling.md").read_text(encoding="utf-8")
-    source = ROOT / "megatron_r1/curation"
-    codes = {
-        code
-        for file in source.rglob("*.py")
-        for code in re.findall(r'Decision\(\s*"([a-z_]+)"', file.read_text(encoding="utf-8"))
-    }
-    assert len(codes) >= 10
-    missing = [code for code in codes if f"`{code}`" not in page]
-    assert not missing, missing
 
 
 def test_the_recipes_in_the_documentation_are_valid():

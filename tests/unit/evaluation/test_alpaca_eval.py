@@ -6,9 +6,12 @@ import re
 
 import pytest
 from fake_server import FakeServer
+from refusals import refused
 
+from megatron_r1 import cli
 from megatron_r1.cli import main
 from megatron_r1.config import parse
+from megatron_r1.errors import Cause
 from megatron_r1.evaluation.prompt_sets import load_prompt_sets
 
 REFERENCE = "Paris it is."
@@ -41,11 +44,12 @@ def length_lover(question):
 
 @pytest.fixture
 def evaluate(tmp_path):
-    """A function that evaluates with a served model and judge and returns the exit status."""
+    """A function that evaluates with a served model and judge. command: `main` returns the exit
+    status, `_dispatch` raises."""
     (tmp_path / "alpaca_eval_gpt4_baseline.json").write_text(json.dumps(ROWS))
     entry = {"name": "alpaca_eval_2", "path": str(tmp_path), "samples": 1}
 
-    def run(server, *options, mode="compare"):
+    def run(server, *options, mode="compare", command=main):
         judge = {"url": server.url, "model": "j", "mode": mode, "retry_seconds": 1}
         judge |= {"votes": 2} if mode == "compare" else {}
         recipe = tmp_path / "eval.yaml"
@@ -53,7 +57,7 @@ def evaluate(tmp_path):
             json.dumps(
                 {
                     "run": {"folder": str(tmp_path / "out")},
-                    "rewards": {"workers": 1, "options": {"judge": judge}},
+                    "rewards": {"workers": 1, "timeout_seconds": 600, "options": {"judge": judge}},
                     "eval": {
                         "benchmarks": [entry],
                         "server": {"url": server.url, "model": "m", "retry_seconds": 1},
@@ -61,7 +65,7 @@ def evaluate(tmp_path):
                 }
             )
         )
-        return main(["eval", str(recipe), *options])
+        return command(["eval", str(recipe), *options])
 
     return run
 
@@ -109,17 +113,17 @@ def test_it_continues_and_asks_the_model_nothing_twice(evaluate, tmp_path, capsy
     with FakeServer(answer) as server:  # model and judge at another address
         assert evaluate(server) == 0
         assert sum(body["model"] == "m" for body in server.requests) == 6 - before
-    assert evaluate(server, "--rewards.options.judge.votes", "4") == 2
-    assert "rewards.options" in capsys.readouterr().err
+    with refused("rewards.options", Cause.CHANGED):
+        evaluate(server, "--rewards.options.judge.votes", "4", command=cli._dispatch)
     [result] = json.loads((tmp_path / "out/eval.json").read_text())["benchmarks"].values()
     assert result["metrics"]["win_rate"]["value"] == pytest.approx(3.5 / 6)
 
 
-def test_a_judge_that_would_only_verify_is_refused_at_once(evaluate, capsys):
+def test_a_judge_that_would_only_verify_is_refused_at_once(evaluate):
     with FakeServer(answer) as server:
-        assert evaluate(server, mode="verify") == 2
+        with refused("rewards.options.judge.mode", Cause.CONFLICT, "compare", "verify"):
+            evaluate(server, mode="verify", command=cli._dispatch)
         assert not server.requests
-    assert "rewards.options.judge.mode: compare (it is verify)" in capsys.readouterr().err
 
 
 def test_the_instruction_is_asked_as_it_is_and_the_reference_is_the_truth(tmp_path):

@@ -6,9 +6,11 @@ import re
 
 import pytest
 from fake_server import FakeServer
+from refusals import refused
 
+from megatron_r1 import cli
 from megatron_r1.cli import main
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 from megatron_r1.evaluation import server_policy
 from megatron_r1.evaluation.identity import require_same_identity
 
@@ -30,11 +32,11 @@ def recipe(tmp_path):
             f"""
 run: {{folder: {tmp_path}/out}}
 rollout: {{max_response_tokens: 100}}
-rewards: {{workers: 1}}
+rewards: {{workers: 1, timeout_seconds: 600}}
 eval:
   samples: {samples}
   benchmarks: {json.dumps(entry)}
-  server: {{url: "{url}", model: m, concurrency: 2, retry_seconds: 5{server}}}
+  server: {{url: "{url}", model: m, concurrency: 2, retry_seconds: 600{server}}}
 """
         )
         return str(path)
@@ -119,41 +121,32 @@ def test_a_stopped_evaluation_continues_and_samples_nothing_twice(recipe, tmp_pa
         assert len(server.requests) == 16 - len(kept)
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (["--eval.temperature", "1.0"], "eval.temperature: 0.6 in the folder, 1.0 now"),
-        (["--rollout.max_response_tokens", "50"], "rollout.max_response_tokens"),
-        (["--run.seed", "1"], "run.seed"),
-        (["--eval.server.model", "other"], "eval.server.model"),
-        (["--eval.server.api", "completions"], "eval.server.api"),
-    ],
-)
-def test_a_changed_setting_that_matters_is_refused_by_name(recipe, capsys, change, named):
+def test_a_changed_setting_that_matters_is_refused_by_name(recipe):
+    changes = {
+        "eval.temperature": ("1.0", 0.6, 1.0),
+        "rollout.max_response_tokens": ("50", 100, 50),
+        "run.seed": ("1", 0, 1),
+        "eval.server.model": ("other", "m", "other"),
+        "eval.server.api": ("completions", "chat", "completions"),
+    }
     with FakeServer(right) as server:
         path = recipe(server.url, samples=1)
         assert main(["eval", path]) == 0
         num_asked = len(server.requests)
-        assert main(["eval", path, *change]) == 2
+        for key, (value, before, now) in changes.items():
+            with refused(key, Cause.CHANGED, before, now):
+                cli._dispatch(["eval", path, f"--{key}", value])
         assert len(server.requests) == num_asked
-    assert named in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("models", "said"),
-    [
-        (("runs/mine", "models/base"), "(of model.path: runs/mine in the folder, models/base now)"),
-        (("runs/mine", "runs/mine"), "(the files in model.path, runs/mine, have changed since)"),
-    ],
-)
-def test_the_folder_of_another_model_is_refused_with_both_models(tmp_path, models, said):
+@pytest.mark.parametrize("models", [("runs/mine", "models/base"), ("runs/mine", "runs/mine")])
+def test_the_folder_of_another_model_is_refused_with_both_models(tmp_path, models):
     path = tmp_path / "identity.json"
     require_same_identity(path, {"weights": "c716", "run.seed": 0}, False, models)
     require_same_identity(path, {"weights": "c716", "run.seed": 0}, True, models)
-    with pytest.raises(UserError) as refused:
+    with refused("weights", Cause.CHANGED, "c716", "3efe", *models) as refusal:
         require_same_identity(path, {"weights": "3efe", "run.seed": 0}, True, models)
-    assert f"weights: 'c716' in the folder, '3efe' now {said}" in str(refused.value)
-    assert "run.seed" not in str(refused.value)
+    assert "run.seed" not in str(refusal.value)
 
 
 def test_a_mistyped_start_leaves_nothing_to_agree_with(recipe, capsys):
@@ -165,24 +158,23 @@ def test_a_mistyped_start_leaves_nothing_to_agree_with(recipe, capsys):
         assert main(["eval", recipe(server.url, samples=1)]) == 0
 
 
-def test_the_folder_of_a_training_run_is_not_written_into(recipe, tmp_path, capsys):
+def test_the_folder_of_a_training_run_is_not_written_into(recipe, tmp_path):
     trained = tmp_path / "trained"
     trained.mkdir()
     (trained / "metrics.jsonl").write_text('{"step": 1}\n')
-    with FakeServer(right) as server:
-        assert main(["eval", recipe(server.url), "--run.folder", str(trained)]) == 2
-    assert "is that of a training run" in capsys.readouterr().err
+    with FakeServer(right) as server, refused("run.folder", Cause.EXISTS, trained):
+        cli._dispatch(["eval", recipe(server.url), "--run.folder", str(trained)])
     assert [p.name for p in trained.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_changed_question_is_refused_by_name(recipe, tmp_path, capsys):
+def test_a_changed_question_is_refused_by_name(recipe, tmp_path):
     with FakeServer(right) as server:
         path = recipe(server.url, samples=1)
         assert main(["eval", path]) == 0
         data = tmp_path / "aime.jsonl"
         data.write_text(data.read_text().replace("What is 2 + 2?", "What is 2 plus 2?"))
-        assert main(["eval", path]) == 2
-    assert "benchmark aime_2024, question q2" in capsys.readouterr().err
+        with refused("run.folder", Cause.CHANGED, "aime_2024", "q2"):
+            cli._dispatch(["eval", path])
 
 
 def test_cut_answers_and_thoughts_of_their_own_field(recipe, tmp_path):
@@ -230,7 +222,7 @@ def test_a_refused_question_costs_one_sample_and_wrong_limits_the_run(recipe, tm
 
 
 def test_busy_servers_are_asked_again_and_keys_come_from_the_environment(
-    recipe, tmp_path, capsys, monkeypatch
+    recipe, tmp_path, monkeypatch
 ):
     busy = {"left": 3}
 
@@ -246,8 +238,8 @@ def test_busy_servers_are_asked_again_and_keys_come_from_the_environment(
         for file in (tmp_path / "out").iterdir():
             assert not file.is_file() or b"secret-1" not in file.read_bytes()
         monkeypatch.delenv("EVAL_TEST_KEY")
-        assert main(["eval", path]) == 2
-    assert "EVAL_TEST_KEY is not set" in capsys.readouterr().err
+        with refused("eval.server.api_key_env", Cause.NOT_FOUND, "EVAL_TEST_KEY"):
+            cli._dispatch(["eval", path])
 
 
 def test_waiting_for_a_loading_server_is_reported(recipe, capsys, monkeypatch):
@@ -261,11 +253,8 @@ def test_waiting_for_a_loading_server_is_reported(recipe, capsys, monkeypatch):
     with FakeServer(reply) as server:
         assert main(["eval", recipe(server.url, samples=1)]) == 0
     first, *others = capsys.readouterr().out.splitlines()
-    assert first == f"waiting for model m at {server.url}"
-    waiting = [line for line in others if line.startswith(first)]
-    assert any("s: status 503: " in line and "loading the weights" in line for line in waiting), (
-        others
-    )
+    assert server.url in first
+    assert [line for line in others if "503" in line and "loading the weights" in line], others
 
 
 def test_an_address_where_nobody_listens_is_named_at_once(recipe, capsys):
@@ -273,9 +262,7 @@ def test_an_address_where_nobody_listens_is_named_at_once(recipe, capsys):
         url = server.url  # free again afterwards
     assert main(["eval", recipe(url), "--eval.server.wait_seconds", "0"]) == 1
     printed = capsys.readouterr()
-    assert printed.out == f"waiting for model m at {url}\n"
-    for words in (f"{url}: no server answers there (", "Connect", "raise eval.server.wait_seconds"):
-        assert words in printed.err, printed.err
+    assert url in printed.err and "eval.server.wait_seconds" in printed.err
 
 
 def test_a_server_may_come_up_late(recipe):
@@ -292,7 +279,7 @@ def test_a_server_may_come_up_late(recipe):
         port = listening[0].sockets[0].getsockname()[1]
         listening.pop().close()
         url = f"http://127.0.0.1:{port}/v1"
-        await server_policy.wait_until_listening(url, 60, failed)
+        await server_policy.wait_until_listening(url, 3600, failed)
         assert len(failures) == len(listening) == 1
         listening.pop().close()
 
@@ -300,22 +287,18 @@ def test_a_server_may_come_up_late(recipe):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("option", "value", "key", "cause"),
     [
-        (["--model.path", "runs/mine"], "two models: model.path runs/mine and eval.server http"),
-        (["--eval.server.url", "http://"], "url must have a host, and a port up to 65535 or none"),
-        (["--eval.server.url", "http://a:99999"], "got 'http://a:99999'"),
-        (["--eval.server.modle", "m"], "did you mean eval.server.model?"),
-        (["--eval.benchmarks", "[{name: aime_2024, sample: 3}]"], "did you mean eval.benchmarks.0"),
+        ("model.path", "runs/mine", "eval.server", Cause.CONFLICT),
+        ("eval.server.url", "http://", "eval.server.url", Cause.MALFORMED),
+        ("eval.server.url", "http://a:99999", "eval.server.url", Cause.MALFORMED),
     ],
 )
-def test_a_mistake_in_the_recipe_is_named_before_anything_is_asked(
-    recipe, capsys, options, message
-):
+def test_a_mistake_is_named_before_anything_is_asked(recipe, option, value, key, cause):
     with FakeServer(right) as server:
-        assert main(["eval", recipe(server.url), *options]) == 2
+        with refused(key, cause, value):
+            cli._dispatch(["eval", recipe(server.url), f"--{option}", value])
         assert not server.requests
-    assert message in capsys.readouterr().err
 
 
 def test_completions_get_the_template_and_gym_needs_no_data(recipe, tmp_path):
@@ -337,7 +320,7 @@ def test_completions_get_the_template_and_gym_needs_no_data(recipe, tmp_path):
 
 
 def test_a_broken_grader_stops_the_run_and_its_samples_are_graded_again(
-    recipe, tmp_path, capsys, monkeypatch
+    recipe, tmp_path, monkeypatch
 ):
     (tmp_path / "shaky_grader.py").write_text(
         "from pathlib import Path\n"
@@ -358,8 +341,8 @@ def test_a_broken_grader_stops_the_run_and_its_samples_are_graded_again(
     monkeypatch.syspath_prepend(str(tmp_path))
     with FakeServer(right) as server:
         path = recipe(server.url, samples=1, benchmarks=["shaky_bench:BENCHMARK"])
-        assert main(["eval", path]) == 2
-        assert "no response could be graded" in capsys.readouterr().err
+        with refused("rewards", Cause.FAILED, "shaky_grader", "no sandbox"):
+            cli._dispatch(["eval", path])
         num_asked = len(server.requests)
         assert num_asked < 30
         (tmp_path / "repaired").touch()

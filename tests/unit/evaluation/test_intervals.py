@@ -81,14 +81,35 @@ def test_subsets_are_all_of_them_where_they_are_few_and_drawn_fairly_where_not()
     assert powers_up_to(8) == [1, 2, 4, 8]
 
 
-def grouped(kind, answers, truth=None):
-    """Groups of answers, those equal to `truth` (as text) being right."""
+LISTS = {
+    "meaning": [
+        *(r"\boxed{\frac{1}{2}}", r"\boxed{0.5}", r"\boxed{1/2}"),
+        *(r"\boxed{x^2+2x+1}", r"\boxed{(x+1)^2}", r"\boxed{x^2}"),
+        *(r"\boxed{C}", r"\boxed{\text{c}}", r"\boxed{1,000}", r"\boxed{1000}"),
+    ],
+    "equation": [r"\boxed{2x + z = 1}", r"\boxed{1}"],
+    "logic": ["<answer>2 * 3</answer>", "<answer>3 * 2</answer>", "<answer>2*3</answer>"],
+    "hostile": [
+        *(r"\boxed{9**9**9**9}", r"\boxed{1e999999999}", r"\boxed{" + "9" * 5_000 + "}"),
+        *(r"\boxed{" + "(" * 900 + "}", "no answer", r"\boxed{" + "9" * 5_000 + "}"),
+    ],
+}
+"""Answers that are grouped; none of them is right."""
+OUTVOTED = [r"\boxed{7}", r"\boxed{\frac{1}{2}}", r"\boxed{0.5}"]
+
+
+@pytest.fixture(scope="module")
+def graded():
+    """The groups of each of the lists, and the vote on OUTVOTED, by one pool."""
 
     async def run():
-        async with RewardPool(num_workers=1) as pool:
-            votes = [read_vote(text) for text in answers]
-            scores = [float(text == truth) for text in answers]
-            return await group_answers(pool, kind, votes, scores)
+        async with RewardPool(num_workers=1, timeout_seconds=600) as pool:
+            groups = {}
+            for name, answers in LISTS.items():
+                votes = [read_vote(text) for text in answers]
+                kind = "logic" if name == "logic" else "math"
+                groups[name] = await group_answers(pool, kind, votes, [0.0] * len(answers))
+            return groups, await majority_score(pool, "math", OUTVOTED, [1.0, 0.0, 0.0])
 
     return asyncio.run(run())
 
@@ -97,31 +118,21 @@ def partition(groups):
     return {frozenset(i for i, g in enumerate(groups) if g == group) for group in set(groups)}
 
 
-def test_answers_are_grouped_by_what_they_mean():
-    answers = [
-        *(r"\boxed{\frac{1}{2}}", r"\boxed{0.5}", r"\boxed{1/2}"),
-        *(r"\boxed{x^2+2x+1}", r"\boxed{(x+1)^2}", r"\boxed{x^2}"),
-        *(r"\boxed{C}", r"\boxed{\text{c}}", r"\boxed{1,000}", r"\boxed{1000}"),
-    ]
+def test_answers_are_grouped_by_what_they_mean(graded):
     expected = {frozenset(s) for s in ([0, 1, 2], [3, 4], [5], [6, 7], [8, 9])}
-    assert partition(grouped("math", answers)) == expected
+    assert partition(graded[0]["meaning"]) == expected
 
 
-def test_an_equation_does_not_join_the_number_on_its_right():
-    assert len(partition(grouped("math", [r"\boxed{2x + z = 1}", r"\boxed{1}"]))) == 2
+def test_an_equation_does_not_join_the_number_on_its_right(graded):
+    assert len(partition(graded[0]["equation"])) == 2
 
 
-def test_other_kinds_are_grouped_by_text_and_number_only():
-    answers = ["<answer>2 * 3</answer>", "<answer>3 * 2</answer>", "<answer>2*3</answer>"]
-    assert partition(grouped("logic", answers)) == {frozenset([0, 2]), frozenset([1])}
+def test_other_kinds_are_grouped_by_text_and_number_only(graded):
+    assert partition(graded[0]["logic"]) == {frozenset([0, 2]), frozenset([1])}
 
 
-def test_hostile_answers_neither_hang_the_vote_nor_leave_their_group():
-    answers = [
-        *(r"\boxed{9**9**9**9}", r"\boxed{1e999999999}", r"\boxed{" + "9" * 5_000 + "}"),
-        *(r"\boxed{" + "(" * 900 + "}", "no answer", r"\boxed{" + "9" * 5_000 + "}"),
-    ]
-    groups = grouped("math", answers)
+def test_hostile_answers_neither_hang_the_vote_nor_leave_their_group(graded):
+    groups = graded[0]["hostile"]
     assert groups[4] is None and groups[2] == groups[5]
     assert len({groups[i] for i in (0, 1, 2, 3)}) == 4
 
@@ -155,10 +166,5 @@ def test_training_compares_by_meaning_only_where_it_can_matter(answers, truth, s
     assert asyncio.run(majority_score(NoPool(), "math", texts, scores)) == score
 
 
-def test_wrong_answers_that_mean_the_same_outvote_a_right_one():
-    async def run():
-        texts = [r"\boxed{7}", r"\boxed{\frac{1}{2}}", r"\boxed{0.5}"]
-        async with RewardPool(num_workers=1) as pool:
-            return await majority_score(pool, "math", texts, [1.0, 0.0, 0.0])
-
-    assert asyncio.run(run()) == 0.0
+def test_wrong_answers_that_mean_the_same_outvote_a_right_one(graded):
+    assert graded[1] == 0.0

@@ -4,8 +4,10 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from refusals import refused
 
 from megatron_r1.data.prompts import make_prompt
+from megatron_r1.errors import Cause
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import ResponseLog
@@ -62,7 +64,7 @@ def run_sampler(path, policy, grader, num_questions=40, num_samples=2, title="")
 
 def test_what_was_sampled_before_an_engine_failed_is_graded_and_logged(tmp_path):
     path, policy = tmp_path / "samples.jsonl", Policy(limit=5)
-    with pytest.raises(RuntimeError, match="the engine died"):
+    with pytest.raises(RuntimeError, match="engine"):
         run_sampler(path, policy, Grader())
     assert sorted(line["seed"] for line in read_lines(path)) == sorted(policy.seeds)
     resumed = Policy()
@@ -72,7 +74,7 @@ def test_what_was_sampled_before_an_engine_failed_is_graded_and_logged(tmp_path)
 
 def test_a_broken_grader_stops_sampling_and_loses_nothing(tmp_path):
     path, policy = tmp_path / "samples.jsonl", Policy()
-    with pytest.raises(ValueError, match="math: no response could be graded: .*no sandbox"):
+    with refused("rewards", Cause.FAILED, "math", "no sandbox"):
         run_sampler(path, policy, Grader(is_broken=True))
     lines = list(read_lines(path))
     assert MAX_UNGRADED <= len(lines) == len(policy.seeds) < 80
