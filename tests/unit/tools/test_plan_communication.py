@@ -28,3 +28,13 @@ def test_a_rank_sends_a_whole_head_where_there_are_fewer_than_tensor_ranks():
     layers = 28
     expected = layers * 2 * 128 * job.rank_tokens * 2  # a key and a value head, 2 B a value
     assert groups(job, 0)["context"].forward == pytest.approx(expected)
+
+
+def test_tensor_ranks_send_what_the_others_lack():
+    recipe = ROOT / "examples/distill/qwen2.5-math-1.5b.yaml"
+    config = configuration.load(recipe, {"parallel.tensor": 4})
+    job = PlannedJob(read_hf_config(config.model.path), config, 4, HARDWARE["H800"], verb="sft")
+    # In each of 28 layers attention and MLP gather and scatter 1,536 values a token, three quarters
+    # of which go to other ranks.
+    expected = 28 * 2 * 2 * 1536 * job.rank_tokens * 2 * 3 / 4
+    assert groups(job, 0)["tensor"].forward == pytest.approx(expected)
