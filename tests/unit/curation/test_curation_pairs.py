@@ -259,7 +259,7 @@ def served(output, decide, work, tmp_path, **options):
             finally:
                 await judge.close()
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(run())
 
 
 def test_a_served_judge_compares_and_is_asked_once(tmp_path):
