@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_r1 import config as configuration
 from megatron_r1.commands import torchrun
-from megatron_r1.commands.verb_module import load_verb
+from megatron_r1.commands.verb_module import load_verb, read_verb
 from megatron_r1.config.keys import describe, switches
 from megatron_r1.config.loading import parse_overrides, take_section
 from megatron_r1.errors import Cause, RunError, UserError, did_you_mean
@@ -161,7 +161,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _help(name: str) -> str:
     """Return the help of a verb: its purpose, required settings, and own settings."""
-    verb = load_verb(name, MODULES[name])
+    verb = read_verb(name, MODULES[name])
     options = "".join(f" [--{option} VALUE]" for option in verb.options)
     settings = " [--section.key value …]" if verb.settings else ""
     required = ", ".join(verb.required)

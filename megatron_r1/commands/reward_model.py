@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from megatron_r1.commands import early_imports
 from megatron_r1.commands.supervised import SupervisedTask, run_supervised, with_steps
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
@@ -70,6 +71,7 @@ def run(config: Config) -> None:
             cause=Cause.CONFLICT,
         )
     check_trainer(config, "reward-model")
+    early_imports.begin_trainer()
     hf = read_hf_config(config.model.path, "score")
     text = ScoredText(config.model.path, settings.template, settings.shown, settings.max_chars)
     rows = load_rows(config, text, hf)

@@ -7,7 +7,8 @@ graders (`rollout_run`) beside the trainer (`training_run`), and a session of bo
 import asyncio
 from pathlib import Path
 
-from megatron_r1.commands.rl_checks import naming_renamed_columns, prepare
+from megatron_r1.commands import early_imports
+from megatron_r1.commands.rl_checks import check_settings, naming_renamed_columns, read_questions
 from megatron_r1.commands.rl_questions import questions_drawn
 from megatron_r1.commands.rollout_run import open_rollouts
 from megatron_r1.commands.training_run import TrainingRun, run_training, show_trainer
@@ -37,7 +38,10 @@ REQUIRED = ("run.folder", "model.path")
 
 def run(config: Config) -> None:
     """Train for `run.steps` rollouts. Raises UserError before any long work starts."""
-    text, prompts = prepare(config)
+    check_settings(config)
+    early_imports.begin_trainer()
+    early_imports.begin_engines(config)
+    text, prompts = read_questions(config)
     facts = [
         config.model.path,
         config.data.task or str(config.data.path),
@@ -55,9 +59,10 @@ def dry_run(config: Config) -> None:
     """Sample and grade one batch, print it, and train nothing. Errors as `run`."""
     from megatron_r1.commands.dry_run import show_batch
 
-    prepared = prepare(config)
+    check_settings(config)
     require_weights(Path(config.model.path))
-    show_batch(config, *prepared)
+    early_imports.begin_engines(config)
+    show_batch(config, *read_questions(config))
 
 
 async def _run(

@@ -31,6 +31,11 @@ def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
     # check renders with, then the questions, whose lengths the tokenizer measures. So a mistake in
     # a setting is reported without reading the data, which may be large.
     check_settings(config)
+    return read_questions(config)
+
+
+def read_questions(config: Config) -> tuple[PromptText, PromptSplit]:
+    """Return what `prepare` does, of settings that have been checked. Raises UserError."""
     text = PromptText(config.model.path, config.data.template)
     check_environment(config, text)
     return text, load_questions(config, text)

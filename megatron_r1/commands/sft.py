@@ -1,5 +1,6 @@
 """Supervised fine-tuning: teach responses by example. Also what makes the laptop's base model."""
 
+from megatron_r1.commands import early_imports
 from megatron_r1.commands.supervised import SupervisedTask, run_supervised, with_steps
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
@@ -21,6 +22,7 @@ def run(config: Config) -> None:
     long work."""
     config.model.require_language_head()
     check_trainer(config, "sft")
+    early_imports.begin_trainer()
     if rules_of(config.rl.algorithm).critic:
         raise UserError(
             f"rl.algorithm: {config.rl.algorithm} has a critic, which sft would keep in memory and "

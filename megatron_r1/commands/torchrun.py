@@ -30,6 +30,11 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def starts_ranks() -> bool:
+    """Whether this controller starts the trainer ranks itself."""
+    return PORT not in os.environ
+
+
 def num_ranks(config: Config) -> int:
     """Return the number of trainer ranks: torchrun's, where it has started this controller's."""
     return int(os.environ.get(WORLD_SIZE, 0)) or config.parallel.processes

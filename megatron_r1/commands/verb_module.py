@@ -1,12 +1,17 @@
 """A verb of the command line: what its module must define, and what it may."""
 
+import ast
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import Config
+
+HEADER = {"ARGUMENTS", "REQUIRED", "SETTINGS", "OPTIONS", "IMPLIED"}
 
 
 def accept(config: Config) -> None:
@@ -19,14 +24,11 @@ def not_run_here(*arguments: object) -> None:
 
 
 @dataclass(frozen=True)
-class VerbModule:
-    """A verb as its module defines it. The module must have `run`, but for preflight's, which the
-    command line runs itself; all else is optional."""
+class VerbHeader:
+    """What a verb's module says about the verb: literals, which are read without running it."""
 
     about: str | None
     """the module's docstring, which --help prints"""
-    run: Callable[..., None]
-    """`run`, whose arguments depend on the kind of verb: see VERBS, COMMANDS and OTHERS of `cli`"""
     arguments: Sequence[str]
     """ARGUMENTS, the names of the arguments behind the verb; default: a recipe"""
     required: tuple[str, ...]
@@ -38,6 +40,15 @@ class VerbModule:
     """OPTIONS, the names of options outside the recipe, which `run` takes as keywords"""
     implied: Mapping[str, Any]
     """IMPLIED, the settings that the verb adds to a recipe"""
+
+
+@dataclass(frozen=True)
+class VerbModule(VerbHeader):
+    """A verb as its module defines it. The module must have `run`, but for preflight's, which the
+    command line runs itself; all else is optional."""
+
+    run: Callable[..., None]
+    """`run`, whose arguments depend on the kind of verb: see VERBS, COMMANDS and OTHERS of `cli`"""
     check: Callable[[Config], None]
     """`check`, which raises UserError for settings that only the verb can check"""
     of_run: Callable[[str], tuple[str, dict[str, Any]]] | None
@@ -51,14 +62,36 @@ def load_verb(name: str, module_name: str) -> VerbModule:
     """Import the module of the verb `name` and return the verb."""
     module = importlib.import_module(module_name)
     return VerbModule(
-        about=inspect.getdoc(module),
+        **_header(name, module.__doc__, vars(module)),
         run=getattr(module, "run", not_run_here),
-        arguments=getattr(module, "ARGUMENTS", ("RECIPE.yaml",)),
-        required=getattr(module, "REQUIRED", ()),
-        settings=getattr(module, "SETTINGS", (name.replace("-", "_"),)),
-        options=getattr(module, "OPTIONS", ()),
-        implied=getattr(module, "IMPLIED", {}),
         check=getattr(module, "check", accept),
         of_run=getattr(module, "of_run", None),
         dry_run=getattr(module, "dry_run", None),
     )
+
+
+def read_verb(name: str, module_name: str) -> VerbHeader:
+    """Return what the module's source says about the verb, without its imports: these take one to
+    two seconds."""
+    spec = importlib.util.find_spec(module_name)
+    assert spec is not None and spec.origin is not None, module_name
+    source = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    literals = {
+        target.id: ast.literal_eval(line.value)
+        for line in source.body
+        if isinstance(line, ast.Assign)
+        for target in line.targets
+        if isinstance(target, ast.Name) and target.id in HEADER
+    }
+    return VerbHeader(**_header(name, ast.get_docstring(source, clean=False), literals))
+
+
+def _header(name: str, about: str | None, defined: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "about": inspect.cleandoc(about) if about else None,
+        "arguments": defined.get("ARGUMENTS", ("RECIPE.yaml",)),
+        "required": defined.get("REQUIRED", ()),
+        "settings": defined.get("SETTINGS", (name.replace("-", "_"),)),
+        "options": defined.get("OPTIONS", ()),
+        "implied": defined.get("IMPLIED", {}),
+    }

@@ -35,7 +35,6 @@ def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> s
     models: their sections have different names. chosen: sections or keys (`rl`, `sample.keep`) to
     show; default: all. Raises UserError for a name that is neither."""
     fields = {key: home for model in models for key, home in keys_of(model)}
-    meanings = {home: docstrings(home) for home in fields.values()}
     for name in chosen:
         if not any(_is_under(key, name) for key in fields):
             known = {key.rpartition(".")[0] for key in fields} | fields.keys()
@@ -45,11 +44,16 @@ def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> s
             raise UserError(
                 f"keys {name}: no section or key is called so{near}", key=name, cause=Cause.UNKNOWN
             )
+    shown = {
+        key: home
+        for key, home in fields.items()
+        if not chosen or any(_is_under(key, name) for name in chosen)
+    }
+    meanings = {home: docstrings(home) for home in set(shown.values())}
     return "\n".join(
         _line(key, home.model_fields[leaf], meanings[home].get(leaf, ""))
-        for key, home in fields.items()
+        for key, home in shown.items()
         for leaf in [key.rpartition(".")[2]]
-        if not chosen or any(_is_under(key, name) for name in chosen)
     )
 
 

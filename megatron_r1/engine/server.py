@@ -13,14 +13,12 @@ from typing import Any
 
 from megatron_r1.engine.client import is_healthy
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.engine.settings import EngineSettings
+from megatron_r1.engine.settings import MODULE, EngineSettings
 from megatron_r1.engine.temporary_files import Scratch, shared_files
 from megatron_r1.processes import children, out_of_memory, preloaded
 from megatron_r1.processes.logs import file_excerpt
 from megatron_r1.processes.preloaded import ForkedProcess
 
-MODULE = "megatron_r1.vllm_plugin.serve"
-"""What an engine's process runs."""
 STOP_SECONDS = 5.0
 REMEDY = "lower rollout.kv_cache_gib, rollout.max_num_seqs or rollout.engines"
 KILL_SECONDS = 30.0

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
+MODULE = "megatron_r1.vllm_plugin.serve"
+"""What an engine's process runs."""
 MIDDLEWARE = "megatron_r1.vllm_plugin.admission.Admission"
 SECRET = "VLLM_API_KEY"
 """Environment variable from which vLLM, and `Admission`, read an engine's secret."""

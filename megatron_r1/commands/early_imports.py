@@ -1,0 +1,28 @@
+"""Imports of vLLM and Megatron-Core, begun while the controller reads the data."""
+
+from megatron_r1.commands import torchrun
+from megatron_r1.config import Config
+from megatron_r1.engine import gpu
+from megatron_r1.engine.from_config import engine_settings
+from megatron_r1.engine.settings import MODULE as ENGINE
+from megatron_r1.engine.settings import EngineSettings
+from megatron_r1.processes import preloaded
+from megatron_r1.trainer_client.rank_processes import MODULE as RANK
+from megatron_r1.trainer_client.rank_processes import import_environment
+
+
+def begin_engines(config: Config) -> None:
+    """Begin the import of vLLM for engines on this host: four seconds of CPU. The process ends with
+    this one, also if no engine is started. Call it once the settings are checked."""
+    if config.rollout.placement == "local":
+        own = engine_settings(config.rollout)
+        replay = config.rl.routing_replay
+        settings = EngineSettings(device=gpu.device(), return_routing=replay, **own)
+        preloaded.begin(ENGINE, settings.environment())
+
+
+def begin_trainer() -> None:
+    """Begin the import of Megatron-Core, likewise, for ranks that the controller starts on a host
+    without GPUs: two seconds of CPU."""
+    if torchrun.starts_ranks() and not gpu.is_usable():
+        preloaded.begin(RANK, import_environment())
