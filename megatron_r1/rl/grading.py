@@ -122,7 +122,7 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
             f"reward {', '.join(map(repr, sorted(names)))} failed on all {len(responses)} "
             f"responses: {responses[0].reason}; "
             "repair it, its rewards.options, or leave it out of rewards.weights",
-            key=min(names),
+            key="kind" if term == ACCURACY else f"rewards.weights.{term}",
             cause=Cause.FAILED,
         )
     ungraded = [graded for graded in responses if not graded.is_graded]

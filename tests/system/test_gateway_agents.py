@@ -9,6 +9,7 @@ import signal
 from functools import partial
 
 import pytest
+from fakes.gateway import check_tree
 from tiny_models import QWEN, write_model
 
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
@@ -16,7 +17,6 @@ from megatron_r1.agents.parsing import ParserPool
 from megatron_r1.data.text import PromptText
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from tests.chat_tokenizer import chat_tokenizer
-from tests.unit.agents.gateways import check_tree
 
 pytestmark = pytest.mark.slow  # three starts of vLLM
 openai = pytest.importorskip("openai")

@@ -258,8 +258,7 @@ def test_results_that_are_no_json_and_long_ones():
             assert len(failed.text) == len("error: ") + 2**20
             assert (await game.call("square", {"number": 3}, LONG)).text == "9"
             ended = await game.call("end", {}, LONG)
-            assert ended.is_error
-            assert "truth value of an array" in ended.text
+            assert ended.is_error and "ValueError" in ended.text
             assert not (await game.call("noise", {}, LONG)).done
 
     play(use, f"{MODULE}:Unusual")

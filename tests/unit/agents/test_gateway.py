@@ -3,10 +3,14 @@
 import asyncio
 import contextlib
 import json
+from pathlib import Path
 
 import aiohttp
 import pytest
+import yaml
 from aiohttp import web
+from fakes import gateway as gateways
+from fakes.gateway import check_tree, gateway
 from waiting import until
 
 from megatron_r1.agents.continuation import Continuation
@@ -14,12 +18,14 @@ from megatron_r1.agents.gateway import SessionLimits, server
 from megatron_r1.agents.parsing.hermes import HermesParser
 from megatron_r1.engine.errors import EngineDied
 from tests.chat_tokenizer import CHATML, chat_tokenizer
-from tests.unit.agents import gateways
-from tests.unit.agents.gateways import check_tree, gateway
 
 USER = {"role": "user", "content": "What is 12 * 34?"}
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 MESSAGES, TOKENS = "/v1/messages", "/inference/v1/generate"
+PATHS = {"chat": CHAT, "responses": RESPONSES, "messages": MESSAGES, "tokens": TOKENS}
+REFUSED = yaml.safe_load(
+    Path(__file__).with_name("refused_requests.yaml").read_text(encoding="utf-8")
+)
 
 
 async def post(served, session, path, body, **headers):
@@ -82,47 +88,13 @@ def test_only_the_secrets_of_open_sessions_are_served():
     run(test, "a", "b")
 
 
-@pytest.mark.parametrize(
-    ("path", "change", "field"),
-    [
-        (CHAT, {"n": 2}, "n"),
-        (CHAT, {"logit_bias": {"5": 1}}, "logit_bias"),
-        (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
-        (CHAT, {"logprobs": True}, "logprobs"),
-        (CHAT, {"guided_regex": "a"}, "guided_regex"),
-        (CHAT, {"messages": []}, "messages"),
-        (CHAT, {"messages": None}, "messages"),
-        (CHAT, {"messages": [USER, {"role": "assistant", "content": "The"}]}, "messages"),
-        (CHAT, {"messages": [{"role": "critic", "content": ""}]}, "messages.0.role"),
-        (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
-        (
-            CHAT,
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages.0.content.0.type",
-        ),
-        (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
-        (CHAT, {"tools": [{"type": "web_search"}]}, "tools.0.type"),
-        (CHAT, {"max_tokens": 0}, "max_tokens"),
-        (CHAT, {"max_tokens": True}, "max_tokens"),
-        (CHAT, {"stop": [""]}, "stop"),
-        (RESPONSES, {"input": [{"type": "item_reference", "id": "a"}]}, "input.0.type"),
-        (RESPONSES, {"input": "x", "background": True}, "background"),
-        (RESPONSES, {"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format"),
-        (RESPONSES, {"input": "x", "truncation": "auto"}, "truncation"),
-        (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "image"),
-        (MESSAGES, {"mcp_servers": []}, "mcp_servers"),
-        (TOKENS, {"token_ids": []}, "token_ids"),
-        (TOKENS, {"token_ids": [True]}, "token_ids"),
-        (TOKENS, {"token_ids": [2**31]}, "token_ids"),
-        (TOKENS, {"token_ids": [10**6]}, "token_ids"),
-        (TOKENS, {"token_ids": [1], "sampling_params": {"n": 2}}, "sampling_params.n"),
-        (TOKENS, {"token_ids": [1], "features": {"a": 1}}, "features"),
-    ],
-)
-def test_what_cannot_be_honoured_is_refused_by_its_name(path, change, field):
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: f"{case['to']} {case['field']}")
+def test_what_cannot_be_honoured_is_refused_by_its_name(case):
+    path, field = PATHS[case["to"]], case["field"]
+
     async def test(served, session, fleet):
         needed = {"messages": [USER]} if path in (CHAT, MESSAGES) else {}
-        status, reply = await post(served, session, path, needed | change)
+        status, reply = await post(served, session, path, needed | case["body"])
         assert status == 400 and field in reply["error"]["message"], reply
         if path != MESSAGES:
             assert reply["error"]["param"] == field

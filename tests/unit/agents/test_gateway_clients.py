@@ -4,8 +4,7 @@ import asyncio
 import json
 
 import pytest
-
-from tests.unit.agents.gateways import check_tree, gateway
+from fakes.gateway import check_tree, gateway
 
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fakes.gateway import WrittenFleet, WrittenParsers, gateway_of, text_of
 from refusals import refused
 
 from megatron_r1.agents.environment_pool import EnvironmentFault
@@ -15,7 +16,6 @@ from megatron_r1.agents.verifiers import harness
 from megatron_r1.config import AgentsConfig, VerifiersConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.errors import Cause
-from tests.unit.agents.gateways import WrittenFleet, WrittenParsers, gateway_of, text_of
 
 STAND_IN = Path(__file__).with_name("verifiers_stand_in.py")
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from aiohttp import web
+from fakes.loopback import serving
 
 from megatron_r1.engine.client import EngineClient
 from megatron_r1.engine.errors import EngineDied, EngineError, EngineTimeout
@@ -44,17 +45,11 @@ def answer_to(answer, call, *, status=200, delay_seconds=0.0, timeout_seconds=1e
         )
 
     async def run():
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", handle)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        try:
-            async with EngineClient(url, timeout_seconds=timeout_seconds) as client:
-                return await call(client)
-        finally:
-            await runner.cleanup()
+        async with (
+            serving(handle) as url,
+            EngineClient(url, timeout_seconds=timeout_seconds) as client,
+        ):
+            return await call(client)
 
     return asyncio.run(run()), seen
 

@@ -13,6 +13,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 from aiohttp import web
+from fakes.loopback import serving
 
 from megatron_r1.engine.client import EngineClient
 from megatron_r1.engine.compact_reply import MEDIA_TYPE
@@ -85,20 +86,12 @@ def as_bytes(choices) -> bytes:
 def responses_to(body: bytes, media_type: str, *, n: int, routing=SHAPE):
     async def run():
         async def handle(request):
+            assert request.path == "/inference/v1/generate"
             assert MEDIA_TYPE in request.headers["Accept"]
             return web.Response(body=body, content_type=media_type)
 
-        app = web.Application()
-        app.router.add_post("/inference/v1/generate", handle)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        try:
-            url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            async with EngineClient(url, vocab_size=50) as client:
-                return await client.generate(PROMPT, n=n, max_tokens=9, routing=routing)
-        finally:
-            await runner.cleanup()
+        async with serving(handle) as url, EngineClient(url, vocab_size=50) as client:
+            return await client.generate(PROMPT, n=n, max_tokens=9, routing=routing)
 
     return asyncio.run(run())
 

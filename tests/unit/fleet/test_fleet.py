@@ -6,7 +6,7 @@ import contextlib
 import json
 
 import pytest
-from aiohttp import web
+from fakes.engine import Peer
 from waiting import until
 
 from megatron_r1.engine.errors import EngineDied, EngineError, EngineTimeout, NoWeights
@@ -20,79 +20,6 @@ GARBAGE = {
 }
 
 
-def choice(**wrong):
-    right = {
-        "finish_reason": "stop",
-        "token_ids": [7],
-        "logprobs": {"content": [{"logprob": -0.5}]},
-        "weight_versions": [{"version": "0", "start": 0, "end": 1}],
-    }
-    return right | wrong
-
-
-class Peer:
-    """In the place of an engine's server. reply: a function of k, the number of the generate call
-    from 0; it returns a response's wrong fields, a status with a text, `cut` to close the
-    connection, or `hang`. cuts: a path on which it closes the connection. fails: path → text of its
-    status 500. holds: path → event that it waits for."""
-
-    def __init__(self, reply, cuts=None, fails=None, holds=None):
-        self.cuts, self.fails, self.holds = cuts, fails or {}, holds or {}
-        self.reply, self.num_calls, self.is_running = reply, 0, False
-        self.is_lost, self.called = False, []
-
-    def __call__(self, model, log, **settings):
-        self.is_running = True
-        return self
-
-    async def open(self):
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._answer)
-        self.runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await self.runner.setup()
-        await web.TCPSite(self.runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
-
-    async def _answer(self, request):
-        body = await request.read()
-        if request.path == self.cuts:
-            request.transport.close()
-            return web.Response()
-        if request.path in self.holds:
-            await self.holds[request.path].wait()
-        if request.path in self.fails:
-            return web.Response(status=500, text=self.fails[request.path])
-        if request.path != "/inference/v1/generate":
-            self.called.append(request.path_qs)
-            return web.json_response({"is_sleeping": False, "success": True})
-        reply = self.reply(self.num_calls)
-        self.num_calls += 1
-        if reply == "hang":
-            await asyncio.sleep(1e5)
-        if reply == "cut":
-            request.transport.close()
-            return web.Response()
-        if isinstance(reply, tuple):
-            return web.Response(status=reply[0], text=reply[1])
-        n = json.loads(body)["sampling_params"]["n"]
-        return web.json_response({"choices": [choice(**reply)] * n})
-
-    def start(self): ...
-
-    async def wait_ready(self, timeout_seconds):
-        if not self.is_running:
-            raise EngineError("it has ended")
-
-    def is_alive(self):
-        return self.is_running
-
-    def stop(self):
-        self.is_running = False
-
-    def describe_end(self):
-        return "stopped by the test"
-
-
 def good(_):
     return {}
 
@@ -103,22 +30,19 @@ def run(tmp_path, peers, story, *, num_engines=1, max_restarts=0, **settings):
     waiting = list(peers)
 
     async def whole():
-        for peer in peers:
-            await peer.open()
-        fleet = RolloutFleet(
-            num_engines,
-            tmp_path,
-            max_restarts=max_restarts,
-            make_server=lambda *args, **settings: waiting.pop(0)(*args, **settings),
-            **settings,
-        )
-        try:
+        async with contextlib.AsyncExitStack() as servers:
+            for peer in peers:
+                await servers.enter_async_context(peer.served())
+            fleet = RolloutFleet(
+                num_engines,
+                tmp_path,
+                max_restarts=max_restarts,
+                make_server=lambda *args, **settings: waiting.pop(0)(*args, **settings),
+                **settings,
+            )
             async with fleet:
                 await fleet.start(tmp_path)
                 return await story(fleet)
-        finally:
-            for peer in peers:
-                await peer.runner.cleanup()
 
     return asyncio.run(whole())
 

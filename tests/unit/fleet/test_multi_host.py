@@ -9,8 +9,8 @@ import time
 from itertools import pairwise
 
 import pytest
+from fakes.engine_host import COORDINATOR, ScriptedHost
 from refusals import refused
-from scripted_host import COORDINATOR, ScriptedHost
 
 from megatron_r1 import config
 from megatron_r1.engine.errors import EngineError

@@ -80,9 +80,7 @@ def test_a_process_that_got_the_number_of_an_ended_child_is_not_touched(end, oth
 
 
 def test_what_an_ended_child_has_left_in_its_group_is_killed():
-    starts_another = (
-        "import subprocess; print(subprocess.Popen(['sleep', '9999']).pid, flush=True)"
-    )
+    starts_another = "import subprocess; print(subprocess.Popen(['sleep', '9999']).pid, flush=True)"
     command = [sys.executable, "-c", starts_another]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as child:
         left = int(child.stdout.readline())

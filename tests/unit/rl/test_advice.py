@@ -1,10 +1,11 @@
 """Which rollouts are said to teach nothing, and what is said."""
 
-import re
 from array import array
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt
@@ -14,6 +15,7 @@ from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.rl.advice import advice
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout
 
+CASES = yaml.safe_load(Path(__file__).with_name("advice.yaml").read_text(encoding="utf-8"))
 PROMPT = Prompt("q", "59 + 63?", "math", "122", {})
 TAGGED = "<think>hm</think><answer>7</answer>"
 
@@ -35,71 +37,15 @@ def config(**sections):
 MIXED = (graded(), graded(right=1.0))
 
 
-@pytest.mark.parametrize(
-    ("groups", "settings", "topics", "words"),
-    [
-        ([MIXED], {}, set(), ""),
-        # Nothing is right, as the reward does not read the form that the model has.
-        (
-            [(graded("It is 122."), graded("122!", reason="wrong: 122!, expected 122", right=0.0))],
-            {},
-            {"accuracy"},
-            "0 of 2 .*2 .*answer: auto",
-        ),
-        (
-            [(graded("It is 7."), graded("7"))],
-            {"rewards": {"answer": "auto"}},
-            {"accuracy"},
-            "0 of 2 .*2: wrong.*data.template",
-        ),
-        ([(graded(), graded())], {}, {"accuracy"}, "2: wrong"),
-        # One of 40 is as good as none where it leaves the groups equal, and not where it does not.
-        (
-            [MIXED, *[(graded(), graded())] * 19],
-            {},
-            {"accuracy"},
-            "1 of 40 ",
-        ),
-        ([MIXED, MIXED], {}, set(), ""),
-        (
-            [MIXED, *[(graded(right=1.0), graded(right=1.0))] * 4],
-            {},
-            {"groups"},
-            "4 of 5 .*rl.group_size=2",
-        ),
-        ([MIXED, (graded(right=1.0), graded(right=1.0))], {}, set(), ""),
-        (
-            [(graded(finish="length"), graded(right=1.0))],
-            {"rollout": {"max_response_tokens": 64}},
-            {"length"},
-            "1 of 2 .*rollout.max_response_tokens=64",
-        ),
-        # Length is not what a model lacks that is never right.
-        (
-            [(graded(finish="length"), graded())],
-            {},
-            {"accuracy", "length"},
-            "0 of 2 ",
-        ),
-        (
-            [(graded(finish="length"), graded(right=1.0, finish="length"))],
-            {},
-            {"length"},
-            "data.template",
-        ),
-        (
-            [(graded(language=0.2), graded(right=1.0, language=0.4))],
-            {},
-            {"language"},
-            "30%",
-        ),
-    ],
-)
-def test_each_fault_is_named_with_its_numbers_and_the_setting(groups, settings, topics, words):
-    found = advice(rollout(*groups), config(**settings))
-    assert found.keys() == topics
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case["groups"])[:60])
+def test_each_fault_is_named_with_its_numbers_and_the_setting(case):
+    more = case.get("and", {"times": 0, "group": []})
+    groups = case["groups"] + [more["group"]] * more["times"]
+    made = [[graded(**response) for response in group] for group in groups]
+    found = advice(rollout(*made), config(**case.get("settings", {})))
+    assert found.keys() == set(case.get("topics", ()))
     first = next(iter(found.values()), "")
-    assert re.search(words, first), first
+    assert [word for word in case.get("shows", ()) if word not in first] == [], first
 
 
 def test_longer_responses_are_not_advised_where_none_is_right():

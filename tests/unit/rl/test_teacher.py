@@ -2,6 +2,7 @@
 way from a server (a peer on loopback) to the trainer's batch."""
 
 import asyncio
+import contextlib
 import json
 from array import array
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from aiohttp import web
+from fakes.loopback import serving
 from refusals import refused
 from transformers import PreTrainedTokenizerFast
 
@@ -125,16 +127,12 @@ class Peer:
         self.can_score, self.num_asked, self.paths = can_score, 0, []
 
     async def __aenter__(self):
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._answer)
-        self.runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await self.runner.setup()
-        await web.TCPSite(self.runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
+        self._server = serving(self._answer)
+        self.url = await self._server.__aenter__()
         return self
 
-    async def __aexit__(self, *_):
-        await self.runner.cleanup()
+    async def __aexit__(self, *exception):
+        await self._server.__aexit__(*exception)
 
     async def _answer(self, request):
         self.paths.append(request.path)
@@ -190,7 +188,9 @@ def quick(monkeypatch):
 
 def with_fleet(tmp_path, peers, story, *, max_restarts=0, start_timeout_seconds=1e5):
     async def run():
-        async with peers[0], peers[-1]:
+        async with contextlib.AsyncExitStack() as servers:
+            for peer in peers:
+                await servers.enter_async_context(peer)
             fleet = ExternalFleet(
                 [peer.url for peer in peers],
                 tmp_path,
@@ -227,7 +227,7 @@ def test_a_server_that_drops_calls_is_waited_for_and_the_calls_are_repeated(tmp_
     async def story(fleet):
         return list(await fleet.score([7, 8], 1)), fleet.num_restarts
 
-    scores, restarts = with_fleet(tmp_path, [peer, peer][:1], story, max_restarts=2)
+    scores, restarts = with_fleet(tmp_path, [peer], story, max_restarts=2)
     assert scores == pytest.approx([-1.08]) and restarts >= 1
 
 

@@ -59,10 +59,10 @@ def test_a_group_that_cannot_be_graded_is_one_of_many():
     alone = asyncio.run(collector.collect([prompt], Sampling(2, 1.0, 1.0, 8)))
     fine = Group(prompt, [], [graded(1.0), graded(0.0)])
     collector.check_grades([*alone.groups, fine])
-    with refused("math", Cause.FAILED, "all 2"):
+    with refused("kind", Cause.FAILED, "'math'", "all 2"):
         collector.check_grades(alone.groups)
     other = Group(make_prompt("Sort 3, 1.", "logic", "1, 3", {}), [], alone.groups[0].responses)
-    with refused("logic", Cause.FAILED, "'math'", "all 4"):
+    with refused("kind", Cause.FAILED, "'logic'", "'math'", "all 4"):
         collector.check_grades([*alone.groups, other])
 
 
