@@ -1,4 +1,4 @@
-"""PEFT's reading of an exported adapter: `lora_peft.py BASE ADAPTER ORACLE`; prints the largest
+"""PEFT's reading of exported adapters: `lora_peft.py ORACLE OUT NAME…`; prints for each the largest
 difference of its logits from those of transformers with merged weights. Runs in a process of its
 own, as oracle.py.
 """
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 
 @torch.no_grad()
-def main(base: Path, adapter: Path, oracle: Path) -> None:
+def compare(base: Path, adapter: Path, oracle: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").float()
     model = PeftModel.from_pretrained(model, adapter).eval()
     expected = torch.load(base / "logits.pt")
@@ -22,8 +22,10 @@ def main(base: Path, adapter: Path, oracle: Path) -> None:
         for ids, logits in zip(sequences, expected, strict=True)
     ]
     factors = sum(name.count(".lora_") for name, _ in model.named_parameters())
-    print(f"{factors} factors: {max(gaps):.1e}")
+    print(f"{base.name} {factors} {max(gaps):.1e}")
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    oracle, out = map(Path, sys.argv[1:3])
+    for name in sys.argv[3:]:
+        compare(oracle / name, out / f"adapter-{name}", oracle)

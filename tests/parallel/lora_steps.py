@@ -106,8 +106,9 @@ def same_tensors(chunks, hf, recipe, folder: Path, out: Path, name: str, grid: s
     """New adapters change nothing; those of the file come back in PEFT's format and merged."""
     start, origin = load_file(out / "start.safetensors"), load_file(folder / "model.safetensors")
     assert all(torch.equal(start[key], origin[key]) for key in start)
-    save_adapter(chunks, hf, recipe.model.lora, str(folder), out / "adapter", torch.float32)
-    saved = load_file(out / "adapter" / "adapter_model.safetensors")
+    adapter = out / f"adapter-{name}"
+    save_adapter(chunks, hf, recipe.model.lora, str(folder), adapter, torch.float32)
+    saved = load_file(adapter / "adapter_model.safetensors")
     factors = load_file(folder / "adapter.safetensors")
     assert saved.keys() == {PREFIX + key for key in factors}, saved.keys() ^ factors.keys()
     assert all(torch.equal(saved[PREFIX + key], factors[key]) for key in factors)

@@ -80,8 +80,9 @@ def test_the_parts_of_a_hub_name(path, parts):
     assert parse_name(path) == parts
 
 
+@pytest.mark.more
 def test_datasets_reads_folders(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    datasets = pytest.importorskip("datasets", reason="make test-packages")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     saved, folder = tmp_path / "saved", tmp_path / "folder"
     rows = datasets.Dataset.from_list(ROWS)
@@ -101,8 +102,9 @@ def test_datasets_reads_folders(tmp_path, monkeypatch):
         train(f"hub:{folder}::dev")
 
 
+@pytest.mark.more
 def test_a_hub_out_of_reach_is_an_error_with_a_remedy(monkeypatch):
-    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    datasets = pytest.importorskip("datasets", reason="make test-packages")
 
     def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
