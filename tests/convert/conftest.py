@@ -1,14 +1,17 @@
 """Small models by transformers, and tools/convert as a function."""
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from made_once import made_once
 from ranks import run_script
+from refusals import refused
 
+from megatron_r1.errors import Cause
 from tools.convert import command, from_hf, to_hf, verify
 
 TESTS = Path(__file__).parents[1]
@@ -25,21 +28,37 @@ def oracle(tmp_path_factory) -> Path:
     )
 
 
-@pytest.fixture
-def convert(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
+class Convert:
     """convert("to-hf", A, B, "--dtype", "fp8") -> (exit status, what it printed)."""
 
-    def run(*arguments) -> tuple[int, str]:
-        # Kept open for the life of a process, which here is many conversions long.
-        for opened in (verify._opened, from_hf._source, to_hf._inputs):
-            opened.cache_clear()
-        monkeypatch.setattr(sys, "argv", ["tools/convert", *map(str, arguments)])
-        threads = torch.get_num_threads()
-        try:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments) -> tuple[int, str]:
+        self._monkeypatch.setattr(sys, "argv", ["tools/convert", *map(str, arguments)])
+        with _alone():
             status = command.main()
-        finally:
-            torch.set_num_threads(threads)
-        captured = capsys.readouterr()
+        captured = self._capsys.readouterr()
         return status, captured.out + captured.err
 
-    return run
+    def refuses(self, key: str, cause: Cause, *arguments, shows: tuple = ()) -> None:
+        """Assert that the command is refused for that key and cause."""
+        with _alone(), refused(key, cause, *shows):
+            command.run([*map(str, arguments)])
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    # Kept open for the life of a process, which here is many conversions long.
+    for opened in (verify._opened, from_hf._source, to_hf._inputs):
+        opened.cache_clear()
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def convert(monkeypatch, capsys) -> Convert:
+    return Convert(monkeypatch, capsys)

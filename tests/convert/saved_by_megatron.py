@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 
 from megatron_r1 import models, weights  # noqa: E402
 from megatron_r1.config import Config  # noqa: E402
+from megatron_r1.errors import Cause, UserError  # noqa: E402
 from megatron_r1.models import patches  # noqa: E402
 from megatron_r1.training import construction  # noqa: E402
 from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint  # noqa: E402
@@ -103,9 +104,9 @@ def damaged_is_refused(hf, model, layout, groups, damaged):
     transformer = models.transformer_config(hf, recipe)
     try:
         construction.model_chunks(recipe, hf, transformer, groups)
-    except ValueError as error:
-        told = f"model.checkpoint: {damaged} is damaged: __0_0.distcp does not have the checksum"
-        assert told in str(error), error
+    except UserError as error:
+        assert (error.key, error.cause) == ("model.checkpoint", Cause.MALFORMED), error
+        assert "__0_0.distcp" in str(error), error
     else:
         raise AssertionError("a damaged checkpoint was loaded")
     dist.barrier()

@@ -8,7 +8,9 @@ import torch
 from random_folder import write_folder
 from small_models import MODELS
 
+from megatron_r1.errors import Cause
 from megatron_r1.training.checkpoints import manifest
+from tools.convert import from_hf
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +31,7 @@ def marks(folder, pattern):
 
 
 @pytest.mark.parametrize("verb", ["from-hf", "to-hf"])
-def test_a_killed_conversion_is_continued_by_the_same_command(convert, tmp_path, verb):
+def test_a_killed_conversion_is_continued_by_the_same_command(convert, tmp_path, monkeypatch, verb):
     source = write_folder(tmp_path / "hf", MODELS["deepseek-yarn-mtp"], torch.bfloat16)
     pattern, options = "__*.distcp", ()
     if verb == "to-hf":
@@ -37,8 +39,8 @@ def test_a_killed_conversion_is_continued_by_the_same_command(convert, tmp_path,
         source, pattern = tmp_path / "megatron", "model-*.safetensors"
         options = ("--max-file-bytes", 60_000, "--no-check")
     whole, out = tmp_path / "whole", tmp_path / "out"
-    done = run_killed(10**9, verb, source, whole, *options)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(from_hf, "FILE_BYTES", 60_000)  # as the killed one has it
+    assert convert(verb, source, whole, *options)[0] == 0
 
     done = run_killed(100, verb, source, out, *options)
     assert done.returncode == -9, done.stderr
@@ -49,8 +51,7 @@ def test_a_killed_conversion_is_continued_by_the_same_command(convert, tmp_path,
     assert 1 < len(before) < len(files), (len(before), len(files))
     assert len(list(unfinished.glob(".*.tmp"))) == 1, "killed inside a file"
 
-    done = run_killed(10**9, verb, source, out, *options)
-    assert done.returncode == 0, done.stderr
+    assert convert(verb, source, out, *options)[0] == 0
     assert not unfinished.exists()
     after = marks(out, pattern)
     assert {name: after[name] for name in before} == before, "a finished file was written again"
@@ -65,12 +66,10 @@ def test_an_interrupted_conversion_is_not_mixed_with_another(convert, tmp_path):
     source = write_folder(tmp_path / "hf", MODELS["llama3"], torch.float32)
     out = tmp_path / "out"
     assert run_killed(20, "from-hf", source, out).returncode == -9
-    status, output = convert("from-hf", source, out, "--dtype", "bfloat16")
-    assert status == 2
-    assert "unfinished conversion of something else (dtype float32 there, bfloat16 now)" in output
+    changed = "out", Cause.CHANGED, "from-hf", source, out
+    convert.refuses(*changed, "--dtype", "bfloat16", shows=("dtype", "float32", "bfloat16"))
     os.utime(source / "model.safetensors")
-    status, output = convert("from-hf", source, out)
-    assert status == 2 and "source's files" in output, output
+    convert.refuses(*changed)
 
 
 @pytest.mark.slow

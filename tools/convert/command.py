@@ -72,25 +72,30 @@ def _config(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def run(arguments: list[str]) -> int:
+    """Run the command line; return 0, or 1 where the models differ. Raises UserError."""
+    chosen = parser().parse_args(arguments)
+    chosen.arguments = arguments
+    if chosen.workers < 1:
+        raise UserError(
+            f"--workers {chosen.workers} must be at least 1",
+            key="--workers",
+            cause=Cause.OUT_OF_RANGE,
+        )
+    if chosen.verb == "to-hf" and chosen.max_file_bytes < 1:
+        raise UserError(
+            f"--max-file-bytes {chosen.max_file_bytes} must be at least 1",
+            key="--max-file-bytes",
+            cause=Cause.OUT_OF_RANGE,
+        )
+    verb = {"to-hf": to_hf, "from-hf": from_hf, "verify": verify}[chosen.verb]
+    return verb.run(chosen)
+
+
 def main() -> int:
     """Return the exit status: 0 done, 1 the models differ, 2 a user's mistake, 130 stopped."""
-    chosen = parser().parse_args()
-    chosen.arguments = sys.argv[1:]
-    verb = {"to-hf": to_hf, "from-hf": from_hf, "verify": verify}[chosen.verb]
     try:
-        if chosen.workers < 1:
-            raise UserError(
-                f"--workers {chosen.workers} must be at least 1",
-                key="--workers",
-                cause=Cause.OUT_OF_RANGE,
-            )
-        if chosen.verb == "to-hf" and chosen.max_file_bytes < 1:
-            raise UserError(
-                f"--max-file-bytes {chosen.max_file_bytes} must be at least 1",
-                key="--max-file-bytes",
-                cause=Cause.OUT_OF_RANGE,
-            )
-        return verb.run(chosen)
+        return run(sys.argv[1:])
     except UserError as error:
         print(f"tools/convert: {error}", file=sys.stderr)
         return 2
