@@ -4,8 +4,10 @@ import asyncio
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from fake_server import FakeServer
 from refusals import refused
 from waiting import wait_until
@@ -23,6 +25,7 @@ from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.files.jsonl import append_lines
 
+REFUSED = yaml.safe_load(Path(__file__).with_name("refused_runs.yaml").read_text())
 # A reward that loads in no time, where `math` brings sympy into every worker.
 QUESTIONS = [
     {"question": f"What is {i} + {i}?", "truth": str(2 * i), "kind": "my_data:exact"}
@@ -273,32 +276,14 @@ def test_pairs_and_labels_need_no_truth(recipe, tmp_path):
     assert len(found) == len({(r["question"], normalize(r["response"])) for r in found})
 
 
-@pytest.mark.parametrize(
-    ("sample", "options", "key", "cause", "shown"),
-    [
-        ({"server": None}, [], "model.path", Cause.MISSING, ""),
-        ({}, ["--model.path", "x"], "model.path", Cause.CONFLICT, "sample.server"),
-        ({}, ["--agents.environment", "lookup"], "agents", Cause.CONFLICT, "lookup"),
-        ({"output": "pairs"}, [], "rewards.options.judge.url", Cause.MISSING, "pairs"),
-        ({"output": "labels"}, [], "rewards.options.judge.url", Cause.MISSING, "labels"),
-        (
-            *({"rewrite": "my_data:readible"}, []),
-            *("sample.rewrite", Cause.NOT_FOUND, "'readable'"),
-        ),
-        (
-            *({"filters": {"repetitions": {}}}, []),
-            *("sample.filters.repetitions", Cause.UNKNOWN, "repetition?"),
-        ),
-        ({"render": {"template": "r1"}}, [], "sample.render.template", Cause.UNKNOWN, "r1_zero"),
-        ({"avoid": ["q.jsonl"]}, [], "sample.avoid", Cause.EMPTY, 6),
-        ({"avoid": ["none.jsonl"]}, [], "sample.avoid", Cause.NOT_FOUND, "none.jsonl"),
-        ({"shots": "none.jsonl"}, [], "sample.shots", Cause.NOT_FOUND, "none.jsonl"),
-    ],
-)
-def test_a_mistake_is_named_before_anything_is_asked(recipe, sample, options, key, cause, shown):
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case["key"])
+def test_a_mistake_is_named_before_anything_is_asked(recipe, case):
+    options = [
+        word for key, value in case.get("options", {}).items() for word in (f"--{key}", value)
+    ]
     with FakeServer(sums) as server:
-        with refused(key, cause, shown):
-            cli._dispatch(["sample", recipe(server.url, **sample), *options])
+        with refused(case["key"], Cause(case["cause"]), case.get("shows", "")):
+            cli._dispatch(["sample", recipe(server.url, **case["sample"]), *options])
         assert not server.requests
 
 

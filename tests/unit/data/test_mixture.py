@@ -3,8 +3,10 @@
 import itertools
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import yaml
 from refusals import refused
 
 from megatron_r1 import config as configuration
@@ -14,29 +16,14 @@ from megatron_r1.config.training import MixturePart
 from megatron_r1.data.mixture import MixtureSampler, describe, epoch_counts, load_mixture
 from megatron_r1.errors import Cause
 
+MIXTURES = yaml.safe_load(Path(__file__).with_name("mixtures.yaml").read_text(encoding="utf-8"))
+
 
 def part(path="a", **size):
     return MixturePart(path=path, **size)
 
 
-@pytest.mark.parametrize(
-    ("sizes_asked", "sizes", "counts"),
-    [
-        # R1's last supervised stage: everything there is, because the files are as 3 to 1.
-        ([{"share": 0.75}, {"share": 0.25}], [600, 200], [600, 200]),
-        # Too few of the second: it decides how long an epoch is, nothing is repeated.
-        ([{"share": 0.75}, {"share": 0.25}], [600, 100], [300, 100]),
-        ([{"share": 0.75}, {"share": 0.25}], [90, 200], [90, 30]),
-        # 7 / 0.5 = 14 of 20, thirds rounded by the largest remainder: 4.67, 2.33, 7.
-        ([{"share": 1 / 3}, {"share": 1 / 6}, {"share": 0.5}], [20, 20, 7], [5, 2, 7]),
-        # Binary fractions must not cost an example: 600 / 0.6 = 999.99… elsewhere.
-        ([{"share": 0.6}, {"share": 0.4}], [600, 400], [600, 400]),
-        ([{}, {"count": 3}, {"repeat": 2}], [5, 9, 4], [5, 3, 8]),
-        ([{"count": 20}, {"repeat": 0.5}], [6, 5], [20, 2]),
-        # A quarter of the whole beside 30 of the others: 10 of 40.
-        ([{}, {"share": 0.25}], [30, 11], [30, 10]),
-    ],
-)
+@pytest.mark.parametrize(("sizes_asked", "sizes", "counts"), MIXTURES["counts"])
 def test_counts_of_an_epoch(sizes_asked, sizes, counts):
     assert epoch_counts([part(**size) for size in sizes_asked], sizes) == counts
 
@@ -100,29 +87,6 @@ def test_the_log_says_what_is_in_it(files):
     lines = describe(load_mixture([part(x, repeat=3), part(y, count=5)]))
     for line, shown in zip(lines, (("15", x, "75.0%", "5"), ("5", y, "25.0%", "3")), strict=True):
         assert [text for text in shown if text not in line] == []
-
-
-@pytest.mark.parametrize(
-    ("data", "key", "cause", "shown"),
-    [
-        ([], "sft.data", Cause.EMPTY, ""),
-        ([{"path": "a", "shere": 1}], "sft.data.0.shere", Cause.UNKNOWN, "share"),
-        ([{"path": "a"}, {"share": 1}], "sft.data.1.path", Cause.MISSING, ""),
-        ([{"path": "a", "share": 2}], "sft.data.0.share", Cause.OUT_OF_RANGE, 2),
-        ([{"path": "a", "share": 0.5, "count": 2}], "sft.data.0.count", Cause.CONFLICT, 0.5),
-        (
-            [{"path": "a", "share": 0.5}, {"path": "b", "share": 0.4}],
-            "sft.data",
-            Cause.CONFLICT,
-            0.9,
-        ),
-        ([{"path": "a", "share": 1}, {"path": "b"}], "sft.data", Cause.CONFLICT, 1),
-        ([3], "sft.data.0", Cause.MALFORMED, 3),
-    ],
-)
-def test_a_mistake_names_the_entry_and_the_remedy(data, key, cause, shown):
-    with refused(key, cause, shown):
-        configuration.parse({"sft": {"data": data}})
 
 
 def test_a_recipe_is_written_as_it_is_read(files):

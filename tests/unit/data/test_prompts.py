@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import reasoning_gym
-from refusals import refused
+from refusals import raised, refused
 
 from megatron_r1.commands.rl_questions import prompts_that_fit, questions_drawn
 from megatron_r1.config import parse
@@ -203,7 +203,7 @@ def test_a_state_of_other_prompts_or_another_seed_is_refused():
         PromptSampler(make_prompts(8), seed=1).load_state_dict(state)
     with refused("run.seed", Cause.CHANGED, 1, 2):
         PromptSampler(make_prompts(7), seed=2).load_state_dict(state)
-    with pytest.raises(ValueError, match="sample"):
+    with raised(ValueError):
         PromptSampler([], seed=1)
 
 

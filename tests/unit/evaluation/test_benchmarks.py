@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 from refusals import refused
@@ -32,24 +33,9 @@ def write_jsonl(path, rows):
     return path
 
 
-AIME_H4 = {
-    **{"id": 60, "problem": "Every morning …", "solution": "long", "answer": "025"},
-    **{"url": "https://artofproblemsolving.com/…", "year": "2024"},
-}
-AIME_MJ = {"ID": "2024-II-4", "Problem": "Let $x,y$ …", "Solution": "long", "Answer": 33}
-MATH = {
-    **{"problem": "Convert $(0,3)$.", "solution": "We have …", "subject": "Precalculus"},
-    **{"answer": r"\left( 3, \frac{\pi}{2} \right)", "level": 2, "unique_id": "test/807.json"},
-}
-GPQA = {
-    **{"Record ID": "rec06pnAkLOr2t2mp", "Question": "Two quantum states … ", "Subdomain": "QM"},
-    **{"Correct Answer": "10^-4 eV\n", "Incorrect Answer 1": "10^-11 eV"},
-    **{"Incorrect Answer 2": "10^-8 eV, twice", "Incorrect Answer 3": "10^-9 eV"},
-}
-MMLU = {
-    **{"question": "Find the degree …", "subject": "abstract_algebra"},
-    **{"choices": ["0", "4", "2", "6"], "answer": 1},
-}
+LINES = Path(__file__).with_name("public_rows.jsonl").read_text(encoding="utf-8").splitlines()
+ROWS = {line["name"]: line["row"] for line in map(json.loads, LINES)}
+AIME_H4, AIME_MJ, MATH, GPQA, MMLU, CODEFORCES = ROWS.values()
 
 
 @pytest.mark.parametrize(
@@ -205,18 +191,6 @@ def test_a_bomb_is_refused_before_it_is_unpacked(monkeypatch):
     bomb = base64.b64encode(zlib.compress(bytes(2**24))).decode()
     with refused("private_test_cases", Cause.MALFORMED, "1,048,576"):
         decode_tests(bomb, "row")
-
-
-CODEFORCES = {
-    **{"id": "1000/A", "aliases": None, "contest_id": "1000", "contest_name": "Round"},
-    **{"contest_type": "CF", "contest_start": 1, "contest_start_year": 2018, "index": "A"},
-    **{"time_limit": 2.0, "memory_limit": 256.0, "title": "Sum", "description": "Add $a$ and $b$."},
-    **{"input_format": "Two integers.", "output_format": "One.", "interaction_format": None},
-    **{"note": None, "examples": [{"input": "1 2", "output": "3"}], "editorial": None},
-    **{"rating": 800, "tags": ["math"], "testset_size": 2, "official_tests_complete": True},
-    "official_tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "2 2\n", "output": "4\n"}],
-    **{"input_mode": "stdio", "generated_checker": None, "executable": True, "generated_tests": 0},
-}
 
 
 def test_code_problems_are_ones_the_code_reward_can_judge(tmp_path):

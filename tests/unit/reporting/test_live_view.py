@@ -8,57 +8,20 @@ import re
 import sys
 import time
 import unicodedata
+from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from megatron_r1.reporting.bars import columns, shares
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.wording import clock, duration, last_line, number, printable
 
-RL = {
-    "step": 3,
-    "accuracy": 0.412,
-    "reward/mean": 0.451,
-    "response_length/mean": 61.3,
-    "kl": 0.0123,
-    "entropy": 0.83,
-    "logprob_diff/mean": 3.2e-6,
-    "logprob_diff/max": 2e-5,
-    "tokens_per_second": 3412.0,
-    "time/rollout": 0.3,
-    "time/reward": 0.1,
-    "time/train": 0.5,
-    "time/push": 0.1,
-    "time/step": 1.1,
-}
-SAMPLES = [
-    {
-        "question": "…between User and Assistant.\nUser: What is 2 + 3?\nAssistant:",
-        "response": "<think>2 + 3 = 5</think><answer>5</answer>",
-        "rewards": {"accuracy": 1.0},
-        "length": 17,
-    },
-    {
-        "question": "What is [bold]4 + 4[/bold]?",
-        "response": "\x1b[2J\x1b]0;owned\x07<answer>9</answer>\r\u202e",
-        "rewards": {"accuracy": 0.0},
-    },
-    {"question": "数学题：一加一等于几？" * 30, "response": "等于二。" * 5000, "reward": 1.0},
-]
-ODD = {
-    "step": 4,
-    "accuracy": None,
-    "reward/mean": float("nan"),
-    "response_length/mean": "long",
-    "kl": float("-inf"),
-    "entropy": {"a": 1},
-    "time/rollout": -1.0,
-    "time/train": float("inf"),
-    "time/step": None,
-    "loss": True,
-    7: 8,
-}
+GIVEN = yaml.safe_load(Path(__file__).with_name("live_view.yaml").read_text(encoding="utf-8"))
+RL, ODD = GIVEN["step"], GIVEN["odd"]
+LONG = {"question": "数学题：一加一等于几？" * 30, "response": "等于二。" * 5000, "reward": 1.0}
+SAMPLES = [*GIVEN["samples"], LONG]
 
 
 def picture(view, width, height):
