@@ -2,7 +2,6 @@
 
 import multiprocessing
 
-import pytest
 import torch
 from torch.distributed import TCPStore
 
@@ -10,8 +9,6 @@ from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
 from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
 from megatron_r1.weight_sync.table import Delivery, Slot, SlotTable, slot_view
 from megatron_r1.weight_sync.transports import receiver_class, sender_class
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 ENGINE = "ipc.0"
 SLOTS = [

@@ -7,8 +7,6 @@ from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weight_sync.send.slices import EncodedSlices, ParameterSlice
 from megatron_r1.weights.rules import Piece
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_codes_and_scales_are_those_of_the_cpu(dtype):

@@ -1,4 +1,5 @@
-"""Builds the null GPU and runs scripts on it; skips where the CUDA packages are not installed."""
+"""Builds the null GPU and runs scripts on it; deselects these tests where the CUDA packages are
+missing, which `make setup-cuda` installs."""
 
 import sys
 from collections.abc import Callable
@@ -18,14 +19,13 @@ sys.path.append(str(ROOT / "tests" / "parallel"))
 TORCHRUN = ["-m", "torch.distributed.run", "--master-addr=127.0.0.1", "--standalone"]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     packages = {package.name for package in metadata.distributions()}
     if torch.version.cuda and {"transformer_engine_torch", "vllm"} <= packages:
         return
-    skipped = pytest.mark.skip(reason="run by `make test-cuda`, with the CUDA packages")
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(skipped)
+    on_null_gpu = [item for item in items if HERE in item.path.parents]
+    config.hook.pytest_deselected(items=on_null_gpu)
+    items[:] = [item for item in items if HERE not in item.path.parents]
 
 
 @pytest.fixture(scope="session")
