@@ -5,8 +5,8 @@ mutmut and cosmic-ray generate every change that their operators make of a file,
 number or a position; neither applies a chosen table of faults by symbol, in which a missing fsync
 or a swapped axis can stand, so this does.
 
-First the covering tests run without a fault. Results are kept in build/faults.jsonl, so that an
-interrupted run goes on; a fault runs again after its entry, its file or its tests have changed.
+The covering tests of each fault run without it, too. Results are kept in build/faults.jsonl, so
+that an interrupted run goes on; a fault runs again after its entry, file or tests have changed.
 Status 1: a fault survives without a written reason, or a test fails without a fault."""
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import argparse
 import os
 import queue
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_r1.files.jsonl import append_lines, read_lines
 from tools.faults.copies import CPU_SECONDS, TreeCopy, failure_of
@@ -25,6 +26,14 @@ from tools.faults.mutations import Mutant, Mutation, covering_tests, digest, pla
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("build/faults.jsonl")
+
+
+class Outcome(NamedTuple):
+    """Result of a fault. caught_by: the first test that failed, or None. fails_anyway: a covering
+    test that fails without the fault, too, which then was not planted."""
+
+    caught_by: str | None = None
+    fails_anyway: str | None = None
 
 
 def main() -> int:
@@ -37,22 +46,23 @@ def main() -> int:
         sys.exit(str(error))
     results = ROOT / RESULTS
     results.parent.mkdir(exist_ok=True)
-    caught_by = {line["key"]: line["caught_by"] for line in read_lines(results)}
-    waiting = {key: mutant for key, mutant in mutants.items() if key not in caught_by}
+    outcomes = {line["key"]: Outcome(line["caught_by"]) for line in read_lines(results)}
+    waiting = {key: mutant for key, mutant in mutants.items() if key not in outcomes}
     if waiting:
         print(f"{len(mutants)} faults, of which {len(waiting)} have no result yet", flush=True)
-        for key, test in _run_all(waiting, min(chosen.jobs, len(waiting))):
-            mutation = mutants[key].mutation
-            append_lines(results, [{"key": key, "fault": mutation.name, "caught_by": test}])
-            caught_by[key] = test
-            print(_row(mutation, test), flush=True)
+        for key, outcome in _run_all(waiting, min(chosen.jobs, len(waiting))):
+            mutation, outcomes[key] = mutants[key].mutation, outcome
+            if outcome.fails_anyway is None:
+                line = {"key": key, "fault": mutation.name, "caught_by": outcome.caught_by}
+                append_lines(results, [line])
+            print(_row(mutation, outcome), flush=True)
         print()
-    for key, mutant in mutants.items():
-        print(_row(mutant.mutation, caught_by[key]))
-    survivors = [mutant.mutation for key, mutant in mutants.items() if caught_by[key] is None]
-    num_caught = len(mutants) - len(survivors)
-    print(f"{num_caught} of {len(mutants)} caught ({num_caught / max(1, len(mutants)):.0%})")
-    return int(any(mutation.survives is None for mutation in survivors))
+    rows = [(mutant.mutation, outcomes[key]) for key, mutant in mutants.items()]
+    for row in rows:
+        print(_row(*row))
+    caught = sum(outcome.caught_by is not None for _, outcome in rows)
+    print(f"{caught} of {len(rows)} caught ({caught / max(1, len(rows)):.0%})")
+    return int(any(not (o.caught_by or (m.survives and not o.fails_anyway)) for m, o in rows))
 
 
 def _arguments() -> argparse.Namespace:
@@ -77,22 +87,22 @@ def _key(mutant: Mutant) -> str:
     return digest(mutant.before, mutant.after, *mutation.tests, *tests)
 
 
-def _run_all(waiting: dict[str, Mutant], jobs: int) -> Iterator[tuple[str, str | None]]:
-    """Yield (key, what caught it or None) of each mutant when it is known, `jobs` at a time."""
+def _run_all(waiting: dict[str, Mutant], jobs: int) -> Iterator[tuple[str, Outcome]]:
+    """Yield the key and the outcome of each mutant when it is known, `jobs` at a time."""
     copies: list[TreeCopy] = []
+    done: queue.SimpleQueue[tuple[str, Outcome]] = queue.SimpleQueue()
+    idle: queue.SimpleQueue[TreeCopy] = queue.SimpleQueue()
+    failures: dict[tuple[str, ...], str | None] = {}
+
+    def run(key: str, mutant: Mutant) -> None:
+        copy = idle.get()
+        done.put((key, _run_one(copy, mutant, failures)))
+        idle.put(copy)
+
     try:
-        copies += [TreeCopy(ROOT) for _ in range(jobs)]
-        _check_unchanged(copies, waiting.values())
-        idle: queue.SimpleQueue[TreeCopy] = queue.SimpleQueue()
-        for copy in copies:
-            idle.put(copy)
-        done: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
-
-        def run(key: str, mutant: Mutant) -> None:
-            copy = idle.get()
-            done.put((key, _run_one(copy, mutant)))
-            idle.put(copy)
-
+        for _ in range(jobs):
+            copies.append(TreeCopy(ROOT))
+            idle.put(copies[-1])
         with ThreadPoolExecutor(jobs) as pool:
             try:
                 for item in waiting.items():
@@ -106,20 +116,20 @@ def _run_all(waiting: dict[str, Mutant], jobs: int) -> Iterator[tuple[str, str |
             copy.close()
 
 
-def _check_unchanged(copies: list[TreeCopy], mutants: Collection[Mutant]) -> None:
-    """Run the covering tests without a fault, divided among the copies; exit where one fails."""
-    nodes = sorted({node for mutant in mutants for node in _nodes(mutant.mutation)})
-    shares = [nodes[index :: len(copies)] for index in range(len(copies))]
-    with ThreadPoolExecutor(len(copies)) as pool:
-        for status, output in pool.map(TreeCopy.run, copies, shares):
-            if failure := failure_of(status, output):
-                sys.exit(f"{output}\nwithout a fault: {failure}")
-
-
-def _run_one(copy: TreeCopy, mutant: Mutant) -> str | None:
+def _run_one(
+    copy: TreeCopy, mutant: Mutant, failures: dict[tuple[str, ...], str | None]
+) -> Outcome:
+    """Run a mutant's tests without and with the fault. failures: of tests without a fault, as far
+    as they are known; what is found out is added."""
+    tests = mutant.mutation.tests
+    nodes = _nodes(mutant.mutation)
+    if tests not in failures:
+        failures[tests] = failure_of(*copy.run(nodes))
+    if failure := failures[tests]:
+        return Outcome(fails_anyway=failure)
     copy.write(mutant.path, mutant.after)
     try:
-        return failure_of(*copy.run(_nodes(mutant.mutation), str(CPU_SECONDS)))
+        return Outcome(failure_of(*copy.run(nodes, str(CPU_SECONDS))))
     finally:
         copy.write(mutant.path, mutant.before)
 
@@ -129,8 +139,9 @@ def _nodes(mutation: Mutation) -> list[str]:
     return [f"{path}::{node}" if node else str(path) for path, node in found]
 
 
-def _row(mutation: Mutation, caught_by: str | None) -> str:
-    end = caught_by.rpartition("/")[2] if caught_by else "SURVIVED"
-    if not caught_by and mutation.survives:
-        end += f": {mutation.survives}"
+def _row(mutation: Mutation, outcome: Outcome) -> str:
+    if test := outcome.caught_by or outcome.fails_anyway:
+        end = test.rpartition("/")[2] + (" FAILS WITHOUT THE FAULT" if outcome.fails_anyway else "")
+    else:
+        end = f"SURVIVED: {mutation.survives}" if mutation.survives else "SURVIVED"
     return f"{mutation.room:14} {mutation.symbol:34} {mutation.fault:62} {end}"
