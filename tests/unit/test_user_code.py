@@ -5,8 +5,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from refusals import refused
 
-from megatron_r1.user_code import source_of, syntax_of
+from megatron_r1.errors import Cause
+from megatron_r1.user_code import find_function, source_of, syntax_of
 
 
 @pytest.mark.parametrize("is_package", [True, False])
@@ -29,8 +31,23 @@ def test_a_module_in_folders_of_folders_is_found_and_not_run(tmp_path, monkeypat
 def test_a_mere_folder_is_no_module_and_nothing_is_none(tmp_path, monkeypatch, module):
     (tmp_path / "outer_of_mine").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"no Python module {module} can be found"):
+    with refused(f"{module}:write", Cause.NOT_FOUND, tmp_path):
         source_of(f"{module}:write")
+
+
+def test_a_function_that_is_not_there_and_a_module_that_is_no_python_are_named(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "mine_alone.py").write_text("def write(): ...\n")
+    (tmp_path / "torn.py").write_text("def write(:\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with refused("mine_alone:wrte", Cause.NOT_FOUND, "'write'"):
+        find_function("mine_alone:wrte")
+    with refused("not_there:write", Cause.NOT_FOUND, tmp_path):
+        find_function("not_there:write")
+    with refused("torn:write", Cause.MALFORMED, 1):
+        syntax_of("torn:write")
 
 
 def test_threads_read_the_syntax_of_a_module_at_the_same_time(tmp_path, monkeypatch):
@@ -43,7 +60,7 @@ def test_threads_read_the_syntax_of_a_module_at_the_same_time(tmp_path, monkeypa
     gc.callbacks.append(_collected)
     try:
         with ThreadPoolExecutor(4) as threads:
-            trees = list(threads.map(syntax_of, ["long:f"] * 40))
+            trees = list(threads.map(syntax_of, ["long:f"] * 20))
     finally:
         sys.setswitchinterval(interval)
         gc.set_threshold(*threshold)

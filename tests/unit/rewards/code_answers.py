@@ -11,9 +11,11 @@ from megatron_r1.rewards import code
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.sandbox import programs, run
 
-# Wall time enough for a second of CPU on a busy machine.
-QUICK = {"cpu_seconds": 1, "wall_seconds": 30, "compile_seconds": 30, "total_seconds": 60}
-NAP = {**QUICK, "wall_seconds": 1}
+# As much as a prompt may ask for: no honest program runs into these.
+PATIENT = {"cpu_seconds": 120, "wall_seconds": 240, "compile_seconds": 240, "total_seconds": 3600}
+# For programs that compute, or sleep, for ever.
+SPIN = {**PATIENT, "cpu_seconds": 1}
+NAP = {**PATIENT, "wall_seconds": 1}
 
 
 @functools.cache
@@ -38,7 +40,7 @@ def fenced(program: str, language: str = "python") -> str:
 def attack(program: str, *, language: str = "python", **fields: object) -> Grade:
     """The grade of a program that passes, printing 42, exactly when it is not contained."""
     truth = {"tests": [{"stdin": "", "stdout": "42\n"}]}
-    fields = {"limits": QUICK, **fields}
+    fields = {"limits": PATIENT, **fields}
     return code.grade(fenced(program, language), truth, language=language, **fields)
 
 

@@ -3,17 +3,21 @@
 import builtins
 import importlib
 import json
+from pathlib import Path
 
 import pytest
-from code_answers import NAP, QUICK, attack, fenced, needs_compiler, needs_sandbox
-from code_problems import PROBLEMS
+import yaml
+from code_answers import PATIENT, attack, fenced, needs_compiler, needs_sandbox
 
+from megatron_r1.files.jsonl import read_lines
 from megatron_r1.rewards import code
 from megatron_r1.rewards.code import find_program
-from megatron_r1.rewards.code.compare import equal_output, equal_result
 from megatron_r1.rewards.code.problem import parse_problem
 from megatron_r1.rewards.sandbox.names import MODULES, exported
 
+HERE = Path(__file__).parent
+PROBLEMS = yaml.safe_load((HERE / "problems.yaml").read_text("utf-8"))
+FENCES = list(read_lines(HERE / "fences.jsonl"))
 CASES = [
     pytest.param(name, language, marks=needs_compiler if language == "cpp" else ())
     for name, problem in PROBLEMS.items()
@@ -21,29 +25,35 @@ CASES = [
 ]
 
 
+def graded(program, truth, **fields):
+    return code.grade(fenced(program), truth, limits=PATIENT, **fields)
+
+
+def judge(name, kind, language, **fields):
+    problem = PROBLEMS[name]
+    response = fenced(problem[kind][language], language)
+    truth = problem["truth"] if language == "python" else json.dumps(problem["truth"])
+    return code.grade(response, truth, language=language, limits=PATIENT, **fields)
+
+
 @needs_sandbox
 @pytest.mark.parametrize(("name", "language"), CASES)
 def test_right_programs_pass_every_test(name, language):
-    problem = PROBLEMS[name]
-    response = fenced(problem["right"][language], language)
-    num_tests = len(problem["truth"]["tests"])
-    for truth in (problem["truth"], json.dumps(problem["truth"])):
-        verdict = code.grade(response, truth, language=language)
-        assert verdict.reward == 1.0, verdict.reason
-        assert verdict.reason == f"passed {num_tests} of {num_tests} tests"
+    verdict = judge(name, "right", language)
+    assert verdict.reward == 1.0, verdict.reason
+    assert str(len(PROBLEMS[name]["truth"]["tests"])) in verdict.reason
 
 
 @needs_sandbox
 @pytest.mark.parametrize(("name", "language"), CASES)
 def test_wrong_programs_fail_where_they_are_wrong(name, language):
-    problem = PROBLEMS[name]
-    response = fenced(problem["wrong"][language], language)
-    num_tests, failing = len(problem["truth"]["tests"]), problem["failing"]
-    verdict = code.grade(response, problem["truth"], language=language)
-    assert verdict.reward == 0.0
-    assert verdict.reason.startswith(f"test {failing[0]} of {num_tests}: "), verdict.reason
-    partial = code.grade(response, problem["truth"], language=language, partial=True)
+    num_tests, failing = len(PROBLEMS[name]["truth"]["tests"]), PROBLEMS[name]["failing"]
+    partial = judge(name, "wrong", language, partial=True)
     assert partial.reward == pytest.approx(1 - len(failing) / num_tests), partial.reason
+    if language == "python":
+        verdict = judge(name, "wrong", language)
+        assert verdict.reward == 0.0
+        assert f"test {failing[0]} of {num_tests}" in verdict.reason, verdict.reason
 
 
 @needs_sandbox
@@ -53,11 +63,11 @@ def test_wrong_programs_fail_where_they_are_wrong(name, language):
         ("print(1 / 0)", "ZeroDivisionError: division by zero"),
         ("print(42", "SyntaxError: '(' was never closed"),
         ("import numpy", "No module named 'numpy'"),
-        ("print(43)", "wrong answer: 43, expected 42"),
-        ("pass", "wrong answer: nothing, expected 42"),
-        ("print(4, 2)", "wrong answer: 4 2, expected 42"),
-        ("raise SystemExit(3)", "runtime error (exit status 3)"),
-        ("print(42)\nraise SystemExit(1)", "runtime error (exit status 1)"),
+        ("print(43)", "43, expected 42"),
+        ("pass", "nothing, expected 42"),
+        ("print(4, 2)", "4 2, expected 42"),
+        ("raise SystemExit(3)", "exit status 3"),
+        ("print(42)\nraise SystemExit(1)", "exit status 1"),
         ("input()", "EOFError"),
         ("def f(): f()\nf()", "RecursionError"),
     ],
@@ -99,28 +109,32 @@ def test_what_honest_programs_do_is_possible(program):
 def test_limits_are_per_prompt_and_time_is_shared_by_all_tests():
     slow = "import time\ntime.sleep(0.7)\nprint(42)"
     assert attack(slow).reward == 1.0
-    assert "stopped after 0.2 s" in attack(slow, limits={"wall_seconds": 0.2}).reason
-    assert "memory limit of 64 MiB" in attack("x = 'x' * 10 ** 8", limits={"memory_mib": 64}).reason
-    many = {"tests": [{"stdout": "42"}] * 50}
-    verdict = code.grade(fenced(slow), many, partial=True, limits={**NAP, "total_seconds": 1.5})
-    assert 0 < verdict.reward < 0.1 and "passed" in verdict.reason, verdict.reason
+    assert "0.2 s" in attack(slow, limits={"wall_seconds": 0.2}).reason
+    assert "64 MiB" in attack("x = 'x' * 10 ** 8", limits={"memory_mib": 64}).reason
+    # The first of 50 tests is passed at once; the others wait for what never comes.
+    waiting = "import time\nif input() != '0': time.sleep(1000)\nprint(42)"
+    many = {"tests": [{"stdin": f"{n}\n", "stdout": "42"} for n in range(50)]}
+    verdict = code.grade(fenced(waiting), many, partial=True, limits=PATIENT | {"total_seconds": 5})
+    assert verdict.reward == pytest.approx(1 / 50), verdict.reason
 
 
 @needs_sandbox
 def test_long_numbers_can_be_printed_and_read():
     program = "print(int('7' * 5_000) + 0)"
-    assert code.grade(fenced(program), {"tests": [{"stdout": "7" * 5_000}]}).reward == 1.0
+    truth = {"tests": [{"stdout": "7" * 5_000}]}
+    assert code.grade(fenced(program), truth, limits=PATIENT).reward == 1.0
 
 
-def test_an_expected_output_that_no_program_may_print_is_an_error():
-    truth = {"tests": [{"stdout": "1"}, {"stdout": "1" * 2**20}]}
-    with pytest.raises(ValueError, match=r"test 2 expects 1.0 MiB.*limits.output_mib: 0.5"):
-        code.grade(fenced("print(1)"), truth, limits={"output_mib": 0.5})
-
-
-def test_a_result_that_no_function_may_return_is_an_error():
-    truth = {"function": "f", "tests": [{"args": [], "result": ["1" * 2**20]}]}
-    with pytest.raises(ValueError, match=r"test 1 expects 1.0 MiB.*limits.output_mib: 0.5"):
+@pytest.mark.parametrize(
+    ("truth", "test"),
+    [
+        ({"tests": [{"stdout": "1"}, {"stdout": "1" * 2**20}]}, "test 2"),
+        ({"function": "f", "tests": [{"args": [], "result": ["1" * 2**20]}]}, "test 1"),
+    ],
+    ids=["output", "result"],
+)
+def test_an_output_or_result_that_no_program_may_give_is_an_error(truth, test):
+    with pytest.raises(ValueError, match=rf"{test} .*1.0 MiB.*limits.output_mib: 0.5"):
         code.grade(fenced("def f(): return 1"), truth, limits={"output_mib": 0.5})
 
 
@@ -131,9 +145,9 @@ def test_a_result_that_no_function_may_return_is_an_error():
 )
 def test_results_of_more_than_4_300_digits_are_compared(program, reward):
     truth = {"function": "f", "tests": [{"input": "6000", "output": "1" + "0" * 6_000}]}
-    grade = code.grade(fenced(program), truth)
+    grade = code.grade(fenced(program), truth, limits=PATIENT)
     assert grade.reward == reward, grade.reason
-    assert reward or "expected a int with more than 4,300 digits" in grade.reason
+    assert reward or "4,300" in grade.reason
 
 
 USUAL = """from __future__ import annotations
@@ -153,13 +167,13 @@ def test_an_argument_ends_at_a_newline_only():
 @needs_sandbox
 def test_livecodebench_tests_are_judged_as_by_its_harness():
     tests = [{"input": "7", "output": "2 1 2 1.50\n24 1 2020 7", "testtype": "stdin"}]
-    grade = code.grade(fenced(USUAL), {"tests": tests})
+    grade = graded(USUAL, {"tests": tests})
     assert grade.reward == 1, grade.reason
-    assert code.grade(fenced("print(gcd(7, 0), 'No')"), {"tests": tests}).reward == 0
+    assert graded("print(gcd(7, 0), 'No')", {"tests": tests}).reward == 0
     tests = [{"stdin": "7", "stdout": "2 1.0 2 1.5\n24 1 2020 7"}]
-    assert "'gcd' is not defined" in code.grade(fenced("print(gcd(7, 0))"), {"tests": tests}).reason
+    assert "'gcd' is not defined" in graded("print(gcd(7, 0))", {"tests": tests}).reason
     own = "def gcd(a, b): return 5\nprint(gcd(4, 6))"
-    assert code.grade(fenced(own), {"tests": [{"input": "", "output": "5"}]}).reward == 1
+    assert graded(own, {"tests": [{"input": "", "output": "5"}]}).reward == 1
 
 
 def test_the_harness_s_names_are_those_of_its_imports():
@@ -179,57 +193,28 @@ def test_the_harness_s_names_are_those_of_its_imports():
 @needs_sandbox
 def test_a_checker_may_give_a_part_and_must_say_something_that_is_a_verdict():
     truth = {"tests": [{"stdin": ""}] * 2, "checker": "print(0.5)"}
-    assert code.grade(fenced("pass"), truth).reward == 0.0
-    assert code.grade(fenced("pass"), truth, partial=True).reward == 0.5
+    assert graded("pass", truth).reward == 0.0
+    assert graded("pass", truth, partial=True).reward == 0.5
     truth["checker"] = "import sys\nprint('no', open(sys.argv[3]).read())\nsys.exit(1)"
-    assert "checker rejects: no thanks" in code.grade(fenced("print('thanks')"), truth).reason
+    assert "no thanks" in graded("print('thanks')", truth).reason
     truth["checker"] = "print('looks fine')"
-    with pytest.raises(ValueError, match="checker is broken.* last line must .* got 'looks fine'"):
-        code.grade(fenced("pass"), truth)
+    with pytest.raises(ValueError, match="'looks fine'"):
+        graded("pass", truth)
 
 
 @needs_sandbox
 def test_the_same_program_gets_the_same_reward():
     program = "print(*{'spring', 'summer', 'autumn', 'winter', 'dawn', 'noon', 'dusk', 'night'})"
     truth = {"tests": [{"stdout": "?"}]}
-    assert len({code.grade(fenced(program), truth).reason for _ in range(4)}) == 1
+    assert len({graded(program, truth).reason for _ in range(4)}) == 1
 
 
 FENCE = "```python\nprint(1)\n```"
 
 
-@pytest.mark.parametrize(
-    ("response", "program"),
-    [
-        (FENCE, "print(1)\n"),
-        (f"So:\n\n{FENCE}\n\nThat is all.", "print(1)\n"),
-        (f"```\nprint(0)\n```\n{FENCE}", "print(1)\n"),
-        (f"<think>```\nprint(0)\n```</think>{FENCE}", "print(1)\n"),
-        (f"<think>x</think><answer>{FENCE}</answer>", "print(1)\n"),
-        (f"<think>x</think><answer>\n{FENCE}\n</answer>\n```\nprint(2)\n```", "print(1)\n"),
-        ("~~~\nprint(1)\n~~~", "print(1)\n"),
-        ("````\nprint('''\n```\n''')\n````", "print('''\n```\n''')\n"),
-        ("1. So:\n   ```py\n   if x:\n     y\n   ```", "if x:\n  y\n"),
-        ("```\r\nprint(1)\r\n```\r\n", "print(1)\r\n"),
-        ("```inline``` and\n" + FENCE, "print(1)\n"),
-        (f"{FENCE}<|im_end|>", "print(1)\n"),
-        (f"{FENCE}<｜end▁of▁sentence｜>\n<|im_end|>\n", "print(1)\n"),
-        (f"<think>x</think><answer>{FENCE}</answer><|im_end|>", "print(1)\n"),
-        (f"{FENCE}so", None),
-        ("", None),
-        ("print(1)", None),
-        ("```\n\n```", None),
-        ("```python\nprint(1)", None),
-        (f"{FENCE}\n```python\nprint(2)", None),
-        (f"<think>{FENCE}</think>done", None),
-        (f"<think>{FENCE}", None),
-        (f"<answer>1</answer>{FENCE}", None),
-        (f"<answer>{FENCE}</answer><answer>{FENCE}</answer>", None),
-        (f"<answer>{FENCE}", None),
-    ],
-)
-def test_the_program_is_the_last_fenced_block_of_the_answer(response, program):
-    assert find_program(response).text == program
+@pytest.mark.parametrize("case", FENCES, ids=lambda case: case["response"][:40])
+def test_the_program_is_the_last_fenced_block_of_the_answer(case):
+    assert find_program(case["response"]).text == case["program"]
 
 
 def test_a_thought_opened_by_the_prompt_must_be_closed():
@@ -239,122 +224,48 @@ def test_a_thought_opened_by_the_prompt_must_be_closed():
 
 def test_answers_and_programs_of_megabytes_are_refused():
     for answer in ("```\n" * 2_500_000, "`" * 10_000_000):
-        assert find_program(answer).reason == "the answer is too long: 10000000 characters"
-    assert "program is too long" in find_program(f"```\n{'x' * 300_000}\n```").reason
+        assert "10000000" in find_program(answer).reason
+    refused = find_program(f"```\n{'x' * 300_000}\n```")
+    assert refused.text is None and refused.reason
 
 
 @pytest.mark.parametrize(
-    ("actual", "expected", "tolerance", "equal"),
+    ("truth", "named"),
     [
-        ("1 2\n3\n", "1 2\n3", None, True),
-        ("1  2 \n 3\n\n\n", "1 2\n3\n", None, True),
-        ("1\t2\r\n3\r\n", "1 2\n3\n", None, True),
-        ("", "", None, True),
-        ("\n \n", "", None, True),
-        ("1 2 3", "1 2\n3", None, False),
-        ("1\n\n2", "1\n2", None, False),
-        ("\n\n1", "1", None, True),
-        ("1", "1 1", None, False),
-        ("1 1", "1", None, False),
-        ("YES", "Yes", None, False),
-        ("1.0", "1", None, False),
-        ("01", "1", None, False),
-        ("１", "1", None, False),
-        ("1\x00", "1", None, False),
-        ("1.0", "1", 0, True),
-        ("0.3333", "0.33334", 1e-4, True),
-        ("0.3333", "0.33334", 1e-5, False),
-        ("1000001", "1000000", 1e-6, True),
-        ("yes 0.5", "yes .5", 0, True),
-        ("yes", "no", 0.5, False),
-        *((text, "1", 0.9, False) for text in ("nan", "inf", "0x1", "1_0", "1e999", "١")),
-        ("1e308", "-1e308", 0.9, False),
-        ("9007199254740993", "9007199254740992", 0, False),
-        ("1e999", "1e999", 0, True),
-        ("10e998", "1e999", 0, True),
-        ("9" * 10**6, "1", 0.9, False),
-        ("1" + "0" * 999 + ".0", "1" + "0" * 999, 0, True),
-        ("1" + "0" * 998 + "1", "1" + "0" * 999, 0, False),
-    ],
-)
-def test_outputs_are_compared_line_by_line_and_token_by_token(actual, expected, tolerance, equal):
-    assert equal_output(actual.encode(), expected, tolerance) is equal
-
-
-@pytest.mark.parametrize(
-    ("actual", "expected", "tolerance", "equal"),
-    [
-        ("42", 42, None, True),
-        ("42.0", 42, None, True),
-        ("[1, [2, null]]", [1, [2, None]], None, True),
-        ('{"a": 1, "b": [2]}', {"b": [2], "a": 1}, None, True),
-        ("[1, 2]", [2, 1], None, False),
-        ("[1]", [1, 2], None, False),
-        ('"42"', 42, None, False),
-        ("42", "42", None, False),
-        ("null", 0, None, False),
-        ("[]", {}, None, False),
-        ("", None, None, False),
-        ("42 42", 42, None, False),
-        ("NaN", 1.0, 0.9, False),
-        ("Infinity", 1.0, 0.9, False),
-        ("0.30000000000000004", 0.3, None, False),
-        ("[0.30000000000000004]", [0.3], 1e-9, True),
-        ("[" * 10**6, [], None, False),
-        ("9" * 10**6, 1, None, False),
-        ("1e999", 1, 0.9, False),
-        ("9007199254740993", 9007199254740992, 0, False),
-        ("9007199254740993.0", 9007199254740992, 0, True),
-        ("9007199254740992.0", 9007199254740993, 0, False),
-        pytest.param("9" * 5_000, 10**5_000 - 1, None, True, id="5,000 digits"),
-        pytest.param("9" * 5_000, 10**5_000 - 2, None, False, id="5,000 digits, another"),
-    ],
-)
-def test_results_are_compared_as_values(actual, expected, tolerance, equal):
-    assert equal_result(actual.encode(), expected, tolerance) is equal
-
-
-@pytest.mark.parametrize(
-    ("truth", "message"),
-    [
-        (None, "must be"),
-        ("5", "must be"),
-        ("{", "not JSON"),
-        ({}, "at least one test"),
-        ({"tests": []}, "at least one test"),
-        ({"tests": ["x"]}, "test 1 must be an object"),
-        ({"tests": [{"stdin": "1", "stdout": "1"}, {"stdin": "1"}]}, "test 2: stdout must be text"),
-        ({"tests": [{"stdin": 1, "stdout": "1"}]}, "test 1: stdin must be text, got 1"),
-        ({"tests": [{"stdout": "1"}, {"stdim": "1", "stdout": "1"}]},
-         r"test 2 has 'stdim'; did you mean 'stdin'[?] .known: stdin, stdout, input, output"),
-        ({"tests": [{"weight": 1, "stdout": "1"}]}, r"test 1 has 'weight' .known: stdin"),
-        ({"tests": [{"args": [], "results": 1}], "function": "f"}, "did you mean 'result'"),
-        ({"tests": [{"stdout": ""}], "tolerence": 1}, "has 'tolerence'; did you mean 'tolerance'"),
-        ({"tests": [{"stdout": ""}], "tolerance": "1"}, "tolerance must be a number"),
-        ({"tests": [{"stdout": ""}], "tolerance": 1e6}, "below 1"),
-        ({"tests": [{"stdout": ""}], "checker": ""}, "checker must be text"),
-        ({"tests": [{}], "checker": "x", "tolerance": 0.1}, "leave out the tolerance"),
-        ({"tests": [{"args": [1]}], "function": "f"}, "needs 'args' and 'result'"),
-        ({"tests": [{"args": 1, "result": 1}], "function": "f"}, "args must be a list"),
-        ({"tests": [{"input": "[1", "output": "1"}], "function": "f"}, "an argument is not JSON"),
+        (None, "NoneType"),
+        ("5", "int"),
+        ("{", "'{'"),
+        ({}, "None"),
+        ({"tests": []}, r"\[\]"),
+        ({"tests": ["x"]}, "test 1.*str"),
+        ({"tests": [{"stdin": "1", "stdout": "1"}, {"stdin": "1"}]}, "test 2.*stdout"),
+        ({"tests": [{"stdin": 1, "stdout": "1"}]}, "test 1.*stdin.*1"),
+        ({"tests": [{"stdout": "1"}, {"stdim": "1", "stdout": "1"}]}, "test 2.*'stdim'.*'stdin'"),
+        ({"tests": [{"weight": 1, "stdout": "1"}]}, "test 1.*'weight'.*stdin"),
+        ({"tests": [{"args": [], "results": 1}], "function": "f"}, "'results'.*'result'"),
+        ({"tests": [{"stdout": ""}], "tolerence": 1}, "'tolerence'.*'tolerance'"),
+        ({"tests": [{"stdout": ""}], "tolerance": "1"}, "tolerance.*'1'"),
+        ({"tests": [{"stdout": ""}], "tolerance": 1e6}, "tolerance.*1000000"),
+        ({"tests": [{"stdout": ""}], "checker": ""}, "checker.*''"),
+        ({"tests": [{}], "checker": "x", "tolerance": 0.1}, "checker.*tolerance"),
+        ({"tests": [{"args": [1]}], "function": "f"}, "'args'.*'result'"),
+        ({"tests": [{"args": 1, "result": 1}], "function": "f"}, "args.*kwargs"),
+        ({"tests": [{"input": "[1", "output": "1"}], "function": "f"}, r"'\[1'"),
     ],
 )  # fmt: skip
-def test_a_truth_that_is_none_is_an_error_that_names_the_test(truth, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_truth_that_is_none_is_an_error_that_names_the_test(truth, named):
+    with pytest.raises(ValueError, match=named):
         parse_problem(truth, "python")
 
 
 def test_languages_limits_and_standards_are_checked():
     call = {"function": "f", "tests": [{"args": [], "result": 1}]}
-    with pytest.raises(ValueError, match="function-call tests are for python"):
+    with pytest.raises(ValueError, match="python"):
         parse_problem(call, "cpp")
-    with pytest.raises(ValueError, match="language must be one of python, cpp, got 'rust'"):
+    with pytest.raises(ValueError, match="python.*cpp.*'rust'"):
         parse_problem(call, "rust")
-    for limits, message in {
-        "cpu_second": "unknown; known: cpu_seconds",
-        "memory_mib": "above 0 and at most 16384",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            code.grade("", call, limits={limits: 10**9})
-    with pytest.raises(ValueError, match="standard must be one of"):
-        code.grade("", call, standard="c++11", limits=QUICK)
+    for limit, named in {"cpu_second": "cpu_second.*cpu_seconds", "memory_mib": "16384"}.items():
+        with pytest.raises(ValueError, match=f"limits.*{named}"):
+            code.grade("", call, limits={limit: 10**9})
+    with pytest.raises(ValueError, match=r"'c\+\+11'"):
+        code.grade("", call, standard="c++11", limits=PATIENT)

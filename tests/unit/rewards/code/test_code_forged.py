@@ -3,7 +3,7 @@
 import uuid
 
 import pytest
-from code_answers import QUICK, fenced, named_sandboxes, needs_sandbox
+from code_answers import PATIENT, fenced, named_sandboxes, needs_sandbox
 
 from megatron_r1.rewards import code
 
@@ -25,7 +25,7 @@ def nothing_is_left_behind():
 
 
 def grade(program: str, truth: dict) -> code.Grade:
-    return code.grade(fenced(program), truth, limits=QUICK)
+    return code.grade(fenced(program), truth, limits=PATIENT)
 
 
 def test_the_honest_answers_are_paid():
@@ -102,9 +102,9 @@ def solve(key):
     return next((text[text.find(marker):][:16] for text in texts if marker + '7' in text), '')
 """
     verdict = grade(search, TEXT)
-    assert verdict.reward == 0.0 and "wrong answer" in verdict.reason, verdict.reason
+    assert verdict.reward == 0.0 and SECRET in verdict.reason, verdict.reason
     verdict = grade(search + "print(solve('key'))", {"tests": [{"stdout": SECRET}]})
-    assert verdict.reward == 0.0 and "wrong answer: nothing" in verdict.reason, verdict.reason
+    assert verdict.reward == 0.0 and "nothing, expected" in verdict.reason, verdict.reason
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,6 @@ def test_the_checker_is_out_of_reach(program):
 
 def test_a_checker_is_contained_too():
     """It reads what a hostile program wrote."""
-    for body in ("open('/etc/passwd')", "import os; os.fork()", "while True: pass"):
-        with pytest.raises(ValueError, match="checker is broken: it fails before it opens"):
+    for body, refusal in (("open('/etc/passwd')", "FileNotFound"), ("import os; os.fork()", "OS")):
+        with pytest.raises(ValueError, match=f"checker.*{refusal}"):
             grade("print(1)", {"tests": [{"stdout": ""}], "checker": body})

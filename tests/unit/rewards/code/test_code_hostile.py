@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from code_answers import NAP, QUICK, attack, fenced, named_sandboxes, needs_sandbox
+from code_answers import NAP, PATIENT, SPIN, attack, fenced, named_sandboxes, needs_sandbox
 
 from megatron_r1.rewards import code
 
@@ -35,17 +35,16 @@ def test_an_attack_that_is_not_contained_would_be_paid():
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
-        ("while True: pass", "1 s of CPU"),
         # The limit's first signal could be caught: soft and hard limit are one.
         ("import signal\nsignal.signal(24, lambda *_: 0)\nwhile True: pass", "1 s of CPU"),
         ("print(9 ** 9 ** 9 ** 9)", "1 s of CPU"),
-        ("while True: print('x' * 10_000)", "output limit: over 4 MiB"),
-        ("import sys\nwhile True: sys.stderr.write('x' * 10_000)", "output limit: over 4 MiB"),
-        ("import os\nwhile True: os.write(1, b'42' * 5_000)", "output limit: over 4 MiB"),
+        ("while True: print('x' * 10_000)", "4 MiB"),
+        ("import sys\nwhile True: sys.stderr.write('x' * 10_000)", "4 MiB"),
+        ("import os\nwhile True: os.write(1, b'42' * 5_000)", "4 MiB"),
     ],
 )
 def test_no_end(program, reason):
-    contained(program, reason)
+    contained(program, reason, limits=PATIENT if "MiB" in reason else SPIN)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +59,7 @@ def test_no_end(program, reason):
     ],
 )
 def test_sleepers_are_woken(program):
-    contained(program, "stopped after 1 s", limits=NAP)
+    contained(program, "1 s", limits=NAP)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +78,7 @@ def test_sleepers_are_woken(program):
 )
 def test_memory_bombs(program):
     reasons = ("MemoryError", "not implemented", "Read-only file system", "Errno 12")
-    limits = QUICK | {"memory_mib": 256}  # some machines touch no more in a second
-    contained(program + "\nprint(42)", *reasons, limits=limits)
+    contained(program + "\nprint(42)", *reasons, limits=PATIENT | {"memory_mib": 256})
 
 
 @pytest.mark.parametrize(
@@ -100,7 +98,7 @@ def test_no_process_can_be_made(program):
 
 def test_a_fork_bomb_that_shrugs_off_errors_runs_into_the_time_limit():
     program = "import os\nwhile True:\n try: os.fork()\n except OSError: pass"
-    contained(program, "1 s of CPU")
+    contained(program, "1 s of CPU", limits=SPIN)
 
 
 def test_threads_are_counted():
@@ -113,7 +111,7 @@ def test_threads_are_counted():
 
 def test_no_thread_runs_on_after_the_answer():
     loop = "import threading\ndef f():\n while True: pass\nthreading.Thread(target=f).start()"
-    contained(f"print(42, flush=True)\n{loop}", "1 s of CPU")
+    contained(f"print(42, flush=True)\n{loop}", "1 s of CPU", limits=SPIN)
 
 
 @pytest.mark.parametrize(
@@ -186,11 +184,11 @@ def test_links_lead_nowhere(tmp_path):
 
 def test_no_network_not_even_loopback():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.1)
+        server.setblocking(False)
         port = server.getsockname()[1]
         connect = f"import socket\nsocket.create_connection(('127.0.0.1', {port}))\nprint(42)"
         contained(connect, "not implemented")
-        with pytest.raises(TimeoutError):
+        with pytest.raises(BlockingIOError):
             server.accept()
     for family in ("AF_UNIX", "AF_INET6", "AF_NETLINK"):
         contained(f"import socket\nsocket.socket(socket.{family})\nprint(42)", "not implemented")
@@ -228,7 +226,7 @@ for pid in range(-5, 40_000):
     except OSError:
         pass
 """
-    contained(program, "wrong answer: nothing")
+    contained(program, "nothing, expected")
 
 
 def test_limits_cannot_be_raised_again():
@@ -244,4 +242,4 @@ def test_one_test_leaves_nothing_for_the_next():
         "import os\nprint(os.getpid(), os.listdir())\ntry: open('seen', 'w')\nexcept OSError: 0"
     )
     truth = {"tests": [{"stdout": "1 ['main.py']"}] * 3}
-    assert code.grade(fenced(program), truth, limits=QUICK).reward == 1.0
+    assert code.grade(fenced(program), truth, limits=PATIENT).reward == 1.0

@@ -1,40 +1,51 @@
-"""A program's output beside the expected one."""
+"""A program's output and a function's result beside the expected one."""
+
+from pathlib import Path
 
 import pytest
 
+from megatron_r1.files.jsonl import read_lines
 from megatron_r1.rewards.code.compare import equal_output, equal_result
 
+CASES = list(read_lines(Path(__file__).with_name("comparisons.jsonl")))
 
-@pytest.mark.parametrize(
-    ("actual", "expected", "tolerance", "same"),
-    [
-        (b"1\n2\n", "1\n2", None, True),
-        (b"1\n", "1\n2", None, False),
-        (b"1\n2\n3", "1\n2", None, False),
-        (b"1  2", "1 2", None, True),
-        (b"1 2 3", "1 2", 0.0, False),
-        (b"1.0", "1", None, False),
-        (b"1.0", "1", 0.0, True),
-        (b"1.001", "1", 0.001, True),
-        (b"1.0011", "1", 0.001, False),
-        (b"2002", "2000", 0.001, True),  # relative to the expected one
-        (b"9007199254740993", "9007199254740992", 0.0, False),
-    ],
-)
-def test_lines_and_tokens(actual, expected, tolerance, same):
-    assert equal_output(actual, expected, tolerance) is same
+
+@pytest.mark.parametrize("kind", ["output", "result"])
+def test_outputs_are_compared_token_by_token_and_results_as_values(kind):
+    compare = {"output": equal_output, "result": equal_result}[kind]
+    cases = [case for case in CASES if case["kind"] == kind]
+    wrong = [
+        case
+        for case in cases
+        if compare(case["actual"].encode(), case["expected"], case.get("tolerance"))
+        is not case["equal"]
+    ]
+    assert cases and wrong == []
 
 
 @pytest.mark.parametrize(
-    ("actual", "expected", "tolerance", "same"),
+    ("actual", "expected", "equal"),
     [
-        (b"[1, 2]", [1, 2], None, True),
-        (b"[1]", [1, 2], None, False),
-        (b'{"a": 1}', {"a": 1.5}, 0.5, True),
-        (b'{"a": 1}', {"b": 1}, 0.5, False),
-        (b"NaN", float("nan"), 1.0, False),
-        (b"not JSON", "not JSON", None, False),
+        ("9" * 10**6, "1", False),
+        ("1" + "0" * 999 + ".0", "1" + "0" * 999, True),
+        ("1" + "0" * 998 + "1", "1" + "0" * 999, False),
     ],
+    ids=["digits", "equal", "another digit"],
 )
-def test_json_values(actual, expected, tolerance, same):
-    assert equal_result(actual, expected, tolerance) is same
+def test_long_outputs(actual, expected, equal):
+    assert equal_output(actual.encode(), expected, 0) is equal
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "equal"),
+    [
+        (b"[" * 10**6, [], False),
+        (b"9" * 10**6, 1, False),
+        (b"9" * 5_000, 10**5_000 - 1, True),
+        (b"9" * 5_000, 10**5_000 - 2, False),
+        (b"NaN", float("nan"), False),
+    ],
+    ids=["brackets", "digits", "5,000 digits", "another digit", "NaN"],
+)
+def test_long_results(actual, expected, equal):
+    assert equal_result(actual, expected, None) is equal
