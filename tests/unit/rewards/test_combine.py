@@ -143,7 +143,7 @@ def response(text):
 
 def grade_at(steps, text, prompt, **rewards):
     async def all_steps():
-        async with RewardPool(1) as pool:
+        async with RewardPool(1, timeout_seconds=300) as pool:
             config = RewardsConfig(**rewards)
             tested, of_steps = grader(pool, config), (weights_at(config.weights, s) for s in steps)
             return [(await tested.grade(prompt, [response(text)], w))[0] for w in of_steps]
@@ -181,7 +181,7 @@ def test_options_reach_the_prompts_own_kind_and_the_prompt_wins():
 
 def test_a_term_without_its_options_is_an_error_before_anything_starts():
     async def check(**rewards):
-        async with RewardPool(1) as pool:
+        async with RewardPool(1, timeout_seconds=300) as pool:
             prompt = make_prompt("2 + 11?", "format", None, {})
             config = RewardsConfig(**rewards)
             await grader(pool, config).check_rewards(config.weights, [prompt])
@@ -198,7 +198,7 @@ def test_a_term_that_fails_on_every_answer_stops_the_run():
     prompt = make_prompt("2 + 11?", "format", None, {})
     options = {"language": {"target": "fr"}}
     responses = grade_at((1, 1), GOOD, prompt, weights={"language": 1.0}, options=options)
-    with refused("language", Cause.FAILED, 2, "'fr'"):
+    with refused("rewards.weights.language", Cause.FAILED, 2, "'fr'"):
         check_grades([Group(prompt, [], responses)], 1.0)
     fine = grade_at((1,), GOOD, prompt, weights={"accuracy": 1.0})
     check_grades([Group(prompt, [], responses + fine)], 1.0)
