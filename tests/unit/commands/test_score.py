@@ -64,7 +64,7 @@ def test_a_kind_may_be_given_for_the_lines_that_name_none(folder, capsys):
         {"kind": "graders:nap", "response": "0"},
         {"kind": "maths", "response": GOOD},
     ]
-    graded = scored(folder, lines, "--data.kind", "math")
+    graded = scored(folder, lines, "--data.kind", "math", "--rewards.workers", "1")
     assert [line["reward"] for line in graded] == [1.0, 1.0, 0.0]
     assert [line["kind"] for line in graded] == ["math", "graders:nap", "maths"]
     assert "maths" in capsys.readouterr().out
@@ -102,7 +102,7 @@ UNGRADABLE = [
 def test_a_line_that_cannot_be_graded_gets_0_and_stops_no_other(folder):
     good = {"kind": "math", "response": GOOD, "truth": "13"}
     lines = [line for bad, _ in UNGRADABLE for line in (good, bad)]
-    graded = scored(folder, [*lines, good])
+    graded = scored(folder, [*lines, good], "--rewards.workers", "1")
     assert all(line["reward"] == 1.0 for line in graded[::2])
     for line, (_, reason) in zip(graded[1::2], UNGRADABLE, strict=True):
         assert line["reward"] == 0.0, line

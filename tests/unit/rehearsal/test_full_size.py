@@ -20,6 +20,7 @@ def plant_all_pairs(monkeypatch):
     monkeypatch.setattr(links, "largest_bundle", lambda transport: 1e-9)
 
 
+@pytest.mark.more
 def test_a_trainer_rank_with_too_many_links_is_refused(monkeypatch):
     monkeypatch.chdir(RECIPE.parents[2])
     plant_all_pairs(monkeypatch)
