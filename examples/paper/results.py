@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.paper.tables import SECONDS, PaperComparison, PaperTable, split
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.workflow.results import Spread
 
 
@@ -25,7 +25,11 @@ class Results:
     def read(cls, path: Path) -> Results:
         """Read report.json; raise UserError if there is none."""
         if not path.is_file():
-            raise UserError(f"{path}: no pipeline has written it; run one first")
+            raise UserError(
+                f"{path}: no pipeline has written it; run one first",
+                key="report.json",
+                cause=Cause.NOT_FOUND,
+            )
         return cls(json.loads(path.read_text(encoding="utf-8")))
 
     @property

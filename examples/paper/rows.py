@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.files.jsonl import read_lines, write_lines
 
 
@@ -13,7 +13,11 @@ def first(folder: str, examples: str, count: int) -> None:
     """Write sft.jsonl: the first `count` of `examples`; raise UserError if there are fewer."""
     rows = list(read_lines(Path(examples)))
     if len(rows) < count:
-        raise UserError(f"{examples}: {count} examples are needed, but it has {len(rows)}")
+        raise UserError(
+            f"{examples}: {count} examples are needed, but it has {len(rows)}",
+            key="examples",
+            cause=Cause.TOO_LARGE,
+        )
     write_lines(Path(folder) / "sft.jsonl", rows[:count])
 
 

@@ -43,7 +43,7 @@ class WandbTracker:
         if identity is None:
             identity = secrets.token_hex(4)
             run.keep(NAME, identity)
-        options = {
+        options: dict[str, Any] = {
             "project": run.project,
             "name": run.folder.name,
             "id": identity,
@@ -52,7 +52,7 @@ class WandbTracker:
             "config": dict(run.settings),
         }
         # The live view redraws the terminal, of which W&B would record every frame.
-        settings = {"console": "off", "silent": True, "init_timeout": START_SECONDS}
+        settings: dict[str, Any] = {"console": "off", "silent": True, "init_timeout": START_SECONDS}
         settings["finish_timeout"] = FINISH_SECONDS
         self.notes: list[str] = []
         try:
