@@ -31,8 +31,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(SYSTEM), os.environ.get("PYTHONPATH", "")])
     os.environ["PYTHONWARNINGS"] = "ignore"
     folder = Path(_servers.enter_context(tempfile.TemporaryDirectory(prefix="f")))
+    temporary = {"TMPDIR": str(folder)}  # of packages that make folders when they are imported
     started = [
-        _servers.enter_context(shared_server(module, folder, environment))
+        _servers.enter_context(shared_server(module, folder, environment | temporary))
         for module, environment in (
             (ENGINE, engine_environment("cpu", 2, 1)),
             (RANK, import_environment()),

@@ -9,7 +9,11 @@ because of a CPU. Code that has to choose between two settings or two layers cal
 Processes that run transformers or vLLM must not call `prepare()`: both choose their device by
 `torch.cuda`, whose patched functions would mislead them."""
 
+import contextlib
+import sys
 import warnings
+from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -70,13 +74,31 @@ def prepare(local_rank: int = 0) -> torch.device:
     check_megatron()
     if _REAL_CUDA:
         torch.cuda.set_device(local_rank)
-    elif not _prepared:
-        with without_garbage_collection():  # patches import what they change
-            for patch in PATCHES:
-                patch.install()
-        keep_freed_memory()
+    if not _prepared:
+        with without_garbage_collection(), _without_wandb():
+            for patch in PATCHES if not _REAL_CUDA else ():
+                patch.install()  # imports what it changes
+            for module in ("timers", "inference.engines.dynamic_engine"):
+                import_module(f"megatron.core.{module}")
+        if not _REAL_CUDA:
+            keep_freed_memory()
         _prepared = True
     return device()
+
+
+@contextlib.contextmanager
+def _without_wandb() -> Iterator[None]:
+    """Hide W&B from Megatron's modules, which import it where it is installed, for reports that we
+    do not ask for: a second of each rank's start, and temporary folders that a killed rank leaves.
+    """
+    if "wandb" in sys.modules:
+        yield
+        return
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["wandb"]
 
 
 def join_process_group() -> None:

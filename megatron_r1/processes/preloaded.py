@@ -96,6 +96,8 @@ class Importer:
     def __init__(self, module: str, environment: Mapping[str, str]) -> None:
         self._owner = os.getpid()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
+        # Some packages make temporary folders when they are imported, W&B for example.
+        self._scratch = tempfile.TemporaryDirectory(prefix="r1_", ignore_cleanup_errors=True)
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
@@ -103,7 +105,7 @@ class Importer:
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
-                **_options(environment),
+                **_options({**environment, "TMPDIR": self._scratch.name}),
             )
 
     @property
@@ -132,6 +134,7 @@ class Importer:
             self._channel.close()
             children.kill(self._process)
             self._output.close()
+            self._scratch.cleanup()
 
 
 _importers: dict[str, Importer] = {}

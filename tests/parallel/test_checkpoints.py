@@ -54,7 +54,7 @@ def test_so_it_does_along_every_other_axis(oracle, tmp_path):
     ("num_ranks", "grid"),
     [
         (1, "dp1"),
-        (2, "dp2"),
+        pytest.param(2, "dp2", marks=pytest.mark.more),
         pytest.param(4, "tp2xep2", marks=pytest.mark.slow),
         pytest.param(4, "pp2xvp2xdp2", marks=pytest.mark.slow),
     ],

@@ -37,6 +37,7 @@ def test_logits_gradients_and_checkpoints_equal_transformers(oracle, out, num_ra
     compare(oracle, out, num_ranks, models, grids)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "num_ranks, count, grids",
     [

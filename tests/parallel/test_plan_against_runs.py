@@ -12,6 +12,8 @@ from megatron_r1.config.hardware import HARDWARE
 from tools.plan.job import PlannedJob
 from tools.plan.memory import CRITIC, PERSISTENT, rank_memory
 
+pytestmark = pytest.mark.more
+
 ROOT = Path(__file__).parents[2]
 
 # Large enough that Megatron's padding and unsharded remainders are small, as in a real run.

@@ -8,6 +8,8 @@ from ranks import run_ranks
 from megatron_r1.config.hardware import HARDWARE, Assumptions, link_rate
 from tools.plan.calibrate import calibrated
 
+pytestmark = pytest.mark.more
+
 HERE = Path(__file__).parent
 
 

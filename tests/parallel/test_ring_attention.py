@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 
+pytestmark = pytest.mark.more
+
 HERE = Path(__file__).parent
 # Of numbers of order 1, over sums of up to 240 terms.
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 0.05}

@@ -7,6 +7,8 @@ import pytest
 from ranks import run_ranks, run_script
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.more
+
 HERE = Path(__file__).parent
 MODEL = "deepseek-yarn-mtp"
 # fp32 sums in another order; 2e-6 is seen.

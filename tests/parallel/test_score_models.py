@@ -6,6 +6,8 @@ import pytest
 from ranks import run_ranks
 from scored_models import models_on
 
+pytestmark = pytest.mark.more
+
 HERE = Path(__file__).parent
 TWO_RANKS = ["tp2", "pp2", "cp2", "dp2", "ep2", "pp2xvp2"]
 FOUR_RANKS = ["tp2xpp2", "tp2xcp2", "tp2xdp2", "cp2xdp2", "tp2xetp2", "pp2xcp2"]

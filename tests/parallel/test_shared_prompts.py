@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 
+pytestmark = pytest.mark.more
+
 HERE = Path(__file__).parent
 NAMES = ["qwen-untied", "deepseek-yarn-mtp"]
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import command, environment, run
 from run_progress import lines, wait_for, wait_for_step
+from waiting import wait_until
 
 from megatron_r1.files.framed import FramedFile
 from megatron_r1.rl.sample_record import Accepted, GroupRecord, decode, encode
@@ -40,9 +42,27 @@ def temporary():
 
 @pytest.fixture(scope="module")
 def finished(base, temporary) -> Path:
+    """The folder of a run that was killed after its first step and started again."""
+    folder = base / "rl"
+    with tempfile.TemporaryDirectory(prefix="tmp") as killed_run_s:
+        process = start(base, folder=folder, steps=3, more={"TMPDIR": killed_run_s})
+        wait_for_step(process, folder, 1)
+        process.kill()  # of what it has started, nothing else is
+        process.wait()
+        wait_until(lambda: left_behind(folder) == [])
+    # As a crash in the middle of a write would leave it.
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "rew')
     done = run("rl", base / "rl.yaml", more={"TMPDIR": str(temporary)})
     assert done.returncode == 0, done.stderr + done.stdout
-    return base / "rl"
+    return folder
+
+
+def test_after_kill_9_the_same_command_continues(finished):
+    first, *_ = lines(finished / "metrics.jsonl")
+    assert first["groups/replayed"] == 4, "what was sampled before is not sampled again"
+    trained = [s["step"] for s in lines(finished / "samples.jsonl") if s["split"] == "train"]
+    assert len(set(Counter(trained).values())) == 1, "a sample is there twice, or lost"
 
 
 def test_no_temporary_file_is_left(finished, temporary):
@@ -149,12 +169,17 @@ def test_the_export_answers_greedily_as_the_trainer_does(finished):
 
 
 def start(
-    base: Path, *more: object, steps: int = 6, folder: Path | None = None
+    base: Path,
+    *options: object,
+    steps: int = 6,
+    folder: Path | None = None,
+    more: dict[str, str] | None = None,
 ) -> subprocess.Popen:
-    settings = ["--run.folder", folder or base / "killed", "--run.steps", steps, *more]
+    """more: environment variables."""
+    settings = ["--run.folder", folder or base / "killed", "--run.steps", steps, *options]
     return subprocess.Popen(
         command("rl", base / "rl.yaml", *settings),
-        env=environment(),
+        env=environment() | (more or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
