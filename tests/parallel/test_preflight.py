@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from ranks import run_ranks
 
 from megatron_r1.config.hardware import HARDWARE, Assumptions, link_rate
