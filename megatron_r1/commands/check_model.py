@@ -21,11 +21,11 @@ import msgspec
 import psutil
 
 from megatron_r1.config import Config, ParallelConfig
-from megatron_r1.errors import Cause, RunError, UserError
+from megatron_r1.errors import RunError, UserError
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.files import atomic_write
 from megatron_r1.model_check.comparison import by_megatron, by_vllm
-from megatron_r1.model_check.findings import Findings, NotCompared, ReferenceResult
+from megatron_r1.model_check.findings import Findings, NotCompared, ReferenceResult, Refusal
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_divisions, check_supported
 from megatron_r1.processes.lifetime import die_with_parent
@@ -135,14 +135,11 @@ def _reference(config: Config, plain: Path, scratch: Path) -> ReferenceResult:
             "with fewer layers"
         )
     if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        if "Traceback" in done.stderr:
+        if not out.exists():
+            lines = done.stderr.strip().splitlines()
             raise RunError(f"{folder}: transformers failed:\n" + "\n".join(lines[-8:]))
-        raise UserError(
-            lines[-1] if lines else f"ended with {done.returncode}",
-            key=ARGUMENTS[0],
-            cause=Cause.FAILED,
-        )
+        refusal = msgspec.json.decode(out.read_bytes(), type=Refusal)
+        raise UserError(refusal.message, key=refusal.key, cause=refusal.cause)
     return msgspec.json.decode(out.read_bytes(), type=ReferenceResult)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from megatron_r1.errors import Cause
+
 TOLERANCE = 1e-4
 """The largest difference in float32; about 1e-5 is seen, of sums in another order."""
 
@@ -27,6 +29,14 @@ class ReferenceResult(msgspec.Struct):
         """The largest difference that counts as agreement: both sides have rounding of their
         own."""
         return max(TOLERANCE, 2 * self.noise)
+
+
+class Refusal(msgspec.Struct):
+    """The UserError of `model_check.reference`."""
+
+    message: str
+    key: str
+    cause: Cause
 
 
 class NotCompared(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.errors import Cause, UserError
-from megatron_r1.model_check.findings import ReferenceResult
+from megatron_r1.model_check.findings import ReferenceResult, Refusal
 from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.weights.stored.hf_weights import HfWeights
@@ -170,5 +170,7 @@ if __name__ == "__main__":
     try:
         found = main(Path(sys.argv[1]), sys.argv[2], sys.argv[3] != "none", Path(sys.argv[4]))
     except UserError as error:
+        refusal = Refusal(str(error), error.key, error.cause)
+        Path(sys.argv[5]).write_bytes(msgspec.json.encode(refusal))
         sys.exit(str(error))
     Path(sys.argv[5]).write_bytes(msgspec.json.encode(found))
