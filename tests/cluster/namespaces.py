@@ -18,7 +18,7 @@ def ip(*arguments: object) -> None:
 def obstacle() -> str | None:
     """Why there can be no namespaces here; None if there can."""
     if os.geteuid() != 0:
-        return "network namespaces need root"
+        return "network namespaces need root: run the tests as root"
     name = f"mr1try{os.getpid()}"
     try:
         ip("netns", "add", name)

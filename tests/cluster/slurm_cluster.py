@@ -61,7 +61,7 @@ def obstacle() -> str | None:
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if missing:
         return f"{', '.join(missing)} not found; on Debian: apt-get install slurm-wlm munge"
-    return None if os.geteuid() == 0 else "a Slurm of our own needs root"
+    return None if os.geteuid() == 0 else "a Slurm of its own needs root: run the tests as root"
 
 
 class Cluster:

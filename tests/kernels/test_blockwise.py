@@ -101,7 +101,8 @@ def test_there_and_back_is_the_definition_bit_for_bit(backend, size, block, dtyp
 @pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 def test_vllm_quantizes_to_the_same_bits(block, backend):
-    deep_gemm = pytest.importorskip("vllm.utils.deep_gemm")
+    from vllm.utils import deep_gemm
+
     x = matrix(300, 200, torch.bfloat16, seed=1)
     q, scale_inv = quantize_blockwise(x, block=block, backend=backend)
     expected_q, expected_scale = deep_gemm.per_block_cast_to_fp8(x, list(block), use_ue8m0=False)

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("vllm")
-
 from megatron_r1.vllm_plugin import delivery
 from megatron_r1.vllm_plugin.memory_layout import PlacedParameter
 from megatron_r1.vllm_plugin.recorder import CheckpointParameter

@@ -7,9 +7,6 @@ from queue import Queue
 from types import SimpleNamespace
 
 import pytest
-
-pytest.importorskip("vllm")
-
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 from vllm.v1.worker import gpu_worker
 

@@ -8,6 +8,8 @@ import os
 import signal
 from functools import partial
 
+import anthropic
+import openai
 import pytest
 from fakes.gateway import check_tree
 from tiny_models import QWEN, write_model
@@ -19,8 +21,6 @@ from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from tests.chat_tokenizer import chat_tokenizer
 
 pytestmark = pytest.mark.slow  # three starts of vLLM
-openai = pytest.importorskip("openai")
-anthropic = pytest.importorskip("anthropic")
 ROOM = 8192
 TOOL = {"name": "calculate", "parameters": {"type": "object", "properties": {}}}
 
@@ -133,7 +133,7 @@ def run_agent(kind, url, key):
 
 @pytest.mark.parametrize("kind", ["ToolCallingAgent", "CodeAgent"])
 def test_smolagents(play, kind):
-    pytest.importorskip("smolagents")
+    pytest.importorskip("smolagents", reason="make test-packages")
 
     async def agent(gateway, session, calls):
         return await asyncio.to_thread(

@@ -9,8 +9,6 @@ import pytest
 from command_line import run
 
 pytestmark = pytest.mark.slow  # two starts of vLLM and of a trainer
-pytest.importorskip("openai")
-pytest.importorskip("anthropic")
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}"
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"

@@ -3,16 +3,13 @@
 import pytest
 import torch
 
-from megatron_r1.weight_sync.table import slot_view
-
-pytest.importorskip("vllm")
-
 from megatron_r1.vllm_plugin.memory_layout import (
     GAP_BYTES,
     lay_out,
     with_gaps,
 )
 from megatron_r1.vllm_plugin.recorder import CheckpointParameter, LoaderCopy
+from megatron_r1.weight_sync.table import slot_view
 
 TENSORS = {
     "gate": torch.randn(4, 8).bfloat16(),

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not (FETCHED / "packages/gguf").exists(),
-        reason="SmolLM2 is not fetched: make demo-pretrained",
+        reason="make smollm2",
     ),
 ]
 

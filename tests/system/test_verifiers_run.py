@@ -33,9 +33,7 @@ checkpoint: {{every: 1}}
 """
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not AGENTS_PYTHON.exists(), reason="verifiers is not installed: make agents"
-    ),
+    pytest.mark.skipif(not AGENTS_PYTHON.exists(), reason="make agents"),
 ]
 
 

@@ -3,11 +3,10 @@
 import asyncio
 import json
 
+import anthropic
+import openai
 import pytest
 from fakes.gateway import check_tree, gateway
-
-openai = pytest.importorskip("openai")
-anthropic = pytest.importorskip("anthropic")
 
 CALL = (
     "<think>\nhm\n</think>\n\nLet me see.<tool_call>\n"

@@ -417,8 +417,9 @@ def test_a_program_that_hangs_is_killed(tmp_path, monkeypatch, clock):
     assert wait_until_dead(int(pid.read_text()))
 
 
+@pytest.mark.more
 def test_smolagents_unmodified():
-    smolagents = pytest.importorskip("smolagents")
+    smolagents = pytest.importorskip("smolagents", reason="make test-packages")
 
     @smolagents.tool
     def calculate(expression: str) -> str:

@@ -88,7 +88,7 @@ def test_other_sizes_and_unknown_or_incomplete_configurations_pass(hf):
 def test_the_sizes_are_those_of_the_installed_vllm():
     spec = find_spec("vllm")
     if spec is None or spec.origin is None:
-        pytest.skip("vllm is not installed")
+        pytest.skip("no vLLM: make setup")
     package = Path(spec.origin).parent
     attention = (package / "v1/attention/backends/cpu_attn.py").read_text()
     listed = [size for size in cpu_kernels.HEAD_SIZES if size != 48]

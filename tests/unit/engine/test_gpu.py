@@ -25,7 +25,7 @@ def test_it_agrees_with_torch_and_does_not_import_it():
     assert done.stdout.split() == [str(torch.cuda.is_available()), "False"], done.stderr
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="a driver's stand-in is compiled with gcc")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="apt-get install gcc")
 @pytest.mark.parametrize(
     ("built_for_cuda", "status", "devices", "usable"),
     [(True, 0, 2, True), (True, 0, 0, False), (True, 100, 2, False), (False, 0, 2, False)],

@@ -19,6 +19,8 @@ from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.gym import SUITES
 from megatron_r1.evaluation.benchmarks.packed_tests import decode_tests
 from megatron_r1.evaluation.prompt_sets import load_prompt_sets
+from megatron_r1.rewards import code
+from megatron_r1.rewards.sandbox import programs
 
 
 def load(name, path=None, **entry):
@@ -195,8 +197,6 @@ def test_a_bomb_is_refused_before_it_is_unpacked(monkeypatch):
 
 def test_code_problems_are_ones_the_code_reward_can_judge(tmp_path):
     """The truths go through the reward itself, in the sandbox where there is one."""
-    code = pytest.importorskip("megatron_r1.rewards.code")
-    programs = pytest.importorskip("megatron_r1.rewards.sandbox.programs")
     try:
         programs.require_sandbox("python")
         programs.require_sandbox("cpp")
@@ -289,7 +289,8 @@ def test_suites_need_no_data_and_are_the_same_every_time(suite):
 def test_no_suite_has_syllogism_while_its_grader_accepts_undistributed_middles():
     """All A are B and some B are C does not give some A are C: B is distributed in neither premise.
     Once reasoning-gym rejects it, the task can return to the suites."""
-    gym = pytest.importorskip("reasoning_gym.logic.syllogisms")
+    from reasoning_gym.logic import syllogisms as gym
+
     a, b, c = gym.SyllogismDataset.DEFAULT_TERMS[:3]
     premises = (gym.Quantifier.ALL, a, b), (gym.Quantifier.SOME, b, c)
     conclusion = (gym.Quantifier.SOME, a, c)
