@@ -53,15 +53,16 @@ def test_read_hf_config_resolves_the_names_transformers_may_write(tmp_path):
     assert models.read_hf_config(tmp_path)["num_nextn_predict_layers"] == 1
 
 
-def refusals():
-    """Changes of a model's config.json or of section parallel, and what they are refused for."""
-    lines = Path(__file__).with_name("config_refusals.jsonl").read_text().splitlines()
-    for case in map(json.loads, lines):
-        changes = json.dumps(case.get("changes") or case.get("parallel"))
-        yield pytest.param(case, id=f"{case['model']}-{changes[:60]}")
+# Changes of a model's config.json or of section parallel, and what they are refused for.
+REFUSALS = [
+    json.loads(line)
+    for line in Path(__file__).with_name("config_refusals.jsonl").read_text().splitlines()
+]
 
 
-@pytest.mark.parametrize("case", refusals())
+@pytest.mark.parametrize(
+    "case", REFUSALS, ids=lambda case: str(case.get("changes") or case.get("parallel"))[:60]
+)
 def test_what_would_be_computed_otherwise_is_refused(case):
     hf = BASES[case["model"]] | case.get("changes", {})
     with refused(case["key"], case["cause"], *case.get("shows", ())):

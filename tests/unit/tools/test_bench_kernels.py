@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from refusals import raised
 
 from tools.bench.kernels import measure, supervise, table
 from tools.bench.kernels.calls import OURS, Implementation
@@ -194,9 +195,9 @@ def test_the_table_says_ratios_and_shares_and_reasons():
 
 def test_presets_and_sizes_are_checked():
     assert PRESETS["shard"].shard == 16_160
-    with pytest.raises(ValueError, match="vocab 10 does not divide by tp 3"):
+    with raised(ValueError, "vocab 10", "tp 3"):
         ProblemSizes(tokens=8, vocab=10, hidden=1, dtype="float32", tp=3)
-    with pytest.raises(ValueError, match="tokens is 12: give a multiple of 8"):
+    with raised(ValueError, "tokens", 12, 8):
         ProblemSizes(tokens=12, vocab=10, hidden=1, dtype="float32")
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from refusals import raised
 
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.engine_sets import Entry
@@ -55,7 +56,7 @@ def test_tasks_that_wait_for_each_other_are_an_error():
     tasks = Tasks()
     both = tasks.add([0, 1], [1.0, 1.0], through([0, 1]))
     tasks.wait(both, both[::-1])
-    with pytest.raises(ValueError, match="2 tasks wait for each other"):
+    with raised(ValueError, 2):
         tasks.finish_times(np.ones(2))
 
 

@@ -1,8 +1,9 @@
 """The folder of a conversion that is killed while it is finished."""
 
 import pytest
+from refusals import refused
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 from tools.convert import work_folder
 from tools.convert.work_folder import WorkFolder
 
@@ -32,7 +33,7 @@ def test_it_is_continued_and_by_no_other_plan(out, monkeypatch, place):
             patch.setattr(work_folder, "fsync", killed)
         with pytest.raises(KeyboardInterrupt):
             work.finish(killed if place == "last" else lambda folder: None)
-    with pytest.raises(UserError, match="unfinished conversion of something else"):
+    with refused("out", Cause.CHANGED):
         WorkFolder(out, OTHER)
     seen = []
     WorkFolder(out, PLAN).finish(lambda folder: seen.extend(folder.iterdir()))

@@ -4,10 +4,11 @@ import json
 
 import pytest
 from r1_kernels import linear_head
+from refusals import refused
 
 from megatron_r1.config import Config
 from megatron_r1.config.hardware import HARDWARE
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 from megatron_r1.trainer_client import cpu_memory as memory
 from megatron_r1.trainer_client.cpu_memory import (
     CPUMemory,
@@ -89,9 +90,9 @@ def test_a_micro_batch_is_what_the_free_memory_has_room_for():
     assert tokens(8) == int((0.9 * 8 - 6) * 1024)
     assert tokens(64, 20_000) == 20_000
     assert tokens(6.4) == tokens(5.5) == memory.FEWEST_TOKENS  # where the rest may be shared pages
-    with pytest.raises(UserError, match=r"about 6\.5 GiB .* 5\.4 are free: lower parallel\.proc"):
+    with refused("parallel.processes", Cause.TOO_LARGE, "6.5 GiB", 5.4):
         tokens(5.4)
-    with pytest.raises(UserError, match=r"16,384 tokens 16\.0.*tokens_per_microbatch out.*1,228"):
+    with refused("parallel.tokens_per_microbatch", Cause.TOO_LARGE, "16,384", 16.0, "1,228"):
         tokens(8, 16_384)
 
 

@@ -3,7 +3,9 @@ import random
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
+from megatron_r1.errors import Cause
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer_client.packing import pack
 from megatron_r1.trainer_client.sample_cost import active_parameters, balance_length, sample_cost
@@ -56,7 +58,7 @@ def test_tokens_fill_the_microbatches_that_memory_allows():
 
 
 def test_fewer_samples_than_ranks_is_refused():
-    with pytest.raises(ValueError, match="3 samples cannot be spread over 4"):
+    with refused("parallel.processes", Cause.TOO_LARGE, 3, 4):
         pack([1, 1, 1], 4, 100)
 
 
@@ -92,5 +94,5 @@ def test_pairs_stay_together_in_their_order(ranks):
 
 
 def test_fewer_pairs_than_ranks_are_refused():
-    with pytest.raises(ValueError, match="2 units of 2 samples cannot be spread over 3"):
+    with refused("parallel.processes", Cause.TOO_LARGE, 2, 3):
         pack([1, 1, 1, 1], 3, 100, unit=2)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from refusals import refused
 
 from megatron_r1.config import CheckpointConfig
-from megatron_r1.errors import TrainerError, UserError
+from megatron_r1.errors import Cause, TrainerError
 from megatron_r1.trainer_client.checkpoint_series import CheckpointSeries
 from megatron_r1.training.checkpoints import finding, manifest
 
@@ -178,7 +179,7 @@ def test_with_nothing_but_damage_the_run_refuses_and_deletes_nothing(tmp_path):
     flip(tmp_path / "step_00000004/__0_0.distcp")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     for _ in range(2):
-        with pytest.raises(UserError) as error:
+        with refused("checkpoint", Cause.EMPTY) as error:
             open_and_verify(tmp_path)
         message = str(error.value)
         assert "step_00000004: __0_0.distcp does not have the checksum" in message
@@ -190,7 +191,7 @@ def test_with_nothing_but_damage_the_run_refuses_and_deletes_nothing(tmp_path):
 def test_nothing_is_renamed_before_a_good_one_is_found(tmp_path):
     for step in (2, 4, 6):
         flip(make(tmp_path, step) / "__0_0.distcp")
-    with pytest.raises(UserError) as error:
+    with refused("checkpoint", Cause.EMPTY) as error:
         open_and_verify(tmp_path)
     for step in (2, 4, 6):
         assert f"step_{step:08d}: __0_0.distcp does not have the checksum" in str(error.value)
@@ -203,7 +204,7 @@ def test_what_was_set_aside_keeps_a_run_from_starting_over(tmp_path):
     truncate(tmp_path / "step_00000004")
     open_and_verify(tmp_path)
     shutil.rmtree(tmp_path / "step_00000002")
-    with pytest.raises(ValueError, match="step_00000004.damaged: set aside earlier"):
+    with refused("checkpoint", Cause.EMPTY, "step_00000004.damaged"):
         open_and_verify(tmp_path)
 
 

@@ -5,6 +5,7 @@ from array import array
 from types import SimpleNamespace
 
 import pytest
+from refusals import raised
 from small_fleet import SmallFleet
 from torch.distributed import TCPStore
 
@@ -67,10 +68,10 @@ def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_fails(is_closed_fi
         if is_closed_first:
             bridge.close()
         trainer.goes.set()
-        with pytest.raises(NoWeights, match="engine-0: no weights for it: trainer rank 0 was"):
+        with raised(NoWeights, "engine-0", "rank 0"):
             await feeding
         bridge.close()
-        with pytest.raises(NoWeights, match="engine-0: "):
+        with raised(NoWeights, "engine-0"):
             await waiting
         await engine.client.close()
 
@@ -143,12 +144,12 @@ def test_an_engine_that_fails_the_probes_does_not_join(monkeypatch):
     monkeypatch.setattr("megatron_r1.fleet.engine.LAST_WORDS_SECONDS", 0.0)
     feed(SmallTrainer(), SmallClient())
     broken = SmallClient(ConnectionBroken("cut"))
-    with pytest.raises(EngineDied, match="engine-3 was lost: cut"):
+    with raised(EngineDied, "engine-3", "cut"):
         feed(SmallTrainer(), broken, probes=[[1, 2]])
 
 
 def test_an_engine_that_the_trainer_could_not_send_to_does_not_join():
-    with pytest.raises(EngineDied, match="engine-3 was lost during a push: Connection reset"):
+    with raised(EngineDied, "engine-3", "Connection reset"):
         feed(SmallTrainer([[0]]), SmallClient())
 
 
@@ -270,8 +271,7 @@ class TrainerThatConnectsNone(SmallTrainer):
 def test_an_engine_that_cannot_connect_has_the_problem_of_its_set_named_too():
     async def story():
         bridge = sharing_bridge(TrainerThatConnectsNone(), SmallFleet(engines(2)))
-        both = "takes no pushes; then, alone: trainer rank 0 cannot connect to it: offer/3"
-        with pytest.raises(EngineError, match=f"engine-0: .*{both}"):
+        with raised(EngineError, "engine-0", "takes no pushes", "offer/3"):
             await bridge.open()
 
     asyncio.run(story())

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from refusals import raised
 from torch.distributed import TCPStore
 
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
@@ -70,8 +71,7 @@ def test_drafters_have_every_slice_of_mtp_layers_too(make_world, layout):
 
 def test_an_engine_whose_drafter_takes_no_pushes_is_refused(make_world):
     tensors = draw(DEEPSEEK_MTP, 1, with_mtp=True)
-    problem = r"takes no pushes of \d+ tensors: model\.layers\.4\.enorm\.weight, .*, \.\.\."
-    with pytest.raises(SetFailed, match=problem):
+    with raised(SetFailed, "model.layers.4.enorm.weight"):
         make_world(DEEPSEEK_MTP, GRID, SPREAD, tensors, engines=2, table=plain_table, drafts=True)
 
 
@@ -184,18 +184,18 @@ def test_damage_in_the_exchange_is_refused_with_the_tensor_s_name(
     monkeypatch.setattr(BucketPacker, "pack", damaged)
     world.send(1)
     for receiver in world.receivers.values():
-        with pytest.raises(ValueError, match=r"1 tensors arrived otherwise.*through engine [01]"):
+        with raised(ValueError, "engine"):
             receiver.buffer.wait(1, 0, 20)
 
 
-def wait_without_rank_3(world, message):
-    """What trainer rank 3 sends to fails with `message`; all others are complete."""
+def wait_without_rank_3(world):
+    """What trainer rank 3 sends to fails, naming it; all others are complete."""
     positions = {rank for (_, rank), r in world.receivers.items() if 3 in r.buffer.deliveries}
     for place, receiver in world.receivers.items():
         if place[1] not in positions:
             receiver.buffer.wait(1, 0, 20)
             continue
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="trainer ranks? 3[^0-9,]"):
             receiver.buffer.wait(1, 0, 20)
 
 
@@ -203,7 +203,7 @@ def test_a_trainer_rank_that_does_not_send_is_named_on_all_engines(make_world):
     tensors = draw(DEEPSEEK, 1)
     world = make_world(DEEPSEEK, GRID, SPREAD, tensors, engines=2, seconds=2, table=plain_table)
     world.send(1, ranks=(0, 1, 2))
-    wait_without_rank_3(world, r"rank \d: .*after 2 s trainer ranks 3 have not")
+    wait_without_rank_3(world)
 
 
 def test_a_trainer_rank_that_ends_is_named_on_all_engines(make_world):
@@ -211,7 +211,7 @@ def test_a_trainer_rank_that_ends_is_named_on_all_engines(make_world):
     world = make_world(DEEPSEEK, GRID, SPREAD, tensors, engines=2, table=plain_table)
     world.senders[3].disconnect(world.name)
     world.send(1, ranks=(0, 1, 2))
-    wait_without_rank_3(world, "trainer rank 3: ")
+    wait_without_rank_3(world)
 
 
 def test_an_engine_rank_that_ends_is_named_by_the_others_at_its_position(make_world):
@@ -220,13 +220,13 @@ def test_an_engine_rank_that_ends_is_named_by_the_others_at_its_position(make_wo
     world.receivers[1, 2].close()
     world.send(1)
     for engine in (0, 2):
-        with pytest.raises(ValueError, match="rank 2 of engine 1 of the set has died or hangs"):
+        with raised(ValueError, "rank 2 of engine 1"):
             world.receivers[engine, 2].buffer.wait(1, 0, 60)
 
 
 def test_engines_that_need_different_tensors_are_refused(make_world):
     tensors, layouts = draw(QWEN, 1), iter([EngineLayout(), EngineLayout(tensor=2)])
-    with pytest.raises(SetFailed, match="rank 0 of engine 1 needs other tensors"):
+    with raised(SetFailed, "rank 0 of engine 1"):
         make_world(
             QWEN,
             TrainerGrid(1),

@@ -16,6 +16,7 @@ from one_receiver import (
     OneReceiver,
     expected_values,
 )
+from refusals import raised
 from torch.distributed import TCPStore
 
 from megatron_r1.engine.errors import PushIncomplete
@@ -126,8 +127,7 @@ def test_equal_engines_share_one_table():
 def test_a_trainer_rank_that_sends_nothing_is_named(make_world, transport):
     world = make_world(transport, SLOTS, BY_TWO)
     world.send(1, senders=[0])[0].join()
-    late = f"{PushIncomplete.KIND}: .*trainer ranks 1 have not sent all of it"
-    with pytest.raises(IncompletePush, match=late):
+    with raised(IncompletePush, PushIncomplete.KIND, "trainer ranks 1 "):
         world.receiver.buffer.wait(1, 0, 0.5)
 
 
@@ -152,7 +152,7 @@ def test_a_tensor_that_arrives_otherwise_is_named(
 
     monkeypatch.setattr(world.receiver.buffer, "delivery_arrived", corrupted)
     world.send(1)
-    with pytest.raises(ValueError, match=rf"1 tensors arrived otherwise.*{name} \(from rank 1\)"):
+    with raised(ValueError, name, "rank 1"):
         world.receiver.buffer.wait(1, 0, 20)
 
 
@@ -209,7 +209,7 @@ def test_weighted_sums_are_those_of_a_loop_and_change_with_every_error(dtype, mo
 def test_a_plan_that_leaves_out_or_doubles_elements_is_refused(broken, named):
     every = dict(enumerate([*BY_TWO[0], *BY_TWO[1]]))
     check_coverage(SlotTable(2048, SLOTS), every.values())
-    with pytest.raises(ValueError, match=f"1 tensors would not .*{named}"):
+    with raised(ValueError, named):
         check_coverage(SlotTable(2048, SLOTS), [d for d in (every | broken).values() if d])
 
 

@@ -1,8 +1,8 @@
-import pytest
 import torch
+from refusals import refused
 from safetensors.torch import save_file
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 from megatron_r1.weights import hf_tensors
 from megatron_r1.weights.stored.hf_weights import HfWeights, KnownScales
 
@@ -36,5 +36,5 @@ def test_scales_stored_as_bf16_are_read_as_their_values(tmp_path):
 
 def test_scales_of_another_kind_are_refused_by_name(tmp_path):
     write_weights(tmp_path, torch.ones(2, 1, dtype=torch.float16))
-    with HfWeights(tmp_path, HF) as weights, pytest.raises(UserError, match="F16 .* not F32 or"):
+    with HfWeights(tmp_path, HF) as weights, refused("weights", Cause.CONFLICT, "F16", "F32"):
         weights.check(with_mtp=False)

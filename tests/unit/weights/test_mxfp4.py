@@ -1,10 +1,11 @@
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from megatron_r1.config.model import LoraConfig
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 from megatron_r1.weight_sync.plan.checks import check_blocks
 from megatron_r1.weight_sync.plan.ranks import EngineLayout
 from megatron_r1.weights.adapters.table import adapter_shapes, adapter_table
@@ -65,37 +66,37 @@ def test_experts_are_what_transformers_dequantizes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, shows",
     [
-        (lambda t: t.pop(EXPERTS + "down_proj_scales"), r"missing \(1\): .*down_proj_scales"),
-        (lambda t: t.pop(EXPERTS + "down_proj_blocks"), r"missing .*down_proj; .*down_proj_scales"),
+        (lambda t: t.pop(EXPERTS + "down_proj_scales"), ["down_proj_scales"]),
+        (lambda t: t.pop(EXPERTS + "down_proj_blocks"), ["down_proj", "down_proj_scales"]),
         (
             lambda t: t.update({EXPERTS + "gate_up_proj": torch.zeros(3, 64, 192)}),
-            "unexpected .*gate_up_proj_blocks",
+            ["gate_up_proj_blocks"],
         ),
         (
             lambda t: t.update(
                 {EXPERTS + "down_proj_scales": torch.zeros(3, 64, 2, dtype=torch.uint8)}
             ),
-            r"down_proj_scales is \(3, 64, 2\), config.json says \(3, 64, 3\)",
+            ["down_proj_scales", (3, 64, 2), (3, 64, 3)],
         ),
     ],
 )
-def test_a_folder_with_other_tensors_is_refused(tmp_path, change, message):
+def test_a_folder_with_other_tensors_is_refused(tmp_path, change, shows):
     tensors = packed_tensors()
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
-    with HfWeights(tmp_path, HF) as weights, pytest.raises(UserError, match=message):
+    with HfWeights(tmp_path, HF) as weights, refused("weights", Cause.CONFLICT, *shows):
         weights.check(with_mtp=False)
 
 
 def test_experts_in_one_tensor_are_not_pushed_in_fp8():
-    with pytest.raises(UserError, match=r"push.fp8: GptOssForCausalLM has no FP8 layout"):
+    with refused("push.fp8", Cause.UNSUPPORTED, "GptOssForCausalLM"):
         check_blocks(HF, EngineLayout(), tensor=1, expert_tensor=1)
 
 
 def test_experts_in_one_tensor_have_no_adapters():
     modules = {name.split(".lora_")[0] for name in adapter_shapes(adapter_table(HF, LoraConfig()))}
     assert modules == {f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"}
-    with pytest.raises(UserError, match=r"targets: experts.up_proj is no linear layer"):
+    with refused("model.lora.targets", Cause.UNKNOWN, "experts.up_proj"):
         adapter_table(HF, LoraConfig(targets=["experts.up_proj"]))

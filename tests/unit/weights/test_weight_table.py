@@ -5,9 +5,11 @@ from collections import Counter
 from itertools import product
 
 import pytest
+from refusals import refused
 from weight_shards import shard
 
 from megatron_r1 import weights
+from megatron_r1.errors import Cause
 from megatron_r1.weights.rules import (
     QueryGroups,
     Source,
@@ -162,11 +164,11 @@ def test_more_ranks_than_query_groups_hold_equal_runs_of_rows():
 
 def test_a_split_that_does_not_divide_is_named():
     sources = [("q", (4, 1)), ("k", (2, 1)), ("v", (2, 1))]
-    with pytest.raises(ValueError, match="num_key_value_heads=2"):
+    with refused("parallel.tensor", Cause.INDIVISIBLE, "num_key_value_heads=2", 3):
         pieces_of(QueryGroups(2), sources, 0, 3)
-    with pytest.raises(ValueError, match="does not divide the 8 rows"):
+    with refused("parallel.tensor", Cause.INDIVISIBLE, 16, 8):
         pieces_of(QueryGroups(2), sources, 0, 16)
-    with pytest.raises(ValueError, match="gate .*cannot be split into 4"):
+    with refused("parallel.tensor", Cause.INDIVISIBLE, "gate", 4):
         pieces_of(column_parallel, [("gate", (6, 3))], 0, 4)
 
 
