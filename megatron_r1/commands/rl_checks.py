@@ -56,7 +56,8 @@ def check_settings(config: Config) -> None:
     hf = read_hf_config(config.model.path)
     if config.rl.routing_replay:
         routing_shape(hf)
-    check_divisions(hf, config.parallel, transformer_engine=gpu.is_usable())
+    # Layers without Transformer Engine need more; whether ranks have it only they know.
+    check_divisions(hf, config.parallel, transformer_engine=True)
     check_engines(config, hf)
     check_cpu_kernels(config.rollout, hf)
     check_room(config.rollout)
