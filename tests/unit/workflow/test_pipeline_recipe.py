@@ -1,12 +1,16 @@
 """Recipes of pipelines, and the messages for mistakes in them before anything runs."""
 
 import json
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import yaml
-from workflow_world import RECIPE, World
+from refusals import refused
+from workflow_world import RECIPE, World, recipe
 
+from megatron_r1.errors import Cause
 from megatron_r1.processes.children import free_port
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.workflow.graph import Graph
@@ -14,17 +18,8 @@ from megatron_r1.workflow.pipeline_recipe import load
 from megatron_r1.workflow.plan import WorkflowPlan, merged
 from megatron_r1.workflow.references import protect, references, substitute, unprotect
 
-TRAINING = """
-pipeline: {folder: out, seed: 7}
-defaults: {model: {dtype: float32}, rl: {group_size: 4, minibatches: 1}}
-stages:
-  zero:
-    verb: rl
-    recipe: parts/zero.yaml
-    settings: {model: {path: ${base.hf}}, rewards: {options: {helpful: {url: ${serve.judge.url}}}}}
-    serve: {judge: {model: ${base.hf}, task: classify, arguments: [--max-model-len, 256]}}
-  base: {verb: sft, settings: {model: {path: ${here}/model}, sft: {data: train.jsonl}}}
-"""
+TRAINING = recipe("training")
+REFUSED = yaml.safe_load(Path(__file__).with_name("refused_pipelines.yaml").read_text())
 
 
 @pytest.fixture
@@ -113,62 +108,11 @@ def test_stages_are_ordered_by_what_they_need_then_as_written(world):
     assert graph.depths() == {"corpus": 0, "other": 0, "both": 1, "last": 2}
 
 
-STAGE = 'pipeline: {folder: out}\nstages:\n  corpus: {verb: make, function: "tiny:count", '
-ONE = STAGE + "arguments: {lines: 3}}\n"
-
-
-@pytest.mark.parametrize(
-    "recipe, message",
-    [
-        ("stages: {a: {verb: rl}}", "pipeline.folder must be set"),
-        ("pipeline: {folder: out}", "it has no stages; a recipe of one is run with its verb"),
-        ("pipeline: {foldr: out}\nstages: {a: {verb: rl}}", "did you mean pipeline.folder"),
-        (STAGE + "argument: {lines: 3}}",
-         "unknown key stages.corpus.argument; did you mean stages.corpus.arguments"),
-        (STAGE + "settings: {rl: {}}}", "settings is not for verb make; it has arguments"),
-        (STAGE + "arguments: {line: 3}}", "unknown argument line; did you mean lines?"),
-        (STAGE + "arguments: {word: c}}", "lines must be given"),
-        (ONE.replace("tiny:count", "tiny:cuont"), "no function cuont; did you mean count?"),
-        (ONE.replace("tiny:count", "teeny:count"), "no Python module teeny can be found"),
-        (ONE.replace("tiny:count", "tiny"), "as package.module:name, got 'tiny'"),
-        (ONE + "  x: {verb: slf}", "unknown verb slf; did you mean sft?"),
-        (ONE.replace("verb: make", "verb: mak"), "not for verb mak; did you mean make?"),
-        (ONE + "  x: {verb: make, function: 'tiny:join', arguments: {sources: [${corpsu.x}]}}",
-         "stages.x: sources[0]: ${corpsu.x}: no stage is called corpsu; did you mean corpus?"),
-        (ONE + "  x: {verb: make, function: 'tiny:join', arguments: {sources: [${serve.y.url}]}}",
-         "y is not in its serve; it serves nothing"),
-        (ONE + "  x: {verb: make, function: 'tiny:join', arguments: {sources: [${pipeline.sed}]}}",
-         "there is pipeline.folder, pipeline.seed"),
-        (ONE + "  x: {verb: sft, after: [korpus]}", "did you mean corpus?"),
-        (ONE + "  x: {verb: sft, recipe: nowhere.yaml}", "stages.x: recipe nowhere.yaml: no such"),
-        (ONE + "  x: {verb: sft, settings: {sft: {data: ${corpus}}}}", "model.path must be set"),
-        (ONE + "  x: {verb: sft, settings: {model: {path: gone}, sft: {data: ${corpus}}}}",
-         "stages.x: model.path: gone: no such file or folder"),
-        (ONE + "  x: {verb: sft, settings: {model: {path: ${here}/gone}, sft: {data: ${corpus}}}}",
-         "stages.x: model.path: ./gone: no such file or folder"),
-        (ONE + "  x: {verb: sft, settings: {model: {path: .}, sft: {data: [gone.jsonl]}}}",
-         "stages.x: sft.data[0]: gone.jsonl: no such file or folder"),
-        (ONE + "  x: {verb: sft, settings: {model: {path: .}, sft: {data: [{path: gone.jsonl}]}}}",
-         "stages.x: sft.data[0].path: gone.jsonl: no such file or folder"),
-        (ONE + "  x: {verb: sft, settings: {optimizer: {learning_rat: 1}}}",
-         "did you mean optimizer.learning_rate?"),
-        (ONE + "  x: {verb: rl, serve: {j: {task: classify}}}", "set model (vLLM serves it) or"),
-        (ONE + "  seed_3: {verb: rl}", "stages.seed_3: a stage cannot be called so"),
-        (ONE + "  a: {verb: sft, settings: {model: {path: ${b.hf}}}}\n"
-         "  b: {verb: rl, settings: {model: {path: ${c.hf}}}}\n"
-         "  c: {verb: rl, settings: {model: {path: ${a.hf}}}}\n", "stages need each other: "),
-        (ONE + "  a: {verb: rl}\n  b: {verb: rl, settings: {model: {path: ${a.metrics.json}}}}",
-         "rl leaves no metrics.json; did you mean metrics.jsonl?"),
-        (ONE + "  a: {verb: sft}\n  b: {verb: rl, settings: {model: {path: ${a.adapter}}}}",
-         "sft leaves no adapter; it has hf, checkpoints"),
-        (ONE.replace("out}", "out, seeds: [1, 1]}"), "has one twice"),
-        ("stages: [", "not YAML"),
-    ],
-)  # fmt: skip
-def test_a_mistake_is_named_before_anything_runs(world, capsys, recipe, message):
-    world.write(recipe)
-    assert world.run() == 2
-    assert message in capsys.readouterr().err
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case["key"])
+def test_a_mistake_is_named_before_anything_runs(world, case):
+    world.write(case["recipe"])
+    with refused(case["key"], Cause(case["cause"]), *case.get("shows", ())):
+        world.load()
     assert world.calls == [] and not world.out.exists()
 
 
@@ -206,7 +150,7 @@ def test_files_are_found_where_references_to_the_recipe_and_the_seed_point(world
     ]
 
 
-def test_all_mistakes_are_named_at_once(world, capsys):
+def test_all_mistakes_are_named_at_once(world):
     """Each found by another look at the recipe."""
     world.write(
         """
@@ -219,33 +163,31 @@ stages:
   e: {verb: make, function: "tiny:join", arguments: {sources: ["${c.hf}"]}}
 """
     )
-    assert world.run() == 2
-    output = capsys.readouterr().err
-    mistakes = ("unknown argument wrd", "unknown verb sftt", "nope.yaml: no such file")
-    for message in (*mistakes, "no stage is called aa; did you mean a?"):
-        assert message in output, message
-    assert len(output.splitlines()) == 4
+    # The recipe that is not there is met first.
+    shown = ("stages.c", "nope.yaml", "stages.a", "wrd", "stages.b", "sftt", "stages.d", "aa")
+    with refused("stages.c.recipe", Cause.NOT_FOUND, *shown) as error:
+        world.load()
+    assert len(str(error.value).splitlines()) == 4
 
 
 def test_commands_can_be_printed_where_the_data_is_not(training, capsys):
     (training.path / "train.jsonl").unlink()
-    assert training.run() == 2
-    assert "stages.base: sft.data: train.jsonl: no such file" in capsys.readouterr().err
+    with refused("stages.base.sft.data", Cause.NOT_FOUND, "train.jsonl"):
+        training.load()
     assert training.run("--pipeline.dry", "true") == 0
     output = capsys.readouterr()
     lines = output.out.splitlines()
-    assert "missing yet: p.yaml: stages.base: sft.data: train.jsonl: no such" in output.err
+    assert "stages.base: sft.data: train.jsonl" in output.err
     assert lines[0] == "# base" and lines[1].endswith("megatron_r1 sft out/recipes/base.yaml")
     assert "--served-model-name judge" in lines[3] and lines[3].endswith("&")
 
 
-def test_commands_are_not_printed_over_the_recipes_of_a_pipeline_at_work(training, capsys):
+def test_commands_are_not_printed_over_the_recipes_of_a_pipeline_at_work(training):
     assert training.run("--pipeline.dry", "true") == 0
     recipe = training.out / "recipes/zero.yaml"
     before = recipe.read_text()
-    with RunFolder(training.out):
-        assert training.run("--pipeline.dry", "true") == 2
-    assert "out is already in use" in capsys.readouterr().err
+    with RunFolder(training.out), refused("run.folder", Cause.BUSY, "out"):
+        training.load("--pipeline.dry", "true")
     assert recipe.read_text() == before
 
 
@@ -258,15 +200,16 @@ def test_commands_name_the_ports_that_a_stage_began_with(training, capsys):
     assert f"url: http://127.0.0.1:{port}" in (training.out / "recipes/zero.yaml").read_text()
 
 
-def test_a_cycle_is_named_in_order(world, capsys):
+def test_a_cycle_is_named_in_order(world):
     world.write(
         "pipeline: {folder: out}\nstages:\n"
         "  a: {verb: make, function: 'tiny:join', arguments: {sources: [${b.all.txt}]}}\n"
         "  b: {verb: make, function: 'tiny:join', arguments: {sources: [${c.all.txt}]}}\n"
         "  c: {verb: make, function: 'tiny:join', arguments: {sources: [${a.all.txt}]}}\n"
     )
-    assert world.run() == 2
-    way = capsys.readouterr().err.split("each other: ")[1].split()[::2]
+    with refused("stages", Cause.CONFLICT) as error:
+        world.load()
+    way = re.findall(r"\b[abc]\b", str(error.value).partition(":")[2])
     assert way[0] == way[-1] and set(way) == {"a", "b", "c"}
     # Each makes what the next needs.
     assert all((one, next_) in {("b", "a"), ("c", "b"), ("a", "c")}
@@ -274,24 +217,24 @@ def test_a_cycle_is_named_in_order(world, capsys):
 
 
 @pytest.mark.parametrize(
-    "option, message",
+    ("option", "value", "key", "cause", "shown"),
     [
-        (("--stages.corpsu.lines", "3"), "no stage is called corpsu; did you mean corpus?"),
-        (("--stages.corpus.lins", "3"), "unknown argument lins; did you mean lines?"),
-        (("--rl.group_size", "3"), "unknown option --rl.group_size"),
-        (("--pipeline.onyl", "last"), "unknown key pipeline.onyl; did you mean pipeline.only?"),
-        (("--pipeline.only", "lst"), "pipeline.only: no stage is called lst; did you mean last?"),
-        (("--pipeline.only", "last"), "last needs what is not done: both is pending"),
+        ("stages.corpsu.lines", "3", "--stages.corpsu.lines", Cause.UNKNOWN, "corpus"),
+        ("stages.corpus.lins", "3", "stages.corpus.arguments.lins", Cause.UNKNOWN, "lines"),
+        ("rl.group_size", "3", "--rl.group_size", Cause.UNKNOWN, "--rl.group_size"),
+        ("pipeline.onyl", "last", "pipeline.onyl", Cause.UNKNOWN, "pipeline.only"),
+        ("pipeline.only", "lst", "pipeline.only", Cause.UNKNOWN, "last"),
+        ("pipeline.only", "last", "pipeline.only", Cause.MISSING, "both is pending"),
     ],
 )
-def test_a_wrong_option_is_named(world, capsys, option, message):
-    assert world.run(*option) == 2
-    assert message in capsys.readouterr().err
+def test_a_wrong_option_is_named(world, option, value, key, cause, shown):
+    with refused(key, cause, shown):
+        world.load(f"--{option}", value)
     assert world.calls == []
 
 
-def test_under_torchrun_it_says_where_torchrun_belongs(world, capsys, monkeypatch):
+def test_under_torchrun_it_says_where_torchrun_belongs(world, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert world.run() == 2
-    assert "torchrun --no-python" in capsys.readouterr().err
+    with refused("torchrun", Cause.CONFLICT, "torchrun --no-python"):
+        world.load()

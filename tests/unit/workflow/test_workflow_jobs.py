@@ -1,96 +1,30 @@
 """Several stages at a time: what may run together does, nothing before what it needs."""
 
+import shutil
 import signal
 import threading
-import time
+from pathlib import Path
 
 import pytest
 from liveness import is_alive
-from workflow_world import World, processes_naming, wait_until
+from refusals import refused
+from waiting import wait_until
+from workflow_world import World, processes_naming, recipe
 
+from megatron_r1.errors import Cause
 from megatron_r1.processes.inspection import descendants
 from megatron_r1.workflow.executor import Executor, run_all
 
-MEET = '''
-"""Stages that end only if they run beside each other."""
-import time
-from pathlib import Path
-
-
-def meet(folder, *, other, seconds=20.0):
-    """Wait for the stage `other` to have begun."""
-    (folder / "here").write_text("")
-    print("waiting for", other)
-    deadline = time.monotonic() + seconds
-    while not (Path(other) / "here").exists() and not (Path(other) / "stage.json").exists():
-        if time.monotonic() > deadline:
-            raise RuntimeError("nobody came")
-        time.sleep(0.01)
-
-
-def join(folder, *, sources):
-    (folder / "joined").write_text(" ".join(sorted(Path(s).parent.name for s in sources)))
-
-
-def linger(folder, *, seconds):
-    (folder / "here").write_text("")
-    time.sleep(seconds)
-    (folder / "done").write_text("")
-
-
-def fail_beside(folder, *, other):
-    meet(folder, other=other)
-    raise RuntimeError("broken on purpose")
-
-
-def meet_and_stay(folder, *, other, until, seconds=20.0):
-    """Outlast the other's failure, however long its process takes to end."""
-    meet(folder, other=other)
-    deadline = time.monotonic() + seconds
-    while not Path(until).exists():
-        if time.monotonic() > deadline:
-            raise RuntimeError("no failure was reported")
-        time.sleep(0.01)
-'''
-PAIR = """
-pipeline: {folder: out}
-stages:
-  left: {verb: make, function: "meeting:meet", arguments: {other: "${pipeline.folder}/right"}}
-  right: {verb: make, function: "meeting:meet", arguments: {other: "${pipeline.folder}/left"}}
-  both:
-    verb: make
-    function: "meeting:join"
-    arguments: {sources: ["${left.here}", "${right.here}"]}
-"""
-FAILING = """
-pipeline: {folder: out}
-stages:
-  left:
-    verb: make
-    function: "meeting:fail_beside"
-    arguments: {other: "${pipeline.folder}/right"}
-  right:
-    verb: make
-    function: "meeting:meet_and_stay"
-    arguments: {other: "${pipeline.folder}/left", until: failed}
-  both:
-    verb: make
-    function: "meeting:join"
-    arguments: {sources: ["${left.here}", "${right.here}"]}
-"""
-LINGERING = """
-pipeline: {folder: out}
-stages:
-  a: {verb: make, function: "meeting:linger", arguments: {seconds: 60}}
-  b: {verb: make, function: "meeting:linger", arguments: {seconds: 60}}
-"""
+PAIR = recipe("pair")
+FAILING = recipe("failing")
+LINGERING = recipe("lingering")
 TWO = "--pipeline.jobs=2"
 
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "meeting.py").write_text(MEET)
+    shutil.copy(Path(__file__).with_name("meeting.py"), tmp_path)
     return World(tmp_path, PAIR)
 
 
@@ -141,7 +75,7 @@ def test_after_a_failure_what_runs_comes_to_its_end_and_nothing_else_begins(
     assert (world.out / "right/stage.json").exists()
     assert not (world.out / "both").exists()
     output = capfd.readouterr()
-    assert "broken on purpose" in output.err and "no other stage begins" in output.out
+    assert "broken on purpose" in output.err
     world.write(PAIR)
     assert world.run(TWO, "--pipeline.rerun") == 0
     assert (world.out / "both/joined").read_text() == "left right"
@@ -155,33 +89,34 @@ def test_whatever_ends_it_ends_all_that_runs(world, capsys, number):
     assert world.states(capsys) == {"a": "running", "b": "running"}
     started = descendants(process.pid)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=30)
-    wait_until(lambda: not any(is_alive(pid) for pid in started), 10)
+    output, _ = process.communicate()
+    wait_until(lambda: not any(is_alive(pid) for pid in started))
     assert processes_naming(str(world.out)) == []
     if number == signal.SIGINT:
         assert process.returncode == 130 and "Traceback" not in output
     assert world.states(capsys) == {"a": "unfinished", "b": "unfinished"}
-    shorter = [f"--stages.{name}.arguments.seconds=0" for name in "ab"]
+    shorter = [f"--stages.{name}.arguments.waits=false" for name in "ab"]
     assert world.run(TWO, *shorter) == 0
     assert world.states(capsys, *shorter) == {"a": "done", "b": "done"}
 
 
-def test_less_than_one_at_a_time_is_refused(world, capsys):
-    assert world.run("--pipeline.jobs=0") == 2
-    assert "pipeline.jobs" in capsys.readouterr().err
+def test_less_than_one_at_a_time_is_refused(world):
+    with refused("pipeline.jobs", Cause.OUT_OF_RANGE, 0):
+        world.load("--pipeline.jobs=0")
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_no_more_than_so_many_run_and_none_before_its_needs(jobs):
     needs = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}
-    running, most, begun = set(), [], []
+    running, most, begun, meeting = set(), [], [], threading.Barrier(jobs)
 
     def work(task):
         assert not running & set(needs[task]) and set(needs[task]) <= set(begun)
         begun.append(task)
         running.add(task)
         most.append(len(running))
-        time.sleep(0.05)
+        if task in "bc":
+            meeting.wait()  # as many as may run beside each other do
         running.remove(task)
 
     run_all(list(needs), needs.__getitem__, work, jobs, pytest.fail)
@@ -199,7 +134,7 @@ def test_a_second_failure_is_reported_too():
     meeting, errors = threading.Barrier(2), []
 
     def work(task):
-        meeting.wait(10)
+        meeting.wait()
         raise RuntimeError(task)
 
     with pytest.raises(RuntimeError) as raised:

