@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 
+import light_benchmark
 import pytest
 from fake_server import FakeServer
 from refusals import refused
@@ -22,11 +23,11 @@ PROBLEMS = [
 @pytest.fixture
 def recipe(tmp_path):
     """A function that writes a recipe for a server and returns its path."""
-    data = tmp_path / "aime.jsonl"
+    data = tmp_path / "sums.jsonl"
     data.write_text("\n".join(map(json.dumps, PROBLEMS)))
 
-    def write(url, samples=3, benchmarks=None, server="", **more):
-        entry = [{"name": "aime_2024", "path": str(data)}] if benchmarks is None else benchmarks
+    def write(url, samples=3, benchmarks=None, server="", name=f"{light_benchmark.NAME}:BENCHMARK"):
+        entry = benchmarks or [{"name": name, "label": "sums", "path": str(data)}]
         path = tmp_path / "eval.yaml"
         path.write_text(
             f"""
@@ -66,7 +67,7 @@ def test_every_sample_is_graded_and_can_be_audited(recipe, tmp_path, capsys):
         return 200, rf"\boxed{{{2 * number + wrong}}}"
 
     with FakeServer(reply) as server:
-        assert main(["eval", recipe(server.url)]) == 0
+        assert main(["eval", recipe(server.url, name="aime_2024")]) == 0
     samples = lines(tmp_path / "out/samples.jsonl")
     assert len(samples) == 12 == len({(s["id"], s["index"]) for s in samples})
     assert len({s["seed"] for s in samples}) == 12
@@ -75,7 +76,7 @@ def test_every_sample_is_graded_and_can_be_audited(recipe, tmp_path, capsys):
     assert all(s["reward"] == 0 and "expected 6" in s["reason"] for s in by_id["q3"])
     share = sum(s["seed"] % 2 == 0 for s in by_id["q2"]) / 3
     result = json.loads((tmp_path / "out/eval.json").read_text())
-    metrics = result["benchmarks"]["aime_2024"]["metrics"]
+    metrics = result["benchmarks"]["sums"]["metrics"]
     assert metrics["pass@1"]["value"] == pytest.approx((1 + 1 + share) / 4)
     assert metrics["pass@3"]["value"] == pytest.approx((2 + (share > 0)) / 4)
     assert metrics["cons@3"]["value"] == pytest.approx((2 + (share > 0.5)) / 4)
@@ -106,7 +107,7 @@ def test_a_stopped_evaluation_continues_and_samples_nothing_twice(recipe, tmp_pa
     assert 1 <= len(kept) <= 5 and not (tmp_path / "out/eval.json").exists()
     # A kill in the middle of a write leaves half a line.
     with (tmp_path / "out/samples.jsonl").open("a") as file:
-        file.write('{"benchmark": "aime')
+        file.write('{"benchmark": "su')
     with FakeServer(right) as server:
         moved = recipe(server.url)  # on another port: the address may change
         assert main(["eval", moved]) == 0
@@ -171,9 +172,9 @@ def test_a_changed_question_is_refused_by_name(recipe, tmp_path):
     with FakeServer(right) as server:
         path = recipe(server.url, samples=1)
         assert main(["eval", path]) == 0
-        data = tmp_path / "aime.jsonl"
+        data = tmp_path / "sums.jsonl"
         data.write_text(data.read_text().replace("What is 2 + 2?", "What is 2 plus 2?"))
-        with refused("run.folder", Cause.CHANGED, "aime_2024", "q2"):
+        with refused("run.folder", Cause.CHANGED, "sums", "q2"):
             cli._dispatch(["eval", path])
 
 
@@ -191,12 +192,12 @@ def test_cut_answers_and_thoughts_of_their_own_field(recipe, tmp_path):
         }
 
     with FakeServer(reply) as server:
-        assert main(["eval", recipe(server.url, samples=1)]) == 0
+        assert main(["eval", recipe(server.url, samples=1, name="aime_2024")]) == 0
     samples = {s["id"]: s for s in lines(tmp_path / "out/samples.jsonl")}
     assert [samples[f"q{i}"]["reward"] for i in range(4)] == [1, 1, 0, 0]
     assert [samples[f"q{i}"]["truncated"] for i in range(4)] == [False, False, True, True]
     assert "<think>\nmaybe" in samples["q1"]["response"]
-    result = json.loads((tmp_path / "out/eval.json").read_text())["benchmarks"]["aime_2024"]
+    result = json.loads((tmp_path / "out/eval.json").read_text())["benchmarks"]["sums"]
     assert result["metrics"]["truncated"]["value"] == 0.5 and result["counts"]["truncated"] == 2
     assert "length" not in result["metrics"]  # this server does not count tokens
     assert result["counts"]["without_length"] == 4

@@ -57,7 +57,7 @@ def compared(preferences, differences):
     return [[pair] for pair in zip(preferences, differences, strict=True)]
 
 
-@pytest.mark.parametrize("theta", [-1.5, 0.0, 0.8])
+@pytest.mark.parametrize("theta", [-1.5, 0.8])
 def test_known_coefficients_are_recovered_from_a_biased_judge(theta):
     generator = np.random.default_rng(1)
     differences = generator.normal(600, 700, 2000).round()  # the model writes much more
