@@ -1,3 +1,5 @@
+import contextlib
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,10 +101,17 @@ def test_a_template_is_text_and_a_switch_needs_no_value():
     assert parse_overrides(options, switches) == expected
 
 
-def test_all_keys_with_their_defaults_are_a_recipe_that_changes_nothing(capsys):
-    assert main(["keys"]) == 0
+@pytest.fixture(scope="module")
+def key_lines():
+    """What `megatron-r1 keys` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["keys"]) == 0
+    return printed.getvalue().splitlines()
+
+
+def test_all_keys_with_their_defaults_are_a_recipe_that_changes_nothing(key_lines):
     tree = {}
-    for line in capsys.readouterr().out.splitlines():
+    for line in key_lines:
         key, _, default = line.partition("   # ")[0].partition(": ")
         *sections, leaf = key.split(".")
         of_others = (
@@ -120,11 +129,9 @@ def test_all_keys_with_their_defaults_are_a_recipe_that_changes_nothing(capsys):
     assert set(configuration.Config.model_fields) == tree.keys()
 
 
-def test_every_key_has_a_meaning(capsys):
-    assert main(["keys"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) > 200
-    assert [line for line in lines if not line.partition("   # ")[2]] == []
+def test_every_key_has_a_meaning(key_lines):
+    assert len(key_lines) > 200
+    assert [line for line in key_lines if not line.partition("   # ")[2]] == []
 
 
 def test_keys_of_one_section(capsys):

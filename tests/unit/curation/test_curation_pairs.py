@@ -5,8 +5,10 @@ import itertools
 import math
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import yaml
 from curation_answers import PROMPT, answer, run_decide, selection
 from fakes.model_service import Served, judge_that
 from refusals import refused
@@ -21,6 +23,8 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.errors import Cause
 from megatron_r1.rewards.judge import Comparison
 from megatron_r1.rewards.remote.service import Ungradable
+
+REFUSED = yaml.safe_load(Path(__file__).with_name("refused_judges.yaml").read_text())
 
 
 def summary(index, words):
@@ -287,31 +291,13 @@ def test_a_served_judge_labels_by_its_votes(tmp_path):
     assert seen[0] == {"question": "Q?", "response": "R."}
 
 
-@pytest.mark.parametrize(
-    ("settings", "options", "key", "cause", "shown"),
-    [
-        ({"output": "pairs"}, {}, "rewards.options.judge.url", Cause.MISSING, "pairs"),
-        (
-            *({"output": "labels"}, {"url": "http://a"}),
-            *("rewards.options.judge.model", Cause.MISSING, "(question, response)"),
-        ),
-        ({"judge": "prefer"}, {}, "sample.judge", Cause.MALFORMED, "prefer"),
-        ({"judge": "nowhere:f"}, {}, "sample.judge", Cause.NOT_FOUND, "nowhere"),
-        ({"judge": "user_judges:lenght"}, {}, "sample.judge", Cause.NOT_FOUND, "'length'"),
-        (
-            *({"output": "labels", "judge": "user_judges:length"}, {}),
-            *("sample.judge", Cause.MALFORMED, "(question, response)"),
-        ),
-    ],
-)
-def test_a_judge_that_cannot_be_asked_is_named(
-    tmp_path, monkeypatch, settings, options, key, cause, shown
-):
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: str(case["sample"]))
+def test_a_judge_that_cannot_be_asked_is_named(tmp_path, monkeypatch, case):
     (tmp_path / "user_judges.py").write_text("def length(question, first, second): return 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    settings = {"output": "pairs", **settings}
-    with refused(key, cause, shown):
-        make_judge(SampleConfig(**settings), options, ResultCache(tmp_path / "v"))
+    config, options = SampleConfig(**case["sample"]), case.get("options", {})
+    with refused(case["key"], Cause(case["cause"]), case["shows"]):
+        make_judge(config, options, ResultCache(tmp_path / "v"))
 
 
 @pytest.mark.parametrize("vote", ["A", None, 1.5, -0.1, float("nan")])

@@ -11,25 +11,17 @@ from megatron_r1 import cli
 from megatron_r1 import config as configuration
 from megatron_r1.config import verb_of
 from megatron_r1.models import read_hf_config
+from megatron_r1.workflow.pipeline_recipe import read_tree
 from tools.plan.command import main
 from tools.plan.parameters import ModelCounts
 
 ROOT = Path(__file__).parents[3]
 
 R1, DISTILL = ROOT / "examples/deepseek_r1", ROOT / "examples/distill"
-VERBS = {
-    "r1_zero": "rl",
-    "cold_start_sampling": "sample",
-    "cold_start_sft": "sft",
-    "reasoning_rl": "rl",
-    "rejection_sampling": "sample",
-    "sft_800k": "sft",
-    "helpful_pairs": "sample",
-    "helpful_rm": "reward-model",
-    "safety_labels": "sample",
-    "safety_rm": "reward-model",
-    "all_scenarios_rl": "rl",
-}
+STAGES = read_tree(R1 / "pipeline.yaml")["stages"].values()
+VERBS = {Path(stage["recipe"]).stem: stage["verb"] for stage in STAGES}
+EVALUATION = "evaluation"  # is not planned
+del VERBS[EVALUATION]
 DISTILLED = {  # table 6 of arXiv 2501.12948 v2, and the parameters that the models' pages show
     "qwen2.5-math-1.5b": (1e-4, 1_543_714_304),
     "qwen2.5-math-7b": (8e-5, 7_615_616_512),
@@ -39,7 +31,7 @@ DISTILLED = {  # table 6 of arXiv 2501.12948 v2, and the parameters that the mod
     "llama-3.3-70b-instruct": (2e-5, 70_553_706_496),
 }
 RECIPES = [
-    *(path for path in sorted(R1.glob("*.yaml")) if path.stem not in ("pipeline", "evaluation")),
+    *(path for path in sorted(R1.glob("*.yaml")) if path.stem not in ("pipeline", EVALUATION)),
     *sorted(DISTILL.glob("*.yaml")),
 ]
 
@@ -130,6 +122,6 @@ def test_the_pipeline_is_a_graph_of_these_recipes(tmp_path, monkeypatch, capsys)
     assert "# all_scenarios_rl, after sft_800k, helpful_rm, safety_rm" in output
     assert "# evaluation, after all_scenarios_rl" in output
     written = {path.stem: path for path in (tmp_path / "runs/deepseek_r1/recipes").glob("*.yaml")}
-    assert written.keys() == {*VERBS, "evaluation"}
+    assert written.keys() == {*VERBS, EVALUATION}
     for name, verb in VERBS.items():
         assert verb_of(configuration.load(written[name])) == verb, name
