@@ -31,10 +31,7 @@ optimizer: {{learning_rate: 2.0e-4, warmup: 5, weight_decay: 0.0}}
 eval: {{samples: 1, temperature: 1.0}}
 checkpoint: {{every: 1}}
 """
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not AGENTS_PYTHON.exists(), reason="make agents"),
-]
+pytestmark = pytest.mark.skipif(not AGENTS_PYTHON.exists(), reason="make agents")
 
 
 def start(base: Path, folder: Path, seconds: float) -> subprocess.Popen:
@@ -72,6 +69,7 @@ def check(folder: Path) -> list[dict]:
     return metrics
 
 
+@pytest.mark.more
 def test_an_environment_trains(lookup_base, tmp_path):
     process = start(lookup_base, tmp_path, 0.0)
     output = finish(process)
@@ -86,6 +84,7 @@ def test_an_environment_trains(lookup_base, tmp_path):
         assert trained == sample["length"]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_gives_no_reward_and_the_same_command_continues(
     lookup_base, tmp_path
 ):
