@@ -17,6 +17,7 @@ from megatron_r1.config.keys import describe, switches
 from megatron_r1.config.loading import parse_overrides, take_section
 from megatron_r1.errors import Cause, RunError, UserError, did_you_mean
 from megatron_r1.files import READ_ONLY
+from megatron_r1.processes import timeline
 from megatron_r1.processes.imports import without_garbage_collection
 
 VERBS = {
@@ -132,8 +133,10 @@ def _dispatch(arguments: list[str]) -> int:
         own = switches(PipelineRecipe if verb == "pipeline" else configuration.Config)
         importlib.import_module(OTHERS[verb]).run(recipe, parse_overrides(options, own), VERBS)
         return 0
+    timeline.reached("controller/command line read")
     with without_garbage_collection():
         command = load_verb(verb, VERBS[verb])
+    timeline.reached("controller/verb imported")
     is_dry = DRY_RUN in options
     if is_dry and command.dry_run is None:
         raise UserError(f"{DRY_RUN}: {verb} has none; rl has", key=DRY_RUN, cause=Cause.UNSUPPORTED)

@@ -22,6 +22,7 @@ from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import TrainerLost
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.fleet.placement import accepting_hosts, open_pool
+from megatron_r1.processes import timeline
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.heldout import HeldoutEvaluation
 from megatron_r1.rl.loop import train
@@ -39,9 +40,11 @@ REQUIRED = ("run.folder", "model.path")
 def run(config: Config) -> None:
     """Train for `run.steps` rollouts. Raises UserError before any long work starts."""
     check_settings(config)
+    timeline.reached("controller/settings checked")
     early_imports.begin_trainer()
     early_imports.begin_engines(config)
     text, prompts = read_questions(config)
+    timeline.reached("controller/questions read")
     facts = [
         config.model.path,
         config.data.task or str(config.data.path),
@@ -117,13 +120,19 @@ async def _start(config: Config, trainer: TrainerClient, collector: RolloutColle
     async def start_engines() -> None:
         # version: every engine gets the trainer's weights before it samples.
         await collector.fleet.start(config.model.path, version=-1)
+        timeline.reached("controller/engines ready")
 
     async def start_in_turn() -> None:
-        await trainer.connect()
+        await start_trainer()
         await trainer.call("yield_memory")  # an engine measures what is free when it starts
         await start_engines()
 
-    starts = [start_in_turn()] if config.rollout.colocated else [trainer.connect(), start_engines()]
+    async def start_trainer() -> None:
+        await trainer.connect()
+        timeline.reached("controller/trainer ready")
+
+    timeline.reached("controller/rewards checked")
+    starts = [start_in_turn()] if config.rollout.colocated else [start_trainer(), start_engines()]
     if collector.teacher is not None:
         starts.append(collector.teacher.start(config.teacher.path))
     await asyncio.gather(*starts)

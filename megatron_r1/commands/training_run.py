@@ -16,6 +16,7 @@ from megatron_r1.errors import Cause, TrainerError, UserError
 from megatron_r1.evaluation.model_folder import has_newest_export
 from megatron_r1.files import atomic_write
 from megatron_r1.models import read_hf_config
+from megatron_r1.processes import timeline
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.supervision.supervisor import Supervisor
@@ -126,7 +127,9 @@ async def _run(
                 recorder.view.phase("exporting", str(folder.hf))
                 if config.model.lora is not None:
                     await trainer.call("export_adapter", folder=str(folder.adapter))
+                timeline.reached("controller/steps done")
                 await trainer.call("export", folder=str(folder.hf))
+                timeline.reached("controller/exported")
 
         outcome = ""
         try:
@@ -151,7 +154,9 @@ async def _run(
             await trainer.close()
             recorder.close(outcome or f"stopped after step {recorder.state.step},")
             if folder.read_metrics():
+                timeline.reached("controller/roles ended")
                 _write_report(folder, title, facts, next_commands)
+                timeline.reached("controller/report written")
 
 
 def _write_report(

@@ -167,14 +167,17 @@ class EngineServer(Server):
         return self.process is not None and self.process.poll() is None
 
     def stop(self) -> None:
-        """End the process and those under it: SIGTERM, and SIGKILL after STOP_SECONDS. Delete its
-        temporary files and what it leaves in shared memory."""
+        """End the process and those under it: with SIGKILL, on a GPU STOP_SECONDS after SIGTERM.
+        Delete its temporary files and what it leaves in shared memory."""
         if self.process is None:
             return
         shared = {*self._shared}
         if self.process.pid and children.owns_number(self.process):
             shared.update(shared_files(self.process.pid))
-        children.stop(self.process, STOP_SECONDS, KILL_SECONDS)
+        if self.settings.device == "cpu":  # nothing to end in order; vLLM takes seconds to do so
+            children.kill(self.process, KILL_SECONDS)
+        else:
+            children.stop(self.process, STOP_SECONDS, KILL_SECONDS)
         if self._scratch is not None:
             self._scratch.cleanup()
         for path in shared:

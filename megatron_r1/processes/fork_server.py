@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from megatron_r1.processes import lifetime
+from megatron_r1.processes import lifetime, timeline
 from megatron_r1.processes.imports import without_garbage_collection
 
 MAX_REQUEST_BYTES = 1 << 20
@@ -221,6 +221,7 @@ def main() -> None:
     module = importlib.import_module(name)
     with without_garbage_collection():
         module.preload()
+    timeline.reached(f"fork server of {name}/imports made")
     arguments = server.wait_for_request(module.READ_LATE)
     lifetime.end_without_parent()
     set_title(" ".join([sys.executable, "-m", name, *arguments]))

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 FOLDER = "MEGATRON_R1_TIMELINE"
 FLUSH_SECONDS = 0.5
-STEP, CPU, IDLE = "step", "cpu", "controller/idle"
+STEP, CPU, POINT, IDLE = "step", "cpu", "point", "controller/idle"
 SHORTEST_IDLE = 1e-4
 """Seconds; shorter waits of an event loop count as work."""
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -89,6 +89,15 @@ def begin_step(number: int) -> None:
     if writer := _writer():
         now = time.monotonic()
         writer.add(f"{STEP}/{number}", now, now)
+
+
+def reached(name: str) -> None:
+    """Record that this process has come to a point of its start or end, which is "ROLE/POINT", and
+    the processor time that it took until then."""
+    if writer := _writer():
+        now = time.monotonic()
+        writer.add(f"{POINT}/{name}", now, now)
+        writer.flush(now)
 
 
 def timed(name: str) -> Callable[[Function], Function]:

@@ -9,7 +9,7 @@ from importlib import import_module
 
 import msgspec
 
-from megatron_r1.processes import children, lifetime
+from megatron_r1.processes import children, lifetime, timeline
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
 from megatron_r1.processes.imports import without_garbage_collection
 
@@ -35,10 +35,12 @@ def preload() -> None:
 def main() -> None:
     """Serve the controller whose address is the last argument, until it stops the rank or ends."""
     lifetime.end_without_parent()
+    timeline.reached("trainer/process begins")
     with without_garbage_collection():
         from megatron_r1.config import parse
         from megatron_r1.training import distributed, worker
     config_json, address = sys.argv[1:]
+    timeline.reached("trainer/imports made")
     worker.serve(parse(msgspec.json.decode(config_json)), address)
     distributed.leave_process_groups()
 

@@ -61,6 +61,7 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
         position = position or distributed.initialize(config.parallel, config.run.seed)
         rank_monitor.groups = position.groups
         operations = Operations(config, position)
+        timeline.reached("trainer/model built")
         reply({**operations.describe()})
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)

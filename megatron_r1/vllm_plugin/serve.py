@@ -6,21 +6,36 @@ bytes; on CPU the engine core is forked instead of spawned, as vLLM does on GPU,
 vllm are imported once and not two or three times, and keeps the memory that it frees. `--headless`
 runs one host's part of an engine whose server is on another host."""
 
+import contextlib
 import os
 import signal
 import sys
 from importlib import import_module
 from typing import Any
 
-from megatron_r1.processes import lifetime
+from megatron_r1.processes import lifetime, timeline
 from megatron_r1.processes.imports import without_garbage_collection
 from megatron_r1.processes.memory import keep_freed_memory
-from megatron_r1.vllm_plugin import dump_stacks_on_signal
+from megatron_r1.vllm_plugin import dump_stacks_on_signal, register
 
 READ_LATE = frozenset(
     {"CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_CACHE_DIR", "VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE"}
 )
 """Environment variables that no import reads (`processes.fork_server`)."""
+LATER_IMPORTS = (
+    *("vllm.v1.engine.async_llm", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor"),
+    *("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner"),
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.distributed.device_communicators.cpu_communicator",
+    "vllm.entrypoints.generate.structured_decisions.api_router",
+    *(
+        "vllm.entrypoints.openai.chat_completion.api_router",
+        "vllm.entrypoints.rl.online.api_router",
+    ),
+    *("model_hosting_container_standards.sagemaker", "uvicorn.protocols.http.httptools_impl"),
+    "uvicorn.protocols.websockets.websockets_sansio_impl",
+)
+"""What vLLM imports when an engine on a CPU starts."""
 
 
 def fork_on_cpu() -> None:
@@ -66,10 +81,17 @@ def serve_headless() -> None:
 
 
 def preload() -> None:
-    """Import what `main` needs."""
+    """Import what `main` needs, and on a CPU what vLLM imports later: 1,000 more modules."""
     import_module("vllm.entrypoints.launchers.api_server.entry")
     for own in ("samples_endpoint", "swap_endpoint"):
         import_module(f"megatron_r1.vllm_plugin.{own}")
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        register()  # before the modules that it patches are imported by others
+        for later in LATER_IMPORTS:
+            with contextlib.suppress(ModuleNotFoundError):  # another vLLM: it is only faster so
+                import_module(later)
 
 
 def main() -> None:
@@ -77,8 +99,10 @@ def main() -> None:
     lifetime.end_without_parent()
     dump_stacks_on_signal()
     os.register_at_fork(after_in_child=begin_child)
+    timeline.reached("engine/process begins")
     with without_garbage_collection():
         preload()
+    timeline.reached("engine/imports made")
     from vllm.entrypoints.launchers.api_server.entry import main as serve
     from vllm.platforms import current_platform
 

@@ -1,5 +1,6 @@
 """`python tools/bench WHAT [options]`: one measurement on this machine, with how it was made.
 
+start      from a command to the first token: when, and the CPU seconds by process
 step       whole RL steps beside TRL, of a toy or a pretrained model; or the phases of a recipe
 fp8        what FP8 training does to the loss, against bf16
 push       the weight push, on this machine and planned at the real size
@@ -25,7 +26,7 @@ from tools.bench import machine
 
 NAMES = (
     *("agents", "chaos", "controller", "estimators", "fp8", "kernels"),
-    *("prompts", "push", "resources", "rewards", "speculative", "step"),
+    *("prompts", "push", "resources", "rewards", "speculative", "start", "step"),
 )
 """Modules of this package. Each has `add_options(parser)`, and `run(chosen)`, which prints tables
 and returns the JSON."""

@@ -1,0 +1,240 @@
+"""How long a recipe takes to start: when its processes come to which point, and the CPU they take.
+
+The run has one step and a folder of its own. --dry-run measures that instead; --replace kills an
+engine in the second step and measures until another one is back. --files counts the files that are
+opened (with strace, which slows the run down). A run before the measured one, whose figures are not
+printed, fills the page cache; --cold leaves it out."""
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from megatron_r1.processes import timeline
+from tools.bench import children
+from tools.bench.step import critical_path
+
+ROLES = {
+    "fork_server megatron_r1.vllm_plugin.serve": "import of vLLM",
+    "fork_server megatron_r1.training.rank": "import of Megatron-Core",
+    "vllm_plugin.serve": "engine",
+    "VLLM::": "engine",
+    "training.rank": "trainer",
+    "rewards.runtime": "reward workers",
+}
+"""Part of a command line → role; the first that fits."""
+BACK = "is back, with the current weights"
+SAMPLE = "core/make outputs"
+"""A span of the engine at whose end it has tokens."""
+OPENED = re.compile(r'open(?:at)?\([^"]*"([^"]*)".* = (-?\d+)')
+
+
+class Point(NamedTuple):
+    """A point that a process has come to. seconds: since the command. cpu: of the process."""
+
+    seconds: float
+    role: str
+    name: str
+    cpu: float
+
+
+class Processes(threading.Thread):
+    """CPU seconds of the processes below one, by role, read ten times a second."""
+
+    def __init__(self, root: int) -> None:
+        super().__init__(daemon=True)
+        self._root, self._found = psutil.Process(root), dict[int, tuple[str, float]]()
+
+    def run(self) -> None:
+        while self._root.is_running() and self._root.status() != psutil.STATUS_ZOMBIE:
+            for process in [self._root, *self._root.children(recursive=True)]:
+                with_role = role_of(process, self._root.pid)
+                if with_role is not None:  # it has not ended
+                    self._found[process.pid] = with_role
+            time.sleep(0.1)
+
+    def by_role(self) -> dict[str, float]:
+        """Return the CPU seconds by role, the largest first."""
+        seconds: Counter[str] = Counter()
+        for role, used in self._found.values():
+            seconds[role] += used
+        return dict(seconds.most_common())
+
+
+def role_of(process: psutil.Process, root: int) -> tuple[str, float] | None:
+    """Return a process's role and its CPU seconds; None if it has ended."""
+    try:
+        words, times = " ".join(process.cmdline()), process.cpu_times()
+    except psutil.Error:
+        return None
+    if not words:
+        return None
+    role = next((role for part, role in ROLES.items() if part in words), "others")
+    return ("controller" if process.pid == root else role), times.user + times.system
+
+
+def add_options(options: argparse.ArgumentParser) -> None:
+    """Add the options of `python tools/bench start`."""
+    options.add_argument("recipe", type=Path)
+    options.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as --KEY VALUE of rl")
+    options.add_argument("--cold", action="store_true", help="no run before the measured one")
+    kinds = options.add_mutually_exclusive_group()
+    kinds.add_argument("--dry-run", action="store_true")
+    kinds.add_argument("--replace", action="store_true")
+    kinds.add_argument("--files", action="store_true")
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Print and return what a start takes."""
+    with tempfile.TemporaryDirectory(prefix="r1_start_") as scratch:
+        if not chosen.cold:
+            measure(chosen, Path(scratch, "warm"))
+        found = measure(chosen, Path(scratch, "run"))
+    print(f"{'seconds':>8}  {'process':40} {'CPU s':>6}  point")
+    for seconds, role, name, cpu in found["points"]:
+        print(f"{seconds:8.2f}  {role:40} {cpu:6.2f}  {name}")
+    print(f"\n{'CPU s':>8}  process")
+    for role, seconds in found["cpu_seconds"].items():
+        print(f"{seconds:8.2f}  {role}")
+    print(f"{sum(found['cpu_seconds'].values()):8.2f}  in all")
+    print(f"\nthe command ended after {found['seconds']:.1f} s")
+    if chosen.replace:
+        print(f"an engine was back {found['replaced_seconds']:.1f} s after its death")
+    for name, row in found.get("files", {}).items():
+        print(f"{name}: {row}")
+    for line in found["stderr"]:
+        print(f"on the screen, not of this project: {line}")
+    return found
+
+
+def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run the recipe once with its files in `folder`. Exits with its errors if it fails."""
+    folder.mkdir()
+    settings = dict(setting.split("=", 1) for setting in chosen.settings)
+    steps = 3 if chosen.replace else 1
+    settings |= {"run.folder": str(folder / "run"), "run.steps": settings.get("run.steps", steps)}
+    command = children.megatron_r1("rl", chosen.recipe, settings)
+    command += ["--dry-run"] if chosen.dry_run else []
+    if chosen.files:
+        traced = "trace=openat,open,execve"
+        command = ["strace", "-ff", "-qq", "-e", traced, "-o", str(folder / "trace"), *command]
+    start = time.monotonic()
+    with subprocess.Popen(
+        command,
+        cwd=children.ROOT,
+        env=children.environment(**{timeline.FOLDER: str(folder / "timeline")}),
+        stdout=subprocess.PIPE,
+        stderr=open(folder / "stderr", "w"),
+        text=True,
+    ) as process:
+        processes = Processes(process.pid)
+        processes.start()
+        assert process.stdout is not None
+        replaced = follow(process.stdout, process.pid, chosen.replace)
+        code = process.wait()
+    end = time.monotonic()
+    errors = (folder / "stderr").read_text().splitlines()
+    if code:
+        sys.exit(f"{' '.join(command)} ended with {code}:\n" + "\n".join(errors[-40:]))
+    found: dict[str, Any] = {
+        "points": points(folder / "timeline", start),
+        "seconds": end - start,
+        "cpu_seconds": processes.by_role(),
+        "stderr": foreign(errors),
+    }
+    if chosen.replace:
+        found["replaced_seconds"] = replaced
+    if chosen.files:
+        found["files"] = opened(folder.glob("trace.*"))
+    return found
+
+
+def follow(lines: Iterable[str], root: int, replace: bool) -> float:
+    """Read a run's output to its end; kill an engine at its first step, if asked to. Returns the
+    seconds until another one was back, 0 without."""
+    died = back = 0.0
+    for line in lines:
+        if replace and not died and "step 1/" in line:
+            died = time.monotonic()
+            kill_engine(root)
+        if BACK in line:
+            back = time.monotonic()
+    return back - died if back else 0.0
+
+
+def kill_engine(root: int) -> None:
+    """Kill the API server of an engine."""
+    for process in psutil.Process(root).children(recursive=True):
+        words = " ".join(process.cmdline())
+        if "vllm_plugin.serve" in words and "--port" in words:
+            process.send_signal(signal.SIGKILL)
+            return
+    sys.exit("no engine of this host was found")
+
+
+def points(folder: Path, start: float) -> list[Point]:
+    """Return the points that the processes of a run have come to, in order of time; the first
+    sampled token among them. start: the command's time."""
+    found = []
+    for process in critical_path.read(folder):
+        cpu = dict(process.cpu)
+        for name, time_, _ in process.spans:
+            kind, _, rest = name.partition("/")
+            if kind == timeline.POINT:
+                role, _, point = rest.rpartition("/")
+                found.append(Point(time_ - start, role, point, cpu.get(time_, 0.0)))
+        sampled = [span.end for span in process.spans if span.name == SAMPLE]
+        if sampled:
+            found.append(
+                Point(
+                    min(sampled) - start,
+                    "engine",
+                    "first sampled token",
+                    critical_path.cpu_seconds(process, process.cpu[0][0], min(sampled)),
+                )
+            )
+    return sorted(found)
+
+
+def opened(traces: Iterable[Path]) -> dict[str, str]:
+    """Return how many files each kind of process opened, how often in vain, and the bytes of the
+    different files, from strace's files, one a process. A fork counts for its own opens only."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    files: dict[str, set[str]] = defaultdict(set)
+    for path in traces:
+        text = path.read_text(errors="replace")
+        role = next((role for part, role in ROLES.items() if words_in(text, part)), "controller")
+        for name, result in OPENED.findall(text):
+            counts[role]["opened" if int(result) >= 0 else "not found"] += 1
+            if int(result) >= 0:
+                files[role].add(name)
+    rows = {}
+    for role, count in counts.items():
+        size = sum(os.path.getsize(name) for name in files[role] if os.path.isfile(name))
+        rows[role] = (
+            f"{count['opened']:,} opens of {len(files[role]):,} files of {size / 2**20:,.0f} MiB, "
+            f"{count['not found']:,} not found"
+        )
+    return rows
+
+
+def words_in(trace: str, part: str) -> bool:
+    """Return whether the command that a trace begins with has the words of `part`."""
+    first = trace.partition("\n")[0]
+    return "execve" in first and all(f'"{w}' in first or w in first for w in part.split())
+
+
+def foreign(lines: Sequence[str]) -> list[str]:
+    """Return the lines of standard error that are not this command's own."""
+    return [line for line in lines if line.strip() and not line.startswith("megatron-r1")]
