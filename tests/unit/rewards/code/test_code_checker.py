@@ -8,6 +8,7 @@ from megatron_r1.rewards import code
 pytestmark = needs_sandbox
 RIGHT, WRONG = "print(4)", "print(5)"
 READ = "import sys\n_, e, a = (open(path).read() for path in sys.argv[1:])\n"
+COUNTING_DOWN = READ + "n = int(a)\nwhile n != 4: n -= 1"
 GOOD = READ + "sys.exit(0 if int(a) == int(e) else 1)"
 
 
@@ -41,7 +42,7 @@ def test_a_broken_checker_is_named_and_judges_no_answer(checker, reason, program
         ("print('four')", GOOD, "ValueError: invalid literal"),
         ("pass", READ + "print(int(a.split()[0] == e))", "IndexError"),
         ("print('no verdict')", READ + "print(a if a.strip() != '4' else 1)", "no verdict"),
-        ("print(-1)", READ + "n = int(a)\nwhile n != 4: n -= 1", "time limit"),
+        pytest.param(*("print(-1)", COUNTING_DOWN, "time limit"), marks=pytest.mark.more),
         ("print(10 ** 10)", READ + "'x' * int(a)", "memory"),
         ("print(200_000)", READ + "f = lambda n: n and f(n - 1)\nf(int(a))", ""),
         ("print(5)", READ + "assert a.strip() == '4'", "AssertionError"),
