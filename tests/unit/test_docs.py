@@ -34,7 +34,7 @@ def test_links_lead_to_files():
 
 
 def test_paths_of_the_repository_exist():
-    paths = rf"(?<![\w/.-])((?:{FOLDERS})/[\w./-]+\.(?:py|md|yaml|sbatch|json|txt))"
+    paths = rf"(?<![\w/.-])((?:{FOLDERS})/[\w./-]+\.(?:py|md|yaml|sbatch|jsonl|json|txt))"
     assert wrong_in_pages(paths, lambda page, path: (ROOT / path).exists()) == []
 
 
