@@ -6,13 +6,13 @@ import inspect
 import json
 import signal
 import socket
-from pathlib import Path
 
 import pytest
+from liveness import wait_until_dead
 from pydantic import TypeAdapter
 from refusals import refused
 from transformers.utils import get_json_schema
-from waiting import until, wait_until
+from waiting import until
 
 from megatron_r1.agents import environment_pool, environment_server, tool_arguments
 from megatron_r1.agents.environment import Description, describe
@@ -339,14 +339,7 @@ def test_a_closed_run_has_closed_its_environments_and_what_they_started(tmp_path
 
     program = play(use, f"{MODULE}:Unusual", folder=str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
-    wait_until(lambda: not is_running(program))
-
-
-def is_running(process_id):
-    try:
-        return Path(f"/proc/{process_id}/stat").read_text().split()[2] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    assert wait_until_dead(program)
 
 
 def test_a_process_whose_reply_is_late_is_not_used_again(monkeypatch):

@@ -27,27 +27,20 @@ def test_an_episode_is_shown_with_resets_text_calls_and_results():
     response = Response(array("i", [1, 2]), array("f", [0.0, 0.0]), array("i", [0, 0]), "stop")
     graded = GradedResponse(response, "508", {"accuracy": 0.2}, 0.2, "done", episode=episode)
     group = Group(Prompt("p", "kv 3", "environment", None), [1], [graded])
-    assert dry_run._sample_text(group, 0, {"accuracy": 1.0}).splitlines() == [
-        "--- start: apple",
-        '<tool_call>{"name": "get"}</tool_call>',
-        "-> error: no� key",
-        "508",
-        "(1 call, 1 failed)",
-        "    2 tokens; accuracy 0.2; done",
-    ]
-    rollout = Rollout([group, group], 1.0, 0.0)
-    assert dry_run._episodes(rollout) == ["episodes: 2 done; 2 calls, 2 failed"]
+    shown = dry_run._sample_text(group, 0, {"accuracy": 1.0})
+    parts = ("apple", '<tool_call>{"name": "get"}</tool_call>', "no� key", "508", "1 failed", "0.2")
+    places = [shown.index(part) for part in parts]
+    assert places == sorted(places) and "Follow the keys." not in shown
+    (counts,) = dry_run._episodes(Rollout([group, group], 1.0, 0.0))
+    assert "2 done" in counts and "2 failed" in counts
 
 
 def test_a_truth_is_shown_with_its_spaces():
     response = Response(array("i", [1, 2]), array("f", [0.0, 0.0]), array("i", [0, 0]), "stop")
     graded = GradedResponse(response, "lion", {"accuracy": 0.0}, 0.0, "wrong")
     group = Group(Prompt("p", "lion, oak, elm", "odd:one", " lion "), [1], [graded])
-    assert dry_run._sample_text(group, 0, {"accuracy": 1.0}).splitlines() == [
-        "--- lion, oak, elm",
-        "lion",
-        "    truth ' lion '; 2 tokens; accuracy 0; wrong",
-    ]
+    shown = dry_run._sample_text(group, 0, {"accuracy": 1.0})
+    assert "lion, oak, elm" in shown and "' lion '" in shown and "wrong" in shown
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_samples(tmp_path, monkeypatch):
