@@ -146,7 +146,7 @@ class EngineServer(Server):
         """Start the process on a free port and return at once. Raises EngineError if the model
         folder is unusable, OSError if the port is taken."""
         check_model_folder(self.model)
-        arguments = [*self.arguments, *self._choose_ports()]
+        arguments = [*self._choose_ports(), *self.arguments]
         part = self.settings.part
         if part is not None:
             arguments += part.arguments(self.settings.data, self.coordinator)

@@ -63,7 +63,7 @@ class RankProcesses:
                 RANKS_ENVIRONMENT: token,
                 **import_environment(),
             }
-            self._processes.append(_start([settings, address], self._log(rank), environment))
+            self._processes.append(_start([address, settings], self._log(rank), environment))
 
     def stop(self) -> None:
         """End every rank: SIGTERM, and after five seconds SIGKILL."""

@@ -1,6 +1,6 @@
 """Entry point of a trainer rank's process.
 
-    python -m megatron_r1.training.rank RECIPE_JSON CONTROLLER_ADDRESS
+    python -m megatron_r1.training.rank CONTROLLER_ADDRESS RECIPE_JSON
 
 with torchrun's environment variables set (RANK, WORLD_SIZE, …)."""
 
@@ -33,13 +33,13 @@ def preload() -> None:
 
 
 def main() -> None:
-    """Serve the controller whose address is the last argument, until it stops the rank or ends."""
+    """Serve the controller whose address is the first argument, until it stops the rank or ends."""
     lifetime.end_without_parent()
     timeline.reached("trainer/process begins")
     with without_garbage_collection():
         from megatron_r1.config import parse
         from megatron_r1.training import distributed, worker
-    config_json, address = sys.argv[1:]
+    address, config_json = sys.argv[1:]
     timeline.reached("trainer/imports made")
     worker.serve(parse(msgspec.json.decode(config_json)), address)
     distributed.leave_process_groups()

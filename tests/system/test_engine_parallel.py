@@ -147,7 +147,7 @@ def test_a_rank_that_dies_or_hangs_takes_its_engine_with_it(how, oracle, tmp_pat
 
 def processes_under(pid):
     """pid → name of a process and all below it."""
-    found = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()}
+    found = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode().split(" ")[0]}
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in (task / "children").read_text().split():
             found |= processes_under(int(child))

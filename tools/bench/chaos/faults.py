@@ -69,15 +69,17 @@ def drop_engine_connections(user: User, draw: random.Random) -> str | None:
     """Let the kernel reset every connection to one engine in the middle of its responses."""
     if (server := user.any_process("engine servers", draw)) is None:
         return None
-    line = server.cmdline()
-    return _drop(int(line[line.index("--port") + 1]), "engine")
+    words = " ".join(server.cmdline()).split()  # a forked process has one word
+    return _drop(int(words[words.index("--port") + 1]), "engine")
 
 
 def drop_trainer_connections(user: User, draw: random.Random) -> str | None:
     """Let the kernel reset the connections between the controller and its ranks."""
     if (rank := user.any_process("trainer ranks", draw)) is None:
         return None
-    return _drop(int(rank.cmdline()[-1].rpartition(":")[2]), "controller")
+    words = " ".join(rank.cmdline()).split()
+    address = words[words.index("megatron_r1.training.rank") + 1]
+    return _drop(int(address.rpartition(":")[2]), "controller")
 
 
 def _drop(port: int, whose: str) -> str | None:
