@@ -56,7 +56,7 @@ class UserError(ValueError):
         (`--json`), a file's role (`questions`), a field of a row (`truth`).
     cause: what is wrong with it. Programs and tests go by these two; the wording may change."""
 
-    def __init__(self, message: str, *, key: str = "", cause: Cause = Cause.FAILED) -> None:
+    def __init__(self, message: str, *, key: str, cause: Cause) -> None:
         super().__init__(message)
         self.key = key
         self.cause = cause

@@ -51,7 +51,7 @@ def test_the_log_of_an_engine_that_failed_stays():
     assert (failed.value.logs / "engine_0.log").read_text() == "why"
     shutil.rmtree(failed.value.logs)
     with pytest.raises(UserError) as failed:
-        fail(UserError("no engine"))
+        fail(UserError("no engine", key="rollout", cause=Cause.FAILED))
     assert not failed.value.logs.exists()
 
 
