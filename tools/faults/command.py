@@ -140,8 +140,10 @@ def _nodes(mutation: Mutation) -> list[str]:
 
 
 def _row(mutation: Mutation, outcome: Outcome) -> str:
-    if test := outcome.caught_by or outcome.fails_anyway:
-        end = test.rpartition("/")[2] + (" FAILS WITHOUT THE FAULT" if outcome.fails_anyway else "")
+    if outcome.fails_anyway:
+        end = f"NOT PLANTED, its tests fail: {outcome.fails_anyway}"
+    elif outcome.caught_by:
+        end = outcome.caught_by.rpartition("/")[2]
     else:
         end = f"SURVIVED: {mutation.survives}" if mutation.survives else "SURVIVED"
     return f"{mutation.room:14} {mutation.symbol:34} {mutation.fault:62} {end}"

@@ -85,8 +85,10 @@ class TreeCopy:
 
 
 def failure_of(status: int, output: str) -> str | None:
-    """Return the first test that failed, or how else pytest ended; None where no test failed."""
-    if status in (0, NO_TEST_RAN):
+    """Return the first test that failed, or how else pytest ended; None where all passed."""
+    if status == 0:
         return None
+    if status == NO_TEST_RAN:
+        return "none of them is in make test"
     first = FIRST_FAILURE.search(output)
     return first[1] if first else f"pytest ended with {status}"
