@@ -14,6 +14,7 @@ from lookup_base import ROOT, lines
 def arguments(base: Path, folder: Path, name: str, steps: int, *more: object) -> list:
     recipe = ROOT / "examples/agents/lookup.yaml"
     where = ("--run.folder", folder / name, "--run.steps", steps, "--run.log_samples", 16)
+    more = (*more, "--agents.call_seconds", 3600)  # on a slow machine, too
     data = ("--model.path", base / "base/hf", "--data.path", base / "rows.jsonl")
     return ["rl", recipe, *where, *data, "--data.num_heldout", 16, *more]
 

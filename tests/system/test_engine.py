@@ -237,8 +237,10 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
     groups = loop(stop_amid())
     fleet.replacement.unresponsive_seconds = 120.0
     assert fleet.num_restarts == restarts + 1
-    reason = "died: " if how == signal.SIGKILL else "has not answered for 3 seconds"
-    assert f"engine-0 {reason}" in said[0] and "engine-0" in said[0]
+    # Its server may answer once more before it ends.
+    killed = ("engine-0 died: ", "engine-0 cannot go on: ")
+    reasons = killed if how == signal.SIGKILL else ("engine-0 has not answered for 3 seconds",)
+    assert said[0].startswith(reasons), said
     # The new engine was started on the model `a`, and given what was pushed last.
     assert stamped(groups) == {fleet.version}
     assert largest_difference(oracle, models / "b", groups) <= TOLERANCE
