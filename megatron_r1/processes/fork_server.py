@@ -88,8 +88,10 @@ class ForkServer:
                     self._follow(key.data, has_ended=key.fd == key.data.end)
                 elif key.data is not None:
                     key.data()
-                elif (arguments := self._start(key.fileobj)) is not None:
-                    return arguments
+                else:
+                    assert isinstance(key.fileobj, socket.socket), "a connection"
+                    if (arguments := self._start(key.fileobj)) is not None:
+                        return arguments
 
     def _accept(self) -> None:
         self._selector.register(self._channel.accept()[0], selectors.EVENT_READ)
@@ -103,7 +105,7 @@ class ForkServer:
     def _start(self, connection: socket.socket) -> list[str] | None:
         """Start the process that a connection asks for. Returns its arguments in that process."""
         self._selector.unregister(connection)
-        request, descriptors = b"", []
+        request, descriptors = b"", list[int]()
         with contextlib.suppress(ConnectionError):
             flags = socket.MSG_CMSG_CLOEXEC
             request, descriptors, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 1, flags)

@@ -162,7 +162,11 @@ def start(
     try:
         if not _can_fork():
             raise OSError("a new interpreter")
-        connection = importer.connect() if shared is None else _connect(shared)
+        if shared is not None:
+            connection = _connect(shared)
+        else:
+            assert importer is not None, "it has begun"
+            connection = importer.connect()
     except OSError:
         return children.start([sys.executable, "-m", module, *arguments], log, environment)
     request = Request(list(arguments), {**os.environ, **environment}, os.getcwd())

@@ -66,10 +66,10 @@ class Processes(threading.Thread):
 
     def by_role(self) -> dict[str, float]:
         """Return the CPU seconds by role, the largest first."""
-        seconds: Counter[str] = Counter()
+        seconds: dict[str, float] = defaultdict(float)
         for role, used in self._found.values():
             seconds[role] += used
-        return dict(seconds.most_common())
+        return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def role_of(process: psutil.Process, root: int) -> tuple[str, float] | None:
