@@ -5,7 +5,8 @@ other side. Importing vLLM's server takes four seconds of CPU and reads thousand
 engines on a host, and an engine that replaces another, share one import; after `begin` it runs
 beside what this process does before it needs the first engine.
 
-With `SERVERS` set, processes come from fork servers that outlive this process."""
+With `SERVERS` set, processes come from fork servers that outlive this process, and where the folder
+has none from new interpreters."""
 
 import atexit
 import contextlib
@@ -144,8 +145,8 @@ def begin(module: str, environment: Mapping[str, str]) -> None:
     """Begin the imports of `module` in a process of its own, unless they have begun.
 
     environment: variables over this process's, as later in `start`. Does nothing where processes
-    are not forked, or by servers of `SERVERS`."""
-    if not _can_fork() or _shared(module) is not None:
+    are not forked from here."""
+    if os.environ.get(SERVERS) or not _can_fork():
         return
     if module not in _importers or not _importers[module].is_usable:
         _importers[module] = Importer(module, environment)
@@ -157,22 +158,22 @@ def start(
     """Start `module` with its output appended to `log`, as `children.start` starts a command, and
     return at once. Call it from a thread that lives as long as the process should."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    begin(module, environment)
-    importer, shared = _importers.get(module), _shared(module)
+    importer = None
     try:
-        if not _can_fork():
-            raise OSError("a new interpreter")
-        if shared is not None:
-            connection = _connect(shared)
-        else:
-            assert importer is not None, "it has begun"
+        if folder := os.environ.get(SERVERS):
+            connection = _connect(Path(folder, module))
+        elif _can_fork():
+            begin(module, environment)
+            importer = _importers[module]
             connection = importer.connect()
+        else:
+            raise OSError("nothing is forked here")
     except OSError:
         return children.start([sys.executable, "-m", module, *arguments], log, environment)
     request = Request(list(arguments), {**os.environ, **environment}, os.getcwd())
     with open(log, "ab") as output, contextlib.suppress(ConnectionError):  # `poll` finds the end
         socket.send_fds(connection, [msgspec.msgpack.encode(request)], [output.fileno()])
-    return ForkedProcess(connection, importer if shared is None else None, log)
+    return ForkedProcess(connection, importer, log)
 
 
 @atexit.register
@@ -208,12 +209,6 @@ def _options(environment: Mapping[str, str]) -> dict:
 def _can_fork() -> bool:
     is_main = threading.current_thread() is threading.main_thread()
     return hasattr(os, "pidfd_open") and is_main
-
-
-def _shared(module: str) -> Path | None:
-    folder = os.environ.get(SERVERS)
-    path = Path(folder, module) if folder else None
-    return path if path is not None and path.exists() else None
 
 
 def _connect(path: Path) -> socket.socket:

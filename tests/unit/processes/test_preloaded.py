@@ -91,6 +91,13 @@ def test_a_start_is_cancelled_while_the_server_imports(tmp_path):
     assert process.returncode is not None and not printed(tmp_path / "log")
 
 
+def test_a_folder_without_servers_means_new_interpreters(tmp_path, monkeypatch):
+    monkeypatch.setenv(preloaded.SERVERS, str(tmp_path))
+    preloaded.begin(MODULE, EARLY)
+    process = start(tmp_path / "log", "exit", "4")
+    assert isinstance(process, subprocess.Popen) and process.wait() == 4
+
+
 CONTROLLER = f"""
 import sys, time
 from pathlib import Path
