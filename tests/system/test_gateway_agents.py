@@ -21,7 +21,7 @@ from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from tests.chat_tokenizer import chat_tokenizer
 
 pytestmark = pytest.mark.slow  # three starts of vLLM
-ROOM = 8192
+ROOM = 16_384  # three turns of the CodeAgent take more than half of it
 TOOL = {"name": "calculate", "parameters": {"type": "object", "properties": {}}}
 
 
