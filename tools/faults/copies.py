@@ -22,7 +22,7 @@ CHECK = (
     "import megatron_r1, r1_kernels; print(megatron_r1.__file__, r1_kernels.__file__, sep='\\n')"
 )
 PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not more and not slow")
-FIRST_FAILURE = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+FIRST_FAILURE = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 NO_TEST_RAN = 5  # pytest's exit status
 
 
