@@ -7,6 +7,9 @@ import asyncio
 import time
 from collections.abc import Callable
 
+PATIENT = 3600.0
+"""Seconds, for a time limit of the product that a test has to give and honest work must not hit."""
+
 
 def wait_until(condition: Callable[[], object], pause_seconds: float = 0.02) -> None:
     """Return when condition() is true."""

@@ -17,7 +17,7 @@ def test_a_kill_for_lack_of_memory_is_named_with_its_remedy(kills, says, tmp_pat
     ranks = RankProcesses(tmp_path)
     ranks._kills_before = out_of_memory.num_kills()
     (tmp_path / "trainer_0.log").write_text("step 1\n")
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
     process.kill()
     process.wait()
     ranks._processes = [process]

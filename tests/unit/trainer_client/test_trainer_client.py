@@ -4,6 +4,7 @@ import asyncio
 
 import msgspec
 import pytest
+from waiting import until
 
 from megatron_r1.config import Config
 from megatron_r1.errors import TrainerLost
@@ -48,7 +49,7 @@ def test_the_reply_to_a_cancelled_call_is_not_taken_for_the_next_one(client):
     async def story():
         given_up = asyncio.create_task(client.call("connect_sets"))
         waits = asyncio.create_task(client.call("probe"))
-        await asyncio.sleep(0.05)
+        await until(client.socket.calls.qsize)
         given_up.cancel()
         waits.cancel()  # not sent to the rank yet
         after = asyncio.create_task(client.call("update"))
@@ -57,14 +58,14 @@ def test_the_reply_to_a_cancelled_call_is_not_taken_for_the_next_one(client):
         client.socket.answers.set()
         return await after, client.is_usable
 
-    assert asyncio.run(asyncio.wait_for(story(), 10)) == ({"operation": "update"}, True)
+    assert asyncio.run(story()) == ({"operation": "update"}, True)
 
 
 def test_begun_is_called_when_the_call_is_sent_to_the_ranks(client):
     async def story():
         waiting = []
         first = asyncio.create_task(client.call("compute_logprobs"))
-        await asyncio.sleep(0.05)
+        await until(client.socket.calls.qsize)
         second = asyncio.create_task(
             client.call_all("connect_sets", begun=lambda: waiting.append(client.waiting))
         )
@@ -75,7 +76,7 @@ def test_begun_is_called_when_the_call_is_sent_to_the_ranks(client):
         await first
         return waiting
 
-    assert asyncio.run(asyncio.wait_for(story(), 10)) == [None]
+    assert asyncio.run(story()) == [None]
 
 
 def test_a_call_while_the_ranks_start_again_is_a_loss_and_not_an_empty_reply(client):

@@ -37,5 +37,5 @@ def test_an_engine_that_does_not_reach_the_store_names_it(said, named):
         engine = Engine(0, SimpleNamespace(), Client(), is_up=True)
         return await connector.connect([EngineSet("one", [engine])], [], resume=True)
 
-    problems, deaths = asyncio.run(asyncio.wait_for(story(), 20))
+    problems, deaths = asyncio.run(story())
     assert named in problems["one"] and deaths == {}

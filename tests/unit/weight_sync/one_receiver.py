@@ -4,6 +4,7 @@ import threading
 
 import torch
 from torch.distributed import TCPStore
+from waiting import PATIENT
 
 from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
 from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
@@ -72,11 +73,11 @@ class OneReceiver:
         ends = {}
 
         def receive():
-            rendezvous = EngineRendezvous(self.client(), f"test.{self.store.port}", 60)
+            rendezvous = EngineRendezvous(self.client(), f"test.{self.store.port}", PATIENT)
             ends["receiver"] = receiver_class(transport)(rendezvous, 0, self.table)
 
         def connect(sender):
-            rendezvous = TrainerRendezvous(self.client(), f"test.{self.store.port}", 60)
+            rendezvous = TrainerRendezvous(self.client(), f"test.{self.store.port}", PATIENT)
             (info,) = rendezvous.read_receivers(1)
             end = sender_class(transport)(rendezvous, sender, 0, info, self.full_every)
             end.plan(deliveries[sender])

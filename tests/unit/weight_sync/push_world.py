@@ -6,6 +6,7 @@ from queue import SimpleQueue
 
 import torch
 from torch.distributed import TCPStore
+from waiting import PATIENT
 
 from megatron_r1.weight_sync.plan.fp8_blocks import scale_region
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
@@ -57,7 +58,7 @@ class Shared:
             if rank == 0:
                 for queue in self.queues:
                     queue.put(value)
-            return self.queues[rank].get(timeout=20)
+            return self.queues[rank].get()
 
         return share
 
@@ -77,7 +78,7 @@ class World:
         *,
         engines=1,
         transport="gloo",
-        seconds=20,
+        seconds=PATIENT,
         table=table_of,
         full_every=1,
         drafts=False,
@@ -99,12 +100,12 @@ class World:
 
         def receiver(member, rank):
             sizes = {"member": member, "num_members": engines}
-            met = EngineRendezvous(self.client(), self.name, 20, seconds, **sizes)
+            met = EngineRendezvous(self.client(), self.name, PATIENT, seconds, **sizes)
             return receiver_class(transport)(met, rank, tables[member, rank])
 
         def connect(sender):
             sets = [(self.name, engines)]
-            return sender.connect(sets, asdict(engine), transport, 20, full_every, seconds)
+            return sender.connect(sets, asdict(engine), transport, PATIENT, full_every, seconds)
 
         ends = run_all([partial(receiver, *at) for at in places] + self.each(connect))
         self.receivers = dict(zip(places, ends[: len(places)], strict=True))
@@ -126,7 +127,7 @@ class World:
     def push(self, number):
         assert all(answer == {"problems": {}} for answer in self.send(number))
         for receiver in self.receivers.values():
-            receiver.buffer.wait(number, 0, 20)
+            receiver.buffer.wait(number, 0, PATIENT)
 
     def close(self):
         for sender in self.senders:

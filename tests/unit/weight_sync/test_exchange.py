@@ -8,6 +8,7 @@ import pytest
 import torch
 from refusals import raised
 from torch.distributed import TCPStore
+from waiting import PATIENT
 
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.rendezvous import base as rendezvous_base
@@ -47,7 +48,7 @@ def test_every_engine_has_every_slice_after_each_push(hf, grid, layout, engines)
         for number in (1, 2):
             assert all(answer == {"problems": {}} for answer in world.send(number))
             for receiver in world.receivers.values():
-                receiver.buffer.wait(number, 0, 20)
+                receiver.buffer.wait(number, 0, PATIENT)
             assert wrong_slots(world, tensors, number) == []
             for held in world.held:
                 for parameter in {id(p): p for pieces in held.values() for p, _ in pieces}.values():
@@ -108,7 +109,7 @@ def test_windows_are_exchanged_one_after_another_as_they_are_released(make_world
         sending.start()
         for window in range(windows):
             for receiver in world.receivers.values():
-                receiver.buffer.wait(number, window, 20)
+                receiver.buffer.wait(number, window, PATIENT)
             assert wrong_slots(world, tensors, number, window) == []
             for (_, rank), receiver in world.receivers.items():
                 receiver.rendezvous.release(rank, number, window)
@@ -116,17 +117,16 @@ def test_windows_are_exchanged_one_after_another_as_they_are_released(make_world
 
 
 def test_a_release_does_not_wait_for_a_wait_of_the_same_rank(monkeypatch):
-    monkeypatch.setattr(rendezvous_base, "POLL_SECONDS", 60.0)
+    monkeypatch.setattr(rendezvous_base, "POLL_SECONDS", PATIENT)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    met = EngineRendezvous(store, "set", 60.0)
+    met = EngineRendezvous(store, "set", PATIENT)
     waiting = threading.Thread(target=met.await_release, args=(0, 1, 0), daemon=True)
     waiting.start()
-    time.sleep(0.2)  # it waits now
+    time.sleep(0.2)  # by then it waits, on a machine that is not very slow
     releasing = threading.Thread(target=met.release, args=(0, 1, 0), daemon=True)
     releasing.start()
-    releasing.join(20)
-    waiting.join(20)
-    assert not releasing.is_alive() and not waiting.is_alive()
+    releasing.join()
+    waiting.join()
 
 
 def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
@@ -138,7 +138,7 @@ def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
     assert world.send(1) == [{"problems": {}}] * 2
     first, second = world.receivers.values()
     for receiver in (first, second):
-        receiver.buffer.wait(1, 0, 20)
+        receiver.buffer.wait(1, 0, PATIENT)
     for slot in first.table.slots:  # between them nothing is written
         assert torch.equal(*(slot_view(r.memory, slot).float() for r in (first, second))), slot.name
     name = "model.layers.2.mlp.experts.3.up_proj.weight"
@@ -185,7 +185,7 @@ def test_damage_in_the_exchange_is_refused_with_the_tensor_s_name(
     world.send(1)
     for receiver in world.receivers.values():
         with raised(ValueError, "engine"):
-            receiver.buffer.wait(1, 0, 20)
+            receiver.buffer.wait(1, 0, PATIENT)
 
 
 def wait_without_rank_3(world):
@@ -193,15 +193,16 @@ def wait_without_rank_3(world):
     positions = {rank for (_, rank), r in world.receivers.items() if 3 in r.buffer.deliveries}
     for place, receiver in world.receivers.items():
         if place[1] not in positions:
-            receiver.buffer.wait(1, 0, 20)
+            receiver.buffer.wait(1, 0, PATIENT)
             continue
         with pytest.raises(ValueError, match="trainer ranks? 3[^0-9,]"):
-            receiver.buffer.wait(1, 0, 20)
+            receiver.buffer.wait(1, 0, PATIENT)
 
 
+@pytest.mark.more  # waits for the time that honest ranks may need on a slow machine
 def test_a_trainer_rank_that_does_not_send_is_named_on_all_engines(make_world):
     tensors = draw(DEEPSEEK, 1)
-    world = make_world(DEEPSEEK, GRID, SPREAD, tensors, engines=2, seconds=2, table=plain_table)
+    world = make_world(DEEPSEEK, GRID, SPREAD, tensors, engines=2, seconds=30, table=plain_table)
     world.send(1, ranks=(0, 1, 2))
     wait_without_rank_3(world)
 
@@ -221,7 +222,7 @@ def test_an_engine_rank_that_ends_is_named_by_the_others_at_its_position(make_wo
     world.send(1)
     for engine in (0, 2):
         with raised(ValueError, "rank 2 of engine 1"):
-            world.receivers[engine, 2].buffer.wait(1, 0, 60)
+            world.receivers[engine, 2].buffer.wait(1, 0, PATIENT)
 
 
 def test_engines_that_need_different_tensors_are_refused(make_world):

@@ -12,6 +12,7 @@ from one_receiver import (
     expected_values,
 )
 from refusals import raised
+from waiting import PATIENT
 
 from megatron_r1.config.push import PushConfig
 from megatron_r1.weight_sync.rendezvous.offers import ReceiverInfo
@@ -56,7 +57,7 @@ class Pair(OneReceiver):
             TENSORS[name] = values
         for thread in self.send(number):
             thread.join()
-        self.receiver.buffer.wait(number, 0, 20)
+        self.receiver.buffer.wait(number, 0, PATIENT)
         area = self.table.area(self.receiver.memory, number)
         for slot in self.table.slots:
             assert torch.equal(slot_view(area, slot), expected_values(slot)), (number, slot.name)

@@ -9,6 +9,7 @@ import torch
 from push_world import World, draw, table_of
 from refusals import raised, refused
 from torch.distributed import TCPStore
+from waiting import PATIENT
 
 from megatron_r1.config import Config
 from megatron_r1.errors import Cause
@@ -231,7 +232,7 @@ def test_an_engine_with_fp8_of_another_kind_is_refused():
         return SlotTable(table.num_bytes, [s for s in table.slots if "scale" not in s.name])
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    rendezvous = EngineRendezvous(store, "other", 5)
+    rendezvous = EngineRendezvous(store, "other", PATIENT)
     rendezvous.publish_receiver(0, ReceiverInfo(without_scales(DEEPSEEK, EngineLayout(), 0)))
     held = held_by(DEEPSEEK, TrainerGrid(1), 0, draw(DEEPSEEK, 1))
     sender = WeightSender(DEEPSEEK, TrainerGrid(1), held, store)

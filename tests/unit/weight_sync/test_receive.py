@@ -18,6 +18,7 @@ from one_receiver import (
 )
 from refusals import raised
 from torch.distributed import TCPStore
+from waiting import PATIENT
 
 from megatron_r1.engine.errors import PushIncomplete
 from megatron_r1.weight_sync.receive.buffer import check_coverage
@@ -67,7 +68,7 @@ def test_an_engine_receives_the_slices_in_its_dtype(
     for push in (1, 2):
         TENSORS["weight"].add_(1)
         threads = world.send(push)
-        world.receiver.buffer.wait(push, 0, 20)
+        world.receiver.buffer.wait(push, 0, PATIENT)
         for thread in threads:
             thread.join()
         for slot in SLOTS:
@@ -86,7 +87,7 @@ def test_with_two_areas_a_push_leaves_the_one_before_as_it_is(make_world, transp
         TENSORS["weight"].add_(1)
         pushed[push] = [expected_values(slot).clone() for slot in SLOTS]
         threads = world.send(push)
-        world.receiver.buffer.wait(push, 0, 20)
+        world.receiver.buffer.wait(push, 0, PATIENT)
         for thread in threads:
             thread.join()
         for age in (0, 1) if push > 1 else (0,):
@@ -100,7 +101,7 @@ def test_a_window_is_not_overwritten_before_it_is_released(make_world, transport
     world = make_world(transport, WINDOWED, WINDOWED_BY_TWO, 512)
     threads = world.send(1)
     for window, slot in enumerate(WINDOWED):
-        world.receiver.buffer.wait(1, window, 20)
+        world.receiver.buffer.wait(1, window, PATIENT)
         threads[0].join(0.1)  # time to do what must not be done
         assert torch.equal(slot_view(world.receiver.memory, slot), expected_values(slot)), slot
         world.receiver.rendezvous.release(0, 1, window)
@@ -116,8 +117,8 @@ def test_equal_engines_share_one_table():
     for name, slots in {"a.1": SLOTS, "b.1": SLOTS, "c.1": WINDOWED}.items():
         for rank in range(2):
             info = ReceiverInfo(SlotTable(2048, slots), f"{name}/{rank}")
-            EngineRendezvous(store, name, 5).publish_receiver(rank, info)
-        receivers[name] = TrainerRendezvous(store, name, 5, tables=tables).read_receivers(2)
+            EngineRendezvous(store, name, PATIENT).publish_receiver(rank, info)
+        receivers[name] = TrainerRendezvous(store, name, PATIENT, tables=tables).read_receivers(2)
     assert [info.address for info in receivers["b.1"]] == ["b.1/0", "b.1/1"]
     assert len({id(info.table) for infos in receivers.values() for info in infos}) == 2
     assert [infos[1].table.slots for infos in receivers.values()] == [SLOTS, SLOTS, WINDOWED]
@@ -127,8 +128,9 @@ def test_equal_engines_share_one_table():
 def test_a_trainer_rank_that_sends_nothing_is_named(make_world, transport):
     world = make_world(transport, SLOTS, BY_TWO)
     world.send(1, senders=[0])[0].join()
+    world.receiver.buffer.wait(1, 0, PATIENT, senders=[0])
     with raised(IncompletePush, PushIncomplete.KIND, "trainer ranks 1 "):
-        world.receiver.buffer.wait(1, 0, 0.5)
+        world.receiver.buffer.wait(1, 0, 0.1)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -153,7 +155,7 @@ def test_a_tensor_that_arrives_otherwise_is_named(
     monkeypatch.setattr(world.receiver.buffer, "delivery_arrived", corrupted)
     world.send(1)
     with raised(ValueError, name, "rank 1"):
-        world.receiver.buffer.wait(1, 0, 20)
+        world.receiver.buffer.wait(1, 0, PATIENT)
 
 
 def test_checksums_of_odd_rows_are_of_the_elements_in_order_whatever_the_strides():
@@ -218,11 +220,11 @@ def test_memory_of_a_process_that_was_killed_is_swept_away(monkeypatch):
     monkeypatch.setattr(shared_memory, "SWEEP_AGE_SECONDS", -1.0)
     paths = [shared_memory.FOLDER / f"{shared_memory.PREFIX}test.{os.getpid()}_{i}" for i in (0, 1)]
     code = (
-        "import sys, time, pathlib\n"
+        "import sys, signal, pathlib\n"
         "from megatron_r1.weight_sync.transports.shared_memory import NamedMemory\n"
         "held = NamedMemory(pathlib.Path(sys.argv[1]), 4096)\n"
         "print('created', flush=True)\n"
-        "time.sleep(60)"
+        "signal.pause()"
     )
     killed = subprocess.Popen([sys.executable, "-c", code, paths[0]], stdout=subprocess.PIPE)
     assert killed.stdout.readline() == b"created\n"
