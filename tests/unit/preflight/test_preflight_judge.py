@@ -63,7 +63,7 @@ def test_the_planners_rates_are_those_of_the_gpu_that_is_found():
     assert (hardware.name, hardware.gpus_per_node) == ("H100", 4)
     assert link_rate(hardware, Assumptions(), 4) == pytest.approx(INSIDE)
     assert link_rate(hardware, Assumptions(), 16) == pytest.approx(ACROSS)
-    with pytest.raises(UserError, match="preflight.hardware: H10 is none of H800, H100"):
+    with pytest.raises(UserError, match="preflight.hardware"):
         take_section({"preflight.hardware": "H10"}, PreflightSettings)
 
 

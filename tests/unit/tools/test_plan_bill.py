@@ -33,9 +33,10 @@ def test_advice_is_not_what_the_recipe_does_or_its_model_cannot(capsys):
     dense = str(ROOT / "examples/distill/qwen2.5-32b_rl.yaml")
     assert main([dense, "--memory-gib", "20"]) == 1
     output = " ".join(capsys.readouterr().out.split())
-    assert "recompute full" in output and "of it activations: raise parallel.context" in output
-    assert "parallel.expert" not in output and "raise rollout.tensor=8 (more GPUs" in output
+    assert "recompute full" in output and "parallel.context" in output
+    assert "parallel.expert" not in output and "rollout.tensor=8" in output
     assert main([*LAPTOP, "--memory-gib", "6.1"]) == 1
-    assert "1.04 GiB of it activations: set parallel.recompute to full" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "1.04 GiB" in output and "parallel.recompute" in output
     assert main([*LAPTOP, "--memory-gib", "5"]) == 1
-    assert "of it reserved: use GPUs with more memory" in capsys.readouterr().out
+    assert "reserved" in capsys.readouterr().out

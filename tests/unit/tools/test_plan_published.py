@@ -15,10 +15,9 @@ ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "examples/deepseek_r1/r1_zero.yaml"
 
 
-def test_the_documented_table_is_the_one_that_is_printed(capsys):
+def test_the_printed_table_has_the_published_values_and_their_ratios(capsys):
     assert main(["--published"]) == 0
     output = capsys.readouterr().out
-    assert output.strip() in (ROOT / "docs/planning.md").read_text(encoding="utf-8")
     table = re.findall(
         r"^\| (\d)\..* \| ([\d,.]+) [sh] \| ([\d,.]+) [sh] \| ([\d.]+) \|$", output, re.M
     )
