@@ -35,11 +35,18 @@ def register() -> None:
 def _patch() -> None:
     from vllm.platforms import current_platform
 
-    from megatron_r1.vllm_plugin import deepseek_classes, drafter, failed_updates, timeline_spans
+    from megatron_r1.vllm_plugin import (
+        deepseek_classes,
+        drafter,
+        failed_updates,
+        timeline_spans,
+        whole_outputs,
+    )
 
     deepseek_classes.apply()
     drafter.apply()
     failed_updates.apply()
+    whole_outputs.apply()
     if current_platform.is_cpu():
         from megatron_r1.vllm_plugin import cpu_parallel, cpu_patches, cpu_routing
 

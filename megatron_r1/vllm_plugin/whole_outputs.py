@@ -1,0 +1,144 @@
+"""Sends tokens from an engine's core to its server in chunks, where whole responses are wanted.
+
+vLLM sends a message for every step, in which each sequence's token and log-probability are objects
+of their own: with 256 sequences a sixth of a rollout's processor time, and the thread that encodes
+them takes the interpreter from the one that computes."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+MOST_TOKENS = 64
+"""Tokens of a sequence after which they are sent all the same."""
+OTHER_FIELDS = (
+    *("finish_reason", "new_prompt_logprobs_tensors", "pooling_output", "events"),
+    *("kv_transfer_params", "ec_transfer_params", "routed_experts", "new_sampling_mask"),
+)
+"""Fields of an output that is sent at once where one is set."""
+
+
+@dataclass
+class _Held:
+    """What a sequence has sampled since its last message. client: the server it is for."""
+
+    client: int
+    outputs: list[Any]
+
+    def merged(self) -> Any:
+        """Return one output with the tokens of all; that of the newest is changed and returned."""
+        first, last = self.outputs[0], self.outputs[-1]
+        if first is last:
+            return first
+        last.new_token_ids = [token for each in self.outputs for token in each.new_token_ids]
+        parts = [each.new_logprobs for each in self.outputs if each.new_logprobs is not None]
+        if parts:
+            joined = zip(*(part[:3] for part in parts), strict=True)
+            last.new_logprobs = type(parts[0])(*map(np.concatenate, joined), None)
+        last.prefill_stats = first.prefill_stats
+        return last
+
+
+class HeldOutputs:
+    """The outputs of unfinished sequences that are kept back."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, _Held] = {}
+
+    def keep_back(
+        self, outputs: dict[int, Any], wants_whole: Callable[[str], bool]
+    ) -> dict[int, Any]:
+        """Take from a step's `EngineCoreOutputs`, by client, what can wait, and put before the
+        others what waited for them; remove what is then empty, and return the same dictionary.
+
+        wants_whole: whether a request's client reads nothing before its last token."""
+        for client, of_client in list(outputs.items()):
+            sent = []
+            for output in of_client.outputs:
+                held = self._held.get(output.request_id)
+                can_wait = _is_plain(output) and wants_whole(output.request_id)
+                if held is None and not can_wait:
+                    sent.append(output)
+                    continue
+                if held is None:
+                    held = self._held[output.request_id] = _Held(client, [])
+                held.outputs.append(output)
+                if not can_wait or len(held.outputs) >= MOST_TOKENS:
+                    del self._held[output.request_id]
+                    sent.append(held.merged())
+            of_client.outputs = sent
+            rest = of_client.scheduler_stats, of_client.finished_requests, of_client.wave_complete
+            if not sent and all(value is None for value in rest):
+                del outputs[client]
+        return outputs
+
+    def release(self) -> dict[int, list[Any]]:
+        """Return all that is kept back, by client, and keep it no longer."""
+        found: dict[int, list[Any]] = {}
+        for held in self._held.values():
+            found.setdefault(held.client, []).append(held.merged())
+        self._held.clear()
+        return found
+
+    def forget(self, request_ids: Collection[str]) -> None:
+        """Drop what was sampled for aborted requests."""
+        for request_id in request_ids:
+            self._held.pop(request_id, None)
+
+
+def _is_plain(output: Any) -> bool:
+    return all(getattr(output, name) is None for name in OTHER_FIELDS)
+
+
+def apply() -> None:
+    """Have engine cores keep outputs back, where vLLM's statistics, which count each step's tokens,
+    are off.
+
+    Upstream: v1/engine/core.py: `EngineCore._attach_weight_version` and
+    `EngineCoreProc.pause_scheduler`. The first is called with the outputs of every step. Before a
+    pause all is sent, as weights change in pauses only and a message has one version. Without it: a
+    message for every step. Goes when: a server can ask its core for whole responses."""
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+
+    attach, pause = EngineCore._attach_weight_version, EngineCoreProc.pause_scheduler
+    abort = EngineCore.abort_requests
+
+    def held_of(core: Any) -> HeldOutputs:
+        if not hasattr(core, "held_outputs"):
+            core.held_outputs = HeldOutputs()
+        return core.held_outputs
+
+    def attach_weight_version(self: Any, outputs: dict[int, Any]) -> None:
+        attach(self, outputs)
+        if self.log_stats:
+            return
+        requests = self.scheduler.requests
+
+        def wants_whole(request_id: str) -> bool:
+            request = requests.get(request_id)
+            sampling = request and request.sampling_params
+            # Stop strings are found by the server, in the text so far.
+            return bool(
+                sampling
+                and sampling.output_kind == RequestOutputKind.FINAL_ONLY
+                and not sampling.detokenize
+            )
+
+        held_of(self).keep_back(outputs, wants_whole)
+
+    def pause_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for client, kept in held_of(self).release().items():
+            message = EngineCoreOutputs(outputs=kept, weight_version=self._weight_version)
+            self.output_queue.put_nowait((client, message))
+        return pause(self, *args, **kwargs)
+
+    def abort_requests(self: Any, request_ids: list[str]) -> None:
+        held_of(self).forget(request_ids)
+        abort(self, request_ids)
+
+    EngineCore._attach_weight_version = attach_weight_version
+    EngineCoreProc.pause_scheduler = pause_scheduler
+    EngineCore.abort_requests = abort_requests
