@@ -10,9 +10,10 @@ import psutil
 
 
 def session_members(leader: int) -> list[int]:
-    """Return the ids of all processes in the session of process `leader`."""
+    """Return the ids of all processes in the session of process `leader`; none for 0, the number of
+    a process that has not been started."""
     members = []
-    for pid in psutil.pids():
+    for pid in psutil.pids() if leader else ():
         with contextlib.suppress(OSError):
             if os.getsid(pid) == leader:
                 members.append(pid)
