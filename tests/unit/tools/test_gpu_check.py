@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import PATIENT
 
 from tools.gpu_check import runner
 from tools.gpu_check.checks import ALONE, CHECKS, Check
@@ -20,7 +21,7 @@ def outcomes(tmp_path, *checks, minutes=1.0, num_gpus=1):
 
 
 def python(code, **options):
-    options = {"seconds": 30, "needs": (), **options}
+    options = {"seconds": PATIENT, "needs": (), **options}
     return Check("a check", ("-c", code), **options)
 
 
@@ -31,7 +32,7 @@ def python(code, **options):
         (python("print('1 passed, 2 skipped')"), "passed", "2 skipped"),
         (python("print('2 skipped in 1 s')"), "skipped", "2 skipped"),
         (python("import sys; sys.exit('it is broken')"), "failed", "it is broken"),
-        (python("import time; time.sleep(60)", seconds=1), "failed", "stopped after 1 s"),
+        (python("import signal; signal.pause()", seconds=1), "failed", "stopped after 1 s"),
         (python("", needs=("no_such_module",)), "skipped", "not installed: no_such_module"),
         (python("", needs=("no_such.module",)), "skipped", "not installed: no_such.module"),
         (python("", num_gpus=2), "skipped", "it needs 2 GPUs"),
