@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from grids import parallel_settings
 
+from megatron_r1 import platform
 from megatron_r1.config import Config
 from megatron_r1.trainer_client.packing import pack
-from megatron_r1.training import distributed, optimizer
+from megatron_r1.training import distributed
 from megatron_r1.training.sample import Sample
 
 LOSS = "megatron_r1.training.losses:supervised"
@@ -37,6 +38,8 @@ def pretend_to_have_a_gpu() -> None:
     their pinned copies that they are not; what it does with either part is its own code."""
     from megatron.core.optimizer import optimizer_config
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    from megatron_r1.training import optimizer
 
     optimizer.platform = SimpleNamespace(has_gpu=lambda: True)
     optimizer_config.is_te_min_version = lambda version: True
@@ -123,6 +126,7 @@ def an_offload_changes_nothing(model: str, grid: str, position, out: Path) -> No
 
 def main() -> None:
     model, out, *grids = sys.argv[1:]
+    platform.prepare()  # before Megatron is imported
     pretend_to_have_a_gpu()
     for grid in grids:
         position = distributed.initialize(config(model, grid, 0.0).parallel, seed=0)
