@@ -1,8 +1,8 @@
 """Sends tokens from an engine's core to its server in chunks, where whole responses are wanted.
 
 vLLM sends a message for every step, in which each sequence's token and log-probability are objects
-of their own: with 256 sequences a sixth of a rollout's processor time, and the thread that encodes
-them takes the interpreter from the one that computes."""
+of their own. The thread that encodes them takes the interpreter from the one that computes, and the
+server decodes each."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
