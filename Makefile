@@ -158,11 +158,11 @@ test: setup
 	$(PYTEST) -m "not more and not slow" --durations 10 $(FOLDERS)
 
 # The other tests that CI runs: 35 minutes on two cores.
-test-more: setup cluster-packages
+test-more: setup cluster-packages test-packages
 	$(PYTEST) -m "more and not slow" --durations 20 $(FOLDERS)
 
 # Everything, two hours and more: also what is marked slow.
-test-all: setup cluster-packages
+test-all: setup cluster-packages test-packages
 	$(PYTEST) -v --durations 20 $(FOLDERS)
 
 # Plants the faults of tests/faults/mutations.yaml in copies of the tree: which does `make test` catch? Goes on after a stop.
