@@ -23,6 +23,7 @@ from megatron_r1.errors import TrainerLost
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.fleet.placement import accepting_hosts, open_pool
 from megatron_r1.processes import timeline
+from megatron_r1.processes.imports import without_garbage_collection
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.heldout import HeldoutEvaluation
 from megatron_r1.rl.loop import train
@@ -43,7 +44,8 @@ def run(config: Config) -> None:
     timeline.reached("controller/settings checked")
     early_imports.begin_trainer()
     early_imports.begin_engines(config)
-    text, prompts = read_questions(config)
+    with without_garbage_collection():  # it imports transformers, and sympy for many tasks
+        text, prompts = read_questions(config)
     timeline.reached("controller/questions read")
     facts = [
         config.model.path,
@@ -65,7 +67,9 @@ def dry_run(config: Config) -> None:
     check_settings(config)
     require_weights(Path(config.model.path))
     early_imports.begin_engines(config)
-    show_batch(config, *read_questions(config))
+    with without_garbage_collection():
+        text, prompts = read_questions(config)
+    show_batch(config, text, prompts)
 
 
 async def _run(
