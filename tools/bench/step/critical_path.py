@@ -160,7 +160,7 @@ def profile(folder: Path) -> dict[str, Any]:
     for begin, end in measured:
         for part, value in divided(processes, begin, end).items():
             total[part] += value / count
-    for process in processes:
+    for process in (each for each in processes if each.role in WORKERS):
         of = roles[process.role]
         of["number"] += 1
         of["busy"] += sum(busy_seconds(process, *step) for step in measured) / count
