@@ -91,4 +91,4 @@ def failure_of(status: int, output: str) -> str | None:
     if status == NO_TEST_RAN:
         return "none of them is in make test"
     first = FIRST_FAILURE.search(output)
-    return first[1] if first else f"pytest ended with {status}"
+    return first[1] if first else f"pytest ended with {status}: {output.strip()[-200:]!r}"
