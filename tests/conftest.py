@@ -30,7 +30,7 @@ if find_spec("triton") and not torch.cuda.is_available():
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage from now on, but not what was imported: a quarter of collection's CPU time."""
+    """Collect garbage from now on, but not what was imported: a quarter of a collection's time."""
     gc.freeze()
     gc.enable()
 
