@@ -36,6 +36,7 @@ help:
 	@echo "make test      ten minutes (make test-unit: the unit tests alone);  make test-more: 35 minutes more;  make test-all: hours"
 	@echo "make setup-cuda  for GPUs: CUDA torch, Transformer Engine, vLLM in $(CUDA_VENV) (9 GB; 10 to 25 minutes on two cores)"
 	@echo "make agents    verifiers, in $(AGENTS_VENV): environments of others for agents.verifiers (0.5 GB)"
+	@echo "make test-faults  plants faults in copies of the tree: which does make test catch?"
 	@echo "make test-cuda  those packages on a null GPU, without a driver (10 to 20 minutes on two cores)"
 	@echo "make lint      style, imports between packages, types;  make format: repair the style"
 	@echo "make kernel-files  write what is generated from the list of kernels: README's table, compiled resources"
