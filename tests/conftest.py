@@ -6,7 +6,10 @@ GPU the tests' own process interprets; the variable itself is not left to what t
 
 import gc
 import os
+import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 gc.disable()  # until all tests are imported, with what they import; see pytest_collection_finish
 
@@ -33,6 +36,14 @@ def pytest_collection_finish() -> None:
     """Collect garbage from now on, but not what was imported: a quarter of a collection's time."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A temporary folder with a short name, as paths of sockets have 107 bytes. Processes that are
+    killed have it as TMPDIR, which they do not tidy."""
+    with tempfile.TemporaryDirectory(prefix="t", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)

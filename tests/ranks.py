@@ -35,7 +35,9 @@ def run_under_torchrun(folder: Path, num_ranks: int, script: str, *arguments: st
     """Run `script` of `folder` under torchrun on `num_ranks` processes of this machine."""
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
     address = ["--master-addr=127.0.0.1", f"--master-port={free_port('127.0.0.1')}"]
-    return run_script(folder, [*launcher, *address, script, *arguments])
+    with tempfile.TemporaryDirectory() as logs:  # torchrun leaves a folder for them behind
+        command = [*launcher, *address, f"--log-dir={logs}", script, *arguments]
+        return run_script(folder, command)
 
 
 def run_ranks(folder: Path, num_ranks: int, script: str, *arguments: str) -> str:

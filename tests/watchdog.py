@@ -52,13 +52,14 @@ def activity() -> tuple[float, float]:
             fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
             computed += sum(map(int, fields[11:15])) / TICKS
             for thread in os.listdir(f"/proc/{member}/task"):
-                schedule = Path(f"/proc/{member}/task/{thread}/schedstat").read_text()
-                waited += int(schedule.split()[1]) / 1e9
+                with contextlib.suppress(OSError):
+                    schedule = Path(f"/proc/{member}/task/{thread}/schedstat").read_text()
+                    waited += int(schedule.split()[1]) / 1e9
     return computed, waited
 
 
 def children(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.Error, OSError):
         return psutil.Process(pid).children(recursive=True)
     return []
 

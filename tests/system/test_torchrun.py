@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from command_line import environment
@@ -16,12 +17,13 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = environment() | {"OMP_NUM_THREADS": "1"}
     del env["PYTHONWARNINGS"]
-    return subprocess.run(
-        [*launcher, "-m", "megatron_r1", *map(str, arguments)],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    with tempfile.TemporaryDirectory(prefix="t") as logs:  # torchrun leaves a folder behind
+        return subprocess.run(
+            [*launcher, f"--log-dir={logs}", "-m", "megatron_r1", *map(str, arguments)],
+            env=env,
+            capture_output=True,
+            text=True,
+        )
 
 
 @pytest.mark.slow  # the ranks' losses: tests/parallel/test_trainer.py; torchrun's ranks: the next

@@ -13,11 +13,11 @@ TESTS = Path(__file__).parents[2]
 RUN = "import sys, measured; {}\nsys.exit(measured.main(sys.argv[1:]))"
 
 
-def measure(script: str, setting: str = "") -> tuple[int, str]:
+def measure(folder: Path, script: str, setting: str = "") -> tuple[int, str]:
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     done = subprocess.run(
         [sys.executable, "-c", RUN.format(setting), "sh", "-c", script],
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": path, "TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -25,10 +25,10 @@ def measure(script: str, setting: str = "") -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("status", [0, 3])
-def test_the_exit_status_is_the_command_s_and_orphans_count(status):
+def test_the_exit_status_is_the_command_s_and_orphans_count(tmp_path, status):
     # The loop is the child of a shell that has ended before.
     loop = f"{sys.executable} -c 'for n in range(3 * 10**6): pass'"
-    code, output = measure(f'(sh -c "{loop} &"); exit {status}')
+    code, output = measure(tmp_path, f'(sh -c "{loop} &"); exit {status}')
     assert code == status and "nothing is left behind" in output
     [seconds] = re.findall(r"^(\d+) CPU seconds", output, re.M)
     assert int(seconds) >= 0
@@ -41,7 +41,7 @@ def test_what_is_left_is_named_and_ended(tmp_path):
         f'touch "$TMPDIR/file" {shared}; {sys.executable} -c "{listener}" & echo "pid $!"; sleep 1'
     )
     try:
-        code, output = measure(script, "measured.END_SECONDS = 0.5")
+        code, output = measure(tmp_path, script, "measured.END_SECONDS = 0.5")
     finally:
         Path(shared).unlink()
     [pid] = map(int, re.findall(r"^pid (\d+)", output, re.M))

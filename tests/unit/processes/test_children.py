@@ -64,7 +64,8 @@ def end_framed(child):
 
 
 def end_engine(child):
-    EngineServer.stop(SimpleNamespace(process=child, _shared=[], _scratch=None))
+    settings = SimpleNamespace(device="cpu")
+    EngineServer.stop(SimpleNamespace(process=child, settings=settings, _shared=[], _scratch=None))
 
 
 @pytest.mark.parametrize("end", [children.stop, children.kill, end_framed, end_engine])

@@ -108,11 +108,10 @@ time.sleep(1e6)
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_forked_process_ends_with_its_killed_controller(tmp_path, shared):
-    folder = tmp_path / "servers"
-    folder.mkdir()
-    with preloaded.shared_server(MODULE, folder, EARLY) as server:
-        own = {preloaded.SERVERS: str(folder) if shared else ""}
+def test_a_forked_process_ends_with_its_killed_controller(tmp_path, short_folder, shared):
+    with preloaded.shared_server(MODULE, short_folder, EARLY) as server:
+        servers = str(short_folder) if shared else ""
+        own = {preloaded.SERVERS: servers, "TMPDIR": str(short_folder)}
         command = [sys.executable, "-c", CONTROLLER, str(tmp_path / "log")]
         controller = subprocess.Popen(command, env={**os.environ, **own})
         wait_until((tmp_path / "log").exists)

@@ -94,7 +94,7 @@ class Client:
         def load(rank, receiver):
             for window in range(receiver.table.num_windows):
                 self._refuse_if_dead()
-                receiver.buffer.wait(push, window, 60)
+                receiver.buffer.wait(push, window, 10)
                 wrong = wrong_slots(self._only(rank), self.tensors, push, window)
                 assert wrong == [], wrong
                 receiver.rendezvous.release(rank, push, window)
@@ -152,7 +152,7 @@ def make(monkeypatch):
     def make(count, windows=1):
         trainers.append(Trainer(tensors))
         fleet = Fleet(engine(index, windows) for index in range(count))
-        settings = PushConfig(transport="gloo", timeout_seconds=60)
+        settings = PushConfig(transport="gloo", timeout_seconds=10)
         connector = SetConnector(trainers[-1], settings, [], SHAPE)
         links = EngineLinks(connector, notify=lambda line: None)
         return fleet, WeightBridge(fleet, links), engine
