@@ -16,7 +16,7 @@ LOST = {
 }
 
 
-@pytest.mark.slow  # two starts each
+@pytest.mark.more  # two starts each
 @pytest.mark.parametrize("fault", LOST)
 def test_the_run_goes_on_and_no_sample_is_of_half_a_push(replay, fault):
     settings, sentence, restarts = LOST[fault]

@@ -17,7 +17,7 @@ MOVING = ["--model.expert_bias_update_rate", "1.0e-3"]
 
 
 @pytest.mark.parametrize(
-    "fault", ["kept_bias", pytest.param("rounded_bias", marks=pytest.mark.slow)]
+    "fault", ["kept_bias", pytest.param("rounded_bias", marks=pytest.mark.more)]
 )
 def test_a_bias_that_is_not_the_trainers_ends_the_run_by_its_name(replay, fault):
     ended = replay.run(fault, "are not what the engine computes with", *MOVING)

@@ -20,7 +20,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow  # two starts each
+@pytest.mark.more  # two starts each
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_run_ends_before_anything_is_saved_and_goes_on_from_the_step_before(replay, fault):
     settings, named = FAULTS[fault]

@@ -14,7 +14,7 @@ import pytest
 DRAFTING = ["--model.mtp", "train", "--rollout.speculative.method"]
 
 
-@pytest.mark.slow  # a start each
+@pytest.mark.more  # a start each
 @pytest.mark.parametrize(
     ("fault", "sentence", "named"),
     [
@@ -30,7 +30,7 @@ def test_the_run_ends_by_the_names_of_the_drafters_tensors(replay, fault, senten
     assert (ended.metrics, ended.checkpoints) == ([], [])
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("method", ["mtp", "ngram"])
 def test_without_a_fault_a_run_drafts_to_its_end(replay, method):
     ended = replay.run(None, "finished", *DRAFTING, method)

@@ -15,7 +15,7 @@ STUCK = ["--rl.staleness", 1, "--rl.importance_cap", 2.0, "--run.hang_seconds", 
 NAMED = "Everything waits for engines: 1 groups are not back"
 
 
-@pytest.mark.slow  # two starts, and the wait
+@pytest.mark.more  # two starts, and the wait
 def test_the_run_ends_with_who_waits_for_whom_and_goes_on_without_the_fault(replay):
     ended = replay.run("lost_request", NAMED, *STUCK)
     assert ended.returncode == 1 and ended.seconds is not None, ended.printed

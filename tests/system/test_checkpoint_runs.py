@@ -96,7 +96,7 @@ def test_a_flipped_byte_is_named_and_the_run_goes_on_from_the_one_before(
     assert names == ["step_00000006", "step_00000006.damaged", "step_00000007"]
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_with_every_checkpoint_damaged_the_run_refuses_and_keeps_its_metrics(
     base, uninterrupted, tmp_path
 ):
@@ -116,7 +116,7 @@ def test_with_every_checkpoint_damaged_the_run_refuses_and_keeps_its_metrics(
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_full_disk_stops_the_run_with_one_sentence_and_room_lets_it_go_on(base, tmp_path):
     folder = tmp_path / "run"
     arguments = command("sft", base / "sft.yaml", *settings(folder, 4, "--checkpoint.every", "2"))

@@ -56,7 +56,7 @@ def config(folder, room=POSITIONS, **teacher):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_scores_in_pieces_equal_transformers(models, oracle, tmp_path):
     """16 tokens a pass: a sample is scored in up to 16 pieces, together with pieces of others."""
     settings = config(models / "deepseek", tokens_at_once=16, max_num_seqs=8)
@@ -70,7 +70,7 @@ def test_scores_in_pieces_equal_transformers(models, oracle, tmp_path):
     assert max(differences(oracle, models / "deepseek", scores)) <= TOLERANCE
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_scores_equal_transformers_also_of_the_engine_in_place_of_one_that_died(
     models, oracle, tmp_path
 ):
@@ -89,7 +89,7 @@ def test_scores_equal_transformers_also_of_the_engine_in_place_of_one_that_died(
     assert num_restarts == 1 and "teacher-0 died: signal SIGKILL" in said[0]
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_server_of_others_scores_the_same(models, oracle, tmp_path):
     server = EngineServer(models / "qwen", tmp_path / "theirs.log", max_model_len=POSITIONS)
     server.start()
@@ -142,7 +142,7 @@ checkpoint: {{every: 12}}
     return base / "distilled"
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_student_comes_closer_to_its_teacher_on_questions_it_never_saw(base, distilled, oracle):
     records = [json.loads(line) for line in (distilled / "samples.jsonl").read_text().splitlines()]
     heldout = sorted({r["question"] for r in records if r["split"] == "eval"})

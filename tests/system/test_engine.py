@@ -217,7 +217,7 @@ def test_a_model_without_one_of_the_engines_tensors_is_refused(loop, fleet, brid
 
 
 @pytest.mark.parametrize(
-    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.more)]
 )
 def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
     how, models, oracle, loop, fleet, push
@@ -246,7 +246,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
     assert largest_difference(oracle, models / "b", groups) <= TOLERANCE
 
 
-@pytest.mark.slow  # another engine; without one: tests/unit/fleet/test_fleet.py
+@pytest.mark.more  # another engine; without one: tests/unit/fleet/test_fleet.py
 def test_without_a_restart_left_a_death_fails_its_calls_with_the_reason(models, loop, tmp_path):
     async def run():
         async with RolloutFleet(1, tmp_path, **ENGINE) as fleet:
@@ -290,7 +290,7 @@ time.sleep(600)
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("family", [pytest.param("plain", marks=pytest.mark.slow), "qwen"])
+@pytest.mark.parametrize("family", [pytest.param("plain", marks=pytest.mark.more), "qwen"])
 def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
     """Plain rope in MLA; grouped-query attention, tied embeddings and prefix caching.
 

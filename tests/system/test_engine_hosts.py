@@ -46,7 +46,7 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_hosts_join_vanish_and_bring_engines_again(model, tmp_path):
     agents, messages = [], []
 

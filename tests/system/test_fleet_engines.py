@@ -13,7 +13,7 @@ from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 
 pytestmark = (
-    pytest.mark.slow
+    pytest.mark.more
 )  # four starts of vLLM; the rules alone: tests/unit/fleet/test_fleet.py
 ENGINES = {"max_model_len": 256, "max_num_seqs": 16, "num_threads": 1}
 

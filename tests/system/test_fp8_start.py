@@ -12,7 +12,7 @@ from command_line import environment, run
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_rl_starts_from_an_fp8_folder_and_trainer_and_engine_agree(base, tmp_path):
     folder = tmp_path / "fp8"
     done = subprocess.run(

@@ -20,7 +20,7 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from tests.chat_tokenizer import chat_tokenizer
 
-pytestmark = pytest.mark.slow  # three starts of vLLM
+pytestmark = pytest.mark.more  # three starts of vLLM
 ROOM = 16_384  # three turns of the CodeAgent take more than half of it
 TOOL = {"name": "calculate", "parameters": {"type": "object", "properties": {}}}
 

@@ -30,7 +30,7 @@ def assert_merged(folder: Path, base: Path) -> None:
     assert adapted == len(factors) / 2 > 20
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_adapters_reach_the_engine_and_survive_another_layout(base):
     folder, start = base / "lora_rl", base / "base" / "hf"
     recipe = [base / "rl.yaml", "--run.folder", folder, *LORA]
@@ -53,7 +53,7 @@ def test_adapters_reach_the_engine_and_survive_another_layout(base):
     assert stored < whole, "weights, reference and two moments of whole weights were 4 times that"
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_sft_trains_adapters(base):
     folder, start = base / "lora_sft", base / "base" / "hf"
     settings = ["--model.path", start, "--model.init", "load", "--run.steps", "8"]

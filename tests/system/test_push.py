@@ -64,6 +64,11 @@ TRAINERS = {
 }
 BOTH_AXES = {"tensor": 2, "data": 2, "expert_parallel": True}
 """The axes of the 671B recipes' engines."""
+IN_MORE = (
+    *(("deepseek", BOTH_AXES), ("qwen", {}), ("glm", BOTH_AXES), ("gpt-oss", BOTH_AXES)),
+    ("deepseek-v2", {"pipeline": 2}),
+)
+"""Families with engines' layouts that `make test-more` pushes to."""
 SMALL = 4e-3
 """GiB of receive buffer: about half of what the models have, so that it comes in windows."""
 
@@ -85,7 +90,7 @@ SMALL = 4e-3
                 TRAINERS[family],
                 {"transport": transport},
                 id=f"{family}-{'-'.join(layout) or 'one'}-{transport}",
-                marks=pytest.mark.slow,
+                marks=pytest.mark.more if (family, layout) in IN_MORE else pytest.mark.slow,
             )
             for family, layout, transport in [
                 ("deepseek", {}, "shm"),

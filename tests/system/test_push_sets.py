@@ -17,7 +17,7 @@ from tiny_models import DEEPSEEK, write_model
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.weight_sync.transports import pair_sender
 
-pytestmark = pytest.mark.slow  # in `make test` the rehearsal of r1_zero pushes through sets
+pytestmark = pytest.mark.more  # in `make test` the rehearsal of r1_zero pushes through sets
 LAYOUT = {"tensor": 2, "expert_parallel": True}
 ENGINES = {"max_model_len": 64, "max_num_seqs": 8, "num_threads": 1, "max_restarts": 2}
 BACKEND = {"weight_transfer_backend": "megatron_r1_gloo"}

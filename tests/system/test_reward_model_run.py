@@ -58,7 +58,7 @@ def helpful(folder) -> tuple[Path, str]:
     return folder / "run", done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_it_learns_which_summary_is_better(helpful):
     out, printed = helpful
     assert "the score head is new" in printed
@@ -79,7 +79,7 @@ def test_it_learns_which_summary_is_better(helpful):
     assert (out / "report.html").stat().st_size > 100
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_the_converter_makes_the_same_model_of_its_newest_checkpoint(helpful, tmp_path):
     out, _ = helpful
     tool = [sys.executable, "tools/convert", "to-hf", str(out), str(tmp_path / "hf")]
@@ -112,7 +112,7 @@ def expected_rewards(oracle, model: Path, responses: list[str]) -> list[float]:
     return [1 / (1 + math.exp(-score)) for score in oracle(transformers_scores, model, texts)]
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_vllm_and_transformers_give_the_score_it_was_trained_on(helpful, oracle):
     model = helpful[0] / "hf"
     expected = expected_rewards(oracle, model, KIND + RUDE)
@@ -120,7 +120,7 @@ def test_vllm_and_transformers_give_the_score_it_was_trained_on(helpful, oracle)
     assert served_rewards(model, KIND + RUDE) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_so_they_do_of_a_deepseek_v3_shape(folder, tmp_path, oracle):
     # Large weights and a small step: scores that tell the texts apart.
     shape = {**DEEPSEEK, "initializer_range": 0.2}
@@ -135,7 +135,7 @@ def test_so_they_do_of_a_deepseek_v3_shape(folder, tmp_path, oracle):
     assert served_rewards(tmp_path / "run/hf", KIND + RUDE) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_run_that_goes_on_ends_where_one_without_a_stop_does(helpful, folder):
     for steps in (8, 24):
         more = ["--run.folder", folder / "again", "--run.steps", steps]
@@ -146,7 +146,7 @@ def test_a_run_that_goes_on_ends_where_one_without_a_stop_does(helpful, folder):
     assert [m["step"] for m in lines(folder / "again/metrics.jsonl")] == list(range(1, 25))
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_labels_teach_what_a_thought_may_not_say_on_two_processes(folder):
     settings = {
         "run.folder": folder / "safety",

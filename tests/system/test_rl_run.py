@@ -215,7 +215,7 @@ def versions(folder: Path, step: int) -> list[int]:
     return np.concatenate(made).tolist()
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_batches_are_sampled_ahead_of_training_as_far_as_staleness_lets_them(
     base, tmp_path, staleness
@@ -259,7 +259,7 @@ def test_batches_are_sampled_ahead_of_training_as_far_as_staleness_lets_them(
     assert state["sampler"]["position"] == steps * 4
 
 
-@pytest.mark.slow  # five starts; each death by itself: test_supervision, test_checkpoint_runs
+@pytest.mark.more  # five starts; each death by itself: test_supervision, test_checkpoint_runs
 def test_whatever_is_killed_the_same_command_continues_and_no_step_is_lost_or_doubled(base):
     folder = base / "killed"
 

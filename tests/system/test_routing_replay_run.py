@@ -60,14 +60,14 @@ def metrics_of(recipe: Path, dtype: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_replay_closes_the_part_of_a_bf16_engine_s_gap_that_is_routing(recipe):
     for step in metrics_of(recipe, "bfloat16"):
         assert 0.8 < step["routing/agreement"] < 1.0
         assert step["logprob_diff/mean"] < 0.8 * step["logprob_diff/without_replay"]
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_in_fp32_engine_and_trainer_route_alike(recipe):
     """Also the proof that rows belong to the right tokens and layers, after a weight push too."""
     for step in metrics_of(recipe, "float32"):

@@ -13,7 +13,7 @@ from reward_model_data import write_reward_model
 from megatron_r1.rewards.base import UNGRADED
 from megatron_r1.rewards.runtime.pool import RewardPool
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.more
 QUESTION = "How are you?"
 RESPONSES = ["<think>Hm.</think> Well.", "<think>Hm!</think> Who asks?", "no thought"]
 

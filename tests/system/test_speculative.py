@@ -111,7 +111,7 @@ def conditionals(models, oracle):
 
 
 @pytest.mark.parametrize(
-    "temperature, top_p", [(1.0, 1.0), pytest.param(0.8, 0.9, marks=pytest.mark.slow)]
+    "temperature, top_p", [(1.0, 1.0), pytest.param(0.8, 0.9, marks=pytest.mark.more)]
 )
 def test_sampling_is_lossless(conditionals, loop, fleet, temperature, top_p):
     """The first token comes without a draft, the second and third are drafted ones that were
@@ -143,7 +143,7 @@ def test_sampling_is_lossless(conditionals, loop, fleet, temperature, top_p):
         assert probability(biased.long().bincount(), shares) < LEAST_PROBABILITY
 
 
-@pytest.mark.slow  # starts another engine
+@pytest.mark.more  # starts another engine
 def test_a_push_brings_the_drafter_its_weights(models, oracle, loop, fleet, bridge, tmp_path):
     """After it the engine equals, tensor for tensor, one that was started on the same weights."""
 
@@ -174,7 +174,7 @@ def test_a_damaged_tensor_of_the_drafter_is_refused_by_name(models, loop, bridge
     loop(bridge.check_damage("model.layers.3.mlp.experts.5.up_proj.weight"))
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_stale_drafter_shows_in_the_acceptance_rate_only(models, oracle, loop, fleet, bridge):
     """Here the trainer sends the model's new weights with the MTP layer's old ones."""
     meter = AcceptanceMeter()

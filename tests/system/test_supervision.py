@@ -70,7 +70,7 @@ def records(folder: Path, step: int) -> tuple[list[int], bool]:
     return [r.position for r in found if not isinstance(r, Accepted)], is_accepted
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_no_finished_sample_is_lost_whoever_is_killed(base, tmp_path):
     """The controller amid a rollout, then a trainer rank: one checkpoint, none before step 4."""
     folder = tmp_path / "run"
@@ -111,7 +111,7 @@ def test_no_finished_sample_is_lost_whoever_is_killed(base, tmp_path):
     assert steps[0] > "step_00000004.log" or not any(folder.glob("checkpoints/step_00000004"))
 
 
-@pytest.mark.slow  # two waits for a hang, three starts of two ranks
+@pytest.mark.more  # two waits for a hang, three starts of two ranks
 def test_a_stopped_rank_is_named_with_the_collective_and_the_run_ends_or_mends_itself(
     base, tmp_path
 ):
