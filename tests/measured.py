@@ -2,8 +2,9 @@
 
 The last lines are CPU seconds of all processes, elapsed time, the most memory that they held at one
 time (PSS: a page that several processes map counts once), and what is left of them: processes,
-temporary files, shared memory, listening ports. Exit status: the command's, or 1 where something is
-left. The command gets a TMPDIR of its own, which stays where the command fails."""
+temporary files, shared memory, listening ports. Exit status: the command's, or 1 where a process is
+left; a run that is killed with SIGKILL, as some tests do, cannot remove its files. The command gets
+a TMPDIR of its own, which stays where the command fails."""
 
 import contextlib
 import ctypes
@@ -44,10 +45,11 @@ def main(command: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     with PeakMemory() as memory:
         status = wait_for(process)
-        left = what_is_left(scratch, shared)
+        processes = end_processes()
+        left = processes + left_files(scratch, shared)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     minutes, seconds = divmod(round(time.monotonic() - start), 60)
-    if status == 0 and not left:
+    if status == 0 and not processes:
         shutil.rmtree(scratch)
     else:
         print(f"temporary files are in {scratch}")
@@ -58,7 +60,7 @@ def main(command: list[str]) -> int:
         f"peak memory {memory.gib:.1f} GiB (PSS)"
     )
     print("\n".join(["left behind:", *left]) if left else "nothing is left behind")
-    return status or int(bool(left))
+    return status or int(bool(processes))
 
 
 def wait_for(process: subprocess.Popen[bytes]) -> int:
@@ -70,9 +72,8 @@ def wait_for(process: subprocess.Popen[bytes]) -> int:
             return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def what_is_left(scratch: Path, shared: set[Path]) -> list[str]:
-    """Return a line for each process, port, temporary file and file in shared memory that is left,
-    and end the processes."""
+def end_processes() -> list[str]:
+    """Return a line for each process that is left, and each port on which it listens; end them."""
     idle_since, computed = time.monotonic(), 0.0
     while (members := living()) and time.monotonic() - idle_since < END_SECONDS:
         before, computed = computed, sum(map(cpu_seconds, members))
@@ -86,7 +87,13 @@ def what_is_left(scratch: Path, shared: set[Path]) -> list[str]:
             process.kill()
     psutil.wait_procs(members)
     reap()
-    mine = os.getuid()
+    return lines
+
+
+def left_files(scratch: Path, shared: set[Path]) -> list[str]:
+    """Return a line for each new file in shared memory that no process uses, and for each temporary
+    file. shared: what was in shared memory before."""
+    lines, mine = [], os.getuid()
     for path in sorted(SHARED_MEMORY.iterdir()):
         with contextlib.suppress(OSError):
             if path not in shared and path.stat().st_uid == mine and not is_mapped(path):
