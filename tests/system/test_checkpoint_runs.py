@@ -12,6 +12,8 @@ import pytest
 from command_line import command, environment, run
 from safetensors.torch import load_file
 
+from megatron_r1.processes.fork_server import SERVERS
+
 pytestmark = pytest.mark.more
 
 TWO = ["--parallel.processes", "2", "--parallel.tensor", "2"]
@@ -121,9 +123,8 @@ def test_a_full_disk_stops_the_run_with_one_sentence_and_room_lets_it_go_on(base
     folder = tmp_path / "run"
     arguments = command("sft", base / "sft.yaml", *settings(folder, 4, "--checkpoint.every", "2"))
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (SMALL_DISK, SMALL_DISK))
-    done = subprocess.run(
-        arguments, env=environment(), capture_output=True, text=True, preexec_fn=limit
-    )
+    env = environment() | {SERVERS: ""}  # a process inherits the limits of its fork server
+    done = subprocess.run(arguments, env=env, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "step_00000002 could not be written (rank 0: [Errno 27] File too large" in done.stderr
     assert "make room" in done.stderr and list((folder / "checkpoints").iterdir()) == []

@@ -7,28 +7,31 @@ import subprocess
 import sys
 
 import pytest
+from command_line import command_of, members
 from tiny_models import QWEN, write_model
 from waiting import until
 
 from megatron_r1.config import RolloutConfig
 from megatron_r1.engine.errors import EngineError
+from megatron_r1.engine.settings import MODULE
 from megatron_r1.fleet.placement import accepting_hosts, open_pool, server_maker
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.processes.authentication import known_token
+from megatron_r1.processes.fork_server import SERVERS
 
 SMALL = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "num_threads": 1}
 
 
 def agent(folder, *options):
     command = [sys.executable, "-m", "megatron_r1.fleet.host", "--folder", folder, *options]
-    quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    # Its engines are to descend from it, not from the fork server that the tests share.
+    quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", SERVERS: ""}
     return subprocess.Popen([*map(str, command)], env=os.environ | quiet)
 
 
 def engine_processes(agent):
-    """Return the processes that an agent started."""
-    found = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True)
-    return [int(process) for process in found.stdout.split()]
+    """Return the process of the engine that an agent has started."""
+    return [pid for pid in members(agent.pid) if f"-m {MODULE} " in command_of(pid)][:1]
 
 
 def gone(process):
