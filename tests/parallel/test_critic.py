@@ -14,9 +14,9 @@ HERE = Path(__file__).parent
     [
         (1, "qwen-tied", ["one"]),
         (2, "qwen-tied", ["tp2", "pp2", "cp2", "dp2"]),
-        pytest.param(2, "deepseek-plain-noqlora", ["tp2", "ep2"], marks=pytest.mark.more),
-        pytest.param(4, "deepseek-plain-noqlora", ["tp2xpp2", "cp2xdp2"], marks=pytest.mark.more),
-        pytest.param(4, "qwen-tied", ["pp2xvp2xtp2"], marks=pytest.mark.more),
+        pytest.param(2, "deepseek-plain-noqlora", ["tp2", "ep2"], marks=pytest.mark.slow),
+        pytest.param(4, "deepseek-plain-noqlora", ["tp2xpp2", "cp2xdp2"], marks=pytest.mark.slow),
+        pytest.param(4, "qwen-tied", ["pp2xvp2xtp2"], marks=pytest.mark.slow),
     ],
 )
 def test_values_updates_and_checkpoints(scored, oracle, tmp_path, num_ranks, name, grids):

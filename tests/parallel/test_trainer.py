@@ -29,8 +29,8 @@ MODEL = "deepseek-yarn-mtp"
     [
         (2, ["tp2", "pp2xvp2", "cp2"]),
         pytest.param(2, ["dp2", "pp2", "ep2", "pp2xuneven"], marks=pytest.mark.more),
-        pytest.param(4, ["tp2xep2", "pp2xvp2xcp2"], marks=pytest.mark.more),
-        pytest.param(4, ["pp2xep2", "tp2xcp2", "cp4"], marks=pytest.mark.more),
+        pytest.param(4, ["tp2xep2", "pp2xvp2xcp2"], marks=pytest.mark.slow),
+        pytest.param(4, ["pp2xep2", "tp2xcp2", "cp4"], marks=pytest.mark.slow),
     ],
 )
 def test_every_split_gives_one_process_s_metrics_and_weights(single, oracle, num_ranks, grids):

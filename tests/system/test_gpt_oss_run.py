@@ -8,7 +8,7 @@ from command_line import run
 from tiny_models import GPT_OSS
 
 
-@pytest.mark.more
+@pytest.mark.slow
 def test_gpt_oss_is_trained_by_rl_with_engines_of_two_ranks(base):
     model, start, folder = (base / f"gpt_oss_{name}" for name in ("model", "sft", "rl"))
     shutil.copytree(base / "model", model)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import run
 
-pytestmark = pytest.mark.more  # two starts of vLLM and of a trainer
+pytestmark = pytest.mark.slow  # two starts of vLLM and of a trainer
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}"
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"

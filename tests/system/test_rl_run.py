@@ -216,7 +216,7 @@ def versions(folder: Path, step: int) -> list[int]:
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("staleness", [1, 2])
+@pytest.mark.parametrize("staleness", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_batches_are_sampled_ahead_of_training_as_far_as_staleness_lets_them(
     base, tmp_path, staleness
 ):
