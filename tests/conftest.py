@@ -13,6 +13,10 @@ from pathlib import Path
 
 gc.disable()  # until all tests are imported, with what they import; see pytest_collection_finish
 
+# torch looks up the name of every address that a store's connection has, 127.0.0.1 too. A resolver
+# that drops one of many queries at once, as of a machine without a network, costs 5 s each time.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from fork_servers import pytest_sessionfinish, pytest_sessionstart  # noqa: E402, F401

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from small_fleet import SmallFleet
 from torch.distributed import TCPStore
+from waiting import PATIENT
 
 from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import ConnectionBroken, EngineDied, PushIncomplete
@@ -94,7 +95,7 @@ class Client:
         def load(rank, receiver):
             for window in range(receiver.table.num_windows):
                 self._refuse_if_dead()
-                receiver.buffer.wait(push, window, 10)
+                receiver.buffer.wait(push, window, PATIENT)
                 wrong = wrong_slots(self._only(rank), self.tensors, push, window)
                 assert wrong == [], wrong
                 receiver.rendezvous.release(rank, push, window)
@@ -102,6 +103,7 @@ class Client:
         try:
             run_all([partial(load, *item) for item in enumerate(self.receivers)])
         except IncompletePush as error:
+            self._refuse_if_dead()
             raise PushIncomplete(str(error), 500) from error
 
     def _only(self, rank):
@@ -114,6 +116,7 @@ class Client:
     def die(self):
         self.is_dead = True
         for receiver in self.receivers:
+            receiver.buffer.fail(ConnectionBroken("cut"))  # the death ends this engine's own waits
             receiver.close()
 
 
@@ -152,7 +155,7 @@ def make(monkeypatch):
     def make(count, windows=1):
         trainers.append(Trainer(tensors))
         fleet = Fleet(engine(index, windows) for index in range(count))
-        settings = PushConfig(transport="gloo", timeout_seconds=10)
+        settings = PushConfig(transport="gloo", timeout_seconds=PATIENT)
         connector = SetConnector(trainers[-1], settings, [], SHAPE)
         links = EngineLinks(connector, notify=lambda line: None)
         return fleet, WeightBridge(fleet, links), engine
