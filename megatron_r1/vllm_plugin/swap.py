@@ -2,8 +2,9 @@
 
 This is vLLM's layerwise reload (model_loader/reload/layerwise.py) without its loaders: the
 parameters of a layer are views of the receive buffer, vLLM's own post-processing runs on them, and
-its result is copied into the tensors that the engine computes with, whose addresses stay. MLA's
-absorbed W_UK_T and W_UV follow in `finish`."""
+its result is copied into the tensors that the engine computes with, whose addresses stay. Kernels
+keep these (`kept_state`), never the receive buffer. MLA's absorbed W_UK_T and W_UV follow in
+`finish`."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -21,6 +22,7 @@ from megatron_r1.vllm_plugin.cpu_patches import (
     is_lookup_only,
     repack_output_head,
 )
+from megatron_r1.vllm_plugin.kept_state import kept_state, restore
 from megatron_r1.vllm_plugin.memory_layout import PlacedParameter
 from megatron_r1.vllm_plugin.recorder import to_checkpoint_form, to_kernel_form
 from megatron_r1.vllm_plugin.stacked_experts import load_biases
@@ -70,6 +72,7 @@ def _load_layer(
 ) -> None:
     """Give a layer its received tensors in checkpoint form, have vLLM convert them to its
     kernels' form, and put the result into the tensors in use, which CUDA graphs point to."""
+    before = kept_state(layer)
     info = to_checkpoint_form(layer)
     in_use = info.kernel_tensors
     in_checkpoint = get_layer_tensors(layer)
@@ -87,6 +90,8 @@ def _load_layer(
                 tensor.data = new.data
             else:
                 tensor.data.copy_(new)
+    if not in_place:
+        restore(layer, before, [*in_use[0].values(), *in_use[1].values()])
     to_kernel_form(layer, info)
 
 
