@@ -76,13 +76,15 @@ class Folder(msgspec.Struct):
 class NodeFacts(msgspec.Struct):
     """The measurements of a node's first rank. ports: setting → why its port cannot be bound.
     unreachable: why rank 0's node cannot be connected to, or "". clock_offset: seconds that this
-    node's clock is ahead of rank 0's. sandbox: why programs cannot be graded, or ""."""
+    node's clock is ahead of rank 0's. lookup_seconds: of the name of rank 0's address. sandbox: why
+    programs cannot be graded, or ""."""
 
     versions: dict[str, str]
     memory: Memory
     ports: dict[str, str]
     unreachable: str
     clock_offset: float
+    lookup_seconds: float
     sandbox: str
 
 

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +29,8 @@ DRIVER = Path("/proc/driver/nvidia/version")
 CLOCK_PROBES = 8
 """Round trips to rank 0's clock. The fastest counts: the error is at most half of its time."""
 CONNECT_SECONDS = 10.0
+LOOKUPS = 32
+"""Names that are looked up at once, about as many as a process has links of a push."""
 
 
 def versions() -> dict[str, str]:
@@ -155,3 +158,20 @@ def clock_offset(address: str, port: int) -> tuple[float, str]:
     except (OSError, struct.error) as error:
         return 0.0, f"{address}:{port}: {error}"
     return min(probes)[1], ""
+
+
+def lookup_seconds(address: str) -> float:
+    """Return how long the slowest of `LOOKUPS` takes to find the host's name of an address.
+
+    torch looks it up for every connection to a store, as the IPv4 address is written in IPv6, and
+    waits for it (`c10d::detail::formatSockAddr`)."""
+    mapped = f"::ffff:{socket.gethostbyname(address)}"
+
+    def look_up(_: int) -> float:
+        start = time.monotonic()
+        with contextlib.suppress(OSError):
+            socket.getnameinfo((mapped, 0), 0)
+        return time.monotonic() - start
+
+    with ThreadPoolExecutor(LOOKUPS) as threads:
+        return max(threads.map(look_up, range(LOOKUPS)))

@@ -28,6 +28,9 @@ HOST_SHARE = 0.8
 how much a run takes of a host is for `tools/plan` to say."""
 CLOCK_SECONDS = 1.0
 """The difference from rank 0's clock above which a node is shown: a choice. It blocks nothing."""
+LOOKUP_SECONDS = 1.0
+"""The time to look up names above which a node is shown: a choice; a resolver that does not answer
+takes 5 s. It blocks nothing."""
 FOLDER_RATE = 100e6
 """The bytes per second below which a node that writes to the run folder is shown: a choice, at
 which 10 GB of a checkpoint take 100 s. It blocks nothing."""
@@ -330,6 +333,19 @@ def _controller(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> Ite
             f"{each.host}: {offsets[each.host]:+.1f} s" for each in late[:MAX_LISTED]
         ),
         hosts=_hosts(late),
+    )
+    waiting = [each for each, node in nodes if node.lookup_seconds > LOOKUP_SECONDS]
+    yield CheckFinding(
+        check="host names",
+        measured=f"looked up in at most {max(node.lookup_seconds for _, node in nodes):.3f} s",
+        expected=f"{LOOKUP_SECONDS:g} s",
+        level="note" if waiting else "ok",
+        problem=f"slow on {_listed(_hosts(waiting))}: torch looks up the address of every "
+        "connection to its store; let the resolver answer for the nodes' addresses, or write each "
+        "into /etc/hosts as `::ffff:ADDRESS NAME` (an entry without ::ffff: is not found)"
+        if waiting
+        else "",
+        hosts=_hosts(waiting),
     )
 
 

@@ -139,6 +139,7 @@ def _node(
             ports=ports,
             unreachable=unreachable,
             clock_offset=offset,
+            lookup_seconds=host.lookup_seconds(os.environ["MASTER_ADDR"]),
             sandbox=sandbox,
         )
     progress.meet("clocks read")

@@ -1,6 +1,7 @@
 """What a node finds out about itself."""
 
 import socket
+import threading
 import time
 
 import pytest
@@ -57,6 +58,19 @@ def test_the_clock_of_another_host_is_compared_over_a_connection(monkeypatch):
     monkeypatch.undo()
     offset, unreachable = host.clock_offset("127.0.0.1", server.port)
     assert unreachable.startswith(f"127.0.0.1:{server.port}: ")
+
+
+def test_names_are_looked_up_at_once_and_as_torch_asks_for_them(monkeypatch):
+    asked, all_ask = [], threading.Barrier(host.LOOKUPS)
+
+    def answer(address, flags):
+        asked.append(address[0])
+        all_ask.wait()
+        raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+
+    monkeypatch.setattr(host.socket, "getnameinfo", answer)
+    assert host.lookup_seconds("127.0.0.1") > 0
+    assert asked == ["::ffff:127.0.0.1"] * host.LOOKUPS
 
 
 def _packing(times):

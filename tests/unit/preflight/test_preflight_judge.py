@@ -41,8 +41,9 @@ def facts() -> list[Facts]:
                 Memory(100 * GIB, 95 * GIB),
                 {},
                 "",
-                0.0,
-                "",
+                clock_offset=0.0,
+                lookup_seconds=0.001,
+                sandbox="",
             ),
             seconds={},
         )
@@ -56,6 +57,13 @@ def blocking(found: list[Facts]) -> dict[str, tuple[str, ...]]:
 
 def test_sound_nodes_have_nothing_out_of_line():
     assert {f.level for f in judge(CONFIG, SETTINGS, facts())} == {"ok"}
+
+
+def test_a_node_whose_resolver_does_not_answer_is_shown_and_blocks_nothing():
+    found = facts()
+    found[8].node.lookup_seconds = 5.0
+    shown = [f for f in judge(CONFIG, SETTINGS, found) if f.level != "ok"]
+    assert [(f.check, f.level, f.hosts) for f in shown] == [("host names", "note", ("host-2",))]
 
 
 def test_the_planners_rates_are_those_of_the_gpu_that_is_found():
