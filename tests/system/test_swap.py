@@ -1,12 +1,15 @@
 """After a swap nothing that vLLM keeps lies in the receive buffer, which is freed or reused."""
 
 import gc
+import json
 import types
 
 import pytest
+import tiny_models
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
@@ -17,11 +20,15 @@ from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExpert
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import fp8
+from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
 
+from megatron_r1.models.hf_config import resolve_aliases
+from megatron_r1.processes import children
 from megatron_r1.vllm_plugin import swap
 from megatron_r1.vllm_plugin.memory_layout import lay_out
-from megatron_r1.vllm_plugin.recorder import CheckpointParameter, LoaderCopy
+from megatron_r1.vllm_plugin.recorder import CheckpointParameter, LoaderCopy, record
+from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
 
 NUM_EXPERTS, HIDDEN, INTERMEDIATE = 2, 256, 128
 NO_GROUPS = FusedMoEParallelConfig(
@@ -92,6 +99,18 @@ def model(monkeypatch):
                 parameter.data.zero_()
             layer.quant_method.process_weights_after_loading(layer)
         yield model
+
+
+@pytest.fixture
+def groups():
+    """vLLM's process groups, of this process alone."""
+    address = f"tcp://127.0.0.1:{children.free_port()}"
+    with set_current_vllm_config(VllmConfig()):
+        parallel_state.init_distributed_environment(1, 0, address, 0, "gloo")
+        parallel_state.initialize_model_parallel(1, 1)
+    yield
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()
 
 
 def received(model):
@@ -175,3 +194,23 @@ def test_a_number_computed_from_weights_is_refused(model):
     placed, memory = received(model)
     with pytest.raises(ValueError, match=r"scale: 0\.0 became 128\.0"):
         swap.load(model, placed, memory)
+
+
+@pytest.mark.parametrize("name", ["DEEPSEEK", "GPT_OSS"])
+def test_nothing_of_a_whole_model_lies_in_the_receive_buffer(name, tmp_path, monkeypatch, groups):
+    """Latent attention's absorbed weights, packed experts and matrices, biases of experts."""
+    hf = getattr(tiny_models, name)
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # there is no accelerator
+    options = {"skip_tokenizer_init": True, "load_format": "dummy", "enforce_eager": True}
+    config = EngineArgs(
+        model=str(tmp_path), dtype="bfloat16", max_model_len=64, **options
+    ).create_engine_config()
+    with set_current_vllm_config(config):
+        model = get_model(vllm_config=config)
+        placed, table = lay_out(record([model], pushed_tensors(resolve_aliases(hf), fp8=False)))
+        memory = torch.zeros(table.num_bytes, dtype=torch.uint8)
+        for _ in range(2):  # of the second the first left its traces
+            swap.load(model, placed, memory)
+            swap.finish(model, config.model_config)
+            assert storages([memory]).isdisjoint(storages(reachable_tensors(model)))
