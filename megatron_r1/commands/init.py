@@ -7,19 +7,17 @@ Comments of the recipe give the reason of each value; `rl RECIPE.yaml --dry-run`
 
 import asyncio
 import itertools
-import os
 import shlex
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 from pydantic_core import to_jsonable_python
 
 from megatron_r1 import config as configuration
 from megatron_r1.commands import rl
+from megatron_r1.commands.gpu_placement import this_machine
 from megatron_r1.commands.rl_checks import naming_renamed_columns, prepare
 from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
 from megatron_r1.config import Config, verb_of
@@ -225,7 +223,7 @@ def _sizes(
     folder: Path, hf: dict[str, Any], parameters: int, questions: Sequence[str], text: PromptText
 ) -> list[Guess]:
     """Return the settings that depend on the model's size, the prompts and the machine."""
-    machine = _machine()
+    machine = this_machine()
     limits = sizes.lengths(
         max(len(text.encode(question)) for question in questions), positions(folder), machine
     )
@@ -255,14 +253,6 @@ def _heldout(questions: Sequence[str], machine: Machine) -> tuple[int, list[Gues
     if count > most:
         guesses.append(Guess("data.num_heldout", most, f"of {count:,}, to evaluate in little time"))
     return count, guesses
-
-
-def _machine() -> Machine:
-    if not gpu.is_usable():
-        return Machine(0, psutil.virtual_memory().available)
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    sizes_mib = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
-    return Machine(len(gpu.visible_gpus(os.environ)), min(map(int, sizes_mib)) * 2**20)
 
 
 def _check_truths(data: str, columns: Columns) -> None:

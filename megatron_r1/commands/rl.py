@@ -8,6 +8,7 @@ import asyncio
 from pathlib import Path
 
 from megatron_r1.commands import early_imports
+from megatron_r1.commands.gpu_placement import engines_share_gpus
 from megatron_r1.commands.rl_checks import check_settings, naming_renamed_columns, read_questions
 from megatron_r1.commands.rl_questions import questions_drawn
 from megatron_r1.commands.rollout_run import open_rollouts
@@ -119,7 +120,8 @@ async def _run(
 
 
 async def _start(config: Config, trainer: TrainerClient, collector: RolloutCollector) -> None:
-    """Start the trainer and all engines at once, but engines on the trainer's GPUs after it."""
+    """Start the trainer and all engines at once, but engines on the trainer's GPUs after it: an
+    engine measures what is free when it starts, and fails if that changes meanwhile."""
 
     async def start_engines() -> None:
         # version: every engine gets the trainer's weights before it samples.
@@ -128,7 +130,8 @@ async def _start(config: Config, trainer: TrainerClient, collector: RolloutColle
 
     async def start_in_turn() -> None:
         await start_trainer()
-        await trainer.call("yield_memory")  # an engine measures what is free when it starts
+        if config.rollout.colocated:
+            await trainer.call("yield_memory")
         await start_engines()
 
     async def start_trainer() -> None:
@@ -136,7 +139,8 @@ async def _start(config: Config, trainer: TrainerClient, collector: RolloutColle
         timeline.reached("controller/trainer ready")
 
     timeline.reached("controller/rewards checked")
-    starts = [start_in_turn()] if config.rollout.colocated else [start_trainer(), start_engines()]
+    in_turn = config.rollout.colocated or engines_share_gpus(config)
+    starts = [start_in_turn()] if in_turn else [start_trainer(), start_engines()]
     if collector.teacher is not None:
         starts.append(collector.teacher.start(config.teacher.path))
     await asyncio.gather(*starts)

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 from megatron_r1.commands import torchrun
+from megatron_r1.commands.gpu_placement import check_gpu_memory
 from megatron_r1.commands.rl_questions import load_questions
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
@@ -70,14 +71,8 @@ def check_settings(config: Config) -> None:
             key="push.transport",
             cause=Cause.UNSUPPORTED,
         )
-    if config.rollout.colocated and config.rollout.gpu_memory is None and gpu.is_usable():
-        raise UserError(
-            "rollout.gpu_memory is not set, and vLLM takes 0.92 of a GPU, which rollout.colocated "
-            "shares with a trainer rank; set what the rank leaves: tools/plan prints the most",
-            key="rollout.gpu_memory",
-            cause=Cause.MISSING,
-        )
     check_teacher(config)
+    check_gpu_memory(config, hf)
     if config.rollout.placement == "hosts":
         hosts_address(config.rollout)
 
