@@ -1,10 +1,11 @@
 """Export: all ranks together write safetensors files, each its own pieces at their offsets.
 
 Every rank computes the same header from the weight table. Rank 0 creates the file at its full size
-under a temporary name, every owner maps it and copies its pieces into place (nothing is gathered;
-no rank ever holds a whole tensor), and rank 0 renames it."""
+under a temporary name, every owner writes the bytes of its pieces and no others (nothing is
+gathered; no rank ever holds a whole tensor), and rank 0 renames it."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections import defaultdict
@@ -23,7 +24,16 @@ from megatron_r1.weights.local import has_mtp, local_pieces, merged
 from megatron_r1.weights.rules import Piece
 from megatron_r1.weights.stacked import StackedPart, stacked_part
 from megatron_r1.weights.stored import hf_folder
-from megatron_r1.weights.stored.safetensors_file import FilePlan, plan_file, stored_tensors
+from megatron_r1.weights.stored.raw import write_box
+from megatron_r1.weights.stored.safetensors_file import (
+    FilePlan,
+    PlannedTensor,
+    plan_file,
+    stored_tensors,
+)
+
+BLOCK_BYTES = 256 << 20
+"""The most bytes of a parameter that are copied to the host at once."""
 
 
 def save_hf(
@@ -105,6 +115,15 @@ def write_pieces(
     def create() -> None:
         for path, plan in plans.items():
             _create(unfinished[path], plan)
+        _require_room(plans)
+
+    def write() -> None:
+        with contextlib.closing(_OpenFiles(plans, unfinished)) as files, torch.no_grad():
+            for parameter, pieces, owner in held:
+                _write_parameter(files, parameter, pieces if owner else (), copies, part_of)
+            if durable:
+                for path in files.opened:
+                    fsync(unfinished[path])
 
     def rename() -> None:
         for path in plans:
@@ -113,39 +132,93 @@ def write_pieces(
             fsync(folder)
 
     on_first_rank(create)
-    home = {name: path for path, plan in plans.items() for name in plan.tensors}
-    views: dict[Path, torch.Tensor] = {}
-    with torch.no_grad():
-        for parameter, pieces, owner in held:
-            for piece in pieces if owner else ():
-                part = part_of(piece.hf_name)
-                stored = part.name if part else piece.hf_name
-                names = (stored, *copies.get(piece.hf_name, ()))
-                if not home.keys() & set(names):
-                    continue
-                values = _values(parameter, piece)
-                for name in names:
-                    if name not in home:
-                        continue
-                    path = home[name]
-                    if path not in views:
-                        file, size = str(unfinished[path]), plans[path].num_bytes
-                        views[path] = torch.from_file(
-                            file, shared=True, size=size, dtype=torch.uint8
-                        )
-                    at = plans[path].tensors[name]
-                    target = views[path][at.offset : at.offset + at.num_bytes].view(at.dtype)
-                    target = target.view(at.shape)
-                    if part:
-                        target = part.of(target[part.expert])
-                    target.narrow(piece.dim, piece.hf_start, piece.length).copy_(values)
-    if durable:
-        for path in views:
-            fsync(unfinished[path])
-    views.clear()
-    if dist.is_initialized():
-        dist.barrier()  # over all ranks: the files are complete when every owner has written
+    on_every_rank(write)
     on_first_rank(rename)
+
+
+class _OpenFiles:
+    """The planned files that this rank writes into, opened at first use and closed at the end."""
+
+    def __init__(self, plans: Mapping[Path, FilePlan], unfinished: Mapping[Path, Path]) -> None:
+        self.home = {name: path for path, plan in plans.items() for name in plan.tensors}
+        self.opened: dict[Path, int] = {}
+        self._plans, self._unfinished = plans, unfinished
+
+    def close(self) -> None:
+        for file in self.opened.values():
+            os.close(file)
+
+    def planned(self, name: str) -> PlannedTensor:
+        return self._plans[self.home[name]].tensors[name]
+
+    def write(self, name: str, starts: Sequence[int], box: torch.Tensor) -> None:
+        """Write a rectangle of the tensor `name`. Raises OSError that names the file."""
+        path, at = self.home[name], self.planned(name)
+        try:
+            if path not in self.opened:
+                # Only to write: a page that NFS has read is written back whole.
+                self.opened[path] = os.open(self._unfinished[path], os.O_WRONLY)
+            write_box(self.opened[path], at.offset, at.shape, starts, box)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._unfinished[path])) from error
+
+
+def _write_parameter(
+    files: _OpenFiles,
+    parameter: torch.Tensor,
+    pieces: Sequence[Piece],
+    copies: Mapping[str, Sequence[str]],
+    part_of: Callable[[str], StackedPart | None],
+) -> None:
+    """Write a parameter's pieces, each under all its names."""
+    boxes = _StackedBoxes(files)
+    for piece in pieces:
+        part = part_of(piece.hf_name)
+        if part is not None:
+            if part.name in files.home:
+                boxes.add(part, piece, _values(parameter, piece))
+            continue
+        names = [n for n in (piece.hf_name, *copies.get(piece.hf_name, ())) if n in files.home]
+        if not names:
+            continue
+        values = _values(parameter, piece)
+        rows = max(1, BLOCK_BYTES // max(1, values[:1].nbytes))
+        for first, block in zip(range(0, len(values), rows), values.split(rows), strict=True):
+            for name in names:
+                starts = [0] * block.dim()
+                starts[piece.dim] = piece.hf_start
+                starts[0] += first
+                at = files.planned(name)
+                files.write(name, starts, block.to(device="cpu", dtype=at.dtype))
+    boxes.check_whole()
+
+
+class _StackedBoxes:
+    """Rectangles of tensors of all experts. Gate and up are in alternate columns of one rectangle,
+    and pieces of one parameter: it is written when it has both."""
+
+    def __init__(self, files: _OpenFiles) -> None:
+        self._files = files
+        self._boxes: dict[tuple[str, tuple[int, ...]], tuple[torch.Tensor, set[int]]] = {}
+
+    def add(self, part: StackedPart, piece: Piece, values: torch.Tensor) -> None:
+        at = self._files.planned(part.name)
+        within, sizes = part.box(at.shape[1:], piece.dim, piece.hf_start, piece.length)
+        key = part.name, (part.expert, *within)
+        if key not in self._boxes:
+            self._boxes[key] = torch.empty(sizes, dtype=at.dtype), set()
+        box, filled = self._boxes[key]
+        part.of(box).copy_(values)
+        filled.add(part.first)
+        if len(filled) == part.step:
+            self._files.write(part.name, key[1], box[None])
+            del self._boxes[key]
+
+    def check_whole(self) -> None:
+        """Raise ValueError for a rectangle that lacks columns."""
+        if self._boxes:
+            names = ", ".join(name for name, _ in self._boxes)
+            raise ValueError(f"{names}: a parameter has gate or up of an expert without the other")
 
 
 def _values(parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
@@ -172,6 +245,24 @@ def on_first_rank(action: Callable[[], object], group: dist.ProcessGroup | None 
         dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[0]:
         raise UserError(outcome[0], key="output", cause=Cause.UNREADABLE)
+
+
+def on_every_rank(action: Callable[[], object]) -> None:
+    """Run `action` on every rank and wait for all; raise an OSError of any as a UserError on all
+    ranks."""
+    failure = None
+    try:
+        action()
+    except OSError as error:
+        failure = f"cannot write {error.filename}: {error.strerror}"
+    failures: list[str | None] = [failure]
+    if dist.is_initialized():
+        failures = [None] * dist.get_world_size()
+        # Over all ranks: what all of them write is complete when the last has written.
+        dist.all_gather_object(failures, failure)
+    for rank, found in enumerate(failures):
+        if found:
+            raise UserError(f"rank {rank}: {found}", key="output", cause=Cause.UNREADABLE)
 
 
 @contextlib.contextmanager
@@ -203,13 +294,20 @@ def _replace_folder(unfinished: Path, out: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
+def _require_room(plans: Mapping[Path, FilePlan]) -> None:
+    """Raise OSError where a file system has less room than the files take: hours may be written
+    before it is full."""
+    for folder in {path.parent for path in plans}:
+        needed = sum(plan.num_bytes for path, plan in plans.items() if path.parent == folder)
+        system = os.statvfs(folder)
+        if system.f_bavail * system.f_frsize < needed:
+            text = f"{os.strerror(errno.ENOSPC)} ({needed} bytes)"
+            raise OSError(errno.ENOSPC, text, str(folder))
+
+
 def _create(path: Path, plan: FilePlan) -> None:
+    """Create a file of its full size, of which only the header has bytes. Reserving the others is
+    the work of one rank, which writes all of them where the file system cannot reserve."""
     with open(path, "wb") as file:
         file.write(plan.header)
-        try:
-            # Reserved, not only sized: writing through a map into a full filesystem is a bus error.
-            os.posix_fallocate(file.fileno(), 0, plan.num_bytes)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"{error.strerror} ({plan.num_bytes} bytes)", path
-            ) from error
+        file.truncate(plan.num_bytes)

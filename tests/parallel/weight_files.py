@@ -4,7 +4,9 @@ Fails on the first expectation that does not hold; prints the name of each that 
 """
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -155,6 +157,16 @@ def a_subset_can_be_written_and_a_full_disk_raises_on_every_rank(build, oracle, 
     refuses(
         lambda: write(chunks, hf, out / "no" / "x", dtype=torch.float32), "No such file", "no/x"
     )
+    # A disk of one rank's host that fills up while it writes.
+    last, upstream = dist.get_world_size() - 1, os.pwrite
+
+    def pwrite(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if dist.get_rank() == last:
+        os.pwrite = pwrite
+    refuses(lambda: write(chunks, hf, out / "full", dtype=torch.float32), f"rank {last}", "full")
+    os.pwrite = upstream
 
 
 def random_weights_do_not_depend_on_the_split(build, oracle, out):

@@ -1,7 +1,9 @@
 """Reads and writes rectangles of tensors in files, without mapping the files.
 
 A mapped page counts as this process's memory, and a converter touches every page of a file; with
-reads into a buffer, its memory stays at the size of the buffer."""
+reads into a buffer, its memory stays at the size of the buffer. And a mapped page is written back
+whole: on a network file system, whose hosts do not see each other's pages, it overwrites what
+another host has written beside."""
 
 import os
 from collections.abc import Sequence
@@ -59,11 +61,34 @@ def read_into(file: int, at: int, out: Tensor) -> None:
 
 
 def write_at(file: int, at: int, values: Tensor) -> None:
-    """Write all of a contiguous tensor at offset `at`."""
-    buffer = as_bytes(values.contiguous()).numpy().data
+    """Write all of a tensor, contiguously, at offset `at`."""
+    _write_bytes(file, at, as_bytes(values.contiguous()).numpy().data)
+
+
+def _write_bytes(file: int, at: int, buffer: memoryview) -> None:
     while buffer:
         count = os.pwrite(file, buffer, at)
         buffer, at = buffer[count:], at + count
+
+
+def write_box(file: int, at: int, shape: Sequence[int], starts: Sequence[int], box: Tensor) -> None:
+    """Write `box` as tensor[starts[0] : starts[0] + len(box), …] of the tensor of `read_box`: its
+    own bytes and no others, run by run where it has only some of the columns."""
+    if not box.numel():
+        return
+    if tuple(box.shape[1:]) == tuple(shape[1:]):
+        row = prod(shape[1:]) * box.dtype.itemsize
+        write_at(file, at + starts[0] * row if starts else at, box)
+    elif len(shape) == 2:
+        pitch, width = shape[1] * box.dtype.itemsize, box.shape[1] * box.dtype.itemsize
+        first = at + starts[0] * pitch + starts[1] * box.dtype.itemsize
+        buffer = as_bytes(box.contiguous()).numpy().data
+        for row in range(len(box)):
+            _write_bytes(file, first + row * pitch, buffer[row * width : (row + 1) * width])
+    else:
+        step = prod(shape[1:]) * box.dtype.itemsize
+        for index in range(len(box)):
+            write_box(file, at + (starts[0] + index) * step, shape[1:], starts[1:], box[index])
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -1,16 +1,23 @@
-"""Durable writing: content is synced before its rename, and the folder after it."""
+"""Every rank writes its own bytes and no others; content is synced before its rename, and the
+folder after it."""
 
+import errno
 import json
 import os
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file
 
 from megatron_r1.config.model import LoraConfig
+from megatron_r1.errors import Cause
 from megatron_r1.weights import writing
 from megatron_r1.weights.adapters import stored
 from megatron_r1.weights.rules import Piece
+from megatron_r1.weights.stacked import StackedPart
 from megatron_r1.weights.stored import hf_folder
 from megatron_r1.weights.stored.safetensors_file import plan_file
 
@@ -64,6 +71,100 @@ def write(folder, durable):
     plan = plan_file({"weight": ((3, 2), torch.float32)})
     writing.write_pieces(held, {path: plan}, {}, durable=durable)
     return path
+
+
+NUM_EXPERTS, HIDDEN, INNER = 2, 3, 5
+SHAPES = {
+    "rows": (7, 3),  # split after row 3: 9 numbers of 2 bytes, no multiple of anything
+    "columns": (4, 9),
+    "vector": (5,),
+    "tied": (7, 3),
+    "gate_up": (NUM_EXPERTS, HIDDEN, 2 * INNER),
+    "down": (NUM_EXPERTS, INNER, HIDDEN),
+}
+
+
+def part_of(name):
+    """The parts of gpt-oss's stacked tensors, by names such as up.1."""
+    kind, _, expert = name.partition(".")
+    if kind not in ("gate", "up", "down"):
+        return None
+    stored = ("down", int(expert), 0, 1) if kind == "down" else None
+    return StackedPart(*(stored or ("gate_up", int(expert), int(kind == "up"), 2)))
+
+
+def held_by(rank, values):
+    """Return (parameter, pieces, owner) of one of two ranks."""
+    first = rank == 0
+    rows, columns, inner = (0, 3) if first else (3, 4), (0, 5) if first else (5, 4), 2 + rank
+    at = 0 if first else 2
+    yield values["rows"].narrow(0, *rows), [Piece("rows", 0, rows[0], 0, rows[1])], True
+    yield values["columns"].narrow(1, *columns), [Piece("columns", 1, columns[0], 0, columns[1])], 1
+    yield values["vector"], [Piece("vector", 0, 0, 0, 5)], first
+    for expert in range(NUM_EXPERTS):
+        gate, up = (values["gate_up"][expert, :, which::2].T for which in (0, 1))
+        fused = torch.cat([gate[at : at + inner], up[at : at + inner]])
+        pieces = [
+            Piece(f"gate.{expert}", 0, at, 0, inner),
+            Piece(f"up.{expert}", 0, at, inner, inner),
+        ]
+        yield fused, pieces, True
+        down = values["down"][expert].T[:, at : at + inner]
+        yield down, [Piece(f"down.{expert}", 1, at, 0, inner)], True
+
+
+@pytest.mark.parametrize("block_bytes", [1, 1 << 20])
+def test_each_rank_writes_its_own_bytes_and_no_others(tmp_path, monkeypatch, block_bytes):
+    """Hosts of a network file system do not see each other's pages: a page written back whole
+    would overwrite what another host has written."""
+    monkeypatch.setattr(writing, "BLOCK_BYTES", block_bytes)
+    values = {name: torch.randn(shape).bfloat16() for name, shape in SHAPES.items()}
+    values["tied"] = values["rows"]
+    plan = plan_file({name: (shape, torch.bfloat16) for name, shape in SHAPES.items()})
+    path = tmp_path / "x.safetensors"
+    writing._create(path, plan)
+    written, upstream = [], os.pwrite
+
+    def pwrite(file, buffer, at):
+        written.append((at, at + len(buffer)))
+        return upstream(file, buffer, at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    for rank in (0, 1):
+        files = writing._OpenFiles({path: plan}, {path: path})
+        for parameter, pieces, owner in held_by(rank, values):
+            own = pieces if owner else ()
+            writing._write_parameter(files, parameter, own, {"rows": ["tied"]}, part_of)
+        files.close()
+    written.sort()
+    assert written[0][0] == len(plan.header) and written[-1][1] == plan.num_bytes
+    assert all(end == start for (_, end), (start, _) in pairwise(written)), "gap or overlap"
+    stored_values = load_file(path)
+    assert stored_values.keys() == values.keys()
+    assert all(torch.equal(stored_values[name], values[name]) for name in values)
+
+
+def test_a_disk_that_fills_up_is_a_users_error_that_names_the_file(tmp_path, monkeypatch):
+    def pwrite(file, buffer, at):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with refused("output", Cause.UNREADABLE, tmp_path / "model.safetensors", "rank 0"):
+        write(tmp_path, durable=False)
+
+
+def test_files_that_do_not_fit_are_refused_before_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_bavail=0, f_frsize=4096))
+    monkeypatch.setattr(os, "pwrite", None)
+    with refused("output", Cause.UNREADABLE, tmp_path, "bytes"):
+        write(tmp_path, durable=False)
+
+
+def test_gate_without_up_is_no_part_of_a_file(tmp_path):
+    plan = plan_file({"gate_up": (SHAPES["gate_up"], torch.float32)})
+    held = [(torch.ones(INNER, HIDDEN), [Piece("gate.0", 0, 0, 0, INNER)], True)]
+    with pytest.raises(ValueError, match="gate_up"):
+        writing.write_pieces(held, {tmp_path / "x": plan}, {}, part_of, durable=False)
 
 
 @pytest.mark.parametrize("durable", [True, False])
