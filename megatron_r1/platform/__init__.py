@@ -13,6 +13,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from importlib import import_module
 from typing import Any
 
@@ -101,10 +102,13 @@ def _without_wandb() -> Iterator[None]:
         del sys.modules["wandb"]
 
 
-def join_process_group() -> None:
-    """Initialize torch.distributed from torchrun's environment variables, unless it is already."""
+def join_process_group(timeout: timedelta | None = None) -> None:
+    """Initialize torch.distributed from torchrun's environment variables, unless it is already.
+
+    timeout: of its collective operations; None for torch's, ten minutes for NCCL."""
     if not dist.is_initialized():
-        dist.init_process_group(distributed_backend(), device_id=device() if _REAL_CUDA else None)
+        gpu = device() if _REAL_CUDA else None
+        dist.init_process_group(distributed_backend(), timeout=timeout, device_id=gpu)
 
 
 def from_rank_zero(value: Any) -> Any:

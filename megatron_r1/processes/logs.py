@@ -41,6 +41,16 @@ def file_excerpt(log: Path, start: int = 0) -> str:
         return excerpt((text + file.read()).decode(errors="replace"))
 
 
+def log_end(log: Path) -> str:
+    """Return the end of a log file, EXCERPT_BYTES at most; nothing where there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - EXCERPT_BYTES))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
 def last_lines(log: Path, count: int = 15) -> str:
     """Return the last lines of a log file."""
     try:

@@ -11,6 +11,7 @@ from megatron_r1.files import atomic_write
 from megatron_r1.supervision.diagnosis import diagnose, report
 from megatron_r1.supervision.inspect_roles import count_tokens, rounded
 from megatron_r1.supervision.run_handles import RunHandles
+from megatron_r1.training.wire import FOLDER_OPERATIONS
 
 MAX_TICK_SECONDS = 5.0
 MIN_BLOCKED_SECONDS = 60.0
@@ -44,6 +45,10 @@ class Watchdog:
         limit = self.hang_seconds
         if self.run.is_starting:  # starting engines show no progress
             limit = max(limit, self.run.config.rollout.start_timeout_seconds)
+        waiting = self.run.trainer.waiting
+        if waiting is not None and waiting.operation in FOLDER_OPERATIONS:
+            # Writing a model of a terabyte shows no progress before it is done.
+            limit = max(limit, self.run.config.parallel.wait_seconds)
         return self.quiet_seconds >= limit
 
     async def watch(self) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from megatron_r1.config import Config
 from megatron_r1.engine import gpu
-from megatron_r1.processes import children, out_of_memory, preloaded
+from megatron_r1.processes import children, collective_timeouts, out_of_memory, preloaded
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
-from megatron_r1.processes.logs import last_lines
+from megatron_r1.processes.logs import last_lines, log_end
 from megatron_r1.processes.preloaded import ForkedProcess
 
 REMEDY = (
@@ -39,6 +39,7 @@ class RankProcesses:
         self._log_folder = log_folder
         self._processes: list[ForkedProcess | subprocess.Popen[bytes]] = []
         self._kills_before = 0
+        self._wait_seconds = 0.0
 
     @property
     def are_ours(self) -> bool:
@@ -57,6 +58,7 @@ class RankProcesses:
         port = children.free_port("127.0.0.1")
         settings = config.model_dump_json()
         self._kills_before = out_of_memory.num_kills()
+        self._wait_seconds = config.parallel.wait_seconds
         for rank in range(num_ranks):
             environment = {
                 **children.rank_variables(rank, num_ranks, port),
@@ -99,6 +101,12 @@ class RankProcesses:
         how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
         if code == -signal.SIGKILL:
             how += out_of_memory.explanation(self._kills_before, REMEDY)
+        waited = collective_timeouts.waited(log_end(log), self._wait_seconds)
+        if waited is not None:
+            how += (
+                f" after it waited for other ranks in {waited}; "
+                f"{collective_timeouts.remedy(self._wait_seconds)}"
+            )
         if code is None:  # its connection closed before the process ended
             how = "is gone"
         return f"trainer rank {rank} {how}; the end of {log}:\n{last_lines(log)}"

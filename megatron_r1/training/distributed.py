@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
     from megatron_r1.models.gradients import embedding_ranks
 
     patches.install()
-    platform.join_process_group()
+    timeout = timedelta(seconds=parallel.wait_seconds)
+    platform.join_process_group(timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -67,6 +69,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
         expert_tensor_parallel_size=parallel.expert_tensor,
         get_embedding_ranks=partial(embedding_ranks, parallel.pipeline_layout),
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

@@ -1,6 +1,7 @@
 """The operations of a trainer rank that write and read folders: checkpoints and exports."""
 
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ class Folders:
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
         asynchronous = trainer.config.checkpoint.asynchronous
-        self._writer = CheckpointWriter(trainer.groups.dp_cp, asynchronous)
+        slowest = timedelta(seconds=trainer.config.parallel.wait_seconds)
+        self._writer = CheckpointWriter(trainer.groups.dp_cp, asynchronous, slowest)
         self._verified: str | None = None
 
     def export(self, folder: str, dtype: str | None = None) -> None:

@@ -50,6 +50,11 @@ class RankMonitor:
         """Record that the main thread starts `operation`."""
         self._operation = (operation, time.monotonic())
 
+    @property
+    def operation(self) -> str:
+        """What the main thread does."""
+        return self._operation[0]
+
     def expect_stop(self) -> None:
         """Record that the rank is about to end, so that losing the controller is no failure."""
         self._is_stopping = True

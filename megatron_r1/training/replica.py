@@ -1,6 +1,7 @@
 """Sends the samples of a model replica from its first rank to the others."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,8 @@ class Replica:
     it on to the others: it travels over the controller's network once, however many ranks the
     replica has, and no rank sees another replica's samples."""
 
-    def __init__(self, position: GridPosition):
+    def __init__(self, position: GridPosition, timeout: timedelta | None = None):
+        """timeout: for the other ranks of the replica to come to a broadcast; None for torch's."""
         own = torch.tensor([position.data_rank], device=platform.device())
         data_ranks = [torch.empty_like(own) for _ in range(position.world_size)]
         dist.all_gather(data_ranks, own)  # over all ranks: each needs the members of all replicas
@@ -32,7 +34,9 @@ class Replica:
         # of groups that its rank has made (torch 2.13, distributed_c10d.py:5467); ranks disagree on
         # it and hang.
         # Samples are bytes on hosts: gloo, also where tensors travel by NCCL.
-        groups = {d: dist.new_group(ranks, backend="gloo") for d, ranks in replicas.items()}
+        groups = {
+            d: dist.new_group(ranks, timeout, backend="gloo") for d, ranks in replicas.items()
+        }
         self._members, self._group = replicas[position.data_rank], groups[position.data_rank]
         self.leads = position.rank == self._members[0]
 

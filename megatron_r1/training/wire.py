@@ -14,6 +14,16 @@ MONITOR = b"monitor-"
 SUPERVISED = "megatron_r1.training.losses:supervised"
 """The loss of sft in `Trainer.update`."""
 
+FOLDER_OPERATIONS = (
+    "export",
+    "export_adapter",
+    "save_checkpoint",
+    "checkpoint_progress",
+    "verify_checkpoint",
+    "load_checkpoint",
+)
+"""Methods of `folders.Folders`."""
+
 
 def identity(rank: int) -> bytes:
     """Return the ZeroMQ identity of a rank's connection for calls and replies."""

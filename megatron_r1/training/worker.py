@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -14,14 +15,22 @@ from megatron_r1 import platform
 from megatron_r1.config import Config
 from megatron_r1.config.losses import LossSettings, TokenSettings
 from megatron_r1.errors import UserError
-from megatron_r1.processes import timeline
+from megatron_r1.processes import collective_timeouts, timeline
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT, protect_client
 from megatron_r1.training import distributed
+from megatron_r1.training.collectives import collective
 from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.rank_monitor import IDLE, RankMonitor
 from megatron_r1.training.replica import Replica
 from megatron_r1.training.sample import decode_samples
-from megatron_r1.training.wire import Call, RankDescription, Reply, identity, monitor_identity
+from megatron_r1.training.wire import (
+    FOLDER_OPERATIONS,
+    Call,
+    RankDescription,
+    Reply,
+    identity,
+    monitor_identity,
+)
 
 
 def serve_under_torchrun(config: Config, find_controller: Callable[[], str | None]) -> None:
@@ -85,10 +94,25 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
         if isinstance(error, UserError):
             failure = Reply(rank, None, str(error), True, error.key, error.cause)
         else:
-            failure = Reply(rank, None, traceback.format_exc())
+            late = _late_ranks(error, rank_monitor, config.parallel.wait_seconds)
+            failure = Reply(rank, None, late + traceback.format_exc())
         socket.send(encode(failure))
         socket.close(linger=5_000)  # the process ends with `raise`: first the message has to leave
         raise
+
+
+def _late_ranks(error: Exception, monitor: RankMonitor, wait_seconds: float) -> str:
+    """Return a sentence on the collective that other ranks did not come to, if that is the error;
+    else nothing."""
+    waited = collective_timeouts.waited(str(error), wait_seconds)
+    if waited is None:
+        return ""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    place = collective(frames[-1], monitor.groups) or waited
+    return (
+        f"trainer rank {os.environ['RANK']}, in {monitor.operation!r}, waited for other ranks in "
+        f"{place}; {collective_timeouts.remedy(wait_seconds)}\n"
+    )
 
 
 def _dealer(name: bytes) -> zmq.Socket:
@@ -117,7 +141,8 @@ class Operations:
         from megatron_r1.training.trainer import Trainer
         from megatron_r1.weight_sync.trainer_rank import WeightPush
 
-        self.position, self.replica = position, Replica(position)
+        slowest = timedelta(seconds=config.parallel.wait_seconds)
+        self.position, self.replica = position, Replica(position, slowest)
         self.trainer = Trainer(config, position)
         self.implementations = implementations.in_use(self.trainer)
         self._homes = {
@@ -182,14 +207,5 @@ TRAINER_OPERATIONS = (
     "yield_memory",
 )
 """Methods of `trainer.Trainer`; "load" is another."""
-FOLDER_OPERATIONS = (
-    "export",
-    "export_adapter",
-    "save_checkpoint",
-    "checkpoint_progress",
-    "verify_checkpoint",
-    "load_checkpoint",
-)
-"""Methods of `folders.Folders`."""
 PUSH_OPERATIONS = ("open_push", "connect_sets", "send_weights")
 """Methods of `weight_sync.trainer_rank.WeightPush`."""

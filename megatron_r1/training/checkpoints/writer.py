@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_
 
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import fsync
+from megatron_r1.processes import collective_timeouts
 from megatron_r1.training.checkpoints import manifest
 from megatron_r1.training.checkpoints.finding import STATE_FILE, partial_of
 from megatron_r1.training.checkpoints.host_memory import HostMemory
@@ -41,9 +42,6 @@ from megatron_r1.training.checkpoints.staging import (
     stage,
 )
 from megatron_r1.weights.writing import on_first_rank
-
-# How long the fastest rank waits for the slowest one's disk; a rank that died is noticed at once.
-SLOWEST = timedelta(hours=6)
 
 
 @dataclass
@@ -69,9 +67,13 @@ class Progress:
 class CheckpointWriter:
     """The part of a save that a rank does; every method is called on all ranks together."""
 
-    def __init__(self, data_group: dist.ProcessGroup, keep_memory: bool) -> None:
+    def __init__(
+        self, data_group: dist.ProcessGroup, keep_memory: bool, slowest: timedelta
+    ) -> None:
         """data_group: the data- and context-parallel ranks, which share the writing. keep_memory:
-        keep the host buffers between saves, which makes the next one faster."""
+        keep the host buffers between saves, which makes the next one faster. slowest: how long the
+        fastest rank waits for the slowest one's disk; a rank that died is noticed at once."""
+        self._slowest = slowest
         self._data_group, self._keep_memory = data_group, keep_memory
         self._memory = HostMemory()
         self._thread: threading.Thread | None = None
@@ -93,7 +95,7 @@ class CheckpointWriter:
         began = time.perf_counter()
         if self._group is None:
             # All ranks, over gloo: a group of its own, because the training threads use the others.
-            self._group = dist.new_group(backend="gloo", timeout=SLOWEST)
+            self._group = dist.new_group(backend="gloo", timeout=self._slowest)
         partial = partial_of(folder)
         on_first_rank(lambda: _make_empty(partial, folder), self._group)
         try:
@@ -139,9 +141,12 @@ class CheckpointWriter:
                 outcome = [_finish(staged, folder, state, from_all)]
             dist.broadcast_object_list(outcome, src=0, group=self._group)
             failure = outcome[0]
-        except RuntimeError as lost:  # gloo's: a rank has ended
+        except RuntimeError as lost:  # gloo's: a rank has ended, or is late
             cause = f"the ranks lost each other while they wrote: {lost}"
-            failure = _sentence(folder, cause, "see the logs of the others")
+            remedy = "see the logs of the others"
+            if collective_timeouts.waited(str(lost), seconds := self._slowest.total_seconds()):
+                remedy = collective_timeouts.remedy(seconds)
+            failure = _sentence(folder, cause, remedy)
         self._progress = Progress(True, failure, time.perf_counter() - began)
 
 

@@ -32,7 +32,7 @@ from megatron_r1.rl.rollout import Sampling
 from megatron_r1.supervision.inspect_roles import coordinates
 from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.supervision.watchdog import HangError
-from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.trainer_client.client import TrainerClient, Waiting
 from megatron_r1.trainer_client.recorder import Recorder
 from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.worker import Operations
@@ -160,6 +160,26 @@ def test_a_call_without_replies_names_the_ranks(tmp_path):
 
     with pytest.raises(HangError, match="trainer: 'start' .*rank 0"):
         asyncio.run(body())
+
+
+@pytest.mark.parametrize(("operation", "limit"), [("update", 10.0), ("export", 5000.0)])
+def test_writing_files_may_take_as_long_as_ranks_wait_for_each_other(tmp_path, operation, limit):
+    """A model of a terabyte shows no progress before it is written."""
+    run = Run(tmp_path, hang_seconds=10.0)
+    run.config = run.config.with_changes(parallel={"wait_seconds": 5000.0})
+
+    async def body():
+        async with run.supervised() as supervisor:
+            watchdog = supervisor._watchdog
+            run.recorder.view.phase("train")
+            run.trainer.waiting = Waiting(operation, 0.0, {0})
+            watchdog._progress = watchdog.run.progress()
+            for quiet, is_stalled in ((limit - 1.0, False), (limit, True)):
+                watchdog._quiet = quiet
+                assert watchdog.is_stalled == is_stalled
+            run.trainer.waiting = None
+
+    asyncio.run(body())
 
 
 def test_reported_once_and_health_says_so_until_it_moves(tmp_path, monkeypatch):
