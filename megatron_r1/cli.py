@@ -15,9 +15,10 @@ from megatron_r1.commands import torchrun
 from megatron_r1.commands.verb_module import load_verb, read_verb
 from megatron_r1.config.keys import describe, switches
 from megatron_r1.config.loading import parse_overrides, take_section
+from megatron_r1.engine import gpu
 from megatron_r1.errors import Cause, RunError, UserError, did_you_mean
 from megatron_r1.files import READ_ONLY
-from megatron_r1.processes import timeline
+from megatron_r1.processes import gpu_allocator, timeline
 from megatron_r1.processes.imports import without_garbage_collection
 
 VERBS = {
@@ -279,12 +280,15 @@ def _describe_keys(names: Sequence[str]) -> str:
 def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
     """Be a trainer rank until the controller ends; return the exit status. Rank 0 starts the
     controller and returns its status."""
+    inherited = dict(os.environ)
+    if gpu.is_usable():  # before torch is imported
+        os.environ.update(gpu_allocator.of_trainer(os.environ))
     with without_garbage_collection():
         from megatron_r1.training import worker
 
     if int(os.environ["RANK"]) != 0:
         worker.serve_under_torchrun(config, lambda: None)
         return 0
-    controller, address = torchrun.start_controller(arguments)
+    controller, address = torchrun.start_controller(arguments, inherited)
     worker.serve_under_torchrun(config, lambda: torchrun.await_listening(controller, address))
     return controller.wait()

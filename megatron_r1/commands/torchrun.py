@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 
 from megatron_r1.config import Config
 from megatron_r1.processes import children
@@ -40,12 +41,16 @@ def num_ranks(config: Config) -> int:
     return int(os.environ.get(WORLD_SIZE, 0)) or config.parallel.processes
 
 
-def start_controller(arguments: list[str]) -> tuple[subprocess.Popen, str]:
+def start_controller(
+    arguments: list[str], inherited: Mapping[str, str]
+) -> tuple[subprocess.Popen, str]:
     """Start the controller beside rank 0 with the command's `arguments`; return it and the address
-    for all ranks."""
+    for all ranks. inherited: the environment without what is for ranks alone, which engines would
+    inherit."""
     port = children.free_port()
     os.environ[RANKS_ENVIRONMENT] = secrets.token_hex(32)  # rank 0 sends it to the other ranks
-    environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
+    environment = {k: v for k, v in inherited.items() if k not in TORCHRUN}
+    environment[RANKS_ENVIRONMENT] = os.environ[RANKS_ENVIRONMENT]
     environment |= {PORT: str(port), WORLD_SIZE: os.environ["WORLD_SIZE"]}
     if os.environ.get("LOCAL_WORLD_SIZE", environment[WORLD_SIZE]) != environment[WORLD_SIZE]:
         environment[SPANS_HOSTS] = "1"

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
+from megatron_r1.processes import gpu_allocator
+
 MODULE = "megatron_r1.vllm_plugin.serve"
 """What an engine's process runs."""
 MIDDLEWARE = "megatron_r1.vllm_plugin.admission.Admission"
@@ -152,6 +154,8 @@ class EngineSettings:
         environment = engine_environment(self.device, threads, self.kv_cache_gib)
         if self.return_routing and self.device != "cpu":
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+        if self.device != "cpu" and self.weight_transfer_backend.endswith("_cuda_ipc"):
+            environment |= gpu_allocator.of_exporting_engine(os.environ)
         if self.part is not None:
             environment |= network_environment(self.host)
         # SECRET also where it is empty: the user's own VLLM_API_KEY is not for our engines.

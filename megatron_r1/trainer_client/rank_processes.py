@@ -9,7 +9,13 @@ from pathlib import Path
 
 from megatron_r1.config import Config
 from megatron_r1.engine import gpu
-from megatron_r1.processes import children, collective_timeouts, out_of_memory, preloaded
+from megatron_r1.processes import (
+    children,
+    collective_timeouts,
+    gpu_allocator,
+    out_of_memory,
+    preloaded,
+)
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
 from megatron_r1.processes.logs import last_lines, log_end
 from megatron_r1.processes.preloaded import ForkedProcess
@@ -64,6 +70,7 @@ class RankProcesses:
                 **children.rank_variables(rank, num_ranks, port),
                 RANKS_ENVIRONMENT: token,
                 **import_environment(),
+                **(gpu_allocator.of_trainer(os.environ) if gpu.is_usable() else {}),
             }
             self._processes.append(_start([address, settings], self._log(rank), environment))
 
