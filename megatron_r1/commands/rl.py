@@ -5,6 +5,7 @@ The algorithm is `rl.loop.train`. Here the roles of a run are started and joined
 graders (`rollout_run`) beside the trainer (`training_run`), and a session of both."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_r1.commands import early_imports
@@ -23,6 +24,7 @@ from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import TrainerLost
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.fleet.placement import accepting_hosts, open_pool
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.processes import timeline
 from megatron_r1.processes.imports import without_garbage_collection
 from megatron_r1.rl.collector import RolloutCollector
@@ -109,11 +111,8 @@ async def _run(
                 finally:
                     await session.close()
             except TrainerLost:
-                if config.rollout.colocated:
-                    try:
-                        await fleet.sleep()  # the ranks that start again need the GPUs' memory
-                    except EngineError as error:
-                        view.message(f"engines did not free their memory: {error}")
+                if config.rollout.colocated and trainer.can_restart:
+                    await _free_gpus(trainer, fleet, view.message)
                 raise
 
         await running.supervisor.with_restarts(attempt)
@@ -144,6 +143,19 @@ async def _start(config: Config, trainer: TrainerClient, collector: RolloutColle
     if collector.teacher is not None:
         starts.append(collector.teacher.start(config.teacher.path))
     await asyncio.gather(*starts)
+
+
+async def _free_gpus(
+    trainer: TrainerClient, fleet: RolloutFleet, notify: Callable[[str], None]
+) -> None:
+    """Free the GPUs' memory for trainer ranks that start again: kill those that are left, then let
+    the engines sleep. vLLM's sleep fails where a rank allocates meanwhile: it compares how much of
+    the GPU is free before and after (v1/worker/gpu_worker.py)."""
+    await asyncio.to_thread(trainer.kill)
+    try:
+        await fleet.sleep()
+    except EngineError as error:
+        notify(f"engines did not free their memory: {error}")
 
 
 def _session(

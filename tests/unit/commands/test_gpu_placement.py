@@ -16,6 +16,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.commands import gpu_placement, rl, rl_checks
 from megatron_r1.commands.gpu_placement import check_gpu_memory
 from megatron_r1.engine import gpu
+from megatron_r1.engine.errors import EngineError
 from megatron_r1.errors import Cause
 from megatron_r1.rehearsal.model import write_folder
 
@@ -135,3 +136,20 @@ def test_engines_on_the_trainers_gpus_start_after_it(recipe, monkeypatch, has_gp
     asyncio.run(rl._start(configuration.load(recipe, settings), Trainer(), collector))
     in_turn = ["trainer", "yield_memory", "engines"] if colocated else ["trainer", "engines"]
     assert done == (in_turn if has_gpus or colocated else ["engines", "trainer"])
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_engines_sleep_when_no_rank_of_the_lost_trainer_allocates_any_more(refuses):
+    """vLLM's sleep fails where less of the GPU is free after it than before."""
+    done, messages = [], []
+
+    class Fleet:
+        async def sleep(self):
+            done.append("sleep")
+            if refuses:
+                raise EngineError("engine-0 refuses")
+
+    trainer = SimpleNamespace(kill=lambda: done.append("kill"))
+    asyncio.run(rl._free_gpus(trainer, Fleet(), messages.append))
+    assert done == ["kill", "sleep"]
+    assert len(messages) == refuses and all("engine-0" in message for message in messages)
