@@ -32,6 +32,7 @@ from megatron_r1.rl.grading import check_grades
 from megatron_r1.rl.metrics import rollout_metrics
 from megatron_r1.rl.rollout import Group, Rollout, Sampling, responses_of
 from megatron_r1.trainer_client.cpu_memory import cpu_memory
+from megatron_r1.weight_sync.plan.links import engine_rank_bytes
 from megatron_r1.weights import num_parameters
 
 MAX_RESPONSES = 64
@@ -186,10 +187,14 @@ def _memory(config: Config) -> str:
     parameters = num_parameters(read_hf_config(config.model.path), with_mtp=False)
     size = f"{parameters / 1e6:,.1f}M parameters; "
     if gpu.is_usable():
+        engine = engine_rank_bytes(config, read_hf_config(config.model.path)) / 2**30
+        place = "there too" if config.push.transport in ("cuda_ipc", "nccl") else "on its host"
         return (
             f"{size}{parameters * TRAINER_BYTES / 2**30:,.2f} GiB for weights, gradients and "
             "Adam's moments in fp32, over all tensor, pipeline and expert ranks; activations come "
-            "on top (tools/plan)"
+            f"on top (tools/plan); {engine:,.2f} GiB of weights on an engine's fullest GPU, and as "
+            f"much for the weights of the next push, {place} (push.transport: "
+            f"{config.push.transport})"
         )
     memory = cpu_memory(config, torchrun.num_ranks(config), has_engines=True)
     return size + memory.describe(memory.microbatch(config.parallel.tokens_per_microbatch))

@@ -15,6 +15,7 @@ from megatron_r1.config.differences import is_within
 from megatron_r1.config.keys import keys_of
 from megatron_r1.config.mistakes import refusal
 from megatron_r1.config.recipe import Config, known_keys
+from megatron_r1.config.removed import without_removed
 from megatron_r1.config.section import Section
 from megatron_r1.config.yaml_text import put, read_sections
 from megatron_r1.errors import Cause, UserError, did_you_mean
@@ -83,7 +84,7 @@ def parse(tree: dict[str, Any], origin: str = "config", given: Collection[str] =
     """Build the typed configuration from nested sections. given: keys that the command line sets.
     Raises UserError naming each wrong key, its value and the remedy."""
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(without_removed(tree))
     except ValidationError as failure:
         wrong = [".".join(map(str, error["loc"])) for error in failure.errors()]
         if all(key and is_within(key, given) for key in wrong):

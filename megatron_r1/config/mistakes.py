@@ -6,6 +6,7 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ValidationError
 
 from megatron_r1.config.keys import models_within
+from megatron_r1.config.removed import REMOVED
 from megatron_r1.errors import Cause, UserError, did_you_mean
 
 GREEDY = ("rollout.temperature", "eval.temperature")
@@ -55,6 +56,8 @@ def explain(failure: ValidationError, root: type[BaseModel], known: Iterable[str
 def _sentence(error: Mapping[str, Any], root: type[BaseModel], known: Iterable[str]) -> str:
     location = error["loc"]
     key = ".".join(map(str, location))
+    if error["type"] == "extra_forbidden" and key in REMOVED:
+        return f"{key} was removed (it is {error.get('input')!r}): {REMOVED[key].remedy}"
     if error["type"] == "extra_forbidden":
         return f"unknown key {key}{_hint(location, root, known)}"
     if error["type"] == "missing":

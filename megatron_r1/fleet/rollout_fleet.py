@@ -7,7 +7,7 @@ import contextlib
 import os
 import secrets
 from array import array
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -170,21 +170,12 @@ class RolloutFleet:
         finally:
             self.replacement.patience_seconds = 0.0
 
-    async def push(
-        self,
-        update_info: UpdateInfo,
-        version: int,
-        repeatable: Collection[Engine] = (),
-        waiting: Collection[Engine] | None = None,
-    ) -> list[Engine]:
-        """Let the engines load the weights that they have received: all of them, or those in
-        `waiting`, where the others have loaded `version` in an earlier call.
+    async def push(self, update_info: UpdateInfo, version: int) -> None:
+        """Let the engines load the weights that they have received; then the fleet holds `version`
+        and is awake.
 
         Sequences in flight continue under the new weights; their earlier tokens keep their version.
-        An engine that did not receive the weights, or whose connection breaks, is replaced. An
-        engine in `repeatable` that did not receive the weights stays paused and is returned
-        instead: the caller sends the weights again and calls `push` once more. The fleet holds
-        `version`, and is awake, when a call returns none.
+        An engine that did not receive the weights, or whose connection breaks, is replaced.
 
         Raises ValueError for a `version` that is not above the current one. Raises EngineError if
         an engine refuses the weights, or dies and no restart is left; the fleet is unusable from
@@ -195,19 +186,15 @@ class RolloutFleet:
                 f"push of version {version}, but the engines hold version {self.version}"
             )
         async with self._pushing:
-            up = self.members.up
-            engines = up if waiting is None else [engine for engine in up if engine in waiting]
-            incomplete: list[Engine] = []
+            engines = self.members.up
             try:
                 for call in swap_calls(update_info, version, asleep=not self.awake.is_set()):
-                    engines = await self._call_engines(engines, call, repeatable, incomplete)
+                    engines = await self._call_engines(engines, call)
             except Exception as error:
                 self.members.fail(EngineError(f"the push of version {version} failed: {error}"))
                 raise
-            if not incomplete:
-                self.version = version
-                self.awake.set()
-            return incomplete
+            self.version = version
+            self.awake.set()
 
     async def sleep(self) -> None:
         """Free the engines' memory for the trainer: the engines drop weights and caches until the
@@ -330,30 +317,19 @@ class RolloutFleet:
             finally:
                 self._starting.discard(engine)
 
-    async def _call_engines(
-        self,
-        engines: list[Engine],
-        call: EngineCall,
-        repeatable: Collection[Engine] = (),
-        incomplete: list[Engine] | None = None,
-    ) -> list[Engine]:
+    async def _call_engines(self, engines: list[Engine], call: EngineCall) -> list[Engine]:
         """Make one call of a push to every engine. Return the engines that get the next call: those
-        that are up and received the weights. An engine in `repeatable` that did not receive them is
-        added to `incomplete`; any other is replaced."""
+        that are up and received the weights. Any other is replaced."""
         calls = (engine.unless_lost(call(engine.client)) for engine in engines)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
-            if isinstance(outcome, PushIncomplete) and engine in repeatable:
-                assert incomplete is not None, "where those of repeatable go"
-                incomplete.append(engine)
-                continue
             if isinstance(outcome, PushIncomplete):
                 outcome = EngineDied(f"{engine.name} did not get the weights: {outcome}")
             if isinstance(outcome, EngineDied):
                 self.replacement.replace(engine, outcome)
             elif isinstance(outcome, BaseException):
                 raise outcome
-        return [engine for engine in engines if engine.is_up and engine not in (incomplete or ())]
+        return [engine for engine in engines if engine.is_up]
 
 
 def share_of_gpus(

@@ -32,8 +32,7 @@ def check_links(links: list[int], engine_ranks: int) -> None:
     raise UserError(
         f"push: at full size a trainer rank would have {most:,} links to engine ranks (at most "
         f"{limit:,}), and {pairs:,} pairs would make {requests:,} requests to one store when they "
-        f"connect (at most {MAX_REQUESTS:,}); set push.delta: false, so that engines pass weights "
-        "on to each other, or use fewer rollout.engines",
-        key="push.delta",
+        f"connect (at most {MAX_REQUESTS:,}); use fewer rollout.engines",
+        key="rollout.engines",
         cause=Cause.TOO_LARGE,
     )

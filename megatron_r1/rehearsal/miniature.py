@@ -206,12 +206,9 @@ def _kind_weights(config: Config, weights: dict[str, float]) -> dict[str, float]
 
 def _push(config: Config) -> dict[str, Any]:
     here = {"nccl": "gloo", "cuda_ipc": "shm"}
-    memory = config.push.memory_gib
     is_exact = config.model.dtype == config.rollout.dtype == "float32"
     return {
         "transport": here.get(config.push.transport, config.push.transport),
-        # A limit is rehearsed by several windows.
-        "memory_gib": memory and min(memory, 0.004),
         "probe_tolerance": None if is_exact else PROBE_TOLERANCE,  # 0.001 in float32
     }
 

@@ -38,7 +38,7 @@ SIZES = {
         *("engines", "tensor", "data", "pipeline", "expert_parallel"),
         *("placement", "hosts_per_engine", "colocated", "max_response_tokens"),
     ),
-    "push": ("transport", "fp8", "delta", "memory_gib"),
+    "push": ("transport", "fp8"),
     "rl": (
         *("algorithm", "group_size", "minibatches", "staleness"),
         *("routing_replay", "dynamic_sampling"),

@@ -14,6 +14,7 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from megatron_r1.config.differences import changed_keys, flatten, is_within, value_text
+from megatron_r1.config.removed import REMOVED
 from megatron_r1.config.schedule import KEYS as SCHEDULED_KEYS
 from megatron_r1.config.yaml_text import as_text
 from megatron_r1.errors import Cause, UserError
@@ -98,6 +99,8 @@ class RunFolder:
             }
             before = unknown_then | flatten(self.read_config())
             changed = sorted(changed_keys(before, after))
+            # None of the removed keys changed what a run learns.
+            may_change = {*may_change, *REMOVED}
             refused = [key for key in changed if not is_within(key, may_change)]
             if refused:
                 raise UserError(

@@ -45,8 +45,6 @@ class PushInitInfo(WeightTransferInitInfo):
     """This engine's number in the set."""
     members: int = 1
     """Engines of the set."""
-    memory_bytes: int | None = None
-    """Limit per rank for weights in transit; None: as many bytes as the weights have."""
     timeout_seconds: float = 600.0
     """Time limit for the trainer to connect."""
     push_seconds: float = 600.0
@@ -75,7 +73,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
     """The MTP layer that vLLM drafts with (`vllm_plugin.drafter`)."""
     _receiver: Receiver | None = None
     _store: list | None = None
-    _recorded: tuple[tuple[list, int | None], SlotTable] | None = None
+    _recorded: tuple[list, SlotTable] | None = None
 
     def init_transfer_engine(self, init_info: PushInitInfo) -> None:
         """Record what this rank needs, publish it, and begin to receive. Called again when another
@@ -111,8 +109,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
 
     def _table(self, init_info: PushInitInfo) -> SlotTable:
         """Return what this rank needs, recorded once, and set where each parameter is received."""
-        request = init_info.tensors, init_info.memory_bytes
-        if self._recorded is None or self._recorded[0] != request:
+        if self._recorded is None or self._recorded[0] != init_info.tensors:
             models = [self.model] if self.drafter is None else [self.model, self.drafter]
             self._models = torch.nn.ModuleList(models)
             copies: Mapping[CheckpointParameter, Sequence[LoaderCopy]] = record(
@@ -120,11 +117,11 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             )
             copies = with_gaps(copies, lambda parameter: is_packed(parameter, self._models))
             in_place = current_platform.is_cpu()
-            self._placed, table = lay_out(copies, init_info.memory_bytes, in_place=in_place)
+            self._placed, table = lay_out(copies, in_place=in_place)
             # As `lay_out` makes the slots of the table: one of every copy into every parameter.
             owners = [at for at in self._placed for _ in copies[at.parameter]]
             self._delivery = DeliveryCheck(owners)
-            self._recorded = request, table
+            self._recorded = init_info.tensors, table
         return self._recorded[1]
 
     def start_weight_update(self) -> None:
@@ -134,19 +131,16 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
 
     @timeline.timed("core/load weights")
     def receive_weights(self, update_info: PushUpdateInfo) -> None:
-        """Wait for the push and load it. Raises ValueError where it is incomplete or damaged; with
-        all weights in one window, the old weights are then unchanged. Also raises ValueError where
-        the engine would not compute with what arrived."""
+        """Wait for the push and load it. Raises ValueError where it is incomplete or damaged; the
+        old weights are then unchanged. Also raises ValueError where the engine would not compute
+        with what arrived."""
         receiver, push = self._receiver, update_info.push
         assert receiver is not None, "start_weight_update comes first"
-        for window in range(receiver.table.num_windows):
-            receiver.buffer.wait(push, window, update_info.timeout_seconds)
-            placed = [at for at in self._placed if at.window == window]
-            area = receiver.table.area(receiver.memory, push)
-            self._delivery.begin(receiver.buffer.take_changed(window))
-            swap.load(self._models, placed, area, in_place=receiver.table.areas > 1)
-            self._delivery.end(push, placed, area)
-            receiver.rendezvous.release(self._rank, push, window)
+        receiver.buffer.wait(push, update_info.timeout_seconds)
+        area = receiver.table.area(receiver.memory, push)
+        self._delivery.begin(receiver.buffer.take_changed())
+        swap.load(self._models, self._placed, area, in_place=receiver.table.areas > 1)
+        self._delivery.end(push, self._placed, area)
         swap.finish(self._models, self.model_config)
         receiver.free_memory()
 

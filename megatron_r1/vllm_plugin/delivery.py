@@ -26,7 +26,7 @@ from megatron_r1.weight_sync.verify.checksum import checksum
 SMALL_BYTES = 1 << 16
 """Layers of at most so many bytes are compared in every push."""
 CPU_BYTES, GPU_BYTES = 1 << 24, 1 << 31
-"""Bytes of larger layers that are compared per window: 8 ms of a core at 4 GB/s, which reads them
+"""Bytes of larger layers that are compared per push: 8 ms of a core at 4 GB/s, which reads them
 before and after."""
 
 
@@ -45,8 +45,8 @@ class DeliveryCheck:
         """Each layer compared in this load: its parameters, a new one of them, and checksums."""
 
     def begin(self, changed: set[int]) -> None:
-        """Note the tensors in use before a load. changed: the slots of this window for which other
-        values arrived than in the push before."""
+        """Note the tensors in use before a load. changed: the slots for which other values
+        arrived than in the push before."""
         arrived = {self._owners[slot] for slot in changed}
         left = CPU_BYTES if current_platform.is_cpu() else GPU_BYTES
         self._before = []

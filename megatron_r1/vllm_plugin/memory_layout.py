@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 import torch
 
@@ -18,13 +17,12 @@ GAP_BYTES = 128
 
 @dataclass(frozen=True)
 class PlacedParameter:
-    """A parameter in checkpoint form at byte `offset` of the memory, while it holds `window`.
+    """A parameter in checkpoint form at byte `offset` of the memory.
 
     num_rows: the rows that are received; all others are a vocabulary's padding."""
 
     parameter: CheckpointParameter
     offset: int
-    window: int
     num_rows: int
 
     def value(self, memory: torch.Tensor) -> torch.Tensor:
@@ -71,40 +69,18 @@ def _with_gaps(
 
 
 def lay_out(
-    copies: Mapping[CheckpointParameter, Sequence[LoaderCopy]],
-    limit_bytes: int | None = None,
-    *,
-    in_place: bool = False,
+    copies: Mapping[CheckpointParameter, Sequence[LoaderCopy]], *, in_place: bool = False
 ) -> tuple[list[PlacedParameter], SlotTable]:
-    """Place all parameters side by side, or in windows where they do not fit into limit_bytes.
+    """Place all parameters side by side.
 
-    Windows take turns in two halves of the memory, so that one is filled while the other is loaded;
-    a layer's parameters are in one window. in_place: the engine computes with the received weights
-    until the next push has arrived, so there are two areas if they fit.
-
-    Raises ValueError where two layers do not fit into limit_bytes."""
-    layers = [list(group) for _, group in groupby(copies, key=lambda p: id(p.layer))]
-    sizes = [sum(_aligned(p.num_bytes) for p in layer) for layer in layers]
-    total = sum(sizes)
-    areas = 2 if in_place and (limit_bytes is None or 2 * total <= limit_bytes) else 1
-    half = total
-    if limit_bytes is not None and total > limit_bytes:
-        half = limit_bytes // 2 // ALIGNMENT * ALIGNMENT
-    if limit_bytes is not None and max(sizes) > half:
-        raise ValueError(
-            f"push.memory_gib: {limit_bytes / 2**30:.3g} GiB cannot hold two layers of "
-            f"{max(sizes) / 2**30:.3g} GiB; raise it to {2 * max(sizes) / 2**30:.3g} or more"
-        )
-    placed, window, end = [], 0, 0
-    for layer, size in zip(layers, sizes, strict=True):
-        if end + size > half:
-            window, end = window + 1, 0
-        for parameter in layer:
-            rows = _num_rows(parameter, copies[parameter])
-            placed.append(PlacedParameter(parameter, window % 2 * half + end, window, rows))
-            end += _aligned(parameter.num_bytes)
+    in_place: the engine computes with the received weights until the next push has arrived, so
+    there are two areas."""
+    placed, end = [], 0
+    for parameter, of_parameter in copies.items():
+        placed.append(PlacedParameter(parameter, end, _num_rows(parameter, of_parameter)))
+        end += -(-parameter.num_bytes // ALIGNMENT) * ALIGNMENT
     slots = [_slot(at, copy) for at in placed for copy in copies[at.parameter]]
-    return placed, SlotTable(total if half == total else 2 * half, slots, areas)
+    return placed, SlotTable(end, slots, areas=2 if in_place else 1)
 
 
 def _num_rows(parameter: CheckpointParameter, copies: Sequence[LoaderCopy]) -> int:
@@ -127,9 +103,4 @@ def _slot(at: PlacedParameter, copy: LoaderCopy) -> Slot:
         offset=offset,
         pitch=pitch,
         dtype=dtype,
-        window=at.window,
     )
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

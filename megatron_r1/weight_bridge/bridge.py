@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_r1.config import Config
 from megatron_r1.engine.errors import EngineDied, EngineError, NoWeights
@@ -27,9 +27,6 @@ from megatron_r1.weight_bridge.probes import EXACT_TOLERANCE, TOLERANCE, Prober
 from megatron_r1.weight_bridge.set_connector import OnLost, SetConnector
 from megatron_r1.weight_sync.plan.checks import engine_layout
 from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
-
-S = TypeVar("S")
-T = TypeVar("T")
 
 
 def weight_bridge(
@@ -93,13 +90,12 @@ class WeightBridge:
         assert self._settled.locked(), "open() or hold() comes first"
         start = time.perf_counter()
         self._push_number += 1
-        # With several windows an engine waits for most of the weights during the swap.
-        is_windowed = self.connector.num_windows > 1
-        patience = self._timeout_seconds if is_windowed else self.connector.connect_seconds
-        with self.fleet.patient(patience):
+        with self.fleet.patient(self.connector.connect_seconds):
             regrouped = self.links.engines_to_regroup(self._engines_up)
             await self._form_sets(regrouped, self._lose)
-            sent = await (self._push_windows if is_windowed else self._push_whole)(version)
+            await self._send_to_all()
+            sent = time.perf_counter()
+            await self.fleet.push(self._update_info(), version)
         swapped = time.perf_counter()
         metrics = {"push/transfer": sent - start, "push/pause": swapped - sent}
         metrics |= {"push/links": self.links.num_links, "push/bytes": self.links.num_bytes}
@@ -131,47 +127,18 @@ class WeightBridge:
         self._is_closed = True
         self._release()
 
-    async def _push_whole(self, version: int) -> float:
-        """Send to all engines, again to those whose set fails for no fault of theirs, then let them
-        swap. Return the time at which the swap began."""
+    async def _send_to_all(self) -> None:
+        """Send to all engines, and again to those whose set fails for no fault of theirs."""
         waiting = self._engines_up
         while waiting:
-            waiting = [engine for engine in await self._send(waiting) if engine.is_up]
+            with self.links.reporting_deaths():
+                waiting = await self.links.send(self._push_number, waiting, self._lose)
+            waiting = [engine for engine in waiting if engine.is_up]
             await self._form_sets(waiting, self._lose)
-        swap_began = time.perf_counter()
-        await self.fleet.push(self._update_info(), version)
-        return swap_began
 
-    async def _push_windows(self, version: int) -> float:
-        """Do as `_push_whole`, but let engines load each window while the next are sent. Engines
-        whose set fails meanwhile stay paused, and load all windows anew."""
-        swap_began = time.perf_counter()
-        waiting = self._engines_up
-        while True:
-            shared_sets = [s for s in self.links.sets if len(s.engines) > 1]
-            repeatable = [engine for engine_set in shared_sets for engine in engine_set.engines]
-            swapping = self.fleet.push(self._update_info(), version, repeatable, waiting)
-            to_repeat, incomplete = await _run_both(self._send(waiting), swapping)
-            if not incomplete:
-                return swap_began
-            for engine in incomplete:
-                if engine not in to_repeat:
-                    self._lose(engine, EngineDied(f"{engine.name} did not get the weights"))
-            waiting = [engine for engine in incomplete if engine.is_up]
-            await self._form_sets(waiting, self._lose, resume=False)
-            # Also if none of them is left: the fleet holds `version` only after a call of
-            # `fleet.push` that leaves no engine behind.
-
-    async def _send(self, engines: Sequence[Engine]) -> list[Engine]:
-        with self.links.reporting_deaths():
-            return await self.links.send(self._push_number, engines, self._lose)
-
-    async def _form_sets(
-        self, engines: Sequence[Engine], on_lost: OnLost, *, resume: bool = True
-    ) -> None:
+    async def _form_sets(self, engines: Sequence[Engine], on_lost: OnLost) -> None:
         # Engines that sleep, for the trainer's sake, must not compute before they are awake.
-        resume = resume and self.fleet.awake.is_set()
-        await self.links.form_sets(engines, on_lost, resume=resume)
+        await self.links.form_sets(engines, on_lost, resume=self.fleet.awake.is_set())
 
     @property
     def _engines_up(self) -> list[Engine]:
@@ -192,19 +159,9 @@ class WeightBridge:
         if self.connector.colocated:  # what its cache takes is needed for the weights in transit
             async with raise_dead_after(engine, self._timeout_seconds):
                 await engine.client.sleep()
-        engine_set = self.links.set_of(engine)
         # The others' last number: the pushes to an engine are numbered without gaps.
-        sending = self.links.send(self._push_number, [engine], _raise_error)
-        try:
-            if self.connector.num_windows == 1:
-                await sending
-                await self._swap_new(engine)
-            else:
-                await _run_both(sending, self._swap_new(engine))
-        except Exception:
-            if self.connector.num_windows > 1:
-                await self.connector.report_gone(engine_set, engine)
-            raise
+        await self.links.send(self._push_number, [engine], _raise_error)
+        await self._swap_new(engine)
         if self.prober is not None:
             await self.prober.check(self._push_number, [engine], _raise_error)
 
@@ -223,16 +180,6 @@ class WeightBridge:
         if self._is_held:
             self._is_held = False
             self._settled.release()
-
-
-async def _run_both(first: Coroutine[Any, Any, S], second: Coroutine[Any, Any, T]) -> tuple[S, T]:
-    """Run both at once and return their results, or raise the first error."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = group.create_task(first), group.create_task(second)
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    return tasks[0].result(), tasks[1].result()
 
 
 def _raise_error(engine: Engine, error: EngineError) -> None:

@@ -21,7 +21,7 @@ class EngineLinks:
     """The links of one trainer to all engines.
 
     Over gloo and nccl equal engines form sets of at most `plan.engine_sets.SET_ENGINES`; over other
-    transports, and with push.delta, every engine is a set of its own.
+    transports every engine is a set of its own.
 
     notify: gets a line for the user."""
 
@@ -59,9 +59,7 @@ class EngineLinks:
         has_joined = sum(len(s.engines) for s in partial) < len(rest)
         return rest if has_joined or len(partial) != len(self._divide(rest)) else []
 
-    async def form_sets(
-        self, engines: Sequence[Engine], on_lost: OnLost, *, resume: bool = True
-    ) -> None:
+    async def form_sets(self, engines: Sequence[Engine], on_lost: OnLost, *, resume: bool) -> None:
         """Divide these engines into new sets, and connect them with the trainer.
 
         An engine that dies meanwhile is lost. A set that fails for another reason is divided into
@@ -131,7 +129,7 @@ class EngineLinks:
             asyncio.create_task(report(engine_set, engine))
             for engine_set in self.sets
             for engine in engine_set.engines
-            if len(engine_set.engines) > 1 or self.connector.num_windows > 1
+            if len(engine_set.engines) > 1
         ]
         try:
             yield

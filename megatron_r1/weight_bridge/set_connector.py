@@ -59,8 +59,6 @@ class SetConnector:
         self.trainer, self.settings, self.colocated = trainer, settings, colocated
         self.tensors = [[name, list(shape)] for name, shape in tensors]
         self.layout, self.store_host = layout, store_host
-        self.num_windows = 1
-        """The most windows of an engine that was connected."""
         self.store: tuple[str, int] = ("", 0)
         """Address of the trainer's store."""
 
@@ -99,7 +97,6 @@ class SetConnector:
                 transport=self.settings.transport,
                 timeout_seconds=self.connect_seconds,
                 push_seconds=self.settings.timeout_seconds,
-                full_every=self.settings.full_every if self.settings.delta else 1,
                 gone=gone,
             )
             results = cast(list[ConnectedSets], replies)
@@ -112,7 +109,6 @@ class SetConnector:
                 name = engine_set.name
                 engine_set.num_links = [result["num_links"].get(name, 0) for result in results]
                 engine_set.num_bytes = sum(result["num_bytes"].get(name, 0) for result in results)
-            self.num_windows = max(self.num_windows, *(r["num_windows"] for r in results))
             patience = ANSWER_SECONDS if problems else self.settings.timeout_seconds
             if calls:
                 await asyncio.wait(calls.values(), timeout=patience)
@@ -134,18 +130,16 @@ class SetConnector:
 
     async def _connect_engine(self, engine_set: EngineSet, member: int, resume: bool) -> None:
         """Let an engine of a set connect with the trainer."""
-        engine, memory = engine_set.engines[member], self.settings.memory_gib
+        engine = engine_set.engines[member]
         init_info = {
             "store": list(self.store),
             "name": engine_set.name,
             "member": member,
             "members": len(engine_set.engines),
             "tensors": self.tensors,
-            "memory_bytes": memory and int(memory * 2**30),
             "timeout_seconds": self.connect_seconds,
             "push_seconds": self.settings.timeout_seconds,
-            # A difference needs all of the push before in the memory.
-            "borrows_memory": self.colocated and not self.settings.delta,
+            "borrows_memory": self.colocated,
         }
         try:
             await engine.unless_lost(engine.client.init_weight_transfer(init_info, resume=resume))

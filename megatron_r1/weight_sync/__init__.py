@@ -29,10 +29,9 @@ Words, each with the module that defines it:
 - part: a region that an engine rank needs, with its bytes; bundle: parts that have one sender;
   share: the parts that enter one engine of a set (`plan.bundles`). entry: what one trainer rank
   sends to one engine rank (`plan.engine_sets`), over a link (`send.link_planner`).
-- slot: a region that an engine rank needs, with its place in the receive buffer; window: slots that
-  are received and loaded together; area: the memory of one push (two areas take turns where the
-  engine computes with the received weights in place); delivery: the rectangle of a slot that one
-  trainer rank sends, with a checksum (`table`).
+- slot: a region that an engine rank needs, with its place in the receive buffer; area: the memory
+  of one push (two areas take turns where the engine computes with the received weights in place);
+  delivery: the rectangle of a slot that one trainer rank sends, with a checksum (`table`).
 - slice: the values of a delivery, read from a parameter (`send.slices`).
 - chunk: rows of a delivery; bucket: the chunks of one message (`transports.buckets`). round: the
   exchange of one bucket of every engine of a set (`transports.exchange`)."""

@@ -16,8 +16,6 @@ class ConnectedSets(TypedDict):
 
     problems: dict[str, str]
     """Set -> why this rank cannot connect to it. The other fields are of the other sets."""
-    num_windows: int
-    """Most windows of an engine rank."""
     num_links: dict[str, int]
     """Set -> links of this rank to it."""
     num_bytes: dict[str, int]

@@ -1,7 +1,5 @@
 """The tensors that an engine rank needs, with their places, and a trainer rank's deliveries."""
 
-from collections.abc import Sequence
-
 import msgspec
 import torch
 
@@ -10,8 +8,7 @@ class Slot(msgspec.Struct, frozen=True, array_like=True):
     """Rows [top, bottom) and columns [left, right) of HF tensor `name`; a vector is one column.
 
     offset: byte of its first element in the memory; pitch: bytes from one row to the next. dtype:
-    the engine's, such as "bfloat16". window: 0 where all weights fit into the memory at once;
-    otherwise the memory is filled anew for every window, in turn."""
+    the engine's, such as "bfloat16"."""
 
     name: str
     top: int
@@ -21,7 +18,6 @@ class Slot(msgspec.Struct, frozen=True, array_like=True):
     offset: int
     pitch: int
     dtype: str
-    window: int = 0
 
     @property
     def height(self) -> int:
@@ -33,7 +29,7 @@ class Slot(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SlotTable(msgspec.Struct, frozen=True):
-    """All slots of one engine rank, by window and then in checkpoint order.
+    """All slots of one engine rank, in checkpoint order.
 
     num_bytes: of one area. areas: 1, or 2 where the engine computes with the received weights in
     place, so that the next push must be written beside these weights."""
@@ -46,10 +42,6 @@ class SlotTable(msgspec.Struct, frozen=True):
         """Return the part of `memory` (areas x num_bytes bytes) that this push fills."""
         start = push % self.areas * self.num_bytes
         return memory[start : start + self.num_bytes]
-
-    @property
-    def num_windows(self) -> int:
-        return self.slots[-1].window + 1
 
 
 class Delivery(msgspec.Struct, frozen=True, array_like=True):
@@ -75,14 +67,6 @@ class Delivery(msgspec.Struct, frozen=True, array_like=True):
 
     def num_bytes(self, table: SlotTable) -> int:
         return self.height * self.row_bytes(table)
-
-
-def by_window(table: SlotTable, deliveries: Sequence[Delivery]) -> list[list[int]]:
-    """Return the indices of the deliveries of each window."""
-    windows: list[list[int]] = [[] for _ in range(table.num_windows)]
-    for index, delivery in enumerate(deliveries):
-        windows[table.slots[delivery.slot].window].append(index)
-    return windows
 
 
 def dtype_of(slot: Slot) -> torch.dtype:

@@ -33,7 +33,7 @@ def send(port, pushes, done):
     rendezvous.publish_prepared(1, 1)
     sender.connect()
     for push in iter(pushes.get, None):
-        sender.send(push, 0, [part.cuda() for part in sources(push)])
+        sender.send(push, [part.cuda() for part in sources(push)])
     done.wait(60)  # its handles must outlive what reads through them
     sender.close()
 
@@ -49,7 +49,7 @@ def test_what_another_process_writes_is_here_and_its_checksums_agree():
     try:
         for push in (1, 2):
             pushes.put(push)
-            receiver.buffer.wait(push, 0, 60)
+            receiver.buffer.wait(push, 60)
             assert receiver.memory.is_cuda
             for slot, sent in zip(SLOTS, sources(push), strict=True):
                 received = slot_view(receiver.memory, slot).cpu()

@@ -1,10 +1,8 @@
 """Pushes over NCCL from all ranks of a trainer to all ranks of a set of engines, each on a null GPU
-of its own, in threads of this process: `nccl_push.py MODEL ENGINES FULL_EVERY [colocated]`.
-colocated: each engine rank is on the GPU of a trainer rank, and without differences has its receive
-buffer only during a push.
+of its own, in threads of this process: `nccl_push.py MODEL ENGINES [colocated]`. colocated: each
+engine rank is on the GPU of a trainer rank, and has its receive buffer only during a push.
 
-Every engine must have every slice after each push, by plain slicing. Prints the bytes sent by each
-push: of differences, where FULL_EVERY is more than 1, those after the first are fewer."""
+Every engine must have every slice after each push, by plain slicing."""
 
 import sys
 from dataclasses import dataclass
@@ -82,39 +80,29 @@ def assert_memory_returns(world: push_world.World) -> None:
         assert torch.cuda.memory_allocated(device) <= held - size, (device, size)
 
 
-def num_bytes_sent(world: push_world.World) -> int:
-    links = [link for s in world.senders for link in s._sets[world.name].links]
-    return sum(link.end.num_bytes_sent for link in links)
-
-
 def trained(weights: torch.Tensor) -> torch.Tensor:
     """Change a few elements."""
     return torch.where(weights.abs() > 1e3, -weights, weights)
 
 
-def main(model: str, engines: int, full_every: int, *, is_colocated: bool) -> None:
+def main(model: str, engines: int, *, is_colocated: bool) -> None:
     compute_everywhere()
     hf, grid, layout = CASES[model]
-    borrows = is_colocated and full_every == 1
-    Placement(0 if is_colocated else grid.world, layout.ranks_per_engine, borrows).install()
+    Placement(0 if is_colocated else grid.world, layout.ranks_per_engine, is_colocated).install()
     tensors = push_world.draw(hf, 1)
-    options = {"engines": engines, "full_every": full_every, "table": push_world.plain_table}
+    options = {"engines": engines, "table": push_world.plain_table}
     world = push_world.World(hf, grid, layout, tensors, transport="nccl", seconds=100, **options)
-    sent = []
     for number in (1, 2, 3):
         world.push(number)
         assert_delivered(world, tensors, number)
-        if borrows:
+        if is_colocated:
             assert_memory_returns(world)
-        sent.append(num_bytes_sent(world))
         for held in world.held:
             for parameter in {id(p): p for pieces in held.values() for p, _ in pieces}.values():
                 parameter.copy_(trained(parameter))
         tensors = {name: trained(tensor) for name, tensor in tensors.items()}
     world.close()
-    print(*sent)
 
 
 if __name__ == "__main__":
-    name, *numbers = [argument for argument in sys.argv[1:] if argument != "colocated"]
-    main(name, *map(int, numbers), is_colocated="colocated" in sys.argv)
+    main(sys.argv[1], int(sys.argv[2]), is_colocated="colocated" in sys.argv)

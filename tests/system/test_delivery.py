@@ -24,7 +24,7 @@ class World:
             is_live = name == "live"
             shape, stride = tuple(tensor.shape), tensor.stride()
             at = CheckpointParameter(layer, "weight", name, shape, stride, tensor.dtype, is_live)
-            self.placed.append(PlacedParameter(at, 256 * number, 0, rows[name]))
+            self.placed.append(PlacedParameter(at, 256 * number, rows[name]))
         self.memory = torch.zeros(1024, dtype=torch.uint8)
         # Two copies into `large`: slots 1 and 2.
         self.owners = [self.placed[0], self.placed[1], *self.placed[1:]]

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_r1.config.hardware import GIB
 from megatron_r1.reporting.wording import counted
 from tools.plan.calibrate import assumed_section
 from tools.plan.communication import communication_section
@@ -16,19 +15,15 @@ from tools.plan.push import (
     borrowed_bytes,
     push_section,
     receive_buffer_bytes,
-    sends_differences,
-    sent_last_bytes,
 )
 from tools.plan.quantity import Quantity, Section, in_bytes
 from tools.plan.rollout import Engines, rollout_section, samples_section, teacher_section
 from tools.plan.timing import StepTime, time_section
 
-SENT_LAST = "sent last"
-WHAT = {
-    RECEIVE_BUFFER: ", weights on their way into an engine",
-    SENT_LAST: " on average, what push.delta is the difference to",
-}
+WHAT = {RECEIVE_BUFFER: ", weights on their way into an engine"}
 """Additions to the formula of kinds of host memory whose name is unclear."""
+SMALLER_RECEIVE_BUFFER = "give each engine more GPUs"
+"""The remedy that makes an engine rank's receive buffer smaller."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,7 @@ class Bill:
             "parallel.tokens_per_microbatch",
             "loss head": "raise parallel.tensor or .context",
             "optimizer": "raise parallel.optimizer_offload, or use more GPUs",
-            RECEIVE_BUFFER: self._smaller_receive_buffer(),
+            RECEIVE_BUFFER: SMALLER_RECEIVE_BUFFER,
             "reference": f"keep it away from the fullest rank: {self._split()}",
             "reserved": "use GPUs with more memory",
         }.get(kind, self._split())
@@ -135,8 +130,6 @@ class Bill:
         kinds = dict(fullest.host)
         if not job.rollout_gpus:
             kinds |= self._receive_buffer()
-        if sends_differences(job):
-            kinds[SENT_LAST] = sent_last_bytes(job)
         return self._of_node(kinds, job.world_size)
 
     def _engines_host(self) -> Section:
@@ -171,20 +164,12 @@ class Bill:
             "checkpoint being written": "set checkpoint.asynchronous to false, or ",
             "optimizer": "lower parallel.optimizer_offload, or ",
             "critic's optimizer": "lower parallel.optimizer_offload, or ",
-            SENT_LAST: "set push.delta to false, or ",
         }.get(largest, "")
-        way = self._smaller_receive_buffer() if largest == RECEIVE_BUFFER else fix + self._split()
+        way = SMALLER_RECEIVE_BUFFER if largest == RECEIVE_BUFFER else fix + self._split()
         return (
             f"a host needs {_size(needed)} of {_size(memory)}, {parts[largest]} of it {largest}: "
             f"{way}"
         )
-
-    def _smaller_receive_buffer(self) -> str:
-        """Return the remedy that makes an engine rank's receive buffer smaller."""
-        more = "give each engine more GPUs"
-        if sends_differences(self.job):  # differences need all of the previous push
-            return more
-        return f"set push.memory_gib below {receive_buffer_bytes(self.job) / GIB:.3g}, or {more}"
 
     def _share(self) -> str | None:
         """Return the problem of engines that take more of the trainer's GPUs than it leaves, or
@@ -231,7 +216,7 @@ class Bill:
                 raised = f"set rollout.gpu_memory to {larger:g}, or "
         return (
             f"a push over nccl needs {_size(needed)} of a GPU in the place of the KV cache, which "
-            f"has {_size(left)}: {raised}{self._smaller_receive_buffer()}, or set "
+            f"has {_size(left)}: {raised}{SMALLER_RECEIVE_BUFFER}, or set "
             "push.transport to gloo"
         )
 
@@ -247,7 +232,7 @@ class Bill:
             ways = [f"lower rollout.engines={rollout.engines} (more GPUs each)"]
             ways = ways if rollout.engines > 1 else ["use more GPUs"]
         if self.engines.receive_buffer:
-            ways.append(self._smaller_receive_buffer())
+            ways.append("set push.transport to gloo, which receives on the host")
         if self.engines.resident:
             ways += [self._split(), "give the engines GPUs of their own (--rollout-gpus)"]
         elif self.engines.cache > 0:

@@ -4,8 +4,6 @@ import json
 from functools import cache, lru_cache
 from typing import Literal
 
-from megatron_r1.config.hardware import GIB
-from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.hf_config import key_value_heads
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
@@ -54,15 +52,6 @@ def check_engines_and_push(job: PlannedJob) -> None:
     job.check_engine_gpus()
     if pushes(job):
         check_drafter(job.config)
-    needed, push = engine_rank_bytes(job), job.config.push
-    if sends_differences(job) and receive_buffer_bytes(job) < needed:
-        raise UserError(
-            f"push.delta: push.memory_gib={push.memory_gib:g} brings {needed / GIB:.3g} GiB of "
-            "weights in windows, and each overwrites what the next push would be the difference "
-            "to; raise it until all fit, or set push.delta: false",
-            key="push.delta",
-            cause=Cause.CONFLICT,
-        )
 
 
 def pushes(job: PlannedJob) -> bool:
@@ -77,11 +66,6 @@ def in_fp8(job: PlannedJob) -> bool:
 def drafts(job: PlannedJob) -> bool:
     """Return whether engines hold the MTP layers, to draft with."""
     return job.config.rollout.drafts_by_mtp
-
-
-def sends_differences(job: PlannedJob) -> bool:
-    """Return whether pushes send differences, for which both sides keep a copy."""
-    return pushes(job) and job.config.push.delta and job.config.push.full_every > 1
 
 
 def engine_rank_bytes(job: PlannedJob) -> int:
@@ -129,13 +113,12 @@ def receive_buffer_bytes(job: PlannedJob, on: Literal["host", "GPU"] | None = No
     elsewhere = on is not None and (on != receive_buffer_place(job) or borrows_memory(job))
     if elsewhere or not pushes(job):
         return 0
-    needed, limit = engine_rank_bytes(job), job.config.push.memory_gib
-    return needed if limit is None else min(needed, round(limit * GIB))
+    return engine_rank_bytes(job)
 
 
 def borrows_memory(job: PlannedJob) -> bool:
     """Return whether the receive buffer is in the place of the KV cache, which sleeps meanwhile."""
-    return shares_gpus_over_nccl(job.config) and not job.config.push.delta
+    return shares_gpus_over_nccl(job.config)
 
 
 def borrowed_bytes(job: PlannedJob) -> int:
@@ -149,14 +132,6 @@ def borrowed_bytes(job: PlannedJob) -> int:
 
 def receive_buffer_place(job: PlannedJob) -> Literal["host", "GPU"]:
     return "GPU" if job.config.push.transport in ("cuda_ipc", "nccl") else "host"
-
-
-def sent_last_bytes(job: PlannedJob) -> int:
-    """Return the mean bytes that push.delta keeps on a trainer rank's host.
-
-    The exact bytes of each rank would take too long for every layout of a search.
-    """
-    return round(_needed_bytes(job) / job.world_size)
 
 
 def push_link(job: PlannedJob) -> tuple[float, str]:
@@ -182,7 +157,7 @@ def push_section(job: PlannedJob) -> Section:
     parallel, engines, form = job.parallel, engine_layout(job), _form(job)
     grid = TrainerGrid.from_recipe(parallel, job.world_size)
     # What is for one host has to be set to gloo or nccl for more.
-    alone = job.config.push.delta or (job.config.push.on_one_host and _is_one_node(job))
+    alone = job.config.push.on_one_host and _is_one_node(job)
     links = set_links(
         job.hf,
         grid,
@@ -229,12 +204,6 @@ def push_section(job: PlannedJob) -> Section:
             "into an engine GPU with projections quantized on the way, 1 B + 4 B / 128 x 128",
         )
     section["receive buffer"] = in_bytes(receive_buffer_bytes(job), _receive_buffer_formula(job))
-    if sends_differences(job):
-        section["sent last"] = in_bytes(
-            out,
-            "with push.delta the busiest trainer rank keeps it on its host; the bytes above are of "
-            f"a whole push, one in {job.config.push.full_every}",
-        )
     return section
 
 
@@ -281,12 +250,9 @@ def _connections(
 
 def _receive_buffer_formula(job: PlannedJob) -> str:
     push = job.config.push
-    how = "all its weights at once"
-    if receive_buffer_bytes(job) < engine_rank_bytes(job):
-        how = f"push.memory_gib={push.memory_gib:g}: engines pause while the rest travels"
     borrowed = ", in the place of its KV cache" if borrows_memory(job) else ""
     place = f"{receive_buffer_place(job)}{borrowed}"
-    text = f"of an engine rank, on its {place} ({push.transport}); {how}"
+    text = f"of an engine rank, on its {place} ({push.transport}); all its weights"
     if push.on_one_host and not _is_one_node(job):
         text += f"; {push.transport} is for one host, set push.transport to gloo or nccl"
     return text

@@ -21,7 +21,19 @@ from megatron_r1.weights.layout import recipe_stages
 
 def max_engines(push: PushConfig) -> int:
     """Return how many engines form a set at most."""
-    return 1 if push.on_one_host or push.delta else SET_ENGINES
+    return 1 if push.on_one_host else SET_ENGINES
+
+
+def engine_rank_bytes(config: Config, hf: dict) -> int:
+    """Return the pushed bytes of an engine's first rank, which has the most; its receive buffer has
+    as many, twice that on a CPU."""
+    layout, push = engine_layout(config), config.push
+    needs = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
+    count_bytes = fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype)
+    return sum(
+        count_bytes(item.name, item.rule.dtype, region)
+        for item, region in needs.needed(layout.coordinate(0))
+    )
 
 
 def shares_gpus_over_nccl(config: Config) -> bool:

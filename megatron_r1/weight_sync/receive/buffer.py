@@ -4,13 +4,13 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any
 
 import torch
 
 from megatron_r1.weight_sync.receive.errors import IncompletePush
-from megatron_r1.weight_sync.table import Delivery, SlotTable, by_window, slot_view
+from megatron_r1.weight_sync.table import Delivery, SlotTable, slot_view
 from megatron_r1.weight_sync.verify.checksum import RunningChecksum
 
 
@@ -32,11 +32,6 @@ class ReceiveBuffer:
         self._is_weighted = is_weighted
         check_coverage(table, chain.from_iterable(deliveries.values()))
         self.table, self.memory, self.deliveries = table, memory, deliveries
-        self.windows = {sender: by_window(table, items) for sender, items in deliveries.items()}
-        # By window: the number of a sender's deliveries up to its end.
-        self._num_until = {
-            sender: list(accumulate(map(len, windows))) for sender, windows in self.windows.items()
-        }
         self._arriving: dict[int, tuple[int, int, RunningChecksum]] = {}
         """Push, index and checksum so far of the current delivery of each sender."""
         self._push = dict.fromkeys(deliveries, 0)
@@ -78,20 +73,14 @@ class ReceiveBuffer:
     def has_failed(self) -> bool:
         return self._failure is not None
 
-    def wait(
-        self,
-        push: int,
-        window: int,
-        timeout_seconds: float,
-        senders: Sequence[Any] | None = None,
-    ) -> None:
-        """Wait until all of `window` of `push` has arrived, or all that `senders` send of it.
+    def wait(self, push: int, timeout_seconds: float, senders: Sequence[Any] | None = None) -> None:
+        """Wait until all of `push` has arrived, or all that `senders` send of it.
 
         Raises IncompletePush, naming trainer ranks whose deliveries are late, and ValueError,
         naming the tensors whose checksums differ."""
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
-            while late := self._late_senders(push, window, senders):
+            while late := self._late_senders(push, senders):
                 left = deadline - time.monotonic()
                 if self._failure is not None:
                     raise IncompletePush(f"push {push} broke off: {self._failure}")
@@ -107,17 +96,16 @@ class ReceiveBuffer:
                 f"{_first_few(damaged)}"
             )
 
-    def take_changed(self, window: int) -> set[int]:
-        """Return this window's slots whose values differ from those of the last push that was
-        loaded; pushes that were refused do not count."""
-        changed = set()
+    def take_changed(self) -> set[int]:
+        """Return the slots whose values differ from those of the last push that was loaded; pushes
+        that were refused do not count."""
         with self._changed:
-            for sender, windows in self.windows.items():
-                for index in windows[window]:
-                    checksum = self.checksums[sender, index]
-                    if self._loaded_checksums.get((sender, index), checksum) != checksum:
-                        changed.add(self.deliveries[sender][index].slot)
-                    self._loaded_checksums[sender, index] = checksum
+            changed = {
+                self.deliveries[sender][index].slot
+                for (sender, index), checksum in self.checksums.items()
+                if self._loaded_checksums.get((sender, index), checksum) != checksum
+            }
+            self._loaded_checksums = dict(self.checksums)
         return changed
 
     def _running_checksum(self, sender: Any, push: int, index: int) -> RunningChecksum:
@@ -130,14 +118,13 @@ class ReceiveBuffer:
             self._arriving[sender] = arriving
         return arriving[2]
 
-    def _late_senders(self, push: int, window: int, senders: Sequence[Any] | None) -> list[Any]:
-        """Return those of the senders whose part of the window has not arrived."""
+    def _late_senders(self, push: int, senders: Sequence[Any] | None) -> list[Any]:
+        """Return those of the senders whose part of the push has not arrived."""
         return [
             sender
-            for sender, num_until in self._num_until.items()
+            for sender, deliveries in self.deliveries.items()
             if (senders is None or sender in senders)
-            and num_until[window]
-            and (self._push[sender], self._num_arrived[sender]) < (push, num_until[window])
+            and (self._push[sender], self._num_arrived[sender]) < (push, len(deliveries))
         ]
 
 

@@ -1,10 +1,8 @@
 """What every side of a rendezvous does: it waits, reports a failure, and learns of one."""
 
 import datetime
-import threading
-import time
 
-from torch.distributed import DistStoreError, PrefixStore, Store
+from torch.distributed import PrefixStore, Store
 
 from megatron_r1.weight_sync.rendezvous.failure import (
     Failure,
@@ -14,8 +12,6 @@ from megatron_r1.weight_sync.rendezvous.failure import (
 )
 from megatron_r1.weight_sync.rendezvous.tables import TableStore
 
-POLL_SECONDS = 1.0
-"""The pause between checks of a rank that waits for memory whether the set has failed."""
 ANSWER_SECONDS = 5.0
 """The time limit for the ranks of a position to show, after a failure, that they are alive."""
 
@@ -45,7 +41,6 @@ class Rendezvous:
         self.store, self.shared = PrefixStore(self.engine, store), PrefixStore(name, store)
         self.store.set_timeout(datetime.timedelta(seconds=timeout_seconds))
         self._tables = tables or TableStore(store)
-        self._waiting = threading.local()
 
     def new_connection(self) -> Store:
         """Return a new connection to the store, for a thread of its own: while one thread waits,
@@ -58,25 +53,6 @@ class Rendezvous:
         if not num_ranks:
             raise SetFailed(decode_failure(self.shared.get("failed")))
         return num_ranks
-
-    def await_release(self, rank: int, push: int, window: int) -> None:
-        """Wait until engine rank `rank` has published that `window` may be overwritten.
-
-        The wait has a connection of this thread's own to the store: if it used the engine rank's
-        shared connection, the release itself would have to wait for it."""
-        if not hasattr(self._waiting, "store"):
-            self._waiting.store = self.store.clone()  # type: ignore[attr-defined]
-        store, key = self._waiting.store, f"released/{rank}/{push}/{window}"
-        deadline = time.monotonic() + self.push_seconds
-        while True:
-            left = max(deadline - time.monotonic(), 0.001)
-            try:
-                store.wait([key], datetime.timedelta(seconds=min(left, POLL_SECONDS)))
-                return
-            except DistStoreError:
-                self._raise_failure()
-                if left <= POLL_SECONDS:
-                    raise
 
     def report(self, failure: Failure) -> Failure:
         """Publish a failure, unless one has been published already, and return the first one."""

@@ -51,7 +51,7 @@ class EngineRendezvous(Rendezvous):
         for member, senders in enumerate(plan):
             entered = [delivery for _, sent in senders for delivery in sent]
             if member != self.member and entered:
-                # By slot, and so by window, also where several trainer ranks send to that engine.
+                # By slot: all members list a share in the same order.
                 deliveries[Peer(member)] = sorted(entered, key=lambda delivery: delivery.slot)
         return deliveries
 
@@ -62,12 +62,6 @@ class EngineRendezvous(Rendezvous):
             self.shared.delete_key(f"has/{push}")
             # The previous push's key only: trainer rank 0 may not have read this one's yet.
             self.shared.delete_key(f"complete/{push - 1}")
-
-    def release(self, rank: int, push: int, window: int) -> None:
-        """Publish that `window` is in use and its memory may be overwritten."""
-        self.store.set(f"released/{rank}/{push}/{window}", "1")
-        if push > 1:
-            self.store.delete_key(f"released/{rank}/{push - 1}/{window}")
 
     def report_own(self, rank: int, error: str, *, is_damaged: bool = False) -> Failure:
         """Report a failure of this rank, as `report` does."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -89,7 +88,6 @@ class LinkPlanner:
         offers: Offers,
         engine_layout: EngineLayout,
         transport: str,
-        full_every: int,
     ) -> tuple[dict[str, LinkedSet], dict[str, str]]:
         """Return this rank's links by set, not connected yet, and the problems by set; a set with a
         problem may have some links.
@@ -97,7 +95,7 @@ class LinkPlanner:
         rendezvous: of each engine of a set. engine_layout: of one engine."""
         created: dict[str, LinkedSet] = {}
         problems: dict[str, str] = {}
-        make_end = partial(sender_class(transport), full_every=full_every)
+        make_end = sender_class(transport)
         for index, tables in enumerate(offers.tables):
             names = [name for name, (offered, _) in offers.sets.items() if offered == index]
             try:

@@ -60,16 +60,14 @@ class WeightSender:
         layout: dict[str, Any],
         transport: str,
         timeout_seconds: float,
-        full_every: int = 1,
         push_seconds: float | None = None,
         gone: Sequence[str] = (),
     ) -> ConnectedSets:
         """Agree with all engine ranks of these sets on the deliveries of this rank, and connect.
 
         sets: name, unique to every call, and number of engines of each set. layout: the fields of
-        `EngineLayout`, of one engine. full_every: of so many pushes the first is sent whole, the
-        others as differences. push_seconds: limit for a push, default `timeout_seconds`. gone: sets
-        to disconnect."""
+        `EngineLayout`, of one engine. push_seconds: limit for a push, default `timeout_seconds`.
+        gone: sets to disconnect."""
         for name in gone:
             self.disconnect(name)
         engine_layout = EngineLayout(**{**layout, "engines": 1})
@@ -87,9 +85,7 @@ class WeightSender:
             for name, num_engines in sets
         }
         offers = self._offers(rendezvous, engine_layout.num_ranks)
-        created, failed = self._planner.create_links(
-            rendezvous, offers, engine_layout, transport, full_every
-        )
+        created, failed = self._planner.create_links(rendezvous, offers, engine_layout, transport)
         self._sets |= created
         present = {name: created[name] for name in offers.sets if name not in failed}
         for name, problem in failed.items():  # first, so that no other rank waits for this one
@@ -103,10 +99,8 @@ class WeightSender:
         for name in failed:
             self.disconnect(name)
         connected = {name: present[name] for name in present.keys() - failed.keys()}
-        windows = [table.num_windows for tables in offers.tables for table in tables]
         return {
             "problems": offers.problems | failed,
-            "num_windows": max(windows, default=1),
             "num_links": {name: len(linked.links) for name, linked in connected.items()},
             "num_bytes": {name: linked.num_bytes for name, linked in connected.items()},
         }
@@ -126,8 +120,7 @@ class WeightSender:
 
         def send_over(name: str, link: PushLink) -> None:
             try:
-                for window in range(link.end.table.num_windows):
-                    link.end.send(push, window, EncodedSlices(link.slices))
+                link.end.send(push, EncodedSlices(link.slices))
             except SetFailed as error:
                 problems.setdefault(name, error.failure)
             except (OSError, RuntimeError) as error:

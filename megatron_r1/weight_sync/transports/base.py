@@ -10,7 +10,7 @@ from megatron_r1.weight_sync.receive.buffer import ReceiveBuffer
 from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous, Peer
 from megatron_r1.weight_sync.rendezvous.offers import ReceiverInfo
 from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
-from megatron_r1.weight_sync.table import Delivery, SlotTable, by_window
+from megatron_r1.weight_sync.table import Delivery, SlotTable
 
 
 class Receiver(ABC):
@@ -81,46 +81,29 @@ class Slices(Protocol):
 
 
 class Sender(ABC):
-    """A trainer rank's end of the link to one engine rank. Call `plan`, `connect`, then for every
-    push `send` window by window.
-
-    full_every: of so many pushes the first is sent whole, the others as differences; ignored by
-    transports that write into the receiver's memory."""
+    """A trainer rank's end of the link to one engine rank. Call `plan`, `connect`, then `send` for
+    every push."""
 
     def __init__(
-        self,
-        rendezvous: TrainerRendezvous,
-        sender: int,
-        rank: int,
-        receiver: ReceiverInfo,
-        full_every: int = 1,
+        self, rendezvous: TrainerRendezvous, sender: int, rank: int, receiver: ReceiverInfo
     ):
         self.rendezvous, self.sender, self.rank = rendezvous, sender, rank
-        self.receiver, self.table, self.full_every = receiver, receiver.table, full_every
+        self.receiver, self.table = receiver, receiver.table
 
     def plan(self, deliveries: Sequence[Delivery]) -> None:
         """Prepare for the deliveries of every push."""
         self.deliveries = list(deliveries)
-        self.windows = by_window(self.table, self.deliveries)
 
     def connect(self) -> None:  # noqa: B027
         """Connect to the receiver, once all trainer ranks are prepared."""
 
     @abstractmethod
-    def send(self, push: int, window: int, slices: Slices) -> None:
-        """Send the deliveries of one window; on return the slices may change.
-
-        From the third window on, first wait until the engine rank has released the window whose
-        memory this one overwrites."""
+    def send(self, push: int, slices: Slices) -> None:
+        """Send all deliveries; on return the slices may change."""
 
     @abstractmethod
     def close(self) -> None:
         """Free all resources. A second call does nothing."""
-
-    def await_free_memory(self, push: int, window: int) -> None:
-        """Wait until the memory of this window may be overwritten."""
-        if window >= 2:
-            self.rendezvous.await_release(self.rank, push, window - 2)
 
 
 def gpu_uuid(device: torch.device | int) -> str:

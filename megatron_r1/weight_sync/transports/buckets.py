@@ -21,13 +21,13 @@ class BucketPacker:
     table: SlotTable
     deliveries: Sequence[Delivery]
 
-    def cut(self, indices: Sequence[int], num_bytes: int | None = None) -> Iterator[list[Chunk]]:
-        """Yield the buckets of the deliveries `indices`, in order, each of at most `num_bytes`
-        (default `BUCKET_BYTES`), or of one row: a row is never cut."""
+    def cut(self, num_bytes: int | None = None) -> Iterator[list[Chunk]]:
+        """Yield the buckets of the deliveries, in order, each of at most `num_bytes` (default
+        `BUCKET_BYTES`), or of one row: a row is never cut."""
         bucket: list[Chunk] = []
         size = room = num_bytes or BUCKET_BYTES
-        for index in indices:
-            height, row_bytes = self.deliveries[index].height, self._row_bytes(index)
+        for index, delivery in enumerate(self.deliveries):
+            height, row_bytes = delivery.height, self._row_bytes(index)
             start = 0
             while start < height:
                 rows = min(height - start, max(room // row_bytes, 0 if bucket else 1))

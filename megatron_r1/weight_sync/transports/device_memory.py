@@ -25,7 +25,8 @@ class DeviceReceiver(SharedMemoryReceiver):
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"push.transport: cuda_ipc: {num_bytes / 2**30:.3g} GiB are needed on the engine's "
-                "GPU for weights in transit; lower push.memory_gib or rollout.gpu_memory"
+                "GPU for weights in transit; lower rollout.gpu_memory, give each engine more GPUs, "
+                "or set push.transport: shm"
             ) from error
         device, *handle = memory.untyped_storage()._share_cuda_()
         # By its UUID, since processes number GPUs differently.

@@ -23,12 +23,11 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 from megatron_r1.weight_sync.receive.errors import IncompletePush
 from megatron_r1.weight_sync.rendezvous.engine import Peer
 from megatron_r1.weight_sync.rendezvous.failure import SetFailed
-from megatron_r1.weight_sync.table import Delivery, by_window
+from megatron_r1.weight_sync.table import Delivery
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from megatron_r1.weight_sync.transports.buckets import BucketPacker, Chunk
 from megatron_r1.weight_sync.transports.groups import (
     Groups,
-    WindowHeader,
     create_groups,
     integers,
     wait_for,
@@ -58,30 +57,26 @@ class GlooReceiver(PairReceiver):
         own.sort(key=lambda entry: entry[0].slot)
         shares[self.rendezvous.member] = [delivery for delivery, _ in own]
         self._shares, self._own_sources = shares, [source for _, source in own]
-        self._windows = [by_window(self.table, share) for share in shares]
-        self._begun_windows: list[SimpleQueue[WindowHeader | None]] = [
-            SimpleQueue() for _ in range(self.table.num_windows)
-        ]
+        self._begun: SimpleQueue[int | None] = SimpleQueue()
+        """Numbers of pushes that have begun to enter this rank; None: no more will."""
         super().connect()
         if self.rendezvous.num_members > 1:
             self._start_thread(self._run_exchange, name="exchange")
 
     def close(self) -> None:
         self._is_closing = True
-        for queue in getattr(self, "_begun_windows", ()):
-            queue.put(None)
+        if hasattr(self, "_begun"):
+            self._begun.put(None)
         super().close()
 
     def fail(self, error: Exception) -> None:
         super().fail(error)
-        for queue in self._begun_windows:
-            queue.put(None)
+        self._begun.put(None)
 
-    def window_begins(self, sender: int, header: WindowHeader) -> None:
-        """Let the exchange of a window begin, once: with the first of the window's senders."""
-        windows = self.buffer.windows
-        if sender == next(s for s in self.senders if windows[s][header.window]):
-            self._begun_windows[header.window].put(header)
+    def push_begins(self, sender: int, push: int) -> None:
+        """Let the exchange of a push begin, once: with the first of the senders."""
+        if sender == self.senders[0]:
+            self._begun.put(push)
 
     def _run_exchange(self) -> None:
         """Exchange pushes until one fails; then report the cause, which the push that waits in
@@ -108,9 +103,7 @@ class GlooReceiver(PairReceiver):
             self._shared = shared
             self._groups.append(shared)
             while True:
-                for window in range(self.table.num_windows):
-                    push = self._exchange_window(shared, window)
-                self.rendezvous.publish_complete(push)
+                self.rendezvous.publish_complete(self._exchange_push(shared))
         except (ValueError, RuntimeError, OSError) as error:
             return error.with_traceback(None)  # the traceback's frames hold the group
         finally:
@@ -121,17 +114,17 @@ class GlooReceiver(PairReceiver):
                 self._groups.remove(self._shared)
                 self._shared = None
 
-    def _exchange_window(self, shared: Groups, window: int) -> int:
-        """Wait for the next push's window, exchange it, and return the push's number."""
-        # An engine that receives nothing of this window from the trainer sees no header, so the
-        # first engine that does tells all others that the push has begun.
-        leader = next(m for m, windows in enumerate(self._windows) if windows[window])
+    def _exchange_push(self, shared: Groups) -> int:
+        """Wait for the next push, exchange it, and return its number."""
+        # An engine that receives nothing from the trainer does not see a push begin, so the first
+        # engine that does tells all others.
+        leader = next(member for member, share in enumerate(self._shares) if share)
         group = shared.control
         push = torch.zeros(1, dtype=torch.int64)  # 0: the leader closes
         if leader == self.rendezvous.member:
-            header = self._begun_windows[window].get()
-            if header is not None:
-                push[0] = header.push
+            begun = self._begun.get()
+            if begun is not None:
+                push[0] = begun
             elif not self._is_closing:
                 raise RuntimeError("what enters this rank broke off")
             others = [m for m in range(self.rendezvous.num_members) if m != leader]
@@ -143,23 +136,18 @@ class GlooReceiver(PairReceiver):
             raise RuntimeError(f"engine {leader} of the set has ended")
         number, seconds = int(push), self.rendezvous.push_seconds
         if self.senders:
-            self.buffer.wait(number, window, seconds, self.senders)
-        if window >= 2:
-            self.rendezvous.await_release(self.rank, number, window - 2)
+            self.buffer.wait(number, seconds, self.senders)
         self.claim_memory()
-        self._exchange_buckets(shared.data, number, window)
-        self._exchange_checksums(group, number, window)
+        self._exchange_buckets(shared.data, number)
+        self._exchange_checksums(group, number)
         return number
 
-    def _exchange_buckets(self, group: dist.ProcessGroup, push: int, window: int) -> None:
-        """Exchange a window in rounds. In each round every engine contributes a bucket, all padded
+    def _exchange_buckets(self, group: dist.ProcessGroup, push: int) -> None:
+        """Exchange a push in rounds. In each round every engine contributes a bucket, all padded
         to the size of the largest."""
         area, own = self.table.area(self.memory, push), self.rendezvous.member
         packers = [BucketPacker(self.table, share) for share in self._shares]
-        cuts = [
-            packer.cut(windows[window], PASSED_BYTES)
-            for packer, windows in zip(packers, self._windows, strict=True)
-        ]
+        cuts = [packer.cut(PASSED_BYTES) for packer in packers]
         arrived: list[tuple[BucketPacker, list[Chunk], torch.Tensor]] = []
         for buckets in zip_longest(*cuts, fillvalue=[]):
             sizes = [
@@ -199,21 +187,19 @@ class GlooReceiver(PairReceiver):
             for work in works:
                 self._wait_for(work)
 
-    def _exchange_checksums(self, group: dist.ProcessGroup, push: int, window: int) -> None:
+    def _exchange_checksums(self, group: dist.ProcessGroup, push: int) -> None:
         """Exchange the trainer's checksums, and compare what the other engines passed on with
         these."""
-        own_member = self.rendezvous.member
-        indices = [windows[window] for windows in self._windows]
-        sums = torch.zeros(max(map(len, indices)), dtype=torch.int64)
-        own = [self.buffer.checksums[self._own_sources[index]] for index in indices[own_member]]
-        sums[: len(own)] = integers(own)
-        gathered = torch.empty(len(indices) * len(sums), dtype=torch.int64)
+        counts = [len(share) for share in self._shares]
+        sums = torch.zeros(max(counts), dtype=torch.int64)
+        sums[: len(self._own_sources)] = integers(
+            self.buffer.checksums[source] for source in self._own_sources
+        )
+        gathered = torch.empty(len(counts) * len(sums), dtype=torch.int64)
         self._wait_for(group._allgather_base(gathered, sums, self._options))
-        sums_by_member = gathered.view(len(indices), -1).tolist()
-        for member, member_sums in enumerate(sums_by_member):
-            if member != own_member:
-                # Not strict: the shorter lists of checksums are padded.
-                for index, checksum in zip(indices[member], member_sums, strict=False):
+        for member, of_member in enumerate(gathered.view(len(counts), -1).tolist()):
+            if member != self.rendezvous.member:
+                for index, checksum in enumerate(of_member[: counts[member]]):
                     self.buffer.delivery_arrived(Peer(member), push, index, checksum % 2**64)
 
     @property

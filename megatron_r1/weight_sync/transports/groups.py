@@ -2,14 +2,13 @@
 
 A trainer rank and an engine rank that it sends to are a group of two, so that a lost rank breaks
 its own pairs only. The ranks at one position of a set's engines are a group, too (`exchange`). A
-push is a stream of buckets: one is on the wire while another is packed (`pair_sender`) or unpacked
-(`pair_receiver`). A header precedes each window, and the window's checksums follow it. A push is
-sent whole, or as the difference to the pair's last push; then each bucket's length precedes it.
+push is its number, a stream of buckets, and a checksum of each delivery: one bucket is on the wire
+while another is packed (`pair_sender`) or unpacked (`pair_receiver`).
 
 With NCCL, buckets are packed and checksums computed on the GPUs, where the receive buffer is as
-well. Headers, lengths and checksums travel over a gloo group beside NCCL's, so that no GPU waits
-for a push to begin. Buckets use gloo, too, between a trainer and an engine rank that share a GPU:
-NCCL refuses such a pair."""
+well. Numbers and checksums travel over a gloo group beside NCCL's, so that no GPU waits for a push
+to begin. Buckets use gloo, too, between a trainer and an engine rank that share a GPU: NCCL refuses
+such a pair."""
 
 import datetime
 from collections.abc import Iterable
@@ -24,16 +23,6 @@ from megatron_r1.weight_sync.transports.base import gpu_uuid
 
 ENGINE_RANK, TRAINER_RANK = 0, 1
 """The ranks of a pair in its group."""
-
-
-class WindowHeader(NamedTuple):
-    """What precedes a window on the wire.
-
-    base: the push to which this one is the difference, or 0 where this push is sent whole."""
-
-    push: int
-    window: int
-    base: int
 
 
 class LinkEnd(Protocol):

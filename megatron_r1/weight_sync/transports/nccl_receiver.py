@@ -15,8 +15,8 @@ from megatron_r1.weight_sync.transports.groups import wait_for
 class NcclReceiver(GlooReceiver):
     """A `GlooReceiver` between GPUs, with the receive buffer in device memory.
 
-    Borrowed memory is allocated with the first window of a push and freed once all windows are
-    loaded. Between pushes the engine's KV cache has it; the cache sleeps during a push.
+    Borrowed memory is allocated when a push begins and freed once it is loaded. Between pushes the
+    engine's KV cache has it; the cache sleeps during a push.
     Run on null GPUs only (tests/nullgpu)."""
 
     backend, is_weighted = "nccl", True
@@ -62,8 +62,8 @@ class NcclReceiver(GlooReceiver):
             size = self.table.areas * self.table.num_bytes / 2**30
             raise ValueError(
                 f"push.transport: nccl: {size:.3g} GiB are needed on the engine's GPU for weights "
-                "in transit; lower push.memory_gib or rollout.gpu_memory, or set push.transport: "
-                "gloo"
+                "in transit; lower rollout.gpu_memory, give each engine more GPUs, or set "
+                "push.transport: gloo"
             ) from error
 
     def _gather_buckets(

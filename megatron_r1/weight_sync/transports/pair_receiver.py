@@ -12,13 +12,11 @@ import torch.distributed as dist
 
 from megatron_r1.weight_sync.rendezvous.failure import SetFailed
 from megatron_r1.weight_sync.table import SlotTable
-from megatron_r1.weight_sync.transports import delta
 from megatron_r1.weight_sync.transports.base import Receiver
 from megatron_r1.weight_sync.transports.buckets import BucketPacker, Chunk
 from megatron_r1.weight_sync.transports.groups import (
     TRAINER_RANK,
     Groups,
-    WindowHeader,
     pair_groups,
     wait_for,
 )
@@ -30,7 +28,7 @@ IDLE_SECONDS = 30 * 24 * 3600.0
 
 
 class PairReceiver(Receiver):
-    """The receiving end with a thread per trainer rank, which receives that rank's windows."""
+    """The receiving end with a thread per trainer rank, which receives that rank's pushes."""
 
     backend = "gloo"
     device = torch.device("cpu")
@@ -79,10 +77,10 @@ class PairReceiver(Receiver):
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def claim_memory(self) -> None:
-        """Allocate the memory if it is borrowed; called before a window is written."""
+        """Allocate the memory if it is borrowed; called before a push is written."""
 
-    def window_begins(self, sender: int, header: WindowHeader) -> None:
-        """Do nothing; a subclass learns by this call that a window begins to arrive."""
+    def push_begins(self, sender: int, push: int) -> None:
+        """Do nothing; a subclass learns by this call that a push begins to arrive."""
 
     def fail(self, error: Exception) -> None:
         """Report to the set and to this engine that nothing more will arrive."""
@@ -91,23 +89,15 @@ class PairReceiver(Receiver):
         self.buffer.fail(error)
 
     def _receive_pushes(self, sender: int, groups: Groups) -> None:
-        """Receive window after window of one trainer rank, until one fails or this end closes."""
-        last = 0  # the push to which the next one may be a difference
+        """Receive push after push of one trainer rank, until one fails or this end closes."""
         try:
             while not self._is_closing:
-                fields = torch.empty(len(WindowHeader._fields), dtype=torch.int64)
+                number = torch.empty(1, dtype=torch.int64)
                 idle_limit = datetime.timedelta(seconds=IDLE_SECONDS)
-                groups.control.recv([fields], TRAINER_RANK, 0).wait(idle_limit)
-                header = WindowHeader(*fields.tolist())
-                if header.base not in (0, last):
-                    raise ValueError(
-                        f"push {header.push} is the difference to push {header.base}, but this "
-                        f"rank has push {last}"
-                    )
+                groups.control.recv([number], TRAINER_RANK, 0).wait(idle_limit)
                 self.claim_memory()
-                self.window_begins(sender, header)
-                self._receive_window(groups, sender, header)
-                last = header.push
+                self.push_begins(sender, int(number))
+                self._receive_push(groups, sender, int(number))
         except Exception as error:  # noqa: BLE001 - raised by the push that waits
             self._pair_failed(sender, error)
             # The connection closes with the last reference, so that the sender fails at once.
@@ -119,42 +109,25 @@ class PairReceiver(Receiver):
         if not self._is_closing:
             self.fail(RuntimeError(f"trainer rank {sender}: {error}"))
 
-    def _receive_window(self, groups: Groups, sender: int, header: WindowHeader) -> None:
-        """Receive a window, one bucket while the one before is unpacked, and check it."""
-        packer = BucketPacker(self.table, self.buffer.deliveries[sender])
-        indices = self.buffer.windows[sender][header.window]
+    def _receive_push(self, groups: Groups, sender: int, push: int) -> None:
+        """Receive a push, one bucket while the one before is unpacked, and check it."""
+        deliveries = self.buffer.deliveries[sender]
+        packer, area = BucketPacker(self.table, deliveries), self.table.area(self.memory, push)
         arriving: tuple[dist.Work, torch.Tensor, list[Chunk]] | None = None
-        for bucket in packer.cut(indices):
-            size = packer.num_bytes(bucket)
-            if header.base:
-                length = torch.empty(1, dtype=torch.int64)
-                wait_for(groups.control.recv([length], TRAINER_RANK, 0), self.rendezvous)
-                size = int(length)
-            data = torch.empty(size, dtype=torch.uint8, device=groups.device)
+
+        def unpack(work: dist.Work, data: torch.Tensor, bucket: list[Chunk]) -> None:
+            wait_for(work, self.rendezvous, on_gpu=data.is_cuda)
+            packer.unpack(area, bucket, data.to(self.device))
+
+        for bucket in packer.cut():
+            data = torch.empty(packer.num_bytes(bucket), dtype=torch.uint8, device=groups.device)
             work = groups.data.recv([data], TRAINER_RANK, 0)
             if arriving:
-                self._unpack(header, packer, *arriving)
+                unpack(*arriving)
             arriving = (work, data, bucket)
         if arriving:
-            self._unpack(header, packer, *arriving)
-        sums = torch.empty(len(indices), dtype=torch.int64)
+            unpack(*arriving)
+        sums = torch.empty(len(deliveries), dtype=torch.int64)
         wait_for(groups.control.recv([sums], TRAINER_RANK, 0), self.rendezvous)
-        for index, sent in zip(indices, sums.tolist(), strict=True):
-            self.buffer.delivery_arrived(sender, header.push, index, sent % 2**64)
-
-    def _unpack(
-        self,
-        header: WindowHeader,
-        packer: BucketPacker,
-        work: dist.Work,
-        data: torch.Tensor,
-        bucket: list[Chunk],
-    ) -> None:
-        wait_for(work, self.rendezvous, on_gpu=data.is_cuda)
-        packed = data.to(self.device)
-        if header.base:
-            # Where areas take turns, the base is in another area than this push.
-            state = packer.pack(self.table.area(self.memory, header.base), bucket).cpu()
-            delta.patch(state, packed.cpu())
-            packed = state.to(self.device)
-        packer.unpack(self.table.area(self.memory, header.push), bucket, packed)
+        for index, sent in enumerate(sums.tolist()):
+            self.buffer.delivery_arrived(sender, push, index, sent % 2**64)

@@ -96,7 +96,7 @@ class SharedMemoryReceiver(Receiver):
         try:
             self._file = NamedMemory(path, num_bytes)
         except OSError as error:
-            remedy = "lower push.memory_gib or make it larger"
+            remedy = "make it larger (mount -o remount,size=...), or set push.transport: gloo"
             if error.errno != errno.ENOSPC:
                 remedy = "the engine's user must be able to create and map files there"
             raise ValueError(
@@ -194,19 +194,16 @@ class SharedMemorySender(Sender):
         """Return the receiver's memory, mapped into this process."""
         return map_bytes(Path(self.receiver.address), self.table.areas * self.table.num_bytes)
 
-    def send(self, push: int, window: int, slices: Slices) -> None:
-        """Copy the deliveries of a window to their places. The progress array shows the receiver
-        the rows that are written, and each delivery's checksum when all of its rows are."""
-        self.await_free_memory(push, window)
+    def send(self, push: int, slices: Slices) -> None:
+        """Copy the deliveries to their places. The progress array shows the receiver the rows that
+        are written, and each delivery's checksum when all of its rows are."""
         progress = self._progress
         assert progress is not None, "plan() comes first, and close() last"
-        if int(progress[PUSH_AT]) != push:
-            # In this order: `_Follower.follow` must not take the last push's count for this one's.
-            progress[WRITTEN_AT] = 0
-            progress[PUSH_AT] = push
-        targets, done = self._targets(push), int(progress[WRITTEN_AT])
-        for index in self.windows[window]:
-            delivery = self.deliveries[index]
+        # In this order: `_Follower.follow` must not take the last push's count for this one's.
+        progress[WRITTEN_AT] = 0
+        progress[PUSH_AT] = push
+        targets, done = self._targets(push), 0
+        for index, delivery in enumerate(self.deliveries):
             row_bytes = delivery.row_bytes(self.table)
 
             def report_rows(row: int, start: int = done, row_bytes: int = row_bytes) -> None:

@@ -2,17 +2,20 @@
 
 import json
 from array import array
+from pathlib import Path
 
 from refusals import refused
 
 from megatron_r1.agents.episode import Episode, Turn
 from megatron_r1.commands import dry_run
-from megatron_r1.config import Config
+from megatron_r1.config import Config, load
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import Cause
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout
 from megatron_r1.trainer_client import cpu_memory
+
+RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
 
 
 def test_an_episode_is_shown_with_resets_text_calls_and_results():
@@ -60,3 +63,10 @@ def test_a_run_that_does_not_fit_is_refused_before_it_samples(tmp_path, monkeypa
     config = Config.model_validate({"model": {"path": str(tmp_path)}})
     with refused("parallel.processes", Cause.TOO_LARGE, "GiB"):
         dry_run.show_batch(config, None, None)
+
+
+def test_on_gpus_the_receive_buffer_of_an_engine_is_shown(monkeypatch):
+    """As `tools/plan` has it for the recipe for 2,048 GPUs."""
+    monkeypatch.chdir(RECIPE.parents[2])
+    monkeypatch.setattr(dry_run.gpu, "is_usable", lambda: True)
+    assert "19.85 GiB" in dry_run._memory(load(RECIPE))

@@ -207,7 +207,7 @@ def test_keys_that_may_change_when_a_run_continues():
         "run": "folder steps trackers project log_samples hang_seconds on_hang "
         "max_trainer_restarts health_port",
         "model": "attention_backend fusions",
-        "push": "transport memory_gib delta full_every timeout_seconds probes probe_tolerance",
+        "push": "transport timeout_seconds probes probe_tolerance",
         "agents": "environment_processes",
         "rl": "sample_log schedule",
         "rollout": "engines placement hosts_port hosts_address host_silence_seconds "
@@ -219,6 +219,13 @@ def test_keys_that_may_change_when_a_run_continues():
     }
     keys = [f"{section}.{key}" for section, names in expected.items() for key in names.split()]
     assert sorted(configuration.RESUMABLE) == sorted([*keys, "checkpoint", "eval", "parallel"])
+
+
+def test_a_runs_config_of_an_earlier_version_loads_without_keys_that_were_removed(tmp_path):
+    stored = configuration.Config().model_dump(mode="json")
+    stored["push"] |= {"delta": False, "full_every": 50, "memory_gib": None, "probes": 5}
+    c = configuration.load(recipe(tmp_path, stored))
+    assert c == configuration.Config().with_changes(push={"probes": 5})
 
 
 def test_settings_of_losses_are_read_as_mappings_too():

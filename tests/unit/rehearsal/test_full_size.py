@@ -24,7 +24,7 @@ def plant_all_pairs(monkeypatch):
 def test_a_trainer_rank_with_too_many_links_is_refused(monkeypatch):
     monkeypatch.chdir(RECIPE.parents[2])
     plant_all_pairs(monkeypatch)
-    with refused("push.delta", Cause.TOO_LARGE, "at most 100"):
+    with refused("rollout.engines", Cause.TOO_LARGE, "at most 100"):
         _check(load(RECIPE), "rl")
 
 
@@ -33,12 +33,13 @@ def test_links_between_nearly_all_pairs_are_refused(monkeypatch):
     """Each engine by itself, as pushes were before sets of engines."""
     monkeypatch.chdir(RECIPE.parents[2])
     plant_all_pairs(monkeypatch)
-    with refused("push.delta", Cause.TOO_LARGE):
-        _check(load(RECIPE, {"push.delta": True}), "rl")
+    monkeypatch.setattr(links, "SET_ENGINES", 1)
+    with refused("rollout.engines", Cause.TOO_LARGE):
+        _check(load(RECIPE), "rl")
 
 
 def test_a_store_with_millions_of_requests_is_refused():
-    with refused("push.delta", Cause.TOO_LARGE, "1,433,600", "5,734,400"):
+    with refused("rollout.engines", Cause.TOO_LARGE, "1,433,600", "5,734,400"):
         check_links([700] * 2048, engine_ranks=65536)
 
 

@@ -259,6 +259,17 @@ def test_settings_that_a_schedule_changes_are_refused_with_an_entry_for_it(tmp_p
     assert "rl.schedule" not in str(error.value)
 
 
+@pytest.mark.parametrize("delta", [False, True])
+def test_a_run_of_an_earlier_version_continues_without_keys_that_were_removed(tmp_path, delta):
+    now = {"push": {"transport": "gloo"}, "rl": {"group_size": 16}}
+    then = {"push": {"transport": "gloo", "delta": delta, "full_every": 50, "memory_gib": None}}
+    folder = RunFolder(tmp_path)
+    folder.write_config({**now, **then})
+    folder.append_metrics({"step": 1})
+    folder.write_config(now)
+    assert folder.read_config() == now
+
+
 def test_settings_that_may_change_are_updated(tmp_path):
     folder = begun(tmp_path)
     new = changed(rl={"num_steps": 200}, eval={"num_samples": 8})

@@ -28,7 +28,7 @@ ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1"]
         (["--rollout.tensor", "3"], "rollout.tensor=3", ["num_attention_heads=128"]),
         (["--rollout.pipeline", "2"], "rollout.pipeline=2", ["mtp"]),
         (["--rl.minibatches", "1024"], "rl.minibatches", ["8 samples", "16"]),
-        (["--host-memory-gib", "1", "--push.memory_gib", "2"], "checkpoint.asynchronous", []),
+        (["--host-memory-gib", "1"], "checkpoint.asynchronous", []),
     ],
 )
 def test_what_does_not_work_is_named_in_the_bill(capsys, monkeypatch, options, key, shows):

@@ -1,6 +1,5 @@
 """Engines and pushes as tools/plan lays them out and prices them."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,6 @@ from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models import read_hf_config
 from tools.plan.bill import Bill
-from tools.plan.command import main
 from tools.plan.job import PlannedJob
 from tools.plan.push import engine_layout, push_section
 from tools.plan.push_sets import set_links
@@ -50,18 +48,14 @@ def test_an_fp8_push_is_planned_with_fp8_s_bytes_and_its_engines_with_fp8_weight
     assert gpu[1]["KV cache"].value - gpu[0]["KV cache"].value == freed > 7e9
 
 
-@pytest.mark.parametrize(
-    "transport, gib",
-    [("shm", None), ("gloo", 2.0), ("cuda_ipc", None), ("cuda_ipc", 2.0)],
-)
-def test_the_receive_buffer_is_where_the_transport_writes(transport, gib):
+@pytest.mark.parametrize("transport", ["shm", "gloo", "cuda_ipc"])
+def test_the_receive_buffer_is_where_the_transport_writes(transport):
     any_share = {"rollout__gpu_memory": None}
-    bill = Bill(planned(push__transport=transport, push__memory_gib=gib, **any_share))
-    sections, limit = bill.sections(), math.inf if gib is None else gib * GIB
-    buffer = min(limit, bill.engines.weights)
+    bill = Bill(planned(push__transport=transport, **any_share))
+    sections, buffer = bill.sections(), bill.engines.weights
     assert sections["push"]["receive buffer"].value == buffer
     formula = sections["push"]["receive buffer"].formula
-    assert f"({transport})" in formula and ("engines pause" in formula) == (gib == 2)
+    assert f"({transport})" in formula
     assert ("is for one host" in formula) == (transport in ("shm", "cuda_ipc"))
     default = Bill(planned(push__transport="gloo", **any_share))
     before = default.engines.cache
@@ -92,8 +86,6 @@ def test_over_nccl_colocated_engines_receive_in_the_place_of_their_cache():
     assert "rollout.gpu_memory is not set, and vLLM takes 0.92" in share
     assert "a push over nccl needs 21.85 GiB" in push and "which has 20.85 GiB" in push
     assert "set rollout.gpu_memory" not in push  # the trainer leaves no larger share
-    # A difference needs all of the push before, so its memory is kept.
-    assert Bill(planned(push__transport="nccl", push__delta=True)).engines.receive_buffer
 
 
 def test_receive_buffers_of_engines_on_their_own_gpus_are_not_the_trainers():
@@ -113,34 +105,14 @@ def test_a_receive_buffer_that_does_not_fit_is_named_with_its_remedy():
     job = replace(planned(push__transport="cuda_ipc"), hardware=hardware)
     trainer, _, cache = Bill(job).problems()
     assert "pipeline rank 3 needs 71.26 GiB of 50.00 GiB" in trainer
-    assert "of receive buffer" in cache and "set push.memory_gib below 19.9, or give" in cache
+    assert "19.85 GiB of receive buffer" in cache and "push.transport to gloo" in cache
     hardware = replace(HARDWARE["H800"], host_memory=15 * GIB)
     alone = {"rollout_gpus": 2048, "push__transport": "gloo"}
     problem = Bill(replace(planned(**alone), hardware=hardware)).problems()[-1]
     assert (
         "a host needs 158.83 GiB of 120.00 GiB" in problem
-        and "set push.memory_gib below" in problem
+        and "of it receive buffer: give each engine more GPUs" in problem
     )
-    job = planned(**alone, push__delta=True, checkpoint__asynchronous=False)
-    trainer, engines = Bill(replace(job, hardware=hardware)).problems()
-    assert "158.83 GiB of it sent last: set push.delta to false, or raise" in trainer
-    assert engines.endswith("of it receive buffer: give each engine more GPUs")
-
-
-def test_what_deltas_keep_is_counted_and_windows_beside_them_are_refused(capsys):
-    options = {"push__transport": "gloo", "push__delta": True}
-    sections = Bill(planned(**options)).sections()
-    push = sections["push"]
-    assert push["sent last"].value == push["out of a trainer rank"].value
-    kept = sections["host memory of a node"]["sent last"].value
-    assert kept == pytest.approx(8 * push["into all engines"].value / 2048)
-    for without in ({}, {**options, "push__full_every": 1}):
-        sections = Bill(planned(**without)).sections()
-        assert "sent last" not in sections["push"]
-        assert "sent last" not in sections["host memory of a node"]
-    delta = ["--push.transport", "gloo", "--push.delta", "true", "--push.memory_gib", "2"]
-    assert main([str(RECIPE), *delta]) == 1
-    assert "push.memory_gib=2 brings 19.9 GiB" in capsys.readouterr().out
 
 
 def test_what_a_push_moves_beyond_need_and_how_evenly_is_counted(monkeypatch):
@@ -159,10 +131,12 @@ def test_what_a_push_moves_beyond_need_and_how_evenly_is_counted(monkeypatch):
     assert push["busiest engine GPU"].value == pytest.approx(1.5 / (128.5 / 128))
 
 
-def test_a_push_is_priced_as_sets_of_engines_execute_it():
+def test_a_push_is_priced_as_sets_of_engines_execute_it(monkeypatch):
     """By hand: 2,048 positions' shares, from the plan's largest; requests by kind of rank."""
     push = push_section(planned(push__transport="nccl"))
-    alone = push_section(planned(push__transport="nccl", push__delta=True))
+    with monkeypatch.context() as engines_by_themselves:
+        engines_by_themselves.setattr("tools.plan.push.SET_ENGINES", 1)
+        alone = push_section(planned(push__transport="nccl"))
     whole = push["into an engine GPU"].value
     # The mean is whole / 16; a rank sends more of it where much stays in its node.
     assert whole / 16 < push["out of a trainer rank"].value < 3 * whole / 16

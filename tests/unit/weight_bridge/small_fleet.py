@@ -9,8 +9,7 @@ class SmallFleet:
         self.engines, self.lost, self.awake = list(engines), [], asyncio.Event()
         self.awake.set()
 
-    async def push(self, update, version, repeatable=(), waiting=None):
-        return []
+    async def push(self, update, version): ...
 
     def patient(self, seconds):
         return nullcontext()

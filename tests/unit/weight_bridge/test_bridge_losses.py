@@ -8,7 +8,6 @@ import pytest
 from refusals import raised
 from small_fleet import SmallFleet
 from torch.distributed import TCPStore
-from waiting import PATIENT
 
 from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.client import EngineClient
@@ -26,7 +25,6 @@ from megatron_r1.weight_bridge.bridge import WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
 from megatron_r1.weight_bridge.probes import Prober
 from megatron_r1.weight_bridge.set_connector import SetConnector
-from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
 
 
 def make_bridge(trainer, fleet, probes=()):
@@ -96,7 +94,7 @@ class SmallTrainer:
             if members is not None:
                 failure = {"error": "Connection reset", "members": members, "is_damaged": False}
                 problems = {arguments["sets"][0]: failure}
-        answer = {"problems": problems, "num_windows": 1, "num_links": {}, "num_bytes": {}}
+        answer = {"problems": problems, "num_links": {}, "num_bytes": {}}
         return [{"store": ["127.0.0.1", self.port], **answer}]
 
     def sets(self):
@@ -404,58 +402,3 @@ def test_the_timeout_of_an_engine_begins_with_the_trainer_s_turn():
     happened = []
     feed(BusyTrainer(), Joining())
     assert happened == ["turn", "clock"]
-
-
-class WindowedTrainer(SmallTrainer):
-    """A trainer that waits until an engine releases a window, or is reported as gone."""
-
-    def __init__(self, store):
-        super().__init__(store=store.port)
-        self.store, self.waits, self.gone = store, asyncio.Event(), asyncio.Event()
-
-    async def call_all(self, operation, begun=None, **arguments):
-        if operation == "connect_sets":
-            ((self.name, _),) = arguments["sets"]
-        elif operation == "send_weights" and arguments["sets"]:
-            waiting = asyncio.create_task(self._wait())
-            await asyncio.shield(waiting)
-        (answer,) = await super().call_all(operation, begun, **arguments)
-        return [answer | {"num_windows": 3}]
-
-    async def _wait(self):
-        rendezvous = TrainerRendezvous(self.store, self.name, PATIENT)
-        self.waits.set()
-        with pytest.raises(ConnectionError, match="engine-0"):
-            await asyncio.to_thread(rendezvous.await_release, 0, 1, 0)
-        self.gone.set()
-
-
-@pytest.mark.parametrize("joins", [False, True])
-def test_a_trainer_that_waits_for_a_window_learns_that_its_engine_died(joins):
-    """Otherwise it waits for as long as a push may take, and every other engine with it."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-    class Dies(SmallClient):
-        async def swap_weights(self, update, version, resume=True):
-            raise ConnectionBroken("cut")
-
-    async def story():
-        trainer, fleet = WindowedTrainer(store), SmallFleet()
-        bridge = make_bridge(trainer, fleet)
-        engine = Engine(0, SimpleNamespace(), Dies())
-        if joins:
-            await bridge.open()
-            await bridge.push(1)
-            with pytest.raises(ConnectionBroken):
-                async with bridge.feed(engine):
-                    pytest.fail("it was fed")
-        else:
-            fleet.engines = [engine]
-            await bridge.open()
-            pushing = asyncio.create_task(bridge.push(1))
-            await trainer.waits.wait()
-            engine.died.set()
-            await pushing
-        await trainer.gone.wait()
-
-    asyncio.run(story())

@@ -18,7 +18,7 @@ class Trainer:
     async def call_all(self, operation, begun, sets, **arguments):
         begun()
         problems = {name: "wait timeout after 120000ms, keys: offer/0" for name, _ in sets}
-        return [{"problems": problems, "num_windows": 1, "num_links": {}, "num_bytes": {}}]
+        return [{"problems": problems, "num_links": {}, "num_bytes": {}}]
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ class Client:
     """An engine of two ranks, which receive in threads of this process. version: of the weights
     that it has loaded."""
 
-    def __init__(self, windows=1):
-        self.windows, self.receivers, self.is_dead = windows, [], False
+    def __init__(self):
+        self.receivers, self.is_dead = [], False
         self.num_connections = self.num_reused = 0
 
     async def init_weight_transfer(self, info, resume):
@@ -76,7 +76,7 @@ class Client:
             receiver.close()
 
         def receiver(rank):
-            table = plain_table(DEEPSEEK, LAYOUT, rank, self.windows)
+            table = plain_table(DEEPSEEK, LAYOUT, rank)
             memory = before[rank].reusable_memory(table) if before else None
             self.num_reused += memory is not None
             store = TCPStore(*info["store"], is_master=False)
@@ -93,12 +93,10 @@ class Client:
 
     def _swap(self, push):
         def load(rank, receiver):
-            for window in range(receiver.table.num_windows):
-                self._refuse_if_dead()
-                receiver.buffer.wait(push, window, PATIENT)
-                wrong = wrong_slots(self._only(rank), self.tensors, push, window)
-                assert wrong == [], wrong
-                receiver.rendezvous.release(rank, push, window)
+            self._refuse_if_dead()
+            receiver.buffer.wait(push, PATIENT)
+            wrong = wrong_slots(self._only(rank), self.tensors, push)
+            assert wrong == [], wrong
 
         try:
             run_all([partial(load, *item) for item in enumerate(self.receivers)])
@@ -121,23 +119,18 @@ class Client:
 
 
 class Fleet(SmallFleet):
-    async def push(self, update, version, repeatable=(), waiting=None):
+    async def push(self, update, version):
         """As `RolloutFleet.push`."""
         engines = [engine for engine in self.engines if engine.is_up]
-        pending = [engine for engine in engines if waiting is None or engine in waiting]
-        calls = [engine.client.swap_weights(update, version) for engine in pending]
+        calls = [engine.client.swap_weights(update, version) for engine in engines]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
-        incomplete = []
-        for engine, outcome in zip(pending, outcomes, strict=True):
-            if isinstance(outcome, PushIncomplete) and engine in repeatable:
-                incomplete.append(engine)
-            elif isinstance(outcome, (PushIncomplete, ConnectionBroken)):
+        for engine, outcome in zip(engines, outcomes, strict=True):
+            if isinstance(outcome, (PushIncomplete, ConnectionBroken)):
                 self.lose(engine, EngineDied(str(outcome)))
             elif outcome is not None:
                 raise outcome
             else:
                 engine.client.version = version
-        return incomplete
 
 
 @pytest.fixture
@@ -146,15 +139,15 @@ def make(monkeypatch):
     monkeypatch.setattr(buckets, "BUCKET_BYTES", 3000)
     tensors, clients, trainers = draw(DEEPSEEK, 1), [], []
 
-    def engine(index, windows=1, is_up=True):
-        client = Client(windows)
+    def engine(index, is_up=True):
+        client = Client()
         client.tensors, client.version = tensors, -1
         clients.append(client)
         return Engine(index, SimpleNamespace(describe_end=lambda: "?"), client, is_up=is_up)
 
-    def make(count, windows=1):
+    def make(count):
         trainers.append(Trainer(tensors))
-        fleet = Fleet(engine(index, windows) for index in range(count))
+        fleet = Fleet(engine(index) for index in range(count))
         settings = PushConfig(transport="gloo", timeout_seconds=PATIENT)
         connector = SetConnector(trainers[-1], settings, [], SHAPE)
         links = EngineLinks(connector, notify=lambda line: None)
@@ -208,12 +201,9 @@ def test_an_engine_that_dies_between_pushes_costs_the_others_a_new_set(make):
     run(story())
 
 
-@pytest.mark.parametrize("windows", [1, 4])
-def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(
-    windows, make, monkeypatch
-):
+def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(make, monkeypatch):
     async def story():
-        fleet, bridge, _ = make(3, windows)
+        fleet, bridge, _ = make(3)
         await bridge.open()
         await push(bridge, 1)
         clients, count = [engine.client for engine in fleet.engines], []

@@ -25,12 +25,6 @@ SLOTS = [
     Slot("experts", 0, 6, 5, 10, 320, 32, "bfloat16"),
     Slot("wide", 0, 6, 10, 42, 512, 192, "float32"),
 ]
-WINDOWED = [
-    Slot("norm", 0, 5, 0, 1, 0, 4, "float32", 0),
-    Slot("weight", 4, 8, 0, 8, 256, 32, "float32", 1),
-    Slot("experts", 0, 6, 5, 10, 0, 32, "bfloat16", 2),
-    Slot("norm", 0, 5, 0, 1, 256, 4, "float32", 3),
-]
 BY_TWO = {
     0: [
         Delivery(0, 0, 5, 0, 1),
@@ -39,10 +33,6 @@ BY_TWO = {
         Delivery(3, 0, 4, 0, 32),
     ],
     1: [Delivery(1, 3, 8, 0, 8), Delivery(2, 0, 6, 0, 3), Delivery(3, 4, 6, 0, 32)],
-}
-WINDOWED_BY_TWO = {
-    0: [Delivery(0, 0, 5, 0, 1), Delivery(2, 0, 6, 0, 5)],
-    1: [Delivery(1, 0, 4, 0, 8), Delivery(3, 0, 5, 0, 1)],
 }
 
 
@@ -64,8 +54,6 @@ def slices(table: SlotTable, deliveries: list[Delivery]) -> list[torch.Tensor]:
 class OneReceiver:
     """One receiver and its senders."""
 
-    full_every = 1
-
     def __init__(self, transport, slots, deliveries, num_bytes=2048, areas=1):
         self.table = SlotTable(num_bytes, slots, areas)
         self.deliveries = deliveries
@@ -79,7 +67,7 @@ class OneReceiver:
         def connect(sender):
             rendezvous = TrainerRendezvous(self.client(), f"test.{self.store.port}", PATIENT)
             (info,) = rendezvous.read_receivers(1)
-            end = sender_class(transport)(rendezvous, sender, 0, info, self.full_every)
+            end = sender_class(transport)(rendezvous, sender, 0, info)
             end.plan(deliveries[sender])
             rendezvous.publish_plan(0, [list(deliveries.items())])
             rendezvous.publish_prepared(len(deliveries), 1)
@@ -101,8 +89,7 @@ class OneReceiver:
 
     def send(self, push, senders=None):
         def run(sender, end):
-            for window in range(self.table.num_windows):
-                end.send(push, window, slices(self.table, self.deliveries[sender]))
+            end.send(push, slices(self.table, self.deliveries[sender]))
 
         threads = [
             threading.Thread(target=run, args=item)

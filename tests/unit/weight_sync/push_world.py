@@ -80,7 +80,6 @@ class World:
         transport="gloo",
         seconds=PATIENT,
         table=table_of,
-        full_every=1,
         drafts=False,
     ):
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -105,7 +104,7 @@ class World:
 
         def connect(sender):
             sets = [(self.name, engines)]
-            return sender.connect(sets, asdict(engine), transport, PATIENT, full_every, seconds)
+            return sender.connect(sets, asdict(engine), transport, PATIENT, seconds)
 
         ends = run_all([partial(receiver, *at) for at in places] + self.each(connect))
         self.receivers = dict(zip(places, ends[: len(places)], strict=True))
@@ -127,7 +126,7 @@ class World:
     def push(self, number):
         assert all(answer == {"problems": {}} for answer in self.send(number))
         for receiver in self.receivers.values():
-            receiver.buffer.wait(number, 0, PATIENT)
+            receiver.buffer.wait(number, PATIENT)
 
     def close(self):
         for sender in self.senders:
@@ -136,41 +135,24 @@ class World:
             receiver.close()
 
 
-def plain_table(hf, engine, rank, windows=1, *, drafts=False):
-    """Return an engine rank's table in bfloat16; its tensors take turns in `windows` windows, of
-    which two fit into the memory."""
-    needed = list(PredictedLayout(hf, engine, drafts=drafts).needed(engine.coordinate(rank)))
-    placed, ends = [], [0] * windows
-    for index, (tensor, at) in enumerate(needed):
-        window = index * windows // len(needed)
-        placed.append((tensor.name, at, ends[window], window))
-        ends[window] += 2 * at.num_elements
-    half = -(-max(ends) // 64) * 64
-    return SlotTable(
-        half if windows == 1 else 2 * half,
-        [
-            Slot(
-                name,
-                *(at.top, at.bottom, at.left, at.right),
-                offset=start + window % 2 * half,
-                pitch=2 * (at.right - at.left),
-                dtype="bfloat16",
-                window=window,
-            )
-            for name, at, start, window in placed
-        ],
-    )
+def plain_table(hf, engine, rank, *, drafts=False):
+    """Return an engine rank's table in bfloat16, one tensor after another."""
+    slots, end = [], 0
+    for tensor, at in PredictedLayout(hf, engine, drafts=drafts).needed(engine.coordinate(rank)):
+        place = at.top, at.bottom, at.left, at.right
+        slots.append(Slot(tensor.name, *place, end, 2 * (at.right - at.left), "bfloat16"))
+        end += 2 * at.num_elements
+    return SlotTable(-(-end // 64) * 64, slots)
 
 
-def wrong_slots(world, tensors, number, window=None):
+def wrong_slots(world, tensors, number):
     wrong = []
     for place, receiver in world.receivers.items():
         area = receiver.table.area(receiver.memory, number)
         for slot in receiver.table.slots:
-            if window is None or slot.window == window:
-                whole = tensors[slot.name]
-                whole = whole if whole.dim() > 1 else whole[:, None]
-                expected = whole[slot.top : slot.bottom, slot.left : slot.right]
-                if not torch.equal(slot_view(area, slot), expected.bfloat16()):
-                    wrong.append((place, slot.name))
+            whole = tensors[slot.name]
+            whole = whole if whole.dim() > 1 else whole[:, None]
+            expected = whole[slot.top : slot.bottom, slot.left : slot.right]
+            if not torch.equal(slot_view(area, slot), expected.bfloat16()):
+                wrong.append((place, slot.name))
     return wrong

@@ -1,18 +1,13 @@
 """Pushes that enter one engine of a set each and are exchanged, against plain slicing."""
 
-import threading
-import time
 from functools import partial
 
 import pytest
 import torch
 from refusals import raised
-from torch.distributed import TCPStore
 from waiting import PATIENT
 
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.rendezvous import base as rendezvous_base
-from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
 from megatron_r1.weight_sync.rendezvous.failure import SetFailed
 from megatron_r1.weight_sync.table import slot_view
 from megatron_r1.weight_sync.transports import buckets, exchange
@@ -48,7 +43,7 @@ def test_every_engine_has_every_slice_after_each_push(hf, grid, layout, engines)
         for number in (1, 2):
             assert all(answer == {"problems": {}} for answer in world.send(number))
             for receiver in world.receivers.values():
-                receiver.buffer.wait(number, 0, PATIENT)
+                receiver.buffer.wait(number, PATIENT)
             assert wrong_slots(world, tensors, number) == []
             for held in world.held:
                 for parameter in {id(p): p for pieces in held.values() for p, _ in pieces}.values():
@@ -92,43 +87,6 @@ def make_world():
 GRID = TrainerGrid(4, pipeline=2, expert=2)
 
 
-def test_windows_are_exchanged_one_after_another_as_they_are_released(make_world):
-    tensors = draw(DEEPSEEK, 1)
-    windows = 4
-    world = make_world(
-        DEEPSEEK,
-        GRID,
-        SPREAD,
-        tensors,
-        engines=2,
-        table=lambda *args: plain_table(*args, windows=windows),
-    )
-    assert {answer["num_windows"] for answer in world.answers} == {windows}
-    for number in (1, 2):
-        sending = threading.Thread(target=world.send, args=(number,))
-        sending.start()
-        for window in range(windows):
-            for receiver in world.receivers.values():
-                receiver.buffer.wait(number, window, PATIENT)
-            assert wrong_slots(world, tensors, number, window) == []
-            for (_, rank), receiver in world.receivers.items():
-                receiver.rendezvous.release(rank, number, window)
-        sending.join()
-
-
-def test_a_release_does_not_wait_for_a_wait_of_the_same_rank(monkeypatch):
-    monkeypatch.setattr(rendezvous_base, "POLL_SECONDS", PATIENT)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    met = EngineRendezvous(store, "set", PATIENT)
-    waiting = threading.Thread(target=met.await_release, args=(0, 1, 0), daemon=True)
-    waiting.start()
-    time.sleep(0.2)  # by then it waits, on a machine that is not very slow
-    releasing = threading.Thread(target=met.release, args=(0, 1, 0), daemon=True)
-    releasing.start()
-    releasing.join()
-    waiting.join()
-
-
 def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
     hf = DEEPSEEK | {"hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 256}
     hf |= {"q_lora_rank": 128, "kv_lora_rank": 192, "qk_nope_head_dim": 64, "v_head_dim": 64}
@@ -138,7 +96,7 @@ def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
     assert world.send(1) == [{"problems": {}}] * 2
     first, second = world.receivers.values()
     for receiver in (first, second):
-        receiver.buffer.wait(1, 0, PATIENT)
+        receiver.buffer.wait(1, PATIENT)
     for slot in first.table.slots:  # between them nothing is written
         assert torch.equal(*(slot_view(r.memory, slot).float() for r in (first, second))), slot.name
     name = "model.layers.2.mlp.experts.3.up_proj.weight"
@@ -185,7 +143,7 @@ def test_damage_in_the_exchange_is_refused_with_the_tensor_s_name(
     world.send(1)
     for receiver in world.receivers.values():
         with raised(ValueError, "engine"):
-            receiver.buffer.wait(1, 0, PATIENT)
+            receiver.buffer.wait(1, PATIENT)
 
 
 def wait_without_rank_3(world):
@@ -193,10 +151,10 @@ def wait_without_rank_3(world):
     positions = {rank for (_, rank), r in world.receivers.items() if 3 in r.buffer.deliveries}
     for place, receiver in world.receivers.items():
         if place[1] not in positions:
-            receiver.buffer.wait(1, 0, PATIENT)
+            receiver.buffer.wait(1, PATIENT)
             continue
         with pytest.raises(ValueError, match="trainer ranks? 3[^0-9,]"):
-            receiver.buffer.wait(1, 0, PATIENT)
+            receiver.buffer.wait(1, PATIENT)
 
 
 @pytest.mark.more  # waits for the time that honest ranks may need on a slow machine
@@ -222,7 +180,7 @@ def test_an_engine_rank_that_ends_is_named_by_the_others_at_its_position(make_wo
     world.send(1)
     for engine in (0, 2):
         with raised(ValueError, "rank 2 of engine 1"):
-            world.receivers[engine, 2].buffer.wait(1, 0, PATIENT)
+            world.receivers[engine, 2].buffer.wait(1, PATIENT)
 
 
 def test_engines_that_need_different_tensors_are_refused(make_world):

@@ -11,8 +11,6 @@ from one_receiver import (
     BY_TWO,
     SLOTS,
     TENSORS,
-    WINDOWED,
-    WINDOWED_BY_TWO,
     OneReceiver,
     expected_values,
 )
@@ -68,7 +66,7 @@ def test_an_engine_receives_the_slices_in_its_dtype(
     for push in (1, 2):
         TENSORS["weight"].add_(1)
         threads = world.send(push)
-        world.receiver.buffer.wait(push, 0, PATIENT)
+        world.receiver.buffer.wait(push, PATIENT)
         for thread in threads:
             thread.join()
         for slot in SLOTS:
@@ -76,7 +74,7 @@ def test_an_engine_receives_the_slices_in_its_dtype(
                 slot.name
             )
         # By the second push "weight" has changed; of the first nothing is known.
-        assert world.receiver.buffer.take_changed(0) == ({1} if push == 2 else set())
+        assert world.receiver.buffer.take_changed() == ({1} if push == 2 else set())
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -87,7 +85,7 @@ def test_with_two_areas_a_push_leaves_the_one_before_as_it_is(make_world, transp
         TENSORS["weight"].add_(1)
         pushed[push] = [expected_values(slot).clone() for slot in SLOTS]
         threads = world.send(push)
-        world.receiver.buffer.wait(push, 0, PATIENT)
+        world.receiver.buffer.wait(push, PATIENT)
         for thread in threads:
             thread.join()
         for age in (0, 1) if push > 1 else (0,):
@@ -96,41 +94,28 @@ def test_with_two_areas_a_push_leaves_the_one_before_as_it_is(make_world, transp
                 assert torch.equal(slot_view(area, slot), expected), (push, age, slot.name)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_window_is_not_overwritten_before_it_is_released(make_world, transport):
-    world = make_world(transport, WINDOWED, WINDOWED_BY_TWO, 512)
-    threads = world.send(1)
-    for window, slot in enumerate(WINDOWED):
-        world.receiver.buffer.wait(1, window, PATIENT)
-        threads[0].join(0.1)  # time to do what must not be done
-        assert torch.equal(slot_view(world.receiver.memory, slot), expected_values(slot)), slot
-        world.receiver.rendezvous.release(0, 1, window)
-    for thread in threads:
-        thread.join()
-
-
 def test_equal_engines_share_one_table():
     """A trainer rank reads it once for any number of engines."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     tables = TableStore(store)
     receivers = {}
-    for name, slots in {"a.1": SLOTS, "b.1": SLOTS, "c.1": WINDOWED}.items():
+    for name, slots in {"a.1": SLOTS, "b.1": SLOTS, "c.1": SLOTS[:2]}.items():
         for rank in range(2):
             info = ReceiverInfo(SlotTable(2048, slots), f"{name}/{rank}")
             EngineRendezvous(store, name, PATIENT).publish_receiver(rank, info)
         receivers[name] = TrainerRendezvous(store, name, PATIENT, tables=tables).read_receivers(2)
     assert [info.address for info in receivers["b.1"]] == ["b.1/0", "b.1/1"]
     assert len({id(info.table) for infos in receivers.values() for info in infos}) == 2
-    assert [infos[1].table.slots for infos in receivers.values()] == [SLOTS, SLOTS, WINDOWED]
+    assert [infos[1].table.slots for infos in receivers.values()] == [SLOTS, SLOTS, SLOTS[:2]]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_trainer_rank_that_sends_nothing_is_named(make_world, transport):
     world = make_world(transport, SLOTS, BY_TWO)
     world.send(1, senders=[0])[0].join()
-    world.receiver.buffer.wait(1, 0, PATIENT, senders=[0])
+    world.receiver.buffer.wait(1, PATIENT, senders=[0])
     with raised(IncompletePush, PushIncomplete.KIND, "trainer ranks 1 "):
-        world.receiver.buffer.wait(1, 0, 0.1)
+        world.receiver.buffer.wait(1, 0.1)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -155,7 +140,7 @@ def test_a_tensor_that_arrives_otherwise_is_named(
     monkeypatch.setattr(world.receiver.buffer, "delivery_arrived", corrupted)
     world.send(1)
     with raised(ValueError, name, "rank 1"):
-        world.receiver.buffer.wait(1, 0, PATIENT)
+        world.receiver.buffer.wait(1, PATIENT)
 
 
 def test_checksums_of_odd_rows_are_of_the_elements_in_order_whatever_the_strides():

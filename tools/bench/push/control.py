@@ -225,7 +225,7 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
     table = slot_table(PredictedLayout(HF, ENGINE), ENGINE.coordinate(rank))
     receiver = exchange.GlooReceiver(met, rank, table)
     store.add("connected", 1)
-    receiver.buffer.wait(1, 0, CONNECT_SECONDS)
+    receiver.buffer.wait(1, CONNECT_SECONDS)
     note(**{"push 1": "right" if _is_right(receiver, tensors) else "wrong"})
     if place in _victims(fault):  # before push 2 can begin
         hangs = fault == "engine rank hangs"
@@ -234,7 +234,7 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
     store.wait(["push2"])
     began = time.monotonic()
     try:
-        receiver.buffer.wait(2, 0, PUSH_SECONDS + 10)
+        receiver.buffer.wait(2, PUSH_SECONDS + 10)
         note(**{"push 2": "right" if _is_right(receiver, tensors) else "wrong"})
     except ValueError as error:
         seconds = time.monotonic() - began

@@ -1,5 +1,5 @@
 """The push of DeepSeek-V3 from 2,048 training ranks to 64 engines of 16 GPUs, computed from the
-plan of a push without sets, as with push.delta or a single engine."""
+plan of a push without sets, as with a single engine."""
 
 import json
 import time
