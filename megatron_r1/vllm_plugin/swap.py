@@ -22,7 +22,7 @@ from megatron_r1.vllm_plugin.cpu_patches import (
     is_lookup_only,
     repack_output_head,
 )
-from megatron_r1.vllm_plugin.kept_state import kept_state, restore
+from megatron_r1.vllm_plugin.kept_state import KeptState
 from megatron_r1.vllm_plugin.memory_layout import PlacedParameter
 from megatron_r1.vllm_plugin.recorder import to_checkpoint_form, to_kernel_form
 from megatron_r1.vllm_plugin.stacked_experts import load_biases
@@ -72,7 +72,7 @@ def _load_layer(
 ) -> None:
     """Give a layer its received tensors in checkpoint form, have vLLM convert them to its
     kernels' form, and put the result into the tensors in use, which CUDA graphs point to."""
-    before = kept_state(layer)
+    before = KeptState(layer)
     info = to_checkpoint_form(layer)
     in_use = info.kernel_tensors
     in_checkpoint = get_layer_tensors(layer)
@@ -91,7 +91,7 @@ def _load_layer(
             else:
                 tensor.data.copy_(new)
     if not in_place:
-        restore(layer, before, [*in_use[0].values(), *in_use[1].values()])
+        before.restore([*in_use[0].values(), *in_use[1].values()])
     to_kernel_form(layer, info)
 
 

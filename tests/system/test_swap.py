@@ -1,5 +1,6 @@
 """After a swap nothing that vLLM keeps lies in the receive buffer, which is freed or reused."""
 
+import functools
 import gc
 import json
 import types
@@ -28,7 +29,7 @@ from megatron_r1.processes import children
 from megatron_r1.vllm_plugin import swap
 from megatron_r1.vllm_plugin.memory_layout import lay_out
 from megatron_r1.vllm_plugin.recorder import CheckpointParameter, LoaderCopy, record
-from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
+from megatron_r1.weights import hf_tensors
 
 NUM_EXPERTS, HIDDEN, INTERMEDIATE = 2, 256, 128
 NO_GROUPS = FusedMoEParallelConfig(
@@ -71,10 +72,18 @@ class Experts(torch.nn.Module):
 
 
 class KeepsItsOwn(UnquantizedLinearMethod):
-    """Keeps a view of the weight, a value computed from it, and a workspace of the layer's."""
+    """Keeps views of the weight, in objects that it makes anew and in one that it keeps, a value
+    computed from it, and a workspace of the layer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.handle = types.SimpleNamespace()
 
     def process_weights_after_loading(self, layer):
         self.kernel = types.SimpleNamespace(views=[layer.weight[1:]], double=2 * layer.weight)
+        self.handle.locks = layer.weight[:1]
+        first = layer.weight[0]
+        self.handle.call = functools.partial(lambda x, y: x @ y @ first, layer.weight)
         layer.workspace = layer.weight.flatten()[:4]
 
 
@@ -179,6 +188,8 @@ def test_kernels_compute_with_the_new_values_at_the_old_addresses(model):
     assert torch.equal(linear.weight, torch.ones(8, 16))
     assert torch.equal(linear_method.kernel.views[0], torch.ones(7, 16))
     assert torch.equal(linear_method.kernel.double, torch.full((8, 16), 2.0))
+    assert torch.equal(linear_method.handle.locks, torch.ones(1, 16))
+    assert torch.equal(linear_method.handle.call(torch.ones(16, 16)), torch.full((8,), 256.0))
 
 
 def test_a_number_computed_from_weights_is_refused(model):
@@ -208,7 +219,8 @@ def test_nothing_of_a_whole_model_lies_in_the_receive_buffer(name, tmp_path, mon
     ).create_engine_config()
     with set_current_vllm_config(config):
         model = get_model(vllm_config=config)
-        placed, table = lay_out(record([model], pushed_tensors(resolve_aliases(hf), fp8=False)))
+        tensors = hf_tensors(resolve_aliases(hf)).items()
+        placed, table = lay_out(record([model], [(name, shape) for name, (shape, _) in tensors]))
         memory = torch.zeros(table.num_bytes, dtype=torch.uint8)
         for _ in range(2):  # of the second the first left its traces
             swap.load(model, placed, memory)
