@@ -61,11 +61,17 @@ def check_gpu_memory(config: Config, hf: Mapping[str, Any]) -> None:
 
 def _placement(config: Config, hf: Mapping[str, Any]) -> str:
     """Return the settings that `init` writes for this model on this host, as text."""
-    if config.rollout.placement == "hosts" or torchrun.SPANS_HOSTS in os.environ:
+    if config.rollout.placement == "hosts":
         return "it to the share that the trainer leaves"
+    unknown = "rollout.colocated: true and rollout.gpu_memory, what the trainer leaves of a GPU"
+    if torchrun.SPANS_HOSTS in os.environ:  # with GPUs of other hosts, too
+        return unknown
     try:
-        guesses = layout(dict(hf), num_parameters(dict(hf)), this_machine())
+        machine = this_machine()
     except (OSError, subprocess.CalledProcessError):
-        return "rollout.colocated: true and rollout.gpu_memory, what the trainer leaves of a GPU"
+        return unknown
+    if not machine.gpus:  # the driver has some, but they have no files in /dev
+        return unknown
+    guesses = layout(dict(hf), num_parameters(dict(hf)), machine)
     keys = ", ".join(f"{guess.key}: {value_text(guess.value)}" for guess in guesses)
     return f"{keys}, as megatron-r1 init does on this host, or rollout.placement: hosts"

@@ -13,7 +13,7 @@ from small_qwen2 import MODEL
 
 from megatron_r1 import cli
 from megatron_r1 import config as configuration
-from megatron_r1.commands import gpu_placement, rl, rl_checks
+from megatron_r1.commands import gpu_placement, rl, rl_checks, torchrun
 from megatron_r1.commands.gpu_placement import check_gpu_memory
 from megatron_r1.engine import gpu
 from megatron_r1.engine.errors import EngineError
@@ -98,8 +98,12 @@ def test_each_share_that_is_missing_is_named(recipe):
     check(rollout__gpu_memory=0.3, teacher__path="model", teacher__url=["http://there:8000"])
 
 
-def test_without_nvidia_smi_the_keys_are_named(recipe, monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("PATH", "/nowhere"), ("CUDA_VISIBLE_DEVICES", ""), (torchrun.SPANS_HOSTS, "1")],
+)
+def test_where_the_gpus_are_unknown_the_keys_are_named(recipe, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
     with refused("rollout.colocated", Cause.CONFLICT, "rollout.gpu_memory"):
         check_gpu_memory(configuration.load(recipe), HF)
 
