@@ -108,6 +108,8 @@ def main() -> None:
         device = torch.device("cuda", 0)
         refused(lambda: dist.init_process_group("nccl", device_id=device))
         return
+    if "unequal" in sys.argv:
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # else torch's watchdog ends the process
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     if "unequal" in sys.argv:

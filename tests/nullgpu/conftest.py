@@ -42,7 +42,7 @@ def on_null_gpu(tmp_path_factory) -> Callable[..., str]:
             "LD_PRELOAD": f"{shim}/libnullgpu.so",
             "LD_LIBRARY_PATH": str(shim),
             "TRITON_LIBCUDA_PATH": str(shim),
-            "NULL_GPU_MEMORY": f"{shim}/memory",
+            "NULL_GPU_SEGMENT": f"{shim}/segment",
             "PYTHONPATH": ":".join(imports),
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus))),
         }

@@ -1,9 +1,14 @@
 """Computes torch's own operators on the null GPU's tensors, by the CPU's kernels.
 
 The memory of those tensors is the host's, so an operator can be given CPU tensors over the same
-bytes. What stays without effect: products of Transformer Engine (cuBLASLt), its kernels and
-Triton's, which do not go through torch's dispatcher."""
+bytes. It computes when it is called, and first waits for what is queued on the stream that a kernel
+would be queued on: what it reads has arrived, and what is queued later sees what it wrote. Copies
+between CPU and GPU that need no kernel are CUDA's own, and are queued.
 
+What stays without effect: products of Transformer Engine (cuBLASLt), its kernels and Triton's,
+which do not go through torch's dispatcher."""
+
+import ctypes
 import threading
 
 import torch
@@ -16,6 +21,31 @@ ALLOCATES = {
     *("_unsafe_view", "lift_fresh", "is_same_size"),
 }
 """Operators that make, describe or read memory: CUDA's own work on the null GPU."""
+
+
+def drain(devices: set[int]) -> None:
+    """Wait for what is queued on the current stream of each of these GPUs."""
+    runtime = ctypes.CDLL(None)
+    for device in devices:
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
+        if runtime.null_gpu_drain(device, stream):
+            raise RuntimeError(f"the null GPU {device} failed")
+
+
+def is_transfer(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether an operator copies bytes between CPU and GPU as they are."""
+    if name == "copy_":
+        target, source = args[:2]
+        same = (target.dtype, target.shape) == (source.dtype, source.shape)
+        contiguous = target.is_contiguous() and source.is_contiguous()
+        return same and contiguous and target.is_cuda != source.is_cuda
+    if name != "_to_copy" or kwargs.get("device") is None:
+        return False
+    (source,) = args
+    goes_over = torch.device(kwargs["device"]).type != source.device.type
+    same = kwargs.get("dtype") in (None, source.dtype)
+    memory_format = kwargs.get("memory_format") in (None, torch.preserve_format)
+    return goes_over and same and memory_format and source.is_contiguous()
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -43,8 +73,9 @@ class HostCompute(TorchDispatchMode):
         # Transformer Engine's quantized tensors have operators of their own.
         plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in found)
         its_own = namespace != "aten" or name in ALLOCATES or func.is_view
-        if its_own or not plain or not (makes or reads):
+        if its_own or not plain or not (makes or reads) or is_transfer(name, args, kwargs):
             return func(*args, **kwargs)
+        drain({tensor.get_device() for tensor in found if tensor.is_cuda})
         return self._compute(func, args, kwargs, stays=wanted is None or makes)
 
     def _compute(self, func, args, kwargs, stays: bool):

@@ -1,13 +1,15 @@
 """Compiles the null GPU: `python build.py FOLDER` writes its three libraries there.
 
-    libnullgpu.so       preloaded: CUDA runtime (runtime.c); cuBLAS, NVRTC (libraries.c);
-                        NCCL (collectives.c)
+    libnullgpu.so       preloaded: CUDA's runtime (runtime.c, streams.c, events.c, memory.c,
+                        copies.c), NCCL (communicators.c, calls.c, numbers.c), cuBLAS and NVRTC
+                        (libraries.c), what processes share and count (segment.c, counters.c)
     libcuda.so.1        in the place of the driver (driver.c)
     libnvidia-ml.so.1   in the place of the driver's management library (nvml.c)
 
 Only what returns something is written by hand. All other functions that the installed extensions
 of torch, Transformer Engine and vLLM import, and all others that cuda.h declares, are generated:
-they return 0, success."""
+they return 0, success. `build_alone` makes the first two without the CUDA packages, and so without
+cuBLAS, NVRTC and what is generated: for tests of streams, memory and NCCL through ctypes."""
 
 import re
 import subprocess
@@ -19,6 +21,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 INCLUDE = [PACKAGES / "nvidia/cu13/include", PACKAGES / "nvidia/nccl/include"]
+HEADERS_OF_TRITON = PACKAGES / "triton/backends/nvidia/include"
+ALONE = [
+    *("runtime.c", "streams.c", "events.c", "memory.c", "copies.c", "segment.c", "counters.c"),
+    *("communicators.c", "calls.c", "numbers.c"),
+]
+# A preloaded library's own functions must not take the places of others' of the same name.
+EXPORTS = "{ global: cu*; __cuda*; nccl*; nvrtc*; nvml*; null_gpu_*; local: *; };"
+WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
 EXTENSIONS = (
     "torch/lib/libtorch_cuda*.so",
     "torch/lib/libc10_cuda.so",
@@ -28,7 +38,7 @@ EXTENSIONS = (
     "vllm/**/*.so",
 )
 RUNTIME = r"(?:__)?cuda[A-Z]\w*|cublas\w+|nccl[A-Z]\w+|nvrtc[A-Z]\w+"
-BY_NAME = {"cudaDeviceReset", "cudaHostRegister", "cudaHostUnregister"}  # vLLM, through ctypes
+BY_NAME = {"cudaDeviceReset"}  # vLLM, through ctypes
 DRIVER = r"cu(?!da|blas|dnn|solver|sparse|fft|rand|file|pti)[A-Z]\w*"
 
 
@@ -38,9 +48,16 @@ def build(folder: Path) -> None:
     imported = _imported()
     runtime = {name for name in imported if re.fullmatch(RUNTIME, name)} | BY_NAME
     driver = {name for name in imported if re.fullmatch(DRIVER, name)} | _declared_by_the_driver()
-    _compile(folder / "libnullgpu.so", ["runtime.c", "libraries.c", "collectives.c"], runtime)
-    _compile(folder / "libcuda.so.1", ["driver.c"], driver)
-    _compile(folder / "libnvidia-ml.so.1", ["nvml.c"], ())
+    _compile(folder / "libnullgpu.so", [*ALONE, "libraries.c"], runtime, INCLUDE)
+    _compile(folder / "libcuda.so.1", ["driver.c"], driver, INCLUDE)
+    _compile(folder / "libnvidia-ml.so.1", ["nvml.c"], (), INCLUDE)
+
+
+def build_alone(folder: Path) -> None:
+    """Write the runtime with NCCL, and the driver, from the headers that Triton brings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _compile(folder / "libnullgpu.so", ALONE, (), [HEADERS_OF_TRITON])
+    _compile(folder / "libcuda.so.1", ["driver.c"], (), [HEADERS_OF_TRITON])
 
 
 def _imported() -> set[str]:
@@ -57,17 +74,21 @@ def _declared_by_the_driver() -> set[str]:
     return {*plain, *re.findall(r"#define\s+cu\w+\s+(cu\w+_v\d)\b", header)}
 
 
-def _compile(library: Path, sources: list[str], wanted: Iterable[str]) -> None:
+def _compile(library: Path, sources: list[str], wanted: Iterable[str], include: list[Path]) -> None:
     written = "".join((HERE / source).read_text() for source in sources)
     # A definition starts its line with a type; the word before its first parenthesis is its name.
     by_hand = set(re.findall(r"^(?!static)\w[\w\s*]*?\b(\w+)\([^;{]*\{", written, re.MULTILINE))
     rest = library.with_suffix(".generated.c")
     generated = [f"int {name}(void) {{ return 0; }}\n" for name in sorted(set(wanted) - by_hand)]
     rest.write_text("".join(generated))
-    files = [*(str(HERE / source) for source in sources), str(rest)]
-    headers = [f"-I{folder}" for folder in (HERE, *INCLUDE)]
-    command = ["cc", "-w", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", *headers]
-    subprocess.run([*command, *files, "-o", str(library), "-ldl", "-lpthread"], check=True)
+    exports = library.with_suffix(".exports")
+    exports.write_text(EXPORTS)
+    headers = [f"-I{HERE}", *(argument for folder in include for argument in ("-isystem", folder))]
+    options = ["-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
+    options.append(f"-Wl,--version-script={exports}")
+    files = [*(HERE / source for source in sources), rest]
+    command = ["cc", *WARNINGS, *options, *headers, *files, "-o", library, "-ldl", "-lpthread"]
+    subprocess.run(list(map(str, command)), check=True)
     print(f"{library.name}: {len(by_hand)} functions by hand, {len(generated)} generated")
 
 

@@ -4,11 +4,14 @@
 #define __CUDA_API_VERSION_INTERNAL  // declares every version of a function under its own name
 #include <cuda.h>
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#include "memory.h"
 #include "null_gpu.h"
+#include "segment.h"
 #undef cuGetProcAddress
 
 #define NEW_HANDLE(pointer) (*(void **)(pointer) = calloc(1, 64))
@@ -21,7 +24,7 @@ CUresult cuDriverGetVersion(int *version) { *version = CUDA_VERSION_NUMBER; retu
 CUresult cuDeviceGetCount(int *n) { *n = num_gpus(); return 0; }
 CUresult cuDeviceGet(CUdevice *device, int index) { *device = index; return 0; }
 CUresult cuDeviceGetName(char *text, int size, CUdevice d) { snprintf(text, size, NAME); return 0; }
-CUresult cuDeviceTotalMem_v2(size_t *n, CUdevice d) { *n = MEMORY_BYTES; return 0; }
+CUresult cuDeviceTotalMem_v2(size_t *n, CUdevice d) { *n = gpu_bytes(); return 0; }
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute which, CUdevice d) {
     *value = attribute(which);
     return 0;
@@ -45,20 +48,33 @@ CUresult cuDevicePrimaryCtxGetState(CUdevice d, unsigned *flags, int *active) {
 }
 CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus *status) { *status = 0; return 0; }
 
-// Memory is allocated by the runtime (runtime.c); here are questions about it, and what vLLM's sleep needs: addresses
-// that stay reserved while their memory comes and goes. New memory is full of ones, NaN in every type of floating point.
-void null_gpu_mapped(void *start, size_t size);
-void null_gpu_unmapped(void *start);
+// Memory is allocated by the runtime (memory.c); here are questions about it, and what vLLM's sleep needs: addresses
+// that stay reserved while their memory comes and goes. New memory is full of NaN. Bytes are the GPU's from cuMemCreate
+// until the handle is released and nothing is mapped to it.
 int cudaMemGetInfo(size_t *free_bytes, size_t *total);
+int cudaDeviceSynchronize(void);
+int cudaStreamSynchronize(void *stream);
+int cudaStreamQuery(void *stream);
+int cudaStreamWaitEvent(void *stream, void *event, unsigned flags);
+int cudaEventRecord(void *event, void *stream);
+int cudaEventSynchronize(void *event);
+int cudaEventQuery(void *event);
+int cudaMemcpy(void *to, const void *from, size_t size, int kind);
+int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream);
+int cudaMalloc(void **p, size_t size);
+int cudaFree(void *p);
+int null_gpu_launch(void *stream);
 
 #define GRANULARITY (2ul << 20)
-static int ones;  // a file of so many bytes, mapped again and again: it costs nothing until it is written
+#define MAPPINGS 65536
+typedef struct { size_t size; int gpu, references; } physical;
+static struct { CUdeviceptr start; physical *memory; } mapped[MAPPINGS];
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-__attribute__((constructor)) static void make_ones(void) {
-    static char full[GRANULARITY];
-    memset(full, 0xff, sizeof full);
-    ones = memfd_create("null_gpu_ones", MFD_CLOEXEC);
-    if (write(ones, full, sizeof full) != sizeof full) abort();
+static void release(physical *memory) {  // under the lock
+    if (--memory->references) return;
+    null_gpu_charge(memory->gpu, -(int64_t)memory->size);
+    free(memory);
 }
 
 CUresult cuMemAddressReserve(CUdeviceptr *p, size_t size, size_t alignment, CUdeviceptr at, unsigned long long flags) {
@@ -68,21 +84,79 @@ CUresult cuMemAddressReserve(CUdeviceptr *p, size_t size, size_t alignment, CUde
 }
 CUresult cuMemCreate(CUmemGenericAllocationHandle *h, size_t size, const CUmemAllocationProp *p,
                      unsigned long long flags) {
-    size_t left, total;
-    cudaMemGetInfo(&left, &total);
-    *h = 1;
-    return size <= left ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+    int gpu = p ? gpu_of(p->location.id) : -1;
+    if (gpu < 0) return CUDA_ERROR_INVALID_DEVICE;
+    if (!null_gpu_charge(gpu, size)) return CUDA_ERROR_OUT_OF_MEMORY;
+    physical *memory = malloc(sizeof *memory);
+    *memory = (physical){size, gpu, 1};
+    *h = (CUmemGenericAllocationHandle)memory;
+    return CUDA_SUCCESS;
+}
+CUresult cuMemRelease(CUmemGenericAllocationHandle h) {
+    pthread_mutex_lock(&lock);
+    release((physical *)h);
+    pthread_mutex_unlock(&lock);
+    return CUDA_SUCCESS;
 }
 CUresult cuMemMap(CUdeviceptr p, size_t size, size_t offset, CUmemGenericAllocationHandle h, unsigned long long f) {
-    for (size_t at = 0; at < size; at += GRANULARITY)
-        mmap((char *)p + at, GRANULARITY, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, ones, 0);
-    null_gpu_mapped((void *)p, size);
-    return 0;
+    physical *memory = (physical *)h;
+    pthread_mutex_lock(&lock);
+    int i = 0;
+    while (i < MAPPINGS && mapped[i].memory) i++;
+    if (i < MAPPINGS) {
+        mapped[i].start = p;
+        mapped[i].memory = memory;
+        memory->references++;
+    }
+    pthread_mutex_unlock(&lock);
+    if (i == MAPPINGS) return CUDA_ERROR_OUT_OF_MEMORY;
+    null_gpu_map_ones((void *)p, size, PROT_READ | PROT_WRITE);
+    null_gpu_mapped((void *)p, size, memory->gpu);
+    return CUDA_SUCCESS;
 }
-CUresult cuMemUnmap(CUdeviceptr p, size_t size) {
+CUresult cuMemUnmap(CUdeviceptr p, size_t size) {  // of one mapping or several, one after another
     mmap((void *)p, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
-    null_gpu_unmapped((void *)p);
-    return 0;
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < MAPPINGS; i++) {
+        if (!mapped[i].memory || mapped[i].start < p || mapped[i].start >= p + size) continue;
+        null_gpu_unmapped((void *)mapped[i].start);
+        release(mapped[i].memory);
+        mapped[i].memory = 0;
+    }
+    pthread_mutex_unlock(&lock);
+    return CUDA_SUCCESS;
+}
+CUresult cuMemAlloc_v2(CUdeviceptr *p, size_t size) { return cudaMalloc((void **)p, size); }
+CUresult cuMemFree_v2(CUdeviceptr p) { return cudaFree((void *)p); }
+CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void *from, size_t n) { return cudaMemcpy((void *)to, from, n, 4); }
+CUresult cuMemcpyDtoH_v2(void *to, CUdeviceptr from, size_t n) { return cudaMemcpy(to, (void *)from, n, 4); }
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t n, CUstream s) {
+    return cudaMemcpyAsync((void *)to, from, n, 4, s);
+}
+CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t n, CUstream s) {
+    return cudaMemcpyAsync(to, (void *)from, n, 4, s);
+}
+CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t n, CUstream s) {
+    return cudaMemcpyAsync((void *)to, (void *)from, n, 4, s);
+}
+CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t n, CUstream s) {
+    return cudaMemcpyAsync((void *)to, (void *)from, n, 4, s);
+}
+
+// Streams and events are the runtime's.
+CUresult cuCtxSynchronize(void) { return cudaDeviceSynchronize(); }
+CUresult cuStreamSynchronize(CUstream s) { return cudaStreamSynchronize(s); }
+CUresult cuStreamQuery(CUstream s) { return cudaStreamQuery(s); }
+CUresult cuStreamWaitEvent(CUstream s, CUevent e, unsigned flags) { return cudaStreamWaitEvent(s, e, flags); }
+CUresult cuEventRecord(CUevent e, CUstream s) { return cudaEventRecord(e, s); }
+CUresult cuEventSynchronize(CUevent e) { return cudaEventSynchronize(e); }
+CUresult cuEventQuery(CUevent e) { return cudaEventQuery(e); }
+CUresult cuLaunchKernel(CUfunction f, unsigned x, unsigned y, unsigned z, unsigned a, unsigned b, unsigned c,
+                        unsigned shared, CUstream s, void **arguments, void **extra) {
+    return null_gpu_launch(s);
+}
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **arguments, void **extra) {
+    return null_gpu_launch(config->hStream);
 }
 CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total) { return cudaMemGetInfo(free_bytes, total); }
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute which, CUdeviceptr p) {

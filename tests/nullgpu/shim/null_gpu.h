@@ -19,6 +19,11 @@
 #define SHARED_PER_MULTIPROCESSOR 233472
 #define L2_BYTES (50 << 20)
 
+static inline long gpu_bytes(void) {
+    const char *number = getenv("NULL_GPU_BYTES");
+    return number ? atol(number) : (long)MEMORY_BYTES;
+}
+
 static inline int all_gpus(void) {
     const char *number = getenv("NULL_GPUS");
     return number ? atoi(number) : 1;

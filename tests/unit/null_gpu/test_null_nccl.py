@@ -1,0 +1,149 @@
+"""NCCL of the null GPU blocks streams as NCCL does, and circles of waits are named."""
+
+import json
+import signal
+
+import pytest
+from nullgpu import watch
+from waiting import wait_until
+
+INVALID_USAGE, REMOTE_ERROR = 5, 6
+
+
+def started(segment) -> list[watch.Call]:
+    return [call for one in watch.read(segment) for call in one.calls if call.has_started]
+
+
+@pytest.mark.parametrize("buffered", [0, 2])
+def test_a_send_ends_when_it_is_received_or_buffered(start, buffered):
+    variables = {"NULL_GPU_NCCL_BUFFERED": str(buffered)}
+    sender, receiver = (start("one_way", rank, 3, buffered, **variables) for rank in range(2))
+    # As many as may be buffered have ended by now, the others not.
+    assert sender.says() is False
+    sender.go_on()
+    assert sender.says() is False
+    receiver.go_on()
+    assert sender.says() == "0123"
+    assert receiver.says() == "012-"
+    assert [sender.ends(), receiver.ends()] == [0, 0]
+
+
+def four(start, order: str, **variables: str) -> list:
+    programs = [start("four_links", order, rank, **variables) for rank in range(4)]
+    assert [program.says() for program in programs] == ["issued"] * 4
+    return programs
+
+
+def test_links_in_crossed_orders_on_one_stream_hang_and_the_circle_is_named(start, segment):
+    programs = four(start, "crossed")
+    wait_until(lambda: watch.find_circle(segment))
+    circle = watch.find_circle(segment)
+    assert not circle.through_host and len(circle.links) == 4
+    assert {link.gpu for link in circle.links} == {0, 1, 2, 3}
+    assert len({link.comm for link in circle.links}) == 4
+    named = str(circle)
+    for link in circle.links:
+        assert f"{link.comm:016x}" in named and str(link.pid) in named
+    for program in programs:
+        program.go_on()
+    assert [program.says() for program in programs] == [False] * 4
+    for program in programs:
+        program.go_on()
+    # All abort: nothing has moved, and the streams go on.
+    assert [program.says() for program in programs] == ["00", "11", "22", "33"]
+    assert [program.ends() for program in programs] == [0] * 4
+
+
+@pytest.mark.parametrize(("order", "buffered"), [("common", 0), ("crossed", 1)])
+def test_links_in_a_common_order_or_buffered_do_not(start, segment, order, buffered):
+    programs = four(start, order, NULL_GPU_NCCL_BUFFERED=str(buffered))
+    wait_until(lambda: not any(one.calls for one in watch.read(segment)))
+    for program in programs:
+        program.go_on()
+    assert [program.says() for program in programs] == [True] * 4
+    for program in programs:
+        program.go_on()
+    received = ["01", "01"] if order == "common" else ["10", "01"]
+    assert [program.says() for program in programs[2:]] == received
+
+
+def test_a_groups_calls_progress_together(start):
+    programs = [start("both_ways", rank, "grouped") for rank in range(2)]
+    for program in programs:
+        assert program.says() == "issued"
+        program.go_on()
+    assert [program.says() for program in programs] == ["1", "0"]
+
+
+def test_without_a_group_they_wait_for_each_other(start, segment):
+    programs = [start("both_ways", rank, "apart") for rank in range(2)]
+    for program in programs:
+        assert program.says() == "issued"
+    wait_until(lambda: watch.find_circle(segment))
+    found = {(link.rank, link.peer, link.is_send) for link in watch.find_circle(segment).links}
+    assert found == {(0, 1, True), (1, 0, True)}
+
+
+def test_a_communicators_calls_run_in_the_order_of_issue(start, segment):
+    sender, receiver = (start("order_of_a_communicator", rank) for rank in range(2))
+    assert [sender.says(), receiver.says()] == ["issued", "issued"]
+    wait_until(lambda: [call.is_send for call in started(segment)] == [False])
+    sender.go_on()
+    assert sender.says() == [False, False]
+    assert [sender.says(), receiver.says()] == ["ab", "ab"]
+
+
+def test_an_abort_from_another_thread_ends_a_call(start, segment, tmp_path):
+    counters = {"NULL_GPU_COUNTERS": str(tmp_path / "counters")}
+    sender, other = (start("abort", rank, "aborted", **counters) for rank in range(2))
+    assert [other.says(), sender.says()] == ["joined", "issued"]
+    wait_until(lambda: started(segment))
+    sender.go_on()
+    assert sender.says() == [False, True, 0]
+    assert sender.says() == [True, "ax"]
+    assert sender.ends() == 0
+    counted = json.loads((tmp_path / f"counters.{sender.process.pid}.json").read_text())
+    assert [row["gpu"] for row in counted["blocked_seconds"]] == [0]
+
+
+@pytest.mark.parametrize("silent", ["0", "1"])
+def test_a_killed_peer_ends_no_call(start, segment, silent):
+    how = "aborted" if silent == "1" else "reported"
+    sender, other = (start("abort", rank, how, NULL_GPU_SILENT_DEATH=silent) for rank in range(2))
+    assert [other.says(), sender.says()] == ["joined", "issued"]
+    wait_until(lambda: started(segment))
+    other.process.send_signal(signal.SIGKILL)
+    wait_until(lambda: len(watch.read(segment)) == 1)
+    sender.go_on()
+    assert sender.says() == [False, True, 0 if silent == "1" else REMOTE_ERROR]
+    assert sender.says() == [True, "ax"]
+
+
+def test_a_communicator_is_made_when_all_ranks_have_come(start, segment):
+    first = start("create", 2, 0, 0)
+    assert first.says() == "begins"
+    wait_until(lambda: [w.kind for one in watch.read(segment) for w in one.waits] == ["creation"])
+    second = start("create", 2, 1, 1)
+    assert [second.says(), second.says(), first.says()] == ["begins", 0, 0]
+
+
+def test_two_ranks_on_one_gpu_are_refused(start):
+    programs = [start("create", 2, rank, 3) for rank in range(2)]
+    assert [program.says() for program in programs] == ["begins"] * 2
+    assert [program.says() for program in programs] == [INVALID_USAGE] * 2
+
+
+def test_collectives_of_three_ranks(start):
+    programs = [start("collectives", rank, 3) for rank in range(3)]
+    for rank, program in enumerate(programs):
+        reduced, gathered, root, scattered = program.says()
+        # Sum, product, maximum, minimum, average of rank and rank + 0.5.
+        assert reduced == [[3, 4.5], [0, 1.875], [2, 2.5], [0, 0.5], [1, 1.5]]
+        assert gathered == [0, 0.5, 1, 1.5, 2, 2.5]
+        assert root == [1] and scattered == [3 * gathered[rank]]
+
+
+def test_a_disagreement_is_an_error_of_the_communicator_and_ends_no_call(start):
+    programs = [start("disagree", rank) for rank in range(2)]
+    assert [program.says() for program in programs] == [[INVALID_USAGE, False]] * 2
+    assert [program.ends() for program in programs] == [0, 0]
