@@ -1,9 +1,13 @@
 """A running sandbox: collect its output, enforce its wall time, kill all of its processes.
 
-bwrap builds the sandbox and then waits (`--block-fd`), so that a pidfd of the sandbox's process 1,
-which becomes the program, is open before the program starts. When process 1 ends, by itself or by
-SIGKILL, the kernel kills every other process of the sandbox; bwrap waits for that, and no result
-is returned before bwrap has ended."""
+bwrap builds the sandbox and then waits for the filter of system calls, which comes through a pipe,
+so that a pidfd of the sandbox's process 1, which becomes the program, is open before the program
+starts. When process 1 ends, by itself or by SIGKILL, the kernel kills every other process of the
+sandbox; bwrap waits for that, and no result is returned before bwrap has ended.
+
+If this process is killed first, the pipe ends without a filter, and bwrap fails. (`--block-fd`
+would let the program start then, without a limit on its time: process 1 arranges to die with bwrap,
+by `--die-with-parent`, only after that wait, when bwrap may be gone.)"""
 
 import contextlib
 import json
@@ -14,7 +18,7 @@ import signal
 import subprocess
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import psutil
 
@@ -65,15 +69,18 @@ class SandboxProcess:
         self,
         process: subprocess.Popen[bytes],
         status_fd: int,
-        block_fd: int,
+        filter_file: BinaryIO,
+        system_calls: bytes,
         budget: Budget,
         started: float,
     ) -> None:
-        """status_fd: reads bwrap's `--json-status-fd`. block_fd: a byte written here lets the
-        program start. started: time.monotonic() before bwrap was started."""
+        """status_fd: reads bwrap's `--json-status-fd`. filter_file: where bwrap waits for
+        `system_calls`, the program of its `--seccomp`, less than a pipe holds. started:
+        time.monotonic() before bwrap was started."""
         assert process.stdout is not None and process.stderr is not None, "started with pipes"
         self.process, self.budget = process, budget
-        self.status_fd, self.block_fd = status_fd, block_fd
+        self.status_fd = status_fd
+        self.filter_file, self.system_calls = filter_file, system_calls
         self.init_pidfd: int | None = None  # of the sandbox's process 1
         self.stdout_fd, self.stderr_fd = process.stdout.fileno(), process.stderr.fileno()
         self.received = {fd: bytearray() for fd in (self.stdout_fd, self.stderr_fd, status_fd)}
@@ -140,8 +147,8 @@ class SandboxProcess:
             return
         self.init_pidfd = pidfd
         self.deadline = time.monotonic() + self.budget.wall_seconds
-        with contextlib.suppress(BrokenPipeError):
-            os.write(self.block_fd, b"!")
+        with contextlib.suppress(BrokenPipeError), self.filter_file:
+            self.filter_file.write(self.system_calls)
 
     def _kill(self) -> None:
         """Kill every process of the sandbox that still runs, and wait for the end of all."""

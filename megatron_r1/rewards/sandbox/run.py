@@ -82,17 +82,16 @@ def launch(
 ) -> SandboxProcess:
     """Start a sandbox. `stack` closes its files; the caller closes the sandbox before that. stdin:
     as for `Popen`; the other arguments: as for `run`."""
-    contents = [build_filter(compiler=compiler), *files.values()]
-    fds = [stack.enter_context(sealed_file(content)).fileno() for content in contents]
-    options = ["--seccomp", str(fds[0])]
-    for name, fd in zip(files, fds[1:], strict=True):
+    fds = [stack.enter_context(sealed_file(content)).fileno() for content in files.values()]
+    options: list[str] = []
+    for name, fd in zip(files, fds, strict=True):
         options += ["--perms", "0700", "--file", str(fd), f"{WORK}/{name}"]
     status_read, status_write = os.pipe()
-    block_read, block_write = os.pipe()
+    filter_read, filter_write = os.pipe()
     stack.callback(os.close, status_read)
-    stack.callback(os.close, block_write)
+    filter_file = stack.enter_context(os.fdopen(filter_write, "wb"))
     arguments = [*host.launcher(), *NAMESPACES, *_view(compiler, budget.disk_bytes), *options]
-    arguments += ["--remount-ro", "/", "--block-fd", str(block_read)]
+    arguments += ["--remount-ro", "/", "--seccomp", str(filter_read)]
     arguments += ["--json-status-fd", str(status_write), "--", *_prlimit(budget), *command]
     started = time.monotonic()
     try:
@@ -102,14 +101,15 @@ def launch(
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=[status_write, block_read, *fds],
+            pass_fds=[status_write, filter_read, *fds],
             env=ENVIRONMENT,
         )
     finally:
         os.close(status_write)
-        os.close(block_read)
+        os.close(filter_read)
     stack.enter_context(process)
-    return SandboxProcess(process, status_read, block_write, budget, started)
+    system_calls = build_filter(compiler=compiler)
+    return SandboxProcess(process, status_read, filter_file, system_calls, budget, started)
 
 
 def _run_once(

@@ -141,11 +141,20 @@ def test_a_pool_that_loses_patience_leaves_no_process():
     wait_until_gone(name)
 
 
+NEVER_STARTED = """
+import time
+import code_answers  # runs a program
+from megatron_r1.rewards.sandbox.process import SandboxProcess
+SandboxProcess.start_program = lambda self: time.sleep(3600)
+"""
+
+
 @needs_sandbox
-def test_a_grader_that_is_killed_takes_its_sandbox_along():
+@pytest.mark.parametrize("before", ["", NEVER_STARTED], ids=["running", "not yet started"])
+def test_a_grader_that_is_killed_takes_its_sandbox_along(before):
     name = f"test-{uuid.uuid4().hex}"
     call = f"grade_in_named_sandbox({SLEEPER!r}, {TRUTH}, name={name!r}, limits={PATIENT})"
-    program = f"import code_answers\ncode_answers.{call}"
+    program = f"{before}\nimport code_answers\ncode_answers.{call}"
     grader = subprocess.Popen(
         [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
@@ -154,12 +163,20 @@ def test_a_grader_that_is_killed_takes_its_sandbox_along():
         wait_until(lambda: len(processes_of(name)) >= expected)
         if os.geteuid() == 0:
             wait_until(lambda: set(map(owner, processes_of(name))) == {host.NOBODY})
+            if not before:
+                wait_until(lambda: any(not is_bwrap(pid) for pid in processes_of(name)))
         os.kill(grader.pid, signal.SIGKILL)
         grader.wait()
         wait_until_gone(name)
     finally:
         grader.kill()
         grader.wait()
+
+
+def is_bwrap(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"bwrap" in Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0]
+    return True
 
 
 def owner(pid: int) -> int | None:
