@@ -291,7 +291,7 @@ class TrainerClient:
                 await self.socket.send(rank, call, share)
             except zmq.ZMQError:
                 self.is_usable = False
-                raise TrainerLost(self.processes.cause_of_death(rank)) from None
+                raise TrainerLost(self.processes.cause_of_death(rank, operation)) from None
         self.is_usable = False
         replies = await self._gather(operation, len(self.ranks))
         self.is_usable = True
@@ -312,10 +312,10 @@ class TrainerClient:
                     # The last reply of a rank that died may have arrived since.
                     reply = await self.socket.reply(POLL_SECONDS) if lost is not None else None
                     if reply is None and lost is not None:
-                        raise TrainerLost(self.processes.cause_of_death(lost))
+                        raise TrainerLost(self.processes.cause_of_death(lost, operation))
                 if reply is not None:
                     if reply.error is not None:
-                        await self._fail(reply)
+                        await self._fail(reply, operation)
                     replies[reply.rank] = reply.result or {}
                     self.waiting.missing.discard(reply.rank)
                     self.num_replies += 1
@@ -323,12 +323,13 @@ class TrainerClient:
             self.waiting = None
         return [replies[rank] for rank in range(count)]
 
-    async def _fail(self, reply: Reply) -> NoReturn:
-        """Raise the error of `reply`, or, if another rank was killed, that cause of the error."""
+    async def _fail(self, reply: Reply, operation: str) -> NoReturn:
+        """Raise the error of `reply` to a call of `operation`, or, if another rank was killed, that
+        cause of the error."""
         assert reply.error is not None
         if reply.is_mistake:
             raise UserError(reply.error, key=reply.key, cause=reply.cause)
         await asyncio.sleep(POLL_SECONDS)
         killed = self.processes.first_killed()
-        cause = reply.error if killed is None else self.processes.cause_of_death(killed)
+        cause = reply.error if killed is None else self.processes.cause_of_death(killed, operation)
         raise TrainerLost(cause)

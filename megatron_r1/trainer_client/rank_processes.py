@@ -100,8 +100,8 @@ class RankProcesses:
         """Return the first rank that a signal ended, or None."""
         return next((r for r, p in enumerate(self._processes) if (p.poll() or 0) < 0), None)
 
-    def cause_of_death(self, rank: int) -> str:
-        """Return a sentence on how `rank` ended, with the end of its log."""
+    def cause_of_death(self, rank: int, operation: str) -> str:
+        """Return a sentence on how `rank` ended, with the end of its log. operation: the call."""
         if rank >= len(self._processes):
             return f"trainer rank {rank} is gone"
         code, log = self._processes[rank].poll(), self._log(rank)
@@ -111,7 +111,7 @@ class RankProcesses:
         waited = collective_timeouts.waited(log_end(log), self._wait_seconds)
         if waited is not None:
             how += (
-                f" after it waited for other ranks in {waited}; "
+                f" in {operation!r} after it waited for other ranks in {waited}; "
                 f"{collective_timeouts.remedy(self._wait_seconds)}"
             )
         if code is None:  # its connection closed before the process ended

@@ -22,7 +22,7 @@ def test_a_kill_for_lack_of_memory_is_named_with_its_remedy(kills, says, tmp_pat
     process.wait()
     ranks._processes = [process]
     counters.write_text(f"oom_kill {kills}\n")
-    cause = ranks.cause_of_death(0)
+    cause = ranks.cause_of_death(0, "update")
     assert cause.startswith("trainer rank 0 was killed by signal 9") and "step 1" in cause
     assert ("lack of memory" in cause and "tokens_per_microbatch" in cause) == says
 
@@ -43,9 +43,11 @@ def test_nccls_timeout_is_named_with_its_key(wait_seconds, is_named, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", "import os; os.abort()"])
     process.wait()
     ranks._processes = [process]
-    cause = ranks.cause_of_death(0)
+    cause = ranks.cause_of_death(0, "export")
     assert cause.startswith("trainer rank 0 was killed by signal 6")
-    assert ("BROADCAST" in cause and "parallel.wait_seconds: 7200" in cause) == is_named
+    assert (
+        "'export'" in cause and "BROADCAST" in cause and "parallel.wait_seconds: 7200" in cause
+    ) == is_named
 
 
 def test_a_system_without_the_counter_says_nothing(tmp_path, monkeypatch):
