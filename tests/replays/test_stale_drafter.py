@@ -36,7 +36,8 @@ def test_without_a_fault_a_run_drafts_to_its_end(replay, method):
     ended = replay.run(None, "finished", *DRAFTING, method)
     assert ended.returncode == 0, ended.printed
     assert len(ended.metrics) == 4
-    for line in ended.metrics:
-        assert line["logprob_diff/max"] < 1e-4
-        # Of 12 random tokens five hardly ever repeat, so that ngram finds little to draft.
-        assert method == "ngram" or 0 < line["speculative/acceptance"] < 1
+    assert all(line["logprob_diff/max"] < 1e-4 for line in ended.metrics)
+    # Of a random model's few drafts a step may accept none. Of 12 random tokens five hardly ever
+    # repeat, so that ngram finds little to draft.
+    accepted = [line["speculative/acceptance"] for line in ended.metrics if method == "mtp"]
+    assert method == "ngram" or (max(accepted) < 1 and sum(accepted) > 0)
