@@ -32,7 +32,7 @@ from megatron_r1.rl.grading import check_grades
 from megatron_r1.rl.metrics import rollout_metrics
 from megatron_r1.rl.rollout import Group, Rollout, Sampling, responses_of
 from megatron_r1.trainer_client.cpu_memory import cpu_memory
-from megatron_r1.weight_sync.plan.links import engine_rank_bytes
+from megatron_r1.weight_sync.plan.recipe import engine_rank_bytes
 from megatron_r1.weights import num_parameters
 
 MAX_RESPONSES = 64

@@ -22,7 +22,7 @@ from megatron_r1.rehearsal.phases import Phases
 from megatron_r1.rehearsal.settings import RehearsalConfig, RehearsalSettings
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.rl.environments import find_player
-from megatron_r1.weight_sync.plan.checks import check_pushes
+from megatron_r1.weight_sync.plan.recipe import check_pushes
 
 SETTINGS = ("rehearsal",)
 OF_VERBS = {"reward-model": reward_model.IMPLIED}

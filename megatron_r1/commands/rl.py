@@ -35,8 +35,7 @@ from megatron_r1.rl.session import Session
 from megatron_r1.rl.step_sampler import StepSampler
 from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.trainer_client.client import TrainerClient
-from megatron_r1.weight_bridge.bridge import weight_bridge
-from megatron_r1.weight_bridge.probes import PROBE_TOKENS
+from megatron_r1.weight_bridge.bridge import PROBE_TOKENS, weight_bridge
 
 REQUIRED = ("run.folder", "model.path")
 

@@ -22,7 +22,7 @@ from megatron_r1.rewards.terms import RewardUnusable
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.environments import check_environment
 from megatron_r1.rl.teacher import check_teacher
-from megatron_r1.weight_sync.plan.checks import check_pushes
+from megatron_r1.weight_sync.plan.recipe import check_pushes
 
 
 def prepare(config: Config) -> tuple[PromptText, PromptSplit]:

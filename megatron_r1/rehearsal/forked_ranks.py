@@ -21,7 +21,7 @@ IMPORTED = (
     "megatron_r1.training.folders",
     "megatron_r1.training.trainer",
     "megatron_r1.training.worker",
-    "megatron_r1.weight_sync.trainer_rank",
+    "megatron_r1.weight_sync.sender",
 )
 
 

@@ -2,9 +2,8 @@
 
 from megatron_r1.config import Config
 from megatron_r1.errors import Cause, UserError
-from megatron_r1.weight_sync.plan.checks import engine_layout
 from megatron_r1.weight_sync.plan.engine_sets import num_links
-from megatron_r1.weight_sync.plan.links import planned_push
+from megatron_r1.weight_sync.plan.recipe import engine_layout, planned_push
 
 MAX_LINKS = 100
 """Most links of a trainer rank beyond those that the numbers of ranks require. The recipe for 2,048

@@ -19,7 +19,7 @@ from megatron_r1.rehearsal import launch, layout
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.training.checkpoints.finding import complete_checkpoints
 from megatron_r1.weight_sync.plan.engine_sets import num_links
-from megatron_r1.weight_sync.plan.links import planned_push
+from megatron_r1.weight_sync.plan.recipe import planned_push
 
 POLL_SECONDS = 0.05
 """Short: three steps of a small model take two seconds, and the kill should follow the first."""

@@ -17,7 +17,7 @@ READ_LATE = frozenset({*children.rank_variables(0, 1, 0), RANKS_ENVIRONMENT})
 """Environment variables that no import reads (`processes.fork_server`)."""
 LATER_IMPORTS = (
     *("training.folders", "training.implementations", "training.trainer"),
-    "weight_sync.trainer_rank",
+    "weight_sync.sender",
 )
 """Modules that `worker.Operations` imports, as they need a process that is prepared."""
 

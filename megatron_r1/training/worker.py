@@ -139,7 +139,7 @@ class Operations:
         from megatron_r1.training import implementations
         from megatron_r1.training.folders import Folders
         from megatron_r1.training.trainer import Trainer
-        from megatron_r1.weight_sync.trainer_rank import WeightPush
+        from megatron_r1.weight_sync.sender import WeightPush
 
         slowest = timedelta(seconds=config.parallel.wait_seconds)
         self.position, self.replica = position, Replica(position, slowest)
@@ -208,4 +208,4 @@ TRAINER_OPERATIONS = (
 )
 """Methods of `trainer.Trainer`; "load" is another."""
 PUSH_OPERATIONS = ("open_push", "connect_sets", "send_weights")
-"""Methods of `weight_sync.trainer_rank.WeightPush`."""
+"""Methods of `weight_sync.sender.WeightPush`."""

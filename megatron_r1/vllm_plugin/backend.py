@@ -24,8 +24,8 @@ from megatron_r1.vllm_plugin.cpu_patches import is_packed
 from megatron_r1.vllm_plugin.delivery import DeliveryCheck
 from megatron_r1.vllm_plugin.memory_layout import lay_out, with_gaps
 from megatron_r1.vllm_plugin.recorder import CheckpointParameter, LoaderCopy, record
-from megatron_r1.weight_sync.receive.errors import StoreUnreachable
-from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
+from megatron_r1.weight_sync.rendezvous import EngineRendezvous
+from megatron_r1.weight_sync.results import StoreUnreachable
 from megatron_r1.weight_sync.table import SlotTable
 from megatron_r1.weight_sync.transports import receiver_class
 from megatron_r1.weight_sync.transports.base import Receiver

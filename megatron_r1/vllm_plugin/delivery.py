@@ -20,8 +20,8 @@ import torch
 from vllm.platforms import current_platform
 
 from megatron_r1.vllm_plugin.memory_layout import PlacedParameter
-from megatron_r1.weight_sync.receive.errors import UndeliveredPush
-from megatron_r1.weight_sync.verify.checksum import checksum
+from megatron_r1.weight_sync.checksum import checksum
+from megatron_r1.weight_sync.results import UndeliveredPush
 
 SMALL_BYTES = 1 << 16
 """Layers of at most so many bytes are compared in every push."""

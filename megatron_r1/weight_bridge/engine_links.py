@@ -9,7 +9,7 @@ from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.weight_bridge.set_connector import EngineSet, OnLost, SetConnector
 from megatron_r1.weight_sync.plan.engine_sets import engine_sets
-from megatron_r1.weight_sync.plan.links import max_engines
+from megatron_r1.weight_sync.plan.recipe import max_engines
 from megatron_r1.weight_sync.results import FailedSet, SentWeights
 
 MAX_UNEXPLAINED = 2

@@ -10,8 +10,7 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.trainer_client.client import TrainerClient
-from megatron_r1.weight_sync.receive.errors import StoreUnreachable
-from megatron_r1.weight_sync.results import ConnectedSets, OpenedPush
+from megatron_r1.weight_sync.results import ConnectedSets, OpenedPush, StoreUnreachable
 
 CONNECT_SECONDS = 120.0
 """Limit for the ranks of a set and of the trainer to find each other."""
@@ -170,6 +169,6 @@ def _errors(calls: dict[Engine, asyncio.Task[None]]) -> dict[Engine, EngineError
 
 def _report_failure(host: str, port: int, name: str, error: str) -> None:
     # Imports torch, which takes seconds and which the controller needs for nothing else.
-    from megatron_r1.weight_sync.rendezvous.controller import report_failure
+    from megatron_r1.weight_sync.rendezvous import report_failure
 
     report_failure(host, port, name, error)

@@ -1,23 +1,23 @@
 """Sends the trainer's weights to the engines; a weight passes these modules in this order.
 
-1. `trainer_rank`: the operations of a push on each trainer rank, called by the controller
+1. `sender`: the operations of a push on each trainer rank, called by the controller
    (`megatron_r1.weight_bridge`).
 2. `plan`: which rectangle of which tensor goes from which trainer rank to which engine rank.
-3. `send`: `sender` reads what the engines offer to receive (`offers`), links this rank with the
-   engine ranks that the plan gives it (`link_planner`), and sends them its `slices`, as they are or
-   quantized to FP8.
+3. `link_planner`: reads what the engines offer to receive, links this rank with the engine ranks
+   that the plan gives it, and has the slices of its parameters that each link carries, as they are
+   or quantized to FP8.
 4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends (`base`); over the
-   last two (`groups`, `pair_sender`, `pair_receiver`) an engine passes on to others what has
-   entered it (`exchange`).
-5. `receive`: the buffer of an engine rank in which a push arrives.
-6. `verify`: one checksum per delivery, computed on both ends and compared before use.
+   last two (`groups`, `pair_sender`, `exchange`) an engine passes on to others what has entered it.
+5. `receive_buffer`: the memory of an engine rank in which a push arrives.
+6. `checksum`: one per delivery, computed on both ends, in the same pass as the copy where possible,
+   and compared before use.
 7. `megatron_r1.vllm_plugin.swap`: inside vLLM, the received weights replace the old ones;
    `delivery` compares the tensors in use before and after.
 
 Both sides agree on the plan before: an engine rank publishes its `table` of slots, and `rendezvous`
-is how all ranks find each other and learn of failures. These two, `receive`, `transports` and
-`verify` run inside vLLM as well, so they import nothing else of ours. `results` has what the
-trainer ranks reply to the controller.
+is how all ranks find each other and learn of failures. These two, `receive_buffer`, `transports`
+and `checksum` run inside vLLM as well, so they import nothing else of ours. `results` has what the
+ranks report to the controller.
 
 Words, each with the module that defines it:
 
@@ -28,10 +28,10 @@ Words, each with the module that defines it:
   trainer ranks that all have it, its replicas (`plan.planner`).
 - part: a region that an engine rank needs, with its bytes; bundle: parts that have one sender;
   share: the parts that enter one engine of a set (`plan.bundles`). entry: what one trainer rank
-  sends to one engine rank (`plan.engine_sets`), over a link (`send.link_planner`).
+  sends to one engine rank (`plan.engine_sets`), over a link (`link_planner`).
 - slot: a region that an engine rank needs, with its place in the receive buffer; area: the memory
   of one push (two areas take turns where the engine computes with the received weights in place);
   delivery: the rectangle of a slot that one trainer rank sends, with a checksum (`table`).
-- slice: the values of a delivery, read from a parameter (`send.slices`).
+- slice: the values of a delivery, read from a parameter (`link_planner`).
 - chunk: rows of a delivery; bucket: the chunks of one message (`transports.buckets`). round: the
   exchange of one bucket of every engine of a set (`transports.exchange`)."""

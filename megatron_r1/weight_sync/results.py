@@ -1,5 +1,9 @@
-"""The results of the operations of a push, as each trainer rank (`trainer_rank.WeightPush`) replies
-to the controller. Imports no torch, because the controller imports it."""
+"""What ranks report to the controller of a push: the results of the trainer ranks' operations
+(`sender.WeightPush`), and the errors of engine ranks.
+
+Imports no torch, because the controller imports it, and no llvmlite: where vLLM's server imports
+that before it forks its engine core, vLLM 0.32 does not start. triton_utils/dispatcher.py:143 looks
+into `__dict__` of every module's attributes, and that of llvmlite's library is no dictionary."""
 
 from typing import TypedDict
 
@@ -35,3 +39,39 @@ class SentWeights(TypedDict):
 
     problems: dict[str, FailedSet]
     """Set -> its failure."""
+
+
+"""The errors of a push that an engine's server has to recognize.
+
+In a file of its own, not in `buffer`, whose checksums import llvmlite. Where the server imports
+that before it forks its engine core, vLLM 0.32 does not start: triton_utils/dispatcher.py:143 looks
+into `__dict__` of every module's attributes, and that of llvmlite's library is no dictionary."""
+
+
+class PushError(ValueError):
+    """An error of a push. vLLM passes errors between its processes as text (v1/engine/core.py:1751
+    and, from the ranks, v1/executor/multiproc_executor.py:1004), so the text has `CODE`, by which
+    `vllm_plugin.swap_endpoint` recognizes it."""
+
+    CODE: str
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{self.CODE}: {what}")
+
+
+class IncompletePush(PushError):
+    """A push did not come to its end, and nothing of it is in use."""
+
+    CODE = "incomplete_push"
+
+
+class StoreUnreachable(PushError):
+    """An engine rank cannot connect to the trainer's store, where all ranks of a set meet."""
+
+    CODE = "store_unreachable"
+
+
+class UndeliveredPush(PushError):
+    """A push arrived, and the engine computes with something else."""
+
+    CODE = "undelivered_push"

@@ -5,8 +5,7 @@ import multiprocessing
 import torch
 from torch.distributed import TCPStore
 
-from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
-from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
+from megatron_r1.weight_sync.rendezvous import EngineRendezvous, TrainerRendezvous
 from megatron_r1.weight_sync.table import Delivery, Slot, SlotTable, slot_view
 from megatron_r1.weight_sync.transports import receiver_class, sender_class
 

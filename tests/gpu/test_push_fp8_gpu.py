@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megatron_r1.weight_sync.link_planner import EncodedSlices, ParameterSlice
 from megatron_r1.weight_sync.plan.tensors import Region
-from megatron_r1.weight_sync.send.slices import EncodedSlices, ParameterSlice
 from megatron_r1.weights.rules import Piece
 
 

@@ -11,7 +11,7 @@ import torch
 from host_compute import compute_everywhere
 
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.send.sender import WeightSender
+from megatron_r1.weight_sync.sender import WeightSender
 from megatron_r1.weight_sync.table import slot_view
 from megatron_r1.weight_sync.transports.base import Receiver
 from tests.unit.weight_sync import push_world

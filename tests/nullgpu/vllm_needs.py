@@ -24,9 +24,9 @@ from megatron_r1.vllm_plugin import register, swap
 from megatron_r1.vllm_plugin.memory_layout import lay_out
 from megatron_r1.vllm_plugin.recorder import record
 from megatron_r1.weight_sync.plan import EngineLayout
-from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.ranks import Coordinate
+from megatron_r1.weight_sync.plan.tensors import pushed_tensors
 from megatron_r1.weights.stored import fp8
 
 SIZES = {

@@ -13,11 +13,11 @@ from megatron_r1.engine.errors import EngineError
 from megatron_r1.weight_bridge.bridge import WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
 from megatron_r1.weight_bridge.set_connector import SetConnector
+from megatron_r1.weight_sync.checksum import copy_with_checksum
 from megatron_r1.weight_sync.plan import TrainerGrid
-from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
-from megatron_r1.weight_sync.send.sender import WeightSender
+from megatron_r1.weight_sync.plan.tensors import pushed_tensors
+from megatron_r1.weight_sync.sender import WeightSender
 from megatron_r1.weight_sync.transports import shared_memory
-from megatron_r1.weight_sync.verify.checksum import copy_with_checksum
 from megatron_r1.weights.layout import stage_shards
 from megatron_r1.weights.rules import Piece
 

@@ -6,7 +6,7 @@ import torch
 from megatron_r1.vllm_plugin import delivery
 from megatron_r1.vllm_plugin.memory_layout import PlacedParameter
 from megatron_r1.vllm_plugin.recorder import CheckpointParameter
-from megatron_r1.weight_sync.receive.errors import UndeliveredPush
+from megatron_r1.weight_sync.results import UndeliveredPush
 
 NAMES = ["small", "large", "larger", "live"]
 

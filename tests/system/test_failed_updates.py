@@ -12,7 +12,7 @@ from vllm.v1.worker import gpu_worker
 
 from megatron_r1.processes.children import free_port
 from megatron_r1.vllm_plugin import backend, failed_updates
-from megatron_r1.weight_sync.receive.errors import IncompletePush, StoreUnreachable
+from megatron_r1.weight_sync.results import IncompletePush, StoreUnreachable
 
 SUCCESS, FAILURE = WorkerProc.ResponseStatus.SUCCESS, WorkerProc.ResponseStatus.FAILURE
 

@@ -29,13 +29,12 @@ from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.hf_config import resolve_aliases
 from megatron_r1.supervision.inspect_roles import inspect_trainer
 from megatron_r1.trainer_client.client import TrainerClient
-from megatron_r1.weight_bridge.bridge import WeightBridge
+from megatron_r1.weight_bridge.bridge import Prober, WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
-from megatron_r1.weight_bridge.probes import Prober
 from megatron_r1.weight_bridge.set_connector import SetConnector
+from megatron_r1.weight_sync import link_planner
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.receiver_layout import ReceiverLayout
-from megatron_r1.weight_sync.send import link_planner
 from megatron_r1.weights import hf_tensors
 
 MODELS = {

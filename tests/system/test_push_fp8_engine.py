@@ -16,7 +16,7 @@ from sampled import PROMPTS, sample
 from tiny_models import DEEPSEEK, QWEN, reference_logprobs, write_model
 
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
+from megatron_r1.weight_sync.plan.tensors import pushed_tensors
 from megatron_r1.weights.stored import fp8
 
 pytestmark = pytest.mark.skipif(

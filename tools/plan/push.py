@@ -7,13 +7,11 @@ from typing import Literal
 from megatron_r1.models.hf_config import key_value_heads
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.plan.checks import check_drafter
-from megatron_r1.weight_sync.plan.checks import engine_layout as layout_of
-from megatron_r1.weight_sync.plan.engine_sets import SET_ENGINES
-from megatron_r1.weight_sync.plan.links import shares_gpus_over_nccl
+from megatron_r1.weight_sync.plan.engine_sets import SAME_NODE_LOAD, SET_ENGINES
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.shared_gpus import SAME_NODE_LOAD
-from megatron_r1.weight_sync.plan.traffic import CountBytes, fp8_bytes, plain_bytes
+from megatron_r1.weight_sync.plan.recipe import check_drafter, shares_gpus_over_nccl
+from megatron_r1.weight_sync.plan.recipe import engine_layout as layout_of
+from megatron_r1.weight_sync.plan.tensors import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from tools.plan.job import PlannedJob
 from tools.plan.push_sets import SetTraffic, set_links

@@ -9,11 +9,10 @@ from itertools import chain
 
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.engine_sets import engine_sets, sender_loads
-from megatron_r1.weight_sync.plan.links import planned_entries
+from megatron_r1.weight_sync.plan.engine_sets import RANKS_PER_NODE, engine_sets, sender_loads
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.shared_gpus import RANKS_PER_NODE
-from megatron_r1.weight_sync.plan.traffic import CountBytes
+from megatron_r1.weight_sync.plan.recipe import planned_entries
+from megatron_r1.weight_sync.plan.tensors import CountBytes
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from megatron_r1.weights.layout import Shard
 
@@ -110,7 +109,7 @@ def set_links(
     ranks_per_node: int = RANKS_PER_NODE,
 ) -> SetTraffic:
     """Return the links of a push. max_engines: the most engines of a set. drafts: with the engines'
-    drafters. shares_gpus: see `plan.links.shares_gpus_over_nccl`."""
+    drafters. shares_gpus: see `plan.recipe.shares_gpus_over_nccl`."""
     model, chunks = json.dumps(hf), tuple(map(tuple, stages))
     return _set_links(
         model, grid, engines, chunks, count, max_engines, drafts, shares_gpus, ranks_per_node

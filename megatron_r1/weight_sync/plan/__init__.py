@@ -1,8 +1,8 @@
 """Decides which trainer rank sends which rectangle of which tensor to which engine rank.
 
 Pure Python, except `receiver_layout`, which reads engines' tables. `planner` finds what each side
-holds and needs, `bundles` divides that among the engines of a set, `sender_choice` finds a sender
-for each bundle, and `engine_sets` has the plan of a push that follows. Every trainer rank computes
+holds and needs, `bundles` divides that among the engines of a set, and `engine_sets` finds a sender
+for each bundle. Every trainer rank computes
 the same plan from both layouts."""
 
 from megatron_r1.weight_sync.plan.planner import Planner

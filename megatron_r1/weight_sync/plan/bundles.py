@@ -11,8 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from megatron_r1.weight_sync.plan.planner import Planner
-from megatron_r1.weight_sync.plan.tensors import HFTensor, Region
-from megatron_r1.weight_sync.plan.traffic import CountBytes
+from megatron_r1.weight_sync.plan.tensors import CountBytes, HFTensor, Region
 from megatron_r1.weights.stored.fp8 import BLOCK, is_quantized
 
 LARGEST_BUNDLE = 0.5

@@ -9,21 +9,130 @@ instead of once per engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, pairwise
 
 from megatron_r1.weight_sync.plan.bundles import (
     LARGEST_BUNDLE,
+    Bundle,
     Part,
     bundles,
     held_parts,
     sum_bytes,
 )
 from megatron_r1.weight_sync.plan.planner import Planner
-from megatron_r1.weight_sync.plan.sender_choice import SenderChoice
-from megatron_r1.weight_sync.plan.shared_gpus import NONE_SHARED, SharedGPUs
-from megatron_r1.weight_sync.plan.traffic import CountBytes
+from megatron_r1.weight_sync.plan.tensors import CountBytes
+
+EngineRank = tuple[int, int, int]
+"""(set, member, position): the engine is number `member` of the set."""
+
+RANKS_PER_NODE = 8
+"""Trainer ranks of a node where no plan says otherwise, a GPU each."""
+SAME_NODE_LOAD = 0.3
+"""Time of a byte within a node over that of one through an adapter: 44.26 GB/s through an adapter
+(prime-rl#3341), 150 GB/s over NVLink (0.75 of an H800's)."""
+
+
+@dataclass(frozen=True)
+class SharedGPUs:
+    """Which trainer rank is on the GPU of each engine rank, for the engine ranks that share a GPU,
+    and the node of each trainer rank.
+
+    NCCL refuses a pair of ranks on one GPU: their slices would go over gloo, at a thirtieth of the
+    rate."""
+
+    trainer_rank: Mapping[EngineRank, int]
+    nodes: Sequence[Hashable]
+
+    def in_its_node(self, senders: Sequence[int], receiver: EngineRank) -> list[int]:
+        """Return those of the trainer ranks that are in the node of an engine rank; none for an
+        engine rank with a GPU of its own."""
+        neighbor = self.trainer_rank.get(receiver)
+        if neighbor is None:
+            return []
+        return [rank for rank in self._ranks_of_node[self.nodes[neighbor]] if rank in senders]
+
+    @cached_property
+    def _ranks_of_node(self) -> dict[Hashable, list[int]]:
+        ranks: dict[Hashable, list[int]] = {}
+        for rank, node in enumerate(self.nodes):
+            ranks.setdefault(node, []).append(rank)
+        return ranks
+
+    def load(self, sender: int, receiver: EngineRank, num_bytes: float) -> float:
+        """Return how long sending keeps the trainer rank busy, in bytes through its adapter."""
+        return num_bytes * (SAME_NODE_LOAD if self.in_its_node([sender], receiver) else 1)
+
+
+NONE_SHARED = SharedGPUs({}, ())
+
+
+def shared_in_order(
+    sets: Sequence[range], ranks_per_engine: int, world: int, ranks_per_node: int = RANKS_PER_NODE
+) -> SharedGPUs:
+    """Return the shared GPUs of engines whose ranks are on the trainer ranks' GPUs in order."""
+    placed = {
+        (index, member, position): engine * ranks_per_engine + position
+        for index, engines in enumerate(sets)
+        for member, engine in enumerate(engines)
+        for position in range(ranks_per_engine)
+    }
+    on_trainers = {place: rank for place, rank in placed.items() if rank < world}
+    return SharedGPUs(on_trainers, [rank // ranks_per_node for rank in range(world)])
+
+
+class SenderChoice:
+    """A greedy choice: each bundle comes from the trainer rank that is done first with it. Given
+    the largest bundles first, the small ones level out what is left.
+
+    loads: each trainer rank's load by other sets, which grows by what it is chosen for. shared: see
+    `entries`."""
+
+    def __init__(self, loads: list[float], shared: SharedGPUs):
+        self._loads, self._shared = loads, shared
+        self.parts: dict[EngineRank, dict[int, list[Part]]] = defaultdict(dict)
+        """parts[receiver][sender]: what is sent to an engine rank by a trainer rank."""
+
+    def add(self, bundle: Bundle, receiver: EngineRank) -> None:
+        """Choose the sender of a bundle to this engine rank."""
+        parts_by_sender = self.parts[receiver]
+        candidates = self._candidates(bundle, receiver, parts_by_sender)
+        sender = self._first_done(candidates, receiver, bundle.num_bytes)
+        self._loads[sender] += self._shared.load(sender, receiver, bundle.num_bytes)
+        parts_by_sender.setdefault(sender, []).extend(bundle.parts)
+
+    def _candidates(
+        self, bundle: Bundle, receiver: EngineRank, connected: Iterable[int]
+    ) -> Sequence[int]:
+        """Return the trainer ranks that may send a bundle. connected: the senders that the engine
+        rank has already."""
+        holders: Sequence[int] = bundle.replicas
+        neighbor = self._shared.trainer_rank.get(receiver)
+        if neighbor in holders and len(holders) > 1:
+            # NCCL refuses a pair of ranks on one GPU (`SharedGPUs`).
+            holders = [rank for rank in holders if rank != neighbor]
+        if bundle.is_small:
+            # A link costs more than its few bytes balance: with the least busy rank for every
+            # bundle a rank of the recipe for 2,048 GPUs had 17 links, not 5 (docs/log.md).
+            return [rank for rank in connected if rank in holders] or holders
+        return holders
+
+    def _first_done(self, candidates: Sequence[int], receiver: EngineRank, num_bytes: int) -> int:
+        """Return the candidate that has sent `num_bytes` more to the engine rank first."""
+        loads = self._loads
+        sender = min(candidates, key=loads.__getitem__)
+        near = self._shared.in_its_node(candidates, receiver)
+        if not near:
+            return sender
+        # Within the node bytes take less of a rank's time, so a busier rank may be done first: at
+        # 2,048 GPUs a push takes 1.19 times its floor instead of 1.21 (docs/log.md).
+        nearest = min(near, key=loads.__getitem__)
+        saved = (1 - SAME_NODE_LOAD) * num_bytes
+        return nearest if loads[nearest] < loads[sender] + saved else sender
+
 
 SET_ENGINES = 16
 """Most engines of a set. A larger one saves bytes out of the trainer, which has some to spare, and

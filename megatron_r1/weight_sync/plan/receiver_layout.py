@@ -5,9 +5,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
-from megatron_r1.weight_sync.plan.fp8_blocks import first_cut, scale_region
 from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout
-from megatron_r1.weight_sync.plan.tensors import HFTensor, Region
+from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, first_cut, scale_region
 from megatron_r1.weight_sync.table import Delivery, SlotTable, dtype_of
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.rules import Shape

@@ -1,11 +1,17 @@
-"""The HF tensors of a weight table, and rectangles of them."""
+"""The HF tensors of a weight table, rectangles of them, and their bytes on the wire.
+
+FP8 pushes: a block of 128 x 128 has one scale, so a rank that holds all of a block quantizes it and
+sends it whole to an engine rank."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
+from megatron_r1.weights.decoder import table
+from megatron_r1.weights.layout import hf_tensors
 from megatron_r1.weights.rules import Piece, Rule, Shape, Table
+from megatron_r1.weights.stored.fp8 import BLOCK, is_quantized, scale_name, scale_shape
 
 
 @dataclass(frozen=True)
@@ -99,3 +105,52 @@ def _rule_tensors(
             for index, source in enumerate(rule.sources):
                 name = prefix + source.name.replace("{e}", str(expert))
                 yield HFTensor(name, rule, index, part, layer, expert)
+
+
+CountBytes = Callable[[str, str | None, Region], int]
+"""(HF name, the tensor's own dtype or None, region) -> bytes on the wire."""
+
+_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def plain_bytes(dtype: str) -> CountBytes:
+    """Count every tensor in `dtype`, except those that keep their own."""
+    return lambda name, own_dtype, region: region.num_elements * _WIDTH[own_dtype or dtype]
+
+
+def fp8_bytes(name: str, own_dtype: str | None, region: Region) -> int:
+    """Count projections as float8 with an fp32 scale per 128 x 128 block, the rest in bf16."""
+    if not is_quantized(name):
+        return region.num_elements * _WIDTH[own_dtype or "bfloat16"]
+    height, width = region.bottom - region.top, region.right - region.left
+    return region.num_elements + 4 * -(-height // BLOCK) * -(-width // BLOCK)
+
+
+def pushed_tensors(hf: dict, *, fp8: bool, drafts: bool = False) -> list[tuple[str, Shape]]:
+    """Return the names and shapes of the tensors in a checkpoint of the model, plain or in FP8.
+
+    drafts: with the tensors of the MTP layers, but without their copies of embedding and head,
+    which the drafter shares with the model."""
+    names_and_shapes: list[tuple[str, Shape]] = []
+    copies = table(hf).copies
+    for name, (shape, _) in hf_tensors(hf, with_mtp=drafts).items():
+        if name in copies:
+            continue
+        names_and_shapes.append((name, shape))
+        if fp8 and is_quantized(name):
+            names_and_shapes.append((scale_name(name), scale_shape(shape)))
+    return names_and_shapes
+
+
+def scale_region(region: Region) -> Region:
+    """Return the region of the tensor of scales that belongs to these whole blocks."""
+    return Region(
+        region.top // BLOCK, -(-region.bottom // BLOCK),
+        region.left // BLOCK, -(-region.right // BLOCK),
+    )  # fmt: skip
+
+
+def first_cut(region: Region, shape: Shape) -> int | None:
+    """Return the first row or column at which `region` cuts a block of a tensor of `shape`."""
+    edges = ((region.top, 0), (region.bottom, 0), (region.left, 1), (region.right, 1))
+    return next((edge for edge, dim in edges if edge % BLOCK and edge != shape[dim]), None)

@@ -17,7 +17,7 @@ TRANSPORTS = {
     "shm": ("shared_memory.SharedMemoryReceiver", "shared_memory.SharedMemorySender"),
     "cuda_ipc": ("device_memory.DeviceReceiver", "device_memory.DeviceSender"),
     "gloo": ("exchange.GlooReceiver", "pair_sender.GlooSender"),
-    "nccl": ("nccl_receiver.NcclReceiver", "pair_sender.NcclSender"),
+    "nccl": ("nccl.NcclReceiver", "nccl.NcclSender"),
 }
 """name -> (receiver, sender), each as module.class"""
 

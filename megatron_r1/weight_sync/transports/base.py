@@ -6,10 +6,13 @@ from typing import Protocol
 
 import torch
 
-from megatron_r1.weight_sync.receive.buffer import ReceiveBuffer
-from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous, Peer
-from megatron_r1.weight_sync.rendezvous.offers import ReceiverInfo
-from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
+from megatron_r1.weight_sync.receive_buffer import ReceiveBuffer
+from megatron_r1.weight_sync.rendezvous import (
+    EngineRendezvous,
+    Peer,
+    ReceiverInfo,
+    TrainerRendezvous,
+)
 from megatron_r1.weight_sync.table import Delivery, SlotTable
 
 

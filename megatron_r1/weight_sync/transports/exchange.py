@@ -1,10 +1,11 @@
 """The receiving end over gloo: an engine rank of a set, which receives its share of a push and
 passes that share on to the other engines.
 
-The rank receives its share from a few trainer ranks, as in `pair_receiver`, checks it, and
-exchanges it with the ranks at its position of the other engines. In every round each rank
-contributes a bucket, and every rank ends with all of them: around a ring over gloo, by an
-all-gather over NCCL (`_gather_buckets`). The checksums that a rank passes on are the trainer's own.
+A thread per trainer rank unpacks its buckets into the receive buffer. What has
+entered is checked and exchanged with the ranks at this position of the other engines. In every
+round each rank contributes a bucket, and every rank ends with all of them: around a ring over gloo,
+by an all-gather over NCCL (`_gather_buckets`). The checksums that a rank passes on are the
+trainer's own.
 
 Every group is created in a thread of its own. Within one group all ranks make the same calls in the
 same order, which follows from the plan, and what enters never waits for the exchange. So ranks
@@ -12,7 +13,9 @@ cannot wait for each other in a circle. In a set of one engine nothing is exchan
 
 import contextlib
 import datetime
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from queue import SimpleQueue
 
@@ -20,31 +23,56 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from megatron_r1.weight_sync.receive.errors import IncompletePush
-from megatron_r1.weight_sync.rendezvous.engine import Peer
-from megatron_r1.weight_sync.rendezvous.failure import SetFailed
-from megatron_r1.weight_sync.table import Delivery
+from megatron_r1.weight_sync.rendezvous import Peer, SetFailed
+from megatron_r1.weight_sync.results import IncompletePush
+from megatron_r1.weight_sync.table import Delivery, SlotTable
 from megatron_r1.weight_sync.transports import PASSED_BYTES
+from megatron_r1.weight_sync.transports.base import Receiver
 from megatron_r1.weight_sync.transports.buckets import BucketPacker, Chunk
 from megatron_r1.weight_sync.transports.groups import (
+    TRAINER_RANK,
     Groups,
     create_groups,
     integers,
+    pair_groups,
     wait_for,
 )
-from megatron_r1.weight_sync.transports.pair_receiver import IDLE_SECONDS, PairReceiver
 
+CLOSE_SECONDS = 2.0
+"""How long `close` waits for the threads that receive, all together."""
+IDLE_SECONDS = 30 * 24 * 3600.0
+"""The time that a receiver waits for the next push to begin."""
 PATIENCE_SECONDS = 2.0
 """How much longer than a push's limit a rank waits for other ranks, so that the rank at fault
 reports first."""
 
 
-class GlooReceiver(PairReceiver):
-    """An engine rank's end in a set: a `PairReceiver` that exchanges what it receives."""
+class GlooReceiver(Receiver):
+    """An engine rank's end in a set: a thread per trainer rank receives that rank's pushes, and
+    another exchanges them if the set has several engines."""
+
+    backend = "gloo"
+    device = torch.device("cpu")
+
+    def prepare(self) -> None:
+        self._threads: list[threading.Thread] = []
+        self._is_closing = False
+        self._groups: list[Groups] = []
+        self._shared: Groups | None = None
+        self._begun: SimpleQueue[int | None] = SimpleQueue()
+        """Numbers of pushes that have begun to enter this rank; None: no more will."""
+
+    def allocate(self) -> torch.Tensor:
+        size = self.table.areas * self.table.num_bytes
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def reusable_memory(self, table: SlotTable) -> torch.Tensor | None:
+        if table != self.table or any(thread.is_alive() for thread in self._threads):
+            return None
+        return self.memory
 
     def connect(self) -> None:
         """Begin to receive, and to exchange if the set has several engines."""
-        self._shared: Groups | None = None
         deliveries, members = self.buffer.deliveries, range(self.rendezvous.num_members)
         # By member: what enters that engine from trainer ranks.
         shares: list[Sequence[Delivery]] = [deliveries.get(Peer(member), ()) for member in members]
@@ -57,26 +85,90 @@ class GlooReceiver(PairReceiver):
         own.sort(key=lambda entry: entry[0].slot)
         shares[self.rendezvous.member] = [delivery for delivery, _ in own]
         self._shares, self._own_sources = shares, [source for _, source in own]
-        self._begun: SimpleQueue[int | None] = SimpleQueue()
-        """Numbers of pushes that have begun to enter this rank; None: no more will."""
-        super().connect()
-        if self.rendezvous.num_members > 1:
+        self._start_thread(self._connect_pairs, name="connecting")
+        if len(members) > 1:
             self._start_thread(self._run_exchange, name="exchange")
 
     def close(self) -> None:
         self._is_closing = True
-        if hasattr(self, "_begun"):
-            self._begun.put(None)
-        super().close()
+        self._begun.put(None)
+        for groups in self._groups:
+            groups.abort()
+        # A thread that is still in a call when the interpreter ends would abort the process.
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
-    def fail(self, error: Exception) -> None:
-        super().fail(error)
+    def claim_memory(self) -> None:
+        """Allocate the memory if it is borrowed; called before a push is written."""
+
+    def _start_thread(self, function: Callable[..., None], *arguments: object, name: str) -> None:
+        thread = threading.Thread(target=function, args=arguments, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _connect_pairs(self) -> None:
+        """Connect the pairs one after another; a trainer rank connects all of its own at once, so
+        no two ranks can wait for each other's next pair."""
+        for sender in self.senders:
+            try:
+                groups = pair_groups(self, sender, self.rank, is_sender=False)
+            except Exception as error:  # noqa: BLE001 - raised by the push that waits
+                self._pair_failed(sender, error)
+                continue
+            self._groups.append(groups)
+            self._start_thread(self._receive_pushes, sender, groups, name=f"from rank {sender}")
+
+    def _receive_pushes(self, sender: int, groups: Groups) -> None:
+        """Receive push after push of one trainer rank, until one fails or this end closes."""
+        try:
+            while not self._is_closing:
+                number = torch.empty(1, dtype=torch.int64)
+                idle_limit = datetime.timedelta(seconds=IDLE_SECONDS)
+                groups.control.recv([number], TRAINER_RANK, 0).wait(idle_limit)
+                self.claim_memory()
+                if sender == self.senders[0]:
+                    self._begun.put(int(number))
+                self._receive_push(groups, sender, int(number))
+        except Exception as error:  # noqa: BLE001 - raised by the push that waits
+            self._pair_failed(sender, error)
+            # The connection closes with the last reference, so that the sender fails at once.
+            if groups in self._groups:
+                self._groups.remove(groups)
+            del groups
+
+    def _pair_failed(self, sender: int, error: Exception) -> None:
+        """Report to the set and to this engine that nothing more will arrive."""
+        if self._is_closing:
+            return
+        failure: Exception = RuntimeError(f"trainer rank {sender}: {error}")
+        with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
+            failure = SetFailed(self.rendezvous.report_own(self.rank, str(failure)))
+        self.buffer.fail(failure)
         self._begun.put(None)
 
-    def push_begins(self, sender: int, push: int) -> None:
-        """Let the exchange of a push begin, once: with the first of the senders."""
-        if sender == self.senders[0]:
-            self._begun.put(push)
+    def _receive_push(self, groups: Groups, sender: int, push: int) -> None:
+        """Receive a push, one bucket while the one before is unpacked, and check it."""
+        deliveries = self.buffer.deliveries[sender]
+        packer, area = BucketPacker(self.table, deliveries), self.table.area(self.memory, push)
+        arriving: tuple[dist.Work, torch.Tensor, list[Chunk]] | None = None
+
+        def unpack(work: dist.Work, data: torch.Tensor, bucket: list[Chunk]) -> None:
+            wait_for(work, self.rendezvous, on_gpu=data.is_cuda)
+            packer.unpack(area, bucket, data.to(self.device))
+
+        for bucket in packer.cut():
+            data = torch.empty(packer.num_bytes(bucket), dtype=torch.uint8, device=groups.device)
+            work = groups.data.recv([data], TRAINER_RANK, 0)
+            if arriving:
+                unpack(*arriving)
+            arriving = (work, data, bucket)
+        if arriving:
+            unpack(*arriving)
+        sums = torch.empty(len(deliveries), dtype=torch.int64)
+        wait_for(groups.control.recv([sums], TRAINER_RANK, 0), self.rendezvous)
+        for index, sent in enumerate(sums.tolist()):
+            self.buffer.delivery_arrived(sender, push, index, sent % 2**64)
 
     def _run_exchange(self) -> None:
         """Exchange pushes until one fails; then report the cause, which the push that waits in

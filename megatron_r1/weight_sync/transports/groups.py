@@ -3,7 +3,7 @@
 A trainer rank and an engine rank that it sends to are a group of two, so that a lost rank breaks
 its own pairs only. The ranks at one position of a set's engines are a group, too (`exchange`). A
 push is its number, a stream of buckets, and a checksum of each delivery: one bucket is on the wire
-while another is packed (`pair_sender`) or unpacked (`pair_receiver`).
+while another is packed (`pair_sender`) or unpacked (`exchange`).
 
 With NCCL, buckets are packed and checksums computed on the GPUs, where the receive buffer is as
 well. Numbers and checksums travel over a gloo group beside NCCL's, so that no GPU waits for a push
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from megatron_r1.weight_sync.rendezvous.base import Rendezvous
+from megatron_r1.weight_sync.rendezvous import Rendezvous
 from megatron_r1.weight_sync.transports.base import gpu_uuid
 
 ENGINE_RANK, TRAINER_RANK = 0, 1

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_r1.weight_sync.checksum import RowsChecksum, RowsWeightedSum
 from megatron_r1.weight_sync.table import Delivery, dtype_of
 from megatron_r1.weight_sync.transports.base import Sender, Slices
 from megatron_r1.weight_sync.transports.buckets import BucketPacker, Chunk
@@ -14,7 +15,6 @@ from megatron_r1.weight_sync.transports.groups import (
     pair_groups,
     wait_for,
 )
-from megatron_r1.weight_sync.verify.checksum import RowsChecksum, RowsWeightedSum
 
 
 class GlooSender(Sender):
@@ -69,16 +69,3 @@ class GlooSender(Sender):
             running[index].update(values)
             packed.append(values.reshape(-1).view(torch.uint8))
         return torch.cat(packed)
-
-
-class NcclSender(GlooSender):
-    """A `GlooSender` between GPUs, packed in device memory.
-
-    Run on null GPUs only (tests/nullgpu)."""
-
-    backend, is_weighted = "nccl", True
-
-    def connect(self) -> None:
-        # The current device of this thread, which `run_all` has set: in NCCL's threads it is GPU 0.
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        super().connect()

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_r1.weight_sync.receive.buffer import ReceiveBuffer
+from megatron_r1.weight_sync.checksum import copy_with_checksum
+from megatron_r1.weight_sync.lanes import memory_fence
+from megatron_r1.weight_sync.receive_buffer import ReceiveBuffer
 from megatron_r1.weight_sync.table import Delivery, slot_view
 from megatron_r1.weight_sync.transports.base import Receiver, Sender, Slices
-from megatron_r1.weight_sync.verify.checksum import copy_with_checksum
-from megatron_r1.weight_sync.verify.lanes import memory_fence
 
 FOLDER = Path("/dev/shm")
 PREFIX = "megatron_r1_"

@@ -11,7 +11,7 @@ from megatron_r1.engine import limits
 from megatron_r1.engine.from_config import engine_settings
 from megatron_r1.engine.settings import EngineSettings
 from megatron_r1.errors import Cause
-from megatron_r1.weight_sync.plan.checks import check_drafter
+from megatron_r1.weight_sync.plan.recipe import check_drafter
 
 MTP = {"num_attention_heads": 4, "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
 

@@ -14,7 +14,7 @@ from megatron_r1.errors import Cause
 from megatron_r1.fleet.rollout_fleet import RolloutFleet, share_of_gpus
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout
-from megatron_r1.weight_sync.plan.checks import check_pushes, engine_layout
+from megatron_r1.weight_sync.plan.recipe import check_pushes, engine_layout
 
 ROOT = Path(__file__).parents[3]
 DENSE = {

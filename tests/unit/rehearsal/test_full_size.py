@@ -10,14 +10,14 @@ from megatron_r1.commands.rehearse import _check
 from megatron_r1.config import load
 from megatron_r1.errors import Cause
 from megatron_r1.rehearsal.full_size import check_links
-from megatron_r1.weight_sync.plan import links
+from megatron_r1.weight_sync.plan import recipe
 
 RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
 
 
 def plant_all_pairs(monkeypatch):
     """Each part of what an engine rank receives comes from the least busy of its holders."""
-    monkeypatch.setattr(links, "largest_bundle", lambda transport: 1e-9)
+    monkeypatch.setattr(recipe, "largest_bundle", lambda transport: 1e-9)
 
 
 @pytest.mark.more
@@ -33,7 +33,7 @@ def test_links_between_nearly_all_pairs_are_refused(monkeypatch):
     """Each engine by itself, as pushes were before sets of engines."""
     monkeypatch.chdir(RECIPE.parents[2])
     plant_all_pairs(monkeypatch)
-    monkeypatch.setattr(links, "SET_ENGINES", 1)
+    monkeypatch.setattr(recipe, "SET_ENGINES", 1)
     with refused("rollout.engines", Cause.TOO_LARGE):
         _check(load(RECIPE), "rl")
 

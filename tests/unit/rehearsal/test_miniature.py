@@ -19,8 +19,8 @@ from megatron_r1.rehearsal.table import structure
 from megatron_r1.rewards import language
 from megatron_r1.rewards.language import chain_of_thought
 from megatron_r1.weight_sync.plan import TrainerGrid
-from megatron_r1.weight_sync.plan.checks import check_pushes, engine_layout
-from megatron_r1.weight_sync.plan.traffic import plain_bytes
+from megatron_r1.weight_sync.plan.recipe import check_pushes, engine_layout
+from megatron_r1.weight_sync.plan.tensors import plain_bytes
 from megatron_r1.weights.layout import recipe_stages
 from tools.plan.push_sets import set_links
 

@@ -6,7 +6,7 @@ from refusals import raised
 
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.engine_sets import Entry
-from megatron_r1.weight_sync.plan.traffic import plain_bytes
+from megatron_r1.weight_sync.plan.tensors import plain_bytes
 from megatron_r1.weights.layout import stage_shards
 from tests.unit.weight_sync.push_models import DEEPSEEK_MTP
 from tools.bench.push.assumptions import PushAssumptions

@@ -21,9 +21,8 @@ from megatron_r1.engine.errors import (
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import TrainerLost
 from megatron_r1.fleet.engine import Engine
-from megatron_r1.weight_bridge.bridge import WeightBridge
+from megatron_r1.weight_bridge.bridge import Prober, WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
-from megatron_r1.weight_bridge.probes import Prober
 from megatron_r1.weight_bridge.set_connector import SetConnector
 
 

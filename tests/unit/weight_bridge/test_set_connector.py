@@ -9,7 +9,7 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import EngineFault
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.weight_bridge.set_connector import EngineSet, SetConnector
-from megatron_r1.weight_sync.receive.errors import StoreUnreachable
+from megatron_r1.weight_sync.results import StoreUnreachable
 
 
 class Trainer:

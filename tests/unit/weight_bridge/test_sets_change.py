@@ -18,10 +18,9 @@ from megatron_r1.weight_bridge.bridge import WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
 from megatron_r1.weight_bridge.set_connector import SetConnector
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.receive.errors import IncompletePush
-from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
-from megatron_r1.weight_sync.send.sender import WeightSender
-from megatron_r1.weight_sync.send.threads import run_all
+from megatron_r1.weight_sync.rendezvous import EngineRendezvous
+from megatron_r1.weight_sync.results import IncompletePush
+from megatron_r1.weight_sync.sender import WeightSender, run_all
 from megatron_r1.weight_sync.transports import buckets, pair_sender, receiver_class
 from tests.unit.weight_sync.push_models import DEEPSEEK
 from tests.unit.weight_sync.push_world import Shared, draw, plain_table, wrong_slots

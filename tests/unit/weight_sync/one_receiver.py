@@ -6,8 +6,7 @@ import torch
 from torch.distributed import TCPStore
 from waiting import PATIENT
 
-from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
-from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
+from megatron_r1.weight_sync.rendezvous import EngineRendezvous, TrainerRendezvous
 from megatron_r1.weight_sync.table import Delivery, Slot, SlotTable
 from megatron_r1.weight_sync.transports import receiver_class, sender_class
 

@@ -8,11 +8,10 @@ import torch
 from torch.distributed import TCPStore
 from waiting import PATIENT
 
-from megatron_r1.weight_sync.plan.fp8_blocks import scale_region
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
-from megatron_r1.weight_sync.send.sender import WeightSender
-from megatron_r1.weight_sync.send.threads import run_all
+from megatron_r1.weight_sync.plan.tensors import scale_region
+from megatron_r1.weight_sync.rendezvous import EngineRendezvous
+from megatron_r1.weight_sync.sender import WeightSender, run_all
 from megatron_r1.weight_sync.table import Slot, SlotTable, slot_view
 from megatron_r1.weight_sync.transports import receiver_class
 from megatron_r1.weights import hf_tensors

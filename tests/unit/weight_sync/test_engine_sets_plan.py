@@ -9,9 +9,9 @@ from megatron_r1.weight_sync.plan.engine_sets import (
     SET_ENGINES,
     engine_sets,
     entries,
+    shared_in_order,
 )
-from megatron_r1.weight_sync.plan.shared_gpus import shared_in_order
-from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes
+from megatron_r1.weight_sync.plan.tensors import fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import stage_shards
 from tests.unit.weight_sync.plan_worlds import DEEPSEEK_V3, WORLDS, held
 from tests.unit.weight_sync.push_models import DEEPSEEK_MTP

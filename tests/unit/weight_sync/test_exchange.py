@@ -8,7 +8,7 @@ from refusals import raised
 from waiting import PATIENT
 
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.rendezvous.failure import SetFailed
+from megatron_r1.weight_sync.rendezvous import SetFailed
 from megatron_r1.weight_sync.table import slot_view
 from megatron_r1.weight_sync.transports import buckets, exchange
 from megatron_r1.weight_sync.transports.buckets import BucketPacker

@@ -9,8 +9,8 @@ import pytest
 import torch
 import xxhash
 
-from megatron_r1.weight_sync.verify import lanes
-from megatron_r1.weight_sync.verify.checksum import RunningChecksum, checksum, copy_with_checksum
+from megatron_r1.weight_sync import lanes
+from megatron_r1.weight_sync.checksum import RunningChecksum, checksum, copy_with_checksum
 
 CHECKSUMS = sys.modules[RunningChecksum.__module__]
 

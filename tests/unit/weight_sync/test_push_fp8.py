@@ -14,14 +14,12 @@ from waiting import PATIENT
 from megatron_r1.config import Config
 from megatron_r1.errors import Cause
 from megatron_r1.models import read_hf_config
+from megatron_r1.weight_sync import link_planner
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.plan.checks import check_blocks, check_pushes
-from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors, scale_region
-from megatron_r1.weight_sync.plan.tensors import Region
-from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
-from megatron_r1.weight_sync.rendezvous.offers import ReceiverInfo
-from megatron_r1.weight_sync.send import slices
-from megatron_r1.weight_sync.send.sender import WeightSender
+from megatron_r1.weight_sync.plan.recipe import check_blocks, check_pushes
+from megatron_r1.weight_sync.plan.tensors import Region, pushed_tensors, scale_region
+from megatron_r1.weight_sync.rendezvous import EngineRendezvous, ReceiverInfo
+from megatron_r1.weight_sync.sender import WeightSender
 from megatron_r1.weight_sync.table import SlotTable, dtype_of, slot_view
 from megatron_r1.weight_sync.transports import buckets
 from megatron_r1.weights.stored.fp8 import is_quantized, scale_name
@@ -143,8 +141,8 @@ def test_an_engine_receives_the_fp8_checkpoint_of_the_same_weights(
 
 def test_each_block_is_quantized_once_a_push(monkeypatch):
     monkeypatch.setattr(buckets, "BUCKET_BYTES", 10_000)
-    sizes, quantize = [], slices.quantize
-    monkeypatch.setattr(slices, "quantize", lambda x: sizes.append(x.numel()) or quantize(x))
+    sizes, quantize = [], link_planner.quantize
+    monkeypatch.setattr(link_planner, "quantize", lambda x: sizes.append(x.numel()) or quantize(x))
     tensors = draw(DEEPSEEK, 1)
     world = World(DEEPSEEK, TrainerGrid(2, tensor=2), EngineLayout(), tensors)
     try:

@@ -12,7 +12,7 @@ from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.errors import Cause
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes
+from megatron_r1.weight_sync.plan.tensors import fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import stage_shards
 from tests.unit.weight_sync.plan_worlds import DEEPSEEK_V3, WORLDS, held
 from tests.unit.weight_sync.push_models import DEEPSEEK_MTP, QWEN

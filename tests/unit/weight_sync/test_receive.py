@@ -19,16 +19,7 @@ from torch.distributed import TCPStore
 from waiting import PATIENT
 
 from megatron_r1.engine.errors import PushIncomplete
-from megatron_r1.weight_sync.receive.buffer import check_coverage
-from megatron_r1.weight_sync.receive.errors import IncompletePush
-from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
-from megatron_r1.weight_sync.rendezvous.offers import ReceiverInfo
-from megatron_r1.weight_sync.rendezvous.tables import TableStore
-from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
-from megatron_r1.weight_sync.table import Delivery, SlotTable, slot_view
-from megatron_r1.weight_sync.transports import buckets, shared_memory
-from megatron_r1.weight_sync.transports.shared_memory import NamedMemory, sweep
-from megatron_r1.weight_sync.verify.checksum import (
+from megatron_r1.weight_sync.checksum import (
     MIXER,
     RowsWeightedSum,
     RunningChecksum,
@@ -36,6 +27,17 @@ from megatron_r1.weight_sync.verify.checksum import (
     copy_with_checksum,
     weighted_sum,
 )
+from megatron_r1.weight_sync.receive_buffer import check_coverage
+from megatron_r1.weight_sync.rendezvous import (
+    EngineRendezvous,
+    ReceiverInfo,
+    TableStore,
+    TrainerRendezvous,
+)
+from megatron_r1.weight_sync.results import IncompletePush
+from megatron_r1.weight_sync.table import Delivery, SlotTable, slot_view
+from megatron_r1.weight_sync.transports import buckets, shared_memory
+from megatron_r1.weight_sync.transports.shared_memory import NamedMemory, sweep
 
 CHECKSUMS = sys.modules[weighted_sum.__module__]
 TRANSPORTS = ("shm", "gloo")

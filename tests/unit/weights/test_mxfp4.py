@@ -6,8 +6,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.errors import Cause
-from megatron_r1.weight_sync.plan.checks import check_blocks
 from megatron_r1.weight_sync.plan.ranks import EngineLayout
+from megatron_r1.weight_sync.plan.recipe import check_blocks
 from megatron_r1.weights.adapters.table import adapter_shapes, adapter_table
 from megatron_r1.weights.stacked import published_tensors, stacked_part
 from megatron_r1.weights.stored.hf_weights import HfWeights

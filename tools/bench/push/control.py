@@ -26,10 +26,10 @@ from megatron_r1.files.jsonl import read_lines
 from megatron_r1.processes.children import free_port
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.rendezvous.engine import EngineRendezvous
-from megatron_r1.weight_sync.send.sender import WeightSender
+from megatron_r1.weight_sync.rendezvous import EngineRendezvous
+from megatron_r1.weight_sync.sender import WeightSender
 from megatron_r1.weight_sync.table import slot_view
-from megatron_r1.weight_sync.transports import buckets, exchange, pair_receiver, pair_sender
+from megatron_r1.weight_sync.transports import buckets, exchange, pair_sender
 from megatron_r1.weights import hf_tensors
 from tools.bench.push.real_size import slot_table
 from tools.bench.push.small_model import SHAPE, held_by
@@ -167,7 +167,7 @@ def _last(folder: Path, place: tuple) -> dict[str, Any]:
 def _rank(place: tuple, port: int, folder: Path, fault: str, tensors: dict) -> None:
     """Be one rank, and write what happens to a file."""
     buckets.BUCKET_BYTES = exchange.PASSED_BYTES = 1 << 11
-    pair_receiver.CLOSE_SECONDS = 0.1
+    exchange.CLOSE_SECONDS = 0.1
     try:
         with (folder / str(place)).open("w", buffering=1) as out:
             role = _trainer if place[0] == "trainer" else _engine

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_r1.weight_sync.plan.planner import Planner
-from megatron_r1.weight_sync.plan.tensors import Region
-from megatron_r1.weight_sync.plan.traffic import CountBytes
+from megatron_r1.weight_sync.plan.tensors import CountBytes, Region
 from megatron_r1.weights.rules import Shape
 
 

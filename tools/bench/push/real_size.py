@@ -11,7 +11,7 @@ from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.ranks import Coordinate
 from megatron_r1.weight_sync.plan.receiver_layout import ReceiverLayout
-from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes
+from megatron_r1.weight_sync.plan.tensors import fp8_bytes, plain_bytes
 from megatron_r1.weight_sync.table import Slot, SlotTable
 from megatron_r1.weights.layout import Shard, stage_shards
 from tools.bench.children import ROOT

@@ -15,11 +15,10 @@ import numpy as np
 from megatron_r1.config import load
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.checks import engine_layout
 from megatron_r1.weight_sync.plan.engine_sets import engine_sets
-from megatron_r1.weight_sync.plan.links import planned_entries
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.traffic import CountBytes, fp8_bytes, plain_bytes
+from megatron_r1.weight_sync.plan.recipe import engine_layout, planned_entries
+from megatron_r1.weight_sync.plan.tensors import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import Shard, recipe_stages
 from tools.bench.children import ROOT
 from tools.bench.push import real_size

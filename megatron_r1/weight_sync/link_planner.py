@@ -1,31 +1,182 @@
-"""Plans and creates the links from a trainer rank to sets of engines (`plan.engine_sets`)."""
+"""Plans and creates the links from a trainer rank to sets of engines (`plan.engine_sets`): from what
+the engines offer to receive, which trainer rank 0 reads for all ranks, to the slices of this rank's
+parameters that each link carries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
 from torch import Tensor
-
+from megatron_r1.weight_sync.plan.receiver_layout import Encoding
+from megatron_r1.weight_sync.plan.tensors import Region
+from megatron_r1.weights.local import merged
+from megatron_r1.weights.rules import Piece
+from megatron_r1.weights.stored.fp8_blocks import quantize
+from collections.abc import Mapping, Sequence
+import msgspec
+from megatron_r1.weight_sync.rendezvous.offers import ReceiverInfo
+from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
+from megatron_r1.weight_sync.table import SlotTable
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 from megatron_r1.weight_sync.plan.bundles import largest_bundle
 from megatron_r1.weight_sync.plan.engine_sets import Entry, entries, sender_loads
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayout
 from megatron_r1.weight_sync.plan.shared_gpus import SharedGPUs
-from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weight_sync.plan.traffic import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.weight_sync.rendezvous.offers import PositionPlan, ReceiverInfo
-from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
-from megatron_r1.weight_sync.send.offers import EXPECTED_ERRORS, Offers
-from megatron_r1.weight_sync.send.slices import ParameterSlice
-from megatron_r1.weight_sync.table import SlotTable
 from megatron_r1.weight_sync.transports import sender_class
 from megatron_r1.weight_sync.transports.base import Sender
 from megatron_r1.weights.layout import Shard
-from megatron_r1.weights.rules import Piece
 from megatron_r1.weights.stored.fp8 import STORED
+
+
+@dataclass(eq=False)
+class ParameterSlice:
+    """The `region` of an HF tensor inside a parameter that holds `piece` of that tensor."""
+
+    parameter: Tensor
+    piece: Piece
+    region: Region
+    _view: Tensor | None = field(default=None, init=False, repr=False)
+    _address: int = field(default=0, init=False, repr=False)
+    """Address of the parameter's memory when `_view` was made, which keeps that memory in use."""
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the piece covers the region."""
+        piece, region = self.piece, self.region
+        start, end = (region.top, region.bottom) if piece.dim == 0 else (region.left, region.right)
+        return piece.hf_start <= start and end <= piece.hf_start + piece.length
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the values are those of a weight with an adapter, computed when they are read."""
+        return hasattr(self.parameter, "adapter")
+
+    def values(self) -> Tensor:
+        """Return the values (height, width): a view, the same one while the parameter's memory is
+        the same, or the merged values."""
+        if self.is_merged:
+            return merged(self.parameter, *self._local_slices())
+        if self._view is None or self._address != self.parameter.data_ptr():
+            matrix = self.parameter.detach()
+            matrix = matrix if matrix.dim() > 1 else matrix[:, None]
+            self._view = matrix[self._local_slices()]
+            self._address = self.parameter.data_ptr()
+        return self._view
+
+    def _local_slices(self) -> tuple[slice, slice]:
+        """Return the region's rows and columns in the parameter."""
+        region, piece = self.region, self.piece
+        move = piece.local_start - piece.hf_start
+        down, right = (move, 0) if piece.dim == 0 else (0, move)
+        rows = slice(region.top + down, region.bottom + down)
+        return rows, slice(region.left + right, region.right + right)
+
+
+class EncodedSlices:
+    """The tensors of one push to one engine rank, computed when they are read.
+
+    "codes" and "scales" are the two results of `stored.fp8_blocks.quantize` for a slice of whole
+    blocks: float8 of its shape, and one fp32 per 128 x 128 block. One computation gives both. To
+    take little memory, only the codes or merged values that were read last are kept, and scales
+    until they are read."""
+
+    def __init__(self, slices: Iterable[tuple[ParameterSlice, Encoding]]):
+        self._slices = list(slices)
+        self._last: tuple[int, Tensor] | None = None
+        self._scales: dict[ParameterSlice, Tensor] = {}
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return the values (height, width) of one delivery, in the trainer's dtype if plain."""
+        source, encoding = self._slices[index]
+        if encoding == "plain" and not source.is_merged:
+            return source.values()
+        if encoding == "scales":
+            scales = self._scales.pop(source, None)
+            values = quantize(source.values())[1] if scales is None else scales
+        elif self._last and self._last[0] == index:  # the next rows of the same delivery
+            return self._last[1]
+        else:
+            self._last = None  # frees the last values before the next are computed
+            if encoding == "plain":
+                values = source.values()
+            else:
+                values, self._scales[source] = quantize(source.values())
+        self._last = (index, values)
+        return values
+
+
+EXPECTED_ERRORS = (OSError, RuntimeError, ValueError)
+"""Errors that fail a set and not this rank; torch.distributed raises the second."""
+
+
+class Offers(msgspec.Struct):
+    """What rank 0 has read, in the form in which it is passed on to the other trainer ranks."""
+
+    sent: list[float]
+    """Bytes per push that each trainer rank sends to the sets already connected."""
+    tables: list[list[SlotTable]] = []
+    """Tables of one engine, by engine rank; one list for all sets with the same tables."""
+    sets: dict[str, tuple[int, list[list[str]]]] = {}
+    """Set -> (index into `tables`, addresses by engine and rank)."""
+    problems: dict[str, str] = {}
+    """Set -> why it cannot connect."""
+
+
+def read_offers(
+    sets: Mapping[str, Sequence[TrainerRendezvous]],
+    ranks_per_engine: int,
+    pushed: Sequence[str],
+    sent: list[float],
+) -> Offers:
+    """Return the offers of these sets' engines; problems are also reported to the set.
+
+    sets: the rendezvous of each engine of a set. pushed: names of the tensors of a push. sent: see
+    `Offers`."""
+    offers = Offers(sent)
+    for name, engines in sets.items():
+        try:
+            receivers = [engine.read_receivers(ranks_per_engine) for engine in engines]
+            tables = _common_tables(receivers)
+            _check_all_taken(tables, pushed)
+        except EXPECTED_ERRORS as error:
+            offers.problems[name] = f"{type(error).__name__}: {error}"
+            engines[0].report_error(offers.problems[name])
+            continue
+        # Equal tables are one entry, so that ranks get them and plan for them only once.
+        if tables not in offers.tables:
+            offers.tables.append(tables)
+        addresses = [[receiver.address for receiver in ranks] for ranks in receivers]
+        offers.sets[name] = offers.tables.index(tables), addresses
+    return offers
+
+
+def _common_tables(engines: Sequence[Sequence[ReceiverInfo]]) -> list[SlotTable]:
+    """Return the tables of one engine's ranks. Raises ValueError where engines differ."""
+    tables = [receiver.table for receiver in engines[0]]
+    for engine, receivers in enumerate(engines):
+        for rank, receiver in enumerate(receivers):
+            if receiver.table != tables[rank]:
+                raise ValueError(
+                    f"rank {rank} of engine {engine} needs other tensors than the same rank of "
+                    "engine 0"
+                )
+    return tables
+
+
+def _check_all_taken(tables: Sequence[SlotTable], pushed: Sequence[str]) -> None:
+    """Raise ValueError where no rank of an engine takes one of the pushed tensors: the engine would
+    go on with the values it started with."""
+    taken = {slot.name for table in tables for slot in table.slots}
+    left = [name for name in pushed if name not in taken]
+    if left:
+        names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+        raise ValueError(f"the engine takes no pushes of {len(left)} tensors: {names}")
+
 
 HeldPieces = Mapping[str, Sequence[tuple[Tensor, Piece]]]
 """HF name -> the parameters that hold pieces of that tensor."""

@@ -1,4 +1,10 @@
-"""Records which deliveries of the current push have arrived, and whether they are correct."""
+"""The engine rank's memory for weights that arrive: which deliveries of the current push are there,
+and whether they are correct.
+
+An engine rank learns what it needs from vLLM's own loaders (`vllm_plugin.recorder`) and publishes a
+`SlotTable`: where in that memory each rectangle of a Hugging Face tensor goes. Trainer ranks answer
+with their `Delivery`s, and with every push send the bytes of each and a checksum. Nothing here
+depends on a transport, a model or a parallel layout."""
 
 import threading
 import time
@@ -6,9 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
-
 import torch
-
 from megatron_r1.weight_sync.receive.errors import IncompletePush
 from megatron_r1.weight_sync.table import Delivery, SlotTable, slot_view
 from megatron_r1.weight_sync.verify.checksum import RunningChecksum

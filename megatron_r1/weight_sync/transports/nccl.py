@@ -1,12 +1,11 @@
-"""The receiving end over NCCL: an engine rank of a set, with the receive buffer on its GPU."""
+"""Both ends over NCCL: the receive buffer is on the engine rank's GPU, and buckets are packed on the
+trainer rank's."""
 
 import contextlib
 import threading
 from collections.abc import Iterator
-
 import torch
 import torch.distributed as dist
-
 from megatron_r1.weight_sync.transports.base import gpu_uuid
 from megatron_r1.weight_sync.transports.exchange import GlooReceiver
 from megatron_r1.weight_sync.transports.groups import wait_for

@@ -1,0 +1,295 @@
+"""How the ranks of several equal engines, a *set*, and those of the trainer agree on the plan, once
+per set, and on a failure, during a push.
+
+All sides use a torch.distributed store that the trainer hosts. Keys begin with the set's name,
+which is new for every set. Trainer rank 0 reads the tables of all engine ranks and passes them on
+to the other trainer ranks. The plan of a position is one key, which is read by the ranks at that
+position, one of each engine. So a rank makes a handful of requests to the store, whatever the
+number of ranks."""
+
+import datetime
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import msgspec
+import xxhash
+from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
+
+from megatron_r1.weight_sync.table import Delivery, SlotTable
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why a set can push no more.
+
+    members: the engines at fault, by their number in the set, as far as known. is_damaged: bytes
+    arrived otherwise than they were sent."""
+
+    error: str
+    members: list[int] = []
+    is_damaged: bool = False
+
+
+class SetFailed(ConnectionError):
+    """Another rank of the set, or the controller, has reported `failure`."""
+
+    def __init__(self, failure: Failure):
+        super().__init__(failure.error)
+        self.failure = failure
+
+
+def encode_failure(failure: Failure) -> str:
+    """Return the failure as it is in the store: JSON, because `compare_set` takes text."""
+    return msgspec.json.encode(failure).decode()
+
+
+def decode_failure(encoded: bytes) -> Failure:
+    """Return the failure that is in the store."""
+    return msgspec.json.decode(encoded, type=Failure)
+
+
+PositionPlan = list[list[tuple[int, list[Delivery]]]]
+"""plan[member]: the pairs (sender, deliveries) that enter that engine's rank at one position."""
+
+
+class ReceiverInfo(NamedTuple):
+    """An engine rank's table, and the address at which its transport receives."""
+
+    table: SlotTable
+    address: str = ""
+
+
+class PublishedReceiver(msgspec.Struct, frozen=True):
+    """A `ReceiverInfo` as it is in the store, with the table's digest instead of the table; or the
+    problem because of which the rank cannot receive."""
+
+    digest: str = ""
+    address: str = ""
+    problem: str = ""
+
+
+class TableStore:
+    """Publishes slot tables under their digest, so equal engines share one. Each table is published
+    once and read once: one table per engine took 15 s for 64 engines (docs/log.md)."""
+
+    def __init__(self, store: Store):
+        self._store = PrefixStore("tables", store)
+        self._known: dict[str, SlotTable] = {}
+
+    def publish(self, table: SlotTable) -> str:
+        """Write the table, if it is new, and return its digest."""
+        encoded = msgspec.msgpack.encode(table)
+        digest = xxhash.xxh3_128_hexdigest(encoded)
+        if not self._store.check([digest]):
+            self._store.set(digest, encoded)  # type: ignore[arg-type]  # the stubs say str
+        return digest
+
+    def get(self, digest: str) -> SlotTable:
+        """Return the table, the same object every time."""
+        if digest not in self._known:
+            encoded = self._store.get(digest)
+            self._known[digest] = msgspec.msgpack.decode(encoded, type=SlotTable)
+        return self._known[digest]
+
+
+ANSWER_SECONDS = 5.0
+"""The time limit for the ranks of a position to show, after a failure, that they are alive."""
+
+
+class Rendezvous:
+    """The meeting of engine number `member` of the set `name`, of `num_members` engines, with the
+    trainer and with the other engines.
+
+    Every call waits for the other side at most `timeout_seconds`, during a push `push_seconds`
+    (default the same), and then raises torch.distributed.DistStoreError; it raises SetFailed as
+    soon as the set is reported as failed. tables: shared by a process that meets many sets."""
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        timeout_seconds: float,
+        push_seconds: float | None = None,
+        tables: TableStore | None = None,
+        *,
+        member: int = 0,
+        num_members: int = 1,
+    ):
+        self.engine, self.timeout_seconds = f"{name}.{member}", timeout_seconds
+        self.push_seconds = timeout_seconds if push_seconds is None else push_seconds
+        self.member, self.num_members = member, num_members
+        self.store, self.shared = PrefixStore(self.engine, store), PrefixStore(name, store)
+        self.store.set_timeout(datetime.timedelta(seconds=timeout_seconds))
+        self._tables = tables or TableStore(store)
+
+    def new_connection(self) -> Store:
+        """Return a new connection to the store, for a thread of its own: while one thread waits,
+        all others that use its connection have to wait."""
+        return self.shared.clone()  # type: ignore[attr-defined]  # missing in the stubs
+
+    def await_prepared(self) -> int:
+        """Wait until all trainer ranks are prepared; return the number of engine ranks."""
+        num_ranks = int(self.shared.get("ready"))
+        if not num_ranks:
+            raise SetFailed(decode_failure(self.shared.get("failed")))
+        return num_ranks
+
+    def report(self, failure: Failure) -> Failure:
+        """Publish a failure, unless one has been published already, and return the first one."""
+        # Sets the key only where there is none: a missing key compares as equal to "".
+        first = self.shared.compare_set("failed", "", encode_failure(failure))
+        self.shared.set("ready", "0")  # ends the wait of all that are still connecting
+        return decode_failure(first)
+
+    def _raise_failure(self) -> None:
+        """Raise SetFailed if a failure of the set has been published."""
+        if self.shared.check(["failed"]):
+            raise SetFailed(decode_failure(self.shared.get("failed"))) from None
+
+
+class Peer(NamedTuple):
+    """Another engine of the set, as the source of deliveries: its rank at the same position has
+    them from trainer ranks, and passes them on."""
+
+    member: int
+
+    def __str__(self) -> str:
+        return f"- (through engine {self.member} of the set)"
+
+
+class EngineRendezvous(Rendezvous):
+    """The rendezvous as each rank of the engine has it."""
+
+    _num_ranks = 0
+    """Engine ranks of the whole set; known once the plan has been read."""
+
+    def publish_receiver(self, rank: int, info: ReceiverInfo) -> None:
+        """Publish the table and the address of engine rank `rank`."""
+        digest = self._tables.publish(info.table)
+        self._publish_offer(rank, PublishedReceiver(digest, info.address))
+
+    def publish_problem(self, rank: int, problem: str) -> None:
+        """Publish that this rank cannot take part, so that no other rank need wait for it."""
+        self._publish_offer(rank, PublishedReceiver(problem=problem))
+        self.report_own(rank, problem)
+
+    def read_plan(self, rank: int) -> dict[int | Peer, list[Delivery]]:
+        """Return the deliveries that trainer ranks send to this rank, by sender, then those that
+        the other engines pass on to it."""
+        self._num_ranks = self.await_prepared()
+        plan = msgspec.msgpack.decode(self.shared.get(f"plan/{rank}"), type=PositionPlan)
+        deliveries: dict[int | Peer, list[Delivery]] = dict(plan[self.member])
+        for member, senders in enumerate(plan):
+            entered = [delivery for _, sent in senders for delivery in sent]
+            if member != self.member and entered:
+                # By slot: all members list a share in the same order.
+                deliveries[Peer(member)] = sorted(entered, key=lambda delivery: delivery.slot)
+        return deliveries
+
+    def publish_complete(self, push: int) -> None:
+        """Publish that this rank, of a set of several engines, has all of a push."""
+        if self.shared.add(f"has/{push}", 1) == self._num_ranks:
+            self.shared.set(f"complete/{push}", "1")
+            self.shared.delete_key(f"has/{push}")
+            # The previous push's key only: trainer rank 0 may not have read this one's yet.
+            self.shared.delete_key(f"complete/{push - 1}")
+
+    def report_own(self, rank: int, error: str, *, is_damaged: bool = False) -> Failure:
+        """Report a failure of this rank, as `report` does."""
+        error = f"engine {self.member} of the set, rank {rank}: {error}"
+        return self.report(Failure(error, [self.member], is_damaged))
+
+    def find_cause(self, rank: int, error: str, is_closing: Callable[[], bool]) -> Failure:
+        """Return why the exchange of this rank broke: the failure that the rank at fault has
+        published, or else the death of the ranks at this position that do not answer.
+
+        is_closing: ends the wait for answers when it returns True."""
+        answers = f"answer/{rank}"
+        self.shared.append(answers, f"{self.member} ")  # type: ignore[attr-defined]
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while time.monotonic() < deadline and not is_closing():
+            if self.shared.check(["failed"]):
+                return decode_failure(self.shared.get("failed"))
+            if len(self.shared.get(answers).split()) == self.num_members:
+                break
+            time.sleep(0.1)
+        answered = {int(member) for member in self.shared.get(answers).split()}
+        silent = sorted(set(range(self.num_members)) - answered)
+        if silent:
+            names = ", ".join(map(str, silent))
+            error = f"rank {rank} of engine {names} of the set has died or hangs: {error}"
+        return self.report(Failure(error, silent))
+
+    def _publish_offer(self, rank: int, published: PublishedReceiver) -> None:
+        self.store.set(f"offer/{rank}", msgspec.msgpack.encode(published))  # type: ignore[arg-type]
+
+
+KEY_POLL_SECONDS = 0.01
+"""The pause between checks of trainer rank 0 whether all engines are there."""
+
+
+class TrainerRendezvous(Rendezvous):
+    """The rendezvous of a trainer rank with one engine."""
+
+    def read_receivers(self, num_ranks: int) -> list[ReceiverInfo]:
+        """Return table and address of all ranks of the engine; called on trainer rank 0. Raises
+        ValueError where a rank has published a problem."""
+        offers = [f"offer/{rank}" for rank in range(num_ranks)]
+        self._wait_for_keys(self.store, offers, self.timeout_seconds)
+        receivers = []
+        for rank, offer in enumerate(offers):
+            published = msgspec.msgpack.decode(self.store.get(offer), type=PublishedReceiver)
+            if published.problem:
+                raise ValueError(f"engine rank {rank}: {published.problem}")
+            table = self._tables.get(published.digest)
+            receivers.append(ReceiverInfo(table, published.address))
+        return receivers
+
+    def publish_plan(self, position: int, plan: PositionPlan) -> None:
+        """Publish the plan of a position."""
+        self.shared.set(f"plan/{position}", msgspec.msgpack.encode(plan))  # type: ignore[arg-type]
+
+    def publish_prepared(self, num_senders: int, num_ranks: int) -> None:
+        """Publish that this rank, one of `num_senders`, has published its plans and can be reached.
+
+        num_ranks: of all engines of the set."""
+        if self.shared.add("prepared", 1) == num_senders:  # the last ends the wait of all
+            self.shared.set("ready", str(num_ranks))
+
+    def await_complete(self, push: int) -> None:
+        """Wait until all engine ranks have all of a push; called on trainer rank 0."""
+        # An engine rank that does not get all of it has the time to report why.
+        seconds = self.push_seconds + 2 * ANSWER_SECONDS
+        self._wait_for_keys(self.shared, [f"complete/{push}"], seconds)
+
+    def report_error(self, error: str, *members: int) -> Failure:
+        """Report an error with these members at fault, as `report` does. Where the store is lost,
+        return the failure of that error."""
+        failure = Failure(error, list(members))
+        try:
+            return self.report(failure)
+        except RuntimeError:
+            return failure
+
+    def _wait_for_keys(self, store: Store, keys: Sequence[str], seconds: float) -> None:
+        """Wait until the store has all keys. Its own `wait` would log a warning every time that it
+        ends to check for a failure."""
+        deadline = time.monotonic() + seconds
+        while not store.check(list(keys)):
+            self._raise_failure()
+            if time.monotonic() > deadline:
+                raise DistStoreError(f"{self.engine}: {keys[-1]} is not there after {seconds:g} s")
+            time.sleep(KEY_POLL_SECONDS)
+
+
+REPORT_SECONDS = 10.0
+
+
+def report_failure(host: str, port: int, name: str, error: str) -> None:
+    """Publish that an engine of the set `name` is gone, so that no rank waits for it.
+
+    host, port: of the trainer's store. Raises torch.distributed.DistError where the trainer is gone
+    as well."""
+    timeout = datetime.timedelta(seconds=REPORT_SECONDS)
+    store = TCPStore(host, port, is_master=False, timeout=timeout)
+    Rendezvous(store, name, REPORT_SECONDS).report(Failure(error))

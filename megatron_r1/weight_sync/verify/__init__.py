@@ -1,1 +1,0 @@
-"""Computes a checksum per delivery on both ends, in the same pass as the copy where possible."""
