@@ -5,11 +5,12 @@ its bytes are in the cache. On a GPU, where either would copy all bytes to the h
 They detect accidental errors of wires, memory and indices, not an adversary."""
 
 from collections.abc import Callable, Iterator
+
 import numpy as np
 import torch
 import xxhash
-from megatron_r1.weight_sync.verify import lanes
 
+from megatron_r1.weight_sync import lanes
 
 CHUNK_BYTES = 1 << 19
 """Fits into a core's cache; chunks of 256 KiB or 1 MiB are no faster (docs/log.md)."""

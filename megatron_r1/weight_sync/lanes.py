@@ -10,11 +10,11 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
+
 import llvmlite.binding as llvm
 import numpy as np
 import torch
 import xxhash
-
 
 NUM_LANES = 16
 STRIPE_BYTES = 8 * NUM_LANES

@@ -1,36 +1,31 @@
-"""Plans and creates the links from a trainer rank to sets of engines (`plan.engine_sets`): from what
-the engines offer to receive, which trainer rank 0 reads for all ranks, to the slices of this rank's
-parameters that each link carries."""
+"""Plans and creates the links from a trainer rank to sets of engines (`plan.engine_sets`): from
+what the engines offer to receive, which trainer rank 0 reads for all ranks, to the slices of this
+rank's parameters that each link carries."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from torch import Tensor
-from megatron_r1.weight_sync.plan.receiver_layout import Encoding
-from megatron_r1.weight_sync.plan.tensors import Region
-from megatron_r1.weights.local import merged
-from megatron_r1.weights.rules import Piece
-from megatron_r1.weights.stored.fp8_blocks import quantize
-from collections.abc import Mapping, Sequence
-import msgspec
-from megatron_r1.weight_sync.rendezvous.offers import ReceiverInfo
-from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
-from megatron_r1.weight_sync.table import SlotTable
-from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
+
+import msgspec
+from torch import Tensor
+
 from megatron_r1.weight_sync.plan.bundles import largest_bundle
-from megatron_r1.weight_sync.plan.engine_sets import Entry, entries, sender_loads
+from megatron_r1.weight_sync.plan.engine_sets import Entry, SharedGPUs, entries, sender_loads
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayout
-from megatron_r1.weight_sync.plan.shared_gpus import SharedGPUs
-from megatron_r1.weight_sync.plan.traffic import CountBytes, fp8_bytes, plain_bytes
-from megatron_r1.weight_sync.rendezvous.offers import PositionPlan, ReceiverInfo
+from megatron_r1.weight_sync.plan.tensors import CountBytes, Region, fp8_bytes, plain_bytes
+from megatron_r1.weight_sync.rendezvous import PositionPlan, ReceiverInfo, TrainerRendezvous
+from megatron_r1.weight_sync.table import SlotTable
 from megatron_r1.weight_sync.transports import sender_class
 from megatron_r1.weight_sync.transports.base import Sender
 from megatron_r1.weights.layout import Shard
+from megatron_r1.weights.local import merged
+from megatron_r1.weights.rules import Piece
 from megatron_r1.weights.stored.fp8 import STORED
+from megatron_r1.weights.stored.fp8_blocks import quantize
 
 
 @dataclass(eq=False)

@@ -12,10 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
+
 import torch
-from megatron_r1.weight_sync.receive.errors import IncompletePush
+
+from megatron_r1.weight_sync.checksum import RunningChecksum
+from megatron_r1.weight_sync.results import IncompletePush
 from megatron_r1.weight_sync.table import Delivery, SlotTable, slot_view
-from megatron_r1.weight_sync.verify.checksum import RunningChecksum
 
 
 class ReceiveBuffer:

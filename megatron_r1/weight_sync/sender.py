@@ -1,41 +1,42 @@
 """A trainer rank's part of a push: it sends the slices that the plan assigns to this rank
-(`plan.engine_sets`), each to one engine rank, straight from the model's parameters. `WeightPush` has
-the operations that the controller calls."""
+(`plan.engine_sets`), each to one engine rank, straight from the model's parameters. `WeightPush`
+has the operations that the controller calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import TypeVar
-import torch
-from typing import Any
-import msgspec
-from torch.distributed import Store
-from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
-from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.rendezvous.failure import Failure, SetFailed
-from megatron_r1.weight_sync.rendezvous.tables import TableStore
-from megatron_r1.weight_sync.rendezvous.trainer import TrainerRendezvous
-from megatron_r1.weight_sync.results import ConnectedSets, SentWeights
-from megatron_r1.weight_sync.send.link_planner import HeldPieces, LinkedSet, LinkPlanner, PushLink
-from megatron_r1.weight_sync.send.offers import EXPECTED_ERRORS, Offers, read_offers
-from megatron_r1.weight_sync.send.slices import EncodedSlices
-from megatron_r1.weights.layout import Shard
 import os
 import resource
 import socket
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+import msgspec
+import torch
 import torch.distributed as dist
+from torch.distributed import Store
+
 from megatron_r1 import platform
 from megatron_r1.config import Config
-from megatron_r1.weight_sync.plan import TrainerGrid
+from megatron_r1.weight_sync.link_planner import (
+    EXPECTED_ERRORS,
+    EncodedSlices,
+    HeldPieces,
+    LinkedSet,
+    LinkPlanner,
+    Offers,
+    PushLink,
+    read_offers,
+)
+from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
+from megatron_r1.weight_sync.plan.tensors import pushed_tensors
+from megatron_r1.weight_sync.rendezvous import Failure, SetFailed, TableStore, TrainerRendezvous
 from megatron_r1.weight_sync.results import ConnectedSets, OpenedPush, SentWeights
 from megatron_r1.weight_sync.transports.base import gpu_uuid
-from megatron_r1.weights.layout import recipe_stages
+from megatron_r1.weights.layout import Shard, recipe_stages
 from megatron_r1.weights.local import local_entries
-
 
 T = TypeVar("T")
 

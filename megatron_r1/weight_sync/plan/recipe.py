@@ -1,29 +1,37 @@
 """A recipe's push before any engine runs: the engines' layout, the entries and bytes that are
 planned, and the checks that a push can serve it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
 from megatron_r1.config import Config
 from megatron_r1.config.push import PushConfig
-from megatron_r1.weight_sync.plan.bundles import LARGEST_BUNDLE, largest_bundle
-from megatron_r1.weight_sync.plan.engine_sets import SET_ENGINES, Entry, engine_sets, entries
-from megatron_r1.weight_sync.plan.planner import Planner
-from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.ranks import TrainerGrid
-from megatron_r1.weight_sync.plan.shared_gpus import (
-    NONE_SHARED,
-    RANKS_PER_NODE,
-    shared_in_order,
-)
-from megatron_r1.weight_sync.plan.traffic import CountBytes, fp8_bytes, plain_bytes
-from megatron_r1.weights.layout import recipe_stages
-from collections.abc import Iterator
 from megatron_r1.engine.from_config import LAYOUT
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.hf_config import model_family
-from megatron_r1.weight_sync.plan.fp8_blocks import first_cut
+from megatron_r1.weight_sync.plan.bundles import LARGEST_BUNDLE, largest_bundle
+from megatron_r1.weight_sync.plan.engine_sets import (
+    NONE_SHARED,
+    RANKS_PER_NODE,
+    SET_ENGINES,
+    Entry,
+    engine_sets,
+    entries,
+    shared_in_order,
+)
+from megatron_r1.weight_sync.plan.planner import Planner
+from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, checkpoint_tensors
+from megatron_r1.weight_sync.plan.tensors import (
+    CountBytes,
+    HFTensor,
+    Region,
+    checkpoint_tensors,
+    first_cut,
+    fp8_bytes,
+    plain_bytes,
+)
 from megatron_r1.weights.decoder import table
+from megatron_r1.weights.layout import recipe_stages
 from megatron_r1.weights.rules import whole
 from megatron_r1.weights.stored.fp8 import BLOCK, is_quantized
 

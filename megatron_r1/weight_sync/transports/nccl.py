@@ -1,14 +1,17 @@
-"""Both ends over NCCL: the receive buffer is on the engine rank's GPU, and buckets are packed on the
-trainer rank's."""
+"""Both ends over NCCL: the receive buffer is on the engine rank's GPU, and buckets are packed on
+the trainer rank's."""
 
 import contextlib
 import threading
 from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
+
 from megatron_r1.weight_sync.transports.base import gpu_uuid
 from megatron_r1.weight_sync.transports.exchange import GlooReceiver
 from megatron_r1.weight_sync.transports.groups import wait_for
+from megatron_r1.weight_sync.transports.pair_sender import GlooSender
 
 
 class NcclReceiver(GlooReceiver):
@@ -74,3 +77,16 @@ class NcclReceiver(GlooReceiver):
         for _ in unpacking:
             pass
         wait_for(work, self.rendezvous, on_gpu=True)
+
+
+class NcclSender(GlooSender):
+    """A `GlooSender` between GPUs, packed in device memory.
+
+    Run on null GPUs only (tests/nullgpu)."""
+
+    backend, is_weighted = "nccl", True
+
+    def connect(self) -> None:
+        # The current device of this thread, which `run_all` has set: in NCCL's threads it is GPU 0.
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        super().connect()
