@@ -1,4 +1,4 @@
-"""Temporary files and shared memory of an engine, removed with it: vLLM leaves both behind."""
+"""Temporary files of an engine, removed with it: vLLM leaves them behind."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.processes.inspection import session_members
+from megatron_r1.processes.leftovers import SCRATCH_PREFIX
 
 
 class Scratch(tempfile.TemporaryDirectory):
@@ -16,7 +16,7 @@ class Scratch(tempfile.TemporaryDirectory):
 
     def __init__(self) -> None:
         # Short, as paths of sockets may have 107 bytes.
-        super().__init__(prefix="r1_", ignore_cleanup_errors=True)
+        super().__init__(prefix=SCRATCH_PREFIX, ignore_cleanup_errors=True)
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables that make these processes use the folder."""
@@ -42,15 +42,3 @@ def temporary_logs() -> Iterator[Path]:
     finally:
         if not failed:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def shared_files(session: int) -> list[Path]:
-    """Return the files in /dev/shm that processes of a session have mapped: queues between vLLM's
-    ranks, whose names are random and which stay when the ranks are killed."""
-    mapped: set[str] = set()
-    for pid in session_members(session):
-        # psutil's memory_maps reads smaps instead, which walks every page of the process.
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-            mapped.update(line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line)
-    return [path for name in sorted(mapped) if (path := Path(name)).exists()]

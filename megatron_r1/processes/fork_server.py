@@ -21,12 +21,14 @@ import socket
 import sys
 import tempfile
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import msgspec
 
 from megatron_r1.processes import lifetime, timeline
 from megatron_r1.processes.imports import without_garbage_collection
+from megatron_r1.processes.leftovers import remove_scratch, shared_files
 
 MAX_REQUEST_BYTES = 1 << 20
 SERVERS = "MEGATRON_R1_FORK_SERVERS"
@@ -54,12 +56,23 @@ class Reply(NamedTuple):
 class Child:
     """A process that was started, and the connection that asked for it."""
 
-    def __init__(self, pid: int, connection: socket.socket) -> None:
-        self.pid, self.connection = pid, connection
+    def __init__(self, pid: int, connection: socket.socket, temporary: str) -> None:
+        """temporary: its folder for temporary files."""
+        self.pid, self.connection, self._temporary = pid, connection, Path(temporary)
         self.end = os.pidfd_open(pid)
         """Becomes readable when the process ends."""
         self.is_wanted = True
         """Whether the connection is open."""
+
+    def kill(self) -> None:
+        """Kill its process group, and delete what that leaves in shared memory and in a temporary
+        folder of its own: the process that would do so may have been killed itself."""
+        shared = shared_files(self.pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        for path in shared:
+            path.unlink(missing_ok=True)
+        remove_scratch(self._temporary)
 
 
 class ForkServer:
@@ -71,17 +84,20 @@ class ForkServer:
         self._environment = dict(os.environ)
         """As it was when the imports began, which may change it."""
         self._may_differ = set(OWN_VARIABLES)
+        self._children: set[Child] = set()
         self._selector = selectors.DefaultSelector()
+        # Not by the channel alone, which another process may have inherited.
+        self._selector.register(os.pidfd_open(os.getppid()), selectors.EVENT_READ, self._end)
 
     def wait_for_request(self, read_late: Collection[str]) -> list[str]:
-        """Start processes until the channel or standard input is closed, which ends this process.
-        Returns the arguments, in each forked process."""
+        """Start processes until the channel or standard input is closed or the parent has ended,
+        which ends them and this process. Returns the arguments, in each forked process."""
         self._may_differ |= set(read_late)
         listens = bool(self._channel.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
         receive = self._accept if listens else self._receive
         self._selector.register(self._channel, selectors.EVENT_READ, receive)
         if listens:
-            self._selector.register(0, selectors.EVENT_READ, lambda: os._exit(0))
+            self._selector.register(0, selectors.EVENT_READ, self._end)
         while True:
             for key, _ in self._selector.select():
                 if isinstance(key.data, Child):
@@ -99,8 +115,14 @@ class ForkServer:
     def _receive(self) -> None:
         _, descriptors, _, _ = socket.recv_fds(self._channel, 1, 1, socket.MSG_CMSG_CLOEXEC)
         if not descriptors:
-            os._exit(0)  # and the processes started here with this one
+            self._end()
         self._selector.register(socket.socket(fileno=descriptors[0]), selectors.EVENT_READ)
+
+    def _end(self) -> NoReturn:
+        for child in self._children:
+            child.kill()
+        remove_scratch(Path(tempfile.gettempdir()))
+        os._exit(0)
 
     def _start(self, connection: socket.socket) -> list[str] | None:
         """Start the process that a connection asks for. Returns its arguments in that process."""
@@ -124,7 +146,8 @@ class ForkServer:
                 os.execve(sys.executable, command, asked.environment)
             return asked.arguments
         os.close(descriptors[0])
-        child = Child(pid, connection)
+        child = Child(pid, connection, asked.environment.get("TMPDIR", ""))
+        self._children.add(child)
         self._selector.register(child.end, selectors.EVENT_READ, child)
         self._selector.register(connection, selectors.EVENT_READ, child)
         _send(child, Reply(pid))
@@ -176,9 +199,9 @@ class ForkServer:
             self._selector.unregister(child.connection)
             child.connection.close()
             child.is_wanted = False
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+            child.kill()
         if child.end < 0 and not child.is_wanted:
+            self._children.remove(child)
             os.waitpid(child.pid, 0)
 
 
@@ -224,6 +247,7 @@ def main() -> None:
     with without_garbage_collection():
         module.preload()
     timeline.reached(f"fork server of {name}/imports made")
+    lifetime.die_with_parent(0)  # from now on `ForkServer` sees that end, and leaves nothing
     arguments = server.wait_for_request(module.READ_LATE)
     lifetime.end_without_parent()
     set_title(" ".join([sys.executable, "-m", name, *arguments]))

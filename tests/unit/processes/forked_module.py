@@ -6,6 +6,7 @@ import sys
 import tempfile
 import threading
 import time
+from multiprocessing.shared_memory import SharedMemory
 
 from megatron_r1.processes import lifetime
 
@@ -37,6 +38,9 @@ def main() -> None:
             lifetime.die_with_parent()
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print("pid", os.getpid(), flush=True)
+    if rest == ["memory"]:
+        memory = SharedMemory(create=True, size=4096)
+        print("shared", memory.name, flush=True)
     time.sleep(1e6)
 
 

@@ -85,6 +85,10 @@ def printed(log) -> list[int]:
     return [int(line.split()[1]) for line in log.read_text().splitlines() if line[:3] == "pid"]
 
 
+def shared_names(log) -> list[str]:
+    return [line.split()[1] for line in log.read_text().splitlines() if line[:6] == "shared"]
+
+
 def test_a_start_is_cancelled_while_the_server_imports(tmp_path):
     process = start(tmp_path / "log", "sleep")
     children.stop(process)
@@ -99,24 +103,32 @@ def test_a_folder_without_servers_means_new_interpreters(tmp_path, monkeypatch):
 
 
 CONTROLLER = f"""
-import sys, time
+import sys, tempfile, time
 from pathlib import Path
 from megatron_r1.processes import preloaded
-process = preloaded.start({MODULE!r}, ["child"], Path(sys.argv[1]), {EARLY!r})
+scratch = tempfile.mkdtemp(prefix="r1_")
+arguments = ["child", "memory"]
+environment = {EARLY!r} | {{"TMPDIR": scratch}}
+process = preloaded.start({MODULE!r}, arguments, Path(sys.argv[1]), environment)
 time.sleep(1e6)
 """
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_forked_process_ends_with_its_killed_controller(tmp_path, short_folder, shared):
+def test_a_forked_process_ends_with_its_killed_controller_and_leaves_nothing(
+    tmp_path, short_folder, shared
+):
     with preloaded.shared_server(MODULE, short_folder, EARLY) as server:
         servers = str(short_folder) if shared else ""
         own = {preloaded.SERVERS: servers, "TMPDIR": str(short_folder)}
         command = [sys.executable, "-c", CONTROLLER, str(tmp_path / "log")]
         controller = subprocess.Popen(command, env={**os.environ, **own})
         wait_until((tmp_path / "log").exists)
-        wait_until(lambda: len(printed(tmp_path / "log")) == 2)
+        wait_until(lambda: len(shared_names(tmp_path / "log")) == 2)
         controller.kill()
         controller.wait()
         wait_until(lambda: not any(map(is_alive, printed(tmp_path / "log"))))
+        wait_until(lambda: not list(short_folder.glob("r1_*")))
+        names = shared_names(tmp_path / "log")
+        wait_until(lambda: not any(Path("/dev/shm", name).exists() for name in names))
         assert server.poll() is None, "the shared server goes on"

@@ -1,4 +1,4 @@
-"""Shared memory that an engine's processes leave behind, found by their mappings."""
+"""Shared memory that processes leave behind, found by their mappings."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from multiprocessing.shared_memory import SharedMemory
 
-from megatron_r1.engine.temporary_files import shared_files
+from megatron_r1.processes.leftovers import shared_files
 
 HOLDER = """
 import subprocess, sys, time
