@@ -43,10 +43,6 @@ class EngineLinks:
         """The bytes of a whole push out of all trainer ranks."""
         return sum(engine_set.num_bytes for engine_set in self.sets)
 
-    def set_of(self, engine: Engine) -> EngineSet:
-        (found,) = [engine_set for engine_set in self.sets if engine in engine_set.engines]
-        return found
-
     def engines_to_regroup(self, engines: Sequence[Engine]) -> list[Engine]:
         """Return the engines that are to be divided into new sets: where an engine has joined, a
         set has lost one or sets became smaller (`MAX_UNEXPLAINED`), all engines that are not in
