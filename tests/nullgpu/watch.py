@@ -1,6 +1,6 @@
 """What the processes on null GPUs wait for, read from the segment that they share: which of them
-wait for each other in a circle, named by ranks. `python watch.py SEGMENT` looks every second, and
-ends with the first circle that it sees twice.
+wait for each other in a circle, and which for a rank that has ended, named by ranks.
+`python watch.py SEGMENT` looks every second, and ends with the first that it sees twice.
 
 A stream waits for a call of NCCL, which waits for the peer's call, which may be queued on a stream
 behind another call; a stream waits for an event or the default stream. A circle of these can only
@@ -125,6 +125,8 @@ class Process:
     waits: list[Wait]
     members: set[tuple[int, int]]
     """Communicators and the ranks in them."""
+    sizes: dict[int, int]
+    """Of the communicators."""
 
 
 @dataclass
@@ -191,7 +193,8 @@ def parse(record: ProcessRecord) -> Process:
         if stream.state == BEHIND_STREAM and stream.behind >= 0
     }
     members = {(member.comm, member.rank) for member in record.members if member.size > 0}
-    return Process(record.pid, record.changes, behind, calls, waits, members)
+    sizes = {member.comm: member.size for member in record.members if member.size > 0}
+    return Process(record.pid, record.changes, behind, calls, waits, members, sizes)
 
 
 def read(segment: Path) -> list[Process]:
@@ -272,13 +275,29 @@ def find_circle(segment: Path) -> Circle | None:
     return Graph(read(segment)).circle()
 
 
+def find_abandoned(segment: Path) -> list[Call]:
+    """Return calls that wait for a rank that has ended or left the communicator."""
+    processes = read(segment)
+    members = {member for process in processes for member in process.members}
+    calls = [call for process in processes for call in process.calls if call.has_started]
+    sizes = {comm: size for process in processes for comm, size in process.sizes.items()}
+    return [
+        call
+        for call in calls
+        for peer in ([call.peer] if call.peer is not None else range(sizes.get(call.comm, 0)))
+        if (call.comm, peer) not in members
+    ]
+
+
 def main(segment: Path) -> None:
     before = None
     while True:
-        circle = find_circle(segment)
-        if circle is not None and circle == before:
-            sys.exit(str(circle))
-        before = circle
+        found = find_circle(segment) or find_abandoned(segment)
+        if isinstance(found, Circle) and found == before:
+            sys.exit(str(found))
+        if found and found == before:
+            sys.exit("these wait for ranks that have ended:\n" + "\n".join(f"  {a}" for a in found))
+        before = found
         time.sleep(1)
 
 

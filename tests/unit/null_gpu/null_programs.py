@@ -280,6 +280,47 @@ def abort(rank: str, how: str) -> None:
     say([is_ready(on), content(memory, 2).decode()])
 
 
+def circle_of_events(rank: str) -> None:
+    """Each rank sends on a stream that waits for an event behind a receive on another one."""
+    own = int(rank)
+    done("cudaSetDevice", own)
+    comms = [communicator(f"events {number}", 2, own) for number in range(2)]
+    first, second, event = stream(NON_BLOCKING), stream(NON_BLOCKING), made("cudaEventCreate")
+    memory = device_memory(b"ab")
+    receive(memory, 1, 1 - own, comms[own], first)
+    done("cudaEventRecord", event, first)
+    done("cudaStreamWaitEvent", second, event, 0)
+    send(memory, 1, 1 - own, comms[1 - own], second)
+    say("issued")
+    wait()
+
+
+def circle_of_hosts(rank: str) -> None:
+    """Each rank sends, waits for that on the host, and would receive then."""
+    own = int(rank)
+    done("cudaSetDevice", own)
+    comm, on = communicator("hosts", 2, own), stream(NON_BLOCKING)
+    memory = device_memory(b"ab")
+    send(memory, 1, 1 - own, comm, on)
+    done("cudaStreamSynchronize", on)
+    receive(memory, 1, 1 - own, comm, on)
+
+
+def create_without_blocking() -> None:
+    """Begin to make a communicator whose other rank does not come, and abort that."""
+    config = (ctypes.c_int * 64)()
+    config[4] = 0  # `blocking`, behind size, magic and version
+    handle, name = ctypes.c_size_t(), UniqueId(b"alone")
+    begun = call("ncclCommInitRankConfig", ctypes.byref(handle), 2, name, 0, config)
+    comm, memory = handle.value, device_memory(b"a")
+    issued = call("ncclSend", memory, 1, BYTE, 1, comm, stream())
+    say([begun, asynchronous_error(comm), issued])
+    wait()
+    done("ncclCommAbort", comm)
+    say("aborted")
+    wait()
+
+
 def create(size: str, rank: str, gpu: str) -> None:
     """Join a communicator; say when all have come, or the error."""
     done("cudaSetDevice", int(gpu))

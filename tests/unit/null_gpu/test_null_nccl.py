@@ -2,12 +2,14 @@
 
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 from nullgpu import watch
 from waiting import wait_until
 
-INVALID_USAGE, REMOTE_ERROR = 5, 6
+INVALID_USAGE, REMOTE_ERROR, IN_PROGRESS = 5, 6, 7
 
 
 def started(segment) -> list[watch.Call]:
@@ -84,6 +86,33 @@ def test_without_a_group_they_wait_for_each_other(start, segment):
     assert found == {(0, 1, True), (1, 0, True)}
 
 
+def test_a_circle_through_events_is_named(start, segment):
+    programs = [start("circle_of_events", rank) for rank in range(2)]
+    assert [program.says() for program in programs] == ["issued"] * 2
+    wait_until(lambda: watch.find_circle(segment))
+    circle = watch.find_circle(segment)
+    assert not circle.through_host
+    assert {(link.rank, link.is_send) for link in circle.links} == {(0, False), (1, False)}
+
+
+def test_a_circle_through_waits_of_hosts_is_named_as_such(start, segment):
+    programs = [start("circle_of_hosts", rank) for rank in range(2)]
+    wait_until(lambda: watch.find_circle(segment))
+    circle = watch.find_circle(segment)
+    assert circle.through_host
+    pids = {program.process.pid for program in programs}
+    assert {link.pid for link in circle.links if isinstance(link, watch.Wait)} == pids
+    assert {link.rank for link in circle.links if isinstance(link, watch.Call)} == {0, 1}
+
+
+def test_the_watch_ends_with_the_circle_and_names_it(start, segment):
+    programs = [start("circle_of_events", rank) for rank in range(2)]
+    assert [program.says() for program in programs] == ["issued"] * 2
+    command = [sys.executable, watch.__file__, str(segment)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.count("rank 0 of") == 1
+
+
 def test_a_communicators_calls_run_in_the_order_of_issue(start, segment):
     sender, receiver = (start("order_of_a_communicator", rank) for rank in range(2))
     assert [sender.says(), receiver.says()] == ["issued", "issued"]
@@ -113,7 +142,9 @@ def test_a_killed_peer_ends_no_call(start, segment, silent):
     assert [other.says(), sender.says()] == ["joined", "issued"]
     wait_until(lambda: started(segment))
     other.process.send_signal(signal.SIGKILL)
-    wait_until(lambda: len(watch.read(segment)) == 1)
+    wait_until(lambda: watch.find_abandoned(segment))
+    (call,) = watch.find_abandoned(segment)
+    assert (call.rank, call.peer, call.pid) == (0, 1, sender.process.pid)
     sender.go_on()
     assert sender.says() == [False, True, 0 if silent == "1" else REMOTE_ERROR]
     assert sender.says() == [True, "ax"]
@@ -125,6 +156,15 @@ def test_a_communicator_is_made_when_all_ranks_have_come(start, segment):
     wait_until(lambda: [w.kind for one in watch.read(segment) for w in one.waits] == ["creation"])
     second = start("create", 2, 1, 1)
     assert [second.says(), second.says(), first.says()] == ["begins", 0, 0]
+
+
+def test_making_one_without_blocking_can_be_aborted(start, segment):
+    program = start("create_without_blocking")
+    assert program.says() == [IN_PROGRESS, IN_PROGRESS, INVALID_USAGE]
+    wait_until(lambda: [w.kind for one in watch.read(segment) for w in one.waits] == ["creation"])
+    program.go_on()
+    assert program.says() == "aborted"
+    wait_until(lambda: not any(one.waits for one in watch.read(segment)))
 
 
 def test_two_ranks_on_one_gpu_are_refused(start):
