@@ -1,18 +1,19 @@
 """The simulation of pushes against cases that are solved by hand."""
 
-import numpy as np
 import pytest
-from refusals import raised
 
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.engine_sets import Entry
-from megatron_r1.weight_sync.plan.tensors import plain_bytes
-from megatron_r1.weights.layout import stage_shards
+from megatron_r1.weight_sync.plan.order_check import (
+    Call,
+    Step,
+    operations_of_rounds,
+    operations_of_steps,
+)
+from megatron_r1.weight_sync.plan.rounds import Link, PushOrder
 from tests.unit.weight_sync.push_models import DEEPSEEK_MTP
 from tools.bench.push.assumptions import PushAssumptions
-from tools.bench.push.designs import Cluster, entry_tasks
-from tools.bench.push.fluid import Tasks
-from tools.bench.push.scale import ScaleCase, _rows, beyond
+from tools.bench.push.scale import ScaleCase, beyond, simulated, transfer_seconds, without_order
+from tools.bench.push.stream_queues import StreamQueues
 
 EXACT = {"nic": 1.0, "nic_efficiency": 1.0, "nvlink": 10.0, "nvlink_efficiency": 1.0}
 FREE = PushAssumptions(
@@ -20,117 +21,99 @@ FREE = PushAssumptions(
 )
 
 
-def through(*resources):
-    return [(np.array(of_task), 1.0) for of_task in resources]
-
-
-def test_two_flows_share_a_link_and_the_last_has_it_alone():
-    tasks = Tasks()
-    tasks.add([0, 1], [1.0, 2.0], through([0, 1], [2, 2]))
-    np.testing.assert_allclose(tasks.finish_times(np.ones(3)), [2, 3])
-
-
-def test_rates_are_max_min_fair():
-    """Three flows: two share link 0 (capacity 1), of which one shares link 1 (capacity 3) with the
-    third, which so gets 3 - 0.5."""
-    tasks = Tasks()
-    tasks.add([0, 1, 2], [1.0, 1.0, 5.0], through([0, 0, -1], [-1, 1, 1]))
-    np.testing.assert_allclose(tasks.finish_times(np.array([1.0, 3.0])), [2, 2, 2])
-
-
-def test_a_lane_is_a_queue_and_latency_is_waited_for_each_time():
-    tasks = Tasks()
-    first = tasks.add([0, 0], [1.0, 1.0], through([0, 0]), latency=0.5)
-    last = tasks.add([1], [1.0], through([1]))
-    tasks.wait(last, first[1:])
-    np.testing.assert_allclose(tasks.finish_times(np.ones(2)), [1.5, 3, 4])
-
-
-def test_weights_are_bytes_through_a_resource_per_byte_of_the_task():
-    tasks = Tasks()
-    tasks.add([0], [4.0], [(np.array([0]), 0.5), (np.array([1]), 0.25)])
-    np.testing.assert_allclose(tasks.finish_times(np.ones(2)), [2])
-
-
-def test_tasks_that_wait_for_each_other_are_an_error():
-    tasks = Tasks()
-    both = tasks.add([0, 1], [1.0, 1.0], through([0, 1]))
-    tasks.wait(both, both[::-1])
-    with raised(ValueError, 2):
-        tasks.finish_times(np.ones(2))
-
-
-def test_events_in_batches_end_near_the_exact_time():
-    tasks, rng = Tasks(), np.random.default_rng(0)
-    for _ in range(10):
-        target = 100 + rng.integers(0, 50, 100)
-        tasks.add(np.arange(100), rng.uniform(0.5, 1.5, 100), through(np.arange(100), target), 0.01)
-    exact = tasks.finish_times(np.ones(150)).max()
-    assert tasks.finish_times(np.ones(150), batch=0.05).max() == pytest.approx(exact, rel=0.05)
-
-
-class SizedEntry(Entry):
-    """An entry of given bytes."""
-
-    num_bytes = 1.0
+def seconds_of(order: PushOrder, rates: PushAssumptions = FREE) -> float:
+    operations = operations_of_rounds(order)
+    ended = StreamQueues(operations, transfer_seconds(order, operations, rates)).run()
+    assert ended.num_stuck == 0
+    return ended.seconds
 
 
 @pytest.mark.parametrize("engines", [2, 4])
-def test_what_enters_is_passed_on_by_a_ring(engines):
-    """Each of E engines of one rank receives 1 byte at 1 B/s, then E - 1 bytes from its neighbor:
-    E seconds, as if the trainer had sent everything to every engine."""
-    position = [SizedEntry(rank, rank, 0, (), 0.0) for rank in range(engines)]
-    cluster = Cluster(engines, engines, colocated=False, rates=FREE)
-    tasks = entry_tasks(cluster, [(range(engines), [position])], 1)
-    np.testing.assert_allclose(tasks.finish_times(cluster.capacity), [1.0] * engines + [engines])
+def test_what_enters_is_passed_on_in_as_many_rounds_as_there_are_others(engines):
+    """Each of E engines of one rank receives 6 bytes at 1 B/s, then passes them on E - 1 times: 6 E
+    seconds, as if the trainer had sent everything to every engine."""
+    links = [Link(rank, engines + rank, 6) for rank in range(engines)]
+    positions = [range(engines, 2 * engines)]
+    assert seconds_of(PushOrder(links, positions, 3, 2)) == pytest.approx(6 * engines)
 
 
-class ThreeBytes(Entry):
-    num_bytes = 3.0
+def test_a_process_sends_one_bucket_at_a_time():
+    assert seconds_of(PushOrder([Link(0, 1, 4), Link(0, 2, 4)], entry_bytes=2)) == 8
 
 
-def test_shares_are_padded_to_the_largest():
-    """One engine receives 1 byte at 1 B/s, the other 3; then each sends the other 3 bytes."""
-    position = [SizedEntry(0, 0, 0, (), 0.0), ThreeBytes(1, 1, 0, (), 0.0)]
-    cluster = Cluster(2, 2, colocated=False, rates=FREE)
-    ends = entry_tasks(cluster, [(range(2), [position])], 1).finish_times(cluster.capacity)
-    np.testing.assert_allclose(ends, [1, 3, 6])
+def test_a_process_sends_and_receives_at_once():
+    assert seconds_of(PushOrder([Link(0, 1, 4), Link(1, 0, 4)], entry_bytes=2)) == 4
 
 
-def test_a_sender_of_two_engine_ranks_halves_its_rate():
-    plan = [[SizedEntry(0, 0, 0, (), 0.0)], [SizedEntry(0, 0, 1, (), 0.0)]]
-    cluster = Cluster(1, 2, colocated=False, rates=FREE)
-    ends = entry_tasks(cluster, [(range(1), plan)], 2).finish_times(cluster.capacity)
-    np.testing.assert_allclose(ends, [2, 2])
+def test_within_a_node_bytes_pass_nvlink_and_each_message_has_its_latency():
+    rates = PushAssumptions(**EXACT, device_pack=100.0, message_seconds=0.5, gpus_per_node=2)
+    for receiver, seconds in ((1, 2 * (0.5 + 0.1)), (2, 2 * (0.5 + 1.0))):
+        order = PushOrder([Link(0, receiver, 2)], entry_bytes=1)
+        assert seconds_of(order, rates) == pytest.approx(seconds)
 
 
-def test_within_a_node_bytes_pass_nvlink_and_within_a_gpu_only_its_memory():
-    rates = PushAssumptions(**EXACT, device_pack=100.0, message_seconds=0, gpus_per_node=2)
-    cluster = Cluster(4, 4, colocated=True, rates=rates)
-    for receiver, seconds in ((0, 0.01), (1, 0.1), (2, 1.0)):
-        tasks = Tasks()
-        tasks.add([0], [1.0], cluster.route(np.array([0]), np.array([receiver])))
-        assert tasks.finish_times(cluster.capacity) == pytest.approx([seconds])
+def posts_first(sends: bool) -> list[Step]:
+    """Return the steps of a process that posts two buckets of its peer, and then waits for both."""
+    calls = [Call(sends, int(sends), bucket) for bucket in (0, 1)]
+    return [Step(starts=calls), Step(waits=calls)]
 
 
-def test_engines_served_one_after_another_are_named():
-    """All ranks send to the first engine, whose adapters are the limit while the others wait; in
-    sets all engines receive at once."""
+@pytest.mark.parametrize(("buffered", "stuck"), [(0, 2), (1, 2), (2, 1)])
+def test_a_send_ends_without_its_receive_if_it_is_buffered(buffered, stuck):
+    """Process 0 sends two buckets to process 1, which waits for a third process before that."""
+    steps = {
+        0: posts_first(True),
+        1: [
+            Step(starts=[Call(False, 2, 2)], waits=[Call(False, 2, 2)]),
+            Step(starts=[Call(False, 0, 0), Call(False, 0, 1)]),
+        ],
+    }
+    queues = StreamQueues(operations_of_steps(steps))
+    assert [queues.run(seed, buffered).num_stuck for seed in range(5)] == [stuck] * 5
+
+
+def test_an_order_whose_streams_wait_for_each_other_sticks_unless_buffered():
+    """Two processes that send before they receive."""
+    steps = {
+        process: [
+            Step(starts=[call], waits=[call])
+            for call in (Call(True, 1 - process, process), Call(False, 1 - process, 1 - process))
+        ]
+        for process in (0, 1)
+    }
+    queues = StreamQueues(operations_of_steps(steps))
+    assert queues.run().num_stuck == 2 and queues.run(buffered=1).num_stuck == 0
+
+
+def small_case(**changes) -> ScaleCase:
     grid, engines = TrainerGrid(16, pipeline=2, expert=4), EngineLayout(8, tensor=2)
-    stages = stage_shards(DEEPSEEK_MTP, 2)
-    cluster = Cluster(16, 16, colocated=False, rates=FREE)
-    case = ScaleCase(
-        "small", DEEPSEEK_MTP, stages, Planner(DEEPSEEK_MTP, grid, engines, stages), cluster
-    )
-    found = {row["design"]: beyond(row) for row in _rows(case, "bf16", plain_bytes("bfloat16"))}
-    in_turn, _ = found["each engine in turn"]
-    assert in_turn == "3.72 x the floor, at most 1.2 wanted"
-    assert found["enters one engine, exchanged"] == []
+    planner = Planner(DEEPSEEK_MTP, grid, engines)
+    return ScaleCase("small", planner, **{"colocated": False, **changes})
 
 
-def test_links_and_set_up_beyond_their_aims_are_named():
-    row = {"over the floor": 1.19, "links into a rank": 5}
-    assert beyond({**row, "links out of a rank": 976, "setup seconds": 2133.4}) == [
-        "976 links out of a trainer rank, at most 32 wanted",
-        "2.13e+03 s of set-up, at most 10 wanted",
-    ]
+@pytest.mark.parametrize("colocated", [True, False])
+@pytest.mark.parametrize("form", ["bf16", "FP8"])
+def test_rounds_are_simulated_within_all_aims(colocated, form):
+    row = simulated(small_case(colocated=colocated, form=form), FREE)
+    assert row["circle"] is None and row["processes that stick"] == 0
+    assert row["processes"] == (16 if colocated else 32)
+    assert 0 <= row["rounds of entry"] - row["floor of rounds"] <= 1
+    assert row["seconds of entry"] < row["seconds"]
+
+
+def test_a_push_without_a_common_order_is_named():
+    """Each trainer rank has a link to several engine ranks, whose threads enqueue as they come."""
+    found = without_order(small_case())
+    (stuck,) = (value for key, value in found.items() if key.startswith("processes that stick"))
+    assert len(stuck) == 5 and stuck[0] > 0
+    assert found["circle"]
+
+
+def test_figures_beyond_their_aims_are_named():
+    row = {"over the floor": 1.19, "links into a rank": 5, "processes that stick": 0}
+    assert beyond({**row, "links out of a rank": 32}) == []
+    worse = {"links out of a rank": 976, "processes that stick": 4096, "over the floor": 6.07}
+    named = beyond({**row, **worse})
+    assert [any(number in text for text in named) for number in ("976", "4096", "6.07")] == [
+        True
+    ] * 3

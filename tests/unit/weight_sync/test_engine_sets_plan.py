@@ -15,7 +15,6 @@ from megatron_r1.weight_sync.plan.tensors import fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import stage_shards
 from tests.unit.weight_sync.plan_worlds import DEEPSEEK_V3, WORLDS, held
 from tests.unit.weight_sync.push_models import DEEPSEEK_MTP
-from tools.bench.push.direct_links import direct_links
 
 BYTES = plain_bytes("bfloat16")
 
@@ -131,7 +130,10 @@ def test_the_recipe_for_2048_ranks_needs_few_links_and_sends_evenly(count, most)
     assert max(out.values()) <= 16 and max(into.values()) <= 10
     assert len(into) == 2048 and len(sent) == 2048
     assert max(sent.values()) <= most * sum(sent.values()) / 2048
-    needed = direct_links(planner, count).received
     shares = [16 * entered[engine, p] / received[p] for engine in range(16) for p in range(128)]
     assert min(shares) > 0.99 and max(shares) < 1.002
-    assert [received[p] for p in range(128)] == pytest.approx(needed[:128])
+    for position in range(128):
+        needed = planner.needs.needed(layout.coordinate(position))
+        num_bytes = sum(count(item.name, item.rule.dtype, region) for item, region in needed)
+        # FP8 scales of rows that are cut count anew in each cut.
+        assert received[position] == pytest.approx(num_bytes)

@@ -1,9 +1,9 @@
 """The weight push, on this machine and at the real size.
 
-Here: from a trainer to an engine, compared with memory copies and with export and reload. At the
-real size: the bytes that the plan moves, and the seconds that planning takes. With --simulate:
-designs of a push to 16 x 128 and 64 x 16 GPUs, by events. With --control-path: 256 processes that
-meet, push to each other, and die in the middle. With --gloo: rates of gloo on this machine."""
+From a trainer to an engine here, compared with memory copies and with export and reload. With
+--simulate: the order of pushes over NCCL at their real size, executed by a model of stream queues.
+With --control-path: 256 processes that meet, push to each other, and die in the middle. With
+--gloo: rates of gloo on this machine."""
 
 import argparse
 import asyncio
@@ -14,7 +14,6 @@ from typing import Any
 from tools.bench.push.control import control_path
 from tools.bench.push.gloo import rates
 from tools.bench.push.here import measure, model
-from tools.bench.push.real_size import plan_of_671b
 from tools.bench.push.scale import simulate
 
 ENGINES = {
@@ -37,7 +36,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Return the plan at 671B and the measurements on this machine, or what an option selects."""
+    """Return the measurements on this machine, or what an option selects."""
     if chosen.simulate:
         return simulate()
     if chosen.control_path:
@@ -46,11 +45,6 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         found = {"two": rates(2), "four": rates(4)}
         _print_values({f"{n}: {k}": v for n, of in found.items() for k, v in of.items()})
         return found
-    plan = plan_of_671b()
-    print("671B, 2,048 training ranks (TP1 PP16 EP64) to 64 engines x 16 GPUs")
-    for name, figures in plan.items():
-        print(f"  {name}")
-        _print_values(figures)
     here = {}
     for name in chosen.engines:
         dtype, plain_matrices = ENGINES[name]
@@ -61,7 +55,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         rounds = f"{chosen.repeats} pushes and {chosen.reloads} reloads, without the first"
         print(f"here, {name}: medians of {rounds}", flush=True)
         _print_values(here[name])
-    return {"real_size": plan, "here": here}
+    return {"here": here}
 
 
 def _print_values(found: dict[str, Any]) -> None:

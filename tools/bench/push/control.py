@@ -31,8 +31,7 @@ from megatron_r1.weight_sync.sender import WeightSender
 from megatron_r1.weight_sync.table import slot_view
 from megatron_r1.weight_sync.transports import buckets, exchange, pair_sender
 from megatron_r1.weights import hf_tensors
-from tools.bench.push.real_size import slot_table
-from tools.bench.push.small_model import SHAPE, held_by
+from tools.bench.push.small_model import SHAPE, held_by, slot_table
 
 HF = SHAPE | {"num_hidden_layers": 8, "n_routed_experts": 32}
 GRID = TrainerGrid(128, tensor=2, pipeline=4, expert=8)

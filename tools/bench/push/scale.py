@@ -1,7 +1,7 @@
-"""A push of DeepSeek-V3 from 2,048 trainer ranks, simulated: every rank sends to every engine, or
-every slice enters one engine and the engines exchange them.
+"""A push over NCCL at its real size: its planned order of rounds (`weight_sync/plan/rounds.py`) is
+checked, and executed by a model of stream queues, which also gives its time.
 
-Both come from the project's own plans (`weight_sync/plan`), byte by byte."""
+A process sends to one other and receives from one at any time, so that links are never shared."""
 
 from __future__ import annotations
 
@@ -15,66 +15,72 @@ import numpy as np
 from megatron_r1.config import load
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.engine_sets import engine_sets
+from megatron_r1.weight_sync.plan.engine_sets import SET_ENGINES
+from megatron_r1.weight_sync.plan.order_check import (
+    find_fault,
+    operations_of_rounds,
+    operations_of_steps,
+)
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.recipe import engine_layout, planned_entries
-from megatron_r1.weight_sync.plan.tensors import CountBytes, fp8_bytes, plain_bytes
-from megatron_r1.weights.layout import Shard, recipe_stages
+from megatron_r1.weight_sync.plan.recipe import engine_layout
+from megatron_r1.weight_sync.plan.rounds import PushOrder, planned_order
+from megatron_r1.weight_sync.plan.tensors import fp8_bytes, plain_bytes
+from megatron_r1.weight_sync.transports import PASSED_BYTES
+from megatron_r1.weights.layout import recipe_stages, stage_shards
 from tools.bench.children import ROOT
-from tools.bench.push import real_size
 from tools.bench.push.assumptions import PushAssumptions, as_table
-from tools.bench.push.designs import Cluster, direct_tasks, entered_ranks, entry_tasks
-from tools.bench.push.direct_links import direct_links
-from tools.plan.push_sets import PAIR_REQUESTS, set_links
+from tools.bench.push.stream_queues import StreamQueues, link_threads
 
-RECIPE = ROOT / "examples/deepseek_r1/r1_zero.yaml"
-FORMS: dict[str, CountBytes] = {"bf16": plain_bytes("bfloat16"), "FP8": fp8_bytes}
-DIRECT_BATCH, ENTRY_BATCH = 0.3, 0.005
-"""The share of running tasks that end between two computations of rates. 0.1 and 0.002 change the
-makespans by less than 6% and 0.1%; with 0.02 an all-gather was slowed by what had entered already,
-by up to 5%."""
+FORMS = {"bf16": plain_bytes("bfloat16"), "FP8": fp8_bytes}
+LARGEST_BUFFER = 4
+"""Sends that NCCL may buffer of a pair: the model tries 0 to this."""
 MOST = {
     "over the floor": (1.2, "{:.3g} x the floor"),
+    "processes that stick": (0, "{} processes stick"),
     "links out of a rank": (32, "{} links out of a trainer rank"),
     "links into a rank": (32, "{} links into an engine rank"),
-    "setup seconds": (10.0, "{:.3g} s of set-up"),
 }
 """The aims of a push at this size: the most of each figure, and its name in a sentence."""
 
 
 @dataclass(frozen=True)
 class ScaleCase:
-    name: str
-    hf: dict
-    stages: list[list[Shard]]
-    planner: Planner
-    cluster: Cluster
-    drafts: bool = False
+    """A push from the ranks of `planner` to its engines. colocated: on the trainer ranks' GPUs.
+    seeds: runs of the model."""
 
-    @property
-    def engines(self) -> EngineLayout:
-        return self.planner.engines
+    name: str
+    planner: Planner
+    colocated: bool
+    form: str = "bf16"
+    seeds: int = 5
 
 
 def simulate() -> dict[str, Any]:
-    """Return, and print, the simulated pushes of all cases, weights and designs."""
+    """Return, and print, what the checker and the model say to all cases."""
     start = time.process_time()
-    found: dict[str, Any] = {"assumptions": as_table(PushAssumptions()), "cases": {}}
+    rows = []
     for case in _cases():
-        rows = [row for form, count in FORMS.items() for row in _rows(case, form, count)]
-        found["cases"][case.name] = rows
-        print(case.name)
-        for row in rows:
-            print(
-                f"  {row['weights']:5} {row['design']:45} {row['seconds']:7.3f} s, "
-                f"{row['over the floor']:6.2f} x floor {row['floor']:.3f} s; links "
-                f"{row['links out of a rank']}/{row['links into a rank']}, groups "
-                f"{row['groups of a rank']}, {row['store requests']:,.0f} requests, set up in "
-                f"{row['setup seconds']:.1f} s",
-                flush=True,
-            )
-            print("".join(f"        {sentence}\n" for sentence in beyond(row)), end="", flush=True)
-    return {**found, "seconds of one core": time.process_time() - start}
+        row = simulated(case, PushAssumptions())
+        rows.append(row)
+        print(
+            f"{row['case']}, {row['weights']}: {row['processes']:,} processes, "
+            f"{row['buckets that enter']:,} buckets enter in {row['rounds of entry']} rounds "
+            f"(floor {row['floor of rounds']}) and are passed on in {row['rounds of passing on']}; "
+            f"{row['seconds']:.3f} s, {row['over the floor']:.3f} x floor {row['floor']:.3f} s; "
+            f"{row['circle'] or 'no circle'}, {row['processes that stick']} stick in "
+            f"{row['runs']} runs",
+            flush=True,
+        )
+        print("".join(f"    {sentence}\n" for sentence in beyond(row)), end="", flush=True)
+    flagship = ScaleCase("", _planner("examples/deepseek_r1/r1_zero.yaml"), colocated=False)
+    planted = without_order(flagship)
+    print("r1_zero in pools, a thread for each link instead of rounds:", planted)
+    return {
+        "assumptions": as_table(PushAssumptions()),
+        "cases": rows,
+        "a thread for each link": planted,
+        "seconds of one core": time.process_time() - start,
+    }
 
 
 def beyond(row: dict[str, Any]) -> list[str]:
@@ -86,110 +92,121 @@ def beyond(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _cases() -> Iterator[ScaleCase]:
-    config = load(RECIPE)
-    hf = read_hf_config(config.model.path)
-    grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
-    engines = engine_layout(config)
-    stages = recipe_stages(config, hf)
-    drafts = config.rollout.drafts_by_mtp
-    needs = PredictedLayout(hf, engines, drafts=drafts)
-    planner = Planner(hf, grid, engines, stages, needs)
-    cluster = Cluster(grid.world, engines.num_ranks, config.rollout.colocated)
-    name = "the recipe's 16 engines x 128 GPUs, colocated"
-    yield ScaleCase(name, hf, stages, planner, cluster, drafts)
-    stages = real_size.stages(hf)
-    planner = Planner(hf, real_size.GRID, real_size.ENGINES, stages)
-    cluster = Cluster(real_size.GRID.world, real_size.ENGINES.num_ranks, colocated=False)
-    yield ScaleCase("64 engines x 16 GPUs, of their own", hf, stages, planner, cluster)
-
-
-def _rows(case: ScaleCase, form: str, count: CountBytes) -> Iterator[dict[str, Any]]:
-    cluster, rates = case.cluster, case.cluster.rates
-    direct = direct_links(case.planner, count)
-    floor = direct.received.max() / rates.nic
-
-    def row(
-        design: str, seconds: float, links: np.ndarray, exchange: int, requests: float, setup: float
-    ) -> dict:
-        out, into = (np.bincount(side).max() for side in links.T)
-        return {
-            "weights": form,
-            "design": design,
-            "seconds": seconds,
-            "floor": floor,
-            "over the floor": seconds / floor,
-            "links out of a rank": int(out),
-            "links into a rank": int(into),
-            "groups of a rank": int(max(out, into + bool(exchange))),
-            "groups": len(links) + exchange,
-            "store requests": requests,
-            "setup seconds": setup,
-        }
-
-    if form == "bf16":  # the bytes of FP8 are half of it, and everything else is the same
-        pairs = np.stack([direct.sender, direct.receiver], axis=1)
-        requests, setup = _direct_setup(case, pairs)
-        for design, rotated, capacity in (
-            ("each engine in turn, packed on the host", False, cluster.with_host_packing()),
-            ("each engine in turn", False, cluster.capacity),
-            ("each engine in turn, each rank in another order", True, cluster.capacity),
-        ):
-            tasks = direct_tasks(cluster, case.planner, direct, rotated)
-            ends = tasks.finish_times(capacity, DIRECT_BATCH)
-            yield row(design, ends.max(), pairs, 0, requests, setup)
+def simulated(case: ScaleCase, rates: PushAssumptions) -> dict[str, Any]:
+    """Return the figures of a case."""
     began = time.process_time()
-    sets = engine_sets(case.engines.engines)
-    entered = planned_entries(case.planner, count, sets, shares_gpus=cluster.colocated)
-    plans = list(zip(sets, entered, strict=True))
+    order = _order(case)
     planning = time.process_time() - began
-    per_engine = case.engines.ranks_per_engine
-    pairs = np.array([(entry.sender, rank) for entry, rank in entered_ranks(plans, per_engine)])
-    ends = entry_tasks(cluster, plans, per_engine).finish_times(cluster.capacity, ENTRY_BATCH)
-    exchange = len(sets) * per_engine
-    links = set_links(
-        *(case.hf, case.planner.grid, case.engines, case.stages, count, len(sets[0])),
-        drafts=case.drafts,
-        shares_gpus=cluster.colocated,
-    )
-    requests, size = links.requests(case.engines, case.planner.grid.world), _table_bytes(case)
-    setup = _setup_seconds(rates, requests, size, size, [2, len(sets[0])], planning)
-    yield row("enters one engine, exchanged", ends.max(), pairs, exchange, requests, setup)
+    operations = operations_of_rounds(order)
+    seconds = transfer_seconds(order, operations, rates)
+    enters = operations["bucket"] < order.num_entering  # first in every stream
+    entry = StreamQueues(operations[enters], seconds[enters]).run()
+    queues = StreamQueues(operations, seconds)
+    runs = [queues.run(seed, seed % (LARGEST_BUFFER + 1)) for seed in range(case.seeds)]
+    refusal = find_fault(operations, order)
+    needed = max(int(order.entered[members].sum()) for members in map(list, order.positions))
+    floor = needed / rates.nic
+    sides = np.array(order.links)[:, :2].T
+    return {
+        "case": case.name,
+        "weights": case.form,
+        "processes": order.num_processes,
+        "links": len(order.links),
+        "buckets that enter": order.num_entering,
+        "rounds of entry": order.num_entry_rounds,
+        "floor of rounds": order.entry_floor,
+        "rounds of passing on": order.num_passing_rounds,
+        "seconds": runs[0].seconds,
+        "seconds of entry": entry.seconds,
+        "seconds of passing on by all-gathers": _gather_seconds(order, rates),
+        "floor": floor,
+        "over the floor": runs[0].seconds / floor,
+        "links out of a rank": int(np.bincount(sides[0]).max()),
+        "links into a rank": int(np.bincount(sides[1]).max()),
+        "peers of a process": _most_peers(operations),
+        "circle": refusal and str(refusal),
+        "runs": len(runs),
+        "processes that stick": sum(run.num_stuck for run in runs),
+        "CPU seconds of planning": planning,
+    }
 
 
-def _direct_setup(case: ScaleCase, pairs: np.ndarray) -> tuple[float, float]:
-    """Return the requests to the store, and the seconds: each trainer rank reads the offers of all
-    engine ranks and the table of each position; per link a plan is published, listed and read, and
-    a group formed, one after another."""
-    world, engines = case.planner.grid.world, case.engines
-    requests = world * (engines.num_ranks + engines.ranks_per_engine + engines.engines)
-    requests += 5 * engines.num_ranks + len(pairs) * (3 + PAIR_REQUESTS)
-    most = int(np.bincount(pairs[:, 0]).max())
-    rates, num_bytes = case.cluster.rates, world * _table_bytes(case)
-    return requests, _setup_seconds(rates, requests, num_bytes, 0, [2] * most, 1.0)
+def without_order(case: ScaleCase) -> dict[str, Any]:
+    """Return what model and checker say to `link_threads`, a push without a common order."""
+    order, stuck, refusal = _order(case), [], None
+    for buffered in range(LARGEST_BUFFER + 1):
+        operations = operations_of_steps(link_threads(order, buffered, interleaved=4))
+        stuck.append(StreamQueues(operations).run(buffered, buffered).num_stuck)
+        refusal = refusal or find_fault(operations, order)
+    return {
+        "processes": order.num_processes,
+        "processes that stick with 0 to 4 buffered buckets": stuck,
+        "circle": refusal and str(refusal),
+    }
 
 
-def _setup_seconds(
-    rates: PushAssumptions,
-    requests: float,
-    store_bytes: float,
-    broadcast_bytes: float,
-    group_sizes: list[int],
-    planning: float,
-) -> float:
-    """Return the seconds of connecting all ranks, once.
-
-    requests, store_bytes: to and out of the store; group_sizes: of the groups that a rank creates
-    one after another; planning: seconds."""
-    creating = sum(rates.group_seconds + size * rates.group_rank_seconds for size in group_sizes)
-    return (
-        requests / rates.store_requests
-        + store_bytes / rates.store_bytes
-        + broadcast_bytes / rates.broadcast
-        + planning
-        + creating
-    )
+def _cases() -> Iterator[ScaleCase]:
+    flagship = _planner("examples/deepseek_r1/r1_zero.yaml")
+    on_policy = _planner("examples/distill/qwen2.5-math-7b_on_policy.yaml")
+    yield ScaleCase("r1_zero", flagship, colocated=True, seeds=100)
+    yield ScaleCase("r1_zero", flagship, colocated=True, form="FP8")
+    yield ScaleCase("r1_zero in pools", flagship, colocated=False)
+    yield ScaleCase("qwen2.5-32b_rl", _planner("examples/distill/qwen2.5-32b_rl.yaml"), True)
+    yield ScaleCase("qwen2.5-math-7b_on_policy", on_policy, colocated=True)
+    many = _many_engines()
+    for form in FORMS:
+        yield ScaleCase("64 engines x 16 GPUs, of their own", many, colocated=False, form=form)
 
 
-def _table_bytes(case: ScaleCase) -> int:
-    return sum(map(len, real_size.tables(case.hf, replace(case.engines, engines=1))))
+def _planner(recipe: str) -> Planner:
+    """Return the planner of a shipped recipe."""
+    config = load(ROOT / recipe)
+    hf, layout = read_hf_config(config.model.path), engine_layout(config)
+    grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
+    needs = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
+    return Planner(hf, grid, layout, recipe_stages(config, hf), needs)
+
+
+def _many_engines() -> Planner:
+    """Return the planner of DeepSeek-V3 from 2,048 trainer ranks to 64 engines of 16 GPUs."""
+    hf, grid = read_hf_config(ROOT / "examples/deepseek_r1/model"), TrainerGrid(2048, pipeline=16)
+    layout = "Etttt|" + "tttt|" * 14 + "tL"
+    stages = stage_shards(hf, grid.pipeline, pipeline_layout=layout, with_mtp=False)
+    engines = EngineLayout(64, tensor=8, data=2, expert_parallel=True)
+    return Planner(hf, replace(grid, expert=64), engines, stages)
+
+
+def _order(case: ScaleCase) -> PushOrder:
+    count = FORMS[case.form]
+    return planned_order(case.planner, count, SET_ENGINES, colocated=case.colocated)
+
+
+def transfer_seconds(
+    order: PushOrder, operations: np.ndarray, rates: PushAssumptions
+) -> np.ndarray:
+    """Return how long each send or receive takes once both sides have come to it. Processes are
+    numbered by GPU."""
+    sides = operations["process"], operations["peer"]
+    is_near = np.equal(*(side // rates.gpus_per_node for side in sides))
+    within = min(rates.nvlink * rates.nvlink_efficiency, rates.device_pack)
+    between = min(rates.nic * rates.nic_efficiency, rates.device_pack)
+    rate = np.where(is_near, within, between)
+    return rates.message_seconds + order.num_bytes[operations["bucket"]] / rate
+
+
+def _gather_seconds(order: PushOrder, rates: PushAssumptions) -> float:
+    """Return how long passing on would take by all-gathers in rings over the adapters, padded to
+    the largest share."""
+    seconds = []
+    for members in map(list, order.positions):
+        share, hops = int(order.entered[members].max()), len(members) - 1
+        rounds = -(-share // PASSED_BYTES)
+        latency = rounds * (rates.round_seconds + hops * rates.hop_seconds)
+        seconds.append(hops * share / (rates.nic * rates.nic_efficiency) + latency)
+    return max(seconds)
+
+
+def _most_peers(operations: np.ndarray) -> int:
+    """Return the most processes that one process is connected to."""
+    pairs = np.unique(operations[["process", "peer"]])
+    return int(np.bincount(pairs["process"]).max())

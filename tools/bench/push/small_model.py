@@ -1,8 +1,11 @@
-"""A tiny DeepSeek-V3, and what a trainer rank holds of a model, for pushes without Megatron."""
+"""A tiny DeepSeek-V3, and what ranks hold and need of it, for pushes without Megatron and vLLM."""
 
 import torch
 
 from megatron_r1.weight_sync.plan import TrainerGrid
+from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
+from megatron_r1.weight_sync.plan.ranks import Coordinate
+from megatron_r1.weight_sync.table import Slot, SlotTable
 from megatron_r1.weights import layout
 from megatron_r1.weights.layout import Shard, stage_shards
 
@@ -50,3 +53,14 @@ def held_by(
             parameter.narrow(piece.dim, piece.local_start, piece.length).copy_(part)
             held.setdefault(piece.hf_name, []).append((parameter, piece))
     return held
+
+
+def slot_table(needs: PredictedLayout, coordinate: Coordinate) -> SlotTable:
+    """Return the table of an engine rank's tensors in bfloat16, one after another."""
+    slots, end = [], 0
+    for tensor, at in needs.needed(coordinate):
+        pitch = 2 * (at.right - at.left)
+        corners = at.top, at.bottom, at.left, at.right
+        slots.append(Slot(tensor.name, *corners, end, pitch, "bfloat16"))
+        end += pitch * (at.bottom - at.top)
+    return SlotTable(end, slots)
