@@ -58,7 +58,7 @@ stream *stream_of(cudaStream_t handle) {
 }
 
 // The default stream waits for what was queued before on all other blocking streams of its device, and they for it.
-static stream *conflict(stream *s, long ticket) {
+static stream *default_conflict(stream *s, long ticket) {
     stream *first = legacy[s->device];
     if (!s->is_blocking || !first) return 0;
     if (s != first) return first->first && first->first->ticket < ticket ? first : 0;
@@ -69,11 +69,30 @@ static stream *conflict(stream *s, long ticket) {
     return 0;
 }
 
+// NULL_GPU_QUEUES: so many queues of the hardware, which streams share. What cannot start yet holds up what was queued
+// later on the other streams of its queue; what runs does not.
+static stream *queue_conflict(stream *s, long ticket) {
+    int number = setting("NULL_GPU_QUEUES", 0);
+    for (stream *other = number ? all : 0; other; other = other->next) {
+        if (other == s || other->device != s->device || other->id % number != s->id % number || !other->first) continue;
+        op *waiting = other->has_started ? other->first->next : other->first;
+        if (waiting && waiting->ticket < ticket) return other;
+    }
+    return 0;
+}
+
+static stream *conflict(stream *s, long ticket) {
+    stream *found = default_conflict(s, ticket);
+    return found ? found : queue_conflict(s, ticket);
+}
+
 void wait_behind(stream *s, stream *other) {
     s->record->behind = other ? other->id : -1;
     s->record->state = BEHIND_STREAM;
+    s->has_started = 0;
     pthread_cond_wait(&queues_changed, &queues);
     s->record->state = RUNNING;
+    s->has_started = 1;
 }
 
 static void *serve(void *argument) {
@@ -85,9 +104,12 @@ static void *serve(void *argument) {
         op *turn = s->first;
         s->record->state = RUNNING;
         while ((other = conflict(s, turn->ticket))) wait_behind(s, other);
+        s->has_started = 1;
+        pthread_cond_broadcast(&queues_changed);
         pthread_mutex_unlock(&queues);
         turn->run(turn, s);
         pthread_mutex_lock(&queues);
+        s->has_started = 0;
         s->first = turn->next;
         if (!s->first) s->last = 0;
         s->finished++;
@@ -206,7 +228,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t s) {  // what is queued still runs
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
     stream *s = stream_of(handle);
     pthread_mutex_lock(&queues);
-    int is_ready = !s->first && (s != legacy[s->device] || !conflict(s, tickets + 1));
+    int is_ready = !s->first && (s != legacy[s->device] || !default_conflict(s, tickets + 1));
     pthread_mutex_unlock(&queues);
     return is_ready ? cudaSuccess : cudaErrorNotReady;
 }

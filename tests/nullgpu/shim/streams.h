@@ -17,6 +17,7 @@ typedef struct op {
 struct CUstream_st {
     int id, device, gpu, is_blocking, is_closed, has_thread;
     op *first, *last;  // `first` stays until it has run
+    int has_started;   // `first`, and waits for no other stream
     long queued, finished;
     pthread_cond_t filled;
     stream_record *record;

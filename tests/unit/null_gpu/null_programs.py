@@ -117,6 +117,26 @@ def default_stream() -> None:
     say([held_up, content(memory, 4).decode()])
 
 
+def hardware_queues() -> None:
+    """A stream that runs, then also has something waiting; another stream's work at either time."""
+    first, second = stream(NON_BLOCKING), stream(NON_BLOCKING)
+    memory = device_memory(b"ab")
+    gate = Gate(first)
+    gate.is_reached.wait()
+    fill(memory, ord("x"), 1, second)
+    done("cudaStreamSynchronize", second)
+    fill(memory, ord("y"), 1, first)
+    fill(memory + 1, ord("z"), 1, second)
+    if os.environ["NULL_GPU_QUEUES"] == "0":
+        done("cudaStreamSynchronize", second)
+    say("queued")
+    wait()
+    say([content(memory, 2).decode(), is_ready(second)])
+    gate.open()
+    done("cudaDeviceSynchronize")
+    say(content(memory, 2).decode())
+
+
 def waits_of_the_host(kind: str) -> None:
     """A thread waits for what is held up; the test looks at it, then it goes on."""
     on, event = stream(NON_BLOCKING), made("cudaEventCreate")

@@ -25,6 +25,19 @@ def test_an_event_is_waited_for_as_it_was_recorded_last_before(start):
     assert [program.says(), program.says()] == [NOT_READY, 0]
 
 
+@pytest.mark.parametrize(("queues", "held_up"), [(0, False), (1, True)])
+def test_what_waits_in_a_queue_of_the_hardware_holds_up_other_streams(
+    start, segment, queues, held_up
+):
+    program = start("hardware_queues", NULL_GPU_QUEUES=str(queues))
+    assert program.says() == "queued"
+    if held_up:
+        wait_until(lambda: any(one.behind for one in watch.read(segment)))
+    program.go_on()
+    assert program.says() == (["xb", False] if held_up else ["xz", True])
+    assert program.says() == "yz"
+
+
 def test_the_default_stream_waits_for_blocking_streams_and_they_for_it(start):
     held_up, after = start("default_stream").says()
     # `other` was free until something was queued on the default stream behind the one held up.
