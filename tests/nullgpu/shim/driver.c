@@ -59,6 +59,12 @@ int cudaStreamWaitEvent(void *stream, void *event, unsigned flags);
 int cudaEventRecord(void *event, void *stream);
 int cudaEventSynchronize(void *event);
 int cudaEventQuery(void *event);
+int cudaEventCreateWithFlags(void **event, unsigned flags);
+int cudaEventDestroy(void *event);
+int cudaStreamCreateWithFlags(void **stream, unsigned flags);
+int cudaStreamDestroy(void *stream);
+int cudaLaunchHostFunc(void *stream, void (*function)(void *), void *argument);
+int cudaMemsetAsync(void *p, int value, size_t size, void *stream);
 int cudaMemcpy(void *to, const void *from, size_t size, int kind);
 int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream);
 int cudaMalloc(void **p, size_t size);
@@ -148,6 +154,17 @@ CUresult cuCtxSynchronize(void) { return cudaDeviceSynchronize(); }
 CUresult cuStreamSynchronize(CUstream s) { return cudaStreamSynchronize(s); }
 CUresult cuStreamQuery(CUstream s) { return cudaStreamQuery(s); }
 CUresult cuStreamWaitEvent(CUstream s, CUevent e, unsigned flags) { return cudaStreamWaitEvent(s, e, flags); }
+CUresult cuStreamCreate(CUstream *s, unsigned flags) { return cudaStreamCreateWithFlags((void **)s, flags); }
+CUresult cuStreamCreateWithPriority(CUstream *s, unsigned flags, int priority) { return cuStreamCreate(s, flags); }
+CUresult cuStreamDestroy_v2(CUstream s) { return cudaStreamDestroy(s); }
+CUresult cuLaunchHostFunc(CUstream s, CUhostFn function, void *argument) {
+    return cudaLaunchHostFunc(s, function, argument);
+}
+CUresult cuMemsetD8Async(CUdeviceptr p, unsigned char value, size_t n, CUstream s) {
+    return cudaMemsetAsync((void *)p, value, n, s);
+}
+CUresult cuEventCreate(CUevent *e, unsigned flags) { return cudaEventCreateWithFlags((void **)e, flags); }
+CUresult cuEventDestroy_v2(CUevent e) { return cudaEventDestroy(e); }
 CUresult cuEventRecord(CUevent e, CUstream s) { return cudaEventRecord(e, s); }
 CUresult cuEventSynchronize(CUevent e) { return cudaEventSynchronize(e); }
 CUresult cuEventQuery(CUevent e) { return cudaEventQuery(e); }

@@ -73,6 +73,7 @@ static place *new_place(cudaEvent_t e, long number, void (*run)(op *, stream *))
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags) { *e = new_event(); return cudaSuccess; }
 cudaError_t cudaEventCreate(cudaEvent_t *e) { return cudaEventCreateWithFlags(e, 0); }
 cudaError_t cudaEventDestroy(cudaEvent_t e) {
+    if (!e) return cudaErrorInvalidResourceHandle;
     pthread_mutex_lock(&queues);
     release(e);
     pthread_mutex_unlock(&queues);
@@ -80,6 +81,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t e) {
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t handle) {
+    if (!e) return cudaErrorInvalidResourceHandle;
     stream *s = stream_of(handle);
     pthread_mutex_lock(&queues);
     e->stream = s;
