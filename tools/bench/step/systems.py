@@ -12,6 +12,7 @@ import yaml
 
 from megatron_r1.files.jsonl import read_lines
 from tools.bench.children import core_seconds, environment, megatron_r1, run_to_end
+from tools.bench.machine import num_cores
 from tools.bench.step.work import StepWork
 
 POLL_SECONDS = 0.002
@@ -113,10 +114,15 @@ def trl_version(python: str) -> str:
 
 
 def run_trl(
-    work: StepWork, model: Path, questions: Path, steps: int, python: str
+    work: StepWork, model: Path, questions: Path, steps: int, python: str, processes: int = 1
 ) -> list[dict[str, Any]]:
-    """Return one line per step but the first."""
-    worker = [python, "-m", "tools.bench.step.peer_trl", json.dumps(vars(work))]
-    command = [*worker, str(model), str(questions), str(steps)]
-    output = run_to_end(command, HF_HUB_OFFLINE="1", PYTHONWARNINGS="ignore")
+    """Return one line per step but the first. processes: that share the cores."""
+    module = "tools.bench.step.peer_trl"
+    environment = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    command = [python, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+        environment["OMP_NUM_THREADS"] = str(max(1, num_cores() // processes))
+    command += [module, json.dumps(vars(work)), str(model), str(questions), str(steps)]
+    output = run_to_end(command, **environment)
     return [json.loads(line) for line in output.splitlines() if line.startswith('{"seconds"')]
