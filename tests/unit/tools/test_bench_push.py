@@ -10,7 +10,7 @@ from megatron_r1.weight_sync.plan.order_check import (
     operations_of_steps,
 )
 from megatron_r1.weight_sync.plan.rounds import Link, PushOrder
-from tests.unit.weight_sync.push_models import DEEPSEEK_MTP
+from tests.unit.weight_sync.push_models import DEEPSEEK_MTP, QWEN
 from tools.bench.push.assumptions import PushAssumptions
 from tools.bench.push.scale import ScaleCase, beyond, simulated, transfer_seconds, without_order
 from tools.bench.push.stream_queues import StreamQueues
@@ -99,6 +99,16 @@ def test_rounds_are_simulated_within_all_aims(colocated, form):
     assert row["processes"] == (16 if colocated else 32)
     assert 0 <= row["rounds of entry"] - row["floor of rounds"] <= 1
     assert row["seconds of entry"] < row["seconds"]
+
+
+@pytest.mark.parametrize(("tensor", "held"), [(2, 1.0), (1, 0.5)])
+def test_what_an_engine_rank_s_own_gpu_holds_is_counted(tensor, held):
+    """Trainer and engine of two tensor ranks each, of which the ranks on a GPU hold the same half;
+    or a trainer of two stages, of which each holds a part of what both engine ranks need."""
+    grid = TrainerGrid(2, tensor=tensor, pipeline=2 // tensor)
+    planner = Planner(QWEN, grid, EngineLayout(1, tensor=2))
+    row = simulated(ScaleCase("two GPUs", planner, colocated=True), FREE)
+    assert row["held on its own GPU"] == pytest.approx(held, abs=0.1)
 
 
 def test_a_push_without_a_common_order_is_named():

@@ -15,6 +15,7 @@ import numpy as np
 from megatron_r1.config import load
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
+from megatron_r1.weight_sync.plan.bundles import held_parts, sum_bytes
 from megatron_r1.weight_sync.plan.engine_sets import SET_ENGINES
 from megatron_r1.weight_sync.plan.order_check import (
     find_fault,
@@ -104,8 +105,8 @@ def simulated(case: ScaleCase, rates: PushAssumptions) -> dict[str, Any]:
     queues = StreamQueues(operations, seconds)
     runs = [queues.run(seed, seed % (LARGEST_BUFFER + 1)) for seed in range(case.seeds)]
     refusal = find_fault(operations, order)
-    needed = max(int(order.entered[members].sum()) for members in map(list, order.positions))
-    floor = needed / rates.nic
+    together = [order.entered[list(members)].sum() for members in order.positions]
+    floor = max(order.entered.max(), *together, 0) / rates.nic
     sides = np.array(order.links)[:, :2].T
     return {
         "case": case.name,
@@ -127,6 +128,7 @@ def simulated(case: ScaleCase, rates: PushAssumptions) -> dict[str, Any]:
         "circle": refusal and str(refusal),
         "runs": len(runs),
         "processes that stick": sum(run.num_stuck for run in runs),
+        "held on its own GPU": _held_on_own_gpu(case) if case.colocated else None,
         "CPU seconds of planning": planning,
     }
 
@@ -181,6 +183,19 @@ def _order(case: ScaleCase) -> PushOrder:
     return planned_order(case.planner, count, SET_ENGINES, colocated=case.colocated)
 
 
+def _held_on_own_gpu(case: ScaleCase) -> float:
+    """Return the part of all engine ranks' bytes that the trainer rank on the same GPU holds, which
+    a plan could copy there instead of sending it."""
+    engines, held, needed = case.planner.engines, 0, 0
+    for position, parts in enumerate(held_parts(case.planner, FORMS[case.form])):
+        ranks = range(position, engines.num_ranks, engines.ranks_per_engine)
+        for replicas, of_replicas in parts.items():
+            num_bytes = sum_bytes(of_replicas)
+            held += num_bytes * len(set(ranks) & set(replicas))
+            needed += num_bytes * len(ranks)
+    return held / needed
+
+
 def transfer_seconds(
     order: PushOrder, operations: np.ndarray, rates: PushAssumptions
 ) -> np.ndarray:
@@ -203,7 +218,7 @@ def _gather_seconds(order: PushOrder, rates: PushAssumptions) -> float:
         rounds = -(-share // PASSED_BYTES)
         latency = rounds * (rates.round_seconds + hops * rates.hop_seconds)
         seconds.append(hops * share / (rates.nic * rates.nic_efficiency) + latency)
-    return max(seconds)
+    return max(seconds, default=0.0)
 
 
 def _most_peers(operations: np.ndarray) -> int:
