@@ -56,13 +56,16 @@ class Prober:
         """Sample from each engine and return the largest mean difference, "push/probe_diff".
 
         Raises EngineError where it exceeds the tolerance."""
+        asked = engines if self.prompts else ()
+        # All at once: an answer takes several of an engine's steps.
+        outcomes = await asyncio.gather(*map(self._difference, asked), return_exceptions=True)
         differences: list[float] = []
-        for engine in engines if self.prompts else ():
-            try:
-                difference = await self._difference(engine)
-            except EngineDied as death:
-                on_lost(engine, death)
+        for engine, difference in zip(asked, outcomes, strict=True):
+            if isinstance(difference, EngineDied):
+                on_lost(engine, difference)
                 continue
+            if isinstance(difference, BaseException):
+                raise difference
             differences.append(difference)
             if not difference <= self.tolerance:
                 raise EngineError(

@@ -384,6 +384,24 @@ def test_a_failed_probe_is_retried_once_and_then_its_engine_is_replaced(faults, 
     assert asyncio.run(story()) == lost
 
 
+def test_engines_answer_the_probes_at_once():
+    """Each waits for the other's request here."""
+    met = asyncio.Barrier(2)
+
+    class Waiting(SmallClient):
+        async def generate(self, *arguments, **options):
+            await met.wait()
+            return await super().generate(*arguments, **options)
+
+    async def story():
+        fleet = SmallFleet([Engine(i, SimpleNamespace(), Waiting()) for i in range(2)])
+        bridge = make_bridge(ProbingTrainer(), fleet, [[1, 2]])
+        await bridge.open()
+        return await bridge.push(1)
+
+    assert asyncio.run(story())["push/probe_diff"] == 0.0
+
+
 def test_the_timeout_of_an_engine_begins_with_the_trainer_s_turn():
     """Its timeout for finding the trainer's ranks begins with the call in which they connect."""
 
