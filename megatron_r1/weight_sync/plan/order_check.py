@@ -3,10 +3,10 @@ the circle.
 
 An order is what each process enqueues on its CUDA streams: groups of sends and receives that start
 together once the stream has come to them, and waits of the stream for their ends. Streams are
-queues. A send and its receive end once both have started; nothing is buffered, as buffers only let
-sends end earlier. NCCL has no tags: the first send from one process to another meets the first
-receive there, and so on. So what can end is the same however fast processes are, and an order in
-which all ends, once, is free of circular waits."""
+queues, and go on independently of each other. A send and its receive end once both have started;
+nothing is buffered, as buffers only let sends end earlier. NCCL has no tags: the first send from
+one process to another meets the first receive there, and so on. So what can end is the same however
+fast processes are, and an order in which all ends, once, is free of circular waits."""
 
 from __future__ import annotations
 

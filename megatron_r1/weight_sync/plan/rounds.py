@@ -238,7 +238,7 @@ def _entry_rounds(sender: np.ndarray, receiver: np.ndarray, counts: np.ndarray) 
     the sender.
 
     Greedy matchings: each round takes the links of the busiest processes first, so that few have
-    more left than the others. Shipped recipes need at most 1.04 times the least number."""
+    more left than the others. The shipped recipes need at most 1.04 times the least number."""
     rounds = np.full(counts.sum(), NONE, np.int32)
     left = np.where(sender == receiver, 0, counts)
     size = int(max(sender.max(initial=0), receiver.max(initial=0))) + 1
