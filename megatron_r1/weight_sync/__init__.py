@@ -7,7 +7,7 @@
    that the plan gives it, and has the slices of its parameters that each link carries, as they are
    or quantized to FP8.
 4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends (`base`); over the
-   last two (`groups`, `pair_sender`, `exchange`) an engine passes on to others what has entered it.
+   last two (`groups`, `gloo`) an engine passes on to others what has entered it.
 5. `receive_buffer`: the memory of an engine rank in which a push arrives.
 6. `checksum`: one per delivery, computed on both ends, in the same pass as the copy where possible,
    and compared before use.
@@ -34,4 +34,4 @@ Words, each with the module that defines it:
   delivery: the rectangle of a slot that one trainer rank sends, with a checksum (`table`).
 - slice: the values of a delivery, read from a parameter (`link_planner`).
 - chunk: rows of a delivery; bucket: the chunks of one message (`transports.buckets`). round: the
-  exchange of one bucket of every engine of a set (`transports.exchange`)."""
+  exchange of one bucket of every engine of a set (`transports.gloo`)."""

@@ -3,7 +3,7 @@ equal ranks of the engines exchange the rest.
 
 Engines are served in *sets* of at most `SET_ENGINES`. Within a set the ranks at one position, one
 of each engine, need the same bytes. Each engine receives an equal part of them from trainer ranks
-and passes its part on to the ranks at the same position of the others (`transports.exchange`). So
+and passes its part on to the ranks at the same position of the others (`transports.gloo`). So
 an engine rank has a few senders and one group, and a trainer rank sends its slices once per set
 instead of once per engine."""
 

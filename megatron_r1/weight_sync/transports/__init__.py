@@ -16,7 +16,7 @@ PASSED_BYTES = 64 << 20
 TRANSPORTS = {
     "shm": ("shared_memory.SharedMemoryReceiver", "shared_memory.SharedMemorySender"),
     "cuda_ipc": ("device_memory.DeviceReceiver", "device_memory.DeviceSender"),
-    "gloo": ("exchange.GlooReceiver", "pair_sender.GlooSender"),
+    "gloo": ("gloo.GlooReceiver", "gloo.GlooSender"),
     "nccl": ("nccl.NcclReceiver", "nccl.NcclSender"),
 }
 """name -> (receiver, sender), each as module.class"""

@@ -1,9 +1,9 @@
 """The process groups of a transport between hosts, gloo's and NCCL's, and what travels in them.
 
 A trainer rank and an engine rank that it sends to are a group of two, so that a lost rank breaks
-its own pairs only. The ranks at one position of a set's engines are a group, too (`exchange`). A
+its own pairs only. The ranks at one position of a set's engines are a group, too (`gloo`). A
 push is its number, a stream of buckets, and a checksum of each delivery: one bucket is on the wire
-while another is packed (`pair_sender`) or unpacked (`exchange`).
+while another is packed or unpacked (`gloo`).
 
 With NCCL, buckets are packed and checksums computed on the GPUs, where the receive buffer is as
 well. Numbers and checksums travel over a gloo group beside NCCL's, so that no GPU waits for a push

@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1.weight_sync.transports.base import gpu_uuid
-from megatron_r1.weight_sync.transports.exchange import GlooReceiver
+from megatron_r1.weight_sync.transports.gloo import GlooReceiver, GlooSender
 from megatron_r1.weight_sync.transports.groups import wait_for
-from megatron_r1.weight_sync.transports.pair_sender import GlooSender
 
 
 class NcclReceiver(GlooReceiver):

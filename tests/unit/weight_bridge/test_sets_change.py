@@ -21,7 +21,7 @@ from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.rendezvous import EngineRendezvous
 from megatron_r1.weight_sync.results import IncompletePush
 from megatron_r1.weight_sync.sender import WeightSender, run_all
-from megatron_r1.weight_sync.transports import buckets, pair_sender, receiver_class
+from megatron_r1.weight_sync.transports import buckets, gloo, receiver_class
 from tests.unit.weight_sync.push_models import DEEPSEEK
 from tests.unit.weight_sync.push_world import Shared, draw, plain_table, wrong_slots
 from tools.bench.push.small_model import held_by
@@ -206,7 +206,7 @@ def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(make, m
         await bridge.open()
         await push(bridge, 1)
         clients, count = [engine.client for engine in fleet.engines], []
-        packed = pair_sender.GlooSender._pack
+        packed = gloo.GlooSender._pack
 
         def dying(*arguments):
             count.append(1)
@@ -216,7 +216,7 @@ def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(make, m
             return packed(*arguments)
 
         loop = asyncio.get_running_loop()
-        monkeypatch.setattr(pair_sender.GlooSender, "_pack", dying)
+        monkeypatch.setattr(gloo.GlooSender, "_pack", dying)
         await push(bridge, 2)
         assert {index for index, _ in fleet.lost} == {2}
         assert [client.version for client in clients[:2]] == [2, 2]

@@ -10,10 +10,9 @@ from waiting import PATIENT
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.rendezvous import SetFailed
 from megatron_r1.weight_sync.table import slot_view
-from megatron_r1.weight_sync.transports import buckets, exchange
+from megatron_r1.weight_sync.transports import buckets, gloo
 from megatron_r1.weight_sync.transports.buckets import BucketPacker
-from megatron_r1.weight_sync.transports.exchange import GlooReceiver
-from megatron_r1.weight_sync.transports.pair_sender import GlooSender
+from megatron_r1.weight_sync.transports.gloo import GlooReceiver, GlooSender
 from megatron_r1.weights.stored.fp8_blocks import quantize
 from tests.unit.weight_sync.push_models import DEEPSEEK, DEEPSEEK_MTP, QWEN
 from tests.unit.weight_sync.push_world import World, draw, plain_table, wrong_slots
@@ -116,7 +115,7 @@ def test_a_push_with_the_checksums_of_gpus(make_world, monkeypatch):
     """The code that runs over NCCL, with gloo and tensors in host memory."""
     weighted(monkeypatch)
     monkeypatch.setattr(buckets, "BUCKET_BYTES", 3000)  # deliveries are cut
-    monkeypatch.setattr(exchange, "PASSED_BYTES", 3000)
+    monkeypatch.setattr(gloo, "PASSED_BYTES", 3000)
     tensors = draw(DEEPSEEK, 1)
     world = make_world(DEEPSEEK, GRID, SPREAD, tensors, engines=2, table=plain_table)
     for number in (1, 2):

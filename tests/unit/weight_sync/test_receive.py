@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from one_receiver import (
     TENSORS,
     OneReceiver,
     expected_values,
+    slices,
 )
 from refusals import raised
 from torch.distributed import TCPStore
@@ -36,7 +38,7 @@ from megatron_r1.weight_sync.rendezvous import (
 )
 from megatron_r1.weight_sync.results import IncompletePush
 from megatron_r1.weight_sync.table import Delivery, SlotTable, slot_view
-from megatron_r1.weight_sync.transports import buckets, shared_memory
+from megatron_r1.weight_sync.transports import buckets, gloo, shared_memory
 from megatron_r1.weight_sync.transports.shared_memory import NamedMemory, sweep
 
 CHECKSUMS = sys.modules[weighted_sum.__module__]
@@ -224,6 +226,25 @@ def test_memory_of_a_process_that_was_killed_is_swept_away(monkeypatch):
     assert [path.exists() for path in paths] == [False, True]
     own.close()
     assert not paths[1].exists()
+
+
+def test_a_receiver_that_closes_while_it_connects_leaves_no_sender_waiting(make_world, monkeypatch):
+    created, closed = gloo.pair_groups, threading.Event()
+
+    def pair_groups(end, *arguments, is_sender):
+        groups = created(end, *arguments, is_sender=is_sender)
+        if not is_sender:
+            closed.wait()
+        return groups
+
+    monkeypatch.setattr(gloo, "pair_groups", pair_groups)
+    monkeypatch.setattr(gloo, "CLOSE_SECONDS", 0.0)
+    whole = [Delivery(i, 0, s.height, 0, s.width) for i, s in enumerate(SLOTS)]
+    world = make_world("gloo", SLOTS, {0: whole})
+    world.receiver.close()
+    closed.set()
+    with pytest.raises(RuntimeError):
+        world.senders[0].send(1, slices(world.table, whole))
 
 
 def test_a_sender_that_comes_too_late_leaves_nothing(tmp_path):

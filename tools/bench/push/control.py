@@ -29,7 +29,7 @@ from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.rendezvous import EngineRendezvous
 from megatron_r1.weight_sync.sender import WeightSender
 from megatron_r1.weight_sync.table import slot_view
-from megatron_r1.weight_sync.transports import buckets, exchange, pair_sender
+from megatron_r1.weight_sync.transports import buckets, gloo
 from megatron_r1.weights import hf_tensors
 from tools.bench.push.small_model import SHAPE, held_by, slot_table
 
@@ -165,8 +165,8 @@ def _last(folder: Path, place: tuple) -> dict[str, Any]:
 
 def _rank(place: tuple, port: int, folder: Path, fault: str, tensors: dict) -> None:
     """Be one rank, and write what happens to a file."""
-    buckets.BUCKET_BYTES = exchange.PASSED_BYTES = 1 << 11
-    exchange.CLOSE_SECONDS = 0.1
+    buckets.BUCKET_BYTES = gloo.PASSED_BYTES = 1 << 11
+    gloo.CLOSE_SECONDS = 0.1
     try:
         with (folder / str(place)).open("w", buffering=1) as out:
             role = _trainer if place[0] == "trainer" else _engine
@@ -205,7 +205,7 @@ def _trainer(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> N
     store.add("complete", 1)
     store.wait(["push2"])
     if place in _victims(fault):
-        _die_in(pair_sender.GlooSender, "_pack", after=2)
+        _die_in(gloo.GlooSender, "_pack", after=2)
     began = time.monotonic()
     problems = ends.send(2, [NAME])["problems"]
     error = "; ".join(problem["error"] for problem in problems.values())
@@ -222,13 +222,13 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
     limits = CONNECT_SECONDS, PUSH_SECONDS
     met = EngineRendezvous(_client(port), NAME, *limits, member=member, num_members=ENGINES)
     table = slot_table(PredictedLayout(HF, ENGINE), ENGINE.coordinate(rank))
-    receiver = exchange.GlooReceiver(met, rank, table)
+    receiver = gloo.GlooReceiver(met, rank, table)
     store.add("connected", 1)
     receiver.buffer.wait(1, CONNECT_SECONDS)
     note(**{"push 1": "right" if _is_right(receiver, tensors) else "wrong"})
     if place in _victims(fault):  # before push 2 can begin
         hangs = fault == "engine rank hangs"
-        _die_in(exchange.GlooReceiver, "_gather_buckets", after=0, hangs=hangs)
+        _die_in(gloo.GlooReceiver, "_gather_buckets", after=0, hangs=hangs)
     store.add("complete", 1)
     store.wait(["push2"])
     began = time.monotonic()

@@ -1,6 +1,6 @@
 """Rates of gloo between processes of this machine: messages one way, a ring, and its all-gather.
 
-A push over gloo passes weights on around a ring (`weight_sync/transports/exchange.py`)."""
+A push over gloo passes weights on around a ring (`weight_sync/transports/gloo.py`)."""
 
 import os
 import time

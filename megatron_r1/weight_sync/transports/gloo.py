@@ -1,11 +1,10 @@
-"""The receiving end over gloo: an engine rank of a set, which receives its share of a push and
-passes that share on to the other engines.
+"""Both ends over gloo: a trainer rank sends its buckets to an engine rank of a set, which passes
+its share of a push on to the other engines.
 
-A thread per trainer rank unpacks its buckets into the receive buffer. What has
-entered is checked and exchanged with the ranks at this position of the other engines. In every
-round each rank contributes a bucket, and every rank ends with all of them: around a ring over gloo,
-by an all-gather over NCCL (`_gather_buckets`). The checksums that a rank passes on are the
-trainer's own.
+A thread per trainer rank unpacks its buckets into the receive buffer. What has entered is checked
+and exchanged with the ranks at this position of the other engines. In every round each rank
+contributes a bucket, and every rank ends with all of them: around a ring over gloo, by an
+all-gather over NCCL (`_gather_buckets`). The checksums that a rank passes on are the trainer's own.
 
 Every group is created in a thread of its own. Within one group all ranks make the same calls in the
 same order, which follows from the plan, and what enters never waits for the exchange. So ranks
@@ -23,13 +22,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
+from megatron_r1.weight_sync.checksum import RowsChecksum, RowsWeightedSum
 from megatron_r1.weight_sync.rendezvous import Peer, SetFailed
 from megatron_r1.weight_sync.results import IncompletePush
-from megatron_r1.weight_sync.table import Delivery, SlotTable
+from megatron_r1.weight_sync.table import Delivery, SlotTable, dtype_of
 from megatron_r1.weight_sync.transports import PASSED_BYTES
-from megatron_r1.weight_sync.transports.base import Receiver
+from megatron_r1.weight_sync.transports.base import Receiver, Sender, Slices
 from megatron_r1.weight_sync.transports.buckets import BucketPacker, Chunk
 from megatron_r1.weight_sync.transports.groups import (
+    ENGINE_RANK,
     TRAINER_RANK,
     Groups,
     create_groups,
@@ -117,6 +118,10 @@ class GlooReceiver(Receiver):
                 self._pair_failed(sender, error)
                 continue
             self._groups.append(groups)
+            if self._is_closing:  # `close` may have aborted the groups before these were among them
+                self._groups.remove(groups)
+                del groups  # closes the connection
+                continue
             self._start_thread(self._receive_pushes, sender, groups, name=f"from rank {sender}")
 
     def _receive_pushes(self, sender: int, groups: Groups) -> None:
@@ -194,8 +199,9 @@ class GlooReceiver(Receiver):
             shared = create_groups(self, f"exchange/{self.rank}", member, members)
             self._shared = shared
             self._groups.append(shared)
-            while True:
+            while not self._is_closing:
                 self.rendezvous.publish_complete(self._exchange_push(shared))
+            return RuntimeError("it closes")
         except (ValueError, RuntimeError, OSError) as error:
             return error.with_traceback(None)  # the traceback's frames hold the group
         finally:
@@ -312,3 +318,57 @@ def _unpack_each(
     for packer, bucket, packed in arrived:
         packer.unpack(area, bucket, packed)
         yield
+
+
+class GlooSender(Sender):
+    """The sending end over gloo: packs a bucket while the one before is on the wire."""
+
+    backend = "gloo"
+    device = torch.device("cpu")
+    is_weighted = False
+
+    def connect(self) -> None:
+        self._groups = pair_groups(self, self.sender, self.rank, is_sender=True)
+
+    def send(self, push: int, slices: Slices) -> None:
+        """Send a push: its number, then its buckets, then a checksum for every delivery."""
+        control, data, device = self._groups
+        wait_for(control.send([integers([push])], ENGINE_RANK, 0), self.rendezvous)
+        running = [self._checksum(delivery) for delivery in self.deliveries]
+        on_the_wire: tuple[dist.Work, torch.Tensor] | None = None
+        for bucket in BucketPacker(self.table, self.deliveries).cut():
+            message = self._pack(bucket, slices, running).to(device)
+            if on_the_wire:
+                work, sent = on_the_wire
+                wait_for(work, self.rendezvous, on_gpu=sent.is_cuda)
+            on_the_wire = data.send([message], ENGINE_RANK, 0), message
+        if on_the_wire:
+            work, sent = on_the_wire
+            wait_for(work, self.rendezvous, on_gpu=sent.is_cuda)
+        sums = integers(of_delivery.digest() for of_delivery in running)
+        wait_for(control.send([sums], ENGINE_RANK, 0), self.rendezvous)
+
+    def close(self) -> None:
+        if hasattr(self, "_groups"):
+            self._groups.abort()
+            del self._groups  # closes the connection
+
+    def _checksum(self, delivery: Delivery) -> RowsChecksum | RowsWeightedSum:
+        if self.is_weighted:
+            return RowsWeightedSum()
+        return RowsChecksum(delivery.row_bytes(self.table))
+
+    def _pack(
+        self,
+        bucket: list[Chunk],
+        slices: Slices,
+        running: Sequence[RowsChecksum | RowsWeightedSum],
+    ) -> torch.Tensor:
+        """Return a bucket's bytes on the device, in the engine's dtypes, and update checksums."""
+        packed = []
+        for index, top, bottom in bucket:
+            dtype = dtype_of(self.table.slots[self.deliveries[index].slot])
+            values = slices[index][top:bottom].to(self.device, dtype).contiguous()
+            running[index].update(values)
+            packed.append(values.reshape(-1).view(torch.uint8))
+        return torch.cat(packed)
