@@ -1,0 +1,118 @@
+"""Runs the tests on a null GPU and records how they ended; says whether the record is current.
+
+    .venv-cuda/bin/python tools/cuda_record.py --run    as `make test-cuda` does
+    python tools/cuda_record.py                         compares the record with the files it covers
+
+The record, tests/nullgpu/passed.json, has the commit, the date, the numbers of tests that passed
+and failed, and a digest of the covered files. These tests need 9 GB of packages, so CI does not run
+them: its last line says which of these files have changed since they last passed."""
+
+import argparse
+import datetime
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = Path("tests/nullgpu/passed.json")
+COVERED = (
+    "kernels/r1_kernels",
+    "megatron_r1/models",
+    "megatron_r1/platform",
+    "megatron_r1/training",
+    "megatron_r1/vllm_plugin",
+    "megatron_r1/weight_sync",
+    "megatron_r1/weights",
+    "requirements/cuda.lock",
+    "tests/nullgpu",
+)
+"""Files and folders whose code runs in these tests."""
+
+
+class Counts:
+    """A pytest plugin that counts how tests ended."""
+
+    def __init__(self) -> None:
+        self.passed = self.failed = self.skipped = 0
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed:
+            self.failed += 1
+        elif report.skipped:
+            self.skipped += 1
+        elif report.when == "call":
+            self.passed += 1
+
+
+def digests(root: Path = ROOT) -> dict[str, str]:
+    """Return a digest of each of `COVERED`: of the names and bytes of its files that git tracks."""
+    return {covered: _digest(root, covered) for covered in COVERED}
+
+
+def _digest(root: Path, covered: str) -> str:
+    listed = _git(root, "ls-files", "-z", "--", covered).split("\0")
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(filter(None, listed)):
+        if Path(name) != RECORD and (root / name).exists():
+            content = (root / name).read_bytes()
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def judgement(root: Path = ROOT) -> str:
+    """Return a sentence that says whether the record is of the present files."""
+    remedy = "run `make test-cuda`"
+    try:
+        record = json.loads((root / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"null GPU: no record of a run; {remedy}"
+    run = f"{record['passed']} passed, {record['failed']} failed at {record['commit']}, "
+    run += record["date"]
+    present = digests(root)
+    changed = [name for name in present if record["files"].get(name) != present[name]]
+    if changed:
+        return f"null GPU: the record is old ({run}): {', '.join(changed)} changed; {remedy}"
+    return f"null GPU: the record is current: {run}"
+
+
+def run(arguments: list[str]) -> int:
+    """Run the tests and write the record; return pytest's exit code."""
+    import pytest
+
+    counts, before = Counts(), digests()
+    code = pytest.main([str(ROOT / "tests/nullgpu"), *arguments], plugins=[counts])
+    if not counts.passed + counts.failed:
+        return code or 1
+    record = {
+        "commit": _git(ROOT, "rev-parse", "--short=12", "HEAD").strip(),
+        "date": datetime.date.today().isoformat(),
+        **vars(counts),
+        "files": before,
+    }
+    unfinished = ROOT / f"{RECORD}.new"
+    unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    unfinished.rename(ROOT / RECORD)
+    return code
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--run", action="store_true", help="run the tests; more goes to pytest")
+    chosen, more = options.parse_known_args()
+    if chosen.run:
+        return run(more)
+    if more:
+        options.error(f"unknown: {' '.join(more)}")
+    print(judgement())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
