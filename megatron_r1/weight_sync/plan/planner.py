@@ -78,10 +78,8 @@ class Planner:
                         if needed := self.needed_parts(item, region):
                             yield item, replicas, needed
 
-    def holdings(self, item: HFTensor, only_rank: int | None = None) -> Iterator[Holding]:
-        """Yield the parts of a tensor over the trainer's ranks.
-
-        only_rank: the part of this (expert-)tensor-parallel rank."""
+    def holdings(self, item: HFTensor) -> Iterator[Holding]:
+        """Yield the parts of a tensor over the trainer's ranks."""
         grid, rule = self.grid, item.rule
         layer = item.layer
         stage = self._stage_of_part[item.part] if layer is None else self._stage_of_layer[layer]
@@ -90,7 +88,7 @@ class Planner:
             return
         ranks = grid.tensor if item.expert is None else grid.expert_tensor
         name = rule.sources[item.source].name
-        for tensor_rank in range(ranks) if only_rank is None else (only_rank,):
+        for tensor_rank in range(ranks):
             if item.expert is None:
                 replicas = grid.dense_replicas(stage, tensor_rank)
             else:
