@@ -96,11 +96,12 @@ static int agrees(call *a, call *b) {
 
 static int is_reduction(call *c) { return c->kind == ALL_REDUCE || c->kind == REDUCE || c->kind == REDUCE_SCATTER; }
 
-// Every rank publishes its call, reads what it needs when all have, and is done when all have read.
+// Every rank publishes its call when all have read the one before, reads what it needs when all have published, and is
+// done when all have read.
 static void advance_collective(ncclComm_t c, task *t) {
     board *shared = c->shared;
     if (shared->is_refused) return;
-    if (t->progress == NEW && shared->called[c->rank] == t->number) {
+    if (t->progress == NEW && shared->called[c->rank] == t->number && have_all(c, shared->read, t->number)) {
         shared->calls[c->rank] = t->call;
         shared->called[c->rank] = t->number + 1;
         t->progress = PUBLISHED;

@@ -91,7 +91,7 @@ static void write_integers(FILE *out, const char *name, const int64_t *values) {
 __attribute__((destructor)) void null_gpu_write_counters(void) {
     const char *prefix = getenv("NULL_GPU_COUNTERS");
     char path[4096];
-    if (!prefix) return;
+    if (!prefix || !num_rows) return;  // it has not waited once: it used no GPU
     snprintf(path, sizeof path, "%s.%d.json", prefix, getpid());
     FILE *out = fopen(path, "w");
     if (!out) return;

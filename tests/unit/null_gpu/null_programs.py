@@ -360,10 +360,16 @@ def collectives(rank: str, size: str) -> None:
         done("ncclAllReduce", source, target, 2, FLOAT, operation, comm, on)
         done("cudaStreamSynchronize", on)
         reduced.append(as_floats(target, 2))
+    done("ncclGroupStart")
+    grouped = device_memory(floats([own, own, own]))
+    done("ncclAllReduce", grouped, grouped, 1, FLOAT, SUM, comm, on)
+    done("ncclAllReduce", grouped + 4, grouped + 4, 2, FLOAT, SUM, comm, on)
+    done("ncclGroupEnd")
     done("ncclAllGather", source, target, 2, FLOAT, comm, on)
     done("ncclBroadcast", root, root, 1, FLOAT, 1, comm, on)
     done("ncclReduceScatter", target, target + 28, 1, FLOAT, SUM, comm, on)
     done("cudaStreamSynchronize", on)
+    reduced.append(as_floats(grouped, 3))
     say([reduced, as_floats(target, 2 * ranks), as_floats(root, 1), as_floats(target + 28, 1)])
 
 
