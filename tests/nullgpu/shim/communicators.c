@@ -196,6 +196,7 @@ ncclResult_t ncclCommCount(const ncclComm_t comm, int *size) { *size = comm->siz
 ncclResult_t ncclCommUserRank(const ncclComm_t comm, int *rank) { *rank = comm->rank; return ncclSuccess; }
 ncclResult_t ncclCommCuDevice(const ncclComm_t comm, int *device) { *device = comm->device; return ncclSuccess; }
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *error) {
+    if (!comm) return ncclInvalidArgument;
     if (comm->shared && comm->shared->is_refused) comm->error = ncclInvalidUsage;
     *error = comm->error ? comm->error : comm->state;
     return ncclSuccess;
@@ -222,6 +223,7 @@ static void leave(ncclComm_t c) {
 
 // Calls of this rank that run end, those that are queued end when their turn comes; the peers' are not ended by it.
 ncclResult_t ncclCommAbort(ncclComm_t c) {
+    if (!c) return ncclSuccess;
     c->aborted = 1;
     if (c->shared) board_changed(c->shared);
     pthread_mutex_lock(&queues);
@@ -233,6 +235,7 @@ ncclResult_t ncclCommAbort(ncclComm_t c) {
 }
 // Waits until the calls of this rank have ended, and what it has sent is received, which lies in this process.
 ncclResult_t ncclCommDestroy(ncclComm_t c) {
+    if (!c) return ncclSuccess;
     pthread_mutex_lock(&queues);
     while (c->finished < c->issued && !c->aborted) pthread_cond_wait(&queues_changed, &queues);
     pthread_mutex_unlock(&queues);
