@@ -3,6 +3,9 @@
 A reward is a pure function `grade(response: str, truth, **entry) -> Grade`, where `entry` holds the
 prompt's other fields. It runs in a worker process of `runtime.pool.RewardPool`, so its module may
 import any library. Rewards that request a served model are in `remote/`; `sandbox/` runs programs.
+
+Patterns that repeat a group possessively are compiled by `regex`: Python's `re` before 3.11.5, as
+in Debian 12, matches them wrongly (cpython#100061, #106052), and rewards would differ.
 """
 
 import sys

@@ -1,9 +1,10 @@
 """Extract the final answer of a response, in the same way for every reward."""
 
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+import regex as re  # not Python's: see rewards/__init__.py
 
 from megatron_r1.rewards.base import shorten
 

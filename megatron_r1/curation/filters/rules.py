@@ -1,7 +1,8 @@
 """The filters: each returns why a response is dropped, "" to keep it. One function each."""
 
-import re
 from collections.abc import Sequence
+
+import regex as re  # not Python's: see rewards/__init__.py
 
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.response import TextResponse

@@ -5,8 +5,9 @@ Words inside those are returned too, because a thought could be written in them 
 Every pattern is linear: quantifiers are possessive, a delimited span stops at the next delimiter of
 its kind, and a token begins only where the character before it could not belong to it."""
 
-import re
 from dataclasses import dataclass
+
+import regex as re  # not Python's: see rewards/__init__.py
 
 from megatron_r1.rewards.language.folding import fold
 from megatron_r1.rewards.language.words import GLUED_WORD_LETTERS, count_marks, count_symbols

@@ -1,8 +1,9 @@
 """Count the words of text in any script, so that a Chinese and an English word weigh the same,
 and symbols and single letters as words."""
 
-import re
 from dataclasses import dataclass
+
+import regex as re  # not Python's: see rewards/__init__.py
 
 HAN = "々〆〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 KANA = "\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9d"

@@ -3,10 +3,10 @@ r"""Equations, inequalities and memberships: their sides, their solutions, and w
 A response may name its answer (`x = 3`), and so may a truth. It must not restate the question:
 `2x = 6` is no answer where `x = 3` is expected, although each follows from the other."""
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
+import regex as re  # not Python's: see rewards/__init__.py
 import sympy
 
 from megatron_r1.rewards.math.structure import SEPARATORS, match_all, split
