@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def measure(folder: Path, script: str, setting: str = "") -> tuple[int, str]:
 @pytest.mark.parametrize("status", [0, 3])
 def test_the_exit_status_is_the_command_s_and_orphans_count(tmp_path, status):
     # The loop is the child of a shell that has ended before.
-    loop = f"{sys.executable} -c 'for n in range(3 * 10**6): pass'"
+    loop = f"{shlex.quote(sys.executable)} -c 'for n in range(3 * 10**6): pass'"
     code, output = measure(tmp_path, f'(sh -c "{loop} &"); exit {status}')
     assert code == status and "nothing is left behind" in output
     [seconds] = re.findall(r"^(\d+) CPU seconds", output, re.M)
@@ -37,9 +38,8 @@ def test_the_exit_status_is_the_command_s_and_orphans_count(tmp_path, status):
 def test_what_is_left_is_named_and_ended(tmp_path):
     listener = "import socket, time; s = socket.create_server(('127.0.0.1', 0)); time.sleep(1000)"
     shared = f"/dev/shm/{tmp_path.name}_{os.getpid()}"
-    script = (
-        f'touch "$TMPDIR/file" {shared}; {sys.executable} -c "{listener}" & echo "pid $!"; sleep 1'
-    )
+    python = shlex.quote(sys.executable)
+    script = f'touch "$TMPDIR/file" {shared}; {python} -c "{listener}" & echo "pid $!"; sleep 1'
     try:
         code, output = measure(tmp_path, script, "measured.END_SECONDS = 0.5")
     finally:

@@ -28,7 +28,7 @@ def main() -> None:
     how, *rest = sys.argv[1:]
     origin = "forked" if imports else "fresh"
     facts = [origin, os.getenv("LATE"), os.getenv("EARLY"), tempfile.gettempdir(), os.getcwd()]
-    print(*facts, flush=True)
+    print(*facts, sep="\t", flush=True)
     if how == "exit":
         sys.exit(int(rest[0]))
     if how == "signal":

@@ -31,7 +31,7 @@ def start(log, *arguments, **environment):
 def facts(log) -> list[str]:
     """What `forked_module` has printed of itself: origin, LATE, EARLY, temporary and own folder."""
     wait_until(lambda: log.read_text().count("\n") > 1)
-    return log.read_text().splitlines()[1].split()
+    return log.read_text().splitlines()[1].split("\t")
 
 
 def test_exit_codes_and_signals_are_reported(tmp_path):
