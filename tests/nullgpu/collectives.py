@@ -1,10 +1,12 @@
 """Every collective and message that we or Megatron send over NCCL, between null GPUs, against what
 each must give: `collectives.py`, under torchrun. What NCCL or the null GPU has to refuse:
 `collectives.py unequal`, a collective of unequal sizes, and `collectives.py shared`, ranks on one
-GPU. Prints a line for each rank."""
+GPU. `collectives.py unreceived`: a send that is not received ends by torch's time limit, which
+aborts it, and the GPU goes on. Prints a line for each rank."""
 
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -102,18 +104,35 @@ def refused(call) -> None:
     raise AssertionError("it went through")
 
 
+def send_in_vain(rank: int) -> None:
+    dist.barrier()
+    torch.cuda.synchronize()
+    store = dist.distributed_c10d._get_default_store()
+    if rank:
+        store.wait(["released"], timedelta(hours=1))
+        return
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
+    refused(dist.isend(filled(1), 1).wait)
+    torch.cuda.synchronize()
+    print("the send is released", flush=True)
+    store.set("released", "")
+
+
 def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if "shared" in sys.argv:
         device = torch.device("cuda", 0)
         refused(lambda: dist.init_process_group("nccl", device_id=device))
         return
-    if "unequal" in sys.argv:
+    if {"unequal", "unreceived"} & set(sys.argv):
         os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # else torch's watchdog ends the process
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     if "unequal" in sys.argv:
-        refused(lambda: dist.all_reduce(filled(1, 3 + rank)))
+        refused(lambda: dist.all_reduce(filled(1, 3 + rank), async_op=True).wait())
+        return
+    if "unreceived" in sys.argv:
+        send_in_vain(rank)
         return
     for part in (reductions, copies, messages, groups):
         part(rank, size)

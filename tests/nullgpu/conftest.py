@@ -31,11 +31,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def on_null_gpu(tmp_path_factory) -> Callable[..., str]:
     """A function that runs Python with these arguments on the null GPU, or on several; returns its
-    output. computes: whether torch's operators compute in every process from the beginning."""
+    output. computes: whether torch's operators compute in every process from the beginning;
+    settings: further variables of the environment."""
     shim = tmp_path_factory.mktemp("null_gpu")
     build(shim)
 
-    def run(*arguments: str, gpus: int = 1, computes: bool = False) -> str:
+    def run(*arguments: str, gpus: int = 1, computes: bool = False, **settings: str) -> str:
         imports = [str(HERE / "everywhere"), *IMPORTS] if computes else IMPORTS
         environment = {
             "NULL_GPUS": str(gpus),
@@ -46,6 +47,6 @@ def on_null_gpu(tmp_path_factory) -> Callable[..., str]:
             "PYTHONPATH": ":".join(imports),
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus))),
         }
-        return run_script(HERE, list(arguments), **environment)
+        return run_script(HERE, list(arguments), **environment | settings)
 
     return run

@@ -9,6 +9,7 @@ What stays without effect: products of Transformer Engine (cuBLASLt), its kernel
 which do not go through torch's dispatcher."""
 
 import ctypes
+import functools
 import threading
 
 import torch
@@ -23,12 +24,16 @@ ALLOCATES = {
 """Operators that make, describe or read memory: CUDA's own work on the null GPU."""
 
 
+@functools.cache
+def runtime() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def drain(devices: set[int]) -> None:
     """Wait for what is queued on the current stream of each of these GPUs."""
-    runtime = ctypes.CDLL(None)
     for device in devices:
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
-        if runtime.null_gpu_drain(device, stream):
+        if runtime().null_gpu_drain(device, stream):
             raise RuntimeError(f"the null GPU {device} failed")
 
 

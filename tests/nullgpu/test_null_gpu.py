@@ -4,6 +4,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from nullgpu import counters
 from nullgpu.conftest import TORCHRUN
 
 ROOT = Path(__file__).parents[2]
@@ -36,20 +37,64 @@ loss = loss + x.bfloat16().float().square().mean()
 loss.backward()
 torch.testing.assert_close(on_gpu, [loss.detach(), x.grad])
 """
+COUNTS = """
+import torch
+from counters import labelled
+from host_compute import HostCompute
+values = torch.arange(2**20).pin_memory()
+with labelled("no wait"):
+    on_gpu = values.to("cuda", non_blocking=True)
+    back = torch.empty_like(values, device="cpu", pin_memory=True)
+    back.copy_(on_gpu, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+with labelled("an event"):
+    event.synchronize()
+assert torch.equal(back, values)
+with labelled("a number"):
+    on_gpu[5].item()
+with labelled("the device"):
+    torch.cuda.synchronize()
+with labelled("the CPU"):
+    on_gpu.cpu()
+held = torch.empty(5 * 2**20 + 1, dtype=torch.uint8).pin_memory()
+"""
+FREED = """
+import torch
+from host_compute import HostCompute, on_host
+with HostCompute():
+    scales = torch.ones(1000, device="cuda")
+    kept = on_host(scales)
+    assert kept.sum() == 1000
+    del scales
+    assert kept.isnan().all()
+"""
 OF_THE_CPU = [
     "return False",
-    "elif not _prepared:",
-    "with without_garbage_collection():  # patches import what they change",
-    "for patch in PATCHES:",
-    "patch.install()",
+    "patch.install()  # imports what it changes",
     "keep_freed_memory()",
-    "_prepared = True",
     'warnings.filterwarnings("ignore", module=r"megatron\\.core\\.")',
 ]
 
 
 def test_memory_is_the_hosts_copies_are_real_and_kernels_do_nothing(on_null_gpu):
     on_null_gpu("-c", COPIES)
+
+
+def test_waits_of_the_host_and_memory_are_counted(on_null_gpu, tmp_path):
+    on_null_gpu("-c", COUNTS, NULL_GPU_COUNTERS=str(tmp_path / "counters"))
+    (found,) = counters.read(tmp_path / "counters")
+    assert counters.waits(found, "no wait") == {}
+    assert counters.waits(found, "an event") == {"event": 1}
+    assert counters.waits(found, "a number")["stream"] == 1
+    assert counters.waits(found, "the device") == {"device": 1}
+    assert counters.waits(found, "the CPU")["stream"] == 1
+    # 8 MiB twice, and 5 MiB as torch rounds it.
+    assert found["pinned_peak_bytes"] >= 3 * 8 * 2**20
+
+
+def test_memory_that_torch_frees_without_caching_is_nan(on_null_gpu):
+    on_null_gpu("-c", FREED, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 def test_torchs_operators_can_be_computed_on_the_host(on_null_gpu):
@@ -88,6 +133,11 @@ def test_ranks_that_disagree_or_share_a_gpu_are_refused(on_null_gpu, what, messa
     # Each in a torchrun of its own: a second process group of the same name can read the id of the
     # first in the launcher's store, and its ranks then wait for each other in two groups.
     assert message in on_null_gpu(*TORCHRUN, "--nproc-per-node=2", "collectives.py", what, gpus=2)
+
+
+def test_a_send_that_is_not_received_ends_by_torchs_time_limit(on_null_gpu):
+    printed = on_null_gpu(*TORCHRUN, "--nproc-per-node=2", "collectives.py", "unreceived", gpus=2)
+    assert "the send is released" in printed
 
 
 def test_every_line_of_the_platforms_gpu_side_is_run(on_null_gpu):
