@@ -87,7 +87,7 @@ class ForkServer:
         self._children: set[Child] = set()
         self._selector = selectors.DefaultSelector()
         # Not by the channel alone, which another process may have inherited.
-        self._selector.register(os.pidfd_open(os.getppid()), selectors.EVENT_READ, self._end)
+        self._selector.register(os.pidfd_open(os.getppid()), selectors.EVENT_READ, self.end)
 
     def wait_for_request(self, read_late: Collection[str]) -> list[str]:
         """Start processes until the channel or standard input is closed or the parent has ended,
@@ -97,7 +97,7 @@ class ForkServer:
         receive = self._accept if listens else self._receive
         self._selector.register(self._channel, selectors.EVENT_READ, receive)
         if listens:
-            self._selector.register(0, selectors.EVENT_READ, self._end)
+            self._selector.register(0, selectors.EVENT_READ, self.end)
         while True:
             for key, _ in self._selector.select():
                 if isinstance(key.data, Child):
@@ -113,14 +113,28 @@ class ForkServer:
         self._selector.register(self._channel.accept()[0], selectors.EVENT_READ)
 
     def _receive(self) -> None:
-        _, descriptors, _, _ = socket.recv_fds(self._channel, 1, 1, socket.MSG_CMSG_CLOEXEC)
-        if not descriptors:
-            self._end()
-        self._selector.register(socket.socket(fileno=descriptors[0]), selectors.EVENT_READ)
+        connection = self._next_connection()
+        if connection is None:
+            self.end()
+        self._selector.register(connection, selectors.EVENT_READ)
 
-    def _end(self) -> NoReturn:
+    def _next_connection(self) -> socket.socket | None:
+        """Return a connection that came over the channel, or None where that is closed."""
+        _, descriptors, _, _ = socket.recv_fds(self._channel, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        return socket.socket(fileno=descriptors[0]) if descriptors else None
+
+    def end(self, *_signal: object) -> NoReturn:
+        """End this process and those that it has started; delete what they leave, and the temporary
+        folders of those that it has not started yet."""
         for child in self._children:
             child.kill()
+        self._channel.setblocking(False)
+        with contextlib.suppress(OSError):
+            while connection := self._next_connection():
+                request, _, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 1)
+                if request:
+                    asked = msgspec.msgpack.decode(request, type=Request)
+                    remove_scratch(Path(asked.environment.get("TMPDIR", "")))
         remove_scratch(Path(tempfile.gettempdir()))
         os._exit(0)
 
@@ -242,12 +256,15 @@ def main() -> None:
     lifetime.end_without_parent()
     name = sys.argv[1]
     server = ForkServer(open_channel(sys.argv[2]), name)
+    signal.signal(signal.SIGTERM, server.end)
+    lifetime.die_with_parent(signal.SIGTERM)
     set_title = _title_setter()
     module = importlib.import_module(name)
     with without_garbage_collection():
         module.preload()
     timeline.reached(f"fork server of {name}/imports made")
-    lifetime.die_with_parent(0)  # from now on `ForkServer` sees that end, and leaves nothing
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    lifetime.die_with_parent(0)  # from now on `ForkServer` sees that end
     arguments = server.wait_for_request(module.READ_LATE)
     lifetime.end_without_parent()
     set_title(" ".join([sys.executable, "-m", name, *arguments]))

@@ -7,7 +7,9 @@ import tempfile
 import threading
 import time
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 
+from megatron_r1.files import atomic_write
 from megatron_r1.processes import lifetime
 
 READ_LATE = {"LATE"}
@@ -20,6 +22,9 @@ def preload() -> None:
     print("imported", flush=True)
     if os.environ.get("FAIL"):
         sys.exit("no such library")
+    if path := os.environ.get("IMPORT_FOR_EVER"):
+        atomic_write(Path(path), str(os.getpid()))
+        time.sleep(1e6)
     if os.environ.get("THREAD"):
         threading.Thread(target=time.sleep, args=(1e6,), daemon=True).start()
 

@@ -89,6 +89,23 @@ def shared_names(log) -> list[str]:
     return [line.split()[1] for line in log.read_text().splitlines() if line[:6] == "shared"]
 
 
+def test_a_server_that_still_imports_leaves_nothing_of_its_killed_controller(
+    tmp_path, short_folder
+):
+    environment = EARLY | {"IMPORT_FOR_EVER": str(tmp_path / "imports")}
+    program = CONTROLLER.replace(repr(EARLY), repr(environment))
+    own = {preloaded.SERVERS: "", "TMPDIR": str(short_folder)}
+    controller = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "log")], env={**os.environ, **own}
+    )
+    wait_until(lambda: (tmp_path / "imports").exists() and (tmp_path / "log.asked").exists())
+    server = int((tmp_path / "imports").read_text())
+    controller.kill()
+    controller.wait()
+    wait_until(lambda: not is_alive(server))
+    assert not list(short_folder.glob("r1_*"))
+
+
 def test_a_start_is_cancelled_while_the_server_imports(tmp_path):
     process = start(tmp_path / "log", "sleep")
     children.stop(process)
@@ -110,6 +127,7 @@ scratch = tempfile.mkdtemp(prefix="r1_")
 arguments = ["child", "memory"]
 environment = {EARLY!r} | {{"TMPDIR": scratch}}
 process = preloaded.start({MODULE!r}, arguments, Path(sys.argv[1]), environment)
+Path(sys.argv[1] + ".asked").touch()
 time.sleep(1e6)
 """
 
