@@ -4,7 +4,9 @@ engine rank is on the GPU of a trainer rank, and has its receive buffer only dur
 
 Every engine must have every slice after each push, by plain slicing."""
 
+import functools
 import sys
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,28 @@ CASES = {
     "qwen": (QWEN, TrainerGrid(2, tensor=2), EngineLayout()),
     "deepseek": (DEEPSEEK, TrainerGrid(4, expert=4), EngineLayout(tensor=2)),
 }
+
+
+@functools.cache
+def own_stream(rank: int) -> torch.cuda.Stream:
+    """A trainer rank's stream: the default one is the engine's on its GPU, which in a cluster is
+    another process."""
+    return torch.cuda.Stream(rank)
+
+
+def inherit_streams() -> None:
+    """Have threads begin with the GPU and the stream of the thread that starts them."""
+    start, run = threading.Thread.start, threading.Thread.run
+
+    def start_there(thread: threading.Thread) -> None:
+        thread.stream = torch.cuda.current_stream()
+        start(thread)
+
+    def run_there(thread: threading.Thread) -> None:
+        with torch.cuda.stream(thread.stream):
+            run(thread)
+
+    threading.Thread.start, threading.Thread.run = start_there, run_there
 
 
 @dataclass
@@ -40,12 +64,12 @@ class Placement:
         )
 
         def connect_there(sender, *args, **kwargs):
-            torch.cuda.set_device(sender.rank)
-            return connect(sender, *args, **kwargs)
+            with torch.cuda.stream(own_stream(sender.rank)):
+                return connect(sender, *args, **kwargs)
 
         def send_there(sender, *args, **kwargs):
-            torch.cuda.set_device(sender.rank)
-            return send(sender, *args, **kwargs)
+            with torch.cuda.stream(own_stream(sender.rank)):
+                return send(sender, *args, **kwargs)
 
         def receiver_there(transport):
             def make(rendezvous, rank, table) -> Receiver:
@@ -87,6 +111,7 @@ def trained(weights: torch.Tensor) -> torch.Tensor:
 
 def main(model: str, engines: int, *, is_colocated: bool) -> None:
     compute_everywhere()
+    inherit_streams()
     hf, grid, layout = CASES[model]
     Placement(0 if is_colocated else grid.world, layout.ranks_per_engine, is_colocated).install()
     tensors = push_world.draw(hf, 1)
