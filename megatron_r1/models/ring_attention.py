@@ -182,11 +182,12 @@ def _pass_on(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     # Point to point between neighbors in `group`, the context-parallel ranks: an all-gather would
     # hold the keys and values of all ranks at once, here a rank holds two shares beside its own.
     to, of = (dist.get_global_rank(group, (group.rank() + n) % group.size()) for n in (1, -1))
-    works = dist.isend(x, to, group), dist.irecv(arriving, of, group)
+    # Together: over NCCL a send that stands alone blocks the stream until it is received.
+    both = [dist.P2POp(dist.isend, x, to, group), dist.P2POp(dist.irecv, arriving, of, group)]
+    works = dist.batch_isend_irecv(both)
 
     def wait() -> Tensor:
         for work in works:
-            assert work is not None, "this rank is in the group"
             work.wait()
         return arriving
 
