@@ -99,7 +99,7 @@ def test_a_grandchild_that_hides_from_its_parent_goes_too(world, tmp_path):
         "def start(folder):\n"
         "    code = 'import time; time.sleep(3600)'\n"
         "    mark = '--mark-of-' + folder.resolve().parts[-3]\n"
-        "    script = f'setsid \"{sys.executable}\" -c \"{code}\" {mark} & '\n"
+        '    script = f\'setsid "{sys.executable}" -c "{code}" {mark} & \'\n'
         "    subprocess.run(['bash', '-c', script])\n"
         "    (folder / 'started').touch()\n"
         "    time.sleep(3600)\n"
