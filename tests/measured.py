@@ -26,6 +26,8 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 SHARED_MEMORY = Path("/dev/shm")
 END_SECONDS = 30.0
 """Patience with processes that are ending when the command has ended. Idle ones are left."""
+END_CPU_SECONDS = 120.0
+"""What they may compute by then. Those that go on do not end."""
 
 
 def main(command: list[str]) -> int:
@@ -74,11 +76,14 @@ def wait_for(process: subprocess.Popen[bytes]) -> int:
 
 def end_processes() -> list[str]:
     """Return a line for each process that is left, and each port on which it listens; end them."""
-    idle_since, computed = time.monotonic(), 0.0
+    idle_since, spent = time.monotonic(), 0.0
+    computed = sum(map(cpu_seconds, living()))
     while (members := living()) and time.monotonic() - idle_since < END_SECONDS:
         before, computed = computed, sum(map(cpu_seconds, members))
         if computed > before + 0.01:
-            idle_since = time.monotonic()
+            idle_since, spent = time.monotonic(), spent + computed - before
+        if spent > END_CPU_SECONDS:
+            break
         time.sleep(0.2)
         reap()
     lines = [line for process in members for line in describe(process)]

@@ -49,3 +49,11 @@ def test_what_is_left_is_named_and_ended(tmp_path):
     assert f"process {pid}: " in output and f"of process {pid}\n" in output
     assert f"shared memory {shared}" in output and re.search(r"temporary file \S+/file", output)
     assert not is_alive(pid)
+
+
+def test_what_computes_for_ever_is_left_too(tmp_path):
+    loop = f"{shlex.quote(sys.executable)} -c 'while True: pass'"
+    code, output = measure(tmp_path, f'{loop} & echo "pid $!"', "measured.END_CPU_SECONDS = 0.5")
+    [pid] = map(int, re.findall(r"^pid (\d+)", output, re.M))
+    assert code == 1 and f"process {pid}: " in output
+    assert not is_alive(pid)
