@@ -155,7 +155,8 @@ class WeightSender:
             except SetFailed as error:
                 problems.setdefault(name, error.failure)
             except (OSError, RuntimeError) as error:
-                text = f"trainer rank {self.rank}: {type(error).__name__}: {error}"
+                to = f"rank {link.end.rank} of engine {link.member} of the set"
+                text = f"trainer rank {self.rank} to {to}: {type(error).__name__}: {error}"
                 failure = link.end.rendezvous.report_error(text, link.member)
                 problems.setdefault(name, failure)
 
