@@ -264,26 +264,28 @@ def test_batches_are_sampled_ahead_of_training_as_far_as_staleness_lets_them(
 
 @pytest.mark.more  # five starts; each death by itself: test_supervision, test_checkpoint_runs
 def test_whatever_is_killed_the_same_command_continues_and_no_step_is_lost_or_doubled(base):
-    folder = base / "killed"
+    folder, steps = base / "killed", 10
 
-    process = start(base, "--run.max_trainer_restarts", "0")
+    process = start(base, "--run.max_trainer_restarts", "0", steps=steps)
     wait_for_step(process, folder, 1)
     os.kill(processes_of(folder, "training.rank")[0], signal.SIGKILL)
     _, errors = process.communicate()
     assert process.returncode == 1 and "trainer rank 0 was killed by signal 9" in errors
 
-    process = start(base, "--rollout.max_restarts", "0")
-    wait_for_step(process, folder, 2)
+    last = len(lines(folder / "metrics.jsonl"))  # the death comes a step later, if not two
+    process = start(base, "--rollout.max_restarts", "0", steps=steps)
+    wait_for_step(process, folder, last + 1)
     os.kill(processes_of(folder, "vllm_plugin.serve")[0], signal.SIGKILL)
     _, errors = process.communicate()
     assert process.returncode == 1 and "engine-0 died: signal SIGKILL" in errors
     assert "Traceback" not in errors
 
     # With restarts left, which is the default, the run does not end at all.
-    process = start(base)
-    wait_for_step(process, folder, 3)
+    last = len(lines(folder / "metrics.jsonl"))
+    process = start(base, steps=steps)
+    wait_for_step(process, folder, last + 1)
     os.kill(processes_of(folder, "vllm_plugin.serve")[0], signal.SIGKILL)
-    wait_for_step(process, folder, 5)
+    wait_for_step(process, folder, last + 3)
     assert lines(folder / "metrics.jsonl")[-1]["engines/restarts"] == 1
     process.kill()
     process.wait()
@@ -292,18 +294,18 @@ def test_whatever_is_killed_the_same_command_continues_and_no_step_is_lost_or_do
 
     # As a crash in the middle of a write would leave it.
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "rew')
-    process = start(base)
+        file.write(f'{{"step": {steps + 1}, "rew')
+    process = start(base, steps=steps)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "continuing after step" in output
-    assert [m["step"] for m in lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in lines(folder / "metrics.jsonl")] == [*range(1, steps + 1)]
     assert max(m["logprob_diff/max"] for m in lines(folder / "metrics.jsonl")) < 1e-4
 
 
 @pytest.mark.more
 def test_ctrl_c_finishes_the_step_and_the_same_command_goes_on(base):
-    folder = base / "killed"  # with six steps where the test before has run, else without any
+    folder = base / "killed"  # with ten steps where the test before has run, else without any
     before = len(lines(folder / "metrics.jsonl"))
     process = start(base, steps=before + 3)
     wait_for_step(process, folder, before + 1)
