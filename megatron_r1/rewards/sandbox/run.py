@@ -82,6 +82,7 @@ def launch(
 ) -> SandboxProcess:
     """Start a sandbox. `stack` closes its files; the caller closes the sandbox before that. stdin:
     as for `Popen`; the other arguments: as for `run`."""
+    system_calls = build_filter(compiler=compiler)
     fds = [stack.enter_context(sealed_file(content)).fileno() for content in files.values()]
     options: list[str] = []
     for name, fd in zip(files, fds, strict=True):
@@ -108,7 +109,6 @@ def launch(
         os.close(status_write)
         os.close(filter_read)
     stack.enter_context(process)
-    system_calls = build_filter(compiler=compiler)
     return SandboxProcess(process, status_read, filter_file, system_calls, budget, started)
 
 

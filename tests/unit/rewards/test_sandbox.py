@@ -79,6 +79,16 @@ def test_a_machine_without_a_table_of_system_calls_is_refused(another_machine):
 
 
 @needs_sandbox
+def test_such_a_machine_is_refused_before_bubblewrap_starts(another_machine):
+    """It would wait for a filter that never comes."""
+    another_machine.setattr(platform, "machine", lambda: "riscv64")
+    another_machine.setattr(subprocess, "Popen", refuse_to_start)
+    seccomp.build_filter.cache_clear()
+    with refused("machine", Cause.UNSUPPORTED, "riscv64"):
+        code.grade("", TRUTH)
+
+
+@needs_sandbox
 def test_without_a_compiler_cpp_is_refused_and_python_is_not(another_machine, tmp_path):
     another_machine.setattr(host, "COMPILER", str(tmp_path / "g++"))
     with refused("g++", Cause.NOT_INSTALLED, "apt-get install g++"):
