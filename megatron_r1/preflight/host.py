@@ -163,9 +163,10 @@ def clock_offset(address: str, port: int) -> tuple[float, str]:
 def lookup_seconds(address: str) -> float:
     """Return how long the slowest of `LOOKUPS` takes to find the host's name of an address.
 
-    torch looks it up for every connection to a store, as the IPv4 address is written in IPv6, and
-    waits for it (`c10d::detail::formatSockAddr`)."""
-    mapped = f"::ffff:{socket.gethostbyname(address)}"
+    torch looks it up for every connection to a store, with an IPv4 address as it is written in
+    IPv6, and waits for it (`c10d::detail::formatSockAddr`)."""
+    found = socket.getaddrinfo(address, None, socket.AF_INET6, flags=socket.AI_V4MAPPED)
+    mapped = str(found[0][4][0])
 
     def look_up(_: int) -> float:
         start = time.monotonic()
