@@ -14,9 +14,8 @@ from typing import Any
 from megatron_r1.engine.client import is_healthy
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.settings import MODULE, EngineSettings
-from megatron_r1.engine.temporary_files import Scratch
 from megatron_r1.processes import children, out_of_memory, preloaded
-from megatron_r1.processes.leftovers import shared_files
+from megatron_r1.processes.leftovers import Scratch, shared_files
 from megatron_r1.processes.logs import file_excerpt
 from megatron_r1.processes.preloaded import ForkedProcess
 

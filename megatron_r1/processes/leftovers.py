@@ -1,7 +1,9 @@
 """What killed processes leave behind: files in shared memory and temporary folders."""
 
 import contextlib
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from megatron_r1.processes.inspection import session_members
@@ -9,6 +11,22 @@ from megatron_r1.processes.inspection import session_members
 SCRATCH_PREFIX = "r1_"
 """How the name of a temporary folder begins that belongs to one process and those under it. Short,
 as paths of sockets may have 107 bytes."""
+
+
+class Scratch(tempfile.TemporaryDirectory):
+    """A temporary folder for one process and those under it, until `cleanup`."""
+
+    def __init__(self) -> None:
+        super().__init__(prefix=SCRATCH_PREFIX, ignore_cleanup_errors=True)
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment variables that make these processes use the folder."""
+        # Compiled kernels stay outside, for the next engine to use.
+        compiled = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
+        return {
+            "TMPDIR": self.name,
+            "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", compiled),
+        }
 
 
 def shared_files(session: int) -> list[Path]:

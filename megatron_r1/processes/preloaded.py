@@ -25,7 +25,7 @@ import msgspec
 
 from megatron_r1.processes import children
 from megatron_r1.processes.fork_server import SERVERS, Reply, Request
-from megatron_r1.processes.leftovers import SCRATCH_PREFIX
+from megatron_r1.processes.leftovers import Scratch
 
 POLL_SECONDS = 0.02
 _SERVER = [sys.executable, "-m", "megatron_r1.processes.fork_server"]
@@ -99,9 +99,7 @@ class Importer:
         self._owner = os.getpid()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         # Some packages make temporary folders when they are imported, W&B for example.
-        self._scratch = tempfile.TemporaryDirectory(
-            prefix=SCRATCH_PREFIX, ignore_cleanup_errors=True
-        )
+        self._scratch = Scratch()
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(

@@ -11,9 +11,9 @@ from pathlib import Path
 from megatron_r1.engine import gpu
 from megatron_r1.engine.client import is_healthy
 from megatron_r1.engine.settings import engine_environment
-from megatron_r1.engine.temporary_files import Scratch
 from megatron_r1.errors import RunError
 from megatron_r1.processes.children import free_port
+from megatron_r1.processes.leftovers import Scratch
 from megatron_r1.processes.logs import excerpt
 from megatron_r1.workflow.child import Child, describe_status
 from megatron_r1.workflow.pipeline_recipe import ServeConfig
