@@ -93,7 +93,7 @@ class GlooReceiver(Receiver):
     def close(self) -> None:
         self._is_closing = True
         self._begun.put(None)
-        for groups in self._groups:
+        for groups in list(self._groups):  # threads that end meanwhile remove theirs
             groups.abort()
         # A thread that is still in a call when the interpreter ends would abort the process.
         deadline = time.monotonic() + CLOSE_SECONDS
@@ -118,11 +118,8 @@ class GlooReceiver(Receiver):
                 self._pair_failed(sender, error)
                 continue
             self._groups.append(groups)
-            if self._is_closing:  # `close` may have aborted the groups before these were among them
-                self._groups.remove(groups)
-                del groups  # closes the connection
-                continue
             self._start_thread(self._receive_pushes, sender, groups, name=f"from rank {sender}")
+            del groups  # the thread's are the last
 
     def _receive_pushes(self, sender: int, groups: Groups) -> None:
         """Receive push after push of one trainer rank, until one fails or this end closes."""
@@ -137,9 +134,10 @@ class GlooReceiver(Receiver):
                 self._receive_push(groups, sender, int(number))
         except Exception as error:  # noqa: BLE001 - raised by the push that waits
             self._pair_failed(sender, error)
-            # The connection closes with the last reference, so that the sender fails at once.
-            if groups in self._groups:
-                self._groups.remove(groups)
+        finally:
+            # The connection closes with the last reference, so that the sender fails at once: also
+            # where `close` came before this thread's first call.
+            self._groups.remove(groups)
             del groups
 
     def _pair_failed(self, sender: int, error: Exception) -> None:

@@ -18,7 +18,7 @@ from one_receiver import (
 )
 from refusals import raised
 from torch.distributed import TCPStore
-from waiting import PATIENT
+from waiting import PATIENT, wait_until
 
 from megatron_r1.engine.errors import PushIncomplete
 from megatron_r1.weight_sync.checksum import (
@@ -241,6 +241,26 @@ def test_a_receiver_that_closes_while_it_connects_leaves_no_sender_waiting(make_
     monkeypatch.setattr(gloo, "CLOSE_SECONDS", 0.0)
     whole = [Delivery(i, 0, s.height, 0, s.width) for i, s in enumerate(SLOTS)]
     world = make_world("gloo", SLOTS, {0: whole})
+    world.receiver.close()
+    closed.set()
+    with pytest.raises(RuntimeError):
+        world.senders[0].send(1, slices(world.table, whole))
+
+
+def test_a_receiver_that_closes_before_its_first_call_leaves_no_sender_waiting(
+    make_world, monkeypatch
+):
+    receive, closed = gloo.GlooReceiver._receive_pushes, threading.Event()
+
+    def receive_pushes(end, *arguments):
+        closed.wait()
+        receive(end, *arguments)
+
+    monkeypatch.setattr(gloo.GlooReceiver, "_receive_pushes", receive_pushes)
+    monkeypatch.setattr(gloo, "CLOSE_SECONDS", 0.0)
+    whole = [Delivery(i, 0, s.height, 0, s.width) for i, s in enumerate(SLOTS)]
+    world = make_world("gloo", SLOTS, {0: whole})
+    wait_until(lambda: world.receiver._groups)
     world.receiver.close()
     closed.set()
     with pytest.raises(RuntimeError):
