@@ -1,6 +1,7 @@
 """Waiting for what a run does while it goes on."""
 
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +14,20 @@ def wait_for(process: subprocess.Popen, what: str, is_so) -> None:
         if process.poll() is not None:
             pytest.fail(f"ended before {what}: {process.communicate()}")
         time.sleep(0.002)
+
+
+def left_behind(folder: Path) -> list[int]:
+    """Processes that still write to the run's logs."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            output = os.readlink(entry / "fd/1")
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if output.startswith(str(folder / "logs")) and state != "Z":
+            found.append(int(entry.name))
+    return found
 
 
 def lines(path: Path) -> list[dict]:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from command_line import command, environment, run
+from run_progress import left_behind
 from safetensors.torch import load_file
+from waiting import wait_until
 
 from megatron_r1.processes.fork_server import SERVERS
 
@@ -56,7 +58,7 @@ def test_kill_9_in_the_middle_of_a_write_costs_steps_and_changes_nothing(base, u
         time.sleep(0.0005)
     process.kill()
     process.wait()
-    time.sleep(1)
+    wait_until(lambda: not left_behind(folder))
     assert (folder / "checkpoints/step_00000002/manifest.json").is_file()
     came_too_late = (folder / "checkpoints/step_00000003").is_dir()
 

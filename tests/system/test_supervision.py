@@ -4,14 +4,14 @@ import json
 import os
 import signal
 import subprocess
-import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 from command_line import command, environment
 from prometheus_client.parser import text_string_to_metric_families
-from run_progress import wait_for
+from run_progress import left_behind, wait_for
+from waiting import wait_until
 
 from megatron_r1.files.framed import FramedFile
 from megatron_r1.rl.sample_record import Accepted, decode
@@ -82,7 +82,7 @@ def test_no_finished_sample_is_lost_whoever_is_killed(base, tmp_path):
     wait_for(process, "in the third rollout", lambda: third.exists() and third.stat().st_size > 4e3)
     process.kill()
     process.wait()
-    time.sleep(1)
+    wait_until(lambda: not left_behind(folder))
     before = metrics_of(folder)
     assert [m["step"] for m in before] == [1, 2] and not any(folder.glob("checkpoints/step_*"))
     kept, is_accepted = records(folder, 3)
