@@ -45,7 +45,7 @@ class FakeServer:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join(10)
+        self._thread.join()
 
     def _answer(self, path: str, headers: dict, body: dict, say: Say) -> tuple[int, object]:
         question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]

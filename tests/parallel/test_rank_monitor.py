@@ -33,15 +33,14 @@ def start_ranks(address: str) -> list[subprocess.Popen]:
 
 
 async def inspect(controller: RankSocket, processes: list[subprocess.Popen]):
-    async with asyncio.timeout(120):
-        statuses = {}
-        while len(statuses) < 2 or any(at.operation != "update" for at in statuses.values()):
-            statuses = await controller.statuses(range(3), within_seconds=1)
-        assert set(statuses) == {0, 1}, "the third never came"
-        processes[1].send_signal(signal.SIGSTOP)
-        while statuses.keys() != {0} or statuses[0].threads[0].collective is None:
-            statuses = await controller.statuses(range(2), within_seconds=1)
-        return statuses[0]
+    statuses = {}
+    while len(statuses) < 2 or any(at.operation != "update" for at in statuses.values()):
+        statuses = await controller.statuses(range(3), within_seconds=1)
+    assert set(statuses) == {0, 1}, "the third never came"
+    processes[1].send_signal(signal.SIGSTOP)
+    while statuses.keys() != {0} or statuses[0].threads[0].collective is None:
+        statuses = await controller.statuses(range(2), within_seconds=1)
+    return statuses[0]
 
 
 def test_a_rank_stuck_in_a_collective_names_it_and_ends_without_a_controller():

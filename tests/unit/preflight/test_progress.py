@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch.distributed as dist
+from waiting import PATIENT
 
 from megatron_r1.preflight import progress
 from megatron_r1.preflight.progress import RankProgress
@@ -35,7 +36,7 @@ class Ranks:
         return end
 
     def diagnosis(self) -> str:
-        assert self.over.wait(30)
+        self.over.wait()
         for each in self.all:
             if each._thread.is_alive():
                 each._done.set()
@@ -83,7 +84,7 @@ def test_where_all_hang_alike_the_network_is_named():
 
 
 def test_ranks_that_meet_and_go_on_end_without_a_diagnosis():
-    ranks = Ranks(10.0)
+    ranks = Ranks(PATIENT)
 
     def run(each):
         each.start()
@@ -96,5 +97,5 @@ def test_ranks_that_meet_and_go_on_end_without_a_diagnosis():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join()
     assert not ranks.ended and all(e.seconds.keys() == {"first", "second"} for e in ranks.all)

@@ -58,10 +58,13 @@ def test_a_forked_child_has_a_file_of_its_own(folder):
     assert "core/after" in _names(folder, pid) and "core/after" not in _names(folder)
 
 
-def test_waiting_of_an_event_loop_is_recorded(folder):
+def test_waiting_of_an_event_loop_is_recorded(folder, monkeypatch):
+    # On a busy machine the time to sleep is over before the loop begins to wait.
+    monkeypatch.setattr(timeline, "SHORTEST_IDLE", 0.0)
+
     async def wait() -> None:
         timeline.watch_waiting(asyncio.get_running_loop())
-        await asyncio.sleep(2 * timeline.SHORTEST_IDLE)
+        await asyncio.sleep(0.001)
 
     asyncio.run(wait())
     assert timeline.IDLE in _names(folder)

@@ -102,7 +102,7 @@ def doubling(name, **how):
     return Implementation(name, doubled, lambda: None, **how)
 
 
-def rows_of(*implementations, seconds=60.0):
+def rows_of(*implementations, seconds=PATIENT):
     case = KernelCase("policy_loss", "", PolicyInputs, implementations)
     task = {"sizes": dataclasses.asdict(SMALL), "device": "cpu", "repeats": 2}
     reports = []
@@ -207,7 +207,7 @@ def test_a_registered_kernel_that_no_table_includes_is_measured_alone():
     (case,) = [case for case in CASES if case.name == "segment_sums"]
     case = dataclasses.replace(case, implementations=case.implementations[:2])  # no compilation
     task = {"sizes": dataclasses.asdict(SMALL), "device": "cpu", "repeats": 2}
-    result = run_case(case, task, time.time() + 60, {}, lambda **m: None)
+    result = run_case(case, task, time.time() + PATIENT, {}, lambda **m: None)
     for row in result["rows"]:
         assert row["seconds"] and not row["not_run"], row
         assert row["errors"]["result"] < 1e-6, row  # fp32 sums of six numbers

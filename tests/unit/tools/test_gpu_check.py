@@ -16,7 +16,7 @@ from tools.gpu_check.command import page
 ROOT = Path(__file__).parents[3]
 
 
-def outcomes(tmp_path, *checks, minutes=1.0, num_gpus=1):
+def outcomes(tmp_path, *checks, minutes=PATIENT / 60, num_gpus=1):
     return list(runner.run_all(checks, tmp_path, time.time() + 60 * minutes, num_gpus))
 
 
@@ -52,7 +52,7 @@ def test_the_end_of_a_failed_test_s_output_names_it(tmp_path):
     file = tmp_path / "test_planted.py"
     warned = "    warnings.warn('noise', stacklevel=1)\n" * runner.TAIL_LINES
     file.write_text(f"import warnings\ndef test_broken():\n{warned}    assert not 'planted'\n")
-    (outcome,) = outcomes(tmp_path, Check("a check", (*ALONE, str(file)), 30, needs=()))
+    (outcome,) = outcomes(tmp_path, Check("a check", (*ALONE, str(file)), PATIENT, needs=()))
     assert outcome.status == "failed"
     assert any("FAILED" in line and "test_broken" in line for line in outcome.tail)
     assert any("assert not 'planted'" in line for line in outcome.tail)
