@@ -1,6 +1,7 @@
 """The result of every reward: a number and the reason for it."""
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,7 +22,7 @@ class Grade:
     could not be called. Raises ValueError for a reward outside the limits, and for NaN."""
 
     limits: ClassVar[tuple[float, float]] = 0.0, 1.0
-    """The smallest and the largest reward; an environment's has wider ones (`rl.grading`)."""
+    """The smallest and the largest reward; `FiniteGrade` has wider ones."""
 
     reward: float
     reason: str
@@ -45,6 +46,13 @@ class Grade:
     def ungraded(cls, fault: object, missing: tuple[str, ...] = ()) -> "Grade":
         """Return the grade of a response that the reward could not grade because of `fault`."""
         return cls(0.0, f"{UNGRADED}: {fault}", is_graded=False, missing=missing)
+
+
+class FiniteGrade(Grade):
+    """The grade of a user's environment, or of a function written for verl or TRL, whose reward may
+    be any finite number."""
+
+    limits = (-sys.float_info.max, sys.float_info.max)
 
 
 def shorten(text: object, max_chars: int = 80) -> str:

@@ -40,7 +40,8 @@ class Reward:
     """The combined reward of one response.
 
     total: the weighted sum, which the policy is trained on.
-    terms: each term's reward, in [0, 1]; an environment's may be any finite number.
+    terms: each term's reward, in [0, 1]; that of an environment, or of a function written for
+        verl or TRL, may be any finite number.
     reason: the terms' reasons, in one line.
     ungraded: the terms whose reward function raised.
     is_graded: False if an ungraded term has a weight, so that the total does not measure the

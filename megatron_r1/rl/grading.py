@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.processes import timeline
-from megatron_r1.rewards.base import Grade
+from megatron_r1.rewards.base import FiniteGrade, Grade
 from megatron_r1.rewards.combine import ACCURACY, Reward, combine
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rewards.terms import Options, RewardTerms
@@ -62,7 +61,7 @@ class ResponseGrader:
             )
             if played.reward is not None:
                 reason = f"{episode.status}: the environment's reward"
-                grades = {ACCURACY: EnvironmentGrade(played.reward, reason), **grades}
+                grades = {ACCURACY: FiniteGrade(played.reward, reason), **grades}
         return _graded(response, played.text, combine(grades, weights), episode)
 
     @timeline.timed("controller/text of tokens")
@@ -96,12 +95,6 @@ def _graded(
         reward.is_graded,
         episode=episode,
     )
-
-
-class EnvironmentGrade(Grade):
-    """The reward of a user's environment, which may be any finite number."""
-
-    limits = (-sys.float_info.max, sys.float_info.max)
 
 
 def check_grades(groups: list[Group], max_ungraded: float) -> None:

@@ -19,7 +19,7 @@ from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.processes.framed_process import START_TIMEOUT_SECONDS, WorkerLost
 from megatron_r1.processes.frames import frame
 from megatron_r1.rewards import REMOTE, resolve
-from megatron_r1.rewards.base import Grade, find_non_finite
+from megatron_r1.rewards.base import FiniteGrade, Grade, find_non_finite
 from megatron_r1.rewards.remote.runner import RemoteRewards
 from megatron_r1.rewards.runtime.process import WorkerProcess
 from megatron_r1.rewards.runtime.worker import EncodedJob, JobStatus
@@ -297,7 +297,8 @@ class RewardPool:
         counter = {"graded": "graded", "memory": "out_of_memory"}.get(reply.status, "errors")
         limit = f" of {self.memory_limit_bytes / 2**20:.0f} MiB" if reply.status == "memory" else ""
         try:
-            grade = Grade(
+            kind = Grade if reply.is_bounded else FiniteGrade
+            grade = kind(
                 reply.reward,
                 reply.reason + limit,
                 is_graded=reply.status != "failed",

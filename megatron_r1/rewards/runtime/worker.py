@@ -19,7 +19,8 @@ from megatron_r1.errors import UserError
 from megatron_r1.processes.frames import LENGTH, frame, private_streams
 from megatron_r1.processes.lifetime import end_without_parent
 from megatron_r1.rewards import REGISTRY
-from megatron_r1.rewards.base import MAX_REASON_CHARS, Grade, shorten
+from megatron_r1.rewards.base import MAX_REASON_CHARS, FiniteGrade, Grade, shorten
+from megatron_r1.rewards.runtime.signatures import Adapted, MissingArguments, of_signature
 from megatron_r1.user_code import find_function, place_of
 
 MAX_REPLY_BYTES = 64 * 1024
@@ -67,6 +68,8 @@ class JobStatus(msgspec.Struct):
     """`Grade.verdict`."""
     missing: tuple[str, ...] = ()
     """`Grade.missing`."""
+    is_bounded: bool = True
+    """Whether the reward is from 0 to 1; False for a `FiniteGrade`."""
     is_out_of_memory: bool = False
     """Of an unloadable function, whether its import ended in a MemoryError."""
 
@@ -89,7 +92,7 @@ def main(memory_limit_bytes: int) -> None:
         job = decoder.decode(jobs.read(LENGTH.unpack(header)[0]))
         if job.target not in functions:
             try:
-                functions[job.target] = find_function(job.target)
+                functions[job.target] = of_signature(find_function(job.target), job.target)
             except BaseException as error:  # noqa: BLE001 - a user's module may raise anything
                 status = JobStatus("unloadable", job.id, reason=_describe(error))
                 status.is_out_of_memory = _comes_from_memory(error)
@@ -114,14 +117,22 @@ def _grade(function: Callable[..., Grade], job: GradingJob) -> JobStatus:
         return JobStatus("memory", job.id, reason="ran over the memory limit")
     except BaseException as error:  # noqa: BLE001 - SystemExit must not end the worker either
         fault = FITS
-        if isinstance(error, TypeError):
+        if isinstance(error, MissingArguments):
+            fault = lacking(_kind_of(job.target), error.names)
+        elif isinstance(error, TypeError) and not isinstance(function, Adapted):
             fault = explain_call(function, job.target, job.fields)
         place = place_of(error)  # in the user's own files
         call = f", called with the response {shorten(repr(job.response))}" if place else ""
         grade = Grade.ungraded(fault.text or _describe(error) + place + call, fault.missing)
     status: Literal["graded", "failed"] = "graded" if grade.is_graded else "failed"
     return JobStatus(
-        status, job.id, grade.reward, grade.reason, verdict=grade.verdict, missing=grade.missing
+        status,
+        job.id,
+        grade.reward,
+        grade.reason,
+        verdict=grade.verdict,
+        missing=grade.missing,
+        is_bounded=not isinstance(grade, FiniteGrade),
     )
 
 
@@ -143,20 +154,19 @@ def explain_call(function: Callable[..., Any], target: str, fields: Mapping[str,
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # written in C, without a signature
         return FITS
-    kind = next((name for name, path in REGISTRY.items() if path == target), target)
+    kind = _kind_of(target)
     signature = f"def {target.partition(':')[2]}(response, truth, *, …, **entry) -> Grade"
     kinds = {parameter.kind for parameter in parameters}
     positional = [parameter for parameter in parameters if parameter.kind in POSITIONAL]
     if len(positional) < 2 and Parameter.VAR_POSITIONAL not in kinds:
-        return CallFault(f"reward {kind!r} must take a response and a truth: {signature}")
+        return CallFault(
+            f"reward {kind!r} must take a response and a truth: {signature}; or the "
+            "parameters of verl's or TRL's (docs/rewards.md)"
+        )
     named = [p for p in parameters if p not in positional[:2] and p.kind not in VARIADIC]
     missing = tuple(p.name for p in named if p.default is p.empty and p.name not in fields)
     if missing:
-        return CallFault(
-            f"reward {kind!r} needs {', '.join(missing)}: give it in the row, or for all rows as "
-            f"rewards.options.{kind}.{missing[0]}",
-            missing,
-        )
+        return lacking(kind, missing)
     refused = sorted(fields.keys() - {parameter.name for parameter in named})
     if refused and Parameter.VAR_KEYWORD not in kinds:
         return CallFault(
@@ -164,6 +174,19 @@ def explain_call(function: Callable[..., Any], target: str, fields: Mapping[str,
             f"parameters with **entry, {signature}"
         )
     return FITS
+
+
+def lacking(kind: str, names: tuple[str, ...]) -> CallFault:
+    """Return the fault of a reward that needs fields which the row does not have."""
+    return CallFault(
+        f"reward {kind!r} needs {', '.join(names)}: give it in the row, or for all rows as "
+        f"rewards.options.{kind}.{names[0]}",
+        names,
+    )
+
+
+def _kind_of(target: str) -> str:
+    return next((name for name, path in REGISTRY.items() if path == target), target)
 
 
 def _comes_from_memory(error: BaseException | None) -> bool:
