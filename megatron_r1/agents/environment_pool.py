@@ -8,7 +8,6 @@ import functools
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.processes.children import kill_group, popen_options
 from megatron_r1.processes.framed_process import last_line
 from megatron_r1.processes.frames import LENGTH
+from megatron_r1.processes.leftovers import Scratch
 from megatron_r1.processes.open_files import allow_open_files
 
 SERVER = "megatron_r1.agents.environment_server"
@@ -93,7 +93,7 @@ class Environments:
     def __init__(self, agents: AgentsConfig, description: Description) -> None:
         self.description, self.call_seconds = description, agents.call_seconds
         self._target, self._options = target_of(agents.environment), dict(agents.parameters)
-        self._folder = tempfile.TemporaryDirectory(prefix="environments-")
+        self._folder = Scratch()
         self._path = str(Path(self._folder.name) / "socket")
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()

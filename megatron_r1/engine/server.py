@@ -130,9 +130,6 @@ class EngineServer(Server):
         self._log_start = 0
         self._kills_before = 0
         self._scratch: Scratch | None = None
-        self._shared: list[Path] = []
-        """The engine's files in /dev/shm when it became ready: if all its processes are killed, no
-        process is left to ask for them."""
         self._url: str | None = None
 
     @property
@@ -157,10 +154,11 @@ class EngineServer(Server):
         self.process = preloaded.start(MODULE, arguments, self.log_path, environment)
 
     async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
-        """Wait as `Server.wait_ready`, and note the files in shared memory that `stop` deletes."""
+        """Wait as `Server.wait_ready`, and note the files in shared memory that `stop` deletes: if
+        all of the engine's processes are killed, no process is left to ask for them."""
         await super().wait_ready(timeout_seconds)
-        assert self.process is not None
-        self._shared = shared_files(self.process.pid)
+        assert self.process is not None and self._scratch is not None
+        self._scratch.add_shared(shared_files(self.process.pid))
 
     def is_alive(self) -> bool:
         """Return whether the process has been started and has not ended."""
@@ -171,17 +169,14 @@ class EngineServer(Server):
         Delete its temporary files and what it leaves in shared memory."""
         if self.process is None:
             return
-        shared = {*self._shared}
-        if self.process.pid and children.owns_number(self.process):
-            shared.update(shared_files(self.process.pid))
+        if self._scratch is not None and self.process.pid and children.owns_number(self.process):
+            self._scratch.add_shared(shared_files(self.process.pid))
         if self.settings.device == "cpu":  # nothing to end in order; vLLM takes seconds to do so
             children.kill(self.process, KILL_SECONDS)
         else:
             children.stop(self.process, STOP_SECONDS, KILL_SECONDS)
         if self._scratch is not None:
             self._scratch.cleanup()
-        for path in shared:
-            path.unlink(missing_ok=True)
 
     def describe_end(self) -> str:
         """Return how the process ended and an excerpt of its log, root cause first."""

@@ -34,9 +34,9 @@ class StageServer:
         """Start the server. config: with references replaced."""
         self.name, self.config, self.log = name, config, log
         self.url = url(config, port)
-        self._scratch = Scratch()
+        self._scratch = Scratch() if config.model else None
         environment: dict[str, str] = {}
-        if config.model:
+        if self._scratch is not None:
             environment = engine_environment(gpu.device(), CPU_THREADS, CPU_CACHE_GIB)
             environment |= self._scratch.environment()
         command = server_command(name, config, port)
@@ -71,7 +71,8 @@ class StageServer:
 
     def stop(self) -> None:
         self._child.stop()
-        self._scratch.cleanup()
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
 
 @contextlib.contextmanager

@@ -1,12 +1,14 @@
-"""Shared memory that processes leave behind, found by their mappings."""
+"""What killed processes leave behind: shared memory, found by their mappings, and folders."""
 
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 
-from megatron_r1.processes.leftovers import shared_files
+from megatron_r1.processes.leftovers import Scratch, remove_scratch, shared_files
 
 HOLDER = """
 import subprocess, sys, time
@@ -33,3 +35,51 @@ def test_memory_that_a_process_below_has_mapped_is_found_until_it_is_gone(tmp_pa
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         beside.unlink()
+
+
+OWNER = """
+import sys, time
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from megatron_r1.processes.leftovers import Scratch
+memory, scratch = SharedMemory(create=True, size=4096), Scratch()
+scratch.add_shared([Path("/dev/shm", memory.name)])
+print(memory.name, scratch.name, flush=True)
+time.sleep(10_000)
+"""
+
+
+def test_the_folder_of_a_killed_process_is_swept_and_that_of_a_living_one_is_not(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    users = tmp_path / "r1_zero_ppo"
+    (users / "hf").mkdir(parents=True)
+    # A session of its own, with the resource tracker, which would delete the shared memory.
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        for _ in range(2)
+    ]
+    try:
+        (memory, folder), (memory_2, folder_2) = (p.stdout.readline().split() for p in processes)
+        os.killpg(processes[0].pid, signal.SIGKILL)
+        processes[0].wait()
+        assert Path(folder).exists() and Path("/dev/shm", memory).exists()
+        with Scratch() as own:
+            assert {path.name for path in tmp_path.iterdir()} == {
+                *(Path(own).name, Path(folder_2).name, users.name)
+            }
+        assert not Path(own).exists()
+        assert not Path("/dev/shm", memory).exists() and Path("/dev/shm", memory_2).exists()
+        for path in (users, Path(folder_2)):
+            remove_scratch(path)
+        assert (users / "hf").exists() and not Path("/dev/shm", memory_2).exists()
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdout.close()

@@ -120,12 +120,13 @@ def test_a_folder_without_servers_means_new_interpreters(tmp_path, monkeypatch):
 
 
 CONTROLLER = f"""
-import sys, tempfile, time
+import sys, time
 from pathlib import Path
 from megatron_r1.processes import preloaded
-scratch = tempfile.mkdtemp(prefix="r1_")
+from megatron_r1.processes.leftovers import Scratch
+scratch = Scratch()
 arguments = ["child", "memory"]
-environment = {EARLY!r} | {{"TMPDIR": scratch}}
+environment = {EARLY!r} | {{"TMPDIR": scratch.name}}
 process = preloaded.start({MODULE!r}, arguments, Path(sys.argv[1]), environment)
 Path(sys.argv[1] + ".asked").touch()
 time.sleep(1e6)

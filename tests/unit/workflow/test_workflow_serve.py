@@ -51,7 +51,12 @@ def test_a_server_is_ready_before_its_stage_and_gone_after(world, capsys):
     assert world.record("asks")["settings"]["arguments.url"] == "http://judge.served"
 
 
-def test_a_server_does_not_outlive_a_killed_pipeline_and_comes_back_where_it_was(world):
+def test_a_server_does_not_outlive_a_killed_pipeline_and_comes_back_where_it_was(
+    world, monkeypatch
+):
+    temporary = world.path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     (world.path / "tiny.py").write_text(
         "import time, pathlib\n"
         "def ask(folder, url):\n"
@@ -69,6 +74,7 @@ def test_a_server_does_not_outlive_a_killed_pipeline_and_comes_back_where_it_was
     (world.path / "go").touch()
     assert world.run() == 0
     assert (world.out / "asks/url").read_text() == url
+    assert not list(temporary.iterdir())
     assert processes_naming(mark(world.path)) == []
 
 
