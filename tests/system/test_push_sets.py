@@ -4,7 +4,6 @@ of them and is passed on to the other. One is then killed, between pushes and am
 Oracle: the engines' own checksums of what they compute with when they have started on the weights.
 """
 
-import asyncio
 import os
 import signal
 import threading
@@ -13,6 +12,7 @@ import pytest
 from engine_checksums import checksums
 from file_trainer import FileBridge
 from tiny_models import DEEPSEEK, write_model
+from waiting import until
 
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.weight_sync.transports import gloo
@@ -79,9 +79,7 @@ def test_each_slice_enters_one_engine_and_both_have_all(loop, models, fleet, bri
 
 
 async def until_replaced(fleet):
-    async with asyncio.timeout(300):
-        while fleet.replacement.tasks or len(fleet.members.up) < 2:
-            await asyncio.sleep(0.2)
+    await until(lambda: not fleet.replacement.tasks and len(fleet.members.up) == 2)
 
 
 def kill(engine):
@@ -109,11 +107,7 @@ def test_an_engine_that_dies_does_not_take_the_other_with_it(
     else:
         kill(dies)
 
-    async def push():
-        async with asyncio.timeout(60):
-            await bridge.push(models / "a")
-
-    loop(push())
+    loop(bridge.push(models / "a"))
     assert fleet.members.up[0] is left and left.server.is_alive()
     assert loop(checksums(fleet, fleet.engines.index(left))) == expected
     loop(until_replaced(fleet))

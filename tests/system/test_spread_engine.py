@@ -102,8 +102,7 @@ def test_experts_on_two_hosts_get_their_weights_and_a_killed_host_is_reopen_pool
         [headless] = [address for address in hosts.agents if address != serving]
         hosts.agents[headless].send_signal(signal.SIGKILL)
         hosts.come(ADDRESSES[2])
-        async with asyncio.timeout(2 * START):
-            groups = await asked
+        groups = await asked
         assert fleet.num_restarts == 1 and not server.is_alive()
         assert any("engine-0 died: host" in line for line in hosts.messages)
         assert "has closed its line" in server.describe_end()
