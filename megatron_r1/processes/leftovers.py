@@ -12,6 +12,7 @@ from megatron_r1.processes.inspection import session_members
 
 SCRATCH_PREFIX = "r1_"
 """How the name of a `Scratch` begins. Short, as paths of sockets may have 107 bytes."""
+SHARED_MEMORY = Path("/dev/shm")
 OWNER = ".r1_owner"
 """File in a `Scratch`, which its owner keeps locked (flock) until it ends. Its lines name the files
 in shared memory that are deleted with the folder."""
@@ -80,11 +81,19 @@ def shared_files(session: int) -> list[Path]:
 
 
 def remove_scratch(folder: Path) -> None:
-    """Delete a folder, and the files in shared memory that it lists, if a `Scratch` has made it."""
+    """Delete a folder, and the files in shared memory that it lists, if a `Scratch` of this user
+    has made it.
+
+    Anyone can make such a folder where temporary files are, so another user's is left alone, and
+    only files directly in /dev/shm are deleted."""
+    owner = folder / OWNER
     try:
-        shared = (folder / OWNER).read_text(encoding="utf-8").splitlines()
+        if any(path.stat(follow_symlinks=False).st_uid != os.geteuid() for path in (folder, owner)):
+            return
+        shared = owner.read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for path in map(Path, shared):
-        path.unlink(missing_ok=True)
+        if path.parent == SHARED_MEMORY and path.name != "..":
+            path.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

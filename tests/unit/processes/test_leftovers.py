@@ -37,6 +37,19 @@ def test_memory_that_a_process_below_has_mapped_is_found_until_it_is_gone(tmp_pa
         beside.unlink()
 
 
+def test_only_shared_memory_of_this_users_folders_is_deleted(tmp_path, monkeypatch):
+    folder, precious = tmp_path / "r1_made_by_others", tmp_path / "precious"
+    folder.mkdir()
+    precious.touch()
+    (folder / ".r1_owner").write_text(f"{precious}\n/dev/shm/../{precious}\n")
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    remove_scratch(folder)
+    assert folder.exists()
+    monkeypatch.undo()
+    remove_scratch(folder)
+    assert precious.exists() and not folder.exists()
+
+
 OWNER = """
 import sys, time
 from multiprocessing.shared_memory import SharedMemory
