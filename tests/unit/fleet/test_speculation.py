@@ -60,3 +60,10 @@ def test_an_engine_that_does_not_answer_is_counted_later_and_a_new_one_from_its_
     engine.counts = (30, 30, 25)
     assert read(meter, engine)["speculative/acceptance"] == 1.0
     assert read(meter, Engine(10, 10, 1))["speculative/acceptance"] == pytest.approx(0.1)
+
+
+def test_engines_that_are_down_or_have_no_address_yet_are_not_asked():
+    down, starting, engine = Engine(50, 50, 50), Engine(50, 50, 50), Engine(10, 10, 5)
+    down.is_up = False
+    starting.client.url = ""
+    assert read(AcceptanceMeter(), down, starting, engine)["speculative/acceptance"] == 0.5

@@ -9,7 +9,7 @@ from refusals import refused
 from megatron_r1.commands.rehearse import _check
 from megatron_r1.config import load
 from megatron_r1.errors import Cause
-from megatron_r1.rehearsal.full_size import check_links
+from megatron_r1.rehearsal.full_size import MAX_LINKS, check_links
 from megatron_r1.weight_sync.plan import recipe
 
 RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
@@ -41,6 +41,12 @@ def test_links_between_nearly_all_pairs_are_refused(monkeypatch):
 def test_a_store_with_millions_of_requests_is_refused():
     with refused("rollout.engines", Cause.TOO_LARGE, "1,433,600", "5,734,400"):
         check_links([700] * 2048, engine_ranks=65536)
+
+
+def test_as_many_links_as_are_allowed_are_not_refused_and_one_more_is():
+    check_links([MAX_LINKS, 1], engine_ranks=2)
+    with refused("rollout.engines", Cause.TOO_LARGE, MAX_LINKS + 1):
+        check_links([MAX_LINKS + 1, 1], engine_ranks=2)
 
 
 def test_links_that_the_numbers_of_ranks_require_are_not_refused():
