@@ -2,7 +2,7 @@
 
 The weight W of a projection is stored as float8_e4m3fn, and beside it `W_scale_inv`, one fp32 per
 128x128 block (the last ones cut off by the edge): W = q · scale_inv (deepseek-ai/DeepSeek-V3,
-README_WEIGHTS.md). The linear layers of attention, MLPs, shared and routed experts are quantized,
+README_WEIGHTS.md). Other publishers store the scales in the types of SCALE_TYPES. The linear layers of attention, MLPs, shared and routed experts are quantized,
 those of MTP too; embedding, head, norms, the router and MTP's eh_proj are not
 (deepseek-ai/DeepSeek-V3, inference/model.py; in vLLM's deepseek_mtp.py eh_proj is a plain Linear).
 """
@@ -16,6 +16,9 @@ from megatron_r1.models.hf_config import model_family
 BLOCK = quantization.BLOCK
 CONFIG = quantization.FP8_BLOCKS
 STORED = "float8_e4m3fn"
+SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+"""Types of safetensors in which scales can be read. F8_E8M0 are exponents alone, 2^(e - 127), and
+U8 the same bytes, written by software that has no such type."""
 
 _SCALE = "_scale_inv"
 _PROJECTION = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")

@@ -105,7 +105,7 @@ class HfWeights:
         ends = tuple(min(x * fp8.BLOCK, full) for x, full in zip(last, shape, strict=True))
         q = self.read_stored(name, outer, tuple(e - o for e, o in zip(ends, outer, strict=True)))
         blocks = tuple(x - f for x, f in zip(last, first, strict=True))
-        scales = self.read_stored(fp8.scale_name(name), first, blocks).float()
+        scales = _scales(self._home[fp8.scale_name(name)], fp8.scale_name(name), first, blocks)
         values = dequantize_blockwise(q, scales, dtype=torch.float32)
         for axis, (outside, inside, size) in enumerate(zip(outer, starts, sizes, strict=True)):
             values = values.narrow(axis, inside - outside, size)
@@ -146,11 +146,10 @@ class HfWeights:
 
     def scales(self, name: str) -> Tensor | None:
         """Return all scales of an FP8 tensor, fp32 of `fp8.scale_shape`; None for another."""
-        stored = self._stored.get(fp8.scale_name(name))
-        if stored is None:
+        scale = fp8.scale_name(name)
+        if (stored := self._stored.get(scale)) is None:
             return None
-        zeros = (0,) * len(stored.shape)
-        return self.read_stored(fp8.scale_name(name), zeros, stored.shape).float()
+        return _scales(self._home[scale], scale, (0,) * len(stored.shape), stored.shape)
 
     def check(self, with_mtp: bool) -> None:
         """Raise UserError naming every missing, unexpected or mis-shaped tensor."""
@@ -240,12 +239,10 @@ class HfWeights:
         scale = fp8.scale_name(name)
         if (stored := self._stored.get(scale)) is None:
             return []
-        # Not every publisher stores them as F32.
-        if stored.dtype in ("F32", "BF16") and stored.shape == fp8.scale_shape(shape):
+        if stored.dtype in fp8.SCALE_TYPES and stored.shape == fp8.scale_shape(shape):
             return []
-        return [
-            f"{scale} is {stored.dtype} {stored.shape}, not F32 or BF16 {fp8.scale_shape(shape)}"
-        ]
+        types = f"{', '.join(fp8.SCALE_TYPES[:-1])} or {fp8.SCALE_TYPES[-1]}"
+        return [f"{scale} is {stored.dtype} {stored.shape}, not {types} {fp8.scale_shape(shape)}"]
 
 
 def _hint(missing: list[str], extra: list[str], is_unreadable: bool, hf: dict) -> str:
@@ -305,7 +302,17 @@ class KnownScales:
             return None
         start, end = first // fp8.BLOCK, -(-(first + count) // fp8.BLOCK)
         columns = self._home[scale].tensors[scale].shape[1]
-        return self._home[scale].read(scale, (start, 0), (end - start, columns)).float()
+        return _scales(self._home[scale], scale, (start, 0), (end - start, columns))
+
+
+def _scales(
+    file: SafetensorsFile, name: str, starts: Sequence[int], sizes: Sequence[int]
+) -> Tensor:
+    """Return a rectangle of stored scales as their values, fp32."""
+    stored = file.read(name, starts, sizes)
+    if stored.dtype == torch.uint8:
+        stored = stored.view(torch.float8_e8m0fnu)
+    return stored.float()
 
 
 def _files_with_scales(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64"), 8),
     **dict.fromkeys(("F32", "I32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16"), 2),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
 }
 """The format's names of dtypes, those that weights have, with their size."""
 _LARGEST_HEADER = 100_000_000  # the library's own limit

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from refusals import refused
 from safetensors.torch import save_file
@@ -22,8 +23,9 @@ def write_weights(folder, scales):
     return tensors[NAME]
 
 
-def test_scales_stored_as_bf16_are_read_as_their_values(tmp_path):
-    scales = torch.tensor([[0.0123], [3.21]]).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scales_of_any_float_type_are_read_as_their_values(tmp_path, dtype):
+    scales = torch.tensor([[0.0123], [3.21]]).to(dtype)
     codes = write_weights(tmp_path, scales)
     with HfWeights(tmp_path, HF) as weights:
         weights.check(with_mtp=False)
@@ -34,7 +36,23 @@ def test_scales_stored_as_bf16_are_read_as_their_values(tmp_path):
     assert torch.equal(KnownScales(tmp_path, HF).rows(NAME, 128, 64), scales[1:].float())
 
 
-def test_scales_of_another_kind_are_refused_by_name(tmp_path):
-    write_weights(tmp_path, torch.ones(2, 1, dtype=torch.float16))
-    with HfWeights(tmp_path, HF) as weights, refused("weights", Cause.CONFLICT, "F16", "F32"):
+@pytest.mark.parametrize("exponents", [(0, 1), (119, 127), (128, 254)])
+@pytest.mark.parametrize("is_named", [True, False])
+def test_exponents_alone_are_powers_of_two(tmp_path, exponents, is_named):
+    stored = torch.tensor(exponents, dtype=torch.uint8)[:, None]
+    codes = write_weights(tmp_path, stored.view(torch.float8_e8m0fnu) if is_named else stored)
+    expected = torch.tensor([[2.0 ** (exponent - 127)] for exponent in exponents])
+    assert torch.equal(expected, stored.view(torch.float8_e8m0fnu).float())  # torch's own reading
+    with HfWeights(tmp_path, HF) as weights:
+        weights.check(with_mtp=False)
+        assert torch.equal(weights.scales(NAME), expected)
+        values = weights.read(NAME, 0, 0, 192)
+    assert torch.equal(values, codes.float() * expected.repeat_interleave(128, 0)[:192])
+    assert torch.equal(KnownScales(tmp_path, HF).rows(NAME, 0, 192), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e5m2])
+def test_scales_of_another_kind_are_refused_by_name(tmp_path, dtype):
+    write_weights(tmp_path, torch.ones(2, 1).to(dtype))
+    with HfWeights(tmp_path, HF) as weights, refused("weights", Cause.CONFLICT, NAME, "F8_E8M0"):
         weights.check(with_mtp=False)
