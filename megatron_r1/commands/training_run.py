@@ -189,11 +189,11 @@ def _require_weights(model: ModelConfig) -> None:
     """Raise UserError where ranks and engines, once started, would find no weights."""
     if model.init == "load" and not model.checkpoint:
         try:
-            files = weight_files(Path(model.path))
+            weight_files(Path(model.path))
         except UserError as error:
             raise UserError(
                 f"model.path: {error}; give a folder with weights, or model.init: random to sft",
                 key="model.path",
                 cause=error.cause,
             ) from None
-        require_complete(files)
+        require_complete(Path(model.path))

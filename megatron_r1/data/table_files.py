@@ -3,14 +3,18 @@
 import csv
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, AnyStr
 
 from megatron_r1.errors import Cause, UserError
 
+MOST_ROW = 64 << 20
+"""Bytes of a row; characters, where a file is read as text. What a longer line of JSON takes in
+memory is up to who wrote it, and no prompt has so many."""
+MOST_JSON = 1 << 30
+"""Bytes of a .json file, which is read whole."""
 NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)*")
 Row = tuple[str, dict[str, Any]]
 """("file:line", columns)"""
@@ -32,7 +36,31 @@ def read_rows(path: Path, role: str = "data") -> Iterator[Row]:
         )
     if not path.stat().st_size:
         raise UserError(f"{path}: the file is empty", key=role, cause=Cause.EMPTY)
-    yield from READERS[path.suffix](path, role)
+    for location, row in READERS[path.suffix](path, role):
+        if sum(len(value) for value in row.values() if isinstance(value, str)) > MOST_ROW:
+            raise _too_long(location, role)
+        yield location, row
+
+
+def _too_long(location: str, role: str) -> UserError:
+    return UserError(
+        f"{location}: the row has more than {MOST_ROW:,} bytes, and is not read; remove it, or "
+        "shorten its columns",
+        key=role,
+        cause=Cause.TOO_LARGE,
+    )
+
+
+def _lines(file: IO[AnyStr], path: Path, role: str) -> Iterator[AnyStr]:
+    """Yield the lines of an open file; UserError for one that has more than MOST_ROW bytes, which
+    is not read to its end."""
+    for number in count(1):
+        line = file.readline(MOST_ROW + 1)
+        if len(line) > MOST_ROW:
+            raise _too_long(f"{path}:{number}", role)
+        if not line:
+            return
+        yield line
 
 
 def describe_json_error(error: Exception) -> str:
@@ -45,7 +73,7 @@ def describe_json_error(error: Exception) -> str:
 
 def _read_jsonl(path: Path, role: str) -> Iterator[Row]:
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(_lines(lines, path, role), start=1):
             if not line.strip():
                 continue
             location = f"{path}:{number}"
@@ -91,6 +119,13 @@ def _read_parquet(path: Path, role: str) -> Iterator[Row]:
 
 def _read_json(path: Path, role: str) -> Iterator[Row]:
     """Yield the rows of a list, or of the list under "data", "rows" or "test" of an object."""
+    if (size := path.stat().st_size) > MOST_JSON:
+        raise UserError(
+            f"{path}: has {size:,} bytes, and a .json file is read whole, up to {MOST_JSON:,}; "
+            "write its rows as .jsonl, one object a line",
+            key=role,
+            cause=Cause.TOO_LARGE,
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -111,12 +146,12 @@ def _read_csv(path: Path, role: str) -> Iterator[Row]:
     """Yield the rows of a table whose first line has the names; every value is text. Names and
     values are separated by commas, or by semicolons or tabs where the first line has more of
     these. A row of several lines has the number of its last."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(MOST_ROW)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            delimiter = max(",;\t", key=file.readline().count)
+            delimiter = max(",;\t", key=next(_lines(file, path, role)).count)
             file.seek(0)
-            reader = csv.DictReader(file, delimiter=delimiter)
+            reader = csv.DictReader(_lines(file, path, role), delimiter=delimiter)
             if name := next(filter(NUMBER.fullmatch, reader.fieldnames or ()), None):
                 raise UserError(
                     f"{path}:1: the first line has to name the columns, and one is {name}: put a "
@@ -134,6 +169,10 @@ def _read_csv(path: Path, role: str) -> Iterator[Row]:
                         cause=Cause.MALFORMED,
                     )
                 yield location, row
+    except csv.Error as error:
+        raise UserError(
+            f"{path}: not CSV: {error}; a quote may not be closed", key=role, cause=Cause.MALFORMED
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: not UTF-8 ({error.reason}); save it as such", key=role, cause=Cause.MALFORMED

@@ -1,10 +1,10 @@
 """Loads the tokenizer of a Hugging Face folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.errors import Cause, UserError
+from megatron_r1.files.foreign import read_json, require_own_files
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -21,6 +21,7 @@ def load_tokenizer(folder: str, key: str) -> Any:
             key=key,
             cause=Cause.NOT_FOUND,
         )
+    require_own_files(path, key)
     # Without these, transformers may return an empty tokenizer.
     if not any((path / name).is_file() for name in FILES):
         if _is_code(path):
@@ -81,9 +82,10 @@ def _known_class(model_type: str | None, settings: dict[str, Any]) -> Any:
 
 def _is_code(folder: Path) -> bool:
     """Whether the settings name a class of the folder's own."""
-    settings = folder / "tokenizer_config.json"
-    return settings.is_file() and "AutoTokenizer" in (_read(settings).get("auto_map") or {})
+    path = folder / "tokenizer_config.json"
+    settings = _read(path) if path.is_file() else {}
+    return isinstance(settings, dict) and bool(settings.get("auto_map"))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, path.name)

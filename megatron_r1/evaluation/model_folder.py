@@ -5,7 +5,12 @@ from pathlib import Path
 
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.training.checkpoints.finding import STATE_FILE, complete_checkpoints
-from megatron_r1.weights.stored.weight_files import require_complete, weight_files
+from megatron_r1.weights.stored.weight_files import (
+    INDEX,
+    SINGLE,
+    require_complete,
+    weight_files,
+)
 
 NUM_BLOCKS, BLOCK_BYTES = 16, 65_536
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
@@ -44,13 +49,14 @@ def has_newest_export(run: Path) -> bool:
 def require_weights(folder: Path, key: str = "model.path") -> None:
     """Raise UserError for a model folder without whole weights that an engine can load. key: that
     names it, for errors."""
-    if any(folder.glob("*.bin")):  # the format before safetensors, which engines still read
-        return
+    has_safetensors = any((folder / name).exists() for name in (SINGLE, INDEX))
+    if not has_safetensors and any(folder.glob("*.bin")):
+        return  # the format before safetensors, which engines still read
     try:
-        files = weight_files(folder)
+        weight_files(folder)
     except UserError as error:
         raise UserError(f"{key}: {error}", key=key, cause=error.cause) from None
-    require_complete(files)
+    require_complete(folder)
 
 
 def fingerprint(folder: Path) -> str:

@@ -222,7 +222,13 @@ def _rope(hf: dict) -> dict[str, Any]:
             key="factor",
             cause=Cause.OUT_OF_RANGE,
         )
-    rope.setdefault("partial_rotary_factor", family.rotary)
+    part = rope.setdefault("partial_rotary_factor", family.rotary)
+    if not 0 < part <= 1:
+        raise UserError(
+            f"config.json: partial_rotary_factor={part!r} must be above 0 and at most 1",
+            key="partial_rotary_factor",
+            cause=Cause.OUT_OF_RANGE,
+        )
     if family.rotary == 1.0:
         require(rope, partial_rotary_factor=1.0)
     return rope

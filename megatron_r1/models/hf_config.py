@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import codecs
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_r1.errors import Cause, UserError
+from megatron_r1.files.foreign import read_json, require_own_files
 from megatron_r1.models.families import FAMILIES, Family
 
 HeadKind = Literal["language", "score"]
@@ -26,6 +26,7 @@ ARCHITECTURES = {
 # transformers 5 reads both names of each of these and may write either. Here every model has the
 # second.
 _MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
+_EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")
 _ALIASES = {
     "num_mtp_layers": "num_nextn_predict_layers",
     "num_local_experts": "n_routed_experts",
@@ -33,13 +34,28 @@ _ALIASES = {
     "experts_per_token": "num_experts_per_tok",
 }
 _LISTS = ("layer_types", "mlp_layer_types", "mlp_only_layers")
+_MOST = {
+    **dict.fromkeys(("num_hidden_layers", *_MTP_COUNTS), 10_000),
+    **dict.fromkeys((*_EXPERT_COUNTS, "n_shared_experts"), 10_000),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_group"), 1 << 16),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 1 << 24),
+    **dict.fromkeys(("vocab_size", "head_dim", "q_lora_rank", "kv_lora_rank"), 1 << 24),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 1 << 24),
+    "max_position_embeddings": 1 << 32,
+}
+"""Sizes beyond those of any model: code that counts layers or rows would not come to an end."""
+LARGEST = 1e300
+"""Beyond it a number of config.json is infinite, or overflows where it is multiplied."""
+_MOST_EXPERTS = 200_000
+"""Of all layers together; Kimi-K2 has 23,040."""
 EXPERT_SIZE = "moe_intermediate_size"
 """The key of an expert's inner features here, whatever the family's own key is."""
 
 
 def load_config(path: str | Path, key: str = "model.path") -> dict:
     """Return `config.json` of a model folder as it is, of any architecture. key: the recipe's key
-    of `path`, for error messages. Raises UserError when the file is missing or not JSON."""
+    of `path`, for error messages. Raises UserError when the file is missing or not JSON, and for a
+    file of the folder that is a link to one outside."""
     file = Path(path) / "config.json"
     if not file.is_file():
         own, hint = Path(path) / "hf", ""
@@ -64,13 +80,14 @@ def load_config(path: str | Path, key: str = "model.path") -> dict:
             key=key,
             cause=Cause.NOT_FOUND,
         )
-    try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        remedy = "save it as UTF-8 without BOM" if _has_mark(file) else "fetch it again"
+    require_own_files(Path(path), key)
+    if _has_mark(file):
         raise UserError(
-            f"{file} is not valid JSON: {error}; {remedy}", key="config.json", cause=Cause.MALFORMED
-        ) from error
+            f"{file} begins with a byte order mark; save it as UTF-8 without BOM",
+            key="config.json",
+            cause=Cause.MALFORMED,
+        )
+    hf = read_json(file, "config.json")
     _check_kinds(file, hf)
     return hf
 
@@ -109,6 +126,37 @@ def _check_kinds(file: Path, hf: Any) -> None:
                     key=key,
                     cause=Cause.MALFORMED,
                 )
+    if not all(isinstance(name, str) for name in hf.get("architectures") or ()):
+        raise UserError(
+            f"{file}: architectures={hf['architectures']!r} must be names of classes",
+            key="architectures",
+            cause=Cause.MALFORMED,
+        )
+    settings = language_settings(hf)
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{file}: text_config={settings!r} must be a JSON object, or be left out",
+            key="text_config",
+            cause=Cause.MALFORMED,
+        )
+    _check_most(file, settings)
+
+
+def _check_most(file: Path, settings: dict) -> None:
+    """Raise UserError for a negative size, and for one that no model has."""
+    limits = {name: most for name, most in _MOST.items() if type(settings.get(name)) is int}
+    layers = settings.get("num_hidden_layers")
+    if type(layers) is int and layers > 0:
+        for name in limits.keys() & set(_EXPERT_COUNTS):
+            limits[name] = min(limits[name], _MOST_EXPERTS // layers)
+    for name, most in limits.items():
+        if not 0 <= settings[name] <= most:
+            raise UserError(
+                f"{file}: {name}={settings[name]} is no size of such a model (0 to {most:,}); "
+                "write the model's own",
+                key=name,
+                cause=Cause.OUT_OF_RANGE,
+            )
 
 
 def language_settings(hf: dict) -> dict:
@@ -267,7 +315,7 @@ def rope_parameters(hf: dict) -> dict:
     rope = {**old, **new}
     outside = {name: hf.get(name) for name in ("rope_theta", "partial_rotary_factor")}
     for name, value in [*old.items(), *outside.items()]:
-        if value is not None and rope.setdefault(name, value) != value:
+        if value is not None and rope.setdefault(name, value) not in (value,):
             remedy = "leave one"
             if name in outside and name in new:
                 remedy = "transformers and vLLM read the latter: remove the former, if so meant"
@@ -281,14 +329,22 @@ def rope_parameters(hf: dict) -> dict:
     rope["rope_type"] = rope.get("rope_type") or kind or "default"
     rope.setdefault("rope_theta", model_family(hf).theta)
     for name, value in rope.items():
-        is_number = not isinstance(value, str) and (value is not None or name != "rope_theta")
-        if not is_number and name != "rope_type":
+        fits = is_number(value) or value is None or type(value) is bool
+        if name == "rope_theta":
+            fits = is_number(value) and value > 0
+        if not fits and name != "rope_type":
             raise UserError(
-                f"config.json: {name}={value!r} of the rotary settings must be a number",
+                f"config.json: {name}={value!r} of the rotary settings must be a number"
+                + (" above 0" if name == "rope_theta" else ""),
                 key=name,
                 cause=Cause.MALFORMED,
             )
     return rope
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a finite number; true and false are none."""
+    return type(value) in (int, float) and -LARGEST < value < LARGEST
 
 
 def require(hf: dict, **allowed: Any) -> None:

@@ -3,6 +3,8 @@ refused. No torch or Megatron."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1.errors import Cause, UserError
@@ -16,7 +18,13 @@ from megatron_r1.models.attention_fields import (
 )
 from megatron_r1.models.config_keys import Recorded, refuse_unread
 from megatron_r1.models.expert_fields import expert_divisions, expert_fields
-from megatron_r1.models.hf_config import model_family, need, num_mtp_layers, require
+from megatron_r1.models.hf_config import (
+    is_number,
+    model_family,
+    need,
+    num_mtp_layers,
+    require,
+)
 from megatron_r1.models.quantization import check_quantization
 
 if TYPE_CHECKING:
@@ -29,6 +37,12 @@ _SIZES = (
     *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
     *("num_experts_per_tok", "decoder_sparse_step"),
 )
+_COUNTS = (
+    *("num_nextn_predict_layers", "n_routed_experts", "n_shared_experts", "first_k_dense_replace"),
+    *("n_group", "topk_group"),
+)
+_FLAGS = ("norm_topk_prob", "tie_word_embeddings", "attention_bias", "mlp_bias", "use_qk_norm")
+_FACTORS = ("routed_scaling_factor", "initializer_range")
 _DTYPES = ("auto", "float64", "float32", "bfloat16", "float16", "float8_e4m3fn")
 _REFUSED = {
     "context": "the ring of ranks has neither windows nor learned softmax offsets",
@@ -65,7 +79,7 @@ def own_fields(hf: dict) -> dict[str, Any]:
 
 
 def _check_sizes(hf: dict) -> None:
-    """Raise UserError for a size that is no whole number, or zero."""
+    """Raise UserError for a size that is no whole number, or zero, or a value of another type."""
     windows = ("sliding_window",) if model_family(hf).windows else ()
     for key in (*_SIZES, *windows):
         size = hf.get(key)
@@ -75,8 +89,21 @@ def _check_sizes(hf: dict) -> None:
                 key=key,
                 cause=Cause.OUT_OF_RANGE,
             )
+    kinds: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+        (_COUNTS, lambda value: type(value) is int and value >= 0, "a whole number"),
+        (_FLAGS, lambda value: type(value) is bool, "true or false"),
+        (_FACTORS, is_number, "a number"),
+    )
+    for keys, fits, what in kinds:
+        for key in keys:
+            if (value := hf.get(key)) is not None and not fits(value):
+                raise UserError(
+                    f"config.json: {key}={value!r} must be {what}",
+                    key=key,
+                    cause=Cause.MALFORMED,
+                )
     epsilon = hf.get("rms_norm_eps", 1.0)
-    if not isinstance(epsilon, float) or epsilon <= 0:
+    if not isinstance(epsilon, float) or not 0 < epsilon < inf:
         raise UserError(
             f"config.json: rms_norm_eps={epsilon!r} must be a number above 0, written with a "
             "decimal point or exponent",

@@ -2,9 +2,10 @@
 
 The weight W of a projection is stored as float8_e4m3fn, and beside it `W_scale_inv`, one fp32 per
 128x128 block (the last ones cut off by the edge): W = q · scale_inv (deepseek-ai/DeepSeek-V3,
-README_WEIGHTS.md). Other publishers store the scales in the types of SCALE_TYPES. The linear layers of attention, MLPs, shared and routed experts are quantized,
-those of MTP too; embedding, head, norms, the router and MTP's eh_proj are not
-(deepseek-ai/DeepSeek-V3, inference/model.py; in vLLM's deepseek_mtp.py eh_proj is a plain Linear).
+README_WEIGHTS.md). Other publishers store the scales in the types of SCALE_TYPES. The linear layers
+of attention, MLPs, shared and routed experts are quantized, those of MTP too; embedding, head,
+norms, the router and MTP's eh_proj are not (deepseek-ai/DeepSeek-V3, inference/model.py; in vLLM's
+deepseek_mtp.py eh_proj is a plain Linear).
 """
 
 import re

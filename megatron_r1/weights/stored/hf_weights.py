@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,17 +12,22 @@ from r1_kernels import dequantize_blockwise
 from torch import Tensor
 
 from megatron_r1.errors import Cause, UserError
+from megatron_r1.files.foreign import require_inside
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.layout import Shape, hf_tensors
 from megatron_r1.weights.stacked import StackedPart, published_tensors, stacked_part
 from megatron_r1.weights.stored import fp8, mxfp4
 from megatron_r1.weights.stored.safetensors_file import SafetensorsFile
 from megatron_r1.weights.stored.safetensors_header import StoredTensor
-from megatron_r1.weights.stored.weight_files import INDEX, SINGLE, weight_files
+from megatron_r1.weights.stored.weight_files import (
+    IGNORED,
+    SINGLE,
+    read_index,
+    require_as_indexed,
+    weight_files,
+)
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": fp8.STORED}
-# Buffers of older transformers, which no model reads.
-_IGNORED = (".rotary_emb.inv_freq",)
 
 _BODY = "model."
 """The prefix that the names of all tensors have, except the head's."""
@@ -43,14 +47,8 @@ class HfWeights:
         self.files = [SafetensorsFile(file) for file in weight_files(self.path)]
         self._home: dict[str, SafetensorsFile] = {}
         self._stored: dict[str, StoredTensor] = {}
+        require_as_indexed(self.path, {file.path: file.tensors.keys() for file in self.files})
         for file in self.files:
-            if twice := sorted(self._home.keys() & file.tensors.keys()):
-                raise UserError(
-                    f"{_some(twice)}: in {self._home[twice[0]].path} and in {file.path}; remove "
-                    "one",
-                    key="weights",
-                    cause=Cause.DUPLICATE,
-                )
             self._home |= dict.fromkeys(file.tensors, file)
             self._stored |= file.tensors
         self.copies = table(hf).copies
@@ -185,7 +183,7 @@ class HfWeights:
         extra = sorted(
             name
             for name in self._stored.keys() - known.keys() - expected.keys() - repeated
-            if not name.endswith(_IGNORED)
+            if not name.endswith(IGNORED)
             and name.removesuffix("_scale_inv") not in is_fp8
             # transformers writes shared experts of 0 features where n_shared_experts is 0.
             and 0 not in self._stored[name].shape
@@ -318,10 +316,11 @@ def _scales(
 def _files_with_scales(folder: Path) -> list[Path]:
     if (folder / SCALES_FILE).is_file():
         return [folder / SCALES_FILE]
-    index = folder / INDEX
-    if index.is_file():
-        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    if (placed := read_index(folder)) is not None:
         # A checkpoint whose weights are elsewhere may still give its configuration.
         names = sorted({file for name, file in placed.items() if fp8.is_scale(name)})
-        return [folder / name for name in names if (folder / name).is_file()]
+        paths = [folder / name for name in names if (folder / name).is_file()]
+        for path in paths:
+            require_inside(path, folder, "weights")
+        return paths
     return [path for path in [folder / SINGLE] if path.is_file()]

@@ -53,19 +53,23 @@ def _read(file: int) -> dict[str, StoredTensor]:
         entries = json.loads(os.pread(file, length, 8))
         entries.pop("__metadata__", None)
         tensors, last = {}, 0
-        for name, entry in entries.items():
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
+            if not all(type(n) is int and n >= 0 for n in (start, end, *entry["shape"])):
+                raise ValueError(f"{name} has sizes that are no whole numbers")
             tensors[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), 8 + length + start)
             if 8 + length + end > size:
                 raise ValueError(
                     f"{name} ends at byte {8 + length + end}, the file at {size}: it is cut off"
                 )
-            last = max(last, end)
+            if start != last:
+                raise ValueError(f"{name} begins at byte {start} of the data, not at {last}")
+            last = end
             known = ITEM_BYTES.get(entry["dtype"])
             if known and prod(entry["shape"]) * known != end - start:
                 raise ValueError(f"{name} has {end - start} bytes, its shape says otherwise")
         if 8 + length + last != size:
             raise ValueError(f"its tensors end at byte {8 + length + last}, the file at {size}")
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"its header is not one of safetensors ({error!r})") from error
     return tensors

@@ -69,6 +69,52 @@ def test_what_would_be_computed_otherwise_is_refused(case):
         build(resolve_aliases(hf), **case.get("parallel", {}))
 
 
+def written(folder, hf):
+    """Write `hf` as the config.json of a folder; return the folder."""
+    (folder / "config.json").write_text(hf if isinstance(hf, str) else json.dumps(hf))
+    return folder
+
+
+# As REFUSALS, for a config.json as it is on disk: NaN, and sizes that no loop would get through.
+ABSURD = [
+    json.loads(line)
+    for line in Path(__file__).with_name("absurd_configs.jsonl").read_text().splitlines()
+]
+
+
+@pytest.mark.parametrize("case", ABSURD, ids=lambda case: str(case["changes"])[:60])
+def test_an_absurd_config_ends_with_its_key(tmp_path, case):
+    hf = BASES[case["model"]] | case["changes"]
+    with refused(case["key"], case["cause"]):
+        check_supported(models.read_hf_config(written(tmp_path, hf)))
+
+
+@pytest.mark.parametrize("levels", [100, 1_000, 100_000])
+@pytest.mark.parametrize("form", ["[]", "{}"])
+def test_a_nested_config_is_refused(tmp_path, levels, form):
+    opened = form[0] if form == "[]" else '{"a": '
+    nested = opened * levels + "1" + form[1] * levels
+    text = json.dumps(QWEN)[:-1] + f', "of_no_use": {nested}}}'
+    with refused("config.json", Cause.MALFORMED, tmp_path / "config.json"):
+        models.read_hf_config(written(tmp_path, text))
+
+
+def test_a_key_with_two_values_is_refused(tmp_path):
+    twice = json.dumps(QWEN)[:-1] + ', "hidden_size": 999}'
+    with refused("config.json", Cause.MALFORMED, "hidden_size"):
+        models.read_hf_config(written(tmp_path, twice))
+    same = json.dumps(QWEN)[:-1] + f', "hidden_size": {QWEN["hidden_size"]}}}'
+    assert models.read_hf_config(written(tmp_path, same)) == QWEN
+
+
+def test_files_of_a_model_folder_that_are_links_elsewhere_are_not_read(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "secret.txt").write_text("secret")
+    (written(tmp_path / "model", QWEN) / "merges.txt").symlink_to("../secret.txt")
+    with refused("model.path", Cause.CONFLICT, "merges.txt", tmp_path / "secret.txt"):
+        models.read_hf_config(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     "name, value", [("tensor", 0), ("recompute", "some"), ("no_such_field", 1)]
 )
