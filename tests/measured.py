@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import psutil
+from watchdog import activity_of
 
 from megatron_r1.processes.inspection import PeakMemory
 
@@ -77,11 +78,13 @@ def wait_for(process: subprocess.Popen[bytes]) -> int:
 def end_processes() -> list[str]:
     """Return a line for each process that is left, and each port on which it listens; end them."""
     idle_since, spent = time.monotonic(), 0.0
-    computed = sum(map(cpu_seconds, living()))
+    computed, waited = activity_of(p.pid for p in living())
     while (members := living()) and time.monotonic() - idle_since < END_SECONDS:
-        before, computed = computed, sum(map(cpu_seconds, members))
-        if computed > before + 0.01:
-            idle_since, spent = time.monotonic(), spent + computed - before
+        before, computed, waited_before = computed, 0.0, waited
+        computed, waited = activity_of(p.pid for p in members)
+        # A process that waits for a core is not idle: it may be about to end.
+        if computed > before + 0.01 or waited > waited_before + 0.01:
+            idle_since, spent = time.monotonic(), spent + max(0.0, computed - before)
         if spent > END_CPU_SECONDS:
             break
         time.sleep(0.2)
@@ -121,12 +124,6 @@ def living() -> list[psutil.Process]:
             if process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
-
-
-def cpu_seconds(process: psutil.Process) -> float:
-    with contextlib.suppress(psutil.Error):
-        return sum(process.cpu_times()[:2])
-    return 0.0
 
 
 def describe(process: psutil.Process) -> list[str]:

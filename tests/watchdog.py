@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -46,8 +46,14 @@ def activity() -> tuple[float, float]:
     """Return the seconds that this process, its descendants and those of the run's fork servers
     have computed, and the seconds that their threads have waited for a core."""
     roots = [os.getpid(), *map(int, os.environ.get(PROCESSES, "").split())]
+    return activity_of([*roots, *(child.pid for root in roots for child in children(root))])
+
+
+def activity_of(pids: Iterable[int]) -> tuple[float, float]:
+    """Return the seconds that these processes have computed, and the seconds that their threads
+    have waited for a core."""
     computed = waited = 0.0
-    for member in [*roots, *(child.pid for root in roots for child in children(root))]:
+    for member in pids:
         with contextlib.suppress(OSError, ValueError):  # it has ended
             fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
             computed += sum(map(int, fields[11:15])) / TICKS
