@@ -32,6 +32,7 @@ from megatron_r1.rl.grading import check_grades
 from megatron_r1.rl.metrics import rollout_metrics
 from megatron_r1.rl.rollout import Group, Rollout, Sampling, responses_of
 from megatron_r1.trainer_client.cpu_memory import cpu_memory
+from megatron_r1.trainer_client.schedule import warmup_note
 from megatron_r1.weight_sync.plan.recipe import engine_rank_bytes
 from megatron_r1.weights import num_parameters
 
@@ -176,6 +177,7 @@ def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, me
         "top",
         memory,
         *advice(rollout, first).values(),
+        *filter(None, [warmup_note(config.optimizer, config.num_policy_updates)]),
         "nothing was trained or written",
     ]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """What an RL run checks before anything starts."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 
 from megatron_r1.commands import torchrun
@@ -72,9 +73,28 @@ def check_settings(config: Config) -> None:
             cause=Cause.UNSUPPORTED,
         )
     check_teacher(config)
+    check_sampling(config)
     check_gpu_memory(config, hf)
     if config.rollout.placement == "hosts":
         hosts_address(config.rollout)
+
+
+def check_sampling(config: Config) -> None:
+    """Raise UserError for samples of a part of the vocabulary: the engine's log-probabilities are
+    normalized over the tokens that the cut leaves, the trainer's over all."""
+    for step, phase in config.phases():
+        if phase.rollout.top_p < 1:
+            when = f"rl.schedule, from_step {step}: " if step > 1 else ""
+            raise UserError(
+                f"{when}rollout.top_p: {phase.rollout.top_p:g} draws from a part of the "
+                "vocabulary, and the trainer's log-probabilities are over all of it: each ratio "
+                "would be wrong by the share that is cut off, up to "
+                f"{-math.log(phase.rollout.top_p):.2g} in logprob_diff/mean. Set 1; "
+                "rollout.temperature below 1 sharpens samples, and the trainer divides by it too. "
+                "Evaluations have eval.top_p",
+                key="rollout.top_p",
+                cause=Cause.CONFLICT,
+            )
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from megatron_r1.trainer_client.batch_size import check_batches
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.trainer_client.cpu_memory import cpu_memory
 from megatron_r1.trainer_client.recorder import Recorder
+from megatron_r1.trainer_client.schedule import warmup_note
 from megatron_r1.weights.adapters.table import check_adapters
 from megatron_r1.weights.stored.weight_files import require_complete, weight_files
 
@@ -114,6 +115,9 @@ async def _run(
             recorder.view.message(f"{folder.path} is already finished: {folder.hf}")
             recorder.close("nothing to do")
             return
+        num_updates = config.num_policy_updates if name == "rl" else config.run.steps
+        if note := warmup_note(config.optimizer, num_updates):
+            recorder.view.message(note)
         port = os.environ.get(PORT)
         bind = f"tcp://*:{port}" if port else "tcp://127.0.0.1:*"
         fitting = _with_microbatch(config, num_ranks, name == "rl", recorder.view.message)

@@ -71,7 +71,8 @@ class RolloutConfig(EngineConfig):
     temperature: float = Field(1.0, gt=0)
     """of sampling, and of the trainer's softmax"""
     top_p: float = Field(1.0, gt=0, le=1)
-    """sample from this share of the probability"""
+    """sample from this share of the probability; rl refuses less than 1, which the trainer's
+    softmax does not follow"""
     max_response_tokens: int = Field(32_768, gt=0)
     """a longer response is cut off here"""
     max_model_len: int | None = None

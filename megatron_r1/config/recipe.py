@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import ValidationError, model_validator
 
 from megatron_r1.config.agents import AgentsConfig
+from megatron_r1.config.algorithms import rules_of
 from megatron_r1.config.engines import RolloutConfig, TeacherConfig
 from megatron_r1.config.evaluation import EvalConfig
 from megatron_r1.config.mistakes import refusal
@@ -123,6 +124,12 @@ class Config(Section):
             max(0, min(end, step) - start) * phase.rl.minibatches
             for (start, phase), end in zip(phases, ends, strict=True)
         )
+
+    @property
+    def num_policy_updates(self) -> int:
+        """Updates of the policy in the whole RL run: none while its critic warms up."""
+        warmup = self.critic.warmup_steps if rules_of(self.rl.algorithm).critic else 0
+        return self.updates_before(self.run.steps + 1) - self.updates_before(warmup + 1)
 
     def with_changes(self, **sections: dict[str, Any]) -> Self:
         """Return a copy with other values, which are not checked, of some settings by section."""

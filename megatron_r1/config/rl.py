@@ -64,7 +64,8 @@ class RLConfig(Section):
     """weight of the estimate of KL to the reference, in the loss; of rloo, reinforce_pp and ppo in
     the reward"""
     kl_estimator: KLEstimator = "k3"
-    """estimate of KL in loss and metrics (in a reward it is k1); k3: the paper's"""
+    """estimate of KL in loss and metrics (in a reward it is k1); k3: the paper's. k1 is a metric
+    only: in a loss its expected gradient is 0"""
     entropy_coef: float = Field(0.0, ge=0)
     """weight of an entropy bonus"""
     reference_refresh: int = Field(400, ge=0)
@@ -140,6 +141,14 @@ class RLConfig(Section):
                 f"rl.advantage_std: {self.advantage_std} is not what {self.algorithm} does; use "
                 f"{' or '.join(algorithm.advantage_stds)}, or leave it out",
                 key="rl.advantage_std",
+                cause=Cause.CONFLICT,
+            )
+        if self.kl_estimator == "k1" and self.kl_beta > 0 and not algorithm.kl_in_reward:
+            raise UserError(
+                "rl.kl_estimator: k1 in the loss has an expected gradient of 0, so that rl.kl_beta: "
+                f"{self.kl_beta:g} would hold nothing; use k2, whose gradient is that of KL(policy "
+                "|| reference), or k3, the paper's",
+                key="rl.kl_estimator",
                 cause=Cause.CONFLICT,
             )
         if self.dual_clip is not None and not algorithm.dual_clip:

@@ -7,12 +7,14 @@ filter drops it; it duplicates an earlier one. `keep.per_prompt` of the others a
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cmp_to_key
 
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.curation.decision import DUPLICATE, UNGRADED, Decision
 from megatron_r1.data.prompts import Prompt, normalize
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.rewards.combine import ACCURACY
+from megatron_r1.rewards.equality import order
 
 RunFilters = Callable[[Prompt, TextResponse], Awaitable[Decision | None]]
 """Why the filters drop a response, None to keep it (`filters.PooledFilters`)."""
@@ -60,7 +62,7 @@ class Selection:
         if keep.min_accuracy is not None:
             if response.rewards[ACCURACY] < keep.min_accuracy:
                 return Decision("wrong", response.reason)
-            if keep.min_reward is not None and _reward(response) < keep.min_reward:
+            if keep.min_reward is not None and order(_reward(response), keep.min_reward) < 0:
                 return Decision("low_reward", f"reward {response.reward:.3g}: {response.reason}")
         return await self._filters(prompt, response)
 
@@ -74,7 +76,7 @@ class Selection:
             case "shortest":
                 ordered.sort(key=lambda response: response.length)
             case "best":
-                ordered.sort(key=_reward, reverse=True)
+                ordered.sort(key=cmp_to_key(lambda a, b: order(_reward(b), _reward(a))))
         return ordered
 
     def _question_drop(self, responses: Sequence[TextResponse]) -> Decision | None:

@@ -9,6 +9,8 @@ from itertools import chain
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING
 
+from megatron_r1.rewards.equality import are_equal
+
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
 
@@ -33,14 +35,14 @@ def group_advantages(
 
         A_i = (r_i - mean(r)) / (std(r) + epsilon)
 
-    A group whose rewards are all equal has advantages of 0. divide_by: "group" for the z-score
-    (population standard deviation, the group's own root mean square), "none" to leave the scale of
-    the rewards (Dr. GRPO, arXiv 2503.20783, section 3.2). Raises ValueError as `graded`, and for
-    another divide_by."""
+    A group whose rewards are all equal (`rewards.equality`) has advantages of 0. divide_by: "group"
+    for the z-score (population standard deviation, the group's own root mean square), "none" to
+    leave the scale of the rewards (Dr. GRPO, arXiv 2503.20783, section 3.2). Raises ValueError as
+    `graded`, and for another divide_by."""
     if divide_by not in ("group", "none"):
         raise ValueError(f"divide_by {divide_by!r}: use group or none")
     known = graded(rewards)
-    if len(set(known)) < 2:
+    if are_equal(known):
         return [0.0] * len(rewards)
     mean = fmean(known)
     scale = pstdev(known) + epsilon if divide_by == "group" else 1.0
@@ -54,7 +56,7 @@ def over_batch_std(
     responses of the rollout; where those are all equal, `advantages` as they are."""
     pairs = zip(chain(*advantages), chain(*rewards), strict=True)
     known = [advantage for advantage, reward in pairs if reward is not None]
-    if len(set(known)) < 2:
+    if are_equal(known):
         return advantages
     scale = pstdev(known) + epsilon
     return [[a / scale for a in group] for group in advantages]

@@ -13,9 +13,10 @@ algorithm (`rl.algorithms.grpo.loss`), and `r1_kernels.linear_policy_loss`."""
 
 import asyncio
 import random
-from itertools import chain
+from itertools import chain, islice
 
 from megatron_r1.config import Config
+from megatron_r1.errors import RunError
 from megatron_r1.rl.overlong import overlong_punishment
 from megatron_r1.rl.rollout import GradedResponse
 from megatron_r1.rl.session import Session
@@ -79,9 +80,22 @@ def training_reward(graded: GradedResponse, config: Config) -> float | None:
 
 
 def minibatches(samples_by_response: list[list[Sample]], count: int) -> list[list[Sample]]:
-    """Return the samples of `count` mini-batches with equally many responses each, in order."""
-    size = len(samples_by_response) // count
-    return [
-        list(chain.from_iterable(samples_by_response[i * size : (i + 1) * size]))
-        for i in range(count)
-    ]
+    """Return the samples of `count` mini-batches with equally many responses each, in order.
+
+    Those that are trained on are spread evenly over the mini-batches. Raises RunError where there
+    are fewer than mini-batches: an update without any would move the weights all the same, by the
+    optimizer's momentum."""
+    trained = [samples for samples in samples_by_response if samples[0].is_trained]
+    others = iter([samples for samples in samples_by_response if not samples[0].is_trained])
+    if len(trained) < count:
+        raise RunError(
+            f"{len(trained)} of {len(samples_by_response)} responses are graded, too few for "
+            f"rl.minibatches: {count}. Repair the reward or environment, whose reasons are in "
+            "samples.jsonl; the same command continues"
+        )
+    size, made = len(samples_by_response) // count, []
+    for i in range(count):
+        own = trained[i * len(trained) // count : (i + 1) * len(trained) // count]
+        own += islice(others, size - len(own))
+        made.append(list(chain.from_iterable(own)))
+    return made

@@ -11,6 +11,7 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.models.routing_shape import RoutingShape
 from megatron_r1.rewards.combine import DEFAULT_WEIGHTS
+from megatron_r1.rewards.equality import are_equal
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Group:
 
     @property
     def has_equal_rewards(self) -> bool:
-        """Whether no two graded responses have different rewards."""
-        return len({graded.reward for graded in self.responses if graded.is_graded}) < 2
+        """Whether all graded responses have the same reward but for rounding."""
+        return are_equal([graded.reward for graded in self.responses if graded.is_graded])
 
 
 @dataclass(frozen=True)

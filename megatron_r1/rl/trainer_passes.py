@@ -86,10 +86,8 @@ class TrainerPasses:
 
     @cached_property
     def num_policy_updates(self) -> int:
-        """Updates of the policy in the whole run: none while its critic warms up."""
-        config = self.run_config
-        warmup = config.critic.warmup_steps if self.algorithm.rules.critic else 0
-        return config.updates_before(config.run.steps + 1) - config.updates_before(warmup + 1)
+        """Updates of the policy in the whole run."""
+        return self.run_config.num_policy_updates
 
     async def refresh_reference_if_due(self, config: Config) -> None:
         """Replace the reference by the policy every `rl.reference_refresh` optimizer steps."""

@@ -5,6 +5,19 @@ import math
 from megatron_r1.config import OptimizerConfig
 
 
+def warmup_note(settings: OptimizerConfig, total: int) -> str:
+    """Return a sentence where the warm-up takes all of `total` optimizer steps, "" where it does
+    not: the rate would reach its value in the last of them, or never."""
+    if settings.warmup < max(1, total):
+        return ""
+    highest = learning_rate(settings, total, total)
+    return (
+        f"optimizer.warmup: {settings.warmup:,} takes all {total:,} optimizer steps of the run, "
+        f"whose learning rate rises to {highest:.3g} of {settings.learning_rate:.3g}: lower it, or "
+        "raise run.steps"
+    )
+
+
 def learning_rate(settings: OptimizerConfig, step: int, total: int) -> float:
     """Return the rate of optimizer step `step` (from 1) of `total`: linear warm-up, then a constant
     rate or the linear or cosine decay to the minimum."""

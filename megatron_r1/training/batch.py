@@ -32,19 +32,19 @@ class PackedBatch:
     cu_seqlens: Tensor
     """(S + 1,) int32, from 0 to T: where each sample of this rank's part begins, and T."""
     num_trajectories: int
-    """S without padding, the branches of a trajectory counted as one, on the first context rank; 0
-    on the others, so that the sum over ranks is the number of trajectories."""
+    """The samples that are trained on, the branches of a trajectory counted as one, on the first
+    context rank; 0 on the others, so that the sum over ranks is the number of trajectories."""
     last_tokens: Tensor
     """(S,) int64: where the last token of each sample without padding is; -1: another rank's."""
 
     is_response: Tensor
-    """(T,) bool: whether the target is a response token."""
+    """(T,) bool: whether the target is a response token that is trained on."""
     response_rows: Tensor
     """int64: the positions where it is."""
     advantages: Tensor
     """(T,) fp32: the response's advantage on each of its tokens, 0 elsewhere. With an algorithm's
-    `token_advantages` it is what these are computed from (`Sample.advantage`; NaN where
-    ungraded), until `ScoredRollout.store` puts each token's own advantage here."""
+    `token_advantages` it is what these are computed from (`Sample.advantage`), until
+    `ScoredRollout.store` puts each token's own advantage here."""
     rollout_logprobs: Tensor
     """(T,) fp32: the engine's, 0 outside responses."""
     labels: Tensor

@@ -2,7 +2,9 @@
 
 Position t of a sample predicts token t + 1, so the response's tokens are targets at positions
 prompt_length - 1 … length - 2; the last position of every sample predicts nothing. A sample's mask
-leaves out the tokens in between that were given: "response tokens" here are the sampled ones.
+leaves out the tokens in between that were given: "response tokens" here are the sampled ones. A
+sample that is not trained on (`Sample.is_trained`) has no response token and counts for no
+trajectory, so that no sum and no denominator of any loss has it.
 
 With context parallelism every sample is padded to a multiple of 2 * ranks. The whole micro-batch is
 packed first, and each rank keeps its positions of every tensor (`models.context`), so targets and
@@ -85,6 +87,7 @@ def packed_batch(
     )
     has_teacher = all(sample.teacher is not None for sample in samples)
     has_branches = any(sample.weight != 1 for sample in samples)
+    num_trajectories = sum(s.num_trajectories for s in samples if s.is_trained)
     return PackedBatch(
         input_ids=tokens[held][None].to(device),
         position_ids=position[held][None].to(device),
@@ -93,7 +96,7 @@ def packed_batch(
         targets=tokens.roll(-1)[held].to(device),
         is_response=is_response.to(device),
         response_rows=is_response.nonzero()[:, 0].to(device),
-        num_trajectories=sum(s.num_trajectories for s in samples) if split.context_rank == 0 else 0,
+        num_trajectories=num_trajectories if split.context_rank == 0 else 0,
         advantages=advantages.to(device),
         rollout_logprobs=rollout_logprobs.to(device),
         last_tokens=here[torch.tensor(ends, dtype=torch.int64)].to(device),
@@ -164,6 +167,8 @@ def _response_values(samples: list[Sample], placement: Placement) -> tuple[Tenso
     is_response = torch.zeros(total, dtype=torch.bool)
     advantages, rollout_logprobs, teacher, weights = per_token = torch.zeros(4, total)
     for sample, start in zip(samples, placement.starts, strict=True):
+        if not sample.is_trained:
+            continue
         response = slice(start + sample.prompt_length - 1, start + len(sample) - 1)
         is_response[response] = True
         if sample.mask:

@@ -5,6 +5,7 @@ Imports neither torch nor Megatron, because the controller imports it."""
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from typing import cast
@@ -21,7 +22,7 @@ class Sample(msgspec.Struct, frozen=True):
     token_ids: int32 bytes, prompt then response.
     logprobs: float32 bytes, the rollout engine's, one per response token (empty for SFT).
     advantage: the same for every response token; with an algorithm's token_advantages, what these
-        are computed from (a reward or an advantage; NaN if ungraded).
+        are computed from (a reward or an advantage). NaN: the sample is not trained on.
     routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes each
         (`models.routing_shape`), for the tokens before the last; empty without routing replay.
     teacher: float32 bytes, the teacher's log-probabilities of the response, or None.
@@ -111,6 +112,11 @@ class Sample(msgspec.Struct, frozen=True):
 
     def __len__(self) -> int:
         return len(self.token_ids) // 4
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its response is in the sums and denominators of a loss."""
+        return not math.isnan(self.advantage)
 
 
 def _bytes_of(typecode: str, numbers: Sequence[float]) -> bytes:

@@ -3,7 +3,7 @@
 An estimator of such advantages gets the batches as `ScoredRollout`, which gathers whole responses,
 also where ranks of context parallelism hold parts of them, and reduces over the whole rollout. The
 mathematics on the gathered tensors is in `returns`. What the controller sent as a response's
-advantage is then its reward, on each of its tokens; NaN where it could not be graded."""
+advantage is then its reward, on each of its tokens."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ class WholeResponses:
     """The responses of one micro-batch, whole and in sample order, on every rank that holds a part
     of them.
 
-    T: tokens of the whole micro-batch; is_response: (T,) bool; is_graded: (T,) bool, the tokens of
-    graded responses; rewards: (T,), the response's on each of its tokens, NaN where it is not
-    graded; last: (T,) int64, the position of the last response token of each token's sample, or
-    -1."""
+    T: tokens of the whole micro-batch; is_response: (T,) bool, the tokens that are trained on;
+    rewards: (T,), the response's on each of its tokens; last: (T,) int64, the position of the last
+    response token of each token's sample, or -1."""
 
     def __init__(self, batch: PackedBatch, context_group: ProcessGroup | None = None):
         """context_group: the ranks that hold the batch's other parts; None: there are none."""
@@ -43,7 +42,6 @@ class WholeResponses:
         self._cu_seqlens = batch.cu_seqlens.long() * self._ranks
         self.is_response = self.whole(batch.is_response.to(torch.uint8)).bool()
         self.rewards = self.whole(batch.advantages)
-        self.is_graded = self.is_response & ~self.rewards.isnan()
         self.last = self._last_of_each()
 
     def _last_of_each(self) -> Tensor:
@@ -75,7 +73,7 @@ class WholeResponses:
         log_ratio = None
         if kl_beta:
             log_ratio = self.whole(self.batch.logprobs["old"] - self.batch.logprobs["ref"])
-        return penalized_rewards(self.rewards, log_ratio, kl_beta, self.is_graded, self.last)
+        return penalized_rewards(self.rewards, log_ratio, kl_beta, self.is_response, self.last)
 
 
 class ScoredRollout:
@@ -93,15 +91,15 @@ class ScoredRollout:
         self.responses = [WholeResponses(batch, context_group) for batch in batches]
 
     def normalized(self, advantages: list[Tensor], epsilon: float) -> list[Tensor]:
-        """Return `advantages`, (T,) per micro-batch, shifted and scaled so that those of all graded
+        """Return `advantages`, (T,) per micro-batch, shifted and scaled so that those of all
         response tokens of the rollout have mean 0 and standard deviation 1 (of the population,
         epsilon added to it)."""
         pairs = list(zip(self.responses, advantages, strict=True))
-        total = torch.stack([moments(r.own(a)[r.own(r.is_graded)]) for r, a in pairs]).sum(0)
+        total = torch.stack([moments(r.own(a)[r.own(r.is_response)]) for r, a in pairs]).sum(0)
         if self._data_group is not None:
             # Over data and context parallelism: mean and deviation are those of the whole rollout.
             dist.all_reduce(total, group=self._data_group)
-        return [torch.where(r.is_graded, standardized(a, total, epsilon), 0.0) for r, a in pairs]
+        return [torch.where(r.is_response, standardized(a, total, epsilon), 0.0) for r, a in pairs]
 
     def store(self, targets: TokenTargets) -> None:
         """Replace the advantages, and the returns if any, in the micro-batches."""
@@ -127,6 +125,6 @@ def reward_to_go(scored: ScoredRollout, settings: TokenSettings) -> list[Tensor]
     """Return A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalized rewards, (T,) per micro-batch."""
     settings = TokenSettings.of(settings)
     return [
-        discounted_sums(r.token_rewards(settings.kl_beta), settings.discount, r.is_graded, r.last)
+        discounted_sums(r.token_rewards(settings.kl_beta), settings.discount, r.is_response, r.last)
         for r in scored.responses
     ]

@@ -12,8 +12,10 @@ i, ρ = π_θ / π_old of a token, "clip" = min(ρ A, clip(ρ, 1 - ε_low, 1 + �
 prompt tokens and padding are masked in every sum over t."""
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_r1.config import RLConfig
 from megatron_r1.config.algorithms import AlgorithmRules, rules_of
@@ -21,6 +23,7 @@ from megatron_r1.errors import Cause, UserError
 from megatron_r1.rl.algorithms import grpo, grpo_variants
 
 PARTS = ("advantages", "loss", "token_advantages")
+Advantages = Callable[[list[list[float | None]], RLConfig], list[list[float]]]
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,9 @@ class Algorithm:
     """An estimator: the rules of its settings, and what its module defines.
 
     advantages: maps the rewards of a rollout's groups, None for an ungraded response, to a number
-        per response: the advantage of all its tokens, 0 if ungraded. With `token_advantages` it is
-        what these are computed from, a reward or an advantage, and NaN if ungraded.
+        per response: the advantage of all its tokens or, with `token_advantages`, what these are
+        computed from, a reward or an advantage. NaN for a response that is not trained on
+        (`of_graded`).
     loss: "module:function" of a `training.losses.Loss`, called on the trainer ranks.
     token_advantages: "module:function" of a `training.token_advantages.TokenAdvantages`, called
         there once the rollout is scored; None where all tokens of a response share one advantage.
@@ -37,7 +41,7 @@ class Algorithm:
 
     name: str
     rules: AlgorithmRules
-    advantages: Callable[[list[list[float | None]], RLConfig], list[list[float]]]
+    advantages: Advantages
     loss: str
     token_advantages: str | None = None
 
@@ -67,10 +71,29 @@ def find(name: str) -> Algorithm:
             key="rl.algorithm",
             cause=Cause.MISSING,
         )
+    advantages = getattr(module, "advantages", grpo.advantages)
     return Algorithm(
         name,
         rules,
-        getattr(module, "advantages", grpo.advantages),
+        advantages if rules.teacher else partial(of_graded, advantages),
         defined.get("loss", f"{grpo.__name__}:loss"),
         defined.get("token_advantages"),
     )
+
+
+def of_graded(
+    advantages: Advantages, groups: list[list[float | None]], rl: RLConfig
+) -> list[list[float]]:
+    """Return `advantages(groups, rl)` with NaN for every ungraded response.
+
+    The rule of every estimator that learns from rewards: a response without a grade is in no sum
+    and no denominator, of policy, KL, entropy and critic. `training.packed` takes no token of a
+    sample with advantage NaN for a response token, and counts no trajectory for it. Ungraded are a
+    response whose reward failed, and an episode that ended for a reason that is not the policy's
+    (`agents.episode`). A response that is cut off at its limit of tokens is the policy's own: it is
+    graded and trained on."""
+    numbers = advantages(groups, rl)
+    return [
+        [math.nan if r is None else a for a, r in zip(*pair, strict=True)]
+        for pair in zip(numbers, groups, strict=True)
+    ]

@@ -38,6 +38,6 @@ def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTar
     for responses in scored.responses:
         logprobs = responses.batch.logprobs
         gaps = responses.whole(logprobs["teacher"] - logprobs["old"])
-        graded, last = responses.is_graded, responses.last
-        advantages.append(discounted_sums(gaps, settings.discount, graded, last))
+        mask, last = responses.is_response, responses.last
+        advantages.append(discounted_sums(gaps, settings.discount, mask, last))
     return TokenTargets(advantages)

@@ -9,7 +9,7 @@
 With λ (`gae_lambda`) 1, R_t is the reward to go; a smaller λ relies more on the critic, and in long
 chains of thought lets the reward fade before it reaches the first tokens. γ is `discount`. Averaged
 per sequence. `advantage_std` batch normalizes A over the tokens of the rollout, none leaves it.
-For ungraded responses A is 0 and the target is the value itself. How the critic learns: section
+How the critic learns: section
 `critic`."""
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTar
             responses.whole(own),
             settings.discount,
             settings.gae_lambda,
-            responses.is_graded,
+            responses.is_response,
             responses.last,
         )
         advantages.append(made)

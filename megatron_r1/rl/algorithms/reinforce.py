@@ -12,13 +12,17 @@ own reward, which scales the gradient by (N - 1) / N. No KL."""
 from statistics import fmean
 
 from megatron_r1.config import RLConfig
+from megatron_r1.rewards.equality import are_equal
 from megatron_r1.rl.advantages import graded, over_batch_std
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """Return A_i = r_i - mean(r), over the rollout's graded responses; 0 for an ungraded one."""
+    """Return A_i = r_i - mean(r), over the rollout's graded responses; 0 for an ungraded
+    one, and for all where the rewards are equal."""
     known = [reward for rewards in groups for reward in graded(rewards)]
-    mean = fmean(known) if known else 0.0
+    if are_equal(known):
+        return [[0.0] * len(rewards) for rewards in groups]
+    mean = fmean(known)
     by_group = [[0.0 if r is None else r - mean for r in rewards] for rewards in groups]
     if rl.advantage_std == "batch":
         return over_batch_std(by_group, groups, rl.advantage_epsilon)

@@ -6,8 +6,7 @@
 
 PPO without a critic: the reward is on the last token, a KL penalty on each, and the whole rollout
 gives baseline and scale, so that one response per prompt is enough (`group_size` 1). Averaged per
-token. `discount` weighs later tokens. Ungraded responses have advantage 0 and count in neither mean
-nor deviation. Clip and β are those usual with PPO."""
+token. `discount` weighs later tokens. Clip and β are those usual with PPO."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ advantages = response_rewards  # what `token_advantages` starts from
 
 def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
     """Return A_t = Σ_{s≥t} γ^(s-t) (-β log(π_old / π_ref)_s) + γ^(T-t) r, T the last token, then
-    shifted and scaled to mean 0 and deviation 1 over the graded response tokens of the rollout; 0
+    shifted and scaled to mean 0 and deviation 1 over the response tokens of the rollout; 0
     elsewhere."""
     from megatron_r1.training.token_advantages import TokenTargets, reward_to_go
 

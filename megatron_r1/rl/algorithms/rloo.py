@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from megatron_r1.rewards.equality import are_equal
 from megatron_r1.rl.advantages import graded
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
 
 def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
     """Return A_t: the response's advantage less the penalties to come, β log(π_old / π_ref)_s for
-    s≥t; 0 outside responses and where not graded."""
+    s≥t; 0 outside responses."""
     from megatron_r1.training.token_advantages import TokenTargets, reward_to_go
 
     return TokenTargets(reward_to_go(scored, settings))
@@ -40,7 +41,7 @@ def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTar
 
 def _leave_one_out(rewards: list[float | None]) -> list[float]:
     known = graded(rewards)
-    if len(set(known)) < 2:
+    if are_equal(known):
         return [math.nan if r is None else 0.0 for r in rewards]
     total, num_others = sum(known), len(known) - 1
     return [math.nan if r is None else r - (total - r) / num_others for r in rewards]

@@ -1,5 +1,6 @@
 """Responses with rewards, and a check of an estimator on them against its formula."""
 
+import math
 import random
 
 import estimator_formulae as formulae
@@ -71,7 +72,9 @@ class Problem:
 
     def batch(self, members, numbers, first_old):
         """A packed micro-batch of `members`, and its hidden states."""
-        made = [Sample.pack(*self.texts[i], [0.0] * len(self.texts[i][1])) for i in members]
+        made = [
+            Sample.pack(*self.texts[i], [0.0] * len(self.texts[i][1]), numbers[i]) for i in members
+        ]
         batch = packed_batch(made, TokenSplit(tensor=4), torch.device("cpu"))
         hidden = [self.hidden[i] for i in members]
         filler = batch.input_ids.shape[1] - sum(map(len, hidden))
@@ -82,12 +85,12 @@ class Problem:
             whole[batch.is_response] = torch.cat(tensors)
             return whole
 
-        own = [self.responses[i] for i in members]
-        lengths = [len(o) for o in own]
+        trained = [i for i in members if not math.isnan(numbers[i])]
+        own = [self.responses[i] for i in trained]
         batch.advantages = spread(
             [
-                torch.full((n,), numbers[i], dtype=torch.float64)
-                for i, n in zip(members, lengths, strict=True)
+                torch.full((len(o),), numbers[i], dtype=torch.float64)
+                for i, o in zip(trained, own, strict=True)
             ]
         )
         batch.logprobs["ref"] = spread([o.ref for o in own])
@@ -140,6 +143,8 @@ def check(name, settings, make_advantages, term, average, clips=None, problem=No
     advantages = make_advantages(problem.responses)
     for step, (loss, gradient, terms, _) in enumerate(ours(problem, name, settings)):
         members = problem.minibatches[step]
+        if not algorithms.find(name).rules.teacher:  # else an ungraded response is in no sum
+            members = [i for i in members if problem.rewards[i] is not None]
         responses = [problem.responses[i] for i in members]
         own = [advantages[i].detach() for i in members]
         expected = formulae.loss(responses, own, term, average, LIMIT)

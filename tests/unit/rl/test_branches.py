@@ -1,6 +1,7 @@
 """Every estimator on episodes of several turns and branches: loss and gradient are those of one
 unbranched response that has the sampled tokens alone."""
 
+import math
 import random
 
 import estimator_formulae as formulae
@@ -82,6 +83,7 @@ class Episodes(Problem):
                 made.append(sample)
                 hidden.append(self.hidden[self.first[i] + number][: len(sample)])
         batch = packed_batch(made, TokenSplit(tensor=4), torch.device("cpu"))
+        trained = [i for i in members if not math.isnan(numbers[i])]
         num_tokens = batch.input_ids.shape[1]
         filler = num_tokens - sum(map(len, hidden))
         hidden = torch.cat([*hidden, torch.full((filler, HIDDEN), 7.0, dtype=torch.float64)])
@@ -89,12 +91,11 @@ class Episodes(Problem):
         def spread(name, outside=0.0):
             whole = torch.full((num_tokens,), outside, dtype=torch.float64)
             whole[batch.is_response] = torch.cat(
-                [getattr(self.responses[i], name) for i in members]
+                [getattr(self.responses[i], name) for i in trained]
             )
             return whole
 
-        exact = torch.cat([torch.full_like(self.responses[i].old, numbers[i]) for i in members])
-        assert torch.equal(batch.advantages[batch.is_response].isnan(), exact.isnan())
+        exact = torch.cat([torch.full_like(self.responses[i].old, numbers[i]) for i in trained])
         batch.advantages = batch.advantages.double()
         batch.advantages[batch.is_response] = exact
         batch.logprobs |= {"ref": spread("ref"), "teacher": spread("teacher")}

@@ -88,7 +88,10 @@ def test_losses_and_token_advantages_reach_the_trainer_as_names(folder):
     assert plain.loss == critic.loss == "several:loss"
     assert plain.token_advantages == "several:token_advantages"
     assert (plain.rules.critic, critic.rules.critic) == (False, True)
-    assert plain.advantages is algorithms.find("grpo").advantages
+    rewards = [[1.0, 0.0, 0.5]]
+    assert plain.advantages(rewards, RLConfig()) == algorithms.find("grpo").advantages(
+        rewards, RLConfig()
+    )
 
 
 def test_options_of_its_own_have_defaults_and_reach_its_functions(folder):

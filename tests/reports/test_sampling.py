@@ -1,0 +1,35 @@
+"""What is sampled: cuts, temperatures, stop strings."""
+
+import math
+
+import pytest
+from refusals import refused
+
+from megatron_r1.commands.rl_checks import check_sampling
+from megatron_r1.config import Config, parse
+from megatron_r1.errors import Cause
+
+
+@pytest.mark.parametrize("rl", [{}, {"importance_cap": 2.0}, {"algorithm": "rloo"}])
+@pytest.mark.parametrize("top_p", [0.8, 0.95, 0.1])
+def test_b15_a_cut_below_all_is_refused_with_the_size_of_its_error(top_p, rl):
+    largest = f"{-math.log(top_p):.2g}"  # the share that is left is at least top_p
+    with refused("rollout.top_p", Cause.CONFLICT, f"{top_p:g}", largest, "logprob_diff"):
+        check_sampling(Config(rollout={"top_p": top_p}, rl=rl))
+    later = {**rl, "schedule": [{"from_step": 3, "rollout.top_p": top_p}]}
+    with refused("rollout.top_p", Cause.CONFLICT, "from_step 3"):
+        check_sampling(Config(rl=later))
+    check_sampling(Config(rl=rl, eval={"top_p": top_p}))
+
+
+@pytest.mark.parametrize("cut", ["top_k", "min_p", "typical_p"])
+def test_b15_other_cuts_are_no_settings(cut):
+    with refused(f"rollout.{cut}", Cause.UNKNOWN):
+        parse({"rollout": {cut: 0.1}})
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, -1, math.inf, math.nan])
+def test_b16_temperature_0_is_refused_where_log_probabilities_are_needed(temperature):
+    cause = Cause.MALFORMED if math.isnan(temperature) else Cause.OUT_OF_RANGE
+    with refused("rollout.temperature", cause):
+        parse({"rollout": {"temperature": temperature}})
