@@ -101,6 +101,15 @@ DENIED = re.compile(
 122`, `half of 122`, `x < 122`."""
 
 
+ROUNDED = re.compile(
+    r"(?:\b(?:about|around|approx(?:imate(?:ly)?)?\.?|roughly|nearly|almost|circa|close to)(?!\w)"
+    r"|[≈~]|\\(?:approx|sim)(?![A-Za-z]))"
+    r"\s*=?[\s$*(]{0,9}(?:(?:be|is|are|equal|equals|to)\b[\s$*:]{0,9}){0,3}$",
+    re.IGNORECASE,
+)
+"""Words that leave a whole number open. A decimal is what they round to: `approximately 2.2`."""
+
+
 def with_plain_signs(line: str) -> str:
     """Return a line with ASCII minus signs, right before their numbers, and ASCII fractions."""
     return SIGN_APART.sub(r"\1\2", DASH.sub(" - ", line).translate(SIGNS))
@@ -116,8 +125,17 @@ def last_number(text: str) -> Extraction | None:
         return None
     last = numbers[-1]
     before = text[: last.start()]
-    if DENIED.search(before) or CHANGED.match(text, last.end()):
+    rounded = ROUNDED.search(before)
+    if rounded and "." not in last["number"]:
+        said = shorten(text[rounded.start() : last.end()])
+        return Extraction(None, f"no answer found: {said!r} leaves a whole number open")
+    if DENIED.search(before[: rounded.start()] if rounded else before):
         return Extraction(None, f"no answer found: the last line denies {last[0]}")
+    if changed := CHANGED.match(text, last.end()):
+        said = shorten(text[last.start() : changed.end()])
+        return Extraction(
+            None, f"no answer found: the last line denies or changes {last[0]}: {said}"
+        )
     if len(numbers) > 1 and _is_joined(before, text[last.end() :]):
         pair = shorten(text[numbers[-2].start() : last.end()])
         return Extraction(None, f"no answer found: two numbers end the last line: {pair}")

@@ -23,6 +23,7 @@ from megatron_r1.rewards.answer import (
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.box import changes_box
 from megatron_r1.rewards.last_number import last_number, with_plain_signs
+from megatron_r1.rewards.marked import marked_answer
 from megatron_r1.rewards.wording import after_answer_is
 
 Reading = Literal["strict", "tags", "boxed", "last", "auto"]
@@ -49,17 +50,20 @@ def read_answer(
     reading: "strict" is `answer.extract`, with `plain_line`. "tags" is the one `<answer>` block.
     "boxed" is the last `\boxed{}`. "last" is the text after `####` or "answer is" in the last line
     that is not blank; if the truth is `numeric` (`is_number`), the last number of that text. "auto"
-    is the first of tags, boxed and last that is present. A box outside of tags is no answer where
-    the text beside it changes or denies it (`box.changes_box`).
+    is the first of tags, boxed and last that is present. An answer that is marked before closing
+    prose (`marked.marked_answer`) is read instead of the last line. A box outside of tags is no
+    answer where the text beside it changes or denies it (`box.changes_box`).
     opened: whether the prompt ended with `<think>`.
     Linear in the length of the response. Raises ValueError for another reading."""
     if reading not in READINGS:
         raise ValueError(f"rewards.answer: {reading!r} is none of {', '.join(READINGS)}")
-    if reading == "strict":
-        return _unchanged(extract(response, opened=opened, plain_line=plain_line))
     visible = after_thought(without_special_tokens(response), opened)
     if visible is None:
         return OPEN_THOUGHT
+    if reading == "strict":
+        found = extract(response, opened=opened, plain_line=plain_line)
+        is_line = plain_line and in_tags(visible) is None and last_boxed(visible) is None
+        return _unchanged((marked_answer(visible, numeric) if is_line else None) or found)
     for name, find in FINDERS.items():
         if reading in (name, "auto") and (found := find(visible, numeric)) is not None:
             return _unchanged(found)
@@ -93,12 +97,17 @@ def _last(visible: str, numeric: bool) -> Extraction | None:
     line = last_line(visible.rstrip())
     if not line.strip():
         return None
+    marked = marked_answer(visible, numeric)
     if len(line) > MAX_LINE_CHARS:
-        return Extraction(None, f"no answer found: the last line has {len(line)} characters")
+        return marked or Extraction(
+            None, f"no answer found: the last line has {len(line)} characters"
+        )
     if (content := last_boxed(line)) is not None:
         return present(content, "in the last line", around=visible)
-    _, marked, answer = line.rpartition(MARKER)
-    if marked:
+    if marked is not None:
+        return marked
+    _, marker, answer = line.rpartition(MARKER)
+    if marker:
         return present(answer, "in the last line")
     line = EMPHASIZED.sub(r"\1", line)
     if numeric:

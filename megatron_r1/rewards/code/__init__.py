@@ -4,6 +4,7 @@ Expected values never enter the program's sandbox: it gets one test's input, and
 compared outside. A checker is a program too and runs in another sandbox, after the first has ended.
 """
 
+import functools
 import marshal
 import re
 import time
@@ -72,7 +73,7 @@ def grade(
     elif problem.function is not None:
         program = python_call(extraction.text, problem.function)
     else:
-        program = python_script(extraction.text, names=problem.provides_names)
+        program = python_script(extraction.text, names=problem.is_livecodebench)
     num_tests, num_passed, total, failure = len(problem.tests), 0, 0.0, ""
     for number, test in enumerate(_run_tests(problem, program, parsed_limits, deadline), 1):
         num_passed += test.reward == 1.0
@@ -113,7 +114,9 @@ def _size(expected: object) -> int:
 def _run_tests(problem: Problem, program: Program, limits: Limits, end: float) -> Iterator[Grade]:
     """Yield the grade of each test. end: time.monotonic() at which no further test starts."""
     is_call = problem.function is not None
-    is_equal = equal_result if is_call else equal_output
+    is_equal = equal_result
+    if not is_call:
+        is_equal = functools.partial(equal_output, by_value=problem.is_livecodebench)
     for test in problem.tests:
         if (left := end - time.monotonic()) <= 0:
             yield Grade(0.0, f"not run: the {limits.total_seconds:g} s of all tests are over")

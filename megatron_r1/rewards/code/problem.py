@@ -35,15 +35,15 @@ class Problem:
     tests: at least one.
     function: the name to call, or None where the program reads and prints.
     checker: source of a Python program that replaces the comparison, or None.
-    tolerance: allowed difference of numbers (see `compare`), or None to compare text.
-    provides_names: a script has the names that LiveCodeBench's harness imports, as a function
-        always has."""
+    tolerance: allowed difference of numbers, or None for that of floats only (see `compare`).
+    is_livecodebench: the tests have LiveCodeBench's form. Integers are compared by value, and a
+        script has the names that its harness imports, as a function always has."""
 
     tests: tuple[Test, ...]
     function: str | None = None
     checker: str | None = None
     tolerance: float | None = None
-    provides_names: bool = False
+    is_livecodebench: bool = False
 
 
 def parse_problem(truth: object, language: str) -> Problem:
@@ -68,16 +68,13 @@ def parse_problem(truth: object, language: str) -> Problem:
     if checker is not None and tolerance is not None:
         raise ValueError(f"{WHAT} has a checker, which decides alone: leave out the tolerance")
     parse = _call_test if function is not None else _program_test
-    # Tests in LiveCodeBench's form are judged as by its harness, where 1.0 is 1.
     is_livecodebench = all(isinstance(t, dict) and t.keys() >= LIVECODEBENCH_KEYS for t in tests)
-    if is_livecodebench and function is None and checker is None and tolerance is None:
-        tolerance = 0.0
     return Problem(
         tuple(parse(test, f"{WHAT}: test {i}", checker) for i, test in enumerate(tests, 1)),
         function,
         checker,
         tolerance,
-        provides_names=is_livecodebench,
+        is_livecodebench,
     )
 
 

@@ -1,0 +1,73 @@
+"""B52, B53, B55 to B57: which answers count, and which programs' results are equal."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_r1.files.jsonl import read_lines
+from megatron_r1.rewards import math
+from megatron_r1.rewards.code.compare import equal_output, equal_result
+from megatron_r1.rewards.code.problem import parse_problem
+
+ROWS = list(read_lines(Path(__file__).with_name("answers.jsonl")))
+
+
+@pytest.mark.parametrize("report", ["B52", "B53", "B55", "B56"])
+def test_an_answer_is_worth_what_its_report_says(report):
+    """A row without `readings` holds in all readings of a last line."""
+    wrong = []
+    for row in (row for row in ROWS if row["id"] == report):
+        for reading in row.get("readings", ("strict", "auto", "last")):
+            grade = math.grade(row["response"], row["truth"], reading=reading)
+            if grade.reward != row["reward"]:
+                wrong.append(f"{reading}: {row['response']!r} for {row['truth']}: {grade.reason}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_mark_is_found_in_a_long_response_in_linear_time():
+    text = "The answer is unclear. #### \n" * 20_000
+    assert math.grade(f"#### 42\n{'It is so. ' * 50_000}", "42", reading="auto").reward == 1
+    assert math.grade(text, "42", reading="auto").reward == 0
+
+
+FLOATS = [
+    ("0.333333", "0.3333333333", True),
+    ("0.66667", "0.6666666667", False),
+    ("1e-07", "1.05e-07", True),
+    ("2.5000001 7", "2.5 7", True),
+    ("2.5 8", "2.5 7", False),
+    ("123456.78", "123456.79", True),
+    ("123456", "123457", False),
+    ("nan", "0.5", False),
+    ("3", "3.0", True),
+]
+
+
+@pytest.mark.parametrize(("actual", "expected", "equal"), FLOATS)
+def test_floats_of_a_program_are_compared_with_a_margin_and_integers_are_not(
+    actual, expected, equal
+):
+    for is_livecodebench in (False, True):
+        problem = {"input": "", "output": expected} if is_livecodebench else {"stdout": expected}
+        parsed = parse_problem({"tests": [problem]}, "python")
+        by_value = parsed.is_livecodebench
+        assert by_value == is_livecodebench
+        found = equal_output(actual.encode(), expected, parsed.tolerance, by_value=by_value)
+        assert found is equal
+    exact = parse_problem({"tests": [problem], "tolerance": 0}, "python").tolerance
+    assert equal_output(actual.encode(), expected, exact) is (actual == expected.removesuffix(".0"))
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "equal"),
+    [
+        (f"[{0.1 + 0.2}]", [0.3], True),
+        ('{"mean": 1.6666667, "n": 3}', {"mean": 5 / 3, "n": 3}, True),
+        ("[1.5, 1000001]", [1.5, 1000000], False),
+        ("[0.301]", [0.3], False),
+        ("2.0000001", 2, False),
+        ('"0.30000000000000004"', "0.3", False),
+    ],
+)
+def test_floats_of_a_function_likewise(actual, expected, equal):
+    assert equal_result(actual.encode(), expected, None) is equal
