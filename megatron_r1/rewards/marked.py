@@ -128,7 +128,7 @@ def _stated(text: str, start: int, end: int, numeric: bool) -> tuple[str, bool, 
         if TITLE.match(marked.strip(DECORATION)) or NUMBERED_TITLE.match(text, end - len(marked)):
             return None
         value = _value(marked, numeric, words=True)
-        return value and (value, False, end)
+        return (value, False, end) if value else None
     if HEADING.fullmatch(sentence.strip(DECORATION)):
         return _below(text, end, numeric)
     if chinese := CHINESE.search(sentence):
@@ -139,7 +139,7 @@ def _stated(text: str, start: int, end: int, numeric: bool) -> tuple[str, bool, 
         return None
     prefix = sentence[: len(sentence) - len(stated)]
     value = _value(stated, numeric, words=":" in prefix[-9:])
-    return value and (value, True, end)
+    return (value, True, end) if value else None
 
 
 def _below(text: str, end: int, numeric: bool) -> tuple[str, bool, int] | None:
@@ -148,7 +148,7 @@ def _below(text: str, end: int, numeric: bool) -> tuple[str, bool, int] | None:
     start = end + len(rest) - len(rest.lstrip())
     _, stop = _sentence_around(text, start)
     value = _value(text[start:stop], numeric, words=True) if start < len(text) else None
-    return value and (value, False, stop)
+    return (value, False, stop) if value else None
 
 
 def _value(stated: str, numeric: bool, words: bool) -> str | None:

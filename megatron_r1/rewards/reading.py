@@ -61,9 +61,9 @@ def read_answer(
     if visible is None:
         return OPEN_THOUGHT
     if reading == "strict":
-        found = extract(response, opened=opened, plain_line=plain_line)
         is_line = plain_line and in_tags(visible) is None and last_boxed(visible) is None
-        return _unchanged((marked_answer(visible, numeric) if is_line else None) or found)
+        marked = marked_answer(visible, numeric) if is_line else None
+        return _unchanged(marked or extract(response, opened=opened, plain_line=plain_line))
     for name, find in FINDERS.items():
         if reading in (name, "auto") and (found := find(visible, numeric)) is not None:
             return _unchanged(found)
