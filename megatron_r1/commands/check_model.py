@@ -26,7 +26,7 @@ from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.files import atomic_write
 from megatron_r1.model_check.comparison import by_megatron, by_vllm
 from megatron_r1.model_check.findings import Findings, NotCompared, ReferenceResult, Refusal
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config import as_read, read_hf_config
 from megatron_r1.models.supported import check_divisions, check_supported
 from megatron_r1.processes.lifetime import die_with_parent
 from megatron_r1.weights.layout import num_parameters, recipe_stages
@@ -90,6 +90,7 @@ def _check(config: Config, folder: str) -> Findings:
         folder=folder,
         architecture=hf["architectures"][0],
         dtype=config.model.dtype,
+        as_read=as_read(folder, "HF_FOLDER"),
         parameters=parameters,
         memory_bytes=parameters * TRAINING_BYTES,
         free_bytes=free,
@@ -173,6 +174,7 @@ def _text(found: Findings, parallel: ParallelConfig) -> str:
     memory, free = found.memory_bytes / 1e9, found.free_bytes / 1e9
     rows = {
         "model": f"{found.architecture}: supported; {found.parameters:,} parameters",
+        **({"config": "; ".join(found.as_read)} if found.as_read else {}),
         "weights": f"{found.tensors:,} tensors, each read once",
         "memory": f"RL in float32 takes about {memory:,.1f} GB for weights; {free:,.1f} free here",
         "tokenizer": tokens,

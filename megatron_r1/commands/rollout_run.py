@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 from megatron_r1.config import Config
 from megatron_r1.data.text import PromptText
@@ -61,17 +61,16 @@ def _fleet(config: Config, recorder: Recorder, hosts: HostPool | None) -> Rollou
         # A run that continues must not draw the numbers of its beginning again.
         seed=config.run.seed * 1_000_003 + recorder.state.step,
         return_routing=config.rl.routing_replay,
-        extra_args=_model_as_pushed(config),
+        **_model_as_pushed(config),
         **fleet_settings(rollout),
         **engine_settings(rollout),
     )
 
 
-def _model_as_pushed(config: Config) -> list[str]:
-    """Return engine arguments for a model whose weights are pushed: the folder's weights are not
+def _model_as_pushed(config: Config) -> dict[str, Any]:
+    """Return engine settings for a model whose weights are pushed: the folder's weights are not
     read, and `push.fp8` alone decides whether weights are FP8."""
-    arguments = ["--load-format", "dummy"]
+    overrides = None
     if config.push.fp8 or "quantization_config" in read_hf_config(config.model.path):
-        form = {"quantization_config": fp8.CONFIG if config.push.fp8 else None}
-        arguments += ["--hf-overrides", json.dumps(form)]
-    return arguments
+        overrides = {"quantization_config": fp8.CONFIG if config.push.fp8 else None}
+    return {"extra_args": ["--load-format", "dummy"], "hf_overrides": overrides}

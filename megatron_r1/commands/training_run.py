@@ -15,7 +15,8 @@ from megatron_r1.engine import gpu
 from megatron_r1.errors import Cause, TrainerError, UserError
 from megatron_r1.evaluation.model_folder import has_newest_export
 from megatron_r1.files import atomic_write
-from megatron_r1.models import read_hf_config
+from megatron_r1.files.weight_files import require_complete, weight_files
+from megatron_r1.models.hf_config import as_read, num_mtp_layers, read_hf_config
 from megatron_r1.processes import timeline
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.reporting.run_folder import RunFolder
@@ -26,7 +27,6 @@ from megatron_r1.trainer_client.cpu_memory import cpu_memory
 from megatron_r1.trainer_client.recorder import Recorder
 from megatron_r1.trainer_client.schedule import warmup_note
 from megatron_r1.weights.adapters.table import check_adapters
-from megatron_r1.weights.stored.weight_files import require_complete, weight_files
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,15 @@ def check_trainer(config: Config, verb: str) -> None:
     trainer itself would fail only after the engines' start and a whole rollout."""
     num_ranks = torchrun.num_ranks(config)
     config.parallel.check_sizes(num_ranks)
+    hf = read_hf_config(config.model.path, None)
+    if config.model.mtp == "train" and not num_mtp_layers(hf):
+        raise UserError(
+            f"model.mtp: train, but {config.model.path} has no MTP layers; leave it out",
+            key="model.mtp",
+            cause=Cause.CONFLICT,
+        )
     if config.model.lora is not None:
-        check_adapters(config, read_hf_config(config.model.path))
+        check_adapters(config, hf)
     for _, settings in config.phases():
         check_batches(settings, verb, num_ranks)
 
@@ -118,6 +125,8 @@ async def _run(
         num_updates = config.num_policy_updates if name == "rl" else config.run.steps
         if note := warmup_note(config.optimizer, num_updates):
             recorder.view.message(note)
+        for sentence in as_read(config.model.path):
+            recorder.view.message(sentence)
         port = os.environ.get(PORT)
         bind = f"tcp://*:{port}" if port else "tcp://127.0.0.1:*"
         fitting = _with_microbatch(config, num_ranks, name == "rl", recorder.view.message)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from megatron_r1.config import Config, RolloutConfig, TeacherConfig
 from megatron_r1.errors import Cause, UserError
+from megatron_r1.models.families import FAMILIES
 from megatron_r1.models.hf_config import (
     language_settings,
     load_config,
+    require,
     resolve_aliases,
     sparse_layers,
 )
@@ -151,15 +153,9 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
         )
     if "GptOssForCausalLM" in (language.get("architectures") or ()):
         _check_gpt_oss(engines, language, section)
-    routing = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-    lacking = {key: value for key, value in routing.items() if language.get(key) != value}
-    if lacking and "DeepseekV3ForCausalLM" in (language.get("architectures") or ()):
-        raise UserError(
-            f"config.json has no {lacking}: vLLM would route tokens by softmax and without the "
-            "routers' bias, transformers and the trainer do not; add these keys",
-            key=next(iter(lacking)),
-            cause=Cause.MISSING,
-        )
+    if "DeepseekV3ForCausalLM" in (language.get("architectures") or ()):
+        # Where they are absent, the engine gets them (`EngineServer`).
+        require(language, **FAMILIES["DeepseekV3"].implied)
     _check_sparse(hf)
     layers = language.get("num_hidden_layers", engines.pipeline)
     if engines.pipeline > layers:

@@ -1,7 +1,6 @@
 """One vLLM API server as a child process: its start, its log, its end."""
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -13,7 +12,9 @@ from typing import Any
 
 from megatron_r1.engine.client import is_healthy
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.engine.settings import MODULE, EngineSettings
+from megatron_r1.engine.settings import MODULE, EngineSettings, config_arguments
+from megatron_r1.errors import UserError
+from megatron_r1.models.hf_config import load_config
 from megatron_r1.processes import children, out_of_memory, preloaded
 from megatron_r1.processes.leftovers import Scratch, shared_files
 from megatron_r1.processes.logs import file_excerpt
@@ -142,8 +143,9 @@ class EngineServer(Server):
     def start(self) -> None:
         """Start the process on a free port and return at once. Raises EngineError if the model
         folder is unusable, OSError if the port is taken."""
-        check_model_folder(self.model)
+        hf = read_model_config(self.model)
         arguments = [*self._choose_ports(), *self.arguments]
+        arguments += config_arguments(hf, self.settings.hf_overrides)
         part = self.settings.part
         if part is not None:
             arguments += part.arguments(self.settings.data, self.coordinator)
@@ -212,9 +214,9 @@ class EngineServer(Server):
         return ["--port", str(port)]
 
 
-def check_model_folder(model: Path) -> None:
-    """Raise EngineError where there is no folder, no `config.json`, or one that names no
-    architecture, which vLLM would refuse only after importing everything."""
+def read_model_config(model: Path) -> dict:
+    """Return a model's `config.json`. Raises EngineError where there is no folder, no such file, or
+    one that names no architecture, which vLLM would refuse only after importing everything."""
     config = model / "config.json"
     if not config.is_file():
         raise EngineError(
@@ -222,10 +224,11 @@ def check_model_folder(model: Path) -> None:
             "format, such as the hf/ of a run"
         )
     try:
-        architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures")
-    except (ValueError, AttributeError) as error:
-        raise EngineError(f"{config} is not a JSON object: {error}") from error
-    if not architectures:
+        hf = load_config(model)
+    except UserError as error:
+        raise EngineError(str(error)) from error
+    if not hf.get("architectures"):
         raise EngineError(
             f'{config} has no "architectures": vLLM does not know which model this is'
         )
+    return hf

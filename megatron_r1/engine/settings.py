@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
+from megatron_r1.models.hf_config import implied
 from megatron_r1.processes import gpu_allocator
 
 MODULE = "megatron_r1.vllm_plugin.serve"
@@ -82,6 +83,7 @@ class EngineSettings:
     secret: bearer token that every call except `/health` needs; empty for none.
     host: address to listen at. port: None for any free port.
     part: the part of the engine that runs here; None for the whole engine.
+    hf_overrides: keys that replace those of the model's config.json.
     extra_args, extra_env: passed to vLLM unchanged; they override the other settings."""
 
     device: Literal["cpu", "cuda"] = "cpu"
@@ -107,6 +109,7 @@ class EngineSettings:
     host: str = "127.0.0.1"
     port: int | None = None
     part: EnginePart | None = None
+    hf_overrides: Mapping[str, Any] | None = None
     extra_args: Sequence[str] = ()
     extra_env: Mapping[str, str] | None = None
 
@@ -160,6 +163,14 @@ class EngineSettings:
             environment |= network_environment(self.host)
         # SECRET also where it is empty: the user's own VLLM_API_KEY is not for our engines.
         return environment | {SECRET: self.secret} | dict(self.extra_env or {})
+
+
+def config_arguments(hf: dict, overrides: Mapping[str, Any] | None) -> list[str]:
+    """Return vLLM's arguments for a model of config.json `hf` read with `overrides`, and with what
+    its class needs and transformers does not write."""
+    if not (changes := {**implied(hf), **(overrides or {})}):
+        return []
+    return ["--hf-overrides", json.dumps(changes)]
 
 
 def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict[str, str]:

@@ -23,7 +23,7 @@ from megatron_r1.evaluation.model_folder import fingerprint, require_weights
 from megatron_r1.evaluation.response import Decoding, TextResponse
 from megatron_r1.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.models.hf_config import load_config
+from megatron_r1.models.hf_config import as_read, load_config
 from megatron_r1.rewards.combine import ACCURACY
 
 ATTEMPTS = 3
@@ -65,6 +65,8 @@ class EnginePolicy:
         """Start the engines on the model's weights. Raises EngineError if one does not start,
         UserError as `placement.open_pool`."""
         log = partial(print, flush=True)
+        for sentence in as_read(self._model):
+            log(sentence)
         rollout = self._config.rollout
         # False: no trainer shares memory with the engines, which load the model's folder.
         hosts = await self._resources.enter_async_context(

@@ -53,7 +53,7 @@ class NotCompared(msgspec.Struct, frozen=True):
 class Findings(msgspec.Struct, omit_defaults=True):
     """The result of a check, as `--json` writes it. megatron and vllm: the largest difference from
     transformers' log-probabilities, or why there is none. agree: whether the exit status is 0.
-    problem: why not; left out where it is."""
+    problem: why not; left out where it is. as_read: sentences on what config.json does not say."""
 
     folder: str
     architecture: str
@@ -70,3 +70,4 @@ class Findings(msgspec.Struct, omit_defaults=True):
     vllm: float | str
     agree: bool
     problem: str | None = None
+    as_read: list[str] = []

@@ -34,6 +34,8 @@ class Family:
     needs: keys that must be given, because transformers has a default of its own.
     fixed: keys that may have one value only.
     inert: keys without an effect, given those values.
+    implied: keys that vLLM reads, with the only values of the architecture, which transformers
+    does not write.
     score_head: whether transformers has the architecture with a scalar head."""
 
     latent: bool = False
@@ -55,6 +57,7 @@ class Family:
     needs: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     inert: tuple[str, ...] = ()
+    implied: Mapping[str, Any] = field(default_factory=dict)
     score_head: bool = True
 
 
@@ -79,7 +82,8 @@ _PLAIN_EXPERTS = {
     "first_k_dense_replace": 0,
     "routed_scaling_factor": 1.0,
 }
-_SIGMOID = {**_ROUTED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+_NOAUX = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+_SIGMOID = {**_ROUTED, **_NOAUX}
 _SIGMOID_NEEDS = (
     *("first_k_dense_replace", "n_shared_experts", "n_group", "topk_group"),
     "routed_scaling_factor",
@@ -133,6 +137,7 @@ FAMILIES = {
         whole_shared=True,
         needs=_SIGMOID_NEEDS,
         fixed=_LATENT | _SIGMOID,
+        implied=_NOAUX,
     ),
     "Glm4Moe": Family(
         qkv_bias="attention_bias",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.files.foreign import read_json, require_own_files
+from megatron_r1.files.weight_files import tensor_names
 from megatron_r1.models.families import FAMILIES, Family
 
 HeadKind = Literal["language", "score"]
@@ -173,11 +174,17 @@ def read_hf_config(
     the score model which starts from it (`as_score_model`); None: either kind. key: the recipe's
     key of `path`, for error messages.
 
+    MTP layers that the file names, but of which the folder's weights have no tensor, are left out,
+    and keys of `implied` are added: transformers writes such folders (`as_read` says so).
+
     Raises UserError when the file is missing or unreadable, its architecture is not in
     ARCHITECTURES, or it is a score model where a language model is expected."""
     file = Path(path) / "config.json"
     hf = resolve_aliases(load_config(path, key))
     architecture(hf)
+    if _lacks_mtp(path, hf):
+        hf[_MTP_COUNTS[0]] = 0
+    hf |= implied(hf)
     if has_score_head(hf):
         _check_labels(file, hf)
     if head == "language" and has_score_head(hf):
@@ -188,6 +195,44 @@ def read_hf_config(
             cause=Cause.CONFLICT,
         )
     return as_score_model(hf) if head == "score" or has_score_head(hf) else hf
+
+
+def implied(hf: dict) -> dict[str, Any]:
+    """Return the keys that `hf`, of any architecture, lacks and vLLM needs, with the values that
+    all models of its class have."""
+    names = [ARCHITECTURES[name] for name in hf.get("architectures") or () if name in ARCHITECTURES]
+    values = FAMILIES[names[0]].implied if names else {}
+    return {key: value for key, value in values.items() if hf.get(key) is None}
+
+
+def as_read(path: str | Path, key: str = "model.path") -> list[str]:
+    """Return sentences on what is read from a model folder that its config.json does not say; none
+    for architectures that are not in ARCHITECTURES. key: as in `read_hf_config`."""
+    hf = resolve_aliases(load_config(path, key))
+    sentences: list[str] = []
+    if not any(name in ARCHITECTURES for name in hf.get("architectures") or ()):
+        return sentences
+    if added := implied(hf):
+        listed = ", ".join(f"{name}={value!r}" for name, value in added.items())
+        sentences.append(
+            f"config.json lacks {listed}, which every {hf['architectures'][0]} has; they are added "
+            "for vLLM and in exports"
+        )
+    if _lacks_mtp(path, hf):
+        sentences.append(
+            f"config.json has {_MTP_COUNTS[0]}={num_mtp_layers(hf)}, but the weights have no "
+            "tensor of MTP layers: the model is read without them"
+        )
+    return sentences
+
+
+def _lacks_mtp(path: str | Path, hf: dict) -> bool:
+    """Whether the folder has weights, and none of the MTP layers that `hf` names."""
+    layers = hf.get("num_hidden_layers")
+    if not num_mtp_layers(hf) or not isinstance(layers, int):
+        return False
+    names = tensor_names(Path(path))
+    return bool(names) and not any(name.startswith(f"model.layers.{layers}.") for name in names)
 
 
 def resolve_aliases(hf: dict) -> dict:

@@ -4,12 +4,15 @@ that `--speculative-config` loads as a second model. Paths are below vllm/."""
 import functools
 from typing import Any
 
+SHARED = ("quantization_config", "scoring_func", "topk_method")
+"""Keys of config.json that a model and its MTP layers have alike."""
+
 
 def apply() -> None:
     """Apply all three patches, once per process."""
     name_the_drafter()
     checksum_the_drafter()
-    quantize_as_the_model()
+    configure_as_the_model()
 
 
 def name_the_drafter() -> None:
@@ -50,30 +53,30 @@ def checksum_the_drafter() -> None:
     Worker.compute_weight_checksums = compute_weight_checksums
 
 
-def quantize_as_the_model() -> None:
-    """Give the drafter the model's quantization_config where --hf-overrides changes it.
+def configure_as_the_model() -> None:
+    """Give the drafter the keys of SHARED that --hf-overrides changes.
 
     Upstream: config/speculative.py: `SpeculativeConfig.hf_config_override`, which leaves such
     overrides to the model: `push.fp8` would then start an FP8 model with a drafter whose FP8 has no
-    blocks, and a model in bf16 from an FP8 folder with a drafter in FP8. Goes when: it applies
-    them."""
+    blocks, a model in bf16 from an FP8 folder with a drafter in FP8, and a DeepSeek-V3 that
+    transformers wrote with a drafter that routes otherwise. Goes when: it applies them."""
     from vllm.config.speculative import SpeculativeConfig
 
     upstream = SpeculativeConfig.compose_draft_hf_overrides
 
     def compose_draft_hf_overrides(target: Any) -> Any:
-        if isinstance(target, dict) and "quantization_config" in target:
-            form = target["quantization_config"]
-            return functools.partial(with_quantization, form)  # is sent to other processes
+        if isinstance(target, dict) and (own := {k: v for k, v in target.items() if k in SHARED}):
+            return functools.partial(with_settings, own)  # is sent to other processes
         return upstream(target)
 
     SpeculativeConfig.compose_draft_hf_overrides = staticmethod(compose_draft_hf_overrides)
 
 
-def with_quantization(form: dict | None, hf_config: Any) -> Any:
-    """Return the drafter's configuration with this `quantization_config`."""
+def with_settings(settings: dict, hf_config: Any) -> Any:
+    """Return the drafter's configuration with these keys."""
     from vllm.config.speculative import SpeculativeConfig
 
     hf_config = SpeculativeConfig.hf_config_override(hf_config)
-    hf_config.quantization_config = form
+    for key, value in settings.items():
+        setattr(hf_config, key, value)
     return hf_config

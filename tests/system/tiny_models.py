@@ -17,7 +17,8 @@ YARN = {
     "mscale_all_dim": 1.0,
 }
 PLAIN_YARN = {key: value for key, value in YARN.items() if not key.startswith("mscale")}
-# vLLM's MLA kernel for the CPU wants kv_lora_rank 512 and qk_rope_head_dim 64.
+# vLLM's MLA kernel for the CPU wants kv_lora_rank 512 and qk_rope_head_dim 64. Without topk_method
+# and scoring_func, which transformers does not write and the engine is given.
 DEEPSEEK = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
@@ -37,8 +38,6 @@ DEEPSEEK = {
     "first_k_dense_replace": 1,
     "moe_layer_freq": 1,
     "norm_topk_prob": True,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
     "q_lora_rank": 96,
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 32,

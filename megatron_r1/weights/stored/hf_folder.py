@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from megatron_r1.files import atomic_write, fsync
-from megatron_r1.models.hf_config import as_score_model, has_score_head
+from megatron_r1.files.weight_files import INDEX, SINGLE
+from megatron_r1.models.hf_config import as_score_model, has_score_head, implied
 from megatron_r1.weights.layout import Shape
 from megatron_r1.weights.stored import fp8
-from megatron_r1.weights.stored.weight_files import INDEX, SINGLE
 
 Tensors = Mapping[str, tuple[Shape, torch.dtype]]
 
@@ -78,6 +78,7 @@ def write_config(
     if dtype == torch.float8_e4m3fn:
         config["dtype"] = "bfloat16"
         config["quantization_config"] = quantization or fp8.CONFIG
+    config |= implied(config)
     if not with_mtp:
         for name in ("num_nextn_predict_layers", "num_mtp_layers"):
             if name in config:

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.files.foreign import require_inside
-from megatron_r1.weights.decoder import table
-from megatron_r1.weights.layout import Shape, hf_tensors
-from megatron_r1.weights.stacked import StackedPart, published_tensors, stacked_part
-from megatron_r1.weights.stored import fp8, mxfp4
-from megatron_r1.weights.stored.safetensors_file import SafetensorsFile
-from megatron_r1.weights.stored.safetensors_header import StoredTensor
-from megatron_r1.weights.stored.weight_files import (
+from megatron_r1.files.safetensors_header import StoredTensor
+from megatron_r1.files.weight_files import (
     IGNORED,
     SINGLE,
     read_index,
     require_as_indexed,
     weight_files,
 )
+from megatron_r1.weights.decoder import table
+from megatron_r1.weights.layout import Shape, hf_tensors
+from megatron_r1.weights.stacked import StackedPart, published_tensors, stacked_part
+from megatron_r1.weights.stored import fp8, mxfp4
+from megatron_r1.weights.stored.safetensors_file import SafetensorsFile
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": fp8.STORED}
 

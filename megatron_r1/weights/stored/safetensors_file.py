@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from megatron_r1.files.safetensors_header import open_file
 from megatron_r1.weights.layout import Shape
 from megatron_r1.weights.stacked import published_tensors
 from megatron_r1.weights.stored.raw import read_box
-from megatron_r1.weights.stored.safetensors_header import open_file
 
 _TYPES = {
     "F64": torch.float64,

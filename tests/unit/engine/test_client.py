@@ -11,7 +11,7 @@ from fakes.loopback import serving
 
 from megatron_r1.engine.client import EngineClient
 from megatron_r1.engine.errors import EngineDied, EngineError, EngineTimeout
-from megatron_r1.engine.server import EngineServer, check_model_folder
+from megatron_r1.engine.server import EngineServer, read_model_config
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.processes.logs import excerpt
 
@@ -145,7 +145,7 @@ def test_a_folder_that_is_no_model_is_refused_before_launch(tmp_path, config, sh
 
 def test_a_folder_with_an_architecture_passes(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    check_model_folder(tmp_path)
+    read_model_config(tmp_path)
 
 
 def test_the_root_cause_comes_before_its_echoes():

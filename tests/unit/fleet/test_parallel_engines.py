@@ -62,8 +62,9 @@ def test_what_no_engine_can_serve_is_refused(hf, settings, key, cause, shown):
 
 def test_models_that_no_engine_computes_as_the_trainer_does_are_refused():
     deepseek = LATENT | {"architectures": ["DeepseekV3ForCausalLM"], "topk_method": "noaux_tc"}
-    with refused("scoring_func", Cause.MISSING, "sigmoid"):
-        check_engines(config(), deepseek)
+    check_engines(config(), deepseek)  # the engine gets what transformers does not write
+    with refused("scoring_func", Cause.UNSUPPORTED, "sigmoid"):
+        check_engines(config(), deepseek | {"scoring_func": "softmax"})
     with refused("rollout", Cause.INDIVISIBLE, "5 ranks", "intermediate_size=96"):
         check_engines(config(data=5), GPT_OSS)
 

@@ -9,7 +9,7 @@ from refusals import refused
 from safetensors.torch import save_file
 
 from megatron_r1.errors import Cause
-from megatron_r1.weights.stored.weight_files import (
+from megatron_r1.files.weight_files import (
     INDEX,
     SINGLE,
     read_index,

@@ -1,12 +1,13 @@
 """Lists the safetensors files of a model folder, and whether they are whole. No torch."""
 
+import contextlib
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.files.foreign import read_json, require_inside
-from megatron_r1.weights.stored.safetensors_header import open_file
+from megatron_r1.files.safetensors_header import open_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHERS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -76,6 +77,18 @@ def read_index(folder: Path) -> dict[str, str] | None:
             cause=Cause.MALFORMED,
         )
     return weight_map
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Return the names of the tensors that a model folder says to have; none where it has no
+    weights, or files that `require_complete` refuses."""
+    with contextlib.suppress(UserError):
+        if (index := read_index(folder)) is not None:
+            return set(index)
+        file, tensors = open_file(weight_files(folder)[0])
+        os.close(file)
+        return set(tensors)
+    return set()
 
 
 def require_complete(folder: Path) -> None:
