@@ -10,8 +10,9 @@ from pathlib import Path
 
 from megatron_r1.engine import gpu
 from megatron_r1.engine.client import is_healthy
-from megatron_r1.engine.settings import engine_environment
+from megatron_r1.engine.settings import config_arguments, engine_environment
 from megatron_r1.errors import RunError
+from megatron_r1.models.hf_config import load_config
 from megatron_r1.processes.children import free_port
 from megatron_r1.processes.leftovers import Scratch
 from megatron_r1.processes.logs import excerpt
@@ -109,8 +110,14 @@ def server_command(name: str, config: ServeConfig, port: int) -> list[str]:
         *("--host", config.host, "--port", str(port)),
         *(["--runner", "pooling"] if config.task == "classify" else []),
         *(["--enforce-eager"] if gpu.device() == "cpu" else []),
+        *_config_arguments(Path(config.model)),
         *config.arguments,
     ]
+
+
+def _config_arguments(model: Path) -> list[str]:
+    # Another model is one of the hub, which vLLM fetches.
+    return config_arguments(load_config(model), None) if (model / "config.json").is_file() else []
 
 
 def choose_ports(configs: Mapping[str, ServeConfig], before: Mapping[str, int]) -> dict[str, int]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_r1.files import atomic_write, fsync
+from megatron_r1.files import atomic_write, fsync, make_folder
+from megatron_r1.files.foreign import require_inside
 from megatron_r1.files.weight_files import INDEX, SINGLE
 from megatron_r1.models.hf_config import as_score_model, has_score_head, implied
 from megatron_r1.weights.layout import Shape
@@ -16,8 +17,14 @@ from megatron_r1.weights.stored import fp8
 
 Tensors = Mapping[str, tuple[Shape, torch.dtype]]
 
-# Small files beside the weights: configuration, tokenizer, chat template.
-_CARRIED = (".json", ".jinja", ".txt", ".model")
+# Small files beside the weights: configuration, tokenizer, chat templates, the license. Code of the
+# folder's own is copied, too: others' loaders may want it, here nothing runs it.
+_CARRIED = (
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.spm", "*.vocab", "*.py"),
+    *("LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja"),
+)
+# Files that describe the weights of `source`, by whichever tool wrote them.
+_DESCRIBE_WEIGHTS = ("config.json", "adapter_config.json", "*.index.json", "*quant*_config.json")
 
 
 def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, dict]:
@@ -55,11 +62,15 @@ def write_index(folder: Path, files: Mapping[str, Tensors]) -> None:
 
 
 def carry_files(source: Path, folder: Path) -> None:
-    """Copy the files of `source` other than weights and config.json, such as the tokenizer's. The
-    copies survive a power cut."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in _CARRIED and file.name not in (INDEX, "config.json"):
-            fsync(shutil.copyfile(file, folder / file.name))
+    """Copy the files of `source` other than weights and their description, such as the tokenizer's.
+    The copies survive a power cut. Raises UserError for a file that is a link elsewhere."""
+    for file in sorted(path for pattern in _CARRIED for path in source.glob(pattern)):
+        describes_weights = any(file.match(pattern) for pattern in _DESCRIBE_WEIGHTS)
+        if file.is_file() and not describes_weights:
+            require_inside(file, source, "model.path")
+            copy = folder / file.relative_to(source)
+            make_folder(copy.parent)
+            fsync(shutil.copyfile(file, copy))
     fsync(folder)
 
 
