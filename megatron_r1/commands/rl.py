@@ -80,6 +80,12 @@ async def _run(
     """Start the engines beside the trainer, and train; after the loss of trainer ranks again,
     from the newest checkpoint, with the same engines."""
     recorder, trainer, view = running.recorder, running.trainer, running.recorder.view
+    if recorder.state.step >= config.run.steps:
+        view.message(f"all {config.run.steps} steps are done; only the export is left: no engines")
+        await trainer.connect()
+        await recorder.load(trainer, reference=config.uses_reference)
+        if recorder.state.step >= config.run.steps:  # else that checkpoint was damaged
+            return
     folder, on_one_host = recorder.folder.path, config.push.on_one_host
     async with (
         open_pool(config.rollout, folder, on_one_host, view.message) as hosts,

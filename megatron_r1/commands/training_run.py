@@ -119,7 +119,10 @@ async def _run(
         recorder = Recorder(folder, config, may_change=RESUMABLE, title=title, facts=facts)
         stop.notify = recorder.view.message
         if recorder.state.step >= config.run.steps and has_newest_export(folder.path):
-            recorder.view.message(f"{folder.path} is already finished: {folder.hf}")
+            recorder.view.message(
+                f"{folder.path} is already finished: {folder.hf} has the model after step "
+                f"{recorder.state.step}; run.steps: {config.run.steps}, raise it to train on"
+            )
             recorder.close("nothing to do")
             return
         num_updates = config.num_policy_updates if name == "rl" else config.run.steps
@@ -146,9 +149,7 @@ async def _run(
 
         outcome = ""
         try:
-            if recorder.resumed:
-                recorder.view.message(f"continuing after step {recorder.state.step}")
-            else:
+            if not recorder.resumed:
                 _require_weights(config.model)
             if port is None:  # no torchrun has started them
                 trainer.launch()

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-READ_ONLY = (errno.EROFS, errno.EACCES)
-"""Numbers of errors of a place that this user may not write to."""
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""Numbers of errors of a place that this user may not write to; the last is that of an immutable
+one (`chattr +i`)."""
 
 
 def atomic_write(

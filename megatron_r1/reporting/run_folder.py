@@ -72,7 +72,36 @@ class RunFolder:
                 key="run.folder",
                 cause=Cause.UNREADABLE if error.errno in READ_ONLY else Cause.MALFORMED,
             ) from None
+        try:
+            self._require_writable()
+        except UserError:
+            self._lock.release()
+            raise
         return self
+
+    def _require_writable(self) -> None:
+        """Raise UserError where an earlier run left something that this one could not write to: it
+        would stop after its first step, or at its export."""
+        logs = self.path / "logs"
+        folders = (self.path, self.checkpoints, self.hf, self.adapter, self.tensorboard)
+        appended = (self.metrics_path, self.samples_path, self.evaluations_path, self.advice_path)
+        replaced = (self.config_path, self.report_path)
+        for path in (*folders, self.sample_log, logs, *appended, *replaced):
+            if not os.path.lexists(path):
+                continue
+            is_folder = path not in (*appended, *replaced)
+            if path.is_dir() != is_folder:
+                what, cause = "is a file" if is_folder else "is no file", Cause.MALFORMED
+            elif path not in replaced and not os.access(path, os.W_OK):
+                what, cause = "cannot be written", Cause.UNREADABLE
+            else:
+                continue
+            raise UserError(
+                f"run.folder {self.path}: {path} {what}; make it writable (chmod u+w, chattr -i), "
+                "remove it, or choose another folder",
+                key="run.folder",
+                cause=cause,
+            )
 
     def __exit__(self, *exception: object) -> None:
         if self._lock:
@@ -178,6 +207,10 @@ class RunFolder:
         """Return every step's line in order, without a torn last one."""
         return list(read_lines(self.metrics_path))
 
+    def last_step(self) -> int:
+        """Return the last step that is recorded; 0 where there is none."""
+        return max((line["step"] for line in read_lines(self.metrics_path)), default=0)
+
     def read_evaluations(self) -> list[dict[str, Any]]:
         """Return the held-out evaluations by step; of a step evaluated twice, the later one."""
         by_step = {line["step"]: line for line in read_lines(self.evaluations_path)}
@@ -202,7 +235,7 @@ class RunFolder:
             "another folder or remove this one."
         )
         if scheduled := [key for key in keys if is_within(key, SCHEDULED_KEYS)]:
-            step = 1 + max((line["step"] for line in self.read_metrics()), default=0)
+            step = 1 + self.last_step()
             known = [key for key in scheduled if key in SCHEDULED_KEYS and key in after]
             values = ", ".join(f"{key}: {as_text(after[key])}" for key in known) or "…"
             lines.append(

@@ -60,8 +60,10 @@ class Session:
             await self.recorder.load(self.trainer, reference=uses_reference)
             self.step = self.state.step
             self._rewards_before = Counter(self.state.rewards)
-            counts = ", ".join(f"{n:,} {name}" for name, n in self._rewards_before.items())
-            view.message(f"grades so far, of every term: {counts or 'none'}")
+            counts = ", ".join(f"{n:,} {name}" for name, n in self._rewards_before.items() if n)
+            view.message(
+                f"calls of rewards so far, one for each response and term: {counts or 'none'}"
+            )
             self.sampler.prompts.load_state_dict(self.state.sampler)
         elif uses_reference:
             await self.trainer.call("keep_reference")

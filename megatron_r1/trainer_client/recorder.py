@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import Config
+from megatron_r1.errors import Cause, UserError
 from megatron_r1.processes import timeline
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.run_folder import RunFolder
@@ -54,6 +55,8 @@ class Recorder:
         # First, so that a mistake is not recorded as the run's settings.
         start = config.model.checkpoint
         note = finding.check_start(Path(start)) if start else None
+        keep_finished_steps(folder, config)
+        steps_before = folder.read_config().get("run", {}).get("steps")
         folder.write_config(config.model_dump(), may_change, Config().model_dump())
         self.folder = folder
         self.state = RunState()
@@ -66,7 +69,10 @@ class Recorder:
         """The metrics line of the newest step of this process."""
         notes = [note] if note else []
         self.checkpoints = CheckpointSeries(folder.checkpoints, config.checkpoint, notes.append)
+        recorded = folder.last_step()
         self._go_back()
+        if recorded or self.resumed:
+            notes.append(continuation(config, self.state.step, recorded, steps_before))
         history = map(self._shown, folder.read_metrics())
         self.view = LiveView(title, config.run.steps, facts=facts, history=history)
         for line in folder.read_evaluations():
@@ -152,3 +158,47 @@ class Recorder:
         purge = self.state.step + 1 if self.resumed else None
         if self._with_tensorboard:
             self._tensorboard = TensorBoardLog(self.folder.tensorboard, purge_step=purge)
+
+
+def keep_finished_steps(folder: RunFolder, config: Config) -> None:
+    """Raise UserError where `run.steps` is less than the steps that a run has finished, and those
+    beyond it would be lost: they are newer than the newest checkpoint, and not done again."""
+    newest, _ = finding.newest(folder.checkpoints, "none")
+    kept = finding.step_of(newest) if newest else 0
+    recorded, steps = folder.last_step(), config.run.steps
+    if recorded > max(kept, steps):
+        raise UserError(
+            f"run.steps: {steps} is less than the {recorded} steps that {folder.path} has "
+            f"finished, and its newest checkpoint is of step {kept}: the run would lose "
+            f"{_steps(max(kept, steps) + 1, recorded)}. Set run.steps to {recorded} or more, or "
+            "give another run.folder",
+            key="run.steps",
+            cause=Cause.CONFLICT,
+        )
+
+
+def continuation(config: Config, kept: int, recorded: int, steps_before: int | None) -> str:
+    """Return a line that says what of a run is kept, what is done again, and why.
+
+    kept: the step of the checkpoint that the run continues from, 0 without one. recorded: the last
+    step that was finished. steps_before: `run.steps` until now."""
+    steps, every = config.run.steps, config.checkpoint.every
+    parts = [f"continuing after step {kept}"]
+    if kept:
+        parts.append(f"{_steps(1, kept)} kept, with their checkpoint")
+    else:
+        parts = [f"starting over: no checkpoint was written yet (checkpoint.every: {every})"]
+    if recorded > kept:
+        why = "newer than the checkpoint" if kept else "lost with the trainer"
+        parts.append(f"{_steps(kept + 1, recorded)} done again: {why}")
+    if steps_before not in (None, steps):
+        parts.append(f"run.steps was {steps_before} and is {steps}")
+    if kept >= steps:
+        parts.append("no step is left to do")
+    elif max(kept, recorded) < steps:
+        parts.append(f"{_steps(max(kept, recorded) + 1, steps)} to do")
+    return "; ".join(parts)
+
+
+def _steps(first: int, last: int) -> str:
+    return f"step {first}" if first == last else f"steps {first} to {last}"

@@ -20,7 +20,7 @@ def test_a_full_disk_is_a_sentence_and_not_a_traceback(monkeypatch, capsys):
     assert "No space left on device" in output and "Traceback" not in output
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
 def test_a_file_that_cannot_be_written_is_named_without_a_traceback(monkeypatch, capsys, number):
     def write(arguments):
         raise OSError(number, os.strerror(number), "/archive/mine.yaml")

@@ -68,6 +68,7 @@ def test_atomic_write_makes_files_as_readable_as_the_umask_allows(tmp_path):
     ("number", "cause"),
     [
         (errno.EROFS, Cause.UNREADABLE),
+        (errno.EPERM, Cause.UNREADABLE),
         (errno.EACCES, Cause.UNREADABLE),
         (errno.EEXIST, Cause.MALFORMED),
     ],
@@ -78,6 +79,29 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch, number, 
 
     monkeypatch.setattr(os, "mkdir", refuse)
     with refused("run.folder", cause, tmp_path / "mine"), RunFolder(tmp_path / "mine"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "checkpoints", "hf", "logs"])
+def test_what_an_earlier_run_left_unwritable_is_named_before_the_run_begins(
+    tmp_path, monkeypatch, name
+):
+    path = tmp_path / name
+    path.touch() if path.suffix else path.mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: p != path and access(p, mode))
+    with refused("run.folder", Cause.UNREADABLE, path), RunFolder(tmp_path):
+        pass
+    monkeypatch.undo()
+    with RunFolder(tmp_path):  # the lock of the refused one is released
+        pass
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "checkpoints"])
+def test_a_folder_in_the_place_of_a_file_is_named_and_the_reverse(tmp_path, name):
+    path = tmp_path / name
+    path.mkdir() if path.suffix else path.touch()
+    with refused("run.folder", Cause.MALFORMED, path), RunFolder(tmp_path):
         pass
 
 

@@ -1,9 +1,13 @@
 """What a recorder shows and writes of what it is given."""
 
+import json
+
 import pytest
+from refusals import refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_r1.config import Config
+from megatron_r1.errors import Cause
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer_client.recorder import Recorder
 
@@ -46,3 +50,57 @@ def test_without_the_tracker_nothing_is_written_for_tensorboard(tmp_path):
         recorder.step({"step": 1, "accuracy": 0.5}, [])
         recorder.close()
         assert not folder.tensorboard.exists()
+
+
+def settings_of(steps):
+    return Config(run={"steps": steps, "trackers": []}, checkpoint={"verify": "none"})
+
+
+def run_of(tmp_path, recorded, checkpoint, steps):
+    """A run folder as a kill leaves it, with `run.steps` in its config."""
+    with RunFolder(tmp_path) as folder:
+        folder.write_config(settings_of(steps).model_dump())
+        for step in range(1, recorded + 1):
+            folder.append_metrics({"step": step})
+    if checkpoint:
+        made = tmp_path / f"checkpoints/step_{checkpoint:08d}"
+        made.mkdir(parents=True)
+        (made / "run_state.json").write_text(json.dumps({"step": checkpoint}))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "checkpoint", "steps", "said"),
+    [
+        (7, 5, 20, ("continuing after step 5", "1 to 5", "6 to 7 done again", "8 to 20")),
+        (3, 0, 20, ("1 to 3 done again", "checkpoint.every", "4 to 20")),
+        (5, 5, 30, ("continuing after step 5", "was 20 and is 30", "6 to 30")),
+        (7, 5, 7, ("6 to 7 done again", "was 20 and is 7")),
+        (10, 10, 6, ("1 to 10", "was 20 and is 6", "no step is left")),
+        (0, 0, 20, ()),
+    ],
+)
+def test_one_line_says_what_is_kept_and_what_is_done_again(
+    tmp_path, capsys, recorded, checkpoint, steps, said
+):
+    run_of(tmp_path, recorded, checkpoint, steps=20)
+    config = settings_of(steps)
+    with RunFolder(tmp_path) as folder:
+        Recorder(folder, config, may_change=("run.steps",), title="t").close()
+        lines = [
+            li for li in capsys.readouterr().out.splitlines() if "continu" in li or "over" in li
+        ]
+        assert len(lines) == bool(said) and all(part in "".join(lines) for part in said)
+        assert [line["step"] for line in folder.read_metrics()] == [*range(1, checkpoint + 1)]
+
+
+@pytest.mark.parametrize(("recorded", "checkpoint", "steps"), [(7, 5, 6), (7, 5, 3), (4, 0, 2)])
+def test_fewer_steps_than_are_finished_are_refused_and_nothing_is_lost(
+    tmp_path, recorded, checkpoint, steps
+):
+    run_of(tmp_path, recorded, checkpoint, steps=20)
+    config = settings_of(steps)
+    with RunFolder(tmp_path) as folder:
+        with refused("run.steps", Cause.CONFLICT, steps, recorded):
+            Recorder(folder, config, may_change=("run.steps",), title="t")
+        assert len(folder.read_metrics()) == recorded
+        assert folder.read_config()["run"]["steps"] == 20
