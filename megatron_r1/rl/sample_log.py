@@ -7,7 +7,8 @@ weights, and the samples made from these weights afterwards stay valid.
 
 Durability: a group survives a kill of any process once it is written, and a power cut after
 `SYNC_SECONDS`; a batch is trained on only once all of it is synced. So the log never holds samples
-of a policy whose own training samples are lost. A thread does the writing."""
+of a policy whose own training samples are lost, nor samples of an engine whose weights have not
+been probed since they were pushed. A thread does the writing."""
 
 from __future__ import annotations
 
@@ -43,6 +44,21 @@ class SampleLog:
         self._unsynced: set[int] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._failure: Exception | None = None
+        self._held: list[tuple[Path, Callable[[], GroupRecord | Accepted]]] = []
+        self._may_write = asyncio.Event()
+        self._may_write.set()
+
+    def hold_back(self) -> None:
+        """Write nothing until `write_held`. What is held back already is dropped."""
+        self._may_write.clear()
+        self._held.clear()
+
+    def write_held(self) -> None:
+        """Write what was held back, and again what is appended."""
+        self._may_write.set()
+        held, self._held = self._held, []
+        for path, make in held:
+            self.append(path, make)
 
     async def step(self, step: int, schedule: str = "") -> StepLog:
         """Open the log of `step`, with the groups that it already holds.
@@ -60,6 +76,9 @@ class SampleLog:
 
     def append(self, path: Path, make: Callable[[], GroupRecord | Accepted]) -> None:
         """Write the record that `make` returns, in the thread. A failure is raised by `finish`."""
+        if not self._may_write.is_set():
+            self._held.append((path, make))
+            return
         self._thread.submit(self._append, path, make)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(SYNC_SECONDS, self._sync_later)
@@ -67,6 +86,7 @@ class SampleLog:
     async def finish(self, path: Path) -> None:
         """Wait until everything appended is on disk, and close `path`. Raises RunError where
         writing failed, and what else an append has raised."""
+        await self._may_write.wait()
         # Before the batch is trained on: otherwise a later group could outlive, on disk, the policy
         # that made it.
         await asyncio.wrap_future(self._thread.submit(self._sync))

@@ -43,6 +43,8 @@ class Session:
         self._seconds: dict[str, float] = {}
         self._step_start = 0.0
         self._push_metrics: dict[str, float] = {}
+        self._probe_metrics: dict[str, float] = {}
+        """Of the push before, whose weights the step's rollout is sampled from."""
         self._acceptance = AcceptanceMeter()
         self._draft_metrics: dict[str, float] = {}
         self._rewards_before: Counter[str] = Counter()
@@ -72,6 +74,7 @@ class Session:
         await self.passes.bridge.open()
         await self.push_weights()
         if self.step == 0:
+            await self._prove_engines()
             await self.heldout.run(self.step)
         self.sampler.start(self.step + 1)
 
@@ -97,19 +100,28 @@ class Session:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     async def rollout(self) -> Rollout:
+        self.sampler.begin(self.step)
+        await self._prove_engines()  # while they sample
         self._taken = await self.sampler.take(self.step)
         if self.config.rollout.speculative.method != "none":
             self._draft_metrics = await self._acceptance.read(self.collector.fleet.engines)
         return self._taken.rollout
 
     async def push_weights(self) -> None:
-        """Send the trainer's weights to every engine, as version `step`."""
+        """Send the trainer's weights to every engine, as version `step`; what these compute counts
+        once `_prove_engines` has returned."""
         bridge = self.passes.bridge
         await bridge.hold()  # an update has done so, but there is none while only a critic trains
         if self.config.rollout.colocated:
             await self.trainer.call("yield_memory")
         self._push_metrics = await bridge.push(self.step)
         self.sampler.pushed(self.step)
+
+    async def _prove_engines(self) -> None:
+        """Wait until the engines have answered the probes of the last push. Raises EngineError
+        where one computes something else than the trainer."""
+        self._probe_metrics = await self.passes.bridge.proven()
+        self.sampler.proven()
 
     async def finish_step(
         self, rollout: Rollout, metrics: dict[str, float], updates: list[dict[str, float]]
@@ -131,6 +143,7 @@ class Session:
             faults = await asyncio.to_thread(advice, rollout, self.config.at(self.step))
             self.recorder.advise(self.step, faults)
         if self.heldout.is_due(self.step):
+            await self._prove_engines()
             await self.heldout.run(self.step)
         is_last = self.step == self.config.run.steps
         if is_last or self.step % self.config.checkpoint.every == 0:
@@ -155,6 +168,7 @@ class Session:
             **means,
             **self.collector.fleet.metrics(),
             **self._push_metrics,
+            **self._probe_metrics,
             **self._draft_metrics,
             "trainer/restarts": self.trainer.num_restarts,
             **self._meter.read(),
@@ -184,6 +198,7 @@ class Session:
 
     async def _save(self) -> None:
         assert self._taken is not None, "rollout() comes first"
+        await self._prove_engines()
         self.state.step, self.state.sampler = self.step, self._taken.prompts_after
         self.state.rewards = dict(self._rewards_before + Counter(self._num_rewards()))
         await self.recorder.save(self.trainer)

@@ -59,20 +59,32 @@ class StepSampler:
             self._sample, *steps, rl.staleness, one_at_a_time=one_at_a_time
         )
 
-    async def take(self, step: int) -> StepRollout:
-        """Return the rollout of `step`; those of later steps continue as far as `rl.staleness`
-        allows. Colocated engines then sleep until the next push."""
+    def begin(self, step: int) -> None:
+        """Start the rollout of `step`, unless it was started ahead."""
         assert self._stream is not None, "start() comes first"
         self._stream.pushed(step - 1)
+
+    async def take(self, step: int) -> StepRollout:
+        """Return the rollout of `step`, after `begin`; those of later steps continue as far as
+        `rl.staleness` allows. Colocated engines then sleep until the next push."""
+        assert self._stream is not None, "start() comes first"
         taken = await self._stream.take(step)
         if self.config.rollout.colocated:
             await self.collector.fleet.sleep()
         return taken
 
     def pushed(self, version: int) -> None:
-        """Start the rollouts that may be sampled ahead from policy `version`."""
+        """Start the rollouts that may be sampled ahead from policy `version`. Their samples are
+        not written down until `proven`."""
+        if self.log:
+            self.log.hold_back()
         if self._stream is not None and self.config.rl.staleness:
             self._stream.pushed(version)
+
+    def proven(self) -> None:
+        """Write down what was sampled since `pushed`: the engines compute what the trainer does."""
+        if self.log:
+            self.log.write_held()
 
     async def close(self) -> None:
         if self._stream is not None:

@@ -2,7 +2,8 @@
 
 The bytes of a push arrive beside the weights that an engine generates with; engines pause only
 while the new weights replace the old. Then each engine answers a few prompts, and the trainer must
-compute the same log-probabilities."""
+compute the same log-probabilities; engines on other devices than the trainer sample the next
+rollout meanwhile."""
 
 from __future__ import annotations
 
@@ -140,6 +141,7 @@ class WeightBridge:
         """Whether the lock is held for a push, and not for an engine that joins."""
         self._push_number = 0
         self._version: int | None = None
+        self._probing: asyncio.Task[dict[str, float]] | None = None
         self._is_closed = False
 
     async def open(self) -> None:
@@ -159,7 +161,8 @@ class WeightBridge:
 
     async def push(self, version: int) -> dict[str, float]:
         """Make the trainer's present weights `version` on every engine; return metrics. Raises
-        EngineError where they arrived damaged, or an engine computes something else with them."""
+        EngineError where they arrived damaged. Await `proven` before anything that an engine
+        computes from them is trained on or recorded, and before they are saved."""
         assert self._settled.locked(), "open() or hold() comes first"
         start = time.perf_counter()
         self._push_number += 1
@@ -172,11 +175,21 @@ class WeightBridge:
         swapped = time.perf_counter()
         metrics = {"push/transfer": sent - start, "push/pause": swapped - sent}
         metrics |= {"push/links": self.links.num_links, "push/bytes": self.links.num_bytes}
-        if self.prober is not None:
-            metrics |= await self.prober.check(self._push_number, self._engines_up, self._lose)
         self._version = version
+        if self.prober is not None:
+            check = self.prober.check(self._push_number, self._engines_up, self._lose)
+            self._probing = asyncio.create_task(check)
+            # Where nobody awaits it any more, as something else has ended the session.
+            self._probing.add_done_callback(lambda task: task.cancelled() or task.exception())
+        if self.connector.colocated:  # trainer and engines compute in turns
+            await self.proven()
         self._release()
         return metrics
+
+    async def proven(self) -> dict[str, float]:
+        """Return the metrics of the last push's probes, "push/probe_diff", when the engines have
+        answered. Raises EngineError where one computes something else than the trainer."""
+        return {} if self._probing is None else await self._probing
 
     @contextlib.asynccontextmanager
     async def feed(self, engine: Engine) -> AsyncIterator[None]:
@@ -198,6 +211,8 @@ class WeightBridge:
     def close(self) -> None:
         """Refuse engines that wait for weights: the trainer is gone, or about to end."""
         self._is_closed = True
+        if self._probing is not None:
+            self._probing.cancel()
         self._release()
 
     async def _send_to_all(self) -> None:

@@ -166,7 +166,8 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             links = EngineLinks(SetConnector(trainer, recipe.push, tensors, layout))
             bridge = WeightBridge(fleet, links, Prober(trainer, PROMPTS, TOLERANCE, 600))
             await bridge.open()
-            return await bridge.push(fleet.version + 1)
+            await bridge.push(fleet.version + 1)
+            return await bridge.proven()
         finally:
             await trainer.close()
 

@@ -377,11 +377,33 @@ def test_a_failed_probe_is_retried_once_and_then_its_engine_is_replaced(faults, 
         fleet = SmallFleet([Engine(0, SimpleNamespace(), SmallClient(*faults))])
         bridge = make_bridge(ProbingTrainer(), fleet, [[1, 2]])
         await bridge.open()
-        metrics = await bridge.push(1)
-        assert ("push/probe_diff" in metrics) == (not lost)
+        await bridge.push(1)
+        assert ("push/probe_diff" in await bridge.proven()) == (not lost)
         return fleet.lost
 
     assert asyncio.run(story()) == lost
+
+
+@pytest.mark.parametrize("colocated", [False, True])
+def test_a_push_does_not_wait_for_probes_that_engines_answer_while_they_sample(colocated):
+    """Where they are on the trainer's GPUs it does, as these compute in turns."""
+
+    class Differing(SmallTrainer):
+        async def probe(self, sequences):
+            return 0.5
+
+    async def story():
+        fleet = SmallFleet([Engine(0, SimpleNamespace(), SmallClient())])
+        bridge = make_bridge(Differing(), fleet, [[1, 2]])
+        bridge.connector.colocated = colocated
+        await bridge.open()
+        if not colocated:
+            assert "push/bytes" in await bridge.push(1)
+        with pytest.raises(EngineError, match="differ from the trainer's by 0.5"):
+            await (bridge.push(1) if colocated else bridge.proven())
+        bridge.close()
+
+    asyncio.run(story())
 
 
 def test_engines_answer_the_probes_at_once():
@@ -397,7 +419,8 @@ def test_engines_answer_the_probes_at_once():
         fleet = SmallFleet([Engine(i, SimpleNamespace(), Waiting()) for i in range(2)])
         bridge = make_bridge(ProbingTrainer(), fleet, [[1, 2]])
         await bridge.open()
-        return await bridge.push(1)
+        await bridge.push(1)
+        return await bridge.proven()
 
     assert asyncio.run(story())["push/probe_diff"] == 0.0
 

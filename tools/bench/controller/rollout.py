@@ -188,6 +188,7 @@ class _OneStep:
             self.seconds["load"] = self.passes.loaded - self.rolled
 
     async def rollout(self) -> Rollout:
+        self.sampler.begin(1)
         return (await self.sampler.take(1)).rollout
 
     async def push_weights(self) -> None: ...
