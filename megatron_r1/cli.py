@@ -55,7 +55,7 @@ USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
 
 verbs: {", ".join(VERBS)}
        megatron-r1 init MODEL_FOLDER DATA [--out RECIPE.yaml]   writes a recipe for your questions
-       megatron-r1 chat RUN_OR_FOLDER [--question TEXT]   asks a trained model
+       megatron-r1 chat RUN_OR_FOLDER [--question TEXT …]   asks a trained model
        megatron-r1 score IN.jsonl OUT.jsonl [--rewards.key value …]   (- is a pipe)
        megatron-r1 check-model HF_FOLDER [--parallel.key value …] [--json FILE]   a new model, first
        megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
@@ -166,7 +166,10 @@ def _dispatch(arguments: list[str]) -> int:
 def _help(name: str) -> str:
     """Return the help of a verb: its purpose, required settings, and own settings."""
     verb = read_verb(name, MODULES[name])
-    options = "".join(f" [--{option} VALUE]" for option in verb.options)
+    options = "".join(
+        f" [--{option} VALUE]" + (" …" if option in verb.repeated else "")
+        for option in verb.options
+    )
     settings = " [--section.key value …]" if verb.settings else ""
     required = ", ".join(verb.required)
     parts = [
@@ -213,8 +216,19 @@ def _run_command(verb: str, rest: list[str]) -> int:
             key=command.arguments[given],
             cause=Cause.MISSING,
         )
-    own = {name: _take_option(name, options) for name in command.options}
-    own = {name: value for name, value in own.items() if value is not None}
+    taken = {name: _take_options(name, options) for name in command.options}
+    own: dict[str, Any] = {}
+    for name, texts in taken.items():
+        if name in command.repeated and texts:
+            own[name] = texts
+        elif len(texts) > 1:
+            raise UserError(
+                f"--{name} is given {len(texts)} times; give it once",
+                key=f"--{name}",
+                cause=Cause.DUPLICATE,
+            )
+        elif texts:
+            own[name] = texts[0]
     known = [f"--{name}" for name in command.options]
     for option in options:
         name = option.partition("=")[0]
@@ -243,25 +257,19 @@ def _run_command(verb: str, rest: list[str]) -> int:
     return 0
 
 
-def _take_option(name: str, options: list[str]) -> str | None:
-    """Remove `--name VALUE` or `--name=VALUE` from `options` and return the value; None where it is
-    not there. Raises UserError for an option without a value, and for one that is given twice."""
-    found = [at for at, option in enumerate(options) if option.partition("=")[0] == f"--{name}"]
-    if not found:
-        return None
-    if len(found) > 1:
-        raise UserError(
-            f"--{name} is given {len(found)} times; give it once",
-            key=f"--{name}",
-            cause=Cause.DUPLICATE,
-        )
-    (at,) = found
-    _, has_value, value = options.pop(at).partition("=")
-    if has_value:
-        return value
-    if at == len(options) or options[at].startswith("--"):
-        raise UserError(f"--{name} needs a value", key=f"--{name}", cause=Cause.MISSING)
-    return options.pop(at)
+def _take_options(name: str, options: list[str]) -> list[str]:
+    """Remove each `--name VALUE` or `--name=VALUE` from `options` and return the values. Raises
+    UserError for an option without a value."""
+    values = []
+    while found := [at for at, text in enumerate(options) if text.partition("=")[0] == f"--{name}"]:
+        at = found[0]
+        _, has_value, value = options.pop(at).partition("=")
+        if not has_value:
+            if at == len(options) or options[at].startswith("--"):
+                raise UserError(f"--{name} needs a value", key=f"--{name}", cause=Cause.MISSING)
+            value = options.pop(at)
+        values.append(value)
+    return values
 
 
 def _overrides(options: list[str]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Sends questions to a trained model: typed lines, lines of stdin, or `--question`.
 
-`megatron-r1 chat RUN_OR_FOLDER [--question TEXT]`. A run's `hf/` is used with the run's template
-and sampling; another folder with its chat template, else `plain`. Other settings:
-`--data.template`, `--rollout.temperature`, `--rollout.max_response_tokens`, … Each question is a
-conversation of its own."""
+`megatron-r1 chat RUN_OR_FOLDER [--question TEXT …]`; the option may be given several times. A run's
+`hf/` is used with the run's template and sampling; another folder with its chat template, else
+`plain`. Other settings: `--data.template`, `--rollout.temperature`,
+`--rollout.max_response_tokens`, … Each question is a conversation of its own."""
 
 import asyncio
 import contextlib
@@ -26,6 +26,7 @@ from megatron_r1.training.checkpoints.finding import complete_checkpoints
 
 ARGUMENTS = ("RUN_OR_FOLDER",)
 OPTIONS = ("question",)
+REPEATED = ("question",)
 SETTINGS = ("data.template", "rollout", "run.seed")
 
 SEQUENCE_TOKENS, RESPONSE_TOKENS = 4096, 512
@@ -34,7 +35,7 @@ KV cache on a CPU does not hold a sequence of 131,072 tokens, which some models 
 PROMPT = "> "
 
 
-def run(config: Config, folder: str, question: str | None = None) -> None:
+def run(config: Config, folder: str, question: list[str] | None = None) -> None:
     """Print the model's response to each question on stdout, and all else on stderr. Raises
     UserError for a run without an export."""
     model = find_exported(folder, ARGUMENTS[0])
@@ -45,7 +46,7 @@ def run(config: Config, folder: str, question: str | None = None) -> None:
         export, newest = model / "config.json", checkpoints[-1]
         if export.stat().st_mtime < newest.stat().st_mtime:
             _note(f"{newest} is newer: {CONVERT} to-hf {newest} FOLDER exports it")
-    questions = None if question is None else [question]
+    questions = question
     if question is None and not sys.stdin.isatty():
         questions = [line.strip() for line in sys.stdin if line.strip()]
         if not questions:

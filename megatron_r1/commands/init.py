@@ -82,7 +82,7 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     columns = guess_columns(data, rows[:COLUMN_ROWS], **given)
     if "kind" not in given:
         columns = _kind_of_run(columns, folder)
-    parameters = num_parameters(hf)
+    parameters, questions = num_parameters(hf), _questions(data, columns)
     guesses = [
         Guess("run.folder", f"runs/{path.stem}", "everything that the run writes"),
         Guess(
@@ -90,10 +90,9 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
             str(folder),
             f"{hf['architectures'][0]}, {parameters / 1e6:,.1f}M parameters",
         ),
-        *_data(data, rows, columns),
+        *_data(data, rows, columns, len(questions)),
         *_answers(folder, parameters),
     ]
-    questions = _questions(data, columns)
     template = next(guess.value for guess in guesses if guess.key == "data.template")
     text = PromptText(str(folder), template, (MODEL, template))
     guesses += _sizes(folder, hf, parameters, questions, text)
@@ -148,14 +147,21 @@ def _try(path: Path, columns: Columns) -> None:
         print(memory.describe(memory.microbatch(None)))
 
 
-def _data(data: str, rows: Sequence[dict[str, Any]], columns: Columns) -> list[Guess]:
-    """Return the settings of `data` but for the template."""
+def _data(
+    data: str, rows: Sequence[dict[str, Any]], columns: Columns, num_questions: int
+) -> list[Guess]:
+    """Return the settings of `data` but for the template. num_questions: the different ones."""
     names = {"question": columns.question} | ({"truth": columns.truth} if columns.truth else {})
     renamed = {ours: theirs for ours, theirs in names.items() if ours != theirs}
     if columns.kind and "kind" in rows[0]:
         renamed["own_kind"] = "kind"  # else each row's kind would be read as the name of a reward
     why = "; ".join(f"{name} {columns.reasons.get(name, 'as given')}" for name in names)
     num_rows = f"{len(rows):,} rows" if len(rows) < MAX_ROWS else f"{MAX_ROWS:,} rows or more"
+    if repeated := len(rows) - num_questions:
+        num_rows += (
+            f": {num_questions:,} different questions, and {repeated:,} that repeat one of them "
+            "and are left out"
+        )
     guesses = [Guess("data.path", data, num_rows)]
     if renamed:
         guesses.append(Guess("data.columns", renamed, f"our name: the file's column ({why})"))

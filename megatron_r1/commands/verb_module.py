@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_r1.config import Config
 
-HEADER = {"ARGUMENTS", "REQUIRED", "SETTINGS", "OPTIONS", "IMPLIED"}
+HEADER = {"ARGUMENTS", "REQUIRED", "SETTINGS", "OPTIONS", "REPEATED", "IMPLIED"}
 
 
 def accept(config: Config) -> None:
@@ -38,6 +38,8 @@ class VerbHeader:
     a recipe accepts; default: the section that is called as the verb"""
     options: Sequence[str]
     """OPTIONS, the names of options outside the recipe, which `run` takes as keywords"""
+    repeated: Sequence[str]
+    """REPEATED, those of them that may be given several times, and are lists of text"""
     implied: Mapping[str, Any]
     """IMPLIED, the settings that the verb adds to a recipe"""
 
@@ -93,5 +95,6 @@ def _header(name: str, about: str | None, defined: Mapping[str, Any]) -> dict[st
         "required": defined.get("REQUIRED", ()),
         "settings": defined.get("SETTINGS", (name.replace("-", "_"),)),
         "options": defined.get("OPTIONS", ()),
+        "repeated": defined.get("REPEATED", ()),
         "implied": defined.get("IMPLIED", {}),
     }

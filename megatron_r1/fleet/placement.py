@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import functools
+import os
 import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -30,7 +32,8 @@ RETRY_SECONDS = 60.0
 
 
 def check_room(rollout: RolloutConfig) -> None:
-    """Raise UserError for more engines than a host without GPUs has memory for."""
+    """Raise UserError for more engines than a host without GPUs has memory for; print a warning
+    where they have more processes than it has cores."""
     if rollout.placement != "local" or gpu.device() != "cpu":
         return
     ranks = rollout.engines * rollout.tensor * rollout.pipeline * rollout.data
@@ -50,6 +53,16 @@ def check_room(rollout: RolloutConfig) -> None:
             "or set rollout.placement: hosts",
             key="rollout.engines",
             cause=Cause.TOO_LARGE,
+        )
+    cores = len(os.sched_getaffinity(0))
+    if ranks > cores:
+        print(
+            f"rollout.engines: {rollout.engines} start {ranks} processes of vLLM on "
+            f"{cores} cores, which they share with the trainer: they compute in turns, no faster "
+            f"than {cores} would, and take the model {ranks} times and "
+            f"{ranks * (RANK_GIB + rollout.kv_cache_gib):,.1f} GiB; set rollout.engines to "
+            f"{max(1, cores // 2)}",
+            file=sys.stderr,
         )
 
 

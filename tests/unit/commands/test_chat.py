@@ -89,6 +89,28 @@ def test_no_question_is_an_error_before_the_engine_starts(run_folder, monkeypatc
         cli._dispatch(["chat", str(run_folder)])
 
 
+@pytest.mark.parametrize(
+    ("options", "questions"),
+    [
+        (["--question", "2 + 3?"], ["2 + 3?"]),
+        (["--question", "2 + 3?", "--rollout.dtype=float32", "--question=a=b"], ["2 + 3?", "a=b"]),
+    ],
+)
+def test_several_questions_are_asked_at_once(run_folder, monkeypatch, options, questions):
+    asked = []
+
+    async def answer(config, model, given):
+        asked.extend(given)
+
+    monkeypatch.setattr(chat, "_answer", answer)
+    assert cli.main(["chat", str(run_folder), *options]) == 0
+    assert asked == questions
+    with refused("--question", Cause.MISSING):
+        cli._dispatch(["chat", str(run_folder), "--question", "2 + 3?", "--question"])
+    with refused("--out", Cause.DUPLICATE, 2):
+        cli._dispatch(["init", "a", "b", "--out", "c", "--out=d"])
+
+
 def test_sample_takes_a_run_s_folder(run_folder, tmp_path):
     recipe, settings = sample.of_run(str(run_folder))
     config = configuration.load(recipe, settings)

@@ -59,6 +59,16 @@ def test_the_recipe_loads_and_says_why(here, capsys):
     assert "20 of 20 truths" in output
 
 
+def test_rows_that_repeat_a_question_are_counted_and_said(here, capsys):
+    rows = [{"question": q, "answer": a} for q, a in SUMS]
+    repeated = [rows[0], rows[3] | {"question": f"  {rows[3]['question']} "}, rows[3]]
+    lines = [json.dumps(row) for row in rows + repeated]
+    Path("sums.jsonl").write_text("\n".join(lines) + "\n")
+    assert cli.main(["init", "model", "sums.jsonl"]) == 0
+    said = next(li for li in capsys.readouterr().out.splitlines() if li.startswith("data.path"))
+    assert all(number in said for number in ("33 rows", "30 different", "3 that repeat"))
+
+
 def test_a_chat_model_and_a_run_keep_their_own_template(here):
     def guessed(folder):
         return {guess.key: guess.value for guess in init._answers(Path(folder), 10**10)}
