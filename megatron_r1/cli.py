@@ -66,7 +66,8 @@ verbs: {", ".join(VERBS)}
 The same command continues a run that was stopped.
 On many GPUs: torchrun … -m megatron_r1 VERB RECIPE.yaml
 What a verb does and reads: megatron-r1 VERB --help
-Every key, its default and meaning: megatron-r1 keys, or keys rl sample.keep for some of them"""
+Every key, its default and meaning: megatron-r1 keys, or keys rl sample.keep for some of them;
+keys WORD finds what another library calls WORD: keys kl_coef, keys overlong filtering"""
 
 
 def main(arguments: list[str] | None = None) -> int:

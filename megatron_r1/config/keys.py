@@ -2,7 +2,8 @@
 
 import ast
 import inspect
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, get_args, get_origin
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
+from megatron_r1.config.words import Word, describe_words, find
 from megatron_r1.config.yaml_text import as_text
 from megatron_r1.errors import Cause, UserError, did_you_mean
 
@@ -32,29 +34,51 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, typ
 def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> str:
     """Return a line such as `rl.group_size: 16   # responses per question` per key.
 
-    models: their sections have different names. chosen: sections or keys (`rl`, `sample.keep`) to
-    show; default: all. Raises UserError for a name that is neither."""
+    models: their sections have different names. chosen: what to show; default: all. Sections or
+    keys (`rl`, `sample.keep`), words of other libraries (`words.WORDS`, each with a line of its
+    own), or words that stand in a key's name or meaning. Raises UserError for any other name."""
     fields = {key: home for model in models for key, home in keys_of(model)}
+    meanings = {home: docstrings(home) for home in set(fields.values())}
+    lines = {
+        key: _line(key, home.model_fields[leaf], meanings[home].get(leaf, ""))
+        for key, home in fields.items()
+        for leaf in [key.rpartition(".")[2]]
+    }
+    if not chosen:
+        return "\n".join(lines.values())
+    phrase = " ".join(chosen)
+    if len(chosen) > 1 and find(phrase):
+        chosen = [phrase]
+    rows: list[Word] = []
+    shown: set[str] = set()
     for name in chosen:
-        if not any(_is_under(key, name) for key in fields):
+        of_name = [key for key in lines if _is_under(key, name)]
+        if not of_name:
+            found = find(name)
+            rows += [row for row in found if row not in rows]
+            of_name = [key for row in found for key in lines if key in row.keys]
+        shown.update(of_name or _search(name, lines))
+        if not shown:
             known = {key.rpartition(".")[0] for key in fields} | fields.keys()
             near = did_you_mean(name, known, "{}")
             sections = [section for model in models for section in model.model_fields]
             near = near or f"; there are {', '.join(sections)}"
             raise UserError(
-                f"keys {name}: no section or key is called so{near}", key=name, cause=Cause.UNKNOWN
+                f"keys {name}: no section or key is called so, and none mentions it{near}",
+                key=name,
+                cause=Cause.UNKNOWN,
             )
-    shown = {
-        key: home
-        for key, home in fields.items()
-        if not chosen or any(_is_under(key, name) for name in chosen)
-    }
-    meanings = {home: docstrings(home) for home in set(shown.values())}
-    return "\n".join(
-        _line(key, home.model_fields[leaf], meanings[home].get(leaf, ""))
-        for key, home in shown.items()
-        for leaf in [key.rpartition(".")[2]]
-    )
+    return "\n".join(filter(None, [describe_words(rows), *(lines[k] for k in lines if k in shown)]))
+
+
+def _search(name: str, lines: Mapping[str, str]) -> list[str]:
+    """Return the keys in whose name or meaning a word, or all words of a text, stand."""
+    words = re.split(r"[\s_-]+", name.casefold())
+    return [
+        key
+        for key, line in lines.items()
+        if all(re.search(rf"(?<![a-z]){re.escape(word)}", line.casefold()) for word in words)
+    ]
 
 
 def switches(model: type[BaseModel]) -> set[str]:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_r1.config.keys import models_within
 from megatron_r1.config.removed import REMOVED
+from megatron_r1.config.words import find
 from megatron_r1.errors import Cause, UserError, did_you_mean
 
 GREEDY = ("rollout.temperature", "eval.temperature")
@@ -86,6 +87,8 @@ def _hint(location: tuple[str | int, ...], root: type[BaseModel], known: Iterabl
         return near
     if elsewhere := [key for key in known if key.rpartition(".")[2] == leaf]:
         return f"; did you mean {elsewhere[0]}?"
+    if of_others := find(leaf, exact=True):
+        return f"; elsewhere {leaf} is what is {' and '.join(of_others[0].keys)} here"
     words = {word for word in leaf.split("_") if len(word) >= LEAST_WORD}
     similar = [key for key in here if words & set(key.split("_"))]
     if len(similar) == 1:

@@ -33,6 +33,7 @@ DISTILLED = {  # table 6 of arXiv 2501.12948 v2, and the parameters that the mod
 RECIPES = [
     *(path for path in sorted(R1.glob("*.yaml")) if path.stem not in ("pipeline", EVALUATION)),
     *sorted(DISTILL.glob("*.yaml")),
+    *sorted((ROOT / "examples/one_node").glob("*.yaml")),
 ]
 
 

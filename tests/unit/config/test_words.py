@@ -1,0 +1,62 @@
+"""Words of other libraries: each leads to keys and pages that are there."""
+
+from pathlib import Path
+
+import pytest
+from refusals import refused
+
+from megatron_r1 import cli
+from megatron_r1.config import Config
+from megatron_r1.config.keys import keys_of
+from megatron_r1.config.loading import parse
+from megatron_r1.config.words import WORDS, find, table
+from megatron_r1.errors import Cause
+
+DOCS = Path(__file__).parents[3] / "docs"
+SEARCHED = {
+    "overlong filtering": "rl.overlong_buffer",
+    "TIS": "rl.importance_cap",
+    "mismatch": "rl.importance_cap",
+    "kl_coef": "rl.kl_beta",
+    "KL-free": "rl.kl_beta",
+    "max_new_tokens": "rollout.max_response_tokens",
+    "7B on 8 GPUs": "parallel.processes",
+    "pass@1 on AIME": "eval.benchmarks",
+    "algorithm.kl_ctrl.kl_coef": "rl.kl_beta",
+    "--n-samples-per-prompt": "rl.group_size",
+    "num_generations": "rl.group_size",
+    "deepspeed": "parallel.optimizer_offload",
+    "nucleus": None,
+    "seed of prompt sampling": "run.seed",
+    "tokens drafted": "rollout.speculative.tokens",
+}
+
+
+@pytest.mark.parametrize(("word", "key"), SEARCHED.items())
+def test_a_word_that_people_search_for_leads_to_a_key(capsys, word, key):
+    arguments = ["keys", *word.split()]
+    if key is None:
+        with refused(word, Cause.UNKNOWN):
+            cli._dispatch(arguments)
+        return
+    assert cli.main(arguments) == 0
+    assert any(line.startswith(f"{key}:") for line in capsys.readouterr().out.splitlines())
+
+
+def test_every_row_names_keys_and_pages_that_are_there():
+    known = {key for key, _ in keys_of(Config)}
+    assert {key for word in WORDS for key in word.keys} <= known
+    assert all((DOCS / word.page).is_file() for word in WORDS if word.page)
+    assert sum(len(word.names) for word in WORDS) >= 60
+    assert all(find(name, exact=True) for word in WORDS for name in word.names)
+
+
+def test_the_page_has_the_table():
+    assert table() in (DOCS / "words.md").read_text(encoding="utf-8")
+
+
+def test_a_key_of_another_library_in_a_recipe_is_refused_with_ours():
+    with refused("rl.num_generations", Cause.UNKNOWN, "rl.group_size"):
+        parse({"rl": {"num_generations": 8}})
+    with refused("rollout.max_new_tokens", Cause.UNKNOWN, "rollout.max_response_tokens"):
+        parse({"rollout": {"max_new_tokens": 8}})
