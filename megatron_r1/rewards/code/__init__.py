@@ -42,21 +42,23 @@ def grade(
     response: str,
     truth: object,
     *,
-    language: str = "python",
-    partial: bool = False,
+    language: str | None = None,
+    partial: bool | None = False,
     limits: dict | None = None,
-    standard: str = "c++20",
+    standard: str | None = "c++20",
     opened: bool = False,
     **entry: object,
 ) -> Grade:
     """Return 1 when the response's program (`find_program`) passes every test of `truth`, else 0.
 
-    truth: see `problem.parse_problem`. language: "python", or "cpp" of the given `standard`.
+    truth: see `problem.parse_problem`. language: "python", or "cpp" of the given `standard`, as
+    `published.language_of` reads it; None: the truth's own, else Python.
     partial: run all tests and return the share passed; otherwise the first failure ends the run.
     limits: overrides of `sandbox.limits.Limits`. Raises ValueError for an invalid truth, limit or
     standard and for a broken checker, and SandboxUnavailable, with the remedy, where no sandbox can
     run; both for every response, the empty one included."""
     problem = parse_problem(truth, language)
+    language, standard = problem.language, standard or "c++20"
     parsed_limits = Limits.parse(limits)
     if standard not in STANDARDS:
         raise ValueError(f"standard must be one of {', '.join(STANDARDS)}, got {standard!r}")
@@ -134,7 +136,10 @@ def _run_tests(problem: Problem, program: Program, limits: Limits, end: float) -
         elif problem.checker is not None:
             budget = limits.program(end - time.monotonic())
             yield run_checker(problem.checker, test, outcome.stdout, budget, limits.program())
-        elif is_equal(outcome.stdout, test.expected, problem.tolerance):
+        elif any(
+            is_equal(outcome.stdout, expected, problem.tolerance)
+            for expected in (test.expected, *test.alternatives)
+        ):
             yield Grade(1.0, "passed")
         else:
             printed = shorten(outcome.stdout[:400].decode("utf-8", "replace")) or "nothing"

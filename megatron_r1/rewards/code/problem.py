@@ -6,26 +6,27 @@ from decimal import Decimal
 from typing import Any
 
 from megatron_r1.errors import did_you_mean
+from megatron_r1.rewards.code.published import is_asserts, language_of, own_form, split_asserts
 
 MAX_DIGITS = 100_000
-LANGUAGES = ("python", "cpp")
 WHAT = "the truth of a code prompt"
 KEYS = ("tests", "function", "checker", "tolerance")
 LIVECODEBENCH_KEYS = {"input", "output"}
 # LiveCodeBench's rows have a "testtype"; here the key "function" decides, and it is ignored.
 PROGRAM_KEYS = ("stdin", "stdout", "input", "output", "testtype")
-CALL_KEYS = ("args", "kwargs", "result", "input", "output", "testtype")
+CALL_KEYS = ("args", "kwargs", "result", "also", "input", "output", "testtype")
 
 
 @dataclass(frozen=True)
 class Test:
     """One test: stdin and expected (text) of a program, or args, kwargs and expected (JSON values)
-    of a function call."""
+    of a function call. alternatives: other results that count as the expected one."""
 
     expected: Any
     stdin: str = ""
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] | None = None
+    alternatives: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,24 +37,44 @@ class Problem:
     function: the name to call, or None where the program reads and prints.
     checker: source of a Python program that replaces the comparison, or None.
     tolerance: allowed difference of numbers, or None for that of floats only (see `compare`).
-    is_livecodebench: the tests have LiveCodeBench's form. Integers are compared by value, and a
-        script has the names that its harness imports, as a function always has."""
+    is_livecodebench: the tests have LiveCodeBench's form, or another of public data sets. Integers
+        are compared by value, and a script has the names that its harness imports, as a function
+        always has.
+    language: "python" or "cpp"."""
 
     tests: tuple[Test, ...]
     function: str | None = None
     checker: str | None = None
     tolerance: float | None = None
     is_livecodebench: bool = False
+    language: str = "python"
 
 
-def parse_problem(truth: object, language: str) -> Problem:
-    """Parse `truth`, an object or its JSON text. Raises ValueError naming the faulty test."""
-    if language not in LANGUAGES:
-        raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}")
+def parse_problem(truth: object, language: str | None = None) -> Problem:
+    """Parse `truth`: an object, a form of `published`, or the JSON text of either.
+
+    language: of the prompt, as `published.language_of` reads it; None: the truth's own, else
+    Python. A key whose value is null counts as absent: Arrow fills the keys of nested columns that
+    a row lacks. Raises ValueError naming the faulty test."""
+    asked = language_of(language)
     if isinstance(truth, str):
-        truth = _json(truth, WHAT)
+        truth = split_asserts(truth) if is_asserts(truth) else _json(truth, WHAT)
+    if isinstance(truth, dict):
+        truth = _without_nulls(truth)
+    try:
+        published = own_form(truth)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{WHAT}: {error}") from None
+    is_published = published is not None
+    if published is not None:
+        own = language_of(published.pop("language", None))
+        if asked and own and asked != own:
+            raise ValueError(f"{WHAT} is for {own}, and the prompt's language is {asked}")
+        asked = asked or own
+        truth = published
     if not isinstance(truth, dict):
         raise ValueError(f'{WHAT} must be {{"tests": […]}}, got {type(truth).__name__}')
+    language = asked or "python"
     _check_keys(truth, WHAT, KEYS)
     tests, function = truth.get("tests"), _text_or_none(truth, "function")
     checker, tolerance = _text_or_none(truth, "checker"), truth.get("tolerance")
@@ -68,14 +89,39 @@ def parse_problem(truth: object, language: str) -> Problem:
     if checker is not None and tolerance is not None:
         raise ValueError(f"{WHAT} has a checker, which decides alone: leave out the tolerance")
     parse = _call_test if function is not None else _program_test
-    is_livecodebench = all(isinstance(t, dict) and t.keys() >= LIVECODEBENCH_KEYS for t in tests)
+    is_livecodebench = is_published or all(
+        isinstance(t, dict) and t.keys() >= LIVECODEBENCH_KEYS for t in tests
+    )
     return Problem(
         tuple(parse(test, f"{WHAT}: test {i}", checker) for i, test in enumerate(tests, 1)),
         function,
         checker,
         tolerance,
         is_livecodebench,
+        language,
     )
+
+
+def _without_nulls(truth: dict[str, Any]) -> dict[str, Any]:
+    """Return the truth without keys of null, at the depths that have names of ours. The result of a
+    call stays: a function may return None. Of keyword arguments a name goes that is null in every
+    test, while another has a value."""
+    truth = {key: value for key, value in truth.items() if value is not None}
+    tests = truth.get("tests")
+    if not isinstance(tests, list):
+        return truth
+    kept = ("result",) if "function" in truth else ()
+    tests = [
+        {k: v for k, v in test.items() if v is not None or (k in kept and "args" in test)}
+        if isinstance(test, dict)
+        else test
+        for test in tests
+    ]
+    named = [t for t in tests if isinstance(t, dict) and isinstance(t.get("kwargs"), dict)]
+    used = {name for test in named for name, value in test["kwargs"].items() if value is not None}
+    for test in named if used else ():
+        test["kwargs"] = {name: v for name, v in test["kwargs"].items() if name in used}
+    return {**truth, "tests": tests}
 
 
 def _program_test(test: object, what: str, checker: str | None) -> Test:
@@ -105,7 +151,8 @@ def _call_test(test: object, what: str, checker: str | None) -> Test:
         raise ValueError(f"{what} needs 'args' and 'result', or 'input' and 'output' as JSON text")
     if not isinstance(args, list) or not isinstance(kwargs, dict):
         raise ValueError(f"{what}: args must be a list and kwargs an object")
-    return Test(expected=expected, args=tuple(args), kwargs=kwargs)
+    also = (test["also"],) if "also" in test else ()
+    return Test(expected=expected, args=tuple(args), kwargs=kwargs, alternatives=also)
 
 
 def _known(test: object, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
