@@ -24,6 +24,7 @@ only those of their signature: a code prompt's megabytes of tests are not sent t
 REGISTRY: dict[str, str] = {
     **FORM_REWARDS,
     "code": "megatron_r1.rewards.code:grade",
+    "exact_match": "megatron_r1.rewards.exact_match:grade",
     "logic": "megatron_r1.rewards.logic:grade",
     "math": "megatron_r1.rewards.math:grade",
 }

@@ -28,7 +28,7 @@ from megatron_r1.rewards.wording import after_answer_is
 
 Reading = Literal["strict", "tags", "boxed", "last", "auto"]
 READINGS: tuple[str, ...] = get_args(Reading)
-READERS = ("math", "logic")
+READERS = ("math", "logic", "exact_match")
 """The rewards whose option `reading` `rewards.answer` sets."""
 NUMERIC_TRUTH = re.compile(r"\s*[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?\s*")
 """A truth that is one number in digits (`is_number`)."""

@@ -10,6 +10,7 @@ from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.combine import ACCURACY
 from megatron_r1.rewards.options import call_fields
 from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rewards.truths import check_truth
 
 Options = Mapping[str, Mapping[str, Any]]
 """`rewards.options`."""
@@ -74,16 +75,24 @@ class RewardTerms:
     async def check(
         self, terms: Collection[str], prompts: Iterable[Gradable], opened: bool = False
     ) -> None:
-        """Call the prompt's own reward and every term for one prompt of every kind, language and
-        set of fields: a row without a needed column must not stop the run at the step that draws
-        it.
+        """Check the truth of every prompt (`truths.check_truth`), and call its own reward and every
+        term for one prompt of every kind, language and set of fields: a row without a needed column
+        must not stop the run at the step that draws it.
 
         Raises UserError for a reward that cannot be imported, RewardUnusable for one that cannot
         grade what it is called with: a truth it does not understand, an option, a field or a
         program it lacks."""
-        examples = {
-            (p.kind, str(p.fields.get("language")), frozenset(p.fields)): p for p in prompts
-        }
+        examples = {}
+        for prompt in prompts:
+            language = str(prompt.fields.get("language"))
+            examples[prompt.kind, language, frozenset(prompt.fields)] = prompt
+            try:
+                check_truth(prompt.kind, prompt.truth, prompt.fields)
+            except ValueError as error:
+                raise RewardUnusable(
+                    f"question {shorten(prompt.question)!r}: its {prompt.kind} answer cannot be "
+                    f"graded: {error}"
+                ) from None
         for prompt in examples.values():
             for term in dict.fromkeys((ACCURACY, *terms)):
                 kind = _kind(term, prompt)

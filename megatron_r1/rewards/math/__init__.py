@@ -5,10 +5,8 @@ sympy. math-verify's own time limits are signals, which do not fire inside a C c
 Untrusted text is graded within `RewardPool`, which kills a worker that takes too long."""
 
 import functools
-import re
 
 from megatron_r1.rewards.answer import (
-    MARKER,
     describe,
     final_answers,
     stated_numbers,
@@ -20,12 +18,12 @@ from megatron_r1.rewards.box import changes_box
 from megatron_r1.rewards.math.comparison import compare
 from megatron_r1.rewards.math.text import same_words, stated_answer
 from megatron_r1.rewards.reading import is_number, read_answer
+from megatron_r1.rewards.truths import alternatives, marked, math_truth
 from megatron_r1.rewards.wording import without_conclusion
 
 MAX_ANSWER_CHARS = 2_000
 MAX_EXTRA_CHARS = 400
 """A correct answer is about as long as the truth; parsing takes time quadratic in the length."""
-NO_NUMBER = re.compile(r"[-+]?(?:nan|inf)\s*\\?%?", re.IGNORECASE)
 CACHE_SIZE = 4_096
 
 
@@ -42,12 +40,22 @@ def grade(
 
     The answer is found by `read_answer`. truth: a number or a string: words, or LaTeX with or
     without dollar signs and `\boxed{}`; it may be a whole solution whose answer is in a box or
-    after `####` (GSM8K). opened: the prompt ended with `<think>`. reading, plain_line:
-    of `read_answer`; by default the last line is the answer where there is no `<answer>` and no
-    box. Raises ValueError for a truth that is blank,
+    after `####` (GSM8K); of several (`truths.alternatives`) the answer is any one. opened: the
+    prompt ended with `<think>`. reading, plain_line: of `read_answer`; by default the last line is
+    the answer where there is no `<answer>` and no box. Raises ValueError for a truth that is blank,
     or not a number or string."""
-    expected = _expected(truth)
-    stated = _stated(str(truth))
+    options = alternatives(truth)
+    if not options:
+        raise ValueError(f"the truth of a math answer must not be empty, got {truth!r}")
+    grades = [_grade(response, option, opened, reading, plain_line) for option in options]
+    return max(grades, key=lambda grade: grade.reward)
+
+
+def _grade(response: str, truth: object, opened: bool, reading: str, plain_line: bool) -> Grade:
+    """Return the grade for one truth."""
+    expected = math_truth(truth)
+    truth = marked(str(truth))
+    stated = _stated(truth)
     extraction = read_answer(
         response, reading, opened=opened, plain_line=plain_line, numeric=is_number(expected)
     )
@@ -56,7 +64,7 @@ def grade(
     if (num_chars := len(extraction.text)) > MAX_ANSWER_CHARS:
         return _too_long(num_chars, MAX_ANSWER_CHARS)
     is_sentence = len(extraction.text.split()) > 2
-    if is_sentence and same_words(str(truth), extraction.text, ignore_case=False):
+    if is_sentence and same_words(truth, extraction.text, ignore_case=False):
         return Grade(1.0, describe(extraction.text, expected, True, extraction.source))
     if changes_box(extraction.text, alone=True):
         return Grade(0.0, f"refused: {shorten(extraction.text)}: what is beside the box changes it")
@@ -101,19 +109,3 @@ def _stated(truth: str) -> str:
 def _stated_alone(text: str) -> str:
     r"""Return the answer that a text states, also of `$\therefore 13$`."""
     return unwrap(without_conclusion(unwrap(stated_answer(text))))
-
-
-def _expected(truth: object) -> str:
-    if isinstance(truth, bool) or not isinstance(truth, str | int | float):
-        raise ValueError(f"the truth of a math answer is a string or a number, got {truth!r}")
-    expected = unwrap(str(truth))
-    if NO_NUMBER.fullmatch(expected):  # of a float, or of a table's empty cell
-        raise ValueError(f"the truth of a math answer must be finite, got {truth!r}")
-    if not expected.strip("$"):
-        raise ValueError(f"the truth of a math answer must not be blank, got {truth!r}")
-    if MARKER in expected:
-        raise ValueError(
-            f"the truth of a math answer must have its answer alone on the line after {MARKER}, "
-            f"or be that answer, got {shorten(expected)!r}"
-        )
-    return expected

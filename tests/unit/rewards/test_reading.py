@@ -60,6 +60,7 @@ def test_a_recipe_sets_it_for_all_rewards_that_read_answers_and_an_option_wins()
     assert rewards.call_options == {
         "math": {"plain_line": False, "reading": "auto"},
         "logic": {"reading": "tags"},
+        "exact_match": {"reading": "auto"},
     }
     assert Config().rewards.call_options == {}
 

@@ -322,7 +322,7 @@ class Answers:
 
     opens_thought, end = False, 0
 
-    def encode(self, question):
+    def encode(self, question, before=()):
         return [1]
 
     def decode(self, token_ids):

@@ -49,10 +49,23 @@ def test_a_long_truth_allows_a_long_answer():
     assert math_reward.grade(rf"\boxed{{{terms}}}", terms).reward == 1.0
 
 
-UNCOMPARABLE = (None, True, [13], float("nan"), "NaN", "-nan", "nan%", "inf", "", "  ", "$ $")
+UNCOMPARABLE = (
+    None,
+    [],
+    {},
+    [None, []],
+    float("nan"),
+    "NaN",
+    "-nan",
+    "nan%",
+    "inf",
+    "",
+    "  ",
+    "$ $",
+)
 
 
-@pytest.mark.parametrize("truth", [*UNCOMPARABLE, "6 + 7 = 13\n####", "#### 13\nA cat."])
+@pytest.mark.parametrize("truth", [*UNCOMPARABLE, "6 + 7 = 13\n####", "#### A dog.\nA cat."])
 def test_a_truth_that_cannot_be_compared_is_an_error(truth):
     shown = "####" if "####" in str(truth) else repr(truth)
     with pytest.raises(ValueError, match=re.escape(shown)):
