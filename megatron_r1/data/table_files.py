@@ -1,12 +1,16 @@
-"""Rows of a file, by its format: JSONL, Parquet, JSON or CSV. Each comes with "file:line"."""
+"""Rows of a file, by its format: JSONL, Parquet, JSON or CSV, the texts also compressed by gzip.
+Each comes with "file:line"."""
 
+import codecs
 import csv
+import gzip
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
 from itertools import chain, count
 from pathlib import Path
-from typing import IO, Any, AnyStr
+from typing import IO, Any, AnyStr, cast
 
 from megatron_r1.errors import Cause, UserError
 
@@ -16,6 +20,9 @@ memory is up to who wrote it, and no prompt has so many."""
 MOST_JSON = 1 << 30
 """Bytes of a .json file, which is read whole."""
 NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)*")
+GZIP = ".gz"
+LISTS = ("data", "rows", "train", "test", "examples", "instances")
+"""Keys under which a JSON file that is one object has its rows."""
 Row = tuple[str, dict[str, Any]]
 """("file:line", columns)"""
 
@@ -27,19 +34,24 @@ def read_rows(path: Path, role: str = "data") -> Iterator[Row]:
     if not path.is_file():
         where = "" if path.is_absolute() else f" (relative to {Path.cwd()})"
         raise UserError(f"{path}: no such file{where}", key=role, cause=Cause.NOT_FOUND)
-    if path.suffix not in READERS:
-        hint = "; tabs are read in a .csv: rename it" if path.suffix == ".tsv" else ""
+    suffix = data_suffix(path)
+    if suffix is None:
         raise UserError(
-            f"{path}: expected a {' or '.join(READERS)} file{hint}",
+            f"{path}: expected a {' or '.join(READERS)} file, the texts also as .gz",
             key=role,
             cause=Cause.UNSUPPORTED,
         )
     if not path.stat().st_size:
         raise UserError(f"{path}: the file is empty", key=role, cause=Cause.EMPTY)
-    for location, row in READERS[path.suffix](path, role):
-        if sum(len(value) for value in row.values() if isinstance(value, str)) > MOST_ROW:
-            raise _too_long(location, role)
-        yield location, row
+    try:
+        for location, row in READERS[suffix](path, role):
+            if sum(len(value) for value in row.values() if isinstance(value, str)) > MOST_ROW:
+                raise _too_long(location, role)
+            yield location, row
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(
+            f"{path}: no whole gzip file: {error}; fetch it again", key=role, cause=Cause.MALFORMED
+        ) from None
 
 
 def _too_long(location: str, role: str) -> UserError:
@@ -63,6 +75,19 @@ def _lines(file: IO[AnyStr], path: Path, role: str) -> Iterator[AnyStr]:
         yield line
 
 
+def data_suffix(path: Path) -> str | None:
+    """Return the format of a file by its name, a key of `READERS`; None for another."""
+    *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    suffix = before if last == GZIP and before != ".parquet" else last
+    return suffix if suffix in READERS else None
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix.lower() == GZIP:
+        return cast(IO[bytes], gzip.open(path))
+    return path.open("rb")
+
+
 def describe_json_error(error: Exception) -> str:
     """Describe what is wrong with one line of JSONL, and at which column of the line: the decoder
     counts lines within its input, which is a single line here."""
@@ -72,13 +97,19 @@ def describe_json_error(error: Exception) -> str:
 
 
 def _read_jsonl(path: Path, role: str) -> Iterator[Row]:
-    with path.open("rb") as lines:
+    with _open(path) as lines:
         for number, line in enumerate(_lines(lines, path, role), start=1):
-            if not line.strip():
+            line = line.strip()
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8).strip()
+                if _begins_a_list(line):
+                    yield from _read_list(path, role)
+                    return
+            if not line:
                 continue
             location = f"{path}:{number}"
             try:
-                row = json.loads(line.strip())
+                row = json.loads(line)
             except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
                 raise UserError(
                     f"{location}: not JSON: {describe_json_error(error)}",
@@ -86,14 +117,17 @@ def _read_jsonl(path: Path, role: str) -> Iterator[Row]:
                     cause=Cause.MALFORMED,
                 ) from error
             if not isinstance(row, dict):
-                hint = "; a file that is one list is .json: rename it"
                 raise UserError(
-                    f"{location}: expected an object, got {type(row).__name__}"
-                    + (hint if isinstance(row, list) else ""),
+                    f"{location}: expected an object, got {type(row).__name__}",
                     key=role,
                     cause=Cause.MALFORMED,
                 )
             yield location, row
+
+
+def _begins_a_list(line: bytes) -> bool:
+    """Return whether the first line of a file shows that the file is one list of objects."""
+    return line.startswith(b"[") and line[1:].lstrip()[:1] in (b"", b"{")
 
 
 def _read_parquet(path: Path, role: str) -> Iterator[Row]:
@@ -118,24 +152,45 @@ def _read_parquet(path: Path, role: str) -> Iterator[Row]:
 
 
 def _read_json(path: Path, role: str) -> Iterator[Row]:
-    """Yield the rows of a list, or of the list under "data", "rows" or "test" of an object."""
-    if (size := path.stat().st_size) > MOST_JSON:
+    """Yield the rows of a list, of the list that an object has under one of `LISTS`, or of lines of
+    objects, as many data sets name them .json."""
+    with _open(path) as file:
+        first = next(_lines(file, path, role)).removeprefix(codecs.BOM_UTF8)
+        second = next(filter(bytes.strip, _lines(file, path, role)), b"")
+    if _is_object(first) and second.lstrip().startswith(b"{"):
+        yield from _read_jsonl(path, role)
+    else:
+        yield from _read_list(path, role)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _read_list(path: Path, role: str) -> Iterator[Row]:
+    with _open(path) as file:
+        text = file.read(MOST_JSON + 1)
+    if len(text) > MOST_JSON:
         raise UserError(
-            f"{path}: has {size:,} bytes, and a .json file is read whole, up to {MOST_JSON:,}; "
-            "write its rows as .jsonl, one object a line",
+            f"{path}: has more than {MOST_JSON:,} bytes, and a .json file is read whole; write its "
+            "rows as .jsonl, one object a line",
             key=role,
             cause=Cause.TOO_LARGE,
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(text.removeprefix(codecs.BOM_UTF8))
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: not JSON: {error}; a file of one object a line is .jsonl",
             key=role,
             cause=Cause.MALFORMED,
-        ) from (error)
+        ) from error
     if isinstance(content, dict):
-        content = next((content[k] for k in ("data", "rows", "test") if k in content), None)
+        lists = [content[k] for k in LISTS if isinstance(content.get(k), list)]
+        content = lists[0] if lists else [content] if content else None
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise UserError(f"{path}: expected a list of objects", key=role, cause=Cause.MALFORMED)
     for number, row in enumerate(content):
@@ -148,7 +203,7 @@ def _read_csv(path: Path, role: str) -> Iterator[Row]:
     these. A row of several lines has the number of its last."""
     csv.field_size_limit(MOST_ROW)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with _open(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
             delimiter = max(",;\t", key=next(_lines(file, path, role)).count)
             file.seek(0)
             reader = csv.DictReader(_lines(file, path, role), delimiter=delimiter)
@@ -181,7 +236,9 @@ def _read_csv(path: Path, role: str) -> Iterator[Row]:
 
 READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".parquet": _read_parquet,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
 }

@@ -1,0 +1,319 @@
+"""The files of a data set: a folder's, or those of a data set on the Hugging Face hub.
+
+Configurations and splits are those that the README of the data set lists, else those that its file
+names show: `main/train-00000-of-00001.parquet` is split train of configuration main. What
+`save_to_disk` has written is read by the library `datasets`."""
+
+import fnmatch
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from megatron_r1.data.table_files import Row, data_suffix, read_rows
+from megatron_r1.errors import Cause, UserError
+
+HUB = "hub:"
+NAME = re.compile(r"(?P<name>[^:]+)(?::(?P<config>[^:\[]*))?(?::(?P<split>.+))?")
+SPLIT = re.compile(r"(train|test|validation)(\[.*\])?")
+SLICE = re.compile(r"(?P<split>[^\[]+)(?:\[(?P<start>\d*)(?P<p1>%?):(?P<stop>\d*)(?P<p2>%?)\])?")
+SAVED = ("dataset_dict.json", "state.json")
+"""Files that mark a folder as one of `save_to_disk`."""
+SPLITS = {
+    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+}
+"""A word of a file's name → the split of the file."""
+SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(?:-[0-9a-f]{16})?")
+NO_DATA = ("dataset_infos.json", "dataset_info.json", "config.json", "package.json")
+README = "README.md"
+
+
+@dataclass(frozen=True)
+class SplitName:
+    """A split, or the rows `start` to `stop` of it, both counted in percent if is_percent."""
+
+    name: str
+    start: int | None = None
+    stop: int | None = None
+    is_percent: bool = False
+
+
+def parse_name(path: str, role: str = "data.path") -> tuple[str, str | None, str | None]:
+    """Return (name, config, split) of `hub:NAME[:CONFIG][:SPLIT]` or of a folder."""
+    if not path.startswith(HUB):
+        return path, None, None
+    match = NAME.fullmatch(path.removeprefix(HUB))
+    if not match:
+        raise UserError(
+            f"data.path: {path} has no name; write hub:NAME[:CONFIG][:SPLIT]",
+            key=role,
+            cause=Cause.MALFORMED,
+        )
+    name, config, split = match["name"], match["config"] or None, match["split"]
+    if config and split is None and SPLIT.fullmatch(config):
+        config, split = None, config
+    return name, config, split
+
+
+def read_data_set(path: str, role: str) -> Iterator[Row]:
+    """Yield the rows of `hub:NAME[:CONFIG][:SPLIT]`, NAME on the hub or a folder, or of `FOLDER`.
+
+    Without SPLIT: train, or the only one. `hub:NAME:test` is a split, too. Raises UserError for a
+    data set that is missing, an unknown configuration or split, and where the hub cannot be
+    reached."""
+    name, config, split = parse_name(path, role)
+    folder = Path(name)
+    if folder.is_dir():
+        if any((folder / file).is_file() for file in SAVED):
+            yield from _read_saved(path, folder, split, role)
+            return
+        names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        readme = folder / README
+        described = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+        chosen, wanted = _choose(path, names, described, config, split, role)
+        sources = [(folder / file, str(folder / file)) for file in chosen]
+    elif not path.startswith(HUB):
+        raise UserError(f"{path}: no such file or folder", key=role, cause=Cause.NOT_FOUND)
+    else:
+        names, described = _list_hub(path, name, role)
+        chosen, wanted = _choose(path, names, described, config, split, role)
+        downloaded = _download(path, name, chosen, role)
+        sources = [(downloaded / file, f"{HUB}{name}/{file}") for file in chosen]
+    yield from _sliced(_rows(sources, role), sources, wanted, role)
+
+
+def _rows(sources: Sequence[tuple[Path, str]], role: str) -> Iterator[Row]:
+    for file, shown in sources:
+        for location, row in read_rows(file, role):
+            yield f"{shown}{location.removeprefix(str(file))}", row
+
+
+def _sliced(
+    rows: Iterator[Row], sources: Sequence[tuple[Path, str]], wanted: SplitName, role: str
+) -> Iterator[Row]:
+    start, stop = wanted.start, wanted.stop
+    if wanted.is_percent:
+        count = sum(1 for _ in _rows(sources, role))
+        start, stop = (None if n is None else round(count * n / 100) for n in (start, stop))
+    return itertools.islice(rows, start, stop)
+
+
+def _choose(
+    path: str,
+    names: Sequence[str],
+    readme: str,
+    config: str | None,
+    split: str | None,
+    role: str,
+) -> tuple[list[str], SplitName]:
+    """Return the files of a split, and the split. names: of all files of the data set."""
+    data = [name for name in names if _is_data(name)]
+    configs = _described(readme, data) or _named(data)
+    if not configs:
+        raise UserError(
+            f"{path}: it has no data files (.jsonl, .json, .csv, .tsv or .parquet)",
+            key=role,
+            cause=Cause.EMPTY,
+        )
+    if config is not None and config not in configs and split is None:
+        shared = [splits for splits in configs.values() if config.partition("[")[0] in splits]
+        if shared:
+            config, split = None, config
+    files = configs[_one_of("configuration", path, configs, config, ("default", "main"), role)]
+    wanted = _parse_split(split, path, role)
+    name = _one_of("split", path, files, wanted.name or None, ("train",), role)
+    return files[name], SplitName(name, wanted.start, wanted.stop, wanted.is_percent)
+
+
+def _one_of(
+    what: str,
+    path: str,
+    known: Mapping[str, Any],
+    asked: str | None,
+    usual: Sequence[str],
+    role: str,
+) -> str:
+    """Return the name that is asked for, else the usual or the only one."""
+    if asked is not None and asked in known:
+        return asked
+    if asked is None:
+        for name in usual:
+            if name in known:
+                return name
+        if len(known) == 1:
+            return next(iter(known))
+    form = "hub:NAME:CONFIG:SPLIT"
+    raise UserError(
+        f"{path}: which {what}? It has {', '.join(known)}: write {form}",
+        key=role,
+        cause=Cause.MISSING if asked is None else Cause.UNKNOWN,
+    )
+
+
+def _parse_split(split: str | None, path: str, role: str) -> SplitName:
+    if split is None:
+        return SplitName("")
+    match = SLICE.fullmatch(split)
+    if match is None:
+        raise UserError(
+            f"{path}: {split!r} is no split; write train, train[:200] or train[10%:20%]",
+            key=role,
+            cause=Cause.MALFORMED,
+        )
+    start, stop = (int(match[name]) if match[name] else None for name in ("start", "stop"))
+    return SplitName(match["split"], start, stop, bool(match["p1"] or match["p2"]))
+
+
+def _is_data(name: str) -> bool:
+    path = PurePosixPath(name)
+    hidden = any(part.startswith((".", "_")) for part in path.parts)
+    return not hidden and path.name not in NO_DATA and data_suffix(Path(name)) is not None
+
+
+def _described(readme: str, names: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """Return configuration → split → files, as the head of a README lists them; {} without."""
+    if not readme.startswith("---"):
+        return {}
+    try:
+        head = yaml.safe_load(readme.split("---", 2)[1])
+    except (yaml.YAMLError, IndexError):
+        return {}
+    listed = head.get("configs") if isinstance(head, dict) else None
+    found: dict[str, dict[str, list[str]]] = {}
+    for entry in listed if isinstance(listed, list) else ():
+        files = entry.get("data_files") if isinstance(entry, dict) else None
+        parts = files if isinstance(files, list) else [files]
+        splits: dict[str, list[str]] = {}
+        for part in parts:
+            own = part if isinstance(part, dict) else {"split": "train", "path": part}
+            patterns = own.get("path")
+            patterns = patterns if isinstance(patterns, list) else [patterns]
+            matching = [n for n in names if any(_matches(n, p) for p in patterns if p)]
+            if matching:
+                splits.setdefault(str(own.get("split", "train")), []).extend(matching)
+        if splits:
+            found[str(entry.get("config_name", "default"))] = splits
+    return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    pattern = pattern.removeprefix("./")
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(
+        name, pattern.replace("**/", "")
+    )
+
+
+def _named(names: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """Return configuration → split → files, as the names of the files show them."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in names:
+        folders = [p for p in PurePosixPath(name).parts[:-1] if p != "data" and p not in SPLITS]
+        config = "/".join(folders) or "default"
+        found.setdefault(config, {}).setdefault(_split_of_file(name), []).append(name)
+    return found
+
+
+def _split_of_file(name: str) -> str:
+    path = PurePosixPath(name)
+    stem = path.name.partition(".")[0]
+    words = re.split(r"[-_. ]", stem.lower())
+    for word in [*path.parts[:-1], *words]:
+        if word in SPLITS:
+            return SPLITS[word]
+    shard = SHARD.fullmatch(stem)
+    return shard["split"] if shard else "train"
+
+
+def _list_hub(path: str, name: str, role: str) -> tuple[list[str], str]:
+    """Return the names of a data set's files on the hub, and its README."""
+    import huggingface_hub
+
+    with _hub_errors(path, name, role):
+        names = huggingface_hub.HfApi().list_repo_files(name, repo_type="dataset")
+        if README not in names:
+            return names, ""
+        readme = huggingface_hub.hf_hub_download(name, README, repo_type="dataset")
+    return names, Path(readme).read_text(encoding="utf-8", errors="replace")
+
+
+def _download(path: str, name: str, files: Sequence[str], role: str) -> Path:
+    import huggingface_hub
+
+    with _hub_errors(path, name, role):
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, repo_type="dataset", allow_patterns=[_quoted(file) for file in files]
+            )
+        )
+
+
+def _quoted(name: str) -> str:
+    return re.sub(r"([\[*?])", r"[\1]", name)
+
+
+class _hub_errors:  # noqa: N801 - a context manager, named like a function
+    """Turns the errors of the hub's library into `UserError`."""
+
+    def __init__(self, path: str, name: str, role: str) -> None:
+        self.path, self.name, self.role = path, name, role
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or not isinstance(error, Exception):
+            return
+        from huggingface_hub import errors
+
+        unknown = (
+            errors.RepositoryNotFoundError,
+            errors.EntryNotFoundError,
+            errors.HFValidationError,
+        )
+        if isinstance(error, unknown) and not isinstance(error, errors.LocalEntryNotFoundError):
+            raise UserError(
+                f"{self.path}: {_first_line(error)}; correct the name, or log in: hf auth login",
+                key=self.role,
+                cause=Cause.NOT_FOUND,
+            ) from None
+        raise UserError(
+            f"{self.path}: the hub cannot be reached ({_first_line(error)}). Without a network: hf "
+            f"download {self.name} --repo-type dataset --local-dir FOLDER on another machine, and "
+            "FOLDER here",
+            key=self.role,
+            cause=Cause.UNREADABLE,
+        ) from None
+
+
+def _read_saved(path: str, folder: Path, split: str | None, role: str) -> Iterator[Row]:
+    """Yield the rows of a folder of `save_to_disk`."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{path}: a folder of save_to_disk is read by a library that is not installed: pip "
+            "install datasets; files such as .parquet need none",
+            key="datasets",
+            cause=Cause.NOT_INSTALLED,
+        ) from None
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # noqa: BLE001 - of many kinds, all about the data set
+        raise UserError(f"{path}: {_first_line(error)}", key=role, cause=Cause.MALFORMED) from None
+    wanted = _parse_split(split, path, role)
+    if isinstance(loaded, dict):
+        loaded = loaded[_one_of("split", path, loaded, wanted.name or None, ("train",), role)]
+    start, stop = wanted.start, wanted.stop
+    if wanted.is_percent:
+        start, stop = (None if n is None else round(len(loaded) * n / 100) for n in (start, stop))
+    numbered = enumerate(itertools.islice(loaded, start, stop), start=1 + (start or 0))
+    yield from ((f"{path}, row {number}", row) for number, row in numbered)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
