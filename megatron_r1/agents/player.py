@@ -20,6 +20,7 @@ from megatron_r1.agents.episode import SCORED, Episode, Status, turns_of
 from megatron_r1.agents.parsing import parser_of
 from megatron_r1.agents.tree import Message, TokenTree
 from megatron_r1.config import AgentsConfig
+from megatron_r1.data.chats import without_nulls
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.errors import EngineError
@@ -109,8 +110,10 @@ class EpisodePlayer:
 
 
 def row_of(prompt: Prompt) -> dict[str, Any]:
-    """Return the arguments that a row offers to `reset`."""
-    return {"question": prompt.question, "truth": prompt.truth, **prompt.fields}
+    """Return the arguments that a row offers to `reset`; keys of null in its mappings are absent,
+    as Arrow fills the keys that other rows have."""
+    fields = {name: without_nulls(value) for name, value in prompt.fields.items()}
+    return {"question": prompt.question, "truth": without_nulls(prompt.truth), **fields}
 
 
 class _RunningEpisode:
@@ -135,8 +138,11 @@ class _RunningEpisode:
     async def play(self, prompt: Prompt, environment: EnvironmentProcess) -> Status:
         """Play the episode to its end, and return how it ended."""
         question = await environment.reset(row_of(prompt))
+        before = prompt.before
         if self._settings.system:
             self._messages.append({"role": "system", "content": self._settings.system})
+            before = [message for message in before if message["role"] != "system"]
+        self._messages += before
         content = prompt.question if question is None else question
         self._messages.append({"role": "user", "content": content})
         for _ in range(self._settings.max_turns):

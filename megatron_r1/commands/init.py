@@ -16,31 +16,34 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from megatron_r1 import config as configuration
-from megatron_r1.commands import rl
+from megatron_r1.commands import rl, sft
 from megatron_r1.commands.gpu_placement import this_machine
 from megatron_r1.commands.rl_checks import naming_renamed_columns, prepare
 from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
 from megatron_r1.config import Config, verb_of
-from megatron_r1.data.prompts import Prompt, is_heldout, normalize, without_roles
-from megatron_r1.data.records import read_records, require_text
+from megatron_r1.data.chats import Message
+from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
+from megatron_r1.data.prompts import Prompt, is_heldout, normalize, question_of
+from megatron_r1.data.records import read_records
+from megatron_r1.data.sft import ALWAYS_LEARNED, QUESTION_AND_RESPONSE, form_of
 from megatron_r1.data.text import PromptText
+from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engine import gpu
 from megatron_r1.engine.limits import positions
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.files import atomic_write
 from megatron_r1.first_recipe import sizes
-from megatron_r1.first_recipe.columns import Columns, guess_columns
 from megatron_r1.first_recipe.recipe_text import recipe_text, value_text
 from megatron_r1.first_recipe.sizes import Guess, Machine
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.supported import check_supported
 from megatron_r1.rewards import ENVIRONMENT
-from megatron_r1.rewards.answer import MARKER
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.combine import DEFAULT_WEIGHTS
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rewards.terms import RewardTerms
+from megatron_r1.rewards.truths import alternatives, is_none, math_truth
 from megatron_r1.trainer_client.cpu_memory import cpu_memory
 from megatron_r1.weights import num_parameters
 
@@ -79,6 +82,9 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     rows = [row for _, row in itertools.islice(read_records(data), MAX_ROWS)]
     if not rows:
         raise UserError(f"{data}: it holds no rows", key=ARGUMENTS[1], cause=Cause.EMPTY)
+    if not given and _are_examples(rows[:COLUMN_ROWS]):
+        _write_supervised(path, (model, data), folder, hf, rows)
+        return
     columns = guess_columns(data, rows[:COLUMN_ROWS], **given)
     if "kind" not in given:
         columns = _kind_of_run(columns, folder)
@@ -117,6 +123,63 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
             cause=error.cause,
         ) from None
     print(f"\n{path} is written: look at it, then {command} --dry-run")
+
+
+def _are_examples(rows: Sequence[dict[str, Any]]) -> bool:
+    """Return whether rows are examples to learn from by `sft` and no questions with truths."""
+    form = form_of(rows[0])
+    if form is None or form in ALWAYS_LEARNED:
+        return form is not None
+    found = columns_by_name(rows, needs_truth=True)
+    has_truth = "truth" in found or any("truth" in row or "kind" in row for row in rows)
+    return form != QUESTION_AND_RESPONSE and not has_truth
+
+
+def _write_supervised(
+    path: Path, given: tuple[str, str], folder: Path, hf: dict[str, Any], rows: Sequence[Any]
+) -> None:
+    """Write a recipe for `sft` and print it, with what became of the rows. given: the arguments.
+    Raises UserError for a recipe that `sft` would refuse."""
+    model, data = given
+    parameters, machine = num_parameters(hf), this_machine()
+    has_chat = bool(load_tokenizer(str(folder), MODEL).chat_template)
+    form = form_of(rows[0])
+    guesses = [
+        Guess("run.folder", f"runs/{path.stem}", "everything that the run writes"),
+        Guess("model.path", str(folder), f"{parameters / 1e6:,.1f}M parameters"),
+        Guess("sft.data", data, f"rows of {form}"),
+        Guess("sft.epochs", 2, "passes over the data; the paper: 2"),
+        Guess("sft.batch_size", 8 if machine.is_cpu else 128, "examples per optimizer step"),
+        *(g for g in sizes.layout(hf, parameters, machine) if not g.key.startswith("rollout.")),
+        *(g for g in sizes.batches(parameters, 1, machine) if g.key in SUPERVISED_SIZES),
+    ]
+    if not has_chat:
+        why = "the tokenizer has no chat template: User: …, Assistant:"
+        guesses.append(Guess("sft.template", "plain", why))
+    command = f"megatron-r1 sft {shlex.quote(str(path))}"
+    title = (
+        f"Written by: megatron-r1 init {shlex.join([model, data])}",
+        f"Try it: {command} --dry-run",
+        f"Train:  {command}",
+        "Every other setting: megatron-r1 keys",
+    )
+    atomic_write(path, recipe_text(title, guesses))
+    for guess in guesses:
+        print(f"{guess.key}: {value_text(guess.value)}   # {guess.reason}")
+    recipe = configuration.load(path, required=sft.REQUIRED)
+    try:
+        sft.check_settings(recipe)
+        *_, lines = sft.read_examples(recipe)
+    except UserError as error:
+        raise UserError(
+            f"{path} is written, but sft does not run it yet: {error}\nthen: {command} --dry-run",
+            key=error.key,
+            cause=error.cause,
+        ) from None
+    print("\n".join(["", *lines, "", f"{path} is written: look at it, then {command} --dry-run"]))
+
+
+SUPERVISED_SIZES = ("checkpoint.every", "optimizer.learning_rate")
 
 
 def _check_arguments(model: str, path: Path) -> None:
@@ -182,14 +245,18 @@ def _kind_of_run(columns: Columns, folder: Path) -> Columns:
     return replace(columns, kind=own, reasons=reasons)
 
 
-def _questions(data: str, columns: Columns) -> list[str]:
+Asked = tuple[list[Message], str]
+"""The messages before a question, and the question."""
+
+
+def _questions(data: str, columns: Columns) -> list[Asked]:
     """Return the distinct questions of the rows that are read. Raises UserError for a row without
     one."""
     renamed = {"question": columns.question}
-    found: dict[str, str] = {}
+    found: dict[str, Asked] = {}
     for location, row in itertools.islice(read_records(data, renamed), MAX_ROWS):
-        question = require_text(location, without_roles(row), "question")
-        found.setdefault(normalize(question), question)
+        before, question = question_of(location, row)
+        found.setdefault(normalize(question, fold_case=False), (before, question))
     return list(found.values())
 
 
@@ -226,14 +293,16 @@ def _answers(folder: Path, parameters: int) -> list[Guess]:
 
 
 def _sizes(
-    folder: Path, hf: dict[str, Any], parameters: int, questions: Sequence[str], text: PromptText
+    folder: Path, hf: dict[str, Any], parameters: int, questions: Sequence[Asked], text: PromptText
 ) -> list[Guess]:
     """Return the settings that depend on the model's size, the prompts and the machine."""
     machine = this_machine()
     limits = sizes.lengths(
-        max(len(text.encode(question)) for question in questions), positions(folder), machine
+        max(len(text.encode(question, before)) for before, question in questions),
+        positions(folder),
+        machine,
     )
-    num_heldout, heldout = _heldout(questions, machine)
+    num_heldout, heldout = _heldout([question for _, question in questions], machine)
     return [
         *sizes.layout(hf, parameters, machine),
         *limits,
@@ -267,7 +336,7 @@ def _check_truths(data: str, columns: Columns) -> None:
     if columns.kind != "math" or columns.truth is None:
         return
     rows = itertools.islice(read_records(data, {"truth": columns.truth}), TRIED_TRUTHS)
-    truths = [row["truth"] for _, row in rows]
+    truths = [alternatives(row["truth"])[0] for _, row in rows if not is_none(row["truth"])]
     grades = asyncio.run(_grade(truths))
     bad = [pair for pair in zip(truths, grades, strict=True) if pair[1].reward < 1]
     num_good = len(truths) - len(bad)
@@ -288,7 +357,7 @@ async def _check_own(prompts: Sequence[Prompt]) -> None:
 
 async def _grade(truths: Sequence[Any]) -> list[Grade]:
     async with RewardPool(1) as pool:
-        finals = [str(truth).rpartition(MARKER)[2].strip() for truth in truths]
+        finals = [math_truth(truth) for truth in truths]
         pairs = zip(finals, truths, strict=True)
         calls = [pool.grade("math", f"<answer>{final}</answer>", truth) for final, truth in pairs]
         return await asyncio.gather(*calls)

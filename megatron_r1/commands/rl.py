@@ -175,7 +175,7 @@ def _session(
     sampler = PromptSampler(prompts.train, config.run.seed)
     room = context_length(config) - PROBE_TOKENS
     first = prompts.train[: config.push.probes]
-    probes = [collector.text.encode(prompt.question)[:room] for prompt in first]
+    probes = [collector.text.encode(prompt.question, prompt.before)[:room] for prompt in first]
     bridge = weight_bridge(config, trainer, collector.fleet, probes)
     return Session(
         recorder,

@@ -2,6 +2,8 @@
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_r1.agents.rows import rows_of
 from megatron_r1.config import Config
@@ -10,9 +12,12 @@ from megatron_r1.data.sampler import draw_shares
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import Cause, UserError
-from megatron_r1.reporting.wording import counted, percent
+from megatron_r1.reporting.wording import counted, percent, printable, shorten_middle
 from megatron_r1.rewards import REGISTRY, REMOTE
 from megatron_r1.rewards.base import shorten
+
+MAX_SHOWN_IDS = 8
+"""Token ids that are shown of either end of a prompt."""
 
 
 def load_questions(config: Config, text: PromptText) -> PromptSplit:
@@ -30,6 +35,8 @@ def load_questions(config: Config, text: PromptText) -> PromptSplit:
         )
     show_padded_truths(config.data.path or config.data.task or "data", prompts)
     prompts = prompts_that_fit(prompts, text, context_length(config))
+    for line in describe_rows(prompts, text):
+        print(line)
     per_rollout = config.rl.questions_per_rollout
     if per_rollout > len(prompts.train):
         print(
@@ -44,6 +51,36 @@ def load_questions(config: Config, text: PromptText) -> PromptSplit:
             file=sys.stderr,
         )
     return prompts
+
+
+def describe_rows(prompts: PromptSplit, text: PromptText) -> list[str]:
+    """Return what became of the rows of files, and one question as the policy gets it."""
+    if not prompts.reports:
+        return []
+    kept = len(prompts.train), len(prompts.heldout)
+    lines = [line for report in prompts.reports for line in report.lines()]
+    example = prompts.train[0]
+    ids = text.encode(example.question, example.before)
+    shown = printable(shorten_middle(text.render(example.question, example.before), 600), True)
+    lines += [
+        f"  {counted(sum(kept), 'question')}: {kept[0]:,} to train on, {kept[1]:,} held out",
+        f"  the first, {example.location}, as its {len(ids):,} tokens ({_ids(ids)}):",
+        *(f"  | {line}" for line in shown.split("\n")),
+        f"  truth: {printable(shorten(repr(example.truth), 200))} (reward {example.kind})",
+    ]
+    if any(m["role"] == "system" for m in example.before) and not text.shows_system:
+        lines.append(
+            "  the template has no place for the system's message: it stands before the question"
+        )
+    return lines
+
+
+def _ids(ids: Sequence[int]) -> str:
+    """Return the first and the last token ids."""
+    if len(ids) <= 2 * MAX_SHOWN_IDS:
+        return " ".join(map(str, ids))
+    parts = ids[:MAX_SHOWN_IDS], ids[-MAX_SHOWN_IDS:]
+    return " … ".join(" ".join(map(str, part)) for part in parts)
 
 
 def show_padded_truths(source: str, prompts: PromptSplit) -> None:
@@ -70,8 +107,10 @@ def show_padded_truths(source: str, prompts: PromptSplit) -> None:
 def prompts_that_fit(prompts: PromptSplit, text: PromptText, room: int) -> PromptSplit:
     """Return the prompts that an engine has room for, and print how many are left out. Raises
     UserError where none is left to train on."""
-    train = [prompt for prompt in prompts.train if text.fits(prompt.question, room)]
-    heldout = [prompt for prompt in prompts.heldout if text.fits(prompt.question, room)]
+    train, heldout = (
+        [prompt for prompt in side if text.fits(prompt.question, room, prompt.before)]
+        for side in (prompts.train, prompts.heldout)
+    )
     left_out = len(prompts.train) - len(train), len(prompts.heldout) - len(heldout)
     if any(left_out):
         note = (
@@ -86,7 +125,7 @@ def prompts_that_fit(prompts: PromptSplit, text: PromptText, room: int) -> Promp
                 cause=Cause.TOO_LARGE,
             )
         print(note, file=sys.stderr)
-    return PromptSplit(train, heldout)
+    return replace(prompts, train=train, heldout=heldout)
 
 
 def questions_drawn(config: Config, prompts: list[Prompt]) -> list[str]:

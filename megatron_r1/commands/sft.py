@@ -1,28 +1,76 @@
 """Supervised fine-tuning: teach responses by example. Also what makes the laptop's base model."""
 
+import itertools
+
+import msgspec
+
 from megatron_r1.commands import early_imports
 from megatron_r1.commands.supervised import SupervisedTask, run_supervised, with_steps
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
+from megatron_r1.data.conversations import ExampleText
 from megatron_r1.data.mixture import MixtureSampler, describe, load_mixture
+from megatron_r1.data.report import DataReport
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
-from megatron_r1.data.text import PromptText
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.models import read_hf_config
+from megatron_r1.reporting.wording import printable, shorten_middle
 from megatron_r1.training.sample import Sample
 from megatron_r1.training.wire import SUPERVISED
 
+MAX_SHOWN_CHARS = 800
 REQUIRED = ("run.folder", "model.path", "sft.data")
 
 
 def run(config: Config) -> None:
     """Train on `sft.data` for `run.steps` batches, or `sft.epochs`. Raises UserError before any
     long work."""
+    check_settings(config)
+    early_imports.begin_trainer()
+    text, examples, contents = read_examples(config)
+    config = with_steps(config, "sft", examples.epoch_size)
+
+    def to_samples(batch: list[SftExample]) -> list[Sample]:
+        return [sample_of(*text.encode(example)) for example in batch]
+
+    task = SupervisedTask(config, examples, config.sft.batch_size, to_samples, SUPERVISED)
+    run_supervised(task, "sft", [config.model.path, *contents])
+
+
+def dry_run(config: Config) -> None:
+    """Read and render the examples, print what became of the rows, and train nothing. Errors as
+    `run`."""
+    check_settings(config)
+    text, examples, contents = read_examples(config)
+    config = with_steps(config, "sft", examples.epoch_size)
+    for line in contents:
+        print(line)
+    lengths = [
+        len(text.encode(example)[0])
+        for example in (examples.next(min(config.sft.batch_size, examples.epoch_size)))
+    ]
+    print(
+        f"the first batch: {len(lengths):,} examples of {min(lengths):,} to {max(lengths):,} "
+        f"tokens; {config.run.steps:,} batches of {config.sft.batch_size:,} in all\n"
+        "nothing was trained or written"
+    )
+
+
+def sample_of(token_ids: list[int], is_learned: list[bool]) -> Sample:
+    """Return a sample whose loss is that of the learned tokens. Tokens behind the last are left
+    out: nothing depends on them."""
+    first, end = is_learned.index(True), len(is_learned) - is_learned[::-1].index(True)
+    mask = bytes(is_learned[first:end])
+    sample = Sample.pack(token_ids[:first], token_ids[first:end])
+    return msgspec.structs.replace(sample, mask=mask) if 0 in mask else sample
+
+
+def check_settings(config: Config) -> None:
+    """Raise UserError for settings and a model that cannot be trained."""
     config.model.require_language_head()
     check_trainer(config, "sft")
-    early_imports.begin_trainer()
     if rules_of(config.rl.algorithm).critic:
         raise UserError(
             f"rl.algorithm: {config.rl.algorithm} has a critic, which sft would keep in memory and "
@@ -31,25 +79,44 @@ def run(config: Config) -> None:
             cause=Cause.CONFLICT,
         )
     read_hf_config(config.model.path)
-    text = PromptText(config.model.path, "{problem}")
-    examples, contents = _examples(config)
-    config = with_steps(config, "sft", examples.epoch_size)
-
-    def to_samples(batch: list[SftExample]) -> list[Sample]:
-        return [
-            Sample.pack(text.encode(example.prompt), text.encode_response(example.response))
-            for example in batch
-        ]
-
-    task = SupervisedTask(config, examples, config.sft.batch_size, to_samples, SUPERVISED)
-    run_supervised(task, "sft", [config.model.path, *contents])
 
 
-def _examples(config: Config) -> tuple[EpochSampler[SftExample], list[str]]:
-    """Return the sampler of examples, and lines about its contents."""
+def read_examples(config: Config) -> tuple[ExampleText, EpochSampler[SftExample], list[str]]:
+    """Return the tokenizer with its template, the sampler of examples, and lines about these.
+    Renders an example of each sequence of roles. Raises UserError."""
+    text = ExampleText(config.model.path, config.sft.template)
+    sampler, lines = load_sampler(config)
+    rendered = set()
+    for example in sampler.items:
+        roles = tuple(message["role"] for message in example.messages)
+        if (form := (roles, example.learned_from, bool(example.tools))) not in rendered:
+            rendered.add(form)
+            text.encode(example)
+    return text, sampler, [*lines, *shown(sampler.items[0], text)]
+
+
+def load_sampler(config: Config) -> tuple[EpochSampler[SftExample], list[str]]:
+    """Return the sampler of examples, and lines about its contents. Raises UserError."""
     data, shuffled = config.sft.data, config.sft.order == "shuffled"
     if isinstance(data, str):
-        examples = ExampleSampler(load_examples(data), config.run.seed, shuffled)
-        return examples, [f"{len(examples.items):,} examples"]
+        report = DataReport(data)
+        examples = ExampleSampler(load_examples(data, report=report), config.run.seed, shuffled)
+        return examples, [f"{len(examples.items):,} examples", *report.lines()]
     parts = load_mixture(data)
-    return MixtureSampler(parts, config.run.seed, shuffled), describe(parts)
+    lines = [line for part in parts for line in part.report.lines()]
+    return MixtureSampler(parts, config.run.seed, shuffled), [*describe(parts), *lines]
+
+
+def shown(example: SftExample, text: ExampleText) -> list[str]:
+    """Return an example's text, with what is learned between « and »."""
+    token_ids, is_learned = text.encode(example)
+    pieces = []
+    for learned, part in itertools.groupby(zip(is_learned, token_ids, strict=True), lambda p: p[0]):
+        piece = text.decode([token for _, token in part])
+        pieces.append(f"«{piece}»" if learned else piece)
+    whole = printable(shorten_middle("".join(pieces), MAX_SHOWN_CHARS), True)
+    return [
+        f"  the first, {example.location}: {len(token_ids):,} tokens, the {sum(is_learned):,} "
+        "between « and » are learned:",
+        *(f"  | {line}" for line in whole.split("\n")),
+    ]

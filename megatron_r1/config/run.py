@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_r1.config.section import Resumable, Section
+from megatron_r1.rewards.truths import NO_TRUTH
 
 
 class RunConfig(Section):
@@ -38,8 +39,8 @@ class DataConfig(Section):
     """The questions: a file or a task, their template, and the share held out."""
 
     path: str | None = None
-    """questions and truths: a .jsonl, .json, .csv or .parquet file, hub:NAME[:CONFIG][:SPLIT] or a
-    folder, read by the library datasets"""
+    """questions and truths: a .jsonl, .json, .csv or .parquet file, several as rows/*.jsonl, a
+    folder or hub:NAME[:CONFIG][:SPLIT]. See docs/data.md"""
     heldout_path: str | None = None
     """a file held out whole, for evaluation"""
     task: str | None = None
@@ -47,9 +48,17 @@ class DataConfig(Section):
     parameters: dict[str, Any] = Field(default_factory=dict)
     """the task's own settings"""
     kind: str | None = None
-    """the reward that grades; default: the row's or math"""
+    """the reward that grades; default: the row's, or what its truth shows, most often math"""
     columns: dict[str, str] | None = None
-    """{our name: the file's column}; a.b is the entry b of column a"""
+    """{our name: the file's column}; a.b is the entry b of column a, a+b a mapping of both;
+    default: found by usual names"""
+    where: dict[str, Any] = Field(default_factory=dict)
+    """{column: condition}: only rows that meet all; a value, a list of values, or {min, max, not,
+    or}. See docs/data.md"""
+    no_truth: list[str] = list(NO_TRUTH)
+    """truths that are none, whose rows are left out; []: only null and blank"""
+    bad_rows: Literal["refuse", "leave_out"] = "refuse"
+    """what becomes of rows whose question or truth cannot be used; leave_out: they are counted"""
     num_train: int | None = Field(None, gt=0)
     """questions to train on; a task needs it"""
     num_heldout: int | None = Field(None, ge=0)
@@ -59,7 +68,7 @@ class DataConfig(Section):
     seed: int = 0
     """seed that a task's questions are made with"""
     template: str = "r1_zero"
-    """r1_zero, plain, chat, or a text with {problem}"""
+    """r1_zero, plain, chat, or a text with {problem}, and {system} for a system's message"""
 
 
 class CheckpointConfig(Section):

@@ -72,7 +72,8 @@ class MixturePart(Section):
     the file is used once (`repeat: 1`)."""
 
     path: str = Field(min_length=1)
-    """JSONL or Parquet of {prompt, response}"""
+    """rows of {prompt, response}, {messages} and other forms: a file, a folder, hub:NAME. See
+    docs/data.md"""
     share: float | None = Field(None, gt=0, le=1)
     """share of an epoch's examples that come from this file"""
     count: int | None = Field(None, gt=0)
@@ -81,6 +82,8 @@ class MixturePart(Section):
     """how often an epoch has the whole file"""
     columns: dict[str, str] | None = None
     """{our name: the file's column}"""
+    where: dict[str, Any] = Field(default_factory=dict)
+    """{column: condition}, as data.where"""
 
     @model_validator(mode="after")
     def _is_sized_once(self) -> Self:
@@ -99,7 +102,11 @@ class SFTConfig(Section):
     """Supervised data: files, epochs and batches."""
 
     data: str | list[MixturePart] = ""
-    """JSONL of {prompt, response}, or a list of {path, share|count|repeat}; required by sft"""
+    """rows of {prompt, response}, {messages} and other forms (docs/data.md), or a list of {path,
+    share|count|repeat}; required by sft"""
+    template: str | None = None
+    """how conversations are rendered: chat, or for one question plain or a text with {problem};
+    default: chat where the tokenizer has a chat template"""
     epochs: float | None = Field(None, gt=0)
     """instead of run.steps: passes over the data (the paper: 2)"""
     batch_size: int = Field(128, gt=0)

@@ -4,12 +4,13 @@ R1-Zero writes `<think>…</think> <answer>…</answer>` after a prompt that des
 trained on a chat whose assistant thinks, then writes a summary."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from megatron_r1.config.sample import RenderConfig
+from megatron_r1.data.chats import Message
 from megatron_r1.data.templates import CHAT, find_template, is_opened, render
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptText, system_text
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.rewards.answer import ANSWER, END_ANSWER, END_THINK, THINK, extract
@@ -52,16 +53,18 @@ class Rendering:
         else:
             self._chat_text  # noqa: B018 - report a folder without a chat template now
 
-    def prompt(self, question: str) -> str:
+    def prompt(self, question: str, before: Sequence[Message] = ()) -> str:
         """Return the prompt without the tokens that the tokenizer puts in front by itself. `sft`
         adds them when it encodes the prompt; a chat template that writes them too would otherwise
         have them twice."""
         if self._template != CHAT:
-            return render(self._template, question)
+            return render(self._template, question, system_text(before, "data.template"))
         text, plain = self._chat_text
-        return text.render(question).removeprefix(plain.decode(plain.encode("")))
+        return text.render(question, before).removeprefix(plain.decode(plain.encode("")))
 
-    def response(self, response: TextResponse, question: str) -> str | None:
+    def response(
+        self, response: TextResponse, question: str, before: Sequence[Message] = ()
+    ) -> str | None:
         """Return the response in its new form; a thought that the prompt opens is not opened again.
         None if a part that the form has is missing, or the thought that the prompt opens."""
         parts: dict[str, str] = {}
@@ -72,7 +75,7 @@ class Rendering:
             parts[name] = part
         # One pass: a response that contains "{thought}" keeps it.
         text = PLACEHOLDERS.sub(lambda match: parts[match[1]], self._response)
-        if not is_opened(self.prompt(question)):
+        if not is_opened(self.prompt(question, before)):
             return text
         return text.lstrip().removeprefix(THINK) if END_THINK in text else None
 

@@ -7,9 +7,10 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_r1.config.training import MixturePart
+from megatron_r1.data.report import DataReport
 from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
 from megatron_r1.errors import Cause, UserError
 
@@ -21,13 +22,19 @@ class LoadedPart:
     path: str
     examples: list[SftExample]
     num_per_epoch: int
+    report: DataReport = field(default_factory=DataReport)
 
 
 def load_mixture(parts: Sequence[MixturePart]) -> list[LoadedPart]:
     """Read every part. Raises UserError for a bad file, and for a file too small for its share."""
-    loaded = [load_examples(part.path, part.columns) for part in parts]
+    reports = [DataReport(part.path) for part in parts]
+    loaded = [
+        load_examples(part.path, part.columns, part.where, report)
+        for part, report in zip(parts, reports, strict=True)
+    ]
     counts = epoch_counts(parts, [len(examples) for examples in loaded])
-    return [LoadedPart(p.path, e, n) for p, e, n in zip(parts, loaded, counts, strict=True)]
+    files = (part.path for part in parts)
+    return [LoadedPart(*part) for part in zip(files, loaded, counts, reports, strict=True)]
 
 
 def epoch_counts(parts: Sequence[MixturePart], sizes: Sequence[int]) -> list[int]:

@@ -9,29 +9,48 @@ questions of another. Rows for an environment may differ in their fields only; t
 that of text and fields."""
 
 import hashlib
+import itertools
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from megatron_r1.data.records import missing, read_records, require_text
+from megatron_r1.data.chats import Message, read_question
+from megatron_r1.data.columns import columns_by_name
+from megatron_r1.data.records import (
+    ABSENT,
+    Record,
+    entry,
+    missing,
+    read_records,
+    rename,
+    require_text,
+)
+from megatron_r1.data.report import DataReport
 from megatron_r1.data.tasks import generate_items
+from megatron_r1.data.where import Conditions, RowFilter
 from megatron_r1.errors import Cause, UserError
-from megatron_r1.rewards import ENVIRONMENT, WITHOUT_TRUTH, resolve
-from megatron_r1.rewards.base import find_non_finite
+from megatron_r1.rewards import ENVIRONMENT, REGISTRY, WITHOUT_TRUTH, resolve
+from megatron_r1.rewards.base import shorten
+from megatron_r1.rewards.truths import CHECKS, NO_TRUTH, check_truth, is_none, kind_of
 
 RESERVED_FIELDS = ("response", "truth", "kind")
 COLUMNS = "data.columns"
+FIRST_ROWS = 100
+"""Rows by which columns are found."""
+MAX_SHOWN_CHARS = 200
+"""A longer truth is not shown as a reason."""
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A question. id: hash of the question's text, for an environment of text and fields; the same
     in all runs. kind: the reward that grades its responses, by comparison with `truth`. fields: the
-    reward's other arguments, in JSON types. location: where the question's row is, as "file:line",
-    if it has one."""
+    reward's other arguments, in JSON types. before: the messages of the chat before the question,
+    such as the system's. location: where the question's row is, as "file:line", if it has one."""
 
     id: str
     question: str
@@ -39,6 +58,7 @@ class Prompt:
     truth: Any
     fields: dict[str, Any] = field(default_factory=dict)
     location: str = field(default="", compare=False, repr=False)
+    before: list[Message] = field(default_factory=list)
 
 
 class MissingTruth(UserError):
@@ -53,11 +73,12 @@ class MissingTruth(UserError):
 class PromptSplit:
     """Train and held-out prompts; no normalized question occurs twice in the two lists.
     contradictions: the prompt that is kept and a later one of the same question and another truth.
-    """
+    reports: what became of the rows, one for each source that is a file."""
 
     train: list[Prompt]
     heldout: list[Prompt]
     contradictions: list[tuple[Prompt, Prompt]] = field(default_factory=list)
+    reports: list[DataReport] = field(default_factory=list)
 
 
 class _ScriptMarks(dict[int, str]):
@@ -85,12 +106,20 @@ def load_prompts(
     num_train: int | None = None,
     num_heldout: int | None = None,
     heldout_fraction: float = 0.1,
+    where: Conditions | None = None,
+    no_truth: Collection[str] = NO_TRUTH,
+    bad_rows: Literal["refuse", "leave_out"] = "refuse",
 ) -> PromptSplit:
     """Read prompts from a file, or generate them with a reasoning-gym task.
 
     path: of `records.read_records`, rows with `question`, `truth` and optionally `kind` (default:
-        `kind`, else math); other columns go to the reward.
+        `kind`, else what the truth shows: `rewards.truths.kind_of`); other columns go to the
+        reward. A question or truth that no row has by that name is found by its usual names
+        (`columns`). A question may be a chat that ends with the user's message.
     columns: our name → the file's.
+    where: rows are kept that meet these conditions (`where`).
+    no_truth: truths that are none; their rows are left out.
+    bad_rows: what becomes of rows whose question or truth cannot be used.
     task: a reasoning-gym dataset, generated with `parameters` and `seed`. Without `kind` (or with
         "logic") its own scorer grades; any other kind gets the item's answer as its truth.
     heldout_path: a file that is held out whole, its questions dropped from train; without it, the
@@ -124,13 +153,15 @@ def load_prompts(
         )
     if kind is not None:
         resolve(kind)
-    heldout = (
-        []
-        if heldout_path is None
-        else list(_from_file(heldout_path, kind, columns, "data.heldout_path"))
-    )
+    reading = RowReading(kind, columns or {}, where or {}, no_truth, bad_rows)
+    reports = []
+    heldout = []
+    if heldout_path is not None:
+        reports.append(DataReport(str(heldout_path)))
+        heldout = list(reading.prompts(heldout_path, "data.heldout_path", reports[-1]))
     if path is not None:
-        prompts = _from_file(path, kind, columns, "data.path")
+        reports.append(DataReport(str(path)))
+        prompts = reading.prompts(path, "data.path", reports[-1])
     else:
         assert task is not None
         if num_train is None or (num_heldout is None and heldout_path is None):
@@ -144,27 +175,11 @@ def load_prompts(
         num_attempts = 1_000 + 50 * (num_train + (num_heldout or 0))
         prompts = _from_task(task, dict(parameters or {}), seed, num_attempts, kind)
     fraction = heldout_fraction if heldout_path is None else 0.0
-    split = _split(prompts, heldout, fraction, num_train, num_heldout, kind)
+    split = _split(prompts, heldout, fraction, num_train, num_heldout, kind, reports)
+    _require_any(split, heldout)
     _require("train", split.train, num_train, "num_train", task or path)
     _require("held-out", split.heldout, num_heldout, "num_heldout", heldout_path or task or path)
     return split
-
-
-def _check_truth(location: str, truth: Any, column: str) -> None:
-    """Raise UserError for a truth that nothing can be compared with: found when graded, it would
-    cost rollouts. column: its name in the file."""
-    if truth is None or (isinstance(truth, str) and not truth.strip()):
-        raise UserError(
-            f"{location}: {column!r} is {truth!r}; give one, or remove the row",
-            key=column,
-            cause=Cause.EMPTY,
-        )
-    if fault := find_non_finite(truth, column):
-        raise UserError(
-            f"{location}: {fault}; give another, or remove the row",
-            key=column,
-            cause=Cause.OUT_OF_RANGE,
-        )
 
 
 def make_prompt(question: str, kind: str, truth: Any, fields: dict[str, Any]) -> Prompt:
@@ -172,11 +187,11 @@ def make_prompt(question: str, kind: str, truth: Any, fields: dict[str, Any]) ->
     return Prompt(_digest(question).hex()[:16], question, kind, truth, fields)
 
 
-def normalize(question: str) -> str:
+def normalize(question: str, fold_case: bool = True) -> str:
     """Return the text that spellings of one question share: NFKC, folded case, single spaces.
     Superscripts and subscripts are kept apart from plain characters: `2³` becomes `2^3`."""
     plain = unicodedata.normalize("NFKC", question.translate(SCRIPTS))
-    return " ".join(plain.casefold().split())
+    return " ".join((plain.casefold() if fold_case else plain).split())
 
 
 def is_heldout(question: str, fraction: float, salt: str = "") -> bool:
@@ -193,7 +208,9 @@ def _split(
     num_train: int | None,
     num_heldout: int | None,
     kind: str | None,
+    reports: list[DataReport],
 ) -> PromptSplit:
+    report = reports[-1] if reports else DataReport()
     limits = {False: num_train, True: num_heldout if fraction else 0}
     contradictions: list[tuple[Prompt, Prompt]] = []
     sides: dict[bool, dict[str, Prompt]] = {False: {}, True: {p.id: p for p in heldout}}
@@ -204,15 +221,53 @@ def _split(
 
     for prompt in prompts:
         if is_full(False) and is_full(True):
+            report.is_complete = False
             break
         known = sides[False].get(prompt.id) or sides[True].get(prompt.id)
+        if known is not None and _differ_in_case(known, prompt):
+            # On the side of the other, by the same hash; but a question of its own.
+            spelled = f"spelled {_spelling(prompt)}".encode("utf-8", "replace")
+            prompt = replace(prompt, id=hashlib.sha256(spelled).hexdigest()[:16])
+            known = sides[False].get(prompt.id) or sides[True].get(prompt.id)
         if known is not None and known.truth != prompt.truth:
             contradictions.append((known, prompt))
-        side = is_heldout(_identity(prompt.question, prompt.fields, kind), fraction)
+            report.leave_out("the question has another truth before", prompt.location, "truth")
+        elif known is not None:
+            report.num_duplicates += 1
+        side = is_heldout(_identity(prompt, kind), fraction)
         if prompt.id not in sides[False] and prompt.id not in sides[True] and not is_full(side):
             sides[side][prompt.id] = prompt
     train, rest = list(sides[False].values()), list(sides[True].values())
-    return PromptSplit(train, rest[:num_heldout], contradictions)
+    kinds = Counter(prompt.kind for prompt in train + rest)
+    if kind is None and len(kinds) > 1:
+        report.kinds = dict(kinds.most_common())
+    return PromptSplit(train, rest[:num_heldout], contradictions, reports)
+
+
+def _differ_in_case(one: Prompt, other: Prompt) -> bool:
+    """Return whether two questions of the same hash are different texts: "find A" and "find a"."""
+    return _spelling(one) != _spelling(other)
+
+
+def _spelling(prompt: Prompt) -> str:
+    return normalize(_asked(prompt), fold_case=False)
+
+
+def _require_any(split: PromptSplit, heldout: list[Prompt]) -> None:
+    """Raise UserError where every row of a file is left out, with the reasons."""
+    for report in split.reports:
+        count = sum(rows.count for rows in report.left_out.values())
+        if count and count == report.num_read:
+            reasons = "; ".join(
+                f"{rows.count:,}: {reason} (first: {rows.first})"
+                for reason, rows in report.left_out.items()
+            )
+            raise UserError(
+                f"{report.source}: all {count:,} rows are left out: {reasons}. Correct data.where, "
+                "or data.columns",
+                key=next(iter(report.left_out.values())).key,
+                cause=Cause.EMPTY,
+            )
 
 
 def _require(side: str, prompts: list[Prompt], count: int | None, key: str, source: object) -> None:
@@ -233,33 +288,101 @@ def _require(side: str, prompts: list[Prompt], count: int | None, key: str, sour
         )
 
 
-def _from_file(
-    path: str | Path, kind: str | None, columns: Mapping[str, str] | None, role: str
-) -> Iterator[Prompt]:
-    for location, row in read_records(path, columns, ("question", "truth", "kind"), role):
-        question = require_text(location, without_roles(row), "question", COLUMNS)
-        row_kind = row.get("kind") or kind or "math"
-        if "truth" not in row and row_kind not in WITHOUT_TRUTH:
+@dataclass(frozen=True)
+class RowReading:
+    """How rows become prompts; the fields are arguments of `load_prompts`."""
+
+    kind: str | None
+    columns: Mapping[str, str]
+    where: Conditions
+    no_truth: Collection[str]
+    bad_rows: Literal["refuse", "leave_out"]
+
+    def prompts(self, path: str | Path, role: str, report: DataReport) -> Iterator[Prompt]:
+        """Yield the prompts of a file or data set; `report` counts its rows. Raises UserError."""
+        names = ("question", "truth", "kind")
+        row_filter = RowFilter(self.where, report)
+        rows = read_records(path, self.columns, names, role, row_filter.keeps)
+        first = list(itertools.islice(rows, FIRST_ROWS))
+        needs_truth = self.kind not in WITHOUT_TRUTH
+        report.columns = columns_by_name([row for _, row in first], needs_truth)
+        for location, row in itertools.chain(first, rows):
+            try:
+                prompt = self._prompt(location, row, report)
+            except UserError as error:
+                # A missing column is a mistake in the recipe, not in the row.
+                if self.bad_rows == "refuse" or error.cause is Cause.MISSING:
+                    raise
+                reason = str(error).removeprefix(f"{location}: ")
+                report.leave_out(reason, location, error.key)
+                continue
+            if prompt is not None:
+                yield prompt
+        row_filter.finish()
+
+    def _prompt(self, location: str, row: Record, report: DataReport) -> Prompt | None:
+        """Return the prompt of a row, None for one that is left out for want of a truth."""
+        row = self._renamed(row, report.columns)
+        before, question = question_of(location, row)
+        kind = row.get("kind") or self.kind or kind_of(row.get("truth"))
+        if "truth" not in row and kind not in WITHOUT_TRUTH:
             fault = f"{location}: 'truth' {missing(row, 'truth', COLUMNS)}"
-            raise MissingTruth(fault, row_kind)
+            raise MissingTruth(fault, kind)
         try:
-            resolve(row_kind)
+            resolve(kind)
         except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{location}: {error}", key="kind", cause=Cause.UNKNOWN) from error
-        if row_kind in ("math", "code"):
-            _check_truth(location, row["truth"], (columns or {}).get("truth", "truth"))
+        truth = row.get("truth")
         fields = {n: v for n, v in row.items() if n not in ("question", *RESERVED_FIELDS)}
-        identity = _digest(_identity(question, fields, kind)).hex()[:16]
-        yield Prompt(identity, question, row_kind, row.get("truth"), fields, location)
+        if kind in CHECKS:
+            name = {**report.columns, **self.columns}.get("truth", "truth")
+            if is_none(truth, self.no_truth):
+                shown = "a solution without a marked answer" if _is_long(truth) else repr(truth)
+                report.leave_out(f"{name!r} is {shown}, no truth", location, name)
+                return None
+            try:
+                check_truth(kind, truth, fields)
+            except ValueError as error:
+                raise UserError(
+                    f"{location}: {name!r}: {shorten(error, 300)}; correct or remove the row, or "
+                    "set data.bad_rows: leave_out",
+                    key=name,
+                    cause=Cause.MALFORMED,
+                ) from None
+        prompt = Prompt("", question, kind, truth, fields, location, before)
+        return replace(prompt, id=_digest(_identity(prompt, self.kind)).hex()[:16])
+
+    def _renamed(self, row: Record, found: Mapping[str, str]) -> Record:
+        """Return the row with the columns that were found by their names. A reward of the user's
+        own gets them under both names."""
+        values = {ours: entry(row, theirs) for ours, theirs in found.items()}
+        if self.kind is None or self.kind in REGISTRY:
+            present = {o: found[o] for o, value in values.items() if value is not ABSENT}
+            row = rename("", row, present)
+        return row | {ours: None if v is ABSENT else v for ours, v in values.items()}
 
 
-def without_roles(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row with the text of its question, where that is a chat of one user message, as
-    data sets for chat models have it."""
-    match row.get("question"):
-        case [{"role": "user", "content": str(text)}]:
-            return row | {"question": text}
-    return row
+def _is_long(truth: Any) -> bool:
+    return isinstance(truth, str) and len(truth) > MAX_SHOWN_CHARS
+
+
+def question_of(location: str, row: Record) -> tuple[list[Message], str]:
+    """Return the messages before the question, and the question. Raises UserError."""
+    value = row.get("question")
+    try:
+        found = read_question(value)
+    except ValueError as error:
+        raise UserError(
+            f"{location}: 'question': {error}", key="question", cause=Cause.MALFORMED
+        ) from None
+    if found is None and isinstance(value, list) and value:
+        raise UserError(
+            f"{location}: 'question' is a conversation that does not end with a message of the "
+            "user; responses are sampled to such a message. Examples to learn from are for sft",
+            key="question",
+            cause=Cause.MALFORMED,
+        )
+    return found or ([], require_text(location, row, "question", COLUMNS))
 
 
 def _from_task(
@@ -271,11 +394,18 @@ def _from_task(
         yield make_prompt(item["question"], kind or "logic", item["answer"], fields)
 
 
-def _identity(question: str, fields: dict[str, Any], kind: str | None) -> str:
+def _asked(prompt: Prompt) -> str:
+    """Return the text of the question and of the turns before it, but for a system's."""
+    turns = [m["content"] for m in prompt.before if m["role"] != "system"]
+    return "\n".join([*turns, prompt.question])
+
+
+def _identity(prompt: Prompt, kind: str | None) -> str:
     """Return the text that identifies a prompt. kind: as in `load_prompts`."""
-    if kind != ENVIRONMENT or not fields:
+    question = _asked(prompt)
+    if kind != ENVIRONMENT or not prompt.fields:
         return question
-    text = json.dumps(fields, sort_keys=True, default=str)
+    text = json.dumps(prompt.fields, sort_keys=True, default=str)
     # As a hash, because `normalize` would make fields equal.
     return f"{question} {hashlib.sha256(text.encode()).hexdigest()}"
 

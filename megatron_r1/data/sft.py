@@ -1,43 +1,224 @@
-"""Supervised examples: a prompt text and the response to learn."""
+"""Supervised examples: a text to continue, or a conversation whose assistant's turns are learned.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+| row | read as |
+|---|---|
+| `{prompt, response}` or `{prompt, completion}` as text | text, template included |
+| `{prompt, completion}` as lists of messages | a conversation; the completion is learned |
+| `messages`, `conversations` (ShareGPT) and the like, with `tools` | a conversation |
+| `{instruction, input, output}` (Alpaca) | a conversation of two messages |
+| `{query, answers, tools}` (xlam) | a conversation; the answer is its calls |
+| `{question or problem, response, solution or answer}` | a conversation of two messages |
+| `{text}` | text without a prompt, learned from its second token on |
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from megatron_r1.data.records import read_records, require_text
+from megatron_r1.data.chats import Message, read_chat, read_tools, tool_calls
+from megatron_r1.data.records import Record, read_records, require_text
+from megatron_r1.data.report import DataReport
 from megatron_r1.data.sampler import EpochSampler
+from megatron_r1.data.where import Conditions, RowFilter
 from megatron_r1.errors import Cause, UserError
 
 COLUMNS = "in sft.data, beside path, columns"
+CHATS = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns")
+QUESTIONS = ("question", "problem", "query", "instruction", "prompt", "input")
+RESPONSES = (
+    *("response", "completion", "generated_solution", "output", "answer", "solution"),
+    *("generation", "reasoning"),
+)
+SYSTEMS = ("system", "system_prompt")
 
 
 @dataclass(frozen=True)
 class SftExample:
-    """One example of supervised training. prompt: the text the model is given, template included,
-    without loss. response: with loss."""
+    """One example of supervised training: a text to continue, or a conversation.
 
-    prompt: str
-    response: str
+    prompt: the text the model is given, template included, without loss. response: with loss.
+    messages: the conversation in place of both; its assistant's messages from number `learned_from`
+    on have loss. tools: what a conversation's template is given as tools."""
+
+    prompt: str = ""
+    response: str = ""
+    messages: list[Message] = field(default_factory=list)
+    learned_from: int = 0
+    tools: list[Any] | None = None
+    location: str = field(default="", compare=False, repr=False)
 
 
-def load_examples(path: str | Path, columns: Mapping[str, str] | None = None) -> list[SftExample]:
-    """Return the rows {"prompt", "response"} of a JSONL or Parquet file; columns: our name → the
-    file's. Raises UserError with file and line for a bad row, and for a file without rows."""
+def load_examples(
+    path: str | Path,
+    columns: Mapping[str, str] | None = None,
+    where: Conditions | None = None,
+    report: DataReport | None = None,
+) -> list[SftExample]:
+    """Return the examples of a file or data set (`records.read_records`), one a row, in the forms
+    of this module.
+
+    columns: our name → the file's. where: conditions that rows must meet (`where.RowFilter`).
+    report: counts the rows. Raises UserError with file and line for a bad row, and for a source
+    without rows."""
+    report = report or DataReport(str(path))
+    row_filter = RowFilter(where or {}, report, "sft.data.where")
+    names = ("prompt", "response")
     examples = [
-        SftExample(*(require_text(location, row, name, COLUMNS) for name in ("prompt", "response")))
-        for location, row in read_records(path, columns, ("prompt", "response"), "sft.data")
+        read_example(location, row, report)
+        for location, row in read_records(path, columns, names, "sft.data", row_filter.keeps)
     ]
+    row_filter.finish()
     if not examples:
         raise UserError(
-            f"{path}: it holds no examples; give rows of {{prompt, response}}",
+            f"{path}: it holds no examples; give rows of {{prompt, response}} or {{messages}}",
             key="sft.data",
             cause=Cause.EMPTY,
         )
     return examples
 
 
+def read_example(location: str, row: Record, report: DataReport | None = None) -> SftExample:
+    """Return the example of a row. Raises UserError for a row of no known form."""
+    for form, read in FORMS:
+        try:
+            example = read(row)
+        except ValueError as error:
+            raise UserError(
+                f"{location}: {form}: {error}", key=form, cause=Cause.MALFORMED
+            ) from None
+        if example is not None:
+            if report is not None:
+                report.kinds[form] = report.kinds.get(form, 0) + 1
+            return SftExample(*example, location=location)
+    prompt, response = (
+        require_text(location, row, name, COLUMNS) for name in ("prompt", "response")
+    )
+    return SftExample(prompt, response, location=location)
+
+
+def form_of(row: Record) -> str | None:
+    """Return which form of `FORMS` a row has; None for none, and for one that is malformed."""
+    try:
+        return next((form for form, read in FORMS if read(row) is not None), None)
+    except ValueError:
+        return None
+
+
 class ExampleSampler(EpochSampler[SftExample]):
     """Draws examples; a state is refused after an example has changed."""
 
     def key(self, item: SftExample) -> str:
+        if item.messages:
+            return json.dumps([item.messages, item.learned_from, item.tools], sort_keys=True)
         return f"{item.prompt}\0{item.response}"
+
+
+Parts = tuple[str, str, list[Message], int, list[Any] | None]
+"""The fields of an example."""
+
+
+def _texts(row: Record) -> Parts | None:
+    """Read {prompt, response} and {prompt, completion} as text."""
+    response = row.get("response") or row.get("completion")
+    if not isinstance(row.get("prompt"), str) or not isinstance(response, str):
+        return None
+    if read_chat(row["prompt"]) or not row["prompt"].strip() or not response.strip():
+        return None
+    return row["prompt"], response, [], 0, None
+
+
+def _prompt_and_completion(row: Record) -> Parts | None:
+    """Read {prompt, completion} as lists of messages; a text beside a list is one message."""
+    given, learned = row.get("prompt"), row.get("completion") or row.get("response")
+    before, after = read_chat(given), read_chat(learned)
+    if before is None and after is None:
+        return None
+    if before is None and isinstance(given, str):
+        before = [{"role": "user", "content": given}]
+    if after is None and isinstance(learned, str):
+        after = [{"role": "assistant", "content": learned}]
+    if not before or not after:
+        return None
+    return _conversation([*before, *after], len(before), row)
+
+
+def _chat(row: Record) -> Parts | None:
+    """Read a conversation, of the first column of `CHATS` that has one."""
+    for name in CHATS:
+        messages = read_chat(row.get(name))
+        if messages:
+            return _conversation(messages, 0, row)
+    return None
+
+
+def _alpaca(row: Record) -> Parts | None:
+    instruction, output = row.get("instruction"), row.get("output") or row.get("response")
+    if not isinstance(instruction, str) or not isinstance(output, str) or not output.strip():
+        return None
+    given = row.get("input")
+    more = f"\n\n{given}" if isinstance(given, str) and given.strip() else ""
+    return _asked(instruction + more, output, row)
+
+
+def _calls(row: Record) -> Parts | None:
+    if not isinstance(row.get("query"), str) or not row.get("tools") or not row.get("answers"):
+        return None
+    answer = {"role": "assistant", "content": "", "tool_calls": tool_calls(row["answers"])}
+    return _conversation([{"role": "user", "content": row["query"]}, answer], 0, row)
+
+
+def _question_and_response(row: Record) -> Parts | None:
+    question = next((row[n] for n in QUESTIONS if isinstance(row.get(n), str)), None)
+    response = next((row[n] for n in RESPONSES if isinstance(row.get(n), str)), None)
+    if not question or not response or ("prompt" in row and "response" in row):
+        return None
+    if not question.strip() or not response.strip() or row.get("prompt") == question:
+        return None
+    return _asked(question, response, row)
+
+
+def _text(row: Record) -> Parts | None:
+    text = row.get("text")
+    if not isinstance(text, str) or not text.strip() or "prompt" in row:
+        return None
+    return "", text, [], 0, None
+
+
+def _asked(question: str, response: str, row: Record) -> Parts:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+    return _conversation(turns, 0, row)
+
+
+def _conversation(messages: list[Message], learned_from: int, row: Record) -> Parts:
+    """Return the example of a conversation, with the row's system prompt where the messages have
+    none. Raises ValueError where nothing is learned."""
+    system = next((row[n] for n in SYSTEMS if isinstance(row.get(n), str)), "")
+    if system.strip() and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+        learned_from += 1
+    learned = [m for m in messages[learned_from:] if m["role"] == "assistant"]
+    if not learned:
+        raise ValueError("no message of the assistant, from whose messages is learned")
+    if messages[0]["role"] == "assistant" and len(messages) == 1:
+        raise ValueError("the only message is the assistant's; it has no prompt")
+    return "", "", messages, learned_from, read_tools(row.get("tools"))
+
+
+QUESTION_AND_RESPONSE = "question and response"
+ALWAYS_LEARNED = (
+    *("prompt and completion as messages", "query, answers and tools"),
+    "instruction, input and output",
+)
+"""Forms whose rows are examples, whatever else they have."""
+FORMS: tuple[tuple[str, Callable[[Record], Parts | None]], ...] = (
+    ("prompt and response as text", _texts),
+    ("prompt and completion as messages", _prompt_and_completion),
+    ("messages", _chat),
+    ("query, answers and tools", _calls),
+    ("instruction, input and output", _alpaca),
+    (QUESTION_AND_RESPONSE, _question_and_response),
+    ("text", _text),
+)
+"""(what the form is called, how it is read)"""

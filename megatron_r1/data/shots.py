@@ -2,13 +2,15 @@
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import normalize
 from megatron_r1.data.records import read_records, require_text
 from megatron_r1.data.templates import is_opened, render
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptText, system_text
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards.answer import THINK
 
@@ -61,23 +63,25 @@ class Shots:
         draw = random.Random(f"{self._seed}/{normalize(question)}")
         return draw.sample(shots, min(self._num_shots, len(shots)))
 
-    def turns(self, question: str) -> list[dict[str, str]]:
+    def turns(self, question: str) -> list[Message]:
         """Return the messages of a chat that ends with `question`."""
-        turns = []
+        turns: list[Message] = []
         for shot in self.before(question):
             turns.append({"role": "user", "content": shot.question})
             turns.append({"role": "assistant", "content": shot.response})
         return [*turns, {"role": "user", "content": question}]
 
-    def text(self, template: str, question: str) -> str:
-        """Return every example as if asked and answered in `template`, then the question."""
+    def text(self, template: str, question: str, before: Sequence[Message] = ()) -> str:
+        """Return every example as if asked and answered in `template`, then the question. before:
+        the messages before it, in which only a system's is allowed. Raises UserError."""
         opened = is_opened(render(template, question))
         shown = [
             render(template, shot.question)
             + (shot.response.removeprefix(THINK) if opened else shot.response)
             for shot in self.before(question)
         ]
-        return BETWEEN.join([*shown, render(template, question)])
+        system = system_text(before, "data.template")
+        return BETWEEN.join([*shown, render(template, question, system)])
 
 
 class FewShotText(PromptText):
@@ -100,7 +104,8 @@ class FewShotText(PromptText):
                         cause=Cause.CONFLICT,
                     )
 
-    def encode(self, question: str) -> list[int]:
+    def encode(self, question: str, before: Sequence[Message] = ()) -> list[int]:
         if self._chat:
-            return list(self._apply_chat_template(self._shots.turns(question))["input_ids"])
-        return self.tokenizer.encode(self._shots.text(self._template, question))
+            turns = [*before, *self._shots.turns(question)]
+            return list(self._apply_chat_template(turns)["input_ids"])
+        return self.tokenizer.encode(self._shots.text(self._template, question, before))

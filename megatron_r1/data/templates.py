@@ -1,8 +1,14 @@
 """Prompt templates: how a question becomes the text that the policy continues."""
 
+import re
+
 from megatron_r1.errors import Cause, UserError
 
 PLACEHOLDER = "{problem}"
+SYSTEM = "{system}"
+"""Where a text template has the system's message of a question, if it has a place for it."""
+
+PLACES = re.compile(r"\{problem\}|\{system\}")
 
 CHAT = "chat"
 """Stands for the tokenizer's own chat template (`text.PromptText`)."""
@@ -38,9 +44,15 @@ def find_template(template: str, key: str = "data.template") -> str:
     return text
 
 
-def render(template: str, question: str) -> str:
-    """Return the prompt text. Braces in the question or elsewhere in the template stay."""
-    return find_template(template).replace(PLACEHOLDER, question)
+def render(template: str, question: str, system: str = "") -> str:
+    """Return the prompt text. Braces in the question or elsewhere in the template stay. system: the
+    text for `{system}`; without such a place it stands before the question, with a blank line."""
+    text = find_template(template)
+    if system and SYSTEM not in text:
+        question = f"{system}\n\n{question}"
+    given = {PLACEHOLDER: question, SYSTEM: system}
+    # One pass: a question that contains "{system}" keeps it.
+    return PLACES.sub(lambda match: given[match[0]], text)
 
 
 def is_opened(prompt_text: str) -> bool:

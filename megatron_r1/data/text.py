@@ -1,14 +1,19 @@
 """Questions → prompt tokens, response tokens → text: a tokenizer with a template."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from megatron_r1.data.byte_decoder import ByteDecoder
-from megatron_r1.data.templates import find_template, is_opened, render
+from megatron_r1.data.chats import Message
+from megatron_r1.data.templates import SYSTEM, find_template, is_opened, render
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.errors import Cause, UserError
+
+PROBE = "a message of the system"
+"""A text by which it is seen whether a template shows a system's message."""
 
 
 class PromptText:
@@ -23,7 +28,7 @@ class PromptText:
         """keys: the recipe's keys that name model and template, for errors. Sets opens_thought:
         whether prompts end with `<think>`, which responses then do not repeat. Raises UserError if
         the folder has no tokenizer, the tokenizer names no end token, or the template is none."""
-        self._chat = template == "chat"
+        self._chat, self._key = template == "chat", keys[1]
         self._template = template if self._chat else find_template(template, keys[1])
         self.tokenizer: Any = load_tokenizer(model_path, keys[0])
         if self._chat and not self.tokenizer.chat_template:
@@ -43,22 +48,58 @@ class PromptText:
         self._byte_decoder = ByteDecoder.of(self.tokenizer)
         self.opens_thought = is_opened(self.render("?"))
 
-    def render(self, question: str) -> str:
+    def render(self, question: str, before: Sequence[Message] = ()) -> str:
+        """Return the prompt's text. before: the messages before the question. Raises UserError for
+        turns before it where the template is a text with one question."""
         if not self._chat:
-            return render(self._template, question)
-        return self._apply_chat_template(_turns(question), tokenize=False)
+            return render(self._template, question, system_text(before, self._key))
+        return self._apply_chat_template(self._turns(question, before), tokenize=False)
 
-    def encode(self, question: str) -> list[int]:
-        """Return the prompt's token ids, with those that the tokenizer itself puts in front."""
+    def encode(self, question: str, before: Sequence[Message] = ()) -> list[int]:
+        """Return the prompt's token ids, with those that the tokenizer itself puts in front.
+        Arguments and errors are those of `render`."""
         if self._chat:
-            return list(self._apply_chat_template(_turns(question))["input_ids"])
-        return self.tokenizer.encode(render(self._template, question))
+            return list(self._apply_chat_template(self._turns(question, before))["input_ids"])
+        return self.tokenizer.encode(
+            render(self._template, question, system_text(before, self._key))
+        )
 
-    def fits(self, question: str, room: int) -> bool:
+    def fits(self, question: str, room: int, before: Sequence[Message] = ()) -> bool:
         """Whether the prompt leaves at least one of `room` tokens for a response."""
         # A token is a byte at least, so most need not be encoded; normalization may double some.
-        spare = room - len(self.encode("")) - 2 * len(question.encode("utf-8", "replace"))
-        return spare > 0 or len(self.encode(question)) < room
+        texts = [question, *(str(value) for message in before for value in message.values())]
+        num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        spare = room - len(self.encode("")) - 2 * num_bytes - 32 * len(before)
+        return spare > 0 or len(self.encode(question, before)) < room
+
+    @cached_property
+    def shows_system(self) -> bool:
+        """Whether the prompt shows a system's message where the template has a place for it. Some
+        chat templates refuse such a message, or leave it out: there it stands in front of the first
+        message of the user."""
+        if not self._chat:
+            return SYSTEM in self._template
+        probe = {"role": "system", "content": PROBE}
+        try:
+            text = self._apply_chat_template([probe, *_turns("?")], tokenize=False)
+        except Exception:  # noqa: BLE001 - a template raises what it likes
+            return False
+        return PROBE in text
+
+    def _turns(self, question: str, before: Sequence[Message]) -> list[Message]:
+        return self.seated([*before, *_turns(question)])
+
+    def seated(self, turns: Sequence[Message]) -> list[Message]:
+        """Return a conversation with the system's message in front of the first of the user, where
+        the template has no place for a system."""
+        turns = list(turns)
+        users = (at for at, turn in enumerate(turns) if turn["role"] == "user")
+        first = next(users, None)
+        if first is None or turns[0]["role"] != "system" or self.shows_system:
+            return turns
+        content = f"{turns[0]['content']}\n\n{turns[first]['content']}"
+        turns[first] = {**turns[first], "content": content}
+        return turns[1:]
 
     def encode_response(self, text: str) -> list[int]:
         """Return the token ids of a response, with the end token."""
@@ -73,9 +114,24 @@ class PromptText:
             return self._byte_decoder.decode(np.asarray(token_ids, np.int32))
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
-    def _apply_chat_template(self, turns: list[dict[str, str]], **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
+    def _apply_chat_template(self, turns: Sequence[Message], **options: Any) -> Any:
+        return self.tokenizer.apply_chat_template(
+            list(turns), add_generation_prompt=True, **options
+        )
 
 
-def _turns(question: str) -> list[dict[str, str]]:
+def _turns(question: str) -> list[Message]:
     return [{"role": "user", "content": question}]
+
+
+def system_text(before: Sequence[Message], key: str) -> str:
+    """Return the text of the system messages before a question, for a template with a place for
+    one question. key: the template's setting. Raises UserError for any other turn."""
+    if other := next((m for m in before if m["role"] != "system"), None):
+        raise UserError(
+            f"{key}: a text has a place for one question, and a question of the data has turns "
+            f"before it ({other['role']}: {other['content'][:40]!r}); use chat",
+            key=key,
+            cause=Cause.CONFLICT,
+        )
+    return "\n\n".join(message["content"] for message in before)

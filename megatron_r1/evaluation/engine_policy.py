@@ -10,6 +10,7 @@ from typing import Any
 from megatron_r1.agents.environment_pool import Environments, describe
 from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.config import AgentsConfig, Config
+from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.shots import FewShotText, Shots
 from megatron_r1.data.text import PromptText
@@ -86,10 +87,12 @@ class EnginePolicy:
         await self._fleet.start(self._model)
         await self._resources.enter_async_context(accepting_hosts(self._fleet, hosts))
 
-    async def respond(self, question: str, seed: int) -> TextResponse:
+    async def respond(
+        self, question: str, seed: int, before: Sequence[Message] = ()
+    ) -> TextResponse:
         """Sample one response. A prompt that leaves no room for a response is refused."""
         opened = self._text.opens_thought
-        prompt_ids = self._text.encode(question)
+        prompt_ids = self._text.encode(question, before)
         if len(prompt_ids) >= self._room:
             refusal = f"the prompt has {len(prompt_ids)} tokens, the model room for {self._room}"
             return TextResponse("", num_tokens=0, opened=opened, refusal=refusal)

@@ -61,8 +61,9 @@ def load_prompt_sets(config: Config) -> list[PromptSet]:
 
 
 def digest(prompt: Prompt) -> str:
-    """Return a digest of the prompt's question, kind, truth and fields."""
+    """Return a digest of the prompt's messages, kind, truth and fields."""
     content: list[Any] = [prompt.question, prompt.kind, prompt.truth, prompt.fields]
+    content += [prompt.before] if prompt.before else []
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, Self
 
 from megatron_r1.config import AgentsConfig
+from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.rewards.answer import THINK
 from megatron_r1.rewards.base import UNGRADED
@@ -99,9 +100,11 @@ class Policy(Protocol):
     async def start(self) -> None:
         """Make the policy ready, before the first question. Raises RunError if that fails."""
 
-    async def respond(self, question: str, seed: int) -> TextResponse:
-        """Sample one response. The same seed gives the same response, as far as the engine can
-        reproduce it."""
+    async def respond(
+        self, question: str, seed: int, before: Sequence[Message] = ()
+    ) -> TextResponse:
+        """Sample one response. before: the messages before the question. The same seed gives the
+        same response, as far as the engine can reproduce it."""
 
     async def check(self, agents: AgentsConfig, prompts: Sequence[Prompt]) -> None:
         """Raise UserError where episodes of these prompts cannot be played."""

@@ -10,9 +10,11 @@ from urllib.parse import urlsplit
 
 from megatron_r1.config import AgentsConfig
 from megatron_r1.config.evaluation import ServerConfig
+from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.shots import Shots
 from megatron_r1.data.templates import find_template, is_opened, render
+from megatron_r1.data.text import system_text
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.response import Decoding, TextResponse
 from megatron_r1.rewards.answer import END_THINK, THINK
@@ -75,11 +77,13 @@ class ServerPolicy:
             except Ungradable as error:
                 raise ServiceError(f"{url}: {error}; check {self._key}") from None
 
-    async def respond(self, question: str, seed: int) -> TextResponse:
+    async def respond(
+        self, question: str, seed: int, before: Sequence[Message] = ()
+    ) -> TextResponse:
         """Sample one response. A question that the server refuses gets no response. Raises
         ServiceError if the server refuses every question, or is down."""
         try:
-            reply = await self._service.request(self._body(question, seed))
+            reply = await self._service.request(self._body(question, seed, before))
         except Ungradable as error:
             await self._refuse_limits(error)
             return TextResponse("", refusal=f"the server gave no response: {error}")
@@ -117,15 +121,17 @@ class ServerPolicy:
             ) from None
         self._takes_limits = True
 
-    def _body(self, question: str, seed: int) -> dict[str, Any]:
+    def _body(self, question: str, seed: int, before: Sequence[Message] = ()) -> dict[str, Any]:
         content: dict[str, Any]
         if self._chat:
-            turns = [{"role": "user", "content": question}]
-            content = {"messages": self._shots.turns(question) if self._shots else turns}
+            turns: list[Message] = [{"role": "user", "content": question}]
+            turns = self._shots.turns(question) if self._shots else turns
+            content = {"messages": [*before, *turns]}
         elif self._shots:
-            content = {"prompt": self._shots.text(self._template, question)}
+            content = {"prompt": self._shots.text(self._template, question, before)}
         else:
-            content = {"prompt": render(self._template, question)}
+            system = system_text(before, "data.template")
+            content = {"prompt": render(self._template, question, system)}
         return {"model": self._server.model, **content, **asdict(self._decoding), "seed": seed}
 
     def _is_opened(self, text: str, truncated: bool) -> bool:

@@ -10,8 +10,19 @@ from megatron_r1.first_recipe.sizes import Guess
 
 WIDTH = 100
 SECTIONS = (
-    *("run", "model", "data", "rollout", "rewards", "rl", "optimizer", "parallel", "checkpoint"),
-    "eval",
+    *(
+        "run",
+        "model",
+        "data",
+        "sft",
+        "rollout",
+        "rewards",
+        "rl",
+        "optimizer",
+        "parallel",
+        "checkpoint",
+    ),
+    *("checkpoint", "eval"),
 )
 
 

@@ -75,7 +75,10 @@ class RolloutCollector:
             # An episode that failed is played again; a response can be graded again.
             only_final = self.player is not None
             recalled = log.recall(at, prompt, only_final) if log else None
-            prompt_ids = recalled.prompt_ids if recalled else self.text.encode(prompt.question)
+            if recalled:
+                prompt_ids = recalled.prompt_ids
+            else:
+                prompt_ids = self.text.encode(prompt.question, prompt.before)
             begun.append((at, prompt, prompt_ids, recalled))
             await asyncio.sleep(0)  # hundreds at once would block the event loop
         try:

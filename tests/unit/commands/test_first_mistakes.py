@@ -11,12 +11,12 @@ from megatron_r1 import config as configuration
 from megatron_r1.commands.rl_checks import naming_renamed_columns
 from megatron_r1.commands.rl_questions import show_padded_truths
 from megatron_r1.commands.training_run import run_training
+from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.temporary_files import temporary_logs
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.prompt_sets import load_prompt_sets
-from megatron_r1.first_recipe.columns import guess_columns
 from megatron_r1.models.hf_config import hub_hint
 from megatron_r1.rewards import resolve
 from megatron_r1.rewards.base import Grade
@@ -61,10 +61,7 @@ def test_questions_are_checked(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with refused("data.path", Cause.EMPTY, "empty.jsonl"):
         load_prompts(path=tmp_path / "empty.jsonl")
-    rows = [{"question": "a", "truth": "1"}, {"question": "b", "truth": None}]
-    with refused("--truth", Cause.EMPTY, "x.jsonl: row 2", "None"):
-        guess_columns("x.jsonl", rows)
-    rows = [{"question": q, "truth": t} for q, t in (("a", "1"), ("A ", "2"), ("b", "3"))]
+    rows = [{"question": q, "truth": t} for q, t in (("a", "1"), ("a ", "2"), ("b", "3"))]
     split = load_prompts(path=write(tmp_path / "q.jsonl", [*rows, rows[2]]), heldout_fraction=0.0)
     assert [(kept.truth, other.truth) for kept, other in split.contradictions] == [("1", "2")]
 
@@ -141,8 +138,8 @@ TURNS = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content":
 @pytest.mark.parametrize(
     "row, cause",
     [
-        ({"prompt": CHAT, "answer": "2"}, Cause.EMPTY),
-        ({"messages": TURNS}, Cause.UNSUPPORTED),
+        ({"prompt": [*CHAT, TURNS[1]], "answer": "2"}, Cause.EMPTY),
+        ({"dialog": TURNS}, Cause.UNSUPPORTED),
     ],
 )
 def test_a_chat_that_is_no_question_is_refused(row, cause):
@@ -163,8 +160,8 @@ def test_columns_within_columns_are_found_at_any_depth():
 @pytest.mark.parametrize(
     "name, content, key, cause",
     [
-        ("a.tsv", "question\ttruth\n", "data.path", Cause.UNSUPPORTED),
-        ("a.jsonl", '[{"question": "1 + 1", "truth": "2"}]', "data.path", Cause.MALFORMED),
+        ("a.txt", "question\ttruth\n", "data.path", Cause.UNSUPPORTED),
+        ("a.jsonl", '[{"question": "1 + 1", "truth": "2"}', "data.path", Cause.MALFORMED),
         ("a.csv", "question,truth\nHow many, now?,2\n", "data.path", Cause.MALFORMED),
         ("b.csv", "question,truth\n1 + 1,\n", "truth", Cause.EMPTY),
     ],

@@ -85,7 +85,7 @@ UNGRADABLE = [
     ({"kind": "math", "response": None}, "NoneType"),
     ({"kind": "maths", "response": GOOD}, "'math'"),
     ({"kind": "math", "response": GOOD}, "truth"),
-    ({"kind": "math", "response": GOOD, "truth": ["13"]}, "truth"),
+    ({"kind": "math", "response": GOOD, "truth": {"a": "13"}}, "truth"),
     ({"kind": "language", "response": GOOD}, "rewards.options.language.target"),
     ({"kind": "conciseness", "response": GOOD}, "free_length, max_len"),
     ({"kind": "judge", "response": GOOD, "question": "?"}, "url"),

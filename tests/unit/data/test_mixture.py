@@ -10,7 +10,7 @@ import yaml
 from refusals import refused
 
 from megatron_r1 import config as configuration
-from megatron_r1.commands.sft import _examples
+from megatron_r1.commands.sft import load_sampler
 from megatron_r1.commands.supervised import with_steps
 from megatron_r1.config.training import MixturePart
 from megatron_r1.data.mixture import MixtureSampler, describe, epoch_counts, load_mixture
@@ -102,7 +102,7 @@ def test_epochs_are_steps(files):
     def steps(run=None, **sft):
         tree = {"sft": {"data": [x, y], **sft}, "run": run or {}}
         config = configuration.parse(tree)
-        return with_steps(config, "sft", _examples(config)[0].epoch_size).run.steps
+        return with_steps(config, "sft", load_sampler(config)[0].epoch_size).run.steps
 
     # 8 examples an epoch.
     assert steps(epochs=2, batch_size=4) == 4
@@ -116,5 +116,5 @@ def test_epochs_are_steps(files):
 
 def test_one_path_is_what_it_was(files):
     config = configuration.parse({"sft": {"data": files[0]}})
-    sampler, contents = _examples(config)
-    assert contents == ["5 examples"] and len(sampler.items) == 5
+    sampler, contents = load_sampler(config)
+    assert contents[0] == "5 examples" and len(sampler.items) == 5

@@ -30,7 +30,7 @@ class Policy:
     async def close(self):
         assert self.seeds
 
-    async def respond(self, question, seed):
+    async def respond(self, question, seed, before=()):
         if len(self.seeds) == self.limit:
             raise RuntimeError("the engine died")
         self.seeds.append(seed)

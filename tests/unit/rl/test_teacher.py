@@ -259,7 +259,7 @@ class Text:
 
     opens_thought, end = False, 1
 
-    def encode(self, question):
+    def encode(self, question, before=()):
         return [int(char) for char in question]
 
     def decode(self, token_ids):

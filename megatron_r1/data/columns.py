@@ -1,4 +1,4 @@
-"""Guesses which columns of a data file are the question, its truth and the kind of reward."""
+"""Finds the columns of a data file that are the question, its truth and the kind of reward."""
 
 import math
 import re
@@ -6,24 +6,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_r1.data.chats import decoded, is_chat, read_question
+from megatron_r1.data.records import ABSENT, as_mapping, entry
 from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.rewards import WITHOUT_TRUTH, resolve
 from megatron_r1.rewards.base import shorten
-from megatron_r1.rewards.code.problem import parse_problem
+from megatron_r1.rewards.truths import is_none, kind_of
 
 QUESTION_NAMES = (
-    *("question", "problem", "prompt", "query", "instruction", "exercise", "task", "input"),
-    *("text", "content"),
+    *("question", "problem", "prompt", "query", "problem_statement", "instruction", "exercise"),
+    *("task", "input", "text", "description", "content", "messages", "conversations"),
 )
 TRUTH_NAMES = (
-    *("truth", "answer", "ground_truth", "final_answer", "expected_answer", "solution", "target"),
-    *("expected", "gold", "reference", "result", "label", "tests", "test_cases", "output"),
+    *("truth", "answer", "ground_truth", "reward_model.ground_truth", "verification_info"),
+    *("input_output", "tests", "test_cases", "test_list", "golden_answers", "final_answer"),
+    *("expected_answer", "solution", "target", "answers", "expected", "gold", "reference"),
+    *("result", "label", "output"),
 )
 """Usual names, the likelier first."""
-ONE_MESSAGE = (
-    "a question is a text, or a chat of one user message: write that message and the answer into "
-    "columns of their own, and what a system says into data.template"
-)
+COMPOSED = (("public_tests", "private_tests", "generated_tests"), ("inputs", "outputs", "fn_name"))
+"""Columns that are a truth together: CodeContests', and APPS' tests as columns."""
+ONE_MESSAGE = "a question is a text, or a conversation that ends with a message of the user"
+MAX_NESTED_CHARS = 100_000
+"""JSON text above this size is not searched for columns."""
 Row = Mapping[str, Any]
 
 
@@ -61,7 +66,7 @@ def guess_columns(
     if question is None:
         question, reasons["question"] = _find(source, QUESTION_NAMES, flat, _is_question, truth)
     if question is None:
-        if chat := next((name for name, value in flat[0].items() if _is_chat(value)), None):
+        if chat := next((name for name, value in flat[0].items() if is_chat(decoded(value))), None):
             raise UserError(
                 f"{source}: {chat!r} has chats; {ONE_MESSAGE}{_listed(flat)}",
                 key="--question",
@@ -75,6 +80,9 @@ def guess_columns(
         )
     kinds = _kinds_of_rows(flat) if kind is None else set()
     needs_truth = not kinds or not kinds.issubset(WITHOUT_TRUTH)
+    if truth is None and needs_truth:
+        truth = _composed(flat)
+        reasons["truth"] = "by their names"
     if truth is None and needs_truth:
         truth, reasons["truth"] = _find(source, TRUTH_NAMES, flat, _is_truth, question)
     if truth is None and needs_truth:
@@ -91,14 +99,59 @@ def guess_columns(
     return Columns(question, truth, kind, reasons)
 
 
+def columns_by_name(rows: Sequence[Row], needs_truth: bool) -> dict[str, str]:
+    """Return our name → the file's column for a question and a truth that `rows`, the file's first
+    ones, have under usual names only. What is not found is left out."""
+    flat = [_flat(row) for row in rows]
+    found: dict[str, str] = {}
+    has_question = any("question" in row for row in rows)
+    if not has_question and (name := _by_name(QUESTION_NAMES, flat, _is_question, None)):
+        found["question"] = name
+    if needs_truth and not any("truth" in row for row in rows):
+        taken = found.get("question", "question")
+        if truth := _composed(flat) or _by_name(TRUTH_NAMES, flat, _is_truth, taken):
+            found["truth"] = truth
+    return found
+
+
+def _by_name(
+    names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any], bool], other: str | None
+) -> str | None:
+    """Return the first of `names` that rows have as a column."""
+    fitting = _fitting(rows, fits, other)
+    by_name = {_plain(column): column for column in reversed(fitting)}
+    return next((by_name[usual] for usual in names if usual in by_name), None)
+
+
+def _fitting(rows: Sequence[Row], fits: Callable[[Any], bool], other: str | None) -> list[str]:
+    """Return the columns whose values fit, in at least one row, and are none in the others."""
+    found = []
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        given = [v for v in values if not (is_none(v) if fits is _is_truth else v is None)]
+        if name == other or not given:
+            continue
+        if all(fits(value) and not _wraps(value) for value in given):
+            found.append(name)
+    return found
+
+
+def _composed(rows: Sequence[Row]) -> str | None:
+    """Return `a+b` for columns that are a truth together, if the rows have at least two of them."""
+    for names in COMPOSED:
+        if len(own := [name for name in names if any(row.get(name) for row in rows)]) >= 2:
+            return "+".join(own)
+    return None
+
+
 def _flat(row: Row) -> dict[str, Any]:
     """Return the row with the entries of its mappings as `column.entry`, at any depth."""
-    entries = {
-        f"{name}.{key}": value
-        for name, column in row.items()
-        if isinstance(column, dict)
-        for key, value in _flat(column).items()
-    }
+    entries: dict[str, Any] = {}
+    for name, column in row.items():
+        if isinstance(column, str) and len(column) > MAX_NESTED_CHARS:
+            continue
+        if (mapping := as_mapping(column)) is not None:
+            entries |= {f"{name}.{key}": value for key, value in _flat(mapping).items()}
     return {**row, **entries}
 
 
@@ -112,17 +165,12 @@ def _find(
     """Return (column, reason): by its name; else, of two columns, the one that is left, where
     questions are longer than truths. other: the column that is already taken. Raises UserError
     where one of a usual name has rows without a value."""
-    fitting = [
-        name
-        for name in rows[0]
-        if name != other
-        and all(fits(row.get(name)) and not _wraps(row.get(name)) for row in rows)
-        and not _counts(name, rows)
-    ]
+    fitting = _fitting(rows, fits, other)
     for usual in names:
         for column in fitting:
             if _plain(column) == usual:
                 return column, "by its name"
+    fitting = [name for name in fitting if not _counts(name, rows)]
     for usual in names:
         for column in fitting:
             if usual in re.split("[_.]", _plain(column)):
@@ -142,30 +190,23 @@ def _find(
 
 
 def _blank(names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any], bool]) -> str:
-    """Return why a column with a usual name is none: "row 6: 'answer' is None; …", or ""."""
+    """Return why a column with a usual name has no value: "row 6: 'answer' is 7; …", or ""."""
     for usual in names:
         for column in rows[0]:
             if _plain(column) == usual:
                 for number, row in enumerate(rows, start=1):
                     if not fits(value := row.get(column)):
                         what = f"{column!r} is {shorten(repr(value))}"
-                        remedy = ONE_MESSAGE if _is_chat(value) else "give one, or remove the row"
+                        remedy = ONE_MESSAGE if is_chat(value) else "give one, or remove the row"
                         return f"row {number}: {what}; {remedy}"
     return ""
 
 
 def _is_question(value: Any) -> bool:
-    match value:
-        case str():
-            return bool(value.strip())
-        case [{"role": "user", "content": str()}]:
-            return True
-    return False
-
-
-def _is_chat(value: Any) -> bool:
-    """Return whether a value is a list of messages."""
-    return isinstance(value, list) and any(isinstance(m, dict) and "role" in m for m in value)
+    try:
+        return read_question(value) is not None
+    except ValueError:
+        return False
 
 
 def _wraps(value: Any) -> bool:
@@ -180,7 +221,7 @@ def _is_truth(value: Any) -> bool:
         return bool(value.strip())
     if isinstance(value, float):
         return math.isfinite(value)
-    return isinstance(value, int | dict | list) and not isinstance(value, bool)
+    return isinstance(value, int | dict | list)
 
 
 def _counts(name: str, rows: Sequence[Row]) -> bool:
@@ -200,15 +241,21 @@ def _kinds_of_rows(rows: Sequence[Row]) -> set[str]:
         return set()
 
 
-def _guess_kind(truth: str, rows: Sequence[Row]) -> tuple[str, str]:
+def _guess_kind(truth: str, rows: Sequence[Row]) -> tuple[str | None, str]:
     if all(isinstance(row.get("entry"), dict) and "task" in row for row in rows):
         return "logic", "the rows are items of reasoning-gym (task, entry)"
-    try:
-        for row in rows:
-            parse_problem(row[truth], "python")
-    except (ValueError, TypeError, AttributeError, KeyError):
-        return "math", f"{truth!r} is compared as a number, a formula or words"
-    return "code", f"{truth!r} holds tests of a program"
+    found = [entry({**row}, truth) for row in rows]
+    kinds = {kind_of(value) for value in found if value is not ABSENT and not is_none(value)}
+    if len(kinds) > 1:
+        return None, f"each row's own, by its {truth!r}: {', '.join(sorted(kinds))}"
+    return next(iter(kinds), "math"), MEANING[next(iter(kinds), "math")].format(truth)
+
+
+MEANING = {
+    "math": "{!r} is compared as a number, a formula or words",
+    "code": "{!r} holds tests of a program",
+    "exact_match": "{!r} holds names or phrases, any of which is right",
+}
 
 
 def _plain(name: str) -> str:

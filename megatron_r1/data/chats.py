@@ -1,0 +1,179 @@
+"""Conversations as data sets write them, read as lists of {"role", "content"} messages.
+
+| form | |
+|---|---|
+| `[{"role": "user", "content": …}]`, its keys in any order | OpenAI's |
+| `[{"from": "human", "value": …}]` | ShareGPT |
+| content as `[{"type": "text", "text": …}]` | OpenAI's, in parts |
+| any of these as JSON text | SYNTHETIC-1, xlam |
+
+Keys whose value is null count as absent: Arrow fills the keys of nested columns that a row lacks.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Message = dict[str, Any]
+ROLES = {
+    **dict.fromkeys(("user", "human", "instruction", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "bard", "bing"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+}
+"""A role as data sets spell it → as chat templates do."""
+ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
+CALLS = ("function_call", "tool_call")
+"""Roles of ShareGPT whose text is a tool call as JSON."""
+KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+"""Keys of a message that templates read beside role and content."""
+
+
+def read_chat(value: Any) -> list[Message] | None:
+    """Return the messages of a conversation, None for what is none. Raises ValueError naming the
+    message that lacks its text, or has an unknown role."""
+    value = decoded(value)
+    if isinstance(value, Mapping):
+        value = next((value[k] for k in ("messages", "conversations") if value.get(k)), None)
+        value = decoded(value)
+    if not is_chat(value):
+        return None
+    return [_message(number, message) for number, message in enumerate(value, start=1)]
+
+
+def is_chat(value: Any) -> bool:
+    """Return whether a value is a list of messages, of any of the forms but text."""
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) > 0
+        and all(isinstance(m, Mapping) and any(key in m for key in ROLE_KEYS) for m in value)
+        and any(key in value[0] for key in (*CONTENT_KEYS, "tool_calls"))
+    )
+
+
+def read_question(value: Any) -> tuple[list[Message], str] | None:
+    """Return (the messages before the question, the question) of a text or a conversation that ends
+    with a user's message; None for any other. Raises ValueError as `read_chat`."""
+    chat = read_chat(value)
+    if chat is None:
+        return ([], value) if isinstance(value, str) and value.strip() else None
+    *before, last = chat
+    if last["role"] != "user" or not last["content"].strip():
+        return None
+    return before, last["content"]
+
+
+def read_tools(value: Any) -> list[Any] | None:
+    """Return the descriptions of tools that a row has, as JSON schemas; None for none."""
+    value = without_nulls(decoded(value))
+    if not isinstance(value, list) or not value:
+        return None
+    return [_tool(decoded(tool)) for tool in value]
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without keys of null in its mappings, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list | tuple):
+        return [without_nulls(entry) for entry in value]
+    return value
+
+
+def tool_calls(value: Any) -> list[Message]:
+    """Return calls `[{"name", "arguments"}]` or `[{"function": …}]` as OpenAI's form has them, with
+    arguments as a mapping. Raises ValueError for a call without a name."""
+    value = decoded(value)
+    calls = []
+    for entry in value if isinstance(value, list) else [value]:
+        call = without_nulls(decoded(entry))
+        function = decoded(call.get("function", call)) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{entry!r} is no tool call with a name")
+        arguments = function.get("arguments", function.get("parameters", {}))
+        named = {"name": function["name"], "arguments": without_nulls(decoded(arguments))}
+        own = {"id": call["id"]} if "id" in call else {}
+        calls.append({**own, "type": "function", "function": named})
+    return calls
+
+
+def decoded(value: Any) -> Any:
+    """Return the list or mapping that a text is as JSON, any other value itself."""
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _message(number: int, message: Mapping[str, Any]) -> Message:
+    given = without_nulls(message)
+    named = next((given[key] for key in ROLE_KEYS if key in given), None)
+    role = ROLES.get(named.strip().casefold()) if isinstance(named, str) else None
+    if role is None:
+        raise ValueError(f"message {number} has role {named!r} (known: {', '.join(ROLES)})")
+    content = _text(next((given[key] for key in CONTENT_KEYS if key in given), ""), number)
+    read: Message = {"role": role, "content": content}
+    read |= {key: given[key] for key in KEPT if key in given}
+    if named in CALLS:
+        read |= {"content": "", "tool_calls": content}
+    if calls := read.pop("tool_calls", None):
+        try:
+            read["tool_calls"] = tool_calls(calls)
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}") from None
+    return read
+
+
+def _text(content: Any, number: int) -> str:
+    """Return the text of a message, also of one in parts."""
+    if isinstance(content, list):
+        parts = [p if isinstance(p, str) else _part(p, number) for p in content]
+        return "".join(parts)
+    if isinstance(content, Mapping):
+        return json.dumps(content, ensure_ascii=False)  # a tool's result
+    if not isinstance(content, str):
+        raise ValueError(f"message {number} must have text as its content, it is {content!r}")
+    return content
+
+
+def _part(part: Any, number: int) -> str:
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, Mapping) else part
+    raise ValueError(f"message {number} has a part that is no text: {kind!r}")
+
+
+def _tool(tool: Any) -> Any:
+    """Return a tool's description in OpenAI's form. xlam's is {"name", "description",
+    "parameters": {argument: {"type": "str, optional", "description"}}}."""
+    if not isinstance(tool, Mapping) or "name" not in tool:
+        return tool
+    parameters = decoded(tool.get("parameters", {}))
+    if isinstance(parameters, Mapping) and "properties" not in parameters:
+        described = {n: p if isinstance(p, Mapping) else {} for n, p in parameters.items()}
+        required = [
+            n
+            for n, p in described.items()
+            if "optional" not in str(p.get("type", "")) and "default" not in p
+        ]
+        properties = {n: {**p, "type": _json_type(p.get("type"))} for n, p in described.items()}
+        parameters = {"type": "object", "properties": properties, "required": required}
+    return {"type": "function", "function": {**tool, "parameters": parameters}}
+
+
+JSON_TYPES = {
+    **{"str": "string", "int": "integer", "float": "number", "bool": "boolean"},
+    **{"list": "array", "tuple": "array", "set": "array", "dict": "object"},
+}
+
+
+def _json_type(name: Any) -> Any:
+    """Return the JSON type of a Python type as text: "str, optional", "List[int]"."""
+    if not isinstance(name, str):
+        return name or "string"
+    first = name.partition(",")[0].strip()
+    return JSON_TYPES.get(first.partition("[")[0].casefold(), first)

@@ -1,0 +1,199 @@
+"""Conversations → token ids, and which of them are the assistant's.
+
+The ids are those of one pass of the tokenizer's chat template over the whole conversation. Learned
+are the assistant's messages: from behind the header that `add_generation_prompt` writes, through
+the token that ends the turn; what a template writes between turns is not. Where a template marks
+the assistant's text itself (`{% generation %}`), that mark decides."""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_r1.data.chats import Message
+from megatron_r1.data.sft import SftExample
+from megatron_r1.data.templates import CHAT, PLACEHOLDER, find_template, render
+from megatron_r1.data.text import PromptText, system_text
+from megatron_r1.errors import Cause, UserError
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MARK = "\ue000\ue001"
+"""Text that no conversation has, in place of a message to see where that is rendered."""
+
+
+class ExampleText:
+    """The tokenizer of a Hugging Face folder, and the template of conversations."""
+
+    def __init__(self, model_path: str, template: str | None) -> None:
+        """template: "chat", or a text with {problem} (`templates`), for conversations of one
+        question; None: chat where the tokenizer has a chat template. Raises UserError."""
+        self._text = PromptText(model_path, PLACEHOLDER)
+        self._tokenizer: Any = self._text.tokenizer
+        self._model_path = model_path
+        has_chat = bool(self._tokenizer.chat_template)
+        self._template = template if template != "chat" else None
+        is_chat = template == "chat" or (template is None and has_chat)
+        self._chat = PromptText(model_path, CHAT) if is_chat and has_chat else None
+        if template == "chat" and not has_chat:
+            raise self._no_template()
+        if self._template is not None:
+            find_template(self._template, "sft.template")
+        self._marks = has_chat and bool(GENERATION.search(str(self._tokenizer.chat_template)))
+
+    def encode(self, example: SftExample) -> tuple[list[int], list[bool]]:
+        """Return (token ids, whether each is learned) of an example; the first is not. Raises
+        UserError for a conversation that the template refuses, or whose assistant's messages it
+        does not show."""
+        if example.messages and self._chat is not None:
+            return self._conversation(example, self._chat.seated(example.messages))
+        prompt, response = example.prompt, example.response
+        if example.messages:
+            prompt, response = self._exchange(example)
+        before = self._text.encode(prompt)
+        after = self._text.encode_response(response)
+        if not before:  # a text without a prompt, of a tokenizer that puts nothing in front
+            before, after = after[:1], after[1:]
+        return [*before, *after], [False] * len(before) + [True] * len(after)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text, special tokens included."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def _exchange(self, example: SftExample) -> tuple[str, str]:
+        """Return prompt and response of a conversation in a text template."""
+        if self._template is None:
+            raise self._no_template(example.location)
+        *before, question, answer = example.messages if len(example.messages) > 1 else ({}, {})
+        roles = question.get("role"), answer.get("role")
+        if roles != ("user", "assistant") or example.tools or "tool_calls" in answer:
+            raise UserError(
+                f"{example.location}: sft.template {self._template!r} is for one question and one "
+                "answer, and the conversation has more; use a tokenizer with a chat template",
+                key="sft.template",
+                cause=Cause.CONFLICT,
+            )
+        system = system_text(before, "sft.template")
+        return render(self._template, question["content"], system), answer["content"]
+
+    def _no_template(self, location: str = "") -> UserError:
+        where = f"{location}: " if location else ""
+        return UserError(
+            f"{where}a conversation is rendered by the tokenizer's chat template, and that of "
+            f"{self._model_path} has none; add chat_template.jinja there, or set sft.template to "
+            "plain or a text with {problem}",
+            key="sft.template",
+            cause=Cause.MISSING,
+        )
+
+    def _conversation(
+        self, example: SftExample, messages: list[Message]
+    ) -> tuple[list[int], list[bool]]:
+        """Return `encode` of a conversation. messages: as the template is given them."""
+        text = self._render(example, messages)
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        if self._marks:
+            learned = self._marked(example, messages)
+        else:
+            shift = len(messages) - len(example.messages)
+            spans = [
+                self._span(example, messages, number, text)
+                for number in range(max(0, example.learned_from + shift), len(messages))
+                if messages[number]["role"] == "assistant"
+            ]
+            learned = self._within(ids, offsets, spans)
+        if ids:
+            learned[0] = False
+        if not any(learned):
+            raise self._hidden(example)
+        return ids, learned
+
+    def _marked(self, example: SftExample, messages: list[Message]) -> list[bool]:
+        """Return what the template marks as generated."""
+        encoded = self._tokenizer.apply_chat_template(
+            messages,
+            tools=example.tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        learned = [bool(mark) for mark in encoded["assistant_masks"]]
+        if example.learned_from:
+            first = len(messages) - len(example.messages) + example.learned_from
+            start = len(
+                self._tokenizer(
+                    self._render(example, messages[:first], prompt=True), add_special_tokens=False
+                )["input_ids"]
+            )
+            learned = [mark and at >= start for at, mark in enumerate(learned)]
+        return learned
+
+    def _span(
+        self, example: SftExample, messages: list[Message], number: int, text: str
+    ) -> tuple[int, int]:
+        """Return where the message of that number begins and ends in the conversation's text, the
+        header not included."""
+        prompt = self._render(example, messages[:number], prompt=True) if number else ""
+        until = self._render(example, messages[: number + 1])
+        if prompt and text.startswith(prompt) and text.startswith(until):
+            return len(prompt), len(until)
+        # The template writes earlier turns in another form than the last: without their thoughts.
+        marked = {"role": "assistant", "content": MARK}
+        other = self._render(example, [*messages[:number], marked, *messages[number + 1 :]])
+        if MARK not in other:
+            raise self._hidden(example)
+        begin = len(os.path.commonprefix([text, other]))
+        if prompt and text.startswith(prompt):
+            begin = len(prompt)
+        tail = os.path.commonprefix([text[::-1], other[::-1]])
+        return begin, min(len(text), len(text) - len(tail) + len(self._ending(tail[::-1])))
+
+    def _ending(self, tail: str) -> str:
+        """Return the start of what follows a message, through the token that ends the turn."""
+        ends = [token for token in self._tokenizer.all_special_tokens if tail.startswith(token)]
+        if ends:
+            return max(ends, key=len)
+        stripped = tail.lstrip()
+        ends = [token for token in self._tokenizer.all_special_tokens if stripped.startswith(token)]
+        return tail[: len(tail) - len(stripped)] + max(ends, key=len) if ends else ""
+
+    def _within(
+        self, ids: list[int], offsets: Sequence[tuple[int, int]], spans: list[tuple[int, int]]
+    ) -> list[bool]:
+        """Return which tokens lie in the spans; of white space behind a turn's end token none."""
+        special = set(self._tokenizer.all_special_ids)
+        learned = [False] * len(ids)
+        for begin, end in spans:
+            inside = [at for at, (start, stop) in enumerate(offsets) if begin <= start < end]
+            inside = [at for at in inside if offsets[at][1] <= end]
+            last = max((at for at in inside if ids[at] in special), default=None)
+            if (
+                last is not None
+                and not self._tokenizer.decode([ids[at] for at in inside if at > last]).strip()
+            ):
+                inside = [at for at in inside if at <= last]
+            for at in inside:
+                learned[at] = True
+        return learned
+
+    def _render(
+        self, example: SftExample, messages: Sequence[Message], prompt: bool = False
+    ) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), tools=example.tools, tokenize=False, add_generation_prompt=prompt
+            )
+        except Exception as error:  # noqa: BLE001 - a template raises what it likes
+            raise UserError(
+                f"{example.location}: the chat template of {self._model_path} refuses the "
+                f"conversation ({type(error).__name__}: {error}); correct the row, or leave it out",
+                key="messages",
+                cause=Cause.MALFORMED,
+            ) from None
+
+    def _hidden(self, example: SftExample) -> UserError:
+        return UserError(
+            f"{example.location}: the chat template of {self._model_path} does not show the "
+            "assistant's messages, so nothing could be learned; correct the row or the template",
+            key="messages",
+            cause=Cause.MALFORMED,
+        )
