@@ -1,5 +1,6 @@
-"""The result of a run: its held-out scores with their intervals, and a sentence."""
+"""The result of a run: its held-out scores with their intervals, a verdict and a sentence."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,11 @@ import numpy as np
 from megatron_r1.reporting.wording import finite, number, percent
 
 SCORES, INTERVALS = "eval/", "interval/"
+FEW_QUESTIONS = 100
+"""With fewer held-out questions the sentence has their number, and intervals."""
+TAIL = 0.025
+"""The probability beyond each end of an interval of 95%."""
+LEARNED, NOT_SHOWN, WORSE = "Learned", "Not shown", "Worse"
 
 Metrics = Sequence[Mapping[str, Any]]
 """Lines of metrics.jsonl."""
@@ -47,6 +53,7 @@ class Evaluation:
     num_votes: int | None
     length: float | None
     accuracy: Score | None = None
+    num_questions: int | None = None
 
 
 def evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
@@ -69,6 +76,7 @@ def evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
                 int(votes.split("@")[1]) if votes else None,
                 finite(line, "eval/response_length"),
                 _score(line, "eval/accuracy"),
+                int(count) if (count := finite(line, "eval/questions")) else None,
             )
         )
     return results
@@ -83,23 +91,29 @@ def outcome_sentence(metrics: Metrics, heldout: Sequence[Evaluation]) -> str:
     if len(scored) > 1:
         if 0 < scored[-1].step < num_steps(metrics):
             steps = f"By step {scored[-1].step:,} of {num_steps(metrics):,}"
-        return f"{steps}, {_change(scored[0], scored[-1])}."
+        first, last = scored[0], scored[-1]
+        assert first.passed and last.passed
+        verdict, why = judge(first.passed, last.passed, last.num_questions)
+        return f"{verdict}: {_lower(steps)}, {_change(first, last)}. {why}"
     if scored:
         last = scored[0]
-        text = f"At step {last.step}, held-out pass@1 is {last.passed}"
+        text = f"{NOT_SHOWN}: one evaluation only. At step {last.step}, held-out pass@1 is "
+        text += f"{last.passed}{_of_questions(last)}"
         if last.majority:
             text += f" and the majority vote of {last.num_votes} {last.majority}"
         return f"{text}."
     judged = [evaluation.accuracy for evaluation in heldout if evaluation.accuracy]
     if len(judged) > 1:
-        change = _from_to(judged[0].value, judged[-1].value, percent)
-        return f"{steps}, the accuracy of held-out scores {change}."
+        change = _from_to(judged[0], judged[-1], percent)
+        verdict, why = judge(judged[0], judged[-1], None)
+        return f"{verdict}: {_lower(steps)}, the accuracy of held-out scores {change}. {why}"
     for key, name, form in (
         ("accuracy", "accuracy on the training samples", percent),
         ("loss", "the loss", number),
     ):
         if ends := first_and_last(metrics, key):
-            return f"{steps}, {name} {_from_to(*ends, form)}; nothing was evaluated held-out."
+            verdict = f"{NOT_SHOWN}: {_lower(steps)}" if key == "accuracy" else steps
+            return f"{verdict}, {name} {_from_to(*ends, form)}; nothing was evaluated held-out."
     return f"{steps}, neither accuracy nor loss was recorded."
 
 
@@ -130,14 +144,54 @@ def _score(line: Mapping[str, Any], key: str) -> Score | None:
     return Score(value, finite(line, f"{ends}/low"), finite(line, f"{ends}/high"))
 
 
+def judge(first: Score, last: Score, num_questions: int | None) -> tuple[str, str]:
+    """Return the verdict of a change of a score, and the sentence that gives its interval.
+
+    The change is `last - first`, and its 95% interval that of a difference of two means that are
+    taken as independent (Newcombe 1998, method 10, with the intervals that were recorded):
+    from  d - √((last - low_last)² + (high_first - first)²)
+    to    d + √((high_last - last)² + (first - low_first)²).
+    "Learned" if all of it is above 0, "Worse" if all is below, else "Not shown". Both evaluations
+    have the same questions, so that the interval is rather too wide. num_questions: by it an
+    interval without width, of all right or all wrong, gets that of Clopper and Pearson."""
+    pair = [_widened(score, num_questions) for score in (first, last)]
+    if any(low is None or high is None for low, high in pair):
+        return NOT_SHOWN, "One question has no interval."
+    (low1, high1), (low2, high2) = pair
+    assert low1 is not None and high1 is not None and low2 is not None and high2 is not None
+    change = last.value - first.value
+    low = change - math.hypot(last.value - low2, high1 - first.value)
+    high = change + math.hypot(high2 - last.value, first.value - low1)
+    verdict = LEARNED if low > 0 else WORSE if high < 0 else NOT_SHOWN
+    ends = f"{100 * low:+.0f} to {100 * high:+.0f}"
+    return verdict, f"The change is {100 * change:+.1f} points, 95% interval {ends}."
+
+
+def _widened(score: Score, num_questions: int | None) -> tuple[float | None, float | None]:
+    if score.low is None or score.high is None or score.low < score.high or not num_questions:
+        return score.low, score.high
+    width = 1 - TAIL ** (1 / num_questions)
+    return max(0.0, score.low - width), min(1.0, score.high + width)
+
+
+def _of_questions(evaluation: Evaluation) -> str:
+    count = evaluation.num_questions
+    return f" of {count} questions" if count and count < FEW_QUESTIONS else ""
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
 def _change(first: Evaluation, last: Evaluation) -> str:
     assert first.passed and last.passed, "called with scored evaluations only"
-    passed = _from_to(first.passed.value, last.passed.value, percent)
-    text = f"held-out pass@1 {passed}"
+    few = bool(_of_questions(last))
+    passed = _from_to(first.passed, last.passed, str if few else percent)
+    text = f"held-out pass@1{_of_questions(last)} {passed}"
     if first.step > 0:
         text += f" since step {first.step}"
     if first.majority and last.majority:
-        voted = _from_to(first.majority.value, last.majority.value, percent)
+        voted = _from_to(first.majority, last.majority, str if few else percent)
         verb = passed.split()[0]
         text += f" and the majority vote of {last.num_votes} {voted.removeprefix(f'{verb} ')}"
     if first.length is not None and last.length is not None:
@@ -146,7 +200,14 @@ def _change(first: Evaluation, last: Evaluation) -> str:
     return text
 
 
-def _from_to(before: float, after: float, form: Any, up: str = "rose", down: str = "fell") -> str:
-    if form(before) == form(after):
-        return f"stayed at {form(after)}"
-    return f"{up if after > before else down} from {form(before)} to {form(after)}"
+def _from_to(
+    before: float | Score, after: float | Score, form: Any, up: str = "rose", down: str = "fell"
+) -> str:
+    first, last = (each.value if isinstance(each, Score) else each for each in (before, after))
+    shown = [
+        form(each.value if isinstance(each, Score) and form is percent else each)
+        for each in (before, after)
+    ]
+    if shown[0] == shown[1]:
+        return f"stayed at {shown[0]}"
+    return f"{up if last > first else down} from {shown[0]} to {shown[1]}"

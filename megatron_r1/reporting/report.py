@@ -82,7 +82,7 @@ def write_report(
         "reporting/templates/run.html.jinja",
         title=printable(title or folder.path.resolve().name),
         run_facts={**(facts or {}), **_measured_facts(folder, metrics)},
-        outcome=outcome_sentence(metrics, heldout),
+        outcome=headline(folder),
         advice=[(line["step"], printable(line["text"])) for line in folder.read_advice()],
         tiles=_tiles(metrics, heldout),
         curves=_two_curves(metrics, heldout) if metrics else [],
@@ -93,6 +93,12 @@ def write_report(
         next_commands=next_commands,
     )
     return atomic_write(folder.report_path, html)
+
+
+def headline(folder: RunFolder) -> str:
+    """Return the result of a run as a sentence, with its verdict (`outcome.judge`)."""
+    metrics = folder.read_metrics()
+    return outcome_sentence(metrics, evaluations([*metrics, *folder.read_evaluations()]))
 
 
 def _measured_facts(folder: RunFolder, metrics: Metrics) -> dict[str, str]:

@@ -62,6 +62,7 @@ async def evaluate(
 
     eval/pass@1: mean accuracy over all samples (DeepSeek-R1, arXiv 2501.12948, section 3);
     eval/cons@N: share of prompts whose majority answer is right (`voting.majority_score`);
+    eval/questions: prompts with a graded response;
     eval/TERM: mean of each other reward that is measured, such as format and language;
     eval/win_rate, eval/lc_win_rate: of questions of kind judge, where the judge compares
     (`evaluation.win_rate`);
@@ -76,6 +77,10 @@ async def evaluate(
     responses = responses_of(rollout.groups)
     metrics = {
         **{f"eval/{name}": score.value for name, score in estimates.items()},
+        "eval/questions": sum(
+            any(ACCURACY not in each.ungraded for each in group.responses)
+            for group in rollout.groups
+        ),
         "eval/response_length": fmean(len(each.response.token_ids) for each in responses),
         "time/eval": rollout.rollout_seconds + rollout.reward_seconds,
     }

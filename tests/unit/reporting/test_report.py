@@ -9,7 +9,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.errors import Cause
-from megatron_r1.reporting.outcome import Score, evaluations
+from megatron_r1.reporting.outcome import LEARNED, NOT_SHOWN, WORSE, Score, evaluations
 from megatron_r1.reporting.plots import Curve, curve_plot, smooth, stacked_plot, thin
 from megatron_r1.reporting.report import outcome_sentence, write_report
 from megatron_r1.reporting.run_folder import RunFolder
@@ -144,7 +144,9 @@ def test_a_full_run_is_reported_with_its_numbers(tmp_path):
     outcome = figures(
         outcome_sentence(folder.read_metrics(), evaluations(folder.read_evaluations()))
     )
-    assert outcome == ["30", "@1", "rose", "25.0%", "87.5%", "4", "25.0%", "100.0%", "10.0", "40.0"]
+    assert outcome[:10] == [
+        *("30", "@1", "rose", "25.0%", "87.5%", "4", "25.0%", "100.0%", "10.0", "40.0")
+    ]
     shown = ["25.0%", "87.5%", "15–35% → 78–98%", "10–40% → 90–100%", "30.0 s", "group_size"]
     given = ["sums <1>", "DeepSeek-V3 & small", "tensorboard --logdir 'a' && echo <b>"]
     assert [text for text in shown + given if text not in words] == []
@@ -190,6 +192,47 @@ def test_any_run_has_a_report(tmp_path, lines, expected):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with refused("folder", Cause.NOT_FOUND, tmp_path / "nowhere"):
         write_report(tmp_path / "nowhere")
+
+
+def evaluated(step, value, low, high, questions):
+    return {
+        **{"step": step, "eval/pass@1": value, "eval/questions": questions},
+        **{"interval/pass@1/low": low, "interval/pass@1/high": high},
+    }
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "questions", "verdict", "interval"),
+    [
+        # By hand: 0.3 - √(0.05² + 0.12²) = 0.17, 0.3 + √(0.05² + 0.12²) = 0.43.
+        ((0.2, 0.08, 0.32), (0.5, 0.45, 0.55), 200, LEARNED, "+17 to +43"),
+        ((0.5, 0.45, 0.55), (0.2, 0.08, 0.32), 200, WORSE, "-43 to -17"),
+        ((0.5, 0.4, 0.6), (0.55, 0.45, 0.65), 200, NOT_SHOWN, "-9 to +19"),
+        ((0.5, 0.4, 0.6), (0.5, 0.4, 0.6), 200, NOT_SHOWN, "-14 to +14"),
+        # 0 of 9 and 9 of 9: Clopper and Pearson's ends are 1 - 0.025 ** (1 / 9) = 33.6% away.
+        ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 9, LEARNED, "+52 to +100"),
+        ((0.0, 0.0, 0.0), (0.2, 0.05, 0.4), 9, NOT_SHOWN, "-17 to +40"),
+        ((0.0, 0.0, 0.0), (0.2, 0.05, 0.4), 400, LEARNED, "+5 to +40"),
+    ],
+)
+def test_the_verdict_of_a_run_is_by_the_interval_of_the_change(
+    first, last, questions, verdict, interval
+):
+    lines = [evaluated(0, *first, questions), evaluated(8, *last, questions), {"step": 8}]
+    sentence = outcome_sentence(lines, evaluations(lines))
+    assert sentence.startswith(f"{verdict}:") and interval in sentence
+    has_number = f"{questions} questions" in sentence
+    assert has_number == (questions < 100) == ("95% interval 0–0%" in sentence)
+
+
+def test_without_two_evaluations_nothing_is_shown():
+    alone = [evaluated(0, 0.2, 0.1, 0.3, 12), {"step": 4}]
+    sentence = outcome_sentence(alone, evaluations(alone))
+    assert sentence.startswith(NOT_SHOWN) and "12 questions" in sentence and "10–30%" in sentence
+    trained = [{"step": step, "accuracy": step / 10} for step in range(1, 9)]
+    assert outcome_sentence(trained, []).startswith(NOT_SHOWN)
+    fitted = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
+    assert NOT_SHOWN not in outcome_sentence(fitted, [])
 
 
 def test_a_fall_is_not_called_a_rise():
