@@ -117,10 +117,15 @@ def columns_by_name(rows: Sequence[Row], needs_truth: bool) -> dict[str, str]:
 def _by_name(
     names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any], bool], other: str | None
 ) -> str | None:
-    """Return the first of `names` that rows have as a column."""
-    fitting = _fitting(rows, fits, other)
-    by_name = {_plain(column): column for column in reversed(fitting)}
-    return next((by_name[usual] for usual in names if usual in by_name), None)
+    """Return the first of `names` that rows have as a column; one whose values are all none only
+    where there is no other."""
+    known = dict.fromkeys(name for row in rows for name in row)
+    empty = [n for n in known if n != other and all(is_none(row.get(n)) for row in rows)]
+    for columns in (_fitting(rows, fits, other), empty if fits is _is_truth else []):
+        by_name = {_plain(column): column for column in reversed(columns)}
+        if found := next((by_name[usual] for usual in names if usual in by_name), None):
+            return found
+    return None
 
 
 def _fitting(rows: Sequence[Row], fits: Callable[[Any], bool], other: str | None) -> list[str]:

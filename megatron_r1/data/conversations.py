@@ -64,8 +64,9 @@ class ExampleText:
         if self._template is None:
             raise self._no_template(example.location)
         *before, question, answer = example.messages if len(example.messages) > 1 else ({}, {})
-        roles = question.get("role"), answer.get("role")
-        if roles != ("user", "assistant") or example.tools or "tool_calls" in answer:
+        roles = {m["role"] for m in before} - {"system"}, question.get("role"), answer.get("role")
+        is_one = roles == (set(), "user", "assistant")
+        if not is_one or example.tools or "tool_calls" in answer:
             raise UserError(
                 f"{example.location}: sft.template {self._template!r} is for one question and one "
                 "answer, and the conversation has more; use a tokenizer with a chat template",

@@ -35,14 +35,19 @@ from megatron_r1.data.where import Conditions, RowFilter
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards import ENVIRONMENT, REGISTRY, WITHOUT_TRUTH, resolve
 from megatron_r1.rewards.base import shorten
-from megatron_r1.rewards.truths import CHECKS, NO_TRUTH, check_truth, is_none, kind_of
+from megatron_r1.rewards.truths import (
+    CHECKS,
+    NO_TRUTH,
+    check_truth,
+    is_none,
+    is_unanswered,
+    kind_of,
+)
 
 RESERVED_FIELDS = ("response", "truth", "kind")
 COLUMNS = "data.columns"
 FIRST_ROWS = 100
 """Rows by which columns are found."""
-MAX_SHOWN_CHARS = 200
-"""A longer truth is not shown as a reason."""
 
 
 @dataclass(frozen=True)
@@ -337,7 +342,7 @@ class RowReading:
         if kind in CHECKS:
             name = {**report.columns, **self.columns}.get("truth", "truth")
             if is_none(truth, self.no_truth):
-                shown = "a solution without a marked answer" if _is_long(truth) else repr(truth)
+                shown = "a solution without a marked answer" if _is_solution(truth) else repr(truth)
                 report.leave_out(f"{name!r} is {shown}, no truth", location, name)
                 return None
             try:
@@ -362,8 +367,8 @@ class RowReading:
         return row | {ours: None if v is ABSENT else v for ours, v in values.items()}
 
 
-def _is_long(truth: Any) -> bool:
-    return isinstance(truth, str) and len(truth) > MAX_SHOWN_CHARS
+def _is_solution(truth: Any) -> bool:
+    return isinstance(truth, str) and is_unanswered(truth)
 
 
 def question_of(location: str, row: Record) -> tuple[list[Message], str]:
@@ -379,6 +384,13 @@ def question_of(location: str, row: Record) -> tuple[list[Message], str]:
         raise UserError(
             f"{location}: 'question' is a conversation that does not end with a message of the "
             "user; responses are sampled to such a message. Examples to learn from are for sft",
+            key="question",
+            cause=Cause.MALFORMED,
+        )
+    if found is None and "question" in row:
+        raise UserError(
+            f"{location}: 'question' must be a text that is not blank, or a chat, it is "
+            f"{shorten(repr(value))}; correct or remove the row, or set data.bad_rows: leave_out",
             key="question",
             cause=Cause.MALFORMED,
         )

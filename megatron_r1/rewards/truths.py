@@ -26,6 +26,7 @@ ANY_OF = ("target", "golden_answers", "answers", "answer", "ground_truth", "valu
 """The keys of a mapping that is a truth of any kind but code."""
 MAX_WORDS = 60
 """A truth of more words, with sentences, is a solution: a choice."""
+PROGRAM = re.compile(r"\s*(?:```|def \w|class \w+[(:]|import \w|from \w+ import |#include|return )")
 WORD = re.compile(r"[^\W\d_]{3,}")
 MAX_MARKED_CHARS = 40
 """Longer lines behind `####` are headings of Markdown where further lines follow: a choice."""
@@ -76,8 +77,10 @@ def is_none(truth: Any, words: Collection[str] = NO_TRUTH) -> bool:
 
 
 def is_unanswered(text: str) -> bool:
-    """Return whether a text is a whole solution that marks no answer, by a box or `####`: a proof,
-    with which no answer can be compared."""
+    """Return whether a text is a program, or a whole solution that marks no answer by a box or
+    `####`: a proof. No answer can be compared with either."""
+    if PROGRAM.match(text):
+        return True
     is_long = len(text.split()) > MAX_WORDS and any(mark in text for mark in (". ", ".\n"))
     return is_long and MARKER not in text and last_boxed(text) is None and not is_tests(text)
 

@@ -12,11 +12,13 @@ from megatron_r1.data.sft import read_example
 from megatron_r1.errors import Cause
 from megatron_r1.rewards import code, exact_match
 from megatron_r1.rewards import math as math_reward
+from megatron_r1.rewards.code.compare import equal_output
 from megatron_r1.rewards.code.problem import parse_problem
 from megatron_r1.rewards.code.published import language_of
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rewards.terms import RewardTerms, RewardUnusable
 from megatron_r1.rewards.truths import NO_TRUTH, is_none
+from tests.unit.rewards.code_answers import needs_sandbox
 
 
 def read(tmp_path, rows, **settings):
@@ -146,7 +148,7 @@ def test_text_stays_text():
     "truth",
     ["proof", "notfound", "n/a", "N/A", "None", "null", "unknown", "undefined", "No answer", "—",
      "[INVALID]", "-", "?", "TODO", r"\text{proof}", "nan", "", " ", None, [], [None, "N/A"],
-     {"target": []}, float("nan")],
+     {"target": []}, float("nan"), "Let x be even. " * 30, "def f(x):\n    return x"],
 )  # fmt: skip
 def test_a_truth_that_is_none_is_left_out_and_counted(tmp_path, truth):
     rows = [{"question": "a?", "truth": "42"}, {"question": "b?", "truth": truth}]
@@ -154,6 +156,14 @@ def test_a_truth_that_is_none_is_left_out_and_counted(tmp_path, truth):
     assert [prompt.truth for prompt in split.train] == ["42"]
     ((_, left_out),) = split.reports[0].left_out.items()
     assert (left_out.count, left_out.first) == (1, f"{tmp_path}/rows.jsonl:2")
+
+
+def test_a_file_without_any_truth_is_refused_by_its_column(tmp_path):
+    rows = [{"problem": f"{n}?", "answer": "proof"} for n in range(3)]
+    with refused("answer", Cause.EMPTY, "all 3 rows", "proof", "rows.jsonl:1"):
+        read(tmp_path, rows)
+    with refused("question", Cause.MALFORMED, "rows.jsonl:1", "bad_rows"):
+        read(tmp_path, [{"question": None, "answer": "1"}, {"question": "a?", "answer": "2"}])
 
 
 @pytest.mark.parametrize("truth", ["0", 0, "no", "-1", "E", "false", False, "none of them", "D"])
@@ -335,3 +345,24 @@ def test_languages_are_spelled_as_data_sets_do():
 def test_null_settings_of_a_prompt_are_the_defaults():
     with pytest.raises(ValueError, match="must be lists"):
         code.grade("", {"inputs": []}, language=None, partial=None, limits=None, standard=None)
+
+
+# B58: a program that prints only a part.
+
+
+@pytest.mark.parametrize("printed", [b"1", b"1\n2", b"1\n2\n3\n4", b"", b"1\n\n2\n3", b"2\n3"])
+def test_a_part_of_the_lines_is_wrong(printed):
+    for tolerance in (None, 0.0):
+        assert not equal_output(printed, "1\n2\n3\n", tolerance)
+        assert equal_output(b"1\n2\n3", "1\n2\n3\n", tolerance)
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "program",
+    ["print(1)", "import sys\nprint(1)\nsys.exit(0)\nprint(2)", "import os\nos._exit(0)", "pass"],
+)
+def test_a_program_that_ends_early_fails(program):
+    truth = {"inputs": [""], "outputs": ["1\n2\n3"]}
+    assert code.grade(f"```python\n{program}\n```", truth).reward == 0
+    assert code.grade("```python\nprint(1, 2, 3, sep='\\n')\n```", truth).reward == 1
