@@ -19,6 +19,7 @@ SENTENCE_END = re.compile(
     r"(?<=[.!。！])(?:\*\*|[*_\"”)])*(?:\s+(?=[*_\"“(]{0,3}[A-Z\u0080-\uffff])|(?<=[。！]))"
 )
 """Between two sentences of a line."""
+EMPHASIZED = re.compile(r"\*\*[^*\n]{1,400}\*\*")
 CHINESE = re.compile(r"答案(?:是|为|等于|[:：])\s*[:：]?")
 HEADING = re.compile(r"(?:the )?(?:final )?answer\s*[:.]?", re.IGNORECASE)
 """A line that announces the answer in the next one."""
@@ -40,7 +41,7 @@ TITLE = re.compile(
     re.IGNORECASE,
 )
 """The beginning of a heading of a solution, in Markdown's `#### Step 2`."""
-NUMBERED_TITLE = re.compile(r"[ \t*_]{0,9}\d{1,2}[.)][^\n]*[^\s.!?*_]\s*(?:\n|$)")
+NUMBERED_TITLE = re.compile(r"[ \t*_]{0,9}\d{1,2}[.)]\s[^\n]*[^\s.!?*_]\s*(?:\n|$)")
 """Another: `#### 2. Add them`. `#### 2. I added them.` is an answer and a sentence."""
 QUOTING = re.compile(
     r"\b(?:said|says?|wrote|writes?|claim(?:s|ed)?|thinks?|thought|believes?|answered|replied"
@@ -52,7 +53,7 @@ QUOTING = re.compile(
 """Words of a text that introduces somebody else's answer, an example of one, or a rejected one."""
 TAKEN_BACK = re.compile(
     r"\b(?:wait|actually|oops|whoops|sorry|hold on|hmm+|on second thought|scratch that"
-    r"|mistakes?n?|wrong(?:ly)?|incorrect(?:ly)?|false|miscalculated|miscounted|misread|overlooked"
+    r"|mistakes?n?|wrong(?:ly)?|incorrect(?:ly)?|false|miscalculated|miscounted|misread|overlooked|forgets?|forgot(?:ten)?|missed|misses"
     r"|corrections?|corrected|(?:recheck|recomput|recalculat|redo)\w*(?=[^.]*:)|should (?:be|have)"
     r"|must be|not (?:right|correct|true|valid|the (?:right|correct|final)? ?answer)"
     r"|(?:is|was)n['’]t (?:right|correct|true|valid|the)|instead|rather than|turns out)\b"
@@ -69,7 +70,7 @@ NO_MISTAKE = re.compile(
 """`I made no mistake`, `nothing is wrong` take nothing back."""
 CONCLUDING = re.compile(
     r"(?:\b(?:so|therefore|thus|hence|in total|altogether|in all|in conclusion|finally|overall"
-    r"|which (?:gives|makes|is)|we (?:get|have|obtain))\b|[=∴⇒→])[^\n]*\d",
+    r"|(?:which|that|this) (?:gives|makes)|which is|we (?:get|have|obtain))\b|[=∴⇒→])[^\n]*\d",
     re.IGNORECASE,
 )
 """A last line that draws a conclusion with a number: another answer, unless it repeats this one."""
@@ -104,12 +105,17 @@ def marked_answer(visible: str, numeric: bool) -> Extraction | None:
 
 
 def _sentence_around(text: str, at: int) -> tuple[int, int]:
-    """Return where the sentence at a position, within its line, begins and ends."""
+    """Return where the sentence at a position, within its line, begins and ends; of an emphasized
+    one, the emphasis."""
     start = text.rfind("\n", 0, at) + 1
     end = text.find("\n", at)
     end = len(text) if end < 0 else end
     if end - start > MAX_LINE_CHARS:
         start, end = max(start, at - MAX_LINE_CHARS // 2), min(end, at + MAX_LINE_CHARS // 2)
+    for span in EMPHASIZED.finditer(text, start, end):
+        inside = text[span.start() : span.end()].strip(DECORATION)
+        if span.start() < at < span.end() and not HEADING.fullmatch(inside):
+            return span.span()
     for border in SENTENCE_END.finditer(text, start, end):
         if border.start() > at:
             return start, border.start()
@@ -196,5 +202,5 @@ def _is_taken_back(value: str, after: str, is_prose: bool) -> bool:
     last = after.rpartition("\n")[2]
     if not is_prose or not CONCLUDING.search(last):
         return False
-    numbers = re.findall(DIGITS, last)
+    numbers = re.findall(DIGITS, last.rpartition("=")[2])
     return re.sub("[$,%+]", "", value).lstrip("-") not in {n.replace(",", "") for n in numbers}
