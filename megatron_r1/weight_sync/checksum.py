@@ -62,6 +62,10 @@ class RowsWeightedSum:
             self._sum = self._sum + words.sum() + MIXER * (words * factors).sum()
             self._count += len(words)
 
+    def value(self, device: torch.device) -> torch.Tensor:
+        """Return the checksum on its device, int64 (), without waiting for it."""
+        return torch.as_tensor(self._sum, dtype=torch.int64, device=device)
+
     def digest(self) -> int:
         return int(self._sum) % 2**64
 

@@ -6,18 +6,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import msgspec
 from torch import Tensor
 
+from megatron_r1.weight_sync.ordered_sets import OrderedSets
 from megatron_r1.weight_sync.plan.bundles import largest_bundle
 from megatron_r1.weight_sync.plan.engine_sets import Entry, SharedGPUs, entries, sender_loads
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayout
 from megatron_r1.weight_sync.plan.tensors import CountBytes, Region, fp8_bytes, plain_bytes
-from megatron_r1.weight_sync.rendezvous import PositionPlan, ReceiverInfo, TrainerRendezvous
+from megatron_r1.weight_sync.rendezvous import (
+    EXPECTED_ERRORS,
+    PositionPlan,
+    ReceiverInfo,
+    TrainerRendezvous,
+    deliveries_to,
+)
+from megatron_r1.weight_sync.round_sender import Served, SetRounds
 from megatron_r1.weight_sync.table import SlotTable
 from megatron_r1.weight_sync.transports import sender_class
 from megatron_r1.weight_sync.transports.base import Sender
@@ -105,10 +114,6 @@ class EncodedSlices:
         return values
 
 
-EXPECTED_ERRORS = (OSError, RuntimeError, ValueError)
-"""Errors that fail a set and not this rank; torch.distributed raises the second."""
-
-
 class Offers(msgspec.Struct):
     """What rank 0 has read, in the form in which it is passed on to the other trainer ranks."""
 
@@ -191,11 +196,12 @@ class LinkedSet:
     """A set of engines, with the links of this rank to it.
 
     rendezvous: of each engine with this rank. sent: each trainer rank's load by a push to the set
-    (`plan.engine_sets.sender_loads`)."""
+    (`plan.engine_sets.sender_loads`). rounds: this rank's part of a push over NCCL."""
 
     rendezvous: list[TrainerRendezvous]
     sent: list[float]
     links: list[PushLink] = field(default_factory=list)
+    rounds: SetRounds | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -206,6 +212,8 @@ class LinkedSet:
     def close(self) -> None:
         for link in self.links:
             link.end.close()
+        if self.rounds is not None:
+            self.rounds.close()
 
 
 class LinkPlanner:
@@ -227,6 +235,7 @@ class LinkPlanner:
         self.hf, self.grid, self.held, self.rank, self.stages = hf, grid, held, rank, stages
         self._rank_of_gpu = {gpu: rank for rank, (gpu, _) in enumerate(gpus)}
         self._nodes = [node for _, node in gpus]
+        self._num_orders = 0
 
     def create_links(
         self,
@@ -247,15 +256,23 @@ class LinkPlanner:
             try:
                 needs = ReceiverLayout(self.hf, engine_layout, tables)
                 planner = Planner(self.hf, self.grid, engine_layout, self.stages, needs)
-                sets = [range(len(rendezvous[name])) for name in names]
+                ends = list(accumulate(len(rendezvous[name]) for name in names))
+                sets = [range(*edges) for edges in pairwise([0, *ends])]
                 shared = self._shared_gpus([offers.sets[name][1] for name in names])
                 largest, num_bytes = largest_bundle(transport), _byte_count(tables)
-                plans = entries(planner, num_bytes, sets, offers.sent, largest, shared)
+                plans = entries(planner, num_bytes, sets, offers.sent, largest)
+                order = None
+                if transport == "nccl":
+                    self._num_orders += 1
+                    ranks, world = engine_layout.ranks_per_engine, self.grid.world
+                    order = OrderedSets(plans, sets, ranks, world, shared, self._num_orders)
             except ValueError as error:
                 problems |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
                 continue
             for turn, (name, plan) in enumerate(zip(names, plans, strict=True)):
                 linked = LinkedSet(rendezvous[name], sender_loads(plan, self.grid.world))
+                if order is not None:
+                    linked.rounds = SetRounds(rendezvous[name], order, turn, self.rank)
                 created[name] = linked
                 receivers = [
                     [ReceiverInfo(*of_rank) for of_rank in zip(tables, addresses, strict=True)]
@@ -311,8 +328,9 @@ class LinkPlanner:
         """Create this rank's links to one position, and publish the position's plan if
         `publishes`."""
         plan: PositionPlan = [[] for _ in linked.rendezvous]
+        served = linked.rounds.served_members(position) if linked.rounds is not None else []
         for entry in position_entries:
-            if not publishes and entry.sender != self.rank:
+            if not (publishes or served) and entry.sender != self.rank:
                 continue
             found = [
                 (delivery, encoding, (item.name, region))
@@ -330,8 +348,14 @@ class LinkPlanner:
                 slices = [(held[source], encoding) for _, encoding, source in found]
                 linked.links.append(PushLink(entry.member, end, slices))
                 end.plan(deliveries)
+        for member in served:
+            assert linked.rounds is not None
+            entering = deliveries_to(plan, member)
+            linked.rounds.served[member, position] = Served(receivers[member].table, entering)
         if publishes:
             linked.rendezvous[0].publish_plan(position, plan)
+            if linked.rounds is not None:
+                linked.rounds.publish(position)
 
     def _slice(self, name: str, region: Region) -> ParameterSlice:
         """Return the region of an HF tensor in a parameter of this rank. Raises ValueError."""

@@ -9,7 +9,7 @@ number of ranks."""
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -17,6 +17,9 @@ import xxhash
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 
 from megatron_r1.weight_sync.table import Delivery, SlotTable
+
+EXPECTED_ERRORS = (OSError, RuntimeError, ValueError)
+"""Errors that fail a set and not this rank; torch.distributed raises the second."""
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -50,6 +53,33 @@ def decode_failure(encoded: bytes) -> Failure:
 
 PositionPlan = list[list[tuple[int, list[Delivery]]]]
 """plan[member]: the pairs (sender, deliveries) that enter that engine's rank at one position."""
+
+
+class Half(msgspec.Struct, frozen=True, array_like=True):
+    """A send or a receive of a round: portion `number` of the `count` equal ones of a block.
+
+    peer: rank in the communicator. block: at an engine rank, the trainer rank that sends it, or
+    -1 - member where a member of the position passes it on; at a trainer rank, its number in the
+    order."""
+
+    peer: int
+    block: int
+    number: int
+    count: int
+
+
+class RankRounds(msgspec.Struct, frozen=True):
+    """The part of an engine rank in a push over NCCL: (send, receive) of each of its rounds, at
+    first those in which weights enter it, then those in which they are passed on.
+
+    rank, size: in the set's communicator. names: the ranks of its position that are in it, each
+    "member/rank"."""
+
+    rank: int
+    size: int
+    names: list[str]
+    entering: list[tuple[Half | None, Half | None]]
+    passing: list[tuple[Half | None, Half | None]]
 
 
 class ReceiverInfo(NamedTuple):
@@ -92,6 +122,8 @@ class TableStore:
         return self._known[digest]
 
 
+IDLE_SECONDS = 30 * 24 * 3600.0
+"""The time that an engine rank waits for the next push to begin."""
 ANSWER_SECONDS = 5.0
 """The time limit for the ranks of a position to show, after a failure, that they are alive."""
 
@@ -141,7 +173,39 @@ class Rendezvous:
         self.shared.set("ready", "0")  # ends the wait of all that are still connecting
         return decode_failure(first)
 
-    def _raise_failure(self) -> None:
+    def publish_communicator(self, identifier: bytes) -> None:
+        """Publish NCCL's id of the set's communicator."""
+        self.shared.set("nccl", identifier)  # type: ignore[arg-type]
+
+    def find_communicator(self) -> bytes | None:
+        """Return NCCL's id of the set's communicator, once it is published."""
+        return self.shared.get("nccl") if self.shared.check(["nccl"]) else None
+
+    def answer_roll(self, name: str, number: int) -> None:
+        """Show that engine rank `name`, "member/rank", is alive in push `number` of the set."""
+        self.shared.append(f"answers/{number}", f"{name} ")  # type: ignore[attr-defined]
+
+    def is_roll_called(self, number: int) -> bool:
+        return self.shared.check([f"roll/{number}"])
+
+    def call_roll(self, names: Collection[str], number: int, error: str) -> Failure:
+        """Return why push `number` of the set broke: the failure that a rank has published, or else
+        the death of those of the engine ranks `names`, each "member/rank", that do not answer."""
+        self.shared.set(f"roll/{number}", "")
+        answers, answered = f"answers/{number}", set[str]()
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while not answered.issuperset(names) and time.monotonic() < deadline:
+            if self.shared.check(["failed"]):
+                return decode_failure(self.shared.get("failed"))
+            time.sleep(0.05)
+            if self.shared.check([answers]):
+                answered.update(self.shared.get(answers).decode().split())
+        silent = sorted(set(names) - answered)
+        if silent:
+            error = f"engine ranks {', '.join(silent)} of the set (engine/rank) have died: {error}"
+        return self.report(Failure(error, sorted({int(name.split("/")[0]) for name in silent})))
+
+    def raise_failure(self) -> None:
         """Raise SetFailed if a failure of the set has been published."""
         if self.shared.check(["failed"]):
             raise SetFailed(decode_failure(self.shared.get("failed"))) from None
@@ -155,6 +219,18 @@ class Peer(NamedTuple):
 
     def __str__(self) -> str:
         return f"- (through engine {self.member} of the set)"
+
+
+def deliveries_to(plan: PositionPlan, own: int) -> dict[int | Peer, list[Delivery]]:
+    """Return the deliveries to one member of a position: those that enter it, by sender, then those
+    that others pass on to it."""
+    deliveries: dict[int | Peer, list[Delivery]] = dict(plan[own])
+    for member, senders in enumerate(plan):
+        entered = [delivery for _, sent in senders for delivery in sent]
+        if member != own and entered:
+            # By slot: all members list a share in the same order.
+            deliveries[Peer(member)] = sorted(entered, key=lambda delivery: delivery.slot)
+    return deliveries
 
 
 class EngineRendezvous(Rendezvous):
@@ -178,13 +254,29 @@ class EngineRendezvous(Rendezvous):
         the other engines pass on to it."""
         self._num_ranks = self.await_prepared()
         plan = msgspec.msgpack.decode(self.shared.get(f"plan/{rank}"), type=PositionPlan)
-        deliveries: dict[int | Peer, list[Delivery]] = dict(plan[self.member])
-        for member, senders in enumerate(plan):
-            entered = [delivery for _, sent in senders for delivery in sent]
-            if member != self.member and entered:
-                # By slot: all members list a share in the same order.
-                deliveries[Peer(member)] = sorted(entered, key=lambda delivery: delivery.slot)
-        return deliveries
+        return deliveries_to(plan, self.member)
+
+    def read_rounds(self, rank: int) -> RankRounds | None:
+        """Return this rank's part of a push in rounds; None where a trainer rank on its GPU has
+        it."""
+        encoded = self.shared.get(f"rounds/{rank}")
+        return msgspec.msgpack.decode(encoded, type=list[RankRounds | None])[self.member]
+
+    def await_begun(self, number: int, connection: Store) -> int:
+        """Wait until push number `number` of the set, counted from 1, has begun, and return its
+        number of the run; 0 where a rank of the set has closed.
+
+        connection: of the calling thread (`new_connection`)."""
+        connection.wait([f"begun/{number}"], datetime.timedelta(seconds=IDLE_SECONDS))
+        return int(connection.get(f"begun/{number}"))
+
+    def end_waits(self, number: int) -> None:
+        """End `await_begun` in all ranks of the set."""
+        self.shared.set(f"begun/{number}", "0")
+
+    def offer_memory(self, rank: int, number: int, addresses: list[str]) -> None:
+        """Publish where the trainer rank on this rank's GPU is to write a push."""
+        self.store.set(f"memory/{rank}/{number}", msgspec.msgpack.encode(addresses))  # type: ignore[arg-type]
 
     def publish_complete(self, push: int) -> None:
         """Publish that this rank, of a set of several engines, has all of a push."""
@@ -224,8 +316,24 @@ class EngineRendezvous(Rendezvous):
         self.store.set(f"offer/{rank}", msgspec.msgpack.encode(published))  # type: ignore[arg-type]
 
 
-KEY_POLL_SECONDS = 0.01
-"""The pause between checks of trainer rank 0 whether all engines are there."""
+FIRST_POLL_SECONDS, KEY_POLL_SECONDS = 0.001, 0.01
+"""The pauses between checks whether keys are there, which grow from the first to the second."""
+
+
+def wait_for_keys(
+    store: Store, keys: Sequence[str], seconds: float, look: Callable[[], None] = lambda: None
+) -> None:
+    """Wait until the store has all keys. Its own `wait` would log a warning every time that it ends
+    to check for a failure.
+
+    look: raises the error because of which they will not come."""
+    deadline, pause = time.monotonic() + seconds, FIRST_POLL_SECONDS
+    while not store.check(list(keys)):
+        look()
+        if time.monotonic() > deadline:
+            raise DistStoreError(f"{keys[-1]} is not there after {seconds:g} s")
+        time.sleep(pause)
+        pause = min(2 * pause, KEY_POLL_SECONDS)
 
 
 class TrainerRendezvous(Rendezvous):
@@ -244,6 +352,20 @@ class TrainerRendezvous(Rendezvous):
             table = self._tables.get(published.digest)
             receivers.append(ReceiverInfo(table, published.address))
         return receivers
+
+    def publish_rounds(self, position: int, rounds: Sequence[RankRounds | None]) -> None:
+        """Publish the rounds of a position's ranks, by member."""
+        self.shared.set(f"rounds/{position}", msgspec.msgpack.encode(rounds))  # type: ignore[arg-type]
+
+    def publish_begun(self, number: int, push: int) -> None:
+        """Publish that the set's push number `number`, which is `push` in the run, begins."""
+        self.shared.set(f"begun/{number}", str(push))
+
+    def read_memory(self, rank: int, number: int) -> list[str]:
+        """Return where to write a push for engine rank `rank`, once it has offered that."""
+        key = f"memory/{rank}/{number}"
+        self._wait_for_keys(self.store, [key], self.push_seconds)
+        return msgspec.msgpack.decode(self.store.get(key), type=list[str])
 
     def publish_plan(self, position: int, plan: PositionPlan) -> None:
         """Publish the plan of a position."""
@@ -272,14 +394,8 @@ class TrainerRendezvous(Rendezvous):
             return failure
 
     def _wait_for_keys(self, store: Store, keys: Sequence[str], seconds: float) -> None:
-        """Wait until the store has all keys. Its own `wait` would log a warning every time that it
-        ends to check for a failure."""
-        deadline = time.monotonic() + seconds
-        while not store.check(list(keys)):
-            self._raise_failure()
-            if time.monotonic() > deadline:
-                raise DistStoreError(f"{self.engine}: {keys[-1]} is not there after {seconds:g} s")
-            time.sleep(KEY_POLL_SECONDS)
+        """Wait until the store has all keys, or the set has failed."""
+        wait_for_keys(store, keys, seconds, self.raise_failure)
 
 
 REPORT_SECONDS = 10.0

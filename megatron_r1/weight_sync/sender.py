@@ -8,10 +8,10 @@ import os
 import resource
 import socket
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 import torch
@@ -21,7 +21,6 @@ from torch.distributed import Store
 from megatron_r1 import platform
 from megatron_r1.config import Config
 from megatron_r1.weight_sync.link_planner import (
-    EXPECTED_ERRORS,
     EncodedSlices,
     HeldPieces,
     LinkedSet,
@@ -32,9 +31,17 @@ from megatron_r1.weight_sync.link_planner import (
 )
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.tensors import pushed_tensors
-from megatron_r1.weight_sync.rendezvous import Failure, SetFailed, TableStore, TrainerRendezvous
+from megatron_r1.weight_sync.rendezvous import (
+    EXPECTED_ERRORS,
+    Failure,
+    SetFailed,
+    TableStore,
+    TrainerRendezvous,
+)
 from megatron_r1.weight_sync.results import ConnectedSets, OpenedPush, SentWeights
+from megatron_r1.weight_sync.round_sender import RoundSender
 from megatron_r1.weight_sync.transports.base import gpu_uuid
+from megatron_r1.weight_sync.transports.nccl import NcclSender
 from megatron_r1.weights.layout import Shard, recipe_stages
 from megatron_r1.weights.local import local_entries
 
@@ -84,6 +91,7 @@ class WeightSender:
         self._planner = LinkPlanner(hf, grid, held, rank=rank, stages=stages, gpus=gpus)
         self._sets: dict[str, LinkedSet] = {}
         self._tables = TableStore(store)
+        self._rounds = RoundSender(store, rank, grid.world)
 
     def connect(
         self,
@@ -127,6 +135,13 @@ class WeightSender:
             linked.rendezvous[0].publish_prepared(self.grid.world, num_ranks)
         outcomes = run_all([partial(self._connect_set, linked) for linked in present.values()])
         failed |= {name: text for name, text in zip(present, outcomes, strict=True) if text}
+        in_rounds = {
+            name: linked.rounds
+            for name, linked in present.items()
+            if linked.rounds is not None and name not in failed
+        }
+        for name, error in self._rounds.connect(in_rounds).items():
+            failed[name] = self._report(present[name], error)
         for name in failed:
             self.disconnect(name)
         connected = {name: present[name] for name in present.keys() - failed.keys()}
@@ -147,6 +162,22 @@ class WeightSender:
         gone: sets to disconnect. A set that fails does not stop the others."""
         for name in gone:
             self.disconnect(name)
+        present = {name: self._sets[name] for name in sets if name in self._sets}
+        problems = self._send_in_rounds(push, present) | self._send_over_links(push, present)
+        for name, linked in present.items():
+            if self.rank == 0 and len(linked.rendezvous) > 1 and name not in problems:
+                rendezvous = linked.rendezvous[0]
+                try:
+                    rendezvous.await_complete(push)
+                except SetFailed as error:
+                    problems[name] = error.failure
+                except RuntimeError as error:
+                    late = f"an engine has not passed on all of push {push}: {error}"
+                    problems[name] = rendezvous.report_error(late)
+        return {"problems": {name: msgspec.to_builtins(f) for name, f in problems.items()}}
+
+    def _send_over_links(self, push: int, sets: Mapping[str, LinkedSet]) -> dict[str, Failure]:
+        """Send a push over all links at once, but those of sets that are sent to in rounds."""
         problems: dict[str, Failure] = {}
 
         def send_over(name: str, link: PushLink) -> None:
@@ -160,25 +191,29 @@ class WeightSender:
                 failure = link.end.rendezvous.report_error(text, link.member)
                 problems.setdefault(name, failure)
 
-        present = {name: self._sets[name] for name in sets if name in self._sets}
         run_all(
             [
                 partial(send_over, name, link)
-                for name, linked in present.items()
+                for name, linked in sets.items()
                 for link in linked.links
+                if linked.rounds is None
             ]
         )
-        for name, linked in present.items():
-            if self.rank == 0 and len(linked.rendezvous) > 1 and name not in problems:
-                rendezvous = linked.rendezvous[0]
-                try:
-                    rendezvous.await_complete(push)
-                except SetFailed as error:
-                    problems[name] = error.failure
-                except RuntimeError as error:
-                    late = f"an engine has not passed on all of push {push}: {error}"
-                    problems[name] = rendezvous.report_error(late)
-        return {"problems": {name: msgspec.to_builtins(f) for name, f in problems.items()}}
+        return problems
+
+    def _send_in_rounds(self, push: int, sets: Mapping[str, LinkedSet]) -> dict[str, Failure]:
+        """Send a push in the rounds that the plan has for it."""
+        found = {}
+        for name, linked in sets.items():
+            if linked.rounds is not None:
+                blocks = {
+                    (link.member, link.end.rank): cast(NcclSender, link.end).block(
+                        EncodedSlices(link.slices)
+                    )
+                    for link in linked.links
+                }
+                found[name] = linked.rounds, blocks
+        return self._rounds.send(push, found) if found else {}
 
     def _offers(
         self, rendezvous: dict[str, list[TrainerRendezvous]], ranks_per_engine: int
@@ -199,10 +234,14 @@ class WeightSender:
             linked.rendezvous[0].await_prepared()
             run_all([link.end.connect for link in linked.links])
         except EXPECTED_ERRORS as error:
-            text = f"{type(error).__name__}: {error}"
-            linked.rendezvous[0].report_error(f"trainer rank {self.rank}: {text}")
-            return text
+            return self._report(linked, error)
         return ""
+
+    def _report(self, linked: LinkedSet, error: Exception) -> str:
+        """Report to a set that this rank cannot connect, and return why."""
+        text = f"{type(error).__name__}: {error}"
+        linked.rendezvous[0].report_error(f"trainer rank {self.rank}: {text}")
+        return text
 
 
 class WeightPush:

@@ -24,7 +24,7 @@ from vllm_needs import QWEN
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 
 HERE = Path(__file__).parent
-GPU = 0  # of the trainer and the first engine: over NCCL that pair pushes over gloo
+GPU = 0  # of the trainer and the first engine, for which the trainer receives over NCCL
 GIB = 2**30
 
 

@@ -18,6 +18,7 @@ from megatron_r1.weight_sync.plan import TrainerGrid
 from megatron_r1.weight_sync.plan.tensors import pushed_tensors
 from megatron_r1.weight_sync.sender import WeightSender
 from megatron_r1.weight_sync.transports import shared_memory
+from megatron_r1.weight_sync.transports.base import gpu_uuid
 from megatron_r1.weights.layout import stage_shards
 from megatron_r1.weights.rules import Piece
 
@@ -36,7 +37,11 @@ class FileTrainer:
         }
         stages = stage_shards(config, with_mtp=drafts)
         grid = TrainerGrid(1)
-        self.sender = WeightSender(config, grid, held, self.store, stages=stages, drafts=drafts)
+        # On the GPU of the calling thread, if it has one.
+        gpus = [(gpu_uuid(torch.cuda.current_device()), "")] if torch.cuda.is_initialized() else ()
+        self.sender = WeightSender(
+            config, grid, held, self.store, stages=stages, drafts=drafts, gpus=gpus
+        )
 
     def load(self, folder):
         for name, tensor in load_file(folder / "model.safetensors").items():

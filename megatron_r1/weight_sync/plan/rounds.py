@@ -62,6 +62,16 @@ class Link(NamedTuple):
     num_bytes: int
 
 
+class Portion(NamedTuple):
+    """Where a bucket is from: it is number `number` of the `of` equal portions of a block of
+    bytes, which is a link or, with numbers after the links', what a member of a position passes on.
+    """
+
+    block: int
+    number: int
+    of: int
+
+
 class PushOrder:
     """The rounds of a push: first over `links`, then within `positions`, the processes at one
     position of a set's engines, in order of engine. Every process computes the same from the plan.
@@ -78,9 +88,10 @@ class PushOrder:
         self,
         links: Sequence[Link],
         positions: Sequence[Sequence[int]] = (),
-        entry_bytes: int = ENTRY_BYTES,
-        passed_bytes: int = PASSED_BYTES,
+        entry_bytes: int | None = None,
+        passed_bytes: int | None = None,
     ):
+        entry_bytes, passed_bytes = entry_bytes or ENTRY_BYTES, passed_bytes or PASSED_BYTES
         self.links, self.positions = links, positions
         sides = np.array(links, dtype=np.int64).reshape(-1, 3)
         self.link_buckets = counts = -(-sides[:, 2] // entry_bytes)
@@ -108,9 +119,9 @@ class PushOrder:
             [counts.sum(), *(n * len(m) for n, m in zip(self._passed, positions, strict=True))]
         ).tolist()
         self.origins = np.concatenate([self.senders, np.repeat(passing[:, 0], passing[:, 2])])
-        self.num_bytes = _divided(
-            np.concatenate([sides[:, 2], passing[:, 1]]), np.concatenate([counts, passing[:, 2]])
-        )
+        of_blocks = np.concatenate([counts, passing[:, 2]])
+        self.num_bytes = _divided(np.concatenate([sides[:, 2], passing[:, 1]]), of_blocks)
+        self._first_of_block = np.concatenate([[0], np.cumsum(of_blocks)])
 
     @property
     def num_processes(self) -> int:
@@ -151,6 +162,12 @@ class PushOrder:
         if process not in self._place:
             return rows
         return np.concatenate([rows, self._passing(*self._place[process])])
+
+    def portion(self, bucket: int) -> Portion:
+        """Return where a bucket is from."""
+        block = int(np.searchsorted(self._first_of_block, bucket, "right")) - 1
+        first, end = self._first_of_block[block : block + 2].tolist()
+        return Portion(block, bucket - first, end - first)
 
     def _passing(self, number: int, member: int) -> np.ndarray:
         """Return the rounds in which a member of a position passes on what has entered it."""

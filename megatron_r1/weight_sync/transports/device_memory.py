@@ -28,10 +28,7 @@ class DeviceReceiver(SharedMemoryReceiver):
                 "GPU for weights in transit; lower rollout.gpu_memory, give each engine more GPUs, "
                 "or set push.transport: shm"
             ) from error
-        device, *handle = memory.untyped_storage()._share_cuda_()
-        # By its UUID, since processes number GPUs differently.
-        packed = msgspec.msgpack.encode((gpu_uuid(device), handle))
-        self.address = base64.b64encode(packed).decode()
+        self.address = share_memory(memory)
         return memory
 
 
@@ -41,14 +38,26 @@ class DeviceSender(SharedMemorySender):
     def map_memory(self) -> torch.Tensor:
         """Return the receiver's memory, uint8. Raises ValueError where this process does not see
         its GPU."""
-        gpu, handle = msgspec.msgpack.decode(base64.b64decode(self.receiver.address))
-        visible = {gpu_uuid(device): device for device in range(torch.cuda.device_count())}
-        if gpu not in visible:
-            raise ValueError(
-                f"push.transport: cuda_ipc: an engine rank's GPU {gpu} is not one of the "
-                f"{len(visible)} that this trainer rank sees; let every rank see all GPUs of its "
-                "host (CUDA_VISIBLE_DEVICES), or set push.transport: nccl"
-            )
-        device = torch.device("cuda", visible[gpu])
-        storage = torch.UntypedStorage._new_shared_cuda(device.index, *handle)
-        return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+        return mapped_memory(self.receiver.address)
+
+
+def share_memory(memory: torch.Tensor) -> str:
+    """Return the address of a tensor on a GPU, with which other processes map its storage."""
+    device, *handle = memory.untyped_storage()._share_cuda_()
+    # By its UUID, since processes number GPUs differently.
+    return base64.b64encode(msgspec.msgpack.encode((gpu_uuid(device), handle))).decode()
+
+
+def mapped_memory(address: str) -> torch.Tensor:
+    """Return the storage that another process shares, uint8; it is mapped until the tensor is
+    deleted. Raises ValueError where this process does not see its GPU."""
+    gpu, handle = msgspec.msgpack.decode(base64.b64decode(address))
+    visible = {gpu_uuid(device): device for device in range(torch.cuda.device_count())}
+    if gpu not in visible:
+        raise ValueError(
+            f"an engine rank's GPU {gpu} is not one of the {len(visible)} that this trainer rank "
+            "sees; let every rank see all GPUs of its host (CUDA_VISIBLE_DEVICES)"
+        )
+    device = torch.device("cuda", visible[gpu])
+    storage = torch.UntypedStorage._new_shared_cuda(device.index, *handle)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

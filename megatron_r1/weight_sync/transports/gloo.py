@@ -3,8 +3,8 @@ its share of a push on to the other engines.
 
 A thread per trainer rank unpacks its buckets into the receive buffer. What has entered is checked
 and exchanged with the ranks at this position of the other engines. In every round each rank
-contributes a bucket, and every rank ends with all of them: around a ring over gloo, by an
-all-gather over NCCL (`_gather_buckets`). The checksums that a rank passes on are the trainer's own.
+contributes a bucket, and every rank ends with all of them, around a ring. The checksums that a rank
+passes on are the trainer's own.
 
 Every group is created in a thread of its own. Within one group all ranks make the same calls in the
 same order, which follows from the plan, and what enters never waits for the exchange. So ranks
@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from megatron_r1.weight_sync.checksum import RowsChecksum, RowsWeightedSum
-from megatron_r1.weight_sync.rendezvous import Peer, SetFailed
+from megatron_r1.weight_sync.checksum import RowsChecksum
+from megatron_r1.weight_sync.rendezvous import IDLE_SECONDS, Peer, SetFailed
 from megatron_r1.weight_sync.results import IncompletePush
 from megatron_r1.weight_sync.table import Delivery, SlotTable, dtype_of
 from megatron_r1.weight_sync.transports import PASSED_BYTES
@@ -32,17 +32,14 @@ from megatron_r1.weight_sync.transports.buckets import BucketPacker, Chunk
 from megatron_r1.weight_sync.transports.groups import (
     ENGINE_RANK,
     TRAINER_RANK,
-    Groups,
-    create_groups,
+    create_group,
     integers,
-    pair_groups,
+    pair_group,
     wait_for,
 )
 
 CLOSE_SECONDS = 2.0
 """How long `close` waits for the threads that receive, all together."""
-IDLE_SECONDS = 30 * 24 * 3600.0
-"""The time that a receiver waits for the next push to begin."""
 PATIENCE_SECONDS = 2.0
 """How much longer than a push's limit a rank waits for other ranks, so that the rank at fault
 reports first."""
@@ -52,20 +49,17 @@ class GlooReceiver(Receiver):
     """An engine rank's end in a set: a thread per trainer rank receives that rank's pushes, and
     another exchanges them if the set has several engines."""
 
-    backend = "gloo"
-    device = torch.device("cpu")
-
     def prepare(self) -> None:
         self._threads: list[threading.Thread] = []
         self._is_closing = False
-        self._groups: list[Groups] = []
-        self._shared: Groups | None = None
+        self._groups: list[dist.ProcessGroup] = []
+        self._shared: dist.ProcessGroup | None = None
         self._begun: SimpleQueue[int | None] = SimpleQueue()
         """Numbers of pushes that have begun to enter this rank; None: no more will."""
 
     def allocate(self) -> torch.Tensor:
         size = self.table.areas * self.table.num_bytes
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
+        return torch.empty(size, dtype=torch.uint8)
 
     def reusable_memory(self, table: SlotTable) -> torch.Tensor | None:
         if table != self.table or any(thread.is_alive() for thread in self._threads):
@@ -93,15 +87,12 @@ class GlooReceiver(Receiver):
     def close(self) -> None:
         self._is_closing = True
         self._begun.put(None)
-        for groups in list(self._groups):  # threads that end meanwhile remove theirs
-            groups.abort()
+        for group in list(self._groups):  # threads that end meanwhile remove theirs
+            group.abort()
         # A thread that is still in a call when the interpreter ends would abort the process.
         deadline = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-
-    def claim_memory(self) -> None:
-        """Allocate the memory if it is borrowed; called before a push is written."""
 
     def _start_thread(self, function: Callable[..., None], *arguments: object, name: str) -> None:
         thread = threading.Thread(target=function, args=arguments, name=name, daemon=True)
@@ -113,32 +104,31 @@ class GlooReceiver(Receiver):
         no two ranks can wait for each other's next pair."""
         for sender in self.senders:
             try:
-                groups = pair_groups(self, sender, self.rank, is_sender=False)
+                group = pair_group(self.rendezvous, sender, self.rank, is_sender=False)
             except Exception as error:  # noqa: BLE001 - raised by the push that waits
                 self._pair_failed(sender, error)
                 continue
-            self._groups.append(groups)
-            self._start_thread(self._receive_pushes, sender, groups, name=f"from rank {sender}")
-            del groups  # the thread's are the last
+            self._groups.append(group)
+            self._start_thread(self._receive_pushes, sender, group, name=f"from rank {sender}")
+            del group  # the thread's is the last
 
-    def _receive_pushes(self, sender: int, groups: Groups) -> None:
+    def _receive_pushes(self, sender: int, group: dist.ProcessGroup) -> None:
         """Receive push after push of one trainer rank, until one fails or this end closes."""
         try:
             while not self._is_closing:
                 number = torch.empty(1, dtype=torch.int64)
                 idle_limit = datetime.timedelta(seconds=IDLE_SECONDS)
-                groups.control.recv([number], TRAINER_RANK, 0).wait(idle_limit)
-                self.claim_memory()
+                group.recv([number], TRAINER_RANK, 0).wait(idle_limit)
                 if sender == self.senders[0]:
                     self._begun.put(int(number))
-                self._receive_push(groups, sender, int(number))
+                self._receive_push(group, sender, int(number))
         except Exception as error:  # noqa: BLE001 - raised by the push that waits
             self._pair_failed(sender, error)
         finally:
             # The connection closes with the last reference, so that the sender fails at once: also
             # where `close` came before this thread's first call.
-            self._groups.remove(groups)
-            del groups
+            self._groups.remove(group)
+            del group
 
     def _pair_failed(self, sender: int, error: Exception) -> None:
         """Report to the set and to this engine that nothing more will arrive."""
@@ -150,26 +140,26 @@ class GlooReceiver(Receiver):
         self.buffer.fail(failure)
         self._begun.put(None)
 
-    def _receive_push(self, groups: Groups, sender: int, push: int) -> None:
+    def _receive_push(self, group: dist.ProcessGroup, sender: int, push: int) -> None:
         """Receive a push, one bucket while the one before is unpacked, and check it."""
         deliveries = self.buffer.deliveries[sender]
         packer, area = BucketPacker(self.table, deliveries), self.table.area(self.memory, push)
         arriving: tuple[dist.Work, torch.Tensor, list[Chunk]] | None = None
 
         def unpack(work: dist.Work, data: torch.Tensor, bucket: list[Chunk]) -> None:
-            wait_for(work, self.rendezvous, on_gpu=data.is_cuda)
-            packer.unpack(area, bucket, data.to(self.device))
+            wait_for(work, self.rendezvous)
+            packer.unpack(area, bucket, data)
 
         for bucket in packer.cut():
-            data = torch.empty(packer.num_bytes(bucket), dtype=torch.uint8, device=groups.device)
-            work = groups.data.recv([data], TRAINER_RANK, 0)
+            data = torch.empty(packer.num_bytes(bucket), dtype=torch.uint8)
+            work = group.recv([data], TRAINER_RANK, 0)
             if arriving:
                 unpack(*arriving)
             arriving = (work, data, bucket)
         if arriving:
             unpack(*arriving)
         sums = torch.empty(len(deliveries), dtype=torch.int64)
-        wait_for(groups.control.recv([sums], TRAINER_RANK, 0), self.rendezvous)
+        wait_for(group.recv([sums], TRAINER_RANK, 0), self.rendezvous)
         for index, sent in enumerate(sums.tolist()):
             self.buffer.delivery_arrived(sender, push, index, sent % 2**64)
 
@@ -194,7 +184,7 @@ class GlooReceiver(Receiver):
         """Exchange push after push until one fails; return the error."""
         try:
             member, members = self.rendezvous.member, self.rendezvous.num_members
-            shared = create_groups(self, f"exchange/{self.rank}", member, members)
+            shared = create_group(self.rendezvous, f"exchange/{self.rank}", member, members)
             self._shared = shared
             self._groups.append(shared)
             while not self._is_closing:
@@ -210,12 +200,11 @@ class GlooReceiver(Receiver):
                 self._groups.remove(self._shared)
                 self._shared = None
 
-    def _exchange_push(self, shared: Groups) -> int:
+    def _exchange_push(self, group: dist.ProcessGroup) -> int:
         """Wait for the next push, exchange it, and return its number."""
         # An engine that receives nothing from the trainer does not see a push begin, so the first
         # engine that does tells all others.
         leader = next(member for member, share in enumerate(self._shares) if share)
-        group = shared.control
         push = torch.zeros(1, dtype=torch.int64)  # 0: the leader closes
         if leader == self.rendezvous.member:
             begun = self._begun.get()
@@ -233,8 +222,7 @@ class GlooReceiver(Receiver):
         number, seconds = int(push), self.rendezvous.push_seconds
         if self.senders:
             self.buffer.wait(number, seconds, self.senders)
-        self.claim_memory()
-        self._exchange_buckets(shared.data, number)
+        self._exchange_buckets(group, number)
         self._exchange_checksums(group, number)
         return number
 
@@ -249,7 +237,7 @@ class GlooReceiver(Receiver):
             sizes = [
                 packer.num_bytes(bucket) for packer, bucket in zip(packers, buckets, strict=True)
             ]
-            gathered = torch.empty(len(sizes) * max(sizes), dtype=torch.uint8, device=self.device)
+            gathered = torch.empty(len(sizes) * max(sizes), dtype=torch.uint8)
             packed = gathered.chunk(len(sizes))
             if buckets[own]:
                 packed[own][: sizes[own]] = packers[own].pack(area, buckets[own])
@@ -321,52 +309,41 @@ def _unpack_each(
 class GlooSender(Sender):
     """The sending end over gloo: packs a bucket while the one before is on the wire."""
 
-    backend = "gloo"
-    device = torch.device("cpu")
-    is_weighted = False
-
     def connect(self) -> None:
-        self._groups = pair_groups(self, self.sender, self.rank, is_sender=True)
+        self._group = pair_group(self.rendezvous, self.sender, self.rank, is_sender=True)
 
     def send(self, push: int, slices: Slices) -> None:
         """Send a push: its number, then its buckets, then a checksum for every delivery."""
-        control, data, device = self._groups
-        wait_for(control.send([integers([push])], ENGINE_RANK, 0), self.rendezvous)
-        running = [self._checksum(delivery) for delivery in self.deliveries]
+        group = self._group
+        wait_for(group.send([integers([push])], ENGINE_RANK, 0), self.rendezvous)
+        running = [RowsChecksum(delivery.row_bytes(self.table)) for delivery in self.deliveries]
         on_the_wire: tuple[dist.Work, torch.Tensor] | None = None
         for bucket in BucketPacker(self.table, self.deliveries).cut():
-            message = self._pack(bucket, slices, running).to(device)
+            message = self._pack(bucket, slices, running)
             if on_the_wire:
-                work, sent = on_the_wire
-                wait_for(work, self.rendezvous, on_gpu=sent.is_cuda)
-            on_the_wire = data.send([message], ENGINE_RANK, 0), message
+                wait_for(on_the_wire[0], self.rendezvous)
+            on_the_wire = group.send([message], ENGINE_RANK, 0), message
         if on_the_wire:
-            work, sent = on_the_wire
-            wait_for(work, self.rendezvous, on_gpu=sent.is_cuda)
+            wait_for(on_the_wire[0], self.rendezvous)
         sums = integers(of_delivery.digest() for of_delivery in running)
-        wait_for(control.send([sums], ENGINE_RANK, 0), self.rendezvous)
+        wait_for(group.send([sums], ENGINE_RANK, 0), self.rendezvous)
 
     def close(self) -> None:
-        if hasattr(self, "_groups"):
-            self._groups.abort()
-            del self._groups  # closes the connection
-
-    def _checksum(self, delivery: Delivery) -> RowsChecksum | RowsWeightedSum:
-        if self.is_weighted:
-            return RowsWeightedSum()
-        return RowsChecksum(delivery.row_bytes(self.table))
+        if hasattr(self, "_group"):
+            self._group.abort()
+            del self._group  # closes the connection
 
     def _pack(
         self,
         bucket: list[Chunk],
         slices: Slices,
-        running: Sequence[RowsChecksum | RowsWeightedSum],
+        running: Sequence[RowsChecksum],
     ) -> torch.Tensor:
-        """Return a bucket's bytes on the device, in the engine's dtypes, and update checksums."""
+        """Return a bucket's bytes in host memory, in the engine's dtypes, and update checksums."""
         packed = []
         for index, top, bottom in bucket:
             dtype = dtype_of(self.table.slots[self.deliveries[index].slot])
-            values = slices[index][top:bottom].to(self.device, dtype).contiguous()
+            values = slices[index][top:bottom].to("cpu", dtype).contiguous()
             running[index].update(values)
             packed.append(values.reshape(-1).view(torch.uint8))
         return torch.cat(packed)

@@ -10,9 +10,7 @@ from waiting import PATIENT
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.rendezvous import SetFailed
 from megatron_r1.weight_sync.table import slot_view
-from megatron_r1.weight_sync.transports import buckets, gloo
 from megatron_r1.weight_sync.transports.buckets import BucketPacker
-from megatron_r1.weight_sync.transports.gloo import GlooReceiver, GlooSender
 from megatron_r1.weights.stored.fp8_blocks import quantize
 from tests.unit.weight_sync.push_models import DEEPSEEK, DEEPSEEK_MTP, QWEN
 from tests.unit.weight_sync.push_world import World, draw, plain_table, wrong_slots
@@ -105,30 +103,7 @@ def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
     assert torch.equal(found[name + "_scale_inv"], scales)
 
 
-def weighted(monkeypatch):
-    """Let both ends compute the checksums of GPUs."""
-    for end in (GlooReceiver, GlooSender):
-        monkeypatch.setattr(end, "is_weighted", True)
-
-
-def test_a_push_with_the_checksums_of_gpus(make_world, monkeypatch):
-    """The code that runs over NCCL, with gloo and tensors in host memory."""
-    weighted(monkeypatch)
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", 3000)  # deliveries are cut
-    monkeypatch.setattr(gloo, "PASSED_BYTES", 3000)
-    tensors = draw(DEEPSEEK, 1)
-    world = make_world(DEEPSEEK, GRID, SPREAD, tensors, engines=2, table=plain_table)
-    for number in (1, 2):
-        world.push(number)
-        assert wrong_slots(world, tensors, number) == []
-
-
-@pytest.mark.parametrize("is_weighted", [False, True])
-def test_damage_in_the_exchange_is_refused_with_the_tensor_s_name(
-    is_weighted, make_world, monkeypatch
-):
-    if is_weighted:
-        weighted(monkeypatch)
+def test_damage_in_the_exchange_is_refused_with_the_tensor_s_name(make_world, monkeypatch):
     tensors = draw(QWEN, 1)
     world = make_world(QWEN, TrainerGrid(1), EngineLayout(), tensors, engines=2, table=plain_table)
     pack = BucketPacker.pack

@@ -229,15 +229,15 @@ def test_memory_of_a_process_that_was_killed_is_swept_away(monkeypatch):
 
 
 def test_a_receiver_that_closes_while_it_connects_leaves_no_sender_waiting(make_world, monkeypatch):
-    created, closed = gloo.pair_groups, threading.Event()
+    created, closed = gloo.pair_group, threading.Event()
 
-    def pair_groups(end, *arguments, is_sender):
-        groups = created(end, *arguments, is_sender=is_sender)
+    def pair_group(rendezvous, *arguments, is_sender):
+        groups = created(rendezvous, *arguments, is_sender=is_sender)
         if not is_sender:
             closed.wait()
         return groups
 
-    monkeypatch.setattr(gloo, "pair_groups", pair_groups)
+    monkeypatch.setattr(gloo, "pair_group", pair_group)
     monkeypatch.setattr(gloo, "CLOSE_SECONDS", 0.0)
     whole = [Delivery(i, 0, s.height, 0, s.width) for i, s in enumerate(SLOTS)]
     world = make_world("gloo", SLOTS, {0: whole})

@@ -1,0 +1,217 @@
+"""Blocks of a push in rounds: the bytes of deliveries, one after another, and behind them a
+checksum of each. They travel in portions that are cut at any byte, so both sides know all sizes
+from the plan."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_r1.weight_sync.checksum import RowsWeightedSum
+from megatron_r1.weight_sync.rendezvous import Peer
+from megatron_r1.weight_sync.table import Delivery, SlotTable, dtype_of, slot_view
+from megatron_r1.weight_sync.transports.base import Slices
+
+SUM_BYTES = 8
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Run(NamedTuple):
+    """Bytes of delivery `number`: `num_bytes` of its rows [top, bottom), without the `skipped`
+    first ones."""
+
+    number: int
+    top: int
+    bottom: int
+    skipped: int
+    num_bytes: int
+
+
+class Block:
+    """The bytes of deliveries to an engine rank and of their checksums."""
+
+    def __init__(self, table: SlotTable, deliveries: Sequence[Delivery]):
+        self.table, self.deliveries = table, deliveries
+        self._row_bytes = [delivery.row_bytes(table) for delivery in deliveries]
+        sizes = [delivery.num_bytes(table) for delivery in deliveries]
+        self._ends = list(accumulate(sizes))
+        self.weight_bytes = self._ends[-1] if sizes else 0
+        self.num_bytes = self.weight_bytes + SUM_BYTES * len(sizes)
+
+    def extent(self, number: int, count: int) -> tuple[int, int]:
+        """Return the first byte and the end of portion `number` of `count`."""
+        return self.num_bytes * number // count, self.num_bytes * (number + 1) // count
+
+    def runs(self, start: int, end: int) -> Iterator[Run]:
+        """Yield the runs of deliveries between two bytes of the block."""
+        index = bisect_right(self._ends, start)
+        while index < len(self._ends) and start < min(end, self.weight_bytes):
+            first = self._ends[index - 1] if index else 0
+            stop, row_bytes = min(end, self._ends[index]), self._row_bytes[index]
+            top, skipped = divmod(start - first, row_bytes)
+            yield Run(index, top, -(-(stop - first) // row_bytes), skipped, stop - start)
+            start, index = stop, index + 1
+
+    def sums_between(self, start: int, end: int) -> slice:
+        """Return which bytes of the checksums are between two bytes of the block."""
+        return slice(max(0, start - self.weight_bytes), max(0, end - self.weight_bytes))
+
+
+class SlicesBlock(Block):
+    """What a trainer rank sends over a link: `slices` of its parameters, in the engine's dtypes.
+
+    Its portions are packed in order, since each checksum follows from all rows before."""
+
+    def __init__(self, table: SlotTable, deliveries: Sequence[Delivery], slices: Slices):
+        super().__init__(table, deliveries)
+        self._slices = slices
+        self._running: tuple[int, int, RowsWeightedSum] | None = None
+        """Number of a delivery, the rows of it that have been read, and its checksum so far."""
+        self._sums: list[torch.Tensor] = []
+
+    def pack(self, start: int, end: int, target: torch.Tensor) -> None:
+        """Write the bytes between two bytes of the block to `target`, uint8."""
+        packed = []
+        for run in self.runs(start, end):
+            dtype = dtype_of(self.table.slots[self.deliveries[run.number].slot])
+            rows = self._slices[run.number][run.top : run.bottom]
+            rows = rows.to(target.device, dtype).contiguous()
+            self._read(run, rows)
+            values = rows.reshape(-1).view(torch.uint8)
+            packed.append(values[run.skipped : run.skipped + run.num_bytes])
+        if end > self.weight_bytes:
+            sums = torch.stack(self._sums).view(torch.uint8)
+            packed.append(sums[self.sums_between(start, end)])
+        torch.cat(packed, out=target)
+
+    def _read(self, run: Run, rows: torch.Tensor) -> None:
+        """Add to the checksum those of the rows that the portion before did not have."""
+        if self._running is None or self._running[0] != run.number:
+            self._running = run.number, 0, RowsWeightedSum()
+        _, read, checksum = self._running
+        if run.bottom > read:  # and not within a row that was read whole
+            checksum.update(rows[max(0, read - run.top) :])
+            self._running = run.number, run.bottom, checksum
+            if run.bottom == self.deliveries[run.number].height:
+                self._sums.append(checksum.value(rows.device))
+
+
+class MemoryBlock(Block):
+    """What enters an engine rank's receive buffer from one source, or leaves from there.
+
+    area: the memory of this push. sums: the checksums of these deliveries, int64."""
+
+    def __init__(
+        self,
+        table: SlotTable,
+        deliveries: Sequence[Delivery],
+        area: torch.Tensor,
+        sums: torch.Tensor,
+    ):
+        super().__init__(table, deliveries)
+        self._area, self.sums = area, sums
+
+    def pack(self, start: int, end: int, target: torch.Tensor) -> None:
+        """Write the bytes between two bytes of the block to `target`, uint8."""
+        done = 0
+        for view in self._views(start, end):
+            _copy(target[done : done + view.numel()].view(view.shape), view)
+            done += view.numel()
+
+    def unpack(self, start: int, end: int, source: torch.Tensor) -> None:
+        """Write `source`, uint8, between two bytes of the block."""
+        done = 0
+        for view in self._views(start, end):
+            _copy(view, source[done : done + view.numel()].view(view.shape))
+            done += view.numel()
+
+    def _views(self, start: int, end: int) -> Iterator[torch.Tensor]:
+        """Yield the memory between two bytes of the block, uint8 (rows, bytes of a row)."""
+        for index, top, _, skipped, num_bytes in self.runs(start, end):
+            delivery = self.deliveries[index]
+            row_bytes, pitch = self._row_bytes[index], self.table.slots[delivery.slot].pitch
+            slot = slot_view(self._area, self.table.slots[delivery.slot], delivery)
+            first = slot.storage_offset() * slot.itemsize + top * pitch
+            first -= self._area.storage_offset()
+            if skipped:
+                left = min(row_bytes - skipped, num_bytes)
+                yield self._area[first + skipped :][None, :left]
+                top, num_bytes, first = top + 1, num_bytes - left, first + pitch
+            rows, rest = divmod(num_bytes, row_bytes)
+            if rows:
+                memory = self._area[first:]
+                yield memory.as_strided((rows, row_bytes), (pitch, 1), memory.storage_offset())
+            if rest:
+                yield self._area[first + rows * pitch :][None, :rest]
+        if end > self.weight_bytes:
+            yield self._all_sums().view(torch.uint8)[self.sums_between(start, end)][None]
+
+    def _all_sums(self) -> torch.Tensor:
+        return self.sums
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy bytes (rows, bytes of a row) in words as large as their places allow."""
+    size = gcd(8, target.shape[1], *(_alignment(side) for side in (target, source)))
+    target.view(_WORDS[size]).copy_(source.view(_WORDS[size]))
+
+
+def _alignment(side: torch.Tensor) -> int:
+    return gcd(side.storage_offset(), side.stride(0) if len(side) > 1 else 8)
+
+
+class Landing:
+    """The receive buffer of an engine rank during one push, with the blocks that enter it.
+
+    deliveries: to the rank, by source. sums: a checksum of each, int64, in the same order."""
+
+    def __init__(
+        self,
+        table: SlotTable,
+        deliveries: Mapping[Any, Sequence[Delivery]],
+        area: torch.Tensor,
+        sums: torch.Tensor,
+    ):
+        self.table, self.deliveries, self.area = table, deliveries, area
+        sizes = [len(of_source) for of_source in deliveries.values()]
+        self._sums = dict(zip(deliveries, sums[: sum(sizes)].split(sizes), strict=True))
+
+    def block(self, source: Any) -> MemoryBlock:
+        """Return what enters from a trainer rank, or is passed on by a `Peer`."""
+        if source not in self.deliveries:  # a peer that nothing has entered
+            return MemoryBlock(self.table, (), self.area, self.area[:0].view(torch.int64))
+        return MemoryBlock(self.table, self.deliveries[source], self.area, self._sums[source])
+
+    def own_block(self) -> MemoryBlock:
+        """Return what has entered from trainer ranks and is to be passed on, with the trainer's
+        checksums."""
+        own = [
+            (delivery, of_source[index : index + 1])
+            for source, of_source in self._sums.items()
+            if not isinstance(source, Peer)
+            for index, delivery in enumerate(self.deliveries[source])
+        ]
+        # In the order of slots, as in `rendezvous.deliveries_to`.
+        own.sort(key=lambda entry: entry[0].slot)
+        deliveries = [delivery for delivery, _ in own]
+        return _OwnBlock(self.table, deliveries, self.area, [value for _, value in own])
+
+
+class _OwnBlock(MemoryBlock):
+    """A block whose checksums lie apart, in the order of the senders."""
+
+    def __init__(
+        self,
+        table: SlotTable,
+        deliveries: Sequence[Delivery],
+        area: torch.Tensor,
+        sums: Sequence[torch.Tensor],
+    ):
+        super().__init__(table, deliveries, area, area[:0])
+        self._apart = sums
+
+    def _all_sums(self) -> torch.Tensor:
+        return torch.cat(list(self._apart))

@@ -1,0 +1,125 @@
+"""The push over NCCL without the CUDA packages: streams and NCCL are the null GPU's, memory is the
+host's, and torch computes on the CPU, at once. A thread has a null GPU of its own.
+
+`python host_push.py MODEL ENGINES [colocated]` runs three pushes from all ranks of a trainer to all
+ranks of a set of engines, in threads, and compares each with plain slicing."""
+
+import contextlib
+import sys
+import threading
+
+import torch
+from null_cuda import NON_BLOCKING, NOT_READY, call, done, made, stream
+
+from megatron_r1.weight_sync import round_sender
+from megatron_r1.weight_sync.plan import rounds
+from megatron_r1.weight_sync.sender import WeightSender
+from megatron_r1.weight_sync.transports import nccl
+
+THREAD = threading.local()
+mapped: dict[str, torch.Tensor] = {}
+"""Shared memory by its address: ranks are threads of one process."""
+
+
+def use_gpu(number: int) -> None:
+    """Give this thread a null GPU."""
+    THREAD.gpu = number
+    done("cudaSetDevice", number)
+
+
+def gpu_name(number: int) -> str:
+    return f"GPU {number}"
+
+
+class HostStreams:
+    """`PushStreams` where copies are done at once, by the host."""
+
+    def __init__(self, gpu):
+        use_gpu(gpu)
+        self.device, self._transfers = torch.device("cpu"), stream(NON_BLOCKING)
+
+    def copying(self):
+        return contextlib.nullcontext()
+
+    def copies_follow(self):
+        pass
+
+    def transfers_follow(self):
+        return self._transfers
+
+    def transfers_ended(self):
+        event = made("cudaEventCreate")
+        done("cudaEventRecord", event, self._transfers)
+        return lambda: call("cudaEventQuery", event) != NOT_READY
+
+    def copies_ended(self):
+        return lambda: True
+
+
+class HostReceiver(nccl.NcclReceiver):
+    def prepare(self):
+        super().prepare()
+        self.device = torch.device("cpu")
+
+
+def share(memory):
+    mapped[str(memory.data_ptr())] = memory
+    return str(memory.data_ptr())
+
+
+def install() -> None:
+    """Let this process push so."""
+    torch.cuda.current_device = lambda: THREAD.gpu
+    nccl.PushStreams = round_sender.PushStreams = HostStreams
+    nccl.gpu_uuid, nccl.share_memory = gpu_name, share
+    round_sender.mapped_memory = lambda address: mapped[address].view(torch.uint8)
+
+
+def main(case: str, engines: int, *, is_colocated: bool) -> None:
+    from tests.unit.null_gpu.push_processes import CASES, ENTRY_BYTES, PASSED_BYTES, tensors_of
+    from tests.unit.weight_sync import push_world
+
+    hf, grid, layout = CASES[case]
+    rounds.ENTRY_BYTES, rounds.PASSED_BYTES = ENTRY_BYTES, PASSED_BYTES
+    first = 0 if is_colocated else grid.world
+
+    class ThreadSender(WeightSender):
+        def __init__(self, *arguments, **options):
+            gpus = [(gpu_name(number), "node") for number in range(grid.world)]
+            super().__init__(*arguments, gpus=gpus, **options)
+
+        def connect(self, *arguments):
+            use_gpu(self.rank)
+            return super().connect(*arguments)
+
+        def send(self, *arguments):
+            use_gpu(self.rank)
+            return super().send(*arguments)
+
+    def receiver(rendezvous, rank, table):
+        use_gpu(first + rendezvous.member * layout.ranks_per_engine + rank)
+        return HostReceiver(rendezvous, rank, table, borrows_memory=is_colocated)
+
+    push_world.WeightSender, push_world.receiver_class = ThreadSender, lambda transport: receiver
+    tensors = tensors_of(hf, 0)
+    world = push_world.World(
+        hf, grid, layout, tensors, transport="nccl", engines=engines, table=push_world.plain_table
+    )
+    for number in (1, 2, 3):
+        world.push(number)
+        wrong = push_world.wrong_slots(world, tensors, number)
+        assert wrong == [], wrong
+        if is_colocated:
+            for each in world.receivers.values():
+                each.free_memory()
+                assert not each.memory.untyped_storage().nbytes()
+        for held in world.held:
+            for parameter in {id(p): p for pieces in held.values() for p, _ in pieces}.values():
+                parameter.mul_(-2)
+        tensors = {name: -2 * tensor for name, tensor in tensors.items()}
+    world.close()
+
+
+if __name__ == "__main__":
+    install()
+    main(sys.argv[1], int(sys.argv[2]), is_colocated="colocated" in sys.argv)

@@ -1,0 +1,50 @@
+"""The sender and the receiver of a push over NCCL, in the order of the plan, on the null GPU's
+streams and NCCL. With torch for CUDA: tests/nullgpu/test_null_push.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ranks import run_script
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+
+
+@pytest.fixture
+def run(null_gpu_library, segment):
+    """A function that runs a script here on null GPUs, and returns its output."""
+
+    def run(script: str, *arguments: str) -> str:
+        paths = [ROOT, ROOT / "kernels", ROOT / "tests", HERE]
+        variables = {
+            "NULL_GPU_LIBRARY": str(null_gpu_library),
+            "NULL_GPU_SEGMENT": str(segment),
+            "NULL_GPUS": "16",
+            "PYTHONPATH": ":".join(map(str, paths)),
+        }
+        return run_script(HERE, [script, *arguments], **variables)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("qwen", "1"), ("deepseek", "3"), ("deepseek", "2", "colocated")],
+    ids=["one engine", "a set", "on the trainer's GPUs"],
+)
+def test_every_rank_has_every_slice_after_each_push(run, arguments):
+    run("host_push.py", *arguments)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize(
+    ("engines", "killed_at"), [(2, "first"), (2, "middle"), (2, "last"), (3, "middle")]
+)
+def test_an_engine_killed_in_a_push_costs_the_others_a_repeated_one(run, engines, killed_at):
+    """The other engines' processes and the trainer's are the same afterwards, and nothing of the
+    push that broke was loaded. What each loads, it compares with plain slicing."""
+    printed = run("push_processes.py", "qwen", str(engines), "host", killed_at)
+    seen = json.loads(printed.splitlines()[-1])
+    assert seen["lost"] == [0] and seen["others"] == [True] * (engines - 1)
+    assert seen["trainer"] and seen["versions"] == [4] * engines and seen["sets"] == [engines]
