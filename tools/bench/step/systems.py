@@ -78,7 +78,11 @@ def run_ours(
         process = subprocess.Popen(
             command, cwd=root, env=env, stdout=output, stderr=subprocess.STDOUT
         )
-        marks = _watch(out / "metrics.jsonl", process)
+        try:
+            marks = _watch(out / "metrics.jsonl", process)
+        finally:  # Ctrl-C
+            process.kill()
+            process.wait()
         if process.returncode:
             output.seek(0)
             raise RuntimeError(f"rl {path} ended with {process.returncode}:\n{output.read()}")
