@@ -25,7 +25,7 @@ from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
 from megatron_r1.data.prompts import Prompt, is_heldout, normalize, question_of
 from megatron_r1.data.records import read_records
-from megatron_r1.data.sft import ALWAYS_LEARNED, QUESTION_AND_RESPONSE, form_of
+from megatron_r1.data.sft import ALWAYS_LEARNED, form_of
 from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engine import gpu
@@ -132,7 +132,7 @@ def _are_examples(rows: Sequence[dict[str, Any]]) -> bool:
         return form is not None
     found = columns_by_name(rows, needs_truth=True)
     has_truth = "truth" in found or any("truth" in row or "kind" in row for row in rows)
-    return form != QUESTION_AND_RESPONSE and not has_truth
+    return not has_truth
 
 
 def _write_supervised(

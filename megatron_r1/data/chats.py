@@ -26,7 +26,7 @@ ROLES = {
 ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
 CALLS = ("function_call", "tool_call")
 """Roles of ShareGPT whose text is a tool call as JSON."""
-KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "weight")
 """Keys of a message that templates read beside role and content."""
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_r1.data.chats import Message
-from megatron_r1.data.sft import SftExample
+from megatron_r1.data.sft import SftExample, is_learned
 from megatron_r1.data.templates import CHAT, PLACEHOLDER, find_template, render
 from megatron_r1.data.text import PromptText, system_text
 from megatron_r1.errors import Cause, UserError
@@ -93,14 +93,14 @@ class ExampleText:
         text = self._render(example, messages)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        if self._marks:
+        if self._marks and all(is_learned(m) for m in messages if m["role"] == "assistant"):
             learned = self._marked(example, messages)
         else:
             shift = len(messages) - len(example.messages)
             spans = [
                 self._span(example, messages, number, text)
                 for number in range(max(0, example.learned_from + shift), len(messages))
-                if messages[number]["role"] == "assistant"
+                if is_learned(messages[number])
             ]
             learned = self._within(ids, offsets, spans)
         if ids:

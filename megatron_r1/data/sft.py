@@ -157,7 +157,7 @@ def _alpaca(row: Record) -> Parts | None:
     instruction, output = row.get("instruction"), row.get("output") or row.get("response")
     if not isinstance(instruction, str) or not isinstance(output, str) or not output.strip():
         return None
-    given = row.get("input")
+    given = row.get("input") or row.get("context")
     more = f"\n\n{given}" if isinstance(given, str) and given.strip() else ""
     return _asked(instruction + more, output, row)
 
@@ -186,6 +186,12 @@ def _text(row: Record) -> Parts | None:
     return "", text, [], 0, None
 
 
+def is_learned(message: Message) -> bool:
+    """Return whether a message is the assistant's and not excluded by `weight: 0`, as OpenAI's form
+    of fine-tuning data excludes it."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
+
+
 def _asked(question: str, response: str, row: Record) -> Parts:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
     return _conversation(turns, 0, row)
@@ -198,15 +204,13 @@ def _conversation(messages: list[Message], learned_from: int, row: Record) -> Pa
     if system.strip() and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
         learned_from += 1
-    learned = [m for m in messages[learned_from:] if m["role"] == "assistant"]
-    if not learned:
+    if not any(is_learned(message) for message in messages[learned_from:]):
         raise ValueError("no message of the assistant, from whose messages is learned")
     if messages[0]["role"] == "assistant" and len(messages) == 1:
         raise ValueError("the only message is the assistant's; it has no prompt")
     return "", "", messages, learned_from, read_tools(row.get("tools"))
 
 
-QUESTION_AND_RESPONSE = "question and response"
 ALWAYS_LEARNED = (
     *("prompt and completion as messages", "query, answers and tools"),
     "instruction, input and output",
@@ -218,7 +222,7 @@ FORMS: tuple[tuple[str, Callable[[Record], Parts | None]], ...] = (
     ("messages", _chat),
     ("query, answers and tools", _calls),
     ("instruction, input and output", _alpaca),
-    (QUESTION_AND_RESPONSE, _question_and_response),
+    ("question and response", _question_and_response),
     ("text", _text),
 )
 """(what the form is called, how it is read)"""

@@ -125,6 +125,7 @@ def test_a_question_may_have_turns_before_it_and_ends_with_the_user(tmp_path):
          "system": "Be brief."},
         {"prompt": [SYSTEM, USER], "completion": [ANSWER]},
         {"instruction": "1 + 1?", "input": "", "output": "2", "system": "Be brief."},
+        {"question": "1 + 1?", "response": "2", "system_prompt": "Be brief."},
     ],
 )  # fmt: skip
 def test_a_row_is_one_conversation(row):
@@ -133,6 +134,8 @@ def test_a_row_is_one_conversation(row):
 
 
 def test_text_stays_text():
+    row = {"instruction": "Add.", "context": "1 1", "response": "2"}
+    assert read_example("rows:1", row).messages[0]["content"] == "Add.\n\n1 1"
     example = read_example("rows:1", {"prompt": "1 + 1 =", "completion": " 2"})
     assert (example.prompt, example.response, example.messages) == ("1 + 1 =", " 2", [])
     assert read_example("rows:1", {"text": "all of it"}).response == "all of it"

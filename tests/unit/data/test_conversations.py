@@ -99,6 +99,15 @@ def test_of_a_prompt_with_turns_only_the_completion_is_learned(texts):
         assert text.decode(own) == "2<|im_end|>"
 
 
+def test_a_message_of_weight_0_is_not_learned(texts):
+    messages = [FIRST, answer("1") | {"weight": 0}, SECOND, answer("2") | {"weight": 1}]
+    for template in (CHATML, marked(CHATML)):
+        text = texts(template)
+        ids, learned = text.encode(read_example("row", {"messages": messages}))
+        own = [token for token, mark in zip(ids, learned, strict=True) if mark]
+        assert text.decode(own) == "2<|im_end|>"
+
+
 def test_a_system_s_message_is_never_lost(texts):
     row = {"messages": [SYSTEM, FIRST, answer("1")]}
     text = texts(WITHOUT_SYSTEM)
