@@ -102,6 +102,11 @@ async def _sample(
             await collector.check(weights, questions)
         print(f"starting {counted(rollout.engines, 'engine')} on {config.model.path}", flush=True)
         await fleet.start(config.model.path)
+        print(
+            f"sampling {counted(group_size * len(questions), 'response')} of at most "
+            f"{rollout.max_response_tokens:,} tokens",
+            flush=True,
+        )
         start = time.perf_counter()
         collected = await collector.collect(questions, sampling)
         seconds = time.perf_counter() - start
