@@ -248,7 +248,8 @@ class WeightBridge:
             async with raise_dead_after(engine, self._timeout_seconds):
                 await engine.client.sleep()
         # The others' last number: the pushes to an engine are numbered without gaps.
-        await self.links.send(self._push_number, [engine], _raise_error)
+        with self.links.reporting_deaths():
+            await self.links.send(self._push_number, [engine], _raise_error)
         await self._swap_new(engine)
         if self.prober is not None:
             await self.prober.check(self._push_number, [engine], _raise_error)

@@ -125,7 +125,6 @@ class EngineLinks:
             asyncio.create_task(report(engine_set, engine))
             for engine_set in self.sets
             for engine in engine_set.engines
-            if len(engine_set.engines) > 1
         ]
         try:
             yield

@@ -7,7 +7,9 @@
    that the plan gives it, and has the slices of its parameters that each link carries, as they are
    or quantized to FP8.
 4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends (`base`); over the
-   last two (`groups`, `gloo`) an engine passes on to others what has entered it.
+   last two an engine passes on to others what has entered it. Over NCCL all links are sent
+   together, in the rounds of `plan.rounds`: `ordered_sets` has each rank's part, `round_sender`
+   runs that of a trainer rank.
 5. `receive_buffer`: the memory of an engine rank in which a push arrives.
 6. `checksum`: one per delivery, computed on both ends, in the same pass as the copy where possible,
    and compared before use.
