@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from megatron_r1.agents.continuation import Continuation, arguments_of
-from megatron_r1.agents.parsing import ParseJob, Parser
+from megatron_r1.agents.parsing import FAILURE, ParseJob, Parser
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.responses import Response
 
@@ -37,16 +37,23 @@ class AnswerReader:
         """Return the assistant's message of an answer.
 
         Calls that the template refuses stay text in the content, as malformed calls do, among them
-        calls whose arguments are no JSON object. text: decoded from token_ids, without the end
+        calls whose arguments are no JSON object; the message's field `tool_call_error` then says
+        why. text: decoded from token_ids, without the end
         token. max_calls: tool calls that are kept."""
         job = ParseJob(text, list(token_ids), list(prompt_ids), list(tools))
         message = (await self._parser.parse(job)).message()
-        if max_calls is not None and "tool_calls" in message:
-            message["tool_calls"] = message["tool_calls"][:max_calls]
+        calls = message.get("tool_calls", [])
+        if max_calls is not None and len(calls) > max_calls:
+            message["tool_calls"] = calls[:max_calls]
+            message[FAILURE] = f"calls after the first {max_calls} are left out, as was asked"
+        if not calls and not message["content"].strip() and "reasoning_content" not in message:
+            message["content"] = text  # whatever a parser has dropped
         functions = [call["function"] for call in message.get("tool_calls", ())]
         # Parsers of vLLM keep a text or a list as arguments. No protocol has a place for these:
         # clients fail on them, or send back a call that the gateway has to refuse.
-        are_objects = all(isinstance(arguments_of(function), dict) for function in functions)
-        if not are_objects or not self._continuation.can_render(message, tools):
-            return {"role": "assistant", "content": text}
-        return message
+        why = "the arguments of a call are no JSON object"
+        if all(isinstance(arguments_of(function), dict) for function in functions):
+            if self._continuation.can_render(message, tools):
+                return message
+            why = "the chat template refuses the calls"
+        return {"role": "assistant", "content": text, FAILURE: why}

@@ -6,7 +6,8 @@ other blanks in the JSON of a tool call, thinking that is dropped. So:
 1. The request's messages are compared with those of the tree: tool calls with equal JSON arguments
    are equal, as are answers that differ in outer white space or lack their reasoning. The deepest
    sampled turn whose whole conversation begins the request is continued.
-2. Its tokens stay. If it was cut, the token that closes a turn is appended.
+2. Its tokens stay. If it was cut, the token that closes a turn is appended; where it ended with the
+   token that begins the next message (GLM's <|user|>, <|observation|>), that is not written again.
 3. The tokens of the new messages are appended: what the template writes after a short conversation
    of the same shape (`_suffix`).
 4. Where the template rewrites what stands before, or no turn matches, the whole request is rendered
@@ -25,6 +26,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from megatron_r1.agents.tree import Message, TokenTree
+from megatron_r1.data.end_tokens import EndToken
 
 MARK = "answer-7c1e"
 """The answer of a probe conversation, which shows what a template writes after an answer."""
@@ -48,18 +50,17 @@ class NextPrompt:
 class Continuation:
     """A tokenizer's chat template, applied by the continuation rule."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """tokenizer: a tokenizer of transformers, with a chat template."""
+    def __init__(self, tokenizer: Any, ends: Sequence[EndToken] = ()) -> None:
+        """tokenizer: a tokenizer of transformers, with a chat template. ends: the tokens that end
+        an answer; by default the tokenizer's eos_token."""
         self._tokenizer = tokenizer
         self.vocabulary_size = len(tokenizer)
         special = [re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special]
         self._special = re.compile("|".join(sorted(special, reverse=True)) or r"(?!)")
         user, answer = {"role": "user", "content": "u"}, {"role": "assistant", "content": MARK}
-        written = self._text([user, answer]).rpartition(MARK)[2]
-        end = tokenizer.eos_token
-        self._closes = written.startswith(end)
-        self._close_id = tokenizer.eos_token_id
-        self._after_close = written[len(end) :] if self._closes else written
+        self._written = self._text([user, answer]).rpartition(MARK)[2]
+        self._ends = {end.id: end.text for end in ends if end.text}
+        self._ends.setdefault(tokenizer.eos_token_id, tokenizer.eos_token)
 
     def next_prompt(
         self, tree: TokenTree, messages: Sequence[Message], tools: Sequence[Message] = ()
@@ -70,8 +71,8 @@ class Continuation:
             new = messages[count:]
             suffix = self._suffix(tree.messages(node), new, tools)
             if suffix is not None:
-                closing = [self._close_id] if self._must_close(tree, node) else []
-                tokens = closing + self._encode(self._after_close + suffix)
+                sampled = tree.nodes[node].token_ids
+                tokens = self._appended(sampled[-1] if sampled else None, *suffix)
                 return NextPrompt(node, tokens, tuple(new))
         return NextPrompt(None, self.render(messages, tools), tuple(messages))
 
@@ -135,15 +136,27 @@ class Continuation:
             return "refused"
         return "new branch"
 
-    def _must_close(self, tree: TokenTree, node: int) -> bool:
-        sampled = tree.nodes[node].token_ids
-        return self._closes and not (sampled and sampled[-1] == self._close_id)
+    def _appended(self, last: int | None, written: str, new: str) -> list[int]:
+        """Return the tokens to append behind an answer whose last sampled token is `last`. written:
+        what the template writes behind such an answer; new: for the messages that follow."""
+        for close, text in self._ends.items():
+            if written.startswith(text):
+                closing = [] if last == close else [close]
+                return closing + self._encode(written[len(text) :] + new)
+        rest = written + new
+        # Without a closing token the answer may have ended with what begins the next message.
+        return self._encode(rest if last is None else rest.removeprefix(self._ends.get(last, "")))
+
+    def _behind(self, answer: str) -> str:
+        """Return what the template writes behind an answer, of the text of the whole answer."""
+        at = max((answer.rfind(end) for end in self._ends.values()), default=-1)
+        return self._written if at < 0 else answer[at:]
 
     def _suffix(
         self, history: Sequence[Message], new: Sequence[Message], tools: Sequence[Message]
-    ) -> str | None:
-        """Return what the template writes for `new` after `history`, whose last message is an
-        answer; None where it then writes other text for what stands before.
+    ) -> tuple[str, str] | None:
+        """Return what the template writes behind the last message of `history`, an answer, and then
+        for `new`; None where it then writes other text for what stands before.
 
         It is found on a short conversation of the same shape, because the real one has answers that
         the template would spell otherwise."""
@@ -157,7 +170,7 @@ class Continuation:
             except Unrenderable:
                 return None
             if after.startswith(before) and after.startswith(prompt):
-                return after[len(before) :]
+                return self._behind(before[len(prompt) :]), after[len(before) :]
         return None
 
     def _text(

@@ -56,7 +56,7 @@ class EpisodePlayer:
     ) -> None:
         """room: most tokens of a prompt and its answer that an engine takes."""
         self.text, self.environments, self.settings, self.room = text, environments, settings, room
-        self.continuation = Continuation(text.tokenizer)
+        self.continuation = Continuation(text.tokenizer, text.end_tokens)
         self.parsers = parser_of(settings, text.tokenizer.name_or_path)
         self.reader = AnswerReader(self.parsers, self.continuation)
 

@@ -83,7 +83,7 @@ def _settings(config: Config, model: Path) -> Config:
 async def _answer(config: Config, model: Path, questions: list[str] | None) -> None:
     """Answer the questions on one engine; questions None: those typed at the terminal."""
     rollout = config.rollout
-    decoding = Decoding(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
+    decoding = Decoding.of(rollout, rollout.temperature, rollout.top_p, rollout.max_response_tokens)
     with temporary_logs() as scratch:
         policy = EnginePolicy(config, model, decoding, scratch, None)
         try:

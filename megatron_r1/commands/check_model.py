@@ -21,6 +21,7 @@ import msgspec
 import psutil
 
 from megatron_r1.config import Config, ParallelConfig
+from megatron_r1.data.end_tokens import describe, end_tokens
 from megatron_r1.errors import RunError, UserError
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.files import atomic_write
@@ -102,6 +103,7 @@ def _check(config: Config, folder: str) -> Findings:
         megatron=megatron,
         vllm=vllm if isinstance(vllm, float) else str(vllm),
         agree=problem is None,
+        end_tokens=describe(end_tokens(folder, "HF_FOLDER")),
         problem=problem,
     )
 
@@ -178,6 +180,7 @@ def _text(found: Findings, parallel: ParallelConfig) -> str:
         "weights": f"{found.tensors:,} tensors, each read once",
         "memory": f"RL in float32 takes about {memory:,.1f} GB for weights; {free:,.1f} free here",
         "tokenizer": tokens,
+        "ends with": found.end_tokens or "no token that the folder names",
         "compared": f"{found.compared} tokens, {found.dtype}; transformers is the reference",
         "Megatron": f"{difference(found.megatron)}; {layout}",
         "vLLM": difference(found.vllm),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_r1.agents.episode import Episode
 from megatron_r1.commands import torchrun
-from megatron_r1.commands.rl_checks import naming_renamed_columns
+from megatron_r1.commands.rl_checks import ends_with, naming_renamed_columns
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import PromptSampler
@@ -96,10 +96,12 @@ async def _sample(
         rollout.top_p,
         rollout.max_response_tokens,
         weights=weights,
+        stop=tuple(rollout.stop),
     )
     try:
         with naming_renamed_columns(config.data.columns):
             await collector.check(weights, questions)
+        print(ends_with(config, text), flush=True)
         print(f"starting {counted(rollout.engines, 'engine')} on {config.model.path}", flush=True)
         await fleet.start(config.model.path)
         print(

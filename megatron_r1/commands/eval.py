@@ -64,7 +64,7 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
     began = time.monotonic()
     log = ResponseLog(folder.samples_path, "eval")
     limit = config.rollout.max_response_tokens
-    decoding = Decoding(config.eval.temperature, config.eval.top_p, limit)
+    decoding = Decoding.of(config.rollout, config.eval.temperature, config.eval.top_p, limit)
     policy = await make_policy(config, folder.path, config.eval.server, "eval.server", decoding)
     played = {s.title: s.agents.model_dump() for s in sets if s.agents is not None}
     identity = policy.identity | ({"agents": played} if played else {})

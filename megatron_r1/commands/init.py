@@ -23,6 +23,7 @@ from megatron_r1.commands.trained_model import find_exported, recipe_of, templat
 from megatron_r1.config import Config, verb_of
 from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
+from megatron_r1.data.end_tokens import describe
 from megatron_r1.data.prompts import Prompt, is_heldout, normalize, question_of
 from megatron_r1.data.records import read_records
 from megatron_r1.data.sft import ALWAYS_LEARNED, form_of
@@ -113,6 +114,7 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     atomic_write(path, recipe_text(title, guesses))
     for guess in guesses:
         print(f"{guess.key}: {value_text(guess.value)}   # {guess.reason}")
+    print(f"a response ends with: {describe(text.end_tokens)}")
     _check_truths(data, columns)
     try:
         _try(path, columns)

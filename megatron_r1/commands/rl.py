@@ -10,7 +10,12 @@ from pathlib import Path
 
 from megatron_r1.commands import early_imports
 from megatron_r1.commands.gpu_placement import engines_share_gpus
-from megatron_r1.commands.rl_checks import check_settings, naming_renamed_columns, read_questions
+from megatron_r1.commands.rl_checks import (
+    check_settings,
+    ends_with,
+    naming_renamed_columns,
+    read_questions,
+)
 from megatron_r1.commands.rl_questions import questions_drawn
 from megatron_r1.commands.rollout_run import open_rollouts
 from megatron_r1.commands.training_run import TrainingRun, run_training, show_trainer
@@ -54,6 +59,7 @@ def run(config: Config) -> None:
         config.data.task or str(config.data.path),
         f"{len(prompts.train):,} questions, {len(prompts.heldout):,} held out",
         *questions_drawn(config, prompts.train),
+        ends_with(config, text),
     ]
 
     async def body(running: TrainingRun) -> None:

@@ -9,6 +9,7 @@ from megatron_r1.commands.gpu_placement import check_gpu_memory
 from megatron_r1.commands.rl_questions import load_questions
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
+from megatron_r1.data.end_tokens import describe
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
@@ -38,9 +39,19 @@ def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
 
 def read_questions(config: Config) -> tuple[PromptText, PromptSplit]:
     """Return what `prepare` does, of settings that have been checked. Raises UserError."""
-    text = PromptText(config.model.path, config.data.template)
+    ids = config.rollout.stop_token_ids
+    text = PromptText(config.model.path, config.data.template, stop_token_ids=ids)
     check_environment(config, text)
     return text, load_questions(config, text)
+
+
+def ends_with(config: Config, text: PromptText) -> str:
+    """Return a line on what ends a response: the model's tokens, and the recipe's."""
+    rollout, own = config.rollout, {end.id for end in text.end_tokens}
+    more = [f"token {token}" for token in rollout.stop_token_ids if token not in own]
+    more += map(repr, rollout.stop)
+    given = f"; rollout.stop: {', '.join(more)}" if more else ""
+    return f"responses end with {describe(text.end_tokens)}{given}"
 
 
 def check_settings(config: Config) -> None:

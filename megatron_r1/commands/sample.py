@@ -168,7 +168,9 @@ async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> No
             # As a training run grades in its first step.
             grader = Grader(pool, weights_at(rewards.weights, step=1), rewards.call_options)
         rollout, server = config.rollout, config.sample.server
-        decoding = Decoding(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
+        decoding = Decoding.of(
+            rollout, rollout.temperature, rollout.top_p, rollout.max_response_tokens
+        )
         key = "sample.server"
         policy = await make_policy(config, folder.path, server, key, decoding, inputs.shots)
         stack.push_async_callback(policy.close)

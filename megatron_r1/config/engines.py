@@ -1,6 +1,6 @@
 """The vLLM engines of a run: those that sample rollouts, and those of a teacher."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -73,6 +73,11 @@ class RolloutConfig(EngineConfig):
     top_p: float = Field(1.0, gt=0, le=1)
     """sample from this share of the probability; rl refuses less than 1, which the trainer's
     softmax does not follow"""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """strings that end a response, besides the model's end tokens: ["</answer>"]. The token that
+    completes one is the last, and is trained on"""
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    """tokens that end a response, besides the model's end tokens; the last, and trained on"""
     max_response_tokens: int = Field(32_768, gt=0)
     """a longer response is cut off here"""
     max_model_len: int | None = None

@@ -145,7 +145,7 @@ class RLConfig(Section):
             )
         if self.kl_estimator == "k1" and self.kl_beta > 0 and not algorithm.kl_in_reward:
             raise UserError(
-                "rl.kl_estimator: k1 in the loss has an expected gradient of 0, so that rl.kl_beta: "
+                "rl.kl_estimator: k1 in the loss has an expected gradient of 0, so rl.kl_beta: "
                 f"{self.kl_beta:g} would hold nothing; use k2, whose gradient is that of KL(policy "
                 "|| reference), or k3, the paper's",
                 key="rl.kl_estimator",

@@ -87,11 +87,13 @@ class Shots:
 class FewShotText(PromptText):
     """A `PromptText` whose encoded prompts begin with worked examples; `render` leaves them out."""
 
-    def __init__(self, model_path: str, template: str, shots: Shots) -> None:
+    def __init__(
+        self, model_path: str, template: str, shots: Shots, stop_token_ids: Sequence[int] = ()
+    ) -> None:
         """Load the tokenizer. Raises UserError also if its chat template drops the thoughts of
         earlier turns, as templates of reasoning models do: the worked examples would lack their
         thoughts."""
-        super().__init__(model_path, template)
+        super().__init__(model_path, template, stop_token_ids=stop_token_ids)
         self._shots = shots
         if self._chat:
             shown = self._apply_chat_template(shots.turns(""), tokenize=False)
@@ -108,4 +110,4 @@ class FewShotText(PromptText):
         if self._chat:
             turns = [*before, *self._shots.turns(question)]
             return list(self._apply_chat_template(turns)["input_ids"])
-        return self.tokenizer.encode(self._shots.text(self._template, question, before))
+        return self._encode_text(self._shots.text(self._template, question, before))

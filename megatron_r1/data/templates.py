@@ -9,6 +9,7 @@ SYSTEM = "{system}"
 """Where a text template has the system's message of a question, if it has a place for it."""
 
 PLACES = re.compile(r"\{problem\}|\{system\}")
+EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
 
 CHAT = "chat"
 """Stands for the tokenizer's own chat template (`text.PromptText`)."""
@@ -53,6 +54,13 @@ def render(template: str, question: str, system: str = "") -> str:
     given = {PLACEHOLDER: question, SYSTEM: system}
     # One pass: a question that contains "{system}" keeps it.
     return PLACES.sub(lambda match: given[match[0]], text)
+
+
+def closed_thought(prompt_text: str) -> str:
+    """Return the empty thought with which a rendered prompt ends, as templates write it that
+    switch thinking off; "" without one."""
+    found = EMPTY_THOUGHT.search(prompt_text)
+    return found[0] if found else ""
 
 
 def is_opened(prompt_text: str) -> bool:

@@ -8,7 +8,14 @@ import numpy as np
 
 from megatron_r1.data.byte_decoder import ByteDecoder
 from megatron_r1.data.chats import Message
-from megatron_r1.data.templates import SYSTEM, find_template, is_opened, render
+from megatron_r1.data.end_tokens import end_tokens
+from megatron_r1.data.templates import (
+    SYSTEM,
+    closed_thought,
+    find_template,
+    is_opened,
+    render,
+)
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.errors import Cause, UserError
 
@@ -24,10 +31,17 @@ class PromptText:
         model_path: str,
         template: str,
         keys: tuple[str, str] = ("model.path", "data.template"),
+        stop_token_ids: Sequence[int] = (),
     ):
-        """keys: the recipe's keys that name model and template, for errors. Sets opens_thought:
-        whether prompts end with `<think>`, which responses then do not repeat. Raises UserError if
-        the folder has no tokenizer, the tokenizer names no end token, or the template is none."""
+        """keys: the recipe's keys that name model and template, for errors. stop_token_ids: tokens
+        that end a response beside the model's own (`rollout.stop_token_ids`).
+
+        Sets opens_thought: whether prompts end with `<think>`, which responses then do not repeat;
+        closed_thought: the empty thought with which prompts end, "" without one;
+        end: the token that ends a written response; end_tokens: all that end a sampled one, and
+        stop_token_ids: their ids and the given ones. Raises UserError if the folder has no
+        tokenizer, the tokenizer names no end token or lacks one of stop_token_ids, or the template
+        is none."""
         self._chat, self._key = template == "chat", keys[1]
         self._template = template if self._chat else find_template(template, keys[1])
         self.tokenizer: Any = load_tokenizer(model_path, keys[0])
@@ -45,8 +59,23 @@ class PromptText:
                 cause=Cause.MALFORMED,
             )
         self.end: int = self.tokenizer.eos_token_id
+        self.end_tokens = end_tokens(model_path, keys[0], self.tokenizer)
+        ends = [each.id for each in self.end_tokens]
+        for token in stop_token_ids:
+            if token >= (size := len(self.tokenizer)):
+                raise UserError(
+                    f"rollout.stop_token_ids: {token} is no token of {model_path}, which has "
+                    f"{size:,}: 0 to {size - 1}",
+                    key="rollout.stop_token_ids",
+                    cause=Cause.OUT_OF_RANGE,
+                )
+        self.stop_token_ids = [*dict.fromkeys([*ends, *stop_token_ids])]
+        special = self.tokenizer.all_special_ids
+        self._silent = {*ends, *(token for token in stop_token_ids if token in special)}
         self._byte_decoder = ByteDecoder.of(self.tokenizer)
-        self.opens_thought = is_opened(self.render("?"))
+        self._start = self._text_in_front()
+        rendered = self.render("?")
+        self.opens_thought, self.closed_thought = is_opened(rendered), closed_thought(rendered)
 
     def render(self, question: str, before: Sequence[Message] = ()) -> str:
         """Return the prompt's text. before: the messages before the question. Raises UserError for
@@ -60,9 +89,20 @@ class PromptText:
         Arguments and errors are those of `render`."""
         if self._chat:
             return list(self._apply_chat_template(self._turns(question, before))["input_ids"])
-        return self.tokenizer.encode(
-            render(self._template, question, system_text(before, self._key))
-        )
+        return self._encode_text(render(self._template, question, system_text(before, self._key)))
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a text, with the tokenizer's own in front, unless the text begins
+        with them already."""
+        is_whole = bool(self._start) and text.startswith(self._start)
+        return self.tokenizer.encode(text, add_special_tokens=not is_whole)
+
+    def _text_in_front(self) -> str:
+        """Return the text of the special tokens that the tokenizer puts in front of a text."""
+        plain = self.tokenizer.encode("a", add_special_tokens=False)
+        ids = self.tokenizer.encode("a")
+        counts = [at for at in range(len(ids)) if plain and ids[at : at + len(plain)] == plain]
+        return "".join(self.tokenizer.convert_ids_to_tokens(ids[: counts[0]])) if counts else ""
 
     def fits(self, question: str, room: int, before: Sequence[Message] = ()) -> bool:
         """Whether the prompt leaves at least one of `room` tokens for a response."""
@@ -106,9 +146,9 @@ class PromptText:
         return [*self.tokenizer.encode(text, add_special_tokens=False), self.end]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of a response without the end token. Other special tokens stay: tags may
-        be among them."""
-        if token_ids and token_ids[-1] == self.end:
+        """Return the text of a response without the token that ended it, if that is one of
+        end_tokens or special. Other special tokens stay: tags may be among them."""
+        if len(token_ids) and token_ids[-1] in self._silent:
             token_ids = token_ids[:-1]
         if self._byte_decoder is not None:
             return self._byte_decoder.decode(np.asarray(token_ids, np.int32))

@@ -19,6 +19,7 @@ from megatron_r1.engine.cpu_kernels import check_cpu_kernels
 from megatron_r1.engine.from_config import engine_settings, fleet_settings
 from megatron_r1.engine.limits import check_engines, context_length
 from megatron_r1.engine.responses import Response
+from megatron_r1.engine.stop_strings import cut
 from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.evaluation.model_folder import fingerprint, require_weights
 from megatron_r1.evaluation.response import Decoding, TextResponse
@@ -45,7 +46,10 @@ class EnginePolicy:
         rollout, source = config.rollout, (str(model), config.data.template)
         self._config, self._model, self._decoding = config, model, decoding
         self._folder = folder
-        self._text = FewShotText(*source, shots) if shots else PromptText(*source)
+        ids = rollout.stop_token_ids
+        self._text = (
+            FewShotText(*source, shots, ids) if shots else PromptText(*source, stop_token_ids=ids)
+        )
         self._room = context_length(config)
         check_room(rollout)
         hf = load_config(model)
@@ -60,6 +64,8 @@ class EnginePolicy:
             "rollout.dtype": rollout.dtype,
             "rollout.max_model_len": self._room,
             "data.template": config.data.template,
+            "rollout.stop": rollout.stop,
+            "end tokens": self._text.stop_token_ids,
         }
 
     async def start(self) -> None:
@@ -155,10 +161,11 @@ class EnginePolicy:
             max_tokens=max_tokens,
             temperature=self._decoding.temperature,
             top_p=self._decoding.top_p,
-            stop_token_ids=[self._text.end],
+            stop_token_ids=self._text.stop_token_ids,
             seed=seed,
         )
-        return response
+        stop = self._decoding.stop
+        return cut(response, len(token_ids), stop, self._text.decode)[0] if stop else response
 
     def _player(self, agents: AgentsConfig) -> EpisodePlayer:
         key = agents.model_dump_json()

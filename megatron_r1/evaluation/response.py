@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, Self
 
-from megatron_r1.config import AgentsConfig
+from megatron_r1.config import AgentsConfig, RolloutConfig
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.rewards.answer import THINK
@@ -83,11 +83,20 @@ def is_ungraded(line: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Sampling parameters. max_tokens: the most tokens of a response."""
+    """Sampling parameters. max_tokens: the most tokens of a response. stop, stop_token_ids: strings
+    and tokens that end one, besides the model's end tokens."""
 
     temperature: float
     top_p: float
     max_tokens: int
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, rollout: RolloutConfig, temperature: float, top_p: float, max_tokens: int) -> Self:
+        """Return those of a recipe's `rollout` with this temperature, cut and limit."""
+        ends = tuple(rollout.stop), tuple(rollout.stop_token_ids)
+        return cls(temperature, top_p, max_tokens, *ends)
 
 
 class Policy(Protocol):

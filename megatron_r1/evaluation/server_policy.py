@@ -132,7 +132,10 @@ class ServerPolicy:
         else:
             system = system_text(before, "data.template")
             content = {"prompt": render(self._template, question, system)}
-        return {"model": self._server.model, **content, **asdict(self._decoding), "seed": seed}
+        decoding = {name: value for name, value in asdict(self._decoding).items() if value != ()}
+        if self._decoding.stop:  # vLLM's; the reward reads the string
+            decoding["include_stop_str_in_output"] = True
+        return {"model": self._server.model, **content, **decoding, "seed": seed}
 
     def _is_opened(self, text: str, truncated: bool) -> bool:
         """Return whether the response starts inside a thought that the prompt opened. A server does

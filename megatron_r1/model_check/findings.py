@@ -53,7 +53,8 @@ class NotCompared(msgspec.Struct, frozen=True):
 class Findings(msgspec.Struct, omit_defaults=True):
     """The result of a check, as `--json` writes it. megatron and vllm: the largest difference from
     transformers' log-probabilities, or why there is none. agree: whether the exit status is 0.
-    problem: why not; left out where it is. as_read: sentences on what config.json does not say."""
+    end_tokens: those that end a response. problem: why not; left out where it is. as_read:
+    sentences on what config.json does not say."""
 
     folder: str
     architecture: str
@@ -69,5 +70,6 @@ class Findings(msgspec.Struct, omit_defaults=True):
     megatron: float | str
     vllm: float | str
     agree: bool
+    end_tokens: str = ""
     problem: str | None = None
     as_read: list[str] = []

@@ -16,6 +16,7 @@ from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.responses import Response
+from megatron_r1.engine.stop_strings import cut
 from megatron_r1.fleet.dispatch import Affinity
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.rewards.runtime.pool import RewardPool
@@ -158,18 +159,22 @@ class RolloutCollector:
         sampling: Sampling,
         affinity: Affinity | None = None,
     ) -> list[Response]:
-        return await self.fleet.generate(
+        responses = await self.fleet.generate(
             token_ids,
             n=sampling.num_samples,
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            stop_token_ids=[self.text.end],
+            stop_token_ids=self.text.stop_token_ids,
             routing=sampling.routing,
             kind=prompt.kind,
             order=sampling.step,
             affinity=affinity,
         )
+        if not sampling.stop:
+            return responses
+        count, decode = len(token_ids), self.text.decode
+        return [cut(response, count, sampling.stop, decode)[0] for response in responses]
 
     async def _play(self, prompt: Prompt, sampling: Sampling) -> list[Played]:
         """Play the group's episodes. Raises EngineError where the fleet has failed; a single call

@@ -62,7 +62,7 @@ def check_environment(config: Config, text: PromptText) -> None:
     if find_player(config) is None:
         return
     agents = config.agents
-    tools, template = [ANY_TOOL], Continuation(text.tokenizer)
+    tools, template = [ANY_TOOL], Continuation(text.tokenizer, text.end_tokens)
     if agents.environment:
         description = describe(agents.environment)
         tools = description.tools

@@ -57,7 +57,11 @@ class ResponseGrader:
             own = () if played.reward is None else (ACCURACY,)
             terms = [term for term in dict.fromkeys((ACCURACY, *weights)) if term not in own]
             grades = await self._terms.grade(
-                terms, prompt, played.text, len(response.token_ids), self._text.opens_thought
+                terms,
+                prompt,
+                self._text.closed_thought + played.text,
+                len(response.token_ids),
+                self._text.opens_thought,
             )
             if played.reward is not None:
                 reason = f"{episode.status}: the environment's reward"
@@ -73,7 +77,9 @@ class ResponseGrader:
     ) -> GradedResponse:
         terms = list(dict.fromkeys((ACCURACY, "format", *weights)))
         num_tokens, opened = len(response.token_ids), self._text.opens_thought
-        grades = await self._terms.grade(terms, prompt, text, num_tokens, opened)
+        # With an empty thought that the template has closed: to the rewards it is the response's.
+        whole = self._text.closed_thought + text
+        grades = await self._terms.grade(terms, prompt, whole, num_tokens, opened)
         return _graded(response, text, combine(grades, weights))
 
     async def check_rewards(self, terms: Collection[str], prompts: list[Prompt]) -> None:

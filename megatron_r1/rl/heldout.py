@@ -49,6 +49,7 @@ class HeldoutEvaluation:
             config.rollout.max_response_tokens,
             step_of_settings,
             weights_at(config.rewards.weights, step_of_settings),
+            stop=tuple(config.rollout.stop),
         )
         metrics, groups = await evaluate(self._collector, self._prompts, sampling, config.rewards)
         records = sample_records(groups, step, "eval", None)

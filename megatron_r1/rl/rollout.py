@@ -23,7 +23,8 @@ class Sampling:
     step: the training step, from 1.
     weights: the weight of each term in the reward (`rewards.combine`).
     routing: shape of the experts' indices to return with each token, or None for none.
-    with_teacher: whether the teacher scores every token."""
+    with_teacher: whether the teacher scores every token.
+    stop: strings that end a response with the token that completes one."""
 
     num_samples: int
     temperature: float
@@ -33,6 +34,7 @@ class Sampling:
     weights: Mapping[str, float] = field(default_factory=lambda: DEFAULT_WEIGHTS)
     routing: RoutingShape | None = None
     with_teacher: bool = False
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

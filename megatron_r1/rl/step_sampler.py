@@ -103,6 +103,7 @@ class StepSampler:
             weights=weights_at(config.rewards.weights, step),
             routing=self._routing,
             with_teacher=self.collector.teacher is not None,
+            stop=tuple(rollout.stop),
         )
         num_groups = rl.questions_per_rollout
         # Drawn before the first await: the next batch may draw while this one is being sampled.

@@ -61,6 +61,7 @@ class ChatText:
 
     def __init__(self, tokenizer):
         self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
+        self.end_tokens, self.stop_token_ids = (), [self.end]
 
     def decode(self, token_ids):
         ends = len(token_ids) and token_ids[-1] == self.end

@@ -19,7 +19,7 @@ from megatron_r1.agents.gateway.request import (
     stop_strings,
     text_of,
 )
-from megatron_r1.agents.parsing import tool_call
+from megatron_r1.agents.parsing import FAILURE, tool_call
 
 NEUTRAL = SAMPLING | {"reasoning_effort": None, "verbosity": None}
 WITHOUT_EFFECT = (
@@ -85,6 +85,8 @@ def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
         message["reasoning_content"] = turn.reasoning
     if turn.tool_calls:
         message["tool_calls"] = turn.tool_calls
+    if FAILURE in turn.message:
+        message[FAILURE] = turn.message[FAILURE]
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(turn)}
     return _head(turn, "chat.completion") | {"choices": [choice], "usage": _usage(turn)}
 
@@ -100,6 +102,8 @@ def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
         # Streaming clients assemble a call's deltas by `index`; other replies have none.
         calls = [{"index": i, **call} for i, call in enumerate(turn.tool_calls)]
         deltas.append({"tool_calls": calls})
+    if FAILURE in turn.message:
+        deltas.append({FAILURE: turn.message[FAILURE]})
     head = _head(turn, "chat.completion.chunk")
     for delta in deltas:
         yield _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
@@ -135,6 +139,7 @@ def as_arguments(value: Any, where: str) -> str:
 def _message(body: Body) -> Message:
     role = body.take_one_of("role", ("system", "developer", "user", "assistant", "tool"), None)
     body.ignore("name", "refusal", "annotations", "cache_control", "provider_specific_fields", "id")
+    body.ignore(FAILURE)
     content = body.take("content", (str, list), None if role == "assistant" else REQUIRED)
     text = text_of(content, body.path("content"))
     # `developer` is OpenAI's newer name of the role that chat templates call `system`.

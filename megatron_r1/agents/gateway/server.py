@@ -33,10 +33,11 @@ from megatron_r1.agents.gateway.session import (
     TakenTurn,
     TurnSampling,
 )
-from megatron_r1.agents.gateway.turns import continue_tokens, cut, first_tokens
+from megatron_r1.agents.gateway.turns import continue_tokens
 from megatron_r1.agents.parsing import Parser
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.errors import EngineError
+from megatron_r1.engine.stop_strings import cut, first_tokens
 
 MAX_BODY_BYTES = 64 * 2**20
 BYTES_PER_TOKEN = 32
@@ -92,7 +93,7 @@ class Gateway:
         """host: the address to listen on, at a free port. sampling_options: `run` replaces a
         request's options that differ from the run's, and notes it in the session, as only the
         policy's own distribution can be trained on; `refuse` answers 400."""
-        self._continuation = Continuation(text.tokenizer)
+        self._continuation = Continuation(text.tokenizer, text.end_tokens)
         self._text, self._reader = text, AnswerReader(parser, self._continuation)
         self._host, self._port = host, 0
         self._sampling_options = sampling_options
@@ -251,10 +252,17 @@ class Gateway:
         run: dict[str, Any] = {
             "temperature": session.sampling.temperature,
             "top_p": session.sampling.top_p,
-            "stop_token_ids": [self._text.end],
+            "stop_token_ids": self._text.stop_token_ids,
         }
         for name, value in request.options.items():
             if name in run and value == run[name]:
+                continue
+            # The run's other end tokens end a turn as well, also where a client lists its own.
+            if (
+                name == "stop_token_ids"
+                and isinstance(value, list)
+                and set(value) <= set(run[name])
+            ):
                 continue
             if self._sampling_options == "refuse":
                 instead = f"the run samples with {run[name]}" if name in run else "leave it out"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_r1.agents.parsing.hermes import HermesParser
-from megatron_r1.agents.parsing.pool import Parsed, ParserPool
+from megatron_r1.agents.parsing.pool import FAILURE, Parsed, ParserPool
 from megatron_r1.agents.parsing.worker import ParseJob, tool_call
 
 if TYPE_CHECKING:  # a worker imports this package, and needs no recipe

@@ -14,6 +14,8 @@ from megatron_r1.processes.framed_process import FramedProcess, WorkerLost
 from megatron_r1.processes.frames import frame
 
 MODULE = "megatron_r1.agents.parsing.worker"
+FAILURE = "tool_call_error"
+"""The field of an assistant's message that says why a call stays text."""
 MAX_REPLY_BYTES = 2**28
 """A reply's limit, above any answer's text. The worker runs vLLM's code, not the model's."""
 
@@ -26,7 +28,8 @@ class Parsed:
     content: str | None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     failure: str = ""
-    """The parser's error, "" if there was none; after an error the whole text is in `content`."""
+    """Why text that may have been meant as a call is none, or the parser's error; "" if there is
+    nothing to say. Such text is in `content`."""
 
     def message(self) -> dict[str, Any]:
         """Return the turn as an assistant's message."""
@@ -35,6 +38,8 @@ class Parsed:
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
             message["tool_calls"] = self.tool_calls
+        if self.failure:
+            message[FAILURE] = self.failure
         return message
 
 

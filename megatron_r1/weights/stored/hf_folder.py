@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_r1.data.end_tokens import GENERATION, end_tokens
 from megatron_r1.files import atomic_write, fsync, make_folder
-from megatron_r1.files.foreign import require_inside
+from megatron_r1.files.foreign import read_json, require_inside
 from megatron_r1.files.weight_files import INDEX, SINGLE
 from megatron_r1.models.hf_config import as_score_model, has_score_head, implied
 from megatron_r1.weights.layout import Shape
@@ -71,7 +72,21 @@ def carry_files(source: Path, folder: Path) -> None:
             copy = folder / file.relative_to(source)
             make_folder(copy.parent)
             fsync(shutil.copyfile(file, copy))
+    write_end_tokens(source, folder)
     fsync(folder)
+
+
+def write_end_tokens(source: Path, folder: Path) -> None:
+    """Write all tokens with which a model of `source` ends a response into the
+    generation_config.json of `folder`, so that other engines stop where ours do. Without any there,
+    nothing is written."""
+    if not (ends := [end.id for end in end_tokens(source)]):
+        return
+    path = folder / GENERATION
+    settings = read_json(path, GENERATION) if path.is_file() else {}
+    if settings.get("eos_token_id") not in (ends, *ends[: len(ends) == 1]):
+        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        atomic_write(path, json.dumps(settings, indent=2) + "\n")
 
 
 def write_config(

@@ -183,7 +183,7 @@ class Terms:
 
 
 def graded(text, played, row=ROW):
-    grader = ResponseGrader(None, SimpleNamespace(opens_thought=False), {})
+    grader = ResponseGrader(None, SimpleNamespace(opens_thought=False, closed_thought=""), {})
     grader._terms = Terms()
     return asyncio.run(grader.grade_episodes(row, played, {"accuracy": 1.0, "format": 0.5}))
 

@@ -126,7 +126,7 @@ def test_the_options_of_a_registered_reward_come_from_its_signature():
 class Text:
     """Tokens are code points."""
 
-    opens_thought = False
+    opens_thought, closed_thought = False, ""
 
     def decode(self, token_ids):
         return "".join(map(chr, token_ids))

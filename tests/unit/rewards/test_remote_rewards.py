@@ -320,7 +320,7 @@ def test_one_votes_verdict_cannot_serve_another():
 class Answers:
     """Stands in for engines and tokenizer: every group is one right and one wrong answer."""
 
-    opens_thought, end = False, 0
+    opens_thought, closed_thought, stop_token_ids = False, "", [0]
 
     def encode(self, question, before=()):
         return [1]

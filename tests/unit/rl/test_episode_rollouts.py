@@ -15,7 +15,12 @@ from megatron_r1.rl.sample_log import SampleLog
 
 PROMPTS = [make_prompt(f"row {i}", "environment", None, {}) for i in range(3)]
 SAMPLING = Sampling(2, 1.0, 1.0, 64, weights={"accuracy": 1.0})
-TEXT = SimpleNamespace(encode=lambda question, before=(): [1, 2], end=0, opens_thought=False)
+TEXT = SimpleNamespace(
+    encode=lambda question, before=(): [1, 2],
+    stop_token_ids=[0],
+    opens_thought=False,
+    closed_thought="",
+)
 FLEET = SimpleNamespace(members=SimpleNamespace(require_usable=lambda: None))
 
 

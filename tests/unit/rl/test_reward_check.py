@@ -13,7 +13,7 @@ from megatron_r1.rl.grading import ResponseGrader
 
 
 class Text:
-    opens_thought = False
+    opens_thought, closed_thought = False, ""
 
 
 MINE = """

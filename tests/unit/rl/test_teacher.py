@@ -257,7 +257,7 @@ def test_a_server_that_is_not_there_is_an_error_after_the_timeout(tmp_path):
 class Text:
     """Tokens are digits."""
 
-    opens_thought, end = False, 1
+    opens_thought, closed_thought, stop_token_ids = False, "", [1]
 
     def encode(self, question, before=()):
         return [int(char) for char in question]

@@ -53,7 +53,11 @@ def test_a_group_that_cannot_be_graded_is_one_of_many():
             return [Response([1], [0.0], [0], "stop")] * n
 
     text = SimpleNamespace(
-        encode=lambda question, before=(): [1], decode=lambda ids: "x", end=0, opens_thought=False
+        encode=lambda question, before=(): [1],
+        decode=lambda ids: "x",
+        stop_token_ids=[0],
+        opens_thought=False,
+        closed_thought="",
     )
     collector = RolloutCollector(Engine(), Broken(), text, RewardsConfig(max_ungraded=0.5))
     prompt = make_prompt("2 + 11?", "math", "13", {})

@@ -38,7 +38,7 @@ from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.worker import Operations
 
 QUESTION = "What is 6 x 7?"
-TEXT = SimpleNamespace(encode=lambda question, before=(): [5], end=1)
+TEXT = SimpleNamespace(encode=lambda question, before=(): [5], stop_token_ids=[1])
 """In place of a tokenizer: every question is one token."""
 GRADERS = """
 import pathlib, time

@@ -1,0 +1,333 @@
+"""Tokens that end a response: every one that a folder lists."""
+
+import asyncio
+import json
+from array import array
+
+import pytest
+from refusals import refused
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_r1.agents.continuation import Continuation
+from megatron_r1.agents.tree import TokenTree
+from megatron_r1.config import RewardsConfig
+from megatron_r1.data.end_tokens import describe, end_tokens
+from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.text import PromptText
+from megatron_r1.engine.responses import Response
+from megatron_r1.engine.stop_strings import cut
+from megatron_r1.errors import Cause
+from megatron_r1.evaluation.response import Decoding
+from megatron_r1.rewards.base import Grade
+from megatron_r1.rl.collector import RolloutCollector
+from megatron_r1.rl.rollout import Sampling
+from megatron_r1.weights.stored.hf_folder import carry_files
+
+# Per family: its added tokens here, eos_token, the names in config.json and generation_config.json,
+# those that end a response, and those that do not. Lists of the configurations that their makers
+# publish with the models, by name instead of number:
+FAMILIES = {
+    # meta-llama/Llama-3.1-8B-Instruct generation_config.json: [128001, 128008, 128009]
+    "llama3": (
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|start_header_id|>"],
+        "<|eot_id|>",
+        ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
+        ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
+        ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
+        ["<|begin_of_text|>", "<|start_header_id|>"],
+    ),
+    # zai-org/GLM-4.5 generation_config.json: [151329, 151336, 151338]
+    "glm4": (
+        ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"]
+        + ["<|observation|>"],
+        "<|endoftext|>",
+        ["<|endoftext|>", "<|user|>", "<|observation|>"],
+        ["<|endoftext|>", "<|user|>", "<|observation|>"],
+        ["<|endoftext|>", "<|user|>", "<|observation|>"],
+        ["<|system|>", "<|assistant|>", "<sop>"],
+    ),
+    # openai/gpt-oss-20b generation_config.json: [200002, 199999, 200012]
+    "gpt_oss": (
+        ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>"]
+        + ["<|end|>", "<|message|>", "<|call|>"],
+        "<|return|>",
+        "<|return|>",
+        ["<|return|>", "<|endoftext|>", "<|call|>"],
+        ["<|return|>", "<|endoftext|>", "<|call|>"],
+        ["<|end|>", "<|channel|>", "<|message|>", "<|start|>"],
+    ),
+    # google/gemma-3-4b-it generation_config.json: [1, 106]; config.json: [1, 106]
+    "gemma3": (
+        ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
+        "<eos>",
+        ["<eos>", "<end_of_turn>"],
+        ["<eos>", "<end_of_turn>"],
+        ["<eos>", "<end_of_turn>"],
+        ["<start_of_turn>", "<bos>"],
+    ),
+    # microsoft/Phi-3.5-mini-instruct generation_config.json: [32007, 32001, 32000]
+    "phi3": (
+        ["<|endoftext|>", "<|assistant|>", "<|user|>", "<|system|>", "<|end|>"],
+        "<|endoftext|>",
+        "<|endoftext|>",
+        ["<|end|>", "<|assistant|>", "<|endoftext|>"],
+        ["<|end|>", "<|assistant|>", "<|endoftext|>"],
+        ["<|user|>", "<|system|>"],
+    ),
+    # Qwen/Qwen3-8B generation_config.json: [151645, 151643]
+    "qwen3": (
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "<|im_end|>",
+        "<|im_end|>",
+        ["<|im_end|>", "<|endoftext|>"],
+        ["<|im_end|>", "<|endoftext|>"],
+        ["<|im_start|>"],
+    ),
+    # deepseek-ai/DeepSeek-V3 config.json: 1
+    "deepseek": (
+        ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"],
+        "<｜end▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        ["<｜end▁of▁sentence｜>"],
+        ["<｜User｜>", "<｜Assistant｜>"],
+    ),
+}
+# Without generation_config.json, as an older export may be, names are what is left; Phi's list has
+# a token that no name tells.
+LISTED_ONLY = {"phi3": {"<|assistant|>"}}
+WORDS = ["the", "answer", "is", "4", ".", "..", "...", "stop", "here", "?", "find", "a", "A"]
+
+
+def tokenizer_with(added, eos, **more):
+    vocabulary = {word: number for number, word in enumerate(["<unk>", *WORDS])}
+    own = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    own.add_special_tokens([AddedToken(text, special=True) for text in added])
+    return PreTrainedTokenizerFast(tokenizer_object=own, eos_token=eos, **more)
+
+
+def folder_of(family, folder, generation=True):
+    added, eos, config, listed, *_ = FAMILIES[family]
+    tokenizer = tokenizer_with(added, eos)
+
+    def ids(names):
+        one = tokenizer.convert_tokens_to_ids
+        return one(names) if isinstance(names, str) else [one(name) for name in names]
+
+    tokenizer.save_pretrained(folder)
+    settings = {"model_type": "llama", "eos_token_id": ids(config)}
+    (folder / "config.json").write_text(json.dumps(settings))
+    if generation:
+        settings = {"eos_token_id": ids(listed), "temperature": 0.6}
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+    return tokenizer
+
+
+def response_of(token_ids, reason):
+    count = len(token_ids)
+    logprobs, versions = array("f", [-1.0] * count), array("i", [0] * count)
+    return Response(array("i", token_ids), logprobs, versions, reason)
+
+
+class Scripted:
+    """An engine whose answer is scripted, and ends as vLLM's: at one of stop_token_ids."""
+
+    def __init__(self, token_ids):
+        self.token_ids, self.asked = token_ids, {}
+
+    async def generate(self, prompt_ids, n, max_tokens, stop_token_ids, **sampling):
+        self.asked = {"stop_token_ids": stop_token_ids, **sampling}
+        ends = [at for at, token in enumerate(self.token_ids) if token in stop_token_ids]
+        count = min([max_tokens, *(at + 1 for at in ends)])
+        reason = "stop" if ends and ends[0] < max_tokens else "length"
+        return [response_of(self.token_ids[:count], reason)] * n
+
+
+class Exact:
+    async def grade(self, kind, response, truth, **fields):
+        return Grade(float(response.strip() == truth), "compared")
+
+
+def collected(text, token_ids, **sampling):
+    engine = Scripted(token_ids)
+    collector = RolloutCollector(engine, Exact(), text, RewardsConfig())
+    prompt = make_prompt("is", "math", "the answer is 4", {})
+    settings = Sampling(1, 1.0, 1.0, len(token_ids), weights={}, **sampling)
+    rollout = asyncio.run(collector.collect([prompt], settings))
+    return rollout.groups[0].responses[0]
+
+
+@pytest.mark.parametrize("generation", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_b20_every_listed_token_ends_a_response_and_counts_as_its_end(family, generation, tmp_path):
+    tokenizer = folder_of(family, tmp_path, generation)
+    *_, ends, others = FAMILIES[family]
+    if not generation:
+        ends = [end for end in ends if end not in LISTED_ONLY.get(family, ())]
+    wanted = {tokenizer.convert_tokens_to_ids(end) for end in ends}
+    # With the tokenizer at hand and from the files alone.
+    text = PromptText(str(tmp_path), "{problem}")
+    assert {end.id for end in text.end_tokens} == wanted
+    assert {end.id for end in end_tokens(tmp_path)} == wanted
+    assert text.stop_token_ids[0] == text.end == tokenizer.eos_token_id
+    assert all(end in describe(text.end_tokens) for end in ends)
+    answer = tokenizer.encode("the answer is 4", add_special_tokens=False)
+    rubbish = tokenizer.encode("stop here stop here", add_special_tokens=False)
+    for end in ends:
+        number = tokenizer.convert_tokens_to_ids(end)
+        got = collected(text, [*answer, number, *rubbish])
+        assert not got.truncated and list(got.response.token_ids) == [*answer, number]
+        assert got.text == "the answer is 4" and got.rewards["accuracy"] == 1.0
+    for other in others:
+        number = tokenizer.convert_tokens_to_ids(other)
+        got = collected(text, [*answer, number, *rubbish])
+        assert got.truncated and len(got.response.token_ids) == len(answer) + 1 + len(rubbish)
+
+
+@pytest.mark.parametrize("listed", [[7], [14, 7], 7])
+def test_b20_a_listed_token_of_any_kind_ends_a_response(listed, tmp_path):
+    """generation_config.json {"eos_token_id": [2, 7]}, with a 7 that is a word."""
+    tokenizer_with(["<eos>"], "<eos>").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 3}')
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    text = PromptText(str(tmp_path), "{problem}")
+    # 3 in config.json is what transformers writes where nothing is given; here it is a word.
+    assert text.stop_token_ids == [14, 7]
+    got = collected(text, [1, 2, 7, 8, 8])
+    assert not got.truncated and list(got.response.token_ids) == [1, 2, 7]
+
+
+@pytest.mark.parametrize("wrong", ["7", [1, None], True, -1, [2.5]])
+def test_b20_an_end_that_is_no_token_is_refused_by_its_file(wrong, tmp_path):
+    tokenizer_with(["<eos>"], "<eos>").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    with refused("model.path", Cause.MALFORMED, "generation_config.json", "eos_token_id"):
+        PromptText(str(tmp_path), "{problem}")
+
+
+@pytest.mark.parametrize("generation", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_b20_exports_list_them(family, generation, tmp_path):
+    (tmp_path / "from").mkdir()
+    (tmp_path / "to").mkdir()
+    folder_of(family, tmp_path / "from", generation)
+    carry_files(tmp_path / "from", tmp_path / "to")
+    written = json.loads((tmp_path / "to/generation_config.json").read_text())
+    ids = written["eos_token_id"]
+    wanted = [end.id for end in end_tokens(tmp_path / "from")]
+    assert set(ids if isinstance(ids, list) else [ids]) == set(wanted)
+    assert written.get("temperature") == (0.6 if generation else None)
+    assert [end.id for end in end_tokens(tmp_path / "to")] == wanted
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
+TEMPLATES = {
+    # What stands behind an answer: nothing, as GLM's; another token than eos, as Gemma's; one of
+    # its own for a call, as gpt-oss's.
+    "glm4": (
+        "{% for m in messages %}<|{{ 'observation' if m.role == 'tool' else m.role }}|>"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+    "gemma3": (
+        "{% for m in messages %}<start_of_turn>{{ m.content }}<end_of_turn>{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>{% endif %}"
+    ),
+    "gpt_oss": (
+        "{% for m in messages %}<|start|>{{ m.content }}{{ '<|call|>' if m.tool_calls else "
+        "('<|return|>' if m.role == 'assistant' else '<|end|>') }}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "end", "role"),
+    [
+        ("glm4", "<|observation|>", "tool"),
+        ("glm4", "<|user|>", "user"),
+        ("gemma3", "<end_of_turn>", "user"),
+        ("gpt_oss", "<|call|>", "tool"),
+        ("gpt_oss", "<|return|>", "user"),
+    ],
+)
+def test_b21_what_an_answer_ended_with_is_not_written_again(family, end, role, tmp_path):
+    tokenizer = folder_of(family, tmp_path)
+    tokenizer.chat_template = TEMPLATES[family]
+    ends = end_tokens(tmp_path, tokenizer=tokenizer)
+    continuation = Continuation(tokenizer, ends)
+    asked = {"role": "user", "content": "the answer ?"}
+    answer = {"role": "assistant", "content": "stop here"}
+    if role == "tool":
+        answer["tool_calls"] = [CALL]
+    new = {"role": role, "content": "is 4"}
+    tree = TokenTree()
+    first = continuation.next_prompt(tree, [asked])
+    node = tree.add_given(None, first.token_ids, first.messages, ())
+    sampled = tokenizer.encode("stop here" + end, add_special_tokens=False)
+    response = response_of(sampled, "stop")
+    tree.add_sampled(node, response, answer)
+    got = continuation.next_prompt(tree, [asked, answer, new])
+    assert got.parent is not None
+    whole = [*tree.token_ids(got.parent), *got.token_ids]
+    rendered = tokenizer.apply_chat_template(
+        [asked, answer, new], tokenize=False, add_generation_prompt=True
+    )
+    assert whole == tokenizer.encode(rendered, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("answer", "stop", "kept"),
+    [
+        ("the answer . stop here", ["answer ."], 3),  # over two tokens
+        ("the ... stop", [".."], 2),  # within a longer token
+        ("the answer is 4", ["nothing"], 4),
+        ("the answer is 4", ["answer is 4", "is"], 3),  # the one that is complete first
+        ("stop here", ["stop"], 1),  # in the first token
+    ],
+)
+def test_b18_a_stop_string_ends_a_response_with_the_token_that_completes_it(
+    answer, stop, kept, tmp_path
+):
+    tokenizer = folder_of("qwen3", tmp_path)
+    text = PromptText(str(tmp_path), "{problem}")
+    ids = tokenizer.encode(answer, add_special_tokens=False)
+    got = collected(text, ids, stop=tuple(stop))
+    is_cut = stop != ["nothing"]
+    assert list(got.response.token_ids) == ids[:kept]
+    assert len(got.response.logprobs) == len(got.response.policy_versions) == kept
+    assert got.truncated != is_cut
+    assert got.text == tokenizer.decode(ids[:kept])
+
+
+def test_b18_stop_token_ids_end_a_response_and_are_trained_on(tmp_path):
+    tokenizer = folder_of("qwen3", tmp_path)
+    here = tokenizer.convert_tokens_to_ids("here")
+    text = PromptText(str(tmp_path), "{problem}", stop_token_ids=[here])
+    got = collected(text, tokenizer.encode("stop here the answer", add_special_tokens=False))
+    assert got.response.token_ids[-1] == here and not got.truncated
+    assert got.text == "stop here"  # a word, unlike a special token, is text
+    with refused("rollout.stop_token_ids", Cause.OUT_OF_RANGE, len(tokenizer)):
+        PromptText(str(tmp_path), "{problem}", stop_token_ids=[len(tokenizer)])
+
+
+def test_b18_evaluations_and_servers_get_the_same_ends():
+    from megatron_r1.config import Config
+
+    rollout = Config(rollout={"stop": ["</answer>"], "stop_token_ids": [5]}).rollout
+    assert Decoding.of(rollout, 0.6, 0.95, 100) == Decoding(0.6, 0.95, 100, ("</answer>",), (5,))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "text", "kept"),
+    [(["a", "...", "stop"], "..", "a ", 2), (["a", "?", "stop"], "a ?", "", 2)],
+)
+def test_b19_a_gateway_s_stop_string_is_not_in_the_text(tokens, stop, text, kept, tmp_path):
+    tokenizer = folder_of("qwen3", tmp_path)
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    response = response_of(ids, "length")
+    got, before, found = cut(response, 1, [stop], tokenizer.decode)
+    assert (list(got.token_ids), before, found) == (ids[:kept], text, stop)
+    assert got.finish_reason == "stop"

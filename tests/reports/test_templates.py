@@ -1,0 +1,116 @@
+"""Prompts as tokens: what is written in front, and thoughts in a prompt."""
+
+import asyncio
+import json
+
+import pytest
+from test_end_tokens import collected, response_of, tokenizer_with
+from tokenizers import processors
+
+from megatron_r1.config import RewardsConfig
+from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.shots import FewShotText, Shots
+from megatron_r1.data.text import PromptText
+from megatron_r1.rewards.base import Grade
+from megatron_r1.rewards.format import grade as format_grade
+from megatron_r1.rl.grading import ResponseGrader
+
+BEGIN, EOS = "<|begin_of_text|>", "<|eot_id|>"
+
+
+def beginning_folder(folder, chat="{{ bos_token }}{{ messages[0].content }}"):
+    """A tokenizer that puts BEGIN in front, as Llama 3's."""
+    tokenizer = tokenizer_with([BEGIN, EOS], EOS, bos_token=BEGIN)
+    number = tokenizer.convert_tokens_to_ids(BEGIN)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", special_tokens=[(BEGIN, number)]
+    )
+    tokenizer.chat_template = chat
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return number
+
+
+@pytest.mark.parametrize(
+    ("template", "question"),
+    [
+        ("{problem}", "find a"),
+        (BEGIN + "{problem}", "find a"),
+        (BEGIN + " find {problem} ?", "a"),
+        ("{problem}", BEGIN + " find a"),  # as sft's prompts may be written
+        ("chat", "find a"),
+        ("{problem}", ""),
+    ],
+)
+def test_b23_a_prompt_begins_once(template, question, tmp_path):
+    number = beginning_folder(tmp_path)
+    text = PromptText(str(tmp_path), template)
+    ids = text.encode(question)
+    assert ids[0] == number and ids.count(number) == 1
+    bare = PromptText(str(tmp_path), "{problem}").encode(question.removeprefix(BEGIN))
+    if template in ("chat", "{problem}", BEGIN + "{problem}"):
+        assert ids == bare
+
+
+def test_b23_so_do_prompts_with_worked_examples(tmp_path):
+    number = beginning_folder(tmp_path)
+    shots = tmp_path / "shots.jsonl"
+    shots.write_text(json.dumps({"question": "the ?", "response": "answer"}) + "\n")
+    for template in (BEGIN + "{problem}", "{problem}"):
+        text = FewShotText(str(tmp_path), template, Shots(shots, None, 0))
+        ids = text.encode("find a")
+        assert ids[0] == number and ids[1] != number
+
+
+def test_b23_a_tokenizer_that_adds_nothing_takes_the_text_as_it_is(tmp_path):
+    tokenizer = tokenizer_with([BEGIN, EOS], EOS, bos_token=BEGIN)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    number = tokenizer.convert_tokens_to_ids(BEGIN)
+    assert PromptText(str(tmp_path), BEGIN + "{problem}").encode("a")[0] == number
+    assert number not in PromptText(str(tmp_path), "{problem}").encode("a")
+
+
+class FormatAlone:
+    """The format reward in this process; nothing else is graded."""
+
+    async def grade(self, kind, response, truth, **fields):
+        return format_grade(response, **fields) if kind == "format" else Grade(1.0, "")
+
+
+@pytest.mark.parametrize(
+    ("tail", "answer", "wanted"),
+    [
+        ("<think>\n", "so 4</think><answer>4</answer>", 1),
+        ("<think>", "so 4</think><answer>4</answer>", 1),
+        ("<think>\n", "<think>so 4</think><answer>4</answer>", 0),  # the prompt holds one
+        ("<think>\n\n</think>\n\n", "<answer>4</answer>", 1),  # thinking off
+        ("<think></think>", " <answer>4</answer>", 1),
+        ("<think>\n\n</think>\n\n", "4", 0),
+        ("<think>\n\n</think>\n\n", "<think>so</think><answer>4</answer>", 0),
+        ("<think>x</think>", "<answer>4</answer>", 0),  # a thought that is not empty is a text
+        ("", "<think>so 4</think><answer>4</answer>", 1),
+        ("", "<answer>4</answer>", 0),
+    ],
+)
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_b24_the_format_counts_the_thought_that_the_prompt_holds(
+    tail, answer, wanted, is_chat, tmp_path
+):
+    beginning_folder(tmp_path, chat="{{ messages[0].content }}" + tail)
+    text = PromptText(str(tmp_path), "chat" if is_chat else "{problem}" + tail)
+    text.decode = lambda token_ids: answer
+    grader = ResponseGrader(FormatAlone(), text, RewardsConfig().call_options)
+    prompt = make_prompt("1 + 3?", "math", "4", {})
+    [got] = asyncio.run(grader.grade(prompt, [response_of([1], "stop")], {"accuracy": 1.0}))
+    assert got.rewards["format"] == wanted and got.text == answer
+
+
+@pytest.mark.parametrize("padded", [[20, 7], [5, 4999, 1], [10**6]])
+def test_b27_ids_of_the_padded_vocabulary_have_no_text(padded, tmp_path):
+    """A model's embedding is larger than its tokenizer: such an id is sampled, not refused."""
+    beginning_folder(tmp_path)
+    text = PromptText(str(tmp_path), "{problem}")
+    got = collected(text, [1, *padded, text.end])
+    assert not got.truncated and got.rewards["accuracy"] == 0.0
+    assert got.text.startswith("the") and len(got.response.token_ids) == len(padded) + 2
