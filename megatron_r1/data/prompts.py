@@ -219,6 +219,7 @@ def _split(
     limits = {False: num_train, True: num_heldout if fraction else 0}
     contradictions: list[tuple[Prompt, Prompt]] = []
     sides: dict[bool, dict[str, Prompt]] = {False: {}, True: {p.id: p for p in heldout}}
+    given = {*sides[True]}
 
     def is_full(side: bool) -> bool:
         limit = limits[side]
@@ -229,7 +230,8 @@ def _split(
             report.is_complete = False
             break
         known = sides[False].get(prompt.id) or sides[True].get(prompt.id)
-        if known is not None and _differ_in_case(known, prompt):
+        # Not where the other is of the held-out file: too near to be trained on.
+        if known is not None and prompt.id not in given and _differ_in_case(known, prompt):
             # On the side of the other, by the same hash; but a question of its own.
             spelled = f"spelled {_spelling(prompt)}".encode("utf-8", "replace")
             prompt = replace(prompt, id=hashlib.sha256(spelled).hexdigest()[:16])

@@ -1,5 +1,6 @@
 """Turns graded groups into the trainer's samples: one a response, or one a branch of an episode."""
 
+import math
 from itertools import accumulate
 
 from megatron_r1.processes import timeline
@@ -10,7 +11,8 @@ from megatron_r1.training.sample import Sample
 @timeline.timed("controller/samples")
 def training_samples(groups: list[Group], advantages: list[list[float]]) -> list[list[Sample]]:
     """Return the trainer's samples of every response, in the groups' order: one with the response's
-    advantage, or, of an episode of several turns, one for each of its branches."""
+    advantage, or, of an episode of several turns, one for each of its branches. A response of no
+    token, which has nothing to learn, is not trained on (advantage NaN)."""
     return [
         _samples(group.prompt_ids, graded, advantage)
         for group, group_advantages in zip(groups, advantages, strict=True)
@@ -23,6 +25,7 @@ def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) ->
     branches = graded.episode.branches if graded.episode else []
     if not branches:  # a single turn, or an episode in which nothing was sampled
         sampled = prompt_ids, response.token_ids, response.logprobs
+        advantage = advantage if len(response.token_ids) else math.nan
         return [Sample.pack(*sampled, advantage, response.routing, scores)]
     counts = [branch.is_sampled.count(1) for branch in branches]
     return [

@@ -1,8 +1,14 @@
 """Schedules and what a resumed run continues with."""
 
+import json
+
 import pytest
 
 from megatron_r1.config import Config
+from megatron_r1.data.sampler import EpochSampler
+from megatron_r1.reporting.trackers import tracker_set
+from megatron_r1.reporting.trackers.base import EVALUATION, STEP, TrackedRun
+from megatron_r1.reporting.trackers.tracker_set import TrackerSet
 from megatron_r1.trainer_client.schedule import learning_rate, warmup_note
 
 
@@ -43,3 +49,70 @@ def test_b62_the_steps_are_updates_of_the_policy(algorithm, updates):
         critic={"warmup_steps": 1},
     )
     assert config.num_policy_updates == updates
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+@pytest.mark.parametrize("killed", [1, 2, 5, 7])
+def test_b61_examples_go_on_where_they_were(killed, shuffled):
+    """10 rows in batches of 2, over more than one epoch."""
+    whole = EpochSampler(list("abcdefghij"), seed=3, shuffled=shuffled)
+    batches = [whole.next(2) for _ in range(9)]
+    first = EpochSampler(list("abcdefghij"), seed=3, shuffled=shuffled)
+    assert [first.next(2) for _ in range(killed)] == batches[:killed]
+    state = json.loads(json.dumps(first.state_dict()))  # as in a checkpoint
+    resumed = EpochSampler(list("abcdefghij"), seed=3, shuffled=shuffled)
+    resumed.load_state_dict(state)
+    assert [resumed.next(2) for _ in range(9 - killed)] == batches[killed:]
+
+
+class Kept:
+    """A tracker that holds its lines, as a server does between two starts of a run."""
+
+    lines: dict = {}
+
+    def __init__(self, run):
+        self._own = Kept.lines.setdefault(run.folder, [])
+        self.notes = []
+        steps = [numbers for _, numbers in self._own]
+        self.newest = {
+            key: max((n[key] for n in steps if key in n), default=-1) for key in (STEP, EVALUATION)
+        }
+
+    def send(self, step, numbers):
+        self._own.append((step, numbers))
+
+    def finish(self, finished):
+        pass
+
+
+@pytest.mark.parametrize("killed", [1, 2, 3, 4])
+def test_b65_each_step_and_evaluation_is_tracked_once_at_its_own_step(
+    killed, tmp_path, monkeypatch
+):
+    """Evaluations every 2 steps; the run is killed, and goes on with what its files have."""
+    monkeypatch.setitem(tracker_set.OPENERS, "wandb", Kept)
+    monkeypatch.setattr(tracker_set, "CLOSE_SECONDS", None)
+    run = TrackedRun(tmp_path, "p", {})
+    steps = [{"step": step, "reward/mean": step / 10} for step in range(1, 7)]
+    evaluations = [{"step": step, "eval/accuracy": step / 8} for step in (0, 2, 4, 6)]
+    first = TrackerSet(["wandb"], run, lambda note: None)
+    first.history([], [])
+    first.evaluation(evaluations[0])
+    for line in steps[:killed]:
+        first.step(line)
+        if line["step"] % 2 == 0:
+            first.evaluation(evaluations[line["step"] // 2])
+    first.close(False)
+    saved = killed - killed % 2  # checkpoints every 2 steps
+    second = TrackerSet(["wandb"], run, lambda note: None)
+    second.history(steps[:saved], [e for e in evaluations if e["step"] <= saved])
+    for line in steps[saved:]:
+        second.step(line)
+        if line["step"] % 2 == 0:
+            second.evaluation(evaluations[line["step"] // 2])
+    second.close(True)
+    tracked = Kept.lines[tmp_path]
+    assert [n[STEP] for _, n in tracked if STEP in n] == [1, 2, 3, 4, 5, 6]
+    found = {n[EVALUATION]: n["eval/accuracy"] for _, n in tracked if EVALUATION in n}
+    assert found == {e["step"]: e["eval/accuracy"] for e in evaluations}
+    assert len([n for _, n in tracked if EVALUATION in n]) == 4
