@@ -108,7 +108,7 @@ $(CUDA_VENV)/.packages: $(CUDA_LOCK)
 	@test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torch==$(TORCH)
 	@# Before the rest, which takes minutes; removed, because pip would be content with it the next time.
-	@! $(CUDA_BIN)/python -m pip show torch | grep -q '^Version:.*+cpu' || { $(CUDA_BIN)/python -m pip uninstall --quiet --yes torch; \
+	@! $(CUDA_BIN)/python -m pip show torch | grep '^Version:.*+cpu' >/dev/null || { $(CUDA_BIN)/python -m pip uninstall --quiet --yes torch; \
 	echo "pip has found a CPU build of torch $(TORCH) before the CUDA build, in another index or a folder of wheels (pip config list): env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE=/dev/null make setup-cuda leaves them out"; exit 1; }
 	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(CUDA_LOCK)
 	@touch $@
