@@ -27,6 +27,7 @@ COVERED = (
     "megatron_r1/weights",
     "requirements/cuda.lock",
     "tests/nullgpu",
+    "tools/null_gpu",
 )
 """Files and folders whose code runs in these tests."""
 

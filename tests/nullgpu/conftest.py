@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from nullgpu.shim.build import build
 from ranks import run_script
+
+from tools.null_gpu.launch import environment
+from tools.null_gpu.shim.build import build
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -37,16 +39,9 @@ def on_null_gpu(tmp_path_factory) -> Callable[..., str]:
     build(shim)
 
     def run(*arguments: str, gpus: int = 1, computes: bool = False, **settings: str) -> str:
-        imports = [str(HERE / "everywhere"), *IMPORTS] if computes else IMPORTS
-        environment = {
-            "NULL_GPUS": str(gpus),
-            "LD_PRELOAD": f"{shim}/libnullgpu.so",
-            "LD_LIBRARY_PATH": str(shim),
-            "TRITON_LIBCUDA_PATH": str(shim),
-            "NULL_GPU_SEGMENT": f"{shim}/segment",
-            "PYTHONPATH": ":".join(imports),
-            "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus))),
-        }
-        return run_script(HERE, list(arguments), **environment | settings)
+        variables = environment(shim, gpus, computes=computes)
+        variables["PYTHONPATH"] = ":".join([variables["PYTHONPATH"], *IMPORTS])
+        variables["NULL_GPU_SEGMENT"] = f"{shim}/segment"
+        return run_script(HERE, list(arguments), **variables | settings)
 
     return run

@@ -22,8 +22,9 @@ from random_weights import write_random
 from vllm_needs import QWEN
 
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from tools.null_gpu.launch import ON_HOST
 
-HERE = Path(__file__).parent
+EVERYWHERE = Path(__file__).parents[2] / "tools" / "null_gpu" / "everywhere"
 GPU = 0  # of the trainer and the first engine, for which the trainer receives over NCCL
 GIB = 2**30
 
@@ -40,8 +41,9 @@ def settings(transport: str) -> dict:
         # Nothing can be captured or compiled where kernels do not run.
         "extra_args": ["--enforce-eager"],
         "extra_env": {
-            "VLLM_USE_FLASHINFER_SAMPLER": "0",
-            "PYTHONPATH": f"{HERE}/everywhere:{HERE}:{os.environ['PYTHONPATH']}",
+            **ON_HOST,
+            "VLLM_NCCL_SO_PATH": os.environ["LD_PRELOAD"],
+            "PYTHONPATH": f"{EVERYWHERE}:{os.environ['PYTHONPATH']}",
         },
     }
 

@@ -4,8 +4,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from nullgpu import counters
 from nullgpu.conftest import TORCHRUN
+
+from tools.null_gpu import counters
 
 ROOT = Path(__file__).parents[2]
 

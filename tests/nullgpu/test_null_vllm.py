@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from nullgpu.conftest import HERE, IMPORTS
+from ranks import run_script
 
 
 def test_what_vllm_loads_is_what_the_tables_predict_and_a_swap_keeps_addresses(
@@ -18,6 +20,17 @@ def test_what_vllm_loads_is_what_the_tables_predict_and_a_swap_keeps_addresses(
         assert not case["wrong"] and not case["moved"] and case["norm arrived"], case
         assert bool(case["scales"]) == case["case"].endswith("fp8")
         assert case["tensors"] > 20
+
+
+def test_an_engine_computes_what_transformers_does(on_null_gpu, tmp_path):
+    command = ["engine_answers.py", "engine", str(tmp_path), "qwen"]
+    sampled = json.loads(on_null_gpu(*command, computes=True).splitlines()[-1])
+    variables = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ":".join(IMPORTS)}
+    on_cpu = run_script(HERE, ["engine_answers.py", "transformers", str(tmp_path)], **variables)
+    expected = json.loads(on_cpu.splitlines()[-1])
+    # The engine rounds to bf16; tokens' log-probabilities differ by several nats.
+    assert sampled[0] == pytest.approx(expected[0], abs=0.15)
+    assert sampled[1:] == [pytest.approx(one, abs=0.15) for one in expected[1:]]
 
 
 @pytest.mark.parametrize(("transport", "engines"), [("shm", 1), ("cuda_ipc", 1), ("nccl", 2)])

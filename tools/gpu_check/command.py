@@ -28,10 +28,10 @@ PACKAGES = (
 )
 QUERY = "name,driver_version,memory.total,clocks.max.sm,mig.mode.current"
 NULL_GPU = "(null)"
-"""A part of the name of the null GPU's devices (tests/nullgpu/shim/null_gpu.h)."""
+"""A part of the name of the null GPU's devices (tools/null_gpu/shim/null_gpu.h)."""
 
 ON_NULL_GPU = (
-    "**This is the null GPU of tests/nullgpu**: kernels do not run, so times are meaningless, "
+    "**This is the null GPU of tools/null_gpu**: kernels do not run, so times are meaningless, "
     "results are wrong, and nothing is settled."
 )
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from made_once import made_once
-from nullgpu.shim.build import HEADERS_OF_TRITON, build_alone
+
+from tools.null_gpu.shim.build import HEADERS_OF_TRITON, build_alone
 
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1]

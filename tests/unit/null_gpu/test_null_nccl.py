@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from nullgpu import watch
 from waiting import wait_until
+
+from tools.null_gpu import watch
 
 INVALID_USAGE, REMOTE_ERROR, IN_PROGRESS = 5, 6, 7
 

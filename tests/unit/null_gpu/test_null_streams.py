@@ -1,8 +1,9 @@
 """Streams of the null GPU are queues that run apart from the host, as CUDA's."""
 
 import pytest
-from nullgpu import watch
 from waiting import wait_until
+
+from tools.null_gpu import watch
 
 NOT_READY = 600
 

@@ -289,14 +289,26 @@ def find_abandoned(segment: Path) -> list[Call]:
     ]
 
 
+def find_stuck(segment: Path) -> str | None:
+    """Return a text that names calls that wait for each other, or for ranks that have ended."""
+    if circle := find_circle(segment):
+        return str(circle)
+    abandoned = find_abandoned(segment)
+    lines = ["these wait for ranks that have ended:", *(f"  {call}" for call in abandoned)]
+    return "\n".join(lines) if abandoned else None
+
+
+def held(segment: Path) -> dict[int, list[int]]:
+    """Return the bytes of each GPU that each running process holds: by pid."""
+    return {record.pid: list(record.bytes) for record in records(segment)}
+
+
 def main(segment: Path) -> None:
     before = None
     while True:
-        found = find_circle(segment) or find_abandoned(segment)
-        if isinstance(found, Circle) and found == before:
-            sys.exit(str(found))
+        found = find_stuck(segment)
         if found and found == before:
-            sys.exit("these wait for ranks that have ended:\n" + "\n".join(f"  {a}" for a in found))
+            sys.exit(found)
         before = found
         time.sleep(1)
 

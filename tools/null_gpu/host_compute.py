@@ -5,12 +5,15 @@ bytes. It computes when it is called, and first waits for what is queued on the 
 would be queued on: what it reads has arrived, and what is queued later sees what it wrote. Copies
 between CPU and GPU that need no kernel are CUDA's own, and are queued.
 
-What stays without effect: products of Transformer Engine (cuBLASLt), its kernels and Triton's,
-which do not go through torch's dispatcher."""
+Operators of other libraries are computed where `KERNELS` has a function for them, and those that
+are written in Python run as what they call. What stays without effect: products of Transformer
+Engine (cuBLASLt), its kernels and Triton's, which do not go through torch's dispatcher."""
 
 import ctypes
 import functools
+import inspect
 import threading
+from collections.abc import Callable
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +25,12 @@ ALLOCATES = {
     *("_unsafe_view", "lift_fresh", "is_same_size"),
 }
 """Operators that make, describe or read memory: CUDA's own work on the null GPU."""
+
+NO_OPERATORS_OF_ITS_OWN = torch.Tensor.__torch_dispatch__
+KERNELS: dict[str, Callable] = {}
+"""Operator of another library, such as `_C::rms_norm` → a function of CPU tensors."""
+PYTHON_OPERATORS: dict[str, Callable] = {}
+"""Operator that is written in Python → its function (`record_python_operators`)."""
 
 
 @functools.cache
@@ -53,6 +62,19 @@ def is_transfer(name: str, args: tuple, kwargs: dict) -> bool:
     return goes_over and same and memory_format and source.is_contiguous()
 
 
+_generators: dict[int, tuple[torch.Generator, torch.Generator]] = {}
+
+
+def _generator_of_host(generator: torch.Generator) -> torch.Generator:
+    """Return the CPU's generator that stands for one of a GPU, with the same seed."""
+    if generator.device.type == "cpu":
+        return generator
+    if id(generator) not in _generators:
+        made = torch.Generator().manual_seed(generator.initial_seed())
+        _generators[id(generator)] = generator, made
+    return _generators[id(generator)][1]
+
+
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
     """Return a CPU tensor over the memory of one on the null GPU."""
     storage = tensor.untyped_storage()
@@ -70,13 +92,22 @@ class HostCompute(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         namespace, name = func._schema.name.split("::")
-        found = []
+        if written := PYTHON_OPERATORS.get(func._schema.name):
+            with self:  # what it calls computes, too
+                return written(*args, **kwargs)
+        if namespace == "aten" and func._can_decompose():  # in inference mode, as it was called
+            with self:
+                return func.decompose(*args, **kwargs)
+        found: list[torch.Tensor] = []
         tree_map_only(torch.Tensor, found.append, (args, kwargs))
         wanted = kwargs.get("device")
         makes = wanted is not None and torch.device(wanted).type == "cuda"
         reads = any(tensor.is_cuda for tensor in found)
         # Transformer Engine's quantized tensors have operators of their own.
-        plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in found)
+        plain = all(type(x).__torch_dispatch__ is NO_OPERATORS_OF_ITS_OWN for x in found)
+        if kernel := KERNELS.get(func._schema.name):
+            drain({tensor.get_device() for tensor in found if tensor.is_cuda})
+            return self._compute(kernel, args, kwargs, stays=True)
         its_own = namespace != "aten" or name in ALLOCATES or func.is_view
         if its_own or not plain or not (makes or reads) or is_transfer(name, args, kwargs):
             return func(*args, **kwargs)
@@ -108,6 +139,9 @@ class HostCompute(TorchDispatchMode):
         host_args, host_kwargs = tree_map_only(torch.Tensor, down, (args, kwargs))
         if "device" in kwargs and stays:
             host_kwargs["device"] = torch.device("cpu")
+        host_args, host_kwargs = tree_map_only(
+            torch.Generator, _generator_of_host, (host_args, host_kwargs)
+        )
         host_args = tree_map_only(torch.device, lambda at: torch.device("cpu"), host_args)
         host_kwargs.pop("pin_memory", None)
         try:
@@ -115,6 +149,19 @@ class HostCompute(TorchDispatchMode):
         except NotImplementedError:  # an operator that CUDA alone has
             return func(*args, **kwargs)
         return tree_map_only(torch.Tensor, up, result)
+
+
+def record_python_operators() -> None:
+    """Keep the functions of operators that Python code registers for GPUs from now on."""
+    register = torch.library.Library.impl
+
+    def register_and_keep(library, op_name, fn, dispatch_key="", **kwargs):
+        if isinstance(op_name, str) and dispatch_key == "CUDA" and inspect.isfunction(fn):
+            qualified = op_name if "::" in op_name else f"{library.ns}::{op_name}"
+            PYTHON_OPERATORS[qualified.partition(".")[0]] = fn
+        return register(library, op_name, fn, dispatch_key, **kwargs)
+
+    torch.library.Library.impl = register_and_keep
 
 
 def compute_everywhere() -> None:

@@ -11,15 +11,16 @@ of torch, Transformer Engine and vLLM import, and all others that cuda.h declare
 they return 0, success. `build_alone` makes the first two without the CUDA packages, and so without
 cuBLAS, NVRTC and what is generated: for tests of streams, memory and NCCL through ctypes."""
 
+import importlib.util
 import re
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PACKAGES = Path(sysconfig.get_paths()["purelib"])
+_TORCH = importlib.util.find_spec("torch")
+PACKAGES = Path(_TORCH.origin).parents[1] if _TORCH and _TORCH.origin else Path()
 INCLUDE = [PACKAGES / "nvidia/cu13/include", PACKAGES / "nvidia/nccl/include"]
 HEADERS_OF_TRITON = PACKAGES / "triton/backends/nvidia/include"
 ALONE = [
