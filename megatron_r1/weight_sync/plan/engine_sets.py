@@ -41,8 +41,9 @@ class SharedGPUs:
     """Which trainer rank is on the GPU of each engine rank, for the engine ranks that share a GPU,
     and the node of each trainer rank.
 
-    NCCL refuses a pair of ranks on one GPU: their slices would go over gloo, at a thirtieth of the
-    rate."""
+    Over NCCL that trainer rank receives for the engine rank (`rounds`), and senders are chosen
+    without regard to nodes. With it `entries` prefers senders in the engine rank's node and avoids
+    the one on its GPU: so `tools/plan` counts seconds."""
 
     trainer_rank: Mapping[EngineRank, int]
     nodes: Sequence[Hashable]
@@ -112,7 +113,6 @@ class SenderChoice:
         holders: Sequence[int] = bundle.replicas
         neighbor = self._shared.trainer_rank.get(receiver)
         if neighbor in holders and len(holders) > 1:
-            # NCCL refuses a pair of ranks on one GPU (`SharedGPUs`).
             holders = [rank for rank in holders if rank != neighbor]
         if bundle.is_small:
             # A link costs more than its few bytes balance: with the least busy rank for every

@@ -272,7 +272,10 @@ class Client:
     async def sleep(self):
         pass
 
-    async def wake_up(self, *arguments, **keywords):
+    async def wake(self, *parts):
+        pass
+
+    async def resume(self):
         pass
 
 
