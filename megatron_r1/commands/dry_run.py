@@ -41,6 +41,7 @@ MAX_RESPONSES = 64
 NUM_SHOWN = 10
 """Responses that are printed."""
 MAX_SHOWN_CHARS = 600
+MAX_TRUTH_CHARS = 80
 TRAINER_BYTES = 16
 """Memory per parameter: fp32 weight and gradient, and Adam's two moments."""
 
@@ -127,7 +128,7 @@ def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:
     tokens = counted(len(graded.response.token_ids), "token")
     truth = group.prompt.truth
     # Quoted: spaces at its ends would make a reward of one's own call right answers wrong.
-    wanted = "" if truth is None else f"truth {printable(shorten(repr(truth)))}; "
+    wanted = "" if truth is None else f"truth {printable(_with_both_ends(repr(truth)))}; "
     return "\n".join(
         [
             f"--- {printable(shorten(question, 200))}",
@@ -136,6 +137,12 @@ def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:
             f"{printable(graded.reason)}",
         ]
     )
+
+
+def _with_both_ends(text: str) -> str:
+    """Return a text of at most `MAX_TRUTH_CHARS`, whose end a whole solution's answer is at."""
+    half = MAX_TRUTH_CHARS // 2
+    return text if len(text) <= MAX_TRUTH_CHARS else f"{text[:half]} … {text[-half:]}"
 
 
 def _conversation(episode: Episode) -> tuple[str, str]:

@@ -145,7 +145,8 @@ async def _start(config: Config, trainer: TrainerClient, collector: RolloutColle
         await start_engines()
 
     async def start_trainer() -> None:
-        await trainer.connect()
+        if not trainer.ranks:  # connected before, where only the export was left
+            await trainer.connect()
         timeline.reached("controller/trainer ready")
 
     timeline.reached("controller/rewards checked")

@@ -129,8 +129,9 @@ def last_number(text: str) -> Extraction | None:
     if rounded and "." not in last["number"]:
         said = shorten(text[rounded.start() : last.end()])
         return Extraction(None, f"no answer found: {said!r} leaves a whole number open")
-    if DENIED.search(before[: rounded.start()] if rounded else before):
-        return Extraction(None, f"no answer found: the last line denies {last[0]}")
+    if denied := DENIED.search(before[: rounded.start()] if rounded else before):
+        said = shorten(text[denied.start() : last.end()])
+        return Extraction(None, f"no answer found: the last line denies {last[0]}: {said}")
     if changed := CHANGED.match(text, last.end()):
         said = shorten(text[last.start() : changed.end()])
         return Extraction(

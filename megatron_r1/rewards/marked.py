@@ -53,9 +53,11 @@ QUOTING = re.compile(
 """Words of a text that introduces somebody else's answer, an example of one, or a rejected one."""
 TAKEN_BACK = re.compile(
     r"\b(?:wait|actually|oops|whoops|sorry|hold on|hmm+|on second thought|scratch that"
-    r"|mistakes?n?|wrong(?:ly)?|incorrect(?:ly)?|false|miscalculated|miscounted|misread|overlooked|forgets?|forgot(?:ten)?|missed|misses"
-    r"|corrections?|corrected|(?:recheck|recomput|recalculat|redo)\w*(?=[^.]*:)|should (?:be|have)"
-    r"|must be|not (?:right|correct|true|valid|the (?:right|correct|final)? ?answer)"
+    r"|mistakes?n?|wrong(?:ly)?|incorrect(?:ly)?|false|miscalculated|miscounted|misread|overlooked"
+    r"|forgets?|forgot(?:ten)?|missed|misses"
+    r"|corrections?|corrected|(?:recheck|recomput|recalculat|redo)\w*(?=[^.]{0,80}:)"
+    r"|should (?:be|have)|must be"
+    r"|not (?:right|correct|true|valid|the (?:right|correct|final)? ?answer)"
     r"|(?:is|was)n['’]t (?:right|correct|true|valid|the)|instead|rather than|turns out)\b"
     r"|(?:^|[.!?]\s{1,9})no\b(?! (?:other|further|more|need))|不对|错了|更正",
     re.IGNORECASE,
@@ -70,7 +72,8 @@ NO_MISTAKE = re.compile(
 """`I made no mistake`, `nothing is wrong` take nothing back."""
 CONCLUDING = re.compile(
     r"(?:\b(?:so|therefore|thus|hence|in total|altogether|in all|in conclusion|finally|overall"
-    r"|(?:which|that|this) (?:gives|makes)|which is|we (?:get|have|obtain))\b|[=∴⇒→])[^\n]*\d",
+    r"|(?:which|that|this) (?:gives|makes)|which is|we (?:get|have|obtain))\b"
+    r"|[=∴⇒→])[^\n]{0,200}\d",
     re.IGNORECASE,
 )
 """A last line that draws a conclusion with a number: another answer, unless it repeats this one."""

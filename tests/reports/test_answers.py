@@ -24,10 +24,20 @@ def test_an_answer_is_worth_what_its_report_says(report):
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_mark_is_found_in_a_long_response_in_linear_time():
-    text = "The answer is unclear. #### \n" * 20_000
-    assert math.grade(f"#### 42\n{'It is so. ' * 50_000}", "42", reading="auto").reward == 1
-    assert math.grade(text, "42", reading="auto").reward == 0
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        (f"#### 42\n{'It is so. ' * 5_000}", 1),
+        ("The answer is unclear. #### \n" * 2_000, 0),
+        ("The answer is 42.\n" + "recheck so " * 5_000, 1),
+        ("The answer is 42.\n" + "so we get " * 5_000, 1),
+        ("**Answer: " * 5_000, 0),
+    ],
+    ids=["prose", "marks", "rechecks", "conclusions", "emphasis"],
+)
+def test_the_mark_is_found_in_a_long_response(response, reward):
+    """In linear time: these are 50,000 characters, and a quadratic search would not end."""
+    assert math.grade(response, "42", reading="auto").reward == reward
 
 
 FLOATS = [
@@ -37,7 +47,7 @@ FLOATS = [
     ("2.5000001 7", "2.5 7", True),
     ("2.5 8", "2.5 7", False),
     ("123456.78", "123456.79", True),
-    ("123456", "123457", False),
+    ("12345678", "12345679", False),
     ("nan", "0.5", False),
     ("3", "3.0", True),
 ]

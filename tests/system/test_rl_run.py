@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,20 @@ def test_pushed_weights_make_engine_and_trainer_agree_while_the_policy_moves(fin
 def test_a_finished_run_started_again_says_so_at_once(base, finished):
     done = run("rl", base / "rl.yaml")
     assert done.returncode == 0 and "already finished" in done.stdout
+
+
+@pytest.mark.more
+def test_a_run_killed_before_its_export_makes_it_without_engines(base, finished):
+    exported = finished / "hf"
+    weights = (exported / "model.safetensors").read_bytes()
+    shutil.rmtree(exported)
+    logs = {path: path.stat().st_mtime_ns for path in (finished / "logs").rglob("*engine*")}
+    done = run("rl", base / "rl.yaml")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "no engines" in done.stdout
+    assert (exported / "model.safetensors").read_bytes() == weights
+    assert {p: p.stat().st_mtime_ns for p in (finished / "logs").rglob("*engine*")} == logs
+    assert [m["step"] for m in lines(finished / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_a_run_leaves_no_process_behind(finished):
