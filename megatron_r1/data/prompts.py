@@ -241,8 +241,10 @@ def _split(
             report.leave_out("the question has another truth before", prompt.location, "truth")
         elif known is not None:
             report.num_duplicates += 1
+        if known is not None:
+            continue
         side = is_heldout(_identity(prompt, kind), fraction)
-        if prompt.id not in sides[False] and prompt.id not in sides[True] and not is_full(side):
+        if not is_full(side):
             sides[side][prompt.id] = prompt
     train, rest = list(sides[False].values()), list(sides[True].values())
     kinds = Counter(prompt.kind for prompt in train + rest)
@@ -253,7 +255,7 @@ def _split(
 
 def _differ_in_case(one: Prompt, other: Prompt) -> bool:
     """Return whether two questions of the same hash are different texts: "find A" and "find a"."""
-    return _spelling(one) != _spelling(other)
+    return one.question != other.question and _spelling(one) != _spelling(other)
 
 
 def _spelling(prompt: Prompt) -> str:

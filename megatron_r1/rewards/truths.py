@@ -24,6 +24,8 @@ NO_TRUTH = (
 WRAPPING = "[](){}<>\"'`*_ \t\r\n.:!"
 ANY_OF = ("target", "golden_answers", "answers", "answer", "ground_truth", "value", "aliases")
 """The keys of a mapping that is a truth of any kind but code."""
+MAX_NONE_CHARS = 200
+"""A longer truth is no word for none."""
 MAX_WORDS = 60
 """A truth of more words, with sentences, is a solution: a choice."""
 PROGRAM = re.compile(r"\s*(?:```|def \w|class \w+[(:]|import \w|from \w+ import |#include|return )")
@@ -60,13 +62,11 @@ def is_none(truth: Any, words: Collection[str] = NO_TRUTH) -> bool:
         return found != [truth] and is_none(found, words)
     if isinstance(truth, list | tuple):
         return all(is_none(entry, words) for entry in truth)
-    if isinstance(truth, str) and is_unanswered(truth):
+    if isinstance(truth, str) and not truth.isdecimal() and is_unanswered(truth):
         return True
     if truth is None or (isinstance(truth, float) and math.isnan(truth)):
         return True
-    if not isinstance(truth, str):
-        return False
-    if len(truth) > 200:
+    if not isinstance(truth, str) or len(truth) > MAX_NONE_CHARS or truth.isdecimal():
         return False
     found = alternatives(truth)
     if found != [truth]:
@@ -110,6 +110,8 @@ def marked(truth: str) -> str:
 def math_truth(truth: object) -> str:
     r"""Return the answer that a truth of `math` states, without dollar signs and `\boxed{}`. Raises
     ValueError for one that is blank, not finite, or not a number, text, true or false."""
+    if isinstance(truth, str) and truth.isdecimal():
+        return truth
     if not isinstance(truth, str | int | float):
         raise ValueError(f"the truth of a math answer is a string or a number, got {truth!r}")
     expected = unwrap(marked(str(truth)))
