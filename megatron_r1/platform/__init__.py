@@ -10,6 +10,7 @@ Processes that run transformers or vLLM must not call `prepare()`: both choose t
 `torch.cuda`, whose patched functions would mislead them."""
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.platform.cpu_patches import CPU, PATCHES
+from megatron_r1.platform.stores import trainer_store
 from megatron_r1.platform.versions import check_megatron, warn_of_transformer_engine
 from megatron_r1.processes.imports import without_garbage_collection
 from megatron_r1.processes.memory import keep_freed_memory
@@ -108,7 +110,15 @@ def join_process_group(timeout: timedelta | None = None) -> None:
     timeout: of its collective operations; None for torch's, ten minutes for NCCL."""
     if not dist.is_initialized():
         gpu = device() if _REAL_CUDA else None
-        dist.init_process_group(distributed_backend(), timeout=timeout, device_id=gpu)
+        store = dist.PrefixStore("default_pg", trainer_store(timeout))
+        dist.init_process_group(
+            distributed_backend(),
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+            device_id=gpu,
+        )
 
 
 def from_rank_zero(value: Any) -> Any:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_r1 import platform
 from megatron_r1.config import Config
+from megatron_r1.platform.stores import trainer_store
 from megatron_r1.preflight import host, links
 from megatron_r1.preflight.facts import Facts, LinkRate, Memory, NodeFacts, Place
 from megatron_r1.preflight.folder import check_folder
@@ -101,20 +102,9 @@ def product_rate() -> float:
 
 
 def _connect() -> dist.Store:
-    """Return a connection to a store on rank 0's node: torchrun's own, or one that rank 0 hosts at
-    the port that it gives to process groups."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    hosts = os.environ["RANK"] == "0" and not is_torchruns
-    store = dist.TCPStore(
-        address,
-        port,
-        is_master=hosts,
-        timeout=timedelta(hours=1),  # `progress` ends what hangs
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
-    return dist.PrefixStore("preflight", store)
+    """Return a connection to the ranks' store, which process groups use, too."""
+    # `progress` ends what hangs.
+    return dist.PrefixStore("preflight", trainer_store(timedelta(hours=1)))
 
 
 def _node(

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch.distributed import Store
 
 from megatron_r1 import platform
-from megatron_r1.config import Config
+from megatron_r1.config import Config, RolloutConfig
+from megatron_r1.platform.stores import LOOPBACK, host_store, ranks_share_host
 from megatron_r1.weight_sync.link_planner import (
     EncodedSlices,
     HeldPieces,
@@ -262,7 +263,7 @@ class WeightPush:
             for piece in entry.pieces:
                 held[piece.hf_name].append((parameter, piece))
         grid = TrainerGrid.from_recipe(self._config.parallel, dist.get_world_size())
-        store, address = _open_store()
+        store, address = open_store(self._config.rollout)
         rank = dist.get_rank()
         self._sender = WeightSender(
             self._hf,
@@ -296,15 +297,30 @@ def _gpus() -> list[tuple[str, str]]:
     return found
 
 
-def _open_store() -> tuple[dist.TCPStore, list]:
-    """Return a client of the store that rank 0 hosts, and its [host, port]."""
-    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    store = None
+def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, list]:
+    """Return a client of the store that rank 0 hosts for pushes, and the [host, port] at which
+    ranks and engines of this host reach it.
+
+    It listens where all of its clients come from: at the loopback interface, at MASTER_ADDR where
+    ranks are on several hosts, at `rollout.hosts_address` where engines are, and everywhere where
+    these two differ."""
+    host, store = "", None
     if dist.get_rank() == 0:
         # Every pair and group has a connection of its own to the store while it is created, and
         # each is an open file of this process.
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-    port = platform.from_rank_zero(store and store.port)  # only rank 0 has chosen one
+        host = LOOPBACK if ranks_share_host() else os.environ["MASTER_ADDR"]
+        everywhere = False
+        if rollout.placement == "hosts":
+            engines = rollout.hosts_address or socket.gethostname()
+            everywhere = not ranks_share_host() and _resolved(host) != _resolved(engines)
+            host = host if everywhere else engines
+        store = host_store(host, everywhere=everywhere)
+    # Only rank 0 has chosen a port, and knows its host's own name.
+    host, port = platform.from_rank_zero(store and [host, store.port])
     return store or dist.TCPStore(host, port, is_master=False), [host, port]
+
+
+def _resolved(name: str) -> Any:
+    return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]
