@@ -10,6 +10,7 @@ from math import isfinite
 from typing import Any
 
 from megatron_r1.errors import Cause, UserError, did_you_mean
+from megatron_r1.scalars import read_scalar
 from megatron_r1.user_code import find
 
 Option = bool | int | float | str
@@ -38,7 +39,9 @@ class AlgorithmRules:
 
     def read_options(self, given: Mapping[str, Any]) -> dict[str, Option]:
         """Return `options` with a recipe's values. Raises UserError for an unknown name, and for a
-        value of another type than the default's; a whole number may stand for a float."""
+        value of another type than the default's; numbers and truth values are read as everywhere
+        (`scalars`)."""
+        values = dict(self.options)
         for name, value in given.items():
             key = f"rl.options.{name}"
             if name not in self.options:
@@ -49,16 +52,13 @@ class AlgorithmRules:
                     key=key,
                     cause=Cause.UNKNOWN,
                 )
-            wanted = type(self.options[name])
-            allowed = (float, int) if wanted is float else (wanted,)
-            is_infinite = isinstance(value, float) and not isfinite(value)
-            if type(value) not in allowed or is_infinite:
-                raise UserError(
-                    f"{key}: must be {wanted.__name__}, got {value!r}",
-                    key=key,
-                    cause=Cause.MALFORMED,
-                )
-        return self.options | dict(given)
+            try:
+                read = values[name] = read_scalar(value, [type(self.options[name])])
+                if isinstance(read, float) and not isfinite(read):
+                    raise ValueError(f"must be finite, got {value}")
+            except ValueError as error:
+                raise UserError(f"{key}: {error}", key=key, cause=Cause.MALFORMED) from None
+        return values
 
 
 PPO_CLIP = {"clip_low": 0.2, "clip_high": 0.2}

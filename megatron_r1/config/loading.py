@@ -17,7 +17,7 @@ from megatron_r1.config.mistakes import refusal
 from megatron_r1.config.recipe import Config, known_keys
 from megatron_r1.config.removed import without_removed
 from megatron_r1.config.section import Section
-from megatron_r1.config.yaml_text import put, read_sections
+from megatron_r1.config.yaml_text import as_yaml, parse_text, put, read_sections
 from megatron_r1.errors import Cause, UserError, did_you_mean
 
 T = TypeVar("T", bound=Section)
@@ -94,7 +94,7 @@ def parse(tree: dict[str, Any], origin: str = "config", given: Collection[str] =
 
 def dump(config: Config) -> str:
     """Return the resolved configuration as YAML with every key."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    return as_yaml(config.model_dump())
 
 
 def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _with_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str
 
 def _value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text) if text else ""
+        value = parse_text(text) if text else ""
     except yaml.YAMLError:
         return text  # no YAML, such as a template
     # `{problem}` is YAML, too: a mapping of a name to nothing, which no setting takes.

@@ -5,10 +5,18 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from megatron_r1.config.yaml_text import as_sections
 from megatron_r1.errors import Cause, UserError, did_you_mean
+from megatron_r1.scalars import read_field
 
 SCHEDULED = {
     "rollout": ("temperature", "top_p", "max_response_tokens"),
@@ -34,6 +42,11 @@ class ScheduleEntry(BaseModel):
 
     from_step: int = Field(gt=0)
     """first step with these settings"""
+
+    @field_validator("from_step", mode="before")
+    @classmethod
+    def _scalars(cls, value: Any, info: ValidationInfo) -> Any:
+        return read_field(cls, value, info)
 
     @model_validator(mode="before")
     @classmethod

@@ -1,11 +1,13 @@
 """Recipes as YAML text: a key that occurs twice is an error, not a choice of the last one."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_r1 import scalars
 from megatron_r1.errors import Cause, UserError, did_you_mean
 
 MERGE = "tag:yaml.org,2002:merge"
@@ -75,11 +77,44 @@ def put(tree: dict[str, Any], keys: list[str], value: Any, option: str) -> None:
 
 def as_text(value: Any) -> str:
     """Return a setting as YAML on one line, as `parse_overrides` reads it."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    text = as_yaml(value, default_flow_style=True, width=10**6, sort_keys=True)
     return text.removesuffix("...\n").strip()
 
 
+def parse_text(text: str) -> Any:
+    """Return the value of a setting written as YAML. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def as_yaml(value: Any, **layout: Any) -> str:
+    """Return YAML that `read_sections` and `parse_text` read as `value`. layout: of yaml.dump."""
+    layout = {"sort_keys": False, "allow_unicode": True} | layout
+    return str(yaml.dump(value, Dumper=_Dumper, **layout))
+
+
+NUMBERS = {
+    "tag:yaml.org,2002:int": scalars.INTEGER,
+    "tag:yaml.org,2002:float": f"{scalars.FRACTION}|{scalars.INFINITE}",
+}
+"""What is a number without quotes, in that order; YAML 1.1's octal, hexadecimal and sexagesimal
+numbers and its dates are text, which a setting that is a number refuses."""
+_FIRST = "-+.0123456789"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts in quotes what is text and looks like a number to this project or to YAML 1.1."""
+
+
 class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {
+        first: [
+            (tag, pattern)
+            for tag, pattern in resolvers
+            if tag not in NUMBERS and not tag.endswith(":timestamp")
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
@@ -96,3 +131,9 @@ class _Loader(yaml.SafeLoader):
                 )
             lines[key.value] = line
         return node
+
+
+for _tag, _text in NUMBERS.items():
+    _pattern = re.compile(f"^(?:{_text})$")
+    _Loader.add_implicit_resolver(_tag, _pattern, list(_FIRST))
+    _Dumper.add_implicit_resolver(_tag, _pattern, list(_FIRST))

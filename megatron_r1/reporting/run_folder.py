@@ -10,13 +10,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic_core import to_jsonable_python
 
 from megatron_r1.config.differences import changed_keys, flatten, is_within, value_text
 from megatron_r1.config.removed import REMOVED
 from megatron_r1.config.schedule import KEYS as SCHEDULED_KEYS
-from megatron_r1.config.yaml_text import as_text
+from megatron_r1.config.yaml_text import as_text, as_yaml, parse_text
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import READ_ONLY, atomic_write
 from megatron_r1.files.jsonl import append_lines, keep_lines, read_lines
@@ -137,7 +136,7 @@ class RunFolder:
                 )
             if not changed:
                 return
-        atomic_write(self.config_path, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
+        atomic_write(self.config_path, as_yaml(new))
 
     @property
     def has_begun(self) -> bool:
@@ -152,7 +151,7 @@ class RunFolder:
         """Return the settings the run was started with; empty before its start."""
         if not self.config_path.exists():
             return {}
-        config = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+        config = parse_text(self.config_path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise UserError(
                 f"{self.config_path}: not a YAML mapping; restore it, or choose another run.folder",

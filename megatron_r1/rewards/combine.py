@@ -11,6 +11,7 @@ from typing import Any
 from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.rewards import resolve
 from megatron_r1.rewards.base import Grade
+from megatron_r1.scalars import read_scalar
 
 ACCURACY = "accuracy"
 """The term that each prompt's own kind of reward grades."""
@@ -129,16 +130,12 @@ def _read_weight(path: str, name: str, value: Any) -> float | ScheduledWeight:
             key=f"{path}.weight",
             cause=Cause.MISSING,
         )
-    weight = ScheduledWeight(**value)
-    _finite(f"{path}.weight", weight.weight)
-    for key, step in (("from_step", weight.from_step), ("to_step", weight.to_step)):
-        is_step = isinstance(step, int) and not isinstance(step, bool) and step >= 1
-        if not (is_step or (key == "to_step" and step is None)):
-            raise UserError(
-                f"{path}.{key}: must be a step, 1 or later, got {step!r}",
-                key=f"{path}.{key}",
-                cause=Cause.OUT_OF_RANGE,
-            )
+    last = value.get("to_step")
+    weight = ScheduledWeight(
+        _finite(f"{path}.weight", value["weight"]),
+        _step(f"{path}.from_step", value.get("from_step", 1)),
+        None if last is None else _step(f"{path}.to_step", last),
+    )
     if weight.to_step is not None and weight.to_step < weight.from_step:
         raise UserError(
             f"{path}: to_step {weight.to_step} is before from_step {weight.from_step}, so it "
@@ -149,13 +146,27 @@ def _read_weight(path: str, name: str, value: Any) -> float | ScheduledWeight:
     return weight
 
 
-def _finite(path: str, value: Any) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
+def _step(path: str, value: Any) -> int:
+    try:
+        step = read_scalar(value, [int])
+        if step < 1:
+            raise ValueError(f"got {value!r}")
+    except ValueError as error:
         raise UserError(
-            f"{path}: must be a number, or {{weight: 0.1, from_step: 100, to_step: 400}}, "
-            f"got {value!r}",
+            f"{path}: must be a step, 1 or later: {error}", key=path, cause=Cause.OUT_OF_RANGE
+        ) from None
+    return step
+
+
+def _finite(path: str, value: Any) -> float:
+    try:
+        number = read_scalar(value, [float])
+        if not math.isfinite(number):
+            raise ValueError(f"must be finite, got {value}")
+    except ValueError as error:
+        raise UserError(
+            f"{path}: {error}; or a schedule: {{weight: 0.1, from_step: 100, to_step: 400}}",
             key=path,
             cause=Cause.MALFORMED,
-        )
-    return float(value)
+        ) from None
+    return float(number)

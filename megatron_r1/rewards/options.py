@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.rewards import FORM_REWARDS, REGISTRY, REMOTE, resolve
+from megatron_r1.scalars import read_scalar
 from megatron_r1.user_code import find_function
 
 FACTS = ("num_tokens", "opened", "question")
@@ -71,7 +72,23 @@ def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 key=f"{path}.{unknown[0]}",
                 cause=Cause.UNKNOWN,
             )
-    return {kind: dict(values) for kind, values in options.items()}
+    return {kind: _read_numbers(kind, values) for kind, values in options.items()}
+
+
+def _read_numbers(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a reward with numbers and truth values read, where the reward is a
+    registered one whose defaults are such."""
+    read = dict(values)
+    defaults = _defaults(kind) if kind in REGISTRY else {}
+    for name, value in values.items():
+        wanted = type(defaults.get(name))
+        if wanted in (bool, int, float):
+            try:
+                read[name] = read_scalar(value, [wanted])
+            except ValueError as error:
+                key = f"rewards.options.{kind}.{name}"
+                raise UserError(f"{key}: {error}", key=key, cause=Cause.MALFORMED) from None
+    return read
 
 
 @functools.cache
@@ -79,6 +96,14 @@ def option_names(kind: str) -> frozenset[str]:
     """Return the keyword arguments of a registered reward that a recipe may set.
 
     This imports the reward; `math` and `logic` import large libraries (1 to 2 s)."""
+    return frozenset(_defaults(kind))
+
+
+@functools.cache
+def _defaults(kind: str) -> dict[str, Any]:
     parameters = inspect.signature(find_function(REGISTRY[kind])).parameters.values()
-    names = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-    return frozenset(names.difference(FACTS))
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in FACTS
+    }

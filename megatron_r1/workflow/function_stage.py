@@ -7,14 +7,13 @@ folder is empty: files of attempts that were killed are removed before."""
 import sys
 from pathlib import Path
 
-import yaml
-
+from megatron_r1.config.yaml_text import parse_text
 from megatron_r1.user_code import find_function
 
 
 def main(recipe: Path) -> None:
     """Call the function. recipe: YAML with `function`, `folder` and `arguments`."""
-    call = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    call = parse_text(recipe.read_text(encoding="utf-8"))
     function = find_function(call["function"])
     function(Path(call["folder"]), **call["arguments"])
 

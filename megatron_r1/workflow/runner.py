@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import yaml
-
+from megatron_r1.config.yaml_text import as_yaml
 from megatron_r1.errors import RunError, UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.processes import stopping
@@ -177,7 +176,7 @@ def write_recipe(plan: WorkflowPlan, stage: WorkflowStage, urls: dict[str, str])
         module, verb = function_stage.__name__, []
         folder = str(plan.folder_of(stage.name))
         settings = {"function": stage.config.function, "folder": folder, "arguments": settings}
-    atomic_write(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    atomic_write(path, as_yaml(settings))
     return [sys.executable, "-m", module, *verb, str(path)]
 
 

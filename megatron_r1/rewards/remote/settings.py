@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from megatron_r1.errors import Cause, UserError, did_you_mean
+from megatron_r1.scalars import read_field
 
 
 class ServiceSettings(BaseModel):
@@ -25,6 +26,11 @@ class ServiceSettings(BaseModel):
     )
     concurrency: int = Field(32, ge=1, description="requests at once")
     max_chars: int = Field(20_000, ge=100, description="a longer response loses its middle")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _scalars(cls, value: Any, info: ValidationInfo) -> Any:
+        return read_field(cls, value, info)
 
     @field_validator("url")
     @classmethod

@@ -73,7 +73,7 @@ def test_a_schedule_survives_the_resolved_configuration(tmp_path):
         ({"weights": {"langage": 0.1}}, "weights.langage", Cause.UNKNOWN, ["language"]),
         ({"weights": {"acuracy": 1}}, "weights.acuracy", Cause.UNKNOWN, ["'accuracy'"]),
         ({"weights": {"format": "much"}}, "weights.format", Cause.MALFORMED, ["much"]),
-        ({"weights": {"format": True}}, "weights.format", Cause.MALFORMED, [True]),
+        ({"weights": {"format": True}}, "weights.format", Cause.MALFORMED, ["true"]),
         ({"weights": {"format": float("nan")}}, "weights.format", Cause.MALFORMED, ["nan"]),
         ({"weights": {"format": {"from_step": 3}}}, "weights.format.weight", Cause.MISSING, []),
         ({"weights": {"format": {"weight": 1, "form_step": 3}}}, "weights.format.form_step",
