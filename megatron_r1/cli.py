@@ -17,7 +17,7 @@ from megatron_r1.config.keys import describe, switches
 from megatron_r1.config.loading import parse_overrides, take_section
 from megatron_r1.engine import gpu
 from megatron_r1.errors import Cause, RunError, UserError, did_you_mean
-from megatron_r1.files import READ_ONLY
+from megatron_r1.files import READ_ONLY, access
 from megatron_r1.processes import gpu_allocator, timeline
 from megatron_r1.processes.imports import without_garbage_collection
 
@@ -148,6 +148,7 @@ def _dispatch(arguments: list[str]) -> int:
         recipe, implied = command.of_run(recipe)
     overrides = {**implied, **_overrides(options)}
     config = configuration.load(recipe, overrides, required=command.required)
+    access.allow(config.run.readable_by)  # before anything is written, or a process started
     command.check(config)
     if is_dry and command.dry_run is not None:
         if torchrun.is_rank():
@@ -191,6 +192,7 @@ def _run_preflight(recipe: str, options: list[str]) -> int:
     renamed = [re.sub(r"^--json(?=$|=)", "--preflight.output", option) for option in options]
     own, overrides = take_section(_overrides(renamed), PreflightSettings)
     config = configuration.load(recipe, overrides, required=preflight.REQUIRED)
+    access.allow(config.run.readable_by)
     ranks = torchrun.num_ranks(config)
     if not torchrun.is_rank():
         config.parallel.check_sizes(ranks)

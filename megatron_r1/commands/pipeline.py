@@ -11,6 +11,7 @@ from megatron_r1.commands.torchrun import is_rank
 from megatron_r1.commands.verb_module import load_verb
 from megatron_r1.config.yaml_text import as_sections, as_text
 from megatron_r1.errors import Cause, UserError
+from megatron_r1.files import access
 from megatron_r1.reporting.run_folder import RunFolder, is_locked
 from megatron_r1.workflow import manifest, serving
 from megatron_r1.workflow.check import check, missing_files
@@ -36,6 +37,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         )
     recipe = load(path, dict(overrides))
     config, root = recipe.pipeline, Path(recipe.pipeline.folder)
+    access.allow(config.readable_by)
     seeds = config.seeds or [config.seed]
     folders = [root / f"seed_{seed}" if config.seeds else root for seed in seeds]
     implied = _implied(verbs, {stage.verb for stage in recipe.stages.values()})

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_r1.config.section import Resumable, Section
+from megatron_r1.files.access import Readers
 from megatron_r1.rewards.truths import NO_TRUTH
 
 
@@ -13,6 +14,9 @@ class RunConfig(Section):
 
     folder: Resumable[str] = ""
     """where all files of the run are written; required"""
+    readable_by: Resumable[Readers] = "owner"
+    """who else than its owner may read the folder's files, from that command on: samples, weights,
+    logs. group: of the files; everyone"""
     seed: int = 0
     """seed of prompt sampling, generation and initialization"""
     steps: Resumable[int] = Field(650, gt=0)

@@ -18,6 +18,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_r1.errors import Cause, UserError
+from megatron_r1.files import access
 from megatron_r1.fleet.hosts.link import HostLink
 from megatron_r1.fleet.hosts.local_engines import LocalEngines
 from megatron_r1.fleet.hosts.wire import (
@@ -171,7 +172,10 @@ def main() -> None:
     """Run an engine host until its controller or a signal ends it; exit with its status."""
     lifetime.die_with_parent()
     try:
-        sys.exit(EngineHost(parse()).run())
+        options = parse()
+        if options.folder is not None:
+            access.allow_as(options.folder)
+        sys.exit(EngineHost(options).run())
     except UserError as error:
         print(f"megatron-r1 host: {error}", file=sys.stderr)
         sys.exit(2)

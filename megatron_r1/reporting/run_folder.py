@@ -17,7 +17,7 @@ from megatron_r1.config.removed import REMOVED
 from megatron_r1.config.schedule import KEYS as SCHEDULED_KEYS
 from megatron_r1.config.yaml_text import as_text, as_yaml, parse_text
 from megatron_r1.errors import Cause, UserError
-from megatron_r1.files import READ_ONLY, atomic_write
+from megatron_r1.files import READ_ONLY, access, atomic_write
 from megatron_r1.files.jsonl import append_lines, keep_lines, read_lines
 
 LOCK = ".lock"
@@ -58,6 +58,7 @@ class RunFolder:
     def __enter__(self) -> Self:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            access.narrow(self.path)
             self._lock = FolderLock(self.path / LOCK)
         except OSError as error:
             if error.errno in NO_FOLDER:

@@ -10,6 +10,7 @@ from megatron_r1.config.mistakes import refusal
 from megatron_r1.config.section import Section
 from megatron_r1.config.yaml_text import put, read_sections
 from megatron_r1.errors import Cause, UserError, did_you_mean
+from megatron_r1.files.access import Readers
 from megatron_r1.workflow.references import protect, unprotect
 
 MAKE = "make"
@@ -22,6 +23,8 @@ class PipelineConfig(Section):
     """Folder, seeds and order of a pipeline."""
 
     folder: str = Field("", description="where everything of this pipeline is written; required")
+    readable_by: Readers = "owner"
+    """who else may read the folder; each stage has its own `run.readable_by`"""
     title: str = Field("", description="title of the report; default: the folder's name")
     seed: int = Field(0, description="run.seed of every stage that sets none")
     seeds: list[int] = Field([], description="the whole graph once for each, in FOLDER/seed_N")
