@@ -59,15 +59,15 @@ def check_trainer(config: Config, verb: str) -> None:
     trainer itself would fail only after the engines' start and a whole rollout."""
     num_ranks = torchrun.num_ranks(config)
     config.parallel.check_sizes(num_ranks)
-    hf = read_hf_config(config.model.path, None)
-    if config.model.mtp == "train" and not num_mtp_layers(hf):
+    trains_mtp = config.model.mtp == "train"
+    if trains_mtp and not num_mtp_layers(read_hf_config(config.model.path, None)):
         raise UserError(
             f"model.mtp: train, but {config.model.path} has no MTP layers; leave it out",
             key="model.mtp",
             cause=Cause.CONFLICT,
         )
     if config.model.lora is not None:
-        check_adapters(config, hf)
+        check_adapters(config, read_hf_config(config.model.path))
     for _, settings in config.phases():
         check_batches(settings, verb, num_ranks)
 

@@ -75,7 +75,9 @@ def test_no_temporary_file_is_left(finished, temporary):
 def test_nobody_but_the_owner_reads_any_file_of_a_run(finished):
     paths = [finished, *finished.rglob("*")]
     names = {path.relative_to(finished).parts[0] for path in paths[1:]}
-    assert names >= {"config.yaml", "checkpoints", "hf", "logs", "samples.jsonl", "report.html"}, names
+    assert names >= {"config.yaml", "checkpoints", "hf", "logs", "samples.jsonl", "report.html"}, (
+        names
+    )
     readable = [f"{path}: {path.stat().st_mode:o}" for path in paths if path.stat().st_mode & 0o077]
     assert readable == []
     assert (finished / "report.html").read_text(encoding="utf-8")  # its owner does

@@ -204,7 +204,7 @@ def test_a_merge_may_bring_a_key_that_is_set_beside_it(tmp_path):
 def test_keys_that_may_change_when_a_run_continues():
     """They change how long, how often or where a run computes; all others decide its result."""
     expected = {
-        "run": "folder steps trackers project log_samples hang_seconds on_hang "
+        "run": "folder readable_by steps trackers project log_samples hang_seconds on_hang "
         "max_trainer_restarts health_port",
         "model": "attention_backend fusions",
         "push": "transport timeout_seconds probes probe_tolerance",
