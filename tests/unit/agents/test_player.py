@@ -221,7 +221,7 @@ def test_episodes_are_graded_logged_and_measured(text):
         ("<tool_call>[]</tool_call>", [], "<tool_call>[]</tool_call>", None),
         (
             '<think>a</think><tool_call>{"name": "f", "arguments": "{}"}</tool_call>',
-            *([], '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>', "a"),
+            *([("f", {})], "", "a"),
         ),
         (" \n<think> hm</think> b </think>", [], "b </think>", "hm"),
         pytest.param(" " * 400_000 + "b", [], " " * 400_000 + "b", None, id="in linear time"),
