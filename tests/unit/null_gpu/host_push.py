@@ -1,8 +1,9 @@
 """The push over NCCL without the CUDA packages: streams and NCCL are the null GPU's, memory is the
 host's, and torch computes on the CPU, at once. A thread has a null GPU of its own.
 
-`python host_push.py MODEL ENGINES [colocated]` runs three pushes from all ranks of a trainer to all
-ranks of a set of engines, in threads, and compares each with plain slicing."""
+`python host_push.py MODEL ENGINES PLACE …` runs three pushes from all ranks of a trainer to all
+ranks of a set of engines, in threads, and compares each with plain slicing; then the next case.
+PLACE: `pool`, or `colocated`, on the trainer's GPUs."""
 
 import contextlib
 import sys
@@ -122,4 +123,6 @@ def main(case: str, engines: int, *, is_colocated: bool) -> None:
 
 if __name__ == "__main__":
     install()
-    main(sys.argv[1], int(sys.argv[2]), is_colocated="colocated" in sys.argv)
+    words = iter(sys.argv[1:])
+    for case, engines, place in zip(words, words, words, strict=True):
+        main(case, int(engines), is_colocated=place == "colocated")
