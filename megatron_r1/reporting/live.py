@@ -231,4 +231,6 @@ def _score_text(key: str, metrics: Mapping[str, Any]) -> str:
     value = finite(metrics, key)
     if value is None:
         return "–"
+    if key == "eval/questions":
+        return f"{value:.0f}"
     return f"{100 * value:.1f}%" if "@" in key else number(value)

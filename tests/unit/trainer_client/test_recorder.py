@@ -19,11 +19,12 @@ def test_the_format_reward_is_shown_where_it_has_a_weight_and_recorded_always(
     config = Config(run={"trackers": []}, rewards={"weights": weights})
     with RunFolder(tmp_path) as folder:
         recorder = Recorder(folder, config, may_change=(), title="t")
-        recorder.evaluation({"step": 0, "eval/format": 0.25, "eval/pass@1": 0.5}, [])
+        line = {"step": 0, "eval/format": 0.25, "eval/pass@1": 0.5, "eval/questions": 47}
+        recorder.evaluation(line, [])
         recorder.step({"step": 1, "accuracy": 0.5, "format/mean": 0.25, "time/step": 1.0}, [])
         recorder.close()
         said = capsys.readouterr().out
-        assert "held-out at step 0" in said and "pass@1 50.0%" in said
+        assert "held-out at step 0" in said and "pass@1 50.0%, questions 47\n" in said
         assert ("format" in said) == ("format" in weights)
         assert folder.read_evaluations()[0]["eval/format"] == 0.25
         assert folder.read_metrics()[0]["format/mean"] == 0.25
