@@ -89,7 +89,7 @@ class _Awaited:
         self._function = function
         self.__wrapped__ = function  # for inspect.signature
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
+    def __call__(self, /, *arguments: Any, **named: Any) -> Any:
         result = self._function(*arguments, **named)
         return _runner().run(_await(result)) if inspect.isawaitable(result) else result
 
@@ -114,7 +114,7 @@ class Adapted:
 
 
 class _Verl(Adapted):
-    def __call__(self, response: str, truth: Any, **fields: Any) -> Grade:
+    def __call__(self, response: str, truth: Any, /, **fields: Any) -> Grade:
         row = {"data_source": None, "extra_info": {}} | fields
         text = without_special_tokens(response)  # verl decodes without them
         result = self.call(row | {"solution_str": text, "ground_truth": truth})
@@ -133,7 +133,7 @@ class _Trl(Adapted):
         super().__init__(function, parameters)
         self._reads_messages = _mentions("content", function)
 
-    def __call__(self, response: str, truth: Any, **fields: Any) -> Grade:
+    def __call__(self, response: str, truth: Any, /, **fields: Any) -> Grade:
         form = fields.pop(TRL_NAME, FORMS[self._reads_messages])
         if form not in FORMS:
             raise ValueError(f"option {TRL_NAME} must be {' or '.join(FORMS)}, got {form!r}")
