@@ -45,8 +45,9 @@ def end_tokens(
     They are eos_token of tokenizer_config.json, every eos_token_id of generation_config.json and of
     a list in config.json, one of config.json that is an added token (transformers writes a default
     of its own for configurations without), and added tokens with a name of `TURN_ENDS`, `GLM` or
-    `PHI`. Empty for a folder without these files. key: that names the folder, for errors. Raises
-    UserError for an eos_token_id that is no token id.
+    `PHI`; of these, those that the model's vocabulary has, as it samples no others. Empty for a
+    folder without these files. key: that names the folder, for errors. Raises UserError for an
+    eos_token_id that is no token id.
 
     tokenizer: the folder's, if it is loaded; its files are then not read again."""
     path = Path(folder)
@@ -75,7 +76,12 @@ def end_tokens(
     named += [PHI] if PHI in by_text and HARMONY not in by_text else []
     for text in named:
         found.setdefault(by_text[text], TOKENIZER)
-    return [EndToken(number, added.get(number, ""), source) for number, source in found.items()]
+    size = _vocab_size(config)
+    return [
+        EndToken(number, added.get(number, ""), source)
+        for number, source in found.items()
+        if size is None or number < size
+    ]
 
 
 def describe(ends: list[EndToken]) -> str:
@@ -100,6 +106,14 @@ def _ids(content: Mapping[str, Any], path: Path, key: str) -> list[int]:
                 cause=Cause.MALFORMED,
             )
     return numbers
+
+
+def _vocab_size(config: Mapping[str, Any]) -> int | None:
+    """Return the number of tokens that the model has, None where its config.json does not say."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and isinstance(size := part.get("vocab_size"), int):
+            return size
+    return None
 
 
 def _added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[int, str]:

@@ -199,6 +199,17 @@ def test_b20_a_listed_token_of_any_kind_ends_a_response(listed, tmp_path):
     assert not got.truncated and list(got.response.token_ids) == [1, 2, 7]
 
 
+def test_b20_an_end_beyond_the_model_s_vocabulary_is_left_out(tmp_path):
+    """An engine refuses a request with such a token; a larger tokenizer serves several models."""
+    tokenizer_with(["<eos>", "<|im_end|>"], "<eos>").save_pretrained(tmp_path)
+    config = {"model_type": "llama", "eos_token_id": [14, 15, 99], "vocab_size": 15}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert PromptText(str(tmp_path), "{problem}").stop_token_ids == [14]
+    config["vocab_size"] = 16
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert PromptText(str(tmp_path), "{problem}").stop_token_ids == [14, 15]
+
+
 @pytest.mark.parametrize("wrong", ["7", [1, None], True, -1, [2.5]])
 def test_b20_an_end_that_is_no_token_is_refused_by_its_file(wrong, tmp_path):
     tokenizer_with(["<eos>"], "<eos>").save_pretrained(tmp_path)
