@@ -46,6 +46,7 @@ SHIPPED = {
     "pools": (R1, "r1_zero", (*ON_HOSTS, *GLOO, *APART)),
     "pipeline": (R1, "pipeline", ("--rehearsal.stages", "[cold_start_sampling, cold_start_sft]")),
     **{path.stem: (DISTILL, path.stem, ()) for path in sorted(DISTILL.glob("*.yaml"))},
+    "qwen2.5-7b": (EXAMPLES / "one_node", "qwen2.5-7b", ()),
     # What examples/slurm/colocated.sbatch adds.
     **{name: (DISTILL, name, PLACED) for name in ("qwen2.5-32b_rl", "qwen2.5-math-7b_on_policy")},
     "laptop-base": (LAPTOP, "base", ("--sft.data", "runs/demo/base.jsonl")),

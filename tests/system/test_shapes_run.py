@@ -11,6 +11,9 @@ from run_progress import lines
 
 SHAPES = Path(__file__).parents[1] / "shapes"
 CASES = yaml.safe_load((SHAPES / "shapes.yaml").read_text(encoding="utf-8"))
+EACH_KIND = ("gsm8k.jsonl", "eurus.jsonl", "search_r1.jsonl", "sharegpt.jsonl", "xlam.json")
+"""Truths as text, as tests and as any of several; conversations and calls of tools. A run takes
+half a minute; the other files are slow."""
 SMALL = {
     **{"run.steps": 2, "checkpoint.every": 2, "optimizer.learning_rate": 1e-4},
     **{"parallel.processes": 1},
@@ -47,7 +50,10 @@ def options(settings):
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
 def test_init_a_dry_run_and_two_steps(chat_model, tmp_path, name):
     recipe, folder = tmp_path / "mine.yaml", tmp_path / "run"
     made = run("init", chat_model, SHAPES / name, "--out", str(recipe))

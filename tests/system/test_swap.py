@@ -24,7 +24,7 @@ from vllm.model_executor.layers.quantization import fp8
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
 
-from megatron_r1.models.hf_config import resolve_aliases
+from megatron_r1.models.hf_config import implied, resolve_aliases
 from megatron_r1.processes import children
 from megatron_r1.vllm_plugin import swap
 from megatron_r1.vllm_plugin.memory_layout import lay_out
@@ -211,6 +211,7 @@ def test_a_number_computed_from_weights_is_refused(model):
 def test_nothing_of_a_whole_model_lies_in_the_receive_buffer(name, tmp_path, monkeypatch, groups):
     """Latent attention's absorbed weights, packed experts and matrices, biases of experts."""
     hf = getattr(tiny_models, name)
+    hf = {**hf, **implied(hf)}
     (tmp_path / "config.json").write_text(json.dumps(hf))
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # there is no accelerator
     options = {"skip_tokenizer_init": True, "load_format": "dummy", "enforce_eager": True}

@@ -122,6 +122,8 @@ def test_engines_on_the_trainers_gpus_start_after_it(recipe, monkeypatch, has_gp
     engines_started = asyncio.Event()
 
     class Trainer:
+        ranks = ()
+
         async def connect(self):
             if not has_gpus and not colocated:
                 await engines_started.wait()  # both at once

@@ -132,12 +132,13 @@ def test_an_episode_s_branches_stay_in_one_minibatch_and_weigh_as_one_response()
     samples = training_samples([group], [[1.0, 2.0, 0.0, 3.0]])
     assert [len(each) for each in samples] == [2, 1, 1, 1]
     first, second = minibatches(samples, 2)
-    assert [s.advantage for s in first] == [1.0, 1.0, 2.0]
+    assert [s.is_trained for s in first + second] == [True, True, False, True, True]
+    assert [s.advantage for s in first[:2] + second] == [1.0, 1.0, 2.0, 3.0]
     assert [s.weight for s in first] == [0.75, 0.25, 1.0]
     assert [s.num_trajectories for s in first + second] == [1, 0, 1, 1, 1]
     scores = [array("f", [-1, 0, -2, -3]), array("f", [-4])]
     assert [s.teacher for s in first[:2]] == [each.tobytes() for each in scores]
-    assert len(second[0]) == 1, "nothing was sampled, and still it is one response of the mean"
+    assert len(first[2]) == 1, "nothing was sampled, and the response is in no mean"
 
 
 class Peers:

@@ -117,8 +117,8 @@ def test_options_of_its_own_have_defaults_and_reach_its_functions(folder):
     ("option", "value", "cause", "shown"),
     [
         ("kep", 1.0, Cause.UNKNOWN, "keep"),
-        ("keep", "much", Cause.MALFORMED, "float"),
-        ("ties", 1, Cause.MALFORMED, "bool"),
+        ("keep", "much", Cause.MALFORMED, "much"),
+        ("ties", 1, Cause.MALFORMED, "1"),
     ],
 )
 def test_wrong_options_are_named(folder, option, value, cause, shown):
