@@ -38,11 +38,13 @@ OWN_VARIABLES = {lifetime.PARENT, SERVERS, "OPENBLAS_NUM_THREADS", "TMPDIR"}
 
 
 class Request(NamedTuple):
-    """arguments: of the module. folder: the working directory."""
+    """arguments: of the module. folder: the working directory. umask: of the process that asks, so
+    that its choice of who may read its files holds for those of the new one."""
 
     arguments: list[str]
     environment: dict[str, str]
     folder: str
+    umask: int
 
 
 class Reply(NamedTuple):
@@ -191,6 +193,7 @@ class ForkServer:
         os.close(null)
         os.close(log)
         os.chdir(asked.folder)
+        os.umask(asked.umask)
         for name in self._environment.keys() - asked.environment.keys():
             os.environ.pop(name, None)
         for name, value in asked.environment.items() - self._environment.items():

@@ -171,7 +171,7 @@ def start(
             raise OSError("nothing is forked here")
     except OSError:
         return children.start([sys.executable, "-m", module, *arguments], log, environment)
-    request = Request(list(arguments), {**os.environ, **environment}, os.getcwd())
+    request = Request(list(arguments), {**os.environ, **environment}, os.getcwd(), _umask())
     with open(log, "ab") as output, contextlib.suppress(ConnectionError):  # `poll` finds the end
         socket.send_fds(connection, [msgspec.msgpack.encode(request)], [output.fileno()])
     return ForkedProcess(connection, importer, log)
@@ -220,3 +220,9 @@ def _connect(path: Path) -> socket.socket:
         connection.close()
         raise
     return connection
+
+
+def _umask() -> int:
+    """Return this process's umask. `os.umask` would set it, for all threads."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("Umask:")), 8)
