@@ -59,7 +59,7 @@ verbs: {", ".join(VERBS)}
        megatron-r1 score IN.jsonl OUT.jsonl [--rewards.key value …]   (- is a pipe)
        megatron-r1 check-model HF_FOLDER [--parallel.key value …] [--json FILE]   a new model, first
        megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
-       megatron-r1 rehearse RECIPE.yaml [--rehearsal.key value …]   any recipe in miniature, first
+       megatron-r1 rehearse RECIPE.yaml [--on null-gpu] [--rehearsal.key value …]   in miniature
        megatron-r1 preflight RECIPE.yaml [--json FILE] [--preflight.key value …]   the nodes, last
        megatron-r1 sample RUN_FOLDER   the trained model's answers to the run's questions
        megatron-r1 rl RECIPE.yaml --dry-run   samples and grades one batch, and trains nothing
@@ -132,6 +132,7 @@ def _dispatch(arguments: list[str]) -> int:
     if verb in OTHERS:
         from megatron_r1.workflow.pipeline_recipe import PipelineRecipe
 
+        options = [re.sub(r"^--on(?=$|=)", "--rehearsal.on", option) for option in options]
         own = switches(PipelineRecipe if verb == "pipeline" else configuration.Config)
         importlib.import_module(OTHERS[verb]).run(recipe, parse_overrides(options, own), VERBS)
         return 0

@@ -12,10 +12,11 @@ from megatron_r1.commands import reward_model
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.config.loading import take_section
+from megatron_r1.engine import gpu
 from megatron_r1.engine.limits import check_engines, context_length
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.rehearsal import miniature, served, table
+from megatron_r1.rehearsal import miniature, null_gpu, served, table
 from megatron_r1.rehearsal.full_size import check_connections
 from megatron_r1.rehearsal.jobs import RehearsalJob, jobs
 from megatron_r1.rehearsal.phases import Phases
@@ -39,6 +40,18 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     found = jobs(path, others, verbs, OF_VERBS, settings.stages)
     for job in found:
         _check(job.config, job.verb)
+    if settings.on == "gpu" and not gpu.is_usable():
+        raise UserError(
+            "rehearsal.on: gpu, and there is none here; use null-gpu or cpu",
+            key="rehearsal.on",
+            cause=Cause.NOT_FOUND,
+        )
+    if settings.on == "null-gpu" and not null_gpu.is_below():
+        small = [_shrink(job, settings, Path()).config for job in found]
+        gpus = [null_gpu.num_gpus(each, job.verb) for each, job in zip(small, found, strict=True)]
+        if null_gpu.run_again(sys.argv[1:], max(gpus)):
+            raise RunError("rehearse: it has failed on the null GPU, see above")
+        return
     same: dict[str, str] = {}
     for job in found:
         first = same.setdefault(_identity(job, settings), job.name)
@@ -65,16 +78,20 @@ def _check(config: Config, verb: str) -> None:
 
 def _identity(job: RehearsalJob, settings: RehearsalConfig) -> str:
     """Return a text that is equal for runs whose miniatures are."""
-    hf = read_hf_config(job.config.model.path, None)
-    small = miniature.shrink(job.config, hf, Path(), settings.max_ranks)
+    small = _shrink(job, settings, Path())
     return repr((job.verb, small.config, small.hf))
+
+
+def _shrink(job: RehearsalJob, settings: RehearsalConfig, folder: Path) -> miniature.Miniature:
+    hf = read_hf_config(job.config.model.path, None)
+    return miniature.shrink(job.config, hf, folder, settings.max_ranks, on=settings.on)
 
 
 def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
     config = job.config
     folder = Path(settings.folder or f"{config.run.folder}-rehearsal") / job.name
     hf = read_hf_config(config.model.path, None)
-    small = miniature.shrink(config, hf, folder, settings.max_ranks)
+    small = _shrink(job, settings, folder)
     with RunFolder(folder) as lock:
         if (folder / "recipe.yaml").exists():
             raise UserError(
@@ -86,7 +103,7 @@ def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
         written = miniature.write(small, job.verb)
         ranks = "no" if job.verb == "sample" else small.config.parallel.processes
         print(f"{job.name}: {job.verb} with {ranks} trainer ranks in {folder}", flush=True)
-        rows = table.structure(config, hf, small.config, job.verb)
+        rows = table.structure(config, hf, small.config, job.verb, on=settings.on)
         with served.started(small.config, small.hf, folder, job.verb) as addresses:
             run = (job.verb, written, small.config, addresses)
             shown = Phases(*run, settings.timeout_seconds, _announce).run()

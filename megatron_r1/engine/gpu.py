@@ -21,7 +21,7 @@ DRIVER = "libcuda.so.1"
 def is_usable() -> bool:
     """Return what `torch.cuda.is_available()` would: torch is built for CUDA, and the driver shows
     a device (`CUDA_VISIBLE_DEVICES` may hide them)."""
-    return _torch_has_cuda() and _count_devices() > 0
+    return torch_has_cuda() and _count_devices() > 0
 
 
 def device() -> Literal["cpu", "cuda"]:
@@ -49,7 +49,8 @@ def gpus_of_slot(visible: list[str], num_engines: int, slot: int, key: str) -> d
     return {"CUDA_VISIBLE_DEVICES": ",".join(visible[slot * share : (slot + 1) * share])}
 
 
-def _torch_has_cuda() -> bool:
+def torch_has_cuda() -> bool:
+    """Return whether the installed torch is built for CUDA."""
     package = importlib.util.find_spec("torch")
     if package is None or package.origin is None:
         return False

@@ -1,5 +1,6 @@
 """Parallel layouts in miniature: an axis that is divided stays divided, into two."""
 
+from collections.abc import Sequence
 from math import prod
 
 from megatron_r1.config.engines import RolloutConfig
@@ -14,10 +15,25 @@ MOST_LAYERS = 2
 """Decoder layers of one pipeline stage; more exercise nothing that two do not."""
 
 
-def shrink(parallel: ParallelConfig, max_ranks: int) -> ParallelConfig:
+LEFT_OUT = ("context", "expert_tensor", "expert", "tensor", "pipeline")
+"""The order in which axes are left out: the last move most data between ranks."""
+
+
+def shrink(parallel: ParallelConfig, max_ranks: int, *, leaves_out: bool = False) -> ParallelConfig:
     """Return the layout with each axis at most `PARTS`, and replicas of the model dropped if there
-    would be more than `max_ranks` ranks otherwise. Raises UserError if that is not enough."""
-    sizes = {axis: min(getattr(parallel, axis), PARTS) for axis in AXES}
+    would be more than `max_ranks` ranks otherwise. If that is not enough, axes are left out with
+    `leaves_out`; otherwise raises UserError."""
+    for number in range(len(LEFT_OUT) + 1):
+        try:
+            return _shrink(parallel, max_ranks, LEFT_OUT[:number])
+        except UserError:
+            if not leaves_out or number == len(LEFT_OUT):
+                raise
+    raise AssertionError("unreachable")
+
+
+def _shrink(parallel: ParallelConfig, max_ranks: int, without: Sequence[str]) -> ParallelConfig:
+    sizes = {axis: 1 if axis in without else min(getattr(parallel, axis), PARTS) for axis in AXES}
     layout = None
     if parallel.pipeline_layout:
         groups = short_stages(

@@ -9,6 +9,7 @@ from megatron_r1.config import Config, dump, parse
 from megatron_r1.curation.filters import NAMES
 from megatron_r1.data.templates import TEMPLATES
 from megatron_r1.rehearsal import layout, model, questions, served
+from megatron_r1.rehearsal.settings import Place
 
 RESPONSE = 24
 """Most tokens of a miniature's response."""
@@ -50,9 +51,13 @@ class Miniature:
     changes: list[Change]
 
 
-def shrink(config: Config, hf: dict, folder: Path, max_ranks: int) -> Miniature:
-    """Return the miniature of a recipe for the model `hf`, which will run in `folder`."""
-    parallel = layout.shrink(config.parallel, max_ranks)
+def shrink(
+    config: Config, hf: dict, folder: Path, max_ranks: int, *, on: Place = "cpu"
+) -> Miniature:
+    """Return the miniature of a recipe for the model `hf`, which will run in `folder`. on: on GPUs
+    axes are left out for `max_ranks`, as a machine has few, and memory for few null GPUs."""
+    on_gpu = on != "cpu"
+    parallel = layout.shrink(config.parallel, max_ranks, leaves_out=on_gpu)
     replicas = parallel.num_replicas(parallel.processes)
     small_hf = model.shrink(hf, layout.num_layers(parallel), config.push.fp8)
     changed: dict[str, Any] = {
@@ -67,7 +72,8 @@ def shrink(config: Config, hf: dict, folder: Path, max_ranks: int) -> Miniature:
             "path": str(folder / "model"),
             "checkpoint": None,
             "attention_backend": "auto",
-            "fusions": None,
+            # Those of Transformer Engine are kernels.
+            "fusions": ["gradient_accumulation"] if on == "null-gpu" else None,
         },
         "data": {
             "path": str(folder / "questions.jsonl"),
@@ -81,8 +87,8 @@ def shrink(config: Config, hf: dict, folder: Path, max_ranks: int) -> Miniature:
             "heldout_fraction": 0.1,
         },
         "agents": {"environment": "", "harness": "", "verifiers": {}},
-        "rollout": _rollout(config),
-        "push": _push(config),
+        "rollout": _rollout(config) | (_on_gpu(config, parallel.processes) if on_gpu else {}),
+        "push": _push(config, on_gpu),
         "rewards": _rewards(config),
         "rl": _rl(config, replicas),
         "teacher": _teacher(config, folder),
@@ -204,8 +210,21 @@ def _kind_weights(config: Config, weights: dict[str, float]) -> dict[str, float]
     return {kind: weight for kind, weight in weights.items() if kind in kept} | stands_for_them
 
 
-def _push(config: Config) -> dict[str, Any]:
-    here = {"nccl": "gloo", "cuda_ipc": "shm"}
+def _on_gpu(config: Config, num_gpus: int) -> dict[str, Any]:
+    """Return what differs for engines on null GPUs: the recipe's share of them, and no more ranks
+    than trainer ranks have GPUs."""
+    small, sizes = _rollout(config), {}
+    while small["engines"] * small["tensor"] * small["data"] * small["pipeline"] > num_gpus:
+        # Experts are spread by the data axis, too; several engines are what a push is most for.
+        axes = [axis for axis in ("tensor", "data", "pipeline", "engines") if small[axis] > 1]
+        kept = "data" if config.rollout.expert_parallel and "data" in axes else ""
+        left_out = next((axis for axis in axes if axis != kept), axes[0])
+        small[left_out] = sizes[left_out] = 1
+    return {"gpu_memory": config.rollout.gpu_memory, **sizes}
+
+
+def _push(config: Config, on_gpu: bool) -> dict[str, Any]:
+    here = {} if on_gpu else {"nccl": "gloo", "cuda_ipc": "shm"}
     is_exact = config.model.dtype == config.rollout.dtype == "float32"
     return {
         "transport": here.get(config.push.transport, config.push.transport),

@@ -10,9 +10,11 @@ from rich.table import Table
 
 from megatron_r1.config import Config
 from megatron_r1.files import atomic_write
+from megatron_r1.rehearsal import null_gpu
 from megatron_r1.rehearsal.miniature import Change
 from megatron_r1.rehearsal.phases import PhaseResult
 from megatron_r1.rehearsal.served import reward_models
+from megatron_r1.rehearsal.settings import Place
 from megatron_r1.rl.environments import find_player
 
 
@@ -59,15 +61,23 @@ NOT_HERE = {
 }
 
 
-def structure(recipe: Config, hf: dict, small: Config, verb: str) -> list[StructureRow]:
-    """Return a row for each part of the recipe's structure that its verb uses."""
+ON_GPU = {key: NOT_HERE[key] for key in ("rollout.max_response_tokens", "parallel.processes")}
+ON_NULL_GPU = ON_GPU | {"fp8.recipe": "no: kernels compute on the host"}
+
+
+def structure(
+    recipe: Config, hf: dict, small: Config, verb: str, *, on: Place = "cpu"
+) -> list[StructureRow]:
+    """Return a row for each part of the recipe's structure that its verb uses. on: where the
+    miniature runs."""
+    not_here = {"cpu": NOT_HERE, "gpu": ON_GPU, "null-gpu": ON_NULL_GPU}[on]
     rows: list[StructureRow] = []
     for section in SECTIONS[verb]:
         before, after = getattr(recipe, section), getattr(small, section)
         for key in SIZES[section]:
             old, new = getattr(before, key), getattr(after, key)
             if _is_used(old):
-                exercised = NOT_HERE.get(f"{section}.{key}") or _exercised(old, new)
+                exercised = not_here.get(f"{section}.{key}") or _exercised(old, new)
                 rows.append(StructureRow(f"{section}.{key}", str(old), str(new), exercised))
     if verb in ("rl", "sample") and recipe.rollout.speculative.method != "none":
         drafts = recipe.rollout.speculative, small.rollout.speculative
@@ -92,10 +102,19 @@ def structure(recipe: Config, hf: dict, small: Config, verb: str) -> list[Struct
             rows.append(
                 StructureRow("parallel.dispatcher", "DeepEP", "alltoall", "no: needs a GPU")
             )
-        rows.append(
-            StructureRow("layers", "Transformer Engine", "Megatron-Core's own", "no: needs a GPU")
-        )
-        rows.append(StructureRow("memory", "of a GPU", "—", "no: tools/plan computes it"))
+        layers, memory = {
+            "cpu": (
+                ("Megatron-Core's own", "no: needs a GPU"),
+                ("—", "no: tools/plan computes it"),
+            ),
+            "gpu": (("the same", YES), ("the whole GPU", "no: of a small model")),
+            "null-gpu": (
+                ("the same, by operators of the host", YES),
+                (f"{null_gpu.GIB:g} GiB of a null GPU", YES),
+            ),
+        }[on]
+        rows.append(StructureRow("layers", "Transformer Engine", *layers))
+        rows.append(StructureRow("memory", "of a GPU", *memory))
     return rows + _left_out(recipe, small, verb)
 
 
