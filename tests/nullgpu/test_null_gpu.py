@@ -37,6 +37,13 @@ loss = torch.log_softmax(x @ torch.full((6, 3), 0.5), -1)[:, 0].sum()
 loss = loss + x.bfloat16().float().square().mean()
 loss.backward()
 torch.testing.assert_close(on_gpu, [loss.detach(), x.grad])
+a, b = torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16()
+with HostCompute():
+    product = torch.mm(a.cuda(), b.cuda(), out_dtype=torch.float32).cpu()
+    with torch.inference_mode():
+        converted = a.cuda().double().cpu()
+torch.testing.assert_close(product, a.float() @ b.float())
+torch.testing.assert_close(converted, a.double())
 """
 COUNTS = """
 import torch
@@ -70,6 +77,11 @@ with HostCompute():
     del scales
     assert kept.isnan().all()
 """
+PINNED = """
+import torch
+torch.cuda.synchronize()
+torch.empty(21 * 2**30, dtype=torch.uint8, pin_memory=True)
+"""
 OF_THE_CPU = [
     "return False",
     "patch.install()  # imports what it changes",
@@ -96,6 +108,16 @@ def test_waits_of_the_host_and_memory_are_counted(on_null_gpu, tmp_path):
 
 def test_memory_that_torch_frees_without_caching_is_nan(on_null_gpu):
     on_null_gpu("-c", FREED, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def test_a_pinned_buffer_of_21_gib_takes_32_of_the_host(on_null_gpu, tmp_path):
+    counted = {"NULL_GPU_COUNTERS": str(tmp_path / "counters")}
+    on_null_gpu("-c", PINNED, NULL_GPU_PINNED_BYTES=str(33 * 2**30), **counted)
+    (found,) = counters.read(tmp_path / "counters")
+    assert 32 * 2**30 <= found["pinned_peak_bytes"] < 33 * 2**30
+    with pytest.raises(pytest.fail.Exception) as failed:
+        on_null_gpu("-c", PINNED, NULL_GPU_PINNED_BYTES=str(31 * 2**30))
+    assert "out of memory" in str(failed.value)
 
 
 def test_torchs_operators_can_be_computed_on_the_host(on_null_gpu):

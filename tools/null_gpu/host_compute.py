@@ -13,6 +13,7 @@ import ctypes
 import functools
 import inspect
 import threading
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -27,8 +28,28 @@ ALLOCATES = {
 """Operators that make, describe or read memory: CUDA's own work on the null GPU."""
 
 NO_OPERATORS_OF_ITS_OWN = torch.Tensor.__torch_dispatch__
-KERNELS: dict[str, Callable] = {}
-"""Operator of another library, such as `_C::rms_norm` → a function of CPU tensors."""
+
+
+def _product(a, b, dtype, *, out=None):
+    product = (a.float() @ b.float()).to(dtype)
+    return product if out is None else out.copy_(product)
+
+
+def _sum_with_product(c, a, b, dtype, *, beta=1, alpha=1, out=None):
+    result = (beta * c.float() + alpha * (a.float() @ b.float())).to(dtype)
+    return result if out is None else out.copy_(result)
+
+
+KERNELS: dict[str, Callable] = {
+    **{f"aten::{name}.dtype{end}": _product for name in ("mm", "bmm") for end in ("", "_out")},
+    **{
+        f"aten::{name}.dtype{end}": _sum_with_product
+        for name in ("addmm", "baddbmm")
+        for end in ("", "_out")
+    },
+}
+"""Operator of another library, such as `_C::rms_norm`, or of torch that only GPUs have → a function
+of CPU tensors."""
 PYTHON_OPERATORS: dict[str, Callable] = {}
 """Operator that is written in Python → its function (`record_python_operators`)."""
 
@@ -105,7 +126,7 @@ class HostCompute(TorchDispatchMode):
         reads = any(tensor.is_cuda for tensor in found)
         # Transformer Engine's quantized tensors have operators of their own.
         plain = all(type(x).__torch_dispatch__ is NO_OPERATORS_OF_ITS_OWN for x in found)
-        if kernel := KERNELS.get(func._schema.name):
+        if kernel := KERNELS.get(func.name()):
             drain({tensor.get_device() for tensor in found if tensor.is_cuda})
             return self._compute(kernel, args, kwargs, stays=True)
         its_own = namespace != "aten" or name in ALLOCATES or func.is_view
@@ -147,6 +168,7 @@ class HostCompute(TorchDispatchMode):
         try:
             result = func(*host_args, **host_kwargs)
         except NotImplementedError:  # an operator that CUDA alone has
+            warnings.warn(f"{func} has no effect on the null GPU", stacklevel=2)
             return func(*args, **kwargs)
         return tree_map_only(torch.Tensor, up, result)
 

@@ -97,7 +97,10 @@ void *null_gpu_allocate(size_t asked, int kind) {
         if (kind == DEVICE) null_gpu_charge(current_gpu(), -(int64_t)size);
         return 0;
     }
-    if (kind == PINNED) charge_pinned(size);
+    if (kind == PINNED && !charge_pinned(size)) {
+        munmap(start, size);
+        return 0;
+    }
     remember((range){start, size, kind, current_gpu(), current_device(), -1, kind == DEVICE, 0});
     return start;
 }
@@ -201,7 +204,7 @@ cudaError_t cudaMallocHost(void **p, size_t n) { return allocated(p, n, PINNED);
 cudaError_t cudaFree(void *p) { return release(p); }
 cudaError_t cudaFreeHost(void *p) { return release(p); }
 cudaError_t cudaHostRegister(void *p, size_t n, unsigned flags) {
-    charge_pinned(n);
+    if (!charge_pinned(n)) return cudaErrorMemoryAllocation;
     remember((range){p, n, REGISTERED, current_gpu(), current_device(), -1, 0, 0});
     return OK;
 }

@@ -114,12 +114,21 @@ int null_gpu_charge(int gpu, int64_t bytes) {
     return fits;
 }
 
-void charge_pinned(int64_t bytes) {
+// Pinned memory is of the host, whose bytes all processes share.
+int charge_pinned(int64_t bytes) {
+    int64_t limit = setting("NULL_GPU_PINNED_BYTES", INT64_MAX), used = bytes;
     pthread_mutex_lock(&mutex);
     process *p = own_slot();
-    p->pinned += bytes;
+    lock_file(F_WRLCK);
+    if (!slots) used += p->pinned;
+    for (int i = 0; slots && i < PROCESSES; i++)
+        if (&slots[i] == p || (slots[i].pinned && is_alive(&slots[i]))) used += slots[i].pinned;
+    int fits = bytes <= 0 || used <= limit;
+    if (fits) p->pinned += bytes;
     if (p->pinned > p->pinned_peak) p->pinned_peak = p->pinned;
+    lock_file(F_UNLCK);
     pthread_mutex_unlock(&mutex);
+    return fits;
 }
 
 void memory_info(int gpu, size_t *left, size_t *total) {

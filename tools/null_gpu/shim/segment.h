@@ -42,7 +42,7 @@ typedef struct {
 int64_t birth_of(int pid);                // 0 when the process has ended, also while nobody has waited for it
 process *this_process(void);
 int null_gpu_charge(int gpu, int64_t bytes);       // 0 when the GPU has not so much left
-void charge_pinned(int64_t bytes);
+int charge_pinned(int64_t bytes);                 // 0 when the host has not so much left for it
 void memory_info(int gpu, size_t *left, size_t *total);
 int64_t setting(const char *name, int64_t otherwise);  // an environment variable in bytes, or a number
 stream_record *new_stream_record(int *id, int gpu);
