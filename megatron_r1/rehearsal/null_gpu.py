@@ -17,6 +17,7 @@ import megatron_r1
 from megatron_r1.config import Config
 from megatron_r1.engine import gpu
 from megatron_r1.errors import Cause, UserError
+from megatron_r1.rehearsal import layout
 
 CHECKOUT = Path(megatron_r1.__file__).resolve().parents[1]
 TOOL = CHECKOUT / "tools" / "null_gpu"
@@ -84,11 +85,12 @@ def _is_installed(distribution: str) -> bool:
 
 
 def num_gpus(config: Config, verb: str) -> int:
-    """Return how many GPUs a miniature needs: one for each trainer rank, which its engines share
-    where they are colocated, and divide."""
+    """Return how many GPUs a miniature needs: one for each trainer rank, also of the other layout
+    that it is resumed in; its engines share them where they are colocated, and divide."""
     rollout = config.rollout
     engines = rollout.engines * rollout.tensor * rollout.data * rollout.pipeline
-    trainer = config.parallel.processes
+    resumed = layout.different_layout(config.parallel)
+    trainer = max(config.parallel.processes, resumed.processes)
     if verb == "sample":
         return engines
     if verb != "rl":
