@@ -1,10 +1,10 @@
 """Trainer ranks and engines of a push over NCCL in processes of their own, each rank on a null GPU,
 behind the controller's own bridge; an engine can be killed at a chosen round of a push.
 
-`python push_processes.py MODEL ENGINES [colocated] [host] [first|middle|last]` pushes, kills engine
-0 in the second push where the last word is given, replaces it, and pushes again. host: on the CPU,
-by `host_push`. Prints a line of JSON with what it saw; every engine compares each push with plain
-slicing when it loads it."""
+`python push_processes.py MODEL ENGINES [colocated] [host] [first] [middle] [last]` pushes; for each
+of the last words it kills engine 0 at that round of a push, replaces it, and pushes again. host: on
+the CPU, by `host_push`. Prints a line of JSON with what it saw; every engine compares each push
+with plain slicing when it loads it."""
 
 import asyncio
 import faulthandler
@@ -327,32 +327,41 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
         await bridge.push(version)
         print(f"push {version}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
+    def counting():
+        """Of an engine the victim counts its own rounds, in NCCL or as trainer rank 0's."""
+        return trainer.ranks[0] if is_colocated else fleet.engines[0].client.process
+
     await bridge.open()
     await push(1)
-    pids, seen = trainer.pids, {}
-    if killed_at is not None:
+    version, pids, seen = 1, trainer.pids, {}
+    if killed_at:
+        seen |= {"lost": [], "others": [], "rounds": []}
+    for place in killed_at:
         victim, others = fleet.engines[0], fleet.engines[1:]
         before = [(engine.client.pid, engine.client.swaps) for engine in others]
-        # Of an engine the victim counts its own rounds, in NCCL or as trainer rank 0's.
-        counting = trainer.ranks[0] if is_colocated else victim.client.process
-        number = await counting.call("num_rounds")
-        at = {"first": 0, "middle": number // 2, "last": number - 1}[killed_at]
-        await counting.call("kill_at", at, victim.client.pid)
-        await push(2)
-        seen["lost"] = [index for index, _ in fleet.lost]
-        seen["others"] = [
+        number = await counting().call("num_rounds")
+        at = {"first": 0, "middle": number // 2, "last": number - 1}[place]
+        await counting().call("kill_at", at, victim.client.pid)
+        await push(version + 1)
+        seen["lost"] += [index for index, _ in fleet.lost]
+        fleet.lost.clear()
+        seen["others"] += [
             pid == engine.client.pid and engine.client.swaps == swaps + 1
             for engine, (pid, swaps) in zip(others, before, strict=True)
         ]
-        seen["rounds"] = number
+        seen["rounds"].append(number)
         new = make_engine(0, is_up=False)
         await new.client.process.call("num_rounds")  # it has started
         async with bridge.feed(new):
             fleet.engines[0], new.is_up = new, True
-    await push(3)
-    await push(4)
+        await counting().call("kill_at", None)
+        version += 2
+        await push(version)
+    for _ in range(1 if killed_at else 2):
+        version += 1
+        await push(version)
     seen["trainer"] = trainer.pids == pids and len(pids) == grid.world
-    seen["versions"] = [engine.client.version for engine in fleet.engines]
+    seen["current"] = [engine.client.version == version for engine in fleet.engines]
     seen["sets"] = [len(one.engines) for one in bridge.links.sets]
     for watcher in watchers:
         watcher.cancel()
@@ -363,6 +372,6 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
 
 if __name__ == "__main__":
     words = sys.argv[3:]
-    at = next((word for word in words if word in ("first", "middle", "last")), None)
+    at = [word for word in words if word in ("first", "middle", "last")]
     places = {"is_colocated": "colocated" in words, "on_host": "host" in words}
     asyncio.run(story(sys.argv[1], int(sys.argv[2]), killed_at=at, **places))
