@@ -94,8 +94,9 @@ def num_layers(parallel: ParallelConfig) -> int:
 
 def different_layout(parallel: ParallelConfig) -> ParallelConfig:
     """Return a different layout for the resumed run, with fewer ranks where that is possible: one
-    replica, and one axis less if one is enough for that."""
-    for axes in (("tensor", "expert_tensor"), (), ("context",), ("expert",)):
+    replica, and as few axes less as are enough for that. Otherwise it has twice as many ranks."""
+    with_experts = ("tensor", "expert_tensor", "expert")
+    for axes in (("tensor", "expert_tensor"), (), ("context",), ("expert",), with_experts):
         sizes = dict.fromkeys(axes, 1)
         changed = parallel.model_copy(update=sizes)
         ranks = prod((changed.tensor, changed.context, changed.pipeline))

@@ -5,7 +5,7 @@ from refusals import refused
 
 from megatron_r1.config import ParallelConfig
 from megatron_r1.errors import Cause
-from megatron_r1.rehearsal.layout import num_layers, shrink
+from megatron_r1.rehearsal.layout import different_layout, num_layers, shrink
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,20 @@ def test_replicas_are_dropped_only_where_experts_do_not_need_them():
     assert shrink(spread, 2).processes == 2
     with refused("rehearsal.max_ranks", Cause.OUT_OF_RANGE, 2):
         shrink(spread, 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axes", "ranks"),
+    [
+        ({"processes": 8, "tensor": 2, "context": 2, "pipeline": 2, "expert": 2}, {"tensor"}, 4),
+        ({"processes": 4, "pipeline": 2}, set(), 2),
+        ({"processes": 4, "tensor": 2, "pipeline": 2, "expert": 2}, {"tensor", "expert"}, 2),
+        ({"processes": 2, "pipeline": 2}, set(), 4),
+    ],
+)
+def test_the_resumed_layout_has_fewer_ranks_where_axes_can_be_left_out(sizes, axes, ranks):
+    parallel = ParallelConfig(**sizes)
+    other = different_layout(parallel)
+    other.check_sizes(other.processes)
+    changed = {axis for axis in sizes if getattr(other, axis) != getattr(parallel, axis)}
+    assert changed - {"processes"} == axes and other.processes == ranks
