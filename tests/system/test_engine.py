@@ -224,7 +224,12 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
 ):
     loop(push("b"))
     said, restarts = [], fleet.num_restarts
-    fleet.members.notify = said.append
+
+    def heard(message: str) -> None:  # from now on the limit would be the new engine's
+        said.append(message)
+        fleet.replacement.unresponsive_seconds = 120.0
+
+    fleet.members.notify = heard
     # A death is noticed on its own: on a busy machine that may take longer than 3 seconds.
     fleet.replacement.unresponsive_seconds = 120.0 if how == signal.SIGKILL else 3.0
 
@@ -235,7 +240,6 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
         return await running
 
     groups = loop(stop_amid())
-    fleet.replacement.unresponsive_seconds = 120.0
     assert fleet.num_restarts == restarts + 1
     # Its server may answer once more before it ends.
     killed = ("engine-0 died: ", "engine-0 cannot go on: ")
