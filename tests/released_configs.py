@@ -1,5 +1,6 @@
 """config.json of released models, and how many parameters they are published with, in billions,
-without MTP layers (None: no such number is published)."""
+without MTP layers (None: no such number is published). tests/reports/end_tokens.yaml has the tokens
+that end their responses, and where each id is published."""
 
 QWEN3 = {
     **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False},
@@ -68,6 +69,7 @@ V2_LITE = {
 KIMI_K2 = {
     **V2_LITE,
     **{"architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2", "ep_size": 1},
+    **{"bos_token_id": 163584, "eos_token_id": 163585},
     **{"hidden_size": 7168, "intermediate_size": 18432, "max_position_embeddings": 131072},
     **{"moe_intermediate_size": 2048, "n_routed_experts": 384, "n_shared_experts": 1},
     **{"norm_topk_prob": True, "num_attention_heads": 64, "num_key_value_heads": 64},
@@ -169,6 +171,7 @@ SMOLLM2_360M = {
 }
 V31 = {
     **{**KIMI_K2, "model_type": "deepseek_v3", "first_k_dense_replace": 3, "n_group": 8},
+    **{"bos_token_id": 0, "eos_token_id": 1},
     **{"topk_group": 4, "max_position_embeddings": 163840, "n_routed_experts": 256},
     **{"num_attention_heads": 128, "num_key_value_heads": 128, "num_nextn_predict_layers": 1},
     **{"rope_scaling": {**V2_LITE["rope_scaling"], "mscale": 1.0, "mscale_all_dim": 1.0}},
@@ -177,6 +180,7 @@ V31 = {
 }
 MOONLIGHT = {
     **{**V2_LITE, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"},
+    **{"bos_token_id": 163584, "eos_token_id": 163585},
     **{"intermediate_size": 11264, "max_position_embeddings": 8192, "norm_topk_prob": True},
     **{"num_nextn_predict_layers": 0, "rms_norm_eps": 1e-5, "rope_scaling": None},
     **{"rope_theta": 50000.0, "routed_scaling_factor": 2.446, "scoring_func": "sigmoid"},

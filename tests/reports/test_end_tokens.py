@@ -3,15 +3,19 @@
 import asyncio
 import json
 from array import array
+from pathlib import Path
 
 import pytest
+import yaml
 from refusals import refused
+from released_configs import RELEASED
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.tree import TokenTree
-from megatron_r1.config import RewardsConfig
+from megatron_r1.commands import check_model
+from megatron_r1.config import ParallelConfig, RewardsConfig
 from megatron_r1.data.end_tokens import describe, end_tokens
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.text import PromptText
@@ -19,84 +23,13 @@ from megatron_r1.engine.responses import Response
 from megatron_r1.engine.stop_strings import cut
 from megatron_r1.errors import Cause
 from megatron_r1.evaluation.response import Decoding
+from megatron_r1.model_check.findings import Findings
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.rollout import Sampling
 from megatron_r1.weights.stored.hf_folder import carry_files
 
-# Per family: its added tokens here, eos_token, the names in config.json and generation_config.json,
-# those that end a response, and those that do not. Lists of the configurations that their makers
-# publish with the models, by name instead of number:
-FAMILIES = {
-    # meta-llama/Llama-3.1-8B-Instruct generation_config.json: [128001, 128008, 128009]
-    "llama3": (
-        ["<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|start_header_id|>"],
-        "<|eot_id|>",
-        ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
-        ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
-        ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
-        ["<|begin_of_text|>", "<|start_header_id|>"],
-    ),
-    # zai-org/GLM-4.5 generation_config.json: [151329, 151336, 151338]
-    "glm4": (
-        ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"]
-        + ["<|observation|>"],
-        "<|endoftext|>",
-        ["<|endoftext|>", "<|user|>", "<|observation|>"],
-        ["<|endoftext|>", "<|user|>", "<|observation|>"],
-        ["<|endoftext|>", "<|user|>", "<|observation|>"],
-        ["<|system|>", "<|assistant|>", "<sop>"],
-    ),
-    # openai/gpt-oss-20b generation_config.json: [200002, 199999, 200012]
-    "gpt_oss": (
-        ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>"]
-        + ["<|end|>", "<|message|>", "<|call|>"],
-        "<|return|>",
-        "<|return|>",
-        ["<|return|>", "<|endoftext|>", "<|call|>"],
-        ["<|return|>", "<|endoftext|>", "<|call|>"],
-        ["<|end|>", "<|channel|>", "<|message|>", "<|start|>"],
-    ),
-    # google/gemma-3-4b-it generation_config.json: [1, 106]; config.json: [1, 106]
-    "gemma3": (
-        ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
-        "<eos>",
-        ["<eos>", "<end_of_turn>"],
-        ["<eos>", "<end_of_turn>"],
-        ["<eos>", "<end_of_turn>"],
-        ["<start_of_turn>", "<bos>"],
-    ),
-    # microsoft/Phi-3.5-mini-instruct generation_config.json: [32007, 32001, 32000]
-    "phi3": (
-        ["<|endoftext|>", "<|assistant|>", "<|user|>", "<|system|>", "<|end|>"],
-        "<|endoftext|>",
-        "<|endoftext|>",
-        ["<|end|>", "<|assistant|>", "<|endoftext|>"],
-        ["<|end|>", "<|assistant|>", "<|endoftext|>"],
-        ["<|user|>", "<|system|>"],
-    ),
-    # Qwen/Qwen3-8B generation_config.json: [151645, 151643]
-    "qwen3": (
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        "<|im_end|>",
-        "<|im_end|>",
-        ["<|im_end|>", "<|endoftext|>"],
-        ["<|im_end|>", "<|endoftext|>"],
-        ["<|im_start|>"],
-    ),
-    # deepseek-ai/DeepSeek-V3 config.json: 1
-    "deepseek": (
-        ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"],
-        "<｜end▁of▁sentence｜>",
-        "<｜end▁of▁sentence｜>",
-        "<｜end▁of▁sentence｜>",
-        ["<｜end▁of▁sentence｜>"],
-        ["<｜User｜>", "<｜Assistant｜>"],
-    ),
-}
-# Without generation_config.json, as an older export may be, names are what is left; Phi's list has
-# a token that no name tells.
-LISTED_ONLY = {"phi3": {"<|assistant|>"}}
+MODELS = yaml.safe_load((Path(__file__).parent / "end_tokens.yaml").read_text(encoding="utf-8"))
 WORDS = ["the", "answer", "is", "4", ".", "..", "...", "stop", "here", "?", "find", "a", "A"]
 
 
@@ -108,19 +41,23 @@ def tokenizer_with(added, eos, **more):
     return PreTrainedTokenizerFast(tokenizer_object=own, eos_token=eos, **more)
 
 
-def folder_of(family, folder, generation=True):
-    added, eos, config, listed, *_ = FAMILIES[family]
-    tokenizer = tokenizer_with(added, eos)
-
-    def ids(names):
-        one = tokenizer.convert_tokens_to_ids
-        return one(names) if isinstance(names, str) else [one(name) for name in names]
-
+def folder_of(name, folder, generation=True):
+    """Write the tokenizer, config.json and generation_config.json of a model of end_tokens.yaml,
+    with the ids of its vocabulary."""
+    model = MODELS[name]
+    vocabulary = {word: 600 + number for number, word in enumerate(["<unk>", *WORDS])}
+    vocabulary |= {text: number for number, text in model["tokens"].items()}
+    own = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    own.add_special_tokens([AddedToken(text, special=True) for text in model["tokens"].values()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, eos_token=model["eos"])
     tokenizer.save_pretrained(folder)
-    settings = {"model_type": "llama", "eos_token_id": ids(config)}
-    (folder / "config.json").write_text(json.dumps(settings))
-    if generation:
-        settings = {"eos_token_id": ids(listed), "temperature": 0.6}
+    config = {"model_type": "llama", "eos_token_id": model.get("config")}
+    (folder / "config.json").write_text(
+        json.dumps(RELEASED[name][0] if name in RELEASED else config)
+    )
+    if generation and "generation" in model:
+        settings = {"eos_token_id": model["generation"], "temperature": 0.6}
         (folder / "generation_config.json").write_text(json.dumps(settings))
     return tokenizer
 
@@ -147,7 +84,12 @@ class Scripted:
 
 class Exact:
     async def grade(self, kind, response, truth, **fields):
-        return Grade(float(response.strip() == truth), "compared")
+        return Grade(float(letters(response) == letters(truth or "")), "compared")
+
+
+def letters(text):
+    """Return text without spaces: transformers' tokenizer of Qwen2 writes none between words."""
+    return "".join(text.split())
 
 
 def collected(text, token_ids, **sampling):
@@ -159,31 +101,61 @@ def collected(text, token_ids, **sampling):
     return rollout.groups[0].responses[0]
 
 
-@pytest.mark.parametrize("generation", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_b20_every_listed_token_ends_a_response_and_counts_as_its_end(family, generation, tmp_path):
-    tokenizer = folder_of(family, tmp_path, generation)
-    *_, ends, others = FAMILIES[family]
-    if not generation:
-        ends = [end for end in ends if end not in LISTED_ONLY.get(family, ())]
-    wanted = {tokenizer.convert_tokens_to_ids(end) for end in ends}
+ALONE = {json.dumps([RELEASED.get(name, [{}])[0].get("eos_token_id"), model]): name
+         for name, model in MODELS.items()}  # fmt: skip
+"""One model of each list; the others have the same."""
+CASES = [(name, True) for name in MODELS]
+CASES += [(name, False) for name in ALONE.values() if "generation" in MODELS[name]]
+
+
+def test_b20_every_released_configuration_has_its_end_tokens():
+    assert set(RELEASED) <= set(MODELS)
+    assert all(model["sources"] for model in MODELS.values())
+
+
+@pytest.mark.parametrize(("name", "generation"), CASES)
+def test_b20_every_listed_token_ends_a_response_and_counts_as_its_end(name, generation, tmp_path):
+    (folder := tmp_path / "model").mkdir()
+    tokenizer = folder_of(name, folder, generation)
+    wanted = list(MODELS[name]["ends"])
+    if not generation:  # as an older export may be
+        wanted = [end for end in wanted if end not in MODELS[name].get("unlisted", ())]
     # With the tokenizer at hand and from the files alone.
-    text = PromptText(str(tmp_path), "{problem}")
-    assert {end.id for end in text.end_tokens} == wanted
-    assert {end.id for end in end_tokens(tmp_path)} == wanted
-    assert text.stop_token_ids[0] == text.end == tokenizer.eos_token_id
-    assert all(end in describe(text.end_tokens) for end in ends)
+    text = PromptText(str(folder), "{problem}")
+    # transformers gives every tokenizer of Qwen2 an <|endoftext|>, here with a number of no token.
+    added = {} if "<|endoftext|>" in MODELS[name]["tokens"].values() else {"<|endoftext|>"}
+    assert {end.id for end in text.end_tokens if end.text not in added} == set(wanted)
+    assert {end.id for end in end_tokens(folder)} == set(wanted)
+    assert text.stop_token_ids[0] == text.end == tokenizer.eos_token_id == wanted[0]
+    texts = MODELS[name]["tokens"]
+    shown = shown_by_check_model(folder)
+    assert all(f"{texts.get(end, 'token')} {end}" in shown for end in wanted)
     answer = tokenizer.encode("the answer is 4", add_special_tokens=False)
     rubbish = tokenizer.encode("stop here stop here", add_special_tokens=False)
-    for end in ends:
-        number = tokenizer.convert_tokens_to_ids(end)
-        got = collected(text, [*answer, number, *rubbish])
-        assert not got.truncated and list(got.response.token_ids) == [*answer, number]
-        assert got.text == "the answer is 4" and got.rewards["accuracy"] == 1.0
-    for other in others:
-        number = tokenizer.convert_tokens_to_ids(other)
-        got = collected(text, [*answer, number, *rubbish])
+    for end in wanted:
+        got = collected(text, [*answer, end, *rubbish])
+        assert not got.truncated and list(got.response.token_ids) == [*answer, end]
+        assert letters(got.text) == "theansweris4" and got.rewards["accuracy"] == 1.0
+    for other in set(texts) - set(wanted):
+        got = collected(text, [*answer, other, *rubbish])
         assert got.truncated and len(got.response.token_ids) == len(answer) + 1 + len(rubbish)
+    (export := tmp_path / "export").mkdir()
+    carry_files(folder, export)
+    assert [end.id for end in end_tokens(export)] == [end.id for end in end_tokens(folder)]
+    written = json.loads((export / "generation_config.json").read_text())
+    ids = written["eos_token_id"]
+    assert set(ids if isinstance(ids, list) else [ids]) == set(wanted)
+    assert ("temperature" in written) == (generation and "generation" in MODELS[name])
+
+
+def shown_by_check_model(folder):
+    """Return the lines of `check-model` for a folder that agrees."""
+    numbers = dict.fromkeys(["parameters", "memory_bytes", "free_bytes", "tensors", "compared"], 1)
+    numbers |= dict.fromkeys(["tolerance", "megatron", "vllm"], 0.0)
+    ends = describe(end_tokens(folder))
+    found = Findings(folder=str(folder), architecture="A", dtype="float32", tokens=1, agree=True,
+                     template=False, end_tokens=ends, **numbers)  # fmt: skip
+    return check_model._text(found, ParallelConfig())
 
 
 @pytest.mark.parametrize("listed", [[7], [14, 7], 7])
@@ -219,34 +191,19 @@ def test_b20_an_end_that_is_no_token_is_refused_by_its_file(wrong, tmp_path):
         PromptText(str(tmp_path), "{problem}")
 
 
-@pytest.mark.parametrize("generation", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_b20_exports_list_them(family, generation, tmp_path):
-    (tmp_path / "from").mkdir()
-    (tmp_path / "to").mkdir()
-    folder_of(family, tmp_path / "from", generation)
-    carry_files(tmp_path / "from", tmp_path / "to")
-    written = json.loads((tmp_path / "to/generation_config.json").read_text())
-    ids = written["eos_token_id"]
-    wanted = [end.id for end in end_tokens(tmp_path / "from")]
-    assert set(ids if isinstance(ids, list) else [ids]) == set(wanted)
-    assert written.get("temperature") == (0.6 if generation else None)
-    assert [end.id for end in end_tokens(tmp_path / "to")] == wanted
-
-
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 TEMPLATES = {
     # What stands behind an answer: nothing, as GLM's; another token than eos, as Gemma's; one of
     # its own for a call, as gpt-oss's.
-    "glm4": (
+    "GLM-4.5-Air": (
         "{% for m in messages %}<|{{ 'observation' if m.role == 'tool' else m.role }}|>"
         "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     ),
-    "gemma3": (
+    "Gemma-3-it": (
         "{% for m in messages %}<start_of_turn>{{ m.content }}<end_of_turn>{% endfor %}"
         "{% if add_generation_prompt %}<start_of_turn>{% endif %}"
     ),
-    "gpt_oss": (
+    "gpt-oss-20b": (
         "{% for m in messages %}<|start|>{{ m.content }}{{ '<|call|>' if m.tool_calls else "
         "('<|return|>' if m.role == 'assistant' else '<|end|>') }}{% endfor %}"
         "{% if add_generation_prompt %}<|start|>{% endif %}"
@@ -257,11 +214,11 @@ TEMPLATES = {
 @pytest.mark.parametrize(
     ("family", "end", "role"),
     [
-        ("glm4", "<|observation|>", "tool"),
-        ("glm4", "<|user|>", "user"),
-        ("gemma3", "<end_of_turn>", "user"),
-        ("gpt_oss", "<|call|>", "tool"),
-        ("gpt_oss", "<|return|>", "user"),
+        ("GLM-4.5-Air", "<|observation|>", "tool"),
+        ("GLM-4.5-Air", "<|user|>", "user"),
+        ("Gemma-3-it", "<end_of_turn>", "user"),
+        ("gpt-oss-20b", "<|call|>", "tool"),
+        ("gpt-oss-20b", "<|return|>", "user"),
     ],
 )
 def test_b21_what_an_answer_ended_with_is_not_written_again(family, end, role, tmp_path):
@@ -302,7 +259,7 @@ def test_b21_what_an_answer_ended_with_is_not_written_again(family, end, role, t
 def test_b18_a_stop_string_ends_a_response_with_the_token_that_completes_it(
     answer, stop, kept, tmp_path
 ):
-    tokenizer = folder_of("qwen3", tmp_path)
+    tokenizer = folder_of("Qwen3-0.6B", tmp_path)
     text = PromptText(str(tmp_path), "{problem}")
     ids = tokenizer.encode(answer, add_special_tokens=False)
     got = collected(text, ids, stop=tuple(stop))
@@ -314,7 +271,9 @@ def test_b18_a_stop_string_ends_a_response_with_the_token_that_completes_it(
 
 
 def test_b18_stop_token_ids_end_a_response_and_are_trained_on(tmp_path):
-    tokenizer = folder_of("qwen3", tmp_path)
+    tokenizer = tokenizer_with(["<|im_end|>"], "<|im_end|>")
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     here = tokenizer.convert_tokens_to_ids("here")
     text = PromptText(str(tmp_path), "{problem}", stop_token_ids=[here])
     got = collected(text, tokenizer.encode("stop here the answer", add_special_tokens=False))
@@ -336,7 +295,7 @@ def test_b18_evaluations_and_servers_get_the_same_ends():
     [(["a", "...", "stop"], "..", "a ", 2), (["a", "?", "stop"], "a ?", "", 2)],
 )
 def test_b19_a_gateway_s_stop_string_is_not_in_the_text(tokens, stop, text, kept, tmp_path):
-    tokenizer = folder_of("qwen3", tmp_path)
+    tokenizer = folder_of("Qwen3-0.6B", tmp_path)
     ids = tokenizer.convert_tokens_to_ids(tokens)
     response = response_of(ids, "length")
     got, before, found = cut(response, 1, [stop], tokenizer.decode)
