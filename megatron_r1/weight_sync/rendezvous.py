@@ -124,8 +124,13 @@ class TableStore:
 
 IDLE_SECONDS = 30 * 24 * 3600.0
 """The time that an engine rank waits for the next push to begin."""
-ANSWER_SECONDS = 5.0
-"""The time limit for the ranks of a position to show, after a failure, that they are alive."""
+ANSWER_LOOKS, ANSWER_PAUSE = 50, 0.1
+"""How often a rank that has seen a failure looks for an answer from the others, and the seconds
+between two looks: 5 s, and longer on a machine so slow that looks themselves take long. They count
+anew with each answer."""
+LATE_SECONDS = 30.0
+"""How much longer than a push's limit the trainer waits for engine ranks, so that these can first
+report why they are late."""
 
 
 class Rendezvous:
@@ -181,29 +186,38 @@ class Rendezvous:
         """Return NCCL's id of the set's communicator, once it is published."""
         return self.shared.get("nccl") if self.shared.check(["nccl"]) else None
 
-    def answer_roll(self, name: str, number: int) -> None:
+    def answer(self, name: str, number: int) -> None:
         """Show that engine rank `name`, "member/rank", is alive in push `number` of the set."""
         self.shared.append(f"answers/{number}", f"{name} ")  # type: ignore[attr-defined]
 
-    def is_roll_called(self, number: int) -> bool:
-        return self.shared.check([f"roll/{number}"])
+    def is_asked(self, number: int) -> bool:
+        """Return whether a rank wants to know who is alive in push `number` of the set."""
+        return self.shared.check([f"asked/{number}"])
 
-    def call_roll(self, names: Collection[str], number: int, error: str) -> Failure:
+    def find_cause(
+        self,
+        names: Collection[str],
+        number: int,
+        error: str,
+        is_closing: Callable[[], bool] = lambda: False,
+    ) -> Failure:
         """Return why push `number` of the set broke: the failure that a rank has published, or else
-        the death of those of the engine ranks `names`, each "member/rank", that do not answer."""
-        self.shared.set(f"roll/{number}", "")
-        answers, answered = f"answers/{number}", set[str]()
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while not answered.issuperset(names) and time.monotonic() < deadline:
+        the death of those of the engine ranks `names`, each "member/rank", that do not answer.
+
+        is_closing: ends the wait for answers when it returns True."""
+        self.shared.set(f"asked/{number}", "")
+        key, answered, looks = f"answers/{number}", set[str](), 0
+        while not answered.issuperset(names) and looks < ANSWER_LOOKS and not is_closing():
             if self.shared.check(["failed"]):
                 return decode_failure(self.shared.get("failed"))
-            time.sleep(0.05)
-            if self.shared.check([answers]):
-                answered.update(self.shared.get(answers).decode().split())
-        silent = sorted(set(names) - answered)
+            found = set(self.shared.get(key).decode().split()) if self.shared.check([key]) else ()
+            looks, answered = looks + 1 if answered.issuperset(found) else 0, answered.union(found)
+            time.sleep(ANSWER_PAUSE)
+        silent = sorted(tuple(map(int, name.split("/"))) for name in set(names) - answered)
         if silent:
-            error = f"engine ranks {', '.join(silent)} of the set (engine/rank) have died: {error}"
-        return self.report(Failure(error, sorted({int(name.split("/")[0]) for name in silent})))
+            dead = ", ".join(f"rank {rank} of engine {member}" for member, rank in silent)
+            error = f"{dead} of the set died or hangs: {error}"
+        return self.report(Failure(error, sorted({member for member, _ in silent})))
 
     def raise_failure(self) -> None:
         """Raise SetFailed if a failure of the set has been published."""
@@ -291,27 +305,6 @@ class EngineRendezvous(Rendezvous):
         error = f"engine {self.member} of the set, rank {rank}: {error}"
         return self.report(Failure(error, [self.member], is_damaged))
 
-    def find_cause(self, rank: int, error: str, is_closing: Callable[[], bool]) -> Failure:
-        """Return why the exchange of this rank broke: the failure that the rank at fault has
-        published, or else the death of the ranks at this position that do not answer.
-
-        is_closing: ends the wait for answers when it returns True."""
-        answers = f"answer/{rank}"
-        self.shared.append(answers, f"{self.member} ")  # type: ignore[attr-defined]
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while time.monotonic() < deadline and not is_closing():
-            if self.shared.check(["failed"]):
-                return decode_failure(self.shared.get("failed"))
-            if len(self.shared.get(answers).split()) == self.num_members:
-                break
-            time.sleep(0.1)
-        answered = {int(member) for member in self.shared.get(answers).split()}
-        silent = sorted(set(range(self.num_members)) - answered)
-        if silent:
-            names = ", ".join(map(str, silent))
-            error = f"rank {rank} of engine {names} of the set has died or hangs: {error}"
-        return self.report(Failure(error, silent))
-
     def _publish_offer(self, rank: int, published: PublishedReceiver) -> None:
         self.store.set(f"offer/{rank}", msgspec.msgpack.encode(published))  # type: ignore[arg-type]
 
@@ -380,9 +373,7 @@ class TrainerRendezvous(Rendezvous):
 
     def await_complete(self, push: int) -> None:
         """Wait until all engine ranks have all of a push; called on trainer rank 0."""
-        # An engine rank that does not get all of it has the time to report why.
-        seconds = self.push_seconds + 2 * ANSWER_SECONDS
-        self._wait_for_keys(self.shared, [f"complete/{push}"], seconds)
+        self._wait_for_keys(self.shared, [f"complete/{push}"], self.push_seconds + LATE_SECONDS)
 
     def report_error(self, error: str, *members: int) -> Failure:
         """Report an error with these members at fault, as `report` does. Where the store is lost,
@@ -395,7 +386,10 @@ class TrainerRendezvous(Rendezvous):
 
     def _wait_for_keys(self, store: Store, keys: Sequence[str], seconds: float) -> None:
         """Wait until the store has all keys, or the set has failed."""
-        wait_for_keys(store, keys, seconds, self.raise_failure)
+        try:
+            wait_for_keys(store, keys, seconds, self.raise_failure)
+        except DistStoreError as error:
+            raise DistStoreError(f"{self.engine}: {error}") from error
 
 
 REPORT_SECONDS = 10.0

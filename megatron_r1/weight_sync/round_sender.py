@@ -4,7 +4,7 @@ memory that both have mapped.
 
 Failures. Each wait ends with an error of NCCL, with a failure that any rank of the set has
 reported, or with the push's time limit. The rank that finds one aborts its communicator, and finds
-out which engine ranks have died (`Rendezvous.call_roll`); the sets of other communicators go on. A
+out which engine ranks have died (`Rendezvous.find_cause`); the sets of other communicators go on. A
 set gets a new communicator when it is connected anew. The trainer ranks' own is made for the first
 push that needs it, and again after one that failed; all ranks agree on that before a push."""
 
@@ -169,7 +169,7 @@ class SetRounds:
         try:
             if self.communicator is not None and isinstance(error, (NcclError, TimeoutError)):
                 names = self.ordered.names(self.index)
-                return self.rendezvous[0].call_roll(names, self.number, text)
+                return self.rendezvous[0].find_cause(names, self.number, text)
             return self.rendezvous[0].report(Failure(text))
         except RuntimeError:  # the store is lost
             return Failure(text)

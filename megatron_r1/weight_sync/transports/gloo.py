@@ -175,9 +175,11 @@ class GlooReceiver(Receiver):
                 is_damaged = not isinstance(error, IncompletePush)
                 failure = SetFailed(rendezvous.report_own(self.rank, text, is_damaged=is_damaged))
             else:
-                failure = SetFailed(
-                    rendezvous.find_cause(self.rank, text, lambda: self._is_closing)
-                )
+                # A rank answers once its own call has failed; the failure ends the set.
+                rendezvous.answer(f"{rendezvous.member}/{self.rank}", 0)
+                position = [f"{member}/{self.rank}" for member in range(rendezvous.num_members)]
+                cause = rendezvous.find_cause(position, 0, text, lambda: self._is_closing)
+                failure = SetFailed(cause)
         self.buffer.fail(failure)
 
     def _exchange_pushes(self) -> Exception:

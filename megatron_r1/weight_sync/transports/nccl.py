@@ -141,7 +141,7 @@ class NcclReceiver(Receiver):
                 else:
                     communicator.set_limit(self.rendezvous.push_seconds)
                     self._run_rounds(push, streams, communicator, rounds)
-                    self.rendezvous.answer_roll(self._name, self._number)
+                    self.rendezvous.answer(self._name, self._number)
                 if self.rendezvous.num_members > 1:
                     self.rendezvous.publish_complete(push)
         except Exception as error:  # noqa: BLE001 - raised by the push that waits
@@ -228,8 +228,8 @@ class NcclReceiver(Receiver):
         if self._is_closing:
             raise RuntimeError("it closes")
         self.rendezvous.raise_failure()
-        if self._number > self._answered and self.rendezvous.is_roll_called(self._number):
-            self.rendezvous.answer_roll(self._name, self._number)
+        if self._number > self._answered and self.rendezvous.is_asked(self._number):
+            self.rendezvous.answer(self._name, self._number)
             self._answered = self._number
 
     @staticmethod
@@ -248,8 +248,8 @@ class NcclReceiver(Receiver):
             if isinstance(error, SetFailed):
                 pass
             elif isinstance(error, (NcclError, TimeoutError)):
-                rendezvous.answer_roll(self._name, self._number)
-                failure = SetFailed(rendezvous.call_roll(names, self._number, text))
+                rendezvous.answer(self._name, self._number)
+                failure = SetFailed(rendezvous.find_cause(names, self._number, text))
             else:
                 is_damaged = isinstance(error, ValueError) and not isinstance(error, IncompletePush)
                 failure = SetFailed(rendezvous.report_own(self.rank, text, is_damaged=is_damaged))
