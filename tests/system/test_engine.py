@@ -31,6 +31,7 @@ from tiny_models import (
     DEEPSEEK,
     PLAIN_ROPE,
     QWEN,
+    reference_logprobs,
     reference_routing,
     write_model,
 )
@@ -293,10 +294,16 @@ time.sleep(600)
 """
 
 
+CACHED = np.random.default_rng(1).integers(3, 60, 200).tolist()
+"""Longer than a block of keys and values: without a reset of the prefix cache at a push, its keys
+are the old weights'."""
+
+
 @pytest.mark.more
 @pytest.mark.parametrize("family", [pytest.param("plain", marks=pytest.mark.more), "qwen"])
 def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
-    """Plain rope in MLA; grouped-query attention, tied embeddings and prefix caching.
+    """Plain rope in MLA; grouped-query attention, tied embeddings and prefix caching: a prompt
+    that a push finds in the cache, and in a response under way, is read with the new weights.
 
     The parent of the engine is then killed with SIGKILL: nothing of the engine may be left.
     """
@@ -310,17 +317,20 @@ def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
             async with EngineClient(url) as client:
                 await client.set_version(0)
                 before = await sample(client)
+                await client.generate(CACHED, n=1, max_tokens=1)
+                cached = [await client.generate(CACHED, n=2, max_tokens=8)]
                 trainer = FileTrainer(QWEN if family == "qwen" else PLAIN_ROPE)
                 trainer.load(b)
                 await connect(client, trainer)
-                running = asyncio.ensure_future(client.generate([7] * 40, n=2, max_tokens=200))
+                running = asyncio.ensure_future(client.generate(CACHED, n=2, max_tokens=50))
                 await trainer.call("send_weights", push=1, sets=["alone"])
                 await client.swap_weights({"push": 1}, 1)
                 after = await sample(client)
+                cached.append(await client.generate(CACHED, n=2, max_tokens=8))
                 await running
-                return before, after, await seeded(client)
+                return before, after, cached, await seeded(client)
 
-        before, after, (together, alone) = asyncio.run(sample_and_push())
+        before, after, cached, (together, alone) = asyncio.run(sample_and_push())
         core = engine_core_of(int(pid))
     finally:
         parent.kill()
@@ -328,6 +338,11 @@ def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
     assert largest_difference(oracle, a, before) <= TOLERANCE
     assert largest_difference(oracle, b, after) <= TOLERANCE
     assert (stamped(before), stamped(after)) == ({0}, {1})
+    for folder, group in zip((a, b), cached, strict=True):
+        responses = [list(completion.token_ids) for completion in group]
+        expected = oracle(reference_logprobs, folder, CACHED, responses, 1.0)
+        for completion, wanted in zip(group, expected, strict=True):
+            assert completion.logprobs == pytest.approx(wanted, abs=TOLERANCE)
     assert together == alone
     assert wait_until_dead(int(pid)) and wait_until_dead(core)
 
