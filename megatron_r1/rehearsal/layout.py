@@ -34,6 +34,8 @@ def shrink(parallel: ParallelConfig, max_ranks: int, *, leaves_out: bool = False
 
 def _shrink(parallel: ParallelConfig, max_ranks: int, without: Sequence[str]) -> ParallelConfig:
     sizes = {axis: 1 if axis in without else min(getattr(parallel, axis), PARTS) for axis in AXES}
+    if sizes["pipeline"] == 1:  # one rank cannot interleave chunks
+        sizes["virtual_pipeline"] = 1
     layout = None
     if parallel.pipeline_layout:
         groups = short_stages(
@@ -68,12 +70,13 @@ def short_stages(groups: list[str], pipeline: int, original: int) -> list[str]:
 
     groups: the recipe's stages, in the order in which a micro-batch passes them, over `original`
     ranks."""
-    virtual = min(len(groups) // original, PARTS)
+    virtual = min(len(groups) // original, PARTS) if pipeline > 1 else 1
     count = pipeline * virtual
     between = groups[1:-1]
     kinds = list(dict.fromkeys(between)) or ["t"]
     chosen = [kinds[i % len(kinds)] for i in range(max(0, count - 2))]
-    kept = [groups[0], *chosen, groups[-1]] if count > 1 else ["E" + "t" * MOST_LAYERS + "L"]
+    alone = "E" + "t" * MOST_LAYERS + "m" * ("m" in "".join(groups)) + "L"
+    kept = [groups[0], *chosen, groups[-1]] if count > 1 else [alone]
     layers = [group.count("t") for group in kept]
     short = [min(number, MOST_LAYERS) for number in layers]
     if len(set(layers)) > len(set(short)) == 1:

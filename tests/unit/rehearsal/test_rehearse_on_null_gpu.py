@@ -10,13 +10,14 @@ from megatron_r1.config import load
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.errors import Cause
 from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.rehearsal import layout, miniature, null_gpu
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SHIPPED = ("deepseek_r1/r1_zero", "deepseek_r1/reasoning_rl", "distill/qwen2.5-32b_rl")
 
 
-@pytest.mark.parametrize("max_ranks", [8, 4, 2])
+@pytest.mark.parametrize("max_ranks", [8, 4, 2, 1])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_keeps_transport_placement_and_share_of_the_gpu(name, max_ranks, monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
@@ -32,6 +33,11 @@ def test_a_recipe_keeps_transport_placement_and_share_of_the_gpu(name, max_ranks
     resumed = layout.different_layout(small.parallel).processes
     assert null_gpu.num_gpus(small, "rl") == max(ranks, resumed)
     small.parallel.check_sizes(small.parallel.processes)
+    shape = miniature.shrink(config, hf, Path("rehearsal"), max_ranks, on="null-gpu").hf
+    num_mtp, at = shape.get("num_nextn_predict_layers") or 0, small.parallel
+    sizes = shape["num_hidden_layers"], at.pipeline, at.virtual_pipeline
+    pipeline_stages(*sizes, num_mtp=num_mtp, layout=at.pipeline_layout)
+    assert at.pipeline > 1 or at.virtual_pipeline == 1
 
 
 def test_axes_are_left_out_where_ranks_are_too_few():
