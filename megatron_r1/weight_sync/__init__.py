@@ -29,7 +29,7 @@ Words, each with the module that defines it:
   tensor that one parameter of a trainer rank has (`weights.rules`). holding: a region with the
   trainer ranks that all have it, its replicas (`plan.planner`).
 - part: a region that an engine rank needs, with its bytes; bundle: parts that have one sender;
-  share: the parts that enter one engine of a set (`plan.bundles`). entry: what one trainer rank
+  share: the parts that enter one engine of a set. entry: what one trainer rank
   sends to one engine rank (`plan.engine_sets`), over a link (`link_planner`).
 - slot: a region that an engine rank needs, with its place in the receive buffer; area: the memory
   of one push (two areas take turns where the engine computes with the received weights in place);

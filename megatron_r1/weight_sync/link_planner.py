@@ -13,8 +13,14 @@ import msgspec
 from torch import Tensor
 
 from megatron_r1.weight_sync.ordered_sets import OrderedSets
-from megatron_r1.weight_sync.plan.bundles import largest_bundle
-from megatron_r1.weight_sync.plan.engine_sets import Entry, SharedGPUs, entries, sender_loads
+from megatron_r1.weight_sync.plan.engine_sets import (
+    EngineRank,
+    Entry,
+    Plan,
+    entries,
+    largest_bundle,
+    sent_bytes,
+)
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayout
@@ -195,8 +201,8 @@ class PushLink(NamedTuple):
 class LinkedSet:
     """A set of engines, with the links of this rank to it.
 
-    rendezvous: of each engine with this rank. sent: each trainer rank's load by a push to the set
-    (`plan.engine_sets.sender_loads`). rounds: this rank's part of a push over NCCL."""
+    rendezvous: of each engine with this rank. sent: the bytes that each trainer rank sends to the
+    set in a push. rounds: this rank's part of a push over NCCL."""
 
     rendezvous: list[TrainerRendezvous]
     sent: list[float]
@@ -230,11 +236,10 @@ class LinkPlanner:
         *,
         rank: int,
         stages: list[list[Shard]] | None,
-        gpus: Sequence[tuple[str, str]],
+        gpus: Sequence[str],
     ):
         self.hf, self.grid, self.held, self.rank, self.stages = hf, grid, held, rank, stages
-        self._rank_of_gpu = {gpu: rank for rank, (gpu, _) in enumerate(gpus)}
-        self._nodes = [node for _, node in gpus]
+        self._rank_of_gpu = {gpu: rank for rank, gpu in enumerate(gpus)}
         self._num_orders = 0
 
     def create_links(
@@ -270,7 +275,7 @@ class LinkPlanner:
                 problems |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
                 continue
             for turn, (name, plan) in enumerate(zip(names, plans, strict=True)):
-                linked = LinkedSet(rendezvous[name], sender_loads(plan, self.grid.world))
+                linked = LinkedSet(rendezvous[name], sent_bytes(plan, self.grid.world))
                 if order is not None:
                     linked.rounds = SetRounds(rendezvous[name], order, turn, self.rank)
                 created[name] = linked
@@ -284,22 +289,21 @@ class LinkPlanner:
                     problems[name] = f"{type(error).__name__}: {error}"
         return created, problems
 
-    def _shared_gpus(self, addresses: Sequence[list[list[str]]]) -> SharedGPUs:
+    def _shared_gpus(self, addresses: Sequence[list[list[str]]]) -> dict[EngineRank, int]:
         """Return the trainer ranks on engine ranks' GPUs, which are the addresses over NCCL."""
-        ranks = {
+        return {
             (index, engine, position): self._rank_of_gpu[address]
             for index, engines in enumerate(addresses)
             for engine, ranks in enumerate(engines)
             for position, address in enumerate(ranks)
             if address in self._rank_of_gpu
         }
-        return SharedGPUs(ranks, self._nodes)
 
     def _link_set(
         self,
         linked: LinkedSet,
         needs: ReceiverLayout,
-        plan: Sequence[Sequence[Entry]],
+        plan: Plan,
         receivers: Sequence[Sequence[ReceiverInfo]],
         make_end: Callable[..., Sender],
         turn: int,

@@ -8,10 +8,10 @@ set: the same subdivision of a round everywhere, so what `rounds` says of rounds
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from megatron_r1.weight_sync.plan.engine_sets import Entry, SharedGPUs
+from megatron_r1.weight_sync.plan.engine_sets import EngineRank, Plan
 from megatron_r1.weight_sync.plan.rounds import NONE, push_order, receiving_processes
 from megatron_r1.weight_sync.rendezvous import Half, RankRounds
 
@@ -38,15 +38,16 @@ class Call(NamedTuple):
 
 class OrderedSets:
     """The order of a push to sets that are connected together. plans: their `entries`. sets: the
-    engines of each, numbered through. number: of this order, in the order of connecting."""
+    engines of each, numbered through. shared: the trainer ranks on engine ranks' GPUs. number: of
+    this order, in the order of connecting."""
 
     def __init__(
         self,
-        plans: Sequence[Sequence[Sequence[Entry]]],
+        plans: Sequence[Plan],
         sets: Sequence[range],
         ranks_per_engine: int,
         world: int,
-        shared: SharedGPUs,
+        shared: Mapping[EngineRank, int],
         number: int,
     ):
         self.number, self.world = number, world

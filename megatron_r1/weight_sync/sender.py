@@ -70,8 +70,8 @@ class WeightSender:
 
     held: this rank's parameters of the model that `hf` describes. stages: the shards of the
     pipeline's virtual stages, default an even spread. store: where trainer and engine ranks meet.
-    drafts: whether engines draft with the MTP layers. gpus: the UUID of each rank's GPU and its
-    node, where engines may share it over NCCL. broadcast: see `FromRankZero`; a single rank needs
+    drafts: whether engines draft with the MTP layers. gpus: the UUID of each rank's GPU,
+    where engines may share it over NCCL. broadcast: see `FromRankZero`; a single rank needs
     none."""
 
     def __init__(
@@ -85,7 +85,7 @@ class WeightSender:
         rank: int = 0,
         stages: list[list[Shard]] | None = None,
         drafts: bool = False,
-        gpus: Sequence[tuple[str, str]] = (),
+        gpus: Sequence[str] = (),
     ):
         self.hf, self.grid, self.rank, self.drafts = hf, grid, rank, drafts
         self.store, self.broadcast = store, broadcast
@@ -289,11 +289,11 @@ class WeightPush:
         return self._sender.send(push, sets, gone)
 
 
-def _gpus() -> list[tuple[str, str]]:
-    """Return the UUID and the node of every rank's GPU."""
+def _gpus() -> list[str]:
+    """Return the UUID of every rank's GPU."""
     found: list[Any] = [None] * dist.get_world_size()
     # Over all ranks: each plans the whole push, for which it needs to know who shares a GPU.
-    dist.all_gather_object(found, (gpu_uuid(torch.cuda.current_device()), socket.gethostname()))
+    dist.all_gather_object(found, gpu_uuid(torch.cuda.current_device()))
     return found
 
 

@@ -7,14 +7,15 @@ from typing import Literal
 from megatron_r1.models.hf_config import key_value_heads
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.plan.engine_sets import SAME_NODE_LOAD, SET_ENGINES
+from megatron_r1.weight_sync.plan.engine_sets import SET_ENGINES
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.recipe import check_drafter, shares_gpus_over_nccl
 from megatron_r1.weight_sync.plan.recipe import engine_layout as layout_of
+from megatron_r1.weight_sync.plan.rounds import ENTRY_BYTES
 from megatron_r1.weight_sync.plan.tensors import CountBytes, fp8_bytes, plain_bytes
-from megatron_r1.weight_sync.transports import PASSED_BYTES
+from megatron_r1.weight_sync.transports import PASSED_BYTES, ROUNDS_AHEAD
 from tools.plan.job import PlannedJob
-from tools.plan.push_sets import SetTraffic, set_links
+from tools.plan.push_sets import SetTraffic, round_seconds, set_links, set_order
 from tools.plan.quantity import Quantity, Section, in_bytes
 
 
@@ -121,11 +122,11 @@ def borrows_memory(job: PlannedJob) -> bool:
 
 def borrowed_bytes(job: PlannedJob) -> int:
     """Return the bytes that a push takes of a GPU beside the weights of trainer and engine: the
-    receive buffer, and two rounds of what engines pass on."""
+    receive buffer, and the buckets of the rounds under way."""
     if not (pushes(job) and borrows_memory(job)):
         return 0
-    engines = min(engine_layout(job).engines, SET_ENGINES)
-    return receive_buffer_bytes(job) + 2 * engines * PASSED_BYTES * (engines > 1)
+    bucket = PASSED_BYTES if engine_layout(job).engines > 1 else ENTRY_BYTES
+    return receive_buffer_bytes(job) + 2 * ROUNDS_AHEAD * bucket
 
 
 def receive_buffer_place(job: PlannedJob) -> Literal["host", "GPU"]:
@@ -155,18 +156,9 @@ def push_section(job: PlannedJob) -> Section:
     parallel, engines, form = job.parallel, engine_layout(job), _form(job)
     grid = TrainerGrid.from_recipe(parallel, job.world_size)
     # What is for one host has to be set to gloo or nccl for more.
-    alone = job.config.push.on_one_host and _is_one_node(job)
-    links = set_links(
-        job.hf,
-        grid,
-        engines,
-        job.stages,
-        _byte_count(form),
-        1 if alone else SET_ENGINES,
-        drafts=drafts(job),
-        shares_gpus=shares_gpus_over_nccl(job.config),
-        ranks_per_node=job.hardware.gpus_per_node,
-    )
+    most = 1 if job.config.push.on_one_host and _is_one_node(job) else SET_ENGINES
+    count = _byte_count(form)
+    links = set_links(job.hf, grid, engines, job.stages, count, most, drafts=drafts(job))
     received = links.received
     link, link_name = push_link(job)
     written = form
@@ -216,34 +208,60 @@ def _connections(
         for _ in needs.needed(engines.coordinate(rank))
     )
     rate, link = push_link(job)
-    over_nccl = job.config.push.transport == "nccl"
-    creation = ", and the creation of NCCL groups, a rank's pairs at once" if over_nccl else ""
-    shared = shares_gpus_over_nccl(job.config)
-    inside = f" (within its node {SAME_NODE_LOAD} of the time)" if shared else ""
-    return {
+    over_nccl, colocated = job.config.push.transport == "nccl", shares_gpus_over_nccl(job.config)
+    of_set = 0 if colocated else links.num_engines * engines.ranks_per_engine
+    communicator = grid.world + of_set if over_nccl else 0
+    creation, each = (
+        "",
+        f"a process group of two, and an engine rank has one of {links.num_engines}",
+    )
+    if over_nccl:
+        creation = f", and the creation of an NCCL communicator of {communicator:,} ranks"
+        each = "sent in rounds through one communicator"
+    section = {
         "links of a rank": Quantity(
             links.out,
             "",
             f"of the busiest trainer rank to engine ranks, of an engine rank {links.into:,}; each "
-            f"is a process group of two, and an engine rank has one group of {links.num_engines}",
+            f"is {each}",
         ),
         "store requests": Quantity(
-            links.requests(engines, grid.world),
+            links.requests(engines, grid.world, over_nccl=over_nccl),
             "",
             f"when all engines connect, to one TCPStore: {given.store_requests:,.0f} per second",
         ),
         "set-up": Quantity(
-            links.setup_seconds(engines, grid.world, num_slots, given, over_nccl=over_nccl),
+            links.setup_seconds(engines, grid.world, num_slots, given, communicator),
             "s",
             f"store requests, tables read and broadcast, the plan{creation}",
         ),
-        "push": Quantity(
-            links.seconds(rate, given),
-            "s",
-            f"out of the busiest trainer rank{inside}, then what engines pass on, through their "
-            f"{link}s, in rounds",
-        ),
     }
+    if over_nccl:
+        order = set_order(
+            job.hf,
+            grid,
+            engines,
+            job.stages,
+            _byte_count(_form(job)),
+            SET_ENGINES,
+            drafts=drafts(job),
+            colocated=colocated,
+        )
+        section["push"] = Quantity(
+            round_seconds(order, rate, given),
+            "s",
+            f"{counted(order.num_entry_rounds, 'round')} in which weights enter engines, and "
+            f"{order.num_passing_rounds:,} in which these pass them on: of a bucket each way "
+            f"through every {link}",
+        )
+        return section
+    section["push"] = Quantity(
+        links.seconds(rate, given),
+        "s",
+        f"out of the busiest trainer rank, then what engines pass on, through their {link}s, in "
+        "rounds",
+    )
+    return section
 
 
 def _receive_buffer_formula(job: PlannedJob) -> str:

@@ -1,5 +1,5 @@
 """Counts the connections of a push in sets of engines, and their time, over the plan that a run
-executes (`weight_sync/plan/engine_sets.py`)."""
+executes (`weight_sync/plan/engine_sets.py`), and over NCCL in its rounds (`plan/rounds.py`)."""
 
 import json
 from collections import Counter
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 
+import numpy as np
+
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.engine_sets import RANKS_PER_NODE, engine_sets, sender_loads
+from megatron_r1.weight_sync.plan.engine_sets import engine_sets, entries
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.recipe import planned_entries
+from megatron_r1.weight_sync.plan.rounds import PushOrder, planned_order
 from megatron_r1.weight_sync.plan.tensors import CountBytes
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from megatron_r1.weights.layout import Shard
@@ -26,14 +28,12 @@ SLOT_BYTES = 90
 class SetTraffic:
     """The links of a push in sets, and the bytes on them.
 
-    sent: bytes out of each trainer rank. loads: what they take of its time
-    (`plan.engine_sets.sender_loads`). out, into: most links of a trainer rank, of an engine rank.
-    num_links: of all. num_engines: of the largest set. entering: most bytes that enter an engine
-    rank from trainer ranks. received: bytes of each rank of an engine, with those that other
+    sent: bytes out of each trainer rank. out, into: most links of a trainer rank, of an engine
+    rank. num_links: of all. num_engines: of the largest set. entering: most bytes that enter an
+    engine rank from trainer ranks. received: bytes of each rank of an engine, with those that other
     engines pass on."""
 
     sent: list[float]
-    loads: list[float]
     out: int
     into: int
     num_links: int
@@ -54,23 +54,24 @@ class SetTraffic:
         rounds = -(-passed_on // (PASSED_BYTES * self.num_engines))
         hops = (self.num_engines - 1) * given.hop_seconds
         return (
-            max(max(self.loads), self.entering) / rate
+            max(max(self.sent), self.entering) / rate
             + passed_on / rate
             + rounds * (given.round_seconds + hops)
         )
 
-    def requests(self, engines: EngineLayout, world: int) -> int:
+    def requests(self, engines: EngineLayout, world: int, *, over_nccl: bool) -> int:
         """Return the requests to the store when all engines connect (`rendezvous`).
 
-        An engine rank looks for its table, offers it, waits until all is ready, reads its
-        position's plan, and creates its group; trainer rank 0 reads every offer, and each table
-        once; a trainer rank reports that it is prepared, and waits. Each position's table, and plan
-        of a set, is written once."""
+        An engine rank looks for its table, offers it, waits until all is ready, and reads its
+        position's plan; over NCCL it reads its rounds, too, and otherwise creates its group.
+        Trainer rank 0 reads every offer, and each table once; a trainer rank reports that it is
+        prepared, and waits. Each position's table, and plan of a set, is written once."""
         ranks, positions = engines.num_ranks, engines.ranks_per_engine
-        of_engines = ranks * (4 + 2 * (self.num_engines > 1)) + positions
+        of_engines = ranks * (5 if over_nccl else 4 + 2 * (self.num_engines > 1)) + positions
         of_trainer = engines.engines + ranks + positions + 2 * world * self.num_sets
         plans = self.num_sets * (positions + 1)
-        return of_engines + of_trainer + plans + PAIR_REQUESTS * self.num_links
+        pairs = 0 if over_nccl else PAIR_REQUESTS * self.num_links
+        return of_engines + of_trainer + plans + pairs
 
     def setup_seconds(
         self,
@@ -78,22 +79,27 @@ class SetTraffic:
         world: int,
         num_slots: int,
         given: Assumptions,
-        *,
-        over_nccl: bool,
+        communicator: int = 0,
     ) -> float:
-        """Return the time in which all ranks meet. num_slots: tensors in the tables of an engine's
-        ranks, which rank 0 reads and broadcasts. Over NCCL a rank creates its pairs at once, then
-        its group."""
+        """Return the time in which all ranks meet.
+
+        num_slots: tensors in the tables of an engine's ranks, which rank 0 reads and broadcasts.
+        communicator: the ranks of NCCL's largest communicator, or 0 over another transport."""
         tables = num_slots * SLOT_BYTES
-        sizes = [2, self.num_engines] if self.num_engines > 1 else [2]
-        sizes = sizes if over_nccl else []
-        creating = sum(given.group_seconds + size * given.group_rank_seconds for size in sizes)
+        creating = given.group_seconds + communicator * given.group_rank_seconds
         return (
-            self.requests(engines, world) / given.store_requests
+            self.requests(engines, world, over_nccl=bool(communicator)) / given.store_requests
             + 2 * tables / given.store_bytes
             + given.set_plan_seconds
-            + creating
+            + (creating if communicator else 0)
         )
+
+
+def round_seconds(order: PushOrder, rate: float, given: Assumptions) -> float:
+    """Return the time of a push in rounds through adapters of `rate`, where each round takes as
+    long as its largest bucket."""
+    largest = order.largest_buckets()
+    return float(np.sum(largest / rate + given.round_seconds))
 
 
 def set_links(
@@ -105,15 +111,52 @@ def set_links(
     max_engines: int,
     *,
     drafts: bool = False,
-    shares_gpus: bool = False,
-    ranks_per_node: int = RANKS_PER_NODE,
 ) -> SetTraffic:
     """Return the links of a push. max_engines: the most engines of a set. drafts: with the engines'
-    drafters. shares_gpus: see `plan.recipe.shares_gpus_over_nccl`."""
+    drafters."""
     model, chunks = json.dumps(hf), tuple(map(tuple, stages))
-    return _set_links(
-        model, grid, engines, chunks, count, max_engines, drafts, shares_gpus, ranks_per_node
-    )
+    return _set_links(model, grid, engines, chunks, count, max_engines, drafts)
+
+
+def set_order(
+    hf: dict,
+    grid: TrainerGrid,
+    engines: EngineLayout,
+    stages: list[list[Shard]],
+    count: CountBytes,
+    max_engines: int,
+    *,
+    drafts: bool = False,
+    colocated: bool = False,
+) -> PushOrder:
+    """Return the order of rounds of a push. colocated: engines are on the trainer ranks' GPUs."""
+    model, chunks = json.dumps(hf), tuple(map(tuple, stages))
+    return _set_order(model, grid, engines, chunks, count, max_engines, drafts, colocated)
+
+
+Stages = tuple[tuple[Shard, ...], ...]
+
+
+def _planner(
+    hf: str, grid: TrainerGrid, engines: EngineLayout, stages: Stages, drafts: bool
+) -> Planner:
+    needs = PredictedLayout(json.loads(hf), engines, drafts=drafts)
+    return Planner(json.loads(hf), grid, engines, stages, needs)
+
+
+@lru_cache
+def _set_order(
+    hf: str,
+    grid: TrainerGrid,
+    engines: EngineLayout,
+    stages: Stages,
+    count: CountBytes,
+    max_engines: int,
+    drafts: bool,
+    colocated: bool,
+) -> PushOrder:
+    planner = _planner(hf, grid, engines, stages, drafts)
+    return planned_order(planner, count, max_engines, colocated=colocated)
 
 
 @lru_cache
@@ -121,19 +164,13 @@ def _set_links(
     hf: str,
     grid: TrainerGrid,
     engines: EngineLayout,
-    stages: tuple[tuple[Shard, ...], ...],
+    stages: Stages,
     count: CountBytes,
     max_engines: int,
     drafts: bool,
-    shares_gpus: bool,
-    ranks_per_node: int,
 ) -> SetTraffic:
-    needs = PredictedLayout(json.loads(hf), engines, drafts=drafts)
-    planner = Planner(json.loads(hf), grid, engines, stages, needs)
     sets = engine_sets(engines.engines, max_engines)
-    plans = planned_entries(
-        planner, count, sets, shares_gpus=shares_gpus, ranks_per_node=ranks_per_node
-    )
+    plans = entries(_planner(hf, grid, engines, stages, drafts), count, sets)
     out: Counter[int] = Counter()
     into: Counter[tuple[int, int, int]] = Counter()
     entering: Counter[tuple[int, int, int]] = Counter()
@@ -146,10 +183,8 @@ def _set_links(
             into[engine_rank] += 1
             entering[engine_rank] += entry.num_bytes
             received[entry.position] += entry.num_bytes / len(sets)
-    by_set = [sender_loads(plan, grid.world) for plan in plans]
     return SetTraffic(
         sent=sent,
-        loads=[sum(loads) for loads in zip(*by_set, strict=True)],
         out=max(out.values()),
         into=max(into.values()),
         num_links=out.total(),

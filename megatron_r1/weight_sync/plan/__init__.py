@@ -1,8 +1,8 @@
 """Decides which trainer rank sends which rectangle of which tensor to which engine rank, and when.
 
-`planner` finds what each side holds and needs, `bundles` divides that among the engines of a set,
-and `engine_sets` finds a sender for each bundle. `rounds` has the order in which buckets travel
-over NCCL, and `order_check` proves that it cannot wait in a circle. Every trainer rank computes the
+`planner` finds what each side holds and needs, `engine_sets` divides that among the engines of a
+set and finds the senders. `rounds` has the order in which buckets travel over NCCL, and
+`order_check` proves that it cannot wait in a circle. Every trainer rank computes the
 same plan from both layouts. No torch, except in `receiver_layout`, which reads engines' tables."""
 
 from megatron_r1.weight_sync.plan.planner import Planner

@@ -1,160 +1,83 @@
-"""The plan of a push to several equal engines at once: every slice is sent to one engine, and
-equal ranks of the engines exchange the rest.
+"""The plan of a push: which trainer rank sends which regions to which engine rank.
 
 Engines are served in *sets* of at most `SET_ENGINES`. Within a set the ranks at one position, one
-of each engine, need the same bytes. Each engine receives an equal part of them from trainer ranks
-and passes its part on to the ranks at the same position of the others (`transports.gloo`). So
-an engine rank has a few senders and one group, and a trainer rank sends its slices once per set
-instead of once per engine."""
+of each engine, need the same bytes. These are cut into equal *shares*, one for each engine, which
+enter it from trainer ranks and are passed on to the ranks at the same position of the others. So an
+engine rank has a few senders, and a trainer rank sends its slices once per set instead of once per
+engine. A share is divided by the trainer ranks that hold it, and then into *bundles* of a limited
+size, which come from one sender each."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
+from typing import NamedTuple
 
-from megatron_r1.weight_sync.plan.bundles import (
-    LARGEST_BUNDLE,
-    Bundle,
-    Part,
-    bundles,
-    held_parts,
-    sum_bytes,
-)
 from megatron_r1.weight_sync.plan.planner import Planner
-from megatron_r1.weight_sync.plan.tensors import CountBytes
-
-EngineRank = tuple[int, int, int]
-"""(set, member, position): the engine is number `member` of the set."""
-
-RANKS_PER_NODE = 8
-"""Trainer ranks of a node where no plan says otherwise, a GPU each."""
-SAME_NODE_LOAD = 0.3
-"""Time of a byte within a node over that of one through an adapter: 44.26 GB/s through an adapter
-(prime-rl#3341), 150 GB/s over NVLink (0.75 of an H800's)."""
-
-
-@dataclass(frozen=True)
-class SharedGPUs:
-    """Which trainer rank is on the GPU of each engine rank, for the engine ranks that share a GPU,
-    and the node of each trainer rank.
-
-    Over NCCL that trainer rank receives for the engine rank (`rounds`), and senders are chosen
-    without regard to nodes. With it `entries` prefers senders in the engine rank's node and avoids
-    the one on its GPU: so `tools/plan` counts seconds."""
-
-    trainer_rank: Mapping[EngineRank, int]
-    nodes: Sequence[Hashable]
-
-    def in_its_node(self, senders: Sequence[int], receiver: EngineRank) -> list[int]:
-        """Return those of the trainer ranks that are in the node of an engine rank; none for an
-        engine rank with a GPU of its own."""
-        neighbor = self.trainer_rank.get(receiver)
-        if neighbor is None:
-            return []
-        return [rank for rank in self._ranks_of_node[self.nodes[neighbor]] if rank in senders]
-
-    @cached_property
-    def _ranks_of_node(self) -> dict[Hashable, list[int]]:
-        ranks: dict[Hashable, list[int]] = {}
-        for rank, node in enumerate(self.nodes):
-            ranks.setdefault(node, []).append(rank)
-        return ranks
-
-    def load(self, sender: int, receiver: EngineRank, num_bytes: float) -> float:
-        """Return how long sending keeps the trainer rank busy, in bytes through its adapter."""
-        return num_bytes * (SAME_NODE_LOAD if self.in_its_node([sender], receiver) else 1)
-
-
-NONE_SHARED = SharedGPUs({}, ())
-
-
-def shared_in_order(
-    sets: Sequence[range], ranks_per_engine: int, world: int, ranks_per_node: int = RANKS_PER_NODE
-) -> SharedGPUs:
-    """Return the shared GPUs of engines whose ranks are on the trainer ranks' GPUs in order."""
-    placed = {
-        (index, member, position): engine * ranks_per_engine + position
-        for index, engines in enumerate(sets)
-        for member, engine in enumerate(engines)
-        for position in range(ranks_per_engine)
-    }
-    on_trainers = {place: rank for place, rank in placed.items() if rank < world}
-    return SharedGPUs(on_trainers, [rank // ranks_per_node for rank in range(world)])
-
-
-class SenderChoice:
-    """A greedy choice: each bundle comes from the trainer rank that is done first with it. Given
-    the largest bundles first, the small ones level out what is left.
-
-    loads: each trainer rank's load by other sets, which grows by what it is chosen for. shared: see
-    `entries`."""
-
-    def __init__(self, loads: list[float], shared: SharedGPUs):
-        self._loads, self._shared = loads, shared
-        self.parts: dict[EngineRank, dict[int, list[Part]]] = defaultdict(dict)
-        """parts[receiver][sender]: what is sent to an engine rank by a trainer rank."""
-
-    def add(self, bundle: Bundle, receiver: EngineRank) -> None:
-        """Choose the sender of a bundle to this engine rank."""
-        parts_by_sender = self.parts[receiver]
-        candidates = self._candidates(bundle, receiver, parts_by_sender)
-        sender = self._first_done(candidates, receiver, bundle.num_bytes)
-        self._loads[sender] += self._shared.load(sender, receiver, bundle.num_bytes)
-        parts_by_sender.setdefault(sender, []).extend(bundle.parts)
-
-    def _candidates(
-        self, bundle: Bundle, receiver: EngineRank, connected: Iterable[int]
-    ) -> Sequence[int]:
-        """Return the trainer ranks that may send a bundle. connected: the senders that the engine
-        rank has already."""
-        holders: Sequence[int] = bundle.replicas
-        neighbor = self._shared.trainer_rank.get(receiver)
-        if neighbor in holders and len(holders) > 1:
-            holders = [rank for rank in holders if rank != neighbor]
-        if bundle.is_small:
-            # A link costs more than its few bytes balance: with the least busy rank for every
-            # bundle a rank of the recipe for 2,048 GPUs had 17 links, not 5 (docs/log.md).
-            return [rank for rank in connected if rank in holders] or holders
-        return holders
-
-    def _first_done(self, candidates: Sequence[int], receiver: EngineRank, num_bytes: int) -> int:
-        """Return the candidate that has sent `num_bytes` more to the engine rank first."""
-        loads = self._loads
-        sender = min(candidates, key=loads.__getitem__)
-        near = self._shared.in_its_node(candidates, receiver)
-        if not near:
-            return sender
-        # Within the node bytes take less of a rank's time, so a busier rank may be done first: at
-        # 2,048 GPUs a push takes 1.19 times its floor instead of 1.21 (docs/log.md).
-        nearest = min(near, key=loads.__getitem__)
-        saved = (1 - SAME_NODE_LOAD) * num_bytes
-        return nearest if loads[nearest] < loads[sender] + saved else sender
-
+from megatron_r1.weight_sync.plan.tensors import CountBytes, HFTensor, Region
+from megatron_r1.weights.stored.fp8 import BLOCK, is_quantized
 
 SET_ENGINES = 16
 """Most engines of a set. A larger one saves bytes out of the trainer, which has some to spare, and
 costs time to create its groups, latency of their rings, and more engines that a death delays."""
+LARGEST_BUNDLE = 0.5
+"""Most of an engine rank's share in one bundle. With a half the busiest trainer rank of the recipe
+for 2,048 GPUs sends 1.17 times the mean in FP8, without a limit 1.25 times (without a drafter)."""
+SHARED_MEMORY_LARGEST_BUNDLE = 1 / 16
+"""`LARGEST_BUNDLE` in shared memory, where links cost nothing and each core that copies helps."""
+SMALL_BUNDLE = 0.2
+"""A bundle of less than this part of the largest one's bytes is small: it goes to a sender that is
+already chosen."""
+UNEVEN = 1 / 1024
+"""A tensor is cut where an engine's share of the bytes ends, unless less than this part of the
+share is left on either side. The exchange pads all shares to the largest."""
+
+EngineRank = tuple[int, int, int]
+"""(set, member, position): the engine is number `member` of the set."""
+
+
+class Part(NamedTuple):
+    """A region of a tensor, and its bytes on the wire."""
+
+    item: HFTensor
+    region: Region
+    num_bytes: int
 
 
 @dataclass(frozen=True)
 class Entry:
     """What one trainer rank sends to one engine rank: the parts that enter rank `position` of
-    engine number `member` of the set from `sender`.
-
-    load: see `SharedGPUs.load`."""
+    engine number `member` of the set from `sender`."""
 
     sender: int
     member: int
     position: int
     parts: tuple[Part, ...]
-    load: float
 
     @property
     def num_bytes(self) -> int:
         return sum_bytes(self.parts)
+
+
+Plan = list[list[Entry]]
+"""The entries of a set, by position."""
+HeldParts = dict[range, list[Part]]
+"""Parts by the trainer ranks that hold them, in order of pipeline stages."""
+
+
+class _Bundle(NamedTuple):
+    """Parts that come from one sender: all ranks of `replicas` hold them, and they enter engine
+    rank `position` of engine number `member` of every set of `num_engines` engines."""
+
+    num_bytes: int
+    member: int
+    position: int
+    replicas: range
+    num_engines: int
+    is_small: bool
+    parts: list[Part]
 
 
 def engine_sets(num_engines: int, max_engines: int = SET_ENGINES) -> list[range]:
@@ -164,54 +87,83 @@ def engine_sets(num_engines: int, max_engines: int = SET_ENGINES) -> list[range]
     return [range(*edge) for edge in pairwise(edges)]
 
 
+def ranks_in_order(
+    sets: Sequence[range], ranks_per_engine: int, world: int
+) -> dict[EngineRank, int]:
+    """Return the trainer rank on each engine rank's GPU, where engine ranks are on the trainer
+    ranks' GPUs in order."""
+    placed = {
+        (index, member, position): engine * ranks_per_engine + position
+        for index, engines in enumerate(sets)
+        for member, engine in enumerate(engines)
+        for position in range(ranks_per_engine)
+    }
+    return {place: rank for place, rank in placed.items() if rank < world}
+
+
+def largest_bundle(transport: str) -> float:
+    """Return `LARGEST_BUNDLE` over a transport."""
+    return SHARED_MEMORY_LARGEST_BUNDLE if transport in ("shm", "cuda_ipc") else LARGEST_BUNDLE
+
+
 def entries(
     planner: Planner,
     count_bytes: CountBytes,
     sets: Sequence[range],
     sent: Sequence[float] = (),
     largest: float = LARGEST_BUNDLE,
-    shared: SharedGPUs = NONE_SHARED,
-) -> list[list[list[Entry]]]:
-    """Return the entries of each set and position, in order of engine.
+) -> list[Plan]:
+    """Return the plan of each set; every rank computes the same.
 
-    sets: engines of each set; their number in `planner` is not used. sent: each trainer rank's
-    load by other sets (`sender_loads`). largest: see `LARGEST_BUNDLE`. shared: a trainer rank sends
-    to an engine rank on its GPU only what no other rank holds.
+    sets: engines of each set; their number in `planner` is not used. sent: the bytes that each
+    trainer rank sends to other sets. largest: see `LARGEST_BUNDLE`.
 
-    Senders are chosen for the largest bundles first (`SenderChoice`). Every rank computes the same
-    result."""
-    parts_by_position = held_parts(planner, count_bytes)
+    Each bundle comes from the trainer rank that has sent least by then. The largest are first, so
+    that the small ones level out what is left."""
+    held = held_parts(planner, count_bytes)
     found = [
         bundle
         for num_engines in {len(engines) for engines in sets}
-        for position, parts in enumerate(parts_by_position)
-        for bundle in bundles(parts, count_bytes, position, num_engines, largest)
+        for position, parts in enumerate(held)
+        for bundle in _bundles(parts, count_bytes, position, num_engines, largest)
     ]
     found.sort(key=lambda b: (-b.num_bytes, b.member, b.position, b.replicas.start, b.num_engines))
-    choice = SenderChoice(list(sent) or [0.0] * planner.grid.world, shared)
+    loads = list(sent) or [0.0] * planner.grid.world
+    chosen: dict[EngineRank, dict[int, list[Part]]] = defaultdict(dict)
     for bundle in found:
         for index, engines in enumerate(sets):
             if len(engines) == bundle.num_engines:
-                choice.add(bundle, (index, bundle.member, bundle.position))
+                by_sender = chosen[index, bundle.member, bundle.position]
+                candidates: Sequence[int] = bundle.replicas
+                if bundle.is_small:
+                    # A link costs more than its few bytes balance: with the least busy rank for
+                    # every bundle a rank of the recipe for 2,048 GPUs had 17 links (docs/log.md).
+                    candidates = [r for r in by_sender if r in bundle.replicas] or candidates
+                sender = min(candidates, key=loads.__getitem__)
+                loads[sender] += bundle.num_bytes
+                by_sender.setdefault(sender, []).extend(bundle.parts)
     return [
         [
-            list(_entries_at(choice, shared, index, len(engines), position))
-            for position in range(len(parts_by_position))
+            [
+                Entry(sender, member, position, tuple(parts))
+                for member in range(len(engines))
+                for sender, parts in chosen[index, member, position].items()
+            ]
+            for position in range(len(held))
         ]
         for index, engines in enumerate(sets)
     ]
 
 
-def sender_loads(plan: Iterable[Iterable[Entry]], world: int) -> list[float]:
-    """Return how long the entries of a set keep each trainer rank busy, in bytes through its
-    adapter. Bytes to an engine rank in its own node count `SAME_NODE_LOAD` of a byte each."""
-    loads = [0.0] * world
+def sent_bytes(plan: Plan, world: int) -> list[float]:
+    """Return the bytes that each trainer rank sends to a set."""
+    sent = [0.0] * world
     for entry in chain.from_iterable(plan):
-        loads[entry.sender] += entry.load
-    return loads
+        sent[entry.sender] += entry.num_bytes
+    return sent
 
 
-def num_links(plans: Iterable[Iterable[Iterable[Entry]]], world: int) -> list[int]:
+def num_links(plans: Iterable[Plan], world: int) -> list[int]:
     """Return the number of engine ranks that each trainer rank sends to, in all sets."""
     links = [0] * world
     for entry in (entry for plan in plans for entry in chain.from_iterable(plan)):
@@ -219,12 +171,89 @@ def num_links(plans: Iterable[Iterable[Iterable[Entry]]], world: int) -> list[in
     return links
 
 
-def _entries_at(
-    choice: SenderChoice, shared: SharedGPUs, index: int, num_engines: int, position: int
-) -> Iterator[Entry]:
-    """Yield the entries of a position of set number `index`."""
-    for member in range(num_engines):
-        receiver = index, member, position
-        for sender, parts in choice.parts[receiver].items():
-            load = shared.load(sender, receiver, sum_bytes(parts))
-            yield Entry(sender, member, position, tuple(parts), load)
+def held_parts(planner: Planner, count_bytes: CountBytes) -> list[HeldParts]:
+    """Return what the rank at each position of an engine needs."""
+    engines = planner.engines
+    found: list[HeldParts] = [{} for _ in range(engines.ranks_per_engine)]
+    for item, replicas, needed in planner.shared_holdings():
+        sizes: dict[Region, int] = {}
+        for coordinate, region in needed:
+            if region not in sizes:
+                sizes[region] = count_bytes(item.name, item.rule.dtype, region)
+            part = Part(item, region, sizes[region])
+            found[engines.rank(coordinate)].setdefault(replicas, []).append(part)
+    return found
+
+
+def sum_bytes(parts: Iterable[Part]) -> int:
+    """Return the bytes of all parts."""
+    return sum(part.num_bytes for part in parts)
+
+
+def _bundles(
+    held: HeldParts, count_bytes: CountBytes, position: int, num_engines: int, largest: float
+) -> Iterator[_Bundle]:
+    """Yield a position's bundles, for sets of `num_engines` engines.
+
+    Each engine gets an equal share of the bytes, up to `UNEVEN` of them or one block of rows; a
+    bundle has at most about `largest` of a share."""
+    share = sum_bytes(chain.from_iterable(held.values())) / num_engines
+    for member, of_member in enumerate(_shares(held, count_bytes, num_engines, share)):
+        for replicas, parts in of_member.items():
+            for run in _runs(parts, share * largest):
+                size = sum_bytes(run)
+                is_small = size < SMALL_BUNDLE * largest * share
+                yield _Bundle(size, member, position, replicas, num_engines, is_small, run)
+
+
+def _shares(
+    held: HeldParts, count_bytes: CountBytes, num_engines: int, share: float
+) -> list[HeldParts]:
+    """Return each engine's share of the parts that a position needs, about `share` bytes."""
+    shares: list[HeldParts] = [{} for _ in range(num_engines)]
+    end = 0.0
+    for replicas, parts in held.items():
+        for part in parts:
+            for cut in _cut_by_shares(part, end, share, count_bytes):
+                # By its middle: a cut is rounded to rows, so its ends may be in other shares.
+                member = min(int((end + cut.num_bytes / 2) / share), num_engines - 1)
+                shares[member].setdefault(replicas, []).append(cut)
+                end += cut.num_bytes
+    return shares
+
+
+def _cut_by_shares(
+    part: Part, start: float, share: float, count_bytes: CountBytes
+) -> Iterator[Part]:
+    """Yield a part, which begins at byte `start` of its position, in cuts of whole rows that end
+    about where engines' shares end; of a tensor with FP8 scales, in cuts of whole blocks of rows.
+    """
+    item, region, size = part
+    per_row = size / (region.bottom - region.top)
+    least = UNEVEN * share / per_row
+    step = BLOCK if is_quantized(item.name) else 1
+    edges = [region.top]
+    for number in range(int(start / share) + 1, int((start + size) / share) + 1):
+        row = region.top + (number * share - start) / per_row
+        row = round(row / step) * step
+        if row - edges[-1] > least and region.bottom - row > least:
+            edges.append(row)
+    if len(edges) == 1:
+        yield part
+        return
+    for top, bottom in pairwise([*edges, region.bottom]):
+        rows = replace(region, top=top, bottom=bottom)
+        yield Part(item, rows, count_bytes(item.name, item.rule.dtype, rows))
+
+
+def _runs(parts: list[Part], limit: float) -> Iterator[list[Part]]:
+    """Yield runs of consecutive parts with about `limit` bytes each."""
+    run: list[Part] = []
+    room = limit
+    for part in parts:
+        if run and room < part.num_bytes / 2:
+            yield run
+            run, room = [], limit
+        run.append(part)
+        room -= part.num_bytes
+    yield run

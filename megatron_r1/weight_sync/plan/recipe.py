@@ -1,28 +1,24 @@
 """A recipe's push before any engine runs: the engines' layout, the entries and bytes that are
 planned, and the checks that a push can serve it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from megatron_r1.config import Config
 from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.from_config import LAYOUT
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.hf_config import model_family
-from megatron_r1.weight_sync.plan.bundles import LARGEST_BUNDLE, largest_bundle
 from megatron_r1.weight_sync.plan.engine_sets import (
-    NONE_SHARED,
-    RANKS_PER_NODE,
     SET_ENGINES,
-    Entry,
+    Plan,
     engine_sets,
     entries,
-    shared_in_order,
+    largest_bundle,
 )
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.tensors import (
-    CountBytes,
     HFTensor,
     Region,
     checkpoint_tensors,
@@ -59,37 +55,16 @@ def shares_gpus_over_nccl(config: Config) -> bool:
     return config.rollout.colocated and config.push.transport == "nccl"
 
 
-def planned_entries(
-    planner: Planner,
-    count_bytes: CountBytes,
-    sets: Sequence[range],
-    *,
-    shares_gpus: bool,
-    ranks_per_node: int = RANKS_PER_NODE,
-    largest: float = LARGEST_BUNDLE,
-) -> list[list[list[Entry]]]:
-    """Return the `entries` of engines that do not run yet.
-
-    shares_gpus: see `shares_gpus_over_nccl`; the plan then avoids pairs on one GPU, with the
-    engines' ranks on the trainer ranks' GPUs in order, `ranks_per_node` in a node."""
-    shared = NONE_SHARED
-    if shares_gpus:
-        world, ranks = planner.grid.world, planner.engines.ranks_per_engine
-        shared = shared_in_order(sets, ranks, world, ranks_per_node)
-    return entries(planner, count_bytes, sets, (), largest, shared)
-
-
-def planned_push(config: Config, hf: dict) -> list[list[list[Entry]]]:
+def planned_push(config: Config, hf: dict) -> list[Plan]:
     """Return the `entries` of a recipe's push from `parallel.processes` trainer ranks."""
     layout, push = engine_layout(config), config.push
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
     needs = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
     planner = Planner(hf, grid, layout, recipe_stages(config, hf), needs)
-    return planned_entries(
+    return entries(
         planner,
         fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype),
         engine_sets(layout.engines, max_engines(push)),
-        shares_gpus=shares_gpus_over_nccl(config),
         largest=largest_bundle(push.transport),
     )
 

@@ -24,21 +24,20 @@ set, of the trainer ranks and the set's engine ranks. All are used on the push's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_r1.weight_sync.plan.engine_sets import (
-    NONE_SHARED,
-    Entry,
-    SharedGPUs,
+    EngineRank,
+    Plan,
     engine_sets,
-    shared_in_order,
+    entries,
+    ranks_in_order,
 )
 from megatron_r1.weight_sync.plan.planner import Planner
-from megatron_r1.weight_sync.plan.recipe import planned_entries
 from megatron_r1.weight_sync.plan.tensors import CountBytes
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 
@@ -141,6 +140,19 @@ class PushOrder:
         rounds = zip(self.positions, self._passed, strict=True)
         return max(((len(members) - 1) * buckets for members, buckets in rounds), default=0)
 
+    def largest_buckets(self) -> np.ndarray:
+        """Return the bytes of the largest bucket of each round."""
+        found = np.zeros(self.num_entry_rounds + self.num_passing_rounds, np.int64)
+        travels = self.entry_rounds != NONE
+        entering = self.num_bytes[: self.num_entering]
+        np.maximum.at(found, self.entry_rounds[travels], entering[travels])
+        passing = found[self.num_entry_rounds :]
+        for members, count in zip(self.positions, self._passed, strict=True):
+            size = -(-int(self.entered[list(members)].max()) // max(count, 1))
+            of_position = passing[: (len(members) - 1) * count]
+            np.maximum(of_position, size, out=of_position)
+        return found
+
     @property
     def entry_floor(self) -> int:
         """The least possible `num_entry_rounds`: the busiest process's buckets in a direction."""
@@ -183,15 +195,15 @@ class PushOrder:
         return rows.ravel()
 
 
-def push_order(plans: Sequence[Sequence[Sequence[Entry]]], receivers: Receivers) -> PushOrder:
+def push_order(plans: Sequence[Plan], receivers: Receivers) -> PushOrder:
     """Return the order of a push whose entries `engine_sets.entries` has planned.
 
     receivers: see `receiving_processes`."""
     links = [
         Link(entry.sender, members[entry.member], entry.num_bytes)
         for plan, of_set in zip(plans, receivers, strict=True)
-        for entries, members in zip(plan, of_set, strict=True)
-        for entry in entries
+        for at_position, members in zip(plan, of_set, strict=True)
+        for entry in at_position
     ]
     positions = [members for of_set in receivers for members in of_set if len(members) > 1]
     return PushOrder(links, positions)
@@ -205,23 +217,24 @@ def planned_order(
     colocated: the engines' ranks are on the trainer ranks' GPUs, in order."""
     engines, world = planner.engines, planner.grid.world
     sets = engine_sets(engines.engines, max_engines)
-    plans = planned_entries(planner, count_bytes, sets, shares_gpus=False)
     ranks = engines.ranks_per_engine
-    shared = shared_in_order(sets, ranks, world) if colocated else NONE_SHARED
+    shared = ranks_in_order(sets, ranks, world) if colocated else {}
+    plans = entries(planner, count_bytes, sets)
     return push_order(plans, receiving_processes(sets, ranks, world, shared))
 
 
 def receiving_processes(
-    sets: Sequence[range], ranks_per_engine: int, world: int, shared: SharedGPUs = NONE_SHARED
+    sets: Sequence[range],
+    ranks_per_engine: int,
+    world: int,
+    shared: Mapping[EngineRank, int],
 ) -> Receivers:
-    """Return the process that receives for each engine rank: the trainer rank on its GPU, or on a
-    GPU of its own the engine rank itself, numbered from `world`, the number of trainer ranks."""
+    """Return the process that receives for each engine rank: the trainer rank that `shared` has on
+    its GPU, or the engine rank itself, numbered from `world`, the number of trainer ranks."""
     return [
         [
             [
-                shared.trainer_rank.get(
-                    (index, member, position), world + engine * ranks_per_engine + position
-                )
+                shared.get((index, member, position), world + engine * ranks_per_engine + position)
                 for member, engine in enumerate(engines)
             ]
             for position in range(ranks_per_engine)

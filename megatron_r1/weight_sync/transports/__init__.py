@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # vLLM reads TRANSPORTS in every process; torch and llvmlite 
 
 PASSED_BYTES = 64 << 20
 """A bucket that an engine rank passes on; in a round of an exchange each of the set has one."""
+ROUNDS_AHEAD = 2
+"""Rounds of NCCL that a GPU has enqueued at a time, each with a bucket for either direction."""
 TRANSPORTS = {
     "shm": ("shared_memory.SharedMemoryReceiver", "shared_memory.SharedMemorySender"),
     "cuda_ipc": ("device_memory.DeviceReceiver", "device_memory.DeviceSender"),

@@ -12,11 +12,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from megatron_r1.weight_sync.transports import ROUNDS_AHEAD
 from megatron_r1.weight_sync.transports.communicator import Communicator
 from megatron_r1.weight_sync.transports.nccl_library import Memory
-
-DEPTH = 2
-"""Rounds that are enqueued and have not ended, each with its buffers."""
 
 
 class PushStreams:
@@ -89,7 +87,7 @@ class Round(NamedTuple):
 
 
 class RoundRunner:
-    """Runs rounds, with buffers for each direction of `DEPTH` of them.
+    """Runs rounds, with buffers for each direction of `ROUNDS_AHEAD` of them.
 
     rounds: all that it will run."""
 
@@ -98,7 +96,9 @@ class RoundRunner:
         halves = [half for each in rounds for half in (each.sent, each.received) if half]
         bucket_bytes = max((half.end - half.start for half in halves), default=0)
         with streams.copying():
-            memory = torch.empty((DEPTH, 2, bucket_bytes), dtype=torch.uint8, device=streams.device)
+            memory = torch.empty(
+                (ROUNDS_AHEAD, 2, bucket_bytes), dtype=torch.uint8, device=streams.device
+            )
         self._free = deque(memory.unbind())
 
     def run(self, rounds: Iterable[Round]) -> None:

@@ -86,7 +86,7 @@ def main(case: str, engines: int, *, is_colocated: bool) -> None:
 
     class ThreadSender(WeightSender):
         def __init__(self, *arguments, **options):
-            gpus = [(gpu_name(number), "node") for number in range(grid.world)]
+            gpus = [gpu_name(number) for number in range(grid.world)]
             super().__init__(*arguments, gpus=gpus, **options)
 
         def connect(self, *arguments):

@@ -118,7 +118,7 @@ class TrainerRank(Rank):
             name: [(tensor.to(self.device), piece) for tensor, piece in pieces]
             for name, pieces in self.held.items()
         }
-        gpus = [(self.gpu_name(number), "node") for number in range(self.grid.world)]
+        gpus = [self.gpu_name(number) for number in range(self.grid.world)]
         client = TCPStore("127.0.0.1", port, is_master=False)
         arguments = self.hf, self.grid, self.held, client, self.share
         self.sender = WeightSender(*arguments, rank=rank, gpus=gpus)

@@ -9,7 +9,6 @@ from megatron_r1.weight_sync.plan.engine_sets import (
     SET_ENGINES,
     engine_sets,
     entries,
-    shared_in_order,
 )
 from megatron_r1.weight_sync.plan.tensors import fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import stage_shards
@@ -53,45 +52,6 @@ def test_everyone_computes_the_same_plan():
         entries(Planner(DEEPSEEK_MTP, grid, layout), BYTES, [range(2), range(2, 4)]) for _ in "ab"
     ]
     assert plans[0] == plans[1]
-
-
-def test_a_rank_sends_to_its_own_gpu_only_what_it_alone_holds():
-    grid, layout = TrainerGrid(8, pipeline=2, expert=2), EngineLayout(2, tensor=2, data=2)
-    planner, sets = Planner(DEEPSEEK_MTP, grid, layout), [range(2)]
-    near = shared_in_order(sets, layout.ranks_per_engine, grid.world)
-    assert near.trainer_rank[0, 1, 3] == 7 and len(near.trainer_rank) == 8
-
-    def pairs(plan):
-        return [e for of in plan for e in of if e.sender == 4 * e.member + e.position]
-
-    (anyhow,), (apart,) = (
-        entries(planner, BYTES, sets),
-        entries(planner, BYTES, sets, shared=near),
-    )
-    assert pairs(anyhow)
-    holdings = [held(DEEPSEEK_MTP, grid, rank) for rank in range(grid.world)]
-    for entry in pairs(apart):
-        for part in entry.parts:
-            others = [own for rank, own in enumerate(holdings) if rank != entry.sender]
-            found = (r for own in others for r in own.get(part.item.name, ()))
-            assert not any(part.region.intersection(r) == part.region for r in found), part
-
-
-def test_most_bytes_of_engines_on_the_trainers_gpus_stay_in_their_node():
-    grid, layout = TrainerGrid(16, tensor=2, pipeline=2), EngineLayout(2, tensor=2, data=4)
-    planner, sets = Planner(DEEPSEEK_MTP, grid, layout), [range(2)]
-    shared = shared_in_order(sets, layout.ranks_per_engine, grid.world, ranks_per_node=4)
-
-    def inside(plan):
-        found = [e for at in plan for e in at]
-        within = [e for e in found if e.sender // 4 == (8 * e.member + e.position) // 4]
-        return sum(e.num_bytes for e in within) / sum(e.num_bytes for e in found)
-
-    (apart,), (together,) = (
-        entries(planner, BYTES, sets),
-        entries(planner, BYTES, sets, shared=shared),
-    )
-    assert inside(together) > 0.98 > inside(apart)
 
 
 def test_engines_receive_equal_bytes_though_one_tensor_is_more_than_a_share():

@@ -10,10 +10,10 @@ from megatron_r1.config import load
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.engine_sets import (
-    NONE_SHARED,
     SET_ENGINES,
     engine_sets,
-    shared_in_order,
+    entries,
+    ranks_in_order,
 )
 from megatron_r1.weight_sync.plan.order_check import (
     Call,
@@ -24,7 +24,7 @@ from megatron_r1.weight_sync.plan.order_check import (
     operations_of_steps,
 )
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.recipe import engine_layout, planned_entries
+from megatron_r1.weight_sync.plan.recipe import engine_layout
 from megatron_r1.weight_sync.plan.rounds import Link, PushOrder, push_order, receiving_processes
 from megatron_r1.weight_sync.plan.tensors import plain_bytes
 from megatron_r1.weights.layout import recipe_stages
@@ -54,10 +54,10 @@ def pushes(model: str, grid: TrainerGrid, engines: EngineLayout, stages: tuple, 
     needs = PredictedLayout(hf, engines)
     planner = Planner(hf, grid, engines, stages, needs)
     sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
-    plans = planned_entries(planner, plain_bytes(dtype), sets, shares_gpus=False)
+    plans = entries(planner, plain_bytes(dtype), sets)
     orders = [
         push_order(plans, receiving_processes(sets, ranks, grid.world, shared))
-        for shared in (NONE_SHARED, shared_in_order(sets, ranks, grid.world))
+        for shared in ({}, ranks_in_order(sets, ranks, grid.world))
     ]
     return [(order, find_fault(operations_of_rounds(order), order)) for order in orders]
 

@@ -7,8 +7,7 @@ import pytest
 
 from megatron_r1.weight_sync.ordered_sets import Block, OrderedSets
 from megatron_r1.weight_sync.plan import rounds
-from megatron_r1.weight_sync.plan.bundles import Part
-from megatron_r1.weight_sync.plan.engine_sets import Entry, SharedGPUs
+from megatron_r1.weight_sync.plan.engine_sets import Entry, Part
 
 OWN = -1
 """The trainer ranks' own communicator, where the others are those of sets."""
@@ -27,13 +26,11 @@ def random_sets(seed: int, share: float) -> tuple[OrderedSets, int, int]:
         for position in range(ranks)
     ]
     chosen = [place for place in places if rng.random() < share][:world]
-    shared = SharedGPUs(dict(zip(chosen, rng.permutation(world).tolist(), strict=False)), ())
+    shared = dict(zip(chosen, rng.permutation(world).tolist(), strict=False))
     plans = [
         [
             [
-                Entry(
-                    int(sender), member, position, (Part(None, None, int(rng.integers(1, 99))),), 0
-                )
+                Entry(int(sender), member, position, (Part(None, None, int(rng.integers(1, 99))),))
                 for member in range(len(of_set))
                 for sender in rng.choice(world, int(rng.integers(0, world + 1)), replace=False)
             ]

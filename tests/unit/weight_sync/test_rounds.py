@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from megatron_r1.weight_sync.plan.engine_sets import shared_in_order
+from megatron_r1.weight_sync.plan.engine_sets import ranks_in_order
 from megatron_r1.weight_sync.plan.rounds import NONE, Link, PushOrder, receiving_processes
 
 SIZES = {"entry_bytes": 10, "passed_bytes": 15}
@@ -17,8 +17,8 @@ def random_order(seed: int, *, colocated: bool) -> PushOrder:
     rng = np.random.default_rng(seed)
     world, engines, ranks = (int(n) for n in rng.integers(1, [9, 6, 4]))
     sets = [range(engines // 2), range(engines // 2, engines)] if engines > 3 else [range(engines)]
-    shared = {"shared": shared_in_order(sets, ranks, world)} if colocated else {}
-    receivers = receiving_processes(sets, ranks, world, **shared)
+    shared = ranks_in_order(sets, ranks, world) if colocated else {}
+    receivers = receiving_processes(sets, ranks, world, shared)
     into = [process for of_set in receivers for members in of_set for process in members]
     links = [
         Link(int(sender), process, int(rng.integers(1, 200)))

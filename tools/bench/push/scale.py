@@ -15,8 +15,7 @@ import numpy as np
 from megatron_r1.config import load
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.bundles import held_parts, sum_bytes
-from megatron_r1.weight_sync.plan.engine_sets import SET_ENGINES
+from megatron_r1.weight_sync.plan.engine_sets import SET_ENGINES, held_parts, sum_bytes
 from megatron_r1.weight_sync.plan.order_check import (
     find_fault,
     operations_of_rounds,
