@@ -28,6 +28,9 @@ HERE = Path(__file__).resolve().parent
 GIB = 2**30
 STUCK_SECONDS = 30.0
 """How long calls must wait for each other before they are named."""
+LOOKS_APART = 5
+"""Of so many looks at a GPU's memory one is at the host's and at what waits: these take ten times
+as long, of cores that compute."""
 PACKAGES = ("torch", "transformer-engine-torch", "vllm")
 """Packages whose CUDA builds run on the null GPU: the libraries depend on their versions."""
 ON_HOST = {
@@ -37,6 +40,8 @@ ON_HOST = {
     # Only NCCL moves data between GPUs; samplers are torch's.
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # vLLM is imported once for all processes of an engine: most of the time of a small one.
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
 }
 """Variables of processes in which kernels compute on the host."""
 
@@ -119,17 +124,19 @@ class Watched:
         self.of_gpu: dict[int, int] = {}
         self.of_host = 0
         self.stuck: tuple[str, float] | None = None
+        self._looks = 0
 
     def look(self, pid: int) -> None:
         """Note what the process `pid` and all that it has started hold now."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            root = psutil.Process(pid)
-            self.of_host = max(self.of_host, sum(map(_memory, [root, *root.children(True)])))
-        if not self.segment.exists():
-            return
         by_process = watch.held(self.segment).values()
         for number, sizes in enumerate(zip(*by_process, strict=True)):
             self.of_gpu[number] = max(self.of_gpu.get(number, 0), sum(sizes))
+        self._looks += 1
+        if self._looks % LOOKS_APART != 1:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(pid)
+            self.of_host = max(self.of_host, sum(map(_memory, [root, *root.children(True)])))
         found = watch.find_stuck(self.segment)
         if found is None or self.stuck is None or found != self.stuck[0]:
             self.stuck = (found, time.monotonic()) if found else None

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 GPUS, STREAMS, CALLS, WAITS, MEMBERS = 16, 256, 4096, 64, 512
 BEHIND_STREAM, IN_CALL = 2, 3
 STARTED = 2
@@ -166,6 +168,13 @@ def born(pid: int) -> int:
     return 0 if fields[0] in "ZX" else int(fields[19])
 
 
+def _used(calls: ctypes.Array) -> list[CallRecord]:
+    """Return the records of calls that are not ended: few of thousands."""
+    numbers = np.frombuffer(calls, np.int32).reshape(CALLS, -1)
+    states = numbers[:, CallRecord.state.offset // 4]
+    return [calls[index] for index in np.flatnonzero(states)]
+
+
 def parse(record: ProcessRecord) -> Process:
     calls = [
         Call(
@@ -179,8 +188,7 @@ def parse(record: ProcessRecord) -> Process:
             call.stream,
             call.state == STARTED,
         )
-        for call in record.calls
-        if call.state
+        for call in _used(record.calls)
     ]
     waits = [
         Wait(record.pid, wait.thread, KINDS[wait.kind], wait.stream, wait.comm)
@@ -277,7 +285,10 @@ def find_circle(segment: Path) -> Circle | None:
 
 def find_abandoned(segment: Path) -> list[Call]:
     """Return calls that wait for a rank that has ended or left the communicator."""
-    processes = read(segment)
+    return _abandoned(read(segment))
+
+
+def _abandoned(processes: list[Process]) -> list[Call]:
     members = {member for process in processes for member in process.members}
     calls = [call for process in processes for call in process.calls if call.has_started]
     sizes = {comm: size for process in processes for comm, size in process.sizes.items()}
@@ -291,9 +302,10 @@ def find_abandoned(segment: Path) -> list[Call]:
 
 def find_stuck(segment: Path) -> str | None:
     """Return a text that names calls that wait for each other, or for ranks that have ended."""
-    if circle := find_circle(segment):
+    processes = read(segment)
+    if circle := Graph(processes).circle():
         return str(circle)
-    abandoned = find_abandoned(segment)
+    abandoned = _abandoned(processes)
     lines = ["these wait for ranks that have ended:", *(f"  {call}" for call in abandoned)]
     return "\n".join(lines) if abandoned else None
 

@@ -74,6 +74,11 @@ def _vllm_experts(module) -> None:
     module.invoke_fused_moe_triton_kernel = vllm_on_host.experts
 
 
+def _no_flashinfer(module) -> None:
+    """As where there is no nvcc: FlashInfer would compile its kernels, which cannot run."""
+    module.has_flashinfer = lambda: False
+
+
 CHANGES: dict[str, Callable] = {
     "torch": _torch,
     "triton.runtime.interpreter": _interpreter,
@@ -83,6 +88,7 @@ CHANGES: dict[str, Callable] = {
     "vllm.engine.arg_utils": _vllm_arguments,
     "vllm.model_executor.layers.fused_moe.fused_moe": _vllm_experts,
     "vllm.platforms": _vllm_operators,
+    "vllm.utils.flashinfer": _no_flashinfer,
 }
 """Module → what is called with it when it has been imported."""
 
