@@ -24,8 +24,7 @@ from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.fleet.swap import swap_calls
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer_client.client import TrainerClient
-from megatron_r1.weight_bridge.engine_links import EngineLinks
-from megatron_r1.weight_bridge.set_connector import OnLost, SetConnector
+from megatron_r1.weight_bridge.engine_links import EngineLinks, OnLost
 from megatron_r1.weight_sync.plan.recipe import engine_layout
 from megatron_r1.weight_sync.plan.tensors import pushed_tensors
 
@@ -110,7 +109,7 @@ def weight_bridge(
     push, fp8 = config.push, config.push.fp8
     elsewhere = config.rollout.placement == "hosts"
     is_exact = config.model.dtype == config.rollout.dtype == "float32" and not fp8
-    connector = SetConnector(
+    links = EngineLinks(
         trainer,
         push,
         pushed_tensors(
@@ -120,8 +119,8 @@ def weight_bridge(
         # Ranks that the controller has started meet at 127.0.0.1, unreachable from other hosts.
         store_host=hosts_address(config.rollout) if elsewhere else None,
         colocated=config.rollout.colocated,
+        notify=lambda line: fleet.members.notify(line),
     )
-    links = EngineLinks(connector, lambda line: fleet.members.notify(line))
     tolerance = push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE)
     return WeightBridge(fleet, links, Prober(trainer, probes, tolerance, push.timeout_seconds))
 
@@ -134,8 +133,7 @@ class WeightBridge:
 
     def __init__(self, fleet: RolloutFleet, links: EngineLinks, prober: Prober | None = None):
         self.fleet, self.links, self.prober = fleet, links, prober
-        self.connector = links.connector
-        self._timeout_seconds = links.connector.settings.timeout_seconds
+        self._timeout_seconds = links.settings.timeout_seconds
         self._settled = asyncio.Lock()
         self._is_held = False
         """Whether the lock is held for a push, and not for an engine that joins."""
@@ -148,9 +146,9 @@ class WeightBridge:
         """Connect trainer and engines, before the first push. Raises EngineError."""
         await self._settled.acquire()
         self._is_held = True
-        await self.connector.open()
+        await self.links.open()
         self.fleet.feed = self.feed
-        with self.fleet.patient(self.connector.connect_seconds):
+        with self.fleet.patient(self.links.connect_seconds):
             await self._form_sets(self._engines_up, self._lose_if_dead)
 
     async def hold(self) -> None:
@@ -166,7 +164,7 @@ class WeightBridge:
         assert self._settled.locked(), "open() or hold() comes first"
         start = time.perf_counter()
         self._push_number += 1
-        with self.fleet.patient(self.connector.connect_seconds):
+        with self.fleet.patient(self.links.connect_seconds):
             regrouped = self.links.engines_to_regroup(self._engines_up)
             await self._form_sets(regrouped, self._lose)
             await self._send_to_all()
@@ -181,7 +179,7 @@ class WeightBridge:
             self._probing = asyncio.create_task(check)
             # Where nobody awaits it any more, as something else has ended the session.
             self._probing.add_done_callback(lambda task: task.cancelled() or task.exception())
-        if self.connector.colocated:  # trainer and engines compute in turns
+        if self.links.colocated:  # trainer and engines compute in turns
             await self.proven()
         self._release()
         return metrics
@@ -244,7 +242,7 @@ class WeightBridge:
 
     async def _push_to_new(self, engine: Engine) -> None:
         await self._form_sets([engine], _raise_error)
-        if self.connector.colocated:  # what its cache takes is needed for the weights in transit
+        if self.links.colocated:  # what its cache takes is needed for the weights in transit
             async with raise_dead_after(engine, self._timeout_seconds):
                 await engine.client.sleep()
         # The others' last number: the pushes to an engine are numbered without gaps.
@@ -257,7 +255,7 @@ class WeightBridge:
     async def _swap_new(self, engine: Engine) -> None:
         assert self._version is not None, "no push has been made"
         # An engine outside the fleet has no watchdog, and the next push waits for it.
-        asleep = self.connector.colocated  # since `_push_to_new`
+        asleep = self.links.colocated  # since `_push_to_new`
         async with raise_dead_after(engine, self._timeout_seconds):
             for call in swap_calls(self._update_info(), self._version, asleep=asleep):
                 await call(engine.client)

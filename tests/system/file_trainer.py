@@ -12,7 +12,6 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.weight_bridge.bridge import WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
-from megatron_r1.weight_bridge.set_connector import SetConnector
 from megatron_r1.weight_sync.checksum import copy_with_checksum
 from megatron_r1.weight_sync.plan import TrainerGrid
 from megatron_r1.weight_sync.plan.tensors import pushed_tensors
@@ -80,8 +79,8 @@ class FileBridge:
         self.fleet = fleet
         tensors = tensors or list(self.trainer.shapes.items())
         push = PushConfig(**settings)
-        connector = SetConnector(self.trainer, push, tensors, layout or {}, colocated=colocated)
-        self.bridge = WeightBridge(fleet, EngineLinks(connector))
+        links = EngineLinks(self.trainer, push, tensors, layout or {}, colocated=colocated)
+        self.bridge = WeightBridge(fleet, links)
         self._is_open = False
 
     async def push(self, folder):

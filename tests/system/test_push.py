@@ -31,7 +31,6 @@ from megatron_r1.supervision.inspect_roles import inspect_trainer
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.weight_bridge.bridge import Prober, WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
-from megatron_r1.weight_bridge.set_connector import SetConnector
 from megatron_r1.weight_sync import link_planner
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.receiver_layout import ReceiverLayout
@@ -163,7 +162,7 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             assert any(line.startswith("rank 1 (tensor ") for line in details), details
             shapes = hf_tensors(hf, with_mtp=False)
             tensors = [(name, shape) for name, (shape, _) in shapes.items()]
-            links = EngineLinks(SetConnector(trainer, recipe.push, tensors, layout))
+            links = EngineLinks(trainer, recipe.push, tensors, layout)
             bridge = WeightBridge(fleet, links, Prober(trainer, PROMPTS, TOLERANCE, 600))
             await bridge.open()
             await bridge.push(fleet.version + 1)

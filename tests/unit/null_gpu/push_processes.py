@@ -4,7 +4,7 @@ behind the controller's own bridge; an engine can be killed at a chosen round of
 `python push_processes.py MODEL ENGINES [colocated] [host] [first] [middle] [last]` pushes; for each
 of the last words it kills engine 0 at that round of a push, replaces it, and pushes again. host: on
 the CPU, by `host_push`. Prints a line of JSON with what it saw; every engine compares each push
-with plain slicing when it loads it."""
+with plain slicing when it loads it. `tools/gpu_check` runs it on real GPUs."""
 
 import asyncio
 import faulthandler
@@ -28,7 +28,6 @@ from megatron_r1.engine.errors import ConnectionBroken, EngineDied, PushIncomple
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.weight_bridge.bridge import WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
-from megatron_r1.weight_bridge.set_connector import SetConnector
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid, rounds
 from megatron_r1.weight_sync.rendezvous import EngineRendezvous
 from megatron_r1.weight_sync.results import IncompletePush
@@ -90,9 +89,10 @@ class Rank:
             self.use_gpu, self.gpu_name = host_push.use_gpu, host_push.gpu_name
             self.receiver_class = host_push.HostReceiver
         else:
-            from host_compute import compute_everywhere
+            if "NULL_GPUS" in os.environ:
+                from host_compute import compute_everywhere
 
-            compute_everywhere()
+                compute_everywhere()
             self.use_gpu, self.gpu_name = torch.cuda.set_device, nccl.gpu_uuid
             self.receiver_class = nccl.NcclReceiver
         self.use_gpu(gpu)
@@ -303,7 +303,7 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
     _, grid, layout = CASES[case]
     first = 0 if is_colocated else grid.world
     trainer = Trainer(case, on_host=on_host)
-    watchers = []
+    watchers, seconds = [], []
 
     def make_engine(index, is_up=True):
         gpu = first + index * layout.ranks_per_engine
@@ -317,15 +317,17 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
     settings = PushConfig(transport="nccl", timeout_seconds=PUSH_SECONDS)
     shape = asdict(layout)
     shape.pop("engines")
-    connector = SetConnector(trainer, settings, [], shape, colocated=is_colocated)
-    bridge = WeightBridge(fleet, EngineLinks(connector, notify=lambda line: None))
+    quiet = {"notify": lambda line: None}
+    links = EngineLinks(trainer, settings, [], shape, colocated=is_colocated, **quiet)
+    bridge = WeightBridge(fleet, links)
 
     async def push(version):
         await bridge.hold()
         await trainer.call_all("train", version=version)
         start = time.monotonic()
         await bridge.push(version)
-        print(f"push {version}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+        seconds.append(round(time.monotonic() - start, 2))
+        print(f"push {version}: {seconds[-1]} s", file=sys.stderr, flush=True)
 
     def counting():
         """Of an engine the victim counts its own rounds, in NCCL or as trainer rank 0's."""
@@ -361,6 +363,7 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
         version += 1
         await push(version)
     seen["trainer"] = trainer.pids == pids and len(pids) == grid.world
+    seen["seconds"] = seconds
     seen["current"] = [engine.client.version == version for engine in fleet.engines]
     seen["sets"] = [len(one.engines) for one in bridge.links.sets]
     for watcher in watchers:

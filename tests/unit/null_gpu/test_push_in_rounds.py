@@ -42,7 +42,7 @@ def test_an_engine_killed_in_a_push_costs_the_others_a_repeated_one(run, engines
     each loads, it compares with plain slicing."""
     printed = run("push_processes.py", "qwen", str(engines), "host", "first", "middle", "last")
     seen = json.loads(printed.splitlines()[-1])
-    assert min(seen.pop("rounds")) > 3
+    assert min(seen.pop("rounds")) > 3 and seen.pop("seconds")
     assert seen == {
         "lost": [0] * 3,
         "others": [True] * 3 * (engines - 1),

@@ -23,11 +23,10 @@ from megatron_r1.errors import TrainerLost
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.weight_bridge.bridge import Prober, WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
-from megatron_r1.weight_bridge.set_connector import SetConnector
 
 
 def make_bridge(trainer, fleet, probes=()):
-    links = EngineLinks(SetConnector(trainer, PushConfig(), [], {}))
+    links = EngineLinks(trainer, PushConfig(), [], {})
     return WeightBridge(fleet, links, Prober(trainer, probes, 1e-3, 600))
 
 
@@ -179,7 +178,7 @@ def test_an_engine_on_the_trainer_s_gpu_has_no_cache_while_its_first_weights_arr
     async def story():
         trainer, client = SmallTrainer(), RecordingClient()
         settings = PushConfig(transport="nccl")
-        links = EngineLinks(SetConnector(trainer, settings, [], {}, colocated=colocated))
+        links = EngineLinks(trainer, settings, [], {}, colocated=colocated)
         bridge = WeightBridge(SmallFleet(), links)
         await bridge.open()
         await bridge.push(1)
@@ -227,8 +226,8 @@ def engines(count):
 
 
 def sharing_bridge(trainer, fleet):
-    connector = SetConnector(trainer, PushConfig(transport="gloo"), [], {})
-    links = EngineLinks(connector, notify=lambda line: None)
+    settings = PushConfig(transport="gloo")
+    links = EngineLinks(trainer, settings, [], {}, notify=lambda line: None)
     return WeightBridge(fleet, links)
 
 
@@ -395,7 +394,7 @@ def test_a_push_does_not_wait_for_probes_that_engines_answer_while_they_sample(c
     async def story():
         fleet = SmallFleet([Engine(0, SimpleNamespace(), SmallClient())])
         bridge = make_bridge(Differing(), fleet, [[1, 2]])
-        bridge.connector.colocated = colocated
+        bridge.links.colocated = colocated
         await bridge.open()
         if not colocated:
             assert "push/bytes" in await bridge.push(1)

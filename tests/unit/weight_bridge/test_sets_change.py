@@ -16,7 +16,6 @@ from megatron_r1.engine.errors import ConnectionBroken, EngineDied, PushIncomple
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.weight_bridge.bridge import WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
-from megatron_r1.weight_bridge.set_connector import SetConnector
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.rendezvous import EngineRendezvous
 from megatron_r1.weight_sync.results import IncompletePush
@@ -148,8 +147,7 @@ def make(monkeypatch):
         trainers.append(Trainer(tensors))
         fleet = Fleet(engine(index) for index in range(count))
         settings = PushConfig(transport="gloo", timeout_seconds=PATIENT)
-        connector = SetConnector(trainers[-1], settings, [], SHAPE)
-        links = EngineLinks(connector, notify=lambda line: None)
+        links = EngineLinks(trainers[-1], settings, [], SHAPE, notify=lambda line: None)
         return fleet, WeightBridge(fleet, links), engine
 
     yield make

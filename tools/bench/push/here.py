@@ -20,7 +20,6 @@ from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.weight_bridge.bridge import WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
-from megatron_r1.weight_bridge.set_connector import SetConnector
 from megatron_r1.weights import hf_tensors
 from tools.bench import machine
 from tools.bench.small_models import qwen2
@@ -73,7 +72,7 @@ async def _measure(
     tensors = [(name, size) for name, (size, _) in shapes.items()]
     width = 4 if config.rollout.dtype == "float32" else 2
     num_bytes = width * sum(torch.Size(size).numel() for _, size in tensors)
-    links = EngineLinks(SetConnector(trainer, config.push, tensors, {}))
+    links = EngineLinks(trainer, config.push, tensors, {})
     bridge = WeightBridge(fleet, links)
     await bridge.open()
     both = [torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2)]

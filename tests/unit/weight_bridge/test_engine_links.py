@@ -8,7 +8,7 @@ import pytest
 from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import EngineFault
 from megatron_r1.fleet.engine import Engine
-from megatron_r1.weight_bridge.set_connector import EngineSet, SetConnector
+from megatron_r1.weight_bridge.engine_links import EngineLinks, EngineSet
 from megatron_r1.weight_sync.results import StoreUnreachable
 
 
@@ -33,9 +33,9 @@ def test_an_engine_that_does_not_reach_the_store_names_it(said, named):
             raise EngineFault(f"status 500: Worker failed with error '{said}'", 500)
 
     async def story():
-        connector = SetConnector(Trainer(), PushConfig(), [], {})
+        links = EngineLinks(Trainer(), PushConfig(), [], {})
         engine = Engine(0, SimpleNamespace(), Client(), is_up=True)
-        return await connector.connect([EngineSet("one", [engine])], [], resume=True)
+        return await links.connect([EngineSet("one", [engine])], resume=True)
 
     problems, deaths = asyncio.run(story())
     assert named in problems["one"] and deaths == {}
