@@ -101,7 +101,7 @@ class ParserPool:
                 self._idle.append(worker)
         if reply.status != "parsed":
             return Parsed(None, job.text, failure=reply.reason)
-        return Parsed(reply.reasoning, reply.content, reply.tool_calls)
+        return Parsed(reply.reasoning, reply.content, reply.tool_calls, reply.reason)
 
     async def close(self) -> None:
         """Kill the workers. Safe to call again."""

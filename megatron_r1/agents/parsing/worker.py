@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from megatron_r1.agents.parsing.left_out import left_out
 from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.processes.frames import LENGTH, frame, private_streams
 from megatron_r1.processes.lifetime import end_without_parent
@@ -38,7 +39,8 @@ class ParseReply(msgspec.Struct):
     """The parts of a turn, its calls in OpenAI's form, or the state of the worker.
 
     ready: the worker has loaded the parsers. unusable: it cannot load them, and ends. failed: the
-    parser raised. key, cause: what is at fault, of unusable."""
+    parser raised. reason, of parsed: what the parser dropped of the turn, all of which is content
+    then; "" for nothing. key, cause: what is at fault, of unusable."""
 
     status: Literal["ready", "unusable", "parsed", "failed"]
     reason: str = ""
@@ -109,8 +111,8 @@ class TurnParser:
         assert self._parser is not None, "a pool without parsers starts no worker"
 
     def parse(self, job: ParseJob) -> ParseReply:
-        """Split a sampled turn into its reasoning, content and tool calls. Raises what vLLM's
-        parser raises."""
+        """Split a sampled turn into its reasoning, content and tool calls; all of it is content
+        where the parser drops a part. Raises what vLLM's parser raises."""
         message = {"role": "user", "content": ""}  # parsers read the tools only
         request = self._request(model="", messages=[message], tools=job.tools or None)
         parser = self._parser(self._tokenizer, request.tools, chat_template_kwargs={})
@@ -119,6 +121,8 @@ class TurnParser:
             job.text, request, enable_auto_tools=True, model_output_token_ids=job.token_ids
         )
         found = [tool_call(call.name, call.arguments, call.id) for call in calls or []]
+        if lost := left_out(job.text, reasoning, content, found):
+            return ParseReply("parsed", reason=lost, content=job.text)
         return ParseReply("parsed", reasoning=reasoning, content=content, tool_calls=found)
 
 
