@@ -76,6 +76,14 @@ def test_parquet_pads_rows_of_two_kinds_of_tests(tmp_path):
     prompts = load_prompts(path=path, heldout_fraction=0.0).train
     assert [prompt.kind for prompt in prompts] == ["code", "code"]
     assert [parse_problem(p.truth) for p in prompts] == [parse_problem(r["truth"]) for r in rows]
+    # B40: a row without a prompt.
+    rows.append({"question": None, "truth": rows[1]["truth"]})
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    with refused("question", Cause.MALFORMED, "rows.parquet:3", "None"):
+        load_prompts(path=path, heldout_fraction=0.0)
+    split = load_prompts(path=path, heldout_fraction=0.0, bad_rows="leave_out")
+    [left_out] = split.reports[0].left_out.values()
+    assert (len(split.train), left_out.count, left_out.first) == (2, 1, f"{path}:3")
 
 
 # B35: prompts of several messages.
