@@ -325,4 +325,10 @@ def test_b11_the_other_estimators_have_the_expected_gradients_of_divergences(est
         head = Head(batch, torch.ones(2, 1).double(), head_weight, 1.0, None, 3)
         find_function(algorithms.find("grpo").loss)(batch, head, settings).loss.backward()
         got += weight * head_weight.grad[:, 0]
+        if estimator == "k2":  # that of ρ k3, the importance-weighted estimate, at ρ = 1
+            logprob = torch.log_softmax(logits, -1)[token]
+            g = ref[token] - logprob
+            weighted = (logprob - logprob.detach()).exp() * (g.exp() - g - 1)
+            [one] = torch.autograd.grad(weighted, logits)
+            torch.testing.assert_close(head_weight.grad[:, 0], one, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
