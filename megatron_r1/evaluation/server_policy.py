@@ -24,6 +24,12 @@ from megatron_r1.rewards.remote.service import Service, ServiceError, Ungradable
 TINY_QUESTION = "1 + 1 ="
 CONNECT_SECONDS = 5.0
 """The time limit of one attempt to connect."""
+FIRST_TOKENS = (
+    *("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>", "<|startoftext|>", "[BOS]"),
+    *("[gMASK]", "<BOS_TOKEN>"),
+)
+"""Tokens with which models' texts begin. A server that completes a text puts its own in front, a
+second one where the text has it; `add_special_tokens: false` of vLLM and SGLang says not to."""
 PAUSE_SECONDS = 1.0
 REPORT_SECONDS = 5.0
 
@@ -132,6 +138,8 @@ class ServerPolicy:
         else:
             system = system_text(before, "data.template")
             content = {"prompt": render(self._template, question, system)}
+        if content.get("prompt", "").startswith(FIRST_TOKENS):
+            content["add_special_tokens"] = False
         decoding = {name: value for name, value in asdict(self._decoding).items() if value != ()}
         if self._decoding.stop:  # vLLM's; the reward reads the string
             decoding["include_stop_str_in_output"] = True

@@ -4,13 +4,17 @@ import asyncio
 import json
 
 import pytest
+from fake_server import FakeServer
 from test_end_tokens import collected, response_of, tokenizer_with
 from tokenizers import processors
 
 from megatron_r1.config import RewardsConfig
+from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.shots import FewShotText, Shots
 from megatron_r1.data.text import PromptText
+from megatron_r1.evaluation.response import Decoding
+from megatron_r1.evaluation.server_policy import ServerPolicy
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.format import grade as format_grade
 from megatron_r1.rl.grading import ResponseGrader
@@ -60,6 +64,32 @@ def test_b23_so_do_prompts_with_worked_examples(tmp_path):
         text = FewShotText(str(tmp_path), template, Shots(shots, None, 0))
         ids = text.encode("find a")
         assert ids[0] == number and ids[1] != number
+
+
+@pytest.mark.parametrize(
+    "template", ["{problem}", BEGIN + "{problem}", BEGIN + " find {problem} ?"]
+)
+def test_b23_so_do_texts_at_a_completions_server(template, tmp_path):
+    """Which encodes the text as vLLM does: with the tokenizer's tokens, unless told not to."""
+    number = beginning_folder(tmp_path)
+    text = PromptText(str(tmp_path), template)
+    arrived = []
+
+    def encode(prompt, body):
+        given = {"add_special_tokens": body.get("add_special_tokens", True)}
+        arrived.append(text.tokenizer.encode(prompt, **given))
+        return 200, "4"
+
+    async def ask(url):
+        server = ServerConfig(url=url, model="m", api="completions")
+        policy = ServerPolicy(server, template, Decoding(0.6, 0.95, 8))
+        await policy.respond("find a", 0)
+        await policy.close()
+
+    with FakeServer(encode) as server:
+        asyncio.run(ask(server.url))
+    assert arrived == [text.encode("find a")]
+    assert arrived[0][0] == number and arrived[0].count(number) == 1
 
 
 def test_b23_a_tokenizer_that_adds_nothing_takes_the_text_as_it_is(tmp_path):
