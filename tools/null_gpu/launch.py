@@ -40,8 +40,10 @@ ON_HOST = {
     # Only NCCL moves data between GPUs; samplers are torch's.
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    # vLLM is imported once for all processes of an engine: most of the time of a small one.
+    # vLLM is imported once for all processes of an engine: most of the time of a small one. No
+    # process may ask the CUDA runtime for GPUs before.
     "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 """Variables of processes in which kernels compute on the host."""
 

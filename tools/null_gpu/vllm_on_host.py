@@ -197,9 +197,13 @@ def moe_align_block_size(
 
 @_kernel("_moe_C::moe_sum")
 def moe_sum(x, result, topk_ids=None, expert_map=None) -> None:
-    """Add the outputs (tokens, experts, size) of each token's experts."""
-    assert topk_ids is None
-    result.copy_(x.float().sum(1))
+    """Add the outputs (tokens, experts, size) of each token's experts, where given only of those
+    that `expert_map` gives a place on this rank: nothing has written the others'."""
+    summed = x.float()
+    if topk_ids is not None and expert_map is not None:
+        elsewhere = expert_map[topk_ids.long()] < 0
+        summed = summed.masked_fill(elsewhere[..., None], 0)
+    result.copy_(summed.sum(1))
 
 
 @_kernel("_C_cache_ops::cp_gather_cache")
