@@ -259,7 +259,7 @@ class LinkPlanner:
         for index, tables in enumerate(offers.tables):
             names = [name for name, (offered, _) in offers.sets.items() if offered == index]
             try:
-                needs = ReceiverLayout(self.hf, engine_layout, tables)
+                needs = ReceiverLayout(tables)
                 planner = Planner(self.hf, self.grid, engine_layout, self.stages, needs)
                 ends = list(accumulate(len(rendezvous[name]) for name in names))
                 sets = [range(*edges) for edges in pairwise([0, *ends])]

@@ -32,6 +32,7 @@ from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.weight_bridge.bridge import Prober, WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
 from megatron_r1.weight_sync import link_planner
+from megatron_r1.weight_sync.plan import EngineLayout
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.receiver_layout import ReceiverLayout
 from megatron_r1.weights import hf_tensors
@@ -139,7 +140,7 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
                 # So that every trainer finds other weights than its own.
                 await FileBridge(known, fleet, layout=layout, **push).push(before)
                 assert await checksums(fleet) != expected
-                assert_predicted(known, found[0])
+                assert_predicted(known, EngineLayout(**layout), found[0])
                 metrics = await push_from(trained, known, parallel, fleet, layout, push)
                 assert await checksums(fleet) == expected, parallel
                 assert metrics["push/probe_diff"] < TOLERANCE
@@ -185,12 +186,8 @@ def recorded_layouts(monkeypatch) -> list[ReceiverLayout]:
     return found
 
 
-def assert_predicted(hf, found):
+def assert_predicted(hf, layout, found):
     """What every rank of a real engine needs is what is planned without one."""
-    predicted = PredictedLayout(hf, found.layout)
-    for rank in range(found.layout.num_ranks):
-        at = found.layout.coordinate(rank)
-        planned = {tensor.name: region for tensor, region in predicted.needed(at)}
-        needed = {name: regions[at] for name, regions in found._regions.items() if at in regions}
-        differing = {n for n in planned.keys() | needed if planned.get(n) != needed.get(n)}
-        assert not differing, [(n, planned.get(n), needed.get(n)) for n in sorted(differing)[:5]]
+    planned, needed = PredictedLayout(hf, layout).regions, found.regions
+    differing = {n for n in planned.keys() | needed if planned.get(n) != needed.get(n)}
+    assert not differing, [(n, planned.get(n), needed.get(n)) for n in sorted(differing)[:5]]

@@ -173,15 +173,12 @@ def num_links(plans: Iterable[Plan], world: int) -> list[int]:
 
 def held_parts(planner: Planner, count_bytes: CountBytes) -> list[HeldParts]:
     """Return what the rank at each position of an engine needs."""
-    engines = planner.engines
-    found: list[HeldParts] = [{} for _ in range(engines.ranks_per_engine)]
-    for item, replicas, needed in planner.shared_holdings():
-        sizes: dict[Region, int] = {}
-        for coordinate, region in needed:
-            if region not in sizes:
-                sizes[region] = count_bytes(item.name, item.rule.dtype, region)
-            part = Part(item, region, sizes[region])
-            found[engines.rank(coordinate)].setdefault(replicas, []).append(part)
+    found: list[HeldParts] = [{} for _ in range(planner.engines.ranks_per_engine)]
+    for item, replicas, needed in planner.sent_regions():
+        for region, ranks in needed:
+            part = Part(item, region, count_bytes(item.name, item.rule.dtype, region))
+            for rank in ranks:
+                found[rank].setdefault(replicas, []).append(part)
     return found
 
 

@@ -11,8 +11,8 @@ each split of `weights.rules` has a counterpart here. vLLM 0.32's classes:
 
 Routed experts are FusedMoE's."""
 
-from collections.abc import Hashable, Iterator
-from itertools import product
+from collections.abc import Iterator
+from functools import cached_property
 from typing import NoReturn
 
 from megatron_r1.engine.limits import padded_vocabulary
@@ -59,7 +59,6 @@ class PredictedLayout:
         if drafts:
             start, end = self._stage_layers[-1].start, len(self.table.layers + self.table.mtp)
             self._stage_layers[-1] = range(start, end)
-        self._stage_of_layer = [s for s, layers in enumerate(self._stage_layers) for _ in layers]
         on_last_stage = is_tied(self.table) or drafts
         self._embedding_stages = sorted({0, layout.pipeline - 1} if on_last_stage else {0})
         self._end_stages = [layout.pipeline - 1]
@@ -70,13 +69,6 @@ class PredictedLayout:
         splits_tokens = layout.expert_parallel and layout.tensor > 1 and layout.data > 1
         self.whole_shared = splits_tokens and family.whole_shared
         self._num_expert_ranks = layout.data * layout.tensor
-        expert_ranks = range(self._num_expert_ranks)
-        self._rank_of_expert = [rank for rank in expert_ranks for _ in self._experts_on(rank)]
-        within_stage = list(product(range(layout.data), range(layout.tensor)))
-        self._stage_coordinates = [
-            [Coordinate(stage, *ranks) for ranks in within_stage]
-            for stage in range(layout.pipeline)
-        ]
 
     def tensors(self, coordinate: Coordinate) -> Iterator[HFTensor]:
         """Yield the tensors of which the rank at `coordinate` needs a part, in checkpoint order."""
@@ -99,29 +91,14 @@ class PredictedLayout:
             if region is not None:
                 yield tensor, region
 
-    def coordinates(self, tensor: HFTensor) -> list[Coordinate]:
-        """Return the coordinates that need a part of `tensor`, in a fixed order."""
-        if tensor.layer is not None:
-            stages = self._stage_of_layer[tensor.layer : tensor.layer + 1]
-            if not stages:  # of a drafter that the engine does not have
-                return []
-        elif tensor.part == "embedding":
-            stages = self._embedding_stages
-        else:
-            stages = self._end_stages
-        if tensor.expert is not None and self.layout.expert_parallel:
-            return [self._stage_coordinates[stages[0]][self._rank_of_expert[tensor.expert]]]
-        return [place for stage in stages for place in self._stage_coordinates[stage]]
-
-    def cache_key(self, tensor: HFTensor) -> Hashable | None:
-        """Return a key that is equal for tensors with the same coordinates and regions, which are
-        the tensors of one rule in the layers of one engine stage; None where too few tensors share
-        a key for a cache to help."""
-        if tensor.expert is not None and self.layout.expert_parallel:
-            return None
-        if tensor.layer is not None and tensor.layer >= len(self._stage_of_layer):
-            return None
-        return id(tensor.rule), tensor.source, self.coordinates(tensor)[0].pipeline
+    @cached_property
+    def regions(self) -> dict[str, dict[Region, list[int]]]:
+        """What the ranks of one engine need: HF name -> region -> the ranks that need it."""
+        found: dict[str, dict[Region, list[int]]] = {}
+        for rank in range(self.layout.ranks_per_engine):
+            for tensor, region in self.needed(self.layout.coordinate(rank)):
+                found.setdefault(tensor.name, {}).setdefault(region, []).append(rank)
+        return found
 
     def region(self, tensor: HFTensor, coordinate: Coordinate) -> Region | None:
         """Return the region of `tensor` that the rank at `coordinate` needs, or None."""

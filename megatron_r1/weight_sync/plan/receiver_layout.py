@@ -1,14 +1,11 @@
 """The part of every Hugging Face tensor that each rank of a vLLM engine needs, from its ranks'
 tables (`PredictedLayout` gives the same without an engine)."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
-from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout
-from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, first_cut, scale_region
+from megatron_r1.weight_sync.plan.tensors import Region, first_cut, scale_region
 from megatron_r1.weight_sync.table import Delivery, SlotTable, dtype_of
-from megatron_r1.weights.decoder import table
 from megatron_r1.weights.rules import Shape
 from megatron_r1.weights.stored.fp8 import BLOCK, STORED, scale_name
 
@@ -17,34 +14,23 @@ Encoding = Literal["plain", "codes", "scales"]
 
 
 class ReceiverLayout:
-    """The regions that the ranks of one engine of `layout` need of the model `hf` describes.
+    """The regions that the ranks of one engine need.
 
     tables: one per rank of the engine. Raises ValueError for a table that has a tensor twice, which
     no model here needs."""
 
-    def __init__(self, hf: dict, layout: EngineLayout, tables: Sequence[SlotTable]):
-        self.layout, self.table, self._tables = layout, table(hf), tables
-        self._regions: dict[str, dict[Coordinate, Region]] = defaultdict(dict)
+    def __init__(self, tables: Sequence[SlotTable]):
+        self._tables = tables
+        self.regions: dict[str, dict[Region, list[int]]] = {}
+        """HF name -> region -> the ranks that need it."""
         self._slots: dict[tuple[int, str], int] = {}
-        for rank, rank_table in enumerate(tables):
-            coordinate = layout.coordinate(rank)
-            for index, slot in enumerate(rank_table.slots):
-                if coordinate in self._regions[slot.name]:
+        for rank, of_rank in enumerate(tables):
+            for index, slot in enumerate(of_rank.slots):
+                if (rank, slot.name) in self._slots:
                     raise ValueError(f"engine rank {rank} has two slots for {slot.name}")
                 region = Region(slot.top, slot.bottom, slot.left, slot.right)
-                self._regions[slot.name][coordinate] = region
+                self.regions.setdefault(slot.name, {}).setdefault(region, []).append(rank)
                 self._slots[rank, slot.name] = index
-
-    def coordinates(self, tensor: HFTensor) -> list[Coordinate]:
-        """Return the coordinates that need a part of `tensor`, in a fixed order."""
-        return sorted(self._regions.get(tensor.name, ()))
-
-    def region(self, tensor: HFTensor, coordinate: Coordinate) -> Region | None:
-        """Return the region of `tensor` that the rank at `coordinate` needs, or None."""
-        return self._regions[tensor.name].get(coordinate)
-
-    def cache_key(self, tensor: HFTensor) -> None:
-        """Return None: each tensor has its own entries in the tables."""
 
     def deliveries(
         self, rank: int, name: str, shape: Shape, region: Region
@@ -74,9 +60,10 @@ class ReceiverLayout:
         ]
 
     def _delivery(self, rank: int, name: str, region: Region) -> Delivery:
-        slot = self._regions[name][self.layout.coordinate(rank)]
+        index = self._slots[rank, name]
+        slot = self._tables[rank].slots[index]
         return Delivery(
-            slot=self._slots[rank, name],
+            slot=index,
             top=region.top - slot.top,
             bottom=region.bottom - slot.top,
             left=region.left - slot.left,

@@ -242,8 +242,8 @@ def link_all_pairs(module):
     """Every slice comes from the least busy of the ranks that hold it: nearly all are linked."""
     upstream = module.entries
 
-    def entries(planner, num_bytes, sets, sent, largest, shared):
-        return upstream(planner, num_bytes, sets, sent, 1e-9, shared)
+    def entries(planner, num_bytes, sets, sent, largest):
+        return upstream(planner, num_bytes, sets, sent, 1e-9)
 
     module.entries = entries
 
