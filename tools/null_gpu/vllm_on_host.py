@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from host_compute import drain, on_host
 
+BATCHED_TOKENS = 512
 KERNELS: dict[str, Callable] = {}
 """Name of an operator → the function on CPU tensors that takes its place."""
 
@@ -27,8 +28,10 @@ def _kernel(name: str) -> Callable[[Callable], Callable]:
 
 def configure(arguments) -> None:
     """Leave out of vLLM's arguments what only a GPU has: graphs, kernels that are timed to choose
-    among them, and all-reduces by a kernel that writes into peers' memory."""
+    among them, and all-reduces by a kernel that writes into peers' memory. And let the batch that
+    it measures memory with be small: a host computes it for a minute."""
     arguments.enforce_eager = True
+    arguments.max_num_batched_tokens = arguments.max_num_batched_tokens or BATCHED_TOKENS
     arguments.enable_flashinfer_autotune = False
     arguments.disable_custom_all_reduce = True
 

@@ -79,6 +79,11 @@ def _no_flashinfer(module) -> None:
     module.has_flashinfer = lambda: False
 
 
+def _no_cutlass(module) -> None:
+    """The router's product is cuBLAS's: the other is compiled for a minute."""
+    module.is_available = lambda: False
+
+
 CHANGES: dict[str, Callable] = {
     "torch": _torch,
     "triton.runtime.interpreter": _interpreter,
@@ -86,6 +91,7 @@ CHANGES: dict[str, Callable] = {
     "megatron.core.extensions.transformer_engine_spec_provider": _layers,
     "r1_kernels.registry": _our_kernels,
     "vllm.engine.arg_utils": _vllm_arguments,
+    "vllm.model_executor.kernels.linear.cute_dsl.ll_bf16": _no_cutlass,
     "vllm.model_executor.layers.fused_moe.fused_moe": _vllm_experts,
     "vllm.platforms": _vllm_operators,
     "vllm.utils.flashinfer": _no_flashinfer,
