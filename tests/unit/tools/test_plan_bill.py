@@ -11,15 +11,16 @@ from tools.plan.command import main
 from tools.plan.job import PlannedJob
 
 
-def test_a_larger_share_of_the_gpu_is_the_remedy_where_the_trainer_leaves_it(capsys):
-    fewer = ["--gpus", "512", "--rollout.engines", "4", "--rl.schedule", "[]"]
-    assert main([str(RECIPE), *fewer, "--rollout.gpu_memory", "0.5"]) == 1
-    remedy = re.search(
-        r"cache, which has .*: set (rollout.gpu_memory) to (0\.\d+), or", capsys.readouterr().out
-    )
-    assert main([str(RECIPE), *fewer, f"--{remedy[1]}", remedy[2]]) == 0
-    less = f"{float(remedy[2]) - 0.01:.2f}"
-    assert main([str(RECIPE), *fewer, f"--{remedy[1]}", less]) == 1
+def test_a_larger_share_of_the_gpu_is_the_remedy_where_the_trainer_leaves_it():
+    def problems(share: str) -> list[str]:
+        fewer = {"rollout.engines": 4, "rl.schedule": [], "rollout.gpu_memory": share}
+        config = configuration.load(RECIPE, fewer)
+        return Bill(PlannedJob(V3, config, 512, HARDWARE["H800"])).problems()
+
+    pattern = r"cache, which has .*: set rollout.gpu_memory to (0\.\d+), or"
+    remedy = re.search(pattern, "\n".join(problems("0.5")))[1]
+    assert problems(remedy) == []
+    assert problems(f"{float(remedy) - 0.01:.2f}") != []
 
 
 def test_the_real_recipe_fits_and_leaves_room_for_65536_tokens():
