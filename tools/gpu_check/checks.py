@@ -9,17 +9,23 @@ PYTEST = (
 )
 # Where only torch and Triton are installed, the conftest files do not import.
 ALONE = (*PYTEST, "--noconftest", "-c", "/dev/null", "--rootdir", ".")
-BENCH_MINUTES = 2.0
+BENCH_MINUTES = 1.5
+
+PARTS = ("one", "several")
+"""Of the checks: those of one GPU, and those of two or more."""
 
 
 @dataclass(frozen=True)
 class Check:
     """One command that succeeds or fails.
 
-    arguments: of python, from the repository's root; {out}: the folder of results. needs: modules
-    without which it is skipped. seconds: its limit. settles: the lines of docs/gpu-checklist.md
-    that it settles, by a phrase of theirs. interpreted: arguments instead, where Triton's
-    interpreter runs on a CPU; none: not run there. num_gpus: how many it needs."""
+    arguments: of python, from the repository's root; {out}: the folder of results. seconds: its
+    limit. needs: modules without which it is not possible. settles: the lines of
+    docs/gpu-checklist.md that it settles, by a phrase of theirs. interpreted: arguments instead,
+    where Triton's interpreter runs on a CPU; none: not run there. num_gpus: how many it needs.
+
+    A program of tools/gpu_check prints its verdict (`verdict`); of others the status is the
+    verdict."""
 
     name: str
     arguments: tuple[str, ...]
@@ -34,11 +40,67 @@ class Check:
         """The command as it is typed in the repository's root."""
         return " ".join(("python", *self.arguments))
 
+    @property
+    def part(self) -> str:
+        """The part that it belongs to."""
+        return PARTS[self.num_gpus > 1]
 
-ENGINE = ("vllm", "pydantic", "blake3", "zmq", "megatron.core")
+
 TRAINER = ("transformer_engine", "megatron.core", "pydantic", "blake3", "zmq")
+ENGINE = (*TRAINER, "vllm")
+
+
+def _program(name: str, *arguments: str) -> tuple[str, ...]:
+    return ("-m", f"tools.gpu_check.{name}", *arguments)
+
+
+def _layers(name: str, case: str, seconds: float, num_gpus: int, settles: str) -> Check:
+    arguments = _program("layers", case, "{out}")
+    return Check(name, arguments, seconds, TRAINER, (settles,), num_gpus=num_gpus)
+
+
+FP8_AND_IPC = (
+    *("tests/gpu/test_fp8_engine.py", "tests/gpu/test_push_fp8_gpu.py"),
+    "tests/gpu/test_push_cuda_ipc.py",
+)
+BENCH = "`pip install -r requirements/bench.txt && python tools/bench kernels"
 
 CHECKS = (
+    _layers(
+        "bf16, latent attention, packed batches",
+        *("one", 120, 1, "bf16 and latent attention on packed batches"),
+    ),
+    Check(
+        "the recipe: sleep, push, wake",
+        _program("recipe", "recipe", "{out}"),
+        240,
+        needs=ENGINE,
+        settles=("`rollout.colocated`:", "logprob_diff/mean (about 0.01 expected)"),
+    ),
+    Check(
+        "an FP8 engine, pushed to over CUDA IPC",
+        _program("recipe", "fp8", "{out}"),
+        200,
+        needs=ENGINE,
+        settles=("The push over `push.transport: cuda_ipc`", "`push.fp8: true` in an RL run"),
+    ),
+    _layers(
+        "an FP8 step",
+        "fp8",
+        100,
+        1,
+        "a DeepSeek-shaped model in bf16 and with `fp8: {recipe: blockwise}`",
+    ),
+    Check(
+        "FP8 products and writes over CUDA IPC, against the CPU",
+        (*PYTEST, *FP8_AND_IPC),
+        90,
+        needs=("pytest", *TRAINER),
+        settles=(
+            "`pytest tests/gpu/test_fp8_engine.py` on Hopper",
+            "FP8 pushes: `pytest tests/gpu/test_push_fp8_gpu.py`",
+        ),
+    ),
     Check(
         "kernels against fp64",
         (*ALONE, "tests/gpu/test_kernels.py"),
@@ -48,23 +110,21 @@ CHECKS = (
     ),
     Check(
         "kernels beside their peers",
-        (
-            *("tools/bench", "kernels", "--minutes", str(BENCH_MINUTES)),
-            *("--json", "{out}/kernels.json"),
+        _program(
+            *("kernel_times", "{out}/kernels.json", "--minutes", str(BENCH_MINUTES)),
         ),
         60 * BENCH_MINUTES + 60,
         needs=("triton", "numpy", "xxhash"),
-        settles=("`pip install -r requirements/bench.txt && python tools/bench kernels",),
+        settles=(BENCH,),
     ),
     Check(
         "a rank's share of the vocabulary",
-        (
-            *("tools/bench", "kernels", "--preset", "shard", "--minutes", "1"),
-            *("--json", "{out}/kernels-shard.json"),
+        _program(
+            *("kernel_times", "{out}/kernels-shard.json", "--preset", "shard", "--minutes", "1"),
         ),
         100,
         needs=("triton", "numpy", "xxhash"),
-        settles=("`pip install -r requirements/bench.txt && python tools/bench kernels",),
+        settles=(BENCH,),
     ),
     Check(
         "the driver's answer and torch's",
@@ -74,12 +134,28 @@ CHECKS = (
         settles=("`pytest tests/unit/engine/test_gpu.py`",),
     ),
     Check(
-        "FP8 against the emulation",
-        (*PYTEST, "tests/gpu/test_fp8_engine.py"),
-        90,
-        needs=("pytest", *TRAINER),
-        settles=("`pytest tests/gpu/test_fp8_engine.py` on Hopper",),
+        "a push over NCCL, and an engine killed in it",
+        _program("nccl_push"),
+        180,
+        needs=("pydantic", "zmq", "blake3", "megatron.core"),
+        settles=("The push over `push.transport: nccl`",),
+        num_gpus=2,
     ),
+    Check(
+        "the recipe: expert-parallel engines, NCCL",
+        _program("recipe", "recipe", "{out}"),
+        270,
+        needs=ENGINE,
+        settles=("Engines with ranks inside:",),
+        num_gpus=2,
+    ),
+    _layers(
+        "context parallelism, latent attention",
+        *("context", 100, 2, "Context parallelism with Transformer Engine's attention"),
+    ),
+    _layers("tensor x expert", "experts", 100, 2, "2 GPUs: TP 2, EP 2, PP 2"),
+    _layers("tensor x expert x pipeline", "grid", 120, 4, "2 GPUs: TP 2, EP 2, PP 2"),
+    _layers("all axes", "whole", 120, 8, "2 GPUs: TP 2, EP 2, PP 2"),
     Check(
         "trainer and checkpoints",
         (*PYTEST, "tests/parallel/test_trainer.py", "tests/parallel/test_checkpoints.py"),
@@ -90,19 +166,5 @@ CHECKS = (
             "`tests/parallel/test_checkpoints.py` on NCCL",
         ),
         num_gpus=2,
-    ),
-    Check(
-        "pushes over CUDA IPC",
-        (*PYTEST, "tests/gpu/test_push_cuda_ipc.py", "tests/gpu/test_push_fp8_gpu.py"),
-        120,
-        needs=("pytest", *ENGINE),
-        settles=("The push over `push.transport: cuda_ipc`", "FP8 pushes: `pytest tests/gpu"),
-    ),
-    Check(
-        "an engine and a push",
-        (*PYTEST, "tests/system/test_engine.py", "tests/system/test_push.py", "-m", "not slow"),
-        240,
-        needs=("pytest", *ENGINE),
-        settles=("`pytest tests/system` with a CUDA vLLM",),
     ),
 )

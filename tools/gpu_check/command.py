@@ -1,8 +1,10 @@
 """`python tools/gpu_check`: the checks of docs/gpu-checklist.md on a machine with a GPU.
 
-It needs no network. Checks whose modules are not installed are skipped, by name; torch, Triton,
-pytest, numpy and xxhash are enough for the kernels' part. Results, a page and the output of each
-check are written to --out after every check. Status 1: a check failed."""
+They come in two parts, of one GPU and of two or more, of nine minutes each, ordered by the damage
+of a failure: the flagship recipe's own way in miniature first. It needs no network. A check whose
+modules are not installed is not possible, and says so; torch, Triton, pytest, numpy and xxhash are
+enough for the kernels. Results, a page and the output of each check are written to --out after
+every check. Status 1: a check failed."""
 
 import argparse
 import datetime
@@ -19,8 +21,8 @@ from typing import Any
 from megatron_r1.files import atomic_write
 from tools.bench import machine
 from tools.bench.children import ROOT
-from tools.gpu_check import runner
-from tools.gpu_check.checks import CHECKS, Check
+from tools.gpu_check import runner, verdict
+from tools.gpu_check.checks import CHECKS, PARTS, Check
 
 PACKAGES = (
     *("torch", "triton", "transformer-engine", "megatron-core", "vllm", "flash-attn", "numpy"),
@@ -31,8 +33,8 @@ NULL_GPU = "(null)"
 """A part of the name of the null GPU's devices (tools/null_gpu/shim/null_gpu.h)."""
 
 ON_NULL_GPU = (
-    "**This is the null GPU of tools/null_gpu**: kernels do not run, so times are meaningless, "
-    "results are wrong, and nothing is settled."
+    "**This is the null GPU of tools/null_gpu**: kernels do not run, or compute on the host, so "
+    "times are meaningless, and nothing is settled."
 )
 
 
@@ -50,7 +52,7 @@ def main() -> int:
             "no GPU: torch.cuda.device_count() is 0. Run this where one is, or add --interpret, "
             "which runs the kernels' part in Triton's interpreter"
         )
-    checks = _selected(chosen.only, chosen.interpret)
+    checks = _selected(chosen.only, chosen.interpret, chosen.part)
     about = {
         "command": " ".join(["python tools/gpu_check", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
@@ -61,17 +63,36 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     print(json.dumps(about, indent=1), flush=True)
     outcomes: list[runner.CheckOutcome] = []
-    deadline = time.time() + 60 * chosen.minutes
-    for outcome in runner.run_all(checks, out, deadline, num_gpus):
-        outcomes.append(outcome)
-        print(f"{outcome.status:8} {outcome.seconds:6.1f} s  {outcome.check.name}", flush=True)
-        if outcome.status != "passed":
-            print("\n".join(f"    {line}" for line in outcome.tail), flush=True)
-        results = {**about, "checks": [each.as_json() for each in outcomes]}
-        atomic_write(out / "gpu_check.json", json.dumps(results, indent=1) + "\n")
-        atomic_write(out / "gpu_check.md", page(about, outcomes))
+    for part in PARTS:
+        deadline = time.time() + 60 * chosen.minutes
+        own = [check for check in checks if check.part == part]
+        for outcome in runner.run_all(own, out, deadline, num_gpus):
+            outcomes.append(outcome)
+            _show(outcome)
+            results = {**about, "checks": [each.as_json() for each in outcomes]}
+            atomic_write(out / "gpu_check.json", json.dumps(results, indent=1) + "\n")
+            atomic_write(out / "gpu_check.md", page(about, outcomes))
     print(f"results: {out}/gpu_check.md")
-    return int(any(outcome.status == "failed" for outcome in outcomes))
+    return int(any(outcome.status == verdict.FAILED for outcome in outcomes))
+
+
+def _show(outcome: runner.CheckOutcome) -> None:
+    why = f": {outcome.reason}" if outcome.reason else ""
+    print(f"{outcome.status:8} {outcome.seconds:6.1f} s  {outcome.check.name}{why}", flush=True)
+    if figures := _figures(outcome):
+        print(f"    {figures}", flush=True)
+    if outcome.status == verdict.FAILED:
+        print("\n".join(f"    {line}" for line in outcome.tail), flush=True)
+
+
+def _figures(outcome: runner.CheckOutcome) -> str:
+    """Return the figures of a check in one line."""
+    shown = (
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in outcome.figures.items()
+        if value not in (None, "")
+    )
+    return "; ".join(shown)
 
 
 def _arguments() -> argparse.Namespace:
@@ -81,7 +102,8 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_check")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of all checks together")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of all checks of a part")
+    parser.add_argument("--part", choices=PARTS, help="of one GPU or of several; default: both")
     parser.add_argument(
         "--only",
         action="append",
@@ -96,12 +118,13 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _selected(only: list[str] | None, interpret: bool) -> list[Check]:
+def _selected(only: list[str] | None, interpret: bool, part: str | None) -> list[Check]:
     names = [check.name for check in CHECKS]
     for name in only or []:
         if not any(known.startswith(name) for known in names):
             sys.exit(f"--only {name}: the checks are {', '.join(names)}")
     found = [c for c in CHECKS if not only or any(c.name.startswith(name) for name in only)]
+    found = [check for check in found if part in (None, check.part)]
     if not interpret:
         return found
     return [
@@ -155,20 +178,20 @@ def page(about: dict[str, Any], outcomes: Sequence[runner.CheckOutcome]) -> str:
         versions + ".",
         "",
         *([ON_NULL_GPU, ""] if is_null else []),
-        "| check | result | seconds | settles in docs/gpu-checklist.md |",
-        "|---|---|---:|---|",
+        "| check | result | seconds | settles in docs/gpu-checklist.md | figures |",
+        "|---|---|---:|---|---|",
     ]
     for outcome in outcomes:
-        result = outcome.status
-        if outcome.status in ("skipped", "no time"):
-            result += f": {outcome.tail[-1]}" if outcome.tail else ""
-        settles = (
-            "; ".join(outcome.check.settles) if outcome.status == "passed" and not is_null else ""
+        result = outcome.status + (f": {outcome.reason}" if outcome.reason else "")
+        is_settled = outcome.status == verdict.PASSED and not is_null
+        cells = (
+            *(outcome.check.name, result, f"{outcome.seconds:.0f}"),
+            *("; ".join(outcome.check.settles) if is_settled else "", _figures(outcome)),
         )
-        lines.append(f"| {outcome.check.name} | {result} | {outcome.seconds:.0f} | {settles} |")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     for outcome in outcomes:
-        if outcome.status == "failed":
+        if outcome.status == verdict.FAILED:
             check = outcome.check
-            lines += ["", f"## Failed: {check.name}", "", f"`{check.command}`", "", "```"]
-            lines += [*outcome.tail, "```"]
+            lines += ["", f"## Failed: {check.name}", "", outcome.reason, ""]
+            lines += [f"`{check.command}`", "", "```", *outcome.tail, "```"]
     return "\n".join(lines) + "\n"

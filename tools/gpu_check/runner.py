@@ -1,33 +1,43 @@
 """Runs checks one after the other, each in a process of its own, within the time there is."""
 
+import contextlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tools.bench.children import ROOT, environment
+from tools.gpu_check import verdict
 from tools.gpu_check.checks import Check
 
 SHORTEST_SECONDS = 20.0
 """A check is not begun with less time than this."""
+GRACE_SECONDS = 20.0
+"""How long a check whose time is over may take to stop what it has started."""
 TAIL_LINES = 25
+NO_TIME = "no time"
+NOISE = ("nanobind: ", " - leaked ", " - ... skipped remainder", "See https://nanobind")
+"""Beginnings of lines that Triton's libraries print when Python ends."""
 
 
 @dataclass
 class CheckOutcome:
-    """The outcome of a check. status: passed, failed, skipped or no time. tail: the end of its
-    output, or why it did not run."""
+    """The outcome of a check. status: `verdict.PASSED`, `FAILED`, `IMPOSSIBLE` or `NO_TIME`.
+    reason: of each but the first. tail: the end of its output. figures: what it has measured."""
 
     check: Check
     status: str
     seconds: float
-    tail: list[str]
+    reason: str = ""
+    tail: list[str] = field(default_factory=list)
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return the outcome with the command as it is typed."""
@@ -36,7 +46,9 @@ class CheckOutcome:
             "command": self.check.command,
             "settles": self.check.settles,
             "status": self.status,
+            "reason": self.reason,
             "seconds": round(self.seconds, 1),
+            "figures": self.figures,
             "tail": self.tail,
         }
 
@@ -49,11 +61,13 @@ def run_all(
         missing = [name for name in check.needs if not _is_installed(name)]
         left = deadline - time.time()
         if missing:
-            yield CheckOutcome(check, "skipped", 0.0, [f"not installed: {', '.join(missing)}"])
+            why = f"not installed: {', '.join(missing)}"
+            yield CheckOutcome(check, verdict.IMPOSSIBLE, 0.0, why)
         elif num_gpus < check.num_gpus:
-            yield CheckOutcome(check, "skipped", 0.0, [f"it needs {check.num_gpus} GPUs"])
+            why = f"it needs {check.num_gpus} GPUs; there: {num_gpus}"
+            yield CheckOutcome(check, verdict.IMPOSSIBLE, 0.0, why)
         elif left < SHORTEST_SECONDS:
-            yield CheckOutcome(check, "no time", 0.0, ["raise --minutes, or choose it by --only"])
+            yield CheckOutcome(check, NO_TIME, 0.0, "raise --minutes, or choose it by --only")
         else:
             yield _run(check, out, min(check.seconds, left))
 
@@ -81,18 +95,39 @@ def _run(check: Check, out: Path, seconds: float) -> CheckOutcome:
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             code = None
-    lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-    if code is None:
-        lines.append(f"stopped after {seconds:.0f} s")
-    return CheckOutcome(check, _verdict(code, lines), time.time() - began, lines)
+            _stop(process)
+    lines = log.read_text(errors="replace").splitlines()
+    status, reason, figures = _verdict(code, lines)
+    if code is None and status != verdict.PASSED:
+        is_cut = seconds < check.seconds
+        status = NO_TIME if is_cut else verdict.FAILED
+        reason = f"stopped after {seconds:.0f} s{', when the time of all was over' * is_cut}"
+    shown = [line for line in lines if not line.startswith((verdict.MARK, *NOISE))]
+    return CheckOutcome(check, status, time.time() - began, reason, shown[-TAIL_LINES:], figures)
 
 
-def _verdict(code: int | None, lines: list[str]) -> str:
-    """Return "passed" where something ran: pytest also ends with 0 if all tests were skipped."""
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a check, which stops what it has started, in sessions of their own too."""
+    os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _verdict(code: int | None, lines: list[str]) -> verdict.Verdict:
+    """Return what a check said, or else what pytest did, which also ends with 0 if all tests were
+    skipped: passed is where something ran."""
+    if said := verdict.read(lines):
+        is_consistent = (code == 0) == (said.status != verdict.FAILED)
+        return said if is_consistent else said._replace(status=verdict.FAILED)
+    summaries = [line for line in lines if re.search(r"\d+ (passed|skipped|failed|error)", line)]
+    last = summaries[-1] if summaries else ""
     if code != 0:
-        return "failed"
-    last = lines[-1] if lines else ""
-    return "skipped" if "skipped" in last and "passed" not in last else "passed"
+        return verdict.Verdict(verdict.FAILED, last.strip("= ") or f"it ended with status {code}")
+    if "skipped" in last and "passed" not in last:
+        why = [line for line in lines if line.startswith("SKIPPED")]
+        return verdict.Verdict(verdict.IMPOSSIBLE, (why or [last])[-1].strip("= "))
+    return verdict.Verdict(verdict.PASSED, figures={"tests": last.strip("= ")} if last else {})

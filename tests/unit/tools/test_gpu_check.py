@@ -1,6 +1,8 @@
 """tools/gpu_check: what passes, fails and is skipped is reported so, and its commands exist."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,11 +11,13 @@ from pathlib import Path
 import pytest
 from waiting import PATIENT
 
-from tools.gpu_check import runner
-from tools.gpu_check.checks import ALONE, CHECKS, Check
+from tools.gpu_check import kernel_times, layers, nccl_push, recipe, runner, verdict
+from tools.gpu_check.checks import ALONE, CHECKS, PARTS, Check
 from tools.gpu_check.command import page
 
 ROOT = Path(__file__).parents[3]
+HERE = Path(__file__).parent
+IMPOSSIBLE = verdict.IMPOSSIBLE
 
 
 def outcomes(tmp_path, *checks, minutes=PATIENT / 60, num_gpus=1):
@@ -25,27 +29,88 @@ def python(code, **options):
     return Check("a check", ("-c", code), **options)
 
 
+def says(status, **more):
+    line = verdict.MARK + json.dumps({"status": status, "reason": "", "figures": {}} | more)
+    # The runner fills {out} into arguments.
+    return python(
+        f"print({line!r}); raise SystemExit({status == 'failed'})".replace("{", "{{").replace(
+            "}", "}}"
+        )
+    )
+
+
 @pytest.mark.parametrize(
     ("check", "status", "words"),
     [
-        (python("print('3 passed in 1 s')"), "passed", "3 passed"),
-        (python("print('1 passed, 2 skipped')"), "passed", "2 skipped"),
-        (python("print('2 skipped in 1 s')"), "skipped", "2 skipped"),
-        (python("import sys; sys.exit('it is broken')"), "failed", "it is broken"),
+        (python("print('3 passed in 1 s')"), "passed", ""),
+        (python("print('1 passed, 2 skipped'); print('nanobind: leaked')"), "passed", ""),
+        (python("print('2 skipped in 1 s')"), IMPOSSIBLE, "2 skipped"),
+        (python("print('SKIPPED [1] no FP8 here'); print('1 skipped')"), IMPOSSIBLE, "no FP8 here"),
+        (python("import sys; sys.exit('it is broken')"), "failed", "status 1"),
         (python("import signal; signal.pause()", seconds=1), "failed", "stopped after 1 s"),
-        (python("", needs=("no_such_module",)), "skipped", "not installed: no_such_module"),
-        (python("", needs=("no_such.module",)), "skipped", "not installed: no_such.module"),
-        (python("", num_gpus=2), "skipped", "it needs 2 GPUs"),
+        (python("", needs=("no_such_module",)), IMPOSSIBLE, "not installed: no_such_module"),
+        (python("", needs=("no_such.module",)), IMPOSSIBLE, "not installed: no_such.module"),
+        (python("", num_gpus=2), IMPOSSIBLE, "it needs 2 GPUs"),
+        (says("passed", figures={"seconds": 3}), "passed", ""),
+        (says("failed", reason="the sum is wrong"), "failed", "the sum is wrong"),
+        (says(IMPOSSIBLE, reason="no FP8"), IMPOSSIBLE, "no FP8"),
     ],
 )
 def test_what_becomes_of_a_check(tmp_path, check, status, words):
     (outcome,) = outcomes(tmp_path, check)
-    assert outcome.status == status and words in outcome.tail[-1]
+    assert outcome.status == status and words in outcome.reason
+    assert bool(outcome.reason) == (status != "passed")
+
+
+PROGRAM = """
+import sys, time
+from tools.gpu_check import verdict
+
+def check():
+    BODY
+
+sys.exit(verdict.run(check))
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ("return dict(gap=0.5)", "passed", ""),
+        ("raise verdict.Failed('the gap is 2', gap=2)", "failed", "the gap is 2"),
+        ("raise verdict.Impossible('no FP8')", IMPOSSIBLE, "no FP8"),
+        ("print(1 / 0)", "failed", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_the_verdict_of_a_program(tmp_path, body, status, words):
+    (outcome,) = outcomes(tmp_path, python(PROGRAM.replace("BODY", body)))
+    assert outcome.status == status and words in outcome.reason
+    assert ("gap" in outcome.figures) == ("gap" in body)
+
+
+def test_a_program_whose_time_is_over_stops_what_it_has_started(tmp_path):
+    stopped = tmp_path / "stopped"
+    body = f"""
+    open({str(tmp_path / "began")!r}, "w")
+    try:
+        time.sleep(1000)
+    finally:
+        open({str(stopped)!r}, "w")
+    """
+    (outcome,) = outcomes(tmp_path, python(PROGRAM.replace("BODY", body), seconds=3))
+    assert outcome.status == "failed" and "stopped after 3 s" in outcome.reason
+    assert stopped.exists() or not (tmp_path / "began").exists()
+
+
+def test_a_check_that_the_time_of_all_cuts_has_not_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "SHORTEST_SECONDS", 0.5)
+    (outcome,) = outcomes(tmp_path, python("import signal; signal.pause()"), minutes=1 / 60)
+    assert outcome.status == runner.NO_TIME and "stopped" in outcome.reason
 
 
 def test_a_check_is_not_begun_too_late(tmp_path):
     (outcome,) = outcomes(tmp_path, python("print('ran')"), minutes=0)
-    assert outcome.status == "no time" and "--minutes" in outcome.tail[0]
+    assert outcome.status == "no time" and "--minutes" in outcome.reason
 
 
 def test_the_end_of_a_failed_test_s_output_names_it(tmp_path):
@@ -62,18 +127,127 @@ def test_the_page_names_what_is_settled_and_shows_what_failed(tmp_path):
     good, bad = python("", settles=("a line",)), python("raise SystemExit('broken')")
     about = {"command": "x", "date": "today", "gpus": ["H100"], "nvidia-smi": ["driver 1"]}
     about |= {"cuda": "13", "python": "3", "processor": "CPU", "versions": {"torch": "2"}}
-    text = page(about, outcomes(tmp_path, good, bad))
-    assert "| a check | passed | 0 | a line |" in text
+    text = page(about, outcomes(tmp_path, good, bad, says("passed", figures={"gap": 0.5})))
+    assert re.search(r"\| a check \| passed \| \d+ \| a line \|", text)
     assert "## Failed: a check" in text and "broken" in text
+    assert "| gap 0.5 |" in text
     assert "meaningless" not in text
     text = page(about | {"gpus": ["NVIDIA H100 (null)"]}, outcomes(tmp_path, good))
     assert "times are meaningless" in text and "a line" not in text
 
 
+STEPS = {"gap": 0.02, "moved": 0.5, "cosine": 0.94}
+TRAINED = {
+    "before": {**STEPS, "cosine": 0.0},
+    "update": {"grad_norm": 4.1},
+    "after": STEPS,
+    "parts": {"attention": "TEDotProductAttention (Transformer Engine)"},
+}
+LINE = {"grad_norm": 4.0, "logprob_diff/mean": 0.007, "push/probe_diff": 0.003}
+RUN = [LINE | {"step": step} for step in (1, 2)]
+PUSHES = {
+    **{"lost": [0] * 3, "others": [True] * 3, "trainer": True, "current": [True] * 2},
+    **{"sets": [2], "rounds": [13] * 3},
+}
+OURS = {"name": "r1_kernels", "median_seconds": 1e-3, "share_of_bound": 0.8, "not_run": ""}
+EAGER = OURS | {"name": kernel_times.EAGER, "errors": {"loss": 2e-6}}
+KERNEL = {"kernel": "policy_loss", "failed": "", "rows": [OURS | {"errors": {"loss": 1e-6}}, EAGER]}
+
+
+def trained(backend="FusedAttention", **parts):
+    found = {name: TRAINED[name] | parts.get(name, {}) for name in TRAINED}
+    return layers.judge(found, {"update": {"grad_norm": 4.0}}, backend)
+
+
+def ran(lines, *used):
+    memory = recipe.UsedMemory()
+    for each in used:
+        memory.note(each)
+    return recipe.judge(lines, 2, memory, 0.05)
+
+
+def timed(**changes):
+    return kernel_times.judge([KERNEL | changes])
+
+
+@pytest.mark.parametrize(
+    ("judge", "wrong", "words"),
+    [
+        (lambda: trained(), False, "cosine"),
+        (lambda: trained(before={"gap": 0.1}), True, "differ by 0.1 nats"),
+        (lambda: trained(before={"gap": float("nan")}), True, "differ by nan nats"),
+        (lambda: trained(update={"grad_norm": 3.7}), True, "norm is 3.7"),
+        (lambda: trained(after={"cosine": 0.2}), True, "cosine 0.2"),
+        (lambda: trained(backend=layers.UNFUSED), True, layers.UNFUSED),
+        (lambda: ran(RUN, 10, 60, 8, 60), False, "logprob_diff"),
+        (lambda: ran(RUN[:1], 60, 8), True, "steps [1]"),
+        (lambda: ran([RUN[0], RUN[1] | {"logprob_diff/mean": 0.8}], 60, 8), True, "differ by 0.8"),
+        (lambda: ran([RUN[0], RUN[1] | {"grad_norm": 0.0}], 60, 8), True, "norm is 0.0"),
+        (lambda: ran([RUN[0], {**RUN[1], "push/probe_diff": None}], 60, 8), True, "no probe"),
+        (lambda: ran(RUN, 10, 60, 58), True, "while they sleep"),
+        (lambda: nccl_push.judge(PUSHES), False, "rounds"),
+        (lambda: nccl_push.judge(PUSHES | {"lost": [0, 1, 0]}), True, "[0, 1, 0]"),
+        (lambda: nccl_push.judge(PUSHES | {"others": [True, False, True]}), True, "restarted"),
+        (lambda: nccl_push.judge(PUSHES | {"trainer": False}), True, "trainer rank"),
+        (lambda: nccl_push.judge(PUSHES | {"current": [True, False]}), True, "newest weights"),
+        (lambda: timed(), False, "policy_loss"),
+        (lambda: timed(failed="illegal memory access"), True, "illegal memory access"),
+        (lambda: timed(failed=kernel_times.TOO_LATE, rows=[]), True, "no kernel was measured"),
+        (lambda: timed(rows=[OURS | {"errors": {"loss": 1e-2}}, EAGER]), True, "error of loss"),
+        (lambda: timed(rows=[EAGER]), True, "no time was measured"),
+    ],
+)
+def test_a_subject_that_is_broken_is_judged_so(judge, wrong, words):
+    if not wrong:
+        assert any(words in name for name in judge())
+        return
+    with pytest.raises(verdict.Failed) as failed:
+        judge()
+    assert words in str(failed.value)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize(
+    ("command", "planted", "where", "words"),
+    [
+        (["layers", "one"], None, HERE, ""),
+        (["layers", "one"], "packing", HERE, "differ by"),
+        (["layers", "one"], "gradient", HERE, "cosine"),
+        (["layers", "fp8"], None, HERE, ""),
+        (["layers", "fp8"], "gradient", HERE, "cosine"),
+        (["layers", "context"], None, HERE, ""),
+        (["recipe", "recipe"], None, HERE, ""),
+        (["recipe", "recipe"], "undelivered", ROOT / "tests" / "system", "not what the engine"),
+        (["recipe", "fp8"], None, HERE, ""),
+    ],
+)
+def test_the_checks_themselves_without_a_gpu(tmp_path, command, planted, where, words):
+    """Where there is none, the same programs compute on the CPU, in the recipe's bf16."""
+    name, case = command
+    folder = where / ("planted_in_checks" if where == HERE else "planted")
+    variables = {"PYTHONPATH": f"{folder}:{ROOT}", "PLANTED": planted} if planted else {}
+    done = subprocess.run(
+        [sys.executable, "-m", f"tools.gpu_check.{name}", case, str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = verdict.read(done.stdout.splitlines())
+    assert said, done.stderr[-4000:]
+    assert (said.status, words in said.reason) == ("failed" if planted else "passed", True), said
+    assert done.returncode == (planted is not None)
+
+
 def test_every_check_is_of_files_and_lines_that_exist():
     checklist = " ".join((ROOT / "docs" / "gpu-checklist.md").read_text().split())
+    assert {check.part for check in CHECKS} == set(PARTS)
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
     for check in CHECKS:
         files = [part for part in (*check.arguments, *check.interpreted) if "/" in part]
+        if check.arguments[1].startswith("tools."):
+            files.append(f"{check.arguments[1].replace('.', '/')}.py")
         for file in files:
             if not file.startswith(("{out}", "/dev")):
                 assert (ROOT / file).exists(), f"{check.name}: {file}"
@@ -93,6 +267,7 @@ def test_without_a_gpu_it_says_what_to_do():
     assert done.returncode == 1 and "--interpret" in done.stderr
 
 
+KERNELS = next(check for check in CHECKS if check.name == "kernels against fp64")
 BLOCK = """
 import sys
 
@@ -110,7 +285,7 @@ sys.meta_path.insert(0, Block())
     [
         ("tools/gpu_check", "--help"),
         ("tools/bench", "kernels", "--help"),
-        (*CHECKS[0].arguments, "--collect-only"),
+        (*KERNELS.arguments, "--collect-only"),
     ],
 )
 def test_torch_and_triton_are_enough_for_the_kernels(tmp_path, arguments):

@@ -1,0 +1,75 @@
+"""Python imports this at the start of every process whose PYTHONPATH has this folder: it plants the
+defect that PLANTED names in a subject of `tools/gpu_check`, but not in what it is compared with."""
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+
+OF_GPUS = "NVTE_DEBUG"
+"""A variable that `gpu_check.layers` sets for the ranks on GPUs."""
+
+
+def attend_to_other_samples(module):
+    """Attention takes a packed batch for one sample."""
+    upstream = module.attend_packed
+
+    def attend_packed(query, key, value, lengths, *settings):
+        return upstream(query, key, value, lengths.sum()[None], *settings)
+
+    if OF_GPUS in os.environ:
+        module.attend_packed = attend_packed
+
+
+def train_the_other_way(module):
+    """An update follows half of the samples' gradients the wrong way."""
+    upstream = module.packed_batch
+
+    def packed_batch(*arguments, **settings):
+        batch = upstream(*arguments, **settings)
+        batch.advantages[::2].neg_()
+        return batch
+
+    if OF_GPUS in os.environ:
+        module.packed_batch = packed_batch
+
+
+def shift_the_bytes(module):
+    """Every bucket of a push begins a byte too late."""
+    upstream = module.exchange
+
+    def exchange(handle, sent, received, stream):
+        if sent and sent[1].num_bytes:
+            peer, memory = sent
+            sent = peer, memory._replace(address=memory.address + 1)
+        upstream(handle, sent, received, stream)
+
+    module.exchange = exchange
+
+
+PLANTED = {
+    "packing": ("megatron_r1.models.attention", attend_to_other_samples),
+    "gradient": ("megatron_r1.training.packed", train_the_other_way),
+    "bytes": ("megatron_r1.weight_sync.transports.nccl_library", shift_the_bytes),
+}
+
+
+class Planter(importlib.abc.MetaPathFinder):
+    def __init__(self, name, plant):
+        self.name, self.plant = name, plant
+
+    def find_spec(self, name, path, target=None):
+        if name != self.name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        upstream = spec.loader.exec_module
+
+        def exec_module(module):
+            upstream(module)
+            self.plant(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, Planter(*PLANTED[os.environ["PLANTED"]]))

@@ -1,0 +1,69 @@
+"""Times the kernels beside their peers, and judges what was measured:
+`python -m tools.gpu_check.kernel_times FILE.json OPTION…`, options of `python tools/bench kernels`.
+
+Kernels that the time did not suffice for are named; a kernel that failed, or whose error against
+fp64 is several times eager PyTorch's, is a failure."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.bench.children import ROOT, run_to_end
+from tools.bench.kernels.calls import OURS, TOO_LATE
+from tools.gpu_check import verdict
+from tools.gpu_check.verdict import Failed
+
+EAGER = "eager PyTorch"
+WORSE = 4.0
+"""Times the error of eager PyTorch."""
+ROUNDING = 1e-6
+
+
+def judge(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the microseconds of each kernel, and its share of the bound. Raises Failed."""
+    figures: dict[str, Any] = {}
+    for case in cases:
+        name, rows = case["kernel"], {row["name"]: row for row in case["rows"]}
+        ours = rows.get(OURS)
+        if case["failed"] == TOO_LATE:
+            figures[name] = "no time"
+        elif case["failed"] or ours is None or not ours["median_seconds"]:
+            why = case["failed"] or (ours and ours["not_run"]) or "no time was measured"
+            raise Failed(f"{name}: {why}", **figures)
+        else:
+            share = ours["share_of_bound"]
+            of_bound = f", {share:.0%} of the bound" if share else ""
+            figures[name] = f"{1e6 * ours['median_seconds']:.0f} µs{of_bound}"
+            _compare(name, ours["errors"], rows.get(EAGER, {}).get("errors", {}), figures)
+    if not set(figures.values()) - {"no time"}:
+        raise Failed("no kernel was measured")
+    return figures
+
+
+def _compare(
+    name: str, ours: Mapping[str, float], eager: Mapping[str, float], figures: Mapping[str, Any]
+) -> None:
+    for what in ours.keys() & eager.keys():
+        if not ours[what] <= WORSE * eager[what] + ROUNDING:
+            errors = f"{ours[what]:.3g}, of {EAGER} {eager[what]:.3g}"
+            raise Failed(f"{name}: the error of {what} is {errors}", **figures)
+
+
+def check(file: Path, options: Sequence[str]) -> dict[str, Any]:
+    """Run the bench and judge it."""
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "bench"),
+        "kernels",
+        *options,
+        "--json",
+        str(file),
+    ]
+    print(run_to_end(command), flush=True)
+    return judge(json.loads(file.read_text())["cases"])
+
+
+if __name__ == "__main__":
+    sys.exit(verdict.run(lambda: check(Path(sys.argv[1]), sys.argv[2:])))

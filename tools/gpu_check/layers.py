@@ -1,0 +1,176 @@
+"""Whether the trainer computes on GPUs what it does on a CPU in fp32: the recipe's miniature in its
+own dtype, with packed batches and latent attention.
+
+`python -m tools.gpu_check.layers CASE FOLDER`; a case is a parallel layout, or FP8. What is
+compared: log-probabilities before and after an update, and the gradients' norm. Tests compare the
+CPU's path with transformers."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load_file, save_file
+
+from megatron_r1.config import Config, dump
+from megatron_r1.processes.children import free_port, rank_variables
+from megatron_r1.rehearsal import model
+from tools.bench.children import ROOT, environment
+from tools.gpu_check import verdict
+from tools.gpu_check.miniatures import check_fp8, num_gpus, place, shrunk, with_settings
+from tools.gpu_check.verdict import Failed, Impossible
+
+ONE = {"tensor": 1, "context": 1, "expert": 1, "pipeline": 1, "virtual_pipeline": 1}
+CASES: dict[str, Mapping[str, int]] = {
+    "one": {},
+    "fp8": {},
+    "context": {"context": 2},
+    "experts": {"tensor": 2, "expert": 2},
+    "grid": {"tensor": 2, "expert": 2, "pipeline": 2, "virtual_pipeline": 2},
+    "whole": {"tensor": 2, "context": 2, "expert": 2, "pipeline": 2, "virtual_pipeline": 2},
+}
+"""Layouts: axes that are divided."""
+TOKENS = 512
+"""Of a micro-batch: several samples in each, and several of them."""
+
+
+class Limits(NamedTuple):
+    """gap: the most of the mean difference of log-probabilities (at most `trainer_steps.FAR` for a
+    token). cosine: the least between the changes by an update, here and on the CPU. A CPU in bf16
+    has 0.025 and 0.94, with FP8 emulated on both sides 0.12 and 0.82; other weights 0.2 and 0."""
+
+    gap: float
+    cosine: float
+
+
+LIMITS = {"fp8": Limits(0.15, 0.7)}
+BF16 = Limits(0.05, 0.85)
+MOST_NORM = 0.05
+"""The largest difference of the gradients' norms, as a share."""
+UNFUSED = "UnfusedDotProductAttention"
+"""Transformer Engine's attention that holds a matrix of all pairs of tokens."""
+
+
+def settings(case: str, folder: Path) -> tuple[Config, Config]:
+    """Write the miniature's model, and return the configurations of the ranks and of the CPU."""
+    small = shrunk(folder, max_ranks=8)
+    _write_model(Path(small.config.model.path), small.hf)
+    axes = ONE | CASES[case]
+    layout = small.config.parallel.pipeline_layout if axes["pipeline"] > 1 else None
+    ranks = axes["tensor"] * axes["context"] * axes["pipeline"]
+    on_cpu = place() == "cpu"
+    parallel = axes | {"processes": ranks, "pipeline_layout": layout, "threads": 1}
+    parallel["tokens_per_microbatch"] = TOKENS
+    # Smooth in the gradient: with a small epsilon Adam's first step is its sign.
+    optimizer = {"epsilon": 1.0, "warmup": 0, "weight_decay": 0.0}
+    same = {"optimizer": optimizer, "fp8": {"recipe": "blockwise" if case == "fp8" else "none"}}
+    fusions = [] if on_cpu else small.config.model.fusions
+    mine = with_settings(small.config, parallel=parallel, model={"fusions": fusions}, **same)
+    alone = parallel | ONE | {"processes": 1, "pipeline_layout": None}
+    exact = {"dtype": "float32", "fusions": []}
+    return mine, with_settings(small.config, parallel=alone, model=exact, **same)
+
+
+def _write_model(folder: Path, hf: dict) -> None:
+    """Write random weights that bf16 holds exactly, so that both sides start from the same ones."""
+    model.write_folder(folder, hf, seed=0)
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.bfloat16().float() for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def run_ranks(recipe: Path, folder: Path, ranks: int, **variables: str) -> str:
+    """Run the steps on so many ranks; return their output. Raises Failed with its end."""
+    arguments = ["-m", "tools.gpu_check.trainer_steps", str(recipe), str(folder)]
+    if ranks == 1:
+        variables |= rank_variables(0, 1, free_port("127.0.0.1"))
+    else:
+        torchrun = ["--standalone", f"--nproc-per-node={ranks}", f"--log-dir={folder}/logs"]
+        arguments = ["-m", "torch.distributed.run", *torchrun, *arguments]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment(PYTHONWARNINGS="ignore", **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise Failed(
+            f"{recipe.stem}: a rank ended with status {done.returncode}: {_error(done.stdout)}"
+        )
+    return done.stdout
+
+
+def _error(output: str) -> str:
+    """Return the last line of an output that names an error."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    named = [line for line in lines if re.search(r"(Error|Exception|Assertion)\b.*:", line)]
+    return (named or lines or ["no output"])[-1][-400:]
+
+
+def judge(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], backend: str, limits: Limits = BF16
+) -> dict[str, Any]:
+    """Return the figures of a comparison. Raises Failed for what is wrong.
+
+    found, wanted: of `trainer_steps`. backend: Transformer Engine's name of its attention."""
+    norm, exact = found["update"]["grad_norm"], wanted["update"]["grad_norm"]
+    figures = {
+        "logprob_diff": found["before"]["gap"],
+        "after an update": found["after"]["gap"],
+        "moved by it": found["after"]["moved"],
+        "cosine with the CPU's move": found["after"]["cosine"],
+        "gradient norm, of the CPU's": norm / exact,
+        "attention": f"{found['parts']['attention']} {backend}".strip(),
+    }
+    assert found["after"]["moved"] > 0.2, "the update moves nothing: there is nothing to compare"
+    if not found["before"]["gap"] <= limits.gap:
+        gap = found["before"]["gap"]
+        raise Failed(f"log-probabilities differ by {gap:.3g} nats, at most {limits.gap}", **figures)
+    if not abs(norm / exact - 1) <= MOST_NORM:
+        raise Failed(f"the gradients' norm is {norm:.4g}, on a CPU {exact:.4g}", **figures)
+    if not found["after"]["cosine"] >= limits.cosine:
+        cosine = found["after"]["cosine"]
+        raise Failed(f"an update goes elsewhere than on a CPU: cosine {cosine:.3g}", **figures)
+    if UNFUSED in backend:
+        raise Failed(f"Transformer Engine chose {UNFUSED} for packed batches", **figures)
+    return figures
+
+
+def _backend(output: str) -> str:
+    """Return the attention backends that Transformer Engine has logged."""
+    named = re.findall(r"Running with (\w+)(?: backend)?( \([^)]*\))?", output)
+    return ", ".join(sorted({name + details for name, details in named}))
+
+
+def check(case: str, folder: Path) -> dict[str, Any]:
+    """Run a case on GPUs, or where there are none on CPU ranks, and compare."""
+    mine_ranks = ONE | CASES[case]
+    ranks = mine_ranks["tensor"] * mine_ranks["context"] * mine_ranks["pipeline"]
+    if place() != "cpu" and num_gpus() < ranks:
+        raise Impossible(f"it needs {ranks} GPUs, and {num_gpus()} are here")
+    if case == "fp8":
+        check_fp8()
+    folder = folder / f"layers-{case}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    mine, alone = settings(case, folder)
+    on_cpu, here = folder / "on_cpu.yaml", folder / "here.yaml"
+    on_cpu.write_text(dump(alone))
+    here.write_text(dump(mine))
+    run_ranks(on_cpu, folder, 1, CUDA_VISIBLE_DEVICES="")
+    output = run_ranks(here, folder, ranks, NVTE_DEBUG="1", NVTE_DEBUG_LEVEL="1")
+    read = (json.loads((folder / name).read_text()) for name in ("here.json", "expected.json"))
+    return judge(*read, _backend(output), LIMITS.get(case, BF16))
+
+
+if __name__ == "__main__":
+    sys.exit(verdict.run(lambda: check(sys.argv[1], Path(sys.argv[2]))))

@@ -1,0 +1,68 @@
+"""The flagship recipe, examples/deepseek_r1/r1_zero.yaml, in the sizes that a check can run."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.config import Config, load
+from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.rehearsal import miniature
+from megatron_r1.rehearsal.settings import Place
+from tools.bench.children import ROOT
+from tools.gpu_check.verdict import Impossible
+
+RECIPE = ROOT / "examples" / "deepseek_r1" / "r1_zero.yaml"
+NULL_GPUS = "NULL_GPUS"
+"""The environment variable of processes on null GPUs."""
+
+
+def num_gpus() -> int:
+    """Return the number of GPUs of this machine, null GPUs among them."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def place() -> Place:
+    """Return where a miniature runs here."""
+    if not num_gpus():
+        return "cpu"
+    return "null-gpu" if NULL_GPUS in os.environ else "gpu"
+
+
+def shrunk(folder: Path, max_ranks: int, **sections: dict[str, Any]) -> miniature.Miniature:
+    """Return the recipe in miniature with `max_ranks` trainer ranks at most. sections: settings of
+    the recipe that differ before it is shrunk."""
+    os.chdir(ROOT)  # the recipe names its model so
+    changed = {
+        f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()
+    }
+    config = load(RECIPE, changed)
+    hf = read_hf_config(config.model.path, None)
+    on = "gpu" if place() == "cpu" else place()
+    return miniature.shrink(config, hf, folder, max_ranks, on=on)
+
+
+def check_fp8() -> None:
+    """Raise Impossible where Transformer Engine lacks the recipe of DeepSeek-V3."""
+    import torch
+
+    from megatron_r1.config import FP8Config
+    from megatron_r1.errors import UserError
+    from megatron_r1.models.fp8.transformer_engine import check_device
+
+    if place() == "cpu":
+        return
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    try:
+        check_device(FP8Config(recipe="blockwise"), torch.cuda.get_device_capability(), cuda)
+    except UserError as error:
+        raise Impossible(str(error)) from error
+
+
+def with_settings(config: Config, **sections: dict[str, Any]) -> Config:
+    """Return a configuration with some settings of its sections changed."""
+    tree = config.model_dump()
+    for name, values in sections.items():
+        tree[name] |= values
+    return Config.model_validate(tree)

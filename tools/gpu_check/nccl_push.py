@@ -1,0 +1,67 @@
+"""Pushes over NCCL in the planned rounds, and an engine that is killed at the first, a middle and
+the last round of one: `python -m tools.gpu_check.nccl_push`.
+
+Trainer ranks and two engines of a set are processes, each with a GPU of its own, or an engine on
+its trainer rank's where there are fewer than four. The program is that of the tests on null GPUs;
+every engine compares each push with plain slicing of the same tensors."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from tools.bench.children import ROOT, environment
+from tools.gpu_check import verdict
+from tools.gpu_check.miniatures import num_gpus, place
+from tools.gpu_check.verdict import Failed
+
+PROGRAM = ROOT / "tests" / "unit" / "null_gpu" / "push_processes.py"
+ENGINES = 2
+ROUNDS = ("first", "middle", "last")
+
+
+def judge(seen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures of what the program saw. Raises Failed for what is wrong."""
+    figures = {"rounds of a push": seen["rounds"], "seconds of the pushes": seen.get("seconds")}
+    if seen["lost"] != [0] * len(ROUNDS):
+        raise Failed(
+            f"engines {seen['lost']} were lost, and {len(ROUNDS)} times engine 0 was killed"
+        )
+    if seen["others"] != [True] * len(ROUNDS) * (ENGINES - 1):
+        raise Failed(
+            "another engine was restarted, or loaded weights of a push that broke", **figures
+        )
+    if not seen["trainer"]:
+        raise Failed("a trainer rank did not survive the death of an engine", **figures)
+    if seen["current"] != [True] * ENGINES or seen["sets"] != [ENGINES]:
+        raise Failed("after the engine was replaced not all have the newest weights", **figures)
+    return figures
+
+
+def check() -> dict[str, Any]:
+    """Run the program and judge it."""
+    where = ["host"] if place() == "cpu" else []
+    together = ["colocated"] if where or num_gpus() < 2 + ENGINES else []
+    paths = [ROOT / "tests", PROGRAM.parent, os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "qwen", str(ENGINES), *together, *where, *ROUNDS],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=os.pathsep.join(map(str, paths)), PYTHONWARNINGS="ignore"),
+        stdout=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    print(done.stdout, flush=True)
+    said = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not said:
+        raise Failed(f"the pushes ended with status {done.returncode}: see the log")
+    return judge(json.loads(said[-1])) | {
+        "engines": "on the trainer's GPUs" if together else "apart"
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(verdict.run(check))

@@ -1,0 +1,154 @@
+"""Runs the flagship recipe in miniature on the GPUs that are here, and judges the run:
+`python -m tools.gpu_check.recipe CASE FOLDER`.
+
+As in the recipe engines are on the trainer's GPUs, in turn: they sleep while the trainer computes,
+are woken, and get its weights. Every push is proven by checksums and probes. Three steps."""
+
+import math
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_r1.config import Config
+from megatron_r1.processes.logs import last_lines
+from megatron_r1.rehearsal import launch, miniature
+from megatron_r1.rehearsal.phases import ERROR
+from megatron_r1.reporting.run_folder import RunFolder
+from tools.gpu_check import verdict
+from tools.gpu_check.miniatures import check_fp8, num_gpus, place, shrunk, with_settings
+from tools.gpu_check.verdict import Failed
+
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "recipe": {},
+    "cuda_ipc": {"push": {"transport": "cuda_ipc"}},
+    "fp8": {"push": {"transport": "cuda_ipc", "fp8": True}},
+}
+"""Settings that differ from the recipe's."""
+ALONE = ("cuda_ipc", "fp8")
+"""Cases of one trainer rank."""
+MOST_DIFF = {"fp8": 0.2}
+"""The largest mean difference of engine's and trainer's log-probabilities: bf16 gives 0.01, FP8
+weights in the engine alone 0.06; other weights 0.8."""
+MOST_DIFF_BF16 = 0.05
+LEFT_ASLEEP = 0.5
+"""The largest share of the memory that was in use while engines computed, which may be in use while
+the trainer does."""
+POLL_SECONDS = 0.1
+
+
+def settings(case: str, folder: Path) -> miniature.Miniature:
+    """Return the recipe's miniature. Where there is no GPU it pushes as a CPU can."""
+    small = shrunk(folder, 1 if case in ALONE else max(1, num_gpus()), **CASES[case])
+    if place() != "cpu":
+        return small
+    here = {"nccl": "gloo", "cuda_ipc": "shm"}[small.config.push.transport]
+    config = with_settings(
+        small.config, push={"transport": here}, rollout={"gpu_memory": None}, model={"fusions": []}
+    )
+    return replace(small, config=config)
+
+
+class UsedMemory:
+    """The memory that is in use on GPU 0, watched in a thread: `most`, and `least` after that."""
+
+    def __init__(self) -> None:
+        self.most, self.least = 0, 0
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        if place() != "cpu":
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ends.set()
+
+    def _watch(self) -> None:
+        import torch
+
+        while not self._ends.wait(POLL_SECONDS):
+            free, total = torch.cuda.mem_get_info(0)
+            self.note(total - free)
+
+    def note(self, used: int) -> None:
+        """Note what is in use now."""
+        if used > self.most:
+            self.most = self.least = used
+        self.least = min(self.least, used)
+
+
+def run(recipe: Path, config: Config) -> UsedMemory:
+    """Run the recipe to its end. Raises Failed with its own error."""
+    log = recipe.with_name("log.txt")
+    with UsedMemory() as used, launch.started("rl", recipe, config, [], log) as process:
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+    if process.returncode:
+        lines = log.read_text(errors="replace").splitlines()
+        # torchrun's report, which comes last, does not have the command's own error.
+        errors = [line[line.index(ERROR) :] for line in lines if ERROR in line]
+        print(last_lines(log), flush=True)
+        why = errors[0] if errors else f"{log} ends: {lines[-1] if lines else 'empty'}"
+        raise Failed(f"the run ended with status {process.returncode}: {why}")
+    return used
+
+
+def judge(
+    lines: Sequence[Mapping[str, Any]], steps: int, used: UsedMemory, most_diff: float
+) -> dict[str, Any]:
+    """Return the figures of a run. Raises Failed for what is wrong.
+
+    lines: of metrics.jsonl. steps: as many as there must be. used: of a GPU's memory."""
+    last = lines[-1] if lines else {}
+    figures = {
+        "logprob_diff": last.get("logprob_diff/mean"),
+        "push/probe_diff": last.get("push/probe_diff"),
+        **{f"{part} seconds": last.get(f"time/{part}") for part in ("rollout", "train", "push")},
+        "GiB in use, at most": round(used.most / 2**30, 2),
+        "GiB in use, at least after that": round(used.least / 2**30, 2),
+    }
+    if [line["step"] for line in lines] != list(range(1, steps + 1)):
+        numbers = [line["step"] for line in lines]
+        raise Failed(f"steps {numbers} are recorded, and there are {steps}", **figures)
+    for line in lines:
+        where = f"step {line['step']}"
+        norm, diff = line.get("grad_norm", math.nan), line.get("logprob_diff/mean", math.nan)
+        if not (math.isfinite(norm) and norm > 0):
+            raise Failed(f"{where}: the gradients' norm is {norm}", **figures)
+        if not diff <= most_diff:
+            text = "engine and trainer differ by"
+            raise Failed(f"{where}: {text} {diff:.3g} nats, at most {most_diff}", **figures)
+        if line.get("push/probe_diff") is None:
+            raise Failed(f"{where}: the push was not proven: no probe", **figures)
+    if used.least > LEFT_ASLEEP * used.most:
+        raise Failed("engines keep their memory while they sleep", **figures)
+    return figures
+
+
+def check(case: str, folder: Path) -> dict[str, Any]:
+    """Run a case and judge it."""
+    folder = folder / f"recipe-{case}"
+    if case == "fp8":
+        check_fp8()
+    small = settings(case, folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    used = run(miniature.write(small, "rl"), small.config)
+    lines = list(RunFolder(small.config.run.folder).read_metrics())
+    figures = judge(lines, small.config.run.steps, used, MOST_DIFF.get(case, MOST_DIFF_BF16))
+    at, rollout = small.config.parallel, small.config.rollout
+    return figures | {
+        "trainer": f"tensor {at.tensor}, context {at.context}, expert {at.expert}, "
+        f"pipeline {at.pipeline} x {at.virtual_pipeline}, {at.processes} ranks",
+        "engines": f"{rollout.engines} of tensor {rollout.tensor} x data {rollout.data}",
+        "transport": small.config.push.transport,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(verdict.run(lambda: check(sys.argv[1], Path(sys.argv[2]))))

@@ -1,0 +1,149 @@
+"""The trainer scores samples, makes one update and scores them again, on these ranks:
+`python -m tools.gpu_check.trainer_steps RECIPE FOLDER`, as torchrun starts them.
+
+Where FOLDER/expected.json is missing, it is written: the log-probabilities of every sample's tokens
+before and after the update, and its metrics. Otherwise these are compared with, and the differences
+are written to RECIPE's path with .json in place of .yaml."""
+
+import json
+import math
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_r1.config import Config, load
+from megatron_r1.rl import algorithms
+from megatron_r1.trainer_client.packing import pack
+from megatron_r1.training import distributed
+from megatron_r1.training.metrics import Mean, reduce_over_data
+from megatron_r1.training.sample import Sample
+
+NUM_SAMPLES = 16
+MOST_PROMPT, MOST_RESPONSE = 40, 100
+LEARNING_RATE = 0.2
+"""Changes log-probabilities by some tenths in one update, ten times what bf16's rounding does."""
+FAR = 0.2
+"""More than this does not count as a difference: where rounding chooses another expert, a token's
+log-probability differs by up to 2 nats."""
+
+Logprobs = Sequence[Sequence[float]]
+"""Of each sample's response."""
+
+
+def samples(vocabulary: int, now: Logprobs | None, before: Logprobs | None) -> list[Sample]:
+    """Return samples of all lengths. now, before: their log-probabilities at this moment and before
+    the update, for `distances`."""
+    draw, made = random.Random(1), []
+    for number in range(NUM_SAMPLES):
+        prompt = [draw.randrange(vocabulary) for _ in range(draw.randint(1, MOST_PROMPT))]
+        response = [draw.randrange(vocabulary) for _ in range(draw.randint(1, MOST_RESPONSE))]
+        own, earlier = (each[number] if each else [0.0] * len(response) for each in (now, before))
+        advantage = draw.uniform(-2, 2)
+        made.append(Sample.pack(prompt, response, own, advantage, teacher=earlier))
+    return made
+
+
+class Steps:
+    """The trainer of a configuration, with its samples."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.position = distributed.initialize(config.parallel, seed=0)
+        from megatron_r1.training.trainer import Trainer
+
+        self.trainer = Trainer(config, self.position)
+        self.vocabulary = self.trainer.hf["vocab_size"]
+        self.trainer.keep_reference()
+
+    def score(self, now: Logprobs | None = None, before: Logprobs | None = None) -> None:
+        """Compute the log-probabilities of the samples."""
+        made = samples(self.vocabulary, now, before)
+        lengths, most = [len(sample) for sample in made], self.config.parallel.microbatch_tokens
+        self.plan = pack(lengths, self.position.data_size, most).shares[self.position.data_rank]
+        self.trainer.load([[[made[i] for i in members] for members in self.plan]])
+        self.trainer.compute_logprobs(1.0, reference=self.config.uses_reference)
+
+    def distances(self) -> dict[str, float]:
+        """Return, over all tokens, the mean difference from the samples' log-probabilities, one of
+        at most `FAR` for each, and the cosine between the changes since `before`, here and there;
+        empty but on the last stage."""
+        names = ("gap", "xy", "xx", "yy", "moved")
+        sums, count = torch.zeros(len(names), dtype=torch.float64), 0
+        for batch in self.trainer.minibatches[0] if self.position.last_stage else []:
+            given = batch.logprobs["old"], batch.rollout_logprobs, batch.logprobs["teacher"]
+            here, there, start = (each[batch.is_response].double().cpu() for each in given)
+            x, y, near = here - start, there - start, (here - there).abs().clamp(max=FAR)
+            sums += torch.stack([near.sum(), x @ y, x @ x, y @ y, y.abs().sum()])
+            count += len(near)
+        means = {name: Mean(total, count) for name, total in zip(names, sums, strict=True)}
+        found = reduce_over_data(self.position, means)
+        if not found:
+            return {}
+        lengths = math.sqrt(found["xx"] * found["yy"])
+        cosine = found["xy"] / lengths if lengths else 0.0
+        return {"gap": found["gap"], "moved": found["moved"], "cosine": cosine}
+
+    def logprobs(self) -> list[list[float]]:
+        """Return those of every sample's response; for one rank, which has all of them."""
+        found: dict[int, list[float]] = {}
+        made = samples(self.vocabulary, None, None)
+        for members, batch in zip(self.plan, self.trainer.minibatches[0], strict=True):
+            values = batch.logprobs["old"][batch.is_response].tolist()
+            for member in members:
+                length = len(made[member]) - made[member].prompt_length
+                found[member], values = values[:length], values[length:]
+            assert not values
+        return [found[number] for number in range(NUM_SAMPLES)]
+
+    def update(self) -> dict[str, float]:
+        """Make an update by the recipe's algorithm."""
+        rl = self.config.rl
+        loss, settings = algorithms.find(rl.algorithm).loss, rl.loss_settings(MOST_RESPONSE)
+        return self.trainer.update(0, loss, settings, LEARNING_RATE, 1.0)
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank has the metrics, and no other one is to write them."""
+        at, is_first_context = self.position, self.trainer.groups.cp.rank() == 0
+        return at.last_stage and at.data_rank == at.tensor_rank == 0 and is_first_context
+
+
+def expected(steps: Steps) -> dict[str, Any]:
+    """Return what the steps give on one rank."""
+    steps.score()
+    before = steps.logprobs()
+    steps.score(before)
+    update = steps.update()
+    steps.score()
+    return {"before": before, "update": update, "after": steps.logprobs()}
+
+
+def compared(steps: Steps, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return how they differ from it."""
+    from megatron_r1.training.implementations import in_use
+
+    before, after = wanted["before"], wanted["after"]
+    steps.score(before, before)
+    found: dict[str, Any] = {"before": steps.distances(), "update": steps.update()}
+    steps.score(after, before)
+    return found | {"after": steps.distances(), "parts": in_use(steps.trainer)}
+
+
+def main(recipe: Path, folder: Path) -> None:
+    """Run the steps, and write what they give."""
+    steps, file = Steps(load(recipe)), folder / "expected.json"
+    if not file.exists():
+        file.write_text(json.dumps(expected(steps)))
+    else:
+        found = compared(steps, json.loads(file.read_text()))
+        if steps.reports:
+            recipe.with_suffix(".json").write_text(json.dumps(found))
+    distributed.leave_process_groups()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
