@@ -38,6 +38,7 @@ def _patch() -> None:
     from megatron_r1.vllm_plugin import (
         deepseek_classes,
         drafter,
+        expert_places,
         failed_updates,
         timeline_spans,
         whole_outputs,
@@ -45,6 +46,7 @@ def _patch() -> None:
 
     deepseek_classes.apply()
     drafter.apply()
+    expert_places.apply()
     failed_updates.apply()
     whole_outputs.apply()
     if current_platform.is_cpu():
