@@ -1,5 +1,7 @@
 """Triton's kernels by its interpreter on the null GPU, whose memory is the host's: without the
-copies to the CPU and back that the interpreter makes for a GPU. It wants TRITON_INTERPRET=1."""
+copies to the CPU and back that the interpreter makes for a GPU, and without replacing the functions
+of `triton.language` for every kernel and every function that it calls, which takes longer than the
+kernels themselves: they stay replaced. It wants TRITON_INTERPRET=1."""
 
 import torch
 from host_compute import drain
@@ -7,12 +9,22 @@ from triton.runtime import interpreter
 
 
 def install() -> None:
-    """Give the interpreter's kernels the tensors as they are."""
+    """Give the interpreter's kernels the tensors as they are, and replace the language once."""
 
     def as_they_are(executor, args, kwargs):
         given = [getattr(arg, "base", arg) for arg in (*args, *kwargs.values())]
         drain({x.get_device() for x in given if isinstance(x, torch.Tensor) and x.is_cuda})
         return list(args), dict(kwargs)
 
+    replace, replaced = interpreter._patch_lang, set()
+
+    def replace_once(function):
+        namespace = function.__globals__
+        if id(namespace) not in replaced:
+            replaced.add(id(namespace))
+            replace(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = replace_once
     interpreter.GridExecutor._init_args_hst = as_they_are
     interpreter.GridExecutor._restore_args_dev = lambda executor, *args: None

@@ -84,6 +84,11 @@ def _no_cutlass(module) -> None:
     module.is_available = lambda: False
 
 
+def _no_triton(module) -> None:
+    """Top-k and top-p by torch's operators: interpreted kernels take seconds for every token."""
+    module.HAS_TRITON = False
+
+
 CHANGES: dict[str, Callable] = {
     "torch": _torch,
     "triton.runtime.interpreter": _interpreter,
@@ -95,6 +100,7 @@ CHANGES: dict[str, Callable] = {
     "vllm.model_executor.layers.fused_moe.fused_moe": _vllm_experts,
     "vllm.platforms": _vllm_operators,
     "vllm.utils.flashinfer": _no_flashinfer,
+    "vllm.v1.sample.ops.topk_topp_sampler": _no_triton,
 }
 """Module → what is called with it when it has been imported."""
 
