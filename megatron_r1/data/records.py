@@ -1,7 +1,6 @@
 """Records of a file, several files or a data set, each with its location, "file:line"."""
 
 import glob
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from megatron_r1.data.data_sets import HUB, read_data_set
 from megatron_r1.data.table_files import Row, read_rows
 from megatron_r1.errors import Cause, UserError, did_you_mean
+from megatron_r1.rewards.nested_text import decoded
 
 Record = dict[str, Any]
 ABSENT = object()
@@ -117,10 +117,6 @@ def entry(row: Record, name: str) -> Any:
 
 
 def as_mapping(value: Any) -> Record | None:
-    """Return a mapping, also of one that is stored as JSON text; None for any other value."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
+    """Return a mapping, also of one that is stored as text; None for any other value."""
+    value = decoded(value)
     return value if isinstance(value, dict) else None
