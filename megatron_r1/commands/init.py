@@ -25,7 +25,7 @@ from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
 from megatron_r1.data.end_tokens import describe
 from megatron_r1.data.prompts import Prompt, is_heldout, normalize, question_of
-from megatron_r1.data.records import read_records
+from megatron_r1.data.records import ABSENT, entry, read_records
 from megatron_r1.data.sft import ALWAYS_LEARNED, form_of
 from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import load_tokenizer
@@ -132,9 +132,10 @@ def _are_examples(rows: Sequence[dict[str, Any]]) -> bool:
     form = form_of(rows[0])
     if form is None or form in ALWAYS_LEARNED:
         return form is not None
-    found = columns_by_name(rows, needs_truth=True)
-    has_truth = "truth" in found or any("truth" in row or "kind" in row for row in rows)
-    return not has_truth
+    truth = columns_by_name(rows, needs_truth=True).get("truth", "truth")
+    values = [entry({**row}, truth) for row in rows]
+    has_truth = any(value is not ABSENT and not is_none(value) for value in values)
+    return not has_truth and not any("kind" in row for row in rows)
 
 
 def _write_supervised(

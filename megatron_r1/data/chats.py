@@ -5,14 +5,19 @@
 | `[{"role": "user", "content": …}]`, its keys in any order | OpenAI's |
 | `[{"from": "human", "value": …}]` | ShareGPT |
 | content as `[{"type": "text", "text": …}]` | OpenAI's, in parts |
-| any of these as JSON text | SYNTHETIC-1, xlam |
+| `[{"role": "model", "parts": [{"text": …}]}]` | Gemini's |
+| any of these as text, JSON or Python's | SYNTHETIC-1, xlam |
+| `Human: …`, `Assistant: …` with blank lines between (`read_transcript`) | HH-RLHF, Glaive |
 
 Keys whose value is null count as absent: Arrow fills the keys of nested columns that a row lacks.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from megatron_r1.rewards.nested_text import decoded
 
 Message = dict[str, Any]
 ROLES = {
@@ -23,7 +28,7 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
 """A role as data sets spell it → as chat templates do."""
-ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
+ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "parts")
 CALLS = ("function_call", "tool_call")
 """Roles of ShareGPT whose text is a tool call as JSON."""
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "weight")
@@ -42,6 +47,29 @@ def read_chat(value: Any) -> list[Message] | None:
     return [_message(number, message) for number, message in enumerate(value, start=1)]
 
 
+TURN = re.compile(
+    r"(?:\A|\n\n+)\s*(human|user|assistant|system|function response):[ \t]*", re.IGNORECASE
+)
+END_OF_TEXT = "<|endoftext|>"
+
+
+def read_transcript(value: Any) -> list[Message] | None:
+    """Return the messages of a text with `Human:` and `Assistant:` before them, None for any other:
+    it begins with a turn that is not the assistant's, and has one that is."""
+    if not isinstance(value, str):
+        return None
+    marks = list(TURN.finditer(value.rstrip()))
+    roles = [mark[1].casefold().removesuffix(" response") for mark in marks]
+    if not marks or value[: marks[0].start()].strip() or "assistant" not in roles[1:]:
+        return None
+    ends = [mark.start() for mark in marks[1:]] + [len(value)]
+    texts = [value[mark.end() : end] for mark, end in zip(marks, ends, strict=True)]
+    return [
+        {"role": ROLES[role], "content": text.strip().removesuffix(END_OF_TEXT).strip()}
+        for role, text in zip(roles, texts, strict=True)
+    ]
+
+
 def is_chat(value: Any) -> bool:
     """Return whether a value is a list of messages, of any of the forms but text."""
     return (
@@ -49,7 +77,7 @@ def is_chat(value: Any) -> bool:
         and not isinstance(value, str)
         and len(value) > 0
         and all(isinstance(m, Mapping) and any(key in m for key in ROLE_KEYS) for m in value)
-        and any(key in value[0] for key in (*CONTENT_KEYS, "tool_calls"))
+        and any(key in value[0] for key in (*CONTENT_KEYS, "tool_calls", "function_call"))
     )
 
 
@@ -99,16 +127,6 @@ def tool_calls(value: Any) -> list[Message]:
     return calls
 
 
-def decoded(value: Any) -> Any:
-    """Return the list or mapping that a text is as JSON, any other value itself."""
-    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
-
-
 def _message(number: int, message: Mapping[str, Any]) -> Message:
     given = without_nulls(message)
     named = next((given[key] for key in ROLE_KEYS if key in given), None)
@@ -120,6 +138,8 @@ def _message(number: int, message: Mapping[str, Any]) -> Message:
     read |= {key: given[key] for key in KEPT if key in given}
     if named in CALLS:
         read |= {"content": "", "tool_calls": content}
+    if legacy := given.get("function_call"):  # OpenAI's form before tool_calls
+        read["tool_calls"] = [*read.get("tool_calls", ()), legacy]
     if calls := read.pop("tool_calls", None):
         try:
             read["tool_calls"] = tool_calls(calls)

@@ -6,26 +6,33 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.data.chats import decoded, is_chat, read_question
+from megatron_r1.data.chats import is_chat, read_question
 from megatron_r1.data.records import ABSENT, as_mapping, entry
 from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.rewards import WITHOUT_TRUTH, resolve
 from megatron_r1.rewards.base import shorten
+from megatron_r1.rewards.nested_text import decoded
 from megatron_r1.rewards.truths import is_none, kind_of
 
 QUESTION_NAMES = (
-    *("question", "problem", "prompt", "query", "problem_statement", "instruction", "exercise"),
-    *("task", "input", "text", "description", "content", "messages", "conversations"),
+    *("question", "problem", "prompt", "question_content", "problem_description", "query"),
+    *("problem_statement", "instruction", "exercise", "quiz", "puzzle", "riddle", "task", "input"),
+    *("text", "description", "content", "messages", "conversations"),
 )
 TRUTH_NAMES = (
     *("truth", "answer", "ground_truth", "reward_model.ground_truth", "verification_info"),
     *("input_output", "tests", "test_cases", "test_list", "golden_answers", "final_answer"),
-    *("expected_answer", "solution", "target", "answers", "expected", "gold", "reference"),
-    *("result", "label", "output"),
+    *("expected_answer", "gt_answer", "final_ans", "correct_answer", "correct", "answerkey"),
+    *("public_test_cases", "test", "solution", "target", "answers", "expected", "gold"),
+    *("reference", "result", "label", "solution_text", "output"),
 )
 """Usual names, the likelier first."""
-COMPOSED = (("public_tests", "private_tests", "generated_tests"), ("inputs", "outputs", "fn_name"))
-"""Columns that are a truth together: CodeContests', and APPS' tests as columns."""
+COMPOSED = (
+    *(("public_tests", "private_tests", "generated_tests"), ("inputs", "outputs", "fn_name")),
+    *(("public_test_cases", "metadata"), ("test", "entry_point")),
+)
+"""Columns that are a truth together: CodeContests', APPS' tests as columns, LiveCodeBench's,
+HumanEval's."""
 ONE_MESSAGE = "a question is a text, or a conversation that ends with a message of the user"
 MAX_NESTED_CHARS = 100_000
 """JSON text above this size is not searched for columns."""

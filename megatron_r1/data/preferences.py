@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_r1.data.chats import Message, read_chat, read_transcript
 from megatron_r1.data.records import Record, read_records, require_text
 from megatron_r1.errors import Cause, UserError
 
@@ -27,10 +28,12 @@ class Preference:
 def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
     """Yield the rows of a JSONL or Parquet file: {"question", "chosen", "rejected"} for pairwise,
     {"question", "response", "label"} for pointwise, label 1 or true for a good response, 0 or false
-    for a bad one. "prompt" is read where "question" is missing; "opened" is false by default.
+    for a bad one. "prompt" is read where "question" is missing; "opened" is false by default. A
+    pair may be two chats, or two transcripts, of one question.
 
     Raises UserError with file and line for a bad row."""
     for location, row in read_records(path):
+        row = _of_chats(location, row) if kind == "pairwise" else row
         question = require_text(location, row, "prompt" if "question" not in row else "question")
         opened = row.get("opened", False)
         if not isinstance(opened, bool):
@@ -51,6 +54,38 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
         else:
             responses, labels = (require_text(location, row, "response"),), (_label(location, row),)
         yield Preference(question, responses, labels, opened, location)
+
+
+def _of_chats(location: str, row: Record) -> Record:
+    """Return the row with question and responses as text, where the pair is one of chats. Raises
+    UserError for chats that differ before the last message, and for several turns."""
+    chosen, rejected = _chat(row.get("chosen")), _chat(row.get("rejected"))
+    if chosen is None or rejected is None:
+        return row
+    *before, last = chosen
+    is_pair = last["role"] == rejected[-1]["role"] == "assistant" and before == rejected[:-1]
+    given = next((row[name] for name in ("question", "prompt") if row.get(name)), None)
+    if is_pair and not before and isinstance(given, str):
+        before = [{"role": "user", "content": given}]
+    asked = [message for message in before if message["role"] != "system"]
+    if not is_pair or [message["role"] for message in asked] != ["user"]:
+        raise UserError(
+            f"{location}: 'chosen' and 'rejected' must answer the same one question: chats of a "
+            "user's message, a system's before it or not, and the assistant's; shorten the chats",
+            key="chosen",
+            cause=Cause.MALFORMED,
+        )
+    question = "\n\n".join(message["content"] for message in before)
+    return {**row, "question": question, "chosen": last["content"]} | {
+        "rejected": rejected[-1]["content"]
+    }
+
+
+def _chat(value: Any) -> list[Message] | None:
+    try:
+        return read_chat(value) or read_transcript(value)
+    except ValueError:
+        return None
 
 
 def _label(location: str, row: Record) -> float:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.data.chats import Message, read_chat, read_tools, tool_calls
+from megatron_r1.data.chats import Message, read_chat, read_tools, read_transcript, tool_calls
 from megatron_r1.data.records import Record, read_records, require_text
 from megatron_r1.data.report import DataReport
 from megatron_r1.data.sampler import EpochSampler
@@ -25,7 +25,10 @@ from megatron_r1.data.where import Conditions, RowFilter
 from megatron_r1.errors import Cause, UserError
 
 COLUMNS = "in sft.data, beside path, columns"
-CHATS = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns")
+CHATS = (
+    *("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns"),
+    "contents",
+)
 QUESTIONS = ("question", "problem", "query", "instruction", "prompt", "input")
 RESPONSES = (
     *("response", "completion", "generated_solution", "output", "answer", "solution"),
@@ -130,8 +133,10 @@ def _texts(row: Record) -> Parts | None:
 
 
 def _prompt_and_completion(row: Record) -> Parts | None:
-    """Read {prompt, completion} as lists of messages; a text beside a list is one message."""
-    given, learned = row.get("prompt"), row.get("completion") or row.get("response")
+    """Read {prompt or input, completion} as lists of messages; a text beside a list is one
+    message."""
+    given = row["prompt"] if row.get("prompt") is not None else row.get("input")
+    learned = row.get("completion") or row.get("response") or row.get("output")
     before, after = read_chat(given), read_chat(learned)
     if before is None and after is None:
         return None
@@ -147,7 +152,7 @@ def _prompt_and_completion(row: Record) -> Parts | None:
 def _chat(row: Record) -> Parts | None:
     """Read a conversation, of the first column of `CHATS` that has one."""
     for name in CHATS:
-        messages = read_chat(row.get(name))
+        messages = read_chat(row.get(name)) or read_transcript(row.get(name))
         if messages:
             return _conversation(messages, 0, row)
     return None
@@ -201,14 +206,16 @@ def _conversation(messages: list[Message], learned_from: int, row: Record) -> Pa
     """Return the example of a conversation, with the row's system prompt where the messages have
     none. Raises ValueError where nothing is learned."""
     system = next((row[n] for n in SYSTEMS if isinstance(row.get(n), str)), "")
-    if system.strip() and messages[0]["role"] != "system":
+    system = system.strip().removeprefix("SYSTEM:").strip()  # Glaive's
+    if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
         learned_from += 1
     if not any(is_learned(message) for message in messages[learned_from:]):
         raise ValueError("no message of the assistant, from whose messages is learned")
     if messages[0]["role"] == "assistant" and len(messages) == 1:
         raise ValueError("the only message is the assistant's; it has no prompt")
-    return "", "", messages, learned_from, read_tools(row.get("tools"))
+    tools = read_tools(row.get("tools") or row.get("functions"))
+    return "", "", messages, learned_from, tools
 
 
 ALWAYS_LEARNED = (

@@ -3,7 +3,6 @@ r"""Truths as public data sets write them: any of several, none at all, or a sol
 A truth that nothing can be compared with is found here, before anything is sampled. Imports no
 library for mathematics, so that all rows of a large file are checked in seconds."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -13,6 +12,7 @@ from megatron_r1.rewards.answer import MARKER, last_boxed, unwrap
 from megatron_r1.rewards.base import find_non_finite, shorten
 from megatron_r1.rewards.code.problem import parse_problem
 from megatron_r1.rewards.code.published import is_tests
+from megatron_r1.rewards.nested_text import decoded
 
 NO_TRUTH = (
     *("proof", "notfound", "not found", "n/a", "n.a.", "none", "null", "nil", "nan", "<na>"),
@@ -28,7 +28,11 @@ MAX_NONE_CHARS = 200
 """A longer truth is no word for none."""
 MAX_WORDS = 60
 """A truth of more words, with sentences, is a solution: a choice."""
-PROGRAM = re.compile(r"\s*(?:```|def \w|class \w+[(:]|import \w|from \w+ import |#include|return )")
+PROGRAM = re.compile(
+    r"\s*(?:```|def \w|class \w+[(:]|import \w|from \w+ import |#include|return |print\("
+    r"|[\w, ]+= ?(?:int|list|map|input)\()"
+)
+THOUGHTS = ("</think>", "<|end_of_thought|>")
 WORD = re.compile(r"[^\W\d_]{3,}")
 MAX_MARKED_CHARS = 40
 """Longer lines behind `####` are headings of Markdown where further lines follow: a choice."""
@@ -42,15 +46,18 @@ def alternatives(truth: Any) -> list[Any]:
     `{"target": …}`, or of either as JSON text; else the truth itself. A list in text counts where
     its entries are text: `["18"]`, while `[1, 2]` is an interval."""
     if isinstance(truth, str):
-        decoded = _decoded(truth)
-        return [truth] if decoded is None else alternatives(decoded)
+        found = _decoded(truth)
+        return [truth] if found is None else alternatives(found)
     if isinstance(truth, Mapping) and truth and truth.keys() <= set(ANY_OF) | NORMALIZED:
-        entries = [truth[key] for key in ANY_OF if truth.get(key) is not None]
-        return list(dict.fromkeys(_each(entries)))
+        found = _each([truth[key] for key in ANY_OF if truth.get(key) is not None])
+        return [entry for at, entry in enumerate(found) if entry not in found[:at]]
     return _each(truth) if isinstance(truth, list | tuple) else [truth]
 
 
-NORMALIZED = {"normalized_aliases", "normalized_value", "matched_wiki_entity_name", "type"}
+NORMALIZED = {
+    *("normalized_aliases", "normalized_value", "matched_wiki_entity_name", "type"),
+    "normalized_matched_wiki_entity_name",
+}
 """Keys of TriviaQA's answers that repeat others."""
 
 
@@ -77,9 +84,9 @@ def is_none(truth: Any, words: Collection[str] = NO_TRUTH) -> bool:
 
 
 def is_unanswered(text: str) -> bool:
-    """Return whether a text is a program, or a whole solution that marks no answer by a box or
-    `####`: a proof. No answer can be compared with either."""
-    if PROGRAM.match(text):
+    """Return whether a text is a program, a response with its thought, or a whole solution that
+    marks no answer by a box or `####`: a proof. No answer can be compared with these."""
+    if (PROGRAM.match(text) and not is_tests(text)) or any(mark in text for mark in THOUGHTS):
         return True
     is_long = len(text.split()) > MAX_WORDS and any(mark in text for mark in (". ", ".\n"))
     return is_long and MARKER not in text and last_boxed(text) is None and not is_tests(text)
@@ -156,22 +163,21 @@ CHECKS: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
 
 
 def _each(entries: Any) -> list[Any]:
-    """Return the entries of a list, those of lists in it too."""
+    """Return the entries of a list, those of lists and of mappings of answers in it too."""
     flat: list[Any] = []
     for entry in entries:
-        flat += _each(entry) if isinstance(entry, list | tuple) else [entry]
+        is_nested = isinstance(entry, list | tuple | Mapping)
+        found = alternatives(entry) if is_nested else [entry]
+        flat += _each(found) if is_nested and found != [entry] else found
     return [entry for entry in flat if entry is not None]
 
 
 def _decoded(text: str) -> Any:
-    """Return a list of text or a mapping that a text is as JSON, else None."""
+    """Return a list of text or a mapping that a text is as JSON or a Python value, else None."""
     plain = text.strip()
-    if not (plain.startswith(('["', '{"')) and plain.endswith(("]", "}"))):
+    if not (plain.startswith(('["', '{"', "['", "{'")) and plain.endswith(("]", "}"))):
         return None
-    try:
-        value = json.loads(plain)
-    except (ValueError, RecursionError):
-        return None
+    value = decoded(plain)
     if isinstance(value, list):
         return value if all(isinstance(entry, str) for entry in value) else None
     return value if isinstance(value, dict) and value.keys() <= set(ANY_OF) | NORMALIZED else None

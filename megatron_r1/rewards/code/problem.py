@@ -6,7 +6,9 @@ from decimal import Decimal
 from typing import Any
 
 from megatron_r1.errors import did_you_mean
-from megatron_r1.rewards.code.published import is_asserts, language_of, own_form, split_asserts
+from megatron_r1.rewards.code.asserts import is_asserts, is_check_code, split_asserts
+from megatron_r1.rewards.code.published import language_of, own_form
+from megatron_r1.rewards.nested_text import decoded
 
 MAX_DIGITS = 100_000
 WHAT = "the truth of a code prompt"
@@ -58,7 +60,7 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
     a row lacks. Raises ValueError naming the faulty test."""
     asked = language_of(language)
     if isinstance(truth, str):
-        truth = split_asserts(truth) if is_asserts(truth) else _json(truth, WHAT)
+        truth = _read(truth)
     if isinstance(truth, dict):
         truth = _without_nulls(truth)
     try:
@@ -100,6 +102,19 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
         is_livecodebench,
         language,
     )
+
+
+def _read(truth: str) -> Any:
+    """Return the value of a truth in text: asserts, code with asserts, JSON, or a Python value."""
+    if is_check_code(truth):
+        return truth
+    if is_asserts(truth):
+        return split_asserts(truth)
+    try:
+        return load_json(truth)
+    except (ValueError, RecursionError):
+        value = decoded(truth)
+        return value if value is not truth else _json(truth, WHAT)
 
 
 def _without_nulls(truth: dict[str, Any]) -> dict[str, Any]:

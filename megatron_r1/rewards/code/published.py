@@ -7,16 +7,23 @@
 | LiveCodeBench, DeepCoder | `[{"input", "output", "testtype", "metadata": {"func_name"}}]` |
 | CodeContests | `{"public_tests": {"input": […], "output": […]}, "private_tests": …}` |
 | MBPP, AceCode | `["assert f(1) == 2", …]`, or these as one text, or as `{"test_list": …}` |
+| HumanEval, KodCode, Skywork-OR1 | Python, `check(candidate)` or `test_…()` with such asserts |
 
-Each may be JSON text, and so may what is in it."""
+Each may be JSON text or the text of a Python value, and so may what is in it."""
 
-import ast
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_r1.rewards.base import shorten
+from megatron_r1.rewards.code.asserts import (
+    is_asserts,
+    is_check_code,
+    read_asserts,
+    read_check_code,
+)
+from megatron_r1.rewards.nested_text import decoded
 
 LANGUAGES = {
     **dict.fromkeys(("python", "python3", "py", "py3", "pypy", "pypy3", "cpython"), "python"),
@@ -27,13 +34,17 @@ MAX_HEAD = 20_000
 CODECONTESTS = ("public_tests", "private_tests", "generated_tests")
 ASSERT_KEYS = ("test_list", "asserts", "assert_list")
 FUNCTION_KEYS = ("fn_name", "func_name", "function_name", "entry_point")
-TEST_KEYS = ("tests", "inputs", "outputs", "test_cases", *CODECONTESTS, *ASSERT_KEYS)
+CHECK_KEYS = ("functional", "test")
+TEST_KEYS = (
+    *("tests", "inputs", "outputs", "test_cases", "public_test_cases"),
+    *(*CODECONTESTS, *ASSERT_KEYS, "functional"),
+)
 HEAD = re.compile(
-    rf'\s*(?:\{{.{{0,200}}?"(?:{"|".join(TEST_KEYS)})"\s*:'
-    r'|\[\s*\{\s*"(?:input|output|stdin)"\s*:|\[\s*"assert )',
+    rf"""\s*(?:\{{.{{0,200}}?["'](?:{"|".join(TEST_KEYS)})["']\s*:"""
+    r"""|\[\s*\{[^{}]{0,200}?["'](?:input|output|stdin)["']\s*:|\[\s*["']assert )""",
     re.DOTALL,
 )
-"""The start of JSON text that is tests."""
+"""The start of text that is tests, as JSON or as Python writes them."""
 KINDS_OF_CALLS = ("function_call", "functional", "call_based")
 
 
@@ -56,8 +67,10 @@ def own_form(truth: Any) -> dict[str, Any] | None:
         if not truth:
             return None
         if all(isinstance(test, str) for test in truth):
-            return _asserts(truth)
+            return read_asserts(truth)
         return _test_cases({"test_cases": truth}) if _is_list_of_cases(truth) else None
+    if isinstance(truth, str) and is_check_code(truth):
+        return read_check_code(truth, None)
     if not isinstance(truth, Mapping):
         return None
     for shape, convert in SHAPES:
@@ -71,7 +84,7 @@ def own_form(truth: Any) -> dict[str, Any] | None:
 def is_tests(truth: Any) -> bool:
     """Return whether a truth has the form of tests of a program, by its keys alone."""
     if isinstance(truth, str):
-        if is_asserts(truth[:MAX_HEAD]):
+        if is_asserts(truth[:MAX_HEAD]) or is_check_code(truth[:MAX_HEAD]):
             return True
         return HEAD.match(truth) is not None
     if isinstance(truth, list):
@@ -79,27 +92,16 @@ def is_tests(truth: Any) -> bool:
         return _is_list_of_cases(truth) if not texts else all(map(is_asserts, truth))
     if not isinstance(truth, Mapping):
         return False
-    return any(truth.get(key) is not None for key in TEST_KEYS) or all(
-        isinstance(truth.get(key), list) for key in ("input", "output")
+    code = truth.get("test")
+    return (
+        any(truth.get(key) is not None for key in TEST_KEYS)
+        or all(isinstance(truth.get(key), list) for key in ("input", "output"))
+        or (isinstance(code, str) and is_check_code(code))
     )
 
 
-def is_asserts(text: str) -> bool:
-    """Return whether a text is a list of asserts rather than JSON."""
-    return any(line.lstrip().startswith("assert ") for line in text.splitlines())
-
-
-def split_asserts(text: str) -> list[str]:
-    """Return the assert statements of a text. Raises ValueError for a text that is no Python."""
-    try:
-        body = ast.parse(text).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"the asserts are not Python: {shorten(error)}") from None
-    return [ast.unparse(line) for line in body if not isinstance(line, ast.Import | ast.ImportFrom)]
-
-
 def _lists(truth: Mapping[str, Any]) -> dict[str, Any]:
-    inputs, outputs = (_decoded(truth.get(name)) for name in ("inputs", "outputs"))
+    inputs, outputs = (decoded(truth.get(name)) for name in ("inputs", "outputs"))
     if not isinstance(inputs, list) or not isinstance(outputs, list):
         raise ValueError("inputs and outputs must be lists, one entry a test")
     if len(inputs) != len(outputs) or not inputs:
@@ -115,7 +117,7 @@ def _lists(truth: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
-    cases = _decoded(truth.get("test_cases"))
+    cases = decoded(truth.get("test_cases"))
     if isinstance(cases, Mapping):
         return _lists(
             {**truth}
@@ -125,7 +127,7 @@ def _test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(cases, list) or not cases:
         raise ValueError(f"test_cases must be a list of at least one test, got {shorten(cases)}")
     if all(isinstance(case, str) for case in cases):
-        return _asserts(cases) | {"language": truth.get("language")}
+        return read_asserts(cases) | {"language": truth.get("language")}
     if not all(isinstance(case, Mapping) for case in cases):
         raise ValueError(f"a test must be an object, got {shorten(cases[0])}")
     names = {_function(case) or _function(truth) for case in cases}
@@ -148,7 +150,7 @@ def _test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
 def _codecontests(truth: Mapping[str, Any]) -> dict[str, Any]:
     pairs: dict[str, list[Any]] = {"inputs": [], "outputs": []}
     for name in CODECONTESTS:
-        part = _decoded(truth.get(name))
+        part = decoded(truth.get(name))
         if isinstance(part, list):
             part = {key: [test.get(key) for test in part] for key in ("input", "output")}
         if isinstance(part, Mapping):
@@ -157,65 +159,23 @@ def _codecontests(truth: Mapping[str, Any]) -> dict[str, Any]:
     return _lists({**truth, **pairs})
 
 
-def _asserts(truth: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """Read asserts of a call and a literal: the call's arguments and its result."""
-    if isinstance(truth, Mapping):
-        found = _decoded(next(truth[key] for key in ASSERT_KEYS if key in truth))
-        lines = [found] if isinstance(found, str) else found
-        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-            raise ValueError(f"asserts must be a list of text, got {shorten(found)}")
-    else:
-        lines = list(truth)
-    tests, names = [], set()
-    for line in [part for text in lines for part in split_asserts(text)]:
-        name, test = _read_assert(line)
-        names.add(name)
-        tests.append(test)
-    if len(names) != 1:
-        raise ValueError(f"the asserts call {len(names)} functions, one is read: {sorted(names)}")
-    return {"tests": tests, "function": names.pop()}
+def _asserts(truth: Mapping[str, Any]) -> dict[str, Any]:
+    found = decoded(next(truth[key] for key in ASSERT_KEYS if key in truth))
+    lines = [found] if isinstance(found, str) else found
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"asserts must be a list of text, got {shorten(found)}")
+    return read_asserts(lines)
 
 
-def _read_assert(line: str) -> tuple[str, dict[str, Any]]:
-    """Return (function, test) of `assert f(1) == 2`, `assert f(1)` or `assert not f(1)`."""
-    refusal = f"{shorten(line)!r} is no assert of a call and a literal, such as assert f(1) == 2"
-    try:
-        statement = ast.parse(line).body[0]
-    except SyntaxError:
-        raise ValueError(refusal) from None
-    condition = statement.test if isinstance(statement, ast.Assert) else None
-    call: ast.expr | None
-    expected: ast.expr = ast.Constant(True)
-    match condition:
-        case ast.Compare(left=left, ops=[ast.Eq() | ast.Is()], comparators=[right]) if _is_own_call(
-            left
-        ):
-            call, expected = left, right
-        case ast.Compare(left=left, ops=[ast.Eq() | ast.Is()], comparators=[right]):
-            call, expected = right, left
-        case ast.UnaryOp(op=ast.Not(), operand=operand):
-            call, expected = operand, ast.Constant(False)
-        case _:
-            call = condition
-    if not isinstance(call, ast.Call) or not _is_own_call(call):
-        raise ValueError(refusal)
-    try:
-        args = [ast.literal_eval(arg) for arg in call.args]
-        kwargs = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords if word.arg}
-        result = json.loads(json.dumps(ast.literal_eval(expected)))
-    except (ValueError, TypeError, SyntaxError, RecursionError):
-        raise ValueError(refusal) from None
-    function = call.func
-    name = function.id if isinstance(function, ast.Name) else ast.unparse(function)
-    return name.rpartition(".")[2], {"args": args, "kwargs": kwargs, "result": result}
+def _check_code(truth: Mapping[str, Any]) -> dict[str, Any]:
+    """Read HumanEval's {test, entry_point}, Skywork-OR1's {functional}, KodCode's {test}."""
+    code = next(truth[key] for key in CHECK_KEYS if key in truth)
+    return read_check_code(code, truth.get("entry_point"))
 
 
-def _is_own_call(node: ast.expr | None) -> bool:
-    """Return whether an expression calls `f` or `Solution().f`."""
-    return isinstance(node, ast.Call) and (
-        isinstance(node.func, ast.Name)
-        or (isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Call))
-    )
+def _public_test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
+    """Read LiveCodeBench's rows; its private tests are a pickle, which is not read."""
+    return _test_cases({**truth, "test_cases": truth["public_test_cases"]})
 
 
 def _program(stdin: Any, stdout: Any) -> dict[str, Any]:
@@ -253,9 +213,10 @@ def _call(args: Any, result: Any) -> dict[str, Any]:
 
 
 def _function(source: Mapping[str, Any]) -> str | None:
-    metadata = _decoded(source.get("metadata"))
+    metadata = decoded(source.get("metadata"))
     places = [source, metadata] if isinstance(metadata, Mapping) else [source]
-    return next((p[key] for p in places for key in FUNCTION_KEYS if p.get(key)), None)
+    name = next((p[key] for p in places for key in FUNCTION_KEYS if p.get(key)), None)
+    return name.rpartition(".")[2] if isinstance(name, str) else name
 
 
 def _kind(case: Mapping[str, Any]) -> Any:
@@ -268,20 +229,12 @@ def _is_list_of_cases(truth: Sequence[Any]) -> bool:
     )
 
 
-def _decoded(value: Any) -> Any:
-    """Return the JSON value of a text that is JSON, any other value itself."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
-
-
 SHAPES: tuple[tuple[tuple[str, ...], Callable[[Any], dict[str, Any]]], ...] = (
     (("inputs", "outputs"), _lists),
     (("test_cases",), _test_cases),
     (CODECONTESTS, _codecontests),
     (ASSERT_KEYS, _asserts),
+    (("public_test_cases",), _public_test_cases),
+    (CHECK_KEYS, _check_code),
 )
 """(a key that the form has, how it is read)"""
