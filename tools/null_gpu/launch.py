@@ -39,6 +39,7 @@ ON_HOST = {
     "TORCHDYNAMO_DISABLE": "1",
     # Only NCCL moves data between GPUs; samplers are torch's.
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     # vLLM is imported once for all processes of an engine: most of the time of a small one. No
     # process may ask the CUDA runtime for GPUs before.
