@@ -142,8 +142,23 @@ def synchronize() -> None:
 
 def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return an uninitialized tensor in host memory, pinned where there is a GPU: only to and from
-    pinned memory are copies fast and asynchronous."""
-    return torch.empty(shape, dtype=dtype, device=CPU, pin_memory=_REAL_CUDA)
+    pinned memory are copies fast and asynchronous. Raises UserError where the host has no memory
+    left to pin: torch takes the next power of two."""
+    try:
+        return torch.empty(shape, dtype=dtype, device=CPU, pin_memory=_REAL_CUDA)
+    except RuntimeError as error:  # of the CUDA runtime: "CUDA error: out of memory"
+        if not _REAL_CUDA or "out of memory" not in str(error):
+            raise
+        size = torch.Size(shape).numel() * dtype.itemsize
+        taken = 1 << (size - 1).bit_length()
+        raise UserError(
+            f"this node has not enough memory to pin {size / 2**30:.3g} GiB for a trainer rank's "
+            f"checkpoint or reference, for which torch takes {taken / 2**30:.3g} GiB, the next "
+            "power of two; give the node more memory, or spread the model over more ranks "
+            "(parallel.tensor, .pipeline, .expert)",
+            key="host_memory",
+            cause=Cause.TOO_LARGE,
+        ) from error
 
 
 def rng_state() -> Tensor | None:

@@ -58,6 +58,13 @@ def call_everything() -> None:
     platform.silence_warnings()
     platform.synchronize()
     assert platform.empty_on_host((3,), torch.float32).is_pinned()
+    os.environ["NULL_GPU_PINNED_BYTES"] = str(31 * 2**30)
+    refused(lambda: platform.empty_on_host((21 * 2**30,), torch.uint8), "takes 32 GiB")
+    with mock.patch.object(torch, "empty", side_effect=RuntimeError("another")):
+        try:
+            platform.empty_on_host((3,), torch.float32)
+        except RuntimeError as error:
+            assert str(error) == "another"
     state = platform.rng_state()
     assert state is not None
     torch.cuda.manual_seed(5)
