@@ -8,18 +8,30 @@ from nullgpu.conftest import HERE, IMPORTS
 from ranks import run_script
 
 
+def swapped(on_null_gpu, folder: Path, *words: str) -> list[dict]:
+    """What a swap of each model has left, when the memory that held what came is freed."""
+    given = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    printed = on_null_gpu("vllm_needs.py", str(folder), *words, **given)
+    return [json.loads(line) for line in printed.splitlines() if line.startswith('{"case"')]
+
+
 def test_what_vllm_loads_is_what_the_tables_predict_and_a_swap_keeps_addresses(
     on_null_gpu, tmp_path
 ):
     cases = ["deepseek", "deepseek-without-q-lora", "deepseek-fp8", "qwen", "qwen-fp8", "llama"]
     cases += ["QWEN3", "QWEN3_MOE", "GLM"]
-    printed = on_null_gpu("vllm_needs.py", str(tmp_path / "models"), *cases)
-    found = [json.loads(line) for line in printed.splitlines() if line.startswith('{"case"')]
+    found = swapped(on_null_gpu, tmp_path / "models", *cases)
     assert [case["case"] for case in found] == cases
     for case in found:
         assert not case["wrong"] and not case["moved"] and case["norm arrived"], case
         assert bool(case["scales"]) == case["case"].endswith("fp8")
-        assert case["tensors"] > 20
+        assert bool(case["kept scales"]) == (case["case"] == "deepseek-fp8")
+        assert case["tensors"] > 20 and not case["freed scales"], case
+
+
+def test_scales_that_kernels_keep_in_freed_memory_read_as_nan(on_null_gpu, tmp_path):
+    (found,) = swapped(on_null_gpu, tmp_path / "models", "deepseek-fp8", "planted")
+    assert len(found["freed scales"]) == found["kept scales"] > 0
 
 
 def test_an_engine_computes_what_transformers_does(on_null_gpu, tmp_path):

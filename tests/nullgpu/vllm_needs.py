@@ -1,6 +1,7 @@
 """Compares what vLLM's CUDA model classes load with what the weight tables predict, and swaps a
 model's weights on the null GPU: `vllm_needs.py FOLDER CASE…`. Prints a line of JSON for each case.
-The first case has experts, so that vLLM makes a group for them.
+The first case has experts, so that vLLM makes a group for them. With the word `planted` among the
+cases, nothing puts back what quantization methods keep of their layers (`vllm_plugin.kept_state`).
 
 Sizes are multiples of what the kernels want (128 for FP8 blocks, 512 + 64 for MLA)."""
 
@@ -13,6 +14,7 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERR
 
 import tiny_models
 import torch
+from host_compute import on_host
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
@@ -21,6 +23,7 @@ from vllm.model_executor.model_loader import get_model
 from megatron_r1.models.hf_config import resolve_aliases
 from megatron_r1.processes import children
 from megatron_r1.vllm_plugin import register, swap
+from megatron_r1.vllm_plugin.kept_state import KeptState
 from megatron_r1.vllm_plugin.memory_layout import lay_out
 from megatron_r1.vllm_plugin.recorder import record
 from megatron_r1.weight_sync.plan import EngineLayout
@@ -100,7 +103,9 @@ def compare(hf: dict, is_fp8: bool, config, model) -> dict:
     ]
     before = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     memory = torch.randint(0, 60, (table.num_bytes,), dtype=torch.uint8)
-    swap.load(model, placed, memory)
+    on_gpu = memory.cuda()
+    swap.load(model, placed, on_gpu)
+    on_gpu.untyped_storage().resize_(0)  # as a receiver does between pushes
     swap.finish(model, config.model_config)
     after = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     moved = [name for name in before if before[name] != after.get(name)]
@@ -112,11 +117,30 @@ def compare(hf: dict, is_fp8: bool, config, model) -> dict:
         "wrong": wrong,
         "moved": moved,
         "norm arrived": torch.equal(norm, received.value(memory)),
+        **kept_scales(model),
     }
+
+
+def kept_scales(model) -> dict:
+    """Return the number of scales that kernels of experts keep, and those in freed memory, which
+    reads as NaN where torch does not keep what it frees (PYTORCH_NO_CUDA_MEMORY_CACHING)."""
+    torch.cuda.synchronize()
+    found = {
+        f"{title}.{name}": getattr(config, name)
+        for title, layer in model.named_modules()
+        if (config := getattr(getattr(layer, "quant_method", None), "moe_quant_config", None))
+        for name in ("w1_scale", "w2_scale")
+        if getattr(config, name) is not None
+    }
+    freed = [name for name, scale in found.items() if on_host(scale).isnan().any()]
+    return {"kept scales": len(found), "freed scales": freed}
 
 
 def main() -> None:
     folder, *names = sys.argv[1:]
+    if "planted" in names:
+        names.remove("planted")
+        KeptState.restore = lambda state, in_use: None
     register()
     torch.cuda.set_device(0)
     groups_exist = False
