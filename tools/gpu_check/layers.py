@@ -103,17 +103,9 @@ def run_ranks(recipe: Path, folder: Path, ranks: int, **variables: str) -> str:
     )
     print(done.stdout, flush=True)
     if done.returncode:
-        raise Failed(
-            f"{recipe.stem}: a rank ended with status {done.returncode}: {_error(done.stdout)}"
-        )
+        ended = f"{recipe.stem}: a rank ended with status {done.returncode}"
+        raise Failed(f"{ended}: {verdict.error_in(done.stdout)}")
     return done.stdout
-
-
-def _error(output: str) -> str:
-    """Return the last line of an output that names an error."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    named = [line for line in lines if re.search(r"(Error|Exception|Assertion)\b.*:", line)]
-    return (named or lines or ["no output"])[-1][-400:]
 
 
 def judge(

@@ -43,13 +43,15 @@ def judge(seen: Mapping[str, Any]) -> dict[str, Any]:
 def check() -> dict[str, Any]:
     """Run the program and judge it."""
     where = ["host"] if place() == "cpu" else []
-    together = ["colocated"] if where or num_gpus() < 2 + ENGINES else []
-    paths = [ROOT / "tests", PROGRAM.parent, os.environ.get("PYTHONPATH", "")]
+    together = ["colocated"] if not where and num_gpus() < 2 + ENGINES else []
+    paths = [ROOT, ROOT / "kernels", ROOT / "tests", PROGRAM.parent]
+    paths.append(os.environ.get("PYTHONPATH", ""))
     done = subprocess.run(
         [sys.executable, str(PROGRAM), "qwen", str(ENGINES), *together, *where, *ROUNDS],
         cwd=ROOT,
         env=environment(PYTHONPATH=os.pathsep.join(map(str, paths)), PYTHONWARNINGS="ignore"),
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         check=False,
@@ -57,7 +59,7 @@ def check() -> dict[str, Any]:
     print(done.stdout, flush=True)
     said = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not said:
-        raise Failed(f"the pushes ended with status {done.returncode}: see the log")
+        raise Failed(f"it ended with status {done.returncode}: {verdict.error_in(done.stdout)}")
     return judge(json.loads(said[-1])) | {
         "engines": "on the trainer's GPUs" if together else "apart"
     }

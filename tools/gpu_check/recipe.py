@@ -35,9 +35,9 @@ MOST_DIFF = {"fp8": 0.2}
 """The largest mean difference of engine's and trainer's log-probabilities: bf16 gives 0.01, FP8
 weights in the engine alone 0.06; other weights 0.8."""
 MOST_DIFF_BF16 = 0.05
-LEFT_ASLEEP = 0.5
-"""The largest share of the memory that was in use while engines computed, which may be in use while
-the trainer does."""
+ASLEEP, AWAKE = 0.5, 0.8
+"""Shares of the most memory that was in use on GPU 0: less than the first while the trainer
+computes, more than the second while engines do."""
 POLL_SECONDS = 0.1
 
 
@@ -54,10 +54,10 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
 
 
 class UsedMemory:
-    """The memory that is in use on GPU 0, watched in a thread: `most`, and `least` after that."""
+    """The memory that is in use on GPU 0, looked at in a thread."""
 
     def __init__(self) -> None:
-        self.most, self.least = 0, 0
+        self.seen: list[int] = []
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -74,13 +74,23 @@ class UsedMemory:
 
         while not self._ends.wait(POLL_SECONDS):
             free, total = torch.cuda.mem_get_info(0)
-            self.note(total - free)
+            self.seen.append(total - free)
 
-    def note(self, used: int) -> None:
-        """Note what is in use now."""
-        if used > self.most:
-            self.most = self.least = used
-        self.least = min(self.least, used)
+    @property
+    def most(self) -> int:
+        """The most that was in use."""
+        return max(self.seen, default=0)
+
+    @property
+    def wakes(self) -> int:
+        """How often engines took their memory, the first time included."""
+        number, are_awake = 0, False
+        for used in self.seen:
+            if not are_awake and used > AWAKE * self.most:
+                number, are_awake = number + 1, True
+            elif used < ASLEEP * self.most:
+                are_awake = False
+        return number
 
 
 def run(recipe: Path, config: Config) -> UsedMemory:
@@ -110,8 +120,8 @@ def judge(
         "logprob_diff": last.get("logprob_diff/mean"),
         "push/probe_diff": last.get("push/probe_diff"),
         **{f"{part} seconds": last.get(f"time/{part}") for part in ("rollout", "train", "push")},
-        "GiB in use, at most": round(used.most / 2**30, 2),
-        "GiB in use, at least after that": round(used.least / 2**30, 2),
+        "GiB in use": round(used.most / 2**30, 2),
+        "engines woke": used.wakes - 1 if used.seen else None,
     }
     if [line["step"] for line in lines] != list(range(1, steps + 1)):
         numbers = [line["step"] for line in lines]
@@ -126,7 +136,7 @@ def judge(
             raise Failed(f"{where}: {text} {diff:.3g} nats, at most {most_diff}", **figures)
         if line.get("push/probe_diff") is None:
             raise Failed(f"{where}: the push was not proven: no probe", **figures)
-    if used.least > LEFT_ASLEEP * used.most:
+    if used.seen and used.wakes < 2:
         raise Failed("engines keep their memory while they sleep", **figures)
     return figures
 

@@ -1,6 +1,7 @@
 """The verdict of a check: the last line that its process prints."""
 
 import json
+import re
 import signal
 import sys
 import traceback
@@ -61,3 +62,10 @@ def read(lines: list[str]) -> Verdict | None:
     """Return the verdict among the lines of an output; None where there is none."""
     said = [line for line in lines if line.startswith(MARK)]
     return Verdict(**json.loads(said[-1].removeprefix(MARK))) if said else None
+
+
+def error_in(output: str) -> str:
+    """Return the last line of a program's output that names an error."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    named = [line for line in lines if re.search(r"(Error|Exception|Assertion)\b.*:", line)]
+    return (named or lines or ["no output"])[-1][-400:]

@@ -2,27 +2,37 @@
 streams and NCCL. With torch for CUDA: tests/nullgpu/test_null_push.py."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from ranks import run_script
+
+from tools.gpu_check import verdict
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 
 
 @pytest.fixture
-def run(null_gpu_library, segment):
+def variables(null_gpu_library, segment):
+    """The environment of processes on null GPUs."""
+    paths = [ROOT, ROOT / "kernels", ROOT / "tests", HERE]
+    return {
+        "NULL_GPU_LIBRARY": str(null_gpu_library),
+        "NULL_GPU_SEGMENT": str(segment),
+        "NULL_GPUS": "16",
+        "PYTHONPATH": ":".join(map(str, paths)),
+    }
+
+
+@pytest.fixture
+def run(variables):
     """A function that runs a script here on null GPUs, and returns its output."""
 
     def run(script: str, *arguments: str) -> str:
-        paths = [ROOT, ROOT / "kernels", ROOT / "tests", HERE]
-        variables = {
-            "NULL_GPU_LIBRARY": str(null_gpu_library),
-            "NULL_GPU_SEGMENT": str(segment),
-            "NULL_GPUS": "16",
-            "PYTHONPATH": ":".join(map(str, paths)),
-        }
         return run_script(HERE, [script, *arguments], **variables)
 
     return run
@@ -50,3 +60,19 @@ def test_an_engine_killed_in_a_push_costs_the_others_a_repeated_one(run, engines
         "current": [True] * engines,
         "sets": [engines],
     }
+
+
+@pytest.mark.more
+def test_the_check_of_real_gpus_names_a_push_that_delivers_other_bytes(variables):
+    planted = ROOT / "tests" / "unit" / "tools" / "planted_in_checks"
+    variables["PYTHONPATH"] = f"{planted}:{variables['PYTHONPATH']}"
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.gpu_check.nccl_push"],
+        cwd=ROOT,
+        env=os.environ | variables | {"PLANTED": "bytes"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    said = verdict.read(done.stdout.splitlines())
+    assert said and said.status == verdict.FAILED and "layers.0" in said.reason, done.stdout
