@@ -8,7 +8,8 @@ from typing import Any
 from megatron_r1.agents.environment_pool import describe
 from megatron_r1.agents.verifiers.harness import list_tasks
 from megatron_r1.config import AgentsConfig
-from megatron_r1.data.prompts import MissingTruth, PromptSplit, load_prompts
+from megatron_r1.data.prompt_rows import MissingTruth
+from megatron_r1.data.prompts import PromptSplit, load_prompts
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards import ENVIRONMENT
 

@@ -24,7 +24,8 @@ from megatron_r1.config import Config, verb_of
 from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
 from megatron_r1.data.end_tokens import describe
-from megatron_r1.data.prompts import Prompt, is_heldout, normalize, question_of
+from megatron_r1.data.prompt_rows import question_of
+from megatron_r1.data.prompts import Prompt, is_heldout, normalize
 from megatron_r1.data.records import ABSENT, entry, read_records
 from megatron_r1.data.sft import ALWAYS_LEARNED, form_of
 from megatron_r1.data.text import PromptText

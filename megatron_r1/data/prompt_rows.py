@@ -1,0 +1,145 @@
+"""Rows of a data file, read as prompts."""
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_r1.data.chats import Message, read_question
+from megatron_r1.data.choices import require_shown
+from megatron_r1.data.columns import columns_by_name
+from megatron_r1.data.questions import Prompt, digest, identity
+from megatron_r1.data.records import (
+    ABSENT,
+    Record,
+    entry,
+    missing,
+    read_records,
+    rename,
+    require_text,
+)
+from megatron_r1.data.report import DataReport
+from megatron_r1.data.where import Conditions, RowFilter
+from megatron_r1.errors import Cause, UserError
+from megatron_r1.rewards import REGISTRY, WITHOUT_TRUTH, resolve
+from megatron_r1.rewards.base import shorten
+from megatron_r1.rewards.truths import CHECKS, check_truth, is_none, is_unanswered, kind_of
+
+RESERVED_FIELDS = ("response", "truth", "kind")
+COLUMNS = "data.columns"
+FIRST_ROWS = 100
+"""Rows by which columns are found."""
+
+
+class MissingTruth(UserError):
+    """A row has no truth. kind: the reward that would compare with it."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message, key="truth", cause=Cause.MISSING)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class RowReading:
+    """How rows become prompts; the fields are arguments of `load_prompts`."""
+
+    kind: str | None
+    columns: Mapping[str, str]
+    where: Conditions
+    no_truth: Collection[str]
+    bad_rows: Literal["refuse", "leave_out"]
+
+    def prompts(self, path: str | Path, role: str, report: DataReport) -> Iterator[Prompt]:
+        """Yield the prompts of a file or data set; `report` counts its rows. Raises UserError."""
+        names = ("question", "truth", "kind")
+        row_filter = RowFilter(self.where, report)
+        rows = read_records(path, self.columns, names, role, row_filter.keeps)
+        first = list(itertools.islice(rows, FIRST_ROWS))
+        needs_truth = self.kind not in WITHOUT_TRUTH
+        report.columns = columns_by_name([row for _, row in first], needs_truth)
+        for location, row in itertools.chain(first, rows):
+            try:
+                prompt = self._prompt(location, row, report)
+            except UserError as error:
+                # A missing column is a mistake in the recipe, not in the row.
+                if self.bad_rows == "refuse" or error.cause is Cause.MISSING:
+                    raise
+                reason = str(error).removeprefix(f"{location}: ")
+                report.leave_out(reason, location, error.key)
+                continue
+            if prompt is not None:
+                yield prompt
+        row_filter.finish()
+
+    def _prompt(self, location: str, row: Record, report: DataReport) -> Prompt | None:
+        """Return the prompt of a row, None for one that is left out for want of a truth."""
+        row = self._renamed(row, report.columns)
+        before, question = question_of(location, row)
+        kind = row.get("kind") or self.kind or kind_of(row.get("truth"))
+        if "truth" not in row and kind not in WITHOUT_TRUTH:
+            fault = f"{location}: 'truth' {missing(row, 'truth', COLUMNS)}"
+            raise MissingTruth(fault, kind)
+        try:
+            resolve(kind)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"{location}: {error}", key="kind", cause=Cause.UNKNOWN) from error
+        truth = row.get("truth")
+        fields = {n: v for n, v in row.items() if n not in ("question", *RESERVED_FIELDS)}
+        if kind in CHECKS:
+            name = {**report.columns, **self.columns}.get("truth", "truth")
+            if is_none(truth, self.no_truth):
+                shown = "a solution without a marked answer" if _is_solution(truth) else repr(truth)
+                report.leave_out(f"{name!r} is {shown}, no truth", location, name)
+                return None
+            try:
+                check_truth(kind, truth, fields)
+                require_shown(kind, question, truth, fields)
+            except ValueError as error:
+                raise UserError(
+                    f"{location}: {name!r}: {shorten(error, 300)}; correct or remove the row, or "
+                    "set data.bad_rows: leave_out",
+                    key=name,
+                    cause=Cause.MALFORMED,
+                ) from None
+        prompt = Prompt("", question, kind, truth, fields, location, before)
+        return replace(prompt, id=digest(identity(prompt, self.kind)).hex()[:16])
+
+    def _renamed(self, row: Record, found: Mapping[str, str]) -> Record:
+        """Return the row with the columns that were found by their names. A reward of the user's
+        own gets them under both names."""
+        values = {ours: entry(row, theirs) for ours, theirs in found.items()}
+        if self.kind is None or self.kind in REGISTRY:
+            present = {o: found[o] for o, value in values.items() if value is not ABSENT}
+            row = rename("", row, present)
+        return row | {ours: None if v is ABSENT else v for ours, v in values.items()}
+
+
+def _is_solution(truth: Any) -> bool:
+    return isinstance(truth, str) and is_unanswered(truth)
+
+
+def question_of(location: str, row: Record) -> tuple[list[Message], str]:
+    """Return the messages before the question, and the question. Raises UserError."""
+    value = row.get("question")
+    try:
+        found = read_question(value)
+    except ValueError as error:
+        raise UserError(
+            f"{location}: 'question': {error}", key="question", cause=Cause.MALFORMED
+        ) from None
+    if found is None and isinstance(value, list) and value:
+        raise UserError(
+            f"{location}: 'question' is a conversation that does not end with a message of the "
+            "user; responses are sampled to such a message. Examples to learn from are for sft",
+            key="question",
+            cause=Cause.MALFORMED,
+        )
+    if found is None and "question" in row:
+        raise UserError(
+            f"{location}: 'question' must be a text that is not blank, or a chat, it is "
+            f"{shorten(repr(value))}; correct or remove the row, or set data.bad_rows: leave_out",
+            key="question",
+            cause=Cause.MALFORMED,
+        )
+    return found or ([], require_text(location, row, "question", COLUMNS))
