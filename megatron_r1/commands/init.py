@@ -6,9 +6,10 @@ REWARD]`. DATA is a .jsonl, .json, .csv or .parquet file, hub:NAME[:CONFIG][:SPL
 Comments of the recipe give the reason of each value; `rl RECIPE.yaml --dry-run` then tries it."""
 
 import asyncio
+import contextlib
 import itertools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,23 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     template = next(guess.value for guess in guesses if guess.key == "data.template")
     text = PromptText(str(folder), template, (MODEL, template))
     guesses += _sizes(folder, hf, parameters, questions, text)
-    command = f"megatron-r1 rl {shlex.quote(str(path))}"
     options = [text for key, value in given.items() for text in (f"--{key}", value)]
+    with _written("rl", path, [model, data, *options], guesses):
+        print(f"a response ends with: {describe(text.end_tokens)}")
+        _check_truths(data, columns)
+        _try(path, columns)
+
+
+@contextlib.contextmanager
+def _written(
+    verb: str, path: Path, arguments: Sequence[str], guesses: Sequence[Guess]
+) -> Iterator[None]:
+    """Write the recipe of a verb and print it; after the block, which tries it, print what comes
+    next. arguments: of `init`. Raises the block's UserError with the command that repeats the
+    trial."""
+    command = f"megatron-r1 {verb} {shlex.quote(str(path))}"
     title = (
-        f"Written by: megatron-r1 init {shlex.join([model, data, *options])}",
+        f"Written by: megatron-r1 init {shlex.join(arguments)}",
         f"Try it: {command} --dry-run",
         f"Train:  {command}",
         "Every other setting: megatron-r1 keys",
@@ -115,13 +129,12 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     atomic_write(path, recipe_text(title, guesses))
     for guess in guesses:
         print(f"{guess.key}: {value_text(guess.value)}   # {guess.reason}")
-    print(f"a response ends with: {describe(text.end_tokens)}")
-    _check_truths(data, columns)
     try:
-        _try(path, columns)
+        yield
     except UserError as error:
         raise UserError(
-            f"{path} is written, but rl does not run it yet: {error}\nthen: {command} --dry-run",
+            f"{path} is written, but {verb} does not run it yet: {error}\n"
+            f"then: {command} --dry-run",
             key=error.key,
             cause=error.cause,
         ) from None
@@ -160,27 +173,11 @@ def _write_supervised(
     if not has_chat:
         why = "the tokenizer has no chat template: User: …, Assistant:"
         guesses.append(Guess("sft.template", "plain", why))
-    command = f"megatron-r1 sft {shlex.quote(str(path))}"
-    title = (
-        f"Written by: megatron-r1 init {shlex.join([model, data])}",
-        f"Try it: {command} --dry-run",
-        f"Train:  {command}",
-        "Every other setting: megatron-r1 keys",
-    )
-    atomic_write(path, recipe_text(title, guesses))
-    for guess in guesses:
-        print(f"{guess.key}: {value_text(guess.value)}   # {guess.reason}")
-    recipe = configuration.load(path, required=sft.REQUIRED)
-    try:
+    with _written("sft", path, given, guesses):
+        recipe = configuration.load(path, required=sft.REQUIRED)
         sft.check_settings(recipe)
         *_, lines = sft.read_examples(recipe)
-    except UserError as error:
-        raise UserError(
-            f"{path} is written, but sft does not run it yet: {error}\nthen: {command} --dry-run",
-            key=error.key,
-            cause=error.cause,
-        ) from None
-    print("\n".join(["", *lines, "", f"{path} is written: look at it, then {command} --dry-run"]))
+        print("\n".join(["", *lines]))
 
 
 SUPERVISED_SIZES = ("checkpoint.every", "optimizer.learning_rate")
