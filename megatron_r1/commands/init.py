@@ -157,7 +157,7 @@ def _write_supervised(
 ) -> None:
     """Write a recipe for `sft` and print it, with what became of the rows. given: the arguments.
     Raises UserError for a recipe that `sft` would refuse."""
-    model, data = given
+    _, data = given
     parameters, machine = num_parameters(hf), this_machine()
     has_chat = bool(load_tokenizer(str(folder), MODEL).chat_template)
     form = form_of(rows[0])
