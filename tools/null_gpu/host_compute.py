@@ -107,6 +107,14 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     return empty.set_(same, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
+def fill_with_zeros(tensor: torch.Tensor) -> torch.Tensor:
+    """Write zeros to a new tensor, whose memory they hold only where something else is written."""
+    if tensor.numel():
+        address, size = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)
+        runtime().null_gpu_zero(address, size)
+    return tensor
+
+
 class HostCompute(TorchDispatchMode):
     """Within this context, operators of torch compute on the null GPU."""
 
@@ -133,6 +141,8 @@ class HostCompute(TorchDispatchMode):
         if its_own or not plain or not (makes or reads) or is_transfer(name, args, kwargs):
             return func(*args, **kwargs)
         drain({tensor.get_device() for tensor in found if tensor.is_cuda})
+        if func is torch.ops.aten.zeros.default:
+            return fill_with_zeros(torch.empty(*args, **kwargs))
         return self._compute(func, args, kwargs, stays=wanted is None or makes)
 
     def _compute(self, func, args, kwargs, stays: bool):
