@@ -16,7 +16,7 @@ from megatron_r1.rewards.answer import (
 from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.box import changes_box
 from megatron_r1.rewards.math.comparison import compare
-from megatron_r1.rewards.math.text import same_words, stated_answer
+from megatron_r1.rewards.math.text import same_words, stated_answer, without_rounding
 from megatron_r1.rewards.reading import is_number, read_answer
 from megatron_r1.rewards.truths import alternatives, marked, math_truth
 from megatron_r1.rewards.wording import without_conclusion
@@ -75,7 +75,7 @@ def _grade(response: str, truth: object, opened: bool, reading: str, plain_line:
         return _too_long(num_chars, limit)
     if not answer:
         return Grade(0.0, "no answer found: it is empty")
-    correct, refused = _compare(stated, answer)
+    correct, refused = _compare(stated, without_rounding(answer, stated))
     if refused:
         return Grade(0.0, f"refused: {shorten(answer)}: {refused}")
     for other in others if correct else ():

@@ -47,6 +47,12 @@ THE_IS = re.compile(
     r"(?P<number>[-+]?(?:\d[\d.,/]*(?: [a-z/]+){0,3}|\\[dt]?frac\{\d+\}\{\d+\}))[.\s]*",
     re.IGNORECASE,
 )
+DECIMAL = re.compile(r"\.\d")
+ROUNDED = re.compile(
+    r"\$?\s*(?:(?:about|around|approximately|approx\.?|roughly|nearly|almost)\s+|[≈~]\s*"
+    r"|\\(?:approx|sim)(?![A-Za-z])\s*)(?=[\s$]*[-−]?\d*\.\d)",
+    re.IGNORECASE,
+)
 CLOSING_WORDS = re.compile(r"[\s.]*I hope (?:it|this) is correct[\s.]*$", re.IGNORECASE)
 ENDING_FORMULA = re.compile(
     r"[^$\d\\]*(?P<formula>\$[^$]+\$|\$\$[^$]+\$\$|\\\((?:[^\\]|\\[^()])+\\\)"
@@ -224,3 +230,10 @@ def read_moment(text: str) -> tuple[str, ...] | None:
     if (match := ISO_DATE.fullmatch(text)) is not None:
         return MONTHS[int(match["month"]) - 1], match["day"].lstrip("0"), match["year"]
     return None
+
+
+def without_rounding(text: str, truth: str) -> str:
+    r"""Return `3.14` of `\approx 3.14` where the truth is a decimal as well, to which the answer is
+    rounded; any other text as it is: `about 13` leaves a whole number open."""
+    rounded = ROUNDED.match(text) if DECIMAL.search(truth) else None
+    return text[rounded.end() :].replace("$", "").strip() if rounded else text
