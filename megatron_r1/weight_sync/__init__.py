@@ -21,19 +21,16 @@ is how all ranks find each other and learn of failures. These two, `receive_buff
 and `checksum` run inside vLLM as well, so they import nothing else of ours. `results` has what the
 ranks report to the controller.
 
-Words, each with the module that defines it:
+Eight words:
 
-- set: equal engines that are served together; member: an engine's number in its set; position: a
-  rank's number in its engine (`plan.engine_sets`).
-- region: a rectangle of a Hugging Face tensor (`plan.tensors`). piece: the rows or columns of a
-  tensor that one parameter of a trainer rank has (`weights.rules`). holding: a region with the
-  trainer ranks that all have it, its replicas (`plan.planner`).
-- part: a region that an engine rank needs, with its bytes; bundle: parts that have one sender;
-  share: the parts that enter one engine of a set. entry: what one trainer rank
-  sends to one engine rank (`plan.engine_sets`), over a link (`link_planner`).
-- slot: a region that an engine rank needs, with its place in the receive buffer; area: the memory
-  of one push (two areas take turns where the engine computes with the received weights in place);
-  delivery: the rectangle of a slot that one trainer rank sends, with a checksum (`table`).
-- slice: the values of a delivery, read from a parameter (`link_planner`).
-- chunk: rows of a delivery; bucket: the chunks of one message (`transports.buckets`). round: the
-  exchange of one bucket of every engine of a set (`transports.gloo`)."""
+- set: equal engines that are served together. An engine is a member of it, by number; the ranks of
+  equal number in their engines are at one position.
+- region: a rectangle of a Hugging Face tensor (`plan.tensors`).
+- table: an engine rank's slots; slot: a region that it needs, with its place in the receive buffer
+  (`table`). Where the engine computes with received weights in place, two areas of that buffer take
+  turns.
+- plan: an entry for each trainer rank and each engine rank that it sends to, with the regions
+  (`plan.engine_sets`); link: the connection of two such ranks (`link_planner`).
+- delivery: the rectangle of a slot that one trainer rank sends, with a checksum (`table`).
+- bucket: the bytes of one message. In a round a process sends and receives one each
+  (`plan.rounds`)."""

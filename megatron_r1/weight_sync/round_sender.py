@@ -29,15 +29,14 @@ from megatron_r1.weight_sync.rendezvous import (
 )
 from megatron_r1.weight_sync.table import Delivery, SlotTable
 from megatron_r1.weight_sync.transports.blocks import Landing, MemoryBlock, SlicesBlock
-from megatron_r1.weight_sync.transports.communicator import Communicator
 from megatron_r1.weight_sync.transports.device_memory import mapped_memory
 from megatron_r1.weight_sync.transports.nccl_library import NcclError
 from megatron_r1.weight_sync.transports.round_runner import (
+    Communicator,
     PushStreams,
-    Received,
     Round,
     RoundRunner,
-    Sent,
+    Transfer,
 )
 
 
@@ -324,9 +323,9 @@ class RoundSender:
                 if call.is_send:
                     sent = rounds.sent_block(call.block, blocks)
                     extent = sent.extent(half.number, half.count)
-                    found[key] = each._replace(sent=Sent(half.peer, sent, *extent))
+                    found[key] = each._replace(sent=Transfer(half.peer, sent, *extent))
                 else:
                     received = rounds.received_block(call.block)
                     extent = received.extent(half.number, half.count)
-                    found[key] = each._replace(received=Received(half.peer, received, *extent))
+                    found[key] = each._replace(received=Transfer(half.peer, received, *extent))
         return [found[key] for key in sorted(found)]

@@ -59,6 +59,14 @@ class Block:
         """Return which bytes of the checksums are between two bytes of the block."""
         return slice(max(0, start - self.weight_bytes), max(0, end - self.weight_bytes))
 
+    def pack(self, start: int, end: int, target: torch.Tensor) -> None:
+        """Write the bytes between two bytes of the block to `target`, uint8."""
+        raise NotImplementedError
+
+    def unpack(self, start: int, end: int, source: torch.Tensor) -> None:
+        """Write `source`, uint8, between two bytes of the block."""
+        raise NotImplementedError
+
 
 class SlicesBlock(Block):
     """What a trainer rank sends over a link: `slices` of its parameters, in the engine's dtypes.
@@ -73,7 +81,6 @@ class SlicesBlock(Block):
         self._sums: list[torch.Tensor] = []
 
     def pack(self, start: int, end: int, target: torch.Tensor) -> None:
-        """Write the bytes between two bytes of the block to `target`, uint8."""
         packed = []
         for run in self.runs(start, end):
             dtype = dtype_of(self.table.slots[self.deliveries[run.number].slot])
@@ -102,27 +109,30 @@ class SlicesBlock(Block):
 class MemoryBlock(Block):
     """What enters an engine rank's receive buffer from one source, or leaves from there.
 
-    area: the memory of this push. sums: the checksums of these deliveries, int64."""
+    area: the memory of this push. sums: the checksums of these deliveries, int64, one tensor where
+    something enters."""
 
     def __init__(
         self,
         table: SlotTable,
         deliveries: Sequence[Delivery],
         area: torch.Tensor,
-        sums: torch.Tensor,
+        sums: Sequence[torch.Tensor],
     ):
         super().__init__(table, deliveries)
-        self._area, self.sums = area, sums
+        self._area, self._sums = area, sums
+
+    @property
+    def sums(self) -> torch.Tensor:
+        return self._sums[0] if len(self._sums) == 1 else torch.cat(list(self._sums))
 
     def pack(self, start: int, end: int, target: torch.Tensor) -> None:
-        """Write the bytes between two bytes of the block to `target`, uint8."""
         done = 0
         for view in self._views(start, end):
             _copy(target[done : done + view.numel()].view(view.shape), view)
             done += view.numel()
 
     def unpack(self, start: int, end: int, source: torch.Tensor) -> None:
-        """Write `source`, uint8, between two bytes of the block."""
         done = 0
         for view in self._views(start, end):
             _copy(view, source[done : done + view.numel()].view(view.shape))
@@ -147,10 +157,7 @@ class MemoryBlock(Block):
             if rest:
                 yield self._area[first + rows * pitch :][None, :rest]
         if end > self.weight_bytes:
-            yield self._all_sums().view(torch.uint8)[self.sums_between(start, end)][None]
-
-    def _all_sums(self) -> torch.Tensor:
-        return self.sums
+            yield self.sums.view(torch.uint8)[self.sums_between(start, end)][None]
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -182,8 +189,8 @@ class Landing:
     def block(self, source: Any) -> MemoryBlock:
         """Return what enters from a trainer rank, or is passed on by a `Peer`."""
         if source not in self.deliveries:  # a peer that nothing has entered
-            return MemoryBlock(self.table, (), self.area, self.area[:0].view(torch.int64))
-        return MemoryBlock(self.table, self.deliveries[source], self.area, self._sums[source])
+            return MemoryBlock(self.table, (), self.area, [self.area[:0].view(torch.int64)])
+        return MemoryBlock(self.table, self.deliveries[source], self.area, [self._sums[source]])
 
     def own_block(self) -> MemoryBlock:
         """Return what has entered from trainer ranks and is to be passed on, with the trainer's
@@ -197,21 +204,4 @@ class Landing:
         # In the order of slots, as in `rendezvous.deliveries_to`.
         own.sort(key=lambda entry: entry[0].slot)
         deliveries = [delivery for delivery, _ in own]
-        return _OwnBlock(self.table, deliveries, self.area, [value for _, value in own])
-
-
-class _OwnBlock(MemoryBlock):
-    """A block whose checksums lie apart, in the order of the senders."""
-
-    def __init__(
-        self,
-        table: SlotTable,
-        deliveries: Sequence[Delivery],
-        area: torch.Tensor,
-        sums: Sequence[torch.Tensor],
-    ):
-        super().__init__(table, deliveries, area, area[:0])
-        self._apart = sums
-
-    def _all_sums(self) -> torch.Tensor:
-        return torch.cat(list(self._apart))
+        return MemoryBlock(self.table, deliveries, self.area, [value for _, value in own])

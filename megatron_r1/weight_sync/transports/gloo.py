@@ -1,6 +1,11 @@
 """Both ends over gloo: a trainer rank sends its buckets to an engine rank of a set, which passes
 its share of a push on to the other engines.
 
+A trainer rank and an engine rank that it sends to are a group of two, so that a lost rank breaks
+its own pairs only; the ranks at one position of a set's engines are a group, too. A push is its
+number, a stream of buckets, and a checksum of each delivery. Sender and receiver cut deliveries
+alike into chunks of rows, and pack these into buckets, so no sizes need to be exchanged.
+
 A thread per trainer rank unpacks its buckets into the receive buffer. What has entered is checked
 and exchanged with the ranks at this position of the other engines. In every round each rank
 contributes a bucket, and every rank ends with all of them, around a ring. The checksums that a rank
@@ -14,35 +19,84 @@ import contextlib
 import datetime
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from queue import SimpleQueue
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from megatron_r1.weight_sync.checksum import RowsChecksum
-from megatron_r1.weight_sync.rendezvous import IDLE_SECONDS, Peer, SetFailed
+from megatron_r1.weight_sync.rendezvous import IDLE_SECONDS, Peer, Rendezvous, SetFailed
 from megatron_r1.weight_sync.results import IncompletePush
-from megatron_r1.weight_sync.table import Delivery, SlotTable, dtype_of
+from megatron_r1.weight_sync.table import Delivery, SlotTable, dtype_of, slot_view
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from megatron_r1.weight_sync.transports.base import Receiver, Sender, Slices
-from megatron_r1.weight_sync.transports.buckets import BucketPacker, Chunk
-from megatron_r1.weight_sync.transports.groups import (
-    ENGINE_RANK,
-    TRAINER_RANK,
-    create_group,
-    integers,
-    pair_group,
-    wait_for,
-)
 
+BUCKET_BYTES = 32 << 20
+Chunk = tuple[int, int, int]
+"""(index of the delivery, first row, end row)."""
+ENGINE_RANK, TRAINER_RANK = 0, 1
+"""The ranks of a pair in its group."""
 CLOSE_SECONDS = 2.0
 """How long `close` waits for the threads that receive, all together."""
 PATIENCE_SECONDS = 2.0
 """How much longer than a push's limit a rank waits for other ranks, so that the rank at fault
 reports first."""
+
+
+@dataclass(frozen=True)
+class BucketPacker:
+    """Cuts deliveries to one engine rank into buckets, and packs and unpacks these."""
+
+    table: SlotTable
+    deliveries: Sequence[Delivery]
+
+    def cut(self, num_bytes: int | None = None) -> Iterator[list[Chunk]]:
+        """Yield the buckets of the deliveries, in order, each of at most `num_bytes` (default
+        `BUCKET_BYTES`), or of one row: a row is never cut."""
+        bucket: list[Chunk] = []
+        size = room = num_bytes or BUCKET_BYTES
+        for index, delivery in enumerate(self.deliveries):
+            height, row_bytes = delivery.height, self._row_bytes(index)
+            start = 0
+            while start < height:
+                rows = min(height - start, max(room // row_bytes, 0 if bucket else 1))
+                if rows:
+                    bucket.append((index, start, start + rows))
+                    start, room = start + rows, room - rows * row_bytes
+                if start < height:
+                    yield bucket
+                    bucket, room = [], size
+        if bucket:
+            yield bucket
+
+    def num_bytes(self, bucket: Sequence[Chunk]) -> int:
+        return sum((bottom - top) * self._row_bytes(index) for index, top, bottom in bucket)
+
+    def pack(self, area: torch.Tensor, bucket: Sequence[Chunk]) -> torch.Tensor:
+        """Return a copy of a bucket's bytes in a memory area, uint8."""
+        chunks = self._chunks(area, bucket)
+        return torch.cat([chunk.contiguous().view(-1).view(torch.uint8) for chunk in chunks])
+
+    def unpack(self, area: torch.Tensor, bucket: Sequence[Chunk], packed: torch.Tensor) -> None:
+        """Write a bucket's bytes to their places in a memory area."""
+        end = 0
+        for target in self._chunks(area, bucket):
+            start, end = end, end + target.numel() * target.element_size()
+            # Cloned: a view in another dtype must begin at a multiple of its size.
+            target.copy_(packed[start:end].clone().view(target.dtype).view(target.shape))
+
+    def _chunks(self, area: torch.Tensor, bucket: Sequence[Chunk]) -> Iterator[torch.Tensor]:
+        for index, top, bottom in bucket:
+            delivery = self.deliveries[index]
+            yield slot_view(area, self.table.slots[delivery.slot], delivery)[top:bottom]
+
+    def _row_bytes(self, index: int) -> int:
+        return self.deliveries[index].row_bytes(self.table)
 
 
 class GlooReceiver(Receiver):
@@ -349,3 +403,29 @@ class GlooSender(Sender):
             running[index].update(values)
             packed.append(values.reshape(-1).view(torch.uint8))
         return torch.cat(packed)
+
+
+def pair_group(
+    rendezvous: Rendezvous, sender: int, engine_rank: int, *, is_sender: bool
+) -> dist.ProcessGroup:
+    """Return the group of trainer rank `sender` and a rank of the rendezvous' engine."""
+    name = f"pair/{sender}/{rendezvous.member}/{engine_rank}"
+    return create_group(rendezvous, name, TRAINER_RANK if is_sender else ENGINE_RANK, 2)
+
+
+def create_group(rendezvous: Rendezvous, name: str, rank: int, size: int) -> dist.ProcessGroup:
+    """Return the group of `size` ranks that meet under `name`."""
+    store = dist.PrefixStore(name, rendezvous.new_connection())
+    timeout = datetime.timedelta(seconds=rendezvous.timeout_seconds)
+    # The stubs give a backend no send and recv.
+    return cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, rank, size, timeout))
+
+
+def wait_for(work: dist.Work, rendezvous: Rendezvous, more_seconds: float = 0.0) -> None:
+    """Wait for `work`, at most as long as a push may take, and `more_seconds`."""
+    work.wait(datetime.timedelta(seconds=rendezvous.push_seconds + more_seconds))
+
+
+def integers(values: Iterable[int]) -> torch.Tensor:
+    """Return integers of 64 bits, signed or not, as they are on the wire: int64."""
+    return torch.tensor([v - 2**64 if v >= 2**63 else v for v in values], dtype=torch.int64)

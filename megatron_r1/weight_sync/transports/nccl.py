@@ -19,15 +19,15 @@ from megatron_r1.weight_sync.results import IncompletePush
 from megatron_r1.weight_sync.table import SlotTable
 from megatron_r1.weight_sync.transports.base import Receiver, Sender, Slices, gpu_uuid
 from megatron_r1.weight_sync.transports.blocks import Landing, SlicesBlock
-from megatron_r1.weight_sync.transports.communicator import LONGEST_PAUSE, Communicator
 from megatron_r1.weight_sync.transports.device_memory import share_memory
 from megatron_r1.weight_sync.transports.nccl_library import NcclError
 from megatron_r1.weight_sync.transports.round_runner import (
+    LONGEST_PAUSE,
+    Communicator,
     PushStreams,
-    Received,
     Round,
     RoundRunner,
-    Sent,
+    Transfer,
 )
 
 CLOSE_SECONDS = 5.0
@@ -166,11 +166,11 @@ class NcclReceiver(Receiver):
             for send, receive in pairs:
                 sent = received = None
                 if send is not None:
-                    sent = Sent(send.peer, own, *own.extent(send.number, send.count))
+                    sent = Transfer(send.peer, own, *own.extent(send.number, send.count))
                 if receive is not None:
                     block = blocks[_source(receive)]
                     extent = block.extent(receive.number, receive.count)
-                    received = Received(receive.peer, block, *extent)
+                    received = Transfer(receive.peer, block, *extent)
                 found.append(Round(communicator, sent, received))
             return found
 

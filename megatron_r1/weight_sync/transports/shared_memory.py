@@ -21,8 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_r1.weight_sync.checksum import copy_with_checksum
-from megatron_r1.weight_sync.lanes import memory_fence
+from megatron_r1.weight_sync.checksum import copy_with_checksum, memory_fence
 from megatron_r1.weight_sync.receive_buffer import ReceiveBuffer
 from megatron_r1.weight_sync.table import Delivery, slot_view
 from megatron_r1.weight_sync.transports.base import Receiver, Sender, Slices

@@ -20,7 +20,7 @@ from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.rendezvous import EngineRendezvous
 from megatron_r1.weight_sync.results import IncompletePush
 from megatron_r1.weight_sync.sender import WeightSender, run_all
-from megatron_r1.weight_sync.transports import buckets, gloo, receiver_class
+from megatron_r1.weight_sync.transports import gloo, receiver_class
 from tests.unit.weight_sync.push_models import DEEPSEEK
 from tests.unit.weight_sync.push_world import Shared, draw, plain_table, wrong_slots
 from tools.bench.push.small_model import held_by
@@ -134,7 +134,7 @@ class Fleet(SmallFleet):
 @pytest.fixture
 def make(monkeypatch):
     monkeypatch.setattr("megatron_r1.fleet.engine.LAST_WORDS_SECONDS", 0.0)
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", 3000)
+    monkeypatch.setattr(gloo, "BUCKET_BYTES", 3000)
     tensors, clients, trainers = draw(DEEPSEEK, 1), [], []
 
     def engine(index, is_up=True):

@@ -10,7 +10,7 @@ from waiting import PATIENT
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.rendezvous import SetFailed
 from megatron_r1.weight_sync.table import slot_view
-from megatron_r1.weight_sync.transports.buckets import BucketPacker
+from megatron_r1.weight_sync.transports.gloo import BucketPacker
 from megatron_r1.weights.stored.fp8_blocks import quantize
 from tests.unit.weight_sync.push_models import DEEPSEEK, DEEPSEEK_MTP, QWEN
 from tests.unit.weight_sync.push_world import World, draw, plain_table, wrong_slots

@@ -9,8 +9,12 @@ import pytest
 import torch
 import xxhash
 
-from megatron_r1.weight_sync import lanes
-from megatron_r1.weight_sync.checksum import RunningChecksum, checksum, copy_with_checksum
+from megatron_r1.weight_sync.checksum import (
+    LOOPS,
+    RunningChecksum,
+    checksum,
+    copy_with_checksum,
+)
 
 CHECKSUMS = sys.modules[RunningChecksum.__module__]
 
@@ -146,7 +150,7 @@ def test_the_loop_is_vectors_in_registers_on_other_machines(triple, cpu, store, 
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu)
-    assembly = machine.emit_assembly(llvm.parse_assembly(lanes.LOOPS))
+    assembly = machine.emit_assembly(llvm.parse_assembly(LOOPS))
     copy, rest = assembly.split("read:")
     read, memory_fence = rest.split("memory_fence:")
     assert re.search(store, copy) and not re.search(store, read)

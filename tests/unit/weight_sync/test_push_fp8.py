@@ -21,7 +21,7 @@ from megatron_r1.weight_sync.plan.tensors import Region, pushed_tensors, scale_r
 from megatron_r1.weight_sync.rendezvous import EngineRendezvous, ReceiverInfo
 from megatron_r1.weight_sync.sender import WeightSender
 from megatron_r1.weight_sync.table import SlotTable, dtype_of, slot_view
-from megatron_r1.weight_sync.transports import buckets
+from megatron_r1.weight_sync.transports import gloo
 from megatron_r1.weights.stored.fp8 import is_quantized, scale_name
 from tools.bench.push.small_model import held_by
 
@@ -119,7 +119,7 @@ def assert_received(world, expected):
 def test_an_engine_receives_the_fp8_checkpoint_of_the_same_weights(
     hf, grid, engine, transport, monkeypatch
 ):
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", 10_000)  # deliveries are cut
+    monkeypatch.setattr(gloo, "BUCKET_BYTES", 10_000)  # deliveries are cut
     check_blocks(hf, engine, tensor=grid.tensor, expert_tensor=grid.expert_tensor)
     first, second = draw(hf, 1), draw(hf, 2)
     world = World(hf, grid, engine, first, transport=transport)
@@ -140,7 +140,7 @@ def test_an_engine_receives_the_fp8_checkpoint_of_the_same_weights(
 
 
 def test_each_block_is_quantized_once_a_push(monkeypatch):
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", 10_000)
+    monkeypatch.setattr(gloo, "BUCKET_BYTES", 10_000)
     sizes, quantize = [], link_planner.quantize
     monkeypatch.setattr(link_planner, "quantize", lambda x: sizes.append(x.numel()) or quantize(x))
     tensors = draw(DEEPSEEK, 1)

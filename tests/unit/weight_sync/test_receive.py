@@ -38,7 +38,7 @@ from megatron_r1.weight_sync.rendezvous import (
 )
 from megatron_r1.weight_sync.results import IncompletePush
 from megatron_r1.weight_sync.table import Delivery, SlotTable, slot_view
-from megatron_r1.weight_sync.transports import buckets, gloo, shared_memory
+from megatron_r1.weight_sync.transports import gloo, shared_memory
 from megatron_r1.weight_sync.transports.shared_memory import NamedMemory, sweep
 
 CHECKSUMS = sys.modules[weighted_sum.__module__]
@@ -63,7 +63,7 @@ def make_world():
 def test_an_engine_receives_the_slices_in_its_dtype(
     make_world, transport, piece_bytes, monkeypatch
 ):
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", piece_bytes)
+    monkeypatch.setattr(gloo, "BUCKET_BYTES", piece_bytes)
     monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", piece_bytes)
     monkeypatch.setattr(CHECKSUMS, "PASS_BYTES", piece_bytes)
     world = make_world(transport, SLOTS, BY_TWO)

@@ -29,7 +29,7 @@ from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.rendezvous import EngineRendezvous
 from megatron_r1.weight_sync.sender import WeightSender
 from megatron_r1.weight_sync.table import slot_view
-from megatron_r1.weight_sync.transports import buckets, gloo
+from megatron_r1.weight_sync.transports import gloo
 from megatron_r1.weights import hf_tensors
 from tools.bench.push.small_model import SHAPE, held_by, slot_table
 
@@ -165,7 +165,7 @@ def _last(folder: Path, place: tuple) -> dict[str, Any]:
 
 def _rank(place: tuple, port: int, folder: Path, fault: str, tensors: dict) -> None:
     """Be one rank, and write what happens to a file."""
-    buckets.BUCKET_BYTES = gloo.PASSED_BYTES = 1 << 11
+    gloo.BUCKET_BYTES = gloo.PASSED_BYTES = 1 << 11
     gloo.CLOSE_SECONDS = 0.1
     try:
         with (folder / str(place)).open("w", buffering=1) as out:
