@@ -71,6 +71,8 @@ def test_b28_what_a_parser_drops_is_named(text, reasoning, content, calls):
     ("text", "reasoning", "content"),
     [
         ("<think>so</think>4", "so", "4"),
+        ("Here is my thought process: so Here is my response: 4", "so", "4"),
+        ("so[/THINK]then 4", None, "sothen 4"),  # as a special token that is left out
         ("Use <tool_call> tags.", None, "Use <tool_call> tags."),
         ("", None, None),
         ("x < 3 and y > 4 [NOTE]", None, "x < 3 and y > 4 [NOTE]"),

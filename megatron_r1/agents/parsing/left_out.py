@@ -13,6 +13,8 @@ from typing import Any
 _TAG = re.compile(r"</?[^<>\s=]+([=\s][^<>]*)?>|\[/?[A-Z_]{3,}\]")
 _TOOL_TAG = re.compile(r"<[^<>/\s]*(?:tool|func|invoke|call)[^<>]*>|\[TOOL_CALLS?\]", re.IGNORECASE)
 _KIMI_ID = re.compile(r"\bfunctions\.([\w.-]+):\d+")
+_GRANITE = re.compile(r"\bHere(?:'s| is) my (?:thought process|response):")
+"""What stands around thoughts of Granite models instead of tags."""
 _ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
 _MARKUP = {
     *("name", "names", "arguments", "argument", "parameters", "parameter"),
@@ -34,6 +36,8 @@ def left_out(
     kept = f"{reasoning or ''} {content or ''}"
     if not calls and (tag := _TOOL_TAG.search(text)) and tag[0] not in kept:
         return f"{tag[0]} begins no call that can be read"
+    if not calls and _letters(text) == _letters(kept):
+        return ""
     named = [call["function"]["name"] for call in calls]
     values = [_value(call["function"]["arguments"]) for call in calls]
     leaves = [leaf for value in values for leaf in _leaves(value)]
@@ -69,9 +73,14 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _without_tags(text: str) -> str:
     """Return the text without escapes and without the names of tags, but with their attributes."""
-    text = _KIMI_ID.sub(lambda found: found[1], text)
+    text = _GRANITE.sub(" ", _KIMI_ID.sub(lambda found: found[1], text))
     text = _ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else " ", text)
     return _TAG.sub(lambda found: f" {found[1] or ''} ", text)
+
+
+def _letters(text: str) -> str:
+    """Return the text without tags and spaces: a special token that is dropped joins two words."""
+    return "".join(_without_tags(text).split())
 
 
 def _words(text: str) -> list[str]:
