@@ -104,7 +104,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
                 rendezvous, self._rank, table, memory, init_info.borrows_memory
             )
         except Exception as error:  # vLLM's loaders may raise anything
-            rendezvous.publish_problem(self._rank, str(error) or repr(error))
+            rendezvous.report_own(self._rank, str(error) or repr(error))
             raise
 
     def _table(self, init_info: PushInitInfo) -> SlotTable:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import msgspec
+
 from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.fleet.engine import Engine
@@ -15,7 +17,7 @@ from megatron_r1.weight_sync.plan.engine_sets import engine_sets
 from megatron_r1.weight_sync.plan.recipe import max_engines
 from megatron_r1.weight_sync.results import (
     ConnectedSets,
-    FailedSet,
+    Failure,
     OpenedPush,
     SentWeights,
     StoreUnreachable,
@@ -159,15 +161,14 @@ class EngineLinks:
         replies = await self.trainer.call_all(
             "send_weights", push=push, sets=[s.name for s in sets], gone=gone
         )
-        problems: dict[str, FailedSet] = {}
+        failures: dict[str, list[Failure]] = {}
         for result in cast(list[SentWeights], replies):
             for name, problem in result["problems"].items():
-                known = problems.setdefault(name, problem)
-                known["members"] = sorted({*known["members"], *problem["members"]})
+                failures.setdefault(name, []).append(msgspec.convert(problem, Failure))
         incomplete: list[Engine] = []
         for engine_set in sets:
-            if engine_set.name in problems:
-                incomplete += self._lose_at_fault(engine_set, on_lost, **problems[engine_set.name])
+            if engine_set.name in failures:
+                incomplete += self._lose_at_fault(engine_set, on_lost, failures[engine_set.name])
         return incomplete
 
     @contextlib.contextmanager
@@ -272,18 +273,14 @@ class EngineLinks:
             await asyncio.to_thread(_report_failure, *self.store, engine_set.name, error)
 
     def _lose_at_fault(
-        self,
-        engine_set: EngineSet,
-        on_lost: OnLost,
-        error: str,
-        members: Sequence[int],
-        is_damaged: bool,
+        self, engine_set: EngineSet, on_lost: OnLost, failures: Sequence[Failure]
     ) -> list[Engine]:
         """Lose the engines at fault of a set that has failed, and return its other engines.
 
-        error, members, is_damaged: of the `Failure`."""
-        engines = engine_set.engines
-        if is_damaged:
+        failures: as trainer ranks report them."""
+        engines, error = engine_set.engines, failures[0].error
+        members = {member for failure in failures for member in failure.members}
+        if failures[0].is_damaged:
             raise EngineError(f"{', '.join(engine.name for engine in engines)}: {error}")
         self._drop([engine_set])
         named = engines if len(engines) == 1 else [engines[member] for member in members]

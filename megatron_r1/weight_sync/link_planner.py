@@ -4,10 +4,10 @@ rank's parameters that each link carries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 from torch import Tensor
@@ -16,15 +16,20 @@ from megatron_r1.weight_sync.ordered_sets import OrderedSets
 from megatron_r1.weight_sync.plan.engine_sets import (
     EngineRank,
     Entry,
-    Plan,
     entries,
     largest_bundle,
     sent_bytes,
 )
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayout
-from megatron_r1.weight_sync.plan.tensors import CountBytes, Region, fp8_bytes, plain_bytes
+from megatron_r1.weight_sync.plan.tensors import (
+    CountBytes,
+    Region,
+    first_cut,
+    fp8_bytes,
+    plain_bytes,
+    scale_region,
+)
 from megatron_r1.weight_sync.rendezvous import (
     EXPECTED_ERRORS,
     PositionPlan,
@@ -32,27 +37,82 @@ from megatron_r1.weight_sync.rendezvous import (
     TrainerRendezvous,
     deliveries_to,
 )
-from megatron_r1.weight_sync.round_sender import Served, SetRounds
-from megatron_r1.weight_sync.table import SlotTable
+from megatron_r1.weight_sync.round_sender import SetRounds
+from megatron_r1.weight_sync.table import Delivery, SlotTable, dtype_of
 from megatron_r1.weight_sync.transports import sender_class
 from megatron_r1.weight_sync.transports.base import Sender
 from megatron_r1.weights.layout import Shard
 from megatron_r1.weights.local import merged
-from megatron_r1.weights.rules import Piece
-from megatron_r1.weights.stored.fp8 import STORED
+from megatron_r1.weights.rules import Piece, Shape
+from megatron_r1.weights.stored.fp8 import BLOCK, STORED, scale_name
 from megatron_r1.weights.stored.fp8_blocks import quantize
 
+Encoding = Literal["plain", "codes", "scales"]
+"""The form of a delivery's slice: its values, or the FP8 codes or scales of its blocks."""
+HeldPieces = Mapping[str, Sequence[tuple[Tensor, Piece]]]
+"""HF name -> the parameters that hold pieces of that tensor."""
 
-@dataclass(eq=False)
-class ParameterSlice:
+
+class ReceiverLayout:
+    """The regions that the ranks of one engine need, from their tables (`PredictedLayout` has the
+    same without an engine).
+
+    tables: one per rank of the engine. Raises ValueError for a table that has a tensor twice, which
+    no model here needs."""
+
+    def __init__(self, tables: Sequence[SlotTable]):
+        self._tables = tables
+        self.regions: dict[str, dict[Region, list[int]]] = {}
+        """HF name -> region -> the ranks that need it."""
+        self._slots: dict[tuple[int, str], int] = {}
+        for rank, of_rank in enumerate(tables):
+            for index, slot in enumerate(of_rank.slots):
+                if (rank, slot.name) in self._slots:
+                    raise ValueError(f"engine rank {rank} has two slots for {slot.name}")
+                region = Region(slot.top, slot.bottom, slot.left, slot.right)
+                self.regions.setdefault(slot.name, {}).setdefault(region, []).append(rank)
+                self._slots[rank, slot.name] = index
+
+    def deliveries(
+        self, rank: int, name: str, shape: Shape, region: Region
+    ) -> list[tuple[Delivery, Encoding]]:
+        """Return the region of the tensor `name`, of `shape`, as a part of engine rank `rank`'s
+        slot for it; where the slot holds FP8 blocks, with the delivery of their scales.
+
+        Raises ValueError for FP8 of another kind, and for parts of blocks."""
+        slot = self._tables[rank].slots[self._slots[rank, name]]
+        if dtype_of(slot).itemsize > 1:
+            return [(self._delivery(rank, name, region), "plain")]
+        scales = scale_name(name)
+        if slot.dtype != STORED or (rank, scales) not in self._slots:
+            raise ValueError(
+                f"engine rank {rank} needs {name} as {slot.dtype} without {scales}: weights can be "
+                f"quantized during a push to FP8 in blocks of {BLOCK} x {BLOCK} only"
+            )
+        cut = first_cut(region, shape)
+        if cut is not None:
+            raise ValueError(
+                f"{name} {shape} is cut at {cut}, within a block of {BLOCK} x {BLOCK}, "
+                "which has one scale; set push.fp8: false, or fewer tensor parallel ranks"
+            )
+        return [
+            (self._delivery(rank, name, region), "codes"),
+            (self._delivery(rank, scales, scale_region(region)), "scales"),
+        ]
+
+    def _delivery(self, rank: int, name: str, region: Region) -> Delivery:
+        index = self._slots[rank, name]
+        slot = self._tables[rank].slots[index]
+        rows = region.top - slot.top, region.bottom - slot.top
+        return Delivery(index, *rows, region.left - slot.left, region.right - slot.left)
+
+
+class ParameterSlice(NamedTuple):
     """The `region` of an HF tensor inside a parameter that holds `piece` of that tensor."""
 
     parameter: Tensor
     piece: Piece
     region: Region
-    _view: Tensor | None = field(default=None, init=False, repr=False)
-    _address: int = field(default=0, init=False, repr=False)
-    """Address of the parameter's memory when `_view` was made, which keeps that memory in use."""
 
     @property
     def is_held(self) -> bool:
@@ -67,24 +127,16 @@ class ParameterSlice:
         return hasattr(self.parameter, "adapter")
 
     def values(self) -> Tensor:
-        """Return the values (height, width): a view, the same one while the parameter's memory is
-        the same, or the merged values."""
-        if self.is_merged:
-            return merged(self.parameter, *self._local_slices())
-        if self._view is None or self._address != self.parameter.data_ptr():
-            matrix = self.parameter.detach()
-            matrix = matrix if matrix.dim() > 1 else matrix[:, None]
-            self._view = matrix[self._local_slices()]
-            self._address = self.parameter.data_ptr()
-        return self._view
-
-    def _local_slices(self) -> tuple[slice, slice]:
-        """Return the region's rows and columns in the parameter."""
+        """Return the values (height, width): a view, or those of a weight with its adapter."""
         region, piece = self.region, self.piece
         move = piece.local_start - piece.hf_start
         down, right = (move, 0) if piece.dim == 0 else (0, move)
         rows = slice(region.top + down, region.bottom + down)
-        return rows, slice(region.left + right, region.right + right)
+        columns = slice(region.left + right, region.right + right)
+        if self.is_merged:
+            return merged(self.parameter, rows, columns)
+        matrix = self.parameter.detach()
+        return (matrix if matrix.dim() > 1 else matrix[:, None])[rows, columns]
 
 
 class EncodedSlices:
@@ -98,7 +150,8 @@ class EncodedSlices:
     def __init__(self, slices: Iterable[tuple[ParameterSlice, Encoding]]):
         self._slices = list(slices)
         self._last: tuple[int, Tensor] | None = None
-        self._scales: dict[ParameterSlice, Tensor] = {}
+        self._scales: dict[int, Tensor] = {}
+        """By the identity of a slice, which its codes and scales share."""
 
     def __getitem__(self, index: int) -> Tensor:
         """Return the values (height, width) of one delivery, in the trainer's dtype if plain."""
@@ -106,16 +159,15 @@ class EncodedSlices:
         if encoding == "plain" and not source.is_merged:
             return source.values()
         if encoding == "scales":
-            scales = self._scales.pop(source, None)
+            scales = self._scales.pop(id(source), None)
             values = quantize(source.values())[1] if scales is None else scales
         elif self._last and self._last[0] == index:  # the next rows of the same delivery
             return self._last[1]
         else:
             self._last = None  # frees the last values before the next are computed
-            if encoding == "plain":
-                values = source.values()
-            else:
-                values, self._scales[source] = quantize(source.values())
+            values = source.values()
+            if encoding == "codes":
+                values, self._scales[id(source)] = quantize(values)
         self._last = (index, values)
         return values
 
@@ -184,10 +236,6 @@ def _check_all_taken(tables: Sequence[SlotTable], pushed: Sequence[str]) -> None
         raise ValueError(f"the engine takes no pushes of {len(left)} tensors: {names}")
 
 
-HeldPieces = Mapping[str, Sequence[tuple[Tensor, Piece]]]
-"""HF name -> the parameters that hold pieces of that tensor."""
-
-
 class PushLink(NamedTuple):
     """The link to a rank of engine number `member` of the set: the sending end of the
     transport, and the data of each delivery over it."""
@@ -202,7 +250,7 @@ class LinkedSet:
     """A set of engines, with the links of this rank to it.
 
     rendezvous: of each engine with this rank. sent: the bytes that each trainer rank sends to the
-    set in a push. rounds: this rank's part of a push over NCCL."""
+    set in a push. rounds: this rank's part of a push in rounds."""
 
     rendezvous: list[TrainerRendezvous]
     sent: list[float]
@@ -258,18 +306,19 @@ class LinkPlanner:
         make_end = sender_class(transport)
         for index, tables in enumerate(offers.tables):
             names = [name for name, (offered, _) in offers.sets.items() if offered == index]
+            addresses = [offers.sets[name][1] for name in names]
             try:
                 needs = ReceiverLayout(tables)
                 planner = Planner(self.hf, self.grid, engine_layout, self.stages, needs)
-                ends = list(accumulate(len(rendezvous[name]) for name in names))
+                ends = list(accumulate(map(len, addresses)))
                 sets = [range(*edges) for edges in pairwise([0, *ends])]
-                shared = self._shared_gpus([offers.sets[name][1] for name in names])
                 largest, num_bytes = largest_bundle(transport), _byte_count(tables)
                 plans = entries(planner, num_bytes, sets, offers.sent, largest)
                 order = None
-                if transport == "nccl":
+                if make_end.in_rounds:
                     self._num_orders += 1
                     ranks, world = engine_layout.ranks_per_engine, self.grid.world
+                    shared = self._shared_gpus(addresses)
                     order = OrderedSets(plans, sets, ranks, world, shared, self._num_orders)
             except ValueError as error:
                 problems |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
@@ -279,12 +328,12 @@ class LinkPlanner:
                 if order is not None:
                     linked.rounds = SetRounds(rendezvous[name], order, turn, self.rank)
                 created[name] = linked
-                receivers = [
-                    [ReceiverInfo(*of_rank) for of_rank in zip(tables, addresses, strict=True)]
-                    for addresses in offers.sets[name][1]
-                ]
                 try:
-                    self._link_set(linked, needs, plan, receivers, make_end, turn)
+                    for at, of_position in enumerate(plan):
+                        infos = [ReceiverInfo(tables[at], each[at]) for each in addresses[turn]]
+                        # Every rank has computed all plans; each publishes about as many.
+                        publishes = (turn + at) % self.grid.world == self.rank
+                        self._link_position(linked, needs, of_position, infos, make_end, publishes)
                 except EXPECTED_ERRORS as error:
                     problems[name] = f"{type(error).__name__}: {error}"
         return created, problems
@@ -299,40 +348,20 @@ class LinkPlanner:
             if address in self._rank_of_gpu
         }
 
-    def _link_set(
-        self,
-        linked: LinkedSet,
-        needs: ReceiverLayout,
-        plan: Plan,
-        receivers: Sequence[Sequence[ReceiverInfo]],
-        make_end: Callable[..., Sender],
-        turn: int,
-    ) -> None:
-        """Create this rank's links to a set, and publish the plans of some positions.
-
-        receivers: by engine and rank. turn: number of the set."""
-        for position, position_entries in enumerate(plan):
-            # Every rank has computed all plans; each publishes about as many.
-            publishes = (turn + position) % self.grid.world == self.rank
-            at_position = [ranks[position] for ranks in receivers]
-            self._link_position(
-                linked, needs, position, position_entries, at_position, make_end, publishes
-            )
-
     def _link_position(
         self,
         linked: LinkedSet,
         needs: ReceiverLayout,
-        position: int,
         position_entries: Sequence[Entry],
         receivers: Sequence[ReceiverInfo],
-        make_end: Callable[..., Sender],
+        make_end: type[Sender],
         publishes: bool,
     ) -> None:
         """Create this rank's links to one position, and publish the position's plan if
         `publishes`."""
         plan: PositionPlan = [[] for _ in linked.rendezvous]
-        served = linked.rounds.served_members(position) if linked.rounds is not None else []
+        position, rounds = position_entries[0].position, linked.rounds
+        served = rounds.served_members(position) if rounds is not None else []
         for entry in position_entries:
             if not (publishes or served) and entry.sender != self.rank:
                 continue
@@ -353,13 +382,12 @@ class LinkPlanner:
                 linked.links.append(PushLink(entry.member, end, slices))
                 end.plan(deliveries)
         for member in served:
-            assert linked.rounds is not None
+            assert rounds is not None
             entering = deliveries_to(plan, member)
-            linked.rounds.served[member, position] = Served(receivers[member].table, entering)
+            rounds.served[member, position] = receivers[member].table, entering
         if publishes:
-            linked.rendezvous[0].publish_plan(position, plan)
-            if linked.rounds is not None:
-                linked.rounds.publish(position)
+            of_ranks = rounds.of_engine_ranks(position) if rounds is not None else None
+            linked.rendezvous[0].publish_plan(position, plan, of_ranks)
 
     def _slice(self, name: str, region: Region) -> ParameterSlice:
         """Return the region of an HF tensor in a parameter of this rank. Raises ValueError."""

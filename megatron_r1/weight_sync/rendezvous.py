@@ -10,27 +10,30 @@ number of ranks."""
 import datetime
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import xxhash
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 
+from megatron_r1.weight_sync.results import Failure
 from megatron_r1.weight_sync.table import Delivery, SlotTable
 
 EXPECTED_ERRORS = (OSError, RuntimeError, ValueError)
 """Errors that fail a set and not this rank; torch.distributed raises the second."""
-
-
-class Failure(msgspec.Struct, frozen=True):
-    """Why a set can push no more.
-
-    members: the engines at fault, by their number in the set, as far as known. is_damaged: bytes
-    arrived otherwise than they were sent."""
-
-    error: str
-    members: list[int] = []
-    is_damaged: bool = False
+IDLE_SECONDS = 30 * 24 * 3600.0
+"""The time that an engine rank waits for the next push to begin."""
+ANSWER_LOOKS, ANSWER_PAUSE = 50, 0.1
+"""How often a rank that has seen a failure looks for an answer from the others, and the seconds
+between two looks: 5 s, and longer on a machine so slow that looks themselves take long. They count
+anew with each answer."""
+LATE_SECONDS = 30.0
+"""How much longer than a push's limit the trainer waits for engine ranks, so that these can first
+report why they are late."""
+REPORT_SECONDS = 10.0
+"""The time limit for the controller to reach the store."""
+FIRST_POLL_SECONDS, KEY_POLL_SECONDS = 0.001, 0.01
+"""The pauses between checks whether keys are there, which grow from the first to the second."""
 
 
 class SetFailed(ConnectionError):
@@ -41,14 +44,21 @@ class SetFailed(ConnectionError):
         self.failure = failure
 
 
-def encode_failure(failure: Failure) -> str:
-    """Return the failure as it is in the store: JSON, because `compare_set` takes text."""
-    return msgspec.json.encode(failure).decode()
+class ReceiverInfo(NamedTuple):
+    """An engine rank's table, and the address at which its transport receives."""
+
+    table: SlotTable
+    address: str = ""
 
 
-def decode_failure(encoded: bytes) -> Failure:
-    """Return the failure that is in the store."""
-    return msgspec.json.decode(encoded, type=Failure)
+class Peer(NamedTuple):
+    """Another engine of the set, as the source of deliveries: its rank at the same position has
+    them from trainer ranks, and passes them on."""
+
+    member: int
+
+    def __str__(self) -> str:
+        return f"- (through engine {self.member} of the set)"
 
 
 PositionPlan = list[list[tuple[int, list[Delivery]]]]
@@ -82,20 +92,24 @@ class RankRounds(msgspec.Struct, frozen=True):
     passing: list[tuple[Half | None, Half | None]]
 
 
-class ReceiverInfo(NamedTuple):
-    """An engine rank's table, and the address at which its transport receives."""
+class PublishedPlan(msgspec.Struct, frozen=True):
+    """What the ranks at a position do in a push. rounds: over NCCL, by member; None for a rank for
+    which the trainer rank on its GPU receives."""
 
-    table: SlotTable
-    address: str = ""
+    entering: PositionPlan
+    rounds: list[RankRounds | None] | None = None
 
 
-class PublishedReceiver(msgspec.Struct, frozen=True):
-    """A `ReceiverInfo` as it is in the store, with the table's digest instead of the table; or the
-    problem because of which the rank cannot receive."""
-
-    digest: str = ""
-    address: str = ""
-    problem: str = ""
+def deliveries_to(plan: PositionPlan, own: int) -> dict[int | Peer, list[Delivery]]:
+    """Return the deliveries to one member of a position: those that enter it, by sender, then those
+    that others pass on to it."""
+    deliveries: dict[int | Peer, list[Delivery]] = dict(plan[own])
+    for member, senders in enumerate(plan):
+        entered = [delivery for _, sent in senders for delivery in sent]
+        if member != own and entered:
+            # By slot: all members list a share in the same order.
+            deliveries[Peer(member)] = sorted(entered, key=lambda delivery: delivery.slot)
+    return deliveries
 
 
 class TableStore:
@@ -108,29 +122,16 @@ class TableStore:
 
     def publish(self, table: SlotTable) -> str:
         """Write the table, if it is new, and return its digest."""
-        encoded = msgspec.msgpack.encode(table)
-        digest = xxhash.xxh3_128_hexdigest(encoded)
+        digest = xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(table))
         if not self._store.check([digest]):
-            self._store.set(digest, encoded)  # type: ignore[arg-type]  # the stubs say str
+            _write(self._store, digest, table)
         return digest
 
     def get(self, digest: str) -> SlotTable:
         """Return the table, the same object every time."""
         if digest not in self._known:
-            encoded = self._store.get(digest)
-            self._known[digest] = msgspec.msgpack.decode(encoded, type=SlotTable)
+            self._known[digest] = _read(self._store, digest, SlotTable)
         return self._known[digest]
-
-
-IDLE_SECONDS = 30 * 24 * 3600.0
-"""The time that an engine rank waits for the next push to begin."""
-ANSWER_LOOKS, ANSWER_PAUSE = 50, 0.1
-"""How often a rank that has seen a failure looks for an answer from the others, and the seconds
-between two looks: 5 s, and longer on a machine so slow that looks themselves take long. They count
-anew with each answer."""
-LATE_SECONDS = 30.0
-"""How much longer than a push's limit the trainer waits for engine ranks, so that these can first
-report why they are late."""
 
 
 class Rendezvous:
@@ -168,19 +169,27 @@ class Rendezvous:
         """Wait until all trainer ranks are prepared; return the number of engine ranks."""
         num_ranks = int(self.shared.get("ready"))
         if not num_ranks:
-            raise SetFailed(decode_failure(self.shared.get("failed")))
+            raise SetFailed(self._failure())
         return num_ranks
 
     def report(self, failure: Failure) -> Failure:
         """Publish a failure, unless one has been published already, and return the first one."""
-        # Sets the key only where there is none: a missing key compares as equal to "".
-        first = self.shared.compare_set("failed", "", encode_failure(failure))
+        # JSON, because `compare_set` takes text. A missing key compares as equal to "".
+        first = self.shared.compare_set("failed", "", msgspec.json.encode(failure).decode())
         self.shared.set("ready", "0")  # ends the wait of all that are still connecting
-        return decode_failure(first)
+        return msgspec.json.decode(first, type=Failure)
+
+    def raise_failure(self) -> None:
+        """Raise SetFailed if a failure of the set has been published."""
+        if self.has_failed():
+            raise SetFailed(self._failure()) from None
+
+    def has_failed(self) -> bool:
+        return self.shared.check(["failed"])
 
     def publish_communicator(self, identifier: bytes) -> None:
         """Publish NCCL's id of the set's communicator."""
-        self.shared.set("nccl", identifier)  # type: ignore[arg-type]
+        self.shared.set("nccl", identifier)  # type: ignore[arg-type]  # the stubs say str
 
     def find_communicator(self) -> bytes | None:
         """Return NCCL's id of the set's communicator, once it is published."""
@@ -208,8 +217,8 @@ class Rendezvous:
         self.shared.set(f"asked/{number}", "")
         key, answered, looks = f"answers/{number}", set[str](), 0
         while not answered.issuperset(names) and looks < ANSWER_LOOKS and not is_closing():
-            if self.shared.check(["failed"]):
-                return decode_failure(self.shared.get("failed"))
+            if self.has_failed():
+                return self._failure()
             found = set(self.shared.get(key).decode().split()) if self.shared.check([key]) else ()
             looks, answered = looks + 1 if answered.issuperset(found) else 0, answered.union(found)
             time.sleep(ANSWER_PAUSE)
@@ -219,32 +228,8 @@ class Rendezvous:
             error = f"{dead} of the set died or hangs: {error}"
         return self.report(Failure(error, sorted({member for member, _ in silent})))
 
-    def raise_failure(self) -> None:
-        """Raise SetFailed if a failure of the set has been published."""
-        if self.shared.check(["failed"]):
-            raise SetFailed(decode_failure(self.shared.get("failed"))) from None
-
-
-class Peer(NamedTuple):
-    """Another engine of the set, as the source of deliveries: its rank at the same position has
-    them from trainer ranks, and passes them on."""
-
-    member: int
-
-    def __str__(self) -> str:
-        return f"- (through engine {self.member} of the set)"
-
-
-def deliveries_to(plan: PositionPlan, own: int) -> dict[int | Peer, list[Delivery]]:
-    """Return the deliveries to one member of a position: those that enter it, by sender, then those
-    that others pass on to it."""
-    deliveries: dict[int | Peer, list[Delivery]] = dict(plan[own])
-    for member, senders in enumerate(plan):
-        entered = [delivery for _, sent in senders for delivery in sent]
-        if member != own and entered:
-            # By slot: all members list a share in the same order.
-            deliveries[Peer(member)] = sorted(entered, key=lambda delivery: delivery.slot)
-    return deliveries
+    def _failure(self) -> Failure:
+        return msgspec.json.decode(self.shared.get("failed"), type=Failure)
 
 
 class EngineRendezvous(Rendezvous):
@@ -255,26 +240,14 @@ class EngineRendezvous(Rendezvous):
 
     def publish_receiver(self, rank: int, info: ReceiverInfo) -> None:
         """Publish the table and the address of engine rank `rank`."""
-        digest = self._tables.publish(info.table)
-        self._publish_offer(rank, PublishedReceiver(digest, info.address))
+        _write(self.store, f"offer/{rank}", (self._tables.publish(info.table), info.address))
 
-    def publish_problem(self, rank: int, problem: str) -> None:
-        """Publish that this rank cannot take part, so that no other rank need wait for it."""
-        self._publish_offer(rank, PublishedReceiver(problem=problem))
-        self.report_own(rank, problem)
-
-    def read_plan(self, rank: int) -> dict[int | Peer, list[Delivery]]:
-        """Return the deliveries that trainer ranks send to this rank, by sender, then those that
-        the other engines pass on to it."""
+    def read_plan(self, rank: int) -> tuple[dict[int | Peer, list[Delivery]], RankRounds | None]:
+        """Return the deliveries to this rank, by source, and over NCCL its rounds."""
         self._num_ranks = self.await_prepared()
-        plan = msgspec.msgpack.decode(self.shared.get(f"plan/{rank}"), type=PositionPlan)
-        return deliveries_to(plan, self.member)
-
-    def read_rounds(self, rank: int) -> RankRounds | None:
-        """Return this rank's part of a push in rounds; None where a trainer rank on its GPU has
-        it."""
-        encoded = self.shared.get(f"rounds/{rank}")
-        return msgspec.msgpack.decode(encoded, type=list[RankRounds | None])[self.member]
+        plan = _read(self.shared, f"plan/{rank}", PublishedPlan)
+        rounds = plan.rounds[self.member] if plan.rounds is not None else None
+        return deliveries_to(plan.entering, self.member), rounds
 
     def await_begun(self, number: int, connection: Store) -> int:
         """Wait until push number `number` of the set, counted from 1, has begun, and return its
@@ -290,7 +263,7 @@ class EngineRendezvous(Rendezvous):
 
     def offer_memory(self, rank: int, number: int, addresses: list[str]) -> None:
         """Publish where the trainer rank on this rank's GPU is to write a push."""
-        self.store.set(f"memory/{rank}/{number}", msgspec.msgpack.encode(addresses))  # type: ignore[arg-type]
+        _write(self.store, f"memory/{rank}/{number}", addresses)
 
     def publish_complete(self, push: int) -> None:
         """Publish that this rank, of a set of several engines, has all of a push."""
@@ -301,54 +274,36 @@ class EngineRendezvous(Rendezvous):
             self.shared.delete_key(f"complete/{push - 1}")
 
     def report_own(self, rank: int, error: str, *, is_damaged: bool = False) -> Failure:
-        """Report a failure of this rank, as `report` does."""
+        """Report a failure of this rank, as `report` does, so that no other waits for it."""
         error = f"engine {self.member} of the set, rank {rank}: {error}"
         return self.report(Failure(error, [self.member], is_damaged))
-
-    def _publish_offer(self, rank: int, published: PublishedReceiver) -> None:
-        self.store.set(f"offer/{rank}", msgspec.msgpack.encode(published))  # type: ignore[arg-type]
-
-
-FIRST_POLL_SECONDS, KEY_POLL_SECONDS = 0.001, 0.01
-"""The pauses between checks whether keys are there, which grow from the first to the second."""
-
-
-def wait_for_keys(
-    store: Store, keys: Sequence[str], seconds: float, look: Callable[[], None] = lambda: None
-) -> None:
-    """Wait until the store has all keys. Its own `wait` would log a warning every time that it ends
-    to check for a failure.
-
-    look: raises the error because of which they will not come."""
-    deadline, pause = time.monotonic() + seconds, FIRST_POLL_SECONDS
-    while not store.check(list(keys)):
-        look()
-        if time.monotonic() > deadline:
-            raise DistStoreError(f"{keys[-1]} is not there after {seconds:g} s")
-        time.sleep(pause)
-        pause = min(2 * pause, KEY_POLL_SECONDS)
 
 
 class TrainerRendezvous(Rendezvous):
     """The rendezvous of a trainer rank with one engine."""
 
     def read_receivers(self, num_ranks: int) -> list[ReceiverInfo]:
-        """Return table and address of all ranks of the engine; called on trainer rank 0. Raises
-        ValueError where a rank has published a problem."""
+        """Return table and address of all ranks of the engine; called on trainer rank 0."""
         offers = [f"offer/{rank}" for rank in range(num_ranks)]
         self._wait_for_keys(self.store, offers, self.timeout_seconds)
-        receivers = []
-        for rank, offer in enumerate(offers):
-            published = msgspec.msgpack.decode(self.store.get(offer), type=PublishedReceiver)
-            if published.problem:
-                raise ValueError(f"engine rank {rank}: {published.problem}")
-            table = self._tables.get(published.digest)
-            receivers.append(ReceiverInfo(table, published.address))
-        return receivers
+        found = [_read(self.store, offer, tuple[str, str]) for offer in offers]
+        return [ReceiverInfo(self._tables.get(digest), address) for digest, address in found]
 
-    def publish_rounds(self, position: int, rounds: Sequence[RankRounds | None]) -> None:
-        """Publish the rounds of a position's ranks, by member."""
-        self.shared.set(f"rounds/{position}", msgspec.msgpack.encode(rounds))  # type: ignore[arg-type]
+    def publish_plan(
+        self,
+        position: int,
+        plan: PositionPlan,
+        rounds: list[RankRounds | None] | None = None,
+    ) -> None:
+        """Publish the plan of a position, over NCCL with the rounds of its ranks, by member."""
+        _write(self.shared, f"plan/{position}", PublishedPlan(plan, rounds))
+
+    def publish_prepared(self, num_senders: int, num_ranks: int) -> None:
+        """Publish that this rank, one of `num_senders`, has published its plans and can be reached.
+
+        num_ranks: of all engines of the set."""
+        if self.shared.add("prepared", 1) == num_senders:  # the last ends the wait of all
+            self.shared.set("ready", str(num_ranks))
 
     def publish_begun(self, number: int, push: int) -> None:
         """Publish that the set's push number `number`, which is `push` in the run, begins."""
@@ -358,18 +313,7 @@ class TrainerRendezvous(Rendezvous):
         """Return where to write a push for engine rank `rank`, once it has offered that."""
         key = f"memory/{rank}/{number}"
         self._wait_for_keys(self.store, [key], self.push_seconds)
-        return msgspec.msgpack.decode(self.store.get(key), type=list[str])
-
-    def publish_plan(self, position: int, plan: PositionPlan) -> None:
-        """Publish the plan of a position."""
-        self.shared.set(f"plan/{position}", msgspec.msgpack.encode(plan))  # type: ignore[arg-type]
-
-    def publish_prepared(self, num_senders: int, num_ranks: int) -> None:
-        """Publish that this rank, one of `num_senders`, has published its plans and can be reached.
-
-        num_ranks: of all engines of the set."""
-        if self.shared.add("prepared", 1) == num_senders:  # the last ends the wait of all
-            self.shared.set("ready", str(num_ranks))
+        return _read(self.store, key, list[str])
 
     def await_complete(self, push: int) -> None:
         """Wait until all engine ranks have all of a push; called on trainer rank 0."""
@@ -392,7 +336,20 @@ class TrainerRendezvous(Rendezvous):
             raise DistStoreError(f"{self.engine}: {error}") from error
 
 
-REPORT_SECONDS = 10.0
+def wait_for_keys(
+    store: Store, keys: Sequence[str], seconds: float, look: Callable[[], None] = lambda: None
+) -> None:
+    """Wait until the store has all keys. Its own `wait` would log a warning every time that it ends
+    to check for a failure.
+
+    look: raises the error because of which they will not come."""
+    deadline, pause = time.monotonic() + seconds, FIRST_POLL_SECONDS
+    while not store.check(list(keys)):
+        look()
+        if time.monotonic() > deadline:
+            raise DistStoreError(f"{keys[-1]} is not there after {seconds:g} s")
+        time.sleep(pause)
+        pause = min(2 * pause, KEY_POLL_SECONDS)
 
 
 def report_failure(host: str, port: int, name: str, error: str) -> None:
@@ -403,3 +360,11 @@ def report_failure(host: str, port: int, name: str, error: str) -> None:
     timeout = datetime.timedelta(seconds=REPORT_SECONDS)
     store = TCPStore(host, port, is_master=False, timeout=timeout)
     Rendezvous(store, name, REPORT_SECONDS).report(Failure(error))
+
+
+def _write(store: Store, key: str, value: Any) -> None:
+    store.set(key, msgspec.msgpack.encode(value))  # type: ignore[arg-type]  # the stubs say str
+
+
+def _read(store: Store, key: str, kind: Any) -> Any:
+    return msgspec.msgpack.decode(store.get(key), type=kind)

@@ -7,6 +7,8 @@ into `__dict__` of every module's attributes, and that of llvmlite's library is 
 
 from typing import TypedDict
 
+import msgspec
+
 
 class OpenedPush(TypedDict):
     """The result of "open_push"."""
@@ -26,26 +28,22 @@ class ConnectedSets(TypedDict):
     """Set -> bytes that this rank sends to it per push."""
 
 
-class FailedSet(TypedDict):
-    """The fields of a `rendezvous.failure.Failure`."""
+class Failure(msgspec.Struct, frozen=True):
+    """Why a set can push no more.
+
+    members: the engines at fault, by their number in the set, as far as known. is_damaged: bytes
+    arrived otherwise than they were sent."""
 
     error: str
-    members: list[int]
-    is_damaged: bool
+    members: list[int] = []
+    is_damaged: bool = False
 
 
 class SentWeights(TypedDict):
     """The result of "send_weights"."""
 
-    problems: dict[str, FailedSet]
-    """Set -> its failure."""
-
-
-"""The errors of a push that an engine's server has to recognize.
-
-In a file of its own, not in `buffer`, whose checksums import llvmlite. Where the server imports
-that before it forks its engine core, vLLM 0.32 does not start: triton_utils/dispatcher.py:143 looks
-into `__dict__` of every module's attributes, and that of llvmlite's library is no dictionary."""
+    problems: dict[str, dict]
+    """Set -> the fields of its `Failure`."""
 
 
 class PushError(ValueError):

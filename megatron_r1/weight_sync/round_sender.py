@@ -21,12 +21,13 @@ from megatron_r1.weight_sync.ordered_sets import Block, Call, OrderedSets
 from megatron_r1.weight_sync.plan.rounds import ENTRY_BYTES
 from megatron_r1.weight_sync.rendezvous import (
     EXPECTED_ERRORS,
-    Failure,
     Peer,
+    RankRounds,
     SetFailed,
     TrainerRendezvous,
     wait_for_keys,
 )
+from megatron_r1.weight_sync.results import Failure
 from megatron_r1.weight_sync.table import Delivery, SlotTable
 from megatron_r1.weight_sync.transports.blocks import Landing, MemoryBlock, SlicesBlock
 from megatron_r1.weight_sync.transports.device_memory import mapped_memory
@@ -39,16 +40,8 @@ from megatron_r1.weight_sync.transports.round_runner import (
     Transfer,
 )
 
-
-@dataclass
-class Served:
-    """What enters the engine rank on this rank's GPU."""
-
-    table: SlotTable
-    deliveries: Mapping[int | Peer, Sequence[Delivery]]
-    memory: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    sums: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """Mapped during a push; behind the checksums is room for the push's number."""
+Served = tuple[SlotTable, Mapping[int | Peer, Sequence[Delivery]]]
+"""The table of the engine rank on this rank's GPU, and the deliveries to it by source."""
 
 
 @dataclass
@@ -67,6 +60,9 @@ class SetRounds:
     number: int = 0
 
     def __post_init__(self) -> None:
+        self._mapped: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        """During a push, of each engine rank served: its memory, and that of the checksums, behind
+        which is room for the push's number."""
         own = [call for call in self.ordered.calls(self.rank) if call.block.set_index == self.index]
         self.calls: list[Call] = own
         copies = self.ordered.copies(self.rank)
@@ -82,10 +78,9 @@ class SetRounds:
         served = self.ordered.served(self.index, self.rank)
         return [member for member, at in served if at == position]
 
-    def publish(self, position: int) -> None:
-        """Publish the rounds of a position's engine ranks."""
-        found = self.ordered.rank_rounds(self.index, position)
-        self.rendezvous[0].publish_rounds(position, found)
+    def of_engine_ranks(self, position: int) -> list[RankRounds | None]:
+        """Return the rounds of a position's engine ranks, by member."""
+        return self.ordered.rank_rounds(self.index, position)
 
     def begin_connect(self) -> None:
         """Begin to create the set's communicator, if it has one."""
@@ -102,26 +97,23 @@ class SetRounds:
 
     def map(self) -> None:
         """Map the memory that the engine ranks on this rank's GPU offer for the push."""
-        for (member, position), served in self.served.items():
+        for member, position in self.served:
             addresses = self.rendezvous[member].read_memory(position, self.number)
-            served.memory, sums = map(mapped_memory, addresses)
-            served.sums = sums.view(torch.int64)
+            memory, sums = map(mapped_memory, addresses)
+            self._mapped[member, position] = memory, sums.view(torch.int64)
 
     def begin(self, push: int) -> None:
         """Prepare the blocks of a push."""
-        self._landings = {
-            place: Landing(
-                served.table, served.deliveries, served.table.area(served.memory, push), served.sums
-            )
-            for place, served in self.served.items()
-        }
+        self._landings = {}
+        for place, (table, deliveries) in self.served.items():
+            memory, sums = self._mapped[place]
+            self._landings[place] = Landing(table, deliveries, table.area(memory, push), sums)
         self._memory_blocks: dict[Block, MemoryBlock] = {}
 
     def unmap(self) -> None:
         """Let go of the engine ranks' memory."""
         self._landings, self._memory_blocks = {}, {}
-        for served in self.served.values():
-            served.memory = served.sums = torch.empty(0)
+        self._mapped.clear()
 
     def sent_block(self, block: Block, blocks: Blocks) -> SlicesBlock | MemoryBlock:
         """Return what this rank sends: a link's, or what an engine rank passes on."""
@@ -157,8 +149,8 @@ class SetRounds:
 
     def mark_written(self) -> None:
         """Write the push's number behind the checksums of the engine ranks' memory."""
-        for served in self.served.values():
-            served.sums[-1] = self.number
+        for _, sums in self._mapped.values():
+            sums[-1] = self.number
 
     def failure_of(self, error: Exception) -> Failure:
         """Report why the set's push broke, and return the failure that was reported first."""
@@ -176,15 +168,6 @@ class SetRounds:
     def close(self) -> None:
         if self.communicator is not None:
             self.communicator.abort(RuntimeError("the set is disconnected"))
-
-
-class _Agreement(msgspec.Struct):
-    """What all trainer ranks do in a push in which some receive for engine ranks."""
-
-    left_out: list[str]
-    """Sets that have failed before."""
-    is_new: bool
-    """Whether they make a new communicator."""
 
 
 Blocks = Mapping[tuple[int, int], SlicesBlock]
@@ -264,17 +247,13 @@ class RoundSender:
         if self._own is None or self._own.error is not None:
             together.set(f"new/{number}", "1")
         if together.add(f"ready/{number}", 1) == self._world:  # the last decides for all
-            failed = [
-                name
-                for name, rounds in served.items()
-                if rounds.rendezvous[0].shared.check(["failed"])
-            ]
-            decided = _Agreement(failed, together.check([f"new/{number}"]))
+            failed = [name for name, each in served.items() if each.rendezvous[0].has_failed()]
+            decided = failed, together.check([f"new/{number}"])
             together.set(f"agreed/{number}", msgspec.msgpack.encode(decided))  # type: ignore[arg-type]
         wait_for_keys(together, [f"agreed/{number}"], seconds)
         encoded = together.get(f"agreed/{number}")
-        agreement = msgspec.msgpack.decode(encoded, type=_Agreement)
-        if agreement.is_new:
+        left_out, is_new = msgspec.msgpack.decode(encoded, type=tuple[list[str], bool])
+        if is_new:
             self.close()
             own = TrainerRendezvous(self._store, f"trainers.{number}", seconds)
             self._own = Communicator(own, self._rank, self._world)
@@ -282,7 +261,7 @@ class RoundSender:
             self._own.wait_settled()
         assert self._own is not None
         self._own.set_limit(seconds)
-        return agreement.left_out
+        return left_out
 
     def _send(self, push: int, sets: Mapping[str, tuple[SetRounds, Blocks]]) -> None:
         """Run this rank's rounds, and show the engine ranks that it serves when all is there."""

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -34,15 +34,14 @@ from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.tensors import pushed_tensors
 from megatron_r1.weight_sync.rendezvous import (
     EXPECTED_ERRORS,
-    Failure,
     SetFailed,
     TableStore,
     TrainerRendezvous,
 )
-from megatron_r1.weight_sync.results import ConnectedSets, OpenedPush, SentWeights
+from megatron_r1.weight_sync.results import ConnectedSets, Failure, OpenedPush, SentWeights
 from megatron_r1.weight_sync.round_sender import RoundSender
 from megatron_r1.weight_sync.transports.base import gpu_uuid
-from megatron_r1.weight_sync.transports.nccl import NcclSender
+from megatron_r1.weight_sync.transports.blocks import SlicesBlock
 from megatron_r1.weights.layout import Shard, recipe_stages
 from megatron_r1.weights.local import local_entries
 
@@ -208,8 +207,8 @@ class WeightSender:
         for name, linked in sets.items():
             if linked.rounds is not None:
                 blocks = {
-                    (link.member, link.end.rank): cast(NcclSender, link.end).block(
-                        EncodedSlices(link.slices)
+                    (link.member, link.end.rank): SlicesBlock(
+                        link.end.table, link.end.deliveries, EncodedSlices(link.slices)
                     )
                     for link in linked.links
                 }

@@ -32,9 +32,9 @@ from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.weight_bridge.bridge import Prober, WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
 from megatron_r1.weight_sync import link_planner
+from megatron_r1.weight_sync.link_planner import ReceiverLayout
 from megatron_r1.weight_sync.plan import EngineLayout
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.receiver_layout import ReceiverLayout
 from megatron_r1.weights import hf_tensors
 
 MODELS = {

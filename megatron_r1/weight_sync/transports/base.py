@@ -22,7 +22,7 @@ class Receiver(ABC):
 
     memory: uint8, all areas; default `allocate`'s. borrows_memory: between pushes others need the
     memory; only NCCL's receiver frees it then. address: where senders reach this end. senders: the
-    trainer ranks that send to this engine rank."""
+    trainer ranks that send to this engine rank. rounds: its part of a push in rounds."""
 
     address = ""
     is_weighted = False
@@ -42,7 +42,7 @@ class Receiver(ABC):
         self.memory = self.allocate() if memory is None else memory
         try:
             rendezvous.publish_receiver(rank, ReceiverInfo(table, self.address))
-            deliveries = rendezvous.read_plan(rank)
+            deliveries, self.rounds = rendezvous.read_plan(rank)
             self.senders = [source for source in deliveries if not isinstance(source, Peer)]
             self.buffer = ReceiveBuffer(table, self.memory, deliveries, self.is_weighted)
             self.connect()
@@ -83,9 +83,11 @@ class Slices(Protocol):
     def __getitem__(self, index: int, /) -> torch.Tensor: ...
 
 
-class Sender(ABC):
+class Sender:
     """A trainer rank's end of the link to one engine rank. Call `plan`, `connect`, then `send` for
-    every push."""
+    every push, but where links are sent together, in planned rounds (`round_sender`)."""
+
+    in_rounds = False
 
     def __init__(
         self, rendezvous: TrainerRendezvous, sender: int, rank: int, receiver: ReceiverInfo
@@ -97,14 +99,13 @@ class Sender(ABC):
         """Prepare for the deliveries of every push."""
         self.deliveries = list(deliveries)
 
-    def connect(self) -> None:  # noqa: B027
+    def connect(self) -> None:
         """Connect to the receiver, once all trainer ranks are prepared."""
 
-    @abstractmethod
     def send(self, push: int, slices: Slices) -> None:
         """Send all deliveries; on return the slices may change."""
+        raise NotImplementedError
 
-    @abstractmethod
     def close(self) -> None:
         """Free all resources. A second call does nothing."""
 

@@ -17,8 +17,8 @@ import torch
 from megatron_r1.weight_sync.rendezvous import Half, Peer, RankRounds, SetFailed
 from megatron_r1.weight_sync.results import IncompletePush
 from megatron_r1.weight_sync.table import SlotTable
-from megatron_r1.weight_sync.transports.base import Receiver, Sender, Slices, gpu_uuid
-from megatron_r1.weight_sync.transports.blocks import Landing, SlicesBlock
+from megatron_r1.weight_sync.transports.base import Receiver, Sender, gpu_uuid
+from megatron_r1.weight_sync.transports.blocks import Landing
 from megatron_r1.weight_sync.transports.device_memory import share_memory
 from megatron_r1.weight_sync.transports.nccl_library import NcclError
 from megatron_r1.weight_sync.transports.round_runner import (
@@ -83,12 +83,11 @@ class NcclReceiver(Receiver):
         return self.memory
 
     def connect(self) -> None:
-        rounds = self.rendezvous.read_rounds(self.rank)
         count = sum(map(len, self.buffer.deliveries.values()))
         # Behind the checksums: the number of the last push that is all there.
         self._sums = torch.zeros(count + 1, dtype=torch.int64, device=self.device)
         self._thread = threading.Thread(
-            target=self._receive_pushes, args=(rounds,), name="push", daemon=True
+            target=self._receive_pushes, args=(self.rounds,), name="push", daemon=True
         )
         self._thread.start()
 
@@ -277,14 +276,6 @@ def _source(half: Half) -> int | Peer:
 
 
 class NcclSender(Sender):
-    """The sending end of a link: its deliveries. `round_sender` sends the blocks of all links."""
+    """The sending end of a link: its deliveries."""
 
-    def block(self, slices: Slices) -> SlicesBlock:
-        """Return what a push sends over this link."""
-        return SlicesBlock(self.table, self.deliveries, slices)
-
-    def send(self, push: int, slices: Slices) -> None:
-        raise NotImplementedError("links over NCCL are sent together, in rounds")
-
-    def close(self) -> None:
-        pass
+    in_rounds = True
