@@ -27,7 +27,6 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import AllgatherOptions
 
 from megatron_r1.weight_sync.checksum import RowsChecksum
 from megatron_r1.weight_sync.rendezvous import IDLE_SECONDS, Peer, Rendezvous, SetFailed
@@ -335,19 +334,12 @@ class GlooReceiver(Receiver):
         sums[: len(self._own_sources)] = integers(
             self.buffer.checksums[source] for source in self._own_sources
         )
-        gathered = torch.empty(len(counts) * len(sums), dtype=torch.int64)
-        self._wait_for(group._allgather_base(gathered, sums, self._options))
+        gathered = sums.repeat(len(counts))  # what is not the own part is overwritten
+        self._gather_buckets(group, gathered, iter(()))
         for member, of_member in enumerate(gathered.view(len(counts), -1).tolist()):
             if member != self.rendezvous.member:
                 for index, checksum in enumerate(of_member[: counts[member]]):
                     self.buffer.delivery_arrived(Peer(member), push, index, checksum % 2**64)
-
-    @property
-    def _options(self) -> AllgatherOptions:
-        options = AllgatherOptions()
-        seconds = self.rendezvous.push_seconds + PATIENCE_SECONDS
-        options.timeout = datetime.timedelta(seconds=seconds)
-        return options
 
     def _wait_for(self, work: dist.Work) -> None:
         wait_for(work, self.rendezvous, PATIENCE_SECONDS)
