@@ -152,8 +152,8 @@ def _read_parquet(path: Path, role: str) -> Iterator[Row]:
 
 
 def _read_json(path: Path, role: str) -> Iterator[Row]:
-    """Yield the rows of a list, of the list that an object has under one of `LISTS`, or of lines of
-    objects, as many data sets name them .json."""
+    """Yield the rows of a list, of the list that an object has under one of `LISTS`, of a table of
+    pandas, or of lines of objects, as many data sets name them .json."""
     with _open(path) as file:
         first = next(_lines(file, path, role)).removeprefix(codecs.BOM_UTF8)
         second = next(filter(bytes.strip, _lines(file, path, role)), b"")
@@ -190,11 +190,26 @@ def _read_list(path: Path, role: str) -> Iterator[Row]:
         ) from error
     if isinstance(content, dict):
         lists = [content[k] for k in LISTS if isinstance(content.get(k), list)]
-        content = lists[0] if lists else [content] if content else None
+        content = lists[0] if lists else _table(content) or ([content] if content else None)
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise UserError(f"{path}: expected a list of objects", key=role, cause=Cause.MALFORMED)
     for number, row in enumerate(content):
         yield f"{path}[{number}]", row
+
+
+def _table(content: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the rows of a table as pandas writes it: {column: {"0": value, …}, …}, or
+    {"0": {column: value, …}, …}; None for any other object."""
+    parts = list(content.values())
+    if not parts or not all(isinstance(part, dict) and part for part in parts):
+        return None
+    if any(part.keys() != parts[0].keys() for part in parts):
+        return None
+    if all(key.isdecimal() for key in content):
+        return parts
+    if all(key.isdecimal() for key in parts[0]):
+        return [{name: part[key] for name, part in content.items()} for key in parts[0]]
+    return None
 
 
 def _read_csv(path: Path, role: str) -> Iterator[Row]:
@@ -207,7 +222,14 @@ def _read_csv(path: Path, role: str) -> Iterator[Row]:
             delimiter = max(",;\t", key=next(_lines(file, path, role)).count)
             file.seek(0)
             reader = csv.DictReader(_lines(file, path, role), delimiter=delimiter)
-            if name := next(filter(NUMBER.fullmatch, reader.fieldnames or ()), None):
+            names = list(reader.fieldnames or ())
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise UserError(
+                    f"{path}:1: two columns have the name {twice!r}; give each one of its own",
+                    key=role,
+                    cause=Cause.DUPLICATE,
+                )
+            if name := next(filter(NUMBER.fullmatch, names), None):
                 raise UserError(
                     f"{path}:1: the first line has to name the columns, and one is {name}: put a "
                     "line such as question,truth before it",

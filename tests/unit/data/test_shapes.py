@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from chat_tokenizer import chat_tokenizer
+from refusals import refused
 from safetensors.numpy import save_file
 from small_qwen2 import MODEL
 
@@ -20,6 +21,7 @@ from megatron_r1.data.conversations import ExampleText
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.records import read_records
 from megatron_r1.data.sft import load_examples
+from megatron_r1.errors import Cause
 from megatron_r1.first_recipe.sizes import Machine
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.code.problem import parse_problem
@@ -144,6 +146,13 @@ def test_files_as_other_programs_write_them(tmp_path):
         "under.json": json.dumps({"data": [json.loads(row) for row in rows]}),
         "rows.ndjson": "\n".join(rows),
         "upper.JSONL": "\n".join(rows),
+        "index.json": json.dumps({str(n): json.loads(row) for n, row in enumerate(rows)}),
+        "columns.json": json.dumps(
+            {
+                k: {n: json.loads(row)[k] for n, row in enumerate(rows)}
+                for k in ("question", "answer")
+            }
+        ),
     }.items():
         (tmp_path / name).write_text(content, encoding="utf-8", newline="")
         assert [prompt.truth for prompt in read(tmp_path / name).train] == expected, name
@@ -152,6 +161,9 @@ def test_files_as_other_programs_write_them(tmp_path):
         assert [prompt.truth for prompt in read(packed).train] == expected, packed
     (tmp_path / "tabs.tsv").write_text("question\tanswer\n0 + 1?\t1\n1 + 1?\t2\n2 + 1?\t3\n")
     assert [prompt.truth for prompt in read(tmp_path / "tabs.tsv").train] == ["1", "2", "3"]
+    (tmp_path / "twice.csv").write_text("question,answer,answer\n0 + 1?,1,2\n")
+    with refused("data.path", Cause.DUPLICATE, "twice.csv:1", "answer"):
+        read(tmp_path / "twice.csv")
     parts = tmp_path / "parts"
     parts.mkdir()
     for number, row in enumerate(rows):
