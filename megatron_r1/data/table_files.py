@@ -223,7 +223,7 @@ def _read_csv(path: Path, role: str) -> Iterator[Row]:
             file.seek(0)
             reader = csv.DictReader(_lines(file, path, role), delimiter=delimiter)
             names = list(reader.fieldnames or ())
-            if twice := next((name for name in names if names.count(name) > 1), None):
+            if twice := next((n for n in names if n.strip() and names.count(n) > 1), None):
                 raise UserError(
                     f"{path}:1: two columns have the name {twice!r}; give each one of its own",
                     key=role,
