@@ -10,15 +10,15 @@
    last two an engine passes on to others what has entered it. Over NCCL all links are sent
    together, in the rounds of `plan.rounds`: `ordered_sets` has each rank's part, `round_sender`
    runs that of a trainer rank.
-5. `receive_buffer`: the memory of an engine rank in which a push arrives.
-6. `checksum`: one per delivery, computed on both ends, in the same pass as the copy where possible,
+   `transports.base` has the memory of an engine rank in which a push arrives.
+5. `checksum`: one per delivery, computed on both ends, in the same pass as the copy where possible,
    and compared before use.
-7. `megatron_r1.vllm_plugin.swap`: inside vLLM, the received weights replace the old ones;
+6. `megatron_r1.vllm_plugin.swap`: inside vLLM, the received weights replace the old ones;
    `delivery` compares the tensors in use before and after.
 
 Both sides agree on the plan before: an engine rank publishes its `table` of slots, and `rendezvous`
-is how all ranks find each other and learn of failures. These two, `receive_buffer`, `transports`
-and `checksum` run inside vLLM as well, so they import nothing else of ours. `results` has what the
+is how all ranks find each other and learn of failures. These two, `transports` and `checksum` run
+inside vLLM as well, so they import nothing else of ours. `results` has what the
 ranks report to the controller.
 
 Eight words:

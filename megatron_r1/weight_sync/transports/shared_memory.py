@@ -22,9 +22,8 @@ import numpy as np
 import torch
 
 from megatron_r1.weight_sync.checksum import copy_with_checksum, memory_fence
-from megatron_r1.weight_sync.receive_buffer import ReceiveBuffer
 from megatron_r1.weight_sync.table import Delivery, slot_view
-from megatron_r1.weight_sync.transports.base import Receiver, Sender, Slices
+from megatron_r1.weight_sync.transports.base import ReceiveBuffer, Receiver, Sender, Slices
 
 FOLDER = Path("/dev/shm")
 PREFIX = "megatron_r1_"

@@ -29,7 +29,6 @@ from megatron_r1.weight_sync.checksum import (
     copy_with_checksum,
     weighted_sum,
 )
-from megatron_r1.weight_sync.receive_buffer import check_coverage
 from megatron_r1.weight_sync.rendezvous import (
     EngineRendezvous,
     ReceiverInfo,
@@ -39,6 +38,7 @@ from megatron_r1.weight_sync.rendezvous import (
 from megatron_r1.weight_sync.results import IncompletePush
 from megatron_r1.weight_sync.table import Delivery, SlotTable, slot_view
 from megatron_r1.weight_sync.transports import gloo, shared_memory
+from megatron_r1.weight_sync.transports.base import check_coverage
 from megatron_r1.weight_sync.transports.shared_memory import NamedMemory, sweep
 
 CHECKSUMS = sys.modules[weighted_sum.__module__]
