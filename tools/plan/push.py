@@ -7,15 +7,15 @@ from typing import Literal
 from megatron_r1.models.hf_config import key_value_heads
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.plan.engine_sets import SET_ENGINES
+from megatron_r1.weight_sync.plan.engine_sets import SET_ENGINES, engine_sets
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.recipe import check_drafter, shares_gpus_over_nccl
 from megatron_r1.weight_sync.plan.recipe import engine_layout as layout_of
-from megatron_r1.weight_sync.plan.rounds import ENTRY_BYTES
+from megatron_r1.weight_sync.plan.rounds import ENTRY_BYTES, planned_order
 from megatron_r1.weight_sync.plan.tensors import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.weight_sync.transports import PASSED_BYTES, ROUNDS_AHEAD
 from tools.plan.job import PlannedJob
-from tools.plan.push_sets import SetTraffic, round_seconds, set_links, set_order
+from tools.plan.push_sets import SetTraffic, round_seconds, set_links, set_plans
 from tools.plan.quantity import Quantity, Section, in_bytes
 
 
@@ -237,16 +237,10 @@ def _connections(
         ),
     }
     if over_nccl:
-        order = set_order(
-            job.hf,
-            grid,
-            engines,
-            job.stages,
-            _byte_count(_form(job)),
-            SET_ENGINES,
-            drafts=drafts(job),
-            colocated=colocated,
-        )
+        layout = job.hf, grid, engines, job.stages
+        plans = set_plans(*layout, _byte_count(_form(job)), SET_ENGINES, drafts=drafts(job))
+        sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
+        order = planned_order(plans, sets, ranks, grid.world, colocated=colocated)
         section["push"] = Quantity(
             round_seconds(order, rate, given),
             "s",

@@ -11,9 +11,9 @@ import numpy as np
 
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.engine_sets import engine_sets, entries
+from megatron_r1.weight_sync.plan.engine_sets import Plan, engine_sets, entries
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.rounds import PushOrder, planned_order
+from megatron_r1.weight_sync.plan.rounds import PushOrder
 from megatron_r1.weight_sync.plan.tensors import CountBytes
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from megatron_r1.weights.layout import Shard
@@ -114,63 +114,8 @@ def set_links(
 ) -> SetTraffic:
     """Return the links of a push. max_engines: the most engines of a set. drafts: with the engines'
     drafters."""
-    model, chunks = json.dumps(hf), tuple(map(tuple, stages))
-    return _set_links(model, grid, engines, chunks, count, max_engines, drafts)
-
-
-def set_order(
-    hf: dict,
-    grid: TrainerGrid,
-    engines: EngineLayout,
-    stages: list[list[Shard]],
-    count: CountBytes,
-    max_engines: int,
-    *,
-    drafts: bool = False,
-    colocated: bool = False,
-) -> PushOrder:
-    """Return the order of rounds of a push. colocated: engines are on the trainer ranks' GPUs."""
-    model, chunks = json.dumps(hf), tuple(map(tuple, stages))
-    return _set_order(model, grid, engines, chunks, count, max_engines, drafts, colocated)
-
-
-Stages = tuple[tuple[Shard, ...], ...]
-
-
-def _planner(
-    hf: str, grid: TrainerGrid, engines: EngineLayout, stages: Stages, drafts: bool
-) -> Planner:
-    needs = PredictedLayout(json.loads(hf), engines, drafts=drafts)
-    return Planner(json.loads(hf), grid, engines, stages, needs)
-
-
-@lru_cache
-def _set_order(
-    hf: str,
-    grid: TrainerGrid,
-    engines: EngineLayout,
-    stages: Stages,
-    count: CountBytes,
-    max_engines: int,
-    drafts: bool,
-    colocated: bool,
-) -> PushOrder:
-    planner = _planner(hf, grid, engines, stages, drafts)
-    return planned_order(planner, count, max_engines, colocated=colocated)
-
-
-@lru_cache
-def _set_links(
-    hf: str,
-    grid: TrainerGrid,
-    engines: EngineLayout,
-    stages: Stages,
-    count: CountBytes,
-    max_engines: int,
-    drafts: bool,
-) -> SetTraffic:
     sets = engine_sets(engines.engines, max_engines)
-    plans = entries(_planner(hf, grid, engines, stages, drafts), count, sets)
+    plans = set_plans(hf, grid, engines, stages, count, max_engines, drafts=drafts)
     out: Counter[int] = Counter()
     into: Counter[tuple[int, int, int]] = Counter()
     entering: Counter[tuple[int, int, int]] = Counter()
@@ -193,3 +138,33 @@ def _set_links(
         entering=max(entering.values()),
         received=received,
     )
+
+
+def set_plans(
+    hf: dict,
+    grid: TrainerGrid,
+    engines: EngineLayout,
+    stages: list[list[Shard]],
+    count: CountBytes,
+    max_engines: int,
+    *,
+    drafts: bool = False,
+) -> list[Plan]:
+    """Return the plan of each set."""
+    chunks = tuple(map(tuple, stages))
+    return _set_plans(json.dumps(hf), grid, engines, chunks, count, max_engines, drafts)
+
+
+@lru_cache(maxsize=8)
+def _set_plans(
+    hf: str,
+    grid: TrainerGrid,
+    engines: EngineLayout,
+    stages: tuple[tuple[Shard, ...], ...],
+    count: CountBytes,
+    max_engines: int,
+    drafts: bool,
+) -> list[Plan]:
+    needs = PredictedLayout(json.loads(hf), engines, drafts=drafts)
+    planner = Planner(json.loads(hf), grid, engines, stages, needs)
+    return entries(planner, count, engine_sets(engines.engines, max_engines))

@@ -30,15 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_r1.weight_sync.plan.engine_sets import (
-    EngineRank,
-    Plan,
-    engine_sets,
-    entries,
-    ranks_in_order,
-)
-from megatron_r1.weight_sync.plan.planner import Planner
-from megatron_r1.weight_sync.plan.tensors import CountBytes
+from megatron_r1.weight_sync.plan.engine_sets import EngineRank, Plan, ranks_in_order
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 
 ENTRY_BYTES = 32 << 20
@@ -210,17 +202,19 @@ def push_order(plans: Sequence[Plan], receivers: Receivers) -> PushOrder:
 
 
 def planned_order(
-    planner: Planner, count_bytes: CountBytes, max_engines: int, *, colocated: bool
+    plans: Sequence[Plan],
+    sets: Sequence[range],
+    ranks_per_engine: int,
+    world: int,
+    *,
+    colocated: bool,
 ) -> PushOrder:
-    """Return the order of a push to engines that do not run yet, in sets of at most `max_engines`.
+    """Return the order of a push to engines that do not run yet.
 
-    colocated: the engines' ranks are on the trainer ranks' GPUs, in order."""
-    engines, world = planner.engines, planner.grid.world
-    sets = engine_sets(engines.engines, max_engines)
-    ranks = engines.ranks_per_engine
-    shared = ranks_in_order(sets, ranks, world) if colocated else {}
-    plans = entries(planner, count_bytes, sets)
-    return push_order(plans, receiving_processes(sets, ranks, world, shared))
+    plans: the `entries` of `sets`. colocated: the engines' ranks are on the trainer ranks' GPUs, in
+    order."""
+    shared = ranks_in_order(sets, ranks_per_engine, world) if colocated else {}
+    return push_order(plans, receiving_processes(sets, ranks_per_engine, world, shared))
 
 
 def receiving_processes(

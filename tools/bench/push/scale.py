@@ -15,7 +15,13 @@ import numpy as np
 from megatron_r1.config import load
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.engine_sets import SET_ENGINES, held_parts, sum_bytes
+from megatron_r1.weight_sync.plan.engine_sets import (
+    SET_ENGINES,
+    engine_sets,
+    entries,
+    held_parts,
+    sum_bytes,
+)
 from megatron_r1.weight_sync.plan.order_check import (
     find_fault,
     operations_of_rounds,
@@ -178,8 +184,11 @@ def _many_engines() -> Planner:
 
 
 def _order(case: ScaleCase) -> PushOrder:
-    count = FORMS[case.form]
-    return planned_order(case.planner, count, SET_ENGINES, colocated=case.colocated)
+    planner, engines = case.planner, case.planner.engines
+    sets = engine_sets(engines.engines, SET_ENGINES)
+    plans = entries(planner, FORMS[case.form], sets)
+    ranks, world = engines.ranks_per_engine, planner.grid.world
+    return planned_order(plans, sets, ranks, world, colocated=case.colocated)
 
 
 def _held_on_own_gpu(case: ScaleCase) -> float:
