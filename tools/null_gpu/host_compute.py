@@ -12,8 +12,8 @@ Engine (cuBLASLt), its kernels and Triton's, which do not go through torch's dis
 import ctypes
 import functools
 import inspect
+import sys
 import threading
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -50,6 +50,8 @@ KERNELS: dict[str, Callable] = {
 }
 """Operator of another library, such as `_C::rms_norm`, or of torch that only GPUs have → a function
 of CPU tensors."""
+KERNEL_NAMESPACES = ("_C", "_C_cache_ops", "_moe_C", "_vllm_fa2_C", "_vllm_fa3_C")
+"""Those of vLLM's compiled operators: what is not in `KERNELS` does nothing, with a warning."""
 PYTHON_OPERATORS: dict[str, Callable] = {}
 """Operator that is written in Python → its function (`record_python_operators`)."""
 
@@ -107,6 +109,12 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     return empty.set_(same, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
+@functools.cache
+def warn_of_no_effect(name: str) -> None:
+    """Say once that an operator does nothing."""
+    print(f"{name} has no effect on the null GPU", file=sys.stderr, flush=True)
+
+
 def fill_with_zeros(tensor: torch.Tensor) -> torch.Tensor:
     """Write zeros to a new tensor, whose memory they hold only where something else is written."""
     if tensor.numel():
@@ -137,10 +145,16 @@ class HostCompute(TorchDispatchMode):
         if kernel := KERNELS.get(func.name()):
             drain({tensor.get_device() for tensor in found if tensor.is_cuda})
             return self._compute(kernel, args, kwargs, stays=True)
+        if reads and namespace in KERNEL_NAMESPACES:
+            warn_of_no_effect(func.name())
         its_own = namespace != "aten" or name in ALLOCATES or func.is_view
         if its_own or not plain or not (makes or reads) or is_transfer(name, args, kwargs):
             return func(*args, **kwargs)
-        drain({tensor.get_device() for tensor in found if tensor.is_cuda})
+        devices = {tensor.get_device() for tensor in found if tensor.is_cuda}
+        if makes:  # its memory may be that of a freed tensor, for which something is queued
+            index = torch.device(wanted).index
+            devices.add(torch.cuda.current_device() if index is None else index)
+        drain(devices)
         if func is torch.ops.aten.zeros.default:
             return fill_with_zeros(torch.empty(*args, **kwargs))
         return self._compute(func, args, kwargs, stays=wanted is None or makes)
@@ -178,7 +192,7 @@ class HostCompute(TorchDispatchMode):
         try:
             result = func(*host_args, **host_kwargs)
         except NotImplementedError:  # an operator that CUDA alone has
-            warnings.warn(f"{func} has no effect on the null GPU", stacklevel=2)
+            warn_of_no_effect(str(func))
             return func(*args, **kwargs)
         return tree_map_only(torch.Tensor, up, result)
 

@@ -58,6 +58,17 @@ def silu_and_mul(result, x) -> None:
     result.copy_(torch.nn.functional.silu(gate) * up)
 
 
+@_kernel("_C::vocab_parallel_embedding")
+def vocab_parallel_embedding(
+    result, ids, weight, start, end, padding, added_start, added_end
+) -> None:
+    """Write the embeddings of the tokens that are this rank's, and zeros for the others."""
+    is_own, is_added = (ids >= start) & (ids < end), (ids >= added_start) & (ids < added_end)
+    rows = torch.where(is_own, ids - start, ids - added_start + end - start + padding)
+    is_here = is_own | is_added
+    result.copy_(weight[(rows * is_here).long()] * is_here[:, None])
+
+
 @_kernel("_C::rotary_embedding")
 def rotary_embedding(
     positions, query, key, head_size, cosines_and_sines, is_neox, offset=0, inverse=False
