@@ -35,22 +35,27 @@ MOST_DIFF = {"fp8": 0.2}
 """The largest mean difference of engine's and trainer's log-probabilities: bf16 gives 0.01, FP8
 weights in the engine alone 0.06; other weights 0.8."""
 MOST_DIFF_BF16 = 0.05
+FP8_PROBES = 0.3
+"""`push.probe_tolerance` where the engine computes in FP8: three times a miniature's in bf16."""
 ASLEEP, AWAKE = 0.5, 0.8
 """Shares of the most memory that was in use on GPU 0: less than the first while the trainer
 computes, more than the second while engines do."""
 POLL_SECONDS = 0.1
+ENGINE_LINES = 12
+"""Of an engine's log, that are shown of a run that failed."""
 
 
 def settings(case: str, folder: Path) -> miniature.Miniature:
     """Return the recipe's miniature. Where there is no GPU it pushes as a CPU can."""
     small = shrunk(folder, 1 if case in ALONE else max(1, num_gpus()), **CASES[case])
-    if place() != "cpu":
-        return small
-    here = {"nccl": "gloo", "cuda_ipc": "shm"}[small.config.push.transport]
-    config = with_settings(
-        small.config, push={"transport": here}, rollout={"gpu_memory": None}, model={"fusions": []}
-    )
-    return replace(small, config=config)
+    changed: dict[str, dict[str, Any]] = {}
+    if case == "fp8":
+        changed["push"] = {"probe_tolerance": FP8_PROBES}
+    if place() == "cpu":
+        here = {"nccl": "gloo", "cuda_ipc": "shm"}[small.config.push.transport]
+        changed["push"] = changed.get("push", {}) | {"transport": here}
+        changed |= {"rollout": {"gpu_memory": None}, "model": {"fusions": []}}
+    return replace(small, config=with_settings(small.config, **changed))
 
 
 class UsedMemory:
@@ -103,10 +108,20 @@ def run(recipe: Path, config: Config) -> UsedMemory:
         lines = log.read_text(errors="replace").splitlines()
         # torchrun's report, which comes last, does not have the command's own error.
         errors = [line[line.index(ERROR) :] for line in lines if ERROR in line]
-        print(last_lines(log), flush=True)
         why = errors[0] if errors else f"{log} ends: {lines[-1] if lines else 'empty'}"
+        print(last_lines(log), *_engine_errors(RunFolder(config.run.folder).path), sep="\n")
         raise Failed(f"the run ended with status {process.returncode}: {why}")
     return used
+
+
+def _engine_errors(folder: Path) -> list[str]:
+    """Return the last lines of each engine's log that vLLM marks as errors of its core."""
+    found: list[str] = []
+    for log in sorted((folder / "logs").glob("engine-*.log")):
+        lines = log.read_text(errors="replace").splitlines()
+        marked = [line for line in lines if "EngineCore" in line and "ERROR" in line]
+        found += [f"{log}:", *marked[-ENGINE_LINES:]]
+    return found
 
 
 def judge(
