@@ -25,7 +25,7 @@ from tools.gpu_check.miniatures import check_fp8, num_gpus, place, shrunk, with_
 from tools.gpu_check.verdict import Failed, Impossible
 
 ONE = {"tensor": 1, "context": 1, "expert": 1, "pipeline": 1, "virtual_pipeline": 1}
-CASES: dict[str, Mapping[str, int]] = {
+CASES: dict[str, dict[str, int]] = {
     "one": {},
     "fp8": {},
     "context": {"context": 2},
@@ -67,7 +67,10 @@ def settings(case: str, folder: Path) -> tuple[Config, Config]:
     parallel["tokens_per_microbatch"] = TOKENS
     # Smooth in the gradient: with a small epsilon Adam's first step is its sign.
     optimizer = {"epsilon": 1.0, "warmup": 0, "weight_decay": 0.0}
-    same = {"optimizer": optimizer, "fp8": {"recipe": "blockwise" if case == "fp8" else "none"}}
+    same: dict[str, dict[str, Any]] = {
+        "optimizer": optimizer,
+        "fp8": {"recipe": "blockwise" if case == "fp8" else "none"},
+    }
     fusions = [] if on_cpu else small.config.model.fusions
     mine = with_settings(small.config, parallel=parallel, model={"fusions": fusions}, **same)
     alone = parallel | ONE | {"processes": 1, "pipeline_layout": None}
@@ -160,8 +163,10 @@ def check(case: str, folder: Path) -> dict[str, Any]:
     here.write_text(dump(mine))
     run_ranks(on_cpu, folder, 1, CUDA_VISIBLE_DEVICES="")
     output = run_ranks(here, folder, ranks, NVTE_DEBUG="1", NVTE_DEBUG_LEVEL="1")
-    read = (json.loads((folder / name).read_text()) for name in ("here.json", "expected.json"))
-    return judge(*read, _backend(output), LIMITS.get(case, BF16))
+    found, wanted = (
+        json.loads((folder / name).read_text()) for name in ("here.json", "expected.json")
+    )
+    return judge(found, wanted, _backend(output), LIMITS.get(case, BF16))
 
 
 if __name__ == "__main__":
