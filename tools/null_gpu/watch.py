@@ -170,7 +170,7 @@ def born(pid: int) -> int:
 
 def _used(calls: ctypes.Array) -> list[CallRecord]:
     """Return the records of calls that are not ended: few of thousands."""
-    numbers = np.frombuffer(calls, np.int32).reshape(CALLS, -1)
+    numbers = np.frombuffer(memoryview(calls), np.int32).reshape(CALLS, -1)
     states = numbers[:, CallRecord.state.offset // 4]
     return [calls[index] for index in np.flatnonzero(states)]
 
