@@ -216,6 +216,11 @@ class RowsChecksum:
     def digest(self) -> int:
         return self._xxh3.intdigest() if self._lanes is None else self._lanes.digest()
 
+    def value(self, device: torch.device) -> torch.Tensor:
+        """Return the checksum, int64 ()."""
+        digest = self.digest()
+        return torch.tensor(digest - 2**64 if digest >= 2**63 else digest, device=device)
+
 
 class RowsWeightedSum:
     """The checksum of rows on their own device, used as `RowsChecksum`: of the elements' bits w, in

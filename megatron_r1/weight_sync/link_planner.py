@@ -158,11 +158,11 @@ class EncodedSlices:
         source, encoding = self._slices[index]
         if encoding == "plain" and not source.is_merged:
             return source.values()
+        if self._last and self._last[0] == index:  # the next rows of the same delivery
+            return self._last[1]
         if encoding == "scales":
             scales = self._scales.pop(id(source), None)
             values = quantize(source.values())[1] if scales is None else scales
-        elif self._last and self._last[0] == index:  # the next rows of the same delivery
-            return self._last[1]
         else:
             self._last = None  # frees the last values before the next are computed
             values = source.values()

@@ -1,6 +1,5 @@
-"""Blocks of a push in rounds: the bytes of deliveries, one after another, and behind them a
-checksum of each. They travel in portions that are cut at any byte, so both sides know all sizes
-from the plan."""
+"""Blocks of a push: the bytes of deliveries, one after another, and behind them a checksum of each.
+They travel in portions that are cut at any byte, so both sides know all sizes from the plan."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_r1.weight_sync.checksum import RowsWeightedSum
+from megatron_r1.weight_sync.checksum import RowsChecksum, RowsWeightedSum
 from megatron_r1.weight_sync.rendezvous import Peer
 from megatron_r1.weight_sync.table import Delivery, SlotTable, dtype_of, slot_view
 from megatron_r1.weight_sync.transports.base import Slices
@@ -71,12 +70,19 @@ class Block:
 class SlicesBlock(Block):
     """What a trainer rank sends over a link: `slices` of its parameters, in the engine's dtypes.
 
-    Its portions are packed in order, since each checksum follows from all rows before."""
+    Its portions are packed in order, since each checksum follows from all rows before. is_weighted:
+    see `Receiver`."""
 
-    def __init__(self, table: SlotTable, deliveries: Sequence[Delivery], slices: Slices):
+    def __init__(
+        self,
+        table: SlotTable,
+        deliveries: Sequence[Delivery],
+        slices: Slices,
+        is_weighted: bool = True,
+    ):
         super().__init__(table, deliveries)
-        self._slices = slices
-        self._running: tuple[int, int, RowsWeightedSum] | None = None
+        self._slices, self._is_weighted = slices, is_weighted
+        self._running: tuple[int, int, RowsChecksum | RowsWeightedSum] | None = None
         """Number of a delivery, the rows of it that have been read, and its checksum so far."""
         self._sums: list[torch.Tensor] = []
 
@@ -97,7 +103,9 @@ class SlicesBlock(Block):
     def _read(self, run: Run, rows: torch.Tensor) -> None:
         """Add to the checksum those of the rows that the portion before did not have."""
         if self._running is None or self._running[0] != run.number:
-            self._running = run.number, 0, RowsWeightedSum()
+            row_bytes = self._row_bytes[run.number]
+            new = RowsWeightedSum() if self._is_weighted else RowsChecksum(row_bytes)
+            self._running = run.number, 0, new
         _, read, checksum = self._running
         if run.bottom > read:  # and not within a row that was read whole
             checksum.update(rows[max(0, read - run.top) :])
@@ -162,12 +170,13 @@ class MemoryBlock(Block):
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy bytes (rows, bytes of a row) in words as large as their places allow."""
-    size = gcd(8, target.shape[1], *(_alignment(side) for side in (target, source)))
+    if len(target) == 1:  # torch would refuse words of another size than its pitch allows
+        target, source = target[0], source[0]
+    places = [
+        place for side in (target, source) for place in (side.storage_offset(), *side.stride()[:-1])
+    ]
+    size = gcd(8, target.shape[-1], *places)
     target.view(_WORDS[size]).copy_(source.view(_WORDS[size]))
-
-
-def _alignment(side: torch.Tensor) -> int:
-    return gcd(side.storage_offset(), side.stride(0) if len(side) > 1 else 8)
 
 
 class Landing:

@@ -3,8 +3,7 @@ its share of a push on to the other engines.
 
 A trainer rank and an engine rank that it sends to are a group of two, so that a lost rank breaks
 its own pairs only; the ranks at one position of a set's engines are a group, too. A push is its
-number, a stream of buckets, and a checksum of each delivery. Sender and receiver cut deliveries
-alike into chunks of rows, and pack these into buckets, so no sizes need to be exchanged.
+number and a block of bytes, in buckets.
 
 A thread per trainer rank unpacks its buckets into the receive buffer. What has entered is checked
 and exchanged with the ranks at this position of the other engines. In every round each rank
@@ -19,25 +18,22 @@ import contextlib
 import datetime
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import cast
 
 import torch
 import torch.distributed as dist
 
-from megatron_r1.weight_sync.checksum import RowsChecksum
 from megatron_r1.weight_sync.rendezvous import IDLE_SECONDS, Peer, Rendezvous, SetFailed
 from megatron_r1.weight_sync.results import IncompletePush
-from megatron_r1.weight_sync.table import Delivery, SlotTable, dtype_of, slot_view
+from megatron_r1.weight_sync.table import SlotTable
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from megatron_r1.weight_sync.transports.base import Receiver, Sender, Slices
+from megatron_r1.weight_sync.transports.blocks import Block, Landing, MemoryBlock, SlicesBlock
 
 BUCKET_BYTES = 32 << 20
-Chunk = tuple[int, int, int]
-"""(index of the delivery, first row, end row)."""
+"""What a trainer rank sends at a time; one bucket is on the wire while another is packed."""
 ENGINE_RANK, TRAINER_RANK = 0, 1
 """The ranks of a pair in its group."""
 CLOSE_SECONDS = 2.0
@@ -45,57 +41,6 @@ CLOSE_SECONDS = 2.0
 PATIENCE_SECONDS = 2.0
 """How much longer than a push's limit a rank waits for other ranks, so that the rank at fault
 reports first."""
-
-
-@dataclass(frozen=True)
-class BucketPacker:
-    """Cuts deliveries to one engine rank into buckets, and packs and unpacks these."""
-
-    table: SlotTable
-    deliveries: Sequence[Delivery]
-
-    def cut(self, num_bytes: int | None = None) -> Iterator[list[Chunk]]:
-        """Yield the buckets of the deliveries, in order, each of at most `num_bytes` (default
-        `BUCKET_BYTES`), or of one row: a row is never cut."""
-        bucket: list[Chunk] = []
-        size = room = num_bytes or BUCKET_BYTES
-        for index, delivery in enumerate(self.deliveries):
-            height, row_bytes = delivery.height, self._row_bytes(index)
-            start = 0
-            while start < height:
-                rows = min(height - start, max(room // row_bytes, 0 if bucket else 1))
-                if rows:
-                    bucket.append((index, start, start + rows))
-                    start, room = start + rows, room - rows * row_bytes
-                if start < height:
-                    yield bucket
-                    bucket, room = [], size
-        if bucket:
-            yield bucket
-
-    def num_bytes(self, bucket: Sequence[Chunk]) -> int:
-        return sum((bottom - top) * self._row_bytes(index) for index, top, bottom in bucket)
-
-    def pack(self, area: torch.Tensor, bucket: Sequence[Chunk]) -> torch.Tensor:
-        """Return a copy of a bucket's bytes in a memory area, uint8."""
-        chunks = self._chunks(area, bucket)
-        return torch.cat([chunk.contiguous().view(-1).view(torch.uint8) for chunk in chunks])
-
-    def unpack(self, area: torch.Tensor, bucket: Sequence[Chunk], packed: torch.Tensor) -> None:
-        """Write a bucket's bytes to their places in a memory area."""
-        end = 0
-        for target in self._chunks(area, bucket):
-            start, end = end, end + target.numel() * target.element_size()
-            # Cloned: a view in another dtype must begin at a multiple of its size.
-            target.copy_(packed[start:end].clone().view(target.dtype).view(target.shape))
-
-    def _chunks(self, area: torch.Tensor, bucket: Sequence[Chunk]) -> Iterator[torch.Tensor]:
-        for index, top, bottom in bucket:
-            delivery = self.deliveries[index]
-            yield slot_view(area, self.table.slots[delivery.slot], delivery)[top:bottom]
-
-    def _row_bytes(self, index: int) -> int:
-        return self.deliveries[index].row_bytes(self.table)
 
 
 class GlooReceiver(Receiver):
@@ -121,20 +66,10 @@ class GlooReceiver(Receiver):
 
     def connect(self) -> None:
         """Begin to receive, and to exchange if the set has several engines."""
-        deliveries, members = self.buffer.deliveries, range(self.rendezvous.num_members)
-        # By member: what enters that engine from trainer ranks.
-        shares: list[Sequence[Delivery]] = [deliveries.get(Peer(member), ()) for member in members]
-        own = [
-            (delivery, (sender, index))
-            for sender in self.senders
-            for index, delivery in enumerate(deliveries[sender])
-        ]
-        # In the order of slots, as `EngineRendezvous.read_plan` sorts the others' shares.
-        own.sort(key=lambda entry: entry[0].slot)
-        shares[self.rendezvous.member] = [delivery for delivery, _ in own]
-        self._shares, self._own_sources = shares, [source for _, source in own]
+        count = sum(map(len, self.buffer.deliveries.values()))
+        self._sums = torch.zeros(count, dtype=torch.int64)
         self._start_thread(self._connect_pairs, name="connecting")
-        if len(members) > 1:
+        if self.rendezvous.num_members > 1:
             self._start_thread(self._run_exchange, name="exchange")
 
     def close(self) -> None:
@@ -195,26 +130,31 @@ class GlooReceiver(Receiver):
 
     def _receive_push(self, group: dist.ProcessGroup, sender: int, push: int) -> None:
         """Receive a push, one bucket while the one before is unpacked, and check it."""
-        deliveries = self.buffer.deliveries[sender]
-        packer, area = BucketPacker(self.table, deliveries), self.table.area(self.memory, push)
-        arriving: tuple[dist.Work, torch.Tensor, list[Chunk]] | None = None
+        block = self._landing(push).block(sender)
+        arriving: tuple[dist.Work, int, int, torch.Tensor] | None = None
 
-        def unpack(work: dist.Work, data: torch.Tensor, bucket: list[Chunk]) -> None:
+        def unpack(work: dist.Work, start: int, end: int, data: torch.Tensor) -> None:
             wait_for(work, self.rendezvous)
-            packer.unpack(area, bucket, data)
+            block.unpack(start, end, data)
 
-        for bucket in packer.cut():
-            data = torch.empty(packer.num_bytes(bucket), dtype=torch.uint8)
+        for start, end in _extents(block):
+            data = torch.empty(end - start, dtype=torch.uint8)
             work = group.recv([data], TRAINER_RANK, 0)
             if arriving:
                 unpack(*arriving)
-            arriving = (work, data, bucket)
+            arriving = work, start, end, data
         if arriving:
             unpack(*arriving)
-        sums = torch.empty(len(deliveries), dtype=torch.int64)
-        wait_for(group.recv([sums], TRAINER_RANK, 0), self.rendezvous)
-        for index, sent in enumerate(sums.tolist()):
-            self.buffer.delivery_arrived(sender, push, index, sent % 2**64)
+        self._check(sender, push, block)
+
+    def _landing(self, push: int) -> Landing:
+        area = self.table.area(self.memory, push)
+        return Landing(self.table, self.buffer.deliveries, area, self._sums)
+
+    def _check(self, source: int | Peer, push: int, block: MemoryBlock) -> None:
+        """Compare what has come from a source with its checksums."""
+        for index, sent in enumerate(block.sums.tolist()):
+            self.buffer.delivery_arrived(source, push, index, sent % 2**64)
 
     def _run_exchange(self) -> None:
         """Exchange pushes until one fails; then report the cause, which the push that waits in
@@ -259,15 +199,17 @@ class GlooReceiver(Receiver):
         """Wait for the next push, exchange it, and return its number."""
         # An engine that receives nothing from the trainer does not see a push begin, so the first
         # engine that does tells all others.
-        leader = next(member for member, share in enumerate(self._shares) if share)
+        own, members = self.rendezvous.member, range(self.rendezvous.num_members)
+        entered = [self.senders if m == own else Peer(m) in self.buffer.deliveries for m in members]
+        leader = next(member for member in members if entered[member])
         push = torch.zeros(1, dtype=torch.int64)  # 0: the leader closes
-        if leader == self.rendezvous.member:
+        if leader == own:
             begun = self._begun.get()
             if begun is not None:
                 push[0] = begun
             elif not self._is_closing:
                 raise RuntimeError("what enters this rank broke off")
-            others = [m for m in range(self.rendezvous.num_members) if m != leader]
+            others = [member for member in members if member != leader]
             for work in [group.send([push], member, 0) for member in others]:
                 self._wait_for(work)
         else:  # gloo cannot interrupt a wait for the next push; it ends when the leader closes
@@ -277,33 +219,35 @@ class GlooReceiver(Receiver):
         number, seconds = int(push), self.rendezvous.push_seconds
         if self.senders:
             self.buffer.wait(number, seconds, self.senders)
-        self._exchange_buckets(group, number)
-        self._exchange_checksums(group, number)
+        self._exchange_blocks(group, number)
         return number
 
-    def _exchange_buckets(self, group: dist.ProcessGroup, push: int) -> None:
-        """Exchange a push in rounds. In each round every engine contributes a bucket, all padded
-        to the size of the largest."""
-        area, own = self.table.area(self.memory, push), self.rendezvous.member
-        packers = [BucketPacker(self.table, share) for share in self._shares]
-        cuts = [packer.cut(PASSED_BYTES) for packer in packers]
-        arrived: list[tuple[BucketPacker, list[Chunk], torch.Tensor]] = []
-        for buckets in zip_longest(*cuts, fillvalue=[]):
-            sizes = [
-                packer.num_bytes(bucket) for packer, bucket in zip(packers, buckets, strict=True)
-            ]
-            gathered = torch.empty(len(sizes) * max(sizes), dtype=torch.uint8)
-            packed = gathered.chunk(len(sizes))
-            if buckets[own]:
-                packed[own][: sizes[own]] = packers[own].pack(area, buckets[own])
-            self._gather_buckets(group, gathered, _unpack_each(area, arrived))
+    def _exchange_blocks(self, group: dist.ProcessGroup, push: int) -> None:
+        """Exchange a push in rounds, and check it. In each round every engine contributes a bucket,
+        all padded to the size of the largest."""
+        own, landing = self.rendezvous.member, self._landing(push)
+        blocks = [
+            landing.own_block() if member == own else landing.block(Peer(member))
+            for member in range(self.rendezvous.num_members)
+        ]
+        arrived: list[tuple[MemoryBlock, int, int, torch.Tensor]] = []
+        for start, end in _extents(max(blocks, key=lambda block: block.num_bytes), PASSED_BYTES):
+            ends = [max(start, min(end, block.num_bytes)) for block in blocks]
+            gathered = torch.empty(len(ends) * (end - start), dtype=torch.uint8)
+            packed = gathered.chunk(len(ends))
+            if ends[own] > start:
+                blocks[own].pack(start, ends[own], packed[own][: ends[own] - start])
+            self._gather_buckets(group, gathered, _unpack_each(arrived))
             arrived = [
-                (packers[member], bucket, packed[member][: sizes[member]])
-                for member, bucket in enumerate(buckets)
-                if member != own and bucket
+                (block, start, ends[member], packed[member][: ends[member] - start])
+                for member, block in enumerate(blocks)
+                if member != own and ends[member] > start
             ]
-        for _ in _unpack_each(area, arrived):
+        for _ in _unpack_each(arrived):
             pass
+        for member, block in enumerate(blocks):
+            if member != own:
+                self._check(Peer(member), push, block)
 
     def _gather_buckets(
         self, group: dist.ProcessGroup, gathered: torch.Tensor, unpacking: Iterator[None]
@@ -326,32 +270,23 @@ class GlooReceiver(Receiver):
             for work in works:
                 self._wait_for(work)
 
-    def _exchange_checksums(self, group: dist.ProcessGroup, push: int) -> None:
-        """Exchange the trainer's checksums, and compare what the other engines passed on with
-        these."""
-        counts = [len(share) for share in self._shares]
-        sums = torch.zeros(max(counts), dtype=torch.int64)
-        sums[: len(self._own_sources)] = integers(
-            self.buffer.checksums[source] for source in self._own_sources
-        )
-        gathered = sums.repeat(len(counts))  # what is not the own part is overwritten
-        self._gather_buckets(group, gathered, iter(()))
-        for member, of_member in enumerate(gathered.view(len(counts), -1).tolist()):
-            if member != self.rendezvous.member:
-                for index, checksum in enumerate(of_member[: counts[member]]):
-                    self.buffer.delivery_arrived(Peer(member), push, index, checksum % 2**64)
-
     def _wait_for(self, work: dist.Work) -> None:
         wait_for(work, self.rendezvous, PATIENCE_SECONDS)
 
 
-def _unpack_each(
-    area: torch.Tensor, arrived: list[tuple[BucketPacker, list[Chunk], torch.Tensor]]
-) -> Iterator[None]:
+def _unpack_each(arrived: list[tuple[MemoryBlock, int, int, torch.Tensor]]) -> Iterator[None]:
     """Unpack buckets into the receive buffer, one per step."""
-    for packer, bucket, packed in arrived:
-        packer.unpack(area, bucket, packed)
+    for block, *bucket in arrived:
+        block.unpack(*bucket)
         yield
+
+
+def _extents(block: Block, num_bytes: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield the first byte and the end of each bucket of a block, of `num_bytes` (default
+    `BUCKET_BYTES`) but for the last."""
+    size = num_bytes or BUCKET_BYTES
+    for start in range(0, block.num_bytes, size):
+        yield start, min(start + size, block.num_bytes)
 
 
 class GlooSender(Sender):
@@ -361,40 +296,24 @@ class GlooSender(Sender):
         self._group = pair_group(self.rendezvous, self.sender, self.rank, is_sender=True)
 
     def send(self, push: int, slices: Slices) -> None:
-        """Send a push: its number, then its buckets, then a checksum for every delivery."""
+        """Send a push: its number, then its block in buckets."""
         group = self._group
-        wait_for(group.send([integers([push])], ENGINE_RANK, 0), self.rendezvous)
-        running = [RowsChecksum(delivery.row_bytes(self.table)) for delivery in self.deliveries]
+        wait_for(group.send([torch.tensor([push])], ENGINE_RANK, 0), self.rendezvous)
+        block = SlicesBlock(self.table, self.deliveries, slices, is_weighted=False)
         on_the_wire: tuple[dist.Work, torch.Tensor] | None = None
-        for bucket in BucketPacker(self.table, self.deliveries).cut():
-            message = self._pack(bucket, slices, running)
+        for start, end in _extents(block):
+            bucket = torch.empty(end - start, dtype=torch.uint8)
+            block.pack(start, end, bucket)
             if on_the_wire:
                 wait_for(on_the_wire[0], self.rendezvous)
-            on_the_wire = group.send([message], ENGINE_RANK, 0), message
+            on_the_wire = group.send([bucket], ENGINE_RANK, 0), bucket
         if on_the_wire:
             wait_for(on_the_wire[0], self.rendezvous)
-        sums = integers(of_delivery.digest() for of_delivery in running)
-        wait_for(group.send([sums], ENGINE_RANK, 0), self.rendezvous)
 
     def close(self) -> None:
         if hasattr(self, "_group"):
             self._group.abort()
             del self._group  # closes the connection
-
-    def _pack(
-        self,
-        bucket: list[Chunk],
-        slices: Slices,
-        running: Sequence[RowsChecksum],
-    ) -> torch.Tensor:
-        """Return a bucket's bytes in host memory, in the engine's dtypes, and update checksums."""
-        packed = []
-        for index, top, bottom in bucket:
-            dtype = dtype_of(self.table.slots[self.deliveries[index].slot])
-            values = slices[index][top:bottom].to("cpu", dtype).contiguous()
-            running[index].update(values)
-            packed.append(values.reshape(-1).view(torch.uint8))
-        return torch.cat(packed)
 
 
 def pair_group(
@@ -416,8 +335,3 @@ def create_group(rendezvous: Rendezvous, name: str, rank: int, size: int) -> dis
 def wait_for(work: dist.Work, rendezvous: Rendezvous, more_seconds: float = 0.0) -> None:
     """Wait for `work`, at most as long as a push may take, and `more_seconds`."""
     work.wait(datetime.timedelta(seconds=rendezvous.push_seconds + more_seconds))
-
-
-def integers(values: Iterable[int]) -> torch.Tensor:
-    """Return integers of 64 bits, signed or not, as they are on the wire: int64."""
-    return torch.tensor([v - 2**64 if v >= 2**63 else v for v in values], dtype=torch.int64)

@@ -21,6 +21,7 @@ from megatron_r1.weight_sync.rendezvous import EngineRendezvous
 from megatron_r1.weight_sync.results import IncompletePush
 from megatron_r1.weight_sync.sender import WeightSender, run_all
 from megatron_r1.weight_sync.transports import gloo, receiver_class
+from megatron_r1.weight_sync.transports.blocks import SlicesBlock
 from tests.unit.weight_sync.push_models import DEEPSEEK
 from tests.unit.weight_sync.push_world import Shared, draw, plain_table, wrong_slots
 from tools.bench.push.small_model import held_by
@@ -204,7 +205,7 @@ def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(make, m
         await bridge.open()
         await push(bridge, 1)
         clients, count = [engine.client for engine in fleet.engines], []
-        packed = gloo.GlooSender._pack
+        packed = SlicesBlock.pack
 
         def dying(*arguments):
             count.append(1)
@@ -214,7 +215,7 @@ def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(make, m
             return packed(*arguments)
 
         loop = asyncio.get_running_loop()
-        monkeypatch.setattr(gloo.GlooSender, "_pack", dying)
+        monkeypatch.setattr(SlicesBlock, "pack", dying)
         await push(bridge, 2)
         assert {index for index, _ in fleet.lost} == {2}
         assert [client.version for client in clients[:2]] == [2, 2]

@@ -10,7 +10,7 @@ from waiting import PATIENT
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.rendezvous import SetFailed
 from megatron_r1.weight_sync.table import slot_view
-from megatron_r1.weight_sync.transports.gloo import BucketPacker
+from megatron_r1.weight_sync.transports.blocks import MemoryBlock
 from megatron_r1.weights.stored.fp8_blocks import quantize
 from tests.unit.weight_sync.push_models import DEEPSEEK, DEEPSEEK_MTP, QWEN
 from tests.unit.weight_sync.push_world import World, draw, plain_table, wrong_slots
@@ -106,14 +106,13 @@ def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
 def test_damage_in_the_exchange_is_refused_with_the_tensor_s_name(make_world, monkeypatch):
     tensors = draw(QWEN, 1)
     world = make_world(QWEN, TrainerGrid(1), EngineLayout(), tensors, engines=2, table=plain_table)
-    pack = BucketPacker.pack
+    pack = MemoryBlock.pack
 
-    def damaged(*args):
-        packed = pack(*args)
-        packed[7] ^= 1
-        return packed
+    def damaged(block, start, end, target):
+        pack(block, start, end, target)
+        target[7] ^= 1
 
-    monkeypatch.setattr(BucketPacker, "pack", damaged)
+    monkeypatch.setattr(MemoryBlock, "pack", damaged)
     world.send(1)
     for receiver in world.receivers.values():
         with raised(ValueError, "engine"):

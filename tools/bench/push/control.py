@@ -30,6 +30,7 @@ from megatron_r1.weight_sync.rendezvous import EngineRendezvous
 from megatron_r1.weight_sync.sender import WeightSender
 from megatron_r1.weight_sync.table import slot_view
 from megatron_r1.weight_sync.transports import gloo
+from megatron_r1.weight_sync.transports.blocks import SlicesBlock
 from megatron_r1.weights import hf_tensors
 from tools.bench.push.small_model import SHAPE, held_by, slot_table
 
@@ -205,7 +206,7 @@ def _trainer(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> N
     store.add("complete", 1)
     store.wait(["push2"])
     if place in _victims(fault):
-        _die_in(gloo.GlooSender, "_pack", after=2)
+        _die_in(SlicesBlock, "pack", after=2)
     began = time.monotonic()
     problems = ends.send(2, [NAME])["problems"]
     error = "; ".join(problem["error"] for problem in problems.values())
