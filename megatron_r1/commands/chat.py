@@ -40,7 +40,10 @@ def run(config: Config, folder: str, question: list[str] | None = None) -> None:
     UserError for a run without an export."""
     model = find_exported(folder, ARGUMENTS[0])
     config = _settings(config, model)
-    _note(f"model: {model}; template: {value_text(config.data.template)}")
+    _note(
+        f"model: {model}; template: {value_text(config.data.template)}; sampled at temperature "
+        f"{config.rollout.temperature:g}"
+    )
     checkpoints = complete_checkpoints(model.parent / "checkpoints")
     if model.name == "hf" and checkpoints:
         export, newest = model / "config.json", checkpoints[-1]

@@ -18,7 +18,8 @@ class RunConfig(Section):
     """who else than its owner may read the folder's files, from that command on: samples, weights,
     logs. group: of the files; everyone"""
     seed: int = 0
-    """seed of prompt sampling, generation and initialization"""
+    """seed of the order of prompts, of initialization and of the engines' sampling; that depends on
+    the order of requests, too: two RL runs of one seed sample different responses"""
     steps: Resumable[int] = Field(650, gt=0)
     """rollouts (rl; 650 x 16 = the paper's 10,400 optimizer steps), batches (sft)"""
     trackers: Resumable[list[Literal["tensorboard", "wandb", "mlflow"]]] = ["tensorboard"]

@@ -151,6 +151,7 @@ def _split(
     contradictions: list[tuple[Prompt, Prompt]] = []
     sides: dict[bool, dict[str, Prompt]] = {False: {}, True: {p.id: p for p in heldout}}
     given = {*sides[True]}
+    unused: set[str] = set()
 
     def is_full(side: bool) -> bool:
         limit = limits[side]
@@ -177,6 +178,11 @@ def _split(
         side = is_heldout(identity(prompt, kind), fraction)
         if not is_full(side):
             sides[side][prompt.id] = prompt
+        elif prompt.id in unused:
+            report.num_duplicates += 1
+        else:
+            unused.add(prompt.id)
+    report.num_unused = len(unused)
     train, rest = list(sides[False].values()), list(sides[True].values())
     kinds = Counter(prompt.kind for prompt in train + rest)
     if kind is None and len(kinds) > 1:

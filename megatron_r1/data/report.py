@@ -16,14 +16,16 @@ class LeftOut:
 class DataReport:
     """Counts the rows of one source.
 
-    num_read: rows read. num_duplicates: rows whose question and truth another row has. left_out:
-    reason → rows. columns: our name → the file's column, for those that were found by their names.
-    kinds: rewards, or forms of examples, where these differ → rows. is_complete: False where
-    reading ended before the file did, as enough questions were found."""
+    num_read: rows read. num_duplicates: rows whose question and truth another row has.
+    num_unused: questions beyond `data.num_train` and `data.num_heldout`. left_out: reason → rows.
+    columns: our name → the file's column, for those that were found by their names. kinds:
+    rewards, or forms of examples, where these differ → rows. is_complete: False where reading ended
+    before the file did, as enough questions were found."""
 
     source: str = ""
     num_read: int = 0
     num_duplicates: int = 0
+    num_unused: int = 0
     left_out: dict[str, LeftOut] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
@@ -52,6 +54,10 @@ class DataReport:
         if self.num_duplicates:
             lines.append(
                 f"  {self.num_duplicates:,} left out: question and truth are those of another row"
+            )
+        if self.num_unused:
+            lines.append(
+                f"  {self.num_unused:,} not used: data.num_train or data.num_heldout is reached"
             )
         for reason, rows in self.left_out.items():
             lines.append(f"  {rows.count:,} left out: {reason} (first: {rows.first})")

@@ -35,7 +35,8 @@ class Score:
         """The interval as text, `66–75%`; "" without an interval."""
         if self.low is None or self.high is None:
             return ""
-        return f"{100 * self.low:.0f}–{100 * self.high:.0f}%"
+        separator = " to " if self.low < 0 else "–"  # rewards of one's own may be negative
+        return f"{100 * self.low:.0f}{separator}{100 * self.high:.0f}%"
 
     def __str__(self) -> str:
         interval = f" (95% interval {self.interval})" if self.interval else ""

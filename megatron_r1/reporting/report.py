@@ -98,7 +98,11 @@ def write_report(
 def headline(folder: RunFolder) -> str:
     """Return the result of a run as a sentence, with its verdict (`outcome.judge`)."""
     metrics = folder.read_metrics()
-    return outcome_sentence(metrics, evaluations([*metrics, *folder.read_evaluations()]))
+    sentence = outcome_sentence(metrics, evaluations([*metrics, *folder.read_evaluations()]))
+    kind = str((folder.read_config().get("data") or {}).get("kind") or "")
+    if ":" in kind and "pass@1" in sentence:
+        sentence += f" pass@1 is the mean of {kind}, a reward of your own."
+    return sentence
 
 
 def _measured_facts(folder: RunFolder, metrics: Metrics) -> dict[str, str]:

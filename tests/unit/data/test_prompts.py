@@ -144,6 +144,15 @@ def test_the_id_of_a_question_stays_the_same_between_versions():
     assert {text: make_prompt(text, "math", 1, {}).id for text in texts} == texts
 
 
+def test_questions_beyond_the_held_out_ones_are_counted(tmp_path):
+    rows = [{"question": f"{n} + 1 =", "truth": n + 1} for n in range(40)] * 2
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    split = load_prompts(path=path, heldout_fraction=0.5, num_heldout=3)
+    report = split.reports[0]
+    assert len(split.heldout) == 3 and report.num_unused == 40 - 3 - len(split.train) > 0
+    assert report.num_duplicates == 40
+
+
 def test_too_few_questions_is_an_error():
     one_digit = SUMS | {"max_terms": 2, "max_digits": 1}  # 10 x 10 operands, + or -
     with refused("data.num_train", Cause.TOO_LARGE, "chain_sum", 300):

@@ -11,7 +11,7 @@ from refusals import refused
 from megatron_r1.errors import Cause
 from megatron_r1.reporting.outcome import LEARNED, NOT_SHOWN, WORSE, Score, evaluations
 from megatron_r1.reporting.plots import Curve, curve_plot, smooth, stacked_plot, thin
-from megatron_r1.reporting.report import outcome_sentence, write_report
+from megatron_r1.reporting.report import headline, outcome_sentence, write_report
 from megatron_r1.reporting.run_folder import RunFolder
 
 VOID = {"meta", "br", "path", "use", "rect", "link"}
@@ -223,6 +223,16 @@ def test_the_verdict_of_a_run_is_by_the_interval_of_the_change(
     assert sentence.startswith(f"{verdict}:") and interval in sentence
     has_number = f"{questions} questions" in sentence
     assert has_number == (questions < 100) == ("95% interval 0–0%" in sentence)
+
+
+def test_the_mean_of_a_reward_of_one_s_own_is_named(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        folder.write_config({"data": {"kind": "rewards:length"}})
+        for step, value in (0, -0.4), (9, -0.1):
+            folder.append_evaluation(evaluated(step, value, value - 0.1, value + 0.1, 200))
+    sentence = headline(folder)
+    assert sentence.startswith(LEARNED) and "rewards:length" in sentence
+    assert Score(-0.1, -0.24, -0.06).interval == "-24 to -6%"
 
 
 def test_without_two_evaluations_nothing_is_shown():
