@@ -2,18 +2,20 @@
 recipes that `init` writes for them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from command_line import run
+from command_line import environment
 from run_progress import lines
 
 SHAPES = Path(__file__).parents[1] / "shapes"
 CASES = yaml.safe_load((SHAPES / "shapes.yaml").read_text(encoding="utf-8"))
 EACH_KIND = ("gsm8k.jsonl", "eurus.jsonl", "search_r1.jsonl", "sharegpt.jsonl", "xlam.json")
-"""Truths as text, as tests and as any of several; conversations and calls of tools. A run takes
-half a minute; the other files are slow."""
+"""Truths as text, as tests and as any of several; conversations and calls of tools. The other files
+are slow."""
 SMALL = {
     **{"run.steps": 2, "checkpoint.every": 2, "optimizer.learning_rate": 1e-4},
     **{"parallel.processes": 1},
@@ -45,6 +47,24 @@ def chat_model(base, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def run():
+    """A function that runs a command line and returns its output; all run in one process."""
+    command = [sys.executable, "-m", "shapes_commands"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment(), **pipes) as process:
+
+        def run_one(*arguments):
+            process.stdin.write(json.dumps(list(map(str, arguments))) + "\n")
+            process.stdin.flush()
+            status, output = json.loads(process.stdout.readline())
+            assert not status, output
+            return output
+
+        yield run_one
+        process.stdin.close()
+
+
 def options(settings):
     return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
 
@@ -54,18 +74,15 @@ def options(settings):
     "name",
     [name if name in EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
 )
-def test_init_a_dry_run_and_two_steps(chat_model, tmp_path, name):
+def test_init_a_dry_run_and_two_steps(chat_model, run, tmp_path, name):
     recipe, folder = tmp_path / "mine.yaml", tmp_path / "run"
-    made = run("init", chat_model, SHAPES / name, "--out", str(recipe))
-    assert made.returncode == 0, made.stderr + made.stdout
+    run("init", chat_model, SHAPES / name, "--out", recipe)
     verb = "sft" if "learned" in CASES[name] else "rl"
     own = SMALL | {"run.folder": folder} | (ROLLOUT if verb == "rl" else {"sft.batch_size": 2})
     if verb == "sft":
         own["sft.epochs"] = "null"
-    dry = run(verb, recipe, *options(own), "--dry-run")
-    assert dry.returncode == 0, dry.stderr + dry.stdout
-    done = run(verb, recipe, *options(own))
-    assert done.returncode == 0, done.stderr + done.stdout
+    run(verb, recipe, *options(own), "--dry-run")
+    run(verb, recipe, *options(own))
     metrics = lines(folder / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [1, 2]
     if verb == "rl":
