@@ -4,7 +4,8 @@ takes a GPU's memory, and pushes those that they were started on:
 
 Prints a line of JSON: of each engine vLLM's checksums of the tensors in use before, between and
 after, and the GiB that the first GPU has left while its engine is awake, asleep, and awake again.
-Several engines are one set, each of which receives a part and passes it on to the others."""
+One engine is on the trainer's GPU. Several have GPUs of their own and stay awake: they are one set,
+each of which receives a part and passes it on to the others."""
 
 import asyncio
 import json
@@ -25,7 +26,7 @@ from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from tools.null_gpu.launch import ON_HOST
 
 EVERYWHERE = Path(__file__).parents[2] / "tools" / "null_gpu" / "everywhere"
-GPU = 0  # of the trainer and the first engine, for which the trainer receives over NCCL
+GPU = 0  # of the first engine
 GIB = 2**30
 
 
@@ -57,23 +58,37 @@ async def checksums(fleet: RolloutFleet) -> list[dict]:
     return found
 
 
+async def asleep(fleet: RolloutFleet, gib_left_awake: float) -> float:
+    """Have the engines sleep; return the GiB that are left then, of which a trainer on the same GPU
+    can take more than was left before."""
+    await fleet.sleep()
+    left = gib_left()
+    size = int((gib_left_awake + left) / 2 * GIB)
+    taken = torch.empty(size, dtype=torch.uint8, device=f"cuda:{GPU}")
+    del taken
+    torch.cuda.empty_cache()
+    return left
+
+
 def gib_left() -> float:
     return torch.cuda.mem_get_info(GPU)[0] / GIB
 
 
 async def main(folder: Path, transport: str, num_engines: int) -> None:
     compute_everywhere()
-    torch.cuda.set_device(GPU)
+    # Of 2 GPUs an engine the first is its own, as it has one rank.
+    trainer_gpu = GPU if num_engines == 1 else 1
+    torch.cuda.set_device(trainer_gpu)
     # The trainer's calls run in these threads here; each would begin with GPU 0.
-    threads = ThreadPoolExecutor(initializer=partial(torch.cuda.set_device, GPU))
+    threads = ThreadPoolExecutor(initializer=partial(torch.cuda.set_device, trainer_gpu))
     asyncio.get_running_loop().set_default_executor(threads)
     first, other = (
         write_random(folder / f"model{seed}", QWEN, seed, torch.bfloat16) for seed in range(2)
     )
     async with RolloutFleet(num_engines, folder / "fleet", **settings(transport)) as fleet:
         await fleet.start(first)
-        # Over NCCL the receive buffer is there only during a push.
-        colocated = transport == "nccl"
+        # Over NCCL the receive buffer is on a shared GPU only during a push.
+        colocated = transport == "nccl" and num_engines == 1
         bridge = FileBridge(QWEN, fleet, transport=transport, colocated=colocated)
         found, left = [await checksums(fleet)], []
         if colocated:
@@ -82,13 +97,8 @@ async def main(folder: Path, transport: str, num_engines: int) -> None:
         assert [len(one.engines) for one in bridge.bridge.links.sets] == [num_engines]
         found.append(await checksums(fleet))
         left.append(gib_left())
-        await fleet.sleep()
-        left.append(gib_left())
-        # As a trainer on the same GPU would: more than was left beside the engine that is awake.
-        size = int((left[0] + left[1]) / 2 * GIB)
-        taken = torch.empty(size, dtype=torch.uint8, device=f"cuda:{GPU}")
-        del taken
-        torch.cuda.empty_cache()
+        if num_engines == 1:
+            left.append(await asleep(fleet, left[0]))
         await bridge.push(first)
         found.append(await checksums(fleet))
         left.append(gib_left())

@@ -20,7 +20,7 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
-from megatron_r1.models.hf_config import resolve_aliases
+from megatron_r1.models.hf_config import implied, resolve_aliases
 from megatron_r1.processes import children
 from megatron_r1.vllm_plugin import register, swap
 from megatron_r1.vllm_plugin.kept_state import KeptState
@@ -78,7 +78,13 @@ def engine_config(folder: Path, hf: dict, is_fp8: bool):
     folder.mkdir(parents=True)
     quantized = {"quantization_config": fp8.CONFIG} if is_fp8 else {}
     (folder / "config.json").write_text(json.dumps(hf | quantized))
-    arguments = {"skip_tokenizer_init": True, "load_format": "dummy", "enforce_eager": True}
+    # What an engine is given where config.json leaves it to the architecture.
+    arguments = {
+        "hf_overrides": implied(hf),
+        "skip_tokenizer_init": True,
+        "load_format": "dummy",
+        "enforce_eager": True,
+    }
     return EngineArgs(
         model=str(folder), dtype="bfloat16", max_model_len=256, **arguments
     ).create_engine_config()

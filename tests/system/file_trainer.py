@@ -37,7 +37,7 @@ class FileTrainer:
         stages = stage_shards(config, with_mtp=drafts)
         grid = TrainerGrid(1)
         # On the GPU of the calling thread, if it has one.
-        gpus = [(gpu_uuid(torch.cuda.current_device()), "")] if torch.cuda.is_initialized() else ()
+        gpus = [gpu_uuid(torch.cuda.current_device())] if torch.cuda.is_initialized() else ()
         self.sender = WeightSender(
             config, grid, held, self.store, stages=stages, drafts=drafts, gpus=gpus
         )

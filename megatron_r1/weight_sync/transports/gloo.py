@@ -276,8 +276,8 @@ class GlooReceiver(Receiver):
 
 def _unpack_each(arrived: list[tuple[MemoryBlock, int, int, torch.Tensor]]) -> Iterator[None]:
     """Unpack buckets into the receive buffer, one per step."""
-    for block, *bucket in arrived:
-        block.unpack(*bucket)
+    for block, start, end, bucket in arrived:
+        block.unpack(start, end, bucket)
         yield
 
 
