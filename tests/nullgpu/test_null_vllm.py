@@ -29,7 +29,7 @@ def test_what_vllm_loads_is_what_the_tables_predict_and_a_swap_keeps_addresses(
         assert case["tensors"] > 20 and not case["freed scales"], case
 
 
-def test_scales_that_kernels_keep_in_freed_memory_read_as_nan(on_null_gpu, tmp_path):
+def test_scales_that_kernels_keep_in_freed_memory_are_found(on_null_gpu, tmp_path):
     (found,) = swapped(on_null_gpu, tmp_path / "models", "deepseek-fp8", "planted")
     assert len(found["freed scales"]) == found["kept scales"] > 0
 

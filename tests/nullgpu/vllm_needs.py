@@ -128,8 +128,9 @@ def compare(hf: dict, is_fp8: bool, config, model) -> dict:
 
 
 def kept_scales(model) -> dict:
-    """Return the number of scales that kernels of experts keep, and those in freed memory, which
-    reads as NaN where torch does not keep what it frees (PYTORCH_NO_CUDA_MEMORY_CACHING)."""
+    """Return the number of scales that kernels of experts keep, and those in freed memory: the
+    storage has no bytes left, or it reads as NaN, as what torch does not keep when it is freed
+    (PYTORCH_NO_CUDA_MEMORY_CACHING)."""
     torch.cuda.synchronize()
     found = {
         f"{title}.{name}": getattr(config, name)
@@ -138,7 +139,11 @@ def kept_scales(model) -> dict:
         for name in ("w1_scale", "w2_scale")
         if getattr(config, name) is not None
     }
-    freed = [name for name, scale in found.items() if on_host(scale).isnan().any()]
+    freed = [
+        name
+        for name, scale in found.items()
+        if not scale.untyped_storage().nbytes() or on_host(scale).isnan().any()
+    ]
     return {"kept scales": len(found), "freed scales": freed}
 
 
