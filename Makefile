@@ -25,7 +25,7 @@ SMOLLM2 := build/smollm2
 VERL := build/verl
 TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
-.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test-unit test test-more test-all lint format kernel-files losses bench gpu-check docs clean
+.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test-unit test test-more test-all lint format kernel-files house losses bench gpu-check docs clean
 
 help:
 	@echo "make demo      a small model learns to reason: minutes on two CPU cores"
@@ -40,6 +40,7 @@ help:
 	@echo "make test-cuda  those packages on a null GPU, without a driver (10 to 20 minutes on two cores)"
 	@echo "make lint      style, imports between packages, types;  make format: repair the style"
 	@echo "make kernel-files  write what is generated from the list of kernels: README's table, compiled resources"
+	@echo "make house     the structure of the code in figures: packages, imports, what one command needs"
 	@echo "make losses    losses of 20 steps from one seed: a refactoring must not change them"
 	@echo "make bench     kernels and whole steps beside their public peers"
 	@echo "make gpu-check  what a machine with a GPU can answer, in nine minutes"
@@ -190,6 +191,10 @@ format: setup
 kernel-files: setup
 	$(BIN)/python tools/kernel_table.py
 	$(BIN)/python tools/bench resources --json docs/benchmarks/kernel-resources.json
+
+# The structure of the code in figures; with WALKS=--walks also what a run of one step passes through.
+house: $(INSTALLED)
+	$(BIN)/python tools/house $(WALKS)
 
 # make -s losses > before; change the code; make -s losses > after; diff before after
 losses: $(INSTALLED)

@@ -1,0 +1,26 @@
+"""Measures the structure of the code: `python tools/house [--walks]`.
+
+Prints the packages, their layers and the imports between them, files and lines, what one command
+needs (every project file that `megatron-r1 rl` can import in its three roles), and words and lines
+of docs and tests. --walks also runs one step of the laptop recipe and prints, of three things that
+pass through the code, the files that the run enters between two functions, in order."""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+    from tools.house.structure import table
+    from tools.house.walks import walks
+
+    parser = argparse.ArgumentParser(
+        prog="tools/house", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--walks", action="store_true", help="trace a run of one step, too")
+    arguments = parser.parse_args()
+    print(table(ROOT))
+    if arguments.walks:
+        print(walks(ROOT))

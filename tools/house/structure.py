@@ -1,0 +1,119 @@
+"""What the source files say about the structure: packages, imports, closure, sizes."""
+
+import ast
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGES = ("megatron_r1", "kernels/r1_kernels", "grading/r1_grading")
+"""Folders whose files are the product's."""
+ROLES = {
+    "controller": ("megatron_r1.commands.rl",),
+    "trainer rank": ("megatron_r1.training.rank", "megatron_r1.training.worker"),
+    "engine": ("megatron_r1.vllm_plugin", "megatron_r1.vllm_plugin.serve"),
+}
+"""The modules with which the processes of `megatron-r1 rl` begin."""
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Return the files of the product by their modules' names."""
+    found = {}
+    for package in PACKAGES:
+        above = (root / package).parent
+        for path in sorted((root / package).rglob("*.py")):
+            parts = path.relative_to(above).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """Yield the product's modules that a file imports, in functions too, but for type checkers."""
+    for node in _nodes(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            whole = name if name in known else name.rpartition(".")[0]
+            if whole in known:
+                yield whole
+
+
+def _nodes(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from _nodes(child)
+
+
+def closure(known: dict[str, Path], starts: tuple[str, ...]) -> set[str]:
+    """Return the modules that `starts` can import, through others and with their packages."""
+    found: set[str] = set()
+    waiting = list(starts)
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        waiting += imports(known[name], known)
+        if (parent := name.rpartition(".")[0]) in known:
+            waiting.append(parent)
+    return found
+
+
+def arrows(known: dict[str, Path]) -> Counter[tuple[str, str]]:
+    """Return the number of imports from one package of `megatron_r1` to another."""
+    found: Counter[tuple[str, str]] = Counter()
+    for name, path in known.items():
+        if name.startswith("megatron_r1."):
+            for other in imports(path, known):
+                pair = name.split(".")[1], other.split(".")[1] if "." in other else ""
+                if pair[0] != pair[1] and other.startswith("megatron_r1."):
+                    found[pair] += 1
+    return found
+
+
+def num_lines(paths) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+
+
+def num_words(root: Path) -> int:
+    """Return the words of README, CONTRIBUTING and docs, without code blocks."""
+    pages = [root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md")]
+    texts = (page.read_text(encoding="utf-8") for page in pages)
+    return sum(len(re.sub(r"```.*?```", "", text, flags=re.S).split()) for text in texts)
+
+
+def num_layers(root: Path) -> int:
+    contracts = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = contracts["tool"]["importlinter"]["contracts"][0]["layers"]
+    return len(layers)
+
+
+def table(root: Path) -> str:
+    """Return the figures, one a line."""
+    known = modules(root)
+    ours = {name: path for name, path in known.items() if name.startswith("megatron_r1.")}
+    packages = {name.split(".")[1] for name in ours}
+    between = arrows(known)
+    rows = {
+        "packages of megatron_r1": len(packages),
+        "layers": num_layers(root),
+        "pairs of packages with imports": len(between),
+        "imports between packages": sum(between.values()),
+        "files": len(known),
+        "lines": num_lines(known.values()),
+    }
+    for role, starts in ROLES.items():
+        found = closure(known, starts)
+        rows[f"files that the {role} of `rl` can import"] = len(found)
+    found = closure(known, tuple(start for starts in ROLES.values() for start in starts))
+    rows["files of all three"] = len(found)
+    rows["lines of all three"] = num_lines(known[name] for name in found)
+    rows["words of docs"] = num_words(root)
+    rows["lines of tests"] = num_lines((root / "tests").rglob("*.py"))
+    return "\n".join(f"{name:44} {value:8,}" for name, value in rows.items())
