@@ -170,8 +170,8 @@ def _help(name: str) -> str:
     """Return the help of a verb: its purpose, required settings, and own settings."""
     verb = read_verb(name, MODULES[name])
     options = "".join(
-        f" [--{option} VALUE]" + (" …" if option in verb.repeated else "")
-        for option in verb.options
+        f" [--{option} {value}]" + (" …" if option in verb.repeated else "")
+        for option, value in verb.options.items()
     )
     settings = " [--section.key value …]" if verb.settings else ""
     required = ", ".join(verb.required)

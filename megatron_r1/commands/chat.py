@@ -25,7 +25,7 @@ from megatron_r1.first_recipe.recipe_text import value_text
 from megatron_r1.training.checkpoints.finding import complete_checkpoints
 
 ARGUMENTS = ("RUN_OR_FOLDER",)
-OPTIONS = ("question",)
+OPTIONS = {"question": "TEXT"}
 REPEATED = ("question",)
 SETTINGS = ("data.template", "rollout", "run.seed")
 

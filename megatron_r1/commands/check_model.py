@@ -35,7 +35,7 @@ from megatron_r1.weights.layout import num_parameters, recipe_stages
 ARGUMENTS = ("HF_FOLDER",)
 SETTINGS = ("parallel", "rollout", "model.dtype", "model.mtp")
 IMPLIED = {"model.dtype": "float32"}
-OPTIONS = ("json",)
+OPTIONS = {"json": "FILE"}
 
 TRAINING_BYTES = 28
 """Memory of RL per parameter in float32: weights, gradients, optimizer, reference and engine, but

@@ -6,10 +6,9 @@ REWARD]`. DATA is a .jsonl, .json, .csv or .parquet file, hub:NAME[:CONFIG][:SPL
 Comments of the recipe give the reason of each value; `rl RECIPE.yaml --dry-run` then tries it."""
 
 import asyncio
-import contextlib
 import itertools
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,25 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from megatron_r1 import config as configuration
-from megatron_r1.commands import rl, sft
+from megatron_r1.commands import init_examples, rl
 from megatron_r1.commands.gpu_placement import this_machine
 from megatron_r1.commands.rl_checks import naming_renamed_columns, prepare
 from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
 from megatron_r1.config import Config, verb_of
 from megatron_r1.data.chats import Message
-from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
+from megatron_r1.data.columns import Columns, guess_columns
 from megatron_r1.data.end_tokens import describe
 from megatron_r1.data.prompt_rows import question_of
 from megatron_r1.data.prompts import Prompt, is_heldout, normalize
-from megatron_r1.data.records import ABSENT, entry, read_records
-from megatron_r1.data.sft import ALWAYS_LEARNED, form_of
+from megatron_r1.data.records import read_records
 from megatron_r1.data.text import PromptText
-from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engine import gpu
 from megatron_r1.engine.limits import positions
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.files import atomic_write
 from megatron_r1.first_recipe import sizes
+from megatron_r1.first_recipe.draft import Draft, Source
 from megatron_r1.first_recipe.recipe_text import recipe_text, value_text
 from megatron_r1.first_recipe.sizes import Guess, Machine
 from megatron_r1.models import read_hf_config
@@ -51,7 +49,7 @@ from megatron_r1.trainer_client.cpu_memory import cpu_memory
 from megatron_r1.weights import num_parameters
 
 ARGUMENTS = ("MODEL_FOLDER", "DATA")
-OPTIONS = ("out", "question", "truth", "kind")
+OPTIONS = {"out": "RECIPE.yaml", "question": "COLUMN", "truth": "COLUMN", "kind": "REWARD"}
 SETTINGS = ()
 
 MODEL = "MODEL_FOLDER"
@@ -74,8 +72,8 @@ OWN = ":"
 
 def run(config: Config, model: str, data: str, out: str | None = None, **given: str) -> None:
     """Write the recipe and print it. given: the question, truth and kind that the user names.
-    Raises UserError naming what is missing, before it is written, and for a recipe that `rl` would
-    refuse."""
+    Raises UserError naming what is missing, before it is written, and for a recipe that its verb
+    would refuse."""
     path = Path(out or f"{Path(data.removeprefix('hub:').split(':')[0]).stem}.yaml")
     _check_arguments(model, path)
     folder = find_exported(model, MODEL)
@@ -85,102 +83,63 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     rows = [row for _, row in itertools.islice(read_records(data), MAX_ROWS)]
     if not rows:
         raise UserError(f"{data}: it holds no rows", key=ARGUMENTS[1], cause=Cause.EMPTY)
-    if not given and _are_examples(rows[:COLUMN_ROWS]):
-        _write_supervised(path, (model, data), folder, hf, rows)
-        return
-    columns = guess_columns(data, rows[:COLUMN_ROWS], **given)
+    source = Source(folder, hf, num_parameters(hf), data, rows, this_machine())
+    other = None if given else init_examples.draft(source)
+    options = [text for key, value in given.items() for text in (f"--{key}", value)]
+    _write(path, source, other or _of_questions(source, given), [model, data, *options])
+
+
+def _of_questions(source: Source, given: Mapping[str, str]) -> Draft:
+    """Return a recipe for `rl`. Raises UserError where question or truth are not found."""
+    columns = guess_columns(source.data, source.rows[:COLUMN_ROWS], **given)
     if "kind" not in given:
-        columns = _kind_of_run(columns, folder)
-    parameters, questions = num_parameters(hf), _questions(data, columns)
+        columns = _kind_of_run(columns, source.folder)
+    questions = _questions(source.data, columns)
     guesses = [
-        Guess("run.folder", f"runs/{path.stem}", "everything that the run writes"),
-        Guess(
-            "model.path",
-            str(folder),
-            f"{hf['architectures'][0]}, {parameters / 1e6:,.1f}M parameters",
-        ),
-        *_data(data, rows, columns, len(questions)),
-        *_answers(folder, parameters),
+        *_data(source.data, source.rows, columns, len(questions)),
+        *_answers(source.folder, source.parameters),
     ]
     template = next(guess.value for guess in guesses if guess.key == "data.template")
-    text = PromptText(str(folder), template, (MODEL, template))
-    guesses += _sizes(folder, hf, parameters, questions, text)
-    options = [text for key, value in given.items() for text in (f"--{key}", value)]
-    with _written("rl", path, [model, data, *options], guesses):
+    text = PromptText(str(source.folder), template, (MODEL, template))
+
+    def try_out(path: Path) -> None:
         print(f"a response ends with: {describe(text.end_tokens)}")
-        _check_truths(data, columns)
+        _check_truths(source.data, columns)
         _try(path, columns)
 
+    return Draft("rl", [*guesses, *_sizes(source, questions, text)], try_out)
 
-@contextlib.contextmanager
-def _written(
-    verb: str, path: Path, arguments: Sequence[str], guesses: Sequence[Guess]
-) -> Iterator[None]:
-    """Write the recipe of a verb and print it; after the block, which tries it, print what comes
-    next. arguments: of `init`. Raises the block's UserError with the command that repeats the
-    trial."""
-    command = f"megatron-r1 {verb} {shlex.quote(str(path))}"
+
+def _write(path: Path, source: Source, draft: Draft, arguments: Sequence[str]) -> None:
+    """Write a recipe and print it, then try it out and print what comes next. arguments: of `init`.
+    Raises UserError for a recipe that is refused, with the command that repeats the trial."""
+    command = f"megatron-r1 {draft.verb} {shlex.quote(str(path))}"
+    trial = f"{command} --dry-run" if draft.has_dry_run else command
+    size = f"{source.hf['architectures'][0]}, {source.parameters / 1e6:,.1f}M parameters"
+    guesses = [
+        Guess("run.folder", f"runs/{path.stem}", "everything that the run writes"),
+        Guess("model.path", str(source.folder), size),
+        *draft.guesses,
+    ]
     title = (
         f"Written by: megatron-r1 init {shlex.join(arguments)}",
-        f"Try it: {command} --dry-run",
+        *([f"Try it: {trial}"] if draft.has_dry_run else []),
         f"Train:  {command}",
         "Every other setting: megatron-r1 keys",
+        "A comment says why init chose the value below it, not what you change it to.",
     )
     atomic_write(path, recipe_text(title, guesses))
     for guess in guesses:
         print(f"{guess.key}: {value_text(guess.value)}   # {guess.reason}")
     try:
-        yield
+        draft.try_out(path)
     except UserError as error:
         raise UserError(
-            f"{path} is written, but {verb} does not run it yet: {error}\n"
-            f"then: {command} --dry-run",
+            f"{path} is written, but {draft.verb} does not run it yet: {error}\nthen: {trial}",
             key=error.key,
             cause=error.cause,
         ) from None
-    print(f"\n{path} is written: look at it, then {command} --dry-run")
-
-
-def _are_examples(rows: Sequence[dict[str, Any]]) -> bool:
-    """Return whether rows are examples to learn from by `sft` and no questions with truths."""
-    form = form_of(rows[0])
-    if form is None or form in ALWAYS_LEARNED:
-        return form is not None
-    truth = columns_by_name(rows, needs_truth=True).get("truth", "truth")
-    values = [entry({**row}, truth) for row in rows]
-    has_truth = any(value is not ABSENT and not is_none(value) for value in values)
-    return not has_truth and not any("kind" in row for row in rows)
-
-
-def _write_supervised(
-    path: Path, given: tuple[str, str], folder: Path, hf: dict[str, Any], rows: Sequence[Any]
-) -> None:
-    """Write a recipe for `sft` and print it, with what became of the rows. given: the arguments.
-    Raises UserError for a recipe that `sft` would refuse."""
-    _, data = given
-    parameters, machine = num_parameters(hf), this_machine()
-    has_chat = bool(load_tokenizer(str(folder), MODEL).chat_template)
-    form = form_of(rows[0])
-    guesses = [
-        Guess("run.folder", f"runs/{path.stem}", "everything that the run writes"),
-        Guess("model.path", str(folder), f"{parameters / 1e6:,.1f}M parameters"),
-        Guess("sft.data", data, f"rows of {form}"),
-        Guess("sft.epochs", 2, "passes over the data; the paper: 2"),
-        Guess("sft.batch_size", 8 if machine.is_cpu else 128, "examples per optimizer step"),
-        *(g for g in sizes.layout(hf, parameters, machine) if not g.key.startswith("rollout.")),
-        *(g for g in sizes.batches(parameters, 1, machine) if g.key in SUPERVISED_SIZES),
-    ]
-    if not has_chat:
-        why = "the tokenizer has no chat template: User: …, Assistant:"
-        guesses.append(Guess("sft.template", "plain", why))
-    with _written("sft", path, given, guesses):
-        recipe = configuration.load(path, required=sft.REQUIRED)
-        sft.check_settings(recipe)
-        *_, lines = sft.read_examples(recipe)
-        print("\n".join(["", *lines]))
-
-
-SUPERVISED_SIZES = ("checkpoint.every", "optimizer.learning_rate")
+    print(f"\n{path} is written: look at it, then {trial}")
 
 
 def _check_arguments(model: str, path: Path) -> None:
@@ -293,21 +252,19 @@ def _answers(folder: Path, parameters: int) -> list[Guess]:
     ]
 
 
-def _sizes(
-    folder: Path, hf: dict[str, Any], parameters: int, questions: Sequence[Asked], text: PromptText
-) -> list[Guess]:
+def _sizes(source: Source, questions: Sequence[Asked], text: PromptText) -> list[Guess]:
     """Return the settings that depend on the model's size, the prompts and the machine."""
-    machine = this_machine()
+    machine = source.machine
     limits = sizes.lengths(
         max(len(text.encode(question, before)) for before, question in questions),
-        positions(folder),
+        positions(source.folder),
         machine,
     )
     num_heldout, heldout = _heldout([question for _, question in questions], machine)
     return [
-        *sizes.layout(hf, parameters, machine),
+        *sizes.layout(source.hf, source.parameters, machine),
         *limits,
-        *sizes.batches(parameters, len(questions) - num_heldout, machine),
+        *sizes.batches(source.parameters, len(questions) - num_heldout, machine),
         *heldout,
     ]
 

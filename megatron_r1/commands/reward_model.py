@@ -28,6 +28,9 @@ from megatron_r1.training.sample import Sample
 
 REQUIRED = ("run.folder", "model.path", "reward_model.data")
 IMPLIED = {"model.head": "score"}
+SPLIT_SALT = "a reward model's "
+"""Makes the split into training and held-out questions independent of a policy's: rows that are all
+a policy's training questions would leave nothing held out."""
 EVALUATION_BATCH_ROWS = 1024
 """Rows whose tokens the trainer holds at a time during an evaluation."""
 
@@ -114,9 +117,7 @@ def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
         elif len({sample.token_ids for sample in samples}) < len(samples):
             dropped[f"both responses have the same {settings.shown}"] += 1
         else:
-            # With the policy's split, rows that are all a policy's training questions would leave
-            # nothing held out; a salt of its own makes this split independent.
-            heldout = is_heldout(row.question, settings.heldout_fraction, "a reward model's ")
+            heldout = is_heldout(row.question, settings.heldout_fraction, SPLIT_SALT)
             sides[heldout].append(RewardModelRow(normalize(row.question), samples))
     if not sides[False] or (settings.heldout_fraction and not sides[True]):
         side = "held-out" if sides[False] else "training"

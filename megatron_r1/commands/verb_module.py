@@ -36,8 +36,9 @@ class VerbHeader:
     settings: Sequence[str]
     """SETTINGS, the sections and keys that --help describes, and the only ones that a verb without
     a recipe accepts; default: the section that is called as the verb"""
-    options: Sequence[str]
-    """OPTIONS, the names of options outside the recipe, which `run` takes as keywords"""
+    options: Mapping[str, str]
+    """OPTIONS, name → what its value is, of options outside the recipe, which `run` takes as
+    keywords"""
     repeated: Sequence[str]
     """REPEATED, those of them that may be given several times, and are lists of text"""
     implied: Mapping[str, Any]
@@ -94,7 +95,7 @@ def _header(name: str, about: str | None, defined: Mapping[str, Any]) -> dict[st
         "arguments": defined.get("ARGUMENTS", ("RECIPE.yaml",)),
         "required": defined.get("REQUIRED", ()),
         "settings": defined.get("SETTINGS", (name.replace("-", "_"),)),
-        "options": defined.get("OPTIONS", ()),
+        "options": defined.get("OPTIONS", {}),
         "repeated": defined.get("REPEATED", ()),
         "implied": defined.get("IMPLIED", {}),
     }

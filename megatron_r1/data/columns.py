@@ -66,7 +66,7 @@ def guess_columns(
         if given is not None and given not in flat[0]:
             near = did_you_mean(given, flat[0], "{}")
             raise UserError(
-                f"--{name} {given}: {source} has no such column{near}{_listed(flat)}",
+                f"--{name} {given}: {source} has no such column{near or '.'} {_listed(flat)}",
                 key=f"--{name}",
                 cause=Cause.NOT_FOUND,
             )
@@ -75,12 +75,12 @@ def guess_columns(
     if question is None:
         if chat := next((name for name, value in flat[0].items() if is_chat(decoded(value))), None):
             raise UserError(
-                f"{source}: {chat!r} has chats; {ONE_MESSAGE}{_listed(flat)}",
+                f"{source}: {chat!r} has chats; {ONE_MESSAGE}. {_listed(flat)}",
                 key="--question",
                 cause=Cause.UNSUPPORTED,
             )
         raise UserError(
-            f"{source}: no column looks like the question; name it: --question COLUMN"
+            f"{source}: no column looks like the question; name it: --question COLUMN. "
             f"{_listed(flat)}",
             key="--question",
             cause=Cause.MISSING,
@@ -94,7 +94,7 @@ def guess_columns(
         truth, reasons["truth"] = _find(source, TRUTH_NAMES, flat, _is_truth, question)
     if truth is None and needs_truth:
         raise UserError(
-            f"{source}: no column looks like the answer to {question!r}; name it: --truth COLUMN"
+            f"{source}: no column looks like the answer to {question!r}; name it: --truth COLUMN. "
             f"{_listed(flat)}",
             key="--truth",
             cause=Cause.MISSING,
@@ -277,4 +277,4 @@ def _plain(name: str) -> str:
 def _listed(rows: Sequence[Row]) -> str:
     """Return the columns with their first values, a line each."""
     lines = [f"  {name}: {shorten(value)}" for name, value in rows[0].items()]
-    return "\n".join([". It has", *lines])
+    return "\n".join(["It has", *lines])

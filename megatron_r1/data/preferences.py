@@ -1,15 +1,17 @@
 """Training data of reward models: pairs of responses to a question, or labelled responses."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_r1.data.chats import Message, read_chat, read_transcript
+from megatron_r1.data.chats import Message, is_chat, read_chat, read_transcript
 from megatron_r1.data.records import Record, read_records, require_text
 from megatron_r1.errors import Cause, UserError
 
 Kind = Literal["pairwise", "pointwise"]
+QUESTIONS = ("question", "prompt", "instruction")
+RESPONSES = ("response", "completion")
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,29 @@ class Preference:
     location: str
 
 
+def kind_of_rows(rows: Sequence[Record]) -> Kind | None:
+    """Return what rows are: pairs, labelled responses, or None for neither."""
+    if all(row.get("chosen") and row.get("rejected") for row in rows):
+        return "pairwise"
+    has_labels = all(_is_label(row.get("label")) for row in rows)
+    has_responses = all(any(row.get(name) for name in RESPONSES) for row in rows)
+    return "pointwise" if has_labels and has_responses else None
+
+
 def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
     """Yield the rows of a JSONL or Parquet file: {"question", "chosen", "rejected"} for pairwise,
     {"question", "response", "label"} for pointwise, label 1 or true for a good response, 0 or false
-    for a bad one. "prompt" is read where "question" is missing; "opened" is false by default. A
-    pair may be two chats, or two transcripts, of one question.
+    for a bad one. "prompt" or "instruction" is read where "question" is missing, "completion" where
+    "response" is; "opened" is false by default. Question and responses may be chats, or
+    transcripts, of one question.
 
     Raises UserError with file and line for a bad row."""
     for location, row in read_records(path):
-        row = _of_chats(location, row) if kind == "pairwise" else row
-        question = require_text(location, row, "prompt" if "question" not in row else "question")
+        named = next((name for name in RESPONSES if name in row), RESPONSES[0])
+        names = ("chosen", "rejected") if kind == "pairwise" else (named,)
+        row = _of_chats(location, row, names)
+        asked = next((name for name in QUESTIONS if name in row), "prompt")
+        question = require_text(location, row, asked)
         opened = row.get("opened", False)
         if not isinstance(opened, bool):
             raise UserError(
@@ -42,55 +57,66 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
                 key="opened",
                 cause=Cause.MALFORMED,
             )
-        if kind == "pairwise":
-            responses = tuple(require_text(location, row, name) for name in ("chosen", "rejected"))
-            if responses[0] == responses[1]:
-                raise UserError(
-                    f"{location}: 'chosen' and 'rejected' are the same text",
-                    key="rejected",
-                    cause=Cause.DUPLICATE,
-                )
-            labels: tuple[float, ...] = (1.0, 0.0)
-        else:
-            responses, labels = (require_text(location, row, "response"),), (_label(location, row),)
+        responses = tuple(require_text(location, row, name) for name in names)
+        labels: tuple[float, ...] = (1.0, 0.0)
+        if kind == "pointwise":
+            labels = (_label(location, row),)
+        elif responses[0] == responses[1]:
+            raise UserError(
+                f"{location}: 'chosen' and 'rejected' are the same text",
+                key="rejected",
+                cause=Cause.DUPLICATE,
+            )
         yield Preference(question, responses, labels, opened, location)
 
 
-def _of_chats(location: str, row: Record) -> Record:
-    """Return the row with question and responses as text, where the pair is one of chats. Raises
-    UserError for chats that differ before the last message, and for several turns."""
-    chosen, rejected = _chat(row.get("chosen")), _chat(row.get("rejected"))
-    if chosen is None or rejected is None:
+def _of_chats(location: str, row: Record, names: Sequence[str]) -> Record:
+    """Return the row with question and responses as text, where some of them are chats. names: of
+    the responses. Raises UserError for responses to different questions, and for several turns."""
+    given = next((row[name] for name in (*QUESTIONS, "conversations") if row.get(name)), None)
+    asked, chats = _chat(given), [_chat(row.get(name)) for name in names]
+    if asked is None and not any(chats):
         return row
-    *before, last = chosen
-    is_pair = last["role"] == rejected[-1]["role"] == "assistant" and before == rejected[:-1]
-    given = next((row[name] for name in ("question", "prompt") if row.get(name)), None)
-    if is_pair and not before and isinstance(given, str):
-        before = [{"role": "user", "content": given}]
-    asked = [message for message in before if message["role"] != "system"]
-    if not is_pair or [message["role"] for message in asked] != ["user"]:
+    if asked is None and isinstance(given, str):
+        asked = [{"role": "user", "content": given}]
+    before: list[Message] = []
+    texts = {}
+    is_read = True
+    for name, chat in zip(names, chats, strict=True):
+        text = row.get(name)
+        *own, last = chat or [{"role": "assistant", "content": text}]
+        own = own or asked or []
+        is_read &= last["role"] == "assistant" and own == (before or own)
+        before, texts[name] = own, last["content"]
+    users = [message["role"] for message in before if message["role"] != "system"]
+    if not is_read or users != ["user"]:
         raise UserError(
-            f"{location}: 'chosen' and 'rejected' must answer the same one question: chats of a "
-            "user's message, a system's before it or not, and the assistant's; shorten the chats",
-            key="chosen",
+            f"{location}: {' and '.join(map(repr, names))} must answer the same one question: "
+            "chats of a user's message, a system's before it or not, and the assistant's; shorten "
+            "the chats",
+            key=names[0],
             cause=Cause.MALFORMED,
         )
-    question = "\n\n".join(message["content"] for message in before)
-    return {**row, "question": question, "chosen": last["content"]} | {
-        "rejected": rejected[-1]["content"]
-    }
+    return {**row, "question": "\n\n".join(message["content"] for message in before), **texts}
 
 
 def _chat(value: Any) -> list[Message] | None:
+    """Return the messages of a chat, a transcript or a single message; None for other values."""
+    if isinstance(value, Mapping) and is_chat([value]):
+        value = [value]
     try:
         return read_chat(value) or read_transcript(value)
     except ValueError:
         return None
 
 
+def _is_label(label: Any) -> bool:
+    return isinstance(label, int | float) and label in (0, 1)  # booleans are integers
+
+
 def _label(location: str, row: Record) -> float:
     label: Any = row.get("label")
-    if isinstance(label, int | float) and label in (0, 1):  # booleans are integers
+    if _is_label(label):
         return float(label)
     actual = f"is {label!r}" if "label" in row else f"is missing (has {', '.join(row)})"
     raise UserError(

@@ -10,19 +10,8 @@ from megatron_r1.first_recipe.sizes import Guess
 
 WIDTH = 100
 SECTIONS = (
-    *(
-        "run",
-        "model",
-        "data",
-        "sft",
-        "rollout",
-        "rewards",
-        "rl",
-        "optimizer",
-        "parallel",
-        "checkpoint",
-    ),
-    *("checkpoint", "eval"),
+    *("run", "model", "data", "sft", "reward_model", "rollout", "rewards", "rl", "optimizer"),
+    *("parallel", "checkpoint", "eval"),
 )
 
 

@@ -69,6 +69,19 @@ def test_a_verb_s_help_is_about_that_verb(command, capsys):
     assert "sft.batch_size" not in output
 
 
+@pytest.mark.parametrize(
+    ("verb", "shown"),
+    [
+        ("init", "[--out RECIPE.yaml] [--question COLUMN] [--truth COLUMN] [--kind REWARD]"),
+        ("chat", "[--question TEXT] …"),
+        ("check-model", "[--json FILE]"),
+    ],
+)
+def test_help_says_what_the_value_of_an_option_is(verb, shown, capsys):
+    assert cli.main([verb, "--help"]) == 0
+    assert shown in capsys.readouterr().out
+
+
 def test_every_verb_has_help(capsys):
     for verb in cli.MODULES:
         assert cli.main([verb, "--help"]) == 0

@@ -12,12 +12,14 @@ from safetensors.numpy import save_file
 
 from megatron_r1 import cli
 from megatron_r1 import config as configuration
-from megatron_r1.commands import init
+from megatron_r1.commands import init, reward_model
 from megatron_r1.data.columns import guess_columns
+from megatron_r1.data.scored_text import ScoredText
 from megatron_r1.errors import Cause
 from megatron_r1.first_recipe.recipe_text import recipe_text
 from megatron_r1.first_recipe.sizes import Guess, Machine, layout, lengths, tensor_ranks
 from megatron_r1.first_recipe.template import template_of
+from megatron_r1.models import read_hf_config
 from tests.small_qwen2 import MODEL
 
 LAPTOP = Path(__file__).parents[3] / "examples/laptop/model"
@@ -67,6 +69,33 @@ def test_rows_that_repeat_a_question_are_counted_and_said(here, capsys):
     assert cli.main(["init", "model", "sums.jsonl"]) == 0
     said = next(li for li in capsys.readouterr().out.splitlines() if li.startswith("data.path"))
     assert all(number in said for number in ("33 rows", "30 different", "3 that repeat"))
+
+
+JUDGED = {
+    "pairwise": [{"question": "Hi", "chosen": f"Hello {n}", "rejected": "No"} for n in range(3)],
+    "pointwise": [{"prompt": "Hi", "completion": "Hello", "label": n > 0} for n in range(3)],
+}
+
+
+@pytest.mark.parametrize("kind", JUDGED)
+def test_judged_responses_get_a_recipe_for_a_reward_model(here, capsys, kind):
+    Path("judged.jsonl").write_text("\n".join(map(json.dumps, JUDGED[kind])))
+    assert cli.main(["init", "model", "judged.jsonl"]) == 0
+    recipe = configuration.load("judged.yaml", reward_model.IMPLIED)
+    settings = recipe.reward_model
+    assert (settings.data, settings.kind) == ("judged.jsonl", kind)
+    text = ScoredText("model", settings.template, settings.shown, settings.max_chars)
+    rows = reward_model.load_rows(recipe, text, read_hf_config("model", "score"))
+    assert len(rows.train) + len(rows.heldout) == 3
+    output = capsys.readouterr().out
+    assert "megatron-r1 reward-model judged.yaml" in output and "--dry-run" not in output
+    assert "3 rows" in output and "User: Hi" in output
+
+
+def test_a_file_that_is_neither_is_named_with_what_it_has(here):
+    Path("rows.jsonl").write_text(json.dumps({"question": "Hi", "chosen": "a", "best": "b"}))
+    with refused("--truth", Cause.NOT_FOUND, "did you mean chosen? It has\n"):
+        cli._dispatch(["init", "model", "rows.jsonl", "--truth", "chose"])
 
 
 def test_a_chat_model_and_a_run_keep_their_own_template(here):

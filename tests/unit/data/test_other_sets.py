@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1.commands.init import _are_examples
+from megatron_r1.commands.init_examples import are_examples
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.preferences import read_preferences
 from megatron_r1.data.prompts import load_prompts
@@ -52,7 +52,7 @@ def stated(prompt):
 
 @each("rl")
 def test_questions_and_truths_are_found(path, case):
-    assert not _are_examples(case["rows"])
+    assert not are_examples(case["rows"])
     split = read_as_init_does(path)
     wanted = [math_truth(t) if isinstance(t, str) else t for t in case["truths"]]
     assert [stated(prompt) for prompt in split.train] == wanted
@@ -64,7 +64,7 @@ def test_questions_and_truths_are_found(path, case):
 
 @each("sft")
 def test_the_assistant_s_texts_are_learned(path, case):
-    assert _are_examples(case["rows"])
+    assert are_examples(case["rows"])
     [example] = load_examples(path)
     learned = [m for m in example.messages[example.learned_from :] if is_learned(m)]
     texts = [
