@@ -26,6 +26,7 @@ from megatron_r1.rewards import ENVIRONMENT
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.combine import ACCURACY
 from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rewards.truths import stated_answer
 
 REQUIRED = ("run.folder", "eval.benchmarks")
 MAX_TRUTH_CHARS = 200
@@ -103,7 +104,7 @@ def _audit_fields(prompt_set: PromptSet, prompt: Prompt, response: TextResponse)
         "reward": response.reward or 0.0,  # a refusal and a failed grader count as wrong
         "reason": response.reason or response.refusal,
         "refused": bool(response.refusal),
-        "truth": shorten(prompt.truth, MAX_TRUTH_CHARS),
+        "truth": shorten(stated_answer(prompt.truth), MAX_TRUTH_CHARS),
     }
 
 
@@ -116,7 +117,7 @@ def _question_lines(sets: Sequence[PromptSet]) -> Iterator[dict[str, Any]]:
                 "digest": digest(prompt),
                 "kind": prompt.kind,
                 "question": prompt.question,
-                "truth": shorten(prompt.truth, 10 * MAX_TRUTH_CHARS),
+                "truth": shorten(stated_answer(prompt.truth), 10 * MAX_TRUTH_CHARS),
             }
 
 

@@ -86,6 +86,7 @@ def write_report(
         advice=[(line["step"], printable(line["text"])) for line in folder.read_advice()],
         tiles=_tiles(metrics, heldout),
         curves=_two_curves(metrics, heldout) if metrics else [],
+        temperatures=_temperatures(settings) if heldout else None,
         small=_small_plots([shown_metrics(line, weights) for line in metrics]),
         time_split=_time_split(metrics),
         samples=chosen_samples(folder.read_samples) if metrics else None,
@@ -103,6 +104,15 @@ def headline(folder: RunFolder) -> str:
     if ":" in kind and "pass@1" in sentence:
         sentence += f" pass@1 is the mean of {kind}, a reward of your own."
     return sentence
+
+
+def _temperatures(settings: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the temperatures of training and held-out samples, None where they do not differ."""
+    sections = (settings.get(name) or {} for name in ("rollout", "eval"))
+    trained, heldout = (finite(section, "temperature") for section in sections)
+    if trained is None or heldout is None or trained == heldout:
+        return None
+    return trained, heldout
 
 
 def _measured_facts(folder: RunFolder, metrics: Metrics) -> dict[str, str]:

@@ -15,6 +15,7 @@ from megatron_r1.reporting.wording import (
     printable,
     shorten_middle,
 )
+from megatron_r1.rewards.truths import stated_answer
 
 NUM_QUESTIONS = 3
 MAX_CHARACTERS, MAX_TURN_CHARACTERS = 6000, 2000
@@ -138,7 +139,7 @@ def _card(sample: Sample) -> Card:
     ]
     return Card(
         question=printable(last_line(sample.get("question", ""))),
-        truth=None if truth is None else printable(truth)[:200],
+        truth=None if truth is None else printable(stated_answer(truth))[:200],
         is_right=is_right(sample),
         details=[detail for detail in details if detail],
         response=list(_segments(str(sample.get("response", "")))),

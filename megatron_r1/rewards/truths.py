@@ -114,6 +114,14 @@ def marked(truth: str) -> str:
     return first.strip() if first and (is_answer or not more) else truth
 
 
+def stated_answer(truth: Any) -> Any:
+    """Return the final answer of a truth that is a solution, in its last box or behind `####`, for
+    people to read; any other truth itself."""
+    if not isinstance(truth, str):
+        return truth
+    return marked(truth) if (box := last_boxed(truth)) is None else box
+
+
 def math_truth(truth: object) -> str:
     r"""Return the answer that a truth of `math` states, without dollar signs and `\boxed{}`. Raises
     ValueError for one that is blank, not finite, or not a number, text, true or false."""

@@ -154,6 +154,35 @@ def test_a_full_run_is_reported_with_its_numbers(tmp_path):
     assert html.count("<svg") == 2 + 7 + 1
 
 
+@pytest.mark.parametrize(
+    ("truth", "shown"),
+    [
+        ("Tom has 3 + 4 = 7 left.\n#### 7", "answer: 7"),
+        ("Adding gives $7$, so \\boxed{x = 7}.", "answer: x = 7"),
+        (7, "answer: 7"),
+    ],
+)
+def test_of_a_truth_that_is_a_solution_the_answer_is_shown(tmp_path, truth, shown):
+    sample = eval_samples(1, [1])[0] | {"truth": truth}
+    with RunFolder(tmp_path) as folder:
+        folder.append_metrics(metrics_line(1))
+        folder.append_samples([sample])
+        _, words = read_page(write_report(folder))
+    assert shown in words
+    assert "Adding" not in words and "left" not in words
+
+
+@pytest.mark.parametrize("heldout", [0.6, 1.0])
+def test_temperatures_that_differ_are_said_beside_the_curves(tmp_path, heldout):
+    with RunFolder(tmp_path) as folder:
+        sections = {"rollout": {"temperature": 1.0}, "eval": {"temperature": heldout}}
+        folder.write_config(sections)
+        folder.append_metrics(metrics_line(1))
+        folder.append_evaluation({"step": 0, "eval/pass@1": 0.5})
+        _, words = read_page(write_report(folder))
+    assert ("at temperature 1.0 and held-out ones at 0.6" in words) == (heldout == 0.6)
+
+
 def test_what_the_model_writes_cannot_become_markup(tmp_path):
     attack = "</div><script>alert(1)</script><img src=x onerror=alert(1)>\x1b[31m<answer>&lt;"
     with RunFolder(tmp_path) as folder:
