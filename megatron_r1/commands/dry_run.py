@@ -187,8 +187,9 @@ def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, me
         f"{means['response_length/mean']:,.0f} tokens on average, {percent(means['truncated'])} "
         f"cut off at {first.rollout.max_response_tokens:,}; {rate:,.0f} tokens/s",
         f"{counted(config.run.steps, 'step')} of {full:,} responses: {duration(sampling)} of "
-        "sampling at this rate and length, less where more is sampled at once; updates come on "
-        "top",
+        "sampling at this rate and length, less where more is sampled at once; no total: updates, "
+        "evaluations and checkpoints come on top, and the run shows the time left from its first "
+        "step on",
         memory,
         *advice(rollout, first).values(),
         *filter(None, [warmup_note(config.optimizer, config.num_policy_updates)]),

@@ -33,7 +33,7 @@ def read_sections(
             cause=Cause.NOT_FOUND,
         )
     try:
-        tree = yaml.load(prepare(path.read_text(encoding="utf-8")), Loader=_Loader) or {}
+        tree = _parse(prepare(path.read_text(encoding="utf-8")), path.name) or {}
     except yaml.YAMLError as error:
         raise UserError(
             f"{what} {path}: not YAML: {error}", key=what, cause=Cause.MALFORMED
@@ -83,7 +83,18 @@ def as_text(value: Any) -> str:
 
 def parse_text(text: str) -> Any:
     """Return the value of a setting written as YAML. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    return _parse(text, "the value")
+
+
+def _parse(text: str, name: str) -> Any:
+    """Return the value of YAML. name: what stands in errors for the text's place."""
+    try:
+        loader = _Loader(text)
+        loader.name = name
+        return loader.get_single_data()
+    except yaml.reader.ReaderError as error:  # from the constructor, which checks all characters
+        error.name = name
+        raise
 
 
 def as_yaml(value: Any, **layout: Any) -> str:

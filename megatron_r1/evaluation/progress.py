@@ -5,12 +5,12 @@ import time
 
 from megatron_r1.reporting.wording import duration
 
-NUM_PROGRESS_LINES = 20
+NUM_PROGRESS_LINES = 4
 REFRESH_SECONDS = 0.2
 
 
 class SamplingProgress:
-    """Shows progress, as one line that changes on a terminal or about twenty lines in a log. Called
+    """Shows progress, as one line that changes on a terminal or a few lines in a log. Called
     with (finished, wanted) after each sample."""
 
     def __init__(self) -> None:

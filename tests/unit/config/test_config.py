@@ -194,6 +194,13 @@ def test_no_line_of_a_recipe_is_ignored(tmp_path, text, key, cause, lines):
             load(path)
 
 
+@pytest.mark.parametrize("text", ["rl: {kl_beta: 0.1", "rl:\n\tkl_beta: 0.1", "rl: \x07"])
+def test_what_is_no_yaml_is_named_by_its_file(tmp_path, text):
+    (tmp_path / "mine.yaml").write_text(text)
+    with refused("recipe", Cause.MALFORMED, 'in "mine.yaml"'):
+        configuration.load(tmp_path / "mine.yaml")
+
+
 def test_a_merge_may_bring_a_key_that_is_set_beside_it(tmp_path):
     path = tmp_path / "merged.yaml"
     path.write_text("run:\n  <<: &one {steps: 3, seed: 1}\n  steps: 5\noptimizer: {warmup: 2}\n")
