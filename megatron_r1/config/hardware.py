@@ -83,7 +83,7 @@ class Assumptions:
     """Share of the rate of the link into an engine GPU during a push; a guess."""
     store_requests: Rate = 25e3
     """Requests per second of one TCPStore; 24,000 to 44,000 were measured with 1 to 4 clients on 2
-    CPU cores (docs/log.md)."""
+    CPU cores (docs/learned.md)."""
     store_bytes: ByteRate = 1e9
     """Out of one TCPStore, whose server is one thread, and of a broadcast to all trainer ranks; a
     guess."""

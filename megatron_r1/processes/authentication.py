@@ -2,7 +2,7 @@
 
 ZeroMQ's CURVE (curvezmq.org) authenticates and encrypts: a peer without the server's
 public key cannot shake hands, and here that key is derived from the token instead of published.
-It leaves 122 of a plain socket's 409 MiB/s (docs/log.md); a step sends megabytes."""
+It leaves 122 of a plain socket's 409 MiB/s (docs/learned.md); a step sends megabytes."""
 
 import os
 import secrets

@@ -52,7 +52,7 @@ class StepSampler:
         gc.freeze()
         rl = self.config.rl
         # On a GPU the next batch fills the slots that the last long samples leave free. On a CPU it
-        # slows them down: 2.5 s a step with overlap, 2.2 s without (docs/log.md).
+        # slows them down: 2.5 s a step with overlap, 2.2 s without (docs/learned.md).
         one_at_a_time = rl.dynamic_sampling or gpu.device() == "cpu"
         steps = first_step, self.config.run.steps
         self._stream = RolloutStream(

@@ -8,7 +8,7 @@ They detect accidental errors of wires, memory and indices, not an adversary.
 use. In the copy's own loop the sum costs nothing, because the loop waits for memory. The stores
 bypass the cache: this core does not read them, and their cache lines need not be fetched first. A
 push with plain matrices takes 0.08 s with this loop and 0.14 s with XXH3 and a copy by chunks (0.42
-GB on 2 cores; docs/log.md, 2026-11-22). llvmlite, a dependency of vLLM, compiles the loop for the
+GB on 2 cores; docs/learned.md). llvmlite, a dependency of vLLM, compiles the loop for the
 host's widest vectors in 20 ms."""
 
 import ctypes
@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 CHUNK_BYTES = 1 << 19
-"""Fits into a core's cache; chunks of 256 KiB or 1 MiB are no faster (docs/log.md)."""
+"""Fits into a core's cache; chunks of 256 KiB or 1 MiB are no faster (docs/learned.md)."""
 PASS_BYTES = 1 << 22
 """Copied per call of the compiled loop, and so per progress report; 1 MiB is 10% slower."""
 SUMMED_ELEMENTS = 1 << 22

@@ -114,7 +114,7 @@ def deliveries_to(plan: PositionPlan, own: int) -> dict[int | Peer, list[Deliver
 
 class TableStore:
     """Publishes slot tables under their digest, so equal engines share one. Each table is published
-    once and read once: one table per engine took 15 s for 64 engines (docs/log.md)."""
+    once and read once: one table per engine took 15 s for 64 engines (docs/learned.md)."""
 
     def __init__(self, store: Store):
         self._store = PrefixStore("tables", store)

@@ -137,7 +137,8 @@ def entries(
                 candidates: Sequence[int] = bundle.replicas
                 if bundle.is_small:
                     # A link costs more than its few bytes balance: with the least busy rank for
-                    # every bundle a rank of the recipe for 2,048 GPUs had 17 links (docs/log.md).
+                    # every bundle a rank of the recipe for 2,048 GPUs had 17 links
+                    # (docs/learned.md).
                     candidates = [r for r in by_sender if r in bundle.replicas] or candidates
                 sender = min(candidates, key=loads.__getitem__)
                 loads[sender] += bundle.num_bytes

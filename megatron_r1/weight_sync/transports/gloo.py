@@ -256,7 +256,7 @@ class GlooReceiver(Receiver):
         `num_members` - 1 hops, in each of which a rank passes on the bucket that it received last.
         Meanwhile unpack the round before, a bucket in each hop.
 
-        gloo's own all-gather takes three times as long with 64 MiB a bucket (docs/log.md)."""
+        gloo's own all-gather takes three times as long with 64 MiB a bucket (docs/learned.md)."""
         member, num_members = self.rendezvous.member, self.rendezvous.num_members
         buckets = gathered.chunk(num_members)
         for hop in range(num_members - 1):

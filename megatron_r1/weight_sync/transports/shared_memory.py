@@ -31,7 +31,7 @@ SWEEP_AGE_SECONDS = 60.0
 POLL_SECONDS = 0.002
 FOLLOW_SECONDS = 0.0001
 """Pauses between reads of the progress arrays: when idle, and while a push is under way, where 20
-to 500 us make no difference (docs/log.md)."""
+to 500 us make no difference (docs/learned.md)."""
 PUSH_AT, WRITTEN_AT, CHECKSUMS_AT = 0, 1, 2
 """Indices into a progress array (uint64): the push's number, its bytes written so far, and the
 checksum of its first delivery."""
