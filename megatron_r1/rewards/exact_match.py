@@ -15,6 +15,8 @@ from megatron_r1.rewards.truths import alternatives, math_truth
 
 MAX_ANSWER_CHARS = 2_000
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+INITIALS = re.compile(r"(?<=\b\w\.) +(?=\w\.)")
+"""Between initials: `J. K. Rowling` is `J.K. Rowling`."""
 PUNCTUATION = str.maketrans("", "", string.punctuation + "“”‘’«»–—…")
 
 
@@ -48,5 +50,5 @@ def grade(
 
 def normalized(text: str) -> str:
     """Return a text in lower case, without punctuation, articles and repeated spaces."""
-    plain = unicodedata.normalize("NFKC", text).casefold().translate(PUNCTUATION)
+    plain = INITIALS.sub("", unicodedata.normalize("NFKC", text).casefold()).translate(PUNCTUATION)
     return " ".join(ARTICLES.sub(" ", plain).split())

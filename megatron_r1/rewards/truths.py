@@ -22,7 +22,10 @@ NO_TRUTH = (
 """Words that data sets write where there is no answer: NuminaMath-1.5 has "proof" and "notfound".
 """
 WRAPPING = "[](){}<>\"'`*_ \t\r\n.:!"
-ANY_OF = ("target", "golden_answers", "answers", "answer", "ground_truth", "value", "aliases")
+ANY_OF = (
+    *("target", "golden_answers", "answers", "answer", "ground_truth", "value", "aliases"),
+    *("text", "spans"),
+)
 """The keys of a mapping that is a truth of any kind but code."""
 MAX_NONE_CHARS = 200
 """A longer truth is no word for none."""
@@ -56,9 +59,9 @@ def alternatives(truth: Any) -> list[Any]:
 
 NORMALIZED = {
     *("normalized_aliases", "normalized_value", "matched_wiki_entity_name", "type"),
-    "normalized_matched_wiki_entity_name",
+    *("normalized_matched_wiki_entity_name", "answer_start", "types"),
 }
-"""Keys of TriviaQA's answers that repeat others."""
+"""Keys of TriviaQA's answers that repeat others, and of places in a text (SQuAD, DROP)."""
 
 
 def is_none(truth: Any, words: Collection[str] = NO_TRUTH) -> bool:
@@ -157,6 +160,11 @@ def _check_any_of(truth: Any, fields: Mapping[str, Any]) -> None:
         raise ValueError("the truth is a list without an answer")
     for entry in found:
         math_truth(entry)
+        if isinstance(decoded(entry), Mapping):
+            raise ValueError(
+                f"the truth is a mapping, {shorten(entry)}, and no answer; name a reward of your "
+                "own that reads it (data.kind: module:function)"
+            )
 
 
 def _check_code(truth: Any, fields: Mapping[str, Any]) -> None:

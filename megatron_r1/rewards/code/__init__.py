@@ -35,6 +35,10 @@ from megatron_r1.rewards.sandbox.programs import (
 from megatron_r1.rewards.sandbox.run import run
 
 FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})(.*)")
+NO_PROGRAM = ("text", "txt", "plaintext", "output", "console", "json", "md", "markdown")
+"""Languages of fences around what a program reads or prints."""
+PROMPTS, SYNTAX = (">>> ", "$ "), "(=:;{"
+"""The start of a session, and signs one of which every program has."""
 MAX_ANSWER_CHARS, MAX_PROGRAM_CHARS = 2**20, 2**18
 
 
@@ -147,12 +151,13 @@ def _run_tests(problem: Problem, program: Program, limits: Limits, end: float) -
 
 
 def find_program(response: str, *, opened: bool = False) -> Extraction:
-    """Return the last fenced block after the thought, inside `<answer>` if there is one.
+    """Return the last fenced block after the thought, inside `<answer>` if there is one; blocks
+    behind a program that only show its output or calls do not count.
 
     There is no program in a thought that is not closed, in two <answer> blocks, without a fence, or
-    where the last fence is not closed. The fence's language is ignored, and the fence's indentation
-    is removed from its lines. Special tokens at the end of the response are ignored. Linear in the
-    length of the response."""
+    where the last fence is not closed. Which language a fence names does not matter otherwise, and
+    its indentation is removed from its lines. Special tokens at the end of the response are
+    ignored. Linear in the length of the response."""
     visible = after_thought(without_special_tokens(response), opened)
     if visible is None:
         return Extraction(None, "no program found: the thought is never closed")
@@ -173,18 +178,29 @@ def find_program(response: str, *, opened: bool = False) -> Extraction:
     return Extraction(program)
 
 
+def _is_output(tag: str, lines: list[str]) -> bool:
+    """Return whether a block behind a program shows what it prints, or calls at a prompt. tag: the
+    fence's language."""
+    if tag in NO_PROGRAM or next(filter(None, map(str.strip, lines)), "").startswith(PROMPTS):
+        return True
+    return not tag and not any(sign in line for line in lines for sign in SYNTAX)
+
+
 def _last_block(text: str) -> tuple[str | None, bool]:
     """Return the last complete fenced block (CommonMark), and whether one is open at the end."""
     program: str | None = None
     lines: list[str] = []
-    fence = indent = ""
+    fence = indent = tag = ""
     for line in text.split("\n"):
         match = FENCE.fullmatch(line.rstrip("\r"))
         if not fence:
             if match and not ("`" in match[3] and match[2][0] == "`"):
                 indent, fence, lines = match[1], match[2], []
+                tag = match[3].strip().lower()
         elif match and match[2].startswith(fence) and not match[3].strip():
-            program, fence = "\n".join(lines) + "\n", ""
+            if program is None or not _is_output(tag, lines):
+                program = "\n".join(lines) + "\n"
+            fence = ""
         else:
             lines.append(line.removeprefix(indent))
     return program, bool(fence)

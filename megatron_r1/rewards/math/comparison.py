@@ -11,6 +11,7 @@ from math_verify import verify
 
 from megatron_r1.rewards.answer import unwrap
 from megatron_r1.rewards.math import text as math_text
+from megatron_r1.rewards.math.amounts import written_out
 from megatron_r1.rewards.math.congruence import same_congruence
 from megatron_r1.rewards.math.layout import unstyled
 from megatron_r1.rewards.math.members import (
@@ -52,7 +53,7 @@ from megatron_r1.rewards.math.structure import (
     without_thousands,
 )
 from megatron_r1.rewards.math.symbolic import constant, read_expression, same_expression
-from megatron_r1.rewards.math.units import same_unit, split_han_unit, split_unit
+from megatron_r1.rewards.math.units import in_radians, same_unit, split_han_unit, split_unit
 
 ABOUT = re.compile(r"~\s*\d")
 """An answer that is only near a number, `~204`; elsewhere a tilde is one of LaTeX's spaces."""
@@ -75,9 +76,13 @@ def compare(truth: str, answer: str) -> Result:
         return False, ""
     if ABOUT.match(answer):
         return False, "not committed"
+    expected, answer = written_out(expected), written_out(answer)
     if (moment := math_text.read_moment(expected)) is not None:
         return moment == math_text.read_moment(answer), ""
     expected, answer = math_text.read_phrase(expected), math_text.read_phrase(answer)
+    letters = math_text.read_letters(expected)
+    if letters is not None and letters == math_text.read_letters(answer):
+        return True, ""
     choice = math_text.read_choice(expected)
     if choice is not None and math_text.is_letter(expected):
         return _same_letter(choice[0], answer), ""
@@ -90,6 +95,7 @@ def compare(truth: str, answer: str) -> Result:
     if (labelled := math_text.without_label(answer)) is not None:
         answer = labelled
     expected, answer = condition(spell(expected)), condition(spell(answer))
+    expected = in_radians(expected)
     if ("," in expected) != ("," in answer):  # then those of the one separate thousands
         expected, answer = without_thousands(expected), without_thousands(answer)
     if expected == answer:

@@ -33,6 +33,10 @@ NAME = re.compile(
     rf"|\\frac\s*\{{\s*{WORD}\s*\}}\s*\{{\s*{WORD}\s*\}}"
     r"|\\text\{[A-Za-z .'-]*\}|\\overline\{\w+\}|\\angle\s*\w+"
 )
+VECTOR = re.compile(
+    r"\\(?:vec|overrightarrow|hat|bar|tilde|widehat)(?![A-Za-z])\s*(?:\{\s*(\w{1,3})\s*\}|([A-Za-z]))"
+)
+"""A letter, or two points, with an arrow or another sign above."""
 SUM_OF_NAMES = re.compile(rf"{ITEM}(?:\s*+(?:(?:[-+:/]|\\cdot(?![A-Za-z]))\s*+)?{ITEM}){{0,12}}")
 # `when x = 13` states a condition, and no answer.
 CONDITION = re.compile(r"\s*(?:\\text\s*\{\s*)?(?:for|when|where|since|because|while|given)\b")
@@ -57,7 +61,8 @@ def read_chain(text: str) -> Chain | None:
 
 
 def is_name(text: str) -> bool:
-    r"""Whether `text` is a name: `x`, `x_1`, `f(x)`, `|AB|`, `(a, b)`."""
+    r"""Whether `text` is a name: `x`, `x_1`, `f(x)`, `|AB|`, `(a, b)`, `\vec{v}`."""
+    text = VECTOR.sub(lambda match: match[1] or match[2], text)
     return NAME.fullmatch(text.strip()) is not None and not _opens_clause(text)
 
 

@@ -73,6 +73,7 @@ SPELLINGS: tuple[tuple[str, Replacement], ...] = (
     ),
     (r"(\\\\)|\\(?:[,;: ]|q?quad(?![A-Za-z]))|~", lambda match: match[1] or " "),
     (r"(\\\\)|\\!\s*", lambda match: match[1] or ""),
+    (r"(\\\\)|\\\|", lambda match: match[1] or "|"),
     (r"\\hline(?![A-Za-z])", ""),
     (
         r"\\begin\{cases\}([^&]*?)\\end\{cases\}",

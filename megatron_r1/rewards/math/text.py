@@ -32,12 +32,23 @@ OTHER_LABEL = re.compile(
     r"\([A-Ja-j]\)|\[[A-J]\]|(?:^|[^A-Za-z]|\\[a-z]+)[A-J][).:]"
     r"|^(?:or|and|[,/&])\s*[A-J](?![A-Za-z])|[,/&]\s*[A-J]$|^[^A-Za-z0-9]*[A-J][^A-Za-z0-9]*$"
 )
+LETTERS = re.compile(
+    rf"\(?{LETTER}\)?(?:\s*(?:[,;&、，]|,?\s*\band\b)?\s*\(?(?<![A-Za-z]{{9}}){LETTER}\)?){{1,9}}"
+)
+"""Letters of several choices."""
 CAPITALS = re.compile(r"[A-Z]{2,3}")
 SHORT_WORDS = frozenset(
     ["yes", "no", "odd", "even", "all", "any", "one", "two", "six", "ten", "tie"]
 )
 WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 STATED_IN_CHINESE = re.compile(r"(?<!错误)(?<!错误的)(?<!错)答案?(?:是|为|等于|[:：])[\s:：*=]*")
+# The words that state an answer in other languages, at the beginning: `Ответ: 13`, `答えは13`.
+STATED_ELSEWHERE = re.compile(
+    r"(?:(?:la |die |a |el )?(?:respuesta|réponse|antwort|resposta|risposta|odpowiedź|cevap|ответ"
+    r"|đáp án|đáp số)(?: final(?:e)?| correcta?)?\s*(?:[:：=]|(?:es|est|ist|é|è)\b\s*:?)"
+    r"|(?:答え|解答|答)\s*(?:は|[:：])|(?:정답|답)\s*(?:은|[:：]))\s*",
+    re.IGNORECASE,
+)
 # One number, and words around it that name its meaning.
 THERE_ARE = re.compile(
     r"there (?:is|are|were|was|will be) (?P<number>\d[\d.,]*(?: [a-z]+){0,3})[.\s]*", re.IGNORECASE
@@ -112,6 +123,8 @@ def stated_answer(text: str) -> str:
     if (match := OPENING_WORDS.match(text)) is not None and not LABEL.fullmatch(match[1].strip()):
         text = match[1].strip() + " " + re.sub(r"^(?:\\[ ,;:]|\s)+", "", text[match.end() :])
     text = without_conclusion(text.strip())
+    if (match := STATED_ELSEWHERE.match(text)) is not None:
+        text = re.sub(r"(?:です|だ|입니다|이다)[.。]?$", "", text[match.end() :])
     phrases = list(STATED_IN_CHINESE.finditer(text))
     rest = after_answer_is(text) or (text[phrases[-1].end() :] if phrases else "")
     if rest.strip("* \n.$"):
@@ -160,6 +173,14 @@ def read_choice(text: str) -> tuple[str, str] | None:
     if OTHER_LABEL.search(rest):
         return None
     return (match["round"] or match["square"] or match["bare"]).upper(), rest
+
+
+def read_letters(text: str) -> str | None:
+    """Return the letters of several choices in their order, `ABD` or `A, B and D`; None for any
+    other text."""
+    found = LETTERS.fullmatch(plain(text))
+    letters = re.findall(LETTER, found[0]) if found else []
+    return "".join(letters) if letters == sorted(set(letters)) and len(letters) > 1 else None
 
 
 def without_label(text: str) -> str | None:

@@ -75,6 +75,7 @@ SCALED = re.compile(
 )
 r"""An amount in thousands, millions or billions, the `13 K` of `\$13 K`."""
 ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+DEGREES = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc))(?![A-Za-z])\s*[({]?\s*(\d{1,4})\s*°\s*[)}]?")
 PLAIN_VALUE = re.compile(r"[-+]?\s*[\d.,/ ]*\d\.?|[-+]?\s*(?:\d+\s*)?\\frac\{\d+\}\{\d+\}")
 
 
@@ -119,6 +120,11 @@ def split_unit(text: str) -> tuple[str, str | None]:
         if unit is not None and (len(match["unit"]) > 1 or match["space"]):
             return match["value"], unit
     return text, None
+
+
+def in_radians(text: str) -> str:
+    r"""Return `\tan 30°` as `\tan(\frac{30\pi}{180})`, which a parser reads."""
+    return DEGREES.sub(r"\1(\\frac{\2\\pi}{180})", text)
 
 
 def same_unit(left: str | None, right: str | None) -> bool:

@@ -1,0 +1,118 @@
+r"""Amounts in words, written as numbers: `1.5 million`, `18 dollars and 50 cents`, `1 out of 4`.
+
+Only a text that is such an amount as a whole is rewritten, truth and answer alike, so that each has
+one meaning: 5 million is 5,000,000 and never 5."""
+
+import re
+from fractions import Fraction
+
+from megatron_r1.rewards.wording import DENIAL
+
+MAX_CHARS = 200
+NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,30}(?:\.\d{1,30})?"
+SCALES = {
+    **{"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12},
+    **{"万": 4, "亿": 8},
+}
+SCALED = re.compile(
+    rf"(?P<sign>[-−]?\s*\\?\$?\s*)(?P<number>{NUMBER})\s*(?:\\text\s*\{{\s*)?"
+    r"(?P<scale>(?:hundred|thousand|million|billion|trillion)(?![A-Za-z-])|万|亿)\s*"
+    r"(?P<unit>[A-Za-z ]*)\}?",
+    re.IGNORECASE,
+)
+CENTS = re.compile(
+    r"\\?\$?\s*(?P<whole>\d{1,9})\s*(?:dollars?|euros?)?\s+and\s+(?P<cents>\d{1,2})\s*cents?",
+    re.IGNORECASE,
+)
+RATIO = re.compile(r"(?P<part>\d{1,9})\s+(?:out\s+of|in)\s+(?P<whole>\d{1,9})", re.IGNORECASE)
+CHANCE = re.compile(
+    r"(?:an?\s+)?(?P<value>.*?(?:%|\bpercent|\\frac\{\d+\}\{\d+\}|\d/\d+))\s+"
+    r"(?:chance|probability|likelihood)",
+    re.IGNORECASE,
+)
+EXPLAINED = re.compile(
+    r"(?P<value>[^()]*[^()\s])\s+\((?P<why>(?:since|because)\s[^()]*(?:\([^()]*\)[^()]*)*)\)",
+    re.IGNORECASE,
+)
+IN_BRACKETS = re.compile(
+    rf"(?P<value>[-−]?(?:{NUMBER}))\s+\((?P<unit>[a-z]{{2,20}}(?: [a-z]{{2,20}}){{0,2}})\)"
+)
+PARTS = {
+    **dict.fromkeys(("day", "days"), "day"),
+    **dict.fromkeys(("hour", "hours", "hr", "hrs", "h"), "hour"),
+    **dict.fromkeys(("minute", "minutes", "min", "mins"), "minute"),
+    **dict.fromkeys(("second", "seconds", "sec", "secs", "s"), "second"),
+    **dict.fromkeys(("foot", "feet", "ft", "'"), "foot"),
+    **dict.fromkeys(("inch", "inches", "in", '"'), "inch"),
+    **dict.fromkeys(("pound", "pounds", "lb", "lbs"), "pound"),
+    **dict.fromkeys(("ounce", "ounces", "oz"), "ounce"),
+}
+"""Units of amounts in two or three parts, `5 feet 6 inches`."""
+PART = rf"\d{{1,9}}\s*(?:{'|'.join(sorted(PARTS, key=len, reverse=True))})\.?"
+COMPOUND = re.compile(rf"{PART}(?:\s*(?:,|,?\s*\band\b)?\s*{PART}){{1,2}}", re.IGNORECASE)
+UNITS = """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen
+"""
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+CARDINALS = {word: n for n, word in enumerate(UNITS.split())}
+CARDINALS |= {word: 10 * n for n, word in enumerate(TENS.split(), start=2)}
+MULTIPLES = {"thousand": 1000, "million": 10**6, "billion": 10**9}
+WORDS = re.compile(r"[A-Za-z]+(?:[\s-]+[A-Za-z]+){0,20}")
+
+
+def written_out(text: str) -> str:
+    r"""Return an amount in words as a number, and the value of `7 (since 3 + 4 = 7)`; any other
+    text unchanged."""
+    if len(text) > MAX_CHARS or text.isdecimal():
+        return text
+    text = text.strip()
+    if (match := EXPLAINED.fullmatch(text)) and not DENIAL.search(match["why"]):
+        text = match["value"]
+    if (match := CHANCE.fullmatch(text)) is not None:
+        return match["value"]
+    if (match := CENTS.fullmatch(text)) is not None:
+        return rf"\${match['whole']}.{int(match['cents']):02}"
+    if (match := IN_BRACKETS.fullmatch(text)) is not None:
+        return f"{match['value']} {match['unit']}"
+    if COMPOUND.fullmatch(text):
+        parts = re.findall(r"(\d+)\s*([A-Za-z]+|['\"])", text)
+        return " ".join(f"{int(number)} {PARTS[unit.lower()]}" for number, unit in parts)
+    if (match := RATIO.fullmatch(text)) is not None:
+        return rf"\frac{{{match['part']}}}{{{match['whole']}}}"
+    if (match := SCALED.fullmatch(text)) is not None:
+        value = Fraction(match["number"].replace(",", "")) * 10 ** SCALES[match["scale"].lower()]
+        if value.denominator == 1:
+            return f"{match['sign']}{value} {match['unit']}".strip()
+    value = cardinal(text)
+    return text if value is None else str(value)
+
+
+def cardinal(text: str) -> int | None:
+    """Return the number that English words write, `two hundred and five`; None for other text."""
+    if not WORDS.fullmatch(text):
+        return None
+    words = re.split(r"[\s-]+", text.lower())
+    words[0] = "one" if words[0] == "a" and len(words) > 1 else words[0]
+    total = part = 0
+    last = ""
+    for at, word in enumerate(words):
+        if word == "and" and 0 < at < len(words) - 1:
+            continue
+        if word == "hundred" and 0 < part < 10:
+            part *= 100
+        elif word in MULTIPLES and part and (not total or total % (1000 * MULTIPLES[word]) == 0):
+            total, part = total + part * MULTIPLES[word], 0
+        elif word in CARDINALS and _fits(part, CARDINALS[word], last):
+            part += CARDINALS[word]
+        else:
+            return None
+        last = word
+    return total + part
+
+
+def _fits(part: int, value: int, last: str) -> bool:
+    """Return whether a number word may follow: `twenty one`, `hundred five`, but not `one two`."""
+    if value == 0:
+        return part == 0 and not last
+    return part % 100 == 0 or (last in TENS.split() and value < 10)
