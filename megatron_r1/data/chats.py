@@ -22,16 +22,21 @@ from megatron_r1.rewards.nested_text import decoded
 Message = dict[str, Any]
 ROLES = {
     **dict.fromkeys(("user", "human", "instruction", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "bard", "bing"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatbot"), "assistant"),
+    **dict.fromkeys(("chatgpt", "bard", "bing"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
 """A role as data sets spell it → as chat templates do."""
+SYSTEMS = ("system", "system_prompt", "systemInstruction", "system_instruction")
+"""Columns with the system prompt of a row."""
 ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "parts")
 CALLS = ("function_call", "tool_call")
 """Roles of ShareGPT whose text is a tool call as JSON."""
-KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "weight")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a message's thought: each template reads one of them."""
+KEPT = ("tool_calls", "tool_call_id", "name", *THOUGHTS, "weight")
 """Keys of a message that templates read beside role and content."""
 
 
@@ -91,6 +96,17 @@ def read_question(value: Any) -> tuple[list[Message], str] | None:
     if last["role"] != "user" or not last["content"].strip():
         return None
     return before, last["content"]
+
+
+def system_of(row: Mapping[str, Any]) -> str:
+    """Return the system prompt that a row has in a column of its own, "" without one."""
+    for name in SYSTEMS:
+        value = row.get(name)
+        if isinstance(value, Mapping) and (chat := read_chat([{"role": "system", **value}])):
+            value = chat[0]["content"]  # Gemini's
+        if isinstance(value, str) and value.strip():
+            return value.strip().removeprefix("SYSTEM:").strip()  # Glaive's
+    return ""
 
 
 def read_tools(value: Any) -> list[Any] | None:

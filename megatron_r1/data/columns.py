@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,11 @@ from megatron_r1.rewards.truths import is_none, kind_of
 QUESTION_NAMES = (
     *("question", "problem", "prompt", "question_content", "problem_description", "query"),
     *("problem_statement", "instruction", "exercise", "quiz", "puzzle", "riddle", "task", "input"),
-    *("text", "description", "content", "messages", "conversations"),
+    *("user_prompt", "user", "human", "text", "description", "content", "messages"),
+    "conversations",
 )
+CONTEXT_NAMES = ("context", "passage", "body", "article", "paragraph")
+"""Usual names of a text that a question is about: SQuAD's, DROP's, SVAMP's."""
 TRUTH_NAMES = (
     *("truth", "answer", "ground_truth", "reward_model.ground_truth", "verification_info"),
     *("input_output", "tests", "test_cases", "test_list", "golden_answers", "final_answer"),
@@ -85,13 +88,16 @@ def guess_columns(
             key="--question",
             cause=Cause.MISSING,
         )
+    if "question" in reasons and (context := _context(flat, question)):
+        question, reasons["question"] = f"{context}+{question}", "with the text that it is about"
     kinds = _kinds_of_rows(flat) if kind is None else set()
     needs_truth = not kinds or not kinds.issubset(WITHOUT_TRUTH)
     if truth is None and needs_truth:
         truth = _composed(flat)
         reasons["truth"] = "by their names"
     if truth is None and needs_truth:
-        truth, reasons["truth"] = _find(source, TRUTH_NAMES, flat, _is_truth, question)
+        taken = question.rpartition("+")[2]
+        truth, reasons["truth"] = _find(source, TRUTH_NAMES, flat, _is_truth, taken)
     if truth is None and needs_truth:
         raise UserError(
             f"{source}: no column looks like the answer to {question!r}; name it: --truth COLUMN. "
@@ -106,9 +112,12 @@ def guess_columns(
     return Columns(question, truth, kind, reasons)
 
 
-def columns_by_name(rows: Sequence[Row], needs_truth: bool) -> dict[str, str]:
+def columns_by_name(
+    rows: Sequence[Row], needs_truth: bool, mapped: Collection[str] = ()
+) -> dict[str, str]:
     """Return our name → the file's column for a question and a truth that `rows`, the file's first
-    ones, have under usual names only. What is not found is left out."""
+    ones, have under usual names only. What is not found is left out. mapped: our names of the
+    columns that the recipe maps."""
     flat = [_flat(row) for row in rows]
     found: dict[str, str] = {}
     has_question = any("question" in row for row in rows)
@@ -118,7 +127,21 @@ def columns_by_name(rows: Sequence[Row], needs_truth: bool) -> dict[str, str]:
         taken = found.get("question", "question")
         if truth := _composed(flat) or _by_name(TRUTH_NAMES, flat, _is_truth, taken):
             found["truth"] = truth
+    question = found.get("question", "question" if has_question else "")
+    if "question" not in mapped and question and (context := _context(flat, question)):
+        found["question"] = f"{context}+{question}"
     return found
+
+
+def _context(rows: Sequence[Row], question: str) -> str | None:
+    """Return the column of a text that every question is about, and that is not part of it."""
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if _plain(name) in CONTEXT_NAMES and name != question and "." not in question:
+            pairs = [(row.get(name), row.get(question)) for row in rows]
+            texts = [pair for pair in pairs if all(isinstance(text, str) for text in pair)]
+            if len(texts) == len(pairs) and not any(about in asked for about, asked in texts):
+                return name
+    return None
 
 
 def _by_name(
@@ -141,7 +164,8 @@ def _fitting(rows: Sequence[Row], fits: Callable[[Any], bool], other: str | None
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
         given = [v for v in values if not (is_none(v) if fits is _is_truth else v is None)]
-        if name == other or not given:
+        is_system = fits is _is_question and "system" in _plain(name)
+        if name == other or not given or is_system:
             continue
         if all(fits(value) and not _wraps(value) for value in given):
             found.append(name)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_r1.data.chats import Message
+from megatron_r1.data.chats import THOUGHTS, Message
 from megatron_r1.data.sft import SftExample, is_learned
 from megatron_r1.data.templates import CHAT, PLACEHOLDER, find_template, render
 from megatron_r1.data.text import PromptText, system_text
@@ -38,6 +38,8 @@ class ExampleText:
             raise self._no_template()
         if self._template is not None:
             find_template(self._template, "sft.template")
+        read = str(self._tokenizer.chat_template)
+        self._thoughts = [key for key in THOUGHTS if re.search(rf"[.'\"]{key}\b", read)]
         self._marks = has_chat and bool(GENERATION.search(str(self._tokenizer.chat_template)))
 
     def encode(self, example: SftExample) -> tuple[list[int], list[bool]]:
@@ -45,7 +47,8 @@ class ExampleText:
         UserError for a conversation that the template refuses, or whose assistant's messages it
         does not show."""
         if example.messages and self._chat is not None:
-            return self._conversation(example, self._chat.seated(example.messages))
+            messages = [self._with_thought(message) for message in example.messages]
+            return self._conversation(example, self._chat.seated(messages))
         prompt, response = example.prompt, example.response
         if example.messages:
             prompt, response = self._exchange(example)
@@ -54,6 +57,17 @@ class ExampleText:
         if not before:  # a text without a prompt, of a tokenizer that puts nothing in front
             before, after = after[:1], after[1:]
         return [*before, *after], [False] * len(before) + [True] * len(after)
+
+    def _with_thought(self, message: Message) -> Message:
+        """Return a message with its thought under the key that the chat template reads; where it
+        reads none, the thought stands before the text, as DeepSeek-R1 writes it."""
+        thought = next((message[key] for key in THOUGHTS if message.get(key)), None)
+        if not isinstance(thought, str) or any(key in self._thoughts for key in message):
+            return message
+        rest = {key: value for key, value in message.items() if key not in THOUGHTS}
+        if self._thoughts:
+            return {**rest, self._thoughts[0]: thought}
+        return {**rest, "content": f"<think>\n{thought}\n</think>\n\n{message['content']}"}
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text, special tokens included."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_r1.data.chats import Message, read_question
+from megatron_r1.data.chats import Message, read_question, system_of
 from megatron_r1.data.choices import require_shown
 from megatron_r1.data.columns import columns_by_name
 from megatron_r1.data.questions import Prompt, digest, identity
@@ -57,7 +57,8 @@ class RowReading:
         rows = read_records(path, self.columns, names, role, row_filter.keeps)
         first = list(itertools.islice(rows, FIRST_ROWS))
         needs_truth = self.kind not in WITHOUT_TRUTH
-        report.columns = columns_by_name([row for _, row in first], needs_truth)
+        mapped = self.columns if self.kind is None or self.kind in REGISTRY else ("question",)
+        report.columns = columns_by_name([row for _, row in first], needs_truth, mapped)
         for location, row in itertools.chain(first, rows):
             try:
                 prompt = self._prompt(location, row, report)
@@ -122,6 +123,8 @@ def _is_solution(truth: Any) -> bool:
 def question_of(location: str, row: Record) -> tuple[list[Message], str]:
     """Return the messages before the question, and the question. Raises UserError."""
     value = row.get("question")
+    if isinstance(value, dict) and all(isinstance(part, str) for part in value.values()):
+        value = "\n\n".join(value.values())  # columns that are a question together
     try:
         found = read_question(value)
     except ValueError as error:
@@ -142,4 +145,7 @@ def question_of(location: str, row: Record) -> tuple[list[Message], str]:
             key="question",
             cause=Cause.MALFORMED,
         )
-    return found or ([], require_text(location, row, "question", COLUMNS))
+    before, question = found or ([], require_text(location, row, "question", COLUMNS))
+    if not before and (system := system_of(row)):
+        before = [{"role": "system", "content": system}]
+    return before, question

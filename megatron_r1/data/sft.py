@@ -17,7 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.data.chats import Message, read_chat, read_tools, read_transcript, tool_calls
+from megatron_r1.data.chats import (
+    Message,
+    read_chat,
+    read_tools,
+    read_transcript,
+    system_of,
+    tool_calls,
+)
 from megatron_r1.data.records import Record, read_records, require_text
 from megatron_r1.data.report import DataReport
 from megatron_r1.data.sampler import EpochSampler
@@ -29,12 +36,14 @@ CHATS = (
     *("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns"),
     "contents",
 )
-QUESTIONS = ("question", "problem", "query", "instruction", "prompt", "input")
+QUESTIONS = (
+    *("question", "problem", "query", "instruction", "prompt", "input", "user", "human"),
+    "user_prompt",
+)
 RESPONSES = (
     *("response", "completion", "generated_solution", "output", "answer", "solution"),
-    *("generation", "reasoning"),
+    *("generation", "reasoning", "assistant", "bot", "gpt"),
 )
-SYSTEMS = ("system", "system_prompt")
 
 
 @dataclass(frozen=True)
@@ -205,8 +214,7 @@ def _asked(question: str, response: str, row: Record) -> Parts:
 def _conversation(messages: list[Message], learned_from: int, row: Record) -> Parts:
     """Return the example of a conversation, with the row's system prompt where the messages have
     none. Raises ValueError where nothing is learned."""
-    system = next((row[n] for n in SYSTEMS if isinstance(row.get(n), str)), "")
-    system = system.strip().removeprefix("SYSTEM:").strip()  # Glaive's
+    system = system_of(row)
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
         learned_from += 1

@@ -12,6 +12,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any, AnyStr, cast
 
+from megatron_r1.data.chats import is_chat
 from megatron_r1.errors import Cause, UserError
 
 MOST_ROW = 64 << 20
@@ -190,16 +191,28 @@ def _read_list(path: Path, role: str) -> Iterator[Row]:
         ) from error
     if isinstance(content, dict):
         lists = [content[k] for k in LISTS if isinstance(content.get(k), list)]
-        content = lists[0] if lists else _table(content) or ([content] if content else None)
+        rows = _only_list(content) or _table(content) or ([content] if content else None)
+        content = lists[0] if lists else rows
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise UserError(f"{path}: expected a list of objects", key=role, cause=Cause.MALFORMED)
     for number, row in enumerate(content):
         yield f"{path}[{number}]", row
 
 
+def _only_list(content: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the list of objects that an object has beside single values, under any name; None
+    where there is none, where there are several, and for messages, which are one row."""
+    found = [value for value in content.values() if isinstance(value, list | dict)]
+    if len(found) != 1 or not isinstance(found[0], list) or not found[0]:
+        return None
+    is_rows = all(isinstance(row, dict) and len(row) > 1 for row in found[0])
+    return found[0] if is_rows and not any(is_chat(value) for value in found) else None
+
+
 def _table(content: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Return the rows of a table as pandas writes it: {column: {"0": value, …}, …}, or
-    {"0": {column: value, …}, …}; None for any other object."""
+    {"0": {column: value, …}, …}, which may have any names: {"q7": {column: value, …}, …}. None for
+    any other object."""
     parts = list(content.values())
     if not parts or not all(isinstance(part, dict) and part for part in parts):
         return None
@@ -209,13 +222,14 @@ def _table(content: dict[str, Any]) -> list[dict[str, Any]] | None:
         return parts
     if all(key.isdecimal() for key in parts[0]):
         return [{name: part[key] for name, part in content.items()} for key in parts[0]]
-    return None
+    return parts if len(parts) > 1 and len(parts[0]) > 1 else None
 
 
 def _read_csv(path: Path, role: str) -> Iterator[Row]:
     """Yield the rows of a table whose first line has the names; every value is text. Names and
     values are separated by commas, or by semicolons or tabs where the first line has more of
-    these. A row of several lines has the number of its last."""
+    these. Rows of blank values are skipped. A row of several lines has the number of its
+    last."""
     csv.field_size_limit(MOST_ROW)
     try:
         with _open(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
@@ -245,7 +259,8 @@ def _read_csv(path: Path, role: str) -> Iterator[Row]:
                         key=role,
                         cause=Cause.MALFORMED,
                     )
-                yield location, row
+                if any(value.strip() for value in row.values()):
+                    yield location, row
     except csv.Error as error:
         raise UserError(
             f"{path}: not CSV: {error}; a quote may not be closed", key=role, cause=Cause.MALFORMED

@@ -117,6 +117,28 @@ def test_a_system_s_message_is_never_lost(texts):
     assert text.decode(own) == "1<|im_end|>"
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize("read", ["reasoning_content", "thinking", ""])
+def test_a_thought_is_learned_whatever_its_key_and_the_template_s(texts, key, read):
+    thought = (
+        "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    )
+    text = texts(
+        CHATML.replace(thought, thought.replace("reasoning_content", read) if read else "")
+    )
+    example = read_example("", {"messages": [FIRST, answer("1") | {key: "hm"}]})
+    ids, learned = text.encode(example)
+    shown = text.decode([i for i, is_learned in zip(ids, learned, strict=True) if is_learned])
+    assert shown == "<think>\nhm\n</think>\n\n1<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "systemInstruction"])
+@pytest.mark.parametrize("value", ["Be kind.", {"parts": [{"text": "Be kind."}]}])
+def test_a_row_s_own_system_prompt_stands_before_its_messages(name, value):
+    example = read_example("", {"messages": [FIRST, answer("1")], name: value})
+    assert example.messages[0] == SYSTEM
+
+
 def test_a_template_that_shows_no_answer_is_refused(texts):
     hidden = CHATML.replace(
         "{{ m.content }}", "{% if m.role == 'user' %}{{ m.content }}{% endif %}"

@@ -66,6 +66,20 @@ def test_columns_can_have_other_names(tmp_path):
         load_prompts(path=path, columns={"questoin": "problem", "truth": "answer"})
 
 
+def test_a_system_prompt_in_a_column_stands_before_the_question(tmp_path):
+    path = write_lines(tmp_path / "q.jsonl", [{"system": "Be.", "prompt": "1 + 1?", "answer": 2}])
+    [prompt] = load_prompts(path=path, heldout_fraction=0.0).train
+    assert prompt.before == [{"role": "system", "content": "Be."}] and prompt.truth == 2
+
+
+def test_a_context_joins_the_question_unless_the_recipe_maps_it(tmp_path):
+    row = {"passage": "Tom has 2.", "question": "How many?", "answer": 2}
+    path = write_lines(tmp_path / "q.jsonl", [row])
+    for columns, asked in ({}, "Tom has 2.\n\nHow many?"), ({"question": "question"}, "How many?"):
+        [prompt] = load_prompts(path=path, heldout_fraction=0.0, columns=columns).train
+        assert prompt.question == asked
+
+
 def test_files_that_cannot_be_are_refused(tmp_path):
     for name, cause in (("absent.jsonl", Cause.NOT_FOUND), ("p.txt", Cause.UNSUPPORTED)):
         write_lines(tmp_path / "p.txt", ["a,b"])
