@@ -20,13 +20,13 @@ QUESTION_NAMES = (
     *("user_prompt", "user", "human", "text", "description", "content", "messages"),
     "conversations",
 )
-CONTEXT_NAMES = ("context", "passage", "body", "article", "paragraph")
-"""Usual names of a text that a question is about: SQuAD's, DROP's, SVAMP's."""
+CONTEXT_NAMES = ("context", "passage", "body", "article", "paragraph", "table")
+"""Usual names of a text that a question is about: SQuAD's, DROP's, SVAMP's, TabMWP's."""
 TRUTH_NAMES = (
     *("truth", "answer", "ground_truth", "reward_model.ground_truth", "verification_info"),
     *("input_output", "tests", "test_cases", "test_list", "golden_answers", "final_answer"),
     *("expected_answer", "gt_answer", "final_ans", "correct_answer", "correct", "answerkey"),
-    *("public_test_cases", "test", "solution", "target", "answers", "expected", "gold"),
+    *("public_test_cases", "test", "solution", "target", "answers", "expected", "gold", "golden"),
     *("reference", "result", "label", "solution_text", "output"),
 )
 """Usual names, the likelier first."""

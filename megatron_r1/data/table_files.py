@@ -227,13 +227,13 @@ def _table(content: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 def _read_csv(path: Path, role: str) -> Iterator[Row]:
     """Yield the rows of a table whose first line has the names; every value is text. Names and
-    values are separated by commas, or by semicolons or tabs where the first line has more of
+    values are separated by commas, or by semicolons, tabs or bars where the first line has more of
     these. Rows of blank values are skipped. A row of several lines has the number of its
     last."""
     csv.field_size_limit(MOST_ROW)
     try:
         with _open(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
-            delimiter = max(",;\t", key=next(_lines(file, path, role)).count)
+            delimiter = max(",;\t|", key=next(_lines(file, path, role)).count)
             file.seek(0)
             reader = csv.DictReader(_lines(file, path, role), delimiter=delimiter)
             names = list(reader.fieldnames or ())

@@ -163,6 +163,8 @@ def test_files_as_other_programs_write_them(tmp_path):
         assert [prompt.truth for prompt in read(packed).train] == expected, packed
     (tmp_path / "tabs.tsv").write_text("question\tanswer\n0 + 1?\t1\n1 + 1?\t2\n2 + 1?\t3\n")
     assert [prompt.truth for prompt in read(tmp_path / "tabs.tsv").train] == ["1", "2", "3"]
+    (tmp_path / "bars.csv").write_text("question|answer\n0 + 1, 2?|1\n")
+    assert [prompt.truth for prompt in read(tmp_path / "bars.csv").train] == ["1"]
     (tmp_path / "blank.csv").write_text("question,answer\n0 + 1?,1\n,\n1 + 1?,2\n")
     assert [prompt.truth for prompt in read(tmp_path / "blank.csv").train] == ["1", "2"]
     (tmp_path / "twice.csv").write_text("question,answer,answer\n0 + 1?,1,2\n")
