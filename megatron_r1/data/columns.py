@@ -138,8 +138,10 @@ def _context(rows: Sequence[Row], question: str) -> str | None:
     for name in dict.fromkeys(name for row in rows for name in row):
         if _plain(name) in CONTEXT_NAMES and name != question and "." not in question:
             pairs = [(row.get(name), row.get(question)) for row in rows]
-            texts = [pair for pair in pairs if all(isinstance(text, str) for text in pair)]
-            if len(texts) == len(pairs) and not any(about in asked for about, asked in texts):
+            if all(
+                isinstance(about, str) and isinstance(asked, str) and about not in asked
+                for about, asked in pairs
+            ):
                 return name
     return None
 

@@ -79,8 +79,9 @@ def test_wandb_offline_has_every_step_once_and_the_same_run(tmp_path, monkeypatc
     [*_, newest] = sorted((tmp_path / "mine/wandb").glob("offline-*/*.wandb"))
     found = list(records(newest))
     [run] = [record.run for record in found if record.HasField("run")][:1]
-    ids = {path.name.rpartition("-")[2] for path in (tmp_path / "mine/wandb").glob("offline-*")}
-    assert ids == {run.run_id} and (run.project, run.display_name) == ("a project", "mine")
+    folders = [path.name for path in (tmp_path / "mine/wandb").glob("offline-*")]
+    assert len(folders) == 2 and all(f"-{run.run_id}" in name for name in folders)
+    assert (run.project, run.display_name) == ("a project", "mine")
     rows = [
         {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
         for record in found
