@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_r1.agents.continuation import Continuation, arguments_of
 from megatron_r1.agents.parsing import FAILURE, ParseJob, Parser
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.responses import Response
-
-Generate = Callable[[Sequence[int], int], Awaitable[Response]]
-"""(tokens of a prompt, most tokens of the answer) → one sampled answer."""
 
 
 def require_whole(response: Response) -> None:

@@ -13,14 +13,14 @@ from numbers import Real
 from typing import Any
 
 from megatron_r1.agents.agent_runs import AgentOutcome, Run, RunWithServer
-from megatron_r1.agents.answers import Generate
 from megatron_r1.agents.environment_pool import EnvironmentFault
-from megatron_r1.agents.episode import SCORED, Episode, turns_of
 from megatron_r1.agents.gateway import Gateway, GatewaySession, SessionLimits, TurnSampling
 from megatron_r1.agents.parsing import Parser
-from megatron_r1.agents.player import Played, row_of
+from megatron_r1.agents.player import row_of
+from megatron_r1.agents.tree import turns_of
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
+from megatron_r1.engine.episodes import SCORED, Episode, Generate, Played
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards import ENVIRONMENT
 from megatron_r1.rewards.base import shorten
@@ -33,7 +33,7 @@ ENDING_SECONDS = 5.0
 
 
 class HarnessPlayer:
-    """Plays episodes with one agent; a `player.Player`."""
+    """Plays episodes with one agent; an `engine.episodes.Player`."""
 
     def __init__(
         self,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from megatron_r1.agents.answers import AnswerReader, Generate, require_whole
+from megatron_r1.agents.answers import AnswerReader, require_whole
 from megatron_r1.agents.continuation import Continuation, Unrenderable, arguments_of
 from megatron_r1.agents.environment_pool import (
     CallTimedOut,
@@ -16,36 +15,16 @@ from megatron_r1.agents.environment_pool import (
     EnvironmentProcess,
     Environments,
 )
-from megatron_r1.agents.episode import SCORED, Episode, Status, turns_of
 from megatron_r1.agents.parsing import parser_of
-from megatron_r1.agents.tree import Message, TokenTree
+from megatron_r1.agents.tree import Message, TokenTree, turns_of
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.chats import without_nulls
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
+from megatron_r1.engine.episodes import SCORED, Episode, Generate, Played, Status
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.rewards.base import shorten
-
-
-@dataclass(frozen=True)
-class Played:
-    """An episode, the text of its last answer, and the environment's reward. The reward is None if
-    the environment has no `get_reward`, or the episode is not scored."""
-
-    episode: Episode
-    text: str
-    reward: float | None
-
-
-class Player(Protocol):
-    """Plays a run's episodes: an `EpisodePlayer`, or a `harness.HarnessPlayer`."""
-
-    async def check(self, prompts: Sequence[Prompt]) -> None: ...
-
-    async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played: ...
-
-    async def close(self) -> None: ...
 
 
 class EpisodePlayer:

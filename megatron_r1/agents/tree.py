@@ -7,11 +7,13 @@ be continued with its own tokens (`continuation`) goes on in a new branch."""
 
 from __future__ import annotations
 
+import json
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_r1.engine.episodes import Branch, Turn
 from megatron_r1.engine.responses import Response
 
 Message = Mapping[str, Any]
@@ -40,28 +42,6 @@ class TreeNode:
     @property
     def is_sampled(self) -> bool:
         return self.logprobs is not None
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A token sequence from a root to an answer that no other sampled turn follows.
-
-    token_ids: the whole sequence.
-    is_sampled: one byte a token, 1 where the token was sampled and is trained in this branch.
-    logprobs: the engine's log-probabilities, float32; 0 where is_sampled is 0.
-    policy_versions: the version that sampled each token; -1 where is_sampled is 0.
-    routing: the routed experts of all tokens but the last, or empty."""
-
-    token_ids: array[int]
-    is_sampled: bytes
-    logprobs: array[float]
-    policy_versions: array[int]
-    routing: bytes = b""
-
-    @property
-    def num_sampled(self) -> int:
-        """Number of tokens trained in this branch."""
-        return self.is_sampled.count(1)
 
 
 class TokenTree:
@@ -188,6 +168,32 @@ class TokenTree:
             policy_versions=versions,
             routing=b"".join(bytes(node.routing) for node in nodes),
         )
+
+
+def turns_of(tree: TokenTree, decode: Callable[[Sequence[int]], str]) -> list[Turn]:
+    """Return the turns of an episode in the order in which they happened. decode: returns the text
+    of tokens."""
+    turns = []
+    for node in tree.nodes:
+        count, last = len(node.token_ids), len(node.messages) - 1
+        if node.policy_versions is not None:
+            version = node.policy_versions[-1] if node.policy_versions else None
+            text = decode(node.token_ids)
+            turns.append(Turn("assistant", text, count, trained=True, policy_version=version))
+            continue
+        turns += [
+            Turn(message["role"], _text(message), count if at == last else 0, trained=False)
+            for at, message in enumerate(node.messages)
+        ]
+    return turns
+
+
+def _text(message: Message) -> str:
+    content = message.get("content") or ""
+    if calls := message.get("tool_calls"):
+        return f"{content}{json.dumps(calls)}"
+    text = content if isinstance(content, str) else json.dumps(content)
+    return text.encode("utf-8", "replace").decode()  # a tool may return half a surrogate pair
 
 
 def _joined(typecode: str, arrays: Iterable[array[Any]]) -> array[Any]:

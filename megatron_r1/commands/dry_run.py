@@ -6,14 +6,15 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_r1.agents.episode import Episode
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.rl_checks import ends_with, naming_renamed_columns
+from megatron_r1.commands.rollout_run import open_player
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
+from megatron_r1.engine.episodes import Episode
 from megatron_r1.engine.from_config import engine_settings, fleet_settings
 from megatron_r1.engine.limits import context_length
 from megatron_r1.engine.temporary_files import temporary_logs
@@ -27,7 +28,6 @@ from megatron_r1.rewards.combine import ACCURACY, weights_at
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.advice import advice
 from megatron_r1.rl.collector import RolloutCollector
-from megatron_r1.rl.environments import player_of
 from megatron_r1.rl.grading import check_grades
 from megatron_r1.rl.metrics import rollout_metrics
 from megatron_r1.rl.rollout import Group, Rollout, Sampling, responses_of
@@ -89,7 +89,7 @@ async def _sample(
         **fleet_settings(rollout),
         **engine_settings(rollout),
     )
-    collector = RolloutCollector(fleet, pool, text, rewards, player=player_of(config, text))
+    collector = RolloutCollector(fleet, pool, text, rewards, player=open_player(config, text))
     weights = weights_at(rewards.weights, 1)
     sampling = Sampling(
         group_size,

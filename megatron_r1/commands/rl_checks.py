@@ -22,7 +22,6 @@ from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.models.supported import check_divisions
 from megatron_r1.rewards.terms import RewardUnusable
 from megatron_r1.rl import algorithms
-from megatron_r1.rl.environments import check_environment
 from megatron_r1.rl.teacher import check_teacher
 from megatron_r1.weight_sync.plan.recipe import check_pushes
 
@@ -41,7 +40,10 @@ def read_questions(config: Config) -> tuple[PromptText, PromptSplit]:
     """Return what `prepare` does, of settings that have been checked. Raises UserError."""
     ids = config.rollout.stop_token_ids
     text = PromptText(config.model.path, config.data.template, stop_token_ids=ids)
-    check_environment(config, text)
+    if config.agents.players:
+        from megatron_r1.rl.environments import check_environment
+
+        check_environment(config, text)
     return text, load_questions(config, text)
 
 

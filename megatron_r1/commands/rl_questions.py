@@ -5,9 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_r1.agents.rows import rows_of
 from megatron_r1.config import Config
-from megatron_r1.data.prompts import Prompt, PromptSplit
+from megatron_r1.data.prompts import Prompt, PromptSplit, load_prompts
 from megatron_r1.data.sampler import draw_shares
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.limits import context_length
@@ -24,7 +23,12 @@ def load_questions(config: Config, text: PromptText) -> PromptSplit:
     """Return the questions of the recipe that an engine has room for, and print what is unusual
     about the data. Raises UserError for unreadable data, and where no question is left."""
     rows = config.data.model_dump(exclude={"template"})
-    prompts = rows_of(config.agents, **rows)
+    if config.agents.players:
+        from megatron_r1.agents.rows import rows_of
+
+        prompts = rows_of(config.agents, **rows)
+    else:
+        prompts = load_prompts(**rows)
     if prompts.contradictions and config.data.task is None:
         kept, other = prompts.contradictions[0]
         print(

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_r1.config import Config
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
+from megatron_r1.engine.episodes import Player
 from megatron_r1.engine.from_config import engine_settings, fleet_settings
 from megatron_r1.engine.limits import context_length
 from megatron_r1.fleet.hosts.pool import HostPool
@@ -16,7 +17,6 @@ from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models import read_hf_config
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.collector import RolloutCollector
-from megatron_r1.rl.environments import player_of
 from megatron_r1.rl.sample_log import SampleLog
 from megatron_r1.rl.teacher import teacher_fleet
 from megatron_r1.trainer_client.recorder import Recorder
@@ -36,8 +36,7 @@ async def open_rollouts(
     fleet = _fleet(config, recorder, hosts)
     logs = recorder.folder.path / "logs"
     teacher = teacher_fleet(config, logs, notify) if config.teacher.path else None
-    player = player_of(config, text)
-    collector = RolloutCollector(fleet, pool, text, rewards, teacher, player)
+    collector = RolloutCollector(fleet, pool, text, rewards, teacher, open_player(config, text))
     log = SampleLog(recorder.folder.sample_log, notify)
     try:
         yield collector, log
@@ -45,6 +44,16 @@ async def open_rollouts(
         fleets = [fleet, teacher] if teacher is not None else [fleet]
         closing = collector.close(), pool.close(), log.close()
         await asyncio.gather(*(each.close() for each in fleets), *closing)
+
+
+def open_player(config: Config, text: PromptText) -> Player | None:
+    """Return the player of the run's episodes; None if responses are single turns, which need
+    nothing of `megatron_r1.agents`."""
+    if not config.agents.players:
+        return None
+    from megatron_r1.rl.environments import player_of
+
+    return player_of(config, text)
 
 
 def _fleet(config: Config, recorder: Recorder, hosts: HostPool | None) -> RolloutFleet:

@@ -69,3 +69,14 @@ class AgentsConfig(Section):
     """time of an episode without that of the engines; what exceeds it ends as agent_timeout"""
     max_result_chars: int = Field(20_000, ge=1)
     """a tool's longer result is cut off"""
+
+    @property
+    def players(self) -> dict[str, str | list[str]]:
+        """The settings that name what plays the episodes, by key; empty if responses are single
+        turns. A run has one of them at most."""
+        players = {
+            "agents.environment": self.environment,
+            "agents.harness": self.harness,
+            "agents.verifiers.taskset": self.verifiers.taskset,
+        }
+        return {key: value for key, value in players.items() if value}

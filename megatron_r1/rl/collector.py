@@ -9,12 +9,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 
-from megatron_r1.agents.answers import Generate
-from megatron_r1.agents.episode import Episode
-from megatron_r1.agents.player import Played, Player
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
+from megatron_r1.engine.episodes import Episode, Generate, Played, Player
 from megatron_r1.engine.responses import Response
 from megatron_r1.engine.stop_strings import cut
 from megatron_r1.fleet.dispatch import Affinity

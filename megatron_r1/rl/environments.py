@@ -1,18 +1,22 @@
-"""The environment or the agent of a run: its checks before the run starts, and its player."""
+"""The environment or the agent of a run: its checks before the run starts, and its player.
+
+Only a run whose recipe names one (`config.agents.players`) imports this module, and with it
+`megatron_r1.agents`."""
 
 import sys
 
-from megatron_r1.agents.agent_runs import harness_of
+from megatron_r1.agents.agent_runs import Run, harness_of
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.environment import check_parameters
 from megatron_r1.agents.environment_pool import Environments, describe
 from megatron_r1.agents.gateway import Gateway
 from megatron_r1.agents.harness import HarnessPlayer
 from megatron_r1.agents.parsing import parser_of
-from megatron_r1.agents.player import EpisodePlayer, Player
+from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.agents.verifiers.harness import VerifiersHarness
 from megatron_r1.config import Config
 from megatron_r1.data.text import PromptText
+from megatron_r1.engine.episodes import Player
 from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import Cause, UserError
 
@@ -25,12 +29,7 @@ def find_player(config: Config) -> tuple[str, str | list[str]] | None:
     responses are single turns. Raises UserError for two of them, another template, and code that
     cannot be imported."""
     agents = config.agents
-    players = {
-        "agents.environment": agents.environment,
-        "agents.harness": agents.harness,
-        "agents.verifiers.taskset": agents.verifiers.taskset,
-    }
-    named = {key: value for key, value in players.items() if value}
+    named = agents.players
     if not named:
         return None
     if len(named) > 1:
@@ -89,19 +88,16 @@ def check_environment(config: Config, text: PromptText) -> None:
         )
 
 
-def player_of(config: Config, text: PromptText) -> Player | None:
-    """Return the player of the run's episodes; None where responses are single turns."""
+def player_of(config: Config, text: PromptText) -> Player:
+    """Return the player of the run's episodes; the recipe names one."""
     agents, room, rollout = config.agents, context_length(config), config.rollout
     tokenizer = text.tokenizer.name_or_path
     if agents.environment:
         environments = Environments(agents, describe(agents.environment))
         return EpisodePlayer(text, environments, agents, room)
+    run: Run = VerifiersHarness(agents.verifiers, tokenizer)
     if agents.harness:
         run = harness_of(agents)
-    elif agents.verifiers.taskset:
-        run = VerifiersHarness(agents.verifiers, tokenizer)
-    else:
-        return None
     parsers = parser_of(agents, tokenizer)
     options = agents.sampling_options
     gateway = Gateway(text, parsers, host=agents.gateway_host, sampling_options=options)

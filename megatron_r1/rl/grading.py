@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from megatron_r1.agents.episode import Episode
-from megatron_r1.agents.player import Played
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
+from megatron_r1.engine.episodes import Episode, Played
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.processes import timeline

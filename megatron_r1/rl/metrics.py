@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.agents.episode import STATUSES, Episode
+from megatron_r1.engine.episodes import STATUSES, Episode
 from megatron_r1.processes import timeline
 from megatron_r1.rl.rollout import Group, Rollout, responses_of
 

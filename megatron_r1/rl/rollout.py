@@ -6,8 +6,8 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megatron_r1.agents.episode import Episode
 from megatron_r1.data.prompts import Prompt
+from megatron_r1.engine.episodes import Episode
 from megatron_r1.engine.responses import Response
 from megatron_r1.models.routing_shape import RoutingShape
 from megatron_r1.rewards.combine import DEFAULT_WEIGHTS

@@ -11,9 +11,8 @@ import msgspec
 import numpy as np
 from msgspec.structs import asdict
 
-from megatron_r1.agents.episode import Episode, Status, Turn
-from megatron_r1.agents.tree import Branch
 from megatron_r1.data.prompts import Prompt
+from megatron_r1.engine.episodes import Branch, Episode, Status, Turn
 from megatron_r1.engine.responses import Response
 from megatron_r1.rl.rollout import GradedResponse, Group
 

@@ -26,11 +26,11 @@ from tree_episodes import (
 )
 
 from megatron_r1 import weights
-from megatron_r1.agents.episode import Episode
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.config import Config
 from megatron_r1.config.losses import LossSettings
 from megatron_r1.data.prompts import make_prompt
+from megatron_r1.engine.episodes import Episode
 from megatron_r1.engine.responses import Response
 from megatron_r1.rl.rollout import GradedResponse, Group
 from megatron_r1.rl.training_samples import training_samples

@@ -6,9 +6,9 @@ from array import array
 import pytest
 
 from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.episode import Episode
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.data.prompts import make_prompt
+from megatron_r1.engine.episodes import Episode
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import RunError
 from megatron_r1.rl.grading import check_grades

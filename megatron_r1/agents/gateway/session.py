@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from megatron_r1.agents.answers import Generate
 from megatron_r1.agents.continuation import NextPrompt
 from megatron_r1.agents.gateway.request import Message, Refused, TurnReply, TurnRequest
 from megatron_r1.agents.tree import TokenTree
+from megatron_r1.engine.episodes import Generate
 from megatron_r1.engine.errors import EngineError
 
 

@@ -7,8 +7,8 @@ import pytest
 from fakes.agent_sessions import ROW, TOOLS, Session, play
 
 from megatron_r1.agents.continuation import Continuation, Unrenderable
-from megatron_r1.agents.episode import Episode
 from megatron_r1.agents.tree import TokenTree
+from megatron_r1.engine.episodes import Episode
 from megatron_r1.engine.responses import Response
 from tests.chat_tokenizer import CHATML, LAST_THOUGHT, QWEN3, chat_tokenizer
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from refusals import refused
 
-from megatron_r1.agents.episode import Episode, Turn
 from megatron_r1.commands import dry_run
 from megatron_r1.config import Config, load
 from megatron_r1.data.prompts import Prompt
+from megatron_r1.engine.episodes import Episode, Turn
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import Cause
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout

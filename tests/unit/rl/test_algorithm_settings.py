@@ -12,11 +12,10 @@ from unittest.mock import AsyncMock
 import pytest
 import yaml
 
-from megatron_r1.agents.episode import Episode
-from megatron_r1.agents.tree import Branch
 from megatron_r1.config import Config, RLConfig, dump, load, parse
 from megatron_r1.config.algorithms import NAMES
 from megatron_r1.data.prompts import make_prompt
+from megatron_r1.engine.episodes import Branch, Episode
 from megatron_r1.engine.responses import Response
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.loop import minibatches, training_reward, update
@@ -76,14 +75,17 @@ def test_one_output_a_question_is_enough_where_the_group_is_no_baseline():
         assert RLConfig(algorithm=name, group_size=1).group_size == 1
 
 
-def test_the_controller_knows_every_algorithm_without_torch():
+def test_the_controller_needs_neither_torch_nor_agents_for_single_turns():
     code = (
-        "import sys; from megatron_r1.rl import algorithms, loop; "
+        "import sys; from megatron_r1.commands import rl, rollout_run; "
+        "from megatron_r1.config import Config; from megatron_r1.rl import algorithms; "
         f"[algorithms.find(name) for name in {NAMES!r}]; "
-        "print({m for m in sys.modules} & {'torch', 'megatron', 'vllm'})"
+        "assert rollout_run.open_player(Config(), None) is None; "
+        "agents = [m for m in sys.modules if m.startswith('megatron_r1.agents')]; "
+        "print({m for m in sys.modules} & {'torch', 'megatron', 'vllm'}, agents)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "set()", done.stderr
+    assert done.stdout.strip() == "set() []", done.stderr
 
 
 def test_a_punishment_grows_from_0_to_1_over_the_buffer():

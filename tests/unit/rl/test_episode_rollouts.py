@@ -4,11 +4,9 @@ import asyncio
 from array import array
 from types import SimpleNamespace
 
-from megatron_r1.agents.episode import Episode, Turn
-from megatron_r1.agents.player import Played
-from megatron_r1.agents.tree import Branch
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import make_prompt
+from megatron_r1.engine.episodes import Branch, Episode, Played, Turn
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.rollout import Sampling
 from megatron_r1.rl.sample_log import SampleLog

@@ -14,12 +14,10 @@ from fakes.loopback import serving
 from refusals import refused
 from transformers import PreTrainedTokenizerFast
 
-from megatron_r1.agents.episode import Episode
-from megatron_r1.agents.player import Played
-from megatron_r1.agents.tree import Branch
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.client import EngineClient
+from megatron_r1.engine.episodes import Branch, Episode, Played
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import Cause

@@ -1,16 +1,18 @@
-"""A finished episode: its status, its turns as text, and the branches that are trained."""
+"""Played episodes as the RL loop gets them, and the protocol of what plays them.
+
+An episode is a conversation of several turns. `megatron_r1.agents` plays them; without a setting in
+section `agents` none of its modules is imported."""
 
 from __future__ import annotations
 
-import json
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from megatron_r1.agents.tree import Branch, Message, TokenTree
+from megatron_r1.data.prompts import Prompt
 from megatron_r1.engine.responses import Response
 
 Scored = Literal["done", "max_turns", "max_tokens", "agent_timeout"]
@@ -40,8 +42,31 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A token sequence from a root to an answer that no other sampled turn follows.
+
+    token_ids: the whole sequence.
+    is_sampled: one byte a token, 1 where the token was sampled and is trained in this branch.
+    logprobs: the engine's log-probabilities, float32; 0 where is_sampled is 0.
+    policy_versions: the version that sampled each token; -1 where is_sampled is 0.
+    routing: the routed experts of all tokens but the last, or empty."""
+
+    token_ids: array[int]
+    is_sampled: bytes
+    logprobs: array[float]
+    policy_versions: array[int]
+    routing: bytes = b""
+
+    @property
+    def num_sampled(self) -> int:
+        """Number of tokens trained in this branch."""
+        return self.is_sampled.count(1)
+
+
+@dataclass(frozen=True)
 class Episode:
-    """A played episode. branches: its token sequences (`TokenTree.branches`). reason: what ended
+    """A played episode. branches: its token sequences, from the first token to
+    an answer that no other follows. reason: what ended
     the episode, if the policy did not. tool_seconds: the time spent in the environment's methods.
     engine_seconds: the time spent waiting for engines."""
 
@@ -90,27 +115,30 @@ class Episode:
         return Response(token_ids, logprobs, versions, reason)
 
 
-def turns_of(tree: TokenTree, decode: Callable[[Sequence[int]], str]) -> list[Turn]:
-    """Return the turns of an episode in the order in which they happened. decode: returns the text
-    of tokens."""
-    turns = []
-    for node in tree.nodes:
-        count, last = len(node.token_ids), len(node.messages) - 1
-        if node.policy_versions is not None:
-            version = node.policy_versions[-1] if node.policy_versions else None
-            text = decode(node.token_ids)
-            turns.append(Turn("assistant", text, count, trained=True, policy_version=version))
-            continue
-        turns += [
-            Turn(message["role"], _text(message), count if at == last else 0, trained=False)
-            for at, message in enumerate(node.messages)
-        ]
-    return turns
+@dataclass(frozen=True)
+class Played:
+    """An episode, the text of its last answer, and the environment's reward. The reward is None if
+    the environment has no `get_reward`, or the episode is not scored."""
+
+    episode: Episode
+    text: str
+    reward: float | None
 
 
-def _text(message: Message) -> str:
-    content = message.get("content") or ""
-    if calls := message.get("tool_calls"):
-        return f"{content}{json.dumps(calls)}"
-    text = content if isinstance(content, str) else json.dumps(content)
-    return text.encode("utf-8", "replace").decode()  # a tool may return half a surrogate pair
+Generate = Callable[[Sequence[int], int], Awaitable[Response]]
+"""(tokens of a prompt, most tokens of the answer) → one sampled answer."""
+
+
+class Player(Protocol):
+    """Plays a run's episodes: `agents.player.EpisodePlayer` or `agents.harness.HarnessPlayer`."""
+
+    async def check(self, prompts: Sequence[Prompt]) -> None:
+        """Start what the episodes need. Raises UserError where they cannot be played."""
+
+    async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
+        """Play one episode of a row. generate: samples the policy's answers. max_tokens: the most
+        tokens after the first prompt."""
+        ...
+
+    async def close(self) -> None:
+        """End what `check` and `play` have started."""
