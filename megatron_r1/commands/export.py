@@ -10,6 +10,7 @@ from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.files import atomic_write, fsync
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.training.checkpoints import manifest
+from megatron_r1.training.operations import FolderOperations
 
 SOURCE_FILE = ".made_of"
 """The file of an exported folder with the checksum of the checkpoint's manifest, which covers all
@@ -43,8 +44,10 @@ async def export_checkpoint(
     try:
         trainer.launch()
         await trainer.connect()
-        await trainer.call("load_checkpoint", folder=str(checkpoint.resolve()), reference=False)
-        await trainer.call("export", folder=str(partial.resolve()))
+        await trainer.call(
+            FolderOperations.load_checkpoint, folder=str(checkpoint.resolve()), reference=False
+        )
+        await trainer.call(FolderOperations.export, folder=str(partial.resolve()))
     finally:
         await trainer.close()
     atomic_write(partial / SOURCE_FILE, source)

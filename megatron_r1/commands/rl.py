@@ -40,6 +40,7 @@ from megatron_r1.rl.session import Session
 from megatron_r1.rl.step_sampler import StepSampler
 from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.training.operations import ModelOperations
 from megatron_r1.weight_bridge.bridge import PROBE_TOKENS, weight_bridge
 
 REQUIRED = ("run.folder", "model.path")
@@ -141,7 +142,7 @@ async def _start(config: Config, trainer: TrainerClient, collector: RolloutColle
     async def start_in_turn() -> None:
         await start_trainer()
         if config.rollout.colocated:
-            await trainer.call("yield_memory")
+            await trainer.call(ModelOperations.yield_memory)
         await start_engines()
 
     async def start_trainer() -> None:

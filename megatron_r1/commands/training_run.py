@@ -26,6 +26,7 @@ from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.trainer_client.cpu_memory import cpu_memory
 from megatron_r1.trainer_client.recorder import Recorder
 from megatron_r1.trainer_client.schedule import warmup_note
+from megatron_r1.training.operations import FolderOperations
 from megatron_r1.weights.adapters.table import check_adapters
 
 
@@ -142,9 +143,9 @@ async def _run(
             if recorder.state.step >= config.run.steps:
                 recorder.view.phase("exporting", str(folder.hf))
                 if config.model.lora is not None:
-                    await trainer.call("export_adapter", folder=str(folder.adapter))
+                    await trainer.call(FolderOperations.export_adapter, folder=str(folder.adapter))
                 timeline.reached("controller/steps done")
-                await trainer.call("export", folder=str(folder.hf))
+                await trainer.call(FolderOperations.export, folder=str(folder.hf))
                 timeline.reached("controller/exported")
 
         outcome = ""

@@ -18,6 +18,7 @@ from megatron_r1.model_check.findings import NotCompared, ReferenceResult
 from megatron_r1.models.hf_config import load_config
 from megatron_r1.processes.logs import file_excerpt
 from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.training.operations import ModelOperations
 from megatron_r1.training.sample import Sample
 
 ENGINE = "engine-0"
@@ -38,7 +39,7 @@ async def by_megatron(config: Config, reference: ReferenceResult, scratch: Path)
     trainer.launch()
     try:
         await trainer.connect()
-        return (await trainer.call("probe", samples=samples))["probe/max"]
+        return (await trainer.call(ModelOperations.probe, samples=samples))["probe/max"]
     finally:
         await trainer.close()
 

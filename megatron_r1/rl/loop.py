@@ -46,7 +46,7 @@ async def train(session: Session) -> None:
             await passes.compute_values()
             # Under π_ref, and under π_old where the first update does not compute them anyway.
             metrics |= await passes.compute_logprobs(config)
-            metrics |= await passes.compute_token_advantages(config)
+            await passes.compute_token_advantages(config)
             updates = [
                 await update(passes, config, index, session.step)
                 for index in range(config.rl.minibatches)

@@ -20,6 +20,7 @@ from megatron_r1.rl.step_sampler import StepRollout, StepSampler
 from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.trainer_client.recorder import Recorder
 from megatron_r1.training.checkpoints.finding import complete_checkpoints, step_of
+from megatron_r1.training.operations import ModelOperations
 
 
 class Session:
@@ -68,7 +69,7 @@ class Session:
             )
             self.sampler.prompts.load_state_dict(self.state.sampler)
         elif uses_reference:
-            await self.trainer.call("keep_reference")
+            await self.trainer.call(ModelOperations.keep_reference)
         # The pool may be older than this session: its counts until now are not of this session.
         self._rewards_before.subtract(self._num_rewards())
         await self.passes.bridge.open()
@@ -113,7 +114,7 @@ class Session:
         bridge = self.passes.bridge
         await bridge.hold()  # an update has done so, but there is none while only a critic trains
         if self.config.rollout.colocated:
-            await self.trainer.call("yield_memory")
+            await self.trainer.call(ModelOperations.yield_memory)
         self._push_metrics = await bridge.push(self.step)
         self.sampler.pushed(self.step)
 

@@ -7,6 +7,7 @@ from megatron_r1.rl import algorithms
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.trainer_client.recorder import RunState
 from megatron_r1.trainer_client.schedule import learning_rate
+from megatron_r1.training.operations import ModelOperations
 from megatron_r1.training.sample import Sample
 from megatron_r1.weight_bridge.bridge import WeightBridge
 
@@ -37,7 +38,7 @@ class TrainerPasses:
         token advantages need them earlier or replayed routing is measured before."""
         has_token_advantages = self.algorithm.token_advantages is not None
         return await self.trainer.call(
-            "compute_logprobs",
+            ModelOperations.compute_logprobs,
             temperature=config.rollout.temperature,
             reference=config.rl.kl_beta > 0,
             first_minibatch=has_token_advantages or config.rl.routing_replay,
@@ -46,21 +47,20 @@ class TrainerPasses:
     async def compute_values(self) -> None:
         """Compute the critic's value of every token, if the algorithm has a critic."""
         if self.algorithm.rules.critic:
-            await self.trainer.call("compute_values")
+            await self.trainer.call(ModelOperations.compute_values)
 
-    async def compute_token_advantages(self, config: Config) -> dict[str, float]:
+    async def compute_token_advantages(self, config: Config) -> None:
         """Replace the responses' advantages by one per token, if the algorithm defines that."""
-        function = self.algorithm.token_advantages
-        if function is None:
-            return {}
-        settings = config.rl.token_settings
-        return await self.trainer.call(
-            "compute_token_advantages", function=function, settings=settings
-        )
+        if (function := self.algorithm.token_advantages) is not None:
+            await self.trainer.call(
+                ModelOperations.compute_token_advantages,
+                function=function,
+                settings=config.rl.token_settings,
+            )
 
     async def compare_with_engines(self) -> dict[str, float]:
         """Compare the engines' log-probabilities with those under π_old."""
-        return await self.trainer.call("compare_with_engines")
+        return await self.trainer.call(ModelOperations.compare_with_engines)
 
     async def update_policy(self, config: Config, index: int) -> dict[str, float]:
         """Take one optimizer step of the policy on mini-batch `index`."""
@@ -96,4 +96,4 @@ class TrainerPasses:
         if not (self.uses_reference and every and done):  # 0: only a critic has been updated yet
             return
         if done // every > (done - rl.minibatches) // every:
-            await self.trainer.call("keep_reference")
+            await self.trainer.call(ModelOperations.keep_reference)

@@ -11,7 +11,7 @@ from megatron_r1.files import atomic_write
 from megatron_r1.supervision.diagnosis import diagnose, report
 from megatron_r1.supervision.inspect_roles import count_tokens, rounded
 from megatron_r1.supervision.run_handles import RunHandles
-from megatron_r1.training.wire import FOLDER_OPERATIONS
+from megatron_r1.training.operations import FolderOperations, names
 
 MAX_TICK_SECONDS = 5.0
 MIN_BLOCKED_SECONDS = 60.0
@@ -46,7 +46,7 @@ class Watchdog:
         if self.run.is_starting:  # starting engines show no progress
             limit = max(limit, self.run.config.rollout.start_timeout_seconds)
         waiting = self.run.trainer.waiting
-        if waiting is not None and waiting.operation in FOLDER_OPERATIONS:
+        if waiting is not None and waiting.operation in names(FolderOperations):
             # Writing a model of a terabyte shows no progress before it is done.
             limit = max(limit, self.run.config.parallel.wait_seconds)
         return self.quiet_seconds >= limit

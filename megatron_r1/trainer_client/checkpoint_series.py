@@ -13,6 +13,7 @@ from megatron_r1.errors import TrainerError
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.training.checkpoints import finding
 from megatron_r1.training.checkpoints.finding import STATE_FILE, DamagedCheckpoint
+from megatron_r1.training.operations import FolderOperations
 
 
 @dataclass
@@ -59,7 +60,7 @@ class CheckpointSeries:
         damaged: list[DamagedCheckpoint] = []
         candidate = self.latest
         while candidate is not None:
-            answer = await trainer.call("verify_checkpoint", folder=str(candidate))
+            answer = await trainer.call(FolderOperations.verify_checkpoint, folder=str(candidate))
             if not answer["damage"]:
                 break
             damaged.append(DamagedCheckpoint(candidate, tuple(answer["damage"])))
@@ -69,7 +70,9 @@ class CheckpointSeries:
 
     async def load(self, trainer: TrainerClient, reference: bool) -> None:
         """Have the ranks load `latest`, after `verify`."""
-        answer = await trainer.call("load_checkpoint", folder=str(self.latest), reference=reference)
+        answer = await trainer.call(
+            FolderOperations.load_checkpoint, folder=str(self.latest), reference=reference
+        )
         if not answer["is_same_layout"]:
             self.notify("another parallel layout than before: random streams are seeded anew")
 
@@ -80,7 +83,7 @@ class CheckpointSeries:
         began = time.perf_counter()
         await self._poll(trainer, wait=True)
         folder = finding.path_of(self._folder, step)
-        await trainer.call("save_checkpoint", folder=str(folder), state=state)
+        await trainer.call(FolderOperations.save_checkpoint, folder=str(folder), state=state)
         self._saving = _Saving(folder, step, time.perf_counter() - began)
         if not self._settings.asynchronous:
             await self._poll(trainer, wait=True)
@@ -101,7 +104,7 @@ class CheckpointSeries:
         if self._saving is None:
             return
         began = time.perf_counter()
-        progress = await trainer.call("checkpoint_progress", wait=wait)
+        progress = await trainer.call(FolderOperations.checkpoint_progress, wait=wait)
         if not progress["is_done"]:
             return
         saving, self._saving = self._saving, None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NoReturn, cast
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
 
 import msgspec
 import zmq
@@ -28,9 +28,12 @@ from megatron_r1.trainer_client.prompt_packing import pack_by_prompt
 from megatron_r1.trainer_client.rank_processes import RankProcesses
 from megatron_r1.trainer_client.rank_socket import RankSocket
 from megatron_r1.trainer_client.sample_cost import sample_cost
+from megatron_r1.training.operations import ModelOperations
 from megatron_r1.training.sample import Buffer, ReplicaSamples, Sample, encode_samples
-from megatron_r1.training.wire import Call, RankDescription, Reply
+from megatron_r1.training.wire import LOAD, STOP, Call, RankDescription, Reply
 
+P = ParamSpec("P")
+R = TypeVar("R")
 POLL_SECONDS = 0.5
 CONNECTIONS, OTHER_FILES = 2, 600
 """Open files: connections of each rank, for calls and for its monitor; and those of the run, mostly
@@ -132,7 +135,7 @@ class TrainerClient:
         `packing/waste` and `packing/fill` (`packing.Packing`), `packing/microbatches` per rank and
         update, and `packing/padding`, the share of padding tokens."""
         packings, shares = await asyncio.to_thread(self._shares, minibatches, unit)
-        loaded = self._last_stage(await self._everywhere("load", shares=shares))
+        loaded = self._last_stage(await self._everywhere(LOAD, shares=shares))
         self._packings = packings
         return {
             "packing/waste": fmean(p.waste for p in packings),
@@ -173,7 +176,7 @@ class TrainerClient:
         Raises TrainerError when loss or gradient is not finite: the weights are then lost, and the
         newest checkpoint is from before this step."""
         metrics = await self.call(
-            "update",
+            ModelOperations.update,
             index=index,
             loss=loss,
             settings=settings,
@@ -185,15 +188,17 @@ class TrainerClient:
 
     async def update_critic(self, index: int, learning_rate: float) -> dict[str, float]:
         """Make one optimizer step of the critic on mini-batch `index`; return its metrics. Errors
-        as `update`. The operations "compute_values" and "compute_token_advantages" come first."""
-        metrics = await self.call("update_critic", index=index, learning_rate=learning_rate)
+        as `update`. The operations `compute_values` and `compute_token_advantages` come first."""
+        metrics = await self.call(
+            ModelOperations.update_critic, index=index, learning_rate=learning_rate
+        )
         _require_finite(metrics, ("value/loss", "value/grad_norm"), "critic.learning_rate")
         return metrics
 
     async def sample_scores(self) -> list[list[float]]:
         """Return a score model's scores of the loaded samples, in the order given to `load`:
         result[mini-batch][sample]."""
-        replies = await self.call_all("sample_scores")
+        replies = await self.call_all(ModelOperations.sample_scores)
         result = [[math.nan] * sum(map(len, chain(*p.shares))) for p in self._packings]
         for rank, reply in zip(self.ranks, replies, strict=True):
             for scores, packing, by_microbatch in zip(
@@ -204,16 +209,24 @@ class TrainerClient:
                     scores[i] = score
         return result
 
-    async def call(self, operation: str, **arguments: Any) -> dict[str, Any]:
-        """Run `operation` on every rank; return the result of the last pipeline stage."""
-        return self._last_stage(await self._everywhere(operation, arguments))
+    async def call(
+        self, operation: Callable[Concatenate[Any, P], R], *_: P.args, **arguments: P.kwargs
+    ) -> R:
+        """Run `operation`, a method of a protocol in `training.operations`, on every rank; return
+        the result of the last pipeline stage."""
+        results = await self._everywhere(operation.__name__, arguments)
+        return cast(R, self._last_stage(results))
 
     async def call_all(
-        self, operation: str, *, begun: Callable[[], object] | None = None, **arguments: Any
-    ) -> list[dict[str, Any]]:
+        self,
+        operation: Callable[Concatenate[Any, P], R],
+        begun: Callable[[], object] | None = None,
+        *_: P.args,
+        **arguments: P.kwargs,
+    ) -> list[R]:
         """Run `operation` on every rank; return all results, by rank. begun: called when earlier
         calls are done and this one starts."""
-        return await self._everywhere(operation, arguments, begun=begun)
+        return cast(list[R], await self._everywhere(operation.__name__, arguments, begun=begun))
 
     async def probe(
         self, sequences: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]]
@@ -223,7 +236,7 @@ class TrainerClient:
 
         sequences: (prompt_ids, response_ids, logprobs) of each."""
         samples = [Sample.pack(*sequence) for sequence in sequences]
-        return (await self.call("probe", samples=samples))["probe/mean"]
+        return (await self.call(ModelOperations.probe, samples=samples))["probe/mean"]
 
     async def restart(self) -> None:
         """Kill the remaining ranks and start all again, with their initial weights; return when
@@ -242,7 +255,7 @@ class TrainerClient:
     async def close(self) -> None:
         if self.ranks and self.processes.are_alive and self.is_usable:
             with contextlib.suppress(TimeoutError, TrainerError):
-                await asyncio.wait_for(self.call("stop"), timeout=10)
+                await asyncio.wait_for(self._everywhere(STOP), timeout=10)
             self.processes.stop()
         self.kill()
         self.socket.close()

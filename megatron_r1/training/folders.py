@@ -1,6 +1,5 @@
 """The operations of a trainer rank that write and read folders: checkpoints and exports."""
 
-from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from megatron_r1 import weights
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.training.checkpoints import contents, loading
 from megatron_r1.training.checkpoints.writer import CheckpointWriter
+from megatron_r1.training.operations import CheckpointProgress, Damage, LoadedCheckpoint
 from megatron_r1.training.trainer import Trainer
 from megatron_r1.weights.adapters.stored import save_adapter
 
@@ -51,21 +51,25 @@ class Folders:
         self._writer.save(Path(folder), partial(contents.sharded, self._trainer.networks()), state)
         torch.cuda.empty_cache()  # of engines on the same GPU
 
-    def checkpoint_progress(self, wait: bool = False) -> dict[str, Any]:
+    def checkpoint_progress(self, wait: bool = False) -> CheckpointProgress:
         """Return is_done, error (a sentence or None) and seconds of the latest `save_checkpoint`.
 
         wait: until it is done."""
         progress = self._writer.progress(wait)
         assert progress is not None, "save_checkpoint() comes first"
-        return asdict(progress)
+        return {
+            "is_done": progress.is_done,
+            "error": progress.error,
+            "seconds": progress.seconds,
+        }
 
-    def verify_checkpoint(self, folder: str) -> dict[str, Any]:
+    def verify_checkpoint(self, folder: str) -> Damage:
         """Return {"damage": lines}, the faults of `folder` that `checkpoint.verify` looks for."""
         damage = loading.damage(Path(folder), self._trainer.config.checkpoint.verify)
         self._verified = None if damage else folder
         return {"damage": damage}
 
-    def load_checkpoint(self, folder: str, reference: bool) -> dict[str, Any]:
+    def load_checkpoint(self, folder: str, reference: bool) -> LoadedCheckpoint:
         """Verify `folder` and continue from it; `reference`: whether it holds a reference policy.
 
         Returns is_same_layout: whether the random streams were restored too."""

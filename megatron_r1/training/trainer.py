@@ -12,7 +12,6 @@ prompts or rewards."""
 from functools import partial
 from typing import Any
 
-import msgspec
 from torch import Tensor, nn
 
 from megatron_r1 import models, platform, weights
@@ -30,6 +29,7 @@ from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.head import Head
 from megatron_r1.training.losses import Loss, LossTerms
 from megatron_r1.training.metrics import Maximum, Mean, Metrics, merge, nan_max, reduce_over_data
+from megatron_r1.training.operations import SampleScores
 from megatron_r1.training.packed import TokenSplit, check_token_ids, packed_batch
 from megatron_r1.training.packed_routing import RoutingPart
 from megatron_r1.training.passes import Compute, free_gradients, optimizer_step, run_passes
@@ -235,7 +235,7 @@ class Trainer:
         assert self.critic is not None, "the recipe has no critic"
         return self.critic.update(self.minibatches[index], learning_rate, self._is_last(index))
 
-    def sample_scores(self) -> dict[str, list[list[list[float]]]]:
+    def sample_scores(self) -> SampleScores:
         """Return {"scores": s}, s[i][m] a score model's scores of the samples of micro-batch m of
         mini-batch i; empty on ranks before the last stage."""
         scores: list[list[list[float]]] = []
@@ -244,14 +244,14 @@ class Trainer:
             scores.append(reports if self.position.last_stage else [])
         return {"scores": scores}
 
-    def probe(self, samples: list[dict[str, Any]]) -> dict[str, float]:
+    def probe(self, samples: list[Sample]) -> dict[str, float]:
         """Return the mean and the largest difference of an engine's log-probabilities, at
         temperature 1, and the trainer's.
 
         samples: the same on every rank; loaded ones stay."""
-        own = msgspec.convert(samples, list[Sample])
-        check_token_ids(own, self.hf["vocab_size"])
-        batches = [packed_batch(s, self.split, platform.device()) for s in self._in_rounds([own])]
+        check_token_ids(samples, self.hf["vocab_size"])
+        rounds = self._in_rounds([samples])
+        batches = [packed_batch(s, self.split, platform.device()) for s in rounds]
         with self.replay.paused():  # an engine's answer to a probe comes without its routing
             self._fill_logprobs(batches, "old", 1.0)
         mean, largest = self._engine_gap(batches, "old")

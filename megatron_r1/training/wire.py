@@ -14,15 +14,8 @@ MONITOR = b"monitor-"
 SUPERVISED = "megatron_r1.training.losses:supervised"
 """The loss of sft in `Trainer.update`."""
 
-FOLDER_OPERATIONS = (
-    "export",
-    "export_adapter",
-    "save_checkpoint",
-    "checkpoint_progress",
-    "verify_checkpoint",
-    "load_checkpoint",
-)
-"""Methods of `folders.Folders`."""
+LOAD, STOP = "load", "stop"
+"""The calls that are no `operations`: samples follow the first, and the last ends the rank."""
 
 
 def identity(rank: int) -> bytes:
@@ -36,7 +29,8 @@ def monitor_identity(rank: int) -> bytes:
 
 
 class Call(msgspec.Struct, frozen=True):
-    """Controller → rank: run `operation` with `arguments`. The leader of a replica gets the parts
+    """Controller → rank: run `operation`, a method's name in `training.operations`, with
+    `arguments`. The leader of a replica gets the parts
     of an encoded `ReplicaSamples` after it, and forwards them to the others."""
 
     operation: str

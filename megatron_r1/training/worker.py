@@ -6,25 +6,31 @@ import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 import zmq
 
 from megatron_r1 import platform
 from megatron_r1.config import Config
-from megatron_r1.config.losses import LossSettings, TokenSettings
 from megatron_r1.errors import UserError
 from megatron_r1.processes import collective_timeouts, timeline
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT, protect_client
 from megatron_r1.training import distributed
 from megatron_r1.training.collectives import collective
 from megatron_r1.training.distributed import GridPosition
+from megatron_r1.training.operations import (
+    FolderOperations,
+    ModelOperations,
+    PushOperations,
+    names,
+)
 from megatron_r1.training.rank_monitor import IDLE, RankMonitor
 from megatron_r1.training.replica import Replica
 from megatron_r1.training.sample import decode_samples
 from megatron_r1.training.wire import (
-    FOLDER_OPERATIONS,
+    LOAD,
+    STOP,
     Call,
     RankDescription,
     Reply,
@@ -50,7 +56,7 @@ def serve_under_torchrun(config: Config, find_controller: Callable[[], str | Non
 
 
 def serve(config: Config, address: str, position: GridPosition | None = None) -> None:
-    """Connect to the controller at `address` (tcp://host:port) and run its calls until "stop".
+    """Connect to the controller at `address` (tcp://host:port) and run its calls until `STOP`.
 
     An operation that fails is answered with the message of a UserError, or else a traceback, and
     ends the process: its peers may already wait in a collective, and only a restart brings all
@@ -83,7 +89,7 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
             parts = [part.buffer for part in socket.recv_multipart(copy=False)]
             call = decode(parts[0])
             rank_monitor.enter(call.operation)
-            if call.operation == "stop":
+            if call.operation == STOP:
                 rank_monitor.expect_stop()
                 reply({})
                 return
@@ -132,7 +138,7 @@ def _connected(name: bytes, address: str) -> zmq.Socket:
 
 
 class Operations:
-    """The operations that the controller may call: "load" and those named below."""
+    """What the controller may call: "load" and `methods`."""
 
     def __init__(self, config: Config, position: GridPosition):
         # These import Megatron, which is possible only after platform.prepare().
@@ -145,15 +151,9 @@ class Operations:
         self.position, self.replica = position, Replica(position, slowest)
         self.trainer = Trainer(config, position)
         self.implementations = implementations.in_use(self.trainer)
-        self._homes = {
-            operation: home
-            for home, operations in (
-                (self.trainer, TRAINER_OPERATIONS),
-                (Folders(self.trainer), FOLDER_OPERATIONS),
-                (WeightPush(self.trainer.model_chunks, self.trainer.hf, config), PUSH_OPERATIONS),
-            )
-            for operation in operations
-        }
+        push = WeightPush(self.trainer.model_chunks, self.trainer.hf, config)
+        self._methods = methods(self.trainer, Folders(self.trainer), push)
+        self._types = argument_types()
 
     def describe(self) -> RankDescription:
         """Return the reply to the rank's start."""
@@ -176,36 +176,53 @@ class Operations:
     def run(self, call: Call, share: Sequence[memoryview] = ()) -> dict[str, Any]:
         """Run one operation; its result is JSON-like. share: of "load", on the leader of a replica:
         the parts of `sample.encode_samples`. Raises ValueError for an unknown operation."""
-        if call.operation == "load":
+        if call.operation == LOAD:
             broadcast = self.replica.broadcast
             headers, buffers = broadcast(share[:1]), broadcast(share[1:])
             return self.trainer.load(decode_samples(headers, buffers))
-        if call.operation not in self._homes:
-            raise ValueError(f"unknown operation {call.operation!r}: use {', '.join(self._homes)}")
-        arguments = call.arguments
-        if call.operation in SETTINGS:
-            own = msgspec.convert(arguments["settings"], SETTINGS[call.operation])
-            arguments = {**arguments, "settings": own}
-        return getattr(self._homes[call.operation], call.operation)(**arguments) or {}
+        if call.operation not in self._methods:
+            known = ", ".join(self._methods)
+            raise ValueError(f"unknown operation {call.operation!r}: use {known}")
+        types = self._types[call.operation]
+        arguments = {
+            name: msgspec.convert(value, types.get(name, Any))
+            for name, value in call.arguments.items()
+        }
+        return self._methods[call.operation](**arguments) or {}
 
 
-SETTINGS: dict[str, Any] = {
-    "update": LossSettings | None,
-    "compute_token_advantages": TokenSettings,
-}
-"""The types of the argument `settings`, which msgpack carries as a mapping."""
-TRAINER_OPERATIONS = (
-    "keep_reference",
-    "compute_logprobs",
-    "compare_with_engines",
-    "compute_values",
-    "compute_token_advantages",
-    "update",
-    "update_critic",
-    "sample_scores",
-    "probe",
-    "yield_memory",
-)
-"""Methods of `trainer.Trainer`; "load" is another."""
-PUSH_OPERATIONS = ("open_push", "connect_sets", "send_weights")
-"""Methods of `weight_sync.sender.WeightPush`."""
+def methods(
+    trainer: ModelOperations, folders: FolderOperations, push: PushOperations
+) -> dict[str, Callable[..., Any]]:
+    """Return the methods that the controller may call, by their names."""
+    operations: list[Callable[..., Any]] = [
+        trainer.keep_reference,
+        trainer.compute_logprobs,
+        trainer.compare_with_engines,
+        trainer.compute_values,
+        trainer.compute_token_advantages,
+        trainer.update,
+        trainer.update_critic,
+        trainer.sample_scores,
+        trainer.probe,
+        trainer.yield_memory,
+        folders.export,
+        folders.export_adapter,
+        folders.save_checkpoint,
+        folders.checkpoint_progress,
+        folders.verify_checkpoint,
+        folders.load_checkpoint,
+        push.open_push,
+        push.connect_sets,
+        push.send_weights,
+    ]
+    return {operation.__name__: operation for operation in operations}
+
+
+def argument_types() -> dict[str, dict[str, Any]]:
+    """Return the type of each argument of each operation: msgpack carries a mapping or a list."""
+    return {
+        name: get_type_hints(getattr(protocol, name))
+        for protocol in (ModelOperations, FolderOperations, PushOperations)
+        for name in names(protocol)
+    }

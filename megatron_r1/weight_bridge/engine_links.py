@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -13,15 +13,10 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.training.operations import PushOperations
 from megatron_r1.weight_sync.plan.engine_sets import engine_sets
 from megatron_r1.weight_sync.plan.recipe import max_engines
-from megatron_r1.weight_sync.results import (
-    ConnectedSets,
-    Failure,
-    OpenedPush,
-    SentWeights,
-    StoreUnreachable,
-)
+from megatron_r1.weight_sync.results import Failure, StoreUnreachable
 
 CONNECT_SECONDS = 120.0
 """Limit for the ranks of a set and of the trainer to find each other."""
@@ -88,7 +83,7 @@ class EngineLinks:
 
     async def open(self) -> None:
         """Let the trainer's ranks prepare to send."""
-        (first, *_) = cast(list[OpenedPush], await self.trainer.call_all("open_push"))
+        (first, *_) = await self.trainer.call_all(PushOperations.open_push)
         host, port = first["store"]
         self.store = self.store_host or host, port
 
@@ -159,10 +154,10 @@ class EngineLinks:
         sets = [s for s in self.sets if set(s.engines) & set(engines)]
         gone, self._gone = self._gone, []
         replies = await self.trainer.call_all(
-            "send_weights", push=push, sets=[s.name for s in sets], gone=gone
+            PushOperations.send_weights, push=push, sets=[s.name for s in sets], gone=gone
         )
         failures: dict[str, list[Failure]] = {}
-        for result in cast(list[SentWeights], replies):
+        for result in replies:
             for name, problem in result["problems"].items():
                 failures.setdefault(name, []).append(msgspec.convert(problem, Failure))
         incomplete: list[Engine] = []
@@ -208,9 +203,9 @@ class EngineLinks:
 
         try:
             # The engines' timeout begins with the trainer's turn, which may be computing for long.
-            replies = await self.trainer.call_all(
-                "connect_sets",
-                begun=call_engines,
+            results = await self.trainer.call_all(
+                PushOperations.connect_sets,
+                call_engines,
                 sets=[(engine_set.name, len(engine_set.engines)) for engine_set in sets],
                 layout=self.layout,
                 transport=self.settings.transport,
@@ -218,7 +213,6 @@ class EngineLinks:
                 push_seconds=self.settings.timeout_seconds,
                 gone=gone,
             )
-            results = cast(list[ConnectedSets], replies)
             problems: dict[str, str] = {}
             for rank, result in enumerate(results):
                 for name, problem in result["problems"].items():

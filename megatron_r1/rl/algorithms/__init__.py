@@ -90,8 +90,8 @@ def of_graded(
     and no denominator, of policy, KL, entropy and critic. `training.packed` takes no token of a
     sample with advantage NaN for a response token, and counts no trajectory for it. Ungraded are a
     response whose reward failed, and an episode that ended for a reason that is not the policy's
-    (`engine.episodes`). A response that is cut off at its limit of tokens is the policy's own: it is
-    graded and trained on."""
+    (`engine.episodes`). A response that is cut off at its limit of tokens is the policy's own: it
+    is graded and trained on."""
     numbers = advantages(groups, rl)
     return [
         [math.nan if r is None else a for a, r in zip(*pair, strict=True)]

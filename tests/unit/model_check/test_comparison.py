@@ -5,6 +5,7 @@ import asyncio
 from megatron_r1.config import Config
 from megatron_r1.model_check import comparison
 from megatron_r1.model_check.findings import ReferenceResult
+from megatron_r1.training.operations import ModelOperations
 
 
 class ProbedTrainer:
@@ -23,7 +24,7 @@ class ProbedTrainer:
         pass
 
     async def call(self, operation, samples):
-        assert operation == "probe"
+        assert operation == ModelOperations.probe
         self.probed.extend(samples)
         return {"probe/max": 0.25}
 

@@ -9,6 +9,7 @@ from waiting import until
 from megatron_r1.config import Config
 from megatron_r1.errors import TrainerLost
 from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.training.operations import ModelOperations, PushOperations
 from megatron_r1.training.wire import Call, Reply
 
 
@@ -47,12 +48,12 @@ def test_the_reply_to_a_cancelled_call_is_not_taken_for_the_next_one(client):
     """An engine that ends while it connects cancels the trainer's part of the connection."""
 
     async def story():
-        given_up = asyncio.create_task(client.call("connect_sets"))
-        waits = asyncio.create_task(client.call("probe"))
+        given_up = asyncio.create_task(client.call(PushOperations.connect_sets))
+        waits = asyncio.create_task(client.call(ModelOperations.probe))
         await until(client.socket.calls.qsize)
         given_up.cancel()
         waits.cancel()  # not sent to the rank yet
-        after = asyncio.create_task(client.call("update"))
+        after = asyncio.create_task(client.call(ModelOperations.update))
         await asyncio.sleep(0.05)
         assert not after.done() and not client.is_usable
         client.socket.answers.set()
@@ -64,10 +65,12 @@ def test_the_reply_to_a_cancelled_call_is_not_taken_for_the_next_one(client):
 def test_begun_is_called_when_the_call_is_sent_to_the_ranks(client):
     async def story():
         waiting = []
-        first = asyncio.create_task(client.call("compute_logprobs"))
+        first = asyncio.create_task(client.call(ModelOperations.compute_logprobs))
         await until(client.socket.calls.qsize)
         second = asyncio.create_task(
-            client.call_all("connect_sets", begun=lambda: waiting.append(client.waiting))
+            client.call_all(
+                PushOperations.connect_sets, begun=lambda: waiting.append(client.waiting)
+            )
         )
         await asyncio.sleep(0.05)
         assert not waiting
@@ -82,7 +85,7 @@ def test_begun_is_called_when_the_call_is_sent_to_the_ranks(client):
 def test_a_call_while_the_ranks_start_again_is_a_loss_and_not_an_empty_reply(client):
     client.ranks = []
     with pytest.raises(TrainerLost, match="send_weights"):
-        asyncio.run(client.call_all("send_weights"))
+        asyncio.run(client.call_all(PushOperations.send_weights))
     client.ranks = [{"rank": 0, "last_stage": True, "leads_replica": False}]
     client.socket.answers.set()
-    assert asyncio.run(client.call("update")) == {"operation": "update"}
+    assert asyncio.run(client.call(ModelOperations.update)) == {"operation": "update"}

@@ -13,6 +13,7 @@ from megatron_r1.config import CheckpointConfig
 from megatron_r1.errors import Cause, TrainerError
 from megatron_r1.trainer_client.checkpoint_series import CheckpointSeries
 from megatron_r1.training.checkpoints import finding, manifest
+from megatron_r1.training.operations import FolderOperations
 
 
 def make(checkpoints: Path, step: int) -> Path:
@@ -85,12 +86,12 @@ class Ranks:
         self.polls_until_done = 0
 
     async def call(self, operation, **arguments):
-        self.calls.append(operation)
-        if operation == "verify_checkpoint":
+        self.calls.append(operation.__name__)
+        if operation == FolderOperations.verify_checkpoint:
             return {"damage": manifest.damage(Path(arguments["folder"]), self.verify)}
-        if operation == "load_checkpoint":
+        if operation == FolderOperations.load_checkpoint:
             return {"is_same_layout": True}
-        if operation == "save_checkpoint":
+        if operation == FolderOperations.save_checkpoint:
             self.folder, self.state = Path(arguments["folder"]), arguments["state"]
             self.polls = 0
             return {}

@@ -21,6 +21,7 @@ from megatron_r1.engine.errors import (
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import TrainerLost
 from megatron_r1.fleet.engine import Engine
+from megatron_r1.training.operations import PushOperations
 from megatron_r1.weight_bridge.bridge import Prober, WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
 
@@ -37,7 +38,7 @@ class TrainerThatIsLost:
         self.is_connecting, self.goes = asyncio.Event(), asyncio.Event()
 
     async def call_all(self, operation, begun=None, **arguments):
-        if operation == "connect_sets":
+        if operation == PushOperations.connect_sets:
             self.is_connecting.set()
             await self.goes.wait()
             raise TrainerLost("trainer rank 0 was killed by signal 9")
@@ -87,7 +88,7 @@ class SmallTrainer:
         if begun:
             begun()
         problems = {}
-        if operation == "send_weights" and self.failures:
+        if operation == PushOperations.send_weights and self.failures:
             members = self.failures.pop(0)
             if members is not None:
                 failure = {"error": "Connection reset", "members": members, "is_damaged": False}
@@ -100,7 +101,7 @@ class SmallTrainer:
         return [
             [size for _, size in arguments["sets"]]
             for operation, arguments in self.calls
-            if operation == "connect_sets"
+            if operation == PushOperations.connect_sets
         ]
 
     async def call(self, operation, **arguments):
@@ -212,7 +213,7 @@ def test_the_trainer_forgets_engines_that_are_gone():
         return [
             (arguments["sets"], arguments["gone"])
             for operation, arguments in trainer.calls
-            if operation == "send_weights"
+            if operation == PushOperations.send_weights
         ]
 
     first, second, third = asyncio.run(story())
@@ -258,7 +259,7 @@ class TrainerThatConnectsNone(SmallTrainer):
 
     async def call_all(self, operation, begun=None, **arguments):
         (answer,) = await super().call_all(operation, begun, **arguments)
-        if operation == "connect_sets":
+        if operation == PushOperations.connect_sets:
             problem = "the engine takes no pushes", "offer/3 is not there"
             for name, size in arguments["sets"]:
                 answer["problems"][name] = problem[size == 1]
@@ -294,7 +295,9 @@ def test_a_push_is_repeated_for_the_others_of_a_set_whose_engine_is_lost():
         bridge = sharing_bridge(trainer, fleet)
         await bridge.open()
         await bridge.push(1)
-        sends = [a["push"] for operation, a in trainer.calls if operation == "send_weights"]
+        sends = [
+            a["push"] for operation, a in trainer.calls if operation == PushOperations.send_weights
+        ]
         return trainer.sets(), sends, fleet.lost
 
     sets, sends, lost = asyncio.run(story())
@@ -429,7 +432,7 @@ def test_the_timeout_of_an_engine_begins_with_the_trainer_s_turn():
 
     class BusyTrainer(SmallTrainer):
         async def call_all(self, operation, begun=None, **arguments):
-            if operation == "connect_sets":
+            if operation == PushOperations.connect_sets:
                 await asyncio.sleep(0.05)
                 happened.append("turn")
             return await super().call_all(operation, begun, **arguments)

@@ -14,6 +14,7 @@ from waiting import PATIENT
 from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import ConnectionBroken, EngineDied, PushIncomplete
 from megatron_r1.fleet.engine import Engine
+from megatron_r1.training.operations import PushOperations
 from megatron_r1.weight_bridge.bridge import WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
@@ -43,11 +44,11 @@ class Trainer:
             self.senders.append(sender)
 
     async def call_all(self, operation, begun=None, **arguments):
-        if operation == "open_push":
+        if operation == PushOperations.open_push:
             return [{"store": ["127.0.0.1", self.store.port]}]
         if begun:
             begun()
-        name = {"connect_sets": "connect", "send_weights": "send"}[operation]
+        name = {"connect_sets": "connect", "send_weights": "send"}[operation.__name__]
         calls = [partial(getattr(sender, name), **arguments) for sender in self.senders]
         return await asyncio.to_thread(run_all, calls)
 

@@ -31,6 +31,7 @@ from megatron_r1.rl.step_sampler import StepSampler
 from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.trainer_client.recorder import RunState
+from megatron_r1.training.operations import ModelOperations
 from tools.bench.controller import synthetic
 from tools.bench.controller.watch import Watch
 from tools.bench.controller.work import (
@@ -206,7 +207,7 @@ async def _call_all(trainer: TrainerClient) -> list[float]:
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
-        await trainer.call_all("compare_with_engines")
+        await trainer.call_all(ModelOperations.compare_with_engines)
         seconds.append(time.perf_counter() - began)
     return seconds
 

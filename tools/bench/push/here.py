@@ -18,6 +18,7 @@ import torch
 from megatron_r1.config import Config
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.trainer_client.client import TrainerClient
+from megatron_r1.training.operations import FolderOperations
 from megatron_r1.weight_bridge.bridge import WeightBridge
 from megatron_r1.weight_bridge.engine_links import EngineLinks
 from megatron_r1.weights import hf_tensors
@@ -57,7 +58,7 @@ async def measure(
     settings["plain_matrices"] = plain_matrices
     try:
         await trainer.connect()
-        await trainer.call("export", folder=str(folder / "export"))
+        await trainer.call(FolderOperations.export, folder=str(folder / "export"))
         async with RolloutFleet(1, folder / "logs", dtype=dtype, **settings) as fleet:
             await fleet.start(folder / "export", version=-1)
             return await _measure(trainer, fleet, config, shape, folder, repeats, num_reloads)
@@ -131,7 +132,7 @@ def _copy_seconds(source: torch.Tensor, target: torch.Tensor) -> float:
 async def _export_and_reload(trainer, fleet, folder: Path) -> dict[str, float]:
     """Export a folder to disk, synced, and let vLLM's own reload_weights read it."""
     start = time.perf_counter()
-    await trainer.call("export", folder=str(folder))
+    await trainer.call(FolderOperations.export, folder=str(folder))
     exported = time.perf_counter()
     client = fleet.engines[0].client
     await client.pause()
