@@ -9,5 +9,6 @@ operations and records the run. No torch; the ranks' side is `megatron_r1.traini
     recorder.py, checkpoint_series.py the run's folder and trackers; its checkpoints
     cpu_memory.py                     what a run takes on a host without GPUs
 
-Both sides import `training.wire`, their messages, and the files of `training.checkpoints` and
-`training.shared_prompts` that need no torch."""
+Both sides import `training.operations`, the protocols of the ranks' operations, `training.wire`,
+their messages, and the files of `training.checkpoints` and `training.shared_prompts` that need no
+torch."""

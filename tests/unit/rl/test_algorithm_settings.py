@@ -24,6 +24,7 @@ from megatron_r1.rl.rollout import GradedResponse, Group
 from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.rl.training_samples import training_samples
 from megatron_r1.trainer_client.recorder import RunState
+from megatron_r1.training.operations import ModelOperations
 
 
 def test_the_recipe_comes_before_the_preset_before_the_algorithm_before_the_field(tmp_path):
@@ -187,7 +188,8 @@ def test_the_reference_is_not_replaced_before_the_first_update_of_the_policy():
     for state.optimizer_step in (0, 4, 8, 12, 16):
         asyncio.run(tested.refresh_reference_if_due(config))
         calls.append(state.optimizer_step)
-    assert calls == [0, 4, "keep_reference", 8, 12, "keep_reference", 16]
+    keep = ModelOperations.keep_reference
+    assert calls == [0, 4, keep, 8, 12, keep, 16]
 
 
 def passes(config):
