@@ -86,11 +86,20 @@ TERM_AFTER = re.compile(
 """A number before it is the first term of an expression: `13 - x`, `12-13`, `2 ⅝`."""
 FORMULA_TERM_AFTER = re.compile(r"[\s$)]{0,9}[-*/^][\s$(]{0,9}[B-HJ-Z](?![A-Za-z])")
 """The same within a formula, `x = 13 - B`. `The answer is 13 - B` names a choice."""
+HAN = "[\u4e00-\u9fff]"
+BESIDE_HAN = re.compile(rf"(?<={HAN})(?=[-+]?[$¥￥]?\d)|(?<=\d)(?={HAN})")
+HAN_BEFORE = re.compile(
+    r"(?:不|非|未|到|于|过|约|近|负|第|之|多|少|几|[加减乘除或和与])\s{0,9}$|(?:至少|最多|可能|也许)(?:是|有)?\s{0,9}$"
+    r"|(?:不是|没有|不等于)\s{0,9}$"
+)
+HAN_AFTER = re.compile(r"\s{0,9}(?:[多余几半倍折成或加减乘除]|左右|以上|以下|分之|不|是错|错)")
+"""Chinese words beside a number that change or deny it: `约 15`, `15 多`."""
 LABEL = re.compile(r"\s*(?:\(?[A-Ha-h]\)|[A-H])\s+-")
 """The letter of a choice and a dash, `B - 13`, is no formula either."""
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 DENIED = re.compile(
     rf"(?:(?:{DENIAL.pattern}"
+    r"|\b(?:thought|guessed|claimed)\b"
     r"|\b(?:up to|by one|square|cube|root|sqrt|log|ln|before|after|times)\b)[\s$*(]{0,9}"
     r"(?:(?:be|is|are|equal|exactly|to|of|from|by|it|that|the|say|think|answer)\b[\s$*:]{0,9}){0,4}"
     r"|(?<!answer)[<>≤≥≠≈~±]\s*=?[\s$]{0,9}|!=[\s$]{0,9}|[√∛∜][\s$(]{0,9}"
@@ -111,8 +120,10 @@ ROUNDED = re.compile(
 
 
 def with_plain_signs(line: str) -> str:
-    """Return a line with ASCII minus signs, right before their numbers, and ASCII fractions."""
-    return SIGN_APART.sub(r"\1\2", DASH.sub(" - ", line).translate(SIGNS))
+    """Return a line with ASCII minus signs, right before their numbers, ASCII fractions, and spaces
+    between Chinese words and numbers."""
+    line = SIGN_APART.sub(r"\1\2", DASH.sub(" - ", line).translate(SIGNS))
+    return BESIDE_HAN.sub(" ", line)
 
 
 def last_number(text: str) -> Extraction | None:
@@ -125,6 +136,9 @@ def last_number(text: str) -> Extraction | None:
         return None
     last = numbers[-1]
     before = text[: last.start()]
+    if HAN_BEFORE.search(before) or HAN_AFTER.match(text, last.end()):
+        said = shorten(text[max(0, last.start() - 9) : last.end() + 9])
+        return Extraction(None, f"no answer found: the last line changes {last[0]}: {said}")
     rounded = ROUNDED.search(before)
     if rounded and "." not in last["number"]:
         said = shorten(text[rounded.start() : last.end()])

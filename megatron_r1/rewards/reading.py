@@ -24,6 +24,7 @@ from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.box import changes_box
 from megatron_r1.rewards.last_number import last_number, with_plain_signs
 from megatron_r1.rewards.marked import marked_answer
+from megatron_r1.rewards.scales import with_scales
 from megatron_r1.rewards.wording import after_answer_is
 
 Reading = Literal["strict", "tags", "boxed", "last", "auto"]
@@ -35,6 +36,13 @@ NUMERIC_TRUTH = re.compile(r"\s*[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+
 EMPHASIS = "*_` "
 EMPHASIZED = re.compile(r"(?<![\w)*])\*\*([^*\n]+)\*\*(?![\w(*])")
 MAX_LINE_CHARS = 2_000
+CLOSING_LINE = re.compile(
+    r"(?:does (?:this|that) (?:make sense|help)|let me know|(?:i )?hope (?:this|that|it)"
+    r"|(?:please )?feel free|is there anything|would you like|do you (?:have|want|need)"
+    r"|if you (?:have|need|want))\b[^\d\\]{0,200}",
+    re.IGNORECASE,
+)
+MAX_CLOSING_LINES = 3
 
 
 def read_answer(
@@ -70,6 +78,17 @@ def read_answer(
     return Extraction(None, f"no answer found: {ABSENT.get(reading, 'the response is empty')}")
 
 
+def without_closing(text: str) -> str:
+    """Return a text without last lines that only close it: `Does that make sense?`."""
+    text = text.rstrip()
+    for _ in range(MAX_CLOSING_LINES):
+        before, _, line = text.rpartition("\n")
+        if not before.strip() or not CLOSING_LINE.fullmatch(line.strip()):
+            break
+        text = before.rstrip()
+    return text
+
+
 def is_number(truth: object) -> bool:
     """Return whether a truth is one number, written in digits."""
     return NUMERIC_TRUTH.fullmatch(str(truth)) is not None
@@ -94,7 +113,7 @@ def _boxed(visible: str, numeric: bool) -> Extraction | None:
 
 
 def _last(visible: str, numeric: bool) -> Extraction | None:
-    line = last_line(visible.rstrip())
+    line = last_line(without_closing(visible))
     if not line.strip():
         return None
     marked = marked_answer(visible, numeric)
@@ -111,7 +130,7 @@ def _last(visible: str, numeric: bool) -> Extraction | None:
         return present(answer, "in the last line")
     line = EMPHASIZED.sub(r"\1", line)
     if numeric:
-        line = with_plain_signs(line)
+        line = with_scales(with_plain_signs(line))
     stated = after_answer_is(line) or line
     if numeric:
         return last_number(stated) or present(stated, "in the last line")

@@ -4,24 +4,14 @@ Only a text that is such an amount as a whole is rewritten, truth and answer ali
 one meaning: 5 million is 5,000,000 and never 5."""
 
 import re
-from fractions import Fraction
 
+from megatron_r1.rewards.scales import CENTS, NUMBER, SCALE, scaled
 from megatron_r1.rewards.wording import DENIAL
 
 MAX_CHARS = 200
-NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,30}(?:\.\d{1,30})?"
-SCALES = {
-    **{"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12},
-    **{"万": 4, "亿": 8},
-}
 SCALED = re.compile(
-    rf"(?P<sign>[-−]?\s*\\?\$?\s*)(?P<number>{NUMBER})\s*(?:\\text\s*\{{\s*)?"
-    r"(?P<scale>(?:hundred|thousand|million|billion|trillion)(?![A-Za-z-])|万|亿)\s*"
+    rf"(?P<sign>[-−]?\s*\\?\$?\s*)(?P<number>{NUMBER})\s*(?:\\text\s*\{{\s*)?{SCALE}\s*"
     r"(?P<unit>[A-Za-z ]*)\}?",
-    re.IGNORECASE,
-)
-CENTS = re.compile(
-    r"\\?\$?\s*(?P<whole>\d{1,9})\s*(?:dollars?|euros?)?\s+and\s+(?P<cents>\d{1,2})\s*cents?",
     re.IGNORECASE,
 )
 RATIO = re.compile(r"(?P<part>\d{1,9})\s+(?:out\s+of|in)\s+(?P<whole>\d{1,9})", re.IGNORECASE)
@@ -81,9 +71,9 @@ def written_out(text: str) -> str:
     if (match := RATIO.fullmatch(text)) is not None:
         return rf"\frac{{{match['part']}}}{{{match['whole']}}}"
     if (match := SCALED.fullmatch(text)) is not None:
-        value = Fraction(match["number"].replace(",", "")) * 10 ** SCALES[match["scale"].lower()]
-        if value.denominator == 1:
-            return f"{match['sign']}{value} {match['unit']}".strip()
+        whole = scaled(match["number"], match["scale"])
+        if whole is not None:
+            return f"{match['sign']}{whole} {match['unit']}".strip()
     value = cardinal(text)
     return text if value is None else str(value)
 

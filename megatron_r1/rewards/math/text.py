@@ -6,7 +6,7 @@ import re
 import unicodedata
 from math import gcd
 
-from megatron_r1.rewards.math.units import NO_UNITS
+from megatron_r1.rewards.math.units import NO_UNITS, is_unit
 from megatron_r1.rewards.wording import (
     DENIAL,
     after_answer_is,
@@ -19,7 +19,9 @@ WRAPPED = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|textrm|mathit|textsf|mathsf|boldsymbol|mbox|emph)\s*\{([^{}]*)\}"
 )
 PREFIX = re.compile(
-    r"(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?\s*:?\s+", re.IGNORECASE
+    r"(?:(?:i|we) (?:would |will |)(?:choose|pick|select|go with) (?:(?:option|choice|answer) )?"
+    r"|(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?\s*:?\s+)",
+    re.IGNORECASE,
 )
 LABEL = re.compile(
     r"\(\s*(?P<round>[A-Ja-j])\s*\)[.:]?(?P<rest0>.*)"
@@ -46,6 +48,7 @@ STATED_IN_CHINESE = re.compile(r"(?<!错误)(?<!错误的)(?<!错)答案?(?:是|
 STATED_ELSEWHERE = re.compile(
     r"(?:(?:la |die |a |el )?(?:respuesta|réponse|antwort|resposta|risposta|odpowiedź|cevap|ответ"
     r"|đáp án|đáp số)(?: final(?:e)?| correcta?)?\s*(?:[:：=]|(?:es|est|ist|é|è)\b\s*:?)"
+    r"|(?:(?:故|因此|所以|综上)[，,]?\s*)?(?:应|正确)?选(?:择|项)?(?:是|为)?\s*[:：]?(?=\s*[(（]?[A-J])"
     r"|(?:答え|解答|答)\s*(?:は|[:：])|(?:정답|답)\s*(?:은|[:：]))\s*",
     re.IGNORECASE,
 )
@@ -64,6 +67,31 @@ ROUNDED = re.compile(
     r"|\\(?:approx|sim)(?![A-Za-z])\s*)(?=[\s$]*[-−]?\d*\.\d)",
     re.IGNORECASE,
 )
+STATED_VALUE = re.compile(
+    r"(?:the |its |their |our )?(?P<name>[a-z][a-z' ]{0,60}?) (?:is|are|equals?|was|were)"
+    r"(?: at| given by)?:? "
+    r"(?P<value>(?=[^A-Za-z]{0,9}(?:\d|[\[({\\]|[A-Za-z](?:\([a-z]\))?\s?[=^+*/-]))[^?!]*\d[^?!]*?)[\s.]*",
+    re.IGNORECASE,
+)
+r"""A sentence that states a value which is no single number: `The solutions are 7 and -2.`."""
+STATED_MOMENT = re.compile(
+    r"(?:the |its |their )?(?:[a-z]{1,20} ){0,2}(?:date|day|time) (?:is|was) (?P<value>.*?)[\s.]*",
+    re.IGNORECASE,
+)
+ANOTHER = re.compile(
+    r"^(?:it|this|that|which|what|he|she|they|there)$|\b(?:first|previous|next|initial|old|original|last|given|other|question|problem|step"
+    r"|answer|correct|reward|grade|score|hint)\b",
+    re.IGNORECASE,
+)
+SINGLE_NUMBER = re.compile(r"[-+]?[\d.,/]+\s*\\?%?")
+NAMING = frozenset(["time", "two", "three", "four", "five", "six"])
+"""Words of names that change a value elsewhere: `the two numbers are`."""
+VALUE_WORDS = frozenset(
+    [*("and", "or", "pi", "sqrt", "sin", "cos", "tan", "ln", "log", "infinity", "am", "pm")]
+)
+TWO_LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+UNIT_AT_END = re.compile(r"\s+((?:square |cubic )?[A-Za-z]{1,20})([²³]?)$")
+MAX_STATED_CHARS = 300
 CLOSING_WORDS = re.compile(r"[\s.]*I hope (?:it|this) is correct[\s.]*$", re.IGNORECASE)
 ENDING_FORMULA = re.compile(
     r"[^$\d\\]*(?P<formula>\$[^$]+\$|\$\$[^$]+\$\$|\\\((?:[^\\]|\\[^()])+\\\)"
@@ -75,7 +103,9 @@ OPENING_WORDS = re.compile(
 )
 IN_TEXT = re.compile(r"\\text(?:rm|bf|it)?\s*\{([^{}]*(?:\banswer\b|答案)[^{}]*)\}", re.IGNORECASE)
 IS_ANSWER = re.compile(
-    r"(?P<value>.*\S)\s+is (?:the|our|my) (?:final |correct )?answer[\s.]*", re.IGNORECASE
+    r"(?P<value>.*\S)\s+is (?:the|our|my) (?:final |correct )?answer[\s.]*"
+    r"|(?P<letter>\(?[A-J]\)?)\s+is (?:the )?(?:correct|right)(?: (?:choice|option|one))?[\s.]*",
+    re.IGNORECASE,
 )
 # `correct: 13` is what a grader would say.
 LABELLED = re.compile(
@@ -130,10 +160,34 @@ def stated_answer(text: str) -> str:
     if rest.strip("* \n.$"):
         text = rest.strip("* \n")
     elif (match := IS_ANSWER.fullmatch(text)) is not None:
-        text = match["value"]
+        text = match["value"] or match["letter"]
     if (match := ENDING_FORMULA.fullmatch(text)) is not None:
         return match["formula"] if leads_to_answer(text[: match.start("formula")]) else text
-    return _in_sentence(text) or text.lstrip("= ")
+    return _in_sentence(text) or _stated_value(text) or text.lstrip("= ")
+
+
+def _stated_value(text: str) -> str | None:
+    """Return the pair, interval, list, ratio, time, equation or formula of `The point is (2, -1)`,
+    with its unit; None for other text."""
+    if len(text) > MAX_STATED_CHARS:
+        return None
+    if (dated := STATED_MOMENT.fullmatch(text.strip())) and read_moment(dated["value"]):
+        return dated["value"]
+    match = STATED_VALUE.fullmatch(text.strip())
+    if match is None or DENIAL.search(match["name"]) or ANOTHER.search(match["name"]):
+        return None
+    if not NO_UNITS.isdisjoint({*match["name"].lower().split()} - NAMING):
+        return None
+    value = match["value"].replace("$", "").strip()
+    if SINGLE_NUMBER.fullmatch(value):  # of `_in_sentence`
+        return None
+    words = TWO_LETTERS.findall(WRAPPED.sub(" ", value))
+    *others, last = words or [""]
+    if last not in VALUE_WORDS and is_unit(last):
+        words = [word for word in others if word not in ("square", "cubic")]
+        if r"\text" not in value:
+            value = UNIT_AT_END.sub(r" \\text{ \1}\2", value)
+    return value if all(word.lower() in VALUE_WORDS for word in words) else None
 
 
 def _in_sentence(text: str) -> str | None:

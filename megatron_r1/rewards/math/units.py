@@ -132,6 +132,11 @@ def same_unit(left: str | None, right: str | None) -> bool:
     return left is None or right is None or left == right
 
 
+def is_unit(word: str) -> bool:
+    """Return whether a word is a known unit, in the singular or plural."""
+    return any(form in KNOWN for form in _forms(word))
+
+
 def _unit(words: str, power: str) -> str | None:
     is_one = any(form in KNOWN for form in _forms(words)[:2])
     parts = [words] if is_one else [part for part in re.split(r"[ /.-]+", words) if part]
