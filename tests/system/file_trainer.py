@@ -53,9 +53,9 @@ class FileTrainer:
             "connect_sets": self.sender.connect,
             "send_weights": self.sender.send,
         }
-        return await asyncio.to_thread(operations[operation], **arguments)
+        return await asyncio.to_thread(operations[operation.__name__], **arguments)
 
-    async def call_all(self, operation, *, begun=None, **arguments):
+    async def call_all(self, operation, begun=None, **arguments):
         if begun is not None:
             begun()
         return [await self.call(operation, **arguments)]

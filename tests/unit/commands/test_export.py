@@ -9,6 +9,7 @@ from megatron_r1.commands import export
 from megatron_r1.config import Config, ParallelConfig, dump
 from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.training.checkpoints import manifest
+from megatron_r1.training.operations import FolderOperations
 
 
 def checkpoint(folder, step, content):
@@ -46,8 +47,8 @@ class Trainer:
     async def close(self):
         pass
 
-    async def call(self, verb, folder, **arguments):
-        if verb == "load_checkpoint":
+    async def call(self, operation, folder, **arguments):
+        if operation == FolderOperations.load_checkpoint:
             self.checkpoint = export.Path(folder)
             return
         export.Path(folder).mkdir()

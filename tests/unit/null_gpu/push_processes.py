@@ -245,7 +245,10 @@ class Trainer:
     async def call_all(self, operation, begun=None, **arguments):
         if begun:
             begun()
-        return await asyncio.gather(*(rank.call(operation, **arguments) for rank in self.ranks))
+        return await self.run(operation.__name__, **arguments)
+
+    async def run(self, method, **arguments):
+        return await asyncio.gather(*(rank.call(method, **arguments) for rank in self.ranks))
 
     @property
     def pids(self):
@@ -323,7 +326,7 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
 
     async def push(version):
         await bridge.hold()
-        await trainer.call_all("train", version=version)
+        await trainer.run("train", version=version)
         start = time.monotonic()
         await bridge.push(version)
         seconds.append(round(time.monotonic() - start, 2))
