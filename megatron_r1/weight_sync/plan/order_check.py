@@ -1,12 +1,12 @@
 """Proves that an order of sends and receives between processes cannot wait in a circle, or finds
 the circle.
 
-An order is what each process enqueues on its CUDA streams: groups of sends and receives that start
-together once the stream has come to them, and waits of the stream for their ends. Streams are
-queues, and go on independently of each other. A send and its receive end once both have started;
-nothing is buffered, as buffers only let sends end earlier. NCCL has no tags: the first send from
-one process to another meets the first receive there, and so on. So what can end is the same however
-fast processes are, and an order in which all ends, once, is free of circular waits."""
+An order is what each process enqueues on a CUDA stream, which is a queue: groups of sends and
+receives that start together once the stream has come to them, and waits of the stream for their
+ends. A send and its receive end once both have started; nothing is buffered, as buffers only let
+sends end earlier. NCCL has no tags: the first send from one process to another meets the first
+receive there, and so on. So what can end is the same however fast processes are, and an order in
+which all ends, once, is free of circular waits."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import numpy as np
 from megatron_r1.weight_sync.plan.rounds import NONE, PushOrder
 
 OPERATION = np.dtype(
-    [(name, np.int32) for name in ("process", "stream", "start", "end", "peer", "bucket")]
+    [(name, np.int32) for name in ("process", "start", "end", "peer", "bucket")]
     + [("sends", np.bool_)]
 )
-"""A send to or a receive from process `peer`. `start`: its place in its stream, `end`: the place at
-which the stream waits for it; equal, if the stream waits at once. A process's operations stand in
-the order in which its host enqueues them."""
+"""A send to or a receive from process `peer`. `start`: its place in the stream of its process,
+`end`: the place at which the stream waits for it; equal, if the stream waits at once. A process's
+operations stand in the order in which its host enqueues them."""
 
 
 class Call(NamedTuple):
@@ -41,7 +41,6 @@ class Step(NamedTuple):
 
     starts: Sequence[Call] = ()
     waits: Sequence[Call] = ()
-    stream: int = 0
 
 
 class Fault(Enum):
@@ -95,16 +94,14 @@ def operations_of_steps(steps: Mapping[int, Sequence[Step]]) -> np.ndarray:
     """Return the operations of processes whose hosts enqueue these steps."""
     rows = []
     for process, enqueued in steps.items():
-        places: dict[int, int] = {}
         running: dict[Call, list] = {}
-        for step in enqueued:
-            place = places[step.stream] = places.get(step.stream, -1) + 1
+        for place, step in enumerate(enqueued):
             for call in step.starts:
-                row = [process, step.stream, place, place, call.peer, call.bucket, call.sends]
+                row = [process, place, place, call.peer, call.bucket, call.sends]
                 running[call] = row
                 rows.append(row)
             for call in step.waits:
-                running[call][3] = place
+                running[call][2] = place
     return np.array([tuple(row) for row in rows], OPERATION)
 
 
@@ -112,10 +109,11 @@ def find_fault(operations: np.ndarray, order: PushOrder) -> Refusal | None:
     """Return why an order is refused, or None if it is free of circular waits.
 
     operations: of all processes, as `OPERATION`. order: has the buckets."""
+    if refusal := _find_unmatched(operations):
+        return refusal
     sends, receives = _by_pair(operations, sends=True), _by_pair(operations, sends=False)
     return (
-        _find_unmatched(operations, sends, receives)
-        or _find_mismatch(operations, sends, receives)
+        _find_mismatch(operations, sends, receives)
         or _find_early(operations, order)
         or _Queues(operations, sends, receives).find_circle()
     )
@@ -140,21 +138,14 @@ def _wait(operation: np.ndarray | np.void) -> Wait:
     return Wait(process, sender, receiver, int(operation["bucket"]))
 
 
-def _find_unmatched(
-    operations: np.ndarray, sends: np.ndarray, receives: np.ndarray
-) -> Refusal | None:
-    numbers = []
-    for side in (sends, receives):
-        pairs = _pairs(operations[side])
-        # The number of each operation within its pair.
-        numbers.append((pairs, np.arange(len(side)) - np.searchsorted(pairs, pairs)))
-    for side, own, other in ((sends, 0, 1), (receives, 1, 0)):
-        pairs, number = numbers[own]
-        found = np.searchsorted(numbers[other][0], pairs, "right")
-        matched = found - np.searchsorted(numbers[other][0], pairs)
-        if (alone := np.flatnonzero(number >= matched)).size:
-            return Refusal(Fault.UNMATCHED, (_wait(operations[side[alone[0]]]),))
-    return None
+def _find_unmatched(operations: np.ndarray) -> Refusal | None:
+    _, pair = np.unique(_pairs(operations), return_inverse=True)
+    excess = np.bincount(pair, np.where(operations["sends"], 1, -1)).astype(np.int64)
+    if not excess.any():
+        return None
+    first = np.argmax(excess != 0)
+    more = np.flatnonzero((pair == first) & (operations["sends"] == (excess[first] > 0)))
+    return Refusal(Fault.UNMATCHED, (_wait(operations[more[-abs(excess[first])]]),))
 
 
 def _find_mismatch(
@@ -174,28 +165,20 @@ def _find_early(operations: np.ndarray, order: PushOrder) -> Refusal | None:
     process, bucket = operations["process"], operations["bucket"]
     enters = bucket < order.num_entering
     entering = np.flatnonzero(~operations["sends"] & enters)
-    arrived = np.full((3, int(process.max(initial=0)) + 1), NONE)
-    last, lowest, highest = arrived  # the end of the last arrival of each process, and the streams
+    last = np.full(int(process.max(initial=0)) + 1, NONE)  # the end of each process's last arrival
     np.maximum.at(last, process[entering], operations["end"][entering])
-    np.maximum.at(highest, process[entering], operations["stream"][entering])
-    lowest[:] = highest
-    np.minimum.at(lowest, process[entering], operations["stream"][entering])
-    own, stream = last[process], operations["stream"]
-    in_time = (own == NONE) | (
-        (lowest[process] == stream) & (highest[process] == stream) & (own < operations["start"])
-    )
+    in_time = last[process] < operations["start"]
     has_it = (order.origins[bucket] == process) & (enters | in_time)
     found = np.flatnonzero(operations["sends"] & ~has_it)
     return Refusal(Fault.EARLY, (_wait(operations[found[0]]),)) if len(found) else None
 
 
 class _Queues:
-    """Streams whose places are numbered through, stream after stream."""
+    """The streams of all processes, whose places are numbered through, stream after stream."""
 
     def __init__(self, operations: np.ndarray, sends: np.ndarray, receives: np.ndarray):
         self.operations = operations
-        streams = operations["process"].astype(np.int64) << 32 | operations["stream"]
-        numbers, self.stream = np.unique(streams, return_inverse=True)
+        numbers, self.stream = np.unique(operations["process"], return_inverse=True)
         lengths = np.zeros(len(numbers), np.int64)
         np.maximum.at(lengths, self.stream, operations["end"] + 1)
         self.last = np.cumsum(lengths)

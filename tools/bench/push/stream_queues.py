@@ -36,11 +36,10 @@ class StreamQueues:
         self._seconds = np.broadcast_to(transfer_seconds, len(operations))
         self._is_send = operations["sends"].astype(np.int64)
         self._match(operations)
-        streams = operations["process"].astype(np.int64) << 32 | operations["stream"]
-        names, stream = np.unique(streams, return_inverse=True)
+        names, stream = np.unique(operations["process"], return_inverse=True)
         lengths = np.zeros(len(names), np.int64)
         np.maximum.at(lengths, stream, operations["end"] + 1)
-        self._processes, self._ends = names >> 32, np.cumsum(lengths)
+        self._ends = np.cumsum(lengths)
         self._begins = self._ends - lengths
         self._starting = _ByPlace(self._begins[stream] + operations["start"], lengths.sum())
         self._awaited = _ByPlace(self._begins[stream] + operations["end"], lengths.sum())
@@ -87,7 +86,7 @@ class StreamQueues:
             moved = turn[goes_on]
             head[moved] += 1
             moved, left = (some[head[some] < self._ends[some]] for some in (moved, left))
-        return Ended(len(np.unique(self._processes[left])), float(now.max(initial=0.0)))
+        return Ended(len(left), float(now.max(initial=0.0)))
 
 
 class _ByPlace:
