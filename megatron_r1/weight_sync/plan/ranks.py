@@ -40,17 +40,6 @@ class TrainerGrid:
     def stage_ranks(self) -> int:
         return self.world // self.pipeline
 
-    def stage(self, rank: int) -> int:
-        return rank // self.stage_ranks
-
-    def tensor_rank(self, rank: int) -> int:
-        return rank % self.tensor
-
-    def expert_coordinate(self, rank: int) -> tuple[int, int]:
-        """Return (expert-tensor rank, expert rank)."""
-        within = rank % self.expert_model
-        return within % self.expert_tensor, within // self.expert_tensor
-
     def dense_replicas(self, stage: int, tensor: int) -> range:
         """Return the ranks that hold the same part of a tensor-parallel parameter, in order."""
         start = stage * self.stage_ranks
@@ -104,9 +93,3 @@ class EngineLayout:
         within, tensor = divmod(rank % self.ranks_per_engine, self.tensor)
         data, pipeline = divmod(within, self.pipeline)
         return Coordinate(pipeline, data, tensor)
-
-    def rank(self, coordinate: Coordinate, engine: int = 0) -> int:
-        """Return the global rank at `coordinate` of engine `engine`."""
-        stage = coordinate.data * self.pipeline + coordinate.pipeline
-        within = stage * self.tensor + coordinate.tensor
-        return engine * self.ranks_per_engine + within

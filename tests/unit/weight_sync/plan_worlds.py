@@ -8,6 +8,7 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Region, TrainerGrid
 from megatron_r1.weights import layout
 from tests.unit.weight_sync.push_models import DEEPSEEK_MTP, QWEN
+from tools.bench.push.small_model import place_of
 
 DEEPSEEK_V3 = read_hf_config("examples/deepseek_r1/model")
 WORLDS = [
@@ -29,13 +30,13 @@ WORLDS = [
 
 def held(hf: dict, grid: TrainerGrid, rank: int) -> dict[str, list[Region]]:
     """Return what a trainer rank holds, from the layout that real models are checked against."""
-    expert_tensor, expert = grid.expert_coordinate(rank)
+    place = place_of(grid, rank)
     at = shard(
         hf,
-        tp=(grid.tensor_rank(rank), grid.tensor),
-        pp=(grid.stage(rank), grid.pipeline),
-        ep=(expert, grid.expert),
-        etp=(expert_tensor, grid.expert_tensor),
+        tp=(place.tensor, grid.tensor),
+        pp=(place.stage, grid.pipeline),
+        ep=(place.expert, grid.expert),
+        etp=(place.expert_tensor, grid.expert_tensor),
     )
     regions = defaultdict(list)
     for entry in layout(hf, at).values():

@@ -16,6 +16,7 @@ from megatron_r1.weight_sync.plan.tensors import fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import stage_shards
 from tests.unit.weight_sync.plan_worlds import DEEPSEEK_V3, WORLDS
 from tests.unit.weight_sync.push_models import DEEPSEEK_MTP, QWEN
+from tools.bench.push.small_model import place_of
 
 
 @pytest.mark.parametrize("drafts", [False, True])
@@ -57,8 +58,9 @@ def test_ranks_are_where_megatron_puts_them():
     stages = {tuple(grid.whole_replicas(s)) for s in range(2)}
     assert stages == {tuple(sorted(ranks)) for ranks in dense.get_ranks("tp-cp-dp")}
     for rank in range(32):
-        assert rank in grid.dense_replicas(grid.stage(rank), grid.tensor_rank(rank))
-        assert rank in grid.expert_replicas(grid.stage(rank), *grid.expert_coordinate(rank))
+        at = place_of(grid, rank)
+        assert rank in grid.dense_replicas(at.stage, at.tensor)
+        assert rank in grid.expert_replicas(at.stage, at.expert_tensor, at.expert)
 
 
 def test_vllm_s_pipeline_stages():

@@ -1,5 +1,7 @@
 """A tiny DeepSeek-V3, and what ranks hold and need of it, for pushes without Megatron and vLLM."""
 
+from typing import NamedTuple
+
 import torch
 
 from megatron_r1.weight_sync.plan import TrainerGrid
@@ -29,6 +31,21 @@ SHAPE = {
 }
 
 
+class Place(NamedTuple):
+    """A trainer rank's number along the axes of its grid."""
+
+    stage: int
+    tensor: int
+    expert: int
+    expert_tensor: int
+
+
+def place_of(grid: TrainerGrid, rank: int) -> Place:
+    """Return where a rank is, in Megatron-Core's default order."""
+    expert, expert_tensor = divmod(rank % grid.expert_model, grid.expert_tensor)
+    return Place(rank // grid.stage_ranks, rank % grid.tensor, expert, expert_tensor)
+
+
 def held_by(
     hf: dict,
     grid: TrainerGrid,
@@ -38,12 +55,12 @@ def held_by(
     with_mtp: bool = False,
 ) -> dict:
     """Return a trainer rank's parameters, in bfloat16, and their pieces, by HF name."""
-    expert_tensor, expert = grid.expert_coordinate(rank)
-    (chunk,) = stage_shards(hf, grid.pipeline, with_mtp=with_mtp)[grid.stage(rank)]
+    at = place_of(grid, rank)
+    (chunk,) = stage_shards(hf, grid.pipeline, with_mtp=with_mtp)[at.stage]
     axes = {
-        "tp": (grid.tensor_rank(rank), grid.tensor),
-        "ep": (expert, grid.expert),
-        "etp": (expert_tensor, grid.expert_tensor),
+        "tp": (at.tensor, grid.tensor),
+        "ep": (at.expert, grid.expert),
+        "etp": (at.expert_tensor, grid.expert_tensor),
     }
     held: dict[str, list] = {}
     for entry in layout(hf, Shard(**{**vars(chunk), **axes})).values():
