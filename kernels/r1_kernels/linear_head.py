@@ -2,7 +2,7 @@
 
 logits = hidden @ weight.T exist for one chunk only, in a buffer that every chunk reuses. At hidden
 size 7,168, computing them a second time costs a third more time, and writing and reading one chunk
-5-7% (docs/kernels.md), so all work on a chunk is done while it exists.
+5% (docs/kernels.md), so all work on a chunk is done while it exists.
 
 The statistics of a chunk are gathered over the group while the GPU runs the next product: a chunk's
 softmax is read only after the next work is queued."""
