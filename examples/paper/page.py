@@ -1,5 +1,5 @@
-"""Writes docs/paper.md: every table with the published figures beside ours, and whether the
-directions agree."""
+"""Writes docs/paper.md: every table with the published figures and ours, and whether the directions
+agree."""
 
 from pathlib import Path
 
@@ -13,21 +13,20 @@ from megatron_r1.workflow.results import Spread
 NOTHING = "–"
 INTRODUCTION = """# The paper's tables, on a laptop
 
-`python -m examples.paper` makes this page: the comparisons of {paper},
-with models of a few million parameters on sums, riddles and small programs in two languages
-(examples/paper/paper.yaml). The published figures are of other models and other questions: only
-the order of the rows can be compared.
+`python -m examples.paper` makes this page: the comparisons of {paper}, with models of a few million
+parameters on sums, riddles and small programs in two languages (examples/paper/paper.yaml). The
+published figures are of other models and other questions: only the order of the rows can be
+compared. A direction agrees if it holds here in every seed.
 
-Ours are means over seeds ± their standard deviation. Accuracy is that of sampled answers to
-held-out questions. Every figure is read from the pipeline's report. A direction agrees where it is
-ours in every seed. In the plots: filled, our mean and deviation; points, the seeds; hollow, what
-was published. Process reward models and tree search, which the paper tried and dropped, are left
-out.
+*Ours*: means over seeds ± their standard deviation, read from the pipeline's report. Accuracy is
+that of sampled answers to held-out questions. In the plots: filled, our mean and deviation; points,
+the seeds; hollow, what was published. Process reward models and tree search, which the paper tried
+and dropped, are left out.
 """
 
 
 def write_page(path: Path, published: Published, results: Results) -> list[Path]:
-    """Write the page, and its plots in a folder of its name beside it; return all files.
+    """Write the page, and its plots in a folder of its name; return all files.
 
     Missing figures leave empty cells, and the page states that it is incomplete."""
     files, sections, overview = [], [], ["| table | |", "|---|---|"]
