@@ -35,6 +35,7 @@ from megatron_r1.processes.imports import without_garbage_collection
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.heldout import HeldoutEvaluation
 from megatron_r1.rl.loop import train
+from megatron_r1.rl.policy_engines import PolicyEngines
 from megatron_r1.rl.sample_log import SampleLog
 from megatron_r1.rl.session import Session
 from megatron_r1.rl.step_sampler import StepSampler
@@ -185,11 +186,12 @@ def _session(
     first = prompts.train[: config.push.probes]
     probes = [collector.text.encode(prompt.question, prompt.before)[:room] for prompt in first]
     bridge = weight_bridge(config, trainer, collector.fleet, probes)
+    ahead = StepSampler(config, collector, sampler, log if config.rl.sample_log else None)
     return Session(
         recorder,
         running.stop,
-        StepSampler(config, collector, sampler, log if config.rl.sample_log else None),
-        TrainerPasses(config, trainer, bridge, recorder.state),
+        PolicyEngines(trainer, bridge, ahead),
+        TrainerPasses(config, trainer, recorder.state),
         HeldoutEvaluation(config, collector, prompts.heldout, recorder),
     )
 

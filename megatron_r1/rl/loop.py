@@ -27,10 +27,10 @@ from megatron_r1.training.sample import Sample
 
 async def train(session: Session) -> None:
     """Train on one rollout after another until `run.steps`, or until asked to stop."""
-    passes = session.passes
+    passes, engines = session.passes, session.engines
     while (config := session.next_step()) is not None:
         with session.phase("rollout"):
-            rollout = await session.rollout()
+            rollout = await engines.rollout(session.step)
         rewards = [
             [training_reward(graded, config) for graded in group.responses]
             for group in rollout.groups
@@ -47,14 +47,16 @@ async def train(session: Session) -> None:
             # Under π_ref, and under π_old where the first update does not compute them anyway.
             metrics |= await passes.compute_logprobs(config)
             await passes.compute_token_advantages(config)
-            updates = [
-                await update(passes, config, index, session.step)
-                for index in range(config.rl.minibatches)
-            ]
-            metrics |= await passes.compare_with_engines()  # with π_old, known only now
-            await passes.refresh_reference_if_due(config)
-        with session.phase("push"):
-            await session.push_weights()
+        async with engines.updating():  # no engine joins between two versions of the weights
+            with session.phase("train"):
+                updates = [
+                    await update(passes, config, index, session.step)
+                    for index in range(config.rl.minibatches)
+                ]
+                metrics |= await passes.compare_with_engines()  # with π_old, known only now
+                await passes.refresh_reference_if_due(config)
+            with session.phase("push"):
+                await engines.push(session.step)
         await session.finish_step(rollout, metrics, updates)
 
 

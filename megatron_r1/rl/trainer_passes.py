@@ -9,21 +9,17 @@ from megatron_r1.trainer_client.recorder import RunState
 from megatron_r1.trainer_client.schedule import learning_rate
 from megatron_r1.training.operations import ModelOperations
 from megatron_r1.training.sample import Sample
-from megatron_r1.weight_bridge.bridge import WeightBridge
 
 
 class TrainerPasses:
     """Runs the passes of `rl.algorithm` on the trainer; each returns metrics.
 
     The samples stay with the trainer, from `load` to the next `load`. state: counts the policy's
-    updates. bridge: must be held while weights change. run_config: the run's settings.
-    Every pass also takes `config`, those of its step, which `rl.schedule` may have changed."""
+    updates. run_config: the run's settings. Every pass also takes `config`, those of its step,
+    which `rl.schedule` may have changed."""
 
-    def __init__(
-        self, config: Config, trainer: TrainerClient, bridge: WeightBridge, state: RunState
-    ):
-        self.run_config = config
-        self.trainer, self.bridge, self.state = trainer, bridge, state
+    def __init__(self, config: Config, trainer: TrainerClient, state: RunState):
+        self.run_config, self.trainer, self.state = config, trainer, state
         self.algorithm = algorithms.find(config.rl.algorithm)
         self.uses_reference = config.uses_reference
 
@@ -64,7 +60,6 @@ class TrainerPasses:
 
     async def update_policy(self, config: Config, index: int) -> dict[str, float]:
         """Take one optimizer step of the policy on mini-batch `index`."""
-        await self.bridge.hold()
         self.state.optimizer_step += 1
         rate = learning_rate(config.optimizer, self.state.optimizer_step, self.num_policy_updates)
         settings = config.rl.loss_settings(config.rollout.max_response_tokens)

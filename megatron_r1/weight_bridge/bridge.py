@@ -126,7 +126,8 @@ def weight_bridge(
 
 
 class WeightBridge:
-    """Call `open` once, then `hold` before the trainer's weights change and `push` after.
+    """Call `open` and the first `push` in a block of `updating`; then each change of the trainer's
+    weights in another, with the `push` of the new ones at its end.
 
     The fleet's `feed` is set to this bridge's: an engine that is replaced, or joins, receives the
     trainer's weights while those are the version that the other engines have."""
@@ -135,33 +136,37 @@ class WeightBridge:
         self.fleet, self.links, self.prober = fleet, links, prober
         self._timeout_seconds = links.settings.timeout_seconds
         self._settled = asyncio.Lock()
-        self._is_held = False
-        """Whether the lock is held for a push, and not for an engine that joins."""
+        """Held while the weights change, and while an engine joins."""
         self._push_number = 0
         self._version: int | None = None
         self._probing: asyncio.Task[dict[str, float]] | None = None
         self._is_closed = False
 
+    @contextlib.asynccontextmanager
+    async def updating(self) -> AsyncIterator[None]:
+        """Keep engines from joining while the block changes the trainer's weights and pushes them.
+        After an error in the block the engines that wait for weights get none, as after `close`."""
+        async with self._settled:
+            self._version = None
+            try:
+                yield
+            except BaseException:
+                self._is_closed = True
+                raise
+
     async def open(self) -> None:
         """Connect trainer and engines, before the first push. Raises EngineError."""
-        await self._settled.acquire()
-        self._is_held = True
+        assert self._settled.locked(), "it is called in a block of updating()"
         await self.links.open()
         self.fleet.feed = self.feed
         with self.fleet.patient(self.links.connect_seconds):
             await self._form_sets(self._engines_up, self._lose_if_dead)
 
-    async def hold(self) -> None:
-        """Keep engines from joining until the next push: the trainer's weights will change."""
-        if self._version is not None:
-            await self._settled.acquire()
-            self._is_held, self._version = True, None
-
     async def push(self, version: int) -> dict[str, float]:
         """Make the trainer's present weights `version` on every engine; return metrics. Raises
         EngineError where they arrived damaged. Await `proven` before anything that an engine
         computes from them is trained on or recorded, and before they are saved."""
-        assert self._settled.locked(), "open() or hold() comes first"
+        assert self._settled.locked(), "it is called in a block of updating()"
         start = time.perf_counter()
         self._push_number += 1
         with self.fleet.patient(self.links.connect_seconds):
@@ -181,7 +186,6 @@ class WeightBridge:
             self._probing.add_done_callback(lambda task: task.cancelled() or task.exception())
         if self.links.colocated:  # trainer and engines compute in turns
             await self.proven()
-        self._release()
         return metrics
 
     async def proven(self) -> dict[str, float]:
@@ -211,7 +215,6 @@ class WeightBridge:
         self._is_closed = True
         if self._probing is not None:
             self._probing.cancel()
-        self._release()
 
     async def _send_to_all(self) -> None:
         """Send to all engines, and again to those whose set fails for no fault of theirs."""
@@ -262,11 +265,6 @@ class WeightBridge:
 
     def _update_info(self) -> dict[str, Any]:
         return {"push": self._push_number, "timeout_seconds": self._timeout_seconds}
-
-    def _release(self) -> None:
-        if self._is_held:
-            self._is_held = False
-            self._settled.release()
 
 
 def _raise_error(engine: Engine, error: EngineError) -> None:

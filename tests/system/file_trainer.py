@@ -84,13 +84,12 @@ class FileBridge:
         self._is_open = False
 
     async def push(self, folder):
-        if self._is_open:
-            await self.bridge.hold()
-        else:
-            await self.bridge.open()
-        self._is_open = True
-        self.trainer.load(folder)
-        return await self.bridge.push(self.fleet.version + 1)
+        async with self.bridge.updating():
+            if not self._is_open:
+                await self.bridge.open()
+            self._is_open = True
+            self.trainer.load(folder)
+            return await self.bridge.push(self.fleet.version + 1)
 
     async def check_damage(self, tensor):
         """Send the trainer's weights with another checksum of one tensor's delivery: the engine

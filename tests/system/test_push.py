@@ -165,8 +165,9 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             tensors = [(name, shape) for name, (shape, _) in shapes.items()]
             links = EngineLinks(trainer, recipe.push, tensors, layout)
             bridge = WeightBridge(fleet, links, Prober(trainer, PROMPTS, TOLERANCE, 600))
-            await bridge.open()
-            await bridge.push(fleet.version + 1)
+            async with bridge.updating():
+                await bridge.open()
+                await bridge.push(fleet.version + 1)
             return await bridge.proven()
         finally:
             await trainer.close()

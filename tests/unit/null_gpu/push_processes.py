@@ -325,10 +325,12 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
     bridge = WeightBridge(fleet, links)
 
     async def push(version):
-        await bridge.hold()
-        await trainer.run("train", version=version)
-        start = time.monotonic()
-        await bridge.push(version)
+        async with bridge.updating():
+            if version == 1:
+                await bridge.open()
+            await trainer.run("train", version=version)
+            start = time.monotonic()
+            await bridge.push(version)
         seconds.append(round(time.monotonic() - start, 2))
         print(f"push {version}: {seconds[-1]} s", file=sys.stderr, flush=True)
 
@@ -336,7 +338,6 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
         """Of an engine the victim counts its own rounds, in NCCL or as trainer rank 0's."""
         return trainer.ranks[0] if is_colocated else fleet.engines[0].client.process
 
-    await bridge.open()
     await push(1)
     version, pids, seen = 1, trainer.pids, {}
     if killed_at:

@@ -145,13 +145,10 @@ def test_an_episode_s_branches_stay_in_one_minibatch_and_weigh_as_one_response()
 
 
 class Peers:
-    """A trainer that records the requested updates, and a bridge that is always ready."""
+    """A trainer that records the requested updates."""
 
     def __init__(self):
         self.requested = []
-
-    async def hold(self):
-        pass
 
     async def update(self, index, loss, settings, learning_rate, temperature):
         self.requested.append((index, loss))
@@ -165,7 +162,7 @@ class Peers:
 def updated(name, index, step):
     """Return the metrics of an update of step `step`, where three warm up, and the requests."""
     config, peers = Config(rl={"algorithm": name}, critic={"warmup_steps": 3}), Peers()
-    tested = TrainerPasses(config, peers, peers, RunState())
+    tested = TrainerPasses(config, peers, RunState())
     metrics = asyncio.run(update(tested, config, index, step))
     metrics.pop("learning_rate", None)
     return metrics, peers.requested
@@ -184,7 +181,7 @@ def test_the_reference_is_not_replaced_before_the_first_update_of_the_policy():
     config = Config(rl={"kl_beta": 0.1, "reference_refresh": 8, "minibatches": 4})
     calls, state = [], RunState()
     trainer = SimpleNamespace(call=AsyncMock(side_effect=calls.append))
-    tested = TrainerPasses(config, trainer, Peers(), state)
+    tested = TrainerPasses(config, trainer, state)
     for state.optimizer_step in (0, 4, 8, 12, 16):
         asyncio.run(tested.refresh_reference_if_due(config))
         calls.append(state.optimizer_step)
@@ -193,7 +190,7 @@ def test_the_reference_is_not_replaced_before_the_first_update_of_the_policy():
 
 
 def passes(config):
-    return TrainerPasses(config, trainer=None, bridge=None, state=None)
+    return TrainerPasses(config, trainer=None, state=None)
 
 
 @pytest.mark.parametrize(("algorithm", "updates"), [("ppo", (100 - 40) * 16), ("grpo", 100 * 16)])

@@ -1,12 +1,14 @@
 """What a run does with engines that compute something else than the trainer."""
 
 import asyncio
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_r1.config import Config
 from megatron_r1.engine.errors import EngineError
+from megatron_r1.rl.policy_engines import PolicyEngines
 from megatron_r1.rl.session import Session
 from megatron_r1.trainer_client.recorder import RunState
 
@@ -23,9 +25,12 @@ class Engines:
 
     def __init__(self):
         self.done: list[str] = []
-        self.collector = SimpleNamespace(pool=Pool(), fleet=SimpleNamespace())
+        self.config, self.log = Config(), None
+        self.collector = SimpleNamespace(pool=Pool(), fleet=None, teacher=None)
 
-    async def hold(self): ...
+    @contextlib.asynccontextmanager
+    async def updating(self):
+        yield
 
     async def open(self): ...
 
@@ -57,17 +62,16 @@ def test_nothing_is_taken_evaluated_or_saved_of_weights_whose_probes_fail(what):
     recorder = SimpleNamespace(
         state=RunState(), view=None, resumed=False, save=engines.save, load=None
     )
-    passes = SimpleNamespace(
-        run_config=Config(), trainer=None, bridge=engines, uses_reference=False
-    )
-    session = Session(recorder, SimpleNamespace(requested=False), engines, passes, engines)
+    passes = SimpleNamespace(run_config=Config(), trainer=None, uses_reference=False)
+    policy = PolicyEngines(None, engines, engines)
+    session = Session(recorder, SimpleNamespace(requested=False), policy, passes, engines)
 
     async def story():
-        await session.push_weights()
+        await policy.push(0)
         if what != "begin":
             session.next_step()
-            session._taken = SimpleNamespace()
-        await getattr(session, what)()
+            policy._taken = SimpleNamespace()
+        await (policy.rollout(1) if what == "rollout" else getattr(session, what)())
 
     with pytest.raises(EngineError, match="differs"):
         asyncio.run(story())

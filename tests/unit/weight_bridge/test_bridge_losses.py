@@ -53,8 +53,9 @@ def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_fails(is_closed_fi
     async def story():
         trainer = TrainerThatIsLost()
         bridge = make_bridge(trainer, SmallFleet())
-        await bridge.open()
-        await bridge.push(1)
+        async with bridge.updating():
+            await bridge.open()
+            await bridge.push(1)
         engine = Engine(0, SimpleNamespace(), EngineClient("http://127.0.0.1:9"))
 
         async def feed():
@@ -72,6 +73,28 @@ def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_fails(is_closed_fi
         with raised(NoWeights, "engine-0"):
             await waiting
         await engine.client.close()
+
+    asyncio.run(story())
+
+
+def test_an_engine_gets_no_weights_after_an_error_between_two_versions():
+    async def story():
+        bridge = make_bridge(SmallTrainer(), SmallFleet())
+        async with bridge.updating():
+            await bridge.open()
+            await bridge.push(1)
+
+        async def feed():
+            async with bridge.feed(Engine(0, SimpleNamespace(), SmallClient())):
+                pytest.fail("it was fed")
+
+        with raised(TrainerLost, "gone"):
+            async with bridge.updating():
+                joining = asyncio.create_task(feed())
+                await asyncio.sleep(0)
+                raise TrainerLost("gone")
+        with raised(NoWeights, "engine-0"):
+            await joining
 
     asyncio.run(story())
 
@@ -129,8 +152,9 @@ def feed(trainer, client, probes=()):
 
     async def story():
         bridge = make_bridge(trainer, SmallFleet(), probes)
-        await bridge.open()
-        await bridge.push(1)
+        async with bridge.updating():
+            await bridge.open()
+            await bridge.push(1)
         engine = Engine(3, SimpleNamespace(describe_end=lambda: "?"), client, is_up=False)
         async with bridge.feed(engine):
             pass
@@ -181,8 +205,9 @@ def test_an_engine_on_the_trainer_s_gpu_has_no_cache_while_its_first_weights_arr
         settings = PushConfig(transport="nccl")
         links = EngineLinks(trainer, settings, [], {}, colocated=colocated)
         bridge = WeightBridge(SmallFleet(), links)
-        await bridge.open()
-        await bridge.push(1)
+        async with bridge.updating():
+            await bridge.open()
+            await bridge.push(1)
         async with bridge.feed(Engine(3, SimpleNamespace(), client, is_up=False)):
             return client.called
 
@@ -204,12 +229,13 @@ def test_the_trainer_forgets_engines_that_are_gone():
     async def story():
         trainer, fleet = SmallTrainer(), SmallFleet(engines(2))
         bridge = make_bridge(trainer, fleet)
-        await bridge.open()
-        await bridge.push(1)
+        async with bridge.updating():
+            await bridge.open()
+            await bridge.push(1)
         del fleet.engines[0]
         for version in (2, 3):
-            await bridge.hold()
-            await bridge.push(version)
+            async with bridge.updating():
+                await bridge.push(version)
         return [
             (arguments["sets"], arguments["gone"])
             for operation, arguments in trainer.calls
@@ -236,19 +262,20 @@ def test_engines_that_join_or_leave_come_into_new_sets():
     async def story():
         trainer, fleet = SmallTrainer(), SmallFleet(engines(34))
         bridge = sharing_bridge(trainer, fleet)
-        await bridge.open()
-        await bridge.push(1)
+        async with bridge.updating():
+            await bridge.open()
+            await bridge.push(1)
         first = trainer.sets()
         trainer.calls.clear()
-        await bridge.hold()
-        await bridge.push(2)
+        async with bridge.updating():
+            await bridge.push(2)
         none = trainer.sets()
         new = Engine(34, SimpleNamespace(), SmallClient(), is_up=True)
         async with bridge.feed(new):
             fleet.engines.append(new)
         fleet.engines.pop(5)
-        await bridge.hold()
-        await bridge.push(3)
+        async with bridge.updating():
+            await bridge.push(3)
         return first, none, trainer.sets()
 
     assert asyncio.run(story()) == ([[11, 11, 12]], [], [[1], [11, 11, 12]])
@@ -270,7 +297,8 @@ def test_an_engine_that_cannot_connect_has_the_problem_of_its_set_named_too():
     async def story():
         bridge = sharing_bridge(TrainerThatConnectsNone(), SmallFleet(engines(2)))
         with raised(EngineError, "engine-0", "takes no pushes", "offer/3"):
-            await bridge.open()
+            async with bridge.updating():
+                await bridge.open()
 
     asyncio.run(story())
 
@@ -279,11 +307,12 @@ def test_a_full_set_stays_when_another_changes():
     async def story():
         trainer, fleet = SmallTrainer(), SmallFleet(engines(32))
         bridge = sharing_bridge(trainer, fleet)
-        await bridge.open()
-        await bridge.push(1)
+        async with bridge.updating():
+            await bridge.open()
+            await bridge.push(1)
         fleet.engines.pop(0)
-        await bridge.hold()
-        await bridge.push(2)
+        async with bridge.updating():
+            await bridge.push(2)
         return trainer.sets()
 
     assert asyncio.run(story()) == [[16, 16], [15]]
@@ -293,8 +322,9 @@ def test_a_push_is_repeated_for_the_others_of_a_set_whose_engine_is_lost():
     async def story():
         trainer, fleet = SmallTrainer([[1]]), SmallFleet(engines(3))
         bridge = sharing_bridge(trainer, fleet)
-        await bridge.open()
-        await bridge.push(1)
+        async with bridge.updating():
+            await bridge.open()
+            await bridge.push(1)
         sends = [
             a["push"] for operation, a in trainer.calls if operation == PushOperations.send_weights
         ]
@@ -311,10 +341,11 @@ def test_engines_that_cannot_reach_each_other_get_all_weights_from_the_trainer()
     async def story():
         trainer, fleet = SmallTrainer([[], []]), SmallFleet(engines(3))
         bridge = sharing_bridge(trainer, fleet)
-        await bridge.open()
-        await bridge.push(1)
-        await bridge.hold()
-        await bridge.push(2)
+        async with bridge.updating():
+            await bridge.open()
+            await bridge.push(1)
+        async with bridge.updating():
+            await bridge.push(2)
         return trainer.sets(), fleet.lost
 
     assert asyncio.run(story()) == ([[3], [3], [1, 1, 1]], [])
@@ -326,10 +357,12 @@ def test_engines_of_other_sets_are_taken_from_them_as_well():
     async def story():
         trainer, fleet = SmallTrainer([[], None, []]), SmallFleet(engines(32))
         bridge = sharing_bridge(trainer, fleet)
-        await bridge.open()
-        for version in (1, 2, 3):
-            await bridge.push(version)
-            await bridge.hold()
+        async with bridge.updating():
+            await bridge.open()
+            await bridge.push(1)
+        for version in (2, 3):
+            async with bridge.updating():
+                await bridge.push(version)
         return trainer.sets()
 
     # Those of the set that failed at once, the others with the next push.
@@ -348,8 +381,9 @@ def test_an_engine_that_dies_while_a_set_connects_is_lost_and_the_others_are_not
         trainer, fleet = SmallTrainer(store=store.port), SmallFleet(engines(3))
         fleet.engines[2].client = Dies()
         bridge = sharing_bridge(trainer, fleet)
-        await bridge.open()
-        await bridge.push(1)
+        async with bridge.updating():
+            await bridge.open()
+            await bridge.push(1)
         return trainer.sets(), fleet.lost
 
     sets, lost = asyncio.run(story())
@@ -378,8 +412,9 @@ def test_a_failed_probe_is_retried_once_and_then_its_engine_is_replaced(faults, 
     async def story():
         fleet = SmallFleet([Engine(0, SimpleNamespace(), SmallClient(*faults))])
         bridge = make_bridge(ProbingTrainer(), fleet, [[1, 2]])
-        await bridge.open()
-        await bridge.push(1)
+        async with bridge.updating():
+            await bridge.open()
+            await bridge.push(1)
         assert ("push/probe_diff" in await bridge.proven()) == (not lost)
         return fleet.lost
 
@@ -398,11 +433,16 @@ def test_a_push_does_not_wait_for_probes_that_engines_answer_while_they_sample(c
         fleet = SmallFleet([Engine(0, SimpleNamespace(), SmallClient())])
         bridge = make_bridge(Differing(), fleet, [[1, 2]])
         bridge.links.colocated = colocated
-        await bridge.open()
+
+        async def push():
+            async with bridge.updating():
+                await bridge.open()
+                assert "push/bytes" in await bridge.push(1)
+
         if not colocated:
-            assert "push/bytes" in await bridge.push(1)
+            await push()
         with pytest.raises(EngineError, match="differ from the trainer's by 0.5"):
-            await (bridge.push(1) if colocated else bridge.proven())
+            await (push() if colocated else bridge.proven())
         bridge.close()
 
     asyncio.run(story())
@@ -420,8 +460,9 @@ def test_engines_answer_the_probes_at_once():
     async def story():
         fleet = SmallFleet([Engine(i, SimpleNamespace(), Waiting()) for i in range(2)])
         bridge = make_bridge(ProbingTrainer(), fleet, [[1, 2]])
-        await bridge.open()
-        await bridge.push(1)
+        async with bridge.updating():
+            await bridge.open()
+            await bridge.push(1)
         return await bridge.proven()
 
     assert asyncio.run(story())["push/probe_diff"] == 0.0

@@ -165,15 +165,15 @@ def run(story):
 
 
 async def push(bridge, version):
-    if version > 1:
-        await bridge.hold()
-    await bridge.push(version)
+    async with bridge.updating():
+        if version == 1:
+            await bridge.open()
+        await bridge.push(version)
 
 
 def test_an_engine_that_dies_between_pushes_costs_the_others_a_new_set(make):
     async def story():
         fleet, bridge, engine = make(3)
-        await bridge.open()
         await push(bridge, 1)
         clients = [engine.client for engine in fleet.engines]
         clients[1].die()
@@ -203,7 +203,6 @@ def test_an_engine_that_dies_between_pushes_costs_the_others_a_new_set(make):
 def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(make, monkeypatch):
     async def story():
         fleet, bridge, _ = make(3)
-        await bridge.open()
         await push(bridge, 1)
         clients, count = [engine.client for engine in fleet.engines], []
         packed = SlicesBlock.pack
@@ -230,7 +229,6 @@ def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(make, m
 def test_an_engine_that_has_left_is_not_waited_for(make):
     async def story():
         fleet, bridge, _ = make(3)
-        await bridge.open()
         await push(bridge, 1)
         left = fleet.engines.pop(0)
         left.client.die()

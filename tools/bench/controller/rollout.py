@@ -5,12 +5,11 @@ import multiprocessing
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -112,8 +111,7 @@ async def _train(
         calls = await _call_all(trainer)
         sampler = StepSampler(config, collector, PromptSampler(prompts, 0), log)
         async with Watch() as watch:
-            bridge: Any = SimpleNamespace(hold=partial(asyncio.sleep, 0))
-            passes = _Passes(config, trainer, bridge, RunState())
+            passes = _Passes(config, trainer, RunState())
             session: Any = _OneStep(passes, sampler, watch)
             before = _cpu_seconds()
             await train(session)
@@ -188,11 +186,19 @@ class _OneStep:
         elif name == "train":
             self.seconds["load"] = self.passes.loaded - self.rolled
 
-    async def rollout(self) -> Rollout:
-        self.sampler.begin(1)
-        return (await self.sampler.take(1)).rollout
+    @property
+    def engines(self) -> "_OneStep":
+        return self
 
-    async def push_weights(self) -> None: ...
+    @asynccontextmanager
+    async def updating(self) -> AsyncIterator[None]:
+        yield
+
+    async def rollout(self, step: int) -> Rollout:
+        self.sampler.begin(step)
+        return (await self.sampler.take(step)).rollout
+
+    async def push(self, version: int) -> None: ...
 
     async def finish_step(self, rollout: Rollout, *_: Any) -> None:
         began = time.perf_counter()

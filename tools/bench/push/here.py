@@ -75,17 +75,17 @@ async def _measure(
     num_bytes = width * sum(torch.Size(size).numel() for _, size in tensors)
     links = EngineLinks(trainer, config.push, tensors, {})
     bridge = WeightBridge(fleet, links)
-    await bridge.open()
     both = [torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2)]
     pushes, reloads = [], []
     worth = [machine.cores_worth()]
     for version in range(WARM_UP + repeats):
-        if version:
-            await bridge.hold()
         before = _copy_seconds(*both)
-        start = time.perf_counter()
-        seconds = await bridge.push(version)
-        seconds["push"] = time.perf_counter() - start
+        async with bridge.updating():
+            if not version:
+                await bridge.open()
+            start = time.perf_counter()
+            seconds = await bridge.push(version)
+            seconds["push"] = time.perf_counter() - start
         seconds["copy"] = (before + _copy_seconds(*both)) / 2
         pushes.append(seconds)
     worth.append(machine.cores_worth())
