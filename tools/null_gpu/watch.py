@@ -264,7 +264,9 @@ class Graph:
 
     def _from(self, node, labels, places, done, *, with_hosts: bool) -> Circle | None:
         if node in places:
-            return Circle([label for label in labels[places[node] :] if label is not None])
+            links = [label for label in labels[places[node] :] if label is not None]
+            # Streams alone cannot wait in a circle; what they wait for is read one after another.
+            return Circle(links) if links else None
         if node in done:
             return None
         places[node] = len(labels)

@@ -238,6 +238,53 @@ def four_links(order: str, rank: str) -> None:
     say(content(memory, 2).decode())
 
 
+def ranks_of_a_push(enqueued: str) -> None:
+    """Processes of a push as threads, each with a GPU of its own, which enqueues its steps on the
+    default stream: `[[is send, peer, bucket] that start], [those that are waited for]`. As torch
+    does, a link has a communicator and a stream of its own, which waits for what the default stream
+    has had until the call; several calls that start together are a group. Says when all have
+    enqueued, and, after each line, which have come to their ends."""
+    steps = {int(rank): of_rank for rank, of_rank in json.loads(enqueued).items()}
+    are_ready = {}
+    threads = [in_background(_rank_of_a_push, *each, are_ready) for each in steps.items()]
+    for thread in threads:
+        thread.join()
+    say("enqueued")
+    while sys.stdin.readline():
+        say([are_ready[rank]() for rank in steps])
+
+
+def _rank_of_a_push(rank: int, steps: list, are_ready: dict) -> None:
+    done("cudaSetDevice", rank)
+    links = {(sends, peer) for starts, _ in steps for sends, peer, _ in starts}
+    own = {}
+    for sends, peer in sorted(links, key=lambda link: _link(rank, *link)):  # all in one order
+        sender, receiver = _link(rank, sends, peer)
+        own[sends, peer] = communicator(f"{sender}-{receiver}", 2, not sends), stream(NON_BLOCKING)
+    memory, events = device_memory(b"-"), {}
+    for starts, waits in steps:
+        here = made("cudaEventCreate")
+        done("cudaEventRecord", here, DEFAULT)
+        done("ncclGroupStart")
+        for sends, peer, _ in starts:
+            comm, on = own[sends, peer]
+            done("cudaStreamWaitEvent", on, here, 0)
+            (send if sends else receive)(memory, 1, int(sends), comm, on)
+        done("ncclGroupEnd")
+        for call_ in starts:
+            event = events[tuple(call_)] = made("cudaEventCreate")
+            done("cudaEventRecord", event, own[call_[0], call_[1]][1])
+        for call_ in waits:
+            done("cudaStreamWaitEvent", DEFAULT, events[tuple(call_)], 0)
+    last = made("cudaEventCreate")
+    done("cudaEventRecord", last, DEFAULT)
+    are_ready[rank] = lambda: call("cudaEventQuery", last) == 0
+
+
+def _link(rank: int, sends: bool, peer: int) -> tuple[int, int]:
+    return (rank, peer) if sends else (peer, rank)
+
+
 def both_ways(rank: str, is_grouped: str) -> None:
     """Two ranks send to each other and receive from each other."""
     own = int(rank)

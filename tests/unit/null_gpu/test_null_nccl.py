@@ -8,6 +8,9 @@ import sys
 import pytest
 from waiting import wait_until
 
+from megatron_r1.weight_sync.plan.order_check import Call, Step
+from megatron_r1.weight_sync.plan.rounds import NONE, Link, PushOrder
+from tools.bench.push.stream_queues import link_threads
 from tools.null_gpu import watch
 
 INVALID_USAGE, REMOTE_ERROR, IN_PROGRESS = 5, 6, 7
@@ -68,6 +71,52 @@ def test_links_in_a_common_order_or_buffered_do_not(start, segment, order, buffe
         program.go_on()
     received = ["01", "01"] if order == "common" else ["10", "01"]
     assert [program.says() for program in programs[2:]] == received
+
+
+PUSH = PushOrder([Link(rank, engine, 16) for rank in (0, 1) for engine in (2, 3)], entry_bytes=1)
+"""Two trainer ranks send 16 buckets to each of two engine ranks."""
+
+
+def in_rounds() -> dict[int, list[Step]]:
+    """Return the steps of the push in its planned order."""
+    found = {}
+    for process in range(PUSH.num_processes):
+        found[process] = []
+        for _, to, sent, source, received in PUSH.part(process).tolist():
+            calls = [Call(True, to, sent), Call(False, source, received)]
+            calls = [each for each in calls if each.bucket != NONE]
+            found[process].append(Step(starts=calls, waits=calls))
+    return found
+
+
+@pytest.mark.parametrize("buffered", [0, 2])
+@pytest.mark.parametrize("order", ["link_threads", "in_rounds"])
+def test_a_thread_for_each_link_hangs_and_rounds_do_not(start, segment, order, buffered):
+    """The order in which pushes once ran, as its threads came: sends and receives of all links
+    through the one default stream of a process."""
+    steps = in_rounds() if order == "in_rounds" else link_threads(PUSH, seed=1, interleaved=4)
+    number = str(buffered)
+    program = start("ranks_of_a_push", json.dumps(steps), NULL_GPU_NCCL_BUFFERED=number)
+    assert program.says() == "enqueued"
+    wait_until(
+        lambda: watch.find_circle(segment) or not any(one.calls for one in watch.read(segment))
+    )
+    circle = watch.find_circle(segment)
+
+    def have_ended() -> list[bool]:
+        program.go_on()
+        return program.says()
+
+    if order == "in_rounds":
+        assert circle is None
+        wait_until(lambda: have_ended() == [True] * 4)
+        return
+    assert have_ended() == [False] * 4 and not circle.through_host
+    # The links of the circle: from a trainer rank's GPU, 0 or 1, to an engine rank's.
+    assert len({link.comm for link in circle.links}) == len(circle.links) == 4
+    assert all(link.is_send == (link.gpu < 2) for link in circle.links)
+    for link in circle.links:
+        assert f"rank {link.rank} of {link.comm:016x} (GPU {link.gpu}" in str(circle)
 
 
 def test_a_groups_calls_progress_together(start):
