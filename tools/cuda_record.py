@@ -23,10 +23,13 @@ COVERED = (
     "megatron_r1/platform",
     "megatron_r1/training",
     "megatron_r1/vllm_plugin",
+    "megatron_r1/weight_bridge",
     "megatron_r1/weight_sync",
     "megatron_r1/weights",
     "requirements/cuda.lock",
+    "tests/gpu/test_push_cuda_ipc.py",
     "tests/nullgpu",
+    "tests/unit/null_gpu",
     "tools/null_gpu",
 )
 """Files and folders whose code runs in these tests."""
