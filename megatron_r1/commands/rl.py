@@ -5,7 +5,8 @@ The algorithm is `rl.loop.train`. Here the roles of a run are started and joined
 graders (`rollout_run`) beside the trainer (`training_run`), and a session of both."""
 
 import asyncio
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_r1.commands import early_imports
@@ -28,8 +29,8 @@ from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import TrainerLost
 from megatron_r1.evaluation.model_folder import require_weights
+from megatron_r1.fleet.hosts.pool import HostPool
 from megatron_r1.fleet.placement import accepting_hosts, open_pool
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.processes import timeline
 from megatron_r1.processes.imports import without_garbage_collection
 from megatron_r1.rl.collector import RolloutCollector
@@ -40,7 +41,6 @@ from megatron_r1.rl.sample_log import SampleLog
 from megatron_r1.rl.session import Session
 from megatron_r1.rl.step_sampler import StepSampler
 from megatron_r1.rl.trainer_passes import TrainerPasses
-from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.training.operations import ModelOperations
 from megatron_r1.weight_bridge.bridge import PROBE_TOKENS, weight_bridge
 
@@ -64,9 +64,7 @@ def run(config: Config) -> None:
         ends_with(config, text),
     ]
 
-    async def body(running: TrainingRun) -> None:
-        await _run(config, running, text, prompts)
-
+    body = partial(_train, config, text, prompts)
     run_training(config, "rl", facts, body, _next_commands(config))
 
 
@@ -82,8 +80,8 @@ def dry_run(config: Config) -> None:
     show_batch(config, text, prompts)
 
 
-async def _run(
-    config: Config, running: TrainingRun, text: PromptText, prompts: PromptSplit
+async def _train(
+    config: Config, text: PromptText, prompts: PromptSplit, running: TrainingRun
 ) -> None:
     """Start the engines beside the trainer, and train; after the loss of trainer ranks again,
     from the newest checkpoint, with the same engines."""
@@ -107,93 +105,99 @@ async def _run(
         with naming_renamed_columns(config.data.columns):
             await collector.check(terms, prompts.train + prompts.heldout)
         view.phase("starting", f"trainer and {config.rollout.engines} x vLLM")
-        if not await running.stop.before(_start(config, trainer, collector)):
+        roles = _Roles(config, running, collector, log, prompts, hosts)
+        if not await running.stop.before(roles.start()):
             return
         show_trainer(recorder, trainer)
+        await running.supervisor.with_restarts(roles.train)
 
-        async def attempt() -> None:
-            session = _session(config, running, collector, log, prompts)
-            fleet = collector.fleet
-            fleet.version = -1  # ranks that went back push earlier versions again
+
+@dataclass(frozen=True)
+class _Roles:
+    """The roles of a run: the trainer (`running`), engines and graders (`collector`), with the log
+    of their samples, the questions, and the hosts of engines that may join."""
+
+    config: Config
+    running: TrainingRun
+    collector: RolloutCollector
+    log: SampleLog
+    prompts: PromptSplit
+    hosts: HostPool | None
+
+    async def start(self) -> None:
+        """Start the trainer and all engines at once, but engines on the trainer's GPUs after it: an
+        engine measures what is free when it starts, and fails if that changes meanwhile."""
+        config, teacher = self.config, self.collector.teacher
+        timeline.reached("controller/rewards checked")
+        in_turn = config.rollout.colocated or engines_share_gpus(config)
+        if in_turn:
+            starts = [self._start_in_turn()]
+        else:
+            starts = [self._start_trainer(), self._start_engines()]
+        if teacher is not None:
+            starts.append(teacher.start(config.teacher.path))
+        await asyncio.gather(*starts)
+
+    async def train(self) -> None:
+        """Train from the newest checkpoint to the end, or until ranks are lost."""
+        session, fleet = self._session(), self.collector.fleet
+        fleet.version = -1  # ranks that went back push earlier versions again
+        try:
             try:
-                try:
-                    await session.begin()
-                    async with accepting_hosts(fleet, hosts):
-                        await train(session)
-                    await session.finish()
-                finally:
-                    await session.close()
-            except TrainerLost:
-                if config.rollout.colocated and trainer.can_restart:
-                    await _free_gpus(trainer, fleet, view.message)
-                raise
+                await session.begin()
+                async with accepting_hosts(fleet, self.hosts):
+                    await train(session)
+                await session.finish()
+            finally:
+                await session.close()
+        except TrainerLost:
+            if self.config.rollout.colocated and self.running.trainer.can_restart:
+                await self._free_gpus()
+            raise
 
-        await running.supervisor.with_restarts(attempt)
+    def _session(self) -> Session:
+        """Return a session that begins at the newest checkpoint."""
+        config, prompts, collector = self.config, self.prompts, self.collector
+        recorder, trainer = self.running.recorder, self.running.trainer
+        room = context_length(config) - PROBE_TOKENS
+        first = prompts.train[: config.push.probes]
+        probes = [collector.text.encode(prompt.question, prompt.before)[:room] for prompt in first]
+        bridge = weight_bridge(config, trainer, collector.fleet, probes)
+        log = self.log if config.rl.sample_log else None
+        sampler = PromptSampler(prompts.train, config.run.seed)
+        return Session(
+            recorder,
+            self.running.stop,
+            PolicyEngines(trainer, bridge, StepSampler(config, collector, sampler, log)),
+            TrainerPasses(config, trainer, recorder.state),
+            HeldoutEvaluation(config, collector, prompts.heldout, recorder),
+        )
 
+    async def _start_in_turn(self) -> None:
+        await self._start_trainer()
+        if self.config.rollout.colocated:
+            await self.running.trainer.call(ModelOperations.yield_memory)
+        await self._start_engines()
 
-async def _start(config: Config, trainer: TrainerClient, collector: RolloutCollector) -> None:
-    """Start the trainer and all engines at once, but engines on the trainer's GPUs after it: an
-    engine measures what is free when it starts, and fails if that changes meanwhile."""
-
-    async def start_engines() -> None:
-        # version: every engine gets the trainer's weights before it samples.
-        await collector.fleet.start(config.model.path, version=-1)
-        timeline.reached("controller/engines ready")
-
-    async def start_in_turn() -> None:
-        await start_trainer()
-        if config.rollout.colocated:
-            await trainer.call(ModelOperations.yield_memory)
-        await start_engines()
-
-    async def start_trainer() -> None:
-        if not trainer.ranks:  # connected before, where only the export was left
-            await trainer.connect()
+    async def _start_trainer(self) -> None:
+        if not self.running.trainer.ranks:  # connected before, where only the export was left
+            await self.running.trainer.connect()
         timeline.reached("controller/trainer ready")
 
-    timeline.reached("controller/rewards checked")
-    in_turn = config.rollout.colocated or engines_share_gpus(config)
-    starts = [start_in_turn()] if in_turn else [start_trainer(), start_engines()]
-    if collector.teacher is not None:
-        starts.append(collector.teacher.start(config.teacher.path))
-    await asyncio.gather(*starts)
+    async def _start_engines(self) -> None:
+        # version: every engine gets the trainer's weights before it samples.
+        await self.collector.fleet.start(self.config.model.path, version=-1)
+        timeline.reached("controller/engines ready")
 
-
-async def _free_gpus(
-    trainer: TrainerClient, fleet: RolloutFleet, notify: Callable[[str], None]
-) -> None:
-    """Free the GPUs' memory for trainer ranks that start again: kill those that are left, then let
-    the engines sleep. vLLM's sleep fails where a rank allocates meanwhile: it compares how much of
-    the GPU is free before and after (v1/worker/gpu_worker.py)."""
-    await asyncio.to_thread(trainer.kill)
-    try:
-        await fleet.sleep()
-    except EngineError as error:
-        notify(f"engines did not free their memory: {error}")
-
-
-def _session(
-    config: Config,
-    running: TrainingRun,
-    collector: RolloutCollector,
-    log: SampleLog,
-    prompts: PromptSplit,
-) -> Session:
-    """Return a session that begins at the newest checkpoint."""
-    recorder, trainer = running.recorder, running.trainer
-    sampler = PromptSampler(prompts.train, config.run.seed)
-    room = context_length(config) - PROBE_TOKENS
-    first = prompts.train[: config.push.probes]
-    probes = [collector.text.encode(prompt.question, prompt.before)[:room] for prompt in first]
-    bridge = weight_bridge(config, trainer, collector.fleet, probes)
-    ahead = StepSampler(config, collector, sampler, log if config.rl.sample_log else None)
-    return Session(
-        recorder,
-        running.stop,
-        PolicyEngines(trainer, bridge, ahead),
-        TrainerPasses(config, trainer, recorder.state),
-        HeldoutEvaluation(config, collector, prompts.heldout, recorder),
-    )
+    async def _free_gpus(self) -> None:
+        """Free the GPUs' memory for trainer ranks that start again: kill those that are left, then
+        let the engines sleep. vLLM's sleep fails where a rank allocates meanwhile: it compares how
+        much of the GPU is free before and after (v1/worker/gpu_worker.py)."""
+        await asyncio.to_thread(self.running.trainer.kill)
+        try:
+            await self.collector.fleet.sleep()
+        except EngineError as error:
+            self.running.recorder.view.message(f"engines did not free their memory: {error}")
 
 
 def _next_commands(config: Config) -> list[tuple[str, str]]:

@@ -136,25 +136,14 @@ async def _run(
         fitting = _with_microbatch(config, num_ranks, name == "rl", recorder.view.message)
         trainer = TrainerClient(fitting, folder.path / "logs", bind, num_ranks)
         supervisor = Supervisor(config, recorder, trainer, spans_hosts=SPANS_HOSTS in os.environ)
-
-        async def work() -> None:
-            await body(TrainingRun(recorder, trainer, stop, supervisor))
-            await recorder.checkpoints.finish(trainer)
-            if recorder.state.step >= config.run.steps:
-                recorder.view.phase("exporting", str(folder.hf))
-                if config.model.lora is not None:
-                    await trainer.call(FolderOperations.export_adapter, folder=str(folder.adapter))
-                timeline.reached("controller/steps done")
-                await trainer.call(FolderOperations.export, folder=str(folder.hf))
-                timeline.reached("controller/exported")
-
+        running = TrainingRun(recorder, trainer, stop, supervisor)
         outcome = ""
         try:
             if not recorder.resumed:
                 _require_weights(config.model)
             if port is None:  # no torchrun has started them
                 trainer.launch()
-            await supervisor.run(work())
+            await supervisor.run(_train_and_export(config, running, body))
             stop.done()
             if recorder.state.step < config.run.steps:
                 raise KeyboardInterrupt
@@ -172,6 +161,22 @@ async def _run(
                 timeline.reached("controller/roles ended")
                 _write_report(folder, title, facts, next_commands)
                 timeline.reached("controller/report written")
+
+
+async def _train_and_export(config: Config, running: TrainingRun, body: Body) -> None:
+    """Await `body` and the last checkpoint; export the model if all steps are done."""
+    recorder, trainer = running.recorder, running.trainer
+    await body(running)
+    await recorder.checkpoints.finish(trainer)
+    if recorder.state.step < config.run.steps:
+        return
+    folder = recorder.folder
+    recorder.view.phase("exporting", str(folder.hf))
+    if config.model.lora is not None:
+        await trainer.call(FolderOperations.export_adapter, folder=str(folder.adapter))
+    timeline.reached("controller/steps done")
+    await trainer.call(FolderOperations.export, folder=str(folder.hf))
+    timeline.reached("controller/exported")
 
 
 def _write_report(
