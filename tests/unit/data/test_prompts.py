@@ -78,6 +78,10 @@ def test_a_context_joins_the_question_unless_the_recipe_maps_it(tmp_path):
     for columns, asked in ({}, "Tom has 2.\n\nHow many?"), ({"question": "question"}, "How many?"):
         [prompt] = load_prompts(path=path, heldout_fraction=0.0, columns=columns).train
         assert prompt.question == asked
+    write_lines(path, [row | {"question": "Tom has 2. How many?"}])
+    assert questions(load_prompts(path=path, heldout_fraction=0.0).train) == [
+        "Tom has 2. How many?"
+    ]
 
 
 def test_files_that_cannot_be_are_refused(tmp_path):
