@@ -1,9 +1,10 @@
 """Saves a checkpoint of the trainer and loads it into another one, with Transformer Engine's layers
-on the null GPU: `checkpoint_round_trip.py MODEL DTYPE RECIPE MOMENTS [DEFECT|lora]`.
+on the null GPU: `checkpoint_round_trip.py MODEL DTYPE RECIPE MOMENTS [DEFECT] [lora] [engine]`.
 
 Before saving, the weights and the optimizer's state are filled with random numbers, because kernels
 do not run; afterwards they must be equal, bit for bit. DEFECT: a name in DEFECTS, installed
-before; lora: adapters are trained, the model's weights are not compared."""
+before; lora: adapters are trained, the model's weights are not compared; engine: while it saves,
+the GPU has room for half of the reference, as beside an engine that is awake."""
 
 import os
 import sys
@@ -39,9 +40,22 @@ def store_remainders() -> None:
     optimizer._PRECISION_AWARE["store_param_remainders"] = True
 
 
+def save_the_reference_from_the_gpu() -> None:
+    """Bring the reference to the GPU, as a second set of weights, to save it."""
+    from megatron_r1.training.reference import Reference
+
+    kept = Reference.kept
+    Reference.kept = lambda self, live: kept(self, live).to(live.device)
+
+
 DEFECTS = {
     defect.__name__: defect
-    for defect in (load_strictly, subscript_empty_extra_state, store_remainders)
+    for defect in (
+        load_strictly,
+        subscript_empty_extra_state,
+        store_remainders,
+        save_the_reference_from_the_gpu,
+    )
 }
 
 
@@ -76,6 +90,14 @@ def state(trainer) -> dict[str, torch.Tensor]:
     return found
 
 
+def as_an_engine(trainer) -> torch.Tensor:
+    """Take the GPU's memory but half of what the reference would need there."""
+    trained = [p for chunk in trainer.model_chunks for p in chunk.parameters() if p.requires_grad]
+    free, _ = torch.cuda.mem_get_info()
+    size = free - sum(parameter.nbytes for parameter in trained) // 2
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
+
+
 def main() -> None:
     model, dtype, recipe, moments, *defects = sys.argv[1:]
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -106,9 +128,11 @@ def main() -> None:
         torch.manual_seed(1)
         for tensor in expected.values():
             tensor.copy_(torch.randn(tensor.shape))
+        engine = as_an_engine(trainer) if "engine" in defects else None
         folders = Folders(trainer)
         folders.save_checkpoint(str(folder), {"step": 1})
         assert (error := folders.checkpoint_progress(wait=True)["error"]) is None, error
+        del engine
         other = Trainer(settings, position)
         Folders(other).load_checkpoint(str(folder), reference=True)
     found = state(other)

@@ -52,6 +52,20 @@ def test_what_is_saved_is_loaded_bit_by_bit(on_null_gpu, models, model, settings
     assert "equal: " in printed.splitlines()[-1]
 
 
+def test_a_save_needs_no_room_for_the_reference_beside_an_engine(on_null_gpu, models):
+    """Where it is brought to the GPU, as it once was, the error says that memory is short."""
+    beside = {
+        "NULL_GPU_BYTES": str(2 * 2**30),
+        "NULL_GPU_NCCL_BYTES": str(2**20),
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+    }
+    command = ["checkpoint_round_trip.py", str(models / "deepseek"), *BF16, "engine"]
+    assert "equal: " in on_null_gpu(*command, **beside)
+    with pytest.raises(pytest.fail.Exception) as failed:
+        on_null_gpu(*command, "save_the_reference_from_the_gpu", **beside)
+    assert "out of memory" in str(failed.value)
+
+
 @pytest.mark.parametrize(("model", "settings"), [("deepseek", BLOCKWISE), ("qwen", BF16)])
 def test_so_are_adapters_of_transformer_engine_s_layers(on_null_gpu, models, model, settings):
     printed = round_trip(on_null_gpu, models, model, settings, "lora")
