@@ -17,11 +17,10 @@ from itertools import chain, islice
 
 from megatron_r1.config import Config
 from megatron_r1.errors import RunError
-from megatron_r1.rl.overlong import overlong_punishment
+from megatron_r1.rl.advantages import overlong_punishment
 from megatron_r1.rl.rollout import GradedResponse
 from megatron_r1.rl.session import Session
-from megatron_r1.rl.trainer_passes import TrainerPasses
-from megatron_r1.rl.training_samples import training_samples
+from megatron_r1.rl.trainer_passes import TrainerPasses, training_samples
 from megatron_r1.training.sample import Sample
 
 
@@ -32,8 +31,7 @@ async def train(session: Session) -> None:
         with session.phase("rollout"):
             rollout = await engines.rollout(session.step)
         rewards = [
-            [training_reward(graded, config) for graded in group.responses]
-            for group in rollout.groups
+            [training_reward(each, config) for each in group.responses] for group in rollout.groups
         ]
         advantages = passes.algorithm.advantages(rewards, config.rl)
         # Not in the event loop: a rollout of 8,192 x 30,000 tokens is copied here.

@@ -11,10 +11,9 @@ from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.rewards.runtime.pool import LEVELS
 from megatron_r1.rl.advice import FIRST_STEPS, advice
 from megatron_r1.rl.heldout import HeldoutEvaluation
-from megatron_r1.rl.metrics import mean_of_updates, rollout_metrics, sample_records
+from megatron_r1.rl.metrics import StepRecord, mean_of_updates, rollout_metrics, sample_records
 from megatron_r1.rl.policy_engines import PolicyEngines
 from megatron_r1.rl.rollout import Rollout
-from megatron_r1.rl.step_record import StepRecord
 from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.trainer_client.recorder import Recorder
 from megatron_r1.training.checkpoints.finding import complete_checkpoints, step_of

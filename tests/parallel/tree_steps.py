@@ -33,7 +33,7 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.episodes import Episode
 from megatron_r1.engine.responses import Response
 from megatron_r1.rl.rollout import GradedResponse, Group
-from megatron_r1.rl.training_samples import training_samples
+from megatron_r1.rl.trainer_passes import training_samples
 from megatron_r1.trainer_client.packing import pack
 from megatron_r1.training import distributed
 

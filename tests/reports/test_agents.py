@@ -14,7 +14,7 @@ from megatron_r1.errors import RunError
 from megatron_r1.rl.grading import check_grades
 from megatron_r1.rl.metrics import rollout_metrics
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout
-from megatron_r1.rl.training_samples import training_samples
+from megatron_r1.rl.trainer_passes import training_samples
 from tests.chat_tokenizer import QWEN3, chat_tokenizer
 
 MERGING = (

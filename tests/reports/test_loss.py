@@ -14,10 +14,10 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import Cause, RunError
 from megatron_r1.rl import algorithms
-from megatron_r1.rl.dynamic_sampling import collect_informative
 from megatron_r1.rl.loop import minibatches
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout
-from megatron_r1.rl.training_samples import training_samples
+from megatron_r1.rl.step_sampler import collect_informative
+from megatron_r1.rl.trainer_passes import training_samples
 from megatron_r1.training.head import Head
 from megatron_r1.training.packed import TokenSplit, packed_batch
 from megatron_r1.training.returns import discounted_sums, gae, penalized_rewards

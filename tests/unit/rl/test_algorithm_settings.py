@@ -18,11 +18,10 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.episodes import Branch, Episode
 from megatron_r1.engine.responses import Response
 from megatron_r1.rl import algorithms
+from megatron_r1.rl.advantages import overlong_punishment
 from megatron_r1.rl.loop import minibatches, training_reward, update
-from megatron_r1.rl.overlong import overlong_punishment
 from megatron_r1.rl.rollout import GradedResponse, Group
-from megatron_r1.rl.trainer_passes import TrainerPasses
-from megatron_r1.rl.training_samples import training_samples
+from megatron_r1.rl.trainer_passes import TrainerPasses, training_samples
 from megatron_r1.trainer_client.recorder import RunState
 from megatron_r1.training.operations import ModelOperations
 

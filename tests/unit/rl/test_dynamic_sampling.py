@@ -6,9 +6,9 @@ from megatron_r1.config import parse
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import Cause
-from megatron_r1.rl.dynamic_sampling import collect_informative
 from megatron_r1.rl.metrics import rollout_metrics
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout
+from megatron_r1.rl.step_sampler import collect_informative
 
 PROMPTS = [make_prompt(f"question {i}", "math", str(i), {}) for i in range(20)]
 

@@ -12,9 +12,9 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import RunError
 from megatron_r1.files.framed import HEADER, FramedFile, append_frame
-from megatron_r1.rl.dynamic_sampling import collect_informative
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout
 from megatron_r1.rl.sample_log import SampleLog
+from megatron_r1.rl.step_sampler import collect_informative
 
 PROMPTS = [make_prompt(f"question {i}", "math", str(i), {}) for i in range(8)]
 PAYLOADS = [b"first", b"", b"third, \xf5mr1 within", bytes(range(256))]

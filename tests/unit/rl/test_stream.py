@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from megatron_r1.rl.stream import RolloutStream
+from megatron_r1.rl.step_sampler import RolloutStream
 
 
 class Engines:
