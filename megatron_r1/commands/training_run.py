@@ -21,9 +21,9 @@ from megatron_r1.processes import timeline
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.supervision.supervisor import Supervisor
-from megatron_r1.trainer_client.batch_size import check_batches
 from megatron_r1.trainer_client.client import TrainerClient
 from megatron_r1.trainer_client.cpu_memory import cpu_memory
+from megatron_r1.trainer_client.packing import check_batches
 from megatron_r1.trainer_client.recorder import Recorder
 from megatron_r1.trainer_client.schedule import warmup_note
 from megatron_r1.training.operations import FolderOperations

@@ -3,8 +3,7 @@ operations and records the run. No torch; the ranks' side is `megatron_r1.traini
 
     client.py, rank_socket.py         calls of all ranks, and their replies, over ZeroMQ
     rank_processes.py                 the ranks that the controller starts itself
-    packing.py, prompt_packing.py     samples over ranks and micro-batches, of equal cost
-    sample_cost.py, batch_size.py     the compute of a sample; batches with too few samples
+    packing.py                        samples over ranks and micro-batches, of equal cost
     schedule.py                       the learning rate of each optimizer step
     recorder.py, checkpoint_series.py the run's folder and trackers; its checkpoints
     cpu_memory.py                     what a run takes on a host without GPUs

@@ -23,11 +23,9 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.processes import timeline
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
 from megatron_r1.processes.open_files import allow_open_files
-from megatron_r1.trainer_client.packing import Packing, pack
-from megatron_r1.trainer_client.prompt_packing import pack_by_prompt
+from megatron_r1.trainer_client.packing import Packing, pack, pack_by_prompt, sample_cost
 from megatron_r1.trainer_client.rank_processes import RankProcesses
 from megatron_r1.trainer_client.rank_socket import RankSocket
-from megatron_r1.trainer_client.sample_cost import sample_cost
 from megatron_r1.training.operations import ModelOperations
 from megatron_r1.training.sample import Buffer, ReplicaSamples, Sample, encode_samples
 from megatron_r1.training.wire import LOAD, STOP, Call, RankDescription, Reply

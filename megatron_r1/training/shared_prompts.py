@@ -1,5 +1,5 @@
 """The samples of a micro-batch that share their prompt, which is then computed once
-(`models.prefixes`). `trainer_client.prompt_packing` packs them together.
+(`models.prefixes`). `trainer_client.packing` packs them together.
 
 All tokens of the prompt are shared but the last, which predicts another token in every response."""
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from trainer_steps import SETTINGS, TEMPERATURE, config
 
-from megatron_r1.trainer_client.prompt_packing import pack_by_prompt
+from megatron_r1.trainer_client.packing import pack_by_prompt
 from megatron_r1.training import distributed
 from megatron_r1.training.sample import Sample
 

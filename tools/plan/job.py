@@ -12,7 +12,7 @@ from megatron_r1.engine.limits import check_engines
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.hf_config import read_hf_config, sparse_layers
 from megatron_r1.models.supported import check_divisions
-from megatron_r1.trainer_client.batch_size import check_batches
+from megatron_r1.trainer_client.packing import check_batches
 from megatron_r1.weights.adapters.table import adapter_table
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.layout import Shard, recipe_stages

@@ -7,8 +7,7 @@ from refusals import refused
 
 from megatron_r1.errors import Cause
 from megatron_r1.models import read_hf_config
-from megatron_r1.trainer_client.packing import pack
-from megatron_r1.trainer_client.sample_cost import active_parameters, balance_length, sample_cost
+from megatron_r1.trainer_client.packing import active_parameters, balance_length, pack, sample_cost
 
 
 def heavy_tailed(count: int, limit: int, seed: int = 0) -> list[int]:

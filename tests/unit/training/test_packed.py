@@ -9,7 +9,7 @@ from refusals import raised, refused
 from megatron_r1.config import Config
 from megatron_r1.errors import Cause
 from megatron_r1.models.prefixes import segments_before
-from megatron_r1.trainer_client.prompt_packing import pack_by_prompt
+from megatron_r1.trainer_client.packing import pack_by_prompt
 from megatron_r1.training.losses import denominator, supervised
 from megatron_r1.training.packed import TokenSplit, check_token_ids, packed_batch
 from megatron_r1.training.sample import Sample
