@@ -113,6 +113,12 @@ def test_on_a_cpu_no_share_is_needed(recipe, monkeypatch):
     check_gpu_memory(configuration.load(recipe), HF)
 
 
+def roles_of(config, trainer, fleet, recorder=None):
+    running = SimpleNamespace(trainer=trainer, recorder=recorder)
+    collector = SimpleNamespace(fleet=fleet, teacher=None)
+    return rl._Roles(config, running, collector, log=None, prompts=None, hosts=None)
+
+
 @pytest.mark.parametrize("has_gpus", [True, False])
 @pytest.mark.parametrize("colocated", [True, False])
 def test_engines_on_the_trainers_gpus_start_after_it(recipe, monkeypatch, has_gpus, colocated):
@@ -129,8 +135,8 @@ def test_engines_on_the_trainers_gpus_start_after_it(recipe, monkeypatch, has_gp
                 await engines_started.wait()  # both at once
             done.append("trainer")
 
-        async def call(self, command):
-            done.append(command)
+        async def call(self, operation):
+            done.append(operation.__name__)
 
     class Fleet:
         async def start(self, path, version):
@@ -138,14 +144,14 @@ def test_engines_on_the_trainers_gpus_start_after_it(recipe, monkeypatch, has_gp
             engines_started.set()
 
     settings = {"rollout.colocated": colocated, "rollout.gpu_memory": 0.3}
-    collector = SimpleNamespace(fleet=Fleet(), teacher=None)
-    asyncio.run(rl._start(configuration.load(recipe, settings), Trainer(), collector))
+    roles = roles_of(configuration.load(recipe, settings), Trainer(), Fleet())
+    asyncio.run(roles.start())
     in_turn = ["trainer", "yield_memory", "engines"] if colocated else ["trainer", "engines"]
     assert done == (in_turn if has_gpus or colocated else ["engines", "trainer"])
 
 
 @pytest.mark.parametrize("refuses", [False, True])
-def test_engines_sleep_when_no_rank_of_the_lost_trainer_allocates_any_more(refuses):
+def test_engines_sleep_when_no_rank_of_the_lost_trainer_allocates_any_more(recipe, refuses):
     """vLLM's sleep fails where less of the GPU is free after it than before."""
     done, messages = [], []
 
@@ -156,6 +162,8 @@ def test_engines_sleep_when_no_rank_of_the_lost_trainer_allocates_any_more(refus
                 raise EngineError("engine-0 refuses")
 
     trainer = SimpleNamespace(kill=lambda: done.append("kill"))
-    asyncio.run(rl._free_gpus(trainer, Fleet(), messages.append))
+    view = SimpleNamespace(message=messages.append)
+    roles = roles_of(configuration.load(recipe), trainer, Fleet(), SimpleNamespace(view=view))
+    asyncio.run(roles._free_gpus())
     assert done == ["kill", "sleep"]
     assert len(messages) == refuses and all("engine-0" in message for message in messages)
