@@ -16,9 +16,9 @@ from megatron_r1.rewards.truths import is_none, kind_of
 
 QUESTION_NAMES = (
     *("question", "problem", "prompt", "question_content", "problem_description", "query"),
-    *("problem_statement", "instruction", "exercise", "quiz", "puzzle", "riddle", "task", "input"),
-    *("user_prompt", "user", "human", "text", "description", "content", "messages"),
-    "conversations",
+    *("problem_statement", "instruction", "exercise", "quiz", "puzzle", "riddle", "input"),
+    *("inputs", "task", "user_prompt", "user", "human", "text", "description", "content"),
+    *("messages", "conversations"),
 )
 CONTEXT_NAMES = ("context", "passage", "body", "article", "paragraph", "table")
 """Usual names of a text that a question is about: SQuAD's, DROP's, SVAMP's, TabMWP's."""
@@ -27,7 +27,7 @@ TRUTH_NAMES = (
     *("input_output", "tests", "test_cases", "test_list", "golden_answers", "final_answer"),
     *("expected_answer", "gt_answer", "final_ans", "correct_answer", "correct", "answerkey"),
     *("public_test_cases", "test", "solution", "target", "answers", "expected", "gold", "golden"),
-    *("reference", "result", "label", "solution_text", "output"),
+    *("final_decision", "targets", "reference", "result", "label", "solution_text", "output"),
 )
 """Usual names, the likelier first."""
 COMPOSED = (

@@ -218,8 +218,11 @@ def _conversation(messages: list[Message], learned_from: int, row: Record) -> Pa
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
         learned_from += 1
-    if not any(is_learned(message) for message in messages[learned_from:]):
+    learned = [message for message in messages[learned_from:] if is_learned(message)]
+    if not learned:
         raise ValueError("no message of the assistant, from whose messages is learned")
+    if not any(m["content"].strip() or "tool_calls" in m for m in learned):
+        raise ValueError("the assistant's messages are empty")
     if messages[0]["role"] == "assistant" and len(messages) == 1:
         raise ValueError("the only message is the assistant's; it has no prompt")
     tools = read_tools(row.get("tools") or row.get("functions"))

@@ -103,7 +103,7 @@ def _read_jsonl(path: Path, role: str) -> Iterator[Row]:
             line = line.strip()
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8).strip()
-                if _begins_a_list(line):
+                if _begins_a_list(line) and not _is_chat_line(line):
                     yield from _read_list(path, role)
                     return
             if not line:
@@ -117,6 +117,8 @@ def _read_jsonl(path: Path, role: str) -> Iterator[Row]:
                     key=role,
                     cause=Cause.MALFORMED,
                 ) from error
+            if is_chat(row):
+                row = {"messages": row}
             if not isinstance(row, dict):
                 raise UserError(
                     f"{location}: expected an object, got {type(row).__name__}",
@@ -124,6 +126,14 @@ def _read_jsonl(path: Path, role: str) -> Iterator[Row]:
                     cause=Cause.MALFORMED,
                 )
             yield location, row
+
+
+def _is_chat_line(line: bytes) -> bool:
+    """Return whether a line is a whole conversation, as each line of the file then is."""
+    try:
+        return is_chat(json.loads(line))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _begins_a_list(line: bytes) -> bool:
@@ -193,6 +203,10 @@ def _read_list(path: Path, role: str) -> Iterator[Row]:
         lists = [content[k] for k in LISTS if isinstance(content.get(k), list)]
         rows = _only_list(content) or _table(content) or ([content] if content else None)
         content = lists[0] if lists else rows
+    if is_chat(content):
+        content = [content]
+    if isinstance(content, list):
+        content = [{"messages": row} if is_chat(row) else row for row in content]
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise UserError(f"{path}: expected a list of objects", key=role, cause=Cause.MALFORMED)
     for number, row in enumerate(content):

@@ -1,13 +1,15 @@
 """Which tokens of a conversation are learned, against the mask that transformers computes from a
 template that marks the assistant's text."""
 
+import json
+
 import pytest
 from chat_tokenizer import CHATML, LAST_THOUGHT, QWEN3, chat_tokenizer
 from refusals import refused
 
 from megatron_r1.commands.sft import sample_of
 from megatron_r1.data.conversations import ExampleText
-from megatron_r1.data.sft import read_example
+from megatron_r1.data.sft import load_examples, read_example
 from megatron_r1.errors import Cause
 
 HEADER = "<|im_start|>{{ m.role }}\n"
@@ -130,6 +132,22 @@ def test_a_thought_is_learned_whatever_its_key_and_the_template_s(texts, key, re
     ids, learned = text.encode(example)
     shown = text.decode([i for i, is_learned in zip(ids, learned, strict=True) if is_learned])
     assert shown == "<think>\nhm\n</think>\n\n1<|im_end|>"
+
+
+def test_conversations_without_a_name_are_rows(tmp_path):
+    chats = [[FIRST, answer("1")], [SECOND, answer("2")]]
+    lines = "\n".join(map(json.dumps, chats))
+    for name, text in (("a.jsonl", lines), ("b.json", json.dumps(chats))):
+        (tmp_path / name).write_text(text)
+        assert [example.messages for example in load_examples(tmp_path / name)] == chats
+    (tmp_path / "c.json").write_text(json.dumps(chats[0]))
+    assert [example.messages for example in load_examples(tmp_path / "c.json")] == chats[:1]
+
+
+def test_answers_without_text_teach_nothing():
+    silent = {"from": "assistant", "ground_truth": {"value": "2"}}
+    with refused("messages", Cause.MALFORMED, "empty"):
+        read_example("", {"messages": [FIRST, silent]})
 
 
 @pytest.mark.parametrize("name", ["system", "system_prompt", "systemInstruction"])
