@@ -1,6 +1,7 @@
 """NCCL of the null GPU blocks streams as NCCL does, and circles of waits are named."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from waiting import wait_until
 from megatron_r1.weight_sync.plan.order_check import Call, Step
 from megatron_r1.weight_sync.plan.rounds import NONE, Link, PushOrder
 from tools.bench.push.stream_queues import link_threads
-from tools.null_gpu import watch
+from tools.null_gpu import launch, watch
 
 INVALID_USAGE, REMOTE_ERROR, IN_PROGRESS = 5, 6, 7
 
@@ -161,6 +162,20 @@ def test_the_watch_ends_with_the_circle_and_names_it(start, segment):
     command = [sys.executable, watch.__file__, str(segment)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stderr.count("rank 0 of") == 1
+
+
+def test_a_rehearsal_names_it_once_within_a_minute(start, segment, monkeypatch, capfd):
+    """`tools/null_gpu` looks each second."""
+    programs = [start("circle_of_events", rank) for rank in range(2)]
+    assert [program.says() for program in programs] == ["issued"] * 2
+    wait_until(lambda: watch.find_circle(segment))
+    watched = launch.Watched(segment)
+    monkeypatch.setattr(launch.time, "monotonic", lambda: now)
+    named = []
+    for now in range(1, 61):
+        watched.look(os.getpid())
+        named += [now] * capfd.readouterr().err.count("wait for each other in a circle")
+    assert len(named) == 1 and 30 <= named[0] < 60
 
 
 def test_a_communicators_calls_run_in_the_order_of_issue(start, segment):
