@@ -47,11 +47,13 @@ def order_of(trainers: int, engines: int, num_bytes: int = 40, *, colocated=Fals
 
 
 @cache
-def pushes(model: str, grid: TrainerGrid, engines: EngineLayout, stages: tuple, dtype: str):
+def pushes(
+    model: str, grid: TrainerGrid, engines: EngineLayout, stages: tuple, dtype: str, *, drafts: bool
+):
     """Return the orders of one plan, with engines on GPUs of their own and on the trainer's, and
     what the checker says to each."""
     hf = read_hf_config(model)
-    needs = PredictedLayout(hf, engines)
+    needs = PredictedLayout(hf, engines, drafts=drafts)
     planner = Planner(hf, grid, engines, stages, needs)
     sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
     plans = entries(planner, plain_bytes(dtype), sets)
@@ -69,7 +71,8 @@ def test_the_rounds_of_a_shipped_recipe_are_free_of_circles_and_near_their_floor
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
     stages = tuple(map(tuple, recipe_stages(config, hf)))
     model, dtype = str(config.model.path), config.rollout.dtype
-    for order, refusal in pushes(model, grid, engine_layout(config), stages, dtype):
+    drafts = config.rollout.drafts_by_mtp
+    for order, refusal in pushes(model, grid, engine_layout(config), stages, dtype, drafts=drafts):
         assert refusal is None
         assert order.num_entry_rounds <= 1.1 * order.entry_floor
         assert order.num_processes in (grid.world, 2 * grid.world)
