@@ -6,31 +6,24 @@
 3. `link_planner`: reads what the engines offer to receive, links this rank with the engine ranks
    that the plan gives it, and has the slices of its parameters that each link carries, as they are
    or quantized to FP8.
-4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends (`base`); over the
-   last two an engine passes on to others what has entered it. Over NCCL all links are sent
-   together, in the rounds of `plan.rounds`: `ordered_sets` has each rank's part, `round_sender`
-   runs that of a trainer rank.
-   `transports.base` has the memory of an engine rank in which a push arrives.
-5. `checksum`: one per delivery, computed on both ends, in the same pass as the copy where possible,
-   and compared before use.
+4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends, and the memory in
+   which they arrive (`base`). Over NCCL all links are sent together, in rounds (`plan.rounds`):
+   `ordered_sets` has each rank's part, `round_sender` runs that of a trainer rank.
+5. `checksum`: one per delivery, computed on both ends and compared before use.
 6. `megatron_r1.vllm_plugin.swap`: inside vLLM, the received weights replace the old ones;
    `delivery` compares the tensors in use before and after.
 
 Both sides agree on the plan before: an engine rank publishes its `table` of slots, and `rendezvous`
-is how all ranks find each other and learn of failures. These two, `transports` and `checksum` run
-inside vLLM as well, so they import nothing else of ours. `results` has what the
-ranks report to the controller.
+is how all ranks find each other and learn of failures. `results` has what ranks report to the
+controller.
 
 Eight words:
 
 - set: equal engines that are served together. An engine is a member of it, by number; the ranks of
   equal number in their engines are at one position.
 - region: a rectangle of a Hugging Face tensor (`plan.tensors`).
-- table: an engine rank's slots; slot: a region that it needs, with its place in the receive buffer
-  (`table`). Where the engine computes with received weights in place, two areas of that buffer take
-  turns.
+- table: an engine rank's slots; slot: a region that it needs, with its place in the receive buffer.
 - plan: an entry for each trainer rank and each engine rank that it sends to, with the regions
   (`plan.engine_sets`); link: the connection of two such ranks (`link_planner`).
 - delivery: the rectangle of a slot that one trainer rank sends, with a checksum (`table`).
-- bucket: the bytes of one message. In a round a process sends and receives one each
-  (`plan.rounds`)."""
+- bucket: the bytes of one message."""

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_r1.weight_sync.ordered_sets import OrderedSets
 from megatron_r1.weight_sync.plan.engine_sets import (
-    EngineRank,
     Entry,
+    Plan,
     entries,
     largest_bundle,
     sent_bytes,
@@ -35,7 +35,6 @@ from megatron_r1.weight_sync.rendezvous import (
     PositionPlan,
     ReceiverInfo,
     TrainerRendezvous,
-    deliveries_to,
 )
 from megatron_r1.weight_sync.round_sender import SetRounds
 from megatron_r1.weight_sync.table import Delivery, SlotTable, dtype_of
@@ -250,12 +249,14 @@ class LinkedSet:
     """A set of engines, with the links of this rank to it.
 
     rendezvous: of each engine with this rank. sent: the bytes that each trainer rank sends to the
-    set in a push. rounds: this rank's part of a push in rounds."""
+    set in a push. rounds: this rank's part of a push in rounds. number: of the set's pushes so far.
+    """
 
     rendezvous: list[TrainerRendezvous]
     sent: list[float]
     links: list[PushLink] = field(default_factory=list)
     rounds: SetRounds | None = None
+    number: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -314,12 +315,7 @@ class LinkPlanner:
                 sets = [range(*edges) for edges in pairwise([0, *ends])]
                 largest, num_bytes = largest_bundle(transport), _byte_count(tables)
                 plans = entries(planner, num_bytes, sets, offers.sent, largest)
-                order = None
-                if make_end.in_rounds:
-                    self._num_orders += 1
-                    ranks, world = engine_layout.ranks_per_engine, self.grid.world
-                    shared = self._shared_gpus(addresses)
-                    order = OrderedSets(plans, sets, ranks, world, shared, self._num_orders)
+                order = self._order(plans, sets, addresses) if make_end.in_rounds else None
             except ValueError as error:
                 problems |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
                 continue
@@ -338,15 +334,19 @@ class LinkPlanner:
                     problems[name] = f"{type(error).__name__}: {error}"
         return created, problems
 
-    def _shared_gpus(self, addresses: Sequence[list[list[str]]]) -> dict[EngineRank, int]:
-        """Return the trainer ranks on engine ranks' GPUs, which are the addresses over NCCL."""
-        return {
-            (index, engine, position): self._rank_of_gpu[address]
+    def _order(
+        self, plans: Sequence[Plan], sets: Sequence[range], addresses: Sequence[list[list[str]]]
+    ) -> OrderedSets:
+        """Return the order of a push. addresses: over NCCL the GPUs of engine ranks."""
+        shared = {
+            (index, member, position): self._rank_of_gpu[address]
             for index, engines in enumerate(addresses)
-            for engine, ranks in enumerate(engines)
+            for member, ranks in enumerate(engines)
             for position, address in enumerate(ranks)
             if address in self._rank_of_gpu
         }
+        self._num_orders += 1
+        return OrderedSets(plans, sets, len(plans[0]), self.grid.world, shared, self._num_orders)
 
     def _link_position(
         self,
@@ -361,9 +361,9 @@ class LinkPlanner:
         `publishes`."""
         plan: PositionPlan = [[] for _ in linked.rendezvous]
         position, rounds = position_entries[0].position, linked.rounds
-        served = rounds.served_members(position) if rounds is not None else []
+        serves = rounds is not None and rounds.serves(position)
         for entry in position_entries:
-            if not (publishes or served) and entry.sender != self.rank:
+            if not (publishes or serves) and entry.sender != self.rank:
                 continue
             found = [
                 (delivery, encoding, (item.name, region))
@@ -381,12 +381,10 @@ class LinkPlanner:
                 slices = [(held[source], encoding) for _, encoding, source in found]
                 linked.links.append(PushLink(entry.member, end, slices))
                 end.plan(deliveries)
-        for member in served:
-            assert rounds is not None
-            entering = deliveries_to(plan, member)
-            rounds.served[member, position] = receivers[member].table, entering
+        if rounds is not None and serves:
+            rounds.serve(receivers, plan)
         if publishes:
-            of_ranks = rounds.of_engine_ranks(position) if rounds is not None else None
+            of_ranks = rounds.ordered.rank_rounds(rounds.index, position) if rounds else None
             linked.rendezvous[0].publish_plan(position, plan, of_ranks)
 
     def _slice(self, name: str, region: Region) -> ParameterSlice:

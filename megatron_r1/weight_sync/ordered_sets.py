@@ -1,10 +1,10 @@
 """The order of a push as each rank of the connected sets runs it: which block of bytes it sends to
-which rank of which communicator, and receives, in every round (`rounds`).
+which rank of which communicator, and receives, in every round (`plan.rounds`).
 
 A set whose engine ranks have GPUs of their own has a communicator of the trainer ranks and these,
-in this order. Where all are on trainer ranks' GPUs, the trainer ranks' own communicator is used. A
-round in which a process has calls of two communicators is two groups, the trainer's first, then by
-set: the same subdivision of a round everywhere, so what `rounds` says of rounds holds for these."""
+in this order. Where all are on trainer ranks' GPUs, the trainer ranks' own is used. A round in
+which a process has calls of two communicators is two groups, the trainer's first, then by set: the
+same subdivision of a round everywhere, so what `rounds` says of rounds holds for these."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ class Block(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A send or a receive of a portion of `block` in a round."""
+    """A send or a receive, in a round, of portion `number` of the `of` equal ones of `block`.
+    peer: rank in the communicator."""
 
     is_passing: bool
     round: int
     is_send: bool
+    peer: int
     block: Block
-    half: Half
+    number: int
+    of: int
 
 
 class OrderedSets:
@@ -81,12 +84,10 @@ class OrderedSets:
                 (False, row["received"], row["source"]),
             ):
                 if bucket != NONE:
-                    portion = self.order.portion(int(bucket))
-                    block = self.blocks[portion.block]
+                    number, *portion = self.order.portion(int(bucket))
+                    block, passes = self.blocks[number], bool(bucket >= num_entering)
                     rank = self._ranks[block.set_index].get(int(peer), int(peer))
-                    half = Half(rank, portion.block, portion.number, portion.of)
-                    passes = bool(bucket >= num_entering)
-                    yield Call(passes, int(row["round"]), is_send, block, half)
+                    yield Call(passes, int(row["round"]), is_send, rank, block, *portion)
 
     def copies(self, process: int) -> Iterator[Block]:
         """Yield the blocks that a trainer rank copies, since it receives for the engine rank."""
@@ -94,14 +95,12 @@ class OrderedSets:
             if block.sender == process == self._receiver(block):
                 yield block
 
-    def served(self, index: int, process: int) -> list[tuple[int, int]]:
-        """Return the engine ranks, (member, position), that a trainer rank receives for."""
-        return [
-            (member, position)
-            for position, members in enumerate(self.receivers[index])
-            for member, receiver in enumerate(members)
-            if receiver == process
-        ]
+    def served(self, index: int, process: int) -> tuple[int, int] | None:
+        """Return the engine rank of a set, (member, position), that a trainer rank receives for."""
+        for position, members in enumerate(self.receivers[index]):
+            if process in members:
+                return members.index(process), position
+        return None
 
     def has_served(self, index: int) -> bool:
         """Return whether trainer ranks receive for engine ranks of a set."""
@@ -135,7 +134,7 @@ class OrderedSets:
         phases: tuple[dict, dict] = ({}, {})
         for call in self.calls(process):
             block = -1 - call.block.member if call.block.sender is None else call.block.sender
-            half = Half(call.half.peer, block, call.half.number, call.half.count)
+            half = Half(call.peer, block, call.number, call.of)
             pair = phases[call.is_passing].setdefault(call.round, [None, None])
             pair[0 if call.is_send else 1] = half
         entering, passing = ([tuple(pair) for pair in phase.values()] for phase in phases)

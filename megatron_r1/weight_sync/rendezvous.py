@@ -1,5 +1,5 @@
-"""How the ranks of several equal engines, a *set*, and those of the trainer agree on the plan, once
-per set, and on a failure, during a push.
+"""How the ranks of a set of engines and those of the trainer agree on the plan, once per set, on
+the beginning of a push, and on a failure.
 
 All sides use a torch.distributed store that the trainer hosts. Keys begin with the set's name,
 which is new for every set. Trainer rank 0 reads the tables of all engine ranks and passes them on
@@ -68,9 +68,8 @@ PositionPlan = list[list[tuple[int, list[Delivery]]]]
 class Half(msgspec.Struct, frozen=True, array_like=True):
     """A send or a receive of a round: portion `number` of the `count` equal ones of a block.
 
-    peer: rank in the communicator. block: at an engine rank, the trainer rank that sends it, or
-    -1 - member where a member of the position passes it on; at a trainer rank, its number in the
-    order."""
+    peer: rank in the communicator. block: the trainer rank that sends it, or -1 - member where a
+    member of the position passes it on."""
 
     peer: int
     block: int

@@ -2,16 +2,14 @@
 by round, and where engine ranks are on trainer ranks' GPUs, receives for the one on its own, into
 memory that both have mapped.
 
-Failures. Each wait ends with an error of NCCL, with a failure that any rank of the set has
-reported, or with the push's time limit. The rank that finds one aborts its communicator, and finds
-out which engine ranks have died (`Rendezvous.find_cause`); the sets of other communicators go on. A
-set gets a new communicator when it is connected anew. The trainer ranks' own is made for the first
-push that needs it, and again after one that failed; all ranks agree on that before a push."""
+A rank whose wait fails (`round_runner`) aborts its communicator and finds out which engine ranks
+have died; the sets of other communicators go on. The trainer ranks' own communicator is made for
+the first push that needs it, and again after one that failed; all agree on that before a push."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 import torch
@@ -22,9 +20,11 @@ from megatron_r1.weight_sync.plan.rounds import ENTRY_BYTES
 from megatron_r1.weight_sync.rendezvous import (
     EXPECTED_ERRORS,
     Peer,
-    RankRounds,
+    PositionPlan,
+    ReceiverInfo,
     SetFailed,
     TrainerRendezvous,
+    deliveries_to,
     wait_for_keys,
 )
 from megatron_r1.weight_sync.results import Failure
@@ -40,47 +40,43 @@ from megatron_r1.weight_sync.transports.round_runner import (
     Transfer,
 )
 
-Served = tuple[SlotTable, Mapping[int | Peer, Sequence[Delivery]]]
-"""The table of the engine rank on this rank's GPU, and the deliveries to it by source."""
-
 
 @dataclass
 class SetRounds:
     """The part of trainer rank `rank` in the pushes to one set.
 
-    index: of the set in `ordered`. served: by (member, position). number: of the set's pushes so
-    far."""
+    index: of the set in `ordered`. number: of the set's push."""
 
     rendezvous: list[TrainerRendezvous]
     ordered: OrderedSets
     index: int
     rank: int
-    served: dict[tuple[int, int], Served] = field(default_factory=dict)
     communicator: Communicator | None = None
     number: int = 0
 
     def __post_init__(self) -> None:
-        self._mapped: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        """During a push, of each engine rank served: its memory, and that of the checksums, behind
-        which is room for the push's number."""
+        self.place = self.ordered.served(self.index, self.rank)
+        """The engine rank on this rank's GPU, (member, position)."""
+        self._served: tuple[SlotTable, Mapping[int | Peer, Sequence[Delivery]]] | None = None
+        """Its table, and the deliveries to it by source."""
+        self._mapped: tuple[torch.Tensor, torch.Tensor] | None = None
+        """During a push, the memory of that rank, and that of the checksums, behind which is room
+        for the push's number."""
+        self._landing: Landing | None = None
         own = [call for call in self.ordered.calls(self.rank) if call.block.set_index == self.index]
         self.calls: list[Call] = own
         copies = self.ordered.copies(self.rank)
         self.copies = [block for block in copies if block.set_index == self.index]
 
-    @property
-    def has_served(self) -> bool:
-        """Whether trainer ranks receive for engine ranks of the set."""
-        return self.ordered.has_served(self.index)
+    def serves(self, position: int) -> bool:
+        """Return whether an engine rank at this position is on this rank's GPU."""
+        return self.place is not None and self.place[1] == position
 
-    def served_members(self, position: int) -> list[int]:
-        """Return the members whose rank at a position is on this rank's GPU."""
-        served = self.ordered.served(self.index, self.rank)
-        return [member for member, at in served if at == position]
-
-    def of_engine_ranks(self, position: int) -> list[RankRounds | None]:
-        """Return the rounds of a position's engine ranks, by member."""
-        return self.ordered.rank_rounds(self.index, position)
+    def serve(self, receivers: Sequence[ReceiverInfo], plan: PositionPlan) -> None:
+        """Prepare to receive for that engine rank. receivers: of its position, by member."""
+        assert self.place is not None, "it serves"
+        member, _ = self.place
+        self._served = receivers[member].table, deliveries_to(plan, member)
 
     def begin_connect(self) -> None:
         """Begin to create the set's communicator, if it has one."""
@@ -96,51 +92,41 @@ class SetRounds:
             raise self.communicator.error
 
     def map(self) -> None:
-        """Map the memory that the engine ranks on this rank's GPU offer for the push."""
-        for member, position in self.served:
+        """Map the memory that the engine rank on this rank's GPU offers for the push."""
+        if self.place is not None:
+            member, position = self.place
             addresses = self.rendezvous[member].read_memory(position, self.number)
             memory, sums = map(mapped_memory, addresses)
-            self._mapped[member, position] = memory, sums.view(torch.int64)
+            self._mapped = memory, sums.view(torch.int64)
 
     def begin(self, push: int) -> None:
         """Prepare the blocks of a push."""
-        self._landings = {}
-        for place, (table, deliveries) in self.served.items():
-            memory, sums = self._mapped[place]
-            self._landings[place] = Landing(table, deliveries, table.area(memory, push), sums)
         self._memory_blocks: dict[Block, MemoryBlock] = {}
+        if self._mapped is not None:
+            assert self._served is not None, "serve() comes first"
+            (table, deliveries), (memory, sums) = self._served, self._mapped
+            self._landing = Landing(table, deliveries, table.area(memory, push), sums)
 
     def unmap(self) -> None:
-        """Let go of the engine ranks' memory."""
-        self._landings, self._memory_blocks = {}, {}
-        self._mapped.clear()
+        """Let go of the engine rank's memory."""
+        self._mapped, self._landing, self._memory_blocks = None, None, {}
 
-    def sent_block(self, block: Block, blocks: Blocks) -> SlicesBlock | MemoryBlock:
-        """Return what this rank sends: a link's, or what an engine rank passes on."""
-        place = block.member, block.position
-        if block.sender is not None:
-            return blocks[place]
-        return self._memory_block(block, lambda: self._landings[place].own_block())
-
-    def received_block(self, block: Block) -> MemoryBlock:
-        """Return the place of what an engine rank on this rank's GPU receives."""
-        (landing,) = (
-            landing
-            for (member, position), landing in self._landings.items()
-            if position == block.position and (block.sender is None or member == block.member)
-        )
-        source = Peer(block.member) if block.sender is None else block.sender
-        return self._memory_block(block, lambda: landing.block(source))
-
-    def _memory_block(self, block: Block, make: Callable[[], MemoryBlock]) -> MemoryBlock:
+    def memory_block(self, block: Block) -> MemoryBlock:
+        """Return the place of a block that the engine rank on this rank's GPU receives or passes on
+        in its memory."""
         if block not in self._memory_blocks:
-            self._memory_blocks[block] = make()
+            assert self._landing is not None, "map() and begin() come first"
+            if block.sender is None and (block.member, block.position) == self.place:
+                self._memory_blocks[block] = self._landing.own_block()
+            else:
+                source = Peer(block.member) if block.sender is None else block.sender
+                self._memory_blocks[block] = self._landing.block(source)
         return self._memory_blocks[block]
 
     def copy(self, blocks: Blocks, device: torch.device) -> None:
         """Copy what this rank holds itself for an engine rank on its GPU."""
         for block in self.copies:
-            source, target = blocks[block.member, block.position], self.received_block(block)
+            source, target = blocks[block.member, block.position], self.memory_block(block)
             for start in range(0, source.num_bytes, ENTRY_BYTES):
                 end = min(start + ENTRY_BYTES, source.num_bytes)
                 packed = torch.empty(end - start, dtype=torch.uint8, device=device)
@@ -148,9 +134,9 @@ class SetRounds:
                 target.unpack(start, end, packed)
 
     def mark_written(self) -> None:
-        """Write the push's number behind the checksums of the engine ranks' memory."""
-        for _, sums in self._mapped.values():
-            sums[-1] = self.number
+        """Write the push's number behind the checksums of the engine rank's memory."""
+        if self._mapped is not None:
+            self._mapped[1][-1] = self.number
 
     def failure_of(self, error: Exception) -> Failure:
         """Report why the set's push broke, and return the failure that was reported first."""
@@ -201,10 +187,6 @@ class RoundSender:
     def send(self, push: int, sets: Mapping[str, tuple[SetRounds, Blocks]]) -> dict[str, Failure]:
         """Send a push to these sets, and return the failures by set."""
         present, failures = dict(sets), dict[str, Failure]()
-        for rounds, _ in sets.values():
-            rounds.number += 1
-            if self._rank == 0:
-                rounds.rendezvous[0].publish_begun(rounds.number, push)
         try:
             for name in self._agree({name: each for name, (each, _) in sets.items()}):
                 present.pop(name)
@@ -233,7 +215,7 @@ class RoundSender:
         """Have the memory of the engine ranks for which trainer ranks receive mapped, and the
         trainer's own communicator made where it is needed and missing. Return the sets whose
         engines do not offer theirs, the same on all ranks."""
-        served = {name: rounds for name, rounds in sets.items() if rounds.has_served}
+        served = {name: each for name, each in sets.items() if each.ordered.has_served(each.index)}
         if not served:
             return []
         for rounds in served.values():
@@ -298,13 +280,12 @@ class RoundSender:
                     continue
                 key = call.round, rounds.ordered.number, group
                 each = found.get(key) or Round(communicator, None, None)
-                half = call.half
+                of_link = call.is_send and call.block.sender is not None
+                place = call.block.member, call.block.position
+                block = blocks[place] if of_link else rounds.memory_block(call.block)
+                transfer = Transfer(call.peer, block, *block.extent(call.number, call.of))
                 if call.is_send:
-                    sent = rounds.sent_block(call.block, blocks)
-                    extent = sent.extent(half.number, half.count)
-                    found[key] = each._replace(sent=Transfer(half.peer, sent, *extent))
+                    found[key] = each._replace(sent=transfer)
                 else:
-                    received = rounds.received_block(call.block)
-                    extent = received.extent(half.number, half.count)
-                    found[key] = each._replace(received=Transfer(half.peer, received, *extent))
+                    found[key] = each._replace(received=transfer)
         return [found[key] for key in sorted(found)]

@@ -163,6 +163,10 @@ class WeightSender:
         for name in gone:
             self.disconnect(name)
         present = {name: self._sets[name] for name in sets if name in self._sets}
+        for linked in present.values():
+            linked.number += 1
+            if self.rank == 0:
+                linked.rendezvous[0].publish_begun(linked.number, push)
         problems = self._send_in_rounds(push, present) | self._send_over_links(push, present)
         for name, linked in present.items():
             if self.rank == 0 and len(linked.rendezvous) > 1 and name not in problems:
@@ -212,6 +216,7 @@ class WeightSender:
                     )
                     for link in linked.links
                 }
+                linked.rounds.number = linked.number
                 found[name] = linked.rounds, blocks
         return self._rounds.send(push, found) if found else {}
 

@@ -2,8 +2,7 @@
 
 `planner` finds what each side holds and needs, `engine_sets` divides that among the engines of a
 set and finds the senders. `rounds` has the order in which buckets travel over NCCL, and
-`order_check` proves that it cannot wait in a circle. Every trainer rank computes the
-same plan from both layouts. No torch."""
+`order_check` proves that it cannot wait in a circle. No torch."""
 
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout, TrainerGrid

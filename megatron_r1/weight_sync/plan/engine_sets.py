@@ -32,7 +32,7 @@ SMALL_BUNDLE = 0.2
 already chosen."""
 UNEVEN = 1 / 1024
 """A tensor is cut where an engine's share of the bytes ends, unless less than this part of the
-share is left on either side. The exchange pads all shares to the largest."""
+share is left on either side. An exchange takes as long as for the largest share."""
 
 EngineRank = tuple[int, int, int]
 """(set, member, position): the engine is number `member` of the set."""

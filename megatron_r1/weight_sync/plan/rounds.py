@@ -16,11 +16,9 @@ to pack or unpack in is free once an earlier round has ended. Sends that NCCL bu
 earlier. The same holds for hosts, which connect two processes when these first meet. It does not
 hold for two orders at once: pushes of a process run one after another, everywhere in one order.
 
-Communicators. Where trainer and engine processes share GPUs: one, of all trainer ranks, made once
-for the run. NCCL refuses two ranks on one GPU, and two processes on a GPU compute in turns, so the
-trainer rank receives for the engine rank on its GPU and writes into memory that both have mapped
-(CUDA IPC); what it holds itself it copies there. Where engines have GPUs of their own: one for each
-set, of the trainer ranks and the set's engine ranks. All are used on the push's one stream."""
+NCCL refuses two ranks on one GPU, and two processes on a GPU compute in turns. So a trainer rank is
+the process that receives for the engine rank on its GPU, into memory that both have mapped (CUDA
+IPC); what it holds itself it copies there."""
 
 from __future__ import annotations
 

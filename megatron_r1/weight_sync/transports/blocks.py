@@ -1,8 +1,11 @@
 """Blocks of a push: the bytes of deliveries, one after another, and behind them a checksum of each.
 They travel in portions that are cut at any byte, so both sides know all sizes from the plan."""
 
+import contextlib
+import threading
+import time
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import gcd
 from typing import Any, NamedTuple
@@ -10,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_r1.weight_sync.checksum import RowsChecksum, RowsWeightedSum
-from megatron_r1.weight_sync.rendezvous import Peer
+from megatron_r1.weight_sync.rendezvous import Peer, SetFailed
+from megatron_r1.weight_sync.results import IncompletePush
 from megatron_r1.weight_sync.table import Delivery, SlotTable, dtype_of, slot_view
-from megatron_r1.weight_sync.transports.base import Slices
+from megatron_r1.weight_sync.transports.base import Receiver, Slices
 
 SUM_BYTES = 8
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -214,3 +218,81 @@ class Landing:
         own.sort(key=lambda entry: entry[0].slot)
         deliveries = [delivery for delivery, _ in own]
         return MemoryBlock(self.table, deliveries, self.area, [value for _, value in own])
+
+
+class BlockReceiver(Receiver):
+    """An engine rank's end that receives blocks, from trainer ranks and from engines that pass them
+    on, in threads of its own.
+
+    sums: as `Landing`'s. is_closing: whether `close` has been called."""
+
+    sums: torch.Tensor
+    is_closing = False
+
+    def prepare(self) -> None:
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def num_deliveries(self) -> int:
+        return sum(map(len, self.buffer.deliveries.values()))
+
+    @property
+    def name(self) -> str:
+        """The name by which other ranks ask whether this one is alive."""
+        return f"{self.rendezvous.member}/{self.rank}"
+
+    @property
+    def is_running(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
+
+    def start_thread(self, function: Callable[..., None], *arguments: object, name: str) -> None:
+        """Run a function in a thread that `join_threads` waits for."""
+        thread = threading.Thread(target=function, args=arguments, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def join_threads(self, seconds: float) -> None:
+        """Wait for all threads, at most so long. One that is still in a call when the interpreter
+        ends would abort the process."""
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def leave(self, number: int) -> None:
+        """Report to the set that this rank closes, and end all waits for its push `number`."""
+        if self.is_running:
+            with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
+                self.rendezvous.report_own(self.rank, "it has closed")
+                self.rendezvous.end_waits(number)
+
+    def reusable_memory(self, table: SlotTable) -> torch.Tensor | None:
+        return None if table != self.table or self.is_running else self.memory
+
+    def landing(self, push: int) -> Landing:
+        """Return where the blocks of a push enter."""
+        area = self.table.area(self.memory, push)
+        return Landing(self.table, self.buffer.deliveries, area, self.sums)
+
+    def check(self, push: int, sources: Sequence[int | Peer]) -> None:
+        """Compare what has come from these sources with its checksums."""
+        landing = self.landing(push)
+        for source in sources:
+            for index, sent in enumerate(landing.block(source).sums.tolist()):
+                self.buffer.delivery_arrived(source, push, index, sent % 2**64)
+
+    def give_up(self, error: Exception, lost: Sequence[str] | None = None, number: int = 0) -> None:
+        """Report to the set and to this engine that nothing more will arrive.
+
+        lost: the engine ranks of which one may have died, where that can be why; the others answer
+        for push `number` of the set."""
+        text, failure = str(error) or repr(error), error
+        with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
+            if lost is not None:
+                self.rendezvous.answer(self.name, number)
+                cause = self.rendezvous.find_cause(lost, number, text, lambda: self.is_closing)
+                failure = SetFailed(cause)
+            elif not isinstance(error, SetFailed):
+                is_damaged = isinstance(error, ValueError) and not isinstance(error, IncompletePush)
+                own = self.rendezvous.report_own(self.rank, text, is_damaged=is_damaged)
+                failure = SetFailed(own)
+        self.buffer.fail(failure)

@@ -5,20 +5,17 @@ An engine rank with a GPU of its own is a rank of its set's communicator: a thre
 (`round_runner`), checks what has entered before it passes that on, and then what others passed on.
 An engine rank on a trainer rank's GPU is in no communicator: it offers its memory through CUDA's
 inter-process handles, the trainer rank writes all of a push there, and behind it the push's number.
-Either way a push begins with a key in the store, so that no GPU waits for one to begin."""
+"""
 
 import contextlib
-import threading
 import time
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from megatron_r1.weight_sync.rendezvous import Half, Peer, RankRounds, SetFailed
-from megatron_r1.weight_sync.results import IncompletePush
-from megatron_r1.weight_sync.table import SlotTable
-from megatron_r1.weight_sync.transports.base import Receiver, Sender, gpu_uuid
-from megatron_r1.weight_sync.transports.blocks import Landing
+from megatron_r1.weight_sync.rendezvous import Half, Peer, RankRounds
+from megatron_r1.weight_sync.transports.base import Sender, gpu_uuid
+from megatron_r1.weight_sync.transports.blocks import BlockReceiver
 from megatron_r1.weight_sync.transports.device_memory import share_memory
 from megatron_r1.weight_sync.transports.nccl_library import NcclError
 from megatron_r1.weight_sync.transports.round_runner import (
@@ -36,21 +33,20 @@ LOOK_SECONDS = 0.5
 """Seconds between two looks of an engine rank whether a push that it is served has failed."""
 
 
-class NcclReceiver(Receiver):
+class NcclReceiver(BlockReceiver):
     """An engine rank's end. Borrowed memory is allocated when a push begins and freed once it is
     loaded. Between pushes the engine's KV cache has it; the cache sleeps during a push.
 
     Run on null GPUs only (tests/nullgpu)."""
 
     is_weighted = True
-    _thread: threading.Thread | None = None
 
     def prepare(self) -> None:
+        super().prepare()
         # The current device of this thread, vLLM's: in the receiving thread it is GPU 0.
         self._gpu = torch.cuda.current_device()
         self.device = torch.device("cuda", self._gpu)
         self.address = gpu_uuid(self._gpu)  # by which the plan finds the trainer rank there
-        self._is_closing = False
         self._number = self._answered = 0
         """The set's push that this rank has or waits for, and the last one in which it answered."""
 
@@ -77,41 +73,21 @@ class NcclReceiver(Receiver):
             self.memory.untyped_storage().resize_(0)
             torch.cuda.empty_cache()
 
-    def reusable_memory(self, table: SlotTable) -> torch.Tensor | None:
-        if table != self.table or (self._thread is not None and self._thread.is_alive()):
-            return None
-        return self.memory
-
     def connect(self) -> None:
-        count = sum(map(len, self.buffer.deliveries.values()))
         # Behind the checksums: the number of the last push that is all there.
-        self._sums = torch.zeros(count + 1, dtype=torch.int64, device=self.device)
-        self._thread = threading.Thread(
-            target=self._receive_pushes, args=(self.rounds,), name="push", daemon=True
-        )
-        self._thread.start()
+        self.sums = torch.zeros(self.num_deliveries + 1, dtype=torch.int64, device=self.device)
+        self.start_thread(self._receive_pushes, self.rounds, name="push")
 
     def close(self) -> None:
-        self._is_closing = True
-        if self._thread is not None:
-            if self._thread.is_alive():
-                with contextlib.suppress(
-                    RuntimeError
-                ):  # the trainer, and with it the store, is gone
-                    self.rendezvous.report_own(self.rank, "it has closed")
-                    self.rendezvous.end_waits(self._number)
-            # A thread that is still in a call when the interpreter ends would abort the process.
-            self._thread.join(CLOSE_SECONDS)
-        if self._thread is None or not self._thread.is_alive():
+        self.is_closing = True
+        self.leave(self._number)
+        self.join_threads(CLOSE_SECONDS)
+        if not self.is_running:
             self.free_memory()  # after a push that broke off
 
     @property
     def _num_bytes(self) -> int:
         return self.table.areas * self.table.num_bytes
-
-    @property
-    def _name(self) -> str:
-        return f"{self.rendezvous.member}/{self.rank}"
 
     def _receive_pushes(self, rounds: RankRounds | None) -> None:
         """Receive push after push, until one fails or this end closes."""
@@ -125,8 +101,10 @@ class NcclReceiver(Receiver):
                 communicator.wait_settled()
                 self._raise_error(communicator)
             connection = self.rendezvous.new_connection()
-            while not self._is_closing:
-                self._number += 1
+            while True:
+                self._number += 1  # `close` reads it after it has set `is_closing`
+                if self.is_closing:
+                    return
                 push = self.rendezvous.await_begun(self._number, connection)
                 if not push:
                     self.rendezvous.raise_failure()
@@ -140,13 +118,16 @@ class NcclReceiver(Receiver):
                 else:
                     communicator.set_limit(self.rendezvous.push_seconds)
                     self._run_rounds(push, streams, communicator, rounds)
-                    self.rendezvous.answer(self._name, self._number)
+                    self.rendezvous.answer(self.name, self._number)
                 if self.rendezvous.num_members > 1:
                     self.rendezvous.publish_complete(push)
         except Exception as error:  # noqa: BLE001 - raised by the push that waits
             if communicator is not None:
                 communicator.abort(error)
-            self._fail(error, rounds.names if rounds is not None else ())
+            if not self.is_closing:
+                names = rounds.names if rounds is not None else ()
+                is_lost = isinstance(error, (NcclError, TimeoutError))
+                self.give_up(error, names if is_lost else None, self._number)
         finally:
             if communicator is not None:
                 communicator.abort(RuntimeError("it closes"))
@@ -156,7 +137,7 @@ class NcclReceiver(Receiver):
     ) -> None:
         """Run this rank's part of a push, and check it."""
         streams.copies_follow()
-        landing = self._landing(push)
+        landing = self.landing(push)
         own = landing.own_block()
         blocks = {source: landing.block(source) for source in _sources(rounds)}
 
@@ -177,21 +158,23 @@ class NcclReceiver(Receiver):
         runner = RoundRunner(streams, [*entering, *passing])
         runner.run(entering)
         self._raise_error(communicator)
-        self._check(push, streams, self.senders)
+        with streams.copying():  # in which nothing waits for another rank
+            self.check(push, self.senders)
         if self.senders:  # what is damaged is not passed on
             self.buffer.wait(push, 0.0, self.senders)
         runner.run(passing)
         self._raise_error(communicator)
         peers = [source for source in self.buffer.deliveries if isinstance(source, Peer)]
-        self._check(push, streams, peers)
+        with streams.copying():
+            self.check(push, peers)
 
     def _be_served(self, push: int, streams: PushStreams) -> None:
         """Offer the memory to the trainer rank on this GPU, which writes all of a push there, and
         check it."""
         with streams.copying():
-            self._sums.zero_()
+            self.sums.zero_()
             self._is_written()  # waits until these are
-        addresses = [share_memory(self.memory), share_memory(self._sums)]
+        addresses = [share_memory(self.memory), share_memory(self.sums)]
         self.rendezvous.offer_memory(self.rank, self._number, addresses)
         deadline = time.monotonic() + self.rendezvous.push_seconds
         looked = 0.0
@@ -204,55 +187,25 @@ class NcclReceiver(Receiver):
                 if now > deadline:
                     raise TimeoutError("the trainer rank on this GPU has not sent all of it")
                 time.sleep(LONGEST_PAUSE)
-        self._check(push, streams, list(self.buffer.deliveries))
+            self.check(push, list(self.buffer.deliveries))
 
     def _is_written(self) -> bool:
         """Return whether the trainer rank has written all of the push that is under way."""
-        return int(self._sums[-1]) == self._number
-
-    def _landing(self, push: int) -> Landing:
-        area = self.table.area(self.memory, push)
-        return Landing(self.table, self.buffer.deliveries, area, self._sums)
-
-    def _check(self, push: int, streams: PushStreams, sources: Sequence[int | Peer]) -> None:
-        """Compare what has come from these sources with its checksums."""
-        landing = self._landing(push)
-        with streams.copying():  # in which nothing waits for another rank
-            for source in sources:
-                for index, sent in enumerate(landing.block(source).sums.tolist()):
-                    self.buffer.delivery_arrived(source, push, index, sent % 2**64)
+        return int(self.sums[-1]) == self._number
 
     def _look(self) -> None:
         """Raise the failure of the set; answer where another rank asks who is alive."""
-        if self._is_closing:
+        if self.is_closing:
             raise RuntimeError("it closes")
         self.rendezvous.raise_failure()
         if self._number > self._answered and self.rendezvous.is_asked(self._number):
-            self.rendezvous.answer(self._name, self._number)
+            self.rendezvous.answer(self.name, self._number)
             self._answered = self._number
 
     @staticmethod
     def _raise_error(communicator: Communicator) -> None:
         if communicator.error is not None:
             raise communicator.error
-
-    def _fail(self, error: Exception, names: Sequence[str]) -> None:
-        """Report to the set and to this engine that nothing more will arrive. names: the ranks of
-        its position that are in the communicator."""
-        if self._is_closing:
-            return
-        rendezvous, text = self.rendezvous, f"{type(error).__name__}: {error}"
-        failure: Exception = error
-        with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
-            if isinstance(error, SetFailed):
-                pass
-            elif isinstance(error, (NcclError, TimeoutError)):
-                rendezvous.answer(self._name, self._number)
-                failure = SetFailed(rendezvous.find_cause(names, self._number, text))
-            else:
-                is_damaged = isinstance(error, ValueError) and not isinstance(error, IncompletePush)
-                failure = SetFailed(rendezvous.report_own(self.rank, text, is_damaged=is_damaged))
-        self.buffer.fail(failure)
 
     @contextlib.contextmanager
     def _memory_error(self) -> Iterator[None]:

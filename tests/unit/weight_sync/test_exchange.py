@@ -146,13 +146,13 @@ def test_a_trainer_rank_that_ends_is_named_on_all_engines(make_world):
     wait_without_rank_3(world)
 
 
-def test_an_engine_rank_that_ends_is_named_by_the_others_at_its_position(make_world):
+def test_an_engine_rank_that_ends_is_named_by_the_others(make_world):
     tensors = draw(DEEPSEEK, 1)
     world = make_world(DEEPSEEK, GRID, SPREAD, tensors, engines=3, table=plain_table)
     world.receivers[1, 2].close()
     world.send(1)
     for engine in (0, 2):
-        with raised(ValueError, "rank 2 of engine 1"):
+        with raised(ValueError, "engine 1 of the set, rank 2"):
             world.receivers[engine, 2].buffer.wait(1, PATIENT)
 
 

@@ -51,8 +51,7 @@ def groups_of(ordered: OrderedSets, world: int, ranks: int) -> dict:
             index = call.block.set_index
             communicator = index if ordered.size(index) else OWN
             key = (call.is_passing, call.round, communicator)
-            half = call.half
-            data = (call.is_send, half.peer, call.block, half.number, half.count)
+            data = (call.is_send, call.peer, call.block, call.number, call.of)
             calls.append((key, data))
         calls.sort(key=lambda each: each[0])
         found["trainer", rank] = [
@@ -145,7 +144,7 @@ def test_every_block_arrives_whole_where_it_is_for(sets):
     links = {block for block in ordered.blocks if block.sender is not None}
     assert entering | copied == links and not entering & copied
     for index, positions in enumerate(ordered.receivers):
-        served = {place for rank in range(world) for place in ordered.served(index, rank)}
+        served = {place for rank in range(world) if (place := ordered.served(index, rank))}
         assert {
             (m, p) for p, ms in enumerate(positions) for m, at in enumerate(ms) if at < world
         } == served

@@ -1,6 +1,7 @@
 """Rates of gloo between processes of this machine: messages one way, a ring, and its all-gather.
 
-A push over gloo passes weights on around a ring (`weight_sync/transports/gloo.py`)."""
+In a push over gloo each engine rank passes weights on to one other at a time, as in a ring
+(`weight_sync/transports/gloo.py`)."""
 
 import os
 import time
