@@ -16,7 +16,7 @@ WALKS = {
     ),
     "a reward, from the response to its advantage": ("ResponseGrader.grade", "advantages"),
     "a weight, from the update to the engines' proof": (
-        "Session.push_weights",
+        "PolicyEngines.push",
         "Session.finish_step",
     ),
 }
