@@ -85,7 +85,7 @@ def compare(truth: str, answer: str) -> Result:
         return True, ""
     choice = math_text.read_choice(expected)
     if choice is not None and math_text.is_letter(expected):
-        return _same_letter(choice[0], answer), ""
+        return math_text.same_letter(choice[0], answer), ""
     is_words = math_text.is_words(expected, truth)
     same = math_text.same_words(expected, answer, ignore_case=is_words)
     if same or is_words or math_text.is_order(expected):
@@ -121,15 +121,6 @@ def equivalent(expected: str, answer: str, *, finished: bool = True) -> bool:
     if finished and is_unfinished(expected, answer):
         return False
     return same_expression(expected, answer)
-
-
-def _same_letter(letter: str, answer: str) -> bool:
-    """Compare with a truth that is the letter of a choice: `C`, `(C)`."""
-    choice = math_text.read_choice(answer)
-    if choice is not None:
-        return choice[0] == letter
-    bare = math_text.plain(answer)
-    return len(bare) == 1 and bare.islower() and bare.upper() == letter
 
 
 def _same_labelled(expected: tuple[str, str], answer: str) -> Result:

@@ -229,6 +229,15 @@ def read_choice(text: str) -> tuple[str, str] | None:
     return (match["round"] or match["square"] or match["bare"]).upper(), rest
 
 
+def same_letter(letter: str, answer: str) -> bool:
+    """Compare with a truth that is the letter of a choice: `C`, `(C)`."""
+    choice = read_choice(answer)
+    if choice is not None:
+        return choice[0] == letter
+    bare = plain(answer)
+    return len(bare) == 1 and bare.islower() and bare.upper() == letter
+
+
 def read_letters(text: str) -> str | None:
     """Return the letters of several choices in their order, `ABD` or `A, B and D`; None for any
     other text."""
