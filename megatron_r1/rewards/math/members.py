@@ -70,7 +70,11 @@ def _parameter(side: Structure) -> str | None:
     domains = [match["name"] for member in side.members if (match := DOMAIN.match(member))]
     chains = [chain for member in side.members if (chain := read_chain(member)) is not None]
     given = {squeeze(chain.sides[0]) for chain in chains if EQUAL in chain.relations}
-    return domains[0] if len(domains) == 1 and given and domains[0] not in given else None
+    if len(domains) != 1 or domains[0] in given:
+        return None
+    values = [member for member in side.members if read_chain(member) is None]
+    is_used = any(domains[0] in SYMBOL.findall(value) for value in values)
+    return domains[0] if given or is_used else None
 
 
 def without_repeats(sides: tuple[Structure, Structure], *members: list[str]) -> list[list[str]]:
