@@ -164,7 +164,9 @@ def test_the_watch_ends_with_the_circle_and_names_it(start, segment):
     assert ended.returncode == 1 and ended.stderr.count("rank 0 of") == 1
 
 
-def test_a_rehearsal_names_it_once_within_a_minute(start, segment, monkeypatch, capfd):
+def test_a_rehearsal_names_it_once_within_a_minute_and_says_what_was_held(
+    start, segment, monkeypatch, capfd
+):
     """`tools/null_gpu` looks each second."""
     programs = [start("circle_of_events", rank) for rank in range(2)]
     assert [program.says() for program in programs] == ["issued"] * 2
@@ -176,6 +178,9 @@ def test_a_rehearsal_names_it_once_within_a_minute(start, segment, monkeypatch, 
         watched.look(os.getpid())
         named += [now] * capfd.readouterr().err.count("wait for each other in a circle")
     assert len(named) == 1 and 30 <= named[0] < 60
+    most = max(watched.of_gpu.values()) / 2**30  # contexts of 512 MiB, and communicators
+    assert most > 0.5 and watched.of_host > 0
+    assert f"at most {most:.2f} of 80 GiB of a GPU" in watched.summary(80)
 
 
 def test_a_communicators_calls_run_in_the_order_of_issue(start, segment):

@@ -24,6 +24,7 @@ def variables(null_gpu_library, segment):
         "NULL_GPU_LIBRARY": str(null_gpu_library),
         "NULL_GPU_SEGMENT": str(segment),
         "NULL_GPUS": "16",
+        "NULL_GPU_QUEUES": "8",  # CUDA's default
         "PYTHONPATH": ":".join(map(str, paths)),
     }
 
