@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -26,8 +27,9 @@ POLL_SECONDS = 0.05
 UNPLANNED = 0.01
 """Largest share of a push's bytes that its plan may miss. vLLM keeps the routers of GLM-4 in fp32,
 which are planned in the push's dtype: 0.2% of a miniature."""
-ERROR = "megatron-r1: "
-"""The beginning of a command's errors."""
+ERROR = re.compile(r"megatron-r1: .*(?:\n(?:\[\w+\]:)?  .*)*")
+"""A command's error with the indented lines behind it, such as the end of an engine's log. torchrun
+writes the rank before each line."""
 
 
 @dataclass(frozen=True)
@@ -258,11 +260,15 @@ class _Phase:
             self._fail(f"the controller does not answer; its stacks: {self.blocked}")
 
     def _fail(self, reason: str) -> None:
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        # torchrun's report, which comes last, does not have the command's own error.
-        errors = [line[line.index(ERROR) :] for line in lines if ERROR in line]
-        cause = "\n".join(errors) or f"{self.log} ends:\n{last_lines(self.log)}"
+        cause = "\n".join(errors_in(self.log)) or f"{self.log} ends:\n{last_lines(self.log)}"
         raise RunError(f"rehearse: {self.what}: {reason}\n{cause}")
+
+
+def errors_in(log: Path) -> list[str]:
+    """Return the command's own errors in its log, each with its cause. torchrun's report, which
+    comes last, does not have them."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return [re.sub(r"\n\[\w+\]:", "\n", error) for error in ERROR.findall(text)]
 
 
 def _numbers(values: Sequence[float | None]) -> str:

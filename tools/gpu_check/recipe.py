@@ -17,7 +17,7 @@ from typing import Any, Self
 from megatron_r1.config import Config
 from megatron_r1.processes.logs import last_lines
 from megatron_r1.rehearsal import launch, miniature
-from megatron_r1.rehearsal.phases import ERROR
+from megatron_r1.rehearsal.phases import errors_in
 from megatron_r1.reporting.run_folder import RunFolder
 from tools.gpu_check import verdict
 from tools.gpu_check.miniatures import check_fp8, num_gpus, place, shrunk, with_settings
@@ -105,10 +105,8 @@ def run(recipe: Path, config: Config) -> UsedMemory:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
     if process.returncode:
-        lines = log.read_text(errors="replace").splitlines()
-        # torchrun's report, which comes last, does not have the command's own error.
-        errors = [line[line.index(ERROR) :] for line in lines if ERROR in line]
-        why = errors[0] if errors else f"{log} ends: {lines[-1] if lines else 'empty'}"
+        errors = errors_in(log) or [f"{log} ends: {last_lines(log, 1)}"]
+        why = " ".join(line.strip() for line in errors[0].splitlines()[:2])  # with its cause
         print(last_lines(log), *_engine_errors(RunFolder(config.run.folder).path), sep="\n")
         raise Failed(f"the run ended with status {process.returncode}: {why}")
     return used
