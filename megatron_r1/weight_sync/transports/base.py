@@ -9,7 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
@@ -172,13 +172,15 @@ def _overlap(parts: list[Delivery]) -> bool:
 
 class Receiver(ABC):
     """An engine rank's end. Its constructor publishes `table`, waits for all trainer ranks' plans,
-    and then receives their pushes in the background.
+    and then receives their pushes in threads of its own.
 
     memory: uint8, all areas; default `allocate`'s. borrows_memory: between pushes others need the
     memory; only NCCL's receiver frees it then. address: where senders reach this end. senders: the
     trainer ranks that send to this engine rank. rounds: its part of a push in rounds."""
 
     address = ""
+    is_closing = False
+    """Whether `close` has been called."""
     is_weighted = False
     """Whether checksums are weighted sums also in host memory."""
 
@@ -192,6 +194,7 @@ class Receiver(ABC):
     ):
         self.rendezvous, self.rank, self.table = rendezvous, rank, table
         self.borrows_memory = borrows_memory
+        self._threads: list[threading.Thread] = []
         self.prepare()
         self.memory = self.allocate() if memory is None else memory
         try:
@@ -203,6 +206,28 @@ class Receiver(ABC):
         except BaseException:
             self.close()
             raise
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all areas."""
+        return self.table.areas * self.table.num_bytes
+
+    @property
+    def is_running(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
+
+    def start_thread(self, function: Callable[..., None], *arguments: object, name: str) -> None:
+        """Run a function in a thread that `join_threads` waits for."""
+        thread = threading.Thread(target=function, args=arguments, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def join_threads(self, seconds: float) -> None:
+        """Wait for all threads, at most so long. One that is still in a call when the interpreter
+        ends would abort the process."""
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def prepare(self) -> None:  # noqa: B027 - not every transport needs something
         """Set what the other methods need; called first, on the thread of the constructor."""

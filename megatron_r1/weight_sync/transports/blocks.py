@@ -2,10 +2,8 @@
 They travel in portions that are cut at any byte, so both sides know all sizes from the plan."""
 
 import contextlib
-import threading
-import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import gcd
 from typing import Any, NamedTuple
@@ -222,15 +220,9 @@ class Landing:
 
 class BlockReceiver(Receiver):
     """An engine rank's end that receives blocks, from trainer ranks and from engines that pass them
-    on, in threads of its own.
-
-    sums: as `Landing`'s. is_closing: whether `close` has been called."""
+    on. sums: as `Landing`'s."""
 
     sums: torch.Tensor
-    is_closing = False
-
-    def prepare(self) -> None:
-        self._threads: list[threading.Thread] = []
 
     @property
     def num_deliveries(self) -> int:
@@ -240,23 +232,6 @@ class BlockReceiver(Receiver):
     def name(self) -> str:
         """The name by which other ranks ask whether this one is alive."""
         return f"{self.rendezvous.member}/{self.rank}"
-
-    @property
-    def is_running(self) -> bool:
-        return any(thread.is_alive() for thread in self._threads)
-
-    def start_thread(self, function: Callable[..., None], *arguments: object, name: str) -> None:
-        """Run a function in a thread that `join_threads` waits for."""
-        thread = threading.Thread(target=function, args=arguments, name=name, daemon=True)
-        thread.start()
-        self._threads.append(thread)
-
-    def join_threads(self, seconds: float) -> None:
-        """Wait for all threads, at most so long. One that is still in a call when the interpreter
-        ends would abort the process."""
-        deadline = time.monotonic() + seconds
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
 
     def leave(self, number: int) -> None:
         """Report to the set that this rank closes, and end all waits for its push `number`."""

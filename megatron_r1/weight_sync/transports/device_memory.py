@@ -19,14 +19,14 @@ from megatron_r1.weight_sync.transports.shared_memory import (
 class DeviceReceiver(SharedMemoryReceiver):
     """A `SharedMemoryReceiver` with its memory on the GPU."""
 
-    def allocate_bytes(self, num_bytes: int) -> torch.Tensor:
+    def allocate(self) -> torch.Tensor:
         try:
-            memory = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+            memory = torch.empty(self.num_bytes, dtype=torch.uint8, device="cuda")
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"push.transport: cuda_ipc: {num_bytes / 2**30:.3g} GiB are needed on the engine's "
-                "GPU for weights in transit; lower rollout.gpu_memory, give each engine more GPUs, "
-                "or set push.transport: shm"
+                f"push.transport: cuda_ipc: {self.num_bytes / 2**30:.3g} GiB are needed on the "
+                "engine's GPU for weights in transit; lower rollout.gpu_memory, give each engine "
+                "more GPUs, or set push.transport: shm"
             ) from error
         self.address = share_memory(memory)
         return memory

@@ -45,14 +45,12 @@ class GlooReceiver(BlockReceiver):
     another exchanges them if the set has several engines."""
 
     def prepare(self) -> None:
-        super().prepare()
         self._groups: list[dist.ProcessGroup] = []
         self._number = 0
         """The set's push that this rank exchanges or waits for."""
 
     def allocate(self) -> torch.Tensor:
-        size = self.table.areas * self.table.num_bytes
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(self.num_bytes, dtype=torch.uint8)
 
     def connect(self) -> None:
         """Begin to receive, and to exchange if the set has several engines."""

@@ -42,7 +42,6 @@ class NcclReceiver(BlockReceiver):
     is_weighted = True
 
     def prepare(self) -> None:
-        super().prepare()
         # The current device of this thread, vLLM's: in the receiving thread it is GPU 0.
         self._gpu = torch.cuda.current_device()
         self.device = torch.device("cuda", self._gpu)
@@ -54,17 +53,17 @@ class NcclReceiver(BlockReceiver):
         if self.borrows_memory:
             return torch.empty(0, dtype=torch.uint8, device=self.device)  # `claim_memory` has it
         with self._memory_error():
-            return torch.empty(self._num_bytes, dtype=torch.uint8, device=self.device)
+            return torch.empty(self.num_bytes, dtype=torch.uint8, device=self.device)
 
     def claim_memory(self) -> None:
         """Allocate the memory if it is borrowed."""
         with self._memory_error():
-            if self.memory.numel() < self._num_bytes:
-                size = self._num_bytes
+            if self.memory.numel() < self.num_bytes:
+                size = self.num_bytes
                 self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
                 self.buffer.memory = self.memory
             elif not (storage := self.memory.untyped_storage()).nbytes():
-                storage.resize_(self._num_bytes)
+                storage.resize_(self.num_bytes)
 
     def free_memory(self) -> None:
         if self.borrows_memory and hasattr(self, "memory"):
@@ -84,10 +83,6 @@ class NcclReceiver(BlockReceiver):
         self.join_threads(CLOSE_SECONDS)
         if not self.is_running:
             self.free_memory()  # after a push that broke off
-
-    @property
-    def _num_bytes(self) -> int:
-        return self.table.areas * self.table.num_bytes
 
     def _receive_pushes(self, rounds: RankRounds | None) -> None:
         """Receive push after push, until one fails or this end closes."""
@@ -213,7 +208,7 @@ class NcclReceiver(BlockReceiver):
             yield
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"push.transport: nccl: {self._num_bytes / 2**30:.3g} GiB are needed on the "
+                f"push.transport: nccl: {self.num_bytes / 2**30:.3g} GiB are needed on the "
                 "engine's GPU for weights in transit; lower rollout.gpu_memory, give each engine "
                 "more GPUs, or set push.transport: gloo"
             ) from error

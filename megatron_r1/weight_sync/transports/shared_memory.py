@@ -12,7 +12,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import threading
 import time
 from collections.abc import Sequence
 from itertools import accumulate
@@ -32,6 +31,8 @@ POLL_SECONDS = 0.002
 FOLLOW_SECONDS = 0.0001
 """Pauses between reads of the progress arrays: when idle, and while a push is under way, where 20
 to 500 us make no difference (docs/learned.md)."""
+CLOSE_SECONDS = 60.0
+"""How long `close` waits for the thread that follows, which looks after each part of a push."""
 PUSH_AT, WRITTEN_AT, CHECKSUMS_AT = 0, 1, 2
 """Indices into a progress array (uint64): the push's number, its bytes written so far, and the
 checksum of its first delivery."""
@@ -80,29 +81,24 @@ def map_bytes(path: Path, num_bytes: int) -> torch.Tensor:
 class SharedMemoryReceiver(Receiver):
     """One thread follows all senders' progress arrays."""
 
-    _thread: threading.Thread | None = None
     _file: NamedMemory | None = None
 
     def allocate(self) -> torch.Tensor:
-        self._closing = threading.Event()
-        return self.allocate_bytes(self.table.areas * self.table.num_bytes)
-
-    def allocate_bytes(self, num_bytes: int) -> torch.Tensor:
         """Return the memory and set `address`, with which senders open it."""
         sweep()
         path = FOLDER / _file_name(self.rendezvous.engine, self.rank)
         try:
-            self._file = NamedMemory(path, num_bytes)
+            self._file = NamedMemory(path, self.num_bytes)
         except OSError as error:
             remedy = "make it larger (mount -o remount,size=...), or set push.transport: gloo"
             if error.errno != errno.ENOSPC:
                 remedy = "the engine's user must be able to create and map files there"
             raise ValueError(
-                f"{path}: {error.strerror}: {num_bytes / 2**30:.3g} GiB are needed in {FOLDER}; "
-                f"{remedy}"
+                f"{path}: {error.strerror}: {self.num_bytes / 2**30:.3g} GiB are needed in "
+                f"{FOLDER}; {remedy}"
             ) from error
         self.address = str(path)
-        return map_bytes(path, num_bytes)
+        return map_bytes(path, self.num_bytes)
 
     def connect(self) -> None:
         """Map the senders' progress arrays and follow them. The names of all files go: both sides
@@ -113,15 +109,11 @@ class SharedMemoryReceiver(Receiver):
             path.unlink()
         if self._file is not None:
             self._file.close()
-        self._thread = threading.Thread(
-            target=self._follow, args=(progress,), name="receive", daemon=True
-        )
-        self._thread.start()
+        self.start_thread(self._follow, progress, name="receive")
 
     def close(self) -> None:
-        self._closing.set()
-        if self._thread is not None:
-            self._thread.join()
+        self.is_closing = True
+        self.join_threads(CLOSE_SECONDS)
         if self._file is not None:
             self._file.close()
 
@@ -129,7 +121,7 @@ class SharedMemoryReceiver(Receiver):
         """Check each sender's rows as they are written."""
         followers = [_Follower(sender, array, self.buffer) for sender, array in progress.items()]
         try:
-            while not self._closing.is_set():
+            while not self.is_closing:
                 # sum, not any, which would stop at the first: every follower must have its turn.
                 if not sum(follower.follow() for follower in followers):
                     under_way = any(follower.is_under_way for follower in followers)
