@@ -33,8 +33,14 @@ CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice d) {
     for (int i = 0; i < 16; i++) uuid->bytes[i] = i + gpu_of(d);
     return 0;
 }
-CUresult cuGetErrorString(CUresult error, const char **text) { *text = "error of the null GPU"; return 0; }
-CUresult cuGetErrorName(CUresult error, const char **text) { *text = "CUDA_ERROR_NULL_GPU"; return 0; }
+CUresult cuGetErrorString(CUresult error, const char **text) {
+    *text = error == CUDA_ERROR_OUT_OF_MEMORY ? "out of memory" : "error of the null GPU";
+    return 0;
+}
+CUresult cuGetErrorName(CUresult error, const char **text) {
+    *text = error == CUDA_ERROR_OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_NULL_GPU";
+    return 0;
+}
 
 // One context, on device 0.
 CUresult cuCtxGetDevice(CUdevice *d) { *d = 0; return 0; }
