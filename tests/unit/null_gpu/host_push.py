@@ -9,8 +9,10 @@ import contextlib
 import sys
 import threading
 
+# Before torch: a CUDA build of it loads CUDA's runtime, whose functions would be found first.
+from null_cuda import NON_BLOCKING, NOT_READY, call, done, made, stream  # isort: skip
+
 import torch
-from null_cuda import NON_BLOCKING, NOT_READY, call, done, made, stream
 
 from megatron_r1.weight_sync import round_sender
 from megatron_r1.weight_sync.plan import rounds
