@@ -31,4 +31,4 @@ def with_scales(text: str) -> str:
 
 def _digits(match: re.Match[str]) -> str:
     value = scaled(match["number"], match["scale"])
-    return match[0] if value is None else str(value)
+    return match[0] if value is None else f"{value} " if match["scale"] in "万亿" else str(value)

@@ -22,7 +22,7 @@ from megatron_r1.rewards.math.members import (
     without_repeats,
 )
 from megatron_r1.rewards.math.number import PERCENT, read_number, same_number
-from megatron_r1.rewards.math.refusal import is_division, is_unfinished, refusal
+from megatron_r1.rewards.math.refusal import is_division, is_unfinished, refusal, worked_out
 from megatron_r1.rewards.math.relation import (
     APPROX,
     EQUAL,
@@ -95,7 +95,7 @@ def compare(truth: str, answer: str) -> Result:
     if (labelled := math_text.without_label(answer)) is not None:
         answer = labelled
     expected, answer = condition(spell(expected)), condition(spell(answer))
-    expected = in_radians(expected)
+    expected, answer = in_radians(expected), worked_out(expected, answer)
     if ("," in expected) != ("," in answer):  # then those of the one separate thousands
         expected, answer = without_thousands(expected), without_thousands(answer)
     if expected == answer:

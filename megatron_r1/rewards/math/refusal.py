@@ -10,7 +10,7 @@ be recognized as text. The worker's limits of time and memory stop what passes."
 import re
 
 from megatron_r1.rewards.math.number import read_number
-from megatron_r1.rewards.math.structure import nesting
+from megatron_r1.rewards.math.structure import SEPARATORS, nesting, split
 
 END = r"(?![A-Za-z])"
 TRIGONOMETRY = rf"\\(?:arc|a)?(?:sin|cos|tan|cot|sec|csc){END}|(?<![A-Za-z])arc(?:sin|cos|tan)"
@@ -70,6 +70,15 @@ DOUBLE_BRACKETS = re.compile(r"\(\s*\((\d+)\)\s*\)")
 COMBINATIONS = re.compile(
     r"\\(?:[dt]?binom|choose|brace|brack)(?![A-Za-z])|_\s*\{?\s*\w+\s*\}?\s*[CP]\b"
 )
+
+
+def worked_out(expected: str, answer: str) -> str:
+    r"""Return 1/2 of `\int_0^1 x dx = 1/2` where a truth is a number; any other answer itself."""
+    asked, equals, value = answer.partition("=")
+    if not equals or read_number(expected) is None or read_number(value.strip()) is None:
+        return answer
+    is_one = len(split(asked, SEPARATORS)) == 1 and COMPUTATIONS.search(asked) is not None
+    return value.strip() if is_one else answer
 
 
 def refusal(expected: str, answer: str) -> str | None:

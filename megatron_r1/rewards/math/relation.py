@@ -24,7 +24,7 @@ LETTER = (
     r"(?:[A-Za-z]|\\(?!frac|sqrt|int|sum|pm|mp|[lr]floor|[lr]ceil|pi(?![a-z])|infty)[A-Za-z]++)"
 )
 SUBSCRIPT = r"(?:\s*_\s*(?:\{[^{}]*\}|\w))?'*"
-ARGUMENTS = r"(?:\s*\([^()=<>]{1,20}\))?"
+ARGUMENTS = r"(?:\s*(?:\([^()=<>]{1,20}\)|\[[^][=<>]{1,20}\]))?"
 ITEM = rf"{LETTER}{SUBSCRIPT}{ARGUMENTS}"
 WORD = rf"{ITEM}(?:\s*{ITEM}){{0,3}}"
 NAME = re.compile(
