@@ -101,7 +101,7 @@ def _supervised_sizes(source: Source) -> list[Guess]:
     layout = sizes.layout(source.hf, source.parameters, source.machine)
     batches = sizes.batches(source.parameters, 1, source.machine)
     return [
-        *(guess for guess in layout if not guess.key.startswith("rollout.")),
+        *(guess for guess in layout if not guess.key.startswith(("rollout.", "push."))),
         *(guess for guess in batches if guess.key in SUPERVISED_SIZES),
     ]
 

@@ -11,7 +11,7 @@ from megatron_r1.first_recipe.sizes import Guess
 WIDTH = 100
 SECTIONS = (
     *("run", "model", "data", "sft", "reward_model", "rollout", "rewards", "rl", "optimizer"),
-    *("parallel", "checkpoint", "eval"),
+    *("parallel", "push", "checkpoint", "eval"),
 )
 
 

@@ -77,6 +77,7 @@ def layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]
         ),
         Guess("rollout.engines", machine.gpus // tensor, "as many as the GPUs have room for"),
         Guess("parallel.processes", machine.gpus, "a trainer rank on each visible GPU"),
+        Guess("push.transport", "cuda_ipc", "trainer and engines share the GPUs of this host"),
     ]
     if tensor > 1:
         why = f"{parameters / 1e9:.1f}B parameters in {machine.memory / GIB:.0f} GiB a GPU"

@@ -2,7 +2,6 @@
 
 import asyncio
 import csv
-import json
 import os
 from types import SimpleNamespace
 
@@ -18,10 +17,14 @@ from megatron_r1.commands.gpu_placement import check_gpu_memory
 from megatron_r1.engine import gpu
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.errors import Cause
+from megatron_r1.first_recipe.recipe_text import value_text
 from megatron_r1.rehearsal.model import write_folder
 
 HF = {**MODEL, "vocab_size": 512, "eos_token_id": 1, "bos_token_id": 0}
-PLACEMENT = ("rollout.colocated", "rollout.gpu_memory", "rollout.engines", "parallel.processes")
+PLACEMENT = (
+    *("rollout.colocated", "rollout.gpu_memory", "rollout.engines"),
+    *("parallel.processes", "push.transport"),
+)
 
 
 @pytest.fixture
@@ -66,8 +69,9 @@ def test_a_recipe_by_hand_gets_the_placement_that_init_writes(recipe, capsys):
     written = configuration.load("written.yaml")
     values = {key: value_of(written, key) for key in PLACEMENT}
     assert values["rollout.colocated"] and values["rollout.engines"] == 8
+    assert values["push.transport"] == "cuda_ipc"
     # ... and is what the refusal of the other names.
-    shown = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
+    shown = [f"{key}: {value_text(value)}" for key, value in values.items()]
     with refused("rollout.colocated", Cause.CONFLICT, "rollout.gpu_memory", "0.92", *shown):
         rl_checks.check_settings(configuration.load(recipe))
     by_hand = configuration.load(recipe, values)
