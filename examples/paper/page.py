@@ -15,13 +15,12 @@ INTRODUCTION = """# The paper's tables, on a laptop
 
 `python -m examples.paper` makes this page: the comparisons of {paper}, with models of a few million
 parameters on sums, riddles and small programs in two languages (examples/paper/paper.yaml). The
-published figures are of other models and other questions: only the order of the rows can be
+published figures have other models and other questions, so only the order of the rows can be
 compared. A direction agrees if it holds here in every seed.
 
-*Ours*: means over seeds ± their standard deviation, read from the pipeline's report. Accuracy is
-that of sampled answers to held-out questions. In the plots: filled, our mean and deviation; points,
-the seeds; hollow, what was published. Process reward models and tree search, which the paper tried
-and dropped, are left out.
+- *Ours*: mean over seeds ± standard deviation. Accuracy: sampled answers to held-out questions.
+- Plots: filled marks are our mean and deviation, points the seeds, hollow marks what was published.
+- Process reward models and tree search, which the paper tried and dropped, are left out.
 """
 
 

@@ -29,14 +29,14 @@ CHOICES: dict[str, EstimatorChoice] = {
     "dr_grpo": EstimatorChoice(),
     "gspo": EstimatorChoice(
         {"rl": {"clip_low": 0.015, "clip_high": 0.02}},
-        "clips 50 times its source's: at this learning rate an update moves a response's ratio "
-        "that much further, and its own clips would silence all mini-batches after the first",
+        "clips 50 times its source's. At this learning rate its own clips would leave no gradient "
+        "to the mini-batches after the first",
     ),
     "cispo": EstimatorChoice(),
     "reinforce": EstimatorChoice(
         {"rl": {"minibatches": 4}},
-        "as many updates as the others: Adam's steps have their length whatever the batch, and one "
-        "a rollout would go a quarter of the way",
+        "as many updates as the others. The length of Adam's steps does not depend on the batch, "
+        "so one a rollout would go a quarter of the way",
     ),
     "reinforce_pp": EstimatorChoice(),
     "rloo": EstimatorChoice(
@@ -45,8 +45,8 @@ CHOICES: dict[str, EstimatorChoice] = {
     ),
     "ppo": EstimatorChoice(
         {"critic": {"learning_rate": 3.0e-4, "warmup_steps": 2}},
-        "the critic's head begins with zeros and has few steps: it learns faster than the policy, "
-        "and two steps before it, which count",
+        "the critic's head begins with zeros, so it learns faster than the policy and two steps "
+        "before it; these count",
     ),
     "on_policy_distillation": EstimatorChoice(
         {"teacher": {"path": f"${{{TEACHER}.hf}}", "dtype": "float32"}},
