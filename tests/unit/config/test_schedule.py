@@ -62,7 +62,7 @@ def test_the_learning_rate_falls_over_the_updates_of_all_parts():
         run={"steps": 3},
         optimizer={"learning_rate": 1.0, "decay": "linear"},
     )
-    passes = TrainerPasses(config, trainer=None, bridge=None, state=None)
+    passes = TrainerPasses(config, trainer=None, state=None)
     assert passes.num_policy_updates == 36
 
 
