@@ -52,9 +52,10 @@ def test_a_killed_run_goes_on_with_the_episodes_that_were_finished(lookup_base, 
     ahead = ("--rl.staleness", 1, "--rl.importance_cap", 2.0, "--checkpoint.every", 1)
     started = command(*arguments(lookup_base, tmp_path, "killed", 5, *ahead))
     process = subprocess.Popen(started, env=environment(), start_new_session=True)
-    while len(lines(tmp_path / "killed/metrics.jsonl")) < 2:
+    third = tmp_path / "killed/sample_log/step_00000003.log"
+    while not (third.exists() and third.stat().st_size):
         assert process.poll() is None
-        time.sleep(0.1)
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     done = run(*arguments(lookup_base, tmp_path, "killed", 5, *ahead))

@@ -42,6 +42,7 @@ from megatron_r1.engine.responses import parse_responses
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.training.operations import PushOperations
 
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64}
 ROUTING = routing_shape(DEEPSEEK)
@@ -323,7 +324,7 @@ def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
                 trainer.load(b)
                 await connect(client, trainer)
                 running = asyncio.ensure_future(client.generate(CACHED, n=2, max_tokens=50))
-                await trainer.call("send_weights", push=1, sets=["alone"])
+                await trainer.call(PushOperations.send_weights, push=1, sets=["alone"])
                 await client.swap_weights({"push": 1}, 1)
                 after = await sample(client)
                 cached.append(await client.generate(CACHED, n=2, max_tokens=8))
@@ -360,10 +361,10 @@ async def seeded(client):
 
 
 async def connect(client, trainer):
-    store = (await trainer.call("open_push"))["store"]
+    store = (await trainer.call(PushOperations.open_push))["store"]
     tensors = [[name, list(shape)] for name, shape in trainer.shapes.items()]
     init = {"store": store, "name": "alone", "tensors": tensors}
     sets = {"sets": [("alone", 1)], "layout": {}, "transport": "shm", "timeout_seconds": 60}
-    agreeing = trainer.call("connect_sets", **sets)
+    agreeing = trainer.call(PushOperations.connect_sets, **sets)
     _, answer = await asyncio.gather(client.init_weight_transfer(init), agreeing)
     assert answer["problems"] == {}
