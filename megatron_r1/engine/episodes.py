@@ -65,10 +65,9 @@ class Branch:
 
 @dataclass(frozen=True)
 class Episode:
-    """A played episode. branches: its token sequences, from the first token to
-    an answer that no other follows. reason: what ended
-    the episode, if the policy did not. tool_seconds: the time spent in the environment's methods.
-    engine_seconds: the time spent waiting for engines."""
+    """A played episode. branches: its token sequences, from the first token to an answer that no
+    other follows. reason: what ended the episode, if the policy did not. tool_seconds: the time
+    spent in the environment's methods. engine_seconds: the time spent waiting for engines."""
 
     status: Status
     turns: list[Turn]

@@ -72,9 +72,6 @@ def response_rewards(groups: list[list[float | None]], rl: RLConfig) -> list[lis
     return [[math.nan if r is None else r for r in rewards] for rewards in groups]
 
 
-"""The soft punishment of responses near the length limit."""
-
-
 def overlong_punishment(num_tokens: int, limit: int, buffer: float) -> float:
     """Return the soft punishment of a response of `num_tokens` tokens.
 

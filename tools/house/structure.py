@@ -71,10 +71,9 @@ def arrows(known: dict[str, Path]) -> Counter[tuple[str, str]]:
     for name, path in known.items():
         if name.startswith("megatron_r1."):
             for other in imports(path, known):
-                pair = name.split(".")[1], other.split(".")[1] if "." in other else ""
-                if pair[0] != pair[1] and other.startswith("megatron_r1."):
-                    found[pair] += 1
-    return found
+                if other.startswith("megatron_r1."):
+                    found[name.split(".")[1], other.split(".")[1]] += 1
+    return Counter({pair: n for pair, n in found.items() if pair[0] != pair[1]})
 
 
 def num_lines(paths) -> int:
