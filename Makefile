@@ -25,7 +25,7 @@ SMOLLM2 := build/smollm2
 VERL := build/verl
 TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
-.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test-unit test test-more test-all lint format kernel-files house losses bench gpu-check docs clean
+.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test-unit test test-more test-all lint format kernel-files house losses evidence bench gpu-check docs clean
 
 help:
 	@echo "make demo      a small model learns to reason: minutes on two CPU cores"
@@ -42,12 +42,19 @@ help:
 	@echo "make kernel-files  write what is generated from the list of kernels: README's table, compiled resources"
 	@echo "make house     the structure of the code in figures: packages, imports, what one command needs"
 	@echo "make losses    losses of 20 steps from one seed: a refactoring must not change them"
+	@echo "make evidence  measures the claims of docs/evidence.md that are not fresh, the shortest first; CLAIM=id: one"
 	@echo "make bench     kernels and whole steps beside their public peers"
 	@echo "make gpu-check  what a machine with a GPU can answer, in nine minutes"
 	@echo "make docs      API pages in build/docs"
 	@echo "make clean     remove $(VENV), $(CUDA_VENV), $(AGENTS_VENV) and build; runs stay"
 
-setup: system-packages $(INSTALLED)
+setup: system-packages $(INSTALLED) hooks
+
+# .githooks/commit-msg checks the subjects of commits. Other hooks, of pre-commit for example, stay as they are.
+.PHONY: hooks
+hooks:
+	@! command -v git >/dev/null || [ ! -e .git ] || git config --get core.hooksPath >/dev/null || \
+	ls "$$(git rev-parse --git-common-dir)/hooks" 2>/dev/null | grep -qv '\.sample$$' || git config core.hooksPath .githooks
 
 # For the code reward: bubblewrap is its sandbox, g++ compiles C++ answers. The rest works without.
 system-packages:
@@ -203,6 +210,10 @@ losses: $(INSTALLED)
 	@$(BIN)/python -m megatron_r1 sft examples/laptop/base.yaml --sft.data runs/losses/base.jsonl \
 	  --run.folder runs/losses/sft --run.steps 20 >&2
 	@grep -oE '"(step|loss|grad_norm)": [^,}]+' runs/losses/sft/metrics.jsonl
+
+# Goes on after a stop. CLAIM="id id": these, fresh or not; LIMIT=seconds: the most for each, by default four times its last run.
+evidence: $(INSTALLED)
+	$(BIN)/python -m tools.evidence measure $(CLAIM) $(if $(LIMIT),--limit $(LIMIT))
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/bench.txt

@@ -1,0 +1,110 @@
+"""The check of commit subjects, alone and as a hook that `make setup` installs."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tools.commit_subject import faults
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Refuse subjects that are too long",
+        "Write, read and compare what a push has sent",
+        "Embed the position\n\nAdded a body of any length and mood, which ends with a full stop.\n",
+        "Bring engines back",
+        "Pass groups as arguments",
+        "Focus the page",
+        "# the template of somebody\n\nAdd a test\n# Please enter the commit message.",
+        "x".upper() + "y" * 71,
+        "Merge branch 'evidence' into a branch whose name is so long that the subject is too",
+        'Revert "Added things."',
+        "fixup! Add a test",
+        "Add a test\n# ------------------------ >8 ------------------------\ndiff --git a/x b/x.",
+        "# ------------------------ >8 ------------------------\ndiff --git a/x b/x.",
+        "",
+    ],
+)
+def test_subjects_that_pass(message):
+    assert faults(message) == []
+
+
+@pytest.mark.parametrize(
+    ("subject", "fault"),
+    [
+        ("Add " + "a" * 69, "has 73 characters"),
+        ("Add one line that is\nfolded into a second one without an empty line between", "has 75"),
+        ("Add a test.", "full stop"),
+        ("add a test", "'add' is no verb with a capital"),
+        ("Evidence: the last runs", "'Evidence:' is no verb"),
+        ("docs/start.md: shorter", "is no verb"),
+        ("The last runs", "'The' is no verb"),
+        ("Added a test", "'Added' is not in the imperative"),
+        ("Adding a test", "'Adding' is not in the imperative"),
+        ("Adds a test", "'Adds' is not in the imperative"),
+        ("Rewards, votes and data read", "'Rewards' is not in the imperative"),
+    ],
+)
+def test_subjects_that_are_refused(subject, fault):
+    (said,) = faults(subject)
+    assert fault in said
+
+
+def test_every_fault_is_said():
+    assert len(faults("added " + "a" * 70 + ".")) == 3
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A repository with the Makefile, the hook and the check, without a user's settings."""
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    for name in ("Makefile", ".githooks/commit-msg", "tools/commit_subject.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    git(tmp_path, "init", "-q")
+    return tmp_path
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    command = ["git", "-C", folder, *identity, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def install(folder):
+    subprocess.run(["make", "-s", "hooks"], cwd=folder, check=True, capture_output=True)
+    return git(folder, "config", "--get", "core.hooksPath").stdout.strip()
+
+
+def test_the_hook_refuses_and_accepts(clone):
+    assert install(clone) == ".githooks"
+    refused = git(clone, "commit", "--allow-empty", "-m", "Added a test.")
+    assert refused.returncode != 0
+    assert "full stop" in refused.stderr and "imperative" in refused.stderr
+    assert git(clone, "log").returncode != 0, "nothing is committed"
+    assert git(clone, "commit", "--allow-empty", "-m", "Add a test").returncode == 0
+    assert git(clone, "log", "--format=%s").stdout == "Add a test\n"
+
+
+def test_hooks_that_a_clone_has_stay(clone):
+    git(clone, "config", "core.hooksPath", "mine")
+    assert install(clone) == "mine"
+    git(clone, "config", "--unset", "core.hooksPath")
+    hooks = clone / ".git/hooks"
+    hooks.mkdir(exist_ok=True)
+    (hooks / "pre-commit").write_text("")
+    assert install(clone) == ""
+    (hooks / "pre-commit").unlink()
+    (hooks / "pre-commit.sample").write_text("")
+    assert install(clone) == ".githooks"
+
+
+def test_outside_a_repository_nothing_is_installed(clone):
+    shutil.rmtree(clone / ".git")
+    subprocess.run(["make", "-s", "hooks"], cwd=clone, check=True, capture_output=True)

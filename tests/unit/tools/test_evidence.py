@@ -1,0 +1,298 @@
+"""Records of claims: whether they are fresh, how they are measured, and the page made of them."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tools.evidence.__main__ import PAGE, main
+from tools.evidence.measure import order
+from tools.evidence.page import render, without_states
+from tools.evidence.records import FOLDER, Claim, Failed, Measured, read, write
+from tools.evidence.state import State, changed_files, states
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class Repository:
+    """A small repository with claims."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / FOLDER).mkdir(parents=True)
+        self.git("init", "-q", "-b", "main")
+
+    def git(self, *arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        command = ["git", *identity, "-C", self.root, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(self, **files: str) -> str:
+        """Write files, their folders separated by "__", and commit all; return the commit."""
+        for name, text in files.items():
+            path = self.root / (name.replace("__", "/") + ".py")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        self.git("add", "-A")
+        self.git("commit", "-q", "--no-verify", "--allow-empty", "-m", "Change files")
+        return self.git("rev-parse", "HEAD")
+
+    def claim(self, id: str = "sum", command: str = "echo total 3", **fields) -> Claim:
+        """Write a record that depends on part/; return it."""
+        known = {"topic": "numbers", "claim": "Sums are right.", "page": "docs/sum.md"}
+        known |= {"reads": [r"total (?P<total>[\d,]+)"], "figure": "{total} in all"}
+        known |= {"paths": ["part/", "one.py", "tests/test_*.py"], "seconds": 1.0}
+        claim = Claim(id=id, command=command, **known | fields)
+        write(self.root, claim)
+        return claim
+
+    def measured(self, commit: str, **fields) -> Claim:
+        return self.claim(
+            measured=Measured("3 in all", commit, "2026-01-02", "a machine"), **fields
+        )
+
+    def state(self, claim: Claim) -> State:
+        return states(self.root, [claim])[claim.id]
+
+    def record(self, id: str = "sum") -> dict:
+        return json.loads((self.root / FOLDER / f"{id}.json").read_text())
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    return Repository(tmp_path)
+
+
+def test_a_claim_is_fresh_until_a_tracked_file_of_its_paths_changes(repository):
+    claim = repository.measured(repository.commit(part__a="1", one="1", other="1"))
+    repository.commit(other="2", tests__helper="2")
+    assert repository.state(claim) == State("fresh")
+    (repository.root / "part/not_tracked.py").write_text("1")
+    assert repository.state(claim).name == "fresh"
+    (repository.root / "one.py").write_text("2")
+    assert repository.state(claim) == State("stale", ("one.py",)), "not committed yet"
+    repository.commit(part__new="1", tests__test_x="1")
+    changed = ("one.py", "part/new.py", "part/not_tracked.py", "tests/test_x.py")
+    assert repository.state(claim) == State("stale", changed)
+    assert repository.state(claim).text == "stale, 4 files"
+
+
+def test_a_file_that_is_taken_back_to_what_was_measured_makes_the_claim_fresh_again(repository):
+    claim = repository.measured(repository.commit(part__a="1"))
+    repository.commit(part__a="2")
+    repository.commit(part__a="1")
+    assert repository.state(claim).name == "fresh"
+
+
+def test_a_removed_file_makes_a_claim_stale(repository):
+    claim = repository.measured(repository.commit(part__a="1", part__b="2"))
+    repository.git("rm", "-q", "part/a.py")
+    assert repository.state(claim) == State("stale", ("part/a.py",))
+
+
+def test_a_renamed_file_is_followed_where_its_content_is_the_same_and_the_paths_have_it(repository):
+    text = "".join(f"line {n}\n" for n in range(50))
+    commit = repository.commit(part__a=text, part__keep="0")
+    repository.git("mv", "part/a.py", "part/b.py")
+    assert repository.state(repository.measured(commit)).name == "fresh"
+    repository.commit(part__b=text.replace("line 7\n", "import other\n"))
+    assert repository.state(repository.measured(commit)).name == "stale", "nearly the same"
+
+
+def test_a_folder_that_is_renamed_with_the_records_paths_is_followed(repository):
+    commit = repository.commit(old__a="1" * 99, old__b="2" * 99)
+    repository.git("mv", "old", "new")
+    repository.commit()
+    assert repository.state(repository.measured(commit, paths=["new/"])).name == "fresh"
+    gone = repository.state(repository.measured(commit, paths=["old/"]))
+    assert gone == State("stale", ("old/a.py", "old/b.py"))
+
+
+def test_a_commit_that_the_clone_does_not_have_is_unknown(repository, tmp_path_factory):
+    first = repository.commit(part__a="1")
+    repository.commit(part__a="2")
+    assert repository.state(repository.measured("0" * 40)).name == "unknown"
+    assert repository.state(repository.measured("no commit")).name == "unknown"
+    shallow = tmp_path_factory.mktemp("shallow")
+    origin = f"file://{repository.root}"
+    subprocess.run(["git", "clone", "-q", "--depth", "1", origin, shallow], check=True)
+    claim = repository.measured(first)
+    assert repository.state(claim).name == "stale"
+    assert states(shallow, [claim])["sum"] == State("unknown")
+
+
+def test_outside_a_repository_and_without_git_claims_are_unknown(tmp_path, monkeypatch):
+    claim = Claim("x", "numbers", "", "", "", [], "", [], 1, {}, Measured("1", "abc", "", ""))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert states(tmp_path, [claim])["x"].name == "unknown"
+    monkeypatch.setenv("PATH", "")
+    assert states(tmp_path, [claim])["x"].name == "unknown"
+
+
+def test_what_moves_into_and_out_of_the_paths():
+    changes = [("part/a.py", "other/a.py"), ("other/b.py", "part/b.py"), ("part2/c.py",)]
+    assert changed_files(changes, ["part/"]) == ["part/a.py"]
+
+
+def test_measuring_writes_figure_commit_day_and_machine_and_renders_the_page(repository, capsys):
+    commit = repository.commit(part__a="1")
+    repository.claim(command="echo total 1; echo total 1,234 and more")
+    assert main(["measure"], repository.root) == 0
+    record = repository.record()
+    assert record["measured"]["figure"] == "1,234 in all", "the last match"
+    assert commit.startswith(record["measured"]["commit"]) and "failed" not in record
+    assert "cores" in record["measured"]["machine"]
+    assert "1,234 in all" in (repository.root / PAGE).read_text()
+    assert "1,234 in all" in capsys.readouterr().out
+    repository.commit()
+    assert repository.state(read(repository.root)[0]).name == "fresh"
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("for i in $(seq 99); do echo line $i; done; exit 7", "exit status 7"),
+        ("false | cat; echo line 99", "matches total"),
+        ("cat missing | echo total 5", "exit status 1"),
+        ("echo total 11; echo line 99", "total is 11"),
+        ("echo total 1; echo line 99", "total is 1,"),
+        ("echo line 99; echo total 5; echo 2 > part/a.py", "changed while it ran"),
+        ("echo line 99; sleep 1000", "limit of 1 s"),
+    ],
+)
+def test_a_failure_is_kept_beside_the_earlier_figure_and_said(repository, capsys, command, reason):
+    commit = repository.commit(part__a="1")
+    repository.commit(part__a="3")
+    before = repository.measured(commit, command=command, bounds={"total": [2, 10]})
+    seconds = "1" if "sleep" in command else "10000"
+    assert main(["measure", "sum", "--limit", seconds], repository.root) == 1
+    after = read(repository.root)[0]
+    assert after.measured == before.measured and after.seconds == before.seconds
+    assert reason in after.failed.reason
+    said = capsys.readouterr().out
+    assert reason in said and f"the figure of {commit} stays: 3 in all" in said
+    assert repository.state(after).text.startswith("stale; failed 20")
+    assert "| stale; failed 20" in (repository.root / PAGE).read_text()
+
+
+def test_of_a_failures_output_the_end_is_kept_and_a_success_removes_it(repository):
+    repository.commit(part__a="1")
+    repository.claim(command="for i in $(seq 99); do echo line $i; done; pwd; exit 7")
+    assert main(["measure"], repository.root) == 1
+    failed = repository.record()["failed"]
+    tail = failed["tail"].splitlines()
+    assert tail[-2:] == ["line 99", "."] and "line 9" not in tail, "without this machine's folders"
+    assert repository.state(read(repository.root)[0]).text.startswith("not measured; failed 20")
+    write(repository.root, replace(read(repository.root)[0], command="echo total 4"))
+    assert main(["measure"], repository.root) == 0
+    assert "failed" not in repository.record()
+    assert repository.record()["measured"]["figure"] == "4 in all"
+
+
+def test_what_is_not_committed_is_not_measured(repository, capsys):
+    repository.commit(part__a="1")
+    repository.claim()
+    (repository.root / "part/a.py").write_text("2")
+    assert main(["measure"], repository.root) == 1
+    assert "measured" not in repository.record()
+    assert "commit part/a.py first" in capsys.readouterr().out
+
+
+def test_the_shortest_comes_first_what_has_failed_on_these_files_last_and_fresh_ones_never(
+    repository,
+):
+    old = repository.commit(part__a="1")
+    new = repository.commit(part__a="2")
+    failed = Failed("exit status 1", new, "2026-01-02", "a machine", "")
+    repository.measured(new, id="fresh", seconds=1)
+    repository.measured(old, id="failed", seconds=2, failed=failed)
+    repository.measured(old, id="failed_before", seconds=5, failed=replace(failed, commit=old))
+    repository.measured("0" * 40, id="unknown", seconds=4)
+    repository.measured(old, id="stale", seconds=3)
+    repository.claim(id="never", seconds=6)
+    names = [claim.id for claim in order(repository.root, read(repository.root))]
+    assert names == ["stale", "unknown", "failed_before", "never", "failed"]
+
+
+def test_a_second_start_goes_on_where_the_first_was_stopped(repository):
+    """The third command stops the whole of the first start, as a kill does."""
+    repository.commit(part__a="1")
+    for number in (1, 2, 4):
+        command = f"echo x >> runs_of_{number}; echo total {number}"
+        repository.claim(id=f"n{number}", seconds=number, command=command)
+    stop = "test -e stopped || { touch stopped; kill -9 $PPID; exit; }; echo total 3"
+    repository.claim(id="n3", seconds=3, command=stop)
+    start = [sys.executable, "-c", "from tools.evidence.__main__ import main, Path; import sys; "]
+    start[-1] += f"sys.exit(main(['measure'], Path({str(repository.root)!r})))"
+    assert subprocess.run(start, cwd=ROOT, capture_output=True).returncode == -9
+    figures = [repository.record(f"n{n}").get("measured", {}).get("figure") for n in (1, 2, 3, 4)]
+    assert figures == ["1 in all", "2 in all", None, None]
+    assert subprocess.run(start, cwd=ROOT, capture_output=True).returncode == 0
+    figures = [repository.record(f"n{n}")["measured"]["figure"] for n in (1, 2, 3, 4)]
+    assert figures == ["1 in all", "2 in all", "3 in all", "4 in all"]
+    counts = [(repository.root / f"runs_of_{n}").read_text().count("x") for n in (1, 2, 4)]
+    assert counts == [1, 1, 1]
+
+
+def test_processes_that_a_command_leaves_are_ended(repository):
+    repository.commit(part__a="1")
+    repository.claim(command="sleep 1000 & echo $! > pid; echo total 1")
+    assert main(["measure"], repository.root) == 0
+    pid = (repository.root / "pid").read_text().strip()
+    status = Path(f"/proc/{pid}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_a_claim_that_does_not_exist_is_named(repository, capsys):
+    repository.claim()
+    with pytest.raises(SystemExit):
+        main(["measure", "som"], repository.root)
+    assert "no such claim: som; there are sum" in capsys.readouterr().err
+
+
+def test_status_prints_state_and_changed_files(repository, capsys):
+    repository.measured(repository.commit(part__a="1"))
+    repository.commit(part__a="2")
+    assert main(["status"], repository.root) == 0
+    line, last = capsys.readouterr().out.splitlines()
+    assert line.split() == ["sum", "stale", "1", "s", "part/a.py"]
+    assert last == "1 claims: 1 stale"
+
+
+# The records of this repository.
+
+
+def test_the_page_is_what_is_rendered():
+    """But for the states, which depend on the commits that a clone has and on its changes."""
+    claims = read(ROOT)
+    rendered = render(claims, {claim.id: State("unknown") for claim in claims}, "")
+    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    assert without_states(page) == without_states(rendered), "run `python -m tools.evidence render`"
+
+
+def test_without_states_leaves_all_but_the_states():
+    claim = Claim("x", "speed", "A | b.", "README.md", "a | b", [], "", [], 5)
+    first = render([claim], {"x": State("stale", ("a", "b"), "2026-01-02")}, "abc")
+    assert first != render([claim], {"x": State("fresh")}, "")
+    assert without_states(first) == without_states(render([claim], {"x": State("fresh")}, ""))
+    other = render([replace(claim, seconds=6)], {"x": State("fresh")}, "")
+    assert without_states(first) != without_states(other)
+    assert "| A \\| b. [x](evidence/x.json), [page](../README.md) | `a \\| b`, 5 |" in first
+
+
+def test_there_are_at_most_40_claims_and_each_can_be_measured_and_explained():
+    claims = read(ROOT)
+    assert 0 < len(claims) <= 40
+    for claim in claims:
+        assert (ROOT / claim.page).is_file(), claim.id
+        values = dict.fromkeys(name for each in claim.reads for name in re.compile(each).groupindex)
+        claim.figure.format_map(values)
+        assert claim.bounds.keys() <= values.keys(), claim.id
+        for path in claim.paths:
+            assert any(ROOT.glob(path)), f"{claim.id}: {path} is gone"

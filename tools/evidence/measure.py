@@ -1,0 +1,164 @@
+"""Runs the commands of claims and writes down what they print."""
+
+import contextlib
+import datetime
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from tools.evidence.records import Claim, Failed, Measured, write
+from tools.evidence.state import changed_files, changes_since, head, states
+
+LOGS = "build/evidence"
+TAIL_LINES = 15
+END_SECONDS = 10.0
+"""What a command that is over its limit has to end by itself."""
+
+
+def measure_all(
+    root: Path,
+    claims: list[Claim],
+    ids: list[str],
+    limit: float | None,
+    written: Callable[[Path], None],
+) -> int:
+    """Measure the claims named, or those that are not fresh; return how many gave no figure.
+
+    Args:
+        limit: Seconds that a command may take; None: four times its last run, 300 at least.
+        written: Called with `root` after each record.
+    """
+    waiting = [claim for claim in claims if claim.id in ids] if ids else order(root, claims)
+    num_failed = 0
+    for number, claim in enumerate(waiting, 1):
+        print(f"[{number} of {len(waiting)}] {claim.id}: {claim.command} ({claim.seconds:.0f} s)")
+        sys.stdout.flush()
+        changed = changed_files(changes_since(root, "HEAD"), claim.paths)
+        if changed is None or changed:
+            reason = f"commit {', '.join(changed)} first" if changed else "git has no commit here"
+            print(f"  not measured: {reason}; a record says which commit was measured")
+            num_failed += 1
+            continue
+        result = measured(root, claim, limit or max(300.0, 4 * claim.seconds))
+        write(root, result)
+        written(root)
+        if result.failed:
+            num_failed += 1
+            print(f"  failed: {result.failed.reason}")
+            if claim.measured:
+                print(f"  the figure of {claim.measured.commit} stays: {claim.measured.figure}")
+        elif result.measured:
+            before = f" (before: {claim.measured.figure})" if claim.measured else ""
+            print(f"  {result.measured.figure}{before}")
+    return num_failed
+
+
+def order(root: Path, claims: list[Claim]) -> list[Claim]:
+    """Return the claims that are not fresh, the shortest first; what has failed on these very files
+    comes last, so that a second start does not begin with it."""
+    found = states(root, claims)
+
+    def has_failed(claim: Claim) -> bool:
+        commit = claim.failed.commit if claim.failed else None
+        return commit is not None and changed_files(changes_since(root, commit), claim.paths) == []
+
+    waiting = [claim for claim in claims if found[claim.id].name != "fresh"]
+    return sorted(waiting, key=lambda claim: (has_failed(claim), claim.seconds, claim.id))
+
+
+def measured(root: Path, claim: Claim, limit: float) -> Claim:
+    """Run the claim's command; return the claim with the figure, or with the failure and the figure
+    that it had. The output is in build/evidence."""
+    commit, start = head(root), time.monotonic()
+    status, output = run(root, claim, limit)
+    figure, reason = None, ""
+    if status is None:
+        reason = f"ended after the limit of {limit:.0f} s"
+    elif status:
+        reason = f"exit status {status}"
+    elif changed_files(changes_since(root, commit), claim.paths) != []:
+        reason = "the files changed while it ran"
+    else:
+        figure, reason = read_figure(claim, output)
+    today = datetime.date.today().isoformat()
+    if figure is None:
+        lines = output.replace(f"{root}/", "").replace(str(root), ".").rstrip().splitlines()
+        tail = "\n".join(line[:200] for line in lines[-TAIL_LINES:])
+        return replace(claim, failed=Failed(reason, commit, today, machine(), tail))
+    seconds = round(time.monotonic() - start, 1)
+    result = Measured(figure, commit, today, machine())
+    return replace(claim, seconds=seconds, measured=result, failed=None)
+
+
+def run(root: Path, claim: Claim, limit: float) -> tuple[int | None, str]:
+    """Run the command and wait for it; return its exit status, None for one that was ended after
+    `limit` seconds, and its output."""
+    log = root / LOGS / f"{claim.id}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            ["bash", "-o", "pipefail", "-c", claim.command],
+            cwd=root,
+            env=os.environ | {"PATH": programs},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            end(process)
+    return status, log.read_text(encoding="utf-8", errors="replace")
+
+
+def end(process: subprocess.Popen) -> None:
+    """End what is left of a command and of the processes that it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=END_SECONDS)
+
+
+def read_figure(claim: Claim, output: str) -> tuple[str | None, str]:
+    """Return the figure, or None and the reason why there is none."""
+    values: dict[str, str] = {}
+    for pattern in claim.reads:
+        matches = list(re.finditer(pattern, output, re.MULTILINE))
+        if not matches:
+            return None, f"the output has nothing that matches {pattern}"
+        values |= matches[-1].groupdict()
+    for name, (low, high) in claim.bounds.items():
+        value = float(values[name].replace(",", ""))
+        if (low is not None and value < low) or (high is not None and value > high):
+            return None, f"{name} is {values[name]}, which the claim does not allow"
+    return claim.figure.format_map(values), ""
+
+
+def machine() -> str:
+    """Return the processor, the usable cores, the memory and the load of this machine."""
+    names = re.findall(r"^model name\s*: (.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    kib = re.search(r"^MemTotal:\s+(\d+)", _text("/proc/meminfo"), re.MULTILINE)
+    amx = ", AMX" if "amx_tile" in _text("/proc/cpuinfo") else ""
+    memory = f", {int(kib[1]) / 2**20:.0f} GiB" if kib else ""
+    cores = len(os.sched_getaffinity(0))
+    processor = names[0] if names else platform.machine()
+    return f"{processor}{amx}, {cores} cores{memory}, load {os.getloadavg()[1]:.1f}"
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""
