@@ -32,7 +32,7 @@ help:
 	@echo "make demo-pretrained  GRPO on SmolLM2-135M-Instruct (93 MB to download): 12 minutes on two cores"
 	@echo "make smollm2   that model alone, for recipes of your own: $(SMOLLM2)/model"
 	@echo "make demo-agents  a tiny model learns to use a tool: minutes on two CPU cores"
-	@echo "make setup     install everything into $(VENV) (3.7 GB; the others do it, too)"
+	@echo "make setup     install everything into $(VENV) (3.9 GB; the others do it, too)"
 	@echo "make test      ten minutes (make test-unit: the unit tests alone);  make test-more: 35 minutes more;  make test-all: hours"
 	@echo "make setup-cuda  for GPUs: CUDA torch, Transformer Engine, vLLM in $(CUDA_VENV) (9 GB; 10 to 25 minutes on two cores)"
 	@echo "make agents    verifiers, in $(AGENTS_VENV): environments of others for agents.verifiers (0.5 GB)"
@@ -73,7 +73,7 @@ cluster-packages:
 $(INSTALLED): $(LOCK) setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "this Python cannot make virtual environments: install python3-venv (apt-get install python3-venv)"; exit 1; }
-	@echo "installing into $(VENV): two to five minutes, 3.7 GB"
+	@echo "installing into $(VENV): two to five minutes, 3.9 GB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(INDEX) -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
