@@ -21,6 +21,7 @@ the rest: the machine, how the figure is read out of the output, and the files i
   a later run of the command gave no figure; the one shown is from before it.
 - `python -m tools.evidence status` says this of your tree. `make evidence` measures what is not
   fresh, the shortest first, and goes on after a stop; `make evidence CLAIM=id` measures one claim.
+- Speeds are measured where no other work takes the cores, or with it said; compare ratios.
 - Commands run in the repository's root, with `.venv/bin` first in the path.
 """
 COLUMNS = "| claim | command, seconds | figure | measured | state |\n|---|---|---|---|---|"
@@ -43,6 +44,8 @@ def row(claim: Claim, state: State) -> str:
     measured = claim.measured
     figure = measured.figure if measured else ""
     when = f"{measured.date}, {measured.commit}" if measured else ""
+    if measured and claim.topic == "speed":
+        when += f"; {measured.machine}"
     cells = [
         f"{claim.claim} [{claim.id}](evidence/{claim.id}.json), [page]({page})",
         f"`{claim.command}`, {claim.seconds:.0f}",

@@ -66,7 +66,7 @@ def changes_since(root: Path, commit: str) -> list[tuple[str, ...]] | None:
     if listed is None:
         return None
     words = iter(listed.split("\0"))
-    found = []
+    found: list[tuple[str, ...]] = []
     for status in words:
         if status.startswith("R"):
             found.append((next(words), next(words)))

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
+from tools.evidence import measure
 from tools.evidence.__main__ import PAGE, main
 from tools.evidence.measure import order
 from tools.evidence.page import render, without_states
@@ -66,6 +68,7 @@ class Repository:
 def repository(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    monkeypatch.setattr(measure, "busy_cores", lambda: 1.5)
     return Repository(tmp_path)
 
 
@@ -204,6 +207,31 @@ def test_what_is_not_committed_is_not_measured(repository, capsys):
     assert "commit part/a.py first" in capsys.readouterr().out
 
 
+def test_a_speed_is_measured_beside_other_work_only_where_it_is_named(repository, monkeypatch):
+    repository.commit(part__a="1")
+    repository.claim(topic="speed")
+    assert main(["measure"], repository.root) == 1
+    assert "measured" not in repository.record()
+    assert main(["measure", "sum"], repository.root) == 0
+    assert "1.5 busy" in repository.record()["measured"]["machine"]
+    assert "1.5 busy" in (repository.root / PAGE).read_text()
+    repository.commit(part__a="2")
+    monkeypatch.setattr(measure, "busy_cores", lambda: 0.1)
+    assert main(["measure"], repository.root) == 0
+    assert "0.1 busy" in repository.record()["measured"]["machine"]
+
+
+def test_cores_that_work_are_counted():
+    spin = [sys.executable, "-c", "while True: pass"]
+    process = subprocess.Popen(spin)
+    try:
+        # A machine that is busy with other work has at least one busy core as well.
+        assert measure.busy_cores(0.5) > 0.5
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_the_shortest_comes_first_what_has_failed_on_these_files_last_and_fresh_ones_never(
     repository,
 ):
@@ -245,8 +273,14 @@ def test_processes_that_a_command_leaves_are_ended(repository):
     repository.claim(command="sleep 1000 & echo $! > pid; echo total 1")
     assert main(["measure"], repository.root) == 0
     pid = (repository.root / "pid").read_text().strip()
-    status = Path(f"/proc/{pid}/stat")
-    assert not status.exists() or status.read_text().split()[2] == "Z"
+    wait_until(lambda: has_ended(pid))
+
+
+def has_ended(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except OSError:
+        return True
 
 
 def test_a_claim_that_does_not_exist_is_named(repository, capsys):
