@@ -34,7 +34,7 @@ help:
 	@echo "make demo-agents  a tiny model learns to use a tool: minutes on two CPU cores"
 	@echo "make setup     install everything into $(VENV) (3.9 GB; the others do it, too)"
 	@echo "make test      ten minutes (make test-unit: the unit tests alone);  make test-more: 35 minutes more;  make test-all: hours"
-	@echo "make setup-cuda  for GPUs: CUDA torch, Transformer Engine, vLLM in $(CUDA_VENV) (9 GB; 10 to 25 minutes on two cores)"
+	@echo "make setup-cuda  for GPUs: CUDA torch, Transformer Engine, vLLM in $(CUDA_VENV) (9 GB; 5 minutes on two cores, more with JOBS=1)"
 	@echo "make agents    verifiers, in $(AGENTS_VENV): environments of others for agents.verifiers (0.5 GB)"
 	@echo "make test-faults  plants faults in copies of the tree: which does make test catch?"
 	@echo "make test-cuda  those packages on a null GPU, without a driver (10 to 20 minutes on two cores)"
