@@ -11,7 +11,7 @@ class Cause(StrEnum):
     """What is wrong with the thing that a `UserError` names."""
 
     UNKNOWN = "unknown"
-    """It is not one of the known names."""
+    """It is none of the names that are known."""
     MISSING = "missing"
     """It must be given, and is not."""
     NOT_FOUND = "not_found"

@@ -36,7 +36,7 @@ REMOTE: dict[str, str] = {
 }
 """Rewards that request a served model: a class each (`remote.runner.RemoteReward`), no worker."""
 ENVIRONMENT = "environment"
-"""The kind of questions that an agent's environment grades (`get_reward`), not a reward."""
+"""The kind of questions that an agent's environment grades (`get_reward`); no reward of ours."""
 WITHOUT_TRUTH = (ENVIRONMENT, "helpful", "logic", "safety")
 """Rewards whose rows need no truth: they compare with nothing, or with a field of their own."""
 

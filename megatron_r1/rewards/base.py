@@ -8,7 +8,7 @@ from typing import ClassVar
 
 MAX_REASON_CHARS = 500
 UNGRADED = "cannot be graded"
-"""Prefix of `reason` when the grader failed (`Grade.ungraded`)."""
+"""The start of the reason of a grade that is none (`Grade.ungraded`)."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-r"""What stands right next to the last box of an answer, in its line, and changes it: `-\boxed{13}`,
+r"""What stands right beside the last box of an answer, in its line, and changes it: `-\boxed{13}`,
 `\boxed{13}^2`, `less than \boxed{13}`, `\boxed{13} is wrong`. Other text explains the answer."""
 
 import re
@@ -50,7 +50,7 @@ CHOICE = re.compile(r"\\f?box(?:ed)?\s*\{(?:\\[a-z]{1,9}\s*\{|[\s$(]){0,4}[A-J][
 
 
 def changes_box(text: str, *, alone: bool = False) -> bool:
-    """Return whether the text next to the last box, in its line, changes the box's value, or denies
+    """Return whether the text beside the last box, in its line, changes the box's value, or denies
     it. It takes time linear in the length of the text.
 
     alone: whether the text is an answer alone, without its solution. It must commit itself, so

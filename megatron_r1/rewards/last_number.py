@@ -67,8 +67,8 @@ QUANTITIES = tuple(
     for units in map(str.split, UNITS)
     for unit, *smaller in (units[i:] for i in range(len(units) - 1))
 )
-"""Text around the last number that makes it a part of a quantity: `3 hours 20 minutes`. `In 3
-hours, 20 cars pass` has no such text."""
+"""Text around the last number that makes it a part of a quantity: `3 hours 20 minutes`. In `In 3
+hours, 20 cars pass` it is none."""
 OPERATION = r"(?:[-+*/×÷·⋅]|\\(?:times|cdot|div)\b)[\s$(]{0,9}$"
 TERM_BEFORE = re.compile(
     rf"\d[A-Za-z][\s$]{{0,9}}{OPERATION}|[A-Za-z\])}}][\s$]{{0,9}}[+×÷·⋅][\s$(]{{0,9}}$"
@@ -93,7 +93,7 @@ HAN_BEFORE = re.compile(
     r"|(?:不是|没有|不等于)\s{0,9}$"
 )
 HAN_AFTER = re.compile(r"\s{0,9}(?:[多余几半倍折成或加减乘除]|左右|以上|以下|分之|不|是错|错)")
-"""Chinese words next to a number that change or deny it: `约 15`, `15 多`."""
+"""Chinese words beside a number that change or deny it: `约 15`, `15 多`."""
 LABEL = re.compile(r"\s*(?:\(?[A-Ha-h]\)|[A-H])\s+-")
 """The letter of a choice and a dash, `B - 13`, is no formula either."""
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
@@ -127,8 +127,7 @@ def with_plain_signs(line: str) -> str:
 
 
 def last_number(text: str) -> Extraction | None:
-    """Return the last number of a text as an answer, or the reason if it is ambiguous; None
-    without a number.
+    """Return the last number of a text as an answer, or why it is none; None without a number.
 
     text: a part of a line, after `with_plain_signs`."""
     text = SPACED.sub(_without_spaces, text)

@@ -1,4 +1,4 @@
-"""Arguments of a reward besides the response: a recipe's options and a prompt's fields."""
+"""Arguments of a reward beside the response: a recipe's options and a prompt's fields."""
 
 import functools
 import inspect

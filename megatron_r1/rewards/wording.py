@@ -1,4 +1,4 @@
-r"""Words next to a number: those that state it as the answer, and those that deny or change it.
+r"""Words beside a number: those that state it as the answer, and those that deny or change it.
 
 `the answer is 204` and `we get $204$` state it; `less than $204$`, `it cannot be $204$` and
 `half of the answer is 204` do not. Whether words state a number is decided by lists of what does:
