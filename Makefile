@@ -187,6 +187,7 @@ test-cuda: setup-cuda
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/docs/wording.py
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 

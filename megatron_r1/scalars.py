@@ -1,4 +1,4 @@
-"""Numbers and truth values as text: one spelling for every setting, whoever reads it.
+"""Numbers and truth values as text: one spelling for every setting, in every reader.
 
 YAML 1.1 takes `1e-6` for text, `010` for 8 and `1:30` for 90. Here a number is decimal: digits,
 which `_` may divide, a point, an exponent. `true`, `yes` and `on` are true. A setting that is a

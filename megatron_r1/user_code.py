@@ -16,8 +16,8 @@ from typing import Any
 
 from megatron_r1.errors import Cause, UserError, did_you_mean
 
-# Stages beside each other are threads. Two at a time, `ast.parse` of Python 3.11 can end in "AST
-# constructor recursion depth mismatch", and `find_spec` in the KeyError of an invalidated cache.
+# Stages that run at the same time are threads. Two at a time, `ast.parse` of Python 3.11 can end in
+# "AST constructor recursion depth mismatch", and `find_spec` in the KeyError of an invalid cache.
 _READING = threading.Lock()
 _LIBRARIES = (str(Path(__file__).parent), *sysconfig.get_paths().values(), "<")
 """The beginnings of the names of files that are not the user's."""

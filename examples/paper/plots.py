@@ -23,7 +23,7 @@ CURVE_SIZE = (WIDTH_INCHES, 2.8)
 
 
 def draw(table: PaperTable, results: Results) -> str | None:
-    """Draw rows from top to bottom, or curves over steps; return None without figures of ours."""
+    """Draw rows from top to bottom, or curves over steps; return None if no row has our figures."""
     panels = table.curve or [
         name
         for name in table.columns

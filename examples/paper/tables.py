@@ -1,4 +1,4 @@
-"""published.yaml, typed: the published figures, and which of ours is shown beside each."""
+"""published.yaml, typed: the published figures, and the figure of this run for each."""
 
 from pathlib import Path
 from typing import Literal
@@ -45,7 +45,7 @@ class PaperComparison(Section):
 
 
 class PaperTable(Section):
-    """One table of the paper beside this run's numbers. curve: figures `stage.NAME` with a
+    """One table of the paper compared with this run's numbers. curve: figures `stage.NAME` with a
     `NAME@STEP` for several steps."""
 
     title: str

@@ -175,7 +175,8 @@ def _compare(outcome: AgentOutcome, session: GatewaySession) -> None:
 
 
 def _as_reward(value: Any, prompt: Prompt) -> float | None:
-    """Return what an agent's run returned as a reward. Raises ValueError for what is none."""
+    """Return what an agent's run returned as a reward. Raises ValueError for what is not a
+    finite number."""
     if value is None and prompt.kind == ENVIRONMENT:
         raise ValueError("the agent returned no reward, and data.kind: environment has no other")
     if value is None:

@@ -99,7 +99,7 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
 
 
 def _audit_fields(prompt_set: PromptSet, prompt: Prompt, response: TextResponse) -> dict[str, Any]:
-    """Return the fields of a line of samples.jsonl beside the response, for a check by hand."""
+    """Return the fields of a line of samples.jsonl besides the response, for a check by hand."""
     return {
         "reward": response.reward or 0.0,  # a refusal and a failed grader count as wrong
         "reason": response.reason or response.refusal,

@@ -40,8 +40,8 @@ def engines_share_gpus(config: Config) -> bool:
 
 
 def check_gpu_memory(config: Config, hf: Mapping[str, Any]) -> None:
-    """Raise UserError for engines that take vLLM's share of GPUs, nearly all, beside trainer ranks.
-    hf: the model's config.json."""
+    """Raise UserError for engines that take vLLM's share of GPUs, nearly all, where
+    trainer ranks are on them. hf: the model's config.json."""
     rollout, teacher = config.rollout, config.teacher
     taken = f"gpu_memory is not set, and vLLM takes {VLLM_SHARE} of GPUs that trainer ranks are on"
     if engines_share_gpus(config) and rollout.gpu_memory is None:

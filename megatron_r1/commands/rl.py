@@ -2,7 +2,7 @@
 docs/stages/, docs/algorithms.md and docs/rewards.md.
 
 The algorithm is `rl.loop.train`. Here the roles of a run are started and joined: engines and
-graders (`rollout_run`) beside the trainer (`training_run`), and a session of both."""
+graders (`rollout_run`) next to the trainer (`training_run`), and a session of both."""
 
 import asyncio
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ def dry_run(config: Config) -> None:
 async def _train(
     config: Config, text: PromptText, prompts: PromptSplit, running: TrainingRun
 ) -> None:
-    """Start the engines beside the trainer, and train; after the loss of trainer ranks again,
+    """Start the engines next to the trainer, and train; after the loss of trainer ranks again,
     from the newest checkpoint, with the same engines."""
     recorder, trainer, view = running.recorder, running.trainer, running.recorder.view
     if recorder.state.step >= config.run.steps:

@@ -44,7 +44,7 @@ def num_ranks(config: Config) -> int:
 def start_controller(
     arguments: list[str], inherited: Mapping[str, str]
 ) -> tuple[subprocess.Popen, str]:
-    """Start the controller beside rank 0 with the command's `arguments`; return it and the address
+    """Start the controller next to rank 0 with the command's `arguments`; return it and the address
     for all ranks. inherited: the environment without what is for ranks alone, which engines would
     inherit."""
     port = children.free_port()

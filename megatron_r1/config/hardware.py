@@ -1,8 +1,8 @@
 """Rates and sizes of GPUs, and the assumed efficiencies of a run, each with its source.
 
-The docstring under a field is what `tools/plan` prints beside its value; its `--calibrate` replaces
-any of them by a measured one, and `preflight` compares a cluster with them. "A guess": nothing has
-run on a GPU yet."""
+The docstring under a field is what `tools/plan` prints next to its value; its `--calibrate`
+replaces any of them by a measured one, and `preflight` compares a cluster with them. "A guess":
+nothing has run on a GPU yet."""
 
 from typing import Annotated, Any
 
@@ -88,8 +88,8 @@ class Assumptions:
     """Out of one TCPStore, whose server is one thread, and of a broadcast to all trainer ranks; a
     guess."""
     group_seconds: Seconds = 1.36
-    """Time to create an NCCL group, beside `group_rank_seconds` for each of its ranks: 2.04 s for 8
-    ranks, 4.06 s for 32 (nccl#534)."""
+    """Time to create an NCCL group, besides `group_rank_seconds` for each of its ranks: 2.04 s for
+    8 ranks, 4.06 s for 32 (nccl#534)."""
     group_rank_seconds: Seconds = 0.084
     """Time per rank of an NCCL group that is created (nccl#534)."""
     set_plan_seconds: Seconds = 2.0

@@ -94,7 +94,7 @@ def docstrings(model: type[BaseModel]) -> dict[str, str]:
     """Return field -> the docstring below it, of `model` and of its bases.
 
     The source is parsed only when docstrings are printed: with pydantic's use_attribute_docstrings
-    each import of the configuration would parse it, which takes 48 ms beside the other 170."""
+    each import of the configuration would parse it, which takes 218 instead of 170 ms."""
     below = {}
     for base in reversed(model.__mro__):
         if issubclass(base, BaseModel) and base is not BaseModel:

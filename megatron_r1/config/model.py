@@ -50,7 +50,7 @@ class ModelConfig(Section):
     expert; default: on a GPU gradient_accumulation and permute"""
     mtp: Literal["frozen", "train", "none"] = "frozen"
     """multi-token-prediction layers: carried unchanged; trained, in sft with the model, in rl
-    beside it, by losses that change nothing else; or left out"""
+    next to it, by losses that change nothing else; or left out"""
     expert_bias_update_rate: float = Field(0.0, ge=0)
     """step of the router's aux-loss-free bias, per optimizer step; 0: frozen"""
     lora: LoraConfig | None = None

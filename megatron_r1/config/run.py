@@ -23,7 +23,7 @@ class RunConfig(Section):
     steps: Resumable[int] = Field(650, gt=0)
     """rollouts (rl; 650 x 16 = the paper's 10,400 optimizer steps), batches (sft)"""
     trackers: Resumable[list[Literal["tensorboard", "wandb", "mlflow"]]] = ["tensorboard"]
-    """where the run's figures are shown beside its own files; wandb and mlflow by their own
+    """where the run's figures are shown besides its own files; wandb and mlflow by their own
     libraries and environment variables. See docs/first_day.md"""
     project: Resumable[str] = "megatron-r1"
     """name of the project in W&B, of the experiment in MLflow"""

@@ -37,12 +37,12 @@ CALLS = ("function_call", "tool_call")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """Keys of a message's thought: each template reads one of them."""
 KEPT = ("tool_calls", "tool_call_id", "name", *THOUGHTS, "weight")
-"""Keys of a message that templates read beside role and content."""
+"""Keys of a message that templates read besides role and content."""
 
 
 def read_chat(value: Any) -> list[Message] | None:
-    """Return the messages of a conversation, None for what is none. Raises ValueError naming the
-    message that lacks its text, or has an unknown role."""
+    """Return the messages of a conversation, None for any other value. Raises ValueError naming
+    the message that lacks its text, or has an unknown role."""
     value = decoded(value)
     if isinstance(value, Mapping):
         value = next((value[k] for k in ("messages", "conversations") if value.get(k)), None)

@@ -1,4 +1,4 @@
-"""Multiple choice whose choices are columns of their own, beside the question."""
+"""Multiple choice whose choices are columns of their own, besides the question."""
 
 import re
 from collections.abc import Iterator, Mapping

@@ -142,7 +142,7 @@ def _texts(row: Record) -> Parts | None:
 
 
 def _prompt_and_completion(row: Record) -> Parts | None:
-    """Read {prompt or input, completion} as lists of messages; a text beside a list is one
+    """Read {prompt or input, completion} as lists of messages; a text next to a list is one
     message."""
     given = row["prompt"] if row.get("prompt") is not None else row.get("input")
     learned = row.get("completion") or row.get("response") or row.get("output")

@@ -31,7 +31,7 @@ Row = tuple[str, dict[str, Any]]
 def read_rows(path: Path, role: str = "data") -> Iterator[Row]:
     """Yield the rows of a file in its order; blank JSONL lines are skipped. role: the key of
     errors, such as the setting that names the file. Raises UserError for a file that is missing or
-    of another format, and with file and line for a row that is none."""
+    of another format, and with file and line for a malformed row."""
     if not path.is_file():
         where = "" if path.is_absolute() else f" (relative to {Path.cwd()})"
         raise UserError(f"{path}: no such file{where}", key=role, cause=Cause.NOT_FOUND)
@@ -214,7 +214,7 @@ def _read_list(path: Path, role: str) -> Iterator[Row]:
 
 
 def _only_list(content: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the list of objects that an object has beside single values, under any name; None
+    """Return the list of objects that an object has besides single values, under any name; None
     where there is none, where there are several, and for messages, which are one row."""
     found = [value for value in content.values() if isinstance(value, list | dict)]
     if len(found) != 1 or not isinstance(found[0], list) or not found[0]:

@@ -34,7 +34,7 @@ class PromptText:
         stop_token_ids: Sequence[int] = (),
     ):
         """keys: the recipe's keys that name model and template, for errors. stop_token_ids: tokens
-        that end a response beside the model's own (`rollout.stop_token_ids`).
+        that end a response besides the model's own (`rollout.stop_token_ids`).
 
         Sets opens_thought: whether prompts end with `<think>`, which responses then do not repeat;
         closed_thought: the empty thought with which prompts end, "" without one;

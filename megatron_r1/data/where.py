@@ -53,7 +53,7 @@ class RowFilter:
     """Keeps the rows of one source that meet all conditions, and counts the others in `report`."""
 
     def __init__(self, where: Conditions, report: DataReport, key: str = "data.where") -> None:
-        """key: the setting, for errors. Raises UserError for a condition that is none."""
+        """key: the setting, for errors. Raises UserError for an invalid condition."""
         check_conditions(where, key)
         self._where, self._report, self._key = where, report, key
         self._unseen, self._known = set(where), dict[str, None]()

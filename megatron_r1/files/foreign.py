@@ -70,7 +70,7 @@ def require_own_files(folder: Path, key: str) -> None:
 
 def require_inside(path: Path, folder: Path, key: str) -> None:
     """Raise UserError for a file of `folder` that lies elsewhere, by its name or a link. A folder
-    of the hub's cache (`snapshots/REVISION`) may link to the `blobs` beside it.
+    of the hub's cache (`snapshots/REVISION`) may link to the `blobs` next to it.
 
     Nothing of the file is read. key: of the error."""
     home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))

@@ -89,7 +89,7 @@ def layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]
 
 
 def engine_share(parameters: int, tensor: int, machine: Machine) -> float:
-    """Return the share of a GPU that an engine may take beside a trainer rank, whose gradients are
+    """Return the share of a GPU that an engine may take next to a trainer rank, whose gradients are
     freed meanwhile."""
     taken = parameters * (BYTES_WITHOUT_GRADIENTS / tensor + GPU_BYTES_SHARDED / machine.gpus)
     return max(5, int(20 * (1 - OVERHEAD - taken / machine.memory)) * 5) / 100

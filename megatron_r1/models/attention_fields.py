@@ -18,7 +18,7 @@ _ROPE_KEYS = {
         "attn_factor",  # of DeepSeek-R1-0528-Qwen3-8B; transformers and vLLM do not read it
     ),
 }
-"""Kind of rotary embedding -> the settings that it has beside rope_type and rope_theta."""
+"""Kind of rotary embedding -> the settings that it has besides rope_type and rope_theta."""
 
 
 KEY_VALUE_HEADS = "num_key_value_heads"
@@ -48,7 +48,7 @@ def attention_fields(hf: dict) -> dict[str, Any]:
 
 
 def model_arguments(hf: dict) -> dict[str, Any]:
-    """Return the arguments of GPTModel beside the configuration."""
+    """Return the arguments of GPTModel besides the configuration."""
     if model_family(hf).latent:
         return {"position_embedding_type": "rope"}
     rope = _rope(hf)

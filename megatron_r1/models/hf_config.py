@@ -44,7 +44,7 @@ _MOST = {
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 1 << 24),
     "max_position_embeddings": 1 << 32,
 }
-"""Sizes beyond those of any model: code that counts layers or rows would not come to an end."""
+"""Sizes beyond those of any model: code that counts layers or rows would not finish."""
 LARGEST = 1e300
 """Beyond it a number of config.json is infinite, or overflows where it is multiplied."""
 _MOST_EXPERTS = 200_000
@@ -354,7 +354,7 @@ def rope_parameters(hf: dict) -> dict:
     """Return the rotary settings as one flat dict with `rope_type` and `rope_theta`, and
     `partial_rotary_factor` where `hf` has it.
 
-    transformers 5 writes `rope_parameters`; earlier versions `rope_theta` beside `rope_scaling`,
+    transformers 5 writes `rope_parameters`; earlier versions `rope_theta` next to `rope_scaling`,
     with the kind in `rope_type` or `type`. Raises UserError where two of them disagree."""
     new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
     rope = {**old, **new}

@@ -86,7 +86,7 @@ class PolicyModel(GPTModel):
     mtp_only_divisor: int | None = None
     """None: the MTP losses train the whole model (SFT). A number: they train the MTP layers only,
     to which hidden states, embedding and head are constants, and are divided by it, the most tokens
-    of a response: as sums over tokens beside a policy loss per sequence they would dominate the
+    of a response: as sums over tokens next to a policy loss per sequence they would dominate the
     gradient norm that is clipped."""
 
     def __init__(self, *args, **kwargs):

@@ -180,7 +180,7 @@ def _pass_on(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     rank sends; return a function that waits for both and returns what was received."""
     arriving = torch.empty_like(x)
     # Point to point between neighbors in `group`, the context-parallel ranks: an all-gather would
-    # hold the keys and values of all ranks at once, here a rank holds two shares beside its own.
+    # hold the keys and values of all ranks at once, here a rank holds two shares next to its own.
     to, of = (dist.get_global_rank(group, (group.rank() + n) % group.size()) for n in (1, -1))
     # Together: over NCCL a send that stands alone blocks the stream until it is received.
     both = [dist.P2POp(dist.isend, x, to, group), dist.P2POp(dist.irecv, arriving, of, group)]

@@ -1,7 +1,7 @@
 """Stores of torch.distributed: rank 0 hosts them, at the one address at which others reach it.
 
-torch's own listen at every address of the host, and have no authentication: whoever reaches one can
-read and change what ranks tell each other. A run on one host has its stores at the loopback
+torch's own listen at every address of the host, and have no authentication: anybody who reaches one
+can read and change what ranks tell each other. A run on one host has its stores at the loopback
 interface."""
 
 import errno

@@ -118,8 +118,8 @@ def owns_number(leader: Child) -> bool:
 def free_port(host: str = "") -> int:
     """Return a TCP port that is free now, for a process that will listen on it later.
 
-    The port is none of those that the system gives to outgoing connections (Linux: from 32,768 on),
-    which could be taken by then."""
+    The port is not one of those that the system gives to outgoing connections (Linux: from 32,768
+    on), which could be taken by then."""
     for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((host, port))

@@ -3,7 +3,7 @@
 `start` does for a module what `children.start` does for `python -m MODULE`; `fork_server` is the
 other side. Importing vLLM's server takes four seconds of CPU and reads thousands of files. Several
 engines on a host, and an engine that replaces another, share one import; after `begin` it runs
-beside what this process does before it needs the first engine.
+while this process does what it must before it needs the first engine.
 
 With `SERVERS` set, processes come from fork servers that outlive this process, and where the folder
 has none from new interpreters."""

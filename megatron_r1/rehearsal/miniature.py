@@ -135,7 +135,7 @@ def write(small: Miniature, verb: str) -> Path:
 
 
 def _other_kinds(config: Config) -> list[str]:
-    """Return the kinds of questions that a miniature has beside `questions.KIND`."""
+    """Return the kinds of questions that a miniature has besides `questions.KIND`."""
     weights = [phase.rl.kind_weights for _, phase in config.phases()]
     has_named = any(questions.NAMED_KIND in each for each in weights)
     return [*served.reward_models(config.rewards.options), *[questions.NAMED_KIND] * has_named]

@@ -203,7 +203,7 @@ def _held_out(state: LiveState, width: int) -> Text:
     room = width - len(line) - len(tail)
     sizes = [len(step) + len(value) + 2 for step, value in points]
     kept = list(range(len(points)))
-    if points and sum(sizes) > room:  # the first evaluation, and the latest that fit beside it
+    if points and sum(sizes) > room:  # the first evaluation, and the latest that fit next to it
         room -= sizes[0] + 2
         kept = [0, *(i for i in kept[1:] if sum(sizes[i:]) <= room)]
     for before, i in zip([-1, *kept], kept, strict=False):

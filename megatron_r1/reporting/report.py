@@ -45,7 +45,7 @@ FROM_ZERO = {"kl", "clip_fraction", "grad_norm", "tokens_per_second", "response_
 
 
 class Plot(NamedTuple):
-    """A plot with its caption. svg: inline SVG; value: the number beside the caption."""
+    """A plot with its caption. svg: inline SVG; value: the number next to the caption."""
 
     label: str
     meaning: str

@@ -68,7 +68,7 @@ async def evaluate(
     eval/win_rate, eval/lc_win_rate: of questions of kind judge, where the judge compares
     (`evaluation.win_rate`);
     eval/ungraded: share of the responses whose accuracy could not be graded. Ungraded responses
-    count in no mean, and a prompt without a graded response in none.
+    are excluded from all means; a prompt without graded responses is skipped.
     interval/…/low, /high: their 95% intervals (`estimators.estimate`).
 
     Raises UserError and RunError as `grading.check_grades`."""

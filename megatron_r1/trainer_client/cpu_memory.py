@@ -61,7 +61,7 @@ class CPUMemory:
 
     @property
     def room(self) -> int:
-        """Tokens of a micro-batch that fit beside the fixed part."""
+        """Tokens of a micro-batch that fit next to the fixed part."""
         return max(0, int(USED * self.free) - self.fixed) // self.per_token
 
     def microbatch(self, wanted: int | None) -> int:
@@ -100,7 +100,7 @@ class CPUMemory:
 
 def cpu_memory(config: Config, num_ranks: int, *, has_engines: bool) -> CPUMemory:
     """Return the memory of a run. num_ranks: trainer ranks, all on this host; has_engines: whether
-    engines of the recipe run beside them."""
+    engines of the recipe run at the same time as them."""
     hf = read_hf_config(config.model.path, config.model.head)
     parallel, value = config.parallel, VALUE[config.model.dtype]
     parameters = num_parameters(hf)

@@ -1,4 +1,4 @@
-"""PPO's critic: a score model beside the policy, on the same ranks, with an optimizer of its own.
+"""PPO's critic: a score model on the policy's ranks, with an optimizer of its own.
 
 Its score after token t is V(s_t), the value of the text up to and including t, from which the
 policy chooses token t + 1. It is read at the positions where the policy predicts a response token.

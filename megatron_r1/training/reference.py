@@ -20,7 +20,7 @@ class Reference:
     without them."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], on_host: bool = True):
-        """on_host: keep the weights in pinned host memory instead of beside the policy's."""
+        """on_host: keep the weights in pinned host memory, not on the policy's device."""
         self._live = [t for chunk in chunks for t in _weights(chunk)]
         self._kept = [
             platform.empty_on_host(tuple(t.shape), t.dtype) if on_host else torch.empty_like(t)

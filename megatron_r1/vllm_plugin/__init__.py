@@ -1,8 +1,8 @@
 """The part of megatron-r1 that runs inside vLLM.
 
 It imports torch, vllm (with their dependencies), `megatron_r1.processes` and the receiving half of
-`megatron_r1.weight_sync`, nothing else of ours. vLLM calls `register` in every one of its processes
-(entry point group `vllm.general_plugins`)."""
+`megatron_r1.weight_sync`, nothing else of megatron_r1. vLLM calls `register` in every one of
+its processes (entry point group `vllm.general_plugins`)."""
 
 import faulthandler
 import functools

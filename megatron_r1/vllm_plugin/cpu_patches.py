@@ -99,7 +99,7 @@ def repack_output_head(model: torch.nn.Module) -> None:
 
 def is_lookup_only(layer: torch.nn.Module, model: torch.nn.Module) -> bool:
     """Return whether a layer is an embedding that is never multiplied by; post-processing then
-    skips it. An embedding without a head beside it may be the head, too.
+    skips it. In a model without a head the embedding may be the head.
 
     Upstream: model_executor/layers/vocab_parallel_embedding.py:
     `UnquantizedEmbeddingMethod.process_weights_after_loading`. Without it: every loading packs the

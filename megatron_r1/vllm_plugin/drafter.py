@@ -16,7 +16,7 @@ def apply() -> None:
 
 
 def name_the_drafter() -> None:
-    """Give our weight-transfer backend the drafter beside the model.
+    """Give our weight-transfer backend the drafter next to the model.
 
     Upstream: v1/worker/gpu_worker.py: `Worker.init_weight_transfer_engine`. Without it: a
     backend has the model only, and the drafter keeps the weights it was started with. Goes when:

@@ -1,4 +1,4 @@
-"""What vLLM keeps of a layer beside its parameters: the state of its quantization method.
+"""What vLLM keeps of a layer besides its parameters: the state of its quantization method.
 
 model_executor/layers/quantization/fp8.py: `Fp8MoEMethod._init_moe_kernel` builds the kernel anew in
 every post-processing, with the scales that are the layer's parameters at that moment. In a swap

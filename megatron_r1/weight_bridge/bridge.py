@@ -1,6 +1,6 @@
 """Pushes the trainer's weights to the engines, one version after another.
 
-The bytes of a push arrive beside the weights that an engine generates with; engines pause only
+The bytes of a push arrive while an engine generates with its own weights; engines pause only
 while the new weights replace the old. Then each engine answers a few prompts, and the trainer must
 compute the same log-probabilities; engines on other devices than the trainer sample the next
 rollout meanwhile."""

@@ -58,7 +58,7 @@ class PushError(ValueError):
 
 
 class IncompletePush(PushError):
-    """A push did not come to its end, and nothing of it is in use."""
+    """The push is incomplete; the engine still uses the old weights."""
 
     CODE = "incomplete_push"
 

@@ -32,7 +32,7 @@ class SlotTable(msgspec.Struct, frozen=True):
     """All slots of one engine rank, in checkpoint order.
 
     num_bytes: of one area. areas: 1, or 2 where the engine computes with the received weights in
-    place, so that the next push must be written beside these weights."""
+    place, so that the next push must be written next to these weights."""
 
     num_bytes: int
     slots: list[Slot]

@@ -48,8 +48,8 @@ def _mistakes_of(place: str, check: Callable[..., Any], *arguments: Any) -> list
 
 
 def missing_files(plan: WorkflowPlan) -> list[tuple[str, str]]:
-    """Return (key, why it is none) of every setting that names a missing file or folder which no
-    stage makes."""
+    """Return (key, reason) of every setting that names a missing file or folder which no stage
+    makes."""
     named = []
     for stage in plan.stages.values():
         for name, server in stage.config.serve.items():

@@ -113,7 +113,7 @@ def run_all(
     threads. on_failure: is called with the exception of a task and the tasks still running, if
     there are any or an earlier task has failed already.
 
-    After a failure no other task begins, and the running ones come to their end. Raises the first
+    After a failure no other task begins, and the running ones finish. Raises the first
     exception."""
     sorter = TopologicalSorter({task: [n for n in needs(task) if n in tasks] for task in tasks})
     sorter.prepare()

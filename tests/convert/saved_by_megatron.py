@@ -1,4 +1,4 @@
-"""Converted checkpoints beside Megatron's own, on these ranks: `saved_by_megatron.py FOLDER`.
+"""Converted checkpoints next to Megatron's own, on these ranks: `saved_by_megatron.py FOLDER`.
 
 FOLDER/NAME-hf are Hugging Face folders, FOLDER/NAME-converted what from-hf made of them, and
 FOLDER/NAME-fp8 an FP8 folder whose values are FOLDER/NAME-fp8-values. Fails on the first thing that

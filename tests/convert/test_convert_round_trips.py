@@ -91,7 +91,7 @@ def test_trained_weights_get_scales_of_their_own(convert, tmp_path):
     publish(plain, tmp_path / "fp8", "odd")
     published = tensors_in(tmp_path / "fp8")
     convert("from-hf", tmp_path / "fp8", tmp_path / "megatron")
-    # Trained: what a run would have saved, beside the scales of the model it started from.
+    # Trained: what a run would have saved, next to the scales of the model it started from.
     changed = tmp_path / "changed"
     convert("to-hf", tmp_path / "megatron", changed, "--no-check")
     tensors, name = tensors_in(changed), "model.layers.0.mlp.up_proj.weight"

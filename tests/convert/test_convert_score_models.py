@@ -1,4 +1,4 @@
-"""Score models through the converter and back, and a language model's config.json beside one."""
+"""Score models through the converter and back, and a language model's config.json next to one."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Every registered kernel beside its plain twin, and what is generated from the registry."""
+"""Every registered kernel next to its plain twin, and what is generated from the registry."""
 
 import importlib
 import inspect

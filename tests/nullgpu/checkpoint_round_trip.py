@@ -4,7 +4,7 @@ on the null GPU: `checkpoint_round_trip.py MODEL DTYPE RECIPE MOMENTS [DEFECT] [
 Before saving, the weights and the optimizer's state are filled with random numbers, because kernels
 do not run; afterwards they must be equal, bit for bit. DEFECT: a name in DEFECTS, installed
 before; lora: adapters are trained, the model's weights are not compared; engine: while it saves,
-the GPU has room for half of the reference, as beside an engine that is awake."""
+the GPU has room for half of the reference, as next to an engine that is awake."""
 
 import os
 import sys

@@ -61,7 +61,7 @@ def test_engines_have_what_was_pushed_before_and_after_they_slept(
         # What wakes is full of NaN: a tensor that is not written again would differ.
         assert len(loaded) > 10 and pushed == loaded
         assert not [name for name in loaded if other[name] == loaded[name]]
-    # Beside the weights, buckets of the push before may still be held.
+    # Next to the weights, buckets of the push before may still be held.
     awake, *asleep, again = found["GiB left"]
     assert again == pytest.approx(awake, abs=0.2)
     assert [left - awake > 1 for left in asleep] == [True] * (engines == 1)

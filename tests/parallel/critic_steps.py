@@ -1,4 +1,4 @@
-"""A critic beside a policy on these ranks: `critic_steps.py POLICIES SCORED OUT NAME GRID…`.
+"""A critic next to a policy on these ranks: `critic_steps.py POLICIES SCORED OUT NAME GRID…`.
 
 On every grid: its values and updates equal those of critic_oracle.py; then a checkpoint, two more
 updates of both models, and the same from the checkpoint by fresh ones, bit for bit.

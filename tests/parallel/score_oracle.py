@@ -1,7 +1,7 @@
 """Write score models with transformers' own scores, losses and gradients: `score_oracle.py FOLDER`.
 
 Of every model of SCORED a folder: config.json, weights, gradients of both losses, scores and losses
-in answers.pt; beside them texts.pt, pairs of token ids whose first is the better one. The losses
+in answers.pt; next to them texts.pt, pairs of token ids whose first is the better one. The losses
 are written out here from their formulae, in fp64 of transformers' fp32 scores.
 """
 

@@ -208,4 +208,4 @@ LENGTHS = [30, 100, 7, 1, 64, 17]
 """Tokens of the sequences every model is compared on."""
 
 MTP_SCALE = 0.1
-"""Weight of the MTP loss beside the main one (Megatron's mtp_loss_scaling_factor)."""
+"""Weight of the MTP loss next to the main one (Megatron's mtp_loss_scaling_factor)."""

@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def other_recipes(folder) -> Path:
-    """The folder with the other recipes' cases beside R1's."""
+    """The folder with the other recipes' cases next to R1's."""
     learning = [f"{recipe}:{recipe}:bfloat16:learn" for recipe in OTHERS]
     one = [f"one_{recipe}:{recipe}:float32:one" for recipe in OTHERS]
     run_ranks(HERE, 1, "fp8_steps.py", str(folder), *learning, *one)

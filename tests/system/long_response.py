@@ -1,4 +1,4 @@
-"""An RL run with one response of 65,536 tokens, and each process's memory beside the plan's.
+"""An RL run with one response of 65,536 tokens, and each process's memory next to the plan's.
 
 `python tests/system/long_response.py FILE.json` writes docs/benchmarks/long-response.json and
 prints that page's table; test_long_response.py makes the same runs in `make test-all`."""

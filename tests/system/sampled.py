@@ -23,7 +23,7 @@ async def sample_amid_a_push(fleet, push, before, after, **sampling):
         await push(before)
         made_by = {fleet.version: before, fleet.version + 1: after}
         running = asyncio.ensure_future(sample(fleet, max_tokens=200, **sampling))
-        await sample(fleet, max_tokens=8)  # sent later and sampled beside them: they have begun
+        await sample(fleet, max_tokens=8)  # sent later and sampled next to them: they have begun
         await push(after)
         groups = await running
         if successions(groups) == {tuple(made_by)}:

@@ -1,5 +1,5 @@
 """64K for real: a response of 65,536 tokens from vLLM, with the vocabulary of DeepSeek-V3, packed
-beside short ones, graded, trained on with context parallelism 2, and pushed."""
+next to short ones, graded, trained on with context parallelism 2, and pushed."""
 
 import pytest
 from long_response import SHORT, growth, measure

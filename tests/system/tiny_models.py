@@ -143,9 +143,9 @@ def write_model(folder, config, seed):
 def write_drafting_model(folder, seed, config=DRAFTING):
     """Write a DeepSeek model with one MTP layer, whose draft is often right, but not always.
 
-    The next token depends on the last one above all, since embeddings are large beside what layers
-    add; the MTP layer hands that token's embedding on (eh_proj = [1, 0]). Its other weights are
-    random and small, but for the norm, which is the model's."""
+    The next token depends on the last one above all, since embeddings are large compared with what
+    layers add; the MTP layer hands that token's embedding on (eh_proj = [1, 0]). Its other weights
+    are random and small, but for the norm, which is the model's."""
     import torch
     from safetensors.torch import load_file, save_file
 

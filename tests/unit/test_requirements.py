@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "requirements"
 LEFT_OUT = {
-    # vLLM's CPU build asks for their CUDA builds, which break its import; nothing of ours uses
+    # vLLM's CPU build asks for their CUDA builds, which break its import; nothing here uses
     # them.
     "cpu.lock": {"torchvision", "torchaudio", "torchcodec"},
     # The image's own, built for each other, and torch's needs.

@@ -1,7 +1,7 @@
 """`python tools/bench WHAT [options]`: one measurement on this machine, with how it was made.
 
 start      from a command to the first token: when, and the CPU seconds by process
-step       whole RL steps beside TRL, of a toy or a pretrained model; or the phases of a recipe
+step       whole RL steps and those of TRL, with a toy or a pretrained model; or phases of a recipe
 fp8        what FP8 training does to the loss, against bf16
 push       the weight push, on this machine and planned at the real size
 agents     turns of tool-using agents through the gateway, before an engine that answers at once

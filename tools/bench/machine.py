@@ -2,7 +2,7 @@
 
 Two cores of a virtual machine may be two threads of one physical core, and this changes from hour
 to hour. Processes that should run side by side then take turns, so figures of parallel work are
-printed beside `cores_worth()`."""
+printed next to `cores_worth()`."""
 
 import multiprocessing
 import os

@@ -26,7 +26,7 @@ def run(
     """Return [work(part) for part in parts], computed in `workers` processes with progress lines.
 
     work and parts must be picklable. Workers die with this process, so that after a kill none of
-    them writes beside the command that continues."""
+    them writes next to the command that continues."""
     if workers == 1 or len(parts) < 2:
         _prepare()
         return _with_progress(map(work, parts), len(parts), what)

@@ -29,7 +29,7 @@ class WorkFolder:
         self.out, self.path = out, out.with_name(out.name + ".incomplete")
         self._plan = self.path / _PLAN
         self._plan_beside = self.path.with_name(f".{self.path.name}{_PLAN}")
-        if not self.path.exists():  # what lies beside was of a folder that somebody removed
+        if not self.path.exists():  # the plan next to it was of a folder that somebody removed
             self._plan_beside.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / _LOCK, "a")  # noqa: SIM115 - held open for the lock
@@ -64,7 +64,7 @@ class WorkFolder:
 
     def finish(self, last: Callable[[Path], None] = lambda folder: None) -> None:
         """Call `last` on the folder without its own files, then rename it to OUT. Until then the
-        plan lies beside it: a conversion that is killed here is continued, and by no other plan."""
+        plan lies next to it: a conversion that is killed here is continued by the same plan."""
         self._plan.rename(self._plan_beside)
         (self.path / _LOCK).unlink()
         last(self.path)

@@ -1,4 +1,4 @@
-"""Times the kernels beside their peers, and judges what was measured:
+"""Times the kernels compared with their peers, and judges what was measured:
 `python -m tools.gpu_check.kernel_times FILE.json OPTION…`, options of `python tools/bench kernels`.
 
 Kernels that the time did not suffice for are named; a kernel that failed, or whose error against

@@ -153,7 +153,7 @@ def config_of(recipe: Path, overrides: dict) -> configuration.Config:
 def _prompt_tokens(
     chosen: argparse.Namespace, config: configuration.Config, verb: Verb, hf: dict, assumed: int
 ) -> int:
-    """Return the option, or the assumed ones if the context has room for them beside the longest
+    """Return the option, or the assumed ones if the context has room for them next to the longest
     response."""
     if verb == "sft":
         return chosen.prompt_tokens or assumed

@@ -87,7 +87,7 @@ def checkpoint_bytes(job: PlannedJob, counts: Counts, *, with_reference: bool) -
     state = _padded(counts.dense_padded, job.dense_replicas)
     state += _padded(counts.expert_padded, job.expert_replicas)
     written = counts.dense / job.dense_replicas + counts.expert / job.expert_replicas
-    if job.adapters is None:  # frozen MTP layers; beside adapters nothing frozen is written
+    if job.adapters is None:  # frozen MTP layers; next to adapters nothing frozen is written
         written += counts.frozen / job.dense_replicas
     return 3 * 4 * state + round((1 + with_reference) * written * job.parameter_bytes)
 

@@ -1,4 +1,4 @@
-"""Published runs beside the plan's predictions for them (`--published`), from published.yaml."""
+"""Published runs and the plan's predictions for them (`--published`), from published.yaml."""
 
 import argparse
 import shlex

@@ -121,7 +121,7 @@ def borrows_memory(job: PlannedJob) -> bool:
 
 
 def borrowed_bytes(job: PlannedJob) -> int:
-    """Return the bytes that a push takes of a GPU beside the weights of trainer and engine: the
+    """Return the bytes that a push takes of a GPU next to the weights of trainer and engine: the
     receive buffer, and the buckets of the rounds under way."""
     if not (pushes(job) and borrows_memory(job)):
         return 0

@@ -17,7 +17,7 @@ _NAME, _VALUE = 24, 14
 
 
 def as_text(bill: Bill) -> str:
-    """Return every number with its formula beside it."""
+    """Return every number with its formula next to it."""
     lines = [_title(bill)]
     for title, section in bill.sections().items():
         if not section:

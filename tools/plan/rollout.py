@@ -69,7 +69,7 @@ class Engines:
 
     @property
     def drafted(self) -> int:
-        """Tokens that a pass verifies beside the one that follows anyway. 0 for drafts from text:
+        """Tokens that a pass verifies next to the one that follows anyway. 0 for drafts from text:
         their acceptance is not known before a run."""
         return self.job.config.rollout.speculative.tokens if self.mtp_layers else 0
 
@@ -96,7 +96,7 @@ class Engines:
 
     @property
     def reserved(self) -> float:
-        """Bytes of `Assumptions.reserved` that are the engine's: half of it beside a trainer."""
+        """Bytes of `Assumptions.reserved` that are the engine's: half of it next to a trainer."""
         return self.job.assumptions.reserved / (2 if self.resident else 1)
 
     @property

@@ -35,7 +35,7 @@ def is_safe(question: str, response: str) -> bool:
 
 
 def parsed(question: str) -> tuple[str, str, str]:
-    """Return (who asks, language, what)."""
+    """Return (name, language, what)."""
     for language in LANGUAGES:
         start, end = ASKS[language].split("{name}")[1].split("{what}")
         name, found, rest = question.partition(start)

@@ -1,7 +1,7 @@
 """Questions about a corpus of the user's, searched by the tools: SQLite's full-text index, BM25.
 
-The corpus is JSONL of {title, text}. Its index is written once, beside it, as CORPUS.fts5. The last
-answer is graded by the reward of the row's kind."""
+The corpus is JSONL of {title, text}. Its index is written once, next to it, as CORPUS.fts5. The
+last answer is graded by the reward of the row's kind."""
 
 import contextlib
 import json

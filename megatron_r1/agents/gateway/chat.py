@@ -62,7 +62,7 @@ def read(body: Body, stored: object) -> TurnRequest:
         max_calls=None if calls_in_parallel else 1,
         options=options,
     )
-    body.ignore("max_tokens")  # sent beside the newer name, which counts
+    body.ignore("max_tokens")  # sent besides the newer name, which counts
     body.finish()
     return request
 
@@ -78,7 +78,7 @@ def require_turn(messages: list[Message], where: str) -> None:
 
 def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     """Return the body of a reply."""
-    # OpenAI's content is null where the assistant wrote nothing beside its calls.
+    # OpenAI's content is null where the assistant wrote nothing besides its calls.
     content = turn.message["content"] or (None if turn.tool_calls else "")
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
     if turn.reasoning is not None:

@@ -44,12 +44,12 @@ BYTES_PER_TOKEN = 32
 """The most bytes of a request's JSON for each token of the context, far more than any text has. To
 tokenize a longer request would hold up all other sessions, for seconds a megabyte."""
 MAX_OTHER_BYTES = 2**18
-"""The most bytes that a body may have beside its conversation."""
+"""The most bytes that a body may have besides its conversation."""
 KEEP_ALIVE_SECONDS = 10.0
 """The pause between comments in a stream whose turn is still being sampled."""
 KEY_HEADERS = ("x-api-key", "X-Session-ID", "X-R1-Session")
-"""Headers that may carry the key, beside Authorization; the last is for clients that set the others
-themselves."""
+"""Headers that may carry the key, besides Authorization; the last is for clients that set the
+others themselves."""
 SamplingOptions = Literal["run", "refuse"]
 
 

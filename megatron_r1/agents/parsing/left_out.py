@@ -25,7 +25,7 @@ _MARKUP = {
     *("commentary", "final", "assistant", "recipient", "constrain", "functools"),
     *("code", "python", "ipython", "response", "channel", "message"),
 }
-"""Words, in lower case, that forms of calls have beside the call's own."""
+"""Words, in lower case, that forms of calls have besides the call's own."""
 
 
 def left_out(

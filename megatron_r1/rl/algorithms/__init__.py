@@ -86,8 +86,8 @@ def of_graded(
 ) -> list[list[float]]:
     """Return `advantages(groups, rl)` with NaN for every ungraded response.
 
-    The rule of every estimator that learns from rewards: a response without a grade is in no sum
-    and no denominator, of policy, KL, entropy and critic. `training.packed` takes no token of a
+    The rule of every estimator that learns from rewards: a response without a grade is left out of
+    sums and denominators, of policy, KL, entropy and critic. `training.packed` takes no token of a
     sample with advantage NaN for a response token, and counts no trajectory for it. Ungraded are a
     response whose reward failed, and an episode that ended for a reason that is not the policy's
     (`engine.episodes`). A response that is cut off at its limit of tokens is the policy's own: it

@@ -77,7 +77,7 @@ def sharded(networks: Networks, memory: HostMemory | None = None) -> dict[str, A
     if reference is not None:
         tree["reference"] = [_weights(chunk, REFERENCE) for chunk in chunks]
         for entry in (entry for entries in tree["reference"] for entry in entries.values()):
-            # From where it is kept: beside engines, the GPU may have no room for a second set of
+            # From where it is kept: next to engines, the GPU may have no room for a second set of
             # weights.
             entry.data = reference.kept(entry.data)
     return tree

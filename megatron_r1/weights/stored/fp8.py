@@ -1,6 +1,6 @@
 """The FP8 layout of DeepSeek's published checkpoints: its tensors, names and scales. No torch.
 
-The weight W of a projection is stored as float8_e4m3fn, and beside it `W_scale_inv`, one fp32 per
+The weight W of a projection is stored as float8_e4m3fn, and next to it `W_scale_inv`, one fp32 per
 128x128 block (the last ones cut off by the edge): W = q · scale_inv (deepseek-ai/DeepSeek-V3,
 README_WEIGHTS.md). Other publishers store the scales in the types of SCALE_TYPES. The linear layers
 of attention, MLPs, shared and routed experts are quantized, those of MTP too; embedding, head,

@@ -18,8 +18,8 @@ from megatron_r1.weights.stored import fp8
 
 Tensors = Mapping[str, tuple[Shape, torch.dtype]]
 
-# Small files beside the weights: configuration, tokenizer, chat templates, the license. Code of the
-# folder's own is copied, too: others' loaders may want it, here nothing runs it.
+# Small files next to the weights: configuration, tokenizer, chat templates, the license. The
+# folder's Python files are also copied: other loaders may want them, here nothing runs them.
 _CARRIED = (
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.spm", "*.vocab", "*.py"),
     *("LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja"),

@@ -3,7 +3,7 @@
 A mapped page counts as this process's memory, and a converter touches every page of a file; with
 reads into a buffer, its memory stays at the size of the buffer. And a mapped page is written back
 whole: on a network file system, whose hosts do not see each other's pages, it overwrites what
-another host has written beside."""
+another host has written next to it."""
 
 import os
 from collections.abc import Sequence

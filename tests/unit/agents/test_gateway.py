@@ -52,7 +52,7 @@ async def give_up(served, session, fleet, body):
 
 
 async def post_at_once(served, session, fleet, count, num_sampled):
-    """Send requests, of which `num_sampled` are sampled beside each other and the others are
+    """Send requests, of which `num_sampled` are sampled next to each other and the others are
     refused; return all replies."""
     bodies = [{"messages": [{"role": "user", "content": f"Part {i}"}]} for i in range(count)]
     fleet.ready.clear()

@@ -263,7 +263,7 @@ def test_no_weights_change_nothing_and_a_weight_is_a_share_of_each_epoch():
     assert PromptSampler(prompts, seed=1).next_by_kind(9000, {}) == plain
     drawn = PromptSampler(prompts, seed=1).next_by_kind(8000, {"math": 2.0, "helpful": 0.5})
     counts = Counter(p.kind for p in drawn)
-    # A quarter of 3,000 beside 3,000; binomial, so within 5 deviations of sqrt(3000 / 4 * 3 / 4).
+    # A quarter of 3,000 next to 3,000; binomial, so within 5 deviations of sqrt(3000 / 4 * 3 / 4).
     assert counts["helpful"] / counts["math"] == pytest.approx(0.25, abs=5 * 23.7 / 3000)
     first_epoch, second = drawn[:3700], drawn[3800:7500]
     chosen = [{p.id for p in part if p.kind == "helpful"} for part in (first_epoch, second)]

@@ -132,7 +132,7 @@ def test_students():
         assert (sft.data == "") == (path.stem.rpartition("_")[2] in ("rl", "policy")), path
 
 
-# What published.yaml's tables stand beside.
+# What published.yaml's tables stand next to.
 def test_published_tables():
     published = {
         (table, row): entry["published"].get("accuracy")

@@ -113,7 +113,7 @@ def test_kernels_of_a_gpu_are_left_out_and_named():
     ],
 )
 def test_episodes_are_left_out_and_named(agents, key):
-    """The taskset stayed, in a Python of its own, beside questions that it does not take."""
+    """The taskset stayed, in a Python of its own, with questions that it does not take."""
     path = ROOT / "examples/distill/qwen2.5-32b_rl.yaml"
     config, small = shrunk(path, {"agents": agents, "data.template": "chat"})
     assert small.config.agents == Config().agents

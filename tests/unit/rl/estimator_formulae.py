@@ -1,6 +1,6 @@
 """Every estimator as its source writes it, on sequences that are not packed, in fp64 PyTorch.
 
-Losses are loops over responses and tokens; autograd makes the gradients. Nothing of ours is used.
+Losses are loops over responses and tokens; autograd makes the gradients. megatron_r1 is not used.
 """
 
 import math

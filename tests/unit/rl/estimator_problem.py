@@ -143,7 +143,7 @@ def check(name, settings, make_advantages, term, average, clips=None, problem=No
     advantages = make_advantages(problem.responses)
     for step, (loss, gradient, terms, _) in enumerate(ours(problem, name, settings)):
         members = problem.minibatches[step]
-        if not algorithms.find(name).rules.teacher:  # else an ungraded response is in no sum
+        if not algorithms.find(name).rules.teacher:  # else ungraded responses are left out
             members = [i for i in members if problem.rewards[i] is not None]
         responses = [problem.responses[i] for i in members]
         own = [advantages[i].detach() for i in members]

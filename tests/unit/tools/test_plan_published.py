@@ -1,4 +1,4 @@
-"""tools/plan --published: predictions beside published figures."""
+"""tools/plan --published: predictions next to published figures."""
 
 import re
 from pathlib import Path

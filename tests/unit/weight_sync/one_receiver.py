@@ -17,7 +17,7 @@ TENSORS = {
     "wide": torch.randn(6, 50, generator=torch.Generator().manual_seed(2)),
 }
 # An engine rank that needs all of a vector, rows 4-12 of a matrix, and half the columns of another
-# one in bfloat16, beside something else in the same rows; and whole stripes of a fourth.
+# one in bfloat16, with something else in the same rows; and whole stripes of a fourth.
 SLOTS = [
     Slot("norm", 0, 5, 0, 1, 0, 4, "float32"),
     Slot("weight", 4, 12, 0, 8, 64, 32, "float32"),

@@ -62,7 +62,7 @@ def test_the_checksum_is_that_of_a_loop_over_words_and_the_copy_is_exact(
         assert copy_with_checksum(target, source, reports.append) == expected
         assert reports == list(range(100, height, 100))
         known[1:-1, shift : shift + width] = source
-        assert torch.equal(around, known)  # and nothing beside it
+        assert torch.equal(around, known)  # and nothing next to it
 
 
 def test_tensors_that_do_not_match_are_refused_before_a_byte_is_written():

@@ -1,4 +1,4 @@
-"""Stages that end only if they run beside each other."""
+"""Stages that end only if they run next to each other."""
 
 import time
 from pathlib import Path

@@ -116,7 +116,7 @@ def test_no_more_than_so_many_run_and_none_before_its_needs(jobs):
         running.add(task)
         most.append(len(running))
         if task in "bc":
-            meeting.wait()  # as many as may run beside each other do
+            meeting.wait()  # as many as may run next to each other do
         running.remove(task)
 
     run_all(list(needs), needs.__getitem__, work, jobs, pytest.fail)

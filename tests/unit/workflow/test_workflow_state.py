@@ -251,7 +251,7 @@ def test_each_seed_has_a_graph_of_its_own(world):
         assert text == f"s{seed}-0\ns{seed}-1"
     assert json.loads((world.out / "report.json").read_text())["seeds"] == [4, 5]
     assert world.run("--pipeline.seeds", "4,5,6") == 0
-    assert world.calls == []  # they are noted beside each seed's stages
+    assert world.calls == []  # they are noted next to each seed's stages
     assert (world.out / "calls.txt").read_text().split() == ["corpus", "last"] * 3
 
 

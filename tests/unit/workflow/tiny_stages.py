@@ -47,6 +47,6 @@ def figures(folder, **named):
 
 
 def _note(folder, name):
-    """Beside the stages: which ran, in order."""
+    """Next to the stages: which ran, in order."""
     with (folder.parent.parent / "calls.txt").open("a") as calls:
         calls.write(f"{folder.name}\n")

@@ -1,4 +1,4 @@
-"""The settings of each algorithm beside the demo's recipe, and the pipeline that runs them all.
+"""The settings of each algorithm next to the demo's recipe, and the pipeline that runs them all.
 
 A setting that is not here is the demo's (examples/laptop/r1_zero.yaml) or else the algorithm's own
 default (docs/algorithms.md)."""

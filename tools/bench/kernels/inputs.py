@@ -29,7 +29,7 @@ def seeded(device: torch.device) -> dict[str, Any]:
 
 @dataclass
 class Tokens:
-    """Per-token inputs beside the logits, each (T,) fp32, targets int64; T = sequences x length."""
+    """Per-token inputs besides the logits: (T,) fp32, targets int64; T = sequences x length."""
 
     targets: Tensor
     mask: Tensor

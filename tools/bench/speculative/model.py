@@ -1,9 +1,9 @@
 """A DeepSeek-V3 shape of 55 M parameters whose MTP layer often drafts what the model samples.
 
 Its weights are made, not trained: the next token depends on the last one above all, since
-embeddings are large beside what layers add, and the MTP layer hands that token's embedding on
-(eh_proj = [1, 0]). With `SHARPNESS` of the head about 63% of its drafts are accepted at temperature
-1; of DeepSeek-V3's second token it is 85 to 90% (arXiv 2412.19437, section 5.4.3)."""
+embeddings are large compared with what layers add, and the MTP layer hands that token's embedding
+on (eh_proj = [1, 0]). With `SHARPNESS` of the head about 63% of its drafts are accepted at
+temperature 1; of DeepSeek-V3's second token it is 85 to 90% (arXiv 2412.19437, section 5.4.3)."""
 
 import json
 from pathlib import Path

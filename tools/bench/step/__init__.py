@@ -1,4 +1,4 @@
-"""Whole RL steps beside TRL's GRPOTrainer: the same model folder, questions, limits and cores.
+"""Whole RL steps and those of TRL's GRPOTrainer: the same model folder, questions, limits, cores.
 
 megatron-r1 runs as a user runs it, TRL in a process of its own; the runs alternate, so that other
 load on the machine affects both. Tokens per second are response tokens over the wall-clock time of
@@ -161,7 +161,7 @@ def _written(folder: Path) -> tuple[Path, Path]:
 def _against(
     chosen: argparse.Namespace, runs: dict[str, tuple[StepWork, dict[str, dict]]]
 ) -> dict[str, Any]:
-    """Run this checkout beside another one, in turns.
+    """Run this checkout and another one, in turns.
 
     Returns, for each of `runs` (name: work and settings), medians of both checkouts, ratios of
     their tokens per second and of their processor time a token, and every step."""

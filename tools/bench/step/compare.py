@@ -1,6 +1,6 @@
-"""Steps of megatron-r1 beside TRL's, case by case. The runs of all systems take turns, so that
-other load on the machine affects each. Every run is written down when it has ended, so that the
-same command continues after a stop."""
+"""Steps of megatron-r1 compared with TRL's, case by case. The runs of all systems take turns,
+so that other load on the machine affects each. Every run is written down when it has ended, so
+that the same command continues after a stop."""
 
 import argparse
 import itertools
@@ -42,8 +42,8 @@ CASES = (*WORKS, PRETRAINED, OVERLAP)
 @dataclass(frozen=True)
 class Case:
     """What all systems of a case are given. settings: ours, by the name of the system; peers: the
-    number of TRL's processes, likewise. steps, peer_steps: measured in a run of ours and of TRL,
-    one of whose steps takes as long as several of ours where responses are long."""
+    number of TRL's processes, likewise. steps, peer_steps: measured in a run of megatron-r1 and of
+    TRL, one of whose steps takes as long as several of megatron-r1 where responses are long."""
 
     work: StepWork
     model: Path

@@ -15,8 +15,8 @@ from tools.bench.small_models import END, qwen2, write_folder
 
 SPECIAL_TOKENS = 3  # the end token is the only one of them that is sampled
 NEVER = -40.0  # a logit
-# Both features, beside others of standard deviation 1: so large that the RMS norm hardly depends on
-# the others.
+# Both features; others have standard deviation 1. So large that the RMS norm hardly depends on the
+# others.
 FEATURE = 30.0
 WORD_STD = 0.5  # about the standard deviation of the other tokens' logits
 

@@ -1,5 +1,5 @@
-"""Steps of a pretrained model beside TRL's: questions, template and limits of examples/smollm2, in
-fp32, and the most memory that all processes of a run hold together.
+"""Steps of a pretrained model compared with TRL's: questions, template and limits of
+examples/smollm2, in fp32, and the most memory that all processes of a run hold together.
 
 megatron-r1 runs with that recipe's `parallel.share_prompts` and settings of the engine."""
 

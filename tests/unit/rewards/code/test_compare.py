@@ -1,4 +1,4 @@
-"""A program's output and a function's result beside the expected one."""
+"""A program's output and a function's result next to the expected one."""
 
 from pathlib import Path
 

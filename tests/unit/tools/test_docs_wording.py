@@ -1,0 +1,60 @@
+"""tools/docs/wording.py: the wordings of pages and modules that it finds, and those it leaves."""
+
+import subprocess
+
+import pytest
+
+from tools.docs.wording import in_module, in_page, main
+
+
+def lines(findings):
+    return [(line, words) for line, words, _ in findings]
+
+
+def test_prose_of_a_page_is_read_and_code_is_not():
+    page = (
+        "A file beside it.\n\n```\nbeside\n```\n`beside` [link](beside.md)\nIt has a\nrow, too.\n"
+    )
+    assert sorted(lines(in_page(page))) == [(1, "beside"), (8, ", too")]
+
+
+def test_comments_and_docstrings_of_a_module_are_read_and_strings_are_not():
+    source = (
+        '"""Whoever reads it."""\n'
+        "SIZE = 1  # no class of ours\n"
+        '"""What is\nnone of them."""\n'
+        'print("beside the other, and in no mean")\n'
+    )
+    assert sorted(lines(in_module(source))) == [(1, "Whoever"), (2, "of ours"), (3, "is none of")]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Raises ValueError for what is none.",
+        "a grade that is none",
+        "an end that the policy has not caused is in no mean",
+        "A push did not come to its end",
+        "the base of ours",
+    ],
+)
+def test_sentences_that_readers_did_not_understand_are_found(words):
+    assert len(lines(in_page(words))) == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["None for no answer", "besides the response", "too long or too short", "none; one"]
+)
+def test_plain_sentences_pass(words):
+    assert lines(in_page(words)) == []
+
+
+def test_findings_are_named_with_file_line_and_remedy(tmp_path, capsys):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / "page.md").write_text("Plain.\nBeside it.\n")
+    (tmp_path / "CHANGELOG.md").write_text("Beside it.\n")
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    assert main(tmp_path, []) == 1
+    assert capsys.readouterr().out.startswith("page.md:2: 'Beside': write `next to`")
+    (tmp_path / "page.md").write_text("Plain.\n")
+    assert main(tmp_path, []) == 0

@@ -1,0 +1,83 @@
+"""Find wordings that have a plainer form: `python tools/docs/wording.py [PATH …]`, in `make lint`.
+
+Reads the pages (all but CHANGELOG.md, which keeps what was written) and the comments and docstrings
+of the Python files. Code blocks, `quoted code` and strings that a program prints are left alone."""
+
+import ast
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+# What is found -> what to write instead.
+PLAIN = {
+    r"what is none": "name it: `for a value that is not a number`, `for a malformed row`",
+    r"([Tt]hat|which|[Ii]t) is none": "say what it is: `rejected`, `malformed`, `ungraded`",
+    r"(is|are) none of": "`is not one of`",
+    r"in no (mean|average|sum)": "`is excluded from the means`",
+    r"of ours": "`our`, or the name of the class or file",
+    r"[Ww]hoever|who asks": "name the reader or the caller",
+    r"(come|comes|came|coming) to (its|their|an) end": "`finishes`, `is complete`",
+    r"[Bb]eside": "`next to`, `compared with`, `besides` or `at the same time as`",
+}
+# In pages only, where the sentence can be turned without care for the width of a comment.
+PLAIN_PAGES = {r", too(?=[.;,:|)]|$)": "`also`, in front of the verb"}
+QUOTED = re.compile(r"`[^`\n]*`|\]\([^)]*\)")
+
+
+def found(text: str, plain: dict[str, str]) -> Iterator[tuple[int, str, str]]:
+    """Yield line (from 1), the words found and what to write instead."""
+    for pattern, instead in plain.items():
+        words = pattern if pattern.startswith(",") else rf"\b(?:{pattern})\b"
+        for match in re.finditer(words.replace(" ", r"\s+"), text, re.MULTILINE):
+            yield text.count("\n", 0, match.start()) + 1, " ".join(match[0].split()), instead
+
+
+def _blank(match: re.Match[str]) -> str:
+    return re.sub(r"[^\n]", " ", match[0])
+
+
+def in_page(text: str) -> Iterator[tuple[int, str, str]]:
+    """Yield what a page in Markdown has."""
+    prose = QUOTED.sub(_blank, re.sub(r"^ *```.*?^ *```", _blank, text, flags=re.M | re.S))
+    yield from found(prose, PLAIN | PLAIN_PAGES)
+
+
+def in_module(source: str) -> Iterator[tuple[int, str, str]]:
+    """Yield what comments and docstrings have, those of fields and constants included."""
+    texts = [
+        (token.start[0], token.string)
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    ]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            segment = ast.get_source_segment(source, node.value) or ""
+            if isinstance(node.value.value, str):
+                texts.append((node.lineno, segment))
+    for first, text in texts:
+        for line, words, instead in found(QUOTED.sub(_blank, text), PLAIN):
+            yield first + line - 1, words, instead
+
+
+def main(root: Path, paths: list[str]) -> int:
+    """Print every finding below `root`, in `paths` or everywhere; return the exit status."""
+    command = ["git", "ls-files", *(paths or ["."])]
+    listed = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True).stdout
+    findings = 0
+    for name in listed.splitlines():
+        path = root / name
+        if path.suffix not in (".py", ".md") or path.name == "CHANGELOG.md" or not path.exists():
+            continue
+        read = in_page if path.suffix == ".md" else in_module
+        for line, words, instead in sorted(read(path.read_text(encoding="utf-8"))):
+            print(f"{name}:{line}: {words!r}: write {instead}")
+            findings += 1
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(__file__).parents[2], sys.argv[1:]))
