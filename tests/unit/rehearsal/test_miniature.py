@@ -6,6 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
+from r1_grading import form as language
+from r1_grading.reading import chain_of_thought
 from refusals import refused
 from tokenizers import Tokenizer
 
@@ -16,8 +18,6 @@ from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rehearsal import layout, miniature, model, questions
 from megatron_r1.rehearsal.phases import Phases
 from megatron_r1.rehearsal.table import structure
-from megatron_r1.rewards import language
-from megatron_r1.rewards.language import chain_of_thought
 from megatron_r1.weight_sync.plan import TrainerGrid
 from megatron_r1.weight_sync.plan.recipe import check_pushes, engine_layout
 from megatron_r1.weight_sync.plan.tensors import plain_bytes
