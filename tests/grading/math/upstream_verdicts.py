@@ -1,4 +1,4 @@
-"""`python tests/unit/rewards/math/upstream_verdicts.py FOLDER`: math-verify's cases graded by us.
+"""`python tests/grading/math/upstream_verdicts.py FOLDER`: math-verify's cases graded by us.
 
 FOLDER is its unpacked sdist (pip download math-verify==0.9.0 --no-deps --no-binary :all:), which
 ships the tests; the installed package does not. Prints each case whose verdict differs, and counts.
