@@ -17,7 +17,7 @@ from megatron_r1.data.chats import read_chat, tool_calls
 from megatron_r1.data.prompts import Prompt, load_prompts
 from megatron_r1.data.sft import read_example
 from megatron_r1.errors import Cause
-from tests.unit.rewards.code_answers import needs_sandbox
+from tests.grading.code_answers import needs_sandbox
 
 
 def read(tmp_path, rows, **settings):

@@ -1,10 +1,13 @@
-"""Child processes that end with the process that started them. Standard library only."""
+"""Child processes that end with the process that started them. Standard library only.
+
+`python lifetime.py COMMAND …` becomes COMMAND, which does so too."""
 
 import contextlib
 import ctypes
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,3 +85,8 @@ def owns_number(leader: Child) -> bool:
     Linux may give the number away once the process has been waited for, but not while a member of
     the group or session is left. So where a process has it then, that is another one."""
     return leader.returncode is None or not Path(f"/proc/{leader.pid}").exists()
+
+
+if __name__ == "__main__":
+    end_without_parent()
+    os.execvp(sys.argv[1], sys.argv[1:])
