@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from r1_grading.base.errors import Cause, UserError
-from r1_grading.reading.parts import Part, break_control_tokens, cut_middle, response_part
+from r1_grading.reading import Part, break_control_tokens, cut_middle, response_part
 from r1_grading.rewards import Grade
 from r1_grading.served import ServiceSettings
 from r1_grading.served.service import ChatChoice, Completion, Service, ServiceError, Ungradable

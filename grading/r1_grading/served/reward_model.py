@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
 from r1_grading.base.errors import Cause, UserError
-from r1_grading.reading.parts import (
+from r1_grading.reading import (
     Part,
     chat_messages,
     check_template,

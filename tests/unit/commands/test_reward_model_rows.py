@@ -5,7 +5,7 @@ import json
 import shlex
 
 import pytest
-from r1_grading.reading.parts import response_part
+from r1_grading.reading import response_part
 from refusals import refused
 
 from megatron_r1.commands.reward_model import RowSampler, _next_commands, load_rows
