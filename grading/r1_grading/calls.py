@@ -38,7 +38,7 @@ MAX_OTHERS = 4
 """The most further entries of verl's mapping that a reason shows."""
 
 
-def grade(kind: str, response: str, truth: Any = None, /, **fields: Any) -> Grade:
+def grade(kind: str, response: str, /, truth: Any = None, **fields: Any) -> Grade:
     """Return the grade of one response, computed in this process.
 
     kind: a reward that needs no server, or "module:function". fields: the prompt's other fields and

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from r1_grading import form as language
+from r1_grading import grade
 from r1_grading.reading import chain_of_thought
 from refusals import refused
 from tokenizers import Tokenizer
@@ -315,5 +315,5 @@ def test_stage_4_asks_reward_models_from_its_last_part_on(tmp_path):
     questions.write_questions(path, 6, miniature._other_kinds(small.config))
     rows = [json.loads(line) for line in path.open()]
     kinds = [row["kind"] for row in rows]
-    assert all(language.grade("<think>so it is</think>", **row).reward == 1 for row in rows)
+    assert all(grade("language", "<think>so it is</think>", **row).reward == 1 for row in rows)
     assert kinds == [questions.KIND, "helpful", "safety"] * 2
