@@ -22,10 +22,11 @@ COPY requirements/trainer.txt requirements/
 RUN pip install --no-cache-dir --no-deps -r requirements/trainer.txt
 COPY setup.py pyproject.toml README.md ./
 COPY kernels kernels
+COPY grading grading
 COPY megatron_r1 megatron_r1
 COPY tools tools
 COPY examples examples
-RUN pip install --no-cache-dir --no-deps --no-build-isolation -e .
+RUN pip install --no-cache-dir --no-deps --no-build-isolation -e kernels -e grading -e .
 ENTRYPOINT ["megatron-r1"]
 
 FROM ${VLLM_IMAGE} AS engine
@@ -33,10 +34,11 @@ WORKDIR /opt/megatron-r1
 # The engine needs the plugin only, which imports torch, vllm and xxhash.
 COPY setup.py pyproject.toml README.md ./
 COPY kernels kernels
+COPY grading grading
 COPY megatron_r1 megatron_r1
 # The versions of cpu.lock; msgspec and llvmlite are vLLM's own.
 RUN pip install --no-cache-dir --no-deps xxhash==4.1.0
-RUN pip install --no-cache-dir --no-deps --no-build-isolation -e .
+RUN pip install --no-cache-dir --no-deps --no-build-isolation -e kernels -e grading -e .
 ENTRYPOINT ["python3", "-m", "megatron_r1.vllm_plugin.serve"]
 
 FROM ${PLAIN_IMAGE} AS together
@@ -50,6 +52,7 @@ COPY requirements requirements
 RUN make cuda-packages
 COPY setup.py pyproject.toml README.md ./
 COPY kernels kernels
+COPY grading grading
 COPY megatron_r1 megatron_r1
 COPY tools tools
 COPY examples examples

@@ -25,7 +25,7 @@ SMOLLM2 := build/smollm2
 VERL := build/verl
 TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
-.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test-unit test test-more test-all lint format kernel-files house losses evidence bench gpu-check docs clean
+.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test-unit test test-more test-all lint format kernel-files house losses evidence bench gpu-check docs wheels clean
 
 help:
 	@echo "make demo      a small model learns to reason: minutes on two CPU cores"
@@ -46,6 +46,7 @@ help:
 	@echo "make bench     kernels and whole steps beside their public peers"
 	@echo "make gpu-check  what a machine with a GPU can answer, in nine minutes"
 	@echo "make docs      API pages in build/docs"
+	@echo "make wheels    what a release has: dist/*.whl, which one pip install takes"
 	@echo "make clean     remove $(VENV), $(CUDA_VENV), $(AGENTS_VENV) and build; runs stay"
 
 setup: system-packages $(INSTALLED) hooks
@@ -70,13 +71,13 @@ cluster-packages:
 	{ apt-get install -y -qq slurm-wlm munge iproute2 || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge iproute2; }; } >/dev/null 2>&1; } || \
 	echo "the tests of the Slurm scripts need slurm, munge and root (they are skipped): sudo apt-get install slurm-wlm munge iproute2"
 
-$(INSTALLED): $(LOCK) setup.py pyproject.toml
+$(INSTALLED): $(LOCK) setup.py pyproject.toml kernels/pyproject.toml grading/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "this Python cannot make virtual environments: install python3-venv (apt-get install python3-venv)"; exit 1; }
 	@echo "installing into $(VENV): two to five minutes, 3.9 GB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(INDEX) -r $(LOCK)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e kernels -e grading -e .
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "torch does not import: the index in use serves its CUDA build only. Run: make setup TORCH_INDEX=<the URL of PyTorch's CPU wheels, on its Get Started page>"; exit 1; }
 	@touch $@
 
@@ -107,8 +108,8 @@ setup-cuda: system-packages $(CUDA_VENV)/.installed
 
 cuda-packages: $(CUDA_VENV)/.packages $(TE_BUILT)
 
-$(CUDA_VENV)/.installed: $(CUDA_VENV)/.packages $(TE_BUILT) setup.py pyproject.toml
-	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+$(CUDA_VENV)/.installed: $(CUDA_VENV)/.packages $(TE_BUILT) setup.py pyproject.toml kernels/pyproject.toml grading/pyproject.toml
+	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e kernels -e grading -e .
 	@touch $@
 
 $(CUDA_VENV)/.packages: $(CUDA_LOCK)
@@ -156,11 +157,11 @@ demo-agents: setup
 # that none is left alone at the end. (One file with a GPU, whose memory an engine takes whole.) Threads that spin at the end
 # of every operation would take the cores from the other files.
 WORKERS := $(if $(wildcard /dev/nvidia0),1,4)
-FOLDERS := tests/system tests/unit/weight_bridge tests/cluster tests/replays tests/parallel tests/convert tests/kernels tests/gpu tests/reports tests/unit
+FOLDERS := tests/system tests/unit/weight_bridge tests/cluster tests/replays tests/parallel tests/convert tests/kernels tests/gpu tests/reports tests/grading tests/unit
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python tests/measured.py $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-unit: setup
-	$(PYTEST) -m "not more and not slow" tests/unit
+	$(PYTEST) -m "not more and not slow" tests/grading tests/unit
 
 # Ten minutes on two cores: the unit tests, and a real run of each role and promise.
 test: setup
@@ -230,5 +231,13 @@ docs: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
 	$(BIN)/python -W ignore tools/docs build/docs
 
+# The wheels of a release: kernels and grading stand alone, megatron-r1 depends on both.
+# setuptools packs what an earlier build has left in build/lib.
+wheels: $(INSTALLED)
+	@rm -rf dist build/lib build/bdist.* kernels/build grading/build
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist ./kernels ./grading .
+	@rm -rf build/lib build/bdist.* kernels/build grading/build
+	@ls dist/*.whl
+
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) $(AGENTS_VENV) build *.egg-info
+	rm -rf $(VENV) $(CUDA_VENV) $(AGENTS_VENV) build dist *.egg-info kernels/*.egg-info grading/*.egg-info

@@ -1,75 +1,8 @@
-"""Errors that end a command, and how their messages help the user."""
+"""Errors that end a command; those that grading raises too are its own (`r1_grading.base`)."""
 
-import difflib
-import functools
-from collections.abc import Iterable
-from enum import StrEnum
-from typing import Any
+from r1_grading.base.errors import Cause, RunError, UserError, did_you_mean
 
-
-class Cause(StrEnum):
-    """What is wrong with the thing that a `UserError` names."""
-
-    UNKNOWN = "unknown"
-    """It is none of the names that are known."""
-    MISSING = "missing"
-    """It must be given, and is not."""
-    NOT_FOUND = "not_found"
-    """No file, folder, address or object has that name."""
-    UNREADABLE = "unreadable"
-    """The system does not let this process read or write it."""
-    MALFORMED = "malformed"
-    """Its type or its syntax is wrong."""
-    OUT_OF_RANGE = "out_of_range"
-    """The value is too small or too large by itself."""
-    TOO_LARGE = "too_large"
-    """It does not fit: memory, disk, context length, number of processes."""
-    INDIVISIBLE = "indivisible"
-    """One size must be a multiple of another, and is not."""
-    CONFLICT = "conflict"
-    """It contradicts another setting, file or option."""
-    CHANGED = "changed"
-    """It differs from what the run, checkpoint or output was made with."""
-    DUPLICATE = "duplicate"
-    """It is given more than once."""
-    EXISTS = "exists"
-    """It would overwrite what is there."""
-    BUSY = "busy"
-    """Another process uses it."""
-    EMPTY = "empty"
-    """Nothing of it can be used."""
-    UNSUPPORTED = "unsupported"
-    """It is valid, and not implemented here."""
-    NOT_INSTALLED = "not_installed"
-    """A package or program is missing."""
-    FAILED = "failed"
-    """The user's own code, or a program that it names, failed."""
-
-
-class UserError(ValueError):
-    """A mistake in a user's command, recipe or file.
-
-    The message names the thing, its value and the remedy. The command line prints it without a
-    traceback and exits with status 2; any other ValueError is a bug and keeps its traceback.
-
-    key: the thing at fault, in the user's terms: a recipe key (`rl.group_size`), an option
-        (`--json`), a file's role (`questions`), a field of a row (`truth`).
-    cause: what is wrong with it. Programs and tests go by these two; the wording may change."""
-
-    def __init__(self, message: str, *, key: str, cause: Cause) -> None:
-        super().__init__(message)
-        self.key = key
-        self.cause = cause
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        rebuild = functools.partial(type(self), key=self.key, cause=self.cause)
-        return rebuild, self.args
-
-
-class RunError(RuntimeError):
-    """A run cannot go on for a reason outside this code; the message is the diagnosis.
-
-    The command line prints it without a traceback and exits with status 1."""
+__all__ = ["Cause", "RunError", "TrainerError", "TrainerLost", "UserError", "did_you_mean"]
 
 
 class TrainerError(RunError):
@@ -78,12 +11,3 @@ class TrainerError(RunError):
 
 class TrainerLost(TrainerError):
     """The trainer ranks cannot be used any more; new ones may continue from a checkpoint."""
-
-
-def did_you_mean(name: object, known: Iterable[str], form: str = "{!r}") -> str:
-    """Return `; did you mean 'math'?` where one of `known` is close to `name`, else "".
-
-    form: how the suggestion is formatted. Names that are not close are not suggested: a wrong guess
-    sends the user looking for a mistake that is not there."""
-    near = difflib.get_close_matches(str(name).lower(), list(known), n=1)
-    return f"; did you mean {form.format(near[0])}?" if near else ""

@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from r1_grading import Grade, logic, math
+
 from megatron_r1 import config as configuration
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.text import PromptText
-from megatron_r1.rewards import Grade, logic, math
 
 QUESTIONS = 100
 GRADERS: dict[str, Callable[..., Grade]] = {"math": math.grade, "logic": logic.grade}

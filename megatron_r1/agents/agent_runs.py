@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from r1_grading.base import lifetime
+from r1_grading.base.workers import last_line
+
 from megatron_r1.config import AgentsConfig
-from megatron_r1.processes import lifetime
 from megatron_r1.processes.children import kill_group, popen_options
-from megatron_r1.processes.framed_process import last_line
 from megatron_r1.user_code import find_function
 
 Run = Callable[[str, str, dict[str, Any]], Awaitable[Any]]

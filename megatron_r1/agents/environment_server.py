@@ -24,6 +24,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pydantic_core import to_jsonable_python
+from r1_grading.base.workers import LENGTH, framed
 
 from megatron_r1.agents.environment import describe, find_environment
 from megatron_r1.agents.tool_arguments import (
@@ -33,7 +34,6 @@ from megatron_r1.agents.tool_arguments import (
     row_arguments,
 )
 from megatron_r1.errors import Cause, RunError, UserError
-from megatron_r1.processes.frames import LENGTH, framed
 from megatron_r1.processes.lifetime import die_with_parent, end_without_parent
 from megatron_r1.user_code import place_of
 

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+from r1_grading.base.errors import shorten
+from r1_grading.rewards import ENVIRONMENT
+
 from megatron_r1.agents.agent_runs import AgentOutcome, Run, RunWithServer
 from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.agents.gateway import Gateway, GatewaySession, SessionLimits, TurnSampling
@@ -22,8 +25,6 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.episodes import SCORED, Episode, Generate, Played
 from megatron_r1.errors import Cause, UserError
-from megatron_r1.rewards import ENVIRONMENT
-from megatron_r1.rewards.base import shorten
 
 CLOCK_SECONDS = 0.2
 """The shortest wait between two checks of an episode's clock, which stands still while engines

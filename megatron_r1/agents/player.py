@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from r1_grading.base.errors import shorten
+
 from megatron_r1.agents.answers import AnswerReader, require_whole
 from megatron_r1.agents.continuation import Continuation, Unrenderable, arguments_of
 from megatron_r1.agents.environment_pool import (
@@ -24,7 +26,6 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.engine.episodes import SCORED, Episode, Generate, Played, Status
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.errors import Cause, UserError
-from megatron_r1.rewards.base import shorten
 
 
 class EpisodePlayer:

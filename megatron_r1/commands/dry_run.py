@@ -6,6 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from r1_grading import RewardPool
+from r1_grading.base.errors import shorten
+from r1_grading.terms import ACCURACY, weights_at
+
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.rl_checks import ends_with, naming_renamed_columns
 from megatron_r1.commands.rollout_run import open_player
@@ -23,9 +27,6 @@ from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models import read_hf_config
 from megatron_r1.reporting import wording
 from megatron_r1.reporting.wording import counted, duration, percent, printable
-from megatron_r1.rewards.base import shorten
-from megatron_r1.rewards.combine import ACCURACY, weights_at
-from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.advice import advice
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.grading import check_grades

@@ -7,6 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from r1_grading import RewardPool
+from r1_grading.base.errors import shorten
+from r1_grading.rewards import ENVIRONMENT
+from r1_grading.terms import ACCURACY
+from r1_grading.truths import stated_answer
+
 from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt
@@ -22,11 +28,6 @@ from megatron_r1.evaluation.summary import Summary, summarize
 from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import read_lines, write_lines
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.rewards import ENVIRONMENT
-from megatron_r1.rewards.base import shorten
-from megatron_r1.rewards.combine import ACCURACY
-from megatron_r1.rewards.runtime.pool import RewardPool
-from megatron_r1.rewards.truths import stated_answer
 
 REQUIRED = ("run.folder", "eval.benchmarks")
 MAX_TRUTH_CHARS = 200

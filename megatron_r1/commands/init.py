@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic_core import to_jsonable_python
+from r1_grading import Grade, RewardPool, RewardTerms
+from r1_grading.rewards import ENVIRONMENT
+from r1_grading.terms import DEFAULT_WEIGHTS
+from r1_grading.truths import alternatives, is_none, math_truth
 
 from megatron_r1 import config as configuration
 from megatron_r1.commands import init_examples, rl
@@ -39,12 +43,6 @@ from megatron_r1.first_recipe.recipe_text import recipe_text, value_text
 from megatron_r1.first_recipe.sizes import Guess, Machine
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.supported import check_supported
-from megatron_r1.rewards import ENVIRONMENT
-from megatron_r1.rewards.base import Grade
-from megatron_r1.rewards.combine import DEFAULT_WEIGHTS
-from megatron_r1.rewards.runtime.pool import RewardPool
-from megatron_r1.rewards.terms import RewardTerms
-from megatron_r1.rewards.truths import alternatives, is_none, math_truth
 from megatron_r1.trainer_client.cpu_memory import cpu_memory
 from megatron_r1.weights import num_parameters
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from r1_grading.truths import is_none
+
 from megatron_r1 import config as configuration
 from megatron_r1.commands import reward_model, sft
 from megatron_r1.data.columns import columns_by_name
@@ -17,7 +19,6 @@ from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.first_recipe import sizes
 from megatron_r1.first_recipe.draft import Draft, Source
 from megatron_r1.first_recipe.sizes import Guess
-from megatron_r1.rewards.truths import is_none
 
 SUPERVISED_SIZES = ("checkpoint.every", "optimizer.learning_rate")
 NO_CHAT = "the tokenizer has no chat template: User: …, Assistant:"

@@ -4,6 +4,8 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 
+from r1_grading.terms import RewardUnusable
+
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.gpu_placement import check_gpu_memory
 from megatron_r1.commands.rl_questions import load_questions
@@ -20,7 +22,6 @@ from megatron_r1.fleet.placement import check_room, hosts_address
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.models.supported import check_divisions
-from megatron_r1.rewards.terms import RewardUnusable
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.teacher import check_teacher
 from megatron_r1.weight_sync.plan.recipe import check_pushes

@@ -5,6 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from r1_grading.base.errors import shorten
+from r1_grading.rewards import REGISTRY, REMOTE
+
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt, PromptSplit, load_prompts
 from megatron_r1.data.sampler import draw_shares
@@ -12,8 +15,6 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.reporting.wording import counted, percent, printable, shorten_middle
-from megatron_r1.rewards import REGISTRY, REMOTE
-from megatron_r1.rewards.base import shorten
 
 MAX_SHOWN_IDS = 8
 """Token ids that are shown of either end of a prompt."""

@@ -5,6 +5,8 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+from r1_grading import RewardPool
+
 from megatron_r1.config import Config
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
@@ -15,7 +17,6 @@ from megatron_r1.fleet.hosts.pool import HostPool
 from megatron_r1.fleet.placement import server_maker
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models import read_hf_config
-from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.sample_log import SampleLog
 from megatron_r1.rl.teacher import teacher_fleet

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from r1_grading import RewardPool
+from r1_grading.reading import THINK
+from r1_grading.terms import weights_at
+
 from megatron_r1 import config as configuration
 from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
 from megatron_r1.config import Config
@@ -39,9 +43,6 @@ from megatron_r1.evaluation.sampling import Grader, Sampler
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted
-from megatron_r1.rewards.answer import THINK
-from megatron_r1.rewards.combine import weights_at
-from megatron_r1.rewards.runtime.pool import RewardPool
 
 REQUIRED = ("run.folder",)
 KIND_WITHOUT_TRUTH = "helpful"

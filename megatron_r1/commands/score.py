@@ -20,16 +20,16 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from r1_grading import Grade, RewardPool
+from r1_grading.served.service import ServiceError
+from r1_grading.terms import FACTS, call_fields
+
 from megatron_r1.commands.awaited_input import read_when_ready
 from megatron_r1.config import Config
 from megatron_r1.data.table_files import describe_json_error
 from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.files import atomic_writer
 from megatron_r1.reporting.wording import duration
-from megatron_r1.rewards.base import Grade
-from megatron_r1.rewards.options import FACTS, call_fields
-from megatron_r1.rewards.remote.service import ServiceError
-from megatron_r1.rewards.runtime.pool import RewardPool
 
 ARGUMENTS = ("IN.jsonl", "OUT.jsonl")
 SETTINGS = ("rewards", "data.kind")

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
+from r1_grading.base.values import read_scalar
+
 from megatron_r1.errors import Cause, UserError, did_you_mean
-from megatron_r1.scalars import read_scalar
 from megatron_r1.user_code import find
 
 Option = bool | int | float | str

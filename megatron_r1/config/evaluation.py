@@ -3,9 +3,9 @@
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
+from r1_grading.served import ServiceSettings
 
 from megatron_r1.config.section import Section
-from megatron_r1.rewards.remote.settings import ServiceSettings
 
 
 class BenchmarkConfig(Section):

@@ -3,10 +3,10 @@
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
+from r1_grading.reading import Part, check_template
 
 from megatron_r1.config.section import Resumable, Section
 from megatron_r1.errors import Cause, UserError
-from megatron_r1.rewards.remote.response_text import Part, check_template
 
 Fusion = Literal["gradient_accumulation", "activation", "permute"]
 

@@ -5,11 +5,10 @@ The weights are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section 2)."""
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
+from r1_grading.reading import READERS, Reading
+from r1_grading.terms import DEFAULT_WEIGHTS, ScheduledWeight, read_options, read_weights
 
 from megatron_r1.config.section import Resumable, ResumableMark, Section
-from megatron_r1.rewards.combine import DEFAULT_WEIGHTS, ScheduledWeight, read_weights
-from megatron_r1.rewards.options import read_options
-from megatron_r1.rewards.reading import READERS, Reading
 
 
 class RewardsConfig(Section):

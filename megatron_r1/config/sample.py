@@ -6,11 +6,11 @@ response without mixed languages, long paragraphs and code blocks); see docs/sam
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
+from r1_grading.reading import Part
 
 from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.config.section import Section
 from megatron_r1.errors import Cause, UserError
-from megatron_r1.rewards.remote.response_text import Part
 
 Output = Literal["sft", "pairs", "labels", "answers"]
 SERVED_JUDGE = "judge"

@@ -13,10 +13,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from r1_grading.base.values import read_field
 
 from megatron_r1.config.yaml_text import as_sections
 from megatron_r1.errors import Cause, UserError, did_you_mean
-from megatron_r1.scalars import read_field
 
 SCHEDULED = {
     "rollout": ("temperature", "top_p", "max_response_tokens"),

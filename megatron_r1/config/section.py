@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
-
-from megatron_r1.scalars import read_field
+from r1_grading.base.values import read_field
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.rewards.combine import ACCURACY
+from r1_grading.terms import ACCURACY
 
 KEPT, NOT_CHOSEN = "kept", "not_chosen"
 CHOSEN, REJECTED = "chosen", "rejected"

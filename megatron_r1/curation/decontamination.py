@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from r1_grading.reading import HAN
+
 from megatron_r1.data.prompts import Prompt, normalize
 from megatron_r1.data.records import read_records, require_text
-from megatron_r1.rewards.language.words import HAN
 
 NUM_BOILERPLATE = 10
 # Each Chinese character and each sign is a word: `4 + 9` and `4 - 9` are different questions.

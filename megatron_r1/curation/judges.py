@@ -5,14 +5,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from r1_grading.served import read_settings
+from r1_grading.served.judge import SAFETY, Comparison, Judge, JudgeSettings
+
 from megatron_r1.config.sample import SERVED_JUDGE, SampleConfig
 from megatron_r1.curation.cache import ResultCache
 from megatron_r1.curation.user_function import UserFunction, load_function
 from megatron_r1.errors import Cause, UserError
-from megatron_r1.rewards.judge import Comparison, Judge
-from megatron_r1.rewards.remote.judge_client import JudgeSettings
-from megatron_r1.rewards.remote.judge_prompts import SAFETY
-from megatron_r1.rewards.remote.settings import read_settings
 
 NO_VOTE = {"url", "api_key_env", "timeout_seconds", "retry_seconds", "concurrency", "cache"}
 """Settings of a served judge that change none of its votes."""

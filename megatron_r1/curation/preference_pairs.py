@@ -16,6 +16,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from r1_grading.served.judge import Comparison
+from r1_grading.served.service import Ungradable
+
 from megatron_r1.config.sample import PairsConfig
 from megatron_r1.curation.decision import CHOSEN, REJECTED, UNGRADED, Decision
 from megatron_r1.curation.judges import ResponseJudge
@@ -23,8 +26,6 @@ from megatron_r1.curation.outputs import PromptResult
 from megatron_r1.curation.selection import Selection
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.rewards.judge import Comparison
-from megatron_r1.rewards.remote.service import Ungradable
 
 PairId = tuple[str, int, int]
 """Prompt id and the indices of the two responses."""

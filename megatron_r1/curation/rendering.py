@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
+from r1_grading.reading import ANSWER, END_ANSWER, END_THINK, THINK, extract
+
 from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.chats import Message
 from megatron_r1.data.templates import CHAT, find_template, is_opened, render
 from megatron_r1.data.text import PromptText, system_text
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.rewards.answer import ANSWER, END_ANSWER, END_THINK, THINK, extract
 
 
 def _summary(response: TextResponse) -> str | None:

@@ -6,13 +6,14 @@ the whole response with its thought (arXiv 2501.12948 v2, section 3.1 and supple
 import asyncio
 from collections.abc import Sequence
 
+from r1_grading.served.service import Ungradable
+
 from megatron_r1.curation.decision import SAFE, UNGRADED, UNSAFE, Decision
 from megatron_r1.curation.judges import ResponseJudge
 from megatron_r1.curation.outputs import PromptResult
 from megatron_r1.curation.selection import Selection
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.rewards.remote.service import Ungradable
 
 
 class SafetyLabels:

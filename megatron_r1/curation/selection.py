@@ -9,12 +9,12 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cmp_to_key
 
+from r1_grading.terms import ACCURACY, order
+
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.curation.decision import DUPLICATE, UNGRADED, Decision
 from megatron_r1.data.prompts import Prompt, normalize
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.rewards.combine import ACCURACY
-from megatron_r1.rewards.equality import order
 
 RunFilters = Callable[[Prompt, TextResponse], Awaitable[Decision | None]]
 """Why the filters drop a response, None to keep it (`filters.PooledFilters`)."""

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_r1.rewards.nested_text import decoded
+from r1_grading.base.values import decoded
 
 Message = dict[str, Any]
 ROLES = {

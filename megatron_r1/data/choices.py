@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_r1.rewards.nested_text import decoded
-from megatron_r1.rewards.truths import COMPARED
+from r1_grading.base.values import decoded
+from r1_grading.truths import COMPARED
 
 NAMES = ("choices", "options", "endings")
 COLUMNS = (("A", "B", "C", "D", "E"), ("a", "b", "c", "d", "e"), ("opa", "opb", "opc", "opd"))

@@ -6,13 +6,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from r1_grading.base.errors import shorten
+from r1_grading.base.values import decoded
+from r1_grading.rewards import WITHOUT_TRUTH, resolve
+from r1_grading.truths import is_none, kind_of
+
 from megatron_r1.data.chats import is_chat, read_question
 from megatron_r1.data.records import ABSENT, as_mapping, entry
 from megatron_r1.errors import Cause, UserError, did_you_mean
-from megatron_r1.rewards import WITHOUT_TRUTH, resolve
-from megatron_r1.rewards.base import shorten
-from megatron_r1.rewards.nested_text import decoded
-from megatron_r1.rewards.truths import is_none, kind_of
 
 QUESTION_NAMES = (
     *("question", "problem", "prompt", "question_content", "problem_description", "query"),

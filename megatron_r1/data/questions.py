@@ -6,8 +6,9 @@ import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
+from r1_grading.rewards import ENVIRONMENT
+
 from megatron_r1.data.chats import Message
-from megatron_r1.rewards import ENVIRONMENT
 
 
 @dataclass(frozen=True)

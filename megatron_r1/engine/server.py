@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from r1_grading.base.lifetime import owns_number
+
 from megatron_r1.engine.client import is_healthy
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.settings import MODULE, EngineSettings, config_arguments
@@ -171,7 +173,7 @@ class EngineServer(Server):
         Delete its temporary files and what it leaves in shared memory."""
         if self.process is None:
             return
-        if self._scratch is not None and self.process.pid and children.owns_number(self.process):
+        if self._scratch is not None and self.process.pid and owns_number(self.process):
             self._scratch.add_shared(shared_files(self.process.pid))
         if self.settings.device == "cpu":  # nothing to end in order; vLLM takes seconds to do so
             children.kill(self.process, KILL_SECONDS)

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from r1_grading.terms import ACCURACY
+
 from megatron_r1.agents.environment_pool import Environments, describe
 from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.config import AgentsConfig, Config
@@ -26,7 +28,6 @@ from megatron_r1.evaluation.response import Decoding, TextResponse
 from megatron_r1.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.hf_config import as_read, load_config
-from megatron_r1.rewards.combine import ACCURACY
 
 ATTEMPTS = 3
 """Episodes that are tried for one sample: one that fails by no fault of the policy is repeated."""

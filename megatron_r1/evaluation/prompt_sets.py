@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from r1_grading.rewards import ENVIRONMENT
+
 from megatron_r1.agents.environment import check_parameters
 from megatron_r1.agents.environment_pool import describe
 from megatron_r1.agents.rows import load_rows
@@ -17,7 +19,6 @@ from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.base import to_prompts
 from megatron_r1.evaluation.benchmarks.sources import Rows, read_rows
 from megatron_r1.evaluation.response_log import PromptKey
-from megatron_r1.rewards import ENVIRONMENT
 
 OWN = "questions"
 """The benchmark of the user's own questions."""

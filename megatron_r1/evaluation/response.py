@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, Self
 
+from r1_grading.reading import THINK, Part, chain_of_thought, response_part
+from r1_grading.rewards import UNGRADED
+
 from megatron_r1.config import AgentsConfig, RolloutConfig
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.rewards.answer import THINK
-from megatron_r1.rewards.base import UNGRADED
-from megatron_r1.rewards.language import chain_of_thought
-from megatron_r1.rewards.remote.response_text import Part, response_part
 
 LINE_NAMES = {"text": "response", "num_tokens": "length", "is_ungraded": "ungraded"}
 """Fields of `TextResponse` that have another name in samples.jsonl."""

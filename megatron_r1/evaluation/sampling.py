@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from r1_grading import RewardPool, RewardTerms
+from r1_grading.terms import ACCURACY, Options, combine
+
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.progress import SamplingProgress
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest
 from megatron_r1.evaluation.response import Policy, TextResponse
 from megatron_r1.evaluation.response_log import PromptKey, ResponseLog
-from megatron_r1.rewards.combine import ACCURACY, combine
-from megatron_r1.rewards.runtime.pool import RewardPool
-from megatron_r1.rewards.terms import Options, RewardTerms
 
 MAX_UNGRADED = 20
 """Failures of a grader on one kind of prompt, before its first success, that stop the run."""

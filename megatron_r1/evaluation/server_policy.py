@@ -8,6 +8,15 @@ from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
+from r1_grading.reading import END_THINK, THINK
+from r1_grading.served.service import (
+    Completion,
+    CompletionChoice,
+    Service,
+    ServiceError,
+    Ungradable,
+)
+
 from megatron_r1.config import AgentsConfig
 from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.data.chats import Message
@@ -17,9 +26,6 @@ from megatron_r1.data.templates import find_template, is_opened, render
 from megatron_r1.data.text import system_text
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.response import Decoding, TextResponse
-from megatron_r1.rewards.answer import END_THINK, THINK
-from megatron_r1.rewards.remote.completions import Completion, CompletionChoice
-from megatron_r1.rewards.remote.service import Service, ServiceError, Ungradable
 
 TINY_QUESTION = "1 + 1 ="
 CONNECT_SECONDS = 5.0

@@ -7,6 +7,9 @@ from functools import partial
 from statistics import fmean
 from typing import Any, Self
 
+from r1_grading import RewardPool
+from r1_grading.reading import Part
+
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.intervals import Estimate, estimate, pass_at_k, powers_up_to, subsets
 from megatron_r1.evaluation.prompt_sets import PromptSet
@@ -21,8 +24,6 @@ from megatron_r1.evaluation.voting import (
     score_of_majority,
 )
 from megatron_r1.evaluation.win_rate import length_difference, win_rates
-from megatron_r1.rewards.remote.response_text import Part
-from megatron_r1.rewards.runtime.pool import RewardPool
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_r1.rewards import ENVIRONMENT
-from megatron_r1.rewards.answer import unwrap
-from megatron_r1.rewards.base import Grade
-from megatron_r1.rewards.reading import is_number, read_answer
-from megatron_r1.rewards.runtime.pool import RewardPool
-from megatron_r1.rewards.terms import Gradable
+from r1_grading import RewardPool, read_answer
+from r1_grading.reading import is_number, unwrap
+from r1_grading.rewards import ENVIRONMENT
+from r1_grading.terms import Gradable
 
-EQUIVALENCE = f"{__name__}:grade"
+EQUIVALENCE = "r1_grading.math:grade_equivalence"
 MAX_COMPARED_CHARS = 1_000
 """Longer answers are the same only if their texts are."""
 VOTED_NUMBER = re.compile(
@@ -159,16 +157,6 @@ async def _by_meaning(pool: RewardPool, votes: Sequence[Vote]) -> dict[str | Fra
             numbers[vote.key] = len(representatives)
             representatives.append(vote)
     return numbers
-
-
-def grade(response: str, truth: str, **entry: object) -> Grade:
-    """Return 1 if each of the two answers is accepted when the other is the truth; runs in the
-    reward workers, which can be killed. math-verify's comparison is not symmetric: if 1 is expected
-    it accepts `2x + z = 1`, but not the other way round. A vote needs a symmetric relation."""
-    from megatron_r1.rewards.math import equivalent  # sympy, which the controller does not need
-
-    same = equivalent(truth, response) and equivalent(response, truth)
-    return Grade(float(same), "the same" if same else "different")
 
 
 def _may_be_same(left: Vote, right: Vote) -> bool:

@@ -14,9 +14,9 @@ alone leave them unbounded."""
 from collections.abc import Sequence
 
 import numpy as np
+from r1_grading.reading import Part, response_part
 
 from megatron_r1.evaluation.intervals import CONFIDENCE, Estimate, estimate
-from megatron_r1.rewards.remote.response_text import Part, response_part
 
 PRIOR_PRECISION = 1 / 5.0**2
 NUM_RESAMPLES = 2_000

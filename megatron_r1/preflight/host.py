@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from r1_grading.sandbox import require_sandbox
 
 import megatron_r1
 from megatron_r1 import platform
@@ -22,7 +23,6 @@ from megatron_r1.config import Config
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.identity import versions as package_versions
 from megatron_r1.preflight.facts import Memory, Place
-from megatron_r1.rewards.sandbox.programs import require_sandbox
 
 GPU_PACKAGES = ("transformer-engine", "flash-attn", "triton", "deep-ep", "apex")
 DRIVER = Path("/proc/driver/nvidia/version")

@@ -2,28 +2,14 @@
 
 import contextlib
 import errno
-import os
 import random
-import signal
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from megatron_r1.processes import lifetime
-
-
-class Child(Protocol):
-    """A child process of `subprocess`, of `preloaded` or of asyncio.
-
-    pid: 0 for a process that has not been started. returncode: None until it was waited for."""
-
-    @property
-    def pid(self) -> int: ...
-
-    @property
-    def returncode(self) -> int | None: ...
+from r1_grading.base.lifetime import Child, kill_group, popen_options
 
 
 def start(
@@ -35,21 +21,6 @@ def start(
         return subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, **popen_options(environment)
         )
-
-
-def popen_options(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return arguments of `Popen` for a child in a session of its own, whose environment is this
-    process's with `environment` over it.
-
-    The child calls `lifetime.end_without_parent` first, so that it ends with the calling thread:
-    call from a thread that lives as long as the child should. (`preexec_fn` could do that here, but
-    it runs Python between fork and exec, which can deadlock in a process with threads.)"""
-    return {
-        "stdin": subprocess.DEVNULL,
-        "env": {**os.environ, **(environment or {}), lifetime.PARENT: str(os.getpid())},
-        # Ctrl-C is this process's to handle, and the child can be killed with all it has started.
-        "start_new_session": True,
-    }
 
 
 def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
@@ -97,22 +68,6 @@ def kill(process: Stoppable, timeout_seconds: float | None = None) -> None:
     kill_group(process)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout_seconds)
-
-
-def kill_group(leader: Child) -> None:
-    """Kill what is left of the process group that `leader` leads or has led."""
-    if leader.pid and owns_number(leader):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(leader.pid, signal.SIGKILL)
-
-
-def owns_number(leader: Child) -> bool:
-    """Return whether the process's number still is its own, or that of the group and the session
-    that it has led, and not a later process's.
-
-    Linux may give the number away once the process has been waited for, but not while a member of
-    the group or session is left. So where a process has it then, that is another one."""
-    return leader.returncode is None or not Path(f"/proc/{leader.pid}").exists()
 
 
 def free_port(host: str = "") -> int:

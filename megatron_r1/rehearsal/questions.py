@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from r1_grading import Grade
+
 from megatron_r1.files.jsonl import write_lines
-from megatron_r1.rewards.base import Grade
 
 KIND = f"{__name__}:grade"
 NAMED_KIND = f"{__name__}:grade_named"

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from r1_grading.rewards import REMOTE
+
 from megatron_r1.config import Config
 from megatron_r1.models.hf_config import as_score_model
 from megatron_r1.rehearsal import model
-from megatron_r1.rewards import REMOTE
 from megatron_r1.workflow.pipeline_recipe import ServeConfig
 from megatron_r1.workflow.serving import choose_ports, served
 
@@ -22,7 +23,7 @@ def reward_models(options: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {
         kind: values["model"]
         for kind, values in options.items()
-        if kind in REMOTE and REMOTE[kind].startswith("megatron_r1.rewards.reward_model:")
+        if kind in REMOTE and REMOTE[kind].startswith("r1_grading.served.reward_model:")
     }
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from r1_grading.truths import stated_answer
+
 from megatron_r1.reporting.wording import (
     counted,
     finite,
@@ -15,7 +17,6 @@ from megatron_r1.reporting.wording import (
     printable,
     shorten_middle,
 )
-from megatron_r1.rewards.truths import stated_answer
 
 NUM_QUESTIONS = 3
 MAX_CHARACTERS, MAX_TURN_CHARACTERS = 6000, 2000

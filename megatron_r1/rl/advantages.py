@@ -9,7 +9,7 @@ from itertools import chain
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING
 
-from megatron_r1.rewards.equality import are_equal
+from r1_grading.terms import are_equal
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig

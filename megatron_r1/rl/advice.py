@@ -4,11 +4,12 @@ change."""
 from collections import Counter
 from collections.abc import Sequence
 
+from r1_grading.reading import ANSWER, BOXES
+from r1_grading.rewards import REGISTRY, REMOTE
+from r1_grading.terms import ACCURACY
+
 from megatron_r1.config import Config
 from megatron_r1.reporting.wording import counted
-from megatron_r1.rewards import REGISTRY, REMOTE
-from megatron_r1.rewards.answer import ANSWER, BOXES
-from megatron_r1.rewards.combine import ACCURACY
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout, responses_of
 
 FIRST_STEPS = 5

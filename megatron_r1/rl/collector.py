@@ -9,6 +9,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 
+from r1_grading import RewardPool
+
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
@@ -17,7 +19,6 @@ from megatron_r1.engine.responses import Response
 from megatron_r1.engine.stop_strings import cut
 from megatron_r1.fleet.dispatch import Affinity
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.grading import ResponseGrader, check_grades
 from megatron_r1.rl.in_flight import InFlight, InFlightGroup
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout, Sampling

@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from r1_grading import Grade, RewardPool, RewardTerms
+from r1_grading.rewards import FiniteGrade
+from r1_grading.terms import ACCURACY, Options, Reward, combine
+
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.episodes import Episode, Played
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.processes import timeline
-from megatron_r1.rewards.base import FiniteGrade, Grade
-from megatron_r1.rewards.combine import ACCURACY, Reward, combine
-from megatron_r1.rewards.runtime.pool import RewardPool
-from megatron_r1.rewards.terms import Options, RewardTerms
 from megatron_r1.rl.rollout import GradedResponse, Group, responses_of
 
 

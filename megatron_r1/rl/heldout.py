@@ -5,15 +5,16 @@ from collections import defaultdict
 from functools import partial
 from statistics import fmean
 
+from r1_grading.reading import Part
+from r1_grading.rewards import ENVIRONMENT
+from r1_grading.served.judge import compared_part
+from r1_grading.terms import ACCURACY, weights_at
+
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.intervals import Estimate, estimate
 from megatron_r1.evaluation.voting import expects_number, majority_score
 from megatron_r1.evaluation.win_rate import length_difference, win_rates
-from megatron_r1.rewards import ENVIRONMENT
-from megatron_r1.rewards.combine import ACCURACY, weights_at
-from megatron_r1.rewards.remote.judge_client import compared_part
-from megatron_r1.rewards.remote.response_text import Part
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.metrics import episode_metrics, sample_records
 from megatron_r1.rl.rollout import Group, Sampling, responses_of

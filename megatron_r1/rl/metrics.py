@@ -9,10 +9,10 @@ from statistics import fmean, pstdev
 from typing import Any
 
 import numpy as np
+from r1_grading.pool import RewardMeter
 
 from megatron_r1.engine.episodes import STATUSES, Episode
 from megatron_r1.processes import timeline
-from megatron_r1.rewards.runtime.meter import RewardMeter
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.rollout import Group, Rollout, responses_of
 

@@ -6,12 +6,12 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from r1_grading.terms import DEFAULT_WEIGHTS, are_equal
+
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engine.episodes import Episode
 from megatron_r1.engine.responses import Response
 from megatron_r1.models.routing_shape import RoutingShape
-from megatron_r1.rewards.combine import DEFAULT_WEIGHTS
-from megatron_r1.rewards.equality import are_equal
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 
+from r1_grading.pool import LEVELS
+
 from megatron_r1.config import Config
 from megatron_r1.processes import timeline
 from megatron_r1.processes.stopping import StopRequest
-from megatron_r1.rewards.runtime.pool import LEVELS
 from megatron_r1.rl.advice import FIRST_STEPS, advice
 from megatron_r1.rl.heldout import HeldoutEvaluation
 from megatron_r1.rl.metrics import StepRecord, mean_of_updates, rollout_metrics, sample_records

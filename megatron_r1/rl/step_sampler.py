@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from r1_grading.terms import weights_at
+
 from megatron_r1.config import Config
 from megatron_r1.config.schedule import digest_until
 from megatron_r1.data.prompts import Prompt
@@ -20,7 +22,6 @@ from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engine import gpu
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
-from megatron_r1.rewards.combine import weights_at
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.rollout import Group, Rollout, Sampling
 from megatron_r1.rl.sample_log import SampleLog

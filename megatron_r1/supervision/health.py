@@ -10,10 +10,10 @@ import prometheus_client
 from aiohttp import web
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from r1_grading.pool import LEVELS
 
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.files import atomic_write
-from megatron_r1.rewards.runtime.pool import LEVELS
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.in_flight import PHASES
 from megatron_r1.supervision.run_handles import RunHandles

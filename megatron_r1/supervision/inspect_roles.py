@@ -12,12 +12,13 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from r1_grading.pool import OutstandingJob
+
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.processes import inspection
-from megatron_r1.rewards.runtime.pool import OutstandingJob
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.in_flight import InFlight, InFlightGroup, Phase
 from megatron_r1.trainer_client.client import TrainerClient

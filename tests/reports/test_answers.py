@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from r1_grading import math
+from r1_grading.code.compare import equal_output, equal_result
+from r1_grading.code.problem import parse_problem
 
 from megatron_r1.files.jsonl import read_lines
-from megatron_r1.rewards import math
-from megatron_r1.rewards.code.compare import equal_output, equal_result
-from megatron_r1.rewards.code.problem import parse_problem
 
 ROWS = list(read_lines(Path(__file__).with_name("answers.jsonl")))
 

@@ -3,6 +3,13 @@
 import json
 
 import pytest
+from r1_grading import RewardPool, RewardTerms, code, exact_match
+from r1_grading import math as math_reward
+from r1_grading.code.compare import equal_output
+from r1_grading.code.problem import parse_problem
+from r1_grading.code.published import language_of
+from r1_grading.terms import RewardUnusable
+from r1_grading.truths import NO_TRUTH, is_none
 from refusals import refused
 
 from megatron_r1.agents.player import row_of
@@ -10,15 +17,7 @@ from megatron_r1.data.chats import read_chat, tool_calls
 from megatron_r1.data.prompts import Prompt, load_prompts
 from megatron_r1.data.sft import read_example
 from megatron_r1.errors import Cause
-from megatron_r1.rewards import code, exact_match
-from megatron_r1.rewards import math as math_reward
-from megatron_r1.rewards.code.compare import equal_output
-from megatron_r1.rewards.code.problem import parse_problem
-from megatron_r1.rewards.code.published import language_of
-from megatron_r1.rewards.runtime.pool import RewardPool
-from megatron_r1.rewards.terms import RewardTerms, RewardUnusable
-from megatron_r1.rewards.truths import NO_TRUTH, is_none
-from tests.unit.rewards.code_answers import needs_sandbox
+from tests.grading.code_answers import needs_sandbox
 
 
 def read(tmp_path, rows, **settings):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from r1_grading import Grade
 from refusals import refused
 from released_configs import RELEASED
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -24,7 +25,6 @@ from megatron_r1.engine.stop_strings import cut
 from megatron_r1.errors import Cause
 from megatron_r1.evaluation.response import Decoding
 from megatron_r1.model_check.findings import Findings
-from megatron_r1.rewards.base import Grade
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.rollout import Sampling
 from megatron_r1.weights.stored.hf_folder import carry_files

@@ -5,6 +5,8 @@ import json
 
 import pytest
 from fake_server import FakeServer
+from r1_grading import Grade
+from r1_grading.form import grade_format as format_grade
 from test_end_tokens import collected, response_of, tokenizer_with
 from tokenizers import processors
 
@@ -15,8 +17,6 @@ from megatron_r1.data.shots import FewShotText, Shots
 from megatron_r1.data.text import PromptText
 from megatron_r1.evaluation.response import Decoding
 from megatron_r1.evaluation.server_policy import ServerPolicy
-from megatron_r1.rewards.base import Grade
-from megatron_r1.rewards.format import grade as format_grade
 from megatron_r1.rl.grading import ResponseGrader
 
 BEGIN, EOS = "<|begin_of_text|>", "<|eot_id|>"

@@ -1,6 +1,6 @@
 """A user's own reward: any policy, however bad, earns it sometimes."""
 
-from megatron_r1.rewards import Grade
+from r1_grading import Grade
 
 
 def grade(response: str, truth, **entry) -> Grade:

@@ -22,7 +22,7 @@ ROLES = {
     "megatron_r1.training.rank": "trainer rank",
     "megatron_r1.vllm_plugin.serve": "engine, server",
     "VLLM::EngineCore": "engine, core",
-    "megatron_r1.rewards": "grader",
+    "r1_grading": "grader",
     "megatron_r1 rl": "controller",
 }
 """The role of a process by what is in its command line."""

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from command_line import command, command_of, environment, members
 from lookup_base import ROOT, lines
+from r1_grading.sandbox.host import SandboxUnavailable
+from r1_grading.sandbox.programs import require_sandbox
 
 from megatron_r1.files.framed import FramedFile
-from megatron_r1.rewards.sandbox.host import SandboxUnavailable
-from megatron_r1.rewards.sandbox.programs import require_sandbox
 from megatron_r1.rl.sample_record import decode
 
 pytestmark = pytest.mark.slow

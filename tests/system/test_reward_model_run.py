@@ -11,6 +11,7 @@ import pytest
 from command_line import MODEL as DEEPSEEK
 from command_line import run
 from pooling_server import pooling_server
+from r1_grading import RewardPool
 from reward_model_data import (
     KIND,
     RUDE,
@@ -20,8 +21,6 @@ from reward_model_data import (
     write_preferences,
 )
 from safetensors.torch import load_file
-
-from megatron_r1.rewards.runtime.pool import RewardPool
 
 QUESTION = "Please help with item 7."
 REPOSITORY = Path(__file__).parents[2]

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from pooling_server import pooling_server
+from r1_grading import RewardPool
+from r1_grading.rewards import UNGRADED
 from reward_model_data import write_reward_model
-
-from megatron_r1.rewards.base import UNGRADED
-from megatron_r1.rewards.runtime.pool import RewardPool
 
 pytestmark = pytest.mark.more
 QUESTION = "How are you?"

@@ -23,7 +23,11 @@ for module in sys.stdin.read().split():
 def test_every_module_is_imported_without_an_error():
     modules = [
         ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
-        for folder, package in ((ROOT, "megatron_r1"), (ROOT / "kernels", "r1_kernels"))
+        for folder, package in (
+            (ROOT, "megatron_r1"),
+            (ROOT / "kernels", "r1_kernels"),
+            (ROOT / "grading", "r1_grading"),
+        )
         for path in sorted((folder / package).rglob("*.py"))
         # vLLM's process imports the plugin; programs inside the sandbox and __main__ run at import
         if "vllm_plugin" not in path.parts and not path.stem.startswith(("inside_", "__main__"))

@@ -14,11 +14,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return this process's environment with the repository and its kernels importable.
+    """Return this process's environment with the repository, its kernels and grading importable.
 
     OMP_WAIT_POLICY is passive unless it is set: threads that spin at the end of every operation
     starve each other where processes share a core."""
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    paths = [
+        str(ROOT),
+        str(ROOT / "kernels"),
+        str(ROOT / "grading"),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     path = os.pathsep.join(filter(None, paths))
     return {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path, **more}
 

@@ -31,7 +31,7 @@ ROLES = {
     "vllm_plugin.serve": "engine",
     "VLLM::": "engine",
     "training.rank": "trainer",
-    "rewards.runtime": "reward workers",
+    "r1_grading.worker": "reward workers",
 }
 """Part of a command line → role; the first that fits."""
 BACK = "is back, with the current weights"

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-PACKAGES = ("megatron_r1", "r1_kernels")
+PACKAGES = ("megatron_r1", "r1_kernels", "r1_grading")
 
 
 def write_pages(out: Path, packages: Sequence[str] = PACKAGES) -> int:

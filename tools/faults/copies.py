@@ -19,7 +19,8 @@ test that waits for ever is ended by the watchdog of tests/conftest.py."""
 IDLE_SECONDS = 60
 """After which that watchdog takes a test that does nothing for a hanging one."""
 CHECK = (
-    "import megatron_r1, r1_kernels; print(megatron_r1.__file__, r1_kernels.__file__, sep='\\n')"
+    "import megatron_r1, r1_grading, r1_kernels\n"
+    "for package in (megatron_r1, r1_grading, r1_kernels): print(package.__file__)"
 )
 PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not more and not slow")
 FIRST_FAILURE = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
@@ -39,7 +40,7 @@ class TreeCopy:
             if (root / name).is_file():
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(root / name, self.folder / name)
-        path = os.pathsep.join([str(self.folder), str(self.folder / "kernels")])
+        path = os.pathsep.join([str(self.folder / part) for part in ("", "kernels", "grading")])
         self._environment = os.environ | {
             "PYTHONPATH": path,
             "OMP_WAIT_POLICY": "passive",

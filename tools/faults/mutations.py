@@ -16,6 +16,7 @@ import yaml
 
 TABLE = Path("tests/faults/mutations.yaml")
 FOLDERS = {
+    "grading": "grading/r1_grading",
     "kernels": "kernels/r1_kernels",
     "plan": "tools/plan",
     "convert": "tools/convert",

@@ -44,7 +44,7 @@ def check() -> dict[str, Any]:
     """Run the program and judge it."""
     where = ["host"] if place() == "cpu" else []
     together = ["colocated"] if not where and num_gpus() < 2 + ENGINES else []
-    paths: list[object] = [ROOT, ROOT / "kernels", ROOT / "tests", PROGRAM.parent]
+    paths: list[object] = [ROOT, ROOT / "kernels", ROOT / "grading", ROOT / "tests", PROGRAM.parent]
     paths.append(os.environ.get("PYTHONPATH", ""))
     done = subprocess.run(
         [sys.executable, str(PROGRAM), "qwen", str(ENGINES), *together, *where, *ROUNDS],

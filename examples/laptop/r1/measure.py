@@ -7,11 +7,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from r1_grading.reading.parts import response_part
+
 from examples.laptop.r1.judge import prefer
 from megatron_r1.evaluation.intervals import estimate
 from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import read_lines
-from megatron_r1.rewards.remote.response_text import response_part
 
 Row = Mapping[str, Any]
 

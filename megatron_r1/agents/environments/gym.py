@@ -5,7 +5,7 @@ Rows are those of `data.task`; the scorers are those of the logic reward, with t
 import math
 from typing import Any
 
-from megatron_r1.rewards import logic
+from r1_grading import grade
 
 
 class Gym:
@@ -35,7 +35,7 @@ class Gym:
             answer: the final answer alone, without the way to it.
         """
         text = f"<answer>{answer}</answer>"
-        if logic.grade(text, **self._row, reading="tags").reward == 1.0:
+        if grade("logic", text, **self._row, reading="tags").reward == 1.0:
             self._reward, self.done = math.pow(self._discount, self._wrong), True
             return "right"
         self._wrong += 1

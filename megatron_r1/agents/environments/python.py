@@ -3,9 +3,7 @@
 The interpreter lives as long as the episode and keeps its variables. The last answer is graded by
 the reward of the row's kind."""
 
-from megatron_r1.rewards.sandbox.limits import Limits
-from megatron_r1.rewards.sandbox.programs import require_sandbox
-from megatron_r1.rewards.sandbox.session import PythonSession, SessionEnded
+from r1_grading.sandbox import Limits, PythonSession, SessionEnded, require_sandbox
 
 
 class Python:

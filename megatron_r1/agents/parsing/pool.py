@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import msgspec
+from r1_grading.base.workers import FramedProcess, WorkerLost, frame
 
 from megatron_r1.agents.parsing.worker import Options, ParseJob, ParseReply
 from megatron_r1.errors import RunError, UserError
-from megatron_r1.processes.framed_process import FramedProcess, WorkerLost
-from megatron_r1.processes.frames import frame
 
 MODULE = "megatron_r1.agents.parsing.worker"
 FAILURE = "tool_call_error"

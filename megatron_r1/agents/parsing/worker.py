@@ -1,7 +1,7 @@
 """A parser worker: `python -m megatron_r1.agents.parsing.worker OPTIONS`, OPTIONS a JSON `Options`.
 
 Loads the tokenizer and vLLM's parsers (seconds), then reads jobs from stdin and writes replies to
-the original stdout, both as frames of JSON (`processes.frames`). The controller imports
+the original stdout, both as frames of JSON (`r1_grading.base.workers`). The controller imports
 no vLLM, and a parser that hangs on what a model wrote can be killed here."""
 
 import os
@@ -10,10 +10,10 @@ import uuid
 from typing import Any, Literal
 
 import msgspec
+from r1_grading.base.workers import LENGTH, frame, private_streams
 
 from megatron_r1.agents.parsing.left_out import left_out
 from megatron_r1.errors import Cause, UserError, did_you_mean
-from megatron_r1.processes.frames import LENGTH, frame, private_streams
 from megatron_r1.processes.lifetime import end_without_parent
 
 

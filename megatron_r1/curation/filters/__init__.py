@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from r1_grading import Grade, RewardPool
+
 from megatron_r1.curation.decision import DUPLICATE, Decision
 from megatron_r1.curation.filters.rules import (
     broken_format,
@@ -21,8 +23,6 @@ from megatron_r1.curation.filters.rules import (
 from megatron_r1.data.prompts import Prompt, make_prompt
 from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.rewards.base import Grade
-from megatron_r1.rewards.runtime.pool import RewardPool
 
 Filter = Callable[..., str]
 REGISTRY: dict[str, Filter] = {

@@ -2,14 +2,21 @@
 
 from collections.abc import Sequence
 
-import regex as re  # not Python's: see rewards/__init__.py
+import regex as re  # not Python's: see grading/r1_grading/rewards.py
+from r1_grading import grade
+from r1_grading.reading import (
+    ANSWER,
+    END_ANSWER,
+    END_THINK,
+    HAN,
+    HAN_PER_WORD,
+    LANGUAGES,
+    THINK,
+    judged_words,
+)
 
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.rewards.answer import ANSWER, END_ANSWER, END_THINK, THINK
-from megatron_r1.rewards.format import grade as form_grade
-from megatron_r1.rewards.language import LANGUAGES, judged_words
-from megatron_r1.rewards.language.words import HAN, HAN_PER_WORD
 
 FORMS = ("either", "answer_tags", "summary")
 PARTS = ("thought", "response")
@@ -44,7 +51,7 @@ def broken_format(response: TextResponse, prompt: Prompt, *, form: str = "either
     if has_tags and form == "summary":
         return f"{ANSWER} in the summary"
     if has_tags or form == "answer_tags":
-        verdict = form_grade(response.text, opened=response.opened)
+        verdict = grade("format", response.text, opened=response.opened)
         if not verdict.reward:
             return verdict.reason
         rest = rest.replace(ANSWER, "").replace(END_ANSWER, "")
@@ -124,10 +131,8 @@ def repetition(
     """Drop a response in which less than `min_new` of the windows of `window` characters are new
     (`rewards.repetition`; a text written twice has half). Raises ValueError for values out of
     range."""
-    from megatron_r1.rewards.repetition import grade  # numpy, which reading a recipe does not need
-
     _require_share("min_new", min_new)
-    verdict = grade(response.text, window=window)
+    verdict = grade("repetition", response.text, window=window)
     return verdict.reason if verdict.reward < min_new else ""
 
 

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from datetime import date, datetime
 from typing import Any
 
+from r1_grading.base.values import load_json
+
 from megatron_r1.data.records import require_text
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Question, code_limits
 from megatron_r1.evaluation.benchmarks.packed_tests import decode_tests
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
-from megatron_r1.rewards.code.problem import load_json
 
 NAMES = (
     *("question_id", "question_content", "contest_date", "difficulty", "starter_code"),

@@ -9,10 +9,11 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+from r1_grading.base.errors import shorten
+
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.reporting.trackers import mlflow_runs, weights_and_biases
 from megatron_r1.reporting.trackers.base import EVALUATION, STEP, TrackedRun, Tracker, numbers_of
-from megatron_r1.rewards.base import shorten
 
 OPENERS: dict[str, Callable[[TrackedRun], Tracker]] = {
     weights_and_biases.NAME: weights_and_biases.WandbTracker,

@@ -11,8 +11,9 @@ own reward, which scales the gradient by (N - 1) / N. No KL."""
 
 from statistics import fmean
 
+from r1_grading.terms import are_equal
+
 from megatron_r1.config import RLConfig
-from megatron_r1.rewards.equality import are_equal
 from megatron_r1.rl.advantages import graded, over_batch_std
 
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from megatron_r1.rewards.equality import are_equal
+from r1_grading.terms import are_equal
+
 from megatron_r1.rl.advantages import graded
 
 if TYPE_CHECKING:

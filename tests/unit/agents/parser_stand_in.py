@@ -5,10 +5,10 @@ import sys
 import time
 
 import msgspec
+from r1_grading.base.workers import LENGTH, frame
 
 from megatron_r1.agents.parsing.worker import ParseJob, ParseReply
 from megatron_r1.errors import Cause
-from megatron_r1.processes.frames import LENGTH, frame
 
 
 def send(reply):

@@ -10,6 +10,7 @@ import socket
 import pytest
 from liveness import wait_until_dead
 from pydantic import TypeAdapter
+from r1_grading.base.workers import LENGTH
 from refusals import refused
 from transformers.utils import get_json_schema
 from waiting import until
@@ -26,7 +27,6 @@ from megatron_r1.agents.environment_pool import describe as describe_apart
 from megatron_r1.agents.environments.calculator import Calculator
 from megatron_r1.config import AgentsConfig
 from megatron_r1.errors import Cause
-from megatron_r1.processes.frames import LENGTH
 from tests.unit.agents import own_environments as own
 
 MODULE = "tests.unit.agents.own_environments"

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+from r1_grading import Grade
 
 from megatron_r1.agents.environment import describe, find_environment, target_of
 from megatron_r1.agents.environment_pool import Environments
@@ -19,7 +20,6 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import RunError
-from megatron_r1.rewards.base import Grade
 from megatron_r1.rl.grading import ResponseGrader, check_grades
 from megatron_r1.rl.metrics import rollout_metrics, sample_records
 from megatron_r1.rl.rollout import Group, Rollout

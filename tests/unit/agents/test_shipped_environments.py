@@ -5,6 +5,8 @@ import random
 import signal
 
 import pytest
+from r1_grading.sandbox.host import SandboxUnavailable
+from r1_grading.sandbox.programs import require_sandbox
 
 from megatron_r1.agents.environment import SHIPPED, describe, find_environment
 from megatron_r1.agents.environments.calculator import Calculator
@@ -14,8 +16,6 @@ from megatron_r1.agents.environments.python import Python
 from megatron_r1.agents.environments.retrieval import Retrieval
 from megatron_r1.agents.rows import load_rows
 from megatron_r1.agents.tool_arguments import row_arguments
-from megatron_r1.rewards.sandbox.host import SandboxUnavailable
-from megatron_r1.rewards.sandbox.programs import require_sandbox
 
 LONG = 10_000.0
 """Seconds that only what hangs reaches."""
@@ -135,7 +135,7 @@ def interpreter(one_interpreter):
 
 
 def test_python_keeps_its_variables_and_reports_errors(interpreter, monkeypatch):
-    monkeypatch.setattr("megatron_r1.rewards.sandbox.session.GRACE_SECONDS", LONG)
+    monkeypatch.setattr("r1_grading.sandbox.session.GRACE_SECONDS", LONG)
     run = interpreter.python
     assert run("x = 12 * 34\nx") == "408\n"
     assert run("print(x + 1); x - 1") == "409\n407\n"

@@ -5,6 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from r1_grading import Grade
+from r1_grading.rewards import resolve
+from r1_grading.terms import RewardUnusable, combine
 from refusals import refused
 
 from megatron_r1 import config as configuration
@@ -18,10 +21,6 @@ from megatron_r1.engine.temporary_files import temporary_logs
 from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.prompt_sets import load_prompt_sets
 from megatron_r1.models.hf_config import hub_hint
-from megatron_r1.rewards import resolve
-from megatron_r1.rewards.base import Grade
-from megatron_r1.rewards.combine import combine
-from megatron_r1.rewards.terms import RewardUnusable
 
 QUESTIONS = [{"question": f"{a} + 1", "truth": str(a + 1)} for a in range(40)]
 

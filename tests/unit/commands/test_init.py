@@ -137,7 +137,7 @@ def test_the_reward_of_the_run_that_made_the_model_is_taken_over(here):
     Path("run").mkdir()
     Path("model").rename("run/hf")
     Path("mine.py").write_text(
-        "from megatron_r1.rewards import Grade\n"
+        "from r1_grading import Grade\n"
         "def unit(response, truth, **entry):\n"
         "    return Grade(1.0, 'fine')\n"
     )

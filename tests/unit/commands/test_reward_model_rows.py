@@ -5,6 +5,7 @@ import json
 import shlex
 
 import pytest
+from r1_grading.reading import response_part
 from refusals import refused
 
 from megatron_r1.commands.reward_model import RowSampler, _next_commands, load_rows
@@ -12,7 +13,6 @@ from megatron_r1.commands.supervised import with_steps
 from megatron_r1.config import Config
 from megatron_r1.config.loading import parse_overrides
 from megatron_r1.errors import Cause
-from megatron_r1.rewards.remote.response_text import response_part
 
 HF = {"max_position_embeddings": 40, "pad_token_id": 0}
 

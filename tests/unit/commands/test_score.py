@@ -16,7 +16,7 @@ from megatron_r1.commands import score
 
 GRADERS = """
 import os, time
-from megatron_r1.rewards import Grade
+from r1_grading import Grade
 
 def nap(response, truth, **entry):
     time.sleep(float(response))

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from r1_grading.terms import weights_at
 from refusals import refused
 
 from megatron_r1.config import RESUMABLE, dump, load, parse
 from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import Cause
-from megatron_r1.rewards.combine import weights_at
 from megatron_r1.rl.trainer_passes import TrainerPasses
 
 R1_ZERO = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from r1_grading import RewardPool
 from refusals import refused
 
 from megatron_r1.curation.filters import (
@@ -19,7 +20,6 @@ from megatron_r1.curation.filters import (
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.errors import Cause
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.rewards.runtime.pool import RewardPool
 
 FILTERS = yaml.safe_load(Path(__file__).with_name("filters.yaml").read_text(encoding="utf-8"))
 EN = (

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from curation_answers import PROMPT, answer, run_decide, selection
 from fakes.model_service import Served, judge_that
+from r1_grading.served.judge import Comparison
+from r1_grading.served.service import Ungradable
 from refusals import refused
 
 from megatron_r1.config.sample import PairsConfig, SampleConfig
@@ -21,8 +23,6 @@ from megatron_r1.curation.safety_labels import SafetyLabels
 from megatron_r1.curation.user_function import UserFunction, load_function
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.errors import Cause
-from megatron_r1.rewards.judge import Comparison
-from megatron_r1.rewards.remote.service import Ungradable
 
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused_judges.yaml").read_text())
 

@@ -54,7 +54,7 @@ def recipe(tmp_path, monkeypatch):
     """Writes a recipe for a server and returns its path; `my_data.py` is where it starts."""
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     (tmp_path / "my_data.py").write_text(
-        "from megatron_r1.rewards import Grade\n"
+        "from r1_grading import Grade\n"
         "def exact(response, truth, **entry):\n"
         "    found = response.partition('<answer>')[2].partition('<')[0]\n"
         "    return Grade(float(found == truth), f'{found}, expected {truth}')\n"
@@ -322,7 +322,7 @@ def test_answers_alone_are_graded_and_nothing_else(recipe, tmp_path):
 def test_answers_that_no_grader_could_grade_are_graded_again(recipe, tmp_path):
     (tmp_path / "shaky.py").write_text(
         "from pathlib import Path\n"
-        "from megatron_r1.rewards.base import Grade\n"
+        "from r1_grading import Grade\n"
         "def grade(response, truth, **entry):\n"
         "    if 'I think' not in response and truth == '6' and not Path('repaired').exists():\n"
         "        raise OSError('no sandbox')\n"

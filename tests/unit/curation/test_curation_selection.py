@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from curation_answers import PROMPT, answer, run_decide, selection
+from r1_grading import Grade
 
 from megatron_r1.config import parse
 from megatron_r1.config.sample import RenderConfig
@@ -15,7 +16,6 @@ from megatron_r1.curation.rendering import Rendering
 from megatron_r1.curation.sft_examples import SftExamples
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.evaluation.sampling import Grader
-from megatron_r1.rewards.base import Grade
 
 ROOT = Path(__file__).parents[3]
 PLAIN = Rendering(RenderConfig(), "Q: {problem}\nA:", "")

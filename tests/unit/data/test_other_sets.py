@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from r1_grading.code.problem import parse_problem
+from r1_grading.truths import alternatives, math_truth
 
 from megatron_r1.commands.init_examples import are_examples
 from megatron_r1.data.columns import guess_columns
@@ -12,8 +14,6 @@ from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.records import read_records
 from megatron_r1.data.sft import is_learned, load_examples
 from megatron_r1.errors import UserError
-from megatron_r1.rewards.code.problem import parse_problem
-from megatron_r1.rewards.truths import alternatives, math_truth
 
 LINES = (Path(__file__).parents[2] / "shapes/other_sets.jsonl").read_text(encoding="utf-8")
 SETS = {case["set"]: case for case in map(json.loads, LINES.splitlines())}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import reasoning_gym
+from r1_grading import logic
 from refusals import raised, refused
 
 from megatron_r1.commands.rl_questions import prompts_that_fit, questions_drawn
@@ -24,7 +25,6 @@ from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
 from megatron_r1.data.templates import find_template, is_opened, render
 from megatron_r1.data.text import PromptText
 from megatron_r1.errors import Cause
-from megatron_r1.rewards import logic
 
 SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from chat_tokenizer import chat_tokenizer
+from r1_grading import Grade
+from r1_grading.code.problem import parse_problem
+from r1_grading.truths import alternatives, math_truth
 from refusals import refused
 from safetensors.numpy import save_file
 from small_qwen2 import MODEL
@@ -23,9 +26,6 @@ from megatron_r1.data.records import read_records
 from megatron_r1.data.sft import load_examples
 from megatron_r1.errors import Cause
 from megatron_r1.first_recipe.sizes import Machine
-from megatron_r1.rewards.base import Grade
-from megatron_r1.rewards.code.problem import parse_problem
-from megatron_r1.rewards.truths import alternatives, math_truth
 
 FOLDER = Path(__file__).parents[2] / "shapes"
 SHAPES = yaml.safe_load((FOLDER / "shapes.yaml").read_text(encoding="utf-8"))

@@ -1,7 +1,8 @@
 """A benchmark whose grader loads in no time, where `math` brings sympy into every worker."""
 
+from r1_grading import Grade
+
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Question
-from megatron_r1.rewards.base import Grade
 
 NAME = "tests.unit.evaluation.light_benchmark"
 

@@ -10,6 +10,8 @@ import zlib
 from pathlib import Path
 
 import pytest
+from r1_grading import code
+from r1_grading.sandbox import programs
 from refusals import refused
 
 from megatron_r1.config import parse
@@ -19,8 +21,6 @@ from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.gym import SUITES
 from megatron_r1.evaluation.benchmarks.packed_tests import decode_tests
 from megatron_r1.evaluation.prompt_sets import load_prompt_sets
-from megatron_r1.rewards import code
-from megatron_r1.rewards.sandbox import programs
 
 
 def load(name, path=None, **entry):

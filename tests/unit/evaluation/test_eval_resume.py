@@ -325,7 +325,7 @@ def test_a_broken_grader_stops_the_run_and_its_samples_are_graded_again(
 ):
     (tmp_path / "shaky_grader.py").write_text(
         "from pathlib import Path\n"
-        "from megatron_r1.rewards.base import Grade\n"
+        "from r1_grading import Grade\n"
         "def grade(response, truth, **entry):\n"
         "    if '<answer>' in response: return Grade(0.0, 'only tried')\n"
         f"    if not Path({str(tmp_path / 'repaired')!r}).exists():\n"

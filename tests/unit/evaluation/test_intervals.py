@@ -6,6 +6,7 @@ from statistics import fmean
 
 import numpy as np
 import pytest
+from r1_grading import RewardPool
 from refusals import raised
 
 from megatron_r1.evaluation.intervals import estimate, pass_at_k, powers_up_to, subsets
@@ -15,7 +16,6 @@ from megatron_r1.evaluation.voting import (
     majority_score,
     read_vote,
 )
-from megatron_r1.rewards.runtime.pool import RewardPool
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 7])

@@ -1,8 +1,8 @@
 import pytest
+from r1_grading import math
 
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.evaluation.voting import expects_number, majority_of, read_vote
-from megatron_r1.rewards import math
 
 
 def answer(text):

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 from liveness import is_alive, wait_until_dead
+from r1_grading.base.workers import FramedProcess
 
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.processes import children
-from megatron_r1.processes.framed_process import FramedProcess
 
 HOLDER = """
 import mmap, sys

@@ -6,6 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
+from r1_grading import grade
+from r1_grading.reading import chain_of_thought
 from refusals import refused
 from tokenizers import Tokenizer
 
@@ -16,8 +18,6 @@ from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rehearsal import layout, miniature, model, questions
 from megatron_r1.rehearsal.phases import Phases
 from megatron_r1.rehearsal.table import structure
-from megatron_r1.rewards import language
-from megatron_r1.rewards.language import chain_of_thought
 from megatron_r1.weight_sync.plan import TrainerGrid
 from megatron_r1.weight_sync.plan.recipe import check_pushes, engine_layout
 from megatron_r1.weight_sync.plan.tensors import plain_bytes
@@ -315,5 +315,5 @@ def test_stage_4_asks_reward_models_from_its_last_part_on(tmp_path):
     questions.write_questions(path, 6, miniature._other_kinds(small.config))
     rows = [json.loads(line) for line in path.open()]
     kinds = [row["kind"] for row in rows]
-    assert all(language.grade("<think>so it is</think>", **row).reward == 1 for row in rows)
+    assert all(grade("language", "<think>so it is</think>", **row).reward == 1 for row in rows)
     assert kinds == [questions.KIND, "helpful", "safety"] * 2

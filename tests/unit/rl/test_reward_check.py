@@ -3,12 +3,12 @@
 import asyncio
 
 import pytest
+from r1_grading import RewardPool
 from refusals import refused
 
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.errors import Cause
-from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.grading import ResponseGrader
 
 
@@ -17,7 +17,7 @@ class Text:
 
 
 MINE = """
-from megatron_r1.rewards import Grade
+from r1_grading import Grade
 
 def bare(response, truth):
     return Grade(1.0, "fine")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from aiohttp import web
 from fakes.loopback import serving
+from r1_grading import RewardPool
 from refusals import refused
 from transformers import PreTrainedTokenizerFast
 
@@ -22,7 +23,6 @@ from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import Cause
 from megatron_r1.fleet.external import ExternalFleet
-from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.rollout import Sampling
 from megatron_r1.rl.sample_record import decode, encode, pack, unpack
@@ -282,7 +282,7 @@ class SlowGrader:
         self.teacher = teacher
 
     async def grade(self, kind, text, truth, **_):
-        from megatron_r1.rewards.base import Grade
+        from r1_grading import Grade
 
         while self.teacher.num_scored < 6:
             await asyncio.sleep(0.001)

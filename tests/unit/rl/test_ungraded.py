@@ -5,13 +5,13 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from r1_grading import Grade
 from refusals import refused
 
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import Cause, RunError
-from megatron_r1.rewards.base import Grade
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.grading import check_grades

@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 from fake_server import FakeServer
 from prometheus_client.parser import text_string_to_metric_families
+from r1_grading import RewardPool
 from refusals import refused
 from small_qwen2 import MODEL
 from waiting import until
@@ -26,7 +27,6 @@ from megatron_r1.errors import Cause
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.rollout import Sampling
 from megatron_r1.supervision.inspect_roles import coordinates
@@ -42,7 +42,7 @@ TEXT = SimpleNamespace(encode=lambda question, before=(): [5], stop_token_ids=[1
 """In place of a tokenizer: every question is one token."""
 GRADERS = """
 import pathlib, time
-from megatron_r1.rewards import Grade
+from r1_grading import Grade
 
 def when_let(response, truth, **entry):
     while not pathlib.Path(truth).exists():

@@ -49,6 +49,7 @@ def tree(tmp_path):
         "megatron_r1/__init__.py": "",
         "megatron_r1/files/__init__.py": "",
         "megatron_r1/files/numbers.py": SOURCE,
+        "grading/r1_grading/__init__.py": "",
         "kernels/r1_kernels/__init__.py": "",
         "tests/unit/test_it.py": TESTS,
         str(TABLE): ENTRIES,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from r1_grading import RewardPool
 
 from megatron_r1.config import Config, parse
 from megatron_r1.data.prompts import Prompt
@@ -20,7 +21,6 @@ from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.compact_reply import MEDIA_TYPE
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.loop import train
 from megatron_r1.rl.metrics import rollout_metrics
@@ -242,7 +242,7 @@ def _cpu_seconds() -> defaultdict[str, float]:
     synthetic engines and ranks."""
     used = defaultdict(float, controller=time.process_time())
     for child in psutil.Process().children(recursive=True):
-        is_worker = "megatron_r1.rewards.runtime.worker" in child.cmdline()
+        is_worker = "r1_grading.worker" in child.cmdline()
         times = child.cpu_times()
         used["rewards" if is_worker else "synthetic"] += times.user + times.system
     return used

@@ -13,8 +13,9 @@ import time
 from collections import Counter
 from typing import Any
 
-from megatron_r1.rewards import REGISTRY, resolve
-from megatron_r1.rewards.runtime.pool import RewardPool
+from r1_grading import RewardPool
+from r1_grading.rewards import REGISTRY, resolve
+
 from tools.bench import machine
 from tools.bench.rewards import hostile, samples
 from tools.bench.rewards.faults import FAULTS

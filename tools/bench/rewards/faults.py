@@ -2,7 +2,7 @@
 
 import os
 
-from megatron_r1.rewards import Grade
+from r1_grading import Grade
 
 
 def hang(response: str, truth: object, **entry: object) -> Grade:

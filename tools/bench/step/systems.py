@@ -72,7 +72,11 @@ def run_ours(
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     # `python -m` looks into the folder in which it starts before PYTHONPATH.
-    env = environment(PYTHONPATH=f"{root}:{root / 'kernels'}") if root else environment()
+    env = (
+        environment(PYTHONPATH=f"{root}:{root / 'kernels'}:{root / 'grading'}")
+        if root
+        else environment()
+    )
     command = megatron_r1("rl", path)
     with open(folder / "output", "w+") as output:
         process = subprocess.Popen(

@@ -49,6 +49,6 @@ def reward(response: str) -> float:
 
 def grade(response: str, truth: str, **entry) -> Any:
     """Return `reward` as megatron-r1 takes it, for the questions' "kind"."""
-    from megatron_r1.rewards import Grade  # here, as TRL's interpreter need not have it
+    from r1_grading import Grade  # here, as TRL's interpreter need not have it
 
     return Grade(reward(response), "parity of its length")

@@ -1,0 +1,70 @@
+"""Users' own functions and other values, named as "module:name"."""
+
+import importlib
+import importlib.util
+import os
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from r1_grading.base.errors import FORMER, Cause, UserError, did_you_mean
+
+_LIBRARIES = (str(Path(__file__).parents[1]), *sysconfig.get_paths().values(), "<")
+"""The beginnings of the names of files that are not the user's."""
+
+
+def find_function(path: str) -> Callable[..., Any]:
+    """Import and return "module:function"; raises as `find`."""
+    return find(path, "function", callable)
+
+
+def find(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
+    """Import and return "module:name"; modules are also found in the working folder.
+
+    kind: what it must be, in errors. Raises UserError for an unknown module, and where `is_one` is
+    false of the value or there is none; raises what the module raises at its import."""
+    module_name, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last: a user's folder may have the name of a package
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if f"{error.name}.".startswith(f"{FORMER}."):
+            raise UserError(
+                f"{FORMER} is the package r1_grading now: from r1_grading import Grade",
+                key=path,
+                cause=Cause.NOT_FOUND,
+            ) from None
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # a module that it imports
+        raise UserError(
+            f"{error}: neither installed nor in {os.getcwd()}; start in the folder that has it",
+            key=path,
+            cause=Cause.NOT_FOUND,
+        ) from None
+    value = getattr(module, name, None)
+    if not is_one(value):
+        known = [key for key, other in vars(module).items() if key[:1] != "_" and is_one(other)]
+        raise UserError(
+            f"{module.__file__} has no {kind} {name}{did_you_mean(name, known)}",
+            key=path,
+            cause=Cause.NOT_FOUND,
+        )
+    return value
+
+
+def place_of(error: BaseException, program: str | None = None) -> str:
+    """Return ` (my_env.py:60)`, the innermost line of the user's own files that an error comes
+    from; "" where it comes from none. program: a folder whose files are not the user's either."""
+    places = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or "<string>", error.lineno or 1))
+    for name, line in reversed(places):
+        if not name.startswith(_LIBRARIES if program is None else (program, *_LIBRARIES)):
+            path = Path(name)
+            here = Path.cwd()
+            return f" ({path.relative_to(here) if path.is_relative_to(here) else path}:{line})"
+    return ""

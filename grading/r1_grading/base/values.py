@@ -1,0 +1,191 @@
+"""Values that are written as text: numbers and truth values of settings, lists of data sets.
+
+Every reader takes the same spellings. YAML 1.1 takes `1e-6` for text, `010` for 8 and
+`1:30` for 90. Here a number is decimal: digits, which `_` may divide, a point, an exponent. `true`,
+`yes` and `on` are true. A setting that is a number or a truth value may stand in quotes; one that
+is text takes neither without quotes."""
+
+import ast
+import json
+import re
+import types
+from collections.abc import Collection
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationInfo
+
+from r1_grading.base.errors import Cause, UserError
+
+MAX_DIGITS = 100_000
+MAX_LITERAL_CHARS = 1_000_000
+"""A longer text that is no JSON is not read as Python, whose parser takes many times its size."""
+PYTHON = ("{'", "['", "[{'", "[['", "[('", '[("')
+"""How the text of a Python value begins that is no JSON."""
+
+
+def decoded(value: Any) -> Any:
+    """Return the list or mapping that a text is as JSON or as a Python literal, any other value
+    itself."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return _literal(value)
+
+
+def load_json(text: str | bytes) -> Any:
+    """Return a JSON value, with integers of up to 100,000 digits: int() refuses more than 4,300,
+    because it takes quadratic time."""
+    return json.loads(text, parse_int=_integer)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits) if len(digits) <= 4_000 else int(Decimal(digits))
+
+
+def _literal(text: str) -> Any:
+    if len(text) > MAX_LITERAL_CHARS or not text.lstrip().startswith(PYTHON):
+        return text
+    try:
+        found = ast.literal_eval(text.strip())
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return text
+    return found if isinstance(found, list | dict) else text
+
+
+INTEGER = r"[-+]?(?:0|[1-9][0-9_]*)"
+FRACTION = r"[-+]?(?:(?:0|[1-9][0-9_]*)(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
+INFINITE = r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+"""Regular expressions of numbers, as they are written; the last one is refused wherever it is
+read."""
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_BASES = {"0x": 16, "0o": 8, "0b": 2}
+_NUMBER = re.compile(FRACTION)
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def read_field(model: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
+    """Return the value given for a field of `model`, as `read_as`. Raises UserError naming it; for
+    a validator of all fields, before their own."""
+    name = str(info.field_name)
+    try:
+        return read_as(value, model.model_fields[name].annotation)
+    except _EntryError as error:
+        # The key is relative to the field, as those of sections within it are.
+        raise UserError(f"{error.key}: {error}", key=error.key, cause=Cause.MALFORMED) from None
+    except ValueError as error:
+        raise UserError(str(error), key=name, cause=Cause.MALFORMED) from None
+
+
+class _EntryError(ValueError):
+    """A wrong entry of a list or mapping; key: of the entry, dotted."""
+
+    def __init__(self, key: object, error: ValueError) -> None:
+        super().__init__(str(error))
+        within = f".{error.key}" if isinstance(error, _EntryError) else ""
+        self.key: str = f"{key}{within}"
+
+
+def read_as(value: Any, annotation: Any) -> Any:
+    """Return a setting as its type wants it: text that is a number as a number, a whole float as an
+    int, a word as a truth value; anything else as it is, also within lists and mappings.
+
+    annotation: the type of the setting. Raises ValueError with the right spelling for a truth value
+    where a number is wanted, or the reverse, for either where text is wanted, and for a number in
+    another spelling."""
+    kinds = list(_members(annotation))
+    if isinstance(value, dict | list):
+        for kind in kinds:
+            origin, parts = get_origin(kind), get_args(kind)
+            if isinstance(value, dict) and origin is dict:
+                return {key: _read_entry(key, item, parts[1]) for key, item in value.items()}
+            if isinstance(value, list) and origin in (list, set, frozenset):
+                return [_read_entry(index, item, parts[0]) for index, item in enumerate(value)]
+        return value
+    if not isinstance(value, bool | int | float | str):
+        return value
+    if any(value in get_args(kind) for kind in kinds if get_origin(kind) is Literal):
+        return value
+    scalars = [kind for kind in kinds if kind in (bool, int, float, str)]
+    others = [kind for kind in kinds if kind not in (bool, int, float, types.NoneType)]
+    # Another type has its own reading of text, and a choice of words names the right ones.
+    if not scalars or (isinstance(value, str) and others):
+        return value
+    return read_scalar(value, scalars)
+
+
+def _read_entry(key: object, value: Any, annotation: Any) -> Any:
+    try:
+        return read_as(value, annotation)
+    except ValueError as error:
+        raise _EntryError(key, error) from None
+
+
+def read_scalar(value: Any, kinds: Collection[type]) -> Any:
+    """Return a scalar as one of `kinds`, of bool, int, float and str. Errors as `read_as`, and for
+    what is no scalar."""
+    if type(value) is bool and bool not in kinds:
+        if str in kinds:
+            raise ValueError(f"must be text, got {value}; put it in quotes")
+        raise ValueError(
+            f"must be a number, got {str(value).lower()} (yes, no, on and off are truth values)"
+        )
+    if type(value) in (int, float):
+        if float in kinds or (int in kinds and value == value // 1):
+            return value if float in kinds else int(value)
+        if int in kinds:
+            raise ValueError(f"must be a whole number, got {value}")
+        if str in kinds:
+            raise ValueError(f"must be text, got the number {value}; put it in quotes")
+        raise ValueError(f"must be true or false, got {value}")
+    if isinstance(value, str) and str not in kinds:
+        return _read_text(value.strip(), kinds)
+    if type(value) not in kinds:
+        raise ValueError(f"must be {' or '.join(_NAMES[kind] for kind in kinds)}, got {value!r}")
+    return value
+
+
+def _read_text(text: str, kinds: Collection[type]) -> Any:
+    if bool in kinds and text.lower() in WORDS:
+        return WORDS[text.lower()]
+    if not {int, float} & set(kinds):
+        raise ValueError(f"must be true or false, got {text!r}")
+    if _NUMBER.fullmatch(text):
+        digits = text.replace("_", "")
+        whole = re.fullmatch(INTEGER, text)
+        return read_scalar(int(digits) if whole else float(digits), kinds)
+    meant = _meant(text)
+    raise ValueError(f"must be a number, got {text!r}" + (f"; write {meant}" if meant else ""))
+
+
+def _meant(text: str) -> str:
+    """Return a number in another spelling as it is written here, or ""."""
+    sign = text[:1] if text[:1] in "+-" else ""
+    digits = text[len(sign) :].lower()
+    if base := _BASES.get(digits[:2]):
+        try:
+            return f"{sign}{int(digits, base)}"
+        except ValueError:
+            return ""
+    if digits.endswith("%") and _NUMBER.fullmatch(digits[:-1]):
+        return f"{sign}{float(digits[:-1]) / 100:g}"
+    for plain in (digits.lstrip("0"), digits.replace(",", ".", 1)):
+        if plain != digits and _NUMBER.fullmatch(plain):
+            return f"{sign}0{plain}" if plain.startswith(".") else sign + plain
+    return ""
+
+
+def _members(annotation: Any) -> Any:
+    """Yield the types of a union, without their annotations."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _members(get_args(annotation)[0])
+    elif origin in (Union, types.UnionType):
+        for part in get_args(annotation):
+            yield from _members(part)
+    else:
+        yield annotation

@@ -1,0 +1,216 @@
+"""Calls reward functions of every signature that is accepted: this stack's, verl's and TRL's.
+
+`of_signature` recognizes a function by the names of its parameters and returns one that is called
+as `grade(response, truth, **fields) -> Grade`. A function may be `async def`."""
+
+import asyncio
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from inspect import Parameter
+from typing import Any
+
+from r1_grading.base.errors import Cause, UserError, shorten
+from r1_grading.base.user_code import find_function
+from r1_grading.reading.answer import without_special_tokens
+from r1_grading.rewards import REMOTE, FiniteGrade, Grade, resolve
+
+GradeFunction = Callable[..., Grade]
+OWN = "(response, truth, **entry) -> Grade"
+VERL_NAMES = frozenset({"solution_str", "ground_truth"})
+TRL_NAME = "completions"
+REFUSED = {
+    "OpenRLHF": frozenset({"queries", "labels"}),
+    "slime": frozenset({"args", "sample"}),
+    "verifiers": frozenset({"completion", "answer"}),
+}
+"""Libraries whose reward functions are recognized in order to be refused: they get objects of
+their library, or both texts in one."""
+TRUTH_NAMES = ("answer", "ground_truth", "solution", "target", "truth")
+"""Columns of TRL's data sets that hold the truth. Where the row has no column of the name, a
+function gets the truth by it."""
+NOT_COLUMNS = ("num_tokens", "opened")
+"""Facts about a response, which are no columns of TRL's data sets."""
+FORMS = ("text", "messages")
+"""The values of the option `completions` of a function of TRL's signature."""
+MAX_OTHERS = 4
+"""The most further entries of verl's mapping that a reason shows."""
+
+
+def grade(kind: str, response: str, /, truth: Any = None, **fields: Any) -> Grade:
+    """Return the grade of one response, computed in this process.
+
+    kind: a reward that needs no server, or "module:function". fields: the prompt's other fields and
+    the reward's options. `RewardPool.grade` does the same in a process that may hang, crash or run
+    out of memory. Raises UserError for an unknown or a served kind, and what the reward raises."""
+    if kind in REMOTE:
+        raise UserError(
+            f"the reward {kind!r} requests a served model: grade with a RewardPool",
+            key="kind",
+            cause=Cause.UNSUPPORTED,
+        )
+    target = resolve(kind)
+    return of_signature(find_function(target), target)(response, truth, **fields)
+
+
+class MissingArguments(TypeError):
+    """A function has parameters without a default that the row and the options do not give."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__(f"it needs {', '.join(names)}")
+        self.names = names
+
+
+def of_signature(function: Callable[..., Any], target: str) -> GradeFunction:
+    """Return `function` as one that is called as this stack's rewards are.
+
+    - verl's (parameters `solution_str` and `ground_truth`) gets the response, the truth, the row's
+      `data_source` (None without one) and `extra_info` (empty without one) by name. It returns a
+      number, or a mapping with the number as "score".
+    - TRL's (parameter `completions`) gets lists of one: `prompts`, `completions` and each column
+      of the row. It returns a list of one number, or of None, which counts 0, as in TRL's sum.
+      It gets messages instead of texts where its code reads their "content".
+    - any other is called as it is.
+
+    target: its "module:function". Raises UserError for a signature of a library in `REFUSED`."""
+    parameters = _parameters(function)
+    names = parameters.keys()
+    if names >= VERL_NAMES:
+        return _Verl(function, parameters)
+    if TRL_NAME in names:
+        return _Trl(function, parameters)
+    for library, theirs in REFUSED.items():
+        if names >= theirs:
+            raise UserError(
+                f"{target} has the signature of {library}'s reward functions "
+                f"({', '.join(names)}), which is not accepted; write {OWN}, or verl's or TRL's "
+                "(docs/rewards.md)",
+                key=target,
+                cause=Cause.UNSUPPORTED,
+            )
+    return _Awaited(function)
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
+    try:
+        return dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # written in C, without a signature
+        return {}
+
+
+class _Awaited:
+    """Calls a function that may be a coroutine function; has its signature."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.__wrapped__ = function  # for inspect.signature
+
+    def __call__(self, /, *arguments: Any, **named: Any) -> Any:
+        result = self._function(*arguments, **named)
+        return _runner().run(_await(result)) if inspect.isawaitable(result) else result
+
+
+class Adapted:
+    """Calls a function of another library with those of the named arguments that it takes."""
+
+    def __init__(self, function: Callable[..., Any], parameters: Mapping[str, Parameter]) -> None:
+        self._call, self._function = _Awaited(function), function
+        kinds = {name: parameter.kind for name, parameter in parameters.items()}
+        self._takes_all = Parameter.VAR_KEYWORD in kinds.values()
+        variadic = (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
+        self._names = [name for name, kind in kinds.items() if kind not in variadic]
+        self._needed = [name for name in self._names if parameters[name].default is Parameter.empty]
+
+    def call(self, given: Mapping[str, Any]) -> Any:
+        """Call the function with those of `given` that it takes. Raises MissingArguments."""
+        if missing := tuple(name for name in self._needed if name not in given):
+            raise MissingArguments(missing)
+        taken = given if self._takes_all else {n: v for n, v in given.items() if n in self._names}
+        return self._call(**taken)
+
+
+class _Verl(Adapted):
+    def __call__(self, response: str, truth: Any, /, **fields: Any) -> Grade:
+        row = {"data_source": None, "extra_info": {}} | fields
+        text = without_special_tokens(response)  # verl decodes without them
+        result = self.call(row | {"solution_str": text, "ground_truth": truth})
+        others: dict[str, Any] = {}
+        if isinstance(result, Mapping):
+            if "score" not in result:
+                raise TypeError(f"it returned a mapping without 'score': {shorten(result)}")
+            others = {name: value for name, value in result.items() if name != "score"}
+            result = result["score"]
+        said = [f"{name} {shorten(value)}" for name, value in list(others.items())[:MAX_OTHERS]]
+        return FiniteGrade(number := _number(result), ", ".join([f"score {number:g}", *said]))
+
+
+class _Trl(Adapted):
+    def __init__(self, function: Callable[..., Any], parameters: Mapping[str, Parameter]) -> None:
+        super().__init__(function, parameters)
+        self._reads_messages = _mentions("content", function)
+
+    def __call__(self, response: str, truth: Any, /, **fields: Any) -> Grade:
+        form = fields.pop(TRL_NAME, FORMS[self._reads_messages])
+        if form not in FORMS:
+            raise ValueError(f"option {TRL_NAME} must be {' or '.join(FORMS)}, got {form!r}")
+        text = without_special_tokens(response)
+        texts = {"prompts": ("user", fields.get("question")), TRL_NAME: ("assistant", text)}
+        given = dict.fromkeys(TRUTH_NAMES, truth) | fields
+        columns = {name: [value] for name, value in given.items() if name not in NOT_COLUMNS}
+        for name, (role, content) in texts.items():
+            columns[name] = [content if form == "text" else [{"role": role, "content": content}]]
+        try:
+            result = self.call(columns)
+        except (TypeError, AttributeError) as error:
+            if isinstance(error, MissingArguments):
+                raise
+            other = FORMS[form == FORMS[0]]
+            hint = f"it got completions as {form}; its option {TRL_NAME}: {other} changes that"
+            raise TypeError(f"{error}; {hint}").with_traceback(error.__traceback__) from None
+        rewards = result.tolist() if hasattr(result, "tolist") else result  # of numpy and torch
+        if not isinstance(rewards, list | tuple) or len(rewards) != 1:
+            raise TypeError(
+                f"it must return a list with a reward for each of 1 completions, got "
+                f"{shorten(repr(result))}"
+            )
+        if rewards[0] is None:
+            return Grade(0.0, "None: it does not apply to this row")
+        return FiniteGrade(number := _number(rewards[0]), f"reward {number:g}")
+
+
+def _number(value: Any) -> float:
+    """Return a number of Python, numpy or torch as a float."""
+    if value is None or isinstance(value, str):
+        raise TypeError(f"it must return a number, got {value!r}")
+    return float(value)
+
+
+def _mentions(text: str, function: Callable[..., Any]) -> bool:
+    """Return whether a function, or one of its module that it calls, has `text` as a constant."""
+    start = inspect.unwrap(getattr(function, "func", function))
+    if not inspect.isroutine(start):
+        start = vars(type(start)).get("__call__")  # an object that is called
+    codes = [getattr(start, "__code__", None)]
+    names = getattr(start, "__globals__", {})
+    seen: set[types.CodeType] = set()
+    while codes:
+        code = codes.pop()
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        if text in code.co_consts:
+            return True
+        codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+        codes += [getattr(names.get(name), "__code__", None) for name in code.co_names]
+    return False
+
+
+async def _await(awaitable: Any) -> Any:
+    return await awaitable
+
+
+@functools.cache
+def _runner() -> asyncio.Runner:
+    """Return the worker's event loop: sessions that a reward opens in it outlive one call."""
+    return asyncio.Runner()

@@ -1,0 +1,205 @@
+"""Accuracy of programs: the response's program is run on tests, each in a sandbox of its own.
+
+Expected values never enter the program's sandbox: it gets one test's input, and its output is
+compared outside. A checker is a program too and runs in another sandbox, after the first has ended.
+"""
+
+import functools
+import marshal
+import re
+import time
+from collections.abc import Iterator
+
+from r1_grading.base.errors import shorten
+from r1_grading.code.compare import equal_output, equal_result, run_checker
+from r1_grading.code.problem import Problem, parse_problem
+from r1_grading.reading.answer import (
+    ANSWER,
+    END_ANSWER,
+    Extraction,
+    after_thought,
+    extract,
+    without_special_tokens,
+)
+from r1_grading.rewards import Grade
+from r1_grading.sandbox.limits import MIB, Limits
+from r1_grading.sandbox.programs import (
+    STANDARDS,
+    Program,
+    compile_cpp,
+    python_call,
+    python_script,
+    require_sandbox,
+)
+from r1_grading.sandbox.run import describe_failure, run
+
+FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})(.*)")
+NO_PROGRAM = ("text", "txt", "plaintext", "output", "console", "json", "md", "markdown")
+"""Languages of fences around what a program reads or prints."""
+PROMPTS, SYNTAX = (">>> ", "$ "), "(=:;{"
+"""The start of a session, and signs one of which every program has."""
+MAX_ANSWER_CHARS, MAX_PROGRAM_CHARS = 2**20, 2**18
+
+
+def grade(
+    response: str,
+    truth: object,
+    *,
+    language: str | None = None,
+    partial: bool | None = False,
+    limits: dict | None = None,
+    standard: str | None = "c++20",
+    opened: bool = False,
+    **entry: object,
+) -> Grade:
+    """Return 1 when the response's program (`find_program`) passes every test of `truth`, else 0.
+
+    truth: see `problem.parse_problem`. language: "python", or "cpp" of the given `standard`, as
+    `published.language_of` reads it; None: the truth's own, else Python.
+    partial: run all tests and return the share passed; otherwise the first failure ends the run.
+    limits: overrides of `sandbox.limits.Limits`. Raises ValueError for an invalid truth, limit or
+    standard and for a broken checker, and SandboxUnavailable, with the remedy, where no sandbox can
+    run; both for every response, the empty one included."""
+    problem = parse_problem(truth, language)
+    language, standard = problem.language, standard or "c++20"
+    parsed_limits = Limits.parse(limits)
+    if standard not in STANDARDS:
+        raise ValueError(f"standard must be one of {', '.join(STANDARDS)}, got {standard!r}")
+    _check_output_limit(problem, parsed_limits)
+    require_sandbox(language)
+    extraction = find_program(response, opened=opened)
+    if extraction.text is None:
+        return Grade(0.0, extraction.reason)
+    deadline = time.monotonic() + parsed_limits.total_seconds
+    if language == "cpp":
+        program = compile_cpp(extraction.text, standard, parsed_limits.compiler())
+        if isinstance(program, str):
+            return Grade(0.0, f"does not compile: {program}")
+    elif problem.function is not None:
+        program = python_call(extraction.text, problem.function)
+    else:
+        program = python_script(extraction.text, names=problem.is_livecodebench)
+    num_tests, num_passed, total, failure = len(problem.tests), 0, 0.0, ""
+    for number, test in enumerate(_run_tests(problem, program, parsed_limits, deadline), 1):
+        num_passed += test.reward == 1.0
+        total += test.reward
+        if test.reward < 1.0:
+            failure = failure or f"test {number} of {num_tests}: {test.reason}"
+            if not partial:
+                return Grade(0.0, failure)
+    if not failure:
+        return Grade(1.0, f"passed {num_tests} of {num_tests} tests")
+    return Grade(total / num_tests, f"passed {num_passed} of {num_tests} tests; {failure}")
+
+
+def _check_output_limit(problem: Problem, limits: Limits) -> None:
+    """Raise ValueError for an expected output that no program may print."""
+    if problem.checker is not None:
+        return
+    for number, test in enumerate(problem.tests, 1):
+        size = 1 + _size(test.expected)  # a program ends its last line
+        if size > limits.output_mib * MIB:
+            raise ValueError(
+                f"the truth of a code prompt: test {number} expects {size / MIB:.1f} MiB, more "
+                f"than limits.output_mib: {limits.output_mib:g}; raise that limit of the prompt"
+            )
+
+
+def _size(expected: object) -> int:
+    """Return the size in bytes of an output or of a result; of a result about, from its numbers and
+    texts."""
+    if isinstance(expected, str):
+        return len(expected.encode("utf-8", "replace"))
+    if isinstance(expected, list | dict):
+        parts = [*expected, *(expected.values() if isinstance(expected, dict) else ())]
+        return 2 + sum(1 + _size(part) for part in parts)
+    return expected.bit_length() // 4 if isinstance(expected, int) else 1
+
+
+def _run_tests(problem: Problem, program: Program, limits: Limits, end: float) -> Iterator[Grade]:
+    """Yield the grade of each test. end: time.monotonic() at which no further test starts."""
+    is_call = problem.function is not None
+    is_equal = equal_result
+    if not is_call:
+        is_equal = functools.partial(equal_output, by_value=problem.is_livecodebench)
+    for test in problem.tests:
+        if (left := end - time.monotonic()) <= 0:
+            yield Grade(0.0, f"not run: the {limits.total_seconds:g} s of all tests are over")
+            continue
+        budget = limits.program(left, compiled=program.compiled)
+        if is_call:
+            # Importing json takes 8 ms in the sandbox. The system's Python, which may run there
+            # (`host.interpreter`), can be older than this one and read no later version.
+            stdin = marshal.dumps((test.args, test.kwargs), 2)
+        else:
+            stdin = test.stdin.encode("utf-8", "replace")
+        outcome = run(program.command, budget, stdin=stdin, files=program.files)
+        if failure := describe_failure(outcome, budget):
+            yield Grade(0.0, failure)
+        elif problem.checker is not None:
+            budget = limits.program(end - time.monotonic())
+            yield run_checker(problem.checker, test, outcome.stdout, budget, limits.program())
+        elif any(
+            is_equal(outcome.stdout, expected, problem.tolerance)
+            for expected in (test.expected, *test.alternatives)
+        ):
+            yield Grade(1.0, "passed")
+        else:
+            printed = shorten(outcome.stdout[:400].decode("utf-8", "replace")) or "nothing"
+            yield Grade(0.0, f"wrong answer: {printed}, expected {shorten(test.expected)}")
+
+
+def find_program(response: str, *, opened: bool = False) -> Extraction:
+    """Return the last fenced block after the thought, inside `<answer>` if there is one; blocks
+    behind a program that only show its output or calls do not count.
+
+    There is no program in a thought that is not closed, in two <answer> blocks, without a fence, or
+    where the last fence is not closed. Which language a fence names does not matter otherwise, and
+    its indentation is removed from its lines. Special tokens at the end of the response are
+    ignored. Linear in the length of the response."""
+    visible = after_thought(without_special_tokens(response), opened)
+    if visible is None:
+        return Extraction(None, "no program found: the thought is never closed")
+    if ANSWER in visible or END_ANSWER in visible:
+        extraction = extract(response, opened=opened)
+        if extraction.text is None:
+            return extraction
+        visible = extraction.text
+    if len(visible) > MAX_ANSWER_CHARS:
+        return Extraction(None, f"the answer is too long: {len(visible)} characters")
+    program, is_open = _last_block(visible)
+    if is_open:
+        return Extraction(None, "no program found: the last fenced block is not closed")
+    if program is None or not program.strip():
+        return Extraction(None, "no program found: no fenced block")
+    if len(program) > MAX_PROGRAM_CHARS:
+        return Extraction(None, f"the program is too long: {len(program)} characters")
+    return Extraction(program)
+
+
+def _is_output(tag: str, lines: list[str]) -> bool:
+    """Return whether a block behind a program shows what it prints, or calls at a prompt. tag: the
+    fence's language."""
+    if tag in NO_PROGRAM or next(filter(None, map(str.strip, lines)), "").startswith(PROMPTS):
+        return True
+    return not tag and not any(sign in line for line in lines for sign in SYNTAX)
+
+
+def _last_block(text: str) -> tuple[str | None, bool]:
+    """Return the last complete fenced block (CommonMark), and whether one is open at the end."""
+    program: str | None = None
+    lines: list[str] = []
+    fence = indent = tag = ""
+    for line in text.split("\n"):
+        match = FENCE.fullmatch(line.rstrip("\r"))
+        if not fence:
+            if match and not ("`" in match[3] and match[2][0] == "`"):
+                indent, fence, lines = match[1], match[2], []
+                tag = match[3].strip().lower()
+        elif match and match[2].startswith(fence) and not match[3].strip():
+            if program is None or not _is_output(tag, lines):
+                program = "\n".join(lines) + "\n"
+            fence = ""
+        else:
+            lines.append(line.removeprefix(indent))
+    return program, bool(fence)

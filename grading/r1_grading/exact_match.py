@@ -1,0 +1,55 @@
+"""Accuracy of an answer in words, as questions of facts are graded: Natural Questions, TriviaQA,
+HotpotQA.
+
+Both sides are compared in lower case, without punctuation and English articles (SQuAD,
+arXiv 1606.05250; its evaluation script)."""
+
+import re
+import string
+import unicodedata
+
+from r1_grading.base.errors import shorten
+from r1_grading.reading import read_answer
+from r1_grading.reading.answer import describe
+from r1_grading.rewards import Grade
+from r1_grading.truths import alternatives, math_truth
+
+MAX_ANSWER_CHARS = 2_000
+ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+INITIALS = re.compile(r"(?<=\b\w\.) +(?=\w\.)")
+"""Between initials: `J. K. Rowling` is `J.K. Rowling`."""
+PUNCTUATION = str.maketrans("", "", string.punctuation + "“”‘’«»–—…")
+
+
+def grade(
+    response: str,
+    truth: object,
+    *,
+    opened: bool = False,
+    reading: str = "strict",
+    plain_line: bool = True,
+    **entry: object,
+) -> Grade:
+    """Return 1 when the response's final answer equals the truth, or any of several, else 0.
+
+    The answer is found by `read_answer`, with `reading` and `plain_line`. truth: text or a number,
+    or several (`truths.alternatives`). opened: the prompt ended with `<think>`. Raises ValueError
+    for a truth that is blank, or neither text nor a number."""
+    expected = [math_truth(option) for option in alternatives(truth)]
+    if not expected:
+        raise ValueError("the truth is a list without an answer")
+    extraction = read_answer(response, reading, opened=opened, plain_line=plain_line)
+    if extraction.text is None:
+        return Grade(0.0, extraction.reason)
+    if (num_chars := len(extraction.text)) > MAX_ANSWER_CHARS:
+        return Grade(0.0, f"answer too long: {num_chars} characters, at most {MAX_ANSWER_CHARS}")
+    answer = normalized(extraction.text)
+    correct = bool(answer) and answer in {normalized(option) for option in expected}
+    wanted = " or ".join(map(shorten, expected[:3]))
+    return Grade(float(correct), describe(extraction.text, wanted, correct, extraction.source))
+
+
+def normalized(text: str) -> str:
+    """Return a text in lower case, without punctuation, articles and repeated spaces."""
+    plain = INITIALS.sub("", unicodedata.normalize("NFKC", text).casefold()).translate(PUNCTUATION)
+    return " ".join(ARTICLES.sub(" ", plain).split())

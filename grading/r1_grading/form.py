@@ -1,0 +1,125 @@
+"""Rewards that read the response alone: format, conciseness, language."""
+
+from r1_grading.reading import chain_of_thought
+from r1_grading.reading.answer import ANSWER, END_ANSWER, END_THINK, THINK
+from r1_grading.reading.languages import LANGUAGES, judged_words
+from r1_grading.rewards import Grade
+
+TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
+# The text between the tags in DeepSeek-R1-Zero's template, and in papers that quote it.
+PLACEHOLDERS = frozenset({"reasoning process here", "answer here", "…", "..."})
+
+
+def grade_format(
+    response: str, truth: object = None, *, opened: bool = False, **entry: object
+) -> Grade:
+    """Return 1 if the response is `<think>…</think><answer>…</answer>`, else 0.
+
+    The four tags each occur once, in order, with only white space outside.
+
+    opened: the prompt ended with `<think>`, so the response starts inside the thought and must not
+    open it again. Thought and answer may hold any text, or none, but not the prompt's own example.
+    """
+    text = (THINK + response if opened else response).strip()
+    for tag in TAGS:
+        if (num_found := text.count(tag)) != 1:
+            return Grade(0.0, f"bad format: {tag} occurs {num_found} times")
+    positions = [text.find(tag) for tag in TAGS]
+    if positions != sorted(positions):
+        return Grade(0.0, "bad format: the tags are out of order")
+    between = text[positions[1] + len(END_THINK) : positions[2]]
+    if positions[0] != 0 or between.strip() or not text.endswith(END_ANSWER):
+        return Grade(0.0, "bad format: text outside the tags")
+    thought = text[len(THINK) : positions[1]]
+    answer = text[positions[2] + len(ANSWER) : positions[3]]
+    if any(_is_placeholder(part) for part in (thought, answer)):
+        return Grade(0.0, "bad format: the prompt's example, copied")
+    return Grade(1.0, "format as asked")
+
+
+def _is_placeholder(part: str) -> bool:
+    if len(part) > 200:
+        return False
+    words = " ".join(part.casefold().split())
+    return words in PLACEHOLDERS or words.rstrip(".!… ") in PLACEHOLDERS
+
+
+UNITS = ("tokens", "characters")
+
+
+def grade_conciseness(
+    response: str,
+    truth: object = None,
+    *,
+    free_length: int,
+    max_length: int,
+    unit: str = "tokens",
+    num_tokens: int | None = None,
+    **entry: object,
+) -> Grade:
+    """Return the reward of the response's whole length, its thought included: full up to a free
+    length, falling to 0 at the maximum length.
+
+    DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), which runs from 0 to -1, plus 1; a
+    constant changes no advantage. With L the length, F the free length and M the maximum:
+
+        reward = 1 for L <= F,  (M - L) / (M - F) for F < L < M,  0 for L >= M
+
+    The length reward of Kimi k1.5 compares a response with its group's and so is no function of the
+    response alone.
+
+    free_length, max_length: F and M, in `unit`. num_tokens: the response's length, which a run
+    passes by itself. An empty response has 1: combine this with accuracy. Raises ValueError unless
+    0 <= F < M, for an unknown unit, and for unit "tokens" without num_tokens."""
+    for name, value in (("free_length", free_length), ("max_length", max_length)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} must be a number of {unit}, got {value!r}")
+    if not 0 <= free_length < max_length:
+        raise ValueError(
+            f"free_length must be at least 0 and below max_length, got {free_length} and "
+            f"{max_length}"
+        )
+    length = _length(response, unit, num_tokens)
+    share = (max_length - length) / (max_length - free_length)
+    reward = min(1.0, max(0.0, share))
+    limits = f"{free_length:,} are free, {max_length:,} the maximum"
+    return Grade(reward, f"{length:,} {unit}: {limits}")
+
+
+def _length(response: str, unit: str, num_tokens: object) -> int:
+    if unit == "characters":
+        return len(response)
+    if unit != "tokens":
+        raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
+    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 0:
+        raise ValueError(
+            f"num_tokens must be the response's length in tokens, got {num_tokens!r}; "
+            "give it, or measure with unit: characters"
+        )
+    return num_tokens
+
+
+def grade_language(
+    response: str, truth: object = None, *, target: str, opened: bool = False, **entry: object
+) -> Grade:
+    """Return the share of the thought's words that are in the language `target`, "en" or "zh".
+
+        reward = words in the target language / words      (DeepSeek-R1, arXiv 2501.12948 v2, eq. 5)
+
+    Code, formulae, numbers, identifiers and symbols are in no language and do not count, up to a
+    share of the words: a thought with more of them is written in them. The script decides, so a
+    Latin word of another language counts as English.
+
+    0 for a response without a thought, and for a thought without words. Linear in the length of the
+    response. Raises ValueError for another target."""
+    if not isinstance(target, str) or target not in LANGUAGES:
+        raise ValueError(f"target must be one of {', '.join(LANGUAGES)}, got {target!r}")
+    thought = chain_of_thought(response, opened)
+    if thought is None:
+        return Grade(0.0, "no chain of thought")
+    words = judged_words(thought)
+    if not words.total:
+        return Grade(0.0, "no words in the chain of thought")
+    share = getattr(words, target) / words.total
+    counts = f"English {words.en:.0f}, Chinese {words.zh:.0f}, other {words.other:.0f}"
+    return Grade(share, f"{share:.1%} of its words are {LANGUAGES[target]} ({counts})")

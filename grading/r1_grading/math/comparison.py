@@ -1,0 +1,393 @@
+r"""Whether two answers mean the same, decided by the first rule that applies.
+
+`compare` has the rules for text: units, dates, choices, words. `equivalent` has the rules for
+mathematics: numbers, equations and inequalities, lists and matrices, sets, and last expressions, by
+a computer algebra system. An answer that can be read in two ways is wrong."""
+
+import re
+
+import sympy
+from math_verify import verify
+
+from r1_grading.math import text as math_text
+from r1_grading.math.number import (
+    PERCENT,
+    SEPARATORS,
+    SETS,
+    WITH_THOUSANDS,
+    Structure,
+    match_all,
+    read_matrix,
+    read_number,
+    read_structure,
+    same_number,
+    split,
+    without_thousands,
+)
+from r1_grading.math.refusal import is_division, is_unfinished, refusal, worked_out
+from r1_grading.math.relation import (
+    APPROX,
+    EQUAL,
+    MEMBER,
+    SET_WORDS,
+    Chain,
+    condition,
+    excluded,
+    is_asked_quantity,
+    is_name,
+    lists_relations,
+    paired_members,
+    read_chain,
+    read_list,
+    read_set,
+    relation_name,
+    same_congruence,
+    same_operands,
+    same_relation,
+    solution_set,
+    squeeze,
+    with_parameter_of,
+    without_repeats,
+)
+from r1_grading.math.spelling import spell, unstyled
+from r1_grading.math.symbolic import constant, read_expression, same_expression
+from r1_grading.math.units import in_radians, same_unit, split_han_unit, split_unit, written_out
+from r1_grading.reading.answer import unwrap
+
+ABOUT = re.compile(r"~\s*\d")
+"""An answer that is only near a number, `~204`; elsewhere a tilde is one of LaTeX's spaces."""
+INEQUALITY = re.compile(r"[<>]|\\[lg]eq(?![A-Za-z])")
+APPROXIMATION = 0.01
+"""Largest relative error of a number after `\\approx`."""
+
+MAX_MEMBERS = 100
+"""The most members of a list that is compared: `match_all` may compare each member with every other
+one."""
+Result = tuple[bool, str]
+"""Whether the answer is right, and why it was refused instead of compared ("" if compared)."""
+
+
+def compare(truth: str, answer: str) -> Result:
+    """Whether `answer` means `truth`. Runs sympy: call it only within limits of time and memory."""
+    expected, expected_unit = split_han_unit(unwrap(unstyled(truth)))
+    answer, answer_unit = split_han_unit(unwrap(unstyled(answer)))
+    if not same_unit(expected_unit, answer_unit):
+        return False, ""
+    if ABOUT.match(answer):
+        return False, "not committed"
+    expected, answer = written_out(expected), written_out(answer)
+    if (moment := math_text.read_moment(expected)) is not None:
+        return moment == math_text.read_moment(answer), ""
+    expected, answer = math_text.read_phrase(expected), math_text.read_phrase(answer)
+    letters = math_text.read_letters(expected)
+    if letters is not None and letters == math_text.read_letters(answer):
+        return True, ""
+    choice = math_text.read_choice(expected)
+    if choice is not None and math_text.is_letter(expected):
+        return math_text.same_letter(choice[0], answer), ""
+    is_words = math_text.is_words(expected, truth)
+    same = math_text.same_words(expected, answer, ignore_case=is_words)
+    if same or is_words or math_text.is_order(expected):
+        return same, ""
+    if choice is not None and choice[1]:
+        return _same_labelled(choice, answer)
+    if (labelled := math_text.without_label(answer)) is not None:
+        answer = labelled
+    expected, answer = condition(spell(expected)), condition(spell(answer))
+    expected, answer = in_radians(expected), worked_out(expected, answer)
+    if ("," in expected) != ("," in answer):  # then those of the one separate thousands
+        expected, answer = without_thousands(expected), without_thousands(answer)
+    if expected == answer:
+        return True, ""
+    if (same_value := _compare_numbers(expected, answer)) is not None:
+        is_open = not same_value and is_division(expected, answer)
+        return same_value, "a division is left open" if is_open else ""
+    if (reason := refusal(expected, answer)) is not None:
+        return False, reason
+    return equivalent(expected, answer), ""
+
+
+def equivalent(expected: str, answer: str, *, finished: bool = True) -> bool:
+    """Compare two spelled texts that are not refused; recursive over their structure.
+
+    finished: a number has to be worked out. It need not be in a step, as in `2 + 11 = 13`."""
+    # First, as most answers are written numbers: these are compared some hundred times faster.
+    if (same := _compare_numbers(expected, answer, finished=finished)) is not None:
+        return same
+    for rule in RULES:
+        if (same := rule(expected, answer)) is not None:
+            return same
+    if finished and is_unfinished(expected, answer):
+        return False
+    return same_expression(expected, answer)
+
+
+def _same_labelled(expected: tuple[str, str], answer: str) -> Result:
+    """Compare with a choice and its text, `(C) 12`: the answer may be its letter, text or both."""
+    choice = math_text.read_choice(answer)
+    if choice is None:
+        return compare(expected[1], answer)
+    if choice[0] != expected[0]:
+        return False, ""
+    return compare(expected[1], choice[1]) if choice[1] else (True, "")
+
+
+def _compare_numbers(expected: str, answer: str, *, finished: bool = True) -> bool | None:
+    """Compare two written numbers exactly; None where one of the texts is not a written number."""
+    left = read_number(expected)
+    right = read_number(answer) if left is not None else None
+    if left is None or right is None:
+        return None
+    if finished and is_division(expected, answer):
+        return False
+    return same_number(left, right)
+
+
+def _compare_congruences(expected: str, answer: str) -> bool | None:
+    return same_congruence(expected, answer, equivalent)
+
+
+def _compare_alternatives(expected: str, answer: str) -> bool | None:
+    r"""Return True for one value written in several ways, `0.5 or 1/2`, else None."""
+    parts = [part for part, _ in split(answer, SEPARATORS) if part]
+    if len(parts) < 2 or len(split(expected, SEPARATORS)) > 1 or len(parts) > MAX_MEMBERS:
+        return None
+    return True if all(equivalent(expected, part) for part in parts) else None
+
+
+def _compare_exclusions(expected: str, answer: str) -> bool | None:
+    r"""Compare `x \neq 1, 2` with another text like it, or with the set of all other numbers; None
+    where neither text excludes values."""
+    left, right = excluded(expected), excluded(answer)
+    if left is None or right is None:
+        if left is right or not SET_WORDS.search(expected if left is None else answer):
+            return None
+        values = [read_expression(value) for value in (left or right or ("", []))[1]]
+        if not all(isinstance(value, sympy.Expr) for value in values):
+            return False
+        others = sympy.Complement(sympy.S.Reals, sympy.FiniteSet(*values))
+        return _same_set(read_set(expected if left is None else answer), others)
+    return left[0] == right[0] and match_all(left[1], right[1], equivalent)
+
+
+def _compare_relations(expected: str, answer: str) -> bool | None:
+    """Compare equations, inequalities and memberships; None where neither text is one."""
+    # Each of `x = 1, x = 2` is compared as a member of a list.
+    if len(split(expected, SEPARATORS)) > 1 or len(split(answer, SEPARATORS)) > 1:
+        return None
+    truth_chain, answer_chain = read_chain(expected), read_chain(answer)
+    if answer_chain is not None and APPROX in answer_chain.relations:
+        return _answer_is_approximated(expected, answer_chain)
+    if truth_chain is not None and APPROX in truth_chain.relations:
+        sides = truth_chain.sides
+        return equivalent(sides[-1], answer) if is_name(sides[0]) else None
+    if truth_chain is None:
+        return None if answer_chain is None else _answer_is_relation(expected, answer_chain)
+    if answer_chain is None:
+        return _truth_is_relation(truth_chain, answer)
+    return _both_are_relations(truth_chain, answer_chain)
+
+
+def _truth_is_relation(truth: Chain, answer: str) -> bool:
+    """Compare where the answer leaves the name out: 3 for x = 3, (1, 2) for 1 < x < 2."""
+    if set(truth.relations) <= {EQUAL, MEMBER}:
+        names = [is_name(side) for side in truth.sides]
+        if all(names[:-1]):
+            return equivalent(truth.sides[-1], answer)
+        return len(names) == 2 and names[1] and not names[0] and equivalent(truth.sides[0], answer)
+    return _same_set(_truth_set(truth), read_expression(answer))
+
+
+def _answer_is_relation(expected: str, answer: Chain) -> bool:
+    """Each side of the answer must be a name or equal the truth: x = 3 for 3."""
+    if set(answer.relations) <= {EQUAL, MEMBER}:
+        value = answer.sides[-1]
+        if is_asked_quantity(value) and not is_name(answer.sides[0]) and len(answer.sides) == 2:
+            return equivalent(expected, answer.sides[0])
+        others = [side for side in answer.sides[:-1] if not is_asked_quantity(side)]
+        steps = all(equivalent(expected, side, finished=False) for side in others)
+        return steps and equivalent(expected, value)
+    solution = solution_set(answer)
+    return solution is not None and _same_set(read_expression(expected), solution)
+
+
+def _both_are_relations(truth: Chain, answer: Chain) -> bool:
+    if set(truth.relations) | set(answer.relations) <= {EQUAL, MEMBER}:
+        truth, answer = _name_first(truth), _name_first(answer)
+        names = truth.sides[0], answer.sides[0]
+        if all(map(is_name, names)) and squeeze(names[0]) == squeeze(names[1]):
+            others = [side for side in answer.sides[1:] if not is_name(side)]
+            if not others or not equivalent(truth.sides[-1], others[-1]):
+                return False
+            return all(equivalent(truth.sides[-1], s, finished=False) for s in others[:-1])
+    if MEMBER in truth.relations or MEMBER in answer.relations:
+        member, other = (truth, answer) if MEMBER in truth.relations else (answer, truth)
+        if MEMBER in other.relations or squeeze(member.sides[0]) not in squeeze(str(other.sides)):
+            return False
+        solution = solution_set(other) if other is answer else _truth_set(other)
+        return _same_set(read_expression(member.sides[-1]), solution)
+    return same_relation(truth, answer)
+
+
+def _answer_is_approximated(expected: str, answer: Chain) -> bool:
+    r"""`x = 2/3 \approx 0.67`: the exact side counts, and the numbers must be near it."""
+    cut = answer.relations.index(APPROX)
+    if is_asked_quantity(answer.sides[cut]) and cut == 0:
+        exact, near = answer.sides[1], answer.sides[2:]
+    else:
+        exact, near = answer.sides[cut], answer.sides[cut + 1 :]
+    if any(relation not in (EQUAL, APPROX) for relation in answer.relations):
+        return False
+    before = [side for side in answer.sides[:cut] if not is_asked_quantity(side)]
+    if not all(equivalent(expected, side) for side in (exact, *before)):
+        return False
+    value = constant(exact)
+    if not value:
+        return False
+    for number in map(read_number, near):
+        if number is None:
+            return False
+        ratio = number.value.numerator / value / number.value.denominator
+        if not abs(ratio - 1) <= APPROXIMATION:
+            return False
+    return True
+
+
+def _compare_units(expected: str, answer: str) -> bool | None:
+    """Compare values with units; None where neither text has a unit."""
+    (left, left_unit), (right, right_unit) = split_unit(expected), split_unit(answer)
+    if left_unit is None and right_unit is None:
+        return None
+    # A missing unit agrees with any, but a share is no length: `5%` is not `5 cm`.
+    if PERCENT.search(expected if left_unit is None else answer):
+        return False
+    if (radians := _in_radians(left, left_unit, right, right_unit)) is not None:
+        return equivalent(*radians)
+    return same_unit(left_unit, right_unit) and equivalent(left, right)
+
+
+def _in_radians(
+    left: str, left_unit: str | None, right: str, right_unit: str | None
+) -> tuple[str, str] | None:
+    r"""Return both angles in radians where one is in degrees and the other a multiple of \pi."""
+    if left_unit == "°" and right_unit in (None, "rad") and r"\pi" in right:
+        left = rf"\frac{{({left})\pi}}{{180}}"
+    elif right_unit == "°" and left_unit in (None, "rad") and r"\pi" in left:
+        right = rf"\frac{{({right})\pi}}{{180}}"
+    else:
+        return None
+    return left, right
+
+
+def _compare_matrices(expected: str, answer: str) -> bool | None:
+    """Compare shape and cells; None where neither text is a matrix."""
+    left, right = read_matrix(expected), read_matrix(answer)
+    if left is None or right is None:
+        if left is right:
+            return None
+        column, other = (left, answer) if right is None else (right, expected)
+        vector = read_structure(other)
+        if vector is None or vector.brackets != "()" or {len(row) for row in column or ()} != {1}:
+            return False
+        left, right = column or [], [[member] for member in vector.members]
+    if [len(row) for row in left] != [len(row) for row in right]:
+        return False
+    cells = zip(sum(left, []), sum(right, []), strict=True)
+    return all(equivalent(*pair) for pair in cells)
+
+
+def _compare_conditions(expected: str, answer: str) -> bool | None:
+    """Compare several conditions, `x > 2 and x < 3`, with one text for their set, `2 < x < 3`; None
+    where neither or both of the texts are several conditions, and where one is no set."""
+    parts = [split(text, SEPARATORS) for text in (expected, answer)]
+    several = max(parts, key=len)
+    if min(map(len, parts)) > 1 or len(several) == 1 or read_chain(several[0][0]) is None:
+        return None
+    sets = read_set(expected), read_set(answer)
+    if not all(isinstance(one, sympy.Set) for one in sets):
+        return None
+    return len({relation_name(expected), relation_name(answer), ""}) < 3 and _same_set(*sets)
+
+
+def _compare_lists(expected: str, answer: str) -> bool | None:
+    """Compare lists, sets, tuples and intervals; None where neither text is one.
+
+    Sets and bare lists have no order, tuples and intervals have one."""
+    truth_list, answer_list = read_list(expected), read_list(answer)
+    if truth_list is None and answer_list is None:
+        return None
+    # Not by members: `(0, 1) \cup (1, 2)` may be written in another order (`_compare_sets`).
+    has_sets = any(map(SET_WORDS.search, (expected, answer)))
+    if has_sets and not any(map(lists_relations, (expected, answer))):
+        return None
+    # `x > 1 and x < 2` and `x > 1 or x < 2` have the same members, and are different sets.
+    if INEQUALITY.search(expected) and INEQUALITY.search(answer):
+        words = [{word for _, word in split(text, SEPARATORS)} for text in (expected, answer)]
+        if "and" in words[0] ^ words[1] and "or" in words[0] ^ words[1]:
+            return False
+    truth_list = truth_list or Structure("", (expected,))
+    answer_list = answer_list or Structure("", (answer,))
+    answer_list = with_parameter_of(truth_list, answer_list)
+    left, right, has_order = paired_members(truth_list, answer_list)
+    pairs = {truth_list.brackets, answer_list.brackets}
+    has_order |= not pairs <= {"", *SETS} or WITH_THOUSANDS.fullmatch(expected) is not None
+    if not has_order:
+        left, right = without_repeats((truth_list, answer_list), left, right)
+    if len(left) != len(right) or len(left) > MAX_MEMBERS:
+        return False
+    if not has_order:
+        return match_all(left, right, equivalent)
+    # A list may leave out the brackets of a tuple, not those of an interval.
+    if len(pairs) > 1 and pairs != {"", "()"}:
+        return False
+    return all(equivalent(one, other) for one, other in zip(left, right, strict=True))
+
+
+def _compare_sets(expected: str, answer: str) -> bool | None:
+    """Compare unions, complements and named sets; None where neither text has one."""
+    if not SET_WORDS.search(expected) and not SET_WORDS.search(answer):
+        return None
+    return same_operands(expected, answer) or _same_set(read_set(expected), read_set(answer))
+
+
+def _same_set(left: sympy.Basic | None, right: sympy.Basic | None) -> bool:
+    if not isinstance(left, sympy.Set) or not isinstance(right, sympy.Set):
+        return False
+    # verify finds an interval equal to the set of its two ends.
+    if isinstance(left, sympy.FiniteSet) != isinstance(right, sympy.FiniteSet):
+        return False
+    return verify(left, right, timeout_seconds=None)
+
+
+def _truth_set(chain: Chain) -> sympy.Set | None:
+    """Return the solutions of a truth that is an inequality of one unknown, solved or not."""
+    if (solution := solution_set(chain)) is not None:
+        return solution
+    pairs = zip(chain.sides, (*chain.relations, ""), strict=True)
+    inequality = read_expression(" ".join(f"{side} {relation}" for side, relation in pairs))
+    if inequality is None:
+        return None
+    try:
+        return inequality.as_set() if len(inequality.free_symbols) == 1 else None
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        return None
+
+
+def _name_first(chain: Chain) -> Chain:
+    if chain.relations != (EQUAL,) or is_name(chain.sides[0]) or not is_name(chain.sides[1]):
+        return chain
+    return Chain(chain.sides[::-1], chain.relations)
+
+
+# In this order: `0.5 or 1/2` would be a list of two members, where one value is expected.
+RULES = (
+    _compare_congruences,
+    _compare_alternatives,
+    _compare_exclusions,
+    _compare_relations,
+    _compare_units,
+    _compare_matrices,
+    _compare_conditions,
+    _compare_lists,
+    _compare_sets,
+)

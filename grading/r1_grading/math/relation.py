@@ -1,0 +1,359 @@
+r"""Equations, inequalities and memberships: their sides, their solutions, and when two agree.
+
+A response may name its answer (`x = 3`), and so may a truth. It must not restate the question:
+`2x = 6` is no answer where `x = 3` is expected, although each follows from the other. Here are also
+sets by their condition (`\{x \mid x > 2\}`), excluded values (`x \neq 1, 2`), congruences
+(`x \equiv 5 \pmod{7}`), and the names that the members of a list may have."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import regex as re  # not Python's: see rewards.py
+import sympy
+
+from r1_grading.math.number import SEPARATORS, Structure, match_all, read_structure, split
+from r1_grading.math.symbolic import read_expression, same_value
+from r1_grading.reading.beside import DENIAL
+
+EQUAL, APPROX, MEMBER = "=", r"\approx", r"\in"
+INEQUALITIES = {"<": (-1, True), r"\leq": (-1, False), ">": (1, True), r"\geq": (1, False)}
+RELATIONS = frozenset(
+    (EQUAL, APPROX, MEMBER, r"\neq", r"\ne", r"\equiv", r"\sim", r"\simeq", *INEQUALITIES)
+)
+SET_WORDS = re.compile(r"\\(?:cup|cap|setminus|mathbb|emptyset|varnothing|backslash)(?![A-Za-z])")
+# Possessive (++): otherwise each command would match in several ways, 2^n for n commands.
+LETTER = (
+    r"(?:[A-Za-z]|\\(?!frac|sqrt|int|sum|pm|mp|[lr]floor|[lr]ceil|pi(?![a-z])|infty)[A-Za-z]++)"
+)
+SUBSCRIPT = r"(?:\s*_\s*(?:\{[^{}]*\}|\w))?'*"
+ARGUMENTS = r"(?:\s*(?:\([^()=<>]{1,20}\)|\[[^][=<>]{1,20}\]))?"
+ITEM = rf"{LETTER}{SUBSCRIPT}{ARGUMENTS}"
+WORD = rf"{ITEM}(?:\s*{ITEM}){{0,3}}"
+NAME = re.compile(
+    rf"\|?\s*{WORD}\s*\|?(?:\s*[:/]\s*{WORD})?"
+    rf"|\({ITEM}(?:\s*,\s*{ITEM})+\)"
+    rf"|\\frac\s*\{{\s*{WORD}\s*\}}\s*\{{\s*{WORD}\s*\}}"
+    r"|\\text\{[A-Za-z .'-]*\}|\\overline\{\w+\}|\\angle\s*\w+"
+)
+VECTOR = re.compile(
+    r"\\(?:vec|overrightarrow|hat|bar|tilde|widehat)(?![A-Za-z])\s*(?:\{\s*(\w{1,3})\s*\}|([A-Za-z]))"
+)
+"""A letter, or two points, with an arrow or another sign above."""
+SUM_OF_NAMES = re.compile(rf"{ITEM}(?:\s*+(?:(?:[-+:/]|\\cdot(?![A-Za-z]))\s*+)?{ITEM}){{0,12}}")
+# `when x = 13` states a condition, and no answer.
+CONDITION = re.compile(r"\s*(?:\\text\s*\{\s*)?(?:for|when|where|since|because|while|given)\b")
+# |x| = 13 leaves the sign of x open, so |x| is no name; |AB| and |A| are lengths and sizes.
+MAGNITUDE = re.compile(r"\|\s*[a-z]\s*(?:_[^|]*)?\|")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A chain `a = b < c`: its sides ("a", "b", "c") and the relations ("=", "<") between them."""
+
+    sides: tuple[str, ...]
+    relations: tuple[str, ...]
+
+
+def read_chain(text: str) -> Chain | None:
+    """Read the relations of `text` outside all brackets; None where there are none."""
+    parts = split(text, RELATIONS)
+    if len(parts) == 1 or any(not side for side, _ in parts):
+        return None
+    return Chain(tuple(side for side, _ in parts), tuple(relation for _, relation in parts[:-1]))
+
+
+def is_name(text: str) -> bool:
+    r"""Whether `text` is a name: `x`, `x_1`, `f(x)`, `|AB|`, `(a, b)`, `\vec{v}`."""
+    text = VECTOR.sub(lambda match: match[1] or match[2], text)
+    return NAME.fullmatch(text.strip()) is not None and not _opens_clause(text)
+
+
+def is_asked_quantity(text: str) -> bool:
+    """Whether `text` is a name, or names combined as in questions: `m + n`, `a : b`; not `|x|`."""
+    if MAGNITUDE.fullmatch(text.strip()) or _opens_clause(text):
+        return False
+    return is_name(text) or SUM_OF_NAMES.fullmatch(text.strip()) is not None
+
+
+def _opens_clause(text: str) -> bool:
+    """Whether words in `text` are no part of a name: `not x`, `when x`."""
+    return DENIAL.search(text) is not None or CONDITION.match(text) is not None
+
+
+def squeeze(text: str) -> str:
+    """Return `text` without spaces and braces, to compare names: `x_{1}` and `x_1`."""
+    return re.sub(r"[\s{}]", "", text)
+
+
+def same_relation(expected: Chain, answer: Chain) -> bool:
+    """Whether two equations, or two inequalities, constrain the same symbols in the same way.
+
+    Each constraint is written as d > 0, d >= 0 or d = 0; two agree when one d is a constant times
+    the other, positive for inequalities. No equation is solved."""
+    if _is_solved(expected) and not _is_solved(answer):
+        return False
+    left, right = _constraints(expected), _constraints(answer)
+    return left is not None and right is not None and match_all(left, right, _same_constraint)
+
+
+def solution_set(chain: Chain) -> sympy.Set | None:
+    """Return the interval of a solved inequality such as `1 < x <= 2`; None for any other."""
+    if not _is_solved(chain):
+        return None
+    sides = ["x" if is_name(side) and "|" not in side else side for side in chain.sides]
+    constraints = _constraints(Chain(tuple(sides), chain.relations))
+    if constraints is None:
+        return None
+    solution: sympy.Set = sympy.S.Reals
+    for kind, difference in constraints:
+        if len(difference.free_symbols) != 1 or kind not in ("<", "<="):
+            return None
+        (symbol,) = difference.free_symbols
+        slope = sympy.diff(difference, symbol)
+        if not slope.is_number or slope.is_zero:
+            return None  # |x| < 1 is no interval from the absolute value alone
+        bound = sympy.simplify(-difference.subs(symbol, 0) / slope)
+        open_end = kind == "<"
+        part = (
+            sympy.Interval(bound, sympy.oo, left_open=open_end)
+            if slope.is_positive
+            else sympy.Interval(-sympy.oo, bound, right_open=open_end)
+        )
+        solution = solution.intersect(part)
+    return solution
+
+
+def read_set(text: str) -> sympy.Basic | None:
+    r"""Read a set: `[1, 2)`, `1 <= x < 2`, `x < 0 or x > 1`, `x > 1 and x < 2`; None for a list of
+    relations, for relations of several names, and where one of them is no set."""
+    parts = split(text, SEPARATORS)
+    chains = [chain for part, _ in parts if (chain := read_chain(part)) is not None]
+    if not chains:
+        return read_expression(text)
+    joints = {joint for _, joint in parts[:-1]}
+    if (
+        len(chains) < len(parts)
+        or joints not in (set(), {"or"}, {"and"})
+        or relation_name(text) is None
+    ):
+        return None
+    sets = [_chain_set(chain) for chain in chains]
+    if len(sets) == 1:
+        return sets[0]
+    if not all(isinstance(one, sympy.Set) for one in sets):
+        return None
+    return (sympy.Union if joints == {"or"} else sympy.Intersection)(*sets)
+
+
+def relation_name(text: str) -> str | None:
+    """Return the one name that the relations of `text` are about, "" without a relation or a name;
+    None for several."""
+    chains = [read_chain(part) for part, _ in split(text, SEPARATORS)]
+    sides = (side for chain in chains if chain is not None for side in chain.sides)
+    found = {squeeze(side) for side in sides if is_name(side)}
+    return None if len(found) > 1 else "".join(found)
+
+
+def same_operands(left: str, right: str) -> bool:
+    r"""Whether both are one union, or one intersection, of the same names: `A \cup B`, in any
+    order."""
+    for operator in (r"\cup", r"\cap"):
+        one = [squeeze(part) for part, _ in split(left, frozenset((operator,)))]
+        other = [squeeze(part) for part, _ in split(right, frozenset((operator,)))]
+        if min(len(one), len(other)) > 1 and all(map(is_name, one)):
+            return sorted(one) == sorted(other)
+    return False
+
+
+def _chain_set(chain: Chain) -> sympy.Basic | None:
+    r"""Return the interval of a solved inequality, and the set on the right of `x \in`."""
+    if MEMBER not in chain.relations:
+        return solution_set(chain)
+    if len(chain.sides) == 2 and is_name(chain.sides[0]):
+        return read_expression(chain.sides[1])
+    return None
+
+
+def _is_solved(chain: Chain) -> bool:
+    """Whether one side is a name and all others are constants."""
+    names = [side for side in chain.sides if is_name(side)]
+    others = [side for side in chain.sides if not is_name(side)]
+    return len(names) == 1 and not any(_has_symbols(side) for side in others)
+
+
+def _has_symbols(text: str) -> bool:
+    expression = read_expression(text)
+    return expression is None or bool(getattr(expression, "free_symbols", True))
+
+
+def _constraints(chain: Chain) -> list[tuple[str, sympy.Expr]] | None:
+    """Return (kind, difference of two sides) for each relation; None for an unsupported one."""
+    sides: list[Any] = [read_expression(side) for side in chain.sides]
+    if not all(isinstance(side, sympy.Expr) for side in sides):
+        return None
+    constraints: list[tuple[str, sympy.Expr]] = []
+    for left, right, relation in zip(sides, sides[1:], chain.relations, strict=False):
+        if relation in INEQUALITIES:
+            direction, strict = INEQUALITIES[relation]
+            if right in (sympy.oo, -sympy.oo) or left in (sympy.oo, -sympy.oo):
+                continue  # x < oo is no constraint
+            constraints.append(("<" if strict else "<=", direction * (left - right)))
+        elif relation in (EQUAL, r"\neq", r"\ne"):
+            constraints.append(("=" if relation == EQUAL else "!=", left - right))
+        else:
+            return None
+    return constraints
+
+
+def _same_constraint(left: tuple[str, sympy.Expr], right: tuple[str, sympy.Expr]) -> bool:
+    (kind, difference), (other_kind, other) = left, right
+    if kind != other_kind or difference.free_symbols != other.free_symbols:
+        return False
+    if not difference.free_symbols:
+        return False
+    # The ratio at one point has to hold everywhere.
+    symbols = sorted(other.free_symbols, key=lambda symbol: symbol.name)
+    point = {s: sympy.Rational(7 + 3 * k, 11) for k, s in enumerate(symbols)}
+    bottom = other.subs(point)
+    if bottom.is_zero or not bottom.is_finite:
+        return False
+    ratio = sympy.nsimplify(difference.subs(point) / bottom, rational=None)
+    if not ratio.is_real or ratio.is_zero or (kind in ("<", "<=") and not ratio.is_positive):
+        return False
+    return same_value(difference, ratio * other, seed="ratio")
+
+
+SET_BUILDER = re.compile(
+    r"\\\{\s*(?P<name>[a-z])\s*(?P<real>\\in\s*\\mathbb\s*\{R\}\s*)?(?:\\mid|\||:)\s*"
+    r"(?:(?P=name)\s*\\in\s*\\mathbb\s*\{R\}\s*,\s*)?(?P<condition>.*)\\\}"
+)
+SUCH_THAT = re.compile(r"(?<=\\\{)([^{}|:\\]*)(?::|\|)(?=.*\\\}$)")
+
+
+def condition(text: str) -> str:
+    r"""Return the condition of a set of numbers, x > 2 of `\{x \mid x > 2\}`; else `text`."""
+    match = SET_BUILDER.fullmatch(text)
+    return SUCH_THAT.sub(r"\1\\mid", text) if match is None else match["condition"].strip()
+
+
+def excluded(text: str) -> tuple[str, list[str]] | None:
+    r"""Return the name and the values of `x \neq 1, 2` and `x \neq 1, x \neq 2`."""
+    chains = [part.partition(r"\neq") for part, _ in split(text, SEPARATORS) if part]
+    names = {squeeze(name) for name, unequal, _ in chains if unequal}
+    if len(names) != 1 or not chains[0][1] or not is_name(chains[0][0]):
+        return None
+    if any(read_chain(name) is not None for name, unequal, _ in chains if not unequal):
+        return None  # `x \neq 1, x > 0`
+    values = [value.strip() if unequal else name for name, unequal, value in chains]
+    listed = read_structure(", ".join(values))  # reads \pm, too
+    return names.pop(), list(listed.members) if listed else values
+
+
+SIDE = r"(?:(?!\\equiv|\\pmod|[=,;]).)*"
+CONGRUENCE = re.compile(
+    rf"(?:(?P<name>{SIDE})(?:\\equiv(?![A-Za-z])|=))?"
+    rf"(?P<residue>(?:(?!\\equiv|\\pmod|=).)+)\\pmod\{{(?P<modulus>[^{{}}]+)\}}"
+)
+
+
+def same_congruence(expected: str, answer: str, same: Callable[[str, str], bool]) -> bool | None:
+    """Whether both texts are congruences of one name (which either may leave out), with equal
+    residues and moduli; None where neither is a congruence. `same` compares two values."""
+    left, right = CONGRUENCE.fullmatch(expected), CONGRUENCE.fullmatch(answer)
+    if left is None or right is None:
+        return None if left is right else False
+    names = {squeeze(name) for name in (left["name"], right["name"]) if name}
+    if len(names) > 1:
+        return False
+    parts = ((left[part].strip(), right[part].strip()) for part in ("modulus", "residue"))
+    return all(same(*pair) for pair in parts)
+
+
+DOMAIN = re.compile(r"(?P<name>[A-Za-z])\s*\\in\s*\\mathbb\{[A-Z]\}")
+SYMBOL = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
+
+
+def read_list(text: str) -> Structure | None:
+    r"""Read a list, set, tuple or interval, which may follow `(x, y) = ` or `x \in `; None for any
+    other text."""
+    chain = read_chain(text) if len(split(text, SEPARATORS)) == 1 else None
+    if chain is not None and set(chain.relations) <= {EQUAL, MEMBER} and is_name(chain.sides[0]):
+        text = chain.sides[-1]
+    return read_structure(text)
+
+
+def paired_members(truth: Structure, answer: Structure) -> tuple[list[str], list[str], bool]:
+    """Return the members of both, and whether names give them an order.
+
+    Names are removed if only one of the two has names, and if all names are the same, as in
+    `x = 3 or x = -1`."""
+    (names, left), (other_names, right) = _values(truth), _values(answer)
+    if names and other_names and (len(set(names)) > 1 or set(names) != set(other_names)):
+        return list(truth.members), list(answer.members), False
+    return left, right, max(len(set(names)), len(set(other_names))) > 1
+
+
+def _values(side: Structure) -> tuple[tuple[str, ...], list[str]]:
+    """Return the members' names (none unless all, or only the first, have one) and their values."""
+    names: list[str] = []
+    values: list[str] = []
+    for member in side.members:
+        chain = read_chain(member)
+        if chain is not None and chain.relations == (EQUAL,) and is_name(chain.sides[0]):
+            names.append(squeeze(chain.sides[0]))
+            values.append(chain.sides[1])
+        else:
+            values.append(member)
+    if names and len(names) < len(values) and len(names) > 1:
+        return (), list(side.members)
+    return (tuple(names) if len(names) == len(values) else ()), values
+
+
+def lists_relations(text: str) -> bool:
+    r"""Whether `text` is a list with commas that has a relation: `x = k\pi, k \in \mathbb{Z}`."""
+    parts = split(text, SEPARATORS)
+    if all(joint not in (",", ";") for _, joint in parts):
+        return False
+    return any(read_chain(part) is not None for part, _ in parts)
+
+
+def with_parameter_of(truth: Structure, answer: Structure) -> Structure:
+    r"""Return `answer` with its parameter named as in `truth`: with k where the truth is
+    `x = k\pi, k \in \mathbb{Z}` and the answer `x = n\pi, n \in \mathbb{Z}`."""
+    name, other = _parameter(truth), _parameter(answer)
+    tokens = {token for member in answer.members for token in SYMBOL.findall(member)}
+    if name is None or other is None or name in tokens:
+        return answer
+    rename = {other: name}
+    members = (SYMBOL.sub(lambda t: rename.get(t[0], t[0]), member) for member in answer.members)
+    return Structure(answer.brackets, tuple(members))
+
+
+def _parameter(side: Structure) -> str | None:
+    """Return the name whose domain one member gives and whose value none gives, or None."""
+    domains = [match["name"] for member in side.members if (match := DOMAIN.match(member))]
+    chains = [chain for member in side.members if (chain := read_chain(member)) is not None]
+    given = {squeeze(chain.sides[0]) for chain in chains if EQUAL in chain.relations}
+    if len(domains) != 1 or domains[0] in given:
+        return None
+    values = [member for member in side.members if read_chain(member) is None]
+    is_used = any(domains[0] in SYMBOL.findall(value) for value in values)
+    return domains[0] if given or is_used else None
+
+
+def without_repeats(sides: tuple[Structure, Structure], *members: list[str]) -> list[list[str]]:
+    """Return the members of both sides without order, each once unless it matters how often they
+    are written: in lists of numbers that both repeat some. `3, 5, 5` is not `3, 3, 5`, but roots
+    may be listed with or without their multiplicities."""
+    once = [list({squeeze(one): one for one in side}.values()) for side in members]
+    both_repeat = all(len(few) < len(all_) for few, all_ in zip(once, members, strict=True))
+    if both_repeat and not any(map(_is_set_of_values, sides)):
+        return list(members)
+    return once
+
+
+def _is_set_of_values(side: Structure) -> bool:
+    """Whether it is a set, or a list of points, as the solutions of a system are."""
+    is_list_of_points = not side.brackets and all(one.startswith("(") for one in side.members)
+    return side.is_set or is_list_of_points

@@ -1,0 +1,271 @@
+"""Units, English and Chinese, and amounts in words, written as numbers.
+
+A unit is text after (or, for money, before) a value that does not change it. One that only one side
+has is ignored; two different units are two different answers, without conversion. Words that scale
+a value (`million`, `dozen`) or join values (`or`) are no units.
+
+Amounts are `1.5 million`, `18 dollars and 50 cents`, `1 out of 4`. Only a text that is such an
+amount as a whole is rewritten, truth and answer alike, so that each has one meaning: 5 million is
+5,000,000 and never 5."""
+
+import re
+
+from r1_grading.reading.beside import CENTS, DENIAL, DENYING, NUMBER, SCALE, scaled
+
+# Spellings of one unit, the canonical one first.
+_KNOWN = """
+    m meter metre | cm centimeter centimetre | mm millimeter millimetre | km kilometer kilometre |
+    in inch inche | ft foot feet | yd yard | mi mile | g gram gramme | kg kilogram | mg milligram |
+    lb pound | l L liter litre | ml mL milliliter millilitre | s sec second | min minute |
+    h hr hour | ° deg degree | rad radian | mph | km/h | kmh | m/s | rpm | Hz | kHz | MHz | J | kJ |
+    N | W | kW | V | A | K | Pa | kPa | mol | eV | $ dollar USD US$ | € euro EUR | £ GBP | ¢ cent |
+    ¥ yuan | yen | ₹ | rupee
+"""
+KNOWN = {word: words[0] for words in map(str.split, _KNOWN.split("|")) for word in words}
+# Words that change the value, or name another one: `13 million`, `13 or less`, `13 squared`.
+_NO_UNITS = """
+    hundred thousand million billion trillion lakh crore dozen score half halves third quarter
+    fourth fifth sixth tenth hundredth millionth billionth trillionth doubled tripled halved
+    quadruple gross doz kilo mega giga milli micro nano ppm ppb bps basis mille permille reciprocal
+    inverse debt loss off never th thousandth double triple twice time pair couple percent pct or
+    and not maybe perhaps possibly about approximately around approx roughly nearly almost ish
+    versus vs unless least most than over under above below up plus minus squared cubed factorial
+    mod modulo base binary to but either any all none no is are if else zero one two three four five
+    six seven eight nine ten eleven twelve pi e i inf infinity sqrt sin cos tan ln log exp divided
+    multiplied power root mil bil tril mio mrd
+"""
+NO_UNITS = frozenset((*_NO_UNITS.split(), "square root"))
+# No units either where they end the text: words that deny the value, bounds, `grand`.
+# Before a noun they describe what is counted: `13 invalid votes`, `13 different ways`.
+_NOT_COUNTED = """
+    invalid excluded denied rejected refuted out dismissed discarded disproved unlikely doubtful
+    possible dubious impossible inaccurate imprecise unsure uncertain unverified nope nah max
+    maximum minimum tops grand
+"""
+NOT_COUNTED = NO_UNITS.union(_NOT_COUNTED.split(), DENYING.split())
+
+HAN_UNITS = {
+    **{"米": "m", "厘米": "cm", "毫米": "mm", "千米": "km", "公里": "km", "分米": "dm"},
+    **{"克": "g", "千克": "kg", "公斤": "kg", "毫克": "mg", "吨": "ton"},
+    **{"升": "l", "毫升": "ml", "秒": "s", "秒钟": "s", "分钟": "min", "小时": "h"},
+    **{"度": "degree", "元": "yuan", "块": "yuan", "块钱": "yuan", "人民币": "yuan"},
+    **{"美元": "dollar", "欧元": "euro", "英镑": "GBP", "日元": "yen"},
+    **{"天": "day", "周": "week", "年": "year"},
+}
+HAN_POWERS = {"平方": "2", "立方": "3"}
+# Measure words only count, as in 13 个, which is 13.
+MEASURE_WORDS = frozenset("个只条张本件位名人次颗粒棵头辆台支枝块片根份种间座架艘匹")
+# Characters that change the value (`13万`, `13多`) or name another one (`13或`).
+CHANGES_VALUE = re.compile(
+    "[〇零一二两三四五六七八九十百千万亿兆半倍成折多余来几或和与及且以上下左右不非无点之负正约"
+    "大小除乘加减方对双打组错否若如是到至等另]|分之|可能"
+)
+HAN = r"[\u4e00-\u9fff]"
+HAN_UNIT = re.compile(
+    rf"(?P<value>\$?\s*(?:[-+]?\s*[¥￥]?\s*\d[\d.,/ ]*|[-+]?\\d?frac\{{\d+\}}\{{\d+\}})\s*\$?)\s*"
+    rf"(?:\\text\s*\{{\s*)?(?P<unit>{HAN}{{1,6}})\s*\}}?"
+)
+POWER = r"(?:\s*\^\s*\{\s*[23]\s*\})?"
+WORDS = r"[A-Za-z]+(?:\.)?(?:[ /-]+[A-Za-z]+){0,3}"
+TEXT_UNIT = re.compile(
+    rf"(?P<value>.*?)\s*\\text\s*\{{\s*(?P<unit>{WORDS}|[€£¥₹¢])\s*(?:\^\s*\{{?([23])\}}?)?\s*\}}(?P<power>{POWER})"
+)
+PLAIN_UNIT = re.compile(rf"(?P<value>.*?[\d)}}])(?P<space>\s*)(?P<unit>{WORDS})(?P<power>{POWER})")
+SYMBOL_UNIT = re.compile(r"(?P<value>.*?)\s*(?P<unit>°\s*[CFK]?|\\?\$|[€£¥₹¢])")
+MONEY_FIRST = re.compile(
+    r"(?P<sign>-?)\s*(?P<unit>(?:US)?\\?\$|[€£¥₹]|USD|EUR|GBP)\s*(?P<value>[\d.].*)"
+)
+SCALED = re.compile(
+    r"(?P<number>[\d.,]*\d)\s*(?:\\text\s*\{\s*)?(?P<scale>[kKmMbBtT][mMnN]?)\s*\}?"
+)
+r"""An amount in thousands, millions or billions, the `13 K` of `\$13 K`."""
+ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+DEGREES = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc))(?![A-Za-z])\s*[({]?\s*(\d{1,4})\s*°\s*[)}]?")
+PLAIN_VALUE = re.compile(r"[-+]?\s*[\d.,/ ]*\d\.?|[-+]?\s*(?:\d+\s*)?\\frac\{\d+\}\{\d+\}")
+
+
+def split_han_unit(text: str) -> tuple[str, str | None]:
+    r"""Split a number from its Chinese unit or measure word: `13元`, `13 个`, `$13$ 厘米`.
+
+    A known unit stays in the text as LaTeX, `5 厘米` as `5 \text{ cm}`, and is returned as None.
+    Other short Han words are returned as the unit; measure words are dropped. Any other text is
+    returned unchanged, with None."""
+    match = HAN_UNIT.fullmatch(text) if len(text) <= 200 else None
+    if match is None:
+        return text, None
+    value, unit = match["value"].replace("$", "").strip(), match["unit"]
+    if unit in MEASURE_WORDS and unit not in HAN_UNITS:
+        return value, None
+    power = HAN_POWERS.get(unit[:2], "") if unit[2:] in HAN_UNITS else ""
+    if (known := HAN_UNITS.get(unit[2:] if power else unit)) is not None:
+        return rf"{value} \text{{ {known}}}" + (f"^{power}" if power else ""), None
+    if CHANGES_VALUE.search(unit) or len(unit) > 4:
+        return text, None
+    return value, unit
+
+
+def split_unit(text: str) -> tuple[str, str | None]:
+    """Split a spelled answer into its value and its canonical unit (None if it has none)."""
+    if (match := MONEY_FIRST.fullmatch(text)) is not None:
+        value = match["value"]
+        if (scaled := SCALED.fullmatch(value)) is not None:  # 13 K, and not 13 kelvin
+            value = rf"{scaled['number']} \cdot {scaled['scale']}"
+        return match["sign"] + value, _canonical(match["unit"].replace("\\", ""))
+    match = SYMBOL_UNIT.fullmatch(text)
+    if match is not None and match["value"] and not ANGLE_FUNCTION.search(match["value"]):
+        return match["value"], _canonical(re.sub(r"[\\\s]", "", match["unit"]))
+    if (match := TEXT_UNIT.fullmatch(text)) is not None and match["value"]:
+        unit = _unit(match["unit"], (match["power"] or "") + (match[3] or ""))
+        if unit is not None:
+            return match["value"], unit
+    match = PLAIN_UNIT.fullmatch(text)
+    if match is not None and PLAIN_VALUE.fullmatch(match["value"]):
+        unit = _unit(match["unit"], match["power"])
+        # `5m` is five times m; `5 m` and `5cm` are lengths.
+        if unit is not None and (len(match["unit"]) > 1 or match["space"]):
+            return match["value"], unit
+    return text, None
+
+
+def in_radians(text: str) -> str:
+    r"""Return `\tan 30°` as `\tan(\frac{30\pi}{180})`, which a parser reads."""
+    return DEGREES.sub(r"\1(\\frac{\2\\pi}{180})", text)
+
+
+def same_unit(left: str | None, right: str | None) -> bool:
+    """Whether two units agree; a missing unit agrees with any."""
+    return left is None or right is None or left == right
+
+
+def is_unit(word: str) -> bool:
+    """Return whether a word is a known unit, in the singular or plural."""
+    return any(form in KNOWN for form in _forms(word))
+
+
+def _unit(words: str, power: str) -> str | None:
+    is_one = any(form in KNOWN for form in _forms(words)[:2])
+    parts = [words] if is_one else [part for part in re.split(r"[ /.-]+", words) if part]
+    if any(not NO_UNITS.isdisjoint(_forms(part)[1:]) for part in parts):
+        return None
+    if not NOT_COUNTED.isdisjoint(_forms(parts[-1])[1:]):
+        return None
+    exponent = "".join(digit for digit in power if digit.isdigit())
+    for prefix, number in (("sq", "2"), ("square", "2"), ("cu", "3"), ("cubic", "3")):
+        if parts[0].lower() == prefix and len(parts) > 1:
+            parts, exponent = parts[1:], number
+    names = [_canonical(part) for part in parts]
+    known = all(part.lower() == "per" or any(f in KNOWN for f in _forms(part)) for part in parts)
+    if not known and any(len(part) < 3 for part in parts if part.lower() not in ("of", "per")):
+        return None  # `5 ab` may be five times a times b
+    return "/".join(name for name in names if name != "per") + exponent
+
+
+def _canonical(word: str) -> str:
+    default = word.lower().removesuffix("s") if len(word) > 3 else word
+    return next((KNOWN[form] for form in _forms(word) if form in KNOWN), default)
+
+
+def _forms(word: str) -> tuple[str, str, str]:
+    if len(word) == 1:  # `13 M` is 13 million, or molar, but not 13 m
+        return word, word, word
+    return word, word.lower(), word.lower().removesuffix("s")
+
+
+MAX_CHARS = 200
+SCALED_AMOUNT = re.compile(
+    rf"(?P<sign>[-−]?\s*\\?\$?\s*)(?P<number>{NUMBER})\s*(?:\\text\s*\{{\s*)?{SCALE}\s*"
+    r"(?P<unit>[A-Za-z ]*)\}?",
+    re.IGNORECASE,
+)
+RATIO = re.compile(r"(?P<part>\d{1,9})\s+(?:out\s+of|in)\s+(?P<whole>\d{1,9})", re.IGNORECASE)
+CHANCE = re.compile(
+    r"(?:an?\s+)?(?P<value>.*?(?:%|\bpercent|\\frac\{\d+\}\{\d+\}|\d/\d+))\s+"
+    r"(?:chance|probability|likelihood)",
+    re.IGNORECASE,
+)
+EXPLAINED = re.compile(
+    r"(?P<value>[^()]*[^()\s])\s+\((?P<why>(?:since|because)\s[^()]*(?:\([^()]*\)[^()]*)*)\)",
+    re.IGNORECASE,
+)
+IN_BRACKETS = re.compile(
+    rf"(?P<value>[-−]?(?:{NUMBER}))\s+\((?P<unit>[a-z]{{2,20}}(?: [a-z]{{2,20}}){{0,2}})\)"
+)
+PARTS = {
+    **dict.fromkeys(("day", "days"), "day"),
+    **dict.fromkeys(("hour", "hours", "hr", "hrs", "h"), "hour"),
+    **dict.fromkeys(("minute", "minutes", "min", "mins"), "minute"),
+    **dict.fromkeys(("second", "seconds", "sec", "secs", "s"), "second"),
+    **dict.fromkeys(("foot", "feet", "ft", "'"), "foot"),
+    **dict.fromkeys(("inch", "inches", "in", '"'), "inch"),
+    **dict.fromkeys(("pound", "pounds", "lb", "lbs"), "pound"),
+    **dict.fromkeys(("ounce", "ounces", "oz"), "ounce"),
+}
+"""Units of amounts in two or three parts, `5 feet 6 inches`."""
+PART = rf"\d{{1,9}}\s*(?:{'|'.join(sorted(PARTS, key=len, reverse=True))})\.?"
+COMPOUND = re.compile(rf"{PART}(?:\s*(?:,|,?\s*\band\b)?\s*{PART}){{1,2}}", re.IGNORECASE)
+UNITS = """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen
+"""
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+CARDINALS = {word: n for n, word in enumerate(UNITS.split())}
+CARDINALS |= {word: 10 * n for n, word in enumerate(TENS.split(), start=2)}
+MULTIPLES = {"thousand": 1000, "million": 10**6, "billion": 10**9}
+NUMBER_WORDS = re.compile(r"[A-Za-z]+(?:[\s-]+[A-Za-z]+){0,20}")
+
+
+def written_out(text: str) -> str:
+    r"""Return an amount in words as a number, and the value of `7 (since 3 + 4 = 7)`; any other
+    text unchanged."""
+    if len(text) > MAX_CHARS or text.isdecimal():
+        return text
+    text = text.strip()
+    if (match := EXPLAINED.fullmatch(text)) and not DENIAL.search(match["why"]):
+        text = match["value"]
+    if (match := CHANCE.fullmatch(text)) is not None:
+        return match["value"]
+    if (match := CENTS.fullmatch(text)) is not None:
+        return rf"\${match['whole']}.{int(match['cents']):02}"
+    if (match := IN_BRACKETS.fullmatch(text)) is not None:
+        return f"{match['value']} {match['unit']}"
+    if COMPOUND.fullmatch(text):
+        parts = re.findall(r"(\d+)\s*([A-Za-z]+|['\"])", text)
+        return " ".join(f"{int(number)} {PARTS[unit.lower()]}" for number, unit in parts)
+    if (match := RATIO.fullmatch(text)) is not None:
+        return rf"\frac{{{match['part']}}}{{{match['whole']}}}"
+    if (match := SCALED_AMOUNT.fullmatch(text)) is not None:
+        whole = scaled(match["number"], match["scale"])
+        if whole is not None:
+            return f"{match['sign']}{whole} {match['unit']}".strip()
+    value = cardinal(text)
+    return text if value is None else str(value)
+
+
+def cardinal(text: str) -> int | None:
+    """Return the number that English words write, `two hundred and five`; None for other text."""
+    if not NUMBER_WORDS.fullmatch(text):
+        return None
+    words = re.split(r"[\s-]+", text.lower())
+    words[0] = "one" if words[0] == "a" and len(words) > 1 else words[0]
+    total = part = 0
+    last = ""
+    for at, word in enumerate(words):
+        if word == "and" and 0 < at < len(words) - 1:
+            continue
+        if word == "hundred" and 0 < part < 10:
+            part *= 100
+        elif word in MULTIPLES and part and (not total or total % (1000 * MULTIPLES[word]) == 0):
+            total, part = total + part * MULTIPLES[word], 0
+        elif word in CARDINALS and _fits(part, CARDINALS[word], last):
+            part += CARDINALS[word]
+        else:
+            return None
+        last = word
+    return total + part
+
+
+def _fits(part: int, value: int, last: str) -> bool:
+    """Return whether a number word may follow: `twenty one`, `hundred five`, but not `one two`."""
+    if value == 0:
+        return part == 0 and not last
+    return part % 100 == 0 or (last in TENS.split() and value < 10)

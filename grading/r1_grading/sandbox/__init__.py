@@ -1,0 +1,6 @@
+"""Runs programs of a model in a bubblewrap sandbox, within limits of time, memory and output."""
+
+from r1_grading.sandbox.host import SandboxUnavailable
+from r1_grading.sandbox.limits import Limits
+from r1_grading.sandbox.programs import require_sandbox
+from r1_grading.sandbox.session import PythonSession, SessionEnded

@@ -1,0 +1,143 @@
+"""Turn source text into a command that runs in the sandbox, if this machine can run one.
+
+LiveCodeBench's harness imports names such as `gcd` and `List` before a program, since its programs
+were written for sites that provide them. Here a name is imported only where a program uses it: all
+modules together would take longer than most programs."""
+
+import builtins
+import functools
+import importlib
+import platform
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from r1_grading.base.errors import Cause, shorten
+from r1_grading.sandbox import host
+from r1_grading.sandbox.limits import Budget, Limits
+from r1_grading.sandbox.run import SandboxError, run
+
+MODULES = (
+    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random"),
+    *("statistics", "itertools", "functools", "operator", "io", "sys", "json", "typing"),
+)
+"""In the harness's order: `from … import *` of each, builtins again, then `import …` of each."""
+IDENTIFIER = re.compile(r"[^\W\d]\w*")
+
+
+@functools.cache
+def exported() -> dict[str, str]:
+    """Return name → the module that provides it."""
+    found: dict[str, str] = {}
+    for module in map(importlib.import_module, MODULES):
+        names = getattr(module, "__all__", None) or vars(module)
+        found |= {name: module.__name__ for name in names if not name.startswith("_")}
+    found = {name: module for name, module in found.items() if not hasattr(builtins, name)}
+    return found | {module: module for module in MODULES}
+
+
+def names_in(source: str) -> dict[str, str]:
+    """Return name → module for those names that may be used in `source`."""
+    provided = exported()
+    return {name: provided[name] for name in IDENTIFIER.findall(source) if name in provided}
+
+
+HERE = Path(__file__).parent
+SCRIPT = (HERE / "inside_script.py").read_text(encoding="utf-8")
+CALL = (HERE / "inside_call.py").read_text(encoding="utf-8")
+NAMES = (HERE / "inside_names.py").read_text(encoding="utf-8")
+STANDARDS = ("c++17", "c++20", "c++23")
+COMPILER_OPTIONS = "-O2 -w -fmax-errors=1 -fdiagnostics-color=never -fno-diagnostics-show-caret"
+"""The GNU dialects, as contest sites use them. One error is enough for a grade's reason."""
+
+
+OLDEST_KERNEL = (5, 14)
+"""The oldest supported Linux. In older ones the limit on processes counts all of the user's, not
+those in the sandbox."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A command with the `files` of its working folder, by name.
+
+    compiled: it recurses on the machine's stack, as Python does not."""
+
+    command: tuple[str, ...]
+    files: dict[str, bytes]
+    compiled: bool = False
+
+
+def python_script(source: str, *arguments: str, names: bool = False) -> Program:
+    """Return `source` as a script, or as a checker of the files in `arguments`
+    (inside_script.py). names: it has the names of LiveCodeBench's harness (names.py)."""
+    return _python((_provided(source) if names else "") + SCRIPT, source, *arguments)
+
+
+def python_call(source: str, function: str) -> Program:
+    """Return a call of `function`, of class Solution or the module (inside_call.py)."""
+    return _python(_provided(source) + CALL, source, function)
+
+
+def compile_cpp(source: str, standard: str, budget: Budget) -> Program | str:
+    """Return the compiled program, or the compiler's error in one line."""
+    command = f"{shlex.quote(host.compiler())} -std={standard.replace('c++', 'gnu++')}"
+    command += f" {COMPILER_OPTIONS} -o main main.cpp >&2 && exec cat main"
+    files = {"main.cpp": source.encode("utf-8", "replace")}
+    outcome = run(("/usr/bin/sh", "-c", command), budget, files=files, compiler=True)
+    if outcome.stopped:
+        return f"the compiler ran into its limit of {outcome.stopped}"
+    if outcome.status != 0:
+        messages = outcome.stderr.decode("utf-8", "replace").splitlines()
+        lines = [line for line in messages if "error" in line] or messages
+        return shorten(lines[0] if lines else f"exit status {outcome.status}", 200)
+    return Program(("./main",), {"main": outcome.stdout}, compiled=True)
+
+
+@functools.cache
+def require_sandbox(language: str) -> None:
+    """Return if programs in `language` ("python", "cpp") can be graded on this machine.
+
+    Otherwise raise SandboxUnavailable, a UserError with the remedy."""
+    release = re.match(r"(\d+)\.(\d+)", platform.release())
+    if release and tuple(map(int, release.groups())) < OLDEST_KERNEL:
+        raise host.SandboxUnavailable(
+            f"graded programs need Linux {'.'.join(map(str, OLDEST_KERNEL))} or newer, this is "
+            f"{platform.release()}: run them on a newer system",
+            key="Linux",
+            cause=Cause.UNSUPPORTED,
+        )
+    host.launcher()
+    if language == "cpp":
+        host.compiler()
+    program = python_script("print(6 * 7)")
+    try:
+        outcome = run(program.command, Limits().program(), files=program.files)
+    except SandboxError as error:
+        raise host.SandboxUnavailable(
+            f"graded programs run in a sandbox or not at all, and it cannot be built ({error}): "
+            "allow user namespaces (Debian: sysctl kernel.unprivileged_userns_clone=1; Ubuntu: "
+            "sysctl kernel.apparmor_restrict_unprivileged_userns=0; Docker: --security-opt "
+            "seccomp=unconfined --security-opt apparmor=unconfined --security-opt "
+            "systempaths=unconfined)",
+            key="sandbox",
+            cause=Cause.FAILED,
+        ) from None
+    if outcome.stdout != b"42\n":
+        message = shorten(outcome.stderr.decode("utf-8", "replace"), 300)
+        raise host.SandboxUnavailable(
+            f"a trivial program fails in the sandbox (status {outcome.status}: {message}): "
+            "install the system's Python (apt-get install python3)",
+            key="sandbox",
+            cause=Cause.FAILED,
+        )
+
+
+def _provided(source: str) -> str:
+    return f"NAMES = {names_in(source)!r}\n{NAMES}\n"
+
+
+def _python(starter: str, source: str, *arguments: str) -> Program:
+    # -s -S: no site-packages; -B: no .pyc files. Not -I, which would drop PYTHONHASHSEED.
+    command = (host.interpreter()[0], "-s", "-S", "-B", "-c", starter, "main.py", *arguments)
+    return Program(command, {"main.py": source.encode("utf-8", "replace")})

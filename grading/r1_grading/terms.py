@@ -1,0 +1,423 @@
+"""The terms of a recipe's reward: their weights, their options, their calls, and their sum.
+
+The reward of a response is the weighted sum of its terms, each weighted from step to step.
+DeepSeek-R1 adds its rewards up (arXiv 2501.12948 v2: accuracy, format and language consistency in
+the reasoning stage; preference rewards only in the last 400 of the final stage's 1,700 steps)."""
+
+import asyncio
+import functools
+import inspect
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+from r1_grading.base.errors import Cause, UserError, did_you_mean, shorten
+from r1_grading.base.user_code import find_function
+from r1_grading.base.values import read_scalar
+from r1_grading.rewards import ENVIRONMENT, FORM_REWARDS, REGISTRY, REMOTE, Grade, resolve
+from r1_grading.truths import check_truth
+
+RELATIVE = 2.0**-22
+"""Of the larger of two rewards: two units in the last place of a float32, which a reward model or
+a user's function may have computed in."""
+ABSOLUTE = 1e-12
+"""Where terms of opposite sign cancel, what is left of rewards of order 1."""
+
+
+def are_equal(rewards: Sequence[float]) -> bool:
+    """Return whether all of `rewards` are the same but for rounding; True for none and for one."""
+    if not rewards:
+        return True
+    return math.isclose(min(rewards), max(rewards), rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+
+
+def order(one: float, other: float) -> int:
+    """Return -1 if `one` is smaller, 1 if it is larger, 0 if the two are the same but for
+    rounding."""
+    return 0 if are_equal((one, other)) else -1 if one < other else 1
+
+
+ACCURACY = "accuracy"
+"""The term that each prompt's own kind of reward grades."""
+DEFAULT_WEIGHTS: Mapping[str, float] = {ACCURACY: 1.0, "format": 0.1}
+"""The terms that DeepSeek-R1-Zero is trained on, accuracy and format."""
+
+
+@dataclass(frozen=True)
+class ScheduledWeight:
+    """A weight that counts from step `from_step` to `to_step`, both included.
+
+    Steps are rollouts, from 1. to_step None: until the end of the run."""
+
+    weight: float
+    from_step: int = 1
+    to_step: int | None = None
+
+    def counts_at(self, step: int) -> bool:
+        return self.from_step <= step and (self.to_step is None or step <= self.to_step)
+
+
+Weights = Mapping[str, float | ScheduledWeight]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The combined reward of one response.
+
+    total: the weighted sum, which the policy is trained on.
+    terms: each term's reward, in [0, 1]; that of an environment, or of a function written for
+        verl or TRL, may be any finite number.
+    reason: the terms' reasons, in one line.
+    ungraded: the terms whose reward function raised.
+    is_graded: False if an ungraded term has a weight, so that the total does not measure the
+        response."""
+
+    total: float
+    terms: dict[str, float]
+    reason: str
+    ungraded: tuple[str, ...] = ()
+    is_graded: bool = True
+
+
+def weights_at(weights: Weights, step: int) -> dict[str, float]:
+    """Return the terms that count at `step` with their weights; a weight of 0 is graded too."""
+    constant = {
+        name: w if isinstance(w, ScheduledWeight) else ScheduledWeight(w)
+        for name, w in weights.items()
+    }
+    return {name: w.weight for name, w in constant.items() if w.counts_at(step)}
+
+
+def combine(grades: Mapping[str, Grade], weights: Mapping[str, float] = DEFAULT_WEIGHTS) -> Reward:
+    """Return total = Σ weight[term] · reward[term] over the weighted terms.
+
+    A graded term without a weight is reported and does not count. Raises ValueError for a weight
+    whose term was not graded."""
+    if missing := sorted(weights.keys() - grades.keys()):
+        raise ValueError(
+            f"rewards.weights names {missing[0]!r}, which was not graded; "
+            f"graded: {', '.join(sorted(grades)) or 'nothing'}"
+        )
+    ungraded = tuple(term for term, grade in grades.items() if not grade.is_graded)
+    counted = {ACCURACY, *weights, *ungraded}
+    return Reward(
+        total=sum(weight * grades[term].reward for term, weight in weights.items()),
+        terms={term: grade.reward for term, grade in grades.items()},
+        reason="; ".join(grades[term].reason for term in grades if term in counted),
+        ungraded=ungraded,
+        is_graded=not any(weights.get(term) for term in ungraded),
+    )
+
+
+def read_weights(weights: Mapping[str, Any]) -> dict[str, float | ScheduledWeight]:
+    """Parse a recipe's `rewards.weights`: term → number or {weight, from_step, to_step}.
+
+    Raises UserError naming the term and the key for a term that is no reward, an unknown key, a
+    value of the wrong type, a schedule that never counts, and weights of which none is above 0."""
+    read = {name: _read_weight(f"rewards.weights.{name}", name, w) for name, w in weights.items()}
+    numbers = {name: w.weight if isinstance(w, ScheduledWeight) else w for name, w in read.items()}
+    if not any(number > 0 for number in numbers.values()):
+        raise UserError(
+            f"rewards.weights: no weight is above 0 (got {numbers}), so no response would be "
+            f"rewarded; give one, such as {ACCURACY}: 1.0",
+            key="rewards.weights",
+            cause=Cause.EMPTY,
+        )
+    return read
+
+
+def _read_weight(path: str, name: str, value: Any) -> float | ScheduledWeight:
+    if name != ACCURACY:
+        try:
+            resolve(name)
+        except UserError as error:
+            own = f"{ACCURACY!r} is the prompt's own kind"
+            suggestion = did_you_mean(name, [ACCURACY]) or ";"
+            message = f"{path}: {error}{suggestion} {own}"
+            raise UserError(message, key=path, cause=error.cause) from None
+    if isinstance(value, ScheduledWeight):
+        value = vars(value)
+    if not isinstance(value, Mapping):
+        return _finite(path, value)
+    known = [field.name for field in fields(ScheduledWeight)]
+    for key in value:
+        if key not in known:
+            names = ", ".join(known)
+            raise UserError(
+                f"{path}: unknown key {key}{did_you_mean(key, known, '{}')} ({names})",
+                key=f"{path}.{key}",
+                cause=Cause.UNKNOWN,
+            )
+    if "weight" not in value:
+        raise UserError(
+            f"{path}: a schedule needs its weight: {{weight: 0.1, from_step: 100}}",
+            key=f"{path}.weight",
+            cause=Cause.MISSING,
+        )
+    last = value.get("to_step")
+    weight = ScheduledWeight(
+        _finite(f"{path}.weight", value["weight"]),
+        _step(f"{path}.from_step", value.get("from_step", 1)),
+        None if last is None else _step(f"{path}.to_step", last),
+    )
+    if weight.to_step is not None and weight.to_step < weight.from_step:
+        raise UserError(
+            f"{path}: to_step {weight.to_step} is before from_step {weight.from_step}, so it "
+            "would never count",
+            key=f"{path}.to_step",
+            cause=Cause.CONFLICT,
+        )
+    return weight
+
+
+def _step(path: str, value: Any) -> int:
+    try:
+        step = read_scalar(value, [int])
+        if step < 1:
+            raise ValueError(f"got {value!r}")
+    except ValueError as error:
+        raise UserError(
+            f"{path}: must be a step, 1 or later: {error}", key=path, cause=Cause.OUT_OF_RANGE
+        ) from None
+    return step
+
+
+def _finite(path: str, value: Any) -> float:
+    try:
+        number = read_scalar(value, [float])
+        if not math.isfinite(number):
+            raise ValueError(f"must be finite, got {value}")
+    except ValueError as error:
+        raise UserError(
+            f"{path}: {error}; or a schedule: {{weight: 0.1, from_step: 100, to_step: 400}}",
+            key=path,
+            cause=Cause.MALFORMED,
+        ) from None
+    return float(number)
+
+
+FACTS = ("num_tokens", "opened", "question")
+"""Arguments that a run gives for each sample; neither an option nor a prompt's field overrides
+them."""
+
+
+def call_fields(
+    kind: str,
+    options: Mapping[str, Mapping[str, Any]],
+    fields: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the keyword arguments of reward `kind`.
+
+    For rewards in worker processes the prompt's own `fields` override the options. For served
+    rewards only the recipe selects the service and the key: a data set with a column "model"
+    changes nothing, nor does one with a column "url", which could collect keys. Only if there are
+    no options (`megatron-r1 score`) do the settings of a line count, except api_key_env. `facts`
+    override options and fields."""
+    given = options.get(kind, {})
+    if kind in REMOTE:
+        from r1_grading.served.service import settings_names  # aiohttp: a recipe needs none
+
+        refused = settings_names(kind) if given else {"api_key_env"}
+        fields = {name: value for name, value in fields.items() if name not in refused}
+        return {**fields, **given, **facts}
+    if kind in FORM_REWARDS:
+        names = option_names(kind)
+        fields = {name: value for name, value in fields.items() if name in names}
+    return {**given, **fields, **facts}
+
+
+def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Check a recipe's `rewards.options`, reward → {name: value}, and return it.
+
+    Raises UserError naming the reward and the key for an unknown reward, a value that is not a
+    mapping, and an option that a registered reward does not have. Options of a user's own reward
+    are not checked: its module runs in worker processes only."""
+    for kind, values in options.items():
+        path = f"rewards.options.{kind}"
+        try:
+            resolve(kind)
+        except UserError as error:
+            raise UserError(f"{path}: {error}", key=path, cause=error.cause) from None
+        if not isinstance(values, Mapping):
+            raise UserError(
+                f"{path}: must be a mapping of options, got {values!r}",
+                key=path,
+                cause=Cause.MALFORMED,
+            )
+        if kind in REMOTE:
+            from r1_grading.served.service import check_options
+
+            check_options(kind, values)
+        elif kind in REGISTRY and (unknown := [v for v in values if v not in option_names(kind)]):
+            known = sorted(option_names(kind))
+            hint = did_you_mean(unknown[0], known, "{}")
+            hint = hint or f"; it has {', '.join(known) or 'none'}"
+            raise UserError(
+                f"{path}: unknown option {unknown[0]}{hint}",
+                key=f"{path}.{unknown[0]}",
+                cause=Cause.UNKNOWN,
+            )
+    return {kind: _read_numbers(kind, values) for kind, values in options.items()}
+
+
+def _read_numbers(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a reward with numbers and truth values read, where the reward is a
+    registered one whose defaults are such."""
+    read = dict(values)
+    defaults = _defaults(kind) if kind in REGISTRY else {}
+    for name, value in values.items():
+        wanted = type(defaults.get(name))
+        if wanted in (bool, int, float):
+            try:
+                read[name] = read_scalar(value, [wanted])
+            except ValueError as error:
+                key = f"rewards.options.{kind}.{name}"
+                raise UserError(f"{key}: {error}", key=key, cause=Cause.MALFORMED) from None
+    return read
+
+
+@functools.cache
+def option_names(kind: str) -> frozenset[str]:
+    """Return the keyword arguments of a registered reward that a recipe may set.
+
+    This imports the reward; `math` and `logic` import large libraries (1 to 2 s)."""
+    return frozenset(_defaults(kind))
+
+
+@functools.cache
+def _defaults(kind: str) -> dict[str, Any]:
+    parameters = inspect.signature(find_function(REGISTRY[kind])).parameters.values()
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in FACTS
+    }
+
+
+Options = Mapping[str, Mapping[str, Any]]
+"""`rewards.options`."""
+
+
+class RewardUnusable(UserError):
+    """A reward cannot grade a prompt. key: the first field that it lacks, else the kind or term.
+    missing: the fields of the prompt that it lacks."""
+
+    def __init__(
+        self,
+        message: str,
+        missing: tuple[str, ...] = (),
+        *,
+        key: str = "kind",
+        cause: Cause = Cause.FAILED,
+    ) -> None:
+        if missing:
+            key, cause = missing[0], Cause.MISSING
+        super().__init__(message, key=key, cause=cause)
+        self.missing = missing
+
+
+class Gradable(Protocol):
+    """The parts of a prompt that grading reads (`data.prompts.Prompt`)."""
+
+    @property
+    def question(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def truth(self) -> Any: ...
+    @property
+    def fields(self) -> Mapping[str, Any]: ...
+
+
+class Grader(Protocol):
+    """The part of a `RewardPool` that the terms call."""
+
+    async def grade(
+        self, kind: str, response: str, truth: object, /, **fields: object
+    ) -> Grade: ...
+
+
+class RewardTerms:
+    """Calls terms of `rewards.weights` in a `RewardPool`; accuracy is the reward of the prompt's
+    own kind."""
+
+    def __init__(self, pool: Grader, options: Options) -> None:
+        self._pool, self._options = pool, options
+
+    async def grade(
+        self,
+        terms: Sequence[str],
+        prompt: Gradable,
+        text: str,
+        num_tokens: int | None,
+        opened: bool,
+    ) -> dict[str, Grade]:
+        """Return term → grade. num_tokens: the response's length; None if unknown. opened: whether
+        the prompt ended with `<think>`. Raises ValueError for a reward that cannot be used,
+        RunError for a service that is down."""
+        facts: dict[str, object] = {"question": prompt.question}
+        if num_tokens is not None:
+            facts["num_tokens"] = num_tokens
+        if opened:
+            facts["opened"] = True
+        grades = await asyncio.gather(*(self._call(term, prompt, text, facts) for term in terms))
+        return dict(zip(terms, grades, strict=True))
+
+    async def check(
+        self, terms: Collection[str], prompts: Iterable[Gradable], opened: bool = False
+    ) -> None:
+        """Check the truth of every prompt (`truths.check_truth`), and call its own reward and every
+        term for one prompt of every kind, language and set of fields: a row without a needed column
+        must not stop the run at the step that draws it.
+
+        Raises UserError for a reward that cannot be imported, RewardUnusable for one that cannot
+        grade what it is called with: a truth it does not understand, an option, a field or a
+        program it lacks."""
+        examples = {}
+        for prompt in prompts:
+            language = str(prompt.fields.get("language"))
+            examples[prompt.kind, language, frozenset(prompt.fields)] = prompt
+            try:
+                check_truth(prompt.kind, prompt.truth, prompt.fields)
+            except ValueError as error:
+                raise RewardUnusable(
+                    f"question {shorten(prompt.question)!r}: its {prompt.kind} answer cannot be "
+                    f"graded: {error}"
+                ) from None
+        for prompt in examples.values():
+            for term in dict.fromkeys((ACCURACY, *terms)):
+                kind = _kind(term, prompt)
+                if kind == ENVIRONMENT:
+                    continue
+                trial = await self._try(term, prompt, opened)
+                if not trial.is_graded:
+                    name = f"rewards.weights.{term}: it"
+                    if term == ACCURACY:
+                        name = f"question {shorten(prompt.question)!r}: its {kind} answer"
+                    hint = f"; see rewards.options.{kind}" if kind in REGISTRY | REMOTE else ""
+                    key = "kind" if term == ACCURACY else f"rewards.weights.{term}"
+                    raise RewardUnusable(f"{name} {trial.reason}{hint}", trial.missing, key=key)
+
+    async def _try(self, term: str, prompt: Gradable, opened: bool) -> Grade:
+        """Return a grade, which is ungraded if the reward cannot be used. A user's own reward may
+        raise where there is no answer; one that also raises on a well-formed answer is broken, or
+        called wrongly."""
+        trial = (await self.grade([term], prompt, "", 0, opened))[term]
+        if not trial.is_graded and _kind(term, prompt) not in REGISTRY | REMOTE:
+            text = f"<think>I think.</think>\n<answer>{prompt.truth}</answer>"
+            trial = (await self.grade([term], prompt, text, 0, opened))[term]
+        return trial
+
+    async def _call(
+        self, term: str, prompt: Gradable, text: str, facts: Mapping[str, object]
+    ) -> Grade:
+        kind = _kind(term, prompt)
+        truth = None if term != ACCURACY and kind in FORM_REWARDS else prompt.truth
+        fields = call_fields(kind, self._options, prompt.fields, facts)
+        return await self._pool.grade(kind, text, truth, **fields)
+
+
+def _kind(term: str, prompt: Gradable) -> str:
+    return prompt.kind if term == ACCURACY else term

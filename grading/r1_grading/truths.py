@@ -1,0 +1,200 @@
+r"""Truths as public data sets write them: any of several, none at all, or a solution with a mark.
+
+A truth that nothing can be compared with is found here, before anything is sampled. Imports no
+library for mathematics, so that all rows of a large file are checked in seconds."""
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from r1_grading.base.errors import shorten
+from r1_grading.base.values import decoded
+from r1_grading.code.problem import parse_problem
+from r1_grading.code.published import is_tests
+from r1_grading.reading.answer import MARKER, last_boxed, unwrap
+from r1_grading.rewards import find_non_finite
+
+NO_TRUTH = (
+    *("proof", "notfound", "not found", "n/a", "n.a.", "none", "null", "nil", "nan", "<na>"),
+    *("unknown", "undefined", "no answer", "noanswer", "invalid", "missing", "empty", "error"),
+    *("todo", "tbd", "fixme", "xxx", "-", "--", "---", "–", "—", "?", "??", "???", "...", "…"),
+)
+"""Words that data sets write where there is no answer: NuminaMath-1.5 has "proof" and "notfound".
+"""
+WRAPPING = "[](){}<>\"'`*_ \t\r\n.:!"
+ANY_OF = (
+    *("target", "golden_answers", "answers", "answer", "ground_truth", "value", "aliases"),
+    *("text", "spans"),
+)
+"""The keys of a mapping that is a truth of any kind but code."""
+MAX_NONE_CHARS = 200
+"""A longer truth is no word for none."""
+MAX_WORDS = 60
+"""A truth of more words, with sentences, is a solution: a choice."""
+PROGRAM = re.compile(
+    r"\s*(?:```|def \w|class \w+[(:]|import \w|from \w+ import |#include|return |print\("
+    r"|[\w, ]+= ?(?:int|list|map|input)\()"
+)
+THOUGHTS = ("</think>", "<|end_of_thought|>")
+WORD = re.compile(r"[^\W\d_]{3,}")
+MAX_MARKED_CHARS = 40
+"""Longer lines behind `####` are headings of Markdown where further lines follow: a choice."""
+NO_NUMBER = re.compile(r"[-+]?(?:nan|inf)\s*\\?%?", re.IGNORECASE)
+COMPARED = ("exact_match", "math")
+"""The rewards that compare an answer with one or any of several truths."""
+
+
+def alternatives(truth: Any) -> list[Any]:
+    """Return the truths any of which an answer may equal: the entries of a list, of
+    `{"target": …}`, or of either as JSON text; else the truth itself. A list in text counts where
+    its entries are text: `["18"]`, while `[1, 2]` is an interval."""
+    if isinstance(truth, str):
+        found = _decoded(truth)
+        return [truth] if found is None else alternatives(found)
+    if isinstance(truth, Mapping) and truth and truth.keys() <= set(ANY_OF) | NORMALIZED:
+        found = _each([truth[key] for key in ANY_OF if truth.get(key) is not None])
+        return [entry for at, entry in enumerate(found) if entry not in found[:at]]
+    return _each(truth) if isinstance(truth, list | tuple) else [truth]
+
+
+NORMALIZED = {
+    *("normalized_aliases", "normalized_value", "matched_wiki_entity_name", "type"),
+    *("normalized_matched_wiki_entity_name", "answer_start", "types"),
+}
+"""Keys of TriviaQA's answers that repeat others, and of places in a text (SQuAD, DROP)."""
+
+
+def is_none(truth: Any, words: Collection[str] = NO_TRUTH) -> bool:
+    """Return whether a truth is none: null, NaN, blank, an empty list, or one of `words`, in any
+    case, in brackets or not. Of several all must be."""
+    if isinstance(truth, Mapping):
+        found = alternatives(truth)
+        return found != [truth] and is_none(found, words)
+    if isinstance(truth, list | tuple):
+        return all(is_none(entry, words) for entry in truth)
+    if isinstance(truth, str) and not truth.isdecimal() and is_unanswered(truth):
+        return True
+    if truth is None or (isinstance(truth, float) and math.isnan(truth)):
+        return True
+    if not isinstance(truth, str) or len(truth) > MAX_NONE_CHARS or truth.isdecimal():
+        return False
+    found = alternatives(truth)
+    if found != [truth]:
+        return is_none(found, words)
+    bare = unwrap(truth).casefold()
+    known = {word.casefold() for word in words}
+    return not bare or bare in known or (bare.strip(WRAPPING) in known and bool(words))
+
+
+def is_unanswered(text: str) -> bool:
+    """Return whether a text is a program, a response with its thought, or a whole solution that
+    marks no answer by a box or `####`: a proof. No answer can be compared with these."""
+    if (PROGRAM.match(text) and not is_tests(text)) or any(mark in text for mark in THOUGHTS):
+        return True
+    is_long = len(text.split()) > MAX_WORDS and any(mark in text for mark in (". ", ".\n"))
+    return is_long and MARKER not in text and last_boxed(text) is None and not is_tests(text)
+
+
+def kind_of(truth: Any) -> str:
+    """Return the reward that compares with a truth: `code` for tests of a program, `exact_match`
+    for any of several names or phrases, else `math`."""
+    if is_tests(truth):
+        return "code"
+    found = alternatives(truth)
+    is_several = found != [truth]
+    words = [t for t in found if isinstance(t, str) and WORD.search(t) and "\\" not in t]
+    return "exact_match" if is_several and words else "math"
+
+
+def marked(truth: str) -> str:
+    """Return what stands behind the last `####`, as GSM8K marks answers, also where further lines
+    follow an answer with a digit. A truth without the mark, with a box, or with nothing behind the
+    mark is returned itself."""
+    if MARKER not in truth or last_boxed(truth) is not None:
+        return truth
+    first, *more = truth.rpartition(MARKER)[2].strip().splitlines() or [""]
+    is_answer = len(first) <= MAX_MARKED_CHARS and any(map(str.isdigit, first))
+    return first.strip() if first and (is_answer or not more) else truth
+
+
+def stated_answer(truth: Any) -> Any:
+    """Return the final answer of a truth that is a solution, in its last box or behind `####`, for
+    people to read; any other truth itself."""
+    if not isinstance(truth, str):
+        return truth
+    return marked(truth) if (box := last_boxed(truth)) is None else box
+
+
+def math_truth(truth: object) -> str:
+    r"""Return the answer that a truth of `math` states, without dollar signs and `\boxed{}`. Raises
+    ValueError for one that is blank, not finite, or not a number, text, true or false."""
+    if isinstance(truth, str) and truth.isdecimal():
+        return truth
+    if not isinstance(truth, str | int | float):
+        raise ValueError(f"the truth of a math answer is a string or a number, got {truth!r}")
+    expected = unwrap(marked(str(truth)))
+    if NO_NUMBER.fullmatch(expected):  # of a float, or of a table's empty cell
+        raise ValueError(f"the truth of a math answer must be finite, got {truth!r}")
+    if not expected.strip("$"):
+        raise ValueError(f"the truth of a math answer must not be blank, got {truth!r}")
+    if MARKER in expected:
+        raise ValueError(
+            f"the truth of a math answer must have its answer after {MARKER}, or be that answer, "
+            f"got {shorten(expected)!r}"
+        )
+    return expected
+
+
+def check_truth(kind: str, truth: Any, fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for a truth that the reward `kind` cannot compare with. Rewards of a user's
+    own, served ones and those without a truth are not checked. fields: of the prompt."""
+    if check := CHECKS.get(kind):
+        if fault := find_non_finite(truth, "truth"):
+            raise ValueError(fault)
+        check(truth, fields)
+
+
+def _check_any_of(truth: Any, fields: Mapping[str, Any]) -> None:
+    found = alternatives(truth)
+    if not found:
+        raise ValueError("the truth is a list without an answer")
+    for entry in found:
+        math_truth(entry)
+        if isinstance(decoded(entry), Mapping):
+            raise ValueError(
+                f"the truth is a mapping, {shorten(entry)}, and no answer; name a reward of your "
+                "own that reads it (data.kind: module:function)"
+            )
+
+
+def _check_code(truth: Any, fields: Mapping[str, Any]) -> None:
+    parse_problem(truth, fields.get("language"))
+
+
+CHECKS: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
+    **dict.fromkeys(COMPARED, _check_any_of),
+    "code": _check_code,
+}
+"""Kind → its check."""
+
+
+def _each(entries: Any) -> list[Any]:
+    """Return the entries of a list, those of lists and of mappings of answers in it too."""
+    flat: list[Any] = []
+    for entry in entries:
+        is_nested = isinstance(entry, list | tuple | Mapping)
+        found = alternatives(entry) if is_nested else [entry]
+        flat += _each(found) if is_nested and found != [entry] else found
+    return [entry for entry in flat if entry is not None]
+
+
+def _decoded(text: str) -> Any:
+    """Return a list of text or a mapping that a text is as JSON or a Python value, else None."""
+    plain = text.strip()
+    if not (plain.startswith(('["', '{"', "['", "{'")) and plain.endswith(("]", "}"))):
+        return None
+    value = decoded(plain)
+    if isinstance(value, list):
+        return value if all(isinstance(entry, str) for entry in value) else None
+    return value if isinstance(value, dict) and value.keys() <= set(ANY_OF) | NORMALIZED else None

@@ -1,0 +1,206 @@
+"""A reward worker: `python -m r1_grading.worker MEMORY_LIMIT_BYTES`.
+
+Reads jobs from stdin, grades them one after the other and writes replies to the original stdout.
+It dies with its parent, which enforces time limits and replaces it.
+
+Messages are length-prefixed frames of JSON, because a truth may be an integer of any size, and
+because nothing that a process which runs hostile text sends may be unpickled."""
+
+import inspect
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from inspect import Parameter
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from r1_grading.base.errors import UserError, shorten
+from r1_grading.base.lifetime import end_without_parent
+from r1_grading.base.user_code import find_function, place_of
+from r1_grading.base.workers import LENGTH, frame, private_streams
+from r1_grading.calls import Adapted, MissingArguments, of_signature
+from r1_grading.rewards import MAX_REASON_CHARS, REGISTRY, FiniteGrade, Grade
+
+MAX_REPLY_BYTES = 64 * 1024
+POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+
+
+class JobArguments(msgspec.Struct):
+    """A grading job without its response. target: "module:function" of the reward, called as
+    function(response, truth, **fields)."""
+
+    id: int
+    target: str
+    truth: Any
+    fields: dict[str, Any]
+
+
+class GradingJob(JobArguments):
+    """One response for a worker to grade."""
+
+    response: str
+
+
+class EncodedJob(JobArguments):
+    """A `GradingJob` as the pool sends it, the response encoded before."""
+
+    response: msgspec.Raw
+
+
+class JobStatus(msgspec.Struct):
+    """A worker's report on job `id`, or on itself.
+
+    ready: the worker has started.
+    loaded: the function of job `id` is imported, and grading starts.
+    graded: the job's grade.
+    failed: a grade of `Grade.ungraded`, because the function raised.
+    memory: the job exceeded the memory limit, and the worker exits.
+    unloadable: the function cannot be imported."""
+
+    status: Literal["ready", "loaded", "graded", "failed", "memory", "unloadable"]
+    id: int = -1
+    reward: float = 0.0
+    reason: str = ""
+    verdict: str = ""
+    """`Grade.verdict`."""
+    missing: tuple[str, ...] = ()
+    """`Grade.missing`."""
+    is_bounded: bool = True
+    """Whether the reward is from 0 to 1; False for a `FiniteGrade`."""
+    is_out_of_memory: bool = False
+    """Of an unloadable function, whether its import ended in a MemoryError."""
+
+
+def main(memory_limit_bytes: int) -> None:
+    """Serve jobs until stdin ends, or a job exceeds the limit on address space."""
+    end_without_parent()
+    resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    jobs, replies = private_streams()
+    decoder = msgspec.json.Decoder(GradingJob)
+    functions: dict[str, Callable[..., Grade]] = {}
+
+    def send(status: JobStatus) -> None:
+        replies.write(frame(status))
+        replies.flush()
+
+    send(JobStatus("ready"))
+    while header := jobs.read(LENGTH.size):
+        job = decoder.decode(jobs.read(LENGTH.unpack(header)[0]))
+        if job.target not in functions:
+            try:
+                functions[job.target] = of_signature(find_function(job.target), job.target)
+            except BaseException as error:  # noqa: BLE001 - a user's module may raise anything
+                status = JobStatus("unloadable", job.id, reason=_describe(error))
+                status.is_out_of_memory = _comes_from_memory(error)
+                send(status)
+                continue
+            send(JobStatus("loaded", job.id))
+        result = _grade(functions[job.target], job)
+        send(result)
+        if result.status == "memory":
+            return
+
+
+def _grade(function: Callable[..., Grade], job: GradingJob) -> JobStatus:
+    try:
+        grade = function(job.response, job.truth, **job.fields)
+        if not isinstance(grade, Grade):
+            raise TypeError(
+                f"{job.target} must return a Grade, got {type(grade).__name__}: "
+                "return Grade(number from 0 to 1, reason)"
+            )
+    except MemoryError:
+        return JobStatus("memory", job.id, reason="ran over the memory limit")
+    except BaseException as error:  # noqa: BLE001 - SystemExit must not end the worker either
+        fault = FITS
+        if isinstance(error, MissingArguments):
+            fault = lacking(_kind_of(job.target), error.names)
+        elif isinstance(error, TypeError) and not isinstance(function, Adapted):
+            fault = explain_call(function, job.target, job.fields)
+        place = place_of(error)  # in the user's own files
+        call = f", called with the response {shorten(repr(job.response))}" if place else ""
+        grade = Grade.ungraded(fault.text or _describe(error) + place + call, fault.missing)
+    status: Literal["graded", "failed"] = "graded" if grade.is_graded else "failed"
+    return JobStatus(
+        status,
+        job.id,
+        grade.reward,
+        grade.reason,
+        verdict=grade.verdict,
+        missing=grade.missing,
+        is_bounded=not isinstance(grade, FiniteGrade),
+    )
+
+
+class CallFault(NamedTuple):
+    """Why a reward cannot be called. text: the argument that it lacks or refuses, and the remedy;
+    "" for a call that fits the signature. missing: the names of the fields that it lacks."""
+
+    text: str
+    missing: tuple[str, ...] = ()
+
+
+FITS = CallFault("")
+
+
+def explain_call(function: Callable[..., Any], target: str, fields: Mapping[str, Any]) -> CallFault:
+    """Compare the call function(response, truth, **fields) with the function's signature. target:
+    the function's "module:function"."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # written in C, without a signature
+        return FITS
+    kind = _kind_of(target)
+    signature = f"def {target.partition(':')[2]}(response, truth, *, …, **entry) -> Grade"
+    kinds = {parameter.kind for parameter in parameters}
+    positional = [parameter for parameter in parameters if parameter.kind in POSITIONAL]
+    if len(positional) < 2 and Parameter.VAR_POSITIONAL not in kinds:
+        return CallFault(
+            f"reward {kind!r} must take a response and a truth: {signature}; or the "
+            "parameters of verl's or TRL's (docs/rewards.md)"
+        )
+    named = [p for p in parameters if p not in positional[:2] and p.kind not in VARIADIC]
+    missing = tuple(p.name for p in named if p.default is p.empty and p.name not in fields)
+    if missing:
+        return lacking(kind, missing)
+    refused = sorted(fields.keys() - {parameter.name for parameter in named})
+    if refused and Parameter.VAR_KEYWORD not in kinds:
+        return CallFault(
+            f"reward {kind!r} is called with {refused[0]!r} and does not take it: end its "
+            f"parameters with **entry, {signature}"
+        )
+    return FITS
+
+
+def lacking(kind: str, names: tuple[str, ...]) -> CallFault:
+    """Return the fault of a reward that needs fields which the row does not have."""
+    return CallFault(
+        f"reward {kind!r} needs {', '.join(names)}: give it in the row, or for all rows as "
+        f"rewards.options.{kind}.{names[0]}",
+        names,
+    )
+
+
+def _kind_of(target: str) -> str:
+    return next((name for name, path in REGISTRY.items() if path == target), target)
+
+
+def _comes_from_memory(error: BaseException | None) -> bool:
+    """Return whether `error` is a MemoryError, or was raised while one was handled."""
+    seen: list[BaseException] = []  # `raise error from error` makes a circle
+    while error is not None and error not in seen:
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return any(isinstance(each, MemoryError) for each in seen)
+
+
+def _describe(error: BaseException) -> str:
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return shorten(f"{kind}{error}", MAX_REASON_CHARS - 100)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,1 +1,0 @@
-"""Reward worker processes and the pool that grades with them."""
