@@ -39,7 +39,7 @@ COPY megatron_r1 megatron_r1
 # The versions of cpu.lock; msgspec and llvmlite are vLLM's own.
 RUN pip install --no-cache-dir --no-deps xxhash==4.1.0
 RUN pip install --no-cache-dir --no-deps --no-build-isolation -e kernels -e grading -e .
-ENTRYPOINT ["python3", "-m", "megatron_r1.vllm_plugin.serve"]
+ENTRYPOINT ["python3", "-m", "megatron_r1.engines.plugin.serve"]
 
 FROM ${PLAIN_IMAGE} AS together
 # The code reward's sandbox and compiler; g++ and Python's headers also build Transformer Engine and Triton's kernels.

@@ -2,6 +2,6 @@
 
 import sys
 
-from megatron_r1.cli import main
+from megatron_r1.commands.cli import main
 
 sys.exit(main())

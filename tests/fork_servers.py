@@ -1,7 +1,7 @@
 """One import of vLLM and one of Megatron-Core for all workers of a test run.
 
 Engines and trainer ranks of the tests are forked from two servers that the run starts, where it has
-several workers; the product has them for one run (`processes.preloaded`)."""
+several workers; the product has them for one run (`base.processes.preloaded`)."""
 
 import contextlib
 import os
@@ -20,12 +20,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Start the servers before the workers, which inherit the environment."""
     if not getattr(session.config.option, "numprocesses", None):
         return
-    from megatron_r1.engine.server import MODULE as ENGINE
-    from megatron_r1.engine.settings import engine_environment
-    from megatron_r1.processes.fork_server import SERVERS
-    from megatron_r1.processes.preloaded import shared_server
-    from megatron_r1.trainer_client.rank_processes import MODULE as RANK
-    from megatron_r1.trainer_client.rank_processes import import_environment
+    from megatron_r1.base.processes.fork_server import SERVERS
+    from megatron_r1.base.processes.preloaded import shared_server
+    from megatron_r1.controller.trainer_calls.rank_processes import MODULE as RANK
+    from megatron_r1.controller.trainer_calls.rank_processes import import_environment
+    from megatron_r1.engines.server.server import MODULE as ENGINE
+    from megatron_r1.engines.server.settings import engine_environment
 
     # What all processes of the tests share: a process with another environment is not forked.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(SYSTEM), os.environ.get("PYTHONPATH", "")])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
-from megatron_r1.processes.children import free_port, rank_variables
+from megatron_r1.base.processes.children import free_port, rank_variables
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.base.errors import Cause, UserError
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from megatron_r1.weights.layout import AxisRank, Shard, stage_shards
+from megatron_r1.models.weights.layout import AxisRank, Shard, stage_shards
 
 
 def shard(

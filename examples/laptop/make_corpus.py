@@ -13,9 +13,9 @@ import argparse
 import random
 from pathlib import Path
 
+from megatron_r1.base.files.jsonl import write_lines
 from megatron_r1.data.prompts import is_heldout
 from megatron_r1.data.templates import render
-from megatron_r1.files.jsonl import write_lines
 
 TERMS = 3
 NUM_WORKED, NUM_MIXED = 17_600, 4_800

@@ -12,9 +12,9 @@ from pathlib import Path
 from examples.paper import tables
 from examples.paper.page import write_page
 from examples.paper.results import Results
-from megatron_r1 import cli
-from megatron_r1.errors import UserError
-from megatron_r1.workflow.pipeline_recipe import load
+from megatron_r1.base.errors import UserError
+from megatron_r1.commands import cli
+from megatron_r1.pipeline.pipeline_recipe import load
 
 RECIPE = Path(__file__).with_name("paper.yaml")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from examples.paper.plots import draw
 from examples.paper.results import Agreement, Results, Verdict, summary, verdict
 from examples.paper.tables import Column, PaperRow, PaperTable, Published
-from megatron_r1.files import atomic_write
+from megatron_r1.base.files import atomic_write
+from megatron_r1.pipeline.results import Spread
 from megatron_r1.reporting.wording import duration, number, percent
-from megatron_r1.workflow.results import Spread
 
 NOTHING = "–"
 INTRODUCTION = """# The paper's tables, on a laptop

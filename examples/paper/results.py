@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from examples.paper.tables import SECONDS, PaperComparison, PaperTable, split
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.workflow.results import Spread
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.pipeline.results import Spread
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.files.jsonl import read_lines, write_lines
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files.jsonl import read_lines, write_lines
 
 
 def first(folder: str, examples: str, count: int) -> None:

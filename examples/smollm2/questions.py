@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_r1.base.files.jsonl import write_lines
 from megatron_r1.data.text import PromptText
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question, Rows
-from megatron_r1.files.jsonl import write_lines
 
 NUM_TRAIN, NUM_HELDOUT, NUM_EXAMPLES = 2000, 200, 256
 NUM_PRODUCTS = 100  # held out

@@ -21,9 +21,9 @@ from typing import Any, Protocol, runtime_checkable
 from r1_grading.base import lifetime
 from r1_grading.base.workers import last_line
 
+from megatron_r1.base.processes.children import kill_group, popen_options
+from megatron_r1.base.user_code import find_function
 from megatron_r1.config import AgentsConfig
-from megatron_r1.processes.children import kill_group, popen_options
-from megatron_r1.user_code import find_function
 
 Run = Callable[[str, str, dict[str, Any]], Awaitable[Any]]
 """Runs an agent: (base_url, api_key, row) → its reward, None where the row's own reward grades the

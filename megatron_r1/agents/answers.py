@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_r1.agents.continuation import Continuation, arguments_of
 from megatron_r1.agents.parsing import FAILURE, ParseJob, Parser
-from megatron_r1.engine.errors import EngineError
-from megatron_r1.engine.responses import Response
+from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import Response
 
 
 def require_whole(response: Response) -> None:

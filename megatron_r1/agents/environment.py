@@ -38,8 +38,8 @@ from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
 
 from megatron_r1.agents.tool_arguments import argument_adapters, named_parameters
-from megatron_r1.errors import Cause, UserError, did_you_mean
-from megatron_r1.user_code import find
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.base.user_code import find
 
 SHIPPED = {
     "calculator": "megatron_r1.agents.environments.calculator:Calculator",

@@ -17,11 +17,11 @@ from r1_grading.base.workers import LENGTH, last_line
 
 from megatron_r1.agents.environment import Description, target_of
 from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, frame
+from megatron_r1.base.errors import Cause, RunError, UserError
+from megatron_r1.base.processes.children import kill_group, popen_options
+from megatron_r1.base.processes.leftovers import Scratch
+from megatron_r1.base.processes.open_files import allow_open_files
 from megatron_r1.config import AgentsConfig
-from megatron_r1.errors import Cause, RunError, UserError
-from megatron_r1.processes.children import kill_group, popen_options
-from megatron_r1.processes.leftovers import Scratch
-from megatron_r1.processes.open_files import allow_open_files
 
 SERVER = "megatron_r1.agents.environment_server"
 START_SECONDS = 120.0

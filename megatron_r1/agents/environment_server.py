@@ -33,9 +33,9 @@ from megatron_r1.agents.tool_arguments import (
     missing_arguments,
     row_arguments,
 )
-from megatron_r1.errors import Cause, RunError, UserError
-from megatron_r1.processes.lifetime import die_with_parent, end_without_parent
-from megatron_r1.user_code import place_of
+from megatron_r1.base.errors import Cause, RunError, UserError
+from megatron_r1.base.processes.lifetime import die_with_parent, end_without_parent
+from megatron_r1.base.user_code import place_of
 
 GRACE_SECONDS = 1.0
 """The time between the interruption of a call whose limit is over and the end of its process; C

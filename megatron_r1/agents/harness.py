@@ -21,10 +21,10 @@ from megatron_r1.agents.gateway import Gateway, GatewaySession, SessionLimits, T
 from megatron_r1.agents.parsing import Parser
 from megatron_r1.agents.player import row_of
 from megatron_r1.agents.tree import turns_of
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
-from megatron_r1.engine.episodes import SCORED, Episode, Generate, Played
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.engines.server.episodes import SCORED, Episode, Generate, Played
 
 CLOCK_SECONDS = 0.2
 """The shortest wait between two checks of an episode's clock, which stands still while engines
@@ -34,7 +34,7 @@ ENDING_SECONDS = 5.0
 
 
 class HarnessPlayer:
-    """Plays episodes with one agent; an `engine.episodes.Player`."""
+    """Plays episodes with one agent; an `engines.server.episodes.Player`."""
 
     def __init__(
         self,

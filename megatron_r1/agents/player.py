@@ -19,13 +19,13 @@ from megatron_r1.agents.environment_pool import (
 )
 from megatron_r1.agents.parsing import parser_of
 from megatron_r1.agents.tree import Message, TokenTree, turns_of
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.chats import without_nulls
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
-from megatron_r1.engine.episodes import SCORED, Episode, Generate, Played, Status
-from megatron_r1.engine.errors import EngineError
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.engines.server.episodes import SCORED, Episode, Generate, Played, Status
+from megatron_r1.engines.server.errors import EngineError
 
 
 class EpisodePlayer:

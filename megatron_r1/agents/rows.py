@@ -9,10 +9,10 @@ from r1_grading.rewards import ENVIRONMENT
 
 from megatron_r1.agents.environment_pool import describe
 from megatron_r1.agents.verifiers.harness import list_tasks
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompt_rows import MissingTruth
 from megatron_r1.data.prompts import PromptSplit, load_prompts
-from megatron_r1.errors import Cause, UserError
 
 
 def load_rows(environment: str, **arguments: Any) -> PromptSplit:

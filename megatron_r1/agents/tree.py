@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.engine.episodes import Branch, Turn
-from megatron_r1.engine.responses import Response
+from megatron_r1.engines.server.episodes import Branch, Turn
+from megatron_r1.engines.server.responses import Response
 
 Message = Mapping[str, Any]
 """A chat message in OpenAI's form."""

@@ -10,32 +10,32 @@ from r1_grading import RewardPool
 from r1_grading.base.errors import shorten
 from r1_grading.terms import ACCURACY, weights_at
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.rl_checks import ends_with, naming_renamed_columns
 from megatron_r1.commands.rollout_run import open_player
 from megatron_r1.config import Config
+from megatron_r1.controller.advice import advice
+from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.grading import check_grades
+from megatron_r1.controller.rollouts.metrics import rollout_metrics
+from megatron_r1.controller.rollouts.rollout import Group, Rollout, Sampling, responses_of
+from megatron_r1.controller.trainer_calls.cpu_memory import cpu_memory
+from megatron_r1.controller.trainer_calls.schedule import warmup_note
 from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
-from megatron_r1.engine import gpu
-from megatron_r1.engine.episodes import Episode
-from megatron_r1.engine.from_config import engine_settings, fleet_settings
-from megatron_r1.engine.limits import context_length
-from megatron_r1.engine.temporary_files import temporary_logs
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.episodes import Episode
+from megatron_r1.engines.server.from_config import engine_settings, fleet_settings
+from megatron_r1.engines.server.limits import context_length
+from megatron_r1.engines.server.temporary_files import temporary_logs
 from megatron_r1.models import read_hf_config
+from megatron_r1.models.weights import num_parameters
+from megatron_r1.push.plan.recipe import engine_rank_bytes
 from megatron_r1.reporting import wording
 from megatron_r1.reporting.wording import counted, duration, percent, printable
-from megatron_r1.rl.advice import advice
-from megatron_r1.rl.collector import RolloutCollector
-from megatron_r1.rl.grading import check_grades
-from megatron_r1.rl.metrics import rollout_metrics
-from megatron_r1.rl.rollout import Group, Rollout, Sampling, responses_of
-from megatron_r1.trainer_client.cpu_memory import cpu_memory
-from megatron_r1.trainer_client.schedule import warmup_note
-from megatron_r1.weight_sync.plan.recipe import engine_rank_bytes
-from megatron_r1.weights import num_parameters
 
 MAX_RESPONSES = 64
 """The most responses that are sampled and graded: a choice."""

@@ -1,14 +1,14 @@
 """Imports of vLLM and Megatron-Core, begun while the controller reads the data."""
 
+from megatron_r1.base.processes import preloaded
 from megatron_r1.commands import torchrun
 from megatron_r1.config import Config
-from megatron_r1.engine import gpu
-from megatron_r1.engine.from_config import engine_settings
-from megatron_r1.engine.settings import MODULE as ENGINE
-from megatron_r1.engine.settings import EngineSettings
-from megatron_r1.processes import preloaded
-from megatron_r1.trainer_client.rank_processes import MODULE as RANK
-from megatron_r1.trainer_client.rank_processes import import_environment
+from megatron_r1.controller.trainer_calls.rank_processes import MODULE as RANK
+from megatron_r1.controller.trainer_calls.rank_processes import import_environment
+from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.from_config import engine_settings
+from megatron_r1.engines.server.settings import MODULE as ENGINE
+from megatron_r1.engines.server.settings import EngineSettings
 
 
 def begin_engines(config: Config) -> None:

@@ -4,13 +4,13 @@ import shutil
 from pathlib import Path
 
 from megatron_r1 import config as configuration
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import atomic_write, fsync
 from megatron_r1.config import Config, ParallelConfig
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.evaluation.model_folder import find_model
-from megatron_r1.files import atomic_write, fsync
-from megatron_r1.trainer_client.client import TrainerClient
-from megatron_r1.training.checkpoints import manifest
-from megatron_r1.training.operations import FolderOperations
+from megatron_r1.trainer.checkpoints import manifest
+from megatron_r1.trainer.operations import FolderOperations
 
 SOURCE_FILE = ".made_of"
 """The file of an exported folder with the checksum of the checkpoint's manifest, which covers all

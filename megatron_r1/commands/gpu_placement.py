@@ -1,8 +1,8 @@
 """Which GPUs of this host trainer ranks and engines share.
 
 Trainer ranks take the first GPUs, engines that run on the controller's host equal shares of all
-(`engine.gpu`): both are on the same GPUs. `first_recipe.sizes.layout` decides the placement that
-`init` writes, and that a recipe without one is refused with."""
+(`engines.server.gpu`): both are on the same GPUs. `commands.recipe_sizes.layout` decides the
+placement that `init` writes, and that a recipe without one is refused with."""
 
 import os
 import subprocess
@@ -11,13 +11,13 @@ from typing import Any
 
 import psutil
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands import torchrun
+from megatron_r1.commands.recipe_sizes import Machine, layout
+from megatron_r1.commands.recipe_text import value_text
 from megatron_r1.config import Config
-from megatron_r1.engine import gpu
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.first_recipe.recipe_text import value_text
-from megatron_r1.first_recipe.sizes import Machine, layout
-from megatron_r1.weights import num_parameters
+from megatron_r1.engines.server import gpu
+from megatron_r1.models.weights import num_parameters
 
 VLLM_SHARE = 0.92
 """vLLM's default of --gpu-memory-utilization (config/cache.py)."""
@@ -46,7 +46,8 @@ def check_gpu_memory(config: Config, hf: Mapping[str, Any]) -> None:
     taken = f"gpu_memory is not set, and vLLM takes {VLLM_SHARE} of GPUs that trainer ranks are on"
     if engines_share_gpus(config) and rollout.gpu_memory is None:
         raise UserError(
-            f"rollout.{taken}: set {_placement(config, hf)}; tools/plan prints the largest share",
+            f"rollout.{taken}: set {_placement(config, hf)}; megatron-r1 plan prints the largest "
+            "share",
             key="rollout.gpu_memory" if rollout.colocated else "rollout.colocated",
             cause=Cause.MISSING if rollout.colocated else Cause.CONFLICT,
         )

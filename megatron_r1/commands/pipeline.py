@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import access
 from megatron_r1.commands.torchrun import is_rank
 from megatron_r1.commands.verb_module import load_verb
 from megatron_r1.config.yaml_text import as_sections, as_text
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.files import access
+from megatron_r1.pipeline import manifest, serving
+from megatron_r1.pipeline.check import check, missing_files
+from megatron_r1.pipeline.executor import Executor
+from megatron_r1.pipeline.graph import Graph, unknown_stage
+from megatron_r1.pipeline.pipeline_recipe import PipelineConfig, load
+from megatron_r1.pipeline.plan import WorkflowPlan
+from megatron_r1.pipeline.report import write_report
+from megatron_r1.pipeline.runner import Signals, write_recipe
+from megatron_r1.pipeline.status import StageState, examine_all, stale_text, status_lines
 from megatron_r1.reporting.run_folder import RunFolder, is_locked
-from megatron_r1.workflow import manifest, serving
-from megatron_r1.workflow.check import check, missing_files
-from megatron_r1.workflow.executor import Executor
-from megatron_r1.workflow.graph import Graph, unknown_stage
-from megatron_r1.workflow.pipeline_recipe import PipelineConfig, load
-from megatron_r1.workflow.plan import WorkflowPlan
-from megatron_r1.workflow.report import write_report
-from megatron_r1.workflow.runner import Signals, write_recipe
-from megatron_r1.workflow.status import StageState, examine_all, stale_text, status_lines
 
 
 def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:

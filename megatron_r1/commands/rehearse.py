@@ -8,22 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.commands import reward_model
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.config.loading import take_section
-from megatron_r1.engine import gpu
-from megatron_r1.engine.limits import check_engines, context_length
-from megatron_r1.errors import Cause, RunError, UserError
+from megatron_r1.controller.rollouts.environments import find_player
+from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.limits import check_engines, context_length
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.rehearsal import miniature, null_gpu, served, table
-from megatron_r1.rehearsal.full_size import check_connections
-from megatron_r1.rehearsal.jobs import RehearsalJob, jobs
-from megatron_r1.rehearsal.phases import Phases
-from megatron_r1.rehearsal.settings import RehearsalConfig, RehearsalSettings
+from megatron_r1.push.plan.recipe import check_pushes
+from megatron_r1.rehearse import miniature, null_gpu, served, table
+from megatron_r1.rehearse.full_size import check_connections
+from megatron_r1.rehearse.jobs import RehearsalJob, jobs
+from megatron_r1.rehearse.phases import Phases
+from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalSettings
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.rl.environments import find_player
-from megatron_r1.weight_sync.plan.recipe import check_pushes
 
 SETTINGS = ("rehearsal",)
 OF_VERBS = {"reward-model": reward_model.IMPLIED}

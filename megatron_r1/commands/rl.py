@@ -1,14 +1,17 @@
 """Reinforcement learning: R1-Zero, R1's reasoning stage and its stage for all scenarios. See
 docs/stages/, docs/algorithms.md and docs/rewards.md.
 
-The algorithm is `rl.loop.train`. Here the roles of a run are started and joined: engines and
-graders (`rollout_run`) next to the trainer (`training_run`), and a session of both."""
+The algorithm is `controller.loop.train`. Here the roles of a run are started and joined: engines
+and graders (`rollout_run`) next to the trainer (`training_run`), and a session of both."""
 
 import asyncio
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from megatron_r1.base.errors import TrainerLost
+from megatron_r1.base.processes import timeline
+from megatron_r1.base.processes.imports import without_garbage_collection
 from megatron_r1.commands import early_imports
 from megatron_r1.commands.gpu_placement import engines_share_gpus
 from megatron_r1.commands.rl_checks import (
@@ -21,28 +24,25 @@ from megatron_r1.commands.rl_questions import questions_drawn
 from megatron_r1.commands.rollout_run import open_rollouts
 from megatron_r1.commands.training_run import TrainingRun, run_training, show_trainer
 from megatron_r1.config import Config
+from megatron_r1.controller.delivery.bridge import PROBE_TOKENS, weight_bridge
+from megatron_r1.controller.loop import train
+from megatron_r1.controller.policy_engines import PolicyEngines
+from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
+from megatron_r1.controller.rollouts.sample_log import SampleLog
+from megatron_r1.controller.rollouts.step_sampler import StepSampler
+from megatron_r1.controller.session import Session
+from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
-from megatron_r1.engine import gpu
-from megatron_r1.engine.errors import EngineError
-from megatron_r1.engine.limits import context_length
-from megatron_r1.errors import TrainerLost
+from megatron_r1.engines.fleet.hosts.pool import HostPool
+from megatron_r1.engines.fleet.placement import accepting_hosts, open_pool
+from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.limits import context_length
 from megatron_r1.evaluation.model_folder import require_weights
-from megatron_r1.fleet.hosts.pool import HostPool
-from megatron_r1.fleet.placement import accepting_hosts, open_pool
-from megatron_r1.processes import timeline
-from megatron_r1.processes.imports import without_garbage_collection
-from megatron_r1.rl.collector import RolloutCollector
-from megatron_r1.rl.heldout import HeldoutEvaluation
-from megatron_r1.rl.loop import train
-from megatron_r1.rl.policy_engines import PolicyEngines
-from megatron_r1.rl.sample_log import SampleLog
-from megatron_r1.rl.session import Session
-from megatron_r1.rl.step_sampler import StepSampler
-from megatron_r1.rl.trainer_passes import TrainerPasses
-from megatron_r1.training.operations import ModelOperations
-from megatron_r1.weight_bridge.bridge import PROBE_TOKENS, weight_bridge
+from megatron_r1.trainer.operations import ModelOperations
 
 REQUIRED = ("run.folder", "model.path")
 

@@ -6,25 +6,25 @@ from collections.abc import Iterator, Mapping
 
 from r1_grading.terms import RewardUnusable
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.gpu_placement import check_gpu_memory
 from megatron_r1.commands.rl_questions import load_questions
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
+from megatron_r1.controller import algorithms
+from megatron_r1.controller.teacher import check_teacher
 from megatron_r1.data.end_tokens import describe
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.text import PromptText
-from megatron_r1.engine import gpu
-from megatron_r1.engine.cpu_kernels import check_cpu_kernels
-from megatron_r1.engine.limits import check_engines
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.fleet.placement import check_room, hosts_address
+from megatron_r1.engines.fleet.placement import check_room, hosts_address
+from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.cpu_kernels import check_cpu_kernels
+from megatron_r1.engines.server.limits import check_engines
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.models.supported import check_divisions
-from megatron_r1.rl import algorithms
-from megatron_r1.rl.teacher import check_teacher
-from megatron_r1.weight_sync.plan.recipe import check_pushes
+from megatron_r1.push.plan.recipe import check_pushes
 
 
 def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
@@ -42,7 +42,7 @@ def read_questions(config: Config) -> tuple[PromptText, PromptSplit]:
     ids = config.rollout.stop_token_ids
     text = PromptText(config.model.path, config.data.template, stop_token_ids=ids)
     if config.agents.players:
-        from megatron_r1.rl.environments import check_environment
+        from megatron_r1.controller.rollouts.environments import check_environment
 
         check_environment(config, text)
     return text, load_questions(config, text)

@@ -8,12 +8,12 @@ from dataclasses import replace
 from r1_grading.base.errors import shorten
 from r1_grading.rewards import REGISTRY, REMOTE
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt, PromptSplit, load_prompts
 from megatron_r1.data.sampler import draw_shares
 from megatron_r1.data.text import PromptText
-from megatron_r1.engine.limits import context_length
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.engines.server.limits import context_length
 from megatron_r1.reporting.wording import counted, percent, printable, shorten_middle
 
 MAX_SHOWN_IDS = 8

@@ -8,20 +8,20 @@ from typing import Any
 from r1_grading import RewardPool
 
 from megatron_r1.config import Config
+from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.sample_log import SampleLog
+from megatron_r1.controller.teacher import teacher_fleet
+from megatron_r1.controller.trainer_calls.recorder import Recorder
 from megatron_r1.data.text import PromptText
-from megatron_r1.engine import gpu
-from megatron_r1.engine.episodes import Player
-from megatron_r1.engine.from_config import engine_settings, fleet_settings
-from megatron_r1.engine.limits import context_length
-from megatron_r1.fleet.hosts.pool import HostPool
-from megatron_r1.fleet.placement import server_maker
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.hosts.pool import HostPool
+from megatron_r1.engines.fleet.placement import server_maker
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.episodes import Player
+from megatron_r1.engines.server.from_config import engine_settings, fleet_settings
+from megatron_r1.engines.server.limits import context_length
 from megatron_r1.models import read_hf_config
-from megatron_r1.rl.collector import RolloutCollector
-from megatron_r1.rl.sample_log import SampleLog
-from megatron_r1.rl.teacher import teacher_fleet
-from megatron_r1.trainer_client.recorder import Recorder
-from megatron_r1.weights.stored import fp8
+from megatron_r1.models.weights.stored import fp8
 
 
 @contextlib.asynccontextmanager
@@ -52,7 +52,7 @@ def open_player(config: Config, text: PromptText) -> Player | None:
     nothing of `megatron_r1.agents`."""
     if not config.agents.players:
         return None
-    from megatron_r1.rl.environments import player_of
+    from megatron_r1.controller.rollouts.environments import player_of
 
     return player_of(config, text)
 

@@ -1,5 +1,5 @@
 """Sample a model's responses and turn them into training data: cold start, rejection sampling,
-preference pairs, safety labels. See docs/sampling.md. `sample RUN_FOLDER` asks a run's trained
+preference pairs, safety labels. See docs/sample.md. `sample RUN_FOLDER` asks a run's trained
 model the run's own questions, and writes into `sampled/` there.
 
 The first pass samples and grades every response and logs it in samples.jsonl; the second decides
@@ -16,33 +16,33 @@ from r1_grading.reading import THINK
 from r1_grading.terms import weights_at
 
 from megatron_r1 import config as configuration
+from megatron_r1.base.errors import Cause, RunError, UserError
+from megatron_r1.base.files import atomic_write
 from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
-from megatron_r1.curation.cache import ResultCache
-from megatron_r1.curation.decision import DUPLICATE, DecisionCounts
-from megatron_r1.curation.decontamination import contaminated, load_avoided
-from megatron_r1.curation.filters import NAMES, PooledFilters, check_filters, filters_of
-from megatron_r1.curation.judges import ResponseJudge, make_judge
-from megatron_r1.curation.outputs import FILES, Decide, decide_all, write_outputs
-from megatron_r1.curation.preference_pairs import PreferencePairs
-from megatron_r1.curation.rendering import Rendering
-from megatron_r1.curation.safety_labels import SafetyLabels
-from megatron_r1.curation.selection import Selection
-from megatron_r1.curation.sft_examples import SftExamples, cached_rewriter
-from megatron_r1.curation.user_function import UserFunction, load_function
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.shots import Shots
 from megatron_r1.data.templates import TEMPLATES
-from megatron_r1.errors import Cause, RunError, UserError
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import Decoding, Policy
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import Grader, Sampler
-from megatron_r1.files import atomic_write
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted
+from megatron_r1.sample.cache import ResultCache
+from megatron_r1.sample.decision import DUPLICATE, DecisionCounts
+from megatron_r1.sample.decontamination import contaminated, load_avoided
+from megatron_r1.sample.filters import NAMES, PooledFilters, check_filters, filters_of
+from megatron_r1.sample.judges import ResponseJudge, make_judge
+from megatron_r1.sample.outputs import FILES, Decide, decide_all, write_outputs
+from megatron_r1.sample.preference_pairs import PreferencePairs
+from megatron_r1.sample.rendering import Rendering
+from megatron_r1.sample.safety_labels import SafetyLabels
+from megatron_r1.sample.selection import Selection
+from megatron_r1.sample.sft_examples import SftExamples, cached_rewriter
+from megatron_r1.sample.user_function import UserFunction, load_function
 
 REQUIRED = ("run.folder",)
 KIND_WITHOUT_TRUTH = "helpful"

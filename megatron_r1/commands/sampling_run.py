@@ -6,11 +6,11 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands.export import model_to_serve
 from megatron_r1.config import Config
 from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.data.shots import Shots
-from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.identity import require_same_identity
 from megatron_r1.evaluation.response import Decoding, Policy
 from megatron_r1.evaluation.response_log import ResponseLog

@@ -4,6 +4,7 @@ import itertools
 
 import msgspec
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands import early_imports
 from megatron_r1.commands.supervised import SupervisedTask, run_supervised, with_steps
 from megatron_r1.commands.training_run import check_trainer
@@ -14,11 +15,10 @@ from megatron_r1.data.mixture import MixtureSampler, describe, load_mixture
 from megatron_r1.data.report import DataReport
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
-from megatron_r1.errors import Cause, UserError
 from megatron_r1.models import read_hf_config
 from megatron_r1.reporting.wording import printable, shorten_middle
-from megatron_r1.training.sample import Sample
-from megatron_r1.training.wire import SUPERVISED
+from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.wire import SUPERVISED
 
 MAX_SHOWN_CHARS = 800
 REQUIRED = ("run.folder", "model.path", "sft.data")

@@ -6,15 +6,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.commands.training_run import Commands, TrainingRun, run_training, show_trainer
 from megatron_r1.config import Config
+from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.controller.trainer_calls.recorder import Recorder
+from megatron_r1.controller.trainer_calls.schedule import learning_rate
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.processes.stopping import StopRequest
-from megatron_r1.trainer_client.client import TrainerClient
-from megatron_r1.trainer_client.recorder import Recorder
-from megatron_r1.trainer_client.schedule import learning_rate
-from megatron_r1.training.sample import Sample
+from megatron_r1.trainer.sample import Sample
 
 Item = TypeVar("Item")
 

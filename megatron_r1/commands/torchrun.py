@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Mapping
 
+from megatron_r1.base.processes import children
+from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT
+from megatron_r1.base.processes.lifetime import die_with_parent
 from megatron_r1.config import Config
-from megatron_r1.processes import children
-from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
-from megatron_r1.processes.lifetime import die_with_parent
 
 PORT, WORLD_SIZE = "MEGATRON_R1_PORT", "MEGATRON_R1_WORLD_SIZE"
 """Set for a controller that rank 0 started: the port that the ranks connect to; their number."""

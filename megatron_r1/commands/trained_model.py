@@ -4,15 +4,15 @@ import itertools
 from pathlib import Path
 
 from megatron_r1 import config as configuration
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.commands.recipe_template import template_of
 from megatron_r1.config import Config, verb_of
 from megatron_r1.data.records import read_records
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.first_recipe.template import template_of
 from megatron_r1.models.hf_config import hub_hint
-from megatron_r1.training.checkpoints.finding import STATE_FILE, complete_checkpoints
+from megatron_r1.trainer.checkpoints.finding import STATE_FILE, complete_checkpoints
 
-CONVERT = f"python {Path(__file__).resolve().parents[2] / 'tools/convert'}"
+CONVERT = "megatron-r1 convert"
 TEMPLATE_ROWS = 100
 """Supervised prompts that are compared for their template."""
 

@@ -8,26 +8,26 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_r1.base.errors import Cause, TrainerError, UserError
+from megatron_r1.base.files import atomic_write
+from megatron_r1.base.files.weight_files import require_complete, weight_files
+from megatron_r1.base.processes import timeline
+from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
-from megatron_r1.engine import gpu
-from megatron_r1.errors import Cause, TrainerError, UserError
+from megatron_r1.controller.supervision.supervisor import Supervisor
+from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.controller.trainer_calls.cpu_memory import cpu_memory
+from megatron_r1.controller.trainer_calls.packing import check_batches
+from megatron_r1.controller.trainer_calls.recorder import Recorder
+from megatron_r1.controller.trainer_calls.schedule import warmup_note
+from megatron_r1.engines.server import gpu
 from megatron_r1.evaluation.model_folder import has_newest_export
-from megatron_r1.files import atomic_write
-from megatron_r1.files.weight_files import require_complete, weight_files
 from megatron_r1.models.hf_config import as_read, num_mtp_layers, read_hf_config
-from megatron_r1.processes import timeline
-from megatron_r1.processes.stopping import StopRequest
+from megatron_r1.models.weights.adapters.table import check_adapters
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.supervision.supervisor import Supervisor
-from megatron_r1.trainer_client.client import TrainerClient
-from megatron_r1.trainer_client.cpu_memory import cpu_memory
-from megatron_r1.trainer_client.packing import check_batches
-from megatron_r1.trainer_client.recorder import Recorder
-from megatron_r1.trainer_client.schedule import warmup_note
-from megatron_r1.training.operations import FolderOperations
-from megatron_r1.weights.adapters.table import check_adapters
+from megatron_r1.trainer.operations import FolderOperations
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The policy-gradient estimators of `rl.algorithm`: their defaults and the settings they allow.
 
-The mathematics of each is in `rl/algorithms/`, in the file of its name or in `grpo_variants.py`,
-whose docstring gives the source of the values here. An estimator of the user's own has both in one
-module (docs/algorithms.md)."""
+The mathematics of each is in `controller/algorithms/`, in the file of its name or in
+`grpo_variants.py`, whose docstring gives the source of the values here. An estimator of the user's
+own has both in one module (docs/algorithms.md)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ from typing import Any
 
 from r1_grading.base.values import read_scalar
 
-from megatron_r1.errors import Cause, UserError, did_you_mean
-from megatron_r1.user_code import find
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.base.user_code import find
 
 Option = bool | int | float | str
 

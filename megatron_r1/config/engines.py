@@ -4,8 +4,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.section import Resumable, Section
-from megatron_r1.errors import Cause, UserError
+
+LAYOUT = {"tensor", "pipeline", "data", "expert_parallel"}
+"""The keys that say how an engine's ranks divide the model."""
 
 
 class EngineConfig(Section):
@@ -56,7 +59,7 @@ class RolloutConfig(EngineConfig):
     """number of vLLM servers; with placement: hosts the run waits for so many, and more may join"""
     placement: Resumable[Literal["local", "hosts"]] = "local"
     """where engines run: on the controller's host, or on hosts that connect to it (`python -m
-    megatron_r1.fleet.host`). See docs/slurm.md"""
+    megatron_r1.engines.fleet.host`). See docs/slurm.md"""
     hosts_port: Resumable[int] = Field(0, ge=0, le=65_535)
     """port of the controller that engine hosts connect to; 0: any free one"""
     hosts_address: Resumable[str | None] = None
@@ -67,7 +70,7 @@ class RolloutConfig(EngineConfig):
     """hosts that one engine's copies (data) are spread over, all taken at once; needs placement:
     hosts"""
     colocated: Resumable[bool] = False
-    """engines sleep on the trainer's own GPUs while it computes; see docs/rollout.md"""
+    """engines sleep on the trainer's own GPUs while it computes; see docs/engines.md"""
     temperature: float = Field(1.0, gt=0)
     """of sampling, and of the trainer's softmax"""
     top_p: float = Field(1.0, gt=0, le=1)

@@ -1,6 +1,6 @@
 """Rates and sizes of GPUs, and the assumed efficiencies of a run, each with its source.
 
-The docstring under a field is what `tools/plan` prints next to its value; its `--calibrate`
+The docstring under a field is what `megatron-r1 plan` prints next to its value; its `--calibrate`
 replaces any of them by a measured one, and `preflight` compares a cluster with them. "A guess":
 nothing has run on a GPU yet."""
 

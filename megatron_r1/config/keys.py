@@ -11,9 +11,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config.words import Word, describe_words, find
 from megatron_r1.config.yaml_text import as_text
-from megatron_r1.errors import Cause, UserError, did_you_mean
 
 ENTRY = {list: "[]", dict: ".NAME"}
 """The part of a dotted key that stands for any entry of a list or mapping."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config.differences import is_within
 from megatron_r1.config.keys import keys_of
 from megatron_r1.config.mistakes import refusal
@@ -18,7 +19,6 @@ from megatron_r1.config.recipe import Config, known_keys
 from megatron_r1.config.removed import without_removed
 from megatron_r1.config.section import Section
 from megatron_r1.config.yaml_text import as_yaml, parse_text, put, read_sections
-from megatron_r1.errors import Cause, UserError, did_you_mean
 
 T = TypeVar("T", bound=Section)
 STAGES = re.compile(rb"^stages:", re.MULTILINE)

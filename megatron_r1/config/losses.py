@@ -1,6 +1,6 @@
 """The settings of a step that reach its loss and its token advantages on the trainer ranks.
 
-`RLConfig` makes both; `training.wire` carries them as mappings of these names."""
+`RLConfig` makes both; `trainer.wire` carries them as mappings of these names."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -44,7 +44,7 @@ class LossSettings(_Readable):
     optional term leaves that term out."""
 
     average: LossAverage
-    """as `rl.loss_average`; `training.losses` has what each is divided by"""
+    """as `rl.loss_average`; `trainer.losses` has what each is divided by"""
     clip_low: float
     """ε below 1 at which ρ is clipped"""
     clip_high: float

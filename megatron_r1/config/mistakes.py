@@ -5,10 +5,10 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config.keys import models_within
 from megatron_r1.config.removed import REMOVED
 from megatron_r1.config.words import find
-from megatron_r1.errors import Cause, UserError, did_you_mean
 
 GREEDY = ("rollout.temperature", "eval.temperature")
 LEAST_WORD = 5

@@ -5,8 +5,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 from r1_grading.reading import Part, check_template
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.section import Resumable, Section
-from megatron_r1.errors import Cause, UserError
 
 Fusion = Literal["gradient_accumulation", "activation", "permute"]
 
@@ -34,7 +34,7 @@ class ModelConfig(Section):
     path: str = ""
     """Hugging Face folder: config, tokenizer, weights; required"""
     checkpoint: str | None = None
-    """Megatron checkpoint (of tools/convert or a run) whose weights are taken, not path's"""
+    """Megatron checkpoint (of megatron-r1 convert or a run) whose weights are taken, not path's"""
     head: Literal["language", "score"] = "language"
     """score: one number per token instead of logits; reward-model sets it"""
     init: Literal["load", "random"] = "load"

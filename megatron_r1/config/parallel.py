@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.section import Section
-from megatron_r1.errors import Cause, UserError
 
 DEFAULT_TOKENS = 16_384
 """Tokens of a micro-batch."""

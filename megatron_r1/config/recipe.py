@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ValidationError, model_validator
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.agents import AgentsConfig
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.config.engines import RolloutConfig, TeacherConfig
@@ -20,7 +21,6 @@ from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.schedule import changes_at, check_keys
 from megatron_r1.config.section import Resumable, Section, resumable_keys
 from megatron_r1.config.training import FP8Config, OptimizerConfig, SFTConfig
-from megatron_r1.errors import Cause, UserError
 
 
 class Config(Section):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import algorithms
 from megatron_r1.config.losses import (
     AdvantageStd,
@@ -18,7 +19,6 @@ from megatron_r1.config.losses import (
 )
 from megatron_r1.config.schedule import ScheduleEntry, check_order
 from megatron_r1.config.section import Resumable, Section
-from megatron_r1.errors import Cause, UserError, did_you_mean
 
 PRESETS: dict[str, dict[str, Any]] = {
     "r1_zero": {},

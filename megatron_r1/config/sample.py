@@ -1,16 +1,16 @@
 """Settings of sampling training data: how many responses are drawn, which are kept, in what form.
 
 The defaults are those of DeepSeek-R1's rejection sampling (arXiv 2501.12948: every correct
-response without mixed languages, long paragraphs and code blocks); see docs/sampling.md."""
+response without mixed languages, long paragraphs and code blocks); see docs/sample.md."""
 
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from r1_grading.reading import Part
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.config.section import Section
-from megatron_r1.errors import Cause, UserError
 
 Output = Literal["sft", "pairs", "labels", "answers"]
 SERVED_JUDGE = "judge"

@@ -15,8 +15,8 @@ from pydantic import (
 )
 from r1_grading.base.values import read_field
 
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config.yaml_text import as_sections
-from megatron_r1.errors import Cause, UserError, did_you_mean
 
 SCHEDULED = {
     "rollout": ("temperature", "top_p", "max_response_tokens"),

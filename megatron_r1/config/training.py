@@ -4,9 +4,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.mistakes import refusal
 from megatron_r1.config.section import Section
-from megatron_r1.errors import Cause, UserError
 
 
 class OptimizerConfig(Section):

@@ -59,14 +59,14 @@ WORDS = (
         "colocate, vllm_mode, colocate_all_models, free_cache_engine, hybrid engine, sleep mode, "
         "enable_sleep_mode",
         "rollout.colocated",
-        page="rollout.md",
+        page="engines.md",
     ),
     _words("temperature, sampling temperature", "rollout.temperature eval.temperature"),
     _words(
         "7B on 8 GPUs, one node, single node, 8xH100, 8 GPUs, small cluster",
         "parallel.processes rollout.engines",
-        "a recipe: examples/one_node/qwen2.5-7b.yaml; tools/plan RECIPE says what fits",
-        "planning.md",
+        "a recipe: examples/one_node/qwen2.5-7b.yaml; megatron-r1 plan RECIPE says what fits",
+        "plan.md",
     ),
     # rewards and data
     _words(
@@ -165,7 +165,7 @@ WORDS = (
         "async, asynchronous, max_async_level, max_off_policy_steps, off-policy steps, "
         "one-step off, partial rollout, partial_rollout, staleness_threshold",
         "rl.staleness",
-        page="rollout.md",
+        page="engines.md",
     ),
     # the run
     _words(
@@ -227,7 +227,7 @@ WORDS = (
     _words("multi_turn, tool use, agent loop, environment, tools",
            "agents.environment agents.max_turns", page="agents.md"),
     _words("best of n, rejection sampling, RFT", "sample.samples sample.keep.choose",
-           page="sampling.md"),
+           page="sample.md"),
     _words("knowledge distillation, GKD, OPD, teacher", "teacher.path", page="distillation.md"),
     _words("ray, ray start, placement group, num_nodes", "rollout.placement",
            "there is no Ray: torchrun or Slurm start a run", "slurm.md"),

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from r1_grading.base import values as scalars
 
-from megatron_r1.errors import Cause, UserError, did_you_mean
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
 
 MERGE = "tag:yaml.org,2002:merge"
 

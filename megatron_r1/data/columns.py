@@ -11,9 +11,9 @@ from r1_grading.base.values import decoded
 from r1_grading.rewards import WITHOUT_TRUTH, resolve
 from r1_grading.truths import is_none, kind_of
 
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.chats import is_chat, read_question
 from megatron_r1.data.records import ABSENT, as_mapping, entry
-from megatron_r1.errors import Cause, UserError, did_you_mean
 
 QUESTION_NAMES = (
     *("question", "problem", "prompt", "question_content", "problem_description", "query"),

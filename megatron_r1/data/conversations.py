@@ -10,11 +10,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import THOUGHTS, Message
 from megatron_r1.data.sft import SftExample, is_learned
 from megatron_r1.data.templates import CHAT, PLACEHOLDER, find_template, render
 from megatron_r1.data.text import PromptText, system_text
-from megatron_r1.errors import Cause, UserError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARK = "\ue000\ue001"

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.table_files import Row, data_suffix, read_rows
-from megatron_r1.errors import Cause, UserError
 
 HUB = "hub:"
 NAME = re.compile(r"(?P<name>[^:]+)(?::(?P<config>[^:\[]*))?(?::(?P<split>.+))?")

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.files.foreign import read_json
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files.foreign import read_json
 
 GENERATION, CONFIG = "generation_config.json", "config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"

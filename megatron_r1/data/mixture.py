@@ -9,10 +9,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.training import MixturePart
 from megatron_r1.data.report import DataReport
 from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
-from megatron_r1.errors import Cause, UserError
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message, is_chat, read_chat, read_transcript
 from megatron_r1.data.records import Record, read_records, require_text
-from megatron_r1.errors import Cause, UserError
 
 Kind = Literal["pairwise", "pointwise"]
 QUESTIONS = ("question", "prompt", "instruction")

@@ -10,6 +10,7 @@ from r1_grading.base.errors import shorten
 from r1_grading.rewards import REGISTRY, WITHOUT_TRUTH, resolve
 from r1_grading.truths import CHECKS, check_truth, is_none, is_unanswered, kind_of
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message, read_question, system_of
 from megatron_r1.data.choices import require_shown
 from megatron_r1.data.columns import columns_by_name
@@ -25,7 +26,6 @@ from megatron_r1.data.records import (
 )
 from megatron_r1.data.report import DataReport
 from megatron_r1.data.where import Conditions, RowFilter
-from megatron_r1.errors import Cause, UserError
 
 RESERVED_FIELDS = ("response", "truth", "kind")
 COLUMNS = "data.columns"

@@ -18,12 +18,12 @@ from typing import Any, Literal
 from r1_grading.rewards import resolve
 from r1_grading.truths import NO_TRUTH
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompt_rows import RowReading
 from megatron_r1.data.questions import Prompt, asked, identity, is_heldout, make_prompt, normalize
 from megatron_r1.data.report import DataReport
 from megatron_r1.data.tasks import generate_items
 from megatron_r1.data.where import Conditions
-from megatron_r1.errors import Cause, UserError
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 from r1_grading.base.values import decoded
 
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.data_sets import HUB, read_data_set
 from megatron_r1.data.table_files import Row, read_rows
-from megatron_r1.errors import Cause, UserError, did_you_mean
 
 Record = dict[str, Any]
 ABSENT = object()

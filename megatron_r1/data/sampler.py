@@ -5,8 +5,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.errors import Cause, UserError, did_you_mean
 
 Item = TypeVar("Item")
 

@@ -5,8 +5,8 @@ tokenized as vLLM does."""
 
 from r1_grading.reading import Part, chat_messages, fill_template, prepare_texts
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.errors import Cause, UserError
 
 CHECK_QUESTION, CHECK_RESPONSE = "What is 7 + 5?", "<think>7 + 5 = 12</think>The answer is 12."
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import (
     Message,
     read_chat,
@@ -29,7 +30,6 @@ from megatron_r1.data.records import Record, read_records, require_text
 from megatron_r1.data.report import DataReport
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.data.where import Conditions, RowFilter
-from megatron_r1.errors import Cause, UserError
 
 COLUMNS = "in sft.data, beside path, columns"
 CHATS = (

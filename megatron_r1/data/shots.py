@@ -8,12 +8,12 @@ from pathlib import Path
 
 from r1_grading.reading import THINK
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import normalize
 from megatron_r1.data.records import read_records, require_text
 from megatron_r1.data.templates import is_opened, render
 from megatron_r1.data.text import PromptText, system_text
-from megatron_r1.errors import Cause, UserError
 
 BETWEEN = "\n\n"
 

@@ -12,8 +12,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any, AnyStr, cast
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import is_chat
-from megatron_r1.errors import Cause, UserError
 
 MOST_ROW = 64 << 20
 """Bytes of a row; characters, where a file is read as text. What a longer line of JSON takes in

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_r1.errors import Cause, UserError, did_you_mean
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
 
 
 def generate_items(

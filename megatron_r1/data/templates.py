@@ -2,7 +2,7 @@
 
 import re
 
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.base.errors import Cause, UserError
 
 PLACEHOLDER = "{problem}"
 SYSTEM = "{system}"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.byte_decoder import ByteDecoder
 from megatron_r1.data.chats import Message
 from megatron_r1.data.end_tokens import end_tokens
@@ -17,7 +18,6 @@ from megatron_r1.data.templates import (
     render,
 )
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.errors import Cause, UserError
 
 PROBE = "a message of the system"
 """A text by which it is seen whether a template shows a system's message."""

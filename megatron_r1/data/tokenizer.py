@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.files.foreign import read_json, require_own_files
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files.foreign import read_json, require_own_files
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.records import ABSENT, Record, entry
 from megatron_r1.data.report import DataReport
-from megatron_r1.errors import Cause, UserError, did_you_mean
 
 KEYS = ("min", "max", "not", "or")
 TRUE, FALSE = ("true", "yes"), ("false", "no")

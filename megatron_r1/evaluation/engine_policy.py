@@ -11,22 +11,22 @@ from r1_grading.terms import ACCURACY
 
 from megatron_r1.agents.environment_pool import Environments, describe
 from megatron_r1.agents.player import EpisodePlayer
+from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.shots import FewShotText, Shots
 from megatron_r1.data.text import PromptText
-from megatron_r1.engine import gpu
-from megatron_r1.engine.cpu_kernels import check_cpu_kernels
-from megatron_r1.engine.from_config import engine_settings, fleet_settings
-from megatron_r1.engine.limits import check_engines, context_length
-from megatron_r1.engine.responses import Response
-from megatron_r1.engine.stop_strings import cut
-from megatron_r1.errors import Cause, RunError, UserError
+from megatron_r1.engines.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.cpu_kernels import check_cpu_kernels
+from megatron_r1.engines.server.from_config import engine_settings, fleet_settings
+from megatron_r1.engines.server.limits import check_engines, context_length
+from megatron_r1.engines.server.responses import Response
+from megatron_r1.engines.server.stop_strings import cut
 from megatron_r1.evaluation.model_folder import fingerprint, require_weights
 from megatron_r1.evaluation.response import Decoding, TextResponse
-from megatron_r1.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.hf_config import as_read, load_config
 
 ATTEMPTS = 3

@@ -9,9 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from megatron_r1.base.files import atomic_writer
 from megatron_r1.evaluation.intervals import Estimate
 from megatron_r1.evaluation.summary import Summary
-from megatron_r1.files import atomic_writer
 
 COLUMNS = 3
 PASS_COLOR, VOTE_COLOR = "#2b66d9", "#c2760c"

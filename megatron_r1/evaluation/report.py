@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_r1.base.files import atomic_write
 from megatron_r1.evaluation.intervals import Estimate
 from megatron_r1.evaluation.response import is_ungraded
 from megatron_r1.evaluation.summary import Summary
-from megatron_r1.files import atomic_write
 from megatron_r1.reporting.page import render
 from megatron_r1.reporting.report_samples import conversation
 from megatron_r1.reporting.wording import number, percent, printable, shorten_middle

@@ -11,9 +11,9 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files.jsonl import LineWriter, read_lines, whole_lines
 from megatron_r1.evaluation.response import is_ungraded
-from megatron_r1.files.jsonl import LineWriter, read_lines, whole_lines
 
 PromptKey = tuple[str, str]
 """(benchmark, prompt id); the benchmark is "" in lines of `sample`."""

@@ -10,8 +10,8 @@ from typing import Any
 from r1_grading import RewardPool, RewardTerms
 from r1_grading.terms import ACCURACY, Options, combine
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.progress import SamplingProgress
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest
 from megatron_r1.evaluation.response import Policy, TextResponse

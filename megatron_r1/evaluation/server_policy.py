@@ -17,6 +17,7 @@ from r1_grading.served.service import (
     Ungradable,
 )
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.data.chats import Message
@@ -24,7 +25,6 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.shots import Shots
 from megatron_r1.data.templates import find_template, is_opened, render
 from megatron_r1.data.text import system_text
-from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.response import Decoding, TextResponse
 
 TINY_QUESTION = "1 + 1 ="

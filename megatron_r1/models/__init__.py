@@ -18,13 +18,13 @@
     routing.py, replay.py, fp8/                          choice of experts, routing replay, FP8
 
 A new architecture made of known parts is one entry of `families.FAMILIES`. Everything but
-`read_hf_config` is imported at first use, after `megatron_r1.platform.prepare()`; before the first
-model is built, `patches.install()` is called."""
+`read_hf_config` is imported at first use, after `megatron_r1.models.platform.prepare()`; before the
+first model is built, `patches.install()` is called."""
 
 from typing import Any
 
+from megatron_r1.base.processes.imports import import_lazily
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.processes.imports import import_lazily
 
 _HOME = {
     "transformer_config": "config",

@@ -9,10 +9,10 @@ from typing import Any
 
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_r1 import platform
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.config.model import Fusion
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.models import platform
 
 FIELDS = {
     "gradient_accumulation": "gradient_accumulation_fusion",

@@ -3,7 +3,7 @@ Megatron."""
 
 from typing import Any
 
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.hf_config import model_family, need, require, rope_parameters
 
 _ROPE_KEYS = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.base.errors import Cause, UserError
 
 
 def load_by_transformers(folder: str | Path, hf: dict, dtype: torch.dtype, **options: Any) -> Any:

@@ -7,10 +7,9 @@ import torch
 from megatron.core.activations import quick_gelu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_r1 import platform
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, ParallelConfig
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.models import fp8
+from megatron_r1.models import fp8, platform
 from megatron_r1.models.acceleration import acceleration_fields
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.pipeline_stages import pipeline_stages, uneven_layout

@@ -5,7 +5,7 @@ configuration is checked by reading it with `Recorded`."""
 
 from typing import Any
 
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.base.errors import Cause, UserError
 
 
 class Recorded(dict):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.families import SWIGLU_LIMIT
 from megatron_r1.models.hf_config import model_family, need, sparse_layers
 

@@ -2,7 +2,7 @@
 
 A new architecture that is a combination of what is here is one entry of FAMILIES: configuration,
 weights, conversion, planning and push follow from it (`attention_fields`, `expert_fields`,
-`weights.decoder`). What Hugging Face's `config.json` says about a model is read there."""
+`models.weights.decoder`). What Hugging Face's `config.json` says about a model is read there."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class Family:
     expert_size: the key of `config.json` with the number of an expert's inner features.
     open_swiglu: experts compute clamp(gate) sigmoid(1.702 gate) (clamp(up) + 1).
     biases: whether the output projection, router and experts have biases.
-    stacked: a tensor of the checkpoint has all experts of a layer (`weights.stacked`).
+    stacked: a tensor of the checkpoint has all experts of a layer (`models.weights.stacked`).
     normalizes: whether a token's expert weights sum to 1, unless `norm_topk_prob` is given.
     layer_types: whether transformers reads mlp_layer_types instead of first_k_dense_replace.
     whole_shared: whether vLLM keeps shared experts whole on every rank of engines with tensor, data

@@ -6,14 +6,16 @@ import codecs
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.files.foreign import read_json, require_own_files
-from megatron_r1.files.weight_files import tensor_names
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files.foreign import read_json, require_own_files
+from megatron_r1.base.files.weight_files import tensor_names
 from megatron_r1.models.families import FAMILIES, Family
 
 HeadKind = Literal["language", "score"]
 """language: logits over the vocabulary. score: one number per token, for reward models and critics.
 """
+VOCABULARY_MULTIPLE = 64
+"""vLLM pads the vocabulary to this (DEFAULT_VOCAB_PADDING_SIZE) before it splits it."""
 
 _SUFFIXES: dict[HeadKind, str] = {"language": "ForCausalLM", "score": "ForSequenceClassification"}
 ARCHITECTURES = {
@@ -414,3 +416,8 @@ def need(hf: dict, *names: str) -> None:
             key=missing[0],
             cause=Cause.MISSING,
         )
+
+
+def padded_vocabulary(num_tokens: int) -> int:
+    """Return the rows of vLLM's embedding and LM head, which its tensor ranks share."""
+    return -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

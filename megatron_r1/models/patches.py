@@ -2,7 +2,7 @@
 
 `install` replaces names of Megatron's modules for the whole process. Who starts a process that
 builds models calls it once, after `platform.prepare()`, whose own patches are for a CPU only
-(`platform.cpu_patches`): trainer ranks do in `training.distributed.initialize`. `build_model`
+(`models.platform.cpu_patches`): trainer ranks do in `trainer.distributed.initialize`. `build_model`
 refuses to build before, as the model would compute something else without an error. A patch's
 upstream line is the one that is wrong, or too slow; tests/unit/models/test_patches.py fails when it
 is gone.
@@ -19,9 +19,9 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import router
 
+from megatron_r1.models.platform.patch import Patch, listed_in
 from megatron_r1.models.rotary import rotate_packed
 from megatron_r1.models.routing import route
-from megatron_r1.platform.patch import Patch, listed_in
 
 PATCHES: list[Patch] = []
 _patch = listed_in(PATCHES)
@@ -42,7 +42,7 @@ def check_installed() -> None:
     if not _installed:
         raise RuntimeError(
             "models are built from a patched Megatron-Core: call megatron_r1.models.patches."
-            "install() once in this process, after megatron_r1.platform.prepare()"
+            "install() once in this process, after megatron_r1.models.platform.prepare()"
         )
 
 
@@ -92,7 +92,7 @@ def accept_empty_extra_state(grouped_linear: Any) -> None:
 
     From 2.17 on Transformer Engine writes an empty tensor for recipes without a history, which
     `_split_extra_state` decodes to None. Checkpoints leave the parts out anyway
-    (`training.checkpoints.contents`)."""
+    (`trainer.checkpoints.contents`)."""
     split = grouped_linear._split_extra_state
 
     @functools.wraps(split)

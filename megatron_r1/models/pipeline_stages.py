@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.base.errors import Cause, UserError
 
 _ITEM = re.compile(r"\(([^()]*)\)\*(\d+)|([EtmL|])(?:\*(\d+))?")
 

@@ -1,6 +1,6 @@
 """Which quantized checkpoints can be read, by `quantization_config` of `config.json`. No torch."""
 
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.hf_config import model_family
 
 BLOCK = 128
@@ -10,7 +10,7 @@ FP8_BLOCKS = {
     "quant_method": "fp8",
     "weight_block_size": [BLOCK, BLOCK],
 }
-"""`quantization_config` of DeepSeek's published FP8 checkpoints (`weights.stored.fp8`)."""
+"""`quantization_config` of DeepSeek's published FP8 checkpoints (`models.weights.stored.fp8`)."""
 
 
 def check_quantization(hf: dict) -> None:

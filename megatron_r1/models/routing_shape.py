@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.hf_config import need, sparse_layers
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.attention_fields import (
     KEY_VALUE_HEADS,
     attention_divisions,

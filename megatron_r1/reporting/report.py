@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.files import atomic_write
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import atomic_write
 from megatron_r1.reporting.outcome import (
     Evaluation,
     Metrics,

@@ -12,13 +12,13 @@ from typing import Any, Self
 
 from pydantic_core import to_jsonable_python
 
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import READ_ONLY, access, atomic_write
+from megatron_r1.base.files.jsonl import append_lines, keep_lines, read_lines
 from megatron_r1.config.differences import changed_keys, flatten, is_within, value_text
 from megatron_r1.config.removed import REMOVED
 from megatron_r1.config.schedule import KEYS as SCHEDULED_KEYS
 from megatron_r1.config.yaml_text import as_text, as_yaml, parse_text
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.files import READ_ONLY, access, atomic_write
-from megatron_r1.files.jsonl import append_lines, keep_lines, read_lines
 
 LOCK = ".lock"
 _FLOCK = "hhqqi0q"  # struct flock of Linux: type, whence, start, length, pid

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-from megatron_r1.processes import children, lifetime
+from megatron_r1.base.processes import children, lifetime
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo")
 CONFIGURATION = """

@@ -12,7 +12,7 @@ import namespaces
 import pytest
 from small_run import environment, metrics, write_recipe
 
-from megatron_r1.weight_sync import transports
+from megatron_r1.push import transports
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,7 +27,7 @@ TRANSPORTS = [
         marks=pytest.mark.skipif(not GLOO, reason="no gloo transport of weights is registered"),
     ),
 ]
-AGENT = [sys.executable, "-m", "megatron_r1.fleet.host"]
+AGENT = [sys.executable, "-m", "megatron_r1.engines.fleet.host"]
 
 
 @pytest.fixture

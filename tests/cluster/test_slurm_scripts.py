@@ -14,7 +14,7 @@ import pytest
 import slurm_cluster
 from small_run import ROOT, SUMS, environment, metrics
 
-from megatron_r1.engine.settings import engine_environment
+from megatron_r1.engines.server.settings import engine_environment
 
 pytestmark = [
     pytest.mark.slow,
@@ -156,7 +156,7 @@ esac
 """,
     "ENGINE_PYTHON": """#!/bin/bash
 case "$*" in
-    *megatron_r1.fleet.host*) sleep 600 ;;
+    *megatron_r1.engines.fleet.host*) sleep 600 ;;
     *) exit 2 ;;
 esac
 """,

@@ -1,4 +1,4 @@
-"""Small models by transformers, and tools/convert as a function."""
+"""Small models by transformers, and megatron-r1 convert as a function."""
 
 import contextlib
 import sys
@@ -11,8 +11,9 @@ from made_once import made_once
 from ranks import run_script
 from refusals import refused
 
-from megatron_r1.errors import Cause
-from tools.convert import command, from_hf, to_hf, verify
+from megatron_r1.base.errors import Cause
+from megatron_r1.commands.convert import from_hf, to_hf, verify
+from megatron_r1.commands.convert import verb as command
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS / "parallel"))

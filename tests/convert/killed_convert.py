@@ -1,4 +1,4 @@
-"""tools/convert that is killed in the middle of a file: `killed_convert.py COUNT ARGUMENT…`.
+"""megatron-r1 convert that is killed in the middle of a file: `killed_convert.py COUNT ARGUMENT…`.
 
 kill -9, when the COUNT-th tensor or chunk is about to be written.
 """
@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 
-from tools.convert import from_hf, to_hf
-from tools.convert.command import main
+from megatron_r1.commands.convert import from_hf, to_hf
+from megatron_r1.commands.convert.verb import main
 
 count = int(sys.argv.pop(1))
 calls = itertools.count(1)

@@ -23,9 +23,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT)]
 
-from megatron_r1.weights.stored import fp8  # noqa: E402
-from megatron_r1.weights.stored.hf_folder import split_into_files, write_index  # noqa: E402
-from megatron_r1.weights.stored.safetensors_file import plan_file, stored_tensors  # noqa: E402
+from megatron_r1.models.weights.stored import fp8  # noqa: E402
+from megatron_r1.models.weights.stored.hf_folder import split_into_files, write_index  # noqa: E402
+from megatron_r1.models.weights.stored.safetensors_file import plan_file, stored_tensors  # noqa: E402
 
 HF = {
     "architectures": ["DeepseekV3ForCausalLM"],

@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from megatron_r1 import platform
+from megatron_r1.models import platform
 
 platform.prepare()
 
@@ -18,14 +18,14 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
-from megatron_r1 import models, weights  # noqa: E402
+from megatron_r1 import models  # noqa: E402
+from megatron_r1.base.errors import Cause, UserError  # noqa: E402
 from megatron_r1.config import Config  # noqa: E402
-from megatron_r1.errors import Cause, UserError  # noqa: E402
-from megatron_r1.models import patches  # noqa: E402
-from megatron_r1.training import construction  # noqa: E402
-from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint  # noqa: E402
-from megatron_r1.weights.stored.hf_weights import HfWeights  # noqa: E402
-from megatron_r1.weights.stored.megatron_weights import MegatronWeights  # noqa: E402
+from megatron_r1.models import patches, weights  # noqa: E402
+from megatron_r1.models.weights.stored.dcp_reading import DistributedCheckpoint  # noqa: E402
+from megatron_r1.models.weights.stored.hf_weights import HfWeights  # noqa: E402
+from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights  # noqa: E402
+from megatron_r1.trainer import construction  # noqa: E402
 
 
 def build(hf, tensor_parallel):

@@ -8,7 +8,7 @@ from random_folder import write_folder
 from safetensors.torch import load_file, save_file
 from small_models import MODELS
 
-from megatron_r1.errors import Cause
+from megatron_r1.base.errors import Cause
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from small_models import MODELS
 from wide_model import WIDE
 
-from megatron_r1.errors import Cause
-from tools.convert import reload_check
+from megatron_r1.base.errors import Cause
+from megatron_r1.commands.convert import reload_check
 
 CHECKED = {**MODELS, "wide": WIDE}
 

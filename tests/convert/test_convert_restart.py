@@ -8,9 +8,9 @@ import torch
 from random_folder import write_folder
 from small_models import MODELS
 
-from megatron_r1.errors import Cause
-from megatron_r1.training.checkpoints import manifest
-from tools.convert import from_hf
+from megatron_r1.base.errors import Cause
+from megatron_r1.commands.convert import from_hf
+from megatron_r1.trainer.checkpoints import manifest
 
 ROOT = Path(__file__).parents[2]
 

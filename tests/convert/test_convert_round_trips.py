@@ -9,7 +9,7 @@ from small_models import FIRST, MODELS
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from wide_model import WIDE
 
-from megatron_r1.errors import Cause
+from megatron_r1.base.errors import Cause
 
 FP8_MODELS = {"deepseek": WIDE, "qwen": MODELS["qwen-tied"], "llama": MODELS["llama3"]}
 

@@ -7,7 +7,7 @@ import torch
 from random_folder import write_folder
 from small_models import MODELS
 
-from megatron_r1.errors import Cause
+from megatron_r1.base.errors import Cause
 
 
 @pytest.fixture
@@ -63,8 +63,8 @@ def test_an_older_one_is_not_taken_for_a_damaged_newest_but_offered(convert, run
         output = convert(*arguments)[1]
         assert not list(tmp_path.glob("out*"))
         # Its last line is the command that takes the older one.
-        python, tool, *older = output.strip().splitlines()[-1].split()
-        assert (python, tool) == ("python", "tools/convert")
+        program, verb, *older = output.strip().splitlines()[-1].split()
+        assert (program, verb) == ("megatron-r1", "convert")
         assert convert(*older)[0] == 0
         shutil.rmtree(out, ignore_errors=True)
 
@@ -74,7 +74,7 @@ def test_with_nothing_undamaged_or_set_aside_that_is_said(convert, run, tmp_path
         flip(run / f"checkpoints/step_{step:08d}")
     arguments = ("to-hf", run, tmp_path / "out")
     convert.refuses("checkpoint", Cause.MALFORMED, *arguments, shows=("step_00000004", run))
-    assert "tools/convert to-hf" not in convert(*arguments)[1], "a damaged one was offered"
+    assert "megatron-r1 convert to-hf" not in convert(*arguments)[1], "a damaged one was offered"
     aside = run / "checkpoints/step_00000004.damaged"
     (run / "checkpoints/step_00000004").rename(aside)
     output = convert("to-hf", run, tmp_path / "out")[1]

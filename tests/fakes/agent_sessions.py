@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.tree import TokenTree
-from megatron_r1.engine.responses import Response
+from megatron_r1.engines.server.responses import Response
 
 TOOLS = [
     {

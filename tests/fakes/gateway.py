@@ -10,7 +10,7 @@ from collections import Counter
 from fakes.agent_sessions import parse
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
 from megatron_r1.agents.parsing import Parsed
-from megatron_r1.engine.responses import Response
+from megatron_r1.engines.server.responses import Response
 from tests.chat_tokenizer import chat_tokenizer
 
 LIMITS = SessionLimits(max_turns=20, max_tokens=4000)

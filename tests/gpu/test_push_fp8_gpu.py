@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_r1.weight_sync.link_planner import EncodedSlices, ParameterSlice
-from megatron_r1.weight_sync.plan.tensors import Region
-from megatron_r1.weights.rules import Piece
+from megatron_r1.models.weights.rules import Piece
+from megatron_r1.push.link_planner import EncodedSlices, ParameterSlice
+from megatron_r1.push.plan.tensors import Region
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

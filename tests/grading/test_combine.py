@@ -11,12 +11,12 @@ from r1_grading.terms import ScheduledWeight, call_fields, combine, option_names
 from refusals import refused
 
 from megatron_r1 import config as configuration
+from megatron_r1.base.errors import Cause
 from megatron_r1.config import RewardsConfig
+from megatron_r1.controller.rollouts.grading import ResponseGrader, check_grades
+from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engine.responses import Response
-from megatron_r1.errors import Cause
-from megatron_r1.rl.grading import ResponseGrader, check_grades
-from megatron_r1.rl.rollout import Group
+from megatron_r1.engines.server.responses import Response
 
 PREFERENCE_IN_THE_LAST_400 = {
     "accuracy": 1.0,

@@ -12,7 +12,7 @@ from r1_grading.served.judge import Comparison, Judge, JudgeSettings, read_verdi
 from r1_grading.served.service import ServiceError, Ungradable, check_options
 from refusals import refused
 
-from megatron_r1.errors import Cause
+from megatron_r1.base.errors import Cause
 
 QUESTION = "Name the capital of France."
 KEY = "0123456789abcdef"

@@ -6,9 +6,9 @@ import pytest
 from r1_grading import logic, math, read_answer
 from r1_grading.reading import READINGS
 
+from megatron_r1.base.files.jsonl import read_lines
 from megatron_r1.config import Config
 from megatron_r1.evaluation.voting import read_vote
-from megatron_r1.files.jsonl import read_lines
 
 TAGS, BOX = "<answer>13</answer>", r"so \boxed{13}"
 LINES = list(read_lines(Path(__file__).with_name("last_lines.jsonl")))

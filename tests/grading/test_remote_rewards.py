@@ -14,12 +14,12 @@ from r1_grading.terms import call_fields
 from refusals import refused
 from waiting import until
 
+from megatron_r1.base.errors import Cause
 from megatron_r1.config import RewardsConfig
+from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.rollout import Sampling
 from megatron_r1.data.prompts import load_prompts, make_prompt
-from megatron_r1.engine.responses import Response
-from megatron_r1.errors import Cause
-from megatron_r1.rl.collector import RolloutCollector
-from megatron_r1.rl.rollout import Sampling
+from megatron_r1.engines.server.responses import Response
 
 ROW = {"question": "Name the capital of France.", "model": "m", "votes": 1}
 

@@ -9,7 +9,7 @@ from r1_grading.served.reward_model import Helpful, RewardModelSettings, Safety
 from r1_grading.served.service import ServiceError, check_options
 from refusals import refused
 
-from megatron_r1.errors import Cause
+from megatron_r1.base.errors import Cause
 
 QUESTION, RESPONSE = "How are you?", "<think>Hm.</think> Well."
 

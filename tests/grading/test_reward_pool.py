@@ -14,7 +14,7 @@ from r1_grading.pool import WorkerProcess
 from refusals import refused
 from waiting import until
 
-from megatron_r1.errors import Cause, RunError
+from megatron_r1.base.errors import Cause, RunError
 
 GRADERS = """
 import ctypes, os, subprocess, sys

@@ -10,7 +10,7 @@ from r1_grading import Grade, RewardPool
 from r1_grading.calls import of_signature
 from refusals import refused
 
-from megatron_r1.errors import Cause
+from megatron_r1.base.errors import Cause
 
 ROW = {"question": "2 + 11 = ?", "level": 3, "num_tokens": 7, "opened": True}
 

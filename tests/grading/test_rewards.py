@@ -10,9 +10,9 @@ from r1_grading.rewards import FORM_REWARDS, REGISTRY, resolve
 from r1_grading.terms import combine
 from refusals import refused
 
-from megatron_r1.errors import Cause
-from megatron_r1.files.jsonl import read_lines
-from megatron_r1.user_code import find_function
+from megatron_r1.base.errors import Cause
+from megatron_r1.base.files.jsonl import read_lines
+from megatron_r1.base.user_code import find_function
 
 ANSWERS = list(read_lines(Path(__file__).with_name("answers.jsonl")))
 

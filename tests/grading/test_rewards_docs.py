@@ -10,7 +10,7 @@ import yaml
 from r1_grading.rewards import REGISTRY
 
 from megatron_r1 import config as configuration
-from megatron_r1.cli import main
+from megatron_r1.commands.cli import main
 
 DOCS = Path(__file__).parents[2] / "docs"
 TERMS = ("format", "logic", "language", "conciseness", "repetition")

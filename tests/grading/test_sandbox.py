@@ -20,7 +20,7 @@ from r1_grading.sandbox.run import SandboxError, sealed_file
 from refusals import refused
 from waiting import wait_until
 
-from megatron_r1.errors import Cause
+from megatron_r1.base.errors import Cause
 
 TRUTH = {"tests": [{"stdin": "", "stdout": "42"}]}
 SLEEPER = fenced("import time\ntime.sleep(1000)")

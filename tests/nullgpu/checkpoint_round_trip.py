@@ -14,14 +14,14 @@ import torch
 from host_compute import HostCompute, on_host
 from trainer_steps import LOSS, SETTINGS, load
 
+from megatron_r1.base.processes import children
 from megatron_r1.config import Config
-from megatron_r1.processes import children
-from megatron_r1.training import distributed
+from megatron_r1.trainer import distributed
 
 
 def load_strictly() -> None:
     """Want every module's `_extra_state` in a checkpoint, which has none."""
-    from megatron_r1.training.checkpoints import contents
+    from megatron_r1.trainer.checkpoints import contents
 
     contents.load_weights = lambda module, weights: module.load_state_dict(weights)
 
@@ -35,14 +35,14 @@ def subscript_empty_extra_state() -> None:
 
 def store_remainders() -> None:
     """Keep master weights as the remainders of the bf16 parameters."""
-    from megatron_r1.training import optimizer
+    from megatron_r1.trainer import optimizer
 
     optimizer._PRECISION_AWARE["store_param_remainders"] = True
 
 
 def save_the_reference_from_the_gpu() -> None:
     """Bring the reference to the GPU, as a second set of weights, to save it."""
-    from megatron_r1.training.reference import Reference
+    from megatron_r1.trainer.reference import Reference
 
     kept = Reference.kept
     Reference.kept = lambda self, live: kept(self, live).to(live.device)
@@ -112,8 +112,8 @@ def main() -> None:
         }
     )
     position = distributed.initialize(settings.parallel, seed=0)
-    from megatron_r1.training.folders import Folders
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.trainer import Trainer
 
     for defect in DEFECTS.keys() & defects:
         DEFECTS[defect]()

@@ -22,7 +22,7 @@ from host_compute import compute_everywhere
 from random_weights import write_random
 from vllm_needs import QWEN
 
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from tools.null_gpu.launch import ON_HOST
 
 EVERYWHERE = Path(__file__).parents[2] / "tools" / "null_gpu" / "everywhere"
@@ -92,7 +92,7 @@ async def main(folder: Path, transport: str, num_engines: int) -> None:
         bridge = FileBridge(QWEN, fleet, transport=transport, colocated=colocated)
         found, left = [await checksums(fleet)], []
         if colocated:
-            await fleet.sleep()  # as `rl.session` does before engines are connected
+            await fleet.sleep()  # as `controller.session` does before engines are connected
         await bridge.push(other)
         assert [len(one.engines) for one in bridge.bridge.links.sets] == [num_engines]
         found.append(await checksums(fleet))

@@ -1,5 +1,5 @@
-"""Calls every function of `megatron_r1.platform` on the null GPU, and prints the lines of it that
-were not run."""
+"""Calls every function of `megatron_r1.models.platform` on the null GPU, and prints the lines of it
+that were not run."""
 
 import inspect
 import os
@@ -13,10 +13,10 @@ from unittest import mock
 
 import torch
 
-from megatron_r1 import platform
-from megatron_r1.errors import UserError
-from megatron_r1.platform import versions
-from megatron_r1.processes import children
+from megatron_r1.base.errors import UserError
+from megatron_r1.base.processes import children
+from megatron_r1.models import platform
+from megatron_r1.models.platform import versions
 
 MODULES = (platform, versions)  # the third, cpu_patches, is the CPU's
 FILES = {module.__file__ for module in MODULES}

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_r1.models.hf_config import resolve_aliases
-from megatron_r1.weights import hf_tensors
+from megatron_r1.models.weights import hf_tensors
 
 
 def write_random(folder: Path, hf: dict, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:

@@ -4,7 +4,7 @@ import pytest
 from nullgpu.random_weights import write_random
 from small_models import DEEPSEEK, QWEN
 
-from megatron_r1.weights import hf_tensors
+from megatron_r1.models.weights import hf_tensors
 
 # Multiples of 128, FP8's blocks.
 WIDE = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}

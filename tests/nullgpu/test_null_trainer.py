@@ -11,7 +11,7 @@ from ranks import run_script
 from small_models import MODELS
 from trainer_reports import assert_same
 
-from megatron_r1.processes.children import free_port, rank_variables
+from megatron_r1.base.processes.children import free_port, rank_variables
 
 PARALLEL = HERE.parent / "parallel"
 

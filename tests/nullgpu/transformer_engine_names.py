@@ -15,8 +15,8 @@ from grids import allows, parallel_settings, sizes
 from small_models import MODELS
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_r1 import platform
 from megatron_r1.config import Config
+from megatron_r1.models import platform
 from megatron_r1.models.hf_config import as_score_model, resolve_aliases
 
 
@@ -85,9 +85,9 @@ def stored_shapes(tree) -> dict[str, tuple]:
 def compare(hf: dict, settings: Config, stored: bool) -> list[str]:
     """Return how this rank's chunks of a model differ from the tables."""
     from megatron_r1 import models
-    from megatron_r1.weights.layout import layout
-    from megatron_r1.weights.local import model_tensors, shard_of
-    from megatron_r1.weights.stored.megatron_names import stored_layout
+    from megatron_r1.models.weights.layout import layout
+    from megatron_r1.models.weights.local import model_tensors, shard_of
+    from megatron_r1.models.weights.stored.megatron_names import stored_layout
 
     config = models.transformer_config(hf, settings)
     virtual = config.virtual_pipeline_model_parallel_size

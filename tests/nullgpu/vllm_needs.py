@@ -1,7 +1,8 @@
 """Compares what vLLM's CUDA model classes load with what the weight tables predict, and swaps a
 model's weights on the null GPU: `vllm_needs.py FOLDER CASE…`. Prints a line of JSON for each case.
 The first case has experts, so that vLLM makes a group for them. With the word `planted` among the
-cases, nothing puts back what quantization methods keep of their layers (`vllm_plugin.kept_state`).
+cases, nothing puts back what quantization methods keep of their layers
+(`engines.plugin.kept_state`).
 
 Sizes are multiples of what the kernels want (128 for FP8 blocks, 512 + 64 for MLA)."""
 
@@ -20,17 +21,17 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
+from megatron_r1.base.processes import children
+from megatron_r1.engines.plugin import register, swap
+from megatron_r1.engines.plugin.kept_state import KeptState
+from megatron_r1.engines.plugin.memory_layout import lay_out
+from megatron_r1.engines.plugin.recorder import record
 from megatron_r1.models.hf_config import implied, resolve_aliases
-from megatron_r1.processes import children
-from megatron_r1.vllm_plugin import register, swap
-from megatron_r1.vllm_plugin.kept_state import KeptState
-from megatron_r1.vllm_plugin.memory_layout import lay_out
-from megatron_r1.vllm_plugin.recorder import record
-from megatron_r1.weight_sync.plan import EngineLayout
-from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.ranks import Coordinate
-from megatron_r1.weight_sync.plan.tensors import pushed_tensors
-from megatron_r1.weights.stored import fp8
+from megatron_r1.models.weights.stored import fp8
+from megatron_r1.push.plan import EngineLayout
+from megatron_r1.push.plan.predicted_layout import PredictedLayout
+from megatron_r1.push.plan.ranks import Coordinate
+from megatron_r1.push.plan.tensors import pushed_tensors
 
 SIZES = {
     "vocab_size": 1030,

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_r1 import platform
+from megatron_r1.models import platform
 
 platform.prepare()
 
@@ -32,11 +32,12 @@ from megatron.core.tensor_parallel import (  # noqa: E402
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from megatron_r1 import models, weights  # noqa: E402
+from megatron_r1 import models  # noqa: E402
 from megatron_r1.config import Config, ParallelConfig  # noqa: E402
+from megatron_r1.models import weights  # noqa: E402
 from megatron_r1.models.context import held_positions, sample_order  # noqa: E402
 from megatron_r1.models.hf_config import resolve_aliases  # noqa: E402
-from megatron_r1.training import distributed  # noqa: E402
+from megatron_r1.trainer import distributed  # noqa: E402
 
 # fp32 and another order of sums; logits have a standard deviation of 1.
 LOGIT_TOLERANCE = 2e-5

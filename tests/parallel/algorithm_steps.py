@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from trainer_steps import config
 
-from megatron_r1 import weights
 from megatron_r1.config import Config
-from megatron_r1.rl import algorithms
-from megatron_r1.trainer_client.packing import pack
-from megatron_r1.training import distributed
-from megatron_r1.training.sample import Sample
+from megatron_r1.controller import algorithms
+from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.models import weights
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.sample import Sample
 
 SETTINGS = {
     "rloo": {"kl_beta": 0.5},
@@ -103,7 +103,7 @@ def main() -> None:
         position = distributed.initialize(settings.parallel, seed=0)
         from megatron.core import parallel_state
 
-        from megatron_r1.training.trainer import Trainer
+        from megatron_r1.trainer.trainer import Trainer
 
         trainer, report = Trainer(settings, position), {}
         trainer.keep_reference()

@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from trainer_steps import LOSS, SETTINGS, config, load
 
-from megatron_r1.training import distributed
-from megatron_r1.training.checkpoints import host_memory
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.checkpoints import host_memory
 
 LIMIT = 10_000
 host_memory.GATHERED_ELEMENTS = 10_000  # a bucket takes several slices
@@ -113,7 +113,7 @@ def full(trainer, folders, position, out: Path) -> dict:
 
 
 def killed(trainer, folders, position, out: Path) -> dict:
-    from megatron_r1.training.checkpoints.writer import HashedFile
+    from megatron_r1.trainer.checkpoints.writer import HashedFile
 
     write = HashedFile.write
 
@@ -166,8 +166,8 @@ def initialized(model: str, grid: str):
 
 
 def new(settings, position):
-    from megatron_r1.training.folders import Folders
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.trainer import Trainer
 
     add_extra_state()
     trainer = Trainer(settings, position)

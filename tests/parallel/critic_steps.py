@@ -14,15 +14,14 @@ from critic_samples import CLIP, EPSILON, NORM, RATE, STEPS, rollout
 from grids import parallel_settings
 from safetensors.torch import load_file
 
-from megatron_r1 import weights
 from megatron_r1.config import Config
-from megatron_r1.models import read_hf_config
-from megatron_r1.trainer_client.packing import pack
-from megatron_r1.training import distributed
-from megatron_r1.training.sample import Sample
+from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.models import read_hf_config, weights
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.sample import Sample
 
 TOLERANCE = 2e-5
-POLICY_LOSS = "megatron_r1.training.losses:supervised"
+POLICY_LOSS = "megatron_r1.trainer.losses:supervised"
 
 
 def config(policy: Path, scored: Path, grid: str) -> Config:
@@ -101,8 +100,8 @@ def close(name: str, grid: str, what: str, gap: float, tolerance: float) -> None
 def play(name: str, grid: str, policy: Path, scored: Path, out: Path) -> None:
     settings = config(policy, scored, grid)
     position = distributed.initialize(settings.parallel, seed=0)
-    from megatron_r1.training.folders import Folders
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.trainer import Trainer
 
     trainer, expected = Trainer(settings, position), torch.load(scored / "critic.pt")
     plan = load(trainer, position)

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_r1 import weights
 from megatron_r1.config import Config
-from megatron_r1.trainer_client.packing import pack
-from megatron_r1.training import distributed
-from megatron_r1.training.sample import Sample
+from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.models import weights
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.sample import Sample
 
-LOSS = "megatron_r1.training.losses:supervised"
+LOSS = "megatron_r1.trainer.losses:supervised"
 STEPS = 6
 
 
@@ -77,8 +77,8 @@ def main() -> None:
         position = distributed.initialize(config.parallel, seed=0)
         from megatron.core import parallel_state
 
-        from megatron_r1.training.folders import Folders
-        from megatron_r1.training.trainer import Trainer
+        from megatron_r1.trainer.folders import Folders
+        from megatron_r1.trainer.trainer import Trainer
 
         trainer = Trainer(config, position)
         folders = Folders(trainer)

@@ -6,7 +6,7 @@ Logits, every gradient, the merged export and the adapters' own export, compared
 import sys
 from pathlib import Path
 
-from megatron_r1 import platform
+from megatron_r1.models import platform
 
 platform.prepare()
 
@@ -23,11 +23,12 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from safetensors.torch import load_file  # noqa: E402
 
-from megatron_r1 import models, weights  # noqa: E402
+from megatron_r1 import models  # noqa: E402
 from megatron_r1.config import Config  # noqa: E402
-from megatron_r1.training import construction, distributed  # noqa: E402
-from megatron_r1.weights.adapters.attach import adapter_pieces  # noqa: E402
-from megatron_r1.weights.adapters.stored import PREFIX, save_adapter  # noqa: E402
+from megatron_r1.models import weights  # noqa: E402
+from megatron_r1.models.weights.adapters.attach import adapter_pieces  # noqa: E402
+from megatron_r1.models.weights.adapters.stored import PREFIX, save_adapter  # noqa: E402
+from megatron_r1.trainer import construction, distributed  # noqa: E402
 
 
 def build(folder: Path, targets, grid: str):

@@ -12,7 +12,7 @@ import trainer_steps
 from trainer_steps import LOSS, SETTINGS, config
 
 from megatron_r1.config import Config
-from megatron_r1.training import distributed
+from megatron_r1.trainer import distributed
 
 LORA = {"rank": 3, "alpha": 60.0}
 """A large factor, so that two updates move the policy visibly."""
@@ -25,8 +25,8 @@ def with_adapters(model: str, grid: str) -> Config:
 
 
 def refused(model: str, out: Path) -> None:
-    from megatron_r1.training.folders import Folders
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.trainer import Trainer
 
     reasons, recipes = [], (with_adapters(model, "one"), config(model, "one"))
     position = distributed.initialize(recipes[0].parallel, seed=0)
@@ -40,8 +40,8 @@ def refused(model: str, out: Path) -> None:
 
 
 def critic(model: str, out: Path) -> None:
-    from megatron_r1.training.folders import Folders
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.trainer import Trainer
 
     tree = with_adapters(model, "one").model_dump()
     settings = Config.model_validate({**tree, "rl": {"algorithm": "ppo"}})

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from grids import parallel_settings
 
-from megatron_r1 import weights
 from megatron_r1.config import Config
 from megatron_r1.config.losses import LossSettings
-from megatron_r1.trainer_client.packing import pack
-from megatron_r1.training import distributed
-from megatron_r1.training.sample import Sample
+from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.models import weights
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.sample import Sample
 
-LOSS = "megatron_r1.rl.algorithms.grpo:loss"
+LOSS = "megatron_r1.controller.algorithms.grpo:loss"
 SETTINGS = LossSettings(average="token", clip_low=0.2, clip_high=0.2)
 MAX_RESPONSE = 64
 """rollout.max_response_tokens, which MTP losses are divided by."""
@@ -49,7 +49,7 @@ def samples(model: str) -> list[Sample]:
 
 
 def update(settings: Config, position, model: str):
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.trainer.trainer import Trainer
 
     trainer = Trainer(settings, position)
     made = samples(model)

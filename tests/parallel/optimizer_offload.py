@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from grids import parallel_settings
 
-from megatron_r1 import platform
 from megatron_r1.config import Config
-from megatron_r1.trainer_client.packing import pack
-from megatron_r1.training import distributed
-from megatron_r1.training.sample import Sample
+from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.models import platform
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.sample import Sample
 
-LOSS = "megatron_r1.training.losses:supervised"
+LOSS = "megatron_r1.trainer.losses:supervised"
 SHARES = (0.0, 0.5, 1.0)
 
 
@@ -39,7 +39,7 @@ def pretend_to_have_a_gpu() -> None:
     from megatron.core.optimizer import optimizer_config
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-    from megatron_r1.training import optimizer
+    from megatron_r1.trainer import optimizer
 
     optimizer.platform = SimpleNamespace(has_gpu=lambda: True)
     optimizer_config.is_te_min_version = lambda version: True
@@ -96,8 +96,8 @@ def assert_equal(found: tuple, expected: tuple, where: str) -> None:
 def an_offload_changes_nothing(model: str, grid: str, position, out: Path) -> None:
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-    from megatron_r1.training.folders import Folders
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.trainer import Trainer
 
     stopped, continued = [], []
     for share in SHARES:

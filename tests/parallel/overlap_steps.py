@@ -14,18 +14,18 @@ import torch.distributed as dist
 
 from megatron_r1 import models
 from megatron_r1.config import Config
-from megatron_r1.trainer_client.packing import pack
-from megatron_r1.training import distributed
-from megatron_r1.training.sample import Sample
+from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.sample import Sample
 
-LOSS = "megatron_r1.training.losses:supervised"
+LOSS = "megatron_r1.trainer.losses:supervised"
 
 
 def parameters(
     model: str, position, overlap: bool, *, yields: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    from megatron_r1.training import implementations
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.trainer import implementations
+    from megatron_r1.trainer.trainer import Trainer
 
     parallel = {"threads": 1, "overlap_param_gather": overlap}
     config = {"model": {"path": model, "dtype": "float32"}, "parallel": parallel}

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_r1.config import Config
-from megatron_r1.training import distributed
+from megatron_r1.trainer import distributed
 
 
 def config(model: str, grid: str) -> Config:
@@ -77,7 +77,7 @@ def main() -> None:
         position = distributed.initialize(settings.parallel, seed=0)
         from megatron.core import parallel_state
 
-        from megatron_r1.training.trainer import Trainer
+        from megatron_r1.trainer.trainer import Trainer
 
         trainer = Trainer(settings, position)
         report = {"pipeline_rank": position.pipeline_rank} | measure(trainer)

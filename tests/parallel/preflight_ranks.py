@@ -7,10 +7,10 @@ import os
 import socket
 import sys
 
+from megatron_r1.base.errors import RunError
 from megatron_r1.config import parse
-from megatron_r1.errors import RunError
-from megatron_r1.preflight import folder, host, judge, rank, report
-from megatron_r1.preflight.settings import PreflightConfig
+from megatron_r1.rehearse.preflight import folder, host, judge, rank, report
+from megatron_r1.rehearse.preflight.settings import PreflightConfig
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_r1.config import ParallelConfig
-from megatron_r1.training import distributed
-from megatron_r1.training.replica import Replica
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.replica import Replica
 
 
 def main() -> None:

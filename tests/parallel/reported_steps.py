@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from grids import parallel_settings
 
-from megatron_r1 import weights
 from megatron_r1.config import Config
-from megatron_r1.training import distributed
-from megatron_r1.training.sample import Sample
+from megatron_r1.models import weights
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.sample import Sample
 
-LOSS = "megatron_r1.training.losses:supervised"
+LOSS = "megatron_r1.trainer.losses:supervised"
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         position = distributed.initialize(config.parallel, seed=0)
         from megatron.core import parallel_state
 
-        from megatron_r1.training.trainer import SUPERVISED, Trainer
+        from megatron_r1.trainer.trainer import SUPERVISED, Trainer
 
         trainer, file = Trainer(config, position), Path(out) / grid
         before = file.with_name(f"{grid}-before.safetensors")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_r1 import platform
+from megatron_r1.models import platform
 
 LENGTHS = [[1], [5, 1, 0, 3], [40, 2, 17, 3, 3]]
 """Per batch, in units of 2 * ranks tokens."""

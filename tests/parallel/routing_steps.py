@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from grids import parallel_settings
 
-from megatron_r1 import weights
 from megatron_r1.config import Config
-from megatron_r1.trainer_client.packing import pack
-from megatron_r1.training import distributed
-from megatron_r1.training.sample import Sample
+from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.models import weights
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.sample import Sample
 
-LOSS = "megatron_r1.training.losses:supervised"
+LOSS = "megatron_r1.trainer.losses:supervised"
 RECOMPUTE = {
     "": {},
     "full": {"recompute": "full"},
@@ -51,7 +51,7 @@ def record_own(model: str, samples: list[Sample]) -> list[Sample]:
     """The samples with what a trainer without replay routes them to, as Megatron records it."""
     from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.trainer.trainer import Trainer
 
     trainer = Trainer(config(model, "one", replay=False), POSITION)
     recorders = []
@@ -72,7 +72,7 @@ def record_own(model: str, samples: list[Sample]) -> list[Sample]:
 
 
 def replay_own(model: str, samples: list[Sample]) -> dict:
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.trainer.trainer import Trainer
 
     recorded, without = record_own(model, samples)
     trainer = Trainer(config(model, "one"), POSITION)
@@ -83,7 +83,7 @@ def replay_own(model: str, samples: list[Sample]) -> dict:
 
 
 def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.trainer.trainer import Trainer
 
     trainer = Trainer(config(model, grid), POSITION)
     plan = pack([len(s) for s in samples], POSITION.data_size, 50).shares[POSITION.data_rank]

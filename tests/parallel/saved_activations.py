@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from megatron_r1.config import Config
-from megatron_r1.training import distributed
-from megatron_r1.training.sample import Sample
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.sample import Sample
 
 SAMPLES, LENGTH = 8, 32
 
@@ -22,8 +22,8 @@ def main() -> None:
         | {"parallel": {"threads": 1}}
     )
     position = distributed.initialize(config.parallel, seed=0)
-    from megatron_r1.training.trainer import Trainer
-    from megatron_r1.training.wire import SUPERVISED
+    from megatron_r1.trainer.trainer import Trainer
+    from megatron_r1.trainer.wire import SUPERVISED
 
     trainer = Trainer(config, position)
     sample = Sample.pack([1] * (LENGTH // 2), [2] * (LENGTH // 2), [-1.0] * (LENGTH // 2), 1.0)

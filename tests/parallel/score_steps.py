@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from megatron_r1 import platform
+from megatron_r1.models import platform
 
 platform.prepare()
 
@@ -22,15 +22,16 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from scored_models import LABELS, models_on  # noqa: E402
 
-from megatron_r1 import models, weights  # noqa: E402
+from megatron_r1 import models  # noqa: E402
 from megatron_r1.config import ParallelConfig  # noqa: E402
-from megatron_r1.trainer_client.packing import pack  # noqa: E402
-from megatron_r1.training import distributed, reward_losses, scores  # noqa: E402
-from megatron_r1.training.checkpoints.contents import without_extra_state  # noqa: E402
-from megatron_r1.training.metrics import merge, reduce_over_data  # noqa: E402
-from megatron_r1.training.packed import TokenSplit, packed_batch  # noqa: E402
-from megatron_r1.training.passes import run_passes  # noqa: E402
-from megatron_r1.training.sample import Sample  # noqa: E402
+from megatron_r1.controller.trainer_calls.packing import pack  # noqa: E402
+from megatron_r1.models import weights  # noqa: E402
+from megatron_r1.trainer import distributed, reward_losses, scores  # noqa: E402
+from megatron_r1.trainer.checkpoints.contents import without_extra_state  # noqa: E402
+from megatron_r1.trainer.metrics import merge, reduce_over_data  # noqa: E402
+from megatron_r1.trainer.packed import TokenSplit, packed_batch  # noqa: E402
+from megatron_r1.trainer.passes import run_passes  # noqa: E402
+from megatron_r1.trainer.sample import Sample  # noqa: E402
 
 # fp32 and another order of sums; scores have a standard deviation of 1.
 SCORE_TOLERANCE = 2e-5

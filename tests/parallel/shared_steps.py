@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from trainer_steps import SETTINGS, TEMPERATURE, config
 
-from megatron_r1.trainer_client.packing import pack_by_prompt
-from megatron_r1.training import distributed
-from megatron_r1.training.sample import Sample
+from megatron_r1.controller.trainer_calls.packing import pack_by_prompt
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.sample import Sample
 
-LOSS = "megatron_r1.rl.algorithms.grpo:loss"
+LOSS = "megatron_r1.controller.algorithms.grpo:loss"
 # fp32 sums in another order, through two updates with a large learning rate.
 TOLERANCE = 2e-4
 
@@ -34,7 +34,7 @@ def samples() -> list[Sample]:
 
 
 def play(settings, position, shares: bool):
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.trainer.trainer import Trainer
 
     parallel = settings.parallel.model_copy(update={"share_prompts": shares})
     trainer = Trainer(settings.model_copy(update={"parallel": parallel}), position)

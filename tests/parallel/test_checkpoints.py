@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 
-from megatron_r1.training.checkpoints import finding, manifest
+from megatron_r1.trainer.checkpoints import finding, manifest
 
 HERE = Path(__file__).parent
 # fp32 sums in another order, through two updates with a large learning rate.

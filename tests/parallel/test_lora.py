@@ -12,10 +12,10 @@ from ranks import run_ranks, run_script
 from safetensors.torch import load_file
 from trainer_reports import TOLERANCE, assert_close
 
-from megatron_r1.errors import UserError
+from megatron_r1.base.errors import UserError
 from megatron_r1.models import read_hf_config
-from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
-from megatron_r1.weights.stored.megatron_weights import MegatronWeights
+from megatron_r1.models.weights.stored.dcp_reading import DistributedCheckpoint
+from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
 
 HERE = Path(__file__).parent
 MODEL = "deepseek-all"

@@ -9,8 +9,8 @@ from ranks import run_ranks, run_script
 from small_models import DEEPSEEK
 
 from megatron_r1.config.hardware import HARDWARE
-from tools.plan.job import PlannedJob
-from tools.plan.memory import CRITIC, PERSISTENT, rank_memory
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.memory import CRITIC, PERSISTENT, rank_memory
 
 pytestmark = pytest.mark.more
 
@@ -67,9 +67,9 @@ def build(*pipeline_ranks: int) -> str:
     code = (
         "from megatron_r1 import config\n"
         "from megatron_r1.models import read_hf_config\n"
-        "from tools.plan.build import build_ranks\n"
+        "from megatron_r1.plan.build import build_ranks\n"
         "from megatron_r1.config.hardware import HARDWARE\n"
-        "from tools.plan.job import PlannedJob\n"
+        "from megatron_r1.plan.job import PlannedJob\n"
         "settings = config.load('examples/deepseek_r1/r1_zero.yaml')\n"
         "hf = read_hf_config(settings.model.path)\n"
         f"print(build_ranks(PlannedJob(hf, settings, 2048, HARDWARE['H800']), {chosen}))"

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
-from megatron_r1.trainer_client.rank_socket import RankSocket
+from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT
+from megatron_r1.controller.trainer_calls.rank_socket import RankSocket
 
 HERE = Path(__file__).parent
 TOKEN = "secret" * 8

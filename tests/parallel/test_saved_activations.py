@@ -7,8 +7,8 @@ import pytest
 from ranks import run_ranks
 from small_models import DEEPSEEK, LLAMA, QWEN
 
+from megatron_r1.controller.trainer_calls.cpu_memory import activation_bytes
 from megatron_r1.models import read_hf_config
-from megatron_r1.trainer_client.cpu_memory import activation_bytes
 
 
 @pytest.mark.slow

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from grids import parallel_settings
 from safetensors.torch import load_file, save_file
 
-from megatron_r1 import weights
 from megatron_r1.config import Config
-from megatron_r1.trainer_client.packing import pack
-from megatron_r1.training import distributed
-from megatron_r1.training.sample import Sample
+from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.models import weights
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.sample import Sample
 
-LOSS = "megatron_r1.training.losses:supervised"
+LOSS = "megatron_r1.trainer.losses:supervised"
 BIAS = "e_score_correction_bias"
 RATE = 0.01
 RECOMPUTED = [
@@ -50,7 +50,7 @@ def config(model: str, grid: str, rate: float = 0.0, **parallel) -> Config:
 
 def trained(settings: Config, position):
     """A trainer after one update. Lengths need no padding on any grid: routers would count it."""
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.trainer.trainer import Trainer
 
     trainer = Trainer(settings, position)
     draw = random.Random(5)
@@ -88,9 +88,9 @@ def recomputing_changes_no_gradient(model: str, grid: str, position) -> None:
 
 
 def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, position, out: Path) -> None:
-    from megatron_r1.training.folders import Folders
-    from megatron_r1.training.trainer import Trainer
-    from megatron_r1.weights.local import local_entries
+    from megatron_r1.models.weights.local import local_entries
+    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.trainer import Trainer
 
     settings = config(model, grid, RATE)
     trainer, _ = trained(settings, position)

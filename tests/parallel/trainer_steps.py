@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from grids import parallel_settings
 
-from megatron_r1 import weights
 from megatron_r1.config import Config
 from megatron_r1.config.losses import LossSettings
-from megatron_r1.trainer_client.packing import pack
-from megatron_r1.training import distributed
-from megatron_r1.training.sample import Sample
+from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.models import weights
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.sample import Sample
 
 TEMPERATURE = 0.8
 SETTINGS = LossSettings(
@@ -32,7 +32,7 @@ SETTINGS = LossSettings(
     kl_beta=0.1,
     entropy_coef=0.01,
 )
-LOSS = "megatron_r1.rl.algorithms.grpo:loss"
+LOSS = "megatron_r1.controller.algorithms.grpo:loss"
 
 
 def samples(seed: int) -> list[Sample]:
@@ -86,8 +86,8 @@ def main() -> None:
         position = distributed.initialize(settings.parallel, seed=0)
         from megatron.core import parallel_state
 
-        from megatron_r1.training.folders import Folders
-        from megatron_r1.training.trainer import Trainer
+        from megatron_r1.trainer.folders import Folders
+        from megatron_r1.trainer.trainer import Trainer
 
         trainer = Trainer(settings, position)
         folders = Folders(trainer)

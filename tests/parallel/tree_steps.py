@@ -25,19 +25,19 @@ from tree_episodes import (
     episodes,
 )
 
-from megatron_r1 import weights
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.config import Config
 from megatron_r1.config.losses import LossSettings
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
+from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_passes import training_samples
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engine.episodes import Episode
-from megatron_r1.engine.responses import Response
-from megatron_r1.rl.rollout import GradedResponse, Group
-from megatron_r1.rl.trainer_passes import training_samples
-from megatron_r1.trainer_client.packing import pack
-from megatron_r1.training import distributed
+from megatron_r1.engines.server.episodes import Episode
+from megatron_r1.engines.server.responses import Response
+from megatron_r1.models import weights
+from megatron_r1.trainer import distributed
 
-LOSS = "megatron_r1.rl.algorithms.grpo:loss"
+LOSS = "megatron_r1.controller.algorithms.grpo:loss"
 
 
 def samples(seed: int):
@@ -92,7 +92,7 @@ def main() -> None:
         position = distributed.initialize(settings.parallel, seed=0)
         from megatron.core import parallel_state
 
-        from megatron_r1.training.trainer import Trainer
+        from megatron_r1.trainer.trainer import Trainer
 
         trainer, metrics = Trainer(settings, position), []
         trainer.keep_reference()

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from megatron_r1 import platform
+from megatron_r1.models import platform
 
 platform.prepare()
 
@@ -22,9 +22,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from megatron_r1 import models, weights  # noqa: E402
+from megatron_r1 import models  # noqa: E402
 from megatron_r1.config import Config  # noqa: E402
-from megatron_r1.models import patches  # noqa: E402
+from megatron_r1.models import patches, weights  # noqa: E402
 
 
 @contextlib.contextmanager

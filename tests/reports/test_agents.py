@@ -7,14 +7,14 @@ import pytest
 
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.tree import TokenTree
+from megatron_r1.base.errors import RunError
+from megatron_r1.controller.rollouts.grading import check_grades
+from megatron_r1.controller.rollouts.metrics import rollout_metrics
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
+from megatron_r1.controller.trainer_passes import training_samples
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engine.episodes import Episode
-from megatron_r1.engine.responses import Response
-from megatron_r1.errors import RunError
-from megatron_r1.rl.grading import check_grades
-from megatron_r1.rl.metrics import rollout_metrics
-from megatron_r1.rl.rollout import GradedResponse, Group, Rollout
-from megatron_r1.rl.trainer_passes import training_samples
+from megatron_r1.engines.server.episodes import Episode
+from megatron_r1.engines.server.responses import Response
 from tests.chat_tokenizer import QWEN3, chat_tokenizer
 
 MERGING = (

@@ -13,10 +13,10 @@ from r1_grading.truths import NO_TRUTH, is_none
 from refusals import refused
 
 from megatron_r1.agents.player import row_of
+from megatron_r1.base.errors import Cause
 from megatron_r1.data.chats import read_chat, tool_calls
 from megatron_r1.data.prompts import Prompt, load_prompts
 from megatron_r1.data.sft import read_example
-from megatron_r1.errors import Cause
 from tests.grading.code_answers import needs_sandbox
 
 

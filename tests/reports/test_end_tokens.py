@@ -15,19 +15,19 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.tree import TokenTree
-from megatron_r1.commands import check_model
+from megatron_r1.base.errors import Cause
+from megatron_r1.commands.check_model import verb as check_model
+from megatron_r1.commands.check_model.findings import Findings
 from megatron_r1.config import ParallelConfig, RewardsConfig
+from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.rollout import Sampling
 from megatron_r1.data.end_tokens import describe, end_tokens
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.text import PromptText
-from megatron_r1.engine.responses import Response
-from megatron_r1.engine.stop_strings import cut
-from megatron_r1.errors import Cause
+from megatron_r1.engines.server.responses import Response
+from megatron_r1.engines.server.stop_strings import cut
 from megatron_r1.evaluation.response import Decoding
-from megatron_r1.model_check.findings import Findings
-from megatron_r1.rl.collector import RolloutCollector
-from megatron_r1.rl.rollout import Sampling
-from megatron_r1.weights.stored.hf_folder import carry_files
+from megatron_r1.models.weights.stored.hf_folder import carry_files
 
 MODELS = yaml.safe_load((Path(__file__).parent / "end_tokens.yaml").read_text(encoding="utf-8"))
 WORDS = ["the", "answer", "is", "4", ".", "..", "...", "stop", "here", "?", "find", "a", "A"]

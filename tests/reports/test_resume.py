@@ -5,11 +5,11 @@ import json
 import pytest
 
 from megatron_r1.config import Config
+from megatron_r1.controller.trainer_calls.schedule import learning_rate, warmup_note
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.reporting.trackers import tracker_set
 from megatron_r1.reporting.trackers.base import EVALUATION, STEP, TrackedRun
 from megatron_r1.reporting.trackers.tracker_set import TrackerSet
-from megatron_r1.trainer_client.schedule import learning_rate, warmup_note
 
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])

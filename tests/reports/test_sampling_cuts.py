@@ -5,9 +5,9 @@ import math
 import pytest
 from refusals import refused
 
+from megatron_r1.base.errors import Cause
 from megatron_r1.commands.rl_checks import check_sampling
 from megatron_r1.config import Config, parse
-from megatron_r1.errors import Cause
 
 
 @pytest.mark.parametrize("rl", [{}, {"importance_cap": 2.0}, {"algorithm": "rloo"}])

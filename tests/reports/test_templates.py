@@ -12,12 +12,12 @@ from tokenizers import processors
 
 from megatron_r1.config import RewardsConfig
 from megatron_r1.config.evaluation import ServerConfig
+from megatron_r1.controller.rollouts.grading import ResponseGrader
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.shots import FewShotText, Shots
 from megatron_r1.data.text import PromptText
 from megatron_r1.evaluation.response import Decoding
 from megatron_r1.evaluation.server_policy import ServerPolicy
-from megatron_r1.rl.grading import ResponseGrader
 
 BEGIN, EOS = "<|begin_of_text|>", "<|eot_id|>"
 

@@ -9,17 +9,17 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
 from megatron_r1.config.push import PushConfig
-from megatron_r1.engine.errors import EngineError
-from megatron_r1.weight_bridge.bridge import WeightBridge
-from megatron_r1.weight_bridge.engine_links import EngineLinks
-from megatron_r1.weight_sync.checksum import copy_with_checksum
-from megatron_r1.weight_sync.plan import TrainerGrid
-from megatron_r1.weight_sync.plan.tensors import pushed_tensors
-from megatron_r1.weight_sync.sender import WeightSender
-from megatron_r1.weight_sync.transports import shared_memory
-from megatron_r1.weight_sync.transports.base import gpu_uuid
-from megatron_r1.weights.layout import stage_shards
-from megatron_r1.weights.rules import Piece
+from megatron_r1.controller.delivery.bridge import WeightBridge
+from megatron_r1.controller.delivery.engine_links import EngineLinks
+from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.models.weights.layout import stage_shards
+from megatron_r1.models.weights.rules import Piece
+from megatron_r1.push.checksum import copy_with_checksum
+from megatron_r1.push.plan import TrainerGrid
+from megatron_r1.push.plan.tensors import pushed_tensors
+from megatron_r1.push.sender import WeightSender
+from megatron_r1.push.transports import shared_memory
+from megatron_r1.push.transports.base import gpu_uuid
 
 
 class FileTrainer:

@@ -16,14 +16,14 @@ def by_trainer(config_path: str, checkpoint: str) -> list[list[int]]:
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     from megatron_r1 import config, models
-    from megatron_r1.training import distributed
+    from megatron_r1.trainer import distributed
 
     settings = config.load(config_path)
     place = distributed.initialize(settings.parallel, 0)
     import torch
 
-    from megatron_r1.training.folders import Folders
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.trainer.folders import Folders
+    from megatron_r1.trainer.trainer import Trainer
 
     trainer = Trainer(settings, place)
     Folders(trainer).load_checkpoint(checkpoint, reference=True)

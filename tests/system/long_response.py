@@ -19,8 +19,8 @@ from long_model import write_recipe
 
 ROOT = Path(__file__).parents[2]
 ROLES = {
-    "megatron_r1.training.rank": "trainer rank",
-    "megatron_r1.vllm_plugin.serve": "engine, server",
+    "megatron_r1.trainer.rank": "trainer rank",
+    "megatron_r1.engines.plugin.serve": "engine, server",
     "VLLM::EngineCore": "engine, core",
     "r1_grading": "grader",
     "megatron_r1 rl": "controller",
@@ -59,7 +59,8 @@ class Processes(threading.Thread):
 
 
 def measure(folder: Path, *overrides: str) -> dict[str, Any]:
-    """Run the recipe in `folder`; return its metrics, its processes, and what tools/plan says.
+    """Run the recipe in `folder`; return its metrics, its processes, and what megatron-r1 plan
+    says.
 
     Raises RuntimeError with the run's output where it fails."""
     folder.mkdir(parents=True)

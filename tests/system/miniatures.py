@@ -49,9 +49,9 @@ def write(folder: Path, hf: dict) -> None:
     from safetensors.torch import load_file, save_file
 
     from megatron_r1.models.hf_config import resolve_aliases
-    from megatron_r1.weights.decoder import table
-    from megatron_r1.weights.stacked import published_tensors
-    from megatron_r1.weights.stored import fp8
+    from megatron_r1.models.weights.decoder import table
+    from megatron_r1.models.weights.stacked import published_tensors
+    from megatron_r1.models.weights.stored import fp8
 
     command_line.write_model(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())

@@ -5,7 +5,7 @@ Its metric `own` is 1 where the loss, on the trainer ranks, has the advantages c
 from dataclasses import replace
 
 from megatron_r1.config.algorithms import AlgorithmRules
-from megatron_r1.rl.advantages import group_advantages
+from megatron_r1.controller.advantages import group_advantages
 
 RULES = AlgorithmRules({"advantage_std": "none"}, kl_in_reward=True, advantage_stds=("none",))
 
@@ -15,7 +15,7 @@ def advantages(groups, rl):
 
 
 def token_advantages(scored, settings):
-    from megatron_r1.training.token_advantages import TokenTargets, reward_to_go
+    from megatron_r1.trainer.token_advantages import TokenTargets, reward_to_go
 
     made = reward_to_go(scored, replace(settings, discount=0.5))
     for responses, whole in zip(scored.responses, made, strict=True):
@@ -24,8 +24,8 @@ def token_advantages(scored, settings):
 
 
 def loss(batch, head, settings):
-    from megatron_r1.rl.algorithms.grpo import loss as grpo_loss
-    from megatron_r1.training.metrics import Mean
+    from megatron_r1.controller.algorithms.grpo import loss as grpo_loss
+    from megatron_r1.trainer.metrics import Mean
 
     terms = grpo_loss(batch, head, settings)
     is_own = batch.advantages == batch.logprobs["own"]

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 
-from megatron_r1 import cli
+from megatron_r1.commands import cli
 
 
 def main():

@@ -14,7 +14,7 @@ from run_progress import left_behind
 from safetensors.torch import load_file
 from waiting import wait_until
 
-from megatron_r1.processes.fork_server import SERVERS
+from megatron_r1.base.processes.fork_server import SERVERS
 
 pytestmark = pytest.mark.more
 

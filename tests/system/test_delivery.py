@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megatron_r1.vllm_plugin import delivery
-from megatron_r1.vllm_plugin.memory_layout import PlacedParameter
-from megatron_r1.vllm_plugin.recorder import CheckpointParameter
-from megatron_r1.weight_sync.results import UndeliveredPush
+from megatron_r1.engines.plugin import delivery
+from megatron_r1.engines.plugin.memory_layout import PlacedParameter
+from megatron_r1.engines.plugin.recorder import CheckpointParameter
+from megatron_r1.push.results import UndeliveredPush
 
 NAMES = ["small", "large", "larger", "live"]
 

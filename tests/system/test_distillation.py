@@ -14,8 +14,8 @@ from sampled import TOLERANCE
 from tiny_models import DEEPSEEK, QWEN, reference_logprobs, write_model
 
 from megatron_r1.config import Config
-from megatron_r1.engine.server import EngineServer
-from megatron_r1.rl.teacher import teacher_fleet
+from megatron_r1.controller.teacher import teacher_fleet
+from megatron_r1.engines.server.server import EngineServer
 
 POSITIONS, VOCABULARY = 256, 67
 

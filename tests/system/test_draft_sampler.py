@@ -1,6 +1,6 @@
 """vLLM's rejection sampler, as our plugin leaves it on a CPU: drafts change no distribution.
 
-Oracle: softmax of the logits. Without the patch of vllm_plugin/cpu_patches.py both tests fail.
+Oracle: softmax of the logits. Without the patch of engines/plugin/cpu_patches.py both tests fail.
 """
 
 import pytest

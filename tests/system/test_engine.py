@@ -36,13 +36,13 @@ from tiny_models import (
     write_model,
 )
 
-from megatron_r1.engine.client import GENERATE, EngineClient
-from megatron_r1.engine.errors import EngineError, PushIncomplete
-from megatron_r1.engine.responses import parse_responses
-from megatron_r1.engine.server import EngineServer
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.server.client import GENERATE, EngineClient
+from megatron_r1.engines.server.errors import EngineError, PushIncomplete
+from megatron_r1.engines.server.responses import parse_responses
+from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.models.routing_shape import routing_shape
-from megatron_r1.training.operations import PushOperations
+from megatron_r1.trainer.operations import PushOperations
 
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64}
 ROUTING = routing_shape(DEEPSEEK)
@@ -252,7 +252,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
     assert largest_difference(oracle, models / "b", groups) <= TOLERANCE
 
 
-@pytest.mark.more  # another engine; without one: tests/unit/fleet/test_fleet.py
+@pytest.mark.more  # another engine; without one: tests/unit/engines/fleet/test_fleet.py
 def test_without_a_restart_left_a_death_fails_its_calls_with_the_reason(models, loop, tmp_path):
     async def run():
         async with RolloutFleet(1, tmp_path, **ENGINE) as fleet:
@@ -286,7 +286,7 @@ def test_an_architecture_vllm_does_not_know_is_named_first(tmp_path):
 
 START_AND_WAIT = """
 import asyncio, sys, time
-from megatron_r1.engine.server import EngineServer
+from megatron_r1.engines.server.server import EngineServer
 server = EngineServer(sys.argv[1], sys.argv[2], max_model_len=256, max_num_seqs=64)
 server.start()
 asyncio.run(server.wait_ready())

@@ -11,19 +11,19 @@ from command_line import command_of, members
 from tiny_models import QWEN, write_model
 from waiting import until
 
+from megatron_r1.base.processes.authentication import known_token
+from megatron_r1.base.processes.fork_server import SERVERS
 from megatron_r1.config import RolloutConfig
-from megatron_r1.engine.errors import EngineError
-from megatron_r1.engine.settings import MODULE
-from megatron_r1.fleet.placement import accepting_hosts, open_pool, server_maker
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.processes.authentication import known_token
-from megatron_r1.processes.fork_server import SERVERS
+from megatron_r1.engines.fleet.placement import accepting_hosts, open_pool, server_maker
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.settings import MODULE
 
 SMALL = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "num_threads": 1}
 
 
 def agent(folder, *options):
-    command = [sys.executable, "-m", "megatron_r1.fleet.host", "--folder", folder, *options]
+    command = [sys.executable, "-m", "megatron_r1.engines.fleet.host", "--folder", folder, *options]
     # Its engines are to descend from it, not from the fork server that the tests share.
     quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", SERVERS: ""}
     return subprocess.Popen([*map(str, command)], env=os.environ | quiet)

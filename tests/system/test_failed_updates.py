@@ -10,9 +10,9 @@ import pytest
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 from vllm.v1.worker import gpu_worker
 
-from megatron_r1.processes.children import free_port
-from megatron_r1.vllm_plugin import backend, failed_updates
-from megatron_r1.weight_sync.results import IncompletePush, StoreUnreachable
+from megatron_r1.base.processes.children import free_port
+from megatron_r1.engines.plugin import backend, failed_updates
+from megatron_r1.push.results import IncompletePush, StoreUnreachable
 
 SUCCESS, FAILURE = WorkerProc.ResponseStatus.SUCCESS, WorkerProc.ResponseStatus.FAILURE
 

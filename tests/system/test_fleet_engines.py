@@ -9,12 +9,12 @@ from sampled import TOLERANCE, largest_difference, sample
 from tiny_models import QWEN, write_model, write_nan
 from waiting import until
 
-from megatron_r1.engine.server import EngineServer
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.server.server import EngineServer
 
 pytestmark = (
     pytest.mark.more
-)  # four starts of vLLM; the rules alone: tests/unit/fleet/test_fleet.py
+)  # four starts of vLLM; the rules alone: tests/unit/engines/fleet/test_fleet.py
 ENGINES = {"max_model_len": 256, "max_num_seqs": 16, "num_threads": 1}
 
 

@@ -17,7 +17,7 @@ from tiny_models import QWEN, write_model
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
 from megatron_r1.agents.parsing import ParserPool
 from megatron_r1.data.text import PromptText
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from tests.chat_tokenizer import chat_tokenizer
 
 pytestmark = pytest.mark.more  # three starts of vLLM

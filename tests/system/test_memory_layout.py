@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from megatron_r1.vllm_plugin.memory_layout import (
+from megatron_r1.engines.plugin.memory_layout import (
     GAP_BYTES,
     lay_out,
     with_gaps,
 )
-from megatron_r1.vllm_plugin.recorder import CheckpointParameter, LoaderCopy
-from megatron_r1.weight_sync.table import slot_view
+from megatron_r1.engines.plugin.recorder import CheckpointParameter, LoaderCopy
+from megatron_r1.push.table import slot_view
 
 TENSORS = {
     "gate": torch.randn(4, 8).bfloat16(),

@@ -42,7 +42,7 @@ stages:
         benchmarks:
           - {name: gym/chain_sum, instruction: "{problem}", options: {questions: 6}}
 """
-pytestmark = pytest.mark.more  # the rules alone: tests/unit/workflow; R1's graph: test_r1_recipe
+pytestmark = pytest.mark.more  # the rules alone: tests/unit/pipeline; R1's graph: test_r1_recipe
 
 STAGES = ("corpus", "base", "longer", "scores")
 

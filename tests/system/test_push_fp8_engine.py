@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from sampled import PROMPTS, sample
 from tiny_models import DEEPSEEK, QWEN, reference_logprobs, write_model
 
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.weight_sync.plan.tensors import pushed_tensors
-from megatron_r1.weights.stored import fp8
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.models.weights.stored import fp8
+from megatron_r1.push.plan.tensors import pushed_tensors
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()),

@@ -14,8 +14,8 @@ from file_trainer import FileBridge
 from tiny_models import DEEPSEEK, write_model
 from waiting import until
 
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.weight_sync.transports.blocks import SlicesBlock
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.push.transports.blocks import SlicesBlock
 
 pytestmark = pytest.mark.more  # in `make test` the rehearsal of r1_zero pushes through sets
 LAYOUT = {"tensor": 2, "expert_parallel": True}

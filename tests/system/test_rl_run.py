@@ -17,8 +17,8 @@ from command_line import command, environment, run
 from run_progress import left_behind, lines, wait_for, wait_for_step
 from waiting import wait_until
 
-from megatron_r1.files.framed import FramedFile
-from megatron_r1.rl.sample_record import Accepted, GroupRecord, decode
+from megatron_r1.base.files.framed import FramedFile
+from megatron_r1.controller.rollouts.sample_record import Accepted, GroupRecord, decode
 
 HERE = Path(__file__).parent
 CONTRACT = [
@@ -242,7 +242,7 @@ def test_batches_are_sampled_ahead_of_training_as_far_as_staleness_lets_them(
     try:
         # The trainer stops before it has anything to train on, so that engines keep version 0.
         wait_for(process, "evaluated", (folder / "evaluations.jsonl").exists)
-        [rank] = processes_of(folder, "training.rank")
+        [rank] = processes_of(folder, "trainer.rank")
         os.kill(rank, signal.SIGSTOP)
         logs = [folder / f"sample_log/step_{1 + s:08d}.log" for s in range(steps)]
         last = logs[staleness]
@@ -280,14 +280,14 @@ def test_whatever_is_killed_the_same_command_continues_and_no_step_is_lost_or_do
 
     process = start(base, "--run.max_trainer_restarts", "0", steps=steps)
     wait_for_step(process, folder, 1)
-    os.kill(processes_of(folder, "training.rank")[0], signal.SIGKILL)
+    os.kill(processes_of(folder, "trainer.rank")[0], signal.SIGKILL)
     _, errors = process.communicate()
     assert process.returncode == 1 and "trainer rank 0 was killed by signal 9" in errors
 
     last = len(lines(folder / "metrics.jsonl"))  # the death comes a step later, if not two
     process = start(base, "--rollout.max_restarts", "0", steps=steps)
     wait_for_step(process, folder, last + 1)
-    os.kill(processes_of(folder, "vllm_plugin.serve")[0], signal.SIGKILL)
+    os.kill(processes_of(folder, "engines.plugin.serve")[0], signal.SIGKILL)
     _, errors = process.communicate()
     assert process.returncode == 1 and "engine-0 died: signal SIGKILL" in errors
     assert "Traceback" not in errors
@@ -296,7 +296,7 @@ def test_whatever_is_killed_the_same_command_continues_and_no_step_is_lost_or_do
     last = len(lines(folder / "metrics.jsonl"))
     process = start(base, steps=steps)
     wait_for_step(process, folder, last + 1)
-    os.kill(processes_of(folder, "vllm_plugin.serve")[0], signal.SIGKILL)
+    os.kill(processes_of(folder, "engines.plugin.serve")[0], signal.SIGKILL)
     wait_for_step(process, folder, last + 3)
     assert lines(folder / "metrics.jsonl")[-1]["engines/restarts"] == 1
     process.kill()

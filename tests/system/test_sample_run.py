@@ -65,7 +65,7 @@ def continued(recipe) -> tuple[list[dict], subprocess.CompletedProcess]:
     process.wait()
     left = lines(samples)
     folder = recipe.parent / "out"
-    agent = [sys.executable, "-m", "megatron_r1.fleet.host", "--folder", folder]
+    agent = [sys.executable, "-m", "megatron_r1.engines.fleet.host", "--folder", folder]
     with subprocess.Popen(agent, env=environment(), stdout=subprocess.DEVNULL) as host:
         elsewhere = ("--rollout.placement", "hosts", "--rollout.hosts_address", "127.0.0.1")
         done = run("sample", recipe, *elsewhere)

@@ -21,8 +21,8 @@ from tiny_models import (
     write_drafting_model,
 )
 
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.fleet.speculation import AcceptanceMeter
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.speculation import AcceptanceMeter
 from megatron_r1.models.routing_shape import routing_shape
 
 pytestmark = pytest.mark.more

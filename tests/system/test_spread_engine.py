@@ -1,5 +1,5 @@
 """One engine over two hosts: what its ranks compute, what a push brings them, and what happens when
-one of the hosts is killed. See also tests/unit/fleet/test_multi_host.py."""
+one of the hosts is killed. See also tests/unit/engines/fleet/test_multi_host.py."""
 
 import asyncio
 import os
@@ -15,8 +15,8 @@ from sampled import TOLERANCE, largest_difference, sample, stamped
 from tiny_models import DEEPSEEK, QWEN, write_model
 
 from megatron_r1.config import RolloutConfig
-from megatron_r1.fleet.placement import open_pool, server_maker
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.placement import open_pool, server_maker
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64, "num_threads": 2}
 ADDRESSES = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
@@ -25,7 +25,7 @@ START = 400
 
 
 def agent(folder, address):
-    command = [sys.executable, "-m", "megatron_r1.fleet.host"]
+    command = [sys.executable, "-m", "megatron_r1.engines.fleet.host"]
     quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     return subprocess.Popen(
         [*command, "--folder", folder, "--address", address], env=os.environ | quiet

@@ -24,12 +24,12 @@ from vllm.model_executor.layers.quantization import fp8
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
 
+from megatron_r1.base.processes import children
+from megatron_r1.engines.plugin import swap
+from megatron_r1.engines.plugin.memory_layout import lay_out
+from megatron_r1.engines.plugin.recorder import CheckpointParameter, LoaderCopy, record
 from megatron_r1.models.hf_config import implied, resolve_aliases
-from megatron_r1.processes import children
-from megatron_r1.vllm_plugin import swap
-from megatron_r1.vllm_plugin.memory_layout import lay_out
-from megatron_r1.vllm_plugin.recorder import CheckpointParameter, LoaderCopy, record
-from megatron_r1.weights import hf_tensors
+from megatron_r1.models.weights import hf_tensors
 
 NUM_EXPERTS, HIDDEN, INTERMEDIATE = 2, 256, 128
 NO_GROUPS = FusedMoEParallelConfig(

@@ -8,7 +8,8 @@ agents     turns of tool-using agents through the gateway, before an engine that
 prompts    updates with a prompt computed once for all its responses, and for each
 controller a full rollout from synthetic engines through the controller to 2,048 ranks
 chaos      a run under injected faults: does it end as an undisturbed run does?
-estimators every algorithm of rl/algorithms on the demo's task: steps to 80%, held-out accuracy
+estimators every algorithm of controller/algorithms on the demo's task: steps to 80%, held-out
+accuracy
 kernels    r1_kernels against every public peer: time, memory, error
 speculative tokens per second of an engine with and without drafts
 rewards    grades per second of each reward, and a soak with hostile responses

@@ -37,11 +37,11 @@ def add_options(options: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Return core seconds of each, and what share of the ideal saving is reached."""
-    from megatron_r1 import platform
+    from megatron_r1.base.processes.children import free_port, rank_variables
     from megatron_r1.config import Config
-    from megatron_r1.processes.children import free_port, rank_variables
-    from megatron_r1.rl.algorithms import find
-    from megatron_r1.training import distributed
+    from megatron_r1.controller.algorithms import find
+    from megatron_r1.models import platform
+    from megatron_r1.trainer import distributed
 
     os.environ |= rank_variables(0, 1, free_port("127.0.0.1"))
     platform.prepare()
@@ -61,8 +61,8 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measured(config, position, algorithm, settings, chosen, prompt: int) -> dict[str, Any]:
-    from megatron_r1.training.sample import Sample
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.trainer.sample import Sample
+    from megatron_r1.trainer.trainer import Trainer
 
     draw = random.Random(0)
 

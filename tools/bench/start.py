@@ -21,16 +21,16 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from megatron_r1.processes import timeline
+from megatron_r1.base.processes import timeline
 from tools.bench import children
 from tools.bench.step import critical_path
 
 ROLES = {
-    "fork_server megatron_r1.vllm_plugin.serve": "import of vLLM",
-    "fork_server megatron_r1.training.rank": "import of Megatron-Core",
-    "vllm_plugin.serve": "engine",
+    "fork_server megatron_r1.engines.plugin.serve": "import of vLLM",
+    "fork_server megatron_r1.trainer.rank": "import of Megatron-Core",
+    "engines.plugin.serve": "engine",
     "VLLM::": "engine",
-    "training.rank": "trainer",
+    "trainer.rank": "trainer",
     "r1_grading.worker": "reward workers",
 }
 """Part of a command line → role; the first that fits."""
@@ -177,7 +177,7 @@ def kill_engine(root: int) -> None:
     """Kill the API server of an engine."""
     for process in psutil.Process(root).children(recursive=True):
         words = " ".join(process.cmdline())
-        if "vllm_plugin.serve" in words and "--port" in words:
+        if "engines.plugin.serve" in words and "--port" in words:
             process.send_signal(signal.SIGKILL)
             return
     sys.exit("no engine of this host was found")

@@ -13,7 +13,7 @@ def write_pages(out: Path, packages: Sequence[str] = PACKAGES) -> int:
     """Write the pages into `out`; return how many there are."""
     import pdoc
 
-    from megatron_r1 import platform
+    from megatron_r1.models import platform
 
     platform.prepare()  # before pdoc imports modules that import Megatron
     pdoc.render.configure(docformat="markdown", show_source=True)

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_r1.files.jsonl import append_lines, read_lines
+from megatron_r1.base.files.jsonl import append_lines, read_lines
 from tools.faults.copies import CPU_SECONDS, TreeCopy, failure_of
 from tools.faults.mutations import Mutant, Mutation, covering_tests, digest, plant, read_table
 

@@ -18,8 +18,6 @@ TABLE = Path("tests/faults/mutations.yaml")
 FOLDERS = {
     "grading": "grading/r1_grading",
     "kernels": "kernels/r1_kernels",
-    "plan": "tools/plan",
-    "convert": "tools/convert",
     "examples": "examples",
 }
 """Rooms outside of megatron_r1; every other room is one of its packages or modules."""

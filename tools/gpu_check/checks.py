@@ -128,10 +128,10 @@ CHECKS = (
     ),
     Check(
         "the driver's answer and torch's",
-        (*PYTEST, "tests/unit/engine/test_gpu.py"),
+        (*PYTEST, "tests/unit/engines/server/test_gpu.py"),
         40,
         needs=("pytest", "pydantic"),
-        settles=("`pytest tests/unit/engine/test_gpu.py`",),
+        settles=("`pytest tests/unit/engines/server/test_gpu.py`",),
     ),
     Check(
         "a push over NCCL, and an engine killed in it",

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.files import atomic_write
+from megatron_r1.base.files import atomic_write
 from tools.bench import machine
 from tools.bench.children import ROOT
 from tools.gpu_check import runner, verdict

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 
+from megatron_r1.base.processes.children import free_port, rank_variables
 from megatron_r1.config import Config, dump
-from megatron_r1.processes.children import free_port, rank_variables
-from megatron_r1.rehearsal import model
+from megatron_r1.rehearse import model
 from tools.bench.children import ROOT, environment
 from tools.gpu_check import verdict
 from tools.gpu_check.miniatures import check_fp8, num_gpus, place, shrunk, with_settings

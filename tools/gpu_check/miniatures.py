@@ -6,8 +6,8 @@ from typing import Any
 
 from megatron_r1.config import Config, load
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.rehearsal import miniature
-from megatron_r1.rehearsal.settings import Place
+from megatron_r1.rehearse import miniature
+from megatron_r1.rehearse.settings import Place
 from tools.bench.children import ROOT
 from tools.gpu_check.verdict import Impossible
 
@@ -47,8 +47,8 @@ def check_fp8() -> None:
     """Raise Impossible where Transformer Engine lacks the recipe of DeepSeek-V3."""
     import torch
 
+    from megatron_r1.base.errors import UserError
     from megatron_r1.config import FP8Config
-    from megatron_r1.errors import UserError
     from megatron_r1.models.fp8.transformer_engine import check_device
 
     if place() == "cpu":

@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+from megatron_r1.base.processes.logs import last_lines
 from megatron_r1.config import Config
-from megatron_r1.processes.logs import last_lines
-from megatron_r1.rehearsal import launch, miniature
-from megatron_r1.rehearsal.phases import errors_in
+from megatron_r1.rehearse import launch, miniature
+from megatron_r1.rehearse.phases import errors_in
 from megatron_r1.reporting.run_folder import RunFolder
 from tools.gpu_check import verdict
 from tools.gpu_check.miniatures import check_fp8, num_gpus, place, shrunk, with_settings

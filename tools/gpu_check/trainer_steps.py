@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from megatron_r1.config import Config, load
-from megatron_r1.rl import algorithms
-from megatron_r1.trainer_client.packing import pack
-from megatron_r1.training import distributed
-from megatron_r1.training.metrics import Mean, reduce_over_data
-from megatron_r1.training.sample import Sample
+from megatron_r1.controller import algorithms
+from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.metrics import Mean, reduce_over_data
+from megatron_r1.trainer.sample import Sample
 
 NUM_SAMPLES = 16
 MOST_PROMPT, MOST_RESPONSE = 40, 100
@@ -53,7 +53,7 @@ class Steps:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.position = distributed.initialize(config.parallel, seed=0)
-        from megatron_r1.training.trainer import Trainer
+        from megatron_r1.trainer.trainer import Trainer
 
         self.trainer = Trainer(config, self.position)
         self.vocabulary = self.trainer.hf["vocab_size"]
@@ -124,7 +124,7 @@ def expected(steps: Steps) -> dict[str, Any]:
 
 def compared(steps: Steps, wanted: dict[str, Any]) -> dict[str, Any]:
     """Return how they differ from it."""
-    from megatron_r1.training.implementations import in_use
+    from megatron_r1.trainer.implementations import in_use
 
     before, after = wanted["before"], wanted["after"]
     steps.score(before, before)

@@ -12,10 +12,10 @@ from pathlib import Path
 from examples.laptop.r1.lesson import LANGUAGES, Lesson, respond
 from examples.laptop.r1.reasoning import programs, sisters, sums
 from examples.laptop.r1.talk import facts, risks
+from megatron_r1.base.files.jsonl import write_lines
 from megatron_r1.data.prompts import is_heldout
 from megatron_r1.data.shots import BETWEEN
 from megatron_r1.data.templates import render
-from megatron_r1.files.jsonl import write_lines
 
 TEMPLATE = "User: {problem}\nAssistant: "
 HELDOUT = 0.1

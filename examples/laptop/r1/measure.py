@@ -10,9 +10,9 @@ from typing import Any
 from r1_grading.reading.parts import response_part
 
 from examples.laptop.r1.judge import prefer
+from megatron_r1.base.files import atomic_write
+from megatron_r1.base.files.jsonl import read_lines
 from megatron_r1.evaluation.intervals import estimate
-from megatron_r1.files import atomic_write
-from megatron_r1.files.jsonl import read_lines
 
 Row = Mapping[str, Any]
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from examples.laptop.make_tokenizer import SPECIAL, TAGS, as_transformers
-from megatron_r1.files import atomic_write
+from megatron_r1.base.files import atomic_write
 
 SEPARATE = Regex(r" [-+*=] |\d|\n|[A-Z][a-z]+|[-+*=()]")
 """Never merged with their neighbours: signs, digits, line ends, names."""

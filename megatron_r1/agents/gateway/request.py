@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from megatron_r1.engine.responses import Response
+from megatron_r1.engines.server.responses import Response
 
 MODEL = "policy"
 """The model's name in /v1/models; a request may have any other."""

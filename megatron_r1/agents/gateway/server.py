@@ -36,8 +36,8 @@ from megatron_r1.agents.gateway.session import (
 from megatron_r1.agents.gateway.turns import continue_tokens
 from megatron_r1.agents.parsing import Parser
 from megatron_r1.data.text import PromptText
-from megatron_r1.engine.errors import EngineError
-from megatron_r1.engine.stop_strings import cut, first_tokens
+from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.stop_strings import cut, first_tokens
 
 MAX_BODY_BYTES = 64 * 2**20
 BYTES_PER_TOKEN = 32

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from megatron_r1.agents.continuation import NextPrompt
 from megatron_r1.agents.gateway.request import Message, Refused, TurnReply, TurnRequest
 from megatron_r1.agents.tree import TokenTree
-from megatron_r1.engine.episodes import Generate
-from megatron_r1.engine.errors import EngineError
+from megatron_r1.engines.server.episodes import Generate
+from megatron_r1.engines.server.errors import EngineError
 
 
 @dataclass(frozen=True)

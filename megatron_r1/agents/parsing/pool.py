@@ -10,7 +10,7 @@ import msgspec
 from r1_grading.base.workers import FramedProcess, WorkerLost, frame
 
 from megatron_r1.agents.parsing.worker import Options, ParseJob, ParseReply
-from megatron_r1.errors import RunError, UserError
+from megatron_r1.base.errors import RunError, UserError
 
 MODULE = "megatron_r1.agents.parsing.worker"
 FAILURE = "tool_call_error"

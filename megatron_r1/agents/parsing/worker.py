@@ -13,8 +13,8 @@ import msgspec
 from r1_grading.base.workers import LENGTH, frame, private_streams
 
 from megatron_r1.agents.parsing.left_out import left_out
-from megatron_r1.errors import Cause, UserError, did_you_mean
-from megatron_r1.processes.lifetime import end_without_parent
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.base.processes.lifetime import end_without_parent
 
 
 class Options(msgspec.Struct):

@@ -16,9 +16,9 @@ from r1_grading.base.workers import StderrTail, last_line
 
 from megatron_r1.agents.agent_runs import AgentOutcome
 from megatron_r1.agents.environment_pool import EnvironmentFault
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.processes.children import kill_group, popen_options
 from megatron_r1.config import VerifiersConfig
-from megatron_r1.errors import Cause, UserError
-from megatron_r1.processes.children import kill_group, popen_options
 
 SCRIPT = Path(__file__).with_name("serve.py")
 START_SECONDS = 300.0

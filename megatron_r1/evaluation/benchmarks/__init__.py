@@ -3,9 +3,9 @@
 A benchmark maps the rows of its public data set to prompts (`base.Benchmark`); the same rewards as
 in training grade the responses."""
 
-from megatron_r1.errors import Cause, UserError, did_you_mean
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.base.user_code import find
 from megatron_r1.evaluation.benchmarks.base import Benchmark
-from megatron_r1.user_code import find
 
 PACKAGE = "megatron_r1.evaluation.benchmarks"
 REGISTRY: dict[str, str] = {

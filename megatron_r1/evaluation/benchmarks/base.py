@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.prompts import Prompt, make_prompt
 from megatron_r1.data.templates import PLACEHOLDER
-from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
 
 __all__ = ["Benchmark", "Options", "Question", "Rows", "code_limits", "pick_columns", "to_prompts"]

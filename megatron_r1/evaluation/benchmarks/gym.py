@@ -9,9 +9,9 @@ does not require that a premise distributes the middle term)."""
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.prompts import is_heldout, normalize
 from megatron_r1.data.tasks import generate_items, level_parameters
-from megatron_r1.errors import Cause, UserError, did_you_mean
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Question
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows
 

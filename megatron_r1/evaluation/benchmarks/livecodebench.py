@@ -11,8 +11,8 @@ from typing import Any
 
 from r1_grading.base.values import load_json
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.records import require_text
-from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Question, code_limits
 from megatron_r1.evaluation.benchmarks.packed_tests import decode_tests
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns

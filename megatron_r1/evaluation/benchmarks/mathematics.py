@@ -3,8 +3,8 @@
 
 from collections.abc import Iterator
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.records import require_text
-from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Question
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
 

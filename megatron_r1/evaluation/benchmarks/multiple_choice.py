@@ -8,8 +8,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.records import require_text
-from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Question
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
 

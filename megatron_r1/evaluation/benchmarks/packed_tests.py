@@ -12,7 +12,7 @@ import pickletools
 import zlib
 from typing import Any
 
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.base.errors import Cause, UserError
 
 MAX_BYTES = 2**30
 """Unpacked size of one problem's tests: the largest known is under 100 MB."""

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.table_files import READERS, Row
 from megatron_r1.data.table_files import read_rows as read_file
-from megatron_r1.errors import Cause, UserError
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 Rows = Iterable[Row]

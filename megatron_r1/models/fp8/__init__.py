@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron_r1 import platform
 from megatron_r1.config import FP8Config
+from megatron_r1.models import platform
 from megatron_r1.models.fp8.recipes import Recipe, check_sizes, find_recipe
 
 __all__ = ["Recipe", "apply", "find_recipe", "megatron_fields", "token_multiple"]

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import FP8Config
-from megatron_r1.errors import Cause, UserError
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 

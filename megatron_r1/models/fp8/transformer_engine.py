@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import FP8Config
-from megatron_r1.errors import Cause, UserError
 
 _SWITCHES = {
     "blockwise": ("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "float32"),

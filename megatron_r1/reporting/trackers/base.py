@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_r1.files import atomic_write
+from megatron_r1.base.files import atomic_write
 from megatron_r1.reporting.wording import finite
 
 STEP, EVALUATION = "step", "eval/step"

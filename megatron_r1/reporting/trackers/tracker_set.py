@@ -11,7 +11,7 @@ from typing import Any
 
 from r1_grading.base.errors import shorten
 
-from megatron_r1.errors import Cause, UserError
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.reporting.trackers import mlflow_runs, weights_and_biases
 from megatron_r1.reporting.trackers.base import EVALUATION, STEP, TrackedRun, Tracker, numbers_of
 

@@ -25,7 +25,7 @@ def strike():
 
 def refuse_mtp(module):
     """The push plans for stages without MTP layers."""
-    from megatron_r1.weights.layout import stage_shards
+    from megatron_r1.models.weights.layout import stage_shards
 
     module.recipe_stages = lambda config, hf: stage_shards(
         hf,
@@ -271,24 +271,24 @@ def train_frozen_layers(module):
 
 
 PLANTED = {
-    "schedule": ("megatron_r1.rl.step_sampler", keep_first_settings),
-    "blocked": ("megatron_r1.rl.collector", block),
-    "lost": ("megatron_r1.rl.collector", wait_for_ever),
-    "trained": ("megatron_r1.training.trainer", train_frozen_layers),
-    "mtp": ("megatron_r1.weight_sync.sender", refuse_mtp),
-    "all_pairs": ("megatron_r1.weight_sync.link_planner", link_all_pairs),
-    "split_shared": ("megatron_r1.weight_sync.plan.predicted_layout", split_shared_experts),
-    "single_tokens": ("megatron_r1.vllm_plugin.deepseek_classes", confuse_single_tokens),
-    "undelivered": ("megatron_r1.vllm_plugin.swap", deliver_nothing),
-    "lost_request": ("megatron_r1.engine.client", lose_a_request),
-    "dead_sender": ("megatron_r1.weight_sync.sender", kill_a_sending_rank),
-    "dead_receiver": ("megatron_r1.vllm_plugin.swap", kill_a_loading_engine),
-    "nan_gradient": ("megatron_r1.training.passes", spread_a_nan),
-    "nan_logprob": ("megatron_r1.training.trainer", make_an_old_logprob_nan),
-    "left_out_drafter": ("megatron_r1.vllm_plugin.drafter", leave_out_the_drafter),
-    "kept_drafter": ("megatron_r1.vllm_plugin.swap", keep_the_drafter),
-    "kept_bias": ("megatron_r1.vllm_plugin.swap", keep_the_router_bias),
-    "rounded_bias": ("megatron_r1.vllm_plugin.swap", round_the_router_bias),
+    "schedule": ("megatron_r1.controller.rollouts.step_sampler", keep_first_settings),
+    "blocked": ("megatron_r1.controller.rollouts.collector", block),
+    "lost": ("megatron_r1.controller.rollouts.collector", wait_for_ever),
+    "trained": ("megatron_r1.trainer.trainer", train_frozen_layers),
+    "mtp": ("megatron_r1.push.sender", refuse_mtp),
+    "all_pairs": ("megatron_r1.push.link_planner", link_all_pairs),
+    "split_shared": ("megatron_r1.push.plan.predicted_layout", split_shared_experts),
+    "single_tokens": ("megatron_r1.engines.plugin.deepseek_classes", confuse_single_tokens),
+    "undelivered": ("megatron_r1.engines.plugin.swap", deliver_nothing),
+    "lost_request": ("megatron_r1.engines.server.client", lose_a_request),
+    "dead_sender": ("megatron_r1.push.sender", kill_a_sending_rank),
+    "dead_receiver": ("megatron_r1.engines.plugin.swap", kill_a_loading_engine),
+    "nan_gradient": ("megatron_r1.trainer.passes", spread_a_nan),
+    "nan_logprob": ("megatron_r1.trainer.trainer", make_an_old_logprob_nan),
+    "left_out_drafter": ("megatron_r1.engines.plugin.drafter", leave_out_the_drafter),
+    "kept_drafter": ("megatron_r1.engines.plugin.swap", keep_the_drafter),
+    "kept_bias": ("megatron_r1.engines.plugin.swap", keep_the_router_bias),
+    "rounded_bias": ("megatron_r1.engines.plugin.swap", round_the_router_bias),
 }
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from megatron_r1.errors import RunError
+from megatron_r1.base.errors import RunError
 
 if TYPE_CHECKING:
     from nowhere import Unknown

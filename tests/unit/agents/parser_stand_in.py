@@ -8,7 +8,7 @@ import msgspec
 from r1_grading.base.workers import LENGTH, frame
 
 from megatron_r1.agents.parsing.worker import ParseJob, ParseReply
-from megatron_r1.errors import Cause
+from megatron_r1.base.errors import Cause
 
 
 def send(reply):

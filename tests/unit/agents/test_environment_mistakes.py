@@ -12,11 +12,11 @@ from megatron_r1.agents.environment import check_parameters, describe, target_of
 from megatron_r1.agents.environment_pool import Environments
 from megatron_r1.agents.environment_server import _print_description
 from megatron_r1.agents.player import EpisodePlayer
+from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig, Config
+from megatron_r1.controller.rollouts import environments as of_run
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
-from megatron_r1.errors import Cause
-from megatron_r1.rl import environments as of_run
 from tests.chat_tokenizer import CHATML, chat_tokenizer
 from tests.unit.agents import mistaken_environments as own
 

@@ -25,8 +25,8 @@ from megatron_r1.agents.environment_pool import (
 )
 from megatron_r1.agents.environment_pool import describe as describe_apart
 from megatron_r1.agents.environments.calculator import Calculator
+from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig
-from megatron_r1.errors import Cause
 from tests.unit.agents import own_environments as own
 
 MODULE = "tests.unit.agents.own_environments"

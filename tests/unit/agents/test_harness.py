@@ -17,12 +17,12 @@ from megatron_r1.agents import agent_runs, harness
 from megatron_r1.agents.agent_runs import CommandHarness, function_harness
 from megatron_r1.agents.gateway import session
 from megatron_r1.agents.harness import HarnessPlayer
+from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
+from megatron_r1.controller.rollouts import environments
+from megatron_r1.controller.rollouts.environments import check_environment, player_of
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engine.errors import EngineDied
-from megatron_r1.errors import Cause
-from megatron_r1.rl import environments
-from megatron_r1.rl.environments import check_environment, player_of
+from megatron_r1.engines.server.errors import EngineDied
 
 PROMPT = Prompt("p", "What is 12 * 34?", "math", "408", {"level": 2})
 ANSWER = "The answer is 408."

@@ -10,8 +10,8 @@ from megatron_r1.agents.answers import AnswerReader
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.parsing import Parsed, ParseJob, ParserPool, parser_of, pool, tool_call
 from megatron_r1.agents.parsing.hermes import HermesParser
+from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig
-from megatron_r1.errors import Cause
 from tests.chat_tokenizer import chat_tokenizer
 
 TOOL = {"type": "function", "function": {"name": "calculate", "parameters": {"type": "object"}}}

@@ -8,8 +8,8 @@ from fakes.agent_sessions import ROW, TOOLS, Session, play
 
 from megatron_r1.agents.continuation import Continuation, Unrenderable
 from megatron_r1.agents.tree import TokenTree
-from megatron_r1.engine.episodes import Episode
-from megatron_r1.engine.responses import Response
+from megatron_r1.engines.server.episodes import Episode
+from megatron_r1.engines.server.responses import Response
 from tests.chat_tokenizer import CHATML, LAST_THOUGHT, QWEN3, chat_tokenizer
 
 TEMPLATES = {"chatml": CHATML, "qwen3": QWEN3, "last_thought": LAST_THOUGHT}

@@ -13,9 +13,9 @@ from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.agents.harness import HarnessPlayer
 from megatron_r1.agents.rows import rows_of
 from megatron_r1.agents.verifiers import harness
+from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig, VerifiersConfig
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.errors import Cause
 
 STAND_IN = Path(__file__).with_name("verifiers_stand_in.py")
 

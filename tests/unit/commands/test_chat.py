@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 from refusals import refused
 
-from megatron_r1 import cli
 from megatron_r1 import config as configuration
-from megatron_r1.commands import chat, sample
+from megatron_r1.base.errors import Cause
+from megatron_r1.commands import chat, cli, sample
 from megatron_r1.commands.trained_model import find_exported, recipe_of
 from megatron_r1.config import parse
-from megatron_r1.errors import Cause
-from megatron_r1.training.checkpoints.finding import STATE_FILE
+from megatron_r1.trainer.checkpoints.finding import STATE_FILE
 
 LAPTOP = Path(__file__).parents[3] / "examples/laptop/model"
 
@@ -65,7 +64,7 @@ def test_a_run_without_an_export_is_refused_with_the_command(run_folder, monkeyp
     monkeypatch.setattr(
         "megatron_r1.commands.trained_model.complete_checkpoints", lambda folder: [folder]
     )
-    with refused("RUN", Cause.MISSING, f"tools/convert to-hf {run_folder} {run_folder}/hf"):
+    with refused("RUN", Cause.MISSING, f"megatron-r1 convert to-hf {run_folder} {run_folder}/hf"):
         find_exported(str(run_folder), "RUN")
     (run_folder / "config.yaml").unlink()
     monkeypatch.undo()

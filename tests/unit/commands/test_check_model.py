@@ -11,19 +11,19 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 from small_qwen2 import MODEL
 
-from megatron_r1 import cli
 from megatron_r1 import config as configuration
-from megatron_r1.commands import check_model
+from megatron_r1.base.errors import Cause, RunError
+from megatron_r1.commands import cli
+from megatron_r1.commands.check_model import comparison, reference
+from megatron_r1.commands.check_model import verb as check_model
+from megatron_r1.commands.check_model.findings import NotCompared, ReferenceResult
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.engine.errors import EngineError
-from megatron_r1.errors import Cause, RunError
-from megatron_r1.model_check import comparison, reference
-from megatron_r1.model_check.findings import NotCompared, ReferenceResult
+from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_supported
-from megatron_r1.rehearsal.model import write_folder
-from megatron_r1.weights.stored import fp8, plain_copy
-from megatron_r1.weights.stored.hf_weights import HfWeights
+from megatron_r1.models.weights.stored import fp8, plain_copy
+from megatron_r1.models.weights.stored.hf_weights import HfWeights
+from megatron_r1.rehearse.model import write_folder
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from megatron_r1 import cli
-from megatron_r1.errors import Cause, TrainerError, UserError
+from megatron_r1.base.errors import Cause, TrainerError, UserError
+from megatron_r1.commands import cli
 
 
 def test_a_full_disk_is_a_sentence_and_not_a_traceback(monkeypatch, capsys):

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from refusals import refused
 
+from megatron_r1.base.errors import Cause
 from megatron_r1.commands import dry_run
 from megatron_r1.config import Config, load
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
+from megatron_r1.controller.trainer_calls import cpu_memory
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engine.episodes import Episode, Turn
-from megatron_r1.engine.responses import Response
-from megatron_r1.errors import Cause
-from megatron_r1.rl.rollout import GradedResponse, Group, Rollout
-from megatron_r1.trainer_client import cpu_memory
+from megatron_r1.engines.server.episodes import Episode, Turn
+from megatron_r1.engines.server.responses import Response
 
 RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
 
@@ -66,7 +66,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_samples(tmp_path, monkeypa
 
 
 def test_on_gpus_the_receive_buffer_of_an_engine_is_shown(monkeypatch):
-    """As `tools/plan` has it for the recipe for 2,048 GPUs."""
+    """As `megatron-r1 plan` has it for the recipe for 2,048 GPUs."""
     monkeypatch.chdir(RECIPE.parents[2])
     monkeypatch.setattr(dry_run.gpu, "is_usable", lambda: True)
     assert "19.85 GiB" in dry_run._memory(load(RECIPE))

@@ -8,8 +8,8 @@ import pytest
 from megatron_r1.commands import export
 from megatron_r1.config import Config, ParallelConfig, dump
 from megatron_r1.evaluation.model_folder import find_model
-from megatron_r1.training.checkpoints import manifest
-from megatron_r1.training.operations import FolderOperations
+from megatron_r1.trainer.checkpoints import manifest
+from megatron_r1.trainer.operations import FolderOperations
 
 
 def checkpoint(folder, step, content):

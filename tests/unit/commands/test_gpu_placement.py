@@ -10,15 +10,14 @@ import yaml
 from refusals import refused
 from small_qwen2 import MODEL
 
-from megatron_r1 import cli
 from megatron_r1 import config as configuration
-from megatron_r1.commands import gpu_placement, rl, rl_checks, torchrun
+from megatron_r1.base.errors import Cause
+from megatron_r1.commands import cli, gpu_placement, rl, rl_checks, torchrun
 from megatron_r1.commands.gpu_placement import check_gpu_memory
-from megatron_r1.engine import gpu
-from megatron_r1.engine.errors import EngineError
-from megatron_r1.errors import Cause
-from megatron_r1.first_recipe.recipe_text import value_text
-from megatron_r1.rehearsal.model import write_folder
+from megatron_r1.commands.recipe_text import value_text
+from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.rehearse.model import write_folder
 
 HF = {**MODEL, "vocab_size": 512, "eos_token_id": 1, "bos_token_id": 0}
 PLACEMENT = (

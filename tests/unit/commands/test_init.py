@@ -10,15 +10,15 @@ import yaml
 from refusals import refused
 from safetensors.numpy import save_file
 
-from megatron_r1 import cli
 from megatron_r1 import config as configuration
-from megatron_r1.commands import init, reward_model
+from megatron_r1.base.errors import Cause
+from megatron_r1.commands import cli, reward_model
+from megatron_r1.commands.init import verb as init
+from megatron_r1.commands.recipe_sizes import Guess, Machine, layout, lengths, tensor_ranks
+from megatron_r1.commands.recipe_template import template_of
+from megatron_r1.commands.recipe_text import recipe_text
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.scored_text import ScoredText
-from megatron_r1.errors import Cause
-from megatron_r1.first_recipe.recipe_text import recipe_text
-from megatron_r1.first_recipe.sizes import Guess, Machine, layout, lengths, tensor_ranks
-from megatron_r1.first_recipe.template import template_of
 from megatron_r1.models import read_hf_config
 from tests.small_qwen2 import MODEL
 

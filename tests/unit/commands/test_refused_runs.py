@@ -8,9 +8,9 @@ import yaml
 from refusals import refused
 from small_qwen2 import MODEL
 
-from megatron_r1 import cli
-from megatron_r1.errors import Cause
-from megatron_r1.rehearsal.model import write_folder
+from megatron_r1.base.errors import Cause
+from megatron_r1.commands import cli
+from megatron_r1.rehearse.model import write_folder
 
 HF = {**MODEL, "vocab_size": 512, "eos_token_id": 1, "bos_token_id": 0}
 

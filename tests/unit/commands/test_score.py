@@ -11,8 +11,8 @@ from functools import partial
 import pytest
 from waiting import wait_until
 
-from megatron_r1.cli import main
 from megatron_r1.commands import score
+from megatron_r1.commands.cli import main
 
 GRADERS = """
 import os, time

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_r1.cli import MODULES
+from megatron_r1.commands.cli import MODULES
 from megatron_r1.commands.verb_module import VerbHeader, load_verb, read_verb
 
 

@@ -8,13 +8,13 @@ import yaml
 from refusals import refused
 
 from megatron_r1 import config as configuration
-from megatron_r1.cli import main
+from megatron_r1.base.errors import Cause
+from megatron_r1.commands.cli import main
 from megatron_r1.config.keys import describe
 from megatron_r1.config.loading import parse_overrides
 from megatron_r1.config.losses import LossSettings
-from megatron_r1.errors import Cause
-from megatron_r1.trainer_client.schedule import learning_rate
-from megatron_r1.workflow.pipeline_recipe import load as load_pipeline
+from megatron_r1.controller.trainer_calls.schedule import learning_rate
+from megatron_r1.pipeline.pipeline_recipe import load as load_pipeline
 
 ROOT = Path(__file__).parents[3]
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text(encoding="utf-8"))

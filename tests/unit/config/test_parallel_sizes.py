@@ -3,8 +3,8 @@
 import pytest
 from refusals import refused
 
+from megatron_r1.base.errors import Cause
 from megatron_r1.config import ParallelConfig
-from megatron_r1.errors import Cause
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,15 @@ import pytest
 from refusals import refused
 from small_qwen2 import MODEL
 
+from megatron_r1.base.errors import Cause
 from megatron_r1.commands import sample
 from megatron_r1.config import Config, parse
+from megatron_r1.controller.delivery.bridge import weight_bridge
+from megatron_r1.controller.rollouts.metrics import sample_records
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engine.from_config import fleet_settings
-from megatron_r1.engine.responses import Response
-from megatron_r1.errors import Cause
-from megatron_r1.rl.metrics import sample_records
-from megatron_r1.rl.rollout import GradedResponse, Group
-from megatron_r1.weight_bridge.bridge import weight_bridge
+from megatron_r1.engines.server.from_config import fleet_settings
+from megatron_r1.engines.server.responses import Response
 
 
 @pytest.mark.parametrize("section", ["rollout", "teacher"])

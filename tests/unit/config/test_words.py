@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from refusals import refused
 
-from megatron_r1 import cli
+from megatron_r1.base.errors import Cause
+from megatron_r1.commands import cli
 from megatron_r1.config import Config
 from megatron_r1.config.keys import keys_of
 from megatron_r1.config.loading import parse
 from megatron_r1.config.words import WORDS, find, table
-from megatron_r1.errors import Cause
 
 DOCS = Path(__file__).parents[3] / "docs"
 SEARCHED = {

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from refusals import refused
 
+from megatron_r1.base.errors import Cause
 from megatron_r1.data.preferences import read_preferences
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.errors import Cause
 
 CASES = yaml.safe_load(Path(__file__).with_name("bad_rows.yaml").read_text(encoding="utf-8"))
 GOOD = {

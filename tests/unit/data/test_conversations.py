@@ -7,10 +7,10 @@ import pytest
 from chat_tokenizer import CHATML, LAST_THOUGHT, QWEN3, chat_tokenizer
 from refusals import refused
 
+from megatron_r1.base.errors import Cause
 from megatron_r1.commands.sft import sample_of
 from megatron_r1.data.conversations import ExampleText
 from megatron_r1.data.sft import load_examples, read_example
-from megatron_r1.errors import Cause
 
 HEADER = "<|im_start|>{{ m.role }}\n"
 PROMPT = "<|im_start|>assistant\n{% endif %}"

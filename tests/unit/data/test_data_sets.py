@@ -5,10 +5,10 @@ import json
 import pytest
 from refusals import refused
 
+from megatron_r1.base.errors import Cause
 from megatron_r1.data.data_sets import parse_name
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.records import read_records
-from megatron_r1.errors import Cause
 
 ROWS = [{"q": f"{i} + 1?", "meta": {"truth": str(i + 1)}} for i in range(7)]
 COLUMNS = {"question": "q", "truth": "meta.truth"}

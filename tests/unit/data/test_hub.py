@@ -14,7 +14,7 @@ SHAPES = Path(__file__).parents[2] / "shapes"
 READ = """
 import json, sys
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.errors import UserError
+from megatron_r1.base.errors import UserError
 
 def read(path):
     try:

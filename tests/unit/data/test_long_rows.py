@@ -6,9 +6,9 @@ import tracemalloc
 import pytest
 from refusals import refused
 
+from megatron_r1.base.errors import Cause
 from megatron_r1.data import table_files
 from megatron_r1.data.table_files import read_rows
-from megatron_r1.errors import Cause
 
 LIMIT = 1 << 16
 

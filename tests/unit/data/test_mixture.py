@@ -10,11 +10,11 @@ import yaml
 from refusals import refused
 
 from megatron_r1 import config as configuration
+from megatron_r1.base.errors import Cause
 from megatron_r1.commands.sft import load_sampler
 from megatron_r1.commands.supervised import with_steps
 from megatron_r1.config.training import MixturePart
 from megatron_r1.data.mixture import MixtureSampler, describe, epoch_counts, load_mixture
-from megatron_r1.errors import Cause
 
 MIXTURES = yaml.safe_load(Path(__file__).with_name("mixtures.yaml").read_text(encoding="utf-8"))
 

@@ -7,13 +7,13 @@ import pytest
 from r1_grading.code.problem import parse_problem
 from r1_grading.truths import alternatives, math_truth
 
-from megatron_r1.commands.init_examples import are_examples
+from megatron_r1.base.errors import UserError
+from megatron_r1.commands.init.examples import are_examples
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.preferences import read_preferences
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.records import read_records
 from megatron_r1.data.sft import is_learned, load_examples
-from megatron_r1.errors import UserError
 
 LINES = (Path(__file__).parents[2] / "shapes/other_sets.jsonl").read_text(encoding="utf-8")
 SETS = {case["set"]: case for case in map(json.loads, LINES.splitlines())}

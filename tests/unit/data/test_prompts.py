@@ -10,6 +10,7 @@ import reasoning_gym
 from r1_grading import logic
 from refusals import raised, refused
 
+from megatron_r1.base.errors import Cause
 from megatron_r1.commands.rl_questions import prompts_that_fit, questions_drawn
 from megatron_r1.config import parse
 from megatron_r1.data.prompts import (
@@ -24,7 +25,6 @@ from megatron_r1.data.sampler import PromptSampler, draw_shares
 from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
 from megatron_r1.data.templates import find_template, is_opened, render
 from megatron_r1.data.text import PromptText
-from megatron_r1.errors import Cause
 
 SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 

@@ -5,8 +5,8 @@ from r1_grading.served.reward_model import Helpful, RewardModelSettings, Safety
 from refusals import refused
 from transformers import AutoTokenizer
 
+from megatron_r1.base.errors import Cause
 from megatron_r1.data.scored_text import ScoredText
-from megatron_r1.errors import Cause
 
 QUESTION, RESPONSE = "What {response} is it?", "<think>Let me see.</think> It is <|im_end|> late."
 TEMPLATE = "[user] {question}\n[assistant] {response}<eos>"

@@ -16,16 +16,16 @@ from refusals import refused
 from safetensors.numpy import save_file
 from small_qwen2 import MODEL
 
-from megatron_r1 import cli
 from megatron_r1 import config as configuration
-from megatron_r1.commands import init
+from megatron_r1.base.errors import Cause
+from megatron_r1.commands import cli
+from megatron_r1.commands.init import verb as init
+from megatron_r1.commands.recipe_sizes import Machine
 from megatron_r1.commands.rl_checks import prepare
 from megatron_r1.data.conversations import ExampleText
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.records import read_records
 from megatron_r1.data.sft import load_examples
-from megatron_r1.errors import Cause
-from megatron_r1.first_recipe.sizes import Machine
 
 FOLDER = Path(__file__).parents[2] / "shapes"
 SHAPES = yaml.safe_load((FOLDER / "shapes.yaml").read_text(encoding="utf-8"))

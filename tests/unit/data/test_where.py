@@ -6,11 +6,11 @@ import pytest
 from chat_tokenizer import CHATML, chat_tokenizer
 from refusals import refused
 
+from megatron_r1.base.errors import Cause
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.templates import render
 from megatron_r1.data.text import PromptText
 from megatron_r1.data.where import meets
-from megatron_r1.errors import Cause
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 

@@ -8,10 +8,10 @@ import pytest
 from fake_server import FakeServer
 from refusals import refused
 
-from megatron_r1 import cli
-from megatron_r1.cli import main
+from megatron_r1.base.errors import Cause
+from megatron_r1.commands import cli
+from megatron_r1.commands.cli import main
 from megatron_r1.config import parse
-from megatron_r1.errors import Cause
 from megatron_r1.evaluation.prompt_sets import load_prompt_sets
 
 REFERENCE = "Paris it is."

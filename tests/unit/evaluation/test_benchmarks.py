@@ -14,9 +14,9 @@ from r1_grading import code
 from r1_grading.sandbox import programs
 from refusals import refused
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import parse
 from megatron_r1.data.table_files import READERS
-from megatron_r1.errors import Cause, UserError
 from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.gym import SUITES
 from megatron_r1.evaluation.benchmarks.packed_tests import decode_tests

@@ -10,10 +10,10 @@ import torch
 from refusals import refused
 from safetensors.torch import save_file
 
-from megatron_r1 import cli
-from megatron_r1.cli import main
-from megatron_r1.engine.responses import Response
-from megatron_r1.errors import Cause
+from megatron_r1.base.errors import Cause
+from megatron_r1.commands import cli
+from megatron_r1.commands.cli import main
+from megatron_r1.engines.server.responses import Response
 from megatron_r1.evaluation.engine_policy import EnginePolicy
 from megatron_r1.evaluation.sampling import sample_seed
 from tests.chat_tokenizer import chat_tokenizer

@@ -9,9 +9,9 @@ import pytest
 from fake_server import FakeServer
 from refusals import refused
 
-from megatron_r1 import cli
-from megatron_r1.cli import main
-from megatron_r1.errors import Cause
+from megatron_r1.base.errors import Cause
+from megatron_r1.commands import cli
+from megatron_r1.commands.cli import main
 from megatron_r1.evaluation import server_policy
 from megatron_r1.evaluation.identity import require_same_identity
 

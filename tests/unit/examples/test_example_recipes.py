@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1 import cli
 from megatron_r1 import config as configuration
+from megatron_r1.commands import cli
+from megatron_r1.commands.plan import main
 from megatron_r1.config import verb_of
 from megatron_r1.models import read_hf_config
-from megatron_r1.workflow.pipeline_recipe import read_tree
-from tools.plan.command import main
-from tools.plan.parameters import ModelCounts
+from megatron_r1.pipeline.pipeline_recipe import read_tree
+from megatron_r1.plan.parameters import ModelCounts
 
 ROOT = Path(__file__).parents[3]
 
@@ -80,7 +80,7 @@ def test_a_layout_of_sft_that_does_not_fit_names_those_that_do(capsys):
 
 
 def test_a_batch_smaller_than_its_replicas_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr("tools.plan.command.nearest", lambda job: [])
+    monkeypatch.setattr("megatron_r1.commands.plan.nearest", lambda job: [])
     recipe = str(DISTILL / "qwen2.5-math-1.5b.yaml")
     assert main([recipe, "--gpus", "128"]) == 1
     assert {"64", "128"} <= set(capsys.readouterr().out.split())

@@ -11,9 +11,9 @@ import yaml
 from refusals import refused
 
 from megatron_r1 import config as configuration
+from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config, algorithms
-from megatron_r1.errors import Cause
-from megatron_r1.workflow.pipeline_recipe import read_tree
+from megatron_r1.pipeline.pipeline_recipe import read_tree
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 R1 = EXAMPLES / "deepseek_r1"

@@ -12,11 +12,11 @@ from examples.paper import measure, rows, tables
 from examples.paper.__main__ import RECIPE, main, needed
 from examples.paper.page import write_page
 from examples.paper.results import Results
-from megatron_r1 import cli
-from megatron_r1.errors import Cause
-from megatron_r1.workflow.graph import Graph
-from megatron_r1.workflow.pipeline_recipe import MAKE, load
-from megatron_r1.workflow.plan import WorkflowPlan
+from megatron_r1.base.errors import Cause
+from megatron_r1.commands import cli
+from megatron_r1.pipeline.graph import Graph
+from megatron_r1.pipeline.pipeline_recipe import MAKE, load
+from megatron_r1.pipeline.plan import WorkflowPlan
 
 ROOT = Path(__file__).parents[3]
 SEEDS = ("0", "1", "2")

@@ -8,7 +8,7 @@ import pytest
 
 from examples import demo_parts
 from examples.smollm2 import questions
-from megatron_r1 import cli
+from megatron_r1.commands import cli
 from megatron_r1.config import Config
 from megatron_r1.evaluation.prompt_sets import load_prompt_sets
 

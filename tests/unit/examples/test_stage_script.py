@@ -22,7 +22,7 @@ echo "$(basename "$0") $*" >> "$CALLS"
 case "$(basename "$0") $*" in
     "scontrol show"*) echo node0; echo node1 ;;
     squeue*) echo R ;;
-    srun*megatron_r1.fleet.host*) exec sleep infinity ;;
+    srun*megatron_r1.engines.fleet.host*) exec sleep infinity ;;
     srun*)
         until [ -z "$AFTER" ] || grep -q "$AFTER" "$CALLS"; do sleep 0.05; done
         while [ -n "$LASTS" ] && [ ! -e "$STOP" ]; do sleep 0.05; done; exit "${STATUS:-0}" ;;
@@ -80,12 +80,12 @@ def test_training_takes_every_node_and_no_engine(stage, verb):
 
 def test_rl_brings_engine_hosts_which_end_with_it(stage):
     """They would have stayed for ever."""
-    assert stage("rl", AFTER="megatron_r1.fleet.host").wait() == 0
+    assert stage("rl", AFTER="megatron_r1.engines.fleet.host").wait() == 0
     calls = calls_of(stage)
-    hosts = next(call for call in calls if "megatron_r1.fleet.host" in call)
+    hosts = next(call for call in calls if "megatron_r1.engines.fleet.host" in call)
     trainer = next(call for call in calls if "torch.distributed.run" in call)
     assert hosts.endswith(
-        f"-m megatron_r1.fleet.host --folder {stage.run} --engines 1 --patience 3600"
+        f"-m megatron_r1.engines.fleet.host --folder {stage.run} --engines 1 --patience 3600"
     )
     options = trainer.partition(f"--run.folder {stage.run} ")[2].split()
     settings = parse_overrides(options)
@@ -100,9 +100,9 @@ def test_rl_brings_engine_hosts_which_end_with_it(stage):
 
 
 def test_sampling_is_one_process_beside_engine_hosts_on_every_node(stage):
-    assert stage("sample", AFTER="megatron_r1.fleet.host").wait() == 0
+    assert stage("sample", AFTER="megatron_r1.engines.fleet.host").wait() == 0
     calls = calls_of(stage)
-    hosts = next(call for call in calls if "megatron_r1.fleet.host" in call)
+    hosts = next(call for call in calls if "megatron_r1.engines.fleet.host" in call)
     sampling = next(call for call in calls if "-m megatron_r1 sample " in call)
     assert hosts.startswith("srun --overlap --nodes 2 --ntasks 2 --nodelist node0,node1 ")
     assert sampling.startswith("srun --overlap --nodes 1 --ntasks 1 --nodelist node0 ")
@@ -113,17 +113,17 @@ def test_sampling_is_one_process_beside_engine_hosts_on_every_node(stage):
 def test_engines_and_served_models_have_a_python_of_their_own(stage):
     job = stage(
         "rl",
-        AFTER="megatron_r1.fleet.host",
+        AFTER="megatron_r1.engines.fleet.host",
         ENGINE_PYTHON="/vllm/python",
         SERVED="helpful=/models/helpful",
         SERVED_NODES="1",
     )
     assert job.wait() == 0
     calls = calls_of(stage)
-    (hosts,) = (call for call in calls if "megatron_r1.fleet.host" in call)
-    (served,) = (call for call in calls if "vllm_plugin.serve" in call)
+    (hosts,) = (call for call in calls if "megatron_r1.engines.fleet.host" in call)
+    (served,) = (call for call in calls if "engines.plugin.serve" in call)
     (trainer,) = (call for call in calls if "torch.distributed.run" in call)
-    assert " --nodelist node0 /vllm/python -m megatron_r1.fleet.host " in hosts
+    assert " --nodelist node0 /vllm/python -m megatron_r1.engines.fleet.host " in hosts
     assert " /vllm/python --model /models/helpful " in served
     assert f" {sys.executable} -m torch.distributed.run " in trainer
     assert not any(sys.executable in call for call in (hosts, served))
@@ -139,7 +139,7 @@ def test_scripts_for_many_nodes_start_engine_hosts_with_engine_python(
 ):
     job = stage.script(
         EXAMPLES / f"slurm/{name}.sbatch",
-        AFTER="megatron_r1.fleet.host",
+        AFTER="megatron_r1.engines.fleet.host",
         RUN=str(stage.run),
         PYTHON="/trainer/python",
         SLURM_JOB_NODELIST_HET_GROUP_0="node0",
@@ -149,9 +149,9 @@ def test_scripts_for_many_nodes_start_engine_hosts_with_engine_python(
     )
     assert job.wait() == 0
     calls = calls_of(stage)
-    (hosts,) = (call for call in calls if "megatron_r1.fleet.host" in call)
+    (hosts,) = (call for call in calls if "megatron_r1.engines.fleet.host" in call)
     (trainer,) = (call for call in calls if "torch.distributed.run" in call)
-    assert f" {of_engines} -m megatron_r1.fleet.host --folder {stage.run} " in hosts
+    assert f" {of_engines} -m megatron_r1.engines.fleet.host --folder {stage.run} " in hosts
     assert " /trainer/python -m torch.distributed.run " in trainer
 
 

@@ -10,10 +10,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from refusals import refused
 from small_configs import DEEPSEEK, QWEN
 
-from megatron_r1 import models, platform
+from megatron_r1 import models
+from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
-from megatron_r1.errors import Cause
-from megatron_r1.models import acceleration
+from megatron_r1.models import acceleration, platform
 
 FUSED = (
     *("fused_permute", "fused_permute_with_probs", "fused_unpermute"),

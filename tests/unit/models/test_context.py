@@ -5,8 +5,8 @@ import torch
 from refusals import raised
 
 from megatron_r1.models.context import held_positions, sample_order, spans
-from megatron_r1.training.packed import TokenSplit, packed_batch
-from megatron_r1.training.sample import Sample
+from megatron_r1.trainer.packed import TokenSplit, packed_batch
+from megatron_r1.trainer.sample import Sample
 
 BORDERS = torch.tensor([0, 8, 12, 24])
 

@@ -9,8 +9,8 @@ from megatron.core.enums import Fp8Recipe
 from megatron.core.transformer.transformer_config import TransformerConfig
 from refusals import refused
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import FP8Config, parse
-from megatron_r1.errors import Cause, UserError
 from megatron_r1.models.fp8.recipes import E5M2, check_sizes, find_recipe
 from megatron_r1.models.fp8.transformer_engine import check_device, megatron_fields
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_r1 import platform
+from megatron_r1.models import platform
 
 platform.prepare()
 

@@ -10,13 +10,13 @@ from small_configs import DEEPSEEK, QWEN
 from transformers import AutoConfig
 
 from megatron_r1 import models
+from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
-from megatron_r1.errors import Cause
 from megatron_r1.models.attention_fields import model_arguments, rope_scaling, yarn_scaling
 from megatron_r1.models.hf_config import published_names, resolve_aliases
 from megatron_r1.models.supported import check_supported, own_fields
-from megatron_r1.rehearsal.model import shrink
-from megatron_r1.weights import hf_tensors
+from megatron_r1.models.weights import hf_tensors
+from megatron_r1.rehearse.model import shrink
 
 LLAMA = {**QWEN, "architectures": ["LlamaForCausalLM"]}
 BASES = {"qwen": QWEN, "llama": LLAMA, "deepseek": DEEPSEEK}

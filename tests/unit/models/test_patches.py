@@ -10,7 +10,7 @@ import upstream
 from megatron_r1.models import patches
 
 PROGRAM = """
-from megatron_r1 import platform
+from megatron_r1.models import platform
 platform.prepare()
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers

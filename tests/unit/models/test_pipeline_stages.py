@@ -5,8 +5,8 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from refusals import refused
 
-from megatron_r1 import weights
-from megatron_r1.errors import Cause
+from megatron_r1.base.errors import Cause
+from megatron_r1.models import weights
 from megatron_r1.models.pipeline_stages import parse_layout, pipeline_stages, uneven_layout
 
 SMALL = {

@@ -14,10 +14,10 @@ from null_cuda import NON_BLOCKING, NOT_READY, call, done, made, stream  # isort
 
 import torch
 
-from megatron_r1.weight_sync import round_sender
-from megatron_r1.weight_sync.plan import rounds
-from megatron_r1.weight_sync.sender import WeightSender
-from megatron_r1.weight_sync.transports import nccl
+from megatron_r1.push import round_sender
+from megatron_r1.push.plan import rounds
+from megatron_r1.push.sender import WeightSender
+from megatron_r1.push.transports import nccl
 
 THREAD = threading.local()
 mapped: dict[str, torch.Tensor] = {}
@@ -80,7 +80,7 @@ def install() -> None:
 
 def main(case: str, engines: int, *, is_colocated: bool) -> None:
     from tests.unit.null_gpu.push_processes import CASES, ENTRY_BYTES, PASSED_BYTES, tensors_of
-    from tests.unit.weight_sync import push_world
+    from tests.unit.push import push_world
 
     hf, grid, layout = CASES[case]
     rounds.ENTRY_BYTES, rounds.PASSED_BYTES = ENTRY_BYTES, PASSED_BYTES

@@ -24,18 +24,18 @@ import torch
 from torch.distributed import TCPStore
 
 from megatron_r1.config.push import PushConfig
-from megatron_r1.engine.errors import ConnectionBroken, EngineDied, PushIncomplete
-from megatron_r1.fleet.engine import Engine
-from megatron_r1.weight_bridge.bridge import WeightBridge
-from megatron_r1.weight_bridge.engine_links import EngineLinks
-from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid, rounds
-from megatron_r1.weight_sync.rendezvous import EngineRendezvous
-from megatron_r1.weight_sync.results import IncompletePush
-from megatron_r1.weight_sync.sender import WeightSender, run_all
-from megatron_r1.weight_sync.transports import nccl, nccl_library
-from tests.unit.weight_bridge.small_fleet import SmallFleet
-from tests.unit.weight_sync.push_models import DEEPSEEK, QWEN
-from tests.unit.weight_sync.push_world import draw, plain_table, wrong_slots
+from megatron_r1.controller.delivery.bridge import WeightBridge
+from megatron_r1.controller.delivery.engine_links import EngineLinks
+from megatron_r1.engines.fleet.engine import Engine
+from megatron_r1.engines.server.errors import ConnectionBroken, EngineDied, PushIncomplete
+from megatron_r1.push.plan import EngineLayout, TrainerGrid, rounds
+from megatron_r1.push.rendezvous import EngineRendezvous
+from megatron_r1.push.results import IncompletePush
+from megatron_r1.push.sender import WeightSender, run_all
+from megatron_r1.push.transports import nccl, nccl_library
+from tests.unit.controller.delivery.small_fleet import SmallFleet
+from tests.unit.push.push_models import DEEPSEEK, QWEN
+from tests.unit.push.push_world import draw, plain_table, wrong_slots
 from tools.bench.push.small_model import held_by
 
 CASES = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from refusals import refused
 
-from megatron_r1.errors import Cause
+from megatron_r1.base.errors import Cause
 from megatron_r1.reporting.outcome import LEARNED, NOT_SHOWN, WORSE, Score, evaluations
 from megatron_r1.reporting.plots import Curve, curve_plot, smooth, stacked_plot, thin
 from megatron_r1.reporting.report import headline, outcome_sentence, write_report

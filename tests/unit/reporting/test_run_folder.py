@@ -18,9 +18,9 @@ from refusals import refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from waiting import wait_until
 
+from megatron_r1.base.errors import Cause
+from megatron_r1.base.files import atomic_write
 from megatron_r1.config.differences import flatten
-from megatron_r1.errors import Cause
-from megatron_r1.files import atomic_write
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.tensorboard import TensorBoardLog
 

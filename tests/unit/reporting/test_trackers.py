@@ -7,7 +7,7 @@ import threading
 import pytest
 from refusals import refused
 
-from megatron_r1.errors import Cause
+from megatron_r1.base.errors import Cause
 from megatron_r1.reporting.trackers import (
     TrackerSet,
     check_trackers,

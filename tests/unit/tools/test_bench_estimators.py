@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_r1 import cli
 from megatron_r1 import config as configuration
+from megatron_r1.commands import cli
 from megatron_r1.config.algorithms import NAMES
-from megatron_r1.workflow.graph import Graph
-from megatron_r1.workflow.pipeline_recipe import load
-from megatron_r1.workflow.plan import WorkflowPlan
+from megatron_r1.pipeline.graph import Graph
+from megatron_r1.pipeline.pipeline_recipe import load
+from megatron_r1.pipeline.plan import WorkflowPlan
 from tools.bench import estimators
 from tools.bench.estimators.settings import CHOICES, recipe
 

@@ -32,7 +32,7 @@ def test_opened_files_are_counted_by_role(tmp_path):
     data = tmp_path / "data"
     data.write_bytes(bytes(2 << 20))
     ranks = [
-        'execve("/bin/python", ["python", "-m", "megatron_r1.training.rank"], …) = 0',
+        'execve("/bin/python", ["python", "-m", "megatron_r1.trainer.rank"], …) = 0',
         f'openat(AT_FDCWD, "{data}", O_RDONLY) = 3',
         f'openat(AT_FDCWD, "{data}", O_RDONLY) = 3',
         'openat(AT_FDCWD, "/none", O_RDONLY) = -1 ENOENT (No such file or directory)',

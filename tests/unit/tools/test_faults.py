@@ -21,7 +21,7 @@ class Counter:
         self.total = number
 """
 ENTRIES = """
-files:
+base:
   - {symbol: Counter.add, replace: "number > 0", by: "number >= 0", fault: caught,
      tests: [test_it.py]}
   - {symbol: halves, replace: "number - number", by: "number + 0 - number", fault: none,
@@ -31,7 +31,7 @@ files:
 """
 TESTS = """
 import pytest
-from megatron_r1.files import numbers
+from megatron_r1.base.files import numbers
 
 def test_halves():
     assert numbers.halves(3) == (1, 2)
@@ -47,8 +47,8 @@ def tree(tmp_path):
     """A source tree with three faults."""
     content = {
         "megatron_r1/__init__.py": "",
-        "megatron_r1/files/__init__.py": "",
-        "megatron_r1/files/numbers.py": SOURCE,
+        "megatron_r1/base/files/__init__.py": "",
+        "megatron_r1/base/files/numbers.py": SOURCE,
         "grading/r1_grading/__init__.py": "",
         "kernels/r1_kernels/__init__.py": "",
         "tests/unit/test_it.py": TESTS,
@@ -63,7 +63,7 @@ def tree(tmp_path):
 
 
 def entry(**changes):
-    fields = {"room": "files", "symbol": "halves", "replace": "number - number", "by": "number"}
+    fields = {"room": "base", "symbol": "halves", "replace": "number - number", "by": "number"}
     return Mutation(**fields | {"fault": "", "tests": ("test_it.py",)} | changes)
 
 
@@ -83,7 +83,7 @@ def test_every_fault_applies_and_every_room_has_some():
 
 def test_only_the_text_within_the_symbol_is_replaced(tree):
     mutant = plant(entry(symbol="Counter.add", replace="= number", by="= -number"), tree)
-    assert mutant.path == Path("megatron_r1/files/numbers.py")
+    assert mutant.path == Path("megatron_r1/base/files/numbers.py")
     assert mutant.after == SOURCE.replace("self.total = number", "self.total = -number")
 
 
@@ -101,7 +101,7 @@ def test_only_the_text_within_the_symbol_is_replaced(tree):
 )
 def test_an_entry_that_does_not_apply_is_named(tree, changes):
     mutation = entry(**changes)
-    with pytest.raises(ValueError, match=f"files: {mutation.symbol}: "):
+    with pytest.raises(ValueError, match=f"base: {mutation.symbol}: "):
         apply(mutation, tree)
 
 
@@ -111,7 +111,7 @@ def test_faults_are_planted_in_a_copy_and_an_interrupted_run_goes_on(tree, monke
     assert command.main() == 1
     printed = capsys.readouterr().out
     assert "test_it.py::test_add" in printed and printed.endswith("1 of 3 caught (33%)\n")
-    assert (tree / "megatron_r1/files/numbers.py").read_text() == SOURCE
+    assert (tree / "megatron_r1/base/files/numbers.py").read_text() == SOURCE
 
     first, *others = (tree / command.RESULTS).read_text().splitlines()
     assert len(others) == 2
@@ -137,7 +137,7 @@ def test_tests_that_fail_without_a_fault_catch_none(tree, monkeypatch, capsys):
 
 def test_an_endless_loop_counts_as_caught(tree):
     copy = copies.TreeCopy(tree)
-    copy.write(Path("megatron_r1/files/numbers.py"), "while True: pass")
+    copy.write(Path("megatron_r1/base/files/numbers.py"), "while True: pass")
     assert copies.failure_of(*copy.run(["tests/unit/test_it.py"], limit="1")) is not None
     copy.close()
     assert not copy.folder.exists()

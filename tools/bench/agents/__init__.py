@@ -23,7 +23,7 @@ import psutil
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
 from megatron_r1.agents.parsing import ParserPool
 from megatron_r1.data.text import PromptText
-from megatron_r1.engine.responses import Response
+from megatron_r1.engines.server.responses import Response
 from tools.bench import machine
 from tools.bench.children import in_own_process
 from tools.bench.small_models import TOKENIZER

@@ -78,7 +78,7 @@ def drop_trainer_connections(user: User, draw: random.Random) -> str | None:
     if (rank := user.any_process("trainer ranks", draw)) is None:
         return None
     words = " ".join(rank.cmdline()).split()
-    address = words[words.index("megatron_r1.training.rank") + 1]
+    address = words[words.index("megatron_r1.trainer.rank") + 1]
     return _drop(int(address.rpartition(":")[2]), "controller")
 
 

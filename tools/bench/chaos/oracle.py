@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.files.jsonl import read_lines
+from megatron_r1.base.files.jsonl import read_lines
 from tools.bench.chaos.task import MINIBATCHES, QUESTIONS
 from tools.bench.chaos.user import User
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_r1.files.jsonl import write_lines
+from megatron_r1.base.files.jsonl import write_lines
 from tools.bench.children import megatron_r1, run_to_end
 from tools.bench.small_models import qwen2, write_folder
 

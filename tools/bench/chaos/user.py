@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 
-from megatron_r1.files.framed import FramedFile
-from megatron_r1.processes.lifetime import die_with_parent
-from megatron_r1.rl.sample_record import Accepted, decode
+from megatron_r1.base.files.framed import FramedFile
+from megatron_r1.base.processes.lifetime import die_with_parent
+from megatron_r1.controller.rollouts.sample_record import Accepted, decode
 from tools.bench.children import environment
 
 POLL_SECONDS = 0.02

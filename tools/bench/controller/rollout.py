@@ -16,21 +16,21 @@ import psutil
 from r1_grading import RewardPool
 
 from megatron_r1.config import Config, parse
+from megatron_r1.controller.loop import train
+from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.metrics import rollout_metrics
+from megatron_r1.controller.rollouts.rollout import Rollout
+from megatron_r1.controller.rollouts.sample_log import SampleLog
+from megatron_r1.controller.rollouts.step_sampler import StepSampler
+from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.controller.trainer_calls.recorder import RunState
+from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
-from megatron_r1.engine.compact_reply import MEDIA_TYPE
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.rl.collector import RolloutCollector
-from megatron_r1.rl.loop import train
-from megatron_r1.rl.metrics import rollout_metrics
-from megatron_r1.rl.rollout import Rollout
-from megatron_r1.rl.sample_log import SampleLog
-from megatron_r1.rl.step_sampler import StepSampler
-from megatron_r1.rl.trainer_passes import TrainerPasses
-from megatron_r1.trainer_client.client import TrainerClient
-from megatron_r1.trainer_client.recorder import RunState
-from megatron_r1.training.operations import ModelOperations
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.server.compact_reply import MEDIA_TYPE
+from megatron_r1.trainer.operations import ModelOperations
 from tools.bench.controller import synthetic
 from tools.bench.controller.watch import Watch
 from tools.bench.controller.work import (
@@ -162,8 +162,8 @@ class _Passes(TrainerPasses):
 
 @dataclass
 class _OneStep:
-    """A session of one step, as `rl.loop.train` calls it. seconds: until the rollout is there
-    ("rollout"), and from there until the trainer has it ("load")."""
+    """A session of one step, as `controller.loop.train` calls it. seconds: until the rollout is
+    there ("rollout"), and from there until the trainer has it ("load")."""
 
     passes: _Passes
     sampler: StepSampler

@@ -12,11 +12,11 @@ from typing import Any
 import msgspec
 import zmq
 
-from megatron_r1.engine.client import GENERATE
-from megatron_r1.engine.server import RunningServer
-from megatron_r1.processes.authentication import protect_client
-from megatron_r1.training.sample import decode_samples
-from megatron_r1.training.wire import Call, Reply, identity
+from megatron_r1.base.processes.authentication import protect_client
+from megatron_r1.engines.server.client import GENERATE
+from megatron_r1.engines.server.server import RunningServer
+from megatron_r1.trainer.sample import decode_samples
+from megatron_r1.trainer.wire import Call, Reply, identity
 
 JSON = "application/json"
 AWAKE = b'{"is_sleeping": false}'

@@ -104,7 +104,7 @@ def as_json(reply: GroupReply) -> bytes:
 
 
 def as_bytes(reply: GroupReply) -> bytes:
-    """Return the body of our plugin's reply (`vllm_plugin/samples_endpoint.py`)."""
+    """Return the body of our plugin's reply (`engines/plugin/samples_endpoint.py`)."""
     routed = None
     if (rows := reply.routing) is not None:
         routed = {"dtype": rows.dtype.str, "shape": rows.shape}

@@ -1,4 +1,5 @@
-"""Every algorithm of rl/algorithms on the demo's task: the same base model, questions and settings.
+"""Every algorithm of controller/algorithms on the demo's task: the same base model, questions and
+settings.
 
 Reported: the number of steps until 80% of a step's answers are right, and held-out accuracy at the
 end. The runs are stages of a pipeline: stopped runs continue, finished ones are not repeated. About
@@ -15,12 +16,12 @@ from typing import Any
 
 import yaml
 
-from megatron_r1 import cli
 from megatron_r1 import config as configuration
-from megatron_r1.files import atomic_write
-from megatron_r1.files.jsonl import read_lines
+from megatron_r1.base.files import atomic_write
+from megatron_r1.base.files.jsonl import read_lines
+from megatron_r1.commands import cli
+from megatron_r1.pipeline.results import Spread
 from megatron_r1.reporting.wording import percent
-from megatron_r1.workflow.results import Spread
 from tools.bench import machine
 from tools.bench.children import ROOT
 from tools.bench.estimators.settings import CHOICES, recipe

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
+from megatron_r1.base.processes.children import rank_variables
 from megatron_r1.config import parse
-from megatron_r1.processes.children import rank_variables
-from megatron_r1.trainer_client.packing import pack
-from megatron_r1.training import distributed
-from megatron_r1.training.sample import Sample
+from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.sample import Sample
 from tools.bench.fp8.language import Language
 from tools.bench.fp8.variants import BASELINE, MODEL, WARMUP_STEPS, settings
 
-LOSS = "megatron_r1.training.losses:supervised"
+LOSS = "megatron_r1.trainer.losses:supervised"
 
 
 def main() -> None:
@@ -38,8 +38,8 @@ def _settings(task: dict[str, Any], **model: Any) -> dict[str, Any]:
 
 def _train(task: dict[str, Any], place) -> dict[str, Any]:
     # Megatron, which these import, needs the platform that `initialize` prepares.
-    from megatron_r1 import weights
-    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.models import weights
+    from megatron_r1.trainer.trainer import Trainer
 
     language = Language(MODEL["vocab_size"], task["seed"])
     config = parse(_settings(task))

@@ -9,7 +9,7 @@ from megatron_r1.config import hardware
 from megatron_r1.config.hardware import ByteRate, Count
 
 PLAN = hardware.Assumptions()
-"""The assumptions of `tools/plan`."""
+"""The assumptions of `megatron-r1 plan`."""
 
 
 @dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True))
@@ -21,7 +21,7 @@ class PushAssumptions:
     nvlink: ByteRate = 200e9
     """H800, in each direction (arXiv 2412.19437, 3.1)"""
     nvlink_efficiency: Annotated[float, ""] = 0.75
-    """as tools/plan (link_efficiency)"""
+    """as megatron-r1 plan (link_efficiency)"""
     device_pack: ByteRate = 90e9
     """conversion, copy and `weighted_sum` touch 22 B of HBM per byte, at 0.6 of 3.35 TB/s"""
     message_seconds: Annotated[float, "s"] = 30e-6

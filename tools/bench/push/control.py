@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from megatron_r1.files.jsonl import read_lines
-from megatron_r1.processes.children import free_port
-from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.rendezvous import EngineRendezvous
-from megatron_r1.weight_sync.sender import WeightSender
-from megatron_r1.weight_sync.table import slot_view
-from megatron_r1.weight_sync.transports import gloo
-from megatron_r1.weight_sync.transports.blocks import SlicesBlock
-from megatron_r1.weights import hf_tensors
+from megatron_r1.base.files.jsonl import read_lines
+from megatron_r1.base.processes.children import free_port
+from megatron_r1.models.weights import hf_tensors
+from megatron_r1.push.plan import EngineLayout, TrainerGrid
+from megatron_r1.push.plan.predicted_layout import PredictedLayout
+from megatron_r1.push.rendezvous import EngineRendezvous
+from megatron_r1.push.sender import WeightSender
+from megatron_r1.push.table import slot_view
+from megatron_r1.push.transports import gloo
+from megatron_r1.push.transports.blocks import SlicesBlock
 from tools.bench.push.small_model import SHAPE, held_by, slot_table
 
 HF = SHAPE | {"num_hidden_layers": 8, "n_routed_experts": 32}

@@ -1,7 +1,7 @@
 """Rates of gloo between processes of this machine: messages one way, a ring, and its all-gather.
 
 In a push over gloo each engine rank passes weights on to one other at a time, as in a ring
-(`weight_sync/transports/gloo.py`)."""
+(`push/transports/gloo.py`)."""
 
 import os
 import time
@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from megatron_r1.processes.children import free_port
-from megatron_r1.weight_sync.transports import PASSED_BYTES
+from megatron_r1.base.processes.children import free_port
+from megatron_r1.push.transports import PASSED_BYTES
 
 ROUNDS, REPEATS = 8, 5
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from megatron_r1.config import Config
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.trainer_client.client import TrainerClient
-from megatron_r1.training.operations import FolderOperations
-from megatron_r1.weight_bridge.bridge import WeightBridge
-from megatron_r1.weight_bridge.engine_links import EngineLinks
-from megatron_r1.weights import hf_tensors
+from megatron_r1.controller.delivery.bridge import WeightBridge
+from megatron_r1.controller.delivery.engine_links import EngineLinks
+from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.models.weights import hf_tensors
+from megatron_r1.trainer.operations import FolderOperations
 from tools.bench import machine
 from tools.bench.small_models import qwen2
 

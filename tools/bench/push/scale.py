@@ -1,4 +1,4 @@
-"""A push over NCCL at its real size: its planned order of rounds (`weight_sync/plan/rounds.py`) is
+"""A push over NCCL at its real size: its planned order of rounds (`push/plan/rounds.py`) is
 checked, and executed by a model of stream queues, which also gives its time.
 
 A process sends to one other and receives from one at any time, so that links are never shared."""
@@ -14,25 +14,25 @@ import numpy as np
 
 from megatron_r1.config import load
 from megatron_r1.models import read_hf_config
-from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.engine_sets import (
+from megatron_r1.models.weights.layout import recipe_stages, stage_shards
+from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
+from megatron_r1.push.plan.engine_sets import (
     SET_ENGINES,
     engine_sets,
     entries,
     held_parts,
     sum_bytes,
 )
-from megatron_r1.weight_sync.plan.order_check import (
+from megatron_r1.push.plan.order_check import (
     find_fault,
     operations_of_rounds,
     operations_of_steps,
 )
-from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.recipe import engine_layout
-from megatron_r1.weight_sync.plan.rounds import PushOrder, planned_order
-from megatron_r1.weight_sync.plan.tensors import fp8_bytes, plain_bytes
-from megatron_r1.weight_sync.transports import PASSED_BYTES
-from megatron_r1.weights.layout import recipe_stages, stage_shards
+from megatron_r1.push.plan.predicted_layout import PredictedLayout
+from megatron_r1.push.plan.recipe import engine_layout
+from megatron_r1.push.plan.rounds import PushOrder, planned_order
+from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
+from megatron_r1.push.transports import PASSED_BYTES
 from tools.bench.children import ROOT
 from tools.bench.push.assumptions import PushAssumptions, as_table
 from tools.bench.push.stream_queues import StreamQueues, link_threads

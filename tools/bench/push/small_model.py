@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_r1.weight_sync.plan import TrainerGrid
-from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.ranks import Coordinate
-from megatron_r1.weight_sync.table import Slot, SlotTable
-from megatron_r1.weights import layout
-from megatron_r1.weights.layout import Shard, stage_shards
+from megatron_r1.models.weights import layout
+from megatron_r1.models.weights.layout import Shard, stage_shards
+from megatron_r1.push.plan import TrainerGrid
+from megatron_r1.push.plan.predicted_layout import PredictedLayout
+from megatron_r1.push.plan.ranks import Coordinate
+from megatron_r1.push.table import Slot, SlotTable
 
 SHAPE = {
     "architectures": ["DeepseekV3ForCausalLM"],

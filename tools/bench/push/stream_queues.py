@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_r1.weight_sync.plan.order_check import Call, Step
-from megatron_r1.weight_sync.plan.rounds import PushOrder
+from megatron_r1.push.plan.order_check import Call, Step
+from megatron_r1.push.plan.rounds import PushOrder
 
 
 class Ended(NamedTuple):

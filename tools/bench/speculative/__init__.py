@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config.engines import SpeculativeConfig
-from megatron_r1.engine.from_config import speculative_settings
-from megatron_r1.engine.server import EngineServer
-from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.fleet.speculation import AcceptanceMeter
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.speculation import AcceptanceMeter
+from megatron_r1.engines.server.from_config import speculative_settings
+from megatron_r1.engines.server.server import EngineServer
 from tools.bench import machine
 from tools.bench.children import core_seconds
 from tools.bench.speculative.model import VOCABULARY, write_model

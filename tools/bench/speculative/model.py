@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_r1.weights.decoder import table
-from megatron_r1.weights.layout import hf_tensors
+from megatron_r1.models.weights.decoder import table
+from megatron_r1.models.weights.layout import hf_tensors
 
 HIDDEN, VOCABULARY, LAYERS = 512, 1024, 6
 SHARPNESS = 0.8

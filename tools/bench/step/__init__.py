@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megatron_r1.files.jsonl import read_lines
-from megatron_r1.processes import timeline
+from megatron_r1.base.files.jsonl import read_lines
+from megatron_r1.base.processes import timeline
 from tools.bench import machine
 from tools.bench.children import megatron_r1, run_to_end
 from tools.bench.small_models import TOKENIZER

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.files.jsonl import read_lines
-from megatron_r1.processes.inspection import PeakMemory
+from megatron_r1.base.files.jsonl import read_lines
+from megatron_r1.base.processes.inspection import PeakMemory
 from tools.bench import machine
 from tools.bench.step.figures import Steps
 from tools.bench.step.model import Tail, write_model

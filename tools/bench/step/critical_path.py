@@ -1,5 +1,6 @@
-"""What a step's time went to: the spans that a run's processes record (`processes.timeline`), as a
-division of each step's wall-clock time among who was busy, while the controller waited or not."""
+"""What a step's time went to: the spans that a run's processes record (`base.processes.timeline`),
+as a division of each step's wall-clock time among who was busy, while the controller waited or
+not."""
 
 import json
 from bisect import bisect_right
@@ -11,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from megatron_r1.processes.timeline import CPU, IDLE, STEP
+from megatron_r1.base.processes.timeline import CPU, IDLE, STEP
 
 NOBODY = "nobody is busy: messages on their way, or cores taken by others"
 WORKERS = ("core", "server", "trainer", "controller")

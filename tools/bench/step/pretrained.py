@@ -12,9 +12,9 @@ from typing import Any
 
 from examples.smollm2.questions import write
 from megatron_r1 import config as configuration
+from megatron_r1.base.files.jsonl import read_lines, write_lines
+from megatron_r1.base.processes.inspection import PeakMemory
 from megatron_r1.config import Config
-from megatron_r1.files.jsonl import read_lines, write_lines
-from megatron_r1.processes.inspection import PeakMemory
 from tools.bench import machine
 from tools.bench.children import ROOT
 from tools.bench.step.figures import medians

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_r1.files.jsonl import read_lines
+from megatron_r1.base.files.jsonl import read_lines
 from tools.bench.children import core_seconds, environment, megatron_r1, run_to_end
 from tools.bench.machine import num_cores
 from tools.bench.step.work import StepWork

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.files.jsonl import write_lines
+from megatron_r1.base.files.jsonl import write_lines
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,193 @@
+"""Checks whether a model folder can be trained: `megatron-r1 check-model HF_FOLDER [--json FILE]`.
+
+Prints what the folder holds, the memory that training it takes, and the largest difference of
+Megatron's (`--parallel.key value` is its layout) and vLLM's log-probabilities from transformers',
+on a few texts and random tokens. Exit status 0: they agree, within 1e-4 in float32, within
+transformers' own rounding in bfloat16 (`--model.dtype bfloat16`); 1: they do not, or nothing could
+be compared; 2: the model or its files cannot be used, for the reason in the message. A folder
+without a tokenizer is checked on token ids."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from megatron_r1.base.errors import RunError, UserError
+from megatron_r1.base.files import atomic_write
+from megatron_r1.base.processes.lifetime import die_with_parent
+from megatron_r1.commands.check_model.comparison import by_megatron, by_vllm
+from megatron_r1.commands.check_model.findings import (
+    Findings,
+    NotCompared,
+    ReferenceResult,
+    Refusal,
+)
+from megatron_r1.config import Config, ParallelConfig
+from megatron_r1.data.end_tokens import describe, end_tokens
+from megatron_r1.evaluation.model_folder import require_weights
+from megatron_r1.models.hf_config import as_read, read_hf_config
+from megatron_r1.models.supported import check_divisions, check_supported
+from megatron_r1.models.weights.layout import num_parameters, recipe_stages
+
+ARGUMENTS = ("HF_FOLDER",)
+SETTINGS = ("parallel", "rollout", "model.dtype", "model.mtp")
+IMPLIED = {"model.dtype": "float32"}
+OPTIONS = {"json": "FILE"}
+
+TRAINING_BYTES = 28
+"""Memory of RL per parameter in float32: weights, gradients, optimizer, reference and engine, but
+no activations, KV caches and processes (`controller.trainer_calls.cpu_memory` counts them)."""
+CHECK_BYTES = 20
+"""Memory of this check per parameter at its peak: the trainer, with its optimizer."""
+
+
+def run(config: Config, folder: str, json: str | None = None) -> None:
+    """Check the folder and print the findings. Raises UserError for what is not supported,
+    RunError where the implementations disagree."""
+    try:
+        found = _check(config, folder)
+    except (UserError, RunError) as error:
+        _write(json, {"folder": folder, "agree": False, "problem": str(error)})
+        raise
+    print(_text(found, config.parallel))
+    _write(json, found)
+    if found.problem is not None:
+        raise RunError(f"{folder}: {found.problem}")
+
+
+def _write(path: str | None, found: Findings | dict) -> None:
+    """Write what was found as JSON, if asked to: also a failure, so that no older file stays."""
+    if path is not None:
+        atomic_write(path, msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
+
+
+def _check(config: Config, folder: str) -> Findings:
+    """Return the findings. Raises UserError and RunError where nothing can be compared."""
+    hf = read_hf_config(folder, key="HF_FOLDER")
+    check_supported(hf)
+    require_weights(Path(folder), "HF_FOLDER")
+    config = _config(config, folder)
+    check_divisions(hf, config.parallel, transformer_engine=False)
+    recipe_stages(config, hf)
+    parameters = num_parameters(hf, with_mtp=config.model.mtp != "none")
+    free = psutil.virtual_memory().available
+    if parameters * CHECK_BYTES > free:
+        raise RunError(
+            f"{folder}: {hf['architectures'][0]} is supported, but nothing was compared: its "
+            f"{parameters:,} parameters need about {parameters * CHECK_BYTES / 1e9:,.0f} GB, "
+            f"{free / 1e9:,.0f} are free; check a folder with fewer layers, or on a larger machine"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = Path(scratch) / "plain"
+        reference = _reference(config, plain, Path(scratch))
+        megatron = asyncio.run(by_megatron(config, reference, Path(scratch)))
+        source = plain if plain.exists() else Path(folder)
+        vllm = asyncio.run(by_vllm(source, config, reference, Path(scratch)))
+    problem = _problem(megatron, vllm, reference.tolerance)
+    return Findings(
+        folder=folder,
+        architecture=hf["architectures"][0],
+        dtype=config.model.dtype,
+        as_read=as_read(folder, "HF_FOLDER"),
+        parameters=parameters,
+        memory_bytes=parameters * TRAINING_BYTES,
+        free_bytes=free,
+        tensors=reference.num_tensors,
+        tokens=reference.num_tokens,
+        template=reference.template,
+        compared=sum(map(len, reference.logprobs)),
+        tolerance=reference.tolerance,
+        megatron=megatron,
+        vllm=vllm if isinstance(vllm, float) else str(vllm),
+        agree=problem is None,
+        end_tokens=describe(end_tokens(folder, "HF_FOLDER")),
+        problem=problem,
+    )
+
+
+def _config(config: Config, folder: str) -> Config:
+    """Return the recipe of the check: this folder, as few processes as the layout takes, an engine
+    of the trainer's dtype."""
+    at = config.parallel
+    ranks = at.pipeline * max(at.tensor * at.context, at.expert * (at.expert_tensor or 1))
+    return config.with_changes(
+        model={"path": folder},
+        parallel={"processes": max(at.processes, ranks)},
+        rollout={"dtype": config.model.dtype},
+    )
+
+
+def _reference(config: Config, plain: Path, scratch: Path) -> ReferenceResult:
+    out, model = scratch / "reference.json", config.model
+    folder = model.path
+    arguments = [folder, model.dtype, model.mtp, str(plain), str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_r1.commands.check_model.reference", *arguments],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,
+    )
+    if done.returncode < 0:
+        raise RunError(
+            f"{folder}: transformers was ended by signal {signal.Signals(-done.returncode).name}; "
+            "SIGKILL is what the system sends where memory is short: free some, or check a folder "
+            "with fewer layers"
+        )
+    if done.returncode:
+        if not out.exists():
+            lines = done.stderr.strip().splitlines()
+            raise RunError(f"{folder}: transformers failed:\n" + "\n".join(lines[-8:]))
+        refusal = msgspec.json.decode(out.read_bytes(), type=Refusal)
+        raise UserError(refusal.message, key=refusal.key, cause=refusal.cause)
+    return msgspec.json.decode(out.read_bytes(), type=ReferenceResult)
+
+
+def _problem(megatron: float, vllm: float | NotCompared, tolerance: float) -> str | None:
+    """Return why the exit status is 1; None for 0."""
+    if megatron > tolerance or (isinstance(vllm, float) and vllm > tolerance):
+        return "transformers, Megatron and vLLM do not agree (see above)"
+    if isinstance(vllm, NotCompared) and vllm.is_failure:
+        return "transformers and Megatron agree, but vLLM could not be compared (see above)"
+    return None
+
+
+def _text(found: Findings, parallel: ParallelConfig) -> str:
+    """Return the findings as lines."""
+
+    def difference(value: float | str) -> str:
+        if isinstance(value, str):
+            return value
+        verdict = "agrees" if value <= found.tolerance else "DIFFERS"
+        return f"{verdict}: max |Δ log p| = {value:.1e} (at most {found.tolerance:.1e})"
+
+    tokens = (
+        "none in the folder, which training needs: tokenizer.json and tokenizer_config.json; "
+        "checked on token ids"
+    )
+    if found.tokens is not None:
+        template = "renders its chat template" if found.template else "has no chat template"
+        tokens = f"{found.tokens:,} tokens; gives texts back, {template}"
+    sizes = parallel.model_dump(exclude_defaults=True)
+    layout = ", ".join(f"{key} {value}" for key, value in sizes.items()) or "one process"
+    memory, free = found.memory_bytes / 1e9, found.free_bytes / 1e9
+    rows = {
+        "model": f"{found.architecture}: supported; {found.parameters:,} parameters",
+        **({"config": "; ".join(found.as_read)} if found.as_read else {}),
+        "weights": f"{found.tensors:,} tensors, each read once",
+        "memory": f"RL in float32 takes about {memory:,.1f} GB for weights; {free:,.1f} free here",
+        "tokenizer": tokens,
+        "ends with": found.end_tokens or "no token that the folder names",
+        "compared": f"{found.compared} tokens, {found.dtype}; transformers is the reference",
+        "Megatron": f"{difference(found.megatron)}; {layout}",
+        "vLLM": difference(found.vllm),
+    }
+    return "\n".join(f"{name:<10} {text}" for name, text in rows.items())

@@ -1,0 +1,319 @@
+"""`megatron-r1 VERB RECIPE.yaml [--section.key value …]`: parsing and dispatch."""
+
+import errno
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_r1 import config as configuration
+from megatron_r1.base.errors import Cause, RunError, UserError, did_you_mean
+from megatron_r1.base.files import READ_ONLY, access
+from megatron_r1.base.processes import gpu_allocator, timeline
+from megatron_r1.base.processes.imports import without_garbage_collection
+from megatron_r1.commands import torchrun
+from megatron_r1.commands.verb_module import load_verb, read_verb
+from megatron_r1.config.keys import describe, switches
+from megatron_r1.config.loading import parse_overrides, take_section
+from megatron_r1.engines.server import gpu
+
+VERBS = {
+    "sft": "megatron_r1.commands.sft",
+    "reward-model": "megatron_r1.commands.reward_model",
+    "rl": "megatron_r1.commands.rl",
+    "eval": "megatron_r1.commands.eval",
+    "sample": "megatron_r1.commands.sample",
+}
+"""Verbs that take a recipe: modules with `run(config)`, and what else `VerbModule` lists."""
+COMMANDS = {
+    "init": "megatron_r1.commands.init.verb",
+    "chat": "megatron_r1.commands.chat",
+    "score": "megatron_r1.commands.score",
+    "check-model": "megatron_r1.commands.check_model.verb",
+}
+"""Verbs that take no recipe: modules with `run(config, *arguments, **options)`, likewise."""
+OTHERS = {
+    "pipeline": "megatron_r1.commands.pipeline",
+    "rehearse": "megatron_r1.commands.rehearse",
+    "preflight": "megatron_r1.commands.preflight",
+}
+"""Verbs that read a recipe and run other verbs (modules with `run(recipe, overrides, VERBS)`), and
+preflight, which checks the nodes before a run. Each of its processes is a rank and imports torch,
+so `_run_preflight` starts it."""
+MODULES = VERBS | COMMANDS | OTHERS
+PROGRAMS = {
+    "plan": "megatron_r1.commands.plan",
+    "convert": "megatron_r1.commands.convert.verb",
+}
+"""Verbs with a command line of their own: modules with `main(arguments)`, which returns the exit
+status."""
+HELP = {"-h", "--help"}
+DRY_RUN = "--dry-run"
+"""The option of `rl` that calls `dry_run(config)` instead of `run(config)`."""
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
+
+verbs: {", ".join(VERBS)}
+       megatron-r1 init MODEL_FOLDER DATA [--out RECIPE.yaml]   writes a recipe for your questions
+       megatron-r1 chat RUN_OR_FOLDER [--question TEXT …]   asks a trained model
+       megatron-r1 score IN.jsonl OUT.jsonl [--rewards.key value …]   (- is a pipe)
+       megatron-r1 check-model HF_FOLDER [--parallel.key value …] [--json FILE]   a new model, first
+       megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
+       megatron-r1 rehearse RECIPE.yaml [--on null-gpu] [--rehearsal.key value …]   in miniature
+       megatron-r1 plan RECIPE.yaml … [--gpus N]   memory, traffic and time, before renting
+       megatron-r1 convert to-hf|from-hf|verify A B   Hugging Face ↔ Megatron checkpoints
+       megatron-r1 preflight RECIPE.yaml [--json FILE] [--preflight.key value …]   the nodes, last
+       megatron-r1 sample RUN_FOLDER   the trained model's answers to the run's questions
+       megatron-r1 rl RECIPE.yaml --dry-run   samples and grades one batch, and trains nothing
+The same command continues a run that was stopped.
+On many GPUs: torchrun … -m megatron_r1 VERB RECIPE.yaml
+What a verb does and reads: megatron-r1 VERB --help
+Every key, its default and meaning: megatron-r1 keys, or keys rl sample.keep for some of them;
+keys WORD finds what another library calls WORD: keys kl_coef, keys overlong filtering"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit status: 0 done, 1 failed (`RunError`, a full disk), 2 a
+    mistake of the user's (`UserError`, a file that cannot be written), 130 stopped. Other
+    exceptions keep their traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _dispatch(arguments)
+    except (UserError, RunError) as error:
+        print(f"megatron-r1: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:  # `| head` has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno in READ_ONLY and error.filename:
+            remedy = "give a place that you may write to"
+            print(f"megatron-r1: {error.filename}: {error.strerror}; {remedy}", file=sys.stderr)
+            return 2
+        if error.errno not in DISK_FULL:
+            raise
+        print(
+            f"megatron-r1: the disk is full: {error}; make room and run the same command again",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        again = "starts over" if arguments[0] in {*COMMANDS, "plan"} else "continues from here"
+        print(f"megatron-r1: stopped; the same command {again}", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    """Run the command that the arguments name; return its exit status. Under torchrun, ranks
+    that do not run the command serve it instead."""
+    if arguments[:1] == ["help"] and set(arguments[1:2]) & PROGRAMS.keys():
+        arguments = [arguments[1], "--help"]
+    if arguments and arguments[0] in PROGRAMS:
+        return importlib.import_module(PROGRAMS[arguments[0]]).main(arguments[1:])
+    if not arguments or arguments[0] == "help" or HELP & set(arguments):
+        topics = [argument for argument in arguments if argument not in {"help", *HELP}]
+        print(_help(topics[0]) if topics and topics[0] in MODULES else USAGE)
+        return 0 if arguments else 2
+    if arguments[0] in ("version", "--version"):
+        print(f"megatron-r1 {metadata.version('megatron-r1')}")
+        return 0
+    if arguments[0] == "keys":
+        print(_describe_keys(arguments[1:]))
+        return 0
+    verb, *rest = arguments
+    if verb in COMMANDS:
+        return _run_command(verb, rest)
+    if verb not in MODULES:
+        known = [*MODULES, *PROGRAMS]
+        hint = did_you_mean(verb, known, "{}") or f"; use one of {', '.join(known)}"
+        raise UserError(f"unknown verb {verb}{hint}", key="verb", cause=Cause.UNKNOWN)
+    if not rest or rest[0].startswith("--"):
+        raise UserError(
+            f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml",
+            key="RECIPE",
+            cause=Cause.MISSING,
+        )
+    recipe, *options = rest
+    if verb == "preflight":
+        return _run_preflight(recipe, options)
+    if verb in OTHERS:
+        from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
+
+        options = [re.sub(r"^--on(?=$|=)", "--rehearsal.on", option) for option in options]
+        own = switches(PipelineRecipe if verb == "pipeline" else configuration.Config)
+        importlib.import_module(OTHERS[verb]).run(recipe, parse_overrides(options, own), VERBS)
+        return 0
+    timeline.reached("controller/command line read")
+    with without_garbage_collection():
+        command = load_verb(verb, VERBS[verb])
+    timeline.reached("controller/verb imported")
+    is_dry = DRY_RUN in options
+    if is_dry and command.dry_run is None:
+        raise UserError(f"{DRY_RUN}: {verb} has none; rl has", key=DRY_RUN, cause=Cause.UNSUPPORTED)
+    options = [option for option in options if option != DRY_RUN]
+    implied = command.implied
+    if command.of_run is not None and Path(recipe).is_dir():
+        recipe, implied = command.of_run(recipe)
+    overrides = {**implied, **_overrides(options)}
+    config = configuration.load(recipe, overrides, required=command.required)
+    access.allow(config.run.readable_by)  # before anything is written, or a process started
+    command.check(config)
+    if is_dry and command.dry_run is not None:
+        if torchrun.is_rank():
+            raise UserError(
+                f"{DRY_RUN} needs no trainer ranks: start it without torchrun",
+                key=DRY_RUN,
+                cause=Cause.CONFLICT,
+            )
+        command.dry_run(config)
+        return 0
+    if torchrun.is_rank():
+        return _serve_as_rank(config, arguments)
+    command.run(config)
+    return 0
+
+
+def _help(name: str) -> str:
+    """Return the help of a verb: its purpose, required settings, and own settings."""
+    verb = read_verb(name, MODULES[name])
+    options = "".join(
+        f" [--{option} {value}]" + (" …" if option in verb.repeated else "")
+        for option, value in verb.options.items()
+    )
+    settings = " [--section.key value …]" if verb.settings else ""
+    required = ", ".join(verb.required)
+    parts = [
+        f"usage: megatron-r1 {name} {' '.join(verb.arguments)}{options}{settings}",
+        verb.about,
+        f"The recipe has to set {required}." if required else None,
+        _describe_keys(verb.settings) if verb.settings else None,
+        "The other settings: megatron-r1 keys" if name in VERBS else None,
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _run_preflight(recipe: str, options: list[str]) -> int:
+    """Be a rank of the preflight under torchrun; otherwise start all of its ranks here."""
+    from megatron_r1.commands import preflight
+    from megatron_r1.rehearse.preflight.settings import PreflightSettings
+
+    renamed = [re.sub(r"^--json(?=$|=)", "--preflight.output", option) for option in options]
+    own, overrides = take_section(_overrides(renamed), PreflightSettings)
+    config = configuration.load(recipe, overrides, required=preflight.REQUIRED)
+    access.allow(config.run.readable_by)
+    ranks = torchrun.num_ranks(config)
+    if not torchrun.is_rank():
+        config.parallel.check_sizes(ranks)
+        return preflight.start_ranks(["preflight", recipe, *options], ranks)
+    with without_garbage_collection():
+        from megatron_r1.rehearse.preflight import judge, rank, report
+
+    facts = rank.run(config, own.preflight)
+    if facts:
+        findings = judge.judge(config, own.preflight, facts)
+        report.write(Path(recipe).stem, own.preflight, facts, findings)
+    return 0
+
+
+def _run_command(verb: str, rest: list[str]) -> int:
+    command = load_verb(verb, COMMANDS[verb])
+    count = len(command.arguments)
+    values, options = rest[:count], rest[count:]
+    if len(values) < count or any(value.startswith("--") for value in values):
+        given = next((at for at, value in enumerate(values) if value[:2] == "--"), len(values))
+        usage = f"usage: megatron-r1 {verb} {' '.join(command.arguments)} [--key value …]"
+        raise UserError(
+            f"{command.arguments[given]} is missing; {usage}",
+            key=command.arguments[given],
+            cause=Cause.MISSING,
+        )
+    taken = {name: _take_options(name, options) for name in command.options}
+    own: dict[str, Any] = {}
+    for name, texts in taken.items():
+        if name in command.repeated and texts:
+            own[name] = texts
+        elif len(texts) > 1:
+            raise UserError(
+                f"--{name} is given {len(texts)} times; give it once",
+                key=f"--{name}",
+                cause=Cause.DUPLICATE,
+            )
+        elif texts:
+            own[name] = texts[0]
+    known = [f"--{name}" for name in command.options]
+    for option in options:
+        name = option.partition("=")[0]
+        if (
+            name.startswith("--")
+            and "." not in name
+            and name[2:] not in configuration.Config.model_fields
+        ):
+            has = f"; {verb} has {', '.join(known)}" if known else ""
+            raise UserError(
+                f"unknown option {name}{did_you_mean(name, known, '{}') or has}",
+                key=name,
+                cause=Cause.UNKNOWN,
+            )
+    overrides = {**command.implied, **_overrides(options)}
+    config = configuration.from_overrides(overrides)
+    for key in overrides:
+        if not any(f"{key}.".startswith(f"{setting}.") for setting in command.settings):
+            used = ", ".join(command.settings) or "no settings: write it into the recipe"
+            raise UserError(
+                f"--{key}: {verb} does not read it; it reads {used}",
+                key=key,
+                cause=Cause.UNSUPPORTED,
+            )
+    command.run(config, *values, **own)
+    return 0
+
+
+def _take_options(name: str, options: list[str]) -> list[str]:
+    """Remove each `--name VALUE` or `--name=VALUE` from `options` and return the values. Raises
+    UserError for an option without a value."""
+    values = []
+    while found := [at for at, text in enumerate(options) if text.partition("=")[0] == f"--{name}"]:
+        at = found[0]
+        _, has_value, value = options.pop(at).partition("=")
+        if not has_value:
+            if at == len(options) or options[at].startswith("--"):
+                raise UserError(f"--{name} needs a value", key=f"--{name}", cause=Cause.MISSING)
+            value = options.pop(at)
+        values.append(value)
+    return values
+
+
+def _overrides(options: list[str]) -> dict[str, Any]:
+    return parse_overrides(options, switches(configuration.Config))
+
+
+def _describe_keys(names: Sequence[str]) -> str:
+    from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
+    from megatron_r1.rehearse.preflight.settings import PreflightSettings
+    from megatron_r1.rehearse.settings import RehearsalSettings
+
+    own = (RehearsalSettings, PreflightSettings)
+    return describe((configuration.Config, PipelineRecipe, *own), names)
+
+
+def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
+    """Be a trainer rank until the controller ends; return the exit status. Rank 0 starts the
+    controller and returns its status."""
+    inherited = dict(os.environ)
+    if gpu.is_usable():  # before torch is imported
+        os.environ.update(gpu_allocator.of_trainer(os.environ))
+    with without_garbage_collection():
+        from megatron_r1.trainer import worker
+
+    if int(os.environ["RANK"]) != 0:
+        worker.serve_under_torchrun(config, lambda: None)
+        return 0
+    controller, address = torchrun.start_controller(arguments, inherited)
+    worker.serve_under_torchrun(config, lambda: torchrun.await_listening(controller, address))
+    return controller.wait()

@@ -1,0 +1,226 @@
+"""A Hugging Face folder as a Megatron checkpoint of the weights."""
+
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from math import prod
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import atomic_write
+from megatron_r1.commands.convert import parts
+from megatron_r1.commands.convert.sources import (
+    HF_FILES,
+    fingerprint,
+    is_hf,
+    read_config,
+    read_supported_config,
+    refuse_inside,
+)
+from megatron_r1.commands.convert.work_folder import WorkFolder
+from megatron_r1.models.weights import rules
+from megatron_r1.models.weights.stored import fp8
+from megatron_r1.models.weights.stored.dcp_writing import (
+    Chunk,
+    WrittenChunk,
+    write_chunks,
+    write_metadata,
+)
+from megatron_r1.models.weights.stored.hf_folder import carry_files, write_config
+from megatron_r1.models.weights.stored.hf_weights import SCALES_FILE, HfWeights
+from megatron_r1.models.weights.stored.megatron_names import (
+    StoredLayout,
+    StoredParameter,
+    stored_layout,
+)
+from megatron_r1.models.weights.stored.raw import write_at
+from megatron_r1.models.weights.stored.safetensors_file import plan_file
+from megatron_r1.reporting.wording import counted
+from megatron_r1.trainer.checkpoints import manifest
+
+CHUNK_BYTES = 32 << 20
+"""Largest chunk. A worker holds a few of them; Megatron loads chunks of any size."""
+
+FILE_BYTES = 1 << 30
+"""Size of a file, and so the work that a kill can lose."""
+
+
+@dataclass(frozen=True)
+class PlannedChunk:
+    """A chunk to write and the rows of Hugging Face tensors in it.
+
+    shape: the chunk's, without prepended axes. runs: their `local_start` is the chunk's row."""
+
+    chunk: Chunk
+    shape: tuple[int, ...]
+    runs: tuple[rules.Piece, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class ImportJob:
+    """The task of every worker. own_dtypes: those of tensors that keep their dtype, by key."""
+
+    hf: Path
+    folder: Path
+    dtype: torch.dtype
+    own_dtypes: dict[str, str]
+
+    def dtype_of(self, key: str) -> torch.dtype:
+        return getattr(torch, self.own_dtypes[key]) if key in self.own_dtypes else self.dtype
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished file: its chunks and its manifest entry."""
+
+    chunks: list[WrittenChunk]
+    entry: manifest.FileEntry
+
+
+DONE = TypeAdapter(Done)
+
+
+def run(chosen: Namespace) -> int:
+    """Convert; OUT appears when it is complete."""
+    if not is_hf(chosen.hf):
+        raise UserError(
+            f"{chosen.hf} has no config.json: give a Hugging Face model folder",
+            key="hf",
+            cause=Cause.NOT_FOUND,
+        )
+    refuse_inside(chosen.out, chosen.hf)
+    hf = read_supported_config(chosen.hf)
+    with HfWeights(chosen.hf, hf) as weights:
+        # Whether it has the MTP layers that its config.json names.
+        first_mtp = f"model.layers.{hf['num_hidden_layers']}."
+        with_mtp = any(name.startswith(first_mtp) for name in weights.tensors)
+        weights.check(with_mtp)
+        weights.check_repeated()
+        stored = weights.tensors["model.embed_tokens.weight"][1]
+    dtype = getattr(torch, chosen.dtype or stored)
+    engine = chosen.names == "transformer_engine"
+    layout = stored_layout(hf, with_mtp=with_mtp, transformer_engine=engine)
+    plan = {
+        "source": str(chosen.hf.resolve()),
+        "source's files": fingerprint(chosen.hf),
+        "dtype": str(dtype).removeprefix("torch."),
+        "names": chosen.names,
+    }
+    work = WorkFolder(chosen.out, plan)
+    job = ImportJob(chosen.hf, work.path, dtype, layout.dtypes)
+    # torch.save adds up to 2 KiB to every chunk.
+    sizes = (prod(s) * job.dtype_of(key).itemsize for key, s in layout.shapes.items())
+    work.check_space(sum(sizes) + 2048 * len(layout.slots) + (16 << 20))
+    files = group(p for slot in layout.slots for p in cut(slot, job.dtype_of(slot.key).itemsize))
+    done = parts.run(partial(write_file, job), list(enumerate(files)), chosen.workers)
+    _finish(work, job, layout, done, with_mtp)
+    tensors = counted(len(layout.shapes), "Megatron tensor")
+    print(f"{chosen.out}: {tensors}, {plan['dtype']}, in {counted(len(files), 'file')}")
+    return 0
+
+
+def cut(slot: StoredParameter, itemsize: int) -> Iterator[PlannedChunk]:
+    """Yield the parameter in pieces of whole rows, of at most CHUNK_BYTES."""
+    row = prod(slot.shape[1:]) * itemsize
+    step = max(1, CHUNK_BYTES // row)
+    ones = (1,) * len(slot.index)
+    zeros = (0,) * (len(slot.shape) - 1)
+    for first in range(0, slot.shape[0], step):
+        count = min(step, slot.shape[0] - first)
+        shape = (count, *slot.shape[1:])
+        chunk = Chunk(slot.key, (*slot.index, first, *zeros), (*ones, *shape))
+        runs = tuple(rules.rows_of(slot.runs, first, count))
+        yield PlannedChunk(chunk, shape, runs, count * row)
+
+
+def group(pieces: Iterable[PlannedChunk]) -> list[list[PlannedChunk]]:
+    """Group consecutive pieces into files of about FILE_BYTES."""
+    files: list[list[PlannedChunk]] = []
+    size = FILE_BYTES
+    for piece in pieces:
+        if size + piece.num_bytes > FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(piece)
+        size += piece.num_bytes
+    return files
+
+
+def write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Done:
+    """Write one `.distcp` file atomically, unless it exists; return its contents.
+
+    The list of its contents is written before the file gets its name."""
+    number, pieces = part
+    path = job.folder / f"__{number}_0.distcp"
+    contents = _contents(job.folder, number)
+    if path.exists() and contents.exists():
+        return DONE.validate_json(contents.read_bytes())
+    unnamed = path.with_name(f".{path.name}.tmp")
+    chunks = write_chunks(unnamed, _values(job, pieces))
+    chunks = [WrittenChunk(w.chunk, path.name, w.offset, w.length) for w in chunks]
+    done = Done(chunks, manifest.checksum(unnamed))
+    atomic_write(contents, DONE.dump_json(done).decode())
+    unnamed.rename(path)
+    return done
+
+
+def _values(job: ImportJob, pieces: list[PlannedChunk]) -> Iterator[tuple[Chunk, torch.Tensor]]:
+    weights = _source(job.hf)
+    for piece in pieces:
+        values = torch.empty(piece.shape, dtype=job.dtype_of(piece.chunk.key))
+        for run in piece.runs:
+            rows = weights.read(run.hf_name, 0, run.hf_start, run.length)
+            values[run.local_start : run.local_start + run.length] = rows
+        yield piece.chunk, values.view(piece.chunk.sizes)
+
+
+@cache
+def _source(folder: Path) -> HfWeights:
+    """Open the source, once per process."""
+    return HfWeights(folder, read_config(folder))
+
+
+def _finish(
+    work: WorkFolder, job: ImportJob, layout: StoredLayout, done: list[Done], with_mtp: bool
+) -> None:
+    dtypes = {key: job.dtype_of(key) for key in layout.shapes}
+    write_metadata(work.path, layout.shapes, dtypes, [w for d in done for w in d.chunks])
+    _write_hf_files(job, with_mtp)
+    hashed = {file.chunks[0].file: file.entry for file in done}
+
+    def last(folder: Path) -> None:
+        for number in range(len(done)):
+            _contents(folder, number).unlink(missing_ok=True)
+        manifest.write(folder, hashed)
+
+    work.finish(last)
+
+
+def _write_hf_files(job: ImportJob, with_mtp: bool) -> None:
+    """Write configuration, tokenizer and FP8 scales, which to-hf reads."""
+    folder = job.folder / HF_FILES
+    folder.mkdir(exist_ok=True)
+    carry_files(job.hf, folder)
+    weights = _source(job.hf)
+    quantized = [name for name, (_, dtype) in weights.tensors.items() if dtype == fp8.STORED]
+    write_config(job.hf, folder, torch.float8_e4m3fn if quantized else job.dtype, with_mtp)
+    if not quantized:
+        return
+    shapes = {name: fp8.scale_shape(weights.tensors[name][0]) for name in quantized}
+    plan = plan_file({fp8.scale_name(n): (s, torch.float32) for n, s in shapes.items()})
+    with open(folder / SCALES_FILE, "wb") as file:
+        file.write(plan.header)
+        file.flush()
+        for name in quantized:
+            scales = weights.scales(name)
+            assert scales is not None, f"{name} is FP8"
+            write_at(file.fileno(), plan.tensors[fp8.scale_name(name)].offset, scales)
+
+
+def _contents(folder: Path, number: int) -> Path:
+    return folder / f".__{number}_0.distcp.json"

@@ -1,0 +1,190 @@
+"""The models that a command line names: checkpoint, configuration, weights, and a fingerprint.
+
+A run's folder names its newest checkpoint. If that one is damaged, no older one takes its place:
+the result would be another policy than the requested one."""
+
+import shlex
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.supported import check_supported
+from megatron_r1.models.weights.rules import SCORE
+from megatron_r1.models.weights.stored.dcp_reading import DistributedCheckpoint
+from megatron_r1.models.weights.stored.hf_weights import HfWeights
+from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
+from megatron_r1.trainer.checkpoints import finding, manifest
+from megatron_r1.trainer.checkpoints.manifest import Verify
+
+Weights = HfWeights | MegatronWeights
+HF_FILES = "huggingface"
+"""Subfolder of a converted checkpoint with config.json, tokenizer and FP8 scales of its source."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint's folder; run: the run's folder if the command named that, else None."""
+
+    folder: Path
+    run: Path | None
+
+
+def is_hf(path: Path) -> bool:
+    """Return whether `path` holds a model in Hugging Face's format."""
+    return (path / "config.json").is_file()
+
+
+def find_checkpoint(path: Path) -> Found:
+    """Return the checkpoint `path`, or the newest one of the run `path`, whose step is printed.
+
+    Raises UserError if it is neither."""
+    if (path / "metadata.json").is_file():
+        return Found(path, None)
+    if is_hf(path):
+        raise UserError(
+            f"{path} is a Hugging Face folder; give a Megatron checkpoint",
+            key="checkpoint",
+            cause=Cause.CONFLICT,
+        )
+    checkpoints = path / "checkpoints"
+    if not checkpoints.is_dir():
+        what = "has no metadata.json and no checkpoints/" if path.exists() else "does not exist"
+        raise UserError(
+            f"{path} {what}: give a checkpoint's folder or a run's folder",
+            key="checkpoint",
+            cause=Cause.NOT_FOUND,
+        )
+    folders = finding.complete_checkpoints(checkpoints)
+    damaged = sorted(checkpoints.glob("step_*.damaged*"))
+    if not folders:
+        aside = ", ".join(folder.name for folder in damaged)
+        raise UserError(
+            f"{checkpoints} has no checkpoint that a run would use"
+            + (f", only {aside}; give one's folder to take it as it is" if aside else " yet"),
+            key="checkpoint",
+            cause=Cause.EMPTY,
+        )
+    newest = folders[-1]
+    print(f"{path}: step {finding.step_of(newest)}, its newest ({newest})", flush=True)
+    for folder in damaged:
+        if folder.name.split(".")[0] > newest.name:
+            print(f"  newer, but set aside as damaged: {folder.name}", flush=True)
+    return Found(newest, path)
+
+
+def check_manifest(found: Found, how: Verify, chosen: Namespace) -> None:
+    """Raise UserError with the damaged files and the remedy.
+
+    chosen: the command line. A run's newest checkpoint must have its manifest; a checkpoint that
+    the command names itself may come from elsewhere, without one."""
+    if found.run is None and not (found.folder / manifest.NAME).is_file():
+        return
+    faults = manifest.damage(found.folder, how)
+    if not faults:
+        return
+    damaged = f"{found.folder} is damaged: {'; '.join(faults[:5])}"
+    if found.run is None:
+        raise UserError(
+            f"{damaged}; convert another checkpoint, or this one as it is with --checksums none",
+            key="checkpoint",
+            cause=Cause.MALFORMED,
+        )
+    limit, every = finding.step_of(found.folder), finding.complete_checkpoints(found.folder.parent)
+    before = (folder for folder in every[::-1] if finding.step_of(folder) < limit)
+    older = next((folder for folder in before if not manifest.damage(folder, how)), None)
+    if older is None:
+        raise UserError(
+            f"{damaged}; {found.run} has no older one that is undamaged",
+            key="checkpoint",
+            cause=Cause.MALFORMED,
+        )
+    words = [str(older) if Path(word) == found.run else word for word in chosen.arguments]
+    raise UserError(
+        f"{damaged}\nThe newest undamaged one is older, of step {finding.step_of(older)}. "
+        f"To take that one:\n  {shlex.join(['megatron-r1', 'convert', *words])}",
+        key="checkpoint",
+        cause=Cause.MALFORMED,
+    )
+
+
+def read_supported_config(folder: Path, checkpoint: Path | None = None) -> dict:
+    """Return the config.json in `folder`; raise UserError if the trainer does not support it.
+
+    checkpoint: the model's. If that is a score model, so is the configuration, even if `folder` has
+    the language model it was started from."""
+    hf = read_config(folder, checkpoint)
+    try:
+        check_supported(hf)
+    except UserError as error:
+        raise UserError(
+            f"{folder / 'config.json'}: {error}", key=error.key, cause=error.cause
+        ) from error
+    return hf
+
+
+def read_config(folder: Path, checkpoint: Path | None = None) -> dict:
+    """Return the config.json as `read_supported_config` does, of any model."""
+    scores = checkpoint is not None and SCORE in DistributedCheckpoint(checkpoint).shapes
+    return read_hf_config(folder, "score" if scores else None)
+
+
+def refuse_inside(out: Path, source: Path) -> None:
+    """Raise UserError if `out` is inside the folder that is read."""
+    if source.resolve() in (out.resolve(), *out.resolve().parents) and not out.exists():
+        raise UserError(
+            f"{out} is inside {source}, which is read: give an OUT beside it",
+            key="out",
+            cause=Cause.CONFLICT,
+        )
+
+
+def find_hf_files(checkpoint: Path, given: Path | None) -> Path:
+    """Return the folder with the config.json and tokenizer of a checkpoint's model.
+
+    It is `given`, or what from-hf left in the checkpoint, or model.path of the checkpoint's run.
+    Raises UserError if none of them has a config.json."""
+    if given is not None:
+        return given
+    if is_hf(checkpoint / HF_FILES):
+        return checkpoint / HF_FILES
+    resolved = checkpoint.resolve()
+    recipe = resolved.parents[1] / "config.yaml"
+    if not recipe.is_file():
+        raise UserError(
+            f"{checkpoint} does not say which model it is ({HF_FILES}/config.json and {recipe} are "
+            "missing); give its Hugging Face folder with --config",
+            key="--config",
+            cause=Cause.MISSING,
+        )
+    model = Path(yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]["path"])
+    if not is_hf(model):
+        raise UserError(
+            f"{recipe} says model.path {model}, which has no config.json seen from here; give that "
+            "folder with --config",
+            key="--config",
+            cause=Cause.MISSING,
+        )
+    return model
+
+
+def open_weights(path: Path, config: Path | None) -> Weights:
+    """Open the weights of a Hugging Face folder or a checkpoint; raise UserError if incomplete."""
+    if is_hf(path):
+        weights = HfWeights(path, read_config(path))
+        weights.check(with_mtp=False)
+        return weights
+    return MegatronWeights(path, read_config(find_hf_files(path, config), path))
+
+
+def fingerprint(path: Path) -> dict[str, list[int]]:
+    """Return names, sizes and times of a model's files, to detect changes."""
+    kinds = {".safetensors", ".distcp", ".metadata"}
+    return {
+        file.name: [file.stat().st_size, file.stat().st_mtime_ns]
+        for file in sorted(path.iterdir())
+        if file.suffix in kinds or file.name in kinds or file.name == "config.json"
+    }

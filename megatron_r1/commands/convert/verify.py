@@ -1,0 +1,196 @@
+"""Compares two models of either kind, tensor by tensor."""
+
+from argparse import Namespace
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_r1.commands.convert import parts
+from megatron_r1.commands.convert.sources import (
+    Weights,
+    check_manifest,
+    find_checkpoint,
+    is_hf,
+    open_weights,
+)
+from megatron_r1.models.weights.stored import fp8, fp8_blocks
+from megatron_r1.models.weights.stored.hf_weights import HfWeights
+from megatron_r1.models.weights.stored.raw import as_bytes
+from megatron_r1.reporting.wording import counted
+
+SHOWN = 20
+# From exact to coarse: two dtypes are compared in the later one.
+_ORDER = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The two models to compare. config: the folder with a checkpoint's config.json."""
+
+    a: Path
+    b: Path
+    config: Path | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor's number of elements with other bits, its largest |a - b| and where that is."""
+
+    name: str
+    count: int
+    largest: float
+    where: tuple[int, ...]
+
+
+def run(chosen: Namespace) -> int:
+    """Print the differences; return 0 if there are none, else 1."""
+    config = chosen.config or next((side for side in (chosen.a, chosen.b) if is_hf(side)), None)
+    sides = Sides(_model(chosen.a, chosen), _model(chosen.b, chosen), config)
+    with open_weights(sides.a, config) as a, open_weights(sides.b, config) as b:
+        names, alone, reshaped = _sort_names(a, b)
+        explained = _explain(a, b, names)
+    differing = compare(sides, names, chosen.workers)
+    for text in (*alone, *reshaped):
+        print(text)
+    for one in sorted(differing, key=lambda d: -d.largest)[:SHOWN]:
+        at = f" at {list(one.where)}" if one.where else ""
+        differ = f"{counted(one.count, 'element')} differ{'s' if one.count == 1 else ''}"
+        print(f"{one.name}: {differ}, max |Δ| {one.largest:.6g}{at}")
+    if len(differing) > SHOWN:
+        print(f"… and {len(differing) - SHOWN} more tensors that differ less")
+    for text in explained:
+        print(text)
+    total = len(names) + len(alone) + len(reshaped)
+    print(f"{len(names) - len(differing)} of {total} tensors equal")
+    return 0 if not (alone or reshaped or differing) else 1
+
+
+def _model(path: Path, chosen: Namespace) -> Path:
+    """Return the folder of the model at `path`: for a run its newest checkpoint, undamaged.
+
+    A checkpoint that the command names itself is compared as it is."""
+    if is_hf(path):
+        return path
+    found = find_checkpoint(path)
+    if found.run is not None:
+        check_manifest(found, "full", chosen)
+    return found.folder
+
+
+def _sort_names(a, b) -> tuple[list[str], list[str], list[str]]:
+    """Return (names in both, missing tensors, other shapes), the last two in words."""
+    both, alone, reshaped = [], [], []
+    for name in [*a.tensors, *(n for n in b.tensors if n not in a.tensors)]:
+        lacking = [s for s in (a, b) if not {name, s.copies.get(name)} & s.tensors.keys()]
+        if lacking:
+            alone.append(f"{name}: only in one, {lacking[0].path} lacks it")
+            continue
+        first, second = (entry_of(side, name)[0] for side in (a, b))
+        if first != second:
+            reshaped.append(f"{name}: {first} in A, {second} in B")
+        else:
+            both.append(name)
+    return both, alone, reshaped
+
+
+def _explain(a, b, names: list[str]) -> list[str]:
+    """Return a line for each pair of different dtypes: how they were compared."""
+    pairs = Counter((entry_of(a, name)[1], entry_of(b, name)[1]) for name in names)
+    lines = []
+    for (first, second), count in pairs.items():
+        if first == second:
+            continue
+        coarser = str(common_dtype(first, second)).removeprefix("torch.")
+        how = f"compared after rounding to {coarser}"
+        if fp8.STORED in (first, second):
+            how = "compared within FP8's rounding (half a step)"
+        lines.append(f"{count} tensors are {first} in A and {second} in B: {how}")
+    return lines
+
+
+def compare(sides: Sides, names: list[str], workers: int) -> list[Difference]:
+    """Return the tensors of `names` whose values differ."""
+    step = max(1, len(names) // (workers * 64))
+    batches = [names[first : first + step] for first in range(0, len(names), step)]
+    found = parts.run(partial(_compare_batch, sides), batches, workers, "batch")
+    return [difference for batch in found for difference in batch]
+
+
+@cache
+def _opened(sides: Sides) -> tuple[Weights, Weights]:
+    return open_weights(sides.a, sides.config), open_weights(sides.b, sides.config)
+
+
+def _compare_batch(sides: Sides, names: list[str]) -> list[Difference]:
+    return [found for name in names if (found := _compare_tensor(sides, name))]
+
+
+def _compare_tensor(sides: Sides, name: str) -> Difference | None:
+    pair = _opened(sides)
+    (shape, a), (_, b) = (entry_of(side, name) for side in pair)
+    dtype, lossy = common_dtype(a, b), (a == fp8.STORED) != (b == fp8.STORED)
+    count, largest = 0, -1.0
+    where: tuple[int, ...] = ()
+    for first, rows in parts.stripes(shape, fp8.BLOCK):
+        x, y = (side.read(name, 0, first, rows) for side in pair)
+        if lossy:
+            unequal = _beyond_rounding(pair, name, first, x.float(), y.float())
+        else:
+            x, y = x.to(dtype), y.to(dtype)
+            unequal = _other_bits(x, y)
+        if not unequal.any():
+            continue
+        gaps = (x.double() - y.double()).abs().nan_to_num(torch.inf, torch.inf)
+        gaps = torch.where(unequal, gaps, -1.0)
+        place = int(gaps.argmax())
+        if gaps.flatten()[place] > largest:
+            largest = float(gaps.flatten()[place])
+            inside = [int(i) for i in torch.unravel_index(torch.tensor(place), gaps.shape)]
+            where = (inside[0] + first, *inside[1:])
+        count += int(unequal.sum())
+    if not count and not lossy and _scales_differ(*pair, name):
+        return Difference(fp8.scale_name(name), 1, 0.0, ())
+    return Difference(name, count, largest, where) if count else None
+
+
+def entry_of(weights: Weights, name: str) -> tuple[tuple[int, ...], str]:
+    """Return (shape, stored dtype) of a tensor, which may be stored as another."""
+    return weights.tensors.get(name) or weights.tensors[weights.copies[name]]
+
+
+def common_dtype(a: str, b: str) -> torch.dtype:
+    """Return the dtype for the comparison of two stored ones: the coarser; FP8 counts as fp32."""
+    known = ["float32" if name == fp8.STORED else name for name in (a, b)]
+    return getattr(torch, max(known, key=_ORDER.index))
+
+
+def _other_bits(a: Tensor, b: Tensor) -> Tensor:
+    """Compare bits elementwise, so that NaN equals itself and -0 is not 0."""
+    different = as_bytes(a.contiguous()) != as_bytes(b.contiguous())
+    return different.view(-1, a.itemsize).any(1).view(a.shape)
+
+
+def _beyond_rounding(pair, name: str, first: int, x: Tensor, y: Tensor) -> Tensor:
+    """Return elementwise whether FP8 values differ from plain ones by more than a rounding.
+
+    Half the distance between two e4m3 numbers is at most 2^-4 of them, for the smallest 2^-10 of
+    the scale. NaN counts as beyond."""
+    one = next(s for s in pair if entry_of(s, name)[1] == fp8.STORED)
+    plain = x if one is pair[1] else y
+    rows = slice(first // fp8.BLOCK, -(-(first + len(x)) // fp8.BLOCK))
+    scale = fp8_blocks.spread(one.scales(name)[rows], x.shape)
+    allowed = torch.maximum(plain.abs() * 2**-4, scale * 2**-10)
+    # The scale itself is rounded, and the plain values may have been rounded to bf16.
+    return ~((x - y).abs() <= allowed * (1 + 2**-7))
+
+
+def _scales_differ(a, b, name: str) -> bool:
+    """Return whether the scales differ; blocks of zeros have equal values with any scale."""
+    if not (isinstance(a, HfWeights) and isinstance(b, HfWeights)):
+        return False
+    first, second = a.scales(name), b.scales(name)
+    return first is not None and second is not None and not torch.equal(first, second)

@@ -1,0 +1,152 @@
+"""`megatron-r1 plan RECIPE.yaml … [--gpus N] [--json FILE] [--section.key value …]`: what a run
+needs, before a GPU is rented.
+
+Parameters, memory of every rank, traffic, operations and time of a recipe's run, each with its
+formula, from the tables and settings that the run itself uses. For a layout that cannot work, the
+reason and the nearest layouts that fit are printed, and the exit status is 1. Several recipes get a
+bill each, and a list of verdicts at the end. `--build` also builds the real ranks of the layout on
+torch's meta device and compares every parameter with the plan."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megatron_r1.base.files import atomic_write
+from megatron_r1.config import verb_of
+from megatron_r1.config.hardware import GIB
+from megatron_r1.plan.arguments import config_of, job_of, parse
+from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.measured import calibrate_from
+from megatron_r1.plan.published import table
+from megatron_r1.plan.push import check_engines_and_push
+from megatron_r1.plan.report import as_json, as_text, layouts_text, sizes_text
+from megatron_r1.plan.search import FittingLayout, fastest, nearest, nearest_sizes
+
+FITS, UNFIT, REFUSED = range(3)
+VERDICTS = {FITS: "fits", UNFIT: "does not fit", REFUSED: "refused"}
+"""The verdict of each exit status; for several recipes the highest is returned."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return 0 if it fits, 1 if not, 2 if the recipe or the options are wrong."""
+    try:
+        chosen, overrides = parse(sys.argv[1:] if arguments is None else arguments, __doc__)
+        if chosen.published:
+            print(table())
+            return FITS
+        if chosen.calibrate_from:
+            folder, file = chosen.calibrate_from
+            print(calibrate_from(folder, file, chosen, overrides))
+            return FITS
+    except ValueError as error:
+        return _refused(error)
+    if len(chosen.recipes) == 1:
+        return _plan(chosen.recipes[0], chosen, overrides)
+    statuses = {}
+    for recipe in chosen.recipes:
+        print(f"== {recipe} ==", flush=True)
+        statuses[recipe] = _plan(recipe, chosen, overrides)
+        print()
+    print("\n".join(f"{VERDICTS[status]:12}  {recipe}" for recipe, status in statuses.items()))
+    return max(statuses.values())
+
+
+def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
+    """Print the bill of one recipe; return its exit status."""
+    try:
+        job = job_of(recipe, chosen, overrides)
+    except ValueError as error:
+        return _refused(error)
+    if not _can_work(job):
+        return UNFIT
+    bill = Bill(job)
+    problems = bill.problems()
+    print(as_text(bill))
+    layouts = []
+    if problems:
+        print("\n" + "\n".join(f"does not fit: {problem}" for problem in problems))
+        if job.trains:
+            layouts = _print_nearest(job)
+    elif chosen.search:
+        layouts = fastest(job)
+        print("\n" + layouts_text(job, layouts, "fastest"))
+    if chosen.build:
+        from megatron_r1.plan.build import build_ranks
+
+        print("\n" + build_ranks(job))
+    if chosen.json:
+        plan = as_json(bill, problems, layouts)
+        try:
+            atomic_write(
+                chosen.json, json.dumps(plan, indent=1, default=str, allow_nan=False) + "\n"
+            )
+        except OSError as error:
+            return _refused(f"--json: {chosen.json} cannot be written: {error.strerror}")
+    try:
+        return UNFIT if problems else _later_phases(recipe, chosen, overrides)
+    except ValueError as error:
+        return _refused(error)
+
+
+def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
+    """Print a line for each later change of `rl.schedule`, which only rl follows, unless --step
+    chose one; return the exit status."""
+    status = FITS
+    config = config_of(recipe, overrides)
+    later = [entry for entry in config.rl.schedule if entry.from_step > 1]  # the bill has step 1
+    if chosen.step or not later or verb_of(config) != "rl":
+        return status
+    steps = [1, *(entry.from_step for entry in later)]
+    each_step = [Bill(job_of(recipe, chosen, overrides, 1)).step]
+    for entry in later:
+        job = job_of(recipe, chosen, overrides, entry.from_step)
+        changes = ", ".join(f"{key}={value}" for key, value in entry.changes.items())
+        print(f"\nfrom step {entry.from_step} ({changes}; --step {entry.from_step} shows all):")
+        if not _can_work(job):
+            status = UNFIT
+            continue
+        bill = Bill(job)
+        each_step.append(bill.step)
+        problems = bill.problems()
+        print(f"  {bill.worst.peak / GIB:.0f} GiB on the fullest GPU, {bill.step} a step")
+        print("\n".join(f"  does not fit: {problem}" for problem in problems) or "  fits")
+        status = UNFIT if problems else status
+    ends = [*steps[1:], config.run.steps + 1]
+    if len(each_step) == len(steps) and all(each.value is not None for each in each_step):
+        parts = zip(steps, ends, each_step, strict=True)
+        total = sum((end - first) * each.number for first, end, each in parts)
+        print(f"\nthe run of {config.run.steps} steps: {total / 3600:,.0f} hours")
+    return status
+
+
+def _refused(error: object) -> int:
+    print(f"megatron-r1 plan: {error}", file=sys.stderr)
+    return REFUSED
+
+
+def _print_nearest(job: PlannedJob) -> list[FittingLayout]:
+    layouts = nearest(job)
+    print(layouts_text(job, layouts, "nearest", () if layouts else nearest_sizes(job)))
+    return layouts
+
+
+def _can_work(job: PlannedJob) -> bool:
+    """Return whether engines and trainer are possible; print why not, and layouts that fit."""
+    try:
+        if job.generates:
+            check_engines_and_push(job)
+    except ValueError as error:
+        print(f"cannot work: {error}")
+        if sizes := nearest_sizes(job):
+            print(f"the recipe's layout fits with {sizes_text(job, sizes)}")
+        return False
+    try:
+        if job.trains:
+            job.check_trainer()
+    except ValueError as error:
+        print(f"cannot work: {error}")
+        _print_nearest(job)
+        return False
+    return True

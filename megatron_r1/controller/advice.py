@@ -1,0 +1,130 @@
+"""Advice on a rollout that teaches little: a sentence for each reason, with the setting to
+change."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from r1_grading.reading import ANSWER, BOXES
+from r1_grading.rewards import REGISTRY, REMOTE
+from r1_grading.terms import ACCURACY
+
+from megatron_r1.config import Config
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, responses_of
+from megatron_r1.reporting.wording import counted
+
+FIRST_STEPS = 5
+"""Steps that are examined: later, equal rewards and long responses may be what was learned."""
+FEW_RIGHT = 0.05
+MOST_EQUAL = 0.8
+MOST_TRUNCATED = 0.4
+LEAST_LANGUAGE = 0.5
+
+
+def advice(rollout: Rollout, config: Config) -> dict[str, str]:
+    """Return topic → sentence for each fault of a rollout. config: the settings of its step."""
+    groups = rollout.groups + rollout.passed_over
+    responses = responses_of(groups)
+    nothing_right = _nothing_right(groups, config)
+    few_right = bool(nothing_right)
+    found = {
+        "accuracy": nothing_right,
+        # Where hardly any is right, equal rewards follow from it, and more samples do not help.
+        "groups": "" if few_right else _equal_groups(groups, config),
+        "length": _cut_off(responses, few_right, config),
+        "prompt": _doubled_start(groups),
+        "language": _mixed_languages(responses),
+    }
+    return {topic: sentence for topic, sentence in found.items() if sentence}
+
+
+def _nothing_right(groups: list[Group], config: Config) -> str:
+    """Advise where no graded response is right, or so few that most groups have equal rewards."""
+    graded = [each for each in responses_of(groups) if ACCURACY not in each.ungraded]
+    num_right = sum(each.rewards.get(ACCURACY, 1.0) > 0 for each in graded)
+    num_equal = sum(group.has_equal_rewards for group in groups)
+    is_rare = num_right <= FEW_RIGHT * len(graded) and num_equal >= MOST_EQUAL * len(groups)
+    if not graded or (num_right and not is_rare):
+        return ""
+    sentence = f"{num_right} of {counted(len(graded), 'response')} are right"
+    # Environments and rewards of the user's own read responses as they like.
+    ours = [group for group in groups if group.prompt.kind in REGISTRY | REMOTE]
+    num_plain = sum(
+        not any(form in each.text for form in (ANSWER, *BOXES))
+        for each in responses_of(ours)
+        if each.episode is None and ACCURACY not in each.ungraded
+    )
+    if config.rewards.answer not in ("last", "auto") and 2 * num_plain > len(graded):
+        return (
+            f"{sentence}; {num_plain:,} have neither {ANSWER} nor a box, and rewards.answer: "
+            f"{config.rewards.answer} reads little else: set rewards.answer: auto, or show the "
+            "form by a solved question before {problem} in data.template, or teach it with "
+            "`megatron-r1 sft`"
+        )
+    # The terms' reasons are joined in the order of the terms.
+    firsts = [each.reason.split("; ")[0] for each in graded if next(iter(each.rewards)) == ACCURACY]
+    if firsts:
+        (common, count), *_ = Counter(first.split(":")[0] for first in firsts).most_common(1)
+        sentence += f"; the most frequent reason, of {count:,}: {common}"
+    examples = "Put one or two solved questions before {problem} in data.template"
+    if any(each.episode for each in graded):  # its conversation begins with agents.system
+        examples = "Show one or two solved questions in agents.system"
+    return (
+        f"{sentence}. {examples}, as turns of the model's own chat format if it has one "
+        "(docs/first_day.md, worked examples); or check that data.template is what the model was "
+        "trained with, choose easier questions, or begin with `megatron-r1 sft`"
+    )
+
+
+def _equal_groups(groups: Sequence[Group], config: Config) -> str:
+    num_equal = sum(group.has_equal_rewards for group in groups)
+    if config.rl.group_size < 2 or num_equal < MOST_EQUAL * len(groups):
+        return ""
+    return (
+        f"{num_equal:,} of {counted(len(groups), 'group')} have the same reward for all responses, "
+        f"which teaches nothing: raise rl.group_size={config.rl.group_size} or "
+        f"rollout.temperature={config.rollout.temperature:g}, or choose questions that this model "
+        "answers sometimes"
+    )
+
+
+def _cut_off(responses: Sequence[GradedResponse], few_right: bool, config: Config) -> str:
+    num_cut = sum(each.truncated for each in responses)
+    if num_cut < MOST_TRUNCATED * len(responses):
+        return ""
+    limit = config.rollout.max_response_tokens
+    sentence = (
+        f"{num_cut:,} of {counted(len(responses), 'response')} are cut off at "
+        f"rollout.max_response_tokens={limit}{'' if few_right else ': raise it'}"
+    )
+    others = (
+        "the model may have learned another end token than its tokenizer's, or another template "
+        f"than data.template={config.data.template[:20]!r}"
+    )
+    if num_cut == len(responses):
+        return f"{sentence}. None has an end: {others}"
+    if few_right:
+        sentence += (
+            ", and hardly any response is right: the model may not come to an end. A solved "
+            f"question in data.template shows it where to stop; else {others}"
+        )
+    return sentence
+
+
+def _doubled_start(groups: Sequence[Group]) -> str:
+    starts = {tuple(group.prompt_ids[:2]) for group in groups}
+    if len(starts) != 1 or len(set(start := starts.pop())) != 1 or len(start) < 2:
+        return ""
+    return (
+        f"All prompts begin with token {start[0]} twice: the tokenizer puts it in front, and "
+        "data.template has it too; leave it out of the template"
+    )
+
+
+def _mixed_languages(responses: Sequence[GradedResponse]) -> str:
+    shares = [each.rewards["language"] for each in responses if "language" in each.rewards]
+    if not shares or (mean := sum(shares) / len(shares)) >= LEAST_LANGUAGE:
+        return ""
+    return (
+        f"{mean:.0%} of the words of the thoughts are in the target language, "
+        "rewards.options.language: raise rewards.weights.language, or begin with `megatron-r1 sft`"
+    )

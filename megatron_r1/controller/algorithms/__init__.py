@@ -1,0 +1,99 @@
+"""Policy-gradient estimators: one module each, named as in a recipe (`rl.algorithm`), but for those
+that are GRPO with other settings (`grpo_variants`).
+
+A module's docstring is its definition, with its source; `config/algorithms.py` has its defaults and
+the rules of its settings, which a user's own module, named "module:RULES", has itself. It defines
+`advantages` and `loss`, where they are not GRPO's, and `token_advantages` if each token has its
+own. The controller imports the modules too, to compute advantages: they import torch and Megatron
+inside functions only.
+
+Notation: P prompts, G responses o_i to each, N responses in a mini-batch, |o_i| tokens of response
+i, ρ = π_θ / π_old of a token, "clip" = min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A). The loss is -J;
+prompt tokens and padding are masked in every sum over t."""
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import RLConfig
+from megatron_r1.config.algorithms import AlgorithmRules, rules_of
+from megatron_r1.controller.algorithms import grpo, grpo_variants
+
+PARTS = ("advantages", "loss", "token_advantages")
+Advantages = Callable[[list[list[float | None]], RLConfig], list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """An estimator: the rules of its settings, and what its module defines.
+
+    advantages: maps the rewards of a rollout's groups, None for an ungraded response, to a number
+        per response: the advantage of all its tokens or, with `token_advantages`, what these are
+        computed from, a reward or an advantage. NaN for a response that is not trained on
+        (`of_graded`).
+    loss: "module:function" of a `trainer.losses.Loss`, called on the trainer ranks.
+    token_advantages: "module:function" of a `trainer.token_advantages.TokenAdvantages`, called
+        there once the rollout is scored; None where all tokens of a response share one advantage.
+    """
+
+    name: str
+    rules: AlgorithmRules
+    advantages: Advantages
+    loss: str
+    token_advantages: str | None = None
+
+
+def find(name: str) -> Algorithm:
+    """Return the algorithm called `name`, or the user's own at "module:RULES". Raises UserError for
+    an unknown name, and for a module that defines nothing of an algorithm or not what its rules are
+    for."""
+    rules = rules_of(name)
+    home, is_own, _ = name.partition(":")
+    if not is_own:
+        home = f"{__name__}.{'grpo' if name in grpo_variants.NAMES else name}"
+    module = importlib.import_module(home)
+    defined = {part: f"{home}:{part}" for part in PARTS if hasattr(module, part)}
+    if not defined:
+        raise UserError(
+            f"rl.algorithm: {name}: {module.__file__} defines none of {', '.join(PARTS)}; define "
+            "one, or use grpo and put the settings in the recipe",
+            key="rl.algorithm",
+            cause=Cause.EMPTY,
+        )
+    per_token = rules.critic or rules.teacher or rules.kl_in_reward
+    if per_token and "token_advantages" not in defined:
+        raise UserError(
+            f"rl.algorithm: {name}: {module.__file__} defines no token_advantages, which critic, "
+            "teacher and kl_in_reward of its rules are for; define it, or leave them out",
+            key="rl.algorithm",
+            cause=Cause.MISSING,
+        )
+    advantages = getattr(module, "advantages", grpo.advantages)
+    return Algorithm(
+        name,
+        rules,
+        advantages if rules.teacher else partial(of_graded, advantages),
+        defined.get("loss", f"{grpo.__name__}:loss"),
+        defined.get("token_advantages"),
+    )
+
+
+def of_graded(
+    advantages: Advantages, groups: list[list[float | None]], rl: RLConfig
+) -> list[list[float]]:
+    """Return `advantages(groups, rl)` with NaN for every ungraded response.
+
+    The rule of every estimator that learns from rewards: a response without a grade is left out of
+    sums and denominators, of policy, KL, entropy and critic. `trainer.packed` takes no token of a
+    sample with advantage NaN for a response token, and counts no trajectory for it. Ungraded are a
+    response whose reward failed, and an episode that ended for a reason that is not the policy's
+    (`engines.server.episodes`). A response that is cut off at its limit of tokens is the policy's
+    own: it is graded and trained on."""
+    numbers = advantages(groups, rl)
+    return [
+        [math.nan if r is None else a for a, r in zip(*pair, strict=True)]
+        for pair in zip(numbers, groups, strict=True)
+    ]

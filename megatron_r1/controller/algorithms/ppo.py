@@ -1,0 +1,51 @@
+"""PPO with generalized advantage estimation (arXiv 1707.06347, eq. 7 and 11-12; GAE: arXiv
+1506.02438, eq. 16; for language models: DeepSeekMath, arXiv 2402.03300, eq. 1).
+
+    r_t = -β log(π_old / π_ref)_t, plus the response's reward on its last token
+    δ_t = r_t + γ V_{t+1} - V_t,  V = 0 after the last token, also of a truncated response
+    A_t = Σ_{s≥t} (γ λ)^(s-t) δ_s;  the critic's target: R_t = A_t + V_t
+    J   = 1/N Σ_i 1/|o_i| Σ_t min(ρ A_t, clip(ρ, 1 - ε, 1 + ε) A_t)
+
+With λ (`gae_lambda`) 1, R_t is the reward to go; a smaller λ relies more on the critic, and in long
+chains of thought lets the reward fade before it reaches the first tokens. γ is `discount`. Averaged
+per sequence. `advantage_std` batch normalizes A over the tokens of the rollout, none leaves it.
+How the critic learns: section
+`critic`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_r1.config.losses import TokenSettings
+from megatron_r1.controller.advantages import response_rewards
+
+if TYPE_CHECKING:
+    from megatron_r1.trainer.token_advantages import ScoredRollout, TokenTargets
+
+advantages = response_rewards  # what `token_advantages` starts from
+
+
+def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
+    """Return the advantages and targets of `trainer.returns.gae` with the critic's batch.values,
+    per micro-batch; with `advantage_std` batch the advantages are normalized over the rollout."""
+    from megatron_r1.trainer.returns import gae
+    from megatron_r1.trainer.token_advantages import TokenTargets
+
+    settings = TokenSettings.of(settings)
+    advantages, returns = [], []
+    for responses in scored.responses:
+        own = responses.batch.values
+        assert own is not None, "the critic's values come first"
+        made, targets = gae(
+            responses.token_rewards(settings.kl_beta),
+            responses.whole(own),
+            settings.discount,
+            settings.gae_lambda,
+            responses.is_response,
+            responses.last,
+        )
+        advantages.append(made)
+        returns.append(targets)
+    if settings.advantage_std == "batch":
+        advantages = scored.normalized(advantages, settings.advantage_epsilon)
+    return TokenTargets(advantages, returns)

@@ -1,0 +1,33 @@
+"""REINFORCE++ (arXiv 2501.03262, section 3).
+
+    A_i,t = r_i - β Σ_{s≥t} log(π_old / π_ref)_s
+    A     ← (A - mean(A)) / std(A), over every response token of the rollout, on all ranks
+    J     = 1/Σ_i |o_i| Σ_i Σ_t min(ρ A_i,t, clip(ρ, 1 - ε, 1 + ε) A_i,t)
+
+PPO without a critic: the reward is on the last token, a KL penalty on each, and the whole rollout
+gives baseline and scale, so that one response per prompt is enough (`group_size` 1). Averaged per
+token. `discount` weighs later tokens. Clip and β are those usual with PPO."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_r1.config.losses import TokenSettings
+from megatron_r1.controller.advantages import response_rewards
+
+if TYPE_CHECKING:
+    from megatron_r1.trainer.token_advantages import ScoredRollout, TokenTargets
+
+
+advantages = response_rewards  # what `token_advantages` starts from
+
+
+def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
+    """Return A_t = Σ_{s≥t} γ^(s-t) (-β log(π_old / π_ref)_s) + γ^(T-t) r, T the last token, then
+    shifted and scaled to mean 0 and deviation 1 over the response tokens of the rollout; 0
+    elsewhere."""
+    from megatron_r1.trainer.token_advantages import TokenTargets, reward_to_go
+
+    settings = TokenSettings.of(settings)
+    advantages = reward_to_go(scored, settings)
+    return TokenTargets(scored.normalized(advantages, settings.advantage_epsilon))

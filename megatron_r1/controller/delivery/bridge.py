@@ -1,0 +1,272 @@
+"""Pushes the trainer's weights to the engines, one version after another.
+
+The bytes of a push arrive while an engine generates with its own weights; engines pause only
+while the new weights replace the old. Then each engine answers a few prompts, and the trainer must
+compute the same log-probabilities; engines on other devices than the trainer sample the next
+rollout meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from megatron_r1.base.errors import TrainerError, TrainerLost
+from megatron_r1.config import Config
+from megatron_r1.controller.delivery.engine_links import EngineLinks, OnLost
+from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.engines.fleet.engine import Engine, raise_dead_after
+from megatron_r1.engines.fleet.placement import hosts_address
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.swap import swap_calls
+from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineFault, NoWeights
+from megatron_r1.engines.server.responses import Response
+from megatron_r1.models import read_hf_config
+from megatron_r1.push.plan.recipe import engine_layout
+from megatron_r1.push.plan.tensors import pushed_tensors
+
+PROBE_TOKENS = 8
+EXACT_TOLERANCE, TOLERANCE = 1e-3, 0.3
+"""The largest differences where both sides compute in float32, and otherwise. Seen: in float32
+about 1e-6, in bfloat16 0.01 to 0.05 (another expert was routed to); weights of another version give
+more than 1."""
+
+
+class Prober:
+    """Compares each engine's answers to a few prompts with the trainer.
+
+    prompts: token ids. tolerance: for the mean difference of log-probabilities."""
+
+    def __init__(
+        self,
+        trainer: TrainerClient,
+        prompts: Sequence[Sequence[int]],
+        tolerance: float,
+        timeout_seconds: float,
+    ):
+        self.trainer, self.prompts = trainer, prompts
+        self.tolerance, self.timeout_seconds = tolerance, timeout_seconds
+
+    async def check(
+        self, push: int, engines: Sequence[Engine], on_lost: OnLost
+    ) -> dict[str, float]:
+        """Sample from each engine and return the largest mean difference, "push/probe_diff".
+
+        Raises EngineError where it exceeds the tolerance."""
+        asked = engines if self.prompts else ()
+        # All at once: an answer takes several of an engine's steps.
+        outcomes = await asyncio.gather(*map(self._difference, asked), return_exceptions=True)
+        differences: list[float] = []
+        for engine, difference in zip(asked, outcomes, strict=True):
+            if isinstance(difference, EngineDied):
+                on_lost(engine, difference)
+                continue
+            if isinstance(difference, BaseException):
+                raise difference
+            differences.append(difference)
+            if not difference <= self.tolerance:
+                raise EngineError(
+                    f"after push {push} the log-probabilities of {engine.name} differ from "
+                    f"the trainer's by {difference:.3g} in the mean (push.probe_tolerance: "
+                    f"{self.tolerance:g}), although every tensor arrived as it was sent: the "
+                    "engine loads or computes something else. Nothing was trained on its answers"
+                )
+        return {"push/probe_diff": max(differences)} if differences else {}
+
+    async def _difference(self, engine: Engine) -> float:
+        """Return the mean difference. Raises EngineDied where the engine gives no usable answer."""
+        try:
+            responses = await self._responses(engine)
+        except EngineFault:  # retried once, as every request is
+            try:
+                responses = await self._responses(engine)
+            except EngineFault as fault:
+                raise EngineDied(f"{engine.name} did not answer the probes: {fault}") from fault
+        return await self.trainer.probe(
+            [
+                (prompt, response.token_ids, response.logprobs)
+                for prompt, (response,) in zip(self.prompts, responses, strict=True)
+            ]
+        )
+
+    async def _responses(self, engine: Engine) -> list[list[Response]]:
+        """Return one response to each prompt."""
+        calls = (
+            engine.unless_lost(engine.client.generate(prompt, n=1, max_tokens=PROBE_TOKENS, seed=0))
+            for prompt in self.prompts
+        )
+        async with raise_dead_after(engine, self.timeout_seconds):
+            return await asyncio.gather(*calls)
+
+
+def weight_bridge(
+    config: Config, trainer: TrainerClient, fleet: RolloutFleet, probes: Sequence[Sequence[int]]
+) -> WeightBridge:
+    """Return the bridge of a run; probes: token ids of the prompts."""
+    push, fp8 = config.push, config.push.fp8
+    elsewhere = config.rollout.placement == "hosts"
+    is_exact = config.model.dtype == config.rollout.dtype == "float32" and not fp8
+    links = EngineLinks(
+        trainer,
+        push,
+        pushed_tensors(
+            read_hf_config(config.model.path), fp8=fp8, drafts=config.rollout.drafts_by_mtp
+        ),
+        asdict(replace(engine_layout(config), engines=1)),
+        # Ranks that the controller has started meet at 127.0.0.1, unreachable from other hosts.
+        store_host=hosts_address(config.rollout) if elsewhere else None,
+        colocated=config.rollout.colocated,
+        notify=lambda line: fleet.members.notify(line),
+    )
+    tolerance = push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE)
+    return WeightBridge(fleet, links, Prober(trainer, probes, tolerance, push.timeout_seconds))
+
+
+class WeightBridge:
+    """Call `open` and the first `push` in a block of `updating`; then each change of the trainer's
+    weights in another, with the `push` of the new ones at its end.
+
+    The fleet's `feed` is set to this bridge's: an engine that is replaced, or joins, receives the
+    trainer's weights while those are the version that the other engines have."""
+
+    def __init__(self, fleet: RolloutFleet, links: EngineLinks, prober: Prober | None = None):
+        self.fleet, self.links, self.prober = fleet, links, prober
+        self._timeout_seconds = links.settings.timeout_seconds
+        self._settled = asyncio.Lock()
+        """Held while the weights change, and while an engine joins."""
+        self._push_number = 0
+        self._version: int | None = None
+        self._probing: asyncio.Task[dict[str, float]] | None = None
+        self._is_closed = False
+
+    @contextlib.asynccontextmanager
+    async def updating(self) -> AsyncIterator[None]:
+        """Keep engines from joining while the block changes the trainer's weights and pushes them.
+        After an error in the block the engines that wait for weights get none, as after `close`."""
+        async with self._settled:
+            self._version = None
+            try:
+                yield
+            except BaseException:
+                self._is_closed = True
+                raise
+
+    async def open(self) -> None:
+        """Connect trainer and engines, before the first push. Raises EngineError."""
+        assert self._settled.locked(), "it is called in a block of updating()"
+        await self.links.open()
+        self.fleet.feed = self.feed
+        with self.fleet.patient(self.links.connect_seconds):
+            await self._form_sets(self._engines_up, self._lose_if_dead)
+
+    async def push(self, version: int) -> dict[str, float]:
+        """Make the trainer's present weights `version` on every engine; return metrics. Raises
+        EngineError where they arrived damaged. Await `proven` before anything that an engine
+        computes from them is trained on or recorded, and before they are saved."""
+        assert self._settled.locked(), "it is called in a block of updating()"
+        start = time.perf_counter()
+        self._push_number += 1
+        with self.fleet.patient(self.links.connect_seconds):
+            regrouped = self.links.engines_to_regroup(self._engines_up)
+            await self._form_sets(regrouped, self._lose)
+            await self._send_to_all()
+            sent = time.perf_counter()
+            await self.fleet.push(self._update_info(), version)
+        swapped = time.perf_counter()
+        metrics = {"push/transfer": sent - start, "push/pause": swapped - sent}
+        metrics |= {"push/links": self.links.num_links, "push/bytes": self.links.num_bytes}
+        self._version = version
+        if self.prober is not None:
+            check = self.prober.check(self._push_number, self._engines_up, self._lose)
+            self._probing = asyncio.create_task(check)
+            # Where nobody awaits it any more, as something else has ended the session.
+            self._probing.add_done_callback(lambda task: task.cancelled() or task.exception())
+        if self.links.colocated:  # trainer and engines compute in turns
+            await self.proven()
+        return metrics
+
+    async def proven(self) -> dict[str, float]:
+        """Return the metrics of the last push's probes, "push/probe_diff", when the engines have
+        answered. Raises EngineError where one computes something else than the trainer."""
+        return {} if self._probing is None else await self._probing
+
+    @contextlib.asynccontextmanager
+    async def feed(self, engine: Engine) -> AsyncIterator[None]:
+        """Push to `engine`, which is not in the fleet yet, the weights that the others have.
+
+        No push begins within. Waits while the trainer's weights are between two versions. Raises
+        EngineError, and NoWeights where the trainer's ranks are gone."""
+        async with self._settled:
+            if self._is_closed:
+                raise NoWeights(f"{engine.name}: the trainer that had weights for it is gone")
+            try:
+                await self._push_to_new(engine)
+            except TrainerLost as lost:
+                raise NoWeights(f"{engine.name}: no weights for it: {lost}") from lost
+            except TrainerError as error:  # the session receives it as well, and may recover
+                raise EngineError(f"{engine.name}: no weights for it: {error}") from error
+            yield
+
+    def close(self) -> None:
+        """Refuse engines that wait for weights: the trainer is gone, or about to end."""
+        self._is_closed = True
+        if self._probing is not None:
+            self._probing.cancel()
+
+    async def _send_to_all(self) -> None:
+        """Send to all engines, and again to those whose set fails for no fault of theirs."""
+        waiting = self._engines_up
+        while waiting:
+            with self.links.reporting_deaths():
+                waiting = await self.links.send(self._push_number, waiting, self._lose)
+            waiting = [engine for engine in waiting if engine.is_up]
+            await self._form_sets(waiting, self._lose)
+
+    async def _form_sets(self, engines: Sequence[Engine], on_lost: OnLost) -> None:
+        # Engines that sleep, for the trainer's sake, must not compute before they are awake.
+        await self.links.form_sets(engines, on_lost, resume=self.fleet.awake.is_set())
+
+    @property
+    def _engines_up(self) -> list[Engine]:
+        return [engine for engine in self.fleet.engines if engine.is_up]
+
+    def _lose(self, engine: Engine, error: EngineError) -> None:
+        death = error if isinstance(error, EngineDied) else EngineDied(str(error))
+        self.fleet.lose(engine, death)
+
+    def _lose_if_dead(self, engine: Engine, error: EngineError) -> None:
+        """Raise the error of an engine that has not died: settings are then wrong."""
+        if not isinstance(error, EngineDied):
+            raise error
+        self.fleet.lose(engine, error)
+
+    async def _push_to_new(self, engine: Engine) -> None:
+        await self._form_sets([engine], _raise_error)
+        if self.links.colocated:  # what its cache takes is needed for the weights in transit
+            async with raise_dead_after(engine, self._timeout_seconds):
+                await engine.client.sleep()
+        # The others' last number: the pushes to an engine are numbered without gaps.
+        with self.links.reporting_deaths():
+            await self.links.send(self._push_number, [engine], _raise_error)
+        await self._swap_new(engine)
+        if self.prober is not None:
+            await self.prober.check(self._push_number, [engine], _raise_error)
+
+    async def _swap_new(self, engine: Engine) -> None:
+        assert self._version is not None, "no push has been made"
+        # An engine outside the fleet has no watchdog, and the next push waits for it.
+        asleep = self.links.colocated  # since `_push_to_new`
+        async with raise_dead_after(engine, self._timeout_seconds):
+            for call in swap_calls(self._update_info(), self._version, asleep=asleep):
+                await call(engine.client)
+
+    def _update_info(self) -> dict[str, Any]:
+        return {"push": self._push_number, "timeout_seconds": self._timeout_seconds}
+
+
+def _raise_error(engine: Engine, error: EngineError) -> None:
+    """Raise the error of an engine that is not in the fleet yet, so that it does not join."""
+    raise error

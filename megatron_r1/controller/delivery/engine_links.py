@@ -1,0 +1,331 @@
+"""Divides engines into sets, connects these with the trainer, whose store all their ranks meet in,
+and sends to them; engines at fault are lost, the others regrouped."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from megatron_r1.config.push import PushConfig
+from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.engines.fleet.engine import Engine
+from megatron_r1.engines.server.errors import EngineDied, EngineError
+from megatron_r1.push.plan.engine_sets import engine_sets
+from megatron_r1.push.plan.recipe import max_engines
+from megatron_r1.push.results import Failure, StoreUnreachable
+from megatron_r1.trainer.operations import PushOperations
+
+CONNECT_SECONDS = 120.0
+"""Limit for the ranks of a set and of the trainer to find each other."""
+ANSWER_SECONDS = 20.0
+"""Once the trainer has failed to connect, an engine has this long to report its own problem. Longer
+than `LAST_WORDS_SECONDS`, the client's wait for a dying engine."""
+MAX_UNEXPLAINED = 2
+"""Failures of sets without a known cause, after which every engine is a set of its own: the engines
+may not reach each other."""
+
+OnLost = Callable[[Engine, EngineError], None]
+"""Handles an engine that can no longer be used; the error is EngineDied where the engine, or its
+link, is known to have died."""
+
+
+@dataclass(eq=False)
+class EngineSet:
+    """Engines that receive a push together: what enters one is passed on to the others.
+
+    name: at the trainer and in its store, new for every set. num_links: links of each trainer rank
+    to the set. num_bytes: bytes of a whole push to the set, out of all trainer ranks."""
+
+    name: str
+    engines: list[Engine]
+    num_links: list[int] = field(default_factory=list)
+    num_bytes: int = 0
+
+
+class EngineLinks:
+    """The links of one trainer to all engines.
+
+    Over gloo and nccl equal engines form sets of at most `plan.engine_sets.SET_ENGINES`; over other
+    transports every engine is a set of its own.
+
+    tensors: name and shape of every tensor in a checkpoint of the model. layout: the fields of
+    `plan.EngineLayout`, of one engine. store_host: the address of trainer rank 0's host for
+    engines; None: the one that the trainer's ranks use. colocated: the engines share the trainer's
+    GPUs, in turn. notify: gets a line for the user."""
+
+    def __init__(
+        self,
+        trainer: TrainerClient,
+        settings: PushConfig,
+        tensors: Sequence[tuple[str, Sequence[int]]],
+        layout: dict[str, Any],
+        store_host: str | None = None,
+        *,
+        colocated: bool = False,
+        notify: Callable[[str], None] = print,
+    ):
+        self.trainer, self.settings, self.colocated = trainer, settings, colocated
+        self.tensors = [[name, list(shape)] for name, shape in tensors]
+        self.layout, self.store_host, self.notify = layout, store_host, notify
+        self.store: tuple[str, int] = ("", 0)
+        """Address of the trainer's store."""
+        self.sets: list[EngineSet] = []
+        self._num_sets = self._num_unexplained = 0
+        self._gone: list[str] = []
+        """Sets that trainer ranks still hold resources for."""
+
+    @property
+    def connect_seconds(self) -> float:
+        return min(CONNECT_SECONDS, self.settings.timeout_seconds)
+
+    async def open(self) -> None:
+        """Let the trainer's ranks prepare to send."""
+        (first, *_) = await self.trainer.call_all(PushOperations.open_push)
+        host, port = first["store"]
+        self.store = self.store_host or host, port
+
+    @property
+    def num_links(self) -> int:
+        """The number of links of the trainer rank that has most."""
+        by_set = [engine_set.num_links for engine_set in self.sets]
+        return max(map(sum, zip(*by_set, strict=True)), default=0)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of a whole push out of all trainer ranks."""
+        return sum(engine_set.num_bytes for engine_set in self.sets)
+
+    def engines_to_regroup(self, engines: Sequence[Engine]) -> list[Engine]:
+        """Return the engines that are to be divided into new sets: where an engine has joined, a
+        set has lost one or sets became smaller (`MAX_UNEXPLAINED`), all engines that are not in
+        full sets, otherwise none. Sets with engines that are not among `engines` are dropped."""
+        self._drop([s for s in self.sets if not set(s.engines) <= set(engines)])
+        full = [s for s in self.sets if len(s.engines) == self._max_engines]
+        partial = [s for s in self.sets if s not in full]
+        in_full_set = {engine for engine_set in full for engine in engine_set.engines}
+        rest = [engine for engine in engines if engine not in in_full_set]
+        has_joined = sum(len(s.engines) for s in partial) < len(rest)
+        return rest if has_joined or len(partial) != len(self._divide(rest)) else []
+
+    async def form_sets(self, engines: Sequence[Engine], on_lost: OnLost, *, resume: bool) -> None:
+        """Divide these engines into new sets, and connect them with the trainer.
+
+        An engine that dies meanwhile is lost. A set that fails for another reason is divided into
+        sets of one, and those that fail again are lost. resume: engines may compute afterwards."""
+        self._drop([s for s in self.sets if set(s.engines) & set(engines)])
+        groups = self._divide(engines)
+        set_problems: dict[Engine, str] = {}  # why the engine's set of several could not connect
+        while groups:
+            sets = [self._new_set(group) for group in groups]
+            problems, deaths = await self.connect(sets, resume=resume)
+            groups = []
+            for engine_set in sets:
+                if engine_set.name not in problems:
+                    self.sets.append(engine_set)
+                    continue
+                self._gone.append(engine_set.name)
+                problem = problems[engine_set.name]
+                dead = [engine for engine in engine_set.engines if engine in deaths]
+                left = [engine for engine in engine_set.engines if engine not in deaths]
+                for engine in dead:
+                    on_lost(engine, deaths[engine])
+                if dead:
+                    groups += [left] if left else []
+                elif len(left) > 1:
+                    self._count_unexplained(problem)
+                    set_problems |= dict.fromkeys(left, problem)
+                    groups += [[engine] for engine in left]
+                else:
+                    # The first problem may have left the engine unable to connect again.
+                    first = set_problems.get(left[0])
+                    if first not in (None, problem):
+                        problem = f"{first}; then, alone: {problem}"
+                    on_lost(left[0], EngineError(f"{left[0].name}: {problem}"))
+
+    async def send(self, push: int, engines: Sequence[Engine], on_lost: OnLost) -> list[Engine]:
+        """Send push number `push` to the sets of these engines.
+
+        Engines at fault are lost. Returns the other engines of the sets that failed: they have not
+        got all of the push, and are in no set any more. Raises EngineError for a push that arrived
+        damaged."""
+        sets = [s for s in self.sets if set(s.engines) & set(engines)]
+        gone, self._gone = self._gone, []
+        replies = await self.trainer.call_all(
+            PushOperations.send_weights, push=push, sets=[s.name for s in sets], gone=gone
+        )
+        failures: dict[str, list[Failure]] = {}
+        for result in replies:
+            for name, problem in result["problems"].items():
+                failures.setdefault(name, []).append(msgspec.convert(problem, Failure))
+        incomplete: list[Engine] = []
+        for engine_set in sets:
+            if engine_set.name in failures:
+                incomplete += self._lose_at_fault(engine_set, on_lost, failures[engine_set.name])
+        return incomplete
+
+    @contextlib.contextmanager
+    def reporting_deaths(self) -> Iterator[None]:
+        """While the block runs, report dead engines to the ranks that may be waiting for them."""
+
+        async def report(engine_set: EngineSet, engine: Engine) -> None:
+            await engine.died.wait()
+            await self.report_gone(engine_set, engine)
+
+        reports = [
+            asyncio.create_task(report(engine_set, engine))
+            for engine_set in self.sets
+            for engine in engine_set.engines
+        ]
+        try:
+            yield
+        finally:
+            for task in reports:
+                task.cancel()
+
+    async def connect(
+        self, sets: Sequence[EngineSet], *, resume: bool
+    ) -> tuple[dict[str, str], dict[Engine, EngineDied]]:
+        """Connect all ranks of these sets with all trainer ranks. Return the problems by set, and
+        the engines that have died or do not answer, with the error of each.
+
+        resume: engines may compute afterwards."""
+        gone, self._gone = self._gone, []
+        calls: dict[Engine, asyncio.Task[None]] = {}
+
+        def call_engines() -> None:
+            for engine_set in sets:
+                for member, engine in enumerate(engine_set.engines):
+                    call = self._connect_engine(engine_set, member, resume)
+                    calls[engine] = asyncio.create_task(call)
+
+        try:
+            # The engines' timeout begins with the trainer's turn, which may be computing for long.
+            results = await self.trainer.call_all(
+                PushOperations.connect_sets,
+                call_engines,
+                sets=[(engine_set.name, len(engine_set.engines)) for engine_set in sets],
+                layout=self.layout,
+                transport=self.settings.transport,
+                timeout_seconds=self.connect_seconds,
+                push_seconds=self.settings.timeout_seconds,
+                gone=gone,
+            )
+            problems: dict[str, str] = {}
+            for rank, result in enumerate(results):
+                for name, problem in result["problems"].items():
+                    text = f"trainer rank {rank} cannot connect to it: {problem}"
+                    problems.setdefault(name, text)
+            for engine_set in sets:
+                name = engine_set.name
+                engine_set.num_links = [result["num_links"].get(name, 0) for result in results]
+                engine_set.num_bytes = sum(result["num_bytes"].get(name, 0) for result in results)
+            patience = ANSWER_SECONDS if problems else self.settings.timeout_seconds
+            if calls:
+                await asyncio.wait(calls.values(), timeout=patience)
+            errors = _errors(calls)
+            for engine_set in sets:
+                for engine in engine_set.engines:
+                    if engine in errors:
+                        error = str(errors[engine])
+                        if StoreUnreachable.CODE in error:
+                            # The trainer's ranks know only that they heard nothing from it.
+                            problems[engine_set.name] = error
+                        problems.setdefault(engine_set.name, error)
+            deaths = {e: error for e, error in errors.items() if isinstance(error, EngineDied)}
+            return problems, deaths
+        finally:
+            for call in calls.values():
+                call.cancel()
+            await asyncio.gather(*calls.values(), return_exceptions=True)
+
+    async def _connect_engine(self, engine_set: EngineSet, member: int, resume: bool) -> None:
+        """Let an engine of a set connect with the trainer."""
+        engine = engine_set.engines[member]
+        init_info = {
+            "store": list(self.store),
+            "name": engine_set.name,
+            "member": member,
+            "members": len(engine_set.engines),
+            "tensors": self.tensors,
+            "timeout_seconds": self.connect_seconds,
+            "push_seconds": self.settings.timeout_seconds,
+            "borrows_memory": self.colocated,
+        }
+        try:
+            await engine.unless_lost(engine.client.init_weight_transfer(init_info, resume=resume))
+        except EngineDied:
+            await self.report_gone(engine_set, engine)
+            raise
+
+    async def report_gone(self, engine_set: EngineSet, engine: Engine) -> None:
+        """Report to all ranks of a set that this engine of it is gone."""
+        with contextlib.suppress(RuntimeError):  # the trainer is gone as well
+            error = f"{engine.name} is gone"
+            await asyncio.to_thread(_report_failure, *self.store, engine_set.name, error)
+
+    def _lose_at_fault(
+        self, engine_set: EngineSet, on_lost: OnLost, failures: Sequence[Failure]
+    ) -> list[Engine]:
+        """Lose the engines at fault of a set that has failed, and return its other engines.
+
+        failures: as trainer ranks report them."""
+        engines, error = engine_set.engines, failures[0].error
+        members = {member for failure in failures for member in failure.members}
+        if failures[0].is_damaged:
+            raise EngineError(f"{', '.join(engine.name for engine in engines)}: {error}")
+        self._drop([engine_set])
+        named = engines if len(engines) == 1 else [engines[member] for member in members]
+        at_fault = [engine for engine in engines if engine in named or engine.died.is_set()]
+        for engine in at_fault:
+            on_lost(engine, EngineDied(f"{engine.name} was lost during a push: {error}"))
+        if not at_fault:
+            self._count_unexplained(error)
+        return [engine for engine in engines if engine not in at_fault]
+
+    def _count_unexplained(self, error: str) -> None:
+        self._num_unexplained += 1
+        if self._num_unexplained == MAX_UNEXPLAINED:
+            self.notify(f"engines get weights from the trainer only, not from each other: {error}")
+
+    @property
+    def _max_engines(self) -> int:
+        """Most engines of a set."""
+        is_alone = self._num_unexplained >= MAX_UNEXPLAINED
+        return 1 if is_alone else max_engines(self.settings)
+
+    def _divide(self, engines: Sequence[Engine]) -> list[list[Engine]]:
+        """Return the engines of each new set."""
+        sets = engine_sets(len(engines), self._max_engines) if engines else []
+        return [[engines[index] for index in indices] for indices in sets]
+
+    def _new_set(self, engines: list[Engine]) -> EngineSet:
+        self._num_sets += 1
+        return EngineSet(f"{engines[0].name}.{self._num_sets}.{self.store[1]}", engines)
+
+    def _drop(self, sets: Sequence[EngineSet]) -> None:
+        self._gone += [engine_set.name for engine_set in sets]
+        self.sets = [engine_set for engine_set in self.sets if engine_set not in sets]
+
+
+def _errors(calls: dict[Engine, asyncio.Task[None]]) -> dict[Engine, EngineError]:
+    """Return the errors of these calls, EngineDied for one that has not ended. Raises an error of
+    another kind than EngineError."""
+    errors: dict[Engine, EngineError] = {}
+    for engine, call in calls.items():
+        if not call.done():
+            errors[engine] = EngineDied(f"{engine.name} does not answer while it connects")
+        elif isinstance(error := call.exception(), EngineError):
+            errors[engine] = error
+        elif error is not None:
+            raise error
+    return errors
+
+
+def _report_failure(host: str, port: int, name: str, error: str) -> None:
+    # Imports torch, which takes seconds and which the controller needs for nothing else.
+    from megatron_r1.push.rendezvous import report_failure
+
+    report_failure(host, port, name, error)

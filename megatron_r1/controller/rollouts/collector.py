@@ -1,0 +1,250 @@
+"""Prompts → graded groups: engines sample while reward workers grade what is finished."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from array import array
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
+
+from r1_grading import RewardPool
+
+from megatron_r1.config import RewardsConfig
+from megatron_r1.controller.rollouts.grading import ResponseGrader, check_grades
+from megatron_r1.controller.rollouts.in_flight import InFlight, InFlightGroup
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, Sampling
+from megatron_r1.controller.rollouts.sample_log import StepLog
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.text import PromptText
+from megatron_r1.engines.fleet.dispatch import Affinity
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.server.episodes import Episode, Generate, Played, Player
+from megatron_r1.engines.server.responses import Response
+from megatron_r1.engines.server.stop_strings import cut
+
+
+@dataclass
+class RolloutInProgress:
+    """Groups that are sampled together. log: the step's groups on disk, if they are kept.
+
+    sampled, graded, scored: time.perf_counter() when the newest group finished each phase."""
+
+    sampling: Sampling
+    log: StepLog | None
+    sampled: float
+    graded: float
+    scored: float
+
+
+class RolloutCollector:
+    """Samples groups with the engines, grades them with the reward workers, and has a teacher's
+    engines score them, where there is a teacher."""
+
+    def __init__(
+        self,
+        fleet: RolloutFleet,
+        pool: RewardPool,
+        text: PromptText,
+        rewards: RewardsConfig,
+        teacher: RolloutFleet | None = None,
+        player: Player | None = None,
+    ):
+        """player: plays episodes with an environment or agent; None: a response is one turn."""
+        self.fleet, self.pool, self.text, self.teacher = fleet, pool, text, teacher
+        self.player = player
+        self.grader = ResponseGrader(pool, text, rewards.call_options)
+        self.in_flight = InFlight()
+        self._max_ungraded = rewards.max_ungraded
+
+    async def collect(
+        self, prompts: list[Prompt], sampling: Sampling, log: StepLog | None = None
+    ) -> Rollout:
+        """Sample and grade a group for each prompt, all at once; with `sampling.with_teacher` the
+        teacher scores a group as soon as it is sampled.
+
+        Groups come back in the order of `prompts`; those that `log` already has are not sampled
+        again.
+        Raises EngineError when an engine fails."""
+        start = time.perf_counter()
+        running = RolloutInProgress(sampling, log, start, start, start)
+        positions = log.reserve(len(prompts)) if log else range(len(prompts))
+        begun = []
+        for prompt, at in zip(prompts, positions, strict=True):
+            # An episode that failed is played again; a response can be graded again.
+            only_final = self.player is not None
+            recalled = log.recall(at, prompt, only_final) if log else None
+            if recalled:
+                prompt_ids = recalled.prompt_ids
+            else:
+                prompt_ids = self.text.encode(prompt.question, prompt.before)
+            begun.append((at, prompt, prompt_ids, recalled))
+            await asyncio.sleep(0)  # hundreds at once would block the event loop
+        try:
+            # Together: the fleet orders what arrives in one turn of the event loop.
+            async with asyncio.TaskGroup() as tasks:
+                groups = [
+                    tasks.create_task(self._collect_group(running, *group)) for group in begun
+                ]
+        except ExceptionGroup as failures:
+            # When an engine dies, all its requests fail with it; the first error is enough.
+            raise failures.exceptions[0] from None
+        return Rollout(
+            [group.result() for group in groups],
+            running.sampled - start,
+            max(0.0, running.graded - running.sampled),
+            teacher_seconds=max(0.0, running.scored - running.sampled),
+        )
+
+    async def check(self, terms: Collection[str], prompts: list[Prompt]) -> None:
+        """Call every reward once, and begin an episode. Raises UserError for what cannot grade and
+        for an environment that fails."""
+        await self.grader.check_rewards(terms, prompts)
+        if self.player is not None:
+            await self.player.check(prompts)
+
+    async def close(self) -> None:
+        if self.player is not None:
+            await self.player.close()
+
+    def check_grades(self, groups: list[Group]) -> None:
+        """Check the grades of everything that was sampled for one purpose; raises as
+        `grading.check_grades`."""
+        check_grades(groups, self._max_ungraded)
+
+    async def _collect_group(
+        self,
+        running: RolloutInProgress,
+        position: int,
+        prompt: Prompt,
+        prompt_ids: list[int],
+        recalled: Group | None,
+    ) -> Group:
+        """Sample a group, or take the one that the log recalled; grade it, while the teacher scores
+        it."""
+        sampling, log = running.sampling, running.log
+        if log and recalled and log.is_final(recalled):
+            return recalled
+        with self.in_flight.group(prompt) as tracked:
+            played: list[Played] = []
+            if recalled:
+                responses = [graded.response for graded in recalled.responses]
+            elif self.player is None:
+                responses = await self._generate(prompt, prompt_ids, sampling)
+            else:
+                played = await self._play(prompt, sampling)
+                responses = [each.episode.response() for each in played]
+            running.sampled = time.perf_counter()
+            tracked.sampling_done(responses)
+            graded, scores = await asyncio.gather(
+                self._grade(running, tracked, responses, played),
+                self._score(running, prompt_ids, responses, played),
+            )
+        if scores:
+            graded = [
+                replace(each, teacher_logprobs=logprobs)
+                for each, logprobs in zip(graded, scores, strict=True)
+            ]
+        group = Group(prompt, prompt_ids, graded)
+        if log:
+            log.keep(position, group)
+        return group
+
+    async def _generate(
+        self,
+        prompt: Prompt,
+        token_ids: Sequence[int],
+        sampling: Sampling,
+        affinity: Affinity | None = None,
+    ) -> list[Response]:
+        responses = await self.fleet.generate(
+            token_ids,
+            n=sampling.num_samples,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop_token_ids=self.text.stop_token_ids,
+            routing=sampling.routing,
+            kind=prompt.kind,
+            order=sampling.step,
+            affinity=affinity,
+        )
+        if not sampling.stop:
+            return responses
+        count, decode = len(token_ids), self.text.decode
+        return [cut(response, count, sampling.stop, decode)[0] for response in responses]
+
+    async def _play(self, prompt: Prompt, sampling: Sampling) -> list[Played]:
+        """Play the group's episodes. Raises EngineError where the fleet has failed; a single call
+        that fails is its episode's."""
+        player = self.player
+        assert player is not None, "only with an environment"
+        group = Affinity()  # all episodes have the same first prompt
+
+        def policy() -> Generate:
+            affinity = Affinity(origin=group)
+
+            async def answer(token_ids: Sequence[int], max_tokens: int) -> Response:
+                one = replace(sampling, num_samples=1, max_tokens=max_tokens)
+                return (await self._generate(prompt, token_ids, one, affinity))[0]
+
+            return answer
+
+        count, limit = sampling.num_samples, sampling.max_tokens
+        played = await asyncio.gather(*(player.play(prompt, policy(), limit) for _ in range(count)))
+        self.fleet.members.require_usable()
+        return played
+
+    async def _grade(
+        self,
+        running: RolloutInProgress,
+        tracked: InFlightGroup,
+        responses: list[Response],
+        played: list[Played],
+    ) -> list[GradedResponse]:
+        weights = running.sampling.weights
+        if played:
+            graded = await self.grader.grade_episodes(tracked.prompt, played, weights)
+        else:
+            graded = await self.grader.grade(tracked.prompt, responses, weights)
+        tracked.grading_done()
+        running.graded = time.perf_counter()
+        return graded
+
+    async def _score(
+        self,
+        running: RolloutInProgress,
+        prompt_ids: list[int],
+        responses: list[Response],
+        played: list[Played],
+    ) -> list[array[float]]:
+        """Return the teacher's log-probabilities of each response; an empty list if unscored."""
+        sampling = running.sampling
+        if not sampling.with_teacher:
+            return []
+        teacher = self.teacher
+        assert teacher is not None, "Sampling.with_teacher needs a teacher"
+
+        async def score(token_ids: Sequence[int], first: int) -> array[float]:
+            logprobs = await teacher.score(token_ids, first, order=sampling.step)
+            self.in_flight.num_scored += 1
+            return logprobs
+
+        async def score_branches(episode: Episode) -> array[float]:
+            scored: array[float] = array("f")
+            for branch in episode.branches:
+                first = branch.is_sampled.index(1)
+                every = await score(branch.token_ids, first)
+                scored.extend(compress(every, branch.is_sampled[first:]))
+            return scored
+
+        scores = await asyncio.gather(
+            *(score_branches(each.episode) for each in played),
+            *(
+                score([*prompt_ids, *response.token_ids], len(prompt_ids))
+                for response in ([] if played else responses)
+            ),
+        )
+        running.scored = time.perf_counter()
+        return scores

@@ -1,0 +1,114 @@
+"""The environment or the agent of a run: its checks before the run starts, and its player.
+
+Only a run whose recipe names one (`config.agents.players`) imports this module, and with it
+`megatron_r1.agents`."""
+
+import sys
+
+from megatron_r1.agents.agent_runs import Run, harness_of
+from megatron_r1.agents.continuation import Continuation
+from megatron_r1.agents.environment import check_parameters
+from megatron_r1.agents.environment_pool import Environments, describe
+from megatron_r1.agents.gateway import Gateway
+from megatron_r1.agents.harness import HarnessPlayer
+from megatron_r1.agents.parsing import parser_of
+from megatron_r1.agents.player import EpisodePlayer
+from megatron_r1.agents.verifiers.harness import VerifiersHarness
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import Config
+from megatron_r1.data.text import PromptText
+from megatron_r1.engines.server.episodes import Player
+from megatron_r1.engines.server.limits import context_length
+
+ANY_TOOL = {"type": "function", "function": {"name": "tool", "parameters": {"type": "object"}}}
+"""Stands for the tools of an agent, which are known only when it runs."""
+
+
+def find_player(config: Config) -> tuple[str, str | list[str]] | None:
+    """Return the key and value of the setting that names what plays the episodes; None where
+    responses are single turns. Raises UserError for two of them, another template, and code that
+    cannot be imported."""
+    agents = config.agents
+    named = agents.players
+    if not named:
+        return None
+    if len(named) > 1:
+        both = " and ".join(f"{key}: {value}" for key, value in named.items())
+        raise UserError(
+            f"{both} each play the episodes; leave one out",
+            key=next(iter(named)),
+            cause=Cause.CONFLICT,
+        )
+    [(key, player)] = named.items()
+    if config.data.template != "chat":
+        raise UserError(
+            f"data.template: {config.data.template!r} renders one question; {key} needs "
+            "the tokenizer's own chat template: set data.template: chat",
+            key="data.template",
+            cause=Cause.CONFLICT,
+        )
+    if agents.environment:
+        description = describe(agents.environment)
+        check_parameters(agents.environment, description, agents.parameters)
+    elif agents.harness:
+        harness_of(agents)
+    return key, player
+
+
+def check_environment(config: Config, text: PromptText) -> None:
+    """Check section `agents`; print the environment's tools and how the chat template continues a
+    conversation. Raises UserError."""
+    if find_player(config) is None:
+        return
+    agents = config.agents
+    tools, template = [ANY_TOOL], Continuation(text.tokenizer, text.end_tokens)
+    if agents.environment:
+        description = describe(agents.environment)
+        tools = description.tools
+        print(f"tools: {description.list_tools()}")
+        if not template.shows(tools):
+            print(
+                f"the chat template of {config.model.path} shows no tools to the model; "
+                + (
+                    "agents.system must describe them"
+                    if agents.system
+                    else "show worked calls in agents.system, as examples/smollm2/python_tool.yaml"
+                ),
+                file=sys.stderr,
+            )
+    verdicts = template.probe(tools)
+    for case, verdict in verdicts.items():
+        print(f"chat template, {case}: {verdict}")
+    if agents.environment and "refused" in verdicts.values():
+        raise UserError(
+            f"model.path: the chat template of {config.model.path} refuses the results of tools; "
+            "give the tokenizer one that has role tool",
+            key="model.path",
+            cause=Cause.UNSUPPORTED,
+        )
+
+
+def player_of(config: Config, text: PromptText) -> Player:
+    """Return the player of the run's episodes; the recipe names one."""
+    agents, room, rollout = config.agents, context_length(config), config.rollout
+    tokenizer = text.tokenizer.name_or_path
+    if agents.environment:
+        environments = Environments(agents, describe(agents.environment))
+        return EpisodePlayer(text, environments, agents, room)
+    run: Run = VerifiersHarness(agents.verifiers, tokenizer)
+    if agents.harness:
+        run = harness_of(agents)
+    parsers = parser_of(agents, tokenizer)
+    options = agents.sampling_options
+    gateway = Gateway(text, parsers, host=agents.gateway_host, sampling_options=options)
+    return HarnessPlayer(
+        text,
+        gateway,
+        parsers,
+        run,
+        max_turns=agents.max_turns,
+        timeout_seconds=agents.timeout_seconds,
+        room=room,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+    )

@@ -1,0 +1,142 @@
+"""Evaluates the policy on held-out prompts: pass@1 as a mean over samples, and majority votes."""
+
+import asyncio
+from collections import defaultdict
+from functools import partial
+from statistics import fmean
+
+from r1_grading.reading import Part
+from r1_grading.rewards import ENVIRONMENT
+from r1_grading.served.judge import compared_part
+from r1_grading.terms import ACCURACY, weights_at
+
+from megatron_r1.config import Config, RewardsConfig
+from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.metrics import episode_metrics, sample_records
+from megatron_r1.controller.rollouts.rollout import Group, Sampling, responses_of
+from megatron_r1.controller.trainer_calls.recorder import Recorder
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.evaluation.intervals import Estimate, estimate
+from megatron_r1.evaluation.voting import expects_number, majority_score
+from megatron_r1.evaluation.win_rate import length_difference, win_rates
+
+
+class HeldoutEvaluation:
+    """Evaluates the engines' weights on the held-out prompts of a run, and records the result."""
+
+    def __init__(
+        self, config: Config, collector: RolloutCollector, prompts: list[Prompt], recorder: Recorder
+    ):
+        self._config, self._recorder = config, recorder
+        self._collector, self._prompts = collector, prompts
+
+    def is_due(self, step: int) -> bool:
+        """Whether to evaluate after `step`: every `eval.every` steps, and after the last one."""
+        every = self._config.eval.every
+        return step == self._config.run.steps or bool(every and step % every == 0)
+
+    async def run(self, step: int) -> None:
+        """Evaluate the policy after `step`, 0 for the base model's."""
+        if not self._prompts:
+            return
+        self._recorder.view.phase("evaluation", f"{len(self._prompts)} held-out questions")
+        settings = self._config.eval
+        step_of_settings = max(1, step)  # the base model is evaluated as step 0
+        config = self._config.at(step_of_settings)
+        sampling = Sampling(
+            settings.samples,
+            settings.temperature,
+            settings.top_p,
+            config.rollout.max_response_tokens,
+            step_of_settings,
+            weights_at(config.rewards.weights, step_of_settings),
+            stop=tuple(config.rollout.stop),
+        )
+        metrics, groups = await evaluate(self._collector, self._prompts, sampling, config.rewards)
+        records = sample_records(groups, step, "eval", None)
+        self._recorder.evaluation({"step": step, **metrics}, records)
+
+
+async def evaluate(
+    collector: RolloutCollector, prompts: list[Prompt], sampling: Sampling, rewards: RewardsConfig
+) -> tuple[dict[str, float], list[Group]]:
+    """Sample `sampling.num_samples` = N responses to every prompt; return metrics and groups.
+
+    eval/pass@1: mean accuracy over all samples (DeepSeek-R1, arXiv 2501.12948, section 3);
+    eval/cons@N: share of prompts whose majority answer is right (`voting.majority_score`);
+    eval/questions: prompts with a graded response;
+    eval/TERM: mean of each other reward that is measured, such as format and language;
+    eval/win_rate, eval/lc_win_rate: of questions of kind judge, where the judge compares
+    (`evaluation.win_rate`);
+    eval/ungraded: share of the responses whose accuracy could not be graded. Ungraded responses
+    are excluded from all means; a prompt without graded responses is skipped.
+    interval/…/low, /high: their 95% intervals (`estimators.estimate`).
+
+    Raises UserError and RunError as `grading.check_grades`."""
+    rollout = await collector.collect(prompts, sampling)
+    collector.check_grades(rollout.groups)
+    estimates = await _estimates(collector, rollout.groups, sampling.num_samples, rewards)
+    responses = responses_of(rollout.groups)
+    metrics = {
+        **{f"eval/{name}": score.value for name, score in estimates.items()},
+        "eval/questions": sum(
+            any(ACCURACY not in each.ungraded for each in group.responses)
+            for group in rollout.groups
+        ),
+        "eval/response_length": fmean(len(each.response.token_ids) for each in responses),
+        "time/eval": rollout.rollout_seconds + rollout.reward_seconds,
+    }
+    episodes = episode_metrics([each.episode for each in responses if each.episode])
+    shown = ("episode/turns", "episode/tool_calls", "episode/tool_errors")
+    metrics |= {
+        f"eval/{name}": value
+        for name, value in episodes.items()
+        if name in shown or ("status" in name and value)
+    }
+    if any(ungraded := [ACCURACY in each.ungraded for each in responses]):
+        metrics["eval/ungraded"] = fmean(ungraded)
+    for name, score in estimates.items():
+        if score.low is not None and score.high is not None:  # a single prompt has no interval
+            metrics |= {f"interval/{name}/low": score.low, f"interval/{name}/high": score.high}
+    return metrics, rollout.groups
+
+
+async def _estimates(
+    collector: RolloutCollector, groups: list[Group], num_samples: int, rewards: RewardsConfig
+) -> dict[str, Estimate]:
+    """Return the estimate of each reward, of pass@1, cons@N and the win rates; see `evaluate`."""
+    votes, means, opened = [], defaultdict(list), collector.text.opens_thought
+    for group in groups:
+        for term in group.responses[0].rewards:
+            graded = [each for each in group.responses if term not in each.ungraded]
+            scores = [each.rewards[term] for each in graded]
+            if scores:
+                means[term].append(fmean(scores))
+            if scores and term == ACCURACY and group.prompt.kind != ENVIRONMENT:
+                texts = [each.text for each in graded]
+                vote = partial(majority_score, collector.pool, group.prompt.kind, texts, scores)
+                votes.append(vote(opened, rewards.answer, numeric=expects_number(group.prompt)))
+    accuracies = means.pop(ACCURACY, [])
+    estimates: dict[str, Estimate] = {term: estimate(means[term]) for term in sorted(means)}
+    if accuracies:
+        estimates["pass@1"] = estimate(accuracies)
+    if votes:
+        estimates[f"cons@{num_samples}"] = estimate(await asyncio.gather(*votes))
+    part = compared_part(rewards.options.get("judge", {}))
+    compared = [_compared(group, opened, part) for group in groups if part]
+    if any(compared):
+        estimates |= win_rates([samples for samples in compared if samples], seed=0)
+    return estimates
+
+
+def _compared(group: Group, opened: bool, part: Part) -> list[tuple[float, int]]:
+    """Return (preference, difference of lengths) of the group's graded responses, if it is of the
+    kind judge."""
+    if group.prompt.kind != "judge":
+        return []
+    reference = str(group.prompt.truth)
+    return [
+        (each.rewards[ACCURACY], length_difference(each.text, opened, reference, part))
+        for each in group.responses
+        if ACCURACY not in each.ungraded
+    ]

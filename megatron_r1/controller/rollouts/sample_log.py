@@ -1,0 +1,225 @@
+"""The durable sample log: a finished group is on disk as soon as it is graded.
+
+The run's folder has one file per step. When any part of the run was killed, the same command reads
+the groups of the steps after its checkpoint from there and samples only what was unfinished.
+Training is a function of weights and samples: a step that is repeated from the log ends in the same
+weights, and the samples made from these weights afterwards stay valid.
+
+Durability: a group survives a kill of any process once it is written, and a power cut after
+`SYNC_SECONDS`; a batch is trained on only once all of it is synced. So the log never holds samples
+of a policy whose own training samples are lost, nor samples of an engine whose weights have not
+been probed since they were pushed. A thread does the writing."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+
+from megatron_r1.base.errors import Cause, RunError, UserError
+from megatron_r1.base.files import fsync
+from megatron_r1.base.files.framed import FramedFile, append_frame
+from megatron_r1.controller.rollouts.rollout import Group
+from megatron_r1.controller.rollouts.sample_record import (
+    Accepted,
+    GroupRecord,
+    decode,
+    encode,
+    pack,
+    unpack,
+)
+from megatron_r1.data.prompts import Prompt
+
+SYNC_SECONDS = 1.0
+_NAME = re.compile(r"step_(\d{8,})\.log")
+
+
+class SampleLog:
+    """The logs of a run's steps. One process at a time may use them, from one event loop."""
+
+    def __init__(self, folder: Path, notify: Callable[[str], None] = lambda line: None) -> None:
+        """notify: called with a message for the user where a file is damaged."""
+        self.folder, self._notify = folder, notify
+        self._thread = ThreadPoolExecutor(1, "sample-log")
+        self._open: dict[Path, int] = {}
+        self._unsynced: set[int] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._failure: Exception | None = None
+        self._held: list[tuple[Path, Callable[[], GroupRecord | Accepted]]] = []
+        self._may_write = asyncio.Event()
+        self._may_write.set()
+
+    def hold_back(self) -> None:
+        """Write nothing until `write_held`. What is held back already is dropped."""
+        self._may_write.clear()
+        self._held.clear()
+
+    def write_held(self) -> None:
+        """Write what was held back, and again what is appended."""
+        self._may_write.set()
+        held, self._held = self._held, []
+        for path, make in held:
+            self.append(path, make)
+
+    async def step(self, step: int, schedule: str = "") -> StepLog:
+        """Open the log of `step`, with the groups that it already holds.
+
+        schedule: `config.schedule.digest_until` the step; groups that were sampled under another
+        schedule, as a continued run may have it, are not used."""
+        path = self.folder / f"step_{step:08d}.log"
+        log = await asyncio.wrap_future(self._thread.submit(StepLog, self, path, schedule))
+        if log.num_damaged_bytes:
+            self._notify(
+                f"{path}: {log.num_damaged_bytes:,} bytes are no whole record, as a kill leaves "
+                "them; whole records are used, the rest is sampled again"
+            )
+        return log
+
+    def append(self, path: Path, make: Callable[[], GroupRecord | Accepted]) -> None:
+        """Write the record that `make` returns, in the thread. A failure is raised by `finish`."""
+        if not self._may_write.is_set():
+            self._held.append((path, make))
+            return
+        self._thread.submit(self._append, path, make)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(SYNC_SECONDS, self._sync_later)
+
+    async def finish(self, path: Path) -> None:
+        """Wait until everything appended is on disk, and close `path`. Raises RunError where
+        writing failed, and what else an append has raised."""
+        await self._may_write.wait()
+        # Before the batch is trained on: otherwise a later group could outlive, on disk, the policy
+        # that made it.
+        await asyncio.wrap_future(self._thread.submit(self._sync))
+        await asyncio.wrap_future(self._thread.submit(self._close, path))
+        if isinstance(self._failure, OSError):
+            raise RunError(
+                f"{self.folder}: samples cannot be written down ({self._failure}); make room, or "
+                "set rl.sample_log: false, and run the same command again"
+            )
+        if self._failure is not None:
+            raise self._failure
+
+    async def prune(self, until: float = math.inf) -> None:
+        """Delete the logs up to step `until`, to which no checkpoint goes back; default all."""
+        await asyncio.wrap_future(self._thread.submit(self._remove, until))
+
+    async def close(self) -> None:
+        """Sync and end the thread. May be called more than once."""
+        if self._timer is not None:
+            self._timer.cancel()
+        await asyncio.to_thread(self._thread.shutdown)
+        self._sync()
+        for path in list(self._open):
+            self._close(path)
+
+    def _sync_later(self) -> None:
+        self._timer = None
+        self._thread.submit(self._sync)
+
+    def _append(self, path: Path, make: Callable[[], GroupRecord | Accepted]) -> None:
+        if self._failure is not None:
+            return
+        try:
+            if path not in self._open:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                self._open[path] = os.open(path, flags, 0o644)
+                fsync(path.parent)
+            append_frame(self._open[path], encode(make()))
+            self._unsynced.add(self._open[path])
+        # Every exception is kept, for `finish` to raise: nothing else reads this call's result, and
+        # a batch may be trained on only when all of it is on disk.
+        except Exception as error:  # noqa: BLE001
+            self._failure = error
+
+    def _sync(self) -> None:
+        try:
+            for descriptor in self._unsynced:
+                os.fsync(descriptor)
+        except OSError as error:
+            self._failure = self._failure or error
+        self._unsynced.clear()
+
+    def _remove(self, until: float) -> None:
+        for path in self.folder.glob("step_*.log"):
+            match = _NAME.fullmatch(path.name)
+            if match and int(match[1]) <= until:
+                path.unlink()
+                self._close(path)
+
+    def _close(self, path: Path) -> None:
+        if (descriptor := self._open.pop(path, None)) is not None:
+            self._unsynced.discard(descriptor)
+            os.close(descriptor)
+
+
+class StepLog:
+    """One step's groups, by the position of their prompt among all that the step draws.
+
+    Batches that draw in rounds (`collect_informative`) thus continue in the round they were in."""
+
+    def __init__(self, log: SampleLog, path: Path, schedule: str) -> None:
+        """Read the records of a step that were written under `schedule`. Raises UserError for
+        records of another format."""
+        self._log, self._path, self._schedule = log, path, schedule
+        self._records: dict[int, GroupRecord] = {}
+        self.is_accepted = False
+        file = FramedFile.read(path)
+        self.num_damaged_bytes = file.num_damaged_bytes
+        for payload in file:
+            try:
+                record = decode(payload)
+            except msgspec.MsgspecError as error:
+                raise UserError(
+                    f"{path}: written by another version of this program ({error}); delete it, and "
+                    "its samples are made again",
+                    key=path.name,
+                    cause=Cause.CHANGED,
+                ) from None
+            if record.schedule != schedule:
+                continue
+            if isinstance(record, Accepted):
+                self.is_accepted = True
+            else:
+                self._records[record.position] = record
+        self._drawn = 0
+        self.num_recalled = 0
+
+    def reserve(self, count: int) -> range:
+        """Return the positions of the `count` prompts that the step draws next."""
+        self._drawn += count
+        return range(self._drawn - count, self._drawn)
+
+    def recall(self, position: int, prompt: Prompt, only_final: bool = False) -> Group | None:
+        """Return the finished group of `prompt` at `position`, or None. only_final: `is_final`."""
+        record = self._records.pop(position, None)
+        if record is None or record.prompt_id != prompt.id:
+            return None
+        group = unpack(record, prompt)
+        if only_final and not self.is_final(group):
+            return None
+        self.num_recalled += 1
+        return group
+
+    def is_final(self, group: Group) -> bool:
+        """Whether a recalled group's grades stand. Ungraded responses are graded again, as the
+        reward may have been repaired, unless the batch was trained on with these grades."""
+        return self.is_accepted or not any(graded.ungraded for graded in group.responses)
+
+    def keep(self, position: int, group: Group) -> None:
+        self._log.append(self._path, lambda: pack(position, group, self._schedule))
+
+    async def accept(self) -> None:
+        """Record that the batch is complete and will be trained on; returns when all of it is on
+        disk. Raises RunError where writing failed."""
+        if not self.is_accepted:
+            self._log.append(self._path, lambda: Accepted(self._schedule))
+            self.is_accepted = True
+        await self._log.finish(self._path)

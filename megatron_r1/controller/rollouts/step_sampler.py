@@ -1,0 +1,228 @@
+"""The rollouts of the training steps, sampled ahead of training and kept in the sample log.
+
+Step s trains the policy of version s - 1. Its rollout may begin to be sampled once the engines hold
+version s - 1 - staleness. With staleness 0 rollout and training take turns; with 1 the next rollout
+is sampled while this one is trained on (one step off), and so on. No token is older than
+`staleness` versions when it is trained on. Sampling continues across a weight push, and each token
+is stamped with the version that made it."""
+
+import asyncio
+import gc
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from r1_grading.terms import weights_at
+
+from megatron_r1.config import Config
+from megatron_r1.config.schedule import digest_until
+from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.rollout import Group, Rollout, Sampling
+from megatron_r1.controller.rollouts.sample_log import SampleLog
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.sampler import PromptSampler
+from megatron_r1.engines.server import gpu
+from megatron_r1.models import read_hf_config
+from megatron_r1.models.routing_shape import routing_shape
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepRollout:
+    """One step's rollout. prompts_after: state of the prompt sampler after the step's prompts.
+    num_recalled: groups that came from the sample log."""
+
+    rollout: Rollout
+    prompts_after: dict[str, Any]
+    num_recalled: int = 0
+
+
+class StepSampler:
+    """Draws each step's prompts and collects its rollout, up to `rl.staleness` steps ahead."""
+
+    def __init__(
+        self,
+        config: Config,
+        collector: RolloutCollector,
+        prompts: PromptSampler,
+        log: SampleLog | None,
+    ):
+        self.config, self.collector, self.prompts, self.log = config, collector, prompts, log
+        replays = config.rl.routing_replay
+        self._routing = routing_shape(read_hf_config(config.model.path)) if replays else None
+        self._stream: RolloutStream[StepRollout] | None = None
+
+    def start(self, first_step: int) -> None:
+        """Get ready to sample the steps from `first_step`; the engines hold the version before."""
+        # A full collection visits every module that is loaded, 54 ms in which the event loop stands
+        # still; frozen objects are left out.
+        gc.collect()
+        gc.freeze()
+        rl = self.config.rl
+        # On a GPU the next batch fills the slots that the last long samples leave free. On a CPU it
+        # slows them down: 2.5 s a step with overlap, 2.2 s without (docs/learned.md).
+        one_at_a_time = rl.dynamic_sampling or gpu.device() == "cpu"
+        steps = first_step, self.config.run.steps
+        self._stream = RolloutStream(
+            self._sample, *steps, rl.staleness, one_at_a_time=one_at_a_time
+        )
+
+    def begin(self, step: int) -> None:
+        """Start the rollout of `step`, unless it was started ahead."""
+        assert self._stream is not None, "start() comes first"
+        self._stream.pushed(step - 1)
+
+    async def take(self, step: int) -> StepRollout:
+        """Return the rollout of `step`, after `begin`; those of later steps continue as far as
+        `rl.staleness` allows. Colocated engines then sleep until the next push."""
+        assert self._stream is not None, "start() comes first"
+        taken = await self._stream.take(step)
+        if self.config.rollout.colocated:
+            await self.collector.fleet.sleep()
+        return taken
+
+    def pushed(self, version: int) -> None:
+        """Start the rollouts that may be sampled ahead from policy `version`. Their samples are
+        not written down until `proven`."""
+        if self.log:
+            self.log.hold_back()
+        if self._stream is not None and self.config.rl.staleness:
+            self._stream.pushed(version)
+
+    def proven(self) -> None:
+        """Write down what was sampled since `pushed`: the engines compute what the trainer does."""
+        if self.log:
+            self.log.write_held()
+
+    async def close(self) -> None:
+        if self._stream is not None:
+            await self._stream.close()
+
+    async def _sample(self, step: int) -> StepRollout:
+        """Draw the prompts of a step and collect its rollout under the step's settings."""
+        config = self.config.at(step)
+        rl, rollout = config.rl, config.rollout
+        sampling = Sampling(
+            num_samples=rl.group_size,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_tokens=rollout.max_response_tokens,
+            step=step,
+            weights=weights_at(config.rewards.weights, step),
+            routing=self._routing,
+            with_teacher=self.collector.teacher is not None,
+            stop=tuple(rollout.stop),
+        )
+        num_groups = rl.questions_per_rollout
+        # Drawn before the first await: the next batch may draw while this one is being sampled.
+        draw = partial(self.prompts.next_by_kind, weights=rl.kind_weights)
+        prompts = [] if rl.dynamic_sampling else draw(num_groups)
+        prompts_after = self.prompts.state_dict()
+        log = None
+        if self.log:
+            log = await self.log.step(step, digest_until(self.config.rl.schedule, step))
+        collect = partial(self.collector.collect, sampling=sampling, log=log)
+        if rl.dynamic_sampling:
+            max_rounds = rl.dynamic_sampling_rounds
+            collected = await collect_informative(collect, draw, num_groups, max_rounds)
+            prompts_after = self.prompts.state_dict()
+        else:
+            collected = await collect(prompts)
+        self.collector.check_grades(collected.groups + collected.passed_over)
+        if log is None:
+            return StepRollout(collected, prompts_after)
+        await log.accept()
+        return StepRollout(collected, prompts_after, log.num_recalled)
+
+
+class RolloutStream(Generic[T]):
+    """Samples the rollouts of the steps `first` … `last`, in order."""
+
+    def __init__(
+        self,
+        sample: Callable[[int], Awaitable[T]],
+        first: int,
+        last: int,
+        staleness: int,
+        *,
+        one_at_a_time: bool = False,
+    ):
+        """sample: samples the rollout of a step; called in the order of the steps.
+
+        one_at_a_time: start a rollout only when the one before has ended: where the number of its
+        prompts is not known in advance, and where engines gain nothing from more sequences.
+        Otherwise rollouts overlap: the next one fills the engines while the last long samples of
+        the one before are generated."""
+        self._sample, self._staleness, self._last = sample, staleness, last
+        self._one_at_a_time = one_at_a_time
+        self._next = first
+        self._tasks: dict[int, asyncio.Task[T]] = {}
+
+    def pushed(self, version: int) -> None:
+        """Start the rollouts that may begin now that the engines hold `version`."""
+        while self._next <= min(self._last, version + 1 + self._staleness):
+            before = self._tasks.get(self._next - 1)
+            self._tasks[self._next] = asyncio.create_task(self._start(self._next, before))
+            self._next += 1
+
+    async def take(self, step: int) -> T:
+        """Wait for the rollout of `step` and return it; raises what its sampling raised.
+
+        A later rollout that has failed meanwhile raises only when it is taken itself. Raises
+        ValueError for a rollout that has not begun."""
+        if step not in self._tasks:
+            raise ValueError(f"the rollout of step {step} has not begun: its policy is not pushed")
+        try:
+            return await self._tasks[step]
+        finally:
+            del self._tasks[step]
+
+    async def close(self) -> None:
+        """Cancel the rollouts that were not taken; the engines abort their requests."""
+        tasks, self._tasks = list(self._tasks.values()), {}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _start(self, step: int, before: asyncio.Task[T] | None) -> T:
+        if self._one_at_a_time and before is not None:
+            await asyncio.wait({before})
+        return await self._sample(step)
+
+
+async def collect_informative(
+    collect: Callable[[list[Prompt]], Awaitable[Rollout]],
+    draw: Callable[[int], list[Prompt]],
+    num_groups: int,
+    max_rounds: int,
+) -> Rollout:
+    """Return a rollout of `num_groups` groups, those with different rewards first (dynamic
+    sampling: DAPO, arXiv 2503.14476, section 3.2).
+
+    Where the group is the baseline, a group whose responses all have the same reward has advantage
+    0 everywhere. Without such groups the number of samples behind a gradient stays the same while
+    the policy learns. Rewards are compared before `overlong_punishment`, as the paper
+    compares accuracies. An estimator with another baseline (reinforce, reinforce_pp, ppo) would
+    learn from the groups that are passed over.
+
+    draw: returns that many new prompts. Each of at most `max_rounds` rounds draws a prompt for
+    every group still missing; equal-reward groups then fill the batch up to its size, and the rest
+    of them are `passed_over`. Times are summed over the rounds."""
+    different: list[Group] = []
+    equal: list[Group] = []
+    rounds: list[Rollout] = []
+    while len(different) < num_groups and len(rounds) < max_rounds:
+        rounds.append(await collect(draw(num_groups - len(different))))
+        for group in rounds[-1].groups:
+            (equal if group.has_equal_rewards else different).append(group)
+    num_missing = num_groups - len(different)
+    return replace(
+        rounds[-1],
+        groups=different + equal[:num_missing],
+        passed_over=equal[num_missing:],
+        rollout_seconds=sum(r.rollout_seconds for r in rounds),
+        reward_seconds=sum(r.reward_seconds for r in rounds),
+        teacher_seconds=sum(r.teacher_seconds for r in rounds),
+    )

@@ -1,0 +1,346 @@
+"""The controller's client of the trainer ranks: sends each its samples and calls operations."""
+
+import asyncio
+import contextlib
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
+
+import msgspec
+import zmq
+
+from megatron_r1.base.errors import TrainerError, TrainerLost, UserError
+from megatron_r1.base.processes import timeline
+from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT
+from megatron_r1.base.processes.open_files import allow_open_files
+from megatron_r1.config import Config
+from megatron_r1.config.losses import LossSettings
+from megatron_r1.controller.trainer_calls.packing import Packing, pack, pack_by_prompt, sample_cost
+from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses
+from megatron_r1.controller.trainer_calls.rank_socket import RankSocket
+from megatron_r1.models import read_hf_config
+from megatron_r1.trainer.operations import ModelOperations
+from megatron_r1.trainer.sample import Buffer, ReplicaSamples, Sample, encode_samples
+from megatron_r1.trainer.wire import LOAD, STOP, Call, RankDescription, Reply
+
+P = ParamSpec("P")
+R = TypeVar("R")
+POLL_SECONDS = 0.5
+CONNECTIONS, OTHER_FILES = 2, 600
+"""Open files: connections of each rank, for calls and for its monitor; and those of the run, mostly
+requests to engines, one a group."""
+SENT_AT_ONCE = 128
+"""Calls between which the event loop may do other things: one to every rank takes milliseconds."""
+
+
+def _require_finite(metrics: dict[str, float], names: tuple[str, ...], rate: str) -> None:
+    # A loss of the user's own may have other metrics than "loss"; its gradient has a norm.
+    for name in filter(metrics.__contains__, names):
+        if not math.isfinite(metrics[name]):
+            raise TrainerError(
+                f"{name} is {metrics[name]}: the run stops before it is saved in a checkpoint. "
+                f"The newest checkpoint is good; lower {rate} in a new run"
+            )
+
+
+@dataclass
+class Waiting:
+    """A call in progress. since: time.monotonic(); missing: ranks that have not replied."""
+
+    operation: str
+    since: float
+    missing: set[int]
+
+
+class TrainerClient:
+    """All trainer ranks as one: an operation runs on every rank, and its result is the result of
+    the last pipeline stage."""
+
+    def __init__(
+        self,
+        config: Config,
+        log_folder: Path,
+        bind: str = "tcp://127.0.0.1:*",
+        world_size: int | None = None,
+    ):
+        """bind: the ZeroMQ address that ranks connect to; world_size: the number of ranks, where
+        torchrun starts them."""
+        self.world_size = world_size or config.parallel.processes
+        self.config = config
+        self._bind = bind
+        files = OTHER_FILES + CONNECTIONS * self.world_size
+        allow_open_files(files, f"connections of {self.world_size:,} trainer ranks")
+        self._token = os.environ.get(RANKS_ENVIRONMENT) or secrets.token_hex(32)
+        self.socket = RankSocket(bind, self._token)
+        self.processes = RankProcesses(Path(log_folder))
+        self.ranks: list[RankDescription] = []
+        """The description of each rank, once it has built its model."""
+        self._busy = asyncio.Lock()
+        self.is_usable = True
+        """False during a call and after one that failed: the ranks' state is then unknown."""
+        self.waiting: Waiting | None = None
+        self.num_replies = 0
+        self.num_restarts = 0
+        self._cost = sample_cost(read_hf_config(config.model.path, config.model.head))
+        self._packings: list[Packing] = []
+
+    @property
+    def can_restart(self) -> bool:
+        """Whether this process started the ranks; it cannot restart ranks that torchrun started."""
+        return self.processes.are_ours
+
+    @property
+    def num_parameters(self) -> int:
+        return self.ranks[0]["num_parameters"]
+
+    @property
+    def implementations(self) -> dict[str, str]:
+        """The implementation of each part of a step, over all ranks, because the stages of a
+        pipeline have different parts."""
+        found: dict[str, dict[str, None]] = {}
+        for rank in self.ranks:
+            for part, kind in rank["implementations"].items():
+                found.setdefault(part, {})[kind] = None
+        return {part: "; ".join(kinds) for part, kinds in found.items()}
+
+    @property
+    def data_size(self) -> int:
+        return self.ranks[0]["data_size"]
+
+    def launch(self) -> None:
+        """Start `parallel.processes` ranks on this machine."""
+        self.processes.start(self.config, self.socket.address, self._token)
+
+    async def connect(self) -> None:
+        """Wait until every rank has built its model.
+
+        Raises the error of the first rank that fails: UserError for a user's mistake, else
+        TrainerError."""
+        descriptions = await self._gather("start", self.world_size)
+        self.ranks = cast(list[RankDescription], descriptions)
+
+    async def load(self, minibatches: list[list[Sample]], unit: int = 1) -> dict[str, float]:
+        """Send each model replica its share of every mini-batch, packed into micro-batches.
+
+        unit: number of consecutive samples that stay in one micro-batch, in their order. Returns
+        `packing/waste` and `packing/fill` (`packing.Packing`), `packing/microbatches` per rank and
+        update, and `packing/padding`, the share of padding tokens."""
+        packings, shares = await asyncio.to_thread(self._shares, minibatches, unit)
+        loaded = self._last_stage(await self._everywhere(LOAD, shares=shares))
+        self._packings = packings
+        return {
+            "packing/waste": fmean(p.waste for p in packings),
+            "packing/fill": fmean(p.fill for p in packings),
+            "packing/microbatches": fmean(len(p.shares[0]) for p in packings),
+            **loaded,
+        }
+
+    @timeline.timed("controller/pack")
+    def _shares(
+        self, minibatches: list[list[Sample]], unit: int
+    ) -> tuple[list[Packing], list[list[Buffer]]]:
+        """Return the packing of every mini-batch, and each replica's encoded share of all."""
+        limit = self.config.parallel.microbatch_tokens
+        shares: list[ReplicaSamples] = [[] for _ in range(self.data_size)]
+        packings = [
+            pack_by_prompt(samples, self.data_size, limit, self._cost)
+            if self.config.parallel.share_prompts and unit == 1
+            else pack([len(s) for s in samples], self.data_size, limit, cost=self._cost, unit=unit)
+            for samples in minibatches
+        ]
+        for samples, packing in zip(minibatches, packings, strict=True):
+            for rank, share in enumerate(packing.shares):
+                shares[rank].append([[samples[i] for i in m] for m in share])
+        return packings, [encode_samples(share) for share in shares]
+
+    async def update(
+        self,
+        index: int,
+        loss: str,
+        settings: LossSettings | None,
+        learning_rate: float,
+        temperature: float = 1.0,
+    ) -> dict[str, float]:
+        """Make one optimizer step on mini-batch `index`; return its metrics. Arguments as
+        `Trainer.update`.
+
+        Raises TrainerError when loss or gradient is not finite: the weights are then lost, and the
+        newest checkpoint is from before this step."""
+        metrics = await self.call(
+            ModelOperations.update,
+            index=index,
+            loss=loss,
+            settings=settings,
+            learning_rate=learning_rate,
+            temperature=temperature,
+        )
+        _require_finite(metrics, ("loss", "grad_norm"), "optimizer.learning_rate")
+        return metrics
+
+    async def update_critic(self, index: int, learning_rate: float) -> dict[str, float]:
+        """Make one optimizer step of the critic on mini-batch `index`; return its metrics. Errors
+        as `update`. The operations `compute_values` and `compute_token_advantages` come first."""
+        metrics = await self.call(
+            ModelOperations.update_critic, index=index, learning_rate=learning_rate
+        )
+        _require_finite(metrics, ("value/loss", "value/grad_norm"), "critic.learning_rate")
+        return metrics
+
+    async def sample_scores(self) -> list[list[float]]:
+        """Return a score model's scores of the loaded samples, in the order given to `load`:
+        result[mini-batch][sample]."""
+        replies = await self.call_all(ModelOperations.sample_scores)
+        result = [[math.nan] * sum(map(len, chain(*p.shares))) for p in self._packings]
+        for rank, reply in zip(self.ranks, replies, strict=True):
+            for scores, packing, by_microbatch in zip(
+                result, self._packings, reply["scores"], strict=True
+            ):
+                members = packing.shares[rank["data_rank"]]
+                for i, score in zip(chain(*members), chain(*by_microbatch), strict=False):
+                    scores[i] = score
+        return result
+
+    async def call(
+        self, operation: Callable[Concatenate[Any, P], R], *_: P.args, **arguments: P.kwargs
+    ) -> R:
+        """Run `operation`, a method of a protocol in `trainer.operations`, on every rank; return
+        the result of the last pipeline stage."""
+        results = await self._everywhere(operation.__name__, arguments)
+        return cast(R, self._last_stage(results))
+
+    async def call_all(
+        self,
+        operation: Callable[Concatenate[Any, P], R],
+        begun: Callable[[], object] | None = None,
+        *_: P.args,
+        **arguments: P.kwargs,
+    ) -> list[R]:
+        """Run `operation` on every rank; return all results, by rank. begun: called when earlier
+        calls are done and this one starts."""
+        return cast(list[R], await self._everywhere(operation.__name__, arguments, begun=begun))
+
+    async def probe(
+        self, sequences: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]]
+    ) -> float:
+        """Return the mean absolute difference between the engine's and the trainer's
+        log-probabilities of the sampled tokens.
+
+        sequences: (prompt_ids, response_ids, logprobs) of each."""
+        samples = [Sample.pack(*sequence) for sequence in sequences]
+        return (await self.call(ModelOperations.probe, samples=samples))["probe/mean"]
+
+    async def restart(self) -> None:
+        """Kill the remaining ranks and start all again, with their initial weights; return when
+        they have built their model. Raises as `connect`."""
+        assert self.can_restart, "torchrun started the ranks"
+        self.num_restarts += 1
+        await asyncio.to_thread(self.kill)
+        self.socket.close()
+        self.socket = RankSocket(self._bind, self._token)
+        self.processes.clear()
+        self.ranks = []
+        self.launch()
+        await self.connect()
+        self.is_usable = True
+
+    async def close(self) -> None:
+        if self.ranks and self.processes.are_alive and self.is_usable:
+            with contextlib.suppress(TimeoutError, TrainerError):
+                await asyncio.wait_for(self._everywhere(STOP), timeout=10)
+            self.processes.stop()
+        self.kill()
+        self.socket.close()
+
+    def kill(self) -> None:
+        """Kill all ranks at once, also stopped or stuck ones."""
+        self.processes.kill()
+
+    async def _everywhere(
+        self,
+        operation: str,
+        arguments: dict[str, Any] | None = None,
+        shares: list[list[Buffer]] | None = None,
+        begun: Callable[[], object] | None = None,
+    ) -> list[dict[str, Any]]:
+        await self._busy.acquire()
+        if begun is not None:
+            begun()
+        # The caller may be cancelled from here on. The exchange goes on all the same: its replies
+        # would otherwise be taken for those to the next call.
+        exchange = asyncio.create_task(self._exchange(operation, arguments, shares))
+        exchange.add_done_callback(self._end_exchange)
+        return await asyncio.shield(exchange)
+
+    def _end_exchange(self, exchange: asyncio.Task[Any]) -> None:
+        self._busy.release()
+        if not exchange.cancelled():
+            exchange.exception()  # mark as retrieved, also where the caller was cancelled
+
+    async def _exchange(
+        self,
+        operation: str,
+        arguments: dict[str, Any] | None,
+        shares: list[list[Buffer]] | None,
+    ) -> list[dict[str, Any]]:
+        if not self.ranks:
+            raise TrainerLost(f"the ranks are starting again, and cannot be asked for {operation}")
+        call = msgspec.msgpack.encode(Call(operation, arguments or {}))
+        for rank, description in enumerate(self.ranks):
+            if rank % SENT_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            share: list[Buffer] = []
+            if shares and description["leads_replica"]:
+                share = shares[description["data_rank"]]
+            try:
+                await self.socket.send(rank, call, share)
+            except zmq.ZMQError:
+                self.is_usable = False
+                raise TrainerLost(self.processes.cause_of_death(rank, operation)) from None
+        self.is_usable = False
+        replies = await self._gather(operation, len(self.ranks))
+        self.is_usable = True
+        return replies
+
+    def _last_stage(self, replies: list[dict[str, Any]]) -> dict[str, Any]:
+        return next(replies[r["rank"]] for r in self.ranks if r["last_stage"])
+
+    async def _gather(self, operation: str, count: int) -> list[dict[str, Any]]:
+        """Return the results by rank. Raises the error of the first rank that fails."""
+        replies: dict[int, dict[str, Any]] = {}
+        self.waiting = Waiting(operation, time.monotonic(), set(range(count)))
+        try:
+            while self.waiting.missing:
+                reply = await self.socket.reply(POLL_SECONDS)
+                if reply is None:
+                    lost = self.processes.first_ended(set(replies))
+                    # The last reply of a rank that died may have arrived since.
+                    reply = await self.socket.reply(POLL_SECONDS) if lost is not None else None
+                    if reply is None and lost is not None:
+                        raise TrainerLost(self.processes.cause_of_death(lost, operation))
+                if reply is not None:
+                    if reply.error is not None:
+                        await self._fail(reply, operation)
+                    replies[reply.rank] = reply.result or {}
+                    self.waiting.missing.discard(reply.rank)
+                    self.num_replies += 1
+        finally:
+            self.waiting = None
+        return [replies[rank] for rank in range(count)]
+
+    async def _fail(self, reply: Reply, operation: str) -> NoReturn:
+        """Raise the error of `reply` to a call of `operation`, or, if another rank was killed, that
+        cause of the error."""
+        assert reply.error is not None
+        if reply.is_mistake:
+            raise UserError(reply.error, key=reply.key, cause=reply.cause)
+        await asyncio.sleep(POLL_SECONDS)
+        killed = self.processes.first_killed()
+        cause = reply.error if killed is None else self.processes.cause_of_death(killed, operation)
+        raise TrainerLost(cause)

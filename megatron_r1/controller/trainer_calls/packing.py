@@ -1,0 +1,205 @@
+"""Distributes samples over data-parallel ranks and micro-batches.
+
+Samples are packed end to end without padding. Every rank runs the same number of micro-batches
+(pipeline and expert collectives require it), and all ranks run micro-batch m at the same time, so
+the cost of micro-batch m, not its tokens, should be equal on every rank. The size of a micro-batch
+is limited in tokens, which determine its memory.
+
+The cost of a sample is its compute. A token costs 2 P products forward, P the parameters it passes,
+and 2 L h (d_qk + d_v) / 2 for each token it attends to, half of the sample on average (L layers, h
+heads). So a sample of s tokens costs s (1 + s / s_0) in units of one token without attention, where
+s_0 = 2 P / (L h (d_qk + d_v)) is the length at which attention costs as much as all else. For
+DeepSeek-V3 s_0 is about 30,000 tokens: a sample of 65,536 costs as much as thirteen of 10,000, not
+as much as seven."""
+
+import heapq
+from collections.abc import Callable, Iterable
+from itertools import count
+from math import prod
+from typing import NamedTuple
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import Config
+from megatron_r1.models.hf_config import head_sizes
+from megatron_r1.models.weights import hf_tensors
+from megatron_r1.reporting.wording import counted
+from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.shared_prompts import by_prompt
+
+Bins = list[list[int]]
+"""The samples of each micro-batch, as indices."""
+
+
+class Packing(NamedTuple):
+    """An assignment of samples to ranks and micro-batches.
+
+    shares[rank][m]: indices of the samples of micro-batch m on that rank. waste: the share of all
+    ranks' time spent waiting for the rank with the costliest micro-batch. fill: mean of tokens per
+    micro-batch / limit."""
+
+    shares: list[Bins]
+    waste: float
+    fill: float
+
+
+def pack(
+    lengths: list[int],
+    num_ranks: int,
+    limit: int,
+    *,
+    cost: Callable[[int], float] = float,
+    unit: int = 1,
+) -> Packing:
+    """Distribute samples of `lengths` tokens over `num_ranks` ranks.
+
+    limit: tokens of a micro-batch; only a sample longer than that exceeds it, and is then alone.
+    cost: length -> cost of a sample (`sample_cost`). unit: number of consecutive samples that stay
+    together, in their order (a pair of responses). There are as few micro-batches as a greedy
+    packing needs: more never waste less (measured on log-normal lengths). A micro-batch is empty
+    only where there are too few samples. Raises UserError when there are fewer samples, or units,
+    than ranks."""
+    starts = range(0, len(lengths), unit)
+    costs = [sum(cost(length) for length in lengths[i : i + unit]) for i in starts]
+    lengths = [sum(lengths[i : i + unit]) for i in starts]
+    if len(lengths) < num_ranks:
+        samples = "samples" if unit == 1 else f"units of {unit} samples"
+        raise UserError(
+            f"{len(lengths)} {samples} cannot be spread over {num_ranks} data-parallel ranks: "
+            "use larger mini-batches (fewer rl.minibatches, a larger sft.batch_size or "
+            "reward_model.batch_size) or fewer parallel.processes",
+            key="parallel.processes",
+            cause=Cause.TOO_LARGE,
+        )
+    fewest = -(-sum(lengths) // (num_ranks * limit))
+    for per_rank in count(fewest):
+        bins = _costliest_first(costs, lengths, num_ranks * per_rank, limit)
+        if all(len(b) <= 1 or sum(lengths[i] for i in b) <= limit for b in bins):
+            shares, waste, fill = _side_by_side(bins, lengths, costs, num_ranks, limit)
+            whole = [
+                [[i * unit + k for i in m for k in range(unit)] for m in own] for own in shares
+            ]
+            return Packing(whole, waste, fill)
+    raise AssertionError("one bin for every sample always fits")
+
+
+def _side_by_side(
+    bins: Bins, lengths: list[int], costs: list[float], num_ranks: int, limit: int
+) -> Packing:
+    """Put bins of similar cost at the same m on all ranks, the costliest first."""
+    totals = {id(b): sum(costs[i] for i in b) for b in bins}
+    ordered = sorted(bins, key=lambda b: -totals[id(b)])
+    rows = [ordered[i : i + num_ranks] for i in range(0, len(ordered), num_ranks)]
+    waited = num_ranks * sum(totals[id(row[0])] for row in rows)
+    # The rank that has the costliest of one row gets the cheapest of the next.
+    shares = [
+        [row[rank if m % 2 == 0 else num_ranks - 1 - rank] for m, row in enumerate(rows)]
+        for rank in range(num_ranks)
+    ]
+    waste = 1 - sum(totals.values()) / waited if waited else 0.0
+    return Packing(shares, max(0.0, waste), sum(lengths) / (limit * len(bins)))
+
+
+def _costliest_first(costs: list[float], lengths: list[int], num_bins: int, limit: int) -> Bins:
+    """Put each sample, the costliest first, into the cheapest bin that has room for it."""
+    members: Bins = [[] for _ in range(num_bins)]
+    tokens = [0] * num_bins
+    heap = [(0.0, b) for b in range(num_bins)]
+    for sample in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        full = []
+        while heap:
+            total, best = heapq.heappop(heap)
+            if not members[best] or tokens[best] + lengths[sample] <= limit:
+                break
+            full.append((total, best))
+        else:
+            total, best = full.pop(0)  # no bin has room: the caller tries more bins
+        members[best].append(sample)
+        tokens[best] += lengths[sample]
+        for entry in (*full, (total + costs[sample], best)):
+            heapq.heappush(heap, entry)
+    return members
+
+
+def pack_by_prompt(
+    samples: list[Sample], num_ranks: int, limit: int, cost: Callable[[int], float]
+) -> Packing:
+    """Return `packing.pack` of the samples, in units of samples with the same prompt, whose tokens
+    count once.
+
+    A unit has at most `limit` tokens; where there would be fewer units than ranks, every sample is
+    a unit. cost: the argument of `pack`."""
+    units = [unit for members in by_prompt(samples) for unit in _within(samples, members, limit)]
+    if len(units) < num_ranks:
+        units = [[i] for i in range(len(samples))]
+    lengths = [_shared_length(samples, unit) for unit in units]
+    packing = pack(lengths, num_ranks, limit, cost=cost)
+    shares = [[[i for u in m for i in units[u]] for m in own] for own in packing.shares]
+    return packing._replace(shares=shares)
+
+
+def _within(samples: list[Sample], members: Iterable[int], limit: int) -> list[list[int]]:
+    """Cut samples of one prompt, in order, into units of at most `limit` tokens, or one sample."""
+    units: list[list[int]] = []
+    for member in members:
+        if units and _shared_length(samples, [*units[-1], member]) <= limit:
+            units[-1].append(member)
+        else:
+            units.append([member])
+    return units
+
+
+def _shared_length(samples: list[Sample], unit: list[int]) -> int:
+    saved = samples[unit[0]].prompt_length - 1
+    return sum(len(samples[i]) for i in unit) - saved * (len(unit) - 1)
+
+
+def check_batches(config: Config, verb: str, world_size: int, rank: str = "trainer rank") -> None:
+    """Raise UserError where an optimizer step of rl, sft or reward-model has too few samples for
+    the data-parallel ranks among `world_size`. rank: what one of these is called."""
+    rl, replicas, item = config.rl, config.parallel.num_replicas(world_size), "sample"
+    if verb == "rl":
+        num_samples = rl.questions_per_rollout * rl.group_size // rl.minibatches
+        key, more = "rl.questions_per_rollout", "raise rl.questions_per_rollout"
+        if rl.minibatches > 1:
+            key, more = "rl.minibatches", f"lower rl.minibatches={rl.minibatches}"
+    else:
+        section = verb.replace("-", "_")
+        key, num_samples = f"{section}.batch_size", getattr(config, section).batch_size
+        more = f"raise {key}"
+        if verb == "reward-model" and config.reward_model.kind == "pairwise":
+            item = "pair"  # stays together on one rank (`unit` of `pack`)
+    if num_samples < replicas:
+        most = num_samples * (world_size // replicas)
+        raise UserError(
+            f"{counted(num_samples, item)} of an optimizer step cannot be spread over "
+            f"{replicas:,} data-parallel ranks; {more}, raise parallel.context, .tensor or "
+            f".pipeline, or use at most {counted(most, rank)}",
+            key=key,
+            cause=Cause.OUT_OF_RANGE,
+        )
+
+
+def sample_cost(hf: dict) -> Callable[[int], float]:
+    """Return the function length in tokens -> cost, in tokens without attention, for model `hf`."""
+    balance = balance_length(hf)
+    return lambda length: length * (1 + length / balance)
+
+
+def balance_length(hf: dict) -> float:
+    """Return s_0: the number of tokens at which attention costs as much as everything else."""
+    width = hf["num_attention_heads"] * sum(head_sizes(hf))
+    return 2 * active_parameters(hf) / (hf["num_hidden_layers"] * width)
+
+
+def active_parameters(hf: dict) -> float:
+    """Return the number of weights that one token is multiplied with: its routed experts and the
+    head count, the embedding and the multi-token-prediction layers do not."""
+    experts, chosen = hf.get("n_routed_experts"), hf.get("num_experts_per_tok")
+    tied = hf.get("tie_word_embeddings")
+    total = 0.0
+    for name, (shape, _) in hf_tensors(hf, with_mtp=False).items():
+        if len(shape) < 2 or (name == "model.embed_tokens.weight" and not tied):
+            continue
+        share = chosen / experts if experts and ".mlp.experts." in name else 1.0
+        total += prod(shape) * share
+    return total

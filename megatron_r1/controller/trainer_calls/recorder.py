@@ -1,0 +1,204 @@
+"""Records a run (folder, checkpoints, trackers, terminal) and restores where it was left."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.processes import timeline
+from megatron_r1.config import Config
+from megatron_r1.controller.trainer_calls.checkpoint_series import CheckpointSeries
+from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.reporting.live import LiveView
+from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.reporting.tensorboard import TensorBoardLog
+from megatron_r1.reporting.trackers import TrackerSet, check_trackers
+from megatron_r1.reporting.trackers.base import TrackedRun
+from megatron_r1.reporting.wording import shown_metrics
+from megatron_r1.trainer.checkpoints import finding
+
+
+@dataclass
+class RunState:
+    """The controller's state across restarts; saved inside every checkpoint.
+
+    step: finished steps; optimizer_step: finished updates, which the learning rate depends on;
+    sampler: position in the data; rewards: counters of reward workers and services since the run
+    began (`RewardPool.snapshot`)."""
+
+    step: int = 0
+    optimizer_step: int = 0
+    sampler: dict[str, Any] = field(default_factory=dict)
+    rewards: dict[str, int] = field(default_factory=dict)
+
+
+class Recorder:
+    """Continues a locked run folder from its newest checkpoint and records the steps that follow.
+
+    What a kill left behind (a torn line, a half-written checkpoint, steps after the newest
+    checkpoint) is cut off first, so that every step is in every file exactly once."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: Config,
+        *,
+        may_change: Sequence[str],
+        title: str,
+        facts: Sequence[str] = (),
+    ):
+        """may_change: settings that may differ from the folder's. title, facts: for the terminal.
+
+        Raises UserError for other settings than the run's, or if no checkpoint is undamaged."""
+        # First, so that a mistake is not recorded as the run's settings.
+        start = config.model.checkpoint
+        note = finding.check_start(Path(start)) if start else None
+        keep_finished_steps(folder, config)
+        steps_before = folder.read_config().get("run", {}).get("steps")
+        folder.write_config(config.model_dump(), may_change, Config().model_dump())
+        self.folder = folder
+        self.state = RunState()
+        check_trackers(config.run.trackers)
+        self._with_tensorboard = "tensorboard" in config.run.trackers
+        self._tensorboard: TensorBoardLog | None = None
+        self._last_step = config.run.steps
+        self._shown = partial(shown_metrics, weights=config.rewards.weights)
+        self.latest: Mapping[str, Any] = {}
+        """The metrics line of the newest step of this process."""
+        notes = [note] if note else []
+        self.checkpoints = CheckpointSeries(folder.checkpoints, config.checkpoint, notes.append)
+        recorded = folder.last_step()
+        self._go_back()
+        if recorded or self.resumed:
+            notes.append(continuation(config, self.state.step, recorded, steps_before))
+        history = map(self._shown, folder.read_metrics())
+        self.view = LiveView(title, config.run.steps, facts=facts, history=history)
+        for line in folder.read_evaluations():
+            self.view.evaluation(self._shown(line))
+        for note in notes:
+            self.view.message(note)
+        self.checkpoints.notify = self.view.message
+        tracked = TrackedRun(folder.path, config.run.project, config.model_dump(mode="json"))
+        self._trackers = TrackerSet(config.run.trackers, tracked, self.view.message)
+        self._trackers.history(folder.read_metrics(), folder.read_evaluations())
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the run continues from a checkpoint."""
+        return self.checkpoints.latest is not None
+
+    async def load(self, trainer: TrainerClient, reference: bool) -> None:
+        """Load the newest checkpoint into the trainer; go further back where it is damaged.
+
+        reference: whether it holds a reference policy. Raises UserError when none is good."""
+        newest = self.checkpoints.latest
+        await self.checkpoints.verify(trainer)
+        if self.checkpoints.latest != newest:
+            self._rewind()
+        await self.checkpoints.load(trainer, reference)
+
+    def go_back(self) -> None:
+        """Return to the newest checkpoint, after the ranks were lost with the steps after it."""
+        self.checkpoints.start_again()
+        self._rewind()
+
+    @timeline.timed("controller/write files")
+    def step(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+        """Record a finished step in all files and on the terminal."""
+        self.folder.append_samples(samples)
+        self.folder.append_metrics(metrics)
+        if self._tensorboard:
+            self._tensorboard.write(metrics)
+        self._trackers.step(metrics)
+        self.view.step(self._shown(metrics), samples)
+        self.latest = dict(metrics)
+
+    def advise(self, step: int, sentences: Mapping[str, str]) -> None:
+        """Show and keep what should be changed, each topic once a run. sentences: by topic."""
+        for topic, text in sentences.items():
+            if topic not in self._advised:
+                self.folder.append_advice({"step": step, "topic": topic, "text": text})
+                self.view.message(f"step {step}: {text}")
+                self._advised.add(topic)
+
+    def evaluation(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+        """Record a held-out evaluation: "step" and "eval/…"."""
+        self.folder.append_samples(samples)
+        self.folder.append_evaluation(metrics)
+        if self._tensorboard:
+            self._tensorboard.write(metrics)
+        self._trackers.evaluation(metrics)
+        self.view.evaluation(self._shown(metrics))
+
+    async def save(self, trainer: TrainerClient) -> None:
+        """Have the trainer start to write this step's checkpoint."""
+        await self.checkpoints.save(trainer, self.state.step, asdict(self.state))
+
+    def close(self, outcome: str = "finished") -> None:
+        if self._tensorboard:
+            self._tensorboard.close()
+        self._trackers.close(self.state.step >= self._last_step)
+        self.view.close(outcome)
+
+    def _rewind(self) -> None:
+        if self._tensorboard:
+            self._tensorboard.close()
+        self._go_back()
+        lines = self.folder.read_metrics(), self.folder.read_evaluations()
+        self.view.rewind(*(map(self._shown, each) for each in lines))
+
+    def _go_back(self) -> None:
+        """Take the state of the newest checkpoint and cut every file back to its step."""
+        saved = self.checkpoints.state()
+        vars(self.state).update(vars(RunState(**saved or {})))
+        self.folder.truncate_after(self.state.step if self.resumed else -1)
+        self._advised = {line["topic"] for line in self.folder.read_advice()}
+        purge = self.state.step + 1 if self.resumed else None
+        if self._with_tensorboard:
+            self._tensorboard = TensorBoardLog(self.folder.tensorboard, purge_step=purge)
+
+
+def keep_finished_steps(folder: RunFolder, config: Config) -> None:
+    """Raise UserError where `run.steps` is less than the steps that a run has finished, and those
+    beyond it would be lost: they are newer than the newest checkpoint, and not done again."""
+    newest, _ = finding.newest(folder.checkpoints, "none")
+    kept = finding.step_of(newest) if newest else 0
+    recorded, steps = folder.last_step(), config.run.steps
+    if recorded > max(kept, steps):
+        raise UserError(
+            f"run.steps: {steps} is less than the {recorded} steps that {folder.path} has "
+            f"finished, and its newest checkpoint is of step {kept}: the run would lose "
+            f"{_steps(max(kept, steps) + 1, recorded)}. Set run.steps to {recorded} or more, or "
+            "give another run.folder",
+            key="run.steps",
+            cause=Cause.CONFLICT,
+        )
+
+
+def continuation(config: Config, kept: int, recorded: int, steps_before: int | None) -> str:
+    """Return a line that says what of a run is kept, what is done again, and why.
+
+    kept: the step of the checkpoint that the run continues from, 0 without one. recorded: the last
+    step that was finished. steps_before: `run.steps` until now."""
+    steps, every = config.run.steps, config.checkpoint.every
+    parts = [f"continuing after step {kept}"]
+    if kept:
+        parts.append(f"{_steps(1, kept)} kept, with their checkpoint")
+    else:
+        parts = [f"starting over: no checkpoint was written yet (checkpoint.every: {every})"]
+    if recorded > kept:
+        why = "newer than the checkpoint" if kept else "lost with the trainer"
+        parts.append(f"{_steps(kept + 1, recorded)} done again: {why}")
+    if steps_before not in (None, steps):
+        parts.append(f"run.steps was {steps_before} and is {steps}")
+    if kept >= steps:
+        parts.append("no step is left to do")
+    elif max(kept, recorded) < steps:
+        parts.append(f"{_steps(max(kept, recorded) + 1, steps)} to do")
+    return "; ".join(parts)
+
+
+def _steps(first: int, last: int) -> str:
+    return f"step {first}" if first == last else f"steps {first} to {last}"

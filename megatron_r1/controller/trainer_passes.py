@@ -1,0 +1,136 @@
+"""The trainer's passes over a rollout, each with the settings that the recipe gives it, and the
+samples that they are over: one a response, or one a branch of an episode."""
+
+import math
+from functools import cached_property
+from itertools import accumulate
+
+from megatron_r1.base.processes import timeline
+from megatron_r1.config import Config
+from megatron_r1.controller import algorithms
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
+from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.controller.trainer_calls.recorder import RunState
+from megatron_r1.controller.trainer_calls.schedule import learning_rate
+from megatron_r1.trainer.operations import ModelOperations
+from megatron_r1.trainer.sample import Sample
+
+
+class TrainerPasses:
+    """Runs the passes of `rl.algorithm` on the trainer; each returns metrics.
+
+    The samples stay with the trainer, from `load` to the next `load`. state: counts the policy's
+    updates. run_config: the run's settings. Every pass also takes `config`, those of its step,
+    which `rl.schedule` may have changed."""
+
+    def __init__(self, config: Config, trainer: TrainerClient, state: RunState):
+        self.run_config, self.trainer, self.state = config, trainer, state
+        self.algorithm = algorithms.find(config.rl.algorithm)
+        self.uses_reference = config.uses_reference
+
+    async def load(self, minibatches: list[list[Sample]]) -> dict[str, float]:
+        """Send the samples of a rollout to the trainer."""
+        return await self.trainer.load(minibatches)
+
+    async def compute_logprobs(self, config: Config) -> dict[str, float]:
+        """Compute every token's log-probability under π_old and π_ref.
+
+        The first mini-batch's under π_old come with its update, which starts from π_old, unless
+        token advantages need them earlier or replayed routing is measured before."""
+        has_token_advantages = self.algorithm.token_advantages is not None
+        return await self.trainer.call(
+            ModelOperations.compute_logprobs,
+            temperature=config.rollout.temperature,
+            reference=config.rl.kl_beta > 0,
+            first_minibatch=has_token_advantages or config.rl.routing_replay,
+        )
+
+    async def compute_values(self) -> None:
+        """Compute the critic's value of every token, if the algorithm has a critic."""
+        if self.algorithm.rules.critic:
+            await self.trainer.call(ModelOperations.compute_values)
+
+    async def compute_token_advantages(self, config: Config) -> None:
+        """Replace the responses' advantages by one per token, if the algorithm defines that."""
+        if (function := self.algorithm.token_advantages) is not None:
+            await self.trainer.call(
+                ModelOperations.compute_token_advantages,
+                function=function,
+                settings=config.rl.token_settings,
+            )
+
+    async def compare_with_engines(self) -> dict[str, float]:
+        """Compare the engines' log-probabilities with those under π_old."""
+        return await self.trainer.call(ModelOperations.compare_with_engines)
+
+    async def update_policy(self, config: Config, index: int) -> dict[str, float]:
+        """Take one optimizer step of the policy on mini-batch `index`."""
+        self.state.optimizer_step += 1
+        rate = learning_rate(config.optimizer, self.state.optimizer_step, self.num_policy_updates)
+        settings = config.rl.loss_settings(config.rollout.max_response_tokens)
+        metrics = await self.trainer.update(
+            index, self.algorithm.loss, settings, rate, config.rollout.temperature
+        )
+        return {**metrics, "learning_rate": rate}
+
+    async def update_critic(self, config: Config, index: int, step: int) -> dict[str, float]:
+        """Take one optimizer step of the critic on mini-batch `index` of training step `step`. Its
+        learning rate decays as the policy's does, over all steps of the run."""
+        settings = config.optimizer.model_copy(
+            update={"learning_rate": config.critic.learning_rate}
+        )
+        update = self.run_config.updates_before(step) + index + 1
+        total = self.run_config.updates_before(self.run_config.run.steps + 1)
+        rate = learning_rate(settings, update, total)
+        return await self.trainer.update_critic(index, rate)
+
+    @cached_property
+    def num_policy_updates(self) -> int:
+        """Updates of the policy in the whole run."""
+        return self.run_config.num_policy_updates
+
+    async def refresh_reference_if_due(self, config: Config) -> None:
+        """Replace the reference by the policy every `rl.reference_refresh` optimizer steps."""
+        rl, done = config.rl, self.state.optimizer_step
+        every = rl.reference_refresh
+        if not (self.uses_reference and every and done):  # 0: only a critic has been updated yet
+            return
+        if done // every > (done - rl.minibatches) // every:
+            await self.trainer.call(ModelOperations.keep_reference)
+
+
+@timeline.timed("controller/samples")
+def training_samples(groups: list[Group], advantages: list[list[float]]) -> list[list[Sample]]:
+    """Return the trainer's samples of every response, in the groups' order: one with the response's
+    advantage, or, of an episode of several turns, one for each of its branches. A response of no
+    token, which has nothing to learn, is not trained on (advantage NaN)."""
+    return [
+        _samples(group.prompt_ids, graded, advantage)
+        for group, group_advantages in zip(groups, advantages, strict=True)
+        for graded, advantage in zip(group.responses, group_advantages, strict=True)
+    ]
+
+
+def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) -> list[Sample]:
+    response, scores = graded.response, graded.teacher_logprobs
+    branches = graded.episode.branches if graded.episode else []
+    if not branches:  # a single turn, or an episode in which nothing was sampled
+        sampled = prompt_ids, response.token_ids, response.logprobs
+        advantage = advantage if len(response.token_ids) else math.nan
+        return [Sample.pack(*sampled, advantage, response.routing, scores)]
+    counts = [branch.is_sampled.count(1) for branch in branches]
+    return [
+        Sample.pack_branch(
+            branch.token_ids,
+            branch.is_sampled,
+            branch.logprobs,
+            advantage,
+            weight=count / sum(counts),
+            num_trajectories=int(number == 0),
+            routing=branch.routing,
+            teacher=None if scores is None else scores[end - count : end],
+        )
+        for number, (branch, count, end) in enumerate(
+            zip(branches, counts, accumulate(counts), strict=True)
+        )
+    ]

@@ -1,0 +1,174 @@
+"""Assigns groups to engines: which engine gets which group, and when.
+
+Groups wait here, not in the engines: an engine gets a little more than it can decode at once, and
+more as it finishes. So a slow engine gets fewer groups by itself, and the share of a dead one
+goes to the others. A group is one request to one engine, which computes its prompt once.
+
+Of the waiting groups, those of the earlier batch come first, and in it those expected to take
+longest, so that what is left for the end of a batch is short. Each goes to the engine with the
+fewest expected tokens in flight; a turn of a conversation rather to the one that has its beginning
+in its cache (`Affinity`)."""
+
+import asyncio
+import heapq
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from megatron_r1.engines.fleet.engine import Engine
+from megatron_r1.engines.fleet.lengths import ExpectedLength
+
+SLACK = 0.25
+"""Sequences beyond what an engine decodes at once, as a share of it: they wait in the engine, so
+that it is never idle between two groups."""
+UNKNOWN_SHARE = 0.5
+"""Share of a group's sequences that run on average, before any length is known (`Work.occupied`).
+For geometric lengths and groups of 16 it is about 0.3 (docs/learned.md): counting a group as all of
+its sequences would leave an engine mostly idle."""
+PROMPT_TOKEN_COST = 0.1
+"""Cost of a prompt token, in tokens of response: all of a prompt's are computed together, and once
+for a group, while each token of a response reads the weights anew."""
+
+
+@dataclass
+class Affinity:
+    """The engine that had the earlier turns of a conversation, or of one with the same beginning.
+
+    origin: the affinity shared by all conversations with the same first prompt. Until this one has
+    an engine, it prefers theirs, whose cache has that prompt."""
+
+    engine: Engine | None = None
+    origin: "Affinity | None" = None
+
+    @property
+    def preferred(self) -> Engine | None:
+        return self.origin.engine if self.engine is None and self.origin else self.engine
+
+    def assigned(self, engine: Engine) -> None:
+        self.engine = engine
+        if self.origin is not None and self.origin.engine is None:
+            self.origin.engine = engine
+
+
+@dataclass
+class Work:
+    """One group to sample, or one sequence to score. order: work with a lower number goes first.
+    affinity: the engine that has the earlier turns of the same conversation. avoid: engines that
+    failed at this work."""
+
+    num_sequences: int
+    prompt_tokens: int
+    expected: ExpectedLength
+    order: int = 0
+    avoid: set[Engine] = field(default_factory=set)
+    affinity: Affinity | None = None
+
+    @property
+    def tokens(self) -> float:
+        """Expected cost, in tokens of response."""
+        return PROMPT_TOKEN_COST * self.prompt_tokens + self.num_sequences * self.expected.mean
+
+    @property
+    def occupied(self) -> float:
+        """Return the mean number of sequences this group keeps in an engine until its last response
+        ends."""
+        if not self.expected.num_groups:
+            return self.num_sequences * UNKNOWN_SHARE
+        share = self.expected.mean / max(self.expected.longest, 1.0)
+        return max(1.0, self.num_sequences * share)
+
+
+Priority = tuple[int, bool, float, int]
+"""(order, not repeated, -expected longest, arrival): the lowest goes first."""
+
+
+class Dispatcher:
+    """Assigns an engine to each `acquire`, in order of priority."""
+
+    def __init__(self, capacity: int) -> None:
+        """capacity: sequences an engine decodes at once."""
+        self.limit = capacity * (1 + SLACK)
+        self.engines: list[Engine] = []
+        self._waiting: list[tuple[Priority, Work, asyncio.Future[Engine]]] = []
+        self._arrivals = itertools.count()
+        self._is_scheduled = False
+
+    def use(self, engines: Iterable[Engine]) -> None:
+        """Set the engines that receive work."""
+        self.engines = list(engines)
+        self._schedule()
+
+    async def acquire(self, work: Work) -> Engine:
+        """Wait until an engine is assigned to `work`, and return the engine; `release` it after
+        use. Raises the error that `fail` was given."""
+        future = asyncio.get_running_loop().create_future()
+        priority = (work.order, not work.avoid, -work.expected.longest, next(self._arrivals))
+        heapq.heappush(self._waiting, (priority, work, future))
+        self._schedule()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            # It was assigned in the same turn in which its caller was cancelled.
+            if future.done() and not future.cancelled() and not future.exception():
+                self.release(future.result(), work)
+            raise
+
+    def release(self, engine: Engine, work: Work) -> None:
+        """Record that `engine` is no longer busy with `work`."""
+        engine.num_running -= work.num_sequences
+        engine.num_occupied -= work.occupied
+        engine.tokens_expected -= work.tokens
+        self._schedule()
+
+    def fail(self, error: Exception) -> None:
+        """Raise `error` in every waiting `acquire`."""
+        for _, _, future in self._waiting:
+            if not future.done():
+                future.set_exception(error)
+        self._waiting = []
+
+    def _schedule(self) -> None:
+        # In the next turn of the event loop all groups of a batch have arrived, and can be ordered.
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._assign)
+
+    def _assign(self) -> None:
+        """Assign engines to waiting work while an engine has room. Work that avoids all engines
+        with room is passed by the work behind it."""
+        self._is_scheduled = False
+        passed = []
+        while self._waiting and any(self._has_room(engine) for engine in self.engines):
+            entry = heapq.heappop(self._waiting)
+            _, work, future = entry
+            if future.done():  # its caller was cancelled
+                continue
+            engine = self._engine_for(work)
+            if engine is None:
+                passed.append(entry)
+                continue
+            if work.affinity is not None:
+                work.affinity.assigned(engine)
+            engine.num_running += work.num_sequences
+            engine.num_occupied += work.occupied
+            engine.tokens_expected += work.tokens
+            future.set_result(engine)
+        for entry in passed:
+            heapq.heappush(self._waiting, entry)
+
+    def _engine_for(self, work: Work) -> Engine | None:
+        """Return the least loaded engine with room; None if there is none. An engine that failed
+        at `work` is returned only if there are no other engines. The engine that has the prompt in
+        its cache counts as less loaded by the cost of the prompt."""
+        others = [engine for engine in self.engines if engine not in work.avoid]
+        free = [engine for engine in others or self.engines if self._has_room(engine)]
+        preferred = work.affinity.preferred if work.affinity else None
+        saved = PROMPT_TOKEN_COST * work.prompt_tokens
+        return min(
+            free,
+            key=lambda e: (e.tokens_expected - saved * (e is preferred), e is not preferred),
+            default=None,
+        )
+
+    def _has_room(self, engine: Engine) -> bool:
+        return engine.num_occupied < self.limit

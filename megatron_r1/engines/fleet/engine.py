@@ -1,0 +1,154 @@
+"""One engine of a fleet: a server, its client, its load, and how its death is noticed."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from megatron_r1.engines.fleet.pace import Pace
+from megatron_r1.engines.server.client import EngineClient
+from megatron_r1.engines.server.errors import (
+    ConnectionBroken,
+    EngineDied,
+    EngineError,
+    EngineTimeout,
+)
+from megatron_r1.engines.server.server import Server
+
+T = TypeVar("T")
+MakeServer = Callable[..., Server]
+"""Makes a server from (model folder, log path, **engine settings): `EngineServer`, or
+`placement.server_maker(pool)` for engines on other hosts."""
+
+LAST_WORDS_SECONDS = 10.0
+"""How long a failed request waits to see whether its engine has died: a server whose engine core
+died fails its requests first and ends a moment later."""
+POLL_SECONDS = 0.1
+RETRY_SECONDS = 0.5
+PACE_SECONDS = 300.0
+"""Window of `find_slow`: longer than a push, a cold cache or another program on its host take."""
+
+
+@dataclass(eq=False)
+class Engine:
+    """One engine of a fleet, with its load and state.
+
+    role, index: make its name, which no other engine has at the same time.
+    num_running: sequences in flight.
+    num_occupied, tokens_expected: how many sequences and tokens of them the dispatcher expects to
+        be decoded (`dispatch.Work`).
+    is_up: it answers and holds the current weights, so it gets every push.
+    is_open: it gets new groups; a draining engine gets none.
+    is_leaving: it must not be replaced.
+    died: set when its death has been noticed."""
+
+    index: int
+    server: Server
+    client: EngineClient
+    num_running: int = 0
+    num_occupied: float = 0.0
+    tokens_expected: float = 0.0
+    is_up: bool = True
+    is_open: bool = True
+    is_leaving: bool = False
+    role: str = "engine"
+    died: asyncio.Event = field(default_factory=asyncio.Event)
+    pace: Pace = field(default_factory=lambda: Pace(time.monotonic(), PACE_SECONDS))
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.index}"
+
+    async def prepare(self, version: int, timeout_seconds: float) -> None:
+        """Wait until the engine answers, then name its weights `version`. Raises EngineError."""
+        try:
+            await self.server.wait_ready(timeout_seconds)
+        except EngineError as error:
+            raise EngineError(f"{self.name}: {error}") from error
+        self.client.url = self.server.url  # that of a server on another host is known only now
+        self.pace = Pace(time.monotonic(), self.pace.window)
+        await self.client.set_version(version)
+
+    async def end(self) -> None:
+        """Stop the engine's processes and fail its calls; harmless if it has ended."""
+        self.died.set()
+        await self.client.close()
+        await asyncio.to_thread(self.server.stop)
+
+    async def unless_dead(self, call: Coroutine[Any, Any, T]) -> T:
+        """Return the result of `call`. Raises EngineDied as soon as the engine has died, and what
+        the call raises."""
+        if self.died.is_set():
+            call.close()
+            raise self.death()
+        request = asyncio.ensure_future(call)
+        death = asyncio.ensure_future(self.died.wait())
+        try:
+            await asyncio.wait({request, death}, return_when=asyncio.FIRST_COMPLETED)
+            if request.done():
+                error = request.exception()
+                is_late = isinstance(error, EngineTimeout)
+                if not isinstance(error, EngineError) or is_late or (error.status or 500) < 500:
+                    return request.result()
+                # A fault, or the first sign of a death, which costs the request no attempt.
+                await asyncio.wait({death}, timeout=LAST_WORDS_SECONDS)
+            if not death.done():
+                return request.result()
+            raise self.death()
+        finally:
+            request.cancel()
+            death.cancel()
+            # By `asyncio.wait`: if the request itself were awaited, its CancelledError could not
+            # be told from a cancellation of the caller.
+            if not request.done():
+                await asyncio.wait({request})
+            if not request.cancelled():
+                request.exception()  # mark as retrieved
+
+    async def unless_lost(self, call: Coroutine[Any, Any, T]) -> T:
+        """Return the result of a call that must not be repeated, as `unless_dead`. An engine whose
+        connection breaks during a push may hold the old weights or the new ones, or be paused, so
+        it counts as dead."""
+        try:
+            return await self.unless_dead(call)
+        except ConnectionBroken as broken:
+            raise EngineDied(f"{self.name} was lost: {broken}") from broken
+
+    def death(self) -> EngineDied:
+        """Return the error for calls to this engine, which has ended."""
+        return EngineDied(f"{self.name} died: {self.server.describe_end()}")
+
+    async def drain(self, within_seconds: float) -> None:
+        """Wait until no sequence is in flight, the engine has died, or the time is over."""
+        deadline = time.monotonic() + within_seconds
+        while self.num_running and not self.died.is_set() and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def answers(self, within_seconds: float) -> bool:
+        """Return whether the engine core answers in time, not only the HTTP server in front of it.
+        An error status is an answer; a connection that cannot be made is not."""
+        try:
+            async with asyncio.timeout(within_seconds):
+                while not self.died.is_set():
+                    try:
+                        await self.client.is_sleeping()
+                        return True
+                    except EngineError as error:
+                        if error.status is not None:
+                            return True
+                    await asyncio.sleep(RETRY_SECONDS)
+        except TimeoutError:
+            return False
+        return True  # it has died, which was noticed already: False is for an engine that hangs
+
+
+@contextlib.asynccontextmanager
+async def raise_dead_after(engine: Engine, seconds: float) -> AsyncIterator[None]:
+    """Raise EngineDied if the block takes longer than `seconds`."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise EngineDied(f"{engine.name} has not answered for {seconds:g} seconds") from None

@@ -1,0 +1,91 @@
+"""Messages between the controller and the hosts of an engine pool: msgpack, no pickles.
+
+Both sides repeat what is and what should be, and act on the difference. So a lost message, a broken
+connection and a restarted peer need no cases of their own."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from megatron_r1.base.files import atomic_write
+from megatron_r1.engines.server.settings import EnginePart
+
+REPORT_SECONDS = 1.0
+"""Longest time between two messages of either side."""
+
+ADDRESS_FILE = "controller.json"
+"""The file in the folder of a run that accepts engine hosts: {"engine_hosts":
+"tcp://host:port"}."""
+
+
+class EngineReport(msgspec.Struct, frozen=True):
+    """One engine of a host, or its part of one. url: reachable from other hosts, empty before its
+    process started and for a part without the API server; coordinator: where the other parts
+    connect, from the first part only; end: how it ended and an excerpt of its log, with state
+    "ended" only."""
+
+    engine: str
+    state: Literal["running", "stopping", "ended"]
+    url: str = ""
+    end: str = ""
+    coordinator: str = ""
+
+
+class HostReport(msgspec.Struct, frozen=True):
+    """Host → controller: what runs there. num_engines: the host's slots, for engines or parts of
+    engines. shared_memory: the identity of its /dev/shm, the same only for hosts that share it.
+    leaving: the host is about to exit."""
+
+    name: str
+    num_engines: int
+    shared_memory: str
+    engines: list[EngineReport] = []
+    leaving: bool = False
+
+
+class EngineOrder(msgspec.Struct, frozen=True):
+    """An engine that should run. settings: fields of `EngineSettings`, except those that the host
+    sets. part: the part that the host runs, of an engine over several hosts."""
+
+    engine: str
+    model: str
+    log: str
+    settings: dict[str, Any] = {}
+    part: EnginePart | None = None
+
+
+class Orders(msgspec.Struct, frozen=True):
+    """Controller → host: the engines that should run there, and no others. silence_seconds: the
+    time without a message from the controller after which the host stops its engines. finished: the
+    run is over, and the host is no longer needed. refusal: why this host cannot serve this run."""
+
+    silence_seconds: float
+    engines: list[EngineOrder] = []
+    finished: bool = False
+    refusal: str = ""
+
+
+def shared_memory_identity() -> str:
+    """Return the kernel's name of this process's /dev/shm, the same wherever it is shared."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot}:{Path('/dev/shm').stat().st_dev}"
+
+
+def publish_address(folder: Path, address: str) -> None:
+    """Write where engine hosts connect (tcp://host:port) into the run's folder."""
+    atomic_write(folder / ADDRESS_FILE, json.dumps({"engine_hosts": address}) + "\n")
+
+
+def withdraw_address(folder: Path) -> None:
+    """Delete the published address, so that no engine host connects to a run that ends."""
+    (folder / ADDRESS_FILE).unlink(missing_ok=True)
+
+
+def published_address(folder: Path) -> str | None:
+    """Return where engine hosts of this run connect to, or None while it accepts none."""
+    try:
+        return json.loads((folder / ADDRESS_FILE).read_text(encoding="utf-8"))["engine_hosts"]
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,347 @@
+"""All rollout engines of a run: one policy version everywhere, groups to the least loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_r1.engines.fleet.dispatch import Affinity, Dispatcher, Work
+from megatron_r1.engines.fleet.engine import Engine, MakeServer
+from megatron_r1.engines.fleet.lengths import ExpectedLength, LengthEstimator
+from megatron_r1.engines.fleet.members import Members, Notify
+from megatron_r1.engines.fleet.replacement import DRAIN_SECONDS, Replacement
+from megatron_r1.engines.fleet.retries import RequestRetries
+from megatron_r1.engines.fleet.swap import EngineCall, swap_calls
+from megatron_r1.engines.server.client import EngineClient, UpdateInfo
+from megatron_r1.engines.server.errors import EngineDied, EngineError, PushIncomplete
+from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
+from megatron_r1.engines.server.limits import vocab_size
+from megatron_r1.engines.server.responses import Response
+from megatron_r1.engines.server.server import EngineServer
+
+Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
+"""A context that sends an engine the weights that the fleet's engines hold before its block begins.
+No push begins until the block has ended."""
+
+
+class RolloutFleet:
+    """Engines that hold the same weights.
+
+    Use as `async with RolloutFleet(...) as fleet`, or call `close`. An engine that ends, hangs,
+    crawls or gives unusable replies is replaced while the others go on; the replacement gets the
+    current weights, and lost requests are repeated. Engines may join and leave at any time. A push
+    that a living engine refuses makes the fleet refuse every call: it never serves a mixture of
+    versions."""
+
+    def __init__(
+        self,
+        num_engines: int,
+        log_folder: str | os.PathLike[str],
+        *,
+        max_restarts: int = 0,
+        start_timeout_seconds: float = 300.0,
+        request_timeout_seconds: float = 1800.0,
+        unresponsive_seconds: float = 120.0,
+        role: str = "engine",
+        make_server: MakeServer = EngineServer,
+        notify: Notify = lambda message: None,
+        **server_settings: Any,
+    ) -> None:
+        """log_folder: the folder of the engines' logs, `ROLE-0.log`, `ROLE-1.log`, ...
+        max_restarts: the number of engines that may be replaced in all; the next death fails the
+        fleet's calls. unresponsive_seconds: an engine that has not answered for this time counts as
+        dead. notify: called with a line when an engine is replaced, joins or leaves. make_server:
+        makes an engine's server, `EngineServer` for one on this host. server_settings: fields of
+        `EngineSettings`, the same for all engines. Raises ValueError for num_engines < 1."""
+        if num_engines < 1:
+            raise ValueError(f"num_engines is {num_engines}; it must be at least 1")
+        self.num_engines, self.log_folder = num_engines, Path(log_folder)
+        self.start_timeout_seconds = start_timeout_seconds
+        self.request_timeout_seconds = request_timeout_seconds
+        self.role, self.make_server = role, make_server
+        self.server_settings = server_settings
+        self.version = -1
+        self.feed: Feed = contextlib.nullcontext
+        """Sends the fleet's weights to an engine that joins (`controller.delivery.bridge`)."""
+        self.awake = asyncio.Event()
+        """Cleared while the trainer uses the engines' memory."""
+        self.awake.set()
+        capacity = server_settings.get("max_num_seqs", 256) * server_settings.get("data", 1)
+        self.members = Members(Dispatcher(capacity), notify)
+        self.replacement = Replacement(
+            self.members,
+            lambda dead: self._start_one(dead.index, instead_of=dead),
+            max_restarts,
+            unresponsive_seconds,
+        )
+        self.retries = RequestRetries(self.members, self.replacement.handle)
+        self.lengths = LengthEstimator()
+        self._model: Path | None = None
+        self._pushing = asyncio.Lock()
+        self._starting: set[Engine] = set()
+        self._joining: set[int] = set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def engines(self) -> list[Engine]:
+        return self.members.engines
+
+    @property
+    def num_restarts(self) -> int:
+        return self.replacement.num_restarts
+
+    async def start(self, model_path: str | os.PathLike[str], version: int = 0) -> None:
+        """Start all engines on the weights in `model_path`, and name these weights `version`.
+
+        The engines end with the thread that calls this: call it from the main thread. If an engine
+        does not start, all are ended, and EngineError is raised."""
+        self._model = Path(model_path)
+        try:
+            for index in range(self.num_engines):
+                self.engines.append(self.launch(index))
+            timeout = self.start_timeout_seconds
+            await asyncio.gather(*(engine.prepare(version, timeout) for engine in self.engines))
+        except BaseException:
+            await self.close()
+            raise
+        self.version = version
+        self.members.begin()
+        self.replacement.begin()
+
+    async def generate(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        n: int,
+        max_tokens: int,
+        kind: str = "",
+        order: int = 0,
+        affinity: Affinity | None = None,
+        **sampling: Any,
+    ) -> list[Response]:
+        """Sample a group of n responses on one engine; if that engine dies or fails, on another.
+
+        kind: the prompt's kind; response lengths are estimated for each kind.
+        order: groups with a smaller number are sent first.
+        affinity: the engine whose cache has the conversation's earlier turns.
+        sampling: further arguments of `EngineClient.generate`.
+
+        Raises EngineError if the call was refused, no engine could serve it, or its engine died and
+        no restart is left; the message names the engine and how it ended, and quotes its log."""
+        sampling |= {"n": n, "max_tokens": max_tokens}
+        num_prompt_tokens = len(prompt_token_ids)
+        expected = self.lengths.estimate(kind, num_prompt_tokens, max_tokens)
+        responses = await self.retries.run(
+            Work(n, num_prompt_tokens, expected, order, affinity=affinity),
+            lambda client: client.generate(prompt_token_ids, **sampling),
+            _lengths,
+        )
+        self.lengths.add(kind, num_prompt_tokens, _lengths(responses))
+        return responses
+
+    async def score(self, token_ids: Sequence[int], first: int, *, order: int = 0) -> array[float]:
+        """Return the log-probabilities of token_ids[first:] at temperature 1, float32, from one
+        engine; if that engine dies or fails, from another. order: calls with a smaller number are
+        sent first. Raises as `generate`."""
+        return await self.retries.run(
+            Work(1, len(token_ids), ExpectedLength(1.0, 1.0, num_groups=1), order),
+            lambda client: client.score(token_ids, first),
+            lambda scores: [len(scores)],
+        )
+
+    @contextlib.contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """Allow engines to be silent for `seconds` inside the block, while they wait for weights,
+        before they count as dead."""
+        self.replacement.patience_seconds = seconds
+        try:
+            yield
+        finally:
+            self.replacement.patience_seconds = 0.0
+
+    async def push(self, update_info: UpdateInfo, version: int) -> None:
+        """Let the engines load the weights that they have received; then the fleet holds `version`
+        and is awake.
+
+        Sequences in flight continue under the new weights; their earlier tokens keep their version.
+        An engine that did not receive the weights, or whose connection breaks, is replaced.
+
+        Raises ValueError for a `version` that is not above the current one. Raises EngineError if
+        an engine refuses the weights, or dies and no restart is left; the fleet is unusable from
+        then on."""
+        self.members.require_usable()
+        if version <= self.version:
+            raise ValueError(
+                f"push of version {version}, but the engines hold version {self.version}"
+            )
+        async with self._pushing:
+            engines = self.members.up
+            try:
+                for call in swap_calls(update_info, version, asleep=not self.awake.is_set()):
+                    engines = await self._call_engines(engines, call)
+            except Exception as error:
+                self.members.fail(EngineError(f"the push of version {version} failed: {error}"))
+                raise
+            self.version = version
+            self.awake.set()
+
+    async def sleep(self) -> None:
+        """Free the engines' memory for the trainer: the engines drop weights and caches until the
+        next push. No request may be in flight. Returns at once if the fleet sleeps already. Raises
+        EngineError if an engine refuses."""
+        async with self._pushing:
+            if not self.awake.is_set():
+                return
+            self.members.require_usable()
+            self.awake.clear()
+            # A starting engine has no weights yet: it is started again once the fleet is awake.
+            starting = [engine for engine in self._starting if not engine.is_up]
+            await asyncio.gather(*(engine.end() for engine in starting))
+            await self._call_engines(self.members.up, lambda client: client.sleep())
+
+    async def add_engine(self) -> Engine:
+        """Start one more engine, give it the current weights, and let it serve. Raises EngineError
+        if it does not start."""
+        self.members.require_usable()
+        # Reserved from now on: others may be joining, and none is in `engines` yet while the fleet
+        # sleeps. Of two engines with one number every push would reach one only.
+        taken = self._joining.union(engine.index for engine in self.engines)
+        index = 1 + max(taken, default=-1)
+        self._joining.add(index)
+        try:
+            engine = await self._start_one(index)
+        finally:
+            self._joining.discard(index)
+        self.members.notify(f"{engine.name} has joined: {len(self.engines)} engines")
+        return engine
+
+    async def remove_engine(self, index: int) -> None:
+        """Let an engine finish its requests for at most two minutes, then end it; other engines
+        repeat the requests that are left. Raises ValueError if the fleet has no such engine, or no
+        other one."""
+        engine = next((engine for engine in self.engines if engine.index == index), None)
+        if engine is None:
+            raise ValueError(f"no engine {index}; there are {[e.index for e in self.engines]}")
+        if len(self.engines) == 1:
+            raise ValueError(f"engine {index} is the only one; close the fleet instead")
+        engine.is_leaving = True
+        self.members.set_open(engine, False)
+        await engine.drain(DRAIN_SECONDS)
+        async with self._pushing:
+            self.members.remove(engine)  # a replacement that is under way for it gives up then
+        await engine.end()
+        self.members.notify(f"{engine.name} has left: {len(self.engines)} engines")
+
+    def metrics(self) -> dict[str, float]:
+        """Return the fleet's entries of a step's line in metrics.jsonl."""
+        return {
+            "engines/up": sum(engine.is_open for engine in self.engines),
+            "engines/restarts": self.num_restarts,
+            "engines/requeued": self.retries.num_requeued,
+        }
+
+    async def close(self) -> None:
+        """End all engines. Safe to call more than once."""
+        await self.replacement.close()
+        self.members.dispatcher.fail(EngineError("the fleet was closed"))
+        engines = list(self.engines)
+        self.engines.clear()  # an inspection of one that ends would open its client again
+        await asyncio.gather(*(engine.end() for engine in engines))
+
+    def launch(self, index: int) -> Engine:
+        """Start an engine's processes and return at once; they end with the calling thread. Every
+        engine samples with another seed, and shares a secret with its own client only."""
+        assert self._model is not None, "start() was not called"
+        settings = self.server_settings
+        if self.make_server is EngineServer:  # hosts of a pool divide their GPUs themselves
+            key = "teacher.engines" if self.role == "teacher" else "rollout.engines"
+            settings = share_of_gpus(settings, index, self.num_engines, key)
+        seed = (settings.get("seed", 0) + index) % 2**32  # vLLM hands it to numpy, too
+        own = {"seed": seed, "secret": secrets.token_hex(32)}
+        log = self.log_folder / f"{self.role}-{index}.log"
+        server = self.make_server(self._model, log, **(settings | own))
+        server.start()
+        client = EngineClient(
+            "",
+            secret=own["secret"],
+            timeout_seconds=self.request_timeout_seconds,
+            vocab_size=vocab_size(self._model),
+        )
+        return Engine(index, server, client, role=self.role)
+
+    def lose(self, engine: Engine, reason: EngineDied) -> None:
+        """Replace an unusable engine, unless it is being replaced already. Raises `reason` if no
+        restart is left."""
+        self.replacement.replace(engine, reason)
+
+    async def _start_one(self, index: int, instead_of: Engine | None = None) -> Engine:
+        """Start an engine, give it the current weights, and let it serve. If the fleet is put to
+        sleep before the engine serves, start the engine again when the fleet is awake. Raises
+        EngineError if the engine does not start or refuses the weights, or if `instead_of` has left
+        meanwhile."""
+        while True:
+            await self.awake.wait()
+            try:
+                engine = self.launch(index)
+            except OSError as error:  # no memory for a process, no port
+                raise EngineError(f"{self.role}-{index} cannot be started: {error}") from error
+            engine.is_up = engine.is_open = False
+            if instead_of is None:
+                self.engines.append(engine)
+            self._starting.add(engine)
+            try:
+                await engine.prepare(self.version, self.start_timeout_seconds)
+                async with self.feed(engine):
+                    place = instead_of or engine
+                    if place not in self.engines:
+                        raise EngineError(f"{engine.name} is not needed any more: it has left")
+                    self.members.put_up(engine, place)
+                return engine
+            except BaseException as error:
+                if engine in self.engines:
+                    self.engines.remove(engine)
+                await engine.end()
+                if self.awake.is_set() or not isinstance(error, EngineError):
+                    raise
+            finally:
+                self._starting.discard(engine)
+
+    async def _call_engines(self, engines: list[Engine], call: EngineCall) -> list[Engine]:
+        """Make one call of a push to every engine. Return the engines that get the next call: those
+        that are up and received the weights. Any other is replaced."""
+        calls = (engine.unless_lost(call(engine.client)) for engine in engines)
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        for engine, outcome in zip(engines, outcomes, strict=True):
+            if isinstance(outcome, PushIncomplete):
+                outcome = EngineDied(f"{engine.name} did not get the weights: {outcome}")
+            if isinstance(outcome, EngineDied):
+                self.replacement.replace(engine, outcome)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+        return [engine for engine in engines if engine.is_up]
+
+
+def share_of_gpus(
+    settings: dict[str, Any], index: int, num_engines: int, key: str = "rollout.engines"
+) -> dict[str, Any]:
+    """Return the settings of one of several engines that share this host's GPUs equally. key: the
+    setting that errors name. Raises as `gpus_of_slot`."""
+    if num_engines == 1 or settings.get("device") != "cuda":
+        return settings
+    gpus = gpus_of_slot(visible_gpus(os.environ), num_engines, index % num_engines, key)
+    return settings | {"extra_env": gpus | dict(settings.get("extra_env") or {})}
+
+
+def _lengths(responses: Sequence[Response]) -> list[int]:
+    return [len(response.token_ids) for response in responses]

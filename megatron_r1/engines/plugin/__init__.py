@@ -1,0 +1,65 @@
+"""The part of megatron-r1 that runs inside vLLM.
+
+It imports torch, vllm (with their dependencies), `megatron_r1.base.processes` and the receiving
+half of `megatron_r1.push`, nothing else of megatron_r1. vLLM calls `register` in every one of
+its processes (entry point group `vllm.general_plugins`)."""
+
+import faulthandler
+import functools
+import multiprocessing
+import signal
+
+BACKEND_PREFIX = "megatron_r1_"
+"""A transport's name after this is its backend for --weight-transfer-config."""
+
+
+def register() -> None:
+    """Add our weight-transfer backends and patch vLLM. Repeated calls do nothing."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    from megatron_r1.base.processes import lifetime
+    from megatron_r1.push.transports import TRANSPORTS
+
+    for transport in TRANSPORTS:
+        name = BACKEND_PREFIX + transport
+        if name not in WeightTransferEngineFactory._registry:
+            backend = "megatron_r1.engines.plugin.backend", "PushTransferEngine"
+            WeightTransferEngineFactory.register_engine(name, *backend)
+    _patch()
+    dump_stacks_on_signal()
+    if multiprocessing.parent_process() is not None:
+        lifetime.die_with_parent()
+
+
+@functools.cache  # a second call would wrap each patch in itself
+def _patch() -> None:
+    from vllm.platforms import current_platform
+
+    from megatron_r1.engines.plugin import (
+        deepseek_classes,
+        drafter,
+        expert_places,
+        failed_updates,
+        timeline_spans,
+        whole_outputs,
+    )
+
+    deepseek_classes.apply()
+    drafter.apply()
+    expert_places.apply()
+    failed_updates.apply()
+    whole_outputs.apply()
+    if current_platform.is_cpu():
+        from megatron_r1.engines.plugin import cpu_parallel, cpu_patches, cpu_routing
+
+        for patches in (cpu_patches, cpu_parallel, cpu_routing):
+            patches.apply()
+    timeline_spans.apply()
+
+
+def dump_stacks_on_signal() -> None:
+    """Write this process's Python stacks to its log on SIGUSR2, which vLLM does not use. Forked
+    children inherit it."""
+    # C code without the interpreter lock: it works in a process that is stuck in a kernel or a
+    # collective.
+    faulthandler.register(signal.SIGUSR2, all_threads=True)

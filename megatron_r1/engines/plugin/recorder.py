@@ -1,0 +1,250 @@
+"""Records what this engine rank needs of every Hugging Face tensor, from vLLM's own loaders.
+
+The model's layers are put into checkpoint form on the meta device, its `load_weights` is run on
+meta tensors, and every copy that its loaders make is recorded: which rectangle of which tensor goes
+where in which parameter. Fused, split, expert-parallel and padded parameters come out right by
+construction, and a receiver of exactly those rectangles needs no loader any more."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import layerwise, meta
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
+from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers
+
+from megatron_r1.engines.plugin.stacked_experts import is_left_out, load_weights
+
+
+@dataclass(frozen=True)
+class CheckpointParameter:
+    """A parameter or buffer in checkpoint form.
+
+    title: its name with its layer's. is_live: vLLM keeps it in this form while serving (a bias), so
+    that a new value is copied into it."""
+
+    layer: torch.nn.Module
+    name: str
+    title: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    is_live: bool
+
+    @property
+    def num_bytes(self) -> int:
+        steps = zip(self.shape, self.strides, strict=True)
+        return self.dtype.itemsize * (1 + sum((size - 1) * stride for size, stride in steps))
+
+
+@dataclass(frozen=True)
+class LoaderCopy:
+    """A rectangle of HF tensor `name` that a loader copied into a parameter.
+
+    offset, pitch: of its first element and between its rows, in elements of the parameter."""
+
+    name: str
+    rectangle: tuple[int, int, int, int]
+    offset: int
+    pitch: int
+
+    @property
+    def height(self) -> int:
+        top, bottom, _, _ = self.rectangle
+        return bottom - top
+
+    @property
+    def num_elements(self) -> int:
+        _, _, left, right = self.rectangle
+        return self.height * (right - left)
+
+
+def record(
+    models: Sequence[torch.nn.Module], tensors: Sequence[tuple[str, Sequence[int]]]
+) -> dict[CheckpointParameter, list[LoaderCopy]]:
+    """Run the loaders on (name, shape) of a checkpoint's tensors; return the copies into each
+    parameter, in the order of loading.
+
+    models: the model, and the drafter, if any; the drafter's loader gets the tensors that the
+    model's did not take. Layers that both share count as the model's. The models must not be in use
+    meanwhile, and are unchanged afterwards.
+
+    Raises ValueError where a loader does more than copy rectangles, or leaves part of a parameter
+    unloaded."""
+    titles: dict[str, torch.nn.Module] = {}
+    seen: set[torch.nn.Module] = set()
+    for model, prefix in zip(models, ("", "drafter"), strict=False):
+        titles |= dict(model.named_modules(seen, prefix))
+    layers = list(titles.values())
+    tied = _tied(layers)
+    loaders: list[Any] = [*models]  # torch's annotations allow tensors and modules as attributes
+    torchao = [getattr(loader, "_do_torchao_reload", False) for loader in loaders]
+    infos = [to_checkpoint_form(layer) for layer in layers]
+    try:
+        recorder = _Recorder(titles, tied)
+        for loader in loaders:
+            loader._do_torchao_reload = False
+            known = {copy.name for copies in recorder.copies.values() for copy in copies}
+            left = [(name, shape) for name, shape in tensors if name not in known]
+            with recorder, torch.no_grad():
+                load_weights(loader, (recorder.source(name, shape) for name, shape in left))
+    finally:
+        for layer, info in zip(layers, infos, strict=True):
+            to_kernel_form(layer, info)
+        for loader, before in zip(loaders, torchao, strict=True):
+            loader._do_torchao_reload = before
+    recorder.check_whole()
+    return recorder.copies
+
+
+def to_checkpoint_form(layer: torch.nn.Module) -> LayerReloadingInfo:
+    """Put a layer into checkpoint form on the meta device; its tensors are kept in the result."""
+    info = layerwise.get_layerwise_info(layer)
+    info.kernel_tensors = get_layer_params_buffers(layer)
+    info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
+    meta.restore_layer_on_meta(layer, info)
+    return info
+
+
+def to_kernel_form(layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
+    """Put the kept tensors back into a layer."""
+    layerwise._place_kernel_tensors(layer, info)
+    info.reset()
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(
+        self, layers: dict[str, torch.nn.Module], tied: set[tuple[torch.nn.Module, str]]
+    ) -> None:
+        super().__init__()
+        self._tied = tied
+        self.copies: dict[CheckpointParameter, list[LoaderCopy]] = {}
+        self._sources: dict[int, tuple[str, torch.Tensor]] = {}
+        self._parameters: dict[int, CheckpointParameter] = {}
+        for title, layer in layers.items():
+            parameters, buffers = get_layer_params_buffers(layer)
+            for name, tensor in (parameters | buffers).items():
+                parameter = CheckpointParameter(
+                    layer=layer,
+                    name=name,
+                    title=f"{title}.{name}",
+                    shape=tuple(tensor.shape),
+                    strides=tensor.stride(),
+                    dtype=tensor.dtype,
+                    is_live=not tensor.is_meta,
+                )
+                self._parameters.setdefault(_storage(tensor), parameter)
+
+    def source(self, name: str, shape: Sequence[int]) -> tuple[str, torch.Tensor]:
+        """Return the (name, tensor) that a loader receives for the HF tensor `name`."""
+        tensor = torch.empty(tuple(shape), dtype=torch.bfloat16, device="meta")
+        self._sources[_storage(tensor)] = (name, tensor)
+        return name, tensor
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self._record(*args[:2])
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+    def _record(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        parameter = self._parameters.get(_storage(target))
+        if parameter is None:
+            return  # a temporary tensor of the loader
+        known = self._sources.get(_storage(source))
+        if known is None:
+            raise ValueError(
+                f"the loader of {parameter.title} computes with its tensors, where only copies "
+                "can be received piece by piece; push whole tensors instead"
+            )
+        name, whole = known
+        rectangle = _rectangle(source, whole)
+        pitch = _pitch(target)
+        if rectangle is None or pitch is None:
+            raise ValueError(
+                f"the loader of {parameter.title} takes elements of {name} (shape "
+                f"{tuple(whole.shape)}) that are not a rectangle of rows and columns"
+            )
+        copy = LoaderCopy(name, rectangle, int(target.storage_offset()), pitch)
+        self.copies.setdefault(parameter, []).append(copy)
+
+    def check_whole(self) -> None:
+        """Raise ValueError unless every parameter is loaded whole, except a vocabulary's padding,
+        the second of two tied ones, the scales of attention, which are not weights, and biases that
+        another rank adds."""
+        for parameter in self._parameters.values():
+            copies = self.copies.get(parameter, [])
+            loaded = sum(copy.num_elements for copy in copies)
+            layer = parameter.layer
+            if not copies and (
+                parameter.name not in layer._parameters
+                or (layer, parameter.name) in self._tied
+                or is_deferred_attention_layer(layer)
+                or is_left_out(parameter.name, layer)
+            ):
+                continue
+            size = torch.Size(parameter.shape).numel()
+            is_padded = isinstance(parameter.layer, VocabParallelEmbedding)
+            if loaded != size and not (is_padded and loaded < size):
+                raise ValueError(
+                    f"{parameter.title} gets {loaded} of its {size} elements: the tensors of the "
+                    "trainer's model and the engine's do not match"
+                )
+
+
+def _tied(layers: list[torch.nn.Module]) -> set[tuple[torch.nn.Module, str]]:
+    """Return (layer, name) of parameters that an earlier layer has too."""
+    seen: set[int] = set()
+    tied = set()
+    for layer in layers:
+        for name, parameter in get_layer_params_buffers(layer)[0].items():
+            if id(parameter) in seen:
+                tied.add((layer, name))
+            seen.add(id(parameter))
+    return tied
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _rectangle(view: torch.Tensor, whole: torch.Tensor) -> tuple[int, int, int, int] | None:
+    """Return (top, bottom, left, right) of a view in the contiguous `whole`, or None."""
+    columns = whole.shape[1] if whole.dim() > 1 else 1
+    if whole.dim() > 2 or view.numel() == 0:
+        return None
+    flat = view.reshape(-1, 1) if whole.dim() < 2 else _matrix(view)
+    if whole.dim() == 2 and flat.dim() < 2:
+        if view.numel() % columns:
+            return None
+        flat = flat.reshape(-1, columns)
+    if flat.dim() != 2:
+        return None
+    top, left = divmod(int(view.storage_offset()), columns)
+    height, width = flat.shape
+    if (height > 1 and flat.stride(0) != columns) or (width > 1 and flat.stride(1) != 1):
+        return None
+    return top, top + height, left, left + width
+
+
+def _pitch(view: torch.Tensor) -> int | None:
+    """Return the elements between a view's rows, or None where a row is not contiguous."""
+    if view.dim() == 1:
+        return view.stride(0)
+    rows = _matrix(view)
+    if rows.dim() == 1:
+        return rows.shape[0]
+    if rows.dim() != 2 or (rows.shape[1] > 1 and rows.stride(1) != 1):
+        return None
+    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+
+
+def _matrix(view: torch.Tensor) -> torch.Tensor:
+    """Return a view without dimensions of size 1, except rows and columns."""
+    if view.dim() >= 2 and view.shape[:-2].numel() == 1:
+        return view.view(view.shape[-2:])
+    return view.squeeze()

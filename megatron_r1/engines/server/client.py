@@ -1,0 +1,275 @@
+"""HTTP client of one engine: token ids in, sampled tokens out; weight updates."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal, Self, TypeVar
+
+import aiohttp
+import msgspec
+
+from megatron_r1.engines.server.compact_reply import MEDIA_TYPE, read_responses
+from megatron_r1.engines.server.errors import (
+    ConnectionBroken,
+    EngineDied,
+    EngineError,
+    EngineFault,
+    EngineTimeout,
+    PushIncomplete,
+)
+from megatron_r1.engines.server.responses import Response, parse_responses, parse_scores
+from megatron_r1.models.routing_shape import RoutingShape
+
+BODY_EXCERPT_CHARS = 500
+HEALTH_SECONDS = 5.0
+GENERATE = "/inference/v1/generate"
+SPILLING = 2
+"""Choices per engine whose routed experts are in memory at once: 14 MB each, of 30,000 tokens."""
+T = TypeVar("T")
+UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""The fields of `engines.plugin.backend.PushUpdateInfo`, for all workers or of one worker each."""
+
+
+class ErrorReply(msgspec.Struct):
+    """The part of the plugin's error body that is read: `kind`, the class of a refused swap."""
+
+    kind: str = ""
+    error: str = ""
+
+
+class EngineClient:
+    """Asynchronous client of one vLLM server: `async with EngineClient(url) as client`.
+
+    Every method raises EngineError: EngineTimeout after `timeout_seconds`, ConnectionBroken where
+    the connection fails, EngineFault for status 5xx or an unusable reply, and EngineError itself
+    for a refusal (status 4xx)."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        secret: str = "",
+        timeout_seconds: float = 1800.0,
+        vocab_size: int | None = None,
+    ) -> None:
+        """url: `http://host:port`. secret: the server's bearer token (`EngineSettings.secret`);
+        empty if the server has none. timeout_seconds: the time limit of one call, from sending to
+        the last byte. vocab_size: the size of the model's vocabulary; a token beyond it is a fault.
+        """
+        self.url = url.rstrip("/")
+        self.headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+        self.timeout_seconds, self.vocab_size = timeout_seconds, vocab_size
+        self._session: aiohttp.ClientSession | None = None
+        self._spilling = asyncio.Semaphore(SPILLING)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def generate(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        n: int,
+        max_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        stop_token_ids: Sequence[int] = (),
+        seed: int | None = None,
+        routing: RoutingShape | None = None,
+    ) -> list[Response]:
+        """Sample n responses to one prompt in one request.
+
+        stop_token_ids: the only tokens that end a response.
+        temperature: 0 is greedy; the log-probabilities are then reported at temperature 1.
+        seed: makes the n responses reproducible for the same weights and the same batch
+            composition. The engine then draws sequence by sequence, which is slower. None: the
+            engine draws from its own seed.
+        routing: the shape of the model's routing, to get the experts of every token from an engine
+            that was started with `return_routing`.
+
+        Raises EngineFault if the reply is not n responses as `parse_responses` requires them."""
+        sampling = {
+            "n": n,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "stop_token_ids": list(stop_token_ids),
+            "ignore_eos": True,  # config.json's eos_token_id stops nothing unless it is named
+            "logprobs": 0,  # the sampled token's only
+            "detokenize": False,
+            "seed": seed,
+        }
+        expected = len(prompt_token_ids), routing, self.vocab_size
+
+        async def read(reply: aiohttp.ClientResponse) -> list[Response]:
+            if reply.content_type == MEDIA_TYPE:
+                try:
+                    return await read_responses(reply.content, *expected, self._spilling)
+                except ValueError as error:
+                    raise EngineFault(f"{self.url}{GENERATE}: {error}") from error
+            body = await reply.read()
+            try:
+                return parse_responses(body, *expected)
+            except ValueError as error:
+                raise self._unusable(body, error) from error
+
+        # vLLM without our plugin sends JSON all the same.
+        accept = {"Accept": f"{MEDIA_TYPE}, application/json"}
+        call = {"token_ids": list(prompt_token_ids), "sampling_params": sampling}
+        responses = await self._exchange("POST", GENERATE, call, read, accept)
+        if len(responses) != n:
+            raise EngineFault(f"{self.url}: asked for {n} responses, got {len(responses)}")
+        return responses
+
+    async def score(self, token_ids: Sequence[int], first: int) -> array[float]:
+        """Return the log-probability, float32, of each of token_ids[first:] after all tokens before
+        it, at temperature 1.
+
+        token_ids: at most one less than the engine's max_model_len: vLLM always samples one more,
+        which is dropped. first: at least 1. Raises EngineFault where the reply is not one finite
+        number for each of these tokens."""
+        sampling = {
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": 0,  # the token's own only
+            "detokenize": False,
+        }
+        call = {"token_ids": list(token_ids), "sampling_params": sampling}
+        body = await self.request("POST", GENERATE, call)
+        try:
+            return parse_scores(body, token_ids, first)
+        except ValueError as error:
+            raise self._unusable(body, error) from error
+
+    async def pause(self, mode: Literal["keep", "wait", "abort"] = "keep") -> None:
+        """Stop sampling: `keep` freezes running sequences, `wait` lets them end, `abort` returns
+        them as they are."""
+        await self.request("POST", f"/pause?mode={mode}")
+
+    async def resume(self) -> None:
+        await self.request("POST", "/resume")
+
+    async def init_weight_transfer(
+        self, init_info: Mapping[str, Any], *, resume: bool = True
+    ) -> None:
+        """Pause the engine, connect it to a trainer, and `resume`; init_info: the fields of
+        `engines.plugin.backend.PushInitInfo`.
+
+        Paused because every rank waits for the trainer, and data-parallel ranks that still compute
+        would wait for it. After an error the engine stays paused."""
+        await self.pause()
+        await self.request("POST", "/init_weight_transfer_engine", {"init_info": dict(init_info)})
+        if resume:
+            await self.resume()
+
+    async def swap_weights(
+        self, update_info: UpdateInfo, version: int, *, resume: bool = True
+    ) -> None:
+        """Pause the engine, load the received weights, name them `version`, and `resume`.
+
+        A sequence in flight continues under the new weights, with the keys and values of its
+        earlier tokens recomputed, so that each token's log-probability is that of the policy
+        version recorded for it.
+
+        Raises PushIncomplete, and EngineError for a push that arrived damaged or could not be
+        loaded. The engine is then still paused, and must not resume unless none of its weights has
+        changed yet."""
+        update = {"update_info": update_info, "weight_version": str(version), "resume": resume}
+        await self.request("POST", "/swap_weights", update)
+
+    async def set_version(self, version: int) -> None:
+        """Name the weights that the engine holds already."""
+        await self.request("POST", "/update_weight_version", {"new_version": str(version)})
+
+    async def sleep(self) -> None:
+        """Free the GPU's memory: weights and caches are dropped. Nothing may be in flight."""
+        await self.request("POST", "/sleep?level=2&mode=wait")
+
+    async def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
+        """Allocate memory again. The weights are undefined until they are updated; the engine
+        samples again once it has both."""
+        await self.request("POST", f"/wake_up?tags={tag}")
+
+    async def is_sleeping(self) -> bool:
+        """Query the engine core, which replies between two of its steps."""
+        body = await self.request("GET", "/is_sleeping")
+        return bool(msgspec.json.decode(body)["is_sleeping"])
+
+    async def request(self, method: str, path: str, json: Any = None) -> bytes:
+        """Send one request and return the body of its reply."""
+        return await self._exchange(method, path, json, aiohttp.ClientResponse.read)
+
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        json: Any,
+        read: Callable[[aiohttp.ClientResponse], Awaitable[T]],
+        headers: Mapping[str, str] | None = None,
+    ) -> T:
+        """Send one request and return what `read` makes of its reply."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                # One connection per call: vLLM closes idle ones after 5 seconds, and any after a
+                # status 500, unannounced; a call on such a one would fail. No limit on their
+                # number, as the default of 100 would hold groups back.
+                connector=aiohttp.TCPConnector(limit=0, force_close=True),
+                timeout=aiohttp.ClientTimeout(total=self.timeout_seconds),
+                headers=self.headers,
+            )
+        payload = None if json is None else msgspec.json.encode(json)
+        own = {} if json is None else {"Content-Type": "application/json"}
+        try:
+            async with self._session.request(
+                method, self.url + path, data=payload, headers={**own, **(headers or {})}
+            ) as reply:
+                if reply.status == 200:
+                    return await read(reply)
+                body = await reply.read()
+        except TimeoutError as error:
+            raise EngineTimeout(
+                f"{self.url}{path}: no answer in {self.timeout_seconds:.0f} seconds"
+            ) from error
+        except (aiohttp.ClientError, OSError) as error:
+            message = f"{self.url}{path}: {type(error).__name__}: {error}"
+            raise ConnectionBroken(message) from error
+        raise _refusal(self.url + path, reply.status, body)
+
+    def _unusable(self, body: bytes, error: ValueError) -> EngineFault:
+        return EngineFault(f"{self.url}{GENERATE}: {error}: {_shorten(body)}")
+
+
+async def is_healthy(url: str, path: str = "/health") -> bool:
+    """Return whether the server at `url` replies to GET `path` with status 200."""
+    try:
+        async with EngineClient(url, timeout_seconds=HEALTH_SECONDS) as client:
+            await client.request("GET", path)
+    except EngineError:
+        return False
+    return True
+
+
+def _refusal(address: str, status: int, body: bytes) -> EngineError:
+    """Return the error of a reply with another status than 200."""
+    try:
+        reply = msgspec.json.decode(body, type=ErrorReply)
+    except msgspec.MsgspecError:  # vLLM's own errors are of another form, or plain text
+        reply = ErrorReply()
+    kinds = {PushIncomplete.KIND: PushIncomplete, EngineDied.KIND: EngineDied}
+    error = EngineError if status < 500 else kinds.get(reply.kind, EngineFault)
+    return error(f"{address}: {reply.error or f'status {status}: {_shorten(body)}'}", status)
+
+
+def _shorten(body: bytes) -> str:
+    text = body.decode(errors="replace")
+    return text if len(text) <= BODY_EXCERPT_CHARS else text[:BODY_EXCERPT_CHARS] + "..."

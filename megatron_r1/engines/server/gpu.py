@@ -1,0 +1,70 @@
+"""The GPUs of this host, found without importing torch: for processes that only start others.
+
+Importing torch takes such a process a second or two, during which nothing else begins. Processes
+that compute call `platform.has_gpu`."""
+
+import ctypes
+import functools
+import glob
+import importlib.util
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from megatron_r1.engines.server.errors import EngineError
+
+DRIVER = "libcuda.so.1"
+
+
+@functools.cache
+def is_usable() -> bool:
+    """Return what `torch.cuda.is_available()` would: torch is built for CUDA, and the driver shows
+    a device (`CUDA_VISIBLE_DEVICES` may hide them)."""
+    return torch_has_cuda() and _count_devices() > 0
+
+
+def device() -> Literal["cpu", "cuda"]:
+    """Return the device that engines on this host compute on."""
+    return "cuda" if is_usable() else "cpu"
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """Return the GPUs in CUDA_VISIBLE_DEVICES, which Slurm sets; where it is not set, all."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu for gpu in visible.split(",") if gpu]
+    return [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+
+
+def gpus_of_slot(visible: list[str], num_engines: int, slot: int, key: str) -> dict[str, str]:
+    """Return the environment variable that gives one of several engines its equal share of GPUs.
+    Raises EngineError, naming the setting `key` of their number, if they cannot be divided."""
+    if not visible or len(visible) % num_engines:
+        raise EngineError(
+            f"{len(visible)} GPUs ({','.join(visible) or 'none visible'}) cannot be divided among "
+            f"{num_engines} engines; set {key} to a divisor, or CUDA_VISIBLE_DEVICES to a multiple"
+        )
+    share = len(visible) // num_engines
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[slot * share : (slot + 1) * share])}
+
+
+def torch_has_cuda() -> bool:
+    """Return whether the installed torch is built for CUDA."""
+    package = importlib.util.find_spec("torch")
+    if package is None or package.origin is None:
+        return False
+    build = runpy.run_path(str(Path(package.origin).with_name("version.py")))
+    return build["cuda"] is not None
+
+
+def _count_devices() -> int:
+    """Call the CUDA driver's cuInit and cuDeviceGetCount; 0 where there is no driver."""
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value

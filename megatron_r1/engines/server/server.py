@@ -1,0 +1,236 @@
+"""One vLLM API server as a child process: its start, its log, its end."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from r1_grading.base.lifetime import owns_number
+
+from megatron_r1.base.errors import UserError
+from megatron_r1.base.processes import children, out_of_memory, preloaded
+from megatron_r1.base.processes.leftovers import Scratch, shared_files
+from megatron_r1.base.processes.logs import file_excerpt
+from megatron_r1.base.processes.preloaded import ForkedProcess
+from megatron_r1.engines.server.client import is_healthy
+from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.settings import MODULE, EngineSettings, config_arguments
+from megatron_r1.models.hf_config import load_config
+
+STOP_SECONDS = 5.0
+REMEDY = "lower rollout.kv_cache_gib, rollout.max_num_seqs or rollout.engines"
+KILL_SECONDS = 30.0
+
+
+class Server(ABC):
+    """A vLLM server: a child process, one on other hosts, or one that is not ours."""
+
+    poll_seconds = 0.05
+    """The pause between two checks of `wait_ready`."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the server has lost a host, so that a replacement needs another one."""
+        return False
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """The address, `http://host:port`. Raises EngineError before it is known."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start the server and return at once. Raises EngineError, OSError."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop the server and wait for its end; harmless if it has ended."""
+
+    @abstractmethod
+    def is_alive(self) -> bool:
+        """Return whether the server may still answer."""
+
+    @abstractmethod
+    def describe_end(self) -> str:
+        """Return how the server ended."""
+
+    @abstractmethod
+    def _why_not_ready(self) -> str: ...
+
+    async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
+        """Wait until the server answers; stop it if it does not. Raises EngineError if it ended
+        (noticed at once), cannot start, or is not ready in time."""
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline:
+            if not self.is_alive():
+                raise EngineError(f"the engine did not start: {self.describe_end()}")
+            if await self._is_ready():
+                return
+            await asyncio.sleep(self.poll_seconds)
+        why = self._why_not_ready()
+        await asyncio.to_thread(self.stop)
+        raise EngineError(f"the engine was not ready after {timeout_seconds:.0f} seconds: {why}")
+
+    async def _is_ready(self) -> bool:
+        return await is_healthy(self.url)
+
+
+class RunningServer(Server):
+    """A server at a known address that is neither started nor stopped here."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def is_alive(self) -> bool:
+        return True
+
+    def describe_end(self) -> str:
+        return f"{self.url} was not started here, and does not end here"
+
+    def _why_not_ready(self) -> str:
+        return f"{self.url}: no vLLM server answers"
+
+
+class EngineServer(Server):
+    """A vLLM API server on this host and the processes under it.
+
+    They end with this process, also if that is killed, and with the thread that calls `start`: call
+    it from one that lives as long as the engine should (the main thread).
+
+    Log-probabilities are `processed_logprobs`: log softmax(logits / temperature) of the sampled
+    token, in fp32, after the top-p cut if there is one. So a trainer equals them by dividing its
+    logits by the same temperature, and only with top_p = 1: a cut renormalizes over the tokens that
+    are left. Greedy sampling (temperature 0) reports the distribution at temperature 1."""
+
+    def __init__(
+        self, model: str | os.PathLike[str], log_path: str | os.PathLike[str], **settings: Any
+    ) -> None:
+        """model: a folder in Hugging Face format with `config.json` and the first weights.
+        log_path: the file to which everything that the engine prints is appended. settings: fields
+        of `EngineSettings`."""
+        self.model = Path(model)
+        self.log_path = Path(log_path)
+        self.settings = EngineSettings(**settings)
+        self.arguments = self.settings.arguments(self.model)
+        self.environment = self.settings.environment()
+        self.process: ForkedProcess | subprocess.Popen[bytes] | None = None
+        part = self.settings.part
+        self.coordinator = part.coordinator if part else ""
+        """`host:port` where the parts of an engine meet; the first one's is known after `start`."""
+        self._log_start = 0
+        self._kills_before = 0
+        self._scratch: Scratch | None = None
+        self._url: str | None = None
+
+    @property
+    def url(self) -> str:
+        """The address, known after `start`; empty for a part without the API server."""
+        if self._url is None:
+            raise EngineError("the engine has not been started")
+        return self._url
+
+    def start(self) -> None:
+        """Start the process on a free port and return at once. Raises EngineError if the model
+        folder is unusable, OSError if the port is taken."""
+        hf = read_model_config(self.model)
+        arguments = [*self._choose_ports(), *self.arguments]
+        arguments += config_arguments(hf, self.settings.hf_overrides)
+        part = self.settings.part
+        if part is not None:
+            arguments += part.arguments(self.settings.data, self.coordinator)
+        self._scratch = Scratch()
+        self._kills_before = out_of_memory.num_kills()
+        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        environment = self._scratch.environment() | self.environment
+        self.process = preloaded.start(MODULE, arguments, self.log_path, environment)
+
+    async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
+        """Wait as `Server.wait_ready`, and note the files in shared memory that `stop` deletes: if
+        all of the engine's processes are killed, no process is left to ask for them."""
+        await super().wait_ready(timeout_seconds)
+        assert self.process is not None and self._scratch is not None
+        self._scratch.add_shared(shared_files(self.process.pid))
+
+    def is_alive(self) -> bool:
+        """Return whether the process has been started and has not ended."""
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self) -> None:
+        """End the process and those under it: with SIGKILL, on a GPU STOP_SECONDS after SIGTERM.
+        Delete its temporary files and what it leaves in shared memory."""
+        if self.process is None:
+            return
+        if self._scratch is not None and self.process.pid and owns_number(self.process):
+            self._scratch.add_shared(shared_files(self.process.pid))
+        if self.settings.device == "cpu":  # nothing to end in order; vLLM takes seconds to do so
+            children.kill(self.process, KILL_SECONDS)
+        else:
+            children.stop(self.process, STOP_SECONDS, KILL_SECONDS)
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def describe_end(self) -> str:
+        """Return how the process ended and an excerpt of its log, root cause first."""
+        code = self.process.poll() if self.process else None
+        how = f"exit code {code}"
+        if code is not None and code < 0:
+            how = f"signal {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            how += out_of_memory.explanation(self._kills_before, REMEDY)
+        return f"{how}; from {self.log_path}:\n{self.log_excerpt()}"
+
+    def log_excerpt(self) -> str:
+        """Return the root cause and the last lines of this process's output."""
+        return file_excerpt(self.log_path, self._log_start)
+
+    def _why_not_ready(self) -> str:
+        return f"its log {self.log_path} ends with\n{self.log_excerpt()}"
+
+    def _choose_ports(self) -> list[str]:
+        """Choose the server's and the coordinator's port; return vLLM's argument."""
+        here = self.settings
+        if here.part is not None and not here.part.serves:
+            self._url = ""
+            return []
+        port = here.port or children.free_port(here.host)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM's own does
+            probe.bind((here.host, port))
+            if here.part is not None:  # while the server's port is taken, so that it is another one
+                host = socket.gethostbyname(here.host)  # ZeroMQ listens at no name
+                self.coordinator = f"{host}:{children.free_port(host)}"
+        self._url = f"http://{here.host}:{port}"
+        return ["--port", str(port)]
+
+
+def read_model_config(model: Path) -> dict:
+    """Return a model's `config.json`. Raises EngineError where there is no folder, no such file, or
+    one that names no architecture, which vLLM would refuse only after importing everything."""
+    config = model / "config.json"
+    if not config.is_file():
+        raise EngineError(
+            f"{model} is not a model folder: it has no config.json; name a folder in Hugging Face "
+            "format, such as the hf/ of a run"
+        )
+    try:
+        hf = load_config(model)
+    except UserError as error:
+        raise EngineError(str(error)) from error
+    if not hf.get("architectures"):
+        raise EngineError(
+            f'{config} has no "architectures": vLLM does not know which model this is'
+        )
+    return hf

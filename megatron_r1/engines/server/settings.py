@@ -1,0 +1,212 @@
+"""The command line and the environment with which vLLM is started."""
+
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import psutil
+
+from megatron_r1.base.processes import gpu_allocator
+from megatron_r1.models.hf_config import implied
+
+MODULE = "megatron_r1.engines.plugin.serve"
+"""What an engine's process runs."""
+MIDDLEWARE = "megatron_r1.engines.plugin.admission.Admission"
+SECRET = "VLLM_API_KEY"
+"""Environment variable from which vLLM, and `Admission`, read an engine's secret."""
+
+
+class EnginePart(msgspec.Struct, frozen=True):
+    """One host's part of an engine that spans `count` hosts: an equal share of its data-parallel
+    copies. Tensor and pipeline ranks of a copy stay on one host.
+
+    This is vLLM's own way of doing it (`--headless`): the first part has the API server and the
+    coordinator, where the ranks of all parts meet. coordinator: its address, as host:port, which
+    the first part chooses when it starts."""
+
+    index: int
+    count: int
+    coordinator: str = ""
+
+    @property
+    def serves(self) -> bool:
+        """Whether the part has the API server."""
+        return self.index == 0
+
+    def copies(self, data: int) -> int:
+        """Return how many of an engine's `data` copies the part runs."""
+        assert data % self.count == 0, f"{data} copies on {self.count} hosts"
+        return data // self.count
+
+    def arguments(self, data: int, coordinator: str) -> list[str]:
+        """Return vLLM's arguments for a part, which an engine of `data` copies on one host does not
+        need."""
+        host, _, port = coordinator.rpartition(":")
+        copies = self.copies(data)
+        return [
+            *("--data-parallel-size-local", str(copies)),
+            *("--data-parallel-address", host, "--data-parallel-rpc-port", port),
+            *([] if self.serves else ["--headless"]),
+            *([] if self.serves else ["--data-parallel-start-rank", str(self.index * copies)]),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """Settings of one engine, or of the part of an engine that one host runs.
+
+    dtype: of weights, activations and KV cache.
+    max_model_len: prompt plus response, tokens.
+    max_num_seqs: sequences decoded together, by each of `data` copies.
+    num_threads: OpenMP threads of all ranks together (CPU only).
+    kv_cache_gib: memory of a rank for keys and values (CPU only).
+    kv_block_tokens: tokens of a block of that memory; None for vLLM's default. With latent
+        attention a block on a CPU has 16 tokens, whatever this setting is.
+    prefix_caching: share the prompt's keys and values within a group. vLLM turns it off for MLA on
+        CPU.
+    weight_transfer_backend: a name registered by `engines.plugin`.
+    return_routing: add the experts of every token to each response (a model with experts only).
+        On a GPU vLLM has this in its second model runner and with prefix caching; on a CPU
+        `engines.plugin.cpu_routing` adds it, without.
+    tensor, pipeline, data, expert_parallel: how ranks share the model; see `RolloutConfig`.
+    gpu_memory: share of each GPU's memory that the engine takes (GPU only); None for vLLM's
+        default.
+    plain_matrices: leave matrices unpacked, which speeds up pushes and slows down generation (CPU
+        only; `engines.plugin.cpu_patches`).
+    sleeps: whether the engine can free its memory and allocate it again (GPU only).
+    speculative: vLLM's `speculative_config`; None for no speculation.
+    secret: bearer token that every call except `/health` needs; empty for none.
+    host: address to listen at. port: None for any free port.
+    part: the part of the engine that runs here; None for the whole engine.
+    hf_overrides: keys that replace those of the model's config.json.
+    extra_args, extra_env: passed to vLLM unchanged; they override the other settings."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: str = "float32"
+    max_model_len: int = 1024
+    max_num_seqs: int = 256
+    seed: int = 0
+    num_threads: int = 2
+    kv_cache_gib: int = 1
+    kv_block_tokens: int | None = None
+    prefix_caching: bool = True
+    weight_transfer_backend: str = "megatron_r1_shm"
+    return_routing: bool = False
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    expert_parallel: bool = False
+    gpu_memory: float | None = None
+    plain_matrices: bool = False
+    sleeps: bool = False
+    speculative: Mapping[str, Any] | None = None
+    secret: str = ""
+    host: str = "127.0.0.1"
+    port: int | None = None
+    part: EnginePart | None = None
+    hf_overrides: Mapping[str, Any] | None = None
+    extra_args: Sequence[str] = ()
+    extra_env: Mapping[str, str] | None = None
+
+    def arguments(self, model: Path) -> list[str]:
+        """Return vLLM's arguments, except the port and the arguments of a part."""
+        is_cpu = self.device == "cpu"
+        share = None if is_cpu else self.gpu_memory
+        prefix_caching = not is_cpu if self.return_routing else self.prefix_caching
+        return [
+            *("--model", str(model), "--served-model-name", "policy", "--host", self.host),
+            *("--dtype", self.dtype, "--max-model-len", str(self.max_model_len)),
+            *("--max-num-seqs", str(self.max_num_seqs), "--seed", str(self.seed)),
+            "--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching",
+            *(["--block-size", str(self.kv_block_tokens)] if self.kv_block_tokens else []),
+            *("--weight-transfer-config", json.dumps({"backend": self.weight_transfer_backend})),
+            *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
+            *("--enable-scale-out", "--skip-tokenizer-init"),
+            "--disable-uvicorn-access-log",
+            *(["--enforce-eager"] if is_cpu else []),
+            # On a GPU the watchdog sees by the statistics that a long response grows; a step on a
+            # CPU is too short to pay for them, unless they count accepted drafts.
+            *(["--disable-log-stats"] if is_cpu and not self.speculative else []),
+            *(["--speculative-config", json.dumps(self.speculative)] if self.speculative else []),
+            # Latent attention on a CPU verifies drafts as prompts, whose lengths it takes from the
+            # host; scheduled ahead, those would count drafts that are rejected later.
+            *(["--no-async-scheduling"] if is_cpu and self.speculative else []),
+            *(["--enable-return-routed-experts"] if self.return_routing else []),
+            *(["--enable-sleep-mode"] if self.sleeps and not is_cpu else []),
+            *(["--gpu-memory-utilization", f"{share}"] if share else []),
+            *(("--additional-config", '{"plain_matrices": true}') if self.plain_matrices else ()),
+            *("--tensor-parallel-size", str(self.tensor)),
+            *("--pipeline-parallel-size", str(self.pipeline)),
+            *("--data-parallel-size", str(self.data)),
+            *(["--enable-expert-parallel"] if self.expert_parallel else []),
+            *(["--middleware", MIDDLEWARE] if self.secret else []),
+            *self.extra_args,
+        ]
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment variables that are set in addition to this process's, or replace
+        them. Raises OSError for a `host` that does not resolve."""
+        copies = self.part.copies(self.data) if self.part else self.data
+        ranks = self.tensor * self.pipeline * copies
+        threads = max(1, self.num_threads // ranks)
+        environment = engine_environment(self.device, threads, self.kv_cache_gib)
+        if self.return_routing and self.device != "cpu":
+            environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+        if self.device != "cpu" and self.weight_transfer_backend.endswith("_cuda_ipc"):
+            environment |= gpu_allocator.of_exporting_engine(os.environ)
+        if self.part is not None:
+            environment |= network_environment(self.host)
+        # SECRET also where it is empty: the user's own VLLM_API_KEY is not for our engines.
+        return environment | {SECRET: self.secret} | dict(self.extra_env or {})
+
+
+def config_arguments(hf: dict, overrides: Mapping[str, Any] | None) -> list[str]:
+    """Return vLLM's arguments for a model of config.json `hf` read with `overrides`, and with what
+    its class needs and transformers does not write."""
+    if not (changes := {**implied(hf), **(overrides or {})}):
+        return []
+    return ["--hf-overrides", json.dumps(changes)]
+
+
+def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict[str, str]:
+    """Return the environment variables of any vLLM server that we start."""
+    env = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and the weight-transfer calls exist only then
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if device == "cpu":
+        env |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+            # The model runs inside the engine core: one process and two copies per step less.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(num_threads),
+            # Threads that wait for work must not spin: the trainer computes on the same cores.
+            "OMP_WAIT_POLICY": "passive",
+            # vLLM compiles a function that ranks the sampled token, which we do not use, and gcc
+            # takes 20 s.
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+    return env
+
+
+def network_environment(address: str) -> dict[str, str]:
+    """Return the environment variables that make ranks on the host with this address reachable from
+    other hosts.
+
+    gloo would use the address that the host's name resolves to, on many hosts a loopback address.
+    Raises OSError for a name that does not resolve."""
+    address = socket.gethostbyname(address)
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.family == socket.AF_INET and one.address == address for one in addresses):
+            interface = interface or name
+    return {"VLLM_HOST_IP": address} | ({"GLOO_SOCKET_IFNAME": interface} if interface else {})

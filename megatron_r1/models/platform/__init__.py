@@ -1,0 +1,172 @@
+"""Whether this process computes on a CPU or a GPU, and everything that has to be patched for a CPU.
+
+`prepare()` is called once in a trainer process, before anything imports Megatron-Core. On a GPU it
+only chooses the device; on a CPU it installs `cpu_patches`, so that the same unmodified Megatron
+trains over gloo. No other file replaces a function of Megatron or torch for the whole process
+because of a CPU. Code that has to choose between two settings or two layers calls `has_gpu()` or
+`uses_transformer_engine()`.
+
+Processes that run transformers or vLLM must not call `prepare()`: both choose their device by
+`torch.cuda`, whose patched functions would mislead them."""
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.processes.imports import without_garbage_collection
+from megatron_r1.base.processes.memory import keep_freed_memory
+from megatron_r1.models.platform.cpu_patches import CPU, PATCHES
+from megatron_r1.models.platform.stores import trainer_store
+from megatron_r1.models.platform.versions import check_megatron, warn_of_transformer_engine
+
+_REAL_CUDA = torch.cuda.is_available()
+_prepared = False
+
+
+def has_gpu() -> bool:
+    """Whether this process trains on CUDA. The answer is the real driver's, also after patching."""
+    return _REAL_CUDA
+
+
+def device() -> torch.device:
+    """Return the device of this process's parameters and batches."""
+    return torch.device("cuda", torch.cuda.current_device()) if _REAL_CUDA else CPU
+
+
+def distributed_backend() -> str:
+    """Return the torch.distributed backend that carries this device's tensors."""
+    return "nccl" if _REAL_CUDA else "gloo"
+
+
+def uses_transformer_engine() -> bool:
+    """Whether models are built from Transformer Engine's layers (GPU) or from ours (CPU).
+
+    Raises UserError on a GPU where Transformer Engine does not import: our layers would train
+    there, at a fraction of the speed and without FP8."""
+    if not _REAL_CUDA:
+        return False
+    try:
+        import transformer_engine.pytorch
+    except (ImportError, OSError) as error:  # OSError: a library that its extension links against
+        raise UserError(
+            f"there is a GPU, but Transformer Engine does not import ({error}): install it, built "
+            "for this torch (make setup-cuda), or hide the GPU with "
+            "CUDA_VISIBLE_DEVICES= to train on the CPU",
+            key="transformer_engine",
+            cause=Cause.NOT_INSTALLED,
+        ) from error
+    warn_of_transformer_engine()
+    return True
+
+
+def prepare(local_rank: int = 0) -> torch.device:
+    """Make this process able to import and run Megatron-Core; return the device to train on.
+
+    Raises UserError for another version of it than the tested one."""
+    global _prepared
+    check_megatron()
+    if _REAL_CUDA:
+        torch.cuda.set_device(local_rank)
+    if not _prepared:
+        with without_garbage_collection(), _without_wandb():
+            for patch in PATCHES if not _REAL_CUDA else ():
+                patch.install()  # imports what it changes
+            for module in ("timers", "inference.engines.dynamic_engine"):
+                import_module(f"megatron.core.{module}")
+        if not _REAL_CUDA:
+            keep_freed_memory()
+        _prepared = True
+    return device()
+
+
+@contextlib.contextmanager
+def _without_wandb() -> Iterator[None]:
+    """Hide W&B from Megatron's modules, which import it where it is installed, for reports that we
+    do not ask for: a second of each rank's start, and temporary folders that a killed rank leaves.
+    """
+    if "wandb" in sys.modules:
+        yield
+        return
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["wandb"]
+
+
+def join_process_group(timeout: timedelta | None = None) -> None:
+    """Initialize torch.distributed from torchrun's environment variables, unless it is already.
+
+    timeout: of its collective operations; None for torch's, ten minutes for NCCL."""
+    if not dist.is_initialized():
+        gpu = device() if _REAL_CUDA else None
+        store = dist.PrefixStore("default_pg", trainer_store(timeout))
+        dist.init_process_group(
+            distributed_backend(),
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+            device_id=gpu,
+        )
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Return rank 0's `value` on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)  # over all ranks: only rank 0 has the value
+    return values[0]
+
+
+def silence_warnings() -> None:
+    """Ignore, on a CPU, Megatron's warnings that Apex and Transformer Engine are missing."""
+    if not _REAL_CUDA:
+        warnings.filterwarnings("ignore", module=r"megatron\.core\.")
+
+
+def synchronize() -> None:
+    """Wait for all work queued on the device; a CPU has no queue."""
+    if _REAL_CUDA:
+        torch.cuda.synchronize()
+
+
+def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialized tensor in host memory, pinned where there is a GPU: only to and from
+    pinned memory are copies fast and asynchronous. Raises UserError where the host has no memory
+    left to pin: torch takes the next power of two."""
+    try:
+        return torch.empty(shape, dtype=dtype, device=CPU, pin_memory=_REAL_CUDA)
+    except RuntimeError as error:  # of the CUDA runtime: "CUDA error: out of memory"
+        if not _REAL_CUDA or "out of memory" not in str(error):
+            raise
+        size = torch.Size(shape).numel() * dtype.itemsize
+        taken = 1 << (size - 1).bit_length()
+        raise UserError(
+            f"this node has not enough memory to pin {size / 2**30:.3g} GiB for a trainer rank's "
+            f"checkpoint or reference, for which torch takes {taken / 2**30:.3g} GiB, the next "
+            "power of two; give the node more memory, or spread the model over more ranks "
+            "(parallel.tensor, .pipeline, .expert)",
+            key="host_memory",
+            cause=Cause.TOO_LARGE,
+        ) from error
+
+
+def rng_state() -> Tensor | None:
+    """Return the state of the GPU's random stream; None without a GPU."""
+    return torch.cuda.get_rng_state() if _REAL_CUDA else None
+
+
+def set_rng_state(state: Tensor | None) -> None:
+    """Restore what `rng_state` returned, where this process has a GPU too."""
+    if _REAL_CUDA and state is not None:
+        torch.cuda.set_rng_state(state)

@@ -1,0 +1,55 @@
+"""The table of which Hugging Face tensors form each Megatron parameter.
+
+    rules.py                              what a table consists of: rules, splits, pieces
+    decoder.py                            the table of every architecture
+    stacked.py                            tensors with all experts of a layer (gpt-oss); no torch
+    layout.py                             every parameter of a rank, from config.json; no torch
+    local.py                              the layout joined with this rank's real tensors
+    reading.py, writing.py                import and export by all ranks together
+    adapters/                             low-rank adapters: their own table, layers, export
+    stored/                               the formats on disk
+
+Import, export, conversion, the push to the engines and the memory planner read the same table.
+
+`hf_tensors`, `num_parameters` and `layout` need a configuration only; what works on Megatron model
+chunks is imported at first use."""
+
+from typing import Any
+
+from megatron_r1.base.processes.imports import import_lazily
+from megatron_r1.models.pipeline_stages import pipeline_stages
+from megatron_r1.models.weights.layout import (
+    LayoutEntry,
+    Shard,
+    hf_tensors,
+    layout,
+    num_parameters,
+    stage_shards,
+)
+from megatron_r1.models.weights.rules import Piece
+
+_HOME = {
+    "initialize": "reading",
+    "initialize_score": "reading",
+    "load_hf": "reading",
+    "load_megatron": "reading",
+    "local_pieces": "local",
+    "save_hf": "writing",
+    "write_hf": "writing",
+}
+
+__all__ = [
+    "LayoutEntry",
+    "Piece",
+    "Shard",
+    "hf_tensors",
+    "layout",
+    "num_parameters",
+    "pipeline_stages",
+    "stage_shards",
+    *_HOME,
+]
+
+
+def __getattr__(name: str) -> Any:
+    return import_lazily(__name__, _HOME, name)

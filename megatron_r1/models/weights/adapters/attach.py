@@ -1,0 +1,147 @@
+"""Adapters for this rank's model chunks, and the fingerprint of the model that they belong to."""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+from torch.nn.functional import rms_norm
+
+from megatron_r1.config.model import LoraConfig
+from megatron_r1.models.build import process_groups
+from megatron_r1.models.weights.adapters.adapter import Adapter
+from megatron_r1.models.weights.adapters.table import adapter_shapes, adapter_table
+from megatron_r1.models.weights.layout import LayoutEntry, layout_of
+from megatron_r1.models.weights.local import local_pieces, shard_of
+from megatron_r1.models.weights.rules import Piece, Shape
+
+_BITS = {2: torch.int16, 4: torch.int32}
+
+
+def attach_adapters(chunks: Sequence, hf: dict, lora: LoraConfig, seed: int) -> None:
+    """Freeze the loaded model and give its target layers adapters; call before DDP.
+
+    A is drawn as in PEFT, uniformly with the variance 1 / (3 in) of Kaiming's rule for a = sqrt(5),
+    each Hugging Face tensor from a generator of its own; B is 0, so that nothing has changed yet.
+    Raises UserError for an unknown target."""
+    rules, fingerprint = adapter_table(hf, lora), _fingerprint(chunks, hf)
+    shapes = adapter_shapes(rules)
+    for chunk in chunks:
+        chunk.base_fingerprint, chunk.adapter_shapes = fingerprint, shapes
+        chunk.requires_grad_(False)
+        entries = layout_of(rules, shard_of(chunk))
+        by_layer: dict[str, list[Adapter]] = defaultdict(list)
+        for name in entries:
+            path, _, factor = name.rpartition(".lora.")
+            number, is_first, _ = factor.rpartition("a")  # of an expert in its layer, or none
+            if is_first:
+                of_a, of_b = entries[name], entries[f"{name[:-1]}b"]
+                weight = getattr(chunk.get_submodule(path), f"weight{number.rstrip('.')}")
+                adapter = _adapter(chunk, weight, of_a, of_b, lora)
+                _initialize(adapter, shapes, seed)
+                by_layer[path].append(adapter)
+        for path, adapters in by_layer.items():
+            _attach(chunk.get_submodule(path), adapters)
+        if chunk.pre_process:
+            # A recomputed layer gets no gradients at all where its input needs none.
+            chunk.embedding.register_forward_hook(_needs_gradient)
+
+
+def has_adapters(chunks: Sequence) -> bool:
+    """Return whether adapters alone are trained."""
+    return hasattr(unwrap_model(chunks[0]), "base_fingerprint")
+
+
+def adapter_factors(chunks: Sequence) -> Iterator[tuple[str, torch.nn.Parameter, LayoutEntry]]:
+    """Yield (Megatron name, factor, layout entry) of all adapters on this rank."""
+    for chunk in chunks:
+        for path, module in unwrap_model(chunk).named_modules():
+            if isinstance(module, Adapter):
+                of_a, of_b = module.entries
+                yield f"{path}.a", module.a, of_a
+                yield f"{path}.b", module.b, of_b
+
+
+def adapter_pieces(chunks: Sequence) -> Iterator[tuple[Tensor, tuple[Piece, ...], bool]]:
+    """Yield (factor, pieces, owner) of all adapters on this rank, as `local_pieces`."""
+    groups = process_groups(chunks)
+    for _, factor, entry in adapter_factors(chunks):
+        replicas = groups.expt_dp if entry.expert else groups.dp_cp
+        yield factor, entry.pieces, entry.owner and replicas.rank() == 0
+
+
+def _adapter(
+    chunk: GPTModel, weight: Tensor, of_a: LayoutEntry, of_b: LayoutEntry, lora: LoraConfig
+) -> Adapter:
+    groups = process_groups([chunk])
+    group = groups.expt_tp if of_a.expert else groups.tp
+    by_sequence = chunk.config.sequence_parallel and not of_a.expert
+    adapter = Adapter((of_a, of_b), weight, lora.scale, group, by_sequence)
+    weight.adapter = adapter  # type: ignore[attr-defined]  # what pushes and exports merge
+    return adapter
+
+
+def _attach(layer: torch.nn.Module, adapters: list[Adapter]) -> None:
+    if hasattr(layer, "weight"):
+        layer.add_module("lora", adapters[0])
+        layer.register_forward_hook(add_product)
+    else:
+        layer.add_module("lora", torch.nn.ModuleList(adapters))
+        layer.register_forward_hook(add_products)
+
+
+def add_product(layer: Any, inputs: tuple, out: tuple) -> tuple:
+    """Return the output of a linear layer, (values, bias), with its adapter's product added to the
+    values."""
+    x = inputs[0]
+    if (norm := getattr(layer, "layer_norm_weight", None)) is not None:
+        # Transformer Engine has the norm before a layer in it.
+        x = rms_norm(x, tuple(norm.shape), norm, layer.eps)
+    return out[0] + layer.lora(x), *out[1:]
+
+
+def add_products(layer: Any, inputs: tuple, out: tuple) -> tuple:
+    """Return the output of a layer of all experts, (values, bias), with the adapters' products
+    added to the values. inputs: tokens by expert, and each expert's number of tokens."""
+    x, counts = inputs[:2]
+    shares = zip(layer.lora, x.split(counts), strict=True)
+    parts = [adapter(tokens) for adapter, tokens in shares]
+    return out[0] + torch.cat(parts), *out[1:]
+
+
+@torch.no_grad()
+def _initialize(adapter: Adapter, shapes: dict[str, Shape], seed: int) -> None:
+    for piece in adapter.entries[0].pieces:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{piece.hf_name}".encode()))
+        shape = shapes[piece.hf_name]
+        bound = shape[1] ** -0.5
+        values = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        target = adapter.a.narrow(piece.dim, piece.local_start, piece.length)
+        target.copy_(values.narrow(piece.dim, piece.hf_start, piece.length))
+
+
+def _needs_gradient(module: torch.nn.Module, inputs: tuple, out: Tensor) -> Tensor:
+    return out.requires_grad_() if torch.is_grad_enabled() and not out.requires_grad else out
+
+
+def _fingerprint(chunks: Sequence, hf: dict) -> int:
+    """Return a number that depends on every bit of the whole model's weights, not on the layout.
+
+    It is the sum of all elements' bits, each tensor's times a number made of its name, modulo 2^64.
+    """
+    total = torch.zeros((), dtype=torch.int64)
+    with torch.no_grad():
+        for parameter, pieces, owner in local_pieces(chunks, hf):
+            for piece in pieces if owner else ():
+                values = parameter.narrow(piece.dim, piece.local_start, piece.length)
+                bits = values.view(_BITS[values.itemsize]).sum(dtype=torch.int64)
+                total += bits.cpu() * zlib.crc32(piece.hf_name.encode())
+    device = next(chunks[0].parameters()).device
+    total = total.to(device)
+    dist.all_reduce(total)  # over all ranks, which hold parts of the model
+    return int(total) % 2**64

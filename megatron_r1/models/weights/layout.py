@@ -1,0 +1,183 @@
+"""The parameters of every rank, from `config.json` and parallel coordinates alone.
+
+No model is built, so a laptop can plan the resharding or the memory of thousands of ranks."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import Config
+from megatron_r1.models.pipeline_stages import pipeline_stages
+from megatron_r1.models.weights.decoder import table
+from megatron_r1.models.weights.rules import Piece, Rule, Shape, Table, stacked, whole
+
+AxisRank = tuple[int, int]
+"""(rank, number of ranks) along one parallel axis."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a model on one rank: some layers, and a part of each.
+
+    layers: global indices of its decoder layers, in order. embedding, final_norm, head, mtp:
+    whether it has the embedding, the norm after the last decoder layer, the LM head, the MTP
+    layers. transformer_engine: whether its parameters have Transformer Engine's names."""
+
+    layers: tuple[int, ...]
+    embedding: bool = True
+    final_norm: bool = True
+    head: bool = True
+    mtp: bool = True
+    tp: AxisRank = (0, 1)
+    ep: AxisRank = (0, 1)
+    etp: AxisRank = (0, 1)
+    transformer_engine: bool = False
+
+
+@dataclass(frozen=True)
+class LayoutEntry:
+    """One parameter of one rank.
+
+    shape: the shape of this rank's part of the parameter.
+    pieces: the HF tensors in the parameter; rows without a piece are vocabulary padding.
+    replicated: whether all tensor ranks have the same pieces.
+    owner: whether this rank writes the pieces. Of the ranks along the tensor and pipeline axes that
+        hold the same pieces, one does.
+    expert: whether the parameter's replicas are in the expert-data-parallel group.
+    dtype: the parameter's dtype if it differs from the model's, else None."""
+
+    shape: Shape
+    pieces: tuple[Piece, ...]
+    replicated: bool
+    owner: bool
+    expert: bool
+    dtype: str | None
+
+
+def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
+    """Return name -> (shape, dtype) of every tensor of the full HF checkpoint, in its order.
+
+    The dtype is config.json's (default "bfloat16"), except for tensors that have their own."""
+    rules, default = table(hf), hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
+    tensors: dict[str, tuple[Shape, str]] = {}
+    for prefix, rule in _placed(rules, with_mtp):
+        for source in rule.sources:
+            for expert in range(rules.num_experts if rule.expert else 1):
+                name = prefix + source.name.replace("{e}", str(expert))
+                tensors.setdefault(name, (source.shape, rule.dtype or default))
+    if with_mtp:
+        tensors |= {name: tensors[original] for name, original in rules.copies.items()}
+    return tensors
+
+
+def num_parameters(hf: dict, *, with_mtp: bool = True) -> int:
+    """Return the number of elements of all tensors that `hf_tensors` lists."""
+    return sum(prod(shape) for shape, _ in hf_tensors(hf, with_mtp=with_mtp).values())
+
+
+def stage_shards(
+    hf: dict,
+    pipeline: int = 1,
+    virtual: int = 1,
+    *,
+    pipeline_layout: str | None = None,
+    with_mtp: bool = True,
+) -> list[list[Shard]]:
+    """Return the shard of every model chunk, result[pipeline rank][virtual stage], whole along the
+    other axes. Errors as `pipeline_stages`."""
+    num_mtp = len(table(hf).mtp) if with_mtp else 0
+    stages = pipeline_stages(
+        hf["num_hidden_layers"], pipeline, virtual, num_mtp=num_mtp, layout=pipeline_layout
+    )
+    return [[Shard(**vars(stage)) for stage in chunks] for chunks in stages]
+
+
+def recipe_stages(config: Config, hf: dict) -> list[list[Shard]]:
+    """Return `stage_shards` of the model that a recipe trains: what runs, pushes and plans use."""
+    parallel = config.parallel
+    return stage_shards(
+        hf,
+        parallel.pipeline,
+        parallel.virtual_pipeline,
+        pipeline_layout=parallel.pipeline_layout,
+        with_mtp=config.model.mtp != "none",
+    )
+
+
+def layout(hf: dict, shard: Shard) -> dict[str, LayoutEntry]:
+    """Return Megatron parameter name -> LayoutEntry, for all parameters of the shard."""
+    return layout_of(table(hf), shard)
+
+
+def layout_of(rules: Table, shard: Shard) -> dict[str, LayoutEntry]:
+    """Return `layout` of the parameters that `rules` lists."""
+    entries: dict[str, LayoutEntry] = {}
+
+    def add(rule: Rule, megatron: str, prefix: str, owner: bool = True) -> None:
+        for name, entry in _entries(rule, prefix, shard, rules.num_experts):
+            entries[megatron + name] = replace(entry, owner=entry.owner and owner)
+
+    if shard.embedding or shard.mtp:
+        for rule in rules.embedding:
+            add(rule, "", "", owner=shard.embedding)
+    for local, layer in enumerate(shard.layers):
+        for rule in rules.layers[layer]:
+            add(rule, f"decoder.layers.{local}.", f"model.layers.{layer}.")
+    if shard.final_norm:
+        for rule in rules.final_norm:
+            add(rule, "", "")
+    if shard.head:
+        embedded = {source.name for rule in rules.embedding for source in rule.sources}
+        for rule in rules.head:
+            tied = rule.sources[0].name in embedded
+            # Megatron has one parameter for both where both are on one stage, else a second copy.
+            if not (tied and (shard.embedding or shard.mtp)):
+                add(rule, "", "", owner=not tied)
+    if shard.mtp:
+        for index, layer_rules in enumerate(rules.mtp):
+            for rule in layer_rules:
+                add(rule, f"mtp.layers.{index}.", f"model.layers.{len(rules.layers) + index}.")
+    return entries
+
+
+def _placed(rules: Table, with_mtp: bool) -> Iterator[tuple[str, Rule]]:
+    layers: Iterable[list[Rule]] = rules.layers + (rules.mtp if with_mtp else [])
+    yield from (("", rule) for rule in rules.embedding)
+    for index, layer in enumerate(layers):
+        yield from ((f"model.layers.{index}.", rule) for rule in layer)
+    yield from (("", rule) for rule in rules.final_norm + rules.head)
+
+
+def _entries(
+    rule: Rule, prefix: str, shard: Shard, num_experts: int
+) -> Iterator[tuple[str, LayoutEntry]]:
+    """Yield (Megatron parameter, entry) of a rule, once per expert that the rank has."""
+    name = (shard.transformer_engine and rule.te) or rule.megatron
+    rank, num_ranks = shard.etp if rule.expert else shard.tp
+    shape, pieces = rule.split(rule.sources, rank, num_ranks)
+    replicated = rule.split in (whole, stacked)
+    group, num_groups = shard.ep
+    if rule.expert and num_experts % num_groups:
+        raise UserError(
+            f"parallel.expert={num_groups} does not divide n_routed_experts={num_experts}; choose "
+            f"a divisor of {num_experts}",
+            key="parallel.expert",
+            cause=Cause.INDIVISIBLE,
+        )
+    num_local = num_experts // num_groups if rule.expert else 1
+    for local in range(num_local):
+        expert = str(group * num_local + local)
+        placed = tuple(
+            replace(piece, hf_name=prefix + piece.hf_name.replace("{e}", expert))
+            for piece in pieces
+        )
+        entry = LayoutEntry(
+            shape=shape,
+            pieces=placed,
+            replicated=replicated,
+            owner=not replicated or rank == 0,
+            expert=rule.expert,
+            dtype=rule.dtype,
+        )
+        yield name.replace("{e}", str(local)), entry

@@ -1,0 +1,313 @@
+"""Export: all ranks together write safetensors files, each its own pieces at their offsets.
+
+Every rank computes the same header from the weight table. Rank 0 creates the file at its full size
+under a temporary name, every owner writes the bytes of its pieces and no others (nothing is
+gathered; no rank ever holds a whole tensor), and rank 0 renames it."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import fsync, make_folder
+from megatron_r1.models.hf_config import has_score_head
+from megatron_r1.models.weights.decoder import table
+from megatron_r1.models.weights.local import has_mtp, local_pieces, merged
+from megatron_r1.models.weights.rules import Piece
+from megatron_r1.models.weights.stacked import StackedPart, stacked_part
+from megatron_r1.models.weights.stored import hf_folder
+from megatron_r1.models.weights.stored.raw import write_box
+from megatron_r1.models.weights.stored.safetensors_file import (
+    FilePlan,
+    PlannedTensor,
+    plan_file,
+    stored_tensors,
+)
+
+BLOCK_BYTES = 256 << 20
+"""The most bytes of a parameter that are copied to the host at once."""
+
+
+def save_hf(
+    model_chunks: Sequence,
+    hf: dict,
+    source_folder: str | Path,
+    out_folder: str | Path,
+    dtype: torch.dtype,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write `out_folder`, which transformers and vLLM can load; call on every rank.
+
+    The configuration and tokenizer files are copied from `source_folder`; all ranks must see both
+    folders. The folder appears complete or not at all (an existing one is replaced). Weights are
+    split into files of at most max_shard_bytes, except for larger single tensors. Raises UserError
+    on every rank when something cannot be written."""
+    source, with_mtp = Path(source_folder), has_mtp(model_chunks)
+    files = hf_folder.split_into_files(
+        stored_tensors(hf, dtype, with_mtp=with_mtp), max_shard_bytes
+    )
+
+    def begin(folder: Path) -> None:
+        hf_folder.carry_files(source, folder)
+        hf_folder.write_config(source, folder, dtype, with_mtp, has_score_head(hf))
+        hf_folder.write_index(folder, files)
+
+    with new_folder(Path(out_folder), begin) as folder:
+        plans = {folder / name: plan_file(content) for name, content in files.items()}
+        write_files(model_chunks, hf, plans, durable=True)
+
+
+def write_hf(
+    model_chunks: Sequence,
+    hf: dict,
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    names: Collection[str] | None = None,
+    durable: bool = False,
+) -> None:
+    """Write the model, or its HF tensors in `names`, as one safetensors file; call on every rank.
+
+    path: seen by all ranks; replaced atomically, so that a reader which still maps the previous
+    file keeps the previous weights. dtype: of the stored tensors, except those with a dtype of
+    their own (the router's correction bias stays float32). durable: fsync before renaming. Raises
+    UserError on every rank when the file cannot be created (no such folder, not enough space), and
+    ValueError for unknown `names`."""
+    plan = plan_file(stored_tensors(hf, dtype, with_mtp=has_mtp(model_chunks), names=names))
+    write_files(model_chunks, hf, {Path(path): plan}, durable=durable)
+
+
+def write_files(
+    model_chunks: Sequence, hf: dict, plans: Mapping[Path, FilePlan], *, durable: bool
+) -> None:
+    """Write several planned files at once; call on every rank with the same plans. Adapters are
+    merged into the weights."""
+    copies = defaultdict(list)
+    for copy, original in table(hf).copies.items():
+        copies[original].append(copy)
+    held, part_of = local_pieces(model_chunks, hf), partial(stacked_part, hf)
+    write_pieces(held, plans, copies, part_of, durable=durable)
+
+
+def write_pieces(
+    held: Iterable[tuple[torch.Tensor, Sequence[Piece], bool]],
+    plans: Mapping[Path, FilePlan],
+    copies: Mapping[str, Sequence[str]],
+    part_of: Callable[[str], StackedPart | None] = lambda name: None,
+    *,
+    durable: bool,
+) -> None:
+    """Write the planned files; call on every rank with that rank's (parameter, pieces, owner).
+
+    copies: tensor -> its further names. part_of: returns the part that a tensor is of a stored
+    tensor of all experts, or None if it is stored alone."""
+    unfinished = {path: path.with_name(path.name + ".incomplete") for path in plans}
+
+    def create() -> None:
+        for path, plan in plans.items():
+            _create(unfinished[path], plan)
+        _require_room(plans)
+
+    def write() -> None:
+        with contextlib.closing(_OpenFiles(plans, unfinished)) as files, torch.no_grad():
+            for parameter, pieces, owner in held:
+                _write_parameter(files, parameter, pieces if owner else (), copies, part_of)
+            if durable:
+                for path in files.opened:
+                    fsync(unfinished[path])
+
+    def rename() -> None:
+        for path in plans:
+            os.replace(unfinished[path], path)
+        for folder in {path.parent for path in plans} if durable else ():
+            fsync(folder)
+
+    on_first_rank(create)
+    on_every_rank(write)
+    on_first_rank(rename)
+
+
+class _OpenFiles:
+    """The planned files that this rank writes into, opened at first use and closed at the end."""
+
+    def __init__(self, plans: Mapping[Path, FilePlan], unfinished: Mapping[Path, Path]) -> None:
+        self.home = {name: path for path, plan in plans.items() for name in plan.tensors}
+        self.opened: dict[Path, int] = {}
+        self._plans, self._unfinished = plans, unfinished
+
+    def close(self) -> None:
+        for file in self.opened.values():
+            os.close(file)
+
+    def planned(self, name: str) -> PlannedTensor:
+        return self._plans[self.home[name]].tensors[name]
+
+    def write(self, name: str, starts: Sequence[int], box: torch.Tensor) -> None:
+        """Write a rectangle of the tensor `name`. Raises OSError that names the file."""
+        path, at = self.home[name], self.planned(name)
+        try:
+            if path not in self.opened:
+                # Only to write: a page that NFS has read is written back whole.
+                self.opened[path] = os.open(self._unfinished[path], os.O_WRONLY)
+            write_box(self.opened[path], at.offset, at.shape, starts, box)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._unfinished[path])) from error
+
+
+def _write_parameter(
+    files: _OpenFiles,
+    parameter: torch.Tensor,
+    pieces: Sequence[Piece],
+    copies: Mapping[str, Sequence[str]],
+    part_of: Callable[[str], StackedPart | None],
+) -> None:
+    """Write a parameter's pieces, each under all its names."""
+    boxes = _StackedBoxes(files)
+    for piece in pieces:
+        part = part_of(piece.hf_name)
+        if part is not None:
+            if part.name in files.home:
+                boxes.add(part, piece, _values(parameter, piece))
+            continue
+        names = [n for n in (piece.hf_name, *copies.get(piece.hf_name, ())) if n in files.home]
+        if not names:
+            continue
+        values = _values(parameter, piece)
+        rows = max(1, BLOCK_BYTES // max(1, values[:1].nbytes))
+        for first, block in zip(range(0, len(values), rows), values.split(rows), strict=True):
+            for name in names:
+                starts = [0] * block.dim()
+                starts[piece.dim] = piece.hf_start
+                starts[0] += first
+                at = files.planned(name)
+                files.write(name, starts, block.to(device="cpu", dtype=at.dtype))
+    boxes.check_whole()
+
+
+class _StackedBoxes:
+    """Rectangles of tensors of all experts. Gate and up are in alternate columns of one rectangle,
+    and pieces of one parameter: it is written when it has both."""
+
+    def __init__(self, files: _OpenFiles) -> None:
+        self._files = files
+        self._boxes: dict[tuple[str, tuple[int, ...]], tuple[torch.Tensor, set[int]]] = {}
+
+    def add(self, part: StackedPart, piece: Piece, values: torch.Tensor) -> None:
+        at = self._files.planned(part.name)
+        within, sizes = part.box(at.shape[1:], piece.dim, piece.hf_start, piece.length)
+        key = part.name, (part.expert, *within)
+        if key not in self._boxes:
+            self._boxes[key] = torch.empty(sizes, dtype=at.dtype), set()
+        box, filled = self._boxes[key]
+        part.of(box).copy_(values)
+        filled.add(part.first)
+        if len(filled) == part.step:
+            self._files.write(part.name, key[1], box[None])
+            del self._boxes[key]
+
+    def check_whole(self) -> None:
+        """Raise ValueError for a rectangle that lacks columns."""
+        if self._boxes:
+            names = ", ".join(name for name, _ in self._boxes)
+            raise ValueError(f"{names}: a parameter has gate or up of an expert without the other")
+
+
+def _values(parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
+    here = slice(piece.local_start, piece.local_start + piece.length)
+    if parameter.dim() == 1:
+        return parameter[here]
+    everything = slice(None)
+    return merged(parameter, *((here, everything) if piece.dim == 0 else (everything, here)))
+
+
+def on_first_rank(action: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
+    """Run `action` on rank 0 while the others wait; raise its OSError as a UserError on all ranks.
+
+    group: all ranks, over another backend than the default group's."""
+    outcome: list[str | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            named = f"cannot write {error.filename}: {error.strerror}"
+            outcome = [named if error.filename else str(error)]
+    if dist.is_initialized():
+        # Over all ranks: each has to raise what went wrong on the first.
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    if outcome[0]:
+        raise UserError(outcome[0], key="output", cause=Cause.UNREADABLE)
+
+
+def on_every_rank(action: Callable[[], object]) -> None:
+    """Run `action` on every rank and wait for all; raise an OSError of any as a UserError on all
+    ranks."""
+    failure = None
+    try:
+        action()
+    except OSError as error:
+        failure = f"cannot write {error.filename}: {error.strerror}"
+    failures: list[str | None] = [failure]
+    if dist.is_initialized():
+        failures = [None] * dist.get_world_size()
+        # Over all ranks: what all of them write is complete when the last has written.
+        dist.all_gather_object(failures, failure)
+    for rank, found in enumerate(failures):
+        if found:
+            raise UserError(f"rank {rank}: {found}", key="output", cause=Cause.UNREADABLE)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, begin: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield a folder that all ranks write into; the end of the block renames it to `out` and
+    replaces a folder that has this name. begin: writes into the folder first, on rank 0."""
+    unfinished = out.with_name(out.name + ".incomplete")
+
+    def create() -> None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make_folder(out.parent)
+        unfinished.mkdir()
+        begin(unfinished)
+
+    on_first_rank(create)
+    yield unfinished
+    on_first_rank(lambda: _replace_folder(unfinished, out))
+
+
+def _replace_folder(unfinished: Path, out: Path) -> None:
+    # A folder cannot be renamed over another: for an instant neither name exists, but both folders
+    # are on disk.
+    previous = out.with_name(out.name + ".previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if out.exists():
+        os.rename(out, previous)
+    os.rename(unfinished, out)
+    fsync(out.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _require_room(plans: Mapping[Path, FilePlan]) -> None:
+    """Raise OSError where a file system has less room than the files take: hours may be written
+    before it is full."""
+    for folder in {path.parent for path in plans}:
+        needed = sum(plan.num_bytes for path, plan in plans.items() if path.parent == folder)
+        system = os.statvfs(folder)
+        if system.f_bavail * system.f_frsize < needed:
+            text = f"{os.strerror(errno.ENOSPC)} ({needed} bytes)"
+            raise OSError(errno.ENOSPC, text, str(folder))
+
+
+def _create(path: Path, plan: FilePlan) -> None:
+    """Create a file of its full size, of which only the header has bytes. Reserving the others is
+    the work of one rank, which writes all of them where the file system cannot reserve."""
+    with open(path, "wb") as file:
+        file.write(plan.header)
+        file.truncate(plan.num_bytes)

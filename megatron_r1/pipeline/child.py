@@ -1,0 +1,112 @@
+"""A command behind a reaper: start it, show and log its output, stop it."""
+
+import contextlib
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from megatron_r1.base.processes.children import popen_options
+from megatron_r1.pipeline import reaper
+
+END_SECONDS = 10.0
+"""Time between SIGTERM and SIGKILL."""
+
+
+class Child:
+    """A running `command` (behind `launch`) with everything it starts; none of it outlives this
+    process.
+
+    prefix: also print its lines, each after this. Where it is blank and the output is a terminal,
+    the command gets the terminal itself for its live view, and the log its standard error only."""
+
+    def __init__(
+        self,
+        command: list[str],
+        log: Path,
+        *,
+        launch: str = "",
+        prefix: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        on_terminal = prefix is not None and not prefix.strip() and sys.stdout.isatty()
+        with log.open("ab") as output:
+            self._log_start = output.tell()
+            to_log = output if prefix is None else subprocess.PIPE
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", reaper.__name__, *shlex.split(launch), *command],
+                stdout=None if on_terminal else to_log,
+                stderr=subprocess.PIPE if on_terminal else subprocess.STDOUT,
+                **popen_options(environment),
+            )
+        self._reader: threading.Thread | None = None
+        if prefix is not None:
+            pipe = cast(BinaryIO, self.process.stderr if on_terminal else self.process.stdout)
+            target = sys.stderr.buffer if on_terminal else sys.stdout.buffer
+            line_prefix = b"" if on_terminal else prefix.encode()
+            self._reader = threading.Thread(
+                target=_copy, args=(pipe, log, target, line_prefix), name="output", daemon=True
+            )
+            self._reader.start()
+
+    def poll(self) -> int | None:
+        """Return the exit status of the command, None while it runs; 128 + N where signal N ended
+        it."""
+        status = self.process.poll()
+        return 128 - status if status is not None and status < 0 else status
+
+    def wait(self, seconds: float) -> int | None:
+        """Wait at most `seconds` for the command to end, then return as `poll` does."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+            if self._reader is not None:
+                self._reader.join(END_SECONDS)
+        return self.poll()
+
+    def terminate(self) -> None:
+        """Send SIGTERM to the command, unless it has ended."""
+        if self.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def stop(self, seconds: float = END_SECONDS) -> None:
+        """Terminate the command; kill it and everything that it has started if it still runs after
+        `seconds`."""
+        self.terminate()
+        if self.wait(seconds) is None:
+            self.kill()
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            self.process.send_signal(reaper.KILL)
+        self.wait(END_SECONDS)
+
+    def output(self) -> str:
+        """Return what the command has written to its log."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace")
+
+
+def describe_status(status: int) -> str:
+    """Return `exit status 1` or `signal SIGKILL`."""
+    if status > 128:
+        with contextlib.suppress(ValueError):
+            return f"signal {signal.Signals(status - 128).name}"
+    return f"exit status {status}"
+
+
+def _copy(source: BinaryIO, log: Path, target: BinaryIO, prefix: bytes) -> None:
+    """Copy lines to the log and to the terminal; a terminal that is gone must not stop the work."""
+    with log.open("ab") as file:
+        for line in source:
+            file.write(line)
+            file.flush()
+            with contextlib.suppress(OSError, ValueError):
+                target.write(prefix + line)
+                target.flush()

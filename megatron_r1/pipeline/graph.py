@@ -1,0 +1,156 @@
+"""The graph of stages: references are its edges, `after` adds edges without a file."""
+
+from collections.abc import Collection, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.pipeline.plan import WorkflowStage
+
+TRAINED = ("hf", "checkpoints", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
+ADAPTER = "adapter"
+"""What a verb that trains leaves besides, with model.lora."""
+OUTPUTS = {
+    "sft": TRAINED,
+    "rl": TRAINED,
+    "reward-model": TRAINED,
+    "eval": ("eval.json", "samples.jsonl", "questions.jsonl"),
+    "sample": ("sft.jsonl", "pairs.jsonl", "labels.jsonl", "samples.jsonl", "curation.json"),
+}
+"""The outputs of each verb. Outputs of a function are checked after it ran."""
+VALUES = {"pipeline": ("folder", "seed"), "here": ("",)}
+
+
+def all_of(mistakes: Sequence[UserError]) -> UserError:
+    """Return the error that has the lines of all; key and cause are those of the first."""
+    lines = "\n".join(map(str, mistakes))
+    return UserError(lines, key=mistakes[0].key, cause=mistakes[0].cause)
+
+
+class Graph:
+    """The stages of a pipeline and the stages that each of them needs. upstream: stage → the stages
+    that it needs directly. order: all stages, each after its upstream.
+
+    order and `sorted` keep the recipe's order where the edges allow it."""
+
+    def __init__(self, stages: Mapping[str, WorkflowStage]) -> None:
+        """Read the edges.
+
+        Raises UserError with a line for every stage with an unknown reference, or else for a cycle.
+        """
+        self.upstream: dict[str, tuple[str, ...]] = {}
+        mistakes: list[UserError] = []
+        for name, stage in stages.items():
+            try:
+                self.upstream[name] = _upstream(stage, stages)
+            except UserError as error:
+                mistakes.append(error)
+        if mistakes:
+            raise all_of(mistakes)
+        self.order = _ordered(self.upstream)
+
+    def needs(self, stage: str) -> set[str]:
+        """Return all stages that must be done before `stage`."""
+        direct = self.upstream[stage]
+        return set(direct).union(*map(self.needs, direct))
+
+    def sorted(self, stages: Collection[str]) -> list[str]:
+        return [name for name in self.order if name in stages]
+
+    def depths(self) -> dict[str, int]:
+        """Return the longest path to each stage, 0 for one that needs nothing."""
+        depths: dict[str, int] = {}
+        for name in self.order:
+            depths[name] = 1 + max((depths[above] for above in self.upstream[name]), default=-1)
+        return depths
+
+
+def _upstream(stage: WorkflowStage, stages: Mapping[str, WorkflowStage]) -> tuple[str, ...]:
+    """Return the stages that `stage` needs directly, in the order of its references."""
+    upstream: dict[str, None] = {}
+    for place, reference in stage.references:
+        head, _, rest = reference.partition(".")
+        key = f"stages.{stage.name}.{place}"
+        where = f"stages.{stage.name}: {place}: ${{{reference}}}"
+        if head in VALUES:
+            if rest not in VALUES[head]:
+                known = ", ".join(".".join(filter(None, (head, name))) for name in VALUES[head])
+                raise UserError(
+                    f"{where} is unknown; there is {known}",
+                    key=key,
+                    cause=Cause.UNKNOWN,
+                )
+        elif head == "serve":
+            _check_served(stage, key, where, rest)
+        else:
+            _check_output(stages, key, where, head, rest)
+            upstream[head] = None
+    for name in stage.config.after:
+        if name not in stages:
+            raise UserError(
+                f"stages.{stage.name}: after: {unknown_stage(name, stages)}",
+                key=f"stages.{stage.name}.after",
+                cause=Cause.UNKNOWN,
+            )
+        upstream[name] = None
+    if stage.config.evaluates and stage.config.evaluates not in stages:
+        unknown = unknown_stage(stage.config.evaluates, stages)
+        raise UserError(
+            f"stages.{stage.name}: evaluates: {unknown}",
+            key=f"stages.{stage.name}.evaluates",
+            cause=Cause.UNKNOWN,
+        )
+    return tuple(upstream)
+
+
+def _check_served(stage: WorkflowStage, key: str, where: str, rest: str) -> None:
+    name, dot, what = rest.rpartition(".")
+    if not dot or what != "url":
+        message = f"{where} is unknown; there is ${{serve.NAME.url}}"
+        raise UserError(message, key=key, cause=Cause.UNKNOWN)
+    if name not in stage.config.serve:
+        near = did_you_mean(name, stage.config.serve, "{}")
+        near = near or f"; it serves {', '.join(stage.config.serve) or 'nothing'}"
+        message = f"{where}: {name} is not in its serve{near}"
+        raise UserError(message, key=key, cause=Cause.UNKNOWN)
+
+
+def _check_output(
+    stages: Mapping[str, WorkflowStage], key: str, where: str, head: str, rest: str
+) -> None:
+    if head not in stages:
+        message = f"{where}: {unknown_stage(head, stages)}"
+        raise UserError(message, key=key, cause=Cause.UNKNOWN)
+    known = OUTPUTS.get(stages[head].config.verb)
+    model = stages[head].settings.get("model")
+    if known is TRAINED and isinstance(model, Mapping) and model.get("lora") is not None:
+        known = (*known, ADAPTER)
+    if rest and known and rest.partition("/")[0] not in known:
+        near = did_you_mean(rest, known, "{}") or f"; it has {', '.join(known)}"
+        message = f"{where}: {stages[head].config.verb} leaves no {rest}{near}"
+        raise UserError(message, key=key, cause=Cause.UNKNOWN)
+
+
+def unknown_stage(name: str, stages: Collection[str]) -> str:
+    """Return that there is no such stage, with the nearest, or all there are."""
+    near = did_you_mean(name, stages, "{}") or f"; there are {', '.join(stages)}"
+    return f"no stage is called {name}{near}"
+
+
+def _ordered(upstream: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Sort topologically; of stages that could be next, the first in the recipe is."""
+    sorter = TopologicalSorter(upstream)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        raise UserError(
+            f"stages need each other: {' → '.join(error.args[1])}",
+            key="stages",
+            cause=Cause.CONFLICT,
+        ) from None
+    order: list[str] = []
+    ready: list[str] = []
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()], key=list(upstream).index)
+        order.append(ready.pop(0))
+        sorter.done(order[-1])
+    return order

@@ -1,0 +1,139 @@
+"""The manifest in a stage's folder, how its files were made: `begun.json`, then `stage.json`.
+
+`stage.json` is written last and atomically: a stage is done exactly when it exists, whenever a
+process is killed."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import atomic_write, fsync
+from megatron_r1.evaluation.identity import versions
+from megatron_r1.pipeline import fingerprint
+from megatron_r1.pipeline.plan import WorkflowPlan, WorkflowStage
+
+DONE, BEGUN = "stage.json", "begun.json"
+
+
+def read(folder: Path, name: str) -> dict[str, Any] | None:
+    """Read `stage.json` or `begun.json`; None if it does not exist. Raises UserError for damage."""
+    path = folder / name
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not JSON ({error}); restore it, or move {folder} away",
+            key=name,
+            cause=Cause.MALFORMED,
+        ) from None
+
+
+def begin(
+    plan: WorkflowPlan, stage: WorkflowStage, upstream: tuple[str, ...], last_output: float | None
+) -> None:
+    """Record that an attempt at `stage` begins, with its settings and inputs.
+
+    last_output: when an attempt that was killed wrote its last line, in seconds since 1970."""
+    folder = plan.folder_of(stage.name)
+    before = read(folder, BEGUN) or {}
+    attempts = before.get("attempts", [])
+    if attempts and attempts[-1]["seconds"] is None:
+        attempts[-1]["seconds"] = max(0.0, (last_output or 0.0) - attempts[-1]["began"])
+    record = {
+        "settings": fingerprint.settings(plan, stage, finished=False),
+        "inputs": fingerprint.inputs(plan, stage, upstream),
+        "ports": before.get("ports", {}),
+        "attempts": [*attempts, {"began": time.time(), "seconds": None, "pid": os.getpid()}],
+        "failed": None,
+    }
+    _write(folder / BEGUN, record)
+
+
+def keep_ports(folder: Path, ports: dict[str, int]) -> None:
+    """Record the ports of served models, which an attempt that continues uses again."""
+    _write(folder / BEGUN, {**(read(folder, BEGUN) or {}), "ports": ports})
+
+
+def end_attempt(folder: Path, failed: str | None) -> None:
+    """Record the end of the attempt. failed: why it failed; None if it did not."""
+    record = read(folder, BEGUN) or {}
+    last = record["attempts"][-1]
+    last["seconds"] = time.time() - last["began"]
+    _write(folder / BEGUN, {**record, "failed": failed})
+
+
+def finish(
+    plan: WorkflowPlan, stage: WorkflowStage, upstream: tuple[str, ...], command: list[str]
+) -> None:
+    """Write `stage.json`, which declares `stage` done."""
+    folder = plan.folder_of(stage.name)
+    end_attempt(folder, None)
+    begun = read(folder, BEGUN) or {}
+    outputs = fingerprint.outputs(folder)
+    settings = fingerprint.settings(plan, stage, finished=True)
+    attempts = begun["attempts"]
+    urls = {name: f"${{serve.{name}.url}}" for name in stage.config.serve}
+    record = {
+        "stage": stage.name,
+        "title": stage.title,
+        "verb": stage.config.verb,
+        "upstream": list(upstream),
+        "command": command,
+        "directory": str(Path.cwd()),
+        "told": plan.resolve(stage.settings, urls),  # named as in older manifests
+        "settings": settings,
+        "settings_digest": fingerprint.digest_of_value(settings),
+        # The inputs at the beginning: if one has changed since, the stage is stale at once.
+        "inputs": begun["inputs"],
+        "outputs": outputs,
+        "digest": fingerprint.digest_of_outputs(outputs),
+        "seed": plan.seed,
+        "versions": versions(),
+        "git": git_commit(),
+        "host": socket.gethostname(),
+        "started": _date(attempts[0]["began"]),
+        "finished": _date(time.time()),
+        "attempts": attempts,
+        "seconds": round(sum(attempt["seconds"] for attempt in attempts), 3),
+    }
+    _write(folder / DONE, record)
+    (folder / BEGUN).unlink()
+    fsync(folder)
+
+
+def has_outputs(folder: Path) -> bool:
+    """Return whether an attempt wrote more than a start does."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    return bool(names - fingerprint.START_FILES)
+
+
+def git_commit() -> dict[str, Any] | None:
+    """Return the commit of the working directory and whether files differ from it; None outside
+    git."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command, silent = ["git", *arguments], subprocess.DEVNULL
+    return subprocess.check_output(command, stderr=silent, text=True, timeout=30).strip()
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    atomic_write(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,272 @@
+"""The reports of a pipeline: the page `report.html`, its numbers in `report.json`, and their table
+in `report.md`."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_r1.base.files import atomic_write
+from megatron_r1.base.files.jsonl import read_lines
+from megatron_r1.pipeline.drawing import Box, graph_svg
+from megatron_r1.pipeline.graph import Graph
+from megatron_r1.pipeline.plan import WorkflowPlan, WorkflowStage
+from megatron_r1.pipeline.results import LABELS, Result, Spread, results_of
+from megatron_r1.pipeline.status import StageState, Status, examine_all
+from megatron_r1.reporting.page import render
+from megatron_r1.reporting.plots import Curve, curve_plot
+from megatron_r1.reporting.report import Plot
+from megatron_r1.reporting.wording import duration, finite, printable
+
+# A stage of several seeds is shown in the first of these states that one of them has.
+BY_PROGRESS = [
+    StageState.FAILED,
+    StageState.STALE,
+    StageState.PENDING,
+    StageState.UNFINISHED,
+    StageState.RUNNING,
+]
+
+INKS = ("accent", "second", "reward", "push", "train", "other", "muted", "ink")
+SIZE = (5.2, 2.9)
+QUANTITIES = (
+    ("accuracy", "eval/pass@1", "Accuracy", "training samples; points: held-out", True),
+    ("response_length/mean", "eval/response_length", "Response length", "tokens, mean", False),
+    ("language/mean", "eval/language", "Language purity", "words in the target language", True),
+    ("reward/mean", "", "Reward", "mean over a step's samples", False),
+)
+"""Key in metrics.jsonl, in evaluations.jsonl, label, meaning, whether it is a share."""
+
+Lines = list[dict[str, Any]]
+
+
+class Cell(NamedTuple):
+    """One number of the report's table, with its source. source: the file and key of the number,
+    and the number of each seed."""
+
+    text: str
+    source: str = ""
+
+
+def write_report(
+    root: Path, title: str, command: str, plans: Sequence[WorkflowPlan], graph: Graph
+) -> Path:
+    """Write `report.json`, `report.md` and `report.html` into `root`; return the path of the last.
+
+    command: the one that is ending. plans: one per seed, of the same stages."""
+    statuses = [examine_all(plan, graph) for plan in plans]
+    report = collect(title or root.resolve().name, plans, graph, statuses) | {"command": command}
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    atomic_write(root / "report.json", text + "\n")
+    runs = [run for stage in report["stages"].values() for run in stage["by_seed"].values()]
+    stages_done = f"{sum(run['state'] == StageState.DONE for run in runs)} of {len(runs)}"
+    time_spent = duration(sum(run["seconds"] or 0.0 for run in runs))
+    shared = {"title": printable(report["title"]), "table": _table(report)}
+    markdown = render(
+        "pipeline/templates/report.md.jinja",
+        **(report | shared | {"stages_done": f"{stages_done} stages done", "time": time_spent}),
+    )
+    atomic_write(root / "report.md", markdown)
+    html = render(
+        "pipeline/templates/pipeline.html.jinja",
+        **shared,
+        pipeline_facts={
+            "command": command,
+            "stages": f"{stages_done} done",
+            "seeds": ", ".join(map(str, report["seeds"])),
+            "time": time_spent,
+            "written": report["written"],
+        },
+        drawing=_drawing(report, graph),
+        plots=_rl_plots(plans, graph),
+        num_seeds=len(plans),
+        seed=plans[0].seed,
+        manifests={
+            name: statuses[0][name].manifest
+            for name in graph.order
+            if "command" in statuses[0][name].manifest
+        },
+    )
+    return atomic_write(root / "report.html", html)
+
+
+def collect(
+    title: str,
+    plans: Sequence[WorkflowPlan],
+    graph: Graph,
+    statuses: Sequence[Mapping[str, Status]],
+) -> dict[str, Any]:
+    """Return the content of report.json. statuses: for each plan, the status of each of its
+    stages."""
+    results = {
+        name: [
+            {} if by_name[name].state is StageState.FAILED else results_of(plan.folder_of(name))
+            for plan, by_name in zip(plans, statuses, strict=True)
+        ]
+        for name in graph.order
+    }
+    row_of = {}
+    for name in graph.order:
+        row_of[name] = target = evaluated(plans[0].stages[name], graph)
+        by_seed = list(zip(results[target], results[name], strict=True)) if target else []
+        # What a stage measured on held-out questions itself, or another evaluation of it, is not
+        # replaced: another evaluation may ask other questions, or give no tool.
+        if any(own[key].heldout for own, more in by_seed for key in own.keys() & more.keys()):
+            row_of[name] = ""
+            continue
+        for own, more in by_seed:
+            own.update(more)
+    stages = {}
+    for name in graph.order:
+        stage = plans[0].stages[name]
+        stages[name] = {
+            "title": stage.title,
+            "verb": stage.config.verb,
+            "upstream": list(graph.upstream[name]),
+            "evaluates": row_of[name],
+            "figures": _spreads(results[name]),
+            "by_seed": {
+                str(plan.seed): {
+                    "state": str(by_name[name].state),
+                    "reasons": by_name[name].reason_lines,
+                    "seconds": by_name[name].seconds,
+                    "figures": {key: asdict(result) for key, result in of_seed.items()},
+                }
+                for plan, by_name, of_seed in zip(plans, statuses, results[name], strict=True)
+            },
+        }
+    return {
+        "title": title,
+        "recipe": str(plans[0].path),
+        "seeds": [plan.seed for plan in plans],
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "stages": stages,
+    }
+
+
+def evaluated(stage: WorkflowStage, graph: Graph) -> str:
+    """Return the stage in whose row the results of this stage are shown; "" if this stage has a row
+    of its own."""
+    if stage.config.evaluates:
+        return stage.config.evaluates
+    if stage.config.verb != "eval":
+        return ""
+    heads = [ref.partition(".")[0] for place, ref in stage.references if place == "model.path"]
+    return heads[0] if heads and heads[0] in graph.upstream else ""
+
+
+def _spreads(by_seed: Sequence[Mapping[str, Result]]) -> dict[str, dict[str, Any]]:
+    spreads = {}
+    for name in {name: None for results in by_seed for name in results}:
+        spread = Spread.of([results[name].value for results in by_seed if name in results])
+        spreads[name] = {**vars(spread), "worded": spread.format(name)}
+    return spreads
+
+
+def _drawing(report: Mapping[str, Any], graph: Graph) -> str:
+    boxes = {}
+    for name, stage in report["stages"].items():
+        runs = stage["by_seed"].values()
+        states = {run["state"] for run in runs}
+        state = next((str(s) for s in BY_PROGRESS if str(s) in states), str(StageState.DONE))
+        seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
+        mean = duration(sum(seconds) / len(seconds)) if seconds else ""
+        second = " · ".join(filter(None, [stage["verb"], state, mean]))
+        boxes[name] = Box(state, stage["title"], second)
+    return graph_svg(boxes, graph.upstream, graph.depths())
+
+
+def _table(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the table from the content of report.json. Return a row per stage with results, its
+    title first, and a column per result. spread: what the intervals are."""
+    shown = [s for s in report["stages"].values() if s["figures"] and not s["evaluates"]]
+    names = {name: None for stage in shown for name in stage["figures"]}
+    columns = [n for n in LABELS if n in names] + [n for n in names if n not in LABELS]
+    spread = "In brackets 95% intervals, where an evaluation gave them."
+    if len(report["seeds"]) > 1:
+        spread = "Means over seeds ± their standard deviation."
+    rows = [[Cell(printable(s["title"])), *(_cell(s, name) for name in columns)] for s in shown]
+    heads = [printable(LABELS.get(name, name)) for name in columns]
+    return {"heads": heads, "rows": rows, "spread": spread}
+
+
+def _cell(stage: Mapping[str, Any], name: str) -> Cell:
+    if name not in stage["figures"]:
+        return Cell("–")
+    by_seed = {
+        seed: Result(**run["figures"][name])
+        for seed, run in stage["by_seed"].items()
+        if name in run["figures"]
+    }
+    first, *others = by_seed.values()
+    if not others:
+        return Cell(first.format(name), first.source)
+    each = ", ".join(f"seed {seed}: {result.format(name)}" for seed, result in by_seed.items())
+    return Cell(stage["figures"][name]["worded"], f"{first.source}; {each}")
+
+
+def _rl_plots(plans: Sequence[WorkflowPlan], graph: Graph) -> list[Plot]:
+    """Return a plot per quantity, with a curve per RL stage over its own steps: the mean of the
+    seeds. Held-out points have their 95% interval, or the range of several seeds."""
+    trained = _read(plans, graph, "metrics.jsonl")
+    stages = [
+        name for name, runs in trained.items() if any("reward/mean" in r[-1] for r in runs if r)
+    ]
+    heldout = _read(plans, graph, "evaluations.jsonl")
+    plots = []
+    for key, heldout_key, label, meaning, is_share in QUANTITIES:
+        curves = []
+        for index, name in enumerate(stages):
+            ink = INKS[index % len(INKS)]
+            if by_step := _by_step(trained[name], key):
+                curves.append(Curve(plans[0].stages[name].title, *_means(by_step), ink))
+            curves += heldout_points(heldout[name], heldout_key, ink)
+        if curves:
+            svg = curve_plot(key.replace("/", "-"), curves, SIZE, is_share, from_zero=not is_share)
+            plots.append(Plot(label, meaning, svg))
+    return plots
+
+
+def heldout_points(runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
+    """Return the held-out evaluations of one stage as points, none if there are none.
+
+    runs: the lines of evaluations.jsonl of each seed."""
+    by_step = _by_step(runs, key)
+    if not by_step:
+        return []
+    if len(runs) == 1:
+        lines, name = {line["step"]: line for line in runs[0]}, key.removeprefix("eval/")
+        low, high = (
+            np.array([finite(lines[step], f"interval/{name}/{end}") for step in by_step], float)
+            for end in ("low", "high")
+        )  # None becomes NaN
+    else:
+        low, high = (np.array([end(v) for v in by_step.values()]) for end in (min, max))
+    # matplotlib leaves labels that begin with _ out of its legend.
+    return [Curve("_held-out", *_means(by_step), ink, "o", low, high)]
+
+
+def _read(plans: Sequence[WorkflowPlan], graph: Graph, file: str) -> dict[str, list[Lines]]:
+    return {
+        name: [list(read_lines(plan.folder_of(name) / file)) for plan in plans]
+        for name in graph.order
+    }
+
+
+def _by_step(runs: Sequence[Lines], key: str) -> dict[int, list[float]]:
+    """Return step → the values of the runs that have one, in the order of steps."""
+    by_step: dict[int, list[float]] = {}
+    for run in runs:
+        for line in run:
+            if (value := finite(line, key)) is not None:
+                by_step.setdefault(int(line["step"]), []).append(value)
+    return dict(sorted(by_step.items()))
+
+
+def _means(by_step: Mapping[int, Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([*by_step], dtype=float), np.array([fmean(v) for v in by_step.values()])

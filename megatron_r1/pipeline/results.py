@@ -1,0 +1,175 @@
+"""The results of a stage: numbers read from the files in its folder."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Self
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files.jsonl import read_lines
+from megatron_r1.reporting.outcome import first_and_last
+from megatron_r1.reporting.wording import finite, number, percent
+
+FILE = "figures.json"
+"""Any stage may write one: name → number or {value, low, high}, a share in 0 … 1 or a count."""
+LABELS = {
+    "accuracy": "accuracy",
+    "majority": "majority vote",
+    "length": "response length",
+    "language": "language purity",
+    "win_rate": "win rate",
+    "lc_win_rate": "win rate at equal length",
+    "loss": "loss",
+}
+"""Column heads of the results that several verbs have, in the report's order."""
+NOT_SHARES = ("length", "loss")
+"""Results that are no shares, though they may lie in 0 … 1."""
+HELDOUT = {"pass@1": "accuracy", "response_length": "length"}
+"""Name in evaluations.jsonl → result."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A number with its 95% interval where one is known. source: its file and key."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    source: str = ""
+
+    @property
+    def heldout(self) -> bool:
+        """Whether it was measured apart from training, not on training's own samples."""
+        return not self.source.startswith("metrics.jsonl")
+
+    def format(self, name: str) -> str:
+        """Return a result as `71.0% (66.2–75.8)` or `1,203 (1,100–1,310)`. name: the name of the
+        result."""
+        if self.low is None or self.high is None:
+            return format_value(name, self.value)
+        if is_share(name, self.value):
+            return f"{percent(self.value)} ({100 * self.low:.1f}–{100 * self.high:.1f})"
+        return f"{number(self.value)} ({number(self.low)}–{number(self.high)})"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One number over seeds. deviation: sample standard deviation; None of a single seed."""
+
+    mean: float
+    deviation: float | None
+    values: list[float]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        deviation = stdev(values) if len(values) > 1 else None
+        return cls(fmean(values), deviation, list(values))
+
+    def format(self, name: str) -> str:
+        """Return a result as `71.0% ± 1.2`. name: the name of the result."""
+        if self.deviation is None:
+            return format_value(name, self.mean)
+        if is_share(name, self.mean):
+            return f"{percent(self.mean)} ± {100 * self.deviation:.1f}"
+        return f"{number(self.mean)} ± {number(self.deviation)}"
+
+
+def results_of(folder: Path) -> dict[str, Result]:
+    """Return the results in a stage's folder, also of a stage that runs; empty without any.
+
+    Raises UserError for a figures.json of another form."""
+    metrics = list(read_lines(folder / "metrics.jsonl"))
+    evaluations = list(read_lines(folder / "evaluations.jsonl"))
+    results = _of_training(metrics)
+    if evaluations:
+        results |= _of_heldout(max(evaluations, key=lambda line: line["step"]))
+    return results | _of_benchmarks(folder / "eval.json") | _of_file(folder / FILE)
+
+
+def headline(results: Mapping[str, Result]) -> str:
+    """Return a stage's first result with its label, "" without any."""
+    for name in [*LABELS, *results]:
+        if name in results:
+            return f"{LABELS.get(name, name)} {results[name].format(name)}"
+    return ""
+
+
+def format_value(name: str, value: float) -> str:
+    """Format a result: as a percentage if it is a share, else with three digits."""
+    return percent(value) if is_share(name, value) else number(value)
+
+
+def is_share(name: str, value: float) -> bool:
+    """Return whether a result is a fraction of 1, by its name and value."""
+    return name not in NOT_SHARES and 0.0 <= value <= 1.0
+
+
+def _of_training(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Result]:
+    """Return results on training samples, which a held-out evaluation overrides."""
+    keys = {"length": "response_length/mean", "language": "language/mean"}
+    if not any("reward/mean" in line for line in metrics[-1:]):
+        keys["loss"] = "loss"  # a policy-gradient loss is no measure of quality
+    return {
+        name: Result(ends[1], source=f"metrics.jsonl: {key}, mean of the last tenth of the steps")
+        for name, key in keys.items()
+        if (ends := first_and_last(metrics, key))
+    }
+
+
+def _of_heldout(line: Mapping[str, Any]) -> dict[str, Result]:
+    results: dict[str, Result] = {}
+    for key in line:
+        metric, value = key.removeprefix("eval/"), finite(line, key)
+        if metric == key or value is None:
+            continue
+        name = "majority" if metric.startswith("cons@") else HELDOUT.get(metric, metric)
+        if name in LABELS:
+            low, high = (finite(line, f"interval/{metric}/{end}") for end in ("low", "high"))
+            results[name] = Result(value, low, high, f"evaluations.jsonl: {key}, last step")
+    return results
+
+
+def _of_benchmarks(path: Path) -> dict[str, Result]:
+    """Return the results of an eval: of one benchmark by the common names, of several by title."""
+    if not path.is_file():
+        return {}
+    benchmarks = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+    results: dict[str, Result] = {}
+    for title, benchmark in benchmarks.items():
+        majority = f"cons@{benchmark['samples_per_question']}"
+        for metric, estimate in benchmark["metrics"].items():
+            name = {"pass@1": "accuracy", majority: "majority"}.get(metric, metric)
+            if len(benchmarks) > 1:
+                name = title if name in ("accuracy", "lc_win_rate") else ""
+            elif name not in LABELS:
+                name = ""
+            if name:
+                results[name] = Result(**estimate, source=f"eval.json: {title}, {metric}")
+    return results
+
+
+def _of_file(path: Path) -> dict[str, Result]:
+    if not path.is_file():
+        return {}
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): _figure(name, value) for name, value in figures.items()}
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"{path}: must hold {{name: number or {{value, low, high}}}}: {error}",
+            key=path.name,
+            cause=Cause.MALFORMED,
+        ) from None
+
+
+def _figure(name: str, given: Any) -> Result:
+    """Return the result of an entry of figures.json. Raises TypeError and ValueError for what is no
+    finite number; low and high may be null."""
+    result = Result(**(given if isinstance(given, dict) else {"value": float(given)}))
+    ends = [end for end in (result.low, result.high) if end is not None]
+    if not all(math.isfinite(number) for number in (result.value, *ends)):
+        raise ValueError(f"{name} is {given!r}, which has no finite number")
+    return result

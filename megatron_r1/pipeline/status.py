@@ -1,0 +1,172 @@
+"""The state of each stage: its manifest compared with what it would be made from now."""
+
+import enum
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.pipeline import fingerprint, manifest
+from megatron_r1.pipeline.graph import Graph
+from megatron_r1.pipeline.plan import WorkflowPlan, WorkflowStage
+from megatron_r1.pipeline.results import headline, results_of
+from megatron_r1.reporting.wording import duration, printable
+
+
+class StageState(enum.StrEnum):
+    """The state of a stage, as `pipeline` prints it."""
+
+    DONE = enum.auto()
+    STALE = enum.auto()
+    """Its settings, inputs or outputs have changed."""
+    RUNNING = enum.auto()
+    UNFINISHED = enum.auto()
+    """Killed or stopped; it can continue."""
+    FAILED = enum.auto()
+    """Unfinished, and its last attempt failed."""
+    PENDING = enum.auto()
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of one stage, with the reasons for it. reasons: why the stage is stale, or how it
+    failed. manifest: its stage.json or begun.json."""
+
+    state: StageState
+    reasons: list[str] = field(default_factory=list)
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of all attempts; None if the stage has not begun, or no attempt was measured."""
+        attempts = self.manifest.get("attempts", [])
+        measured = [a["seconds"] for a in attempts if a["seconds"] is not None]
+        if self.state is StageState.RUNNING:
+            measured.append(time.time() - attempts[-1]["began"])
+        return sum(measured) if measured else None
+
+    @property
+    def reason_lines(self) -> list[str]:
+        """Why the stage is stale or has failed, line by line."""
+        if self.state not in (StageState.STALE, StageState.FAILED):
+            return []
+        return [printable(line) for reason in self.reasons for line in reason.splitlines()]
+
+
+def examine_all(plan: WorkflowPlan, graph: Graph, is_running: bool = False) -> dict[str, Status]:
+    """Return the status of every stage.
+
+    is_running: whether another process works on the pipeline. Raises UserError for a folder that is
+    not of this pipeline."""
+    statuses: dict[str, Status] = {}
+    for name in graph.order:
+        upstream = {upper: statuses[upper] for upper in graph.upstream[name]}
+        statuses[name] = examine(plan, plan.stages[name], upstream, is_running)
+    return statuses
+
+
+def examine(
+    plan: WorkflowPlan,
+    stage: WorkflowStage,
+    upstream: Mapping[str, Status],
+    is_running: bool = False,
+) -> Status:
+    """Return the status of one stage. upstream: the statuses of the stages that it needs
+    directly."""
+    folder = plan.folder_of(stage.name)
+    done = manifest.read(folder, manifest.DONE)
+    begun = None if done else manifest.read(folder, manifest.BEGUN)
+    record = done or begun
+    if record is None:
+        if manifest.has_outputs(folder):
+            raise UserError(
+                f"{folder} is not empty, and was not made by this pipeline (no {manifest.DONE}): "
+                "move it away, or choose another pipeline.folder",
+                key="pipeline.folder",
+                cause=Cause.EXISTS,
+            )
+        return Status(StageState.PENDING)
+    if begun and (stage.is_function or not manifest.has_outputs(folder)):
+        return _unfinished(begun, is_running)  # nothing is lost by beginning again
+    reasons = [
+        f"{name} is {status.state}"
+        for name, status in upstream.items()
+        if status.state is not StageState.DONE
+    ]
+    reasons += fingerprint.changes(
+        record["settings"], fingerprint.settings(plan, stage, bool(done)), fingerprint.defaults()
+    )
+    if not reasons:  # else inputs may be missing
+        inputs = fingerprint.inputs(plan, stage, tuple(upstream))
+        reasons = _changed_inputs(record["inputs"], inputs)
+    if done:
+        reasons += _changed_outputs(done["outputs"], fingerprint.outputs(folder))
+    if reasons:
+        return Status(StageState.STALE, reasons, record)
+    return Status(StageState.DONE, [], record) if done else _unfinished(record, is_running)
+
+
+def status_lines(
+    plan: WorkflowPlan, chosen: Sequence[str], statuses: Mapping[str, Status]
+) -> list[str]:
+    """Return a line per chosen stage (state, name, verb, time, first result), each followed by the
+    reasons why it is stale or has failed."""
+    rows = []
+    for name in chosen:
+        stage, status = plan.stages[name], statuses[name]
+        seconds = duration(status.seconds) if status.seconds is not None else ""
+        failed = status.state is StageState.FAILED
+        result = "" if failed else headline(results_of(plan.folder_of(name)))
+        rows.append([str(status.state), name, stage.config.verb, seconds, result])
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+        lines += [f"  {reason}" for reason in statuses[row[1]].reason_lines]
+    if others := len(plan.stages) - len(chosen):
+        lines.append(f"not asked for: {others} more")
+    return lines
+
+
+def stale_text(plan: WorkflowPlan, stale: Mapping[str, Status]) -> str:
+    """Return which stages are stale, why, and the remedies."""
+    lines = [f"{plan.folder}: made of something else than they would be now:"]
+    for name, status in stale.items():
+        lines += [f"  {name}: {reason}" for reason in status.reason_lines]
+    lines.append(
+        "--pipeline.rerun true moves them aside, to STAGE.old-N, and does them again; or put back "
+        "what they were made of: settings from the command line are to be given every time."
+    )
+    return "\n".join(lines)
+
+
+def _unfinished(begun: Mapping[str, Any], is_running: bool) -> Status:
+    if begun["failed"]:
+        return Status(StageState.FAILED, [begun["failed"]], begun)
+    is_over = begun["attempts"][-1]["seconds"] is not None
+    running = is_running and not is_over
+    return Status(StageState.RUNNING if running else StageState.UNFINISHED, [], begun)
+
+
+def _changed_inputs(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    reasons = []
+    for name in dict.fromkeys([*before, *after]):
+        if name not in after:
+            reasons.append(f"{name} was an input then, and is none now")
+        elif name not in before:
+            reasons.append(f"{name} is an input now, and was none then")
+        elif before[name] != after[name]:
+            gone = after[name] == fingerprint.MISSING
+            reasons.append(f"{name} is gone" if gone else f"{name} has changed")
+    return reasons
+
+
+def _changed_outputs(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    gone = [f"its {name} is gone" for name in before if name not in after]
+    return gone + [
+        f"its {name} is not what it wrote"
+        for name, digest in after.items()
+        if before.get(name, fingerprint.MISSING) != digest
+    ]

@@ -1,0 +1,221 @@
+"""The options of megatron-r1 plan, and the job that a recipe and options describe."""
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_r1 import config as configuration
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.config import Verb, verb_of
+from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
+from megatron_r1.config.keys import switches
+from megatron_r1.config.loading import parse_overrides
+from megatron_r1.engines.server.limits import context_length
+from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.plan.calibrate import calibrated
+from megatron_r1.plan.job import PlannedJob, text_limit
+from megatron_r1.plan.rollout import check_teacher
+
+
+def parse(
+    arguments: list[str], description: str | None = None
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Return the options and the recipe's overrides; raise UserError for what is neither."""
+    settings, others = _split(arguments)
+    chosen, rest = _parser(description).parse_known_args(others)
+    _check_options(chosen, rest)
+    return chosen, parse_overrides([*rest, *settings], switches(configuration.Config))
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words of the recipe's settings (`--section.key value`) and all others.
+
+    argparse would take a setting's value, and any word with a blank in it, for a recipe."""
+    settings: list[str] = []
+    others: list[str] = []
+    needs_value = False
+    for word in arguments:
+        key, equals, _ = word.partition("=")
+        if word.startswith("--") and "." in key:
+            settings.append(word)
+            needs_value = not equals
+        else:
+            is_value = needs_value and not word.startswith("--")
+            (settings if is_value else others).append(word)
+            needs_value = False
+    return settings, others
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-r1 plan",
+        description=description,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("recipes", type=Path, nargs="*", metavar="recipe")
+    parser.add_argument("--gpus", type=int, help="default: parallel.processes; of sample: engines'")
+    parser.add_argument("--hardware", choices=HARDWARE, default="H800")
+    parser.add_argument("--memory-gib", type=float, help="of a GPU, instead of the hardware's")
+    parser.add_argument("--host-memory-gib", type=float, help="per GPU, instead of 233")
+    parser.add_argument("--rollout-gpus", type=int, help="GPUs the engines have alone")
+    parser.add_argument("--response-tokens", type=int, help="mean; default: a quarter of the limit")
+    parser.add_argument("--prompt-tokens", type=int, help="mean and longest; default: 512")
+    parser.add_argument("--search", action="store_true", help="also list the fastest layouts")
+    parser.add_argument("--build", action="store_true", help="build the ranks on the meta device")
+    parser.add_argument("--step", type=int, help="plan the settings of rl.schedule at this step")
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="measured values in place of assumed ones"
+    )
+    parser.add_argument(
+        "--calibrate-from",
+        type=Path,
+        nargs=2,
+        metavar=("RUN_FOLDER", "FILE"),
+        help="derive such a file from a run, instead of planning",
+    )
+    parser.add_argument(
+        "--published", action="store_true", help="compare with published runs, instead of planning"
+    )
+    parser.add_argument("--json", type=Path, help="also write everything here")
+    return parser
+
+
+def job_of(
+    recipe: Path, chosen: argparse.Namespace, overrides: dict, step: int | None = None
+) -> PlannedJob:
+    """Return the job of a recipe with the settings of `step`; default: of --step."""
+    whole = config_of(recipe, overrides)
+    config = whole.at(step or chosen.step or 1)
+    verb = verb_of(config)
+    _check_verb(chosen, verb)
+    hardware, assumptions = HARDWARE[chosen.hardware], Assumptions()
+    measured: dict[str, str] = {}
+    if chosen.calibrate:
+        hardware, assumptions, measured = calibrated(hardware, assumptions, chosen.calibrate)
+    if chosen.memory_gib is not None:
+        hardware = replace(hardware, memory=chosen.memory_gib * GIB)
+    if chosen.host_memory_gib is not None:
+        hardware = replace(hardware, host_memory=chosen.host_memory_gib * GIB)
+    rollout, gpus = config.rollout, config.parallel.processes
+    if verb == "sample":  # no trainer: the engines' GPUs
+        gpus = rollout.engines * rollout.tensor * rollout.data
+    hf = read_hf_config(config.model.path, "score" if verb == "reward-model" else "language")
+    prompt = _prompt_tokens(chosen, config, verb, hf, assumptions.prompt_tokens)
+    job = PlannedJob(
+        hf=hf,
+        config=config,
+        world_size=chosen.gpus or gpus,
+        hardware=hardware,
+        assumptions=replace(assumptions, prompt_tokens=prompt),
+        measured=measured,
+        rollout_gpus=chosen.rollout_gpus or 0,
+        verb=verb,
+        keeps_reference=verb == "rl" and whole.uses_reference,
+    )
+    assert job.critic is None or job.critic.is_critic, "reading it checks it"
+    limit = job.longest_response
+    mean = chosen.response_tokens or max(1, int(limit * job.assumptions.response_share))
+    if mean > limit:
+        key = "reward_model.max_tokens" if verb == "reward-model" else "rollout.max_response_tokens"
+        raise UserError(
+            f"--response-tokens: {mean} is above {key}={limit}; lower it",
+            key="--response-tokens",
+            cause=Cause.TOO_LARGE,
+        )
+    return replace(job, response_tokens=mean)
+
+
+def config_of(recipe: Path, overrides: dict) -> configuration.Config:
+    """Load the recipe of one run; raise UserError for other files."""
+    if recipe.is_dir():
+        raise UserError(
+            f"recipe {recipe} is a folder; name a recipe in it", key="recipe", cause=Cause.NOT_FOUND
+        )
+    if recipe.is_file() and "\nstages:" in recipe.read_text(encoding="utf-8"):
+        raise UserError(
+            f"{recipe} is a pipeline; plan the recipes of its stages",
+            key="recipe",
+            cause=Cause.UNSUPPORTED,
+        )
+    config = configuration.load(recipe, overrides, required=("model.path",))
+    if config.eval.benchmarks and not (config.data.path or config.data.task):
+        raise UserError(
+            f"{recipe} is for eval (eval.benchmarks, and neither data.path nor data.task), which "
+            "is not planned; plan a recipe of rl, sft, reward-model or sample",
+            key="eval.benchmarks",
+            cause=Cause.UNSUPPORTED,
+        )
+    if config.teacher.path:
+        check_teacher(config)
+    return config
+
+
+def _prompt_tokens(
+    chosen: argparse.Namespace, config: configuration.Config, verb: Verb, hf: dict, assumed: int
+) -> int:
+    """Return the option, or the assumed ones if the context has room for them next to the longest
+    response."""
+    if verb == "sft":
+        return chosen.prompt_tokens or assumed
+    if verb == "reward-model":
+        key, room = "reward_model.max_tokens", text_limit(config, hf) - 1
+    else:
+        key = "rollout.max_model_len"
+        room = context_length(config) - config.rollout.max_response_tokens
+    if chosen.prompt_tokens is not None and chosen.prompt_tokens > room:
+        raise UserError(
+            f"--prompt-tokens: {chosen.prompt_tokens} do not fit beside a response, there is room "
+            f"for {room}; lower it, or raise {key}",
+            key="--prompt-tokens",
+            cause=Cause.TOO_LARGE,
+        )
+    return chosen.prompt_tokens or min(assumed, room)
+
+
+def _check_options(chosen: argparse.Namespace, rest: list[str]) -> None:
+    options = {f"--{name.replace('_', '-')}": value for name, value in vars(chosen).items()}
+    recipes = options.pop("--recipes")
+    if bool(recipes) == bool(chosen.published or chosen.calibrate_from):
+        raise UserError(
+            "name a recipe, or one of --published and --calibrate-from RUN_FOLDER FILE without one",
+            key="recipe",
+            cause=Cause.CONFLICT if recipes else Cause.MISSING,
+        )
+    for word in rest:
+        key = word.partition("=")[0]
+        near = did_you_mean(key, options, "{}")
+        if key.startswith("--") and near:
+            raise UserError(f"unknown option {key}{near}", key=key, cause=Cause.UNKNOWN)
+    for option, value in options.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not 0 < value < math.inf:
+            raise UserError(
+                f"{option}: {value} is not a finite number above 0",
+                key=option,
+                cause=Cause.OUT_OF_RANGE,
+            )
+    if chosen.json and len(chosen.recipes) > 1:
+        raise UserError(
+            f"--json: one recipe at a time, {len(chosen.recipes)} are named",
+            key="--json",
+            cause=Cause.CONFLICT,
+        )
+
+
+def _check_verb(chosen: argparse.Namespace, verb: Verb) -> None:
+    """Raise UserError for options without a meaning for the verb."""
+    if verb == "sample" and (chosen.search or chosen.build):
+        option = "--search" if chosen.search else "--build"
+        raise UserError(
+            f"{option}: sample trains nothing, so there are no trainer's ranks",
+            key=option,
+            cause=Cause.CONFLICT,
+        )
+    if chosen.rollout_gpus and verb != "rl":
+        remedy = "use --gpus" if verb == "sample" else "leave it out"
+        have = "has no trainer beside its engines" if verb == "sample" else "has no engines"
+        raise UserError(
+            f"--rollout-gpus: {verb} {have}; {remedy}", key="--rollout-gpus", cause=Cause.CONFLICT
+        )

@@ -1,0 +1,180 @@
+"""Builds the real ranks of a layout on torch's meta device, and compares the plan with them.
+
+torch's "fake" process group replaces the cluster: Megatron lays out its groups and builds the model
+as it would there, without memory for weights. Ranks of one pipeline stage have the same parameters
+by name and shape; one rank of each stage is built, and every rank of the job is then compared with
+the weight table's entry for its coordinates."""
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from math import prod
+
+from megatron_r1.config import Config
+from megatron_r1.models import platform
+from megatron_r1.models.weights.layout import LayoutEntry, Shard, layout
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.parameters import ModelCounts, RankCounts
+
+
+def build_ranks(job: PlannedJob, pipeline_ranks: Iterable[int] | None = None) -> str:
+    """Build and compare the ranks of `pipeline_ranks` (default: all); return a summary sentence.
+
+    Raises ValueError for the first parameter that differs, and if all ranks together do not own
+    every value of the model exactly once."""
+    platform.prepare()
+    from megatron_r1.models import patches
+
+    patches.install()
+    started = time.perf_counter()
+    chosen = list(pipeline_ranks or range(job.parallel.pipeline))
+    counts = RankCounts(job)
+    built = {}
+    for rank in chosen:
+        built[rank] = _build_stage(job, rank)
+        number = sum(prod(shape) for shapes in built[rank] for shape in shapes.values())
+        planned = counts.of_rank(rank).parameters + counts.of_rank(rank).buffers
+        if number != planned:
+            raise ValueError(
+                f"pipeline rank {rank} has {number:,} values, the plan says {planned:,}"
+            )
+    seconds = time.perf_counter() - started
+    ranks, distinct, owned = _compare_ranks(job, built)
+    whole = ModelCounts(job.hf)
+    expected = whole.total + (whole.mtp_own if job.with_mtp else 0)
+    if len(chosen) == job.parallel.pipeline and owned != expected:
+        raise ValueError(f"all ranks together own {owned:,} values, the model has {expected:,}")
+    total = time.perf_counter() - started
+    return (
+        f"built {len(chosen)} pipeline ranks on the meta device in {seconds:.0f} s; {ranks:,} "
+        f"ranks ({distinct} different) equal the weight table by name and shape, together they own "
+        f"{owned:,} values; {total:.0f} s in all"
+    )
+
+
+def _build_stage(job: PlannedJob, pipeline_rank: int) -> list[dict[str, tuple[int, ...]]]:
+    """Build the stage's first rank; return every chunk's shapes by name, checked against the weight
+    table as in a run."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_r1 import models
+    from megatron_r1.models.weights.local import local_entries, model_tensors
+    from megatron_r1.trainer import distributed
+
+    parallel = job.parallel
+    rank = pipeline_rank * (job.world_size // parallel.pipeline)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=job.world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=job.virtual if job.virtual > 1 else None,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
+            create_gloo_process_groups=False,
+        )
+        transformer = models.transformer_config(job.hf, _without_kernels(job.config))
+        transformer.perform_initialization = False
+        with weightless():
+            chunks = [
+                models.build_model(job.hf, transformer, vp_stage=stage)
+                for stage in (range(job.virtual) if job.virtual > 1 else [None])
+            ]
+        for _ in local_entries(chunks, job.hf):
+            pass
+        return [{n: tuple(t.shape) for n, t in model_tensors(chunk).items()} for chunk in chunks]
+    finally:
+        distributed.leave_process_groups()
+
+
+def _without_kernels(config: Config) -> Config:
+    """Return the recipe without choices of kernels that only a GPU has; shapes do not depend on
+    them."""
+    model = {"attention_backend": "auto", "fusions": None}
+    return config.with_changes(model=model, parallel={"dispatcher": "alltoall"})
+
+
+@contextlib.contextmanager
+def weightless() -> Iterator[None]:
+    """Create tensors without an explicit device on the meta device, inside this context.
+
+    torch.device("meta") would miss the constructors that platform.prepare() has wrapped."""
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._device import _device_constructors
+
+    constructors = {getattr(make, "__wrapped__", make) for make in _device_constructors()}
+
+    class OnMeta(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            kwargs = dict(kwargs or {})
+            if function in constructors and kwargs.get("device") is None:
+                kwargs["device"] = "meta"
+            return function(*args, **kwargs)
+
+    with OnMeta():
+        yield
+
+
+def _compare_ranks(job: PlannedJob, built: dict[int, list[dict]]) -> tuple[int, int, int]:
+    """Return (ranks compared, distinct ranks, values that they own together)."""
+    parallel = job.parallel
+    entries: dict[tuple, tuple[int, int]] = {}
+    ranks = owned = 0
+    sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
+    for *key, dense_replica, expert_replica in rank_coordinates(job):
+        pipeline, *own = key
+        if pipeline not in built:
+            continue
+        ranks += 1
+        if (known := tuple(key)) not in entries:
+            at = dict(zip(("tp", "ep", "etp"), zip(own, sizes, strict=True), strict=True))
+            entries[known] = _compare(job, pipeline, built[pipeline], at)
+        dense, expert = entries[known]
+        owned += dense * (dense_replica == 0) + expert * (expert_replica == 0)
+    return ranks, len(entries), owned
+
+
+def _compare(job: PlannedJob, pipeline_rank: int, built: list[dict], at: dict) -> tuple[int, int]:
+    """Return the (dense, expert) values a rank owns; raise ValueError if `built` differs."""
+    owned: defaultdict[bool, int] = defaultdict(int)
+    for chunk, shapes in zip(job.stages[pipeline_rank], built, strict=True):
+        # Without a GPU the layers, and so the names, are Megatron's own.
+        shard: Shard = replace(chunk, **at, transformer_engine=platform.uses_transformer_engine())
+        entries = layout(job.hf, shard)
+        if different := {n: e.shape for n, e in entries.items()}.items() ^ shapes.items():
+            raise ValueError(f"pipeline rank {pipeline_rank}: {sorted(different)[:4]} differ")
+        for entry in entries.values():
+            if entry.owner:
+                owned[entry.expert] += _held(entry)
+    return owned[False], owned[True]
+
+
+def _held(entry: LayoutEntry) -> int:
+    """Return the number of Hugging Face values in an entry, without padding."""
+    across = [prod(entry.shape) // entry.shape[piece.dim] for piece in entry.pieces]
+    return sum(n * piece.length for n, piece in zip(across, entry.pieces, strict=True))
+
+
+def rank_coordinates(job: PlannedJob) -> Iterator[tuple[int, ...]]:
+    """Yield every rank's place in Megatron's groups, in order: (pipeline, tensor, expert, expert
+    tensor), and among the ranks with the same dense, and the same expert, parameters."""
+    from megatron.core.parallel_state import RankGenerator
+
+    parallel, order = job.parallel, "tp-cp-ep-dp-pp"
+    dense = RankGenerator(parallel.tensor, 1, job.data, parallel.pipeline, parallel.context, order)
+    expert = RankGenerator(
+        parallel.expert_tensor, parallel.expert, job.expert_replicas, parallel.pipeline, 1, order
+    )
+    axes = ((dense, "pp"), (dense, "tp"), (expert, "ep"), (expert, "tp"))
+    replicas = ((dense, "dp-cp"), (expert, "dp"))
+    places = [
+        {rank: index for group in groups.get_ranks(axis) for index, rank in enumerate(group)}
+        for groups, axis in (*axes, *replicas)
+    ]
+    for rank in range(job.world_size):
+        yield tuple(place[rank] for place in places)

@@ -1,0 +1,308 @@
+"""The job to plan: a model, a recipe's settings, a layout and hardware."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import Config, ParallelConfig, Verb
+from megatron_r1.config.algorithms import rules_of
+from megatron_r1.config.hardware import Assumptions, Hardware
+from megatron_r1.controller.trainer_calls.packing import check_batches
+from megatron_r1.engines.server.limits import check_engines
+from megatron_r1.models.hf_config import read_hf_config, sparse_layers
+from megatron_r1.models.supported import check_divisions
+from megatron_r1.models.weights.adapters.table import adapter_table
+from megatron_r1.models.weights.decoder import table
+from megatron_r1.models.weights.layout import Shard, recipe_stages
+from megatron_r1.models.weights.rules import Table
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def text_limit(config: Config, hf: dict) -> int:
+    """Return the most tokens of a reward model's training text."""
+    return config.reward_model.max_tokens or hf["max_position_embeddings"]
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """One run on `world_size` trainer ranks, one GPU each.
+
+    rollout_gpus: the engines' own GPUs; 0: they take turns on the trainer's. response_tokens: mean
+    length of a response, or of an example without its prompt. verb: rl and sample have engines,
+    all but sample have a trainer."""
+
+    hf: dict
+    config: Config
+    world_size: int
+    hardware: Hardware
+    assumptions: Assumptions = field(default_factory=Assumptions)
+    rollout_gpus: int = 0
+    response_tokens: int = 8192
+    verb: Verb = "rl"
+    keeps_reference: bool = False
+    """Whether any part of `rl.schedule` has a KL penalty: the reference is then kept in all."""
+    measured: dict[str, str] = field(default_factory=dict, compare=False)
+    """The file of each name of `hardware` and `assumptions` that --calibrate replaced."""
+    shared: dict = field(default_factory=dict, repr=False, compare=False)
+    """Cache of counts that are slow to compute and equal for all layouts of one job."""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self.config.parallel
+
+    def with_parallel(self, **changes) -> PlannedJob:
+        """Return the same job in another layout."""
+        return replace(self, config=self.config.with_changes(parallel=changes))
+
+    def on(self, world_size: int) -> PlannedJob:
+        """Return the same job on `world_size` GPUs; the number of multi-GPU engines is adapted."""
+        rollout = self.config.rollout
+        ranks = rollout.tensor * rollout.data
+        if self.rollout_gpus or ranks == 1:
+            return replace(self, world_size=world_size)
+        config = self.config.with_changes(rollout={"engines": world_size // ranks})
+        return replace(self, world_size=world_size, config=config)
+
+    @property
+    def weight_table(self) -> Table:
+        """The weight table of the model (`models.weights.decoder`)."""
+        if "weight_table" not in self.shared:
+            self.shared["weight_table"] = table(self.hf)
+        return self.shared["weight_table"]
+
+    @property
+    def adapters(self) -> Table | None:
+        """The weight table of the adapters, if they are trained instead of the model's weights."""
+        if (lora := self.config.model.lora) is None:
+            return None
+        if "adapters" not in self.shared:
+            self.shared["adapters"] = adapter_table(self.hf, lora)
+        return self.shared["adapters"]
+
+    @cached_property
+    def sparse(self) -> list[bool]:
+        """Whether each decoder layer has routed experts."""
+        return sparse_layers(self.hf)
+
+    def layers(self, pipeline_rank: int) -> tuple[int, int]:
+        """Return the numbers of (dense, sparse) decoder layers on a pipeline rank."""
+        held = [self.sparse[n] for chunk in self.stages[pipeline_rank] for n in chunk.layers]
+        return len(held) - sum(held), sum(held)
+
+    @cached_property
+    def stages(self) -> list[list[Shard]]:
+        """The layers by [pipeline rank][virtual stage]. Raises ValueError for an impossible
+        layout."""
+        return recipe_stages(self.config, self.hf)
+
+    @property
+    def virtual(self) -> int:
+        """Number of model chunks of a pipeline rank."""
+        return len(self.stages[0])
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size: the number of ranks with different samples."""
+        return self.parallel.num_replicas(self.world_size)
+
+    @property
+    def dense_replicas(self) -> int:
+        """Number of ranks with the same attention weights, which share their optimizer state."""
+        return self.world_size // (self.parallel.tensor * self.parallel.pipeline)
+
+    @property
+    def expert_replicas(self) -> int:
+        """Number of ranks with the same experts, which share their optimizer state."""
+        parallel = self.parallel
+        return self.world_size // (parallel.expert_tensor * parallel.expert * parallel.pipeline)
+
+    @property
+    def with_mtp(self) -> bool:
+        return self.config.model.mtp != "none" and bool(self.weight_table.mtp)
+
+    @property
+    def has_experts(self) -> bool:
+        return bool(self.weight_table.num_experts)
+
+    @property
+    def splits_sequences(self) -> bool:
+        return self.parallel.splits_sequences(self.has_experts)
+
+    def split(self, tokens: float) -> float:
+        """Return the tokens of a rank where tensor ranks share the sequence between matrices."""
+        return tokens / self.parallel.tensor if self.splits_sequences else tokens
+
+    @property
+    def latent_attention(self) -> bool:
+        return bool(self.hf.get("kv_lora_rank"))
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of one of the trainer's parameters."""
+        return BYTES[self.config.model.dtype]
+
+    @property
+    def trains(self) -> bool:
+        return self.verb != "sample"
+
+    @property
+    def generates(self) -> bool:
+        return self.verb in ("rl", "sample")
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether a step of `config` computes log-probabilities under the reference."""
+        return self.verb == "rl" and self.config.rl.kl_beta > 0 and not self.is_critic
+
+    @property
+    def is_critic(self) -> bool:
+        return self.verb == "rl" and self.config.model.head == "score"
+
+    @cached_property
+    def critic(self) -> PlannedJob | None:
+        """PPO's critic on the same ranks, as a job that scores and trains on this one's samples;
+        None for algorithms without a critic."""
+        if self.verb != "rl" or self.is_critic or not rules_of(self.config.rl.algorithm).critic:
+            return None
+        config = self.config.of_critic()
+        hf = read_hf_config(config.model.path, "score", "critic.path")
+        return replace(self, hf=hf, config=config, shared={})
+
+    @property
+    def num_responses(self) -> int:
+        """Samples of one rollout (rl), of one batch (sft, reward-model), or of the run (sample)."""
+        config = self.config
+        if self.verb == "sft":
+            return config.sft.batch_size
+        if self.verb == "reward-model":
+            pairwise = config.reward_model.kind == "pairwise"
+            return config.reward_model.batch_size * (2 if pairwise else 1)
+        if self.verb == "sample":
+            return (config.data.num_train or self.assumptions.questions) * config.sample.samples
+        return config.rl.questions_per_rollout * config.rl.group_size
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the run; None if epochs of the data decide (sft.epochs, reward_model.epochs)."""
+        config = self.config
+        epochs = {"sft": config.sft.epochs, "reward-model": config.reward_model.epochs}
+        return config.run.steps if epochs.get(self.verb) is None else None
+
+    @property
+    def minibatches(self) -> int:
+        """Optimizer steps on one rollout or batch."""
+        return self.config.rl.minibatches if self.verb == "rl" else 1
+
+    @property
+    def sample_tokens(self) -> int:
+        """Mean length of a sample: prompt and response."""
+        return self.assumptions.prompt_tokens + self.response_tokens
+
+    @property
+    def longest_sample(self) -> int:
+        return self.assumptions.prompt_tokens + self.longest_response
+
+    @property
+    def longest_response(self) -> int:
+        if self.verb == "reward-model":
+            return max(1, text_limit(self.config, self.hf) - self.assumptions.prompt_tokens)
+        return self.config.rollout.max_response_tokens
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens of the largest micro-batch: a sample longer than the limit has one of its own."""
+        return max(self.parallel.microbatch_tokens, self.longest_sample)
+
+    @property
+    def step_samples(self) -> float:
+        """Samples of one optimizer step."""
+        return self.num_responses / self.minibatches
+
+    @property
+    def rank_tokens(self) -> float:
+        """Tokens of a mean micro-batch on a rank: context parallelism divides them."""
+        tokens = self.step_samples / self.data * self.sample_tokens
+        return tokens / self.num_microbatches / self.parallel.context
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of one optimizer step on each data-parallel rank."""
+        tokens = self.step_samples * self.sample_tokens
+        limit = max(self.parallel.microbatch_tokens, self.sample_tokens)
+        return max(1, -(-int(tokens) // (self.data * limit)))
+
+    @property
+    def slots(self) -> int:
+        """Micro-batch slots of the schedule: virtual stages work in rounds of one micro-batch per
+        pipeline rank, and the last round is filled with empty ones."""
+        if self.virtual == 1:
+            return self.num_microbatches
+        return -(-self.num_microbatches // self.parallel.pipeline) * self.parallel.pipeline
+
+    @property
+    def engine_gpus(self) -> int:
+        """Number of GPUs of one engine."""
+        return max(1, (self.rollout_gpus or self.world_size) // self.config.rollout.engines)
+
+    def check_trainer(self) -> None:
+        """Raise ValueError, by name, for settings of `parallel` that are impossible for the model
+        or on these GPUs."""
+        self.parallel.check_sizes(self.world_size)
+        self.parallel.splits_sequences(self.has_experts)  # raises where experts need it
+        check_divisions(self.hf, self.parallel, transformer_engine=True)
+        check_batches(self.config, self.verb, self.world_size, "GPU")
+        assert self.stages, "building them checks the layout"
+
+    def check_engine_gpus(self) -> None:
+        """Raise ValueError for engines that are impossible, or impossible on these GPUs."""
+        rollout, gpus = self.config.rollout, self.rollout_gpus or self.world_size
+        check_engines(self.config, self.hf)
+        if rollout.pipeline > 1:
+            raise UserError(
+                f"rollout.pipeline={rollout.pipeline}: engines with stages are not planned for; "
+                "use 1",
+                key="rollout.pipeline",
+                cause=Cause.UNSUPPORTED,
+            )
+        ranks = rollout.tensor * rollout.data
+        if ranks == 1 and gpus % rollout.engines:
+            raise UserError(
+                f"rollout.engines={rollout.engines} does not divide {gpus:,} GPUs; choose "
+                f"{_alternatives(_nearest_divisors(rollout.engines, gpus))}",
+                key="rollout.engines",
+                cause=Cause.INDIVISIBLE,
+            )
+        if ranks > 1 and ranks * rollout.engines != gpus:
+            raise UserError(
+                f"rollout.engines={rollout.engines} of {ranks} GPUs (rollout.tensor="
+                f"{rollout.tensor} x rollout.data={rollout.data}) are {ranks * rollout.engines:,} "
+                f"GPUs, not {gpus:,}; {self._engines_that_match(ranks, gpus)}",
+                key="rollout.engines",
+                cause=Cause.CONFLICT,
+            )
+
+    def _engines_that_match(self, ranks: int, gpus: int) -> str:
+        """Return the remedy if engines of `ranks` GPUs do not add up to `gpus`."""
+        if gpus % ranks == 0:
+            return f"set --rollout.engines {gpus // ranks}"
+        option = "--rollout-gpus" if self.rollout_gpus else "--gpus"
+        below = gpus // ranks
+        counts = [count for count in (below, below + 1) if count]
+        sizes = [f"{option} {count * ranks} --rollout.engines {count}" for count in counts]
+        or_lower = "" if below else ", or lower rollout.data or .tensor"
+        return f"{_alternatives(sizes)} would match{or_lower}"
+
+
+def _nearest_divisors(target: int, of: int) -> list[int]:
+    """Return the largest divisor below `target` and the smallest above, if there are any."""
+    below = [n for n in range(1, min(target, of + 1)) if of % n == 0]
+    above = [n for n in range(target + 1, of + 1) if of % n == 0]
+    return [*below[-1:], *above[:1]]
+
+
+def _alternatives(choices: list) -> str:
+    """Return the choices as "A or B or C"."""
+    return " or ".join(map(str, choices))

@@ -1,0 +1,162 @@
+"""Computes the assumed numbers that a run folder determines (`--calibrate-from`).
+
+Lengths are read from its metrics. Each other number is solved for: the value with which the plan of
+the run's own recipe takes the measured seconds. Seconds are medians over the steps without the
+first, which warms up, and before the first change of rl.schedule."""
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import atomic_write
+from megatron_r1.base.files.jsonl import read_lines
+from megatron_r1.config.hardware import fields_of
+from megatron_r1.plan.arguments import job_of
+from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.calibrate import RELATIVE_TO
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.push import pushes
+from megatron_r1.plan.timing import time_section
+from megatron_r1.reporting.wording import counted, finite
+
+BISECTIONS = 60
+LIMITS = (1e-12, 1.0)
+"""The limits between which a value is sought: a share, or seconds of a layer."""
+
+
+def calibrate_from(folder: Path, file: Path, chosen: argparse.Namespace, overrides: dict) -> str:
+    """Write the values that a run determines to `file`; return what was derived and what not."""
+    measured = Measured(folder, job_of(folder / "config.yaml", chosen, overrides, 1))
+    values, reasons = measured.values, measured.reasons
+    if not values:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise UserError(
+            f"--calibrate-from {folder}: nothing can be derived: {why}",
+            key="--calibrate-from",
+            cause=Cause.EMPTY,
+        )
+    hardware = measured.job.hardware.name
+    steps = f"{counted(len(measured.lines), 'step')} of {folder}"
+    title = f"# From {steps}. Shares are of the rates of {hardware}.\n"
+    text = yaml.safe_dump({RELATIVE_TO: hardware, **values}, sort_keys=False)
+    try:
+        atomic_write(file, title + text)
+    except OSError as error:
+        raise UserError(
+            f"--calibrate-from: {file} cannot be written: {error.strerror}",
+            key="--calibrate-from",
+            cause=Cause.UNREADABLE,
+        ) from None
+    other = "the metrics do not say"
+    rows = [f"{file}: from {steps}, for {hardware}"]
+    rows += [f"  {name:24}  {value:.4g}" for name, value in values.items()]
+    rows += ["not derived:"]
+    names = [name for name in fields_of(measured.job.assumptions) if name not in values]
+    rows += [f"  {name:24}  {reasons.get(name, other)}" for name in names]
+    return "\n".join([*rows, "  rates of the hardware     measure each link alone"])
+
+
+class Measured:
+    """The values that a run determines. values: by name; reasons: why others are not there; job:
+    the run's, with its lengths and the values found so far."""
+
+    def __init__(self, folder: Path, job: PlannedJob):
+        self.values: dict[str, float] = {}
+        self.reasons: dict[str, str] = {}
+        self.job = job
+        changes = [entry.from_step for entry in job.config.rl.schedule if entry.from_step > 1]
+        before = min(changes, default=math.inf)
+        lines = [line for line in read_lines(folder / "metrics.jsonl") if line["step"] < before]
+        if not lines:
+            raise UserError(
+                f"--calibrate-from {folder}: metrics.jsonl is missing or has no step",
+                key="--calibrate-from",
+                cause=Cause.EMPTY,
+            )
+        self.lines = lines[1:] or lines
+        self._lengths()
+        self._solve("compute_efficiency", "time/train", "scoring", "training", "critic")
+        self.reasons["link_efficiency"] = "time/train is computation and communication together"
+        if job.generates:
+            self._rollout()
+        if pushes(job):
+            self._solve("push_efficiency", "time/push", "push")
+
+    def _median(self, key: str) -> float | None:
+        found = [value for line in self.lines if (value := finite(line, key)) is not None]
+        return median(found) if found else None
+
+    def _lengths(self) -> None:
+        """Set the job's lengths to the run's: tokens of a sample from how full the micro-batches
+        were (packing/fill), of a response from its own metric."""
+        job, mean = self.job, self._median("response_length/mean")
+        fill, count = self._median("packing/fill"), self._median("packing/microbatches")
+        sample = None
+        if fill and count:
+            limit = job.parallel.microbatch_tokens
+            sample = fill * limit * count * job.data * job.minibatches / job.num_responses
+        if mean and job.generates:
+            response, longest = max(1, round(mean)), self._median("response_length/max") or mean
+            self.values["response_share"] = min(1.0, mean / job.longest_response)
+            changes = {"max_response_tokens": max(response, round(longest))}
+            config = job.config.with_changes(rollout=changes)
+            self.job = replace(job, config=config, response_tokens=response)
+            if sample and sample > mean:
+                self.values["prompt_tokens"] = prompt = max(1, round(sample - mean))
+                self.job = self._with(prompt_tokens=prompt)
+        elif sample and sample >= 2:
+            prompt = min(job.assumptions.prompt_tokens, round(sample) - 1)
+            self.job = replace(
+                self._with(prompt_tokens=prompt), response_tokens=round(sample) - prompt
+            )
+
+    def _with(self, **values: Any) -> PlannedJob:
+        return replace(self.job, assumptions=replace(self.job.assumptions, **values))
+
+    def _seconds(self, parts: tuple[str, ...], **values: float) -> float | None:
+        """Return the sum of the planned seconds of `parts` with these values."""
+        section = time_section(Bill(self._with(**values)).times)
+        planned = [section[name].value for name in parts if name in section]
+        return None if not planned or None in planned else sum(filter(None, planned))
+
+    def _rollout(self) -> None:
+        """One number of seconds determines one of two: engines of one GPU have no exchanges."""
+        several = self.job.engine_gpus > 1
+        names = "decode_latency_per_layer", "bandwidth_efficiency"
+        wanted, other = names if several else names[::-1]
+        self._solve(wanted, "time/rollout", "rollout")
+        self.reasons[other] = (
+            f"time/rollout was used for {wanted}" if several else "engines have one GPU each"
+        )
+
+    def _solve(self, name: str, key: str, *parts: str) -> None:
+        """Set `name` to the value with which `parts` of the plan take the median of `key`."""
+        measured = self._median(key)
+        if not measured:
+            self.reasons[name] = f"the metrics have no {key}"
+            return
+        low, high = LIMITS
+        at_low, at_high = (self._seconds(parts, **{name: value}) for value in LIMITS)
+        if at_low is None or at_high is None:
+            self.reasons[name] = "the run does not fit on this hardware as planned"
+            return
+        shortest, longest = sorted((at_low, at_high))
+        if not shortest < measured < longest:
+            self.reasons[name] = (
+                f"no value explains {key}: {measured:.3g} s; the plan has {shortest:.3g} to "
+                f"{longest:.3g} s"
+            )
+            return
+        falling = at_low > at_high
+        for _ in range(BISECTIONS):
+            middle = math.sqrt(low * high)
+            too_long = (self._seconds(parts, **{name: middle}) or 0.0) > measured
+            low, high = (middle, high) if too_long == falling else (low, middle)
+        self.values[name] = low
+        self.job = self._with(**{name: low})

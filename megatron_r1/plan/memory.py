@@ -1,0 +1,252 @@
+"""Memory of every pipeline rank, by kind, while it trains and while it scores the reference."""
+
+import math
+from dataclasses import dataclass, replace
+
+from megatron_r1.plan.activations import Layer, in_flight, layer_activations
+from megatron_r1.plan.job import BYTES, PlannedJob
+from megatron_r1.plan.parameters import Counts, RankCounts
+from megatron_r1.plan.push import receive_buffer_bytes
+from megatron_r1.plan.quantity import Section, in_bytes
+
+# Of r1_kernels.linear_head; not imported, as that would import torch.
+GPU_CHUNK_TOKENS = 8192
+GPU_CHUNK_ELEMENTS = 1 << 27
+
+
+def adam_bytes(job: PlannedJob) -> int:
+    """Return optimizer bytes per parameter: two moments, and an fp32 copy of a bf16 one."""
+    master = 4 if job.parameter_bytes == 2 else 0
+    return master + 2 * BYTES[job.config.optimizer.moments]
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one pipeline rank on its GPU and on its host, by kind."""
+
+    rank: int
+    counts: Counts
+    training: dict[str, int]
+    scoring: dict[str, int]
+    host: dict[str, int]
+    freed: int
+    """Bytes of gradients, if they are freed while engines compute on the same GPU."""
+
+    @property
+    def resident(self) -> int:
+        """Bytes of models and optimizers that stay while engines compute."""
+        return sum(self.training.get(kind, 0) for kind in RESIDENT) - self.freed
+
+    @property
+    def peak(self) -> int:
+        return max(sum(self.training.values()), sum(self.scoring.values()))
+
+
+PERSISTENT = ("parameters", "gradients", "optimizer")
+CRITIC = "critic"
+"""The three kinds of PPO's critic, in addition to the policy's."""
+RESIDENT = (*PERSISTENT, "fp8 copies", "reference", CRITIC)
+"""Kinds that stay on the GPU between updates; the reference only where it is kept there."""
+RECEIVE_BUFFER = "receive buffer"
+"""The receive buffer of the engine rank on the same GPU, which it keeps while it sleeps."""
+
+
+def rank_memory(job: PlannedJob) -> list[RankMemory]:
+    """Return the memory of each pipeline rank; ranks that differ in other axes only are equal."""
+    counts = RankCounts(job)
+    layers = {sparse: layer_activations(job, sparse) for sparse in (False, job.has_experts)}
+    ranks = [_of_rank(job, counts, layers, rank) for rank in range(job.parallel.pipeline)]
+    if job.critic:
+        critics = RankCounts(job.critic)
+        ranks = [_with_critic(job.critic, rank, critics.of_rank(rank.rank)) for rank in ranks]
+    return ranks
+
+
+def persistent_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
+    """Return bytes of parameters, gradients and optimizer state on a rank.
+
+    DDP's buffers pad each parameter to 64 values and the whole to a multiple of 128 and of the
+    number of replicas; the optimizer state is sharded over the replicas."""
+    value = job.parameter_bytes
+    dense = _padded(counts.dense_padded, job.dense_replicas)
+    expert = _padded(counts.expert_padded, job.expert_replicas)
+    state = adam_bytes(job)
+    shared = dense / job.dense_replicas + expert / job.expert_replicas
+    return {
+        "parameters": (dense + expert + counts.frozen) * value + 4 * counts.buffers,
+        "gradients": (dense + expert) * 4,
+        "optimizer": round(shared * state),
+    }
+
+
+def checkpoint_bytes(job: PlannedJob, counts: Counts, *, with_reference: bool) -> int:
+    """Return bytes of a rank's host buffers for checkpoints (`trainer.checkpoints.host_memory`).
+
+    Every replica gathers the optimizer's fp32 master weights and moments of the rank's whole part;
+    replicas share the weights, which the reference doubles."""
+    state = _padded(counts.dense_padded, job.dense_replicas)
+    state += _padded(counts.expert_padded, job.expert_replicas)
+    written = counts.dense / job.dense_replicas + counts.expert / job.expert_replicas
+    if job.adapters is None:  # frozen MTP layers; next to adapters nothing frozen is written
+        written += counts.frozen / job.dense_replicas
+    return 3 * 4 * state + round((1 + with_reference) * written * job.parameter_bytes)
+
+
+def _of_rank(
+    job: PlannedJob, ranks: RankCounts, layers: dict[bool, Layer], rank: int
+) -> RankMemory:
+    parallel, counts = job.parallel, ranks.of_rank(rank)
+    persistent = persistent_bytes(job, counts)
+    kept, working = _activations(job, rank, layers)
+    # Without a graph nothing is kept: one layer's tensors at most.
+    forward_only = max(x.everything + x.dispatch for x in _held(job, rank, layers))
+    last = any(chunk.head for chunk in job.stages[rank])
+    head = head_bytes(job)[0] if last else 0
+    # What changes: frozen weights stand in neither the reference nor a checkpoint of adapters.
+    changing = counts.parameters if job.adapters is None else counts.trained
+    reference = changing * job.parameter_bytes + 4 * counts.buffers
+    on_host = round(persistent["optimizer"] * parallel.optimizer_offload)
+    persistent["optimizer"] -= on_host
+    is_kept = job.scores_reference or job.keeps_reference
+    host = {"reference": reference if is_kept else 0, "optimizer": on_host}
+    if job.config.checkpoint.asynchronous:
+        host["checkpoint being written"] = checkpoint_bytes(job, counts, with_reference=is_kept)
+    stays = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
+    ends = {"loss head": head, "reserved": round(job.assumptions.reserved)}
+    training = {**stays, "activations": kept, "layer in work": working, **ends}
+    scored = reference if job.scores_reference else 0
+    scoring = {**stays, "reference": scored, "layer in work": forward_only, **ends}
+    if buffer := 0 if job.rollout_gpus else receive_buffer_bytes(job, "GPU"):
+        training[RECEIVE_BUFFER] = scoring[RECEIVE_BUFFER] = buffer
+    if parallel.reference_offload == "device":
+        training["reference"] = scoring["reference"] = host.pop("reference")
+    if job.verb != "rl":
+        scoring = {}
+    freed = 0
+    if job.config.rollout.colocated and scoring:  # until the first update
+        freed = scoring.pop("gradients")
+    return RankMemory(rank, counts, training, scoring, host, freed)
+
+
+def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> RankMemory:
+    """Add the critic's persistent state. The two models compute in turn, and a score head needs
+    less than a language head, so the other kinds are unchanged."""
+    persistent = persistent_bytes(critic, counts)
+    on_host = round(persistent["optimizer"] * critic.parallel.optimizer_offload)
+    num_bytes = sum(persistent.values()) - on_host + _fp8_copies(critic, counts)
+    host = {**memory.host, "critic's optimizer": on_host}
+    if critic.config.checkpoint.asynchronous:
+        host["checkpoint being written"] += checkpoint_bytes(critic, counts, with_reference=False)
+    freed = persistent["gradients"] if critic.config.rollout.colocated else 0
+    training = {**memory.training, CRITIC: num_bytes}
+    scoring = {**memory.scoring, CRITIC: num_bytes - freed}
+    freed += memory.freed
+    return replace(memory, training=training, scoring=scoring, host=host, freed=freed)
+
+
+def _activations(job: PlannedJob, rank: int, layers: dict[bool, Layer]) -> tuple[int, int]:
+    """Return (bytes kept for the micro-batches in flight, bytes the layer in work adds)."""
+    parallel, stages = job.parallel, job.stages[rank]
+    flights = microbatches_held(job, rank)
+    kept_by = {sparse: layer.kept(parallel) for sparse, layer in layers.items()}
+    # A chunk's output stays after it was sent (deallocate_pipeline_outputs is off).
+    kept = sum(
+        count * (layers[False].input + sum(kept_by[job.sparse[n]] for n in chunk.layers))
+        for chunk, count in zip(stages, flights, strict=True)
+    )
+    return kept, max(layer.working(parallel) for layer in _held(job, rank, layers))
+
+
+def microbatches_held(job: PlannedJob, rank: int) -> list[int]:
+    """Return `in_flight` of a pipeline rank, without the empty micro-batches."""
+    held = in_flight(rank, job.parallel.pipeline, job.virtual, job.slots)
+    return [min(count, job.num_microbatches) for count in held]
+
+
+def _held(job: PlannedJob, rank: int, layers: dict[bool, Layer]) -> list[Layer]:
+    """Return one of each kind of layer on a pipeline rank."""
+    held = [layers[bool(sparse)] for sparse, count in enumerate(job.layers(rank)) if count]
+    return held or [Layer(0, 0, {}, 0)]
+
+
+def _fp8_copies(job: PlannedJob, counts: Counts) -> int:
+    """Return bytes of the linear layers' fp8 weights: plain and transposed, one byte each."""
+    linear = counts.trained if job.adapters is None else counts.frozen
+    return 0 if job.config.fp8.recipe == "none" else 2 * linear
+
+
+def head_bytes(job: PlannedJob) -> tuple[int, str]:
+    """Return (bytes, formula) of the fused loss head (docs/kernels.md) on a last-stage rank.
+
+    For its largest micro-batch: one chunk of fp32 logits and one of their gradient; the hidden
+    states and their gradient, whole along the sequence; the weight's gradient in fp32 while it is
+    summed over chunks, and in the parameter's dtype for the optimizer."""
+    outputs, hidden = job.weight_table.head[0].sources[0].shape
+    if outputs == 1:
+        return _score_head_bytes(job, hidden)
+    columns = -(-outputs // job.parallel.tensor)
+    tokens = job.microbatch_tokens // job.parallel.context
+    rows = min(tokens, max(GPU_CHUNK_TOKENS, GPU_CHUNK_ELEMENTS // columns))
+    value = job.parameter_bytes
+    num_bytes = rows * columns * (4 + value) + tokens * hidden * 2 * value
+    formula = (
+        f"{rows} x {columns} logits x {4 + value} B + {tokens} x {hidden} states x {2 * value} B"
+    )
+    if job.adapters is not None:
+        return num_bytes, formula  # the head is frozen
+    formula += f" + {columns} x {hidden} weight gradient x {4 + value} B"
+    return num_bytes + columns * hidden * (4 + value), formula
+
+
+def _score_head_bytes(job: PlannedJob, hidden: int) -> tuple[int, str]:
+    """Return (bytes, formula) of a score head: states in fp32 for the product and its gradient."""
+    tokens = job.microbatch_tokens // job.parallel.context
+    if job.splits_sequences:
+        tokens //= job.parallel.tensor
+    formula = f"{tokens} x {hidden} states x (4 + 4) B"
+    return tokens * hidden * 8, formula
+
+
+def _padded(count: int, replicas: int) -> int:
+    multiple = math.lcm(replicas, 128)
+    return -(-count // multiple) * multiple
+
+
+def memory_section(job: PlannedJob, rank: RankMemory) -> Section:
+    """Return the kinds of one pipeline rank's memory, each with its formula."""
+    parallel, value = job.parallel, job.parameter_bytes
+    c = rank.counts
+    dense, expert = f"{c.dense:,} dense", f"{c.expert:,} expert"
+    flights = microbatches_held(job, rank.rank)
+    state = adam_bytes(job)
+    left = 1 - parallel.optimizer_offload
+    part = f" x {left:.2g}, the rest on the host" if parallel.optimizer_offload else ""
+    formulas = {
+        "parameters": f"({dense} + {expert} + {c.frozen:,} frozen) x {value} B",
+        "gradients": f"({dense} + {expert}) x 4 B (fp32)",
+        "optimizer": f"{state} B x (dense / {job.dense_replicas} + expert / {job.expert_replicas} "
+        f"replicas){part}",
+        "fp8 copies": "two fp8 copies of each linear weight"
+        if rank.training["fp8 copies"]
+        else "fp8.recipe: none",
+        "activations": f"micro-batches in flight: {' + '.join(map(str, flights))}, x "
+        f"{job.microbatch_tokens:,} tokens / context {parallel.context}, recompute "
+        f"{parallel.recompute}",
+        "layer in work": "what recomputation brings back in one layer, and its token exchange",
+        "loss head": head_bytes(job)[1] if rank.training["loss head"] else "not on this rank",
+        "reserved": "assumed: CUDA context, NCCL, fragmentation",
+        "reference": f"parameters x {value} B",
+        RECEIVE_BUFFER: "weights on their way into the engine on this GPU, kept between pushes",
+        CRITIC: "parameters, gradients and optimizer of a score model, as above",
+    }
+    section = {
+        kind: in_bytes(num_bytes, formulas[kind]) for kind, num_bytes in rank.training.items()
+    }
+    section["peak, training"] = in_bytes(sum(rank.training.values()), "sum of the above")
+    if rank.scoring:
+        section["peak, scoring"] = in_bytes(
+            sum(rank.scoring.values()),
+            f"persistent state{', without gradients' if rank.freed else ''}, the reference beside "
+            "the policy, one layer's forward pass",
+        )
+    return section

@@ -1,0 +1,170 @@
+"""Parameter counts from the weight table: total, active per token, and per pipeline rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from operator import add
+
+from megatron_r1.models.weights.decoder import table
+from megatron_r1.models.weights.layout import LayoutEntry, Shard, layout, layout_of
+from megatron_r1.models.weights.rules import Rule
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.quantity import Quantity, Section
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of values on a rank.
+
+    dense, expert: trained parameters, by the group that reduces their gradients; frozen: not
+    trained, with model.lora all but the adapters; dense_padded, expert_padded: with every parameter
+    padded to a multiple of 64, as in Megatron's gradient buffers (param_and_grad_buffer.py,
+    _pad_start_of_param_if_needed); buffers: fp32 values that are not parameters.
+    """
+
+    dense: int = 0
+    expert: int = 0
+    frozen: int = 0
+    dense_padded: int = 0
+    expert_padded: int = 0
+    buffers: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*map(add, vars(self).values(), vars(other).values()))
+
+    def __mul__(self, times: int) -> Counts:
+        return Counts(*(value * times for value in vars(self).values()))
+
+    @property
+    def trained(self) -> int:
+        return self.dense + self.expert
+
+    @property
+    def parameters(self) -> int:
+        return self.trained + self.frozen
+
+
+class RankCounts:
+    """Counts of the model chunks of a job; each kind of layer is counted once and cached."""
+
+    def __init__(self, job: PlannedJob):
+        self.job = job
+        parallel = job.parallel
+        self._at = replace(
+            Shard((), False, False, False, False),
+            tp=(0, parallel.tensor),
+            ep=(0, parallel.expert),
+            etp=(0, parallel.expert_tensor),
+            transformer_engine=True,
+        )
+        sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
+        self._known: dict = job.shared.setdefault(("counts", *sizes), {})
+
+    def of_rank(self, pipeline_rank: int) -> Counts:
+        """Return the counts of one rank of this pipeline rank: the sum over its virtual stages."""
+        return sum(map(self.of_chunk, self.job.stages[pipeline_rank]), Counts())
+
+    def of_chunk(self, chunk: Shard) -> Counts:
+        """Return the counts of one virtual stage on one rank. Layers of one kind, and equal chunks,
+        are counted once."""
+        ends = {name: getattr(chunk, name) for name in ("embedding", "final_norm", "head", "mtp")}
+        kinds = Counter(self.job.sparse[layer] for layer in chunk.layers)
+        key = (*ends.values(), *sorted(kinds.items()))
+        if key not in self._known:
+            first = {self.job.sparse[layer]: layer for layer in chunk.layers}
+            at = {kind: replace(self._at, layers=(first[kind],)) for kind in kinds}
+            layers = (self._counted(kind, at[kind]) * n for kind, n in kinds.items())
+            own = self._counted((*ends.values(),), replace(self._at, **ends))
+            self._known[key] = own + sum(layers, Counts())
+        return self._known[key]
+
+    def _counted(self, key, at: Shard) -> Counts:
+        if key not in self._known:
+            counts = self._sum(layout(self.job.hf, at))
+            if self.job.adapters is not None:
+                counts = Counts(frozen=counts.parameters, buffers=counts.buffers)
+                counts += self._sum(layout_of(self.job.adapters, at))
+            self._known[key] = counts
+        return self._known[key]
+
+    def _sum(self, entries: Mapping[str, LayoutEntry]) -> Counts:
+        return sum((self._of_entry(*entry) for entry in entries.items()), Counts())
+
+    def _of_entry(self, name: str, entry: LayoutEntry) -> Counts:
+        count = prod(entry.shape)
+        if entry.dtype:
+            return Counts(buffers=count)
+        if name.startswith("mtp.") and self.job.config.model.mtp == "frozen":
+            return Counts(frozen=count)
+        padded = -(-count // 64) * 64
+        if entry.expert:
+            return Counts(expert=count, expert_padded=padded)
+        return Counts(dense=count, dense_padded=padded)
+
+
+class ModelCounts:
+    """Counts of the whole model, for any layout. hf: its config.json."""
+
+    def __init__(self, hf: dict):
+        rules = table(hf)
+        experts, chosen = rules.num_experts, hf.get("num_experts_per_tok", 0)
+        # All layers of one kind share one list of the table.
+        kinds = Counter(map(id, rules.layers))
+        layers = {id(layer): layer for layer in rules.layers}
+        expert = sum(times * _size(layers[kind], True) for kind, times in kinds.items())
+        ends = _size(rules.embedding) + _size(rules.final_norm) + _size(rules.head)
+        tied = bool(hf.get("tie_word_embeddings"))
+        if tied:
+            ends -= _size(rules.embedding)
+        self.shared = ends + sum(n * _size(layers[kind], False) for kind, n in kinds.items())
+        """Parameters outside routed experts and MTP layers."""
+        self.routed = experts * expert
+        self.total = self.shared + self.routed
+        self.active = self.shared + chosen * expert
+        """Parameters on one token's path: all but the experts it is not routed to."""
+        self.multiplied = self.active - (0 if tied else _size(rules.embedding))
+        """Parameters one token is multiplied with: not the embedding, of which it reads a row."""
+        self.mtp_own = sum(
+            _size(layer, False) + experts * _size(layer, True) for layer in rules.mtp
+        )
+        """Parameters of the MTP layers, without their copies of embedding and head."""
+        self.mtp_routed = experts * sum(_size(layer, True) for layer in rules.mtp)
+        copies = _size(rules.embedding) + _size(rules.head)
+        self.mtp = self.mtp_own + len(rules.mtp) * copies
+        """Parameters of the MTP layers in the checkpoint, copies included."""
+
+
+def _size(rules: list[Rule], expert: bool = False) -> int:
+    """Return the number of values of one expert's rules, or of all other rules."""
+    return sum(
+        prod(source.shape) for rule in rules if rule.expert == expert for source in rule.sources
+    )
+
+
+def parameter_section(job: PlannedJob) -> Section:
+    """Return the bill of parameters: of the whole model, of the fullest rank if the job trains, and
+    of MTP layers if the model has some."""
+    counts = ModelCounts(job.hf)
+    experts, chosen = job.hf.get("n_routed_experts"), job.hf.get("num_experts_per_tok")
+    section = {
+        "total": (counts.total, "sum of the weight table's shapes, without MTP layers"),
+        "active": (
+            counts.active,
+            f"total - routed experts x (1 - {chosen} / {experts})" if experts else "all",
+        ),
+    }
+    if job.trains:
+        ranks = RankCounts(job)
+        by_rank = [ranks.of_rank(rank).parameters for rank in range(job.parallel.pipeline)]
+        fullest = by_rank.index(max(by_rank))
+        least = Quantity(min(by_rank), "parameters")
+        formula = f"pipeline rank {fullest}, the fullest; least: {least}"
+        section["per_rank"] = (by_rank[fullest], formula)
+    if counts.mtp:
+        formula = "the checkpoint's MTP layers, copies of embedding, head included"
+        section["mtp"] = (counts.mtp, formula)
+        section["mtp_own"] = (counts.mtp_own, "the same without those copies")
+    return {name: Quantity(n, "parameters", formula) for name, (n, formula) in section.items()}

@@ -1,0 +1,270 @@
+"""Bytes of one weight push, summed over the push's own plan (push/plan)."""
+
+import json
+from functools import cache, lru_cache
+from typing import Literal
+
+from megatron_r1.models.hf_config import key_value_heads
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.push_sets import SetTraffic, round_seconds, set_links, set_plans
+from megatron_r1.plan.quantity import Quantity, Section, in_bytes
+from megatron_r1.push.plan import EngineLayout, TrainerGrid
+from megatron_r1.push.plan.engine_sets import SET_ENGINES, engine_sets
+from megatron_r1.push.plan.predicted_layout import PredictedLayout
+from megatron_r1.push.plan.recipe import check_drafter, shares_gpus_over_nccl
+from megatron_r1.push.plan.recipe import engine_layout as layout_of
+from megatron_r1.push.plan.rounds import ENTRY_BYTES, planned_order
+from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
+from megatron_r1.push.transports import PASSED_BYTES, ROUNDS_AHEAD
+from megatron_r1.reporting.wording import counted
+
+
+def engine_layout(job: PlannedJob) -> EngineLayout:
+    """Return the recipe's layout of an engine, or if it gives none, vLLM's usual one.
+
+    A recipe gives none if rollout.tensor, .data and .pipeline are 1. Attention is then
+    tensor-parallel as far as heads and node allow and data-parallel beyond, and routed experts are
+    spread over all GPUs of an engine.
+    """
+    given = layout_of(job.config)
+    if given.ranks_per_engine > 1:
+        return given
+    largest = min(job.engine_gpus, job.hardware.gpus_per_node)
+    tensor = max(size for size in range(1, largest + 1) if _shares(job, size))
+    return EngineLayout(
+        engines=job.config.rollout.engines,
+        tensor=tensor,
+        data=job.engine_gpus // tensor,
+        expert_parallel=job.has_experts and job.engine_gpus > 1,
+    )
+
+
+def _shares(job: PlannedJob, tensor: int) -> bool:
+    """Return whether `tensor` GPUs can share the attention, and divide the engine's GPUs."""
+    heads, groups = job.hf["num_attention_heads"], key_value_heads(job.hf)
+    whole = groups % tensor == 0 or tensor % groups == 0
+    return job.engine_gpus % tensor == 0 and heads % tensor == 0 and whole
+
+
+def check_engines_and_push(job: PlannedJob) -> None:
+    """Raise UserError for engines that are impossible on these GPUs or for this model."""
+    job.check_engine_gpus()
+    if pushes(job):
+        check_drafter(job.config)
+
+
+def pushes(job: PlannedJob) -> bool:
+    """Return whether the job pushes weights to engines."""
+    return job.trains and job.generates
+
+
+def in_fp8(job: PlannedJob) -> bool:
+    """Return whether engines receive and hold FP8 weights."""
+    return pushes(job) and job.config.push.fp8
+
+
+def drafts(job: PlannedJob) -> bool:
+    """Return whether engines hold the MTP layers, to draft with."""
+    return job.config.rollout.drafts_by_mtp
+
+
+def engine_rank_bytes(job: PlannedJob) -> int:
+    """Return the pushed bytes of an engine's first GPU, which has the most."""
+    return _rank_bytes(json.dumps(job.hf), engine_layout(job), _form(job), 1, drafts(job))[0]
+
+
+def _form(job: PlannedJob) -> str:
+    """Return the form of pushed weights: a dtype, or "FP8"."""
+    return "FP8" if in_fp8(job) else job.config.rollout.dtype
+
+
+@cache  # the same function for the same form: it is a key of `set_links`' results
+def _byte_count(form: str) -> CountBytes:
+    return fp8_bytes if form == "FP8" else plain_bytes(form)
+
+
+@lru_cache
+def _rank_bytes(hf: str, layout: EngineLayout, form: str, ranks: int, drafts: bool) -> list[int]:
+    """Return the bytes that each of an engine's first `ranks` ranks needs, its drafter's among
+    them."""
+    needs, num_bytes = PredictedLayout(json.loads(hf), layout, drafts=drafts), _byte_count(form)
+    return [
+        sum(
+            num_bytes(t.name, t.rule.dtype, part)
+            for t, part in needs.needed(layout.coordinate(rank))
+        )
+        for rank in range(ranks)
+    ]
+
+
+def _needed_bytes(job: PlannedJob) -> int:
+    """Return the bytes for all engines, each element once per GPU that computes with it."""
+    layout = engine_layout(job)
+    ranks = layout.ranks_per_engine
+    one_engine = _rank_bytes(json.dumps(job.hf), layout, _form(job), ranks, drafts(job))
+    return layout.engines * sum(one_engine)
+
+
+def receive_buffer_bytes(job: PlannedJob, on: Literal["host", "GPU"] | None = None) -> int:
+    """Return bytes of an engine rank's receive buffer.
+
+    on: return 0 if the transport's buffer is not there, or not between pushes.
+    """
+    elsewhere = on is not None and (on != receive_buffer_place(job) or borrows_memory(job))
+    if elsewhere or not pushes(job):
+        return 0
+    return engine_rank_bytes(job)
+
+
+def borrows_memory(job: PlannedJob) -> bool:
+    """Return whether the receive buffer is in the place of the KV cache, which sleeps meanwhile."""
+    return shares_gpus_over_nccl(job.config)
+
+
+def borrowed_bytes(job: PlannedJob) -> int:
+    """Return the bytes that a push takes of a GPU next to the weights of trainer and engine: the
+    receive buffer, and the buckets of the rounds under way."""
+    if not (pushes(job) and borrows_memory(job)):
+        return 0
+    bucket = PASSED_BYTES if engine_layout(job).engines > 1 else ENTRY_BYTES
+    return receive_buffer_bytes(job) + 2 * ROUNDS_AHEAD * bucket
+
+
+def receive_buffer_place(job: PlannedJob) -> Literal["host", "GPU"]:
+    """Return whose memory an engine rank receives in."""
+    return "GPU" if job.config.push.transport in ("cuda_ipc", "nccl") else "host"
+
+
+def push_link(job: PlannedJob) -> tuple[float, str]:
+    """Return (bytes/s into an engine rank, name of the link)."""
+    hardware, transport = job.hardware, job.config.push.transport
+    if transport == "nccl":
+        rate, name = hardware.network, "network adapter"
+    elif transport == "gloo" or not _is_one_node(job):
+        rate, name = hardware.host_network, "gloo connection"
+    elif transport == "shm":
+        rate, name = hardware.host_link, "link to the host"
+    else:
+        rate, name = hardware.nvlink, "NVLink"
+    return rate * job.assumptions.push_efficiency, name
+
+
+def _is_one_node(job: PlannedJob) -> bool:
+    return job.world_size + job.rollout_gpus <= job.hardware.gpus_per_node
+
+
+def push_section(job: PlannedJob) -> Section:
+    """Return the bytes that a push moves, their balance, and the memory that it keeps."""
+    parallel, engines, form = job.parallel, engine_layout(job), _form(job)
+    grid = TrainerGrid.from_recipe(parallel, job.world_size)
+    # What is for one host has to be set to gloo or nccl for more.
+    most = 1 if job.config.push.on_one_host and _is_one_node(job) else SET_ENGINES
+    count = _byte_count(form)
+    links = set_links(job.hf, grid, engines, job.stages, count, most, drafts=drafts(job))
+    received = links.received
+    link, link_name = push_link(job)
+    written = form
+    if form == "FP8":
+        written = f"FP8, 1 B + 4 B / 128 x 128, what is no projection in {job.config.rollout.dtype}"
+    into, out, gpus = max(received), max(links.sent), counted(engines.num_ranks, "GPU")
+    total, busiest = sum(received) * engines.engines, into * len(received) / sum(received)
+    section = {
+        "into an engine GPU": in_bytes(
+            into,
+            f"its part of every tensor, once, in {written}; {into / link:.2g} s through its "
+            f"{link_name}",
+        ),
+        "into all engines": in_bytes(total, f"{gpus}, each what it needs and no more"),
+        "over what is needed": Quantity(
+            total / _needed_bytes(job),
+            "x",
+            "bytes into all engines / those of the parts that their GPUs compute with; 1 is the "
+            "least",
+        ),
+        "busiest engine GPU": Quantity(busiest, "x", f"its bytes / the average of {gpus}"),
+        "out of a trainer rank": in_bytes(
+            out,
+            f"the busiest, {links.busiest_sender:.2f} x the average of {grid.world}; once per set "
+            f"of {counted(links.num_engines, 'engine')}, which pass it on",
+        ),
+    }
+    if not _is_one_node(job):
+        section |= _connections(job, engines, grid, links)
+    if form != "FP8":
+        section["in FP8"] = in_bytes(
+            _rank_bytes(json.dumps(job.hf), engines, "FP8", 1, drafts(job))[0],
+            "into an engine GPU with projections quantized on the way, 1 B + 4 B / 128 x 128",
+        )
+    section["receive buffer"] = in_bytes(receive_buffer_bytes(job), _receive_buffer_formula(job))
+    return section
+
+
+def _connections(
+    job: PlannedJob, engines: EngineLayout, grid: TrainerGrid, links: SetTraffic
+) -> Section:
+    """Return what connects the ranks, and how long that and a push take."""
+    given, needs = job.assumptions, PredictedLayout(job.hf, engines, drafts=drafts(job))
+    num_slots = sum(
+        1
+        for rank in range(engines.ranks_per_engine)
+        for _ in needs.needed(engines.coordinate(rank))
+    )
+    rate, link = push_link(job)
+    over_nccl, colocated = job.config.push.transport == "nccl", shares_gpus_over_nccl(job.config)
+    of_set = 0 if colocated else links.num_engines * engines.ranks_per_engine
+    communicator = grid.world + of_set if over_nccl else 0
+    creation, each = (
+        "",
+        f"a process group of two, and an engine rank has one of {links.num_engines}",
+    )
+    if over_nccl:
+        creation = f", and the creation of an NCCL communicator of {communicator:,} ranks"
+        each = "sent in rounds through one communicator"
+    section = {
+        "links of a rank": Quantity(
+            links.out,
+            "",
+            f"of the busiest trainer rank to engine ranks, of an engine rank {links.into:,}; each "
+            f"is {each}",
+        ),
+        "store requests": Quantity(
+            links.requests(engines, grid.world, over_nccl=over_nccl),
+            "",
+            f"when all engines connect, to one TCPStore: {given.store_requests:,.0f} per second",
+        ),
+        "set-up": Quantity(
+            links.setup_seconds(engines, grid.world, num_slots, given, communicator),
+            "s",
+            f"store requests, tables read and broadcast, the plan{creation}",
+        ),
+    }
+    if over_nccl:
+        layout = job.hf, grid, engines, job.stages
+        plans = set_plans(*layout, _byte_count(_form(job)), SET_ENGINES, drafts=drafts(job))
+        sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
+        order = planned_order(plans, sets, ranks, grid.world, colocated=colocated)
+        section["push"] = Quantity(
+            round_seconds(order, rate, given),
+            "s",
+            f"{counted(order.num_entry_rounds, 'round')} in which weights enter engines, and "
+            f"{order.num_passing_rounds:,} in which these pass them on: of a bucket each way "
+            f"through every {link}",
+        )
+        return section
+    section["push"] = Quantity(
+        links.seconds(rate, given),
+        "s",
+        f"out of the busiest trainer rank, then what engines pass on, through their {link}s, in "
+        "rounds",
+    )
+    return section
+
+
+def _receive_buffer_formula(job: PlannedJob) -> str:
+    push = job.config.push
+    borrowed = ", in the place of its KV cache" if borrows_memory(job) else ""
+    place = f"{receive_buffer_place(job)}{borrowed}"
+    text = f"of an engine rank, on its {place} ({push.transport}); all its weights"
+    if push.on_one_host and not _is_one_node(job):
+        text += f"; {push.transport} is for one host, set push.transport to gloo or nccl"
+    return text

@@ -1,0 +1,136 @@
+"""The bill as text and as JSON."""
+
+import shlex
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_r1.config.yaml_text import as_text as as_yaml
+from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.quantity import Quantity, in_bytes
+from megatron_r1.plan.search import FittingLayout
+from megatron_r1.reporting.wording import counted
+
+WIDTH = 110
+_NAME, _VALUE = 24, 14
+
+
+def as_text(bill: Bill) -> str:
+    """Return every number with its formula next to it."""
+    lines = [_title(bill)]
+    for title, section in bill.sections().items():
+        if not section:
+            continue
+        lines += ["", title]
+        for name, quantity in section.items():
+            head = f"  {name:{_NAME}} {quantity!s:>{_VALUE}}  "
+            wrapped = textwrap.wrap(
+                quantity.formula, WIDTH, initial_indent=head, subsequent_indent=" " * len(head)
+            )
+            lines += wrapped or [head.rstrip()]
+    return "\n".join(lines)
+
+
+def as_json(bill: Bill, problems: list[str], others: list[FittingLayout]) -> dict[str, Any]:
+    """Return {section: {name: {value, unit, formula}}}, every pipeline rank's memory in bytes, the
+    assumptions, and what does not fit."""
+    job = bill.job
+    return {
+        "verb": job.verb,
+        "gpus": job.world_size,
+        "hardware": vars(job.hardware),
+        "assumptions": vars(job.assumptions) | {"response_tokens": job.response_tokens},
+        "parallel": job.parallel.model_dump() | {"data": job.data},
+        "sections": {
+            title: {name: vars(quantity) for name, quantity in section.items()}
+            for title, section in bill.sections().items()
+        },
+        "ranks": [
+            {
+                "pipeline_rank": rank.rank,
+                "parameters": rank.counts.parameters,
+                "training": rank.training,
+                "scoring": rank.scoring,
+                "host": rank.host,
+            }
+            for rank in bill.ranks
+        ],
+        "problems": problems,
+        "layouts": [vars(found) for found in others],
+    }
+
+
+def layouts_text(
+    job: PlannedJob, others: list[FittingLayout], which: str, other_sizes: Sequence[PlannedJob] = ()
+) -> str:
+    """Return a line per layout with its changes and costs. other_sizes: the same layout on other
+    numbers of GPUs, named if `others` is empty."""
+    title = f"{which} layouts that fit (fullest rank, estimated step)"
+    if not others:
+        remedy = "use more GPUs, or GPUs with more memory"
+        if other_sizes:
+            remedy = f"the recipe's layout fits with {sizes_text(job, other_sizes)}"
+        return f"{title}: none on {job.world_size:,} {job.hardware.name}; {remedy}"
+    lines = [f"{title}:"]
+    for found in others:
+        changes = " ".join(
+            f"--parallel.{key} {shlex.quote(as_yaml(value))}"
+            for key, value in found.changes.items()
+        )
+        peak, seconds = in_bytes(found.peak), Quantity(found.seconds, "s")
+        lines.append(f"  {peak!s:>10}, {seconds!s:>8} a step   {changes or '(the recipe)'}")
+    return "\n".join(lines)
+
+
+def sizes_text(job: PlannedJob, others: Sequence[PlannedJob]) -> str:
+    """Return the options that change `job` into each of `others`, on other numbers of GPUs."""
+    options = []
+    for other in others:
+        engines = other.config.rollout.engines
+        changed = job.generates and engines != job.config.rollout.engines
+        adapted = f" --rollout.engines {engines}" if changed else ""
+        options.append(f"--gpus {other.world_size}{adapted}")
+    return " or ".join(options)
+
+
+def _title(bill: Bill) -> str:
+    job, parallel = bill.job, bill.job.parallel
+    lines = [
+        f"{job.config.model.path} on {job.world_size:,} {job.hardware.name} "
+        f"({Quantity(job.hardware.memory, 'B', '')} each)"
+    ]
+    if job.trains:
+        lines.append(
+            f"trainer: tensor {parallel.tensor}, pipeline {parallel.pipeline} x {job.virtual}, "
+            f"context {parallel.context}, expert {parallel.expert} x {parallel.expert_tensor}, "
+            f"data {job.data}; {counted(job.num_microbatches, 'micro-batch')} an optimizer step"
+        )
+    if job.generates:
+        where = "the same GPUs, in turn"
+        if job.rollout_gpus or not job.trains:
+            where = "GPUs of their own"
+        engines = counted(job.config.rollout.engines, "engine")
+        lines.append(f"{engines} of {counted(job.engine_gpus, 'GPU')}, on {where}")
+        if job.trains and not job.rollout_gpus and not job.config.rollout.colocated:
+            lines.append(_not_colocated(job))
+    lines.append(
+        f"assumed: responses of {counted(job.response_tokens, 'token')} on average, prompts of "
+        f"{job.assumptions.prompt_tokens:,}; rates and efficiencies: last section"
+    )
+    return "\n".join(lines)
+
+
+def _not_colocated(job: PlannedJob) -> str:
+    """Return the hint for a recipe with separate engines but no --rollout-gpus."""
+    rollout = job.config.rollout
+    ranks = rollout.tensor * rollout.data
+    gpus = str(rollout.engines * ranks)
+    if ranks == 1:
+        gpus = "N" if rollout.engines == 1 else f"N, a multiple of rollout.engines={gpus}"
+    return textwrap.fill(
+        "rollout.colocated is false, but without --rollout-gpus the engines are counted on the "
+        f"trainer's GPUs: for GPUs of their own pass --rollout-gpus {gpus}",
+        WIDTH,
+        break_on_hyphens=False,
+    )

@@ -1,0 +1,314 @@
+"""The engines' weights and KV cache on a GPU, seconds of a rollout, bytes of its samples; the
+teacher's engines of on-policy distillation."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_r1.config import Config
+from megatron_r1.engines.server.limits import check_ranks, positions
+from megatron_r1.models.hf_config import head_sizes, key_value_heads, load_config, read_hf_config
+from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.plan.flops import decode_flops, forward_flops
+from megatron_r1.plan.job import BYTES, PlannedJob
+from megatron_r1.plan.parameters import ModelCounts
+from megatron_r1.plan.push import (
+    drafts,
+    engine_layout,
+    engine_rank_bytes,
+    in_fp8,
+    receive_buffer_bytes,
+)
+from megatron_r1.plan.quantity import Quantity, Section, in_bytes
+from megatron_r1.push.plan.predicted_layout import PredictedLayout
+from megatron_r1.reporting.wording import counted
+
+ID = LOGPROB = 4
+"""Bytes of a token's id and of its log-probability in trainer/sample.py."""
+LOGITS = 4
+"""Bytes of a logit; logits and their log-softmax exist at once."""
+
+
+def cache_bytes_per_token(hf: dict, value: int = 2, mtp_layers: int = 0) -> int:
+    """Return KV cache bytes of one token in all layers, with those that draft.
+
+    Latent attention caches the latent and the rotary key once for all heads (70,272 B for
+    DeepSeek-V3 in bf16, as published: arXiv 2505.09343, table 1).
+    """
+    if hf.get("kv_lora_rank"):
+        values = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
+    else:
+        values = key_value_heads(hf) * sum(head_sizes(hf))
+    return (hf["num_hidden_layers"] + mtp_layers) * values * value
+
+
+@dataclass(frozen=True)
+class Engines:
+    """All engines of a job. resident: bytes of the trainer that stay on the same GPU."""
+
+    job: PlannedJob
+    resident: int = 0
+
+    @property
+    def value(self) -> int:
+        return BYTES[self.job.config.rollout.dtype]
+
+    @property
+    def tensor(self) -> int:
+        """Number of GPUs that share the attention of one sequence."""
+        return engine_layout(self.job).tensor
+
+    @cached_property
+    def counts(self) -> ModelCounts:
+        return ModelCounts(self.job.hf)
+
+    @property
+    def mtp_layers(self) -> int:
+        """Number of layers that draft."""
+        return len(self.job.weight_table.mtp) if drafts(self.job) else 0
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that a pass verifies next to the one that follows anyway. 0 for drafts from text:
+        their acceptance is not known before a run."""
+        return self.job.config.rollout.speculative.tokens if self.mtp_layers else 0
+
+    @property
+    def tokens_a_pass(self) -> float:
+        """Mean tokens of a sequence in a pass: a draft counts while all before it were right."""
+        right = self.job.assumptions.draft_acceptance
+        return sum(right**n for n in range(self.drafted + 1))
+
+    @cached_property
+    def whole_shared(self) -> bool:
+        """Whether each GPU has the shared experts whole."""
+        return PredictedLayout(self.job.hf, engine_layout(self.job)).whole_shared
+
+    @property
+    def weights(self) -> int:
+        """Bytes of an engine's weights on one of its GPUs."""
+        return engine_rank_bytes(self.job)
+
+    @property
+    def receive_buffer(self) -> int:
+        """Bytes on one GPU for the weights of the next push."""
+        return receive_buffer_bytes(self.job, "GPU")
+
+    @property
+    def reserved(self) -> float:
+        """Bytes of `Assumptions.reserved` that are the engine's: half of it next to a trainer."""
+        return self.job.assumptions.reserved / (2 if self.resident else 1)
+
+    @property
+    def free(self) -> float:
+        """Bytes of a GPU that are not the trainer's, nor the receive buffer's."""
+        others = self.job.assumptions.reserved - self.reserved + self.resident
+        return self.job.hardware.memory - others - self.receive_buffer
+
+    @property
+    def cache(self) -> int:
+        """Bytes left for KV cache on one GPU; negative if even the weights do not fit."""
+        share = self.job.config.rollout.gpu_memory
+        taken = self.free if share is None else min(self.free, share * self.job.hardware.memory)
+        return round(taken - self.reserved - self.weights)
+
+    @property
+    def token_bytes(self) -> float:
+        """Cache bytes of a token on each GPU that attends to it: latents whole, heads shared."""
+        whole = cache_bytes_per_token(self.job.hf, self.value, self.mtp_layers)
+        if self.job.latent_attention:
+            return whole
+        return whole / min(self.tensor, key_value_heads(self.job.hf))
+
+    @property
+    def sequences(self) -> float:
+        """Sequences of a rollout for each group of `tensor` GPUs."""
+        return self.job.num_responses * self.tensor / (self.job.rollout_gpus or self.job.world_size)
+
+    @property
+    def room(self) -> float:
+        """Sequences whose cache such a group can hold; less than one counts as 0."""
+        room = self.cache / (self.token_bytes * self._cached)
+        return room if room >= 1 else 0.0
+
+    @property
+    def at_once(self) -> float:
+        """Sequences that such a group decodes together, limited by cache and settings."""
+        return min(self.sequences, self.room, self.job.config.rollout.max_num_seqs)
+
+    @property
+    def _cached(self) -> float:
+        """Mean number of cached tokens of a sequence over its lifetime."""
+        return self.job.assumptions.prompt_tokens + self.job.response_tokens / 2
+
+    def step_seconds(self, sequences: float) -> float:
+        """Return seconds of one token for each of `sequences` in a group: the longer of reading
+        weights and caches, and computing; and the latency of each layer's exchanges. With drafts a
+        pass computes all of them, and an MTP layer runs once for each."""
+        job, hardware, assumed = self.job, self.job.hardware, self.job.assumptions
+        layers = job.hf["num_hidden_layers"]
+        passes = layers + self.drafted * (self.mtp_layers > 0)  # in layers
+        read = self._weights_read(sequences) + sequences * self._cached * self.token_bytes
+        flops = sequences * decode_flops(job.hf, self._cached) / self.tensor
+        flops *= (1 + self.drafted) * passes / layers
+        latency = assumed.decode_latency_per_layer * passes if job.engine_gpus > 1 else 0.0
+        seconds = latency + max(
+            read / (hardware.memory_bandwidth * assumed.bandwidth_efficiency),
+            flops / (hardware.bf16 * assumed.compute_efficiency),
+        )
+        return seconds / self.tokens_a_pass
+
+    def _weights_read(self, sequences: float) -> float:
+        """Return weight bytes read in a step; experts without tokens are not read."""
+        routed = self.counts.routed + (self.counts.mtp_routed if self.mtp_layers else 0)
+        if not routed:
+            return self.weights
+        experts, chosen = self.job.hf["n_routed_experts"], self.job.hf["num_experts_per_tok"]
+        together = sequences * self.job.engine_gpus / self.tensor * (1 + self.drafted)
+        idle = (1 - chosen / experts) ** together
+        value = 1 if in_fp8(self.job) else self.value
+        return self.weights - routed / self.job.engine_gpus * value * idle
+
+    def seconds(self) -> tuple[float | None, str]:
+        """Return (seconds of one rollout, formula); None without room for a sequence's cache."""
+        job, together = self.job, self.at_once
+        if not self.room:
+            return None, "no room for a sequence's cache"
+        tokens = self.sequences * job.response_tokens
+        throughput = tokens / together * self.step_seconds(together)
+        # The longest sequence decides the end, alone: the others are done, their experts idle.
+        alone = self.step_seconds(min(together, 1.0))
+        longest = job.longest_response * alone
+        prompt = job.assumptions.prompt_tokens
+        compute = job.hardware.bf16 * job.assumptions.compute_efficiency * self.tensor
+        first = self.sequences * prompt * forward_flops(job.hf, prompt) / compute
+        text = (
+            f"prefill {first:.2g} s + the longer of: {_short(self.sequences)} x "
+            f"{counted(job.response_tokens, 'token')} on {counted(self.tensor, 'GPU')}, "
+            f"{_short(together)} at once, {_short(self.step_seconds(together) * 1e3)} ms a token: "
+            f"{_short(throughput)} s; one response of {job.config.rollout.max_response_tokens:,} "
+            f"at {_short(alone * 1e3)} ms: {_short(longest)} s{self._drafting()}"
+        )
+        return first + max(throughput, longest), text
+
+    def _drafting(self) -> str:
+        method = self.job.config.rollout.speculative.method
+        if method == "none":
+            return ""
+        if not self.drafted:
+            return f"; nothing is saved by rollout.speculative.method={method}: not predictable"
+        return (
+            f"; {_short(self.tokens_a_pass)} tokens a pass with {self.drafted} drafted, each right "
+            f"in {self.job.assumptions.draft_acceptance:.0%} (draft_acceptance)"
+        )
+
+
+def _short(value: float) -> str:
+    """Whole from 10 on, two digits below."""
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
+
+
+def rollout_section(engines: Engines) -> Section:
+    """Return the memory of one engine GPU."""
+    job = engines.job
+    short = f"no room, {in_bytes(-engines.cache)} short: " if engines.cache < 0 else ""
+    share = job.config.rollout.gpu_memory
+    if share is not None:
+        half = "half of " if engines.resident else ""
+        left = f"rollout.gpu_memory={share:g} x memory - {half}reserved - weights"
+    else:
+        left = "memory - reserved - weights"
+        if engines.receive_buffer:
+            left += f" - receive buffer {in_bytes(engines.receive_buffer)}"
+        left += f" - trainer's {in_bytes(engines.resident)}" if engines.resident else ""
+    most = {}
+    if engines.resident:
+        most["share, at most"] = Quantity(
+            math.floor(100 * engines.free / job.hardware.memory) / 100,
+            "share",
+            f"rollout.gpu_memory: memory - trainer's {in_bytes(engines.resident)} - half of "
+            "reserved; an engine's weights, cache and activations",
+        )
+    return most | {
+        "weights": in_bytes(
+            engines.weights,
+            f"its part of every tensor: attention over {counted(engines.tensor, 'GPU')}, routed "
+            f"experts over {job.engine_gpus}; norms, routers, latent down-projections whole"
+            + (", shared experts too" if engines.whole_shared else "")
+            + ("; the drafter's among them" if engines.mtp_layers else "")
+            + ("; projections in FP8 (push.fp8)" if in_fp8(job) else ""),
+        ),
+        "KV cache of a token": in_bytes(
+            cache_bytes_per_token(job.hf, engines.value, engines.mtp_layers),
+            f"{job.hf['num_hidden_layers'] + engines.mtp_layers} layers x values a layer x "
+            f"{engines.value} B" + ("; the MTP layers' among them" if engines.mtp_layers else ""),
+        ),
+        "KV cache": in_bytes(max(0, engines.cache), f"{short}{left}"),
+        "tokens cached": Quantity(
+            max(0, int(engines.cache / engines.token_bytes)), "tokens", "KV cache / a token's bytes"
+        ),
+        "sequences at once": Quantity(
+            round(engines.at_once, 2),
+            "",
+            f"on {counted(engines.tensor, 'GPU')}; least of cache, rollout.max_num_seqs and its "
+            f"{_short(engines.sequences)} of the rollout",
+        ),
+    }
+
+
+def samples_section(job: PlannedJob) -> Section:
+    """Return bytes of a rollout's samples: token ids, log-probabilities, routing."""
+    prompt, response = job.assumptions.prompt_tokens, job.response_tokens
+    section = {
+        "ids, log-probabilities": in_bytes(
+            job.num_responses * ((prompt + response) * ID + response * LOGPROB),
+            f"{job.num_responses:,} samples x ({prompt + response:,} ids x {ID} B + {response:,} "
+            f"log-probabilities x {LOGPROB} B)",
+        )
+    }
+    if job.has_experts:
+        shape = routing_shape(job.hf)
+        section["routed experts"] = in_bytes(
+            job.num_responses * (prompt + response) * shape.token_bytes,
+            f"with rl.routing_replay: {job.num_responses:,} samples x {prompt + response:,} tokens "
+            f"x {counted(len(shape.moe_layers), 'layer')} x {shape.topk} experts x "
+            f"{shape.index_bytes} B",
+        )
+    return section
+
+
+def check_teacher(config: Config) -> None:
+    """Raise UserError for a teacher that does not exist, or that its ranks cannot share."""
+    positions(config.teacher.path, "teacher.path")
+    if not config.teacher.url:
+        check_ranks(config.teacher, load_config(config.teacher.path, "teacher.path"), "teacher")
+
+
+def teacher_section(job: PlannedJob) -> Section:
+    """Return memory and scoring time on the teacher's own GPUs, if its model type is supported."""
+    teacher = job.config.teacher
+    try:
+        hf = read_hf_config(teacher.path, key="teacher.path")
+    except ValueError as error:
+        return {"weights": in_bytes(None, f"cannot be counted: {error}")}
+    ranks = teacher.tensor * teacher.pipeline * teacher.data
+    gpus = (len(teacher.url) or teacher.engines) * ranks
+    split, value = teacher.tensor * teacher.pipeline, BYTES[teacher.dtype]
+    total, tokens = ModelCounts(hf).total, job.num_responses * job.sample_tokens
+    flops = forward_flops(hf, job.sample_tokens)
+    seconds = tokens * flops / (gpus * job.hardware.bf16 * job.assumptions.compute_efficiency)
+    scoring = (
+        f"{tokens:,} tokens x {flops:.2e} FLOP on {counted(gpus, 'GPU')}; while the students' "
+        "other answers are sampled"
+    )
+    return {
+        "weights": in_bytes(
+            total * value / split, f"{total:,} x {value} B / {counted(split, 'GPU')} of an engine"
+        ),
+        "logits": in_bytes(
+            2 * teacher.tokens_at_once * hf["vocab_size"] * LOGITS,
+            f"2 x teacher.tokens_at_once={teacher.tokens_at_once} x {hf['vocab_size']} x {LOGITS} "
+            "B, whole on each GPU",
+        ),
+        "scoring a rollout": Quantity(seconds, "s", scoring),
+    }

@@ -1,0 +1,150 @@
+"""Searches layouts of the same job that fit: nearest to the recipe's, or fastest, first."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby, islice, product
+from operator import attrgetter, itemgetter
+
+from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.push import check_engines_and_push
+
+
+@dataclass(frozen=True)
+class FittingLayout:
+    """A layout that fits. changes: the keys of `parallel` that differ; distance: `_distance`;
+    peak: bytes of the fullest rank; seconds: of a step."""
+
+    changes: dict
+    distance: float
+    peak: int
+    seconds: float
+
+
+def nearest(job: PlannedJob, count: int = 5) -> list[FittingLayout]:
+    """Return layouts that fit, fewest and smallest changes first."""
+    candidates = sorted(_candidates(job), key=itemgetter(0))
+    fitting = filter(None, (_fitting(job, *candidate) for candidate in candidates))
+    return sorted(islice(fitting, count), key=attrgetter("distance", "seconds"))
+
+
+def fastest(job: PlannedJob, count: int = 10) -> list[FittingLayout]:
+    """Return layouts that fit, shortest estimated step first."""
+    fitting = filter(None, (_fitting(job, *candidate) for candidate in _candidates(job)))
+    return sorted(fitting, key=attrgetter("seconds"))[:count]
+
+
+def nearest_sizes(job: PlannedJob) -> list[PlannedJob]:
+    """Return the job in its own layout on the nearest smaller and larger numbers of GPUs on which
+    it fits, in factors of two."""
+    parallel = job.parallel
+    replica = parallel.tensor * parallel.context * parallel.pipeline
+    experts = parallel.expert_tensor * parallel.expert * parallel.pipeline
+    smallest, most = math.lcm(replica, experts), job.num_responses // job.minibatches * replica
+    rollout = job.config.rollout
+    of_engine = 1 if job.rollout_gpus else rollout.tensor * rollout.data
+    sizes = [size for n in range(20) if of_engine <= (size := smallest * 2**n) <= most]
+    below = (size for size in reversed(sizes) if size < job.world_size)
+    above = (size for size in sizes if size > job.world_size)
+    found = (next(filter(_fits_always, map(job.on, side)), None) for side in (below, above))
+    return [other for other in found if other]
+
+
+def _fits_always(job: PlannedJob) -> bool:
+    """Return whether every part of `rl.schedule` fits; mean lengths grow with their limit."""
+    limit = job.config.rollout.max_response_tokens
+    phases = [config for _, config in job.config.phases()] if job.verb == "rl" else [job.config]
+    for config in phases:
+        response = job.response_tokens * config.rollout.max_response_tokens // limit
+        phase = replace(job, config=config, response_tokens=response)
+        try:
+            if phase.generates:
+                check_engines_and_push(phase)
+        except ValueError:
+            return False
+        if _fitting_bill(phase) is None:
+            return False
+    return True
+
+
+def _fitting_bill(job: PlannedJob) -> Bill | None:
+    try:
+        if job.trains:
+            job.check_trainer()
+    except ValueError:
+        return None
+    bill = Bill(job)
+    return None if bill.problems() else bill
+
+
+def even_layout(num_layers: int, num_mtp: int, chunks: int) -> str | None:
+    """Return a pipeline layout that counts the head as one layer; None if the default is even."""
+    if chunks == 1 or num_layers % chunks == 0:
+        return None
+    last = max(1, (num_layers + 1) // chunks - 1)
+    short, longer = divmod(num_layers - last, chunks - 1)
+    lengths = [short + (index >= chunks - 1 - longer) for index in range(chunks - 1)]
+    if not short:
+        return None
+    text = ""
+    for length, run in groupby(lengths):
+        stage, times = f"{_layers(length)}|", len(list(run))
+        text += stage if times == 1 else f"({stage})*{times}"
+    return f"E{text}{_layers(last)}{'m' * num_mtp}L"
+
+
+def _layers(count: int) -> str:
+    return "t" if count == 1 else f"t*{count}"
+
+
+def _candidates(job: PlannedJob) -> Iterator[tuple[float, dict]]:
+    """Yield (distance, changes of parallel) of every candidate layout."""
+    powers = [2**n for n in range(11)]
+    layers = job.hf["num_hidden_layers"]
+    choices = {
+        "tensor": [n for n in powers if n <= job.hardware.gpus_per_node],
+        "context": [n for n in powers if n <= 64],
+        "pipeline": [n for n in powers if n <= layers],
+        "expert": [n for n in powers if n <= max(1, job.weight_table.num_experts)],
+        "expert_tensor": [1],
+        "virtual_pipeline": [1, 2],
+        "recompute": ["none", "selective", "full"],
+    }
+    for values in product(*choices.values()):
+        tensor, context, pipeline, expert, _, virtual, _ = values
+        if job.world_size % (tensor * context * pipeline) or virtual > 1 == pipeline:
+            continue
+        if job.world_size % (expert * pipeline) or pipeline * virtual > layers:
+            continue
+        changes = dict(zip(choices, values, strict=True))
+        yield _distance(job, changes), changes
+
+
+def _cheap_modules(job: PlannedJob) -> list[str]:
+    """Return modules that are cheap to recompute: no matrix product but the latents' up-projection
+    (DeepSeek-V3 report, section 3.2.3)."""
+    latent, experts = ["mla_up_proj"] * job.latent_attention, ["moe_act"] * job.has_experts
+    return ["layernorm", *latent, *experts]
+
+
+def _distance(job: PlannedJob, changes: dict) -> float:
+    """Return the number of doublings and halvings of sizes; a change of recompute counts as 1."""
+    sizes = {key: size for key, size in changes.items() if key != "recompute"}
+    doublings = (abs(math.log2(size / getattr(job.parallel, key))) for key, size in sizes.items())
+    return sum(doublings) + (changes["recompute"] != job.parallel.recompute)
+
+
+def _fitting(job: PlannedJob, distance: float, changes: dict) -> FittingLayout | None:
+    chunks = changes["pipeline"] * changes["virtual_pipeline"]
+    same = all(getattr(job.parallel, k) == changes[k] for k in ("pipeline", "virtual_pipeline"))
+    if not same:
+        num_mtp = len(job.weight_table.mtp) if job.with_mtp else 0
+        changes["pipeline_layout"] = even_layout(job.hf["num_hidden_layers"], num_mtp, chunks)
+    if changes["recompute"] == "selective" != job.parallel.recompute:
+        changes["recompute_modules"] = _cheap_modules(job)
+    bill = _fitting_bill(job.with_parallel(**changes))
+    if bill is None or bill.step.value is None:
+        return None
+    differing = {k: v for k, v in changes.items() if getattr(job.parallel, k) != v}
+    return FittingLayout(differing, distance, bill.worst.peak, bill.step.number)

@@ -1,0 +1,169 @@
+"""Seconds of one step (rollout, scoring, optimizer steps, push) under the stated assumptions."""
+
+from functools import cache, cached_property, partial
+
+from megatron_r1.plan.communication import groups
+from megatron_r1.plan.flops import attention_flops, head_flops, layer_flops
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.push import push_link
+from megatron_r1.plan.quantity import Quantity, Section
+from megatron_r1.plan.rollout import Engines
+from megatron_r1.reporting.wording import counted
+
+HIDDEN = ("data", "pipeline")
+"""Axes whose traffic is hidden behind computation (overlap_grad_reduce, asynchronous sends).
+Context parallelism's is hidden behind attention while that lasts; tensor's and expert's is exposed,
+which is pessimistic where Transformer Engine overlaps it."""
+
+
+class StepTime:
+    """Step times of a job with the given engines."""
+
+    def __init__(self, job: PlannedJob, engines: Engines):
+        self.job, self.engines = job, engines
+        self.length = job.sample_tokens
+        self.groups = cache(partial(groups, job))
+
+    @cached_property
+    def busiest(self) -> int:
+        """The pipeline rank with the longest micro-batch."""
+        return max(range(self.job.parallel.pipeline), key=lambda r: self.microbatch(r, True))
+
+    def compute(self, rank: int, backward: bool) -> float:
+        """Return seconds of one mean micro-batch's matrix products on a pipeline rank."""
+        job = self.job
+        counts = zip(self._layer_flops, job.layers(rank), strict=True)
+        flops = sum(each * count for each, count in counts) * self._passes(backward)
+        if any(chunk.head for chunk in job.stages[rank]):
+            flops += head_flops(job.hf) * (3 if backward else 1)
+        return self._seconds(flops)
+
+    def exposed(self, rank: int, backward: bool) -> float:
+        """Return seconds of one micro-batch's communication that computation does not hide."""
+        seconds = {
+            name: group.seconds(self.job, group.microbatch if backward else group.forward)
+            for name, group in self.groups(rank).items()
+            if name not in HIDDEN
+        }
+        if "context" in seconds:
+            attention = attention_flops(self.job.hf, self.length) * sum(self.job.layers(rank))
+            behind = self._seconds(attention * self._passes(backward))
+            seconds["context"] = max(0.0, seconds["context"] - behind)
+        return sum(seconds.values())
+
+    @cached_property
+    def _layer_flops(self) -> tuple[float, float]:
+        """Forward FLOP of a token through a dense and a sparse layer; 0 if the model has none."""
+        job = self.job
+        first = {sparse: layer for layer, sparse in enumerate(job.sparse)}
+        dense, sparse = (
+            layer_flops(job, first[kind], self.length) if kind in first else 0.0
+            for kind in (False, True)
+        )
+        return dense, sparse
+
+    def _passes(self, backward: bool) -> int:
+        """Return a layer's work in forward passes."""
+        return 3 + (self.job.parallel.recompute == "full") if backward else 1
+
+    def _seconds(self, flops: float) -> float:
+        """Return seconds of `flops` per token for a rank's share of a mean micro-batch."""
+        job = self.job
+        share = job.rank_tokens / job.parallel.tensor
+        return flops * share / (job.hardware.bf16 * job.assumptions.compute_efficiency)
+
+    def microbatch(self, rank: int, backward: bool) -> float:
+        return self.compute(rank, backward) + self.exposed(rank, backward)
+
+    def bubble(self, microbatches: int, slots: int) -> float:
+        """Return the share of time in which a rank is idle: 1 - V m / (V slots + P - 1)."""
+        virtual, stages = self.job.virtual, self.job.parallel.pipeline
+        return 1 - virtual * microbatches / (virtual * slots + stages - 1)
+
+    def optimizer_step(self) -> float:
+        """Return seconds of all micro-batches, and of the gradients' last bytes."""
+        rank, count = self.busiest, self.job.num_microbatches
+        pipeline = self.microbatch(rank, True) * count / (1 - self.bubble(count, self.job.slots))
+        data = self.groups(rank).get("data")
+        traffic = data.seconds(self.job, data.step) if data else 0.0
+        return pipeline + traffic * self.job.assumptions.gradients_exposed
+
+    def scoring(self) -> float:
+        job = self.job
+        count = job.num_microbatches * job.minibatches
+        slots = job.slots * job.minibatches
+        once = self.microbatch(self.busiest, False) * count / (1 - self.bubble(count, slots))
+        return once * (2 if job.scores_reference else 1)
+
+    def push(self) -> float:
+        return self.engines.weights / push_link(self.job)[0]
+
+
+def time_section(times: StepTime) -> Section:
+    """Return seconds of one step and its parts; without a trainer, of all responses."""
+    job = times.job
+    section = {}
+    if job.generates:
+        seconds, how = times.engines.seconds()
+        section["rollout"] = Quantity(seconds, "s", how)
+    if job.verb == "rl":
+        passes = "a forward pass of the policy"
+        if job.scores_reference:
+            passes = "forward passes of policy and reference"
+        section["scoring"] = Quantity(times.scoring(), "s", passes)
+    if job.trains:
+        section |= _training(times)
+    if job.critic:
+        critic = StepTime(job.critic, times.engines)
+        seconds = critic.scoring() + critic.optimizer_step() * job.minibatches
+        section["critic"] = Quantity(seconds, "s", "one forward pass for values, and its training")
+    if job.verb == "rl":
+        formula = f"bytes into an engine GPU / its {push_link(job)[1]}"
+        section["push"] = Quantity(times.push(), "s", formula)
+    parts = [name for name in PARTS if name in section]
+    if missing := [name for name in parts if section[name].value is None]:
+        why = f"none without {missing[0]}: {section[missing[0]].formula}"
+        return section | {"step": Quantity(None, "s", why)}
+    section["step"] = _step(job, {name: section[name].number for name in parts})
+    step, tokens = section["step"].number, job.num_responses * job.sample_tokens
+    if job.verb == "rl":
+        share = section["rollout"].number / step
+        section["share of rollout"] = Quantity(share, "share", "rollout / step")
+    section["tokens per second"] = Quantity(tokens / step, "tokens", f"{tokens:,} tokens / step")
+    if job.trains and (steps := job.num_steps) is not None:
+        section["run"] = Quantity(step * steps / 3600, "hours", f"step x run.steps={steps}")
+    return section
+
+
+PARTS = ("rollout", "scoring", "training", "critic", "push")
+"""The parts of a step, in order."""
+
+
+def _step(job: PlannedJob, parts: dict[str, float]) -> Quantity:
+    """Return the seconds of a step: engines with GPUs of their own sample the next rollout while
+    the trainer computes, if rl.staleness allows it; a push stops both."""
+    total = Quantity(sum(parts.values()), "s", " + ".join(parts))
+    if not (job.verb == "rl" and job.rollout_gpus and job.config.rl.staleness):
+        return total
+    rollout, push = parts.pop("rollout"), parts.pop("push")
+    formula = f"push + the longer of rollout and {' + '.join(parts)}, at once with rl.staleness"
+    return Quantity(push + max(rollout, sum(parts.values())), "s", formula)
+
+
+def _training(times: StepTime) -> Section:
+    job, count, rank = times.job, times.job.num_microbatches, times.busiest
+    update = times.optimizer_step()
+    step = (
+        f"{counted(count, 'micro-batch')} x ({times.compute(rank, True):.2g} s compute + "
+        f"{times.exposed(rank, True):.2g} s communication) / (1 - bubble)"
+    )
+    bubble = (
+        f"1 - V x {count} / (V x {counted(job.slots, 'slot')} + P - 1), "
+        f"V = {counted(job.virtual, 'chunk')}, P = {counted(job.parallel.pipeline, 'stage')}"
+    )
+    steps = counted(job.minibatches, "optimizer step")
+    return {
+        "optimizer step": Quantity(update, "s", step),
+        "bubble": Quantity(times.bubble(count, job.slots), "share", bubble),
+        "training": Quantity(update * job.minibatches, "s", steps),
+    }

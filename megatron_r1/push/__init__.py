@@ -1,0 +1,29 @@
+"""Sends the trainer's weights to the engines; a weight passes these modules in this order.
+
+1. `sender`: the operations of a push on each trainer rank, called by the controller
+   (`megatron_r1.controller.delivery`).
+2. `plan`: which rectangle of which tensor goes from which trainer rank to which engine rank.
+3. `link_planner`: reads what the engines offer to receive, links this rank with the engine ranks
+   that the plan gives it, and has the slices of its parameters that each link carries, as they are
+   or quantized to FP8.
+4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends, and the memory in
+   which they arrive (`base`). Over NCCL all links are sent together, in rounds (`plan.rounds`):
+   `ordered_sets` has each rank's part, `round_sender` runs that of a trainer rank.
+5. `checksum`: one per delivery, computed on both ends and compared before use.
+6. `megatron_r1.engines.plugin.swap`: inside vLLM, the received weights replace the old ones;
+   `delivery` compares the tensors in use before and after.
+
+Both sides agree on the plan before: an engine rank publishes its `table` of slots, and `rendezvous`
+is how all ranks find each other and learn of failures. `results` has what ranks report to the
+controller.
+
+Eight words:
+
+- set: equal engines that are served together. An engine is a member of it, by number; the ranks of
+  equal number in their engines are at one position.
+- region: a rectangle of a Hugging Face tensor (`plan.tensors`).
+- table: an engine rank's slots; slot: a region that it needs, with its place in the receive buffer.
+- plan: an entry for each trainer rank and each engine rank that it sends to, with the regions
+  (`plan.engine_sets`); link: the connection of two such ranks (`link_planner`).
+- delivery: the rectangle of a slot that one trainer rank sends, with a checksum (`table`).
+- bucket: the bytes of one message."""

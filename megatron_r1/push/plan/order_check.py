@@ -1,0 +1,228 @@
+"""Proves that an order of sends and receives between processes cannot wait in a circle, or finds
+the circle.
+
+An order is what each process enqueues on a CUDA stream, which is a queue: groups of sends and
+receives that start together once the stream has come to them, and waits of the stream for their
+ends. A send and its receive end once both have started; nothing is buffered, as buffers only let
+sends end earlier. NCCL has no tags: the first send from one process to another meets the first
+receive there, and so on. So what can end is the same however fast processes are, and an order in
+which all ends, once, is free of circular waits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_r1.push.plan.rounds import NONE, PushOrder
+
+OPERATION = np.dtype(
+    [(name, np.int32) for name in ("process", "start", "end", "peer", "bucket")]
+    + [("sends", np.bool_)]
+)
+"""A send to or a receive from process `peer`. `start`: its place in the stream of its process,
+`end`: the place at which the stream waits for it; equal, if the stream waits at once. A process's
+operations stand in the order in which its host enqueues them."""
+
+
+class Call(NamedTuple):
+    """A send of a bucket to a process, or its receive from a process."""
+
+    sends: bool
+    peer: int
+    bucket: int
+
+
+class Step(NamedTuple):
+    """Calls that start together once the stream has come to them, and calls whose end the stream
+    then waits for: those, or earlier ones."""
+
+    starts: Sequence[Call] = ()
+    waits: Sequence[Call] = ()
+
+
+class Fault(Enum):
+    """Why an order is refused."""
+
+    UNMATCHED = "a process has no counterpart for a send or a receive"
+    MISMATCHED = "a process receives another bucket than the one that is sent"
+    EARLY = "a process passes on a bucket that has not arrived"
+    CIRCLE = "processes wait for each other in a circle"
+
+
+class Wait(NamedTuple):
+    """A process at a send or receive of a bucket, and the link from `sender` to `receiver`."""
+
+    process: int
+    sender: int
+    receiver: int
+    bucket: int
+
+
+class Refusal(NamedTuple):
+    """What is wrong with an order, and where: the waits of a circle, each for the process of the
+    next, or the one process at fault."""
+
+    fault: Fault
+    waits: tuple[Wait, ...]
+
+    def __str__(self) -> str:
+        links = "; ".join(
+            f"process {wait.process} at bucket {wait.bucket} of {wait.sender} -> {wait.receiver}"
+            for wait in self.waits
+        )
+        return f"{self.fault.value}: {links}"
+
+
+def operations_of_rounds(order: PushOrder) -> np.ndarray:
+    """Return the operations of all processes, each of which runs its part of the rounds."""
+    found = []
+    for process in range(order.num_processes):
+        part = order.part(process)
+        rows = np.zeros((len(part), 2), OPERATION)
+        rows["process"], rows["start"] = process, np.arange(len(part))[:, None]
+        rows["end"], rows["sends"] = rows["start"], (True, False)
+        rows["peer"] = np.stack([part["to"], part["source"]], axis=1)
+        rows["bucket"] = np.stack([part["sent"], part["received"]], axis=1)
+        found.append(rows[rows["bucket"] != NONE])
+    return np.concatenate(found)
+
+
+def operations_of_steps(steps: Mapping[int, Sequence[Step]]) -> np.ndarray:
+    """Return the operations of processes whose hosts enqueue these steps."""
+    rows = []
+    for process, enqueued in steps.items():
+        running: dict[Call, list] = {}
+        for place, step in enumerate(enqueued):
+            for call in step.starts:
+                row = [process, place, place, call.peer, call.bucket, call.sends]
+                running[call] = row
+                rows.append(row)
+            for call in step.waits:
+                running[call][2] = place
+    return np.array([tuple(row) for row in rows], OPERATION)
+
+
+def find_fault(operations: np.ndarray, order: PushOrder) -> Refusal | None:
+    """Return why an order is refused, or None if it is free of circular waits.
+
+    operations: of all processes, as `OPERATION`. order: has the buckets."""
+    if refusal := _find_unmatched(operations):
+        return refusal
+    sends, receives = _by_pair(operations, sends=True), _by_pair(operations, sends=False)
+    return (
+        _find_mismatch(operations, sends, receives)
+        or _find_early(operations, order)
+        or _Queues(operations, sends, receives).find_circle()
+    )
+
+
+def _pairs(operations: np.ndarray) -> np.ndarray:
+    """Return a number for the (sender, receiver) of each operation."""
+    sender = np.where(operations["sends"], operations["process"], operations["peer"])
+    receiver = np.where(operations["sends"], operations["peer"], operations["process"])
+    return sender.astype(np.int64) << 32 | receiver
+
+
+def _by_pair(operations: np.ndarray, *, sends: bool) -> np.ndarray:
+    """Return the places of all sends, or receives, by pair, in the order of each pair."""
+    found = np.flatnonzero(operations["sends"] == sends)
+    return found[np.argsort(_pairs(operations[found]), kind="stable")]
+
+
+def _wait(operation: np.ndarray | np.void) -> Wait:
+    process, peer = int(operation["process"]), int(operation["peer"])
+    sender, receiver = (process, peer) if operation["sends"] else (peer, process)
+    return Wait(process, sender, receiver, int(operation["bucket"]))
+
+
+def _find_unmatched(operations: np.ndarray) -> Refusal | None:
+    _, pair = np.unique(_pairs(operations), return_inverse=True)
+    excess = np.bincount(pair, np.where(operations["sends"], 1, -1)).astype(np.int64)
+    if not excess.any():
+        return None
+    first = np.argmax(excess != 0)
+    more = np.flatnonzero((pair == first) & (operations["sends"] == (excess[first] > 0)))
+    return Refusal(Fault.UNMATCHED, (_wait(operations[more[-abs(excess[first])]]),))
+
+
+def _find_mismatch(
+    operations: np.ndarray, sends: np.ndarray, receives: np.ndarray
+) -> Refusal | None:
+    other = operations["bucket"][sends] != operations["bucket"][receives]
+    if not other.any():
+        return None
+    first = np.argmax(other)
+    waits = [_wait(operations[side[first]]) for side in (receives, sends)]
+    return Refusal(Fault.MISMATCHED, tuple(waits))
+
+
+def _find_early(operations: np.ndarray, order: PushOrder) -> Refusal | None:
+    """Find a send of a bucket that its process does not have, or has not yet: it passes on what has
+    entered it once all of that has ended, earlier in the same stream."""
+    process, bucket = operations["process"], operations["bucket"]
+    enters = bucket < order.num_entering
+    entering = np.flatnonzero(~operations["sends"] & enters)
+    last = np.full(int(process.max(initial=0)) + 1, NONE)  # the end of each process's last arrival
+    np.maximum.at(last, process[entering], operations["end"][entering])
+    in_time = last[process] < operations["start"]
+    has_it = (order.origins[bucket] == process) & (enters | in_time)
+    found = np.flatnonzero(operations["sends"] & ~has_it)
+    return Refusal(Fault.EARLY, (_wait(operations[found[0]]),)) if len(found) else None
+
+
+class _Queues:
+    """The streams of all processes, whose places are numbered through, stream after stream."""
+
+    def __init__(self, operations: np.ndarray, sends: np.ndarray, receives: np.ndarray):
+        self.operations = operations
+        numbers, self.stream = np.unique(operations["process"], return_inverse=True)
+        lengths = np.zeros(len(numbers), np.int64)
+        np.maximum.at(lengths, self.stream, operations["end"] + 1)
+        self.last = np.cumsum(lengths)
+        self.head = self.last - lengths
+        self.start = self.head[self.stream] + operations["start"]
+        end = self.head[self.stream] + operations["end"]
+        self.awaited = np.argsort(end, kind="stable")
+        self.first = np.searchsorted(end[self.awaited], np.arange(lengths.sum() + 1))
+        self.partner = np.empty(len(operations), np.int64)
+        self.partner[sends], self.partner[receives] = receives, sends
+
+    def find_circle(self) -> Refusal | None:
+        """Let all streams go on as far as they can, and return a circle of those that cannot."""
+        left = np.flatnonzero(self.head < self.last)
+        while len(left):
+            rows, owner = self._awaited(left)
+            blocked = np.bincount(owner, ~self._started(self.partner[rows]), len(left)) > 0
+            if blocked.all():
+                return self._circle(left)
+            self.head[left[~blocked]] += 1
+            left = left[self.head[left] < self.last[left]]
+        return None
+
+    def _awaited(self, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the operations that the streams wait for where they are, and the place in
+        `streams` of each."""
+        first = self.first[self.head[streams]]
+        counts = self.first[self.head[streams] + 1] - first
+        owner = np.repeat(np.arange(len(streams)), counts)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self.awaited[first[owner] + within], owner
+
+    def _started(self, rows: np.ndarray) -> np.ndarray:
+        return self.head[self.stream[rows]] >= self.start[rows]
+
+    def _circle(self, stuck: np.ndarray) -> Refusal:
+        rows, owner = self._awaited(stuck)
+        blocking = ~self._started(self.partner[rows])
+        waits = dict(zip(stuck[owner[blocking]].tolist(), rows[blocking].tolist(), strict=True))
+        stream, passed = next(iter(waits)), []
+        while stream not in passed:
+            passed.append(stream)
+            stream = int(self.stream[self.partner[waits[stream]]])
+        circle = passed[passed.index(stream) :]
+        return Refusal(
+            Fault.CIRCLE, tuple(_wait(self.operations[waits[stream]]) for stream in circle)
+        )

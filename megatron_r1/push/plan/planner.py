@@ -1,0 +1,101 @@
+"""The regions of each tensor that trainer ranks hold and that engine ranks need, from which
+`engine_sets` makes the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.models.weights.decoder import table
+from megatron_r1.models.weights.layout import Shard, stage_shards
+from megatron_r1.models.weights.rules import whole
+from megatron_r1.push.plan.predicted_layout import PredictedLayout
+from megatron_r1.push.plan.ranks import EngineLayout, TrainerGrid
+from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors
+
+
+class Needs(Protocol):
+    """What the ranks of one engine need: HF name -> region -> the ranks that need it."""
+
+    @property
+    def regions(self) -> Mapping[str, Mapping[Region, Sequence[int]]]: ...
+
+
+class Planner:
+    """What moves between two layouts of the model that `hf` describes.
+
+    stages: the shards of each pipeline rank's virtual stages
+    (`models.weights.layout.stage_shards`), default an even spread. needs: default
+    `PredictedLayout`. Raises UserError for an impossible layout."""
+
+    def __init__(
+        self,
+        hf: dict,
+        grid: TrainerGrid,
+        engines: EngineLayout,
+        stages: Sequence[Sequence[Shard]] | None = None,
+        needs: Needs | None = None,
+    ):
+        self.grid, self.engines, self.table = grid, engines, table(hf)
+        self.needs = needs or PredictedLayout(hf, engines)
+        stages = stages or stage_shards(hf, grid.pipeline, with_mtp=False)
+        decoder, drafter = len(self.table.layers), len(self.table.mtp)
+        self._stage_of_layer = {
+            layer: rank
+            for rank, chunks in enumerate(stages)
+            for chunk in chunks
+            for layer in (*chunk.layers, *range(decoder, decoder + drafter * chunk.mtp))
+        }
+        self._stage_of_part = {
+            part: next(r for r, chunks in enumerate(stages) for c in chunks if getattr(c, part))
+            for part in ("embedding", "final_norm", "head")
+        }
+        experts = self.table.num_experts
+        if experts and experts % grid.expert:
+            raise UserError(
+                f"parallel.expert={grid.expert} does not divide {experts} experts; choose a "
+                f"divisor of {experts}",
+                key="parallel.expert",
+                cause=Cause.INDIVISIBLE,
+            )
+
+    def sent_regions(self) -> Iterator[tuple[HFTensor, range, list[tuple[Region, Sequence[int]]]]]:
+        """Yield everything that is sent: a tensor, trainer ranks that all hold the same part of it,
+        and the regions of that part that ranks of an engine need, with these ranks."""
+        for stage in range(self.grid.pipeline):
+            for expert_rank in range(self.grid.expert):
+                for item in self._held_tensors(stage, expert_rank):
+                    if item.expert is None and expert_rank:
+                        continue
+                    needed = self.needs.regions.get(item.name, {}).items()
+                    for held, replicas in self._holdings(item, stage):
+                        common = ((held.intersection(region), ranks) for region, ranks in needed)
+                        if found := [(region, ranks) for region, ranks in common if region]:
+                            yield item, replicas, found
+
+    def _holdings(self, item: HFTensor, stage: int) -> Iterator[tuple[Region, range]]:
+        """Yield the parts of a tensor, each with the trainer ranks that hold it."""
+        grid, rule = self.grid, item.rule
+        if rule.split is whole and item.expert is None:
+            yield Region.whole(item.shape), grid.whole_replicas(stage)
+            return
+        ranks = grid.tensor if item.expert is None else grid.expert_tensor
+        name = rule.sources[item.source].name
+        for tensor_rank in range(ranks):
+            if item.expert is None:
+                replicas = grid.dense_replicas(stage, tensor_rank)
+            else:
+                owner = item.expert * grid.expert // self.table.num_experts
+                replicas = grid.expert_replicas(stage, tensor_rank, owner)
+            for piece in rule.split(rule.sources, tensor_rank, ranks)[1]:
+                if piece.hf_name == name:
+                    yield Region.from_piece(piece, item.shape), replicas
+
+    def _held_tensors(self, stage: int, expert_rank: int) -> Iterator[HFTensor]:
+        """Yield the tensors of which a trainer rank of `stage` holds a part."""
+        per_rank = self.table.num_experts // self.grid.expert
+        experts = range(expert_rank * per_rank, (expert_rank + 1) * per_rank)
+        layers = [layer for layer, owner in self._stage_of_layer.items() if owner == stage]
+        parts = {part for part, owner in self._stage_of_part.items() if owner == stage}
+        return checkpoint_tensors(self.table, {"layers", *parts}, sorted(layers), experts)

@@ -1,0 +1,190 @@
+"""A recipe's push before any engine runs: the engines' layout, the entries and bytes that are
+planned, and the checks that a push can serve it."""
+
+from collections.abc import Iterator
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import Config
+from megatron_r1.config.engines import LAYOUT
+from megatron_r1.config.push import PushConfig
+from megatron_r1.models.hf_config import model_family
+from megatron_r1.models.weights.decoder import table
+from megatron_r1.models.weights.layout import recipe_stages
+from megatron_r1.models.weights.rules import whole
+from megatron_r1.models.weights.stored.fp8 import BLOCK, is_quantized
+from megatron_r1.push.plan.engine_sets import (
+    SET_ENGINES,
+    Plan,
+    engine_sets,
+    entries,
+    largest_bundle,
+)
+from megatron_r1.push.plan.planner import Planner
+from megatron_r1.push.plan.predicted_layout import PredictedLayout
+from megatron_r1.push.plan.ranks import EngineLayout, TrainerGrid
+from megatron_r1.push.plan.tensors import (
+    HFTensor,
+    Region,
+    checkpoint_tensors,
+    first_cut,
+    fp8_bytes,
+    plain_bytes,
+)
+
+
+def max_engines(push: PushConfig) -> int:
+    """Return how many engines form a set at most."""
+    return 1 if push.on_one_host else SET_ENGINES
+
+
+def engine_rank_bytes(config: Config, hf: dict) -> int:
+    """Return the pushed bytes of an engine's first rank, which has the most; its receive buffer has
+    as many, twice that on a CPU."""
+    layout, push = engine_layout(config), config.push
+    needs = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
+    count_bytes = fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype)
+    return sum(
+        count_bytes(item.name, item.rule.dtype, region)
+        for item, region in needs.needed(layout.coordinate(0))
+    )
+
+
+def shares_gpus_over_nccl(config: Config) -> bool:
+    """Return whether engine ranks are on the trainer ranks' GPUs and pushes go over NCCL, which
+    refuses a pair of ranks on one GPU."""
+    return config.rollout.colocated and config.push.transport == "nccl"
+
+
+def planned_push(config: Config, hf: dict) -> list[Plan]:
+    """Return the `entries` of a recipe's push from `parallel.processes` trainer ranks."""
+    layout, push = engine_layout(config), config.push
+    grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
+    needs = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
+    planner = Planner(hf, grid, layout, recipe_stages(config, hf), needs)
+    return entries(
+        planner,
+        fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype),
+        engine_sets(layout.engines, max_engines(push)),
+        largest=largest_bundle(push.transport),
+    )
+
+
+FUSED_FIRST = ("gate_proj", "q_a_proj", "k_proj", "q_proj")
+"""vLLM stores another projection behind these in one matrix, which must begin at a block."""
+
+
+def engine_layout(config: Config) -> EngineLayout:
+    """Return the layout of all engines of a recipe."""
+    return EngineLayout(**config.rollout.model_dump(include=LAYOUT | {"engines"}))
+
+
+def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
+    """Refuse layouts over which the trainer's weights, or their FP8 blocks, cannot be divided.
+
+    num_ranks: of the trainer; under torchrun not `parallel.processes`.
+
+    Raises:
+        UserError: names the tensor's size, and the divisors to choose from, or the setting.
+    """
+    check_drafter(config)
+    layout = engine_layout(config)
+    predicted = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
+    grid = TrainerGrid.from_recipe(config.parallel, num_ranks)
+    Planner(hf, grid, layout, recipe_stages(config, hf), predicted)  # as every trainer rank does
+    for rank in range(0, layout.ranks_per_engine, layout.tensor):  # one of each stage and copy
+        for _ in predicted.needed(layout.coordinate(rank)):
+            pass
+    if config.push.fp8:
+        parallel = config.parallel
+        check_blocks(hf, layout, tensor=parallel.tensor, expert_tensor=parallel.expert_tensor)
+
+
+def check_drafter(config: Config) -> None:
+    """Refuse engines that draft with MTP layers which the trainer does not have, with UserError."""
+    if config.rollout.drafts_by_mtp and config.model.mtp == "none":
+        raise UserError(
+            "rollout.speculative.method: mtp, but model.mtp: none leaves out the MTP layers, so "
+            "the engines' drafter would get no weights; set model.mtp: frozen or train, or "
+            "rollout.speculative.method: ngram or none",
+            key="rollout.speculative.method",
+            cause=Cause.CONFLICT,
+        )
+
+
+def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor: int) -> None:
+    """Refuse layouts that cut blocks, and models without them.
+
+    tensor, expert_tensor: the trainer's parallel sizes.
+
+    Raises:
+        UserError: names the tensor, its size and the setting.
+    """
+    if model_family(hf).stacked:
+        raise UserError(
+            f"push.fp8: {hf['architectures'][0]} has no FP8 layout; set push.fp8: false",
+            key="push.fp8",
+            cause=Cause.UNSUPPORTED,
+        )
+    for item, region in _trainer_regions(hf, tensor, expert_tensor):
+        is_expert = item.expert is not None
+        name, size = ("expert_tensor", expert_tensor) if is_expert else ("tensor", tensor)
+        cut = first_cut(region, item.shape)
+        if cut is not None and size == 1:
+            raise UserError(
+                f"push.fp8: Megatron keeps {item.name} {item.shape} in parts that end at {cut}, "
+                f"within a block of {BLOCK}: a model with heads of {cut} cannot be pushed in FP8; "
+                "set push.fp8: false",
+                key="push.fp8",
+                cause=Cause.INDIVISIBLE,
+            )
+        _refuse_cut(item, region, f"parallel.{name}={size}")
+    predicted = PredictedLayout(hf, engines)
+    for rank in range(0, engines.ranks_per_engine, engines.tensor):
+        for item, region in predicted.needed(engines.coordinate(rank)):
+            if not is_quantized(item.name):
+                continue
+            setting = f"rollout.tensor={engines.tensor}"
+            if item.expert is not None and not engines.expert_parallel:
+                setting += f" x rollout.data={engines.data} (or rollout.expert_parallel: true)"
+            _refuse_cut(item, region, setting)
+            if _is_fused_first(item) and region.bottom % BLOCK:
+                raise UserError(
+                    f"push.fp8: {item.name} {item.shape} does not end with a block of {BLOCK}, and "
+                    "vLLM stores the next projection behind it in the same matrix: set push.fp8: "
+                    "false",
+                    key="push.fp8",
+                    cause=Cause.INDIVISIBLE,
+                )
+
+
+def _refuse_cut(item: HFTensor, region: Region, setting: str) -> None:
+    cut = first_cut(region, item.shape)
+    if cut is not None:
+        raise UserError(
+            f"push.fp8: {setting} cuts {item.name} {item.shape} at {cut}, within a block of "
+            f"{BLOCK} x {BLOCK}, which has one scale: lower it, or set push.fp8: false",
+            key="push.fp8",
+            cause=Cause.INDIVISIBLE,
+        )
+
+
+def _trainer_regions(
+    hf: dict, tensor: int, expert_tensor: int
+) -> Iterator[tuple[HFTensor, Region]]:
+    """Yield every region of a quantized tensor that a trainer rank holds, of one expert only."""
+    rules = table(hf)
+    for item in checkpoint_tensors(rules, {"layers"}, range(len(rules.layers)), (0,)):
+        if not is_quantized(item.name) or item.rule.split is whole:
+            continue
+        source = item.rule.sources[item.source]
+        ranks = tensor if item.expert is None else expert_tensor
+        for rank in range(ranks):
+            for piece in item.rule.split(item.rule.sources, rank, ranks)[1]:
+                if piece.hf_name == source.name:
+                    yield item, Region.from_piece(piece, item.shape)
+
+
+def _is_fused_first(item: HFTensor) -> bool:
+    name = item.name.split(".")[-2]
+    is_unfused = name == "q_proj" and len(item.rule.sources) == 1
+    return name in FUSED_FIRST and not is_unfused

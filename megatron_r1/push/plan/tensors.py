@@ -1,0 +1,156 @@
+"""The HF tensors of a weight table, rectangles of them, and their bytes on the wire.
+
+FP8 pushes: a block of 128 x 128 has one scale, so a rank that holds all of a block quantizes it and
+sends it whole to an engine rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass
+
+from megatron_r1.models.weights.decoder import table
+from megatron_r1.models.weights.layout import hf_tensors
+from megatron_r1.models.weights.rules import Piece, Rule, Shape, Table
+from megatron_r1.models.weights.stored.fp8 import BLOCK, is_quantized, scale_name, scale_shape
+
+
+@dataclass(frozen=True)
+class HFTensor:
+    """One tensor of a Hugging Face checkpoint.
+
+    part: "embedding", "layers", "final_norm" or "head". layer, expert: global indices, or None.
+    source: index of the tensor in its rule's sources."""
+
+    name: str
+    rule: Rule
+    source: int
+    part: str
+    layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return self.rule.sources[self.source].shape
+
+
+@dataclass(frozen=True, order=True)
+class Region:
+    """Rows [top, bottom) and columns [left, right) of one HF tensor; a vector is one column."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @classmethod
+    def whole(cls, shape: Shape) -> Region:
+        return cls(0, shape[0], 0, shape[1] if len(shape) > 1 else 1)
+
+    @classmethod
+    def along(cls, shape: Shape, dim: int, start: int, length: int) -> Region:
+        """Return `length` rows (dim 0) or columns (dim 1) from `start` of a tensor of `shape`."""
+        whole = cls.whole(shape)
+        if dim == 0:
+            return cls(start, start + length, whole.left, whole.right)
+        return cls(whole.top, whole.bottom, start, start + length)
+
+    @classmethod
+    def from_piece(cls, piece: Piece, shape: Shape) -> Region:
+        """Return the region that `piece` covers of its HF tensor, which has `shape`."""
+        return cls.along(shape, piece.dim, piece.hf_start, piece.length)
+
+    def intersection(self, other: Region) -> Region | None:
+        """Return the region that both cover, or None."""
+        top, bottom = max(self.top, other.top), min(self.bottom, other.bottom)
+        left, right = max(self.left, other.left), min(self.right, other.right)
+        return Region(top, bottom, left, right) if top < bottom and left < right else None
+
+    @property
+    def num_elements(self) -> int:
+        return (self.bottom - self.top) * (self.right - self.left)
+
+
+def is_tied(table: Table) -> bool:
+    """Return whether head and embedding are one tensor."""
+    embedded = {source.name for rule in table.embedding for source in rule.sources}
+    return any(source.name in embedded for rule in table.head for source in rule.sources)
+
+
+def checkpoint_tensors(
+    table: Table, parts: Container[str], layers: Iterable[int], experts: Iterable[int]
+) -> Iterator[HFTensor]:
+    """Yield the tensors of `parts` in checkpoint order.
+
+    layers: which layers, where "layers" is one of the parts; MTP layers follow the decoder's.
+    experts: which routed experts.
+    A tied head is yielded as the embedding only."""
+    if "embedding" in parts:
+        yield from _rule_tensors(table.embedding, "embedding")
+    if "layers" in parts:
+        rules = table.layers + table.mtp
+        for layer in layers:
+            yield from _rule_tensors(rules[layer], "layers", layer, experts)
+    if "final_norm" in parts:
+        yield from _rule_tensors(table.final_norm, "final_norm")
+    if "head" in parts and not is_tied(table):
+        yield from _rule_tensors(table.head, "head")
+
+
+def _rule_tensors(
+    rules: Iterable[Rule], part: str, layer: int | None = None, experts: Iterable[int] = ()
+) -> Iterator[HFTensor]:
+    prefix = "" if layer is None else f"model.layers.{layer}."
+    for rule in rules:
+        for expert in experts if rule.expert else (None,):
+            for index, source in enumerate(rule.sources):
+                name = prefix + source.name.replace("{e}", str(expert))
+                yield HFTensor(name, rule, index, part, layer, expert)
+
+
+CountBytes = Callable[[str, str | None, Region], int]
+"""(HF name, the tensor's own dtype or None, region) -> bytes on the wire."""
+
+_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def plain_bytes(dtype: str) -> CountBytes:
+    """Count every tensor in `dtype`, except those that keep their own."""
+    return lambda name, own_dtype, region: region.num_elements * _WIDTH[own_dtype or dtype]
+
+
+def fp8_bytes(name: str, own_dtype: str | None, region: Region) -> int:
+    """Count projections as float8 with an fp32 scale per 128 x 128 block, the rest in bf16."""
+    if not is_quantized(name):
+        return region.num_elements * _WIDTH[own_dtype or "bfloat16"]
+    height, width = region.bottom - region.top, region.right - region.left
+    return region.num_elements + 4 * -(-height // BLOCK) * -(-width // BLOCK)
+
+
+def pushed_tensors(hf: dict, *, fp8: bool, drafts: bool = False) -> list[tuple[str, Shape]]:
+    """Return the names and shapes of the tensors in a checkpoint of the model, plain or in FP8.
+
+    drafts: with the tensors of the MTP layers, but without their copies of embedding and head,
+    which the drafter shares with the model."""
+    names_and_shapes: list[tuple[str, Shape]] = []
+    copies = table(hf).copies
+    for name, (shape, _) in hf_tensors(hf, with_mtp=drafts).items():
+        if name in copies:
+            continue
+        names_and_shapes.append((name, shape))
+        if fp8 and is_quantized(name):
+            names_and_shapes.append((scale_name(name), scale_shape(shape)))
+    return names_and_shapes
+
+
+def scale_region(region: Region) -> Region:
+    """Return the region of the tensor of scales that belongs to these whole blocks."""
+    return Region(
+        region.top // BLOCK, -(-region.bottom // BLOCK),
+        region.left // BLOCK, -(-region.right // BLOCK),
+    )  # fmt: skip
+
+
+def first_cut(region: Region, shape: Shape) -> int | None:
+    """Return the first row or column at which `region` cuts a block of a tensor of `shape`."""
+    edges = ((region.top, 0), (region.bottom, 0), (region.left, 1), (region.right, 1))
+    return next((edge for edge, dim in edges if edge % BLOCK and edge != shape[dim]), None)

@@ -1,0 +1,369 @@
+"""How the ranks of a set of engines and those of the trainer agree on the plan, once per set, on
+the beginning of a push, and on a failure.
+
+All sides use a torch.distributed store that the trainer hosts. Keys begin with the set's name,
+which is new for every set. Trainer rank 0 reads the tables of all engine ranks and passes them on
+to the other trainer ranks. The plan of a position is one key, which is read by the ranks at that
+position, one of each engine. So a rank makes a handful of requests to the store, whatever the
+number of ranks."""
+
+import datetime
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import xxhash
+from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
+
+from megatron_r1.push.results import Failure
+from megatron_r1.push.table import Delivery, SlotTable
+
+EXPECTED_ERRORS = (OSError, RuntimeError, ValueError)
+"""Errors that fail a set and not this rank; torch.distributed raises the second."""
+IDLE_SECONDS = 30 * 24 * 3600.0
+"""The time that an engine rank waits for the next push to begin."""
+ANSWER_LOOKS, ANSWER_PAUSE = 50, 0.1
+"""How often a rank that has seen a failure looks for an answer from the others, and the seconds
+between two looks: 5 s, and longer on a machine so slow that looks themselves take long. They count
+anew with each answer."""
+LATE_SECONDS = 30.0
+"""How much longer than a push's limit the trainer waits for engine ranks, so that these can first
+report why they are late."""
+REPORT_SECONDS = 10.0
+"""The time limit for the controller to reach the store."""
+FIRST_POLL_SECONDS, KEY_POLL_SECONDS = 0.001, 0.01
+"""The pauses between checks whether keys are there, which grow from the first to the second."""
+
+
+class SetFailed(ConnectionError):
+    """Another rank of the set, or the controller, has reported `failure`."""
+
+    def __init__(self, failure: Failure):
+        super().__init__(failure.error)
+        self.failure = failure
+
+
+class ReceiverInfo(NamedTuple):
+    """An engine rank's table, and the address at which its transport receives."""
+
+    table: SlotTable
+    address: str = ""
+
+
+class Peer(NamedTuple):
+    """Another engine of the set, as the source of deliveries: its rank at the same position has
+    them from trainer ranks, and passes them on."""
+
+    member: int
+
+    def __str__(self) -> str:
+        return f"- (through engine {self.member} of the set)"
+
+
+PositionPlan = list[list[tuple[int, list[Delivery]]]]
+"""plan[member]: the pairs (sender, deliveries) that enter that engine's rank at one position."""
+
+
+class Half(msgspec.Struct, frozen=True, array_like=True):
+    """A send or a receive of a round: portion `number` of the `count` equal ones of a block.
+
+    peer: rank in the communicator. block: the trainer rank that sends it, or -1 - member where a
+    member of the position passes it on."""
+
+    peer: int
+    block: int
+    number: int
+    count: int
+
+
+class RankRounds(msgspec.Struct, frozen=True):
+    """The part of an engine rank in a push over NCCL: (send, receive) of each of its rounds, at
+    first those in which weights enter it, then those in which they are passed on.
+
+    rank, size: in the set's communicator. names: the ranks of its position that are in it, each
+    "member/rank"."""
+
+    rank: int
+    size: int
+    names: list[str]
+    entering: list[tuple[Half | None, Half | None]]
+    passing: list[tuple[Half | None, Half | None]]
+
+
+class PublishedPlan(msgspec.Struct, frozen=True):
+    """What the ranks at a position do in a push. rounds: over NCCL, by member; None for a rank for
+    which the trainer rank on its GPU receives."""
+
+    entering: PositionPlan
+    rounds: list[RankRounds | None] | None = None
+
+
+def deliveries_to(plan: PositionPlan, own: int) -> dict[int | Peer, list[Delivery]]:
+    """Return the deliveries to one member of a position: those that enter it, by sender, then those
+    that others pass on to it."""
+    deliveries: dict[int | Peer, list[Delivery]] = dict(plan[own])
+    for member, senders in enumerate(plan):
+        entered = [delivery for _, sent in senders for delivery in sent]
+        if member != own and entered:
+            # By slot: all members list a share in the same order.
+            deliveries[Peer(member)] = sorted(entered, key=lambda delivery: delivery.slot)
+    return deliveries
+
+
+class TableStore:
+    """Publishes slot tables under their digest, so equal engines share one. Each table is published
+    once and read once: one table per engine took 15 s for 64 engines (docs/learned.md)."""
+
+    def __init__(self, store: Store):
+        self._store = PrefixStore("tables", store)
+        self._known: dict[str, SlotTable] = {}
+
+    def publish(self, table: SlotTable) -> str:
+        """Write the table, if it is new, and return its digest."""
+        digest = xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(table))
+        if not self._store.check([digest]):
+            _write(self._store, digest, table)
+        return digest
+
+    def get(self, digest: str) -> SlotTable:
+        """Return the table, the same object every time."""
+        if digest not in self._known:
+            self._known[digest] = _read(self._store, digest, SlotTable)
+        return self._known[digest]
+
+
+class Rendezvous:
+    """The meeting of engine number `member` of the set `name`, of `num_members` engines, with the
+    trainer and with the other engines.
+
+    Every call waits for the other side at most `timeout_seconds`, during a push `push_seconds`
+    (default the same), and then raises torch.distributed.DistStoreError; it raises SetFailed as
+    soon as the set is reported as failed. tables: shared by a process that meets many sets."""
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        timeout_seconds: float,
+        push_seconds: float | None = None,
+        tables: TableStore | None = None,
+        *,
+        member: int = 0,
+        num_members: int = 1,
+    ):
+        self.engine, self.timeout_seconds = f"{name}.{member}", timeout_seconds
+        self.push_seconds = timeout_seconds if push_seconds is None else push_seconds
+        self.member, self.num_members = member, num_members
+        self.store, self.shared = PrefixStore(self.engine, store), PrefixStore(name, store)
+        self.store.set_timeout(datetime.timedelta(seconds=timeout_seconds))
+        self._tables = tables or TableStore(store)
+
+    def new_connection(self) -> Store:
+        """Return a new connection to the store, for a thread of its own: while one thread waits,
+        all others that use its connection have to wait."""
+        return self.shared.clone()  # type: ignore[attr-defined]  # missing in the stubs
+
+    def await_prepared(self) -> int:
+        """Wait until all trainer ranks are prepared; return the number of engine ranks."""
+        num_ranks = int(self.shared.get("ready"))
+        if not num_ranks:
+            raise SetFailed(self._failure())
+        return num_ranks
+
+    def report(self, failure: Failure) -> Failure:
+        """Publish a failure, unless one has been published already, and return the first one."""
+        # JSON, because `compare_set` takes text. A missing key compares as equal to "".
+        first = self.shared.compare_set("failed", "", msgspec.json.encode(failure).decode())
+        self.shared.set("ready", "0")  # ends the wait of all that are still connecting
+        return msgspec.json.decode(first, type=Failure)
+
+    def raise_failure(self) -> None:
+        """Raise SetFailed if a failure of the set has been published."""
+        if self.has_failed():
+            raise SetFailed(self._failure()) from None
+
+    def has_failed(self) -> bool:
+        return self.shared.check(["failed"])
+
+    def publish_communicator(self, identifier: bytes) -> None:
+        """Publish NCCL's id of the set's communicator."""
+        self.shared.set("nccl", identifier)  # type: ignore[arg-type]  # the stubs say str
+
+    def find_communicator(self) -> bytes | None:
+        """Return NCCL's id of the set's communicator, once it is published."""
+        return self.shared.get("nccl") if self.shared.check(["nccl"]) else None
+
+    def answer(self, name: str, number: int) -> None:
+        """Show that engine rank `name`, "member/rank", is alive in push `number` of the set."""
+        self.shared.append(f"answers/{number}", f"{name} ")  # type: ignore[attr-defined]
+
+    def is_asked(self, number: int) -> bool:
+        """Return whether a rank wants to know who is alive in push `number` of the set."""
+        return self.shared.check([f"asked/{number}"])
+
+    def find_cause(
+        self,
+        names: Collection[str],
+        number: int,
+        error: str,
+        is_closing: Callable[[], bool] = lambda: False,
+    ) -> Failure:
+        """Return why push `number` of the set broke: the failure that a rank has published, or else
+        the death of those of the engine ranks `names`, each "member/rank", that do not answer.
+
+        is_closing: ends the wait for answers when it returns True."""
+        self.shared.set(f"asked/{number}", "")
+        key, answered, looks = f"answers/{number}", set[str](), 0
+        while not answered.issuperset(names) and looks < ANSWER_LOOKS and not is_closing():
+            if self.has_failed():
+                return self._failure()
+            found = set(self.shared.get(key).decode().split()) if self.shared.check([key]) else ()
+            looks, answered = looks + 1 if answered.issuperset(found) else 0, answered.union(found)
+            time.sleep(ANSWER_PAUSE)
+        silent = sorted(tuple(map(int, name.split("/"))) for name in set(names) - answered)
+        if silent:
+            dead = ", ".join(f"rank {rank} of engine {member}" for member, rank in silent)
+            error = f"{dead} of the set died or hangs: {error}"
+        return self.report(Failure(error, sorted({member for member, _ in silent})))
+
+    def _failure(self) -> Failure:
+        return msgspec.json.decode(self.shared.get("failed"), type=Failure)
+
+
+class EngineRendezvous(Rendezvous):
+    """The rendezvous as each rank of the engine has it."""
+
+    _num_ranks = 0
+    """Engine ranks of the whole set; known once the plan has been read."""
+
+    def publish_receiver(self, rank: int, info: ReceiverInfo) -> None:
+        """Publish the table and the address of engine rank `rank`."""
+        _write(self.store, f"offer/{rank}", (self._tables.publish(info.table), info.address))
+
+    def read_plan(self, rank: int) -> tuple[dict[int | Peer, list[Delivery]], RankRounds | None]:
+        """Return the deliveries to this rank, by source, and over NCCL its rounds."""
+        self._num_ranks = self.await_prepared()
+        plan = _read(self.shared, f"plan/{rank}", PublishedPlan)
+        rounds = plan.rounds[self.member] if plan.rounds is not None else None
+        return deliveries_to(plan.entering, self.member), rounds
+
+    def await_begun(self, number: int, connection: Store) -> int:
+        """Wait until push number `number` of the set, counted from 1, has begun, and return its
+        number of the run; 0 where a rank of the set has closed.
+
+        connection: of the calling thread (`new_connection`)."""
+        connection.wait([f"begun/{number}"], datetime.timedelta(seconds=IDLE_SECONDS))
+        return int(connection.get(f"begun/{number}"))
+
+    def end_waits(self, number: int) -> None:
+        """End `await_begun` in all ranks of the set."""
+        self.shared.set(f"begun/{number}", "0")
+
+    def offer_memory(self, rank: int, number: int, addresses: list[str]) -> None:
+        """Publish where the trainer rank on this rank's GPU is to write a push."""
+        _write(self.store, f"memory/{rank}/{number}", addresses)
+
+    def publish_complete(self, push: int) -> None:
+        """Publish that this rank, of a set of several engines, has all of a push."""
+        if self.shared.add(f"has/{push}", 1) == self._num_ranks:
+            self.shared.set(f"complete/{push}", "1")
+            self.shared.delete_key(f"has/{push}")
+            # The previous push's key only: trainer rank 0 may not have read this one's yet.
+            self.shared.delete_key(f"complete/{push - 1}")
+
+    def report_own(self, rank: int, error: str, *, is_damaged: bool = False) -> Failure:
+        """Report a failure of this rank, as `report` does, so that no other waits for it."""
+        error = f"engine {self.member} of the set, rank {rank}: {error}"
+        return self.report(Failure(error, [self.member], is_damaged))
+
+
+class TrainerRendezvous(Rendezvous):
+    """The rendezvous of a trainer rank with one engine."""
+
+    def read_receivers(self, num_ranks: int) -> list[ReceiverInfo]:
+        """Return table and address of all ranks of the engine; called on trainer rank 0."""
+        offers = [f"offer/{rank}" for rank in range(num_ranks)]
+        self._wait_for_keys(self.store, offers, self.timeout_seconds)
+        found = [_read(self.store, offer, tuple[str, str]) for offer in offers]
+        return [ReceiverInfo(self._tables.get(digest), address) for digest, address in found]
+
+    def publish_plan(
+        self,
+        position: int,
+        plan: PositionPlan,
+        rounds: list[RankRounds | None] | None = None,
+    ) -> None:
+        """Publish the plan of a position, over NCCL with the rounds of its ranks, by member."""
+        _write(self.shared, f"plan/{position}", PublishedPlan(plan, rounds))
+
+    def publish_prepared(self, num_senders: int, num_ranks: int) -> None:
+        """Publish that this rank, one of `num_senders`, has published its plans and can be reached.
+
+        num_ranks: of all engines of the set."""
+        if self.shared.add("prepared", 1) == num_senders:  # the last ends the wait of all
+            self.shared.set("ready", str(num_ranks))
+
+    def publish_begun(self, number: int, push: int) -> None:
+        """Publish that the set's push number `number`, which is `push` in the run, begins."""
+        self.shared.set(f"begun/{number}", str(push))
+
+    def read_memory(self, rank: int, number: int) -> list[str]:
+        """Return where to write a push for engine rank `rank`, once it has offered that."""
+        key = f"memory/{rank}/{number}"
+        self._wait_for_keys(self.store, [key], self.push_seconds)
+        return _read(self.store, key, list[str])
+
+    def await_complete(self, push: int) -> None:
+        """Wait until all engine ranks have all of a push; called on trainer rank 0."""
+        self._wait_for_keys(self.shared, [f"complete/{push}"], self.push_seconds + LATE_SECONDS)
+
+    def report_error(self, error: str, *members: int) -> Failure:
+        """Report an error with these members at fault, as `report` does. Where the store is lost,
+        return the failure of that error."""
+        failure = Failure(error, list(members))
+        try:
+            return self.report(failure)
+        except RuntimeError:
+            return failure
+
+    def _wait_for_keys(self, store: Store, keys: Sequence[str], seconds: float) -> None:
+        """Wait until the store has all keys, or the set has failed."""
+        try:
+            wait_for_keys(store, keys, seconds, self.raise_failure)
+        except DistStoreError as error:
+            raise DistStoreError(f"{self.engine}: {error}") from error
+
+
+def wait_for_keys(
+    store: Store, keys: Sequence[str], seconds: float, look: Callable[[], None] = lambda: None
+) -> None:
+    """Wait until the store has all keys. Its own `wait` would log a warning every time that it ends
+    to check for a failure.
+
+    look: raises the error because of which they will not come."""
+    deadline, pause = time.monotonic() + seconds, FIRST_POLL_SECONDS
+    while not store.check(list(keys)):
+        look()
+        if time.monotonic() > deadline:
+            raise DistStoreError(f"{keys[-1]} is not there after {seconds:g} s")
+        time.sleep(pause)
+        pause = min(2 * pause, KEY_POLL_SECONDS)
+
+
+def report_failure(host: str, port: int, name: str, error: str) -> None:
+    """Publish that an engine of the set `name` is gone, so that no rank waits for it.
+
+    host, port: of the trainer's store. Raises torch.distributed.DistError where the trainer is gone
+    as well."""
+    timeout = datetime.timedelta(seconds=REPORT_SECONDS)
+    store = TCPStore(host, port, is_master=False, timeout=timeout)
+    Rendezvous(store, name, REPORT_SECONDS).report(Failure(error))
+
+
+def _write(store: Store, key: str, value: Any) -> None:
+    store.set(key, msgspec.msgpack.encode(value))  # type: ignore[arg-type]  # the stubs say str
+
+
+def _read(store: Store, key: str, kind: Any) -> Any:
+    return msgspec.msgpack.decode(store.get(key), type=kind)

@@ -1,0 +1,75 @@
+"""What ranks report to the controller of a push: the results of the trainer ranks' operations
+(`sender.WeightPush`), and the errors of engine ranks.
+
+Imports no torch, because the controller imports it, and no llvmlite: where vLLM's server imports
+that before it forks its engine core, vLLM 0.32 does not start. triton_utils/dispatcher.py:143 looks
+into `__dict__` of every module's attributes, and that of llvmlite's library is no dictionary."""
+
+from typing import TypedDict
+
+import msgspec
+
+
+class OpenedPush(TypedDict):
+    """The result of "open_push"."""
+
+    store: list
+    """[host, port] of the store that rank 0 hosts for trainer and engines."""
+
+
+class ConnectedSets(TypedDict):
+    """The result of "connect_sets"."""
+
+    problems: dict[str, str]
+    """Set -> why this rank cannot connect to it. The other fields are of the other sets."""
+    num_links: dict[str, int]
+    """Set -> links of this rank to it."""
+    num_bytes: dict[str, int]
+    """Set -> bytes that this rank sends to it per push."""
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why a set can push no more.
+
+    members: the engines at fault, by their number in the set, as far as known. is_damaged: bytes
+    arrived otherwise than they were sent."""
+
+    error: str
+    members: list[int] = []
+    is_damaged: bool = False
+
+
+class SentWeights(TypedDict):
+    """The result of "send_weights"."""
+
+    problems: dict[str, dict]
+    """Set -> the fields of its `Failure`."""
+
+
+class PushError(ValueError):
+    """An error of a push. vLLM passes errors between its processes as text (v1/engine/core.py:1751
+    and, from the ranks, v1/executor/multiproc_executor.py:1004), so the text has `CODE`, by which
+    `engines.plugin.swap_endpoint` recognizes it."""
+
+    CODE: str
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{self.CODE}: {what}")
+
+
+class IncompletePush(PushError):
+    """The push is incomplete; the engine still uses the old weights."""
+
+    CODE = "incomplete_push"
+
+
+class StoreUnreachable(PushError):
+    """An engine rank cannot connect to the trainer's store, where all ranks of a set meet."""
+
+    CODE = "store_unreachable"
+
+
+class UndeliveredPush(PushError):
+    """A push arrived, and the engine computes with something else."""
+
+    CODE = "undelivered_push"

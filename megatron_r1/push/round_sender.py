@@ -1,0 +1,291 @@
+"""A trainer rank's part of pushes over NCCL (`plan.rounds`): it sends the blocks of its links round
+by round, and where engine ranks are on trainer ranks' GPUs, receives for the one on its own, into
+memory that both have mapped.
+
+A rank whose wait fails (`round_runner`) aborts its communicator and finds out which engine ranks
+have died; the sets of other communicators go on. The trainer ranks' own communicator is made for
+the first push that needs it, and again after one that failed; all agree on that before a push."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from torch.distributed import PrefixStore, Store
+
+from megatron_r1.push.ordered_sets import Block, Call, OrderedSets
+from megatron_r1.push.plan.rounds import ENTRY_BYTES
+from megatron_r1.push.rendezvous import (
+    EXPECTED_ERRORS,
+    Peer,
+    PositionPlan,
+    ReceiverInfo,
+    SetFailed,
+    TrainerRendezvous,
+    deliveries_to,
+    wait_for_keys,
+)
+from megatron_r1.push.results import Failure
+from megatron_r1.push.table import Delivery, SlotTable
+from megatron_r1.push.transports.blocks import Landing, MemoryBlock, SlicesBlock
+from megatron_r1.push.transports.device_memory import mapped_memory
+from megatron_r1.push.transports.nccl_library import NcclError
+from megatron_r1.push.transports.round_runner import (
+    Communicator,
+    PushStreams,
+    Round,
+    RoundRunner,
+    Transfer,
+)
+
+
+@dataclass
+class SetRounds:
+    """The part of trainer rank `rank` in the pushes to one set.
+
+    index: of the set in `ordered`. number: of the set's push."""
+
+    rendezvous: list[TrainerRendezvous]
+    ordered: OrderedSets
+    index: int
+    rank: int
+    communicator: Communicator | None = None
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        self.place = self.ordered.served(self.index, self.rank)
+        """The engine rank on this rank's GPU, (member, position)."""
+        self._served: tuple[SlotTable, Mapping[int | Peer, Sequence[Delivery]]] | None = None
+        """Its table, and the deliveries to it by source."""
+        self._mapped: tuple[torch.Tensor, torch.Tensor] | None = None
+        """During a push, the memory of that rank, and that of the checksums, behind which is room
+        for the push's number."""
+        self._landing: Landing | None = None
+        own = [call for call in self.ordered.calls(self.rank) if call.block.set_index == self.index]
+        self.calls: list[Call] = own
+        copies = self.ordered.copies(self.rank)
+        self.copies = [block for block in copies if block.set_index == self.index]
+
+    def serves(self, position: int) -> bool:
+        """Return whether an engine rank at this position is on this rank's GPU."""
+        return self.place is not None and self.place[1] == position
+
+    def serve(self, receivers: Sequence[ReceiverInfo], plan: PositionPlan) -> None:
+        """Prepare to receive for that engine rank. receivers: of its position, by member."""
+        assert self.place is not None, "it serves"
+        member, _ = self.place
+        self._served = receivers[member].table, deliveries_to(plan, member)
+
+    def begin_connect(self) -> None:
+        """Begin to create the set's communicator, if it has one."""
+        if size := self.ordered.size(self.index):
+            self.communicator = Communicator(self.rendezvous[0], self.rank, size)
+            self.communicator.begin()
+
+    def connect(self) -> None:
+        """Wait until the set's communicator is there. Raises the error because of which it is not
+        there."""
+        if self.communicator is not None and not self.communicator.wait_settled():
+            assert self.communicator.error is not None
+            raise self.communicator.error
+
+    def map(self) -> None:
+        """Map the memory that the engine rank on this rank's GPU offers for the push."""
+        if self.place is not None:
+            member, position = self.place
+            addresses = self.rendezvous[member].read_memory(position, self.number)
+            memory, sums = map(mapped_memory, addresses)
+            self._mapped = memory, sums.view(torch.int64)
+
+    def begin(self, push: int) -> None:
+        """Prepare the blocks of a push."""
+        self._memory_blocks: dict[Block, MemoryBlock] = {}
+        if self._mapped is not None:
+            assert self._served is not None, "serve() comes first"
+            (table, deliveries), (memory, sums) = self._served, self._mapped
+            self._landing = Landing(table, deliveries, table.area(memory, push), sums)
+
+    def unmap(self) -> None:
+        """Let go of the engine rank's memory."""
+        self._mapped, self._landing, self._memory_blocks = None, None, {}
+
+    def memory_block(self, block: Block) -> MemoryBlock:
+        """Return the place of a block that the engine rank on this rank's GPU receives or passes on
+        in its memory."""
+        if block not in self._memory_blocks:
+            assert self._landing is not None, "map() and begin() come first"
+            if block.sender is None and (block.member, block.position) == self.place:
+                self._memory_blocks[block] = self._landing.own_block()
+            else:
+                source = Peer(block.member) if block.sender is None else block.sender
+                self._memory_blocks[block] = self._landing.block(source)
+        return self._memory_blocks[block]
+
+    def copy(self, blocks: Blocks, device: torch.device) -> None:
+        """Copy what this rank holds itself for an engine rank on its GPU."""
+        for block in self.copies:
+            source, target = blocks[block.member, block.position], self.memory_block(block)
+            for start in range(0, source.num_bytes, ENTRY_BYTES):
+                end = min(start + ENTRY_BYTES, source.num_bytes)
+                packed = torch.empty(end - start, dtype=torch.uint8, device=device)
+                source.pack(start, end, packed)
+                target.unpack(start, end, packed)
+
+    def mark_written(self) -> None:
+        """Write the push's number behind the checksums of the engine rank's memory."""
+        if self._mapped is not None:
+            self._mapped[1][-1] = self.number
+
+    def failure_of(self, error: Exception) -> Failure:
+        """Report why the set's push broke, and return the failure that was reported first."""
+        if isinstance(error, SetFailed):
+            return error.failure
+        text = f"trainer rank {self.rank}: {type(error).__name__}: {error}"
+        try:
+            if self.communicator is not None and isinstance(error, (NcclError, TimeoutError)):
+                names = self.ordered.names(self.index)
+                return self.rendezvous[0].find_cause(names, self.number, text)
+            return self.rendezvous[0].report(Failure(text))
+        except RuntimeError:  # the store is lost
+            return Failure(text)
+
+    def close(self) -> None:
+        if self.communicator is not None:
+            self.communicator.abort(RuntimeError("the set is disconnected"))
+
+
+Blocks = Mapping[tuple[int, int], SlicesBlock]
+"""What is sent over each link of a set, by (member, position)."""
+
+
+class RoundSender:
+    """Sends the blocks of trainer rank `rank` of `world`. Every method is called on all trainer
+    ranks with the same sets, in the same order."""
+
+    def __init__(self, store: Store, rank: int, world: int):
+        self._store, self._rank, self._world = store, rank, world
+        self._together = PrefixStore("trainers", store)
+        self._num_agreements = 0
+        self._own: Communicator | None = None
+        """The communicator of all trainer ranks."""
+        self._streams: PushStreams | None = None
+
+    def connect(self, sets: Mapping[str, SetRounds]) -> dict[str, Exception]:
+        """Create the communicators of these sets, all at once; return the errors by set."""
+        errors: dict[str, Exception] = {}
+        for call in (SetRounds.begin_connect, SetRounds.connect):
+            for name, rounds in sets.items():
+                if name not in errors:
+                    try:
+                        call(rounds)
+                    except EXPECTED_ERRORS as error:
+                        errors[name] = error
+        return errors
+
+    def send(self, push: int, sets: Mapping[str, tuple[SetRounds, Blocks]]) -> dict[str, Failure]:
+        """Send a push to these sets, and return the failures by set."""
+        present, failures = dict(sets), dict[str, Failure]()
+        try:
+            for name in self._agree({name: each for name, (each, _) in sets.items()}):
+                present.pop(name)
+                failures[name] = sets[name][0].failure_of(RuntimeError("an engine is gone"))
+            self._send(push, present)
+        except EXPECTED_ERRORS as error:
+            for rounds, _ in present.values():
+                self._communicator(rounds).abort(error)
+        for name, (rounds, _) in present.items():
+            if (failed := self._communicator(rounds).error) is not None:
+                failures[name] = rounds.failure_of(failed)
+        for rounds, _ in sets.values():
+            rounds.unmap()
+        return failures
+
+    def close(self) -> None:
+        if self._own is not None:
+            self._own.abort(RuntimeError("the trainer closes"))
+
+    def _communicator(self, rounds: SetRounds) -> Communicator:
+        found = rounds.communicator or self._own
+        assert found is not None, "_agree() comes first"
+        return found
+
+    def _agree(self, sets: Mapping[str, SetRounds]) -> list[str]:
+        """Have the memory of the engine ranks for which trainer ranks receive mapped, and the
+        trainer's own communicator made where it is needed and missing. Return the sets whose
+        engines do not offer theirs, the same on all ranks."""
+        served = {name: each for name, each in sets.items() if each.ordered.has_served(each.index)}
+        if not served:
+            return []
+        for rounds in served.values():
+            try:
+                rounds.map()
+            except EXPECTED_ERRORS as error:
+                rounds.failure_of(error)
+        seconds = next(iter(served.values())).rendezvous[0].push_seconds
+        self._num_agreements += 1
+        number, together = self._num_agreements, self._together
+        if self._own is None or self._own.error is not None:
+            together.set(f"new/{number}", "1")
+        if together.add(f"ready/{number}", 1) == self._world:  # the last decides for all
+            failed = [name for name, each in served.items() if each.rendezvous[0].has_failed()]
+            decided = failed, together.check([f"new/{number}"])
+            together.set(f"agreed/{number}", msgspec.msgpack.encode(decided))  # type: ignore[arg-type]
+        wait_for_keys(together, [f"agreed/{number}"], seconds)
+        encoded = together.get(f"agreed/{number}")
+        left_out, is_new = msgspec.msgpack.decode(encoded, type=tuple[list[str], bool])
+        if is_new:
+            self.close()
+            own = TrainerRendezvous(self._store, f"trainers.{number}", seconds)
+            self._own = Communicator(own, self._rank, self._world)
+            self._own.begin()
+            self._own.wait_settled()
+        assert self._own is not None
+        self._own.set_limit(seconds)
+        return left_out
+
+    def _send(self, push: int, sets: Mapping[str, tuple[SetRounds, Blocks]]) -> None:
+        """Run this rank's rounds, and show the engine ranks that it serves when all is there."""
+        if self._streams is None:
+            self._streams = PushStreams(torch.cuda.current_device())
+        streams = self._streams
+        streams.copies_follow()
+        for rounds, blocks in sets.values():
+            rounds.begin(push)
+            if rounds.communicator is not None:
+                rounds.communicator.set_limit(rounds.rendezvous[0].push_seconds)
+            with streams.copying():
+                rounds.copy(blocks, streams.device)
+        entering, passing = (self._rounds(sets, is_passing=passes) for passes in (False, True))
+        runner = RoundRunner(streams, [*entering, *passing])
+        runner.run(entering)
+        runner.run(passing)
+        for rounds, _ in sets.values():
+            if self._communicator(rounds).error is None:
+                with streams.copying():
+                    rounds.mark_written()
+                self._communicator(rounds).wait(streams.copies_ended())
+
+    def _rounds(
+        self, sets: Mapping[str, tuple[SetRounds, Blocks]], *, is_passing: bool
+    ) -> list[Round]:
+        """Return this rank's rounds of all sets in one order."""
+        found: dict[tuple[int, int, int], Round] = {}
+        for rounds, blocks in sets.values():
+            communicator = self._communicator(rounds)
+            group = 1 + rounds.index if rounds.communicator is not None else 0
+            for call in rounds.calls:
+                if call.is_passing != is_passing:
+                    continue
+                key = call.round, rounds.ordered.number, group
+                each = found.get(key) or Round(communicator, None, None)
+                of_link = call.is_send and call.block.sender is not None
+                place = call.block.member, call.block.position
+                block = blocks[place] if of_link else rounds.memory_block(call.block)
+                transfer = Transfer(call.peer, block, *block.extent(call.number, call.of))
+                if call.is_send:
+                    found[key] = each._replace(sent=transfer)
+                else:
+                    found[key] = each._replace(received=transfer)
+        return [found[key] for key in sorted(found)]

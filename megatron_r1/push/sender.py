@@ -1,0 +1,330 @@
+"""A trainer rank's part of a push: it sends the slices that the plan assigns to this rank
+(`plan.engine_sets`), each to one engine rank, straight from the model's parameters. `WeightPush`
+has the operations that the controller calls."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed import Store
+
+from megatron_r1.config import Config, RolloutConfig
+from megatron_r1.models import platform
+from megatron_r1.models.platform.stores import LOOPBACK, host_store, ranks_share_host
+from megatron_r1.models.weights.layout import Shard, recipe_stages
+from megatron_r1.models.weights.local import local_entries
+from megatron_r1.push.link_planner import (
+    EncodedSlices,
+    HeldPieces,
+    LinkedSet,
+    LinkPlanner,
+    Offers,
+    PushLink,
+    read_offers,
+)
+from megatron_r1.push.plan.ranks import EngineLayout, TrainerGrid
+from megatron_r1.push.plan.tensors import pushed_tensors
+from megatron_r1.push.rendezvous import (
+    EXPECTED_ERRORS,
+    SetFailed,
+    TableStore,
+    TrainerRendezvous,
+)
+from megatron_r1.push.results import ConnectedSets, Failure, OpenedPush, SentWeights
+from megatron_r1.push.round_sender import RoundSender
+from megatron_r1.push.transports.base import gpu_uuid
+from megatron_r1.push.transports.blocks import SlicesBlock
+
+T = TypeVar("T")
+
+
+def run_all(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Run each call in a thread of its own; return their results, or raise the first error when all
+    have ended. A single call runs in this thread."""
+    if len(calls) <= 1:
+        return [call() for call in calls]
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    use_device = partial(torch.cuda.set_device, device) if device is not None else None
+    with ThreadPoolExecutor(len(calls), initializer=use_device) as threads:
+        running = [threads.submit(call) for call in calls]
+    return [call.result() for call in running]
+
+
+FromRankZero = Callable[[bytes | None], bytes]
+"""Broadcasts rank 0's bytes to all trainer ranks, which pass None, and returns them."""
+
+
+class WeightSender:
+    """Sends the weights of rank `rank` of `grid`; every method is called on all trainer ranks.
+
+    held: this rank's parameters of the model that `hf` describes. stages: the shards of the
+    pipeline's virtual stages, default an even spread. store: where trainer and engine ranks meet.
+    drafts: whether engines draft with the MTP layers. gpus: the UUID of each rank's GPU,
+    where engines may share it over NCCL. broadcast: see `FromRankZero`; a single rank needs
+    none."""
+
+    def __init__(
+        self,
+        hf: dict,
+        grid: TrainerGrid,
+        held: HeldPieces,
+        store: Store,
+        broadcast: FromRankZero = lambda value: value or b"",
+        *,
+        rank: int = 0,
+        stages: list[list[Shard]] | None = None,
+        drafts: bool = False,
+        gpus: Sequence[str] = (),
+    ):
+        self.hf, self.grid, self.rank, self.drafts = hf, grid, rank, drafts
+        self.store, self.broadcast = store, broadcast
+        self._planner = LinkPlanner(hf, grid, held, rank=rank, stages=stages, gpus=gpus)
+        self._sets: dict[str, LinkedSet] = {}
+        self._tables = TableStore(store)
+        self._rounds = RoundSender(store, rank, grid.world)
+
+    def connect(
+        self,
+        sets: Sequence[tuple[str, int]],
+        layout: dict[str, Any],
+        transport: str,
+        timeout_seconds: float,
+        push_seconds: float | None = None,
+        gone: Sequence[str] = (),
+    ) -> ConnectedSets:
+        """Agree with all engine ranks of these sets on the deliveries of this rank, and connect.
+
+        sets: name, unique to every call, and number of engines of each set. layout: the fields of
+        `EngineLayout`, of one engine. push_seconds: limit for a push, default `timeout_seconds`.
+        gone: sets to disconnect."""
+        for name in gone:
+            self.disconnect(name)
+        engine_layout = EngineLayout(**{**layout, "engines": 1})
+        meet = partial(
+            TrainerRendezvous,
+            self.store,
+            timeout_seconds=timeout_seconds,
+            push_seconds=push_seconds,
+            tables=self._tables,
+        )
+        rendezvous = {
+            name: [
+                meet(name, member=member, num_members=num_engines) for member in range(num_engines)
+            ]
+            for name, num_engines in sets
+        }
+        offers = self._offers(rendezvous, engine_layout.num_ranks)
+        created, failed = self._planner.create_links(rendezvous, offers, engine_layout, transport)
+        self._sets |= created
+        present = {name: created[name] for name in offers.sets if name not in failed}
+        for name, problem in failed.items():  # first, so that no other rank waits for this one
+            rendezvous[name][0].report_error(f"trainer rank {self.rank}: {problem}")
+        # Before any wait, which would block this rank's only client of the store.
+        for linked in present.values():
+            num_ranks = len(linked.rendezvous) * engine_layout.num_ranks
+            linked.rendezvous[0].publish_prepared(self.grid.world, num_ranks)
+        outcomes = run_all([partial(self._connect_set, linked) for linked in present.values()])
+        failed |= {name: text for name, text in zip(present, outcomes, strict=True) if text}
+        in_rounds = {
+            name: linked.rounds
+            for name, linked in present.items()
+            if linked.rounds is not None and name not in failed
+        }
+        for name, error in self._rounds.connect(in_rounds).items():
+            failed[name] = self._report(present[name], error)
+        for name in failed:
+            self.disconnect(name)
+        connected = {name: present[name] for name in present.keys() - failed.keys()}
+        return {
+            "problems": offers.problems | failed,
+            "num_links": {name: len(linked.links) for name, linked in connected.items()},
+            "num_bytes": {name: linked.num_bytes for name, linked in connected.items()},
+        }
+
+    def disconnect(self, name: str) -> None:
+        if name in self._sets:
+            self._sets.pop(name).close()
+
+    def send(self, push: int, sets: Sequence[str], gone: Sequence[str] = ()) -> SentWeights:
+        """Send the present weights to these sets, over all links at once, as push number `push` of
+        each set. Rank 0 returns when the engines of each set have passed on all of the push.
+
+        gone: sets to disconnect. A set that fails does not stop the others."""
+        for name in gone:
+            self.disconnect(name)
+        present = {name: self._sets[name] for name in sets if name in self._sets}
+        for linked in present.values():
+            linked.number += 1
+            if self.rank == 0:
+                linked.rendezvous[0].publish_begun(linked.number, push)
+        problems = self._send_in_rounds(push, present) | self._send_over_links(push, present)
+        for name, linked in present.items():
+            if self.rank == 0 and len(linked.rendezvous) > 1 and name not in problems:
+                rendezvous = linked.rendezvous[0]
+                try:
+                    rendezvous.await_complete(push)
+                except SetFailed as error:
+                    problems[name] = error.failure
+                except RuntimeError as error:
+                    late = f"an engine has not passed on all of push {push}: {error}"
+                    problems[name] = rendezvous.report_error(late)
+        return {"problems": {name: msgspec.to_builtins(f) for name, f in problems.items()}}
+
+    def _send_over_links(self, push: int, sets: Mapping[str, LinkedSet]) -> dict[str, Failure]:
+        """Send a push over all links at once, but those of sets that are sent to in rounds."""
+        problems: dict[str, Failure] = {}
+
+        def send_over(name: str, link: PushLink) -> None:
+            try:
+                link.end.send(push, EncodedSlices(link.slices))
+            except SetFailed as error:
+                problems.setdefault(name, error.failure)
+            except (OSError, RuntimeError) as error:
+                to = f"rank {link.end.rank} of engine {link.member} of the set"
+                text = f"trainer rank {self.rank} to {to}: {type(error).__name__}: {error}"
+                failure = link.end.rendezvous.report_error(text, link.member)
+                problems.setdefault(name, failure)
+
+        run_all(
+            [
+                partial(send_over, name, link)
+                for name, linked in sets.items()
+                for link in linked.links
+                if linked.rounds is None
+            ]
+        )
+        return problems
+
+    def _send_in_rounds(self, push: int, sets: Mapping[str, LinkedSet]) -> dict[str, Failure]:
+        """Send a push in the rounds that the plan has for it."""
+        found = {}
+        for name, linked in sets.items():
+            if linked.rounds is not None:
+                blocks = {
+                    (link.member, link.end.rank): SlicesBlock(
+                        link.end.table, link.end.deliveries, EncodedSlices(link.slices)
+                    )
+                    for link in linked.links
+                }
+                linked.rounds.number = linked.number
+                found[name] = linked.rounds, blocks
+        return self._rounds.send(push, found) if found else {}
+
+    def _offers(
+        self, rendezvous: dict[str, list[TrainerRendezvous]], ranks_per_engine: int
+    ) -> Offers:
+        """Return what the engines offer, which rank 0 reads for all."""
+        if self.rank:
+            return msgspec.msgpack.decode(self.broadcast(None), type=Offers)
+        by_set = [linked.sent for linked in self._sets.values()]
+        sent = [sum(bytes_of_rank) for bytes_of_rank in zip(*by_set, strict=True)]
+        pushed = [name for name, _ in pushed_tensors(self.hf, fp8=False, drafts=self.drafts)]
+        offers = read_offers(rendezvous, ranks_per_engine, pushed, sent)
+        self.broadcast(msgspec.msgpack.encode(offers))
+        return offers
+
+    def _connect_set(self, linked: LinkedSet) -> str:
+        """Connect to a set, all links at once, and return the problem if there is one."""
+        try:
+            linked.rendezvous[0].await_prepared()
+            run_all([link.end.connect for link in linked.links])
+        except EXPECTED_ERRORS as error:
+            return self._report(linked, error)
+        return ""
+
+    def _report(self, linked: LinkedSet, error: Exception) -> str:
+        """Report to a set that this rank cannot connect, and return why."""
+        text = f"{type(error).__name__}: {error}"
+        linked.rendezvous[0].report_error(f"trainer rank {self.rank}: {text}")
+        return text
+
+
+class WeightPush:
+    """The sender of a rank, created from its model by `open_push`; every method is called on all
+    trainer ranks.
+
+    model_chunks: this rank's virtual stages."""
+
+    def __init__(self, model_chunks: Sequence, hf: dict, config: Config):
+        self._model_chunks, self._hf, self._config = model_chunks, hf, config
+        self._sender: WeightSender | None = None
+
+    def open_push(self) -> OpenedPush:
+        """Create the sender, before the first engine is connected."""
+        stages = recipe_stages(self._config, self._hf)
+        held = defaultdict(list)
+        for parameter, entry in local_entries(self._model_chunks, self._hf):
+            for piece in entry.pieces:
+                held[piece.hf_name].append((parameter, piece))
+        grid = TrainerGrid.from_recipe(self._config.parallel, dist.get_world_size())
+        store, address = open_store(self._config.rollout)
+        rank = dist.get_rank()
+        self._sender = WeightSender(
+            self._hf,
+            grid,
+            held,
+            store,
+            platform.from_rank_zero,
+            rank=rank,
+            stages=stages,
+            drafts=self._config.rollout.drafts_by_mtp,
+            gpus=_gpus() if self._config.push.transport == "nccl" else (),
+        )
+        return {"store": address}
+
+    def connect_sets(self, **arguments: Any) -> ConnectedSets:
+        """Connect this rank with sets of engines, as `WeightSender.connect` does."""
+        assert self._sender is not None, "open_push() comes first"
+        return self._sender.connect(**arguments)
+
+    def send_weights(self, push: int, sets: list[str], gone: Sequence[str] = ()) -> SentWeights:
+        """Push to sets of engines, as `WeightSender.send` does."""
+        assert self._sender is not None, "open_push() comes first"
+        return self._sender.send(push, sets, gone)
+
+
+def _gpus() -> list[str]:
+    """Return the UUID of every rank's GPU."""
+    found: list[Any] = [None] * dist.get_world_size()
+    # Over all ranks: each plans the whole push, for which it needs to know who shares a GPU.
+    dist.all_gather_object(found, gpu_uuid(torch.cuda.current_device()))
+    return found
+
+
+def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, list]:
+    """Return a client of the store that rank 0 hosts for pushes, and the [host, port] at which
+    ranks and engines of this host reach it.
+
+    It listens where all of its clients come from: at the loopback interface, at MASTER_ADDR where
+    ranks are on several hosts, at `rollout.hosts_address` where engines are, and everywhere where
+    these two differ."""
+    host, store = "", None
+    if dist.get_rank() == 0:
+        # Every pair and group has a connection of its own to the store while it is created, and
+        # each is an open file of this process.
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        host = LOOPBACK if ranks_share_host() else os.environ["MASTER_ADDR"]
+        everywhere = False
+        if rollout.placement == "hosts":
+            engines = rollout.hosts_address or socket.gethostname()
+            everywhere = not ranks_share_host() and _resolved(host) != _resolved(engines)
+            host = host if everywhere else engines
+        store = host_store(host, everywhere=everywhere)
+    # Only rank 0 has chosen a port, and knows its host's own name.
+    host, port = platform.from_rank_zero(store and [host, store.port])
+    return store or dist.TCPStore(host, port, is_master=False), [host, port]
+
+
+def _resolved(name: str) -> Any:
+    return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]

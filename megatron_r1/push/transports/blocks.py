@@ -1,0 +1,273 @@
+"""Blocks of a push: the bytes of deliveries, one after another, and behind them a checksum of each.
+They travel in portions that are cut at any byte, so both sides know all sizes from the plan."""
+
+import contextlib
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_r1.push.checksum import RowsChecksum, RowsWeightedSum
+from megatron_r1.push.rendezvous import Peer, SetFailed
+from megatron_r1.push.results import IncompletePush
+from megatron_r1.push.table import Delivery, SlotTable, dtype_of, slot_view
+from megatron_r1.push.transports.base import Receiver, Slices
+
+SUM_BYTES = 8
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Run(NamedTuple):
+    """Bytes of delivery `number`: `num_bytes` of its rows [top, bottom), without the `skipped`
+    first ones."""
+
+    number: int
+    top: int
+    bottom: int
+    skipped: int
+    num_bytes: int
+
+
+class Block:
+    """The bytes of deliveries to an engine rank and of their checksums."""
+
+    def __init__(self, table: SlotTable, deliveries: Sequence[Delivery]):
+        self.table, self.deliveries = table, deliveries
+        self._row_bytes = [delivery.row_bytes(table) for delivery in deliveries]
+        sizes = [delivery.num_bytes(table) for delivery in deliveries]
+        self._ends = list(accumulate(sizes))
+        self.weight_bytes = self._ends[-1] if sizes else 0
+        self.num_bytes = self.weight_bytes + SUM_BYTES * len(sizes)
+
+    def extent(self, number: int, count: int) -> tuple[int, int]:
+        """Return the first byte and the end of portion `number` of `count`."""
+        return self.num_bytes * number // count, self.num_bytes * (number + 1) // count
+
+    def runs(self, start: int, end: int) -> Iterator[Run]:
+        """Yield the runs of deliveries between two bytes of the block."""
+        index = bisect_right(self._ends, start)
+        while index < len(self._ends) and start < min(end, self.weight_bytes):
+            first = self._ends[index - 1] if index else 0
+            stop, row_bytes = min(end, self._ends[index]), self._row_bytes[index]
+            top, skipped = divmod(start - first, row_bytes)
+            yield Run(index, top, -(-(stop - first) // row_bytes), skipped, stop - start)
+            start, index = stop, index + 1
+
+    def sums_between(self, start: int, end: int) -> slice:
+        """Return which bytes of the checksums are between two bytes of the block."""
+        return slice(max(0, start - self.weight_bytes), max(0, end - self.weight_bytes))
+
+    def pack(self, start: int, end: int, target: torch.Tensor) -> None:
+        """Write the bytes between two bytes of the block to `target`, uint8."""
+        raise NotImplementedError
+
+    def unpack(self, start: int, end: int, source: torch.Tensor) -> None:
+        """Write `source`, uint8, between two bytes of the block."""
+        raise NotImplementedError
+
+
+class SlicesBlock(Block):
+    """What a trainer rank sends over a link: `slices` of its parameters, in the engine's dtypes.
+
+    Its portions are packed in order, since each checksum follows from all rows before. is_weighted:
+    see `Receiver`."""
+
+    def __init__(
+        self,
+        table: SlotTable,
+        deliveries: Sequence[Delivery],
+        slices: Slices,
+        is_weighted: bool = True,
+    ):
+        super().__init__(table, deliveries)
+        self._slices, self._is_weighted = slices, is_weighted
+        self._running: tuple[int, int, RowsChecksum | RowsWeightedSum] | None = None
+        """Number of a delivery, the rows of it that have been read, and its checksum so far."""
+        self._sums: list[torch.Tensor] = []
+
+    def pack(self, start: int, end: int, target: torch.Tensor) -> None:
+        packed = []
+        for run in self.runs(start, end):
+            dtype = dtype_of(self.table.slots[self.deliveries[run.number].slot])
+            rows = self._slices[run.number][run.top : run.bottom]
+            rows = rows.to(target.device, dtype).contiguous()
+            self._read(run, rows)
+            values = rows.reshape(-1).view(torch.uint8)
+            packed.append(values[run.skipped : run.skipped + run.num_bytes])
+        if end > self.weight_bytes:
+            sums = torch.stack(self._sums).view(torch.uint8)
+            packed.append(sums[self.sums_between(start, end)])
+        torch.cat(packed, out=target)
+
+    def _read(self, run: Run, rows: torch.Tensor) -> None:
+        """Add to the checksum those of the rows that the portion before did not have."""
+        if self._running is None or self._running[0] != run.number:
+            row_bytes = self._row_bytes[run.number]
+            new = RowsWeightedSum() if self._is_weighted else RowsChecksum(row_bytes)
+            self._running = run.number, 0, new
+        _, read, checksum = self._running
+        if run.bottom > read:  # and not within a row that was read whole
+            checksum.update(rows[max(0, read - run.top) :])
+            self._running = run.number, run.bottom, checksum
+            if run.bottom == self.deliveries[run.number].height:
+                self._sums.append(checksum.value(rows.device))
+
+
+class MemoryBlock(Block):
+    """What enters an engine rank's receive buffer from one source, or leaves from there.
+
+    area: the memory of this push. sums: the checksums of these deliveries, int64, one tensor where
+    something enters."""
+
+    def __init__(
+        self,
+        table: SlotTable,
+        deliveries: Sequence[Delivery],
+        area: torch.Tensor,
+        sums: Sequence[torch.Tensor],
+    ):
+        super().__init__(table, deliveries)
+        self._area, self._sums = area, sums
+
+    @property
+    def sums(self) -> torch.Tensor:
+        return self._sums[0] if len(self._sums) == 1 else torch.cat(list(self._sums))
+
+    def pack(self, start: int, end: int, target: torch.Tensor) -> None:
+        done = 0
+        for view in self._views(start, end):
+            _copy(target[done : done + view.numel()].view(view.shape), view)
+            done += view.numel()
+
+    def unpack(self, start: int, end: int, source: torch.Tensor) -> None:
+        done = 0
+        for view in self._views(start, end):
+            _copy(view, source[done : done + view.numel()].view(view.shape))
+            done += view.numel()
+
+    def _views(self, start: int, end: int) -> Iterator[torch.Tensor]:
+        """Yield the memory between two bytes of the block, uint8 (rows, bytes of a row)."""
+        for index, top, _, skipped, num_bytes in self.runs(start, end):
+            delivery = self.deliveries[index]
+            row_bytes, pitch = self._row_bytes[index], self.table.slots[delivery.slot].pitch
+            slot = slot_view(self._area, self.table.slots[delivery.slot], delivery)
+            first = slot.storage_offset() * slot.itemsize + top * pitch
+            first -= self._area.storage_offset()
+            if skipped:
+                left = min(row_bytes - skipped, num_bytes)
+                yield self._area[first + skipped :][None, :left]
+                top, num_bytes, first = top + 1, num_bytes - left, first + pitch
+            rows, rest = divmod(num_bytes, row_bytes)
+            if rows:
+                memory = self._area[first:]
+                yield memory.as_strided((rows, row_bytes), (pitch, 1), memory.storage_offset())
+            if rest:
+                yield self._area[first + rows * pitch :][None, :rest]
+        if end > self.weight_bytes:
+            yield self.sums.view(torch.uint8)[self.sums_between(start, end)][None]
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy bytes (rows, bytes of a row) in words as large as their places allow."""
+    if len(target) == 1:  # torch would refuse words of another size than its pitch allows
+        target, source = target[0], source[0]
+    places = [
+        place for side in (target, source) for place in (side.storage_offset(), *side.stride()[:-1])
+    ]
+    size = gcd(8, target.shape[-1], *places)
+    target.view(_WORDS[size]).copy_(source.view(_WORDS[size]))
+
+
+class Landing:
+    """The receive buffer of an engine rank during one push, with the blocks that enter it.
+
+    deliveries: to the rank, by source. sums: a checksum of each, int64, in the same order."""
+
+    def __init__(
+        self,
+        table: SlotTable,
+        deliveries: Mapping[Any, Sequence[Delivery]],
+        area: torch.Tensor,
+        sums: torch.Tensor,
+    ):
+        self.table, self.deliveries, self.area = table, deliveries, area
+        sizes = [len(of_source) for of_source in deliveries.values()]
+        self._sums = dict(zip(deliveries, sums[: sum(sizes)].split(sizes), strict=True))
+
+    def block(self, source: Any) -> MemoryBlock:
+        """Return what enters from a trainer rank, or is passed on by a `Peer`."""
+        if source not in self.deliveries:  # a peer that nothing has entered
+            return MemoryBlock(self.table, (), self.area, [self.area[:0].view(torch.int64)])
+        return MemoryBlock(self.table, self.deliveries[source], self.area, [self._sums[source]])
+
+    def own_block(self) -> MemoryBlock:
+        """Return what has entered from trainer ranks and is to be passed on, with the trainer's
+        checksums."""
+        own = [
+            (delivery, of_source[index : index + 1])
+            for source, of_source in self._sums.items()
+            if not isinstance(source, Peer)
+            for index, delivery in enumerate(self.deliveries[source])
+        ]
+        # In the order of slots, as in `rendezvous.deliveries_to`.
+        own.sort(key=lambda entry: entry[0].slot)
+        deliveries = [delivery for delivery, _ in own]
+        return MemoryBlock(self.table, deliveries, self.area, [value for _, value in own])
+
+
+class BlockReceiver(Receiver):
+    """An engine rank's end that receives blocks, from trainer ranks and from engines that pass them
+    on. sums: as `Landing`'s."""
+
+    sums: torch.Tensor
+
+    @property
+    def num_deliveries(self) -> int:
+        return sum(map(len, self.buffer.deliveries.values()))
+
+    @property
+    def name(self) -> str:
+        """The name by which other ranks ask whether this one is alive."""
+        return f"{self.rendezvous.member}/{self.rank}"
+
+    def leave(self, number: int) -> None:
+        """Report to the set that this rank closes, and end all waits for its push `number`."""
+        if self.is_running:
+            with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
+                self.rendezvous.report_own(self.rank, "it has closed")
+                self.rendezvous.end_waits(number)
+
+    def reusable_memory(self, table: SlotTable) -> torch.Tensor | None:
+        return None if table != self.table or self.is_running else self.memory
+
+    def landing(self, push: int) -> Landing:
+        """Return where the blocks of a push enter."""
+        area = self.table.area(self.memory, push)
+        return Landing(self.table, self.buffer.deliveries, area, self.sums)
+
+    def check(self, push: int, sources: Sequence[int | Peer]) -> None:
+        """Compare what has come from these sources with its checksums."""
+        landing = self.landing(push)
+        for source in sources:
+            for index, sent in enumerate(landing.block(source).sums.tolist()):
+                self.buffer.delivery_arrived(source, push, index, sent % 2**64)
+
+    def give_up(self, error: Exception, lost: Sequence[str] | None = None, number: int = 0) -> None:
+        """Report to the set and to this engine that nothing more will arrive.
+
+        lost: the engine ranks of which one may have died, where that can be why; the others answer
+        for push `number` of the set."""
+        text, failure = str(error) or repr(error), error
+        with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
+            if lost is not None:
+                self.rendezvous.answer(self.name, number)
+                cause = self.rendezvous.find_cause(lost, number, text, lambda: self.is_closing)
+                failure = SetFailed(cause)
+            elif not isinstance(error, SetFailed):
+                is_damaged = isinstance(error, ValueError) and not isinstance(error, IncompletePush)
+                own = self.rendezvous.report_own(self.rank, text, is_damaged=is_damaged)
+                failure = SetFailed(own)
+        self.buffer.fail(failure)

@@ -1,0 +1,245 @@
+"""Both ends over gloo: a trainer rank sends its buckets to an engine rank of a set, which passes
+its share of a push on to the other engines.
+
+A trainer rank and an engine rank that it sends to are a group of two, so that a lost rank breaks
+its own pairs only. A thread of the engine rank unpacks what comes over each pair: a push is its
+number and a block of bytes, in buckets.
+
+The ranks at one position of a set's engines are a group, too. Another thread checks what has
+entered and exchanges it there, a bucket each way at a time. The checksums that a rank passes on are
+the trainer's own.
+
+Within one group all ranks make the same calls in the same order, which follows from the plan, and
+what enters never waits for the exchange. So ranks cannot wait for each other in a circle."""
+
+import datetime
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1.push.rendezvous import IDLE_SECONDS, Peer, Rendezvous
+from megatron_r1.push.transports import PASSED_BYTES
+from megatron_r1.push.transports.base import Sender, Slices
+from megatron_r1.push.transports.blocks import (
+    Block,
+    BlockReceiver,
+    MemoryBlock,
+    SlicesBlock,
+)
+
+BUCKET_BYTES = 32 << 20
+"""What a trainer rank sends at a time; one bucket is on the wire while another is packed."""
+ENGINE_RANK, TRAINER_RANK = 0, 1
+"""The ranks of a pair in its group."""
+CLOSE_SECONDS = 2.0
+"""How long `close` waits for the threads that receive, all together."""
+PATIENCE_SECONDS = 2.0
+"""How much longer than a push's limit a rank waits for other ranks, so that the rank at fault
+reports first."""
+
+
+class GlooReceiver(BlockReceiver):
+    """An engine rank's end in a set: a thread per trainer rank receives that rank's pushes, and
+    another exchanges them if the set has several engines."""
+
+    def prepare(self) -> None:
+        self._groups: list[dist.ProcessGroup] = []
+        self._number = 0
+        """The set's push that this rank exchanges or waits for."""
+
+    def allocate(self) -> torch.Tensor:
+        return torch.empty(self.num_bytes, dtype=torch.uint8)
+
+    def connect(self) -> None:
+        """Begin to receive, and to exchange if the set has several engines."""
+        self.sums = torch.zeros(self.num_deliveries, dtype=torch.int64)
+        self.start_thread(self._connect_pairs, name="connecting")
+        if self.rendezvous.num_members > 1:
+            self.start_thread(self._run_exchange, name="exchange")
+
+    def close(self) -> None:
+        self.is_closing = True
+        for group in list(self._groups):  # threads that end meanwhile remove theirs
+            group.abort()
+        if self._number:
+            self.leave(self._number)
+        self.join_threads(CLOSE_SECONDS)
+
+    def _connect_pairs(self) -> None:
+        """Connect the pairs one after another; a trainer rank connects all of its own at once, so
+        no two ranks can wait for each other's next pair."""
+        for sender in self.senders:
+            try:
+                group = pair_group(self.rendezvous, sender, self.rank, is_sender=False)
+            except Exception as error:  # noqa: BLE001 - raised by the push that waits
+                self._pair_failed(sender, error)
+                continue
+            self._groups.append(group)
+            self.start_thread(self._receive_pushes, sender, group, name=f"from rank {sender}")
+            del group  # the thread's is the last
+
+    def _receive_pushes(self, sender: int, group: dist.ProcessGroup) -> None:
+        """Receive push after push of one trainer rank, until one fails or this end closes."""
+        try:
+            while not self.is_closing:
+                number = torch.empty(1, dtype=torch.int64)
+                idle_limit = datetime.timedelta(seconds=IDLE_SECONDS)
+                group.recv([number], TRAINER_RANK, 0).wait(idle_limit)
+                self._receive_push(group, sender, int(number))
+        except Exception as error:  # noqa: BLE001 - raised by the push that waits
+            self._pair_failed(sender, error)
+        finally:
+            # The connection closes with the last reference, so that the sender fails at once: also
+            # where `close` came before this thread's first call.
+            self._groups.remove(group)
+            del group
+
+    def _pair_failed(self, sender: int, error: Exception) -> None:
+        if not self.is_closing:
+            self.give_up(RuntimeError(f"trainer rank {sender}: {error}"))
+
+    def _receive_push(self, group: dist.ProcessGroup, sender: int, push: int) -> None:
+        """Receive a push, one bucket while the one before is unpacked, and check it."""
+        block = self.landing(push).block(sender)
+        arriving: tuple[dist.Work, int, int, torch.Tensor] | None = None
+
+        def unpack(work: dist.Work, start: int, end: int, data: torch.Tensor) -> None:
+            wait_for(work, self.rendezvous)
+            block.unpack(start, end, data)
+
+        for start, end in _extents(block):
+            data = torch.empty(end - start, dtype=torch.uint8)
+            work = group.recv([data], TRAINER_RANK, 0)
+            if arriving:
+                unpack(*arriving)
+            arriving = work, start, end, data
+        if arriving:
+            unpack(*arriving)
+        self.check(push, [sender])
+
+    def _run_exchange(self) -> None:
+        """Exchange pushes until one fails; then report the cause, which the push that waits in
+        this engine raises."""
+        error = self._exchange_pushes()
+        if self.is_closing or self.buffer.has_failed:
+            return
+        # A ValueError is of what enters this rank, another error of a call with other ranks.
+        position = [f"{member}/{self.rank}" for member in range(self.rendezvous.num_members)]
+        self.give_up(error, None if isinstance(error, ValueError) else position)
+
+    def _exchange_pushes(self) -> Exception:
+        """Exchange push after push until one fails; return the error."""
+        shared: dist.ProcessGroup | None = None
+        try:
+            member, members = self.rendezvous.member, self.rendezvous.num_members
+            shared = create_group(self.rendezvous, f"exchange/{self.rank}", member, members)
+            self._groups.append(shared)
+            connection = self.rendezvous.new_connection()
+            while True:
+                self._number += 1  # `close` reads it after it has set `is_closing`
+                if self.is_closing:
+                    return RuntimeError("it closes")
+                push = self.rendezvous.await_begun(self._number, connection)
+                if not push:
+                    return RuntimeError("a rank of the set has closed")
+                if self.senders:
+                    self.buffer.wait(push, self.rendezvous.push_seconds, self.senders)
+                self._exchange_blocks(shared, push)
+                self.rendezvous.publish_complete(push)
+        except (ValueError, RuntimeError, OSError) as error:
+            return error.with_traceback(None)  # the traceback's frames hold the group
+        finally:
+            # Without a reference the group's connections are closed, and the calls of the other
+            # ranks fail. That has to come before this rank asks which rank has died, because a
+            # rank answers only once its call has failed.
+            if shared is not None:
+                self._groups.remove(shared)
+
+    def _exchange_blocks(self, group: dist.ProcessGroup, push: int) -> None:
+        """Exchange a push, and check it: each bucket of this rank goes to the next engine, to the
+        one after it, and so on, while another comes from the engine as far before; meanwhile the
+        last one that came is unpacked.
+
+        gloo's own all-gather takes three times as long with 64 MiB a bucket (docs/learned.md)."""
+        own, count = self.rendezvous.member, self.rendezvous.num_members
+        landing = self.landing(push)
+        blocks = [landing.block(Peer(member)) for member in range(count)]
+        blocks[own] = landing.own_block()
+        arrived: tuple[MemoryBlock, int, int, torch.Tensor] | None = None
+        for start, end in _extents(max(blocks, key=lambda block: block.num_bytes), PASSED_BYTES):
+            ends = [max(start, min(end, block.num_bytes)) for block in blocks]
+            sent = torch.empty(ends[own] - start, dtype=torch.uint8)
+            if len(sent):
+                blocks[own].pack(start, ends[own], sent)
+            for hop in range(1, count):
+                source = (own - hop) % count
+                received = torch.empty(ends[source] - start, dtype=torch.uint8)
+                works = [group.send([sent], (own + hop) % count, 0)] if len(sent) else []
+                works += [group.recv([received], source, 0)] if len(received) else []
+                if arrived:
+                    arrived[0].unpack(*arrived[1:])
+                for work in works:
+                    wait_for(work, self.rendezvous, PATIENCE_SECONDS)
+                placed = blocks[source], start, ends[source], received
+                arrived = placed if len(received) else None
+        if arrived:
+            arrived[0].unpack(*arrived[1:])
+        self.check(push, [source for source in self.buffer.deliveries if isinstance(source, Peer)])
+
+
+def _extents(block: Block, num_bytes: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield the first byte and the end of each bucket of a block, of `num_bytes` (default
+    `BUCKET_BYTES`) but for the last."""
+    size = num_bytes or BUCKET_BYTES
+    for start in range(0, block.num_bytes, size):
+        yield start, min(start + size, block.num_bytes)
+
+
+class GlooSender(Sender):
+    """The sending end over gloo: packs a bucket while the one before is on the wire."""
+
+    def connect(self) -> None:
+        self._group = pair_group(self.rendezvous, self.sender, self.rank, is_sender=True)
+
+    def send(self, push: int, slices: Slices) -> None:
+        """Send a push: its number, then its block in buckets."""
+        group = self._group
+        wait_for(group.send([torch.tensor([push])], ENGINE_RANK, 0), self.rendezvous)
+        block = SlicesBlock(self.table, self.deliveries, slices, is_weighted=False)
+        on_the_wire: tuple[dist.Work, torch.Tensor] | None = None
+        for start, end in _extents(block):
+            bucket = torch.empty(end - start, dtype=torch.uint8)
+            block.pack(start, end, bucket)
+            if on_the_wire:
+                wait_for(on_the_wire[0], self.rendezvous)
+            on_the_wire = group.send([bucket], ENGINE_RANK, 0), bucket
+        if on_the_wire:
+            wait_for(on_the_wire[0], self.rendezvous)
+
+    def close(self) -> None:
+        if hasattr(self, "_group"):
+            self._group.abort()
+            del self._group  # closes the connection
+
+
+def pair_group(
+    rendezvous: Rendezvous, sender: int, engine_rank: int, *, is_sender: bool
+) -> dist.ProcessGroup:
+    """Return the group of trainer rank `sender` and a rank of the rendezvous' engine."""
+    name = f"pair/{sender}/{rendezvous.member}/{engine_rank}"
+    return create_group(rendezvous, name, TRAINER_RANK if is_sender else ENGINE_RANK, 2)
+
+
+def create_group(rendezvous: Rendezvous, name: str, rank: int, size: int) -> dist.ProcessGroup:
+    """Return the group of `size` ranks that meet under `name`."""
+    store = dist.PrefixStore(name, rendezvous.new_connection())
+    timeout = datetime.timedelta(seconds=rendezvous.timeout_seconds)
+    # The stubs give a backend no send and recv.
+    return cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, rank, size, timeout))
+
+
+def wait_for(work: dist.Work, rendezvous: Rendezvous, more_seconds: float = 0.0) -> None:
+    """Wait for `work`, at most as long as a push may take, and `more_seconds`."""
+    work.wait(datetime.timedelta(seconds=rendezvous.push_seconds + more_seconds))

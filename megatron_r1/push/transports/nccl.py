@@ -1,0 +1,229 @@
+"""Both ends over NCCL: the receive buffer is on the engine rank's GPU, and a push travels in the
+rounds that the plan has (`plan.rounds`). The trainer ranks' part is in `round_sender`.
+
+An engine rank with a GPU of its own is a rank of its set's communicator: a thread runs its rounds
+(`round_runner`), checks what has entered before it passes that on, and then what others passed on.
+An engine rank on a trainer rank's GPU is in no communicator: it offers its memory through CUDA's
+inter-process handles, the trainer rank writes all of a push there, and behind it the push's number.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_r1.push.rendezvous import Half, Peer, RankRounds
+from megatron_r1.push.transports.base import Sender, gpu_uuid
+from megatron_r1.push.transports.blocks import BlockReceiver
+from megatron_r1.push.transports.device_memory import share_memory
+from megatron_r1.push.transports.nccl_library import NcclError
+from megatron_r1.push.transports.round_runner import (
+    LONGEST_PAUSE,
+    Communicator,
+    PushStreams,
+    Round,
+    RoundRunner,
+    Transfer,
+)
+
+CLOSE_SECONDS = 5.0
+"""How long `close` waits for the thread that receives."""
+LOOK_SECONDS = 0.5
+"""Seconds between two looks of an engine rank whether a push that it is served has failed."""
+
+
+class NcclReceiver(BlockReceiver):
+    """An engine rank's end. Borrowed memory is allocated when a push begins and freed once it is
+    loaded. Between pushes the engine's KV cache has it; the cache sleeps during a push.
+
+    Run on null GPUs only (tests/nullgpu)."""
+
+    is_weighted = True
+
+    def prepare(self) -> None:
+        # The current device of this thread, vLLM's: in the receiving thread it is GPU 0.
+        self._gpu = torch.cuda.current_device()
+        self.device = torch.device("cuda", self._gpu)
+        self.address = gpu_uuid(self._gpu)  # by which the plan finds the trainer rank there
+        self._number = self._answered = 0
+        """The set's push that this rank has or waits for, and the last one in which it answered."""
+
+    def allocate(self) -> torch.Tensor:
+        if self.borrows_memory:
+            return torch.empty(0, dtype=torch.uint8, device=self.device)  # `claim_memory` has it
+        with self._memory_error():
+            return torch.empty(self.num_bytes, dtype=torch.uint8, device=self.device)
+
+    def claim_memory(self) -> None:
+        """Allocate the memory if it is borrowed."""
+        with self._memory_error():
+            if self.memory.numel() < self.num_bytes:
+                size = self.num_bytes
+                self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+                self.buffer.memory = self.memory
+            elif not (storage := self.memory.untyped_storage()).nbytes():
+                storage.resize_(self.num_bytes)
+
+    def free_memory(self) -> None:
+        if self.borrows_memory and hasattr(self, "memory"):
+            # Its storage, because views may be left, which would keep it allocated. What they show
+            # is not used any more.
+            self.memory.untyped_storage().resize_(0)
+            torch.cuda.empty_cache()
+
+    def connect(self) -> None:
+        # Behind the checksums: the number of the last push that is all there.
+        self.sums = torch.zeros(self.num_deliveries + 1, dtype=torch.int64, device=self.device)
+        self.start_thread(self._receive_pushes, self.rounds, name="push")
+
+    def close(self) -> None:
+        self.is_closing = True
+        self.leave(self._number)
+        self.join_threads(CLOSE_SECONDS)
+        if not self.is_running:
+            self.free_memory()  # after a push that broke off
+
+    def _receive_pushes(self, rounds: RankRounds | None) -> None:
+        """Receive push after push, until one fails or this end closes."""
+        communicator: Communicator | None = None
+        try:
+            streams = PushStreams(self._gpu)
+            if rounds is not None:
+                rank, size = rounds.rank, rounds.size
+                communicator = Communicator(self.rendezvous, rank, size, self._look)
+                communicator.begin()
+                communicator.wait_settled()
+                self._raise_error(communicator)
+            connection = self.rendezvous.new_connection()
+            while True:
+                self._number += 1  # `close` reads it after it has set `is_closing`
+                if self.is_closing:
+                    return
+                push = self.rendezvous.await_begun(self._number, connection)
+                if not push:
+                    self.rendezvous.raise_failure()
+                    raise RuntimeError("a rank of the set has closed")
+                try:
+                    self.claim_memory()
+                except ValueError as error:  # a ValueError of a push is damage
+                    raise RuntimeError(str(error)) from error
+                if communicator is None or rounds is None:
+                    self._be_served(push, streams)
+                else:
+                    communicator.set_limit(self.rendezvous.push_seconds)
+                    self._run_rounds(push, streams, communicator, rounds)
+                    self.rendezvous.answer(self.name, self._number)
+                if self.rendezvous.num_members > 1:
+                    self.rendezvous.publish_complete(push)
+        except Exception as error:  # noqa: BLE001 - raised by the push that waits
+            if communicator is not None:
+                communicator.abort(error)
+            if not self.is_closing:
+                names = rounds.names if rounds is not None else ()
+                is_lost = isinstance(error, (NcclError, TimeoutError))
+                self.give_up(error, names if is_lost else None, self._number)
+        finally:
+            if communicator is not None:
+                communicator.abort(RuntimeError("it closes"))
+
+    def _run_rounds(
+        self, push: int, streams: PushStreams, communicator: Communicator, rounds: RankRounds
+    ) -> None:
+        """Run this rank's part of a push, and check it."""
+        streams.copies_follow()
+        landing = self.landing(push)
+        own = landing.own_block()
+        blocks = {source: landing.block(source) for source in _sources(rounds)}
+
+        def planned(pairs: Sequence[tuple[Half | None, Half | None]]) -> list[Round]:
+            found = []
+            for send, receive in pairs:
+                sent = received = None
+                if send is not None:
+                    sent = Transfer(send.peer, own, *own.extent(send.number, send.count))
+                if receive is not None:
+                    block = blocks[_source(receive)]
+                    extent = block.extent(receive.number, receive.count)
+                    received = Transfer(receive.peer, block, *extent)
+                found.append(Round(communicator, sent, received))
+            return found
+
+        entering, passing = planned(rounds.entering), planned(rounds.passing)
+        runner = RoundRunner(streams, [*entering, *passing])
+        runner.run(entering)
+        self._raise_error(communicator)
+        with streams.copying():  # in which nothing waits for another rank
+            self.check(push, self.senders)
+        if self.senders:  # what is damaged is not passed on
+            self.buffer.wait(push, 0.0, self.senders)
+        runner.run(passing)
+        self._raise_error(communicator)
+        peers = [source for source in self.buffer.deliveries if isinstance(source, Peer)]
+        with streams.copying():
+            self.check(push, peers)
+
+    def _be_served(self, push: int, streams: PushStreams) -> None:
+        """Offer the memory to the trainer rank on this GPU, which writes all of a push there, and
+        check it."""
+        with streams.copying():
+            self.sums.zero_()
+            self._is_written()  # waits until these are
+        addresses = [share_memory(self.memory), share_memory(self.sums)]
+        self.rendezvous.offer_memory(self.rank, self._number, addresses)
+        deadline = time.monotonic() + self.rendezvous.push_seconds
+        looked = 0.0
+        with streams.copying():
+            while not self._is_written():
+                now = time.monotonic()
+                if now > looked + LOOK_SECONDS:
+                    looked = now
+                    self.rendezvous.raise_failure()
+                if now > deadline:
+                    raise TimeoutError("the trainer rank on this GPU has not sent all of it")
+                time.sleep(LONGEST_PAUSE)
+            self.check(push, list(self.buffer.deliveries))
+
+    def _is_written(self) -> bool:
+        """Return whether the trainer rank has written all of the push that is under way."""
+        return int(self.sums[-1]) == self._number
+
+    def _look(self) -> None:
+        """Raise the failure of the set; answer where another rank asks who is alive."""
+        if self.is_closing:
+            raise RuntimeError("it closes")
+        self.rendezvous.raise_failure()
+        if self._number > self._answered and self.rendezvous.is_asked(self._number):
+            self.rendezvous.answer(self.name, self._number)
+            self._answered = self._number
+
+    @staticmethod
+    def _raise_error(communicator: Communicator) -> None:
+        if communicator.error is not None:
+            raise communicator.error
+
+    @contextlib.contextmanager
+    def _memory_error(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"push.transport: nccl: {self.num_bytes / 2**30:.3g} GiB are needed on the "
+                "engine's GPU for weights in transit; lower rollout.gpu_memory, give each engine "
+                "more GPUs, or set push.transport: gloo"
+            ) from error
+
+
+def _sources(rounds: RankRounds) -> set[int | Peer]:
+    pairs = [*rounds.entering, *rounds.passing]
+    return {_source(receive) for _, receive in pairs if receive is not None}
+
+
+def _source(half: Half) -> int | Peer:
+    return half.block if half.block >= 0 else Peer(-1 - half.block)
+
+
+class NcclSender(Sender):
+    """The sending end of a link: its deliveries."""
+
+    in_rounds = True

@@ -1,0 +1,228 @@
+"""Transport for one host: trainer ranks write straight into the engine rank's memory.
+
+Each sender shares a progress array with the receiver: the number of the push, how many of its bytes
+are written, and the checksums of the finished deliveries. The receiver computes its own checksums
+while the senders write, so that it finishes just after the last of them.
+
+The memory is a file in /dev/shm whose name is removed as soon as both sides have mapped it, so that
+nothing outlives them. The process that creates a file holds a lock on it until then; a file without
+a lock was left by a killed process, and `sweep` removes it."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_r1.push.checksum import copy_with_checksum, memory_fence
+from megatron_r1.push.table import Delivery, slot_view
+from megatron_r1.push.transports.base import ReceiveBuffer, Receiver, Sender, Slices
+
+FOLDER = Path("/dev/shm")
+PREFIX = "megatron_r1_"
+SWEEP_AGE_SECONDS = 60.0
+POLL_SECONDS = 0.002
+FOLLOW_SECONDS = 0.0001
+"""Pauses between reads of the progress arrays: when idle, and while a push is under way, where 20
+to 500 us make no difference (docs/learned.md)."""
+CLOSE_SECONDS = 60.0
+"""How long `close` waits for the thread that follows, which looks after each part of a push."""
+PUSH_AT, WRITTEN_AT, CHECKSUMS_AT = 0, 1, 2
+"""Indices into a progress array (uint64): the push's number, its bytes written so far, and the
+checksum of its first delivery."""
+
+
+class NamedMemory:
+    """A file in /dev/shm of `num_bytes`, locked until it is closed; `close` also removes its name
+    if the other side has not. Raises OSError where there is no room."""
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self._is_open = True
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            # Not only sized: a write through a map into a full filesystem is a bus error.
+            os.posix_fallocate(self._descriptor, 0, num_bytes)
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Unlock and remove the file. A second call does nothing."""
+        if self._is_open:
+            self._is_open = False
+            self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+
+
+def sweep() -> None:
+    """Remove the files that killed processes have left in /dev/shm."""
+    for path in FOLDER.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            # A new file may not be locked yet.
+            if time.time() - os.fstat(file.fileno()).st_mtime > SWEEP_AGE_SECONDS:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+
+
+def map_bytes(path: Path, num_bytes: int) -> torch.Tensor:
+    """Map a file, uint8. Raises OSError where the other side has removed it."""
+    path.stat()  # torch would create a file where there is none
+    return torch.from_file(str(path), shared=True, size=num_bytes, dtype=torch.uint8)
+
+
+class SharedMemoryReceiver(Receiver):
+    """One thread follows all senders' progress arrays."""
+
+    _file: NamedMemory | None = None
+
+    def allocate(self) -> torch.Tensor:
+        """Return the memory and set `address`, with which senders open it."""
+        sweep()
+        path = FOLDER / _file_name(self.rendezvous.engine, self.rank)
+        try:
+            self._file = NamedMemory(path, self.num_bytes)
+        except OSError as error:
+            remedy = "make it larger (mount -o remount,size=...), or set push.transport: gloo"
+            if error.errno != errno.ENOSPC:
+                remedy = "the engine's user must be able to create and map files there"
+            raise ValueError(
+                f"{path}: {error.strerror}: {self.num_bytes / 2**30:.3g} GiB are needed in "
+                f"{FOLDER}; {remedy}"
+            ) from error
+        self.address = str(path)
+        return map_bytes(path, self.num_bytes)
+
+    def connect(self) -> None:
+        """Map the senders' progress arrays and follow them. The names of all files go: both sides
+        have mapped them by now."""
+        paths = {sender: _progress_path(self, sender) for sender in self.senders}
+        progress = {sender: np.memmap(path, np.uint64, "r") for sender, path in paths.items()}
+        for path in paths.values():
+            path.unlink()
+        if self._file is not None:
+            self._file.close()
+        self.start_thread(self._follow, progress, name="receive")
+
+    def close(self) -> None:
+        self.is_closing = True
+        self.join_threads(CLOSE_SECONDS)
+        if self._file is not None:
+            self._file.close()
+
+    def _follow(self, progress: dict[int, np.ndarray]) -> None:
+        """Check each sender's rows as they are written."""
+        followers = [_Follower(sender, array, self.buffer) for sender, array in progress.items()]
+        try:
+            while not self.is_closing:
+                # sum, not any, which would stop at the first: every follower must have its turn.
+                if not sum(follower.follow() for follower in followers):
+                    under_way = any(follower.is_under_way for follower in followers)
+                    time.sleep(FOLLOW_SECONDS if under_way else POLL_SECONDS)
+        except Exception as error:  # noqa: BLE001 - raised by the push that waits
+            self.buffer.fail(error)
+
+
+class _Follower:
+    """The receiver's state of one sender's push."""
+
+    def __init__(self, sender: int, progress: np.ndarray, buffer: ReceiveBuffer):
+        self.sender, self.progress, self.buffer = sender, progress, buffer
+        deliveries = buffer.deliveries[sender]
+        self.row_bytes = [delivery.row_bytes(buffer.table) for delivery in deliveries]
+        self.ends = list(accumulate(delivery.num_bytes(buffer.table) for delivery in deliveries))
+        self.starts = [0, *self.ends[:-1]]
+        self.push = self.index = self.seen = 0
+
+    @property
+    def is_under_way(self) -> bool:
+        return bool(self.seen) and self.index < len(self.ends)
+
+    def follow(self) -> bool:
+        """Check the rows written since the last call; return whether there were any."""
+        push, done = int(self.progress[PUSH_AT]), int(self.progress[WRITTEN_AT])
+        if push != self.push:
+            # A sender sets its count to 0 before it begins another push.
+            self.push, self.index, self.seen = push, 0, 0
+            done = int(self.progress[WRITTEN_AT]) if int(self.progress[PUSH_AT]) == push else 0
+        if done <= self.seen:
+            return False
+        memory_fence()
+        while self.index < len(self.ends) and self.ends[self.index] <= done:
+            sent = int(self.progress[CHECKSUMS_AT + self.index])
+            self.buffer.delivery_arrived(self.sender, push, self.index, sent)
+            self.index += 1
+        if self.index < len(self.ends) and done > self.starts[self.index]:
+            row = (done - self.starts[self.index]) // self.row_bytes[self.index]
+            self.buffer.rows_arrived(self.sender, push, self.index, row)
+        self.seen = done
+        return True
+
+
+class SharedMemorySender(Sender):
+    """Copies slices to their places in the receiver's memory."""
+
+    _progress: np.ndarray | None = None
+    _file: NamedMemory | None = None
+
+    def plan(self, deliveries: Sequence[Delivery]) -> None:
+        path = _progress_path(self, self.sender)
+        self._file = NamedMemory(path, 8 * (CHECKSUMS_AT + len(deliveries)))
+        self._progress = np.memmap(path, np.uint64, "r+")
+        self._memory = self.map_memory()
+        self._views: dict[int, list[torch.Tensor]] = {}
+        super().plan(deliveries)
+
+    def map_memory(self) -> torch.Tensor:
+        """Return the receiver's memory, mapped into this process."""
+        return map_bytes(Path(self.receiver.address), self.table.areas * self.table.num_bytes)
+
+    def send(self, push: int, slices: Slices) -> None:
+        """Copy the deliveries to their places. The progress array shows the receiver the rows that
+        are written, and each delivery's checksum when all of its rows are."""
+        progress = self._progress
+        assert progress is not None, "plan() comes first, and close() last"
+        # In this order: `_Follower.follow` must not take the last push's count for this one's.
+        progress[WRITTEN_AT] = 0
+        progress[PUSH_AT] = push
+        targets, done = self._targets(push), 0
+        for index, delivery in enumerate(self.deliveries):
+            row_bytes = delivery.row_bytes(self.table)
+
+            def report_rows(row: int, start: int = done, row_bytes: int = row_bytes) -> None:
+                memory_fence()
+                progress[WRITTEN_AT] = start + row * row_bytes
+
+            progress[CHECKSUMS_AT + index] = copy_with_checksum(
+                targets[index], slices[index], report_rows
+            )
+            memory_fence()
+            progress[WRITTEN_AT] = done = done + delivery.num_bytes(self.table)
+
+    def _targets(self, push: int) -> list[torch.Tensor]:
+        """Return the views that the deliveries of this push fill."""
+        index = push % self.table.areas
+        if index not in self._views:
+            area, slots = self.table.area(self._memory, push), self.table.slots
+            self._views[index] = [slot_view(area, slots[d.slot], d) for d in self.deliveries]
+        return self._views[index]
+
+    def close(self) -> None:
+        self._progress = None
+        if self._file is not None:
+            self._file.close()
+
+
+def _progress_path(end: Receiver | Sender, sender: int) -> Path:
+    return FOLDER / f"{_file_name(end.rendezvous.engine, end.rank)}_from_{sender}"
+
+
+def _file_name(engine: str, rank: int) -> str:
+    return f"{PREFIX}{engine.replace('/', '-')}_{rank}"

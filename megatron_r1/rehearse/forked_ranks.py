@@ -1,0 +1,68 @@
+"""Trainer ranks that are forked from one process, after what all of them import: `python -m
+megatron_r1.rehearse.forked_ranks RANKS LOG_FOLDER VERB RECIPE …`, in place of torchrun.
+
+Imports are most of the CPU time of a rank that does three steps with a small model: 4 of 7 s.
+torchrun can fork, too, but by then has threads, and one start in six of 16 ranks hung."""
+
+import importlib
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+from megatron_r1.base.processes import children, lifetime
+from megatron_r1.base.processes.imports import without_garbage_collection
+from megatron_r1.models import platform
+
+IMPORTED = (
+    "megatron_r1.commands.cli",
+    "megatron_r1.commands.rl",
+    "megatron_r1.trainer.folders",
+    "megatron_r1.trainer.trainer",
+    "megatron_r1.trainer.worker",
+    "megatron_r1.push.sender",
+)
+
+
+def main() -> int:
+    """Return the exit status: as torchrun's, 1 as soon as a rank fails; the others then end."""
+    lifetime.end_without_parent()
+    count, logs, *arguments = sys.argv[1:]
+    platform.prepare()
+    with without_garbage_collection():
+        for module in IMPORTED:
+            importlib.import_module(module)
+    port = children.free_port("127.0.0.1")
+    running = set()
+    for rank in range(int(count)):
+        process = os.fork()
+        if not process:
+            _become(rank, int(count), port, Path(logs))
+            sys.argv[1:] = arguments
+            runpy.run_module("megatron_r1", run_name="__main__")  # it ends with SystemExit
+        running.add(process)
+    status = 0
+    while running:
+        ended, result = os.wait()
+        running.discard(ended)
+        if result and not status:
+            status = 1
+            for process in running:
+                os.kill(process, signal.SIGTERM)
+    return status
+
+
+def _become(rank: int, count: int, port: int, logs: Path) -> None:
+    """Be a rank as torchrun starts one; all but rank 0 write to a file of their own."""
+    lifetime.die_with_parent()
+    os.environ |= children.rank_variables(rank, count, port)
+    if rank:
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / f"{rank}.log").open("ab") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

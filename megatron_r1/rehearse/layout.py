@@ -1,0 +1,116 @@
+"""Parallel layouts in miniature: an axis that is divided stays divided, into two."""
+
+from collections.abc import Sequence
+from math import prod
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config.engines import RolloutConfig
+from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.models.pipeline_stages import parse_layout
+
+AXES = ("tensor", "context", "expert", "expert_tensor", "pipeline", "virtual_pipeline")
+PARTS = 2
+"""Size of a divided axis: the least at which every exchange along it takes place."""
+MOST_LAYERS = 2
+"""Decoder layers of one pipeline stage; more exercise nothing that two do not."""
+
+
+LEFT_OUT = ("context", "expert_tensor", "expert", "tensor", "pipeline")
+"""The order in which axes are left out: the last move most data between ranks."""
+
+
+def shrink(parallel: ParallelConfig, max_ranks: int, *, leaves_out: bool = False) -> ParallelConfig:
+    """Return the layout with each axis at most `PARTS`, and replicas of the model dropped if there
+    would be more than `max_ranks` ranks otherwise. If that is not enough, axes are left out with
+    `leaves_out`; otherwise raises UserError."""
+    for number in range(len(LEFT_OUT) + 1):
+        try:
+            return _shrink(parallel, max_ranks, LEFT_OUT[:number])
+        except UserError:
+            if not leaves_out or number == len(LEFT_OUT):
+                raise
+    raise AssertionError("unreachable")
+
+
+def _shrink(parallel: ParallelConfig, max_ranks: int, without: Sequence[str]) -> ParallelConfig:
+    sizes = {axis: 1 if axis in without else min(getattr(parallel, axis), PARTS) for axis in AXES}
+    if sizes["pipeline"] == 1:  # one rank cannot interleave chunks
+        sizes["virtual_pipeline"] = 1
+    layout = None
+    if parallel.pipeline_layout:
+        groups = short_stages(
+            parse_layout(parallel.pipeline_layout), sizes["pipeline"], parallel.pipeline
+        )
+        sizes["virtual_pipeline"] = len(groups) // sizes["pipeline"]
+        layout = "|".join(groups)
+    replicas = min(parallel.num_replicas(parallel.processes), PARTS)
+    dense = sizes["tensor"] * sizes["context"]
+    # Experts are spread over the ranks of all replicas of a stage.
+    experts = sizes["expert"] * sizes["expert_tensor"]
+    while dense * replicas % experts:
+        replicas += 1
+    if dense * replicas * sizes["pipeline"] > max_ranks and dense % experts == 0:
+        replicas = 1
+    processes = dense * replicas * sizes["pipeline"]
+    if processes > max_ranks:
+        raise UserError(
+            f"rehearsal.max_ranks: {max_ranks} is less than the {processes} ranks of the layout in "
+            f"miniature; raise it to {processes}",
+            key="rehearsal.max_ranks",
+            cause=Cause.OUT_OF_RANGE,
+        )
+    return parallel.model_copy(
+        update={**sizes, "pipeline_layout": layout, "processes": processes, "threads": 1}
+    )
+
+
+def short_stages(groups: list[str], pipeline: int, original: int) -> list[str]:
+    """Return fewer and shorter stages: the first one, the last one, and as many of different
+    lengths between them as there is room for.
+
+    groups: the recipe's stages, in the order in which a micro-batch passes them, over `original`
+    ranks."""
+    virtual = min(len(groups) // original, PARTS) if pipeline > 1 else 1
+    count = pipeline * virtual
+    between = groups[1:-1]
+    kinds = list(dict.fromkeys(between)) or ["t"]
+    chosen = [kinds[i % len(kinds)] for i in range(max(0, count - 2))]
+    alone = "E" + "t" * MOST_LAYERS + "m" * ("m" in "".join(groups)) + "L"
+    kept = [groups[0], *chosen, groups[-1]] if count > 1 else [alone]
+    layers = [group.count("t") for group in kept]
+    short = [min(number, MOST_LAYERS) for number in layers]
+    if len(set(layers)) > len(set(short)) == 1:
+        short = [size - (number == min(layers)) for size, number in zip(short, layers, strict=True)]
+    return [
+        group.replace("t" * number, "t" * size)
+        for group, number, size in zip(kept, layers, short, strict=True)
+    ]
+
+
+def num_layers(parallel: ParallelConfig) -> int:
+    """Return the number of decoder layers of a miniature: the sum over the stages of its layout, or
+    two for each stage."""
+    if parallel.pipeline_layout:
+        return "".join(parse_layout(parallel.pipeline_layout)).count("t")
+    return MOST_LAYERS * parallel.pipeline * parallel.virtual_pipeline
+
+
+def different_layout(parallel: ParallelConfig) -> ParallelConfig:
+    """Return a different layout for the resumed run, with fewer ranks where that is possible: one
+    replica, and as few axes less as are enough for that. Otherwise it has twice as many ranks."""
+    with_experts = ("tensor", "expert_tensor", "expert")
+    for axes in (("tensor", "expert_tensor"), (), ("context",), ("expert",), with_experts):
+        sizes = dict.fromkeys(axes, 1)
+        changed = parallel.model_copy(update=sizes)
+        ranks = prod((changed.tensor, changed.context, changed.pipeline))
+        needed = changed.expert * changed.expert_tensor * changed.pipeline
+        if ranks < parallel.processes and ranks % needed == 0:
+            return changed.model_copy(update={"processes": ranks})
+    return parallel.model_copy(update={"processes": 2 * parallel.processes})
+
+
+def fewer_engine_ranks(rollout: RolloutConfig) -> dict[str, int]:
+    """Return the settings of the resumed run's engines: half as many, each with one copy of its
+    layers on one host."""
+    fewer = {"engines": max(1, rollout.engines // 2), "data": 1, "hosts_per_engine": 1}
+    return {key: value for key, value in fewer.items() if value != getattr(rollout, key)}

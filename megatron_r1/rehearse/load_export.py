@@ -1,0 +1,70 @@
+"""Check a rehearsal's export: `python -m megatron_r1.rehearse.load_export EXPORT MODEL MTP`.
+
+Every tensor of config.json is there and finite, frozen MTP layers are as in MODEL, trained ones and
+other weights have changed, and transformers loads the folder and computes finite logits with it."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_r1.models.by_transformers import load_by_transformers
+from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.weights.stacked import published_tensors
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a folder of safetensors files."""
+    files = (load_file(path) for path in folder.glob("*.safetensors"))
+    return {name: tensor for tensors in files for name, tensor in tensors.items()}
+
+
+def main(export: str, model: str, mtp: str) -> str:
+    """Return what was found; SystemExit with the first mistake."""
+    hf = read_hf_config(export, None)
+    tensors, before = tensors_of(Path(export)), tensors_of(Path(model))
+    expected = published_tensors(hf)
+    if missing := expected.keys() ^ tensors.keys():
+        sys.exit(f"the export and its config.json differ in {sorted(missing)[:3]}")
+    wrong = [
+        name
+        for name, (shape, _) in expected.items()
+        if tuple(tensors[name].shape) != shape or not tensors[name].isfinite().all()
+    ]
+    if wrong:
+        sys.exit(f"tensors of another shape, or not finite: {wrong[:3]}")
+    first_mtp = f"model.layers.{hf['num_hidden_layers']}."
+    own_mtp = [name for name in tensors if name.startswith(first_mtp)]
+    changed = [
+        name
+        for name, tensor in tensors.items()
+        if name in before and not tensor.equal(before[name].to(tensor.dtype))
+    ]
+    if not changed:
+        sys.exit("training has changed no tensor")
+    if mtp == "frozen" and (moved := set(own_mtp) & set(changed) - set(_shared(first_mtp))):
+        sys.exit(f"model.mtp: frozen, but {sorted(moved)[:3]} changed")
+    if mtp == "train" and own_mtp and not set(own_mtp) & set(changed) - set(_shared(first_mtp)):
+        sys.exit("model.mtp: train, but no tensor of its layers changed")
+    loaded, report = load_by_transformers(export, hf, torch.float32, output_loading_info=True)
+    if report["missing_keys"] or report["mismatched_keys"]:
+        sys.exit(f"transformers: {json.dumps({k: sorted(map(str, v)) for k, v in report.items()})}")
+    with torch.no_grad():
+        logits = loaded(torch.arange(3, 35)[None]).logits
+    if not logits.isfinite().all():
+        sys.exit("transformers computes logits that are not finite")
+    return (
+        f"{len(tensors)} tensors ({len(own_mtp)} of MTP layers), {len(changed)} changed by "
+        "training; transformers loads them and computes finite logits"
+    )
+
+
+def _shared(first_mtp: str) -> list[str]:
+    """Return the MTP layer's copies of the embedding and the head, which do change."""
+    return [f"{first_mtp}embed_tokens.weight", f"{first_mtp}shared_head.head.weight"]
+
+
+if __name__ == "__main__":
+    print(main(*sys.argv[1:]))

@@ -1,0 +1,376 @@
+"""A recipe in miniature, and the list of what was changed and why."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_r1.config import Config, dump, parse
+from megatron_r1.data.templates import TEMPLATES
+from megatron_r1.rehearse import layout, model, questions, served
+from megatron_r1.rehearse.settings import Place
+from megatron_r1.sample.filters import NAMES
+
+RESPONSE = 24
+"""Most tokens of a miniature's response."""
+PROMPT = 208
+"""Room for a prompt in the longest of our templates."""
+QUESTION = 32
+"""Room for a question."""
+STEPS = 3
+"""Fewest steps of a rehearsal: it is killed after the first, and continues to the last."""
+LEARNING_RATE = 1e-3
+"""Changes bf16 weights of 0.1 in one step, so that a push which delivers nothing is noticed."""
+HANG_SECONDS = 600.0
+"""The most of `run.hang_seconds`: a third of the default limit of a phase, so that the run's own
+supervision says what hangs before the phase is ended."""
+QUESTIONS = 16
+"""Number of synthetic questions, two of which are held out: a choice. A rollout of more questions
+draws some of them several times."""
+PROBE_TOLERANCE = 0.1
+"""The limit of `push.probe_tolerance` in bf16, where trainer and engine differ by 0.006 here, and
+by 0.8 with another model's weights."""
+
+
+class Change(NamedTuple):
+    """A setting or size that differs from the recipe's."""
+
+    key: str
+    recipe: str
+    miniature: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Miniature:
+    """A recipe's miniature. config: its settings; hf: its model; changes: everything that is not as
+    in the recipe."""
+
+    config: Config
+    hf: dict
+    changes: list[Change]
+
+
+def shrink(
+    config: Config, hf: dict, folder: Path, max_ranks: int, *, on: Place = "cpu"
+) -> Miniature:
+    """Return the miniature of a recipe for the model `hf`, which will run in `folder`. on: on GPUs
+    axes are left out for `max_ranks`, as a machine has few, and memory for few null GPUs."""
+    on_gpu = on != "cpu"
+    parallel = layout.shrink(config.parallel, max_ranks, leaves_out=on_gpu)
+    replicas = parallel.num_replicas(parallel.processes)
+    small_hf = model.shrink(hf, layout.num_layers(parallel), config.push.fp8)
+    changed: dict[str, Any] = {
+        "run": {
+            "folder": str(folder / "run"),
+            "steps": max(STEPS, 1 + len(config.rl.schedule)),
+            "hang_seconds": min(config.run.hang_seconds, HANG_SECONDS) or HANG_SECONDS,
+            "on_hang": "stop",
+            "trackers": ["tensorboard"],
+        },
+        "model": {
+            "path": str(folder / "model"),
+            "checkpoint": None,
+            "attention_backend": "auto",
+            # Those of Transformer Engine are kernels.
+            "fusions": ["gradient_accumulation"] if on == "null-gpu" else None,
+        },
+        "data": {
+            "path": str(folder / "questions.jsonl"),
+            "heldout_path": None,
+            "task": None,
+            "parameters": {},
+            "kind": None,
+            "columns": None,
+            "num_train": None,
+            "num_heldout": 2,
+            "heldout_fraction": 0.1,
+        },
+        "agents": {"environment": "", "harness": "", "verifiers": {}},
+        "rollout": _rollout(config) | (_on_gpu(config, parallel.processes) if on_gpu else {}),
+        "push": _push(config, on_gpu),
+        "rewards": _rewards(config),
+        "rl": _rl(config, replicas),
+        "teacher": _teacher(config, folder),
+        "optimizer": {
+            "learning_rate": LEARNING_RATE,
+            "min_learning_rate": min(config.optimizer.min_learning_rate, LEARNING_RATE),
+            "warmup": min(config.optimizer.warmup, 1),
+        },
+        "parallel": parallel.model_dump()
+        | {"tokens_per_microbatch": _tokens(config), "dispatcher": "alltoall"},
+        "checkpoint": {"every": 1},
+        "eval": {"every": 0, "samples": 1, "benchmarks": []},
+        "sft": _sft(config, folder, replicas),
+        "reward_model": _reward_model(config, folder, replicas),
+        "sample": _sample(config),
+        "critic": {
+            "path": config.critic.path and str(folder / "model"),
+            "warmup_steps": min(config.critic.warmup_steps, 1),
+        },
+    }
+    tree = config.model_dump()
+    for section, values in changed.items():
+        tree[section] |= values
+    small = parse(tree, "the recipe's miniature")
+    return Miniature(small, small_hf, _changes(config, small, hf, small_hf))
+
+
+def write(small: Miniature, verb: str) -> Path:
+    """Write the model, the data and the recipe of a miniature; return the recipe's path."""
+    config, hf = small.config, small.hf
+    folder = Path(config.run.folder).parent
+    model.write_folder(Path(config.model.path), hf, seed=0)
+    if config.teacher.path:
+        model.write_folder(Path(config.teacher.path), hf, seed=1)
+    kinds = _other_kinds(config) if verb == "rl" else []
+    questions.write_questions(folder / "questions.jsonl", QUESTIONS, kinds)
+    questions.write_examples(folder / "examples.jsonl", 4 * QUESTIONS, RESPONSE // 2)
+    if verb == "reward-model":
+        kind = config.reward_model.kind
+        questions.write_preferences(folder / "preferences.jsonl", 4 * QUESTIONS, kind)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(dump(config))
+    return recipe
+
+
+def _other_kinds(config: Config) -> list[str]:
+    """Return the kinds of questions that a miniature has besides `questions.KIND`."""
+    weights = [phase.rl.kind_weights for _, phase in config.phases()]
+    has_named = any(questions.NAMED_KIND in each for each in weights)
+    return [*served.reward_models(config.rewards.options), *[questions.NAMED_KIND] * has_named]
+
+
+def _rollout(config: Config) -> dict[str, Any]:
+    rollout = config.rollout
+    hosts = min(rollout.hosts_per_engine, layout.PARTS)
+    return {
+        "engines": min(rollout.engines, layout.PARTS),
+        "tensor": min(rollout.tensor, layout.PARTS),
+        "data": min(rollout.data, layout.PARTS),
+        "pipeline": min(rollout.pipeline, layout.PARTS),
+        "hosts_per_engine": hosts,
+        "hosts_address": "127.0.0.1" if rollout.placement == "hosts" else None,
+        "hosts_port": 0,
+        "max_response_tokens": _response_tokens(config, rollout.max_response_tokens),
+        "max_model_len": _room(config),
+        "max_num_seqs": min(rollout.max_num_seqs, 16),
+        "gpu_memory": None,
+        "threads": 1,
+        "start_timeout_seconds": 1200.0,
+        "host_silence_seconds": 120.0,
+    }
+
+
+def _room(config: Config) -> int:
+    """Return the most tokens of a prompt with its response: in a template of the recipe's own, at
+    most one for each byte."""
+    templates = config.data.template, config.reward_model.template or ""
+    own = max(len(text.encode()) for text in templates if text not in TEMPLATES)
+    return max(PROMPT, own + QUESTION) + RESPONSE
+
+
+def _response_tokens(config: Config, tokens: int) -> int:
+    """Return the miniature of a limit: the longest of the schedule is `RESPONSE`."""
+    longest = max(phase.rollout.max_response_tokens for _, phase in config.phases())
+    return max(1, RESPONSE * tokens // longest)
+
+
+def _schedule(config: Config) -> list[dict[str, Any]]:
+    """Return the recipe's changes of settings, one at each step from the second."""
+    shrunk: dict[str, Callable[[Config, Any], Any]] = {
+        "rollout.max_response_tokens": _response_tokens,
+        "rl.minibatches": _minibatches,
+        "rewards.weights": _weights,
+        "rl.kind_weights": _kind_weights,
+    }
+    entries: list[dict[str, Any]] = []
+    for step, entry in enumerate(config.rl.schedule, start=2):
+        changes = {
+            key: shrunk[key](config, value) if key in shrunk else value
+            for key, value in entry.changes.items()
+            if key not in ("rl.questions_per_rollout", "rl.group_size")
+        }
+        if changes:
+            entries.append({"from_step": step, **changes})
+    return entries
+
+
+def _minibatches(config: Config, number: int) -> int:
+    """Return the miniature of a number of mini-batches: the most of the schedule are two."""
+    most = max(phase.rl.minibatches for _, phase in config.phases())
+    return max(1, min(most, layout.PARTS) * number // most)
+
+
+def _kind_weights(config: Config, weights: dict[str, float]) -> dict[str, float]:
+    """Return the weights of the kinds of questions that a miniature has."""
+    kept = served.reward_models(config.rewards.options)
+    others = [weight for kind, weight in weights.items() if kind not in kept]
+    stands_for_them = {questions.NAMED_KIND: max(others)} if others else {}
+    return {kind: weight for kind, weight in weights.items() if kind in kept} | stands_for_them
+
+
+def _on_gpu(config: Config, num_gpus: int) -> dict[str, Any]:
+    """Return what differs for engines on null GPUs: the recipe's share of them, and no more ranks
+    than trainer ranks have GPUs."""
+    small, sizes = _rollout(config), {}
+    while small["engines"] * small["tensor"] * small["data"] * small["pipeline"] > num_gpus:
+        # Experts are spread by the data axis, too; several engines are what a push is most for.
+        axes = [axis for axis in ("tensor", "data", "pipeline", "engines") if small[axis] > 1]
+        kept = "data" if config.rollout.expert_parallel and "data" in axes else ""
+        left_out = next((axis for axis in axes if axis != kept), axes[0])
+        small[left_out] = sizes[left_out] = 1
+    return {"gpu_memory": config.rollout.gpu_memory, **sizes}
+
+
+def _push(config: Config, on_gpu: bool) -> dict[str, Any]:
+    here = {} if on_gpu else {"nccl": "gloo", "cuda_ipc": "shm"}
+    is_exact = config.model.dtype == config.rollout.dtype == "float32"
+    return {
+        "transport": here.get(config.push.transport, config.push.transport),
+        "probe_tolerance": None if is_exact else PROBE_TOLERANCE,  # 0.001 in float32
+    }
+
+
+def _rewards(config: Config) -> dict[str, Any]:
+    rewards, left_out = config.rewards.model_dump(), _judges(config)
+    options = {kind: each for kind, each in rewards["options"].items() if kind not in left_out}
+    return {"options": options, "weights": _weights(config, rewards["weights"]), "workers": 1}
+
+
+def _judges(config: Config) -> set[str]:
+    """Return the rewards of served models that a miniature does not have."""
+    options = config.rewards.options
+    asked = {kind for kind, values in options.items() if "url" in values}
+    return asked - served.reward_models(options).keys()
+
+
+def _weights(config: Config, weights: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights of the terms of the reward that a miniature has."""
+    left_out = _judges(config)
+    return {kind: each for kind, each in weights.items() if kind not in left_out} or {"accuracy": 1}
+
+
+def _rl(config: Config, data: int) -> dict[str, Any]:
+    rl = config.rl
+    group = min(rl.group_size, 4)
+    most = max(_minibatches(config, phase.rl.minibatches) for _, phase in config.phases())
+    # Every replica has a sample in every mini-batch.
+    responses = most * max(data, group) * (2 if rl.group_size == 1 else 1)
+    return {
+        "group_size": group,
+        "minibatches": _minibatches(config, rl.minibatches),
+        "questions_per_rollout": -(-responses // group),
+        "kind_weights": _kind_weights(config, rl.kind_weights),
+        "reference_refresh": min(rl.reference_refresh, 2),
+        "staleness": min(rl.staleness, 2),
+        "schedule": _schedule(config),
+    }
+
+
+def _teacher(config: Config, folder: Path) -> dict[str, Any]:
+    if not config.teacher.path:
+        return {}
+    return {
+        "path": str(folder / "teacher"),
+        "url": [],
+        "engines": 1,
+        "tensor": min(config.teacher.tensor, layout.PARTS),
+        "threads": 1,
+        "start_timeout_seconds": 1200.0,
+    }
+
+
+def _tokens(config: Config) -> int:
+    """Return the limit of a micro-batch: the longest sample times as much as in the recipe, and no
+    more tokens than there."""
+    rollout = config.rollout
+    longest = rollout.max_model_len or rollout.max_response_tokens
+    tokens = config.parallel.microbatch_tokens
+    return max(1, min(tokens, tokens * _room(config) // longest))
+
+
+def _sft(config: Config, folder: Path, data: int) -> dict[str, Any]:
+    if not config.sft.data:
+        return {}
+    parts: Any = str(folder / "examples.jsonl")
+    if isinstance(config.sft.data, list):
+        parts = [{"path": parts, "count": 2 * QUESTIONS} for _ in config.sft.data]
+    return {"data": parts, "epochs": None, "batch_size": 4 * data}
+
+
+def _reward_model(config: Config, folder: Path, data: int) -> dict[str, Any]:
+    if not config.reward_model.data:
+        return {}
+    return {
+        "data": str(folder / "preferences.jsonl"),
+        "epochs": None,
+        "batch_size": 4 * data,
+        "max_tokens": _room(config) if config.reward_model.max_tokens else None,
+    }
+
+
+def _sample(config: Config) -> dict[str, Any]:
+    sample = config.sample
+    judges = {"pairs": "compare", "labels": "is_safe"}
+    changed: dict[str, Any] = {
+        "samples": min(sample.samples, 4),
+        "server": None,
+        "shots": None,
+        "num_shots": None,
+        "avoid": [],
+        "rewrite": None,
+        # Random text has no form, so that nothing would be kept.
+        "filters": dict.fromkeys(NAMES, False),
+        "pairs": sample.pairs.model_dump() | {"max_length_bias": None},
+    }
+    if sample.is_graded:
+        limits = {"min_accuracy": 0.0, "min_reward": None}
+        limits |= {"min_pass_rate": None, "max_pass_rate": None}
+        changed["keep"] = sample.keep.model_dump() | limits
+    if sample.output in judges:
+        changed["judge"] = f"{questions.__name__}:{judges[sample.output]}"
+    return changed
+
+
+def _changes(config: Config, small: Config, hf: dict, small_hf: dict) -> list[Change]:
+    """Return every setting and size that differs, with the reason where it is not size alone."""
+    before, after = config.model_dump(), small.model_dump()
+    compared = [
+        (f"{section}.{key}", value, after[section][key])
+        for section, values in before.items()
+        for key, value in values.items()
+    ]
+    compared += [(f"config.json {key}", value, small_hf.get(key)) for key, value in hf.items()]
+    return [
+        Change(key, _text(old), _text(new), REASONS.get(key, "size"))
+        for key, old, new in compared
+        if old != new
+    ]
+
+
+REASONS = {
+    **dict.fromkeys(
+        ("push.transport", "model.attention_backend", "model.fusions", "parallel.dispatcher"),
+        "no GPU here",
+    ),
+    **dict.fromkeys(
+        ("agents.environment", "agents.harness", "agents.verifiers"), "random weights call no tool"
+    ),
+    "rl.kind_weights": "synthetic questions",
+    **dict.fromkeys(("rewards.options", "rewards.weights"), "no judge is served"),
+    "sample.filters": "random text passes none",
+    "sample.keep": "random text is rarely right",
+    "sample.judge": "a rule judges, no served model",
+    "sample.server": "the miniature answers",
+    "teacher.url": "the run starts the teacher itself",
+    "optimizer.learning_rate": "bf16 weights must change in one step",
+    "model.checkpoint": "random weights",
+    "data.task": "synthetic questions",
+    "data.path": "synthetic questions",
+}
+
+
+def _text(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,124 @@
+"""A miniature of the recipe's model: its own config.json with smaller sizes, and random weights."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megatron_r1.data.templates import TEMPLATES
+from megatron_r1.models.hf_config import has_score_head, published_names
+from megatron_r1.models.weights.decoder import table
+from megatron_r1.models.weights.stacked import published_tensors
+
+VOCABULARY = 512
+SPECIAL = ("<bos>", "<eos>", "<pad>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+FORMED = [f"<think>step {i}</think><answer>{i}</answer>" for i in range(8)]
+"""Tokens that are a whole response in form: a third of the random ones have a thought and
+an answer, without which `sample` would keep none."""
+HEAD = 64
+"""Width of an attention head; vLLM's attention on CPUs takes multiples of 32."""
+WIDTH = 256
+EXPERT_WIDTH = 512
+"""Features of one expert: a multiple of FP8's blocks of 128, also where four ranks share it."""
+STD = 0.05
+"""The standard deviation of random weights. With 0.1 five layers amplify bf16's rounding until
+engine and trainer differ by 0.4 to 1.0; with less than 0.03 all log-probabilities are nearly
+equal."""
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def shrink(hf: dict, num_layers: int, fp8: bool) -> dict:
+    """Return config.json with its sizes divided; kinds of layers, experts and attention stay.
+
+    fp8: whether weights are pushed in blocks of 128, which heads must then fill."""
+    heads = min(hf["num_attention_heads"], 4)
+    small = {
+        **hf,
+        "num_hidden_layers": num_layers,
+        "vocab_size": VOCABULARY,
+        "num_attention_heads": heads,
+        "intermediate_size": 2 * WIDTH,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    small.pop("quantization_config", None)  # recipes train the bf16 weights
+    small.pop("auto_map", None)
+    if hf.get("kv_lora_rank"):
+        # vLLM's latent attention on CPUs takes the ranks and head sizes of DeepSeek-V3 only.
+        small |= {"hidden_size": WIDTH, "num_key_value_heads": heads}
+        small |= {"q_lora_rank": WIDTH // 2} if hf.get("q_lora_rank") else {}
+    else:
+        width = 128 if fp8 else HEAD
+        small |= {
+            "hidden_size": heads * width,
+            "num_key_value_heads": min(hf.get("num_key_value_heads") or heads, heads // 2),
+        }
+        small |= {"head_dim": width} if "head_dim" in hf else {}
+    if hf.get("n_routed_experts"):
+        small |= {
+            "n_routed_experts": min(hf["n_routed_experts"], 8),
+            "num_experts_per_tok": min(hf["num_experts_per_tok"], 2),
+            "moe_intermediate_size": EXPERT_WIDTH,
+            "n_group": min(hf.get("n_group") or 1, 2),
+            "topk_group": 1,
+            "first_k_dense_replace": min(hf.get("first_k_dense_replace") or 0, 1),
+        }
+    for key in ("mlp_layer_types", "layer_types"):
+        if types := hf.get(key):
+            small[key] = types[:num_layers]
+    return small
+
+
+def write_folder(folder: Path, hf: dict, seed: int) -> None:
+    """Write a Hugging Face model folder: config.json, tokenizer and random weights in fp32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(published_names(hf), indent=2))
+    _tokenizer().save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL, strict=True)),
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    generator = np.random.default_rng(seed)
+    tensors = {
+        name: _random(name, shape, generator)
+        for name, (shape, _) in published_tensors(hf, with_mtp=not has_score_head(hf)).items()
+    }
+    for copy, original in table(hf).copies.items():
+        if copy in tensors:
+            tensors[copy] = tensors[original]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _random(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+    if len(shape) == 1:
+        is_norm = name.endswith("norm.weight")
+        return (np.ones if is_norm else np.zeros)(shape, np.float32)
+    return generator.normal(0.0, STD, shape).astype(np.float32)
+
+
+def _tokenizer() -> Tokenizer:
+    """Return a byte-level BPE tokenizer in which templates are short."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(TAGS) - len(FORMED),
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*TEMPLATES.values()] * 3, trainer)
+    tokenizer.add_tokens([*TAGS, *FORMED])
+    filler = [f"<unused_{i}>" for i in range(VOCABULARY - tokenizer.get_vocab_size())]
+    tokenizer.add_tokens(filler)
+    return tokenizer

@@ -1,0 +1,279 @@
+"""Runs the phases of a rehearsal in their order, and records what each phase has shown."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from megatron_r1.base.errors import RunError
+from megatron_r1.base.processes.logs import last_lines
+from megatron_r1.config import Config
+from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.push.plan.engine_sets import num_links
+from megatron_r1.push.plan.recipe import planned_push
+from megatron_r1.rehearse import launch, layout
+from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.sample.outputs import FILES
+from megatron_r1.trainer.checkpoints.finding import complete_checkpoints
+
+POLL_SECONDS = 0.05
+"""Short: three steps of a small model take two seconds, and the kill should follow the first."""
+UNPLANNED = 0.01
+"""Largest share of a push's bytes that its plan may miss. vLLM keeps the routers of GLM-4 in fp32,
+which are planned in the push's dtype: 0.2% of a miniature."""
+ERROR = re.compile(r"megatron-r1: .*(?:\n(?:\[\w+\]:)?  .*)*")
+"""A command's error with the indented lines behind it, such as the end of an engine's log. torchrun
+writes the rank before each line."""
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """The result of a phase. evidence: the figures or files that show the result. cpu_seconds: of
+    all processes of the phase; None for a part of another phase."""
+
+    phase: str
+    evidence: str
+    seconds: float
+    cpu_seconds: float | None = None
+
+
+class Phases:
+    """Runs the phases of one miniature. settings: added to every command line. notify: called with
+    a line at the start of each phase."""
+
+    def __init__(
+        self,
+        verb: str,
+        recipe: Path,
+        config: Config,
+        settings: Sequence[str],
+        timeout_seconds: float,
+        notify: Callable[[str], None],
+    ):
+        self.verb, self.recipe, self.config, self.settings = verb, recipe, config, settings
+        self.timeout_seconds, self.notify = timeout_seconds, notify
+        self.run_folder = RunFolder(config.run.folder)
+        self.shown: list[PhaseResult] = []
+
+    def run(self) -> list[PhaseResult]:
+        """Run all phases. Raises RunError, naming the phase, with the end of its log."""
+        if self.verb == "sample":
+            self._sample()
+            return self.shown
+        self._until_killed()
+        self._resumed()
+        self._export()
+        return self.shown
+
+    def _until_killed(self) -> None:
+        what = "start, first step, checkpoint, kill -9"
+        with self._phase(what) as phase:
+            phase.wait(lambda: complete_checkpoints(self.run_folder.checkpoints))
+        lines = list(self.run_folder.read_metrics())
+        steps = [line["step"] for line in lines]
+        saved = complete_checkpoints(self.run_folder.checkpoints)[-1].name
+        self._show(what, phase, f"{saved} is complete; steps {steps} before the kill")
+        if self.verb == "rl":
+            self._compare_with_plan(round(lines[0]["push/links"]), lines[0]["push/bytes"])
+
+    def _resumed(self) -> None:
+        other = layout.different_layout(self.config.parallel)
+        changed = {
+            f"parallel.{key}": value
+            for key, value in other.model_dump().items()
+            if value != getattr(self.config.parallel, key)
+        }
+        config = self.config.model_copy(update={"parallel": other})
+        if self.verb == "rl":
+            fewer = layout.fewer_engine_ranks(config.rollout)
+            changed |= {f"rollout.{key}": value for key, value in fewer.items()}
+            config = config.with_changes(rollout=fewer)
+        settings = [f"--{key}={value}" for key, value in changed.items()]
+        what = "resume in another layout, to the end"
+        with self._phase(what, config, settings) as phase:
+            phase.wait_for_end()
+        lines = list(self.run_folder.read_metrics())
+        steps = [line["step"] for line in lines]
+        if steps != list(range(1, self.config.run.steps + 1)):
+            raise RunError(f"rehearse: {what}: metrics.jsonl has steps {steps}, one is missing")
+        self._show(what, phase, f"{' '.join(settings)}; steps {steps}, each once")
+        if self.verb == "rl":
+            self._show_pushes(lines)
+
+    def _compare_with_plan(self, links: int, num_bytes: float) -> None:
+        """Compare the first push with what `megatron-r1 plan` counts before engines run."""
+        hf = read_hf_config(self.config.model.path, None)
+        plan = planned_push(self.config, hf)
+        planned_bytes = sum(
+            entry.num_bytes for of_set in plan for entry in chain.from_iterable(of_set)
+        )
+        if abs(num_bytes - planned_bytes) > UNPLANNED * planned_bytes:
+            raise RunError(
+                f"rehearse: push: trainer ranks send {num_bytes:,.0f} bytes, where their plan, by "
+                f"which megatron-r1 plan counts, has {planned_bytes:,.0f}: engines need other "
+                "parts of tensors than push/plan/predicted_layout.py says, or were replaced"
+            )
+        planned = max(num_links(plan, self.config.parallel.processes))
+        if links > planned:
+            raise RunError(
+                f"rehearse: push: a trainer rank has {links} links to engine ranks, where its "
+                f"plan, by which megatron-r1 plan counts, has {planned}"
+            )
+        evidence = (
+            f"a trainer rank has at most {links} to engine ranks, of {planned} planned; all send "
+            f"{num_bytes:,.0f} bytes, of {planned_bytes:,.0f} planned"
+        )
+        self.shown.append(PhaseResult("links", evidence, 0.0))
+
+    def _show_pushes(self, lines: Sequence[dict]) -> None:
+        probes = [line.get("push/probe_diff") for line in lines]
+        diffs = [line["logprob_diff/mean"] for line in lines]
+        norms = [line.get("grad_norm") for line in lines]  # none while a critic warms up
+        if not any(norms):
+            raise RunError(f"rehearse: the gradients of all steps are zero: {norms}")
+        self._show_schedule(lines)
+        method = self.config.rollout.speculative.method
+        drafts = [line.get("speculative/acceptance") for line in lines]
+        if method != "none" and all(share is None for share in drafts):
+            raise RunError(f"rehearse: no token was drafted (rollout.speculative.method: {method})")
+        drafted = "" if method == "none" else f"; {method}: accepted drafts {_numbers(drafts)}"
+        self.shown += [
+            PhaseResult(
+                "rollout, rewards, update",
+                f"gradient norms {_numbers(norms)}; log-probabilities of engine and trainer "
+                f"differ by {_numbers(diffs)} on average{drafted}",
+                sum(line["time/rollout"] + line["time/train"] for line in lines),
+            ),
+            PhaseResult(
+                "push with proof",
+                f"checksums equal in every engine rank; probes differ by {_numbers(probes)}",
+                sum(line["time/push"] for line in lines),
+            ),
+        ]
+
+    def _show_schedule(self, lines: Sequence[dict]) -> None:
+        """Show that longer responses of `rl.schedule` were sampled: random weights rarely end."""
+        limits = [self.config.at(line["step"]).rollout.max_response_tokens for line in lines]
+        if len(set(limits)) == 1:
+            return
+        longest = [round(line["response_length/max"]) for line in lines]
+        for before, limit, length in zip([0, *limits], limits, longest, strict=False):
+            if length > limit or limit > before >= length:
+                raise RunError(
+                    f"rehearse: rl.schedule: rollout.max_response_tokens of the steps is {limits}, "
+                    f"but their longest responses have {longest} tokens"
+                )
+        evidence = f"responses of up to {longest} tokens, where {limits} are the most"
+        self.shown.append(PhaseResult("schedule", evidence, 0.0))
+
+    def _export(self) -> None:
+        what, start, cpu_start = "export", time.monotonic(), launch.cpu_seconds()
+        self.notify(what)
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_r1.rehearse.load_export"]
+            + [str(self.run_folder.hf), self.config.model.path, self.config.model.mtp],
+            env=os.environ | launch.QUIET,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise RunError(f"rehearse: {what}: {done.stdout}{done.stderr[-2000:]}")
+        seconds, cpu_seconds = time.monotonic() - start, launch.cpu_seconds() - cpu_start
+        self.shown.append(PhaseResult(what, done.stdout.strip(), seconds, cpu_seconds))
+
+    def _sample(self) -> None:
+        samples = self.run_folder.samples_path
+        what = "start, sampling, kill -9"
+        with self._phase(what) as phase:
+            phase.wait(lambda: samples.exists() and samples.stat().st_size)
+        self._show(what, phase, f"{_num_lines(samples)} responses before the kill")
+        what = "the same command, to the end"
+        with self._phase(what) as phase:
+            phase.wait_for_end()
+        responses = _num_lines(samples)
+        file = FILES.get(self.config.sample.output)
+        written = self.run_folder.path / file if file else samples
+        kept = _num_lines(written) if written.exists() else 0
+        self._show(what, phase, f"{responses} responses; {kept} lines in {written.name}")
+
+    @contextlib.contextmanager
+    def _phase(
+        self, what: str, config: Config | None = None, settings: Sequence[str] = ()
+    ) -> Iterator["_Phase"]:
+        """Start the command, which is killed with all its processes at the end of the block."""
+        self.notify(what)
+        log = self.recipe.with_name(f"log-{len(self.shown)}.txt")
+        settings = [*self.settings, *settings]
+        blocked = self.run_folder.path / "logs" / "controller-blocked.txt"
+        since, cpu_since = time.monotonic(), launch.cpu_seconds()
+        started = launch.started(self.verb, self.recipe, config or self.config, settings, log)
+        with started as process:
+            phase = _Phase(what, process, log, blocked, self.timeout_seconds, since)
+            yield phase
+            phase.seconds = time.monotonic() - since
+            # Before the kill: the children of killed processes have no parent that waits for them.
+            phase.cpu_seconds = launch.cpu_seconds() - cpu_since
+
+    def _show(self, what: str, phase: "_Phase", evidence: str) -> None:
+        self.shown.append(PhaseResult(what, evidence, phase.seconds, phase.cpu_seconds))
+
+
+@dataclass
+class _Phase:
+    """A started command. blocked: the stacks of a controller that does not answer."""
+
+    what: str
+    process: subprocess.Popen
+    log: Path
+    blocked: Path
+    timeout_seconds: float
+    since: float
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        """Wait until `condition()` is true; a command that ends before has failed."""
+        while not condition():
+            if self.process.poll() is not None:
+                self._fail(f"the command ended with status {self.process.returncode}")
+            self._check_time()
+            time.sleep(POLL_SECONDS)
+
+    def wait_for_end(self) -> None:
+        """Wait until the command ends with status 0."""
+        while self.process.poll() is None:
+            self._check_time()
+            time.sleep(POLL_SECONDS)
+        if self.process.returncode:
+            self._fail(f"the command ended with status {self.process.returncode}")
+
+    def _check_time(self) -> None:
+        if time.monotonic() - self.since > self.timeout_seconds:
+            self._fail(f"not done after {self.timeout_seconds:g} s")
+        if self.blocked.exists() and self.blocked.stat().st_size:
+            self._fail(f"the controller does not answer; its stacks: {self.blocked}")
+
+    def _fail(self, reason: str) -> None:
+        cause = "\n".join(errors_in(self.log)) or f"{self.log} ends:\n{last_lines(self.log)}"
+        raise RunError(f"rehearse: {self.what}: {reason}\n{cause}")
+
+
+def errors_in(log: Path) -> list[str]:
+    """Return the command's own errors in its log, each with its cause. torchrun's report, which
+    comes last, does not have them."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return [re.sub(r"\n\[\w+\]:", "\n", error) for error in ERROR.findall(text)]
+
+
+def _numbers(values: Sequence[float | None]) -> str:
+    return ", ".join("–" if value is None else f"{value:.2g}" for value in values)
+
+
+def _num_lines(path: Path) -> int:
+    return sum(1 for _ in path.open("rb"))

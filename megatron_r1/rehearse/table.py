@@ -1,0 +1,200 @@
+"""The table of the phases that a rehearsal has exercised, and of those that it has not."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_r1.base.files import atomic_write
+from megatron_r1.config import Config
+from megatron_r1.controller.rollouts.environments import find_player
+from megatron_r1.rehearse import null_gpu
+from megatron_r1.rehearse.miniature import Change
+from megatron_r1.rehearse.phases import PhaseResult
+from megatron_r1.rehearse.served import reward_models
+from megatron_r1.rehearse.settings import Place
+
+
+class StructureRow(NamedTuple):
+    """A part of a recipe's structure. exercised: `YES`, or why not."""
+
+    what: str
+    recipe: str
+    miniature: str
+    exercised: str
+
+
+YES = "yes"
+
+
+SIZES = {
+    "parallel": (
+        *("processes", "tensor", "context", "expert", "expert_tensor"),
+        *("pipeline", "virtual_pipeline", "pipeline_layout", "recompute", "overlap_param_gather"),
+    ),
+    "fp8": ("recipe",),
+    "rollout": (
+        *("engines", "tensor", "data", "pipeline", "expert_parallel"),
+        *("placement", "hosts_per_engine", "colocated", "max_response_tokens"),
+    ),
+    "push": ("transport", "fp8"),
+    "rl": (
+        *("algorithm", "group_size", "minibatches", "staleness"),
+        *("routing_replay", "dynamic_sampling"),
+    ),
+}
+"""Settings that give a run its structure; those at 1, none or false have nothing to exercise."""
+SECTIONS = {
+    "rl": ("parallel", "fp8", "rollout", "push", "rl"),
+    "sft": ("parallel", "fp8"),
+    "reward-model": ("parallel", "fp8"),
+    "sample": ("rollout",),
+}
+NOT_HERE = {
+    "rollout.colocated": "in turns, but no GPU memory is freed",
+    "rollout.max_response_tokens": "no: short responses",
+    "parallel.processes": "no: the size of the world",
+    "fp8.recipe": "emulated",
+}
+
+
+ON_GPU = {key: NOT_HERE[key] for key in ("rollout.max_response_tokens", "parallel.processes")}
+ON_NULL_GPU = ON_GPU | {"fp8.recipe": "no: kernels compute on the host"}
+
+
+def structure(
+    recipe: Config, hf: dict, small: Config, verb: str, *, on: Place = "cpu"
+) -> list[StructureRow]:
+    """Return a row for each part of the recipe's structure that its verb uses. on: where the
+    miniature runs."""
+    not_here = {"cpu": NOT_HERE, "gpu": ON_GPU, "null-gpu": ON_NULL_GPU}[on]
+    rows: list[StructureRow] = []
+    for section in SECTIONS[verb]:
+        before, after = getattr(recipe, section), getattr(small, section)
+        for key in SIZES[section]:
+            old, new = getattr(before, key), getattr(after, key)
+            if _is_used(old):
+                exercised = not_here.get(f"{section}.{key}") or _exercised(old, new)
+                rows.append(StructureRow(f"{section}.{key}", str(old), str(new), exercised))
+    if verb in ("rl", "sample") and recipe.rollout.speculative.method != "none":
+        drafts = recipe.rollout.speculative, small.rollout.speculative
+        before, after = (f"{each.method}, {each.tokens} tokens" for each in drafts)
+        rows.append(StructureRow("rollout.speculative", before, after, YES))
+    if verb != "sample":
+        old, new = (p.num_replicas(p.processes) for p in (recipe.parallel, small.parallel))
+        if old > 1:
+            rows.append(
+                StructureRow("replicas of the model", str(old), str(new), _exercised(old, new))
+            )
+        if hf.get("num_nextn_predict_layers") and verb != "reward-model":
+            rows.append(StructureRow("model.mtp", recipe.model.mtp, small.model.mtp, YES))
+        if recipe.model.lora is not None:
+            rank = f"rank {recipe.model.lora.rank}"
+            rows.append(StructureRow("model.lora", rank, rank, YES))
+        if recipe.parallel.optimizer_offload:
+            rows.append(
+                StructureRow("parallel.optimizer_offload", "to the host", "—", "no: needs a GPU")
+            )
+        if recipe.parallel.dispatcher != "alltoall":
+            rows.append(
+                StructureRow("parallel.dispatcher", "DeepEP", "alltoall", "no: needs a GPU")
+            )
+        layers, memory = {
+            "cpu": (
+                ("Megatron-Core's own", "no: needs a GPU"),
+                ("—", "no: megatron-r1 plan computes it"),
+            ),
+            "gpu": (("the same", YES), ("the whole GPU", "no: of a small model")),
+            "null-gpu": (
+                ("the same, by operators of the host", YES),
+                (f"{null_gpu.GIB:g} GiB of a null GPU", YES),
+            ),
+        }[on]
+        rows.append(StructureRow("layers", "Transformer Engine", *layers))
+        rows.append(StructureRow("memory", "of a GPU", *memory))
+    return rows + _left_out(recipe, small, verb)
+
+
+def _left_out(recipe: Config, small: Config, verb: str) -> list[StructureRow]:
+    """Return rows for the served models and the functions that a recipe names."""
+    rows = []
+    if verb in ("rl", "sample"):
+        for name, values in recipe.rewards.options.items():
+            if "url" in values:
+                is_served = verb == "rl" and name in reward_models(recipe.rewards.options)
+                here = ("served", YES) if is_served else ("—", "no: none is served")
+                rows.append(StructureRow(f"rewards.options.{name}", "served", *here))
+    if verb == "sample":
+        if recipe.sample.judge != small.sample.judge:
+            rows.append(
+                StructureRow("sample.judge", recipe.sample.judge, "a rule", "no: none is served")
+            )
+        if recipe.sample.rewrite:
+            rows.append(
+                StructureRow("sample.rewrite", recipe.sample.rewrite, "—", "no: random text")
+            )
+    if verb == "rl":
+        if found := find_player(recipe):
+            key, player = found
+            rows.append(StructureRow(key, str(player), "—", "no: random weights call no tool"))
+        if recipe.teacher.url:
+            rows.append(
+                StructureRow("teacher.url", "served", "started by the run", "no: none is served")
+            )
+    return rows
+
+
+def _exercised(old: object, new: object) -> str:
+    if isinstance(old, str) and old != new and "|" not in old:
+        return "no: needs a GPU"
+    return YES if _is_used(new) else "no: too many ranks for rehearsal.max_ranks"
+
+
+def _is_used(value: object) -> bool:
+    """Return whether a setting switches something on, or divides something."""
+    return value not in (None, False, "none") and (value is True or value != 1)
+
+
+def write(
+    folder: Path,
+    title: str,
+    rows: Sequence[StructureRow],
+    shown: Sequence[PhaseResult],
+    changes: Sequence[Change],
+) -> None:
+    """Print the tables and write them to `rehearsal.json` and `rehearsal.md`."""
+    console = Console(width=140, highlight=False)
+    columns = ("phase", "what it has shown", "seconds", "of CPU")
+    phases = Table(*columns, title=f"rehearsal of {title}")
+    for phase in shown:
+        phases.add_row(*_cells(phase))
+    parts = Table("structure", "recipe", "miniature", "exercised")
+    for row in rows:
+        parts.add_row(*row)
+    console.print(phases, parts)
+    found = {
+        "recipe": title,
+        "phases": [vars(phase) for phase in shown],
+        "structure": [row._asdict() for row in rows],
+        "changes": [change._asdict() for change in changes],
+    }
+    atomic_write(folder / "rehearsal.json", json.dumps(found, indent=1))
+    atomic_write(folder / "rehearsal.md", _markdown(title, rows, shown))
+    print(f"{folder / 'rehearsal.md'}; every changed setting is in rehearsal.json beside it")
+
+
+def _cells(phase: PhaseResult) -> tuple[str, str, str, str]:
+    used = "" if phase.cpu_seconds is None else f"{phase.cpu_seconds:.0f}"
+    return phase.phase, phase.evidence, f"{phase.seconds:.0f}", used
+
+
+def _markdown(title: str, rows: Sequence[StructureRow], shown: Sequence[PhaseResult]) -> str:
+    lines = [f"# Rehearsal of {title}", ""]
+    lines += ["| phase | shown | seconds | of CPU |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(_cells(phase))} |" for phase in shown]
+    lines += ["", "| structure | recipe | miniature | exercised |", "|---|---|---|---|"]
+    lines += ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"

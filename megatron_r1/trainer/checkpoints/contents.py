@@ -1,0 +1,255 @@
+"""The content of a checkpoint on one rank, as a tree of Megatron's sharded entries.
+
+model            weights and persistent buffers of every model chunk of this rank, under the names
+                 that Megatron's sharded_state_dict gives them
+optimizer        fp32 master weights and both moments, whole per parameter (FORMAT)
+optimizer_step   finished updates, for Adam's bias correction
+reference        the reference policy, as "model" with names that begin with "reference."
+critic           PPO's critic, as "model" with names that begin with "critic."; critic_optimizer and
+                 critic_step as the policy's
+rng              the random streams of every rank; restored at an equal layout only
+layout           the layout that wrote them
+
+With model.lora, "model", "reference" and "optimizer" hold adapters only, and base_fingerprint is
+that of the model they belong to (`adapters`)."""
+
+import contextlib
+import gc
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer import MegatronModule
+from megatron.core.utils import unwrap_model
+
+from megatron_r1.models import platform
+from megatron_r1.models.build import process_groups
+from megatron_r1.models.weights.adapters.attach import has_adapters
+from megatron_r1.trainer.checkpoints import adapters
+from megatron_r1.trainer.checkpoints.host_memory import HostMemory, gathered_on_host
+from megatron_r1.trainer.reference import Reference
+
+FORMAT = "fully_reshardable"
+"""Format of the distributed optimizer's state: whole moments per parameter, for any layout."""
+
+REFERENCE, CRITIC = "reference.", "critic."
+"""Prefixes of their tensors' names."""
+
+Chunks = Sequence[MegatronModule]
+
+
+class Network(NamedTuple):
+    """One trained network: this rank's chunks, and Megatron's optimizer of their parameters."""
+
+    chunks: Chunks
+    optimizer: Any
+
+
+class Networks(NamedTuple):
+    """Everything on this rank that has weights."""
+
+    policy: Network
+    reference: Reference | None = None
+    critic: Network | None = None
+
+
+def sharded(networks: Networks, memory: HostMemory | None = None) -> dict[str, Any]:
+    """Return the tree of this rank. Its tensors are the model's own: copy before either changes.
+
+    memory: where the optimizer's shards are gathered, for saving; None: for loading, only buffers
+    of the right size are made."""
+    (chunks, optimizer), reference, critic = networks
+    weights = [_weights(chunk, "") for chunk in chunks]
+    states, step = _optimizer(optimizer, weights, memory)
+    tree = {"model": weights, "optimizer": states, "optimizer_step": step}
+    if critic is not None:
+        weights = [_weights(chunk, CRITIC) for chunk in critic.chunks]
+        states, step = _optimizer(critic.optimizer, weights, memory, len(_parts(optimizer)))
+        tree |= {"critic": weights, "critic_optimizer": states, "critic_step": step}
+    if memory is not None:
+        tree |= {"layout": layout(chunks), "rng": rng_entry(loading=False)}
+        if has_adapters(chunks):
+            tree[adapters.BASE] = unwrap_model(chunks[0]).base_fingerprint
+    if reference is not None:
+        tree["reference"] = [_weights(chunk, REFERENCE) for chunk in chunks]
+        for entry in (entry for entries in tree["reference"] for entry in entries.values()):
+            # From where it is kept: next to engines, the GPU may have no room for a second set of
+            # weights.
+            entry.data = reference.kept(entry.data)
+    return tree
+
+
+def _optimizer(
+    optimizer: Any, weights: list[dict[str, Any]], memory: HostMemory | None, first: int = 0
+) -> tuple[list[dict[str, Any]], Any]:
+    """Return the sharded state of an optimizer's parts, and its number of finished updates.
+
+    weights: the entries of its model's chunks; first: index of its first part among all optimizers
+    that are gathered in `memory`."""
+    _allocate_state(optimizer)
+    kind = {"distrib_optim_sharding_type": FORMAT}
+    # Parameters of all chunks belong to one optimizer, which finds them by identity.
+    by_chunk, loading = dict(enumerate(weights)), memory is None
+    states = []
+    for index, part in enumerate(_parts(optimizer), first):
+        with gathered_on_host(part, index, memory), _little_to_collect():
+            states.append(part.sharded_state_dict(by_chunk, is_loading=loading, metadata=kind))
+    # Megatron keeps experts' state in an optimizer of its own in some layouts and not in others,
+    # and its chained state records which. Tensors are named by their parameter; the only other
+    # thing that has to survive is the step count, the same everywhere.
+    step = states[0]["optimizer"]["param_groups"][0].get("step")
+    return [{"param_state": state["param_state"]} for state in states], step
+
+
+def restore(loaded: dict[str, Any], networks: Networks) -> None:
+    """Restore the model, the optimizer, the reference and the critic from the tree read."""
+    policy, reference, critic = networks
+    _load_weights(policy.chunks, loaded["model"], "")
+    _load_optimizer(policy.optimizer, loaded["optimizer"], loaded["optimizer_step"])
+    if critic is not None:
+        _load_weights(critic.chunks, loaded["critic"], CRITIC)
+        _load_optimizer(critic.optimizer, loaded["critic_optimizer"], loaded["critic_step"])
+    if reference is not None:
+        with reference.in_place():
+            _load_weights(policy.chunks, loaded["reference"], REFERENCE)
+            reference.refresh()
+
+
+def _load_weights(chunks: Chunks, loaded: list[dict[str, Any]], prefix: str) -> None:
+    load = adapters.load_adapters if has_adapters(chunks) else load_weights
+    for chunk, weights in zip(chunks, loaded, strict=True):
+        load(chunk, {name.removeprefix(prefix): t for name, t in weights.items()})
+
+
+def load_weights(module: torch.nn.Module, weights: dict[str, Any]) -> None:
+    """Load all of a module's weights and buffers; `_extra_state` entries may be missing.
+
+    Every Transformer Engine module requires one, and checkpoints have none (`without_extra_state`).
+    Raises KeyError for any other name that is missing or unknown."""
+    names = module.load_state_dict(weights, strict=False)
+    missing = [name for name in names.missing_keys if not _is_extra_state(name)]
+    if missing or names.unexpected_keys:
+        raise KeyError(f"missing: {missing[:5]}; unknown: {names.unexpected_keys[:5]}")
+
+
+def without_extra_state(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a sharded state dict without Transformer Engine's extra states.
+
+    They are filled by its delayed FP8 scaling only, and named by the number of shards: an empty one
+    would tie the checkpoint to the layout that wrote it."""
+    return {name: entry for name, entry in entries.items() if not _is_extra_state(name)}
+
+
+def _is_extra_state(name: str) -> bool:
+    return "_extra_state" in name
+
+
+def _load_optimizer(optimizer: Any, states: list[dict[str, Any]], step: Any) -> None:
+    for part, state in zip(_parts(optimizer), states, strict=True):
+        whole = part.state_dict()
+        for group in whole["optimizer"]["param_groups"]:
+            group["step"] = step
+        part.load_state_dict({**whole, **state, "param_state_sharding_type": FORMAT})
+        _separate_steps(part.optimizer)
+
+
+def layout(chunks: Chunks) -> dict[str, int]:
+    """Return the sizes of the parallel axes: random streams carry over to an equal layout only."""
+    groups = process_groups(chunks)
+    return {
+        "ranks": dist.get_world_size(),
+        "tensor": groups.tp.size(),
+        "pipeline": groups.pp.size(),
+        "context": groups.cp.size(),
+        "expert": groups.ep.size(),
+        "expert_tensor": groups.expt_tp.size(),
+        "chunks": len(chunks),
+    }
+
+
+def rng_entry(loading: bool) -> ShardedObject:
+    """Return this rank's random streams: torch's, the GPU's, Megatron's per tensor rank and
+    Python's; an empty entry for loading."""
+    streams: dict[str, Any] = {}
+    if not loading:
+        streams = {
+            "torch": torch.get_rng_state(),
+            "cuda": platform.rng_state(),
+            "megatron": get_cuda_rng_tracker().get_states(),
+            "python": random.getstate(),
+        }
+    return ShardedObject("rng", streams, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def restore_rng(streams: dict[str, Any]) -> None:
+    """Restore the random streams of a loaded `rng_entry`."""
+    torch.set_rng_state(streams["torch"])
+    platform.set_rng_state(streams["cuda"])
+    get_cuda_rng_tracker().set_states(streams["megatron"])
+    random.setstate(streams["python"])
+
+
+def _weights(chunk: MegatronModule, prefix: str) -> dict[str, Any]:
+    if has_adapters([chunk]):
+        return adapters.sharded_adapters(chunk, prefix)
+    # Over data and context parallelism the weights are equal; Megatron marks the copies by it.
+    metadata = {"dp_cp_group": process_groups([chunk]).dp_cp}
+    return without_extra_state(chunk.sharded_state_dict(prefix=prefix, metadata=metadata))
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """Return the optimizers that have parameters: that of dense ones has none where only experts
+    have adapters."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if getattr(part, "buffers", None)]
+
+
+@contextlib.contextmanager
+def _little_to_collect() -> Iterator[None]:
+    """Exclude all objects that exist now from garbage collection inside the block.
+
+    Megatron collects after every part, 0.4 s a time for the objects of its imports alone."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _separate_steps(inner: torch.optim.Optimizer) -> None:
+    """Give every parameter of torch's AdamW a step tensor of its own again.
+
+    After loading they share one (distrib_optimizer.py:825): the next update would increment it once
+    per parameter, and Adam's bias correction would be over in one step. On a GPU the step is a
+    number of the group."""
+    for state in inner.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
+def _allocate_state(optimizer: Any) -> None:
+    """Give optimizers that have not stepped yet their moments, by a step that changes nothing.
+
+    Megatron's distributed optimizer over torch's AdamW can neither save nor load without them."""
+    for part in _parts(optimizer):
+        inner = part.optimizer
+        if inner.state:
+            continue
+        rates = [group["lr"] for group in inner.param_groups]
+        for group in inner.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        inner.step()
+        inner.zero_grad()
+        for group, rate in zip(inner.param_groups, rates, strict=True):
+            group["lr"] = rate
+            if "step" in group:
+                group["step"] = 0
+        for state in inner.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"].zero_()

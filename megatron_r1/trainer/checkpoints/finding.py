@@ -1,0 +1,163 @@
+"""Finds the checkpoints in a folder: the one to continue from, those to set aside or delete, and
+the one that `model.checkpoint` names.
+
+step_00000012            whole: renamed to this when every file of it was on disk
+.step_00000016.partial   was being written when the run was killed; removed at the next start
+step_00000008.damaged    found damaged and set aside for the user to inspect; never deleted"""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import fsync
+from megatron_r1.trainer.checkpoints import manifest
+from megatron_r1.trainer.checkpoints.manifest import Verify
+
+STATE_FILE = "run_state.json"
+"""The controller's state; a folder without it is not a run's checkpoint."""
+
+_NAME = re.compile(r"step_\d{8,}")
+SHOWN_FAULTS = 3
+
+
+@dataclass(frozen=True)
+class DamagedCheckpoint:
+    """A checkpoint that differs from what was written. faults: a line per file."""
+
+    folder: Path
+    faults: tuple[str, ...]
+
+    def __str__(self) -> str:
+        more = len(self.faults) - SHOWN_FAULTS
+        shown = "; ".join(self.faults[:SHOWN_FAULTS])
+        return f"{self.folder.name}: {shown}" + (f"; and {more} more" if more > 0 else "")
+
+
+def path_of(checkpoints: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step`: step_00000012."""
+    return checkpoints / f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Return the step after which a checkpoint was written, from its name."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def partial_of(folder: Path) -> Path:
+    """Return the path under which `folder` is written before it is renamed."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """Return every completely written checkpoint, damaged ones included, in order of steps."""
+    if not checkpoints.is_dir():
+        return []
+    folders = [f for f in checkpoints.iterdir() if _NAME.fullmatch(f.name) and f.is_dir()]
+    return sorted(folders, key=step_of)
+
+
+def newest(
+    checkpoints: Path, verify: Verify, below: Path | None = None
+) -> tuple[Path | None, list[DamagedCheckpoint]]:
+    """Return the newest checkpoint that can be used (None if none is good), and the damaged ones
+    that are newer.
+
+    below: consider only checkpoints older than this one. Compares names, sizes and the manifest
+    (verify "none": names only); the trainer ranks verify the checksums."""
+    damaged: list[DamagedCheckpoint] = []
+    for folder in reversed(complete_checkpoints(checkpoints)):
+        if below is not None and step_of(folder) >= step_of(below):
+            continue
+        if not (of_folder := faults(folder, verify)):
+            return folder, damaged
+        damaged.append(DamagedCheckpoint(folder, tuple(of_folder)))
+    return None, damaged
+
+
+def refuse_without_good(checkpoints: Path, damaged: list[DamagedCheckpoint]) -> None:
+    """Raise UserError where all checkpoints are `damaged` or were set aside before.
+
+    Starting over would overwrite the metrics of a run that a copy of its checkpoint may yet save.
+    """
+    before = sorted(f.name for f in checkpoints.glob("step_*.damaged*"))
+    if not damaged and not before:
+        return
+    lines = [str(one) for one in damaged] + [f"{name}: set aside earlier" for name in before]
+    raise UserError(
+        "\n  ".join([f"{checkpoints} has no checkpoint left that can be used:", *lines])
+        + "\nPut a good copy of one there and run the same command again, or start anew in another "
+        "run.folder. To load one as it is, rename it to step_… and set checkpoint.verify to none",
+        key="checkpoint",
+        cause=Cause.EMPTY,
+    )
+
+
+def set_aside(damaged: DamagedCheckpoint) -> Path:
+    """Rename a damaged checkpoint so that no run loads it; return its new path."""
+    target = damaged.folder.with_name(f"{damaged.folder.name}.damaged")
+    number = 1
+    while target.exists():
+        number += 1
+        target = damaged.folder.with_name(f"{damaged.folder.name}.damaged_{number}")
+    damaged.folder.rename(target)
+    fsync(target.parent)
+    return target
+
+
+def remove_partial(checkpoints: Path) -> list[str]:
+    """Delete half-written and half-deleted checkpoints; return the names of the half-written."""
+    for half_deleted in checkpoints.glob(".*.deleted"):
+        shutil.rmtree(half_deleted)
+    leftovers = sorted(checkpoints.glob(".*.partial"))
+    for leftover in leftovers:
+        shutil.rmtree(leftover)
+    return [leftover.name.removeprefix(".").removesuffix(".partial") for leftover in leftovers]
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Delete all but the `keep` newest good checkpoints; damaged ones do not count, and stay."""
+    good = [folder for folder in complete_checkpoints(checkpoints) if not faults(folder, "size")]
+    for old in good[:-keep]:
+        # A kill in between must not leave half a folder under a good name.
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.deleted")))
+
+
+def faults(folder: Path, verify: Verify) -> list[str]:
+    """Return the faults of a checkpoint that show without reading its tensors, a line per file."""
+    by_size = manifest.damage(folder, "none" if verify == "none" else "size")
+    # The controller reads its state before any rank can verify it, and the file is small.
+    if lines := by_size or manifest.damage(folder, verify, only=[STATE_FILE]):
+        return lines
+    try:
+        json.loads((folder / STATE_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        return [f"{STATE_FILE} cannot be read ({error})"]
+    return []
+
+
+def check_start(folder: Path) -> str | None:
+    """Raise UserError unless `folder`, of `model.checkpoint`, is a Megatron checkpoint.
+
+    Checked before any rank starts; the ranks verify the checksums when they load it. Returns a note
+    for the user where there is no manifest to verify against: the checkpoint was made elsewhere."""
+    if (folder / "metadata.json").is_file():
+        if (folder / manifest.NAME).is_file():
+            return None
+        return f"model.checkpoint {folder} has no {manifest.NAME}: its checksums cannot be verified"
+    if several := complete_checkpoints(folder / "checkpoints") or complete_checkpoints(folder):
+        raise UserError(
+            f"model.checkpoint: {folder} holds several checkpoints; use one of them, the newest is "
+            f"{several[-1]}",
+            key="model.checkpoint",
+            cause=Cause.CONFLICT,
+        )
+    what = "has no metadata.json" if folder.exists() else "does not exist"
+    raise UserError(
+        f"model.checkpoint: {folder} {what}; give the folder of a Megatron checkpoint, such as "
+        "RUN/checkpoints/step_00000012 or what megatron-r1 convert from-hf makes",
+        key="model.checkpoint",
+        cause=Cause.NOT_FOUND,
+    )

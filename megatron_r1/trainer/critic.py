@@ -1,0 +1,81 @@
+"""PPO's critic: a score model on the policy's ranks, with an optimizer of its own.
+
+Its score after token t is V(s_t), the value of the text up to and including t, from which the
+policy chooses token t + 1. It is read at the positions where the policy predicts a response token.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import Config
+from megatron_r1.config.algorithms import rules_of
+from megatron_r1.models.config import transformer_config
+from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.trainer import construction
+from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.distributed import GridPosition
+from megatron_r1.trainer.metrics import merge, reduce_over_data
+from megatron_r1.trainer.passes import optimizer_step, run_passes
+from megatron_r1.trainer.value_loss import explained_variance, value_loss
+
+
+def needs_critic(config: Config) -> bool:
+    """Whether the recipe trains a policy with an algorithm that has a critic."""
+    return config.model.head == "language" and rules_of(config.rl.algorithm).critic
+
+
+class Critic:
+    """The part of the value model that a rank has, and its optimizer."""
+
+    def __init__(self, config: Config, position: GridPosition):
+        """Build the model. A new head starts at zero: every value is then 0, and the first
+        advantages are those without a critic.
+
+        Raises UserError for a model whose vocabulary is smaller than the policy's, else as
+        `construction`."""
+        own = config.of_critic()
+        hf = read_hf_config(own.model.path, "score", "critic.path")
+        policy_tokens = read_hf_config(config.model.path)["vocab_size"]
+        if hf["vocab_size"] < policy_tokens:
+            raise UserError(
+                f"critic.path: {own.model.path} knows {hf['vocab_size']} tokens, the policy "
+                f"{policy_tokens}; give a model with the policy's tokenizer",
+                key="critic.path",
+                cause=Cause.CONFLICT,
+            )
+        self.position = position
+        self.value_clip = config.critic.value_clip
+        transformer = transformer_config(hf, own)
+        self.model_chunks, self.ddp_chunks, self.optimizer = construction.network(
+            own, hf, transformer, position.groups, score_std=0.0
+        )
+
+    def values(self, batches: list[PackedBatch]) -> None:
+        """Fill `PackedBatch.values`, (T,) fp32 each, on the last stage."""
+        run_passes(self.ddp_chunks, batches, _keep_values, forward_only=True)
+
+    def update(
+        self, batches: list[PackedBatch], learning_rate: float, is_last: bool = True
+    ) -> dict[str, float]:
+        """Make one optimizer step towards `PackedBatch.returns`.
+
+        is_last: of the rollout, as of `optimizer_step`. Returns, over the response tokens of the
+        whole mini-batch, value/loss, value/clip_fraction, value/mean (before the step),
+        value/explained_variance of the values used for the advantages (1: equal to the returns; 0:
+        no better than their mean), and value/grad_norm."""
+        compute = partial(value_loss, clip=self.value_clip)
+        run = partial(run_passes, self.ddp_chunks, batches, compute, forward_only=False)
+        reports, stepped = optimizer_step(
+            self.ddp_chunks, self.optimizer, learning_rate, run, is_last=is_last
+        )
+        metrics = reduce_over_data(self.position, merge(reports))
+        if metrics:
+            metrics["value/explained_variance"] = explained_variance(metrics)
+        return metrics | {f"value/{name}": value for name, value in stepped.items()}
+
+
+def _keep_values(batch: PackedBatch, scores: Tensor) -> None:
+    batch.values = torch.where(batch.is_response, scores.view(-1), 0.0)

@@ -1,0 +1,87 @@
+"""The operations of a trainer rank that write and read folders: checkpoints and exports."""
+
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.models import weights
+from megatron_r1.models.weights.adapters.stored import save_adapter
+from megatron_r1.trainer.checkpoints import contents, loading
+from megatron_r1.trainer.checkpoints.writer import CheckpointWriter
+from megatron_r1.trainer.operations import CheckpointProgress, Damage, LoadedCheckpoint
+from megatron_r1.trainer.trainer import Trainer
+
+
+class Folders:
+    """Checkpoints and Hugging Face folders of one rank's `Trainer`."""
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        asynchronous = trainer.config.checkpoint.asynchronous
+        slowest = timedelta(seconds=trainer.config.parallel.wait_seconds)
+        self._writer = CheckpointWriter(trainer.groups.dp_cp, asynchronous, slowest)
+        self._verified: str | None = None
+
+    def export(self, folder: str, dtype: str | None = None) -> None:
+        """Write a complete Hugging Face folder: weights (adapters merged), config and tokenizer."""
+        trainer = self._trainer
+        weights.save_hf(
+            trainer.model_chunks,
+            trainer.hf,
+            Path(trainer.config.model.path),
+            Path(folder),
+            dtype=getattr(torch, dtype or trainer.config.model.dtype),
+        )
+
+    def export_adapter(self, folder: str) -> None:
+        """Write the adapters alone, in PEFT's format."""
+        trainer, model = self._trainer, self._trainer.config.model
+        assert model.lora is not None, "the recipe has no adapters"
+        dtype = getattr(torch, model.dtype)
+        save_adapter(trainer.model_chunks, trainer.hf, model.lora, model.path, Path(folder), dtype)
+
+    def save_checkpoint(self, folder: str, state: dict[str, Any]) -> None:
+        """Start to write a checkpoint, with the controller's `state` in it.
+
+        Returns when the tensors are copied; `checkpoint_progress` returns the outcome."""
+        self._writer.save(Path(folder), partial(contents.sharded, self._trainer.networks()), state)
+        torch.cuda.empty_cache()  # of engines on the same GPU
+
+    def checkpoint_progress(self, wait: bool = False) -> CheckpointProgress:
+        """Return is_done, error (a sentence or None) and seconds of the latest `save_checkpoint`.
+
+        wait: until it is done."""
+        progress = self._writer.progress(wait)
+        assert progress is not None, "save_checkpoint() comes first"
+        return {
+            "is_done": progress.is_done,
+            "error": progress.error,
+            "seconds": progress.seconds,
+        }
+
+    def verify_checkpoint(self, folder: str) -> Damage:
+        """Return {"damage": lines}, the faults of `folder` that `checkpoint.verify` looks for."""
+        damage = loading.damage(Path(folder), self._trainer.config.checkpoint.verify)
+        self._verified = None if damage else folder
+        return {"damage": damage}
+
+    def load_checkpoint(self, folder: str, reference: bool) -> LoadedCheckpoint:
+        """Verify `folder` and continue from it; `reference`: whether it holds a reference policy.
+
+        Returns is_same_layout: whether the random streams were restored too."""
+        if folder != self._verified:
+            damage = self.verify_checkpoint(folder)["damage"]
+            if damage:
+                raise UserError(
+                    f"checkpoint {folder} is damaged: {'; '.join(damage[:5])}; run the same "
+                    "command again: it continues from the newest checkpoint that is whole",
+                    key="checkpoint",
+                    cause=Cause.MALFORMED,
+                )
+        if reference:
+            self._trainer.keep_reference()
+        return {"is_same_layout": loading.load(Path(folder), self._trainer.networks())}

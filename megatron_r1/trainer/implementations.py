@@ -1,0 +1,94 @@
+"""Names the implementation of each part of a training step, read from the objects in use."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.transformer.identity_op import IdentityOp
+
+from megatron_r1.models import platform
+from megatron_r1.models.acceleration import FIELDS
+from megatron_r1.models.weights.adapters.table import num_adapter_parameters
+
+if TYPE_CHECKING:
+    from megatron_r1.trainer.trainer import Trainer
+
+ROLES = {
+    "attention": r"core_attention",
+    "norm": r"\w*norm",
+    "linear layers": r"linear_\w+|eh_proj",
+    "experts": r"experts",
+}
+"""Part → the names of its modules, as a regular expression."""
+PACKAGES = {
+    "megatron_r1": "ours",
+    "megatron": "Megatron-Core",
+    "transformer_engine": "Transformer Engine",
+    "apex": "Apex",
+}
+
+
+def in_use(trainer: Trainer) -> dict[str, str]:
+    """Return the implementation of each part on this rank."""
+    found: dict[str, set[str]] = {}
+    for chunk in trainer.model_chunks:
+        for name, module in chunk.named_modules():
+            role = _role(name)
+            if role and not isinstance(module, IdentityOp):
+                found.setdefault(role, set()).add(_origin(type(module)))
+            if (dispatcher := getattr(module, "token_dispatcher", None)) is not None:
+                found.setdefault("dispatcher", set()).add(_origin(type(dispatcher)))
+    parts = {role: ", ".join(sorted(kinds)) for role, kinds in found.items()}
+    config = trainer.transformer
+    if "attention" in parts and config.transformer_impl == "transformer_engine":
+        parts["attention"] += f": {config.attention_backend.name}{_flash_version()}"
+    fusions = [name for name, field in FIELDS.items() if getattr(config, field)]
+    parts["fusions"] = ", ".join(fusions) or "none"
+    if (lora := trainer.config.model.lora) is not None:
+        count = num_adapter_parameters(trainer.hf, lora)
+        parts["adapters"] = f"rank {lora.rank}, {count / 1e6:,.2f}M parameters, all that is trained"
+    parts["optimizer"] = _optimizer(trainer.optimizer)
+    parts["gradient reduction"] = _reduction(trainer.ddp_chunks[0].ddp_config)
+    parts["loss head"] = "r1_kernels, in " + (_triton() if platform.has_gpu() else "PyTorch")
+    return parts
+
+
+def _role(name: str) -> str | None:
+    last = name.rpartition(".")[2]
+    return next((role for role, names in ROLES.items() if re.fullmatch(names, last)), None)
+
+
+def _origin(kind: type) -> str:
+    module = kind.__module__
+    package = "transformer_engine" if ".transformer_engine" in module else module.split(".")[0]
+    return f"{kind.__name__} ({PACKAGES.get(package, package)})"
+
+
+def _optimizer(optimizer: Any) -> str:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    kinds = {_origin(type(part.optimizer)) for part in parts}
+    return f"{', '.join(sorted(kinds))} in {type(parts[0]).__name__}"
+
+
+def _reduction(settings: Any) -> str:
+    dtype = "float32" if settings.grad_reduce_in_fp32 else "the parameters' dtype"
+    is_overlapped = {
+        "reduction": settings.overlap_grad_reduce,
+        "gather of parameters": settings.overlap_param_gather,
+    }
+    overlapped = " and ".join(name for name, is_on in is_overlapped.items() if is_on)
+    return f"{platform.distributed_backend()} in {dtype}, {overlapped or 'nothing'} overlapped"
+
+
+def _flash_version() -> str:
+    try:
+        return f", with flash-attn {metadata.version('flash-attn')}"
+    except metadata.PackageNotFoundError:
+        return ", without flash-attn"
+
+
+def _triton() -> str:
+    return f"Triton {metadata.version('triton')} (torch {torch.__version__})"

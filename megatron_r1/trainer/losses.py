@@ -1,0 +1,75 @@
+"""The interface of a loss, and the supervised one.
+
+A loss takes the packed batch and the head behind its hidden states and returns a *sum* with its
+denominator. The trainer divides by the denominator of the whole optimizer step, over all
+micro-batches and data-parallel ranks, so that the result does not depend on how samples were
+packed. Losses are named in recipes and algorithms as "module:function".
+
+Averaging happens in two places. Within a micro-batch r1_kernels weighs the tokens of the sum as
+`token_weights` says; over the optimizer step the trainer divides by the sum of `denominator`.
+`rl.loss_average` selects both in `controller.algorithms.grpo.loss`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_r1.config.losses import LossAverage, LossSettings
+from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.head import Head
+from megatron_r1.trainer.metrics import Mean, Metrics
+
+
+class LossTerms(NamedTuple):
+    """A loss as a sum, with its denominator and metrics.
+
+    loss: () fp32; denominator: () int; metrics: of this micro-batch, on this rank."""
+
+    loss: Tensor
+    denominator: Tensor
+    metrics: Metrics
+
+
+Loss = Callable[[PackedBatch, Head, LossSettings | None], LossTerms]
+"""(batch, its head, settings) → LossTerms. settings: of a policy loss; None for the others."""
+
+
+def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
+    """Return the denominator, () int32, of a sum of the batch's losses.
+
+    average: "token" gives the number of response tokens; "sequence" (the sum holds each response's
+    mean) and "constant" (it holds each response's sum over a constant) the number of responses. The
+    branches of a trajectory of several turns are one response."""
+    if average == "token":
+        return batch.is_response.sum().int()
+    if average in ("sequence", "constant"):
+        return torch.tensor(
+            batch.num_trajectories, dtype=torch.int, device=batch.is_response.device
+        )
+    raise ValueError(f"loss average {average!r}: use token, sequence or constant")
+
+
+def token_weights(
+    batch: PackedBatch, average: LossAverage, max_response_tokens: int | None = None
+) -> dict[str, Any]:
+    """Return the arguments mask, average and denominator of `Head.policy_loss`.
+
+    They give a response token the weight 1 ("token"), 1 / |o_i| ("sequence"), or 1 / L ("constant",
+    L being max_response_tokens). |o_i| counts a trajectory with all its branches: r1_kernels takes
+    each branch for a sequence of its own, so there batch.sequence_weights are the weights."""
+    if average == "sequence":
+        if batch.sequence_weights is None:
+            return {"mask": batch.is_response, "average": "sequence", "denominator": 1}
+        return {"mask": batch.sequence_weights, "average": "token", "denominator": 1}
+    if average == "constant":
+        assert max_response_tokens, "a constant average is over max_response_tokens"
+        return {"mask": batch.is_response, "average": "token", "denominator": max_response_tokens}
+    return {"mask": batch.is_response, "average": "token", "denominator": 1}
+
+
+def supervised(batch: PackedBatch, head: Head, settings: object = None) -> LossTerms:
+    """Return the SFT loss, -Σ log p over response tokens, () fp32, with their number."""
+    logprobs, _ = head.logprobs()
+    loss, count = -logprobs.sum(), denominator(batch, "token")
+    return LossTerms(loss, count, {"loss": Mean(loss.detach(), count)})

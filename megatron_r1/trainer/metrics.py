@@ -1,0 +1,89 @@
+"""Metrics that are spread over micro-batches and ranks, and their reduction to one number each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_r1.models import platform
+
+if TYPE_CHECKING:
+    from megatron_r1.trainer.distributed import GridPosition
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean that is divided after everything is added up: `total` over `count` things.
+
+    Scalars, as tensors while they are on the device: reading one waits for the GPU, and a pass
+    would wait once per micro-batch."""
+
+    total: Tensor | float
+    count: Tensor | float
+
+
+@dataclass(frozen=True)
+class Maximum:
+    """The largest value seen; -inf where nothing was."""
+
+    value: Tensor | float
+
+
+Metrics = Mapping[str, Mean | Maximum]
+"""Metrics by their names in `metrics.jsonl`."""
+
+
+def merge(reports: Iterable[Metrics]) -> dict[str, Mean | Maximum]:
+    """Return one report for those of several micro-batches; sums are in fp64."""
+    merged: dict[str, Mean | Maximum] = {}
+    for report in reports:
+        for name, metric in report.items():
+            merged[name] = _joined(merged.get(name), metric)
+    return merged
+
+
+def nan_max(a: float, b: float) -> float:
+    """Return the larger number, NaN if either is; `max` may lose a NaN."""
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
+def _joined(before: Mean | Maximum | None, metric: Mean | Maximum) -> Mean | Maximum:
+    if isinstance(metric, Maximum):
+        value = float(metric.value)
+        if isinstance(before, Maximum):
+            value = nan_max(value, float(before.value))
+        return Maximum(value)
+    total, count = float(metric.total), float(metric.count)
+    if isinstance(before, Mean):
+        total, count = float(before.total) + total, float(before.count) + count
+    return Mean(total, count)
+
+
+def reduce_over_data(position: GridPosition, metrics: Metrics) -> dict[str, float]:
+    """Return the numbers behind `metrics` of all data- and context-parallel ranks of the last
+    stage; {} on the other stages. A mean over nothing is 0."""
+    if not position.last_stage:
+        return {}
+    means = {name: metric for name, metric in metrics.items() if isinstance(metric, Mean)}
+    maxima = {name: metric for name, metric in metrics.items() if isinstance(metric, Maximum)}
+    device, fp64 = platform.device(), torch.float64
+    totals = [float(mean.total) for mean in means.values()]
+    counts = [float(mean.count) for mean in means.values()]
+    added = torch.tensor([totals, counts], dtype=fp64, device=device)  # (2, number of means)
+    largest = torch.tensor([float(m.value) for m in maxima.values()], dtype=fp64, device=device)
+    # A maximum of several ranks may lose a NaN, so it becomes infinity; infinities stay.
+    largest = largest.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    # Over data and context parallelism: each of these ranks has other samples, or other tokens of
+    # the same samples. Ranks of one tensor group have equal numbers and are not added up.
+    dist.all_reduce(added, group=position.groups.dp_cp)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=position.groups.dp_cp)
+    numbers = dict(zip(maxima, largest.tolist(), strict=True))
+    for name, total, count in zip(means, *added.tolist(), strict=True):
+        numbers[name] = total / count if count else 0.0
+    return numbers

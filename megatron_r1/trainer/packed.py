@@ -1,0 +1,215 @@
+"""Packs samples into one micro-batch of tensors, end to end, with no attention between samples.
+
+Position t of a sample predicts token t + 1, so the response's tokens are targets at positions
+prompt_length - 1 … length - 2; the last position of every sample predicts nothing. A sample's mask
+leaves out the tokens in between that were given: "response tokens" here are the sampled ones. A
+sample that is not trained on (`Sample.is_trained`) has no response token and counts for no
+trajectory, so that no sum and no denominator of any loss has it.
+
+With context parallelism every sample is padded to a multiple of 2 * ranks. The whole micro-batch is
+packed first, and each rank keeps its positions of every tensor (`models.context`), so targets and
+advantages come from the whole sample. For attention, padding belongs to the sample before it, where
+causal masking hides it from real tokens; it is never a response token."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.models.context import held_positions
+from megatron_r1.models.prefixes import first_positions, with_prefixes
+from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.packed_routing import RoutingPart, packed_routing
+from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.shared_prompts import shared_prefixes
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """The split of a micro-batch's tokens between the ranks that share it.
+
+    context, context_rank: size of the context-parallel group, and this rank's index in it. tensor,
+    tensor_rank: the same of the sequence-parallel group, which divides what a context rank holds.
+    token_multiple: the tokens of each rank are a multiple of it, as FP8 products need."""
+
+    tensor: int = 1
+    context: int = 1
+    context_rank: int = 0
+    token_multiple: int = 1
+    tensor_rank: int = 0
+
+    @property
+    def sample_multiple(self) -> int:
+        """Every sample is padded to a multiple of this."""
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
+    def batch_multiple(self) -> int:
+        """The whole micro-batch is padded to a multiple of this."""
+        return math.lcm(self.sample_multiple, self.tensor * self.context * self.token_multiple)
+
+
+def packed_batch(
+    samples: list[Sample],
+    split: TokenSplit,
+    device: torch.device,
+    routing: RoutingPart | None = None,
+    share_prompts: bool = False,
+) -> PackedBatch:
+    """Pack `samples`, possibly none, and return this rank's part, T tokens on `device`.
+
+    The batch is padded to `split.batch_multiple` by a sample without response. routing: the part of
+    the samples' routing that this rank replays, if any. share_prompts: prompts that several samples
+    have lie at the beginning, once, without their last token (`models.prefixes`)."""
+    placement = _place(samples, split, shared_prefixes(samples) if share_prompts else [])
+    cu_seqlens, total = placement.cu_seqlens, int(placement.cu_seqlens[-1])
+    tokens = _tokens(samples, placement)
+    attention_cu_seqlens = cu_seqlens.int().to(device)
+    position = torch.arange(total) - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+    if placement.prefixes:
+        with_prefixes(attention_cu_seqlens, torch.tensor(placement.links))
+        first = first_positions(attention_cu_seqlens)
+        assert first is not None, "marked above"
+        position += first.repeat_interleave(cu_seqlens.diff())
+    held = held_positions(cu_seqlens, split.context_rank, split.context)
+    own_tokens = held.view(split.tensor, -1)[split.tensor_rank]
+    # The inverse of `held`, -1 for positions on other context ranks.
+    here = torch.full((total,), -1).index_copy(0, held, torch.arange(len(held)))
+    ends = [at + len(sample) - 1 for at, sample in zip(placement.starts, samples, strict=True)]
+    is_response, advantages, rollout_logprobs, teacher, weights = (
+        whole[held] for whole in _response_values(samples, placement)
+    )
+    has_teacher = all(sample.teacher is not None for sample in samples)
+    has_branches = any(sample.weight != 1 for sample in samples)
+    num_trajectories = sum(s.num_trajectories for s in samples if s.is_trained)
+    return PackedBatch(
+        input_ids=tokens[held][None].to(device),
+        position_ids=position[held][None].to(device),
+        packed_seq_params=_packed_seq_params(attention_cu_seqlens, split, int(position.max()) + 1),
+        cu_seqlens=(cu_seqlens // split.context).int().to(device),
+        targets=tokens.roll(-1)[held].to(device),
+        is_response=is_response.to(device),
+        response_rows=is_response.nonzero()[:, 0].to(device),
+        num_trajectories=num_trajectories if split.context_rank == 0 else 0,
+        advantages=advantages.to(device),
+        rollout_logprobs=rollout_logprobs.to(device),
+        last_tokens=here[torch.tensor(ends, dtype=torch.int64)].to(device),
+        labels=torch.tensor([s.label for s in samples], dtype=torch.float32, device=device),
+        logprobs={"teacher": teacher.to(device)} if has_teacher else {},
+        sequence_weights=weights.to(device) if has_branches else None,
+        num_shared=sum(placement.skipped) - sum(count for _, count in placement.prefixes),
+        routing=packed_routing(samples, placement.starts, own_tokens, routing, device)
+        if routing
+        else None,
+    )
+
+
+class Placement(NamedTuple):
+    """The positions of a micro-batch's tokens: shared prefixes first, then samples, then padding.
+
+    cu_seqlens: (prefixes + samples + padding + 1,) int64, from 0 to T.
+    starts: the position of each sample's token 0. If a shared prefix has its first `skipped`
+        tokens, starts is the position of its first own token less `skipped`: starts + i is token
+        i's position for every own token.
+    prefixes: (indices of samples, shared tokens) of each.
+    links: for each segment the number of the prefix that it continues, -1 for
+        none."""
+
+    cu_seqlens: Tensor
+    starts: list[int]
+    skipped: list[int]
+    prefixes: list[tuple[list[int], int]]
+    links: list[int]
+
+
+def _place(
+    samples: list[Sample], split: TokenSplit, prefixes: list[tuple[list[int], int]]
+) -> Placement:
+    before, skipped = [-1] * len(samples), [0] * len(samples)
+    for number, (members, count) in enumerate(prefixes):
+        for member in members:
+            before[member], skipped[member] = number, count
+    own_lengths = [len(sample) - skip for sample, skip in zip(samples, skipped, strict=True)]
+    padded = [count for _, count in prefixes]
+    padded += [length + -length % split.sample_multiple for length in own_lengths]
+    filler = -sum(padded) % split.batch_multiple if padded else split.batch_multiple
+    cu_seqlens = torch.tensor([0, *padded, *([filler] if filler else [])]).cumsum(0)
+    own_starts = cu_seqlens.tolist()[len(prefixes) : len(prefixes) + len(samples)]
+    starts = [start - skip for start, skip in zip(own_starts, skipped, strict=True)]
+    links = [-1] * len(prefixes) + before + [-1] * bool(filler)
+    return Placement(cu_seqlens, starts, skipped, prefixes, links)
+
+
+def _tokens(samples: list[Sample], placement: Placement) -> Tensor:
+    """Return the token ids of the micro-batch, (T,) int64, 0 in padding."""
+    # bytearray: torch warns of a read-only buffer.
+    ids = [torch.frombuffer(bytearray(s.token_ids), dtype=torch.int32).long() for s in samples]
+    tokens = torch.zeros(int(placement.cu_seqlens[-1]), dtype=torch.int64)
+    for (members, count), at in zip(
+        placement.prefixes, placement.cu_seqlens.tolist(), strict=False
+    ):
+        tokens[at : at + count] = ids[members[0]][:count]
+    for own, start, skip in zip(ids, placement.starts, placement.skipped, strict=True):
+        tokens[start + skip : start + len(own)] = own[skip:]
+    return tokens
+
+
+def _response_values(samples: list[Sample], placement: Placement) -> tuple[Tensor, ...]:
+    """Return the whole micro-batch's is_response (bool), advantages, rollout_logprobs, teacher and
+    sequence_weights (fp32), (T,) each, 0 outside responses; see `PackedBatch`."""
+    total = int(placement.cu_seqlens[-1])
+    is_response = torch.zeros(total, dtype=torch.bool)
+    advantages, rollout_logprobs, teacher, weights = per_token = torch.zeros(4, total)
+    for sample, start in zip(samples, placement.starts, strict=True):
+        if not sample.is_trained:
+            continue
+        response = slice(start + sample.prompt_length - 1, start + len(sample) - 1)
+        is_response[response] = True
+        if sample.mask:
+            mask = torch.frombuffer(bytearray(sample.mask), dtype=torch.uint8)
+            is_response[response] = mask.bool()
+        advantages[response] = sample.advantage
+        weights[response] = sample.weight / max(1, int(is_response[response].sum()))
+        for values, encoded in ((rollout_logprobs, sample.logprobs), (teacher, sample.teacher)):
+            if encoded:
+                values[response] = torch.frombuffer(bytearray(encoded), dtype=torch.float32)
+    if any(sample.mask for sample in samples):
+        per_token[:, ~is_response] = 0.0
+    return is_response, *per_token
+
+
+def check_token_ids(samples: Iterable[Sample], vocab_size: int) -> None:
+    """Raise UserError for a token that the model does not have. On the host, where the samples come
+    from: the loss head need not wait for the device to look at its targets."""
+    for sample in samples:
+        ids = np.frombuffer(sample.token_ids, np.int32)
+        wrong = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(wrong):
+            raise UserError(
+                f"a sample has token {wrong[0]}, and the model's vocab_size is {vocab_size}: give "
+                "model.path the tokenizer that belongs to its config.json",
+                key="model.path",
+                cause=Cause.CONFLICT,
+            )
+
+
+def _packed_seq_params(cu_seqlens: Tensor, split: TokenSplit, longest: int) -> PackedSeqParams:
+    """Return cu_seqlens as Megatron takes them. longest: positions of the longest sample."""
+    params = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    if split.context > 1:
+        # The same tensor, because padding belongs to its sample: Transformer Engine would take
+        # different unpadded borders as gaps between samples, which its flash attention refuses.
+        params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = cu_seqlens
+    return params

@@ -1,0 +1,113 @@
+"""Megatron's schedule over packed micro-batches, and the optimizer step around it, for the policy
+and the critic alike."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.utils import get_model_config
+
+from megatron_r1.base.processes import timeline
+from megatron_r1.models import platform
+from megatron_r1.models.build import process_groups
+from megatron_r1.trainer.batch import PackedBatch
+
+Compute = Callable[[PackedBatch, torch.Tensor], Any]
+"""(batch, output of the last stage) → (loss, denominator, report), as Megatron's loss function; in
+a forward-only pass the report alone."""
+
+Inputs = Callable[[torch.nn.Module, PackedBatch], dict[str, torch.Tensor]]
+"""Called before every forward pass; returns further arguments of the model."""
+
+
+def run_passes(
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[PackedBatch],
+    compute: Compute,
+    *,
+    forward_only: bool,
+    inputs: Inputs | None = None,
+) -> list[Any]:
+    """Run forward over `batches` and, unless forward_only (then in evaluation mode), backward.
+
+    Returns the reports of `compute`, one per micro-batch, on the last pipeline stage."""
+
+    def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple:
+        batch = next(iterator)
+        more = inputs(model, batch) if inputs else {}
+        out = model(
+            batch.input_ids,
+            batch.position_ids,
+            None,
+            packed_seq_params=batch.packed_seq_params,
+            **more,
+        )
+        return out, partial(loss, batch)
+
+    def loss(batch: PackedBatch, out: torch.Tensor) -> Any:
+        if not forward_only:
+            return compute(batch, out)
+        zero = torch.zeros((), device=out.device)
+        return zero, zero.int(), compute(batch, out)
+
+    # Routing replay recognizes a pass that will be recomputed by the training mode.
+    for chunk in chunks if forward_only else ():
+        chunk.eval()
+    interleaved, groups = len(chunks) > 1, process_groups(chunks)
+    schedule = get_forward_backward_func(groups.pp.size(), len(chunks) if interleaved else None)
+    # forward_only alone leaves Megatron recording a graph.
+    with torch.set_grad_enabled(not forward_only):
+        return schedule(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
+            model=chunks,
+            num_microbatches=len(batches),
+            # Ignored: `variable_seq_lengths` has Megatron send the shape of every micro-batch.
+            seq_length=max(batch.input_ids.shape[1] for batch in batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            p2p_communicator=P2PCommunicator(groups.pp, get_model_config(chunks[0])),
+            pg_collection=groups,
+        )
+
+
+def optimizer_step(
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: Any,
+    learning_rate: float,
+    run: Callable[[], list[Any]],
+    *,
+    is_last: bool = True,
+) -> tuple[list[Any], dict[str, float]]:
+    """Make one optimizer step with the gradients that `run` computes.
+
+    is_last: whether this is the rollout's last update. Its parameters are gathered at once, because
+    scoring or a push reads them before the forward pass of the next update would gather them.
+    Returns the reports of `run`, and the metrics grad_norm and step_taken (0 or 1)."""
+    for chunk in chunks:
+        chunk.train()
+        chunk.restore_grad_buffers(synchronize=False)  # where `free_gradients` has freed them
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    with timeline.span("trainer/forward and backward"):
+        reports = run()
+    with timeline.span("trainer/optimizer"):
+        succeeded, grad_norm, _ = optimizer.step()
+    for chunk in chunks:
+        if is_last and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+    return reports, {"grad_norm": float(grad_norm), "step_taken": float(succeeded)}
+
+
+def free_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Free the memory of the gradients, which the next optimizer step allocates again, and what
+    torch's allocator keeps of a GPU's memory for later."""
+    for chunk in chunks:
+        chunk.offload_grad_buffers(synchronize=platform.has_gpu(), empty_cache=False)
+    torch.cuda.empty_cache()

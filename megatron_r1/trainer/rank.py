@@ -1,0 +1,49 @@
+"""Entry point of a trainer rank's process.
+
+    python -m megatron_r1.trainer.rank CONTROLLER_ADDRESS RECIPE_JSON
+
+with torchrun's environment variables set (RANK, WORLD_SIZE, …)."""
+
+import sys
+from importlib import import_module
+
+import msgspec
+
+from megatron_r1.base.processes import children, lifetime, timeline
+from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT
+from megatron_r1.base.processes.imports import without_garbage_collection
+
+READ_LATE = frozenset({*children.rank_variables(0, 1, 0), RANKS_ENVIRONMENT})
+"""Environment variables that no import reads (`base.processes.fork_server`)."""
+LATER_IMPORTS = (
+    *("trainer.folders", "trainer.implementations", "trainer.trainer"),
+    "push.sender",
+)
+"""Modules that `worker.Operations` imports, as they need a process that is prepared."""
+
+
+def preload() -> None:
+    """Import what a rank needs; on a CPU Megatron-Core as well."""
+    from megatron_r1.models import platform
+
+    if not platform.has_gpu():
+        platform.prepare()
+        for own in ("trainer.worker", *LATER_IMPORTS):
+            import_module(f"megatron_r1.{own}")
+
+
+def main() -> None:
+    """Serve the controller whose address is the first argument, until it stops the rank or ends."""
+    lifetime.end_without_parent()
+    timeline.reached("trainer/process begins")
+    with without_garbage_collection():
+        from megatron_r1.config import parse
+        from megatron_r1.trainer import distributed, worker
+    address, config_json = sys.argv[1:]
+    timeline.reached("trainer/imports made")
+    worker.serve(parse(msgspec.json.decode(config_json)), address)
+    distributed.leave_process_groups()
+
+
+if __name__ == "__main__":
+    main()

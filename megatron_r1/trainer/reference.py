@@ -1,0 +1,68 @@
+"""The reference policy: a second set of this rank's weights, swapped in only while it is scored.
+
+On the host it takes GPU memory only while it is swapped in; then policy and reference are both on
+the device. On the device it is there all the time, and nothing is copied."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_r1.models import platform
+
+
+class Reference:
+    """A frozen copy of what training changes of a model: trained parameters and persistent buffers
+    (the router's bias).
+
+    Of a model with adapters that is a copy of the adapters: before the first update, the model
+    without them."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], on_host: bool = True):
+        """on_host: keep the weights in pinned host memory, not on the policy's device."""
+        self._live = [t for chunk in chunks for t in _weights(chunk)]
+        self._kept = [
+            platform.empty_on_host(tuple(t.shape), t.dtype) if on_host else torch.empty_like(t)
+            for t in self._live
+        ]
+        frozen: Iterator[Tensor] = (
+            p for chunk in chunks for p in chunk.parameters() if not p.requires_grad
+        )
+        self._by_live: dict[int, Tensor] = {id(t): t for t in frozen}
+        self._by_live |= {id(t): kept for t, kept in zip(self._live, self._kept, strict=True)}
+        self.refresh()
+
+    def kept(self, live: Tensor) -> Tensor:
+        """Return the reference's value of one of the model's own tensors, where it is kept; of one
+        that is not trained, the tensor itself.
+
+        live: the parameter or buffer, not a view. Raises KeyError for any other tensor."""
+        return self._by_live[id(live)]
+
+    def refresh(self) -> None:
+        """Replace the reference by the current policy."""
+        for kept, live in zip(self._kept, self._live, strict=True):
+            kept.copy_(live.detach())
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the model compute with the reference's weights inside the block. They are brought to
+        the parameters' device: data of another would lose the hooks that collect gradients."""
+        policy = [live.data for live in self._live]
+        try:
+            for live, kept in zip(self._live, self._kept, strict=True):
+                live.data = kept.to(live.device, non_blocking=True)
+            yield
+        finally:
+            for live, data in zip(self._live, policy, strict=True):
+                live.data = data
+
+
+def _weights(chunk: torch.nn.Module) -> Iterator[Tensor]:
+    yield from (parameter for parameter in chunk.parameters() if parameter.requires_grad)
+    # Buffers that are not saved are derived, such as rotary frequencies, and equal in both.
+    persistent = set(chunk.state_dict().keys())
+    for name, buffer in chunk.named_buffers():
+        if name in persistent:
+            yield buffer

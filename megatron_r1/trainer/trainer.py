@@ -1,0 +1,335 @@
+"""One trainer rank: Megatron's model, optimizer and schedule behind the operations of a step.
+
+An RL step calls load() (receive the rollout's micro-batches), compute_values() with a critic,
+compute_logprobs() (old and reference policy), compute_token_advantages() for some algorithms,
+update() and update_critic() once per mini-batch, and compare_with_engines() (differences of
+log-probabilities). SFT and reward models call load() and update(); sample_scores() evaluates a
+reward model, probe() compares a few tokens with an engine.
+
+Every operation is called on all ranks at the same time. A rank handles samples and losses, not
+prompts or rewards."""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from megatron_r1 import models
+from megatron_r1.base.user_code import find_function
+from megatron_r1.config import Config
+from megatron_r1.config.losses import LossSettings, TokenSettings
+from megatron_r1.models import fp8, platform, weights
+from megatron_r1.models.hf_config import has_score_head
+from megatron_r1.models.replay import Replay
+from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.trainer import construction
+from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.checkpoints.contents import Network, Networks
+from megatron_r1.trainer.critic import Critic, needs_critic
+from megatron_r1.trainer.distributed import GridPosition
+from megatron_r1.trainer.head import Head
+from megatron_r1.trainer.losses import Loss, LossTerms
+from megatron_r1.trainer.metrics import Maximum, Mean, Metrics, merge, nan_max, reduce_over_data
+from megatron_r1.trainer.operations import SampleScores
+from megatron_r1.trainer.packed import TokenSplit, check_token_ids, packed_batch
+from megatron_r1.trainer.packed_routing import RoutingPart
+from megatron_r1.trainer.passes import Compute, free_gradients, optimizer_step, run_passes
+from megatron_r1.trainer.reference import Reference
+from megatron_r1.trainer.sample import ReplicaSamples, Sample
+from megatron_r1.trainer.scores import Scores
+from megatron_r1.trainer.shared_prompts import check_shared_prompts
+from megatron_r1.trainer.token_advantages import ScoredRollout
+from megatron_r1.trainer.wire import SUPERVISED
+
+
+class Trainer:
+    """A rank's part of the model, its optimizer, the reference policy and the critic."""
+
+    def __init__(self, config: Config, position: GridPosition):
+        """Build the model. Raises UserError for a model or layout that is not supported."""
+        self.config, self.position = config, position
+        self.groups = position.groups
+        self.hf = models.read_hf_config(config.model.path, config.model.head)
+        self.transformer = models.transformer_config(self.hf, config)
+        # The same chunks, bare and in Megatron's DistributedDataParallel, which has the gradients.
+        self.model_chunks, self.ddp_chunks, self.optimizer = construction.network(
+            config, self.hf, self.transformer, self.groups
+        )
+        self.reference: Reference | None = None
+        self.minibatches: list[list[PackedBatch]] = []
+        self.split = TokenSplit(
+            tensor=config.parallel.tensor,
+            tensor_rank=self.groups.tp.rank(),
+            context=config.parallel.context,
+            context_rank=self.groups.cp.rank(),
+            token_multiple=fp8.token_multiple(config.fp8),
+        )
+        plain = self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"
+        check_shared_prompts(config, platform.has_gpu(), plain)
+        shape = routing_shape(self.hf) if config.rl.routing_replay else None
+        self.replay = Replay(self.model_chunks, shape)
+        self.routing = RoutingPart(shape, self.replay.layers) if shape else None
+        self.critic = Critic(config, position) if needs_critic(config) else None
+
+    @property
+    def score_is_new(self) -> bool:
+        """Whether the model is a score model with a randomly initialized head."""
+        return construction.language_body(self.config, self.hf) is not None
+
+    @property
+    def num_parameters(self) -> int:
+        """The parameters of the whole model, counted in its weight table."""
+        return weights.num_parameters(self.hf)
+
+    def load(self, minibatches: ReplicaSamples) -> dict[str, float]:
+        """Pack this replica's samples: minibatches[i][m] are those of micro-batch m of mini-batch
+        i.
+
+        Returns "packing/padding", padding as a fraction of the tokens computed, and, where prompts
+        are shared, "packing/shared", the fraction of tokens that are not computed again."""
+        samples = [s for minibatch in minibatches for microbatch in minibatch for s in microbatch]
+        check_token_ids(samples, self.hf["vocab_size"])
+        shares_prompts = self.config.parallel.share_prompts
+        pack = partial(
+            packed_batch, split=self.split, device=platform.device(), share_prompts=shares_prompts
+        )
+        self.minibatches = [
+            [pack(microbatch, routing=self.routing) for microbatch in self._in_rounds(minibatch)]
+            for minibatch in minibatches
+        ]
+        # The sum also runs over context ranks, which hold parts of the same samples.
+        num_tokens = sum(len(s) for s in samples)
+        num_shared = sum(batch.num_shared for batch in self._batches())
+        own = (num_tokens - num_shared) / self.config.parallel.context
+        slots = sum(batch.input_ids.numel() for batch in self._batches())
+        metrics = {"packing/padding": Mean(slots - own, slots)}
+        if shares_prompts:
+            metrics["packing/shared"] = Mean(num_shared, num_tokens)
+        return self._reduced(metrics)
+
+    def _in_rounds(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
+        """Append empty micro-batches where chunks are interleaved: that schedule runs in rounds of
+        as many micro-batches as there are pipeline ranks."""
+        missing = (
+            -len(microbatches) % self.config.parallel.pipeline if len(self.ddp_chunks) > 1 else 0
+        )
+        return microbatches + [[]] * missing
+
+    def _reduced(self, metrics: Metrics) -> dict[str, float]:
+        return reduce_over_data(self.position, metrics)
+
+    def keep_reference(self) -> None:
+        """Make the current policy the reference."""
+        if self.reference is None:
+            on_host = self.config.parallel.reference_offload == "host"
+            self.reference = Reference(self.model_chunks, on_host)
+        else:
+            self.reference.refresh()
+
+    def compute_logprobs(
+        self, temperature: float, reference: bool, first_minibatch: bool = True
+    ) -> dict[str, float]:
+        """Compute the log-probabilities of every loaded token under the current policy ("old") and,
+        if `reference`, the reference.
+
+        first_minibatch False: those of mini-batch 0 under the current policy are left to its
+        update, which starts at that policy and computes them anyway. With routing replay, returns
+        routing/agreement and, for the first micro-batches, the difference from the engine's
+        log-probabilities without replay. The reference always chooses its own experts: it is a
+        model of its own, not the policy that made the samples."""
+        batches = self._batches()
+        later = batches if first_minibatch else batches[len(self.minibatches[0]) :]
+        with self.replay.measured():
+            self._fill_logprobs(later, "old", temperature)
+        with self.replay.paused():
+            if reference:
+                assert self.reference is not None, "keep_reference() comes first"
+                with self.reference.in_place():
+                    self._fill_logprobs(batches, "ref", temperature)
+            first = batches[: len(self._in_rounds([[]]))] if self.replay.is_on else []
+            if first:
+                self._fill_logprobs(first, "own_routing", temperature)
+        metrics = self.replay.agreement(platform.device())
+        if first:
+            mean, _ = self._engine_gap(first, "own_routing")
+            metrics |= self._reduced({"logprob_diff/without_replay": mean})
+        return metrics
+
+    def _batches(self) -> list[PackedBatch]:
+        return [batch for minibatch in self.minibatches for batch in minibatch]
+
+    def compute_token_advantages(self, function: str, settings: TokenSettings) -> None:
+        """Replace the advantages of all loaded samples by those that the `TokenAdvantages` at
+        "module:function" computes per token; compute_logprobs() comes first."""
+        if self.position.last_stage:
+            scored = ScoredRollout(self._batches(), self.groups.cp, self.groups.dp_cp)
+            scored.store(find_function(function)(scored, settings))
+
+    def compare_with_engines(self) -> dict[str, float]:
+        """Return the mean and the largest absolute difference, over response tokens, of the
+        engine's log-probabilities and the trainer's "old" ones; compute_logprobs() comes first.
+
+        With a teacher also teacher/kl, the sampled estimate of KL(π_old ‖ teacher): the mean of
+        log π_old - log π_teacher over the same tokens."""
+        batches = self._batches()
+        mean, largest = self._engine_gap(batches, "old")
+        metrics: dict[str, Mean | Maximum]
+        metrics = {"logprob_diff/max": largest, "logprob_diff/mean": mean}
+        if self.config.teacher.path and self.position.last_stage:
+            gaps = [
+                (batch.logprobs["old"] - batch.logprobs["teacher"])[batch.is_response]
+                for batch in batches
+            ]
+            metrics["teacher/kl"] = Mean(sum(g.double().sum().item() for g in gaps), mean.count)
+        return self._reduced(metrics)
+
+    def _engine_gap(self, batches: list[PackedBatch], name: str) -> tuple[Mean, Maximum]:
+        """Return |trainer's - engine's log-probability| over this rank's response tokens. name:
+        of the trainer's log-probabilities."""
+        gap, count, largest = 0.0, 0, 0.0
+        for batch in batches if self.position.last_stage else []:
+            gaps = (batch.logprobs[name] - batch.rollout_logprobs)[batch.is_response].abs()
+            gap, count = gap + gaps.double().sum().item(), count + gaps.numel()
+            if gaps.numel():
+                largest = nan_max(largest, gaps.max().item())
+        return Mean(gap, count), Maximum(largest)
+
+    def update(
+        self,
+        index: int,
+        loss: str,
+        settings: LossSettings | None,
+        learning_rate: float,
+        temperature: float = 1.0,
+    ) -> dict[str, float]:
+        """Make one optimizer step on mini-batch `index` with the loss at "module:function".
+
+        settings: of a policy loss; None for the others. temperature: the logits are divided by it,
+        as when they were sampled.
+        Returns the loss's metrics over the whole mini-batch, grad_norm and step_taken."""
+        batches = self.minibatches[index]
+        compute = partial(self._loss, find_function(loss), settings, temperature)
+        if self.config.model.mtp == "train":
+            # The whole model learns from examples to predict further tokens; from its own samples
+            # it must learn by their advantages only.
+            divisor = None if loss == SUPERVISED else self.config.rollout.max_response_tokens
+            for chunk in self.model_chunks:
+                chunk.mtp_only_divisor = divisor
+        run = partial(self._run, batches, compute, forward_only=False)
+        reports, stepped = optimizer_step(
+            self.ddp_chunks, self.optimizer, learning_rate, run, is_last=self._is_last(index)
+        )
+        return self._reduced(merge(reports)) | stepped
+
+    def _is_last(self, index: int) -> bool:
+        return index == len(self.minibatches) - 1
+
+    def compute_values(self) -> None:
+        """Compute the critic's values of all loaded samples, into `PackedBatch.values`."""
+        assert self.critic is not None, "the recipe has no critic"
+        self.critic.values(self._batches())
+
+    def update_critic(self, index: int, learning_rate: float) -> dict[str, float]:
+        """Make one optimizer step of the critic on mini-batch `index`; returns its metrics value/…
+        compute_values() and the returns, from compute_token_advantages(), come first."""
+        assert self.critic is not None, "the recipe has no critic"
+        return self.critic.update(self.minibatches[index], learning_rate, self._is_last(index))
+
+    def sample_scores(self) -> SampleScores:
+        """Return {"scores": s}, s[i][m] a score model's scores of the samples of micro-batch m of
+        mini-batch i; empty on ranks before the last stage."""
+        scores: list[list[list[float]]] = []
+        for batches in self.minibatches:
+            reports = self._run(batches, self._scores_only, forward_only=True)
+            scores.append(reports if self.position.last_stage else [])
+        return {"scores": scores}
+
+    def probe(self, samples: list[Sample]) -> dict[str, float]:
+        """Return the mean and the largest difference of an engine's log-probabilities, at
+        temperature 1, and the trainer's.
+
+        samples: the same on every rank; loaded ones stay."""
+        check_token_ids(samples, self.hf["vocab_size"])
+        rounds = self._in_rounds([samples])
+        batches = [packed_batch(s, self.split, platform.device()) for s in rounds]
+        with self.replay.paused():  # an engine's answer to a probe comes without its routing
+            self._fill_logprobs(batches, "old", 1.0)
+        mean, largest = self._engine_gap(batches, "old")
+        return self._reduced({"probe/max": largest, "probe/mean": mean})
+
+    def yield_memory(self) -> None:
+        """Free what the trainer does not need while engines compute on the same GPUs: gradients,
+        the loaded samples, and memory that torch keeps for later activations."""
+        self.minibatches = []
+        free_gradients(self.ddp_chunks)
+        if self.critic is not None:
+            free_gradients(self.critic.ddp_chunks)
+
+    def networks(self) -> Networks:
+        """Return what a checkpoint holds: policy, reference and critic."""
+        critic = Network(self.critic.model_chunks, self.critic.optimizer) if self.critic else None
+        return Networks(Network(self.model_chunks, self.optimizer), self.reference, critic)
+
+    def _fill_logprobs(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
+        if batches:
+            self._run(batches, partial(self._logprobs_only, name, temperature), forward_only=True)
+
+    def _run(self, batches: list[PackedBatch], compute: Compute, forward_only: bool) -> list[Any]:
+        """Run Megatron's schedule over `batches`, with routing replay and MTP labels; returns the
+        reports of `compute` on the last stage."""
+        train_mtp = self.config.model.mtp == "train" and not forward_only
+
+        def inputs(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
+            self.replay.begin(model, batch.routing)
+            # Without labels the MTP layers are not run, which saves their part of a forward pass.
+            if not train_mtp:
+                return {}
+            return {"labels": batch.targets[None], "loss_mask": batch.is_response[None].float()}
+
+        reports = run_passes(
+            self.ddp_chunks, batches, compute, forward_only=forward_only, inputs=inputs
+        )
+        self.replay.end()
+        return reports
+
+    # The functions below are `passes.Compute`: `out` is the last stage's output, hidden states
+    # (1, T, H) of a policy or scores (1, T) of a score model.
+
+    def _head(
+        self, batch: PackedBatch, out: Tensor, temperature: float, *, records_old: bool = False
+    ) -> Head:
+        return Head(
+            batch,
+            hidden=out.reshape(-1, out.shape[-1]),
+            weight=models.lm_head_weight(self.model_chunks[-1]),
+            temperature=temperature,
+            group=self.groups.tp,
+            vocab_size=self.hf["vocab_size"],
+            context_group=self.groups.cp,
+            records_old=records_old,
+        )
+
+    def _scores(self, batch: PackedBatch, out: Tensor) -> Scores:
+        return Scores(batch, out.view(-1), self.groups.cp)
+
+    def _logprobs_only(
+        self, name: str, temperature: float, batch: PackedBatch, out: Tensor
+    ) -> None:
+        batch.logprobs[name] = self._head(batch, out, temperature).logprobs()[0]
+
+    def _loss(
+        self,
+        loss: Loss,
+        settings: LossSettings | None,
+        temperature: float,
+        batch: PackedBatch,
+        out: Tensor,
+    ) -> LossTerms:
+        if has_score_head(self.hf):
+            scores: Any = self._scores(batch, out)
+            return loss(batch, scores, settings)
+        of_policy = settings is not None
+        return loss(batch, self._head(batch, out, temperature, records_old=of_policy), settings)
+
+    def _scores_only(self, batch: PackedBatch, out: Tensor) -> list[float]:
+        return self._scores(batch, out).of_samples().tolist()

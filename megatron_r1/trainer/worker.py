@@ -1,0 +1,228 @@
+"""The main loop of a trainer rank: join the grid, build the trainer, run the controller's calls."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any, get_type_hints
+
+import msgspec
+import zmq
+
+from megatron_r1.base.errors import UserError
+from megatron_r1.base.processes import collective_timeouts, timeline
+from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT, protect_client
+from megatron_r1.config import Config
+from megatron_r1.models import platform
+from megatron_r1.trainer import distributed
+from megatron_r1.trainer.collectives import collective
+from megatron_r1.trainer.distributed import GridPosition
+from megatron_r1.trainer.operations import (
+    FolderOperations,
+    ModelOperations,
+    PushOperations,
+    names,
+)
+from megatron_r1.trainer.rank_monitor import IDLE, RankMonitor
+from megatron_r1.trainer.replica import Replica
+from megatron_r1.trainer.sample import decode_samples
+from megatron_r1.trainer.wire import (
+    LOAD,
+    STOP,
+    Call,
+    RankDescription,
+    Reply,
+    identity,
+    monitor_identity,
+)
+
+
+def serve_under_torchrun(config: Config, find_controller: Callable[[], str | None]) -> None:
+    """Do as `serve`; rank 0 broadcasts the controller's address and token to the others.
+
+    find_controller: called on rank 0; waits until the controller listens and returns its address,
+    or None if it has ended: every rank then returns, as none would detect the end of a process
+    that it was never connected to."""
+    position = distributed.initialize(config.parallel, config.run.seed)
+    token = platform.from_rank_zero(os.environ.get(RANKS_ENVIRONMENT))
+    assert token is not None, "rank 0 sets it when it starts the controller"
+    os.environ[RANKS_ENVIRONMENT] = token
+    address = platform.from_rank_zero(find_controller() if position.rank == 0 else None)
+    if address is not None:
+        serve(config, address, position)
+    distributed.leave_process_groups()
+
+
+def serve(config: Config, address: str, position: GridPosition | None = None) -> None:
+    """Connect to the controller at `address` (tcp://host:port) and run its calls until `STOP`.
+
+    An operation that fails is answered with the message of a UserError, or else a traceback, and
+    ends the process: its peers may already wait in a collective, and only a restart brings all
+    ranks back to the same state."""
+    rank = int(os.environ["RANK"])
+    socket = _dealer(identity(rank))
+    monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    socket.connect(address)
+    # Before the ranks join each other, so that one that hangs there is seen, too.
+    rank_monitor = RankMonitor(partial(_connected, monitor_identity(rank), address))
+    encode, decode = msgspec.msgpack.encode, msgspec.msgpack.Decoder(Call).decode
+
+    def reply(result: dict[str, Any]) -> None:
+        socket.send(encode(Reply(rank, result)))
+
+    try:
+        position = position or distributed.initialize(config.parallel, config.run.seed)
+        rank_monitor.groups = position.groups
+        operations = Operations(config, position)
+        timeline.reached("trainer/model built")
+        reply({**operations.describe()})
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(monitor, zmq.POLLIN)
+        while True:
+            rank_monitor.enter(IDLE)
+            ready = dict(poller.poll())
+            if socket not in ready:
+                sys.exit(f"trainer rank {rank}: the controller at {address} is gone")
+            parts = [part.buffer for part in socket.recv_multipart(copy=False)]
+            call = decode(parts[0])
+            rank_monitor.enter(call.operation)
+            if call.operation == STOP:
+                rank_monitor.expect_stop()
+                reply({})
+                return
+            with timeline.span(f"trainer/{call.operation}"):
+                result = operations.run(call, parts[1:])
+            reply(result)
+    except Exception as error:
+        if isinstance(error, UserError):
+            failure = Reply(rank, None, str(error), True, error.key, error.cause)
+        else:
+            late = _late_ranks(error, rank_monitor, config.parallel.wait_seconds)
+            failure = Reply(rank, None, late + traceback.format_exc())
+        socket.send(encode(failure))
+        socket.close(linger=5_000)  # the process ends with `raise`: first the message has to leave
+        raise
+
+
+def _late_ranks(error: Exception, monitor: RankMonitor, wait_seconds: float) -> str:
+    """Return a sentence on the collective that other ranks did not come to, if that is the error;
+    else nothing."""
+    waited = collective_timeouts.waited(str(error), wait_seconds)
+    if waited is None:
+        return ""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    place = collective(frames[-1], monitor.groups) or waited
+    return (
+        f"trainer rank {os.environ['RANK']}, in {monitor.operation!r}, waited for other ranks in "
+        f"{place}; {collective_timeouts.remedy(wait_seconds)}\n"
+    )
+
+
+def _dealer(name: bytes) -> zmq.Socket:
+    socket: zmq.Socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, name)
+    protect_client(socket, os.environ[RANKS_ENVIRONMENT])
+    # A controller whose host vanished without closing the connection is noticed within a minute.
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 60_000)
+    return socket
+
+
+def _connected(name: bytes, address: str) -> zmq.Socket:
+    socket = _dealer(name)
+    socket.connect(address)
+    return socket
+
+
+class Operations:
+    """What the controller may call: "load" and `methods`."""
+
+    def __init__(self, config: Config, position: GridPosition):
+        # These import Megatron, which is possible only after platform.prepare().
+        from megatron_r1.push.sender import WeightPush
+        from megatron_r1.trainer import implementations
+        from megatron_r1.trainer.folders import Folders
+        from megatron_r1.trainer.trainer import Trainer
+
+        slowest = timedelta(seconds=config.parallel.wait_seconds)
+        self.position, self.replica = position, Replica(position, slowest)
+        self.trainer = Trainer(config, position)
+        self.implementations = implementations.in_use(self.trainer)
+        push = WeightPush(self.trainer.model_chunks, self.trainer.hf, config)
+        self._methods = methods(self.trainer, Folders(self.trainer), push)
+        self._types = argument_types()
+
+    def describe(self) -> RankDescription:
+        """Return the reply to the rank's start."""
+        return {
+            "rank": self.position.rank,
+            "tensor_rank": self.position.tensor_rank,
+            "pipeline_rank": self.position.pipeline_rank,
+            "context_rank": self.position.groups.cp.rank(),
+            "expert_rank": self.position.groups.ep.rank(),
+            "data_rank": self.position.data_rank,
+            "data_size": self.position.data_size,
+            "last_stage": self.position.last_stage,
+            "leads_replica": self.replica.leads,
+            "num_parameters": self.trainer.num_parameters,
+            "score_is_new": self.trainer.score_is_new,
+            "implementations": self.implementations,
+            "process": os.getpid(),
+        }
+
+    def run(self, call: Call, share: Sequence[memoryview] = ()) -> dict[str, Any]:
+        """Run one operation; its result is JSON-like. share: of "load", on the leader of a replica:
+        the parts of `sample.encode_samples`. Raises ValueError for an unknown operation."""
+        if call.operation == LOAD:
+            broadcast = self.replica.broadcast
+            headers, buffers = broadcast(share[:1]), broadcast(share[1:])
+            return self.trainer.load(decode_samples(headers, buffers))
+        if call.operation not in self._methods:
+            known = ", ".join(self._methods)
+            raise ValueError(f"unknown operation {call.operation!r}: use {known}")
+        types = self._types[call.operation]
+        arguments = {
+            name: msgspec.convert(value, types.get(name, Any))
+            for name, value in call.arguments.items()
+        }
+        return self._methods[call.operation](**arguments) or {}
+
+
+def methods(
+    trainer: ModelOperations, folders: FolderOperations, push: PushOperations
+) -> dict[str, Callable[..., Any]]:
+    """Return the methods that the controller may call, by their names."""
+    operations: list[Callable[..., Any]] = [
+        trainer.keep_reference,
+        trainer.compute_logprobs,
+        trainer.compare_with_engines,
+        trainer.compute_values,
+        trainer.compute_token_advantages,
+        trainer.update,
+        trainer.update_critic,
+        trainer.sample_scores,
+        trainer.probe,
+        trainer.yield_memory,
+        folders.export,
+        folders.export_adapter,
+        folders.save_checkpoint,
+        folders.checkpoint_progress,
+        folders.verify_checkpoint,
+        folders.load_checkpoint,
+        push.open_push,
+        push.connect_sets,
+        push.send_weights,
+    ]
+    return {operation.__name__: operation for operation in operations}
+
+
+def argument_types() -> dict[str, dict[str, Any]]:
+    """Return the type of each argument of each operation: msgpack carries a mapping or a list."""
+    return {
+        name: get_type_hints(getattr(protocol, name))
+        for protocol in (ModelOperations, FolderOperations, PushOperations)
+        for name in names(protocol)
+    }

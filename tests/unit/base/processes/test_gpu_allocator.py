@@ -1,0 +1,96 @@
+"""The environment of trainer ranks and engines, as far as torch's allocator on a GPU reads it."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_r1.base.processes.gpu_allocator import EXPANDABLE, VARIABLES
+from megatron_r1.commands import cli, torchrun
+from megatron_r1.config import parse
+from megatron_r1.controller.trainer_calls import rank_processes
+from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses
+from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.settings import EngineSettings
+from megatron_r1.trainer import worker
+
+RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+ON = "expandable_segments:True"
+
+
+@pytest.fixture(params=[True, False])
+def has_gpu(request, monkeypatch):
+    monkeypatch.setattr(gpu, "is_usable", lambda: request.param)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return request.param
+
+
+def allocator_of(environment):
+    return {name: environment[name] for name in VARIABLES if name in environment}
+
+
+def test_ranks_on_gpus_let_segments_grow(has_gpu, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(rank_processes, "_start", lambda command, log, own: started.append(own))
+    config = parse({"run": {"folder": "x"}, "parallel": {"processes": 2}})
+    RankProcesses(tmp_path).start(config, "tcp://127.0.0.1:1", "secret")
+    expected = EXPANDABLE if has_gpu else {}
+    assert [allocator_of(own) for own in started] == [expected, expected]
+
+    started.clear()
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    RankProcesses(tmp_path).start(config, "tcp://127.0.0.1:1", "secret")
+    assert not any(allocator_of(own) for own in started), "the user's own setting stays"
+
+
+def test_ranks_under_torchrun_do_and_their_controller_does_not(has_gpu, monkeypatch):
+    """Engines inherit the controller's environment."""
+    seen = {}
+
+    def popen(command, env, **options):
+        seen["controller"] = env
+        return SimpleNamespace(wait=lambda: 0)
+
+    def serve(config, find_controller):
+        seen["rank"] = dict(os.environ)
+
+    for name, value in (RANK | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    for name in (*EXPANDABLE, torchrun.RANKS_ENVIRONMENT):
+        monkeypatch.setenv(name, "")  # so that it is removed at the end
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torchrun.subprocess, "Popen", popen)
+    monkeypatch.setattr(worker, "serve_under_torchrun", serve)
+    assert cli._serve_as_rank(parse({"run": {"folder": "x"}}), ["rl", "x.yaml"]) == 0
+    assert allocator_of(seen["rank"]) == (EXPANDABLE if has_gpu else {})
+    assert allocator_of(seen["controller"]) == {}
+    secret = seen["rank"][torchrun.RANKS_ENVIRONMENT]
+    assert seen["controller"][torchrun.RANKS_ENVIRONMENT] == secret
+    assert seen["controller"][torchrun.WORLD_SIZE] == "2" and "RANK" not in seen["controller"]
+
+
+@pytest.mark.parametrize(
+    ("device", "transport", "given", "replaced"),
+    [
+        ("cuda", "cuda_ipc", ON, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}),
+        (
+            *("cuda", "cuda_ipc", f"max_split_size_mb:512, {ON},a:b"),
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512,a:b,expandable_segments:False"},
+        ),
+        ("cuda", "cuda_ipc", "max_split_size_mb:512", {}),
+        ("cuda", "cuda_ipc", None, {}),
+        ("cuda", "nccl", ON, {}),
+        ("cpu", "cuda_ipc", ON, {}),
+    ],
+)
+def test_engines_that_hand_out_memory_keep_segments_fixed(
+    device, transport, given, replaced, monkeypatch
+):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    if given is not None:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
+    backend = f"megatron_r1_{transport}"
+    settings = EngineSettings(device=device, weight_transfer_backend=backend)
+    assert allocator_of(settings.environment()) == replaced

@@ -1,0 +1,38 @@
+"""How often lost trainer ranks are started again."""
+
+import asyncio
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+
+from megatron_r1.base.errors import TrainerLost
+from megatron_r1.config import Config
+from megatron_r1.controller.supervision.supervisor import Supervisor
+
+
+class LosingTrainer(SimpleNamespace):
+    """A trainer whose ranks can be started again."""
+
+    can_restart, num_restarts, num_replies, waiting = True, 0, 0, None
+
+    def kill(self):
+        pass
+
+    async def restart(self):
+        self.num_restarts += 1
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_ranks_are_lost_for_good_when_no_restart_is_left(most):
+    trainer, attempts = LosingTrainer(), []
+
+    async def attempt():
+        attempts.append(trainer.num_restarts)
+        raise TrainerLost("rank 1 ended")
+
+    config = Config().with_changes(run={"max_trainer_restarts": most})
+    supervisor = Supervisor(config, MagicMock(), trainer, spans_hosts=False)
+    with pytest.raises(TrainerLost):
+        asyncio.run(supervisor.with_restarts(attempt))
+    assert attempts == list(range(most + 1))

@@ -1,0 +1,143 @@
+"""What a run takes on a CPU: the planner's arithmetic, itself tested against real ranks, agrees."""
+
+import json
+
+import pytest
+from r1_kernels import linear_head
+from refusals import refused
+
+from megatron_r1.base.errors import Cause
+from megatron_r1.config import Config
+from megatron_r1.config.hardware import HARDWARE
+from megatron_r1.controller.trainer_calls import cpu_memory as memory
+from megatron_r1.controller.trainer_calls.cpu_memory import (
+    CPUMemory,
+    activation_bytes,
+    cpu_memory,
+    free_bytes,
+)
+from megatron_r1.models.weights import num_parameters
+from megatron_r1.plan.activations import layer_activations
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.memory import rank_memory
+
+# SmolLM2-135M's and a mixture of experts with latent attention.
+DENSE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 100_000.0,
+    "max_position_embeddings": 8192,
+}
+GIB = 1 << 30
+
+
+def recipe(tmp_path, ranks: int = 1, **changed) -> Config:
+    (tmp_path / "config.json").write_text(json.dumps(DENSE))
+    model = {"path": str(tmp_path), "dtype": "float32", **changed.pop("model", {})}
+    rollout = {"dtype": "float32", **changed.pop("rollout", {})}
+    parallel = {"processes": ranks, **changed.pop("parallel", {})}
+    return Config.model_validate(
+        {"model": model, "rollout": rollout, "parallel": parallel, **changed}
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "ranks, tensor, kl_beta, lora",
+    [(1, 1, 0.001, None), (3, 3, 0.0, None), (2, 1, 0.001, None), (2, 1, 0.001, {"rank": 64})],
+)
+def test_weights_are_those_of_the_plan(tmp_path, dtype, ranks, tensor, kl_beta, lora):
+    settings = {"model": {"dtype": dtype, "lora": lora}, "parallel": {"tensor": tensor}}
+    config = recipe(tmp_path, ranks, **settings, rl={"kl_beta": kl_beta})
+    job = PlannedJob(memory.read_hf_config(str(tmp_path)), config, ranks, HARDWARE["H800"])
+    (of_rank,) = rank_memory(job)  # ranks of one pipeline stage are equal
+    planned = of_rank.resident + of_rank.host["reference"]
+    copies = of_rank.host["checkpoint being written"]
+    found = cpu_memory(config, ranks, has_engines=True)
+    assert found.weights == pytest.approx(ranks * (planned + copies), rel=0.01)
+
+
+def test_activations_are_the_plan_s_and_what_local_layers_keep_beside_them(tmp_path):
+    config = recipe(tmp_path)
+    job = PlannedJob(memory.read_hf_config(str(tmp_path)), config, 1, HARDWARE["H800"])
+    planned = 30 * layer_activations(job, False, tokens=1).everything
+    assert planned < activation_bytes(DENSE, 4) < 1.5 * planned
+    assert activation_bytes(DENSE, 2) == activation_bytes(DENSE, 4) // 2
+    again = cpu_memory(recipe(tmp_path, parallel={"recompute": "full"}), 1, has_engines=False)
+    inputs = 30 * layer_activations(job, False, tokens=1).input
+    assert again.per_token == inputs + activation_bytes(DENSE, 4) // 30
+    # Measured: 15.4 GB in all with one micro-batch of 8,064 tokens, where the kernel ended it.
+    assert cpu_memory(config, 1, has_engines=False).weights + 8064 * activation_bytes(
+        DENSE, 4
+    ) == pytest.approx(15.4e9, rel=0.1)
+
+
+def test_a_micro_batch_is_what_the_free_memory_has_room_for():
+    def tokens(free: float, wanted: int | None = None) -> int:
+        return CPUMemory(3 * GIB, 2 * GIB, GIB, 1 << 20, int(free * GIB)).microbatch(wanted)
+
+    assert tokens(64) == 3 * 512  # 1.5 GiB of activations
+    assert CPUMemory(GIB, GIB, GIB, 1 << 10, 64 * GIB).microbatch(None) == 16_384
+    assert tokens(8) == int((0.9 * 8 - 6) * 1024)
+    assert tokens(64, 20_000) == 20_000
+    assert tokens(6.4) == tokens(5.5) == memory.FEWEST_TOKENS  # where the rest may be shared pages
+    with refused("parallel.processes", Cause.TOO_LARGE, "6.5 GiB", 5.4):
+        tokens(5.4)
+    with refused("parallel.tokens_per_microbatch", Cause.TOO_LARGE, "16,384", 16.0, "1,228"):
+        tokens(8, 16_384)
+
+
+def test_engines_elsewhere_take_nothing_here_and_a_score_head_no_logits(tmp_path):
+    here = cpu_memory(recipe(tmp_path), 1, has_engines=True)
+    hosts = cpu_memory(recipe(tmp_path, rollout={"placement": "hosts"}), 1, has_engines=True)
+    assert here.engine_weights == 2 * 134_515_008 * 4 and hosts.engine_weights == 0
+    assert here.others > hosts.others + GIB
+    score = cpu_memory(recipe(tmp_path, model={"head": "score"}), 1, has_engines=False)
+    assert score.others < hosts.others and score.engine_weights == 0
+
+
+def test_a_critic_and_a_teacher_take_memory_too(tmp_path):
+    grpo = cpu_memory(recipe(tmp_path), 1, has_engines=True)
+    ppo = cpu_memory(
+        recipe(tmp_path, rl={"algorithm": "ppo", "kl_beta": 0.001}), 1, has_engines=True
+    )
+    # The reference has no critic; weights, gradients, moments and a checkpoint's buffers of both.
+    score = num_parameters(memory.read_hf_config(str(tmp_path), "score"))
+    assert ppo.weights - grpo.weights == score * (4 + 4 + 8 + 12 + 4)
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text(json.dumps(DENSE | {"dtype": "bfloat16"}))
+    (teacher / "model.safetensors").write_bytes(bytes(2 * 5000))
+    settings = {"path": str(teacher), "engines": 3, "dtype": "float32"}
+    taught = cpu_memory(recipe(tmp_path, teacher=settings), 1, has_engines=True)
+    assert taught.engine_weights == grpo.engine_weights + 3 * 4 * 5000
+    assert taught.others > grpo.others + 3 * GIB
+
+
+def test_the_loss_head_s_chunk_is_that_of_the_kernels():
+    assert memory.CHUNK_LOGITS == linear_head.CPU_CHUNK_ELEMENTS
+
+
+def test_moments_in_bfloat16_save_nothing_on_a_cpu(tmp_path):
+    rounded = cpu_memory(recipe(tmp_path, optimizer={"moments": "bfloat16"}), 1, has_engines=True)
+    assert rounded.weights == cpu_memory(recipe(tmp_path), 1, has_engines=True).weights
+
+
+def test_a_container_s_limit_counts_where_it_is_lower(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    unlimited = free_bytes()
+    (tmp_path / "memory.max").write_text(f"{1 << 20}\n")
+    (tmp_path / "memory.current").write_text("65536\n")
+    (tmp_path / "memory.stat").write_text("anon 9\nactive_file 4096\ninactive_file 8192\n")
+    assert free_bytes() == (1 << 20) - 65536 + 4096 + 8192 < unlimited
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes() > 1 << 20

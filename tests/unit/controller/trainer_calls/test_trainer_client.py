@@ -1,0 +1,91 @@
+"""What the controller's side of the trainer ranks promises, with ranks that only repeat."""
+
+import asyncio
+
+import msgspec
+import pytest
+from waiting import until
+
+from megatron_r1.base.errors import TrainerLost
+from megatron_r1.config import Config
+from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.trainer.operations import ModelOperations, PushOperations
+from megatron_r1.trainer.wire import Call, Reply
+
+
+class Repeats:
+    """One rank, which answers a call with its operation once `answers` is set."""
+
+    def __init__(self):
+        self.answers, self.calls = asyncio.Event(), asyncio.Queue()
+
+    async def send(self, rank, call, share):
+        self.calls.put_nowait(msgspec.msgpack.decode(call, type=Call).operation)
+
+    async def reply(self, seconds):
+        try:
+            async with asyncio.timeout(seconds):
+                await self.answers.wait()
+                return Reply(0, {"operation": await self.calls.get()})
+        except TimeoutError:
+            return None
+
+    def close(self): ...
+
+
+@pytest.fixture
+def client(tmp_path, monkeypatch):
+    model = {"path": "examples/laptop/model"}
+    monkeypatch.setattr("megatron_r1.controller.trainer_calls.client.sample_cost", lambda hf: None)
+    client = TrainerClient(Config(model=model), tmp_path)
+    client.socket.close()
+    client.socket = Repeats()
+    client.ranks = [{"rank": 0, "last_stage": True, "leads_replica": False}]
+    return client
+
+
+def test_the_reply_to_a_cancelled_call_is_not_taken_for_the_next_one(client):
+    """An engine that ends while it connects cancels the trainer's part of the connection."""
+
+    async def story():
+        given_up = asyncio.create_task(client.call(PushOperations.connect_sets))
+        waits = asyncio.create_task(client.call(ModelOperations.probe))
+        await until(client.socket.calls.qsize)
+        given_up.cancel()
+        waits.cancel()  # not sent to the rank yet
+        after = asyncio.create_task(client.call(ModelOperations.update))
+        await asyncio.sleep(0.05)
+        assert not after.done() and not client.is_usable
+        client.socket.answers.set()
+        return await after, client.is_usable
+
+    assert asyncio.run(story()) == ({"operation": "update"}, True)
+
+
+def test_begun_is_called_when_the_call_is_sent_to_the_ranks(client):
+    async def story():
+        waiting = []
+        first = asyncio.create_task(client.call(ModelOperations.compute_logprobs))
+        await until(client.socket.calls.qsize)
+        second = asyncio.create_task(
+            client.call_all(
+                PushOperations.connect_sets, begun=lambda: waiting.append(client.waiting)
+            )
+        )
+        await asyncio.sleep(0.05)
+        assert not waiting
+        client.socket.answers.set()
+        assert await second == [{"operation": "connect_sets"}]
+        await first
+        return waiting
+
+    assert asyncio.run(story()) == [None]
+
+
+def test_a_call_while_the_ranks_start_again_is_a_loss_and_not_an_empty_reply(client):
+    client.ranks = []
+    with pytest.raises(TrainerLost, match="send_weights"):
+        asyncio.run(client.call_all(PushOperations.send_weights))
+    client.ranks = [{"rank": 0, "last_stage": True, "leads_replica": False}]
+    client.socket.answers.set()
+    assert asyncio.run(client.call(ModelOperations.update)) == {"operation": "update"}

@@ -1,0 +1,60 @@
+"""How often an engine that does not come back is started again."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_r1.engines.fleet.replacement import Replacement
+from megatron_r1.engines.server.errors import EngineDied, EngineError
+
+
+class OneEngine:
+    """The members of a fleet of one engine, and why it failed."""
+
+    def __init__(self):
+        server = SimpleNamespace(is_lost=False)
+        self.engine = SimpleNamespace(
+            name="engine-0", is_up=True, is_leaving=False, server=server, end=self.end
+        )
+        self.up, self.failure, self.starts = [self.engine], None, 0
+
+    async def end(self):
+        pass
+
+    def take_down(self, engine):
+        engine.is_up = False
+
+    def notify(self, line):
+        pass
+
+    def fail(self, error):
+        self.failure = error
+
+    async def start(self, engine):
+        self.starts += 1
+        raise EngineError(f"attempt {self.starts}")
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_the_fleet_fails_when_no_restart_is_left(most):
+    members = OneEngine()
+
+    async def run():
+        replacement = Replacement(members, members.start, most, 60.0)
+        replacement.replace(members.engine, EngineDied("it ended"))
+        await asyncio.gather(*replacement.tasks)
+
+    asyncio.run(run())
+    assert members.starts == most and str(members.failure) == f"attempt {most}"
+
+
+def test_without_restarts_the_death_is_raised_at_once():
+    members, death = OneEngine(), EngineDied("it ended")
+
+    async def run():
+        Replacement(members, members.start, 0, 60.0).replace(members.engine, death)
+
+    with pytest.raises(EngineDied):
+        asyncio.run(run())
+    assert members.starts == 0 and members.failure is death

@@ -1,0 +1,86 @@
+"""What an engine's core keeps back for its server (`engines.plugin.whole_outputs`), on stand-ins
+with the fields of vLLM's messages."""
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from megatron_r1.engines.plugin.whole_outputs import MOST_TOKENS, OTHER_FIELDS, HeldOutputs
+
+
+class Logprobs(NamedTuple):
+    logprob_token_ids: np.ndarray
+    logprobs: np.ndarray
+    sampled_token_ranks: np.ndarray
+    cu_num_generated_tokens: list[int] | None = None
+
+
+def output(request: str, token: int, **fields: Any) -> SimpleNamespace:
+    logprobs = Logprobs(np.array([[token]]), np.array([[-token / 2]]), np.array([0]))
+    others = dict.fromkeys(OTHER_FIELDS)
+    return SimpleNamespace(
+        **{"request_id": request, "new_token_ids": [token], "new_logprobs": logprobs}
+        | {"prefill_stats": None}
+        | others
+        | fields
+    )
+
+
+def step(held: HeldOutputs, *outputs: SimpleNamespace, whole: bool = True, **fields: Any) -> list:
+    """The outputs that are sent after a step of one client."""
+    others = {"scheduler_stats": None, "finished_requests": None, "wave_complete": None}
+    message = SimpleNamespace(outputs=list(outputs), **others | fields)
+    sent = held.keep_back({0: message}, lambda request: whole)
+    return sent[0].outputs if sent else []
+
+
+def test_a_response_is_sent_whole_when_it_ends():
+    held = HeldOutputs()
+    assert step(held, output("a", 1, prefill_stats="prefill"), output("b", 5)) == []
+    assert step(held, output("a", 2), output("b", 6)) == []
+    (sent,) = step(held, output("a", 3, finish_reason="stop"), output("b", 7))
+    assert sent.request_id == "a" and sent.new_token_ids == [1, 2, 3]
+    assert (sent.finish_reason, sent.prefill_stats) == ("stop", "prefill")
+    assert sent.new_logprobs.logprob_token_ids.tolist() == [[1], [2], [3]]
+    assert sent.new_logprobs.logprobs.tolist() == [[-0.5], [-1.0], [-1.5]]
+    assert sent.new_logprobs.sampled_token_ranks.tolist() == [0, 0, 0]
+    assert held.release()[0][0].new_token_ids == [5, 6, 7]  # b's
+    assert held.release() == {}
+
+
+def test_clients_that_read_every_token_get_it_at_once():
+    held = HeldOutputs()
+    sent = step(held, output("a", 1), whole=False)
+    assert [each.new_token_ids for each in sent] == [[1]]
+
+
+@pytest.mark.parametrize("field", OTHER_FIELDS)
+def test_what_is_more_than_tokens_is_sent_with_all_before_it(field):
+    held = HeldOutputs()
+    step(held, output("a", 1))
+    (sent,) = step(held, output("a", 2, **{field: "something"}))
+    assert sent.new_token_ids == [1, 2] and getattr(sent, field) == "something"
+
+
+def test_a_long_response_is_sent_in_chunks():
+    held = HeldOutputs()
+    sent = [step(held, output("a", token)) for token in range(2 * MOST_TOKENS)]
+    assert [len(each[0].new_token_ids) for each in sent if each] == [MOST_TOKENS, MOST_TOKENS]
+    assert sent[MOST_TOKENS - 1][0].new_token_ids == list(range(MOST_TOKENS))
+
+
+def test_a_message_without_outputs_is_kept_where_it_says_something_else():
+    held = HeldOutputs()
+    finished = {"scheduler_stats": None, "finished_requests": {"c"}, "wave_complete": None}
+    message = SimpleNamespace(outputs=[output("a", 1)], **finished)
+    assert held.keep_back({0: message}, lambda request: True) == {0: message}
+    assert message.outputs == []
+
+
+def test_aborted_requests_leave_nothing():
+    held = HeldOutputs()
+    step(held, output("a", 1), output("b", 2))
+    held.forget(["a", "unknown"])
+    assert [each.request_id for each in held.release()[0]] == ["b"]

@@ -1,0 +1,23 @@
+"""What a recipe sets of an engine's cache, as vLLM's arguments."""
+
+from pathlib import Path
+
+from refusals import refused
+
+from megatron_r1.base.errors import Cause
+from megatron_r1.config import parse
+from megatron_r1.engines.server.from_config import engine_settings
+from megatron_r1.engines.server.settings import EngineSettings
+
+
+def arguments(**rollout) -> list[str]:
+    config = parse({"rollout": rollout})
+    return EngineSettings(**engine_settings(config.rollout)).arguments(Path("model"))
+
+
+def test_the_blocks_of_the_cache_are_vllms_unless_set():
+    assert "--block-size" not in arguments()
+    made = arguments(kv_block_tokens=64)
+    assert made[made.index("--block-size") + 1] == "64"
+    with refused("rollout.kv_block_tokens", Cause.MALFORMED, 32):
+        arguments(kv_block_tokens=48)

@@ -1,0 +1,33 @@
+"""An input that changes while a stage reads it."""
+
+from pathlib import Path
+
+import pytest
+from workflow_world import World
+
+from megatron_r1.pipeline import manifest
+from megatron_r1.pipeline.pipeline_recipe import load
+from megatron_r1.pipeline.plan import WorkflowPlan
+from megatron_r1.pipeline.status import StageState, examine
+
+RECIPE = """
+pipeline: {folder: out}
+stages:
+  only: {verb: make, function: "tiny:join", arguments: {sources: [extra.txt]}}
+"""
+
+
+@pytest.mark.parametrize(("after", "state"), [("x\n", "DONE"), ("changed\n", "STALE")])
+def test_a_stage_was_made_of_its_inputs_as_they_were_at_its_beginning(
+    tmp_path, monkeypatch, after, state
+):
+    monkeypatch.chdir(tmp_path)
+    World(tmp_path, RECIPE)
+    plan = WorkflowPlan.of(load("p.yaml"), "p.yaml", Path("out"), 0, {})
+    stage = plan.stages["only"]
+    plan.folder_of("only").mkdir(parents=True)
+    manifest.begin(plan, stage, (), None)
+    (plan.folder_of("only") / "all.txt").write_text("x")
+    (tmp_path / "extra.txt").write_text(after)
+    manifest.finish(plan, stage, (), ["megatron-r1"])
+    assert examine(plan, stage, {}).state is StageState[state]

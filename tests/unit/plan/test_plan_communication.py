@@ -1,0 +1,40 @@
+"""What ranks send, by hand."""
+
+import pytest
+from planned_jobs import ROOT, real_job
+
+from megatron_r1 import config as configuration
+from megatron_r1.config.hardware import HARDWARE
+from megatron_r1.models import read_hf_config
+from megatron_r1.plan.communication import groups
+from megatron_r1.plan.job import PlannedJob
+
+
+def test_what_a_rank_sends_by_hand():
+    sent = groups(real_job(), 3)
+    # 512 samples of 8,704 tokens over 16 replicas in 16 micro-batches, over context 2 and tensor 4.
+    split = 32 * 8704 / 16 / 8
+    assert sent["pipeline"].microbatch == pytest.approx(split * 7168 * 2 * 2 * 2)
+    assert sent["expert"].forward == pytest.approx(4 * 2 * 8 * 1.2 * split * 7168 * 2 * 7 / 8)
+    assert sent["data"].size == 32 and sent["data"].microbatch == 0
+
+
+def test_a_rank_sends_a_whole_head_where_there_are_fewer_than_tensor_ranks():
+    recipe = ROOT / "examples/distill/qwen2.5-math-1.5b.yaml"
+    config = configuration.load(recipe, {"parallel.tensor": 4, "parallel.context": 2})
+    hf = read_hf_config(config.model.path)
+    assert (hf["num_key_value_heads"], hf["hidden_size"] // hf["num_attention_heads"]) == (2, 128)
+    job = PlannedJob(hf, config, 8, HARDWARE["H800"], verb="sft")
+    layers = 28
+    expected = layers * 2 * 128 * job.rank_tokens * 2  # a key and a value head, 2 B a value
+    assert groups(job, 0)["context"].forward == pytest.approx(expected)
+
+
+def test_tensor_ranks_send_what_the_others_lack():
+    recipe = ROOT / "examples/distill/qwen2.5-math-1.5b.yaml"
+    config = configuration.load(recipe, {"parallel.tensor": 4})
+    job = PlannedJob(read_hf_config(config.model.path), config, 4, HARDWARE["H800"], verb="sft")
+    # In each of 28 layers attention and MLP gather and scatter 1,536 values a token, three quarters
+    # of which go to other ranks.
+    expected = 28 * 2 * 2 * 1536 * job.rank_tokens * 2 * 3 / 4
+    assert groups(job, 0)["tensor"].forward == pytest.approx(expected)

@@ -1,0 +1,72 @@
+"""Engines' memory and speed, against published caches and by hand."""
+
+from dataclasses import replace
+
+import pytest
+from planned_jobs import LLAMA_405B, QWEN_72B, RECIPE, V3, planned, real_job
+
+from megatron_r1 import config as configuration
+from megatron_r1.config.hardware import GIB, HARDWARE
+from megatron_r1.plan.bill import Bill
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.rollout import Engines, cache_bytes_per_token, samples_section
+
+
+def test_an_fp8_decoding_step_skips_idle_experts_of_one_byte_a_value():
+    engines = Engines(planned(push__fp8=True))
+    read = [engines._weights_read(sequences) for sequences in (0, 1e6)]
+    assert read[1] == pytest.approx(engines.weights)
+    routed = engines.counts.routed + engines.counts.mtp_routed  # the drafter's experts too
+    assert read[1] - read[0] == pytest.approx(routed / 128)
+
+
+def test_a_pass_with_a_draft_takes_one_layer_more_and_gives_more_tokens():
+    """By hand, where only the latency of layers counts: 61 layers, 1 of MTP, 85% accepted."""
+    no_limits = replace(HARDWARE["H800"], memory_bandwidth=1e30, bf16=1e30)
+    for tokens, expected in ((1, 62 / 1.85), (2, 63 / (1.85 + 0.85**2)), (0, 61)):
+        method = "mtp" if tokens else "none"
+        job = planned(rollout__speculative={"method": method, "tokens": tokens or 1})
+        engines = Engines(replace(job, hardware=no_limits))
+        assert engines.step_seconds(32) == pytest.approx(expected * 0.00015)
+    ngram = Engines(planned(rollout__speculative={"method": "ngram", "tokens": 4}))
+    assert "rollout.speculative.method=ngram" in ngram.seconds()[1]
+
+
+def test_sampling_without_a_trainer_has_no_fp8_push():
+    changed = {"push.fp8": True, "push.transport": "cuda_ipc"}
+    config = configuration.load(RECIPE, changed)
+    engines = Engines(PlannedJob(V3, config, 2048, HARDWARE["H800"], verb="sample"))
+    assert engines.weights == Engines(planned()).weights and not engines.receive_buffer
+
+
+def test_an_engine_that_takes_more_of_a_gpu_than_the_trainer_leaves_is_named():
+    most = Bill(planned()).sections()["engine memory of a GPU"]["share, at most"]
+    assert str(most) == "77.0%"
+    (problem,) = Bill(planned(rollout__gpu_memory=0.9)).problems()
+    assert problem.startswith("rollout.gpu_memory=0.9: ") and "0.77" in problem
+    less = Bill(planned(rollout__gpu_memory=0.5)).engines
+    assert less.cache == round(0.5 * HARDWARE["H800"].memory - 3 * GIB - less.weights)
+
+
+@pytest.mark.parametrize(
+    "hf, num_bytes", [(V3, 70_272), (QWEN_72B, 327_680), (LLAMA_405B, 516_096)]
+)
+def test_the_cache_of_a_token_is_the_published_one(hf, num_bytes):
+    # arXiv 2505.09343, table 1: bf16.
+    assert cache_bytes_per_token(hf) == num_bytes
+
+
+def test_a_rollout_s_routing_is_58_layers_of_8_experts_a_token():
+    sent = samples_section(real_job())
+    assert sent["routed experts"].value == 8192 * 8704 * 58 * 8
+    assert sent["ids, log-probabilities"].value == 8192 * (8704 + 8192) * 4
+
+
+def test_room_for_less_than_one_sequence_is_no_room():
+    config = configuration.load(RECIPE, {"rollout.gpu_memory": None})
+    job = PlannedJob(V3, config, 128, HARDWARE["H800"], verb="sample")
+    full = Engines(job)
+    one_sequence = full.token_bytes * (512 + 8192 / 2)
+    for part, seconds in ((0.9, False), (1.1, True)):
+        engines = Engines(job, resident=round(full.cache - part * one_sequence))
+        assert (engines.seconds()[0] is not None) == bool(engines.at_once) == seconds, part

@@ -1,0 +1,99 @@
+"""Plans in which each slice enters one engine, against what single ranks hold and need."""
+
+from collections import Counter, defaultdict
+
+import pytest
+
+from megatron_r1.models.weights.layout import stage_shards
+from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
+from megatron_r1.push.plan.engine_sets import (
+    SET_ENGINES,
+    engine_sets,
+    entries,
+)
+from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
+from tests.unit.push.plan_worlds import DEEPSEEK_V3, WORLDS, held
+from tests.unit.push.push_models import DEEPSEEK_MTP
+
+BYTES = plain_bytes("bfloat16")
+
+
+@pytest.mark.parametrize("engines", [1, 2, 3])
+@pytest.mark.parametrize(("hf", "grid", "layout"), WORLDS)
+def test_each_rank_s_needs_enter_one_engine_once_from_a_holder(hf, grid, layout, engines):
+    planner = Planner(hf, grid, layout)
+    (plan,) = entries(planner, BYTES, [range(engines)])
+    holdings = [held(hf, grid, rank) for rank in range(grid.world)]
+    assert len(plan) == layout.ranks_per_engine
+    for position, of_position in enumerate(plan):
+        found = Counter()
+        for entry in of_position:
+            assert entry.position == position and entry.member in range(engines)
+            for part in entry.parts:
+                own = holdings[entry.sender][part.item.name]
+                assert any(part.region.intersection(r) == part.region for r in own), part
+                found[part.item.name, part.region] += 1
+        assert set(found.values()) == {1}
+        elements = defaultdict(int)
+        for name, region in found:
+            elements[name] += region.num_elements
+        at = layout.coordinate(position)
+        needed = {item.name: region.num_elements for item, region in planner.needs.needed(at)}
+        assert elements == needed
+        for one in (name for name, _ in found):
+            regions = [region for name, region in found if name == one]
+            for i, region in enumerate(regions):
+                assert not any(region.intersection(other) for other in regions[:i])
+
+
+def test_everyone_computes_the_same_plan():
+    grid, layout = TrainerGrid(8, pipeline=2, expert=4), EngineLayout(tensor=2, data=2)
+    plans = [
+        entries(Planner(DEEPSEEK_MTP, grid, layout), BYTES, [range(2), range(2, 4)]) for _ in "ab"
+    ]
+    assert plans[0] == plans[1]
+
+
+def test_engines_receive_equal_bytes_though_one_tensor_is_more_than_a_share():
+    hf = DEEPSEEK_MTP | {"vocab_size": 1 << 15}
+    planner = Planner(hf, TrainerGrid(2, tensor=2), EngineLayout(1, tensor=2))
+    (plan,) = entries(planner, BYTES, [range(16)])
+    for position in plan:
+        received = Counter()
+        for entry in position:
+            received[entry.member] += entry.num_bytes
+        mean = sum(received.values()) / 16
+        assert len(received) == 16 and max(received.values()) < 1.002 * mean
+
+
+def test_sets_are_of_equal_size():
+    assert engine_sets(1) == [range(1)]
+    assert engine_sets(SET_ENGINES) == [range(SET_ENGINES)]
+    assert [len(engines) for engines in engine_sets(SET_ENGINES + 1)] == [8, 9]
+    assert engine_sets(64) == [range(0, 16), range(16, 32), range(32, 48), range(48, 64)]
+
+
+@pytest.mark.parametrize(("count", "most"), [(BYTES, 1.13), (fp8_bytes, 1.18)])
+def test_the_recipe_for_2048_ranks_needs_few_links_and_sends_evenly(count, most):
+    grid = TrainerGrid(2048, tensor=4, context=2, expert=8, pipeline=16)
+    layout = EngineLayout(16, tensor=8, data=16, expert_parallel=True)
+    stages = stage_shards(DEEPSEEK_V3, 16, 2, pipeline_layout="Et|t|(tt|)*29tmL")
+    planner = Planner(DEEPSEEK_V3, grid, layout, stages)
+    (plan,) = entries(planner, count, [range(16)])
+    sent, into, received, entered = Counter(), Counter(), Counter(), Counter()
+    for entry in (entry for of_position in plan for entry in of_position):
+        sent[entry.sender] += entry.num_bytes
+        into[entry.member, entry.position] += 1
+        entered[entry.member, entry.position] += entry.num_bytes
+        received[entry.position] += entry.num_bytes
+    out = Counter(entry.sender for of_position in plan for entry in of_position)
+    assert max(out.values()) <= 16 and max(into.values()) <= 10
+    assert len(into) == 2048 and len(sent) == 2048
+    assert max(sent.values()) <= most * sum(sent.values()) / 2048
+    shares = [16 * entered[engine, p] / received[p] for engine in range(16) for p in range(128)]
+    assert min(shares) > 0.99 and max(shares) < 1.002
+    for position in range(128):
+        needed = planner.needs.needed(layout.coordinate(position))
+        num_bytes = sum(count(item.name, item.rule.dtype, region) for item, region in needed)
+        # FP8 scales of rows that are cut count anew in each cut.
+        assert received[position] == pytest.approx(num_bytes)

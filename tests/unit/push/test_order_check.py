@@ -1,0 +1,197 @@
+"""The checker of orders: it accepts rounds, and agrees with a model of stream queues on others."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_r1.config import load
+from megatron_r1.models import read_hf_config
+from megatron_r1.models.weights.layout import recipe_stages
+from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
+from megatron_r1.push.plan.engine_sets import (
+    SET_ENGINES,
+    engine_sets,
+    entries,
+    ranks_in_order,
+)
+from megatron_r1.push.plan.order_check import (
+    Call,
+    Fault,
+    Step,
+    find_fault,
+    operations_of_rounds,
+    operations_of_steps,
+)
+from megatron_r1.push.plan.predicted_layout import PredictedLayout
+from megatron_r1.push.plan.recipe import engine_layout
+from megatron_r1.push.plan.rounds import Link, PushOrder, push_order, receiving_processes
+from megatron_r1.push.plan.tensors import plain_bytes
+from tools.bench.push.stream_queues import StreamQueues, link_threads
+
+ROOT = Path(__file__).parents[3]
+OVER_NCCL = [
+    path
+    for path in sorted((ROOT / "examples").rglob("*.yaml"))
+    if "transport: nccl" in path.read_text(encoding="utf-8")
+]
+
+
+def order_of(trainers: int, engines: int, num_bytes: int = 40, *, colocated=False) -> PushOrder:
+    """Return the order of a push in which every trainer rank sends to every engine of one rank."""
+    first = 0 if colocated else trainers
+    members = [first + engine for engine in range(engines)]
+    links = [Link(rank, member, num_bytes) for rank in range(trainers) for member in members]
+    return PushOrder(links, [members], entry_bytes=10, passed_bytes=15)
+
+
+@cache
+def pushes(
+    model: str, grid: TrainerGrid, engines: EngineLayout, stages: tuple, dtype: str, *, drafts: bool
+):
+    """Return the orders of one plan, with engines on GPUs of their own and on the trainer's, and
+    what the checker says to each."""
+    hf = read_hf_config(model)
+    needs = PredictedLayout(hf, engines, drafts=drafts)
+    planner = Planner(hf, grid, engines, stages, needs)
+    sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
+    plans = entries(planner, plain_bytes(dtype), sets)
+    orders = [
+        push_order(plans, receiving_processes(sets, ranks, grid.world, shared))
+        for shared in ({}, ranks_in_order(sets, ranks, grid.world))
+    ]
+    return [(order, find_fault(operations_of_rounds(order), order)) for order in orders]
+
+
+@pytest.mark.parametrize("path", OVER_NCCL, ids=lambda path: path.stem)
+def test_the_rounds_of_a_shipped_recipe_are_free_of_circles_and_near_their_floor(path):
+    config = load(path)
+    hf = read_hf_config(config.model.path)
+    grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
+    stages = tuple(map(tuple, recipe_stages(config, hf)))
+    model, dtype = str(config.model.path), config.rollout.dtype
+    drafts = config.rollout.drafts_by_mtp
+    for order, refusal in pushes(model, grid, engine_layout(config), stages, dtype, drafts=drafts):
+        assert refusal is None
+        assert order.num_entry_rounds <= 1.1 * order.entry_floor
+        assert order.num_processes in (grid.world, 2 * grid.world)
+
+
+@pytest.mark.parametrize("colocated", [True, False])
+@pytest.mark.parametrize(("trainers", "engines"), [(1, 1), (3, 2), (4, 4), (5, 7)])
+def test_rounds_are_accepted_and_never_stick(trainers, engines, colocated):
+    order = order_of(trainers, engines, colocated=colocated)
+    operations = operations_of_rounds(order)
+    assert find_fault(operations, order) is None
+    queues = StreamQueues(operations)
+    assert not any(queues.run(seed, seed % 5).num_stuck for seed in range(20))
+
+
+@pytest.mark.parametrize("interleaved", [0, 4])
+def test_a_thread_for_each_link_is_refused_where_it_sticks(interleaved):
+    order = order_of(2, 2)
+    verdicts = []
+    for seed in range(100):
+        operations = operations_of_steps(link_threads(order, seed, interleaved))
+        refusal = find_fault(operations, order)
+        verdicts.append(refusal is not None)
+        assert verdicts[-1] == (StreamQueues(operations).run(seed).num_stuck > 0)
+        if refusal:
+            assert refusal.fault is Fault.CIRCLE
+            # Each waits on a link for the next of the circle, and the last for the first.
+            following = [*refusal.waits[1:], refusal.waits[0]]
+            for wait, following_wait in zip(refusal.waits, following, strict=True):
+                assert {wait.process, following_wait.process} == {wait.sender, wait.receiver}
+                assert order.senders[wait.bucket] == wait.sender
+                assert order.receivers[wait.bucket] == wait.receiver
+    assert 0 < sum(verdicts) < 100
+
+
+def test_the_circle_of_four_is_named():
+    """Two senders and two receivers, each of which begins with what the other side has last."""
+    order = PushOrder([Link(0, 2, 1), Link(0, 3, 1), Link(1, 2, 1), Link(1, 3, 1)])
+    to = {link[:2]: number for number, link in enumerate(order.links)}
+
+    def steps(sends, process, peers):
+        pairs = [(process, peer) if sends else (peer, process) for peer in peers]
+        calls = [Call(sends, peer, to[pair]) for peer, pair in zip(peers, pairs, strict=True)]
+        return [Step(starts=[call], waits=[call]) for call in calls]
+
+    tangled = {
+        0: steps(True, 0, (2, 3)),
+        1: steps(True, 1, (3, 2)),
+        2: steps(False, 2, (1, 0)),
+        3: steps(False, 3, (0, 1)),
+    }
+    refusal = find_fault(operations_of_steps(tangled), order)
+    assert refusal.fault is Fault.CIRCLE and len(refusal.waits) == 4
+    assert {(wait.sender, wait.receiver) for wait in refusal.waits} == set(to)
+    # Where the stream of process 0 begins both sends before it waits for either, all ends.
+    first, second = tangled[0]
+    tangled[0] = [Step(starts=[*first.starts, *second.starts], waits=[*first.waits, *second.waits])]
+    assert find_fault(operations_of_steps(tangled), order) is None
+
+
+@pytest.mark.parametrize(
+    ("colocated", "faults"),
+    [(True, {Fault.CIRCLE, Fault.MISMATCHED}), (False, {Fault.CIRCLE, Fault.EARLY})],
+)
+def test_two_rounds_swapped_in_one_process_are_refused_where_it_sticks(colocated, faults):
+    order = order_of(4, 4, colocated=colocated)
+    operations, found = operations_of_rounds(order), set()
+    for process in range(order.num_processes):
+        own = np.flatnonzero(operations["process"] == process)
+        for place in range(operations["start"][own].max()):
+            swapped = operations.copy()
+            rows = swapped[own]
+            places = rows["start"].copy()
+            rows["start"] += (places == place).astype(np.int32) - (places == place + 1)
+            rows["end"] = rows["start"]
+            swapped[own] = rows[np.argsort(rows["start"], kind="stable")]
+            refusal = find_fault(swapped, order)
+            found.add(refusal and refusal.fault)
+            if refusal is None or refusal.fault is Fault.CIRCLE:
+                assert bool(refusal) == (StreamQueues(swapped).run(place).num_stuck > 0)
+            if refusal and refusal.fault is Fault.CIRCLE:
+                assert process in {wait.process for wait in refusal.waits}
+    assert found >= faults
+
+
+@pytest.mark.parametrize("sends", [True, False])
+def test_a_call_that_is_left_out_is_named_by_its_other_side(sends):
+    order = order_of(3, 2)
+    operations = operations_of_rounds(order)
+    for row in np.flatnonzero(operations["sends"] == sends):
+        left_out = operations[row]
+        refusal = find_fault(np.delete(operations, row), order)
+        assert refusal.fault is Fault.UNMATCHED
+        (wait,) = refusal.waits
+        assert {wait.sender, wait.receiver} == {left_out["process"], left_out["peer"]}
+        assert wait.process == left_out["peer"]
+
+
+def test_a_bucket_that_is_passed_on_before_its_parts_have_arrived_is_refused():
+    order = order_of(3, 2)
+    operations = operations_of_rounds(order)
+    entering = operations["bucket"] < order.num_entering
+    for process in (3, 4):
+        own = operations["process"] == process
+        early = operations.copy()
+        # What it passes on comes before its last arrival; nothing else changes.
+        last = operations["start"][own & entering].max()
+        early["start"][own & ~entering] -= 1
+        early["start"][own & entering & (operations["start"] == last)] += order.num_passing_rounds
+        early["end"] = early["start"]
+        refusal = find_fault(early, order)
+        assert refusal.fault is Fault.EARLY and refusal.waits[0].process == process
+
+
+def test_a_bucket_that_another_process_has_is_refused():
+    order = PushOrder([Link(0, 2, 1), Link(1, 3, 1)])
+    exchanged = {
+        0: [Step(starts=[Call(True, 2, 1)], waits=[Call(True, 2, 1)])],
+        2: [Step(starts=[Call(False, 0, 1)], waits=[Call(False, 0, 1)])],
+    }
+    refusal = find_fault(operations_of_steps(exchanged), order)
+    assert refusal.fault is Fault.EARLY and refusal.waits[0].process == 0

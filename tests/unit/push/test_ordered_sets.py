@@ -1,0 +1,150 @@
+"""What every rank runs of a push over NCCL, by a model of communicators and one stream a rank."""
+
+from itertools import groupby
+
+import numpy as np
+import pytest
+
+from megatron_r1.push.ordered_sets import Block, OrderedSets
+from megatron_r1.push.plan import rounds
+from megatron_r1.push.plan.engine_sets import Entry, Part
+
+OWN = -1
+"""The trainer ranks' own communicator, where the others are those of sets."""
+
+
+def random_sets(seed: int, share: float) -> tuple[OrderedSets, int, int]:
+    """Return sets of engines, a part `share` of whose ranks are on trainer ranks' GPUs, with the
+    number of trainer ranks and of ranks of an engine."""
+    rng = np.random.default_rng(seed)
+    world, engines, ranks = (int(n) for n in rng.integers(1, [6, 6, 3]))
+    sets = [range(engines // 2), range(engines // 2, engines)] if engines > 2 else [range(engines)]
+    places = [
+        (index, member, position)
+        for index, of_set in enumerate(sets)
+        for member in range(len(of_set))
+        for position in range(ranks)
+    ]
+    chosen = [place for place in places if rng.random() < share][:world]
+    shared = dict(zip(chosen, rng.permutation(world).tolist(), strict=False))
+    plans = [
+        [
+            [
+                Entry(int(sender), member, position, (Part(None, None, int(rng.integers(1, 99))),))
+                for member in range(len(of_set))
+                for sender in rng.choice(world, int(rng.integers(0, world + 1)), replace=False)
+            ]
+            for position in range(ranks)
+        ]
+        for of_set in sets
+    ]
+    return OrderedSets(plans, sets, ranks, world, shared, 1), world, ranks
+
+
+def groups_of(ordered: OrderedSets, world: int, ranks: int) -> dict:
+    """Return the groups of calls of every process, in order, each with its communicator, the rank
+    in it and calls (is send, peer, block, number, count)."""
+    found = {}
+    for rank in range(world):
+        calls = []
+        for call in ordered.calls(rank):
+            index = call.block.set_index
+            communicator = index if ordered.size(index) else OWN
+            key = (call.is_passing, call.round, communicator)
+            data = (call.is_send, call.peer, call.block, call.number, call.of)
+            calls.append((key, data))
+        calls.sort(key=lambda each: each[0])
+        found["trainer", rank] = [
+            (key[-1], rank, [data for _, data in group])
+            for key, group in groupby(calls, key=lambda each: each[0])
+        ]
+    for index, positions in enumerate(ordered.receivers):
+        for position in range(ranks):
+            for member, part in enumerate(ordered.rank_rounds(index, position)):
+                assert (part is None) == (positions[position][member] < world)
+                if part is None:
+                    continue
+                assert part.size == ordered.size(index) and world <= part.rank < part.size
+                groups = []
+                for pair in [*part.entering, *part.passing]:
+                    calls = [
+                        (is_send, half.peer, block_at(index, position, member, half, is_send))
+                        + (half.number, half.count)
+                        for is_send, half in zip((True, False), pair, strict=True)
+                        if half is not None
+                    ]
+                    groups.append((index, part.rank, calls))
+                found[index, member, position] = groups
+    return found
+
+
+def block_at(index, position, member, half, is_send):
+    if half.block >= 0:
+        return Block(index, member, position, half.block)
+    assert not is_send or half.block == -1 - member
+    return Block(index, -1 - half.block, position, None)
+
+
+@pytest.fixture(params=[(seed, share) for seed in range(8) for share in (0.0, 0.5, 1.0)])
+def sets(request, monkeypatch):
+    monkeypatch.setattr(rounds, "ENTRY_BYTES", 10)
+    monkeypatch.setattr(rounds, "PASSED_BYTES", 15)
+    return random_sets(*request.param)
+
+
+def test_all_groups_end_and_every_call_meets_the_one_that_it_is_for(sets):
+    groups = groups_of(*sets)
+    heads = dict.fromkeys(groups, 0)
+    owners = {
+        (communicator, rank): process
+        for process, of_process in groups.items()
+        for communicator, rank, _ in of_process
+    }
+    met: set[tuple] = set()
+    """Calls that have ended of groups that have not."""
+    moved = True
+    while moved:
+        moved = False
+        for process, of_process in groups.items():
+            if heads[process] == len(of_process):
+                continue
+            communicator, rank, calls = of_process[heads[process]]
+            for call in calls:
+                is_send, peer, *data = call
+                other = owners[communicator, peer]
+                if (process, heads[process], is_send) in met:
+                    continue
+                if heads[other] == len(groups[other]):
+                    continue
+                at, peer_rank, answers = groups[other][heads[other]]
+                if at == communicator and [not is_send, rank, *data] in map(list, answers):
+                    assert peer_rank == peer
+                    met |= {(process, heads[process], is_send), (other, heads[other], not is_send)}
+        for process, of_process in groups.items():
+            if heads[process] < len(of_process):
+                calls = of_process[heads[process]][2]
+                if all((process, heads[process], call[0]) in met for call in calls):
+                    heads[process] += 1
+                    moved = True
+    assert all(heads[process] == len(of_process) for process, of_process in groups.items())
+
+
+def test_every_block_arrives_whole_where_it_is_for(sets):
+    ordered, world, _ = sets
+    arrived: dict = {}
+    for process, of_process in groups_of(*sets).items():
+        for _, _, calls in of_process:
+            for is_send, _, block, number, count in calls:
+                if not is_send:
+                    arrived.setdefault((process, block), []).append((number, count))
+    for portions in arrived.values():
+        assert sorted(portions) == [(n, portions[0][1]) for n in range(portions[0][1])]
+    copied = {block for rank in range(world) for block in ordered.copies(rank)}
+    entering = {block for _, block in arrived if block.sender is not None}
+    links = {block for block in ordered.blocks if block.sender is not None}
+    assert entering | copied == links and not entering & copied
+    for index, positions in enumerate(ordered.receivers):
+        served = {place for rank in range(world) if (place := ordered.served(index, rank))}
+        assert {
+            (m, p) for p, ms in enumerate(positions) for m, at in enumerate(ms) if at < world
+        } == served

@@ -1,0 +1,177 @@
+"""What is out of line among the facts of sixteen GPUs on four nodes, worked out by hand."""
+
+import pytest
+
+from megatron_r1.base.errors import UserError
+from megatron_r1.config import parse
+from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions, link_rate
+from megatron_r1.config.loading import take_section
+from megatron_r1.rehearse.preflight.facts import Facts, Folder, LinkRate, Memory, NodeFacts
+from megatron_r1.rehearse.preflight.judge import hardware_of, judge, measured_rates
+from megatron_r1.rehearse.preflight.links import neighbors
+from megatron_r1.rehearse.preflight.settings import PreflightConfig, PreflightSettings
+
+CONFIG = parse({"run": {"folder": "runs/x"}, "data": {"kind": "code"}})
+SETTINGS = PreflightConfig()
+# Of 4 GPUs a node at 450 GB/s within and 50 between: 0.75 x 450; 0.75 / ((3/4) / 50) over 16 ranks.
+INSIDE, ACROSS = 337.5e9, 50e9
+
+
+def facts() -> list[Facts]:
+    return [
+        Facts(
+            rank=rank,
+            node_index=rank // 4,
+            host=f"host-{rank // 4}",
+            device="cuda",
+            memory=Memory(80 * GIB, 79 * GIB),
+            products=700e12,
+            links={
+                "tensor": LinkRate(
+                    "all-reduce", list(range(rank // 4 * 4, rank // 4 * 4 + 4)), 300e9
+                ),
+                "data": LinkRate("all-reduce", list(range(rank % 4, 16, 4)), 45e9),
+            },
+            pairs=[40e9, 41e9],
+            folder=Folder("", True, rank != 0 or None, 900e6, 800e6, 0.001, 10**12),
+            node=None
+            if rank % 4
+            else NodeFacts(
+                {"GPU": "NVIDIA H100 80GB HBM3", "torch": "2.11.0"},
+                Memory(100 * GIB, 95 * GIB),
+                {},
+                "",
+                clock_offset=0.0,
+                lookup_seconds=0.001,
+                sandbox="",
+            ),
+            seconds={},
+        )
+        for rank in range(16)
+    ]
+
+
+def blocking(found: list[Facts]) -> dict[str, tuple[str, ...]]:
+    return {f.check: f.hosts for f in judge(CONFIG, SETTINGS, found) if f.level == "block"}
+
+
+def test_sound_nodes_have_nothing_out_of_line():
+    assert {f.level for f in judge(CONFIG, SETTINGS, facts())} == {"ok"}
+
+
+def test_a_node_whose_resolver_does_not_answer_is_shown_and_blocks_nothing():
+    found = facts()
+    found[8].node.lookup_seconds = 5.0
+    shown = [f for f in judge(CONFIG, SETTINGS, found) if f.level != "ok"]
+    assert [(f.check, f.level, f.hosts) for f in shown] == [("host names", "note", ("host-2",))]
+
+
+def test_the_planners_rates_are_those_of_the_gpu_that_is_found():
+    hardware = hardware_of(SETTINGS, facts())
+    assert (hardware.name, hardware.gpus_per_node) == ("H100", 4)
+    assert link_rate(hardware, Assumptions(), 4) == pytest.approx(INSIDE)
+    assert link_rate(hardware, Assumptions(), 16) == pytest.approx(ACROSS)
+    with pytest.raises(UserError, match="preflight.hardware"):
+        take_section({"preflight.hardware": "H10"}, PreflightSettings)
+
+
+def test_a_slow_node_is_named_from_the_groups_that_only_it_is_in():
+    found = facts()
+    for rank in range(8, 12):
+        found[rank].links["tensor"].rate = 90e9
+    assert blocking(found) == {"tensor: all-reduce": ("host-2",)}
+
+
+def test_a_slow_adapter_is_named_from_its_node_being_slow_to_both_neighbors():
+    found = facts()
+    for rank in range(16):
+        node = rank // 4
+        # Either neighbor of host-1 has one slow link, too.
+        found[rank].pairs = {1: [8e9, 8e9], 3: [41e9, 41e9]}.get(node, [8e9, 41e9])
+    assert blocking(found) == {"links between nodes": ("host-1",)}
+
+
+def test_an_axis_far_below_the_planners_rate_blocks_though_its_groups_are_equal():
+    found = facts()
+    for each in found:
+        each.links["data"].rate = 3e9
+    problems = [f.problem for f in judge(CONFIG, SETTINGS, found) if f.level == "block"]
+    assert problems == [
+        "6% of the planner's rate: does NCCL use the fast network (NCCL_DEBUG=INFO)?"
+    ]
+
+
+def test_memory_of_others_products_versions_ports_and_the_sandbox_name_their_hosts():
+    found = facts()
+    found[5].memory = Memory(80 * GIB, 60 * GIB, ["4711, 19000 MiB"])
+    found[13].products = 500e12
+    found[4].node.versions = {**found[4].node.versions, "torch": "2.10.0"}
+    found[0].node.ports = {"run.health_port": "port 9000: Address already in use"}
+    found[8].node.unreachable = "host-0:20000: timed out"
+    found[12].node.sandbox = "bwrap is missing"
+    assert blocking(found) == {
+        "versions": ("host-1",),
+        "GPU memory": ("host-1",),
+        "matrix products": ("host-3",),
+        "controller's ports": ("host-2",),
+        "sandbox": ("host-3",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        (Folder(error="[Errno 30] Read-only file system: 'runs/x'"), "Read-only file system"),
+        (Folder(), "is not the folder that rank 0 sees on host-2"),
+        (Folder(shared=True, excluded=False), "no locks that hold between processes on host-2"),
+    ],
+)
+def test_a_folder_that_is_not_one_for_all_blocks(fault, problem):
+    found = facts()
+    found[8].folder = fault
+    (finding,) = [f for f in judge(CONFIG, SETTINGS, found) if f.level == "block"]
+    assert problem in finding.problem and finding.hosts == ("host-2",)
+
+
+def test_with_the_measured_rates_the_plan_gives_what_the_slowest_axis_has_reached():
+    found = facts()
+    values = measured_rates(hardware_of(SETTINGS, found), found)
+    assert values.pop("hardware") == "H100" and values.pop("gpus_per_node") == 4
+    # data over 13 ranks: 9/13 of its bytes leave the node; the links between nodes were slower
+    assert values == {
+        "nvlink": pytest.approx(300e9 / 0.75),
+        "network": pytest.approx(min(45e9 * 9 / 13, 41e9) / 0.75),
+    }
+    assert HARDWARE["H100"].nvlink == 450e9
+
+
+def test_a_push_over_gloo_is_planned_with_its_slowest_node_which_is_named():
+    found = facts()
+    assert not [f for f in judge(CONFIG, SETTINGS, found) if f.check == "push over gloo"]
+    for each in found:
+        each.gloo = [1.2e9, 0.3e9]
+    (finding,) = [f for f in judge(CONFIG, SETTINGS, found) if f.check == "push over gloo"]
+    assert (finding.level, finding.problem) == ("ok", ""), "75% of the planner's 1.6 GB/s"
+    for each in found[4:8]:
+        each.gloo = [0.3e9, 0.3e9]
+    assert blocking(found) == {"push over gloo": ("host-1",)}
+    assert measured_rates(hardware_of(SETTINGS, found), found)["host_network"] == 0.3e9
+    for each in found:
+        each.gloo = [0.4e9]
+    (finding,) = [f for f in judge(CONFIG, SETTINGS, found) if f.check == "push over gloo"]
+    assert finding.level == "note", "slow, but the run can be planned with it"
+    assert "25% of the planner's host_network, so that pushes take 4 times" in finding.problem
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 3, 4, 5, 8])
+def test_rounds_of_pairs_have_every_link_of_the_ring_once(num_nodes):
+    rounds = zip(*(neighbors(node, num_nodes) for node in range(num_nodes)), strict=True)
+    links = []
+    for partners in rounds:
+        for node, partner in enumerate(partners):
+            if partner is not None:
+                assert partners[partner] == node, "a pair is one of both its nodes"
+                links.append(frozenset((node, partner)))
+    ring = {frozenset((node, (node + 1) % num_nodes)) for node in range(num_nodes)}
+    ring.discard(frozenset((0,)))
+    assert set(links) == ring and len(links) == 2 * len(ring)

@@ -1,0 +1,48 @@
+"""Parallel layouts in miniature."""
+
+import pytest
+from refusals import refused
+
+from megatron_r1.base.errors import Cause
+from megatron_r1.config import ParallelConfig
+from megatron_r1.rehearse.layout import different_layout, num_layers, shrink
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layers"),
+    [
+        ({}, 2),
+        ({"pipeline": 2}, 4),
+        ({"pipeline": 2, "virtual_pipeline": 2}, 8),
+        ({"pipeline": 2, "pipeline_layout": "Ett|tL"}, 3),
+    ],
+)
+def test_every_stage_of_a_miniature_has_layers(sizes, layers):
+    assert num_layers(ParallelConfig(**sizes)) == layers
+
+
+def test_replicas_are_dropped_only_where_experts_do_not_need_them():
+    plain = ParallelConfig(processes=8, tensor=2, pipeline=2)
+    assert shrink(plain, 8).processes == 8
+    assert shrink(plain, 4).processes == 4
+    spread = ParallelConfig(processes=8, tensor=1, expert=8)
+    assert shrink(spread, 2).processes == 2
+    with refused("rehearsal.max_ranks", Cause.OUT_OF_RANGE, 2):
+        shrink(spread, 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axes", "ranks"),
+    [
+        ({"processes": 8, "tensor": 2, "context": 2, "pipeline": 2, "expert": 2}, {"tensor"}, 4),
+        ({"processes": 4, "pipeline": 2}, set(), 2),
+        ({"processes": 4, "tensor": 2, "pipeline": 2, "expert": 2}, {"tensor", "expert"}, 2),
+        ({"processes": 2, "pipeline": 2}, set(), 4),
+    ],
+)
+def test_the_resumed_layout_has_fewer_ranks_where_axes_can_be_left_out(sizes, axes, ranks):
+    parallel = ParallelConfig(**sizes)
+    other = different_layout(parallel)
+    other.check_sizes(other.processes)
+    changed = {axis for axis in sizes if getattr(other, axis) != getattr(parallel, axis)}
+    assert changed - {"processes"} == axes and other.processes == ranks

@@ -1,0 +1,67 @@
+"""The controller calls trainer ranks by methods of protocols; a rank runs what arrives."""
+
+import msgspec
+import pytest
+
+from megatron_r1.config.losses import TokenSettings
+from megatron_r1.trainer.operations import (
+    FolderOperations,
+    ModelOperations,
+    PushOperations,
+    names,
+)
+from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.wire import Call
+from megatron_r1.trainer.worker import Operations, argument_types, methods
+
+PROTOCOLS = (ModelOperations, FolderOperations, PushOperations)
+
+
+class Rank(*PROTOCOLS):
+    """A rank whose methods return their arguments."""
+
+    def probe(self, **arguments):
+        return arguments
+
+    def compute_token_advantages(self, **arguments):
+        return arguments
+
+    def connect_sets(self, **arguments):
+        return arguments
+
+
+def run_at_rank(operation, arguments):
+    """Return the result of `operation` at a rank that the call has reached over the wire."""
+    rank, operations = Rank(), Operations.__new__(Operations)
+    operations._methods, operations._types = methods(rank, rank, rank), argument_types()
+    sent = msgspec.msgpack.encode(Call(operation, arguments))
+    return operations.run(msgspec.msgpack.decode(sent, type=Call))
+
+
+def test_a_rank_runs_every_operation_of_the_protocols():
+    rank = Rank()
+    assert methods(rank, rank, rank).keys() == set().union(*map(names, PROTOCOLS))
+    assert run_at_rank("keep_reference", {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments"),
+    [
+        (ModelOperations.probe, {"samples": [Sample.pack([1, 2], [3], [-0.5])]}),
+        (
+            ModelOperations.compute_token_advantages,
+            {
+                "function": "module:function",
+                "settings": TokenSettings(0.1, 1.0, 0.95, "group", 1e-6),
+            },
+        ),
+        (PushOperations.connect_sets, {"sets": [("one", 2)], "gone": ["two"]}),
+    ],
+)
+def test_arguments_arrive_with_their_types(operation, arguments):
+    assert run_at_rank(operation.__name__, arguments) == arguments
+
+
+def test_an_operation_that_no_protocol_has_is_refused():
+    with pytest.raises(ValueError, match="keep_reference"):
+        run_at_rank("describe", {})

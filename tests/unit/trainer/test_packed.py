@@ -1,0 +1,158 @@
+"""Packed batches and their denominators; nothing here needs the platform's patches."""
+
+import random
+
+import pytest
+import torch
+from refusals import raised, refused
+
+from megatron_r1.base.errors import Cause
+from megatron_r1.base.user_code import find_function
+from megatron_r1.config import Config
+from megatron_r1.controller.trainer_calls.packing import pack_by_prompt
+from megatron_r1.models.prefixes import segments_before
+from megatron_r1.trainer.losses import denominator, supervised
+from megatron_r1.trainer.packed import TokenSplit, check_token_ids, packed_batch
+from megatron_r1.trainer.sample import Sample
+from megatron_r1.trainer.shared_prompts import check_shared_prompts
+
+CPU = torch.device("cpu")
+
+
+def batch(multiple_of=1):
+    first = Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], advantage=2.0)
+    second = Sample.pack([5], [6, 1, 2], [-1.0, -2.0, -3.0], advantage=-1.0)
+    return packed_batch([first, second], TokenSplit(tensor=multiple_of), CPU)
+
+
+def test_positions_targets_and_borders_by_hand():
+    b = batch()
+    assert b.input_ids.tolist() == [[7, 8, 9, 10, 11, 5, 6, 1, 2]]
+    assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
+    assert b.packed_seq_params.cu_seqlens_q.tolist() == [0, 5, 9]
+    seen = b.is_response
+    assert b.response_rows.tolist() == [2, 3, 5, 6, 7]
+    assert b.targets[seen].tolist() == [10, 11, 6, 1, 2]
+    assert b.rollout_logprobs[seen].tolist() == [-0.5, -0.25, -1.0, -2.0, -3.0]
+    assert b.advantages[seen].tolist() == [2.0, 2.0, -1.0, -1.0, -1.0]
+    assert b.num_trajectories == 2
+
+
+def test_padding_for_sequence_parallelism_adds_a_sample_that_counts_nothing():
+    b = batch(multiple_of=4)
+    assert b.input_ids.shape == (1, 12)
+    assert b.packed_seq_params.cu_seqlens_q.tolist() == [0, 5, 9, 12]
+    assert b.is_response.sum() == 5 and b.num_trajectories == 2
+
+
+def test_a_microbatch_without_samples_counts_nothing():
+    b = packed_batch([], TokenSplit(tensor=2), CPU)
+    assert b.input_ids.shape == (1, 2) and len(b.response_rows) == 0
+    assert denominator(b, "sequence") == 0 and denominator(b, "token") == 0
+
+
+def test_denominators_count_response_tokens_or_responses():
+    assert denominator(batch(), "token") == 5
+    assert denominator(batch(), "sequence") == denominator(batch(), "constant") == 2
+    with raised(ValueError, "sequence"):
+        denominator(batch(), "sample")
+
+
+def test_given_tokens_between_sampled_ones_count_nothing():
+    tokens, mask = [3, 4, 5, 6, 7, 8], bytes([0, 0, 1, 0, 0, 1])
+    scores = {"weight": 0.25, "num_trajectories": 0, "teacher": [-7.0, -8.0]}
+    first = Sample.pack_branch(tokens, mask, [9.0, 9.0, -1.0, 9.0, 9.0, -2.0], 0.5, **scores)
+    second = Sample.pack([1], [2], [-3.0], 1.5, teacher=[-9.0])
+    b = packed_batch([first, second], TokenSplit(), CPU)
+    assert b.response_rows.tolist() == [1, 4, 6]
+    assert b.targets[b.is_response].tolist() == [5, 8, 2]
+    assert b.rollout_logprobs.tolist() == [0, -1.0, 0, 0, -2.0, 0, -3.0, 0]
+    assert b.advantages.tolist() == [0, 0.5, 0, 0, 0.5, 0, 1.5, 0]
+    assert b.logprobs["teacher"].tolist() == [0, -7.0, 0, 0, -8.0, 0, -9.0, 0]
+    assert b.sequence_weights.tolist() == [0, 0.125, 0, 0, 0.125, 0, 1.0, 0]
+    # The first is not the first branch of its trajectory.
+    assert denominator(b, "token") == 3 and denominator(b, "sequence") == 1
+    assert packed_batch([second], TokenSplit(), CPU).sequence_weights is None
+
+
+def test_a_prompt_of_several_samples_lies_there_once():
+    made = [
+        Sample.pack([7, 8, 9], [1, 2], [-1.0, -2.0], 0.5),
+        Sample.pack([7, 8], [3], [-3.0], 1.5),
+        Sample.pack([7, 8, 9], [4], [-4.0], 2.5),
+        Sample.pack([7, 8, 9], [], []),
+    ]
+    b = packed_batch(made, TokenSplit(tensor=4), CPU, share_prompts=True)
+    assert b.input_ids.tolist() == [[7, 8, 9, 1, 2, 7, 8, 3, 9, 4, 9, 0]]
+    assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 2, 3, 2, 0]]
+    assert b.response_rows.tolist() == [2, 3, 6, 8]
+    assert b.targets[b.is_response].tolist() == [1, 2, 3, 4]
+    assert b.advantages[b.is_response].tolist() == [0.5, 0.5, 1.5, 2.5]
+    assert b.last_tokens.tolist() == [4, 7, 9, 10] and b.num_trajectories == 4
+    assert b.cu_seqlens.tolist() == [0, 2, 5, 8, 10, 11, 12] and b.num_shared == 4
+    assert segments_before(b.packed_seq_params.cu_seqlens_q).tolist() == [-1, 0, -1, 0, 0, -1]
+    assert b.packed_seq_params.max_seqlen_q == 5
+    alone = packed_batch(made[:2], TokenSplit(), CPU, share_prompts=True)
+    assert alone.num_shared == 0 and segments_before(alone.packed_seq_params.cu_seqlens_q) is None
+
+
+def test_samples_of_one_prompt_are_packed_together_as_far_as_the_limit_goes():
+    draw = random.Random(0)
+    made = [Sample.pack([p] * 20, [1] * draw.randrange(1, 9)) for p in range(6) for _ in range(7)]
+    draw.shuffle(made)
+    packing = pack_by_prompt(made, 2, 64, float)
+    assert sorted(i for own in packing.shares for m in own for i in m) == [*range(42)]
+    batches = [
+        packed_batch([made[i] for i in m], TokenSplit(), CPU, share_prompts=True)
+        for own in packing.shares
+        for m in own
+    ]
+    assert max(b.input_ids.shape[1] for b in batches) <= 64
+    saved, possible = sum(b.num_shared for b in batches), 6 * 6 * 19
+    assert saved > 0.7 * possible, "a prompt of 7 samples fits into two micro-batches"
+    few = pack_by_prompt(made[:3], 3, 64, float)
+    assert [len(m) for own in few.shares for m in own] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({}, "a GPU"),
+        ({}, "a model"),
+        ({"parallel": {"context": 2}}, "parallel.context: 2"),
+        ({"rl": {"routing_replay": True}}, "rl.routing_replay"),
+        ({"model": {"mtp": "train"}}, "model.mtp: train"),
+        ({"model": {"expert_bias_update_rate": 0.1}}, "model.expert_bias_update_rate"),
+    ],
+)
+def test_shared_prompts_are_refused_where_something_does_not_know_them(settings, says):
+    parallel = {"share_prompts": True, **settings.get("parallel", {})}
+    check_shared_prompts(Config(parallel={"share_prompts": True}), on_gpu=False, is_plain=True)
+    config = Config.model_validate({**settings, "parallel": parallel})
+    with refused("parallel.share_prompts", Cause.CONFLICT, says):
+        check_shared_prompts(config, says == "a GPU", is_plain=says != "a model")
+
+
+def test_a_response_may_be_empty():
+    b = packed_batch([Sample.pack([3, 4], [])], TokenSplit(), CPU)
+    assert len(b.response_rows) == 0 and denominator(b, "sequence") == 1
+
+
+def test_samples_that_do_not_fit_together_are_refused():
+    with raised(ValueError, 2, 1):
+        Sample.pack([1], [2, 3], [-1.0])
+    with raised(ValueError, "prompt"):
+        Sample.pack([], [2])
+
+
+def test_a_loss_is_found_by_name_or_refused():
+    assert find_function("megatron_r1.trainer.losses:supervised") is supervised
+    with raised(ValueError, "nowhere"):
+        find_function("nowhere:x")
+
+
+@pytest.mark.parametrize("wrong", [12, -1])
+def test_tokens_that_the_model_does_not_have_are_refused(wrong):
+    check_token_ids([Sample.pack([0, 11], [3])], 12)
+    with refused("model.path", Cause.CONFLICT, wrong, "vocab_size", 12):
+        check_token_ids([Sample.pack([0], [11]), Sample.pack([1, 2], [wrong])], 12)
