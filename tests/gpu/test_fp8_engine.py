@@ -51,4 +51,9 @@ def test_the_emulation_is_what_transformer_engine_computes(name, shape):
         quantized = (plain - theirs).norm() / theirs.norm()
         # Both round to bf16 at the end (2^-9 on average); FP8 is ten times as far from bf16.
         assert quantized > 0.01, (name, shape, what)
-        assert apart < 4e-3, (name, shape, what, apart.item())
+        # By default Transformer Engine's tensorwise recipe lets Hopper's tensor cores add up the
+        # forward product (some 14 bits, DeepSeek-V3 section 3.3.2): 0.0186 on an H200 for 7,168
+        # terms.
+        adds_roughly = name == "tensorwise" and what == "y" and inputs > 4096
+        most = 0.025 if adds_roughly else 4e-3
+        assert apart < most, (name, shape, what, apart.item())

@@ -112,11 +112,16 @@ def run_ranks(recipe: Path, folder: Path, ranks: int, **variables: str) -> str:
 
 
 def judge(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], backend: str, limits: Limits = BF16
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    backend: str,
+    limits: Limits = BF16,
+    why: str = "",
 ) -> dict[str, Any]:
     """Return the figures of a comparison. Raises Failed for what is wrong.
 
-    found, wanted: of `trainer_steps`. backend: Transformer Engine's name of its attention."""
+    found, wanted: of `trainer_steps`. backend: Transformer Engine's name of its attention. why: its
+    reason not to take cuDNN's."""
     norm, exact = found["update"]["grad_norm"], wanted["update"]["grad_norm"]
     figures = {
         "logprob_diff": found["before"]["gap"],
@@ -136,14 +141,21 @@ def judge(
         cosine = found["after"]["cosine"]
         raise Failed(f"an update goes elsewhere than on a CPU: cosine {cosine:.3g}", **figures)
     if UNFUSED in backend:
-        raise Failed(f"Transformer Engine chose {UNFUSED} for packed batches", **figures)
+        because = f": {why}" if why else ""
+        raise Failed(f"Transformer Engine chose {UNFUSED} for packed batches{because}", **figures)
     return figures
 
 
 def _backend(output: str) -> str:
     """Return the attention backends that Transformer Engine has logged."""
-    named = re.findall(r"Running with (\w+)(?: backend)?( \([^)]*\))?", output)
+    named = re.findall(r"Running with (\w+)\b(?!=)(?: backend)?( \([^)]*\))?", output)
     return ", ".join(sorted({name + details for name, details in named}))
+
+
+def _why_not_fused(output: str) -> str:
+    """Return the reasons that Transformer Engine has logged for not taking cuDNN's attention."""
+    reasons = re.findall(r"Disabling FusedAttention (?:as|for|due to|because) (.+)", output)
+    return "; ".join(dict.fromkeys(reason.strip() for reason in reasons))
 
 
 def check(case: str, folder: Path) -> dict[str, Any]:
@@ -162,11 +174,12 @@ def check(case: str, folder: Path) -> dict[str, Any]:
     on_cpu.write_text(dump(alone))
     here.write_text(dump(mine))
     run_ranks(on_cpu, folder, 1, CUDA_VISIBLE_DEVICES="")
-    output = run_ranks(here, folder, ranks, NVTE_DEBUG="1", NVTE_DEBUG_LEVEL="1")
+    output = run_ranks(here, folder, ranks, NVTE_DEBUG="1", NVTE_DEBUG_LEVEL="2")
     found, wanted = (
         json.loads((folder / name).read_text()) for name in ("here.json", "expected.json")
     )
-    return judge(found, wanted, _backend(output), LIMITS.get(case, BF16))
+    limits = LIMITS.get(case, BF16)
+    return judge(found, wanted, _backend(output), limits, _why_not_fused(output))
 
 
 if __name__ == "__main__":

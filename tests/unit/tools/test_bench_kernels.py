@@ -220,3 +220,12 @@ def test_every_table_has_ours_first():
     for case in CASES:
         names = [each.name for each in case.implementations]
         assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_our_row_of_every_table_is_measured(case):
+    ours = [each for each in case.implementations if each.name.startswith(OURS)]
+    case = dataclasses.replace(case, implementations=tuple(ours))
+    task = {"sizes": dataclasses.asdict(SMALL), "device": "cpu", "repeats": 1}
+    for row in run_case(case, task, time.time() + PATIENT, {}, lambda **m: None)["rows"]:
+        assert row["seconds"] and not row["not_run"], row

@@ -299,3 +299,14 @@ def test_torch_and_triton_are_enough_for_the_kernels(tmp_path, arguments):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_the_reason_against_fused_attention_is_read_from_the_log():
+    log = (
+        "[DEBUG    | DotProductAttention]: Running with config={'cudnn_version': '9.19.0'}\n"
+        "[DEBUG    | DotProductAttention]: Disabling FusedAttention as no backend supports the "
+        "provided input\n"
+        "[INFO     | DotProductAttention]: Running with UnfusedDotProductAttention backend\n"
+    )
+    assert layers._backend(2 * log) == "UnfusedDotProductAttention"
+    assert layers._why_not_fused(2 * log) == "no backend supports the provided input"

@@ -50,9 +50,21 @@ def _policy_loss(*inputs):
     return r1_kernels.policy_loss(*inputs, **SETTINGS).loss
 
 
+class _AsComputed(torch.autograd.Function):
+    """Returns a leaf's values, in its memory, as the result of an operation: a model's logits are
+    no leaf, nor a view of one, and only such may be overwritten."""
+
+    @staticmethod
+    def forward(ctx, leaf):
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
 def _token_logprobs(logits, targets, inplace: bool = False):
-    # A model's logits are not a leaf, and only such may be overwritten.
-    return r1_kernels.token_logprobs(logits.view_as(logits), targets, inplace_backward=inplace)
+    return r1_kernels.token_logprobs(_AsComputed.apply(logits), targets, inplace_backward=inplace)
 
 
 def _rows(
