@@ -17,7 +17,7 @@ from r1_grading.base.errors import FORMER, Cause, UserError, did_you_mean, short
 
 MAX_REASON_CHARS = 500
 UNGRADED = "cannot be graded"
-"""The start of the reason of a grade that is none (`Grade.ungraded`)."""
+"""The start of the reason of an ungraded response (`Grade.ungraded`)."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ REMOTE: dict[str, str] = {
 }
 """Rewards that request a served model: a class each (`served.service.RemoteReward`), no worker."""
 ENVIRONMENT = "environment"
-"""The kind of questions that an agent's environment grades (`get_reward`); no reward of ours."""
+"""The kind of questions that an agent's environment grades (`get_reward`); no built-in reward."""
 WITHOUT_TRUTH = (ENVIRONMENT, "helpful", "logic", "safety")
 """Rewards whose rows need no truth: they compare with nothing, or with a field of their own."""
 

@@ -14,7 +14,7 @@ class Cause(StrEnum):
     """What is wrong with the thing that a `UserError` names."""
 
     UNKNOWN = "unknown"
-    """It is none of the names that are known."""
+    """It is not one of the known names."""
     MISSING = "missing"
     """It must be given, and is not."""
     NOT_FOUND = "not_found"

@@ -27,7 +27,7 @@ from r1_grading.reading.answer import (
     unwrap,
     without_special_tokens,
 )
-from r1_grading.reading.beside import (
+from r1_grading.reading.context import (
     after_answer_is,
     changes_box,
     last_number,
@@ -80,7 +80,7 @@ def read_answer(
     that is not blank; if the truth is `numeric` (`is_number`), the last number of that text. "auto"
     is the first of tags, boxed and last that is present. An answer that is marked before closing
     prose (`marked.marked_answer`) is read instead of the last line. A box outside of tags is no
-    answer where the text beside it changes or denies it (`box.changes_box`).
+    answer where the text next to it changes or denies it (`context.changes_box`).
     opened: whether the prompt ended with `<think>`.
     Linear in the length of the response. Raises ValueError for another reading."""
     if reading not in READINGS:
@@ -115,7 +115,7 @@ def is_number(truth: object) -> bool:
 
 
 def _unchanged(found: Extraction) -> Extraction:
-    """Return `found`, or no answer where the text beside its box changes the box."""
+    """Return `found`, or no answer where the text next to its box changes the box."""
     if found.text is None or not changes_box(found.around):
         return found
     box = shorten(found.text)
