@@ -84,10 +84,14 @@ STATEMENT = re.compile(
 
 @dataclass(frozen=True)
 class Extraction:
-    """The final answer found in a response. text: the stripped answer, or None, with the reason why
-    there is none. source: where it was found, for the reason of a grade; "" in the strict reading,
-    whose answers show it. around: the whole text with the box that the answer is from; "" for any
-    other answer."""
+    """The final answer found in a response.
+
+    Attributes:
+        text: the stripped answer, or None.
+        reason: why there is none.
+        source: where it was found, for the reason of a grade; "" in the strict reading, whose
+            answers show it.
+        around: the whole text with the box that the answer is from; "" for any other answer."""
 
     text: str | None
     reason: str = ""
