@@ -41,9 +41,21 @@ MAX_OTHERS = 4
 def grade(kind: str, response: str, /, truth: Any = None, **fields: Any) -> Grade:
     """Return the grade of one response, computed in this process.
 
-    kind: a reward that needs no server, or "module:function". fields: the prompt's other fields and
-    the reward's options. `RewardPool.grade` does the same in a process that may hang, crash or run
-    out of memory. Raises UserError for an unknown or a served kind, and what the reward raises."""
+    `RewardPool.grade` does the same in a process that may hang, crash or run out of memory.
+
+    Args:
+        kind: a reward that needs no server, or "module:function".
+        response: the text that the policy sampled.
+        truth: what the reward compares with, in the form that its page describes; None for a reward
+            that needs none.
+        **fields: the prompt's other fields and the reward's options.
+
+    Returns:
+        The grade, with its reason.
+
+    Raises:
+        UserError: an unknown or a served kind.
+        Exception: what the reward raises."""
     if kind in REMOTE:
         raise UserError(
             f"the reward {kind!r} requests a served model: grade with a RewardPool",

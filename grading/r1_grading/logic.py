@@ -174,7 +174,7 @@ def _as_long(answer: str, entry: dict[str, Any]) -> str:
 
 def _statements(answer: str, entry: dict[str, Any]) -> str:
     """Refuse all but one statement for each person: the scorer looks for such statements within any
-    text, and a denial is none of them."""
+    text, and also within a denial."""
     count = len(re.findall(STATEMENT, str(entry["answer"])))
     parts = [part.strip() for part in re.split(r"[.,;\n]|\band\b", answer)]
     parts = [part for part in parts if part]

@@ -1,4 +1,4 @@
-"""The `rewards/…` numbers of one step of a run, from the counters of its reward pool."""
+"""A pool of processes that grade, which may hang, crash or run out of memory; its metrics."""
 
 import asyncio
 import itertools
@@ -91,12 +91,21 @@ class OutstandingJob:
 class RewardPool:
     """A pool of `num_workers` processes that grade; they start with the first `grade`.
 
-    timeout_seconds: wall time for one grade; programs have more (`sandbox.limits.time_limit`).
-    memory_limit_bytes: address space of a worker (about 200 MB with math-verify and reasoning-gym
-    imported).
-    Belongs to the event loop that first uses it; workers die when the thread of that loop does.
-    busy_seconds: time spent on grading, summed over workers. most_outstanding: the largest number
-    of jobs queued and running at once; `RewardMeter` resets it to 0."""
+    It belongs to the event loop that first uses it; workers die when the thread of that loop does.
+
+    Args:
+        num_workers: the number of processes.
+        timeout_seconds: wall time for one grade; programs have more (`sandbox.limits.time_limit`).
+        memory_limit_bytes: address space of a worker (about 200 MB with math-verify and
+            reasoning-gym imported).
+
+    Attributes:
+        busy_seconds: time spent on grading, summed over workers.
+        most_outstanding: the largest number of jobs queued and running at once; `RewardMeter`
+            resets it to 0.
+
+    Raises:
+        UserError: a number of workers or seconds that is not positive."""
 
     def __init__(
         self,
@@ -139,13 +148,25 @@ class RewardPool:
         await self.close()
 
     async def grade(self, kind: str, response: str, truth: object, /, **fields: object) -> Grade:
-        """Return the grade of one response. kind: a registered reward or "module:function".
+        """Return the grade of one response.
 
         A failure that the response causes (time, memory, a crash) is a grade of 0 with the reason;
-        a reward that raises gives `Grade.ungraded`. A mistake of the user raises UserError: an
-        unknown kind, a module that cannot be imported, a truth or field that is not JSON. RunError:
-        no worker can be started, the pool is closed, or a served model is down
-        (`remote.service.ServiceError`)."""
+        a reward that raises gives `Grade.ungraded`.
+
+        Args:
+            kind: a registered reward or "module:function".
+            response: the text that the policy sampled.
+            truth: what the reward compares with; JSON.
+            **fields: the prompt's other fields and the reward's options; JSON.
+
+        Returns:
+            The grade, with its reason.
+
+        Raises:
+            UserError: a mistake of the user: an unknown kind, a module that cannot be imported, a
+                truth or field that is not JSON.
+            RunError: no worker can be started, the pool is closed, or a served model is down
+                (`served.service.ServiceError`)."""
         if self._failure is not None:
             raise self._failure
         if kind in REMOTE:
@@ -173,8 +194,10 @@ class RewardPool:
         return await pending.result
 
     def _as_json(self, response: str) -> msgspec.Raw:
-        """Return `response` as JSON, which `frame` copies. It is encoded once for all terms of its
-        reward, which are graded one after the other: encoding 30,000 tokens takes 0.2 ms."""
+        """Return `response` as JSON, which `frame` copies.
+
+        It is encoded once for all terms of its reward, which are graded one after the other:
+        encoding 30,000 tokens takes 0.2 ms."""
         if response is not self._encoded[0]:
             try:
                 encoded = msgspec.json.encode(response)

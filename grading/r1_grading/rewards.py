@@ -17,18 +17,24 @@ from r1_grading.base.errors import FORMER, Cause, UserError, did_you_mean, short
 
 MAX_REASON_CHARS = 500
 UNGRADED = "cannot be graded"
-"""The start of the reason of a grade that is none (`Grade.ungraded`)."""
+"""The start of the reason of an ungraded response (`Grade.ungraded`)."""
 
 
 @dataclass(frozen=True)
 class Grade:
     """One reward's result for one response.
 
-    reward: a number within `limits`, from 0 to 1. reason: one line for a person who audits the
-    sample, cut to 500 characters. is_graded: False where the reward itself failed, so that its 0
-    does not measure the response. verdict: the result by name, where the caller needs more than the
-    number, such as the filter that objected. missing: the fields for want of which the reward
-    could not be called. Raises ValueError for a reward outside the limits, and for NaN."""
+    Attributes:
+        reward: a number within `limits`, from 0 to 1.
+        reason: one line for a person who audits the sample, cut to 500 characters.
+        is_graded: False where the reward itself failed, so that its 0 does not measure the
+            response.
+        verdict: the result by name, where the caller needs more than the number, such as the filter
+            that objected.
+        missing: the fields for want of which the reward could not be called.
+
+    Raises:
+        ValueError: a reward outside the limits, or NaN."""
 
     limits: ClassVar[tuple[float, float]] = 0.0, 1.0
     """The smallest and the largest reward; `FiniteGrade` has wider ones."""
@@ -58,8 +64,9 @@ class Grade:
 
 
 class FiniteGrade(Grade):
-    """The grade of a user's environment, or of a function written for verl or TRL, whose reward may
-    be any finite number."""
+    """The grade of a user's environment, or of a function written for verl or TRL.
+
+    Its reward may be any finite number."""
 
     limits = (-sys.float_info.max, sys.float_info.max)
 
@@ -99,7 +106,7 @@ REMOTE: dict[str, str] = {
 }
 """Rewards that request a served model: a class each (`served.service.RemoteReward`), no worker."""
 ENVIRONMENT = "environment"
-"""The kind of questions that an agent's environment grades (`get_reward`); no reward of ours."""
+"""The kind of questions that an agent's environment grades (`get_reward`); no built-in reward."""
 WITHOUT_TRUTH = (ENVIRONMENT, "helpful", "logic", "safety")
 """Rewards whose rows need no truth: they compare with nothing, or with a field of their own."""
 
@@ -146,8 +153,9 @@ def resolve(kind: str) -> str:
 
 
 def refuse_environment(response: str, truth: object = None, **entry: object) -> Grade:
-    """Raise UserError: the kind `environment` is graded by the environment of a run, while it plays
-    the episode, and not by a reward."""
+    """Raise UserError: no reward grades the kind `environment`.
+
+    The environment of a run grades it while it plays the episode."""
     raise UserError(
         f"only a run with `agents` grades the kind {ENVIRONMENT!r}, by the environment that plays "
         "its episodes; give the line the kind of a reward",

@@ -33,8 +33,7 @@ def are_equal(rewards: Sequence[float]) -> bool:
 
 
 def order(one: float, other: float) -> int:
-    """Return -1 if `one` is smaller, 1 if it is larger, 0 if the two are the same but for
-    rounding."""
+    """Return -1 if `one` is smaller, 1 if it is larger, 0 if the two are equal but for rounding."""
     return 0 if are_equal((one, other)) else -1 if one < other else 1
 
 
@@ -48,7 +47,10 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {ACCURACY: 1.0, "format": 0.1}
 class ScheduledWeight:
     """A weight that counts from step `from_step` to `to_step`, both included.
 
-    Steps are rollouts, from 1. to_step None: until the end of the run."""
+    Attributes:
+        weight: the number by which the term's reward is multiplied.
+        from_step: the first rollout at which it counts, from 1.
+        to_step: the last one; None: until the end of the run."""
 
     weight: float
     from_step: int = 1
@@ -65,13 +67,14 @@ Weights = Mapping[str, float | ScheduledWeight]
 class Reward:
     """The combined reward of one response.
 
-    total: the weighted sum, which the policy is trained on.
-    terms: each term's reward, in [0, 1]; that of an environment, or of a function written for
-        verl or TRL, may be any finite number.
-    reason: the terms' reasons, in one line.
-    ungraded: the terms whose reward function raised.
-    is_graded: False if an ungraded term has a weight, so that the total does not measure the
-        response."""
+    Attributes:
+        total: the weighted sum, which the policy is trained on.
+        terms: each term's reward, in [0, 1]; that of an environment, or of a function written for
+            verl or TRL, may be any finite number.
+        reason: the terms' reasons, in one line.
+        ungraded: the terms whose reward function raised.
+        is_graded: False if an ungraded term has a weight, so that the total does not measure the
+            response."""
 
     total: float
     terms: dict[str, float]
@@ -92,8 +95,15 @@ def weights_at(weights: Weights, step: int) -> dict[str, float]:
 def combine(grades: Mapping[str, Grade], weights: Mapping[str, float] = DEFAULT_WEIGHTS) -> Reward:
     """Return total = Σ weight[term] · reward[term] over the weighted terms.
 
-    A graded term without a weight is reported and does not count. Raises ValueError for a weight
-    whose term was not graded."""
+    Args:
+        grades: term → grade. A graded term without a weight is reported and does not count.
+        weights: term → weight.
+
+    Returns:
+        The sum, with each term's reward and the reasons.
+
+    Raises:
+        ValueError: a weight whose term was not graded."""
     if missing := sorted(weights.keys() - grades.keys()):
         raise ValueError(
             f"rewards.weights names {missing[0]!r}, which was not graded; "
@@ -111,10 +121,18 @@ def combine(grades: Mapping[str, Grade], weights: Mapping[str, float] = DEFAULT_
 
 
 def read_weights(weights: Mapping[str, Any]) -> dict[str, float | ScheduledWeight]:
-    """Parse a recipe's `rewards.weights`: term → number or {weight, from_step, to_step}.
+    """Parse a recipe's `rewards.weights`.
 
-    Raises UserError naming the term and the key for a term that is no reward, an unknown key, a
-    value of the wrong type, a schedule that never counts, and weights of which none is above 0."""
+    Args:
+        weights: term → number or {weight, from_step, to_step}.
+
+    Returns:
+        The same, checked.
+
+    Raises:
+        UserError: a term that is no reward, an unknown key, a value of the wrong type, a schedule
+            that never counts, or weights of which none is above 0; it names the term and the
+            key."""
     read = {name: _read_weight(f"rewards.weights.{name}", name, w) for name, w in weights.items()}
     numbers = {name: w.weight if isinstance(w, ScheduledWeight) else w for name, w in read.items()}
     if not any(number > 0 for number in numbers.values()):
@@ -263,8 +281,9 @@ def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _read_numbers(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a reward with numbers and truth values read, where the reward is a
-    registered one whose defaults are such."""
+    """Return the options of a reward with numbers and truth values read.
+
+    Only a registered reward's are read, whose defaults have these types."""
     read = dict(values)
     defaults = _defaults(kind) if kind in REGISTRY else {}
     for name, value in values.items():
@@ -301,8 +320,11 @@ Options = Mapping[str, Mapping[str, Any]]
 
 
 class RewardUnusable(UserError):
-    """A reward cannot grade a prompt. key: the first field that it lacks, else the kind or term.
-    missing: the fields of the prompt that it lacks."""
+    """A reward cannot grade a prompt.
+
+    Attributes:
+        key: the first field that it lacks, else the kind or term.
+        missing: the fields of the prompt that it lacks."""
 
     def __init__(
         self,
@@ -340,8 +362,11 @@ class Grader(Protocol):
 
 
 class RewardTerms:
-    """Calls terms of `rewards.weights` in a `RewardPool`; accuracy is the reward of the prompt's
-    own kind."""
+    """Calls a recipe's terms in a pool; accuracy is the reward of the prompt's own kind.
+
+    Args:
+        pool: a `RewardPool`, or anything with its `grade`.
+        options: reward → its options, `rewards.options`."""
 
     def __init__(self, pool: Grader, options: Options) -> None:
         self._pool, self._options = pool, options
@@ -354,9 +379,21 @@ class RewardTerms:
         num_tokens: int | None,
         opened: bool,
     ) -> dict[str, Grade]:
-        """Return term → grade. num_tokens: the response's length; None if unknown. opened: whether
-        the prompt ended with `<think>`. Raises ValueError for a reward that cannot be used,
-        RunError for a service that is down."""
+        """Return the grade of a response by each term.
+
+        Args:
+            terms: names of rewards; "accuracy" is the prompt's own.
+            prompt: the prompt, with its question, kind, truth and fields.
+            text: the response.
+            num_tokens: the response's length in tokens; None if unknown.
+            opened: whether the prompt ended with `<think>`.
+
+        Returns:
+            term → grade.
+
+        Raises:
+            ValueError: a reward that cannot be used.
+            RunError: a service that is down."""
         facts: dict[str, object] = {"question": prompt.question}
         if num_tokens is not None:
             facts["num_tokens"] = num_tokens
@@ -368,13 +405,21 @@ class RewardTerms:
     async def check(
         self, terms: Collection[str], prompts: Iterable[Gradable], opened: bool = False
     ) -> None:
-        """Check the truth of every prompt (`truths.check_truth`), and call its own reward and every
-        term for one prompt of every kind, language and set of fields: a row without a needed column
-        must not stop the run at the step that draws it.
+        """Check the truth of every prompt, and that every reward can be called.
 
-        Raises UserError for a reward that cannot be imported, RewardUnusable for one that cannot
-        grade what it is called with: a truth it does not understand, an option, a field or a
-        program it lacks."""
+        The prompt's own reward and every term are called for one prompt of every kind, language and
+        set of fields: a row without a needed column must not stop the run at the step that draws
+        it. `truths.check_truth` reads the truths.
+
+        Args:
+            terms: names of rewards; "accuracy" is always checked.
+            prompts: the prompts of the run.
+            opened: whether the prompts end with `<think>`.
+
+        Raises:
+            UserError: a reward that cannot be imported.
+            RewardUnusable: a reward that cannot grade what it is called with: a truth it does not
+                understand, an option, a field or a program it lacks."""
         examples = {}
         for prompt in prompts:
             language = str(prompt.fields.get("language"))
@@ -401,9 +446,10 @@ class RewardTerms:
                     raise RewardUnusable(f"{name} {trial.reason}{hint}", trial.missing, key=key)
 
     async def _try(self, term: str, prompt: Gradable, opened: bool) -> Grade:
-        """Return a grade, which is ungraded if the reward cannot be used. A user's own reward may
-        raise where there is no answer; one that also raises on a well-formed answer is broken, or
-        called wrongly."""
+        """Return a grade, which is ungraded if the reward cannot be used.
+
+        A user's own reward may raise where there is no answer; one that also raises on a
+        well-formed answer is broken, or called wrongly."""
         trial = (await self.grade([term], prompt, "", 0, opened))[term]
         if not trial.is_graded and _kind(term, prompt) not in REGISTRY | REMOTE:
             text = f"<think>I think.</think>\n<answer>{prompt.truth}</answer>"

@@ -32,10 +32,18 @@ def quantize_blockwise(
 ) -> tuple[Tensor, Tensor]:
     """Quantize `x` block by block to q and scale_inv; without gradient.
 
-    x: (M, N) fp32, bf16 or fp16, either size may be 0; rows may have any stride, another layout is
-    copied first. block: (128, 128) or (1, 128). Returns q (M, N) float8_e4m3fn and
-    scale_inv (ceil(M / block[0]), ceil(N / 128)) fp32, both contiguous.
-    Raises ValueError for another shape, dtype or block."""
+    Args:
+        x: (M, N) fp32, bf16 or fp16, either size may be 0; rows may have any stride, another layout
+            is copied first.
+        block: (128, 128), or (1, 128).
+        backend: "triton" or "torch"; None: Triton for CUDA tensors (not fp64), PyTorch elsewhere.
+
+    Returns:
+        q, (M, N) float8_e4m3fn, and scale_inv, (ceil(M / block[0]), ceil(N / 128)) fp32, both
+        contiguous. The module has the formula.
+
+    Raises:
+        ValueError: another shape, dtype, block or backend."""
     block = _checked_block(block)
     _check_matrix("x", x)
     _check_dtype("x", x.dtype)
@@ -51,10 +59,20 @@ def dequantize_blockwise(
     dtype: torch.dtype = torch.bfloat16,
     backend: str | None = None,
 ) -> Tensor:
-    """Return q · scale_inv as a contiguous (M, N) matrix of `dtype` (fp32, bf16 or fp16).
+    """Return q · scale_inv, formed in fp32 and rounded once more to `dtype`; without gradient.
 
-    q: (M, N) float8_e4m3fn; scale_inv: (ceil(M / block[0]), ceil(N / 128)) fp32; the product is
-    formed in fp32 and rounded once more to `dtype`. Raises ValueError for unfit arguments."""
+    Args:
+        q: (M, N) float8_e4m3fn.
+        scale_inv: (ceil(M / block[0]), ceil(N / 128)) fp32.
+        block: (128, 128), or (1, 128), as q was quantized.
+        dtype: fp32, bf16 or fp16.
+        backend: "triton" or "torch"; None: Triton for CUDA tensors (not fp64), PyTorch elsewhere.
+
+    Returns:
+        (M, N) of `dtype`, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, device, block or backend that does not fit, by name."""
     block = _checked_block(block)
     _check_matrix("q", q)
     _check_dtype("dtype", dtype)

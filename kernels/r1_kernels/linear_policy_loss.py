@@ -41,10 +41,17 @@ from r1_kernels.vocabulary import RowSoftmax, RowUpstream
 
 
 class LinearPolicyLoss(NamedTuple):
-    """The result of `linear_policy_loss`. loss: (), differentiable in hidden and weight; the rest
-    (T,) without gradient, 0 where the mask is 0. All fp32 (fp64 for fp64).
+    """The result of `linear_policy_loss`. All fp32 (fp64 for fp64).
 
-    See `PolicyLoss` for ratio, clipped, kl and importance."""
+    Attributes:
+        loss: (), differentiable in hidden and weight. The others have no gradient, and 0 where the
+            mask is 0.
+        logprobs: (T,), nats, of the targets.
+        entropy: (T,), nats.
+        ratio: (T,), this and the next three as in `PolicyLoss`.
+        clipped: (T,).
+        kl: (T,).
+        importance: (T,)."""
 
     loss: Tensor
     logprobs: Tensor
@@ -91,21 +98,49 @@ def linear_policy_loss(
     rows: Tensor | None = None,
     backend: str | None = None,
 ) -> LinearPolicyLoss:
-    """Compute the policy loss of (T,) tokens of packed responses from hidden states.
+    """Compute the policy loss of T tokens of packed responses from hidden states.
 
-    hidden: (T, H) float.
-    weight: (V_local, H) of the same dtype, this rank's equal contiguous share of the vocabulary
-        over `group`.
-    targets: (T,) int64 or int32 global ids, read where the mask is not 0.
-    temperature, vocab_size, chunk_tokens, reduce_hidden_grad: see `linear_token_logprobs`.
-    old_logprobs: (T,), or None for the present policy's own (ratio 1), for the one update of an
-        on-policy step.
-    ratio_level: "sequence" (GSPO) needs all log-probabilities first: one product more.
-    rows: the indices, rising, of all tokens whose mask is not 0, for callers that have them; to
-        find them here, the host waits for the device.
-    The rest: as in `policy_loss`, with the entropy of the head itself.
     Autocast is off inside: the output layer computes in the dtype of hidden and weight.
-    Raises ValueError for shapes, dtypes, devices, targets and settings that do not fit, by name."""
+
+    Args:
+        hidden: (T, H) float.
+        weight: (V_local, H) of the same dtype, this rank's equal contiguous share of the vocabulary
+            over `group`.
+        targets: (T,) int64 or int32 global ids, read where the mask is not 0.
+        old_logprobs: (T,), or None for the present policy's own (ratio 1), for the one update of an
+            on-policy step.
+        ref_logprobs: (T,), or None with kl_beta 0.
+        advantages: (T,) float.
+        mask: (T,) bool, integers or float weights ≥ 0; a token with 0 is left out of every product.
+        temperature: the logits are divided by it.
+        group: the ranks that share the vocabulary; None: this rank has all of it.
+        vocab_size: ids from here on are padding; None: there is none.
+        chunk_tokens: tokens whose logits exist at once; None: chosen by device and vocabulary.
+        reduce_hidden_grad: see `linear_token_logprobs`.
+        clip_low: ε below 1; this and the next seven as in `policy_loss`.
+        clip_high: ε above 1.
+        dual_clip: the largest ratio of a negative advantage, or None.
+        kl_beta: the weight of the KL estimate.
+        kl_estimator: "k1", "k2" or "k3".
+        rollout_logprobs: (T,), the engine's, or None for no correction.
+        importance_cap: the largest weight of that correction, or None.
+        objective: "ppo" or "cispo".
+        entropy_coef: the weight of a bonus of the head's own entropy.
+        ratio_level: "token", or "sequence" (GSPO), which needs all log-probabilities first: one
+            product more.
+        average: "token" or "sequence"; this and the next three as in `policy_loss`.
+        denominator: the number that the sum is divided by; None: counted.
+        cu_seqlens: (S + 1,) integers, the borders of the responses, or None.
+        sequence_group: ranks that each hold some tokens of every response, or None.
+        rows: the indices, rising, of all tokens whose mask is not 0, int64, for callers that have
+            them; to find them here, the host waits for the device.
+        backend: "triton" or "torch"; None: Triton for CUDA tensors (not fp64), PyTorch elsewhere.
+
+    Returns:
+        The loss, and each token's terms.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, targets and settings that do not fit, by name."""
     check_tensors(hidden=hidden, weight=weight, targets=targets, advantages=advantages, mask=mask)
     settings = PolicySettings(
         clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective

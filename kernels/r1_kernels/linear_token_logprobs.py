@@ -37,19 +37,28 @@ def linear_token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Compute log p(target) and entropy (nats) of softmax(hidden @ weight.T / temperature).
 
-    Differentiable in hidden and weight.
+    Differentiable in hidden and weight. Autocast is off inside: products are in the dtype of
+    hidden.
 
-    hidden: (T, H) float.
-    weight: (V_local, H) of the same dtype, this rank's equal contiguous share of the vocabulary
-        over `group`.
-    targets: (T,) int64 or int32 global ids, valid for every token.
-    vocab_size: ids from here on are padding.
-    chunk_tokens: tokens whose logits exist at once (None: chosen by device and vocabulary).
-    reduce_hidden_grad: the gradient of `hidden` is summed over the group; False leaves this rank's
-        part, for callers that sum it themselves, as Megatron's tensor-parallel regions do.
-    Autocast is off inside: products are in the dtype of hidden.
-    Returns logprobs (T,) and entropy (T,), fp32 (fp64 for fp64), the same bits on every rank.
-    Raises ValueError for shapes, dtypes, devices, targets and a temperature that do not fit."""
+    Args:
+        hidden: (T, H) float.
+        weight: (V_local, H) of the same dtype, this rank's equal contiguous share of the vocabulary
+            over `group`.
+        targets: (T,) int64 or int32 global ids, valid for every token.
+        temperature: the logits are divided by it; positive.
+        group: the ranks that share the vocabulary; None: this rank has all of it.
+        vocab_size: ids from here on are padding; None: there is none.
+        chunk_tokens: tokens whose logits exist at once; None: chosen by device and vocabulary.
+        reduce_hidden_grad: whether the gradient of `hidden` is summed over the group; False leaves
+            this rank's part, for callers that sum it themselves, as Megatron's tensor-parallel
+            regions do.
+        backend: "triton" or "torch"; None: Triton for CUDA tensors (not fp64), PyTorch elsewhere.
+
+    Returns:
+        logprobs and entropy, (T,) each, fp32 (fp64 for fp64), the same bits on every rank.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, targets and a temperature that do not fit."""
     check_same_device(hidden=hidden, weight=weight, targets=targets)
     head = make_head(hidden, weight, temperature, group, vocab_size, chunk_tokens, backend)
     check_targets(targets, len(hidden), head.shard.vocab_size)

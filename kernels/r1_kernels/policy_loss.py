@@ -25,13 +25,14 @@ from r1_kernels.registry import Primitives, choose
 
 
 class PolicyLoss(NamedTuple):
-    """The result of `policy_loss`. loss: (); the rest (T,) without gradient, 0 where the mask is 0.
-    All fp32 (fp64 for fp64).
+    """The result of `policy_loss`. All fp32 (fp64 for fp64).
 
-    ratio: ρ, not clipped.
-    clipped: 1 where the clip is active, else 0.
-    kl: the estimate.
-    importance: v, the weight that corrects from the engine's to the trainer's policy."""
+    Attributes:
+        loss: (), differentiable. The others are (T,) without gradient, 0 where the mask is 0.
+        ratio: ρ, not clipped.
+        clipped: 1 where the clip is active, else 0.
+        kl: the estimate.
+        importance: v, the weight that corrects from the engine's to the trainer's policy."""
 
     loss: Tensor
     ratio: Tensor
@@ -67,23 +68,44 @@ def policy_loss(
     # How it is computed: None for Triton on CUDA tensors, PyTorch elsewhere.
     backend: str | None = None,
 ) -> PolicyLoss:
-    """Compute the loss of (T,) tokens of packed responses; differentiable in logprobs and entropy.
+    """Compute the loss of T tokens of packed responses; differentiable in logprobs and entropy.
 
-    logprobs, advantages: (T,) float.
-    old_logprobs: (T,), or None for logprobs themselves (ratio 1, the one update of an on-policy
-        step).
-    ref_logprobs: (T,), or None with kl_beta 0; the default kl_beta is DeepSeek-R1's.
-    rollout_logprobs: (T,), the engine's, or None for no correction.
-    mask: (T,) bool, integers or float weights ≥ 0, where a token with 0 does not count and may hold
-        NaN.
-    entropy: (T,), for a bonus of entropy_coef · entropy.
-    cu_seqlens: (S + 1,) borders of the responses, for ratio_level or average "sequence".
-    sequence_group: ranks that each hold some tokens of every response, as in context parallelism
-        (cu_seqlens: the borders in this rank's T; the losses of the ranks add up).
-    average and denominator: see `averaging.Averaging.weights`; denominator=1 gives the sum.
-    clip_low, clip_high: ε on either side; 10, DeepSeek-R1's, hardly clips, where PPO's is 0.2.
-    Formulae and the other settings: `policy_terms`.
-    Raises ValueError for shapes, dtypes, devices and settings that do not fit, by name."""
+    The formulae are in `policy_terms`.
+
+    Args:
+        logprobs: (T,) float, nats, of the policy that is trained.
+        old_logprobs: (T,), or None for logprobs themselves (ratio 1, the one update of an on-policy
+            step).
+        ref_logprobs: (T,), or None with kl_beta 0.
+        advantages: (T,) float.
+        mask: (T,) bool, integers or float weights ≥ 0; a token with 0 does not count and may hold
+            NaN.
+        clip_low: ε below 1; 10, DeepSeek-R1's, hardly clips, where PPO's is 0.2.
+        clip_high: ε above 1.
+        dual_clip: the largest ratio of a negative advantage, above 1; None: no limit.
+        kl_beta: the weight of the KL estimate; the default is DeepSeek-R1's.
+        kl_estimator: "k1", "k2" or "k3".
+        rollout_logprobs: (T,), the engine's, or None for no correction.
+        importance_cap: the largest weight of that correction; None: no limit.
+        objective: "ppo" or "cispo".
+        entropy: (T,), nats, for a bonus of entropy_coef · entropy.
+        entropy_coef: the weight of that bonus.
+        ratio_level: "token", or "sequence" (GSPO).
+        average: "token" or "sequence", see `averaging.Averaging.weights`.
+        denominator: the number, above 0, that the sum is divided by; 1 gives the sum; None: Σ mask,
+            or with average "sequence" the number of responses with an unmasked token.
+        cu_seqlens: (S + 1,) integers, the borders of the responses from 0 to T, for ratio_level or
+            average "sequence".
+        sequence_group: ranks that each hold some tokens of every response, as in context
+            parallelism (cu_seqlens: the borders in this rank's T; the losses of the ranks add up);
+            needs a denominator.
+        backend: "triton" or "torch"; None: Triton for CUDA tensors (not fp64), PyTorch elsewhere.
+
+    Returns:
+        The loss, and each token's terms.
+
+    Raises:
+        ValueError: shapes, dtypes, devices and settings that do not fit, by name."""
     check_tensors(logprobs=logprobs, advantages=advantages, mask=mask)
     if logprobs.dim() != 1:
         raise ValueError(f"logprobs must be (T,), got {tuple(logprobs.shape)}: flatten the batch")

@@ -33,12 +33,23 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Compute log p(target) and entropy (nats) of softmax(logits / temperature), differentiable.
 
-    logits: (T, V_local) float, this rank's equal contiguous share of the vocabulary over `group`;
-    targets: (T,) int64 or int32 global ids; vocab_size: ids from here on are padding;
-    inplace_backward: the backward pass writes the gradient over `logits`, which no other operation
-    may need, and can run once. Returns logprobs (T,) and entropy (T,), fp32 (fp64 for fp64),
-    the same bits on every rank of the group.
-    Raises ValueError for shapes, dtypes, devices, targets and a temperature that do not fit."""
+    Args:
+        logits: (T, V_local) float, this rank's equal contiguous share of the vocabulary over
+            `group`.
+        targets: (T,) int64 or int32 global ids.
+        temperature: the logits are divided by it; positive.
+        group: the ranks that share the vocabulary; None: this rank has all of it.
+        vocab_size: ids from here on are padding; None: there is none.
+        inplace_backward: whether the backward pass writes the gradient over `logits`, which no
+            other operation may need; it can then run once.
+        backend: "triton" or "torch"; None: Triton for CUDA tensors (not fp64), PyTorch elsewhere.
+
+    Returns:
+        logprobs and entropy, (T,) each, fp32 (fp64 for fp64), the same bits on every rank of the
+        group.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, targets and a temperature that do not fit."""
     check_same_device(logits=logits, targets=targets)
     check_floats(logits=logits)
     if logits.dim() != 2:

@@ -21,13 +21,17 @@ Option = bool | int | float | str
 class AlgorithmRules:
     """Settings of one estimator.
 
-    defaults: `rl` settings of its source, used where recipe and preset leave them out.
-    options: settings that only it has, by name, with their defaults; a recipe's `rl.options`.
-    kl_in_reward: `kl_beta` weighs a penalty in every token's reward instead of a term of the loss.
-    advantage_stds: allowed values of `advantage_std`. min_group_size: smallest `group_size`.
-    dual_clip: whether `dual_clip` has a meaning.
-    critic: it needs a critic's values, and trains the critic.
-    teacher: it needs a teacher's log-probabilities."""
+    Attributes:
+        defaults: `rl` settings of its source, used where recipe and preset leave them out.
+        kl_in_reward: `kl_beta` weighs a penalty in every token's reward instead of a term of the
+            loss.
+        advantage_stds: allowed values of `advantage_std`.
+        min_group_size: smallest `group_size`.
+        dual_clip: whether `dual_clip` has a meaning.
+        critic: it needs a critic's values, and trains the critic.
+        teacher: it needs a teacher's log-probabilities.
+        options: settings that only it has, by name, with their defaults; a recipe's
+        `rl.options`."""
 
     defaults: dict[str, Any] = field(default_factory=dict)
     kl_in_reward: bool = False
@@ -39,9 +43,15 @@ class AlgorithmRules:
     options: dict[str, Option] = field(default_factory=dict)
 
     def read_options(self, given: Mapping[str, Any]) -> dict[str, Option]:
-        """Return `options` with a recipe's values. Raises UserError for an unknown name, and for a
-        value of another type than the default's; numbers and truth values are read as everywhere
-        (`scalars`)."""
+        """Return `options` with a recipe's values.
+
+        Numbers and truth values are read as everywhere (`r1_grading.base.values.read_scalar`).
+
+        Args:
+            given: a recipe's `rl.options`.
+
+        Raises:
+            UserError: an unknown name, or a value of another type than the default's."""
         values = dict(self.options)
         for name, value in given.items():
             key = f"rl.options.{name}"

@@ -18,9 +18,14 @@ from megatron_r1.trainer.batch import PackedBatch
 class Head:
     """The hidden states of one micro-batch, and the head's weight.
 
-    hidden: (T, H), whose gradient Megatron sums over `group`, the tensor-parallel ranks; weight:
-    (V_local, H), this rank's rows; vocab_size: number of tokens, rows beyond are padding;
-    context_group: the ranks that hold the other parts of the samples."""
+    Attributes:
+        batch: the micro-batch of T tokens.
+        hidden: (T, H), whose gradient Megatron sums over `group`.
+        weight: (V_local, H), this rank's rows.
+        temperature: the logits are divided by it.
+        group: the tensor-parallel ranks.
+        vocab_size: number of tokens; rows beyond are padding.
+        context_group: the ranks that hold the other parts of the samples."""
 
     batch: PackedBatch
     hidden: Tensor
@@ -34,8 +39,10 @@ class Head:
     update of a policy, which starts at π_old (`policy_loss` always does)."""
 
     def logprobs(self) -> tuple[Tensor, Tensor]:
-        """Return the log-probabilities and the entropy of the response tokens, each (T,) fp32, 0 at
-        other positions."""
+        """Compute log-probabilities and entropy of the response tokens.
+
+        Returns:
+            Each (T,) fp32, nats, 0 at other positions."""
         rows = self.batch.response_rows
         with trusted_values():  # `packed.check_token_ids` has seen the targets
             logprobs, entropy = linear_token_logprobs(
@@ -50,11 +57,14 @@ class Head:
     def policy_loss(self, mask: Tensor, **settings) -> LinearPolicyLoss:
         """Return the policy loss of the response tokens for `batch.advantages`.
 
-        Uses batch.logprobs["old"] and, if there, ["ref"]. Without "old" the current policy is
-        the old one (ratio 1), and its log-probabilities are stored as "old". mask: (T,), the
-        response tokens or their weights; settings: those of r1_kernels' policy_loss. For mask,
-        average and denominator see `losses.token_weights`; with a context_group a denominator must
-        be among the settings."""
+        Uses batch.logprobs["old"] and, if there, ["ref"]. Without "old" the current policy is the
+        old one (ratio 1), and its log-probabilities are stored as "old". For mask, average and
+        denominator see `losses.token_weights`.
+
+        Args:
+            mask: (T,), the response tokens or their weights.
+            **settings: those of r1_kernels' policy_loss; with a context_group a denominator must be
+                among them."""
         batch = self.batch
         with trusted_values():  # and `packed_batch` makes cu_seqlens
             terms = linear_policy_loss(

@@ -24,7 +24,10 @@ from megatron_r1.trainer.metrics import Mean, Metrics
 class LossTerms(NamedTuple):
     """A loss as a sum, with its denominator and metrics.
 
-    loss: () fp32; denominator: () int; metrics: of this micro-batch, on this rank."""
+    Attributes:
+        loss: () fp32.
+        denominator: () int.
+        metrics: of this micro-batch, on this rank."""
 
     loss: Tensor
     denominator: Tensor
@@ -38,9 +41,16 @@ Loss = Callable[[PackedBatch, Head, LossSettings | None], LossTerms]
 def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
     """Return the denominator, () int32, of a sum of the batch's losses.
 
-    average: "token" gives the number of response tokens; "sequence" (the sum holds each response's
-    mean) and "constant" (it holds each response's sum over a constant) the number of responses. The
-    branches of a trajectory of several turns are one response."""
+    The branches of a trajectory of several turns are one response.
+
+    Args:
+        batch: a micro-batch.
+        average: "token" gives the number of response tokens; "sequence" (the sum holds each
+            response's mean) and "constant" (it holds each response's sum over a constant) the
+            number of responses.
+
+    Raises:
+        ValueError: another average."""
     if average == "token":
         return batch.is_response.sum().int()
     if average in ("sequence", "constant"):
@@ -55,9 +65,14 @@ def token_weights(
 ) -> dict[str, Any]:
     """Return the arguments mask, average and denominator of `Head.policy_loss`.
 
-    They give a response token the weight 1 ("token"), 1 / |o_i| ("sequence"), or 1 / L ("constant",
-    L being max_response_tokens). |o_i| counts a trajectory with all its branches: r1_kernels takes
-    each branch for a sequence of its own, so there batch.sequence_weights are the weights."""
+    They give a response token the weight 1 ("token"), 1 / |o_i| ("sequence"), or 1 / L
+    ("constant"). |o_i| counts a trajectory with all its branches: r1_kernels takes each branch for
+    a sequence of its own, so there batch.sequence_weights are the weights.
+
+    Args:
+        batch: a micro-batch.
+        average: "token", "sequence" or "constant".
+        max_response_tokens: L, tokens."""
     if average == "sequence":
         if batch.sequence_weights is None:
             return {"mask": batch.is_response, "average": "sequence", "denominator": 1}

@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean that is divided after everything is added up: `total` over `count` things.
+    """A mean that is divided after everything is added up.
 
     Scalars, as tensors while they are on the device: reading one waits for the GPU, and a pass
-    would wait once per micro-batch."""
+    would wait once per micro-batch.
+
+    Attributes:
+        total: the sum of the values, ().
+        count: how many things were added up, ()."""
 
     total: Tensor | float
     count: Tensor | float
@@ -30,7 +34,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class Maximum:
-    """The largest value seen; -inf where nothing was."""
+    """A largest value.
+
+    Attributes:
+        value: the largest value seen, (); -inf where nothing was."""
 
     value: Tensor | float
 
@@ -66,8 +73,15 @@ def _joined(before: Mean | Maximum | None, metric: Mean | Maximum) -> Mean | Max
 
 
 def reduce_over_data(position: GridPosition, metrics: Metrics) -> dict[str, float]:
-    """Return the numbers behind `metrics` of all data- and context-parallel ranks of the last
-    stage; {} on the other stages. A mean over nothing is 0."""
+    """Return the numbers behind `metrics` of all data- and context-parallel ranks.
+
+    Args:
+        position: this rank's place in the grid.
+        metrics: of this rank.
+
+    Returns:
+        name → number, on the ranks of the last stage; {} on the other stages. A mean over nothing
+        is 0."""
     if not position.last_stage:
         return {}
     means = {name: metric for name, metric in metrics.items() if isinstance(metric, Mean)}

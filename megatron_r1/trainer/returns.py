@@ -20,9 +20,15 @@ def penalized_rewards(
 
         r_t = -kl_beta log(π_old / π_ref)_t, plus the response's reward at its last token
 
-    rewards: (T,), the response's on each of its tokens; log_ratio: (T,), not read with kl_beta 0.
     The penalty is the estimate k1; summed over a response it is unbiased for KL(π_old ‖ π_ref) of
-    whole responses."""
+    whole responses.
+
+    Args:
+        rewards: (T,), the response's on each of its tokens.
+        log_ratio: (T,), nats, log(π_old / π_ref); not read with kl_beta 0.
+        kl_beta: the weight of the penalty.
+        mask: (T,) bool, the response tokens that count.
+        last: (T,) int64, the position of the last response token of each token's sample."""
     positions = torch.arange(len(rewards), device=rewards.device)
     at_end = torch.where(positions == last, rewards, 0.0)
     if kl_beta:
@@ -37,7 +43,13 @@ def discounted_sums(values: Tensor, discount: float, mask: Tensor, last: Tensor)
         x_t = Σ_{s≥t} discount^(s-t) values_s = values_t + discount x_{t+1}
 
     Computed by doubling: each pass adds the sums over the next 1, 2, 4 … tokens, so that a response
-    of 32,768 takes 15 passes over the tokens, not 32,768."""
+    of 32,768 takes 15 passes over the tokens, not 32,768.
+
+    Args:
+        values: (T,).
+        discount: γ.
+        mask: (T,) bool, the response tokens that count.
+        last: (T,) int64, the position of the last response token of each token's sample."""
     rows, ends = _sampled_only(mask, last)
     sums = values[rows]
     positions = torch.arange(len(rows), device=values.device)
@@ -61,7 +73,16 @@ def gae(
         δ_t = r_t + γ V_{t+1} - V_t,  V = 0 after the last token, also of a truncated response
         A_t = Σ_{s≥t} (γ λ)^(s-t) δ_s,  R_t = A_t + V_t
 
-    rewards: r, as of `penalized_rewards`; values: V. Where the mask is 0, A is 0 and R is V."""
+    Args:
+        rewards: (T,), r, as of `penalized_rewards`.
+        values: (T,), V.
+        discount: γ.
+        gae_lambda: λ.
+        mask: (T,) bool, the response tokens that count.
+        last: (T,) int64, the position of the last response token of each token's sample.
+
+    Returns:
+        A, 0 where the mask is 0, and R, there V."""
     rows, ends = _sampled_only(mask, last)
     own = values[rows]
     positions = torch.arange(len(rows), device=values.device)
@@ -74,8 +95,9 @@ def gae(
 
 
 def moments(values: Tensor) -> Tensor:
-    """Return (3,) fp64: the sum of `values` (N,), the sum of their squares, and N. The moments of
-    the parts of a rollout add up to those of the whole."""
+    """Return (3,) fp64: the sum of `values` (N,), the sum of their squares, and N.
+
+    The moments of the parts of a rollout add up to those of the whole."""
     wide = values.double()
     return torch.stack([wide.sum(), wide.square().sum(), wide.new_tensor(len(wide))])
 
@@ -83,8 +105,13 @@ def moments(values: Tensor) -> Tensor:
 def standardized(values: Tensor, total: Tensor, epsilon: float) -> Tensor:
     """Return (values - mean) / (std + epsilon), in fp64 but for the result.
 
-    total: the `moments` of all values that mean and population standard deviation are of; with a
-    deviation of 0 and epsilon 0 nothing is divided."""
+    With a deviation of 0 and epsilon 0 nothing is divided.
+
+    Args:
+        values: (N,).
+        total: (3,) fp64, the `moments` of all values that mean and population standard deviation
+            are of.
+        epsilon: added to the deviation."""
     mean, square = (total[:2] / total[2].clamp(min=1)).unbind()
     # Of equal values the rounded difference may be below 0.
     scale = (square - mean.square()).clamp(min=0).sqrt() + epsilon
@@ -93,8 +120,9 @@ def standardized(values: Tensor, total: Tensor, epsilon: float) -> Tensor:
 
 
 def _sampled_only(mask: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the positions where the mask is set, (N,) int64, and for each of them the number,
-    among the N, of the last one of its sample."""
+    """Return the positions where the mask is set, (N,) int64, and the end of each one's sample.
+
+    The end is the number, among the N, of the last one of the sample."""
     rows = mask.nonzero()[:, 0]
     number = mask.long().cumsum(0) - 1
     return rows, number[last[rows]]

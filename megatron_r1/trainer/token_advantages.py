@@ -27,15 +27,20 @@ from megatron_r1.trainer.returns import (
 
 
 class WholeResponses:
-    """The responses of one micro-batch, whole and in sample order, on every rank that holds a part
-    of them.
+    """The whole responses of one micro-batch, on every rank that holds a part of them.
 
-    T: tokens of the whole micro-batch; is_response: (T,) bool, the tokens that are trained on;
-    rewards: (T,), the response's on each of its tokens; last: (T,) int64, the position of the last
-    response token of each token's sample, or -1."""
+    T is the number of tokens of the whole micro-batch, in sample order.
+
+    Args:
+        batch: the part of this rank.
+        context_group: the ranks that hold the batch's other parts; None: there are none.
+
+    Attributes:
+        is_response: (T,) bool, the tokens that are trained on.
+        rewards: (T,), the response's on each of its tokens.
+        last: (T,) int64, the position of the last response token of each token's sample, or -1."""
 
     def __init__(self, batch: PackedBatch, context_group: ProcessGroup | None = None):
-        """context_group: the ranks that hold the batch's other parts; None: there are none."""
         self.batch, self._group = batch, context_group
         self._ranks = 1 if context_group is None else dist.get_world_size(context_group)
         self._rank = 0 if context_group is None else dist.get_rank(context_group)
@@ -68,8 +73,10 @@ class WholeResponses:
         return whole[held_positions(self._cu_seqlens, self._rank, self._ranks)]
 
     def token_rewards(self, kl_beta: float) -> Tensor:
-        """Return `returns.penalized_rewards`, (T,). Needs logprobs["old"] and ["ref"] with
-        kl_beta > 0."""
+        """Return `returns.penalized_rewards`, (T,).
+
+        Args:
+            kl_beta: the weight of the penalty; above 0 it needs logprobs["old"] and ["ref"]."""
         log_ratio = None
         if kl_beta:
             log_ratio = self.whole(self.batch.logprobs["old"] - self.batch.logprobs["ref"])
@@ -77,7 +84,16 @@ class WholeResponses:
 
 
 class ScoredRollout:
-    """A rollout's micro-batches on this rank, with log-probabilities (and values) in them."""
+    """A rollout's micro-batches on this rank, with log-probabilities (and values) in them.
+
+    Args:
+        batches: the parts of this rank.
+        context_group: the ranks that hold the batches' other parts; None: there are none.
+        data_group: the data- and context-parallel ranks, which together hold every token of the
+            rollout once; None: this process has all.
+
+    Attributes:
+        responses: the whole responses of each micro-batch."""
 
     def __init__(
         self,
@@ -85,15 +101,18 @@ class ScoredRollout:
         context_group: ProcessGroup | None = None,
         data_group: ProcessGroup | None = None,
     ):
-        """data_group: the data- and context-parallel ranks, which together hold every token of the
-        rollout once; None: this process has all."""
         self._data_group = data_group
         self.responses = [WholeResponses(batch, context_group) for batch in batches]
 
     def normalized(self, advantages: list[Tensor], epsilon: float) -> list[Tensor]:
-        """Return `advantages`, (T,) per micro-batch, shifted and scaled so that those of all
-        response tokens of the rollout have mean 0 and standard deviation 1 (of the population,
-        epsilon added to it)."""
+        """Return `advantages` with mean 0 and deviation 1 over the rollout's response tokens.
+
+        Args:
+            advantages: (T,) per micro-batch.
+            epsilon: added to the standard deviation, the population's.
+
+        Returns:
+            (T,) per micro-batch, 0 outside responses."""
         pairs = list(zip(self.responses, advantages, strict=True))
         total = torch.stack([moments(r.own(a)[r.own(r.is_response)]) for r, a in pairs]).sum(0)
         if self._data_group is not None:
@@ -110,8 +129,11 @@ class ScoredRollout:
 
 
 class TokenTargets(NamedTuple):
-    """Per micro-batch of a rollout, (T,) each: the advantages, 0 outside responses, and the returns
-    that a critic learns, if there is one."""
+    """The result of an algorithm's token advantages, per micro-batch of a rollout.
+
+    Attributes:
+        advantages: (T,) each, 0 outside responses.
+        returns: (T,) each, what a critic learns; None if there is no critic."""
 
     advantages: list[Tensor]
     returns: list[Tensor] | None = None

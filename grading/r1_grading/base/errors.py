@@ -14,7 +14,7 @@ class Cause(StrEnum):
     """What is wrong with the thing that a `UserError` names."""
 
     UNKNOWN = "unknown"
-    """It is none of the names that are known."""
+    """It is not one of the known names."""
     MISSING = "missing"
     """It must be given, and is not."""
     NOT_FOUND = "not_found"
@@ -54,10 +54,13 @@ class UserError(ValueError):
 
     The message names the thing, its value and the remedy. The command line prints it without a
     traceback and exits with status 2; any other ValueError is a bug and keeps its traceback.
+    Programs and tests go by key and cause; the wording may change.
 
-    key: the thing at fault, in the user's terms: a recipe key (`rl.group_size`), an option
-        (`--json`), a file's role (`questions`), a field of a row (`truth`).
-    cause: what is wrong with it. Programs and tests go by these two; the wording may change."""
+    Args:
+        message: the text for the user.
+        key: the thing at fault, in the user's terms: a recipe key (`rl.group_size`), an option
+            (`--json`), a file's role (`questions`), a field of a row (`truth`).
+        cause: what is wrong with it."""
 
     def __init__(self, message: str, *, key: str, cause: Cause) -> None:
         super().__init__(message)

@@ -120,7 +120,7 @@ def _read(truth: str) -> Any:
 
 
 def _without_nulls(truth: dict[str, Any]) -> dict[str, Any]:
-    """Return the truth without keys of null, at the depths that have names of ours. The result of a
+    """Return the truth without keys of null, at the depths whose names are fixed. The result of a
     call stays: a function may return None. Of keyword arguments a name goes that is null in every
     test, while another has a value."""
     truth = {key: value for key, value in truth.items() if value is not None}

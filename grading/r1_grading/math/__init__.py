@@ -11,7 +11,7 @@ from r1_grading.math.comparison import compare
 from r1_grading.math.text import same_words, stated_answer, without_rounding
 from r1_grading.reading import is_number, read_answer
 from r1_grading.reading.answer import describe, final_answers, stated_numbers, trimmed, unwrap
-from r1_grading.reading.beside import changes_box, without_conclusion
+from r1_grading.reading.context import changes_box, without_conclusion
 from r1_grading.rewards import Grade
 from r1_grading.truths import alternatives, marked, math_truth
 

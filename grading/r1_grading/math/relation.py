@@ -14,7 +14,7 @@ import sympy
 
 from r1_grading.math.number import SEPARATORS, Structure, match_all, read_structure, split
 from r1_grading.math.symbolic import read_expression, same_value
-from r1_grading.reading.beside import DENIAL
+from r1_grading.reading.context import DENIAL
 
 EQUAL, APPROX, MEMBER = "=", r"\approx", r"\in"
 INEQUALITIES = {"<": (-1, True), r"\leq": (-1, False), ">": (1, True), r"\geq": (1, False)}

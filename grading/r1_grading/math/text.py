@@ -7,7 +7,7 @@ import unicodedata
 from math import gcd
 
 from r1_grading.math.units import NO_UNITS, is_unit
-from r1_grading.reading.beside import DENIAL, after_answer_is, leads_to_answer, without_conclusion
+from r1_grading.reading.context import DENIAL, after_answer_is, leads_to_answer, without_conclusion
 
 LETTER = r"[A-J]"
 WRAPPED = re.compile(

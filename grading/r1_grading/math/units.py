@@ -10,7 +10,7 @@ amount as a whole is rewritten, truth and answer alike, so that each has one mea
 
 import re
 
-from r1_grading.reading.beside import CENTS, DENIAL, DENYING, NUMBER, SCALE, scaled
+from r1_grading.reading.context import CENTS, DENIAL, DENYING, NUMBER, SCALE, scaled
 
 # Spellings of one unit, the canonical one first.
 _KNOWN = """

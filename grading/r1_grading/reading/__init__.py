@@ -27,7 +27,7 @@ from r1_grading.reading.answer import (
     unwrap,
     without_special_tokens,
 )
-from r1_grading.reading.beside import (
+from r1_grading.reading.context import (
     after_answer_is,
     changes_box,
     last_number,
@@ -75,14 +75,25 @@ def read_answer(
 ) -> Extraction:
     r"""Return the final answer of a response, read as `reading` says, after its chain of thought.
 
-    reading: "strict" is `answer.extract`, with `plain_line`. "tags" is the one `<answer>` block.
-    "boxed" is the last `\boxed{}`. "last" is the text after `####` or "answer is" in the last line
-    that is not blank; if the truth is `numeric` (`is_number`), the last number of that text. "auto"
-    is the first of tags, boxed and last that is present. An answer that is marked before closing
-    prose (`marked.marked_answer`) is read instead of the last line. A box outside of tags is no
-    answer where the text beside it changes or denies it (`box.changes_box`).
-    opened: whether the prompt ended with `<think>`.
-    Linear in the length of the response. Raises ValueError for another reading."""
+    An answer that is marked before closing prose (`marked.marked_answer`) is read instead of the
+    last line. A box outside of tags is no answer where the text next to it changes or denies it
+    (`context.changes_box`). The time is linear in the length of the response.
+
+    Args:
+        response: the text that the policy sampled.
+        reading: "strict" is `answer.extract`, with `plain_line`. "tags" is the one `<answer>`
+            block. "boxed" is the last `\boxed{}`. "last" is the text after `####` or "answer is" in
+            the last line that is not blank; if the truth is `numeric`, the last number of that
+            text. "auto" is the first of tags, boxed and last that is present.
+        opened: whether the prompt ended with `<think>`.
+        plain_line: whether "strict" also reads a last line that is the answer.
+        numeric: whether the truth is one number (`is_number`).
+
+    Returns:
+        The answer's text, or None with the reason why there is none.
+
+    Raises:
+        ValueError: another reading."""
     if reading not in READINGS:
         raise ValueError(f"rewards.answer: {reading!r} is none of {', '.join(READINGS)}")
     visible = after_thought(without_special_tokens(response), opened)
@@ -115,7 +126,7 @@ def is_number(truth: object) -> bool:
 
 
 def _unchanged(found: Extraction) -> Extraction:
-    """Return `found`, or no answer where the text beside its box changes the box."""
+    """Return `found`, or no answer where the text next to its box changes the box."""
     if found.text is None or not changes_box(found.around):
         return found
     box = shorten(found.text)
@@ -235,8 +246,10 @@ def break_control_tokens(text: str) -> str:
 
 
 def cut_middle(text: str, max_chars: int) -> str:
-    """Cut `text` to about `max_chars`: equal parts of its beginning and of its end, where the
-    answer is, with a note between them of how much is missing."""
+    """Cut `text` to about `max_chars`.
+
+    Kept are equal parts of its beginning and of its end, where the answer is, with a note between
+    them of how much is missing."""
     if len(text) <= max_chars:
         return text
     half = max_chars // 2

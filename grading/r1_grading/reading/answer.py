@@ -57,7 +57,7 @@ DELIMITERS = (
 DISPLAYS = ((r"\[", r"\]"), ("$$", "$$"))
 """The two forms of a displayed formula."""
 NUMBER_PATTERN = r"[-+]?\d++(?:[.,/]\d++)*+\\?%?"
-"""A number beside a box: a decimal, a fraction, thousands, percent."""
+"""A number next to a box: a decimal, a fraction, thousands, percent."""
 GLUE = r"(?:[\s$*]|\\[ ,;:!])"
 BARE_BEFORE = re.compile(
     rf"{GLUE}{{0,9}}(?P<number>{NUMBER_PATTERN}){GLUE}{{0,9}}[,;.]?{GLUE}{{0,9}}"
@@ -84,10 +84,14 @@ STATEMENT = re.compile(
 
 @dataclass(frozen=True)
 class Extraction:
-    """The final answer found in a response. text: the stripped answer, or None, with the reason why
-    there is none. source: where it was found, for the reason of a grade; "" in the strict reading,
-    whose answers show it. around: the whole text with the box that the answer is from; "" for any
-    other answer."""
+    """The final answer found in a response.
+
+    Attributes:
+        text: the stripped answer, or None.
+        reason: why there is none.
+        source: where it was found, for the reason of a grade; "" in the strict reading, whose
+            answers show it.
+        around: the whole text with the box that the answer is from; "" for any other answer."""
 
     text: str | None
     reason: str = ""
@@ -250,8 +254,8 @@ def last_line(visible: str) -> str:
 
 
 def without_special_tokens(text: str) -> str:
-    """Return `text` without special tokens at its end and the spaces beside them. Linear: a pattern
-    that begins with spaces would be tried at each space of a long run."""
+    """Return `text` without special tokens at its end and the spaces next to them. Linear: a
+    pattern that begins with spaces would be tried at each space of a long run."""
     end = stop = _end_of_text(text, len(text))
     while match := SPECIAL_TOKEN.search(text, max(end - MAX_TOKEN_CHARS, 0), end):
         end = _end_of_text(text, match.start())

@@ -8,7 +8,7 @@ it takes it back or draws another conclusion; what ends the text is read then.""
 import re
 
 from r1_grading.reading.answer import MARKER, Extraction, present
-from r1_grading.reading.beside import (
+from r1_grading.reading.context import (
     CHANGED,
     DENIAL,
     DIGITS,

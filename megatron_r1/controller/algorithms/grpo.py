@@ -27,8 +27,15 @@ if TYPE_CHECKING:
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """Return A_i, one per response, normalized by `rl.advantage_std`; ε is `advantage_epsilon`. 0
-    for an ungraded response, and for a whole group whose rewards are equal."""
+    """Return A_i, one per response, normalized by `rl.advantage_std`; ε is `advantage_epsilon`.
+
+    Args:
+        groups: the rewards of a rollout, a list per group; None for an ungraded response.
+        rl: the settings of `rl`.
+
+    Returns:
+        A list per group; 0 for an ungraded response, and for a whole group whose rewards are
+        equal."""
     by = "group" if rl.advantage_std == "group" else "none"
     by_group = [group_advantages(g, divide_by=by, epsilon=rl.advantage_epsilon) for g in groups]
     if rl.advantage_std == "batch":
@@ -37,13 +44,17 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
 
 
 def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
-    """Return -J for the advantages in `batch`, as a sum over response tokens and its denominator:
-    N with `average` sequence (each response's terms are divided by |o_i| first), Σ_i |o_i| with
-    token, N with constant (they are divided by L first).
+    """Return -J for the advantages in `batch`, as a sum over response tokens and its denominator.
 
-    With importance_cap None the difference between the engine's and the trainer's log-probabilities
-    is not corrected. Reads batch.logprobs["ref"] if kl_beta > 0, and ["old"]; without "old"
-    the policy itself is taken for π_old (ratio 1)."""
+    The denominator is N with `average` sequence (each response's terms are divided by |o_i| first),
+    Σ_i |o_i| with token, N with constant (they are divided by L first).
+
+    Args:
+        batch: the micro-batch. Its logprobs["ref"] is read if kl_beta > 0, and ["old"]; without
+            "old" the policy itself is taken for π_old (ratio 1).
+        head: the hidden states of the batch.
+        settings: with importance_cap None the difference between the engine's and the trainer's
+            log-probabilities is not corrected."""
     from megatron_r1.trainer.losses import LossTerms, denominator, token_weights
     from megatron_r1.trainer.metrics import Maximum, Mean
 

@@ -17,8 +17,14 @@ MAX_TOTAL_SECONDS = 600
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a benchmark. id: the question's id in the data set, or "". problem: the text
-    without the instruction. kind, truth, fields: as in `data.prompts.Prompt`."""
+    """One question of a benchmark.
+
+    Attributes:
+        id: the question's id in the data set, or "".
+        problem: the text without the instruction.
+        kind: the name of the reward that grades the answer, or "module:function".
+        truth: what that reward compares with.
+        fields: further arguments of the reward, as in `data.prompts.Prompt`."""
 
     id: str
     problem: str
@@ -31,14 +37,15 @@ class Question:
 class Benchmark:
     """One benchmark.
 
-    questions: turns rows into questions, lazily; raises ValueError with the row's place.
-    instruction: the prompt, with {problem} where the problem goes.
-    hubs: repositories on the Hugging Face hub that hold the benchmark, the usual one first, each
-        with a function of the options that returns the files (glob patterns). A benchmark without
-        repositories makes its own questions and reads no rows.
-    options: every option with its default.
-    compares: whether the truths are another model's responses, with which a judge compares; the
-        results are then win rates, and the questions are of the kind judge."""
+    Attributes:
+        questions: turns rows into questions, lazily; raises ValueError with the row's place.
+        instruction: the prompt, with {problem} where the problem goes.
+        hubs: repositories on the Hugging Face hub that hold the benchmark, the usual one first,
+            each with a function of the options that returns the files (glob patterns). A benchmark
+            without repositories makes its own questions and reads no rows.
+        options: every option with its default.
+        compares: whether the truths are another model's responses, with which a judge compares; the
+            results are then win rates, and the questions are of the kind judge."""
 
     questions: Callable[[Rows, Options], Iterator[Question]]
     instruction: str = "{problem}"
@@ -60,8 +67,16 @@ class Benchmark:
 
 
 def to_prompts(questions: Iterable[Question], instruction: str) -> Iterator[Prompt]:
-    """Yield prompts with unique ids: the data set's, or a hash of the text; a repeated one gets
-    "-2", "-3", … Raises UserError for an instruction without {problem}."""
+    """Yield prompts with unique ids.
+
+    An id is the data set's, or a hash of the text; a repeated one gets "-2", "-3", …
+
+    Args:
+        questions: the benchmark's questions.
+        instruction: the prompt, with {problem} where the problem goes.
+
+    Raises:
+        UserError: an instruction without {problem}."""
     if PLACEHOLDER not in instruction:
         raise UserError(
             f"instruction {instruction!r} has no {PLACEHOLDER}: put the question's in",
@@ -79,9 +94,15 @@ def to_prompts(questions: Iterable[Question], instruction: str) -> Iterator[Prom
 
 
 def code_limits(cpu_seconds: float, memory_mib: float, num_tests: int) -> dict[str, float]:
-    """Return `limits` of the code reward for a judge's limits per test (`rewards.sandbox.limits`).
+    """Return `limits` of the code reward for a judge's limits per test (`sandbox.limits`).
+
     Wall time is twice the CPU time, because the machine does other work too. All tests together get
-    the time they may take one by one, up to `MAX_TOTAL_SECONDS`."""
+    the time they may take one by one, up to `MAX_TOTAL_SECONDS`.
+
+    Args:
+        cpu_seconds: CPU time of one test.
+        memory_mib: memory of one test, MiB.
+        num_tests: the number of tests of the program."""
     cpu_seconds = min(max(cpu_seconds, 1.0), 120.0)
     return {
         "cpu_seconds": cpu_seconds,

@@ -23,9 +23,17 @@ Hubs = Mapping[str, Callable[[Options], Sequence[str]]]
 def read_rows(
     name: str, hubs: Hubs, options: Options, path: str | None, files: Sequence[str]
 ) -> Iterator[Row]:
-    """Yield every row of a benchmark. path: a file, a folder, a hub name, or None for the first of
-    `hubs`. files: glob patterns of the files of a folder or repository; () for the benchmark's own.
-    Raises UserError naming the file, the row and the remedy."""
+    """Yield every row of a benchmark.
+
+    Args:
+        name: the benchmark's, for errors.
+        hubs: repository → its files, as in `Benchmark.hubs`.
+        options: the benchmark's options.
+        path: a file, a folder, a hub name, or None for the first of `hubs`.
+        files: glob patterns of the files of a folder or repository; () for the benchmark's own.
+
+    Raises:
+        UserError: a place, file or row that cannot be read; it names the remedy."""
     hub = next(iter(hubs))
     place = path or hub
     local = Path(place)
@@ -57,9 +65,15 @@ def read_rows(
 def pick_columns(
     place: str, row: Mapping[str, Any], layouts: Sequence[Mapping[str, str]]
 ) -> dict[str, Any]:
-    """Return the row under our names, by the first layout whose columns it has; others are dropped.
-    layouts: our name → the column's. Raises UserError naming the missing and the present
-    columns."""
+    """Return the row under the project's names, by the first layout whose columns it has.
+
+    Args:
+        place: "file:line", for errors.
+        row: column → value; columns that the layout does not have are dropped.
+        layouts: for each, the project's name → the column's.
+
+    Raises:
+        UserError: no layout fits; it names the missing and the present columns."""
     for layout in layouts:
         if all(column in row for column in layout.values()):
             return {ours: row[column] for ours, column in layout.items()}

@@ -1,12 +1,12 @@
-r"""What stands beside a number or a box: words that state it as the answer, deny it or change it.
+r"""Reads the text around a number or a box, which states it as the answer, denies it or changes it.
 
 `the answer is 204` and `we get $204$` state it; `less than $204$`, `it cannot be $204$` and
 `half of the answer is 204` do not. Whether words state a number is decided by lists of what does:
 there are too many ways to say something else. `last_number` reads the last number of a line as its
 answer, and refuses one that the text around it denies, joins to another number, or makes a part of
-an expression. `changes_box` finds what stands right beside the last box of an answer, in its line,
-and changes it: `-\boxed{13}`, `\boxed{13}^2`, `less than \boxed{13}`, `\boxed{13} is wrong`. Other
-text explains the answer."""
+an expression. `changes_box` finds text next to the last box of an answer, in its line, that changes
+it: `-\boxed{13}`, `\boxed{13}^2`, `less than \boxed{13}`, `\boxed{13} is wrong`. Other text
+explains the answer."""
 
 import re
 from fractions import Fraction
@@ -193,8 +193,8 @@ QUANTITIES = tuple(
     for units in map(str.split, UNITS)
     for unit, *smaller in (units[i:] for i in range(len(units) - 1))
 )
-"""Text around the last number that makes it a part of a quantity: `3 hours 20 minutes`. In `In 3
-hours, 20 cars pass` it is none."""
+"""Text around the last number that makes it a part of a quantity: `3 hours 20 minutes`; not in `In
+3 hours, 20 cars pass`."""
 OPERATION = r"(?:[-+*/×÷·⋅]|\\(?:times|cdot|div)\b)[\s$(]{0,9}$"
 TERM_BEFORE = re.compile(
     rf"\d[A-Za-z][\s$]{{0,9}}{OPERATION}|[A-Za-z\])}}][\s$]{{0,9}}[+×÷·⋅][\s$(]{{0,9}}$"
@@ -219,7 +219,7 @@ HAN_BEFORE = re.compile(
     r"|(?:不是|没有|不等于)\s{0,9}$"
 )
 HAN_AFTER = re.compile(r"\s{0,9}(?:[多余几半倍折成或加减乘除]|左右|以上|以下|分之|不|是错|错)")
-"""Chinese words beside a number that change or deny it: `约 15`, `15 多`."""
+"""Chinese words next to a number that change or deny it: `约 15`, `15 多`."""
 LABEL = re.compile(r"\s*(?:\(?[A-Ha-h]\)|[A-H])\s+-")
 """The letter of a choice and a dash, `B - 13`, is no formula either."""
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
@@ -253,7 +253,7 @@ def with_plain_signs(line: str) -> str:
 
 
 def last_number(text: str) -> Extraction | None:
-    """Return the last number of a text as an answer, or why it is none; None without a number.
+    """Return the last number of a text as an answer, or why it is rejected; None without a number.
 
     text: a part of a line, after `with_plain_signs`."""
     text = SPACED.sub(_without_spaces, text)
@@ -360,7 +360,7 @@ CHOICE = re.compile(r"\\f?box(?:ed)?\s*\{(?:\\[a-z]{1,9}\s*\{|[\s$(]){0,4}[A-J][
 
 
 def changes_box(text: str, *, alone: bool = False) -> bool:
-    """Return whether the text beside the last box, in its line, changes the box's value, or denies
+    """Return whether the text next to the last box, in its line, changes the box's value, or denies
     it. It takes time linear in the length of the text.
 
     alone: whether the text is an answer alone, without its solution. It must commit itself, so
