@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from r1_grading.reading.parts import response_part
+from r1_grading.reading import response_part
 
 from examples.laptop.r1.judge import prefer
 from megatron_r1.base.files import atomic_write
