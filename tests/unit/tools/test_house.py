@@ -64,7 +64,7 @@ async def sample(number):
     await asyncio.sleep(0)
     response = make.read(number)
     record.note(response)
-    await asyncio.to_thread(record.copy, response)
+    await asyncio.to_thread(lambda: record.copy(response))
     return Graded(response, await grader.grade(response))
 async def main():
     other = asyncio.create_task(ticker.tick())
@@ -78,7 +78,7 @@ async def main():
     "grader.py": "from megatron_r1 import verdict\nasync def grade(r): return verdict.judge(r)",
     "verdict.py": "def judge(r): return float(len(r)) / 3",
     "record.py": "from megatron_r1 import metrics\n"
-    "def note(r): metrics.count(r)\ndef copy(r): return list(r)",
+    "def note(r): metrics.count(r)\ndef copy(r): return metrics.count(r)",
     "metrics.py": "def count(r): return list(r)",
     "ticker.py": "import asyncio\nasync def tick(): await asyncio.sleep(0)",
     "loss.py": "from megatron_r1 import checks\ndef batch(all): return [x.response for x in all]\n"

@@ -59,16 +59,30 @@ class Carriers:
     def await_use(self, new, entries) -> None:
         self._awaited |= dict.fromkeys(new, entries)
 
+    def take_awaiting(self, value) -> list:
+        """Return the entries that await the use of this very value, which then do not any more."""
+        entries = self._awaited.pop(id(value), [])
+        taken = entries[:]
+        entries.clear()
+        return taken
+
     def are_in(self, value, depth=DEPTH) -> bool:
         """Whether the value is one of them or holds one."""
         if isinstance(value, SHARED) or not self._kept:
             return False
         if id(value) in self._kept:
-            entries = self._awaited.pop(id(value), [])
-            self._used(entries)
-            entries.clear()
+            self._used(self.take_awaiting(value))
             return True
         return depth > 0 and sum(self.are_in(part, depth - 1) for part in parts(value)) > 0
+
+
+class Running:
+    """A call on the walk. entries: of it and of the calls under it. new: identities of what these
+    have made. is_kept: whether something was sent from it."""
+
+    def __init__(self, entries, is_within):
+        self.entries, self.is_within = entries, is_within
+        self.new, self.is_kept = [], False
 
 
 class Walk:
@@ -84,7 +98,7 @@ class Walk:
         # Tasks begin with the values of their creator.
         self.num_within, self.num_outside = ContextVar("within"), ContextVar("outside")
         self.has_begun = False
-        self.running = {}  # of frames, by identity: the entries under them, and how they are kept
+        self.running = {}  # of frames, by identity
 
     def called(self, title, frame, now) -> None:
         if title.endswith(self.outside):
@@ -105,43 +119,48 @@ class Walk:
         if not self.follows:  # every call counts, whatever it returns
             self._note(entries)
             entries = []
-        self.running[id(frame)] = [entries, starts and title.endswith(self.within)]
+        self.running[id(frame)] = Running(entries, starts and title.endswith(self.within))
         if title.endswith(self.kept_at):
-            for each in self._on_stack(frame):
-                self.running[id(each)].append("kept")
+            for each in self._around(frame):
+                each.is_kept = True
 
     def returned(self, title, frame, value, now) -> None:
         if title.endswith(self.outside):
             self.num_outside.set(max(0, self.num_outside.get(0) - 1))
         elif self.num_outside.get(0):
             return
-        entries, is_within, *kept = self.running.pop(id(frame), (None, False))
-        if is_within:
+        call = self.running.pop(id(frame), None)
+        if call is not None and call.is_within:
             self.num_within.set(max(0, self.num_within.get(0) - 1))
         if not self.follows:
             return
-        holds = self.carriers.are_in(value)
-        if entries is None and holds:
-            entries = [(now, title)]
-        new = self.carriers.add(value) if entries is not None else None
-        if new is None and not kept:
+        awaiting = self.carriers.take_awaiting(value)  # to return it is no use of it yet
+        if self.carriers.are_in(value) and call is None:
+            call = Running([(now, title)], False)
+        if call is None:
             return
-        around = next(self._on_stack(frame.f_back), None)
+        added = self.carriers.add(value)
+        if added is None and not call.is_kept:
+            return  # it hands nothing on
+        call.entries += awaiting
+        call.new += (added or []) + ([id(value)] if awaiting else [])
+        around = next(self._around(frame.f_back), None)
         if around is not None:
-            self.running[id(around)][0].extend(entries)
-        elif new and not kept:  # a task's or a thread's result: does anything receive it?
-            self.carriers.await_use(new, entries)
+            around.entries += call.entries
+            around.new += call.new
+        elif call.new and not call.is_kept:  # of a task or a thread: does anything receive it?
+            self.carriers.await_use(call.new, call.entries)
         else:
-            self._note(entries)
+            self._note(call.entries)
 
     def _note(self, entries) -> None:
         for now, title in entries:
             self.write(now, self.name, title)
 
-    def _on_stack(self, frame):
+    def _around(self, frame):
         while frame is not None:
             if id(frame) in self.running:
-                yield frame
+                yield self.running[id(frame)]
             frame = frame.f_back
 
 
