@@ -54,7 +54,7 @@ asyncio.run(flow.main())
     "flow.py": """
 import asyncio
 from dataclasses import dataclass
-from megatron_r1 import grader, loss, make, record, ticker
+from megatron_r1 import grader, loss, make, record, stream, ticker
 @dataclass
 class Graded:
     response: object
@@ -69,9 +69,18 @@ async def sample(number):
 async def main():
     other = asyncio.create_task(ticker.tick())
     async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(sample(number)) for number in range(2)]
+        running = [tasks.create_task(stream.sampled(sample, number)) for number in range(2)]
     await other
-    loss.loss(await asyncio.to_thread(loss.batch, [task.result() for task in running]), None)
+    graded = [stream.taken(task).graded for task in running]
+    loss.loss(await asyncio.to_thread(loss.batch, graded), None)
+""",
+    "stream.py": """
+from dataclasses import dataclass
+@dataclass
+class Step:
+    graded: object
+async def sampled(sample, number): return Step(await sample(number))
+def taken(task): return task.result()
 """,
     "make.py": "from megatron_r1 import parse\ndef read(n): return parse.parse(n)",
     "parse.py": "def parse(n): return [[n, 5, 6]]",
@@ -106,14 +115,20 @@ def test_a_walk_has_what_hands_the_thing_on_and_not_what_records_it(entered):
         follows=True,
         outside=["grader.py grade"],
     )
-    names = ["parse", "flow", "make", "loss"]  # not record, metrics, ticker, grader, checks
+    names = [
+        "parse",
+        "flow",
+        "make",
+        "stream",
+        "loss",
+    ]  # not record, metrics, ticker, grader, checks
     found = stops(entered(walk), walk, "start.py ready")
     assert sorted(found) == sorted(f"megatron_r1/{name}.py" for name in names)
 
 
 def test_a_walk_follows_what_is_made_from_an_argument(entered):
     walk = Walk("a grade", "grader.py grade", "loss.py batch", [], ["grader.py grade"], True)
-    names = ["flow", "grader", "verdict", "loss"]
+    names = ["flow", "grader", "verdict", "stream", "loss"]
     found = stops(entered(walk), walk, "start.py ready")
     assert sorted(found) == sorted(f"megatron_r1/{name}.py" for name in names)
 

@@ -36,12 +36,11 @@ def parts(value) -> list:
 
 
 class Carriers:
-    """Objects that are the thing of a walk, or made from it, by identity. used: called with the
-    entries that `await_use` was given, when a value of theirs is found in another."""
+    """Objects that are the thing of a walk, or made from it, by identity."""
 
-    def __init__(self, used):
+    def __init__(self):
         self._kept = {}  # kept alive, so that no other object gets the same identity
-        self._awaited, self._used = {}, used
+        self._awaited = {}
 
     def add(self, value, depth=DEPTH) -> list | None:
         """Add a value and its parts, and return the identities of those that are new; None for a
@@ -57,23 +56,20 @@ class Carriers:
         return new
 
     def await_use(self, new, entries) -> None:
-        self._awaited |= dict.fromkeys(new, entries)
+        self._awaited |= dict.fromkeys(new, (entries, new))
 
-    def take_awaiting(self, value) -> list:
-        """Return the entries that await the use of this very value, which then do not any more."""
-        entries = self._awaited.pop(id(value), [])
-        taken = entries[:]
-        entries.clear()
-        return taken
-
-    def are_in(self, value, depth=DEPTH) -> bool:
-        """Whether the value is one of them or holds one."""
+    def are_in(self, value, use, depth=DEPTH) -> bool:
+        """Whether the value is one of them or holds one. use: called with the entries that await
+        the use of what is found, and the identities whose use they await; they do not any more."""
         if isinstance(value, SHARED) or not self._kept:
             return False
         if id(value) in self._kept:
-            self._used(self.take_awaiting(value))
+            entries, awaited = self._awaited.get(id(value), ([], []))
+            for each in awaited:
+                self._awaited.pop(each, None)
+            use(entries, awaited)
             return True
-        return depth > 0 and sum(self.are_in(part, depth - 1) for part in parts(value)) > 0
+        return depth > 0 and sum(self.are_in(part, use, depth - 1) for part in parts(value)) > 0
 
 
 class Running:
@@ -94,7 +90,7 @@ class Walk:
         self.write, self.name, self.follows = write, name, follows
         self.begin, self.within, self.given = begin, tuple(within), tuple(given)
         self.outside, self.kept_at = tuple(outside), (end, *hands_over)
-        self.carriers = Carriers(self._note)
+        self.carriers = Carriers()
         # Tasks begin with the values of their creator.
         self.num_within, self.num_outside = ContextVar("within"), ContextVar("outside")
         self.has_begun = False
@@ -112,7 +108,7 @@ class Walk:
             self.carriers.add(arguments(frame)[frame.f_code.co_varnames[:1] == ("self",) :])
         if starts and title.endswith(self.within):
             self.num_within.set(self.num_within.get(0) + 1)
-        elif not self.num_within.get(0) and not self.carriers.are_in(arguments(frame)):
+        elif not self.num_within.get(0) and not self.carriers.are_in(arguments(frame), self._note):
             return
         caller = frame.f_back and title_of(frame.f_back.f_code)
         entries = [(now, each) for each in (caller, title) if each is not None]
@@ -134,16 +130,21 @@ class Walk:
             self.num_within.set(max(0, self.num_within.get(0) - 1))
         if not self.follows:
             return
-        awaiting = self.carriers.take_awaiting(value)  # to return it is no use of it yet
-        if self.carriers.are_in(value) and call is None:
+        made = Running([], False)  # to return what awaits a use is no use of it yet
+
+        def still_awaiting(entries, awaited):
+            made.entries += entries
+            made.new += awaited
+
+        if self.carriers.are_in(value, still_awaiting) and call is None:
             call = Running([(now, title)], False)
         if call is None:
             return
         added = self.carriers.add(value)
         if added is None and not call.is_kept:
             return  # it hands nothing on
-        call.entries += awaiting
-        call.new += (added or []) + ([id(value)] if awaiting else [])
+        call.entries += made.entries
+        call.new += (added or []) + made.new
         around = next(self._around(frame.f_back), None)
         if around is not None:
             around.entries += call.entries
@@ -153,7 +154,7 @@ class Walk:
         else:
             self._note(call.entries)
 
-    def _note(self, entries) -> None:
+    def _note(self, entries, _=()) -> None:
         for now, title in entries:
             self.write(now, self.name, title)
 
