@@ -92,7 +92,8 @@ class Walk:
         self.outside, self.kept_at = tuple(outside), (end, *hands_over)
         self.carriers = Carriers()
         # Tasks begin with the values of their creator.
-        self.num_within, self.num_outside = ContextVar("within"), ContextVar("outside")
+        self.num_within: ContextVar[int] = ContextVar("within")
+        self.num_outside: ContextVar[int] = ContextVar("outside")
         self.has_begun = False
         self.running = {}  # of frames, by identity
 
