@@ -1,9 +1,10 @@
-"""Measures the structure of the code: `python tools/house [--walks]`.
+"""Measures the structure of the code: `python tools/house [--walks [--section.key value …]]`.
 
 Prints the packages, their layers and the imports between them, files and lines, what one command
 needs (every project file that `megatron-r1 rl` can import in its three roles), and words and lines
 of docs and tests. --walks also runs one step of the laptop recipe and prints, of three things that
-pass through the code, the files that the run enters between two functions, in order."""
+pass through the code, the files that carry them between two functions, in order. Further settings
+are the recipe's, as `--model.path FOLDER` where the model of `make demo` is not there."""
 
 import argparse
 import sys
@@ -14,13 +15,19 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     from tools.house.structure import table
+    from tools.house.walks import __doc__ as definition
     from tools.house.walks import walks
 
     parser = argparse.ArgumentParser(
-        prog="tools/house", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="tools/house",
+        description=__doc__,
+        epilog=definition,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--walks", action="store_true", help="trace a run of one step, too")
-    arguments = parser.parse_args()
+    arguments, settings = parser.parse_known_args()
+    if settings and not arguments.walks:
+        parser.error(f"settings are for --walks: {' '.join(settings)}")
     print(table(ROOT))
     if arguments.walks:
-        print(walks(ROOT))
+        print(walks(ROOT, settings))

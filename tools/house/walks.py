@@ -1,67 +1,138 @@
-"""The files that a thing passes through in a run, traced in all its processes: with whatever else
-these do in that time. The run needs the model of `make demo`."""
+"""The files that a response, a reward and a weight pass through in one step of a run.
 
+A walk of a response or a reward has each function that is given the thing, or something made from
+it, and hands it on: by returning it or what it makes from it, to a function that receives it, or by
+sending it; with its direct caller. A weight's walk has what is called, at any depth and in tasks
+that begin there, within the calls of `Walk.within`. A message to another process is followed to the
+function that `within` or `given` names there; left out are the files of vLLM, Megatron and torch,
+functions that only record or check what they are given or keep it in an object (metrics, logs and
+log-probabilities under π_ref), what another walk has (`outside`), and all that the run does
+meanwhile for another purpose."""
+
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tools.house.structure import PACKAGES
 
-WALKS = {
-    "a response, from the engine's reply to the loss": (
+
+@dataclass
+class Walk:
+    """One thing's way; functions are named by the end of "file qualified.name".
+
+    begin, end: the walk is what is entered between them. within: calls all of whose inner calls
+    count. given: functions whose arguments are the thing. follows: whether it is followed by value:
+    results of functions of the walk are made from the thing."""
+
+    name: str
+    begin: str
+    end: str
+    within: list[str]
+    given: list[str]
+    follows: bool
+    hands_over: list[str] = field(default_factory=list)
+    """Functions that send the thing elsewhere: they and those around them hand it on."""
+    outside: list[str] = field(default_factory=list)
+    """Calls that are another walk's: what they call does not count."""
+
+
+AFTER = "StepSampler.start"
+"""The walks begin after this call: held-out questions of the untrained model come before."""
+WALKS = [
+    Walk(
+        "a response, from the engine's reply to the loss",
         "EngineClient.generate.<locals>.read",
         "algorithms/grpo.py loss",
+        ["EngineClient.generate.<locals>.read", "trainer/sample.py decode_samples"],
+        [],
+        follows=True,
+        hands_over=["RankSocket.send"],
+        outside=["ResponseGrader.grade"],
     ),
-    "a reward, from the response to its advantage": ("ResponseGrader.grade", "advantages"),
-    "a weight, from the update to the engines' proof": (
+    Walk(
+        "a reward, from the response to its advantage",
+        "ResponseGrader.grade",
+        "algorithms/grpo.py advantages",
+        [],
+        ["ResponseGrader.grade", "r1_grading/worker.py _grade"],
+        follows=True,
+        hands_over=["FramedProcess.send", "RewardPool._set_grade"],
+    ),
+    Walk(
+        "a weight, from the update to the engines' proof",
         "PolicyEngines.push",
         "Session.finish_step",
+        [
+            "PolicyEngines.push",
+            "WeightPush.send_weights",
+            "_Follower.follow",
+            "swap_endpoint.py swap_weights",
+            "PushTransferEngine.start_weight_update",
+            "PushTransferEngine.receive_weights",
+            "PushTransferEngine.finish_weight_update",
+        ],
+        [],
+        follows=False,
     ),
-}
-"""Of each walk the functions with which it begins and ends: the end of "file name"."""
+]
 RUN = ("rl", "examples/laptop/r1_zero.yaml", "--run.steps", "1")
+Entry = tuple[int, str, str, str]
+"""Nanoseconds, walk or "mark", file, function."""
 
 
-def walks(root: Path) -> str:
-    """Run one step of the laptop recipe; return the number of files of each walk, and the files in
-    the order in which they are entered."""
+def walks(root: Path, settings: list[str]) -> str:
+    """Run one step of the laptop recipe with further `settings`; return the number of files of each
+    walk, and the files in the order in which they are entered."""
     with tempfile.TemporaryDirectory() as folder:
-        entered = traced(root, Path(folder))
+        run = ["-m", "megatron_r1", *RUN, "--run.folder", f"{folder}/run", *settings]
+        entered = traced(root, Path(folder), run, WALKS, AFTER)
     lines = []
-    for walk, (start, end) in WALKS.items():
-        files = stops(entered, start, end)
-        lines += ["", f"{walk}: {len(files)} files", *(f"  {file}" for file in files)]
+    for walk in WALKS:
+        files = stops(entered, walk, AFTER)
+        lines += ["", f"{walk.name}: {len(files)} files", *(f"  {file}" for file in files)]
     return "\n".join(lines)
 
 
-def traced(root: Path, folder: Path) -> list[tuple[int, str, str]]:
-    """Run the command; return what its processes entered: (nanoseconds, file, function)."""
+def traced(
+    root: Path, folder: Path, arguments: list[str], walks: list[Walk], after: str
+) -> list[Entry]:
+    """Run Python with `arguments`; return what its processes noted, by time."""
     notes = folder / "notes"
     notes.mkdir()
-    roots = os.pathsep.join(f"{root}/{package}" for package in PACKAGES)
+    above = dict.fromkeys(str((root / package).parent) for package in PACKAGES)
     variables = {
         "HOUSE_TRACE": str(notes),
-        "HOUSE_ROOTS": roots,
-        "PYTHONPATH": str(Path(__file__).parent / "traced"),
+        "HOUSE_ROOTS": os.pathsep.join(f"{root}/{package}/" for package in PACKAGES),
+        "HOUSE_WALKS": json.dumps({"after": after, "walks": [asdict(walk) for walk in walks]}),
+        # This tree first, also where another checkout is installed.
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "traced"), *above]),
     }
-    command = [sys.executable, "-m", "megatron_r1", *RUN, "--run.folder", str(folder / "run")]
+    command = [sys.executable, *arguments]
     subprocess.run(command, cwd=root, env=os.environ | variables, check=True, stdout=sys.stderr)
     entered = []
     for each in notes.iterdir():
         for line in each.read_text(encoding="utf-8").splitlines():
-            time, file, function = line.split(" ", 2)
-            entered.append((int(time), str(Path(file).relative_to(root)), function))
+            time, walk, title = line.split("|", 2)
+            file, function = title.split(" ", 1)
+            entered.append((int(time), walk, str(Path(file).relative_to(root)), function))
     return sorted(entered)
 
 
-def stops(entered: list[tuple[int, str, str]], start: str, end: str) -> list[str]:
-    """Return the distinct files that are entered from the first `start` to the next `end`."""
-    files: dict[str, None] = {}
-    for _, file, function in entered:
-        if files or f"{file} {function}".endswith(start):
-            files[file] = None
-            if f"{file} {function}".endswith(end):
-                return list(files)
-    raise ValueError(f"the run did not pass from {start} to {end}")
+def stops(entered: list[Entry], walk: Walk, after: str) -> list[str]:
+    """Return the distinct files of a walk from its first `begin` after the call of `after` to the
+    next `end`, in the order in which they are entered."""
+
+    def first(name: str, since: int) -> int:
+        for time, kind, file, function in entered:
+            if kind == "mark" and time >= since and f"{file} {function}".endswith(name):
+                return time
+        raise ValueError(f"the run did not pass from {walk.begin} to {walk.end}: no {name}")
+
+    start = first(walk.begin, first(after, 0))
+    end = first(walk.end, start)
+    on = [file for time, name, file, _ in entered if name == walk.name and start <= time <= end]
+    return list(dict.fromkeys(on))

@@ -1,7 +1,7 @@
 import pytest
 
 from tools.house.structure import arrows, closure, modules, num_words
-from tools.house.walks import stops
+from tools.house.walks import Walk, stops, traced
 
 FILES = {
     "megatron_r1/__init__.py": "",
@@ -42,9 +42,120 @@ def test_what_a_module_can_import_has_its_packages_and_functions_not_annotations
     assert num_words(root) == 3
 
 
-def test_a_walk_has_each_file_once_from_its_first_function_to_the_next_last_one():
-    names = [("c", "end"), ("a", "begin"), ("b", "x"), ("a", "begin"), ("c", "end"), ("d", "x")]
-    entered = [(time, file, name) for time, (file, name) in enumerate(names)]
-    assert stops(entered, "a begin", "end") == ["a", "b", "c"]
-    with pytest.raises(ValueError, match="d x"):
-        stops(entered, "d x", "begin")
+PROGRAM = {
+    "start.py": """
+import asyncio
+from megatron_r1 import flow
+def ready(): pass
+flow.log_all(["before the run"])
+ready()
+asyncio.run(flow.main())
+""",
+    "flow.py": """
+import asyncio
+from dataclasses import dataclass
+from megatron_r1 import grader, loss, make, record, stream, ticker
+@dataclass
+class Graded:
+    response: object
+    grade: float
+def log_all(things): [record.note(thing) for thing in things]
+async def sample(number):
+    await asyncio.sleep(0)
+    response = make.read(number)
+    record.note(response)
+    await asyncio.to_thread(lambda: record.copy(response))
+    return Graded(response, await grader.grade(response))
+async def main():
+    other = asyncio.create_task(ticker.tick())
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(stream.sampled(sample, number)) for number in range(2)]
+    await other
+    graded = [stream.taken(task).graded for task in running]
+    loss.loss(await asyncio.to_thread(loss.batch, graded), None)
+""",
+    "stream.py": """
+from dataclasses import dataclass
+@dataclass
+class Step:
+    graded: object
+async def sampled(sample, number): return Step(await sample(number))
+def taken(task): return task.result()
+""",
+    "make.py": "from megatron_r1 import parse\ndef read(n): return parse.parse(n)",
+    "parse.py": "def parse(n): return [[n, 5, 6]]",
+    "grader.py": "from megatron_r1 import verdict\nasync def grade(r): return verdict.judge(r)",
+    "verdict.py": "def judge(r): return float(len(r)) / 3",
+    "record.py": "from megatron_r1 import metrics\n"
+    "def note(r): metrics.count(r)\ndef copy(r): return metrics.count(r)",
+    "metrics.py": "def count(r): return list(r)",
+    "ticker.py": "import asyncio\nasync def tick(): await asyncio.sleep(0)",
+    "loss.py": "from megatron_r1 import checks\ndef batch(all): return [x.response for x in all]\n"
+    "def loss(b, head): checks.check(b)",
+    "checks.py": "def check(b): pass",
+    "__init__.py": "",
+}
+
+
+@pytest.fixture
+def entered(tmp_path):
+    def run(walk):
+        for name, text in PROGRAM.items():
+            path = tmp_path / "megatron_r1" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        return traced(tmp_path, tmp_path, ["-m", "megatron_r1.start"], [walk], "start.py ready")
+
+    return run
+
+
+def test_a_walk_has_what_hands_the_thing_on_and_not_what_records_it(entered):
+    walk = Walk(
+        *("a response", "make.py read", "loss.py loss", ["make.py read"], []),
+        follows=True,
+        outside=["grader.py grade"],
+    )
+    names = [
+        "parse",
+        "flow",
+        "make",
+        "stream",
+        "loss",
+    ]  # not record, metrics, ticker, grader, checks
+    found = stops(entered(walk), walk, "start.py ready")
+    assert sorted(found) == sorted(f"megatron_r1/{name}.py" for name in names)
+
+
+def test_a_walk_follows_what_is_made_from_an_argument(entered):
+    walk = Walk("a grade", "grader.py grade", "loss.py batch", [], ["grader.py grade"], True)
+    names = ["flow", "grader", "verdict", "stream", "loss"]
+    found = stops(entered(walk), walk, "start.py ready")
+    assert sorted(found) == sorted(f"megatron_r1/{name}.py" for name in names)
+
+
+def test_a_walk_by_calls_has_all_that_is_called_within_and_in_tasks_that_begin_there(entered):
+    walk = Walk("a run", "flow.py main", "checks.py check", ["flow.py main"], [], False)
+    found = stops(entered(walk), walk, "start.py ready")
+    names = set(PROGRAM) - {"__init__.py"}  # start.py: the direct caller is asyncio.run
+    assert set(found) == {f"megatron_r1/{name}" for name in names - {"start.py"}}
+
+
+def test_a_walk_has_each_file_once_from_its_first_begin_to_the_next_end():
+    walk = Walk("w", "a begin", "d end", [], [], True)
+    notes = [
+        ("w", "x", "early"),
+        ("mark", "a", "begin"),  # before `after`
+        ("mark", "s", "after"),
+        ("w", "y", "early"),
+        ("mark", "a", "begin"),
+        ("w", "a", "begin"),
+        ("w", "b", "one"),
+        ("other", "c", "one"),
+        ("w", "b", "two"),
+        ("mark", "d", "end"),
+        ("w", "e", "late"),
+    ]
+    entered = [(time, *note) for time, note in enumerate(notes)]
+    assert stops(entered, walk, "s after") == ["a", "b"]
+    with pytest.raises(ValueError, match="d end"):
+        stops(entered[:-2], walk, "s after")
