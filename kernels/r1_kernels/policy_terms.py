@@ -97,8 +97,7 @@ class PolicyTerms(NamedTuple):
 
     grad_log_ratio: derivative of the loss with respect to the log-ratio, 0 for cispo. grad_logprob:
     derivative with respect to the log-probability itself, of the KL term and of cispo's surrogate.
-    clipped: 1 where the clip is
-    active, which makes the derivative of ppo's surrogate 0; else 0."""
+    clipped: 1 where the clip is active, which makes the derivative of ppo's surrogate 0; else 0."""
 
     loss: Tensor
     grad_log_ratio: Tensor

@@ -210,7 +210,7 @@ def _memory(config: Config) -> str:
         return (
             f"{size}{parameters * TRAINER_BYTES / 2**30:,.2f} GiB for weights, gradients and "
             "Adam's moments in fp32, over all tensor, pipeline and expert ranks; activations come "
-            f"on top (tools/plan); {engine:,.2f} GiB of weights on an engine's fullest GPU, and as "
+            f"on top (megatron-r1 plan); {engine:,.2f} GiB of weights on an engine's fullest GPU, and as "
             f"much for the weights of the next push, {place} (push.transport: "
             f"{config.push.transport})"
         )

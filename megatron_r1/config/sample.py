@@ -121,7 +121,7 @@ class SampleConfig(Section):
     shots: str | None = None
     """JSONL of {question, response}: worked examples in front of the question"""
     num_shots: int | None = Field(None, ge=1)
-    """how many of them stand before each question, drawn anew; default: all"""
+    """how many examples precede each question, drawn anew for each; default: all"""
     avoid: list[str] = []
     """files of questions that must not be sampled"""
     avoid_ngram: int = Field(13, ge=0)

@@ -1,4 +1,4 @@
-"""A workflow for one seed: the settings of each stage, and what references stand for."""
+"""A pipeline for one seed: the settings of each stage, and what references stand for."""
 
 import re
 from collections.abc import Mapping

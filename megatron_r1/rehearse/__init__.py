@@ -1,6 +1,7 @@
 """Runs a recipe in miniature: the same structure, small sizes, real trainer ranks and engines.
 
 settings.py   the rehearsal's own settings
+null_gpu.py   the processes of a rehearsal on null GPUs
 jobs.py       the runs to rehearse
 full_size.py  the links of the full size
 layout.py     the parallel layouts: every axis that is divided stays divided

@@ -21,7 +21,7 @@ RunFilters = Callable[[Prompt, TextResponse], Awaitable[Decision | None]]
 
 
 class Selection:
-    """The rules of one recipe."""
+    """Chooses the responses that a `sample` recipe keeps."""
 
     def __init__(
         self, keep: KeepConfig, filters: RunFilters, drops_duplicates: bool, seed: int = 0

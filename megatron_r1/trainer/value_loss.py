@@ -8,8 +8,8 @@ from megatron_r1.trainer.losses import LossTerms
 from megatron_r1.trainer.metrics import Mean
 
 EQUAL = 1e-6
-"""The standard deviation, of their root mean square, up to which returns are equal: R = A + V is
-rounded to fp32, 6e-8 of it."""
+"""Returns are equal up to this standard deviation, as a share of their root mean square: R = A + V
+is rounded to fp32 (6e-8)."""
 
 
 def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTerms:

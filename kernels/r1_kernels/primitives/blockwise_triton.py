@@ -32,7 +32,7 @@ E4M3_MAX = tl.constexpr(448.0)
 SMALLEST_AMAX_BITS = tl.constexpr(0x38D1B717)  # 1e-4 in fp32
 
 # Rows and warps per tile, chosen from the kernels as compiled for sm_90 by Triton 3.9 (in brackets:
-# sm_80); the time on a GPU is not measured. None of these spills. 29 kB in flight per SM are needed
+# sm_80); not timed on a GPU. None of these spills. 29 kB in flight per SM are needed
 # (4.8 TB/s x 0.8 us / 132 SMs). Rows / warps: registers, bf16 KiB in flight and warps per SM,
 # instructions per element.
 #   weight      128 / 8: 89 (sm_80: 128), 64, 16, 9.5     128 / 16: 53 (64), 64, 32, 12.8 (used)

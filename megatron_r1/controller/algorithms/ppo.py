@@ -9,8 +9,7 @@
 With λ (`gae_lambda`) 1, R_t is the reward to go; a smaller λ relies more on the critic, and in long
 chains of thought lets the reward fade before it reaches the first tokens. γ is `discount`. Averaged
 per sequence. `advantage_std` batch normalizes A over the tokens of the rollout, none leaves it.
-How the critic learns: section
-`critic`."""
+How the critic learns: section `critic`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from megatron_r1.controller.trainer_calls.recorder import Recorder
 
 
 class Supervisor:
-    """Supervises one run."""
+    """Watches the roles of one run, and stops or restarts what hangs or has died."""
 
     def __init__(
         self, config: Config, recorder: Recorder, trainer: TrainerClient, *, spans_hosts: bool

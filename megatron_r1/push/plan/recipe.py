@@ -70,7 +70,8 @@ def planned_push(config: Config, hf: dict) -> list[Plan]:
 
 
 FUSED_FIRST = ("gate_proj", "q_a_proj", "k_proj", "q_proj")
-"""vLLM stores another projection behind these in one matrix, which must begin at a block."""
+"""Projections that vLLM stores in one matrix with a second one after them; the second must begin at
+a block."""
 
 
 def engine_layout(config: Config) -> EngineLayout:

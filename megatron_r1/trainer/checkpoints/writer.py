@@ -204,7 +204,8 @@ class HashedFile(io.FileIO):
         return num_bytes
 
     def entry(self) -> FileEntry:
-        """Return size and checksum of the bytes handed to the disk: what it changes shows later."""
+        """Return size and checksum of the bytes that were written; a later change on the disk differs
+        from them."""
         return FileEntry(self.tell(), self._hasher.hexdigest())
 
 

@@ -72,7 +72,7 @@ class HostPool:
         address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.port = int(address.rpartition(":")[2])
         self.refusal: str | None = None
-        """Why a host was refused when no other was there; None again once one is accepted."""
+        """The reason for which the last host was refused; None once one has been accepted."""
         self._notified_refusals: set[str] = set()
         self._hosts: dict[bytes, HostRecord] = {}
         self._waiting: list[RemoteEngine] = []
