@@ -210,8 +210,8 @@ def _memory(config: Config) -> str:
         return (
             f"{size}{parameters * TRAINER_BYTES / 2**30:,.2f} GiB for weights, gradients and "
             "Adam's moments in fp32, over all tensor, pipeline and expert ranks; activations come "
-            f"on top (megatron-r1 plan); {engine:,.2f} GiB of weights on an engine's fullest GPU, and as "
-            f"much for the weights of the next push, {place} (push.transport: "
+            f"on top (megatron-r1 plan); {engine:,.2f} GiB of weights on an engine's fullest GPU, "
+            f"and as much for the weights of the next push, {place} (push.transport: "
             f"{config.push.transport})"
         )
     memory = cpu_memory(config, torchrun.num_ranks(config), has_engines=True)

@@ -2,8 +2,9 @@
 
 A new architecture that is a combination of what is here is one entry of FAMILIES: configuration,
 weights, conversion, planning and push follow from it (`attention_fields`, `expert_fields`,
-`models.weights.decoder`). What Hugging Face's `config.json` says about a model is read there. Exceptions that name an
-architecture are in `engines.server.limits` and `engines.plugin.stacked_experts`."""
+`models.weights.decoder`). What Hugging Face's `config.json` says about a model is read there.
+Exceptions that name an architecture are in `engines.server.limits` and
+`engines.plugin.stacked_experts`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

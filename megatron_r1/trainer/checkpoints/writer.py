@@ -204,8 +204,8 @@ class HashedFile(io.FileIO):
         return num_bytes
 
     def entry(self) -> FileEntry:
-        """Return size and checksum of the bytes that were written; a later change on the disk differs
-        from them."""
+        """Return size and checksum of the bytes that were written, so that a later change on the
+        disk is seen."""
         return FileEntry(self.tell(), self._hasher.hexdigest())
 
 
