@@ -2,7 +2,7 @@
 
 The docstring under a field is what `megatron-r1 plan` prints next to its value; its `--calibrate`
 replaces any of them by a measured one, and `preflight` compares a cluster with them. "A guess":
-nothing has run on a GPU yet."""
+no run on GPUs has measured it."""
 
 from typing import Annotated, Any
 

@@ -35,7 +35,7 @@ def group_advantages(
 
         A_i = (r_i - mean(r)) / (std(r) + epsilon)
 
-    A group whose rewards are all equal (`rewards.equality`) has advantages of 0. divide_by: "group"
+    A group whose rewards are all equal (`r1_grading.terms`) has advantages of 0. divide_by: "group"
     for the z-score (population standard deviation, the group's own root mean square), "none" to
     leave the scale of the rewards (Dr. GRPO, arXiv 2503.20783, section 3.2). Raises ValueError as
     `graded`, and for another divide_by."""

@@ -57,7 +57,7 @@ def load_prompts(
     """Read prompts from a file, or generate them with a reasoning-gym task.
 
     path: of `records.read_records`, rows with `question`, `truth` and optionally `kind` (default:
-        `kind`, else what the truth shows: `rewards.truths.kind_of`); other columns go to the
+        `kind`, else what the truth shows: `r1_grading.truths.kind_of`); other columns go to the
         reward. A question or truth that no row has by that name is found by its usual names
         (`columns`). A question may be a chat that ends with the user's message.
     columns: our name → the file's.

@@ -1,6 +1,6 @@
 """The tokens of a question and a response, the last of which a reward model scores.
 
-The tokens equal those that the served model gets: the text that `rewards.reward_model` sends,
+The tokens equal those that the served model gets: the text that `r1_grading.served` sends,
 tokenized as vLLM does."""
 
 from r1_grading.reading import Part, chat_messages, fill_template, prepare_texts

@@ -42,7 +42,7 @@ REPORT_SECONDS = 5.0
 
 class ServerPolicy:
     """Sends one request per response, and repeats it while the server is busy or away
-    (`rewards.remote.service`)."""
+    (`r1_grading.served.service`)."""
 
     def __init__(
         self,

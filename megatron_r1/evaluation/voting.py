@@ -48,7 +48,7 @@ def read_vote(
     numeric: bool = False,
 ) -> Vote | None:
     """Return the vote of a response; None without an answer. The answer is read as the reward
-    `kind` reads it, by `rewards.reading.read_answer`, whose arguments these are."""
+    `kind` reads it, by `r1_grading.read_answer`, whose arguments these are."""
     answer = read_answer(
         response, reading, opened=opened, plain_line=kind == "math", numeric=numeric
     ).text

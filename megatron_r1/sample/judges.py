@@ -82,7 +82,7 @@ class FunctionJudge(ResponseJudge):
 
 
 class ServedJudge(ResponseJudge):
-    """Votes of `rewards.judge`; docs/rewards/models.md has what a judge is shown."""
+    """Votes of `r1_grading.served.judge`; docs/rewards/models.md has what a judge is shown."""
 
     def __init__(self, judge: Judge, cache: ResultCache) -> None:
         settings = judge.settings.model_dump(exclude=NO_VOTE)

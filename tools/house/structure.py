@@ -97,7 +97,7 @@ def table(root: Path) -> str:
     """Return the figures, one a line."""
     known = modules(root)
     ours = {name: path for name, path in known.items() if name.startswith("megatron_r1.")}
-    packages = {name.split(".")[1] for name in ours}
+    packages = {name.split(".")[1] for name in ours if name.count(".") > 1}
     between = arrows(known)
     rows = {
         "packages of megatron_r1": len(packages),

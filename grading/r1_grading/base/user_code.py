@@ -40,8 +40,13 @@ def find(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
             ) from None
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # a module that it imports
+        moved = (
+            "; packages were renamed in 0.3.0: CHANGELOG.md has a table of old and new names"
+            if module_name.startswith("megatron_r1.")
+            else f": neither installed nor in {os.getcwd()}; start in the folder that has it"
+        )
         raise UserError(
-            f"{error}: neither installed nor in {os.getcwd()}; start in the folder that has it",
+            f"{error}{moved}",
             key=path,
             cause=Cause.NOT_FOUND,
         ) from None

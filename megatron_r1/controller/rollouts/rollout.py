@@ -21,7 +21,7 @@ class Sampling:
     num_samples: G, responses per prompt.
     max_tokens: the longest response.
     step: the training step, from 1.
-    weights: the weight of each term in the reward (`rewards.combine`).
+    weights: the weight of each term in the reward (`r1_grading.terms`).
     routing: shape of the experts' indices to return with each token, or None for none.
     with_teacher: whether the teacher scores every token.
     stop: strings that end a response with the token that completes one."""
@@ -39,7 +39,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GradedResponse:
-    """One response with its rewards (`rewards.combine.Reward`).
+    """One response with its rewards (`r1_grading.terms.Reward`).
 
     text: the decoded response.
     rewards: each term alone.

@@ -68,7 +68,7 @@ def mixed_languages(
 ) -> str:
     """Drop a response with less than `min_share` of its words in one language.
 
-    Words are counted as by the language reward (`rewards.language`), so code, formulae, names and
+    Words are counted as by the language reward, so code, formulae, names and
     numbers are in no language. target: "en" or "zh"; default: the question's own `target`, as for
     the reward, or the language of most words. part: "response", or "thought" for questions whose
     answer is in another language than the thought. Raises ValueError for other values."""
@@ -92,8 +92,8 @@ def long_paragraphs(
 ) -> str:
     """Drop a response with a paragraph of more than `max_words` words; a line break ends one.
 
-    Words are separated by spaces, and may be numbers and formulae; 1.7 Chinese characters are one
-    (`rewards.language.words`), so that a page counts alike in both languages. Code blocks are left
+    Words are separated by spaces, and may be numbers and formulae; 1.7 Chinese characters are one,
+    so that a page counts alike in both languages. Code blocks are left
     to `code_blocks`. Raises ValueError for a limit that is no positive number."""
     if isinstance(max_words, bool) or not isinstance(max_words, int | float) or max_words <= 0:
         raise ValueError(f"max_words must be a positive number, got {max_words!r}")
@@ -129,7 +129,7 @@ def repetition(
     response: TextResponse, prompt: Prompt, *, min_new: float = 0.7, window: int = 50
 ) -> str:
     """Drop a response in which less than `min_new` of the windows of `window` characters are new
-    (`rewards.repetition`; a text written twice has half). Raises ValueError for values out of
+    (the repetition reward; a text written twice has half). Raises ValueError for values out of
     range."""
     _require_share("min_new", min_new)
     verdict = grade("repetition", response.text, window=window)

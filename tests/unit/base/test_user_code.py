@@ -70,3 +70,9 @@ def test_threads_read_the_syntax_of_a_module_at_the_same_time(tmp_path, monkeypa
 
 def _collected(phase, info):
     """Python code, at whose end the interpreter may change to another thread."""
+
+
+def test_the_former_name_of_a_package_says_where_the_new_one_stands():
+    name = "megatron_r1.weight_sync.plan:order"
+    with refused(name, Cause.NOT_FOUND, "megatron_r1.weight_sync", "CHANGELOG.md"):
+        find_function(name)
