@@ -8,6 +8,7 @@ from textwrap import fill
 
 import yaml
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.plan.arguments import config_of, job_of, parse
 from megatron_r1.plan.bill import Bill
 from megatron_r1.plan.timing import time_section
@@ -56,7 +57,17 @@ def rows() -> list[PublishedFigure]:
 
 
 def table() -> str:
-    """Return the comparison as a Markdown table, and under it each row's inputs and explanation."""
+    """Return the comparison as a Markdown table, and under it each row's inputs and explanation.
+
+    Raises UserError outside a checkout of the repository, which has the recipes compared."""
+    for row in rows():
+        if not Path(recipe := shlex.split(row.options)[0]).exists():
+            raise UserError(
+                f"--published plans recipes of the repository, and {recipe} is not in "
+                f"{Path.cwd()}: start it in a checkout",
+                key="--published",
+                cause=Cause.NOT_FOUND,
+            )
     lines = ["| run | predicted | published | ratio |", "|---|---|---|---|"]
     notes = []
     for number, row in enumerate(rows(), start=1):

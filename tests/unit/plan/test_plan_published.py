@@ -29,6 +29,13 @@ def test_the_printed_table_has_the_published_values_and_their_ratios(capsys):
         assert float(ratio) == pytest.approx(value, abs=0.011)
 
 
+def test_outside_a_checkout_it_says_where_to_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--published"]) == 2
+    said = "".join(capsys.readouterr())
+    assert "examples/deepseek_r1/r1_zero.yaml" in said and "in a checkout" in said
+
+
 def test_a_run_s_hours_are_its_phases():
     chosen, overrides = parse([str(RECIPE)])
     assert [step for step, _ in config_of(RECIPE, overrides).phases()] == [1, 513]
