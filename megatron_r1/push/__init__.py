@@ -17,13 +17,14 @@ Both sides agree on the plan before: an engine rank publishes its `table` of slo
 is how all ranks find each other and learn of failures. `results` has what ranks report to the
 controller.
 
-Eight words:
+Eight words are used in all of these modules: set, region, table, slot, plan, link, delivery and
+bucket. `plan` defines the others, of which the modules that carry out a plan use member, position
+and entry.
 
-- set: equal engines that are served together. An engine is a member of it, by number; the ranks of
-  equal number in their engines are at one position.
+- set: equal engines that are served together.
 - region: a rectangle of a Hugging Face tensor (`plan.tensors`).
 - table: an engine rank's slots; slot: a region that it needs, with its place in the receive buffer.
-- plan: an entry for each trainer rank and each engine rank that it sends to, with the regions
-  (`plan.engine_sets`); link: the connection of two such ranks (`link_planner`).
+- plan: which regions each trainer rank sends to which engine ranks (`plan.engine_sets`); link: the
+  connection of two such ranks (`link_planner`).
 - delivery: the rectangle of a slot that one trainer rank sends, with a checksum (`table`).
 - bucket: the bytes of one message."""
