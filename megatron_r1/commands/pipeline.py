@@ -17,7 +17,7 @@ from megatron_r1.pipeline.check import check, missing_files
 from megatron_r1.pipeline.executor import Executor
 from megatron_r1.pipeline.graph import Graph, unknown_stage
 from megatron_r1.pipeline.pipeline_recipe import PipelineConfig, load
-from megatron_r1.pipeline.plan import WorkflowPlan
+from megatron_r1.pipeline.plan import PipelinePlan
 from megatron_r1.pipeline.report import write_report
 from megatron_r1.pipeline.runner import Signals, write_recipe
 from megatron_r1.pipeline.status import StageState, examine_all, stale_text, status_lines
@@ -42,7 +42,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     folders = [root / f"seed_{seed}" if config.seeds else root for seed in seeds]
     implied = _implied(verbs, {stage.verb for stage in recipe.stages.values()})
     plans = [
-        WorkflowPlan.of(recipe, path, folder, seed, implied)
+        PipelinePlan.of(recipe, path, folder, seed, implied)
         for folder, seed in zip(folders, seeds, strict=True)
     ]
     for plan in plans:
@@ -98,7 +98,7 @@ def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:
 
 
 def _check_states(
-    config: PipelineConfig, plan: WorkflowPlan, graph: Graph, chosen: list[str]
+    config: PipelineConfig, plan: PipelinePlan, graph: Graph, chosen: list[str]
 ) -> None:
     """Raise UserError for stale stages without `pipeline.rerun`, and for `pipeline.only` with a
     stage that needs others first."""
@@ -121,7 +121,7 @@ def _check_states(
         raise UserError(stale_text(plan, stale), key="pipeline.rerun", cause=Cause.CHANGED)
 
 
-def _print_commands(plans: list[WorkflowPlan], graph: Graph, chosen: list[str]) -> None:
+def _print_commands(plans: list[PipelinePlan], graph: Graph, chosen: list[str]) -> None:
     """Print what would run, as shell commands, and write the recipes that they name. A stage that
     has begun keeps the ports of its served models."""
     for plan in plans:

@@ -12,11 +12,11 @@ from megatron_r1.base.user_code import source_of
 from megatron_r1.data.records import HUB
 from megatron_r1.pipeline.graph import Graph, all_of
 from megatron_r1.pipeline.pipeline_recipe import MAKE
-from megatron_r1.pipeline.plan import WorkflowPlan, WorkflowStage, names_a_file
+from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage, names_a_file
 from megatron_r1.pipeline.references import REFERENCE, texts
 
 
-def check(plan: WorkflowPlan, verbs: Mapping[str, str], files: bool = True) -> None:
+def check(plan: PipelinePlan, verbs: Mapping[str, str], files: bool = True) -> None:
     """Raise UserError with a line for every stage that cannot run.
 
     verbs: name → module, whose REQUIRED are the keys that a recipe must set. files: whether files
@@ -47,7 +47,7 @@ def _mistakes_of(place: str, check: Callable[..., Any], *arguments: Any) -> list
     return []
 
 
-def missing_files(plan: WorkflowPlan) -> list[tuple[str, str]]:
+def missing_files(plan: PipelinePlan) -> list[tuple[str, str]]:
     """Return (key, reason) of every setting that names a missing file or folder which no stage
     makes."""
     named = []
@@ -69,7 +69,7 @@ def missing_files(plan: WorkflowPlan) -> list[tuple[str, str]]:
     ]
 
 
-def _check_stage(plan: WorkflowPlan, stage: WorkflowStage, verbs: Mapping[str, str]) -> None:
+def _check_stage(plan: PipelinePlan, stage: PipelineStage, verbs: Mapping[str, str]) -> None:
     config, where = stage.config, f"{plan.path}: stages.{stage.name}"
     if stage.is_function:
         _check_function(where, config.function, config.arguments)

@@ -11,7 +11,7 @@ from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.pipeline import manifest
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.pipeline_recipe import PipelineConfig
-from megatron_r1.pipeline.plan import WorkflowPlan
+from megatron_r1.pipeline.plan import PipelinePlan
 from megatron_r1.pipeline.results import headline, results_of
 from megatron_r1.pipeline.runner import Runner, Signals
 from megatron_r1.pipeline.status import StageState, examine, examine_all, stale_text, status_lines
@@ -31,7 +31,7 @@ class Executor:
     """Runs stages and keeps their statuses up to date. plans: one per seed, of the same stages."""
 
     def __init__(
-        self, config: PipelineConfig, plans: Sequence[WorkflowPlan], graph: Graph, signals: Signals
+        self, config: PipelineConfig, plans: Sequence[PipelinePlan], graph: Graph, signals: Signals
     ) -> None:
         self._config, self._graph, self._signals = config, graph, signals
         self._plans = {plan.seed: plan for plan in plans}
@@ -149,7 +149,7 @@ def _move_aside(folder: Path) -> Path:
     return folder.rename(old)
 
 
-def _referenced_outputs(plan: WorkflowPlan, name: str) -> set[str]:
+def _referenced_outputs(plan: PipelinePlan, name: str) -> set[str]:
     """Return the files of a stage that other stages refer to."""
     names = {ref for stage in plan.stages.values() for _, ref in stage.references}
     return {ref.partition(".")[2] for ref in names if ref.startswith(f"{name}.")}

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_r1.base.user_code import syntax_of
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.differences import changed_keys, flatten, is_within, value_text
-from megatron_r1.pipeline.plan import WorkflowPlan, WorkflowStage
+from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.references import references, substitute, texts
 
 WHOLE_BYTES = 256 * 1024**2
@@ -44,7 +44,7 @@ SECTIONS_OF_VERB = {
 """Sections that only one verb reads."""
 
 
-def settings(plan: WorkflowPlan, stage: WorkflowStage, finished: bool) -> dict[str, Any]:
+def settings(plan: PipelinePlan, stage: PipelineStage, finished: bool) -> dict[str, Any]:
     """Return the settings that decide the stage's result, by dotted keys.
 
     References stay as written, since what they mean is an input: a pipeline's folder may be moved.
@@ -71,7 +71,7 @@ def defaults() -> dict[str, Any]:
     return json.loads(json.dumps(flatten(Config().model_dump()), default=str))
 
 
-def inputs(plan: WorkflowPlan, stage: WorkflowStage, upstream: tuple[str, ...]) -> dict[str, str]:
+def inputs(plan: PipelinePlan, stage: PipelineStage, upstream: tuple[str, ...]) -> dict[str, str]:
     """Return the digest of each input: references, files named in settings, functions."""
     digests: dict[str, str] = {}
     for _, text in texts(stage.all_settings):
@@ -161,7 +161,7 @@ def _is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name == "__pycache__"
 
 
-def _functions(stage: WorkflowStage) -> dict[str, str]:
+def _functions(stage: PipelineStage) -> dict[str, str]:
     """Return the syntax of the modules of all user functions that the stage names: its own, and
     those that rewrite, judge, filter or reward."""
     if stage.is_function:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.pipeline.plan import WorkflowStage
+from megatron_r1.pipeline.plan import PipelineStage
 
 TRAINED = ("hf", "checkpoints", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 ADAPTER = "adapter"
@@ -32,7 +32,7 @@ class Graph:
 
     order and `sorted` keep the recipe's order where the edges allow it."""
 
-    def __init__(self, stages: Mapping[str, WorkflowStage]) -> None:
+    def __init__(self, stages: Mapping[str, PipelineStage]) -> None:
         """Read the edges.
 
         Raises UserError with a line for every stage with an unknown reference, or else for a cycle.
@@ -64,7 +64,7 @@ class Graph:
         return depths
 
 
-def _upstream(stage: WorkflowStage, stages: Mapping[str, WorkflowStage]) -> tuple[str, ...]:
+def _upstream(stage: PipelineStage, stages: Mapping[str, PipelineStage]) -> tuple[str, ...]:
     """Return the stages that `stage` needs directly, in the order of its references."""
     upstream: dict[str, None] = {}
     for place, reference in stage.references:
@@ -102,7 +102,7 @@ def _upstream(stage: WorkflowStage, stages: Mapping[str, WorkflowStage]) -> tupl
     return tuple(upstream)
 
 
-def _check_served(stage: WorkflowStage, key: str, where: str, rest: str) -> None:
+def _check_served(stage: PipelineStage, key: str, where: str, rest: str) -> None:
     name, dot, what = rest.rpartition(".")
     if not dot or what != "url":
         message = f"{where} is unknown; there is ${{serve.NAME.url}}"
@@ -115,7 +115,7 @@ def _check_served(stage: WorkflowStage, key: str, where: str, rest: str) -> None
 
 
 def _check_output(
-    stages: Mapping[str, WorkflowStage], key: str, where: str, head: str, rest: str
+    stages: Mapping[str, PipelineStage], key: str, where: str, head: str, rest: str
 ) -> None:
     if head not in stages:
         message = f"{where}: {unknown_stage(head, stages)}"

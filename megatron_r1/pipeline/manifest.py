@@ -15,7 +15,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write, fsync
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.pipeline import fingerprint
-from megatron_r1.pipeline.plan import WorkflowPlan, WorkflowStage
+from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
 
 DONE, BEGUN = "stage.json", "begun.json"
 
@@ -36,7 +36,7 @@ def read(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def begin(
-    plan: WorkflowPlan, stage: WorkflowStage, upstream: tuple[str, ...], last_output: float | None
+    plan: PipelinePlan, stage: PipelineStage, upstream: tuple[str, ...], last_output: float | None
 ) -> None:
     """Record that an attempt at `stage` begins, with its settings and inputs.
 
@@ -70,7 +70,7 @@ def end_attempt(folder: Path, failed: str | None) -> None:
 
 
 def finish(
-    plan: WorkflowPlan, stage: WorkflowStage, upstream: tuple[str, ...], command: list[str]
+    plan: PipelinePlan, stage: PipelineStage, upstream: tuple[str, ...], command: list[str]
 ) -> None:
     """Write `stage.json`, which declares `stage` done."""
     folder = plan.folder_of(stage.name)

@@ -28,7 +28,7 @@ INDEX = re.compile(r"\[\d+\]")
 
 
 @dataclass(frozen=True)
-class WorkflowStage:
+class PipelineStage:
     """One stage of a pipeline. settings: sections of a recipe, or the arguments of a function, with
     references not yet replaced."""
 
@@ -57,7 +57,7 @@ class WorkflowStage:
 
 
 @dataclass(frozen=True)
-class WorkflowPlan:
+class PipelinePlan:
     """The stages of a pipeline for one seed.
 
     path: the recipe's. folder: the folder with this seed's stages. broken: stage → why its settings
@@ -66,7 +66,7 @@ class WorkflowPlan:
     path: Path
     folder: Path
     seed: int
-    stages: dict[str, WorkflowStage]
+    stages: dict[str, PipelineStage]
     broken: dict[str, UserError] = field(default_factory=dict)
 
     @classmethod
@@ -82,7 +82,7 @@ class WorkflowPlan:
         path, stages, broken = Path(path), {}, {}
         for name, config in recipe.stages.items():
             if config.verb == MAKE:
-                stages[name] = WorkflowStage(name, config, dict(config.arguments))
+                stages[name] = PipelineStage(name, config, dict(config.arguments))
                 continue
             settings: dict[str, Any] = {}
             what = f"stages.{name}: recipe"
@@ -98,7 +98,7 @@ class WorkflowPlan:
             run = settings.get("run")
             if run is None or isinstance(run, dict):  # anything else is refused by its verb's check
                 settings["run"] = {"seed": seed, **(run or {}), "folder": str(folder / name)}
-            stages[name] = WorkflowStage(name, config, settings)
+            stages[name] = PipelineStage(name, config, settings)
         return cls(path, folder, seed, stages, broken)
 
     def folder_of(self, stage: str) -> Path:
@@ -107,7 +107,7 @@ class WorkflowPlan:
     def log_of(self, stage: str, server: str = "") -> Path:
         return self.folder / "logs" / f"{stage}{'.' if server else ''}{server}.log"
 
-    def config(self, stage: WorkflowStage, required: tuple[str, ...] = ()) -> Config:
+    def config(self, stage: PipelineStage, required: tuple[str, ...] = ()) -> Config:
         """Return a stage's settings as its verb will read them, with references unresolved.
 
         required: keys that must have a value. Raises UserError naming every mistake."""
@@ -141,7 +141,7 @@ class WorkflowPlan:
             lambda match: str(self.value_of(match[1], {})) if match[1] in FIXED else match[0], text
         )
 
-    def named_files(self, stage: WorkflowStage) -> list[tuple[str, str]]:
+    def named_files(self, stage: PipelineStage) -> list[tuple[str, str]]:
         """Return (place, text) of every text of a stage that names an existing file or folder which
         no stage makes. A folder that the pipeline itself lies in is left out: every stage changes
         it."""

@@ -15,7 +15,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.jsonl import read_lines
 from megatron_r1.pipeline.drawing import Box, graph_svg
 from megatron_r1.pipeline.graph import Graph
-from megatron_r1.pipeline.plan import WorkflowPlan, WorkflowStage
+from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.results import LABELS, Result, Spread, results_of
 from megatron_r1.pipeline.status import StageState, Status, examine_all
 from megatron_r1.reporting.page import render
@@ -54,7 +54,7 @@ class Cell(NamedTuple):
 
 
 def write_report(
-    root: Path, title: str, command: str, plans: Sequence[WorkflowPlan], graph: Graph
+    root: Path, title: str, command: str, plans: Sequence[PipelinePlan], graph: Graph
 ) -> Path:
     """Write `report.json`, `report.md` and `report.html` into `root`; return the path of the last.
 
@@ -97,7 +97,7 @@ def write_report(
 
 def collect(
     title: str,
-    plans: Sequence[WorkflowPlan],
+    plans: Sequence[PipelinePlan],
     graph: Graph,
     statuses: Sequence[Mapping[str, Status]],
 ) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def collect(
     }
 
 
-def evaluated(stage: WorkflowStage, graph: Graph) -> str:
+def evaluated(stage: PipelineStage, graph: Graph) -> str:
     """Return the stage in whose row the results of this stage are shown; "" if this stage has a row
     of its own."""
     if stage.config.evaluates:
@@ -210,7 +210,7 @@ def _cell(stage: Mapping[str, Any], name: str) -> Cell:
     return Cell(stage["figures"][name]["worded"], f"{first.source}; {each}")
 
 
-def _rl_plots(plans: Sequence[WorkflowPlan], graph: Graph) -> list[Plot]:
+def _rl_plots(plans: Sequence[PipelinePlan], graph: Graph) -> list[Plot]:
     """Return a plot per quantity, with a curve per RL stage over its own steps: the mean of the
     seeds. Held-out points have their 95% interval, or the range of several seeds."""
     trained = _read(plans, graph, "metrics.jsonl")
@@ -251,7 +251,7 @@ def heldout_points(runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
     return [Curve("_held-out", *_means(by_step), ink, "o", low, high)]
 
 
-def _read(plans: Sequence[WorkflowPlan], graph: Graph, file: str) -> dict[str, list[Lines]]:
+def _read(plans: Sequence[PipelinePlan], graph: Graph, file: str) -> dict[str, list[Lines]]:
     return {
         name: [list(read_lines(plan.folder_of(name) / file)) for plan in plans]
         for name in graph.order

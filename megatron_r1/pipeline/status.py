@@ -9,7 +9,7 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.pipeline import fingerprint, manifest
 from megatron_r1.pipeline.graph import Graph
-from megatron_r1.pipeline.plan import WorkflowPlan, WorkflowStage
+from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.results import headline, results_of
 from megatron_r1.reporting.wording import duration, printable
 
@@ -54,7 +54,7 @@ class Status:
         return [printable(line) for reason in self.reasons for line in reason.splitlines()]
 
 
-def examine_all(plan: WorkflowPlan, graph: Graph, is_running: bool = False) -> dict[str, Status]:
+def examine_all(plan: PipelinePlan, graph: Graph, is_running: bool = False) -> dict[str, Status]:
     """Return the status of every stage.
 
     is_running: whether another process works on the pipeline. Raises UserError for a folder that is
@@ -67,8 +67,8 @@ def examine_all(plan: WorkflowPlan, graph: Graph, is_running: bool = False) -> d
 
 
 def examine(
-    plan: WorkflowPlan,
-    stage: WorkflowStage,
+    plan: PipelinePlan,
+    stage: PipelineStage,
     upstream: Mapping[str, Status],
     is_running: bool = False,
 ) -> Status:
@@ -108,7 +108,7 @@ def examine(
 
 
 def status_lines(
-    plan: WorkflowPlan, chosen: Sequence[str], statuses: Mapping[str, Status]
+    plan: PipelinePlan, chosen: Sequence[str], statuses: Mapping[str, Status]
 ) -> list[str]:
     """Return a line per chosen stage (state, name, verb, time, first result), each followed by the
     reasons why it is stale or has failed."""
@@ -130,7 +130,7 @@ def status_lines(
     return lines
 
 
-def stale_text(plan: WorkflowPlan, stale: Mapping[str, Status]) -> str:
+def stale_text(plan: PipelinePlan, stale: Mapping[str, Status]) -> str:
     """Return which stages are stale, why, and the remedies."""
     lines = [f"{plan.folder}: made of something else than they would be now:"]
     for name, status in stale.items():

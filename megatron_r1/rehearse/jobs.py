@@ -14,7 +14,7 @@ from megatron_r1.config import Config, verb_of
 from megatron_r1.config.yaml_text import as_sections
 from megatron_r1.pipeline import pipeline_recipe
 from megatron_r1.pipeline.check import check
-from megatron_r1.pipeline.plan import WorkflowPlan
+from megatron_r1.pipeline.plan import PipelinePlan
 from megatron_r1.pipeline.references import REFERENCE
 
 VERBS = ("rl", "sft", "reward-model", "sample")
@@ -56,7 +56,7 @@ def jobs(
         return [RehearsalJob(Path(path).stem, verb, config)]
     recipe = pipeline_recipe.load(path, dict(overrides))
     added = {verb: as_sections(settings) for verb, settings in implied.items()}
-    plan = WorkflowPlan.of(recipe, path, Path(recipe.pipeline.folder), recipe.pipeline.seed, added)
+    plan = PipelinePlan.of(recipe, path, Path(recipe.pipeline.folder), recipe.pipeline.seed, added)
     check(plan, verbs, files=False)
     names = [name for name, stage in plan.stages.items() if stage.config.verb in VERBS]
     for name in only:
@@ -80,7 +80,7 @@ def jobs(
     return found
 
 
-def _model_path(plan: WorkflowPlan, name: str, config: Config) -> str:
+def _model_path(plan: PipelinePlan, name: str, config: Config) -> str:
     """Return the model that the stage, or the stages before it, start from."""
     path = plan.located(config.model.path)
     if match := REFERENCE.match(path):  # a stage, or a file of its folder

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from command_line import command, environment, run
 
-pytestmark = pytest.mark.more  # test_r1_recipe has sampling stages, test_curation_runs the rest
+pytestmark = pytest.mark.more  # test_r1_recipe has sampling stages, test_sample_runs the rest
 NUM_QUESTIONS, NUM_SAMPLES = 100, 3
 
 

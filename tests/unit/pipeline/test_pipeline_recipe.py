@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pipeline_world import RECIPE, World, recipe
 from refusals import refused
-from workflow_world import RECIPE, World, recipe
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.processes.children import free_port
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.pipeline_recipe import load
-from megatron_r1.pipeline.plan import WorkflowPlan, merged
+from megatron_r1.pipeline.plan import PipelinePlan, merged
 from megatron_r1.pipeline.references import protect, references, substitute, unprotect
 from megatron_r1.reporting.run_folder import RunFolder
 
@@ -43,7 +43,7 @@ def training(tmp_path, monkeypatch):
 
 def plan_of(world, **overrides):
     recipe = load("p.yaml", overrides)
-    return WorkflowPlan.of(recipe, "p.yaml", world.out, recipe.pipeline.seed)
+    return PipelinePlan.of(recipe, "p.yaml", world.out, recipe.pipeline.seed)
 
 
 @pytest.mark.parametrize(

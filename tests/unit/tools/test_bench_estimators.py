@@ -11,7 +11,7 @@ from megatron_r1.commands import cli
 from megatron_r1.config.algorithms import NAMES
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.pipeline_recipe import load
-from megatron_r1.pipeline.plan import WorkflowPlan
+from megatron_r1.pipeline.plan import PipelinePlan
 from tools.bench import estimators
 from tools.bench.estimators.settings import CHOICES, recipe
 
@@ -100,13 +100,13 @@ def test_the_page_shows_its_figures_and_the_reasons_of_those_that_ran():
 
 
 @pytest.fixture
-def plan(tmp_path, monkeypatch) -> WorkflowPlan:
+def plan(tmp_path, monkeypatch) -> PipelinePlan:
     monkeypatch.chdir(ROOT)
     file = tmp_path / "bench.yaml"
     file.write_text(yaml.safe_dump(recipe(7)))
     options = ["pipeline", str(file), "--pipeline.folder", str(tmp_path / "out")]
     assert cli.main([*options, "--pipeline.status", "true"]) == 0
-    return WorkflowPlan.of(load(file, {"pipeline.folder": "out"}), file, tmp_path / "out", 0)
+    return PipelinePlan.of(load(file, {"pipeline.folder": "out"}), file, tmp_path / "out", 0)
 
 
 def test_every_algorithm_runs_from_one_base_model_on_as_many_answers_and_updates(plan):

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from curation_answers import PROMPT, answer
 from refusals import refused
+from sample_answers import PROMPT, answer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from liveness import is_alive
+from pipeline_world import World, processes_naming, recipe
 from refusals import refused
 from waiting import wait_until
-from workflow_world import World, processes_naming, recipe
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.processes.inspection import descendants

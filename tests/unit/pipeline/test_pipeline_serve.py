@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from pipeline_world import World, processes_naming
 from waiting import wait_until
-from workflow_world import World, processes_naming
 
 from megatron_r1.pipeline.pipeline_recipe import ServeConfig
 from megatron_r1.pipeline.serving import choose_ports, server_command

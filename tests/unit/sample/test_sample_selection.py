@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from curation_answers import PROMPT, answer, run_decide, selection
 from r1_grading import Grade
+from sample_answers import PROMPT, answer, run_decide, selection
 
 from megatron_r1.config import parse
 from megatron_r1.config.sample import RenderConfig

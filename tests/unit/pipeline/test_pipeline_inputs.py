@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from workflow_world import World
+from pipeline_world import World
 
 from megatron_r1.pipeline import manifest
 from megatron_r1.pipeline.pipeline_recipe import load
-from megatron_r1.pipeline.plan import WorkflowPlan
+from megatron_r1.pipeline.plan import PipelinePlan
 from megatron_r1.pipeline.status import StageState, examine
 
 RECIPE = """
@@ -23,7 +23,7 @@ def test_a_stage_was_made_of_its_inputs_as_they_were_at_its_beginning(
 ):
     monkeypatch.chdir(tmp_path)
     World(tmp_path, RECIPE)
-    plan = WorkflowPlan.of(load("p.yaml"), "p.yaml", Path("out"), 0, {})
+    plan = PipelinePlan.of(load("p.yaml"), "p.yaml", Path("out"), 0, {})
     stage = plan.stages["only"]
     plan.folder_of("only").mkdir(parents=True)
     manifest.begin(plan, stage, (), None)

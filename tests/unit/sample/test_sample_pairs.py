@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from curation_answers import PROMPT, answer, run_decide, selection
 from fakes.model_service import Served, judge_that
 from r1_grading.served.judge import Comparison
 from r1_grading.served.service import Ungradable
 from refusals import refused
+from sample_answers import PROMPT, answer, run_decide, selection
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.sample import PairsConfig, SampleConfig

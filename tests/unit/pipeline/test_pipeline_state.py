@@ -6,14 +6,14 @@ import json
 import shutil
 
 import pytest
+from pipeline_world import FUNCTIONS, RECIPE, World, recipe
 from refusals import refused
-from workflow_world import FUNCTIONS, RECIPE, World, recipe
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.pipeline import fingerprint
 from megatron_r1.pipeline.fingerprint import inputs, settings
 from megatron_r1.pipeline.pipeline_recipe import load
-from megatron_r1.pipeline.plan import WorkflowPlan
+from megatron_r1.pipeline.plan import PipelinePlan
 
 ALL = ["corpus", "other", "both", "last"]
 
@@ -266,7 +266,7 @@ def test_what_a_stage_reads_without_saying_that_it_is_a_file(tmp_path, monkeypat
     source = "def tidy(question, response): return response\ndef polite(text, truth): return 1\n"
     (tmp_path / "mine.py").write_text(source)
     (tmp_path / "p.yaml").write_text(NAMED)
-    plan = WorkflowPlan.of(load(tmp_path / "p.yaml"), tmp_path / "p.yaml", tmp_path / "out", 0)
+    plan = PipelinePlan.of(load(tmp_path / "p.yaml"), tmp_path / "p.yaml", tmp_path / "out", 0)
 
     def read():
         return inputs(plan, plan.stages["answers"], ())
@@ -287,7 +287,7 @@ TRAINED = recipe("trained")
 def matter(tmp_path, finished, **overrides):
     (tmp_path / "p.yaml").write_text(TRAINED)
     recipe = load(tmp_path / "p.yaml", overrides)
-    plan = WorkflowPlan.of(recipe, tmp_path / "p.yaml", tmp_path / "out", recipe.pipeline.seed)
+    plan = PipelinePlan.of(recipe, tmp_path / "p.yaml", tmp_path / "out", recipe.pipeline.seed)
     return settings(plan, plan.stages["base"], finished)
 
 

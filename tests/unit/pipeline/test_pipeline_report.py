@@ -6,8 +6,8 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from pipeline_world import World, recipe
 from refusals import refused
-from workflow_world import World, recipe
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.pipeline import report
