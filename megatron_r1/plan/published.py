@@ -60,7 +60,8 @@ def table() -> str:
     """Return the comparison as a Markdown table, and under it each row's inputs and explanation.
 
     Raises UserError outside a checkout of the repository, which has the recipes compared."""
-    for row in rows():
+    figures = rows()
+    for row in figures:
         if not Path(recipe := shlex.split(row.options)[0]).exists():
             raise UserError(
                 f"--published plans recipes of the repository, and {recipe} is not in "
@@ -70,7 +71,7 @@ def table() -> str:
             )
     lines = ["| run | predicted | published | ratio |", "|---|---|---|---|"]
     notes = []
-    for number, row in enumerate(rows(), start=1):
+    for number, row in enumerate(figures, start=1):
         unit = "h" if row.number == "run" else "s"
         predicted = row.predicted()
         lines.append(

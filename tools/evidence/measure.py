@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -160,12 +159,12 @@ def read_figure(claim: Claim, output: str) -> tuple[str | None, str]:
 
 def machine(busy: float) -> str:
     """Return the processor, the usable cores, how many were at other work, and the memory."""
-    names = re.findall(r"^model name\s*: (.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    from tools.bench import machine as measured_on  # imports xxhash, which `status` does without
+
     kib = re.search(r"^MemTotal:\s+(\d+)", _text("/proc/meminfo"), re.MULTILINE)
-    processor = names[0] if names else platform.machine()
     amx = ", AMX" if "amx_tile" in _text("/proc/cpuinfo") else ""
     memory = f", {int(kib[1]) / 2**20:.0f} GiB" if kib else ""
-    cores = len(os.sched_getaffinity(0))
+    processor, cores = measured_on.processor(), measured_on.num_cores()
     return f"{processor}{amx}, {cores} cores ({busy:.1f} busy before){memory}"
 
 

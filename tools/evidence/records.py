@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megatron_r1.base.files import atomic_write
+
 FOLDER = "docs/evidence"
 TOPICS = {
     "numbers": "Numbers that agree",
@@ -93,7 +95,4 @@ def write(root: Path, claim: Claim) -> None:
     """Write a claim's file, whole or not at all."""
     values = {key: value for key, value in asdict(claim).items() if value not in (None, {})}
     path = root / FOLDER / f"{claim.id}.json"
-    unfinished = path.with_suffix(".new")
-    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    atomic_write(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
