@@ -31,7 +31,7 @@ class Grade:
             response.
         verdict: the result by name, where the caller needs more than the number, such as the filter
             that objected.
-        missing: the fields for want of which the reward could not be called.
+        missing: the fields without which the reward could not be called.
 
     Raises:
         ValueError: a reward outside the limits, or NaN."""

@@ -131,7 +131,7 @@ def read_weights(weights: Mapping[str, Any]) -> dict[str, float | ScheduledWeigh
 
     Raises:
         UserError: a term that is no reward, an unknown key, a value of the wrong type, a schedule
-            that never counts, or weights of which none is above 0; it names the term and the
+            that never counts, or no weight above 0; it names the term and the
             key."""
     read = {name: _read_weight(f"rewards.weights.{name}", name, w) for name, w in weights.items()}
     numbers = {name: w.weight if isinstance(w, ScheduledWeight) else w for name, w in read.items()}
