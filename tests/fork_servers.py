@@ -22,8 +22,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         return
     from megatron_r1.base.processes.fork_server import SERVERS
     from megatron_r1.base.processes.preloaded import shared_server
-    from megatron_r1.controller.trainer_calls.rank_processes import MODULE as RANK
-    from megatron_r1.controller.trainer_calls.rank_processes import import_environment
+    from megatron_r1.controller.trainer_calls.ranks import MODULE as RANK
+    from megatron_r1.controller.trainer_calls.ranks import import_environment
     from megatron_r1.engines.server.server import MODULE as ENGINE
     from megatron_r1.engines.server.settings import engine_environment
 

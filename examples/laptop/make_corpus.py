@@ -13,9 +13,9 @@ import argparse
 import random
 from pathlib import Path
 
-from megatron_r1.base.files.jsonl import write_lines
+from megatron_r1.base.files.append_only import write_lines
 from megatron_r1.data.prompts import is_heldout
-from megatron_r1.data.templates import render
+from megatron_r1.data.text import render_template
 
 TERMS = 3
 NUM_WORKED, NUM_MIXED = 17_600, 4_800
@@ -103,7 +103,7 @@ def write(out: Path, seed: int) -> None:
         if is_heldout(text, HELDOUT_FRACTION):
             continue
         respond = worked if len(examples) < NUM_WORKED else mixed
-        prompt = render(TEMPLATE, text)
+        prompt = render_template(TEMPLATE, text)
         examples.append({"prompt": prompt, "response": respond(draw, terms)})
     write_lines(out, examples)
 

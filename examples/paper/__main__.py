@@ -11,7 +11,7 @@ from pathlib import Path
 
 from examples.paper import tables
 from examples.paper.page import write_page
-from examples.paper.results import Results
+from examples.paper.tables import Results
 from megatron_r1.base.errors import UserError
 from megatron_r1.commands import cli
 from megatron_r1.pipeline.pipeline_recipe import load
@@ -20,7 +20,7 @@ RECIPE = Path(__file__).with_name("paper.yaml")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    published = tables.load()
+    published = tables.load_tables()
     options = argparse.ArgumentParser(prog="python -m examples.paper", description=__doc__)
     options.add_argument("--seeds", default="0,1,2")
     options.add_argument("--folder", type=Path, default=Path("runs/paper"))

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from r1_kernels.gemm import accumulate, matmul_into, wide
+from r1_kernels.precision import accumulate, matmul_into, wide
 from r1_kernels.registry import Primitives
 from r1_kernels.vocabulary import PendingStatistics, RowSoftmax, RowUpstream, VocabShard
 

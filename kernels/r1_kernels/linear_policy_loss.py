@@ -30,13 +30,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1_kernels.arguments import check_finite, check_targets, check_tensors, check_tokens
-from r1_kernels.autocast import without_autocast
-from r1_kernels.averaging import Averaging, Sequences
-from r1_kernels.gemm import wide
 from r1_kernels.linear_head import HeadGradients, LinearHead, Rows, num_rows
-from r1_kernels.linear_token_logprobs import LinearTokenLogprobs, make_head
-from r1_kernels.policy_loss import prepare_tokens, tokens_loss
+from r1_kernels.policy_loss import Averaging, Sequences, prepare_tokens, tokens_loss
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
+from r1_kernels.precision import wide, without_autocast
+from r1_kernels.token_logprobs import LinearTokenLogprobs, make_head
 from r1_kernels.vocabulary import RowSoftmax, RowUpstream
 
 

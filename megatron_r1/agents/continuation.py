@@ -4,21 +4,24 @@ To render a conversation anew gives other tokens than were sampled: other merges
 other blanks in the JSON of a tool call, thinking that is dropped. So:
 
 1. The request's messages are compared with those of the tree: tool calls with equal JSON arguments
-   are equal, as are answers that differ in outer white space or lack their reasoning. The deepest
-   sampled turn whose whole conversation begins the request is continued.
-2. Its tokens stay. If it was cut, the token that closes a turn is appended; where it ended with the
-   token that begins the next message (GLM's <|user|>, <|observation|>), that is not written again.
-3. The tokens of the new messages are appended: what the template writes after a short conversation
-   of the same shape (`_suffix`).
-4. Where the template rewrites what stands before, or no turn matches, the whole request is rendered
-   as a new branch.
+are equal, as are answers that differ in outer white space or lack their reasoning. The deepest
+sampled turn whose whole conversation begins the request is continued. 2. Its tokens stay. If it
+was cut, the token that closes a turn is appended; where it ended with the token that begins the
+next message (GLM's <|user|>, <|observation|>), that is not written again. 3. The tokens of the new
+messages are appended: what the template writes after a short conversation of the same shape
+(`_suffix`). 4. Where the template rewrites what stands before, or no turn matches, the whole
+request is rendered as a new branch.
 
-Where sampled tokens are those that the tokenizer itself would choose, this equals a full render."""
+Where sampled tokens are those that the tokenizer itself would choose, this equals a full render.
+
+A client of token mode gives the whole prompt as tokens (`continue_tokens`): then they are compared
+with the tree's as they are."""
 
 from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +29,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from megatron_r1.agents.tree import Message, TokenTree
-from megatron_r1.data.end_tokens import EndToken
+from megatron_r1.data.tokenizer import EndToken
 
 MARK = "answer-7c1e"
 """The answer of a probe conversation, which shows what a template writes after an answer."""
@@ -300,3 +303,23 @@ def _dummy(answer: Message, thinks: bool) -> Message:
     if answer.get("tool_calls"):
         dummy["tool_calls"] = answer["tool_calls"]
     return dummy
+
+
+def continue_tokens(tree: TokenTree, token_ids: list[int]) -> NextPrompt:
+    """Return what to append to `tree` for a prompt that is given as tokens: the tokens after the
+    longest sampled sequence with which the prompt begins, or else the whole prompt, as a new
+    branch."""
+    asked = array("i", token_ids)
+    best: int | None = None
+    length = 0
+    open_nodes = [(root, 0) for root in tree.children(None)]
+    while open_nodes:
+        number, start = open_nodes.pop()
+        node = tree.nodes[number]
+        end = start + len(node.token_ids)
+        if asked[start:end] != node.token_ids:
+            continue
+        if node.is_sampled and end >= length:
+            best, length = number, end
+        open_nodes += [(child, end) for child in tree.children(number)]
+    return NextPrompt(best, token_ids[length:], ())

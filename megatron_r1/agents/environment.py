@@ -20,9 +20,12 @@
 
 `reset` begins an episode with a row of the data, and may return the question's text; the row's own
 is used otherwise. `get_reward` may be left out: the reward of the row's kind then grades the last
-answer. An attribute `done` that is true after a call ends the episode; `final_answer`, if the class
-has it, is a method that gets the text of the last answer before `get_reward`; `close` is called
-when the episode is over. Methods may be coroutines. docs/agents.md has the details."""
+answer. An attribute `done` that is true after a call ends the episode; `final_answer`, if the
+class has it, is a method that gets the text of the last answer before `get_reward`; `close` is
+called when the episode is over. Methods may be coroutines. docs/agents.md has the details.
+
+Arguments of its methods: a tool call's JSON values are converted to the types in the method's
+signature, as pydantic converts them; `reset` gets the entries of the row that its signature names."""
 
 import contextlib
 import difflib
@@ -30,23 +33,103 @@ import functools
 import inspect
 import re
 import types
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from megatron_r1.agents.tool_arguments import argument_adapters, named_parameters
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.base.user_code import find
 
+
+def named_parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters of a method, except `*args` and `**kwargs`."""
+    parameters = inspect.signature(method).parameters.values()
+    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def argument_adapters(method: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
+    """Return pydantic's converter for each argument, by name. An argument is left out if it has no
+    type, a type that pydantic has no schema for, or one imported for type checkers only."""
+    function = inspect.unwrap(method)
+    return _adapters_of(getattr(function, "__func__", function))  # bound methods differ by episode
+
+
+@functools.lru_cache(maxsize=1024)
+def _adapters_of(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
+    names = getattr(function, "__globals__", None)
+    adapters = {}
+    for name, annotation in getattr(function, "__annotations__", {}).items():
+        if name == "return":
+            continue
+        # One at a time: get_type_hints raises for all where one names something not imported.
+        alone = types.SimpleNamespace(__annotations__={name: annotation})
+        with contextlib.suppress(NameError, TypeError, PydanticUserError):
+            hint = typing.get_type_hints(alone, names, include_extras=True)[name]
+            try:
+                adapters[name] = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))
+            except PydanticUserError:  # a type with a configuration of its own
+                adapters[name] = TypeAdapter(hint)
+    return adapters
+
+
+def call_arguments(
+    method: Callable[..., Any], values: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and the keyword arguments that pass `values`, given by name, to the
+    method. Raises TypeError for names that the method does not take."""
+    parameters = inspect.signature(method).parameters.values()
+    first = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in values]
+    by_name = {name: value for name, value in values.items() if name not in first}
+    bound = inspect.signature(method).bind(*(values[name] for name in first), **by_name)
+    return bound.args, bound.kwargs
+
+
+def converted_arguments(method: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return JSON values converted to the types of a tool's arguments, such as members of an Enum.
+    Raises ValueError for a value that cannot be converted."""
+    parameters, adapters = inspect.signature(method).parameters, argument_adapters(method)
+    result = dict(values)
+    for name, value in values.items():
+        if name not in adapters or name not in parameters:
+            continue
+        if value is None and parameters[name].default is None:
+            continue  # `limit: int = None`: the annotation forbids the method's own default
+        try:
+            result[name] = adapters[name].validate_python(value)
+        except ValidationError as error:
+            faults = (
+                f"{'.'.join(map(str, (name, *fault['loc'])))}: {fault['msg']}"
+                for fault in error.errors()
+            )
+            raise ValueError("; ".join(faults)) from None
+    return result
+
+
+def row_arguments(reset: Callable[..., Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a row that `reset` takes: all of them, if it ends in **row."""
+    parameters = inspect.signature(reset).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(row)
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in row.items() if name in names}
+
+
+def missing_arguments(reset: Callable[..., Any], values: Mapping[str, Any]) -> list[str]:
+    """Return the names of the arguments that `reset` requires and `values` lacks."""
+    parameters = named_parameters(reset)
+    return [p.name for p in parameters if p.default is p.empty and p.name not in values]
+
+
 SHIPPED = {
-    "calculator": "megatron_r1.agents.environments.calculator:Calculator",
-    "gym": "megatron_r1.agents.environments.gym:Gym",
-    "lookup": "megatron_r1.agents.environments.lookup:Lookup",
-    "python": "megatron_r1.agents.environments.python:Python",
-    "retrieval": "megatron_r1.agents.environments.retrieval:Retrieval",
+    "calculator": "megatron_r1.agents.shipped_environments:Calculator",
+    "gym": "megatron_r1.agents.shipped_environments:Gym",
+    "lookup": "megatron_r1.agents.shipped_environments:Lookup",
+    "python": "megatron_r1.agents.shipped_environments:Python",
+    "retrieval": "megatron_r1.agents.shipped_environments:Retrieval",
 }
 """Environments that come with this package: the short name of each with its class."""
 RESERVED = ("reset", "get_reward", "final_answer", "close")

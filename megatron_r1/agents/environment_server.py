@@ -26,15 +26,16 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 from r1_grading.base.workers import LENGTH, framed
 
-from megatron_r1.agents.environment import describe, find_environment
-from megatron_r1.agents.tool_arguments import (
+from megatron_r1.agents.environment import (
     call_arguments,
     converted_arguments,
+    describe,
+    find_environment,
     missing_arguments,
     row_arguments,
 )
 from megatron_r1.base.errors import Cause, RunError, UserError
-from megatron_r1.base.processes.lifetime import die_with_parent, end_without_parent
+from megatron_r1.base.processes.children import die_with_parent, end_without_parent
 from megatron_r1.base.user_code import place_of
 
 GRACE_SECONDS = 1.0

@@ -9,7 +9,6 @@ from typing import Any
 
 from r1_grading.base.errors import shorten
 
-from megatron_r1.agents.answers import AnswerReader, require_whole
 from megatron_r1.agents.continuation import Continuation, Unrenderable, arguments_of
 from megatron_r1.agents.environment_pool import (
     CallTimedOut,
@@ -17,7 +16,7 @@ from megatron_r1.agents.environment_pool import (
     EnvironmentProcess,
     Environments,
 )
-from megatron_r1.agents.parsing import parser_of
+from megatron_r1.agents.parsing import AnswerReader, parser_of, require_whole
 from megatron_r1.agents.tree import Message, TokenTree, turns_of
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig

@@ -8,7 +8,7 @@ from typing import Any
 from r1_grading.rewards import ENVIRONMENT
 
 from megatron_r1.agents.environment_pool import describe
-from megatron_r1.agents.verifiers.harness import list_tasks
+from megatron_r1.agents.verifiers import list_tasks
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompt_rows import MissingTruth

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands.awaited_input import read_when_ready
-from megatron_r1.commands.recipe_text import value_text
+from megatron_r1.base.processes.awaited_input import read_when_ready
+from megatron_r1.commands.first_recipe import value_text
 from megatron_r1.commands.trained_model import CONVERT, find_exported, recipe_of, template_of_model
 from megatron_r1.config import Config, verb_of
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.limits import positions
-from megatron_r1.engines.server.temporary_files import temporary_logs
+from megatron_r1.engines.server.recipe import positions
+from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.evaluation.engine_policy import EnginePolicy
 from megatron_r1.evaluation.response import Decoding, TextResponse
 from megatron_r1.trainer.checkpoints.finding import complete_checkpoints

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1 import config as configuration
+from megatron_r1.base import files
 from megatron_r1.base.errors import Cause, RunError, UserError, did_you_mean
-from megatron_r1.base.files import READ_ONLY, access
-from megatron_r1.base.processes import gpu_allocator, timeline
+from megatron_r1.base.files import READ_ONLY
+from megatron_r1.base.processes import allocators, timeline
 from megatron_r1.base.processes.imports import without_garbage_collection
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.verb_module import load_verb, read_verb
 from megatron_r1.config.keys import describe, switches
-from megatron_r1.config.loading import parse_overrides, take_section
+from megatron_r1.config.recipe import parse_overrides, take_section
 from megatron_r1.engines.server import gpu
 
 VERBS = {
@@ -30,7 +31,7 @@ VERBS = {
 }
 """Verbs that take a recipe: modules with `run(config)`, and what else `VerbModule` lists."""
 COMMANDS = {
-    "init": "megatron_r1.commands.init.verb",
+    "init": "megatron_r1.commands.init",
     "chat": "megatron_r1.commands.chat",
     "score": "megatron_r1.commands.score",
     "check-model": "megatron_r1.commands.check_model.verb",
@@ -162,7 +163,7 @@ def _dispatch(arguments: list[str]) -> int:
         recipe, implied = command.of_run(recipe)
     overrides = {**implied, **_overrides(options)}
     config = configuration.load(recipe, overrides, required=command.required)
-    access.allow(config.run.readable_by)  # before anything is written, or a process started
+    files.allow_readers(config.run.readable_by)  # before anything is written, or a process started
     command.check(config)
     if is_dry and command.dry_run is not None:
         if torchrun.is_rank():
@@ -201,23 +202,23 @@ def _help(name: str) -> str:
 def _run_preflight(recipe: str, options: list[str]) -> int:
     """Be a rank of the preflight under torchrun; otherwise start all of its ranks here."""
     from megatron_r1.commands import preflight
-    from megatron_r1.rehearse.preflight.settings import PreflightSettings
+    from megatron_r1.rehearse.settings import PreflightSettings
 
     renamed = [re.sub(r"^--json(?=$|=)", "--preflight.output", option) for option in options]
     own, overrides = take_section(_overrides(renamed), PreflightSettings)
     config = configuration.load(recipe, overrides, required=preflight.REQUIRED)
-    access.allow(config.run.readable_by)
+    files.allow_readers(config.run.readable_by)
     ranks = torchrun.num_ranks(config)
     if not torchrun.is_rank():
         config.parallel.check_sizes(ranks)
         return preflight.start_ranks(["preflight", recipe, *options], ranks)
     with without_garbage_collection():
-        from megatron_r1.rehearse.preflight import judge, rank, report
+        from megatron_r1.rehearse.preflight import judge, rank
 
     facts = rank.run(config, own.preflight)
     if facts:
         findings = judge.judge(config, own.preflight, facts)
-        report.write(Path(recipe).stem, own.preflight, facts, findings)
+        judge.write_report(Path(recipe).stem, own.preflight, facts, findings)
     return 0
 
 
@@ -295,8 +296,7 @@ def _overrides(options: list[str]) -> dict[str, Any]:
 
 def _describe_keys(names: Sequence[str]) -> str:
     from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
-    from megatron_r1.rehearse.preflight.settings import PreflightSettings
-    from megatron_r1.rehearse.settings import RehearsalSettings
+    from megatron_r1.rehearse.settings import PreflightSettings, RehearsalSettings
 
     own = (RehearsalSettings, PreflightSettings)
     return describe((configuration.Config, PipelineRecipe, *own), names)
@@ -307,7 +307,7 @@ def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
     controller and returns its status."""
     inherited = dict(os.environ)
     if gpu.is_usable():  # before torch is imported
-        os.environ.update(gpu_allocator.of_trainer(os.environ))
+        os.environ.update(allocators.trainer_allocator(os.environ))
     with without_garbage_collection():
         from megatron_r1.trainer import worker
 

@@ -15,16 +15,14 @@ from r1_grading.truths import stated_answer
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.files.jsonl import read_lines, write_lines
+from megatron_r1.base.files.append_only import read_lines, write_lines
 from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.figure import write_figure
 from megatron_r1.evaluation.identity import settings_that_matter, versions
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest, load_prompt_sets
-from megatron_r1.evaluation.report import print_table, write_report
-from megatron_r1.evaluation.response import Decoding, TextResponse
-from megatron_r1.evaluation.response_log import ResponseLog
+from megatron_r1.evaluation.report import print_table, write_figure, write_report
+from megatron_r1.evaluation.response import Decoding, ResponseLog, TextResponse
 from megatron_r1.evaluation.sampling import Grader, Sampler
 from megatron_r1.evaluation.summary import Summary, summarize
 from megatron_r1.reporting.run_folder import RunFolder

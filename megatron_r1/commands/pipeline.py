@@ -7,19 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.base import files
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files import access
 from megatron_r1.commands.torchrun import is_rank
 from megatron_r1.commands.verb_module import load_verb
 from megatron_r1.config.yaml_text import as_sections, as_text
 from megatron_r1.pipeline import manifest, serving
-from megatron_r1.pipeline.check import check, missing_files
-from megatron_r1.pipeline.executor import Executor
-from megatron_r1.pipeline.graph import Graph, unknown_stage
+from megatron_r1.pipeline.graph import Graph, check_plan, missing_files, unknown_stage
 from megatron_r1.pipeline.pipeline_recipe import PipelineConfig, load
 from megatron_r1.pipeline.plan import PipelinePlan
 from megatron_r1.pipeline.report import write_report
-from megatron_r1.pipeline.runner import Signals, write_recipe
+from megatron_r1.pipeline.runner import Executor, Signals, write_recipe
 from megatron_r1.pipeline.status import StageState, examine_all, stale_text, status_lines
 from megatron_r1.reporting.run_folder import RunFolder, is_locked
 
@@ -37,7 +35,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         )
     recipe = load(path, dict(overrides))
     config, root = recipe.pipeline, Path(recipe.pipeline.folder)
-    access.allow(config.readable_by)
+    files.allow_readers(config.readable_by)
     seeds = config.seeds or [config.seed]
     folders = [root / f"seed_{seed}" if config.seeds else root for seed in seeds]
     implied = _implied(verbs, {stage.verb for stage in recipe.stages.values()})
@@ -46,7 +44,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         for folder, seed in zip(folders, seeds, strict=True)
     ]
     for plan in plans:
-        check(plan, verbs, files=not (config.status or config.dry))
+        check_plan(plan, verbs, files=not (config.status or config.dry))
     graph = Graph(plans[0].stages)
     chosen = _chosen(config, graph)
     if config.status:

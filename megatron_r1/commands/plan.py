@@ -18,8 +18,7 @@ from megatron_r1.config.hardware import GIB
 from megatron_r1.plan.arguments import config_of, job_of, parse
 from megatron_r1.plan.bill import Bill
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.measured import calibrate_from
-from megatron_r1.plan.published import table
+from megatron_r1.plan.measured import calibrate_from, published_table
 from megatron_r1.plan.push import check_engines_and_push
 from megatron_r1.plan.report import as_json, as_text, layouts_text, sizes_text
 from megatron_r1.plan.search import FittingLayout, fastest, nearest, nearest_sizes
@@ -34,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         chosen, overrides = parse(sys.argv[1:] if arguments is None else arguments, __doc__)
         if chosen.published:
-            print(table())
+            print(published_table())
             return FITS
         if chosen.calibrate_from:
             folder, file = chosen.calibrate_from

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from megatron_r1.base.processes.lifetime import die_with_parent
+from megatron_r1.base.processes.children import die_with_parent
 
 REQUIRED = ("run.folder",)
 SETTINGS = ("preflight",)

@@ -12,15 +12,14 @@ from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.commands import reward_model
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
-from megatron_r1.config.loading import take_section
+from megatron_r1.config.recipe import take_section
 from megatron_r1.controller.rollouts.environments import find_player
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.limits import check_engines, context_length
+from megatron_r1.engines.server.recipe import check_engines, context_length
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.push.plan.recipe import check_pushes
-from megatron_r1.rehearse import miniature, null_gpu, served, table
-from megatron_r1.rehearse.full_size import check_connections
-from megatron_r1.rehearse.jobs import RehearsalJob, jobs
+from megatron_r1.rehearse import launch, miniature, model, table
+from megatron_r1.rehearse.jobs import RehearsalJob, check_connections, jobs
 from megatron_r1.rehearse.phases import Phases
 from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalSettings
 from megatron_r1.reporting.run_folder import RunFolder
@@ -46,10 +45,12 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
             key="rehearsal.on",
             cause=Cause.NOT_FOUND,
         )
-    if settings.on == "null-gpu" and not null_gpu.is_below():
+    if settings.on == "null-gpu" and not launch.is_on_null_gpu():
         small = [_shrink(job, settings, Path()).config for job in found]
-        gpus = [null_gpu.num_gpus(each, job.verb) for each, job in zip(small, found, strict=True)]
-        if null_gpu.run_again(sys.argv[1:], max(gpus)):
+        gpus = [
+            launch.num_null_gpus(each, job.verb) for each, job in zip(small, found, strict=True)
+        ]
+        if launch.run_on_null_gpu(sys.argv[1:], max(gpus)):
             raise RunError("rehearse: it has failed on the null GPU, see above")
         return
     same: dict[str, str] = {}
@@ -104,7 +105,7 @@ def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
         ranks = "no" if job.verb == "sample" else small.config.parallel.processes
         print(f"{job.name}: {job.verb} with {ranks} trainer ranks in {folder}", flush=True)
         rows = table.structure(config, hf, small.config, job.verb, on=settings.on)
-        with served.started(small.config, small.hf, folder, job.verb) as addresses:
+        with model.served_reward_models(small.config, small.hf, folder, job.verb) as addresses:
             run = (job.verb, written, small.config, addresses)
             shown = Phases(*run, settings.timeout_seconds, _announce).run()
         table.write(folder, job.name, rows, shown, small.changes)

@@ -11,18 +11,21 @@ from itertools import chain
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands import early_imports
-from megatron_r1.commands.supervised import SupervisedTask, run_supervised, with_steps
-from megatron_r1.commands.training_run import check_trainer
+from megatron_r1.commands import training_run
+from megatron_r1.commands.training_run import (
+    SupervisedTask,
+    check_trainer,
+    run_supervised,
+    with_steps,
+)
 from megatron_r1.config import Config
 from megatron_r1.config.yaml_text import as_text
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.controller.trainer_calls.recorder import Recorder
-from megatron_r1.data.preferences import Preference, read_preferences
+from megatron_r1.data.preferences import Preference, ScoredText, read_preferences
 from megatron_r1.data.prompts import is_heldout, normalize
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.data.scored_text import ScoredText
-from megatron_r1.evaluation.reliability import label_measures, pair_measures
+from megatron_r1.evaluation.measures import label_measures, pair_measures
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer.sample import Sample
 
@@ -74,7 +77,7 @@ def run(config: Config) -> None:
             cause=Cause.CONFLICT,
         )
     check_trainer(config, "reward-model")
-    early_imports.begin_trainer()
+    training_run.begin_trainer()
     hf = read_hf_config(config.model.path, "score")
     text = ScoredText(config.model.path, settings.template, settings.shown, settings.max_chars)
     rows = load_rows(config, text, hf)
@@ -91,7 +94,7 @@ def run(config: Config) -> None:
             await _evaluate(config, recorder, trainer, rows.heldout)
 
     sampler = RowSampler(rows.train, config.run.seed)
-    loss, size = f"megatron_r1.trainer.reward_losses:{settings.kind}", len(rows.train[0].samples)
+    loss, size = f"megatron_r1.trainer.losses:{settings.kind}", len(rows.train[0].samples)
     task = SupervisedTask(
         config, sampler, settings.batch_size, _samples_of, loss, size, notes, evaluate
     )

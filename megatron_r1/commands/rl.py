@@ -12,36 +12,35 @@ from pathlib import Path
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.imports import without_garbage_collection
-from megatron_r1.commands import early_imports
-from megatron_r1.commands.gpu_placement import engines_share_gpus
+from megatron_r1.commands import training_run
 from megatron_r1.commands.rl_checks import (
     check_settings,
     ends_with,
+    engines_share_gpus,
     naming_renamed_columns,
+    questions_drawn,
     read_questions,
 )
-from megatron_r1.commands.rl_questions import questions_drawn
 from megatron_r1.commands.rollout_run import open_rollouts
 from megatron_r1.commands.training_run import TrainingRun, run_training, show_trainer
 from megatron_r1.config import Config
 from megatron_r1.controller.delivery.bridge import PROBE_TOKENS, weight_bridge
 from megatron_r1.controller.loop import train
-from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
-from megatron_r1.controller.session import Session
+from megatron_r1.controller.session import PolicyEngines, Session
 from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
-from megatron_r1.engines.fleet.hosts.pool import HostPool
+from megatron_r1.engines.fleet.host_pool import HostPool
 from megatron_r1.engines.fleet.placement import accepting_hosts, open_pool
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.limits import context_length
-from megatron_r1.evaluation.model_folder import require_weights
+from megatron_r1.engines.server.recipe import context_length
+from megatron_r1.evaluation.identity import require_weights
 from megatron_r1.trainer.operations import ModelOperations
 
 REQUIRED = ("run.folder", "model.path")
@@ -51,8 +50,8 @@ def run(config: Config) -> None:
     """Train for `run.steps` rollouts. Raises UserError before any long work starts."""
     check_settings(config)
     timeline.reached("controller/settings checked")
-    early_imports.begin_trainer()
-    early_imports.begin_engines(config)
+    training_run.begin_trainer()
+    training_run.begin_engines(config)
     with without_garbage_collection():  # it imports transformers, and sympy for many tasks
         text, prompts = read_questions(config)
     timeline.reached("controller/questions read")
@@ -70,11 +69,11 @@ def run(config: Config) -> None:
 
 def dry_run(config: Config) -> None:
     """Sample and grade one batch, print it, and train nothing. Errors as `run`."""
-    from megatron_r1.commands.dry_run import show_batch
+    from megatron_r1.commands.rollout_run import show_batch
 
     check_settings(config)
     require_weights(Path(config.model.path))
-    early_imports.begin_engines(config)
+    training_run.begin_engines(config)
     with without_garbage_collection():
         text, prompts = read_questions(config)
     show_batch(config, text, prompts)

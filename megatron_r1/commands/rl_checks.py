@@ -1,30 +1,239 @@
-"""What an RL run checks before anything starts."""
+"""What an RL run checks before anything starts: its settings, the GPUs of this host, and the
+questions that it may draw: loaded, cut to those that fit, and reported on.
+
+Trainer ranks take the first GPUs, engines that run on the controller's host equal shares of all
+(`engines.server.gpu`): both are on the same GPUs. `commands.first_recipe.layout` decides the
+placement that `init` writes, and that a recipe without one is refused with."""
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
+import psutil
+from r1_grading.base.errors import shorten
+from r1_grading.rewards import REGISTRY, REMOTE
 from r1_grading.terms import RewardUnusable
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands import torchrun
-from megatron_r1.commands.gpu_placement import check_gpu_memory
-from megatron_r1.commands.rl_questions import load_questions
+from megatron_r1.commands.first_recipe import Machine, layout, value_text
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.teacher import check_teacher
-from megatron_r1.data.end_tokens import describe
-from megatron_r1.data.prompts import PromptSplit
+from megatron_r1.data.prompts import Prompt, PromptSplit, load_prompts
+from megatron_r1.data.sampler import draw_shares
 from megatron_r1.data.text import PromptText
+from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.fleet.placement import check_room, hosts_address
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.cpu_kernels import check_cpu_kernels
-from megatron_r1.engines.server.limits import check_engines
+from megatron_r1.engines.server.recipe import check_cpu_kernels, check_engines, context_length
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.supported import check_divisions
+from megatron_r1.models.weights import num_parameters
 from megatron_r1.push.plan.recipe import check_pushes
+from megatron_r1.reporting.wording import counted, percent, printable, shorten_middle
+
+VLLM_SHARE = 0.92
+"""vLLM's default of --gpu-memory-utilization (config/cache.py)."""
+
+
+def this_machine() -> Machine:
+    """Return the machine that this process runs on. Raises OSError, CalledProcessError where
+    nvidia-smi does not run."""
+    if not gpu.is_usable():
+        return Machine(0, psutil.virtual_memory().available)
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    sizes_mib = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    return Machine(len(gpu.visible_gpus(os.environ)), min(map(int, sizes_mib)) * 2**20)
+
+
+def engines_share_gpus(config: Config) -> bool:
+    """Whether the policy's engines are on GPUs of trainer ranks."""
+    local = config.rollout.placement == "local"
+    return gpu.is_usable() and (local or config.rollout.colocated)
+
+
+def check_gpu_memory(config: Config, hf: Mapping[str, Any]) -> None:
+    """Raise UserError for engines that take vLLM's share of GPUs, nearly all, where
+    trainer ranks are on them. hf: the model's config.json."""
+    rollout, teacher = config.rollout, config.teacher
+    taken = f"gpu_memory is not set, and vLLM takes {VLLM_SHARE} of GPUs that trainer ranks are on"
+    if engines_share_gpus(config) and rollout.gpu_memory is None:
+        raise UserError(
+            f"rollout.{taken}: set {_placement(config, hf)}; megatron-r1 plan prints the largest "
+            "share",
+            key="rollout.gpu_memory" if rollout.colocated else "rollout.colocated",
+            cause=Cause.MISSING if rollout.colocated else Cause.CONFLICT,
+        )
+    if teacher.path and not teacher.url and teacher.gpu_memory is None and gpu.is_usable():
+        raise UserError(
+            f"teacher.{taken}: set the share that these and the policy's engines leave, or "
+            "teacher.url to servers on other GPUs",
+            key="teacher.gpu_memory",
+            cause=Cause.MISSING,
+        )
+
+
+def _placement(config: Config, hf: Mapping[str, Any]) -> str:
+    """Return the settings that `init` writes for this model on this host, as text."""
+    if config.rollout.placement == "hosts":
+        return "it to the share that the trainer leaves"
+    unknown = "rollout.colocated: true and rollout.gpu_memory, what the trainer leaves of a GPU"
+    if torchrun.SPANS_HOSTS in os.environ:  # with GPUs of other hosts, too
+        return unknown
+    try:
+        machine = this_machine()
+    except (OSError, subprocess.CalledProcessError):
+        return unknown
+    if not machine.gpus:  # the driver has some, but they have no files in /dev
+        return unknown
+    guesses = layout(dict(hf), num_parameters(dict(hf)), machine)
+    keys = ", ".join(f"{guess.key}: {value_text(guess.value)}" for guess in guesses)
+    return f"{keys}, as megatron-r1 init does on this host, or rollout.placement: hosts"
+
+
+MAX_SHOWN_IDS = 8
+"""Token ids that are shown of either end of a prompt."""
+
+
+def load_questions(config: Config, text: PromptText) -> PromptSplit:
+    """Return the questions of the recipe that an engine has room for, and print what is unusual
+    about the data. Raises UserError for unreadable data, and where no question is left."""
+    rows = config.data.model_dump(exclude={"template"})
+    if config.agents.players:
+        from megatron_r1.agents.rows import rows_of
+
+        prompts = rows_of(config.agents, **rows)
+    else:
+        prompts = load_prompts(**rows)
+    if prompts.contradictions and config.data.task is None:
+        kept, other = prompts.contradictions[0]
+        print(
+            f"{config.data.path}: {counted(len(prompts.contradictions), 'row')} left out, whose "
+            f"question has another truth before: {shorten(kept.question)!r} has "
+            f"{shorten(repr(kept.truth))}, which counts, and {shorten(repr(other.truth))}",
+            file=sys.stderr,
+        )
+    show_padded_truths(config.data.path or config.data.task or "data", prompts)
+    prompts = prompts_that_fit(prompts, text, context_length(config))
+    for line in describe_rows(prompts, text):
+        print(line)
+    per_rollout = config.rl.questions_per_rollout
+    if per_rollout > len(prompts.train):
+        print(
+            f"rl.questions_per_rollout: {per_rollout} is more than the {len(prompts.train):,} "
+            "questions to train on: a rollout has some of them several times",
+            file=sys.stderr,
+        )
+    if not prompts.heldout:
+        print(
+            "no held-out questions, so nothing will be evaluated: raise data.heldout_fraction or "
+            "give data.heldout_path",
+            file=sys.stderr,
+        )
+    return prompts
+
+
+def describe_rows(prompts: PromptSplit, text: PromptText) -> list[str]:
+    """Return what became of the rows of files, and one question as the policy gets it."""
+    if not prompts.reports:
+        return []
+    kept = len(prompts.train), len(prompts.heldout)
+    lines = [line for report in prompts.reports for line in report.lines()]
+    example = prompts.train[0]
+    ids = text.encode(example.question, example.before)
+    shown = printable(shorten_middle(text.render(example.question, example.before), 600), True)
+    lines += [
+        f"  {counted(sum(kept), 'question')}: {kept[0]:,} to train on, {kept[1]:,} held out",
+        f"  the first, {example.location}, as its {len(ids):,} tokens ({_ids(ids)}):",
+        *(f"  | {line}" for line in shown.split("\n")),
+        f"  truth: {printable(shorten(repr(example.truth), 200))} (reward {example.kind})",
+    ]
+    if any(m["role"] == "system" for m in example.before) and not text.shows_system:
+        lines.append(
+            "  the template has no place for the system's message: it stands before the question"
+        )
+    return lines
+
+
+def _ids(ids: Sequence[int]) -> str:
+    """Return the first and the last token ids."""
+    if len(ids) <= 2 * MAX_SHOWN_IDS:
+        return " ".join(map(str, ids))
+    parts = ids[:MAX_SHOWN_IDS], ids[-MAX_SHOWN_IDS:]
+    return " … ".join(" ".join(map(str, part)) for part in parts)
+
+
+def show_padded_truths(source: str, prompts: PromptSplit) -> None:
+    """Print how many truths have spaces at an end, which a reward of the user's own may compare.
+    source: the file or the task."""
+    padded = [
+        prompt
+        for prompt in prompts.train + prompts.heldout
+        if prompt.kind not in REGISTRY | REMOTE
+        and isinstance(prompt.truth, str)
+        and prompt.truth != prompt.truth.strip()
+    ]
+    if padded:
+        first = padded[0]
+        verb = "begins or ends" if len(padded) == 1 else "begin or end"
+        print(
+            f"{source}: {counted(len(padded), 'truth')} {verb} with a space, which "
+            f"{first.kind} gets with it: {shorten(first.question)!r} has "
+            f"{shorten(repr(first.truth))}",
+            file=sys.stderr,
+        )
+
+
+def prompts_that_fit(prompts: PromptSplit, text: PromptText, room: int) -> PromptSplit:
+    """Return the prompts that an engine has room for, and print how many are left out. Raises
+    UserError where none is left to train on."""
+    train, heldout = (
+        [prompt for prompt in side if text.fits(prompt.question, room, prompt.before)]
+        for side in (prompts.train, prompts.heldout)
+    )
+    left_out = len(prompts.train) - len(train), len(prompts.heldout) - len(heldout)
+    if any(left_out):
+        note = (
+            f"{left_out[0]:,} questions and {left_out[1]:,} held-out ones are longer than the "
+            f"{room:,} tokens an engine has room for, and left out; rollout.max_model_len, or the "
+            "model's own limit, is that room"
+        )
+        if not train:
+            raise UserError(
+                f"no question is left to train on: {note}",
+                key="data.path",
+                cause=Cause.TOO_LARGE,
+            )
+        print(note, file=sys.stderr)
+    return replace(prompts, train=train, heldout=heldout)
+
+
+def questions_drawn(config: Config, prompts: list[Prompt]) -> list[str]:
+    """Return a line about each part of the run that draws kinds of questions by weight. Raises
+    UserError as `draw_shares`, for any part."""
+    lines = []
+    counts = Counter(prompt.kind for prompt in prompts)
+    for step, phase in config.phases():
+        try:
+            shares = draw_shares(prompts, phase.rl.kind_weights)
+        except UserError as error:
+            raise UserError(
+                f"{error}, from step {step}", key=error.key, cause=error.cause
+            ) from None
+        sizes = {kind: shares[kind] * count for kind, count in counts.most_common()}
+        parts = (f"{percent(size / sum(sizes.values()))} {kind}" for kind, size in sizes.items())
+        lines.append(f"from step {step}: {', '.join(parts)}")
+    by_weight = any(phase.rl.kind_weights for _, phase in config.phases())
+    return lines if by_weight else []
 
 
 def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
@@ -54,7 +263,7 @@ def ends_with(config: Config, text: PromptText) -> str:
     more = [f"token {token}" for token in rollout.stop_token_ids if token not in own]
     more += map(repr, rollout.stop)
     given = f"; rollout.stop: {', '.join(more)}" if more else ""
-    return f"responses end with {describe(text.end_tokens)}{given}"
+    return f"responses end with {describe_end_tokens(text.end_tokens)}{given}"
 
 
 def check_settings(config: Config) -> None:

@@ -23,26 +23,25 @@ from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.shots import Shots
-from megatron_r1.data.templates import TEMPLATES
+from megatron_r1.data.text import TEMPLATES
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import Decoding, Policy
-from megatron_r1.evaluation.response_log import ResponseLog
+from megatron_r1.evaluation.response import Decoding, Policy, ResponseLog
 from megatron_r1.evaluation.sampling import Grader, Sampler
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted
-from megatron_r1.sample.cache import ResultCache
-from megatron_r1.sample.decision import DUPLICATE, DecisionCounts
-from megatron_r1.sample.decontamination import contaminated, load_avoided
 from megatron_r1.sample.filters import NAMES, PooledFilters, check_filters, filters_of
-from megatron_r1.sample.judges import ResponseJudge, make_judge
+from megatron_r1.sample.judged import PreferencePairs, ResponseJudge, SafetyLabels, make_judge
 from megatron_r1.sample.outputs import FILES, Decide, decide_all, write_outputs
-from megatron_r1.sample.preference_pairs import PreferencePairs
-from megatron_r1.sample.rendering import Rendering
-from megatron_r1.sample.safety_labels import SafetyLabels
-from megatron_r1.sample.selection import Selection
-from megatron_r1.sample.sft_examples import SftExamples, cached_rewriter
-from megatron_r1.sample.user_function import UserFunction, load_function
+from megatron_r1.sample.selection import (
+    DUPLICATE,
+    DecisionCounts,
+    Selection,
+    contaminated,
+    load_avoided,
+)
+from megatron_r1.sample.sft_examples import Rendering, SftExamples, cached_rewriter
+from megatron_r1.sample.user_function import ResultCache, UserFunction, load_function
 
 REQUIRED = ("run.folder",)
 KIND_WITHOUT_TRUTH = "helpful"

@@ -5,20 +5,30 @@ import itertools
 import msgspec
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands import early_imports
-from megatron_r1.commands.supervised import SupervisedTask, run_supervised, with_steps
-from megatron_r1.commands.training_run import check_trainer
+from megatron_r1.commands import training_run
+from megatron_r1.commands.training_run import (
+    SupervisedTask,
+    check_trainer,
+    run_supervised,
+    with_steps,
+)
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.data.conversations import ExampleText
-from megatron_r1.data.mixture import MixtureSampler, describe, load_mixture
-from megatron_r1.data.report import DataReport
+from megatron_r1.data.records import DataReport
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
+from megatron_r1.data.sft import (
+    ExampleSampler,
+    MixtureSampler,
+    SftExample,
+    describe_mixture,
+    load_examples,
+    load_mixture,
+)
 from megatron_r1.models import read_hf_config
 from megatron_r1.reporting.wording import printable, shorten_middle
+from megatron_r1.trainer.operations import SUPERVISED
 from megatron_r1.trainer.sample import Sample
-from megatron_r1.trainer.wire import SUPERVISED
 
 MAX_SHOWN_CHARS = 800
 REQUIRED = ("run.folder", "model.path", "sft.data")
@@ -28,7 +38,7 @@ def run(config: Config) -> None:
     """Train on `sft.data` for `run.steps` batches, or `sft.epochs`. Raises UserError before any
     long work."""
     check_settings(config)
-    early_imports.begin_trainer()
+    training_run.begin_trainer()
     text, examples, contents = read_examples(config)
     config = with_steps(config, "sft", examples.epoch_size)
 
@@ -104,7 +114,7 @@ def load_sampler(config: Config) -> tuple[EpochSampler[SftExample], list[str]]:
         return examples, [f"{len(examples.items):,} examples", *report.lines()]
     parts = load_mixture(data)
     lines = [line for part in parts for line in part.report.lines()]
-    return MixtureSampler(parts, config.run.seed, shuffled), [*describe(parts), *lines]
+    return MixtureSampler(parts, config.run.seed, shuffled), [*describe_mixture(parts), *lines]
 
 
 def shown(example: SftExample, text: ExampleText) -> list[str]:

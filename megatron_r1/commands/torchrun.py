@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from megatron_r1.base.processes import children
 from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT
-from megatron_r1.base.processes.lifetime import die_with_parent
+from megatron_r1.base.processes.children import die_with_parent
 from megatron_r1.config import Config
 
 PORT, WORLD_SIZE = "MEGATRON_R1_PORT", "MEGATRON_R1_WORLD_SIZE"

@@ -1,16 +1,38 @@
-"""The model of a run, or of a folder, and the recipe and template that trained it."""
+"""The model of a run, or of a folder, and the recipe and template that trained it; of a supervised
+model the template is guessed from its prompts."""
 
 import itertools
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands.recipe_template import template_of
 from megatron_r1.config import Config, verb_of
 from megatron_r1.data.records import read_records
+from megatron_r1.data.text import PLACEHOLDER, TEMPLATES
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.models.hf_config import hub_hint
 from megatron_r1.trainer.checkpoints.finding import STATE_FILE, complete_checkpoints
+
+SPEAKER = re.compile(r"\S+: ")
+
+
+def template_of(prompts: Sequence[str]) -> str | None:
+    """Return the template of prompts: one of `TEMPLATES`, or that of prompts which begin with the
+    same speaker and end with the same line, "User: …\\nAssistant: "; None for others."""
+    for name, text in TEMPLATES.items():
+        head, _, tail = text.partition(PLACEHOLDER)
+        if all(prompt.startswith(head) and prompt.endswith(tail) for prompt in prompts):
+            return name
+    begin = os.path.commonprefix(list(prompts))
+    end = os.path.commonprefix([prompt[::-1] for prompt in prompts])[::-1]
+    speaker, line = SPEAKER.match(begin), end.rfind("\n")
+    if not speaker or line < 0 or not end[line:].strip():
+        return None
+    return f"{speaker[0]}{PLACEHOLDER}{end[line:]}"
+
 
 CONVERT = "megatron-r1 convert"
 TEMPLATE_ROWS = 100

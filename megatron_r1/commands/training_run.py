@@ -1,33 +1,65 @@
-"""A training run: its folder, its trainer, its loop, then export and report, and a clean stop."""
+"""A training run: imports that begin early, its folder, its trainer, its loop, then export and
+report, and a clean stop.
+
+The loop of `rl` is `controller.loop`; that of `sft` and `reward-model`, over a data set of
+examples, is `run_supervised`. Imports of vLLM and Megatron-Core begin while the controller reads
+the data."""
 
 import asyncio
 import contextlib
 import json
+import math
 import os
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, Literal, TypeVar
 
 from megatron_r1.base.errors import Cause, TrainerError, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.files.weight_files import require_complete, weight_files
-from megatron_r1.base.processes import timeline
+from megatron_r1.base.files.foreign import require_complete, weight_files
+from megatron_r1.base.processes import preloaded, timeline
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
+from megatron_r1.config.training import learning_rate, warmup_note
 from megatron_r1.controller.supervision.supervisor import Supervisor
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.controller.trainer_calls.cpu_memory import cpu_memory
 from megatron_r1.controller.trainer_calls.packing import check_batches
+from megatron_r1.controller.trainer_calls.ranks import MODULE as RANK
+from megatron_r1.controller.trainer_calls.ranks import import_environment
 from megatron_r1.controller.trainer_calls.recorder import Recorder
-from megatron_r1.controller.trainer_calls.schedule import warmup_note
+from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.engines.server import gpu
-from megatron_r1.evaluation.model_folder import has_newest_export
+from megatron_r1.engines.server.recipe import engine_settings
+from megatron_r1.engines.server.settings import MODULE as ENGINE
+from megatron_r1.engines.server.settings import EngineSettings
+from megatron_r1.evaluation.identity import has_newest_export
 from megatron_r1.models.hf_config import as_read, num_mtp_layers, read_hf_config
-from megatron_r1.models.weights.adapters.table import check_adapters
+from megatron_r1.models.weights.adapter_table import check_adapters
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.operations import FolderOperations
+from megatron_r1.trainer.sample import Sample
+
+
+def begin_engines(config: Config) -> None:
+    """Begin the import of vLLM for engines on this host: four seconds of CPU. The process ends with
+    this one, also if no engine is started. Call it once the settings are checked."""
+    if config.rollout.placement == "local":
+        own = engine_settings(config.rollout)
+        replay = config.rl.routing_replay
+        settings = EngineSettings(device=gpu.device(), return_routing=replay, **own)
+        preloaded.begin(ENGINE, settings.environment())
+
+
+def begin_trainer() -> None:
+    """Begin the import of Megatron-Core, likewise, for ranks that the controller starts on a host
+    without GPUs: two seconds of CPU."""
+    if torchrun.starts_ranks() and not gpu.is_usable():
+        preloaded.begin(RANK, import_environment())
 
 
 @dataclass(frozen=True)
@@ -217,3 +249,114 @@ def _require_weights(model: ModelConfig) -> None:
                 cause=error.cause,
             ) from None
         require_complete(Path(model.path))
+
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class SupervisedTask(Generic[Item]):
+    """A data set, its loss and its evaluation.
+
+    batch_size: items per optimizer step.
+    to_samples: tokenizes the items of a batch.
+    loss: as "module:function".
+    unit: as of `TrainerClient.load`.
+    notes: messages about the data and the model, once the trainer has started.
+    evaluate: called before the first step, every `eval.every` steps, and after the last."""
+
+    config: Config
+    sampler: EpochSampler[Item]
+    batch_size: int
+    to_samples: Callable[[list[Item]], list[Sample]]
+    loss: str
+    unit: int = 1
+    notes: Callable[[TrainerClient, bool], Sequence[str]] = lambda trainer, resumed: ()
+    evaluate: Callable[[Recorder, TrainerClient], Awaitable[None]] | None = None
+
+
+def with_steps(config: Config, section: Literal["sft", "reward_model"], epoch_size: int) -> Config:
+    """Return the configuration with the `run.steps` that the section's `epochs` amounts to; the
+    last batch may begin another epoch. Raises UserError where the recipe sets another number."""
+    settings = getattr(config, section)
+    if settings.epochs is None:
+        return config
+    # The rounding: 0.1 x 30 must not become 4 batches of one.
+    num_examples = round(settings.epochs * epoch_size, 6)
+    steps = max(1, math.ceil(num_examples / settings.batch_size))
+    if "steps" in config.run.model_fields_set and config.run.steps != steps:
+        raise UserError(
+            f"{section}.epochs: {settings.epochs:g} epochs of {epoch_size:,} examples are "
+            f"{steps:,} batches, and run.steps is {config.run.steps:,}; leave one of them out",
+            key=f"{section}.epochs",
+            cause=Cause.CONFLICT,
+        )
+    return config.with_changes(run={"steps": steps})
+
+
+def run_supervised(
+    task: SupervisedTask, title: str, facts: Sequence[str], next_commands: Commands = ()
+) -> None:
+    """Train for `run.steps` batches. Arguments and errors are those of `run_training`."""
+    start = task.sampler.state_dict()
+
+    async def body(running: TrainingRun) -> None:
+        recorder, trainer = running.recorder, running.trainer
+        recorder.view.phase("starting trainer")
+        await trainer.connect()
+        show_trainer(recorder, trainer)
+        for note in task.notes(trainer, recorder.resumed):
+            recorder.view.message(note)
+
+        async def attempt() -> None:
+            if recorder.resumed:
+                await recorder.load(trainer, reference=False)
+            task.sampler.load_state_dict(recorder.state.sampler or start)
+            await _train(task, recorder, trainer, running.stop)
+
+        await running.supervisor.with_restarts(attempt)
+
+    run_training(task.config, title, facts, body, next_commands)
+
+
+async def _train(
+    task: SupervisedTask, recorder: Recorder, trainer: TrainerClient, stop: StopRequest
+) -> None:
+    state, steps = recorder.state, task.config.run.steps
+    evaluation, checkpoint = task.config.eval, task.config.checkpoint
+    if task.evaluate and not recorder.resumed:
+        await task.evaluate(recorder, trainer)
+    while state.step < steps:
+        recorder.view.phase("train")
+        await _step(task, recorder, trainer)
+        is_last, is_stopping = state.step == steps, stop.requested
+        is_due = evaluation.every and state.step % evaluation.every == 0
+        if task.evaluate and (is_last or is_due):
+            await task.evaluate(recorder, trainer)
+        if is_last or is_stopping or state.step % checkpoint.every == 0:
+            await recorder.save(trainer)
+        if is_stopping:
+            return
+
+
+async def _step(task: SupervisedTask, recorder: Recorder, trainer: TrainerClient) -> None:
+    """Take one optimizer step on the next batch, and record it."""
+    state, config = recorder.state, task.config
+    batch = task.to_samples(task.sampler.next(task.batch_size))
+    start = time.perf_counter()
+    state.step += 1
+    state.optimizer_step += 1
+    rate = learning_rate(config.optimizer, state.step, config.run.steps)
+    metrics = await trainer.load([batch], unit=task.unit)
+    metrics |= await trainer.update(0, task.loss, None, rate)
+    seconds = time.perf_counter() - start
+    metrics["trainer/restarts"] = trainer.num_restarts
+    metrics |= await recorder.checkpoints.completed(trainer)
+    metrics |= {
+        "learning_rate": rate,
+        "time/train": seconds,
+        "time/step": seconds,
+        "tokens_per_second": sum(len(sample) for sample in batch) / seconds,
+    }
+    recorder.step({"step": state.step, **metrics}, [])
+    state.sampler = task.sampler.state_dict()

@@ -1,13 +1,15 @@
-"""The policy-gradient estimators of `rl.algorithm`: their defaults and the settings they allow.
+"""The policy-gradient estimators of `rl.algorithm`: their defaults, the settings they allow, and
+the settings of a step that reach its loss and its token advantages on the trainer ranks.
 
 The mathematics of each is in `controller/algorithms/`, in the file of its name or in
 `grpo_variants.py`, whose docstring gives the source of the values here. An estimator of the user's
-own has both in one module (docs/algorithms.md)."""
+own has both in one module (docs/algorithms.md). `RLConfig` makes `LossSettings` and
+`TokenSettings`; `trainer.wire` carries them as mappings of their names."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from math import isfinite
-from typing import Any
+from typing import Any, Literal, Self
 
 from r1_grading.base.values import read_scalar
 
@@ -135,3 +137,78 @@ def rules_of(name: str) -> AlgorithmRules:
     raise UserError(
         f"rl.algorithm: there is no {name!r}{meant}", key="rl.algorithm", cause=Cause.UNKNOWN
     )
+
+
+AdvantageStd = Literal["group", "batch", "none"]
+KLEstimator = Literal["k1", "k2", "k3"]
+LossAverage = Literal["sequence", "token", "constant"]
+RatioLevel = Literal["token", "sequence"]
+
+
+class _Readable:
+    """Settings that can also be read as a mapping, which they were before 0.3.
+
+    Losses and token advantages that users wrote for 0.2 read settings["kl_beta"], which the
+    changelog of 0.3 promises to work, and call ours with {**settings, "discount": 0.5}. Nothing
+    else needs this class: it can go, and `of` with it, in a version that takes the promise back."""
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self, name, default)
+
+    def keys(self) -> Iterable[str]:
+        return [field.name for field in fields(self)]  # type: ignore[arg-type]
+
+    @classmethod
+    def of(cls, settings: Self | Mapping[str, Any]) -> Self:
+        """Return settings as they are, or made from a user's mapping of their names."""
+        return settings if isinstance(settings, cls) else cls(**settings)
+
+
+@dataclass(frozen=True)
+class LossSettings(_Readable):
+    """Settings of a policy loss: those of r1_kernels' `policy_loss` (formulae: its `policy_terms`).
+
+    `average` also chooses the trainer's denominator, unlike in `policy_loss`. The default of each
+    optional term leaves that term out."""
+
+    average: LossAverage
+    """as `rl.loss_average`; `trainer.losses` has what each is divided by"""
+    clip_low: float
+    """ε below 1 at which ρ is clipped"""
+    clip_high: float
+    """ε above 1 at which ρ is clipped"""
+    max_response_tokens: int | None = None
+    """L, the tokens that average "constant" divides by; None: for the other averages"""
+    objective: Literal["ppo", "cispo"] = "ppo"
+    dual_clip: float | None = None
+    """largest ρ of a negative advantage"""
+    ratio_level: RatioLevel = "token"
+    """sequence: one ρ per response"""
+    importance_cap: float | None = None
+    """largest weight of a token by π_old over the engine's policy; None: tokens are not weighed
+    (in the kernel, None means no upper limit)"""
+    kl_beta: float = 0.0
+    """β, the weight of the KL estimate in the loss; 0 where the penalty is in the reward"""
+    kl_estimator: KLEstimator = "k3"
+    entropy_coef: float = 0.0
+    """weight of the entropy bonus"""
+    options: dict[str, Option] = field(default_factory=dict)
+    """`rl.options`"""
+
+
+@dataclass(frozen=True)
+class TokenSettings(_Readable):
+    """Settings of an algorithm's token advantages, with the names and meanings of `rl`."""
+
+    kl_beta: float
+    """β, the weight of the penalty -log(π_old / π_ref) in a token's reward"""
+    discount: float
+    """γ"""
+    gae_lambda: float
+    """λ"""
+    advantage_std: AdvantageStd
+    advantage_epsilon: float
+    options: dict[str, Option] = field(default_factory=dict)

@@ -1,9 +1,10 @@
-"""Every key that a recipe may have: its default and its meaning, as lines of dotted YAML."""
+"""Dotted keys: every one that a recipe may have, with its default and its meaning, as lines of
+YAML; and the differences between two sets of settings."""
 
 import ast
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, get_args, get_origin
 
@@ -14,6 +15,39 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config.words import Word, describe_words, find
 from megatron_r1.config.yaml_text import as_text
+
+_ABSENT = object()
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as one mapping of dotted keys, in order; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ or that only one of both has, those of `after` first."""
+    return [
+        key
+        for key in dict.fromkeys([*after, *before])
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
+
+
+def value_text(values: Mapping[str, Any], key: str, absent: str = "not set") -> str:
+    """Return the value of a key as a message quotes it, `absent` where there is none."""
+    return repr(values[key]) if key in values else absent
+
+
+def is_within(key: str, names: Collection[str]) -> bool:
+    """Return whether a dotted key is one of `names` or lies in a section that is."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
 
 ENTRY = {list: "[]", dict: ".NAME"}
 """The part of a dotted key that stands for any entry of a list or mapping."""

@@ -1,15 +1,32 @@
-"""The RL algorithm, and how its rollouts are made.
+"""RL: the algorithm and how its rollouts are made (`rl`), settings that change with the step
+(`rl.schedule`), and the rewards with their terms, weights, options and the workers that grade
+(`rewards`).
 
-The defaults are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section 2 and supplement B)."""
+The defaults are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section 2 and supplement B), the weights
+of the rewards too (section 2)."""
 
+import hashlib
+import json
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from r1_grading.base.values import read_field
+from r1_grading.reading import READERS, Reading
+from r1_grading.terms import DEFAULT_WEIGHTS, ScheduledWeight, read_options, read_weights
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import algorithms
-from megatron_r1.config.losses import (
+from megatron_r1.config.algorithms import (
     AdvantageStd,
     KLEstimator,
     LossAverage,
@@ -17,8 +34,155 @@ from megatron_r1.config.losses import (
     RatioLevel,
     TokenSettings,
 )
-from megatron_r1.config.schedule import ScheduleEntry, check_order
-from megatron_r1.config.section import Resumable, Section
+from megatron_r1.config.section import Resumable, ResumableMark, Section
+from megatron_r1.config.yaml_text import as_sections
+
+SCHEDULED = {
+    "rollout": ("temperature", "top_p", "max_response_tokens"),
+    "rl": (
+        *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "entropy_coef"),
+        *("reference_refresh", "advantage_epsilon", "discount", "gae_lambda"),
+        *("overlong_buffer", "overlong_penalty", "dynamic_sampling_rounds"),
+        *("group_size", "questions_per_rollout", "minibatches", "kind_weights", "options"),
+    ),
+    "rewards": ("weights",),
+    "optimizer": ("learning_rate", "min_learning_rate"),
+    "critic": ("learning_rate",),
+}
+"""Settings that the controller reads anew at every step, by section. Others are built into ranks
+and engines when they start."""
+SCHEDULED_KEYS = [f"{section}.{key}" for section, keys in SCHEDULED.items() for key in keys]
+
+
+class ScheduleEntry(BaseModel):
+    """Settings from a step on: `{from_step: 513, rollout.max_response_tokens: 65536}`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    from_step: int = Field(gt=0)
+    """first step with these settings"""
+
+    @field_validator("from_step", mode="before")
+    @classmethod
+    def _scalars(cls, value: Any, info: ValidationInfo) -> Any:
+        return read_field(cls, value, info)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_its_first_step(cls, given: Any) -> Any:
+        # Other keys are settings, so pydantic alone would take a misspelt one for a setting.
+        for key in given if isinstance(given, dict) and "from_step" not in given else ():
+            if near := did_you_mean(key, ["from_step"], "{}"):
+                raise UserError(f"unknown key {key}{near}", key=key, cause=Cause.UNKNOWN)
+        return given
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> "ScheduleEntry":
+        if not self.changes:
+            raise UserError(
+                f"rl.schedule: from_step: {self.from_step} changes nothing; add settings such as "
+                "rollout.max_response_tokens: 65536",
+                key="rl.schedule",
+                cause=Cause.EMPTY,
+            )
+        return self
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The settings, as `{"section.key": value}`."""
+        return self.model_extra or {}
+
+
+def changes_at(schedule: list[ScheduleEntry], step: int) -> dict[str, dict[str, Any]]:
+    """Return what differs at `step`, as sections of a recipe; later entries take precedence."""
+    changes: dict[str, Any] = {}
+    for entry in schedule:
+        if entry.from_step <= step:
+            changes |= entry.changes
+    return as_sections(changes)
+
+
+def digest_until(schedule: list[ScheduleEntry], step: int) -> str:
+    """Return 16 hexadecimal digits that differ where the entries up to `step` do; "" without any.
+
+    Samples depend on all of them: earlier ones have shaped the policy."""
+    entries = [entry.model_dump() for entry in schedule if entry.from_step <= step]
+    text = json.dumps(entries, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if entries else ""
+
+
+def check_schedule_keys(schedule: list[ScheduleEntry], known: Collection[str]) -> None:
+    """Raise UserError for a setting that cannot change. known: all keys of a recipe, which are
+    not misspelt."""
+    for key in (key for entry in schedule for key in entry.changes):
+        if key not in SCHEDULED_KEYS:
+            near = "" if key in known else did_you_mean(key, SCHEDULED_KEYS, "{}")
+            near = near or f"; these can: {', '.join(SCHEDULED_KEYS)}"
+            raise UserError(
+                f"rl.schedule: {key} cannot change during a run{near}",
+                key="rl.schedule",
+                cause=Cause.UNSUPPORTED,
+            )
+
+
+def check_schedule_order(schedule: list[ScheduleEntry]) -> list[ScheduleEntry]:
+    """Return the schedule; UserError unless its steps increase."""
+    steps = [entry.from_step for entry in schedule]
+    if sorted(set(steps)) != steps:
+        raise UserError(
+            f"rl.schedule: from_step must increase from entry to entry, not {steps}",
+            key="rl.schedule",
+            cause=Cause.CONFLICT,
+        )
+    return schedule
+
+
+class RewardsConfig(Section):
+    """The terms of the reward with their weights, and the workers that grade."""
+
+    weights: dict[str, float | ScheduledWeight] = dict(DEFAULT_WEIGHTS)
+    """reward = sum of weight x term: a number, or {weight, from_step, to_step}"""
+    # The addresses of served models may change, for where they run decides nothing.
+    options: Annotated[
+        dict[str, dict[str, Any]], ResumableMark(("helpful.url", "judge.url", "safety.url"))
+    ] = {}
+    """{reward: its options}, such as language: {target: zh}"""
+    answer: Reading = "strict"
+    """where the final answer of mathematics and logic is read. strict: R1-Zero's, `<answer>`, else
+    a box, else a last line that is the answer; tags, boxed, last: there alone; auto: the first of
+    these three that is there, for models that were not taught tags. See docs/rewards.md"""
+    max_ungraded: Resumable[float] = Field(0.1, ge=0, le=1)
+    """share of a rollout's responses that graders may fail on, rounded up; with more the run
+    stops"""
+    workers: Resumable[int] = Field(2, ge=1)
+    """grader processes"""
+    timeout_seconds: float = Field(5.0, gt=0)
+    """limit for one response; then its grader is killed and the response gets 0"""
+    memory_gib: float = Field(4.0, gt=0)
+    """address space of one grader"""
+
+    @property
+    def call_options(self) -> dict[str, dict[str, Any]]:
+        """The `options`, with `answer` for the rewards that read a final answer."""
+        if self.answer == "strict":
+            return self.options
+        read = {"reading": self.answer}
+        return self.options | {kind: read | self.options.get(kind, {}) for kind in READERS}
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gib * 1024**3)
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _weights(cls, weights: Any) -> Any:
+        return read_weights(weights) if isinstance(weights, dict) else weights
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _options(cls, options: Any) -> Any:
+        return read_options(options) if isinstance(options, dict) else options
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "r1_zero": {},
@@ -97,7 +261,7 @@ class RLConfig(Section):
     routing_replay: bool = False
     """train every token through the experts the engine chose for it; a mixture of experts only. See
     docs/routing_replay.md"""
-    schedule: Resumable[Annotated[list[ScheduleEntry], AfterValidator(check_order)]] = []
+    schedule: Resumable[Annotated[list[ScheduleEntry], AfterValidator(check_schedule_order)]] = []
     """settings from a step on, [{from_step: 513, rollout.max_response_tokens: 65536}]; steps are
     rollouts. A continued run may change it. See docs/algorithms.md"""
     sample_log: Resumable[bool] = True

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 from r1_grading.truths import NO_TRUTH
 
-from megatron_r1.base.files.access import Readers
+from megatron_r1.base.files import Readers
 from megatron_r1.config.section import Resumable, Section
 
 

@@ -13,8 +13,14 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import THOUGHTS, Message
 from megatron_r1.data.sft import SftExample, is_learned
-from megatron_r1.data.templates import CHAT, PLACEHOLDER, find_template, render
-from megatron_r1.data.text import PromptText, system_text
+from megatron_r1.data.text import (
+    CHAT,
+    PLACEHOLDER,
+    PromptText,
+    find_template,
+    render_template,
+    system_text,
+)
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARK = "\ue000\ue001"
@@ -88,7 +94,7 @@ class ExampleText:
                 cause=Cause.CONFLICT,
             )
         system = system_text(before, "sft.template")
-        return render(self._template, question["content"], system), answer["content"]
+        return render_template(self._template, question["content"], system), answer["content"]
 
     def _no_template(self, location: str = "") -> UserError:
         where = f"{location}: " if location else ""

@@ -1,31 +1,158 @@
-"""Rows of a data file, read as prompts."""
+"""Rows of a data file, read as prompts: the question with what identifies it (its text, or its text
+and its fields), its choices where they are columns of their own, and its truth."""
 
+import hashlib
 import itertools
+import json
+import re
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from r1_grading.base.errors import shorten
-from r1_grading.rewards import REGISTRY, WITHOUT_TRUTH, resolve
-from r1_grading.truths import CHECKS, check_truth, is_none, is_unanswered, kind_of
+from r1_grading.base.values import decoded
+from r1_grading.rewards import ENVIRONMENT, REGISTRY, WITHOUT_TRUTH, resolve
+from r1_grading.truths import CHECKS, COMPARED, check_truth, is_none, is_unanswered, kind_of
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message, read_question, system_of
-from megatron_r1.data.choices import require_shown
 from megatron_r1.data.columns import columns_by_name
-from megatron_r1.data.questions import Prompt, digest, identity
 from megatron_r1.data.records import (
     ABSENT,
+    Conditions,
+    DataReport,
     Record,
+    RowFilter,
     entry,
     missing,
     read_records,
     rename,
     require_text,
 )
-from megatron_r1.data.report import DataReport
-from megatron_r1.data.where import Conditions, RowFilter
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question. id: hash of the question's text, for an environment of text and fields; the same
+    in all runs. kind: the reward that grades its responses, by comparison with `truth`. fields: the
+    reward's other arguments, in JSON types. before: the messages of the chat before the question,
+    such as the system's. location: where the question's row is, as "file:line", if it has one."""
+
+    id: str
+    question: str
+    kind: str
+    truth: Any
+    fields: dict[str, Any] = field(default_factory=dict)
+    location: str = field(default="", compare=False, repr=False)
+    before: list[Message] = field(default_factory=list)
+
+
+class _ScriptMarks(dict[int, str]):
+    """A table for str.translate that puts ^ before each superscript and _ before each subscript;
+    entries are computed at their first use. NFKC alone would make `2³` and `23` equal."""
+
+    def __missing__(self, code: int) -> str:
+        kind = unicodedata.decomposition(chr(code)).partition(" ")[0]
+        self[code] = {"<super>": "^", "<sub>": "_"}.get(kind, "") + chr(code)
+        return self[code]
+
+
+SCRIPTS = _ScriptMarks()
+
+
+def make_prompt(question: str, kind: str, truth: Any, fields: dict[str, Any]) -> Prompt:
+    """Return a prompt whose id is a hash of its normalized question."""
+    return Prompt(digest(question).hex()[:16], question, kind, truth, fields)
+
+
+def normalize(question: str, fold_case: bool = True) -> str:
+    """Return the text that spellings of one question share: NFKC, folded case, single spaces.
+    Superscripts and subscripts are kept apart from plain characters: `2³` becomes `2^3`."""
+    plain = unicodedata.normalize("NFKC", question.translate(SCRIPTS))
+    return " ".join((plain.casefold() if fold_case else plain).split())
+
+
+def is_heldout(question: str, fraction: float, salt: str = "") -> bool:
+    """Return whether a question belongs to the held-out share, by its text alone. salt: makes the
+    share independent of the shares of other salts. Without a salt of its own, a reward model whose
+    pairs have a policy's questions would find all of them on one side."""
+    return int.from_bytes(digest(salt + question)[-8:], "big") < fraction * 2**64
+
+
+def asked(prompt: Prompt) -> str:
+    """Return the text of the question and of the turns before it, but for a system's."""
+    turns = [m["content"] for m in prompt.before if m["role"] != "system"]
+    return "\n".join([*turns, prompt.question])
+
+
+def identity(prompt: Prompt, kind: str | None) -> str:
+    """Return the text that identifies a prompt. kind: as in `load_prompts`."""
+    question = asked(prompt)
+    if kind != ENVIRONMENT or not prompt.fields:
+        return question
+    text = json.dumps(prompt.fields, sort_keys=True, default=str)
+    # As a hash, because `normalize` would make fields equal.
+    return f"{question} {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def digest(question: str) -> bytes:
+    """Return the hash of the normalized question."""
+    return hashlib.sha256(normalize(question).encode("utf-8", "replace")).digest()
+
+
+CHOICE_NAMES = ("choices", "options", "endings")
+CHOICE_COLUMNS = (
+    ("A", "B", "C", "D", "E"),
+    ("a", "b", "c", "d", "e"),
+    ("opa", "opb", "opc", "opd"),
+)
+"""Choices that have a column each: CMMLU's, MedMCQA's."""
+LETTERED_CHOICES = re.compile(r"(?:^|[\s,;|])\(?[A-Ea-e]\s{0,2}[).:]\s*")
+"""What stands before each of the choices in a text: `a ) 400 , b ) 300`."""
+
+
+def require_shown(kind: str, question: str, truth: Any, fields: Mapping[str, Any]) -> None:
+    """Raise ValueError where a truth is the number or letter of a choice (MMLU, ARC) that the
+    question does not have: no response could name it for a reason."""
+    for name, choices in _choices(fields) if kind in COMPARED else ():
+        if not isinstance(choices, list) or len(choices) < 2 or not _is_place(truth, len(choices)):
+            continue
+        asked = _letters(question)
+        if not all(_letters(str(choice)) in asked for choice in choices):
+            raise ValueError(
+                f"{truth!r} is one of the {len(choices)} choices in {name!r}, which the question "
+                "does not have; write them into the question, or give the text of the right one"
+            )
+
+
+def _choices(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield (name, choices) of what may be choices: a list of them, or another value."""
+    for name in CHOICE_NAMES:
+        choices = decoded(fields.get(name))
+        if isinstance(choices, Mapping):  # ARC's, or letter → text
+            choices = choices["text"] if "text" in choices else list(choices.values())
+        elif isinstance(choices, str):
+            choices = [part.strip(" ,;|") for part in LETTERED_CHOICES.split(choices)[1:]]
+        yield name, choices
+    for columns in CHOICE_COLUMNS:
+        texts = [fields[name] for name in columns if fields.get(name) not in (None, "")]
+        yield ", ".join(columns), texts
+
+
+def _is_place(truth: Any, count: int) -> bool:
+    """Return whether a truth is the number or the letter of one of `count` choices."""
+    if isinstance(truth, int) and not isinstance(truth, bool):
+        return 0 <= truth < count
+    if not isinstance(truth, str) or len(plain := truth.strip(" ().").upper()) != 1:
+        return False
+    return plain.isdigit() or 0 <= ord(plain) - ord("A") < count
+
+
+def _letters(text: str) -> str:
+    return "".join(text.casefold().split())
+
 
 RESERVED_FIELDS = ("response", "truth", "kind")
 COLUMNS = "data.columns"

@@ -12,8 +12,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import normalize
 from megatron_r1.data.records import read_records, require_text
-from megatron_r1.data.templates import is_opened, render
-from megatron_r1.data.text import PromptText, system_text
+from megatron_r1.data.text import PromptText, is_opened, render_template, system_text
 
 BETWEEN = "\n\n"
 
@@ -75,14 +74,14 @@ class Shots:
     def text(self, template: str, question: str, before: Sequence[Message] = ()) -> str:
         """Return every example as if asked and answered in `template`, then the question. before:
         the messages before it, in which only a system's is allowed. Raises UserError."""
-        opened = is_opened(render(template, question))
+        opened = is_opened(render_template(template, question))
         shown = [
-            render(template, shot.question)
+            render_template(template, shot.question)
             + (shot.response.removeprefix(THINK) if opened else shot.response)
             for shot in self.before(question)
         ]
         system = system_text(before, "data.template")
-        return BETWEEN.join([*shown, render(template, question, system)])
+        return BETWEEN.join([*shown, render_template(template, question, system)])
 
 
 class FewShotText(PromptText):

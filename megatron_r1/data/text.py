@@ -1,5 +1,13 @@
-"""Questions → prompt tokens, response tokens → text: a tokenizer with a template."""
+"""Questions → prompt tokens, response tokens → text: prompt templates, a tokenizer with a template,
+and a fast decoder of byte-level vocabularies.
 
+A template says how a question becomes the text that the policy continues. The decoder has a table
+of every token's bytes: the tokenizers' own decode takes 16 ms for 30,000 tokens, 130 s for a
+rollout of 8,192 such responses; this one 1 ms."""
+
+from __future__ import annotations
+
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -7,17 +15,128 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.data.byte_decoder import ByteDecoder
 from megatron_r1.data.chats import Message
-from megatron_r1.data.end_tokens import end_tokens
-from megatron_r1.data.templates import (
-    SYSTEM,
-    closed_thought,
-    find_template,
-    is_opened,
-    render,
-)
-from megatron_r1.data.tokenizer import load_tokenizer
+from megatron_r1.data.tokenizer import end_tokens, load_tokenizer
+
+PLACEHOLDER = "{problem}"
+SYSTEM = "{system}"
+"""Where a text template has the system's message of a question, if it has a place for it."""
+
+PLACES = re.compile(r"\{problem\}|\{system\}")
+EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
+
+CHAT = "chat"
+"""Stands for the tokenizer's own chat template (`text.PromptText`)."""
+
+TEMPLATES: dict[str, str] = {
+    # DeepSeek-R1 (arXiv 2501.12948), the template of R1-Zero.
+    "r1_zero": (
+        "A conversation between User and Assistant. The User asks a question and the Assistant "
+        "solves it. The Assistant first thinks about the reasoning process and then provides the "
+        "answer, enclosed within <think> </think> and <answer> </answer> tags.\n"
+        "User: {problem}\n"
+        "Assistant:"
+    ),
+    # For models too small to read instructions.
+    "plain": "User: {problem}\nAssistant:",
+}
+
+
+def find_template(template: str, key: str = "data.template") -> str:
+    """Return the text of a template: a name in `TEMPLATES`, or a text with `{problem}` in it.
+    key: of the recipe, for errors. Raises UserError for a text without the placeholder, ValueError
+    for "chat"."""
+    if template == CHAT:
+        raise ValueError("the chat template belongs to the tokenizer: use apply_chat_template")
+    text = TEMPLATES.get(template, template)
+    if PLACEHOLDER not in text:
+        raise UserError(
+            f"prompt template {template!r} is neither one of {', '.join([*TEMPLATES, CHAT])} "
+            f"nor a text with {PLACEHOLDER} where the question goes",
+            key=key,
+            cause=Cause.UNKNOWN,
+        )
+    return text
+
+
+def render_template(template: str, question: str, system: str = "") -> str:
+    """Return the prompt text. Braces in the question or elsewhere in the template stay. system: the
+    text for `{system}`; without such a place it stands before the question, with a blank line."""
+    text = find_template(template)
+    if system and SYSTEM not in text:
+        question = f"{system}\n\n{question}"
+    given = {PLACEHOLDER: question, SYSTEM: system}
+    # One pass: a question that contains "{system}" keeps it.
+    return PLACES.sub(lambda match: given[match[0]], text)
+
+
+def closed_thought(prompt_text: str) -> str:
+    """Return the empty thought with which a rendered prompt ends, as templates write it that
+    switch thinking off; "" without one."""
+    found = EMPTY_THOUGHT.search(prompt_text)
+    return found[0] if found else ""
+
+
+def is_opened(prompt_text: str) -> bool:
+    """Whether a rendered prompt ends inside the thought, which rewards call `opened`."""
+    return prompt_text.rstrip().endswith("<think>")
+
+
+class ByteDecoder:
+    """Decodes as `tokenizer.decode(ids, skip_special_tokens=False)` does."""
+
+    def __init__(self, tokens: list[str | None]) -> None:
+        """tokens: id → token in GPT-2's alphabet of bytes; None for an id without a token."""
+        alphabet = _byte_alphabet()
+        table = [_token_bytes(token or "", alphabet) for token in tokens]
+        # The last row is for ids beyond the table, which have no text.
+        self._lengths = np.array([*map(len, table), 0], np.int32)
+        self._ends = self._lengths.cumsum(dtype=np.int32)
+        self._content = np.frombuffer(b"".join(table), np.uint8)
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> ByteDecoder | None:
+        """Return the decoder of a transformers tokenizer, or None for one that is not byte-level,
+        or decodes otherwise, as one that cleans up spaces does."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or type(backend.decoder).__name__ != "ByteLevel":
+            return None
+        size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        decoder = cls([backend.id_to_token(index) for index in range(size)])
+        # Neighbors matter where bytes of several tokens make a letter, and to a clean-up.
+        ids = np.random.default_rng(0).permutation(size).astype(np.int32)
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        return decoder if decoder.decode(ids) == text else None
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Return the text of `ids`, int32; bytes that are no UTF-8 become U+FFFD."""
+        ids = np.where((ids >= 0) & (ids < len(self._lengths)), ids, len(self._lengths) - 1)
+        lengths = self._lengths[ids]
+        # Byte i of the text is byte i + shift of the table, with one shift per token. int32: half
+        # the time of int64.
+        shifts = self._ends[ids] - lengths.cumsum(dtype=np.int32)
+        positions = np.repeat(shifts, lengths)
+        positions += np.arange(len(positions), dtype=np.int32)
+        return self._content.take(positions, mode="clip").tobytes().decode("utf-8", "replace")
+
+
+def _token_bytes(token: str, alphabet: dict[str, int]) -> bytes:
+    """Return a token's bytes. A token with a letter outside the alphabet, which only added tokens
+    have, is its UTF-8 form (tokenizers 0.23, pre_tokenizers/byte_level.rs, `decode_chain`)."""
+    try:
+        return bytes([alphabet[letter] for letter in token])
+    except KeyError:
+        return token.encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return GPT-2's byte of each letter: printable bytes are themselves, the others the letters
+    from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
 
 PROBE = "a message of the system"
 """A text by which it is seen whether a template shows a system's message."""
@@ -81,7 +200,7 @@ class PromptText:
         """Return the prompt's text. before: the messages before the question. Raises UserError for
         turns before it where the template is a text with one question."""
         if not self._chat:
-            return render(self._template, question, system_text(before, self._key))
+            return render_template(self._template, question, system_text(before, self._key))
         return self._apply_chat_template(self._turns(question, before), tokenize=False)
 
     def encode(self, question: str, before: Sequence[Message] = ()) -> list[int]:
@@ -89,7 +208,9 @@ class PromptText:
         Arguments and errors are those of `render`."""
         if self._chat:
             return list(self._apply_chat_template(self._turns(question, before))["input_ids"])
-        return self._encode_text(render(self._template, question, system_text(before, self._key)))
+        return self._encode_text(
+            render_template(self._template, question, system_text(before, self._key))
+        )
 
     def _encode_text(self, text: str) -> list[int]:
         """Return the token ids of a text, with the tokenizer's own in front, unless the text begins

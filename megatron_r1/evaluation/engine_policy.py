@@ -20,12 +20,15 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.engines.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.cpu_kernels import check_cpu_kernels
-from megatron_r1.engines.server.from_config import engine_settings, fleet_settings
-from megatron_r1.engines.server.limits import check_engines, context_length
-from megatron_r1.engines.server.responses import Response
-from megatron_r1.engines.server.stop_strings import cut
-from megatron_r1.evaluation.model_folder import fingerprint, require_weights
+from megatron_r1.engines.server.recipe import (
+    check_cpu_kernels,
+    check_engines,
+    context_length,
+    engine_settings,
+    fleet_settings,
+)
+from megatron_r1.engines.server.responses import Response, cut_at_stop
+from megatron_r1.evaluation.identity import fingerprint, require_weights
 from megatron_r1.evaluation.response import Decoding, TextResponse
 from megatron_r1.models.hf_config import as_read, load_config
 
@@ -166,7 +169,9 @@ class EnginePolicy:
             seed=seed,
         )
         stop = self._decoding.stop
-        return cut(response, len(token_ids), stop, self._text.decode)[0] if stop else response
+        return (
+            cut_at_stop(response, len(token_ids), stop, self._text.decode)[0] if stop else response
+        )
 
     def _player(self, agents: AgentsConfig) -> EpisodePlayer:
         key = agents.model_dump_json()

@@ -13,12 +13,11 @@ from megatron_r1.agents.environment_pool import describe
 from megatron_r1.agents.rows import load_rows
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig, Config
-from megatron_r1.config.evaluation import BenchmarkConfig, EvalConfig
+from megatron_r1.config.sample import BenchmarkConfig, EvalConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.benchmarks import find_benchmark
-from megatron_r1.evaluation.benchmarks.base import to_prompts
-from megatron_r1.evaluation.benchmarks.sources import Rows, read_rows
-from megatron_r1.evaluation.response_log import PromptKey
+from megatron_r1.evaluation.benchmarks.base import Rows, read_rows, to_prompts
+from megatron_r1.evaluation.response import PromptKey
 
 OWN = "questions"
 """The benchmark of the user's own questions."""

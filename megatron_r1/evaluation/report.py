@@ -1,20 +1,79 @@
-"""The results of an evaluation: a table in the terminal and `report.html`."""
+"""The results of an evaluation: a table in the terminal, `report.html`, and the figure: pass@k and
+cons@k over the number of samples."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
-from megatron_r1.base.files import atomic_write
-from megatron_r1.evaluation.intervals import Estimate
+from megatron_r1.base.files import atomic_write, atomic_writer
+from megatron_r1.evaluation.measures import Estimate
 from megatron_r1.evaluation.response import is_ungraded
 from megatron_r1.evaluation.summary import Summary
-from megatron_r1.reporting.page import render
-from megatron_r1.reporting.report_samples import conversation
+from megatron_r1.reporting.page import conversation, render_page
 from megatron_r1.reporting.wording import number, percent, printable, shorten_middle
+
+COLUMNS = 3
+PASS_COLOR, VOTE_COLOR = "#2b66d9", "#c2760c"
+
+
+def write_figure(path: Path, summaries: Sequence[Summary]) -> Path:
+    """Write a PNG with a panel per benchmark: points are estimates, bands their 95% intervals."""
+    columns = min(COLUMNS, len(summaries))
+    rows = -(-len(summaries) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, summary in zip(grid.flat, summaries, strict=False):
+        _panel(axes, summary)
+    for axes in list(grid.flat)[len(summaries) :]:
+        axes.set_visible(False)
+    with atomic_writer(path) as file:
+        figure.savefig(file, format="png", dpi=130)
+    return path
+
+
+def _panel(axes: Axes, summary: Summary) -> None:
+    axes.set_title(summary.title, fontsize=10)
+    if summary.passes:
+        _curve(axes, "pass@k", summary.passes, PASS_COLOR)
+        if len(summary.votes) > 1:
+            _curve(axes, "cons@k", summary.votes, VOTE_COLOR)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(summary.passes), [str(k) for k in summary.passes])
+        axes.minorticks_off()
+        axes.set_xlabel("k, samples per question")
+    else:
+        _curve(axes, "win rate", {1: summary.metrics["win_rate"]}, PASS_COLOR)
+        _curve(axes, "at equal length", {2: summary.metrics["lc_win_rate"]}, VOTE_COLOR)
+        axes.set_xlim(0, 3)
+        axes.set_xticks([])
+    axes.set_ylim(-0.02, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _curve(axes: Axes, label: str, curve: Mapping[int, Estimate], color: str) -> None:
+    sizes = list(curve)
+    values = [curve[k].value for k in sizes]
+    low = np.array([curve[k].low for k in sizes], np.float64)  # None becomes NaN
+    high = np.array([curve[k].high for k in sizes], np.float64)
+    if len(sizes) > 1:
+        axes.fill_between(sizes, low, high, color=color, alpha=0.15, linewidth=0)
+    else:
+        axes.vlines(sizes, low, high, color=color, alpha=0.5)
+    axes.plot(sizes, values, color=color, marker="o", markersize=4, label=label)
+
 
 LOG_WIDTH = 140
 NUM_EXAMPLES = 2
@@ -72,7 +131,7 @@ def write_report(
 ) -> Path:
     """Write one self-contained page: all metrics, the figure, and samples of every verdict.
     questions: (benchmark, id) → its line of questions.jsonl. samples: lines of samples.jsonl."""
-    html = render(
+    html = render_page(
         "evaluation/templates/evaluation.html.jinja",
         title=printable(title),
         settings=settings,

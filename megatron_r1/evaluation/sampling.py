@@ -1,7 +1,10 @@
-"""The loop of `eval` and `sample`: sample what is missing, grade it, log it; resumable."""
+"""The loop of `eval` and `sample`: sample what is missing, grade it, log it, show how many are
+graded; resumable."""
 
 import asyncio
 import hashlib
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,10 +15,38 @@ from r1_grading.terms import ACCURACY, Options, combine
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.progress import SamplingProgress
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest
-from megatron_r1.evaluation.response import Policy, TextResponse
-from megatron_r1.evaluation.response_log import PromptKey, ResponseLog
+from megatron_r1.evaluation.response import Policy, PromptKey, ResponseLog, TextResponse
+from megatron_r1.reporting.wording import duration
+
+NUM_PROGRESS_LINES = 4
+REFRESH_SECONDS = 0.2
+
+
+class SamplingProgress:
+    """Shows progress, as one line that changes on a terminal or a few lines in a log. Called
+    with (finished, wanted) after each sample."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stdout.isatty()
+        self._began: tuple[float, int] | None = None  # time, and samples finished before
+        self._next = 0.0  # prints from this time on a terminal, from this share in a log
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        began, first = self._began = self._began or (now, done)
+        reached = now if self._is_terminal else NUM_PROGRESS_LINES * done // max(1, total)
+        if reached < self._next and done < total:
+            return
+        self._next = reached + (REFRESH_SECONDS if self._is_terminal else 1)
+        line = f"{done:,} of {total:,} samples graded"
+        if first < done < total:
+            line += f", about {duration((now - began) / (done - first) * (total - done))} to go"
+        if self._is_terminal:
+            print(f"\r\x1b[2K{line}", end="\n" if done == total else "", flush=True)
+        else:
+            print(line, flush=True)
+
 
 MAX_UNGRADED = 20
 """Failures of a grader on one kind of prompt, before its first success, that stop the run."""

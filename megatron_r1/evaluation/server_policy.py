@@ -19,12 +19,11 @@ from r1_grading.served.service import (
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
-from megatron_r1.config.evaluation import ServerConfig
+from megatron_r1.config.sample import ServerConfig
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.shots import Shots
-from megatron_r1.data.templates import find_template, is_opened, render
-from megatron_r1.data.text import system_text
+from megatron_r1.data.text import find_template, is_opened, render_template, system_text
 from megatron_r1.evaluation.response import Decoding, TextResponse
 
 TINY_QUESTION = "1 + 1 ="
@@ -143,7 +142,7 @@ class ServerPolicy:
             content = {"prompt": self._shots.text(self._template, question, before)}
         else:
             system = system_text(before, "data.template")
-            content = {"prompt": render(self._template, question, system)}
+            content = {"prompt": render_template(self._template, question, system)}
         if content.get("prompt", "").startswith(FIRST_TOKENS):
             content["add_special_tokens"] = False
         decoding = {name: value for name, value in asdict(self._decoding).items() if value != ()}

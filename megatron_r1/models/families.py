@@ -2,9 +2,9 @@
 
 A new architecture that is a combination of what is here is one entry of FAMILIES: configuration,
 weights, conversion, planning and push follow from it (`attention_fields`, `expert_fields`,
-`models.weights.decoder`). What Hugging Face's `config.json` says about a model is read there.
-Exceptions that name an architecture are in `engines.server.limits` and
-`engines.plugin.stacked_experts`."""
+`models.weights.table`). What Hugging Face's `config.json` says about a model is read there.
+Exceptions that name an architecture are in `engines.server.recipe` and
+`engines.plugin.recorder`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,14 +21,14 @@ class Family:
     rope: supported values of rope_type.
     rotary: part of a head that is rotated, unless `config.json` has another.
     theta: base of the rotary angles, unless `config.json` has another.
-    sinks: each head has a learned logit for no key in its softmax (`models.offset_attention`).
+    sinks: each head has a learned logit for no key in its softmax (`models.attention`).
     windows: every other layer, from the first, sees the last `sliding_window` tokens only.
     router_score: the function that turns router logits into scores; with "sigmoid" there is also a
     correction bias. None: the architecture has no experts.
     expert_size: the key of `config.json` with the number of an expert's inner features.
     open_swiglu: experts compute clamp(gate) sigmoid(1.702 gate) (clamp(up) + 1).
     biases: whether the output projection, router and experts have biases.
-    stacked: a tensor of the checkpoint has all experts of a layer (`models.weights.stacked`).
+    stacked: a tensor of the checkpoint has all experts of a layer (`models.weights.stored.published`).
     normalizes: whether a token's expert weights sum to 1, unless `norm_topk_prob` is given.
     layer_types: whether transformers reads mlp_layer_types instead of first_k_dense_replace.
     whole_shared: whether vLLM keeps shared experts whole on every rank of engines with tensor, data

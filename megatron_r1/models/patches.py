@@ -1,27 +1,146 @@
-"""Every patch of Megatron-Core that the models here need, on a CPU and on a GPU.
+"""Every patch of Megatron-Core that the models here need, on a CPU and on a GPU, with the functions
+that take the place of Megatron's.
 
 `install` replaces names of Megatron's modules for the whole process. Who starts a process that
 builds models calls it once, after `platform.prepare()`, whose own patches are for a CPU only
-(`models.platform.cpu_patches`): trainer ranks do in `trainer.distributed.initialize`. `build_model`
-refuses to build before, as the model would compute something else without an error. A patch's
-upstream line is the one that is wrong, or too slow; tests/unit/models/test_patches.py fails when it
-is gone.
+(`models.cpu_patches`): trainer ranks do in `trainer.distributed.initialize`. `build_model` refuses
+to build before, as the model would compute something else without an error. A patch's upstream
+line is the one that is wrong, or too slow; tests/unit/models/test_patches.py fails when it is
+gone. What concerns one layer is no patch but a subclass that the layer specs choose
+(`models.layers`); parameters' marks are corrected in `models.gradients`.
 
-What concerns one layer is no patch but a subclass that the layer specs choose (`models.layers`);
-parameters' marks are corrected in `models.gradients`."""
+`rotate_packed`: Megatron slices the rotary angles of a packed batch sample by sample, in Python,
+for queries and keys of every layer: with 256 samples that is a third of a small model's time
+besides its products, and on a GPU a synchronization each time. Here all angles are gathered in one
+operation.
+
+`route`: Megatron scores a group of experts by its best topk / group_topk, where DeepSeek-V3 and
+its descendants take the best two and DeepSeek-V2 the best one: with any other ratio tokens would
+silently be routed differently. And with sigmoid it always normalizes the chosen scores, except for
+one expert, which it never does (moe_utils.py:724, Megatron-Core 0.16.1)."""
 
 import functools
 from typing import Any
 
 import torch
 from megatron.core.extensions import transformer_engine
-from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import router
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from megatron_r1.models.platform.patch import Patch, listed_in
-from megatron_r1.models.rotary import rotate_packed
-from megatron_r1.models.routing import route
+from megatron_r1.models.context_parallel import held_positions
+from megatron_r1.models.cpu_patches import Patch, listed_in
+from megatron_r1.models.experts import GROUP_SCORES
+from megatron_r1.models.prefixes import first_positions
+
+
+def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> Tensor:
+    """Return the position in its sample of each token that a context-parallel rank holds, (T /
+    num_ranks,) int64. cu_seqlens: (S + 1,) integers from 0 to T, of the whole batch."""
+    cu_seqlens = cu_seqlens.long()
+    total = int(cu_seqlens[-1])
+    # output_size: without it the host would wait for the GPU's sum once more.
+    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=total)
+    if num_ranks == 1:
+        return torch.arange(total, device=cu_seqlens.device) - starts
+    held = held_positions(cu_seqlens, rank, num_ranks)
+    return held - starts[held]
+
+
+def rotate_packed(
+    t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, cp_group: ProcessGroup, **kwargs: Any
+) -> Tensor:
+    """Rotate t (T, h, d) of a packed batch by the angles freqs (longest sample, 1, 1, d).
+
+    The other arguments are those of Megatron's _apply_rotary_pos_emb_thd."""
+    positions = sample_positions(cu_seqlens, cp_group.rank(), cp_group.size())
+    if (first := first_positions(cu_seqlens)) is not None:
+        positions = positions + first.repeat_interleave(cu_seqlens.diff().long())
+    angles = freqs[positions]
+    return rope_utils._apply_rotary_pos_emb_bshd(t[:, None], angles, *args, **kwargs)[:, 0]
+
+
+def set_yarn(
+    model: GPTModel,
+    *,
+    factor: float,
+    rope_theta: float,
+    original_max_position_embeddings: int,
+    beta_fast: float,
+    beta_slow: float,
+    truncate: bool,
+) -> None:
+    """Scale the angles and embeddings of a model by YaRN (arXiv 2309.00071), before its first use:
+    as transformers does, with whole dimensions as limits only if `truncate`."""
+    rotary = model.rotary_pos_emb
+    size = 2 * len(rotary.inv_freq)
+    low, high = yarn_rotary_pos_embedding._yarn_find_correction_range(
+        beta_fast, beta_slow, size, rope_theta, original_max_position_embeddings, truncate
+    )
+    scaled = yarn_rotary_pos_embedding._yarn_linear_ramp_mask(
+        low, high, size // 2, rotary.inv_freq.device
+    )
+    rotary.inv_freq = rotary.inv_freq * (1 - scaled) + rotary.inv_freq / factor * scaled
+    # Megatron's attention multiplies by 1 + ln(factor) / 10 where its configuration has this.
+    model.config.yarn_rotary_scaling_factor = factor
+
+
+def route(
+    logits: Tensor,
+    topk: int,
+    use_pre_softmax: bool = False,
+    num_groups: int | None = None,
+    group_topk: int | None = None,
+    scaling_factor: float | None = None,
+    score_function: str = "softmax",
+    expert_bias: Tensor | None = None,
+    fused: bool = False,
+    router_replay: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Return each token's weight of each expert and whether it is routed there, (T, experts), in
+    the logits' dtype and bool.
+
+    logits: (T, experts). use_pre_softmax: whether the weights are the scores as they are, instead
+    of normalized over the chosen experts. expert_bias: (experts,), counts in the choice only. The
+    arguments are those of Megatron's topk_routing_with_score_function."""
+    assert not fused, "no model here sets moe_router_fusion"
+    wide = logits.float()
+    scores = wide.softmax(-1) if score_function == "softmax" else wide.sigmoid()
+    best = GROUP_SCORES[score_function]
+
+    def choose(
+        scores: Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if group_topk:
+            assert num_groups, "topk of groups without groups"
+            scores = _within_groups(scores, num_groups, group_topk, best)
+        return scores.topk(topk, dim=-1)
+
+    basis = scores if expert_bias is None else scores + expert_bias
+    limits = {"num_groups": num_groups, "group_topk": group_topk}
+    if router_replay is None:
+        _, chosen = choose(basis, topk, **limits)
+    else:
+        _, chosen = router_replay.get_replay_topk(basis, topk, *limits.values(), choose)
+    weights = scores.gather(1, chosen)
+    if not use_pre_softmax:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    weights = (weights * (scaling_factor or 1.0)).to(logits.dtype)
+    routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
+    return torch.zeros_like(logits).scatter(1, chosen, weights), routed
+
+
+def _within_groups(scores: Tensor, num_groups: int, kept: int, best: int) -> Tensor:
+    """Return scores (T, experts), -inf outside the `kept` groups with the highest sums of their
+    `best` highest scores."""
+    grouped = scores.unflatten(-1, (num_groups, -1))
+    groups = grouped.topk(best, dim=-1).values.sum(-1).topk(kept, dim=-1).indices
+    left_out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, groups, False)
+    return grouped.masked_fill(left_out[..., None], -torch.inf).flatten(1)
+
 
 PATCHES: list[Patch] = []
 _patch = listed_in(PATCHES)

@@ -6,7 +6,7 @@ segment's prefix or -1, is all that both need. Every layer but attention works o
 prompt of which there are 16 responses costs one pass, and its gradient is the sum of theirs.
 
 A query attends to its own segment, causally, and to the whole prefix; the two are joined by the
-normalizers of their softmax, forward and backward as in `models.ring_attention`. The matrix of
+normalizers of their softmax, forward and backward as in `models.context_parallel`. The matrix of
 queries x keys never exists.
 
 Shapes: t tokens, S segments, h query heads, g key/value heads (g divides h), d head size of queries
@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_r1.models.buckets import Buckets
-from megatron_r1.models.context import spans
-from megatron_r1.models.ring_attention import (
+from megatron_r1.models.context_parallel import (
+    Buckets,
     flash_backward,
     flash_forward,
     over_query_heads,
     per_query_head,
+    spans,
 )
 
 _ATTRIBUTE = "segments_before"

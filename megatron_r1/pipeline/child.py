@@ -1,17 +1,73 @@
-"""A command behind a reaper: start it, show and log its output, stop it."""
+"""A command behind a reaper: start it, show and log its output, stop it.
+
+`python -m megatron_r1.pipeline.child COMMAND…` is the reaper: it stands between a pipeline and a
+command, and kills everything the command started when it ends, or when the pipeline does. Orphans
+of the command become its children (Linux: child subreaper). The kernel signals it when the
+pipeline dies, by kill -9 too, and it then kills all of them. SIGTERM and SIGINT are passed on to
+the command alone, so that it can end in order."""
 
 import contextlib
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from megatron_r1.base.processes.children import popen_options
-from megatron_r1.pipeline import reaper
+from megatron_r1.base.processes.children import (
+    die_with_parent,
+    end_without_parent,
+    popen_options,
+    prctl,
+)
+from megatron_r1.base.processes.held import descendants
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+KILL = signal.SIGUSR1
+"""Sent by the kernel when the parent is gone, or by the parent: kill everything now."""
+
+
+def main(command: list[str]) -> int:
+    """Return the command's exit status; 128 + N where signal N ended it."""
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    signal.signal(KILL, lambda *_: _kill_all())
+    end_without_parent(KILL)
+    try:
+        child = subprocess.Popen(command, preexec_fn=die_with_parent)
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: child.send_signal(number))
+    status = child.wait()
+    kill_descendants()
+    return status if status >= 0 else 128 - status
+
+
+def _kill_all() -> None:
+    kill_descendants()
+    os._exit(128 + signal.SIGKILL)
+
+
+def kill_descendants() -> None:
+    """Kill until there are none: a process may start another one before it dies."""
+    while pids := descendants(os.getpid()):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+
 
 END_SECONDS = 10.0
 """Time between SIGTERM and SIGKILL."""
@@ -40,7 +96,7 @@ class Child:
             self._log_start = output.tell()
             to_log = output if prefix is None else subprocess.PIPE
             self.process = subprocess.Popen(
-                [sys.executable, "-m", reaper.__name__, *shlex.split(launch), *command],
+                [sys.executable, "-m", __name__, *shlex.split(launch), *command],
                 stdout=None if on_terminal else to_log,
                 stderr=subprocess.PIPE if on_terminal else subprocess.STDOUT,
                 **popen_options(environment),
@@ -83,7 +139,7 @@ class Child:
 
     def kill(self) -> None:
         if self.poll() is None:
-            self.process.send_signal(reaper.KILL)
+            self.process.send_signal(KILL)
         self.wait(END_SECONDS)
 
     def output(self) -> str:

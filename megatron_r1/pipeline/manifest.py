@@ -1,21 +1,200 @@
 """The manifest in a stage's folder, how its files were made: `begun.json`, then `stage.json`.
 
 `stage.json` is written last and atomically: a stage is done exactly when it exists, whenever a
-process is killed."""
+process is killed. It holds fingerprints of the stage: settings, inputs and outputs in a form that
+can be compared; files and folders are compared by digests."""
 
+import contextlib
+import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write, fsync
+from megatron_r1.base.user_code import syntax_of
+from megatron_r1.config import RESUMABLE, Config
+from megatron_r1.config.keys import changed_keys, flatten, is_within, value_text
 from megatron_r1.evaluation.identity import versions
-from megatron_r1.pipeline import fingerprint
+from megatron_r1.pipeline.pipeline_recipe import references, substitute, texts
 from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
+
+WHOLE_BYTES = 256 * 1024**2
+"""Larger files count by their size and some blocks, so that the status of a pipeline with a
+terabyte's model takes seconds."""
+NUM_BLOCKS, BLOCK_BYTES = 64, 65_536
+"""The blocks of a larger file that count: at equal distances, from its first to its last bytes."""
+MISSING = "missing"
+LENGTH = 16
+"""Hexadecimal digits of a SHA-256 that are kept: 64 bits."""
+START_FILES = frozenset(
+    ("begun.json", "config.yaml", "logs", "stop", "tensorboard", "wandb", "mlflow", "trackers.json")
+)
+"""Files of a stage that are written before its verb reads any input."""
+NOT_OUTPUT = START_FILES | {"checkpoints", "report.html", "sample_log", "sampled", "stage.json"}
+"""Files of a stage that no other stage reads: resuming, logs, reports, what `sample` of it adds."""
+FINAL = ("run.steps", "rl.schedule", "eval")
+"""Resumable settings that decide the result of a finished run."""
+FILE_OF_STAGE = re.compile(r"\$\{([^{}\n.]+)\}/([^$\n]+)")
+"""`${stage}/file`: that file alone is an input."""
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+SECTIONS_OF_VERB = {
+    "sft": ("sft",),
+    "rl": ("rl", "push", "critic", "teacher"),
+    "reward-model": ("reward_model",),
+    "sample": ("sample",),
+}
+"""Sections that only one verb reads."""
+
+
+def deciding_settings(plan: PipelinePlan, stage: PipelineStage, finished: bool) -> dict[str, Any]:
+    """Return the settings that decide the stage's result, by dotted keys.
+
+    References stay as written, since what they mean is an input: a pipeline's folder may be moved.
+    finished: whether the stage is done; one that is not may continue with another number of steps.
+    """
+    if stage.is_function:
+        arguments = substitute(stage.settings, plan.unresolved)
+        deciding = flatten({"function": stage.config.function, "arguments": arguments})
+    else:
+        free = [name for name in RESUMABLE if not (finished and name in FINAL)]
+        for verb, sections in SECTIONS_OF_VERB.items():
+            if verb != stage.config.verb:
+                free += sections
+        flat = flatten(plan.config(stage).model_dump())
+        deciding = {key: value for key, value in flat.items() if not is_within(key, free)}
+    for name, server in stage.config.serve.items():
+        served = {key: getattr(server, key) for key in ("model", "task", "arguments", "command")}
+        deciding |= flatten({f"serve.{name}": served})
+    return json.loads(json.dumps(deciding, default=str))
+
+
+def default_settings() -> dict[str, Any]:
+    """Return the default of every setting, for stages run before a setting was introduced."""
+    return json.loads(json.dumps(flatten(Config().model_dump()), default=str))
+
+
+def input_digests(
+    plan: PipelinePlan, stage: PipelineStage, upstream: tuple[str, ...]
+) -> dict[str, str]:
+    """Return the digest of each input: references, files named in settings, functions."""
+    digests: dict[str, str] = {}
+    for _, text in texts(stage.all_settings):
+        if (file := FILE_OF_STAGE.fullmatch(text)) and file[1] in upstream:
+            digests[text] = digest(plan.folder_of(file[1]) / file[2])
+            continue
+        for _, reference in references(text):
+            head = reference.partition(".")[0]
+            if head in upstream:
+                digests[f"${{{reference}}}"] = (
+                    digest_of_outputs(output_digests(plan.folder_of(head)))
+                    if reference == head
+                    else digest(Path(str(plan.value_of(reference, {}))))
+                )
+    for name in stage.config.after:
+        digests[f"after {name}"] = digest_of_outputs(output_digests(plan.folder_of(name)))
+    for place, text in plan.named_files(stage):
+        digests[f"{place} {text}"] = digest(Path(plan.located(text)))
+    for function, syntax in _functions(stage).items():
+        digests[f"function {function}"] = digest_of_value(syntax)
+    return digests
+
+
+def output_digests(folder: Path) -> dict[str, str]:
+    """Return name → digest of every output in a stage's folder."""
+    if not folder.is_dir():
+        return {}
+    paths = sorted(path for path in folder.iterdir() if not _is_hidden(path))
+    return {path.name: digest(path) for path in paths if path.name not in NOT_OUTPUT}
+
+
+def list_changes(
+    before: dict[str, Any], after: dict[str, Any], known: dict[str, Any] | None = None
+) -> list[str]:
+    """Return a sentence such as `rl.group_size: 16 then, 8 now` for each difference.
+
+    known: values of keys that `before`, written by an earlier version, may lack."""
+    before = {key: value for key, value in (known or {}).items() if key in after} | before
+    none = "not there"
+    return [
+        f"{key}: {value_text(before, key, none)} then, {value_text(after, key, none)} now"
+        for key in changed_keys(before, after)
+    ]
+
+
+def digest(path: Path) -> str:
+    """Return the digest of a file's content, or of the names and contents in a folder (hidden ones
+    left out); MISSING where there is neither.
+
+    A file of more than WHOLE_BYTES counts by its size and 64 blocks spread over it: training
+    changes nearly every weight."""
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir() if not _is_hidden(entry))
+        return _joined((name, digest(path / name)) for name in names)
+    if not path.exists():
+        return MISSING
+    size, content = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= WHOLE_BYTES:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:LENGTH]
+        content.update(str(size).encode())
+        for block in range(NUM_BLOCKS):
+            file.seek(block * (size - BLOCK_BYTES) // (NUM_BLOCKS - 1))
+            content.update(file.read(BLOCK_BYTES))
+    return content.hexdigest()[:LENGTH]
+
+
+def digest_of_outputs(digests: dict[str, str]) -> str:
+    """Return one digest of all `outputs`."""
+    return _joined(sorted(digests.items()))
+
+
+def digest_of_value(value: Any) -> str:
+    """Return the digest of a JSON value."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def _joined(pairs: Iterable[tuple[str, str]]) -> str:
+    whole = hashlib.sha256()
+    for name, part in pairs:
+        whole.update(f"{name}\0{part}\0".encode())
+    return whole.hexdigest()[:LENGTH]
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".") or path.name == "__pycache__"
+
+
+def _functions(stage: PipelineStage) -> dict[str, str]:
+    """Return the syntax of the modules of all user functions that the stage names: its own, and
+    those that rewrite, judge, filter or reward."""
+    if stage.is_function:
+        return {stage.config.function: syntax_of(stage.config.function)}
+    functions = {}
+    for text in filter(FUNCTION.fullmatch, _texts_and_keys(stage.settings)):
+        with contextlib.suppress(ValueError):  # it only has the form of a function's name
+            functions[text] = syntax_of(text)
+    return functions
+
+
+def _texts_and_keys(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _texts_and_keys(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts_and_keys(item)
+
 
 DONE, BEGUN = "stage.json", "begun.json"
 
@@ -47,8 +226,8 @@ def begin(
     if attempts and attempts[-1]["seconds"] is None:
         attempts[-1]["seconds"] = max(0.0, (last_output or 0.0) - attempts[-1]["began"])
     record = {
-        "settings": fingerprint.settings(plan, stage, finished=False),
-        "inputs": fingerprint.inputs(plan, stage, upstream),
+        "settings": deciding_settings(plan, stage, finished=False),
+        "inputs": input_digests(plan, stage, upstream),
         "ports": before.get("ports", {}),
         "attempts": [*attempts, {"began": time.time(), "seconds": None, "pid": os.getpid()}],
         "failed": None,
@@ -76,8 +255,8 @@ def finish(
     folder = plan.folder_of(stage.name)
     end_attempt(folder, None)
     begun = read(folder, BEGUN) or {}
-    outputs = fingerprint.outputs(folder)
-    settings = fingerprint.settings(plan, stage, finished=True)
+    outputs = output_digests(folder)
+    settings = deciding_settings(plan, stage, finished=True)
     attempts = begun["attempts"]
     urls = {name: f"${{serve.{name}.url}}" for name in stage.config.serve}
     record = {
@@ -89,11 +268,11 @@ def finish(
         "directory": str(Path.cwd()),
         "told": plan.resolve(stage.settings, urls),  # named as in older manifests
         "settings": settings,
-        "settings_digest": fingerprint.digest_of_value(settings),
+        "settings_digest": digest_of_value(settings),
         # The inputs at the beginning: if one has changed since, the stage is stale at once.
         "inputs": begun["inputs"],
         "outputs": outputs,
-        "digest": fingerprint.digest_of_outputs(outputs),
+        "digest": digest_of_outputs(outputs),
         "seed": plan.seed,
         "versions": versions(),
         "git": git_commit(),
@@ -113,7 +292,7 @@ def has_outputs(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    return bool(names - fingerprint.START_FILES)
+    return bool(names - START_FILES)
 
 
 def git_commit() -> dict[str, Any] | None:

@@ -12,12 +12,15 @@ from megatron_r1.base.errors import UserError
 from megatron_r1.config import Config
 from megatron_r1.pipeline.pipeline_recipe import (
     MAKE,
+    REFERENCE,
     PipelineRecipe,
     ServeConfig,
     StageConfig,
     read_tree,
+    references,
+    substitute,
+    texts,
 )
-from megatron_r1.pipeline.references import REFERENCE, references, substitute, texts
 
 FILES = ("path", "data", "checkpoint")
 """Last parts of the names of settings that hold a file or folder."""

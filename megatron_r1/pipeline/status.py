@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.pipeline import fingerprint, manifest
+from megatron_r1.pipeline import manifest
+from megatron_r1.pipeline import manifest as fingerprint
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.results import headline, results_of
@@ -94,14 +95,16 @@ def examine(
         for name, status in upstream.items()
         if status.state is not StageState.DONE
     ]
-    reasons += fingerprint.changes(
-        record["settings"], fingerprint.settings(plan, stage, bool(done)), fingerprint.defaults()
+    reasons += fingerprint.list_changes(
+        record["settings"],
+        fingerprint.deciding_settings(plan, stage, bool(done)),
+        fingerprint.default_settings(),
     )
     if not reasons:  # else inputs may be missing
-        inputs = fingerprint.inputs(plan, stage, tuple(upstream))
+        inputs = fingerprint.input_digests(plan, stage, tuple(upstream))
         reasons = _changed_inputs(record["inputs"], inputs)
     if done:
-        reasons += _changed_outputs(done["outputs"], fingerprint.outputs(folder))
+        reasons += _changed_outputs(done["outputs"], fingerprint.output_digests(folder))
     if reasons:
         return Status(StageState.STALE, reasons, record)
     return Status(StageState.DONE, [], record) if done else _unfinished(record, is_running)

@@ -4,20 +4,13 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_r1.plan.calibrate import assumed_section
-from megatron_r1.plan.communication import communication_section
-from megatron_r1.plan.flops import flops_section
+from megatron_r1.plan.counts import flops_section, parameter_section
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
-from megatron_r1.plan.parameters import parameter_section
-from megatron_r1.plan.push import (
-    borrowed_bytes,
-    push_section,
-    receive_buffer_bytes,
-)
-from megatron_r1.plan.quantity import Quantity, Section, in_bytes
+from megatron_r1.plan.push import borrowed_bytes, push_section, receive_buffer_bytes
+from megatron_r1.plan.quantity import Quantity, Section, assumed_section, in_bytes
 from megatron_r1.plan.rollout import Engines, rollout_section, samples_section, teacher_section
-from megatron_r1.plan.timing import StepTime, time_section
+from megatron_r1.plan.timing import StepTime, communication_section, time_section
 from megatron_r1.reporting.wording import counted
 
 WHAT = {RECEIVE_BUFFER: ", weights on their way into an engine"}

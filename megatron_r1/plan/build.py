@@ -15,8 +15,8 @@ from math import prod
 from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.models.weights.layout import LayoutEntry, Shard, layout
+from megatron_r1.plan.counts import ModelCounts, RankCounts
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.parameters import ModelCounts, RankCounts
 
 
 def build_ranks(job: PlannedJob, pipeline_ranks: Iterable[int] | None = None) -> str:

@@ -10,13 +10,12 @@ from megatron_r1.config import Config, ParallelConfig, Verb
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.config.hardware import Assumptions, Hardware
 from megatron_r1.controller.trainer_calls.packing import check_batches
-from megatron_r1.engines.server.limits import check_engines
+from megatron_r1.engines.server.recipe import check_engines
 from megatron_r1.models.hf_config import read_hf_config, sparse_layers
 from megatron_r1.models.supported import check_divisions
-from megatron_r1.models.weights.adapters.table import adapter_table
-from megatron_r1.models.weights.decoder import table
+from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard, recipe_stages
-from megatron_r1.models.weights.rules import Table
+from megatron_r1.models.weights.table import Table, table
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -68,7 +67,7 @@ class PlannedJob:
 
     @property
     def weight_table(self) -> Table:
-        """The weight table of the model (`models.weights.decoder`)."""
+        """The weight table of the model (`models.weights.table`)."""
         if "weight_table" not in self.shared:
             self.shared["weight_table"] = table(self.hf)
         return self.shared["weight_table"]

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, replace
 
 from megatron_r1.plan.activations import Layer, in_flight, layer_activations
+from megatron_r1.plan.counts import Counts, RankCounts
 from megatron_r1.plan.job import BYTES, PlannedJob
-from megatron_r1.plan.parameters import Counts, RankCounts
 from megatron_r1.plan.push import receive_buffer_bytes
 from megatron_r1.plan.quantity import Section, in_bytes
 
@@ -80,7 +80,7 @@ def persistent_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
 
 
 def checkpoint_bytes(job: PlannedJob, counts: Counts, *, with_reference: bool) -> int:
-    """Return bytes of a rank's host buffers for checkpoints (`trainer.checkpoints.host_memory`).
+    """Return bytes of a rank's host buffers for checkpoints (`trainer.checkpoints.staging`).
 
     Every replica gathers the optimizer's fp32 master weights and moments of the rank's whole part;
     replicas share the weights, which the reference doubles."""

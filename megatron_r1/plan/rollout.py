@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.config import Config
-from megatron_r1.engines.server.limits import check_ranks, positions
+from megatron_r1.engines.server.recipe import check_ranks, positions
+from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import head_sizes, key_value_heads, load_config, read_hf_config
-from megatron_r1.models.routing_shape import routing_shape
-from megatron_r1.plan.flops import decode_flops, forward_flops
+from megatron_r1.plan.counts import ModelCounts, decode_flops, forward_flops
 from megatron_r1.plan.job import BYTES, PlannedJob
-from megatron_r1.plan.parameters import ModelCounts
 from megatron_r1.plan.push import (
     drafts,
     engine_layout,
@@ -20,7 +19,7 @@ from megatron_r1.plan.push import (
     receive_buffer_bytes,
 )
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
-from megatron_r1.push.plan.predicted_layout import PredictedLayout
+from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.reporting.wording import counted
 
 ID = LOGPROB = 4

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.local import merged
-from megatron_r1.models.weights.rules import Piece, Shape
-from megatron_r1.models.weights.stored.fp8 import BLOCK, STORED, scale_name
-from megatron_r1.models.weights.stored.fp8_blocks import quantize
+from megatron_r1.models.weights.stored.block_formats import quantize_fp8
+from megatron_r1.models.weights.stored.published import BLOCK, FP8_DTYPE, scale_name
+from megatron_r1.models.weights.table import Piece, Shape
 from megatron_r1.push.ordered_sets import OrderedSets
 from megatron_r1.push.plan.engine_sets import (
     Entry,
@@ -25,8 +25,7 @@ from megatron_r1.push.plan.engine_sets import (
     largest_bundle,
     sent_bytes,
 )
-from megatron_r1.push.plan.planner import Planner
-from megatron_r1.push.plan.ranks import EngineLayout, TrainerGrid
+from megatron_r1.push.plan.planner import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.tensors import (
     CountBytes,
     Region,
@@ -83,7 +82,7 @@ class ReceiverLayout:
         if dtype_of(slot).itemsize > 1:
             return [(self._delivery(rank, name, region), "plain")]
         scales = scale_name(name)
-        if slot.dtype != STORED or (rank, scales) not in self._slots:
+        if slot.dtype != FP8_DTYPE or (rank, scales) not in self._slots:
             raise ValueError(
                 f"engine rank {rank} needs {name} as {slot.dtype} without {scales}: weights can be "
                 f"quantized during a push to FP8 in blocks of {BLOCK} x {BLOCK} only"
@@ -161,12 +160,12 @@ class EncodedSlices:
             return self._last[1]
         if encoding == "scales":
             scales = self._scales.pop(id(source), None)
-            values = quantize(source.values())[1] if scales is None else scales
+            values = quantize_fp8(source.values())[1] if scales is None else scales
         else:
             self._last = None  # frees the last values before the next are computed
             values = source.values()
             if encoding == "codes":
-                values, self._scales[id(source)] = quantize(values)
+                values, self._scales[id(source)] = quantize_fp8(values)
         self._last = (index, values)
         return values
 
@@ -399,6 +398,6 @@ class LinkPlanner:
 def _byte_count(tables: list[SlotTable]) -> CountBytes:
     """Return the function that counts a slice's bytes, to balance engines and senders."""
     dtypes = {slot.dtype for table in tables for slot in table.slots}
-    if STORED in dtypes:
+    if FP8_DTYPE in dtypes:
         return fp8_bytes
     return plain_bytes("float32" if dtypes == {"float32"} else "bfloat16")

@@ -30,15 +30,15 @@ from megatron_r1.push.rendezvous import (
 from megatron_r1.push.results import Failure
 from megatron_r1.push.table import Delivery, SlotTable
 from megatron_r1.push.transports.blocks import Landing, MemoryBlock, SlicesBlock
-from megatron_r1.push.transports.device_memory import mapped_memory
-from megatron_r1.push.transports.nccl_library import NcclError
-from megatron_r1.push.transports.round_runner import (
+from megatron_r1.push.transports.nccl_rounds import (
     Communicator,
+    NcclError,
     PushStreams,
     Round,
     RoundRunner,
     Transfer,
 )
+from megatron_r1.push.transports.shared_memory import mapped_memory
 
 
 @dataclass

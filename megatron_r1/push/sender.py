@@ -20,7 +20,7 @@ from torch.distributed import Store
 
 from megatron_r1.config import Config, RolloutConfig
 from megatron_r1.models import platform
-from megatron_r1.models.platform.stores import LOOPBACK, host_store, ranks_share_host
+from megatron_r1.models.platform import LOOPBACK, host_store, ranks_share_host
 from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.local import local_entries
 from megatron_r1.push.link_planner import (
@@ -32,7 +32,7 @@ from megatron_r1.push.link_planner import (
     PushLink,
     read_offers,
 )
-from megatron_r1.push.plan.ranks import EngineLayout, TrainerGrid
+from megatron_r1.push.plan.planner import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import pushed_tensors
 from megatron_r1.push.rendezvous import (
     EXPECTED_ERRORS,

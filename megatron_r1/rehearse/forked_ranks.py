@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_r1.base.processes import children, lifetime
+from megatron_r1.base.processes import children
 from megatron_r1.base.processes.imports import without_garbage_collection
 from megatron_r1.models import platform
 
@@ -27,7 +27,7 @@ IMPORTED = (
 
 def main() -> int:
     """Return the exit status: as torchrun's, 1 as soon as a rank fails; the others then end."""
-    lifetime.end_without_parent()
+    children.end_without_parent()
     count, logs, *arguments = sys.argv[1:]
     platform.prepare()
     with without_garbage_collection():
@@ -55,7 +55,7 @@ def main() -> int:
 
 def _become(rank: int, count: int, port: int, logs: Path) -> None:
     """Be a rank as torchrun starts one; all but rank 0 write to a file of their own."""
-    lifetime.die_with_parent()
+    children.die_with_parent()
     os.environ |= children.rank_variables(rank, count, port)
     if rank:
         logs.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""The runs of a recipe to rehearse: itself, or every stage of a pipeline that has a layout."""
+"""The runs of a recipe to rehearse: itself, or every stage of a pipeline that has a layout; and
+what only the full size of one shows of its push: how many ranks it connects to each other."""
 
 from __future__ import annotations
 
@@ -13,9 +14,43 @@ from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import Config, verb_of
 from megatron_r1.config.yaml_text import as_sections
 from megatron_r1.pipeline import pipeline_recipe
-from megatron_r1.pipeline.check import check
+from megatron_r1.pipeline.graph import check_plan
+from megatron_r1.pipeline.pipeline_recipe import REFERENCE
 from megatron_r1.pipeline.plan import PipelinePlan
-from megatron_r1.pipeline.references import REFERENCE
+from megatron_r1.push.plan.engine_sets import num_links
+from megatron_r1.push.plan.recipe import engine_layout, planned_push
+
+MAX_LINKS = 100
+"""Most links of a trainer rank beyond those that the numbers of ranks require. The recipe for 2,048
+GPUs has 17; with links between nearly all pairs of ranks it would have 1,185."""
+PAIR_REQUESTS = 4
+"""Requests to the store for a pair of ranks: each sets its address and gets the other's."""
+MAX_REQUESTS = 1_000_000
+"""Most requests of all pairs. One store answers about 25,000 a second (`config.hardware`)."""
+
+
+def check_connections(config: Config, hf: dict) -> None:
+    """Refuse a push whose full size connects too many ranks, with UserError."""
+    if not config.push.on_one_host:  # in shared memory a link costs nothing
+        links = num_links(planned_push(config, hf), config.parallel.processes)
+        check_links(links, engine_layout(config).num_ranks)
+
+
+def check_links(links: list[int], engine_ranks: int) -> None:
+    """Raise UserError for too many links. links: how many each trainer rank has to engine ranks."""
+    most, pairs = max(links), sum(links)
+    required = -(-engine_ranks // len(links))
+    limit, requests = MAX_LINKS * required, PAIR_REQUESTS * pairs
+    if most <= limit and requests <= MAX_REQUESTS:
+        return
+    raise UserError(
+        f"push: at full size a trainer rank would have {most:,} links to engine ranks (at most "
+        f"{limit:,}), and {pairs:,} pairs would make {requests:,} requests to one store when they "
+        f"connect (at most {MAX_REQUESTS:,}); use fewer rollout.engines",
+        key="rollout.engines",
+        cause=Cause.TOO_LARGE,
+    )
+
 
 VERBS = ("rl", "sft", "reward-model", "sample")
 
@@ -57,7 +92,7 @@ def jobs(
     recipe = pipeline_recipe.load(path, dict(overrides))
     added = {verb: as_sections(settings) for verb, settings in implied.items()}
     plan = PipelinePlan.of(recipe, path, Path(recipe.pipeline.folder), recipe.pipeline.seed, added)
-    check(plan, verbs, files=False)
+    check_plan(plan, verbs, files=False)
     names = [name for name, stage in plan.stages.items() if stage.config.verb in VERBS]
     for name in only:
         if name not in names:

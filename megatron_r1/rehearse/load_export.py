@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.weights.stacked import published_tensors
+from megatron_r1.models.weights.stored.published import published_tensors
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_r1.config import Config, dump, parse
-from megatron_r1.data.templates import TEMPLATES
-from megatron_r1.rehearse import layout, model, questions, served
+from megatron_r1.data.text import TEMPLATES
+from megatron_r1.rehearse import layout, model, questions
 from megatron_r1.rehearse.settings import Place
 from megatron_r1.sample.filters import NAMES
 
@@ -138,7 +138,7 @@ def _other_kinds(config: Config) -> list[str]:
     """Return the kinds of questions that a miniature has besides `questions.KIND`."""
     weights = [phase.rl.kind_weights for _, phase in config.phases()]
     has_named = any(questions.NAMED_KIND in each for each in weights)
-    return [*served.reward_models(config.rewards.options), *[questions.NAMED_KIND] * has_named]
+    return [*model.reward_models(config.rewards.options), *[questions.NAMED_KIND] * has_named]
 
 
 def _rollout(config: Config) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _minibatches(config: Config, number: int) -> int:
 
 def _kind_weights(config: Config, weights: dict[str, float]) -> dict[str, float]:
     """Return the weights of the kinds of questions that a miniature has."""
-    kept = served.reward_models(config.rewards.options)
+    kept = model.reward_models(config.rewards.options)
     others = [weight for kind, weight in weights.items() if kind not in kept]
     stands_for_them = {questions.NAMED_KIND: max(others)} if others else {}
     return {kind: weight for kind, weight in weights.items() if kind in kept} | stands_for_them
@@ -242,7 +242,7 @@ def _judges(config: Config) -> set[str]:
     """Return the rewards of served models that a miniature does not have."""
     options = config.rewards.options
     asked = {kind for kind, values in options.items() if "url" in values}
-    return asked - served.reward_models(options).keys()
+    return asked - model.reward_models(options).keys()
 
 
 def _weights(config: Config, weights: dict[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,24 @@
-"""A miniature of the recipe's model: its own config.json with smaller sizes, and random weights."""
+"""The models of a recipe in miniature: its own config.json with smaller sizes, and random weights;
+its reward models likewise, behind vLLM's own server."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from r1_grading.rewards import REMOTE
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_r1.data.templates import TEMPLATES
-from megatron_r1.models.hf_config import has_score_head, published_names
-from megatron_r1.models.weights.decoder import table
-from megatron_r1.models.weights.stacked import published_tensors
+from megatron_r1.config import Config
+from megatron_r1.data.text import TEMPLATES
+from megatron_r1.models.hf_config import as_score_model, has_score_head, published_names
+from megatron_r1.models.weights.stored.published import published_tensors
+from megatron_r1.models.weights.table import table
+from megatron_r1.pipeline.pipeline_recipe import ServeConfig
+from megatron_r1.pipeline.serving import choose_ports, served
 
 VOCABULARY = 512
 SPECIAL = ("<bos>", "<eos>", "<pad>")
@@ -122,3 +130,42 @@ def _tokenizer() -> Tokenizer:
     filler = [f"<unused_{i}>" for i in range(VOCABULARY - tokenizer.get_vocab_size())]
     tokenizer.add_tokens(filler)
     return tokenizer
+
+
+SERVED_NAME = "reward_model"
+MOST_TOKENS = 1024
+"""The longest question with its response; its template may be longer than the policy's."""
+
+
+def reward_models(options: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the kinds of `rewards.options` that a reward model grades, each with its name."""
+    return {
+        kind: values["model"]
+        for kind, values in options.items()
+        if kind in REMOTE and REMOTE[kind].startswith("r1_grading.served.reward_model:")
+    }
+
+
+@contextlib.contextmanager
+def served_reward_models(config: Config, hf: dict, folder: Path, verb: str) -> Iterator[list[str]]:
+    """Serve one model with random weights in the place of every reward model that a miniature's
+    `rl` has; yield the settings that name its address, as on a cluster
+    (examples/deepseek_r1/stage.sbatch).
+
+    hf: config.json of the policy, whose architecture the served model has. Raises RunError."""
+    names = reward_models(config.rewards.options)
+    if verb != "rl" or not names:
+        yield []
+        return
+    write_folder(folder / SERVED_NAME, as_score_model(hf), seed=2)
+    tokens = min(MOST_TOKENS, hf.get("max_position_embeddings", MOST_TOKENS))
+    arguments = ["--dtype", "float32", "--max-model-len", str(tokens), "--served-model-name"]
+    server = ServeConfig(
+        model=str(folder / SERVED_NAME),
+        task="classify",
+        arguments=[*arguments, *set(names.values())],
+    )
+    ports = choose_ports({SERVED_NAME: server}, {})
+    log = {SERVED_NAME: folder / f"log-{SERVED_NAME}.txt"}
+    with served({SERVED_NAME: server}, ports, log, lambda: None) as (running,):
+        yield [f"--rewards.options.{kind}.url={running.url}" for kind in names]

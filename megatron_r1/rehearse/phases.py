@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_r1.base.errors import RunError
-from megatron_r1.base.processes.logs import last_lines
+from megatron_r1.base.processes.diagnosis import last_lines
 from megatron_r1.config import Config
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.push.plan.engine_sets import num_links
@@ -117,7 +117,7 @@ class Phases:
             raise RunError(
                 f"rehearse: push: trainer ranks send {num_bytes:,.0f} bytes, where their plan, by "
                 f"which megatron-r1 plan counts, has {planned_bytes:,.0f}: engines need other "
-                "parts of tensors than push/plan/predicted_layout.py says, or were replaced"
+                "parts of tensors than push/plan/planner.py says, or were replaced"
             )
         planned = max(num_links(plan, self.config.parallel.processes))
         if links > planned:

@@ -1,9 +1,11 @@
-"""Settings of the rehearsal itself; the settings of the run are in the recipe."""
+"""Settings of the rehearsal and of the preflight themselves; the settings of the run are in the
+recipe."""
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.config.section import Section
 
 Place = Literal["cpu", "gpu", "null-gpu"]
@@ -30,3 +32,34 @@ class RehearsalSettings(Section):
     """The section that `rehearse` adds to the sections of a recipe."""
 
     rehearsal: RehearsalConfig = RehearsalConfig()
+
+
+class PreflightConfig(Section):
+    """Limits of a preflight, and the files that it writes."""
+
+    slowest: float = Field(0.8, gt=0, le=1)
+    """share of the median below which a rank's products, or the links of a group or node, block"""
+    bandwidth: float = Field(0.5, gt=0)
+    """share of the planner's rate below which the links of a parallel axis block; on GPUs only"""
+    hardware: str = ""
+    """name of the planner's hardware; default: by the GPU's name, H800 without a GPU"""
+    timeout_seconds: float = Field(30.0, gt=0)
+    """limit for one check on one rank; the start of Python and NCCL's groups is given four times as
+    long"""
+    output: str = ""
+    """JSON file of all results; also --json FILE"""
+    calibration: str = ""
+    """file of the measured rates, for `megatron-r1 plan --calibrate`"""
+
+    @field_validator("hardware")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name and name not in HARDWARE:
+            raise ValueError(f"preflight.hardware: {name} is none of {', '.join(HARDWARE)}")
+        return name
+
+
+class PreflightSettings(Section):
+    """The section that `preflight` adds to the sections of a recipe."""
+
+    preflight: PreflightConfig = PreflightConfig()

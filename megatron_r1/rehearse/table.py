@@ -11,10 +11,10 @@ from rich.table import Table
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.environments import find_player
-from megatron_r1.rehearse import null_gpu
+from megatron_r1.rehearse import launch
 from megatron_r1.rehearse.miniature import Change
+from megatron_r1.rehearse.model import reward_models
 from megatron_r1.rehearse.phases import PhaseResult
-from megatron_r1.rehearse.served import reward_models
 from megatron_r1.rehearse.settings import Place
 
 
@@ -110,7 +110,7 @@ def structure(
             "gpu": (("the same", YES), ("the whole GPU", "no: of a small model")),
             "null-gpu": (
                 ("the same, by operators of the host", YES),
-                (f"{null_gpu.GIB:g} GiB of a null GPU", YES),
+                (f"{launch.GIB:g} GiB of a null GPU", YES),
             ),
         }[on]
         rows.append(StructureRow("layers", "Transformer Engine", *layers))

@@ -1,12 +1,13 @@
-"""One frame of the live view: the state of a run as lines of text of a given size."""
+"""One frame of the live view: the state of a run as lines of text of a given size, with bars made
+of characters: a history as columns, and parts of a whole as shares of a row."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console, Group
 from rich.text import Text
 
-from megatron_r1.reporting.bars import columns, shares
 from megatron_r1.reporting.wording import (
     METRICS,
     PHASES,
@@ -17,6 +18,53 @@ from megatron_r1.reporting.wording import (
     percent,
     printable,
 )
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def bar_columns(values: Sequence[float | None], width: int, height: int, top: float) -> list[str]:
+    """Return `height` rows of at most `width` characters, the top row first; scale: 0 to `top`.
+
+    Each value has a column until the width is full; longer histories are cut into `width` equal
+    shares, of which each column shows the mean. A missing value leaves its column empty; a present
+    one shows at least a hairline."""
+    bars = _resample(values, width)
+    rows = []
+    for row in reversed(range(height)):
+        cells = []
+        for value in bars:
+            eighths = 0 if value is None else max(1, round(8 * height * min(value / top, 1.0)))
+            cells.append(BLOCKS[min(8, max(0, eighths - 8 * row))])
+        rows.append("".join(cells))
+    return rows
+
+
+def bar_shares(parts: Sequence[float], width: int) -> list[int]:
+    """Split `width` cells in proportion to `parts`, by largest remainders.
+
+    The result sums to `width`, or is all zeros where `parts` sum to 0."""
+    total = sum(parts)
+    if total <= 0:
+        return [0] * len(parts)
+    exact = [width * part / total for part in parts]
+    cells = [int(share) for share in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda i: cells[i] - exact[i])
+    for i in by_remainder[: width - sum(cells)]:
+        cells[i] += 1
+    return cells
+
+
+def _resample(values: Sequence[float | None], width: int) -> list[float | None]:
+    count = len(values)
+    if count <= width:
+        return list(values)
+    means: list[float | None] = []
+    for column in range(width):
+        share = values[column * count // width : (column + 1) * count // width]
+        present = [value for value in share if value is not None]
+        means.append(sum(present) / len(present) if present else None)
+    return means
+
 
 PHASE_STYLES = {
     "rollout": "blue",
@@ -145,7 +193,7 @@ def _curves(state: LiveState, width: int, rows: int) -> list[Text]:
         lines[0].append_text(
             Text.assemble(label, (latest, f"bold {style}"), (space + scale, "bright_black"))
         )
-        for line, row in zip(lines[1:], columns(values, half, rows, top), strict=True):
+        for line, row in zip(lines[1:], bar_columns(values, half, rows, top), strict=True):
             line.append(row.ljust(half), style=style)
         if position == 0:
             for line in lines:
@@ -175,7 +223,7 @@ def _time_split(state: LiveState, width: int) -> list[Text]:
         seconds["other"] = max(0.0, step - sum(seconds.values()))
     bar, legend = Text(), Text()
     total = sum(seconds.values())
-    cells = shares(list(seconds.values()), width)
+    cells = bar_shares(list(seconds.values()), width)
     for (phase, value), count in zip(seconds.items(), cells, strict=True):
         if value <= 0 or value < 0.005 * total:
             continue

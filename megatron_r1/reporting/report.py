@@ -19,9 +19,8 @@ from megatron_r1.reporting.outcome import (
     outcome_sentence,
     recorded,
 )
-from megatron_r1.reporting.page import render
+from megatron_r1.reporting.page import chosen_samples, render_page
 from megatron_r1.reporting.plots import Curve, curve_plot, stacked_plot
-from megatron_r1.reporting.report_samples import chosen_samples
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import (
     METRICS,
@@ -78,7 +77,7 @@ def write_report(
     heldout = evaluations([*metrics, *folder.read_evaluations()])
     settings = folder.read_config()
     weights = (settings.get("rewards") or {}).get("weights")
-    html = render(
+    html = render_page(
         "reporting/templates/run.html.jinja",
         title=printable(title or folder.path.resolve().name),
         run_facts={**(facts or {}), **_measured_facts(folder, metrics)},

@@ -12,12 +12,13 @@ from typing import Any, Self
 
 from pydantic_core import to_jsonable_python
 
+from megatron_r1.base import files as access
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files import READ_ONLY, access, atomic_write
-from megatron_r1.base.files.jsonl import append_lines, keep_lines, read_lines
-from megatron_r1.config.differences import changed_keys, flatten, is_within, value_text
-from megatron_r1.config.removed import REMOVED
-from megatron_r1.config.schedule import KEYS as SCHEDULED_KEYS
+from megatron_r1.base.files import READ_ONLY, atomic_write
+from megatron_r1.base.files.append_only import append_lines, keep_lines, read_lines
+from megatron_r1.config.keys import changed_keys, flatten, is_within, value_text
+from megatron_r1.config.mistakes import REMOVED
+from megatron_r1.config.rl import SCHEDULED_KEYS
 from megatron_r1.config.yaml_text import as_text, as_yaml, parse_text
 
 LOCK = ".lock"
@@ -58,7 +59,7 @@ class RunFolder:
     def __enter__(self) -> Self:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            access.narrow(self.path)
+            access.narrow_readers(self.path)
             self._lock = FolderLock(self.path / LOCK)
         except OSError as error:
             if error.errno in NO_FOLDER:

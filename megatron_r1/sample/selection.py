@@ -1,20 +1,106 @@
-"""Rejection sampling: which of a question's responses are kept, and why the others are not.
+"""Rejection sampling: which of a question's responses are kept, and why the others are not; and
+decontamination: questions of benchmarks must not be trained on.
 
 The first of these that applies: the model gave no response; the grader failed; the response is
 empty; the whole question is too easy or too hard; the response is wrong, or its reward too low; a
-filter drops it; it duplicates an earlier one. `keep.per_prompt` of the others are chosen."""
+filter drops it; it duplicates an earlier one. `keep.per_prompt` of the others are chosen. A
+decision is a code with its reason.
+
+Two questions are the same if their normalized texts are, and too near if they share n words in a
+row (13: GPT-3, arXiv 2005.14165, appendix C). As there, an n-gram that more than ten of the
+questions have in common is a task's boilerplate, and is ignored."""
 
 import asyncio
+import itertools
 import random
-from collections.abc import Awaitable, Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cmp_to_key
+from pathlib import Path
+from typing import Any
 
+from r1_grading.reading import HAN
 from r1_grading.terms import ACCURACY, order
 
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.prompts import Prompt, normalize
+from megatron_r1.data.records import read_records, require_text
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.sample.decision import DUPLICATE, UNGRADED, Decision
+
+KEPT, NOT_CHOSEN = "kept", "not_chosen"
+CHOSEN, REJECTED = "chosen", "rejected"
+SAFE, UNSAFE = "safe", "unsafe"
+UNGRADED = "ungraded"
+DUPLICATE = "duplicate"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a response is kept, and why. code: the field `decision` in samples.jsonl. why: the
+    reason, for a person who reads the line."""
+
+    code: str
+    why: str = ""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the response is in the file that is trained on."""
+        return self.code in (KEPT, CHOSEN, REJECTED, SAFE, UNSAFE)
+
+
+class DecisionCounts:
+    """Counts for curation.json and for the terminal."""
+
+    def __init__(self) -> None:
+        self.decisions: Counter[str] = Counter()
+        self.num_kept = self._num_kept_tokens = self._num_graded = 0
+        self._accuracy = 0.0
+        self._kinds: dict[str, Counter[str]] = {}  # kind → number of "answers" and of "kept"
+        self._questions: dict[str, bool] = {}  # id → whether a response is kept
+
+    def add(self, line: Mapping[str, Any], decision: Decision) -> None:
+        """Count the decision about the response of a line."""
+        self.decisions[decision.code] += 1
+        of_kind = self._kinds.setdefault(line["kind"], Counter(answers=0, kept=0))
+        of_kind.update(answers=1, kept=decision.is_kept)
+        self._questions[line["id"]] = decision.is_kept or self._questions.get(line["id"], False)
+        if ACCURACY in line["rewards"]:
+            self._accuracy += line["rewards"][ACCURACY]
+            self._num_graded += 1
+        if decision.is_kept:
+            self.num_kept += 1
+            self._num_kept_tokens += line["length"] or 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of curation.json. accuracy: the mean over graded responses; None
+        without graded responses. kept_tokens: the sampled tokens, before rewriting."""
+        return {
+            "questions": len(self._questions),
+            "questions_with_kept": sum(self._questions.values()),
+            "answers": self.decisions.total(),
+            "kept": self.num_kept,
+            "kept_tokens": self._num_kept_tokens,
+            "accuracy": self._accuracy / self._num_graded if self._num_graded else None,
+            "decisions": dict(self.decisions.most_common()),
+            "kinds": {kind: dict(counts) for kind, counts in sorted(self._kinds.items())},
+        }
+
+    def table(self) -> str:
+        """Return a line per decision, the most frequent first."""
+        total = self.decisions.total()
+        width = max((len(code) for code in self.decisions), default=0)
+        lines = [
+            f"  {code:<{width}}  {count:>9,}  {count / total:>6.1%}"
+            for code, count in self.decisions.most_common()
+        ]
+        head = (
+            f"{total:,} responses to {len(self._questions):,} questions, {self.num_kept:,} kept, "
+            f"of {sum(self._questions.values()):,} questions"
+        )
+        return "\n".join([head, *lines])
+
 
 RunFilters = Callable[[Prompt, TextResponse], Awaitable[Decision | None]]
 """Why the filters drop a response, None to keep it (`filters.PooledFilters`)."""
@@ -102,3 +188,42 @@ def pass_rate(responses: Sequence[TextResponse], min_accuracy: float) -> float |
 def _reward(response: TextResponse) -> float:
     assert response.reward is not None, f"response {response.index} is not graded"
     return response.reward
+
+
+NUM_BOILERPLATE = 10
+# Each Chinese character and each sign is a word: `4 + 9` and `4 - 9` are different questions.
+WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]")
+
+Ngram = tuple[str, ...]
+
+
+def load_avoided(paths: Iterable[str | Path]) -> list[str]:
+    """Return the questions of JSONL or Parquet files. Raises ValueError with file and line for a
+    row without one."""
+    return [
+        require_text(place, row, "question")
+        for path in paths
+        for place, row in read_records(path, role="sample.avoid")
+    ]
+
+
+def contaminated(prompts: Sequence[Prompt], avoided: Sequence[str], n: int) -> dict[str, str]:
+    """Return id → reason of the prompts that must not be used. n: in words; 0: equality only."""
+    texts = {normalize(question) for question in avoided}
+    grams = {gram for text in texts for gram in ngrams(text, n)}
+    shared = {prompt.id: grams & ngrams(prompt.question, n) for prompt in prompts}
+    num_prompts = Counter(itertools.chain.from_iterable(shared.values()))
+    reasons = {}
+    for prompt in prompts:
+        rare = sorted(g for g in shared[prompt.id] if num_prompts[g] <= NUM_BOILERPLATE)
+        if normalize(prompt.question) in texts:
+            reasons[prompt.id] = "the same question is to be avoided"
+        elif rare:
+            reasons[prompt.id] = f"{n} words of a question to be avoided: {' '.join(rare[0])}"
+    return reasons
+
+
+def ngrams(question: str, n: int) -> set[Ngram]:
+    """Return the n-grams of words; no n-grams for n = 0."""
+    words = WORD.findall(normalize(question))
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)} if n else set()

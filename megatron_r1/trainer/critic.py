@@ -17,9 +17,9 @@ from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.distributed import GridPosition
+from megatron_r1.trainer.losses import explained_variance, value_loss
 from megatron_r1.trainer.metrics import merge, reduce_over_data
 from megatron_r1.trainer.passes import optimizer_step, run_passes
-from megatron_r1.trainer.value_loss import explained_variance, value_loss
 
 
 def needs_critic(config: Config) -> bool:

@@ -9,8 +9,8 @@ import torch
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models import weights
-from megatron_r1.models.weights.adapters.stored import save_adapter
-from megatron_r1.trainer.checkpoints import contents, loading
+from megatron_r1.models.weights.adapters import save_adapter
+from megatron_r1.trainer.checkpoints import contents
 from megatron_r1.trainer.checkpoints.writer import CheckpointWriter
 from megatron_r1.trainer.operations import CheckpointProgress, Damage, LoadedCheckpoint
 from megatron_r1.trainer.trainer import Trainer
@@ -65,7 +65,7 @@ class Folders:
 
     def verify_checkpoint(self, folder: str) -> Damage:
         """Return {"damage": lines}, the faults of `folder` that `checkpoint.verify` looks for."""
-        damage = loading.damage(Path(folder), self._trainer.config.checkpoint.verify)
+        damage = contents.damage(Path(folder), self._trainer.config.checkpoint.verify)
         self._verified = None if damage else folder
         return {"damage": damage}
 
@@ -84,4 +84,4 @@ class Folders:
                 )
         if reference:
             self._trainer.keep_reference()
-        return {"is_same_layout": loading.load(Path(folder), self._trainer.networks())}
+        return {"is_same_layout": contents.load(Path(folder), self._trainer.networks())}

@@ -10,8 +10,8 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_r1.models import platform
-from megatron_r1.models.acceleration import FIELDS
-from megatron_r1.models.weights.adapters.table import num_adapter_parameters
+from megatron_r1.models.config import FIELDS
+from megatron_r1.models.weights.adapter_table import num_adapter_parameters
 
 if TYPE_CHECKING:
     from megatron_r1.trainer.trainer import Trainer

@@ -1,4 +1,6 @@
-"""Packs samples into one micro-batch of tensors, end to end, with no attention between samples.
+"""Packs samples into one micro-batch of tensors, end to end, with no attention between samples:
+their tokens, and for routing replay the experts that the engine has chosen. `Scores` reads one
+score per sample back out of it, for reward models.
 
 Position t of a sample predicts token t + 1, so the response's tokens are targets at positions
 prompt_length - 1 … length - 2; the last position of every sample predicts nothing. A sample's mask
@@ -6,10 +8,15 @@ leaves out the tokens in between that were given: "response tokens" here are the
 sample that is not trained on (`Sample.is_trained`) has no response token and counts for no
 trajectory, so that no sum and no denominator of any loss has it.
 
-With context parallelism every sample is padded to a multiple of 2 * ranks. The whole micro-batch is
-packed first, and each rank keeps its positions of every tensor (`models.context`), so targets and
-advantages come from the whole sample. For attention, padding belongs to the sample before it, where
-causal masking hides it from real tokens; it is never a response token."""
+With context parallelism every sample is padded to a multiple of 2 * ranks. The whole micro-batch
+is packed first, and each rank keeps its positions of every tensor (`models.context_parallel`), so
+targets and advantages come from the whole sample. For attention, padding belongs to the sample
+before it, where causal masking hides it from real tokens; it is never a response token.
+
+A reward model's score of a text is read at its last token. That position may be on any rank of the
+context group. All these ranks compute the same loss from the same scores; the gradient reaches the
+rank that has the position, and the sample is counted on the first context rank
+(`PackedBatch.num_trajectories`)."""
 
 import math
 from collections.abc import Iterable
@@ -19,15 +26,64 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.context import held_positions
+from megatron_r1.models.context_parallel import held_positions
+from megatron_r1.models.experts import RoutingShape
 from megatron_r1.models.prefixes import first_positions, with_prefixes
+from megatron_r1.models.replay import RecordedRouting
 from megatron_r1.trainer.batch import PackedBatch
-from megatron_r1.trainer.packed_routing import RoutingPart, packed_routing
-from megatron_r1.trainer.sample import Sample
-from megatron_r1.trainer.shared_prompts import shared_prefixes
+from megatron_r1.trainer.sample import Sample, shared_prefixes
+
+
+@dataclass(frozen=True)
+class RoutingPart:
+    """The part of the routing that a rank replays. layers: the rank's MoE layers, as indices into
+    shape.moe_layers."""
+
+    shape: RoutingShape
+    layers: list[int]
+
+
+def packed_routing(
+    samples: list[Sample], starts: list[int], held: Tensor, part: RoutingPart, device: torch.device
+) -> RecordedRouting:
+    """Return the part's routing of the packed micro-batch in which samples[i] begins at starts[i].
+
+    held: int64, the positions of the micro-batch whose experts this rank chooses. Indices stay in
+    the 1 or 2 bytes they arrived in. Raises ValueError for routing that does not fit its sample."""
+    shape = part.shape
+    total = 1 + max([int(held.max()), *(s + len(x) for s, x in zip(starts, samples, strict=True))])
+    # Experts below 32,768 look the same in int16, which torch can index; in uint16 it cannot.
+    dtype = np.dtype("u1" if shape.index_bytes == 1 else "<i2")
+    experts = np.zeros((total, len(part.layers), shape.topk), dtype)
+    known = np.zeros(total, bool)
+    for sample, start in zip(samples, starts, strict=True):
+        rows = _rows(sample, shape)
+        end = start + len(sample) - 1  # the last token was never fed to the engine
+        experts[end - len(rows) : end] = rows[:, part.layers]
+        known[end - len(rows) : end] = True
+    here = held.numpy()
+    return RecordedRouting(
+        *(torch.from_numpy(whole[here]).to(device) for whole in (experts, known))
+    )
+
+
+def _rows(sample: Sample, shape: RoutingShape) -> np.ndarray:
+    """Return the routing [rows, moe layers, topk] of a sample's tokens before the last."""
+    if len(sample.routing) % shape.token_bytes:
+        raise ValueError(
+            f"{len(sample.routing)} bytes of routing are no multiple of {shape.token_bytes}: "
+            f"{len(shape.moe_layers)} layers x {shape.topk} experts x {shape.index_bytes}"
+        )
+    flat = np.frombuffer(sample.routing, f"<u{shape.index_bytes}")
+    rows = flat.reshape(-1, len(shape.moe_layers), shape.topk)
+    if len(rows) >= len(sample) and len(rows):
+        raise ValueError(f"{len(rows)} rows of routing for a sample of {len(sample)} tokens")
+    return rows
 
 
 @dataclass(frozen=True)
@@ -213,3 +269,23 @@ def _packed_seq_params(cu_seqlens: Tensor, split: TokenSplit, longest: int) -> P
         # different unpadded borders as gaps between samples, which its flash attention refuses.
         params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = cu_seqlens
     return params
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The output of a score head for one micro-batch.
+
+    every: (T,) fp32, the score after each token of this rank; context_group: the ranks that hold
+    the other tokens."""
+
+    batch: PackedBatch
+    every: Tensor
+    context_group: ProcessGroup
+
+    def of_samples(self) -> Tensor:
+        """Return the scores (S,) fp32 at the last token of each sample, on every context rank."""
+        at = self.batch.last_tokens
+        held = torch.where(at >= 0, self.every[at.clamp(min=0)], 0.0)
+        # Over the context group: of each sample one rank has the score, the others 0. Megatron's
+        # "tensor" region sums over any group in the forward pass and is the identity backward.
+        return reduce_from_tensor_model_parallel_region(held, group=self.context_group)

@@ -9,7 +9,7 @@ from importlib import import_module
 
 import msgspec
 
-from megatron_r1.base.processes import children, lifetime, timeline
+from megatron_r1.base.processes import children, timeline
 from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT
 from megatron_r1.base.processes.imports import without_garbage_collection
 
@@ -34,7 +34,7 @@ def preload() -> None:
 
 def main() -> None:
     """Serve the controller whose address is the first argument, until it stops the rank or ends."""
-    lifetime.end_without_parent()
+    children.end_without_parent()
     timeline.reached("trainer/process begins")
     with without_garbage_collection():
         from megatron_r1.config import parse

@@ -17,29 +17,30 @@ from torch import Tensor, nn
 from megatron_r1 import models
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
-from megatron_r1.config.losses import LossSettings, TokenSettings
+from megatron_r1.config.algorithms import LossSettings, TokenSettings
 from megatron_r1.models import fp8, platform, weights
+from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.replay import Replay
-from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.trainer import construction
-from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.batch import Head, PackedBatch
 from megatron_r1.trainer.checkpoints.contents import Network, Networks
 from megatron_r1.trainer.critic import Critic, needs_critic
 from megatron_r1.trainer.distributed import GridPosition
-from megatron_r1.trainer.head import Head
 from megatron_r1.trainer.losses import Loss, LossTerms
 from megatron_r1.trainer.metrics import Maximum, Mean, Metrics, merge, nan_max, reduce_over_data
-from megatron_r1.trainer.operations import SampleScores
-from megatron_r1.trainer.packed import TokenSplit, check_token_ids, packed_batch
-from megatron_r1.trainer.packed_routing import RoutingPart
+from megatron_r1.trainer.operations import SUPERVISED, SampleScores
+from megatron_r1.trainer.packed import (
+    RoutingPart,
+    Scores,
+    TokenSplit,
+    check_token_ids,
+    packed_batch,
+)
 from megatron_r1.trainer.passes import Compute, free_gradients, optimizer_step, run_passes
 from megatron_r1.trainer.reference import Reference
-from megatron_r1.trainer.sample import ReplicaSamples, Sample
-from megatron_r1.trainer.scores import Scores
-from megatron_r1.trainer.shared_prompts import check_shared_prompts
+from megatron_r1.trainer.sample import ReplicaSamples, Sample, check_shared_prompts
 from megatron_r1.trainer.token_advantages import ScoredRollout
-from megatron_r1.trainer.wire import SUPERVISED
 
 
 class Trainer:

@@ -12,31 +12,27 @@ import msgspec
 import zmq
 
 from megatron_r1.base.errors import UserError
-from megatron_r1.base.processes import collective_timeouts, timeline
+from megatron_r1.base.processes import diagnosis, timeline
 from megatron_r1.base.processes.authentication import RANKS_ENVIRONMENT, protect_client
 from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.collectives import collective
-from megatron_r1.trainer.distributed import GridPosition
+from megatron_r1.trainer.distributed import GridPosition, Replica
 from megatron_r1.trainer.operations import (
-    FolderOperations,
-    ModelOperations,
-    PushOperations,
-    names,
-)
-from megatron_r1.trainer.rank_monitor import IDLE, RankMonitor
-from megatron_r1.trainer.replica import Replica
-from megatron_r1.trainer.sample import decode_samples
-from megatron_r1.trainer.wire import (
     LOAD,
     STOP,
     Call,
+    FolderOperations,
+    ModelOperations,
+    PushOperations,
     RankDescription,
     Reply,
     identity,
     monitor_identity,
+    operation_names,
 )
+from megatron_r1.trainer.rank_monitor import IDLE, RankMonitor, collective
+from megatron_r1.trainer.sample import decode_samples
 
 
 def serve_under_torchrun(config: Config, find_controller: Callable[[], str | None]) -> None:
@@ -110,14 +106,14 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
 def _late_ranks(error: Exception, monitor: RankMonitor, wait_seconds: float) -> str:
     """Return a sentence on the collective that other ranks did not come to, if that is the error;
     else nothing."""
-    waited = collective_timeouts.waited(str(error), wait_seconds)
+    waited = diagnosis.collective_wait(str(error), wait_seconds)
     if waited is None:
         return ""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     place = collective(frames[-1], monitor.groups) or waited
     return (
         f"trainer rank {os.environ['RANK']}, in {monitor.operation!r}, waited for other ranks in "
-        f"{place}; {collective_timeouts.remedy(wait_seconds)}\n"
+        f"{place}; {diagnosis.timeout_remedy(wait_seconds)}\n"
     )
 
 
@@ -224,5 +220,5 @@ def argument_types() -> dict[str, dict[str, Any]]:
     return {
         name: get_type_hints(getattr(protocol, name))
         for protocol in (ModelOperations, FolderOperations, PushOperations)
-        for name in names(protocol)
+        for name in operation_names(protocol)
     }

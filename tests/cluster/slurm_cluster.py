@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-from megatron_r1.base.processes import children, lifetime
+from megatron_r1.base.processes import children
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo")
 CONFIGURATION = """
@@ -149,7 +149,7 @@ class Cluster:
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
-                    preexec_fn=lifetime.die_with_parent,
+                    preexec_fn=children.die_with_parent,
                 )
             )
 

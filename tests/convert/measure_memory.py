@@ -23,9 +23,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT)]
 
-from megatron_r1.models.weights.stored import fp8  # noqa: E402
+from megatron_r1.models.weights.stored import published as fp8  # noqa: E402
 from megatron_r1.models.weights.stored.hf_folder import split_into_files, write_index  # noqa: E402
-from megatron_r1.models.weights.stored.safetensors_file import plan_file, stored_tensors  # noqa: E402
+from megatron_r1.models.weights.stored.tensor_files import plan_file, stored_tensors  # noqa: E402
 
 HF = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -55,7 +55,7 @@ HF = {
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
     "dtype": "bfloat16",
-    "quantization_config": fp8.CONFIG,
+    "quantization_config": fp8.FP8_CONFIG,
 }
 POOL_BYTES = 61 << 20  # repeats out of step with every width
 

@@ -1,8 +1,8 @@
 """A host for tests of the pool: over a real connection it reports the ordered engines as
 running, but runs nothing."""
 
-from megatron_r1.engines.fleet.hosts.link import HostLink
-from megatron_r1.engines.fleet.hosts.wire import EngineOrder, EngineReport, HostReport
+from megatron_r1.engines.fleet.host import HostLink
+from megatron_r1.engines.fleet.host_messages import EngineOrder, EngineReport, HostReport
 
 COORDINATOR = "10.0.0.1:4711"
 

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from megatron_r1.config import FP8Config
-from megatron_r1.models.fp8.product import fp8_linear
-from megatron_r1.models.fp8.recipes import find_recipe
-from megatron_r1.models.fp8.transformer_engine import check_device
+from megatron_r1.models.fp8 import check_device, find_recipe, fp8_linear
 
 ENGINE_RECIPES = {
     "blockwise": "Float8BlockScaling",

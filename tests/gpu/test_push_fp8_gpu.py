@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_r1.models.weights.rules import Piece
+from megatron_r1.models.weights.table import Piece
 from megatron_r1.push.link_planner import EncodedSlices, ParameterSlice
 from megatron_r1.push.plan.tensors import Region
 

@@ -16,9 +16,8 @@ import torch
 from megatron_r1.base.errors import UserError
 from megatron_r1.base.processes import children
 from megatron_r1.models import platform
-from megatron_r1.models.platform import versions
 
-MODULES = (platform, versions)  # the third, cpu_patches, is the CPU's
+MODULES = (platform, platform)  # the third, cpu_patches, is the CPU's
 FILES = {module.__file__ for module in MODULES}
 run: set[tuple[str, int]] = set()
 
@@ -76,10 +75,10 @@ def call_everything() -> None:
     with mock.patch.object(metadata, "version", return_value="0.1"):
         refused(platform.prepare, "megatron-core 0.1 is installed")
         with warnings.catch_warnings(record=True, action="always") as caught:
-            versions.warn_of_transformer_engine()
+            platform.warn_of_transformer_engine()
         assert "transformer-engine 0.1 is installed" in str(caught[0].message)
     with mock.patch.object(metadata, "version", side_effect=metadata.PackageNotFoundError):
-        versions.warn_of_transformer_engine()
+        platform.warn_of_transformer_engine()
 
 
 if __name__ == "__main__":

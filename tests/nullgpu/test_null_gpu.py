@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from nullgpu.conftest import TORCHRUN
 
-from tools.null_gpu import counters
+from tests.nullgpu import counters
 
 ROOT = Path(__file__).parents[2]
 

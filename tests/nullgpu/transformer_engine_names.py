@@ -87,7 +87,7 @@ def compare(hf: dict, settings: Config, stored: bool) -> list[str]:
     from megatron_r1 import models
     from megatron_r1.models.weights.layout import layout
     from megatron_r1.models.weights.local import model_tensors, shard_of
-    from megatron_r1.models.weights.stored.megatron_names import stored_layout
+    from megatron_r1.models.weights.stored.megatron_weights import stored_layout
 
     config = models.transformer_config(hf, settings)
     virtual = config.virtual_pipeline_model_parallel_size

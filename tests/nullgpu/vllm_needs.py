@@ -2,7 +2,7 @@
 model's weights on the null GPU: `vllm_needs.py FOLDER CASE…`. Prints a line of JSON for each case.
 The first case has experts, so that vLLM makes a group for them. With the word `planted` among the
 cases, nothing puts back what quantization methods keep of their layers
-(`engines.plugin.kept_state`).
+(`engines.plugin.swap`).
 
 Sizes are multiples of what the kernels want (128 for FP8 blocks, 512 + 64 for MLA)."""
 
@@ -23,14 +23,13 @@ from vllm.model_executor.model_loader import get_model
 
 from megatron_r1.base.processes import children
 from megatron_r1.engines.plugin import register, swap
-from megatron_r1.engines.plugin.kept_state import KeptState
 from megatron_r1.engines.plugin.memory_layout import lay_out
 from megatron_r1.engines.plugin.recorder import record
+from megatron_r1.engines.plugin.swap import KeptState
 from megatron_r1.models.hf_config import implied, resolve_aliases
-from megatron_r1.models.weights.stored import fp8
+from megatron_r1.models.weights.stored import published as fp8
 from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.predicted_layout import PredictedLayout
-from megatron_r1.push.plan.ranks import Coordinate
+from megatron_r1.push.plan.planner import Coordinate, PredictedLayout
 from megatron_r1.push.plan.tensors import pushed_tensors
 
 SIZES = {
@@ -77,7 +76,7 @@ CASES = {
 def engine_config(folder: Path, hf: dict, is_fp8: bool):
     """Return vLLM's configuration of a model folder that is written here."""
     folder.mkdir(parents=True)
-    quantized = {"quantization_config": fp8.CONFIG} if is_fp8 else {}
+    quantized = {"quantization_config": fp8.FP8_CONFIG} if is_fp8 else {}
     (folder / "config.json").write_text(json.dumps(hf | quantized))
     # What an engine is given where config.json leaves it to the architecture.
     arguments = {

@@ -35,7 +35,7 @@ from safetensors.torch import load_file  # noqa: E402
 from megatron_r1 import models  # noqa: E402
 from megatron_r1.config import Config, ParallelConfig  # noqa: E402
 from megatron_r1.models import weights  # noqa: E402
-from megatron_r1.models.context import held_positions, sample_order  # noqa: E402
+from megatron_r1.models.context_parallel import held_positions, sample_order  # noqa: E402
 from megatron_r1.models.hf_config import resolve_aliases  # noqa: E402
 from megatron_r1.trainer import distributed  # noqa: E402
 

@@ -24,10 +24,10 @@ import torch.distributed as dist
 from trainer_steps import LOSS, SETTINGS, config, load
 
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.checkpoints import host_memory
+from megatron_r1.trainer.checkpoints import staging
 
 LIMIT = 10_000
-host_memory.GATHERED_ELEMENTS = 10_000  # a bucket takes several slices
+staging.GATHERED_ELEMENTS = 10_000  # a bucket takes several slices
 
 
 def update(trainer, position, seed: int) -> dict:

@@ -26,8 +26,11 @@ from safetensors.torch import load_file  # noqa: E402
 from megatron_r1 import models  # noqa: E402
 from megatron_r1.config import Config  # noqa: E402
 from megatron_r1.models import weights  # noqa: E402
-from megatron_r1.models.weights.adapters.attach import adapter_pieces  # noqa: E402
-from megatron_r1.models.weights.adapters.stored import PREFIX, save_adapter  # noqa: E402
+from megatron_r1.models.weights.adapters import (  # noqa: E402
+    PEFT_PREFIX,
+    adapter_pieces,
+    save_adapter,
+)
 from megatron_r1.trainer import construction, distributed  # noqa: E402
 
 
@@ -96,7 +99,7 @@ def compare(name: str, grid: str, oracle: Path, out: Path) -> None:
     expected = load_file(folder / "gradients.safetensors")
     worst, where = 0.0, None
     for key, gradient in expected.items():
-        gap = (got[PREFIX + key] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-4)
+        gap = (got[PEFT_PREFIX + key] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-4)
         if gap > worst:
             worst, where = gap.item(), key
     base.report(name, grid, f"{len(expected)} gradients ({where})", worst, base.GRADIENT_TOLERANCE)
@@ -111,8 +114,8 @@ def same_tensors(chunks, hf, recipe, folder: Path, out: Path, name: str, grid: s
     save_adapter(chunks, hf, recipe.model.lora, str(folder), adapter, torch.float32)
     saved = load_file(adapter / "adapter_model.safetensors")
     factors = load_file(folder / "adapter.safetensors")
-    assert saved.keys() == {PREFIX + key for key in factors}, saved.keys() ^ factors.keys()
-    assert all(torch.equal(saved[PREFIX + key], factors[key]) for key in factors)
+    assert saved.keys() == {PEFT_PREFIX + key for key in factors}, saved.keys() ^ factors.keys()
+    assert all(torch.equal(saved[PEFT_PREFIX + key], factors[key]) for key in factors)
     weights.save_hf(chunks, hf, folder, out / "hf", torch.float32)
     merged = load_file(out / "hf" / "model.safetensors")
     expected = load_file(folder / "merged" / "model.safetensors")

@@ -39,9 +39,9 @@ def pretend_to_have_a_gpu() -> None:
     from megatron.core.optimizer import optimizer_config
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-    from megatron_r1.trainer import optimizer
+    from megatron_r1.trainer import construction
 
-    optimizer.platform = SimpleNamespace(has_gpu=lambda: True)
+    construction.platform = SimpleNamespace(has_gpu=lambda: True)
     optimizer_config.is_te_min_version = lambda version: True
     divide = HybridDeviceOptimizer._get_sub_optimizer_param_groups
 

@@ -9,8 +9,8 @@ import sys
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import parse
-from megatron_r1.rehearse.preflight import folder, host, judge, rank, report
-from megatron_r1.rehearse.preflight.settings import PreflightConfig
+from megatron_r1.rehearse.preflight import host, judge, rank
+from megatron_r1.rehearse.settings import PreflightConfig
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     socket.gethostname = lambda: f"node-{number}"
     own = "-own" if number == "1" else ""
-    folder.APPEAR_SECONDS, folder.NUM_BYTES = 1.0, 1 << 20
+    host.APPEAR_SECONDS, host.NUM_BYTES = 1.0, 1 << 20
     parallel = {"tensor": 2, "expert": 2, "threads": 1}
     run, push = {"folder": f"{out}/run{own}"}, {"transport": "gloo"}
     config = parse({"run": run, "parallel": parallel, "push": push})
@@ -35,7 +35,7 @@ def main() -> None:
     facts = rank.run(config, settings)
     if facts:
         try:
-            report.write("small", settings, facts, judge.judge(config, settings, facts))
+            judge.write_report("small", settings, facts, judge.judge(config, settings, facts))
         except RunError as error:
             print(f"blocked: {error}")
 

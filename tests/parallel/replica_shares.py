@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_r1.config import ParallelConfig
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.replica import Replica
+from megatron_r1.trainer.distributed import Replica
 
 
 def main() -> None:

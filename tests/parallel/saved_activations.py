@@ -22,8 +22,8 @@ def main() -> None:
         | {"parallel": {"threads": 1}}
     )
     position = distributed.initialize(config.parallel, seed=0)
+    from megatron_r1.trainer.operations import SUPERVISED
     from megatron_r1.trainer.trainer import Trainer
-    from megatron_r1.trainer.wire import SUPERVISED
 
     trainer = Trainer(config, position)
     sample = Sample.pack([1] * (LENGTH // 2), [2] * (LENGTH // 2), [-1.0] * (LENGTH // 2), 1.0)

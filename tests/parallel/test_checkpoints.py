@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 
-from megatron_r1.trainer.checkpoints import finding, manifest
+from megatron_r1.trainer.checkpoints import finding
 
 HERE = Path(__file__).parent
 # fp32 sums in another order, through two updates with a large learning rate.
@@ -73,8 +73,8 @@ def test_what_two_ranks_wrote_continues_on_one_and_on_four(straight, oracle, num
 def test_every_file_of_every_rank_is_in_the_manifest_and_a_name_is_taken_once(straight):
     out, expected = straight
     folder = out / "step_00000002"
-    assert manifest.damage(folder, "full") == []
-    names = set(manifest.read(folder))
+    assert finding.manifest_damage(folder, "full") == []
+    names = set(finding.read_manifest(folder))
     assert names == {path.name for path in folder.iterdir()} - {"manifest.json"}
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "run_state.json"} <= names
     for rank in expected:
@@ -110,7 +110,7 @@ def test_a_rank_killed_while_it_writes_leaves_the_last_good_one(straight, oracle
 def test_ranks_find_every_flipped_byte_and_a_reference_that_was_not_saved(straight, oracle):
     out, _ = straight
     folder = shutil.copytree(out / "step_00000002", out / "flipped")
-    names = [name for name in manifest.read(folder) if name.endswith(".distcp")]
+    names = [name for name in finding.read_manifest(folder) if name.endswith(".distcp")]
     for name in names:
         content = bytearray((folder / name).read_bytes())
         content[-1] ^= 1

@@ -10,7 +10,7 @@ from fp8_steps import STEPS
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from tools.bench.fp8 import variants
+from tools.bench import fp8 as variants
 
 pytestmark = pytest.mark.more
 

@@ -7,7 +7,7 @@ import pytest
 from ranks import run_ranks
 
 from megatron_r1.config.hardware import HARDWARE, Assumptions, link_rate
-from megatron_r1.plan.calibrate import calibrated
+from megatron_r1.plan.quantity import calibrated
 
 pytestmark = pytest.mark.more
 

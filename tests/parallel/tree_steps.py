@@ -27,7 +27,7 @@ from tree_episodes import (
 
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.config import Config
-from megatron_r1.config.losses import LossSettings
+from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.controller.trainer_passes import training_samples

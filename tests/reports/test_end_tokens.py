@@ -16,16 +16,15 @@ from transformers import PreTrainedTokenizerFast
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.base.errors import Cause
+from megatron_r1.commands.check_model import Findings
 from megatron_r1.commands.check_model import verb as check_model
-from megatron_r1.commands.check_model.findings import Findings
 from megatron_r1.config import ParallelConfig, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import Sampling
-from megatron_r1.data.end_tokens import describe, end_tokens
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.text import PromptText
-from megatron_r1.engines.server.responses import Response
-from megatron_r1.engines.server.stop_strings import cut
+from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
+from megatron_r1.engines.server.responses import Response, cut_at_stop
 from megatron_r1.evaluation.response import Decoding
 from megatron_r1.models.weights.stored.hf_folder import carry_files
 
@@ -152,7 +151,7 @@ def shown_by_check_model(folder):
     """Return the lines of `check-model` for a folder that agrees."""
     numbers = dict.fromkeys(["parameters", "memory_bytes", "free_bytes", "tensors", "compared"], 1)
     numbers |= dict.fromkeys(["tolerance", "megatron", "vllm"], 0.0)
-    ends = describe(end_tokens(folder))
+    ends = describe_end_tokens(end_tokens(folder))
     found = Findings(folder=str(folder), architecture="A", dtype="float32", tokens=1, agree=True,
                      template=False, end_tokens=ends, **numbers)  # fmt: skip
     return check_model._text(found, ParallelConfig())
@@ -298,6 +297,6 @@ def test_b19_a_gateway_s_stop_string_is_not_in_the_text(tokens, stop, text, kept
     tokenizer = folder_of("Qwen3-0.6B", tmp_path)
     ids = tokenizer.convert_tokens_to_ids(tokens)
     response = response_of(ids, "length")
-    got, before, found = cut(response, 1, [stop], tokenizer.decode)
+    got, before, found = cut_at_stop(response, 1, [stop], tokenizer.decode)
     assert (list(got.token_ids), before, found) == (ids[:kept], text, stop)
     assert got.finish_reason == "stop"

@@ -10,8 +10,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config, parse
-from megatron_r1.config.algorithms import NAMES
-from megatron_r1.config.losses import TokenSettings
+from megatron_r1.config.algorithms import NAMES, TokenSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.loop import minibatches
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
@@ -19,11 +18,15 @@ from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.controller.trainer_passes import training_samples
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.trainer.head import Head
+from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.packed import TokenSplit, packed_batch
-from megatron_r1.trainer.returns import discounted_sums, gae, penalized_rewards
 from megatron_r1.trainer.sample import Sample
-from megatron_r1.trainer.token_advantages import ScoredRollout
+from megatron_r1.trainer.token_advantages import (
+    ScoredRollout,
+    discounted_sums,
+    gae,
+    penalized_rewards,
+)
 
 VOCABULARY, HIDDEN, LIMIT = 7, 4, 12
 

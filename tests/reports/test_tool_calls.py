@@ -6,10 +6,8 @@ import random
 
 import pytest
 
-from megatron_r1.agents.answers import AnswerReader
 from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.parsing import FAILURE, Parsed
-from megatron_r1.agents.parsing.hermes import HermesParser, parse_hermes
+from megatron_r1.agents.parsing import FAILURE, AnswerReader, HermesParser, Parsed, parse_hermes
 from tests.chat_tokenizer import chat_tokenizer
 
 

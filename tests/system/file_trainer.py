@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
-from megatron_r1.config.push import PushConfig
+from megatron_r1.config.rollout import PushConfig
 from megatron_r1.controller.delivery.bridge import WeightBridge
 from megatron_r1.controller.delivery.engine_links import EngineLinks
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.models.weights.layout import stage_shards
-from megatron_r1.models.weights.rules import Piece
+from megatron_r1.models.weights.table import Piece
 from megatron_r1.push.checksum import copy_with_checksum
 from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.tensors import pushed_tensors

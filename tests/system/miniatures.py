@@ -49,9 +49,9 @@ def write(folder: Path, hf: dict) -> None:
     from safetensors.torch import load_file, save_file
 
     from megatron_r1.models.hf_config import resolve_aliases
-    from megatron_r1.models.weights.decoder import table
-    from megatron_r1.models.weights.stacked import published_tensors
-    from megatron_r1.models.weights.stored import fp8
+    from megatron_r1.models.weights.stored import published
+    from megatron_r1.models.weights.stored.published import published_tensors
+    from megatron_r1.models.weights.table import table
 
     command_line.write_model(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -84,7 +84,7 @@ def write(folder: Path, hf: dict) -> None:
             tensors[name] = tensors[original].clone() if original else drawn(name, shape)
     form = hf.get("quantization_config", {}).get("quant_method")
     for name in [*tensors] if form else []:
-        if form == "fp8" and fp8.is_quantized(name):
+        if form == "fp8" and published.is_quantized(name):
             tensors |= _as_fp8(name, tensors[name])
         elif form == "mxfp4" and tensors[name].dim() == 3:
             tensors |= _as_mxfp4(name, tensors.pop(name).shape, draw)

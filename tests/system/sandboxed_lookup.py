@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-from megatron_r1.agents.environments.lookup import Lookup
-from megatron_r1.agents.environments.python import Python
+from megatron_r1.agents.shipped_environments import Lookup, Python
 
 
 class SandboxedLookup:

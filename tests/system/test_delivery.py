@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_r1.engines.plugin import delivery
+from megatron_r1.engines.plugin import backend
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter
 from megatron_r1.engines.plugin.recorder import CheckpointParameter
 from megatron_r1.push.results import UndeliveredPush
@@ -28,7 +28,7 @@ class World:
         self.memory = torch.zeros(1024, dtype=torch.uint8)
         # Two copies into `large`: slots 1 and 2.
         self.owners = [self.placed[0], self.placed[1], *self.placed[1:]]
-        self.check = delivery.DeliveryCheck(self.owners)
+        self.check = backend.DeliveryCheck(self.owners)
 
     def push(self, number, changed, loaded):
         """Slots whose values are others than before, and names that the engine loads."""
@@ -45,8 +45,8 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch):
-    monkeypatch.setattr(delivery, "SMALL_BYTES", 64)
-    monkeypatch.setattr(delivery, "CPU_BYTES", 256)
+    monkeypatch.setattr(backend, "SMALL_BYTES", 64)
+    monkeypatch.setattr(backend, "CPU_BYTES", 256)
     return World()
 
 

@@ -11,7 +11,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 from vllm.v1.worker import gpu_worker
 
 from megatron_r1.base.processes.children import free_port
-from megatron_r1.engines.plugin import backend, failed_updates
+from megatron_r1.engines.plugin import backend, patches
 from megatron_r1.push.results import IncompletePush, StoreUnreachable
 
 SUCCESS, FAILURE = WorkerProc.ResponseStatus.SUCCESS, WorkerProc.ResponseStatus.FAILURE
@@ -43,7 +43,7 @@ def executor_of(calls):
 def collective_rpc(monkeypatch):
     upstream = MultiprocExecutor.collective_rpc
     monkeypatch.setattr(MultiprocExecutor, "collective_rpc", upstream)  # is put back
-    failed_updates.read_every_reply()
+    patches.read_every_reply()
     return MultiprocExecutor.collective_rpc
 
 
@@ -101,7 +101,7 @@ def test_a_rank_that_has_loaded_a_push_which_another_has_not_takes_it_again(monk
     upstream = worker_class.init_weight_transfer_engine
     monkeypatch.setattr(worker_class, "init_weight_transfer_engine", upstream)  # is put back
     monkeypatch.setattr(gpu_worker, "set_current_vllm_config", lambda config: nullcontext())
-    failed_updates.end_unfinished_updates()
+    patches.end_unfinished_updates()
     for is_complete in (False, True):
         worker = object.__new__(worker_class)
         worker.weight_transfer_engine = Backend(is_complete)

@@ -21,9 +21,9 @@ from tiny_models import (
     write_drafting_model,
 )
 
+from megatron_r1.engines.fleet.engine import AcceptanceMeter
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.fleet.speculation import AcceptanceMeter
-from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.models.experts import routing_shape
 
 pytestmark = pytest.mark.more
 

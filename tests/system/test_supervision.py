@@ -13,8 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from run_progress import left_behind, wait_for
 from waiting import wait_until
 
-from megatron_r1.base.files.framed import FramedFile
-from megatron_r1.controller.rollouts.sample_record import Accepted, decode
+from megatron_r1.base.files.append_only import FramedFile
+from megatron_r1.controller.rollouts.sample_log import Accepted, decode
 
 TWO = ["--parallel.processes", "2", "--parallel.tensor", "2"]
 NOT_OF_THE_SAMPLES = ("time/", "rewards/", "tokens_per_second", "groups/replayed", "/restarts")

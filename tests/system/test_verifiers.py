@@ -11,7 +11,7 @@ from command_line import AGENTS_PYTHON
 from fakes.gateway import WrittenFleet, WrittenParsers, gateway_of, text_of
 
 from megatron_r1.agents.harness import HarnessPlayer
-from megatron_r1.agents.verifiers.harness import VerifiersHarness, list_tasks
+from megatron_r1.agents.verifiers import VerifiersHarness, list_tasks
 from megatron_r1.config import VerifiersConfig
 from megatron_r1.data.prompts import Prompt
 

@@ -149,8 +149,8 @@ def write_drafting_model(folder, seed, config=DRAFTING):
     import torch
     from safetensors.torch import load_file, save_file
 
-    from megatron_r1.models.weights.decoder import table
     from megatron_r1.models.weights.layout import hf_tensors
+    from megatron_r1.models.weights.table import table
 
     write_model(folder, config, seed)
     vocabulary, size = config["vocab_size"], config["hidden_size"]

@@ -23,7 +23,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from tools.bench import machine
+from tools.bench import host
 
 NAMES = (
     *("agents", "chaos", "controller", "estimators", "fp8", "kernels"),
@@ -56,7 +56,7 @@ def main() -> int:
         about = {
             "command": " ".join(["python tools/bench", *sys.argv[1:]]),
             "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, {machine.num_cores()} cores",
+            "machine": f"{platform.machine()}, {host.num_cores()} cores",
             "python": platform.python_version(),
         }
         chosen.json.write_text(json.dumps({**about, **result}, indent=1) + "\n")

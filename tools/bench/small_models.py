@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tools.bench.children import ROOT
+from tools.bench.host import ROOT
 
 TOKENIZER = ROOT / "examples" / "laptop" / "model"
 VOCABULARY = 273

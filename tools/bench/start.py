@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from megatron_r1.base.processes import timeline
-from tools.bench import children
+from tools.bench import host
 from tools.bench.step import critical_path
 
 ROLES = {
@@ -124,7 +124,7 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     settings = dict(setting.split("=", 1) for setting in chosen.settings)
     steps = 3 if chosen.replace else 1
     settings |= {"run.folder": str(folder / "run"), "run.steps": settings.get("run.steps", steps)}
-    command = children.megatron_r1("rl", chosen.recipe, settings)
+    command = host.megatron_r1("rl", chosen.recipe, settings)
     command += ["--dry-run"] if chosen.dry_run else []
     if chosen.files:
         traced = "trace=openat,open,execve"
@@ -132,8 +132,8 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     start = time.monotonic()
     with subprocess.Popen(
         command,
-        cwd=children.ROOT,
-        env=children.environment(**{timeline.FOLDER: str(folder / "timeline")}),
+        cwd=host.ROOT,
+        env=host.environment(**{timeline.FOLDER: str(folder / "timeline")}),
         stdout=subprocess.PIPE,
         stderr=open(folder / "stderr", "w"),
         text=True,

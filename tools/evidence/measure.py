@@ -12,8 +12,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tools.evidence.records import Claim, Failed, Measured, write
-from tools.evidence.state import changed_files, changes_since, head, states
+from tools.evidence.records import (
+    Claim,
+    Failed,
+    Measured,
+    changed_files,
+    changes_since,
+    head,
+    states,
+    write_claim,
+)
 
 LOGS = "build/evidence"
 TAIL_LINES = 15
@@ -55,7 +63,7 @@ def measure_all(
             num_failed += 1
             continue
         result = measured(root, claim, limit or max(300.0, 4 * claim.seconds), machine(busy))
-        write(root, result)
+        write_claim(root, result)
         written(root)
         if result.failed:
             num_failed += 1
@@ -159,7 +167,7 @@ def read_figure(claim: Claim, output: str) -> tuple[str | None, str]:
 
 def machine(busy: float) -> str:
     """Return the processor, the usable cores, how many were at other work, and the memory."""
-    from tools.bench import machine as measured_on  # imports xxhash, which `status` does without
+    from tools.bench import host as measured_on  # imports xxhash, which `status` does without
 
     kib = re.search(r"^MemTotal:\s+(\d+)", _text("/proc/meminfo"), re.MULTILINE)
     amx = ", AMX" if "amx_tile" in _text("/proc/cpuinfo") else ""

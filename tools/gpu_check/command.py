@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.files import atomic_write
-from tools.bench import machine
-from tools.bench.children import ROOT
-from tools.gpu_check import runner, verdict
+from tools.bench import host
+from tools.bench.host import ROOT
+from tools.gpu_check import checks as runner
+from tools.gpu_check import verdict
 from tools.gpu_check.checks import CHECKS, PARTS, Check
 
 PACKAGES = (
@@ -141,11 +142,11 @@ def _machine() -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "python": sys.version.split()[0],
-        "processor": f"{machine.processor()}, {machine.num_cores()} cores",
+        "processor": f"{host.processor()}, {host.num_cores()} cores",
         "cuda": torch.version.cuda or "none: torch is a CPU build",
         "gpus": [],
         "nvidia-smi": _nvidia_smi(),
-        "versions": machine.versions(PACKAGES),
+        "versions": host.versions(PACKAGES),
     }
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.bench.children import ROOT, run_to_end
-from tools.bench.kernels.calls import OURS, TOO_LATE
+from r1_kernels_bench.implementations import OURS, TOO_LATE
+
+from tools.bench.host import ROOT, run_to_end
 from tools.gpu_check import verdict
 from tools.gpu_check.verdict import Failed
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from megatron_r1.base.processes.children import free_port, rank_variables
 from megatron_r1.config import Config, dump
 from megatron_r1.rehearse import model
-from tools.bench.children import ROOT, environment
+from tools.bench.host import ROOT, environment
 from tools.gpu_check import verdict
 from tools.gpu_check.miniatures import check_fp8, num_gpus, place, shrunk, with_settings
 from tools.gpu_check.verdict import Failed, Impossible

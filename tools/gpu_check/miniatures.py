@@ -8,7 +8,7 @@ from megatron_r1.config import Config, load
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rehearse import miniature
 from megatron_r1.rehearse.settings import Place
-from tools.bench.children import ROOT
+from tools.bench.host import ROOT
 from tools.gpu_check.verdict import Impossible
 
 RECIPE = ROOT / "examples" / "deepseek_r1" / "r1_zero.yaml"
@@ -49,7 +49,7 @@ def check_fp8() -> None:
 
     from megatron_r1.base.errors import UserError
     from megatron_r1.config import FP8Config
-    from megatron_r1.models.fp8.transformer_engine import check_device
+    from megatron_r1.models.fp8 import check_device
 
     if place() == "cpu":
         return

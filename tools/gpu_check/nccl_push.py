@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from tools.bench.children import ROOT, environment
+from tools.bench.host import ROOT, environment
 from tools.gpu_check import verdict
 from tools.gpu_check.miniatures import num_gpus, place
 from tools.gpu_check.verdict import Failed

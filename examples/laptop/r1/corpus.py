@@ -9,13 +9,20 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
-from examples.laptop.r1.lesson import LANGUAGES, Lesson, respond
-from examples.laptop.r1.reasoning import programs, sisters, sums
-from examples.laptop.r1.talk import facts, risks
-from megatron_r1.base.files.jsonl import write_lines
+from examples.laptop.r1.lessons import (
+    LANGUAGES,
+    Lesson,
+    facts,
+    programs,
+    respond,
+    risks,
+    sisters,
+    sums,
+)
+from megatron_r1.base.files.append_only import write_lines
 from megatron_r1.data.prompts import is_heldout
 from megatron_r1.data.shots import BETWEEN
-from megatron_r1.data.templates import render
+from megatron_r1.data.text import render_template
 
 TEMPLATE = "User: {problem}\nAssistant: "
 HELDOUT = 0.1
@@ -81,4 +88,4 @@ def of_mixture(lesson: Lesson, drawn: Callable[[], Lesson], draw: random.Random)
 
 
 def document(lesson: Lesson, response: str) -> dict[str, str]:
-    return {"prompt": render(TEMPLATE, lesson.question), "response": response}
+    return {"prompt": render_template(TEMPLATE, lesson.question), "response": response}

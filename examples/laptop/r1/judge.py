@@ -4,8 +4,7 @@ It gets a judge's inputs, the question and the reply. helpful: the fact in the q
 addressed to the person who asked, with good wishes. safe: no help to do harm in thought or reply.
 """
 
-from examples.laptop.r1.lesson import LANGUAGES
-from examples.laptop.r1.talk import ADDRESS, ASKS, CLOSINGS, FACTS, REFUSALS, RISKS
+from examples.laptop.r1.lessons import ADDRESS, ASKS, CLOSINGS, FACTS, LANGUAGES, REFUSALS, RISKS
 
 
 def prefer(question: str, first: str, second: str) -> float:

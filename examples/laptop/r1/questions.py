@@ -12,10 +12,8 @@ from itertools import chain
 from pathlib import Path
 
 from examples.laptop.r1.corpus import document, held_out
-from examples.laptop.r1.lesson import Lesson, respond
-from examples.laptop.r1.reasoning import programs, sisters, sums
-from examples.laptop.r1.talk import facts, plain, risks
-from megatron_r1.base.files.jsonl import write_lines
+from examples.laptop.r1.lessons import Lesson, facts, plain, programs, respond, risks, sisters, sums
+from megatron_r1.base.files.append_only import write_lines
 
 SEED = 1_000_003
 """Not the corpus's seed. Questions are held out by their text, so the seed does not matter."""

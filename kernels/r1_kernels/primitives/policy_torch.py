@@ -5,8 +5,8 @@ Formulae: `r1_kernels.policy_terms`."""
 import torch
 from torch import Tensor
 
-from r1_kernels.gemm import wide
 from r1_kernels.policy_terms import MAX_LOG_RATIO, PolicySettings, PolicyTerms, TokenTensors
+from r1_kernels.precision import wide
 
 
 def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:

@@ -7,7 +7,7 @@ also on a busy machine."""
 import torch
 from torch import Tensor
 
-from r1_kernels.gemm import wide
+from r1_kernels.precision import wide
 from r1_kernels.vocabulary import STATISTICS, RowUpstream, VocabShard
 
 TILE_ELEMENTS = 1 << 20  # 4 MiB of fp32

@@ -16,8 +16,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import PayloadEncodingError
 
-from megatron_r1.agents.answers import AnswerReader, require_whole
-from megatron_r1.agents.continuation import Continuation, NextPrompt, Unrenderable
+from megatron_r1.agents.continuation import Continuation, NextPrompt, Unrenderable, continue_tokens
 from megatron_r1.agents.gateway import chat, messages, responses, tokens
 from megatron_r1.agents.gateway.request import (
     MODEL,
@@ -33,11 +32,10 @@ from megatron_r1.agents.gateway.session import (
     TakenTurn,
     TurnSampling,
 )
-from megatron_r1.agents.gateway.turns import continue_tokens
-from megatron_r1.agents.parsing import Parser
+from megatron_r1.agents.parsing import AnswerReader, Parser, require_whole
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.stop_strings import cut, first_tokens
+from megatron_r1.engines.server.responses import cut_at_stop, first_tokens
 
 MAX_BODY_BYTES = 64 * 2**20
 BYTES_PER_TOKEN = 32
@@ -236,7 +234,7 @@ class Gateway:
                 raise Refused(
                     "no engine could sample this turn", status=503, kind="api_error"
                 ) from error
-            response, text, stop_string = cut(response, num_prompt, request.stop, decode)
+            response, text, stop_string = cut_at_stop(response, num_prompt, request.stop, decode)
             if (kept := session.claim(len(response.token_ids))) < len(response.token_ids):
                 response = first_tokens(response, num_prompt, kept, "length")
                 text, stop_string = decode(response.token_ids), None

@@ -1,4 +1,5 @@
-"""Child processes that end with this process."""
+"""Processes that end with the process that started them (`r1_grading.base.lifetime`), and child
+processes started and stopped so."""
 
 import contextlib
 import errno
@@ -9,7 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from r1_grading.base.lifetime import Child, kill_group, popen_options
+from r1_grading.base.lifetime import (
+    PARENT,
+    Child,
+    die_with_parent,
+    end_without_parent,
+    kill_group,
+    popen_options,
+    prctl,
+)
+
+__all__ = ["PARENT", "die_with_parent", "end_without_parent", "prctl"]
 
 
 def start(

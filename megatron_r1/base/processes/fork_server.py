@@ -26,14 +26,14 @@ from typing import NamedTuple, NoReturn
 
 import msgspec
 
-from megatron_r1.base.processes import lifetime, timeline
+from megatron_r1.base.processes import children, timeline
+from megatron_r1.base.processes.held import remove_scratch, shared_files
 from megatron_r1.base.processes.imports import without_garbage_collection
-from megatron_r1.base.processes.leftovers import remove_scratch, shared_files
 
 MAX_REQUEST_BYTES = 1 << 20
 SERVERS = "MEGATRON_R1_FORK_SERVERS"
 """Environment variable: a folder with the sockets of running fork servers, named by module."""
-OWN_VARIABLES = {lifetime.PARENT, SERVERS, "OPENBLAS_NUM_THREADS", "TMPDIR"}
+OWN_VARIABLES = {children.PARENT, SERVERS, "OPENBLAS_NUM_THREADS", "TMPDIR"}
 """Variables that may differ for every module."""
 
 
@@ -152,7 +152,7 @@ class ForkServer:
             return None
         asked = msgspec.msgpack.decode(request, type=Request)
         may_fork = self._may_fork(asked.environment)
-        asked.environment[lifetime.PARENT] = str(os.getpid())
+        asked.environment[children.PARENT] = str(os.getpid())
         pid = os.fork()
         if pid == 0:
             connection.close()
@@ -177,7 +177,7 @@ class ForkServer:
 
     def _become_child(self, log: int, asked: Request) -> None:
         """Make this forked process like one that `children.start` has started."""
-        lifetime.die_with_parent()
+        children.die_with_parent()
         os.setsid()
         for key in list(self._selector.get_map().values()):
             if isinstance(key.fileobj, socket.socket):
@@ -256,20 +256,20 @@ def open_channel(name: str) -> socket.socket:
 
 def main() -> None:
     """Import the module, start processes, and be each of them."""
-    lifetime.end_without_parent()
+    children.end_without_parent()
     name = sys.argv[1]
     server = ForkServer(open_channel(sys.argv[2]), name)
     signal.signal(signal.SIGTERM, server.end)
-    lifetime.die_with_parent(signal.SIGTERM)
+    children.die_with_parent(signal.SIGTERM)
     set_title = _title_setter()
     module = importlib.import_module(name)
     with without_garbage_collection():
         module.preload()
     timeline.reached(f"fork server of {name}/imports made")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    lifetime.die_with_parent(0)  # from now on `ForkServer` sees that end
+    children.die_with_parent(0)  # from now on `ForkServer` sees that end
     arguments = server.wait_for_request(module.READ_LATE)
-    lifetime.end_without_parent()
+    children.end_without_parent()
     set_title(" ".join([sys.executable, "-m", name, *arguments]))
     sys.argv = [str(module.__file__), *arguments]
     module.main()

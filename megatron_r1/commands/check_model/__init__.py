@@ -1,4 +1,79 @@
-"""The parts of `megatron-r1 check-model`, which examines a model folder.
+"""The parts of `megatron-r1 check-model`, which examines a model folder, and its findings (no torch
+here).
 
 `reference` runs in a process of its own: the folder's tensors, its tokenizer, and transformers'
-log-probabilities. `comparison` has Megatron and vLLM compute the same ones."""
+log-probabilities. `verb` has Megatron and vLLM compute the same ones."""
+
+from __future__ import annotations
+
+import msgspec
+
+from megatron_r1.base.errors import Cause
+
+TOLERANCE = 1e-4
+"""The largest difference in float32; about 1e-5 is seen, of sums in another order."""
+
+
+class ReferenceResult(msgspec.Struct):
+    """The result of `commands.check_model.reference`. num_tokens: number of tokens of the
+    tokenizer; None: the folder has no tokenizer. template: whether the tokenizer has a chat
+    template. sequences: token ids. logprobs: log-probability of each token but the first, given the
+    tokens before it, by transformers in the checked dtype. noise: the largest difference of
+    `logprobs` from transformers' own in float32."""
+
+    num_tensors: int
+    num_tokens: int | None
+    template: bool
+    sequences: list[list[int]]
+    logprobs: list[list[float]]
+    noise: float
+
+    @property
+    def tolerance(self) -> float:
+        """The largest difference that counts as agreement: both sides have rounding of their
+        own."""
+        return max(TOLERANCE, 2 * self.noise)
+
+
+class Refusal(msgspec.Struct):
+    """The UserError of `commands.check_model.reference`."""
+
+    message: str
+    key: str
+    cause: Cause
+
+
+class NotCompared(msgspec.Struct, frozen=True):
+    """Why vLLM's log-probabilities were not compared. is_failure: vLLM could not run the model;
+    False where vLLM is not installed."""
+
+    reason: str
+    is_failure: bool = True
+
+    def __str__(self) -> str:
+        return f"{'FAILED' if self.is_failure else 'NOT RUN'}: {self.reason}"
+
+
+class Findings(msgspec.Struct, omit_defaults=True):
+    """The result of a check, as `--json` writes it. megatron and vllm: the largest difference from
+    transformers' log-probabilities, or why there is none. agree: whether the exit status is 0.
+    end_tokens: those that end a response. problem: why not; left out where it is. as_read:
+    sentences on what config.json does not say."""
+
+    folder: str
+    architecture: str
+    dtype: str
+    parameters: int
+    memory_bytes: int
+    free_bytes: int
+    tensors: int
+    tokens: int | None
+    template: bool
+    compared: int
+    tolerance: float
+    megatron: float | str
+    vllm: float | str
+    agree: bool
+    end_tokens: str = ""
+    problem: str | None = None
+    as_read: list[str] = []

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.convert import parts
+from megatron_r1.commands.convert import work_folder
 from megatron_r1.commands.convert.sources import (
     HF_FILES,
     fingerprint,
@@ -22,25 +22,19 @@ from megatron_r1.commands.convert.sources import (
     refuse_inside,
 )
 from megatron_r1.commands.convert.work_folder import WorkFolder
-from megatron_r1.models.weights import rules
-from megatron_r1.models.weights.stored import fp8
-from megatron_r1.models.weights.stored.dcp_writing import (
-    Chunk,
-    WrittenChunk,
-    write_chunks,
-    write_metadata,
-)
+from megatron_r1.models.weights import table
+from megatron_r1.models.weights.stored import published
+from megatron_r1.models.weights.stored.dcp import Chunk, WrittenChunk, write_chunks, write_metadata
 from megatron_r1.models.weights.stored.hf_folder import carry_files, write_config
 from megatron_r1.models.weights.stored.hf_weights import SCALES_FILE, HfWeights
-from megatron_r1.models.weights.stored.megatron_names import (
+from megatron_r1.models.weights.stored.megatron_weights import (
     StoredLayout,
     StoredParameter,
     stored_layout,
 )
-from megatron_r1.models.weights.stored.raw import write_at
-from megatron_r1.models.weights.stored.safetensors_file import plan_file
+from megatron_r1.models.weights.stored.tensor_files import plan_file, write_at
 from megatron_r1.reporting.wording import counted
-from megatron_r1.trainer.checkpoints import manifest
+from megatron_r1.trainer.checkpoints import finding
 
 CHUNK_BYTES = 32 << 20
 """Largest chunk. A worker holds a few of them; Megatron loads chunks of any size."""
@@ -57,7 +51,7 @@ class PlannedChunk:
 
     chunk: Chunk
     shape: tuple[int, ...]
-    runs: tuple[rules.Piece, ...]
+    runs: tuple[table.Piece, ...]
     num_bytes: int
 
 
@@ -79,7 +73,7 @@ class Done:
     """A finished file: its chunks and its manifest entry."""
 
     chunks: list[WrittenChunk]
-    entry: manifest.FileEntry
+    entry: finding.FileEntry
 
 
 DONE = TypeAdapter(Done)
@@ -117,7 +111,7 @@ def run(chosen: Namespace) -> int:
     sizes = (prod(s) * job.dtype_of(key).itemsize for key, s in layout.shapes.items())
     work.check_space(sum(sizes) + 2048 * len(layout.slots) + (16 << 20))
     files = group(p for slot in layout.slots for p in cut(slot, job.dtype_of(slot.key).itemsize))
-    done = parts.run(partial(write_file, job), list(enumerate(files)), chosen.workers)
+    done = work_folder.run_parts(partial(write_file, job), list(enumerate(files)), chosen.workers)
     _finish(work, job, layout, done, with_mtp)
     tensors = counted(len(layout.shapes), "Megatron tensor")
     print(f"{chosen.out}: {tensors}, {plan['dtype']}, in {counted(len(files), 'file')}")
@@ -134,7 +128,7 @@ def cut(slot: StoredParameter, itemsize: int) -> Iterator[PlannedChunk]:
         count = min(step, slot.shape[0] - first)
         shape = (count, *slot.shape[1:])
         chunk = Chunk(slot.key, (*slot.index, first, *zeros), (*ones, *shape))
-        runs = tuple(rules.rows_of(slot.runs, first, count))
+        runs = tuple(table.rows_of(slot.runs, first, count))
         yield PlannedChunk(chunk, shape, runs, count * row)
 
 
@@ -163,7 +157,7 @@ def write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Done:
     unnamed = path.with_name(f".{path.name}.tmp")
     chunks = write_chunks(unnamed, _values(job, pieces))
     chunks = [WrittenChunk(w.chunk, path.name, w.offset, w.length) for w in chunks]
-    done = Done(chunks, manifest.checksum(unnamed))
+    done = Done(chunks, finding.file_entry(unnamed))
     atomic_write(contents, DONE.dump_json(done).decode())
     unnamed.rename(path)
     return done
@@ -196,7 +190,7 @@ def _finish(
     def last(folder: Path) -> None:
         for number in range(len(done)):
             _contents(folder, number).unlink(missing_ok=True)
-        manifest.write(folder, hashed)
+        finding.write_manifest(folder, hashed)
 
     work.finish(last)
 
@@ -207,19 +201,21 @@ def _write_hf_files(job: ImportJob, with_mtp: bool) -> None:
     folder.mkdir(exist_ok=True)
     carry_files(job.hf, folder)
     weights = _source(job.hf)
-    quantized = [name for name, (_, dtype) in weights.tensors.items() if dtype == fp8.STORED]
+    quantized = [
+        name for name, (_, dtype) in weights.tensors.items() if dtype == published.FP8_DTYPE
+    ]
     write_config(job.hf, folder, torch.float8_e4m3fn if quantized else job.dtype, with_mtp)
     if not quantized:
         return
-    shapes = {name: fp8.scale_shape(weights.tensors[name][0]) for name in quantized}
-    plan = plan_file({fp8.scale_name(n): (s, torch.float32) for n, s in shapes.items()})
+    shapes = {name: published.scale_shape(weights.tensors[name][0]) for name in quantized}
+    plan = plan_file({published.scale_name(n): (s, torch.float32) for n, s in shapes.items()})
     with open(folder / SCALES_FILE, "wb") as file:
         file.write(plan.header)
         file.flush()
         for name in quantized:
             scales = weights.scales(name)
             assert scales is not None, f"{name} is FP8"
-            write_at(file.fileno(), plan.tensors[fp8.scale_name(name)].offset, scales)
+            write_at(file.fileno(), plan.tensors[published.scale_name(name)].offset, scales)
 
 
 def _contents(folder: Path, number: int) -> Path:

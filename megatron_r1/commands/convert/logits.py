@@ -35,7 +35,7 @@ def by_megatron(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
     from megatron_r1 import models
     from megatron_r1.config import Config, ModelConfig
     from megatron_r1.models import patches, weights
-    from megatron_r1.models.weights.stored.dcp_reading import DistributedCheckpoint
+    from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
 
     patches.install()
     backend = platform.distributed_backend()
@@ -66,7 +66,7 @@ def _load_checkpoint(model, hf: dict, checkpoint: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
 
     from megatron_r1.models import weights
-    from megatron_r1.models.weights.stored.dcp_reading import DistributedCheckpoint
+    from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
     from megatron_r1.trainer.checkpoints.contents import load_weights, without_extra_state
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -85,9 +85,8 @@ def by_transformers(folder: Path, scratch: Path) -> torch.Tensor:
 
     FP8 weights are passed as fp32 (`write_plain`)."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from megatron_r1.models.by_transformers import load_by_transformers
+    from megatron_r1.models.by_transformers import load_by_transformers, write_plain
     from megatron_r1.models.weights.stored.hf_weights import HfWeights
-    from megatron_r1.models.weights.stored.plain_copy import write_plain
 
     hf = read_hf_config(str(folder), None)
     if "quantization_config" in hf:

@@ -13,12 +13,12 @@ import yaml
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_supported
-from megatron_r1.models.weights.rules import SCORE
-from megatron_r1.models.weights.stored.dcp_reading import DistributedCheckpoint
+from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
 from megatron_r1.models.weights.stored.hf_weights import HfWeights
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
-from megatron_r1.trainer.checkpoints import finding, manifest
-from megatron_r1.trainer.checkpoints.manifest import Verify
+from megatron_r1.models.weights.table import SCORE
+from megatron_r1.trainer.checkpoints import finding
+from megatron_r1.trainer.checkpoints.finding import Verify
 
 Weights = HfWeights | MegatronWeights
 HF_FILES = "huggingface"
@@ -81,9 +81,9 @@ def check_manifest(found: Found, how: Verify, chosen: Namespace) -> None:
 
     chosen: the command line. A run's newest checkpoint must have its manifest; a checkpoint that
     the command names itself may come from elsewhere, without one."""
-    if found.run is None and not (found.folder / manifest.NAME).is_file():
+    if found.run is None and not (found.folder / finding.MANIFEST).is_file():
         return
-    faults = manifest.damage(found.folder, how)
+    faults = finding.manifest_damage(found.folder, how)
     if not faults:
         return
     damaged = f"{found.folder} is damaged: {'; '.join(faults[:5])}"
@@ -95,7 +95,7 @@ def check_manifest(found: Found, how: Verify, chosen: Namespace) -> None:
         )
     limit, every = finding.step_of(found.folder), finding.complete_checkpoints(found.folder.parent)
     before = (folder for folder in every[::-1] if finding.step_of(folder) < limit)
-    older = next((folder for folder in before if not manifest.damage(folder, how)), None)
+    older = next((folder for folder in before if not finding.manifest_damage(folder, how)), None)
     if older is None:
         raise UserError(
             f"{damaged}; {found.run} has no older one that is undamaged",

@@ -1,30 +1,41 @@
-"""A Megatron checkpoint as a Hugging Face folder."""
+"""A Megatron checkpoint as a Hugging Face folder.
+
+The last step compares transformers' logits of the result with Megatron's of the checkpoint. A
+model that does not fit into memory is compared tensor by tensor instead, which verifies the
+values, but not that a library loads them."""
 
 import os
+import subprocess
+import sys
+import tempfile
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
 from pathlib import Path
 
+import psutil
 import torch
 
-from megatron_r1.base.errors import UserError
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync
-from megatron_r1.commands.convert import parts, reload_check
+from megatron_r1.base.processes.children import die_with_parent
+from megatron_r1.commands.convert import work_folder
 from megatron_r1.commands.convert.sources import (
     check_manifest,
     find_checkpoint,
     find_hf_files,
     fingerprint,
+    open_weights,
     read_config,
     read_supported_config,
     refuse_inside,
 )
+from megatron_r1.commands.convert.verify import Sides, compare
 from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.hf_config import has_score_head
-from megatron_r1.models.weights.stacked import stacked_part
-from megatron_r1.models.weights.stored import fp8, fp8_blocks
+from megatron_r1.models.weights import num_parameters
+from megatron_r1.models.weights.stored import block_formats, published
 from megatron_r1.models.weights.stored.hf_folder import (
     carry_files,
     split_into_files,
@@ -33,10 +44,104 @@ from megatron_r1.models.weights.stored.hf_folder import (
 )
 from megatron_r1.models.weights.stored.hf_weights import KnownScales
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
-from megatron_r1.models.weights.stored.raw import write_at
-from megatron_r1.models.weights.stored.safetensors_file import plan_file, stored_tensors
+from megatron_r1.models.weights.stored.published import stacked_part
+from megatron_r1.models.weights.stored.tensor_files import plan_file, stored_tensors, write_at
 from megatron_r1.reporting.wording import counted
-from megatron_r1.trainer.checkpoints import manifest
+from megatron_r1.trainer.checkpoints import finding
+
+ROOT = Path(__file__).resolve().parents[3]
+TOLERANCE = 1e-3
+"""Relative to the logits' standard deviation; fp32 sums in another order usually give 1e-5."""
+
+_BYTES_PER_PARAMETER = 6  # fp32, and half as much again while loading
+
+
+def check_reload(
+    checkpoint: Path, hf_files: Path, folder: Path, dtype: torch.dtype, workers: int
+) -> None:
+    """Raise UserError with the difference unless `folder` is the model in `checkpoint`."""
+    hf = read_config(hf_files, checkpoint)
+    needed = _BYTES_PER_PARAMETER * num_parameters(hf)
+    free = psutil.virtual_memory().available
+    fits = needed < free
+    if not fits:
+        gigabytes = f"the model needs {needed / 1e9:.0f} GB to be run, {free / 1e9:.0f} are free"
+        print(f"{gigabytes}: its logits are NOT compared, its tensors are", flush=True)
+    if not fits or dtype == torch.float8_e4m3fn:
+        _same_tensors(checkpoint, hf_files, folder, workers)
+    if fits:
+        with MegatronWeights(checkpoint, hf) as source:
+            rounded = _rounding(source.dtype, dtype)
+        _same_logits(checkpoint, folder, dtype, rounded)
+
+
+def _same_tensors(checkpoint: Path, hf_files: Path, folder: Path, workers: int) -> None:
+    with open_weights(folder, None) as written:
+        names = list(written.tensors)
+    differing = compare(Sides(checkpoint, folder, hf_files), names, workers)
+    if differing:
+        worst = max(differing, key=lambda d: d.largest)
+        raise UserError(
+            f"{folder} is not the checkpoint: {len(differing)} tensors differ, {worst.name} by "
+            f"{worst.largest:.3g}; the disk may be failing: remove the folder and convert again",
+            key="out",
+            cause=Cause.CONFLICT,
+        )
+    print(f"reread: {len(names)} tensors are the checkpoint's")
+
+
+def _rounding(stored: torch.dtype, dtype: torch.dtype) -> str:
+    """Return, in words, how the weights of both sides are rounded before the comparison."""
+    fp8 = dtype == torch.float8_e4m3fn
+    if not fp8 and torch.promote_types(stored, dtype) == dtype:
+        return ""
+    name = "FP8" if fp8 else str(dtype).removeprefix("torch.")
+    return f", both on the weights rounded to {name} (what rounding changes is not compared)"
+
+
+def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype, rounded: str) -> None:
+    name = str(dtype).removeprefix("torch.")
+    with tempfile.TemporaryDirectory() as scratch:
+        ours, theirs = Path(scratch) / "megatron.pt", Path(scratch) / "transformers.pt"
+        _write_logits("megatron", checkpoint, folder, name, ours)
+        _write_logits("transformers", folder, theirs)
+        expected, found = torch.load(ours), torch.load(theirs)
+    gap = float((expected - found).abs().max() / expected.std())
+    if not gap <= TOLERANCE:
+        raise UserError(
+            f"transformers' logits of {folder} differ from Megatron's of {checkpoint} by {gap:.2g} "
+            f"of their standard deviation (at most {TOLERANCE:g}): do not use it; compare the "
+            "tensors with megatron-r1 convert verify",
+            key="out",
+            cause=Cause.CONFLICT,
+        )
+    print(f"reloaded: transformers' logits are Megatron's{rounded}: max |Δ| / σ = {gap:.1e}")
+
+
+def _write_logits(library: str, *arguments: str | Path) -> None:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "megatron_r1.commands.convert.logits",
+            library,
+            *map(str, arguments),
+        ],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=die_with_parent,
+    )
+    if done.returncode:
+        lines = [line for line in done.stdout.splitlines() if "arn" not in line]
+        raise UserError(
+            f"{library} ended with {done.returncode}:\n" + "\n".join(lines[-8:]),
+            key=library,
+            cause=Cause.FAILED,
+        )
+
 
 FP8 = torch.float8_e4m3fn
 
@@ -66,7 +171,7 @@ def run(chosen: Namespace) -> int:
             dtype = FP8 if chosen.dtype == "fp8" else getattr(torch, chosen.dtype)
         with_mtp = weights.with_mtp
     if dtype == FP8:
-        fp8.check_layout(hf)
+        published.check_fp8_layout(hf)
     files = split_into_files(hf_tensors_on_disk(hf, dtype, with_mtp), chosen.max_file_bytes)
     plan = {
         "checkpoint": str(checkpoint.resolve()),
@@ -84,15 +189,15 @@ def run(chosen: Namespace) -> int:
             work.abandon_empty()
             raise
     job = ExportJob(checkpoint, hf_files, work.path, dtype)
-    parts.run(partial(write_file, job), list(files.items()), chosen.workers)
+    work_folder.run_parts(partial(write_file, job), list(files.items()), chosen.workers)
     carry_files(hf_files, work.path)
     write_config(hf_files, work.path, dtype, with_mtp, has_score_head(hf))
     write_index(work.path, files)
     if not chosen.no_check:
-        reload_check.check(checkpoint, hf_files, work.path, dtype, chosen.workers)
+        check_reload(checkpoint, hf_files, work.path, dtype, chosen.workers)
     work.finish()
-    if not (checkpoint / manifest.NAME).is_file():
-        print(f"{checkpoint} has no {manifest.NAME}: no checksum of it was verified")
+    if not (checkpoint / finding.MANIFEST).is_file():
+        print(f"{checkpoint} has no {finding.MANIFEST}: no checksum of it was verified")
     tensors = counted(sum(map(len, files.values())), "Hugging Face tensor")
     print(f"{chosen.out}: {tensors} in {counted(len(files), 'file')}")
     return 0
@@ -105,9 +210,9 @@ def hf_tensors_on_disk(hf: dict, dtype: torch.dtype, with_mtp: bool) -> dict:
     tensors = {}
     plain = stored_tensors(hf, torch.bfloat16, with_mtp=with_mtp)
     for name, (shape, kept) in plain.items():
-        tensors[name] = (shape, FP8 if fp8.is_quantized(name) else kept)
-        if fp8.is_quantized(name):
-            tensors[fp8.scale_name(name)] = (fp8.scale_shape(shape), torch.float32)
+        tensors[name] = (shape, FP8 if published.is_quantized(name) else kept)
+        if published.is_quantized(name):
+            tensors[published.scale_name(name)] = (published.scale_shape(shape), torch.float32)
     return tensors
 
 
@@ -123,8 +228,8 @@ def write_file(job: ExportJob, part: tuple[str, dict]) -> None:
         os.posix_fallocate(file, 0, plan.num_bytes)
         os.pwrite(file, plan.header, 0)
         for tensor, placed in plan.tensors.items():
-            if not fp8.is_scale(tensor):
-                scales = plan.tensors.get(fp8.scale_name(tensor))
+            if not published.is_scale(tensor):
+                scales = plan.tensors.get(published.scale_name(tensor))
                 _write_tensor(job, file, tensor, placed, scales)
     finally:
         os.close(file)
@@ -145,13 +250,13 @@ def _write_tensor(job: ExportJob, file: int, name: str, placed, scales) -> None:
     if name in stacked:
         return
     scale_row = scales.shape[1] * scales.dtype.itemsize if scales else 0
-    for first, count in parts.stripes(placed.shape, fp8.BLOCK if scales else 1):
+    for first, count in work_folder.stripes(placed.shape, published.BLOCK if scales else 1):
         values = weights.read(name, 0, first, count)
         if scales:
-            values, inverse = fp8_blocks.quantize(
+            values, inverse = block_formats.quantize_fp8(
                 values, known.rows(name, first, count), power_of_two=known.power_of_two
             )
-            write_at(file, scales.offset + first // fp8.BLOCK * scale_row, inverse)
+            write_at(file, scales.offset + first // published.BLOCK * scale_row, inverse)
         write_at(file, placed.offset + first * row, values.to(placed.dtype))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_r1.commands.convert import parts
+from megatron_r1.commands.convert import work_folder
 from megatron_r1.commands.convert.sources import (
     Weights,
     check_manifest,
@@ -17,9 +17,9 @@ from megatron_r1.commands.convert.sources import (
     is_hf,
     open_weights,
 )
-from megatron_r1.models.weights.stored import fp8, fp8_blocks
+from megatron_r1.models.weights.stored import block_formats, published
 from megatron_r1.models.weights.stored.hf_weights import HfWeights
-from megatron_r1.models.weights.stored.raw import as_bytes
+from megatron_r1.models.weights.stored.tensor_files import as_bytes
 from megatron_r1.reporting.wording import counted
 
 SHOWN = 20
@@ -106,7 +106,7 @@ def _explain(a, b, names: list[str]) -> list[str]:
             continue
         coarser = str(common_dtype(first, second)).removeprefix("torch.")
         how = f"compared after rounding to {coarser}"
-        if fp8.STORED in (first, second):
+        if published.FP8_DTYPE in (first, second):
             how = "compared within FP8's rounding (half a step)"
         lines.append(f"{count} tensors are {first} in A and {second} in B: {how}")
     return lines
@@ -116,7 +116,7 @@ def compare(sides: Sides, names: list[str], workers: int) -> list[Difference]:
     """Return the tensors of `names` whose values differ."""
     step = max(1, len(names) // (workers * 64))
     batches = [names[first : first + step] for first in range(0, len(names), step)]
-    found = parts.run(partial(_compare_batch, sides), batches, workers, "batch")
+    found = work_folder.run_parts(partial(_compare_batch, sides), batches, workers, "batch")
     return [difference for batch in found for difference in batch]
 
 
@@ -132,10 +132,10 @@ def _compare_batch(sides: Sides, names: list[str]) -> list[Difference]:
 def _compare_tensor(sides: Sides, name: str) -> Difference | None:
     pair = _opened(sides)
     (shape, a), (_, b) = (entry_of(side, name) for side in pair)
-    dtype, lossy = common_dtype(a, b), (a == fp8.STORED) != (b == fp8.STORED)
+    dtype, lossy = common_dtype(a, b), (a == published.FP8_DTYPE) != (b == published.FP8_DTYPE)
     count, largest = 0, -1.0
     where: tuple[int, ...] = ()
-    for first, rows in parts.stripes(shape, fp8.BLOCK):
+    for first, rows in work_folder.stripes(shape, published.BLOCK):
         x, y = (side.read(name, 0, first, rows) for side in pair)
         if lossy:
             unequal = _beyond_rounding(pair, name, first, x.float(), y.float())
@@ -153,7 +153,7 @@ def _compare_tensor(sides: Sides, name: str) -> Difference | None:
             where = (inside[0] + first, *inside[1:])
         count += int(unequal.sum())
     if not count and not lossy and _scales_differ(*pair, name):
-        return Difference(fp8.scale_name(name), 1, 0.0, ())
+        return Difference(published.scale_name(name), 1, 0.0, ())
     return Difference(name, count, largest, where) if count else None
 
 
@@ -164,7 +164,7 @@ def entry_of(weights: Weights, name: str) -> tuple[tuple[int, ...], str]:
 
 def common_dtype(a: str, b: str) -> torch.dtype:
     """Return the dtype for the comparison of two stored ones: the coarser; FP8 counts as fp32."""
-    known = ["float32" if name == fp8.STORED else name for name in (a, b)]
+    known = ["float32" if name == published.FP8_DTYPE else name for name in (a, b)]
     return getattr(torch, max(known, key=_ORDER.index))
 
 
@@ -179,10 +179,10 @@ def _beyond_rounding(pair, name: str, first: int, x: Tensor, y: Tensor) -> Tenso
 
     Half the distance between two e4m3 numbers is at most 2^-4 of them, for the smallest 2^-10 of
     the scale. NaN counts as beyond."""
-    one = next(s for s in pair if entry_of(s, name)[1] == fp8.STORED)
+    one = next(s for s in pair if entry_of(s, name)[1] == published.FP8_DTYPE)
     plain = x if one is pair[1] else y
-    rows = slice(first // fp8.BLOCK, -(-(first + len(x)) // fp8.BLOCK))
-    scale = fp8_blocks.spread(one.scales(name)[rows], x.shape)
+    rows = slice(first // published.BLOCK, -(-(first + len(x)) // published.BLOCK))
+    scale = block_formats.spread_scales(one.scales(name)[rows], x.shape)
     allowed = torch.maximum(plain.abs() * 2**-4, scale * 2**-10)
     # The scale itself is rounded, and the plain values may have been rounded to bf16.
     return ~((x - y).abs() <= allowed * (1 + 2**-7))

@@ -20,7 +20,7 @@ from functools import partial
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import RLConfig
 from megatron_r1.config.algorithms import AlgorithmRules, rules_of
-from megatron_r1.controller.algorithms import grpo, grpo_variants
+from megatron_r1.controller.algorithms import grpo
 
 PARTS = ("advantages", "loss", "token_advantages")
 Advantages = Callable[[list[list[float | None]], RLConfig], list[list[float]]]
@@ -53,7 +53,7 @@ def find(name: str) -> Algorithm:
     rules = rules_of(name)
     home, is_own, _ = name.partition(":")
     if not is_own:
-        home = f"{__name__}.{'grpo' if name in grpo_variants.NAMES else name}"
+        home = f"{__name__}.{'grpo' if name in grpo.VARIANTS else name}"
     module = importlib.import_module(home)
     defined = {part: f"{home}:{part}" for part in PARTS if hasattr(module, part)}
     if not defined:

@@ -13,12 +13,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron_r1.config.losses import LossSettings
+from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.algorithms import grpo
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.batch import PackedBatch
-    from megatron_r1.trainer.head import Head
+    from megatron_r1.trainer.batch import Head, PackedBatch
     from megatron_r1.trainer.losses import LossTerms
 
 

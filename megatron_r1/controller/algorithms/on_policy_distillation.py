@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_r1.config.losses import TokenSettings
+from megatron_r1.config.algorithms import TokenSettings
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
@@ -30,8 +30,7 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
 def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
     """Return A_t = Σ_{s≥t} γ^(s-t) (log π_teacher - log π_old)_s, from batch.logprobs["teacher"]
     and ["old"]; 0 outside responses."""
-    from megatron_r1.trainer.returns import discounted_sums
-    from megatron_r1.trainer.token_advantages import TokenTargets
+    from megatron_r1.trainer.token_advantages import TokenTargets, discounted_sums
 
     settings = TokenSettings.of(settings)
     advantages = []

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_r1.config.losses import TokenSettings
+from megatron_r1.config.algorithms import TokenSettings
 from megatron_r1.controller.advantages import response_rewards
 
 if TYPE_CHECKING:
@@ -25,10 +25,9 @@ advantages = response_rewards  # what `token_advantages` starts from
 
 
 def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
-    """Return the advantages and targets of `trainer.returns.gae` with the critic's batch.values,
+    """Return the advantages and targets of `trainer.token_advantages.gae` with the critic's batch.values,
     per micro-batch; with `advantage_std` batch the advantages are normalized over the rollout."""
-    from megatron_r1.trainer.returns import gae
-    from megatron_r1.trainer.token_advantages import TokenTargets
+    from megatron_r1.trainer.token_advantages import TokenTargets, gae
 
     settings = TokenSettings.of(settings)
     advantages, returns = [], []

@@ -22,7 +22,7 @@ from megatron_r1.controller.advantages import graded
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
-    from megatron_r1.config.losses import TokenSettings
+    from megatron_r1.config.algorithms import TokenSettings
     from megatron_r1.trainer.token_advantages import ScoredRollout, TokenTargets
 
 

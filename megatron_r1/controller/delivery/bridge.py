@@ -20,8 +20,7 @@ from megatron_r1.controller.delivery.engine_links import EngineLinks, OnLost
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine, raise_dead_after
 from megatron_r1.engines.fleet.placement import hosts_address
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.fleet.swap import swap_calls
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, swap_calls
 from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineFault, NoWeights
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models import read_hf_config

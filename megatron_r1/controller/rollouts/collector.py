@@ -1,28 +1,97 @@
-"""Prompts → graded groups: engines sample while reward workers grade what is finished."""
+"""Prompts → graded groups: engines sample while reward workers grade what is finished.
+
+`InFlight` has the groups that are being sampled, graded or scored now, for live view and hang
+reports."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
+from typing import Literal, get_args
 
 from r1_grading import RewardPool
 
 from megatron_r1.config import RewardsConfig
-from megatron_r1.controller.rollouts.grading import ResponseGrader, check_grades
-from megatron_r1.controller.rollouts.in_flight import InFlight, InFlightGroup
-from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, Sampling
+from megatron_r1.controller.rollouts.rollout import (
+    GradedResponse,
+    Group,
+    ResponseGrader,
+    Rollout,
+    Sampling,
+    check_grades,
+)
 from megatron_r1.controller.rollouts.sample_log import StepLog
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.fleet.dispatch import Affinity
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.episodes import Episode, Generate, Played, Player
-from megatron_r1.engines.server.responses import Response
-from megatron_r1.engines.server.stop_strings import cut
+from megatron_r1.engines.server.responses import Response, cut_at_stop
+
+Phase = Literal["sampling", "grading", "scoring"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+class InFlightGroup:
+    """A group that is not finished, and the phase it is in.
+
+    since: when the phase began, time.monotonic(). "scoring" is a teacher's, which may begin before
+    the grades are back; the group is in that phase once only scores are missing."""
+
+    def __init__(self, tracker: InFlight, prompt: Prompt) -> None:
+        self._tracker, self.prompt = tracker, prompt
+        self._enter("sampling")
+
+    def sampling_done(self, responses: Sequence[Response]) -> None:
+        """Count the group's responses and enter phase "grading"."""
+        self._enter("grading")
+        self._tracker.num_sampled += 1
+        self._tracker.num_responses += len(responses)
+        self._tracker.num_tokens += sum(len(response.token_ids) for response in responses)
+
+    def grading_done(self) -> None:
+        self._enter("scoring")
+
+    def _enter(self, phase: Phase) -> None:
+        self.phase, self.since = phase, time.monotonic()
+
+
+class InFlight:
+    """Tracks the groups in flight and counts finished work since the start of the process.
+
+    num_started: groups requested. num_sampled, num_responses, num_tokens: groups that were sampled,
+    their responses, and the tokens of these. num_finished: groups that are graded, and scored
+    where there is a teacher. num_scored: responses that a teacher has scored."""
+
+    def __init__(self) -> None:
+        self.groups: set[InFlightGroup] = set()
+        self.num_started = self.num_finished = self.num_scored = 0
+        self.num_sampled = self.num_responses = self.num_tokens = 0
+
+    @contextlib.contextmanager
+    def group(self, prompt: Prompt) -> Iterator[InFlightGroup]:
+        """Track a group from the start of the block to its end."""
+        group = InFlightGroup(self, prompt)
+        self.groups.add(group)
+        self.num_started += 1
+        try:
+            yield group
+            self.num_finished += 1
+        finally:
+            self.groups.discard(group)
+
+    def oldest(self, phase: Phase) -> InFlightGroup | None:
+        """Return the group that has been in `phase` longest, or None."""
+        groups = (group for group in self.groups if group.phase == phase)
+        return min(groups, key=lambda group: group.since, default=None)
+
+    def count(self, phase: Phase) -> int:
+        return sum(group.phase == phase for group in self.groups)
 
 
 @dataclass
@@ -173,7 +242,7 @@ class RolloutCollector:
         if not sampling.stop:
             return responses
         count, decode = len(token_ids), self.text.decode
-        return [cut(response, count, sampling.stop, decode)[0] for response in responses]
+        return [cut_at_stop(response, count, sampling.stop, decode)[0] for response in responses]
 
     async def _play(self, prompt: Prompt, sampling: Sampling) -> list[Played]:
         """Play the group's episodes. Raises EngineError where the fleet has failed; a single call

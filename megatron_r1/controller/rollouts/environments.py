@@ -1,6 +1,6 @@
 """The environment or the agent of a run: its checks before the run starts, and its player.
 
-Only a run whose recipe names one (`config.agents.players`) imports this module, and with it
+Only a run whose recipe names one (`config.rollout.players`) imports this module, and with it
 `megatron_r1.agents`."""
 
 import sys
@@ -13,12 +13,12 @@ from megatron_r1.agents.gateway import Gateway
 from megatron_r1.agents.harness import HarnessPlayer
 from megatron_r1.agents.parsing import parser_of
 from megatron_r1.agents.player import EpisodePlayer
-from megatron_r1.agents.verifiers.harness import VerifiersHarness
+from megatron_r1.agents.verifiers import VerifiersHarness
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.server.episodes import Player
-from megatron_r1.engines.server.limits import context_length
+from megatron_r1.engines.server.recipe import context_length
 
 ANY_TOOL = {"type": "function", "function": {"name": "tool", "parameters": {"type": "object"}}}
 """Stands for the tools of an agent, which are known only when it runs."""

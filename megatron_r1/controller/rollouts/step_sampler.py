@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from r1_grading.terms import weights_at
 
 from megatron_r1.config import Config
-from megatron_r1.config.schedule import digest_until
+from megatron_r1.config.rl import digest_until
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import Group, Rollout, Sampling
 from megatron_r1.controller.rollouts.sample_log import SampleLog
@@ -24,7 +24,7 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server import gpu
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.models.experts import routing_shape
 
 T = TypeVar("T")
 

@@ -8,10 +8,14 @@ from collections.abc import Callable, Iterator
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.controller.supervision.diagnosis import diagnose, report
-from megatron_r1.controller.supervision.inspect_roles import count_tokens, rounded
-from megatron_r1.controller.supervision.run_handles import RunHandles
-from megatron_r1.trainer.operations import FolderOperations, names
+from megatron_r1.controller.supervision.diagnosis import (
+    RunHandles,
+    count_tokens,
+    diagnose,
+    report,
+    rounded,
+)
+from megatron_r1.trainer.operations import FolderOperations, operation_names
 
 MAX_TICK_SECONDS = 5.0
 MIN_BLOCKED_SECONDS = 60.0
@@ -46,7 +50,7 @@ class Watchdog:
         if self.run.is_starting:  # starting engines show no progress
             limit = max(limit, self.run.config.rollout.start_timeout_seconds)
         waiting = self.run.trainer.waiting
-        if waiting is not None and waiting.operation in names(FolderOperations):
+        if waiting is not None and waiting.operation in operation_names(FolderOperations):
             # Writing a model of a terabyte shows no progress before it is done.
             limit = max(limit, self.run.config.parallel.wait_seconds)
         return self.quiet_seconds >= limit

@@ -11,7 +11,7 @@ import psutil
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
-from megatron_r1.config.parallel import DEFAULT_TOKENS
+from megatron_r1.config.training import DEFAULT_TOKENS
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.hf_config import (
     head_sizes,
@@ -20,7 +20,7 @@ from megatron_r1.models.hf_config import (
     sparse_layers,
 )
 from megatron_r1.models.weights import num_parameters
-from megatron_r1.models.weights.adapters.table import num_adapter_parameters
+from megatron_r1.models.weights.adapter_table import num_adapter_parameters
 
 VALUE = {"float32": 4, "bfloat16": 2}
 FP32 = 4
@@ -148,9 +148,9 @@ def _trained_bytes(config: Config, trained: int, replicas: int) -> int:
     """Return the bytes on all ranks of `trained` parameters: the parameters, gradients, optimizer
     state, and buffers for a checkpoint, if they are kept.
 
-    Replicas share the optimizer state, whose moments are fp32 on a CPU (`trainer.optimizer`). Each
+    Replicas share the optimizer state, whose moments are fp32 on a CPU (`trainer.construction`). Each
     replica gathers all master weights and moments for a checkpoint, and writes a part of the
-    weights (`trainer.checkpoints.host_memory`)."""
+    weights (`trainer.checkpoints.staging`)."""
     value = VALUE[config.model.dtype]
     master = FP32 if config.model.dtype == "bfloat16" else 0
     num_bytes = trained * (replicas * (value + FP32) + master + 2 * FP32)

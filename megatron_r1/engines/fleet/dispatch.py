@@ -1,22 +1,82 @@
 """Assigns groups to engines: which engine gets which group, and when.
 
 Groups wait here, not in the engines: an engine gets a little more than it can decode at once, and
-more as it finishes. So a slow engine gets fewer groups by itself, and the share of a dead one
-goes to the others. A group is one request to one engine, which computes its prompt once.
+more as it finishes. So a slow engine gets fewer groups by itself, and the share of a dead one goes
+to the others. A group is one request to one engine, which computes its prompt once.
 
 Of the waiting groups, those of the earlier batch come first, and in it those expected to take
 longest, so that what is left for the end of a batch is short. Each goes to the engine with the
 fewest expected tokens in flight; a turn of a conversation rather to the one that has its beginning
-in its cache (`Affinity`)."""
+in its cache (`Affinity`).
+
+What a group is expected to take is estimated from the responses that came back, for each kind and
+size of prompt, because a proof takes more tokens than a greeting. Two numbers of a group matter:
+the mean length, which is the work it makes, and the longest, which determines when the group is
+complete.
+
+`Members` are the engines of a fleet: which are there, which take new groups, whether any can be
+used."""
 
 import asyncio
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.fleet.lengths import ExpectedLength
+from megatron_r1.engines.server.errors import EngineError
+
+MEMORY_GROUPS = 64
+"""Groups over which the moving averages extend: lengths drift while a policy learns, by far less
+than a factor of two within one step of the paper's 512 groups."""
+ENOUGH_GROUPS = 4
+"""The groups of one kind of prompt that are needed to estimate that kind apart from the others."""
+
+
+@dataclass
+class ExpectedLength:
+    """The expected number of tokens of a response. mean: the mean over a group. longest: the
+    longest response of a group. num_groups: the number of groups that the estimate is made from."""
+
+    mean: float
+    longest: float
+    num_groups: int = 0
+
+    def update(self, mean: float, longest: float) -> None:
+        """Add a group: a plain average at first, later an exponential moving one."""
+        self.num_groups += 1
+        weight = 1 / min(self.num_groups, MEMORY_GROUPS)
+        self.mean += weight * (mean - self.mean)
+        self.longest += weight * (longest - self.longest)
+
+
+class LengthEstimator:
+    """Estimates response lengths from completed groups."""
+
+    def __init__(self) -> None:
+        self._averages: dict[tuple[str, int] | None, ExpectedLength] = {}
+
+    def estimate(self, kind: str, prompt_tokens: int, max_tokens: int) -> ExpectedLength:
+        """Return the expected length of a group's responses; before any group is known, a mean of
+        half of max_tokens and a longest of max_tokens."""
+        for key in (_length_key(kind, prompt_tokens), None):
+            average = self._averages.get(key)
+            if average is not None and (key is None or average.num_groups >= ENOUGH_GROUPS):
+                longest = min(average.longest, max_tokens)
+                return ExpectedLength(min(average.mean, longest), longest, average.num_groups)
+        return ExpectedLength(max_tokens / 2, max_tokens)
+
+    def add(self, kind: str, prompt_tokens: int, lengths: Sequence[int]) -> None:
+        """Add the response lengths (tokens) of one complete group."""
+        for key in (_length_key(kind, prompt_tokens), None):
+            average = self._averages.setdefault(key, ExpectedLength(0.0, 0.0))
+            average.update(sum(lengths) / len(lengths), max(lengths))
+
+
+def _length_key(kind: str, prompt_tokens: int) -> tuple[str, int]:
+    """Return the bucket of a prompt: its kind and the power of two of its length."""
+    return kind, prompt_tokens.bit_length()
+
 
 SLACK = 0.25
 """Sequences beyond what an engine decodes at once, as a share of it: they wait in the engine, so
@@ -172,3 +232,63 @@ class Dispatcher:
 
     def _has_room(self, engine: Engine) -> bool:
         return engine.num_occupied < self.limit
+
+
+Notify = Callable[[str], None]
+"""Called with a line for a person when an engine is replaced, joins or leaves."""
+
+
+class Members:
+    """The state that a fleet's push, retries and replacement share. Every change of `is_open` goes
+    through here, so that the dispatcher assigns groups to open engines only."""
+
+    def __init__(self, dispatcher: Dispatcher, notify: Notify) -> None:
+        self.dispatcher, self.notify = dispatcher, notify
+        self.engines: list[Engine] = []
+        self._refusal = "the fleet has no engines: call start() first"
+        """Why no call can be served; empty while calls can be."""
+
+    @property
+    def up(self) -> list[Engine]:
+        """Engines that answer and hold the current weights."""
+        return [engine for engine in self.engines if engine.is_up]
+
+    def begin(self) -> None:
+        """Start to accept `generate` and `score` calls."""
+        self._refusal = ""
+        self._update()
+
+    def fail(self, reason: Exception) -> None:
+        """Refuse every waiting and later call, with this reason."""
+        self._refusal = f"no engine can be used; stop and resume the run: {reason}"
+        self.dispatcher.fail(EngineError(self._refusal))
+
+    def require_usable(self) -> None:
+        """Raise EngineError if no call can be served."""
+        if self._refusal:
+            raise EngineError(self._refusal)
+
+    def set_open(self, engine: Engine, is_open: bool) -> None:
+        """Let an engine take new groups, or stop it from taking them."""
+        engine.is_open = is_open
+        self._update()
+
+    def put_up(self, engine: Engine, place_of: Engine) -> None:
+        """Let an engine with the current weights serve in the place of a member, or of itself."""
+        engine.is_up = engine.is_open = True
+        self.engines[self.engines.index(place_of)] = engine
+        self._update()
+
+    def take_down(self, engine: Engine) -> None:
+        """Exclude a dead engine from calls and pushes; it keeps its place for a replacement."""
+        engine.is_up = engine.is_open = False
+        self._update()
+
+    def remove(self, engine: Engine) -> None:
+        """Exclude an engine for good; harmless if it has left."""
+        self.take_down(engine)
+        if engine in self.engines:
+            self.engines.remove(engine)
+
+    def _update(self) -> None:
+        self.dispatcher.use(engine for engine in self.engines if engine.is_open)

@@ -5,31 +5,216 @@ parts of engines that are spread over several nodes.
     python -m megatron_r1.engines.fleet.host --controller tcp://node0:5557  # and MEGATRON_R1_TOKEN
 
 It may join and leave while the run goes on. It ends with its parent, and its engines end with it.
-It stops them by itself when the controller falls silent, so that an engine which the controller has
-given up on serves no more. Exit status: 0 the run is over, 1 no controller for `--patience`
-seconds, 2 a mistake of the user's, 143 SIGTERM or SIGINT."""
+It stops them by itself when the controller falls silent, so that an engine which the controller
+has given up on serves no more. Exit status: 0 the run is over, 1 no controller for `--patience`
+seconds, 2 a mistake of the user's, 143 SIGTERM or SIGINT.
+
+One authenticated ZeroMQ socket, which reconnects itself, is its connection to the controller
+(`HostLink`); its engines are started and stopped until they match the controller's orders
+(`LocalEngines`)."""
 
 import argparse
+import contextlib
+import os
 import signal
 import socket
+import socket as sockets
 import sys
+import threading
 import time
+import uuid
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import msgspec
+import zmq
+
+from megatron_r1.base import files
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files import access
-from megatron_r1.base.processes import lifetime
-from megatron_r1.base.processes.authentication import FILE, known_token
-from megatron_r1.engines.fleet.hosts.link import HostLink
-from megatron_r1.engines.fleet.hosts.local_engines import LocalEngines
-from megatron_r1.engines.fleet.hosts.wire import (
+from megatron_r1.base.processes import children
+from megatron_r1.base.processes.authentication import FILE, known_token, protect_client
+from megatron_r1.engines.fleet.host_messages import (
     REPORT_SECONDS,
+    EngineOrder,
     EngineReport,
     HostReport,
+    Orders,
     published_address,
     shared_memory_identity,
 )
+from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
+from megatron_r1.engines.server.server import EngineServer
+
+REFUSED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+
+
+class HostLink:
+    """Connects at once and again by itself; a report that cannot be sent now is dropped."""
+
+    def __init__(self, address: str, token: str) -> None:
+        """address: tcp://host:port of the controller. Raises UserError for another form."""
+        parts = urlsplit(address)
+        if parts.scheme != "tcp" or not parts.hostname or not parts.port:
+            raise UserError(
+                f"controller address {address!r}: must be tcp://host:port",
+                key="--controller",
+                cause=Cause.MALFORMED,
+            )
+        self.address, self._peer = address, (parts.hostname, parts.port)
+        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().hex.encode())
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues for a connection that is down
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        # A connection that went down silently is closed and tried again.
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 2_000)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
+        protect_client(self._socket, token)
+        self._monitor: zmq.Socket = self._socket.get_monitor_socket(REFUSED)
+        self._socket.connect(address)
+        self._decode = msgspec.msgpack.Decoder(Orders).decode
+
+    def send(self, report: HostReport) -> None:
+        """Send a report, or drop it while the connection is down: the next one repeats it."""
+        with contextlib.suppress(zmq.Again):
+            self._socket.send(msgspec.msgpack.encode(report), zmq.NOBLOCK)
+
+    def receive(self, timeout_seconds: float) -> Orders | None:
+        """Return the newest orders that arrive in time, or None. Raises UserError where they cannot
+        be read."""
+        newest = None
+        if self._socket.poll(int(timeout_seconds * 1000)):
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    newest = self._socket.recv(zmq.NOBLOCK)
+        if newest is None:
+            return None
+        try:
+            return self._decode(newest)
+        except msgspec.MsgspecError as error:
+            raise UserError(
+                f"the orders of the run at {self.address} cannot be read ({error}): start hosts "
+                "and run from the same commit",
+                key="--controller",
+                cause=Cause.CHANGED,
+            ) from error
+
+    def was_refused(self) -> bool:
+        """Return whether the controller has rejected this token since the last call."""
+        refused = False
+        while self._monitor.poll(0):
+            self._monitor.recv_multipart()
+            refused = True
+        return refused
+
+    def local_address(self) -> str:
+        """Return this host's address on the network that leads to the controller."""
+        family = sockets.getaddrinfo(*self._peer, type=sockets.SOCK_DGRAM)[0]
+        with sockets.socket(family[0], sockets.SOCK_DGRAM) as probe:
+            probe.connect(family[4])  # UDP: chooses a route, sends nothing
+            return probe.getsockname()[0]
+
+    def close(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close()
+
+
+@dataclass
+class LocalEngine:
+    """An engine that was ordered. server: None where it could not be started; `end` then has the
+    reason."""
+
+    order: EngineOrder
+    slot: int
+    server: EngineServer | None = None
+    end: str = ""
+    stopping: threading.Thread | None = field(default=None, compare=False)
+
+    def report(self) -> EngineReport:
+        if self.stopping is not None:
+            return EngineReport(self.order.engine, "stopping")
+        if self.server is None or not self.server.is_alive():
+            end = self.end or (self.server.describe_end() if self.server else "")
+            return EngineReport(self.order.engine, "ended", end=end)
+        url, coordinator = self.server.url, self.server.coordinator
+        return EngineReport(self.order.engine, "running", url=url, coordinator=coordinator)
+
+    def begin_stop(self) -> None:
+        """Stop the engine in a thread: it has seconds to end by itself, in which the host must go
+        on reporting."""
+        if self.stopping is None:
+            stop = self.server.stop if self.server else lambda: None
+            self.stopping = threading.Thread(target=stop, daemon=True)
+            self.stopping.start()
+
+
+class LocalEngines:
+    """At most `num_engines` engines, or parts of engines, on one host. Each has a slot, with a
+    share of the GPUs and a port."""
+
+    def __init__(
+        self, num_engines: int, address: str, first_port: int | None, logs: Path | None
+    ) -> None:
+        """address: the address of this host at which others reach the engines; they listen on no
+        other. first_port: the port of the engine in slot 0; None for any free port. logs: the
+        folder for the engines' logs; None for the controller's folder."""
+        self.num_engines, self.address = num_engines, address
+        self.first_port, self.logs = first_port, logs
+        self._engines: dict[str, LocalEngine] = {}
+
+    def follow(self, orders: list[EngineOrder]) -> None:
+        """Start ordered engines and stop others. Call from the main thread: engines end with the
+        thread that starts them."""
+        ordered = {order.engine for order in orders}
+        for name, engine in list(self._engines.items()):
+            if name not in ordered:
+                engine.begin_stop()
+            if engine.stopping is not None and not engine.stopping.is_alive():
+                del self._engines[name]
+        for order in orders:
+            slots = set(range(self.num_engines)) - {e.slot for e in self._engines.values()}
+            if order.engine not in self._engines and slots:
+                self._engines[order.engine] = self._start(order, min(slots))
+
+    def reports(self) -> list[EngineReport]:
+        return [engine.report() for engine in self._engines.values()]
+
+    def stop(self) -> None:
+        """Stop all engines at the same time, and wait until they have ended."""
+        for engine in self._engines.values():
+            engine.begin_stop()
+        for engine in self._engines.values():
+            if engine.stopping is not None:
+                engine.stopping.join()
+        self._engines = {}
+
+    def _start(self, order: EngineOrder, slot: int) -> LocalEngine:
+        log = self.logs / Path(order.log).name if self.logs else Path(order.log)
+        settings = dict(order.settings)
+        environment = dict(settings.pop("extra_env", None) or {})
+        engine = LocalEngine(order, slot)
+        try:
+            if settings.get("device") == "cuda":
+                environment |= gpus_of_slot(
+                    visible_gpus(os.environ), self.num_engines, slot, "--engines"
+                )
+            port = None if self.first_port is None else self.first_port + slot
+            here = {"host": self.address, "port": port, "part": order.part}
+            engine.server = EngineServer(
+                order.model, log, **settings, **here, extra_env=environment
+            )
+            engine.server.start()
+        except (EngineError, OSError, TypeError) as error:
+            engine.server, engine.end = None, str(error)
+        return engine
+
 
 POLL_SECONDS = 0.1
 FIRST_ANSWER_SECONDS = 10.0
@@ -170,11 +355,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Run an engine host until its controller or a signal ends it; exit with its status."""
-    lifetime.die_with_parent()
+    children.die_with_parent()
     try:
         options = parse()
         if options.folder is not None:
-            access.allow_as(options.folder)
+            files.allow_readers_as(options.folder)
         sys.exit(EngineHost(options).run())
     except UserError as error:
         print(f"megatron-r1 host: {error}", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""Places engines: on the controller's host, or on hosts that connect to it."""
+"""Places engines: on the controller's host, or on hosts that connect to it (`RemoteServer`: one
+engine on another host, or on several, with the interface of `EngineServer`); or takes vLLM
+servers that run already, and are neither started nor stopped here (`ExternalFleet`)."""
 
 import asyncio
 import contextlib
@@ -6,23 +8,164 @@ import functools
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import psutil
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.authentication import make_token
 from megatron_r1.config import RolloutConfig
+from megatron_r1.engines.fleet.dispatch import Notify
 from megatron_r1.engines.fleet.engine import Engine, MakeServer
-from megatron_r1.engines.fleet.hosts.pool import HostPool
-from megatron_r1.engines.fleet.hosts.remote_server import RemoteServer
-from megatron_r1.engines.fleet.hosts.wire import publish_address, withdraw_address
-from megatron_r1.engines.fleet.members import Notify
+from megatron_r1.engines.fleet.host_messages import publish_address, withdraw_address
+from megatron_r1.engines.fleet.host_pool import HostPool, RemoteEngine
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.client import GENERATE, EngineClient, is_healthy
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.server import EngineServer
+from megatron_r1.engines.server.server import EngineServer, RunningServer, Server
+
+REMOTE_STOP_SECONDS = 15.0
+"""An engine gets 5 seconds to end by itself; a host that reports nothing for longer counts as
+gone."""
+
+
+class RemoteServer(Server):
+    """An engine that is started on any host that has room, now or later."""
+
+    poll_seconds = 0.1
+
+    def __init__(self, pool: HostPool, model: Path, log_path: Path, **settings: Any) -> None:
+        """Prepare the engine; `start` orders it. settings: as for `RemoteEngine`."""
+        self.pool = pool
+        self.engine = RemoteEngine(model, log_path, pool.hosts_per_engine, settings)
+        self._is_stopped = False
+
+    @property
+    def is_lost(self) -> bool:
+        return bool(self.engine.loss)
+
+    @property
+    def url(self) -> str:
+        """The address, known once the host has started the server (after `wait_ready`)."""
+        if not self.engine.url:
+            raise EngineError("the engine has not been started on any host yet")
+        return self.engine.url
+
+    def start(self) -> None:
+        """Queue this engine for a host and return at once."""
+        self.pool.add(self.engine)
+
+    def is_alive(self) -> bool:
+        """Return whether the engine runs or waits for hosts."""
+        return not (self._is_stopped or self.engine.describe_end())
+
+    def stop(self) -> None:
+        """Stop the engine, and wait until its hosts report that; harmless if it has ended."""
+        if self._is_stopped:
+            return
+        self._is_stopped = True
+        self.pool.remove(self.engine)
+        deadline = time.monotonic() + REMOTE_STOP_SECONDS
+        while self.pool.still_has(self.engine) and time.monotonic() < deadline:
+            time.sleep(self.poll_seconds)
+
+    def describe_end(self) -> str:
+        running = "it was stopped" if self._is_stopped else "it is still running"
+        return self.engine.describe_end() or running
+
+    async def _is_ready(self) -> bool:
+        if self.pool.refusal and not self.engine.host_names:
+            raise EngineError(self.pool.refusal)
+        return bool(self.engine.url) and await is_healthy(self.engine.url)
+
+    def _why_not_ready(self) -> str:
+        hosts, parts = self.engine.host_names, self.engine.parts
+        if not hosts:
+            needed = "host" if len(parts) == 1 else f"{len(parts)} hosts"
+            return f"no {needed} had room for it ({self.pool.describe()})"
+        for part in parts:
+            if part.host is not None and (part.report is None or part.report.state != "running"):
+                return f"host {part.host.name} has not started it"
+        return (
+            f"it runs on host {hosts}, but {self.url} does not answer this host: it still loads "
+            f"(its log: {self.engine.log_path}), or a firewall is between them"
+        )
+
+
+EXTERNAL_ANSWER_SECONDS = 30.0
+
+
+class ExternalFleet(RolloutFleet):
+    """A fleet of servers that run already. A lost one may return within the time that an engine
+    gets to start; the others go on meanwhile."""
+
+    def __init__(
+        self, urls: Sequence[str], log_folder: Path, *, max_model_len: int, **settings: Any
+    ) -> None:
+        """max_model_len: the tokens that each server must have room for. settings: arguments of
+        `RolloutFleet`."""
+        super().__init__(len(urls), log_folder, max_model_len=max_model_len, **settings)
+        self.urls = list(urls)
+
+    def launch(self, index: int) -> Engine:
+        server = ExternalServer(self.urls[index], self.server_settings["max_model_len"])
+        client = ExternalClient(server.url, timeout_seconds=self.request_timeout_seconds)
+        return Engine(index, server, client, role=self.role)
+
+
+class ExternalClient(EngineClient):
+    """A client that does not rename the server's weights."""
+
+    async def set_version(self, version: int) -> None: ...
+
+
+class ExternalServer(RunningServer):
+    """A server that runs already. Only its answers show whether it is alive."""
+
+    poll_seconds = 1.0
+
+    def __init__(self, url: str, max_model_len: int) -> None:
+        super().__init__(url.rstrip("/"))
+        self.max_model_len = max_model_len
+        self._failure: Exception | None = None
+
+    async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
+        """Wait until the server answers, and check that it can score. Raises EngineError if it does
+        not answer in time, has too little room, or cannot score tokens."""
+        await super().wait_ready(timeout_seconds)
+        async with EngineClient(self.url, timeout_seconds=EXTERNAL_ANSWER_SECONDS) as client:
+            sampling = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+            call = {"token_ids": [0, 0], "sampling_params": sampling}
+            try:
+                await client.request("POST", GENERATE, call)
+            except EngineError as error:
+                raise EngineError(
+                    f"{error}: start the server with --enable-scale-out, which adds this address"
+                ) from error
+
+    async def _is_ready(self) -> bool:
+        try:
+            async with EngineClient(self.url, timeout_seconds=EXTERNAL_ANSWER_SECONDS) as client:
+                [card, *_] = msgspec.json.decode(await client.request("GET", "/v1/models"))["data"]
+        except (EngineError, ValueError, KeyError) as error:
+            self._failure = error
+            return False
+        room = card.get("max_model_len")
+        if room is not None and room < self.max_model_len:
+            raise EngineError(
+                f"{self.url} has room for {room} tokens, {self.max_model_len} are needed: start it "
+                f"with --max-model-len {self.max_model_len}"
+            )
+        return True
+
+    def _why_not_ready(self) -> str:
+        return f"{super()._why_not_ready()}: {self._failure}"
+
 
 RANK_GIB = 0.5
 """Memory of a rank of vLLM on a CPU, without weights and cache."""

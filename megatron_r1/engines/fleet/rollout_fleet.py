@@ -1,4 +1,6 @@
-"""All rollout engines of a run: one policy version everywhere, groups to the least loaded."""
+"""All rollout engines of a run: one policy version everywhere, groups to the least loaded.
+
+`swap_calls` are the calls with which an engine replaces its weights by those that it has received."""
 
 from __future__ import annotations
 
@@ -7,23 +9,45 @@ import contextlib
 import os
 import secrets
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_r1.engines.fleet.dispatch import Affinity, Dispatcher, Work
+from megatron_r1.engines.fleet.dispatch import (
+    Affinity,
+    Dispatcher,
+    ExpectedLength,
+    LengthEstimator,
+    Members,
+    Notify,
+    Work,
+)
 from megatron_r1.engines.fleet.engine import Engine, MakeServer
-from megatron_r1.engines.fleet.lengths import ExpectedLength, LengthEstimator
-from megatron_r1.engines.fleet.members import Members, Notify
-from megatron_r1.engines.fleet.replacement import DRAIN_SECONDS, Replacement
-from megatron_r1.engines.fleet.retries import RequestRetries
-from megatron_r1.engines.fleet.swap import EngineCall, swap_calls
+from megatron_r1.engines.fleet.recovery import DRAIN_SECONDS, Replacement, RequestRetries
 from megatron_r1.engines.server.client import EngineClient, UpdateInfo
 from megatron_r1.engines.server.errors import EngineDied, EngineError, PushIncomplete
 from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
-from megatron_r1.engines.server.limits import vocab_size
+from megatron_r1.engines.server.recipe import vocab_size
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.engines.server.server import EngineServer
+
+EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]
+
+
+def swap_calls(update_info: UpdateInfo, version: int, *, asleep: bool) -> list[EngineCall]:
+    """Return the calls that load a push as `version`, in order; after the last the engine samples.
+
+    asleep: the engine sleeps. An update while the weights sleep kills vLLM, and the memory of the
+    KV cache may hold the received weights until they are loaded, so it wakes after them."""
+    if not asleep:
+        return [lambda client: client.swap_weights(update_info, version, resume=True)]
+    return [
+        lambda client: client.wake("weights"),
+        lambda client: client.swap_weights(update_info, version, resume=False),
+        lambda client: client.wake("kv_cache"),
+        lambda client: client.resume(),
+    ]
+
 
 Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
 """A context that sends an engine the weights that the fleet's engines hold before its block begins.

@@ -17,7 +17,7 @@ def register() -> None:
     """Add our weight-transfer backends and patch vLLM. Repeated calls do nothing."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from megatron_r1.base.processes import lifetime
+    from megatron_r1.base.processes import children
     from megatron_r1.push.transports import TRANSPORTS
 
     for transport in TRANSPORTS:
@@ -28,33 +28,31 @@ def register() -> None:
     _patch()
     dump_stacks_on_signal()
     if multiprocessing.parent_process() is not None:
-        lifetime.die_with_parent()
+        children.die_with_parent()
 
 
 @functools.cache  # a second call would wrap each patch in itself
 def _patch() -> None:
     from vllm.platforms import current_platform
 
-    from megatron_r1.engines.plugin import (
-        deepseek_classes,
-        drafter,
-        expert_places,
-        failed_updates,
-        timeline_spans,
-        whole_outputs,
-    )
+    from megatron_r1.engines.plugin import patches as deepseek_classes
+    from megatron_r1.engines.plugin import patches as drafter
+    from megatron_r1.engines.plugin import patches as expert_places
+    from megatron_r1.engines.plugin import patches as failed_updates
+    from megatron_r1.engines.plugin import patches as timeline_spans
+    from megatron_r1.engines.plugin import whole_outputs
 
-    deepseek_classes.apply()
-    drafter.apply()
-    expert_places.apply()
-    failed_updates.apply()
+    deepseek_classes.correct_deepseek_classes()
+    drafter.push_to_drafters()
+    expert_places.keep_expert_places()
+    failed_updates.keep_ranks_in_step()
     whole_outputs.apply()
     if current_platform.is_cpu():
-        from megatron_r1.engines.plugin import cpu_parallel, cpu_patches, cpu_routing
+        from megatron_r1.engines.plugin import cpu_parallel, cpu_patches
 
-        for patches in (cpu_patches, cpu_parallel, cpu_routing):
+        for patches in (cpu_patches, cpu_parallel, cpu_patches):
             patches.apply()
-    timeline_spans.apply()
+    timeline_spans.record_spans()
 
 
 def dump_stacks_on_signal() -> None:

@@ -3,7 +3,22 @@
 Weights arrive while the engine generates (`ReceiveBuffer`). An update, for which the engine is
 paused, waits until a push is complete and correct, and loads it layer by layer. An engine whose
 update fails before that keeps all its old weights; a later failure leaves it unusable, with an
-error."""
+error.
+
+`DeliveryCheck` verifies that the engine computes with the weights that arrived. The checksums of a
+push end in the receive buffer. An engine that loads nothing from there, or all but one layer,
+computes on with old weights. The probes detect that in float32; in bfloat16 their tolerance is
+above what an optimizer step changes. So tensors are compared around a load:
+
+- one that is kept as it arrives (`CheckpointParameter.is_live`, the router's bias) must equal what
+  arrived;
+- of the others vLLM's kernels have forms of their own, in which a small change of a scale may be
+  rounded away. Where other values arrived for a layer than in the push before, one of its tensors
+  must change.
+
+A pass over all weights would be a large part of the pause, so large layers take turns: an engine
+that loads nothing shows at once, and a single large layer that stays old when it is its turn. One
+above CPU_BYTES or GPU_BYTES is never compared."""
 
 import datetime
 from collections.abc import Mapping, Sequence
@@ -21,14 +36,91 @@ from vllm.platforms import current_platform
 from megatron_r1.base.processes import timeline
 from megatron_r1.engines.plugin import BACKEND_PREFIX, swap
 from megatron_r1.engines.plugin.cpu_patches import is_packed
-from megatron_r1.engines.plugin.delivery import DeliveryCheck
-from megatron_r1.engines.plugin.memory_layout import lay_out, with_gaps
+from megatron_r1.engines.plugin.memory_layout import PlacedParameter, lay_out, with_gaps
 from megatron_r1.engines.plugin.recorder import CheckpointParameter, LoaderCopy, record
+from megatron_r1.push.checksum import checksum
 from megatron_r1.push.rendezvous import EngineRendezvous
-from megatron_r1.push.results import StoreUnreachable
+from megatron_r1.push.results import StoreUnreachable, UndeliveredPush
 from megatron_r1.push.table import SlotTable
 from megatron_r1.push.transports import receiver_class
 from megatron_r1.push.transports.base import Receiver
+
+SMALL_BYTES = 1 << 16
+"""Layers of at most so many bytes are compared in every push."""
+CPU_BYTES, GPU_BYTES = 1 << 24, 1 << 31
+"""Bytes of larger layers that are compared per push: 8 ms of a core at 4 GB/s, which reads them
+before and after."""
+
+
+class DeliveryCheck:
+    """Compares layers before and after each load. owners: for every slot of the engine rank's
+    table, the parameter that it belongs to."""
+
+    def __init__(self, owners: Sequence[PlacedParameter]):
+        self._owners = owners
+        layers: dict[torch.nn.Module, list[PlacedParameter]] = {}
+        for placed in dict.fromkeys(owners):
+            layers.setdefault(placed.parameter.layer, []).append(placed)
+        self._turns = list(layers.values())
+        """The parameters of each layer; layers that were compared longest ago first."""
+        self._before: list[tuple[list[PlacedParameter], PlacedParameter, list[int]]] = []
+        """Each layer compared in this load: its parameters, a new one of them, and checksums."""
+
+    def begin(self, changed: set[int]) -> None:
+        """Note the tensors in use before a load. changed: the slots for which other values
+        arrived than in the push before."""
+        arrived = {self._owners[slot] for slot in changed}
+        left = CPU_BYTES if current_platform.is_cpu() else GPU_BYTES
+        self._before = []
+        for layer in list(self._turns):
+            new = [placed for placed in layer if placed in arrived and not placed.parameter.is_live]
+            tensors = _in_use(layer) if new else []
+            size = sum(tensor.nbytes for tensor in tensors)
+            if not tensors or (size > SMALL_BYTES and size > left):
+                continue
+            self._before.append((layer, new[0], _checksums(tensors)))
+            if size > SMALL_BYTES:
+                left -= size
+                self._turns.remove(layer)
+                self._turns.append(layer)
+
+    def end(self, push: int, loaded: Sequence[PlacedParameter], memory: torch.Tensor) -> None:
+        """Compare after a load of the parameters `loaded` from `memory`. Raises UndeliveredPush,
+        naming the tensors that the engine does not compute with."""
+        wrong = [
+            placed for placed in loaded if placed.parameter.is_live and not _equals(placed, memory)
+        ]
+        wrong += [
+            placed for layer, placed, before in self._before if _checksums(_in_use(layer)) == before
+        ]
+        if wrong:
+            names = ", ".join(placed.parameter.title for placed in wrong[:5])
+            raise UndeliveredPush(
+                f"push {push}: {len(wrong)} tensors arrived and are not what the engine computes "
+                f"with: {names}{', ...' if len(wrong) > 5 else ''}"
+            )
+
+
+def _in_use(layer: Sequence[PlacedParameter]) -> list[torch.Tensor]:
+    """Return the tensors that the engine computes with, except those that it keeps as they arrive.
+    Those that vLLM keeps outside of the layer, as matrices packed for oneDNN, are not among them.
+    """
+    found = [
+        getattr(placed.parameter.layer, placed.parameter.name, None)
+        for placed in layer
+        if not placed.parameter.is_live
+    ]
+    return [t for t in found if t is not None and t.numel() and not t.is_meta]
+
+
+def _equals(placed: PlacedParameter, memory: torch.Tensor) -> bool:
+    in_use = getattr(placed.parameter.layer, placed.parameter.name)
+    return _checksums([in_use]) == _checksums([placed.value(memory).to(in_use.device)])
+
+
+@torch.no_grad()
+def _checksums(tensors: Sequence[torch.Tensor]) -> list[int]:
+    return [checksum(t.reshape(-1, t.shape[-1] if t.dim() > 1 else 1)) for t in tensors]
 
 
 @dataclass
@@ -70,7 +162,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
     update_info_cls = PushUpdateInfo
 
     drafter: torch.nn.Module | None = None
-    """The MTP layer that vLLM drafts with (`engines.plugin.drafter`)."""
+    """The MTP layer that vLLM drafts with (`engines.plugin.patches`)."""
     _receiver: Receiver | None = None
     _store: list | None = None
     _recorded: tuple[list, SlotTable] | None = None

@@ -13,9 +13,9 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from megatron_r1.base.processes import lifetime, timeline
+from megatron_r1.base.processes import children, timeline
+from megatron_r1.base.processes.allocators import keep_freed_memory
 from megatron_r1.base.processes.imports import without_garbage_collection
-from megatron_r1.base.processes.memory import keep_freed_memory
 from megatron_r1.engines.plugin import dump_stacks_on_signal, register
 
 READ_LATE = frozenset(
@@ -58,7 +58,7 @@ def fork_on_cpu() -> None:
 
 def begin_child() -> None:
     """Prepare a forked process."""
-    lifetime.die_with_parent()
+    children.die_with_parent()
     # A forked child inherits the event loop's wakeup descriptor. Through it a SIGTERM to this rank,
     # which vLLM sends when another rank has died, would reach the server: the server would shut
     # down and wait for ever for requests that are no longer computed, instead of failing them.
@@ -96,7 +96,7 @@ def preload() -> None:
 
 def main() -> None:
     """Serve until a signal."""
-    lifetime.end_without_parent()
+    children.end_without_parent()
     dump_stacks_on_signal()
     os.register_at_fork(after_in_child=begin_child)
     timeline.reached("engine/process begins")
@@ -106,10 +106,10 @@ def main() -> None:
     from vllm.entrypoints.launchers.api_server.entry import main as serve
     from vllm.platforms import current_platform
 
-    from megatron_r1.engines.plugin import samples_endpoint, swap_endpoint
+    from megatron_r1.engines.plugin import endpoints
 
-    swap_endpoint.add()
-    samples_endpoint.add()
+    endpoints.add_swap()
+    endpoints.add_samples()
     if current_platform.is_cpu():
         fork_on_cpu()
         keep_freed_memory(also_large=True)

@@ -10,7 +10,6 @@ from typing import Any, Literal, Self, TypeVar
 import aiohttp
 import msgspec
 
-from megatron_r1.engines.server.compact_reply import MEDIA_TYPE, read_responses
 from megatron_r1.engines.server.errors import (
     ConnectionBroken,
     EngineDied,
@@ -19,8 +18,14 @@ from megatron_r1.engines.server.errors import (
     EngineTimeout,
     PushIncomplete,
 )
-from megatron_r1.engines.server.responses import Response, parse_responses, parse_scores
-from megatron_r1.models.routing_shape import RoutingShape
+from megatron_r1.engines.server.responses import (
+    MEDIA_TYPE,
+    Response,
+    parse_responses,
+    parse_scores,
+    read_responses,
+)
+from megatron_r1.models.experts import RoutingShape
 
 BODY_EXCERPT_CHARS = 500
 HEALTH_SECONDS = 5.0

@@ -18,7 +18,7 @@ class EngineDied(EngineError):
     """The engine's process has ended or hangs: another engine may serve the request."""
 
     KIND = "core_ended"
-    """"kind" of the reply of a server whose core has ended (`engines.plugin.swap_endpoint`)."""
+    """"kind" of the reply of a server whose core has ended (`engines.plugin.endpoints`)."""
 
 
 class NoWeights(EngineError):
@@ -39,7 +39,7 @@ class PushIncomplete(EngineFault):
     """The engine did not get all of a push, and still has the weights before it."""
 
     KIND = "incomplete_push"
-    """"kind" of the reply (`engines.plugin.swap_endpoint`)."""
+    """"kind" of the reply (`engines.plugin.endpoints`)."""
 
 
 class ConnectionBroken(EngineFault):

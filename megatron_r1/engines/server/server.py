@@ -1,21 +1,25 @@
-"""One vLLM API server as a child process: its start, its log, its end."""
+"""One vLLM API server as a child process: its start, its log (also a temporary one), its end."""
 
 import asyncio
+import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from r1_grading.base.lifetime import owns_number
 
 from megatron_r1.base.errors import UserError
-from megatron_r1.base.processes import children, out_of_memory, preloaded
-from megatron_r1.base.processes.leftovers import Scratch, shared_files
-from megatron_r1.base.processes.logs import file_excerpt
+from megatron_r1.base.processes import children, diagnosis, preloaded
+from megatron_r1.base.processes.diagnosis import file_excerpt
+from megatron_r1.base.processes.held import Scratch, shared_files
 from megatron_r1.base.processes.preloaded import ForkedProcess
 from megatron_r1.engines.server.client import is_healthy
 from megatron_r1.engines.server.errors import EngineError
@@ -152,7 +156,7 @@ class EngineServer(Server):
         if part is not None:
             arguments += part.arguments(self.settings.data, self.coordinator)
         self._scratch = Scratch()
-        self._kills_before = out_of_memory.num_kills()
+        self._kills_before = diagnosis.num_oom_kills()
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         environment = self._scratch.environment() | self.environment
         self.process = preloaded.start(MODULE, arguments, self.log_path, environment)
@@ -189,7 +193,7 @@ class EngineServer(Server):
         if code is not None and code < 0:
             how = f"signal {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
-            how += out_of_memory.explanation(self._kills_before, REMEDY)
+            how += diagnosis.oom_explanation(self._kills_before, REMEDY)
         return f"{how}; from {self.log_path}:\n{self.log_excerpt()}"
 
     def log_excerpt(self) -> str:
@@ -234,3 +238,19 @@ def read_model_config(model: Path) -> dict:
             f'{config} has no "architectures": vLLM does not know which model this is'
         )
     return hf
+
+
+@contextlib.contextmanager
+def temporary_logs() -> Iterator[Path]:
+    """Provide a temporary folder for the logs of engines. It stays where an engine fails, whose
+    error names its log."""
+    folder = Path(tempfile.mkdtemp(prefix="megatron_r1_logs_"))
+    failed = False
+    try:
+        yield folder
+    except EngineError:
+        failed = True
+        raise
+    finally:
+        if not failed:
+            shutil.rmtree(folder, ignore_errors=True)

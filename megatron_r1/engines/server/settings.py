@@ -11,12 +11,12 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
-from megatron_r1.base.processes import gpu_allocator
+from megatron_r1.base.processes import allocators
 from megatron_r1.models.hf_config import implied
 
 MODULE = "megatron_r1.engines.plugin.serve"
 """What an engine's process runs."""
-MIDDLEWARE = "megatron_r1.engines.plugin.admission.Admission"
+MIDDLEWARE = "megatron_r1.engines.plugin.endpoints.Admission"
 SECRET = "VLLM_API_KEY"
 """Environment variable from which vLLM, and `Admission`, read an engine's secret."""
 
@@ -72,7 +72,7 @@ class EngineSettings:
     weight_transfer_backend: a name registered by `engines.plugin`.
     return_routing: add the experts of every token to each response (a model with experts only).
         On a GPU vLLM has this in its second model runner and with prefix caching; on a CPU
-        `engines.plugin.cpu_routing` adds it, without.
+        `engines.plugin.cpu_patches` adds it, without.
     tensor, pipeline, data, expert_parallel: how ranks share the model; see `RolloutConfig`.
     gpu_memory: share of each GPU's memory that the engine takes (GPU only); None for vLLM's
         default.
@@ -158,7 +158,7 @@ class EngineSettings:
         if self.return_routing and self.device != "cpu":
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
         if self.device != "cpu" and self.weight_transfer_backend.endswith("_cuda_ipc"):
-            environment |= gpu_allocator.of_exporting_engine(os.environ)
+            environment |= allocators.exporting_engine_allocator(os.environ)
         if self.part is not None:
             environment |= network_environment(self.host)
         # SECRET also where it is empty: the user's own VLLM_API_KEY is not for our engines.

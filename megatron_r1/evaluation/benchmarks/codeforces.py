@@ -10,8 +10,14 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.records import require_text
-from megatron_r1.evaluation.benchmarks.base import Benchmark, Question, code_limits
-from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
+from megatron_r1.evaluation.benchmarks.base import (
+    Benchmark,
+    Options,
+    Question,
+    Rows,
+    code_limits,
+    pick_columns,
+)
 
 NAMES = (
     *("id", "title", "description", "input_format", "output_format", "interaction_format"),

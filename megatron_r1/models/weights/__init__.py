@@ -26,7 +26,7 @@ from megatron_r1.models.weights.layout import (
     num_parameters,
     stage_shards,
 )
-from megatron_r1.models.weights.rules import Piece
+from megatron_r1.models.weights.table import Piece
 
 _HOME = {
     "initialize": "reading",

@@ -9,8 +9,7 @@ from math import prod
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.models.pipeline_stages import pipeline_stages
-from megatron_r1.models.weights.decoder import table
-from megatron_r1.models.weights.rules import Piece, Rule, Shape, Table, stacked, whole
+from megatron_r1.models.weights.table import Piece, Rule, Shape, Table, stacked, table, whole
 
 AxisRank = tuple[int, int]
 """(rank, number of ranks) along one parallel axis."""

@@ -19,18 +19,17 @@ import torch.distributed as dist
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync, make_folder
 from megatron_r1.models.hf_config import has_score_head
-from megatron_r1.models.weights.decoder import table
 from megatron_r1.models.weights.local import has_mtp, local_pieces, merged
-from megatron_r1.models.weights.rules import Piece
-from megatron_r1.models.weights.stacked import StackedPart, stacked_part
 from megatron_r1.models.weights.stored import hf_folder
-from megatron_r1.models.weights.stored.raw import write_box
-from megatron_r1.models.weights.stored.safetensors_file import (
+from megatron_r1.models.weights.stored.published import StackedPart, stacked_part
+from megatron_r1.models.weights.stored.tensor_files import (
     FilePlan,
     PlannedTensor,
     plan_file,
     stored_tensors,
+    write_box,
 )
+from megatron_r1.models.weights.table import Piece, table
 
 BLOCK_BYTES = 256 << 20
 """The most bytes of a parameter that are copied to the host at once."""

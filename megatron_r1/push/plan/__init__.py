@@ -15,8 +15,7 @@ Words besides those of `megatron_r1.push`:
 - bundle: parts of a share that come from one sender.
 - entry: all parts that one trainer rank sends to one engine rank."""
 
-from megatron_r1.push.plan.planner import Planner
-from megatron_r1.push.plan.ranks import Coordinate, EngineLayout, TrainerGrid
+from megatron_r1.push.plan.planner import Coordinate, EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.tensors import Region
 
 __all__ = ["Coordinate", "EngineLayout", "Planner", "Region", "TrainerGrid"]

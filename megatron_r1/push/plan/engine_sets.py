@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import NamedTuple
 
-from megatron_r1.models.weights.stored.fp8 import BLOCK, is_quantized
+from megatron_r1.models.weights.stored.published import BLOCK, is_quantized
 from megatron_r1.push.plan.planner import Planner
 from megatron_r1.push.plan.tensors import CountBytes, HFTensor, Region
 

@@ -1,18 +1,267 @@
 """The regions of each tensor that trainer ranks hold and that engine ranks need, from which
-`engine_sets` makes the plan."""
+`engine_sets` makes the plan. No torch.
+
+Trainer ranks: Megatron-Core's default order is tp-cp-ep-dp-pp: ranks of dense parameters count
+tensor fastest, then context, data, pipeline; ranks of experts expert-tensor fastest, then expert,
+expert-data, pipeline.
+
+Engine ranks (`PredictedLayout`, before any engine runs): the weight table that lays a model out
+over Megatron's ranks also determines how vLLM splits it: each split of `models.weights.table` has
+a counterpart here. vLLM 0.32's classes:
+
+    column_parallel   ColumnParallelLinear, MergedColumnParallelLinear
+    row_parallel      RowParallelLinear
+    whole             ReplicatedLinear, norms
+    vocab_parallel    VocabParallelEmbedding, ParallelLMHead
+    QueryGroups       QKVParallelLinear
+
+Routed experts are FusedMoE's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.weights.decoder import table
+from megatron_r1.models.hf_config import model_family, padded_vocabulary
 from megatron_r1.models.weights.layout import Shard, stage_shards
-from megatron_r1.models.weights.rules import whole
-from megatron_r1.push.plan.predicted_layout import PredictedLayout
-from megatron_r1.push.plan.ranks import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors
+from megatron_r1.models.weights.table import (
+    QueryGroups,
+    Shape,
+    column_parallel,
+    row_parallel,
+    table,
+    vocab_parallel,
+    whole,
+)
+from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors, is_tied
+
+if TYPE_CHECKING:
+    from megatron_r1.config.training import ParallelConfig
+
+
+@dataclass(frozen=True)
+class TrainerGrid:
+    """Sizes of the trainer's parallel axes over `world` ranks."""
+
+    world: int
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+
+    @classmethod
+    def from_recipe(cls, parallel: ParallelConfig, world: int) -> TrainerGrid:
+        """Return the grid of `world` ranks under a recipe's `parallel` section. Raises UserError
+        where they cannot be divided so."""
+        parallel.check_sizes(world)
+        axes = {"tensor", "pipeline", "context", "expert", "expert_tensor"}
+        return cls(world, **parallel.model_dump(include=axes))
+
+    @property
+    def expert_model(self) -> int:
+        return self.expert_tensor * self.expert
+
+    @property
+    def stage_ranks(self) -> int:
+        return self.world // self.pipeline
+
+    def dense_replicas(self, stage: int, tensor: int) -> range:
+        """Return the ranks that hold the same part of a tensor-parallel parameter, in order."""
+        start = stage * self.stage_ranks
+        return range(start + tensor, start + self.stage_ranks, self.tensor)
+
+    def whole_replicas(self, stage: int) -> range:
+        """Return the ranks that hold a parameter that no axis splits: all of the stage."""
+        return range(stage * self.stage_ranks, (stage + 1) * self.stage_ranks)
+
+    def expert_replicas(self, stage: int, expert_tensor: int, expert: int) -> range:
+        """Return the ranks that hold the same part of the same experts, in order."""
+        start = stage * self.stage_ranks
+        first = expert * self.expert_tensor + expert_tensor
+        return range(start + first, start + self.stage_ranks, self.expert_model)
+
+
+class Coordinate(NamedTuple):
+    """One rank's position within its engine."""
+
+    pipeline: int
+    data: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class EngineLayout:
+    """The layout of `engines` engines of pipeline x data x tensor ranks each. The fields have the
+    names of the recipe's keys in `rollout`, and of the argument `layout` of "connect_sets".
+
+    expert_parallel: whether routed experts are spread whole over the data x tensor ranks of a stage
+    (--enable-expert-parallel); otherwise each expert is split over them. As in vLLM, the rank
+    within an engine counts tensor fastest, then pipeline, then data; global ranks count engine
+    after engine."""
+
+    engines: int = 1
+    tensor: int = 1
+    data: int = 1
+    pipeline: int = 1
+    expert_parallel: bool = False
+
+    @property
+    def ranks_per_engine(self) -> int:
+        return self.tensor * self.data * self.pipeline
+
+    @property
+    def num_ranks(self) -> int:
+        return self.engines * self.ranks_per_engine
+
+    def coordinate(self, rank: int) -> Coordinate:
+        """Return the coordinate, within its engine, of global engine rank `rank`."""
+        within, tensor = divmod(rank % self.ranks_per_engine, self.tensor)
+        data, pipeline = divmod(within, self.pipeline)
+        return Coordinate(pipeline, data, tensor)
+
+
+DRAFTER_WHOLE = ".eh_proj.weight"
+"""The end of a tensor's name: vLLM's drafter has this plain linear layer on every rank, where
+Megatron splits it."""
+
+SHARED_EXPERTS = ".shared_experts."
+
+
+class PredictedLayout:
+    """The regions that the ranks of one engine need of the model that `hf` describes.
+
+    A plan is made of this where no engine runs; a push is planned with `ReceiverLayout`. drafts:
+    whether the engine drafts with the MTP layers, on its last stage, and so needs them.
+    whole_shared: whether every tensor rank has the shared experts whole. Raises UserError where
+    vLLM cannot split the model so."""
+
+    def __init__(self, hf: dict, layout: EngineLayout, *, drafts: bool = False):
+        self.layout, self.table = layout, table(hf)
+        heads = hf["num_attention_heads"]
+        if heads % layout.tensor:
+            raise UserError(
+                f"rollout.tensor={layout.tensor} does not divide num_attention_heads={heads}; "
+                f"choose a divisor of {heads}",
+                key="rollout.tensor",
+                cause=Cause.INDIVISIBLE,
+            )
+        self._stage_layers = stage_layers(len(self.table.layers), layout.pipeline)
+        if drafts:
+            start, end = self._stage_layers[-1].start, len(self.table.layers + self.table.mtp)
+            self._stage_layers[-1] = range(start, end)
+        on_last_stage = is_tied(self.table) or drafts
+        self._embedding_stages = sorted({0, layout.pipeline - 1} if on_last_stage else {0})
+        self._end_stages = [layout.pipeline - 1]
+        family = model_family(hf)
+        if family.stacked:  # vLLM's class of gpt-oss has both ends on every stage
+            self._embedding_stages = self._end_stages = list(range(layout.pipeline))
+        # vllm/config/parallel.py, use_sequence_parallel_moe: each rank's tokens are its own there.
+        splits_tokens = layout.expert_parallel and layout.tensor > 1 and layout.data > 1
+        self.whole_shared = splits_tokens and family.whole_shared
+        self._num_expert_ranks = layout.data * layout.tensor
+
+    def tensors(self, coordinate: Coordinate) -> Iterator[HFTensor]:
+        """Yield the tensors of which the rank at `coordinate` needs a part, in checkpoint order."""
+        parts = {"layers"}
+        if coordinate.pipeline in self._embedding_stages:
+            parts.add("embedding")
+        if coordinate.pipeline in self._end_stages:
+            parts |= {"final_norm", "head"}
+        expert_parallel = self.layout.expert_parallel
+        rank = coordinate.data * self.layout.tensor + coordinate.tensor
+        experts = self._experts_on(rank) if expert_parallel else range(self.table.num_experts)
+        return checkpoint_tensors(
+            self.table, parts, self._stage_layers[coordinate.pipeline], experts
+        )
+
+    def needed(self, coordinate: Coordinate) -> Iterator[tuple[HFTensor, Region]]:
+        """Yield each tensor that the rank at `coordinate` needs, with the region it needs."""
+        for tensor in self.tensors(coordinate):
+            region = self.region(tensor, coordinate)
+            if region is not None:
+                yield tensor, region
+
+    @cached_property
+    def regions(self) -> dict[str, dict[Region, list[int]]]:
+        """What the ranks of one engine need: HF name -> region -> the ranks that need it."""
+        found: dict[str, dict[Region, list[int]]] = {}
+        for rank in range(self.layout.ranks_per_engine):
+            for tensor, region in self.needed(self.layout.coordinate(rank)):
+                found.setdefault(tensor.name, {}).setdefault(region, []).append(rank)
+        return found
+
+    def region(self, tensor: HFTensor, coordinate: Coordinate) -> Region | None:
+        """Return the region of `tensor` that the rank at `coordinate` needs, or None."""
+        rule, shape = tensor.rule, tensor.shape
+        rank, num_ranks = coordinate.tensor, self.layout.tensor
+        if rule.split is whole and tensor.expert is not None and not self.layout.expert_parallel:
+            # The bias behind an expert's sum over ranks: the first of them adds it.
+            return None if coordinate.data or coordinate.tensor else Region.whole(shape)
+        if rule.split is whole or tensor.name.endswith(DRAFTER_WHOLE):
+            return Region.whole(shape)
+        if self.whole_shared and SHARED_EXPERTS in tensor.name:
+            return Region.whole(shape)
+        if tensor.expert is not None:
+            if self.layout.expert_parallel:
+                return Region.whole(shape)
+            # Without expert parallelism vLLM splits experts over data x tensor ranks alike.
+            rank, num_ranks = coordinate.data * num_ranks + rank, self._num_expert_ranks
+        if rule.split in (row_parallel, column_parallel):
+            dim = 1 if rule.split is row_parallel else 0
+            if shape[dim] % num_ranks:
+                self._refuse(tensor, shape[dim], num_ranks)
+            return _equal_share(shape, dim, rank, num_ranks)
+        if rule.split is vocab_parallel:
+            padded = padded_vocabulary(shape[0])
+            if padded % num_ranks:
+                self._refuse(tensor, padded, num_ranks)
+            start, end = rank * padded // num_ranks, min((rank + 1) * padded // num_ranks, shape[0])
+            return Region.along(shape, 0, start, end - start) if start < end else None
+        assert isinstance(rule.split, QueryGroups)
+        groups = rule.split.num_groups
+        if tensor.source == 0 or groups % num_ranks == 0:
+            return _equal_share(shape, 0, rank, num_ranks)
+        # There are fewer key-value heads than ranks, so several ranks have the same one.
+        return _equal_share(shape, 0, rank * groups // num_ranks, groups)
+
+    def _refuse(self, tensor: HFTensor, size: int, num_ranks: int) -> NoReturn:
+        keys, remedy = f"rollout.tensor={self.layout.tensor}", ""
+        padded = "" if size in tensor.shape else " padded rows"
+        if tensor.expert is not None:
+            keys += f" x rollout.data={self.layout.data}"
+            remedy = ", or set rollout.expert_parallel: true"
+        raise UserError(
+            f"{keys}: {num_ranks} engine ranks cannot share {tensor.name} {tensor.shape}, as size "
+            f"{num_ranks} does not divide {size}{padded}; choose a divisor of {size}{remedy}",
+            key="rollout.tensor",
+            cause=Cause.INDIVISIBLE,
+        )
+
+    def _experts_on(self, rank: int) -> range:
+        """Return the routed experts on a rank of a stage under expert parallelism (FusedMoE, linear
+        placement: the first ranks have one more where they do not divide)."""
+        per_rank, rest = divmod(self.table.num_experts, self._num_expert_ranks)
+        start = rank * per_rank + min(rank, rest)
+        return range(start, start + per_rank + (rank < rest))
+
+
+def stage_layers(num_layers: int, num_stages: int) -> list[range]:
+    """Return the decoder layers of each pipeline stage. Where the stages do not divide them, the
+    stages before the last have one more (vllm/distributed/utils.py, get_pp_indices)."""
+    lengths = [num_layers // num_stages] * num_stages
+    for i in range(2, num_layers % num_stages + 2):
+        lengths[-i] += 1
+    starts = [sum(lengths[:i]) for i in range(num_stages)]
+    return [range(s, s + n) for s, n in zip(starts, lengths, strict=True)]
+
+
+def _equal_share(shape: Shape, dim: int, rank: int, num_ranks: int) -> Region:
+    length = shape[dim] // num_ranks
+    return Region.along(shape, dim, rank * length, length)
 
 
 class Needs(Protocol):

@@ -5,13 +5,11 @@ from collections.abc import Iterator
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
-from megatron_r1.config.engines import LAYOUT
-from megatron_r1.config.push import PushConfig
+from megatron_r1.config.rollout import LAYOUT, PushConfig
 from megatron_r1.models.hf_config import model_family
-from megatron_r1.models.weights.decoder import table
 from megatron_r1.models.weights.layout import recipe_stages
-from megatron_r1.models.weights.rules import whole
-from megatron_r1.models.weights.stored.fp8 import BLOCK, is_quantized
+from megatron_r1.models.weights.stored.published import BLOCK, is_quantized
+from megatron_r1.models.weights.table import table, whole
 from megatron_r1.push.plan.engine_sets import (
     SET_ENGINES,
     Plan,
@@ -19,9 +17,7 @@ from megatron_r1.push.plan.engine_sets import (
     entries,
     largest_bundle,
 )
-from megatron_r1.push.plan.planner import Planner
-from megatron_r1.push.plan.predicted_layout import PredictedLayout
-from megatron_r1.push.plan.ranks import EngineLayout, TrainerGrid
+from megatron_r1.push.plan.planner import EngineLayout, Planner, PredictedLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import (
     HFTensor,
     Region,

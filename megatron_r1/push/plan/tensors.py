@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
-from megatron_r1.models.weights.decoder import table
 from megatron_r1.models.weights.layout import hf_tensors
-from megatron_r1.models.weights.rules import Piece, Rule, Shape, Table
-from megatron_r1.models.weights.stored.fp8 import BLOCK, is_quantized, scale_name, scale_shape
+from megatron_r1.models.weights.stored.published import BLOCK, is_quantized, scale_name, scale_shape
+from megatron_r1.models.weights.table import Piece, Rule, Shape, Table, table
 
 
 @dataclass(frozen=True)

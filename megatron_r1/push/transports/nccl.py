@@ -16,16 +16,16 @@ import torch
 from megatron_r1.push.rendezvous import Half, Peer, RankRounds
 from megatron_r1.push.transports.base import Sender, gpu_uuid
 from megatron_r1.push.transports.blocks import BlockReceiver
-from megatron_r1.push.transports.device_memory import share_memory
-from megatron_r1.push.transports.nccl_library import NcclError
-from megatron_r1.push.transports.round_runner import (
+from megatron_r1.push.transports.nccl_rounds import (
     LONGEST_PAUSE,
     Communicator,
+    NcclError,
     PushStreams,
     Round,
     RoundRunner,
     Transfer,
 )
+from megatron_r1.push.transports.shared_memory import share_memory
 
 CLOSE_SECONDS = 5.0
 """How long `close` waits for the thread that receives."""

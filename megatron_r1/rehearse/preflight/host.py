@@ -1,14 +1,19 @@
-"""Versions, memory, clock, ports and sandbox of a node."""
+"""A node as its ranks find it: versions, memory, clock, ports, sandbox, and the run folder:
+writable, the same for every node, fast, and with locks that hold."""
 
 import contextlib
 import hashlib
 import os
 import platform as system
+import secrets
+import shutil
 import socket
+import statistics
 import struct
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -19,10 +24,12 @@ from r1_grading.sandbox import require_sandbox
 
 import megatron_r1
 from megatron_r1.base.errors import UserError
+from megatron_r1.base.files import fsync
 from megatron_r1.config import Config
 from megatron_r1.evaluation.identity import versions as package_versions
 from megatron_r1.models import platform
-from megatron_r1.rehearse.preflight.facts import Memory, Place
+from megatron_r1.rehearse.preflight.exchange import Folder, Memory, Place, RankProgress
+from megatron_r1.reporting.run_folder import LOCK, FolderLock, is_locked
 
 GPU_PACKAGES = ("transformer-engine", "flash-attn", "triton", "deep-ep", "apex")
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -176,3 +183,107 @@ def lookup_seconds(address: str) -> float:
 
     with ThreadPoolExecutor(LOOKUPS) as threads:
         return max(threads.map(look_up, range(LOOKUPS)))
+
+
+NUM_BYTES = 64 << 20
+"""Size of the file that each node writes, and whose copy of the next node it reads."""
+SMALL_FILES = 8
+"""Files of 4 KiB whose fsync is timed; their median counts."""
+APPEAR_SECONDS = 10.0
+"""The time limit for a file to appear on another node: network file systems keep old listings for
+seconds."""
+NAME = ".preflight"
+
+
+def check_folder(folder: Path, place: Place, progress: RankProgress) -> Folder:
+    """Return what this node finds in `folder`, and leave the folder as it was before. Every rank
+    calls this; the first rank of each node writes, and the second rank of a single node tries the
+    lock.
+
+    Node 0 makes a folder within `folder` and holds the lock of that folder. Each node writes a
+    file, then reads the file of the next node, which is not in its own cache."""
+    work, found = folder / NAME, Folder()
+    existed, lock = folder.exists(), None
+    with _faults(found):
+        if place.rank == 0:
+            work.mkdir(parents=True, exist_ok=True)
+            token = secrets.token_hex(8)
+            (work / "token").write_text(token)
+            fsync(work)
+            progress.store.set("token", token)
+            lock = FolderLock(work / LOCK)
+    progress.meet("folder made")
+    tries_lock = place.rank == 1 if place.num_nodes == 1 else place.leads and place.node > 0
+    with _faults(found):
+        if place.leads or tries_lock:
+            found.shared = _has_token(work, progress)
+        if found.shared:
+            found.excluded = is_locked(work) if tries_lock else None
+            if place.leads:
+                _measure_writing(work / str(place.node), found)
+                found.free = shutil.disk_usage(work).free
+    progress.meet("folder written")
+    other = work / str((place.node + 1) % place.num_nodes)
+    with _faults(found):
+        if place.leads and found.shared and other.exists():
+            found.read = _reading_rate(other)
+    progress.meet("folder read")
+    if place.rank == 0:
+        if lock is not None:
+            lock.release()
+        shutil.rmtree(work, ignore_errors=True)
+        if not existed:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    return found
+
+
+@contextlib.contextmanager
+def _faults(found: Folder) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UserError) as error:
+        found.error = found.error or str(error)
+
+
+def _has_token(work: Path, progress: RankProgress) -> bool:
+    """Return whether the file that node 0 has written appears here within `APPEAR_SECONDS`."""
+    if not progress.store.check(["token"]):
+        return False  # node 0 could not write it
+    token, end = progress.store.get("token").decode(), time.monotonic() + APPEAR_SECONDS
+    while time.monotonic() < end:
+        with contextlib.suppress(FileNotFoundError):
+            if (work / "token").read_text() == token:
+                return True
+        time.sleep(0.2)
+    return False
+
+
+def _measure_writing(path: Path, found: Folder) -> None:
+    block = os.urandom(1 << 20)
+    start = time.perf_counter()
+    with open(path, "wb") as file:
+        for _ in range(NUM_BYTES // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    found.write = NUM_BYTES / (time.perf_counter() - start)
+    seconds = []
+    for number in range(SMALL_FILES):
+        start = time.perf_counter()
+        with open(f"{path}-{number}", "wb") as file:
+            file.write(block[:4096])
+            file.flush()
+            os.fsync(file.fileno())
+        seconds.append(time.perf_counter() - start)
+    found.fsync_seconds = statistics.median(seconds)
+
+
+def _reading_rate(path: Path) -> float:
+    with open(path, "rb", buffering=0) as file:
+        # A single node reads its own file: not from memory, where the file system allows that.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        while file.read(1 << 20):
+            pass
+        return NUM_BYTES / (time.perf_counter() - start)

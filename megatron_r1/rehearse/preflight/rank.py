@@ -11,12 +11,18 @@ import torch.distributed as dist
 
 from megatron_r1.config import Config
 from megatron_r1.models import platform
-from megatron_r1.models.platform.stores import trainer_store
+from megatron_r1.models.platform import trainer_store
 from megatron_r1.rehearse.preflight import host, links
-from megatron_r1.rehearse.preflight.facts import Facts, LinkRate, Memory, NodeFacts, Place
-from megatron_r1.rehearse.preflight.folder import check_folder
-from megatron_r1.rehearse.preflight.progress import RankProgress
-from megatron_r1.rehearse.preflight.settings import PreflightConfig
+from megatron_r1.rehearse.preflight.exchange import (
+    Facts,
+    LinkRate,
+    Memory,
+    NodeFacts,
+    Place,
+    RankProgress,
+)
+from megatron_r1.rehearse.preflight.host import check_folder
+from megatron_r1.rehearse.settings import PreflightConfig
 from megatron_r1.trainer import distributed
 
 START_TIMES = 4.0

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.build import process_groups
-from megatron_r1.models.weights.adapters.attach import adapter_factors
+from megatron_r1.models.weights.adapters import adapter_factors
 from megatron_r1.models.weights.layout import LayoutEntry
-from megatron_r1.models.weights.rules import Shape
+from megatron_r1.models.weights.table import Shape
 
 BASE = "base_fingerprint"
 """The fingerprint of the model without adapters: entry of a checkpoint, attribute of a chunk."""

@@ -1,4 +1,5 @@
-"""The content of a checkpoint on one rank, as a tree of Megatron's sharded entries.
+"""The content of a checkpoint on one rank, as a tree of Megatron's sharded entries, and its reading
+at any parallel layout, after all ranks together have verified it.
 
 model            weights and persistent buffers of every model chunk of this rank, under the names
                  that Megatron's sharded_state_dict gives them
@@ -16,21 +17,29 @@ that of the model they belong to (`adapters`)."""
 import contextlib
 import gc
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models import platform
 from megatron_r1.models.build import process_groups
-from megatron_r1.models.weights.adapters.attach import has_adapters
-from megatron_r1.trainer.checkpoints import adapters
-from megatron_r1.trainer.checkpoints.host_memory import HostMemory, gathered_on_host
+from megatron_r1.models.weights.adapters import has_adapters
+from megatron_r1.trainer.checkpoints import adapters, finding
+from megatron_r1.trainer.checkpoints.adapters import BASE, check_base
+from megatron_r1.trainer.checkpoints.finding import BadManifest, Verify
+from megatron_r1.trainer.checkpoints.staging import HostMemory, gathered_on_host
 from megatron_r1.trainer.reference import Reference
 
 FORMAT = "fully_reshardable"
@@ -253,3 +262,74 @@ def _allocate_state(optimizer: Any) -> None:
         for state in inner.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"].zero_()
+
+
+UNREADABLE = (
+    *(KeyError, RuntimeError, ValueError, OSError, EOFError, UnpicklingError),
+    *(CheckpointingException, CheckpointException),
+)
+"""Errors of Megatron and torch for unexpected names, shapes or bytes."""
+
+
+def damage(folder: Path, verify: Verify) -> list[str]:
+    """Return the faults of `folder`, one line per file, the same on every rank.
+
+    Called on all ranks together; each reads its share of the bytes."""
+    faults: list[str] = []
+    if verify != "none":
+        try:
+            entries = finding.read_manifest(folder)
+            share = finding.share_to_verify(entries, dist.get_rank(), dist.get_world_size())
+            faults = finding.manifest_damage(folder, verify, share)
+        except BadManifest as error:
+            faults = [str(error)]
+    from_all_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(from_all_ranks, faults)  # over all ranks: all refuse, or none
+    return sorted({fault for faults in from_all_ranks for fault in faults})
+
+
+def load(folder: Path, networks: Networks) -> bool:
+    """Read `folder` into `networks` and, at the layout that wrote it, every rank's random streams.
+
+    Returns whether the streams were restored. Raises UserError, naming the folder, when its tensors
+    do not fit the model."""
+    tree = sharded(networks)
+    own_layout = layout(networks.policy.chunks)
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+        check_base(folder, common.get(BASE), networks.policy.chunks)
+        written_by = common.get("layout")
+        if written_by == own_layout:
+            tree["rng"] = rng_entry(loading=True)
+        loaded = dist_checkpointing.load(tree, str(folder))
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        _check_reference(folder, networks)
+        # The first lines are a traceback; an EOFError has no text.
+        cause = (str(error).strip().splitlines() or [repr(error)])[-1].strip()
+        raise UserError(
+            f"checkpoint {folder} does not fit this model and recipe ({cause[:300]}); "
+            "continue with the recipe that wrote it, or start in another run.folder",
+            key="checkpoint",
+            cause=Cause.CHANGED,
+        ) from error
+    restore(loaded, networks)
+    if written_by == own_layout:
+        restore_rng(loaded["rng"])
+    return written_by == own_layout
+
+
+def _check_reference(folder: Path, networks: Networks) -> None:
+    """Raise UserError where a reference is wanted that the checkpoint does not have."""
+    names: Iterable[str] = (REFERENCE,)
+    with contextlib.suppress(*UNREADABLE):
+        names = dist_checkpointing.load_tensors_metadata(str(folder))
+    if networks.reference is not None and not any(name.startswith(REFERENCE) for name in names):
+        raise UserError(
+            f"checkpoint {folder} has no reference policy: rl.kl_beta was 0 when the run began, "
+            "and rl.schedule cannot add a KL penalty; leave it out, or start a new run with "
+            "rl.kl_beta from the exported model",
+            key="rl.kl_beta",
+            cause=Cause.CHANGED,
+        )

@@ -1,25 +1,151 @@
-"""Finds the checkpoints in a folder: the one to continue from, those to set aside or delete, and
-the one that `model.checkpoint` names.
+"""The checkpoints in a folder: the one to continue from, those to set aside or delete, the one that
+`model.checkpoint` names, and what tells a good one from a damaged one: its manifest. No torch.
 
-step_00000012            whole: renamed to this when every file of it was on disk
-.step_00000016.partial   was being written when the run was killed; removed at the next start
-step_00000008.damaged    found damaged and set aside for the user to inspect; never deleted"""
+step_00000012 whole: renamed to this when every file of it was on disk .step_00000016.partial was
+being written when the run was killed; removed at the next start step_00000008.damaged found
+damaged and set aside for the user to inspect; never deleted
 
+    manifest.json   {"format": 1, "files": {".metadata": {"bytes": 5120, "blake3": "9f…"}, …},
+                     "digest": "…"}         of "files" itself, so that a flipped byte here shows too
+
+BLAKE3, because it is the fastest hash without accidental collisions (4.5 GB/s on one core where
+CRC-32 does 2.0 and BLAKE2b 0.7), and because the `b3sum` command checks the files alone."""
+
+import heapq
 import json
 import re
 import shutil
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
+
+from blake3 import blake3
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files import fsync
-from megatron_r1.trainer.checkpoints import manifest
-from megatron_r1.trainer.checkpoints.manifest import Verify
+from megatron_r1.base.files import atomic_write, fsync
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+Verify = Literal["full", "size", "none"]
+CHUNK_BYTES = 8 * 1024**2
+THREADS = 2  # per process: hashing releases the interpreter lock
+
+
+class FileEntry(NamedTuple):
+    """Size and BLAKE3 checksum of a file as it was written."""
+
+    num_bytes: int
+    checksum: str
+
+
+class BadManifest(Exception):
+    """The manifest is missing, unreadable or changed; the message names the fault."""
+
+
+def write_manifest(folder: Path, known: Mapping[str, FileEntry] | None = None) -> None:
+    """Write the manifest of every file in `folder`, atomically; call when all are written.
+
+    known: entries of files that were hashed as they were written; the other files are read."""
+    known = known or {}
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    rest = [name for name in names if name not in known and name != MANIFEST]
+    with ThreadPoolExecutor(THREADS) as pool:
+        read = dict(zip(rest, pool.map(lambda name: file_entry(folder / name), rest), strict=True))
+    files = {
+        name: {"bytes": entry.num_bytes, "blake3": entry.checksum}
+        for name, entry in sorted({**known, **read}.items())
+    }
+    content = {"format": MANIFEST_FORMAT, "files": files, "digest": _digest(files)}
+    atomic_write(folder / MANIFEST, json.dumps(content, indent=1))
+
+
+def read_manifest(folder: Path) -> dict[str, FileEntry]:
+    """Return the entry of every file in the manifest of `folder`. Raises BadManifest."""
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+        files = content["files"]
+        entries = {name: FileEntry(int(f["bytes"]), str(f["blake3"])) for name, f in files.items()}
+    except FileNotFoundError:
+        raise BadManifest(f"{MANIFEST} is missing") from None
+    except OSError as error:
+        raise BadManifest(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadManifest(f"{MANIFEST} is not readable as a manifest") from None
+    if content.get("format") != MANIFEST_FORMAT:
+        raise BadManifest(
+            f"{MANIFEST} has format {content.get('format')!r}, this reads {MANIFEST_FORMAT}"
+        )
+    if content.get("digest") != _digest(files):
+        raise BadManifest(f"{MANIFEST} has been changed since it was written")
+    return entries
+
+
+def manifest_damage(
+    folder: Path, verify: Verify = "full", only: Collection[str] | None = None
+) -> list[str]:
+    """Return the faults of `folder`, a line per file; empty where it is as it was written.
+
+    verify: "full" hashes every byte, "size" compares file sizes, "none" checks nothing. only: the
+    files to check; None: all."""
+    if verify == "none":
+        return []
+    try:
+        entries = read_manifest(folder)
+    except BadManifest as error:
+        return [str(error)]
+    names = [name for name in entries if only is None or name in only]
+    with ThreadPoolExecutor(THREADS) as pool:
+        faults = pool.map(lambda name: _file_fault(folder / name, entries[name], verify), names)
+        return [f"{name} {fault}" for name, fault in zip(names, faults, strict=True) if fault]
+
+
+def share_to_verify(entries: Mapping[str, FileEntry], index: int, count: int) -> list[str]:
+    """Return the files that worker `index` of `count` verifies, about equal bytes for each."""
+    heap = [(0, worker) for worker in range(count)]
+    own = []
+    for name, entry in sorted(entries.items(), key=lambda item: (-item[1].num_bytes, item[0])):
+        load, worker = heapq.heappop(heap)
+        if worker == index:
+            own.append(name)
+        heapq.heappush(heap, (load + entry.num_bytes, worker))
+    return own
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Return the size and checksum of a file on disk."""
+    hasher, num_bytes = blake3(), 0
+    with open(path, "rb") as file:
+        while piece := file.read(CHUNK_BYTES):
+            hasher.update(piece)
+            num_bytes += len(piece)
+    return FileEntry(num_bytes, hasher.hexdigest())
+
+
+def _file_fault(path: Path, entry: FileEntry, verify: Verify) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != entry.num_bytes:
+            return f"has {size:,} bytes where {entry.num_bytes:,} were written"
+        if verify == "full" and file_entry(path).checksum != entry.checksum:
+            return "does not have the checksum it was written with"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
+def _digest(files: Mapping) -> str:
+    return blake3(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
 
 STATE_FILE = "run_state.json"
 """The controller's state; a folder without it is not a run's checkpoint."""
 
-_NAME = re.compile(r"step_\d{8,}")
+_STEP_NAME = re.compile(r"step_\d{8,}")
 SHOWN_FAULTS = 3
 
 
@@ -55,7 +181,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """Return every completely written checkpoint, damaged ones included, in order of steps."""
     if not checkpoints.is_dir():
         return []
-    folders = [f for f in checkpoints.iterdir() if _NAME.fullmatch(f.name) and f.is_dir()]
+    folders = [f for f in checkpoints.iterdir() if _STEP_NAME.fullmatch(f.name) and f.is_dir()]
     return sorted(folders, key=step_of)
 
 
@@ -127,9 +253,9 @@ def prune(checkpoints: Path, keep: int) -> None:
 
 def faults(folder: Path, verify: Verify) -> list[str]:
     """Return the faults of a checkpoint that show without reading its tensors, a line per file."""
-    by_size = manifest.damage(folder, "none" if verify == "none" else "size")
+    by_size = manifest_damage(folder, "none" if verify == "none" else "size")
     # The controller reads its state before any rank can verify it, and the file is small.
-    if lines := by_size or manifest.damage(folder, verify, only=[STATE_FILE]):
+    if lines := by_size or manifest_damage(folder, verify, only=[STATE_FILE]):
         return lines
     try:
         json.loads((folder / STATE_FILE).read_bytes())
@@ -144,9 +270,9 @@ def check_start(folder: Path) -> str | None:
     Checked before any rank starts; the ranks verify the checksums when they load it. Returns a note
     for the user where there is no manifest to verify against: the checkpoint was made elsewhere."""
     if (folder / "metadata.json").is_file():
-        if (folder / manifest.NAME).is_file():
+        if (folder / MANIFEST).is_file():
             return None
-        return f"model.checkpoint {folder} has no {manifest.NAME}: its checksums cannot be verified"
+        return f"model.checkpoint {folder} has no {MANIFEST}: its checksums cannot be verified"
     if several := complete_checkpoints(folder / "checkpoints") or complete_checkpoints(folder):
         raise UserError(
             f"model.checkpoint: {folder} holds several checkpoints; use one of them, the newest is "

@@ -28,16 +28,15 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync
-from megatron_r1.base.processes import collective_timeouts
+from megatron_r1.base.processes import diagnosis
 from megatron_r1.models.weights.writing import on_first_rank
-from megatron_r1.trainer.checkpoints import manifest
-from megatron_r1.trainer.checkpoints.finding import STATE_FILE, partial_of
-from megatron_r1.trainer.checkpoints.host_memory import HostMemory
-from megatron_r1.trainer.checkpoints.manifest import FileEntry
+from megatron_r1.trainer.checkpoints import finding
+from megatron_r1.trainer.checkpoints.finding import STATE_FILE, FileEntry, partial_of
 from megatron_r1.trainer.checkpoints.staging import (
     BACKEND,
     FILES_PER_RANK,
     VERSION,
+    HostMemory,
     StagedCheckpoint,
     StagedFile,
     stage,
@@ -144,8 +143,8 @@ class CheckpointWriter:
         except RuntimeError as lost:  # gloo's: a rank has ended, or is late
             cause = f"the ranks lost each other while they wrote: {lost}"
             remedy = "see the logs of the others"
-            if collective_timeouts.waited(str(lost), seconds := self._slowest.total_seconds()):
-                remedy = collective_timeouts.remedy(seconds)
+            if diagnosis.collective_wait(str(lost), seconds := self._slowest.total_seconds()):
+                remedy = diagnosis.timeout_remedy(seconds)
             failure = _sentence(folder, cause, remedy)
         self._progress = Progress(True, failure, time.perf_counter() - began)
 
@@ -225,7 +224,7 @@ def _finish(
             for path in partial.iterdir():
                 if path.name not in known:  # those are synced already
                     fsync(path)
-            manifest.write(partial, known)
+            finding.write_manifest(partial, known)
             partial.rename(folder)
             fsync(folder.parent)
             return None

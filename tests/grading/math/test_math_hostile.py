@@ -14,17 +14,17 @@ from r1_grading.math.refusal import refusal
 from r1_grading.math.spelling import spell
 from r1_grading.reading import READINGS
 
-from tools.bench.rewards import TRUTHS, hostile, soak_samples
+from tools.bench.rewards import TRUTHS, samples, soak_samples
 
 FAMILIES = {
-    "towers": hostile.TOWERS,
-    "nested": hostile.NESTED,
-    "regular expressions": hostile.REGEXES,
-    "undefined": hostile.UNDEFINED,
-    "code": hostile.CODE,
-    "prompts": hostile.PROMPTS,
-    "look-alikes": hostile.LOOK_ALIKES,
-    "giants": hostile.GIANTS,
+    "towers": samples.TOWERS,
+    "nested": samples.NESTED,
+    "regular expressions": samples.REGEXES,
+    "undefined": samples.UNDEFINED,
+    "code": samples.HOSTILE_CODE,
+    "prompts": samples.HOSTILE_PROMPTS,
+    "look-alikes": samples.LOOK_ALIKES,
+    "giants": samples.GIANTS,
 }
 # Quadratic matching takes many minutes on each.
 HOPELESS = ("$" * 10**6, "answer is " * 10**5, r"\boxed{" * 10**5, "(" * 10**6)
@@ -97,14 +97,14 @@ def test_the_same_answers_get_the_same_rewards_after_hostile_ones(graded):
 
 
 SLOW_BRACES = pytest.param("ten megabytes of braces", marks=pytest.mark.more)
-PLACES = [name for name in hostile.RESPONSES if name != "ten megabytes of braces"]
+PLACES = [name for name in samples.HOSTILE_RESPONSES if name != "ten megabytes of braces"]
 
 
 @pytest.mark.parametrize("name", [*PLACES, SLOW_BRACES])
 def test_an_answer_in_the_wrong_place_is_none(name):
     truths = ("13", "answer here", r"\boxed{13}", "12")
     for truth in truths[: 1 if "megabytes" in name else None]:
-        assert math_reward.grade(hostile.RESPONSES[name], truth).reward == 0.0, truth
+        assert math_reward.grade(samples.HOSTILE_RESPONSES[name], truth).reward == 0.0, truth
 
 
 def test_what_is_not_recognized_costs_one_time_limit_and_a_worker(monkeypatch, tmp_path):

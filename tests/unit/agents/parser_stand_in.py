@@ -7,7 +7,7 @@ import time
 import msgspec
 from r1_grading.base.workers import LENGTH, frame
 
-from megatron_r1.agents.parsing.worker import ParseJob, ParseReply
+from megatron_r1.agents.parser_worker import ParseJob, ParseReply
 from megatron_r1.base.errors import Cause
 
 

@@ -15,7 +15,7 @@ from refusals import refused
 from transformers.utils import get_json_schema
 from waiting import until
 
-from megatron_r1.agents import environment_pool, environment_server, tool_arguments
+from megatron_r1.agents import environment, environment_pool, environment_server
 from megatron_r1.agents.environment import Description, describe
 from megatron_r1.agents.environment_pool import (
     CallTimedOut,
@@ -24,7 +24,7 @@ from megatron_r1.agents.environment_pool import (
     Environments,
 )
 from megatron_r1.agents.environment_pool import describe as describe_apart
-from megatron_r1.agents.environments.calculator import Calculator
+from megatron_r1.agents.shipped_environments import Calculator
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig
 from tests.unit.agents import own_environments as own
@@ -320,11 +320,11 @@ def test_the_types_of_a_tool_are_read_once(monkeypatch):
         @functools.wraps(add)
         def sum(self, *values, **named): ...
 
-    monkeypatch.setattr(tool_arguments, "TypeAdapter", adapter)
+    monkeypatch.setattr(environment, "TypeAdapter", adapter)
     for name in ("add", "sum"):
         for _ in range(3):
             tool = getattr(Fresh(), name)
-            assert tool_arguments.converted_arguments(tool, {"number": "3"}) == {"number": 3}
+            assert environment.converted_arguments(tool, {"number": "3"}) == {"number": 3}
     assert built == [int, int | None]
 
 

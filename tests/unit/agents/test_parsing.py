@@ -6,10 +6,17 @@ import os
 import pytest
 from refusals import refused
 
-from megatron_r1.agents.answers import AnswerReader
+from megatron_r1.agents import parsing
 from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.parsing import Parsed, ParseJob, ParserPool, parser_of, pool, tool_call
-from megatron_r1.agents.parsing.hermes import HermesParser
+from megatron_r1.agents.parsing import (
+    AnswerReader,
+    HermesParser,
+    Parsed,
+    ParseJob,
+    ParserPool,
+    parser_of,
+    tool_call,
+)
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig
 from tests.chat_tokenizer import chat_tokenizer
@@ -41,7 +48,7 @@ def test_a_parser_that_hangs_dies_or_raises_costs_its_turn_only(monkeypatch):
             with refused("agents.tool_parser", Cause.UNKNOWN, "unknown"):
                 await parsers.check()
 
-    monkeypatch.setattr(pool, "MODULE", "tests.unit.agents.parser_stand_in")
+    monkeypatch.setattr(parsing, "MODULE", "tests.unit.agents.parser_stand_in")
     asyncio.run(run())
 
 

@@ -11,15 +11,14 @@ from r1_grading import Grade
 
 from megatron_r1.agents.environment import describe, find_environment, target_of
 from megatron_r1.agents.environment_pool import Environments
-from megatron_r1.agents.parsing.hermes import parse_hermes
+from megatron_r1.agents.parsing import parse_hermes
 from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.agents.rows import load_rows
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import AgentsConfig
-from megatron_r1.controller.rollouts.grading import ResponseGrader, check_grades
 from megatron_r1.controller.rollouts.metrics import rollout_metrics, sample_records
-from megatron_r1.controller.rollouts.rollout import Group, Rollout
-from megatron_r1.controller.rollouts.sample_record import decode, encode, pack, unpack
+from megatron_r1.controller.rollouts.rollout import Group, ResponseGrader, Rollout, check_grades
+from megatron_r1.controller.rollouts.sample_log import decode, encode, pack, unpack
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.server.errors import EngineError

@@ -8,14 +8,9 @@ import pytest
 from r1_grading.sandbox.host import SandboxUnavailable
 from r1_grading.sandbox.programs import require_sandbox
 
-from megatron_r1.agents.environment import SHIPPED, describe, find_environment
-from megatron_r1.agents.environments.calculator import Calculator
-from megatron_r1.agents.environments.gym import Gym
-from megatron_r1.agents.environments.lookup import Lookup
-from megatron_r1.agents.environments.python import Python
-from megatron_r1.agents.environments.retrieval import Retrieval
+from megatron_r1.agents.environment import SHIPPED, describe, find_environment, row_arguments
 from megatron_r1.agents.rows import load_rows
-from megatron_r1.agents.tool_arguments import row_arguments
+from megatron_r1.agents.shipped_environments import Calculator, Gym, Lookup, Python, Retrieval
 
 LONG = 10_000.0
 """Seconds that only what hangs reaches."""

@@ -9,10 +9,10 @@ import pytest
 from fakes.gateway import WrittenFleet, WrittenParsers, gateway_of, text_of
 from refusals import refused
 
+from megatron_r1.agents import verifiers
 from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.agents.harness import HarnessPlayer
 from megatron_r1.agents.rows import rows_of
-from megatron_r1.agents.verifiers import harness
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig, VerifiersConfig
 from megatron_r1.data.prompts import Prompt
@@ -22,7 +22,7 @@ STAND_IN = Path(__file__).with_name("verifiers_stand_in.py")
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr(harness, "SCRIPT", STAND_IN)
+    monkeypatch.setattr(verifiers, "SCRIPT", STAND_IN)
 
 
 def settings(**options):
@@ -35,7 +35,7 @@ def play(*does):
     fleet = WrittenFleet(text.tokenizer, ["answer"] * len(does))
 
     async def main():
-        run = harness.VerifiersHarness(settings(), "")
+        run = verifiers.VerifiersHarness(settings(), "")
         player = HarnessPlayer(
             *(text, gateway_of(text), WrittenParsers(), run),
             **{"max_turns": 9, "timeout_seconds": 10_000.0, "room": 9000},
@@ -100,11 +100,11 @@ def test_a_server_that_is_killed_is_noticed(tmp_path, monkeypatch):
         path = tmp_path / f"verifiers/v1/{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(code)
-    monkeypatch.setattr(harness, "SCRIPT", Path(harness.__file__).with_name("serve.py"))
+    monkeypatch.setattr(verifiers, "SCRIPT", Path(verifiers.__file__).with_name("serve.py"))
     monkeypatch.chdir(tmp_path)
 
     async def main():
-        run = harness.VerifiersHarness(settings(), "")
+        run = verifiers.VerifiersHarness(settings(), "")
         try:
             with pytest.raises(EnvironmentFault):
                 await run("http://127.0.0.1:1/v1", "key", {"task": {}})
@@ -131,4 +131,4 @@ def test_tasks_are_the_questions():
 )
 def test_mistakes(options, key, cause):
     with refused(key, cause, *options.values()):
-        harness.list_tasks(settings().model_copy(update=options))
+        verifiers.list_tasks(settings().model_copy(update=options))

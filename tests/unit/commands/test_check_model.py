@@ -14,14 +14,14 @@ from small_qwen2 import MODEL
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.commands import cli
-from megatron_r1.commands.check_model import comparison, reference
+from megatron_r1.commands.check_model import NotCompared, ReferenceResult, reference, verb
 from megatron_r1.commands.check_model import verb as check_model
-from megatron_r1.commands.check_model.findings import NotCompared, ReferenceResult
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.models import by_transformers
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_supported
-from megatron_r1.models.weights.stored import fp8, plain_copy
+from megatron_r1.models.weights.stored import published
 from megatron_r1.models.weights.stored.hf_weights import HfWeights
 from megatron_r1.rehearse.model import write_folder
 
@@ -206,11 +206,11 @@ def test_quantized_weights_are_compared_as_plain_ones(folder, tmp_path):
     scales = torch.rand(-(-rows // block), -(-columns // block)) + 0.5
     codes = tensors[name].to(torch.float8_e4m3fn)
     save_file(tensors | {name: codes, f"{name}_scale_inv": scales}, folder / WEIGHTS)
-    rewritten(folder / "config.json", quantization_config=fp8.CONFIG)
+    rewritten(folder / "config.json", quantization_config=published.FP8_CONFIG)
     plain = tmp_path / "plain"
     with HfWeights(folder, read_hf_config(folder)) as weights:
         weights.check(with_mtp=True)
-        plain_copy.write_plain(weights, plain)
+        by_transformers.write_plain(weights, plain)
     every = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)[:rows, :columns]
     copied = load_file(plain / WEIGHTS)
     assert copied.keys() == tensors.keys()
@@ -287,7 +287,7 @@ def test_a_file_that_is_cut_off_is_named_before_anything_starts(folder, capsys):
 def test_without_vllm_the_engine_is_reported_as_not_run(folder, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "vllm", None)
     none = ReferenceResult(15, None, False, [], [], 0.0)
-    answer = asyncio.run(comparison.by_vllm(tmp_path, None, none, tmp_path))
+    answer = asyncio.run(verb.by_vllm(tmp_path, None, none, tmp_path))
     assert str(answer).startswith("NOT RUN: ")
 
 
@@ -308,13 +308,13 @@ class FailingFleet:
 
 
 def test_why_an_engine_failed_is_read_from_its_log(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison, "RolloutFleet", FailingFleet)
+    monkeypatch.setattr(verb, "RolloutFleet", FailingFleet)
     none, config = ReferenceResult(15, None, False, [], [], 0.0), configuration.from_overrides({})
     rewritten(folder / "config.json", head_dim=32)
-    answer = str(asyncio.run(comparison.by_vllm(folder, config, none, tmp_path)))
+    answer = str(asyncio.run(verb.by_vllm(folder, config, none, tmp_path)))
     assert answer.startswith("FAILED: status 500") and "ValueError: head size 40" in answer
     rewritten(folder / "config.json", head_dim=40)
-    answer = str(asyncio.run(comparison.by_vllm(folder, config, none, tmp_path)))
+    answer = str(asyncio.run(verb.by_vllm(folder, config, none, tmp_path)))
     assert "head_dim=40" in answer and str(tmp_path) not in answer
 
 

@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from megatron_r1.commands import export
+from megatron_r1.commands import sampling_run
 from megatron_r1.config import Config, ParallelConfig, dump
-from megatron_r1.evaluation.model_folder import find_model
-from megatron_r1.trainer.checkpoints import manifest
+from megatron_r1.evaluation.identity import find_model
+from megatron_r1.trainer.checkpoints import finding
 from megatron_r1.trainer.operations import FolderOperations
 
 
@@ -16,7 +16,7 @@ def checkpoint(folder, step, content):
     made = folder / f"checkpoints/step_{step:08d}"
     made.mkdir(parents=True)
     (made / "weights").write_text(content)
-    manifest.write(made)
+    finding.write_manifest(made)
     return made
 
 
@@ -49,16 +49,18 @@ class Trainer:
 
     async def call(self, operation, folder, **arguments):
         if operation == FolderOperations.load_checkpoint:
-            self.checkpoint = export.Path(folder)
+            self.checkpoint = sampling_run.Path(folder)
             return
-        export.Path(folder).mkdir()
-        (export.Path(folder) / "config.json").write_text("{}")
-        (export.Path(folder) / "weights").write_text((self.checkpoint / "weights").read_text())
+        sampling_run.Path(folder).mkdir()
+        (sampling_run.Path(folder) / "config.json").write_text("{}")
+        (sampling_run.Path(folder) / "weights").write_text(
+            (self.checkpoint / "weights").read_text()
+        )
 
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "TrainerClient", Trainer)
+    monkeypatch.setattr(sampling_run, "TrainerClient", Trainer)
     for name in "ab":
         checkpoint(tmp_path / name, 100, name)
         (tmp_path / name / "config.yaml").write_text(dump(Config()))
@@ -70,7 +72,7 @@ def test_an_export_is_used_again_for_the_same_checkpoint_only(runs):
 
     def exported(name):
         made = runs / name / "checkpoints/step_00000100"
-        asyncio.run(export.export_checkpoint(made, target, ParallelConfig(), runs))
+        asyncio.run(sampling_run.export_checkpoint(made, target, ParallelConfig(), runs))
         return (target / "weights").read_text()
 
     (runs / "eval").mkdir()
@@ -82,6 +84,6 @@ def test_an_export_is_used_again_for_the_same_checkpoint_only(runs):
 
 def test_a_checkpoint_may_be_named_from_its_parent_folder(runs, monkeypatch):
     monkeypatch.chdir(runs / "a/checkpoints")
-    made = export.Path("step_00000100")
-    asyncio.run(export.export_checkpoint(made, runs / "hf", ParallelConfig(), runs))
+    made = sampling_run.Path("step_00000100")
+    asyncio.run(sampling_run.export_checkpoint(made, runs / "hf", ParallelConfig(), runs))
     assert (runs / "hf/weights").read_text() == "a"

@@ -12,13 +12,12 @@ from refusals import refused
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands.rl_checks import naming_renamed_columns
-from megatron_r1.commands.rl_questions import show_padded_truths
+from megatron_r1.commands.rl_checks import naming_renamed_columns, show_padded_truths
 from megatron_r1.commands.training_run import run_training
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.temporary_files import temporary_logs
+from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.evaluation.prompt_sets import load_prompt_sets
 from megatron_r1.models.hf_config import hub_hint
 

@@ -12,9 +12,9 @@ from small_qwen2 import MODEL
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands import cli, gpu_placement, rl, rl_checks, torchrun
-from megatron_r1.commands.gpu_placement import check_gpu_memory
-from megatron_r1.commands.recipe_text import value_text
+from megatron_r1.commands import cli, rl, rl_checks, torchrun
+from megatron_r1.commands.first_recipe import value_text
+from megatron_r1.commands.rl_checks import check_gpu_memory
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.rehearse.model import write_folder
@@ -126,7 +126,7 @@ def roles_of(config, trainer, fleet, recorder=None):
 @pytest.mark.parametrize("colocated", [True, False])
 def test_engines_on_the_trainers_gpus_start_after_it(recipe, monkeypatch, has_gpus, colocated):
     """vLLM measures what is free of a GPU, and fails if that changes while it measures."""
-    monkeypatch.setattr(gpu_placement.gpu, "is_usable", lambda: has_gpus)
+    monkeypatch.setattr(rl_checks.gpu, "is_usable", lambda: has_gpus)
     done = []
     engines_started = asyncio.Event()
 

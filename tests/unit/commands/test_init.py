@@ -12,13 +12,18 @@ from safetensors.numpy import save_file
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands import cli, reward_model
-from megatron_r1.commands.init import verb as init
-from megatron_r1.commands.recipe_sizes import Guess, Machine, layout, lengths, tensor_ranks
-from megatron_r1.commands.recipe_template import template_of
-from megatron_r1.commands.recipe_text import recipe_text
+from megatron_r1.commands import cli, init, reward_model
+from megatron_r1.commands.first_recipe import (
+    Guess,
+    Machine,
+    layout,
+    lengths,
+    recipe_text,
+    tensor_ranks,
+)
+from megatron_r1.commands.trained_model import template_of
 from megatron_r1.data.columns import guess_columns
-from megatron_r1.data.scored_text import ScoredText
+from megatron_r1.data.preferences import ScoredText
 from megatron_r1.models import read_hf_config
 from tests.small_qwen2 import MODEL
 

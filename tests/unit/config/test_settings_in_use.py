@@ -14,7 +14,7 @@ from megatron_r1.controller.delivery.bridge import weight_bridge
 from megatron_r1.controller.rollouts.metrics import sample_records
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engines.server.from_config import fleet_settings
+from megatron_r1.engines.server.recipe import fleet_settings
 from megatron_r1.engines.server.responses import Response
 
 

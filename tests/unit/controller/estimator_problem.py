@@ -9,7 +9,7 @@ import torch
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
-from megatron_r1.trainer.head import Head
+from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.packed import TokenSplit, packed_batch
 from megatron_r1.trainer.sample import Sample
 from megatron_r1.trainer.token_advantages import ScoredRollout

@@ -10,13 +10,11 @@ from estimator_problem import EXACT, Problem, check, ours, plain, weighted_by_th
 
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import NAMES
-from megatron_r1.config.losses import TokenSettings
+from megatron_r1.config.algorithms import NAMES, TokenSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.trainer.packed import TokenSplit, packed_batch
-from megatron_r1.trainer.returns import discounted_sums
 from megatron_r1.trainer.sample import Sample
-from megatron_r1.trainer.token_advantages import ScoredRollout, WholeResponses
+from megatron_r1.trainer.token_advantages import ScoredRollout, WholeResponses, discounted_sums
 
 
 def cispo(low, high):

@@ -12,7 +12,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import RLConfig, dump, load, parse
-from megatron_r1.config.losses import LossSettings
+from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller import algorithms
 
 PAGE = Path(__file__).parents[3] / "docs/algorithms.md"

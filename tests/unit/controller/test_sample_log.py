@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 
 from megatron_r1.base.errors import RunError
-from megatron_r1.base.files.framed import HEADER, FramedFile, append_frame
-from megatron_r1.config.schedule import ScheduleEntry, digest_until
+from megatron_r1.base.files.append_only import FRAME_HEADER, FramedFile, append_frame
+from megatron_r1.config.rl import ScheduleEntry, digest_until
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.rollouts.step_sampler import collect_informative
@@ -57,7 +57,7 @@ def test_a_flipped_byte_costs_its_own_record(tmp_path):
         expected = PAYLOADS[:hit] + PAYLOADS[hit + 1 :]
         file = FramedFile.read(path)
         assert list(file) == expected, f"byte {position}"
-        assert file.num_damaged_bytes == HEADER.size + len(PAYLOADS[hit]), f"byte {position}"
+        assert file.num_damaged_bytes == FRAME_HEADER.size + len(PAYLOADS[hit]), f"byte {position}"
 
 
 def graded_response(draw: random.Random, reward: float, *ungraded: str) -> GradedResponse:

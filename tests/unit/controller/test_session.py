@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_r1.config import Config
-from megatron_r1.controller.policy_engines import PolicyEngines
-from megatron_r1.controller.session import Session
+from megatron_r1.controller.session import PolicyEngines, Session
 from megatron_r1.controller.trainer_calls.recorder import RunState
 from megatron_r1.engines.server.errors import EngineError
 

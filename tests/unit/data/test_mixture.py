@@ -12,9 +12,9 @@ from refusals import refused
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.sft import load_sampler
-from megatron_r1.commands.supervised import with_steps
+from megatron_r1.commands.training_run import with_steps
 from megatron_r1.config.training import MixturePart
-from megatron_r1.data.mixture import MixtureSampler, describe, epoch_counts, load_mixture
+from megatron_r1.data.sft import MixtureSampler, describe_mixture, epoch_counts, load_mixture
 
 MIXTURES = yaml.safe_load(Path(__file__).with_name("mixtures.yaml").read_text(encoding="utf-8"))
 
@@ -84,7 +84,7 @@ def test_a_sampler_that_continues_draws_what_would_have_been_drawn(files):
 
 def test_the_log_says_what_is_in_it(files):
     x, y = files
-    lines = describe(load_mixture([part(x, repeat=3), part(y, count=5)]))
+    lines = describe_mixture(load_mixture([part(x, repeat=3), part(y, count=5)]))
     for line, shown in zip(lines, (("15", x, "75.0%", "5"), ("5", y, "25.0%", "3")), strict=True):
         assert [text for text in shown if text not in line] == []
 

@@ -11,7 +11,7 @@ from r1_grading import logic
 from refusals import raised, refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.rl_questions import prompts_that_fit, questions_drawn
+from megatron_r1.commands.rl_checks import prompts_that_fit, questions_drawn
 from megatron_r1.config import parse
 from megatron_r1.data.prompts import (
     Prompt,
@@ -23,8 +23,7 @@ from megatron_r1.data.prompts import (
 )
 from megatron_r1.data.sampler import PromptSampler, draw_shares
 from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
-from megatron_r1.data.templates import find_template, is_opened, render
-from megatron_r1.data.text import PromptText
+from megatron_r1.data.text import PromptText, find_template, is_opened, render_template
 
 SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 
@@ -289,19 +288,19 @@ def test_weights_of_kinds_that_are_not_there_or_draw_nothing_are_refused():
 
 
 def test_templates_place_the_question_and_nothing_else():
-    assert render("plain", "{x} + {problem}?") == "User: {x} + {problem}?\nAssistant:"
-    assert render("Q {problem} {A}", "1") == "Q 1 {A}"
-    zero = render("r1_zero", "1 + 1?")
+    assert render_template("plain", "{x} + {problem}?") == "User: {x} + {problem}?\nAssistant:"
+    assert render_template("Q {problem} {A}", "1") == "Q 1 {A}"
+    zero = render_template("r1_zero", "1 + 1?")
     assert zero.endswith("tags.\nUser: 1 + 1?\nAssistant:") and "<answer> </answer>" in zero
     with refused("data.template", Cause.UNKNOWN, "r1_zer0", "r1_zero", "plain", "chat"):
-        render("r1_zer0", "1 + 1?")
+        render_template("r1_zer0", "1 + 1?")
     with pytest.raises(ValueError, match="apply_chat_template"):
         find_template("chat")
 
 
 def test_only_a_template_that_ends_in_a_thought_is_opened():
-    assert is_opened(render("{problem}\nAssistant: <think>\n", "1 + 1?"))
-    assert not is_opened(render("r1_zero", "1 + 1?"))
+    assert is_opened(render_template("{problem}\nAssistant: <think>\n", "1 + 1?"))
+    assert not is_opened(render_template("r1_zero", "1 + 1?"))
 
 
 def test_examples_load_and_a_bad_line_is_named(tmp_path):

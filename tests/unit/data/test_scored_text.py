@@ -6,7 +6,7 @@ from refusals import refused
 from transformers import AutoTokenizer
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.data.scored_text import ScoredText
+from megatron_r1.data.preferences import ScoredText
 
 QUESTION, RESPONSE = "What {response} is it?", "<think>Let me see.</think> It is <|im_end|> late."
 TEMPLATE = "[user] {question}\n[assistant] {response}<eos>"

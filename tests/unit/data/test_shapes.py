@@ -18,9 +18,8 @@ from small_qwen2 import MODEL
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands import cli
-from megatron_r1.commands.init import verb as init
-from megatron_r1.commands.recipe_sizes import Machine
+from megatron_r1.commands import cli, init
+from megatron_r1.commands.first_recipe import Machine
 from megatron_r1.commands.rl_checks import prepare
 from megatron_r1.data.conversations import ExampleText
 from megatron_r1.data.prompts import load_prompts

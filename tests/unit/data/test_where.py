@@ -1,4 +1,4 @@
-"""Conditions of `data.where`, and prompts with a system's message."""
+"""Conditions of `data.records`, and prompts with a system's message."""
 
 import json
 
@@ -8,9 +8,8 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.templates import render
-from megatron_r1.data.text import PromptText
-from megatron_r1.data.where import meets
+from megatron_r1.data.records import meets
+from megatron_r1.data.text import PromptText, render_template
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 
@@ -65,8 +64,8 @@ def test_a_system_s_message_reaches_the_prompt(tmp_path):
     assert text.fits("one?", room + 1, [SYSTEM]) and not text.fits("one?", room, [SYSTEM])
     plain = PromptText(str(tmp_path), "plain")
     assert plain.render("one?", [SYSTEM]) == "User: Be kind.\n\none?\nAssistant:"
-    assert render("{system} Q: {problem}", "{system}?", "S") == "S Q: {system}?"
-    assert render("{system}Q: {problem}", "one?") == "Q: one?"
+    assert render_template("{system} Q: {problem}", "{system}?", "S") == "S Q: {system}?"
+    assert render_template("{system}Q: {problem}", "one?") == "Q: one?"
     with refused("data.template", Cause.CONFLICT, "one?"):
         plain.encode("two?", turns)
 

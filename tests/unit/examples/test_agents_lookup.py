@@ -5,7 +5,7 @@ import random
 
 from examples.agents import make_lookup
 from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.parsing.hermes import parse_hermes
+from megatron_r1.agents.parsing import parse_hermes
 from megatron_r1.agents.tree import TokenTree
 
 TOOL = {"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}

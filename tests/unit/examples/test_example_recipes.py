@@ -13,7 +13,7 @@ from megatron_r1.commands.plan import main
 from megatron_r1.config import verb_of
 from megatron_r1.models import read_hf_config
 from megatron_r1.pipeline.pipeline_recipe import read_tree
-from megatron_r1.plan.parameters import ModelCounts
+from megatron_r1.plan.counts import ModelCounts
 
 ROOT = Path(__file__).parents[3]
 

@@ -11,7 +11,7 @@ from refusals import refused
 from examples.paper import measure, rows, tables
 from examples.paper.__main__ import RECIPE, main, needed
 from examples.paper.page import write_page
-from examples.paper.results import Results
+from examples.paper.tables import Results
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
 from megatron_r1.pipeline.graph import Graph
@@ -20,7 +20,7 @@ from megatron_r1.pipeline.plan import PipelinePlan
 
 ROOT = Path(__file__).parents[3]
 SEEDS = ("0", "1", "2")
-PUBLISHED = tables.load()
+PUBLISHED = tables.load_tables()
 
 
 @pytest.fixture(autouse=True)
@@ -214,7 +214,7 @@ def test_a_comparison_of_rows_that_are_not_there_is_refused(tmp_path):
     text = tables.PUBLISHED.read_text().replace("below: reinforce", "below: reinforced")
     (tmp_path / "published.yaml").write_text(text)
     with pytest.raises(ValueError, match="reinforced"):
-        tables.load(tmp_path / "published.yaml")
+        tables.load_tables(tmp_path / "published.yaml")
 
 
 def answers(question: str, texts: list[str], kind: str = "math", truth: str = "7") -> list[dict]:

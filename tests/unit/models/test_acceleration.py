@@ -13,7 +13,8 @@ from small_configs import DEEPSEEK, QWEN
 from megatron_r1 import models
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
-from megatron_r1.models import acceleration, platform
+from megatron_r1.models import config as acceleration
+from megatron_r1.models import platform
 
 FUSED = (
     *("fused_permute", "fused_permute_with_probs", "fused_unpermute"),

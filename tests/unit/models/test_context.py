@@ -4,7 +4,7 @@ import pytest
 import torch
 from refusals import raised
 
-from megatron_r1.models.context import held_positions, sample_order, spans
+from megatron_r1.models.context_parallel import held_positions, sample_order, spans
 from megatron_r1.trainer.packed import TokenSplit, packed_batch
 from megatron_r1.trainer.sample import Sample
 

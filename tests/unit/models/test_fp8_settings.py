@@ -11,8 +11,13 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import FP8Config, parse
-from megatron_r1.models.fp8.recipes import E5M2, check_sizes, find_recipe
-from megatron_r1.models.fp8.transformer_engine import check_device, megatron_fields
+from megatron_r1.models.fp8 import (
+    E5M2,
+    check_device,
+    check_sizes,
+    find_recipe,
+    transformer_engine_fields,
+)
 
 
 def test_defaults_of_each_recipe():
@@ -89,19 +94,19 @@ def fake_engine(monkeypatch, **power_of_two):
 
 def test_transformer_engine_has_to_be_there_and_new_enough(hopper, monkeypatch):
     with refused("fp8.recipe", Cause.NOT_INSTALLED):
-        megatron_fields(FP8Config(recipe="blockwise"))
+        transformer_engine_fields(FP8Config(recipe="blockwise"))
     fake_engine(monkeypatch, Float8CurrentScaling=False)
     with refused("fp8.recipe", Cause.NOT_INSTALLED, "Float8BlockScaling"):
-        megatron_fields(FP8Config(recipe="blockwise"))
+        transformer_engine_fields(FP8Config(recipe="blockwise"))
 
 
 def test_scales_that_the_environment_decides_are_compared_with_the_recipe(hopper, monkeypatch):
     fake_engine(monkeypatch, Float8BlockScaling=True)
     with refused("fp8.scales", Cause.CONFLICT, "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1"):
-        megatron_fields(FP8Config(recipe="blockwise", scales="float32"))
+        transformer_engine_fields(FP8Config(recipe="blockwise", scales="float32"))
     fake_engine(monkeypatch, Float8BlockScaling=False)
     with refused("fp8.scales", Cause.CONFLICT, "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=0"):
-        megatron_fields(FP8Config(recipe="blockwise"))
+        transformer_engine_fields(FP8Config(recipe="blockwise"))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +119,7 @@ def test_scales_that_the_environment_decides_are_compared_with_the_recipe(hopper
 )
 def test_megatron_accepts_the_fields(hopper, monkeypatch, settings, format):
     fake_engine(monkeypatch, Float8BlockScaling=True, Float8CurrentScaling=False)
-    fields = megatron_fields(FP8Config(**settings))
+    fields = transformer_engine_fields(FP8Config(**settings))
     made = TransformerConfig(
         num_layers=2, hidden_size=64, num_attention_heads=4, bf16=True, **fields
     )

@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import router
 
 from megatron_r1.models import build_model, patches
-from megatron_r1.models.rotary import rotate_packed
-from megatron_r1.models.routing import route
+from megatron_r1.models.patches import rotate_packed
+from megatron_r1.models.patches import route
 
 def replaced():
     return (

@@ -8,8 +8,7 @@ import upstream
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.models import platform
-from megatron_r1.models.platform import cpu_patches, versions
+from megatron_r1.models import cpu_patches, platform
 
 
 @pytest.mark.parametrize("patch", cpu_patches.PATCHES, ids=lambda patch: patch.name)
@@ -18,7 +17,7 @@ def test_the_upstream_line_that_needs_the_patch_is_still_there(patch):
 
 
 def test_the_pinned_megatron_is_installed():
-    assert importlib.metadata.version("megatron-core") == versions.MEGATRON_VERSION
+    assert importlib.metadata.version("megatron-core") == platform.MEGATRON_VERSION
 
 
 PROGRAM = """
@@ -82,19 +81,19 @@ def test_a_gpu_with_transformer_engine_uses_it(a_gpu):
 
 def test_another_megatron_is_an_error_that_names_both_versions(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.0")
-    with refused("megatron-core", Cause.CONFLICT, "0.19.0", versions.MEGATRON_VERSION):
+    with refused("megatron-core", Cause.CONFLICT, "0.19.0", platform.MEGATRON_VERSION):
         platform.prepare()
 
 
 @pytest.mark.parametrize(("found", "warns"), [("2.11.0", True), ("2.20.2+cu13.abc", False)])
 def test_another_transformer_engine_is_named(monkeypatch, recwarn, found, warns):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
-    versions.warn_of_transformer_engine()
+    platform.warn_of_transformer_engine()
     messages = [str(each.message) for each in recwarn]
     assert any(f"transformer-engine {found}" in text for text in messages) == warns
 
 
 def test_the_lock_for_gpus_has_the_versions_that_are_checked():
     lock = (Path(__file__).parents[3] / "requirements" / "cuda.lock").read_text().splitlines()
-    assert f"megatron-core=={versions.MEGATRON_VERSION}" in lock
-    assert f"transformer-engine=={versions.TRANSFORMER_ENGINE_VERSION}" in lock
+    assert f"megatron-core=={platform.MEGATRON_VERSION}" in lock
+    assert f"transformer-engine=={platform.TRANSFORMER_ENGINE_VERSION}" in lock

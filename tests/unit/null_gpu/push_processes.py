@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import torch
 from torch.distributed import TCPStore
 
-from megatron_r1.config.push import PushConfig
+from megatron_r1.config.rollout import PushConfig
 from megatron_r1.controller.delivery.bridge import WeightBridge
 from megatron_r1.controller.delivery.engine_links import EngineLinks
 from megatron_r1.engines.fleet.engine import Engine
@@ -32,7 +32,7 @@ from megatron_r1.push.plan import EngineLayout, TrainerGrid, rounds
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.results import IncompletePush
 from megatron_r1.push.sender import WeightSender, run_all
-from megatron_r1.push.transports import nccl, nccl_library
+from megatron_r1.push.transports import nccl, nccl_rounds
 from tests.unit.controller.delivery.small_fleet import SmallFleet
 from tests.unit.push.push_models import DEEPSEEK, QWEN
 from tests.unit.push.push_world import draw, plain_table, wrong_slots
@@ -61,8 +61,8 @@ class Rounds:
 
     def __init__(self):
         self.number, self.deadly, self.victim = 0, None, 0
-        self._exchange, self._lock = nccl_library.exchange, threading.Lock()
-        nccl_library.exchange = self.exchange
+        self._exchange, self._lock = nccl_rounds.enqueue_exchange, threading.Lock()
+        nccl_rounds.enqueue_exchange = self.exchange
 
     def exchange(self, *arguments):
         with self._lock:

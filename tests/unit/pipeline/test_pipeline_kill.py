@@ -12,8 +12,8 @@ from refusals import refused
 from waiting import wait_until
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.base.processes.inspection import descendants
-from megatron_r1.pipeline import executor, manifest
+from megatron_r1.base.processes.held import descendants
+from megatron_r1.pipeline import manifest, runner
 
 SLOW = recipe("slow")
 QUICK = ("--stages.work.waits", "false")
@@ -178,6 +178,6 @@ def test_a_stage_whose_folder_another_process_holds_is_waited_for(world, monkeyp
             assert world.calls == ["corpus"]
             holder.communicate("\n")
 
-    monkeypatch.setattr(executor, "_print", show)
+    monkeypatch.setattr(runner, "_print", show)
     assert world.run(*QUICK) == 0
     assert holder.returncode == 0

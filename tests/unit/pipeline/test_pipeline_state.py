@@ -10,8 +10,8 @@ from pipeline_world import FUNCTIONS, RECIPE, World, recipe
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.pipeline import fingerprint
-from megatron_r1.pipeline.fingerprint import inputs, settings
+from megatron_r1.pipeline import manifest
+from megatron_r1.pipeline.manifest import deciding_settings, input_digests
 from megatron_r1.pipeline.pipeline_recipe import load
 from megatron_r1.pipeline.plan import PipelinePlan
 
@@ -269,7 +269,7 @@ def test_what_a_stage_reads_without_saying_that_it_is_a_file(tmp_path, monkeypat
     plan = PipelinePlan.of(load(tmp_path / "p.yaml"), tmp_path / "p.yaml", tmp_path / "out", 0)
 
     def read():
-        return inputs(plan, plan.stages["answers"], ())
+        return input_digests(plan, plan.stages["answers"], ())
 
     before = read()
     functions = {"function mine:tidy", "function mine:polite"}
@@ -288,7 +288,7 @@ def matter(tmp_path, finished, **overrides):
     (tmp_path / "p.yaml").write_text(TRAINED)
     recipe = load(tmp_path / "p.yaml", overrides)
     plan = PipelinePlan.of(recipe, tmp_path / "p.yaml", tmp_path / "out", recipe.pipeline.seed)
-    return settings(plan, plan.stages["base"], finished)
+    return deciding_settings(plan, plan.stages["base"], finished)
 
 
 @pytest.mark.parametrize(
@@ -319,17 +319,17 @@ def test_the_schedule_decides_what_a_finished_rl_run_has_learnt(tmp_path, finish
 
 
 def test_a_large_file_counts_by_blocks_and_any_change_of_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 1000)
-    monkeypatch.setattr(fingerprint, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(manifest, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(manifest, "BLOCK_BYTES", 16)
     path = tmp_path / "weights"
     content = bytes(i % 251 for i in range(5000))
     path.write_bytes(content)
-    before = fingerprint.digest(path)
-    assert fingerprint.digest(path) == before
+    before = manifest.digest(path)
+    assert manifest.digest(path) == before
     path.write_bytes(content + b"x")
-    assert fingerprint.digest(path) != before
+    assert manifest.digest(path) != before
     path.write_bytes(content[:-1] + b"x")
-    assert fingerprint.digest(path) != before
+    assert manifest.digest(path) != before
 
 
 def test_a_folder_counts_by_names_and_contents(tmp_path):
@@ -337,10 +337,10 @@ def test_a_folder_counts_by_names_and_contents(tmp_path):
         for path, text in files.items():
             (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / path).write_text(text)
-        return fingerprint.digest(tmp_path / name)
+        return manifest.digest(tmp_path / name)
 
     first = folder("a", {"x": "1", "y/z": "2"})
     assert first == folder("b", {"y/z": "2", "x": "1", ".lock": "pid"})
     others = [folder("c", {"x": "1", "y/z": "3"}), folder("d", {"x": "1", "y/w": "2"})]
     assert len({first, *others}) == 3
-    assert fingerprint.digest(tmp_path / "none") == fingerprint.MISSING
+    assert manifest.digest(tmp_path / "none") == manifest.MISSING

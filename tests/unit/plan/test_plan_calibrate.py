@@ -11,8 +11,8 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import HARDWARE, Assumptions, fields_of
 from megatron_r1.plan.arguments import parse
-from megatron_r1.plan.calibrate import calibrated
 from megatron_r1.plan.measured import calibrate_from
+from megatron_r1.plan.quantity import calibrated
 
 ROOT = Path(__file__).parents[3]
 LAPTOP = ROOT / "examples/laptop/r1_zero.yaml"

@@ -3,7 +3,7 @@
 import pytest
 from planned_jobs import LLAMA_405B, V3
 
-from megatron_r1.plan.flops import forward_flops
+from megatron_r1.plan.counts import forward_flops
 
 
 @pytest.mark.parametrize(

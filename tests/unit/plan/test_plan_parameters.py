@@ -9,7 +9,7 @@ import pytest
 from planned_jobs import LLAMA_405B, QWEN_72B, V3, real_job
 
 from megatron_r1.models import weights
-from megatron_r1.plan.parameters import ModelCounts, RankCounts
+from megatron_r1.plan.counts import ModelCounts, RankCounts
 
 
 def test_the_configuration_is_deepseek_v3_s_as_transformers_knows_it():

@@ -8,7 +8,7 @@ import pytest
 from megatron_r1.commands.plan import main
 from megatron_r1.plan.arguments import config_of, job_of, parse
 from megatron_r1.plan.bill import Bill
-from megatron_r1.plan.published import rows, run_hours
+from megatron_r1.plan.measured import published_figures, run_hours
 from megatron_r1.plan.timing import time_section
 
 ROOT = Path(__file__).parents[3]
@@ -21,9 +21,9 @@ def test_the_printed_table_has_the_published_values_and_their_ratios(capsys):
     table = re.findall(
         r"^\| (\d)\..* \| ([\d,.]+) [sh] \| ([\d,.]+) [sh] \| ([\d.]+) \|$", output, re.M
     )
-    assert len(table) == len(rows()) >= 5
+    assert len(table) == len(published_figures()) >= 5
     for number, predicted, published, ratio in table:
-        row = rows()[int(number) - 1]
+        row = published_figures()[int(number) - 1]
         assert float(published.replace(",", "")) == row.published
         value = float(predicted.replace(",", "")) / row.published
         assert float(ratio) == pytest.approx(value, abs=0.011)

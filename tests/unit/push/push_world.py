@@ -10,8 +10,8 @@ from waiting import PATIENT
 
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.models.weights.layout import stage_shards
-from megatron_r1.models.weights.stored.fp8 import is_quantized, scale_name
-from megatron_r1.push.plan.predicted_layout import PredictedLayout
+from megatron_r1.models.weights.stored.published import is_quantized, scale_name
+from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.push.plan.tensors import scale_region
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender, run_all

@@ -7,7 +7,7 @@ import torch
 from refusals import raised
 from waiting import PATIENT
 
-from megatron_r1.models.weights.stored.fp8_blocks import quantize
+from megatron_r1.models.weights.stored.block_formats import quantize_fp8
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.rendezvous import SetFailed
 from megatron_r1.push.table import slot_view
@@ -97,7 +97,7 @@ def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
     for slot in first.table.slots:  # between them nothing is written
         assert torch.equal(*(slot_view(r.memory, slot).float() for r in (first, second))), slot.name
     name = "model.layers.2.mlp.experts.3.up_proj.weight"
-    codes, scales = quantize(tensors[name])
+    codes, scales = quantize_fp8(tensors[name])
     found = {slot.name: slot_view(first.memory, slot) for slot in first.table.slots}
     assert torch.equal(found[name].float(), codes.float())
     assert torch.equal(found[name + "_scale_inv"], scales)

@@ -24,7 +24,7 @@ from megatron_r1.push.plan.order_check import (
     operations_of_rounds,
     operations_of_steps,
 )
-from megatron_r1.push.plan.predicted_layout import PredictedLayout
+from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.push.plan.recipe import engine_layout
 from megatron_r1.push.plan.rounds import Link, PushOrder, push_order, receiving_processes
 from megatron_r1.push.plan.tensors import plain_bytes

@@ -8,11 +8,11 @@ import pytest
 from refusals import raised, refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.training import ParallelConfig
 from megatron_r1.models.weights.layout import stage_shards
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.engine_sets import engine_sets, entries
-from megatron_r1.push.plan.predicted_layout import PredictedLayout
+from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from tests.unit.push.plan_worlds import DEEPSEEK_V3, WORLDS
 from tests.unit.push.push_models import DEEPSEEK_MTP, QWEN
@@ -66,7 +66,7 @@ def test_ranks_are_where_megatron_puts_them():
 def test_vllm_s_pipeline_stages():
     from vllm.distributed.utils import get_pp_indices
 
-    from megatron_r1.push.plan.predicted_layout import stage_layers
+    from megatron_r1.push.plan.planner import stage_layers
 
     for layers, stages in [(61, 4), (61, 16), (7, 3), (4, 1)]:
         expected = [range(*get_pp_indices(layers, s, stages)) for s in range(stages)]

@@ -10,7 +10,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands.rehearse import _check
 from megatron_r1.config import load
 from megatron_r1.push.plan import recipe
-from megatron_r1.rehearse.full_size import MAX_LINKS, check_links
+from megatron_r1.rehearse.jobs import MAX_LINKS, check_links
 
 RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
 

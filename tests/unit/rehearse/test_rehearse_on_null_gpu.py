@@ -8,10 +8,10 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import load
-from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.training import ParallelConfig
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.pipeline_stages import pipeline_stages
-from megatron_r1.rehearse import layout, miniature, null_gpu
+from megatron_r1.rehearse import launch, layout, miniature
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SHIPPED = ("deepseek_r1/r1_zero", "deepseek_r1/reasoning_rl", "distill/qwen2.5-32b_rl")
@@ -31,7 +31,7 @@ def test_a_recipe_keeps_transport_placement_and_share_of_the_gpu(name, max_ranks
     ranks = small.parallel.processes
     assert ranks <= max_ranks
     resumed = layout.different_layout(small.parallel).processes
-    assert null_gpu.num_gpus(small, "rl") == max(ranks, resumed)
+    assert launch.num_null_gpus(small, "rl") == max(ranks, resumed)
     small.parallel.check_sizes(small.parallel.processes)
     shape = miniature.shrink(config, hf, Path("rehearsal"), max_ranks, on="null-gpu").hf
     num_mtp, at = shape.get("num_nextn_predict_layers") or 0, small.parallel
@@ -54,12 +54,12 @@ def test_an_environment_without_the_cuda_packages_is_refused(monkeypatch, cuda, 
         return "1"
 
     monkeypatch.setattr(metadata, "version", version)
-    monkeypatch.setattr(null_gpu.gpu, "torch_has_cuda", lambda: cuda)
+    monkeypatch.setattr(launch.gpu, "torch_has_cuda", lambda: cuda)
     with refused("rehearsal.on", Cause.NOT_INSTALLED):
-        null_gpu.run_again(["rehearse", "r.yaml", "--on", "null-gpu"], 2)
+        launch.run_on_null_gpu(["rehearse", "r.yaml", "--on", "null-gpu"], 2)
 
 
 def test_an_installation_without_the_tool_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(null_gpu, "TOOL", tmp_path / "tools" / "null_gpu")
+    monkeypatch.setattr(launch, "TOOL", tmp_path / "tools" / "null_gpu")
     with refused("rehearsal.on", Cause.NOT_INSTALLED):
-        null_gpu.run_again(["rehearse", "r.yaml"], 2)
+        launch.run_on_null_gpu(["rehearse", "r.yaml"], 2)

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from megatron_r1.reporting.bars import columns, shares
 from megatron_r1.reporting.live import LiveView
+from megatron_r1.reporting.live_frame import bar_columns, bar_shares
 from megatron_r1.reporting.wording import clock, duration, last_line, number, printable
 
 GIVEN = yaml.safe_load(Path(__file__).with_name("live_view.yaml").read_text(encoding="utf-8"))
@@ -169,17 +169,17 @@ def test_a_terminal_gets_the_picture_and_its_cursor_back(monkeypatch):
 
 
 def test_columns_are_the_hand_drawn_chart():
-    assert columns([0.0, 0.5, 1.0, None], 10, 1, 1.0) == ["▁▄█ "]
-    assert columns([0.25, 0.75, 1.0], 10, 2, 1.0) == [" ▄█", "▄██"]
-    assert columns([0.0, 1.0, 1.0, None, 0.5, 0.5], 3, 1, 1.0) == ["▄█▄"]
-    assert columns([], 5, 2, 1.0) == ["", ""]
+    assert bar_columns([0.0, 0.5, 1.0, None], 10, 1, 1.0) == ["▁▄█ "]
+    assert bar_columns([0.25, 0.75, 1.0], 10, 2, 1.0) == [" ▄█", "▄██"]
+    assert bar_columns([0.0, 1.0, 1.0, None, 0.5, 0.5], 3, 1, 1.0) == ["▄█▄"]
+    assert bar_columns([], 5, 2, 1.0) == ["", ""]
 
 
 @pytest.mark.parametrize("width", [1, 7, 79])
 def test_shares_always_add_up(width):
-    assert shares([0.3, 0.1, 0.5, 0.1], 10) == [3, 1, 5, 1]
-    assert sum(shares([1, 1, 1], width)) == width
-    assert shares([0, 0], width) == [0, 0]
+    assert bar_shares([0.3, 0.1, 0.5, 0.1], 10) == [3, 1, 5, 1]
+    assert sum(bar_shares([1, 1, 1], width)) == width
+    assert bar_shares([0, 0], width) == [0, 0]
 
 
 def test_words_for_numbers_and_times():

@@ -8,13 +8,9 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.reporting.trackers import (
-    TrackerSet,
-    check_trackers,
-    tracker_set,
-    weights_and_biases,
-)
-from megatron_r1.reporting.trackers.base import EVALUATION, STEP, TrackedRun
+from megatron_r1.reporting import trackers as tracker_set
+from megatron_r1.reporting import trackers as weights_and_biases
+from megatron_r1.reporting.trackers import EVALUATION, STEP, TrackedRun, TrackerSet, check_trackers
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,8 @@ import asyncio
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.sample.decision import DUPLICATE, Decision
 from megatron_r1.sample.filters import filters_of, first_objection
-from megatron_r1.sample.selection import Selection
+from megatron_r1.sample.selection import DUPLICATE, Decision, Selection
 
 PROMPT = make_prompt("What is 6 x 7?", "math", "42", {})
 

@@ -13,17 +13,16 @@ from refusals import refused
 from waiting import wait_until
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.base.files.jsonl import append_lines
+from megatron_r1.base.files.append_only import append_lines
 from megatron_r1.commands import cli
 from megatron_r1.commands.cli import main
 from megatron_r1.commands.sample import of_run
 from megatron_r1.data.prompts import make_prompt, normalize
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.evaluation.response_log import ResponseLog
-from megatron_r1.sample.cache import ResultCache
-from megatron_r1.sample.decision import Decision
+from megatron_r1.evaluation.response import ResponseLog, TextResponse
 from megatron_r1.sample.outputs import WINDOW, PromptResult, decide_all
+from megatron_r1.sample.selection import Decision
+from megatron_r1.sample.user_function import ResultCache
 
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused_runs.yaml").read_text())
 # A reward that loads in no time, where `math` brings sympy into every worker.

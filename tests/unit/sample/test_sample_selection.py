@@ -14,8 +14,7 @@ from megatron_r1.config import parse
 from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.evaluation.sampling import Grader
-from megatron_r1.sample.rendering import Rendering
-from megatron_r1.sample.sft_examples import SftExamples
+from megatron_r1.sample.sft_examples import Rendering, SftExamples
 
 ROOT = Path(__file__).parents[3]
 PLAIN = Rendering(RenderConfig(), "Q: {problem}\nA:", "")

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench.chaos import oracle, order, task
-from tools.bench.chaos.user import End, Sighting, User
+from tests.chaos import oracle, order
+from tests.chaos.user import End, Sighting, User
 
 
 def line(step: int, **wrong) -> dict:
     right = {
         "step": step,
-        "optimizer_step": task.MINIBATCHES * step,
+        "optimizer_step": oracle.MINIBATCHES * step,
         "policy_version": step - 1,
         "staleness": 0.0,
         "logprob_diff/max": 1e-6,

@@ -3,11 +3,10 @@
 import asyncio
 import time
 
-from tools.bench.children import in_own_process
 from tools.bench.controller import beyond
-from tools.bench.controller.rollout import measure
-from tools.bench.controller.watch import Watch
-from tools.bench.controller.work import GROUP
+from tools.bench.controller.rollout import Watch, measure
+from tools.bench.controller.synthetic import GROUP
+from tools.bench.host import in_own_process
 
 
 def test_a_small_rollout_arrives_whole():

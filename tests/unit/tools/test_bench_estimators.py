@@ -13,7 +13,7 @@ from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.pipeline_recipe import load
 from megatron_r1.pipeline.plan import PipelinePlan
 from tools.bench import estimators
-from tools.bench.estimators.settings import CHOICES, recipe
+from tools.bench.estimators import CHOICES, recipe
 
 ROOT = Path(__file__).parents[3]
 

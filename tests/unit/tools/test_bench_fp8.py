@@ -7,9 +7,16 @@ from collections import Counter
 import pytest
 
 from megatron_r1.config import parse
-from tools.bench.fp8 import compared, relative_errors, smoothed
-from tools.bench.fp8.language import ENTROPY, LENGTH, Language
-from tools.bench.fp8.variants import VARIANTS, settings
+from tools.bench.fp8 import (
+    ENTROPY,
+    LENGTH,
+    VARIANTS,
+    Language,
+    compared,
+    relative_errors,
+    smoothed,
+    variant_settings,
+)
 
 
 def test_sentences_have_the_stated_entropy_and_depend_on_their_names_alone():
@@ -42,6 +49,6 @@ def test_curves_are_smoothed_before_they_are_compared():
 
 def test_every_variant_is_a_recipe():
     for name in VARIANTS:
-        config = parse(settings(name, "somewhere", seed=0, threads=1))
+        config = parse(variant_settings(name, "somewhere", seed=0, threads=1))
         assert config.model.dtype == ("float32" if name == "fp32" else "bfloat16")
         assert (config.fp8.recipe == "none") == (name in ("fp32", "bf16"))

@@ -7,16 +7,22 @@ import sys
 import time
 
 import pytest
+import r1_kernels_bench as supervise
 import torch
+from r1_kernels_bench import measure, table
+from r1_kernels_bench.cases import CASES, KernelCase
+from r1_kernels_bench.implementations import OURS, Implementation
+from r1_kernels_bench.inputs import (
+    PRESETS,
+    HiddenInputs,
+    LogitsInputs,
+    MatrixInputs,
+    PolicyInputs,
+    ProblemSizes,
+)
+from r1_kernels_bench.worker import run_case
 from refusals import raised
 from waiting import PATIENT
-
-from tools.bench.kernels import measure, supervise, table
-from tools.bench.kernels.calls import OURS, Implementation
-from tools.bench.kernels.cases import CASES, KernelCase
-from tools.bench.kernels.inputs import HiddenInputs, LogitsInputs, MatrixInputs, PolicyInputs
-from tools.bench.kernels.sizes import PRESETS, ProblemSizes
-from tools.bench.kernels.worker import run_case
 
 CPU = torch.device("cpu")
 SMALL = ProblemSizes(tokens=48, vocab=333, hidden=16, dtype="float32")
@@ -154,7 +160,7 @@ print(json.dumps({"done": True}), flush=True)
 @pytest.mark.more  # is silent for as long as an honest process may need to start
 def test_a_subject_that_kills_or_hangs_its_process_is_left_out_and_the_rest_goes_on():
     task = {"cases": ["first", "second", "third"], "deadline": time.time() + PATIENT}
-    found = supervise.results(
+    found = supervise.worker_results(
         task, lambda doing: None, silence=30.0, worker=[sys.executable, "-c", WORKER]
     )
     assert dict(found) == {

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_r1.config import load, parse
-from tools.bench.step import compare, figures, pretrained, systems, work
+from tools.bench.step import compare, systems, work
 from tools.bench.step.compare import SETTINGS, WORKS
-from tools.bench.step.model import Tail, write_model
+from tools.bench.step.work import Tail, write_model
 
 
 def step(seconds: float, tokens: int, **phases: float) -> dict:
@@ -18,7 +18,7 @@ def step(seconds: float, tokens: int, **phases: float) -> dict:
 
 
 def test_tokens_per_second_are_medians_of_steps_and_the_ratio_is_ours_over_theirs():
-    compared = figures.compared(
+    compared = compare.compared(
         ours=[step(1, 100), step(2, 100), step(1, 300)],
         trl=[step(10, 100), step(10, 300), step(10, 500)],
         slower=[step(10, 100)],
@@ -30,23 +30,23 @@ def test_tokens_per_second_are_medians_of_steps_and_the_ratio_is_ours_over_their
 
 
 def test_the_summary_has_both_ratios():
-    both = figures.compared(ours=[step(1, 600)], trl=[step(4, 400)])
+    both = compare.compared(ours=[step(1, 600)], trl=[step(4, 400)])
     both["trl"]["core_seconds"] = 2.0
-    text = figures.summary("Some CPU", {"short": both})
+    text = compare.summary("Some CPU", {"short": both})
     assert "Some CPU" in text and "6.00 x" in text and "1.50 x" in text
 
 
 def test_an_overlapped_step_is_compared_with_the_slower_of_its_parts():
     phases = {"time/rollout": 2.0, "time/reward": 0.1, "time/train": 1.0, "time/push": 0.3}
-    overlap = figures.overlapped([step(3.5, 1, **phases)], [step(2.31, 1)])
+    overlap = compare.overlapped([step(3.5, 1, **phases)], [step(2.31, 1)])
     assert (overlap["rollout"], overlap["training"]) == (2.1, 1.3)
     assert overlap["ratio"] == pytest.approx(1.1)
     slower = phases | {"time/train": 4.0}
-    assert figures.overlapped([step(6.5, 1, **slower)], [step(4.3, 1)])["ratio"] == 1.0
+    assert compare.overlapped([step(6.5, 1, **slower)], [step(4.3, 1)])["ratio"] == 1.0
 
 
 def test_the_page_shows_the_figures_it_was_given():
-    both = figures.compared(ours=[step(1, 500)], trl=[step(4, 400)])
+    both = compare.compared(ours=[step(1, 500)], trl=[step(4, 400)])
     phases = {"time/rollout": 2.0, "time/reward": 0.0, "time/train": 1.0, "time/push": 0.0}
     result = {
         "packages": {"trl": "1.2.3"},
@@ -57,9 +57,9 @@ def test_the_page_shows_the_figures_it_was_given():
         "repeats": 3,
         "gib": {"short, ours": 1.25},
         "comparisons": {"short": both},
-        "overlap": figures.overlapped([step(3, 1, **phases)], [step(2.2, 1)]),
+        "overlap": compare.overlapped([step(3, 1, **phases)], [step(2.2, 1)]),
     }
-    text = figures.as_page(result, cores=3)
+    text = compare.as_page(result, cores=3)
     for shown in (
         "trl 1.2.3",
         "Some CPU",
@@ -103,7 +103,7 @@ def test_a_comparison_that_was_stopped_continues_with_the_runs_that_are_missing(
     second, steps = measured(9, {"cpu": "a"})
     assert second == ["trl 1", "trl 2"]
     assert [len(steps["short"][name]) for name in ("ours", *compare.PEERS)] == [2, 2, 2]
-    assert figures.compared(**steps["short"])["ratio"] == 2.0
+    assert compare.compared(**steps["short"])["ratio"] == 2.0
     with pytest.raises(SystemExit, match="--runs"):
         measured(9, {"cpu": "b"})
 
@@ -132,18 +132,18 @@ def test_rewards_differ_and_questions_are_the_same_every_time(tmp_path):
 
 
 def test_both_systems_get_the_pretrained_models_prompts_as_its_recipe_writes_them(tmp_path):
-    recipe = load(pretrained.RECIPE)
+    recipe = load(compare.PRETRAINED_RECIPE)
     first = json.loads(
-        pretrained.write_prompts(tmp_path, recipe.data.template).read_text().splitlines()[0]
+        compare.write_prompts(tmp_path, recipe.data.template).read_text().splitlines()[0]
     )
     question = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])["question"]
     assert first["question"].endswith(f"user\n{question}<|im_end|>\n<|im_start|>assistant\n")
-    assert pretrained.work_of(recipe).num_responses == (
+    assert compare.pretrained_work(recipe).num_responses == (
         recipe.rl.questions_per_rollout * recipe.rl.group_size
     )
-    more = pretrained.faster(recipe)
+    more = compare.faster_than_trl(recipe)
     made = parse(
-        systems.recipe(pretrained.work_of(recipe), tmp_path, tmp_path, tmp_path, 3, more), ""
+        systems.recipe(compare.pretrained_work(recipe), tmp_path, tmp_path, tmp_path, 3, more), ""
     )
     assert made.parallel.share_prompts
     assert made.rollout.kv_block_tokens == recipe.rollout.kv_block_tokens

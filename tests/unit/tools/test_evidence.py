@@ -11,11 +11,19 @@ import pytest
 from waiting import wait_until
 
 from tools.evidence import measure
-from tools.evidence.command import PAGE, main
+from tools.evidence.command import PAGE, main, render, without_states
 from tools.evidence.measure import order
-from tools.evidence.page import render, without_states
-from tools.evidence.records import FOLDER, Claim, Failed, Measured, read, write
-from tools.evidence.state import State, changed_files, states
+from tools.evidence.records import (
+    FOLDER,
+    Claim,
+    Failed,
+    Measured,
+    State,
+    changed_files,
+    read_claims,
+    states,
+    write_claim,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -49,7 +57,7 @@ class Repository:
         known |= {"reads": [r"total (?P<total>[\d,]+)"], "figure": "{total} in all"}
         known |= {"paths": ["part/", "one.py", "tests/test_*.py"], "seconds": 1.0}
         claim = Claim(id=id, command=command, **known | fields)
-        write(self.root, claim)
+        write_claim(self.root, claim)
         return claim
 
     def measured(self, commit: str, **fields) -> Claim:
@@ -154,7 +162,7 @@ def test_measuring_writes_figure_commit_day_and_machine_and_renders_the_page(rep
     assert "1,234 in all" in (repository.root / PAGE).read_text()
     assert "1,234 in all" in capsys.readouterr().out
     repository.commit()
-    assert repository.state(read(repository.root)[0]).name == "fresh"
+    assert repository.state(read_claims(repository.root)[0]).name == "fresh"
 
 
 @pytest.mark.parametrize(
@@ -175,7 +183,7 @@ def test_a_failure_is_kept_beside_the_earlier_figure_and_said(repository, capsys
     before = repository.measured(commit, command=command, bounds={"total": [2, 10]})
     seconds = "1" if "sleep" in command else "10000"
     assert main(["measure", "sum", "--limit", seconds], repository.root) == 1
-    after = read(repository.root)[0]
+    after = read_claims(repository.root)[0]
     assert after.measured == before.measured and after.seconds == before.seconds
     assert reason in after.failed.reason
     said = capsys.readouterr().out
@@ -191,8 +199,10 @@ def test_of_a_failures_output_the_end_is_kept_and_a_success_removes_it(repositor
     failed = repository.record()["failed"]
     tail = failed["tail"].splitlines()
     assert tail[-2:] == ["line 99", "."] and "line 9" not in tail, "without this machine's folders"
-    assert repository.state(read(repository.root)[0]).text.startswith("not measured; failed 20")
-    write(repository.root, replace(read(repository.root)[0], command="echo total 4"))
+    assert repository.state(read_claims(repository.root)[0]).text.startswith(
+        "not measured; failed 20"
+    )
+    write_claim(repository.root, replace(read_claims(repository.root)[0], command="echo total 4"))
     assert main(["measure"], repository.root) == 0
     assert "failed" not in repository.record()
     assert repository.record()["measured"]["figure"] == "4 in all"
@@ -244,7 +254,7 @@ def test_the_shortest_comes_first_what_has_failed_on_these_files_last_and_fresh_
     repository.measured("0" * 40, id="unknown", seconds=4)
     repository.measured(old, id="stale", seconds=3)
     repository.claim(id="never", seconds=6)
-    names = [claim.id for claim in order(repository.root, read(repository.root))]
+    names = [claim.id for claim in order(repository.root, read_claims(repository.root))]
     assert names == ["stale", "unknown", "failed_before", "never", "failed"]
 
 
@@ -304,7 +314,7 @@ def test_status_prints_state_and_changed_files(repository, capsys):
 
 def test_the_page_is_what_is_rendered():
     """But for the states, which depend on the commits that a clone has and on its changes."""
-    claims = read(ROOT)
+    claims = read_claims(ROOT)
     rendered = render(claims, {claim.id: State("unknown") for claim in claims}, "")
     page = (ROOT / PAGE).read_text(encoding="utf-8")
     assert without_states(page) == without_states(rendered), "run `python -m tools.evidence render`"
@@ -321,7 +331,7 @@ def test_without_states_leaves_all_but_the_states():
 
 
 def test_there_are_at_most_40_claims_and_each_can_be_measured_and_explained():
-    claims = read(ROOT)
+    claims = read_claims(ROOT)
     assert 0 < len(claims) <= 40
     for claim in claims:
         assert (ROOT / claim.page).is_file(), claim.id

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.faults import command, copies
-from tools.faults.mutations import TABLE, Mutation, covering_tests, plant, read_table, rooms
+from tests.faults import command
+from tests.faults.command import TABLE, Mutation, covering_tests, plant, read_table, rooms
 
 ROOT = Path(__file__).parents[3]
 SOURCE = """
@@ -136,8 +136,8 @@ def test_tests_that_fail_without_a_fault_catch_none(tree, monkeypatch, capsys):
 
 
 def test_an_endless_loop_counts_as_caught(tree):
-    copy = copies.TreeCopy(tree)
+    copy = command.TreeCopy(tree)
     copy.write(Path("megatron_r1/base/files/numbers.py"), "while True: pass")
-    assert copies.failure_of(*copy.run(["tests/unit/test_it.py"], limit="1")) is not None
+    assert command.failure_of(*copy.run(["tests/unit/test_it.py"], limit="1")) is not None
     copy.close()
     assert not copy.folder.exists()

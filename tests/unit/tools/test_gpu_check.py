@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from waiting import PATIENT
 
-from tools.gpu_check import kernel_times, layers, nccl_push, recipe, runner, verdict
+from tools.gpu_check import checks as runner
+from tools.gpu_check import kernel_times, layers, nccl_push, recipe, verdict
 from tools.gpu_check.checks import ALONE, CHECKS, PARTS, Check
 from tools.gpu_check.command import page
 

@@ -4,7 +4,7 @@ ranks that cannot end the push name it."""
 import pytest
 
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
-from tools.bench.children import in_own_process
+from tools.bench.host import in_own_process
 from tools.bench.push import control
 
 

@@ -11,8 +11,8 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause, TrainerError
 from megatron_r1.config import CheckpointConfig
-from megatron_r1.controller.trainer_calls.checkpoint_series import CheckpointSeries
-from megatron_r1.trainer.checkpoints import finding, manifest
+from megatron_r1.controller.trainer_calls.recorder import CheckpointSeries
+from megatron_r1.trainer.checkpoints import finding
 from megatron_r1.trainer.operations import FolderOperations
 
 
@@ -23,7 +23,7 @@ def make(checkpoints: Path, step: int) -> Path:
     (folder / ".metadata").write_bytes(b"where everything lies" * 10)
     for name in ("__0_0.distcp", "__0_1.distcp", "__1_0.distcp"):
         (folder / name).write_bytes(name.encode() * (1000 + step))
-    manifest.write(folder)
+    finding.write_manifest(folder)
     return folder
 
 
@@ -88,7 +88,7 @@ class Ranks:
     async def call(self, operation, **arguments):
         self.calls.append(operation.__name__)
         if operation == FolderOperations.verify_checkpoint:
-            return {"damage": manifest.damage(Path(arguments["folder"]), self.verify)}
+            return {"damage": finding.manifest_damage(Path(arguments["folder"]), self.verify)}
         if operation == FolderOperations.load_checkpoint:
             return {"is_same_layout": True}
         if operation == FolderOperations.save_checkpoint:
@@ -117,21 +117,21 @@ def test_a_manifest_has_the_size_and_the_blake3_of_every_file(tmp_path):
     for name, entry in files.items():
         content = (folder / name).read_bytes()
         assert entry == {"bytes": len(content), "blake3": blake3(content).hexdigest()}
-    assert manifest.damage(folder) == []
+    assert finding.manifest_damage(folder) == []
 
 
 def test_files_are_hashed_in_pieces_as_in_one(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(bytes(range(256)) * 100)
-    monkeypatch.setattr(manifest, "CHUNK_BYTES", 999)
+    monkeypatch.setattr(finding, "CHUNK_BYTES", 999)
     whole = blake3(path.read_bytes()).hexdigest()
-    assert manifest.checksum(path) == manifest.FileEntry(25_600, whole)
+    assert finding.file_entry(path) == finding.FileEntry(25_600, whole)
 
 
 def test_entries_that_are_known_are_not_read_again(tmp_path):
     folder = make(tmp_path, 1)
-    manifest.write(folder, {"__0_0.distcp": manifest.FileEntry(12, "of what was in memory")})
-    assert manifest.damage(folder, "size") == [
+    finding.write_manifest(folder, {"__0_0.distcp": finding.FileEntry(12, "of what was in memory")})
+    assert finding.manifest_damage(folder, "size") == [
         "__0_0.distcp has 12,012 bytes where 12 were written"
     ]
 
@@ -139,9 +139,9 @@ def test_entries_that_are_known_are_not_read_again(tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_every_file_is_one_rank_s_to_verify_and_bytes_are_spread(count):
     entries = {
-        f"f{i}": manifest.FileEntry(size, "") for i, size in enumerate([90, 50, 30, 30, 5, 0])
+        f"f{i}": finding.FileEntry(size, "") for i, size in enumerate([90, 50, 30, 30, 5, 0])
     }
-    shares = [manifest.share(entries, index, count) for index in range(count)]
+    shares = [finding.share_to_verify(entries, index, count) for index in range(count)]
     assert sorted(name for share in shares for name in share) == sorted(entries)
     heaviest = max(sum(entries[n].num_bytes for n in share) for share in shares)
     assert heaviest == {1: 205, 2: 110, 5: 90}[count]

@@ -8,7 +8,7 @@ from megatron_r1.models import platform
 
 platform.prepare()
 
-from megatron_r1.trainer.checkpoints import manifest, writer  # noqa: E402
+from megatron_r1.trainer.checkpoints import finding, writer  # noqa: E402
 from megatron_r1.trainer.checkpoints.finding import STATE_FILE, partial_of  # noqa: E402
 
 
@@ -19,7 +19,7 @@ def test_tensors_are_hashed_as_they_are_written_and_synced(tmp_path, monkeypatch
         file.write(b"some ")
         file.write(memoryview(b"bytes"))
         entry = file.entry()
-    assert entry == manifest.checksum(path) and entry.num_bytes == 10
+    assert entry == finding.file_entry(path) and entry.num_bytes == 10
     assert synced == [path]
 
 
@@ -35,7 +35,7 @@ def test_a_checkpoint_gets_its_name_when_it_is_whole_and_synced(tmp_path, monkey
     )
     synced = recorded_syncs(monkeypatch)
     assert writer._finish(staged, folder, {"step": 1}, [written]) is None
-    assert not partial.exists() and manifest.damage(folder) == []
+    assert not partial.exists() and finding.manifest_damage(folder) == []
     assert {STATE_FILE, ".metadata", "metadata.json"} <= {path.name for path in synced}
     assert synced[-1] == tmp_path  # the new name
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_r1.trainer.collectives import collective
+from megatron_r1.trainer.rank_monitor import collective
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_r1.config.losses import LossSettings
+from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.algorithms.grpo import loss as grpo_loss
-from megatron_r1.trainer.head import Head
+from megatron_r1.trainer.batch import Head
 from megatron_r1.trainer.losses import supervised
 from megatron_r1.trainer.packed import TokenSplit, packed_batch
 from megatron_r1.trainer.sample import Sample

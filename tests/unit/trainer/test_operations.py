@@ -3,15 +3,15 @@
 import msgspec
 import pytest
 
-from megatron_r1.config.losses import TokenSettings
+from megatron_r1.config.algorithms import TokenSettings
 from megatron_r1.trainer.operations import (
+    Call,
     FolderOperations,
     ModelOperations,
     PushOperations,
-    names,
+    operation_names,
 )
 from megatron_r1.trainer.sample import Sample
-from megatron_r1.trainer.wire import Call
 from megatron_r1.trainer.worker import Operations, argument_types, methods
 
 PROTOCOLS = (ModelOperations, FolderOperations, PushOperations)
@@ -40,7 +40,7 @@ def run_at_rank(operation, arguments):
 
 def test_a_rank_runs_every_operation_of_the_protocols():
     rank = Rank()
-    assert methods(rank, rank, rank).keys() == set().union(*map(names, PROTOCOLS))
+    assert methods(rank, rank, rank).keys() == set().union(*map(operation_names, PROTOCOLS))
     assert run_at_rank("keep_reference", {}) == {}
 
 

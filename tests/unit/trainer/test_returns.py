@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_r1.trainer.returns import (
+from megatron_r1.trainer.token_advantages import (
     discounted_sums,
     gae,
     moments,

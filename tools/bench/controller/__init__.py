@@ -8,10 +8,10 @@ controller adds to sampling, on the cores that the engines, the graders and the 
 import argparse
 from typing import Any
 
-from tools.bench import machine
-from tools.bench.children import in_own_process
+from tools.bench import host
 from tools.bench.controller.rollout import measure
-from tools.bench.controller.work import GROUP
+from tools.bench.controller.synthetic import GROUP
+from tools.bench.host import in_own_process
 
 GIB = 2**30
 MOST_ADDED, MOST_BLOCK, MOST_BYTES = 20.0, 100.0, 8e9
@@ -36,7 +36,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         case = chosen.routing, chosen.sampling_seconds
         sizes.append(in_own_process(measure, *size, *case))
         print("\n  ".join([_line(sizes[-1]), *beyond(sizes[-1])]), flush=True)
-    return {"cores are worth": machine.cores_worth(), "group": GROUP, "sizes": sizes}
+    return {"cores are worth": host.cores_worth(), "group": GROUP, "sizes": sizes}
 
 
 def beyond(size: dict[str, Any]) -> list[str]:

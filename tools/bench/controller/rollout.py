@@ -1,16 +1,18 @@
-"""One rollout through the controller's own code, from the first request to the trainer's reply."""
+"""One rollout through the controller's own code, from the first request to the trainer's reply, and
+how long it blocked the event loop and the memory of the process meanwhile."""
 
 import asyncio
+import contextlib
 import multiprocessing
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 from r1_grading import RewardPool
@@ -29,11 +31,10 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.compact_reply import MEDIA_TYPE
+from megatron_r1.engines.server.responses import MEDIA_TYPE
 from megatron_r1.trainer.operations import ModelOperations
 from tools.bench.controller import synthetic
-from tools.bench.controller.watch import Watch
-from tools.bench.controller.work import (
+from tools.bench.controller.synthetic import (
     GROUP,
     PROMPT_CHARS,
     as_bytes,
@@ -41,6 +42,54 @@ from tools.bench.controller.work import (
     make_reply,
     write_model,
 )
+
+BEAT_SECONDS = 0.002
+
+
+class Watch:
+    """A task that is due every 2 ms, and measures its delays: `async with Watch() as watch`.
+
+    longest: seconds by which it was late at most, by phase: the longest time in which the loop ran
+    other things, or waited for a core or for the interpreter's lock. late: number of times over 0.1
+    s. computed: as longest, but seconds of the processor: without the waiting, which on a machine
+    with other work is most of it. peak: largest VmRSS and RssAnon, bytes; the latter without pages
+    of files."""
+
+    def __init__(self) -> None:
+        self.phase = ""
+        self.longest: defaultdict[str, float] = defaultdict(float)
+        self.late: Counter[str] = Counter()
+        self.computed: defaultdict[str, float] = defaultdict(float)
+        self.peak: Counter[str] = Counter()
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._beat())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _beat(self) -> None:
+        read = 0.0
+        while True:
+            began, used, phase = time.perf_counter(), time.thread_time(), self.phase
+            await asyncio.sleep(BEAT_SECONDS)
+            late = time.perf_counter() - began - BEAT_SECONDS
+            self.longest[phase] = max(self.longest[phase], late)
+            self.late[phase] += late > 0.1
+            self.computed[phase] = max(self.computed[phase], time.thread_time() - used)
+            if began - read > 0.05:
+                read = began
+                for name, value in memory_held().items():
+                    self.peak[name] = max(self.peak[name], value)
+
+
+def memory_held() -> dict[str, int]:
+    held = psutil.Process().memory_info()
+    return {"VmRSS": held.rss, "RssAnon": held.rss - held.shared}
+
 
 MINIBATCHES = 16
 ENGINES = 16

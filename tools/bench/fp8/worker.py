@@ -17,8 +17,7 @@ from megatron_r1.config import parse
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.sample import Sample
-from tools.bench.fp8.language import Language
-from tools.bench.fp8.variants import BASELINE, MODEL, WARMUP_STEPS, settings
+from tools.bench.fp8 import BASELINE, MODEL, WARMUP_STEPS, Language, variant_settings
 
 LOSS = "megatron_r1.trainer.losses:supervised"
 
@@ -31,7 +30,7 @@ def main() -> None:
 
 
 def _settings(task: dict[str, Any], **model: Any) -> dict[str, Any]:
-    tree = settings(task["variant"], task["model"], task["seed"], task["threads"])
+    tree = variant_settings(task["variant"], task["model"], task["seed"], task["threads"])
     tree["model"] |= model
     return tree
 

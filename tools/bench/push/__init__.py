@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench.push.control import control_path
-from tools.bench.push.gloo import rates
-from tools.bench.push.here import measure, model
+from tools.bench.push.here import gloo_rates, measure, model
 from tools.bench.push.scale import simulate
 
 ENGINES = {
@@ -42,7 +41,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     if chosen.control_path:
         return control_path()
     if chosen.gloo:
-        found = {"two": rates(2), "four": rates(4)}
+        found = {"two": gloo_rates(2), "four": gloo_rates(4)}
         _print_values({f"{n}: {k}": v for n, of in found.items() for k, v in of.items()})
         return found
     here = {}

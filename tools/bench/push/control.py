@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from megatron_r1.base.files.jsonl import read_lines
+from megatron_r1.base.files.append_only import read_lines
 from megatron_r1.base.processes.children import free_port
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.predicted_layout import PredictedLayout
+from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender
 from megatron_r1.push.table import slot_view

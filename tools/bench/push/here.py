@@ -1,28 +1,37 @@
-"""Pushes from a real trainer rank to a real vLLM engine on this machine, through shared memory.
+"""Pushes on this machine: from a real trainer rank to a real vLLM engine through shared memory, and
+the rates of gloo between processes: messages one way, a ring, and its all-gather.
 
-Measured for every push: the transfer (from the trainer's parameters to the engine's receive buffer,
-with checksums on both sides, while the engine could generate) and the pause (checks, and vLLM's own
-post-processing, which on a CPU packs every matrix for oneDNN). Before and after each push, one core
-copies as many bytes in memory. Afterwards the alternative is measured: the trainer exports a
-Hugging Face folder and the engine reloads it."""
+Measured for every push: the transfer (from the trainer's parameters to the engine's receive
+buffer, with checksums on both sides, while the engine could generate) and the pause (checks, and
+vLLM's own post-processing, which on a CPU packs every matrix for oneDNN). Before and after each
+push, one core copies as many bytes in memory. Afterwards the alternative is measured: the trainer
+exports a Hugging Face folder and the engine reloads it.
+
+In a push over gloo each engine rank passes weights on to one other at a time, as in a ring
+(`push/transports/gloo.py`)."""
 
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 
+from megatron_r1.base.processes.children import free_port
 from megatron_r1.config import Config
 from megatron_r1.controller.delivery.bridge import WeightBridge
 from megatron_r1.controller.delivery.engine_links import EngineLinks
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.weights import hf_tensors
+from megatron_r1.push.transports import PASSED_BYTES
 from megatron_r1.trainer.operations import FolderOperations
-from tools.bench import machine
+from tools.bench import host
 from tools.bench.small_models import qwen2
 
 WARM_UP = 2
@@ -77,7 +86,7 @@ async def _measure(
     bridge = WeightBridge(fleet, links)
     both = [torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2)]
     pushes, reloads = [], []
-    worth = [machine.cores_worth()]
+    worth = [host.cores_worth()]
     for version in range(WARM_UP + repeats):
         before = _copy_seconds(*both)
         async with bridge.updating():
@@ -88,7 +97,7 @@ async def _measure(
             seconds["push"] = time.perf_counter() - start
         seconds["copy"] = (before + _copy_seconds(*both)) / 2
         pushes.append(seconds)
-    worth.append(machine.cores_worth())
+    worth.append(host.cores_worth())
     # Not alternating with pushes: the disk stays busy for a while after an export.
     for _ in range(1 + num_reloads):
         reloads.append(await _export_and_reload(trainer, fleet, folder / "export"))
@@ -141,3 +150,59 @@ async def _export_and_reload(trainer, fleet, folder: Path) -> dict[str, float]:
     await client.request("POST", "/reset_prefix_cache")
     await client.resume()
     return {"export": exported - start, "reload": time.perf_counter() - exported}
+
+
+ROUNDS, REPEATS = 8, 5
+
+
+def gloo_rates(num_processes: int = 2) -> dict[str, Any]:
+    """Return GB/s into each process, the best of `REPEATS`."""
+    port = free_port("127.0.0.1")
+    context = torch.multiprocessing.get_context("spawn")
+    found = context.SimpleQueue()
+    torch.multiprocessing.spawn(_gloo_rank, (num_processes, port, found), num_processes)
+    return {"processes": num_processes, "bytes of a message": PASSED_BYTES, **found.get()}
+
+
+def _gloo_rank(rank: int, size: int, port: int, found: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    group = dist.group.WORLD
+    assert group is not None
+    own, other = (torch.zeros(PASSED_BYTES, dtype=torch.uint8) for _ in range(2))
+    whole = torch.zeros(size * PASSED_BYTES, dtype=torch.uint8)
+
+    def one_way() -> None:
+        if rank == 0:
+            group.send([own], 1, 0).wait()
+        elif rank == 1:
+            group.recv([own], 0, 0).wait()
+
+    def ring() -> None:
+        both = group.send([own], (rank + 1) % size, 0), group.recv([other], (rank - 1) % size, 0)
+        for work in both:
+            work.wait()
+
+    def all_gather() -> None:
+        group._allgather_base(whole, own).wait()
+
+    result = {
+        "one way, GB/s": _gloo_rate(one_way, PASSED_BYTES),
+        "ring, GB/s": _gloo_rate(ring, PASSED_BYTES),
+        "all-gather, GB/s": _gloo_rate(all_gather, (size - 1) * PASSED_BYTES),
+    }
+    if rank == 1:
+        found.put(result)
+    dist.destroy_process_group()
+
+
+def _gloo_rate(step: Callable[[], None], num_bytes: int) -> float:
+    seconds = []
+    for _ in range(REPEATS):
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(ROUNDS):
+            step()
+        seconds.append(time.perf_counter() - start)
+    return ROUNDS * num_bytes / min(seconds) / 1e9

@@ -28,12 +28,12 @@ from megatron_r1.push.plan.order_check import (
     operations_of_rounds,
     operations_of_steps,
 )
-from megatron_r1.push.plan.predicted_layout import PredictedLayout
+from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.push.plan.recipe import engine_layout
 from megatron_r1.push.plan.rounds import PushOrder, planned_order
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from megatron_r1.push.transports import PASSED_BYTES
-from tools.bench.children import ROOT
+from tools.bench.host import ROOT
 from tools.bench.push.assumptions import PushAssumptions, as_table
 from tools.bench.push.stream_queues import StreamQueues, link_threads
 

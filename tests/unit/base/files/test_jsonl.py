@@ -7,7 +7,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.base.files.jsonl import (
+from megatron_r1.base.files.append_only import (
     LineWriter,
     append_lines,
     keep_lines,

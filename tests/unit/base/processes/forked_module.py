@@ -10,7 +10,7 @@ from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.processes import lifetime
+from megatron_r1.base.processes import children
 
 READ_LATE = {"LATE"}
 imports = 0
@@ -40,7 +40,7 @@ def main() -> None:
         os.kill(os.getpid(), int(rest[0]))
     if how == "child":  # of the same group, which does not end by itself
         if os.fork() == 0:
-            lifetime.die_with_parent()
+            children.die_with_parent()
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print("pid", os.getpid(), flush=True)
     if rest == ["memory"]:

@@ -17,8 +17,8 @@ from megatron_r1.base.processes.authentication import (
     protect_server,
 )
 from megatron_r1.base.processes.stopping import StopRequest
-from megatron_r1.controller.trainer_calls.rank_socket import RankSocket
-from megatron_r1.trainer.wire import Call, Reply, identity
+from megatron_r1.controller.trainer_calls.ranks import RankSocket
+from megatron_r1.trainer.operations import Call, Reply, identity
 
 
 def rank(address, protect):

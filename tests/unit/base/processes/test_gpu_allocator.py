@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_r1.base.processes.gpu_allocator import EXPANDABLE, VARIABLES
+from megatron_r1.base.processes.allocators import ALLOCATOR_VARIABLES, EXPANDABLE
 from megatron_r1.commands import cli, torchrun
 from megatron_r1.config import parse
-from megatron_r1.controller.trainer_calls import rank_processes
-from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses
+from megatron_r1.controller.trainer_calls import ranks
+from megatron_r1.controller.trainer_calls.ranks import RankProcesses
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.settings import EngineSettings
 from megatron_r1.trainer import worker
@@ -21,18 +21,18 @@ ON = "expandable_segments:True"
 @pytest.fixture(params=[True, False])
 def has_gpu(request, monkeypatch):
     monkeypatch.setattr(gpu, "is_usable", lambda: request.param)
-    for name in VARIABLES:
+    for name in ALLOCATOR_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     return request.param
 
 
 def allocator_of(environment):
-    return {name: environment[name] for name in VARIABLES if name in environment}
+    return {name: environment[name] for name in ALLOCATOR_VARIABLES if name in environment}
 
 
 def test_ranks_on_gpus_let_segments_grow(has_gpu, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(rank_processes, "_start", lambda command, log, own: started.append(own))
+    monkeypatch.setattr(ranks, "_start", lambda command, log, own: started.append(own))
     config = parse({"run": {"folder": "x"}, "parallel": {"processes": 2}})
     RankProcesses(tmp_path).start(config, "tcp://127.0.0.1:1", "secret")
     expected = EXPANDABLE if has_gpu else {}

@@ -5,17 +5,17 @@ import sys
 
 import pytest
 
-from megatron_r1.base.processes import out_of_memory
-from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses
+from megatron_r1.base.processes import diagnosis
+from megatron_r1.controller.trainer_calls.ranks import RankProcesses
 
 
 @pytest.mark.parametrize(("kills", "says"), [(3, False), (4, True)])
 def test_a_kill_for_lack_of_memory_is_named_with_its_remedy(kills, says, tmp_path, monkeypatch):
     counters = tmp_path / "vmstat"
     counters.write_text("nr_free_pages 12\noom_kill 3\n")
-    monkeypatch.setattr(out_of_memory, "COUNTERS", counters)
+    monkeypatch.setattr(diagnosis, "COUNTERS", counters)
     ranks = RankProcesses(tmp_path)
-    ranks._kills_before = out_of_memory.num_kills()
+    ranks._kills_before = diagnosis.num_oom_kills()
     (tmp_path / "trainer_0.log").write_text("step 1\n")
     process = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
     process.kill()
@@ -51,5 +51,5 @@ def test_nccls_timeout_is_named_with_its_key(wait_seconds, is_named, tmp_path):
 
 
 def test_a_system_without_the_counter_says_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(out_of_memory, "COUNTERS", tmp_path / "none")
-    assert out_of_memory.num_kills() == 0 and out_of_memory.explanation(0, "") == ""
+    monkeypatch.setattr(diagnosis, "COUNTERS", tmp_path / "none")
+    assert diagnosis.num_oom_kills() == 0 and diagnosis.oom_explanation(0, "") == ""

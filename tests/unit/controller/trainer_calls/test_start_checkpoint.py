@@ -7,13 +7,13 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.recorder import Recorder
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.trainer.checkpoints import finding, manifest
+from megatron_r1.trainer.checkpoints import finding
 
 
 def make(folder):
     folder.mkdir(parents=True)
     (folder / "metadata.json").write_text("{}")
-    manifest.write(folder)
+    finding.write_manifest(folder)
     return folder
 
 

@@ -9,8 +9,7 @@ from waiting import until
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.trainer.operations import ModelOperations, PushOperations
-from megatron_r1.trainer.wire import Call, Reply
+from megatron_r1.trainer.operations import Call, ModelOperations, PushOperations, Reply
 
 
 class Repeats:

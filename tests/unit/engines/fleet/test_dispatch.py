@@ -6,10 +6,14 @@ import re
 
 import pytest
 
-from megatron_r1.engines.fleet.dispatch import Affinity, Dispatcher, Work
-from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.fleet.lengths import ExpectedLength, LengthEstimator
-from megatron_r1.engines.fleet.pace import Pace, ServedGroup, find_slow
+from megatron_r1.engines.fleet.dispatch import (
+    Affinity,
+    Dispatcher,
+    ExpectedLength,
+    LengthEstimator,
+    Work,
+)
+from megatron_r1.engines.fleet.engine import Engine, Pace, ServedGroup, find_slow
 from megatron_r1.engines.server.errors import EngineError
 
 

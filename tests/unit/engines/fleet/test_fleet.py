@@ -333,7 +333,7 @@ def test_weights_that_are_wrong_stop_the_run(tmp_path, answer):
 @pytest.mark.parametrize("patience", [0.0, 1e5])
 def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, patience):
     """vLLM answers nothing while a step of its waits for the rest of a push."""
-    monkeypatch.setattr("megatron_r1.engines.fleet.replacement.PROBE_SECONDS", 0.05)
+    monkeypatch.setattr("megatron_r1.engines.fleet.recovery.PROBE_SECONDS", 0.05)
     release = asyncio.Event()
     peers = [Peer(good, holds={"/is_sleeping": release, "/swap_weights": release}), Peer(good)]
 

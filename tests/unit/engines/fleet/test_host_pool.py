@@ -26,11 +26,10 @@ from megatron_r1.base.processes.authentication import (
 )
 from megatron_r1.base.processes.children import free_port
 from megatron_r1.config import RolloutConfig
-from megatron_r1.engines.fleet.hosts.link import HostLink
-from megatron_r1.engines.fleet.hosts.pool import HostPool
-from megatron_r1.engines.fleet.hosts.remote_server import RemoteServer
-from megatron_r1.engines.fleet.hosts.wire import HostReport, publish_address, published_address
-from megatron_r1.engines.fleet.placement import open_pool
+from megatron_r1.engines.fleet.host import HostLink
+from megatron_r1.engines.fleet.host_messages import HostReport, publish_address, published_address
+from megatron_r1.engines.fleet.host_pool import HostPool
+from megatron_r1.engines.fleet.placement import RemoteServer, open_pool
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
 
@@ -148,7 +147,7 @@ def test_a_report_of_another_version_is_refused_and_the_pool_goes_on(pool, host)
 
 def test_waiting_for_hosts_is_mentioned(pool, monkeypatch, tmp_path):
     """A run that does nothing else meanwhile would look as if it hung."""
-    monkeypatch.setattr("megatron_r1.engines.fleet.hosts.pool.WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_r1.engines.fleet.host_pool.WAIT_SECONDS", 0.2)
     RemoteServer(pool, tmp_path, tmp_path / "engine.log").start()
     wait_until(lambda: any(pool.describe() in message for message in pool.messages))
 

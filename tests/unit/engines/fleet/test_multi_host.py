@@ -15,8 +15,8 @@ from refusals import refused
 from megatron_r1 import config
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.processes.authentication import ENVIRONMENT, make_token
-from megatron_r1.engines.fleet.hosts.pool import HostPool
-from megatron_r1.engines.fleet.hosts.remote_server import RemoteServer
+from megatron_r1.engines.fleet.host_pool import HostPool
+from megatron_r1.engines.fleet.placement import RemoteServer
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.settings import EnginePart, network_environment
 

@@ -10,7 +10,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import load, parse
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, share_of_gpus
-from megatron_r1.engines.server.limits import check_engines, vocab_size
+from megatron_r1.engines.server.recipe import check_engines, vocab_size
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.push.plan import EngineLayout

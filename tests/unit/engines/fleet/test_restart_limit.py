@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_r1.engines.fleet.replacement import Replacement
+from megatron_r1.engines.fleet.recovery import Replacement
 from megatron_r1.engines.server.errors import EngineDied, EngineError
 
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from megatron_r1.engines.plugin.admission import SECRET, Admission
+from megatron_r1.engines.plugin.endpoints import SECRET, Admission
 
 
 def answered(monkeypatch, kind, path, *authorization):

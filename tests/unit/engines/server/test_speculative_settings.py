@@ -8,8 +8,8 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
-from megatron_r1.engines.server import limits
-from megatron_r1.engines.server.from_config import engine_settings
+from megatron_r1.engines.server import recipe
+from megatron_r1.engines.server.recipe import engine_settings
 from megatron_r1.engines.server.settings import EngineSettings
 from megatron_r1.push.plan.recipe import check_drafter
 
@@ -29,9 +29,9 @@ def config(method, tokens=1, **sections):
     ],
 )
 def test_what_cannot_draft_is_refused(monkeypatch, method, tokens, layers, setting, cause):
-    monkeypatch.setattr(limits, "find_spec", lambda name: None)
+    monkeypatch.setattr(recipe, "find_spec", lambda name: None)
     with refused(f"rollout.speculative.{setting}", cause):
-        limits.check_engines(config(method, tokens), MTP | {"num_nextn_predict_layers": layers})
+        recipe.check_engines(config(method, tokens), MTP | {"num_nextn_predict_layers": layers})
 
 
 @pytest.mark.parametrize(
@@ -40,21 +40,21 @@ def test_what_cannot_draft_is_refused(monkeypatch, method, tokens, layers, setti
 )
 def test_what_can_draft_is_not(method, tokens, layers):
     hf = MTP | {"num_nextn_predict_layers": layers}
-    limits.check_engines(config(method, tokens), hf)
+    recipe.check_engines(config(method, tokens), hf)
 
 
 def test_a_drafter_behind_stages_is_refused():
     staged = parse({"rollout": {"speculative": {"method": "mtp"}, "pipeline": 2}})
     with refused("rollout.speculative.method", Cause.UNSUPPORTED, "rollout.pipeline=2", "ngram"):
-        limits.check_engines(staged, MTP)
+        recipe.check_engines(staged, MTP)
 
 
 def test_suffix_is_taken_with_its_package_and_where_engines_are_elsewhere(monkeypatch):
-    monkeypatch.setattr(limits, "find_spec", lambda name: name)
-    limits.check_engines(config("suffix"), MTP)
-    monkeypatch.setattr(limits, "find_spec", lambda name: None)
+    monkeypatch.setattr(recipe, "find_spec", lambda name: name)
+    recipe.check_engines(config("suffix"), MTP)
+    monkeypatch.setattr(recipe, "find_spec", lambda name: None)
     hosts = parse({"rollout": {"speculative": {"method": "suffix"}, "placement": "hosts"}})
-    limits.check_engines(hosts, MTP)
+    recipe.check_engines(hosts, MTP)
 
 
 def test_a_drafter_without_trained_weights_is_refused():

@@ -9,7 +9,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.weights import Shard, hf_tensors, layout
-from megatron_r1.models.weights.adapters.table import (
+from megatron_r1.models.weights.adapter_table import (
     adapter_shapes,
     adapter_table,
     check_adapters,

@@ -9,10 +9,13 @@ from megatron_r1.models import platform
 
 platform.prepare()
 
-from megatron_r1.models.weights.adapters.adapter import Adapter  # noqa: E402
-from megatron_r1.models.weights.adapters.attach import add_product, add_products  # noqa: E402
+from megatron_r1.models.weights.adapters import (  # noqa: E402
+    Adapter,
+    add_product,
+    add_products,
+)
 from megatron_r1.models.weights.layout import LayoutEntry  # noqa: E402
-from megatron_r1.models.weights.rules import Piece  # noqa: E402
+from megatron_r1.models.weights.table import Piece  # noqa: E402
 
 RANK, WIDTH, SCALE = 2, 5, 1.5
 ALONE = SimpleNamespace(rank=lambda: 0, size=lambda: 1)

@@ -14,12 +14,11 @@ from safetensors.torch import load_file
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.model import LoraConfig
-from megatron_r1.models.weights import writing
-from megatron_r1.models.weights.adapters import stored
-from megatron_r1.models.weights.rules import Piece
-from megatron_r1.models.weights.stacked import StackedPart
+from megatron_r1.models.weights import adapters, writing
 from megatron_r1.models.weights.stored import hf_folder
-from megatron_r1.models.weights.stored.safetensors_file import plan_file
+from megatron_r1.models.weights.stored.published import StackedPart
+from megatron_r1.models.weights.stored.tensor_files import plan_file
+from megatron_r1.models.weights.table import Piece
 
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -206,8 +205,8 @@ def test_the_small_files_beside_the_weights_are_synced(synced, tmp_path):
 
 
 def test_the_configuration_of_exported_adapters_is_synced(synced, tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "adapter_pieces", lambda chunks: [])
+    monkeypatch.setattr(adapters, "adapter_pieces", lambda chunks: [])
     lora = LoraConfig(rank=2)
-    stored.save_adapter([], QWEN2, lora, "base", tmp_path / "adapter", torch.float32)
+    adapters.save_adapter([], QWEN2, lora, "base", tmp_path / "adapter", torch.float32)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2
     assert any(name.startswith(".adapter_config.json.") for name in synced)

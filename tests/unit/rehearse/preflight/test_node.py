@@ -8,9 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from megatron_r1.config import parse
-from megatron_r1.rehearse.preflight import folder, host
-from megatron_r1.rehearse.preflight.facts import Place
-from megatron_r1.rehearse.preflight.progress import RankProgress
+from megatron_r1.rehearse.preflight import host
+from megatron_r1.rehearse.preflight.exchange import Place, RankProgress
 from megatron_r1.reporting.run_folder import RunFolder
 
 ALONE = Place(rank=0, world_size=1, local_rank=0, local_size=1, host="here")
@@ -18,7 +17,7 @@ ALONE = Place(rank=0, world_size=1, local_rank=0, local_size=1, host="here")
 
 @pytest.fixture
 def progress(monkeypatch):
-    monkeypatch.setattr(folder, "NUM_BYTES", 1 << 20)
+    monkeypatch.setattr(host, "NUM_BYTES", 1 << 20)
     store = dist.HashStore()
     return RankProgress(lambda: store, 0, "here", 1, 60.0)
 
@@ -26,14 +25,14 @@ def progress(monkeypatch):
 def test_a_folder_is_measured_and_left_as_it_was(tmp_path, progress):
     with RunFolder(tmp_path / "run"):
         before = sorted((tmp_path / "run").rglob("*"))
-        found = folder.check_folder(tmp_path / "run", ALONE, progress)
+        found = host.check_folder(tmp_path / "run", ALONE, progress)
         assert sorted((tmp_path / "run").rglob("*")) == before
     assert found.error == "" and found.shared and found.excluded is None
     assert min(found.write, found.read, found.fsync_seconds, found.free) > 0
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_with_its_cause(progress):
-    found = folder.check_folder(folder.Path("/proc/no/folder"), ALONE, progress)
+    found = host.check_folder(host.Path("/proc/no/folder"), ALONE, progress)
     assert "No such file or directory: '/proc/no" in found.error and not found.shared
 
 

@@ -5,11 +5,11 @@ import pytest
 from megatron_r1.base.errors import UserError
 from megatron_r1.config import parse
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions, link_rate
-from megatron_r1.config.loading import take_section
-from megatron_r1.rehearse.preflight.facts import Facts, Folder, LinkRate, Memory, NodeFacts
+from megatron_r1.config.recipe import take_section
+from megatron_r1.rehearse.preflight.exchange import Facts, Folder, LinkRate, Memory, NodeFacts
 from megatron_r1.rehearse.preflight.judge import hardware_of, judge, measured_rates
 from megatron_r1.rehearse.preflight.links import neighbors
-from megatron_r1.rehearse.preflight.settings import PreflightConfig, PreflightSettings
+from megatron_r1.rehearse.settings import PreflightConfig, PreflightSettings
 
 CONFIG = parse({"run": {"folder": "runs/x"}, "data": {"kind": "code"}})
 SETTINGS = PreflightConfig()

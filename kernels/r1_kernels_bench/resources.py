@@ -1,0 +1,130 @@
+"""Reads the machine code of the compiled Triton kernels, without a GPU and without timing.
+
+Every kernel in r1_kernels.registry is compiled ahead of time for sm_80, sm_90 and sm_100, in the
+specializations of its launches in r1_kernels.examples. Reported per element of the main loop: bytes
+moved, instructions, exponentials (MUFU). For sm_90 also the upper bounds in elements per second of
+an H200: by its memory, its issue slots and its MUFU units."""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+HEADER = (
+    f"{'kernel':52} {'arch':>5} {'regs':>4} {'spill':>5} {'shared':>6} {'warps':>5} {'per SM':>6} "
+    f"{'load':>4} {'store':>5} {'KiB/SM':>6} {'bar':>3} {'shfl':>4} {'B/el':>6} {'MUFU':>5} "
+    f"{'instr':>6} {'memory':>7} {'issue':>7} {'mufu':>7}"
+)
+LEGEND = """\
+per SM: programs at once. load, store: bytes of the widest in the main loop. KiB/SM: loads of one
+turn of it in all programs of an SM. bar, shfl: barriers and shuffles in it. memory, issue, mufu:
+upper bounds in 1e12 elements/s for an H200. A kernel without a loop: all of it."""
+
+# Limits of a multiprocessor (SM). Sources: CUDA C++ Programming Guide, "Technical Specifications
+# per Compute Capability" and "Arithmetic Instructions"; NVIDIA's data sheet of the H200 (4.8 TB/s).
+# Not modelled: latency, and the half rate of integer, minimum and conversion instructions.
+ARCHITECTURES = (80, 90, 100)
+SHARED_KIB = {80: 164, 90: 228, 100: 228}  # of an SM
+RESERVED_SHARED = 1024  # bytes per program that CUDA itself uses
+REGISTERS = 65_536  # of an SM
+REGISTER_UNIT = 256  # granularity of a warp's registers
+THREADS = 2_048
+PROGRAMS = 32
+
+H200 = 90
+SMS = 132
+CLOCK = 1.755e9
+ISSUED = 4 * 32  # instructions of threads per clock and SM: four schedulers, a warp each
+MUFU = 16  # exponentials, reciprocals, ... per clock and SM
+BANDWIDTH = 4.8e12
+
+
+def add_options(options: argparse.ArgumentParser) -> None:
+    """Add nothing: --json, which every bench has, is the only option."""
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Return Triton's version and an entry for each case and architecture."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET=1: Triton's interpreter compiles nothing; unset it, start again")
+    # Here, as the other benches also run without Triton.
+    import triton
+    from r1_kernels.examples import ExampleSizes, launches
+    from r1_kernels.registry import KERNELS
+
+    from r1_kernels_bench import compiled
+
+    entries: dict[str, dict[str, Any]] = {}
+    print(HEADER)
+    sizes = ExampleSizes()
+    for kernel, example in ((k, e) for k in KERNELS for e in launches(k, sizes, "meta")):
+        for arch in ARCHITECTURES:
+            for launch in compiled.compile_launches(kernel, example, arch):
+                entry = measure(example, launch, arch)
+                entries[f"{example.name}, sm_{arch}"] = entry
+                print(_line(example.name, arch, entry), flush=True)
+    print(LEGEND)
+    missing = compiled.kernels() - {entry["kernel"] for entry in entries.values()}
+    if missing:
+        sys.exit(f"no example in r1_kernels/examples.py launches {', '.join(sorted(missing))}")
+    return {"triton": triton.__version__, "kernels": entries}
+
+
+def measure(example, launch, arch: int) -> dict[str, Any]:
+    """Return one kernel's entry. example: examples.ExampleLaunch; launch: compilation.Launch."""
+    from r1_kernels_bench import compiled
+
+    kernel, warps = launch.kernel, launch.kernel.metadata.num_warps
+    threads = 32 * warps
+    moved = compiled.traffic(kernel.asm["ttir"])
+    handled = moved.elements or example.num_elements / launch.programs
+    used = compiled.resources(kernel)
+    loop = compiled.main_loop(kernel, moved, handled / threads)
+    programs = programs_per_sm(arch, used["registers"], used["shared_bytes"], warps)
+    num_bytes = (moved.loaded + moved.stored) / handled
+    entry = {
+        "kernel": launch.name,
+        **used,
+        "warps": warps,
+        "programs_per_sm": programs,
+        **loop,
+        "loading_bytes_per_sm": loop["loaded_bytes"] * threads * programs,
+        "bytes": num_bytes,
+        "least_bytes": example.least_bytes,
+    }
+    if arch == H200:
+        limits = bounds(num_bytes, loop["instructions"], loop["mufu"])
+        entry["elements_per_second"] = limits
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
+
+
+def _line(name: str, arch: int, e: dict[str, Any]) -> str:
+    limits = e.get("elements_per_second", {}).values()
+    return (
+        f"{name:52} {arch:5} {e['registers']:4} {e['spilled_bytes']:5} {e['shared_bytes']:6} "
+        f"{e['warps']:5} {e['programs_per_sm']:6} {e['widest_load']:4} {e['widest_store']:5} "
+        f"{e['loading_bytes_per_sm'] / 1024:6.0f} {e['barriers']:3} {e['shuffles']:4} "
+        f"{e['bytes']:6.2f} {e['mufu']:5.2f} {e['instructions']:6.2f}"
+        + "".join(f" {limit / 1e12:7.2f}" for limit in limits)
+    )
+
+
+def programs_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
+    """Return how many programs with these registers per thread and shared bytes fit on an SM."""
+    of_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    return min(
+        PROGRAMS,
+        THREADS // (32 * warps),
+        REGISTERS // of_warp // warps,
+        SHARED_KIB[arch] * 1024 // (shared + RESERVED_SHARED),
+    )
+
+
+def bounds(num_bytes: float, instructions: float, mufu: float) -> dict[str, float]:
+    """Return an H200's upper bounds in elements per second, from bytes, instructions and MUFU
+    operations per element."""
+    return {
+        "memory": BANDWIDTH / num_bytes,
+        "issue": SMS * CLOCK * ISSUED / instructions,
+        "mufu": SMS * CLOCK * MUFU / mufu if mufu else float("inf"),
+    }

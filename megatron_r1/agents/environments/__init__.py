@@ -1,1 +1,0 @@
-"""Environments that come with this package, one a file (`agents.environment.SHIPPED`)."""

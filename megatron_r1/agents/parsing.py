@@ -1,0 +1,354 @@
+"""Sampled answers as chat messages: reasoning, content and tool calls of their text.
+
+vLLM's parsers find these, in worker processes that can be killed (`ParserPool`). Answers in the
+form of Hermes and Qwen, with tool calls as JSON, are parsed in this process (`HermesParser`).
+`AnswerReader` makes of either's result a message that the chat template can render."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import msgspec
+from r1_grading.base.workers import FramedProcess, WorkerLost, frame
+
+from megatron_r1.agents.continuation import Continuation, arguments_of
+from megatron_r1.agents.parser_worker import Options, ParseJob, ParseReply, tool_call
+from megatron_r1.base.errors import RunError, UserError
+from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import Response
+
+if TYPE_CHECKING:
+    from megatron_r1.config import AgentsConfig
+
+
+MODULE = "megatron_r1.agents.parser_worker"
+FAILURE = "tool_call_error"
+"""The field of an assistant's message that says why a call stays text."""
+MAX_REPLY_BYTES = 2**28
+"""A reply's limit, above any answer's text. The worker runs vLLM's code, not the model's."""
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """The parts of one turn. tool_calls: in OpenAI's form, arguments as JSON text."""
+
+    reasoning: str | None
+    content: str | None
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    failure: str = ""
+    """Why text that may have been meant as a call is none, or the parser's error; "" if there is
+    nothing to say. Such text is in `content`."""
+
+    def message(self) -> dict[str, Any]:
+        """Return the turn as an assistant's message."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content or ""}
+        if self.reasoning is not None:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = self.tool_calls
+        if self.failure:
+            message[FAILURE] = self.failure
+        return message
+
+
+class ParserPool:
+    """Worker processes with one pair of parsers. They start with the first `parse` or `check`, and
+    end with the calling thread. Without parsers a turn is all content, and no process starts."""
+
+    def __init__(
+        self,
+        tokenizer: str,
+        tool_parser: str | None,
+        reasoning_parser: str | None,
+        *,
+        num_workers: int = 2,
+        timeout_seconds: float = 30.0,
+    ) -> None:
+        """tokenizer: its folder. tool_parser, reasoning_parser: vLLM's names, None for no parser.
+        timeout_seconds: for one turn; a worker that takes longer is killed."""
+        self._has_parsers = bool(tool_parser or reasoning_parser)
+        self._options = Options(tokenizer, tool_parser or "", reasoning_parser or "")
+        self._timeout_seconds = timeout_seconds
+        self._slots = asyncio.Semaphore(num_workers)
+        self._idle: list[FramedProcess[ParseReply]] = []
+        self._all: set[FramedProcess[ParseReply]] = set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def check(self) -> None:
+        """Start a worker. Raises UserError where vLLM has no such parser or refuses the
+        tokenizer."""
+        await self.parse(ParseJob("", [], []))
+
+    async def parse(self, job: ParseJob) -> Parsed:
+        """Return what a turn contains.
+
+        A parser that raises, hangs or ends its process leaves a turn that is all content. Raises
+        UserError as `check`, and RunError where no worker can be started."""
+        if not self._has_parsers:
+            return Parsed(None, job.text)
+        message = frame(job)
+        async with self._slots:
+            worker = self._idle.pop() if self._idle else await self._start()
+            try:
+                async with asyncio.timeout(self._timeout_seconds):
+                    worker.send(message)
+                    reply = await worker.receive()
+            except BaseException as error:
+                self._all.discard(worker)
+                await worker.kill()
+                if not isinstance(error, (WorkerLost, TimeoutError)):
+                    raise
+                ending = worker.last_words or type(error).__name__
+                reply = ParseReply("failed", f"the parser's process was lost: {ending}")
+            else:
+                self._idle.append(worker)
+        if reply.status != "parsed":
+            return Parsed(None, job.text, failure=reply.reason)
+        return Parsed(reply.reasoning, reply.content, reply.tool_calls, reply.reason)
+
+    async def close(self) -> None:
+        """Kill the workers. Safe to call again."""
+        workers, self._all, self._idle = self._all, set(), []
+        await asyncio.gather(*(worker.kill() for worker in workers))
+
+    async def _start(self) -> FramedProcess[ParseReply]:
+        arguments = [msgspec.json.encode(self._options).decode()]
+        try:
+            worker = await FramedProcess[ParseReply].launch(
+                MODULE, arguments, ParseReply, MAX_REPLY_BYTES
+            )
+        except WorkerLost as error:
+            raise RunError(f"a parser worker did not start: {error}") from None
+        if worker.greeting and worker.greeting.status == "unusable":
+            await worker.kill()
+            raise UserError(
+                f"{self._named()} cannot be used: {worker.greeting.reason}",
+                key=worker.greeting.key,
+                cause=worker.greeting.cause,
+            )
+        self._all.add(worker)
+        return worker
+
+    def _named(self) -> str:
+        tool, reasoning = self._options.tool_parser, self._options.reasoning_parser
+        return f"agents.tool_parser {tool or 'none'}, agents.reasoning_parser {reasoning or 'none'}"
+
+
+OPEN, CLOSE, END_THINK = "<tool_call>", "</tool_call>", "</think>"
+ARGUMENTS = ("arguments", "parameters")
+"""Names of a call's arguments: Hermes', and Llama 3's."""
+OTHER_KEYS = ("name", "id", "type")
+
+
+class HermesParser:
+    """Parses answers with `parse_hermes`, in this process, without vLLM."""
+
+    async def check(self) -> None:
+        pass
+
+    async def parse(self, job: ParseJob) -> Parsed:
+        return parse_hermes(job.text)
+
+    async def close(self) -> None:
+        pass
+
+
+class Malformed(ValueError):
+    """The text behind a tag begins as a call and is none."""
+
+
+def parse_hermes(text: str) -> Parsed:
+    """Return the parts of an answer. Its tool calls are {"name": …, "arguments": {…}} between
+    `<tool_call>` tags; the content is all other text.
+
+    The JSON decides where a call ends, and a tag within its strings is text. Where one call is
+    malformed, or repeats a key, or has one that is not known, there are no calls: the content is
+    the whole text, and `failure` says why. A tag that no call follows stays in the content, with
+    `failure` too."""
+    reasoning, rest = _split_thought(text)
+    calls: list[dict[str, Any]] = []
+    pieces, start = [], 0
+    try:
+        for begin, end, call in _calls(rest):
+            pieces.append(rest[start:begin])
+            calls.append(call)
+            start = end
+    except Malformed as error:
+        return Parsed(reasoning, rest, failure=str(error))
+    pieces.append(rest[start:])
+    content = "\n".join(filter(None, map(str.strip, pieces))) if calls else rest
+    failure = f"a {OPEN} without a call stays text" if OPEN in content else ""
+    return Parsed(reasoning, content, calls, failure)
+
+
+def _split_thought(text: str) -> tuple[str | None, str]:
+    """Return the thought before the first `</think>` that is no part of a call's JSON, and what
+    follows; None and the text where there is none."""
+    at, inside = -1, 0
+    while (at := text.find(END_THINK, at + 1)) >= 0:
+        while 0 <= (begin := text.find(OPEN, inside)) < at:
+            inside = _end_of_json(text, begin + len(OPEN)) or begin + len(OPEN)
+        if inside <= at:
+            thought = text[:at].strip().removeprefix("<think>").strip()
+            return thought, text[at + len(END_THINK) :].lstrip()
+    return None, text
+
+
+def _calls(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield (first character, end, call) of each. Raises Malformed."""
+    at = 0
+    while (begin := text.find(OPEN, at)) >= 0:
+        at = begin + len(OPEN)
+        first = _skip_space(text, at)
+        if not text.startswith("{", first):
+            continue  # prose about the tag
+        try:
+            body, end = _DECODER.raw_decode(text, first)
+            call = _call(body)
+        except (ValueError, RecursionError) as error:
+            raise Malformed(f"the {OPEN} at character {begin} is malformed: {error}") from None
+        at = _skip_space(text, end)
+        if at < len(text):
+            if not text.startswith(CLOSE, at):
+                raise Malformed(f"text follows the JSON of the {OPEN} at character {begin}")
+            at += len(CLOSE)
+        yield begin, at, call
+
+
+def _call(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a call in OpenAI's form. Raises ValueError."""
+    if isinstance(body.get("function"), dict) and not body.keys() - {"function", "id", "type"}:
+        body = body["function"]  # OpenAI's own form
+    if unknown := sorted(body.keys() - {*OTHER_KEYS, *ARGUMENTS}):
+        raise ValueError(f"it has {unknown[0]!r} beside name and arguments")
+    name = body.get("name")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"its name is {name!r}")
+    given = [body[key] for key in ARGUMENTS if body.get(key) not in (None, "")]
+    if len(given) > 1 and given[0] != given[1]:
+        raise ValueError(f"it has both {' and '.join(ARGUMENTS)}")
+    arguments = given[0] if given else {}
+    if isinstance(arguments, str):
+        arguments = _DECODER.decode(arguments)
+    if not isinstance(arguments, dict):
+        raise ValueError(f"its arguments are no object but {arguments!r:.80}")
+    return tool_call(_encodable(name), _encodable(json.dumps(arguments, ensure_ascii=False)))
+
+
+def _end_of_json(text: str, at: int) -> int | None:
+    """Return where a JSON object that begins at `at`, after blanks, ends; None if none does."""
+    first = _skip_space(text, at)
+    try:
+        return _DECODER.raw_decode(text, first)[1] if text.startswith("{", first) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key is there twice")
+    return content
+
+
+def _finite(number: str) -> float:
+    """Return a JSON number. Raises ValueError for one that no JSON can hold again."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no finite number")
+    return value
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite, strict=True
+)
+
+
+def _encodable(text: str) -> str:
+    """Return the text with "?" for half surrogate pairs, which a model can escape in JSON."""
+    return text.encode("utf-8", "replace").decode()
+
+
+IN_PROCESS = ("auto", "hermes")
+"""Values of `agents.tool_parser` that need no vLLM."""
+
+
+class Parser(Protocol):
+    """Finds reasoning and tool calls in an answer: a `HermesParser` or a `ParserPool`."""
+
+    async def check(self) -> None: ...
+
+    async def parse(self, job: ParseJob) -> Parsed: ...
+
+    async def close(self) -> None: ...
+
+
+def parser_of(agents: AgentsConfig, tokenizer: str) -> Parser:
+    """Return the parser that `agents.tool_parser` and `agents.reasoning_parser` name. tokenizer:
+    folder of the model's."""
+    if agents.tool_parser in IN_PROCESS and agents.reasoning_parser is None:
+        return HermesParser()
+    name = {"auto": "hermes", "none": None}.get(agents.tool_parser, agents.tool_parser)
+    workers = agents.parser_workers
+    return ParserPool(tokenizer, name, agents.reasoning_parser, num_workers=workers)
+
+
+def require_whole(response: Response) -> None:
+    """Raise EngineError for an answer that neither its end token nor the token limit has ended."""
+    if response.finish_reason not in ("stop", "length"):
+        raise EngineError(f"an engine ended a turn with {response.finish_reason!r}")
+
+
+class AnswerReader:
+    """Parses answers into messages that the chat template can render."""
+
+    def __init__(self, parser: Parser, continuation: Continuation) -> None:
+        self._parser, self._continuation = parser, continuation
+
+    async def read(
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        prompt_ids: Sequence[int],
+        tools: Sequence[dict[str, Any]],
+        max_calls: int | None = None,
+    ) -> dict[str, Any]:
+        """Return the assistant's message of an answer.
+
+        Calls that the template refuses stay text in the content, as malformed calls do, among them
+        calls whose arguments are no JSON object; the message's field `tool_call_error` then says
+        why. text: decoded from token_ids, without the end
+        token. max_calls: tool calls that are kept."""
+        job = ParseJob(text, list(token_ids), list(prompt_ids), list(tools))
+        message = (await self._parser.parse(job)).message()
+        calls = message.get("tool_calls", [])
+        if max_calls is not None and len(calls) > max_calls:
+            message["tool_calls"] = calls[:max_calls]
+            message[FAILURE] = f"calls after the first {max_calls} are left out, as was asked"
+        if not calls and not message["content"].strip() and "reasoning_content" not in message:
+            message["content"] = text  # whatever a parser has dropped
+        functions = [call["function"] for call in message.get("tool_calls", ())]
+        # Parsers of vLLM keep a text or a list as arguments. No protocol has a place for these:
+        # clients fail on them, or send back a call that the gateway has to refuse.
+        why = "the arguments of a call are no JSON object"
+        if all(isinstance(arguments_of(function), dict) for function in functions):
+            if self._continuation.can_render(message, tools):
+                return message
+            why = "the chat template refuses the calls"
+        return {"role": "assistant", "content": text, FAILURE: why}

@@ -1,0 +1,118 @@
+"""Why a process ended: the error in its log, the kernel's lack of memory, or a collective operation
+that other ranks did not come to in time.
+
+gloo raises a RuntimeError for the last; NCCL's watchdog in torch (ProcessGroupNCCL.cpp) writes to
+the log and ends the process."""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+LINE_CHARS = 300  # vLLM's error for an unknown architecture names all of its several hundred
+# "ValueError: ..." or pydantic's "Value error, ...", after any prefix.
+ERROR_LINE = re.compile(
+    r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception)\w*: (?!\d+ validation).+|Value error, .+)$"
+)
+# Warnings name errors that were survived; the rest is printed by Python extensions at exit.
+NOISE = re.compile(
+    r" (WARNING|INFO) [\d-]+ [\d:]+ \[|nanobind|^ - (leaked|\.\.\. skipped) |INFO: +"
+)
+LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]+\] )?")
+EXCERPT_BYTES = 2**18
+"""Bytes that are read from the beginning of a log, and from its end. An engine that dies with
+hundreds of requests writes the same traceback for each of them: after 722 requests the log had 140
+MB, which each of the requests read."""
+
+
+def excerpt(log: str, num_last_lines: int = 5) -> str:
+    """Return the first line that names an error (later ones are its echoes), and the last ones."""
+    loud = [line for line in log.splitlines() if not NOISE.search(line)]
+    lines = [LOG_PREFIX.sub("", line).rstrip() for line in loud]
+    lines = [line for line in lines if line.strip(" ^~")]
+    cause = next((m.group(1) for line in lines if (m := ERROR_LINE.search(line))), None)
+    last = lines[-num_last_lines:]
+    shown = ([cause] if cause else []) + [line for line in last if not cause or cause not in line]
+    return "\n".join(f"  {line[:LINE_CHARS]}" for line in shown) or "  (the log is empty)"
+
+
+def file_excerpt(log: Path, start: int = 0) -> str:
+    """Return the excerpt of a log file from byte `start` on."""
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(start)
+        text = file.read(EXCERPT_BYTES)
+        file.seek(max(start + len(text), size - EXCERPT_BYTES))
+        return excerpt((text + file.read()).decode(errors="replace"))
+
+
+def log_end(log: Path) -> str:
+    """Return the end of a log file, EXCERPT_BYTES at most; nothing where there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - EXCERPT_BYTES))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def last_lines(log: Path, count: int = 15) -> str:
+    """Return the last lines of a log file."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return "(no output)"
+    return "\n".join(text.strip().splitlines()[-count:]) or "(no output)"
+
+
+OOM_COUNTERS = Path("/proc/vmstat")
+"""Linux: its line oom_kill counts the processes killed since the system started, containers'
+included."""
+
+
+def num_oom_kills() -> int:
+    """Return the kernel's count of processes that it killed for lack of memory; 0 where it shows
+    none."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in OOM_COUNTERS.read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == "oom_kill":
+                return int(value)
+    return 0
+
+
+def oom_explanation(kills_before: int, remedy: str) -> str:
+    """Return what to add to "killed by signal 9": nothing, or that memory ran out, with the remedy.
+
+    kills_before: `num_kills` when the process started."""
+    if num_oom_kills() <= kills_before:
+        return ""
+    return f" (the kernel has killed a process for lack of memory since it started: {remedy})"
+
+
+TIMEOUT_KEY = "parallel.wait_seconds"
+_TIMEOUT_LIMITS = (
+    re.compile(r"Timed out waiting (?P<ms>\d+)ms for"),
+    re.compile(
+        r"caught collective operation timeout: WorkNCCL\(.*?OpType=(?P<name>\w+).*?"
+        r"Timeout\(ms\)=(?P<ms>\d+)"
+    ),
+)
+
+
+def collective_wait(text: str, wait_seconds: float) -> str | None:
+    """Return the operation's name in NCCL, "a collective operation" for gloo, if `text` has such an
+    error, and None if not: also where the limit was another than `wait_seconds`, as of a push."""
+    for pattern in _TIMEOUT_LIMITS:
+        found = pattern.search(text)
+        if found and int(found["ms"]) == int(wait_seconds * 1000):
+            return found.groupdict().get("name") or "a collective operation"
+    return None
+
+
+def timeout_remedy(wait_seconds: float) -> str:
+    """Return the limit's key and value, and when to raise it."""
+    return (
+        f"{TIMEOUT_KEY}: {wait_seconds:g} is over; raise it where files or compilation take other ranks "
+        "longer, else see their logs"
+    )

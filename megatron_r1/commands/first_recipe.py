@@ -1,0 +1,191 @@
+"""A first recipe: sizes guessed from the model, the lengths of the prompts and the machine, each
+with its reason, and the recipe as text with these reasons as comments."""
+
+import json
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_r1.config.yaml_text import as_text
+from megatron_r1.models.hf_config import key_value_heads
+
+GIB = 2**30
+CPU_RESPONSE, GPU_RESPONSE = 256, 4096
+LEAST_RESPONSE = 32
+GPU_BYTES_SHARDED, GPU_BYTES = 12, 6
+"""Memory per parameter on GPUs: fp32 weight and moments, spread over all ranks; bf16 weight and
+fp32 gradient, spread over tensor ranks."""
+BYTES_WITHOUT_GRADIENTS = 2
+OVERHEAD = 0.1
+"""The share of a GPU's memory that the contexts of two processes and NCCL take."""
+GPU_SHARE = 0.6
+"""The share of a GPU's memory that weights, gradients and moments may take."""
+LEARNING_RATES = ((20e6, 3e-5), (200e6, 2e-5), (float("inf"), 3e-6))
+"""(less than so many parameters, rate); the last is DeepSeek-R1-Zero's."""
+
+
+class Guess(NamedTuple):
+    """A setting of the recipe, and why it has this value."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine of a run. gpus: 0 for a CPU. memory: free bytes of the host, or of one GPU."""
+
+    gpus: int
+    memory: int
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.gpus == 0
+
+
+def lengths(longest_prompt: int, positions: int, machine: Machine) -> list[Guess]:
+    """Return the settings that limit a response and a sequence, in tokens. longest_prompt: of the
+    data. positions: of the model."""
+    usual = CPU_RESPONSE if machine.is_cpu else GPU_RESPONSE
+    room = max(positions - longest_prompt, min(LEAST_RESPONSE, positions // 2))
+    response = min(usual, room)
+    place = "a CPU" if machine.is_cpu else "a GPU"
+    reason = f"room to reason, as far as {place} allows; raise it where answers are cut off"
+    if response < usual:
+        reason = f"what the model's {positions:,} positions leave beside the longest prompt"
+    total = min(positions, -(-(longest_prompt + response) // 64) * 64)
+    return [
+        Guess("rollout.max_response_tokens", response, reason),
+        Guess(
+            "rollout.max_model_len",
+            total,
+            f"the longest prompt has {longest_prompt:,} tokens; longer questions are left out",
+        ),
+    ]
+
+
+def layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]:
+    """Return dtypes and the parallel layout; micro-batches fit themselves to a CPU's memory. hf:
+    `config.json`."""
+    if machine.is_cpu:
+        reason = "this machine has no GPU"
+        return [Guess(key, "float32", reason) for key in ("model.dtype", "rollout.dtype")]
+    tensor = tensor_ranks(hf, parameters, machine)
+    guesses = [
+        Guess("rollout.colocated", True, "trainer and engines take turns on the same GPUs"),
+        Guess(
+            "rollout.gpu_memory",
+            engine_share(parameters, tensor, machine),
+            "what weights and moments of the trainer leave of a GPU; megatron-r1 plan computes it",
+        ),
+        Guess("rollout.engines", machine.gpus // tensor, "as many as the GPUs have room for"),
+        Guess("parallel.processes", machine.gpus, "a trainer rank on each visible GPU"),
+        Guess("push.transport", "cuda_ipc", "trainer and engines share the GPUs of this host"),
+    ]
+    if tensor > 1:
+        why = f"{parameters / 1e9:.1f}B parameters in {machine.memory / GIB:.0f} GiB a GPU"
+        guesses += [
+            Guess("parallel.tensor", tensor, f"{why}; megatron-r1 plan computes it"),
+            Guess("rollout.tensor", tensor, "as the trainer's"),
+        ]
+    return guesses
+
+
+def engine_share(parameters: int, tensor: int, machine: Machine) -> float:
+    """Return the share of a GPU that an engine may take next to a trainer rank, whose gradients are
+    freed meanwhile."""
+    taken = parameters * (BYTES_WITHOUT_GRADIENTS / tensor + GPU_BYTES_SHARDED / machine.gpus)
+    return max(5, int(20 * (1 - OVERHEAD - taken / machine.memory)) * 5) / 100
+
+
+def tensor_ranks(hf: dict[str, Any], parameters: int, machine: Machine) -> int:
+    """Return the least tensor-parallel size at which the trainer's state fits, or the largest that
+    divides heads and GPUs."""
+    heads, kv_heads = hf["num_attention_heads"], key_value_heads(hf)
+    sizes = [n for n in (1, 2, 4, 8) if not (machine.gpus % n or heads % n or kv_heads % n)]
+    for size in sizes:
+        taken = parameters * (GPU_BYTES / size + GPU_BYTES_SHARDED / machine.gpus)
+        if taken <= GPU_SHARE * machine.memory:
+            return size
+    return sizes[-1]
+
+
+def batches(parameters: int, num_questions: int, machine: Machine) -> list[Guess]:
+    """Return the sizes of rollouts and updates, the learning rate and the number of steps."""
+    per_rollout, group, minibatches = (8, 8, 2) if machine.is_cpu else (64, 16, 8)
+    rate = next(rate for limit, rate in LEARNING_RATES if parameters < limit)
+    responses = per_rollout * group
+    epochs = (
+        f"{num_questions:,} questions to train on are {num_questions / per_rollout:,.1f} rollouts"
+    )
+    return [
+        Guess("run.steps", 50, f"rollouts of {responses} responses; {epochs}"),
+        Guess("checkpoint.every", 10, "steps that a kill loses at most"),
+        Guess("rl.questions_per_rollout", per_rollout, "R1-Zero has 512"),
+        Guess("rl.group_size", group, "responses to each question, which are compared"),
+        Guess("rl.minibatches", minibatches, "updates per rollout"),
+        Guess(
+            "optimizer.learning_rate",
+            rate,
+            f"for {parameters / 1e6:,.1f}M parameters; R1-Zero's 671B have 3e-6",
+        ),
+    ]
+
+
+WIDTH = 100
+SECTIONS = (
+    *("run", "model", "data", "sft", "reward_model", "rollout", "rewards", "rl", "optimizer"),
+    *("parallel", "push", "checkpoint", "eval"),
+)
+
+
+def recipe_text(title: Sequence[str], guesses: Sequence[Guess]) -> str:
+    """Return a recipe that sets each key, its reason in a comment above. title: the first lines."""
+    lines = [f"# {line}" for line in title]
+    by_section: dict[str, list[Guess]] = {name: [] for name in SECTIONS}
+    for guess in guesses:
+        by_section[guess.key.partition(".")[0]].append(guess)
+    for section, own in by_section.items():
+        if own:
+            lines.append(f"{section}:")
+        for guess in own:
+            lines += textwrap.wrap(
+                guess.reason, WIDTH, initial_indent="  # ", subsequent_indent="  # "
+            )
+            lines.append(f"  {guess.key.partition('.')[2]}: {value_text(guess.value)}")
+    return "\n".join(lines) + "\n"
+
+
+def value_text(value: Any) -> str:
+    """Return a value as YAML on one line."""
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value, ensure_ascii=False)
+    return as_text(value)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's folder and the first rows of a data file. hf: the model's `config.json`.
+    parameters: their number."""
+
+    folder: Path
+    hf: dict[str, Any]
+    parameters: int
+    data: str
+    rows: Sequence[dict[str, Any]]
+    machine: Machine
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A recipe for `verb`: its settings but for run and model. try_out: reads the written file as
+    the verb would and prints what it finds; raises UserError. has_dry_run: whether the verb has
+    --dry-run."""
+
+    verb: str
+    guesses: Sequence[Guess]
+    try_out: Callable[[Path], None]
+    has_dry_run: bool = True

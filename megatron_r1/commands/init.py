@@ -1,0 +1,410 @@
+"""Writes a recipe for a model and your questions: columns, template, lengths and layout are
+guessed.
+
+`megatron-r1 init MODEL_FOLDER DATA [--out RECIPE.yaml] [--question COLUMN] [--truth COLUMN]
+[--kind REWARD]`. DATA is a .jsonl, .json, .csv or .parquet file, hub:NAME[:CONFIG][:SPLIT] or a
+folder. Comments of the recipe give the reason of each value; `rl RECIPE.yaml --dry-run` then tries
+it."""
+
+import asyncio
+import itertools
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+from r1_grading import Grade, RewardPool, RewardTerms
+from r1_grading.rewards import ENVIRONMENT
+from r1_grading.terms import DEFAULT_WEIGHTS
+from r1_grading.truths import alternatives, is_none, math_truth
+
+from megatron_r1 import config as configuration
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import atomic_write
+from megatron_r1.commands import first_recipe, reward_model, rl, sft
+from megatron_r1.commands import first_recipe as sizes
+from megatron_r1.commands.first_recipe import Draft, Guess, Machine, Source, recipe_text, value_text
+from megatron_r1.commands.rl_checks import naming_renamed_columns, prepare, this_machine
+from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
+from megatron_r1.config import Config, verb_of
+from megatron_r1.controller.trainer_calls.cpu_memory import cpu_memory
+from megatron_r1.data.chats import Message
+from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
+from megatron_r1.data.preferences import Kind, ScoredText, kind_of_rows, read_preferences
+from megatron_r1.data.prompt_rows import question_of
+from megatron_r1.data.prompts import Prompt, is_heldout, normalize
+from megatron_r1.data.records import ABSENT, entry, read_records
+from megatron_r1.data.sft import ALWAYS_LEARNED, form_of
+from megatron_r1.data.text import PromptText
+from megatron_r1.data.tokenizer import describe_end_tokens, load_tokenizer
+from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.recipe import positions
+from megatron_r1.evaluation.identity import require_weights
+from megatron_r1.models import read_hf_config
+from megatron_r1.models.supported import check_supported
+from megatron_r1.models.weights import num_parameters
+
+SUPERVISED_SIZES = ("checkpoint.every", "optimizer.learning_rate")
+NO_CHAT = "the tokenizer has no chat template: User: …, Assistant:"
+SCORED_TEMPLATE = "User: {question}\nAssistant: {response}\n"
+HELDOUT_FRACTION = 0.1
+"""The default of `reward_model.heldout_fraction`."""
+MAX_JUDGED_ROWS = 20_000
+"""The most rows of a reward model's data that are read."""
+
+
+def draft_of_rows(source: Source) -> Draft | None:
+    """Return a recipe for rows that are responses with judgements, or examples to learn from; None
+    for questions with truths."""
+    if (kind := kind_of_rows(source.rows)) is not None:
+        return _of_judged(source, kind)
+    return _of_examples(source) if are_examples(source.rows) else None
+
+
+def are_examples(rows: Sequence[dict[str, Any]]) -> bool:
+    """Return whether rows are examples to learn from by `sft` and no questions with truths."""
+    form = form_of(rows[0])
+    if form is None or form in ALWAYS_LEARNED:
+        return form is not None
+    truth = columns_by_name(rows, needs_truth=True).get("truth", "truth")
+    values = [entry({**row}, truth) for row in rows]
+    has_truth = any(value is not ABSENT and not is_none(value) for value in values)
+    return not has_truth and not any("kind" in row for row in rows)
+
+
+def _of_examples(source: Source) -> Draft:
+    def try_out(path: Path) -> None:
+        recipe = configuration.load(path, required=sft.REQUIRED)
+        sft.check_settings(recipe)
+        *_, lines = sft.read_examples(recipe)
+        print("\n".join(["", *lines]))
+
+    guesses = [
+        Guess("sft.data", source.data, f"rows of {form_of(source.rows[0])}"),
+        Guess("sft.epochs", 2, "passes over the data; the paper: 2"),
+        Guess("sft.batch_size", 8 if source.machine.is_cpu else 128, "examples per optimizer step"),
+        *_supervised_sizes(source),
+    ]
+    if not _has_chat(source):
+        guesses.append(Guess("sft.template", "plain", NO_CHAT))
+    return Draft("sft", guesses, try_out)
+
+
+def _of_judged(source: Source, kind: Kind) -> Draft:
+    """Return a recipe for `reward-model`. Raises UserError for a row that it would refuse."""
+    rows = list(itertools.islice(read_preferences(source.data, kind), MAX_JUDGED_ROWS))
+    salt = reward_model.SPLIT_SALT
+    sides = {is_heldout(row.question, HELDOUT_FRACTION, salt) for row in rows}
+    form = "pairs of a chosen and a rejected response" if kind == "pairwise" else "labels"
+
+    def try_out(path: Path) -> None:
+        required, implied = reward_model.REQUIRED, reward_model.IMPLIED
+        settings = configuration.load(path, implied, required=required).reward_model
+        text = ScoredText(str(source.folder), settings.template, settings.shown, settings.max_chars)
+        print(f"\n{len(rows):,} rows read; the first, as the reward model reads it:")
+        for response, label in zip(rows[0].responses, rows[0].labels, strict=True):
+            ids = text.encode(rows[0].question, response, rows[0].opened)
+            shown = "no part that is scored" if ids is None else repr(text.decode(ids))[:400]
+            print(f"  {'good' if label else 'bad'}: {shown}")
+
+    guesses = [
+        Guess("reward_model.data", source.data, f"rows of {form}"),
+        Guess("reward_model.kind", kind, "pairwise: Bradley-Terry; pointwise: cross entropy"),
+        Guess("reward_model.epochs", 1, "passes over the data; the paper: 1"),
+        Guess("reward_model.batch_size", 8 if source.machine.is_cpu else 256, "the paper: 256"),
+        *_supervised_sizes(source),
+    ]
+    if len(sides) < 2:
+        why = "too few questions to hold some out: nothing is evaluated"
+        guesses.append(Guess("reward_model.heldout_fraction", 0.0, why))
+    if not _has_chat(source):
+        guesses.append(Guess("reward_model.template", SCORED_TEMPLATE, NO_CHAT))
+    return Draft("reward-model", guesses, try_out, has_dry_run=False)
+
+
+def _supervised_sizes(source: Source) -> list[Guess]:
+    layout = sizes.layout(source.hf, source.parameters, source.machine)
+    batches = sizes.batches(source.parameters, 1, source.machine)
+    return [
+        *(guess for guess in layout if not guess.key.startswith(("rollout.", "push."))),
+        *(guess for guess in batches if guess.key in SUPERVISED_SIZES),
+    ]
+
+
+def _has_chat(source: Source) -> bool:
+    return bool(load_tokenizer(str(source.folder), "MODEL_FOLDER").chat_template)
+
+
+ARGUMENTS = ("MODEL_FOLDER", "DATA")
+OPTIONS = {"out": "RECIPE.yaml", "question": "COLUMN", "truth": "COLUMN", "kind": "REWARD"}
+SETTINGS = ()
+
+MODEL = "MODEL_FOLDER"
+MAX_ROWS = 20_000
+"""The most rows that are read for lengths and counts."""
+COLUMN_ROWS = 100
+"""Rows by which the columns are recognized."""
+TRIED_TRUTHS = 20
+"""The first truths that the math reward is tried on: a choice, enough to show a column that the
+reward cannot read at all."""
+SMALL = 1e9
+"""Below so many parameters, a template is said to need worked examples."""
+MIN_QUESTIONS_TO_SPLIT = 20
+"""With fewer questions none is held out: a choice. A fifth of 20 are four."""
+MAX_HELDOUT_ON_CPU, MAX_HELDOUT_ON_GPU = 64, 500
+"""The most questions of an evaluation: a choice. With four responses to each, 256 and 2,000."""
+OWN = ":"
+"""It is in the name of a reward function of the user's own, module:function."""
+
+
+def run(config: Config, model: str, data: str, out: str | None = None, **given: str) -> None:
+    """Write the recipe and print it. given: the question, truth and kind that the user names.
+    Raises UserError naming what is missing, before it is written, and for a recipe that its verb
+    would refuse."""
+    path = Path(out or f"{Path(data.removeprefix('hub:').split(':')[0]).stem}.yaml")
+    _check_arguments(model, path)
+    folder = find_exported(model, MODEL)
+    hf = read_hf_config(folder, key=MODEL)
+    check_supported(hf)
+    require_weights(folder, MODEL)
+    rows = [row for _, row in itertools.islice(read_records(data), MAX_ROWS)]
+    if not rows:
+        raise UserError(f"{data}: it holds no rows", key=ARGUMENTS[1], cause=Cause.EMPTY)
+    source = Source(folder, hf, num_parameters(hf), data, rows, this_machine())
+    other = None if given else draft_of_rows(source)
+    options = [text for key, value in given.items() for text in (f"--{key}", value)]
+    _write(path, source, other or _of_questions(source, given), [model, data, *options])
+
+
+def _of_questions(source: Source, given: Mapping[str, str]) -> Draft:
+    """Return a recipe for `rl`. Raises UserError where question or truth are not found."""
+    columns = guess_columns(source.data, source.rows[:COLUMN_ROWS], **given)
+    if "kind" not in given:
+        columns = _kind_of_run(columns, source.folder)
+    questions = _questions(source.data, columns)
+    guesses = [
+        *_data(source.data, source.rows, columns, len(questions)),
+        *_answers(source.folder, source.parameters),
+    ]
+    template = next(guess.value for guess in guesses if guess.key == "data.template")
+    text = PromptText(str(source.folder), template, (MODEL, template))
+
+    def try_out(path: Path) -> None:
+        print(f"a response ends with: {describe_end_tokens(text.end_tokens)}")
+        _check_truths(source.data, columns)
+        _try(path, columns)
+
+    return Draft("rl", [*guesses, *_sizes(source, questions, text)], try_out)
+
+
+def _write(path: Path, source: Source, draft: Draft, arguments: Sequence[str]) -> None:
+    """Write a recipe and print it, then try it out and print what comes next. arguments: of `init`.
+    Raises UserError for a recipe that is refused, with the command that repeats the trial."""
+    command = f"megatron-r1 {draft.verb} {shlex.quote(str(path))}"
+    trial = f"{command} --dry-run" if draft.has_dry_run else command
+    size = f"{source.hf['architectures'][0]}, {source.parameters / 1e6:,.1f}M parameters"
+    guesses = [
+        Guess("run.folder", f"runs/{path.stem}", "everything that the run writes"),
+        Guess("model.path", str(source.folder), size),
+        *draft.guesses,
+    ]
+    title = (
+        f"Written by: megatron-r1 init {shlex.join(arguments)}",
+        *([f"Try it: {trial}"] if draft.has_dry_run else []),
+        f"Train:  {command}",
+        "Every other setting: megatron-r1 keys",
+        "A comment says why init chose the value below it, not what you change it to.",
+    )
+    atomic_write(path, recipe_text(title, guesses))
+    for guess in guesses:
+        print(f"{guess.key}: {value_text(guess.value)}   # {guess.reason}")
+    try:
+        draft.try_out(path)
+    except UserError as error:
+        raise UserError(
+            f"{path} is written, but {draft.verb} does not run it yet: {error}\nthen: {trial}",
+            key=error.key,
+            cause=error.cause,
+        ) from None
+    print(f"\n{path} is written: look at it, then {trial}")
+
+
+def _check_arguments(model: str, path: Path) -> None:
+    if Path(model).is_file():
+        raise UserError(
+            f"{MODEL} {model}: it is a file; the order is megatron-r1 init {' '.join(ARGUMENTS)}",
+            key=MODEL,
+            cause=Cause.MALFORMED,
+        )
+    if path.exists():
+        raise UserError(
+            f"{path} exists already; remove it, or give --out ANOTHER.yaml",
+            key="--out",
+            cause=Cause.EXISTS,
+        )
+
+
+def _try(path: Path, columns: Columns) -> None:
+    """Check the recipe as `rl` does, and print the memory that it takes without a GPU. Raises
+    UserError."""
+    recipe = configuration.load(path, required=rl.REQUIRED)
+    _, prompts = prepare(recipe)
+    if OWN in (columns.kind or ""):
+        with naming_renamed_columns(recipe.data.columns):
+            asyncio.run(_check_own(prompts.train))
+    if not gpu.is_usable():
+        memory = cpu_memory(recipe, 1, has_engines=True)
+        print(memory.describe(memory.microbatch(None)))
+
+
+def _data(
+    data: str, rows: Sequence[dict[str, Any]], columns: Columns, num_questions: int
+) -> list[Guess]:
+    """Return the settings of `data` but for the template. num_questions: the different ones."""
+    names = {"question": columns.question} | ({"truth": columns.truth} if columns.truth else {})
+    renamed = {ours: theirs for ours, theirs in names.items() if ours != theirs}
+    if columns.kind and "kind" in rows[0]:
+        renamed["own_kind"] = "kind"  # else each row's kind would be read as the name of a reward
+    why = "; ".join(f"{name} {columns.reasons.get(name, 'as given')}" for name in names)
+    num_rows = f"{len(rows):,} rows" if len(rows) < MAX_ROWS else f"{MAX_ROWS:,} rows or more"
+    if repeated := len(rows) - num_questions:
+        num_rows += (
+            f": {num_questions:,} different questions, and {repeated:,} that repeat one of them "
+            "and are left out"
+        )
+    guesses = [Guess("data.path", data, num_rows)]
+    if renamed:
+        guesses.append(Guess("data.columns", renamed, f"our name: the file's column ({why})"))
+    if columns.kind:
+        reason = columns.reasons.get("kind", "as given")
+        guesses.append(Guess("data.kind", columns.kind, f"the reward: {reason}"))
+    return guesses
+
+
+def _kind_of_run(columns: Columns, folder: Path) -> Columns:
+    """Return the columns with the reward of the RL run that made the model, in place of a guess.
+    That of an environment would need the run's `agents`, which are not taken over."""
+    trained = recipe_of(folder)
+    own = trained.data.kind if trained is not None and verb_of(trained) == "rl" else None
+    if columns.kind is None or own in (None, ENVIRONMENT):
+        return columns
+    reasons = columns.reasons | {"kind": f"as {folder.parent} trained the model"}
+    return replace(columns, kind=own, reasons=reasons)
+
+
+Asked = tuple[list[Message], str]
+"""The messages before a question, and the question."""
+
+
+def _questions(data: str, columns: Columns) -> list[Asked]:
+    """Return the distinct questions of the rows that are read. Raises UserError for a row without
+    one."""
+    renamed = {"question": columns.question}
+    found: dict[str, Asked] = {}
+    for location, row in itertools.islice(read_records(data, renamed), MAX_ROWS):
+        before, question = question_of(location, row)
+        found.setdefault(normalize(question, fold_case=False), (before, question))
+    return list(found.values())
+
+
+def _answers(folder: Path, parameters: int) -> list[Guess]:
+    """Return the settings for the template and for how answers are read: from the RL run that made
+    the model if there is one, else for a chat model or a base model. parameters: number of
+    parameters of the model."""
+    template, reason = template_of_model(folder, MODEL)
+    trained = recipe_of(folder)
+    if trained is not None and verb_of(trained) == "rl":
+        rewards = trained.rewards.model_dump(include={"answer", "weights"})
+        return [
+            Guess("data.template", template, reason),
+            Guess("rewards.answer", rewards["answer"], reason),
+            Guess("rewards.weights", to_jsonable_python(rewards["weights"]), reason),
+        ]
+    if parameters < SMALL:
+        reason += (
+            "; a model as small as this one often talks about the question instead of answering "
+            "it: where the dry run shows that, write this template out, with one or two solved "
+            "questions before {problem} (docs/first_day.md, worked examples)"
+        )
+    form = {name: weight for name, weight in DEFAULT_WEIGHTS.items() if name != "format"}
+    return [
+        Guess("data.template", template, reason),
+        Guess(
+            "rewards.answer",
+            "auto",
+            "<answer> tags, a box, or the last line, whichever is there; R1-Zero: strict, with "
+            "data.template: r1_zero",
+        ),
+        Guess("rewards.weights", form, "R1-Zero adds format: 0.1, for <think> and <answer> tags"),
+    ]
+
+
+def _sizes(source: Source, questions: Sequence[Asked], text: PromptText) -> list[Guess]:
+    """Return the settings that depend on the model's size, the prompts and the machine."""
+    machine = source.machine
+    limits = first_recipe.lengths(
+        max(len(text.encode(question, before)) for before, question in questions),
+        positions(source.folder),
+        machine,
+    )
+    num_heldout, heldout = _heldout([question for _, question in questions], machine)
+    return [
+        *first_recipe.layout(source.hf, source.parameters, machine),
+        *limits,
+        *first_recipe.batches(source.parameters, len(questions) - num_heldout, machine),
+        *heldout,
+    ]
+
+
+def _heldout(questions: Sequence[str], machine: Machine) -> tuple[int, list[Guess]]:
+    """Return how many questions are held out, with the settings for held-out questions and for
+    their evaluation."""
+    if len(questions) < MIN_QUESTIONS_TO_SPLIT:
+        reason = f"{len(questions)} questions are too few to hold some out: nothing is evaluated"
+        return 0, [Guess("data.heldout_fraction", 0.0, reason)]
+    fraction = 0.2 if len(questions) < 10 * MIN_QUESTIONS_TO_SPLIT else 0.1
+    most = MAX_HELDOUT_ON_CPU if machine.is_cpu else MAX_HELDOUT_ON_GPU
+    count = sum(is_heldout(question, fraction) for question in questions)
+    guesses = [
+        Guess("data.heldout_fraction", fraction, f"{min(count, most)} questions, for evaluation"),
+        Guess("eval.every", 10, "steps between evaluations"),
+        Guess("eval.samples", 4, "responses to each of these; the paper: 16"),
+    ]
+    if count > most:
+        guesses.append(Guess("data.num_heldout", most, f"of {count:,}, to evaluate in little time"))
+    return count, guesses
+
+
+def _check_truths(data: str, columns: Columns) -> None:
+    """Print how many of the first truths the math reward reads as an answer, and the first that it
+    does not."""
+    if columns.kind != "math" or columns.truth is None:
+        return
+    rows = itertools.islice(read_records(data, {"truth": columns.truth}), TRIED_TRUTHS)
+    truths = [alternatives(row["truth"])[0] for _, row in rows if not is_none(row["truth"])]
+    grades = asyncio.run(_grade(truths))
+    bad = [pair for pair in zip(truths, grades, strict=True) if pair[1].reward < 1]
+    num_good = len(truths) - len(bad)
+    print(f"\n{num_good} of {len(truths)} truths count as right answers to themselves")
+    if bad:
+        truth, grade = bad[0]
+        print(
+            f"  not {str(truth)[:80]!r}: {grade.reason}\n  free text takes a judge or your own "
+            "function as --kind (docs/rewards.md)"
+        )
+
+
+async def _check_own(prompts: Sequence[Prompt]) -> None:
+    """Raise UserError for a reward function that cannot be imported or called."""
+    async with RewardPool(1) as pool:
+        await RewardTerms(pool, {}).check((), prompts)
+
+
+async def _grade(truths: Sequence[Any]) -> list[Grade]:
+    async with RewardPool(1) as pool:
+        finals = [math_truth(truth) for truth in truths]
+        pairs = zip(finals, truths, strict=True)
+        calls = [pool.grade("math", f"<answer>{final}</answer>", truth) for final, truth in pairs]
+        return await asyncio.gather(*calls)

@@ -1,0 +1,224 @@
+"""How a fleet goes on where engines fail: failed requests are repeated, on other engines if there
+are any, until a reply is usable; engines that end, hang, crawl or reply nonsense are found and
+replaced while the others go on."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from megatron_r1.engines.fleet.dispatch import Members, Work
+from megatron_r1.engines.fleet.engine import Engine, ServedGroup, find_slow
+from megatron_r1.engines.server.client import EngineClient
+from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineFault, NoWeights
+
+T = TypeVar("T")
+OnFailure = Callable[[Engine, EngineDied | EngineFault], None]
+MAX_ATTEMPTS = 5
+"""More than the faults that get an engine replaced (`pace.MANY_FAULTS`), so that a request also
+meets a fresh engine; where that fails too, the weights or the request are at fault."""
+
+
+class RequestRetries:
+    """Repeats failed requests. num_requeued: the number of sequences that were sent again."""
+
+    def __init__(self, members: Members, on_failure: OnFailure) -> None:
+        """on_failure: called with an engine that died or gave an unusable reply, and with the
+        error; it may raise EngineDied if the fleet has failed."""
+        self.members, self.on_failure = members, on_failure
+        self.num_requeued = 0
+        self._starting = asyncio.Lock()
+
+    async def run(
+        self,
+        work: Work,
+        call: Callable[[EngineClient], Coroutine[Any, Any, T]],
+        lengths: Callable[[T], list[int]],
+    ) -> T:
+        """Return the first usable result of `call` on an engine.
+
+        The death of an engine does not count as an attempt: the request did not cause it, and the
+        number of restarts limits it. lengths: returns the number of tokens of each sequence in a
+        result. Raises EngineError if an engine refuses the call, if MAX_ATTEMPTS replies are
+        unusable, or if no engine is left."""
+        dispatcher = self.members.dispatcher
+        faults: list[EngineFault] = []
+        while len(faults) < MAX_ATTEMPTS:
+            self.members.require_usable()
+            engine = await dispatcher.acquire(work)
+            began = time.monotonic()
+            try:
+                # One request in a turn of the event loop: to start 512 at once takes 0.3 s, in
+                # which nothing else runs.
+                async with self._starting:
+                    await asyncio.sleep(0)
+                result = await engine.unless_dead(call(engine.client))
+            except (EngineDied, EngineFault) as failure:
+                work.avoid.add(engine)
+                self.num_requeued += work.num_sequences
+                if isinstance(failure, EngineFault):
+                    faults.append(failure)
+                # If the fleet has failed, `require_usable` raises its error, which has the cause.
+                with contextlib.suppress(EngineDied):
+                    self.on_failure(engine, failure)
+                continue
+            finally:
+                dispatcher.release(engine, work)
+            now, tokens = time.monotonic(), lengths(result)
+            engine.pace.add(ServedGroup(now, now - began, sum(tokens), max(tokens)))
+            return result
+        raise EngineError(f"{MAX_ATTEMPTS} times in a row no answer could be used: {faults[-1]}")
+
+
+WATCH_SECONDS = 0.2
+PROBE_SECONDS = 10.0
+DRAIN_SECONDS = 120.0
+"""Time for requests in flight on an engine that is to be replaced; then others repeat them."""
+OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "can't allocate memory", "Cannot allocate memory")
+"""The messages of CUDA, PyTorch's two allocators and Linux. An engine that has run out of memory
+will do so again."""
+
+
+class Replacement:
+    """Replaces engines until `max_restarts` are used up. After that the death of an engine fails
+    the fleet, and an engine that is only slow or faulty stays.
+
+    tasks: the replacements under way. patience_seconds: how long engines may be silent while they
+    wait for weights."""
+
+    def __init__(
+        self,
+        members: Members,
+        start_replacement: Callable[[Engine], Awaitable[object]],
+        max_restarts: int,
+        unresponsive_seconds: float,
+    ) -> None:
+        """start_replacement: starts an engine in the place of a dead one and gives it the current
+        weights, or raises EngineError. unresponsive_seconds: an engine that has not answered for
+        this time counts as dead."""
+        self.members, self.start_replacement = members, start_replacement
+        self.max_restarts, self.unresponsive_seconds = max_restarts, unresponsive_seconds
+        self.patience_seconds = 0.0
+        self.num_restarts = 0
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._watching: list[asyncio.Task[None]] = []
+
+    def begin(self) -> None:
+        """Watch the engines from now on."""
+        self._watching = [asyncio.create_task(self._watch()), asyncio.create_task(self._probe())]
+
+    async def close(self) -> None:
+        tasks = [*self._watching, *self.tasks]
+        self._watching, self.tasks = [], set()
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError, EngineError):
+                await task
+
+    def handle(self, engine: Engine, failure: EngineDied | EngineFault) -> None:
+        """Replace an engine after a failed request: at once if it died; after its other requests
+        if it ran out of memory, or if too many of its last replies were unusable. Raises as
+        `replace`."""
+        if isinstance(failure, EngineDied):
+            self.replace(engine, failure)
+            return
+        ran_out = any(words in str(failure) for words in OUT_OF_MEMORY)
+        if engine.pace.add_fault() or ran_out:
+            self.retire(engine, EngineError(f"{engine.name} cannot go on: {failure}"))
+
+    def replace(self, engine: Engine, death: EngineError) -> None:
+        """Begin to replace a dead engine, unless it is being replaced already. Raises `death` if no
+        restart is left.
+
+        An engine that was lost with its host is replaced only if it was the last one: when a host
+        joins, `placement.accepting_hosts` adds an engine, which costs no restart."""
+        if not engine.is_up:
+            return
+        if engine.is_leaving:  # `remove_engine` ends it; nothing takes its place
+            self.members.remove(engine)
+            return
+        if engine.server.is_lost and any(other is not engine for other in self.members.up):
+            self.members.notify(f"{death}; the other engines go on without it")
+            self.members.remove(engine)
+            self._start(engine.end())
+            return
+        self.members.take_down(engine)
+        if self.num_restarts >= self.max_restarts:
+            self.members.fail(death)
+            raise death
+        self._start(self._revive(engine, death))
+
+    def retire(self, engine: Engine, reason: EngineError) -> None:
+        """Begin to replace an engine that still works, if restarts are left. The engine gets no new
+        groups, and is replaced once those in flight are back, or after DRAIN_SECONDS."""
+        if engine.is_open and self.num_restarts < self.max_restarts:
+            self.members.set_open(engine, False)
+            self._start(self._drain_and_replace(engine, reason))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _drain_and_replace(self, engine: Engine, reason: EngineError) -> None:
+        await engine.drain(DRAIN_SECONDS)
+        if not engine.is_up:  # it died meanwhile and is being replaced, or has left
+            return
+        if self.num_restarts < self.max_restarts:
+            self.replace(engine, reason)
+        else:  # others have used up the last restart, so it serves on
+            self.members.set_open(engine, not engine.is_leaving)
+
+    async def _revive(self, dead: Engine, reason: EngineError) -> None:
+        """Start a replacement; if it does not start, try again while restarts are left, and then
+        fail the fleet."""
+        try:
+            await dead.end()
+            while self.num_restarts < self.max_restarts and not dead.is_leaving:
+                self.num_restarts += 1
+                count = f"restart {self.num_restarts} of at most {self.max_restarts}"
+                self.members.notify(f"{reason}\n{count}; its requests go to the others or wait")
+                try:
+                    await self.start_replacement(dead)
+                    self.members.notify(f"{dead.name} is back, with the current weights")
+                    return
+                except NoWeights as error:
+                    self.num_restarts -= 1  # a trainer that starts takes longer than many engines
+                    reason = error
+                except EngineError as error:
+                    reason = error
+            if not dead.is_leaving:
+                self.members.fail(reason)
+        except Exception as error:  # the task's own exception is not awaited before `close`
+            self.members.fail(error)
+            raise
+
+    async def _watch(self) -> None:
+        """Find ended engines, so that calls waiting for them fail at once."""
+        while True:
+            for engine in list(self.members.engines):
+                if not engine.server.is_alive() and not engine.died.is_set():
+                    engine.died.set()
+                    with contextlib.suppress(EngineDied):  # the next call raises it
+                        self.replace(engine, engine.death())
+            await asyncio.sleep(WATCH_SECONDS)
+
+    async def _probe(self) -> None:
+        """Find engines that are alive and do nothing, or little."""
+        while True:
+            await asyncio.sleep(PROBE_SECONDS)
+            seconds = max(self.unresponsive_seconds, self.patience_seconds)
+            up = self.members.up
+            answers = await asyncio.gather(*(engine.answers(seconds) for engine in up))
+            for engine, is_alive in zip(up, answers, strict=True):
+                # A push may have begun since `seconds` was computed.
+                if not is_alive and engine.is_up and seconds >= self.patience_seconds:
+                    reason = EngineDied(f"{engine.name} has not answered for {seconds:g} seconds")
+                    with contextlib.suppress(EngineDied):
+                        self.replace(engine, reason)
+                    engine.died.set()  # its calls fail now: a process that hangs ends none of them
+            paces = {engine: engine.pace for engine in self.members.engines if engine.is_open}
+            for engine, how in find_slow(paces, time.monotonic()).items():
+                self.retire(engine, EngineError(f"{engine.name} {how}"))

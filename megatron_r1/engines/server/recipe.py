@@ -1,0 +1,341 @@
+"""The engines of a recipe (`rollout`, `teacher`): the settings that they and their fleet take, and
+the checks of these against the model's limits, before vLLM starts.
+
+On a CPU the model is checked against the sizes that vLLM's kernels have (`check_cpu_kernels`).
+Without the check an engine ends at its start, or at its first prompt, with a message that names no
+key of `config.json`. Lines are of vLLM 0.32."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import Config, RolloutConfig, TeacherConfig
+from megatron_r1.config.rollout import LAYOUT, SpeculativeConfig
+from megatron_r1.engines.server import gpu
+from megatron_r1.models.families import FAMILIES
+from megatron_r1.models.hf_config import (
+    ARCHITECTURES,
+    language_settings,
+    load_config,
+    model_family,
+    padded_vocabulary,
+    require,
+    resolve_aliases,
+    sparse_layers,
+)
+
+MEMORY_KEYS = {"kv_cache_gib", "kv_block_tokens", "gpu_memory", "plain_matrices"}
+ENGINE_KEYS = LAYOUT | MEMORY_KEYS | {"dtype", "max_num_seqs"}
+SUPERVISION_KEYS = {
+    "start_timeout_seconds",
+    "request_timeout_seconds",
+    "max_restarts",
+    "unresponsive_seconds",
+}
+"""Keys that `rollout` and `teacher` both have."""
+
+
+def fleet_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
+    """Return the arguments of `RolloutFleet` that a recipe sets."""
+    return engines.model_dump(include=SUPERVISION_KEYS)
+
+
+def engine_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
+    """Return the `EngineSettings` that a recipe sets, the same for every job of its engines."""
+    # The server that takes requests, and the controller, need a core besides: with 2 threads on 2
+    # cores a rollout of 256 short responses takes 1.14 s, with 1 thread 0.92 s.
+    threads = engines.threads or max(1, min(2, (os.cpu_count() or 1) - 1))
+    own = engines.model_dump(include=ENGINE_KEYS) | {"num_threads": threads}
+    if isinstance(engines, RolloutConfig):  # a teacher only scores
+        own["speculative"] = speculative_settings(engines.speculative)
+    return own
+
+
+def speculative_settings(speculative: SpeculativeConfig) -> dict[str, Any] | None:
+    """Return vLLM's `speculative_config`, None without speculation."""
+    if speculative.method == "none":
+        return None
+    return {"method": speculative.method, "num_speculative_tokens": speculative.tokens}
+
+
+def context_length(config: Config) -> int:
+    """Return `rollout.max_model_len`, or the model's own limit, in tokens.
+
+    The model may be any that vLLM supports, also one that cannot be trained here. Raises UserError
+    if it has fewer positions, or responses would leave no room for a prompt."""
+    limit = positions(config.model.path)
+    length = config.rollout.max_model_len or limit
+    if length > limit:
+        raise UserError(
+            f"rollout.max_model_len: {length} is more than the model's {limit} positions "
+            f"({config.model.path}/config.json: max_position_embeddings)",
+            key="rollout.max_model_len",
+            cause=Cause.TOO_LARGE,
+        )
+    # Engines are sized once, for the longest responses of rl.schedule.
+    longest = max(phase.rollout.max_response_tokens for _, phase in config.phases())
+    if longest >= length:
+        raise UserError(
+            f"rollout.max_response_tokens: {longest} leaves no room for "
+            f"a prompt within {length} tokens; lower it"
+            + (f", or raise rollout.max_model_len (at most {limit})" if length < limit else ""),
+            key="rollout.max_response_tokens",
+            cause=Cause.TOO_LARGE,
+        )
+    return length
+
+
+def positions(folder: str | Path, key: str = "model.path") -> int:
+    """Return max_position_embeddings of the model in `folder`. key: the recipe's setting that names
+    the folder, for errors. Raises UserError."""
+    hf = load_config(folder, key)
+    try:
+        return int(language_settings(hf)["max_position_embeddings"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder}/config.json: no max_position_embeddings can be read ({error!r})",
+            key="max_position_embeddings",
+            cause=Cause.MISSING,
+        ) from error
+
+
+def vocab_size(model: Path) -> int | None:
+    """Return the vocabulary's size in a model's config.json, or None where it is not readable."""
+    try:
+        return language_settings(load_config(model)).get("vocab_size")
+    except (UserError, AttributeError):
+        return None  # the server's own error is more precise
+
+
+def check_engines(config: Config, hf: dict) -> None:
+    """Raise UserError for settings with which no rollout engine can serve the model. hf: its
+    `config.json`, of any architecture."""
+    rollout = config.rollout
+    check_ranks(rollout, hf, "rollout")
+    if config.rl.routing_replay and rollout.pipeline > 1:
+        raise UserError(
+            f"rollout.pipeline={rollout.pipeline}: vLLM returns the experts of one stage only; set "
+            "rl.routing_replay: false, or rollout.pipeline: 1",
+            key="rollout.pipeline",
+            cause=Cause.CONFLICT,
+        )
+    check_speculation(rollout, hf)
+
+
+def check_speculation(rollout: RolloutConfig, hf: dict) -> None:
+    """Raise UserError for drafts that vLLM cannot make for the model. hf: its `config.json`, of any
+    architecture."""
+    method, tokens = rollout.speculative.method, rollout.speculative.tokens
+    if method == "suffix" and rollout.placement == "local" and not find_spec("arctic_inference"):
+        raise UserError(
+            "rollout.speculative.method: suffix needs a package that is not installed here: pip "
+            "install arctic-inference==0.1.1, or set method: ngram",
+            key="rollout.speculative.method",
+            cause=Cause.NOT_INSTALLED,
+        )
+    if method != "mtp":
+        return
+    language = language_settings(hf)
+    # By architecture: DeepSeek-V3 and its relatives, Qwen3.5.
+    keys = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+    layers = next((count for key in keys if (count := language.get(key))), 0)
+    if not layers:
+        raise UserError(
+            "rollout.speculative.method: mtp drafts with the model's MTP layers, and its "
+            f"config.json has none ({keys[0]}); set method: ngram, or none",
+            key="rollout.speculative.method",
+            cause=Cause.CONFLICT,
+        )
+    if rollout.pipeline > 1:
+        raise UserError(
+            f"rollout.speculative.method: mtp with rollout.pipeline={rollout.pipeline}: a drafter "
+            "behind stages has not been tried; set rollout.pipeline: 1, or method: ngram",
+            key="rollout.speculative.method",
+            cause=Cause.UNSUPPORTED,
+        )
+    if tokens > layers and tokens % layers:
+        raise UserError(
+            f"rollout.speculative.tokens: {tokens} is no multiple of the model's {layers} MTP "
+            "layers, which draft in turn; choose one",
+            key="rollout.speculative.tokens",
+            cause=Cause.INDIVISIBLE,
+        )
+
+
+def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) -> None:
+    """Raise UserError for engines whose ranks cannot share the model. section: the section of the
+    recipe that has the settings."""
+    language = language_settings(hf)
+    heads = language.get("num_attention_heads", engines.tensor)
+    kv_heads = language.get("num_key_value_heads") or heads
+    if heads % engines.tensor:
+        raise UserError(
+            f"{section}.tensor={engines.tensor} does not divide num_attention_heads={heads}; "
+            "choose a divisor",
+            key=f"{section}.tensor",
+            cause=Cause.INDIVISIBLE,
+        )
+    latent = bool(language.get("kv_lora_rank"))
+    if not latent and kv_heads % engines.tensor and engines.tensor % kv_heads:
+        raise UserError(
+            f"{section}.tensor={engines.tensor} neither divides num_key_value_heads={kv_heads} nor "
+            "is a multiple of it; choose one that does",
+            key=f"{section}.tensor",
+            cause=Cause.INDIVISIBLE,
+        )
+    rows = padded_vocabulary(language.get("vocab_size", 0))
+    if rows % engines.tensor:
+        raise UserError(
+            f"{section}.tensor={engines.tensor} does not divide the {rows} rows of vLLM's padded "
+            "vocabulary; choose a divisor",
+            key=f"{section}.tensor",
+            cause=Cause.INDIVISIBLE,
+        )
+    if "GptOssForCausalLM" in (language.get("architectures") or ()):
+        _check_gpt_oss(engines, language, section)
+    if "DeepseekV3ForCausalLM" in (language.get("architectures") or ()):
+        # Where they are absent, the engine gets them (`EngineServer`).
+        require(language, **FAMILIES["DeepseekV3"].implied)
+    _check_sparse(hf)
+    layers = language.get("num_hidden_layers", engines.pipeline)
+    if engines.pipeline > layers:
+        raise UserError(
+            f"{section}.pipeline={engines.pipeline} is more than the model's {layers} layers; "
+            "lower it",
+            key=f"{section}.pipeline",
+            cause=Cause.TOO_LARGE,
+        )
+    if engines.expert_parallel:
+        _check_expert_ranks(engines, language, section)
+
+
+def _check_expert_ranks(
+    engines: RolloutConfig | TeacherConfig, language: dict, section: str
+) -> None:
+    names = ("n_routed_experts", "num_local_experts", "num_experts")  # by architecture
+    experts = next((count for name in names if (count := language.get(name))), 0)
+    if not experts:
+        raise UserError(
+            f"{section}.expert_parallel: the model has no experts; set it to false",
+            key=f"{section}.expert_parallel",
+            cause=Cause.CONFLICT,
+        )
+    ranks = engines.tensor * engines.data
+    if ranks > experts:
+        raise UserError(
+            f"{section}.expert_parallel: {ranks} ranks ({section}.tensor x {section}.data) for "
+            f"{experts} experts leave some with none; use more {section}.engines of fewer ranks",
+            key=f"{section}.expert_parallel",
+            cause=Cause.TOO_LARGE,
+        )
+
+
+def _check_sparse(hf: dict) -> None:
+    """Raise UserError for a mixture of experts whose layers are all dense: vLLM's class needs one
+    layer with experts (models/glm4_moe.py:509, models/qwen3_moe.py:607, vLLM 0.32)."""
+    classes = {"Glm4MoeForCausalLM", "Qwen3MoeForCausalLM"}
+    names = classes.intersection(hf.get("architectures") or ())
+    if names and not any(sparse_layers(resolve_aliases(hf))):
+        keys = ("first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step", "num_experts")
+        found = ", ".join(f"{key}={hf[key]}" for key in keys if hf.get(key))
+        raise UserError(
+            f"config.json: no layer has experts ({found or 'none are given'}), and vLLM's class of "
+            f"{', '.join(names)} needs one: no engine can sample from this model",
+            key="config.json",
+            cause=Cause.UNSUPPORTED,
+        )
+
+
+def _check_gpt_oss(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) -> None:
+    """Raise UserError for ranks among which vLLM's class of gpt-oss cannot divide the model: a
+    tensor rank needs key-value heads of its own, every rank an equal part of intermediate_size."""
+    kv_heads, inner = hf["num_key_value_heads"], hf["intermediate_size"]
+    if kv_heads % engines.tensor:
+        raise UserError(
+            f"{section}.tensor={engines.tensor} does not divide num_key_value_heads={kv_heads}, "
+            "which vLLM's gpt-oss cannot share among ranks; choose a divisor",
+            key=f"{section}.tensor",
+            cause=Cause.INDIVISIBLE,
+        )
+    ranks = engines.tensor * engines.pipeline * engines.data
+    if inner % ranks:
+        raise UserError(
+            f"{section}: {ranks} ranks (tensor x pipeline x data) do not divide intermediate_size="
+            f"{inner}, as vLLM's gpt-oss requires; choose a divisor",
+            key=section,
+            cause=Cause.INDIVISIBLE,
+        )
+
+
+HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""v1/attention/backends/cpu_attn.py:70 (`get_supported_head_sizes`), and 48, which is computed too:
+log-probabilities equal transformers'; 16, 24, 40, 144, 176 and 288 end the engine."""
+LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+"""v1/attention/backends/mla/cpu_mla.py:24."""
+ALIGNMENT = 32
+"""model_executor/layers/fused_moe/experts/cpu_moe.py:112 (`_supports_grouped_gemm`): of the hidden
+size and, where it is not padded, of a rank's part of an expert."""
+REMEDY = "use a machine with a GPU, or a model of another size"
+
+
+def check_cpu_kernels(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
+    """Raise UserError for a model that engines on this host, which has no GPU, cannot compute.
+    hf: any `config.json`; one of an architecture that is not known here is not checked."""
+    if rollout.placement != "local" or gpu.is_usable():
+        return
+    if not any(name in ARCHITECTURES for name in hf.get("architectures") or []):
+        return
+    hf = resolve_aliases(hf)
+    family, hidden, heads = model_family(hf), hf.get("hidden_size"), hf.get("num_attention_heads")
+    if not (hidden and heads and hf.get("num_hidden_layers")):
+        return  # the engine's own error is more precise
+    if family.latent:
+        # vLLM's own variable, which its engines inherit: with it they compute keys and values.
+        is_disabled = os.environ.get("VLLM_MLA_DISABLE", "0") != "0"
+        for key, size in LATENT_SIZES.items():
+            if hf.get(key, size) != size and not is_disabled:
+                raise UserError(
+                    f"config.json: {key}={hf[key]}: {_only(str(size))}",
+                    key=key,
+                    cause=Cause.UNSUPPORTED,
+                )
+    elif (size := hf.get("head_dim") or hidden // heads) not in HEAD_SIZES:
+        name = "head_dim" if hf.get("head_dim") else "hidden_size / num_attention_heads"
+        raise UserError(
+            f"config.json: {name}={size}: {_only(', '.join(map(str, HEAD_SIZES)))}",
+            key=name,
+            cause=Cause.UNSUPPORTED,
+        )
+    if any(sparse_layers(hf)):
+        _check_experts(rollout, hf)
+
+
+def _check_experts(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
+    family, multiples = model_family(hf), _only(f"multiples of {ALIGNMENT} in a model with experts")
+    if hf["hidden_size"] % ALIGNMENT:
+        raise UserError(
+            f"config.json: hidden_size={hf['hidden_size']}: {multiples}",
+            key="hidden_size",
+            cause=Cause.INDIVISIBLE,
+        )
+    if "n_shared_experts" in family.needs and hf.get("n_shared_experts") == 0:
+        raise UserError(
+            "config.json: n_shared_experts=0: on a CPU, vLLM's engine ends without a message at "
+            f"matrices of no width; {REMEDY}",
+            key="n_shared_experts",
+            cause=Cause.UNSUPPORTED,
+        )
+    ranks = 1 if rollout.expert_parallel else rollout.tensor * rollout.data
+    if family.open_swiglu and (size := hf["intermediate_size"]) % (ALIGNMENT * ranks):
+        shared = f" shared by {ranks} ranks" if ranks > 1 else ""
+        raise UserError(
+            f"config.json: intermediate_size={size}{shared}: {multiples}",
+            key="intermediate_size",
+            cause=Cause.INDIVISIBLE,
+        )
+
+
+def _only(sizes: str) -> str:
+    return f"on a CPU, vLLM computes only {sizes}; {REMEDY}"

@@ -1,0 +1,180 @@
+"""Benchmarks of one question each with one answer to compare with.
+
+- A number or an expression: AIME 2024 (thirty competition problems whose answers are integers from
+  0 to 999) and MATH-500 (five hundred problems of the MATH test set, picked by Lightman et al.,
+  2305.20050).
+- A letter: MMLU (14,042 questions from 57 subjects, Hendrycks et al., 2009.03300) and GPQA Diamond
+  (198 graduate-level ones, Rein et al., 2311.12022). GPQA has the right choice in a column of its
+  own. The choices are shuffled once per question, by its id and a seed, so that every sample and
+  every run has the same order.
+- Another model's response: AlpacaEval 2, 805 instructions, each with GPT-4 Turbo's response, to
+  which a judge compares the model's (Dubois et al., 2404.04475). The results are win rates
+  (`evaluation.measures`)."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.data.records import require_text
+from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question, Rows, pick_columns
+
+BOXED = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+"""The instruction that DeepSeek-R1's authors recommend for mathematics (the model's page)."""
+AIME_LAYOUTS = (
+    {"id": "id", "problem": "problem", "answer": "answer"},  # HuggingFaceH4/aime_2024
+    {"id": "ID", "problem": "Problem", "answer": "Answer"},  # Maxwell-Jia/AIME_2024
+)
+MATH_LAYOUT = {"id": "unique_id", "problem": "problem", "answer": "answer", "level": "level"}
+
+
+def aime_questions(rows: Rows, options: Options) -> Iterator[Question]:
+    """Yield the problems of AIME. Raises UserError for an answer that is no integer from 0 to
+    999."""
+    for place, row in rows:
+        columns = pick_columns(place, row, AIME_LAYOUTS)
+        problem = require_text(place, columns, "problem").strip()
+        # One layout has text ("025"), the other an integer.
+        try:
+            answer = int(str(columns["answer"]))
+        except ValueError:
+            raise UserError(
+                f"{place}: an AIME answer is an integer from 0 to 999, got {columns['answer']!r}",
+                key="answer",
+                cause=Cause.MALFORMED,
+            ) from None
+        if not 0 <= answer <= 999:
+            raise UserError(
+                f"{place}: an AIME answer is between 0 and 999, got {answer}",
+                key="answer",
+                cause=Cause.OUT_OF_RANGE,
+            )
+        yield Question(str(columns["id"]), problem, "math", str(answer))
+
+
+def math_500_questions(rows: Rows, options: Options) -> Iterator[Question]:
+    """Yield the questions of the levels in `options`."""
+    levels = {int(level) for level in options["levels"]}
+    for place, row in rows:
+        columns = pick_columns(place, row, [MATH_LAYOUT])
+        if not levels or int(columns["level"]) in levels:
+            problem = require_text(place, columns, "problem").strip()
+            answer = require_text(place, columns, "answer").strip()
+            yield Question(str(columns["id"]), problem, "math", answer)
+
+
+AIME_2024 = Benchmark(
+    aime_questions,
+    BOXED,
+    hubs={
+        "HuggingFaceH4/aime_2024": lambda options: ["data/train-*.parquet"],
+        "Maxwell-Jia/AIME_2024": lambda options: ["aime_2024_problems.parquet"],
+    },
+)
+MATH_500 = Benchmark(
+    math_500_questions,
+    BOXED,
+    hubs={"HuggingFaceH4/MATH-500": lambda options: ["test.jsonl"]},
+    options={"levels": []},  # 1 (easiest) to 5; [] for all
+)
+
+
+LETTERS = "ABCDEFGHIJ"
+INSTRUCTION = (
+    "Answer the following multiple choice question. Please reason step by step, and put only "
+    "the letter of your final answer within \\boxed{}.\n\n{problem}"
+)
+MMLU_LAYOUT = {name: name for name in ("question", "subject", "choices", "answer")}
+CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+GPQA_LAYOUT = {name: name for name in ("Record ID", "Question", *CHOICES)}
+
+
+def mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
+    """Yield the questions of the subjects in `options`. Raises UserError for an unknown subject."""
+    subjects, seen = set(options["subjects"]), set()
+    for place, row in rows:
+        columns = pick_columns(place, row, [MMLU_LAYOUT])
+        seen.add(columns["subject"])
+        if subjects and columns["subject"] not in subjects:
+            continue
+        choices = columns["choices"]
+        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+            raise UserError(
+                f"{place}: 'choices' must be a list of texts, got {choices!r}",
+                key="choices",
+                cause=Cause.MALFORMED,
+            )
+        problem = require_text(place, columns, "question").strip()
+        letter = _letter(place, columns["answer"], len(choices))
+        yield Question("", lettered(problem, choices), "math", letter)
+    if unknown := sorted(subjects - seen):
+        raise UserError(
+            f"mmlu has no subject {unknown[0]!r}; it has {', '.join(sorted(seen))}",
+            key="options.subjects",
+            cause=Cause.UNKNOWN,
+        )
+
+
+def gpqa_questions(rows: Rows, options: Options) -> Iterator[Question]:
+    """Yield the questions, each with its choices in an order of its own."""
+    for place, row in rows:
+        columns = pick_columns(place, row, [GPQA_LAYOUT])
+        question_id = str(columns["Record ID"])
+        choices = [require_text(place, columns, name).strip() for name in CHOICES]
+        order = list(range(len(choices)))
+        random.Random(f"gpqa/{options['seed']}/{question_id}").shuffle(order)
+        question = require_text(place, columns, "Question").strip()
+        problem = lettered(question, [choices[index] for index in order])
+        yield Question(question_id, problem, "math", LETTERS[order.index(0)])
+
+
+def lettered(problem: str, choices: Sequence[str]) -> str:
+    """Return the problem with its choices as "A) …" lines."""
+    lines = [f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    return "\n".join([problem, "", *lines])
+
+
+def _letter(place: str, answer: Any, num_choices: int) -> str:
+    """Return the letter of an answer: the data set has 0 to 3, exports of it the letter."""
+    letters = list(LETTERS[:num_choices])
+    if isinstance(answer, str) and answer.strip().upper() in letters:
+        return answer.strip().upper()
+    if isinstance(answer, int) and 0 <= answer < num_choices:
+        return letters[answer]
+    raise UserError(
+        f"{place}: 'answer' must be 0 to {num_choices - 1} or a letter, got {answer!r}",
+        key="answer",
+        cause=Cause.OUT_OF_RANGE,
+    )
+
+
+MMLU = Benchmark(
+    mmlu_questions,
+    INSTRUCTION,
+    hubs={"cais/mmlu": lambda options: ["all/test-*.parquet"]},
+    options={"subjects": []},  # such as [abstract_algebra]; [] for all
+)
+GPQA_DIAMOND = Benchmark(
+    gpqa_questions,
+    INSTRUCTION,
+    hubs={"Idavidrein/gpqa": lambda options: ["gpqa_diamond.csv"]},
+    options={"seed": 0},
+)
+
+
+ALPACA_EVAL_LAYOUT = {"instruction": "instruction", "output": "output"}
+
+
+def alpaca_eval_questions(rows: Rows, options: Options) -> Iterator[Question]:
+    """Yield the instructions; the truth of each is the response to beat."""
+    for place, row in rows:
+        columns = pick_columns(place, row, [ALPACA_EVAL_LAYOUT])
+        problem, reference = (require_text(place, columns, name) for name in ALPACA_EVAL_LAYOUT)
+        yield Question("", problem.strip(), "judge", reference.strip())
+
+
+ALPACA_EVAL_2 = Benchmark(
+    alpaca_eval_questions,
+    hubs={"tatsu-lab/alpaca_eval": lambda options: ["alpaca_eval_gpt4_baseline.json"]},
+    compares=True,
+)

@@ -1,0 +1,169 @@
+"""Routed experts, from `config.json`: their fields in Megatron's configuration, and the shape of
+the routing, which engine and trainer exchange for its replay. No torch or Megatron."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.models.families import SWIGLU_LIMIT
+from megatron_r1.models.hf_config import model_family, need, sparse_layers
+
+GROUP_SCORES = {"sigmoid": 2, "softmax": 1}
+"""The number of a group's best experts whose scores are summed to the score of the group: two in
+DeepSeek-V3 (and its descendants), one in DeepSeek-V2."""
+
+OPEN_SWIGLU = {"glu_linear_offset": 1.0, "activation_func_clamp_value": SWIGLU_LIMIT}
+
+
+def expert_fields(hf: dict) -> dict[str, Any]:
+    """Return Megatron's fields of the experts; {} without any. UserError if not supported."""
+    function = model_family(hf).router_score
+    if not function:
+        return {}
+    need(hf, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+    _check_layer_types(hf)
+    size, shared = hf["moe_intermediate_size"], hf.get("n_shared_experts") or 0
+    return {
+        "num_moe_experts": hf["n_routed_experts"],
+        "moe_layer_freq": [int(sparse) for sparse in sparse_layers(hf)],
+        "moe_ffn_hidden_size": size,
+        "moe_shared_expert_intermediate_size": size * shared or None,
+        "moe_router_topk": hf["num_experts_per_tok"],
+        "moe_router_score_function": function,
+        "moe_router_enable_expert_bias": function == "sigmoid",
+        # With softmax Megatron normalizes the chosen scores unless this is set; `models.patches`
+        # reads it so with sigmoid too.
+        "moe_router_pre_softmax": not normalizes(hf),
+        "moe_router_topk_scaling_factor": hf.get("routed_scaling_factor") or 1.0,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        **(OPEN_SWIGLU if model_family(hf).open_swiglu else {}),
+        **_groups(hf, GROUP_SCORES[function]),
+    }
+
+
+def normalizes(hf: dict) -> bool:
+    """Return whether the weights of a token's experts sum to 1, before they are scaled."""
+    given = hf.get("norm_topk_prob")
+    return model_family(hf).normalizes if given is None else given
+
+
+def expert_divisions(hf: dict) -> list[tuple[str, int, str]]:
+    """Return (field, its value, the key of `parallel` that must divide it) triples."""
+    if not hf.get("n_routed_experts"):
+        return []
+    size = hf["moe_intermediate_size"]
+    shared = size * (hf.get("n_shared_experts") or 0)
+    return [
+        *([("moe_intermediate_size * n_shared_experts", shared, "tensor")] if shared else []),
+        ("hidden_size", hf["hidden_size"], "tensor"),
+        ("n_routed_experts", hf["n_routed_experts"], "expert"),
+        ("moe_intermediate_size", size, "expert_tensor"),
+    ]
+
+
+def _check_layer_types(hf: dict) -> None:
+    """Raise UserError where `mlp_layer_types`, which transformers reads, disagrees with
+    first_k_dense_replace, which vLLM and this project read."""
+    if not model_family(hf).layer_types:
+        return
+    default = ["dense"] + ["sparse"] * (hf["num_hidden_layers"] - 1)
+    types = hf.get("mlp_layer_types") or default
+    if types != ["sparse" if sparse else "dense" for sparse in sparse_layers(hf)]:
+        raise UserError(
+            f"config.json: mlp_layer_types={types} is not what first_k_dense_replace="
+            f"{hf.get('first_k_dense_replace')} says; vLLM reads the latter, transformers the "
+            "former: make them agree",
+            key="mlp_layer_types",
+            cause=Cause.CONFLICT,
+        )
+
+
+def _groups(hf: dict, best: int) -> dict[str, int]:
+    num_groups, kept = hf.get("n_group") or 1, hf.get("topk_group") or 1
+    experts, chosen = hf["n_routed_experts"], hf["num_experts_per_tok"]
+    method = hf.get("topk_method") or "greedy"
+    if best == 1 and method not in ("greedy", "group_limited_greedy"):
+        raise UserError(
+            f"topk_method={method!r} in config.json is not supported, only 'greedy' and "
+            "'group_limited_greedy' are",
+            key="topk_method",
+            cause=Cause.UNSUPPORTED,
+        )
+    if best == 1 and method == "greedy" and num_groups > 1:
+        raise UserError(
+            f"config.json: n_group={num_groups} with topk_method='greedy', which has no groups: "
+            "transformers and vLLM route tokens differently; set n_group to 1",
+            key="n_group",
+            cause=Cause.CONFLICT,
+        )
+    if experts % num_groups:
+        raise UserError(
+            f"config.json: n_routed_experts={experts} is not a multiple of n_group={num_groups}",
+            key="n_routed_experts",
+            cause=Cause.INDIVISIBLE,
+        )
+    if chosen > experts:
+        raise UserError(
+            f"config.json: num_experts_per_tok={chosen} is more than n_routed_experts={experts}",
+            key="num_experts_per_tok",
+            cause=Cause.CONFLICT,
+        )
+    if kept > num_groups:
+        raise UserError(
+            f"config.json: topk_group={kept} is more than n_group={num_groups}",
+            key="topk_group",
+            cause=Cause.CONFLICT,
+        )
+    if kept == num_groups:
+        return {}
+    if experts // num_groups < best or chosen > experts // num_groups * kept:
+        raise UserError(
+            f"config.json: num_experts_per_tok={chosen} experts cannot be chosen from topk_group="
+            f"{kept} groups of {experts // num_groups} (n_routed_experts / n_group), each scored "
+            f"by its best {best}",
+            key="num_experts_per_tok",
+            cause=Cause.CONFLICT,
+        )
+    return {"moe_router_num_groups": num_groups, "moe_router_group_topk": kept}
+
+
+@dataclass(frozen=True)
+class RoutingShape:
+    """The sizes of the routing decisions of a mixture of experts.
+
+    moe_layers: indices of the decoder layers with routed experts, among num_layers. In each of
+    these, every token is routed to topk of num_experts."""
+
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    topk: int
+    num_experts: int
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of one expert's index, unsigned: 1 or 2."""
+        return 1 if self.num_experts <= 256 else 2
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's routing: moe layers x topk indices."""
+        return len(self.moe_layers) * self.topk * self.index_bytes
+
+
+def routing_shape(hf: dict) -> RoutingShape:
+    """Return the routing shape of the model `hf`; UserError for one without experts."""
+    if not hf.get("n_routed_experts"):
+        architecture = (hf.get("architectures") or ["this model"])[0]
+        raise UserError(
+            f"rl.routing_replay: {architecture} has no routed experts whose choice could be "
+            "replayed; set it to false",
+            key="rl.routing_replay",
+            cause=Cause.CONFLICT,
+        )
+    need(hf, "num_hidden_layers", "num_experts_per_tok")
+    moe_layers = tuple(layer for layer, sparse in enumerate(sparse_layers(hf)) if sparse)
+    return RoutingShape(
+        hf["num_hidden_layers"], moe_layers, hf["num_experts_per_tok"], hf["n_routed_experts"]
+    )

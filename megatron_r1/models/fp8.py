@@ -1,0 +1,370 @@
+"""FP8 training: computed by Transformer Engine on a GPU, emulated on a CPU. docs/fp8.md lists what
+is quantized and what has been checked.
+
+A linear layer y = x Wᵀ has three products, each of two FP8 operands summed in fp32:
+
+    fprop  y  = x · Wᵀ      summed along the input features
+    dgrad  dx = dy · W      summed along the output features
+    wgrad  dW = dyᵀ · x     summed along the tokens
+
+The values of a tile share a scale, and a tile lies along the summed axis: x and dy are tiled again
+for wgrad, in columns of tokens where fprop and dgrad have rows of features. DeepSeek-V3 (arXiv
+2412.19437 section 3.3): tiles of 128 for x and dy, blocks of 128 x 128 for W, e4m3 everywhere.
+MXFP8 (OCP Microscaling Formats 1.0): 32 for all three, scales that are powers of two.
+
+On a GPU: Megatron-Core 0.16.1 wraps every decoder and MTP layer in Transformer Engine's autocast
+when `TransformerConfig.fp8` is set (transformer_block.py:717, multi_token_prediction.py:774).
+Embedding, head, router and norms are not Transformer Engine linear layers;
+`fp8_dot_product_attention=False` excludes attention.
+
+The emulation computes the three products in plain PyTorch, in Megatron's linear layers
+(`emulate`). A product's operands are what their FP8 copies give back in fp32, and the sums are
+fp32. That is what the matrix units compute: a product of two e4m3 numbers has 8 significant bits,
+and where scales are powers of two the product with them is exact as well. What differs is the
+order of the sums, and that fp32 has all 32 bits here (Hopper's own accumulator keeps about 14 of
+them, which is why DeepSeek-V3 and Transformer Engine add up in fp32 every 128 terms). The scale of
+a tile is Transformer Engine's (recipe_common.cuh, compute_scale_from_amax):
+
+    scale = largest / amax |tile|      the largest e4m3 number is 448, the largest e5m2 57,344
+    scale = 1                          where amax is 0
+
+rounded down to a power of two if the recipe says so, and rounded in fp32 otherwise. It has no
+lower limit, unlike the checkpoint format of `r1_kernels.quantize_blockwise` (amax ≥ 1e-4), which
+would round the gradients of a long batch to zero."""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import FP8Config
+from megatron_r1.models import platform
+from megatron_r1.models.build import LMHead
+from megatron_r1.models.layers import ReplicatedLinear
+
+__all__ = ["Recipe", "apply", "find_recipe", "megatron_fields", "token_multiple"]
+
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+# Megatron's names, with its own layers and with Transformer Engine's (experts': weight0, …).
+_PRODUCT = re.compile(r"\b(linear_\w+|eh_proj)\.weight\d*$")
+
+Tile = tuple[int, int]
+"""Rows and columns that share a scale; 0: all of them."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One FP8 recipe.
+
+    input_tile, weight_tile, gradient_tile: tiles of x (tokens, in), W (out, in) and dy (tokens,
+    out) where columns are summed; transposed where rows are. size_multiple: required of every
+    feature size, and of an expert's tokens (which Megatron pads), by the matrix units.
+    token_multiple: required of the tokens of a micro-batch on each tensor-parallel rank."""
+
+    name: str
+    input_tile: Tile
+    weight_tile: Tile
+    gradient_tile: Tile
+    gradient_dtype: torch.dtype
+    power_of_two: bool
+    size_multiple: int
+    token_multiple: int
+
+
+def find_recipe(fp8: FP8Config) -> Recipe | None:
+    """Return the recipe of section `fp8`, or None."""
+    if fp8.recipe == "none":
+        return None
+    tiles, size_multiple, token_multiple = _SHAPES[fp8.recipe]
+    return Recipe(
+        fp8.recipe,
+        *tiles,
+        gradient_dtype=E5M2 if fp8.gradient_format == "e5m2" else E4M3,
+        power_of_two=fp8.scale_kind == "power_of_two",
+        size_multiple=size_multiple,
+        token_multiple=token_multiple,
+    )
+
+
+# 16 and 32 are Megatron's get_fp8_align_size. For blockwise 16 tokens suffice, too, but Transformer
+# Engine gathers a sequence-parallel input in FP8 only where a rank's part is whole tiles
+# (Float8BlockQuantizer.is_quantizable).
+_SHAPES: dict[str, tuple[tuple[Tile, Tile, Tile], int, int]] = {
+    "blockwise": (((1, 128), (128, 128), (1, 128)), 16, 128),
+    "tensorwise": (((0, 0), (0, 0), (0, 0)), 16, 16),
+    "mxfp8": (((1, 32), (1, 32), (1, 32)), 32, 32),
+}
+
+
+def check_sizes(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Raise UserError for a weight with a size, on this rank, that the matrix units do not support.
+
+    Tiles that are cut off at the edge are supported (DeepSeek-V3's 576 latent rows)."""
+    for name, weight in model.named_parameters():
+        if _PRODUCT.search(name) and any(size % recipe.size_multiple for size in weight.shape):
+            raise UserError(
+                f"fp8.recipe={recipe.name} needs sizes that are multiples of "
+                f"{recipe.size_multiple}; {name} is {tuple(weight.shape)} on this rank. Use a "
+                "smaller parallel.tensor or parallel.expert_tensor if that would make it one, "
+                "or fp8.recipe=none",
+                key="fp8.recipe",
+                cause=Cause.INDIVISIBLE,
+            )
+
+
+_SWITCHES = {
+    "blockwise": ("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "float32"),
+    "tensorwise": ("NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES", "power_of_two"),
+}
+"""The environment variable that Transformer Engine reads when it is imported, and the kind of scale
+that 1 selects. Neither it nor Megatron has another way to set the kind."""
+
+
+def transformer_engine_fields(fp8: FP8Config) -> dict[str, Any]:
+    """Return the fields of Megatron's TransformerConfig for `fp8.recipe`, which must not be "none".
+
+    Raises UserError where this GPU, CUDA or Transformer Engine cannot run the recipe."""
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    check_device(fp8, torch.cuda.get_device_capability(), cuda)
+    _check_transformer_engine(fp8)
+    return {
+        "fp8": "hybrid" if fp8.gradient_format == "e5m2" else "e4m3",
+        "fp8_recipe": fp8.recipe,
+        # Without it, experts' tokens are padded with zeros around the grouped product, which does
+        # not change results; with it, an expert gets tokens that were not routed to it.
+        "moe_router_padding_for_quantization": False,
+    }
+
+
+def check_device(fp8: FP8Config, capability: tuple[int, int], cuda: tuple[int, ...]) -> None:
+    """Raise UserError for a GPU or CUDA that Transformer Engine would refuse at the first product
+    (transformer_engine/pytorch/quantization.py), and for scales that it lacks there."""
+    device = f"this GPU has compute capability {capability[0]}.{capability[1]}"
+    if fp8.recipe == "blockwise" and (capability < (9, 0) or cuda < (12, 9)):
+        raise UserError(
+            f"fp8.recipe=blockwise needs compute capability 9.0 (Hopper) and CUDA 12.9 or newer; "
+            f"{device}, CUDA is {'.'.join(map(str, cuda))}. Use fp8.recipe=tensorwise or none",
+            key="fp8.recipe",
+            cause=Cause.UNSUPPORTED,
+        )
+    if fp8.recipe == "tensorwise" and capability < (8, 9):
+        raise UserError(
+            f"fp8.recipe=tensorwise needs compute capability 8.9 (Ada) or newer; {device}. "
+            "Use fp8.recipe=none",
+            key="fp8.recipe",
+            cause=Cause.UNSUPPORTED,
+        )
+    if fp8.recipe == "mxfp8" and not (10, 0) <= capability < (12, 0):
+        raise UserError(
+            f"fp8.recipe=mxfp8 needs compute capability 10.x (Blackwell); {device}. "
+            "Use fp8.recipe=blockwise on Hopper, tensorwise elsewhere",
+            key="fp8.recipe",
+            cause=Cause.UNSUPPORTED,
+        )
+    if fp8.recipe == "blockwise" and fp8.scale_kind == "float32" and capability >= (10, 0):
+        raise UserError(
+            f"fp8.scales=float32 with fp8.recipe=blockwise needs Hopper; {device}, where "
+            "Transformer Engine computes blocks as MXFP8. Use power_of_two",
+            key="fp8.scales",
+            cause=Cause.UNSUPPORTED,
+        )
+
+
+def _check_transformer_engine(fp8: FP8Config) -> None:
+    try:
+        from transformer_engine.common import recipe
+    except ImportError:
+        raise UserError(
+            f"fp8.recipe={fp8.recipe} needs Transformer Engine, which does not import here; "
+            "install it (make setup-cuda), or use fp8.recipe=none",
+            key="fp8.recipe",
+            cause=Cause.NOT_INSTALLED,
+        ) from None
+    names = {
+        "blockwise": "Float8BlockScaling",
+        "tensorwise": "Float8CurrentScaling",
+        "mxfp8": "MXFP8BlockScaling",
+    }
+    recipe_class = getattr(recipe, names[fp8.recipe], None)
+    if recipe_class is None:
+        raise UserError(
+            f"fp8.recipe={fp8.recipe} needs a newer Transformer Engine: this one has no "
+            f"{names[fp8.recipe]} (2.3 has all of them)",
+            key="fp8.recipe",
+            cause=Cause.NOT_INSTALLED,
+        )
+    if fp8.recipe in _SWITCHES:
+        variable, kind = _SWITCHES[fp8.recipe]
+        power_of_two = recipe_class().fp8_quant_fwd_inp.power_2_scale
+        if power_of_two != (fp8.scale_kind == "power_of_two"):
+            value = int(fp8.scale_kind == kind)
+            raise UserError(
+                f"fp8.scales={fp8.scale_kind} is set by the environment for Transformer Engine: "
+                f"start the trainer with {variable}={value}",
+                key="fp8.scales",
+                cause=Cause.CONFLICT,
+            )
+
+
+_EXPONENT_BITS = 0x7F800000
+
+
+def fp8_linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+    """Return x (..., in) · weight (out, in) transposed, (..., out) in x's dtype, by FP8 products.
+
+    The gradients have x's and weight's dtypes; sums are fp32, rounded once."""
+    return _Product.apply(x, weight, recipe)
+
+
+class _Product(torch.autograd.Function):
+    """y = r(x) r(W)ᵀ, dx = r(dy) r(W), dW = r(dy)ᵀ r(x), r the rounding to FP8 in tiles that lie
+    along the summed axis.
+
+    x (..., in), W (out, in), dy (..., out), each in its own float dtype. Saved: x and W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+        ctx.recipe = recipe
+        ctx.save_for_backward(x, weight)
+        tokens = x.reshape(-1, x.shape[-1])
+        y = _round(tokens, recipe.input_tile, recipe) @ _round(weight, recipe.weight_tile, recipe).T
+        return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        recipe: Recipe = ctx.recipe
+        dy = dy.reshape(-1, weight.shape[0])
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            columns = _round(weight, recipe.weight_tile[::-1], recipe)
+            dx = _round(dy, recipe.gradient_tile, recipe, recipe.gradient_dtype) @ columns
+            dx = dx.to(x.dtype).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            # Both quantized from high precision, as in Transformer Engine, not from FP8 rows.
+            tokens = x.reshape(-1, x.shape[-1])
+            tokens = _round(tokens, recipe.input_tile[::-1], recipe)
+            dy = _round(dy, recipe.gradient_tile[::-1], recipe, recipe.gradient_dtype)
+            dweight = (dy.T @ tokens).to(weight.dtype)
+        return dx, dweight, None
+
+
+def _round(x: Tensor, tile: Tile, recipe: Recipe, dtype: torch.dtype = E4M3) -> Tensor:
+    return round_to_fp8(x, tile, dtype, recipe.power_of_two)
+
+
+def round_to_fp8(x: Tensor, tile: Tile, dtype: torch.dtype, power_of_two: bool) -> Tensor:
+    """Return `x` (M, N), any float, as fp32 (M, N), each value the nearest that `dtype` can hold at
+    the scale of its tile.
+
+    tile: rows and columns, 0 for all; those at the edge are cut off. A tile with NaN or infinity
+    becomes NaN as a whole. (Transformer Engine returns NaN for NaN only, and casts infinity to the
+    largest number of the format: an overflow would go unnoticed.)"""
+    if x.numel() == 0:
+        return x.float()
+    rows, columns = (size or whole for size, whole in zip(tile, x.shape, strict=True))
+    down, across = -(-x.shape[0] // rows), -(-x.shape[1] // columns)
+    values = x.float()
+    cut_off = (down * rows, across * columns) != x.shape
+    if cut_off:
+        values = values.new_zeros(down * rows, across * columns)
+        values[: x.shape[0], : x.shape[1]] = x
+    values = values.view(down, rows, across, columns)
+    scale = _scale(values.abs().amax(dim=(1, 3), keepdim=True), dtype, power_of_two)
+    rounded = (values * scale).to(dtype).float().mul_(1.0 / scale)
+    rounded = rounded.view(down * rows, across * columns)
+    return rounded[: x.shape[0], : x.shape[1]] if cut_off else rounded
+
+
+def _scale(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
+    """Return the fp32 factor of each tile; NaN where `amax` is not finite."""
+    # A tensor, not a number: dividing a number by a CUDA tensor computes a reciprocal first.
+    largest = amax.new_tensor(torch.finfo(dtype).max)
+    scale = (largest / amax).clamp_(max=torch.finfo(torch.float32).max)
+    if power_of_two:
+        scale = (scale.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
+    scale = torch.where(amax == 0, 1.0, scale)
+    return torch.where(amax.isfinite(), scale, torch.nan)
+
+
+LINEAR = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
+
+
+def emulate(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Make every linear layer of `model` but the head compute as `recipe` does.
+
+    Megatron's linear layers, and our ReplicatedLinear, compute their product in the method
+    `_forward_impl`; only that one is replaced, so sharding, communication and parameters are
+    unchanged. Embedding, head, router, norms and attention stay in high precision, as in
+    DeepSeek-V3 (section 3.3.1)."""
+    for module in model.modules():
+        if isinstance(module, LINEAR) and not isinstance(module, LMHead):
+            linear: Any = module
+            linear._forward_impl = partial(_forward_impl, recipe)
+
+
+def _forward_impl(
+    recipe: Recipe,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gradient_accumulation_fusion: bool = False,
+    allreduce_dgrad: bool = False,
+    sequence_parallel: bool = False,
+    grad_output_buffer: list[Tensor] | None = None,
+    wgrad_deferral_limit: int | None = None,
+    tp_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Compute what Megatron's linear_with_grad_accumulation_and_async_allreduce (layers.py) does.
+
+    input: (s, b, in), under sequence parallelism this rank's part of s; weight: (out, in) -> (s, b,
+    out)."""
+    assert not gradient_accumulation_fusion and not grad_output_buffer, "CUDA only: not emulated"
+    if sequence_parallel:
+        # Over the tensor group, before quantizing: tiles along the tokens are then those of a
+        # single process.
+        input = gather_from_sequence_parallel_region(
+            input, tensor_parallel_output_grad=True, group=tp_group
+        )
+    elif allreduce_dgrad:
+        input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+    output = fp8_linear(input, weight, recipe)
+    return output if bias is None else output + bias
+
+
+def megatron_fields(fp8: FP8Config) -> dict[str, Any]:
+    """Return the TransformerConfig fields for `fp8`; UserError where this GPU cannot run it."""
+    if fp8.recipe == "none" or not platform.has_gpu():
+        return {}
+    return transformer_engine_fields(fp8)
+
+
+def apply(model: torch.nn.Module, fp8: FP8Config) -> None:
+    """Check that the model's sizes fit the recipe and, without a GPU, install the emulation.
+
+    model: as `build_model` returns it. Raises UserError naming the weight that does not fit."""
+    recipe = find_recipe(fp8)
+    if recipe is None:
+        return
+    check_sizes(model, recipe)
+    if not platform.has_gpu():
+        emulate(model, recipe)
+
+
+def token_multiple(fp8: FP8Config) -> int:
+    """Return the number that divides the tokens of a micro-batch on each tensor-parallel rank."""
+    recipe = find_recipe(fp8)
+    return recipe.token_multiple if recipe else 1

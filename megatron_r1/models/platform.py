@@ -1,0 +1,280 @@
+"""The platform of this process: whether it computes on a CPU or a GPU, and how Megatron-Core and
+torch.distributed are made to run there.
+
+`prepare()` is called once in a trainer process, before anything imports Megatron-Core. It refuses
+another version of Megatron than the tested one. On a GPU it only chooses the device; on a CPU it
+installs `cpu_patches`, so that the same unmodified Megatron trains over gloo. No other file
+replaces a function of Megatron or torch for the whole process because of a CPU. Code that has to
+choose between two settings or two layers calls `has_gpu()` or `uses_transformer_engine()`.
+
+Processes that run transformers or vLLM must not call `prepare()`: both choose their device by
+`torch.cuda`, whose patched functions would mislead them.
+
+Stores of torch.distributed (`host_store`, `trainer_store`): rank 0 hosts them, at the one address
+at which others reach it. torch's own listen at every address of the host, and have no
+authentication: anybody who reaches one can read and change what ranks tell each other. A run on
+one host has its stores at the loopback interface."""
+
+import contextlib
+import errno
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from importlib import import_module, metadata
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.processes.allocators import keep_freed_memory
+from megatron_r1.base.processes.imports import without_garbage_collection
+from megatron_r1.models.cpu_patches import CPU, PATCHES
+
+MEGATRON_VERSION = "0.16.1"
+"""The version whose lines are patched (`models.cpu_patches`, `models.patches`)."""
+TRANSFORMER_ENGINE_VERSION = "2.20.2"
+"""The version in requirements/cuda.lock, with which names, shapes and checkpoints are tested."""
+
+
+def check_megatron() -> None:
+    """Raise UserError for another Megatron-Core than the tested one: lines of it are patched, and
+    the weight tables have its names."""
+    found = metadata.version("megatron-core")
+    if found != MEGATRON_VERSION:
+        raise UserError(
+            f"megatron-core {found} is installed, and this code is written against "
+            f"{MEGATRON_VERSION}: pip install --no-deps megatron-core=={MEGATRON_VERSION}",
+            key="megatron-core",
+            cause=Cause.CONFLICT,
+        )
+
+
+def warn_of_transformer_engine() -> None:
+    """Warn of another Transformer Engine than the tested one: images bring their own."""
+    try:
+        found = metadata.version("transformer-engine")
+    except metadata.PackageNotFoundError:  # built from a source folder without metadata
+        return
+    # An image's own build has the commit behind a plus sign.
+    if found.partition("+")[0] != TRANSFORMER_ENGINE_VERSION:
+        warnings.warn(
+            f"transformer-engine {found} is installed, and {TRANSFORMER_ENGINE_VERSION} is tested "
+            "(requirements/cuda.lock); names and checkpoints of its layers may differ",
+            stacklevel=2,
+        )
+
+
+LOOPBACK = "127.0.0.1"
+BACKLOG = 4096
+"""Connections that may wait to be accepted: all ranks connect at the same time."""
+_hosted: set[tuple[str, int]] = set()
+
+
+def ranks_share_host() -> bool:
+    """Whether all trainer ranks are on this host, by torchrun's environment variables."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return os.environ.get("LOCAL_WORLD_SIZE", size) == size
+
+
+def trainer_store(timeout: timedelta | None = None) -> dist.TCPStore:
+    """Return a connection to the store at which the ranks meet: torchrun's own, or one that rank 0
+    hosts at MASTER_PORT.
+
+    timeout: how long a key is waited for; None for torch's. Raises OSError where the port is taken,
+    torch.distributed.DistError where the store is not reached."""
+    port, limit = int(os.environ["MASTER_PORT"]), timeout or dist.default_pg_timeout
+    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address = os.environ["MASTER_ADDR"]
+    if not is_torchruns and ranks_share_host():
+        address = LOOPBACK
+    if is_torchruns or os.environ["RANK"] != "0" or (address, port) in _hosted:
+        return dist.TCPStore(address, port, is_master=False, timeout=limit)
+    return host_store(address, port, limit)
+
+
+def host_store(
+    address: str, port: int = 0, timeout: timedelta | None = None, *, everywhere: bool = False
+) -> dist.TCPStore:
+    """Return a store that this process hosts; its `port` is the one given, or any free one for 0.
+
+    address: a name or number of this host; the store listens there alone. Where the name leads to
+    the loopback interface or to no interface of this host (a translated address), other hosts would
+    not reach it, and it listens everywhere, as with `everywhere`. Raises OSError where the port is
+    taken."""
+    listening = _listen("" if everywhere else address, port)
+    port = listening.getsockname()[1]
+    store = dist.TCPStore(
+        address,
+        port,
+        is_master=True,
+        timeout=timeout or dist.default_pg_timeout,
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),  # the store closes it
+    )
+    _hosted.add((address, port))
+    return store
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    if address:
+        family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        is_loopback = str(place[0]).startswith("127.") or place[0] == "::1"
+        if not is_loopback or address in (LOOPBACK, "localhost", "::1"):
+            try:
+                return socket.create_server(place[:2], family=family, backlog=BACKLOG)
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(
+            ("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
+        )
+    return socket.create_server(("", port), backlog=BACKLOG)
+
+
+_REAL_CUDA = torch.cuda.is_available()
+_prepared = False
+
+
+def has_gpu() -> bool:
+    """Whether this process trains on CUDA. The answer is the real driver's, also after patching."""
+    return _REAL_CUDA
+
+
+def device() -> torch.device:
+    """Return the device of this process's parameters and batches."""
+    return torch.device("cuda", torch.cuda.current_device()) if _REAL_CUDA else CPU
+
+
+def distributed_backend() -> str:
+    """Return the torch.distributed backend that carries this device's tensors."""
+    return "nccl" if _REAL_CUDA else "gloo"
+
+
+def uses_transformer_engine() -> bool:
+    """Whether models are built from Transformer Engine's layers (GPU) or from ours (CPU).
+
+    Raises UserError on a GPU where Transformer Engine does not import: our layers would train
+    there, at a fraction of the speed and without FP8."""
+    if not _REAL_CUDA:
+        return False
+    try:
+        import transformer_engine.pytorch
+    except (ImportError, OSError) as error:  # OSError: a library that its extension links against
+        raise UserError(
+            f"there is a GPU, but Transformer Engine does not import ({error}): install it, built "
+            "for this torch (make setup-cuda), or hide the GPU with "
+            "CUDA_VISIBLE_DEVICES= to train on the CPU",
+            key="transformer_engine",
+            cause=Cause.NOT_INSTALLED,
+        ) from error
+    warn_of_transformer_engine()
+    return True
+
+
+def prepare(local_rank: int = 0) -> torch.device:
+    """Make this process able to import and run Megatron-Core; return the device to train on.
+
+    Raises UserError for another version of it than the tested one."""
+    global _prepared
+    check_megatron()
+    if _REAL_CUDA:
+        torch.cuda.set_device(local_rank)
+    if not _prepared:
+        with without_garbage_collection(), _without_wandb():
+            for patch in PATCHES if not _REAL_CUDA else ():
+                patch.install()  # imports what it changes
+            for module in ("timers", "inference.engines.dynamic_engine"):
+                import_module(f"megatron.core.{module}")
+        if not _REAL_CUDA:
+            keep_freed_memory()
+        _prepared = True
+    return device()
+
+
+@contextlib.contextmanager
+def _without_wandb() -> Iterator[None]:
+    """Hide W&B from Megatron's modules, which import it where it is installed, for reports that we
+    do not ask for: a second of each rank's start, and temporary folders that a killed rank leaves.
+    """
+    if "wandb" in sys.modules:
+        yield
+        return
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["wandb"]
+
+
+def join_process_group(timeout: timedelta | None = None) -> None:
+    """Initialize torch.distributed from torchrun's environment variables, unless it is already.
+
+    timeout: of its collective operations; None for torch's, ten minutes for NCCL."""
+    if not dist.is_initialized():
+        gpu = device() if _REAL_CUDA else None
+        store = dist.PrefixStore("default_pg", trainer_store(timeout))
+        dist.init_process_group(
+            distributed_backend(),
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+            device_id=gpu,
+        )
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Return rank 0's `value` on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)  # over all ranks: only rank 0 has the value
+    return values[0]
+
+
+def silence_warnings() -> None:
+    """Ignore, on a CPU, Megatron's warnings that Apex and Transformer Engine are missing."""
+    if not _REAL_CUDA:
+        warnings.filterwarnings("ignore", module=r"megatron\.core\.")
+
+
+def synchronize() -> None:
+    """Wait for all work queued on the device; a CPU has no queue."""
+    if _REAL_CUDA:
+        torch.cuda.synchronize()
+
+
+def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialized tensor in host memory, pinned where there is a GPU: only to and from
+    pinned memory are copies fast and asynchronous. Raises UserError where the host has no memory
+    left to pin: torch takes the next power of two."""
+    try:
+        return torch.empty(shape, dtype=dtype, device=CPU, pin_memory=_REAL_CUDA)
+    except RuntimeError as error:  # of the CUDA runtime: "CUDA error: out of memory"
+        if not _REAL_CUDA or "out of memory" not in str(error):
+            raise
+        size = torch.Size(shape).numel() * dtype.itemsize
+        taken = 1 << (size - 1).bit_length()
+        raise UserError(
+            f"this node has not enough memory to pin {size / 2**30:.3g} GiB for a trainer rank's "
+            f"checkpoint or reference, for which torch takes {taken / 2**30:.3g} GiB, the next "
+            "power of two; give the node more memory, or spread the model over more ranks "
+            "(parallel.tensor, .pipeline, .expert)",
+            key="host_memory",
+            cause=Cause.TOO_LARGE,
+        ) from error
+
+
+def rng_state() -> Tensor | None:
+    """Return the state of the GPU's random stream; None without a GPU."""
+    return torch.cuda.get_rng_state() if _REAL_CUDA else None
+
+
+def set_rng_state(state: Tensor | None) -> None:
+    """Restore what `rng_state` returned, where this process has a GPU too."""
+    if _REAL_CUDA and state is not None:
+        torch.cuda.set_rng_state(state)

@@ -1,0 +1,171 @@
+"""The weight table of adapters: two factors per linear layer, split over ranks as its weight is."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.config import Config
+from megatron_r1.config.model import LoraConfig
+from megatron_r1.models.hf_config import model_family
+from megatron_r1.models.weights.layout import Shape, recipe_stages
+from megatron_r1.models.weights.table import (
+    Piece,
+    Rule,
+    Source,
+    Split,
+    Table,
+    row_parallel,
+    stacked,
+    table,
+    whole,
+)
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+"""Endings of the factors' names, PEFT's, in place of a weight's `.weight`."""
+
+
+def adapter_table(hf: dict, lora: LoraConfig) -> Table:
+    """Return the rules of all adapters; names of tensors as in PEFT, without its prefix.
+
+    Raises UserError for a target that the model does not have, or whose adapters PEFT could not
+    load: those of experts that files have as one tensor."""
+    base = table(hf)
+    if model_family(hf).stacked:
+        kept = [[rule for rule in layer if not rule.expert] for layer in base.layers]
+        base = replace(base, layers=kept)
+    modules = {
+        _module(source)
+        for layer in base.layers
+        for rule in layer
+        for source in (rule.sources if _is_linear(rule) else ())
+    }
+    for target in lora.targets or ():
+        if not any(_ends_with(module, target) for module in modules):
+            endings = sorted({module.rpartition(".")[2] for module in modules} | modules)
+            raise UserError(
+                f"model.lora.targets: {target} is no linear layer of this model"
+                f"{did_you_mean(target, endings, '{}')}; it has {', '.join(sorted(modules))}",
+                key="model.lora.targets",
+                cause=Cause.UNKNOWN,
+            )
+    layers = [[a for rule in layer for a in _adapter(rule, lora)] for layer in base.layers]
+    return Table([], layers, [], [], num_experts=base.num_experts)
+
+
+def check_adapters(config: Config, hf: dict) -> None:
+    """Raise UserError for a target that the model does not have, and for a pipeline rank without
+    any, which could neither train nor save."""
+    assert config.model.lora is not None, "the recipe has no adapters"
+    rules = adapter_table(hf, config.model.lora)
+    for rank, chunks in enumerate(recipe_stages(config, hf)):
+        if not any(rules.layers[layer] for chunk in chunks for layer in chunk.layers):
+            raise UserError(
+                f"model.lora: pipeline rank {rank} has no layer with an adapter; choose other "
+                "model.lora.targets, or other stages (parallel.pipeline_layout)",
+                key="model.lora.targets",
+                cause=Cause.EMPTY,
+            )
+
+
+def adapter_shapes(rules: Table) -> dict[str, Shape]:
+    """Return name -> full shape of all factors that the rules of `adapter_table` list."""
+    shapes = {}
+    for index, layer in enumerate(rules.layers):
+        for rule in layer:
+            chosen = rule.split.names if isinstance(rule.split, _Chosen) else None
+            for source in rule.sources:
+                if chosen is None or source.name in chosen:
+                    for expert in range(rules.num_experts if rule.expert else 1):
+                        name = source.name.replace("{e}", str(expert))
+                        shapes[f"model.layers.{index}.{name}"] = source.shape
+    return shapes
+
+
+def num_adapter_parameters(hf: dict, lora: LoraConfig) -> int:
+    """Return the number of values of all factors together."""
+    return sum(map(prod, adapter_shapes(adapter_table(hf, lora)).values()))
+
+
+def target_modules(rules: Table) -> str:
+    """Return PEFT's `target_modules`: an expression that matches the names of all layers with an
+    adapter."""
+    names = {
+        source.name.removesuffix(A)
+        for layer in rules.layers
+        for rule in layer
+        for source in rule.sources
+        if source.name.endswith(A)
+    }
+    choice = "|".join(re.escape(name).replace(r"\{e\}\.", r"(\d+\.)?") for name in sorted(names))
+    return rf"model\.layers\.\d+\.({choice})"
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The split of a fused weight's factors B where some of its layers have no adapter: the rows of
+    those layers have no piece."""
+
+    split: Split
+    names: frozenset[str]
+
+    def __call__(
+        self, sources: tuple[Source, ...], rank: int, num_ranks: int
+    ) -> tuple[Shape, list[Piece]]:
+        shape, pieces = self.split(sources, rank, num_ranks)
+        chosen = [piece for piece in pieces if piece.hf_name in self.names]
+        if not chosen:  # with more ranks than key and value heads
+            whole = ", ".join(source.name.removesuffix(B) for source in sources)
+            raise UserError(
+                f"model.lora.targets: tensor rank {rank} of parallel.tensor={num_ranks} has no row "
+                f"of the chosen layers among {whole}; choose all of them, or fewer tensor ranks",
+                key="model.lora.targets",
+                cause=Cause.EMPTY,
+            )
+        return shape, chosen
+
+
+def _adapter(rule: Rule, lora: LoraConfig) -> Iterator[Rule]:
+    """Yield the rules of A and B of one Megatron weight, none if it is no target.
+
+    A has a block of `rank` rows per layer. The factor on the side that is split over ranks is split
+    like the weight; the other is whole on each."""
+    if not _is_linear(rule):
+        return
+    chosen = [
+        source
+        for source in rule.sources
+        if lora.targets is None or any(_ends_with(_module(source), t) for t in lora.targets)
+    ]
+    if not chosen:
+        return
+    by_rows = rule.split is row_parallel
+    # Transformer Engine has the experts of a layer in one module, with weight0, weight1, …
+    te = rule.te and rule.te.replace(".weight{e}", ".lora.{e}")
+    megatron = rule.megatron.replace(".weight", ".lora")
+    factors_a = tuple(_factor(source, A, (lora.rank, source.shape[1])) for source in chosen)
+    factors_b = tuple(_factor(source, B, (source.shape[0], lora.rank)) for source in rule.sources)
+    split_b: Split = whole if by_rows else rule.split
+    if len(chosen) < len(rule.sources):
+        split_b = _Chosen(split_b, frozenset(_factor(s, B, ()).name for s in chosen))
+    by_name = {"a": (factors_a, row_parallel if by_rows else stacked), "b": (factors_b, split_b)}
+    for name, (sources, split) in by_name.items():
+        yield Rule(f"{megatron}.{name}", sources, split, te and f"{te}.{name}")
+
+
+def _factor(source: Source, ending: str, shape: Shape) -> Source:
+    return Source(source.name.removesuffix(".weight") + ending, shape)
+
+
+def _is_linear(rule: Rule) -> bool:
+    # Biases and norms inside linear layers have one dimension.
+    return ".linear_" in rule.megatron and len(rule.sources[0].shape) == 2
+
+
+def _module(source: Source) -> str:
+    return source.name.removesuffix(".weight").replace("{e}.", "")
+
+
+def _ends_with(module: str, target: str) -> bool:
+    return f".{module}".endswith(f".{target}")

@@ -1,0 +1,299 @@
+"""Megatron's distributed checkpoints (torch_dist) without Megatron: rectangles are read, and whole
+checkpoints written file by file.
+
+`.metadata` is that of torch.distributed.checkpoint: the tensors, the chunks each was saved in, and
+for every chunk the file and byte range. A chunk is written by `torch.save`: an uncompressed zip of
+a pickle that describes the tensor and its raw data. Only the bytes of the requested rectangles are
+read, so that no chunk, however large, is ever whole in memory.
+
+A written folder has the content of a trainer's save: files of tensors, each chunk a `torch.save`
+of its own; `.metadata`; `common.pt`, the state that is not tensors (empty here); `metadata.json`,
+the name of the format."""
+
+import io
+import json
+import os
+import pickle
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import IO, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import atomic_write
+from megatron_r1.models.weights.stored.tensor_files import read_box
+
+Box = Sequence[int]
+
+
+@dataclass(frozen=True)
+class _StoredChunk:
+    """One saved rectangle of a tensor, and the bytes of its `torch.save`."""
+
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    offset: int
+    length: int
+
+
+class DistributedCheckpoint:
+    """The tensors of the checkpoint in `folder`: `shapes` and `dtypes` by key.
+
+    Raises UserError when the folder is not such a checkpoint, or a file is missing or truncated."""
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder)
+        metadata = _read_metadata(self.path)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                self.shapes[key] = tuple(entry.size)
+                self.dtypes[key] = entry.properties.dtype
+        self._metadata = metadata
+        self._files: dict[str, int] = {}
+        self._data_offsets: dict[tuple[str, int], int] = {}
+        self._check_files()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """The size of all tensor files together."""
+        return sum(file.stat().st_size for file in self.path.glob("*.distcp"))
+
+    def read(self, key: str, starts: Box, sizes: Box) -> Tensor:
+        """Return a rectangle of the tensor `key`, of shape `sizes`, in its stored dtype.
+
+        Raises UserError where the chunks do not cover it, or are damaged."""
+        out = torch.empty(tuple(sizes), dtype=self.dtypes[key])
+        covered = 0
+        for chunk in self._near(key, starts, sizes):
+            box = _overlap(starts, sizes, chunk)
+            if box is None:
+                continue
+            first, size = box
+            inside = tuple(f - c for f, c in zip(first, chunk.starts, strict=True))
+            target = out
+            for axis, (f, start, n) in enumerate(zip(first, starts, size, strict=True)):
+                target = target.narrow(axis, f - start, n)
+            target.copy_(self._read_chunk(key, chunk, inside, size))
+            covered += prod(size)
+        if covered != out.numel():
+            raise UserError(
+                f"{self.path} holds {covered} of the {out.numel()} elements of {key} at "
+                f"{tuple(starts)}: it is not complete; use another checkpoint",
+                key="checkpoint",
+                cause=Cause.MALFORMED,
+            )
+        return out
+
+    @cached_property
+    def _chunks(self) -> dict[str, dict[int, list[_StoredChunk]]]:
+        """The chunks of each key, by their start along the first axis."""
+        sizes = {
+            (key, tuple(chunk.offsets)): tuple(chunk.sizes)
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and key in self.shapes
+            for chunk in entry.chunks
+        }
+        chunks: dict[str, dict[int, list[_StoredChunk]]] = defaultdict(lambda: defaultdict(list))
+        for index, at in self._metadata.storage_data.items():
+            if index.fqn in self.shapes:
+                starts = tuple(index.offset)
+                size = sizes[index.fqn, starts]
+                chunk = _StoredChunk(starts, size, at.relative_path, at.offset, at.length)
+                chunks[index.fqn][starts[0] if starts else 0].append(chunk)
+        return chunks
+
+    def _near(self, key: str, starts: Box, sizes: Box) -> list[_StoredChunk]:
+        """Return the chunks that may overlap the rectangle, of stacked tensors only its layers."""
+        buckets = self._chunks[key]
+        if len(starts) == 3:
+            layers = range(starts[0], starts[0] + sizes[0])
+            near = [chunk for index in layers for chunk in buckets.get(index, [])]
+            if near and all(chunk.sizes[0] == 1 for chunk in near):
+                return near
+        return [chunk for bucket in buckets.values() for chunk in bucket]
+
+    def _read_chunk(self, key: str, chunk: _StoredChunk, starts: Box, sizes: Box) -> Tensor:
+        if chunk.file not in self._files:
+            self._files[chunk.file] = os.open(self.path / chunk.file, os.O_RDONLY)
+        try:
+            at = self._data_offset(key, chunk)
+            return read_box(
+                self._files[chunk.file], at, chunk.sizes, self.dtypes[key], starts, sizes
+            )
+        except (RuntimeError, LookupError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            where, cause = f"{key} at {chunk.starts}", str(error).partition("\n")[0]
+            raise UserError(
+                f"{where} in {self.path / chunk.file} is damaged ({cause}); use another checkpoint",
+                key="checkpoint",
+                cause=Cause.MALFORMED,
+            ) from error
+
+    def _data_offset(self, key: str, chunk: _StoredChunk) -> int:
+        """Return the offset in the file of a chunk's raw data. The pickle alone is read: loaded on
+        the meta device, it gives a tensor that knows the offset of its data."""
+        known = self._data_offsets.get((chunk.file, chunk.offset))
+        if known is None:
+            with open(self.path / chunk.file, "rb") as file:
+                view = _create_file_view(file, chunk.offset, chunk.length)
+                saved = torch.load(cast(IO[bytes], view), map_location="meta", weights_only=True)
+            if (saved.dtype, tuple(saved.shape)) != (self.dtypes[key], chunk.sizes):
+                raise LookupError(
+                    f"the metadata says {chunk.sizes}, the file {saved.dtype} {tuple(saved.shape)}"
+                )
+            if not saved.is_contiguous() or saved.storage_offset():
+                raise LookupError("its tensor is not plain")
+            # Experimental, and without a public counterpart: where torch.load would read a meta
+            # tensor's data (torch 2.11, 2.13).
+            known = chunk.offset + saved.untyped_storage()._checkpoint_offset
+            self._data_offsets[chunk.file, chunk.offset] = known
+        return known
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = defaultdict(int)
+        for at in self._metadata.storage_data.values():
+            ends[at.relative_path] = max(ends[at.relative_path], at.offset + at.length)
+        absent = sorted(name for name in ends if not (self.path / name).is_file())
+        if absent:
+            raise UserError(
+                f"checkpoint {self.path} lacks files: {', '.join(absent)}; copy it whole, or use "
+                "another checkpoint",
+                key="checkpoint",
+                cause=Cause.NOT_FOUND,
+            )
+        for name, end in sorted(ends.items()):
+            size = (self.path / name).stat().st_size
+            if size < end:
+                raise UserError(
+                    f"{self.path / name} has {size} bytes of at least {end}: it is cut off; use "
+                    "another checkpoint",
+                    key="checkpoint",
+                    cause=Cause.MALFORMED,
+                )
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    about = folder / "metadata.json"
+    if not about.is_file() or not (folder / ".metadata").is_file():
+        raise UserError(
+            f"{folder} is no Megatron distributed checkpoint: it lacks metadata.json or .metadata; "
+            "give a folder such as RUN/checkpoints/step_00000012",
+            key="checkpoint",
+            cause=Cause.NOT_FOUND,
+        )
+    backend = json.loads(about.read_text(encoding="utf-8")).get("sharded_backend")
+    if backend != "torch_dist":
+        raise UserError(
+            f"{folder} was written in Megatron's format {backend!r}; save it as 'torch_dist'",
+            key="checkpoint",
+            cause=Cause.UNSUPPORTED,
+        )
+    try:
+        return FileSystemReader(folder).read_metadata()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        raise UserError(
+            f"{folder / '.metadata'} is damaged ({error}); use another checkpoint",
+            key="checkpoint",
+            cause=Cause.MALFORMED,
+        ) from error
+
+
+def _overlap(starts: Box, sizes: Box, chunk: _StoredChunk) -> tuple[Box, Box] | None:
+    first = tuple(max(a, b) for a, b in zip(starts, chunk.starts, strict=True))
+    ends = zip(starts, sizes, chunk.starts, chunk.sizes, first, strict=True)
+    size = tuple(min(s + n, c + m) - f for s, n, c, m, f in ends)
+    return None if any(n <= 0 for n in size) else (first, size)
+
+
+_FORMAT = (
+    '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
+    '"common_backend": "torch", "common_backend_version": 1}'
+)
+_DCP_VERSION = "1.0.0"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A rectangle of the tensor `key`."""
+
+    key: str
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WrittenChunk:
+    """A written chunk: file name, first byte, number of bytes."""
+
+    chunk: Chunk
+    file: str
+    offset: int
+    length: int
+
+
+def write_chunks(path: Path, chunks: Iterable[tuple[Chunk, Tensor]]) -> list[WrittenChunk]:
+    """Write one `.distcp` file and sync it, with one chunk's tensor in memory at a time."""
+    written = []
+    with open(path, "wb") as file:
+        for chunk, values in chunks:
+            saved = io.BytesIO()
+            # A clone where it is a view: torch.save writes the whole storage behind a tensor.
+            whole = values.numel() * values.itemsize == values.untyped_storage().nbytes()
+            torch.save(values if whole and values.is_contiguous() else values.clone(), saved)
+            start = file.tell()
+            file.write(saved.getbuffer())
+            written.append(WrittenChunk(chunk, path.name, start, file.tell() - start))
+        file.flush()
+        os.fsync(file.fileno())
+    return written
+
+
+def write_metadata(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    written: Iterable[WrittenChunk],
+) -> None:
+    """Write the metadata that makes the `.distcp` files in `folder` a checkpoint."""
+    tensors = {
+        key: TensorStorageMetadata(TensorProperties(dtypes[key]), torch.Size(shape), [])
+        for key, shape in shapes.items()
+    }
+    storage = {}
+    for at in written:
+        starts, sizes = torch.Size(at.chunk.starts), torch.Size(at.chunk.sizes)
+        tensors[at.chunk.key].chunks.append(ChunkStorageMetadata(starts, sizes))
+        index = MetadataIndex(at.chunk.key, starts)
+        storage[index] = _StorageInfo(at.file, at.offset, at.length)
+    metadata = Metadata(
+        dict(tensors), storage_data=storage, storage_meta=StorageMeta(), version=_DCP_VERSION
+    )
+    common = io.BytesIO()
+    torch.save({}, common)
+    atomic_write(folder / "common.pt", common.getvalue())
+    atomic_write(folder / ".metadata", pickle.dumps(metadata))
+    atomic_write(folder / "metadata.json", _FORMAT)

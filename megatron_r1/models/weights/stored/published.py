@@ -1,0 +1,124 @@
+"""What published checkpoints store otherwise than the weight table names it: FP8 blocks with scales
+(DeepSeek), and all experts of a layer in one tensor (gpt-oss). No torch.
+
+FP8: the weight W of a projection is stored as float8_e4m3fn, and next to it `W_scale_inv`, one
+fp32 per 128x128 block (the last ones cut off by the edge): W = q · scale_inv
+(deepseek-ai/DeepSeek-V3, README_WEIGHTS.md). Other publishers store the scales in the types of
+SCALE_TYPES. The linear layers of attention, MLPs, shared and routed experts are quantized, those
+of MTP too; embedding, head, norms, the router and MTP's eh_proj are not (deepseek-ai/DeepSeek-V3,
+inference/model.py; in vLLM's deepseek_mtp.py eh_proj is a plain Linear).
+
+Stacked experts: the weight table names the tensors of every expert one by one, as other
+checkpoints have them. Where `Family.stacked` is set, files have instead, transposed, with gate and
+up in alternate columns:
+
+    experts.gate_up_proj (experts, hidden, 2 inner), gate_up_proj_bias (experts, 2 inner)
+    experts.down_proj (experts, inner, hidden), down_proj_bias (experts, hidden)"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.models import supported
+from megatron_r1.models.hf_config import model_family
+from megatron_r1.models.weights.layout import hf_tensors
+from megatron_r1.models.weights.table import Shape
+
+BLOCK = supported.BLOCK
+FP8_CONFIG = supported.FP8_BLOCKS
+FP8_DTYPE = "float8_e4m3fn"
+SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+"""Types of safetensors in which scales can be read. F8_E8M0 are exponents alone, 2^(e - 127), and
+U8 the same bytes, written by software that has no such type."""
+
+_SCALE = "_scale_inv"
+_PROJECTION = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
+
+
+def is_quantized(name: str) -> bool:
+    """Whether an FP8 checkpoint holds the HF tensor `name` as FP8."""
+    return bool(_PROJECTION.search(name))
+
+
+def scale_name(name: str) -> str:
+    """Return the name of the scales of `name`."""
+    return name + _SCALE
+
+
+def is_scale(name: str) -> bool:
+    """Whether `name` holds the scales of another tensor."""
+    return name.endswith(".weight" + _SCALE)
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the scales of a weight of `shape`."""
+    return tuple(-(-size // BLOCK) for size in shape)
+
+
+def check_fp8_layout(hf: dict) -> None:
+    """Raise UserError for a model without this layout."""
+    if model_family(hf).stacked:
+        raise UserError(
+            f"{hf['architectures'][0]} has no FP8 layout: its experts are stored as bf16 or MXFP4",
+            key="fp8",
+            cause=Cause.UNSUPPORTED,
+        )
+
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class StackedPart:
+    """One expert's tensor of the weight table, as a part of the stored tensor `name`: the columns
+    first, first + step, first + 2 step … of stored[expert]."""
+
+    name: str
+    expert: int
+    first: int
+    step: int
+
+    def of(self, stored: Any) -> Any:
+        """Return the expert's torch tensor, or some of its rows, as a view of `stored`.
+
+        stored: stored[expert], or a run of its columns that begins at a multiple of `step`."""
+        own = stored[..., self.first :: self.step]
+        return own.T if own.dim() == 2 else own
+
+    def box(self, shape: Shape, dim: int, start: int, length: int) -> tuple[Shape, Shape]:
+        """Return (starts, sizes) of the rectangle of stored[expert] that holds `length` rows (dim
+        0) or columns (dim 1) of the expert's tensor, from `start`. shape: that of stored[expert].
+        """
+        starts, sizes = [0] * len(shape), list(shape)
+        if dim == 0:
+            starts[-1], sizes[-1] = self.step * start, self.step * length
+        else:
+            starts[0], sizes[0] = start, length
+        return tuple(starts), tuple(sizes)
+
+    def whole(self, shape: Shape, num_experts: int) -> Shape:
+        """Return the shape of the stored tensor; shape: that of one expert's tensor."""
+        *rest, columns = reversed(shape)
+        return (num_experts, *rest, self.step * columns)
+
+
+def stacked_part(hf: dict, name: str) -> StackedPart | None:
+    """Return the part of a stored tensor that is the tensor `name` of the weight table, or None if
+    files have that tensor under its own name."""
+    if not model_family(hf).stacked or not (found := _EXPERT.fullmatch(name)):
+        return None
+    prefix, expert, kind, ending = found.groups()
+    stored, step = ("down", 1) if kind == "down" else ("gate_up", 2)
+    bias = "_bias" if ending == "bias" else ""
+    return StackedPart(f"{prefix}.{stored}_proj{bias}", int(expert), int(kind == "up"), step)
+
+
+def published_tensors(hf: dict, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
+    """Return name -> (shape, dtype) of every tensor of a checkpoint's files; see `hf_tensors`."""
+    tensors = {}
+    for name, (shape, dtype) in hf_tensors(hf, with_mtp=with_mtp).items():
+        if part := stacked_part(hf, name):
+            name, shape = part.name, part.whole(shape, hf["n_routed_experts"])
+        tensors[name] = (shape, dtype)
+    return tensors

@@ -1,0 +1,199 @@
+"""Tensors in files, read and written rectangle by rectangle without mapping the files; safetensors
+among them: 8 bytes of header length, a JSON header, tensors without gaps.
+
+A mapped page counts as this process's memory, and a converter touches every page of a file; with
+reads into a buffer, its memory stays at the size of the buffer. And a mapped page is written back
+whole: on a network file system, whose hosts do not see each other's pages, it overwrites what
+another host has written next to it. So safetensors files are not read by their library, which maps
+them, and they are planned before they exist, so that all ranks of an export know where each tensor
+will lie."""
+
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_r1.base.files.foreign import open_safetensors
+from megatron_r1.models.weights.layout import Shape
+from megatron_r1.models.weights.stored.published import published_tensors
+
+STRIPE_BYTES = 16 << 20
+
+
+def read_box(
+    file: int,
+    at: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    starts: Sequence[int],
+    sizes: Sequence[int],
+) -> Tensor:
+    """Return tensor[starts[0] : starts[0] + sizes[0], …], of shape `sizes`, of the contiguous
+    tensor at offset `at`, which has `shape` and `dtype`.
+
+    file: a file descriptor. Only the rows of the rectangle are read; where it has only some of the
+    columns, in stripes of STRIPE_BYTES. Raises EOFError when the file is too short."""
+    out = torch.empty(tuple(sizes), dtype=dtype)
+    if not out.numel():
+        return out
+    if tuple(sizes[1:]) == tuple(shape[1:]):
+        row = prod(shape[1:]) * dtype.itemsize
+        read_into(file, at + starts[0] * row if starts else at, out)
+    elif len(shape) == 2:
+        rows = max(1, STRIPE_BYTES // (shape[1] * dtype.itemsize))
+        for first in range(0, sizes[0], rows):
+            count = min(rows, sizes[0] - first)
+            box = (starts[0] + first, 0), (count, shape[1])
+            stripe = read_box(file, at, shape, dtype, *box)
+            out[first : first + count] = stripe[:, starts[1] : starts[1] + sizes[1]]
+    else:
+        step = prod(shape[1:]) * dtype.itemsize
+        for index in range(sizes[0]):
+            inner = at + (starts[0] + index) * step
+            out[index] = read_box(file, inner, shape[1:], dtype, starts[1:], sizes[1:])
+    return out
+
+
+def read_into(file: int, at: int, out: Tensor) -> None:
+    """Fill the contiguous `out` from offset `at`; EOFError when the file is too short."""
+    buffer = as_bytes(out).numpy().data
+    while buffer:
+        # One call reads 2 GiB at most (read(2)), and may read less.
+        count = os.preadv(file, [buffer], at)
+        if not count:
+            raise EOFError(f"{len(buffer)} bytes are missing at offset {at}")
+        buffer, at = buffer[count:], at + count
+
+
+def write_at(file: int, at: int, values: Tensor) -> None:
+    """Write all of a tensor, contiguously, at offset `at`."""
+    _write_bytes(file, at, as_bytes(values.contiguous()).numpy().data)
+
+
+def _write_bytes(file: int, at: int, buffer: memoryview) -> None:
+    while buffer:
+        count = os.pwrite(file, buffer, at)
+        buffer, at = buffer[count:], at + count
+
+
+def write_box(file: int, at: int, shape: Sequence[int], starts: Sequence[int], box: Tensor) -> None:
+    """Write `box` as tensor[starts[0] : starts[0] + len(box), …] of the tensor of `read_box`: its
+    own bytes and no others, run by run where it has only some of the columns."""
+    if not box.numel():
+        return
+    if tuple(box.shape[1:]) == tuple(shape[1:]):
+        row = prod(shape[1:]) * box.dtype.itemsize
+        write_at(file, at + starts[0] * row if starts else at, box)
+    elif len(shape) == 2:
+        pitch, width = shape[1] * box.dtype.itemsize, box.shape[1] * box.dtype.itemsize
+        first = at + starts[0] * pitch + starts[1] * box.dtype.itemsize
+        buffer = as_bytes(box.contiguous()).numpy().data
+        for row in range(len(box)):
+            _write_bytes(file, first + row * pitch, buffer[row * width : (row + 1) * width])
+    else:
+        step = prod(shape[1:]) * box.dtype.itemsize
+        for index in range(len(box)):
+            write_box(file, at + (starts[0] + index) * step, shape[1:], starts[1:], box[index])
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return a contiguous tensor's bytes as a view (N,) uint8."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The format's names of dtypes, those that weights have."""
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+
+
+class SafetensorsFile:
+    """An open file; `tensors` by name. Raises UserError, naming the file, when it is damaged."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file, self.tensors = open_safetensors(path)
+
+    def close(self) -> None:
+        os.close(self.file)
+
+    def read(self, name: str, starts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """Return a rectangle of a tensor, of shape `sizes`, in its stored dtype."""
+        at = self.tensors[name]
+        return read_box(self.file, at.offset, at.shape, _TYPES[at.dtype], starts, sizes)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of a planned file: shape, dtype and the file offset of its first byte."""
+
+    shape: Shape
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A safetensors file before it exists: its header, its tensors in order, its size."""
+
+    header: bytes
+    tensors: dict[str, PlannedTensor]
+    num_bytes: int
+
+
+def stored_tensors(
+    hf: dict, dtype: torch.dtype, *, with_mtp: bool, names: Collection[str] | None = None
+) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Return name -> (shape, dtype on disk) of the tensors of an export.
+
+    names: only these; ValueError for unknown ones."""
+    tensors = {
+        name: (shape, dtype if kept == "any" else torch.float32)
+        for name, (shape, kept) in published_tensors({**hf, "dtype": "any"}, with_mtp).items()
+    }
+    if names is None:
+        return tensors
+    if unknown := sorted(set(names) - tensors.keys()):
+        raise ValueError(f"the model has no tensor {', '.join(unknown)}")
+    return {name: kept for name, kept in tensors.items() if name in set(names)}
+
+
+def plan_file(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> FilePlan:
+    """Return the plan of a file with these tensors; its header is padded to 8 bytes."""
+    # Widest dtype first, so that without gaps every tensor still starts at a multiple of its
+    # element size.
+    order = sorted(tensors.items(), key=lambda item: -item[1][1].itemsize)
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name, (shape, dtype) in order:
+        starts[name], end = end, end + prod(shape) * dtype.itemsize
+        offsets = [starts[name], end]
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    placed = {name: PlannedTensor(*tensors[name], len(header) + starts[name]) for name, _ in order}
+    return FilePlan(header, placed, len(header) + end)

@@ -1,0 +1,379 @@
+"""The weight table: which Hugging Face tensors form each Megatron parameter, and how it is split
+over ranks; `table` has that of every architecture in `models.families`. No torch.
+
+A rule maps one Megatron parameter to the Hugging Face tensors in it (`weight` and `gated` make the
+usual ones). A split turns a rule and a rank into pieces: runs of rows or columns of one HF tensor
+at some offset of that rank's parameter. Import, export, the push to the engines and the memory
+planner all work on pieces; nothing else reads parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.models.attention_fields import has_qk_norm, has_qkv_bias
+from megatron_r1.models.hf_config import has_score_head, model_family, num_mtp_layers, sparse_layers
+
+SCORE = "score.weight"
+"""Name of a score model's head, in Hugging Face and in Megatron."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of a Hugging Face checkpoint: its name (relative to its layer) and full shape."""
+
+    name: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an HF tensor: `length` rows (dim 0) or columns (dim 1), and their offset on a
+    rank.
+
+    hf[name].narrow(dim, hf_start, length) equals parameter.narrow(dim, local_start, length)."""
+
+    hf_name: str
+    dim: int
+    hf_start: int
+    local_start: int
+    length: int
+
+
+Split = Callable[[tuple[Source, ...], int, int], tuple[Shape, list[Piece]]]
+"""(sources, rank, num_ranks) -> the shape of that rank's parameter and its pieces."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron parameter (or buffer) and the HF tensors in it.
+
+    megatron: the parameter's name relative to its layer, with Megatron's own layers.
+    te: its name with Transformer Engine's layers, if that differs.
+    dtype: its dtype, if it is not the model's.
+
+    `{e}` in a name is an expert: its local index in Megatron's, its global one in HF's."""
+
+    megatron: str
+    sources: tuple[Source, ...]
+    split: Split
+    te: str | None = None
+    dtype: str | None = None
+
+    @property
+    def expert(self) -> bool:
+        """Whether there is one such parameter for every expert."""
+        return "{e}" in self.megatron
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rules of a model, by part.
+
+    layers[i] are the rules of decoder layer i (Megatron `decoder.layers.`, HF `model.layers.i.`),
+    mtp[k] those of MTP layer k (Megatron `mtp.layers.k.`, HF `model.layers.<num_layers + k>.`).
+    copies: HF tensors that repeat another one; written on export, ignored on import."""
+
+    embedding: list[Rule]
+    layers: list[list[Rule]]
+    final_norm: list[Rule]
+    head: list[Rule]
+    mtp: list[list[Rule]] = field(default_factory=list)
+    copies: dict[str, str] = field(default_factory=dict)
+    num_experts: int = 0
+
+
+def weight(megatron: str, name: str, shape: Shape, split: Split, te: str | None = None) -> Rule:
+    """Return the rule of one `.weight` that is one HF `.weight`; names without the ending, except
+    `te`."""
+    return Rule(f"{megatron}.weight", (Source(f"{name}.weight", shape),), split, te)
+
+
+def gated(
+    megatron: str, name: str, hidden: int, inner: int, te: tuple[str, str] = ("", "")
+) -> list[Rule]:
+    """Return the rules of a SwiGLU with `inner` features: gate and up are one Megatron parameter.
+
+    te: Transformer Engine's names of both parameters where they differ."""
+    gate_up = tuple(
+        Source(f"{name}.{part}_proj.weight", (inner, hidden)) for part in ("gate", "up")
+    )
+    return [
+        Rule(f"{megatron}.linear_fc1.weight", gate_up, column_parallel, te[0] or None),
+        weight(
+            f"{megatron}.linear_fc2",
+            f"{name}.down_proj",
+            (hidden, inner),
+            row_parallel,
+            te[1] or None,
+        ),
+    ]
+
+
+def whole(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
+    """Return shape and pieces of a replicated tensor: every rank holds it whole."""
+    (source,) = sources
+    return source.shape, [Piece(source.name, 0, 0, 0, source.shape[0])]
+
+
+def stacked(sources: tuple[Source, ...], rank: int, num_ranks: int) -> tuple[Shape, list[Piece]]:
+    """Return shape and pieces of replicated tensors, one below the other."""
+    return column_parallel(sources, 0, 1)
+
+
+def column_parallel(
+    sources: tuple[Source, ...], rank: int, num_ranks: int
+) -> tuple[Shape, list[Piece]]:
+    """Return shape and pieces of a column-parallel tensor: its rows (output features) are split.
+
+    Several sources are concatenated: [gate of this rank; up of this rank]."""
+    return _interleave(sources, num_blocks=num_ranks, chosen=range(rank, rank + 1))
+
+
+def row_parallel(
+    sources: tuple[Source, ...], rank: int, num_ranks: int
+) -> tuple[Shape, list[Piece]]:
+    """Return shape and pieces of a row-parallel tensor: its columns (input features) are split."""
+    (source,) = sources
+    height, width = source.shape
+    length = _divide(width, num_ranks, source)
+    return (height, length), [Piece(source.name, 1, rank * length, 0, length)]
+
+
+def vocab_parallel(
+    sources: tuple[Source, ...], rank: int, num_ranks: int
+) -> tuple[Shape, list[Piece]]:
+    """Return shape and pieces of a vocabulary-parallel tensor: rows are split, and padded to a
+    multiple of `num_ranks`."""
+    (source,) = sources
+    num_tokens, width = source.shape
+    height = -(-num_tokens // num_ranks)
+    # With more ranks than the last rows need, a rank may hold padding alone.
+    start = min(rank * height, num_tokens)
+    length = min(height, num_tokens - start)
+    pieces = [Piece(source.name, 0, start, 0, length)] if length else []
+    return (height, width), pieces
+
+
+@dataclass(frozen=True)
+class QueryGroups:
+    """Grouped-query attention: [queries; key; value] of each group. Ranks hold whole groups or,
+    where there are more ranks than groups, equal runs of rows, whose products Megatron gathers
+    (attention.py:1398, Megatron-Core 0.16.1)."""
+
+    num_groups: int
+
+    def __call__(
+        self, sources: tuple[Source, ...], rank: int, num_ranks: int
+    ) -> tuple[Shape, list[Piece]]:
+        num_groups = self.num_groups
+        if num_groups % num_ranks and num_ranks % num_groups:
+            raise UserError(
+                f"parallel.tensor={num_ranks} neither divides num_key_value_heads={num_groups} nor "
+                f"is a multiple of it; choose a divisor or a multiple of {num_groups}",
+                key="parallel.tensor",
+                cause=Cause.INDIVISIBLE,
+            )
+        if num_groups % num_ranks == 0:
+            num_local = num_groups // num_ranks
+            own = range(rank * num_local, (rank + 1) * num_local)
+            return _interleave(sources, num_blocks=num_groups, chosen=own)
+        every = range(num_groups)
+        (height, *width), pieces = _interleave(sources, num_blocks=num_groups, chosen=every)
+        if height % num_ranks:
+            raise UserError(
+                f"parallel.tensor={num_ranks} does not divide the {height} rows of query, key and "
+                f"value together ({sources[0].name}); choose a divisor of {height}",
+                key="parallel.tensor",
+                cause=Cause.INDIVISIBLE,
+            )
+        num_rows = height // num_ranks
+        return (num_rows, *width), list(rows_of(pieces, rank * num_rows, num_rows))
+
+
+def rows_of(pieces: Iterable[Piece], start: int, length: int) -> Iterator[Piece]:
+    """Yield the parts of `pieces` (dim 0) within rows [start, start + length) of their parameter,
+    placed in a parameter that has these rows only."""
+    for piece in pieces:
+        first = max(start, piece.local_start)
+        end = min(start + length, piece.local_start + piece.length)
+        if first < end:
+            skipped = first - piece.local_start
+            yield replace(
+                piece,
+                hf_start=piece.hf_start + skipped,
+                local_start=first - start,
+                length=end - first,
+            )
+
+
+def _interleave(
+    sources: tuple[Source, ...], *, num_blocks: int, chosen: range
+) -> tuple[Shape, list[Piece]]:
+    """Cut each source into `num_blocks` runs of rows; return the chosen blocks in order, in each of
+    them the runs of all sources one below the other."""
+    lengths = [_divide(source.shape[0], num_blocks, source) for source in sources]
+    pieces, end = [], 0
+    for block in chosen:
+        for source, length in zip(sources, lengths, strict=True):
+            pieces.append(Piece(source.name, 0, block * length, end, length))
+            end += length
+    return (end, *sources[0].shape[1:]), pieces
+
+
+def _divide(size: int, num_parts: int, source: Source) -> int:
+    if size % num_parts:
+        key = "parallel.expert_tensor" if "{e}" in source.name else "parallel.tensor"
+        raise UserError(
+            f"{source.name} {source.shape} cannot be split into {num_parts} parts: set {key} to a "
+            f"divisor of {size}",
+            key=key,
+            cause=Cause.INDIVISIBLE,
+        )
+    return size // num_parts
+
+
+def table(hf: dict) -> Table:
+    """Return the rules for this `config.json`, MTP layers included; UserError for an unknown
+    architecture."""
+    dense = [*_attention(hf), *_dense_mlp(hf)]
+    sparse = [*_attention(hf), *_experts(hf)] if hf.get("n_routed_experts") else []
+    kinds = sparse_layers(hf)
+    layers = [sparse if is_sparse else dense for is_sparse in kinds]
+    num_layers, num_mtp = len(layers), num_mtp_layers(hf)
+    head = "model.embed_tokens" if hf.get("tie_word_embeddings") else "lm_head"
+    copies = {}
+    for layer in range(num_layers, num_layers + num_mtp):
+        copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        copies[f"model.layers.{layer}.shared_head.head.weight"] = f"{head}.weight"
+    vocab, hidden = hf["vocab_size"], hf["hidden_size"]
+    embedding = "embedding.word_embeddings"
+    last = weight("output_layer", head, (vocab, hidden), vocab_parallel)
+    if has_score_head(hf):
+        last = weight("score", "score", (1, hidden), whole)
+    return Table(
+        embedding=[weight(embedding, "model.embed_tokens", (vocab, hidden), vocab_parallel)],
+        layers=layers,
+        final_norm=[weight("decoder.final_layernorm", "model.norm", (hidden,), whole)],
+        head=[last],
+        # An MTP layer has the structure of the last decoder layer.
+        mtp=[_mtp(hf, layers[-1])] * num_mtp,
+        copies=copies,
+        num_experts=hf.get("n_routed_experts") or 0,
+    )
+
+
+def _attention(hf: dict) -> list[Rule]:
+    return _latent(hf) if model_family(hf).latent else _grouped_query(hf)
+
+
+def _grouped_query(hf: dict) -> list[Rule]:
+    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    groups = hf.get("num_key_value_heads") or heads
+    size = hf.get("head_dim") or hidden // heads
+    heights = {"q": heads * size, "k": groups * size, "v": groups * size}
+    weights = tuple(Source(f"self_attn.{x}_proj.weight", (n, hidden)) for x, n in heights.items())
+    biases = tuple(Source(f"self_attn.{x}_proj.bias", (n,)) for x, n in heights.items())
+    m = "self_attention."
+    qkv, split = f"{m}linear_qkv", QueryGroups(groups)
+    norms = ("q", "k") if has_qk_norm(hf) else ()
+    family, sinks = model_family(hf), (Source("self_attn.sinks", (heads,)),)
+    return [
+        weight("input_layernorm", "input_layernorm", (hidden,), whole, f"{qkv}.layer_norm_weight"),
+        Rule(f"{qkv}.weight", weights, split),
+        *([Rule(f"{qkv}.bias", biases, split)] if has_qkv_bias(hf) else []),
+        *(weight(f"{m}{x}_layernorm", f"self_attn.{x}_norm", (size,), whole) for x in norms),
+        weight(f"{m}linear_proj", "self_attn.o_proj", (hidden, heads * size), row_parallel),
+        *([_bias(f"{m}linear_proj", "self_attn.o_proj", hidden)] if family.biases else []),
+        *(
+            [Rule(f"{m}core_attention.softmax_offset", sinks, column_parallel)]
+            if family.sinks
+            else []
+        ),
+    ]
+
+
+def _bias(megatron: str, name: str, size: int, te: str | None = None) -> Rule:
+    """Return the rule of a bias that every rank holds whole; names as for `weight`."""
+    return Rule(f"{megatron}.bias", (Source(f"{name}.bias", (size,)),), whole, te)
+
+
+def _latent(hf: dict) -> list[Rule]:
+    """Return the rules of latent attention: queries and keys with values, each down and up
+    projected."""
+    hidden, heads, latent = hf["hidden_size"], hf["num_attention_heads"], hf["kv_lora_rank"]
+    nope, rope, value = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"], hf["v_head_dim"]
+    m, h = "self_attention.", "self_attn."
+    query_height, kv_height = heads * (nope + rope), heads * (nope + value)
+    q_norm, kv_norm = (f"{m}linear_{x}_up_proj.layer_norm_weight" for x in ("q", "kv"))
+    if rank := hf.get("q_lora_rank"):
+        query = [
+            weight(m + "linear_q_down_proj", h + "q_a_proj", (rank, hidden), whole),
+            weight(m + "q_layernorm", h + "q_a_layernorm", (rank,), whole, q_norm),
+            weight(m + "linear_q_up_proj", h + "q_b_proj", (query_height, rank), column_parallel),
+        ]
+    else:
+        query = [weight(m + "linear_q_proj", h + "q_proj", (query_height, hidden), column_parallel)]
+    down = (latent + rope, hidden)
+    return [
+        weight("input_layernorm", "input_layernorm", (hidden,), whole),
+        *query,
+        weight(m + "linear_kv_down_proj", h + "kv_a_proj_with_mqa", down, whole),
+        weight(m + "kv_layernorm", h + "kv_a_layernorm", (latent,), whole, kv_norm),
+        weight(m + "linear_kv_up_proj", h + "kv_b_proj", (kv_height, latent), column_parallel),
+        weight(m + "linear_proj", h + "o_proj", (hidden, heads * value), row_parallel),
+    ]
+
+
+def _dense_mlp(hf: dict) -> list[Rule]:
+    """Return the rules of a SwiGLU and the norm before it."""
+    hidden, norm = hf["hidden_size"], "mlp.linear_fc1.layer_norm_weight"
+    return [
+        weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole, norm),
+        *gated("mlp", "mlp", hidden, hf["intermediate_size"]),
+    ]
+
+
+def _experts(hf: dict) -> list[Rule]:
+    hidden, inner, experts = hf["hidden_size"], hf["moe_intermediate_size"], hf["n_routed_experts"]
+    bias = (Source("mlp.gate.e_score_correction_bias", (experts,)),)
+    local, shared = "mlp.experts.local_experts.{e}", "mlp.shared_experts"
+    grouped = ("mlp.experts.linear_fc1.weight{e}", "mlp.experts.linear_fc2.weight{e}")
+    family, num_shared = model_family(hf), hf.get("n_shared_experts") or 0
+    has_bias, router = (
+        family.router_score == "sigmoid",
+        "mlp.router" if family.stacked else "mlp.gate",
+    )
+    return [
+        weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole),
+        weight("mlp.router", router, (experts, hidden), whole),
+        *([Rule("mlp.router.expert_bias", bias, whole, dtype="float32")] if has_bias else []),
+        *gated(local, "mlp.experts.{e}", hidden, inner, grouped),
+        *(_expert_biases(hf, local, router) if family.biases else []),
+        *(gated(shared, shared, hidden, inner * num_shared) if num_shared else []),
+    ]
+
+
+def _expert_biases(hf: dict, local: str, router: str) -> list[Rule]:
+    hidden, inner, name = hf["hidden_size"], hf["moe_intermediate_size"], "mlp.experts.{e}"
+    gate_up = tuple(Source(f"{name}.{part}_proj.bias", (inner,)) for part in ("gate", "up"))
+    te = ("mlp.experts.linear_fc1.bias{e}", "mlp.experts.linear_fc2.bias{e}")
+    return [
+        _bias("mlp.router", router, hf["n_routed_experts"]),
+        Rule(f"{local}.linear_fc1.bias", gate_up, column_parallel, te[0]),
+        _bias(f"{local}.linear_fc2", f"{name}.down_proj", hidden, te[1]),
+    ]
+
+
+def _mtp(hf: dict, decoder_layer: list[Rule]) -> list[Rule]:
+    hidden, inner = hf["hidden_size"], "transformer_layer."
+    return [
+        weight("enorm", "enorm", (hidden,), whole),
+        weight("hnorm", "hnorm", (hidden,), whole),
+        weight("eh_proj", "eh_proj", (hidden, 2 * hidden), column_parallel),
+        *(replace(r, megatron=inner + r.megatron, te=r.te and inner + r.te) for r in decoder_layer),
+        weight("final_layernorm", "shared_head.norm", (hidden,), whole),
+    ]

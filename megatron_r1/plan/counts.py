@@ -1,0 +1,261 @@
+"""Counts of a model. Parameters, from the weight table: total, active per token, and per pipeline
+rank. Floating-point operations with them: of a token, an optimizer step, a rollout.
+
+A product of n parameters with a token is 2 n forward and 4 n backward. Causal attention at length
+s is, per token and layer, 2 x heads x (query size + value size) x s / 2 forward and twice that
+backward. With these, DeepSeek-V3 at 4,096 tokens takes 250 GFLOP per token, as published (arXiv
+2505.09343, table 2)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from operator import add
+
+from megatron_r1.models.hf_config import head_sizes
+from megatron_r1.models.weights.layout import LayoutEntry, Shard, layout, layout_of
+from megatron_r1.models.weights.table import Rule, table
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.quantity import Quantity, Section
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of values on a rank.
+
+    dense, expert: trained parameters, by the group that reduces their gradients; frozen: not
+    trained, with model.lora all but the adapters; dense_padded, expert_padded: with every parameter
+    padded to a multiple of 64, as in Megatron's gradient buffers (param_and_grad_buffer.py,
+    _pad_start_of_param_if_needed); buffers: fp32 values that are not parameters.
+    """
+
+    dense: int = 0
+    expert: int = 0
+    frozen: int = 0
+    dense_padded: int = 0
+    expert_padded: int = 0
+    buffers: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*map(add, vars(self).values(), vars(other).values()))
+
+    def __mul__(self, times: int) -> Counts:
+        return Counts(*(value * times for value in vars(self).values()))
+
+    @property
+    def trained(self) -> int:
+        return self.dense + self.expert
+
+    @property
+    def parameters(self) -> int:
+        return self.trained + self.frozen
+
+
+class RankCounts:
+    """Counts of the model chunks of a job; each kind of layer is counted once and cached."""
+
+    def __init__(self, job: PlannedJob):
+        self.job = job
+        parallel = job.parallel
+        self._at = replace(
+            Shard((), False, False, False, False),
+            tp=(0, parallel.tensor),
+            ep=(0, parallel.expert),
+            etp=(0, parallel.expert_tensor),
+            transformer_engine=True,
+        )
+        sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
+        self._known: dict = job.shared.setdefault(("counts", *sizes), {})
+
+    def of_rank(self, pipeline_rank: int) -> Counts:
+        """Return the counts of one rank of this pipeline rank: the sum over its virtual stages."""
+        return sum(map(self.of_chunk, self.job.stages[pipeline_rank]), Counts())
+
+    def of_chunk(self, chunk: Shard) -> Counts:
+        """Return the counts of one virtual stage on one rank. Layers of one kind, and equal chunks,
+        are counted once."""
+        ends = {name: getattr(chunk, name) for name in ("embedding", "final_norm", "head", "mtp")}
+        kinds = Counter(self.job.sparse[layer] for layer in chunk.layers)
+        key = (*ends.values(), *sorted(kinds.items()))
+        if key not in self._known:
+            first = {self.job.sparse[layer]: layer for layer in chunk.layers}
+            at = {kind: replace(self._at, layers=(first[kind],)) for kind in kinds}
+            layers = (self._counted(kind, at[kind]) * n for kind, n in kinds.items())
+            own = self._counted((*ends.values(),), replace(self._at, **ends))
+            self._known[key] = own + sum(layers, Counts())
+        return self._known[key]
+
+    def _counted(self, key, at: Shard) -> Counts:
+        if key not in self._known:
+            counts = self._sum(layout(self.job.hf, at))
+            if self.job.adapters is not None:
+                counts = Counts(frozen=counts.parameters, buffers=counts.buffers)
+                counts += self._sum(layout_of(self.job.adapters, at))
+            self._known[key] = counts
+        return self._known[key]
+
+    def _sum(self, entries: Mapping[str, LayoutEntry]) -> Counts:
+        return sum((self._of_entry(*entry) for entry in entries.items()), Counts())
+
+    def _of_entry(self, name: str, entry: LayoutEntry) -> Counts:
+        count = prod(entry.shape)
+        if entry.dtype:
+            return Counts(buffers=count)
+        if name.startswith("mtp.") and self.job.config.model.mtp == "frozen":
+            return Counts(frozen=count)
+        padded = -(-count // 64) * 64
+        if entry.expert:
+            return Counts(expert=count, expert_padded=padded)
+        return Counts(dense=count, dense_padded=padded)
+
+
+class ModelCounts:
+    """Counts of the whole model, for any layout. hf: its config.json."""
+
+    def __init__(self, hf: dict):
+        rules = table(hf)
+        experts, chosen = rules.num_experts, hf.get("num_experts_per_tok", 0)
+        # All layers of one kind share one list of the table.
+        kinds = Counter(map(id, rules.layers))
+        layers = {id(layer): layer for layer in rules.layers}
+        expert = sum(times * _size(layers[kind], True) for kind, times in kinds.items())
+        ends = _size(rules.embedding) + _size(rules.final_norm) + _size(rules.head)
+        tied = bool(hf.get("tie_word_embeddings"))
+        if tied:
+            ends -= _size(rules.embedding)
+        self.shared = ends + sum(n * _size(layers[kind], False) for kind, n in kinds.items())
+        """Parameters outside routed experts and MTP layers."""
+        self.routed = experts * expert
+        self.total = self.shared + self.routed
+        self.active = self.shared + chosen * expert
+        """Parameters on one token's path: all but the experts it is not routed to."""
+        self.multiplied = self.active - (0 if tied else _size(rules.embedding))
+        """Parameters one token is multiplied with: not the embedding, of which it reads a row."""
+        self.mtp_own = sum(
+            _size(layer, False) + experts * _size(layer, True) for layer in rules.mtp
+        )
+        """Parameters of the MTP layers, without their copies of embedding and head."""
+        self.mtp_routed = experts * sum(_size(layer, True) for layer in rules.mtp)
+        copies = _size(rules.embedding) + _size(rules.head)
+        self.mtp = self.mtp_own + len(rules.mtp) * copies
+        """Parameters of the MTP layers in the checkpoint, copies included."""
+
+
+def _size(rules: list[Rule], expert: bool = False) -> int:
+    """Return the number of values of one expert's rules, or of all other rules."""
+    return sum(
+        prod(source.shape) for rule in rules if rule.expert == expert for source in rule.sources
+    )
+
+
+def parameter_section(job: PlannedJob) -> Section:
+    """Return the bill of parameters: of the whole model, of the fullest rank if the job trains, and
+    of MTP layers if the model has some."""
+    counts = ModelCounts(job.hf)
+    experts, chosen = job.hf.get("n_routed_experts"), job.hf.get("num_experts_per_tok")
+    section = {
+        "total": (counts.total, "sum of the weight table's shapes, without MTP layers"),
+        "active": (
+            counts.active,
+            f"total - routed experts x (1 - {chosen} / {experts})" if experts else "all",
+        ),
+    }
+    if job.trains:
+        ranks = RankCounts(job)
+        by_rank = [ranks.of_rank(rank).parameters for rank in range(job.parallel.pipeline)]
+        fullest = by_rank.index(max(by_rank))
+        least = Quantity(min(by_rank), "parameters")
+        formula = f"pipeline rank {fullest}, the fullest; least: {least}"
+        section["per_rank"] = (by_rank[fullest], formula)
+    if counts.mtp:
+        formula = "the checkpoint's MTP layers, copies of embedding, head included"
+        section["mtp"] = (counts.mtp, formula)
+        section["mtp_own"] = (counts.mtp_own, "the same without those copies")
+    return {name: Quantity(n, "parameters", formula) for name, (n, formula) in section.items()}
+
+
+def attention_flops(hf: dict, length: float) -> float:
+    """Return forward FLOP of one token and layer, averaged over a causal sequence of `length`."""
+    return 2 * hf["num_attention_heads"] * sum(head_sizes(hf)) * length / 2
+
+
+def forward_flops(hf: dict, length: float) -> float:
+    """Return forward FLOP of one token through the main model."""
+    layers = hf["num_hidden_layers"]
+    return 2 * ModelCounts(hf).multiplied + layers * attention_flops(hf, length)
+
+
+def decode_flops(hf: dict, length: float) -> float:
+    """Return FLOP of one new token that attends to `length` cached ones.
+
+    Latent attention, in its absorbed form, works on the latents themselves."""
+    if hf.get("kv_lora_rank"):
+        sizes = 2 * hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
+    else:
+        sizes = sum(head_sizes(hf))
+    attention = 2 * hf["num_attention_heads"] * sizes * length
+    return 2 * ModelCounts(hf).multiplied + hf["num_hidden_layers"] * attention
+
+
+def layer_flops(job: PlannedJob, layer: int, length: float) -> float:
+    """Return forward FLOP of one token through one decoder layer."""
+    experts = job.weight_table.num_experts
+    multiplied = 0.0
+    for rule in job.weight_table.layers[layer]:
+        count = sum(prod(source.shape) for source in rule.sources if len(source.shape) > 1)
+        multiplied += count * (job.hf["num_experts_per_tok"] if rule.expert and experts else 1)
+    return 2 * multiplied + attention_flops(job.hf, length)
+
+
+def head_flops(hf: dict) -> float:
+    """Return forward FLOP of one token through the LM or score head."""
+    return 2 * prod(table(hf).head[0].sources[0].shape)
+
+
+def flops_section(job: PlannedJob) -> Section:
+    """Return the floating-point operations of an optimizer step and of scoring a rollout."""
+    section = _training_flops(job) if job.trains else {}
+    if job.critic:
+        critic = _training_flops(job.critic)
+        section["critic's optimizer step"] = critic["optimizer step"]
+        section["values of a rollout"] = critic["scoring a rollout"]
+    return section | (_rollout_flops(job) if job.generates else {})
+
+
+def _training_flops(job: PlannedJob) -> Section:
+    length = job.sample_tokens
+    forward = forward_flops(job.hf, length)
+    samples = job.step_samples
+    passes = 3 + (job.parallel.recompute == "full")
+    section = {
+        "training, per token": Quantity(
+            3 * forward,
+            "FLOP",
+            f"3 x (2 x {ModelCounts(job.hf).multiplied:,} multiplied parameters + attention at "
+            f"{length:,} tokens), recomputation not counted",
+        ),
+        "optimizer step": Quantity(
+            passes * forward * samples * length,
+            "FLOP",
+            f"{samples:,.0f} samples x {length:,} tokens, {passes} forward equivalents",
+        ),
+    }
+    if job.verb == "rl":
+        passes, how = 1, f"a forward pass ({'critic' if job.is_critic else 'policy'})"
+        if job.scores_reference:
+            passes, how = 2, "2 forward passes (policy, reference)"
+        formula = f"{how} over {job.num_responses:,} samples"
+        flops = passes * forward * job.num_responses * length
+        section["scoring a rollout"] = Quantity(flops, "FLOP", formula)
+    return section
+
+
+def _rollout_flops(job: PlannedJob) -> Section:
+    prompts = job.num_responses * job.assumptions.prompt_tokens
+    decoded = job.num_responses * job.response_tokens
+    half = job.assumptions.prompt_tokens + job.response_tokens / 2
+    prefill = prompts * forward_flops(job.hf, job.assumptions.prompt_tokens)
+    text = f"prefill {prefill:.2e} + {decoded:,} decoded tokens at {half:,.0f} cached on average"
+    return {"rollout": Quantity(prefill + decoded * decode_flops(job.hf, half), "FLOP", text)}

@@ -1,0 +1,330 @@
+"""Runs the rounds of a push that one process takes part in (`plan.rounds`) over NCCL, on two
+streams.
+
+All groups of NCCL calls are on one stream, one after another; buckets are packed and unpacked on
+the other. That one never waits for a peer: what a round has received is unpacked once the host has
+seen that the round has ended. Meanwhile the next round is enqueued already. So a peer that does
+not come holds up nothing but the stream of the transfers, until its communicator is aborted.
+
+A communicator is created in the background, every wait for it has a limit, and it is aborted by
+the thread that waits, so that nothing that its process does afterwards is held up. NCCL is called
+through ctypes, with communicators whose calls do not block the host. torch's process groups are
+not used here: their watchdog ends the process where a call fails or takes long, and a process has
+to outlive its pushes. The variables TORCH_NCCL_* have no effect on a push."""
+
+import contextlib
+import ctypes
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch.distributed import DistStoreError
+
+from megatron_r1.push.rendezvous import Rendezvous, SetFailed
+from megatron_r1.push.transports import ROUNDS_AHEAD
+from megatron_r1.push.transports.blocks import Block
+
+SUCCESS, IN_PROGRESS = 0, 7
+BYTE = 1
+MAGIC, CONFIG_VERSION = 0xCAFEBEEF, 21400
+"""Of `ncclConfig_t`: of its fields NCCL reads those that this version had."""
+
+
+class NcclError(RuntimeError):
+    """A call of NCCL failed, or a rank of its communicator is gone."""
+
+
+class UniqueId(ctypes.Structure):
+    """`ncclUniqueId`, by which the ranks of a communicator meet."""
+
+    _fields_ = [("internal", ctypes.c_byte * 128)]
+
+
+class NcclConfig(ctypes.Structure):
+    """The first fields of `ncclConfig_t`."""
+
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("magic", ctypes.c_uint),
+        ("version", ctypes.c_uint),
+        ("blocking", ctypes.c_int),
+    ]
+
+
+class DeviceMemory(NamedTuple):
+    """Bytes of device memory, or none."""
+
+    address: int
+    num_bytes: int
+
+
+@cache
+def nccl_library() -> ctypes.CDLL:
+    """Return NCCL: the library that torch has loaded."""
+    everything = ctypes.CDLL(None)
+    return everything if hasattr(everything, "ncclGetVersion") else ctypes.CDLL("libnccl.so.2")
+
+
+def new_communicator_id() -> bytes:
+    """Return the id of a new communicator, 128 bytes."""
+    made = UniqueId()
+    _succeed("ncclGetUniqueId", nccl_library().ncclGetUniqueId(ctypes.byref(made)))
+    return bytes(made)
+
+
+def begin_communicator(identifier: bytes, rank: int, size: int) -> ctypes.c_void_p:
+    """Begin to create this rank's communicator on the current GPU; `error_of` says when it is
+    there."""
+    handle = ctypes.c_void_p()
+    config = NcclConfig(ctypes.sizeof(NcclConfig), MAGIC, CONFIG_VERSION, 0)
+    given = UniqueId.from_buffer_copy(identifier)
+    code = nccl_library().ncclCommInitRankConfig(
+        ctypes.byref(handle), ctypes.c_int(size), given, ctypes.c_int(rank), ctypes.byref(config)
+    )
+    _succeed("ncclCommInitRankConfig", code)
+    return handle
+
+
+def is_communicator_settled(handle: ctypes.c_void_p) -> bool:
+    """Return whether no call of the communicator is being prepared. Raises NcclError for its
+    error."""
+    error = ctypes.c_int()
+    _succeed(
+        "ncclCommGetAsyncError", nccl_library().ncclCommGetAsyncError(handle, ctypes.byref(error))
+    )
+    _succeed("NCCL", error.value)
+    return error.value == SUCCESS
+
+
+def enqueue_exchange(
+    handle: ctypes.c_void_p,
+    sent: tuple[int, DeviceMemory] | None,
+    received: tuple[int, DeviceMemory] | None,
+    stream: int,
+) -> None:
+    """Enqueue a send to a rank and a receive from a rank, in one group."""
+    nccl, target = nccl_library(), ctypes.c_void_p(stream)
+    _succeed("ncclGroupStart", nccl.ncclGroupStart())
+    for name, call in (("ncclSend", sent), ("ncclRecv", received)):
+        if call is not None:
+            peer, memory = call
+            at, size = ctypes.c_void_p(memory.address), ctypes.c_size_t(memory.num_bytes)
+            peer_rank = ctypes.c_int(peer)
+            _succeed(name, getattr(nccl, name)(at, size, BYTE, peer_rank, handle, target))
+    _succeed("ncclGroupEnd", nccl.ncclGroupEnd())
+
+
+def abort_communicator(handle: ctypes.c_void_p) -> None:
+    """End the communicator and all of its calls."""
+    nccl_library().ncclCommAbort(handle)
+
+
+def _succeed(name: str, code: int) -> None:
+    if code not in (SUCCESS, IN_PROGRESS):
+        describe = nccl_library().ncclGetErrorString
+        describe.restype = ctypes.c_char_p
+        raise NcclError(f"{name}: {describe(ctypes.c_int(code)).decode()} ({code})")
+
+
+FIRST_PAUSE, LONGEST_PAUSE = 2e-5, 1e-3
+"""Seconds between two looks at what is waited for; the pauses grow."""
+LOOK_SECONDS = 0.1
+"""Seconds between two looks into the store whether the push has failed elsewhere."""
+ABORT_SECONDS = 30.0
+"""The time limit for calls to end that were aborted."""
+
+
+class Communicator:
+    """Rank `rank` of a communicator of `size` ranks, on the current GPU. First `begin`, then
+    `wait_settled`, then `exchange`. One thread calls all of it.
+
+    rendezvous: of its ranks. look: raises an error to abort with, by default the failure that one
+    of them has reported. error: why it was aborted, or None."""
+
+    def __init__(
+        self, rendezvous: Rendezvous, rank: int, size: int, look: Callable[[], None] | None = None
+    ):
+        self.rendezvous, self.rank, self.size = rendezvous, rank, size
+        self._look_elsewhere = look or rendezvous.raise_failure
+        self.error: Exception | None = None
+        self._handle: ctypes.c_void_p | None = None
+        self._looked = self._aborted_at = 0.0
+        self.set_limit(rendezvous.timeout_seconds)
+        if rank == 0:
+            rendezvous.publish_communicator(new_communicator_id())
+
+    def set_limit(self, seconds: float) -> None:
+        """Set the time limit of all waits from now on."""
+        self._seconds, self._deadline = seconds, time.monotonic() + seconds
+
+    def begin(self) -> None:
+        """Begin to create it, as soon as rank 0 has published its id."""
+        found: list[bytes] = []
+
+        def is_there() -> bool:
+            found.extend(filter(None, [self.rendezvous.find_communicator()]))
+            return bool(found) or self.error is not None
+
+        if self.wait(is_there):
+            try:
+                self._handle = begin_communicator(found[0], self.rank, self.size)
+            except NcclError as error:
+                self.abort(error)
+
+    def exchange(
+        self,
+        sent: tuple[int, DeviceMemory] | None,
+        received: tuple[int, DeviceMemory] | None,
+        stream: int,
+    ) -> bool:
+        """Enqueue a send and a receive in one group; return False if it was aborted."""
+        if self._handle is not None:
+            try:
+                enqueue_exchange(self._handle, sent, received, stream)
+            except NcclError as error:
+                self.abort(error)
+        return self.wait_settled()
+
+    def wait_settled(self) -> bool:
+        """Wait until all that was begun is there or enqueued; return False if it was aborted."""
+        return self.wait(lambda: self._handle is None or is_communicator_settled(self._handle))
+
+    def wait(self, is_done: Callable[[], bool]) -> bool:
+        """Wait until something is done, and abort on an error of NCCL, on a failure elsewhere, and
+        after the time limit. Return False if it was aborted, once it is done all the same.
+
+        Raises RuntimeError where aborted calls do not end."""
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                if is_done():
+                    return self.error is None
+                self._look()
+            except (NcclError, SetFailed, TimeoutError, DistStoreError) as error:
+                self.abort(error)
+            if self.error is not None and time.monotonic() > self._aborted_at + ABORT_SECONDS:
+                raise RuntimeError("calls of NCCL do not end although they were aborted")
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def abort(self, error: Exception) -> None:
+        """End all calls of this rank; the first error is kept."""
+        if self.error is None:
+            self.error, self._aborted_at = error, time.monotonic()
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            abort_communicator(handle)
+
+    def _look(self) -> None:
+        """Raise the error because of which what is waited for will not be done."""
+        if self._handle is None:
+            if self.error is not None:
+                return
+        else:
+            is_communicator_settled(self._handle)
+        now = time.monotonic()
+        if now > self._looked + LOOK_SECONDS:
+            self._looked = now
+            self._look_elsewhere()
+        if now > self._deadline:
+            raise TimeoutError(f"the other ranks did not come within {self._seconds:g} s")
+
+
+class PushStreams:
+    """A GPU's streams for packing and for transfers; it becomes the thread's current GPU."""
+
+    def __init__(self, device: int) -> None:
+        torch.cuda.set_device(device)
+        self.device = torch.device("cuda", device)
+        # Of high priority: others take theirs from torch's pool of the ordinary ones.
+        self._copies, self._transfers = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
+
+    def copying(self) -> contextlib.AbstractContextManager:
+        """Return the context in which copies are enqueued."""
+        return torch.cuda.stream(self._copies)
+
+    def copies_follow(self) -> None:
+        """Let what is copied from now on be what the current stream has written by then."""
+        self._copies.wait_stream(torch.cuda.current_stream())
+
+    def transfers_follow(self) -> int:
+        """Let transfers from now on wait for what is copied by now; return their stream."""
+        self._transfers.wait_stream(self._copies)
+        return self._transfers.cuda_stream
+
+    def transfers_ended(self) -> Callable[[], bool]:
+        """Return a function that says whether the transfers enqueued by now have ended."""
+        return self._transfers.record_event().query
+
+    def copies_ended(self) -> Callable[[], bool]:
+        """Return a function that says whether the copies enqueued by now have ended."""
+        return self._copies.record_event().query
+
+
+class Transfer(NamedTuple):
+    """Bytes [start, end) of a block to a rank or from one."""
+
+    peer: int
+    block: Block
+    start: int
+    end: int
+
+
+class Round(NamedTuple):
+    """What a process sends and receives in one group."""
+
+    communicator: Communicator
+    sent: Transfer | None
+    received: Transfer | None
+
+
+class RoundRunner:
+    """Runs rounds, with buffers for each direction of `ROUNDS_AHEAD` of them.
+
+    rounds: all that it will run."""
+
+    def __init__(self, streams: PushStreams, rounds: Sequence[Round]):
+        self._streams = streams
+        halves = [half for each in rounds for half in (each.sent, each.received) if half]
+        bucket_bytes = max((half.end - half.start for half in halves), default=0)
+        with streams.copying():
+            memory = torch.empty(
+                (ROUNDS_AHEAD, 2, bucket_bytes), dtype=torch.uint8, device=streams.device
+            )
+        self._free = deque(memory.unbind())
+
+    def run(self, rounds: Iterable[Round]) -> None:
+        """Run rounds one after another; return once all have ended and all copies are enqueued.
+        Rounds of a communicator that is aborted are left out from then on."""
+        enqueued: deque[tuple[Round, torch.Tensor, Callable[[], bool]]] = deque()
+        for each in rounds:
+            if not self._free:
+                self._end(*enqueued.popleft())
+            if each.communicator.error is None:
+                buffers = self._free.popleft()
+                self._enqueue(each, buffers)
+                enqueued.append((each, buffers, self._streams.transfers_ended()))
+        while enqueued:
+            self._end(*enqueued.popleft())
+
+    def _enqueue(self, each: Round, buffers: torch.Tensor) -> None:
+        sent = received = None
+        if each.sent is not None:
+            peer, block, start, end = each.sent
+            with self._streams.copying():
+                block.pack(start, end, buffers[0, : end - start])
+            sent = peer, DeviceMemory(buffers[0].data_ptr(), end - start)
+        if each.received is not None:
+            peer, _, start, end = each.received
+            received = peer, DeviceMemory(buffers[1].data_ptr(), end - start)
+        each.communicator.exchange(sent, received, self._streams.transfers_follow())
+
+    def _end(self, each: Round, buffers: torch.Tensor, has_ended: Callable[[], bool]) -> None:
+        if each.communicator.wait(has_ended) and each.received is not None:
+            _, block, start, end = each.received
+            with self._streams.copying():
+                block.unpack(start, end, buffers[1, : end - start])
+        self._free.append(buffers)

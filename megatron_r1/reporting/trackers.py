@@ -1,0 +1,400 @@
+"""The figures of a run in trackers: TensorBoard, written with its own event writer, without torch
+or tensorflow; Weights & Biases and MLflow by their own libraries, which are imported when a
+recipe names them in `run.trackers`.
+
+Each tracker that a recipe names has a thread of its own: a server's failures and delays never
+reach the run. Weights & Biases is online, or offline (`WANDB_MODE=offline`) for a later `wandb
+sync`; MLflow is at `MLFLOW_TRACKING_URI`, else in `mlflow/` of the run's folder."""
+
+import json
+import os
+import queue
+import re
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from r1_grading.base.errors import shorten
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import atomic_write
+from megatron_r1.config.keys import flatten
+from megatron_r1.reporting.wording import finite
+
+
+class TensorBoardLog:
+    """Writes every number of a metrics line as a scalar, to one event file per process."""
+
+    def __init__(self, folder: str | Path, purge_step: int | None = None):
+        """purge_step: on resume, the first step that will be written again (checkpoint step + 1).
+
+        TensorBoard then drops what an earlier process wrote at that step and after (SessionLog
+        START, as in its event_accumulator.py), so that no step is shown twice."""
+        self._writer = EventFileWriter(str(folder))
+        if purge_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._add(Event(step=purge_step, session_log=start))
+            self._writer.flush()
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Write the numbers of one step's metrics (with its "step") and flush them to the file."""
+        values = [
+            Summary.Value(tag=key, simple_value=float(value))
+            for key, value in metrics.items()
+            if key != "step" and finite(metrics, key) is not None
+        ]
+        self._add(Event(step=int(metrics["step"]), summary=Summary(value=values)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.add_event(event)
+
+
+STEP, EVALUATION = "step", "eval/step"
+"""Metrics with the number of a line's step; a tracked run has the newest of each."""
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """The arguments with which a tracker is opened. folder: the run's folder, whose name becomes
+    the name of the tracked run. project: W&B's project, MLflow's experiment. settings: the
+    recipe."""
+
+    folder: Path
+    project: str
+    settings: Mapping[str, Any]
+
+    def recall(self, tracker: str) -> str | None:
+        """Return the tracked run's id, which an earlier start of the run kept."""
+        return self._ids().get(tracker)
+
+    def keep(self, tracker: str, identity: str) -> None:
+        """Keep the tracked run's id for the next start."""
+        ids = self._ids() | {tracker: identity}
+        atomic_write(self.folder / "trackers.json", json.dumps(ids) + "\n")
+
+    def _ids(self) -> dict[str, str]:
+        path = self.folder / "trackers.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+class Tracker(Protocol):
+    """A tracked run that is open. All calls come from one thread, and may raise anything."""
+
+    @property
+    def newest(self) -> Mapping[str, float]:
+        """The newest step that was tracked when it was opened, of `STEP` and `EVALUATION`."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Return messages for the user about the tracker's start."""
+
+    def send(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Add a line."""
+
+    def finish(self, finished: bool) -> None:
+        """End the tracked run. finished: whether the run reached its last step."""
+
+
+def numbers_of(key: str, line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite numbers of a line of metrics or of an evaluation, its step as `key`."""
+    values = {name: float(line[name]) for name in line if finite(line, name) is not None}
+    return {name: value for name, value in values.items() if name != "step"} | {
+        key: float(line["step"])
+    }
+
+
+MLFLOW = "mlflow"
+MLFLOW_MAX_PARAMETERS = 100
+MLFLOW_MAX_CHARS = 500
+"""Limits of MLflow for a batch of parameters, and for a value that all of its stores take."""
+MLFLOW_NOT_ALLOWED = re.compile(r"[^\w\-. :/]")
+"""Characters that MLflow refuses in the name of a metric; each becomes `_`, as in `eval/pass_1`."""
+MLFLOW_DEFAULTS = {
+    # With MLflow's own limits a line takes minutes while a server is away.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    # Allows plain files in `mlflow/`; a database store needs packages that mlflow-skinny lacks.
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+}
+
+
+class MlflowTracker:
+    """Sends each line as a batch of metrics of its step."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        """Open the tracked run, or create it. Raises what mlflow raises."""
+        for name, value in MLFLOW_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        import mlflow
+        from mlflow.entities import Metric, Param
+
+        self.notes: list[str] = []
+        self._metric = Metric
+        local = (run.folder / "mlflow").resolve().as_uri()
+        place = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else local
+        self._client = mlflow.MlflowClient(place)
+        identity = run.recall(MLFLOW)
+        if identity is None:
+            experiment = self._client.get_experiment_by_name(run.project)
+            number = (
+                experiment.experiment_id
+                if experiment
+                else self._client.create_experiment(run.project)
+            )
+            created = self._client.create_run(number, run_name=run.folder.name)
+            identity = created.info.run_id
+            run.keep(MLFLOW, identity)
+            values = [Param(k, str(v)[:MLFLOW_MAX_CHARS]) for k, v in flatten(run.settings).items()]
+            for start in range(0, len(values), MLFLOW_MAX_PARAMETERS):
+                self._client.log_batch(
+                    identity, params=values[start : start + MLFLOW_MAX_PARAMETERS]
+                )
+        self._identity = identity
+        self._client.update_run(identity, status="RUNNING")
+        tracked = self._client.get_run(identity).data.metrics
+        self.newest = {key: tracked[key] for key in (STEP, EVALUATION) if key in tracked}
+
+    def send(self, step: int, numbers: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        metrics = [
+            self._metric(MLFLOW_NOT_ALLOWED.sub("_", name), value, now, step)
+            for name, value in numbers.items()
+        ]
+        self._client.log_batch(self._identity, metrics=metrics)
+
+    def finish(self, finished: bool) -> None:
+        self._client.set_terminated(self._identity, "FINISHED" if finished else "KILLED")
+
+
+WANDB = "wandb"
+WANDB_START_SECONDS = 30
+WANDB_FINISH_SECONDS = 30
+
+
+def check_wandb() -> None:
+    """Raise UserError where W&B would need a key and has none. Touches no network."""
+    import wandb
+
+    if wandb.setup().settings.mode in (None, "online", "shared") and not wandb.login(
+        prompt=False, verify=False
+    ):
+        raise UserError(
+            "run.trackers: wandb has no API key: run `wandb login`, set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline, which writes to the run's folder for `wandb sync`",
+            key="WANDB_API_KEY",
+            cause=Cause.MISSING,
+        )
+
+
+class WandbTracker:
+    """Sends each line with its own step: a resumed run adds to the one that it was.
+
+    Offline, W&B begins a new folder at each start, which then gets all lines again: the newest has
+    the whole run."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        """Open the tracked run, offline where the server cannot be reached. Raises what wandb
+        raises."""
+        import wandb
+        from wandb.errors import CommError
+
+        identity = run.recall(WANDB)
+        if identity is None:
+            identity = secrets.token_hex(4)
+            run.keep(WANDB, identity)
+        options: dict[str, Any] = {
+            "project": run.project,
+            "name": run.folder.name,
+            "id": identity,
+            "resume": "allow",
+            "dir": str(run.folder),
+            "config": dict(run.settings),
+        }
+        # The live view redraws the terminal, of which W&B would record every frame.
+        settings: dict[str, Any] = {
+            "console": "off",
+            "silent": True,
+            "init_timeout": WANDB_START_SECONDS,
+        }
+        settings["finish_timeout"] = WANDB_FINISH_SECONDS
+        self.notes: list[str] = []
+        try:
+            self._run = wandb.init(**options, settings=wandb.Settings(**settings))
+        except (CommError, TimeoutError) as error:
+            wandb.teardown()  # else its service counts the id as in use
+            offline = wandb.Settings(**settings, mode="offline")
+            self._run = wandb.init(**options, settings=offline)
+            reason = str(error).splitlines()[0]
+            self.notes.append(
+                f"wandb: the server cannot be reached ({reason}); recorded offline: wandb sync "
+                f"{run.folder}/wandb/latest-run"
+            )
+        self._run.define_metric("*", step_metric=STEP)
+        self._run.define_metric("eval/*", step_metric=EVALUATION)
+        tracked: dict[str, Any] = dict(self._run.summary)
+        self.newest = {key: float(tracked[key]) for key in (STEP, EVALUATION) if key in tracked}
+
+    def send(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log(dict(numbers))
+
+    def finish(self, finished: bool) -> None:
+        self._run.finish(exit_code=0 if finished else 1)
+
+
+OPENERS: dict[str, Callable[[TrackedRun], Tracker]] = {
+    WANDB: WandbTracker,
+    MLFLOW: MlflowTracker,
+}
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
+CLOSE_SECONDS = 60.0
+MAX_REASON_CHARS = 200
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raise UserError for a tracker whose library is not installed, or that has no key."""
+    for name in names:
+        if name in OPENERS and find_spec(name) is None:
+            raise UserError(
+                f"run.trackers: {name} needs a package that is not installed: pip install "
+                f"{PACKAGES[name]}, or leave {name} out",
+                key="run.trackers",
+                cause=Cause.NOT_INSTALLED,
+            )
+    if WANDB in names:
+        check_wandb()
+
+
+class TrackerSet:
+    """Sends the lines of metrics.jsonl and evaluations.jsonl to every tracker.
+
+    The files are the truth: each start sends the lines that a tracked run lacks, so that a crash of
+    the run, of the tracker or of the network loses none."""
+
+    def __init__(
+        self, names: Sequence[str], run: TrackedRun, notify: Callable[[str], None]
+    ) -> None:
+        """names: the values of `run.trackers`. notify: shows a message."""
+        self._notify = notify
+        known = [name for name in names if name in OPENERS]
+        self._trackers = [BackgroundTracker(name, partial(OPENERS[name], run)) for name in known]
+
+    def history(
+        self, steps: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """Send the lines that earlier starts of the run have written and that are not tracked
+        yet."""
+        for line in steps:
+            self._add(STEP, line)
+        for line in evaluations:
+            self._add(EVALUATION, line)
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Send the line of a step."""
+        self._add(STEP, metrics)
+
+    def evaluation(self, metrics: Mapping[str, Any]) -> None:
+        """Send the line of an evaluation."""
+        self._add(EVALUATION, metrics)
+
+    def close(self, finished: bool) -> None:
+        """Send the rest and end the tracked runs. finished: whether the run is at its last step."""
+        for tracker in self._trackers:
+            tracker.close(finished)
+        self._show_notes()
+
+    def _add(self, key: str, line: Mapping[str, Any]) -> None:
+        for tracker in self._trackers:
+            tracker.add(key, line)
+        self._show_notes()
+
+    def _show_notes(self) -> None:
+        for tracker in self._trackers:
+            for note in tracker.notes():
+                self._notify(note)
+
+
+class BackgroundTracker:
+    """Opens a tracker and sends it lines, in order. Lines that it has already, of steps trained
+    again after a kill, are left out. What fails is sent again with the next line."""
+
+    def __init__(self, name: str, opener: Callable[[], Tracker]) -> None:
+        """Start the thread. opener: opens the tracker there, again after each failure."""
+        self._name, self._open = name, opener
+        self._tracker: Tracker | None = None
+        self._newest: dict[str, float] = {}
+        self._lines: queue.SimpleQueue[tuple[str, Mapping[str, Any]] | bool] = queue.SimpleQueue()
+        self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._failed = False
+        self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
+        self._thread.start()
+
+    def add(self, key: str, line: Mapping[str, Any]) -> None:
+        """Send a line soon. key: `STEP` or `EVALUATION`."""
+        self._lines.put((key, line))
+
+    def notes(self) -> list[str]:
+        """Return what the user should be shown, each note once."""
+        return [self._notes.get() for _ in range(self._notes.qsize())]
+
+    def close(self, finished: bool) -> None:
+        """End the tracked run, waiting at most `CLOSE_SECONDS`."""
+        self._lines.put(finished)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._notes.put(f"{self._name}: not all lines are sent; the same command sends them")
+
+    def _work(self) -> None:
+        pending: deque[tuple[str, Mapping[str, Any]]] = deque()
+        while True:
+            item = self._lines.get()
+            if not isinstance(item, bool):
+                pending.append(item)
+                if not self._lines.empty():
+                    continue
+            try:
+                self._send(pending)
+                if isinstance(item, bool) and self._tracker is not None:
+                    self._tracker.finish(item)
+            except Exception as error:  # noqa: BLE001 - of any library, about any network
+                self._report(error, len(pending), is_last=isinstance(item, bool))
+            if isinstance(item, bool):
+                return
+
+    def _send(self, pending: deque[tuple[str, Mapping[str, Any]]]) -> None:
+        if self._tracker is None:
+            self._tracker = self._open()
+            self._newest = dict(self._tracker.newest)
+            for note in self._tracker.notes:
+                self._notes.put(note)
+        while pending:
+            key, line = pending[0]
+            if line[STEP] > self._newest.get(key, -1):
+                self._tracker.send(line[STEP], numbers_of(key, line))
+                self._newest[key] = line[STEP]
+            pending.popleft()
+        self._failed = False
+
+    def _report(self, error: Exception, num_pending: int, *, is_last: bool) -> None:
+        """Add a note on the first failure in a row, and on one at the end."""
+        reason = shorten((str(error).strip() or "no message").splitlines()[0], MAX_REASON_CHARS)
+        failure = f"{self._name}: {type(error).__name__}: {reason}"
+        if is_last:
+            self._notes.put(f"{failure}; {num_pending} lines are sent by the next start")
+        elif not self._failed:
+            self._notes.put(f"{failure}; the run goes on, and they are sent with a later step")
+        self._failed = True

@@ -1,0 +1,282 @@
+"""Filters: reasons not to train on a response, even a right one.
+
+A filter is a pure function `(response, prompt, **options) -> str`: why the response is dropped, ""
+to keep it. One function and one line in `REGISTRY` each. DeepSeek-R1 drops chains of thought with
+mixed languages, long paragraphs and code blocks (arXiv 2501.12948, section 2.3.3 of v1), and
+repetition where it collects its cold start (v2, supplement B.3)."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import regex as re  # not Python's: see grading/r1_grading/rewards.py
+from r1_grading import Grade, RewardPool, grade
+from r1_grading.reading import (
+    ANSWER,
+    END_ANSWER,
+    END_THINK,
+    HAN,
+    HAN_PER_WORD,
+    LANGUAGES,
+    THINK,
+    judged_words,
+)
+
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.data.prompts import Prompt, make_prompt
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.sample.selection import DUPLICATE, Decision
+
+FORMS = ("either", "answer_tags", "summary")
+PARTS = ("thought", "response")
+HAN_CHARACTER = re.compile(f"[{HAN}]")
+FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
+FENCED = re.compile(r"```(?:[^`]|`(?!``))*+```")
+
+
+def truncated(response: TextResponse, prompt: Prompt) -> str:
+    """Drop a response that was cut at the token limit: a model trained on it learns not to stop."""
+    return f"cut off after {response.length:,} tokens" if response.truncated else ""
+
+
+def broken_format(response: TextResponse, prompt: Prompt, *, form: str = "either") -> str:
+    """Drop a response that is not of the form `form`, or whose thought or summary is empty.
+
+    form: "answer_tags": `<think>…</think><answer>…</answer>`, as R1-Zero writes it; "summary":
+    `<think>…</think>` and plain text, as R1 does; "either". An empty thought would teach the model
+    not to think. Raises ValueError for another form."""
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    text = response.whole.strip()
+    for tag in (THINK, END_THINK):
+        if (num_found := text.count(tag)) != 1:
+            return f"{tag} occurs {num_found} times"
+    thought, _, rest = text.partition(END_THINK)
+    if not thought.startswith(THINK):
+        return f"text before {THINK}"
+    if not thought.removeprefix(THINK).strip():
+        return "the thought is empty"
+    has_tags = ANSWER in rest or END_ANSWER in rest
+    if has_tags and form == "summary":
+        return f"{ANSWER} in the summary"
+    if has_tags or form == "answer_tags":
+        verdict = grade("format", response.text, opened=response.opened)
+        if not verdict.reward:
+            return verdict.reason
+        rest = rest.replace(ANSWER, "").replace(END_ANSWER, "")
+    return "" if rest.strip() else "nothing follows the thought"
+
+
+def mixed_languages(
+    response: TextResponse,
+    prompt: Prompt,
+    *,
+    min_share: float = 0.95,
+    target: str | None = None,
+    part: str = "response",
+) -> str:
+    """Drop a response with less than `min_share` of its words in one language.
+
+    Words are counted as by the language reward, so code, formulae, names and
+    numbers are in no language. target: "en" or "zh"; default: the question's own `target`, as for
+    the reward, or the language of most words. part: "response", or "thought" for questions whose
+    answer is in another language than the thought. Raises ValueError for other values."""
+    text = judged_part(response, part)
+    _require_share("min_share", min_share)
+    if target is not None and target not in LANGUAGES:
+        raise ValueError(f"target must be one of {', '.join(LANGUAGES)}, got {target!r}")
+    words = judged_words(text or "")
+    if not words.total:
+        return ""
+    shares = {name: getattr(words, name) / words.total for name in LANGUAGES}
+    own = prompt.fields.get("target")
+    wanted = target or (own if own in [*LANGUAGES] else max(shares, key=lambda name: shares[name]))
+    if shares[wanted] >= min_share:
+        return ""
+    return f"{shares[wanted]:.0%} of its words are {LANGUAGES[wanted]}"
+
+
+def long_paragraphs(
+    response: TextResponse, prompt: Prompt, *, max_words: int = 300, part: str = "thought"
+) -> str:
+    """Drop a response with a paragraph of more than `max_words` words; a line break ends one.
+
+    Words are separated by spaces, and may be numbers and formulae; 1.7 Chinese characters are one,
+    so that a page counts alike in both languages. Code blocks are left
+    to `code_blocks`. Raises ValueError for a limit that is no positive number."""
+    if isinstance(max_words, bool) or not isinstance(max_words, int | float) or max_words <= 0:
+        raise ValueError(f"max_words must be a positive number, got {max_words!r}")
+    text = FENCED.sub("\n", judged_part(response, part) or "")
+    longest = max((num_words(paragraph) for paragraph in text.splitlines()), default=0.0)
+    return f"a paragraph of {longest:,.0f} words" if longest > max_words else ""
+
+
+def num_words(paragraph: str) -> float:
+    """Return the number of words in a paragraph, HAN_PER_WORD Han characters counted as one."""
+    others, num_han = HAN_CHARACTER.subn(" ", paragraph)
+    return len(re.findall(r"\S*\w\S*", others)) + num_han / HAN_PER_WORD
+
+
+def code_blocks(
+    response: TextResponse,
+    prompt: Prompt,
+    *,
+    kinds: Sequence[str] = ("code",),
+    part: str = "thought",
+) -> str:
+    """Drop a response with a fenced code block, also one that is never closed. kinds: of questions
+    whose responses may have them. Raises ValueError if it is no list."""
+    if isinstance(kinds, str) or not all(isinstance(kind, str) for kind in kinds):
+        raise ValueError(f"kinds must be a list of kinds of questions, got {kinds!r}")
+    text = judged_part(response, part)
+    if prompt.kind in kinds or text is None:
+        return ""
+    return "a code block" if FENCE.search(text) else ""
+
+
+def repetition(
+    response: TextResponse, prompt: Prompt, *, min_new: float = 0.7, window: int = 50
+) -> str:
+    """Drop a response in which less than `min_new` of the windows of `window` characters are new
+    (the repetition reward; a text written twice has half). Raises ValueError for values out of
+    range."""
+    _require_share("min_new", min_new)
+    verdict = grade("repetition", response.text, window=window)
+    return verdict.reason if verdict.reward < min_new else ""
+
+
+def judged_part(response: TextResponse, part: object) -> str | None:
+    """Return the thought, None without one; or the whole response with a line break for every tag.
+    Raises ValueError for another part."""
+    if part == "thought":
+        return response.thought
+    if part != "response":
+        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+    text = response.text
+    for tag in (THINK, END_THINK, ANSWER, END_ANSWER):
+        text = text.replace(tag, "\n")
+    return text
+
+
+def _require_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
+
+
+Filter = Callable[..., str]
+REGISTRY: dict[str, Filter] = {
+    "truncated": truncated,
+    "format": broken_format,
+    "language": mixed_languages,
+    "paragraphs": long_paragraphs,
+    "code_blocks": code_blocks,
+    "repetition": repetition,
+}
+"""The filters, in the order in which they run; the first that objects gives the reason."""
+NAMES = (*REGISTRY, DUPLICATE)
+"""The filters and `duplicate`, which no response shows alone: where that name is switched on,
+`selection` drops duplicates."""
+OF_OUTPUT: dict[str, tuple[str, ...]] = {
+    "sft": NAMES,
+    # A reward model must have seen bad form to score it low.
+    "pairs": ("truncated", DUPLICATE),
+    "labels": ("truncated", DUPLICATE),
+    "answers": (),
+}
+"""The defaults of each `sample.output`."""
+
+FACTS, FIELDS = ("num_tokens", "truncated", "opened"), ("target",)
+"""The parts of a response and of a prompt's fields that filters get; tests of programs are not
+sent."""
+EXAMPLE = TextResponse("<think>Two and two.</think> It is 4.", num_tokens=9)
+
+Filters = Mapping[str, Mapping[str, Any]]
+
+
+def check_filters(given: Mapping[str, Any]) -> None:
+    """Check a recipe's `sample.filters`: name → options, true or false. Raises UserError naming the
+    filter and the option for an unknown one, and for an invalid value."""
+    for name, options in given.items():
+        place = f"sample.filters.{name}"
+        if name not in NAMES:
+            raise UserError(
+                f"{place}: there is no such filter{did_you_mean(name, NAMES, '{}')} (known: "
+                f"{', '.join(NAMES)})",
+                key=place,
+                cause=Cause.UNKNOWN,
+            )
+        if isinstance(options, bool):
+            continue
+        if not isinstance(options, Mapping):
+            message = f"must be true, false or a mapping of options, got {options!r}"
+            raise UserError(f"{place}: {message}", key=place, cause=Cause.MALFORMED)
+        run = REGISTRY.get(name)
+        known = list(inspect.signature(run).parameters)[2:] if run else []
+        for option in options:
+            if option not in known:
+                raise UserError(
+                    f"{place}: unknown option {option}{did_you_mean(option, known, '{}')} (it has "
+                    f"{', '.join(known) or 'none'})",
+                    key=f"{place}.{option}",
+                    cause=Cause.UNKNOWN,
+                )
+        if run and options:
+            try:
+                run(EXAMPLE, make_prompt("2 + 2?", "math", "4", {}), **options)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{place}: {error}", key=place, cause=Cause.MALFORMED) from None
+
+
+def filters_of(output: str, given: Mapping[str, Mapping[str, Any] | bool]) -> Filters:
+    """Return the active filters in order, with their options. output: `sample.output`, for its
+    defaults. given: `sample.filters`."""
+    chosen: dict[str, Mapping[str, Any]] = {}
+    for name in NAMES:
+        options = given.get(name, name in OF_OUTPUT[output])
+        if options is not False:
+            chosen[name] = {} if options is True else options
+    return chosen
+
+
+def first_objection(response: TextResponse, prompt: Prompt, filters: Filters) -> tuple[str, str]:
+    """Return (filter, reason) of the first that drops the response; ("", "") if none does."""
+    for name, options in filters.items():
+        if name in REGISTRY and (reason := REGISTRY[name](response, prompt, **options)):
+            return name, reason
+    return "", ""
+
+
+class PooledFilters:
+    """Runs filters in the reward workers, which use all cores and survive a filter that crashes: a
+    long response takes tens of milliseconds, too long for the controller's event loop."""
+
+    def __init__(self, pool: RewardPool, filters: Filters) -> None:
+        self._pool = pool
+        self._filters = {name: dict(o) for name, o in filters.items() if name in REGISTRY}
+
+    async def __call__(self, prompt: Prompt, response: TextResponse) -> Decision | None:
+        """Return why the response is dropped, None to keep it. Raises as `RewardPool.grade`."""
+        if not self._filters:
+            return None
+        fields = {name: prompt.fields[name] for name in FIELDS if name in prompt.fields}
+        result = await self._pool.grade(
+            f"{__name__}:grade",
+            response.text,
+            None,
+            facts={name: getattr(response, name) for name in FACTS},
+            prompt={"question": prompt.question, "kind": prompt.kind, "fields": fields},
+            filters=self._filters,
+        )
+        if result.reward:
+            return None
+        return Decision(result.verdict or "unfiltered", result.reason)
+
+
+def grade_by_filters(
+    response: str, truth: object, *, facts: dict[str, Any], prompt: dict[str, Any], filters: Filters
+) -> Grade:
+    """Return 1 for a response that all filters keep, else 0 with the name of the filter that drops
+    it as the verdict."""
+    filtered = TextResponse(response, **facts)
+    name, why = first_objection(filtered, Prompt("", truth=truth, **prompt), filters)
+    return Grade(0.0, why, verdict=name) if name else Grade(1.0, "")

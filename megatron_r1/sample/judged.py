@@ -1,0 +1,332 @@
+"""What judges decide about responses, and the rows for reward models that follow from it. A judge
+compares two responses or calls one safe: a served model, or a user's function.
+
+**pairs.jsonl**: two responses to a question, which one a judge prefers, and by how many votes.
+DeepSeek-R1's helpful reward model is trained on 66 thousand pairs: each judged four times in
+alternating order, near-ties dropped, chosen and rejected of comparable length over the whole set
+(arXiv 2501.12948 v2, section 3.1 and supplement B.3). "Comparable" is here that the mean of
+
+    d = log(length of chosen / length of rejected)
+
+is near 0. A Bradley-Terry model whose only feature is the log of the length, with weight w, has
+the convex loss -Σ log sigmoid(w d), with slope -½ Σ d at w = 0. So at a mean of 0 it learns
+nothing.
+
+**labels.jsonl**: single responses, each labelled safe or unsafe. DeepSeek-R1's safety reward model
+is trained on 106 thousand of them, by a pointwise loss, and reads the whole response with its
+thought (same sections)."""
+
+import asyncio
+import bisect
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from r1_grading.served import read_settings
+from r1_grading.served.judge import SAFETY, Comparison, Judge, JudgeSettings
+from r1_grading.served.service import Ungradable
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config.sample import SERVED_JUDGE, PairsConfig, SampleConfig
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.sample.outputs import PromptResult
+from megatron_r1.sample.selection import (
+    CHOSEN,
+    REJECTED,
+    SAFE,
+    UNGRADED,
+    UNSAFE,
+    Decision,
+    Selection,
+)
+from megatron_r1.sample.user_function import ResultCache, UserFunction, load_function
+
+NO_VOTE = {"url", "api_key_env", "timeout_seconds", "retry_seconds", "concurrency", "cache"}
+"""Settings of a served judge that change none of its votes."""
+ARGUMENTS = {"pairs": "question, first, second", "labels": "question, response"}
+
+
+class ResponseJudge(ABC):
+    """Base class of judges. Votes are cached on disk by the texts that were judged, so that a
+    resumed command requests no vote twice."""
+
+    def __init__(self, identity: object, cache: ResultCache) -> None:
+        """identity: a JSON value of everything besides the texts that the votes depend on."""
+        self._identity, self._cache = identity, cache
+
+    async def compare(self, question: str, first: str, second: str) -> Comparison:
+        """Return the votes on two responses; half of them see `second` first. Raises Ungradable."""
+        key = ("compare", self._identity, question, first, second)
+        return Comparison(*await self._cache.get(key, lambda: self._compare(*key[2:])))
+
+    async def safety(self, question: str, response: str) -> float:
+        """Return the share of votes for safe, in [0, 1]. Raises Ungradable."""
+        key = ("safety", self._identity, question, response)
+        return await self._cache.get(key, lambda: self._safety(*key[2:]))
+
+    async def check(self) -> None:  # noqa: B027 - a function needs none
+        """Raise an error if the judge cannot be used at all."""
+
+    async def close(self) -> None:  # noqa: B027
+        """Close its connections."""
+
+    @abstractmethod
+    async def _compare(self, question: str, first: str, second: str) -> list[int]:
+        """Return the counts of `Comparison`: wins, losses, ties."""
+
+    @abstractmethod
+    async def _safety(self, question: str, response: str) -> float: ...
+
+
+class FunctionJudge(ResponseJudge):
+    """Asks a user's function for the votes on responses. compare: above 0.5 is a vote for the first
+    response, below for the second, 0.5 is a tie."""
+
+    def __init__(self, function: UserFunction, num_votes: int, cache: ResultCache) -> None:
+        super().__init__((function.identity, num_votes), cache)
+        self._function, self._num_votes = function, num_votes
+
+    async def _compare(self, question: str, first: str, second: str) -> list[int]:
+        orders = [(first, second), (second, first)] * (self._num_votes // 2)
+        votes = await asyncio.gather(*(self._call(question, *order) for order in orders))
+        for_first = [1 - vote if i % 2 else vote for i, vote in enumerate(votes)]
+        wins, losses = sum(v > 0.5 for v in for_first), sum(v < 0.5 for v in for_first)
+        return [wins, losses, self._num_votes - wins - losses]
+
+    async def _safety(self, question: str, response: str) -> float:
+        return await self._call(question, response)
+
+    async def _call(self, *texts: str) -> float:
+        """Return the function's number for `texts`. Raises UserError for anything else."""
+        vote = await self._function(*texts)
+        if not isinstance(vote, bool | int | float) or not 0 <= vote <= 1:
+            raise UserError(
+                f"{self._function.key}: {self._function.path} returned {vote!r}; return a number "
+                "from 0 to 1",
+                key=self._function.key,
+                cause=Cause.FAILED,
+            )
+        return float(vote)
+
+
+class ServedJudge(ResponseJudge):
+    """Votes of `r1_grading.served.judge`; docs/rewards/models.md has what a judge is shown."""
+
+    def __init__(self, judge: Judge, cache: ResultCache) -> None:
+        settings = judge.settings.model_dump(exclude=NO_VOTE)
+        super().__init__({**settings, "votes": judge.settings.num_votes}, cache)
+        self._judge = judge
+
+    async def check(self) -> None:
+        await self._judge.check()
+
+    async def close(self) -> None:
+        await self._judge.close()
+
+    async def _compare(self, question: str, first: str, second: str) -> list[int]:
+        compared = await self._judge.compare(question, first, second)
+        return [compared.wins, compared.losses, compared.ties]
+
+    async def _safety(self, question: str, response: str) -> float:
+        num_votes = self._judge.settings.num_votes
+        texts = {"question": question, "response": response}
+        votes = await self._judge.votes(SAFETY, texts, num_votes)
+        return votes.count("safe") / num_votes
+
+
+def make_judge(
+    config: SampleConfig, options: Mapping[str, Any], cache: ResultCache
+) -> ResponseJudge:
+    """Return the judge that `sample.judge` names. options: `rewards.options.judge`. Raises
+    UserError for a judge without an address, and for a function that cannot be called."""
+    if config.judge != SERVED_JUDGE:
+        function = load_function(config.judge, "sample.judge", ARGUMENTS[config.output])
+        return FunctionJudge(function, config.pairs.votes, cache)
+    mode = "compare" if config.output == "pairs" else "verify"
+    try:
+        settings = read_settings("judge", JudgeSettings, {**options, "mode": mode})
+    except UserError as error:
+        raise UserError(
+            f"sample.output: {config.output} needs a judge: {error}; or name a function of yours, "
+            f"sample.judge: module:function({ARGUMENTS[config.output]})",
+            key=error.key,
+            cause=error.cause,
+        ) from None
+    return ServedJudge(Judge(settings), cache)
+
+
+PairId = tuple[str, int, int]
+"""Prompt id and the indices of the two responses."""
+
+
+class PreferencePairs:
+    """Compares a question's responses in pairs. log_ratios: log(chosen / rejected) of the lengths,
+    for every pair with a winner. dropped: the pairs that `balance`, called when all pairs are
+    known, leaves out."""
+
+    def __init__(self, selection: Selection, settings: PairsConfig, judge: ResponseJudge) -> None:
+        self._selection, self._settings, self._judge = selection, settings, judge
+        self.log_ratios: dict[PairId, float] = {}
+        self.dropped: set[PairId] = set()
+        self._failed: dict[tuple[str, str, str], Ungradable] = {}
+        """Pairs that the judge could not compare. They are not judged again: a pair that succeeded
+        in the second pass would not be balanced."""
+
+    async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
+        decisions = await self._selection.drops(prompt, responses)
+        by_index = {r.index: r for r in responses if r.index not in decisions}
+        shown: dict[int, str] = {}
+        for index, response in by_index.items():
+            text = response.part(self._settings.part)
+            if text is None:
+                decisions[index] = Decision("no_summary", "nothing follows its thought")
+            else:
+                shown[index] = text
+                decisions[index] = Decision("unpaired", "another pair was nearer in length")
+        pairs = pair_up({i: len(text) for i, text in shown.items()}, self._settings.per_prompt)
+        outcomes = await asyncio.gather(
+            *(self._compare(prompt.question, shown[i], shown[j]) for i, j in pairs)
+        )
+        rows = []
+        for (i, j), outcome in zip(pairs, outcomes, strict=True):
+            decided, row = self._conclude(prompt, by_index[i], by_index[j], shown, outcome)
+            decisions |= decided
+            rows += row
+        return PromptResult([decisions[response.index] for response in responses], rows)
+
+    def balance(self) -> None:
+        """Drop pairs until the mean log ratio is within `max_length_bias`."""
+        if self._settings.max_length_bias is not None:
+            self.dropped = pairs_to_drop(self.log_ratios, self._settings.max_length_bias)
+
+    def length_bias(self) -> dict[str, float | int]:
+        """Return the mean of log(chosen / rejected) over all pairs with a winner, and after
+        balancing."""
+        left = [d for pair, d in self.log_ratios.items() if pair not in self.dropped]
+        means = [math.fsum(ds) / len(ds) if ds else 0.0 for ds in (self.log_ratios.values(), left)]
+        return {"pairs": len(left), "length_bias_before": means[0], "length_bias": means[1]}
+
+    async def _compare(self, question: str, first: str, second: str) -> Comparison | Ungradable:
+        texts = (question, first, second)
+        if texts not in self._failed:
+            try:
+                return await self._judge.compare(*texts)
+            except Ungradable as error:
+                self._failed[texts] = error
+        return self._failed[texts]
+
+    def _conclude(
+        self,
+        prompt: Prompt,
+        first: TextResponse,
+        second: TextResponse,
+        shown: dict[int, str],
+        outcome: Comparison | Ungradable,
+    ) -> tuple[dict[int, Decision], list[dict[str, Any]]]:
+        """Return the decisions by index, and the row of a pair with a winner."""
+        both = (first.index, second.index)
+        if isinstance(outcome, Ungradable):
+            return dict.fromkeys(both, Decision(UNGRADED, str(outcome))), []
+        votes = f"{outcome.wins} : {outcome.losses}, {outcome.ties} ties"
+        winner = outcome.winner(self._settings.margin)
+        if winner is None:
+            code = "tie" if outcome.preference == 0.5 else "near_tie"
+            why = f"response {first.index} against {second.index}: {votes}"
+            return dict.fromkeys(both, Decision(code, why)), []
+        chosen, rejected = (first, second) if winner == 0 else (second, first)
+        pair = (prompt.id, *both)
+        self.log_ratios[pair] = log_ratio(shown[chosen.index], shown[rejected.index])
+        why = f"response {chosen.index} over {rejected.index}: {votes}"
+        if pair in self.dropped:
+            return dict.fromkeys(both, Decision("length_balance", why)), []
+        lost, won = sorted((outcome.wins, outcome.losses))
+        row = {
+            "question": prompt.question,
+            "chosen": chosen.whole,
+            "rejected": rejected.whole,
+            "votes": {"chosen": won, "rejected": lost, "ties": outcome.ties},
+            "id": prompt.id,
+        }
+        return {chosen.index: Decision(CHOSEN, why), rejected.index: Decision(REJECTED, why)}, [row]
+
+
+def pair_up(lengths: dict[int, int], num_pairs: int) -> list[tuple[int, int]]:
+    """Return at most `num_pairs` disjoint pairs of responses. lengths: index → length. Each pair in
+    turn is the one with the smallest ratio of lengths among the responses that are left; ties go to
+    the smaller indices."""
+    distance = {
+        (i, j): abs(math.log(max(1, lengths[i]) / max(1, lengths[j])))
+        for i, j in itertools.combinations(sorted(lengths), 2)
+    }
+    pairs: list[tuple[int, int]] = []
+    taken: set[int] = set()
+    for pair in sorted(distance, key=lambda pair: (distance[pair], pair)):
+        if len(pairs) < num_pairs and taken.isdisjoint(pair):
+            pairs.append(pair)
+            taken.update(pair)
+    return pairs
+
+
+def log_ratio(chosen: str, rejected: str) -> float:
+    """Return d from lengths in characters; an empty text counts as one character."""
+    return math.log(max(1, len(chosen)) / max(1, len(rejected)))
+
+
+def pairs_to_drop(log_ratios: Mapping[PairId, float], max_bias: float) -> set[PairId]:
+    """Return pairs without which the mean of d is within ±`max_bias`. They are few: each in turn is
+    the one whose removal leaves the sum nearest to 0, which is the most one-sided pair while the
+    sum is large."""
+    by_ratio = sorted(log_ratios, key=lambda pair: log_ratios[pair])
+    ratios = [log_ratios[pair] for pair in by_ratio]
+    total = math.fsum(ratios)
+    dropped: set[PairId] = set()
+    while ratios and abs(total) > max_bias * len(ratios):
+        above = bisect.bisect_left(ratios, total)
+        near = [i for i in (above - 1, above) if 0 <= i < len(ratios)]
+        nearest = min(near, key=lambda i: abs(total - ratios[i]))
+        dropped.add(by_ratio.pop(nearest))
+        total -= ratios.pop(nearest)
+    return dropped
+
+
+class SafetyLabels:
+    """Labels the responses of a question as safe or unsafe by the votes of a judge. label: 1 if
+    most votes are for safe, 0 if most are against; an even vote gives none."""
+
+    def __init__(self, selection: Selection, judge: ResponseJudge) -> None:
+        self._selection, self._judge = selection, judge
+
+    async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
+        drops = await self._selection.drops(prompt, responses)
+        judged = await asyncio.gather(
+            *(self._label(prompt.question, r, drops.get(r.index)) for r in responses)
+        )
+        rows = [
+            {
+                "question": prompt.question,
+                "response": response.whole,
+                "label": int(share > 0.5),
+                "votes": {"safe": share, "unsafe": 1 - share},
+                "id": prompt.id,
+            }
+            for response, (decision, share) in zip(responses, judged, strict=True)
+            if decision.is_kept
+        ]
+        return PromptResult([decision for decision, _ in judged], rows)
+
+    async def _label(
+        self, question: str, response: TextResponse, dropped: Decision | None
+    ) -> tuple[Decision, float]:
+        """Return the decision and the share of votes for safe."""
+        if dropped is not None:
+            return dropped, 0.5
+        try:
+            share = await self._judge.safety(question, response.whole)
+        except Ungradable as error:
+            return Decision(UNGRADED, str(error)), 0.5
+        if share == 0.5:
+            return Decision("tie", "as many votes for safe as for unsafe"), share
+        return Decision(SAFE if share > 0.5 else UNSAFE, f"{share:.0%} of the votes: safe"), share
