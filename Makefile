@@ -178,7 +178,7 @@ test-all: setup cluster-packages test-packages
 # Plants the faults of tests/faults/mutations.yaml in copies of the tree: which does `make test` catch? Goes on after a stop.
 .PHONY: test-faults
 test-faults: setup
-	$(BIN)/python tools/faults
+	$(BIN)/python tests/faults
 
 # tests/nullgpu: a driver and a CUDA runtime whose memory is the host's and whose kernels do nothing, below the real
 # packages. What only hardware can tell is left to gpu-check.

@@ -25,7 +25,8 @@ class has it, is a method that gets the text of the last answer before `get_rewa
 called when the episode is over. Methods may be coroutines. docs/agents.md has the details.
 
 Arguments of its methods: a tool call's JSON values are converted to the types in the method's
-signature, as pydantic converts them; `reset` gets the entries of the row that its signature names."""
+signature, as pydantic converts them; `reset` gets the entries of the row that its signature
+names."""
 
 import contextlib
 import difflib

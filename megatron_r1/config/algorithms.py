@@ -1,6 +1,6 @@
-"""The policy-gradient estimators of `rl.algorithm`: their defaults, the settings they allow, and
-the settings of a step that reach its loss and its token advantages on the trainer ranks.
+"""The policy-gradient estimators of `rl.algorithm`: their defaults, and the settings they allow.
 
+`LossSettings` and `TokenSettings` reach a step's loss and its token advantages on trainer ranks.
 The mathematics of each is in `controller/algorithms/`, in the file of its name or in
 `grpo_variants.py`, whose docstring gives the source of the values here. An estimator of the user's
 own has both in one module (docs/algorithms.md). `RLConfig` makes `LossSettings` and

@@ -3,7 +3,8 @@ the folder's files.
 
 A model may end a turn with several tokens: Llama 3 with <|eot_id|>, <|eom_id|> (a tool call) or
 <|end_of_text|>, GLM-4.5 with the <|user|> or <|observation|> that begins what follows, gpt-oss
-with <|return|> or <|call|>. Engines, rewards, agents and evaluations take all of them for an end."""
+with <|return|> or <|call|>. Engines, rewards, agents and evaluations take all of them for an
+end."""
 
 from collections.abc import Mapping
 from pathlib import Path

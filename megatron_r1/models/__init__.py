@@ -30,9 +30,9 @@ _HOME = {
     "transformer_config": "config",
     "build_model": "build",
     "freeze_mtp": "build",
-    "lm_head_weight": "policy_model",
-    "logits": "policy_model",
-    "vocab_shard": "policy_model",
+    "lm_head_weight": "build",
+    "logits": "build",
+    "vocab_shard": "build",
 }
 
 __all__ = ["read_hf_config", *_HOME]

@@ -42,7 +42,6 @@ from megatron.core.transformer.multi_token_prediction import (
     MTPLossLoggingHelper,
     roll_tensor,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from r1_kernels import linear_token_logprobs
 from torch import Tensor

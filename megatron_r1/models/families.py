@@ -28,7 +28,7 @@ class Family:
     expert_size: the key of `config.json` with the number of an expert's inner features.
     open_swiglu: experts compute clamp(gate) sigmoid(1.702 gate) (clamp(up) + 1).
     biases: whether the output projection, router and experts have biases.
-    stacked: a tensor of the checkpoint has all experts of a layer (`models.weights.stored.published`).
+    stacked: a tensor of the checkpoint has all experts of a layer (`weights.stored.published`).
     normalizes: whether a token's expert weights sum to 1, unless `norm_topk_prob` is given.
     layer_types: whether transformers reads mlp_layer_types instead of first_k_dense_replace.
     whole_shared: whether vLLM keeps shared experts whole on every rank of engines with tensor, data

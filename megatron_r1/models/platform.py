@@ -164,7 +164,7 @@ def uses_transformer_engine() -> bool:
     if not _REAL_CUDA:
         return False
     try:
-        import transformer_engine.pytorch
+        import transformer_engine.pytorch  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: a library that its extension links against
         raise UserError(
             f"there is a GPU, but Transformer Engine does not import ({error}): install it, built "

@@ -102,7 +102,8 @@ FP8_BLOCKS = {
     "quant_method": "fp8",
     "weight_block_size": [BLOCK, BLOCK],
 }
-"""`quantization_config` of DeepSeek's published FP8 checkpoints (`models.weights.stored.published`)."""
+"""`quantization_config` of DeepSeek's published FP8 checkpoints
+(`models.weights.stored.published`)."""
 
 
 def check_quantization(hf: dict) -> None:

@@ -29,6 +29,8 @@ from megatron_r1.base.processes.held import descendants
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 KILL = signal.SIGUSR1
 """Sent by the kernel when the parent is gone, or by the parent: kill everything now."""
+END_SECONDS = 10.0
+"""Time between SIGTERM and SIGKILL."""
 
 
 def main(command: list[str]) -> int:
@@ -63,14 +65,6 @@ def kill_descendants() -> None:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         time.sleep(0.01)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
-
-
-END_SECONDS = 10.0
-"""Time between SIGTERM and SIGKILL."""
 
 
 class Child:
@@ -166,3 +160,7 @@ def _copy(source: BinaryIO, log: Path, target: BinaryIO, prefix: bytes) -> None:
             with contextlib.suppress(OSError, ValueError):
                 target.write(prefix + line)
                 target.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

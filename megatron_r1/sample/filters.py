@@ -260,7 +260,7 @@ class PooledFilters:
             return None
         fields = {name: prompt.fields[name] for name in FIELDS if name in prompt.fields}
         result = await self._pool.grade(
-            f"{__name__}:grade",
+            f"{__name__}:grade_by_filters",
             response.text,
             None,
             facts={name: getattr(response, name) for name in FACTS},

@@ -2,7 +2,8 @@
 log-probabilities, or a whole policy loss with its gradients. Only response tokens pass through
 the head; prompts and padding cost nothing there.
 
-Importing it needs no Megatron, so that a loss or an estimator can be computed and tested without."""
+Importing it needs no Megatron, so that a loss or an estimator can be computed and tested
+without."""
 
 from __future__ import annotations
 

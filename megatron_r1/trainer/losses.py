@@ -1,5 +1,7 @@
-"""The losses: their interface, the supervised one, those of reward models (on the scores of whole
-texts), and that of PPO's critic. Policy losses are in `controller.algorithms`.
+"""The losses: their interface, supervised, of reward models, and of PPO's critic.
+
+Those of reward models are on the scores of whole texts. Policy losses are in
+`controller.algorithms`.
 
 A loss takes the packed batch and the head behind its hidden states and returns a *sum* with its
 denominator. The trainer divides by the denominator of the whole optimizer step, over all
@@ -109,11 +111,10 @@ def pairwise(batch: PackedBatch, scores: Scores, settings: object = None) -> Los
 
 
 def pointwise(batch: PackedBatch, scores: Scores, settings: object = None) -> LossTerms:
-    """Return Σ of the binary cross entropy of sigmoid(score) and `batch.labels` over samples, ()
-    fp32, with their number.
+    """Return the sum over samples of the binary cross entropy of their scores and labels.
 
-    Metrics: accuracy, the share of scores on their label's side of 0; margin, the distance to 0
-    there."""
+    Σ BCE(sigmoid(score), `batch.labels`), () fp32, with the number of samples. Metrics: accuracy,
+    the share of scores on their label's side of 0; margin, the distance to 0 there."""
     of_samples, labels = scores.of_samples(), batch.labels
     margins = of_samples * (2 * labels - 1)
     losses = binary_cross_entropy_with_logits(of_samples, labels, reduction="none")
@@ -141,9 +142,9 @@ is rounded to fp32 (6e-8)."""
 
 
 def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTerms:
-    """Return Σ ½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²) over response tokens, with
-    their number as the denominator.
+    """Return the clipped squared error of values, summed over response tokens.
 
+    Σ ½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²), with their number as the denominator.
     scores: (1, T) fp32, V at every position; V_old is `batch.values`, R `batch.returns`, ε `clip`,
     None for ∞. The clipped term is that of PPO's first implementation (arXiv 2005.12729, section
     3)."""
@@ -170,8 +171,10 @@ def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTe
 
 
 def explained_variance(metrics: dict[str, float]) -> float:
-    """Return 1 - Var(R - V) / Var(R), and 0 for equal returns, from the moments among the metrics
-    of `value_loss`, reduced over all ranks; removes these moments from `metrics`."""
+    """Return 1 - Var(R - V) / Var(R), and 0 for equal returns.
+
+    metrics: the moments among the metrics of `value_loss`, reduced over all ranks; they are
+    removed."""
     smallest = EQUAL_RETURNS**2 * metrics["return_squared"]
     returns, errors = (
         metrics.pop(f"{name}_squared") - metrics.pop(name) ** 2 for name in ("return", "error")

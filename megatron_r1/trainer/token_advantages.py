@@ -1,9 +1,9 @@
-"""Advantages per token, computed on the trainer ranks once a rollout has log-probabilities: rewards
-per token, discounted sums, GAE, standardization.
+"""Advantages per token: rewards per token, discounted sums, GAE, standardization.
 
-An estimator of such advantages gets the batches as `ScoredRollout`, which gathers whole responses,
-also where ranks of context parallelism hold parts of them, and reduces over the whole rollout.
-What the controller sent as a response's advantage is then its reward, on each of its tokens.
+Trainer ranks compute them once a rollout has log-probabilities. An estimator of such advantages
+gets the batches as `ScoredRollout`, which gathers whole responses, also where ranks of context
+parallelism hold parts of them, and reduces over the whole rollout. What the controller sent as a
+response's advantage is then its reward, on each of its tokens.
 
 The mathematics is on plain tensors. (T,): the tokens of some samples laid end to end, each token
 where it is predicted. mask: (T,) bool, the response tokens that count, on which alone values are

@@ -25,12 +25,17 @@ from pathlib import Path
 
 from tools.bench import host
 
+ELSEWHERE = {
+    "chaos": "tests.chaos",
+    "kernels": "r1_kernels_bench",
+    "resources": "r1_kernels_bench.resources",
+}
 NAMES = (
     *("agents", "chaos", "controller", "estimators", "fp8", "kernels"),
     *("prompts", "push", "resources", "rewards", "speculative", "start", "step"),
 )
-"""Modules of this package. Each has `add_options(parser)`, and `run(chosen)`, which prints tables
-and returns the JSON."""
+"""Modules of this package, or those of ELSEWHERE. Each has `add_options(parser)`, and
+`run(chosen)`, which prints tables and returns the JSON."""
 
 
 def main() -> int:
@@ -43,7 +48,7 @@ def main() -> int:
     choices = parser.add_subparsers(dest="what", required=True)
     # Only the one that is run is imported: kernels and resources need torch and Triton alone.
     wanted = next((word for word in sys.argv[1:] if word in NAMES), None)
-    bench = import_module(f"tools.bench.{wanted}") if wanted else None
+    bench = import_module(ELSEWHERE.get(wanted, f"tools.bench.{wanted}")) if wanted else None
     for name in NAMES:
         options = choices.add_parser(name, description=bench.__doc__ if name == wanted else None)
         if bench is not None and name == wanted:

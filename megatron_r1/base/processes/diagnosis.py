@@ -113,6 +113,6 @@ def collective_wait(text: str, wait_seconds: float) -> str | None:
 def timeout_remedy(wait_seconds: float) -> str:
     """Return the limit's key and value, and when to raise it."""
     return (
-        f"{TIMEOUT_KEY}: {wait_seconds:g} is over; raise it where files or compilation take other ranks "
-        "longer, else see their logs"
+        f"{TIMEOUT_KEY}: {wait_seconds:g} is over; raise it where files or compilation take other "
+        "ranks longer, else see their logs"
     )

@@ -25,8 +25,9 @@ advantages = response_rewards  # what `token_advantages` starts from
 
 
 def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
-    """Return the advantages and targets of `trainer.token_advantages.gae` with the critic's batch.values,
-    per micro-batch; with `advantage_std` batch the advantages are normalized over the rollout."""
+    """Return the advantages and targets of `trainer.token_advantages.gae` with the critic's
+    batch.values, per micro-batch; with `advantage_std` batch the advantages are normalized over the
+    rollout."""
     from megatron_r1.trainer.token_advantages import TokenTargets, gae
 
     settings = TokenSettings.of(settings)

@@ -148,8 +148,8 @@ def _trained_bytes(config: Config, trained: int, replicas: int) -> int:
     """Return the bytes on all ranks of `trained` parameters: the parameters, gradients, optimizer
     state, and buffers for a checkpoint, if they are kept.
 
-    Replicas share the optimizer state, whose moments are fp32 on a CPU (`trainer.construction`). Each
-    replica gathers all master weights and moments for a checkpoint, and writes a part of the
+    Replicas share the optimizer state, whose moments are fp32 on a CPU (`trainer.construction`).
+    Each replica gathers all master weights and moments for a checkpoint, and writes a part of the
     weights (`trainer.checkpoints.staging`)."""
     value = VALUE[config.model.dtype]
     master = FP32 if config.model.dtype == "bfloat16" else 0

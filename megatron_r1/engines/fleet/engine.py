@@ -1,7 +1,8 @@
 """One engine of a fleet: a server, its client, its load, and how its death is noticed.
 
 `Pace` measures its recent service: its speed, and the number of unusable replies.
-`AcceptanceMeter` measures the share of drafted tokens that engines accept, by vLLM's own counters."""
+`AcceptanceMeter` measures the share of drafted tokens that engines accept, by vLLM's own
+counters."""
 
 import asyncio
 import contextlib

@@ -1,6 +1,7 @@
 """All rollout engines of a run: one policy version everywhere, groups to the least loaded.
 
-`swap_calls` are the calls with which an engine replaces its weights by those that it has received."""
+`swap_calls` are the calls with which an engine replaces its weights by those that it has
+received."""
 
 from __future__ import annotations
 

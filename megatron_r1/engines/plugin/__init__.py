@@ -35,24 +35,20 @@ def register() -> None:
 def _patch() -> None:
     from vllm.platforms import current_platform
 
-    from megatron_r1.engines.plugin import patches as deepseek_classes
-    from megatron_r1.engines.plugin import patches as drafter
-    from megatron_r1.engines.plugin import patches as expert_places
-    from megatron_r1.engines.plugin import patches as failed_updates
-    from megatron_r1.engines.plugin import patches as timeline_spans
-    from megatron_r1.engines.plugin import whole_outputs
+    from megatron_r1.engines.plugin import patches, whole_outputs
 
-    deepseek_classes.correct_deepseek_classes()
-    drafter.push_to_drafters()
-    expert_places.keep_expert_places()
-    failed_updates.keep_ranks_in_step()
+    patches.correct_deepseek_classes()
+    patches.push_to_drafters()
+    patches.keep_expert_places()
+    patches.keep_ranks_in_step()
     whole_outputs.apply()
     if current_platform.is_cpu():
         from megatron_r1.engines.plugin import cpu_parallel, cpu_patches
 
-        for patches in (cpu_patches, cpu_parallel, cpu_patches):
-            patches.apply()
-    timeline_spans.record_spans()
+        cpu_patches.apply()
+        cpu_parallel.apply()
+        cpu_patches.return_routed_experts()
+    patches.record_spans()
 
 
 def dump_stacks_on_signal() -> None:

@@ -83,8 +83,7 @@ def serve_headless() -> None:
 def preload() -> None:
     """Import what `main` needs, and on a CPU what vLLM imports later: 1,000 more modules."""
     import_module("vllm.entrypoints.launchers.api_server.entry")
-    for own in ("samples_endpoint", "swap_endpoint"):
-        import_module(f"megatron_r1.engines.plugin.{own}")
+    import_module("megatron_r1.engines.plugin.endpoints")
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():

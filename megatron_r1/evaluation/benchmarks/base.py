@@ -1,8 +1,8 @@
-"""The definition of a benchmark: where its rows come from (a file, a folder, a data set on the
-Hugging Face hub) and how a row becomes a question.
+"""The definition of a benchmark: where its rows come from, and how a row becomes a question.
 
-From the hub only files are downloaded, and read here. Loading scripts of data sets are never run,
-and the `datasets` library is not needed; Parquet needs pyarrow."""
+Rows come from a file, a folder, or a data set on the Hugging Face hub. From the hub only files are
+downloaded, and read here. Loading scripts of data sets are never run, and the `datasets` library is
+not needed; Parquet needs pyarrow."""
 
 import fnmatch
 import re

@@ -29,10 +29,10 @@ from megatron_r1.models.weights.layout import (
 from megatron_r1.models.weights.table import Piece
 
 _HOME = {
-    "initialize": "reading",
-    "initialize_score": "reading",
-    "load_hf": "reading",
-    "load_megatron": "reading",
+    "initialize": "local",
+    "initialize_score": "local",
+    "load_hf": "local",
+    "load_megatron": "local",
     "local_pieces": "local",
     "save_hf": "writing",
     "write_hf": "writing",

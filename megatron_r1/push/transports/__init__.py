@@ -17,7 +17,7 @@ ROUNDS_AHEAD = 2
 """Rounds of NCCL that a GPU has enqueued at a time, each with a bucket for either direction."""
 TRANSPORTS = {
     "shm": ("shared_memory.SharedMemoryReceiver", "shared_memory.SharedMemorySender"),
-    "cuda_ipc": ("device_memory.DeviceReceiver", "device_memory.DeviceSender"),
+    "cuda_ipc": ("shared_memory.DeviceReceiver", "shared_memory.DeviceSender"),
     "gloo": ("gloo.GlooReceiver", "gloo.GlooSender"),
     "nccl": ("nccl.NcclReceiver", "nccl.NcclSender"),
 }
