@@ -52,7 +52,7 @@ def named_parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
     return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
-def argument_adapters(method: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
+def _argument_adapters(method: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
     """Return pydantic's converter for each argument, by name. An argument is left out if it has no
     type, a type that pydantic has no schema for, or one imported for type checkers only."""
     function = inspect.unwrap(method)
@@ -92,7 +92,7 @@ def call_arguments(
 def converted_arguments(method: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return JSON values converted to the types of a tool's arguments, such as members of an Enum.
     Raises ValueError for a value that cannot be converted."""
-    parameters, adapters = inspect.signature(method).parameters, argument_adapters(method)
+    parameters, adapters = inspect.signature(method).parameters, _argument_adapters(method)
     result = dict(values)
     for name, value in values.items():
         if name not in adapters or name not in parameters:
@@ -190,7 +190,7 @@ def describe(environment: type) -> Description:
     """Return the description of a class. Raises UserError for a class that is no environment."""
     name = environment.__name__
     public = _public_methods(environment)
-    tools = [tool_schema(*method) for method in public.items() if method[0] not in RESERVED]
+    tools = [_tool_schema(*method) for method in public.items() if method[0] not in RESERVED]
     if "reset" not in public:
         raise UserError(
             f"agents.environment: {name} has no method reset(self, **row), which begins an episode",
@@ -280,7 +280,7 @@ def _require_self(name: str, method: Callable[..., Any]) -> None:
         )
 
 
-def tool_schema(name: str, bound: Callable[..., Any]) -> dict[str, Any]:
+def _tool_schema(name: str, bound: Callable[..., Any]) -> dict[str, Any]:
     """Return the schema of a bound method, from its signature and its docstring in Google's form.
     If an argument has no documentation or no type, the whole docstring is the description. name:
     the attribute's name; `__name__` is another one under a decorator without `functools.wraps`."""
@@ -301,7 +301,7 @@ def tool_schema(name: str, bound: Callable[..., Any]) -> dict[str, Any]:
     for rest in parameters["properties"].keys() - known:  # a documented *args
         del parameters["properties"][rest]
     parameters["required"] = [name for name in parameters.get("required", ()) if name in known]
-    _complete(parameters, argument_adapters(bound))
+    _complete(parameters, _argument_adapters(bound))
     return schema
 
 

@@ -219,13 +219,13 @@ class Retrieval:
     characters of a document that `read` returns."""
 
     def __init__(self, corpus: str, text_chars: int = 4_000) -> None:
-        self._index = sqlite3.connect(f"file:{index_of(Path(corpus))}?mode=ro", uri=True)
+        self._index = sqlite3.connect(f"file:{_index_of(Path(corpus))}?mode=ro", uri=True)
         self._text_chars = text_chars
 
     @classmethod
     def _before_episodes(cls, corpus: str, **_: object) -> None:
         """Write the index before the first episode, whose time limit a large corpus exceeds."""
-        index_of(Path(corpus))
+        _index_of(Path(corpus))
 
     def reset(self, **row: object) -> None:
         """Begin an episode; there is nothing to draw."""
@@ -263,7 +263,7 @@ class Retrieval:
         return f"{row[0]}\n{row[1][: self._text_chars]}"
 
 
-def index_of(corpus: Path) -> Path:
+def _index_of(corpus: Path) -> Path:
     """Return the index of a corpus, and write it where there is none, or an older one."""
     index = corpus.with_name(f"{corpus.name}.fts5")
     if index.exists() and index.stat().st_mtime >= corpus.stat().st_mtime:

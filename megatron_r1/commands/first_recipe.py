@@ -78,7 +78,7 @@ def layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]
         Guess("rollout.colocated", True, "trainer and engines take turns on the same GPUs"),
         Guess(
             "rollout.gpu_memory",
-            engine_share(parameters, tensor, machine),
+            _engine_share(parameters, tensor, machine),
             "what weights and moments of the trainer leave of a GPU; megatron-r1 plan computes it",
         ),
         Guess("rollout.engines", machine.gpus // tensor, "as many as the GPUs have room for"),
@@ -94,7 +94,7 @@ def layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]
     return guesses
 
 
-def engine_share(parameters: int, tensor: int, machine: Machine) -> float:
+def _engine_share(parameters: int, tensor: int, machine: Machine) -> float:
     """Return the share of a GPU that an engine may take next to a trainer rank, whose gradients are
     freed meanwhile."""
     taken = parameters * (BYTES_WITHOUT_GRADIENTS / tensor + GPU_BYTES_SHARDED / machine.gpus)

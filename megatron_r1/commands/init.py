@@ -55,7 +55,7 @@ MAX_JUDGED_ROWS = 20_000
 """The most rows of a reward model's data that are read."""
 
 
-def draft_of_rows(source: Source) -> Draft | None:
+def _draft_of_rows(source: Source) -> Draft | None:
     """Return a recipe for rows that are responses with judgements, or examples to learn from; None
     for questions with truths."""
     if (kind := kind_of_rows(source.rows)) is not None:
@@ -173,7 +173,7 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     if not rows:
         raise UserError(f"{data}: it holds no rows", key=ARGUMENTS[1], cause=Cause.EMPTY)
     source = Source(folder, hf, num_parameters(hf), data, rows, this_machine())
-    other = None if given else draft_of_rows(source)
+    other = None if given else _draft_of_rows(source)
     options = [text for key, value in given.items() for text in (f"--{key}", value)]
     _write(path, source, other or _of_questions(source, given), [model, data, *options])
 

@@ -104,7 +104,7 @@ MAX_SHOWN_IDS = 8
 """Token ids that are shown of either end of a prompt."""
 
 
-def load_questions(config: Config, text: PromptText) -> PromptSplit:
+def _load_questions(config: Config, text: PromptText) -> PromptSplit:
     """Return the questions of the recipe that an engine has room for, and print what is unusual
     about the data. Raises UserError for unreadable data, and where no question is left."""
     rows = config.data.model_dump(exclude={"template"})
@@ -124,7 +124,7 @@ def load_questions(config: Config, text: PromptText) -> PromptSplit:
         )
     show_padded_truths(config.data.path or config.data.task or "data", prompts)
     prompts = prompts_that_fit(prompts, text, context_length(config))
-    for line in describe_rows(prompts, text):
+    for line in _describe_rows(prompts, text):
         print(line)
     per_rollout = config.rl.questions_per_rollout
     if per_rollout > len(prompts.train):
@@ -142,7 +142,7 @@ def load_questions(config: Config, text: PromptText) -> PromptSplit:
     return prompts
 
 
-def describe_rows(prompts: PromptSplit, text: PromptText) -> list[str]:
+def _describe_rows(prompts: PromptSplit, text: PromptText) -> list[str]:
     """Return what became of the rows of files, and one question as the policy gets it."""
     if not prompts.reports:
         return []
@@ -254,7 +254,7 @@ def read_questions(config: Config) -> tuple[PromptText, PromptSplit]:
         from megatron_r1.controller.rollouts.environments import check_environment
 
         check_environment(config, text)
-    return text, load_questions(config, text)
+    return text, _load_questions(config, text)
 
 
 def ends_with(config: Config, text: PromptText) -> str:

@@ -64,7 +64,7 @@ async def open_rollouts(
     fleet = _fleet(config, recorder, hosts)
     logs = recorder.folder.path / "logs"
     teacher = teacher_fleet(config, logs, notify) if config.teacher.path else None
-    collector = RolloutCollector(fleet, pool, text, rewards, teacher, open_player(config, text))
+    collector = RolloutCollector(fleet, pool, text, rewards, teacher, _open_player(config, text))
     log = SampleLog(recorder.folder.sample_log, notify)
     try:
         yield collector, log
@@ -74,7 +74,7 @@ async def open_rollouts(
         await asyncio.gather(*(each.close() for each in fleets), *closing)
 
 
-def open_player(config: Config, text: PromptText) -> Player | None:
+def _open_player(config: Config, text: PromptText) -> Player | None:
     """Return the player of the run's episodes; None if responses are single turns, which need
     nothing of `megatron_r1.agents`."""
     if not config.agents.players:
@@ -166,7 +166,7 @@ async def _sample(
         **fleet_settings(rollout),
         **engine_settings(rollout),
     )
-    collector = RolloutCollector(fleet, pool, text, rewards, player=open_player(config, text))
+    collector = RolloutCollector(fleet, pool, text, rewards, player=_open_player(config, text))
     weights = weights_at(rewards.weights, 1)
     sampling = Sampling(
         group_size,

@@ -66,7 +66,7 @@ async def export_checkpoint(
     fsync(target.parent)
 
 
-async def model_to_serve(config: Config, folder: Path) -> Path:
+async def _model_to_serve(config: Config, folder: Path) -> Path:
     """Return the Hugging Face folder for `model.path`: the path itself, the export of a run, or a
     checkpoint, which is exported into `folder` first. Raises as `find_model` and
     `export_checkpoint` do."""
@@ -122,7 +122,7 @@ async def make_policy(
         return ServerPolicy(server, config.data.template, decoding, shots, key)
     from megatron_r1.evaluation.engine_policy import EnginePolicy
 
-    model = await model_to_serve(config, folder)
+    model = await _model_to_serve(config, folder)
     return EnginePolicy(config, model, decoding, folder, shots)
 
 

@@ -18,7 +18,7 @@ def accept(config: Config) -> None:
     """Accept any settings: the check of a verb whose module defines none."""
 
 
-def not_run_here(*arguments: object) -> None:
+def _not_run_here(*arguments: object) -> None:
     """Raise NotImplementedError: the `run` of a verb whose module defines none."""
     raise NotImplementedError("the command line runs this verb itself")
 
@@ -66,7 +66,7 @@ def load_verb(name: str, module_name: str) -> VerbModule:
     module = importlib.import_module(module_name)
     return VerbModule(
         **_header(name, module.__doc__, vars(module)),
-        run=getattr(module, "run", not_run_here),
+        run=getattr(module, "run", _not_run_here),
         check=getattr(module, "check", accept),
         of_run=getattr(module, "of_run", None),
         dry_run=getattr(module, "dry_run", None),

@@ -72,7 +72,7 @@ def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> s
     keys (`rl`, `sample.keep`), words of other libraries (`words.WORDS`, each with a line of its
     own), or words that stand in a key's name or meaning. Raises UserError for any other name."""
     fields = {key: home for model in models for key, home in keys_of(model)}
-    meanings = {home: docstrings(home) for home in set(fields.values())}
+    meanings = {home: _docstrings(home) for home in set(fields.values())}
     lines = {
         key: _line(key, home.model_fields[leaf], meanings[home].get(leaf, ""))
         for key, home in fields.items()
@@ -124,7 +124,7 @@ def switches(model: type[BaseModel]) -> set[str]:
     }
 
 
-def docstrings(model: type[BaseModel]) -> dict[str, str]:
+def _docstrings(model: type[BaseModel]) -> dict[str, str]:
     """Return field -> the docstring below it, of `model` and of its bases.
 
     The source is parsed only when docstrings are printed: with pydantic's use_attribute_docstrings

@@ -74,7 +74,7 @@ def refusal(
     """Return the error that names all mistakes of validating a `root`; key and cause are those of
     the first.
 
-    known: as in `explain`. place: where the settings are from, in front of the message."""
+    known: as in `_explain`. place: where the settings are from, in front of the message."""
     first = failure.errors()[0]
     key, cause = ".".join(map(str, first["loc"])), CAUSES.get(first["type"], Cause.MALFORMED)
     if first["type"] == "value_error" and isinstance(error := first["ctx"]["error"], UserError):
@@ -85,10 +85,10 @@ def refusal(
             key = f"{key}.{error.key}".removesuffix(".")
         cause = error.cause
     message = f"{place}: " if place else ""
-    return UserError(message + explain(failure, root, known), key=key, cause=cause)
+    return UserError(message + _explain(failure, root, known), key=key, cause=cause)
 
 
-def explain(failure: ValidationError, root: type[BaseModel], known: Iterable[str] = ()) -> str:
+def _explain(failure: ValidationError, root: type[BaseModel], known: Iterable[str] = ()) -> str:
     """Return all errors of validating a `root`.
 
     known: dotted keys to suggest for a key that stands in the wrong section."""

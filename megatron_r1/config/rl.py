@@ -125,7 +125,7 @@ def check_schedule_keys(schedule: list[ScheduleEntry], known: Collection[str]) -
             )
 
 
-def check_schedule_order(schedule: list[ScheduleEntry]) -> list[ScheduleEntry]:
+def _check_schedule_order(schedule: list[ScheduleEntry]) -> list[ScheduleEntry]:
     """Return the schedule; UserError unless its steps increase."""
     steps = [entry.from_step for entry in schedule]
     if sorted(set(steps)) != steps:
@@ -261,7 +261,7 @@ class RLConfig(Section):
     routing_replay: bool = False
     """train every token through the experts the engine chose for it; a mixture of experts only. See
     docs/routing_replay.md"""
-    schedule: Resumable[Annotated[list[ScheduleEntry], AfterValidator(check_schedule_order)]] = []
+    schedule: Resumable[Annotated[list[ScheduleEntry], AfterValidator(_check_schedule_order)]] = []
     """settings from a step on, [{from_step: 513, rollout.max_response_tokens: 65536}]; steps are
     rollouts. A continued run may change it. See docs/algorithms.md"""
     sample_log: Resumable[bool] = True

@@ -207,10 +207,10 @@ class SFTConfig(Section):
     @field_validator("data", mode="before")
     @classmethod
     def _parts(cls, data: Any) -> Any:
-        return read_parts(data) if isinstance(data, list) else data
+        return _read_parts(data) if isinstance(data, list) else data
 
 
-def read_parts(entries: list[Any]) -> list[MixturePart]:
+def _read_parts(entries: list[Any]) -> list[MixturePart]:
     """Read `sft.data` given as a list.
 
     Raises UserError naming the entry, the key and the nearest right one, and for an empty list or

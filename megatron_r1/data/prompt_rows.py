@@ -113,7 +113,7 @@ LETTERED_CHOICES = re.compile(r"(?:^|[\s,;|])\(?[A-Ea-e]\s{0,2}[).:]\s*")
 """What stands before each of the choices in a text: `a ) 400 , b ) 300`."""
 
 
-def require_shown(kind: str, question: str, truth: Any, fields: Mapping[str, Any]) -> None:
+def _require_shown(kind: str, question: str, truth: Any, fields: Mapping[str, Any]) -> None:
     """Raise ValueError where a truth is the number or letter of a choice (MMLU, ARC) that the
     question does not have: no response could name it for a reason."""
     for name, choices in _choices(fields) if kind in COMPARED else ():
@@ -223,7 +223,7 @@ class RowReading:
                 return None
             try:
                 check_truth(kind, truth, fields)
-                require_shown(kind, question, truth, fields)
+                _require_shown(kind, question, truth, fields)
             except ValueError as error:
                 raise UserError(
                     f"{location}: {name!r}: {shorten(error, 300)}; correct or remove the row, or "

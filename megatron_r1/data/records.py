@@ -199,7 +199,7 @@ MAX_UNSEEN = 1_000
 Conditions = Mapping[str, Any]
 
 
-def check_conditions(where: Conditions, key: str = "data.where") -> None:
+def _check_conditions(where: Conditions, key: str = "data.where") -> None:
     """Raise UserError for a condition with an unknown key, a limit that is no number, or without
     any limit. key: the setting, for errors."""
     for column, condition in where.items():
@@ -216,7 +216,7 @@ def check_conditions(where: Conditions, key: str = "data.where") -> None:
                     cause=Cause.UNKNOWN,
                 )
         for name in ("min", "max"):
-            if name in condition and as_number(condition[name]) is None:
+            if name in condition and _as_number(condition[name]) is None:
                 raise UserError(
                     f"{place}.{name}: {condition[name]!r} is no number",
                     key=f"{place}.{name}",
@@ -235,7 +235,7 @@ class RowFilter:
 
     def __init__(self, where: Conditions, report: DataReport, key: str = "data.where") -> None:
         """key: the setting, for errors. Raises UserError for an invalid condition."""
-        check_conditions(where, key)
+        _check_conditions(where, key)
         self._where, self._report, self._key = where, report, key
         self._unseen, self._known = set(where), dict[str, None]()
 
@@ -283,7 +283,7 @@ def meets(value: Any, condition: Any) -> bool:
     return any(_is_within(entry, condition) for entry in values)
 
 
-def as_number(value: Any) -> float | None:
+def _as_number(value: Any) -> float | None:
     """Return a number, also one in text; None for NaN and anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
@@ -295,10 +295,10 @@ def as_number(value: Any) -> float | None:
 
 
 def _is_within(value: Any, limits: Mapping[str, Any]) -> bool:
-    number = as_number(value)
+    number = _as_number(value)
     if number is None:
         return False
-    least, most = as_number(limits.get("min")), as_number(limits.get("max"))
+    least, most = _as_number(limits.get("min")), _as_number(limits.get("max"))
     return (least is None or number >= least) and (most is None or number <= most)
 
 
@@ -317,5 +317,5 @@ def _equals(value: Any, wanted: Any) -> bool:
             return other.strip().casefold() in (TRUE if one else FALSE)
     if isinstance(value, str) and isinstance(wanted, str):
         return value.strip() == wanted.strip()
-    left, right = as_number(value), as_number(wanted)
+    left, right = _as_number(value), _as_number(wanted)
     return value == wanted if left is None or right is None else left == right

@@ -70,7 +70,7 @@ def render_template(template: str, question: str, system: str = "") -> str:
     return PLACES.sub(lambda match: given[match[0]], text)
 
 
-def closed_thought(prompt_text: str) -> str:
+def _closed_thought(prompt_text: str) -> str:
     """Return the empty thought with which a rendered prompt ends, as templates write it that
     switch thinking off; "" without one."""
     found = EMPTY_THOUGHT.search(prompt_text)
@@ -194,7 +194,7 @@ class PromptText:
         self._byte_decoder = ByteDecoder.of(self.tokenizer)
         self._start = self._text_in_front()
         rendered = self.render("?")
-        self.opens_thought, self.closed_thought = is_opened(rendered), closed_thought(rendered)
+        self.opens_thought, self.closed_thought = is_opened(rendered), _closed_thought(rendered)
 
     def render(self, question: str, before: Sequence[Message] = ()) -> str:
         """Return the prompt's text. before: the messages before the question. Raises UserError for

@@ -83,11 +83,11 @@ def estimate(per_question: Sequence[float] | np.ndarray, seed: int = 0) -> Estim
         value = float(values[0])
         return Estimate(value, value, value) if len(values) > 1 else Estimate(value, None, None)
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(resampled_means(values, seed), [tail, 100 - tail])
+    low, high = np.percentile(_resampled_means(values, seed), [tail, 100 - tail])
     return Estimate(float(values.mean()), float(low), float(high))
 
 
-def resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
+def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
     """Return the means, [resamples], of len(values) values drawn with replacement."""
     num_questions = len(values)
     num_resamples = max(MIN_RESAMPLES, min(NUM_RESAMPLES, MAX_DRAWS // num_questions))

@@ -81,7 +81,7 @@ class ServerPolicy:
         server is retried for `wait_seconds`, one that is loading for `retry_seconds`."""
         url, failures = self._server.url, [""]
         name = f"model {self._server.model} at {url}"
-        async with report_waiting(name, lambda: self._service.trouble or failures[-1]):
+        async with _report_waiting(name, lambda: self._service.trouble or failures[-1]):
             await wait_until_listening(url, self._server.wait_seconds, failures.append, self._key)
             try:
                 await self._service.request(self._body(TINY_QUESTION, 0) | {"max_tokens": 1})
@@ -203,7 +203,7 @@ async def wait_until_listening(
 
 
 @contextlib.asynccontextmanager
-async def report_waiting(name: str, reason: Callable[[], str]) -> AsyncIterator[None]:
+async def _report_waiting(name: str, reason: Callable[[], str]) -> AsyncIterator[None]:
     """Print a line when the block begins, and a line with the latest reason every few seconds.
     reason: returns the reason, or "" while none is known."""
     print(f"waiting for {name}", flush=True)

@@ -7,7 +7,7 @@ padding behind it, and no query can see another sequence. Under context parallel
 go round a ring of ranks (`models.context_parallel`). On a GPU Transformer Engine's attention takes
 this place.
 
-`offset_attention` (gpt-oss) adds a learned softmax offset per head and a window. The offset z of a
+`_offset_attention` (gpt-oss) adds a learned softmax offset per head and a window. The offset z of a
 head, its attention sink, is one more logit of the softmax, with no value:
 
     out = Σ_k exp(scale q·k) v_k / (exp(z) + Σ_k exp(scale q·k))
@@ -45,7 +45,7 @@ _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def offset_attention(
+def _offset_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -225,7 +225,7 @@ def _attend(
 ) -> Tensor:
     """Attend causally: query (b, h, s, d), key (b, g, s, d), value (b, g, s, e) -> (b, h, s, e)."""
     if offset is not None or window is not None:
-        return offset_attention(query, key, value, scale, offset, window)
+        return _offset_attention(query, key, value, scale, offset, window)
     size, value_size = key.shape[3], value.shape[3]
     if size != value_size:
         # Flash attention takes one size. Zeros change no product, and their outputs are cut off.

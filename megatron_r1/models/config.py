@@ -1,6 +1,6 @@
 """Translates a Hugging Face configuration and a recipe into Megatron's TransformerConfig.
 
-`acceleration_fields` selects the implementations of attention, fused operations and the dispatch
+`_acceleration_fields` selects the implementations of attention, fused operations and the dispatch
 of tokens to experts: `model.attention_backend`, `model.fusions` and `parallel.dispatcher` as
 Megatron's fields. What this machine cannot do is an error with the setting's name; nothing is
 replaced silently."""
@@ -41,7 +41,7 @@ ENVIRONMENT = {
 """Variables by which Megatron selects a backend of Transformer Engine's attention."""
 
 
-def acceleration_fields(config: Config, has_experts: bool) -> dict[str, Any]:
+def _acceleration_fields(config: Config, has_experts: bool) -> dict[str, Any]:
     """Return Megatron's fields for `model.attention_backend`, `model.fusions` and
     `parallel.dispatcher`. Raises UserError where this machine cannot do what a setting names."""
     backend = config.model.attention_backend
@@ -150,7 +150,7 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
     fields |= _pipeline_fields(parallel, hf["num_hidden_layers"], fields.get("mtp_num_layers") or 0)
     fields |= _recompute_fields(parallel, fields)
     fields |= fp8.megatron_fields(config.fp8)
-    fields |= acceleration_fields(config, has_experts)
+    fields |= _acceleration_fields(config, has_experts)
     if fields.get("softmax_type") and config.model.attention_backend == "flash":
         raise UserError(
             "model.attention_backend: flash has no learned softmax offsets, which "

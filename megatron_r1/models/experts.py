@@ -33,7 +33,7 @@ def expert_fields(hf: dict) -> dict[str, Any]:
         "moe_router_enable_expert_bias": function == "sigmoid",
         # With softmax Megatron normalizes the chosen scores unless this is set; `models.patches`
         # reads it so with sigmoid too.
-        "moe_router_pre_softmax": not normalizes(hf),
+        "moe_router_pre_softmax": not _normalizes(hf),
         "moe_router_topk_scaling_factor": hf.get("routed_scaling_factor") or 1.0,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
@@ -43,7 +43,7 @@ def expert_fields(hf: dict) -> dict[str, Any]:
     }
 
 
-def normalizes(hf: dict) -> bool:
+def _normalizes(hf: dict) -> bool:
     """Return whether the weights of a token's experts sum to 1, before they are scaled."""
     given = hf.get("norm_topk_prob")
     return model_family(hf).normalizes if given is None else given

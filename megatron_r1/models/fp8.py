@@ -18,7 +18,7 @@ Embedding, head, router and norms are not Transformer Engine linear layers;
 `fp8_dot_product_attention=False` excludes attention.
 
 The emulation computes the three products in plain PyTorch, in Megatron's linear layers
-(`emulate`). A product's operands are what their FP8 copies give back in fp32, and the sums are
+(`_emulate`). A product's operands are what their FP8 copies give back in fp32, and the sums are
 fp32. That is what the matrix units compute: a product of two e4m3 numbers has 8 significant bits,
 and where scales are powers of two the product with them is exact as well. What differs is the
 order of the sums, and that fp32 has all 32 bits here (Hopper's own accumulator keeps about 14 of
@@ -303,7 +303,7 @@ def _scale(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
 LINEAR = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
 
 
-def emulate(model: torch.nn.Module, recipe: Recipe) -> None:
+def _emulate(model: torch.nn.Module, recipe: Recipe) -> None:
     """Make every linear layer of `model` but the head compute as `recipe` does.
 
     Megatron's linear layers, and our ReplicatedLinear, compute their product in the method
@@ -361,7 +361,7 @@ def apply(model: torch.nn.Module, fp8: FP8Config) -> None:
         return
     check_sizes(model, recipe)
     if not platform.has_gpu():
-        emulate(model, recipe)
+        _emulate(model, recipe)
 
 
 def token_multiple(fp8: FP8Config) -> int:

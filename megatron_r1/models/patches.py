@@ -14,7 +14,7 @@ for queries and keys of every layer: with 256 samples that is a third of a small
 besides its products, and on a GPU a synchronization each time. Here all angles are gathered in one
 operation.
 
-`route`: Megatron scores a group of experts by its best topk / group_topk, where DeepSeek-V3 and
+`_route`: Megatron scores a group of experts by its best topk / group_topk, where DeepSeek-V3 and
 its descendants take the best two and DeepSeek-V2 the best one: with any other ratio tokens would
 silently be routed differently. And with sigmoid it always normalizes the chosen scores, except for
 one expert, which it never does (moe_utils.py:724, Megatron-Core 0.16.1)."""
@@ -88,7 +88,7 @@ def set_yarn(
     model.config.yarn_rotary_scaling_factor = factor
 
 
-def route(
+def _route(
     logits: Tensor,
     topk: int,
     use_pre_softmax: bool = False,
@@ -172,7 +172,7 @@ def check_installed() -> None:
 )
 def _routing() -> None:
     # Without it tokens go to other experts than in transformers and vLLM, without an error.
-    router.topk_routing_with_score_function = route
+    router.topk_routing_with_score_function = _route
 
 
 @_patch(

@@ -41,7 +41,7 @@ TRANSFORMER_ENGINE_VERSION = "2.20.2"
 """The version in requirements/cuda.lock, with which names, shapes and checkpoints are tested."""
 
 
-def check_megatron() -> None:
+def _check_megatron() -> None:
     """Raise UserError for another Megatron-Core than the tested one: lines of it are patched, and
     the weight tables have its names."""
     found = metadata.version("megatron-core")
@@ -182,7 +182,7 @@ def prepare(local_rank: int = 0) -> torch.device:
 
     Raises UserError for another version of it than the tested one."""
     global _prepared
-    check_megatron()
+    _check_megatron()
     if _REAL_CUDA:
         torch.cuda.set_device(local_rank)
     if not _prepared:

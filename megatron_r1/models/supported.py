@@ -3,7 +3,7 @@ name. No torch or Megatron.
 
 Every key is read, is known to change nothing (INERT), or is refused. A key that no code reads may
 change what a model computes: a window, a bias, a scale. So a configuration is checked by reading
-it with `Recorded`. `check_quantization` says which quantized checkpoints can be read, by
+it with `Recorded`. `_check_quantization` says which quantized checkpoints can be read, by
 `quantization_config`."""
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _is_inert(key: str) -> bool:
     return key in INERT or key.startswith("_") or key.endswith("_token_id")
 
 
-def refuse_unread(hf: Recorded) -> None:
+def _refuse_unread(hf: Recorded) -> None:
     """Raise UserError naming the keys with a value that were not read and are not inert."""
     unknown = {
         key: value
@@ -106,7 +106,7 @@ FP8_BLOCKS = {
 (`models.weights.stored.published`)."""
 
 
-def check_quantization(hf: dict) -> None:
+def _check_quantization(hf: dict) -> None:
     """Raise UserError for weights that are stored in another form than the one that can be read:
     blocks of FP8, or for models with stacked experts MXFP4."""
     found = hf.get("quantization_config")
@@ -161,7 +161,7 @@ def own_fields(hf: dict) -> dict[str, Any]:
     need(hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     need(hf, "vocab_size", "rms_norm_eps", "max_position_embeddings", *family.needs)
     require(hf, hidden_act="silu", attention_dropout=0.0, **family.fixed)
-    check_quantization(hf)
+    _check_quantization(hf)
     fields = {
         **attention_fields(hf),
         **expert_fields(hf),
@@ -171,7 +171,7 @@ def own_fields(hf: dict) -> dict[str, Any]:
     model_arguments(hf), rope_scaling(hf), yarn_scaling(hf)
     for key in ("tie_word_embeddings", *family.inert):
         hf.get(key)
-    refuse_unread(hf)
+    _refuse_unread(hf)
     return fields
 
 

@@ -46,16 +46,16 @@ def main(command: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: child.send_signal(number))
     status = child.wait()
-    kill_descendants()
+    _kill_descendants()
     return status if status >= 0 else 128 - status
 
 
 def _kill_all() -> None:
-    kill_descendants()
+    _kill_descendants()
     os._exit(128 + signal.SIGKILL)
 
 
-def kill_descendants() -> None:
+def _kill_descendants() -> None:
     """Kill until there are none: a process may start another one before it dies."""
     while pids := descendants(os.getpid()):
         for pid in pids:

@@ -29,7 +29,7 @@ OUTPUTS = {
 VALUES = {"pipeline": ("folder", "seed"), "here": ("",)}
 
 
-def all_of(mistakes: Sequence[UserError]) -> UserError:
+def _all_of(mistakes: Sequence[UserError]) -> UserError:
     """Return the error that has the lines of all; key and cause are those of the first."""
     lines = "\n".join(map(str, mistakes))
     return UserError(lines, key=mistakes[0].key, cause=mistakes[0].cause)
@@ -54,7 +54,7 @@ class Graph:
             except UserError as error:
                 mistakes.append(error)
         if mistakes:
-            raise all_of(mistakes)
+            raise _all_of(mistakes)
         self.order = _ordered(self.upstream)
 
     def needs(self, stage: str) -> set[str]:
@@ -180,7 +180,7 @@ def check_plan(plan: PipelinePlan, verbs: Mapping[str, str], files: bool = True)
             UserError(line, key=key, cause=Cause.NOT_FOUND) for key, line in missing_files(plan)
         ]
     if mistakes:
-        raise all_of(mistakes)
+        raise _all_of(mistakes)
 
 
 def _mistakes_of(place: str, check: Callable[..., Any], *arguments: Any) -> list[UserError]:

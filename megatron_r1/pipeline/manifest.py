@@ -102,7 +102,7 @@ def input_digests(
     for place, text in plan.named_files(stage):
         digests[f"{place} {text}"] = digest(Path(plan.located(text)))
     for function, syntax in _functions(stage).items():
-        digests[f"function {function}"] = digest_of_value(syntax)
+        digests[f"function {function}"] = _digest_of_value(syntax)
     return digests
 
 
@@ -155,7 +155,7 @@ def digest_of_outputs(digests: dict[str, str]) -> str:
     return _joined(sorted(digests.items()))
 
 
-def digest_of_value(value: Any) -> str:
+def _digest_of_value(value: Any) -> str:
     """Return the digest of a JSON value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
@@ -268,14 +268,14 @@ def finish(
         "directory": str(Path.cwd()),
         "told": plan.resolve(stage.settings, urls),  # named as in older manifests
         "settings": settings,
-        "settings_digest": digest_of_value(settings),
+        "settings_digest": _digest_of_value(settings),
         # The inputs at the beginning: if one has changed since, the stage is stale at once.
         "inputs": begun["inputs"],
         "outputs": outputs,
         "digest": digest_of_outputs(outputs),
         "seed": plan.seed,
         "versions": versions(),
-        "git": git_commit(),
+        "git": _git_commit(),
         "host": socket.gethostname(),
         "started": _date(attempts[0]["began"]),
         "finished": _date(time.time()),
@@ -295,7 +295,7 @@ def has_outputs(folder: Path) -> bool:
     return bool(names - START_FILES)
 
 
-def git_commit() -> dict[str, Any] | None:
+def _git_commit() -> dict[str, Any] | None:
     """Return the commit of the working directory and whether files differ from it; None outside
     git."""
     try:

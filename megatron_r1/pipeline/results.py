@@ -49,8 +49,8 @@ class Result:
         """Return a result as `71.0% (66.2–75.8)` or `1,203 (1,100–1,310)`. name: the name of the
         result."""
         if self.low is None or self.high is None:
-            return format_value(name, self.value)
-        if is_share(name, self.value):
+            return _format_value(name, self.value)
+        if _is_share(name, self.value):
             return f"{percent(self.value)} ({100 * self.low:.1f}–{100 * self.high:.1f})"
         return f"{number(self.value)} ({number(self.low)}–{number(self.high)})"
 
@@ -71,8 +71,8 @@ class Spread:
     def format(self, name: str) -> str:
         """Return a result as `71.0% ± 1.2`. name: the name of the result."""
         if self.deviation is None:
-            return format_value(name, self.mean)
-        if is_share(name, self.mean):
+            return _format_value(name, self.mean)
+        if _is_share(name, self.mean):
             return f"{percent(self.mean)} ± {100 * self.deviation:.1f}"
         return f"{number(self.mean)} ± {number(self.deviation)}"
 
@@ -97,12 +97,12 @@ def headline(results: Mapping[str, Result]) -> str:
     return ""
 
 
-def format_value(name: str, value: float) -> str:
+def _format_value(name: str, value: float) -> str:
     """Format a result: as a percentage if it is a share, else with three digits."""
-    return percent(value) if is_share(name, value) else number(value)
+    return percent(value) if _is_share(name, value) else number(value)
 
 
-def is_share(name: str, value: float) -> bool:
+def _is_share(name: str, value: float) -> bool:
     """Return whether a result is a fraction of 1, by its name and value."""
     return name not in NOT_SHARES and 0.0 <= value <= 1.0
 

@@ -80,7 +80,7 @@ def _build_stage(job: PlannedJob, pipeline_rank: int) -> list[dict[str, tuple[in
         )
         transformer = models.transformer_config(job.hf, _without_kernels(job.config))
         transformer.perform_initialization = False
-        with weightless():
+        with _weightless():
             chunks = [
                 models.build_model(job.hf, transformer, vp_stage=stage)
                 for stage in (range(job.virtual) if job.virtual > 1 else [None])
@@ -100,7 +100,7 @@ def _without_kernels(config: Config) -> Config:
 
 
 @contextlib.contextmanager
-def weightless() -> Iterator[None]:
+def _weightless() -> Iterator[None]:
     """Create tensors without an explicit device on the meta device, inside this context.
 
     torch.device("meta") would miss the constructors that platform.prepare() has wrapped."""
@@ -126,7 +126,7 @@ def _compare_ranks(job: PlannedJob, built: dict[int, list[dict]]) -> tuple[int, 
     entries: dict[tuple, tuple[int, int]] = {}
     ranks = owned = 0
     sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
-    for *key, dense_replica, expert_replica in rank_coordinates(job):
+    for *key, dense_replica, expert_replica in _rank_coordinates(job):
         pipeline, *own = key
         if pipeline not in built:
             continue
@@ -160,7 +160,7 @@ def _held(entry: LayoutEntry) -> int:
     return sum(n * piece.length for n, piece in zip(across, entry.pieces, strict=True))
 
 
-def rank_coordinates(job: PlannedJob) -> Iterator[tuple[int, ...]]:
+def _rank_coordinates(job: PlannedJob) -> Iterator[tuple[int, ...]]:
     """Yield every rank's place in Megatron's groups, in order: (pipeline, tensor, expert, expert
     tensor), and among the ranks with the same dense, and the same expert, parameters."""
     from megatron.core.parallel_state import RankGenerator

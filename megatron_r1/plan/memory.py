@@ -14,7 +14,7 @@ GPU_CHUNK_TOKENS = 8192
 GPU_CHUNK_ELEMENTS = 1 << 27
 
 
-def adam_bytes(job: PlannedJob) -> int:
+def _adam_bytes(job: PlannedJob) -> int:
     """Return optimizer bytes per parameter: two moments, and an fp32 copy of a bf16 one."""
     master = 4 if job.parameter_bytes == 2 else 0
     return master + 2 * BYTES[job.config.optimizer.moments]
@@ -62,7 +62,7 @@ def rank_memory(job: PlannedJob) -> list[RankMemory]:
     return ranks
 
 
-def persistent_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
+def _persistent_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
     """Return bytes of parameters, gradients and optimizer state on a rank.
 
     DDP's buffers pad each parameter to 64 values and the whole to a multiple of 128 and of the
@@ -70,7 +70,7 @@ def persistent_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
     value = job.parameter_bytes
     dense = _padded(counts.dense_padded, job.dense_replicas)
     expert = _padded(counts.expert_padded, job.expert_replicas)
-    state = adam_bytes(job)
+    state = _adam_bytes(job)
     shared = dense / job.dense_replicas + expert / job.expert_replicas
     return {
         "parameters": (dense + expert + counts.frozen) * value + 4 * counts.buffers,
@@ -79,7 +79,7 @@ def persistent_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
     }
 
 
-def checkpoint_bytes(job: PlannedJob, counts: Counts, *, with_reference: bool) -> int:
+def _checkpoint_bytes(job: PlannedJob, counts: Counts, *, with_reference: bool) -> int:
     """Return bytes of a rank's host buffers for checkpoints (`trainer.checkpoints.staging`).
 
     Every replica gathers the optimizer's fp32 master weights and moments of the rank's whole part;
@@ -96,12 +96,12 @@ def _of_rank(
     job: PlannedJob, ranks: RankCounts, layers: dict[bool, Layer], rank: int
 ) -> RankMemory:
     parallel, counts = job.parallel, ranks.of_rank(rank)
-    persistent = persistent_bytes(job, counts)
+    persistent = _persistent_bytes(job, counts)
     kept, working = _activations(job, rank, layers)
     # Without a graph nothing is kept: one layer's tensors at most.
     forward_only = max(x.everything + x.dispatch for x in _held(job, rank, layers))
     last = any(chunk.head for chunk in job.stages[rank])
-    head = head_bytes(job)[0] if last else 0
+    head = _head_bytes(job)[0] if last else 0
     # What changes: frozen weights stand in neither the reference nor a checkpoint of adapters.
     changing = counts.parameters if job.adapters is None else counts.trained
     reference = changing * job.parameter_bytes + 4 * counts.buffers
@@ -110,7 +110,7 @@ def _of_rank(
     is_kept = job.scores_reference or job.keeps_reference
     host = {"reference": reference if is_kept else 0, "optimizer": on_host}
     if job.config.checkpoint.asynchronous:
-        host["checkpoint being written"] = checkpoint_bytes(job, counts, with_reference=is_kept)
+        host["checkpoint being written"] = _checkpoint_bytes(job, counts, with_reference=is_kept)
     stays = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
     ends = {"loss head": head, "reserved": round(job.assumptions.reserved)}
     training = {**stays, "activations": kept, "layer in work": working, **ends}
@@ -131,12 +131,12 @@ def _of_rank(
 def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> RankMemory:
     """Add the critic's persistent state. The two models compute in turn, and a score head needs
     less than a language head, so the other kinds are unchanged."""
-    persistent = persistent_bytes(critic, counts)
+    persistent = _persistent_bytes(critic, counts)
     on_host = round(persistent["optimizer"] * critic.parallel.optimizer_offload)
     num_bytes = sum(persistent.values()) - on_host + _fp8_copies(critic, counts)
     host = {**memory.host, "critic's optimizer": on_host}
     if critic.config.checkpoint.asynchronous:
-        host["checkpoint being written"] += checkpoint_bytes(critic, counts, with_reference=False)
+        host["checkpoint being written"] += _checkpoint_bytes(critic, counts, with_reference=False)
     freed = persistent["gradients"] if critic.config.rollout.colocated else 0
     training = {**memory.training, CRITIC: num_bytes}
     scoring = {**memory.scoring, CRITIC: num_bytes - freed}
@@ -147,7 +147,7 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> Rank
 def _activations(job: PlannedJob, rank: int, layers: dict[bool, Layer]) -> tuple[int, int]:
     """Return (bytes kept for the micro-batches in flight, bytes the layer in work adds)."""
     parallel, stages = job.parallel, job.stages[rank]
-    flights = microbatches_held(job, rank)
+    flights = _microbatches_held(job, rank)
     kept_by = {sparse: layer.kept(parallel) for sparse, layer in layers.items()}
     # A chunk's output stays after it was sent (deallocate_pipeline_outputs is off).
     kept = sum(
@@ -157,7 +157,7 @@ def _activations(job: PlannedJob, rank: int, layers: dict[bool, Layer]) -> tuple
     return kept, max(layer.working(parallel) for layer in _held(job, rank, layers))
 
 
-def microbatches_held(job: PlannedJob, rank: int) -> list[int]:
+def _microbatches_held(job: PlannedJob, rank: int) -> list[int]:
     """Return `in_flight` of a pipeline rank, without the empty micro-batches."""
     held = in_flight(rank, job.parallel.pipeline, job.virtual, job.slots)
     return [min(count, job.num_microbatches) for count in held]
@@ -175,7 +175,7 @@ def _fp8_copies(job: PlannedJob, counts: Counts) -> int:
     return 0 if job.config.fp8.recipe == "none" else 2 * linear
 
 
-def head_bytes(job: PlannedJob) -> tuple[int, str]:
+def _head_bytes(job: PlannedJob) -> tuple[int, str]:
     """Return (bytes, formula) of the fused loss head (docs/kernels.md) on a last-stage rank.
 
     For its largest micro-batch: one chunk of fp32 logits and one of their gradient; the hidden
@@ -217,8 +217,8 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> Section:
     parallel, value = job.parallel, job.parameter_bytes
     c = rank.counts
     dense, expert = f"{c.dense:,} dense", f"{c.expert:,} expert"
-    flights = microbatches_held(job, rank.rank)
-    state = adam_bytes(job)
+    flights = _microbatches_held(job, rank.rank)
+    state = _adam_bytes(job)
     left = 1 - parallel.optimizer_offload
     part = f" x {left:.2g}, the rest on the host" if parallel.optimizer_offload else ""
     formulas = {
@@ -233,7 +233,7 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> Section:
         f"{job.microbatch_tokens:,} tokens / context {parallel.context}, recompute "
         f"{parallel.recompute}",
         "layer in work": "what recomputation brings back in one layer, and its token exchange",
-        "loss head": head_bytes(job)[1] if rank.training["loss head"] else "not on this rank",
+        "loss head": _head_bytes(job)[1] if rank.training["loss head"] else "not on this rank",
         "reserved": "assumed: CUDA context, NCCL, fragmentation",
         "reference": f"parameters x {value} B",
         RECEIVE_BUFFER: "weights on their way into the engine on this GPU, kept between pushes",

@@ -103,7 +103,7 @@ class SetTraffic:
         )
 
 
-def round_seconds(order: PushOrder, rate: float, given: Assumptions) -> float:
+def _round_seconds(order: PushOrder, rate: float, given: Assumptions) -> float:
     """Return the time of a push in rounds through adapters of `rate`, where each round takes as
     long as its largest bucket."""
     largest = order.largest_buckets()
@@ -269,7 +269,7 @@ def receive_buffer_bytes(job: PlannedJob, on: Literal["host", "GPU"] | None = No
 
     on: return 0 if the transport's buffer is not there, or not between pushes.
     """
-    elsewhere = on is not None and (on != receive_buffer_place(job) or borrows_memory(job))
+    elsewhere = on is not None and (on != _receive_buffer_place(job) or borrows_memory(job))
     if elsewhere or not pushes(job):
         return 0
     return engine_rank_bytes(job)
@@ -289,7 +289,7 @@ def borrowed_bytes(job: PlannedJob) -> int:
     return receive_buffer_bytes(job) + 2 * ROUNDS_AHEAD * bucket
 
 
-def receive_buffer_place(job: PlannedJob) -> Literal["host", "GPU"]:
+def _receive_buffer_place(job: PlannedJob) -> Literal["host", "GPU"]:
     """Return whose memory an engine rank receives in."""
     return "GPU" if job.config.push.transport in ("cuda_ipc", "nccl") else "host"
 
@@ -403,7 +403,7 @@ def _connections(
         sets, ranks = engine_sets(engines.engines, SET_ENGINES), engines.ranks_per_engine
         order = planned_order(plans, sets, ranks, grid.world, colocated=colocated)
         section["push"] = Quantity(
-            round_seconds(order, rate, given),
+            _round_seconds(order, rate, given),
             "s",
             f"{counted(order.num_entry_rounds, 'round')} in which weights enter engines, and "
             f"{order.num_passing_rounds:,} in which these pass them on: of a bucket each way "
@@ -422,7 +422,7 @@ def _connections(
 def _receive_buffer_formula(job: PlannedJob) -> str:
     push = job.config.push
     borrowed = ", in the place of its KV cache" if borrows_memory(job) else ""
-    place = f"{receive_buffer_place(job)}{borrowed}"
+    place = f"{_receive_buffer_place(job)}{borrowed}"
     text = f"of an engine rank, on its {place} ({push.transport}); all its weights"
     if push.on_one_host and not _is_one_node(job):
         text += f"; {push.transport} is for one host, set push.transport to gloo or nccl"

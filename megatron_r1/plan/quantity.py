@@ -35,7 +35,7 @@ class Quantity:
         if self.value is None:
             return "-"
         if self.unit == "B":
-            return scaled(self.value, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+            return _scaled(self.value, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
         if self.unit == "s":
             return f"{self.value:.3g} s" if self.value < 1000 else f"{self.value:,.0f} s"
         if self.unit == "hours" and self.value < 10:
@@ -45,9 +45,9 @@ class Quantity:
         if self.unit == "x":
             return f"{self.value:.2f} x"
         if self.unit in ("FLOP", "FLOP/s", "B/s"):
-            return scaled(self.value, 1000, tuple(p + self.unit for p in ("", *"kMGTPEZ")))
+            return _scaled(self.value, 1000, tuple(p + self.unit for p in ("", *"kMGTPEZ")))
         if self.unit == "parameters":
-            return scaled(self.value, 1000, ("", "k", "M", "B", "T"))
+            return _scaled(self.value, 1000, ("", "k", "M", "B", "T"))
         unit = "token" if self.unit == "tokens" and round(self.value) == 1 else self.unit
         return f"{self.value:,.0f} {unit}".rstrip()
 
@@ -64,7 +64,7 @@ def _few_hours(hours: float) -> str:
     return f"{hours * 60:.0f} minutes" if hours >= 1 / 30 else f"{hours * 3600:.3g} s"
 
 
-def scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
     """Format in the largest of `units`, each `base` times the one before, that leaves >= 1."""
     index = 0
     while abs(value) >= base and index < len(units) - 1:

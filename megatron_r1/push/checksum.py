@@ -121,7 +121,7 @@ class LaneChecksum:
             _compiled().read(None, 0, *_extent(rows), *self._addresses)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Do `read(source)` and target.copy_(source), where it `can_copy`.
+        """Do `read(source)` and target.copy_(source), where it `_can_copy`.
 
         Another process sees the bytes only after a `memory_fence`."""
         if len(source):
@@ -140,12 +140,12 @@ def memory_fence() -> None:
     _compiled().memory_fence()
 
 
-def is_whole_stripes(row_bytes: int) -> bool:
+def _is_whole_stripes(row_bytes: int) -> bool:
     """Return whether a row gives every lane the same number of words."""
     return row_bytes > 0 and row_bytes % STRIPE_BYTES == 0
 
 
-def can_copy(target: torch.Tensor, source: torch.Tensor) -> bool:
+def _can_copy(target: torch.Tensor, source: torch.Tensor) -> bool:
     """Return whether the loop can copy between tensors (height, width): without conversion, and
     with a target whose rows are aligned for stores past the cache."""
     return (
@@ -153,7 +153,7 @@ def can_copy(target: torch.Tensor, source: torch.Tensor) -> bool:
         and target.dtype == source.dtype
         and not (target.is_cuda or source.is_cuda)
         and target.stride(1) == source.stride(1) == 1
-        and is_whole_stripes(target.shape[1] * target.itemsize)
+        and _is_whole_stripes(target.shape[1] * target.itemsize)
         and target.data_ptr() % ALIGNMENT == _pitch(target) % ALIGNMENT == 0
     )
 
@@ -201,7 +201,7 @@ class RowsChecksum:
     """The checksum of rows of `row_bytes` in host memory, given in order."""
 
     def __init__(self, row_bytes: int):
-        self._lanes = LaneChecksum() if is_whole_stripes(row_bytes) else None
+        self._lanes = LaneChecksum() if _is_whole_stripes(row_bytes) else None
         self._xxh3 = xxhash.xxh3_64()
 
     def update(self, rows: torch.Tensor) -> None:
@@ -289,7 +289,7 @@ def copy_with_checksum(
     if target.is_cuda:
         target.copy_(source)
         return weighted_sum(target)
-    if can_copy(target, source):
+    if _can_copy(target, source):
         copied = LaneChecksum()
         for rows in _chunks(target, PASS_BYTES, report):
             copied.copy(target[rows], source[rows])

@@ -38,7 +38,7 @@ def _shrink(parallel: ParallelConfig, max_ranks: int, without: Sequence[str]) ->
         sizes["virtual_pipeline"] = 1
     layout = None
     if parallel.pipeline_layout:
-        groups = short_stages(
+        groups = _short_stages(
             parse_layout(parallel.pipeline_layout), sizes["pipeline"], parallel.pipeline
         )
         sizes["virtual_pipeline"] = len(groups) // sizes["pipeline"]
@@ -64,7 +64,7 @@ def _shrink(parallel: ParallelConfig, max_ranks: int, without: Sequence[str]) ->
     )
 
 
-def short_stages(groups: list[str], pipeline: int, original: int) -> list[str]:
+def _short_stages(groups: list[str], pipeline: int, original: int) -> list[str]:
     """Return fewer and shorter stages: the first one, the last one, and as many of different
     lengths between them as there is room for.
 

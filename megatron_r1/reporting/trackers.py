@@ -110,7 +110,7 @@ class Tracker(Protocol):
         """End the tracked run. finished: whether the run reached its last step."""
 
 
-def numbers_of(key: str, line: Mapping[str, Any]) -> dict[str, float]:
+def _numbers_of(key: str, line: Mapping[str, Any]) -> dict[str, float]:
     """Return the finite numbers of a line of metrics or of an evaluation, its step as `key`."""
     values = {name: float(line[name]) for name in line if finite(line, name) is not None}
     return {name: value for name, value in values.items() if name != "step"} | {
@@ -186,7 +186,7 @@ WANDB_START_SECONDS = 30
 WANDB_FINISH_SECONDS = 30
 
 
-def check_wandb() -> None:
+def _check_wandb() -> None:
     """Raise UserError where W&B would need a key and has none. Touches no network."""
     import wandb
 
@@ -276,7 +276,7 @@ def check_trackers(names: Iterable[str]) -> None:
                 cause=Cause.NOT_INSTALLED,
             )
     if WANDB in names:
-        check_wandb()
+        _check_wandb()
 
 
 class TrackerSet:
@@ -384,7 +384,7 @@ class BackgroundTracker:
         while pending:
             key, line = pending[0]
             if line[STEP] > self._newest.get(key, -1):
-                self._tracker.send(line[STEP], numbers_of(key, line))
+                self._tracker.send(line[STEP], _numbers_of(key, line))
                 self._newest[key] = line[STEP]
             pending.popleft()
         self._failed = False

@@ -39,7 +39,7 @@ def truncated(response: TextResponse, prompt: Prompt) -> str:
     return f"cut off after {response.length:,} tokens" if response.truncated else ""
 
 
-def broken_format(response: TextResponse, prompt: Prompt, *, form: str = "either") -> str:
+def _broken_format(response: TextResponse, prompt: Prompt, *, form: str = "either") -> str:
     """Drop a response that is not of the form `form`, or whose thought or summary is empty.
 
     form: "answer_tags": `<think>…</think><answer>…</answer>`, as R1-Zero writes it; "summary":
@@ -67,7 +67,7 @@ def broken_format(response: TextResponse, prompt: Prompt, *, form: str = "either
     return "" if rest.strip() else "nothing follows the thought"
 
 
-def mixed_languages(
+def _mixed_languages(
     response: TextResponse,
     prompt: Prompt,
     *,
@@ -81,7 +81,7 @@ def mixed_languages(
     numbers are in no language. target: "en" or "zh"; default: the question's own `target`, as for
     the reward, or the language of most words. part: "response", or "thought" for questions whose
     answer is in another language than the thought. Raises ValueError for other values."""
-    text = judged_part(response, part)
+    text = _judged_part(response, part)
     _require_share("min_share", min_share)
     if target is not None and target not in LANGUAGES:
         raise ValueError(f"target must be one of {', '.join(LANGUAGES)}, got {target!r}")
@@ -96,7 +96,7 @@ def mixed_languages(
     return f"{shares[wanted]:.0%} of its words are {LANGUAGES[wanted]}"
 
 
-def long_paragraphs(
+def _long_paragraphs(
     response: TextResponse, prompt: Prompt, *, max_words: int = 300, part: str = "thought"
 ) -> str:
     """Drop a response with a paragraph of more than `max_words` words; a line break ends one.
@@ -106,12 +106,12 @@ def long_paragraphs(
     to `code_blocks`. Raises ValueError for a limit that is no positive number."""
     if isinstance(max_words, bool) or not isinstance(max_words, int | float) or max_words <= 0:
         raise ValueError(f"max_words must be a positive number, got {max_words!r}")
-    text = FENCED.sub("\n", judged_part(response, part) or "")
-    longest = max((num_words(paragraph) for paragraph in text.splitlines()), default=0.0)
+    text = FENCED.sub("\n", _judged_part(response, part) or "")
+    longest = max((_num_words(paragraph) for paragraph in text.splitlines()), default=0.0)
     return f"a paragraph of {longest:,.0f} words" if longest > max_words else ""
 
 
-def num_words(paragraph: str) -> float:
+def _num_words(paragraph: str) -> float:
     """Return the number of words in a paragraph, HAN_PER_WORD Han characters counted as one."""
     others, num_han = HAN_CHARACTER.subn(" ", paragraph)
     return len(re.findall(r"\S*\w\S*", others)) + num_han / HAN_PER_WORD
@@ -128,7 +128,7 @@ def code_blocks(
     whose responses may have them. Raises ValueError if it is no list."""
     if isinstance(kinds, str) or not all(isinstance(kind, str) for kind in kinds):
         raise ValueError(f"kinds must be a list of kinds of questions, got {kinds!r}")
-    text = judged_part(response, part)
+    text = _judged_part(response, part)
     if prompt.kind in kinds or text is None:
         return ""
     return "a code block" if FENCE.search(text) else ""
@@ -145,7 +145,7 @@ def repetition(
     return verdict.reason if verdict.reward < min_new else ""
 
 
-def judged_part(response: TextResponse, part: object) -> str | None:
+def _judged_part(response: TextResponse, part: object) -> str | None:
     """Return the thought, None without one; or the whole response with a line break for every tag.
     Raises ValueError for another part."""
     if part == "thought":
@@ -166,9 +166,9 @@ def _require_share(name: str, value: object) -> None:
 Filter = Callable[..., str]
 REGISTRY: dict[str, Filter] = {
     "truncated": truncated,
-    "format": broken_format,
-    "language": mixed_languages,
-    "paragraphs": long_paragraphs,
+    "format": _broken_format,
+    "language": _mixed_languages,
+    "paragraphs": _long_paragraphs,
     "code_blocks": code_blocks,
     "repetition": repetition,
 }

@@ -167,7 +167,7 @@ class Selection:
 
     def _question_drop(self, responses: Sequence[TextResponse]) -> Decision | None:
         keep = self.keep
-        if keep.min_accuracy is None or (rate := pass_rate(responses, keep.min_accuracy)) is None:
+        if keep.min_accuracy is None or (rate := _pass_rate(responses, keep.min_accuracy)) is None:
             return None
         why = f"{rate:.0%} of its responses are right"
         if keep.max_pass_rate is not None and rate > keep.max_pass_rate:
@@ -177,7 +177,7 @@ class Selection:
         return None
 
 
-def pass_rate(responses: Sequence[TextResponse], min_accuracy: float) -> float | None:
+def _pass_rate(responses: Sequence[TextResponse], min_accuracy: float) -> float | None:
     """Return the share of the graded responses that are right; None if no response is graded."""
     graded = [r for r in responses if r.rewards and not r.is_ungraded]
     if not graded:

@@ -39,7 +39,7 @@ as remainders of the bf16 parameters could not be loaded: its set_scaled_state t
 only, and a checkpoint has them in fp32."""
 
 
-def new_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+def _new_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """Return Adam with decoupled weight decay over all chunks.
 
     Raises UserError for moments or an offload that this machine cannot do."""
@@ -141,7 +141,7 @@ def network(
     chunks = model_chunks(config, hf, transformer, groups, score_std)
     overlap = config.parallel.overlap_param_gather
     wrapped = _with_gradients(transformer, chunks, groups, overlap)
-    optimizer = new_optimizer(config, wrapped)
+    optimizer = _new_optimizer(config, wrapped)
     transformer.grad_scale_func = optimizer.scale_loss  # read by Megatron's schedule
     return chunks, wrapped, optimizer
 

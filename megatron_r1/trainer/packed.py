@@ -48,7 +48,7 @@ class RoutingPart:
     layers: list[int]
 
 
-def packed_routing(
+def _packed_routing(
     samples: list[Sample], starts: list[int], held: Tensor, part: RoutingPart, device: torch.device
 ) -> RecordedRouting:
     """Return the part's routing of the packed micro-batch in which samples[i] begins at starts[i].
@@ -160,7 +160,7 @@ def packed_batch(
         logprobs={"teacher": teacher.to(device)} if has_teacher else {},
         sequence_weights=weights.to(device) if has_branches else None,
         num_shared=sum(placement.skipped) - sum(count for _, count in placement.prefixes),
-        routing=packed_routing(samples, placement.starts, own_tokens, routing, device)
+        routing=_packed_routing(samples, placement.starts, own_tokens, routing, device)
         if routing
         else None,
     )

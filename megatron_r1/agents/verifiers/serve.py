@@ -19,7 +19,7 @@ process."""
 START_SECONDS = 300.0
 
 
-def list_tasks(options: dict[str, Any], output: TextIO) -> None:
+def _list_tasks(options: dict[str, Any], output: TextIO) -> None:
     """Print the taskset's tasks."""
     from verifiers.v1.utils.loaders import load_taskset, resolve_env_config
 
@@ -128,6 +128,6 @@ if __name__ == "__main__":
     sys.path[0] = os.getcwd()
     chosen = json.loads(sys.argv[1])
     if chosen.get("list"):
-        list_tasks(chosen, lines)
+        _list_tasks(chosen, lines)
     else:
         asyncio.run(serve(chosen, lines))

@@ -173,7 +173,7 @@ class ForkServer:
         differing = {name for name, _ in environment.items() ^ self._environment.items()}
         # What pytest says of the running test and worker.
         differing = {name for name in differing if not name.startswith("PYTEST_")}
-        return differing <= self._may_differ and not has_threads() and not has_cuda()
+        return differing <= self._may_differ and not _has_threads() and not _has_cuda()
 
     def _become_child(self, log: int, asked: Request) -> None:
         """Make this forked process like one that `children.start` has started."""
@@ -228,13 +228,13 @@ def _send(child: Child, reply: Reply) -> None:
             child.connection.send(msgspec.msgpack.encode(reply))
 
 
-def has_threads() -> bool:
+def _has_threads() -> bool:
     """Return whether this process has a second thread, of Python or of a library. A lock that it
     holds during a fork stays locked in the child for ever."""
     return len(os.listdir("/proc/self/task")) > 1
 
 
-def has_cuda() -> bool:
+def _has_cuda() -> bool:
     """Return whether CUDA is initialized in this process, whose forked children cannot use it."""
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -243,7 +243,7 @@ def has_cuda() -> bool:
     return False
 
 
-def open_channel(name: str) -> socket.socket:
+def _open_channel(name: str) -> socket.socket:
     """Return the inherited socket with this number, or a socket that listens at this path."""
     if name.isdigit():
         return socket.socket(fileno=int(name))
@@ -258,7 +258,7 @@ def main() -> None:
     """Import the module, start processes, and be each of them."""
     children.end_without_parent()
     name = sys.argv[1]
-    server = ForkServer(open_channel(sys.argv[2]), name)
+    server = ForkServer(_open_channel(sys.argv[2]), name)
     signal.signal(signal.SIGTERM, server.end)
     children.die_with_parent(signal.SIGTERM)
     set_title = _title_setter()

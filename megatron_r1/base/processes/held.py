@@ -101,7 +101,7 @@ class Scratch(tempfile.TemporaryDirectory):
     folder for temporary files too, in which the number of a process says nothing."""
 
     def __init__(self) -> None:
-        sweep()
+        _sweep()
         is_ours = False
         while not is_ours:
             super().__init__(prefix=SCRATCH_PREFIX, ignore_cleanup_errors=True)
@@ -134,7 +134,7 @@ class Scratch(tempfile.TemporaryDirectory):
         super().cleanup()
 
 
-def sweep() -> None:
+def _sweep() -> None:
     """Delete the folders of `Scratch` whose owners have ended, and their files in shared memory."""
     for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
         # Not a folder that others have made, another user's, or one that is being deleted.

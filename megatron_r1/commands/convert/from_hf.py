@@ -111,7 +111,7 @@ def run(chosen: Namespace) -> int:
     sizes = (prod(s) * job.dtype_of(key).itemsize for key, s in layout.shapes.items())
     work.check_space(sum(sizes) + 2048 * len(layout.slots) + (16 << 20))
     files = group(p for slot in layout.slots for p in cut(slot, job.dtype_of(slot.key).itemsize))
-    done = work_folder.run_parts(partial(write_file, job), list(enumerate(files)), chosen.workers)
+    done = work_folder.run_parts(partial(_write_file, job), list(enumerate(files)), chosen.workers)
     _finish(work, job, layout, done, with_mtp)
     tensors = counted(len(layout.shapes), "Megatron tensor")
     print(f"{chosen.out}: {tensors}, {plan['dtype']}, in {counted(len(files), 'file')}")
@@ -145,7 +145,7 @@ def group(pieces: Iterable[PlannedChunk]) -> list[list[PlannedChunk]]:
     return files
 
 
-def write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Done:
+def _write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Done:
     """Write one `.distcp` file atomically, unless it exists; return its contents.
 
     The list of its contents is written before the file gets its name."""

@@ -16,7 +16,7 @@ import torch
 from megatron_r1.models.hf_config import has_score_head, read_hf_config
 
 
-def fixed_tokens(vocabulary: int) -> torch.Tensor:
+def _fixed_tokens(vocabulary: int) -> torch.Tensor:
     """Return (2, 48) token ids that are spread over the vocabulary."""
     return (torch.arange(96).view(2, 48) * 7919 + 13) % vocabulary
 
@@ -54,7 +54,7 @@ def by_megatron(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(getattr(torch, dtype)))
-    tokens = fixed_tokens(hf["vocab_size"]).to(platform.device())
+    tokens = _fixed_tokens(hf["vocab_size"]).to(platform.device())
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     with torch.no_grad():
         hidden = model(tokens, positions, None)
@@ -80,7 +80,7 @@ def _load_checkpoint(model, hf: dict, checkpoint: Path) -> None:
         weights.load_megatron([model], hf, checkpoint)
 
 
-def by_transformers(folder: Path, scratch: Path) -> torch.Tensor:
+def _by_transformers(folder: Path, scratch: Path) -> torch.Tensor:
     """Load the folder by transformers and return the logits. scratch: an empty folder.
 
     FP8 weights are passed as fp32 (`write_plain`)."""
@@ -95,7 +95,7 @@ def by_transformers(folder: Path, scratch: Path) -> torch.Tensor:
         folder = scratch
     scores = has_score_head(hf)
     model = load_by_transformers(folder, hf, torch.float32).float().eval()
-    tokens = fixed_tokens(model.config.vocab_size)
+    tokens = _fixed_tokens(model.config.vocab_size)
     with torch.no_grad():
         if scores:  # the model itself scores the last token only
             return model.score(model.model(tokens).last_hidden_state)
@@ -110,7 +110,7 @@ def main(library: str, *arguments: str) -> None:
         logits = by_megatron(Path(checkpoint), Path(folder), dtype)
     else:
         with tempfile.TemporaryDirectory(dir=Path(out).parent) as scratch:
-            logits = by_transformers(Path(inputs[0]), Path(scratch))
+            logits = _by_transformers(Path(inputs[0]), Path(scratch))
     torch.save(logits.clone(), out)
 
 

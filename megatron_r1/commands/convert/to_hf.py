@@ -172,7 +172,7 @@ def run(chosen: Namespace) -> int:
         with_mtp = weights.with_mtp
     if dtype == FP8:
         published.check_fp8_layout(hf)
-    files = split_into_files(hf_tensors_on_disk(hf, dtype, with_mtp), chosen.max_file_bytes)
+    files = split_into_files(_hf_tensors_on_disk(hf, dtype, with_mtp), chosen.max_file_bytes)
     plan = {
         "checkpoint": str(checkpoint.resolve()),
         "checkpoint's files": fingerprint(checkpoint),
@@ -189,7 +189,7 @@ def run(chosen: Namespace) -> int:
             work.abandon_empty()
             raise
     job = ExportJob(checkpoint, hf_files, work.path, dtype)
-    work_folder.run_parts(partial(write_file, job), list(files.items()), chosen.workers)
+    work_folder.run_parts(partial(_write_file, job), list(files.items()), chosen.workers)
     carry_files(hf_files, work.path)
     write_config(hf_files, work.path, dtype, with_mtp, has_score_head(hf))
     write_index(work.path, files)
@@ -203,7 +203,7 @@ def run(chosen: Namespace) -> int:
     return 0
 
 
-def hf_tensors_on_disk(hf: dict, dtype: torch.dtype, with_mtp: bool) -> dict:
+def _hf_tensors_on_disk(hf: dict, dtype: torch.dtype, with_mtp: bool) -> dict:
     """Return {name: (shape, dtype)}; FP8 as published: projections with scales, others in bf16."""
     if dtype != FP8:
         return stored_tensors(hf, dtype, with_mtp=with_mtp)
@@ -216,7 +216,7 @@ def hf_tensors_on_disk(hf: dict, dtype: torch.dtype, with_mtp: bool) -> dict:
     return tensors
 
 
-def write_file(job: ExportJob, part: tuple[str, dict]) -> None:
+def _write_file(job: ExportJob, part: tuple[str, dict]) -> None:
     """Write one safetensors file atomically, unless it exists."""
     name, tensors = part
     path = job.folder / name

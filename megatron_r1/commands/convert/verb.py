@@ -17,7 +17,7 @@ from megatron_r1.commands.convert import from_hf, to_hf, verify
 DTYPES = ("bfloat16", "float32", "float16", "fp8")
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     main = argparse.ArgumentParser(
         prog="megatron-r1 convert",
@@ -74,7 +74,7 @@ def _config(verb: argparse.ArgumentParser) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line; return 0, or 1 where the models differ. Raises UserError."""
-    chosen = parser().parse_args(arguments)
+    chosen = _parser().parse_args(arguments)
     chosen.arguments = arguments
     if chosen.workers < 1:
         raise UserError(

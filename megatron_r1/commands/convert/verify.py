@@ -89,7 +89,7 @@ def _sort_names(a, b) -> tuple[list[str], list[str], list[str]]:
         if lacking:
             alone.append(f"{name}: only in one, {lacking[0].path} lacks it")
             continue
-        first, second = (entry_of(side, name)[0] for side in (a, b))
+        first, second = (_entry_of(side, name)[0] for side in (a, b))
         if first != second:
             reshaped.append(f"{name}: {first} in A, {second} in B")
         else:
@@ -99,12 +99,12 @@ def _sort_names(a, b) -> tuple[list[str], list[str], list[str]]:
 
 def _explain(a, b, names: list[str]) -> list[str]:
     """Return a line for each pair of different dtypes: how they were compared."""
-    pairs = Counter((entry_of(a, name)[1], entry_of(b, name)[1]) for name in names)
+    pairs = Counter((_entry_of(a, name)[1], _entry_of(b, name)[1]) for name in names)
     lines = []
     for (first, second), count in pairs.items():
         if first == second:
             continue
-        coarser = str(common_dtype(first, second)).removeprefix("torch.")
+        coarser = str(_common_dtype(first, second)).removeprefix("torch.")
         how = f"compared after rounding to {coarser}"
         if published.FP8_DTYPE in (first, second):
             how = "compared within FP8's rounding (half a step)"
@@ -131,8 +131,8 @@ def _compare_batch(sides: Sides, names: list[str]) -> list[Difference]:
 
 def _compare_tensor(sides: Sides, name: str) -> Difference | None:
     pair = _opened(sides)
-    (shape, a), (_, b) = (entry_of(side, name) for side in pair)
-    dtype, lossy = common_dtype(a, b), (a == published.FP8_DTYPE) != (b == published.FP8_DTYPE)
+    (shape, a), (_, b) = (_entry_of(side, name) for side in pair)
+    dtype, lossy = _common_dtype(a, b), (a == published.FP8_DTYPE) != (b == published.FP8_DTYPE)
     count, largest = 0, -1.0
     where: tuple[int, ...] = ()
     for first, rows in work_folder.stripes(shape, published.BLOCK):
@@ -157,12 +157,12 @@ def _compare_tensor(sides: Sides, name: str) -> Difference | None:
     return Difference(name, count, largest, where) if count else None
 
 
-def entry_of(weights: Weights, name: str) -> tuple[tuple[int, ...], str]:
+def _entry_of(weights: Weights, name: str) -> tuple[tuple[int, ...], str]:
     """Return (shape, stored dtype) of a tensor, which may be stored as another."""
     return weights.tensors.get(name) or weights.tensors[weights.copies[name]]
 
 
-def common_dtype(a: str, b: str) -> torch.dtype:
+def _common_dtype(a: str, b: str) -> torch.dtype:
     """Return the dtype for the comparison of two stored ones: the coarser; FP8 counts as fp32."""
     known = ["float32" if name == published.FP8_DTYPE else name for name in (a, b)]
     return getattr(torch, max(known, key=_ORDER.index))
@@ -179,7 +179,7 @@ def _beyond_rounding(pair, name: str, first: int, x: Tensor, y: Tensor) -> Tenso
 
     Half the distance between two e4m3 numbers is at most 2^-4 of them, for the smallest 2^-10 of
     the scale. NaN counts as beyond."""
-    one = next(s for s in pair if entry_of(s, name)[1] == published.FP8_DTYPE)
+    one = next(s for s in pair if _entry_of(s, name)[1] == published.FP8_DTYPE)
     plain = x if one is pair[1] else y
     rows = slice(first // published.BLOCK, -(-(first + len(x)) // published.BLOCK))
     scale = block_formats.spread_scales(one.scales(name)[rows], x.shape)

@@ -112,7 +112,7 @@ class RoleFinding:
     recover: Callable[[], Awaitable[None]] | None = None
 
 
-def indented(lines: list[str], by: int = 4) -> list[str]:
+def _indented(lines: list[str], by: int = 4) -> list[str]:
     """Return the lines of all texts, each `by` spaces to the right."""
     return [" " * by + line for text in lines for line in text.splitlines()]
 
@@ -170,7 +170,7 @@ def _rank_lines(trainer: TrainerClient, rank: int, status: RankStatus | None) ->
         # Helper threads only if they wait for other ranks too, such as a checkpoint's.
         if index == 0 or thread.collective:
             inside = f", in {thread.collective}" if thread.collective else ""
-            lines += indented([f"thread {thread.name}{inside}"], 2) + indented(thread.frames)
+            lines += _indented([f"thread {thread.name}{inside}"], 2) + _indented(thread.frames)
     return lines
 
 
@@ -186,10 +186,10 @@ def coordinates(trainer: TrainerClient, rank: int) -> str:
 def _silence(trainer: TrainerClient, rank: int) -> str:
     process = trainer.processes.process_id(rank)
     silent = f"does not answer within {ANSWER_SECONDS:g} s"
-    return f"{silent}: {process_state(process)}" if process else silent
+    return f"{silent}: {_process_state(process)}" if process else silent
 
 
-def process_state(process: int) -> str:
+def _process_state(process: int) -> str:
     """Return whether a process of this host runs, is stopped, or has ended."""
     state = held.state(process)
     if state is None:
@@ -203,7 +203,7 @@ def _ranks(ranks: list[int], most: int = 16) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
 
 
-async def inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> RoleFinding:
+async def _inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> RoleFinding:
     """Inspect the engines that sample. The headline has the open groups, since when, and the stuck
     engines. pushing: whether a weight push is in progress."""
     fleet, in_flight = rollouts.fleet, rollouts.in_flight
@@ -213,15 +213,15 @@ async def inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> 
     return await _inspect(fleet, "engines", headline, in_flight.oldest("sampling"))
 
 
-async def inspect_teacher(rollouts: RolloutCollector) -> RoleFinding:
-    """Inspect the teacher's engines as `inspect_engines` does."""
+async def _inspect_teacher(rollouts: RolloutCollector) -> RoleFinding:
+    """Inspect the teacher's engines as `_inspect_engines` does."""
     assert rollouts.teacher is not None, "called for runs with a teacher only"
     in_flight = rollouts.in_flight
     headline = _open_groups(in_flight, "scoring")
     return await _inspect(rollouts.teacher, "teacher", headline, in_flight.oldest("scoring"))
 
 
-def inspect_rewards(rollouts: RolloutCollector) -> RoleFinding:
+def _inspect_rewards(rollouts: RolloutCollector) -> RoleFinding:
     """Inspect the reward workers. The headline has the groups being graded and the job that has
     taken longest."""
     oldest = rollouts.in_flight.oldest("grading")
@@ -252,7 +252,7 @@ async def count_tokens(rollouts: RolloutCollector) -> int:
     return int(sum(await asyncio.gather(*(of(engine) for engine in up))))
 
 
-async def stacks(engine: Engine) -> str:
+async def _stacks(engine: Engine) -> str:
     """Return the stacks of an engine's processes on this host, which a signal makes them log."""
     server = engine.server
     if not isinstance(server, EngineServer) or server.process is None:
@@ -291,7 +291,7 @@ async def _inspect(
     for engine, (state, _) in states.items():
         details.append(f"{engine.name}: {state}")
         if engine in stuck:
-            details += indented((await stacks(engine)).splitlines())
+            details += _indented((await _stacks(engine)).splitlines())
     headlines = [f"{role}: {headline}", *(f"{e.name}: {states[e][0]}" for e in stuck)]
 
     async def kill() -> None:
@@ -333,12 +333,12 @@ async def diagnose(run: RunHandles) -> list[RoleFinding]:
     rollouts = run.rollouts
     inspections = [inspect_trainer(run.trainer)]
     if rollouts is not None:
-        inspections.append(inspect_engines(rollouts, pushing=_is_pushing(run)))
+        inspections.append(_inspect_engines(rollouts, pushing=_is_pushing(run)))
         if rollouts.teacher is not None:
-            inspections.append(inspect_teacher(rollouts))
+            inspections.append(_inspect_teacher(rollouts))
     findings = {finding.role: finding for finding in await asyncio.gather(*inspections)}
     if rollouts is not None:
-        findings["rewards"] = inspect_rewards(rollouts)
+        findings["rewards"] = _inspect_rewards(rollouts)
     findings["controller"] = _inspect_controller(run)
     awaited = _awaited_role(run)
     return [findings.pop(awaited), *findings.values()]
@@ -356,7 +356,7 @@ def report(run: RunHandles, findings: list[RoleFinding], quiet_seconds: float) -
     ]
     for finding in findings:
         title = finding.headline
-        lines += ["", title, "-" * min(len(title), 100), *indented(finding.details, 0)]
+        lines += ["", title, "-" * min(len(title), 100), *_indented(finding.details, 0)]
     return "\n".join(lines) + "\n"
 
 
@@ -387,7 +387,7 @@ def _inspect_controller(run: RunHandles) -> RoleFinding:
     details = []
     for task in asyncio.all_tasks():
         if task is not asyncio.current_task():
-            details += [f"task {task.get_name()}", *indented(_suspended_frames(task))]
+            details += [f"task {task.get_name()}", *_indented(_suspended_frames(task))]
     return RoleFinding("controller", f"controller: in phase {doing}", details)
 
 

@@ -128,7 +128,7 @@ def cpu_memory(config: Config, num_ranks: int, *, has_engines: bool) -> CPUMemor
     teacher = config.teacher
     if has_engines and teacher.path and not teacher.url:
         copies = teacher.engines * teacher.data
-        engine_weights += copies * num_stored_parameters(teacher.path) * VALUE[teacher.dtype]
+        engine_weights += copies * _num_stored_parameters(teacher.path) * VALUE[teacher.dtype]
         ranks = copies * teacher.tensor * teacher.pipeline
         others += ranks * (ENGINE_BYTES + (teacher.kv_cache_gib << 30))
     kept = activation_bytes(hf, value)
@@ -159,7 +159,7 @@ def _trained_bytes(config: Config, trained: int, replicas: int) -> int:
     return num_bytes
 
 
-def num_stored_parameters(folder: str) -> int:
+def _num_stored_parameters(folder: str) -> int:
     """Return the number of parameters in a model folder of any architecture, by its files' size."""
     hf = load_config(folder, "teacher.path")
     width = VALUE.get(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16", 2)

@@ -181,7 +181,7 @@ class Recorder:
         # First, so that a mistake is not recorded as the run's settings.
         start = config.model.checkpoint
         note = finding.check_start(Path(start)) if start else None
-        keep_finished_steps(folder, config)
+        _keep_finished_steps(folder, config)
         steps_before = folder.read_config().get("run", {}).get("steps")
         folder.write_config(config.model_dump(), may_change, Config().model_dump())
         self.folder = folder
@@ -198,7 +198,7 @@ class Recorder:
         recorded = folder.last_step()
         self._go_back()
         if recorded or self.resumed:
-            notes.append(continuation(config, self.state.step, recorded, steps_before))
+            notes.append(_continuation(config, self.state.step, recorded, steps_before))
         history = map(self._shown, folder.read_metrics())
         self.view = LiveView(title, config.run.steps, facts=facts, history=history)
         for line in folder.read_evaluations():
@@ -286,7 +286,7 @@ class Recorder:
             self._tensorboard = TensorBoardLog(self.folder.tensorboard, purge_step=purge)
 
 
-def keep_finished_steps(folder: RunFolder, config: Config) -> None:
+def _keep_finished_steps(folder: RunFolder, config: Config) -> None:
     """Raise UserError where `run.steps` is less than the steps that a run has finished, and those
     beyond it would be lost: they are newer than the newest checkpoint, and not done again."""
     newest, _ = finding.newest(folder.checkpoints, "none")
@@ -303,7 +303,7 @@ def keep_finished_steps(folder: RunFolder, config: Config) -> None:
         )
 
 
-def continuation(config: Config, kept: int, recorded: int, steps_before: int | None) -> str:
+def _continuation(config: Config, kept: int, recorded: int, steps_before: int | None) -> str:
     """Return a line that says what of a run is kept, what is done again, and why.
 
     kept: the step of the checkpoint that the run continues from, 0 without one. recorded: the last

@@ -121,7 +121,7 @@ class RemoteEngine:
         return f"on host {part.host.name}: {part.report.end}"
 
 
-def choose_hosts(free: dict[HostRecord, int], count: int) -> list[HostRecord]:
+def _choose_hosts(free: dict[HostRecord, int], count: int) -> list[HostRecord]:
     """Return `count` hosts for an engine, or [] if there are not enough: hosts with the fewest
     deaths first, and among equals those with the most free slots. free: the free slots of each
     host."""
@@ -202,7 +202,7 @@ class HostPool:
         """Engines that could be started now, besides those that already wait."""
         with self._lock:
             free, count = self._free(), 0
-            while hosts := choose_hosts(free, self.hosts_per_engine):
+            while hosts := _choose_hosts(free, self.hosts_per_engine):
                 free |= {host: free[host] - 1 for host in hosts}
                 count += 1
             return count - len(self._waiting)
@@ -345,7 +345,7 @@ class HostPool:
     def _place_waiting(self) -> None:
         """Place engines in the order of their arrival, so that those on many hosts get them."""
         while self._waiting:
-            hosts = choose_hosts(self._free(), len(self._waiting[0].parts))
+            hosts = _choose_hosts(self._free(), len(self._waiting[0].parts))
             if not hosts:
                 return
             engine = self._waiting.pop(0)

@@ -172,7 +172,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         trainer takes over, and when the engine comes into another set."""
         host, port = init_info.store
         rendezvous = EngineRendezvous(
-            connect_to_store(host, port, init_info.timeout_seconds),
+            _connect_to_store(host, port, init_info.timeout_seconds),
             init_info.name,
             init_info.timeout_seconds,
             init_info.push_seconds,
@@ -245,7 +245,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             self._receiver = None
 
 
-def connect_to_store(host: str, port: int, timeout_seconds: float) -> TCPStore:
+def _connect_to_store(host: str, port: int, timeout_seconds: float) -> TCPStore:
     """Return a connection to the trainer's store. Raises StoreUnreachable."""
     limit = datetime.timedelta(seconds=timeout_seconds)
     try:

@@ -18,13 +18,13 @@ POLL_SECONDS = 0.0005
 
 def apply() -> None:
     """Apply all four patches. On CPU, once."""
-    poll_with_pauses()
-    keep_intermediate_tensors()
-    compute_local_experts_only()
-    gather_uneven_shares()
+    _poll_with_pauses()
+    _keep_intermediate_tensors()
+    _compute_local_experts_only()
+    _gather_uneven_shares()
 
 
-def poll_with_pauses() -> None:
+def _poll_with_pauses() -> None:
     """Let a process that waits for another's message sleep between two looks for it.
 
     Upstream: distributed/device_communicators/shm_broadcast.py: `SpinCondition.wait` and
@@ -36,7 +36,7 @@ def poll_with_pauses() -> None:
     shm_broadcast.sched_yield = lambda: time.sleep(POLL_SECONDS)
 
 
-def keep_intermediate_tensors() -> None:
+def _keep_intermediate_tensors() -> None:
     """Give every pipeline stage after the first its receive buffers.
 
     Upstream: v1/worker/gpu_model_runner.py: `GPUModelRunner._dummy_run`. Without it: only the
@@ -57,7 +57,7 @@ def keep_intermediate_tensors() -> None:
     CPUModelRunner.load_model = load_model
 
 
-def compute_local_experts_only() -> None:
+def _compute_local_experts_only() -> None:
     """Let a rank compute its own experts, and add nothing for those of other ranks.
 
     Upstream: model_executor/layers/fused_moe/experts/cpu_moe.py: `CPUUnquantizedExperts.apply` and
@@ -87,14 +87,14 @@ def _with_local_choice(upstream: Callable[..., None]) -> Callable[..., None]:
         **named: object,
     ) -> None:
         if expert_map is not None:
-            topk_ids, topk_weights = local_choice(topk_ids, topk_weights, expert_map, len(w1))
+            topk_ids, topk_weights = _local_choice(topk_ids, topk_weights, expert_map, len(w1))
         arguments = (output, hidden_states, w1, w2, topk_weights, topk_ids, activation)
         upstream(self, *arguments, global_num_experts, expert_map, *others, **named)
 
     return apply
 
 
-def local_choice(
+def _local_choice(
     topk_ids: torch.Tensor, topk_weights: torch.Tensor, expert_map: torch.Tensor, num_local: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the same choice of experts in this rank's numbers.
@@ -106,7 +106,7 @@ def local_choice(
     return torch.where(foreign, topk_ids % num_local, local), topk_weights.masked_fill(foreign, 0)
 
 
-def gather_uneven_shares() -> None:
+def _gather_uneven_shares() -> None:
     """Exchange tokens between data-parallel ranks that share experts.
 
     Upstream: distributed/device_communicators/base_device_communicator.py:

@@ -41,16 +41,16 @@ def apply() -> None:
     """Apply the patches below that need no model. On CPU, once."""
     fix_strided_rotary()
     seed_whole_prompts_only()
-    keep_matrices_plain()
+    _keep_matrices_plain()
     allocate_cache_lazily()
     use_reference_attention()
     request_amx()
-    allow_cpus_without_amx()
-    pass_bias_as_float32()
+    _allow_cpus_without_amx()
+    _pass_bias_as_float32()
     expand_temperatures()
 
 
-def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
+def _heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
     """Return whether a token's heads are contiguous.
 
     x: [num_tokens, heads * head_size] or [num_tokens, heads, head_size], possibly strided."""
@@ -75,7 +75,7 @@ def fix_strided_rotary() -> None:
     def forward_cpu(
         self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        adjacent = all(heads_are_adjacent(x, self.head_size) for x in (query, key))
+        adjacent = all(_heads_are_adjacent(x, self.head_size) for x in (query, key))
         return (upstream if adjacent else type(self).forward_native)(self, positions, query, key)
 
     RotaryEmbedding.forward_cpu = forward_cpu
@@ -146,7 +146,7 @@ def seed_whole_prompts_only() -> None:
     CPUModelRunner.sample_tokens = sample_tokens
 
 
-def keep_matrices_plain() -> None:
+def _keep_matrices_plain() -> None:
     """Multiply by matrices without packing them, where --additional-config has `PLAIN_MATRICES`.
 
     Upstream: model_executor/layers/utils.py: `dispatch_cpu_unquantized_gemm`. Without it:
@@ -244,7 +244,7 @@ def request_amx() -> None:
         torch.cpu._init_amx()
 
 
-def allow_cpus_without_amx() -> None:
+def _allow_cpus_without_amx() -> None:
     """Let CPUs with AVX-512 and bf16 compute FP8 models; activations stay in bf16 there.
 
     Upstream: model_executor/kernels/linear/scaled_mm/cpu.py:
@@ -260,7 +260,7 @@ def allow_cpus_without_amx() -> None:
         CPUExpertsFp8._supports_current_device = staticmethod(lambda: True)
 
 
-def pass_bias_as_float32() -> None:
+def _pass_bias_as_float32() -> None:
     """Give the FP8 product a bias in fp32.
 
     Upstream: model_executor/kernels/linear/scaled_mm/cpu.py:
@@ -286,16 +286,16 @@ def expand_temperatures() -> None:
     """Give every drafted token the temperature and top-p of its sequence.
 
     Upstream: utils/cpu_triton_utils.py: `_expand_kernel_impl`, behind
-    v1/sample/rejection_sampler.py: `expand_batch_to_tokens`. Without it: the kernel fills a
+    v1/sample/rejection_sampler.py: `_expand_batch_to_tokens`. Without it: the kernel fills a
     copy of its output, of integers, and logits are divided by uninitialized memory: tokens from
     another distribution, log-probabilities that are not finite. Goes when: it writes to its output.
     """
     from vllm.v1.sample import rejection_sampler
 
-    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+    rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
 
 
-def expand_batch_to_tokens(
+def _expand_batch_to_tokens(
     x: torch.Tensor,
     cu_num_tokens: torch.Tensor,
     num_tokens: int,

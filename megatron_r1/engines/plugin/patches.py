@@ -53,7 +53,7 @@ def correct_deepseek_classes() -> None:
 def _correct(models: Any) -> None:
     gather_single_tokens(models.DeepseekV2DecoderLayer)
     for attention in (models.DeepseekV2Attention, models.DeepseekV2MLAAttention):
-        use_released_epsilon(attention)
+        _use_released_epsilon(attention)
 
 
 def gather_single_tokens(layer: Any) -> None:
@@ -82,7 +82,7 @@ def gather_single_tokens(layer: Any) -> None:
     layer.forward = forward
 
 
-def use_released_epsilon(attention: Any) -> None:
+def _use_released_epsilon(attention: Any) -> None:
     """Give the norms of latent attention the epsilon that the models were released with.
 
     Upstream: model_executor/models/deepseek_v2.py: `DeepseekV2Attention.__init__` and
@@ -108,8 +108,8 @@ DRAFTER_KEYS = ("quantization_config", "scoring_func", "topk_method")
 def push_to_drafters() -> None:
     """Apply all three patches, once per process."""
     name_the_drafter()
-    checksum_the_drafter()
-    configure_as_the_model()
+    _checksum_the_drafter()
+    _configure_as_the_model()
 
 
 def name_the_drafter() -> None:
@@ -130,7 +130,7 @@ def name_the_drafter() -> None:
     Worker.init_weight_transfer_engine = init_weight_transfer_engine
 
 
-def checksum_the_drafter() -> None:
+def _checksum_the_drafter() -> None:
     """Let POST /weight_checker answer for the drafter's own tensors, too, as `drafter.NAME`.
 
     Upstream: v1/worker/gpu_worker.py: `Worker.compute_weight_checksums`. Without it: what
@@ -150,7 +150,7 @@ def checksum_the_drafter() -> None:
     Worker.compute_weight_checksums = compute_weight_checksums
 
 
-def configure_as_the_model() -> None:
+def _configure_as_the_model() -> None:
     """Give the drafter the keys of SHARED that --hf-overrides changes.
 
     Upstream: config/speculative.py: `SpeculativeConfig.hf_config_override`, which leaves such
@@ -165,13 +165,13 @@ def configure_as_the_model() -> None:
         if isinstance(target, dict) and (
             own := {k: v for k, v in target.items() if k in DRAFTER_KEYS}
         ):
-            return functools.partial(with_target_settings, own)  # is sent to other processes
+            return functools.partial(_with_target_settings, own)  # is sent to other processes
         return upstream(target)
 
     SpeculativeConfig.compose_draft_hf_overrides = staticmethod(compose_draft_hf_overrides)
 
 
-def with_target_settings(settings: dict, hf_config: Any) -> Any:
+def _with_target_settings(settings: dict, hf_config: Any) -> Any:
     """Return the drafter's configuration with these keys."""
     from vllm.config.speculative import SpeculativeConfig
 
@@ -234,13 +234,13 @@ def read_every_reply() -> None:
         future = upstream(self, *call, True, unique_reply_rank, **aggregators)
         is_transfer = isinstance(method, str) and method.endswith(TRANSFER)
         if is_transfer and timeout is None and unique_reply_rank is None:
-            future.get_response = functools.partial(replies_of_all, queues)
+            future.get_response = functools.partial(_replies_of_all, queues)
         return future if non_block else future.result()
 
     MultiprocExecutor.collective_rpc = collective_rpc
 
 
-def replies_of_all(queues: Sequence[Any]) -> list[Any]:
+def _replies_of_all(queues: Sequence[Any]) -> list[Any]:
     """Return the next reply of each rank's queue. Raises RuntimeError with the first rank's error,
     as upstream, when all have replied."""
     from vllm.v1.executor.multiproc_executor import WorkerProc

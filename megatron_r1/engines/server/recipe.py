@@ -121,10 +121,10 @@ def check_engines(config: Config, hf: dict) -> None:
             key="rollout.pipeline",
             cause=Cause.CONFLICT,
         )
-    check_speculation(rollout, hf)
+    _check_speculation(rollout, hf)
 
 
-def check_speculation(rollout: RolloutConfig, hf: dict) -> None:
+def _check_speculation(rollout: RolloutConfig, hf: dict) -> None:
     """Raise UserError for drafts that vLLM cannot make for the model. hf: its `config.json`, of any
     architecture."""
     method, tokens = rollout.speculative.method, rollout.speculative.tokens

@@ -57,7 +57,7 @@ class Response:
     """`stop`: a stop token. `length`: max_tokens or max_model_len. `abort`: cut by a pause."""
     routing: bytes | memoryview = b""
     """If requested: indices of the experts that processed prompt and response, without the last
-    token; see `moe_rows`. A view of a file where they came as bytes."""
+    token; see `_moe_rows`. A view of a file where they came as bytes."""
 
 
 class TokenLogprob(msgspec.Struct):
@@ -147,7 +147,7 @@ def _response(
     if len(content) != len(token_ids):
         raise ValueError(f"{len(token_ids)} tokens but {len(content)} log-probabilities")
     num_tokens = num_prompt_tokens + len(token_ids)
-    return checked(
+    return _checked(
         array("i", token_ids),
         array("f", [entry.logprob for entry in content]),
         choice.weight_versions or [],
@@ -157,7 +157,7 @@ def _response(
     )
 
 
-def checked(
+def _checked(
     token_ids: array[int],
     logprobs: array[float],
     spans: Iterable[VersionSpan],
@@ -196,18 +196,18 @@ def _version_per_token(spans: Iterable[VersionSpan], num_tokens: int) -> array[i
 
 
 def decode_routing(text: str | None, shape: RoutingShape, num_tokens: int) -> bytes:
-    """Return the bytes of `moe_rows` for vLLM's routed experts: an .npy array in base64. Raises
-    ValueError as `moe_rows`, and if `text` is None or malformed."""
+    """Return the bytes of `_moe_rows` for vLLM's routed experts: an .npy array in base64. Raises
+    ValueError as `_moe_rows`, and if `text` is None or malformed."""
     if text is None:
         raise ValueError(NO_ROUTING)
     try:
         rows = np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
     except (binascii.Error, EOFError, ValueError) as error:
         raise ValueError(f"routed experts are no .npy array in base64: {error}") from None
-    return moe_rows(rows, shape, num_tokens).tobytes()
+    return _moe_rows(rows, shape, num_tokens).tobytes()
 
 
-def moe_rows(rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> np.ndarray:
+def _moe_rows(rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> np.ndarray:
     """Return the routed experts of the MoE layers as indices [num_tokens - 1, MoE layers, topk] of
     shape.index_bytes bytes each.
 
@@ -287,7 +287,7 @@ async def read_responses(
         missing = (error.expected or 0) - len(error.partial)
         raise ValueError(f"the reply ends {missing} bytes too early") from None
     return [
-        checked(*arrays, choice.weight_versions, choice.finish_reason, rows, vocab_size)
+        _checked(*arrays, choice.weight_versions, choice.finish_reason, rows, vocab_size)
         for choice, arrays, rows in zip(choices, tokens, spilled, strict=True)
     ]
 
@@ -327,7 +327,7 @@ async def _spilled(
 
 def _write(file: IO[bytes], rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> int:
     """Append the checked rows; return how many bytes they are."""
-    content = moe_rows(rows, shape, num_tokens).reshape(-1).view(np.uint8).data
+    content = _moe_rows(rows, shape, num_tokens).reshape(-1).view(np.uint8).data
     done = 0
     try:
         while done < len(content):

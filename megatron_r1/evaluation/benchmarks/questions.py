@@ -28,7 +28,7 @@ AIME_LAYOUTS = (
 MATH_LAYOUT = {"id": "unique_id", "problem": "problem", "answer": "answer", "level": "level"}
 
 
-def aime_questions(rows: Rows, options: Options) -> Iterator[Question]:
+def _aime_questions(rows: Rows, options: Options) -> Iterator[Question]:
     """Yield the problems of AIME. Raises UserError for an answer that is no integer from 0 to
     999."""
     for place, row in rows:
@@ -52,7 +52,7 @@ def aime_questions(rows: Rows, options: Options) -> Iterator[Question]:
         yield Question(str(columns["id"]), problem, "math", str(answer))
 
 
-def math_500_questions(rows: Rows, options: Options) -> Iterator[Question]:
+def _math_500_questions(rows: Rows, options: Options) -> Iterator[Question]:
     """Yield the questions of the levels in `options`."""
     levels = {int(level) for level in options["levels"]}
     for place, row in rows:
@@ -64,7 +64,7 @@ def math_500_questions(rows: Rows, options: Options) -> Iterator[Question]:
 
 
 AIME_2024 = Benchmark(
-    aime_questions,
+    _aime_questions,
     BOXED,
     hubs={
         "HuggingFaceH4/aime_2024": lambda options: ["data/train-*.parquet"],
@@ -72,7 +72,7 @@ AIME_2024 = Benchmark(
     },
 )
 MATH_500 = Benchmark(
-    math_500_questions,
+    _math_500_questions,
     BOXED,
     hubs={"HuggingFaceH4/MATH-500": lambda options: ["test.jsonl"]},
     options={"levels": []},  # 1 (easiest) to 5; [] for all
@@ -89,7 +89,7 @@ CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorr
 GPQA_LAYOUT = {name: name for name in ("Record ID", "Question", *CHOICES)}
 
 
-def mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
+def _mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
     """Yield the questions of the subjects in `options`. Raises UserError for an unknown subject."""
     subjects, seen = set(options["subjects"]), set()
     for place, row in rows:
@@ -106,7 +106,7 @@ def mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
             )
         problem = require_text(place, columns, "question").strip()
         letter = _letter(place, columns["answer"], len(choices))
-        yield Question("", lettered(problem, choices), "math", letter)
+        yield Question("", _lettered(problem, choices), "math", letter)
     if unknown := sorted(subjects - seen):
         raise UserError(
             f"mmlu has no subject {unknown[0]!r}; it has {', '.join(sorted(seen))}",
@@ -115,7 +115,7 @@ def mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
         )
 
 
-def gpqa_questions(rows: Rows, options: Options) -> Iterator[Question]:
+def _gpqa_questions(rows: Rows, options: Options) -> Iterator[Question]:
     """Yield the questions, each with its choices in an order of its own."""
     for place, row in rows:
         columns = pick_columns(place, row, [GPQA_LAYOUT])
@@ -124,11 +124,11 @@ def gpqa_questions(rows: Rows, options: Options) -> Iterator[Question]:
         order = list(range(len(choices)))
         random.Random(f"gpqa/{options['seed']}/{question_id}").shuffle(order)
         question = require_text(place, columns, "Question").strip()
-        problem = lettered(question, [choices[index] for index in order])
+        problem = _lettered(question, [choices[index] for index in order])
         yield Question(question_id, problem, "math", LETTERS[order.index(0)])
 
 
-def lettered(problem: str, choices: Sequence[str]) -> str:
+def _lettered(problem: str, choices: Sequence[str]) -> str:
     """Return the problem with its choices as "A) …" lines."""
     lines = [f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
     return "\n".join([problem, "", *lines])
@@ -149,13 +149,13 @@ def _letter(place: str, answer: Any, num_choices: int) -> str:
 
 
 MMLU = Benchmark(
-    mmlu_questions,
+    _mmlu_questions,
     INSTRUCTION,
     hubs={"cais/mmlu": lambda options: ["all/test-*.parquet"]},
     options={"subjects": []},  # such as [abstract_algebra]; [] for all
 )
 GPQA_DIAMOND = Benchmark(
-    gpqa_questions,
+    _gpqa_questions,
     INSTRUCTION,
     hubs={"Idavidrein/gpqa": lambda options: ["gpqa_diamond.csv"]},
     options={"seed": 0},
@@ -165,7 +165,7 @@ GPQA_DIAMOND = Benchmark(
 ALPACA_EVAL_LAYOUT = {"instruction": "instruction", "output": "output"}
 
 
-def alpaca_eval_questions(rows: Rows, options: Options) -> Iterator[Question]:
+def _alpaca_eval_questions(rows: Rows, options: Options) -> Iterator[Question]:
     """Yield the instructions; the truth of each is the response to beat."""
     for place, row in rows:
         columns = pick_columns(place, row, [ALPACA_EVAL_LAYOUT])
@@ -174,7 +174,7 @@ def alpaca_eval_questions(rows: Rows, options: Options) -> Iterator[Question]:
 
 
 ALPACA_EVAL_2 = Benchmark(
-    alpaca_eval_questions,
+    _alpaca_eval_questions,
     hubs={"tatsu-lab/alpaca_eval": lambda options: ["alpaca_eval_gpt4_baseline.json"]},
     compares=True,
 )

@@ -1,7 +1,7 @@
 """The weight table: which Hugging Face tensors form each Megatron parameter, and how it is split
 over ranks; `table` has that of every architecture in `models.families`. No torch.
 
-A rule maps one Megatron parameter to the Hugging Face tensors in it (`weight` and `gated` make the
+A rule maps one Megatron parameter to the Hugging Face tensors in it (`weight` and `_gated` make the
 usual ones). A split turns a rule and a rank into pieces: runs of rows or columns of one HF tensor
 at some offset of that rank's parameter. Import, export, the push to the engines and the memory
 planner all work on pieces; nothing else reads parameter names."""
@@ -92,7 +92,7 @@ def weight(megatron: str, name: str, shape: Shape, split: Split, te: str | None 
     return Rule(f"{megatron}.weight", (Source(f"{name}.weight", shape),), split, te)
 
 
-def gated(
+def _gated(
     megatron: str, name: str, hidden: int, inner: int, te: tuple[str, str] = ("", "")
 ) -> list[Rule]:
     """Return the rules of a SwiGLU with `inner` features: gate and up are one Megatron parameter.
@@ -333,7 +333,7 @@ def _dense_mlp(hf: dict) -> list[Rule]:
     hidden, norm = hf["hidden_size"], "mlp.linear_fc1.layer_norm_weight"
     return [
         weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole, norm),
-        *gated("mlp", "mlp", hidden, hf["intermediate_size"]),
+        *_gated("mlp", "mlp", hidden, hf["intermediate_size"]),
     ]
 
 
@@ -351,9 +351,9 @@ def _experts(hf: dict) -> list[Rule]:
         weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole),
         weight("mlp.router", router, (experts, hidden), whole),
         *([Rule("mlp.router.expert_bias", bias, whole, dtype="float32")] if has_bias else []),
-        *gated(local, "mlp.experts.{e}", hidden, inner, grouped),
+        *_gated(local, "mlp.experts.{e}", hidden, inner, grouped),
         *(_expert_biases(hf, local, router) if family.biases else []),
-        *(gated(shared, shared, hidden, inner * num_shared) if num_shared else []),
+        *(_gated(shared, shared, hidden, inner * num_shared) if num_shared else []),
     ]
 
 

@@ -62,7 +62,7 @@ def save_hf(
 
     with new_folder(Path(out_folder), begin) as folder:
         plans = {folder / name: plan_file(content) for name, content in files.items()}
-        write_files(model_chunks, hf, plans, durable=True)
+        _write_files(model_chunks, hf, plans, durable=True)
 
 
 def write_hf(
@@ -82,10 +82,10 @@ def write_hf(
     UserError on every rank when the file cannot be created (no such folder, not enough space), and
     ValueError for unknown `names`."""
     plan = plan_file(stored_tensors(hf, dtype, with_mtp=has_mtp(model_chunks), names=names))
-    write_files(model_chunks, hf, {Path(path): plan}, durable=durable)
+    _write_files(model_chunks, hf, {Path(path): plan}, durable=durable)
 
 
-def write_files(
+def _write_files(
     model_chunks: Sequence, hf: dict, plans: Mapping[Path, FilePlan], *, durable: bool
 ) -> None:
     """Write several planned files at once; call on every rank with the same plans. Adapters are
@@ -131,7 +131,7 @@ def write_pieces(
             fsync(folder)
 
     on_first_rank(create)
-    on_every_rank(write)
+    _on_every_rank(write)
     on_first_rank(rename)
 
 
@@ -246,7 +246,7 @@ def on_first_rank(action: Callable[[], object], group: dist.ProcessGroup | None 
         raise UserError(outcome[0], key="output", cause=Cause.UNREADABLE)
 
 
-def on_every_rank(action: Callable[[], object]) -> None:
+def _on_every_rank(action: Callable[[], object]) -> None:
     """Run `action` on every rank and wait for all; raise an OSError of any as a UserError on all
     ranks."""
     failure = None

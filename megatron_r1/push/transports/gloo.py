@@ -106,7 +106,7 @@ class GlooReceiver(BlockReceiver):
         arriving: tuple[dist.Work, int, int, torch.Tensor] | None = None
 
         def unpack(work: dist.Work, start: int, end: int, data: torch.Tensor) -> None:
-            wait_for(work, self.rendezvous)
+            _wait_for(work, self.rendezvous)
             block.unpack(start, end, data)
 
         for start, end in _extents(block):
@@ -134,7 +134,7 @@ class GlooReceiver(BlockReceiver):
         shared: dist.ProcessGroup | None = None
         try:
             member, members = self.rendezvous.member, self.rendezvous.num_members
-            shared = create_group(self.rendezvous, f"exchange/{self.rank}", member, members)
+            shared = _create_group(self.rendezvous, f"exchange/{self.rank}", member, members)
             self._groups.append(shared)
             connection = self.rendezvous.new_connection()
             while True:
@@ -181,7 +181,7 @@ class GlooReceiver(BlockReceiver):
                 if arrived:
                     arrived[0].unpack(*arrived[1:])
                 for work in works:
-                    wait_for(work, self.rendezvous, PATIENCE_SECONDS)
+                    _wait_for(work, self.rendezvous, PATIENCE_SECONDS)
                 placed = blocks[source], start, ends[source], received
                 arrived = placed if len(received) else None
         if arrived:
@@ -206,17 +206,17 @@ class GlooSender(Sender):
     def send(self, push: int, slices: Slices) -> None:
         """Send a push: its number, then its block in buckets."""
         group = self._group
-        wait_for(group.send([torch.tensor([push])], ENGINE_RANK, 0), self.rendezvous)
+        _wait_for(group.send([torch.tensor([push])], ENGINE_RANK, 0), self.rendezvous)
         block = SlicesBlock(self.table, self.deliveries, slices, is_weighted=False)
         on_the_wire: tuple[dist.Work, torch.Tensor] | None = None
         for start, end in _extents(block):
             bucket = torch.empty(end - start, dtype=torch.uint8)
             block.pack(start, end, bucket)
             if on_the_wire:
-                wait_for(on_the_wire[0], self.rendezvous)
+                _wait_for(on_the_wire[0], self.rendezvous)
             on_the_wire = group.send([bucket], ENGINE_RANK, 0), bucket
         if on_the_wire:
-            wait_for(on_the_wire[0], self.rendezvous)
+            _wait_for(on_the_wire[0], self.rendezvous)
 
     def close(self) -> None:
         if hasattr(self, "_group"):
@@ -229,10 +229,10 @@ def pair_group(
 ) -> dist.ProcessGroup:
     """Return the group of trainer rank `sender` and a rank of the rendezvous' engine."""
     name = f"pair/{sender}/{rendezvous.member}/{engine_rank}"
-    return create_group(rendezvous, name, TRAINER_RANK if is_sender else ENGINE_RANK, 2)
+    return _create_group(rendezvous, name, TRAINER_RANK if is_sender else ENGINE_RANK, 2)
 
 
-def create_group(rendezvous: Rendezvous, name: str, rank: int, size: int) -> dist.ProcessGroup:
+def _create_group(rendezvous: Rendezvous, name: str, rank: int, size: int) -> dist.ProcessGroup:
     """Return the group of `size` ranks that meet under `name`."""
     store = dist.PrefixStore(name, rendezvous.new_connection())
     timeout = datetime.timedelta(seconds=rendezvous.timeout_seconds)
@@ -240,6 +240,6 @@ def create_group(rendezvous: Rendezvous, name: str, rank: int, size: int) -> dis
     return cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, rank, size, timeout))
 
 
-def wait_for(work: dist.Work, rendezvous: Rendezvous, more_seconds: float = 0.0) -> None:
+def _wait_for(work: dist.Work, rendezvous: Rendezvous, more_seconds: float = 0.0) -> None:
     """Wait for `work`, at most as long as a push may take, and `more_seconds`."""
     work.wait(datetime.timedelta(seconds=rendezvous.push_seconds + more_seconds))

@@ -62,38 +62,38 @@ class DeviceMemory(NamedTuple):
 
 
 @cache
-def nccl_library() -> ctypes.CDLL:
+def _nccl_library() -> ctypes.CDLL:
     """Return NCCL: the library that torch has loaded."""
     everything = ctypes.CDLL(None)
     return everything if hasattr(everything, "ncclGetVersion") else ctypes.CDLL("libnccl.so.2")
 
 
-def new_communicator_id() -> bytes:
+def _new_communicator_id() -> bytes:
     """Return the id of a new communicator, 128 bytes."""
     made = UniqueId()
-    _succeed("ncclGetUniqueId", nccl_library().ncclGetUniqueId(ctypes.byref(made)))
+    _succeed("ncclGetUniqueId", _nccl_library().ncclGetUniqueId(ctypes.byref(made)))
     return bytes(made)
 
 
-def begin_communicator(identifier: bytes, rank: int, size: int) -> ctypes.c_void_p:
+def _begin_communicator(identifier: bytes, rank: int, size: int) -> ctypes.c_void_p:
     """Begin to create this rank's communicator on the current GPU; `error_of` says when it is
     there."""
     handle = ctypes.c_void_p()
     config = NcclConfig(ctypes.sizeof(NcclConfig), MAGIC, CONFIG_VERSION, 0)
     given = UniqueId.from_buffer_copy(identifier)
-    code = nccl_library().ncclCommInitRankConfig(
+    code = _nccl_library().ncclCommInitRankConfig(
         ctypes.byref(handle), ctypes.c_int(size), given, ctypes.c_int(rank), ctypes.byref(config)
     )
     _succeed("ncclCommInitRankConfig", code)
     return handle
 
 
-def is_communicator_settled(handle: ctypes.c_void_p) -> bool:
+def _is_communicator_settled(handle: ctypes.c_void_p) -> bool:
     """Return whether no call of the communicator is being prepared. Raises NcclError for its
     error."""
     error = ctypes.c_int()
     _succeed(
-        "ncclCommGetAsyncError", nccl_library().ncclCommGetAsyncError(handle, ctypes.byref(error))
+        "ncclCommGetAsyncError", _nccl_library().ncclCommGetAsyncError(handle, ctypes.byref(error))
     )
     _succeed("NCCL", error.value)
     return error.value == SUCCESS
@@ -106,7 +106,7 @@ def enqueue_exchange(
     stream: int,
 ) -> None:
     """Enqueue a send to a rank and a receive from a rank, in one group."""
-    nccl, target = nccl_library(), ctypes.c_void_p(stream)
+    nccl, target = _nccl_library(), ctypes.c_void_p(stream)
     _succeed("ncclGroupStart", nccl.ncclGroupStart())
     for name, call in (("ncclSend", sent), ("ncclRecv", received)):
         if call is not None:
@@ -117,14 +117,14 @@ def enqueue_exchange(
     _succeed("ncclGroupEnd", nccl.ncclGroupEnd())
 
 
-def abort_communicator(handle: ctypes.c_void_p) -> None:
+def _abort_communicator(handle: ctypes.c_void_p) -> None:
     """End the communicator and all of its calls."""
-    nccl_library().ncclCommAbort(handle)
+    _nccl_library().ncclCommAbort(handle)
 
 
 def _succeed(name: str, code: int) -> None:
     if code not in (SUCCESS, IN_PROGRESS):
-        describe = nccl_library().ncclGetErrorString
+        describe = _nccl_library().ncclGetErrorString
         describe.restype = ctypes.c_char_p
         raise NcclError(f"{name}: {describe(ctypes.c_int(code)).decode()} ({code})")
 
@@ -154,7 +154,7 @@ class Communicator:
         self._looked = self._aborted_at = 0.0
         self.set_limit(rendezvous.timeout_seconds)
         if rank == 0:
-            rendezvous.publish_communicator(new_communicator_id())
+            rendezvous.publish_communicator(_new_communicator_id())
 
     def set_limit(self, seconds: float) -> None:
         """Set the time limit of all waits from now on."""
@@ -170,7 +170,7 @@ class Communicator:
 
         if self.wait(is_there):
             try:
-                self._handle = begin_communicator(found[0], self.rank, self.size)
+                self._handle = _begin_communicator(found[0], self.rank, self.size)
             except NcclError as error:
                 self.abort(error)
 
@@ -190,7 +190,7 @@ class Communicator:
 
     def wait_settled(self) -> bool:
         """Wait until all that was begun is there or enqueued; return False if it was aborted."""
-        return self.wait(lambda: self._handle is None or is_communicator_settled(self._handle))
+        return self.wait(lambda: self._handle is None or _is_communicator_settled(self._handle))
 
     def wait(self, is_done: Callable[[], bool]) -> bool:
         """Wait until something is done, and abort on an error of NCCL, on a failure elsewhere, and
@@ -216,7 +216,7 @@ class Communicator:
             self.error, self._aborted_at = error, time.monotonic()
         handle, self._handle = self._handle, None
         if handle is not None:
-            abort_communicator(handle)
+            _abort_communicator(handle)
 
     def _look(self) -> None:
         """Raise the error because of which what is waited for will not be done."""
@@ -224,7 +224,7 @@ class Communicator:
             if self.error is not None:
                 return
         else:
-            is_communicator_settled(self._handle)
+            _is_communicator_settled(self._handle)
         now = time.monotonic()
         if now > self._looked + LOOK_SECONDS:
             self._looked = now

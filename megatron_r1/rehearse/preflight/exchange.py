@@ -136,7 +136,7 @@ FAILED = "failed"
 """The key of the store by which the rank that writes the diagnosis ends the others."""
 
 
-def end_process(message: str) -> None:
+def _end_process(message: str) -> None:
     """Print `message` and end the process, whose main thread may hang."""
     if message:
         print(f"megatron-r1: preflight: {message}", file=sys.stderr, flush=True)
@@ -154,7 +154,7 @@ class RankProgress:
         host: str,
         world_size: int,
         limit_seconds: float,
-        end: Callable[[str], None] = end_process,
+        end: Callable[[str], None] = _end_process,
     ):
         """connect: opens a connection to the store. host: name of this rank's host. end: called
         with the diagnosis, or "" where another rank has printed it."""

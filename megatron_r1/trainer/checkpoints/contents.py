@@ -80,7 +80,7 @@ def sharded(networks: Networks, memory: HostMemory | None = None) -> dict[str, A
         states, step = _optimizer(critic.optimizer, weights, memory, len(_parts(optimizer)))
         tree |= {"critic": weights, "critic_optimizer": states, "critic_step": step}
     if memory is not None:
-        tree |= {"layout": layout(chunks), "rng": rng_entry(loading=False)}
+        tree |= {"layout": layout(chunks), "rng": _rng_entry(loading=False)}
         if has_adapters(chunks):
             tree[adapters.BASE] = unwrap_model(chunks[0]).base_fingerprint
     if reference is not None:
@@ -114,7 +114,7 @@ def _optimizer(
     return [{"param_state": state["param_state"]} for state in states], step
 
 
-def restore(loaded: dict[str, Any], networks: Networks) -> None:
+def _restore(loaded: dict[str, Any], networks: Networks) -> None:
     """Restore the model, the optimizer, the reference and the critic from the tree read."""
     policy, reference, critic = networks
     _load_weights(policy.chunks, loaded["model"], "")
@@ -180,7 +180,7 @@ def layout(chunks: Chunks) -> dict[str, int]:
     }
 
 
-def rng_entry(loading: bool) -> ShardedObject:
+def _rng_entry(loading: bool) -> ShardedObject:
     """Return this rank's random streams: torch's, the GPU's, Megatron's per tensor rank and
     Python's; an empty entry for loading."""
     streams: dict[str, Any] = {}
@@ -194,8 +194,8 @@ def rng_entry(loading: bool) -> ShardedObject:
     return ShardedObject("rng", streams, (dist.get_world_size(),), (dist.get_rank(),))
 
 
-def restore_rng(streams: dict[str, Any]) -> None:
-    """Restore the random streams of a loaded `rng_entry`."""
+def _restore_rng(streams: dict[str, Any]) -> None:
+    """Restore the random streams of a loaded `_rng_entry`."""
     torch.set_rng_state(streams["torch"])
     platform.set_rng_state(streams["cuda"])
     get_cuda_rng_tracker().set_states(streams["megatron"])
@@ -300,7 +300,7 @@ def load(folder: Path, networks: Networks) -> bool:
         check_base(folder, common.get(BASE), networks.policy.chunks)
         written_by = common.get("layout")
         if written_by == own_layout:
-            tree["rng"] = rng_entry(loading=True)
+            tree["rng"] = _rng_entry(loading=True)
         loaded = dist_checkpointing.load(tree, str(folder))
     except UserError:
         raise
@@ -314,9 +314,9 @@ def load(folder: Path, networks: Networks) -> bool:
             key="checkpoint",
             cause=Cause.CHANGED,
         ) from error
-    restore(loaded, networks)
+    _restore(loaded, networks)
     if written_by == own_layout:
-        restore_rng(loaded["rng"])
+        _restore_rng(loaded["rng"])
     return written_by == own_layout
 
 

@@ -9,12 +9,7 @@ import pytest
 import torch
 import xxhash
 
-from megatron_r1.push.checksum import (
-    LOOPS,
-    RunningChecksum,
-    checksum,
-    copy_with_checksum,
-)
+from megatron_r1.push.checksum import LOOPS, RunningChecksum, checksum, copy_with_checksum
 
 CHECKSUMS = sys.modules[RunningChecksum.__module__]
 

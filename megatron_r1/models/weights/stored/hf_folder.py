@@ -71,11 +71,11 @@ def carry_files(source: Path, folder: Path) -> None:
             copy = folder / file.relative_to(source)
             make_folder(copy.parent)
             fsync(shutil.copyfile(file, copy))
-    write_end_tokens(source, folder)
+    _write_end_tokens(source, folder)
     fsync(folder)
 
 
-def write_end_tokens(source: Path, folder: Path) -> None:
+def _write_end_tokens(source: Path, folder: Path) -> None:
     """Write all tokens with which a model of `source` ends a response into the
     generation_config.json of `folder`, so that other engines stop where ours do. Without any there,
     nothing is written."""

@@ -44,7 +44,7 @@ def read_box(
         return out
     if tuple(sizes[1:]) == tuple(shape[1:]):
         row = prod(shape[1:]) * dtype.itemsize
-        read_into(file, at + starts[0] * row if starts else at, out)
+        _read_into(file, at + starts[0] * row if starts else at, out)
     elif len(shape) == 2:
         rows = max(1, STRIPE_BYTES // (shape[1] * dtype.itemsize))
         for first in range(0, sizes[0], rows):
@@ -60,7 +60,7 @@ def read_box(
     return out
 
 
-def read_into(file: int, at: int, out: Tensor) -> None:
+def _read_into(file: int, at: int, out: Tensor) -> None:
     """Fill the contiguous `out` from offset `at`; EOFError when the file is too short."""
     buffer = as_bytes(out).numpy().data
     while buffer:
