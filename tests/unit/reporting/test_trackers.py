@@ -130,7 +130,7 @@ class Server:
 
 def test_a_failing_tracker_is_reported_once_and_gets_every_line_later(tmp_path, monkeypatch):
     server = Server(failures=1)
-    monkeypatch.setitem(trackers.OPENERS, "wandb", server.open)
+    monkeypatch.setitem(tracking.OPENERS, "wandb", server.open)
     shown = track(tmp_path, ["wandb"], [line(1, 0.1)], [line(2, 0.2), line(3, 0.3)], finished=False)
     if not server.sent:  # the thread may have met all lines at once, and the end
         shown += track(tmp_path, ["wandb"], [line(1, 0.1)], [line(2, 0.2), line(3, 0.3)])
@@ -146,7 +146,7 @@ def test_a_run_does_not_wait_for_its_tracker(tmp_path, monkeypatch):
         opening.wait()
         return server
 
-    monkeypatch.setitem(trackers.OPENERS, "mlflow", opener)
+    monkeypatch.setitem(tracking.OPENERS, "mlflow", opener)
     trackers = TrackerSet(["mlflow"], TrackedRun(tmp_path, "p", {}), print)
     trackers.step(line(2, 0.5))
     trackers.evaluation({"step": 2, "eval/accuracy": 1.0})
