@@ -9,14 +9,14 @@ because nothing that a process which runs hostile text sends may be unpickled.""
 import resource
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import msgspec
 
-from r1_grading.base.errors import UserError, shorten
+from r1_grading.base.errors import RunError, UserError, shorten
 from r1_grading.base.lifetime import end_without_parent
 from r1_grading.base.user_code import find_function, place_of
-from r1_grading.base.workers import LENGTH, frame, private_streams
+from r1_grading.base.workers import LENGTH, FramedProcess, WorkerLost, frame, private_streams
 from r1_grading.calls import explain_failure, of_signature
 from r1_grading.rewards import MAX_REASON_CHARS, FiniteGrade, Grade
 
@@ -67,6 +67,29 @@ class JobStatus(msgspec.Struct):
     """Whether the reward is from 0 to 1; False for a `FiniteGrade`."""
     is_out_of_memory: bool = False
     """Of an unloadable function, whether its import ended in a MemoryError."""
+
+
+class WorkerProcess(FramedProcess[JobStatus]):
+    """A reward worker as its pool sees it, created by `start`."""
+
+    loaded: set[str]
+    """Targets that the worker has imported."""
+    seconds_per_job = 1.0
+    """A moving average, kept by the pool."""
+
+    @classmethod
+    async def start(cls, memory_limit_bytes: int) -> Self:
+        """Return a worker that is ready for jobs; otherwise raise RunError with its stderr."""
+        module, arguments = "r1_grading.worker", [str(memory_limit_bytes)]
+        try:
+            worker = await cls.launch(module, arguments, JobStatus, MAX_REPLY_BYTES)
+        except WorkerLost as error:
+            raise RunError(
+                f"a reward worker did not start ({error}); its memory limit is "
+                f"{memory_limit_bytes} bytes: raise it if that is too little"
+            ) from None
+        worker.loaded = set()
+        return worker
 
 
 def main(memory_limit_bytes: int) -> None:
