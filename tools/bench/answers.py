@@ -6,14 +6,13 @@ right where its verdict is the label; `--plain` gives it both as they are.
 """
 
 import argparse
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from r1_grading import grade
-
-from megatron_r1.base.files.jsonl import read_lines
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
@@ -24,12 +23,11 @@ def add_options(options: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Return, for each of the two, how many verdicts are right, and which wrong answers it pays."""
-    pairs = list(read_lines(chosen.file))
-    form = "{}" if chosen.plain else "${}$"
-    math_verify = _math_verify(form)
+    lines = chosen.file.read_text(encoding="utf-8").split("\n")
+    pairs = [json.loads(line) for line in lines if line.strip()]
     result: dict[str, Any] = {"pairs": len(pairs), "plain": chosen.plain}
     print(f"{len(pairs)} pairs, {sum(pair['reward'] == 0 for pair in pairs)} of them wrong answers")
-    for name, verdict in (("math", _ours), ("math-verify", math_verify)):
+    for name, verdict in (("math", _ours), ("math-verify", _math_verify(chosen.plain))):
         verdicts = [verdict(str(pair["truth"]), str(pair["answer"])) for pair in pairs]
         wrong = [pair for pair, paid in zip(pairs, verdicts, strict=True) if paid != pair["reward"]]
         paid = [pair for pair in wrong if not pair["reward"]]
@@ -44,13 +42,13 @@ def _ours(truth: str, answer: str) -> bool:
     return grade("math", f"<answer>{answer}</answer>", truth).reward == 1.0
 
 
-def _math_verify(form: str) -> Callable[[str, str], bool]:
+def _math_verify(plain: bool) -> Callable[[str, str], bool]:
     from math_verify import parse, verify  # imports sympy, which takes a second
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
     def verdict(truth: str, answer: str) -> bool:
-        expected, given = (parse(form.format(text)) for text in (truth, answer))
+        expected, given = (parse(text if plain else f"${text}$") for text in (truth, answer))
         return verify(expected, given)
 
     return verdict
