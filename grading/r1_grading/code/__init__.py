@@ -290,7 +290,7 @@ def _equal_values(actual: Any, expected: Any, tolerance: float | None) -> bool:
 
 
 FAILED = 3
-ACTUAL_OPENED = b"\0actual\n"  # see sandbox/inside_script.py
+ACTUAL_OPENED = b"\0actual\n"  # see sandbox/inside_program.py
 
 
 @dataclass(frozen=True)
