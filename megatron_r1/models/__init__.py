@@ -23,7 +23,8 @@ first model is built, `patches.install()` is called."""
 
 from typing import Any
 
-from megatron_r1.base.processes.imports import import_lazily
+from r1_grading.base import import_lazily
+
 from megatron_r1.models.hf_config import read_hf_config
 
 _HOME = {
