@@ -229,10 +229,13 @@ def join_process_group(timeout: timedelta | None = None) -> None:
         )
 
 
-def from_rank_zero(value: Any) -> Any:
-    """Return rank 0's `value` on every rank."""
+def from_rank_zero(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Return rank 0's `value` on every rank.
+
+    group: all ranks, over another backend than the default group's."""
     values = [value]
-    dist.broadcast_object_list(values, src=0)  # over all ranks: only rank 0 has the value
+    # Over all ranks: only rank 0 has the value.
+    dist.broadcast_object_list(values, src=0, group=group)
     return values[0]
 
 
