@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
+from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config, RolloutConfig
 from megatron_r1.models import platform
 from megatron_r1.models.platform import LOOPBACK, host_store, ranks_share_host
@@ -278,7 +279,7 @@ class WeightPush:
             rank=rank,
             stages=stages,
             drafts=self._config.rollout.drafts_by_mtp,
-            gpus=_gpus() if self._config.push.transport == "nccl" else (),
+            gpus=_gpus() if TRANSPORTS[self._config.push.transport].in_rounds else (),
         )
         return {"store": address}
 

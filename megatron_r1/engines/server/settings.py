@@ -12,6 +12,7 @@ import msgspec
 import psutil
 
 from megatron_r1.base.processes import allocators
+from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
 from megatron_r1.models.hf_config import implied
 
 MODULE = "megatron_r1.engines.plugin.serve"
@@ -95,7 +96,7 @@ class EngineSettings:
     kv_cache_gib: int = 1
     kv_block_tokens: int | None = None
     prefix_caching: bool = True
-    weight_transfer_backend: str = "megatron_r1_shm"
+    weight_transfer_backend: str = BACKEND_PREFIX + "shm"
     return_routing: bool = False
     tensor: int = 1
     pipeline: int = 1
@@ -157,7 +158,8 @@ class EngineSettings:
         environment = engine_environment(self.device, threads, self.kv_cache_gib)
         if self.return_routing and self.device != "cpu":
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-        if self.device != "cpu" and self.weight_transfer_backend.endswith("_cuda_ipc"):
+        transport = TRANSPORTS[self.weight_transfer_backend.removeprefix(BACKEND_PREFIX)]
+        if self.device != "cpu" and transport.exports_gpu_memory:
             environment |= allocators.exporting_engine_allocator(os.environ)
         if self.part is not None:
             environment |= network_environment(self.host)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import NamedTuple
 
+from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.weights.stored.published import BLOCK, is_quantized
 from megatron_r1.push.plan.planner import Planner
 from megatron_r1.push.plan.tensors import CountBytes, HFTensor, Region
@@ -103,7 +104,7 @@ def ranks_in_order(
 
 def largest_bundle(transport: str) -> float:
     """Return `LARGEST_BUNDLE` over a transport."""
-    return SHARED_MEMORY_LARGEST_BUNDLE if transport in ("shm", "cuda_ipc") else LARGEST_BUNDLE
+    return SHARED_MEMORY_LARGEST_BUNDLE if TRANSPORTS[transport].one_host else LARGEST_BUNDLE
 
 
 def entries(

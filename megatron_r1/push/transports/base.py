@@ -267,8 +267,6 @@ class Sender:
     """A trainer rank's end of the link to one engine rank. Call `plan`, `connect`, then `send` for
     every push, but where links are sent together, in planned rounds (`round_sender`)."""
 
-    in_rounds = False
-
     def __init__(
         self, rendezvous: TrainerRendezvous, sender: int, rank: int, receiver: ReceiverInfo
     ):
