@@ -209,8 +209,18 @@ def attend_packed(
 ) -> Tensor:
     """Attend causally within each sequence of a packed batch.
 
-    query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h, e). lengths: int64, tokens per
-    sequence, summing to t. offset, window: as in `models.attention`."""
+    Args:
+        query: (t, h, d).
+        key: (t, g, d).
+        value: (t, g, e).
+        lengths: int64, tokens per sequence, summing to t.
+        scale: of the products of queries and keys.
+        offset: (h,), a logit of each head with no value; None: no such logits.
+        window: tokens that a query sees, its own included; None: all.
+
+    Returns:
+        (t, h, e) in the query's dtype.
+    """
     buckets = Buckets(lengths)
     queries, keys, values = (buckets.spread(x) for x in (query, key, value))
     batches = zip(queries, keys, values, strict=True)

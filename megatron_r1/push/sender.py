@@ -254,7 +254,11 @@ class WeightPush:
     """The sender of a rank, created from its model by `open_push`; every method is called on all
     trainer ranks.
 
-    model_chunks: this rank's virtual stages."""
+    Args:
+        model_chunks: this rank's virtual stages.
+        hf: the model's `config.json`.
+        config: the recipe.
+    """
 
     def __init__(self, model_chunks: Sequence, hf: dict, config: Config):
         self._model_chunks, self._hf, self._config = model_chunks, hf, config

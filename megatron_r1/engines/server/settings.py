@@ -169,14 +169,25 @@ class EngineSettings:
 
 def config_arguments(hf: dict, overrides: Mapping[str, Any] | None) -> list[str]:
     """Return vLLM's arguments for a model of config.json `hf` read with `overrides`, and with what
-    its class needs and transformers does not write."""
+    its class needs and transformers does not write.
+
+    Args:
+        hf: the model's `config.json`.
+        overrides: keys in place of those of `hf`.
+    """
     if not (changes := {**implied(hf), **(overrides or {})}):
         return []
     return ["--hf-overrides", json.dumps(changes)]
 
 
 def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict[str, str]:
-    """Return the environment variables of any vLLM server that we start."""
+    """Return the environment variables of any vLLM server that we start.
+
+    Args:
+        device: "cpu" or "cuda".
+        num_threads: of a rank of the engine, on a CPU.
+        kv_cache_gib: memory of the KV cache on a CPU, GiB.
+    """
     env = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and the weight-transfer calls exist only then

@@ -79,7 +79,10 @@ def engine_layout(config: Config) -> EngineLayout:
 def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
     """Refuse layouts over which the trainer's weights, or their FP8 blocks, cannot be divided.
 
-    num_ranks: of the trainer; under torchrun not `parallel.processes`.
+    Args:
+        config: the recipe.
+        hf: the model's `config.json`.
+        num_ranks: of the trainer; under torchrun not `parallel.processes`.
 
     Raises:
         UserError: names the tensor's size, and the divisors to choose from, or the setting.
