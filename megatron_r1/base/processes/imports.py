@@ -27,7 +27,14 @@ def without_garbage_collection() -> Iterator[None]:
 def import_lazily(package: str, homes: Mapping[str, str], name: str) -> Any:
     """Return `name` from the module of `package` in `homes`: the body of a package's `__getattr__`.
 
-    Raises AttributeError for a name that is not in `homes`."""
+    Args:
+        package: its name.
+        homes: public name → module within the package.
+        name: that is looked up.
+
+    Raises:
+        AttributeError: for a name that is not in `homes`.
+    """
     if name not in homes:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     return getattr(import_module(f"{package}.{homes[name]}"), name)
