@@ -15,6 +15,7 @@ from r1_grading.base.errors import shorten
 from r1_grading.terms import ACCURACY, weights_at
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.rl_checks import ends_with, naming_renamed_columns
 from megatron_r1.config import Config
@@ -91,7 +92,7 @@ def _fleet(config: Config, recorder: Recorder, hosts: HostPool | None) -> Rollou
         recorder.folder.path / "logs",
         notify=recorder.view.message,
         make_server=server_maker(hosts),
-        weight_transfer_backend=f"megatron_r1_{config.push.transport}",
+        weight_transfer_backend=BACKEND_PREFIX + config.push.transport,
         device=gpu.device(),
         sleeps=rollout.colocated,
         max_model_len=context_length(config),
@@ -282,7 +283,7 @@ def _memory(config: Config) -> str:
     size = f"{parameters / 1e6:,.1f}M parameters; "
     if gpu.is_usable():
         engine = engine_rank_bytes(config, read_hf_config(config.model.path)) / 2**30
-        place = "there too" if config.push.transport in ("cuda_ipc", "nccl") else "on its host"
+        place = "there too" if TRANSPORTS[config.push.transport].needs_gpu else "on its host"
         return (
             f"{size}{parameters * TRAINER_BYTES / 2**30:,.2f} GiB for weights, gradients and "
             "Adam's moments in fp32, over all tensor, pipeline and expert ranks; activations come "

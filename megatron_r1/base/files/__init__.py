@@ -1,4 +1,5 @@
-"""Files that are complete or absent (`r1_grading.base.files`), and who may read what a run writes: prompts, responses, weights, logs.
+"""Files that are complete or absent (`r1_grading.base.files`), and who may read what a run writes:
+prompts, responses, weights, logs.
 
 The umask of the controller is that of all processes it starts, ranks, engines and graders, and so
 of all their files. Secrets (`token`) are their owner's whatever it is."""
