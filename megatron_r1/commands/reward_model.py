@@ -11,13 +11,10 @@ from itertools import chain
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands import training_run
-from megatron_r1.commands.training_run import (
-    SupervisedTask,
-    check_trainer,
-    run_supervised,
-    with_steps,
-)
+from megatron_r1.base.processes.stopping import run_until_stopped
+from megatron_r1.commands import supervised
+from megatron_r1.commands.supervised import SupervisedTask, with_steps
+from megatron_r1.commands.training_run import begin_trainer, check_trainer
 from megatron_r1.config import Config
 from megatron_r1.config.yaml_text import as_text
 from megatron_r1.controller.trainer_calls.client import TrainerClient
@@ -77,7 +74,7 @@ def run(config: Config) -> None:
             cause=Cause.CONFLICT,
         )
     check_trainer(config, "reward-model")
-    training_run.begin_trainer()
+    begin_trainer()
     hf = read_hf_config(config.model.path, "score")
     text = ScoredText(config.model.path, settings.template, settings.shown, settings.max_chars)
     rows = load_rows(config, text, hf)
@@ -100,7 +97,7 @@ def run(config: Config) -> None:
     )
     unit = "pairs" if settings.kind == "pairwise" else "labelled responses"
     facts = [config.model.path, f"{len(rows.train):,} {unit}, {len(rows.heldout):,} held out"]
-    run_supervised(task, "reward model", facts, _next_commands(config))
+    run_until_stopped(supervised.train(task, "reward model", facts, _next_commands(config)))
 
 
 def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
