@@ -17,8 +17,8 @@ from megatron_r1.commands.supervised import SupervisedTask, with_steps
 from megatron_r1.commands.training_run import begin_trainer, check_trainer
 from megatron_r1.config import Config
 from megatron_r1.config.yaml_text import as_text
+from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.controller.trainer_calls.recorder import Recorder
 from megatron_r1.data.preferences import Preference, ScoredText, read_preferences
 from megatron_r1.data.prompts import is_heldout, normalize
 from megatron_r1.data.sampler import EpochSampler
@@ -86,7 +86,7 @@ def run(config: Config) -> None:
             lines.append("the score head is new: drawn with std 1 / sqrt(hidden_size + 1)")
         return lines
 
-    async def evaluate(recorder: Recorder, trainer: TrainerClient) -> None:
+    async def evaluate(recorder: RunRecorder, trainer: TrainerClient) -> None:
         if rows.heldout:
             await _evaluate(config, recorder, trainer, rows.heldout)
 
@@ -155,7 +155,7 @@ def _samples_of(rows: Sequence[RewardModelRow]) -> list[Sample]:
 
 
 async def _evaluate(
-    config: Config, recorder: Recorder, trainer: TrainerClient, heldout: list[RewardModelRow]
+    config: Config, recorder: RunRecorder, trainer: TrainerClient, heldout: list[RewardModelRow]
 ) -> None:
     """Score the held-out rows and record how reliable the scores are."""
     recorder.view.phase("evaluation", f"{len(heldout):,} held-out rows")

@@ -27,9 +27,9 @@ from megatron_r1.commands.training_run import (
     training_run,
 )
 from megatron_r1.config import Config
-from megatron_r1.controller.delivery.bridge import PROBE_TOKENS, weight_bridge
 from megatron_r1.controller.loop import train
 from megatron_r1.controller.policy_engines import PolicyEngines
+from megatron_r1.controller.push.pusher import PROBE_TOKENS, pusher_of
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
@@ -146,12 +146,12 @@ def _session(
     room = context_length(config) - PROBE_TOKENS
     first = prompts.train[: config.push.probes]
     probes = [collector.text.encode(prompt.question, prompt.before)[:room] for prompt in first]
-    bridge = weight_bridge(config, trainer, collector.fleet, probes)
+    pusher = pusher_of(config, trainer, collector.fleet, probes)
     sampler = PromptSampler(prompts.train, config.run.seed)
     return Session(
         recorder,
         running.stop,
-        PolicyEngines(trainer, bridge, StepSampler(config, collector, sampler, rollouts.log)),
+        PolicyEngines(trainer, pusher, StepSampler(config, collector, sampler, rollouts.log)),
         TrainerPasses(config, trainer, recorder.state),
         HeldoutEvaluation(config, collector, prompts.heldout, recorder),
     )

@@ -31,9 +31,9 @@ from megatron_r1.controller.rollouts.rollout import (
     responses_of,
 )
 from megatron_r1.controller.rollouts.sample_log import SampleLog
+from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.teacher import teacher_fleet
 from megatron_r1.controller.trainer_calls.cpu_memory import cpu_memory
-from megatron_r1.controller.trainer_calls.recorder import Recorder
 from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
@@ -72,7 +72,7 @@ class Rollouts:
 
 @contextlib.asynccontextmanager
 async def open_rollouts(
-    config: Config, recorder: Recorder, text: PromptText
+    config: Config, recorder: RunRecorder, text: PromptText
 ) -> AsyncIterator[Rollouts]:
     """Yield what samples and grades; close it, and all that it uses, at the end of the block."""
     rewards, notify, folder = config.rewards, recorder.view.message, recorder.folder
@@ -99,12 +99,12 @@ def open_player(config: Config, text: PromptText) -> Player | None:
     nothing of `megatron_r1.agents`."""
     if not config.agents.players:
         return None
-    from megatron_r1.controller.rollouts.environments import player_of
+    from megatron_r1.controller.rollouts.players import player_of
 
     return player_of(config, text)
 
 
-def _fleet(config: Config, recorder: Recorder, hosts: HostPool | None) -> RolloutFleet:
+def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> RolloutFleet:
     rollout = config.rollout
     return RolloutFleet(
         rollout.engines,

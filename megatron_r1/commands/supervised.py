@@ -12,8 +12,8 @@ from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.commands.training_run import Commands, show_trainer, training_run
 from megatron_r1.config import Config
 from megatron_r1.config.training import learning_rate
+from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.controller.trainer_calls.recorder import Recorder
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.trainer.sample import Sample
 
@@ -38,7 +38,7 @@ class SupervisedTask(Generic[Item]):
     loss: str
     unit: int = 1
     notes: Callable[[TrainerClient, bool], Sequence[str]] = lambda trainer, resumed: ()
-    evaluate: Callable[[Recorder, TrainerClient], Awaitable[None]] | None = None
+    evaluate: Callable[[RunRecorder, TrainerClient], Awaitable[None]] | None = None
 
 
 def with_steps(config: Config, section: Literal["sft", "reward_model"], epoch_size: int) -> Config:
@@ -86,7 +86,7 @@ async def train(
 
 
 async def _steps(
-    task: SupervisedTask, recorder: Recorder, trainer: TrainerClient, stop: StopRequest
+    task: SupervisedTask, recorder: RunRecorder, trainer: TrainerClient, stop: StopRequest
 ) -> None:
     """Take the steps that are left, or those until a stop is requested."""
     state, steps = recorder.state, task.config.run.steps
@@ -106,7 +106,7 @@ async def _steps(
             return
 
 
-async def _step(task: SupervisedTask, recorder: Recorder, trainer: TrainerClient) -> None:
+async def _step(task: SupervisedTask, recorder: RunRecorder, trainer: TrainerClient) -> None:
     """Take one optimizer step on the next batch, and record it."""
     state, config = recorder.state, task.config
     batch = task.to_samples(task.sampler.next(task.batch_size))

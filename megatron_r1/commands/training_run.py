@@ -21,13 +21,13 @@ from megatron_r1.commands import torchrun
 from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
 from megatron_r1.config.training import warmup_note
+from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.supervisor import Supervisor
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.controller.trainer_calls.cpu_memory import cpu_memory
 from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.controller.trainer_calls.ranks import MODULE as RANK
 from megatron_r1.controller.trainer_calls.ranks import import_environment
-from megatron_r1.controller.trainer_calls.recorder import Recorder
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.recipe import engine_settings
 from megatron_r1.engines.server.settings import MODULE as ENGINE
@@ -60,7 +60,7 @@ def begin_trainer() -> None:
 class TrainingRun:
     """A run in progress: its folder and view, its trainer, the request to stop, its supervision."""
 
-    recorder: Recorder
+    recorder: RunRecorder
     trainer: TrainerClient
     stop: StopRequest
     supervisor: Supervisor
@@ -122,7 +122,7 @@ async def training_run(
     with RunFolder(config.run.folder) as folder:
         stop.watch(folder.path)
         title = f"{name} · {folder.path.name}"
-        recorder = Recorder(folder, config, may_change=RESUMABLE, title=title, facts=facts)
+        recorder = RunRecorder(folder, config, may_change=RESUMABLE, title=title, facts=facts)
         stop.notify = recorder.view.message
         if recorder.state.step >= config.run.steps and has_newest_export(folder.path):
             recorder.view.message(
@@ -164,7 +164,7 @@ async def training_run(
                 timeline.reached("controller/report written")
 
 
-def show_trainer(recorder: Recorder, trainer: TrainerClient) -> None:
+def show_trainer(recorder: RunRecorder, trainer: TrainerClient) -> None:
     """Print the model's size and which implementation computes each part of a step, and keep the
     latter in the run's folder; once the trainer is connected."""
     parts = trainer.implementations
@@ -187,7 +187,7 @@ def _check_folder(config: Config) -> None:
             )
 
 
-def _trainer(config: Config, name: str, recorder: Recorder) -> TrainerClient:
+def _trainer(config: Config, name: str, recorder: RunRecorder) -> TrainerClient:
     """Return the client of the ranks, which do not run yet, and print what is to be known of the
     run before they do. Raises UserError for a run that does not fit into memory."""
     num_ranks, notify = torchrun.num_ranks(config), recorder.view.message
@@ -202,7 +202,7 @@ def _trainer(config: Config, name: str, recorder: Recorder) -> TrainerClient:
     return TrainerClient(fitting, recorder.folder.path / "logs", bind, num_ranks)
 
 
-async def _export(config: Config, recorder: Recorder, trainer: TrainerClient) -> None:
+async def _export(config: Config, recorder: RunRecorder, trainer: TrainerClient) -> None:
     """Export the model, after the last step."""
     folder = recorder.folder
     recorder.view.phase("exporting", str(folder.hf))

@@ -5,7 +5,7 @@ the trainer does; it does so while it samples the next rollout."""
 
 from contextlib import AbstractAsyncContextManager
 
-from megatron_r1.controller.delivery.bridge import WeightBridge
+from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.controller.rollouts.rollout import Rollout
 from megatron_r1.controller.rollouts.step_sampler import StepRollout, StepSampler
 from megatron_r1.controller.trainer_calls.client import TrainerClient
@@ -14,10 +14,10 @@ from megatron_r1.trainer.operations import ModelOperations
 
 
 class PolicyEngines:
-    """Samples with the policy's weights and pushes them; `bridge` connects trainer and engines."""
+    """Samples with the policy's weights and pushes them; `pusher` connects trainer and engines."""
 
-    def __init__(self, trainer: TrainerClient, bridge: WeightBridge, sampler: StepSampler):
-        self.trainer, self.bridge, self.sampler = trainer, bridge, sampler
+    def __init__(self, trainer: TrainerClient, pusher: WeightPusher, sampler: StepSampler):
+        self.trainer, self.pusher, self.sampler = trainer, pusher, sampler
         self._rollout_config = sampler.config.rollout
         self._taken: StepRollout | None = None
         self._acceptance = AcceptanceMeter()
@@ -29,13 +29,13 @@ class PolicyEngines:
     async def open(self, version: int) -> None:
         """Connect trainer and engines, and push the weights that the trainer begins with."""
         async with self.updating():
-            await self.bridge.open()
+            await self.pusher.open()
             await self.push(version)
 
     def updating(self) -> AbstractAsyncContextManager[None]:
         """Keep engines from joining while the block changes the trainer's weights and pushes them:
         an engine that joined would get weights between two versions."""
-        return self.bridge.updating()
+        return self.pusher.updating()
 
     async def rollout(self, step: int) -> Rollout:
         """Return the rollout of `step`, which may have begun before."""
@@ -51,13 +51,13 @@ class PolicyEngines:
         `prove` has returned. Call it in a block of `updating`."""
         if self._rollout_config.colocated:
             await self.trainer.call(ModelOperations.yield_memory)
-        self._push_metrics = await self.bridge.push(version)
+        self._push_metrics = await self.pusher.push(version)
         self.sampler.pushed(version)
 
     async def prove(self) -> None:
         """Wait until the engines have answered the probes of the last push. Raises EngineError if
         one computes something else than the trainer."""
-        self._probe_metrics = await self.bridge.proven()
+        self._probe_metrics = await self.pusher.proven()
         self.sampler.proven()
 
     @property
@@ -77,5 +77,5 @@ class PolicyEngines:
 
     async def close(self) -> None:
         """Release the engines that wait for weights, and cancel what is being sampled."""
-        self.bridge.close()
+        self.pusher.close()
         await self.sampler.close()

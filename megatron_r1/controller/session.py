@@ -26,8 +26,8 @@ from megatron_r1.controller.rollouts.metrics import (
 )
 from megatron_r1.controller.rollouts.rollout import Rollout
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
+from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.controller.trainer_calls.recorder import Recorder
 from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.checkpoints.finding import complete_checkpoints, step_of
 from megatron_r1.trainer.operations import ModelOperations
@@ -38,7 +38,7 @@ class Session:
 
     def __init__(
         self,
-        recorder: Recorder,
+        recorder: RunRecorder,
         stop: StopRequest,
         engines: PolicyEngines,
         passes: TrainerPasses,
@@ -135,7 +135,7 @@ class Checkpointing:
 
     `resume` comes first."""
 
-    def __init__(self, recorder: Recorder, trainer: TrainerClient, sampler: StepSampler):
+    def __init__(self, recorder: RunRecorder, trainer: TrainerClient, sampler: StepSampler):
         self.recorder, self.trainer, self.sampler = recorder, trainer, sampler
         self._rewards_before: Counter[str] = Counter()
 

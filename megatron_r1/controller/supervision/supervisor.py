@@ -19,10 +19,10 @@ from megatron_r1.base.errors import Cause, TrainerLost, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.collector import PHASES, RolloutCollector
+from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.diagnosis import RunHandles
 from megatron_r1.controller.supervision.watchdog import Watchdog
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.controller.trainer_calls.recorder import Recorder
 
 ADDRESS_FILE = "health_address"
 PREFIX = "megatron_r1_"
@@ -201,7 +201,7 @@ class Supervisor:
     """Watches the roles of one run, and stops or restarts what hangs or has died."""
 
     def __init__(
-        self, config: Config, recorder: Recorder, trainer: TrainerClient, *, spans_hosts: bool
+        self, config: Config, recorder: RunRecorder, trainer: TrainerClient, *, spans_hosts: bool
     ) -> None:
         """spans_hosts: the health endpoint listens on every address instead of 127.0.0.1."""
         self._run = RunHandles(config, recorder, trainer)

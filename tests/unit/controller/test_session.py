@@ -11,8 +11,8 @@ import pytest
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config import Config
 from megatron_r1.controller.policy_engines import PolicyEngines
+from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.session import Checkpointing, Session
-from megatron_r1.controller.trainer_calls.recorder import RunState
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server.errors import EngineError
@@ -27,7 +27,7 @@ class Pool:
 
 
 class Engines:
-    """Bridge, sampler, evaluation and recorder in one: notes what is done, and fails the probes."""
+    """Pusher, sampler, evaluation and recorder in one: notes what is done, and fails the probes."""
 
     def __init__(self, differ=True):
         self.done: list[str] = []

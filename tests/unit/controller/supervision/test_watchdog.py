@@ -23,11 +23,11 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import RewardsConfig, parse
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import Sampling
+from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.diagnosis import coordinates
 from megatron_r1.controller.supervision.supervisor import Supervisor
 from megatron_r1.controller.supervision.watchdog import HangError
 from megatron_r1.controller.trainer_calls.client import TrainerClient, Waiting
-from megatron_r1.controller.trainer_calls.recorder import Recorder
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
@@ -77,7 +77,7 @@ class Run:
     @contextlib.asynccontextmanager
     async def supervised(self):
         with RunFolder(self.folder) as folder:
-            self.recorder = Recorder(folder, self.config, may_change=(), title="test")
+            self.recorder = RunRecorder(folder, self.config, may_change=(), title="test")
             self.trainer = TrainerClient(self.config, folder.path / "logs")
             self.supervisor = Supervisor(
                 self.config, self.recorder, self.trainer, spans_hosts=False
