@@ -252,9 +252,9 @@ def read_questions(config: Config) -> tuple[PromptText, PromptSplit]:
     ids = config.rollout.stop_token_ids
     text = PromptText(config.model.path, config.data.template, stop_token_ids=ids)
     if config.agents.players:
-        from megatron_r1.controller.rollouts.environments import check_environment
+        from megatron_r1.controller.rollouts.players import check_player
 
-        check_environment(config, text)
+        check_player(config, text)
     return text, _load_questions(config, text)
 
 

@@ -109,7 +109,7 @@ class RolloutFleet:
         self.server_settings = server_settings
         self.version = -1
         self.feed: Feed = contextlib.nullcontext
-        """Sends the fleet's weights to an engine that joins (`controller.delivery.bridge`)."""
+        """Sends the fleet's weights to an engine that joins (`controller.push.pusher`)."""
         self.awake = asyncio.Event()
         """Cleared while the trainer uses the engines' memory."""
         self.awake.set()

@@ -1,7 +1,7 @@
 """The two ends of a transport, and the memory of an engine rank in which a push arrives: which
 deliveries of the current push are there, and whether they are correct.
 
-An engine rank learns what it needs from vLLM's own loaders (`engines.plugin.recorder`) and
+An engine rank learns what it needs from vLLM's own loaders (`engines.plugin.loader_copies`) and
 publishes a
 `SlotTable`: where in that memory each rectangle of a Hugging Face tensor goes. Trainer ranks answer
 with their `Delivery`s, and with every push send the bytes of each and a checksum."""

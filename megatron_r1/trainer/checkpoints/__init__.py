@@ -11,5 +11,5 @@ them.
     loading.py      verifies with all ranks, then reads at any parallel layout
 
 The controller's part, which asks for a save, awaits its outcome and asks for a load, is
-`controller.trainer_calls.recorder`. docs/checkpoints.md describes the folder and what
+`controller.run_recorder`. docs/checkpoints.md describes the folder and what
 happens after each kind of damage."""
