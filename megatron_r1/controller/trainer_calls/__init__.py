@@ -6,7 +6,6 @@ operations and records the run. No torch; the ranks' side is `megatron_r1.traine
     packing.py                        samples over ranks and micro-batches, of equal cost
     schedule.py                       the learning rate of each optimizer step
     recorder.py, checkpoint_series.py the run's folder and trackers; its checkpoints
-    cpu_memory.py                     what a run takes on a host without GPUs
 
 Both sides import `trainer.operations`, the ranks' operations with their messages, and the files of
 `trainer.checkpoints` and `trainer.sample` that need no torch."""

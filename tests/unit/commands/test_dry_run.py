@@ -9,8 +9,8 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import rollout_run
 from megatron_r1.config import Config, load
+from megatron_r1.controller import cpu_memory
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
-from megatron_r1.controller.trainer_calls import cpu_memory
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.server.episodes import Episode, Turn
 from megatron_r1.engines.server.responses import Response
