@@ -22,6 +22,7 @@ from megatron_r1.commands.rl_checks import ends_with, naming_renamed_columns
 from megatron_r1.config import Config
 from megatron_r1.config.training import warmup_note
 from megatron_r1.controller.advice import advice
+from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import (
@@ -34,7 +35,6 @@ from megatron_r1.controller.rollouts.rollout import (
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.teacher import teacher_fleet
-from megatron_r1.controller.trainer_calls.cpu_memory import cpu_memory
 from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
@@ -46,6 +46,7 @@ from megatron_r1.engines.server.episodes import Episode, Player
 from megatron_r1.engines.server.recipe import context_length, engine_settings, fleet_settings
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.models import read_hf_config
+from megatron_r1.models.memory import parameter_bytes
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.models.weights.stored import published
 from megatron_r1.push.plan.recipe import engine_rank_bytes
@@ -140,8 +141,6 @@ NUM_SHOWN = 10
 """Responses that are printed."""
 MAX_SHOWN_CHARS = 600
 MAX_TRUTH_CHARS = 80
-TRAINER_BYTES = 16
-"""Memory per parameter: fp32 weight and gradient, and Adam's two moments."""
 
 
 def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
@@ -304,9 +303,10 @@ def _memory(config: Config) -> str:
     if gpu.is_usable():
         engine = engine_rank_bytes(config, read_hf_config(config.model.path)) / 2**30
         place = "there too" if TRANSPORTS[config.push.transport].needs_gpu else "on its host"
+        each = parameter_bytes(config.model.dtype, config.optimizer.moments)
         return (
-            f"{size}{parameters * TRAINER_BYTES / 2**30:,.2f} GiB for weights, gradients and "
-            "Adam's moments in fp32, over all tensor, pipeline and expert ranks; activations come "
+            f"{size}{parameters * each.whole / 2**30:,.2f} GiB for weights, gradients and "
+            "optimizer, over all tensor, pipeline and expert ranks; activations come "
             f"on top (megatron-r1 plan); {engine:,.2f} GiB of weights on an engine's fullest GPU, "
             f"and as much for the weights of the next push, {place} (push.transport: "
             f"{config.push.transport})"

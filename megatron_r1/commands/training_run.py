@@ -21,10 +21,10 @@ from megatron_r1.commands import torchrun
 from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
 from megatron_r1.config.training import warmup_note
+from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.supervisor import Supervisor
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.controller.trainer_calls.cpu_memory import cpu_memory
 from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.controller.trainer_calls.ranks import MODULE as RANK
 from megatron_r1.controller.trainer_calls.ranks import import_environment

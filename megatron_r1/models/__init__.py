@@ -3,6 +3,7 @@
     families.py                                          the table of architectures
     hf_config.py, config_keys.py, supported.py           config.json, and what of it is refused
     attention_fields.py, expert_fields.py                config.json to Megatron's configuration
+    memory.py                                            bytes of parameters, activations, caches
     quantization.py                                      which quantized checkpoints can be read
     routing_shape.py, pipeline_stages.py                 layouts (the files above import no torch)
     config.py, acceleration.py, build.py                 Megatron's configuration, the choice of
