@@ -1,12 +1,6 @@
-"""The controller's side of training: starts the trainer ranks, sends them samples, calls their
-operations and records the run. No torch; the ranks' side is `megatron_r1.trainer`.
-
-    client.py, rank_socket.py         calls of all ranks, and their replies, over ZeroMQ
-    rank_processes.py                 the ranks that the controller starts itself
-    packing.py                        samples over ranks and micro-batches, of equal cost
-    schedule.py                       the learning rate of each optimizer step
-    recorder.py, checkpoint_series.py the run's folder and trackers; its checkpoints
-    cpu_memory.py                     what a run takes on a host without GPUs
-
-Both sides import `trainer.operations`, the ranks' operations with their messages, and the files of
-`trainer.checkpoints` and `trainer.sample` that need no torch."""
+"""The controller's side of the trainer, without torch: `ranks` starts the ranks and carries their
+calls over ZeroMQ, `client` calls their operations, `packing` divides samples among ranks and
+micro-batches of equal cost, `recorder` keeps the run's folder, trackers and checkpoints, and
+`cpu_memory` says what a run takes on a host without GPUs. Both sides import `trainer.operations`,
+the operations with their messages, and what of `trainer.sample` and `trainer.checkpoints` needs no
+torch."""
