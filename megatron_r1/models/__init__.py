@@ -1,26 +1,13 @@
-"""Models on Megatron-Core, built from Hugging Face configurations.
+"""Models on Megatron-Core, built from Hugging Face configurations. `families` is the table of
+architectures, of which a new one made of known parts is an entry; `hf_config`, `supported`,
+`attention_fields` and `experts` read `config.json`, `config` and `build` make Megatron's
+configuration and a rank's model of it; `memory` counts their bytes; `layers`, `attention`,
+`context_parallel` and `prefixes` are what Megatron lacks on a CPU or has wrong; `platform`,
+`patches` and `cpu_patches` prepare a process; `gradients`, `fp8` and `replay` are the rules of
+gradients, FP8 training and routing replay; `weights` is the table of all weights.
 
-    families.py                                          the table of architectures
-    hf_config.py, config_keys.py, supported.py           config.json, and what of it is refused
-    attention_fields.py, expert_fields.py                config.json to Megatron's configuration
-    memory.py                                            bytes of parameters, activations, caches
-    quantization.py                                      which quantized checkpoints can be read
-    routing_shape.py, pipeline_stages.py                 layouts (the files above import no torch)
-    config.py, acceleration.py, build.py                 Megatron's configuration, the choice of
-                                                         implementations, and the model
-    patches.py                                           what is replaced in Megatron
-    gradients.py                                         which ranks sum which gradient
-    policy_model.py, score_model.py                      the last stage: hidden states or scores
-    layers.py, attention.py, offset_attention.py         layers that Megatron lacks on a CPU
-    specs.py                                             each layer's modules
-    by_transformers.py                                   transformers' model, for comparisons
-    rotary.py, buckets.py, prefixes.py                   packed batches, prompts computed once
-    context.py, ring_attention.py                        context parallelism
-    routing.py, replay.py, fp8/                          choice of experts, routing replay, FP8
-
-A new architecture made of known parts is one entry of `families.FAMILIES`. Everything but
-`read_hf_config` is imported at first use, after `megatron_r1.models.platform.prepare()`; before the
-first model is built, `patches.install()` is called."""
+Everything but `read_hf_config` is imported at first use, after `models.platform.prepare()`; before
+the first model is built, `patches.install()` is called."""
 
 from typing import Any
 

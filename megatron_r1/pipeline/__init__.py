@@ -1,1 +1,3 @@
-"""Commands as a graph of stages: which are done or stale, and running the others."""
+"""Commands as a graph of stages (docs/pipeline.md): `pipeline_recipe`, `plan` and `graph` are the
+recipe and its stages, `manifest` and `status` say which are done or stale, `runner`, `child` and
+`serving` run the others, and `results` and `report` have their numbers."""

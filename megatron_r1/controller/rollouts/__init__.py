@@ -1,2 +1,3 @@
-"""One rollout: questions are drawn, responses sampled, graded and grouped, and written to the
-sample log; and the answers to held-out questions."""
+"""One rollout: `step_sampler` and `rollout` draw its questions and start them, `collector` has the
+responses sampled, graded and grouped, `environments` finds who plays an episode, and `metrics` and
+`sample_log` record them; `heldout` answers held-out questions."""

@@ -1,15 +1,7 @@
-"""The table of which Hugging Face tensors form each Megatron parameter.
-
-    rules.py                              what a table consists of: rules, splits, pieces
-    decoder.py                            the table of every architecture
-    stacked.py                            tensors with all experts of a layer (gpt-oss); no torch
-    layout.py                             every parameter of a rank, from config.json; no torch
-    local.py                              the layout joined with this rank's real tensors
-    reading.py, writing.py                import and export by all ranks together
-    adapters/                             low-rank adapters: their own table, layers, export
-    stored/                               the formats on disk
-
-Import, export, conversion, the push to the engines and the memory planner read the same table.
+"""The table of which Hugging Face tensors form each Megatron parameter (`table`), read by import
+(`local`), export (`writing`), conversion, the push to the engines and the memory planner. `layout`
+has every parameter of a rank from `config.json`, without torch; `adapter_table` and `adapters` are
+the same of low-rank adapters, and `stored` the formats on disk.
 
 `hf_tensors`, `num_parameters` and `layout` need a configuration only; what works on Megatron model
 chunks is imported at first use."""

@@ -1,8 +1,4 @@
-"""Checkpoints on disk, Hugging Face's and Megatron's, read rectangle by rectangle and written piece
-by piece.
-
-    hf_folder, hf_weights, safetensors_file    Hugging Face folders, and `base.files.foreign`
-    dcp_reading, dcp_writing, megatron_names   Megatron's distributed checkpoints
-    megatron_weights                           these, read as Hugging Face tensors
-    fp8, fp8_blocks                            DeepSeek's FP8 layout
-    raw                                        rectangles of files, without mapping"""
+"""Checkpoints on disk, Hugging Face's (`hf_folder`, `hf_weights`) and Megatron's (`dcp`, and
+`megatron_weights`, which reads them as Hugging Face tensors), read rectangle by rectangle and
+written piece by piece (`tensor_files`). `published` and `block_formats` have what differs in
+published checkpoints: FP8 and MXFP4 blocks, stacked experts."""
