@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.weights.stored.hf_folder import carry_files
-from megatron_r1.models.weights.stored.hf_weights import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HfWeights, carry_files
 from megatron_r1.models.weights.stored.published import published_tensors
 
 

@@ -8,7 +8,7 @@
    or quantized to FP8.
 4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends, and the memory in
    which they arrive (`base`). Over NCCL all links are sent together, in rounds (`plan.rounds`):
-   `ordered_sets` has each rank's part, `round_sender` runs that of a trainer rank.
+   `round_sender` has each rank's part, and runs that of a trainer rank.
 5. `checksum`: one per delivery, computed on both ends and compared before use.
 6. `megatron_r1.engines.plugin.swap`: inside vLLM, the received weights replace the old ones;
    `delivery` compares the tensors in use before and after.

@@ -23,7 +23,7 @@ from megatron_r1.base.errors import Cause, UserError  # noqa: E402
 from megatron_r1.config import Config  # noqa: E402
 from megatron_r1.models import patches, weights  # noqa: E402
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint  # noqa: E402
-from megatron_r1.models.weights.stored.hf_weights import HfWeights  # noqa: E402
+from megatron_r1.models.weights.stored.hf_folder import HfWeights  # noqa: E402
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights  # noqa: E402
 from megatron_r1.trainer import construction  # noqa: E402
 

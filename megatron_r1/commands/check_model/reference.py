@@ -22,7 +22,7 @@ from megatron_r1.commands.check_model import ReferenceResult, Refusal
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.models.by_transformers import load_by_transformers, write_plain
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.weights.stored.hf_weights import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HfWeights
 
 TEXTS = (
     "What is the capital of France?",

@@ -25,8 +25,12 @@ from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.weights import table
 from megatron_r1.models.weights.stored import published
 from megatron_r1.models.weights.stored.dcp import Chunk, WrittenChunk, write_chunks, write_metadata
-from megatron_r1.models.weights.stored.hf_folder import carry_files, write_config
-from megatron_r1.models.weights.stored.hf_weights import SCALES_FILE, HfWeights
+from megatron_r1.models.weights.stored.hf_folder import (
+    SCALES_FILE,
+    HfWeights,
+    carry_files,
+    write_config,
+)
 from megatron_r1.models.weights.stored.megatron_weights import (
     StoredLayout,
     StoredParameter,

@@ -86,7 +86,7 @@ def _by_transformers(folder: Path, scratch: Path) -> torch.Tensor:
     FP8 weights are passed as fp32 (`write_plain`)."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from megatron_r1.models.by_transformers import load_by_transformers, write_plain
-    from megatron_r1.models.weights.stored.hf_weights import HfWeights
+    from megatron_r1.models.weights.stored.hf_folder import HfWeights
 
     hf = read_hf_config(str(folder), None)
     if "quantization_config" in hf:

@@ -14,7 +14,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_supported
 from megatron_r1.models.weights.stored.dcp import DistributedCheckpoint
-from megatron_r1.models.weights.stored.hf_weights import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HfWeights
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.table import SCORE
 from megatron_r1.trainer.checkpoints import finding

@@ -37,12 +37,12 @@ from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.models.weights.stored import block_formats, published
 from megatron_r1.models.weights.stored.hf_folder import (
+    KnownScales,
     carry_files,
     split_into_files,
     write_config,
     write_index,
 )
-from megatron_r1.models.weights.stored.hf_weights import KnownScales
 from megatron_r1.models.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.stored.published import stacked_part
 from megatron_r1.models.weights.stored.tensor_files import plan_file, stored_tensors, write_at

@@ -18,7 +18,7 @@ from megatron_r1.commands.convert.sources import (
     open_weights,
 )
 from megatron_r1.models.weights.stored import block_formats, published
-from megatron_r1.models.weights.stored.hf_weights import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HfWeights
 from megatron_r1.models.weights.stored.tensor_files import as_bytes
 from megatron_r1.reporting.wording import counted
 

@@ -22,7 +22,7 @@ from megatron_r1.models import by_transformers
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_supported
 from megatron_r1.models.weights.stored import published
-from megatron_r1.models.weights.stored.hf_weights import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HfWeights
 from megatron_r1.rehearse.model import write_folder
 
 

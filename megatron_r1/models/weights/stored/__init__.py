@@ -1,4 +1,4 @@
-"""Checkpoints on disk, Hugging Face's (`hf_folder`, `hf_weights`) and Megatron's (`dcp`, and
+"""Checkpoints on disk, Hugging Face's (`hf_folder`) and Megatron's (`dcp`, and
 `megatron_weights`, which reads them as Hugging Face tensors), read rectangle by rectangle and
 written piece by piece (`tensor_files`). `published` and `block_formats` have what differs in
 published checkpoints: FP8 and MXFP4 blocks, stacked experts."""

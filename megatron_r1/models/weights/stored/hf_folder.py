@@ -1,19 +1,40 @@
-"""The files of a Hugging Face folder: configuration, tokenizer, index, and the split of weights."""
+"""A Hugging Face folder: its files (configuration, tokenizer, index, the split of weights), and its
+weights, plain or FP8, read rectangle by rectangle."""
+
+from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Self
 
 import torch
+from r1_kernels import dequantize_blockwise
+from torch import Tensor
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write, fsync, make_folder
-from megatron_r1.base.files.foreign import INDEX, SINGLE, read_json, require_inside
+from megatron_r1.base.files.foreign import (
+    IGNORED,
+    INDEX,
+    SINGLE,
+    StoredTensor,
+    read_index,
+    read_json,
+    require_as_indexed,
+    require_inside,
+    weight_files,
+)
 from megatron_r1.data.tokenizer import GENERATION, end_tokens
 from megatron_r1.models.hf_config import as_score_model, has_score_head, implied
-from megatron_r1.models.weights.layout import Shape
-from megatron_r1.models.weights.stored import published
+from megatron_r1.models.weights.layout import Shape, hf_tensors
+from megatron_r1.models.weights.stored import block_formats, published
+from megatron_r1.models.weights.stored.published import StackedPart, published_tensors, stacked_part
+from megatron_r1.models.weights.stored.tensor_files import SafetensorsFile
+from megatron_r1.models.weights.table import table
 
 Tensors = Mapping[str, tuple[Shape, torch.dtype]]
 
@@ -130,3 +151,327 @@ def write_config(
     if with_score and not has_score_head(config):
         config = as_score_model(config)
     atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": published.FP8_DTYPE}
+
+_BODY = "model."
+"""The prefix that the names of all tensors have, except the head's."""
+
+SCALES_FILE = "fp8_scales.safetensors"
+"""The file of a converted checkpoint with the FP8 scales that its weights were dequantized with."""
+
+
+class HfWeights:
+    """The tensors of the safetensors checkpoint in `folder`, which has the configuration `hf`.
+
+    Reads `model.safetensors.index.json` and its files, or one `model.safetensors`. Raises UserError
+    for missing and damaged files when opened; `check` compares names and shapes with `hf`."""
+
+    def __init__(self, folder: str | Path, hf: dict):
+        self.path, self.hf = Path(folder), hf
+        self.files = [SafetensorsFile(file) for file in weight_files(self.path)]
+        self._home: dict[str, SafetensorsFile] = {}
+        self._stored: dict[str, StoredTensor] = {}
+        require_as_indexed(self.path, {file.path: file.tensors.keys() for file in self.files})
+        for file in self.files:
+            self._home |= dict.fromkeys(file.tensors, file)
+            self._stored |= file.tensors
+        self.copies = table(hf).copies
+        self._repeated: dict[str, list[str]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for file in self.files:
+            file.close()
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[Shape, str]]:
+        """The (shape, stored dtype) of every tensor in the weight table, by name."""
+        tensors = {}
+        for name, (shape, _) in hf_tensors(self.hf).items():
+            part = stacked_part(self.hf, name)
+            home = part.name if part else name
+            if home in self._stored:
+                stored = self._stored[home]
+                kept = shape if part else stored.shape
+                tensors[name] = (kept, FLOATS.get(stored.dtype, stored.dtype))
+            elif block_formats.mxfp4_blocks_name(home) in self._stored:
+                tensors[name] = (shape, "bfloat16")
+        return tensors
+
+    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        """Return `length` rows (dim 0) or columns (dim 1), in the stored dtype; FP8 as fp32 values.
+
+        A tensor of `Table.copies` that the folder lacks is read from its original. After `check`,
+        raises UserError where a copy that the folder has differs from its original.
+
+        Args:
+            name: of the tensor.
+            dim: 0 for rows, 1 for columns.
+            start: the first of them.
+            length: how many.
+        """
+        values = self._read(name, dim, start, length)
+        for copy in self._repeated.get(name, ()):
+            if not torch.equal(self._read(copy, dim, start, length).to(values.dtype), values):
+                raise UserError(self._differing(copy, name), key="weights", cause=Cause.CONFLICT)
+        return values
+
+    def _read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        if part := stacked_part(self.hf, name):
+            return self._read_stacked(part, dim, start, length)
+        name = name if name in self._stored else self.copies.get(name, name)
+        shape = self._stored[name].shape
+        starts, sizes = [0] * len(shape), list(shape)
+        starts[dim], sizes[dim] = start, length
+        if not self._is_fp8(name):
+            return self.read_stored(name, starts, sizes)
+        # Whole blocks around the rectangle, which may begin and end inside a block.
+        first = tuple(s // published.BLOCK for s in starts)
+        last = tuple(-(-(s + n) // published.BLOCK) for s, n in zip(starts, sizes, strict=True))
+        outer = tuple(f * published.BLOCK for f in first)
+        ends = tuple(min(x * published.BLOCK, full) for x, full in zip(last, shape, strict=True))
+        q = self.read_stored(name, outer, tuple(e - o for e, o in zip(ends, outer, strict=True)))
+        blocks = tuple(x - f for x, f in zip(last, first, strict=True))
+        scales = _scales(
+            self._home[published.scale_name(name)], published.scale_name(name), first, blocks
+        )
+        values = dequantize_blockwise(q, scales, dtype=torch.float32)
+        for axis, (outside, inside, size) in enumerate(zip(outer, starts, sizes, strict=True)):
+            values = values.narrow(axis, inside - outside, size)
+        return values
+
+    def has(self, name: str) -> bool:
+        """Whether the folder has the tensor of this name, plain or quantized."""
+        return name in self._stored or block_formats.mxfp4_blocks_name(name) in self._stored
+
+    def whole(self, name: str) -> Tensor:
+        """Return a tensor by its name in the folder, also one that has all experts of a layer;
+        dtypes as `read`, MXFP4 as bf16."""
+        if name in self._stored:
+            return self.read(name, 0, 0, self._stored[name].shape[0])
+        blocks, scales = (
+            block_formats.mxfp4_blocks_name(name),
+            block_formats.mxfp4_scales_name(name),
+        )
+        experts = range(self._stored[blocks].shape[0])
+        parts = [(self._expert(blocks, i), self._expert(scales, i)) for i in experts]
+        return torch.stack([block_formats.dequantize_mxfp4(*part).T for part in parts])
+
+    def _read_stacked(self, part: StackedPart, dim: int, start: int, length: int) -> Tensor:
+        """Return rows or columns of one expert's tensor, as `read`."""
+        if part.name in self._stored:
+            starts, sizes = part.box(self._stored[part.name].shape[1:], dim, start, length)
+            return part.of(self.read_stored(part.name, (part.expert, *starts), (1, *sizes))[0])
+        blocks, scales = (
+            self._expert(name, part.expert)
+            for name in (
+                block_formats.mxfp4_blocks_name(part.name),
+                block_formats.mxfp4_scales_name(part.name),
+            )
+        )
+        return part.of(block_formats.dequantize_mxfp4(blocks, scales).T).narrow(dim, start, length)
+
+    def _expert(self, name: str, expert: int) -> Tensor:
+        rest = self._stored[name].shape[1:]
+        return self.read_stored(name, (expert, *(0 for _ in rest)), (1, *rest))[0]
+
+    def read_stored(self, name: str, starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """Return a rectangle, of shape `sizes`, as it is stored: FP8 codes, or their scales."""
+        return self._home[name].read(name, starts, sizes)
+
+    def scales(self, name: str) -> Tensor | None:
+        """Return all scales of an FP8 tensor, fp32 of `fp8.scale_shape`; None for another."""
+        scale = published.scale_name(name)
+        if (stored := self._stored.get(scale)) is None:
+            return None
+        return _scales(self._home[scale], scale, (0,) * len(stored.shape), stored.shape)
+
+    def check(self, with_mtp: bool) -> None:
+        """Raise UserError naming every missing, unexpected or mis-shaped tensor."""
+        hf = self.hf
+        known = published_tensors(hf)
+        needed = published_tensors(hf, with_mtp).keys() - self.copies.keys()
+        # As MXFP4, which only stacked experts have, two others are stored instead.
+        expected: dict[str, Shape] = {}
+        for name in needed:
+            shape = known[name][0]
+            is_packed = (
+                name not in self._stored and block_formats.mxfp4_blocks_name(name) in self._stored
+            )
+            packed = block_formats.mxfp4_shapes(shape) if is_packed else {}
+            expected |= {name + ending: s for ending, s in packed.items()} or {name: shape}
+        wrong, unreadable, scales = [], False, set()
+        for name in sorted(expected.keys() & self._stored.keys()):
+            stored = self._stored[name]
+            is_float = name not in known or stored.dtype in FLOATS
+            unreadable |= not is_float
+            if stored.shape != expected[name]:
+                wrong.append(f"{name} is {stored.shape}, config.json says {expected[name]}")
+            elif not is_float:
+                wrong.append(f"{name} is {stored.dtype}, only {', '.join(FLOATS)} can be read")
+            elif stored.dtype == "F8_E4M3":
+                scales.add(published.scale_name(name))
+                wrong += self._wrong_scales(name, stored.shape)
+        is_fp8 = {name for name in known if name in self._stored and self._is_fp8(name)}
+        if scales:
+            published.check_fp8_layout(hf)
+        missing = sorted(expected.keys() - self._stored.keys())
+        missing += sorted(scales - self._stored.keys())
+        self._repeated = self._find_repeated(with_mtp)
+        repeated = {copy for copies in self._repeated.values() for copy in copies}
+        extra = sorted(
+            name
+            for name in self._stored.keys() - known.keys() - expected.keys() - repeated
+            if not name.endswith(IGNORED)
+            and name.removesuffix("_scale_inv") not in is_fp8
+            # transformers writes shared experts of 0 features where n_shared_experts is 0.
+            and 0 not in self._stored[name].shape
+        )
+        problems = [
+            f"{label} ({len(names)}): {_some(names)}"
+            for label, names in (("missing", missing), ("unexpected", extra), ("wrong", wrong))
+            if names
+        ]
+        if problems:
+            raise UserError(
+                f"checkpoint {self.path} does not fit its config.json: {'; '.join(problems)}"
+                + _hint(missing, extra, unreadable, hf),
+                key="weights",
+                cause=Cause.CONFLICT,
+            )
+
+    def check_repeated(self, num_rows: int = 4096) -> None:
+        """Raise UserError where tensors that must be equal differ; call after `check`."""
+        for name in self._repeated:
+            height = self._stored[name].shape[0]
+            for start in range(0, height, num_rows):
+                self.read(name, 0, start, min(num_rows, height - start))
+
+    def _find_repeated(self, with_mtp: bool) -> dict[str, list[str]]:
+        """Return tensor -> the other tensors in the folder that must equal it: the embedding and
+        the head that MTP layers share with the model, and a head where the embedding is the head.
+        """
+        pairs = list(self.copies.items()) if with_mtp else []
+        if self.hf.get("tie_word_embeddings"):
+            pairs.append(("lm_head.weight", "model.embed_tokens.weight"))
+        found: dict[str, list[str]] = {}
+        for copy, original in pairs:
+            if copy in self._stored and original in self._stored:
+                found.setdefault(original, []).append(copy)
+        return found
+
+    def _differing(self, copy: str, original: str) -> str:
+        remedy = "leave the MTP layers out (model.mtp: none)"
+        if copy == "lm_head.weight":
+            remedy = "set tie_word_embeddings to false in config.json, or remove the tensor"
+        return (
+            f"checkpoint {self.path}: {copy} differs from {original}, but in this model both are "
+            f"one tensor; {remedy}"
+        )
+
+    def _is_fp8(self, name: str) -> bool:
+        return self._stored[name].dtype == "F8_E4M3"
+
+    def _wrong_scales(self, name: str, shape: Shape) -> list[str]:
+        scale = published.scale_name(name)
+        if (stored := self._stored.get(scale)) is None:
+            return []
+        if stored.dtype in published.SCALE_TYPES and stored.shape == published.scale_shape(shape):
+            return []
+        types = f"{', '.join(published.SCALE_TYPES[:-1])} or {published.SCALE_TYPES[-1]}"
+        return [
+            f"{scale} is {stored.dtype} {stored.shape}, not {types} {published.scale_shape(shape)}"
+        ]
+
+
+def _hint(missing: list[str], extra: list[str], is_unreadable: bool, hf: dict) -> str:
+    """Return what to do about tensors that do not fit."""
+    mtp = str(hf["num_hidden_layers"])
+    if is_unreadable:
+        return "; load the model with transformers and save it in bfloat16 or float32"
+    if missing and extra and (prefix := _prefix(missing, extra)):
+        named = f"begin with {prefix}" if prefix != _BODY else f"lack {_BODY}"
+        return (
+            f"; the names {named}: save the model itself (an AutoModelForCausalLM; of PEFT after "
+            "merge_and_unload) by save_pretrained"
+        )
+    if extra and not missing:
+        return (
+            "; correct the key of config.json that differs, or remove these tensors if the model "
+            "does not need them"
+        )
+    if any(name.split(".layers.")[-1].split(".")[0] == mtp for name in missing):
+        return "; leave the MTP layers out (model.mtp: none) if the checkpoint has none"
+    if missing == ["lm_head.weight"]:
+        return "; set tie_word_embeddings to true if the embedding is the head, or fetch it again"
+    return "; fetch the folder again, or correct the key of config.json that differs"
+
+
+def _prefix(missing: list[str], extra: list[str]) -> str:
+    """Return the prefix that turns every missing name into an unexpected one, or `_BODY` if all
+    unexpected names lack that prefix; "" if the names differ in another way."""
+    have, lack = set(extra), set(missing)
+    if {_BODY + name for name in have} <= lack:
+        return _BODY
+    ending = missing[0]
+    found = next((name for name in extra if name.endswith(ending)), "").removesuffix(ending)
+    return found if found and {found + name for name in lack} <= have else ""
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    rest = f" … and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+class KnownScales:
+    """The `weight_scale_inv` tensors of a published FP8 checkpoint, or of a SCALES_FILE."""
+
+    def __init__(self, folder: str | Path, hf: dict):
+        self._home: dict[str, SafetensorsFile] = {}
+        for path in _files_with_scales(Path(folder)):
+            file = SafetensorsFile(path)
+            self._home |= {name: file for name in file.tensors if published.is_scale(name)}
+        quantization = hf.get("quantization_config") or {}
+        self.power_of_two = quantization.get("scale_fmt") == "ue8m0"
+
+    def rows(self, name: str, first: int, count: int) -> Tensor | None:
+        """Return the scales of rows [first, first + count) of the weight `name`, or None.
+
+        Args:
+            name: of the weight.
+            first: row.
+            count: of rows.
+        """
+        scale = published.scale_name(name)
+        if scale not in self._home:
+            return None
+        start, end = first // published.BLOCK, -(-(first + count) // published.BLOCK)
+        columns = self._home[scale].tensors[scale].shape[1]
+        return _scales(self._home[scale], scale, (start, 0), (end - start, columns))
+
+
+def _scales(
+    file: SafetensorsFile, name: str, starts: Sequence[int], sizes: Sequence[int]
+) -> Tensor:
+    """Return a rectangle of stored scales as their values, fp32."""
+    stored = file.read(name, starts, sizes)
+    if stored.dtype == torch.uint8:
+        stored = stored.view(torch.float8_e8m0fnu)
+    return stored.float()
+
+
+def _files_with_scales(folder: Path) -> list[Path]:
+    if (folder / SCALES_FILE).is_file():
+        return [folder / SCALES_FILE]
+    if (placed := read_index(folder)) is not None:
+        # A checkpoint whose weights are elsewhere may still give its configuration.
+        names = sorted({file for name, file in placed.items() if published.is_scale(name)})
+        paths = [folder / name for name in names if (folder / name).is_file()]
+        for path in paths:
+            require_inside(path, folder, "weights")
+        return paths
+    return [path for path in [folder / SINGLE] if path.is_file()]

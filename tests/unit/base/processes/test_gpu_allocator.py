@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_r1.base.processes.allocators import ALLOCATOR_VARIABLES, EXPANDABLE
+from megatron_r1.base.processes.startup import ALLOCATOR_VARIABLES, EXPANDABLE
 from megatron_r1.commands import cli, torchrun
 from megatron_r1.config import parse
 from megatron_r1.controller.trainer_calls import ranks

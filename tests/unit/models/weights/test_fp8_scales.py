@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.models.weights import hf_tensors
-from megatron_r1.models.weights.stored.hf_weights import HfWeights, KnownScales
+from megatron_r1.models.weights.stored.hf_folder import HfWeights, KnownScales
 
 HF = {
     **{"architectures": ["Qwen3ForCausalLM"], "vocab_size": 32, "hidden_size": 64, "head_dim": 32},

@@ -7,7 +7,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.weights.adapter_table import adapter_shapes, adapter_table
-from megatron_r1.models.weights.stored.hf_weights import HfWeights
+from megatron_r1.models.weights.stored.hf_folder import HfWeights
 from megatron_r1.models.weights.stored.published import published_tensors, stacked_part
 from megatron_r1.push.plan.planner import EngineLayout
 from megatron_r1.push.plan.recipe import check_blocks

@@ -1,21 +1,40 @@
-"""How the allocators of a process keep memory: glibc's freed memory, and torch's segments on a GPU
-("expandable segments").
+"""What a process does before its work: imports with garbage collection off, and how its allocators
+keep memory.
+
+Large frameworks make millions of objects that stay; Python's collector walks them again and again.
+On two cores `import vllm`'s server takes 4.4 instead of 8.1 seconds, the trainer's modules 2.6
+instead of 5.8.
 
 glibc would map large blocks anew each time, page by page zeroed: half a second per GB where the
 kernel has free pages, three to four where a virtual machine has to get them from its host.
 
-Trainer ranks let torch's allocator grow its segments. Their micro-batches have any length, and
-with segments of fixed sizes the gaps between tensors add up until one does not fit, on a GPU that
-is planned nearly full. Engines have torch's default, or what the user sets, with one exception:
-with `cuda_ipc` they hand their receive buffer to trainer ranks, and memory of a growing segment
-can be opened only by processes that may take file descriptors of each other (pidfd_getfd, which
-containers forbid). A trainer rank only opens that memory, so its own allocator does not matter.
-vLLM's sleep mode needs fixed segments too, and sees to it itself (device_allocator/cumem.py:
-`use_memory_pool`)."""
+Trainer ranks let torch's allocator grow its segments ("expandable segments"). Their micro-batches
+have any length, and with segments of fixed sizes the gaps between tensors add up until one does
+not fit, on a GPU that is planned nearly full. Engines have torch's default, or what the user sets,
+with one exception: with `cuda_ipc` they hand their receive buffer to trainer ranks, and memory of
+a growing segment can be opened only by processes that may take file descriptors of each other
+(pidfd_getfd, which containers forbid). A trainer rank only opens that memory, so its own allocator
+does not matter. vLLM's sleep mode needs fixed segments too, and sees to it itself
+(device_allocator/cumem.py: `use_memory_pool`)."""
 
 import contextlib
 import ctypes
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Disable garbage collection inside the block, then freeze what was imported. Objects that
+    exist at the end are excluded from collection for good (`gc.freeze`), which also saves forked
+    children their copies of them."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
 
 MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -3, -1, -2, -4
 """Parameters of mallopt (malloc.h)."""
