@@ -83,7 +83,7 @@ def load_examples(
     """Return the examples of a file or data set (`records.read_records`), one a row, in the forms
     of this module.
 
-    columns: our name → the file's. where: conditions that rows must meet (`where.RowFilter`).
+    columns: our name → the file's. where: conditions that rows must meet (`records.RowFilter`).
     report: counts the rows. Raises UserError with file and line for a bad row, and for a source
     without rows."""
     report = report or DataReport(str(path))

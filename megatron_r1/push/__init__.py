@@ -11,7 +11,7 @@
    `ordered_sets` has each rank's part, `round_sender` runs that of a trainer rank.
 5. `checksum`: one per delivery, computed on both ends and compared before use.
 6. `megatron_r1.engines.plugin.swap`: inside vLLM, the received weights replace the old ones;
-   `delivery` compares the tensors in use before and after.
+   `backend` compares the tensors in use before and after.
 
 Both sides agree on the plan before: an engine rank publishes its `table` of slots, and `rendezvous`
 is how all ranks find each other and learn of failures. `results` has what ranks report to the

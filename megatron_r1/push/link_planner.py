@@ -140,7 +140,7 @@ class ParameterSlice(NamedTuple):
 class EncodedSlices:
     """The tensors of one push to one engine rank, computed when they are read.
 
-    "codes" and "scales" are the two results of `stored.fp8_blocks.quantize` for a slice of whole
+    "codes" and "scales" are the two results of `block_formats.quantize_fp8` for a slice of whole
     blocks: float8 of its shape, and one fp32 per 128 x 128 block. One computation gives both. To
     take little memory, only the codes or merged values that were read last are kept, and scales
     until they are read."""

@@ -2,7 +2,7 @@
 by round, and where engine ranks are on trainer ranks' GPUs, receives for the one on its own, into
 memory that both have mapped.
 
-A rank whose wait fails (`round_runner`) aborts its communicator and finds out which engine ranks
+A rank whose wait fails (`nccl_rounds`) aborts its communicator and finds out which engine ranks
 have died; the sets of other communicators go on. The trainer ranks' own communicator is made for
 the first push that needs it, and again after one that failed; all agree on that before a push."""
 

@@ -1,4 +1,4 @@
-"""`python tools/faults [options]`: see tests/faults/command.py."""
+"""`python tests/faults [options]`: see tests/faults/command.py."""
 
 import sys
 from pathlib import Path

@@ -319,7 +319,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="tools/faults",
+        prog="tests/faults",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
