@@ -1,4 +1,4 @@
-"""The controller's side of a run that samples: engines, teacher, graders and sample log, beside a
+"""The controller's side of a run that samples: engines, teacher, graders and sample log, next to a
 trainer (`open_rollouts`), or alone for one batch that is shown and trains nothing (`rl
 RECIPE.yaml --dry-run`)."""
 
