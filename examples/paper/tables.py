@@ -76,7 +76,7 @@ class PaperTable(Section):
             for name in (comparison.above, comparison.below):
                 if name not in self.rows or comparison.column not in self.rows[name].ours:
                     raise ValueError(
-                        f"compare: row {name} has no {comparison.column} of our figures"
+                        f"compare: row {name} has no {comparison.column} among our figures"
                     )
         return self
 
