@@ -367,8 +367,7 @@ def rope_parameters(hf: dict) -> dict:
                 remedy = "transformers and vLLM read the latter: remove the former, if so meant"
             raise UserError(
                 f"config.json: {name}={value!r} next to rope_parameters with "
-                f"{name}={rope[name]!r}; "
-                + remedy,
+                f"{name}={rope[name]!r}; " + remedy,
                 key=name,
                 cause=Cause.CONFLICT,
             )
