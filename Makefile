@@ -157,7 +157,7 @@ demo-agents: setup
 # that none is left alone at the end. (One file with a GPU, whose memory an engine takes whole.) Threads that spin at the end
 # of every operation would take the cores from the other files.
 WORKERS := $(if $(wildcard /dev/nvidia0),1,4)
-FOLDERS := tests/system tests/unit/controller/delivery tests/cluster tests/replays tests/parallel tests/convert tests/kernels tests/gpu tests/reports tests/grading tests/unit
+FOLDERS := tests/system tests/unit/controller/push tests/cluster tests/replays tests/parallel tests/convert tests/kernels tests/gpu tests/reports tests/grading tests/unit
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python tests/measured.py $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-unit: setup

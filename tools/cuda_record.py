@@ -23,7 +23,7 @@ COVERED = (
     "megatron_r1/models/platform",
     "megatron_r1/trainer",
     "megatron_r1/engines/plugin",
-    "megatron_r1/controller/delivery",
+    "megatron_r1/controller/push",
     "megatron_r1/push",
     "megatron_r1/models/weights",
     "requirements/cuda.lock",

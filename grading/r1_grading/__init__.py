@@ -14,8 +14,9 @@ Programs that build on it may also import from `base`, `pool`, `reading`, `rewar
 A name is imported when it is used: `Grade` imports the standard library only, `RewardPool` aiohttp.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from r1_grading.base import import_lazily
 
 if TYPE_CHECKING:
     from r1_grading.calls import grade
@@ -36,6 +37,4 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return import_lazily(__name__, _MODULES, name)

@@ -9,12 +9,12 @@ import inspect
 import types
 from collections.abc import Callable, Mapping
 from inspect import Parameter
-from typing import Any
+from typing import Any, NamedTuple
 
 from r1_grading.base.errors import Cause, UserError, shorten
 from r1_grading.base.user_code import find_function
 from r1_grading.reading.answer import without_special_tokens
-from r1_grading.rewards import REMOTE, FiniteGrade, Grade, resolve
+from r1_grading.rewards import REGISTRY, REMOTE, FiniteGrade, Grade, resolve
 
 GradeFunction = Callable[..., Grade]
 OWN = "(response, truth, **entry) -> Grade"
@@ -34,6 +34,8 @@ NOT_COLUMNS = ("num_tokens", "opened")
 """Facts about a response, which are no columns of TRL's data sets."""
 FORMS = ("text", "messages")
 """The values of the option `completions` of a function of TRL's signature."""
+POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 MAX_OTHERS = 4
 """The most further entries of verl's mapping that a reason shows."""
 
@@ -130,8 +132,7 @@ class Adapted:
         self._call, self._function = _Awaited(function), function
         kinds = {name: parameter.kind for name, parameter in parameters.items()}
         self._takes_all = Parameter.VAR_KEYWORD in kinds.values()
-        variadic = (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
-        self._names = [name for name, kind in kinds.items() if kind not in variadic]
+        self._names = [name for name, kind in kinds.items() if kind not in VARIADIC]
         self._needed = [name for name in self._names if parameters[name].default is Parameter.empty]
 
     def call(self, given: Mapping[str, Any]) -> Any:
@@ -216,6 +217,68 @@ def _mentions(text: str, function: Callable[..., Any]) -> bool:
         codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
         codes += [getattr(names.get(name), "__code__", None) for name in code.co_names]
     return False
+
+
+class CallFault(NamedTuple):
+    """Why a reward cannot be called.
+
+    text: the argument that it lacks or refuses, and the remedy; "" for a call that fits the
+    signature. missing: the names of the fields that it lacks."""
+
+    text: str
+    missing: tuple[str, ...] = ()
+
+
+FITS = CallFault("")
+
+
+def explain_failure(
+    error: BaseException, function: GradeFunction, target: str, fields: Mapping[str, Any]
+) -> CallFault:
+    """Return what is wrong with the call function(response, truth, **fields) that raised `error`.
+
+    target: the function's "module:function"."""
+    if isinstance(error, MissingArguments):
+        return _lacking(_kind_of(target), error.names)
+    if not isinstance(error, TypeError) or isinstance(function, Adapted):
+        return FITS
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # written in C, without a signature
+        return FITS
+    kind = _kind_of(target)
+    signature = f"def {target.partition(':')[2]}(response, truth, *, …, **entry) -> Grade"
+    kinds = {parameter.kind for parameter in parameters}
+    positional = [parameter for parameter in parameters if parameter.kind in POSITIONAL]
+    if len(positional) < 2 and Parameter.VAR_POSITIONAL not in kinds:
+        return CallFault(
+            f"reward {kind!r} must take a response and a truth: {signature}; or the "
+            "parameters of verl's or TRL's (docs/rewards.md)"
+        )
+    named = [p for p in parameters if p not in positional[:2] and p.kind not in VARIADIC]
+    missing = tuple(p.name for p in named if p.default is p.empty and p.name not in fields)
+    if missing:
+        return _lacking(kind, missing)
+    refused = sorted(fields.keys() - {parameter.name for parameter in named})
+    if refused and Parameter.VAR_KEYWORD not in kinds:
+        return CallFault(
+            f"reward {kind!r} is called with {refused[0]!r} and does not take it: end its "
+            f"parameters with **entry, {signature}"
+        )
+    return FITS
+
+
+def _lacking(kind: str, names: tuple[str, ...]) -> CallFault:
+    """Return the fault of a reward that needs fields which the row does not have."""
+    return CallFault(
+        f"reward {kind!r} needs {', '.join(names)}: give it in the row, or for all rows as "
+        f"rewards.options.{kind}.{names[0]}",
+        names,
+    )
+
+
+def _kind_of(target: str) -> str:
+    return next((name for name, path in REGISTRY.items() if path == target), target)
 
 
 async def _await(awaitable: Any) -> Any:

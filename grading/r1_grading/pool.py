@@ -12,35 +12,11 @@ from typing import Self
 import msgspec
 
 from r1_grading.base.errors import Cause, RunError, UserError
-from r1_grading.base.workers import START_TIMEOUT_SECONDS, FramedProcess, WorkerLost, frame
+from r1_grading.base.workers import START_TIMEOUT_SECONDS, WorkerLost, frame
 from r1_grading.rewards import REMOTE, FiniteGrade, Grade, find_non_finite, resolve
 from r1_grading.sandbox.limits import time_limit
 from r1_grading.served.service import RemoteRewards
-from r1_grading.worker import MAX_REPLY_BYTES, EncodedJob, JobStatus
-
-
-class WorkerProcess(FramedProcess[JobStatus]):
-    """A reward worker, created by `start`."""
-
-    loaded: set[str]
-    """Targets that the worker has imported."""
-    seconds_per_job = 1.0
-    """A moving average, kept by the pool."""
-
-    @classmethod
-    async def start(cls, memory_limit_bytes: int) -> Self:
-        """Return a worker that is ready for jobs; otherwise raise RunError with its stderr."""
-        module, arguments = "r1_grading.worker", [str(memory_limit_bytes)]
-        try:
-            worker = await cls.launch(module, arguments, JobStatus, MAX_REPLY_BYTES)
-        except WorkerLost as error:
-            raise RunError(
-                f"a reward worker did not start ({error}); its memory limit is "
-                f"{memory_limit_bytes} bytes: raise it if that is too little"
-            ) from None
-        worker.loaded = set()
-        return worker
-
+from r1_grading.worker import EncodedJob, JobStatus, WorkerProcess
 
 AHEAD_SECONDS = 0.02
 """Seconds of work that are sent to a worker ahead of time: enough that its pipe never runs dry. At

@@ -87,7 +87,7 @@ FORM_REWARDS: dict[str, str] = {
     "conciseness": "r1_grading.form:grade_conciseness",
     "format": "r1_grading.form:grade_format",
     "language": "r1_grading.form:grade_language",
-    "repetition": "r1_grading.repetition:grade",
+    "repetition": "r1_grading.form:grade_repetition",
 }
 """Rewards that read the response alone. As a term they get no truth, and of the prompt's fields
 only those of their signature: a code prompt's megabytes of tests are not sent to the workers."""

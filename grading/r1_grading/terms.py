@@ -1,6 +1,8 @@
-"""The terms of a recipe's reward: their weights, their options, their calls, and their sum.
+"""The terms of a recipe's reward: read from it, called for a response, and added up.
 
-The reward of a response is the weighted sum of its terms, each weighted from step to step.
+The reward of a response is the weighted sum of its terms, each weighted from step to step. In this
+file's order: weights (`read_weights`, `weights_at`), options (`read_options`, `call_fields`), calls
+(`RewardTerms`), the sum (`combine`), and when two sums are equal (`are_equal`).
 DeepSeek-R1 adds its rewards up (arXiv 2501.12948 v2: accuracy, format and language consistency in
 the reasoning stage; preference rewards only in the last 400 of the final stage's 1,700 steps)."""
 
@@ -17,25 +19,6 @@ from r1_grading.base.user_code import find_function
 from r1_grading.base.values import read_scalar
 from r1_grading.rewards import ENVIRONMENT, FORM_REWARDS, REGISTRY, REMOTE, Grade, resolve
 from r1_grading.truths import check_truth
-
-RELATIVE = 2.0**-22
-"""Of the larger of two rewards: two units in the last place of a float32, which a reward model or
-a user's function may have computed in."""
-ABSOLUTE = 1e-12
-"""Where terms of opposite sign cancel, what is left of rewards of order 1."""
-
-
-def are_equal(rewards: Sequence[float]) -> bool:
-    """Return whether all of `rewards` are the same but for rounding; True for none and for one."""
-    if not rewards:
-        return True
-    return math.isclose(min(rewards), max(rewards), rel_tol=RELATIVE, abs_tol=ABSOLUTE)
-
-
-def order(one: float, other: float) -> int:
-    """Return -1 if `one` is smaller, 1 if it is larger, 0 if the two are equal but for rounding."""
-    return 0 if are_equal((one, other)) else -1 if one < other else 1
-
 
 ACCURACY = "accuracy"
 """The term that each prompt's own kind of reward grades."""
@@ -61,63 +44,6 @@ class ScheduledWeight:
 
 
 Weights = Mapping[str, float | ScheduledWeight]
-
-
-@dataclass(frozen=True)
-class Reward:
-    """The combined reward of one response.
-
-    Attributes:
-        total: the weighted sum, which the policy is trained on.
-        terms: each term's reward, in [0, 1]; that of an environment, or of a function written for
-            verl or TRL, may be any finite number.
-        reason: the terms' reasons, in one line.
-        ungraded: the terms whose reward function raised.
-        is_graded: False if an ungraded term has a weight, so that the total does not measure the
-            response."""
-
-    total: float
-    terms: dict[str, float]
-    reason: str
-    ungraded: tuple[str, ...] = ()
-    is_graded: bool = True
-
-
-def weights_at(weights: Weights, step: int) -> dict[str, float]:
-    """Return the terms that count at `step` with their weights; a weight of 0 is graded too."""
-    constant = {
-        name: w if isinstance(w, ScheduledWeight) else ScheduledWeight(w)
-        for name, w in weights.items()
-    }
-    return {name: w.weight for name, w in constant.items() if w.counts_at(step)}
-
-
-def combine(grades: Mapping[str, Grade], weights: Mapping[str, float] = DEFAULT_WEIGHTS) -> Reward:
-    """Return total = Σ weight[term] · reward[term] over the weighted terms.
-
-    Args:
-        grades: term → grade. A graded term without a weight is reported and does not count.
-        weights: term → weight.
-
-    Returns:
-        The sum, with each term's reward and the reasons.
-
-    Raises:
-        ValueError: a weight whose term was not graded."""
-    if missing := sorted(weights.keys() - grades.keys()):
-        raise ValueError(
-            f"rewards.weights names {missing[0]!r}, which was not graded; "
-            f"graded: {', '.join(sorted(grades)) or 'nothing'}"
-        )
-    ungraded = tuple(term for term, grade in grades.items() if not grade.is_graded)
-    counted = {ACCURACY, *weights, *ungraded}
-    return Reward(
-        total=sum(weight * grades[term].reward for term, weight in weights.items()),
-        terms={term: grade.reward for term, grade in grades.items()},
-        reason="; ".join(grades[term].reason for term in grades if term in counted),
-        ungraded=ungraded,
-        is_graded=not any(weights.get(term) for term in ungraded),
-    )
 
 
 def read_weights(weights: Mapping[str, Any]) -> dict[str, float | ScheduledWeight]:
@@ -215,35 +141,20 @@ def _finite(path: str, value: Any) -> float:
     return float(number)
 
 
+def weights_at(weights: Weights, step: int) -> dict[str, float]:
+    """Return the terms that count at `step` with their weights; a weight of 0 is graded too."""
+    constant = {
+        name: w if isinstance(w, ScheduledWeight) else ScheduledWeight(w)
+        for name, w in weights.items()
+    }
+    return {name: w.weight for name, w in constant.items() if w.counts_at(step)}
+
+
+Options = Mapping[str, Mapping[str, Any]]
+"""`rewards.options`."""
 FACTS = ("num_tokens", "opened", "question")
 """Arguments that a run gives for each sample; neither an option nor a prompt's field overrides
 them."""
-
-
-def call_fields(
-    kind: str,
-    options: Mapping[str, Mapping[str, Any]],
-    fields: Mapping[str, Any],
-    facts: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the keyword arguments of reward `kind`.
-
-    For rewards in worker processes the prompt's own `fields` override the options. For served
-    rewards only the recipe selects the service and the key: a data set with a column "model"
-    changes nothing, nor does one with a column "url", which could collect keys. Only if there are
-    no options (`megatron-r1 score`) do the settings of a line count, except api_key_env. `facts`
-    override options and fields."""
-    given = options.get(kind, {})
-    if kind in REMOTE:
-        from r1_grading.served.service import settings_names  # aiohttp: a recipe needs none
-
-        refused = settings_names(kind) if given else {"api_key_env"}
-        fields = {name: value for name, value in fields.items() if name not in refused}
-        return {**fields, **given, **facts}
-    if kind in FORM_REWARDS:
-        names = option_names(kind)
-        fields = {name: value for name, value in fields.items() if name in names}
-    return {**given, **fields, **facts}
 
 
 def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -315,8 +226,30 @@ def _defaults(kind: str) -> dict[str, Any]:
     }
 
 
-Options = Mapping[str, Mapping[str, Any]]
-"""`rewards.options`."""
+def call_fields(
+    kind: str,
+    options: Mapping[str, Mapping[str, Any]],
+    fields: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the keyword arguments of reward `kind`.
+
+    For rewards in worker processes the prompt's own `fields` override the options. For served
+    rewards only the recipe selects the service and the key: a data set with a column "model"
+    changes nothing, nor does one with a column "url", which could collect keys. Only if there are
+    no options (`megatron-r1 score`) do the settings of a line count, except api_key_env. `facts`
+    override options and fields."""
+    given = options.get(kind, {})
+    if kind in REMOTE:
+        from r1_grading.served.service import settings_names  # aiohttp: a recipe needs none
+
+        refused = settings_names(kind) if given else {"api_key_env"}
+        fields = {name: value for name, value in fields.items() if name not in refused}
+        return {**fields, **given, **facts}
+    if kind in FORM_REWARDS:
+        names = option_names(kind)
+        fields = {name: value for name, value in fields.items() if name in names}
+    return {**given, **fields, **facts}
 
 
 class RewardUnusable(UserError):
@@ -467,3 +400,70 @@ class RewardTerms:
 
 def _kind(term: str, prompt: Gradable) -> str:
     return prompt.kind if term == ACCURACY else term
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The combined reward of one response.
+
+    Attributes:
+        total: the weighted sum, which the policy is trained on.
+        terms: each term's reward, in [0, 1]; that of an environment, or of a function written for
+            verl or TRL, may be any finite number.
+        reason: the terms' reasons, in one line.
+        ungraded: the terms whose reward function raised.
+        is_graded: False if an ungraded term has a weight, so that the total does not measure the
+            response."""
+
+    total: float
+    terms: dict[str, float]
+    reason: str
+    ungraded: tuple[str, ...] = ()
+    is_graded: bool = True
+
+
+def combine(grades: Mapping[str, Grade], weights: Mapping[str, float] = DEFAULT_WEIGHTS) -> Reward:
+    """Return total = Σ weight[term] · reward[term] over the weighted terms.
+
+    Args:
+        grades: term → grade. A graded term without a weight is reported and does not count.
+        weights: term → weight.
+
+    Returns:
+        The sum, with each term's reward and the reasons.
+
+    Raises:
+        ValueError: a weight whose term was not graded."""
+    if missing := sorted(weights.keys() - grades.keys()):
+        raise ValueError(
+            f"rewards.weights names {missing[0]!r}, which was not graded; "
+            f"graded: {', '.join(sorted(grades)) or 'nothing'}"
+        )
+    ungraded = tuple(term for term, grade in grades.items() if not grade.is_graded)
+    counted = {ACCURACY, *weights, *ungraded}
+    return Reward(
+        total=sum(weight * grades[term].reward for term, weight in weights.items()),
+        terms={term: grade.reward for term, grade in grades.items()},
+        reason="; ".join(grades[term].reason for term in grades if term in counted),
+        ungraded=ungraded,
+        is_graded=not any(weights.get(term) for term in ungraded),
+    )
+
+
+RELATIVE = 2.0**-22
+"""Of the larger of two rewards: two units in the last place of a float32, which a reward model or
+a user's function may have computed in."""
+ABSOLUTE = 1e-12
+"""Where terms of opposite sign cancel, what is left of rewards of order 1."""
+
+
+def are_equal(rewards: Sequence[float]) -> bool:
+    """Return whether all of `rewards` are the same but for rounding; True for none and for one."""
+    if not rewards:
+        return True
+    return math.isclose(min(rewards), max(rewards), rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+
+
+def order(one: float, other: float) -> int:
+    """Return -1 if `one` is smaller, 1 if it is larger, 0 if the two are equal but for rounding."""
+    return 0 if are_equal((one, other)) else -1 if one < other else 1

@@ -10,8 +10,7 @@ from typing import Any
 
 from r1_grading.base.errors import shorten
 from r1_grading.base.values import decoded
-from r1_grading.code.problem import parse_problem
-from r1_grading.code.published import is_tests
+from r1_grading.code.problem import is_tests, parse_problem
 from r1_grading.reading.answer import MARKER, last_boxed, unwrap
 from r1_grading.rewards import find_non_finite
 

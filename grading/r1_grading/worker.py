@@ -6,25 +6,21 @@ It dies with its parent, which enforces time limits and replaces it.
 Messages are length-prefixed frames of JSON, because a truth may be an integer of any size, and
 because nothing that a process which runs hostile text sends may be unpickled."""
 
-import inspect
 import resource
 import sys
-from collections.abc import Callable, Mapping
-from inspect import Parameter
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 import msgspec
 
-from r1_grading.base.errors import UserError, shorten
+from r1_grading.base.errors import RunError, UserError, shorten
 from r1_grading.base.lifetime import end_without_parent
 from r1_grading.base.user_code import find_function, place_of
-from r1_grading.base.workers import LENGTH, frame, private_streams
-from r1_grading.calls import Adapted, MissingArguments, of_signature
-from r1_grading.rewards import MAX_REASON_CHARS, REGISTRY, FiniteGrade, Grade
+from r1_grading.base.workers import LENGTH, FramedProcess, WorkerLost, frame, private_streams
+from r1_grading.calls import explain_failure, of_signature
+from r1_grading.rewards import MAX_REASON_CHARS, FiniteGrade, Grade
 
 MAX_REPLY_BYTES = 64 * 1024
-POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 class JobArguments(msgspec.Struct):
@@ -73,6 +69,29 @@ class JobStatus(msgspec.Struct):
     """Of an unloadable function, whether its import ended in a MemoryError."""
 
 
+class WorkerProcess(FramedProcess[JobStatus]):
+    """A reward worker as its pool sees it, created by `start`."""
+
+    loaded: set[str]
+    """Targets that the worker has imported."""
+    seconds_per_job = 1.0
+    """A moving average, kept by the pool."""
+
+    @classmethod
+    async def start(cls, memory_limit_bytes: int) -> Self:
+        """Return a worker that is ready for jobs; otherwise raise RunError with its stderr."""
+        module, arguments = "r1_grading.worker", [str(memory_limit_bytes)]
+        try:
+            worker = await cls.launch(module, arguments, JobStatus, MAX_REPLY_BYTES)
+        except WorkerLost as error:
+            raise RunError(
+                f"a reward worker did not start ({error}); its memory limit is "
+                f"{memory_limit_bytes} bytes: raise it if that is too little"
+            ) from None
+        worker.loaded = set()
+        return worker
+
+
 def main(memory_limit_bytes: int) -> None:
     """Serve jobs until stdin ends, or a job exceeds the limit on address space."""
     end_without_parent()
@@ -115,11 +134,7 @@ def _grade(function: Callable[..., Grade], job: GradingJob) -> JobStatus:
     except MemoryError:
         return JobStatus("memory", job.id, reason="ran over the memory limit")
     except BaseException as error:  # noqa: BLE001 - SystemExit must not end the worker either
-        fault = FITS
-        if isinstance(error, MissingArguments):
-            fault = lacking(_kind_of(job.target), error.names)
-        elif isinstance(error, TypeError) and not isinstance(function, Adapted):
-            fault = explain_call(function, job.target, job.fields)
+        fault = explain_failure(error, function, job.target, job.fields)
         place = place_of(error)  # in the user's own files
         call = f", called with the response {shorten(repr(job.response))}" if place else ""
         grade = Grade.ungraded(fault.text or _describe(error) + place + call, fault.missing)
@@ -133,59 +148,6 @@ def _grade(function: Callable[..., Grade], job: GradingJob) -> JobStatus:
         missing=grade.missing,
         is_bounded=not isinstance(grade, FiniteGrade),
     )
-
-
-class CallFault(NamedTuple):
-    """Why a reward cannot be called. text: the argument that it lacks or refuses, and the remedy;
-    "" for a call that fits the signature. missing: the names of the fields that it lacks."""
-
-    text: str
-    missing: tuple[str, ...] = ()
-
-
-FITS = CallFault("")
-
-
-def explain_call(function: Callable[..., Any], target: str, fields: Mapping[str, Any]) -> CallFault:
-    """Compare the call function(response, truth, **fields) with the function's signature. target:
-    the function's "module:function"."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # written in C, without a signature
-        return FITS
-    kind = _kind_of(target)
-    signature = f"def {target.partition(':')[2]}(response, truth, *, …, **entry) -> Grade"
-    kinds = {parameter.kind for parameter in parameters}
-    positional = [parameter for parameter in parameters if parameter.kind in POSITIONAL]
-    if len(positional) < 2 and Parameter.VAR_POSITIONAL not in kinds:
-        return CallFault(
-            f"reward {kind!r} must take a response and a truth: {signature}; or the "
-            "parameters of verl's or TRL's (docs/rewards.md)"
-        )
-    named = [p for p in parameters if p not in positional[:2] and p.kind not in VARIADIC]
-    missing = tuple(p.name for p in named if p.default is p.empty and p.name not in fields)
-    if missing:
-        return lacking(kind, missing)
-    refused = sorted(fields.keys() - {parameter.name for parameter in named})
-    if refused and Parameter.VAR_KEYWORD not in kinds:
-        return CallFault(
-            f"reward {kind!r} is called with {refused[0]!r} and does not take it: end its "
-            f"parameters with **entry, {signature}"
-        )
-    return FITS
-
-
-def lacking(kind: str, names: tuple[str, ...]) -> CallFault:
-    """Return the fault of a reward that needs fields which the row does not have."""
-    return CallFault(
-        f"reward {kind!r} needs {', '.join(names)}: give it in the row, or for all rows as "
-        f"rewards.options.{kind}.{names[0]}",
-        names,
-    )
-
-
-def _kind_of(target: str) -> str:
-    return next((name for name, path in REGISTRY.items() if path == target), target)
 
 
 def _comes_from_memory(error: BaseException | None) -> bool:

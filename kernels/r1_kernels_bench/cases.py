@@ -83,7 +83,7 @@ def _rows(
 
 
 _ON_HIDDEN = _rows(
-    calls.on_hidden, r1_kernels.token_logprobs, reference.eager_linear_token_logprobs
+    calls.on_hidden, r1_kernels.linear_token_logprobs, reference.eager_linear_token_logprobs
 )
 _ON_LOGITS = _rows(calls.on_logits, _token_logprobs, reference.eager_token_logprobs)
 _IN_PLACE = Implementation(

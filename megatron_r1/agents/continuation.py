@@ -80,7 +80,12 @@ class Continuation:
         return NextPrompt(None, self.render(messages, tools), tuple(messages))
 
     def render(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> list[int]:
-        """Return the tokens of a conversation up to the next answer. Raises `Unrenderable`."""
+        """Return the tokens of a conversation up to the next answer. Raises `Unrenderable`.
+
+        Args:
+            messages: the conversation.
+            tools: their descriptions, in OpenAI's form.
+        """
         return self._encode(self._text(messages, tools, add_generation_prompt=True))
 
     def can_render(self, answer: Message, tools: Sequence[Message] = ()) -> bool:

@@ -221,8 +221,13 @@ def describe(environment: type) -> Description:
 
 
 def check_parameters(name: str, description: Description, values: Mapping[str, Any]) -> None:
-    """Raise UserError where `agents.parameters` are not the arguments of the class. name: the value
-    of `agents.environment`."""
+    """Raise UserError where `agents.parameters` are not the arguments of the class.
+
+    Args:
+        name: the value of `agents.environment`.
+        description: of the class.
+        values: of `agents.parameters`.
+    """
     known, title = description.parameters, name.rpartition(":")[2]
     if known is None:
         return

@@ -79,7 +79,13 @@ class HarnessPlayer:
             await self.run.close()
 
     async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
-        """Play one episode of a row. max_tokens: the most that are sampled in all its turns."""
+        """Play one episode of a row.
+
+        Args:
+            prompt: the row.
+            generate: samples the policy's answers.
+            max_tokens: the most that are sampled in all its turns.
+        """
         # The agent's clock does not run while the episode waits for a program to end.
         async with getattr(self.run, "slots", contextlib.nullcontext()):
             return await self._play(prompt, generate, max_tokens)

@@ -300,8 +300,12 @@ class Parser(Protocol):
 
 
 def parser_of(agents: AgentsConfig, tokenizer: str) -> Parser:
-    """Return the parser that `agents.tool_parser` and `agents.reasoning_parser` name. tokenizer:
-    folder of the model's."""
+    """Return the parser that `agents.tool_parser` and `agents.reasoning_parser` name.
+
+    Args:
+        agents: the recipe's section.
+        tokenizer: folder of the model's.
+    """
     if agents.tool_parser in IN_PROCESS and agents.reasoning_parser is None:
         return HermesParser()
     name = {"auto": "hermes", "none": None}.get(agents.tool_parser, agents.tool_parser)

@@ -28,19 +28,31 @@ from megatron_r1.engines.server.errors import EngineError
 
 
 class EpisodePlayer:
-    """Plays episodes in environments of one class."""
+    """Plays episodes in environments of one class.
+
+    Args:
+        text: tokenizer and template.
+        environments: of one class.
+        settings: the recipe's section.
+        room: most tokens of a prompt and its answer that an engine takes.
+    """
 
     def __init__(
         self, text: PromptText, environments: Environments, settings: AgentsConfig, room: int
     ) -> None:
-        """room: most tokens of a prompt and its answer that an engine takes."""
         self.text, self.environments, self.settings, self.room = text, environments, settings, room
         self.continuation = Continuation(text.tokenizer, text.end_tokens)
         self.parsers = parser_of(settings, text.tokenizer.name_or_path)
         self.reader = AnswerReader(self.parsers, self.continuation)
 
     async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
-        """Play one episode of a row. max_tokens: the most tokens after the first prompt."""
+        """Play one episode of a row.
+
+        Args:
+            prompt: the row.
+            generate: samples the policy's answers.
+            max_tokens: the most tokens after the first prompt.
+        """
         running = _RunningEpisode(self, generate, max_tokens)
         status: Status
         reward, reason = None, ""

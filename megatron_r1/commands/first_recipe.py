@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 from megatron_r1.config.yaml_text import as_text
 from megatron_r1.models.hf_config import key_value_heads
+from megatron_r1.models.memory import engine_bytes, parameter_bytes
 
 GIB = 2**30
 CPU_RESPONSE, GPU_RESPONSE = 256, 4096
 LEAST_RESPONSE = 32
-GPU_BYTES_SHARDED, GPU_BYTES = 12, 6
-"""Memory per parameter on GPUs: fp32 weight and moments, spread over all ranks; bf16 weight and
-fp32 gradient, spread over tensor ranks."""
-BYTES_WITHOUT_GRADIENTS = 2
+DTYPE = "bfloat16"
+"""Of model and engines on GPUs: the default."""
 OVERHEAD = 0.1
 """The share of a GPU's memory that the contexts of two processes and NCCL take."""
 GPU_SHARE = 0.6
@@ -96,8 +95,10 @@ def layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]
 
 def _engine_share(parameters: int, tensor: int, machine: Machine) -> float:
     """Return the share of a GPU that an engine may take next to a trainer rank, whose gradients are
-    freed meanwhile."""
-    taken = parameters * (BYTES_WITHOUT_GRADIENTS / tensor + GPU_BYTES_SHARDED / machine.gpus)
+    freed meanwhile, and to the receive buffer of pushes, which is no part of vLLM's share."""
+    each = parameter_bytes(DTYPE)
+    buffer = engine_bytes(1, DTYPE) - engine_bytes(1, DTYPE, receives=False)
+    taken = parameters * ((each.value + buffer) / tensor + each.optimizer / machine.gpus)
     return max(5, int(20 * (1 - OVERHEAD - taken / machine.memory)) * 5) / 100
 
 
@@ -106,8 +107,9 @@ def tensor_ranks(hf: dict[str, Any], parameters: int, machine: Machine) -> int:
     divides heads and GPUs."""
     heads, kv_heads = hf["num_attention_heads"], key_value_heads(hf)
     sizes = [n for n in (1, 2, 4, 8) if not (machine.gpus % n or heads % n or kv_heads % n)]
+    each = parameter_bytes(DTYPE)
     for size in sizes:
-        taken = parameters * (GPU_BYTES / size + GPU_BYTES_SHARDED / machine.gpus)
+        taken = parameters * ((each.value + each.gradient) / size + each.optimizer / machine.gpus)
         if taken <= GPU_SHARE * machine.memory:
             return size
     return sizes[-1]

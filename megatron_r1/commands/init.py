@@ -29,7 +29,7 @@ from megatron_r1.commands.first_recipe import Draft, Guess, Machine, Source, rec
 from megatron_r1.commands.rl_checks import naming_renamed_columns, prepare, this_machine
 from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
 from megatron_r1.config import Config, verb_of
-from megatron_r1.controller.trainer_calls.cpu_memory import cpu_memory
+from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
 from megatron_r1.data.preferences import Kind, ScoredText, kind_of_rows, read_preferences

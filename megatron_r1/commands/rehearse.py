@@ -13,7 +13,7 @@ from megatron_r1.commands import reward_model
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.config.recipe import take_section
-from megatron_r1.controller.rollouts.environments import find_player
+from megatron_r1.controller.rollouts.players import find_player
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.recipe import check_engines, context_length
 from megatron_r1.models.hf_config import read_hf_config

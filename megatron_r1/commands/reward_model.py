@@ -11,17 +11,14 @@ from itertools import chain
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands import training_run
-from megatron_r1.commands.training_run import (
-    SupervisedTask,
-    check_trainer,
-    run_supervised,
-    with_steps,
-)
+from megatron_r1.base.processes.stopping import run_until_stopped
+from megatron_r1.commands import supervised
+from megatron_r1.commands.supervised import SupervisedTask, with_steps
+from megatron_r1.commands.training_run import begin_trainer, check_trainer
 from megatron_r1.config import Config
 from megatron_r1.config.yaml_text import as_text
+from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.controller.trainer_calls.recorder import Recorder
 from megatron_r1.data.preferences import Preference, ScoredText, read_preferences
 from megatron_r1.data.prompts import is_heldout, normalize
 from megatron_r1.data.sampler import EpochSampler
@@ -77,7 +74,7 @@ def run(config: Config) -> None:
             cause=Cause.CONFLICT,
         )
     check_trainer(config, "reward-model")
-    training_run.begin_trainer()
+    begin_trainer()
     hf = read_hf_config(config.model.path, "score")
     text = ScoredText(config.model.path, settings.template, settings.shown, settings.max_chars)
     rows = load_rows(config, text, hf)
@@ -89,7 +86,7 @@ def run(config: Config) -> None:
             lines.append("the score head is new: drawn with std 1 / sqrt(hidden_size + 1)")
         return lines
 
-    async def evaluate(recorder: Recorder, trainer: TrainerClient) -> None:
+    async def evaluate(recorder: RunRecorder, trainer: TrainerClient) -> None:
         if rows.heldout:
             await _evaluate(config, recorder, trainer, rows.heldout)
 
@@ -100,7 +97,7 @@ def run(config: Config) -> None:
     )
     unit = "pairs" if settings.kind == "pairwise" else "labelled responses"
     facts = [config.model.path, f"{len(rows.train):,} {unit}, {len(rows.heldout):,} held out"]
-    run_supervised(task, "reward model", facts, _next_commands(config))
+    run_until_stopped(supervised.train(task, "reward model", facts, _next_commands(config)))
 
 
 def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
@@ -158,7 +155,7 @@ def _samples_of(rows: Sequence[RewardModelRow]) -> list[Sample]:
 
 
 async def _evaluate(
-    config: Config, recorder: Recorder, trainer: TrainerClient, heldout: list[RewardModelRow]
+    config: Config, recorder: RunRecorder, trainer: TrainerClient, heldout: list[RewardModelRow]
 ) -> None:
     """Score the held-out rows and record how reliable the scores are."""
     recorder.view.phase("evaluation", f"{len(heldout):,} held-out rows")

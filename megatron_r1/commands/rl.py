@@ -5,38 +5,42 @@ The algorithm is `controller.loop.train`. Here the roles of a run are started an
 and graders (`rollout_run`) next to the trainer (`training_run`), and a session of both."""
 
 import asyncio
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.imports import without_garbage_collection
-from megatron_r1.commands import training_run
+from megatron_r1.base.processes.stopping import run_until_stopped
 from megatron_r1.commands.rl_checks import (
     check_settings,
     ends_with,
     engines_share_gpus,
-    naming_renamed_columns,
     questions_drawn,
     read_questions,
 )
-from megatron_r1.commands.rollout_run import open_rollouts
-from megatron_r1.commands.training_run import TrainingRun, run_training, show_trainer
+from megatron_r1.commands.rollout_run import Rollouts, open_rollouts
+from megatron_r1.commands.training_run import (
+    TrainingRun,
+    begin_engines,
+    begin_trainer,
+    show_trainer,
+    training_run,
+)
 from megatron_r1.config import Config
-from megatron_r1.controller.delivery.bridge import PROBE_TOKENS, weight_bridge
 from megatron_r1.controller.loop import train
+from megatron_r1.controller.policy_engines import PolicyEngines
+from megatron_r1.controller.push.pusher import PROBE_TOKENS, pusher_of
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
-from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
-from megatron_r1.controller.session import PolicyEngines, Session
+from megatron_r1.controller.session import Session
+from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
-from megatron_r1.engines.fleet.host_pool import HostPool
-from megatron_r1.engines.fleet.placement import accepting_hosts, open_pool
+from megatron_r1.engines.fleet.placement import accepting_hosts
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.recipe import context_length
@@ -50,153 +54,129 @@ def run(config: Config) -> None:
     """Train for `run.steps` rollouts. Raises UserError before any long work starts."""
     check_settings(config)
     timeline.reached("controller/settings checked")
-    training_run.begin_trainer()
-    training_run.begin_engines(config)
+    begin_trainer()
+    begin_engines(config)
     with without_garbage_collection():  # it imports transformers, and sympy for many tasks
         text, prompts = read_questions(config)
     timeline.reached("controller/questions read")
-    facts = [
+    run_until_stopped(_train(config, text, prompts))
+
+
+async def _train(config: Config, text: PromptText, prompts: PromptSplit) -> None:
+    """Start the engines next to the trainer, and train; after the loss of trainer ranks again,
+    from the newest checkpoint, with the same engines."""
+    facts = _facts(config, text, prompts)
+    async with training_run(config, "rl", facts, _next_commands(config)) as running:
+        if running is None or await _only_export_is_left(config, running):
+            return
+        async with open_rollouts(config, running.recorder, text) as rollouts:
+            running.supervisor.watch_rollouts(rollouts.collector)
+            await rollouts.check(config, prompts)
+            timeline.reached("controller/rewards checked")
+            starting = f"trainer and {config.rollout.engines} x vLLM"
+            running.recorder.view.phase("starting", starting)
+            start = _start_roles(config, running.trainer, rollouts.collector)
+            if not await running.stop.before(start):
+                return
+            show_trainer(running.recorder, running.trainer)
+            while True:
+                session = _session(config, running, rollouts, prompts)
+                fleet = rollouts.collector.fleet
+                try:
+                    async with session.open(), accepting_hosts(fleet, rollouts.hosts):
+                        await train(session)
+                    return
+                except TrainerLost as lost:
+                    if config.rollout.colocated and running.trainer.can_restart:
+                        await _free_gpus(running, fleet)
+                    await running.supervisor.restart_trainer(lost)
+
+
+async def _only_export_is_left(config: Config, running: TrainingRun) -> bool:
+    """Return whether all steps are done. The trainer then has the weights after the last."""
+    recorder = running.recorder
+    if recorder.state.step < config.run.steps:
+        return False
+    recorder.view.message(
+        f"all {config.run.steps} steps are done; only the export is left: no engines"
+    )
+    await running.trainer.connect()
+    await recorder.load(running.trainer, reference=config.uses_reference)
+    return recorder.state.step >= config.run.steps  # else that checkpoint was damaged
+
+
+async def _start_roles(config: Config, trainer: TrainerClient, collector: RolloutCollector) -> None:
+    """Start the trainer and all engines at once, but engines on the trainer's GPUs after it: an
+    engine measures what is free when it starts, and fails if that changes meanwhile."""
+    fleet, teacher = collector.fleet, collector.teacher
+    if config.rollout.colocated or engines_share_gpus(config):
+        starts = [_start_in_turn(config, trainer, fleet)]
+    else:
+        starts = [_start_trainer(trainer), _start_engines(config, fleet)]
+    if teacher is not None:
+        starts.append(teacher.start(config.teacher.path))
+    await asyncio.gather(*starts)
+
+
+async def _start_in_turn(config: Config, trainer: TrainerClient, fleet: RolloutFleet) -> None:
+    await _start_trainer(trainer)
+    if config.rollout.colocated:
+        await trainer.call(ModelOperations.yield_memory)
+    await _start_engines(config, fleet)
+
+
+async def _start_trainer(trainer: TrainerClient) -> None:
+    if not trainer.ranks:  # connected before, where only the export was left
+        await trainer.connect()
+    timeline.reached("controller/trainer ready")
+
+
+async def _start_engines(config: Config, fleet: RolloutFleet) -> None:
+    # version: every engine gets the trainer's weights before it samples.
+    await fleet.start(config.model.path, version=-1)
+    timeline.reached("controller/engines ready")
+
+
+def _session(
+    config: Config, running: TrainingRun, rollouts: Rollouts, prompts: PromptSplit
+) -> Session:
+    """Return a session that begins at the newest checkpoint."""
+    collector, trainer, recorder = rollouts.collector, running.trainer, running.recorder
+    collector.fleet.version = -1  # ranks that went back push earlier versions again
+    room = context_length(config) - PROBE_TOKENS
+    first = prompts.train[: config.push.probes]
+    probes = [collector.text.encode(prompt.question, prompt.before)[:room] for prompt in first]
+    pusher = pusher_of(config, trainer, collector.fleet, probes)
+    sampler = PromptSampler(prompts.train, config.run.seed)
+    return Session(
+        recorder,
+        running.stop,
+        PolicyEngines(trainer, pusher, StepSampler(config, collector, sampler, rollouts.log)),
+        TrainerPasses(config, trainer, recorder.state),
+        HeldoutEvaluation(config, collector, prompts.heldout, recorder),
+    )
+
+
+async def _free_gpus(running: TrainingRun, fleet: RolloutFleet) -> None:
+    """Free the GPUs' memory for trainer ranks that start again: kill those that are left, then let
+    the engines sleep. vLLM's sleep fails where a rank allocates meanwhile: it compares how much of
+    the GPU is free before and after (v1/worker/gpu_worker.py)."""
+    await asyncio.to_thread(running.trainer.kill)
+    try:
+        await fleet.sleep()
+    except EngineError as error:
+        running.recorder.view.message(f"engines did not free their memory: {error}")
+
+
+def _facts(config: Config, text: PromptText, prompts: PromptSplit) -> list[str]:
+    """Return lines about the run for its title. Raises UserError as `questions_drawn`."""
+    return [
         config.model.path,
         config.data.task or str(config.data.path),
         f"{len(prompts.train):,} questions, {len(prompts.heldout):,} held out",
         *questions_drawn(config, prompts.train),
         ends_with(config, text),
     ]
-
-    body = partial(_train, config, text, prompts)
-    run_training(config, "rl", facts, body, _next_commands(config))
-
-
-def dry_run(config: Config) -> None:
-    """Sample and grade one batch, print it, and train nothing. Errors as `run`."""
-    from megatron_r1.commands.rollout_run import show_batch
-
-    check_settings(config)
-    require_weights(Path(config.model.path))
-    training_run.begin_engines(config)
-    with without_garbage_collection():
-        text, prompts = read_questions(config)
-    show_batch(config, text, prompts)
-
-
-async def _train(
-    config: Config, text: PromptText, prompts: PromptSplit, running: TrainingRun
-) -> None:
-    """Start the engines next to the trainer, and train; after the loss of trainer ranks again,
-    from the newest checkpoint, with the same engines."""
-    recorder, trainer, view = running.recorder, running.trainer, running.recorder.view
-    if recorder.state.step >= config.run.steps:
-        view.message(f"all {config.run.steps} steps are done; only the export is left: no engines")
-        await trainer.connect()
-        await recorder.load(trainer, reference=config.uses_reference)
-        if recorder.state.step >= config.run.steps:  # else that checkpoint was damaged
-            return
-    folder, on_one_host = recorder.folder.path, config.push.on_one_host
-    async with (
-        open_pool(config.rollout, folder, on_one_host, view.message) as hosts,
-        open_rollouts(config, recorder, text, hosts) as (collector, log),
-    ):
-        running.supervisor.watch_rollouts(collector)
-        if not config.rl.sample_log:
-            await log.prune()  # old samples are not of this run's policies
-        # Served rewards of a later phase too: a mistake in them should show now.
-        terms = {term: None for _, phase in config.phases() for term in phase.rewards.weights}
-        with naming_renamed_columns(config.data.columns):
-            await collector.check(terms, prompts.train + prompts.heldout)
-        view.phase("starting", f"trainer and {config.rollout.engines} x vLLM")
-        roles = _Roles(config, running, collector, log, prompts, hosts)
-        if not await running.stop.before(roles.start()):
-            return
-        show_trainer(recorder, trainer)
-        await running.supervisor.with_restarts(roles.train)
-
-
-@dataclass(frozen=True)
-class _Roles:
-    """The roles of a run: the trainer (`running`), engines and graders (`collector`), with the log
-    of their samples, the questions, and the hosts of engines that may join."""
-
-    config: Config
-    running: TrainingRun
-    collector: RolloutCollector
-    log: SampleLog
-    prompts: PromptSplit
-    hosts: HostPool | None
-
-    async def start(self) -> None:
-        """Start the trainer and all engines at once, but engines on the trainer's GPUs after it: an
-        engine measures what is free when it starts, and fails if that changes meanwhile."""
-        config, teacher = self.config, self.collector.teacher
-        timeline.reached("controller/rewards checked")
-        in_turn = config.rollout.colocated or engines_share_gpus(config)
-        if in_turn:
-            starts = [self._start_in_turn()]
-        else:
-            starts = [self._start_trainer(), self._start_engines()]
-        if teacher is not None:
-            starts.append(teacher.start(config.teacher.path))
-        await asyncio.gather(*starts)
-
-    async def train(self) -> None:
-        """Train from the newest checkpoint to the end, or until ranks are lost."""
-        session, fleet = self._session(), self.collector.fleet
-        fleet.version = -1  # ranks that went back push earlier versions again
-        try:
-            try:
-                await session.begin()
-                async with accepting_hosts(fleet, self.hosts):
-                    await train(session)
-                await session.finish()
-            finally:
-                await session.close()
-        except TrainerLost:
-            if self.config.rollout.colocated and self.running.trainer.can_restart:
-                await self._free_gpus()
-            raise
-
-    def _session(self) -> Session:
-        """Return a session that begins at the newest checkpoint."""
-        config, prompts, collector = self.config, self.prompts, self.collector
-        recorder, trainer = self.running.recorder, self.running.trainer
-        room = context_length(config) - PROBE_TOKENS
-        first = prompts.train[: config.push.probes]
-        probes = [collector.text.encode(prompt.question, prompt.before)[:room] for prompt in first]
-        bridge = weight_bridge(config, trainer, collector.fleet, probes)
-        log = self.log if config.rl.sample_log else None
-        sampler = PromptSampler(prompts.train, config.run.seed)
-        return Session(
-            recorder,
-            self.running.stop,
-            PolicyEngines(trainer, bridge, StepSampler(config, collector, sampler, log)),
-            TrainerPasses(config, trainer, recorder.state),
-            HeldoutEvaluation(config, collector, prompts.heldout, recorder),
-        )
-
-    async def _start_in_turn(self) -> None:
-        await self._start_trainer()
-        if self.config.rollout.colocated:
-            await self.running.trainer.call(ModelOperations.yield_memory)
-        await self._start_engines()
-
-    async def _start_trainer(self) -> None:
-        if not self.running.trainer.ranks:  # connected before, where only the export was left
-            await self.running.trainer.connect()
-        timeline.reached("controller/trainer ready")
-
-    async def _start_engines(self) -> None:
-        # version: every engine gets the trainer's weights before it samples.
-        await self.collector.fleet.start(self.config.model.path, version=-1)
-        timeline.reached("controller/engines ready")
-
-    async def _free_gpus(self) -> None:
-        """Free the GPUs' memory for trainer ranks that start again: kill those that are left, then
-        let the engines sleep. vLLM's sleep fails where a rank allocates meanwhile: it compares how
-        much of the GPU is free before and after (v1/worker/gpu_worker.py)."""
-        await asyncio.to_thread(self.running.trainer.kill)
-        try:
-            await self.collector.fleet.sleep()
-        except EngineError as error:
-            self.running.recorder.view.message(f"engines did not free their memory: {error}")
 
 
 def _next_commands(config: Config) -> list[tuple[str, str]]:
@@ -212,3 +192,15 @@ def _next_commands(config: Config) -> list[tuple[str, str]]:
             f"--dtype {config.rollout.dtype}{on_cpu}",
         ),
     ]
+
+
+def dry_run(config: Config) -> None:
+    """Sample and grade one batch, print it, and train nothing. Errors as `run`."""
+    from megatron_r1.commands.rollout_run import show_batch
+
+    check_settings(config)
+    require_weights(Path(config.model.path))
+    begin_engines(config)
+    with without_garbage_collection():
+        text, prompts = read_questions(config)
+    show_batch(config, text, prompts)

@@ -21,6 +21,7 @@ from r1_grading.rewards import REGISTRY, REMOTE
 from r1_grading.terms import RewardUnusable
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.first_recipe import Machine, layout, value_text
 from megatron_r1.commands.training_run import check_trainer
@@ -251,9 +252,9 @@ def read_questions(config: Config) -> tuple[PromptText, PromptSplit]:
     ids = config.rollout.stop_token_ids
     text = PromptText(config.model.path, config.data.template, stop_token_ids=ids)
     if config.agents.players:
-        from megatron_r1.controller.rollouts.environments import check_environment
+        from megatron_r1.controller.rollouts.players import check_player
 
-        check_environment(config, text)
+        check_player(config, text)
     return text, _load_questions(config, text)
 
 
@@ -288,7 +289,7 @@ def check_settings(config: Config) -> None:
     check_room(config.rollout)
     check_pushes(config, hf, torchrun.num_ranks(config))
     transport = config.push.transport
-    if transport in ("cuda_ipc", "nccl") and not gpu.is_usable():
+    if TRANSPORTS[transport].needs_gpu and not gpu.is_usable():
         raise UserError(
             f"push.transport: {transport} moves memory of GPUs, and there is none here; set shm, "
             "or gloo where engines are on other hosts",

@@ -1,5 +1,5 @@
-"""The controller's side of a run that samples: engines, teacher, graders and sample log, next to a
-trainer (`open_rollouts`), or alone for one batch that is shown and trains nothing (`rl
+"""The controller's side of a run that samples: engines, teacher, graders and sample log, next to
+a trainer (`open_rollouts`), or alone for one batch that is shown and trains nothing (`rl
 RECIPE.yaml --dry-run`)."""
 
 import asyncio
@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from r1_grading.base.errors import shorten
 from r1_grading.terms import ACCURACY, weights_at
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.rl_checks import ends_with, naming_renamed_columns
 from megatron_r1.config import Config
 from megatron_r1.config.training import warmup_note
 from megatron_r1.controller.advice import advice
+from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import (
@@ -30,20 +33,20 @@ from megatron_r1.controller.rollouts.rollout import (
     responses_of,
 )
 from megatron_r1.controller.rollouts.sample_log import SampleLog
+from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.teacher import teacher_fleet
-from megatron_r1.controller.trainer_calls.cpu_memory import cpu_memory
-from megatron_r1.controller.trainer_calls.recorder import Recorder
 from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
 from megatron_r1.engines.fleet.host_pool import HostPool
-from megatron_r1.engines.fleet.placement import server_maker
+from megatron_r1.engines.fleet.placement import open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.episodes import Episode, Player
 from megatron_r1.engines.server.recipe import context_length, engine_settings, fleet_settings
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.models import read_hf_config
+from megatron_r1.models.memory import parameter_bytes
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.models.weights.stored import published
 from megatron_r1.push.plan.recipe import engine_rank_bytes
@@ -51,47 +54,66 @@ from megatron_r1.reporting import wording
 from megatron_r1.reporting.wording import counted, duration, percent, printable
 
 
+@dataclass(frozen=True)
+class Rollouts:
+    """What samples and grades in a run: `collector`, with engines that are still to be started.
+
+    log: of finished groups; None without `rl.sample_log`. hosts: those of engines that may join."""
+
+    collector: RolloutCollector
+    log: SampleLog | None
+    hosts: HostPool | None
+
+    async def check(self, config: Config, prompts: PromptSplit) -> None:
+        """Raise UserError for questions that a reward of the run, or of a later phase of it, cannot
+        grade."""
+        terms = {term: None for _, phase in config.phases() for term in phase.rewards.weights}
+        with naming_renamed_columns(config.data.columns):
+            await self.collector.check(terms, prompts.train + prompts.heldout)
+
+
 @contextlib.asynccontextmanager
 async def open_rollouts(
-    config: Config, recorder: Recorder, text: PromptText, hosts: HostPool | None
-) -> AsyncIterator[tuple[RolloutCollector, SampleLog]]:
-    """Yield the collector, whose engines are still to be started, and the log of finished groups;
-    close both, and all that the collector uses, at the end of the block.
+    config: Config, recorder: RunRecorder, text: PromptText
+) -> AsyncIterator[Rollouts]:
+    """Yield what samples and grades; close it, and all that it uses, at the end of the block."""
+    rewards, notify, folder = config.rewards, recorder.view.message, recorder.folder
+    on_one_host, logs = config.push.on_one_host, folder.path / "logs"
+    async with open_pool(config.rollout, folder.path, on_one_host, notify) as hosts:
+        pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
+        fleet = _fleet(config, recorder, hosts)
+        teacher = teacher_fleet(config, logs, notify) if config.teacher.path else None
+        player = open_player(config, text)
+        collector = RolloutCollector(fleet, pool, text, rewards, teacher, player)
+        log, is_kept = SampleLog(folder.sample_log, notify), config.rl.sample_log
+        try:
+            if not is_kept:
+                await log.prune()  # old samples are not of this run's policies
+            yield Rollouts(collector, log if is_kept else None, hosts)
+        finally:
+            fleets = [fleet, teacher] if teacher is not None else [fleet]
+            closing = collector.close(), pool.close(), log.close()
+            await asyncio.gather(*(each.close() for each in fleets), *closing)
 
-    hosts: where engines run that are not on this host."""
-    rewards, notify = config.rewards, recorder.view.message
-    pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
-    fleet = _fleet(config, recorder, hosts)
-    logs = recorder.folder.path / "logs"
-    teacher = teacher_fleet(config, logs, notify) if config.teacher.path else None
-    collector = RolloutCollector(fleet, pool, text, rewards, teacher, _open_player(config, text))
-    log = SampleLog(recorder.folder.sample_log, notify)
-    try:
-        yield collector, log
-    finally:
-        fleets = [fleet, teacher] if teacher is not None else [fleet]
-        closing = collector.close(), pool.close(), log.close()
-        await asyncio.gather(*(each.close() for each in fleets), *closing)
 
-
-def _open_player(config: Config, text: PromptText) -> Player | None:
+def open_player(config: Config, text: PromptText) -> Player | None:
     """Return the player of the run's episodes; None if responses are single turns, which need
     nothing of `megatron_r1.agents`."""
     if not config.agents.players:
         return None
-    from megatron_r1.controller.rollouts.environments import player_of
+    from megatron_r1.controller.rollouts.players import player_of
 
     return player_of(config, text)
 
 
-def _fleet(config: Config, recorder: Recorder, hosts: HostPool | None) -> RolloutFleet:
+def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> RolloutFleet:
     rollout = config.rollout
     return RolloutFleet(
         rollout.engines,
         recorder.folder.path / "logs",
         notify=recorder.view.message,
         make_server=server_maker(hosts),
-        weight_transfer_backend=f"megatron_r1_{config.push.transport}",
+        weight_transfer_backend=BACKEND_PREFIX + config.push.transport,
         device=gpu.device(),
         sleeps=rollout.colocated,
         max_model_len=context_length(config),
@@ -119,8 +141,6 @@ NUM_SHOWN = 10
 """Responses that are printed."""
 MAX_SHOWN_CHARS = 600
 MAX_TRUTH_CHARS = 80
-TRAINER_BYTES = 16
-"""Memory per parameter: fp32 weight and gradient, and Adam's two moments."""
 
 
 def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
@@ -166,7 +186,7 @@ async def _sample(
         **fleet_settings(rollout),
         **engine_settings(rollout),
     )
-    collector = RolloutCollector(fleet, pool, text, rewards, player=_open_player(config, text))
+    collector = RolloutCollector(fleet, pool, text, rewards, player=open_player(config, text))
     weights = weights_at(rewards.weights, 1)
     sampling = Sampling(
         group_size,
@@ -282,10 +302,11 @@ def _memory(config: Config) -> str:
     size = f"{parameters / 1e6:,.1f}M parameters; "
     if gpu.is_usable():
         engine = engine_rank_bytes(config, read_hf_config(config.model.path)) / 2**30
-        place = "there too" if config.push.transport in ("cuda_ipc", "nccl") else "on its host"
+        place = "there too" if TRANSPORTS[config.push.transport].needs_gpu else "on its host"
+        each = parameter_bytes(config.model.dtype, config.optimizer.moments)
         return (
-            f"{size}{parameters * TRAINER_BYTES / 2**30:,.2f} GiB for weights, gradients and "
-            "Adam's moments in fp32, over all tensor, pipeline and expert ranks; activations come "
+            f"{size}{parameters * each.whole / 2**30:,.2f} GiB for weights, gradients and "
+            "optimizer, over all tensor, pipeline and expert ranks; activations come "
             f"on top (megatron-r1 plan); {engine:,.2f} GiB of weights on an engine's fullest GPU, "
             f"and as much for the weights of the next push, {place} (push.transport: "
             f"{config.push.transport})"

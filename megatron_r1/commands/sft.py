@@ -5,13 +5,10 @@ import itertools
 import msgspec
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands import training_run
-from megatron_r1.commands.training_run import (
-    SupervisedTask,
-    check_trainer,
-    run_supervised,
-    with_steps,
-)
+from megatron_r1.base.processes.stopping import run_until_stopped
+from megatron_r1.commands import supervised
+from megatron_r1.commands.supervised import SupervisedTask, with_steps
+from megatron_r1.commands.training_run import begin_trainer, check_trainer
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.data.conversations import ExampleText
@@ -38,7 +35,7 @@ def run(config: Config) -> None:
     """Train on `sft.data` for `run.steps` batches, or `sft.epochs`. Raises UserError before any
     long work."""
     check_settings(config)
-    training_run.begin_trainer()
+    begin_trainer()
     text, examples, contents = read_examples(config)
     config = with_steps(config, "sft", examples.epoch_size)
 
@@ -46,7 +43,7 @@ def run(config: Config) -> None:
         return [sample_of(*text.encode(example)) for example in batch]
 
     task = SupervisedTask(config, examples, config.sft.batch_size, to_samples, SUPERVISED)
-    run_supervised(task, "sft", [config.model.path, *contents])
+    run_until_stopped(supervised.train(task, "sft", [config.model.path, *contents]))
 
 
 def dry_run(config: Config) -> None:

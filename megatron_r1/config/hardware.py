@@ -128,11 +128,16 @@ def fields_of(part: object) -> dict[str, FieldInfo]:
 
 
 def link_rate(hardware: Hardware, assumptions: Assumptions, span: int) -> float:
-    """Return the assumed bytes per second that a rank sends in a group's collective; span: ranks
-    from the first to the last of the group.
+    """Return the assumed bytes per second that a rank sends in a group's collective.
 
     A group wider than a node sends the part that leaves it through the network, concurrently with
-    the rest through NVLink."""
+    the rest through NVLink.
+
+    Args:
+        hardware: the GPU and its links.
+        assumptions: with the efficiency of links.
+        span: ranks from the first to the last of the group.
+    """
     inside = share_inside(hardware.gpus_per_node, span)
     slowest = max(inside / hardware.nvlink, (1 - inside) / hardware.network)
     return assumptions.link_efficiency / slowest

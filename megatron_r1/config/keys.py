@@ -40,7 +40,13 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
 
 
 def value_text(values: Mapping[str, Any], key: str, absent: str = "not set") -> str:
-    """Return the value of a key as a message quotes it, `absent` where there is none."""
+    """Return the value of a key as a message quotes it, `absent` where there is none.
+
+    Args:
+        values: by dotted key.
+        key: dotted.
+        absent: the text for a key that is not there.
+    """
     return repr(values[key]) if key in values else absent
 
 

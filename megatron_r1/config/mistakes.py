@@ -74,7 +74,12 @@ def refusal(
     """Return the error that names all mistakes of validating a `root`; key and cause are those of
     the first.
 
-    known: as in `_explain`. place: where the settings are from, in front of the message."""
+    Args:
+        failure: pydantic's.
+        root: the model that was validated.
+        known: as in `_explain`.
+        place: where the settings are from, in front of the message.
+    """
     first = failure.errors()[0]
     key, cause = ".".join(map(str, first["loc"])), CAUSES.get(first["type"], Cause.MALFORMED)
     if first["type"] == "value_error" and isinstance(error := first["ctx"]["error"], UserError):

@@ -233,8 +233,16 @@ def from_overrides(overrides: dict[str, Any]) -> Config:
 
 
 def parse(tree: dict[str, Any], origin: str = "config", given: Collection[str] = ()) -> Config:
-    """Build the typed configuration from nested sections. given: keys that the command line sets.
-    Raises UserError naming each wrong key, its value and the remedy."""
+    """Build the typed configuration from nested sections.
+
+    Args:
+        tree: section → key → value.
+        origin: where the settings are from, in front of messages.
+        given: keys that the command line sets.
+
+    Raises:
+        UserError: naming each wrong key, its value and the remedy.
+    """
     try:
         return Config.model_validate(without_removed(tree))
     except ValidationError as failure:
@@ -252,9 +260,16 @@ def dump(config: Config) -> str:
 def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[str, Any]:
     """Parse `--rl.group_size 8 --data.task=sums` to {"rl.group_size": 8, "data.task": "sums"}.
 
-    Values are YAML; a template such as `{problem}` is text. switches: keys that become true when no
-    value follows. A value that begins with "--" needs the form `--key=value`. Raises UserError for
-    an option without a value or without a section."""
+    Values are YAML; a template such as `{problem}` is text.
+
+    Args:
+        options: of the command line.
+        switches: keys that become true when no value follows. A value that begins with "--" needs
+            the form `--key=value`.
+
+    Raises:
+        UserError: for an option without a value or without a section.
+    """
     overrides: dict[str, Any] = {}
     pending = list(options)
     known = [*switches, "dry-run"]  # an option of rl that is no setting
@@ -295,7 +310,13 @@ def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[
 def take_section(overrides: Mapping[str, Any], settings: type[T]) -> tuple[T, dict[str, Any]]:
     """Return the settings of a verb that has sections of its own, and the other overrides.
 
-    settings: the model of these sections. Raises UserError naming every mistake."""
+    Args:
+        overrides: dotted key → value.
+        settings: the model of these sections.
+
+    Raises:
+        UserError: naming every mistake.
+    """
     tree: dict[str, Any] = {}
     others = {}
     for key, value in overrides.items():

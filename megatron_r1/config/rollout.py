@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.transports import TRANSPORTS, TransportName
 from megatron_r1.config.section import Resumable, Section
 
 LAYOUT = {"tensor", "pipeline", "data", "expert_parallel"}
@@ -168,7 +169,7 @@ class TeacherConfig(EngineConfig):
 class PushConfig(Section):
     """How weights travel to the engines, and how each push is verified."""
 
-    transport: Resumable[Literal["shm", "cuda_ipc", "gloo", "nccl"]] = "shm"
+    transport: Resumable[TransportName] = "shm"
     """shm, or cuda_ipc between GPUs, if all ranks are on one host; gloo or nccl for many hosts. See
     docs/push.md"""
     fp8: bool = False
@@ -186,7 +187,7 @@ class PushConfig(Section):
     @property
     def on_one_host(self) -> bool:
         """Whether trainer ranks write into the memory of engine ranks on the same host."""
-        return self.transport in ("shm", "cuda_ipc")
+        return TRANSPORTS[self.transport].one_host
 
 
 class VerifiersConfig(Section):

@@ -275,7 +275,13 @@ def warmup_note(settings: OptimizerConfig, total: int) -> str:
 
 def learning_rate(settings: OptimizerConfig, step: int, total: int) -> float:
     """Return the rate of optimizer step `step` (from 1) of `total`: linear warm-up, then a constant
-    rate or the linear or cosine decay to the minimum."""
+    rate or the linear or cosine decay to the minimum.
+
+    Args:
+        settings: the recipe's section.
+        step: from 1.
+        total: optimizer steps of the run.
+    """
     if step <= settings.warmup:
         return settings.learning_rate * step / settings.warmup
     if settings.decay == "constant":

@@ -18,9 +18,15 @@ def read_sections(
 ) -> dict[str, Any]:
     """Read the sections of a YAML file, empty ones left out.
 
-    what: name of the file's kind in errors. prepare: is applied to the text before it is parsed.
-    Raises UserError for a missing file, invalid YAML, a key that occurs twice in one mapping (`<<`
-    may merge a key that the mapping also sets), and for content that is not a mapping."""
+    Args:
+        path: of the file.
+        what: name of the file's kind in errors.
+        prepare: is applied to the text before it is parsed.
+
+    Raises:
+        UserError: for a missing file, invalid YAML, a key that occurs twice in one mapping (`<<`
+            may merge a key that the mapping also sets), and for content that is not a mapping.
+    """
     if path.is_dir():
         raise UserError(
             f"{what} {path}: is a folder; name a file in it", key=what, cause=Cause.MALFORMED
@@ -62,7 +68,16 @@ def as_sections(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def put(tree: dict[str, Any], keys: list[str], value: Any, option: str) -> None:
     """Set the value at nested `keys` of `tree`; a parent that is missing or null becomes a section.
-    Raises UserError naming `option` where one of the parents is a value."""
+
+    Args:
+        tree: section → key → value, changed.
+        keys: from the outermost.
+        value: to set.
+        option: the command line's, for errors.
+
+    Raises:
+        UserError: naming `option` where one of the parents is a value.
+    """
     *parents, leaf = keys
     for parent in parents:
         if tree.get(parent) is None:

@@ -10,8 +10,8 @@ from megatron_r1.config import Config
 from megatron_r1.config.training import learning_rate
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
+from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.controller.trainer_calls.recorder import RunState
 from megatron_r1.trainer.operations import ModelOperations
 from megatron_r1.trainer.sample import Sample
 

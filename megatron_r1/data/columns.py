@@ -117,8 +117,13 @@ def columns_by_name(
     rows: Sequence[Row], needs_truth: bool, mapped: Collection[str] = ()
 ) -> dict[str, str]:
     """Return our name → the file's column for a question and a truth that `rows`, the file's first
-    ones, have under usual names only. What is not found is left out. mapped: our names of the
-    columns that the recipe maps."""
+    ones, have under usual names only. What is not found is left out.
+
+    Args:
+        rows: the file's first ones.
+        needs_truth: whether a truth is looked for, too.
+        mapped: our names of the columns that the recipe maps.
+    """
     flat = [_flat(row) for row in rows]
     found: dict[str, str] = {}
     has_question = any("question" in row for row in rows)

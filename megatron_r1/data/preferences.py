@@ -137,12 +137,20 @@ CHECK_QUESTION, CHECK_RESPONSE = "What is 7 + 5?", "<think>7 + 5 = 12</think>The
 
 
 class ScoredText:
-    """The tokenizer of a Hugging Face folder with one template for question and response."""
+    """The tokenizer of a Hugging Face folder with one template for question and response.
+
+    Args:
+        model_path: the folder.
+        template: text with {question} and {response}; None: the tokenizer's chat template.
+        part: of the response that is scored.
+        max_chars: longer texts are shortened.
+
+    Raises:
+        UserError: for a folder without a tokenizer, or without a chat template that shows the
+            scored part.
+    """
 
     def __init__(self, model_path: str, template: str | None, part: Part, max_chars: int):
-        """template: text with {question} and {response}; None: the tokenizer's chat template. part:
-        of the response that is scored. max_chars: longer texts are shortened. Raises UserError for
-        a folder without a tokenizer, or without a chat template that shows the scored part."""
         self.template, self.part, self.max_chars = template, part, max_chars
         self._tokenizer = load_tokenizer(model_path, "model.path")
         if template is None and not self._tokenizer.chat_template:
@@ -166,7 +174,13 @@ class ScoredText:
 
     def encode(self, question: str, response: str, opened: bool = False) -> list[int] | None:
         """Return the token ids; None for a response without the scored part, which serving does not
-        score either."""
+        score either.
+
+        Args:
+            question: one, or a transcript.
+            response: the text as it was sampled.
+            opened: the prompt ended with `<think>`.
+        """
         asked, shown = prepare_texts(question, response, self.part, opened, self.max_chars)
         return None if shown.text is None else self._tokens(asked, shown.text)
 

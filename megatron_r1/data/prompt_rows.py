@@ -249,7 +249,12 @@ def _is_solution(truth: Any) -> bool:
 
 
 def question_of(location: str, row: Record) -> tuple[list[Message], str]:
-    """Return the messages before the question, and the question. Raises UserError."""
+    """Return the messages before the question, and the question. Raises UserError.
+
+    Args:
+        location: "file:line", for errors.
+        row: of the file.
+    """
     value = row.get("question")
     if isinstance(value, dict) and all(isinstance(part, str) for part in value.values()):
         value = "\n\n".join(value.values())  # columns that are a question together

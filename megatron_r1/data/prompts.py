@@ -42,7 +42,16 @@ def generate_items(
 
     An item has question: str, answer: str or None, metadata: dict, in JSON types. For most tasks
     item i of seed s is item 0 of seed s + i: neighboring seeds share nearly all questions.
-    Raises UserError for an unknown task or parameter and for values the task refuses."""
+
+    Args:
+        task: its name in reasoning-gym.
+        parameters: of the task.
+        seed: of its first item.
+        num_items: how many.
+
+    Raises:
+        UserError: for an unknown task or parameter and for values the task refuses.
+    """
     dataset = _make_dataset(task, {**parameters, "seed": seed, "size": num_items})
     for index in range(num_items):
         with contextlib.redirect_stdout(io.StringIO()):  # some tasks print while they search
@@ -52,7 +61,15 @@ def generate_items(
 
 def level_parameters(task: str, level: int) -> dict[str, Any]:
     """Return the parameters of a task at a level of its reasoning-gym curriculum, 0 the easiest. A
-    setting with fewer levels stays at its last. Raises UserError for a task without curriculum."""
+    setting with fewer levels stays at its last.
+
+    Args:
+        task: its name in reasoning-gym.
+        level: from 0.
+
+    Raises:
+        UserError: for a task without curriculum.
+    """
     from reasoning_gym.factory import CURRICULA
 
     if task not in CURRICULA:

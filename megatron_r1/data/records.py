@@ -96,11 +96,17 @@ def read_records(
     file order, of all files of a pattern such as `rows/*.jsonl`, or of a data set: a folder or
     `hub:NAME[:CONFIG][:SPLIT]`.
 
-    columns: our name → the file's name, `a.b` for the entry b of a column of mappings; other
-    columns are kept. names: the columns that the caller reads. role: the key of errors, such as the
-    setting that names the file. keeps: of location and row, whether the row is yielded. Raises
-    UserError with file and line for a row that is not an object or lacks a mapped column, for what
-    cannot be read, and for one of `names` misspelt in `columns`.
+    Args:
+        path: a file, a pattern of files, a folder, or a data set of the hub.
+        columns: our name → the file's name, `a.b` for the entry b of a column of mappings; other
+            columns are kept.
+        names: the columns that the caller reads.
+        role: the key of errors, such as the setting that names the file.
+        keeps: of location and row, whether the row is yielded.
+
+    Raises:
+        UserError: with file and line for a row that is not an object or lacks a mapped column, for
+            what cannot be read, and for one of `names` misspelt in `columns`.
     """
     columns = columns or {}
     rows = _rows_of(path, role)
@@ -134,8 +140,14 @@ def _rows_of(path: str | Path, role: str) -> Iterator[Row]:
 
 
 def require_text(location: str, record: Record, name: str, renaming: str = "") -> str:
-    """Return record[name]; raises UserError unless it is a string that is not blank. renaming: as
-    in `missing`."""
+    """Return record[name]; raises UserError unless it is a string that is not blank.
+
+    Args:
+        location: "file:line", for errors.
+        record: the row.
+        name: ours.
+        renaming: as in `missing`.
+    """
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
         actual = f"is {value!r}" if name in record else missing(record, name, renaming)

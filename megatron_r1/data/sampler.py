@@ -12,8 +12,13 @@ Item = TypeVar("Item")
 
 
 class EpochSampler(Generic[Item]):
-    """Draws from `items`; each epoch is a new shuffle that depends on (seed, epoch) only. shuffled:
-    False keeps the items in their order in every epoch."""
+    """Draws from `items`; each epoch is a new shuffle that depends on (seed, epoch) only.
+
+    Args:
+        items: of an epoch.
+        seed: of all shuffles.
+        shuffled: False keeps the items in their order in every epoch.
+    """
 
     def __init__(self, items: Sequence[Item], seed: int, shuffled: bool = True) -> None:
         if not items:
@@ -83,7 +88,12 @@ class PromptSampler(EpochSampler[Prompt]):
         """Return the next `n` prompts by the weights of their kinds: a prompt is drawn with the
         probability weight / largest weight; kinds left out have weight 1. The order does not depend
         on the weights: the state is that of `next`, and the same prompts are drawn again from the
-        same state."""
+        same state.
+
+        Args:
+            n: prompts.
+            weights: by kind.
+        """
         shares = draw_shares(self.items, weights)
         drawn: list[Prompt] = []
         while len(drawn) < n:
@@ -96,7 +106,15 @@ class PromptSampler(EpochSampler[Prompt]):
 
 def draw_shares(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> dict[str, float]:
     """Return kind → the share of its prompts that an epoch draws (`rl.kind_weights`); the largest
-    is 1. Raises UserError for a kind that no prompt has, and where nothing would be drawn."""
+    is 1.
+
+    Args:
+        prompts: of an epoch.
+        weights: by kind.
+
+    Raises:
+        UserError: for a kind that no prompt has, and where nothing would be drawn.
+    """
     kinds = sorted({prompt.kind for prompt in prompts})
     for name in weights:
         if name not in kinds:

@@ -83,9 +83,15 @@ def load_examples(
     """Return the examples of a file or data set (`records.read_records`), one a row, in the forms
     of this module.
 
-    columns: our name → the file's. where: conditions that rows must meet (`records.RowFilter`).
-    report: counts the rows. Raises UserError with file and line for a bad row, and for a source
-    without rows."""
+    Args:
+        path: of a file or data set.
+        columns: our name → the file's.
+        where: conditions that rows must meet (`records.RowFilter`).
+        report: counts the rows.
+
+    Raises:
+        UserError: with file and line for a bad row, and for a source without rows.
+    """
     report = report or DataReport(str(path))
     row_filter = RowFilter(where or {}, report, "sft.data.where")
     names = ("prompt", "response")
@@ -317,7 +323,13 @@ class MixtureSampler(ExampleSampler):
 
     Where that is no multiple of the file's size, each epoch has the next examples of the file, so
     that all come up equally often. Order and state are as `EpochSampler`'s; a state is refused
-    after a file or a count has changed."""
+    after a file or a count has changed.
+
+    Args:
+        parts: each with the examples of a file and their number in an epoch.
+        seed: of all shuffles.
+        shuffled: whether the examples of an epoch are mixed.
+    """
 
     def __init__(self, parts: Sequence[LoadedPart], seed: int, shuffled: bool = True) -> None:
         self._counts = [(len(i.examples), i.num_per_epoch) for i in parts]

@@ -27,10 +27,18 @@ class Shot:
 
 class Shots:
     """The worked examples of a file, some of which precede each question. The choice depends on
-    (seed, question) alone, and never includes the question itself."""
+    (seed, question) alone, and never includes the question itself.
+
+    Args:
+        path: the examples' file, of `read_records`.
+        num_shots: per question; None: all.
+        seed: of the choice.
+
+    Raises:
+        UserError: for a bad or too small file.
+    """
 
     def __init__(self, path: str | Path, num_shots: int | None, seed: int) -> None:
-        """num_shots: per question; None for all. Raises UserError for a bad or too small file."""
         self.shots = [
             Shot(require_text(location, row, "question"), require_text(location, row, "response"))
             for location, row in read_records(path, role="sample.shots")
@@ -72,8 +80,14 @@ class Shots:
         return [*turns, {"role": "user", "content": question}]
 
     def text(self, template: str, question: str, before: Sequence[Message] = ()) -> str:
-        """Return every example as if asked and answered in `template`, then the question. before:
-        the messages before it, in which only a system's is allowed. Raises UserError."""
+        """Return every example as if asked and answered in `template`, then the question. Raises
+        UserError.
+
+        Args:
+            template: text with `{problem}`.
+            question: what the prompt asks.
+            before: the messages before it, in which only a system's is allowed.
+        """
         opened = is_opened(render_template(template, question))
         shown = [
             render_template(template, shot.question)

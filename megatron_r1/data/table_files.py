@@ -29,9 +29,16 @@ Row = tuple[str, dict[str, Any]]
 
 
 def read_rows(path: Path, role: str = "data") -> Iterator[Row]:
-    """Yield the rows of a file in its order; blank JSONL lines are skipped. role: the key of
-    errors, such as the setting that names the file. Raises UserError for a file that is missing or
-    of another format, and with file and line for a malformed row."""
+    """Yield the rows of a file in its order; blank JSONL lines are skipped.
+
+    Args:
+        path: a .jsonl, .json, .csv, .tsv or .parquet file.
+        role: the key of errors, such as the setting that names the file.
+
+    Raises:
+        UserError: for a file that is missing or of another format, and with file and line for a
+            malformed row.
+    """
     if not path.is_file():
         where = "" if path.is_absolute() else f" (relative to {Path.cwd()})"
         raise UserError(f"{path}: no such file{where}", key=role, cause=Cause.NOT_FOUND)

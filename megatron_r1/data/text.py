@@ -44,8 +44,12 @@ TEMPLATES: dict[str, str] = {
 
 def find_template(template: str, key: str = "data.template") -> str:
     """Return the text of a template: a name in `TEMPLATES`, or a text with `{problem}` in it.
-    key: of the recipe, for errors. Raises UserError for a text without the placeholder, ValueError
-    for "chat"."""
+    Raises UserError for a text without the placeholder, ValueError for "chat".
+
+    Args:
+        template: the recipe's value.
+        key: of the recipe, for errors.
+    """
     if template == CHAT:
         raise ValueError("the chat template belongs to the tokenizer: use apply_chat_template")
     text = TEMPLATES.get(template, template)
@@ -60,8 +64,14 @@ def find_template(template: str, key: str = "data.template") -> str:
 
 
 def render_template(template: str, question: str, system: str = "") -> str:
-    """Return the prompt text. Braces in the question or elsewhere in the template stay. system: the
-    text for `{system}`; without such a place it stands before the question, with a blank line."""
+    """Return the prompt text. Braces in the question or elsewhere in the template stay.
+
+    Args:
+        template: text with `{problem}`.
+        question: what stands in its place.
+        system: the text for `{system}`; without such a place it stands before the question, with a
+            blank line.
+    """
     text = find_template(template)
     if system and SYSTEM not in text:
         question = f"{system}\n\n{question}"
@@ -197,8 +207,15 @@ class PromptText:
         self.opens_thought, self.closed_thought = is_opened(rendered), _closed_thought(rendered)
 
     def render(self, question: str, before: Sequence[Message] = ()) -> str:
-        """Return the prompt's text. before: the messages before the question. Raises UserError for
-        turns before it where the template is a text with one question."""
+        """Return the prompt's text.
+
+        Args:
+            question: the user's last message.
+            before: the messages before the question.
+
+        Raises:
+            UserError: for turns before it where the template is a text with one question.
+        """
         if not self._chat:
             return render_template(self._template, question, system_text(before, self._key))
         return self._apply_chat_template(self._turns(question, before), tokenize=False)
@@ -286,8 +303,16 @@ def _turns(question: str) -> list[Message]:
 
 
 def system_text(before: Sequence[Message], key: str) -> str:
-    """Return the text of the system messages before a question, for a template with a place for
-    one question. key: the template's setting. Raises UserError for any other turn."""
+    """Return the text of the system messages before a question, for a template with a place for one
+    question.
+
+    Args:
+        before: the messages before the question.
+        key: the template's setting.
+
+    Raises:
+        UserError: for any other turn.
+    """
     if other := next((m for m in before if m["role"] != "system"), None):
         raise UserError(
             f"{key}: a text has a place for one question, and a question of the data has turns "

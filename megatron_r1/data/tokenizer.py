@@ -18,8 +18,15 @@ PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def load_tokenizer(folder: str, key: str) -> Any:
-    """Return the tokenizer of `folder`; key: the recipe's key that names the folder, for errors.
-    Raises UserError if there is none, or one that transformers cannot load."""
+    """Return the tokenizer of `folder`.
+
+    Args:
+        folder: in Hugging Face format.
+        key: the recipe's key that names the folder, for errors.
+
+    Raises:
+        UserError: if there is none, or one that transformers cannot load.
+    """
     path = Path(folder)
     if not path.is_dir():
         raise UserError(
@@ -133,10 +140,16 @@ def end_tokens(
     a list in config.json, one of config.json that is an added token (transformers writes a default
     of its own for configurations without), and added tokens with a name of `TURN_ENDS`, `GLM` or
     `PHI`; of these, those that the model's vocabulary has, as it samples no others. Empty for a
-    folder without these files. key: that names the folder, for errors. Raises UserError for an
-    eos_token_id that is no token id.
+    folder without these files.
 
-    tokenizer: the folder's, if it is loaded; its files are then not read again."""
+    Args:
+        folder: in Hugging Face format.
+        key: that names the folder, for errors.
+        tokenizer: the folder's, if it is loaded; its files are then not read again.
+
+    Raises:
+        UserError: for an eos_token_id that is no token id.
+    """
     path = Path(folder)
     if tokenizer is not None:
         added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}

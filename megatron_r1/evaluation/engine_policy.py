@@ -37,14 +37,22 @@ ATTEMPTS = 3
 
 
 class EnginePolicy:
-    """Uses the same engines, prompts, sampling and hosts as training (`rollout`)."""
+    """Uses the same engines, prompts, sampling and hosts as training (`rollout`).
+
+    Args:
+        config: the recipe.
+        model: a folder in Hugging Face format.
+        decoding: temperature, cut and limit.
+        folder: `run.folder`; `logs/` and the address for engine hosts are written there.
+        shots: worked examples before every question.
+
+    Raises:
+        ValueError: for a model without config, weights or tokenizer.
+    """
 
     def __init__(
         self, config: Config, model: Path, decoding: Decoding, folder: Path, shots: Shots | None
     ) -> None:
-        """folder: `run.folder`; `logs/` and the address for engine hosts are written there.
-        shots: worked examples before every question. Raises ValueError for a model without config,
-        weights or tokenizer."""
         require_weights(model)
         config = config.with_changes(model={"path": str(model)})
         rollout, source = config.rollout, (str(model), config.data.template)

@@ -51,8 +51,12 @@ def has_newest_export(run: Path) -> bool:
 
 
 def require_weights(folder: Path, key: str = "model.path") -> None:
-    """Raise UserError for a model folder without whole weights that an engine can load. key: that
-    names it, for errors."""
+    """Raise UserError for a model folder without whole weights that an engine can load.
+
+    Args:
+        folder: of the model.
+        key: that names it, for errors.
+    """
     has_safetensors = any((folder / name).exists() for name in (SINGLE, INDEX))
     if not has_safetensors and any(folder.glob("*.bin")):
         return  # the format before safetensors, which engines still read
@@ -100,8 +104,17 @@ def require_same_identity(
     path: Path, settings: Mapping[str, Any], has_samples: bool, models: tuple[object, object]
 ) -> None:
     """Write `settings` into a folder without samples; compare them with the settings of a folder
-    that has samples. models: `model.path` in the folder and now. Raises UserError naming each
-    difference with both values."""
+    that has samples.
+
+    Args:
+        path: of the file with the settings.
+        settings: all that changes samples and grades.
+        has_samples: whether the folder has any.
+        models: `model.path` in the folder and now.
+
+    Raises:
+        UserError: naming each difference with both values.
+    """
     if not (has_samples and path.exists()):
         atomic_write(path, json.dumps(settings, indent=1) + "\n")
         return

@@ -71,9 +71,12 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 def estimate(per_question: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
     """Return the mean over questions and its percentile bootstrap interval.
 
-    per_question: [questions], any unit. seed: the seed of the resampling; the same seed gives the
-    same interval. Equal values give an interval of width 0, which does not mean that other
-    questions would give the same (docs/evaluation.md)."""
+    Args:
+        per_question: [questions], any unit.
+        seed: the seed of the resampling; the same seed gives the same interval. Equal values give
+            an interval of width 0, which does not mean that other questions would give the same
+            (docs/evaluation.md).
+    """
     values = np.asarray(per_question, dtype=np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"a mean over questions needs at least one, got shape {values.shape}")
@@ -102,7 +105,13 @@ def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
 
 def subsets(num_samples: int, size: int, seed: int) -> list[tuple[int, ...]]:
     """Return sets of `size` ascending sample indices: all, or `NUM_SUBSETS` random ones of many.
-    The vote of m out of n samples is the mean over these; m = n gives the whole set."""
+    The vote of m out of n samples is the mean over these; m = n gives the whole set.
+
+    Args:
+        num_samples: of a question.
+        size: of a set.
+        seed: of the draws, where not all sets are returned.
+    """
     if math.comb(num_samples, size) <= NUM_SUBSETS:
         return list(itertools.combinations(range(num_samples), size))
     generator = np.random.default_rng(seed)
@@ -128,7 +137,12 @@ Comparisons = Sequence[Sequence[tuple[float, int]]]
 
 def win_rates(questions: Comparisons, seed: int) -> dict[str, Estimate]:
     """Return win_rate and lc_win_rate, the length-controlled one, with 95% intervals that resample
-    whole questions; each question has the same weight."""
+    whole questions; each question has the same weight.
+
+    Args:
+        questions: the comparisons of each.
+        seed: of the resampling.
+    """
     raw = [sum(preference for preference, _ in samples) / len(samples) for samples in questions]
     weights = np.array([1 / len(samples) for samples in questions for _ in samples])
     owners = np.array([q for q, samples in enumerate(questions) for _ in samples])
@@ -153,7 +167,14 @@ def win_rates(questions: Comparisons, seed: int) -> dict[str, Estimate]:
 
 def length_difference(response: str, opened: bool, reference: str, part: Part) -> int:
     """Return by how many characters the part of a response that the judge reads is longer than the
-    reference; opened: the prompt ended with `<think>`."""
+    reference.
+
+    Args:
+        response: the text as it was sampled.
+        opened: the prompt ended with `<think>`.
+        reference: the answer that it is compared with.
+        part: what the judge reads.
+    """
     return len(response_part(response, part, opened).text or "") - len(reference)
 
 

@@ -130,7 +130,16 @@ def write_report(
     samples: Iterable[Sample],
 ) -> Path:
     """Write one self-contained page: all metrics, the figure, and samples of every verdict.
-    questions: (benchmark, id) → its line of questions.jsonl. samples: lines of samples.jsonl."""
+
+    Args:
+        path: of the page.
+        title: its heading.
+        settings: name → value, as shown.
+        summaries: of each benchmark.
+        figure: the PNG of `write_figure`.
+        questions: (benchmark, id) → its line of questions.jsonl.
+        samples: lines of samples.jsonl.
+    """
     html = render_page(
         "evaluation/templates/evaluation.html.jinja",
         title=printable(title),

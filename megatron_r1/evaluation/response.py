@@ -105,7 +105,14 @@ class Decoding:
 
     @classmethod
     def of(cls, rollout: RolloutConfig, temperature: float, top_p: float, max_tokens: int) -> Self:
-        """Return those of a recipe's `rollout` with this temperature, cut and limit."""
+        """Return those of a recipe's `rollout` with this temperature, cut and limit.
+
+        Args:
+            rollout: the recipe's section.
+            temperature: 0: greedy.
+            top_p: the cut of the distribution.
+            max_tokens: the most of a response.
+        """
         ends = tuple(rollout.stop), tuple(rollout.stop_token_ids)
         return cls(temperature, top_p, max_tokens, *ends)
 
@@ -123,8 +130,13 @@ class Policy(Protocol):
     async def respond(
         self, question: str, seed: int, before: Sequence[Message] = ()
     ) -> TextResponse:
-        """Sample one response. before: the messages before the question. The same seed gives the
-        same response, as far as the engine can reproduce it."""
+        """Sample one response.
+
+        Args:
+            question: the user's last message.
+            seed: the same gives the same response, as far as the engine can reproduce it.
+            before: the messages before the question.
+        """
 
     async def check(self, agents: AgentsConfig, prompts: Sequence[Prompt]) -> None:
         """Raise UserError where episodes of these prompts cannot be played."""
@@ -165,7 +177,12 @@ class ResponseLog:
         return bool(self._indices.get(prompt, 0) >> index & 1)
 
     def count(self, prompts: Iterable[PromptKey], num_samples: int) -> int:
-        """Return how many of the prompts' first `num_samples` responses are logged."""
+        """Return how many of the prompts' first `num_samples` responses are logged.
+
+        Args:
+            prompts: their keys.
+            num_samples: of each prompt.
+        """
         mask = (1 << num_samples) - 1
         return sum((self._indices.get(prompt, 0) & mask).bit_count() for prompt in prompts)
 
@@ -179,8 +196,13 @@ class ResponseLog:
     def read(
         self, prompts: Iterable[PromptKey], num_samples: int
     ) -> Iterator[list[dict[str, Any]]]:
-        """Yield, for each prompt in turn, the lines of its first `num_samples` responses by
-        index. One prompt's lines are in memory at a time."""
+        """Yield, for each prompt in turn, the lines of its first `num_samples` responses by index.
+        One prompt's lines are in memory at a time.
+
+        Args:
+            prompts: their keys, in the order of the result.
+            num_samples: of each prompt.
+        """
         if not self.path.exists():
             yield from ([] for _ in prompts)
             return

@@ -59,10 +59,15 @@ Details = Callable[[PromptSet, Prompt, TextResponse], dict[str, Any]]
 
 
 class Grader:
-    """Grades a `TextResponse` by constant weights."""
+    """Grades a `TextResponse` by constant weights.
+
+    Args:
+        pool: the workers that grade.
+        weights: reward term → weight in the sum.
+        options: of each kind of reward.
+    """
 
     def __init__(self, pool: RewardPool, weights: Mapping[str, float], options: Options) -> None:
-        """weights: reward term → weight in the sum."""
         self._rewards, self._weights = RewardTerms(pool, options), weights
         self._terms = list(dict.fromkeys((ACCURACY, *weights)))
 

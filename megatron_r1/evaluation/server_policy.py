@@ -41,7 +41,18 @@ REPORT_SECONDS = 5.0
 
 class ServerPolicy:
     """Sends one request per response, and repeats it while the server is busy or away
-    (`r1_grading.served.service`)."""
+    (`r1_grading.served.service`).
+
+    Args:
+        server: the recipe's section.
+        template: used with api "completions" only.
+        decoding: temperature, cut and limit.
+        shots: worked examples before every question.
+        key: the recipe's key of the server, for errors.
+
+    Raises:
+        ValueError: for a template that needs a tokenizer, and for an api_key_env that is not set.
+    """
 
     def __init__(
         self,
@@ -51,9 +62,6 @@ class ServerPolicy:
         shots: Shots | None = None,
         key: str = "eval.server",
     ) -> None:
-        """template: used with api "completions" only. shots: worked examples before every question.
-        key: the recipe's key of the server, for errors. Raises ValueError for a template that needs
-        a tokenizer, and for an api_key_env that is not set."""
         self._server, self._decoding, self._shots, self._key = server, decoding, shots, key
         self._chat = server.api == "chat"
         if not self._chat:

@@ -89,9 +89,16 @@ async def summarize(
     part: Part = "summary",
     reading: str = "strict",
 ) -> Summary:
-    """Summarize a benchmark whose samples are all in the log. seed: the seed of the resampling.
-    part: the part of a response that a judge compares. reading: `rewards.answer`, the place where
-    answers are read."""
+    """Summarize a benchmark whose samples are all in the log.
+
+    Args:
+        pool: the workers that compare answers.
+        log: of the folder.
+        prompt_set: the benchmark's prompts.
+        seed: the seed of the resampling.
+        part: the part of a response that a judge compares.
+        reading: `rewards.answer`, the place where answers are read.
+    """
     prompts = prompt_set.prompts
     lines_of = log.read(map(prompt_set.key, prompts), prompt_set.num_samples)
     groups = [

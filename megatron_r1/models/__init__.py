@@ -1,17 +1,18 @@
 """Models on Megatron-Core, built from Hugging Face configurations. `families` is the table of
 architectures, of which a new one made of known parts is an entry; `hf_config`, `supported`,
 `attention_fields` and `experts` read `config.json`, `config` and `build` make Megatron's
-configuration and a rank's model of it; `layers`, `attention`, `context_parallel` and `prefixes` are
-what Megatron lacks on a CPU or has wrong; `platform`, `patches` and `cpu_patches` prepare a
-process; `gradients`, `fp8` and `replay` are the rules of gradients, FP8 training and routing
-replay; `weights` is the table of all weights.
+configuration and a rank's model of it; `memory` counts their bytes; `layers`, `attention`,
+`context_parallel` and `prefixes` are what Megatron lacks on a CPU or has wrong; `platform`,
+`patches` and `cpu_patches` prepare a process; `gradients`, `fp8` and `replay` are the rules of
+gradients, FP8 training and routing replay; `weights` is the table of all weights.
 
 Everything but `read_hf_config` is imported at first use, after `models.platform.prepare()`; before
 the first model is built, `patches.install()` is called."""
 
 from typing import Any
 
-from megatron_r1.base.processes.imports import import_lazily
+from r1_grading.base import import_lazily
+
 from megatron_r1.models.hf_config import read_hf_config
 
 _HOME = {

@@ -38,11 +38,13 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from megatron_r1.models.context_parallel import Buckets, ring_attention
+from megatron_r1.models.context_parallel import (
+    Buckets,
+    flash_backward,
+    flash_forward,
+    ring_attention,
+)
 from megatron_r1.models.prefixes import prefix_attention, segments_before
-
-_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _offset_attention(
@@ -101,7 +103,7 @@ class _Offset(torch.autograd.Function):
     ) -> Tensor:
         """Return out (b, h, s, d), the module's equation; lse is in fp32 or wider."""
         causal = mask is None
-        out, lse = _flash_forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        out, lse = flash_forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
         whole = torch.logaddexp(lse, offset.to(lse.dtype)[:, None])
         out = (out * (lse - whole).exp()[..., None]).to(query.dtype)
         ctx.save_for_backward(query, key, value, offset, mask, out, whole)
@@ -117,7 +119,7 @@ class _Offset(torch.autograd.Function):
         query, key, value, offset, mask, out, whole = ctx.saved_tensors
         row = grad, query, key, value, out, whole
         causal = mask is None
-        parts = _flash_backward(*row, 0.0, causal, attn_mask=mask, scale=ctx.scale)
+        parts = flash_backward(*row, 0.0, causal, attn_mask=mask, scale=ctx.scale)
         share = (offset.to(whole.dtype)[:, None] - whole).exp()
         d_offset = -(share * (grad * out).sum(-1)).sum((0, 2)).to(offset.dtype)
         return *parts, d_offset, None, None
@@ -207,8 +209,18 @@ def attend_packed(
 ) -> Tensor:
     """Attend causally within each sequence of a packed batch.
 
-    query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h, e). lengths: int64, tokens per
-    sequence, summing to t. offset, window: as in `models.attention`."""
+    Args:
+        query: (t, h, d).
+        key: (t, g, d).
+        value: (t, g, e).
+        lengths: int64, tokens per sequence, summing to t.
+        scale: of the products of queries and keys.
+        offset: (h,), a logit of each head with no value; None: no such logits.
+        window: tokens that a query sees, its own included; None: all.
+
+    Returns:
+        (t, h, e) in the query's dtype.
+    """
     buckets = Buckets(lengths)
     queries, keys, values = (buckets.spread(x) for x in (query, key, value))
     batches = zip(queries, keys, values, strict=True)

@@ -24,8 +24,17 @@ def load_by_transformers(folder: str | Path, hf: dict, dtype: torch.dtype, **opt
     By architecture, not model_type: Kimi-K2 has a type of its own for DeepSeek-V3's class, and
     transformers chooses both the class and how stored experts become its own by the type (an
     unknown one leaves them random). Experts one by one: PyTorch's grouped product takes no matrix
-    whose rows are not a multiple of 16 bytes. options: of from_pretrained. Raises UserError for a
-    `config.json` that transformers refuses."""
+    whose rows are not a multiple of 16 bytes.
+
+    Args:
+        folder: of the model, in Hugging Face format.
+        hf: the model's `config.json`.
+        dtype: of the loaded weights.
+        **options: of from_pretrained.
+
+    Raises:
+        UserError: for a `config.json` that transformers refuses.
+    """
     import transformers
 
     kind = getattr(transformers, hf["architectures"][0])

@@ -137,8 +137,14 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
     """Return Megatron's configuration of the model `hf` (MLATransformerConfig for latent attention)
     by the sections model, parallel and fp8 of a recipe.
 
-    Raises UserError for a configuration this stack would compute wrongly, for sizes that do not
-    divide, and for FP8, fusions and kernels that this machine cannot run."""
+    Args:
+        hf: the model's `config.json`.
+        config: the recipe.
+
+    Raises:
+        UserError: for a configuration this stack would compute wrongly, for sizes that do not
+            divide, and for FP8, fusions and kernels that this machine cannot run.
+    """
     fields, parallel = own_fields(hf), config.parallel
     if config.model.mtp == "none":
         fields["mtp_num_layers"] = None

@@ -42,8 +42,14 @@ from torch.distributed import ProcessGroup
 def held_positions(cu_seqlens: Tensor, rank: int, num_ranks: int) -> Tensor:
     """Return the positions of the whole batch that `rank` holds, (T / num_ranks,) int64, in order.
 
-    cu_seqlens: (S + 1,) integers from 0 to T. Raises ValueError where num_ranks > 1 and a sample's
-    length is not a multiple of 2 * num_ranks."""
+    Args:
+        cu_seqlens: (S + 1,) integers from 0 to T.
+        rank: within the context-parallel group.
+        num_ranks: of that group.
+
+    Raises:
+        ValueError: where num_ranks > 1 and a sample's length is not a multiple of 2 * num_ranks.
+    """
     cu_seqlens = cu_seqlens.long()
     if num_ranks == 1:
         return torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
@@ -60,7 +66,12 @@ def held_positions(cu_seqlens: Tensor, rank: int, num_ranks: int) -> Tensor:
 
 
 def sample_order(cu_seqlens: Tensor, num_ranks: int) -> Tensor:
-    """Return the index, (T,) int64, that sorts tokens gathered rank after rank by samples."""
+    """Return the index, (T,) int64, that sorts tokens gathered rank after rank by samples.
+
+    Args:
+        cu_seqlens: (S + 1,) integers from 0 to T.
+        num_ranks: of the context-parallel group.
+    """
     gathered = torch.cat([held_positions(cu_seqlens, rank, num_ranks) for rank in range(num_ranks)])
     order = torch.empty_like(gathered)
     order[gathered] = torch.arange(len(gathered), device=gathered.device)
@@ -132,10 +143,19 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 def ring_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float, group: ProcessGroup
 ) -> Tensor:
-    """Attend on the part of a packed batch that this rank of the context-parallel `group` holds.
+    """Attend on the part of a packed batch that this rank of a context-parallel group holds.
 
-    query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h, e). cu_seqlens: int64 (S + 1,), of
-    the whole batch."""
+    Args:
+        query: (t, h, d).
+        key: (t, g, d).
+        value: (t, g, e).
+        cu_seqlens: int64 (S + 1,), of the whole batch.
+        scale: of the products of queries and keys.
+        group: the context-parallel ranks.
+
+    Returns:
+        (t, h, e) in the query's dtype.
+    """
     return _RingAttention.apply(query, key, value, _Halves(cu_seqlens, group.size()), scale, group)
 
 

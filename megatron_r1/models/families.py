@@ -4,7 +4,7 @@ A new architecture that is a combination of what is here is one entry of FAMILIE
 weights, conversion, planning and push follow from it (`attention_fields`, `experts`,
 `models.weights.table`). What Hugging Face's `config.json` says about a model is read there.
 Exceptions that name an architecture are in `engines.server.recipe` and
-`engines.plugin.recorder`."""
+`engines.plugin.loader_copies`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

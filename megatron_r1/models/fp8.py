@@ -355,7 +355,13 @@ def megatron_fields(fp8: FP8Config) -> dict[str, Any]:
 def apply(model: torch.nn.Module, fp8: FP8Config) -> None:
     """Check that the model's sizes fit the recipe and, without a GPU, install the emulation.
 
-    model: as `build_model` returns it. Raises UserError naming the weight that does not fit."""
+    Args:
+        model: as `build_model` returns it.
+        fp8: the recipe's section.
+
+    Raises:
+        UserError: naming the weight that does not fit.
+    """
     recipe = find_recipe(fp8)
     if recipe is None:
         return

@@ -104,7 +104,12 @@ def embedding_ranks(pipeline_layout: str | None, pipeline: Sequence[int]) -> lis
     the one with the MTP layers, which without a layout is the last.
 
     Where MTP layers and head are on different ranks, Megatron would otherwise treat the last rank's
-    head as a copy of the embedding (Megatron-Core 0.16.1, language_module.py:47)."""
+    head as a copy of the embedding (Megatron-Core 0.16.1, language_module.py:47).
+
+    Args:
+        pipeline_layout: Megatron's description of the stages; None: an even spread.
+        pipeline: the global ranks of one pipeline, by stage.
+    """
     with_copy = pipeline[-1]
     for index, stage in enumerate(parse_layout(pipeline_layout) if pipeline_layout else []):
         if "m" in stage:

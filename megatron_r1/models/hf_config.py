@@ -55,9 +55,16 @@ EXPERT_SIZE = "moe_intermediate_size"
 
 
 def load_config(path: str | Path, key: str = "model.path") -> dict:
-    """Return `config.json` of a model folder as it is, of any architecture. key: the recipe's key
-    of `path`, for error messages. Raises UserError when the file is missing or not JSON, and for a
-    file of the folder that is a link to one outside."""
+    """Return `config.json` of a model folder as it is, of any architecture.
+
+    Args:
+        path: of the folder.
+        key: the recipe's key of `path`, for error messages.
+
+    Raises:
+        UserError: when the file is missing or not JSON, and for a file of the folder that is a link
+            to one outside.
+    """
     file = Path(path) / "config.json"
     if not file.is_file():
         own, hint = Path(path) / "hf", ""
@@ -171,15 +178,19 @@ def read_hf_config(
 ) -> dict:
     """Return the contents of `config.json` in the folder `path`, aliases resolved.
 
-    head: the expected kind of model. "score" converts a language model's configuration to that of
-    the score model which starts from it (`as_score_model`); None: either kind. key: the recipe's
-    key of `path`, for error messages.
-
     MTP layers that the file names, but of which the folder's weights have no tensor, are left out,
     and keys of `implied` are added: transformers writes such folders (`as_read` says so).
 
-    Raises UserError when the file is missing or unreadable, its architecture is not in
-    ARCHITECTURES, or it is a score model where a language model is expected."""
+    Args:
+        path: of the folder.
+        head: the expected kind of model. "score" converts a language model's configuration to that
+            of the score model which starts from it (`as_score_model`); None: either kind.
+        key: the recipe's key of `path`, for error messages.
+
+    Raises:
+        UserError: when the file is missing or unreadable, its architecture is not in ARCHITECTURES,
+            or it is a score model where a language model is expected.
+    """
     file = Path(path) / "config.json"
     hf = resolve_aliases(load_config(path, key))
     architecture(hf)
@@ -208,7 +219,12 @@ def implied(hf: dict) -> dict[str, Any]:
 
 def as_read(path: str | Path, key: str = "model.path") -> list[str]:
     """Return sentences on what is read from a model folder that its config.json does not say; none
-    for architectures that are not in ARCHITECTURES. key: as in `read_hf_config`."""
+    for architectures that are not in ARCHITECTURES.
+
+    Args:
+        path: of the folder.
+        key: as in `read_hf_config`.
+    """
     hf = resolve_aliases(load_config(path, key))
     sentences: list[str] = []
     if not any(name in ARCHITECTURES for name in hf.get("architectures") or ()):

@@ -102,10 +102,17 @@ def host_store(
 ) -> dist.TCPStore:
     """Return a store that this process hosts; its `port` is the one given, or any free one for 0.
 
-    address: a name or number of this host; the store listens there alone. Where the name leads to
-    the loopback interface or to no interface of this host (a translated address), other hosts would
-    not reach it, and it listens everywhere, as with `everywhere`. Raises OSError where the port is
-    taken."""
+    Args:
+        address: a name or number of this host; the store listens there alone. Where the name leads
+            to the loopback interface or to no interface of this host (a translated address), other
+            hosts would not reach it, and it listens everywhere, as with `everywhere`.
+        port: any free one for 0.
+        timeout: how long a key is waited for; None: torch's.
+        everywhere: listen at all addresses of this host.
+
+    Raises:
+        OSError: where the port is taken.
+    """
     listening = _listen("" if everywhere else address, port)
     port = listening.getsockname()[1]
     store = dist.TCPStore(
@@ -229,10 +236,16 @@ def join_process_group(timeout: timedelta | None = None) -> None:
         )
 
 
-def from_rank_zero(value: Any) -> Any:
-    """Return rank 0's `value` on every rank."""
+def from_rank_zero(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Return rank 0's `value` on every rank.
+
+    Args:
+        value: any object that pickles; of other ranks it is ignored.
+        group: all ranks, over another backend than the default group's.
+    """
     values = [value]
-    dist.broadcast_object_list(values, src=0)  # over all ranks: only rank 0 has the value
+    # Over all ranks: only rank 0 has the value.
+    dist.broadcast_object_list(values, src=0, group=group)
     return values[0]
 
 
@@ -250,8 +263,15 @@ def synchronize() -> None:
 
 def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return an uninitialized tensor in host memory, pinned where there is a GPU: only to and from
-    pinned memory are copies fast and asynchronous. Raises UserError where the host has no memory
-    left to pin: torch takes the next power of two."""
+    pinned memory are copies fast and asynchronous.
+
+    Args:
+        shape: of the tensor.
+        dtype: of the tensor.
+
+    Raises:
+        UserError: where the host has no memory left to pin: torch takes the next power of two.
+    """
     try:
         return torch.empty(shape, dtype=dtype, device=CPU, pin_memory=_REAL_CUDA)
     except RuntimeError as error:  # of the CUDA runtime: "CUDA error: out of memory"

@@ -31,11 +31,16 @@ _ATTRIBUTE = "segments_before"
 
 
 def with_prefixes(cu_seqlens: Tensor, before: Tensor) -> Tensor:
-    """Return `cu_seqlens`, (S + 1,) integers, marked with the segments that the S continue.
+    """Return `cu_seqlens` marked with the segments that its segments continue.
 
-    before: (S,) int64, for each segment the index of its prefix, or -1; a prefix has no prefix
-    itself. The mark is on the tensor object, because of all arguments only `cu_seqlens` reaches
-    Megatron's rotary embedding."""
+    The mark is on the tensor object, because of all arguments only `cu_seqlens` reaches Megatron's
+    rotary embedding.
+
+    Args:
+        cu_seqlens: (S + 1,) integers.
+        before: (S,) int64, for each segment the index of its prefix, or -1; a prefix has no prefix
+            itself.
+    """
     setattr(cu_seqlens, _ATTRIBUTE, before)
     return cu_seqlens
 

@@ -103,7 +103,12 @@ class Replay:
                     replays.append(replay)
 
     def begin(self, chunk: torch.nn.Module, recorded: RecordedRouting | None) -> None:
-        """Prepare a forward pass of `chunk` over the tokens of `recorded`."""
+        """Prepare a forward pass of `chunk` over the tokens of `recorded`.
+
+        Args:
+            chunk: the virtual stage that the pass is of.
+            recorded: the experts of each token; None: as the routers choose.
+        """
         for replay in self._chunks.get(id(unwrap_model(chunk)), []):
             replay.current = None if self._paused else recorded
 

@@ -219,7 +219,13 @@ def _check_sizes(hf: dict) -> None:
 
 def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool) -> None:
     """Raise UserError for sizes of `parallel` that do not divide the model, or that only experts
-    could have."""
+    could have.
+
+    Args:
+        hf: the model's `config.json`.
+        parallel: the recipe's section.
+        transformer_engine: whether the layers are Transformer Engine's; others need more divisions.
+    """
     for key in () if hf.get("n_routed_experts") else ("expert", "expert_tensor"):
         if (ranks := getattr(parallel, key)) > 1:
             raise UserError(

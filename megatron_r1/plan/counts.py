@@ -9,48 +9,15 @@ backward. With these, DeepSeek-V3 at 4,096 tokens takes 250 GFLOP per token, as 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
-from operator import add
 
 from megatron_r1.models.hf_config import head_sizes
-from megatron_r1.models.weights.layout import LayoutEntry, Shard, layout, layout_of
+from megatron_r1.models.memory import Counts, counts_of
+from megatron_r1.models.weights.layout import Shard, layout, layout_of
 from megatron_r1.models.weights.table import Rule, table
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, Section
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Numbers of values on a rank.
-
-    dense, expert: trained parameters, by the group that reduces their gradients; frozen: not
-    trained, with model.lora all but the adapters; dense_padded, expert_padded: with every parameter
-    padded to a multiple of 64, as in Megatron's gradient buffers (param_and_grad_buffer.py,
-    _pad_start_of_param_if_needed); buffers: fp32 values that are not parameters.
-    """
-
-    dense: int = 0
-    expert: int = 0
-    frozen: int = 0
-    dense_padded: int = 0
-    expert_padded: int = 0
-    buffers: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*map(add, vars(self).values(), vars(other).values()))
-
-    def __mul__(self, times: int) -> Counts:
-        return Counts(*(value * times for value in vars(self).values()))
-
-    @property
-    def trained(self) -> int:
-        return self.dense + self.expert
-
-    @property
-    def parameters(self) -> int:
-        return self.trained + self.frozen
 
 
 class RankCounts:
@@ -89,26 +56,10 @@ class RankCounts:
 
     def _counted(self, key, at: Shard) -> Counts:
         if key not in self._known:
-            counts = self._sum(layout(self.job.hf, at))
-            if self.job.adapters is not None:
-                counts = Counts(frozen=counts.parameters, buffers=counts.buffers)
-                counts += self._sum(layout_of(self.job.adapters, at))
-            self._known[key] = counts
+            job, adapters = self.job, self.job.adapters
+            trained = None if adapters is None else layout_of(adapters, at)
+            self._known[key] = counts_of(layout(job.hf, at), job.config.model.mtp, trained)
         return self._known[key]
-
-    def _sum(self, entries: Mapping[str, LayoutEntry]) -> Counts:
-        return sum((self._of_entry(*entry) for entry in entries.items()), Counts())
-
-    def _of_entry(self, name: str, entry: LayoutEntry) -> Counts:
-        count = prod(entry.shape)
-        if entry.dtype:
-            return Counts(buffers=count)
-        if name.startswith("mtp.") and self.job.config.model.mtp == "frozen":
-            return Counts(frozen=count)
-        padded = -(-count // 64) * 64
-        if entry.expert:
-            return Counts(expert=count, expert_padded=padded)
-        return Counts(dense=count, dense_padded=padded)
 
 
 class ModelCounts:

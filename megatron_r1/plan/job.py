@@ -12,12 +12,11 @@ from megatron_r1.config.hardware import Assumptions, Hardware
 from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.engines.server.recipe import check_engines
 from megatron_r1.models.hf_config import read_hf_config, sparse_layers
+from megatron_r1.models.memory import BYTES
 from megatron_r1.models.supported import check_divisions
 from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.table import Table, table
-
-BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def text_limit(config: Config, hf: dict) -> int:
@@ -117,6 +116,10 @@ class PlannedJob:
         """Number of ranks with the same experts, which share their optimizer state."""
         parallel = self.parallel
         return self.world_size // (parallel.expert_tensor * parallel.expert * parallel.pipeline)
+
+    @property
+    def replicas(self) -> tuple[int, int]:
+        return self.dense_replicas, self.expert_replicas
 
     @property
     def with_mtp(self) -> bool:

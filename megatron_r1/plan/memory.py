@@ -1,23 +1,21 @@
 """Memory of every pipeline rank, by kind, while it trains and while it scores the reference."""
 
-import math
 from dataclasses import dataclass, replace
 
-from megatron_r1.plan.activations import Layer, in_flight, layer_activations
-from megatron_r1.plan.counts import Counts, RankCounts
-from megatron_r1.plan.job import BYTES, PlannedJob
+from megatron_r1.models.memory import (
+    Counts,
+    Layer,
+    checkpoint_bytes,
+    head_bytes,
+    layer_activations,
+    parameter_bytes,
+    persistent_bytes,
+    reference_bytes,
+)
+from megatron_r1.plan.counts import RankCounts
+from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import receive_buffer_bytes
 from megatron_r1.plan.quantity import Section, in_bytes
-
-# Of r1_kernels.linear_head; not imported, as that would import torch.
-GPU_CHUNK_TOKENS = 8192
-GPU_CHUNK_ELEMENTS = 1 << 27
-
-
-def _adam_bytes(job: PlannedJob) -> int:
-    """Return optimizer bytes per parameter: two moments, and an fp32 copy of a bf16 one."""
-    master = 4 if job.parameter_bytes == 2 else 0
-    return master + 2 * BYTES[job.config.optimizer.moments]
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,12 @@ RECEIVE_BUFFER = "receive buffer"
 def rank_memory(job: PlannedJob) -> list[RankMemory]:
     """Return the memory of each pipeline rank; ranks that differ in other axes only are equal."""
     counts = RankCounts(job)
-    layers = {sparse: layer_activations(job, sparse) for sparse in (False, job.has_experts)}
+    settings = (job.hf, job.config, job.microbatch_tokens)
+    imbalance = job.assumptions.expert_imbalance
+    layers = {
+        sparse: layer_activations(*settings, sparse=sparse, imbalance=imbalance)
+        for sparse in (False, job.has_experts)
+    }
     ranks = [_of_rank(job, counts, layers, rank) for rank in range(job.parallel.pipeline)]
     if job.critic:
         critics = RankCounts(job.critic)
@@ -63,33 +66,7 @@ def rank_memory(job: PlannedJob) -> list[RankMemory]:
 
 
 def _persistent_bytes(job: PlannedJob, counts: Counts) -> dict[str, int]:
-    """Return bytes of parameters, gradients and optimizer state on a rank.
-
-    DDP's buffers pad each parameter to 64 values and the whole to a multiple of 128 and of the
-    number of replicas; the optimizer state is sharded over the replicas."""
-    value = job.parameter_bytes
-    dense = _padded(counts.dense_padded, job.dense_replicas)
-    expert = _padded(counts.expert_padded, job.expert_replicas)
-    state = _adam_bytes(job)
-    shared = dense / job.dense_replicas + expert / job.expert_replicas
-    return {
-        "parameters": (dense + expert + counts.frozen) * value + 4 * counts.buffers,
-        "gradients": (dense + expert) * 4,
-        "optimizer": round(shared * state),
-    }
-
-
-def _checkpoint_bytes(job: PlannedJob, counts: Counts, *, with_reference: bool) -> int:
-    """Return bytes of a rank's host buffers for checkpoints (`trainer.checkpoints.staging`).
-
-    Every replica gathers the optimizer's fp32 master weights and moments of the rank's whole part;
-    replicas share the weights, which the reference doubles."""
-    state = _padded(counts.dense_padded, job.dense_replicas)
-    state += _padded(counts.expert_padded, job.expert_replicas)
-    written = counts.dense / job.dense_replicas + counts.expert / job.expert_replicas
-    if job.adapters is None:  # frozen MTP layers; next to adapters nothing frozen is written
-        written += counts.frozen / job.dense_replicas
-    return 3 * 4 * state + round((1 + with_reference) * written * job.parameter_bytes)
+    return persistent_bytes(job.config, counts, job.replicas, job.config.optimizer.moments)
 
 
 def _of_rank(
@@ -102,15 +79,15 @@ def _of_rank(
     forward_only = max(x.everything + x.dispatch for x in _held(job, rank, layers))
     last = any(chunk.head for chunk in job.stages[rank])
     head = _head_bytes(job)[0] if last else 0
-    # What changes: frozen weights stand in neither the reference nor a checkpoint of adapters.
-    changing = counts.parameters if job.adapters is None else counts.trained
-    reference = changing * job.parameter_bytes + 4 * counts.buffers
+    reference = reference_bytes(job.config, counts)
     on_host = round(persistent["optimizer"] * parallel.optimizer_offload)
     persistent["optimizer"] -= on_host
     is_kept = job.scores_reference or job.keeps_reference
     host = {"reference": reference if is_kept else 0, "optimizer": on_host}
     if job.config.checkpoint.asynchronous:
-        host["checkpoint being written"] = _checkpoint_bytes(job, counts, with_reference=is_kept)
+        host["checkpoint being written"] = checkpoint_bytes(
+            job.config, counts, job.replicas, with_reference=is_kept
+        )
     stays = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
     ends = {"loss head": head, "reserved": round(job.assumptions.reserved)}
     training = {**stays, "activations": kept, "layer in work": working, **ends}
@@ -136,7 +113,9 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: Counts) -> Rank
     num_bytes = sum(persistent.values()) - on_host + _fp8_copies(critic, counts)
     host = {**memory.host, "critic's optimizer": on_host}
     if critic.config.checkpoint.asynchronous:
-        host["checkpoint being written"] += _checkpoint_bytes(critic, counts, with_reference=False)
+        host["checkpoint being written"] += checkpoint_bytes(
+            critic.config, counts, critic.replicas, with_reference=False
+        )
     freed = persistent["gradients"] if critic.config.rollout.colocated else 0
     training = {**memory.training, CRITIC: num_bytes}
     scoring = {**memory.scoring, CRITIC: num_bytes - freed}
@@ -176,40 +155,25 @@ def _fp8_copies(job: PlannedJob, counts: Counts) -> int:
 
 
 def _head_bytes(job: PlannedJob) -> tuple[int, str]:
-    """Return (bytes, formula) of the fused loss head (docs/kernels.md) on a last-stage rank.
-
-    For its largest micro-batch: one chunk of fp32 logits and one of their gradient; the hidden
-    states and their gradient, whole along the sequence; the weight's gradient in fp32 while it is
-    summed over chunks, and in the parameter's dtype for the optimizer."""
-    outputs, hidden = job.weight_table.head[0].sources[0].shape
-    if outputs == 1:
-        return _score_head_bytes(job, hidden)
-    columns = -(-outputs // job.parallel.tensor)
-    tokens = job.microbatch_tokens // job.parallel.context
-    rows = min(tokens, max(GPU_CHUNK_TOKENS, GPU_CHUNK_ELEMENTS // columns))
-    value = job.parameter_bytes
-    num_bytes = rows * columns * (4 + value) + tokens * hidden * 2 * value
-    formula = (
-        f"{rows} x {columns} logits x {4 + value} B + {tokens} x {hidden} states x {2 * value} B"
-    )
-    if job.adapters is not None:
-        return num_bytes, formula  # the head is frozen
-    formula += f" + {columns} x {hidden} weight gradient x {4 + value} B"
-    return num_bytes + columns * hidden * (4 + value), formula
+    """Return `head_bytes` of a last-stage rank's largest micro-batch."""
+    shape, tokens = job.weight_table.head[0].sources[0].shape, job.microbatch_tokens
+    return head_bytes(shape, job.config, tokens, on_gpu=True, has_experts=job.has_experts)
 
 
-def _score_head_bytes(job: PlannedJob, hidden: int) -> tuple[int, str]:
-    """Return (bytes, formula) of a score head: states in fp32 for the product and its gradient."""
-    tokens = job.microbatch_tokens // job.parallel.context
-    if job.splits_sequences:
-        tokens //= job.parallel.tensor
-    formula = f"{tokens} x {hidden} states x (4 + 4) B"
-    return tokens * hidden * 8, formula
+def in_flight(rank: int, pipeline: int, virtual: int, microbatches: int) -> list[int]:
+    """Return how many micro-batches' activations each chunk of a pipeline rank holds at the peak.
 
-
-def _padded(count: int, replicas: int) -> int:
-    multiple = math.lcm(replicas, 128)
-    return -(-count // multiple) * multiple
+    In the 1F1B schedule these are the forward passes of the warm-up and one more (schedules.py,
+    get_pp_rank_microbatches); with virtual stages they rotate over chunks, `pipeline` at a time."""
+    if virtual == 1:
+        return [min(microbatches, pipeline - rank)]
+    count = min(2 * (pipeline - rank - 1) + (virtual - 1) * pipeline + 1, virtual * microbatches)
+    held = [0] * virtual
+    for start in range(0, microbatches, pipeline):
+        together = min(pipeline, microbatches - start)
+        for chunk in range(virtual):
+            held[chunk] += min(together, count - sum(held))
+    return held
 
 
 def memory_section(job: PlannedJob, rank: RankMemory) -> Section:
@@ -218,7 +182,7 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> Section:
     c = rank.counts
     dense, expert = f"{c.dense:,} dense", f"{c.expert:,} expert"
     flights = _microbatches_held(job, rank.rank)
-    state = _adam_bytes(job)
+    state = parameter_bytes(job.config.model.dtype, job.config.optimizer.moments).optimizer
     left = 1 - parallel.optimizer_offload
     part = f" x {left:.2g}, the rest on the host" if parallel.optimizer_offload else ""
     formulas = {

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_r1.base.transports import ACROSS_HOSTS, TRANSPORTS
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.models.hf_config import key_value_heads
 from megatron_r1.models.weights.layout import Shard
@@ -291,21 +292,16 @@ def borrowed_bytes(job: PlannedJob) -> int:
 
 def _receive_buffer_place(job: PlannedJob) -> Literal["host", "GPU"]:
     """Return whose memory an engine rank receives in."""
-    return "GPU" if job.config.push.transport in ("cuda_ipc", "nccl") else "host"
+    return TRANSPORTS[job.config.push.transport].memory
 
 
 def push_link(job: PlannedJob) -> tuple[float, str]:
     """Return (bytes/s into an engine rank, name of the link)."""
-    hardware, transport = job.hardware, job.config.push.transport
-    if transport == "nccl":
-        rate, name = hardware.network, "network adapter"
-    elif transport == "gloo" or not _is_one_node(job):
-        rate, name = hardware.host_network, "gloo connection"
-    elif transport == "shm":
-        rate, name = hardware.host_link, "link to the host"
-    else:
-        rate, name = hardware.nvlink, "NVLink"
-    return rate * job.assumptions.push_efficiency, name
+    transport = TRANSPORTS[job.config.push.transport]
+    if transport.one_host and not _is_one_node(job):
+        transport = TRANSPORTS[ACROSS_HOSTS]
+    rate: float = getattr(job.hardware, transport.rate)
+    return rate * job.assumptions.push_efficiency, transport.link
 
 
 def _is_one_node(job: PlannedJob) -> bool:
@@ -369,7 +365,8 @@ def _connections(
         for _ in needs.needed(engines.coordinate(rank))
     )
     rate, link = push_link(job)
-    over_nccl, colocated = job.config.push.transport == "nccl", shares_gpus_over_nccl(job.config)
+    over_nccl = TRANSPORTS[job.config.push.transport].in_rounds
+    colocated = shares_gpus_over_nccl(job.config)
     of_set = 0 if colocated else links.num_engines * engines.ranks_per_engine
     communicator = grid.world + of_set if over_nccl else 0
     creation, each = (

@@ -8,9 +8,10 @@ from functools import cached_property
 from megatron_r1.config import Config
 from megatron_r1.engines.server.recipe import check_ranks, positions
 from megatron_r1.models.experts import routing_shape
-from megatron_r1.models.hf_config import head_sizes, key_value_heads, load_config, read_hf_config
+from megatron_r1.models.hf_config import key_value_heads, load_config, read_hf_config
+from megatron_r1.models.memory import BYTES, cache_bytes_per_token
 from megatron_r1.plan.counts import ModelCounts, decode_flops, forward_flops
-from megatron_r1.plan.job import BYTES, PlannedJob
+from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import (
     drafts,
     engine_layout,
@@ -26,19 +27,6 @@ ID = LOGPROB = 4
 """Bytes of a token's id and of its log-probability in trainer/sample.py."""
 LOGITS = 4
 """Bytes of a logit; logits and their log-softmax exist at once."""
-
-
-def cache_bytes_per_token(hf: dict, value: int = 2, mtp_layers: int = 0) -> int:
-    """Return KV cache bytes of one token in all layers, with those that draft.
-
-    Latent attention caches the latent and the rotary key once for all heads (70,272 B for
-    DeepSeek-V3 in bf16, as published: arXiv 2505.09343, table 1).
-    """
-    if hf.get("kv_lora_rank"):
-        values = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
-    else:
-        values = key_value_heads(hf) * sum(head_sizes(hf))
-    return (hf["num_hidden_layers"] + mtp_layers) * values * value
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,16 @@ from functools import cache, cached_property, partial
 
 from megatron_r1.config.hardware import link_rate
 from megatron_r1.models.hf_config import head_sizes, key_value_heads
-from megatron_r1.plan.activations import VALUE
-from megatron_r1.plan.counts import Counts, RankCounts, attention_flops, head_flops, layer_flops
+from megatron_r1.models.memory import BYTES, Counts
+from megatron_r1.plan.counts import RankCounts, attention_flops, head_flops, layer_flops
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import push_link
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.plan.rollout import Engines
 from megatron_r1.reporting.wording import counted
+
+VALUE = BYTES["bfloat16"]
+"""Bytes of an activation that is sent."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Sends the trainer's weights to the engines; a weight passes these modules in this order.
 
 1. `sender`: the operations of a push on each trainer rank, called by the controller
-   (`megatron_r1.controller.delivery`).
+   (`megatron_r1.controller.push`).
 2. `plan`: which rectangle of which tensor goes from which trainer rank to which engine rank.
 3. `link_planner`: reads what the engines offer to receive, links this rank with the engine ranks
    that the plan gives it, and has the slices of its parameters that each link carries, as they are

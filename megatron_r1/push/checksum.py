@@ -28,7 +28,8 @@ PASS_BYTES = 1 << 22
 SUMMED_ELEMENTS = 1 << 22
 """Elements summed at once, as int64."""
 MIXER = 0x1E3779B97F4A7C15
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""size in bytes -> the dtype as which values of that size are summed and copied"""
 NUM_LANES = 16
 STRIPE_BYTES = 8 * NUM_LANES
 """One 64-bit word per lane; rows that are whole stripes can be summed."""
@@ -234,7 +235,7 @@ class RowsWeightedSum:
         self._count = 0
 
     def update(self, rows: torch.Tensor) -> None:
-        bits = _BITS[rows.element_size()]
+        bits = INTEGERS[rows.element_size()]
         for chunk in _chunks(rows, SUMMED_ELEMENTS * rows.itemsize):
             words = rows[chunk].reshape(-1).view(bits).long()
             first = 2 * self._count + 1
@@ -316,7 +317,7 @@ def weighted_sum(values: torch.Tensor) -> int:
 
 def _words(values: torch.Tensor) -> np.ndarray:
     """Return the same memory as integers, since NumPy has no bfloat16 or float8."""
-    return values.detach().view(_BITS[values.element_size()]).numpy()
+    return values.detach().view(INTEGERS[values.element_size()]).numpy()
 
 
 def _chunks(

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import msgspec
 from torch import Tensor
 
+from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.local import merged
 from megatron_r1.models.weights.stored.block_formats import quantize_fp8
@@ -314,7 +315,9 @@ class LinkPlanner:
                 sets = [range(*edges) for edges in pairwise([0, *ends])]
                 largest, num_bytes = largest_bundle(transport), _byte_count(tables)
                 plans = entries(planner, num_bytes, sets, offers.sent, largest)
-                order = self._order(plans, sets, addresses) if make_end.in_rounds else None
+                order = (
+                    self._order(plans, sets, addresses) if TRANSPORTS[transport].in_rounds else None
+                )
             except ValueError as error:
                 problems |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
                 continue

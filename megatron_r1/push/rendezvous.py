@@ -273,7 +273,13 @@ class EngineRendezvous(Rendezvous):
             self.shared.delete_key(f"complete/{push - 1}")
 
     def report_own(self, rank: int, error: str, *, is_damaged: bool = False) -> Failure:
-        """Report a failure of this rank, as `report` does, so that no other waits for it."""
+        """Report a failure of this rank, as `report` does, so that no other waits for it.
+
+        Args:
+            rank: of the engine.
+            error: what to say of it.
+            is_damaged: whether what has arrived differs from what was sent.
+        """
         error = f"engine {self.member} of the set, rank {rank}: {error}"
         return self.report(Failure(error, [self.member], is_damaged))
 
@@ -354,8 +360,14 @@ def wait_for_keys(
 def report_failure(host: str, port: int, name: str, error: str) -> None:
     """Publish that an engine of the set `name` is gone, so that no rank waits for it.
 
-    host, port: of the trainer's store. Raises torch.distributed.DistError where the trainer is gone
-    as well."""
+    Raises torch.distributed.DistError where the trainer is gone as well.
+
+    Args:
+        host: of the trainer's store.
+        port: of the trainer's store.
+        name: of the set.
+        error: what to say of the engine.
+    """
     timeout = datetime.timedelta(seconds=REPORT_SECONDS)
     store = TCPStore(host, port, is_master=False, timeout=timeout)
     Rendezvous(store, name, REPORT_SECONDS).report(Failure(error))

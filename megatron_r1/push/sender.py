@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
+from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config, RolloutConfig
 from megatron_r1.models import platform
 from megatron_r1.models.platform import LOOPBACK, host_store, ranks_share_host
@@ -253,7 +254,11 @@ class WeightPush:
     """The sender of a rank, created from its model by `open_push`; every method is called on all
     trainer ranks.
 
-    model_chunks: this rank's virtual stages."""
+    Args:
+        model_chunks: this rank's virtual stages.
+        hf: the model's `config.json`.
+        config: the recipe.
+    """
 
     def __init__(self, model_chunks: Sequence, hf: dict, config: Config):
         self._model_chunks, self._hf, self._config = model_chunks, hf, config
@@ -278,7 +283,7 @@ class WeightPush:
             rank=rank,
             stages=stages,
             drafts=self._config.rollout.drafts_by_mtp,
-            gpus=_gpus() if self._config.push.transport == "nccl" else (),
+            gpus=_gpus() if TRANSPORTS[self._config.push.transport].in_rounds else (),
         )
         return {"store": address}
 

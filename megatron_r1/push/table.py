@@ -39,7 +39,12 @@ class SlotTable(msgspec.Struct, frozen=True):
     areas: int = 1
 
     def area(self, memory: torch.Tensor, push: int) -> torch.Tensor:
-        """Return the part of `memory` (areas x num_bytes bytes) that this push fills."""
+        """Return the part of `memory` (areas x num_bytes bytes) that this push fills.
+
+        Args:
+            memory: uint8, areas x num_bytes bytes.
+            push: its number, from 1.
+        """
         start = push % self.areas * self.num_bytes
         return memory[start : start + self.num_bytes]
 

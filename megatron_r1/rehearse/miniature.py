@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config, dump, parse
 from megatron_r1.data.text import TEMPLATES
 from megatron_r1.rehearse import layout, model, questions
@@ -224,10 +225,10 @@ def _on_gpu(config: Config, num_gpus: int) -> dict[str, Any]:
 
 
 def _push(config: Config, on_gpu: bool) -> dict[str, Any]:
-    here = {} if on_gpu else {"nccl": "gloo", "cuda_ipc": "shm"}
+    named = config.push.transport
     is_exact = config.model.dtype == config.rollout.dtype == "float32"
     return {
-        "transport": here.get(config.push.transport, config.push.transport),
+        "transport": (not on_gpu and TRANSPORTS[named].without_gpu) or named,
         "probe_tolerance": None if is_exact else PROBE_TOLERANCE,  # 0.001 in float32
     }
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
-from megatron_r1.controller.rollouts.environments import find_player
+from megatron_r1.controller.rollouts.players import find_player
 from megatron_r1.rehearse import launch
 from megatron_r1.rehearse.miniature import Change
 from megatron_r1.rehearse.model import reward_models

@@ -163,7 +163,12 @@ class LiveView:
             self.close(f"{word} at step {self._state.step},")
 
     def draw(self, console: Console, now: float | None = None) -> Group:
-        """Return the picture for a console of that size. now: on the monotonic clock."""
+        """Return the picture for a console of that size.
+
+        Args:
+            console: whose width and height the picture has.
+            now: on the monotonic clock.
+        """
         return frame(self._state, console, time.monotonic() if now is None else now)
 
     def _remember(self, metrics: Mapping[str, Any]) -> None:

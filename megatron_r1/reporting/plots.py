@@ -71,7 +71,16 @@ def curve_plot(
     log_scale: bool = False,
     from_zero: bool = False,
 ) -> str:
-    """Return the SVG of one or more curves over steps. name: unique on the page; size: inches."""
+    """Return the SVG of one or more curves over steps.
+
+    Args:
+        name: unique on the page.
+        curves: with their names and points.
+        size: inches.
+        percent: values are shares, shown as percentages.
+        log_scale: of the values.
+        from_zero: the values' axis begins at 0.
+    """
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(size)
         for curve in curves:

@@ -117,10 +117,15 @@ class RunFolder:
     ) -> None:
         """Write `config.yaml`, or check that a run which began here did so with the same settings.
 
-        config: nested sections of plain values (paths and tuples become text and lists).
-        may_change: dotted keys ("run.steps") or whole sections ("eval") that a re-run may change;
-        they are updated in the file. defaults: values of settings that a run started by an earlier
-        version does not have. Raises UserError naming every other difference with both values."""
+        Args:
+            config: nested sections of plain values (paths and tuples become text and lists).
+            may_change: dotted keys ("run.steps") or whole sections ("eval") that a re-run may
+                change; they are updated in the file.
+            defaults: values of settings that a run started by an earlier version does not have.
+
+        Raises:
+            UserError: naming every other difference with both values.
+        """
         new = to_jsonable_python(config)
         if self.config_path.exists() and self.has_begun:
             after = flatten(new)

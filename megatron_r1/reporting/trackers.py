@@ -283,12 +283,17 @@ class TrackerSet:
     """Sends the lines of metrics.jsonl and evaluations.jsonl to every tracker.
 
     The files are the truth: each start sends the lines that a tracked run lacks, so that a crash of
-    the run, of the tracker or of the network loses none."""
+    the run, of the tracker or of the network loses none.
+
+    Args:
+        names: the values of `run.trackers`.
+        run: what is tracked, with the ids that trackers gave it.
+        notify: shows a message.
+    """
 
     def __init__(
         self, names: Sequence[str], run: TrackedRun, notify: Callable[[str], None]
     ) -> None:
-        """names: the values of `run.trackers`. notify: shows a message."""
         self._notify = notify
         known = [name for name in names if name in OPENERS]
         self._trackers = [BackgroundTracker(name, partial(OPENERS[name], run)) for name in known]

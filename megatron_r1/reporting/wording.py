@@ -67,8 +67,12 @@ PHASES = ("rollout", "reward", "train", "push")
 
 def shown_metrics(metrics: Mapping[str, Any], weights: Collection[str] | None) -> dict[str, Any]:
     """Return a line of metrics or of an evaluation as it is shown: without the format reward where
-    that has no weight, as every response is graded for format. weights: `rewards.weights`, or
-    None."""
+    that has no weight, as every response is graded for format.
+
+    Args:
+        metrics: a line of metrics.jsonl or evaluations.jsonl.
+        weights: `rewards.weights`, or None.
+    """
     hidden = () if weights is None or "format" in weights else ("format/mean", "eval/format")
     return {key: value for key, value in metrics.items() if key not in hidden}
 

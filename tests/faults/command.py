@@ -39,6 +39,7 @@ from megatron_r1.base.files.append_only import append_lines, read_lines
 
 TABLE = Path("tests/faults/mutations.yaml")
 FOLDERS = {
+    "bench": "tools/bench",
     "grading": "grading/r1_grading",
     "kernels": "kernels/r1_kernels",
     "examples": "examples",

@@ -5,7 +5,7 @@ import random
 
 import pytest
 from r1_grading import RewardPool
-from r1_grading.repetition import grade
+from r1_grading.form import grade_repetition as grade
 
 
 def share_of_different(text, window):

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 from liveness import is_alive, wait_until_dead
 from r1_grading import Grade, RewardPool
-from r1_grading.pool import WorkerProcess
+from r1_grading.worker import WorkerProcess
 from refusals import refused
 from waiting import until
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 import torch
-from file_trainer import FileBridge
+from file_trainer import FilePusher
 from host_compute import compute_everywhere
 from random_weights import write_random
 from vllm_needs import QWEN
@@ -89,17 +89,17 @@ async def main(folder: Path, transport: str, num_engines: int) -> None:
         await fleet.start(first)
         # Over NCCL the receive buffer is on a shared GPU only during a push.
         colocated = transport == "nccl" and num_engines == 1
-        bridge = FileBridge(QWEN, fleet, transport=transport, colocated=colocated)
+        pusher = FilePusher(QWEN, fleet, transport=transport, colocated=colocated)
         found, left = [await checksums(fleet)], []
         if colocated:
             await fleet.sleep()  # as `controller.session` does before engines are connected
-        await bridge.push(other)
-        assert [len(one.engines) for one in bridge.bridge.links.sets] == [num_engines]
+        await pusher.push(other)
+        assert [len(one.engines) for one in pusher.pusher.links.sets] == [num_engines]
         found.append(await checksums(fleet))
         left.append(gib_left())
         if num_engines == 1:
             left.append(await asleep(fleet, left[0]))
-        await bridge.push(first)
+        await pusher.push(first)
         found.append(await checksums(fleet))
         left.append(gib_left())
     print(json.dumps({"checksums": found, "GiB left": left}))

@@ -23,8 +23,8 @@ from vllm.model_executor.model_loader import get_model
 
 from megatron_r1.base.processes import children
 from megatron_r1.engines.plugin import register, swap
+from megatron_r1.engines.plugin.loader_copies import record
 from megatron_r1.engines.plugin.memory_layout import lay_out
-from megatron_r1.engines.plugin.recorder import record
 from megatron_r1.engines.plugin.swap import KeptState
 from megatron_r1.models.hf_config import implied, resolve_aliases
 from megatron_r1.models.weights.stored import published as fp8

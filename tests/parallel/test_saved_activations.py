@@ -7,8 +7,10 @@ import pytest
 from ranks import run_ranks
 from small_models import DEEPSEEK, LLAMA, QWEN
 
-from megatron_r1.controller.trainer_calls.cpu_memory import activation_bytes
+from megatron_r1.config import Config
 from megatron_r1.models import read_hf_config
+from megatron_r1.models.hf_config import sparse_layers
+from megatron_r1.models.memory import layer_activations
 
 
 @pytest.mark.slow
@@ -21,4 +23,10 @@ def test_activations_of_a_token_are_within_a_tenth(tmp_path, model):
     folder = Path(__file__).parent
     run_ranks(folder, 1, "saved_activations.py", str(tmp_path), str(tmp_path))
     measured = json.loads((tmp_path / "saved.json").read_text())
-    assert activation_bytes(read_hf_config(str(tmp_path)), 4) == pytest.approx(measured, rel=0.1)
+    hf = read_hf_config(str(tmp_path))
+    config = Config.model_validate({"model": {"path": str(tmp_path), "dtype": "float32"}})
+    counted = sum(
+        layer_activations(hf, config, 1, sparse=sparse, local=True).everything
+        for sparse in sparse_layers(hf)
+    )
+    assert counted == pytest.approx(measured, rel=0.1)

@@ -5,9 +5,8 @@ import json
 import pytest
 from r1_grading import RewardPool, RewardTerms, code, exact_match
 from r1_grading import math as math_reward
-from r1_grading.code.compare import equal_output
-from r1_grading.code.problem import parse_problem
-from r1_grading.code.published import language_of
+from r1_grading.code import equal_output
+from r1_grading.code.problem import language_of, parse_problem
 from r1_grading.terms import RewardUnusable
 from r1_grading.truths import NO_TRUTH, is_none
 from refusals import refused

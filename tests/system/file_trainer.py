@@ -1,4 +1,4 @@
-"""The trainer's end of the bridge for weights that lie in a safetensors file: one rank that holds
+"""The trainer's end of the pusher for weights that lie in a safetensors file: one rank that holds
 every tensor whole. Engines see no difference; tests of the real trainer are in test_push.py."""
 
 import asyncio
@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
 from megatron_r1.config.rollout import PushConfig
-from megatron_r1.controller.delivery.bridge import WeightBridge
-from megatron_r1.controller.delivery.engine_links import EngineLinks
+from megatron_r1.controller.push.engine_links import EngineLinks
+from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.models.weights.layout import stage_shards
 from megatron_r1.models.weights.table import Piece
@@ -61,8 +61,8 @@ class FileTrainer:
         return [await self.call(operation, **arguments)]
 
 
-class FileBridge:
-    """A bridge from such a trainer to a fleet: `await push(folder)` is the next version."""
+class FilePusher:
+    """A pusher from such a trainer to a fleet: `await push(folder)` is the next version."""
 
     def __init__(
         self,
@@ -80,16 +80,16 @@ class FileBridge:
         tensors = tensors or list(self.trainer.shapes.items())
         push = PushConfig(**settings)
         links = EngineLinks(self.trainer, push, tensors, layout or {}, colocated=colocated)
-        self.bridge = WeightBridge(fleet, links)
+        self.pusher = WeightPusher(fleet, links)
         self._is_open = False
 
     async def push(self, folder):
-        async with self.bridge.updating():
+        async with self.pusher.updating():
             if not self._is_open:
-                await self.bridge.open()
+                await self.pusher.open()
             self._is_open = True
             self.trainer.load(folder)
-            return await self.bridge.push(self.fleet.version + 1)
+            return await self.pusher.push(self.fleet.version + 1)
 
     async def check_damage(self, tensor):
         """Send the trainer's weights with another checksum of one tensor's delivery: the engine
@@ -102,8 +102,8 @@ class FileBridge:
         def damaged(*arguments):
             return copy_with_checksum(*arguments) ^ (next(names) == tensor)
 
-        number = self.bridge._push_number + 1
-        self.bridge._push_number += 2  # the next one fills the same area
+        number = self.pusher._push_number + 1
+        self.pusher._push_number += 2  # the next one fills the same area
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shared_memory, "copy_with_checksum", damaged)
             self.trainer.sender.send(number, [name_of_set])

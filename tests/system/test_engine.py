@@ -15,7 +15,7 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import pytest
-from file_trainer import FileBridge, FileTrainer
+from file_trainer import FilePusher, FileTrainer
 from liveness import wait_until_dead
 from sampled import (
     PROMPTS,
@@ -68,14 +68,14 @@ def fleet(models, loop, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bridge(fleet):
-    return FileBridge(DEEPSEEK, fleet)
+def pusher(fleet):
+    return FilePusher(DEEPSEEK, fleet)
 
 
 @pytest.fixture
-def push(models, bridge):
+def push(models, pusher):
     """Push the model of that name as the next version."""
-    return lambda name: bridge.push(models / name)
+    return lambda name: pusher.push(models / name)
 
 
 def test_logprobs_equal_transformers_through_pushes_a_b_a(models, oracle, loop, fleet, push):
@@ -140,12 +140,12 @@ def test_a_stop_token_ends_a_response_and_is_part_of_it(loop, fleet):
 
 
 def test_a_push_amid_a_response_stamps_each_token_with_its_policy(
-    models, oracle, loop, fleet, bridge
+    models, oracle, loop, fleet, pusher
 ):
     """And the log-probabilities after it are those of the new weights given all earlier tokens, and
     the experts that were returned are those that computed them."""
     a, b = models / "a", models / "b"
-    groups, made_by = loop(sample_amid_a_push(fleet, bridge.push, a, b, routing=ROUTING))
+    groups, made_by = loop(sample_amid_a_push(fleet, pusher.push, a, b, routing=ROUTING))
     assert successions(groups) == {tuple(made_by)}
     assert largest_by_version(oracle, made_by, groups) <= TOLERANCE
     before = min(made_by)
@@ -187,12 +187,12 @@ def test_versions_only_rise(loop, fleet):
 
 
 def test_a_push_that_arrives_otherwise_than_it_was_sent_changes_nothing(
-    models, oracle, loop, fleet, bridge, push
+    models, oracle, loop, fleet, pusher, push
 ):
     """It is refused by the tensor's name, and the engine goes on with the weights before."""
     loop(push("a"))
-    bridge.trainer.load(models / "b")
-    loop(bridge.check_damage("model.layers.1.mlp.experts.5.up_proj.weight"))
+    pusher.trainer.load(models / "b")
+    loop(pusher.check_damage("model.layers.1.mlp.experts.5.up_proj.weight"))
     assert largest_difference(oracle, models / "a", loop(sample(fleet))) <= TOLERANCE
 
 
@@ -209,10 +209,10 @@ def test_a_push_that_does_not_come_to_its_end_changes_nothing(models, oracle, lo
     assert largest_difference(oracle, models / "a", loop(sample(fleet))) <= TOLERANCE
 
 
-def test_a_model_without_one_of_the_engines_tensors_is_refused(loop, fleet, bridge):
+def test_a_model_without_one_of_the_engines_tensors_is_refused(loop, fleet, pusher):
     name = "model.layers.2.self_attn.o_proj.weight"
-    tensors = [[n, list(shape)] for n, shape in bridge.trainer.shapes.items() if n != name]
-    store = ["127.0.0.1", bridge.trainer.store.port]
+    tensors = [[n, list(shape)] for n, shape in pusher.trainer.shapes.items() if n != name]
+    store = ["127.0.0.1", pusher.trainer.store.port]
     init = {"store": store, "name": "other", "tensors": tensors, "timeout_seconds": 5}
     with pytest.raises(EngineError, match=r"o_proj.*0 of its"):
         loop(fleet.engines[0].client.init_weight_transfer(init))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from file_trainer import FileBridge
+from file_trainer import FilePusher
 from liveness import is_alive
 from sampled import (
     PROMPTS,
@@ -109,8 +109,8 @@ def test_a_push_amid_responses_stamps_each_token_with_its_policy(family, layout,
         settings = {"max_model_len": 256, "max_num_seqs": 64}
         async with RolloutFleet(1, tmp_path, **settings, **layout) as fleet:
             await fleet.start(before)
-            bridge = FileBridge(MODELS[family], fleet, layout=layout)
-            return await sample_amid_a_push(fleet, bridge.push, before, after)
+            pusher = FilePusher(MODELS[family], fleet, layout=layout)
+            return await sample_amid_a_push(fleet, pusher.push, before, after)
 
     groups, made_by = asyncio.run(start_and_push())
     assert successions(groups) == {tuple(made_by)}

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy
 from megatron_r1.engines.plugin.memory_layout import (
     GAP_BYTES,
     lay_out,
     with_gaps,
 )
-from megatron_r1.engines.plugin.recorder import CheckpointParameter, LoaderCopy
 from megatron_r1.push.table import slot_view
 
 TENSORS = {

@@ -8,7 +8,7 @@ import asyncio
 
 import pytest
 from engine_checksums import checksums
-from file_trainer import FileBridge
+from file_trainer import FilePusher
 from sampled import PROMPTS, TOLERANCE, largest_difference, sample
 from tiny_models import (
     DEEPSEEK,
@@ -25,8 +25,8 @@ from tiny_models import (
 )
 
 from megatron_r1.config import Config
-from megatron_r1.controller.delivery.bridge import Prober, WeightBridge
-from megatron_r1.controller.delivery.engine_links import EngineLinks
+from megatron_r1.controller.push.engine_links import EngineLinks
+from megatron_r1.controller.push.pusher import Prober, WeightPusher
 from megatron_r1.controller.supervision.diagnosis import inspect_trainer
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
@@ -138,7 +138,7 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             await fleet.start(before)
             for parallel in trainers:
                 # So that every trainer finds other weights than its own.
-                await FileBridge(known, fleet, layout=layout, **push).push(before)
+                await FilePusher(known, fleet, layout=layout, **push).push(before)
                 assert await checksums(fleet) != expected
                 assert_predicted(known, EngineLayout(**layout), found[0])
                 metrics = await push_from(trained, known, parallel, fleet, layout, push)
@@ -164,11 +164,11 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             shapes = hf_tensors(hf, with_mtp=False)
             tensors = [(name, shape) for name, (shape, _) in shapes.items()]
             links = EngineLinks(trainer, recipe.push, tensors, layout)
-            bridge = WeightBridge(fleet, links, Prober(trainer, PROMPTS, TOLERANCE, 600))
-            async with bridge.updating():
-                await bridge.open()
-                await bridge.push(fleet.version + 1)
-            return await bridge.proven()
+            pusher = WeightPusher(fleet, links, Prober(trainer, PROMPTS, TOLERANCE, 600))
+            async with pusher.updating():
+                await pusher.open()
+                await pusher.push(fleet.version + 1)
+            return await pusher.proven()
         finally:
             await trainer.close()
 

@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 from engine_checksums import checksums
-from file_trainer import FileBridge
+from file_trainer import FilePusher
 from safetensors.torch import load_file, save_file
 from sampled import PROMPTS, sample
 from tiny_models import DEEPSEEK, QWEN, reference_logprobs, write_model
@@ -100,11 +100,11 @@ def test_after_an_fp8_push_an_engine_is_as_if_started_on_the_fp8_checkpoint(
             await fleet.start(before)
             tensors = pushed_tensors(config, fp8=True)
             push = {"transport": transport, "fp8": True}
-            bridge = FileBridge(config, fleet, layout=layout, tensors=tensors, **push)
-            await bridge.push(before)
+            pusher = FilePusher(config, fleet, layout=layout, tensors=tensors, **push)
+            await pusher.push(before)
             assert await checksums(fleet) != expected
             for _ in range(2):  # into either area
-                await bridge.push(trained)
+                await pusher.push(trained)
                 assert await checksums(fleet) == expected
             return await sample(fleet, n=2)
 

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 from engine_checksums import checksums
-from file_trainer import FileBridge
+from file_trainer import FilePusher
 from tiny_models import DEEPSEEK, write_model
 from waiting import until
 
@@ -40,8 +40,8 @@ def fleet(models, loop, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bridge(fleet):
-    return FileBridge(DEEPSEEK, fleet, layout=LAYOUT, transport="gloo")
+def pusher(fleet):
+    return FilePusher(DEEPSEEK, fleet, layout=LAYOUT, transport="gloo")
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +56,17 @@ def both(loop, fleet):
     return [loop(checksums(fleet, engine)) for engine in (0, 1)]
 
 
-def sizes(bridge):
-    return sorted(len(one.engines) for one in bridge.bridge.links.sets)
+def sizes(pusher):
+    return sorted(len(one.engines) for one in pusher.pusher.links.sets)
 
 
-def test_each_slice_enters_one_engine_and_both_have_all(loop, models, fleet, bridge, expected):
-    loop(bridge.push(models / "b"))
+def test_each_slice_enters_one_engine_and_both_have_all(loop, models, fleet, pusher, expected):
+    loop(pusher.push(models / "b"))
     assert expected not in both(loop, fleet)
-    loop(bridge.push(models / "a"))
+    loop(pusher.push(models / "a"))
     assert both(loop, fleet) == [expected] * 2
-    assert sizes(bridge) == [2]
-    (one,) = bridge.trainer.sender._sets.values()
+    assert sizes(pusher) == [2]
+    (one,) = pusher.trainer.sender._sets.values()
     need = {
         link.end.rank: sum(slot.height * slot.width * 4 for slot in link.end.table.slots)
         for link in one.links
@@ -88,9 +88,9 @@ def kill(engine):
 
 @pytest.mark.parametrize("amid", [False, True], ids=["between pushes", "amid a push"])
 def test_an_engine_that_dies_does_not_take_the_other_with_it(
-    amid, loop, models, fleet, bridge, expected, monkeypatch
+    amid, loop, models, fleet, pusher, expected, monkeypatch
 ):
-    loop(bridge.push(models / "b"))
+    loop(pusher.push(models / "b"))
     left, dies = fleet.engines
     restarts, packed, dying = fleet.num_restarts, SlicesBlock.pack, []
     lock = threading.Lock()
@@ -107,12 +107,12 @@ def test_an_engine_that_dies_does_not_take_the_other_with_it(
     else:
         kill(dies)
 
-    loop(bridge.push(models / "a"))
+    loop(pusher.push(models / "a"))
     assert fleet.members.up[0] is left and left.server.is_alive()
     assert loop(checksums(fleet, fleet.engines.index(left))) == expected
     loop(until_replaced(fleet))
     assert both(loop, fleet) == [expected] * 2
     assert fleet.num_restarts == restarts + 1
-    loop(bridge.push(models / "b"))
-    loop(bridge.push(models / "a"))
-    assert both(loop, fleet) == [expected] * 2 and sizes(bridge) == [2]
+    loop(pusher.push(models / "b"))
+    loop(pusher.push(models / "a"))
+    assert both(loop, fleet) == [expected] * 2 and sizes(pusher) == [2]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from draft_sampler import nucleus, probability
 from engine_checksums import checksums
-from file_trainer import FileBridge
+from file_trainer import FilePusher
 from safetensors.torch import load_file, save_file
 from sampled import PROMPTS, TOLERANCE, largest_difference, sample
 from tiny_models import (
@@ -52,8 +52,8 @@ def fleet(models, loop, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bridge(fleet):
-    return FileBridge(DRAFTING, fleet, drafts=True)
+def pusher(fleet):
+    return FilePusher(DRAFTING, fleet, drafts=True)
 
 
 def test_log_probabilities_are_the_model_s(models, oracle, loop, fleet):
@@ -144,7 +144,7 @@ def test_sampling_is_lossless(conditionals, loop, fleet, temperature, top_p):
 
 
 @pytest.mark.more  # starts another engine
-def test_a_push_brings_the_drafter_its_weights(models, oracle, loop, fleet, bridge, tmp_path):
+def test_a_push_brings_the_drafter_its_weights(models, oracle, loop, fleet, pusher, tmp_path):
     """After it the engine equals, tensor for tensor, one that was started on the same weights."""
 
     async def started():
@@ -153,7 +153,7 @@ def test_a_push_brings_the_drafter_its_weights(models, oracle, loop, fleet, brid
             return await checksums(other)
 
     async def pushed(name):
-        await bridge.push(models / name)
+        await pusher.push(models / name)
         return await checksums(fleet)
 
     expected = loop(started())
@@ -169,13 +169,13 @@ def test_a_push_brings_the_drafter_its_weights(models, oracle, loop, fleet, brid
     assert largest_difference(oracle, models / "b", groups) <= TOLERANCE
 
 
-def test_a_damaged_tensor_of_the_drafter_is_refused_by_name(models, loop, bridge):
-    loop(bridge.push(models / "a"))
-    loop(bridge.check_damage("model.layers.3.mlp.experts.5.up_proj.weight"))
+def test_a_damaged_tensor_of_the_drafter_is_refused_by_name(models, loop, pusher):
+    loop(pusher.push(models / "a"))
+    loop(pusher.check_damage("model.layers.3.mlp.experts.5.up_proj.weight"))
 
 
 @pytest.mark.more
-def test_a_stale_drafter_shows_in_the_acceptance_rate_only(models, oracle, loop, fleet, bridge):
+def test_a_stale_drafter_shows_in_the_acceptance_rate_only(models, oracle, loop, fleet, pusher):
     """Here the trainer sends the model's new weights with the MTP layer's old ones."""
     meter = AcceptanceMeter()
 
@@ -189,9 +189,9 @@ def test_a_stale_drafter_shows_in_the_acceptance_rate_only(models, oracle, loop,
     stale.mkdir()
     mtp = {name: own[name] for name in own if name.startswith("model.layers.3.")}
     save_file(load_file(models / "b" / "model.safetensors") | mtp, stale / "model.safetensors")
-    loop(bridge.push(stale))
+    loop(pusher.push(stale))
     old, groups = loop(acceptance())
     assert largest_difference(oracle, models / "b", groups) <= TOLERANCE, "still lossless"
-    loop(bridge.push(models / "b"))
+    loop(pusher.push(models / "b"))
     renewed, _ = loop(acceptance())
     assert old < 0.5 * renewed

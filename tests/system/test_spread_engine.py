@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 import pytest
-from file_trainer import FileBridge
+from file_trainer import FilePusher
 from sampled import TOLERANCE, largest_difference, sample, stamped
 from tiny_models import DEEPSEEK, QWEN, write_model
 
@@ -90,7 +90,7 @@ def test_experts_on_two_hosts_get_their_weights_and_a_killed_host_is_reopen_pool
         server = fleet.engines[0].server
         assert len({part.host for part in server.engine.parts}) == 2
         assert largest_difference(oracle, before, await sample(fleet)) < TOLERANCE
-        await FileBridge(DEEPSEEK, fleet, layout=layout, transport="gloo").push(trained)
+        await FilePusher(DEEPSEEK, fleet, layout=layout, transport="gloo").push(trained)
         groups = await sample(fleet)
         assert stamped(groups) == {1}
         assert largest_difference(oracle, trained, groups) < TOLERANCE
@@ -125,7 +125,7 @@ def test_every_call_reaches_copies_that_share_nothing_and_one_that_hangs_is_noti
 
     async def scenario(fleet):
         old = await checksums(fleet)
-        await FileBridge(QWEN, fleet, layout={"data": 2}, transport="gloo").push(trained)
+        await FilePusher(QWEN, fleet, layout={"data": 2}, transport="gloo").push(trained)
         new = await checksums(fleet)
         assert new["dp0"] == new["dp1"] != old["dp0"] == old["dp1"]
         serving = urlsplit(fleet.engines[0].server.url).hostname

@@ -26,8 +26,8 @@ from vllm.model_executor.model_loader.reload.layerwise import record_metadata_fo
 
 from megatron_r1.base.processes import children
 from megatron_r1.engines.plugin import swap
+from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record
 from megatron_r1.engines.plugin.memory_layout import lay_out
-from megatron_r1.engines.plugin.recorder import CheckpointParameter, LoaderCopy, record
 from megatron_r1.models.hf_config import implied, resolve_aliases
 from megatron_r1.models.weights import hf_tensors
 

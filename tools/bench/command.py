@@ -4,6 +4,7 @@ start      from a command to the first token: when, and the CPU seconds by proce
 step       whole RL steps and those of TRL, with a toy or a pretrained model; or phases of a recipe
 fp8        what FP8 training does to the loss, against bf16
 push       the weight push, on this machine and planned at the real size
+answers    verdicts of the math reward and of math-verify on labelled pairs of one's own
 agents     turns of tool-using agents through the gateway, before an engine that answers at once
 prompts    updates with a prompt computed once for all its responses, and for each
 controller a full rollout from synthetic engines through the controller to 2,048 ranks
@@ -31,7 +32,7 @@ ELSEWHERE = {
     "resources": "r1_kernels_bench.resources",
 }
 NAMES = (
-    *("agents", "chaos", "controller", "estimators", "fp8", "kernels"),
+    *("agents", "answers", "chaos", "controller", "estimators", "fp8", "kernels"),
     *("prompts", "push", "resources", "rewards", "speculative", "start", "step"),
 )
 """Modules of this package, or those of ELSEWHERE. Each has `add_options(parser)`, and

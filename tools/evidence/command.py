@@ -25,9 +25,10 @@ others): [what is not proven](not_proven.md) says what is missing.
 The machines had two x86-64 cores, 24 GB of memory and no GPU. The record behind a claim's name has
 the rest: the machine, how the figure is read out of the output, and the files it depends on.
 
-- *fresh*: none of these files has changed since the commit. *stale*: some have, so the figure is of
-  an older tree. *unknown*: the clone does not have the commit, as a shallow one does not. *failed*:
-  a later run of the command gave no figure; the one shown is from before it.
+- *fresh*: none of these files has changed since the commit, comments and docstrings of Python files
+  apart. *stale*: some have, so the figure is of an older tree. *unknown*: the clone does not have
+  the commit, as a shallow one does not. *failed*: a later run of the command gave no figure; the
+  one shown is from before it.
 - `python -m tools.evidence status` says this of your tree. `make evidence` measures what is not
   fresh, the shortest first, and goes on after a stop; `make evidence CLAIM=id` measures one claim.
 - Speeds are measured where no other work takes the cores, or with it said; compare ratios.

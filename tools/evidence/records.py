@@ -1,6 +1,7 @@
-"""The records of the claims, docs/evidence/ID.json, and whether the files that a claim depends on
-are those that were measured."""
+"""The records of the claims, docs/evidence/ID.json, and whether the code that a claim depends on
+is the code that was measured."""
 
+import ast
 import json
 import os
 import subprocess
@@ -124,8 +125,12 @@ class State:
 
 
 def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
-    """Return the state of each claim by its name, of the tracked files as they are in `root`."""
+    """Return the state of each claim by its name, of the tracked files as they are in `root`.
+
+    Of Python files only code counts: comments, docstrings and formatting compute nothing.
+    """
     changes = cache(lambda commit: changes_since(root, commit))
+    is_same = cache(lambda commit, name: has_same_code(root, commit, name))
     found = {}
     for claim in claims:
         failed = claim.failed.date if claim.failed else ""
@@ -136,6 +141,7 @@ def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
         if changed is None:
             found[claim.id] = State("unknown", failed=failed)
         else:
+            changed = [name for name in changed if not is_same(claim.measured.commit, name)]
             found[claim.id] = State("stale" if changed else "fresh", tuple(changed), failed)
     return found
 
@@ -182,6 +188,35 @@ def changed_files(changes: Iterable[tuple[str, ...]] | None, paths: list[str]) -
         if is_watched == [True] or is_watched == [True, False]:
             found.append(names[0])
     return sorted(found)
+
+
+def has_same_code(root: Path, commit: str, name: str) -> bool:
+    """Return whether a Python file of `root` computes what it computed at `commit`."""
+    if not name.endswith(".py") or not (root / name).is_file():
+        return False
+    before = _git(root, "show", f"{commit}:{name}")
+    try:
+        now = (root / name).read_text(encoding="utf-8")
+        return before is not None and code_of(before) == code_of(now)
+    except (OSError, SyntaxError):
+        return False
+
+
+def code_of(text: str) -> str:
+    """Return what a Python file computes: its syntax tree without docstrings."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [each for each in body if not _is_text(each)]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_text(node: ast.AST) -> bool:
+    """Return whether a statement is a string alone: a docstring, or the text after a constant."""
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
+        return False
+    return isinstance(node.value.value, str)
 
 
 def covers(path: str, name: str) -> bool:

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    root = Path(__file__).resolve().parents[2]
+    sys.path[:1] = [str(root), str(root / "grading")]  # neither need be installed
     from tools.gpu_check.command import main
 
     sys.exit(main())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_r1.base.processes.diagnosis import last_lines
+from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
 from megatron_r1.rehearse import launch, miniature
 from megatron_r1.rehearse.phases import errors_in
@@ -52,7 +53,8 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     if case == "fp8":
         changed["push"] = {"probe_tolerance": FP8_PROBES}
     if place() == "cpu":
-        here = {"nccl": "gloo", "cuda_ipc": "shm"}[small.config.push.transport]
+        named = small.config.push.transport
+        here = TRANSPORTS[named].without_gpu or named
         changed["push"] = changed.get("push", {}) | {"transport": here}
         changed |= {"rollout": {"gpu_memory": None}, "model": {"fusions": []}}
     return replace(small, config=with_settings(small.config, **changed))

@@ -1,17 +1,27 @@
-"""Parse and validate the truth of a code prompt: its tests and how they are judged."""
+"""Parse and validate the truth of a code prompt: its tests and how they are judged.
 
+Tests of programs as public data sets write them are read as the project's own form:
+
+| written by | form |
+|---|---|
+| APPS, TACO, Eurus-2-RL | `{"inputs": […], "outputs": […], "fn_name": …}` |
+| open-r1, SYNTHETIC-1 | `{"language": …, "test_cases": [{"input", "output", "fn_name", "type"}]}` |
+| LiveCodeBench, DeepCoder | `[{"input", "output", "testtype", "metadata": {"func_name"}}]` |
+| CodeContests | `{"public_tests": {"input": […], "output": […]}, "private_tests": …}` |
+| MBPP, AceCode | `["assert f(1) == 2", …]`, or these as one text, or as `{"test_list": …}` |
+| HumanEval, KodCode, Skywork-OR1 | Python, `check(candidate)` or `test_…()` with such asserts |
+
+Each may be JSON text or the text of a Python value, and so may what is in it."""
+
+import ast
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from r1_grading.base.errors import did_you_mean
+from r1_grading.base.errors import did_you_mean, shorten
 from r1_grading.base.values import decoded, load_json
-from r1_grading.code.published import (
-    is_asserts,
-    is_check_code,
-    language_of,
-    own_form,
-    split_asserts,
-)
 
 WHAT = "the truth of a code prompt"
 KEYS = ("tests", "function", "checker", "tolerance")
@@ -40,7 +50,7 @@ class Problem:
     tests: at least one.
     function: the name to call, or None where the program reads and prints.
     checker: source of a Python program that replaces the comparison, or None.
-    tolerance: allowed difference of numbers, or None for that of floats only (see `compare`).
+    tolerance: allowed difference of numbers, or None for that of floats only (`equal_output`).
     is_livecodebench: the tests have LiveCodeBench's form, or another of public data sets. Integers
         are compared by value, and a script has the names that its harness imports, as a function
         always has.
@@ -55,9 +65,9 @@ class Problem:
 
 
 def parse_problem(truth: object, language: str | None = None) -> Problem:
-    """Parse `truth`: an object, a form of `published`, or the JSON text of either.
+    """Parse `truth`: an object, a form of public data sets, or the JSON text of either.
 
-    language: of the prompt, as `published.language_of` reads it; None: the truth's own, else
+    language: of the prompt, as `language_of` reads it; None: the truth's own, else
     Python. A key whose value is null counts as absent: Arrow fills the keys of nested columns that
     a row lacks. Raises ValueError naming the faulty test."""
     asked = language_of(language)
@@ -199,3 +209,348 @@ def _json(text: str, what: str) -> Any:
         return load_json(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not JSON ({error}): {text[:80]!r}") from None
+
+
+CHECK = re.compile(r"^[ \t]*def (?:check\(|test_?\w*\()", re.MULTILINE)
+"""HumanEval's function, pytest's functions."""
+CANDIDATE = "candidate"
+"""What HumanEval's function calls its argument, the function under test."""
+
+
+def is_asserts(text: str) -> bool:
+    """Return whether a text is a list of asserts rather than JSON."""
+    return any(line.lstrip().startswith("assert ") for line in text.splitlines())
+
+
+def is_check_code(text: str) -> bool:
+    """Return whether a text is Python code of a function that has the asserts in it."""
+    return CHECK.search(text) is not None and "assert" in text
+
+
+def split_asserts(text: str) -> list[str]:
+    """Return the assert statements of a text. Raises ValueError for a text that is no Python."""
+    try:
+        body = ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"the asserts are not Python: {shorten(error)}") from None
+    return [ast.unparse(line) for line in body if not isinstance(line, ast.Import | ast.ImportFrom)]
+
+
+def read_asserts(texts: Iterable[str]) -> dict[str, Any]:
+    """Return {"tests", "function", "tolerance"} of texts with asserts. Raises ValueError for one
+    that is no call and literal, and where they call several functions."""
+    return _tests([line for text in texts for line in split_asserts(text)])
+
+
+def read_check_code(code: Any, function: str | None) -> dict[str, Any]:
+    """Return as `read_asserts` the asserts of all functions in Python code. function: the one under
+    test, where the code calls it `candidate`; None: the argument of its `check(…)`, else the name
+    that it calls."""
+    if not isinstance(code, str) or not is_check_code(code):
+        raise ValueError(f"test must be Python code with asserts, got {shorten(code)}")
+    try:
+        nodes = list(ast.walk(ast.parse(code)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"the tests are not Python: {shorten(error)}") from None
+    asserts = [node for node in nodes if isinstance(node, ast.Assert)]
+    asserts.sort(key=lambda node: node.lineno)
+    always = [n for n in asserts if isinstance(n.test, ast.Constant) and n.test.value]
+    read = _tests([ast.unparse(node) for node in asserts if node not in always])
+    if read["function"] == CANDIDATE:
+        given = function or _checked(nodes)
+        if not given:
+            raise ValueError("the tests call a candidate and do not name it: give entry_point")
+        read["function"] = given.rpartition(".")[2]
+    return read
+
+
+def _checked(nodes: Iterable[ast.AST]) -> str | None:
+    """Return the argument of `check(f)` or `check(Solution().f)`."""
+    for node in nodes:
+        match node:
+            case ast.Call(func=ast.Name("check"), args=[argument]):
+                return ast.unparse(argument)
+    return None
+
+
+def _tests(lines: Iterable[str]) -> dict[str, Any]:
+    found = [_read_assert(line) for line in lines]
+    names = {name for name, _, _ in found}
+    if not names:
+        raise ValueError(
+            "the tests have no assert statement; those of unittest.TestCase are not read: write "
+            "them as asserts, or give data.kind a reward of your own"
+        )
+    if len(names) > 1:
+        raise ValueError(f"the asserts call {len(names)} functions, one is read: {sorted(names)}")
+    tolerances = [most for _, _, most in found if most is not None]
+    tests = [test for _, test, _ in found]
+    return {"tests": tests, "function": names.pop(), "tolerance": min(tolerances, default=None)}
+
+
+def _read_assert(line: str) -> tuple[str, dict[str, Any], float | None]:
+    """Return (function, test, tolerance) of `assert f(1) == 2`, `assert f(1)`, `assert not f(1)` or
+    `assert abs(f(1) - 0.5) < 1e-6`."""
+    refusal = f"{shorten(line)!r} is no assert of a call and a literal, such as assert f(1) == 2"
+    try:
+        statement = ast.parse(line).body[0]
+    except SyntaxError:
+        raise ValueError(refusal) from None
+    condition = statement.test if isinstance(statement, ast.Assert) else None
+    call: ast.expr | None
+    expected: ast.expr = ast.Constant(True)
+    tolerance = None
+    match condition:
+        case ast.Compare(left=left, ops=[ast.Eq() | ast.Is()], comparators=[right]) if _is_own_call(
+            left
+        ):
+            call, expected = left, right
+        case ast.Compare(left=left, ops=[ast.Eq() | ast.Is()], comparators=[right]):
+            call, expected = right, left
+        case ast.Compare(
+            left=ast.Call(
+                func=ast.Name("abs"), args=[ast.BinOp(left=left, op=ast.Sub(), right=right)]
+            ),
+            ops=[ast.Lt() | ast.LtE()],
+            comparators=[ast.Constant(float(most))],
+        ):
+            call, expected, tolerance = left, right, most
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            call, expected = operand, ast.Constant(False)
+        case _:
+            call = condition
+    if not isinstance(call, ast.Call) or not _is_own_call(call):
+        raise ValueError(refusal)
+    try:
+        args = [ast.literal_eval(arg) for arg in call.args]
+        kwargs = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords if word.arg}
+        result = json.loads(json.dumps(ast.literal_eval(expected)))
+    except (ValueError, TypeError, SyntaxError, RecursionError):
+        raise ValueError(refusal) from None
+    function = call.func
+    name = function.id if isinstance(function, ast.Name) else ast.unparse(function)
+    test = {"args": args, "kwargs": kwargs, "result": result}
+    return name.rpartition(".")[2], test, tolerance
+
+
+def _is_own_call(node: ast.expr | None) -> bool:
+    """Return whether an expression calls `f` or `Solution().f`."""
+    return isinstance(node, ast.Call) and (
+        isinstance(node.func, ast.Name)
+        or (isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Call))
+    )
+
+
+LANGUAGES = {
+    **dict.fromkeys(("python", "python3", "py", "py3", "pypy", "pypy3", "cpython"), "python"),
+    **dict.fromkeys(("cpp", "c++", "cc", "cxx", "g++", "gnu c++"), "cpp"),
+}
+"""Language as data sets spell it → as the reward does."""
+MAX_HEAD = 20_000
+CODECONTESTS = ("public_tests", "private_tests", "generated_tests")
+ASSERT_KEYS = ("test_list", "asserts", "assert_list")
+FUNCTION_KEYS = ("fn_name", "func_name", "function_name", "entry_point")
+CHECK_KEYS = ("functional", "test")
+TEST_KEYS = (
+    *("tests", "inputs", "outputs", "test_cases", "public_test_cases"),
+    *(*CODECONTESTS, *ASSERT_KEYS, "functional"),
+)
+HEAD = re.compile(
+    rf"""\s*(?:\{{.{{0,200}}?["'](?:{"|".join(TEST_KEYS)})["']\s*:"""
+    r"""|\[\s*\{[^{}]{0,200}?["'](?:input|output|stdin)["']\s*:|\[\s*["']assert )""",
+    re.DOTALL,
+)
+"""The start of text that is tests, as JSON or as Python writes them."""
+KINDS_OF_CALLS = ("function_call", "functional", "call_based")
+
+
+def language_of(name: object) -> str | None:
+    """Return "python" or "cpp" for a language as data sets spell it (`Python`, `python3`, `C++17`),
+    None for null or blank. Raises ValueError for any other."""
+    if name is None or (isinstance(name, str) and not name.strip()):
+        return None
+    plain = name.strip().casefold() if isinstance(name, str) else ""
+    found = LANGUAGES.get(plain) or LANGUAGES.get(plain.rstrip("0123456789. "))
+    if found is None:
+        raise ValueError(f"language must be one of python, cpp, got {name!r}")
+    return found
+
+
+def own_form(truth: Any) -> dict[str, Any] | None:
+    """Return {"tests", "function", "tolerance", "language"} of a truth in a public data set's form,
+    None for any other. Raises ValueError for one that has such a form and does not add up."""
+    if isinstance(truth, list):
+        if not truth:
+            return None
+        if all(isinstance(test, str) for test in truth):
+            return read_asserts(truth)
+        return _test_cases({"test_cases": truth}) if _is_list_of_cases(truth) else None
+    if isinstance(truth, str) and is_check_code(truth):
+        return read_check_code(truth, None)
+    if not isinstance(truth, Mapping):
+        return None
+    for shape, convert in SHAPES:
+        if any(name in truth for name in shape):
+            return convert(truth)
+    if isinstance(truth.get("input"), list) and isinstance(truth.get("output"), list):
+        return _lists({"inputs": truth["input"], "outputs": truth["output"]})
+    return None
+
+
+def is_tests(truth: Any) -> bool:
+    """Return whether a truth has the form of tests of a program, by its keys alone."""
+    if isinstance(truth, str):
+        if is_asserts(truth[:MAX_HEAD]) or is_check_code(truth[:MAX_HEAD]):
+            return True
+        return HEAD.match(truth) is not None
+    if isinstance(truth, list):
+        texts = bool(truth) and all(isinstance(test, str) for test in truth)
+        return _is_list_of_cases(truth) if not texts else all(map(is_asserts, truth))
+    if not isinstance(truth, Mapping):
+        return False
+    code = truth.get("test")
+    return (
+        any(truth.get(key) is not None for key in TEST_KEYS)
+        or all(isinstance(truth.get(key), list) for key in ("input", "output"))
+        or (isinstance(code, str) and is_check_code(code))
+    )
+
+
+def _lists(truth: Mapping[str, Any]) -> dict[str, Any]:
+    inputs, outputs = (decoded(truth.get(name)) for name in ("inputs", "outputs"))
+    if not isinstance(inputs, list) or not isinstance(outputs, list):
+        raise ValueError("inputs and outputs must be lists, one entry a test")
+    if len(inputs) != len(outputs) or not inputs:
+        raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs: give one output each")
+    function = _function(truth)
+    convert = _call if function else _program
+    return {
+        "tests": [convert(*pair) for pair in zip(inputs, outputs, strict=True)],
+        "function": function,
+        "tolerance": truth.get("tolerance"),
+        "language": truth.get("language"),
+    }
+
+
+def _test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
+    cases = decoded(truth.get("test_cases"))
+    if isinstance(cases, Mapping):
+        return _lists(
+            {**truth}
+            | {f"{name}s": cases.get(name, cases.get(f"{name}s")) for name in ("input", "output")}
+            | {key: cases[key] for key in FUNCTION_KEYS if cases.get(key)}
+        )
+    if not isinstance(cases, list) or not cases:
+        raise ValueError(f"test_cases must be a list of at least one test, got {shorten(cases)}")
+    if all(isinstance(case, str) for case in cases):
+        return read_asserts(cases) | {"language": truth.get("language")}
+    if not all(isinstance(case, Mapping) for case in cases):
+        raise ValueError(f"a test must be an object, got {shorten(cases[0])}")
+    names = {_function(case) or _function(truth) for case in cases}
+    if len(names) > 1:
+        raise ValueError(f"the tests call several functions: {', '.join(sorted(map(str, names)))}")
+    (function,) = names
+    if function is None and any(_kind(case) in KINDS_OF_CALLS for case in cases):
+        raise ValueError("tests of type function_call without the function's name (fn_name)")
+    return _lists(
+        {
+            "inputs": [case.get("input") for case in cases],
+            "outputs": [case.get("output") for case in cases],
+            "fn_name": function,
+            "tolerance": truth.get("tolerance"),
+            "language": truth.get("language"),
+        }
+    )
+
+
+def _codecontests(truth: Mapping[str, Any]) -> dict[str, Any]:
+    pairs: dict[str, list[Any]] = {"inputs": [], "outputs": []}
+    for name in CODECONTESTS:
+        part = decoded(truth.get(name))
+        if isinstance(part, list):
+            part = {key: [test.get(key) for test in part] for key in ("input", "output")}
+        if isinstance(part, Mapping):
+            pairs["inputs"] += part.get("input") or []
+            pairs["outputs"] += part.get("output") or []
+    return _lists({**truth, **pairs})
+
+
+def _asserts(truth: Mapping[str, Any]) -> dict[str, Any]:
+    found = decoded(next(truth[key] for key in ASSERT_KEYS if key in truth))
+    lines = [found] if isinstance(found, str) else found
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"asserts must be a list of text, got {shorten(found)}")
+    return read_asserts(lines)
+
+
+def _check_code(truth: Mapping[str, Any]) -> dict[str, Any]:
+    """Read HumanEval's {test, entry_point}, Skywork-OR1's {functional}, KodCode's {test}."""
+    code = next(truth[key] for key in CHECK_KEYS if key in truth)
+    return read_check_code(code, truth.get("entry_point"))
+
+
+def _public_test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
+    """Read LiveCodeBench's rows; its private tests are a pickle, which is not read."""
+    return _test_cases({**truth, "test_cases": truth["public_test_cases"]})
+
+
+def _program(stdin: Any, stdout: Any) -> dict[str, Any]:
+    return {"stdin": _lines(stdin, "input"), "stdout": _lines(stdout, "output")}
+
+
+def _lines(value: Any, what: str) -> str:
+    """Return the text of an input or output that may be a list of lines, or a number."""
+    if isinstance(value, list) and all(isinstance(line, str | int | float) for line in value):
+        return "\n".join(map(str, value))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if value is None and what == "input":
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be text or a list of lines, got {shorten(repr(value))}")
+    return value
+
+
+def _call(args: Any, result: Any) -> dict[str, Any]:
+    """Read a call: the list of arguments, or text with one JSON argument a line; the result, which
+    APPS writes in a list of its own too."""
+    is_text = isinstance(args, str)
+    if isinstance(args, str):
+        args = [json.loads(line) for line in args.split("\n") if line.strip()]
+    if is_text and isinstance(result, str):
+        result = json.loads(result)
+    keyed = isinstance(args, Mapping)
+    if not keyed and not isinstance(args, list):
+        raise ValueError(f"the input of a call must be a list of arguments, got {shorten(args)}")
+    test = {"args": [] if keyed else args, "kwargs": dict(args) if keyed else {}, "result": result}
+    if not is_text and isinstance(result, list) and len(result) == 1:
+        test["also"] = result[0]
+    return test
+
+
+def _function(source: Mapping[str, Any]) -> str | None:
+    metadata = decoded(source.get("metadata"))
+    places = [source, metadata] if isinstance(metadata, Mapping) else [source]
+    name = next((p[key] for p in places for key in FUNCTION_KEYS if p.get(key)), None)
+    return name.rpartition(".")[2] if isinstance(name, str) else name
+
+
+def _kind(case: Mapping[str, Any]) -> Any:
+    return case.get("type") or case.get("testtype")
+
+
+def _is_list_of_cases(truth: Sequence[Any]) -> bool:
+    return bool(truth) and all(
+        isinstance(test, Mapping) and {"input", "output"} <= test.keys() for test in truth
+    )
+
+
+SHAPES: tuple[tuple[tuple[str, ...], Callable[[Any], dict[str, Any]]], ...] = (
+    (("inputs", "outputs"), _lists),
+    (("test_cases",), _test_cases),
+    (CODECONTESTS, _codecontests),
+    (ASSERT_KEYS, _asserts),
+    (("public_test_cases",), _public_test_cases),
+    (CHECK_KEYS, _check_code),
+)
+"""(a key that the form has, how it is read)"""

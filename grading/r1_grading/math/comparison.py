@@ -4,6 +4,7 @@ r"""Whether two answers mean the same, decided by the first rule that applies.
 mathematics: numbers, equations and inequalities, lists and matrices, sets, and last expressions, by
 a computer algebra system. An answer that can be read in two ways is wrong."""
 
+import functools
 import re
 
 import sympy
@@ -143,10 +144,6 @@ def _compare_numbers(expected: str, answer: str, *, finished: bool = True) -> bo
     return same_number(left, right)
 
 
-def _compare_congruences(expected: str, answer: str) -> bool | None:
-    return same_congruence(expected, answer, equivalent)
-
-
 def _compare_alternatives(expected: str, answer: str) -> bool | None:
     r"""Return True for one value written in several ways, `0.5 or 1/2`, else None."""
     parts = [part for part, _ in split(answer, SEPARATORS) if part]
@@ -231,26 +228,20 @@ def _both_are_relations(truth: Chain, answer: Chain) -> bool:
 
 def _answer_is_approximated(expected: str, answer: Chain) -> bool:
     r"""`x = 2/3 \approx 0.67`: the exact side counts, and the numbers must be near it."""
+    if not set(answer.relations) <= {EQUAL, APPROX}:
+        return False
     cut = answer.relations.index(APPROX)
-    if is_asked_quantity(answer.sides[cut]) and cut == 0:
-        exact, near = answer.sides[1], answer.sides[2:]
-    else:
-        exact, near = answer.sides[cut], answer.sides[cut + 1 :]
-    if any(relation not in (EQUAL, APPROX) for relation in answer.relations):
+    cut += cut == 0 and is_asked_quantity(answer.sides[0])
+    value = constant(answer.sides[cut])
+    exact = [side for side in answer.sides[: cut + 1] if not is_asked_quantity(side)]
+    if not value or not all(equivalent(expected, side) for side in exact):
         return False
-    before = [side for side in answer.sides[:cut] if not is_asked_quantity(side)]
-    if not all(equivalent(expected, side) for side in (exact, *before)):
-        return False
-    value = constant(exact)
-    if not value:
-        return False
-    for number in map(read_number, near):
-        if number is None:
-            return False
-        ratio = number.value.numerator / value / number.value.denominator
-        if not abs(ratio - 1) <= APPROXIMATION:
-            return False
-    return True
+    near = [read_number(side) for side in answer.sides[cut + 1 :]]
+    return all(
+        number is not None
+        and abs(number.value.numerator / value / number.value.denominator - 1) <= APPROXIMATION
+        for number in near
+    )
 
 
 def _compare_units(expected: str, answer: str) -> bool | None:
@@ -381,7 +372,7 @@ def _name_first(chain: Chain) -> Chain:
 
 # In this order: `0.5 or 1/2` would be a list of two members, where one value is expected.
 RULES = (
-    _compare_congruences,
+    functools.partial(same_congruence, same=equivalent),
     _compare_alternatives,
     _compare_exclusions,
     _compare_relations,

@@ -43,10 +43,7 @@ def names_in(source: str) -> dict[str, str]:
     return {name: provided[name] for name in IDENTIFIER.findall(source) if name in provided}
 
 
-HERE = Path(__file__).parent
-SCRIPT = (HERE / "inside_script.py").read_text(encoding="utf-8")
-CALL = (HERE / "inside_call.py").read_text(encoding="utf-8")
-NAMES = (HERE / "inside_names.py").read_text(encoding="utf-8")
+INSIDE = (Path(__file__).parent / "inside_program.py").read_text(encoding="utf-8")
 STANDARDS = ("c++17", "c++20", "c++23")
 COMPILER_OPTIONS = "-O2 -w -fmax-errors=1 -fdiagnostics-color=never -fno-diagnostics-show-caret"
 """The GNU dialects, as contest sites use them. One error is enough for a grade's reason."""
@@ -69,14 +66,14 @@ class Program:
 
 
 def python_script(source: str, *arguments: str, names: bool = False) -> Program:
-    """Return `source` as a script, or as a checker of the files in `arguments`
-    (inside_script.py). names: it has the names of LiveCodeBench's harness (names.py)."""
-    return _python((_provided(source) if names else "") + SCRIPT, source, *arguments)
+    """Return `source` as a script, or as a checker of the files in `arguments`. names: it has the
+    names of LiveCodeBench's harness."""
+    return _python("", names_in(source) if names else {}, source, *arguments)
 
 
 def python_call(source: str, function: str) -> Program:
-    """Return a call of `function`, of class Solution or the module (inside_call.py)."""
-    return _python(_provided(source) + CALL, source, function)
+    """Return a call of `function`, of class Solution or the module."""
+    return _python(function, names_in(source), source)
 
 
 def compile_cpp(source: str, standard: str, budget: Budget) -> Program | str:
@@ -133,11 +130,8 @@ def require_sandbox(language: str) -> None:
         )
 
 
-def _provided(source: str) -> str:
-    return f"NAMES = {names_in(source)!r}\n{NAMES}\n"
-
-
-def _python(starter: str, source: str, *arguments: str) -> Program:
+def _python(function: str, names: dict[str, str], source: str, *arguments: str) -> Program:
     # -s -S: no site-packages; -B: no .pyc files. Not -I, which would drop PYTHONHASHSEED.
+    starter = f"FUNCTION, NAMES = {function!r}, {names!r}\n{INSIDE}"
     command = (host.interpreter()[0], "-s", "-S", "-B", "-c", starter, "main.py", *arguments)
     return Program(command, {"main.py": source.encode("utf-8", "replace")})

@@ -14,7 +14,6 @@ import asyncio
 import hashlib
 import json
 import os
-import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from r1_grading.base.errors import Cause, UserError
+from r1_grading.base.files import atomic_write
 from r1_grading.reading import Part, break_control_tokens, cut_middle, response_part
 from r1_grading.rewards import Grade
 from r1_grading.served import ServiceSettings
@@ -229,18 +229,6 @@ class JudgeClient:
         return {name: value for name, value in body.items() if value is not None}
 
 
-def _write_whole(path: Path, content: str) -> None:
-    """Write a file that other processes see whole or not at all."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 class ReplyCache:
     """One JSON file per reply, named by the hash of the request and of the vote's number.
 
@@ -275,7 +263,7 @@ class ReplyCache:
         entry = {"request": request, "vote": vote, "answer": reply}
         # Not durable: a reply lost in a power cut is requested again.
         path, content = self._path(request, vote), json.dumps(entry)
-        await asyncio.to_thread(_write_whole, path, content)
+        await asyncio.to_thread(atomic_write, path, content, durable=False)
 
     def _path(self, request: dict[str, Any], vote: int) -> Path:
         name = hashlib.sha256(json.dumps([request, vote], sort_keys=True).encode()).hexdigest()

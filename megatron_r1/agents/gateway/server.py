@@ -78,7 +78,16 @@ ROUTES: dict[str, WireFormat] = {
 
 
 class Gateway:
-    """Serves sessions from `start` to `close`; `async with` does both."""
+    """Serves sessions from `start` to `close`; `async with` does both.
+
+    Args:
+        text: tokenizer and template.
+        parser: of reasoning and tool calls.
+        host: the address to listen on, at a free port.
+        sampling_options: `run` replaces a request's options that differ from the run's, and notes
+            it in the session, as only the policy's own distribution can be trained on; `refuse`
+            answers 400.
+    """
 
     def __init__(
         self,
@@ -88,9 +97,6 @@ class Gateway:
         host: str = "127.0.0.1",
         sampling_options: SamplingOptions = "run",
     ) -> None:
-        """host: the address to listen on, at a free port. sampling_options: `run` replaces a
-        request's options that differ from the run's, and notes it in the session, as only the
-        policy's own distribution can be trained on; `refuse` answers 400."""
         self._continuation = Continuation(text.tokenizer, text.end_tokens)
         self._text, self._reader = text, AnswerReader(parser, self._continuation)
         self._host, self._port = host, 0

@@ -81,7 +81,12 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     """Drop every record for which `keep` is false and any torn last line; return how many lines
     were dropped.
 
-    The file is replaced atomically, and only if something is dropped."""
+    The file is replaced atomically, and only if something is dropped.
+
+    Args:
+        path: of a JSONL file.
+        keep: of a record, whether it stays.
+    """
     if not path.exists():
         return 0
     with open(path, "rb") as file:

@@ -26,9 +26,16 @@ READ = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin"
 
 
 def read_json(path: Path, key: str) -> Any:
-    """Return the content of a JSON file, UTF-8. key: of errors. Raises UserError naming the file
-    where it is no JSON, has a key twice with two values, more than MOST_LEVELS levels, or more than
-    MOST_BYTES bytes."""
+    """Return the content of a JSON file, UTF-8.
+
+    Args:
+        path: of a file that others wrote.
+        key: of errors.
+
+    Raises:
+        UserError: naming the file where it is no JSON, has a key twice with two values, more than
+            MOST_LEVELS levels, or more than MOST_BYTES bytes.
+    """
     try:
         if (size := path.stat().st_size) > MOST_BYTES:
             raise ValueError(f"it has {size:,} bytes, and at most {MOST_BYTES:,} are read")
@@ -78,7 +85,13 @@ def require_inside(path: Path, folder: Path, key: str) -> None:
     """Raise UserError for a file of `folder` that lies elsewhere, by its name or a link. A folder
     of the hub's cache (`snapshots/REVISION`) may link to the `blobs` next to it.
 
-    Nothing of the file is read. key: of the error."""
+    Nothing of the file is read.
+
+    Args:
+        path: of the file.
+        folder: of the model.
+        key: of the error.
+    """
     home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     homes = [home]
     if home.parent.name == "snapshots":
@@ -253,9 +266,14 @@ def require_complete(folder: Path) -> None:
 
 def require_as_indexed(folder: Path, held: Mapping[Path, Collection[str]]) -> None:
     """Raise UserError for a tensor that two files have, and for one that is not in the file that
-    the index gives. held: file -> names of its tensors.
+    the index gives.
 
-    A tensor that one file has and the index lacks is read: transformers and vLLM read it, too."""
+    A tensor that one file has and the index lacks is read: transformers and vLLM read it, too.
+
+    Args:
+        folder: of the model.
+        held: file -> names of its tensors.
+    """
     home: dict[str, Path] = {}
     for path, names in held.items():
         if twice := sorted(home.keys() & set(names)):

@@ -35,8 +35,13 @@ def start(
 
 
 def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """Return the environment variables by which torchrun names a rank of this machine. port: the
-    port of torch.distributed's store, which rank 0 hosts."""
+    """Return the environment variables by which torchrun names a rank of this machine.
+
+    Args:
+        rank: of the process.
+        num_ranks: in all.
+        port: the port of torch.distributed's store, which rank 0 hosts.
+    """
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -61,7 +66,12 @@ def stop(
     process: Stoppable, timeout_seconds: float = 10.0, kill_seconds: float | None = None
 ) -> None:
     """Send SIGTERM, wait, then kill the process with everything in its session's first group.
-    kill_seconds: as `kill`'s."""
+
+    Args:
+        process: that leads its process group.
+        timeout_seconds: how long it may take to end by itself.
+        kill_seconds: as `kill`'s.
+    """
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -72,8 +82,11 @@ def stop(
 def kill(process: Stoppable, timeout_seconds: float | None = None) -> None:
     """Kill a process that leads its process group, and the group; harmless if it has ended.
 
-    timeout_seconds: how long to wait for its end, None: until it has ended. A process inside a
-    driver that hangs does not end even so."""
+    Args:
+        process: that leads its process group.
+        timeout_seconds: how long to wait for its end, None: until it has ended. A process inside a
+            driver that hangs does not end even so.
+    """
     if not process.pid:
         process.terminate()
     kill_group(process)

@@ -84,7 +84,10 @@ def num_oom_kills() -> int:
 def oom_explanation(kills_before: int, remedy: str) -> str:
     """Return what to add to "killed by signal 9": nothing, or that memory ran out, with the remedy.
 
-    kills_before: `num_kills` when the process started."""
+    Args:
+        kills_before: `num_kills` when the process started.
+        remedy: what to do about it.
+    """
     if num_oom_kills() <= kills_before:
         return ""
     return f" (the kernel has killed a process for lack of memory since it started: {remedy})"
@@ -102,7 +105,12 @@ _TIMEOUT_LIMITS = (
 
 def collective_wait(text: str, wait_seconds: float) -> str | None:
     """Return the operation's name in NCCL, "a collective operation" for gloo, if `text` has such an
-    error, and None if not: also where the limit was another than `wait_seconds`, as of a push."""
+    error, and None if not: also where the limit was another than `wait_seconds`, as of a push.
+
+    Args:
+        text: of an error.
+        wait_seconds: the limit of the groups in question.
+    """
     for pattern in _TIMEOUT_LIMITS:
         found = pattern.search(text)
         if found and int(found["ms"]) == int(wait_seconds * 1000):

@@ -175,8 +175,15 @@ def remove_scratch(folder: Path) -> None:
 
 
 def allow_open_files(needed: int, reason: str) -> None:
-    """Raise this process's soft limit to `needed`, if it is lower. Raises UserError where the hard
-    limit does not allow it; reason: what needs so many."""
+    """Raise this process's soft limit to `needed`, if it is lower.
+
+    Args:
+        needed: open files.
+        reason: what needs so many.
+
+    Raises:
+        UserError: where the hard limit does not allow it.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return

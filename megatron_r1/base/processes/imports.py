@@ -6,9 +6,7 @@ They make millions of objects that stay; Python's collector walks them again and
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping
-from importlib import import_module
-from typing import Any
+from collections.abc import Iterator
 
 
 @contextlib.contextmanager
@@ -22,12 +20,3 @@ def without_garbage_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def import_lazily(package: str, homes: Mapping[str, str], name: str) -> Any:
-    """Return `name` from the module of `package` in `homes`: the body of a package's `__getattr__`.
-
-    Raises AttributeError for a name that is not in `homes`."""
-    if name not in homes:
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    return getattr(import_module(f"{package}.{homes[name]}"), name)

@@ -143,10 +143,13 @@ _importers: dict[str, Importer] = {}
 
 
 def begin(module: str, environment: Mapping[str, str]) -> None:
-    """Begin the imports of `module` in a process of its own, unless they have begun.
+    """Begin the imports of `module` in a process of its own, unless they have begun. Does nothing
+    where processes are not forked from here.
 
-    environment: variables over this process's, as later in `start`. Does nothing where processes
-    are not forked from here."""
+    Args:
+        module: that the process runs.
+        environment: variables over this process's, as later in `start`.
+    """
     if os.environ.get(SERVERS) or not _can_fork():
         return
     if module not in _importers or not _importers[module].is_usable:
@@ -157,7 +160,14 @@ def start(
     module: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]
 ) -> ForkedProcess | subprocess.Popen[bytes]:
     """Start `module` with its output appended to `log`, as `children.start` starts a command, and
-    return at once. Call it from a thread that lives as long as the process should."""
+    return at once. Call it from a thread that lives as long as the process should.
+
+    Args:
+        module: as in `begin`.
+        arguments: its command line.
+        log: the file that its output is appended to.
+        environment: as in `begin`.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     importer = None
     try:

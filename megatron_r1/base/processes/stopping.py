@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,3 +66,12 @@ class StopRequest:
         """Remove the file, after which the same command continues the run."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
+
+
+def run_until_stopped(work: Coroutine[Any, Any, None]) -> None:
+    """Run the coroutine that calls `StopRequest.listen`. Raises what it raises, and
+    KeyboardInterrupt where the second signal has ended it."""
+    try:
+        asyncio.run(work)
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None

@@ -40,6 +40,7 @@ from megatron_r1.engines.server.recipe import (
 )
 from megatron_r1.evaluation.identity import require_weights
 from megatron_r1.models.hf_config import as_read, load_config, read_hf_config
+from megatron_r1.models.memory import engine_bytes, parameter_bytes
 from megatron_r1.models.supported import check_divisions, check_supported
 from megatron_r1.models.weights.layout import num_parameters, recipe_stages
 from megatron_r1.trainer.operations import ModelOperations
@@ -103,11 +104,19 @@ SETTINGS = ("parallel", "rollout", "model.dtype", "model.mtp")
 IMPLIED = {"model.dtype": "float32"}
 OPTIONS = {"json": "FILE"}
 
-TRAINING_BYTES = 28
-"""Memory of RL per parameter in float32: weights, gradients, optimizer, reference and engine, but
-no activations, KV caches and processes (`controller.trainer_calls.cpu_memory` counts them)."""
-CHECK_BYTES = 20
-"""Memory of this check per parameter at its peak: the trainer, with its optimizer."""
+
+def _training_bytes(dtype: str = "float32") -> int:
+    """Return bytes of RL per parameter: weights, gradients, optimizer, reference and engine, but no
+    activations, KV caches and processes (`controller.cpu_memory` counts them)."""
+    each = parameter_bytes(dtype)
+    return each.whole + each.value + round(engine_bytes(1, dtype))
+
+
+def _check_bytes(dtype: str) -> int:
+    """Return bytes of this check per parameter at its peak: the trainer, with its optimizer, and
+    the weights that it reads."""
+    each = parameter_bytes(dtype)
+    return each.whole + each.value
 
 
 def run(config: Config, folder: str, json: str | None = None) -> None:
@@ -140,10 +149,11 @@ def _check(config: Config, folder: str) -> Findings:
     recipe_stages(config, hf)
     parameters = num_parameters(hf, with_mtp=config.model.mtp != "none")
     free = psutil.virtual_memory().available
-    if parameters * CHECK_BYTES > free:
+    needed = parameters * _check_bytes(config.model.dtype)
+    if needed > free:
         raise RunError(
             f"{folder}: {hf['architectures'][0]} is supported, but nothing was compared: its "
-            f"{parameters:,} parameters need about {parameters * CHECK_BYTES / 1e9:,.0f} GB, "
+            f"{parameters:,} parameters need about {needed / 1e9:,.0f} GB, "
             f"{free / 1e9:,.0f} are free; check a folder with fewer layers, or on a larger machine"
         )
     with tempfile.TemporaryDirectory() as scratch:
@@ -159,7 +169,7 @@ def _check(config: Config, folder: str) -> Findings:
         dtype=config.model.dtype,
         as_read=as_read(folder, "HF_FOLDER"),
         parameters=parameters,
-        memory_bytes=parameters * TRAINING_BYTES,
+        memory_bytes=parameters * _training_bytes(),
         free_bytes=free,
         tensors=reference.num_tensors,
         tokens=reference.num_tokens,

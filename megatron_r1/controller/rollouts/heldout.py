@@ -14,7 +14,7 @@ from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.metrics import episode_metrics, sample_records
 from megatron_r1.controller.rollouts.rollout import Group, Sampling, responses_of
-from megatron_r1.controller.trainer_calls.recorder import Recorder
+from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.measures import Estimate, estimate, length_difference, win_rates
 from megatron_r1.evaluation.voting import expects_number, majority_score
@@ -24,7 +24,11 @@ class HeldoutEvaluation:
     """Evaluates the engines' weights on the held-out prompts of a run, and records the result."""
 
     def __init__(
-        self, config: Config, collector: RolloutCollector, prompts: list[Prompt], recorder: Recorder
+        self,
+        config: Config,
+        collector: RolloutCollector,
+        prompts: list[Prompt],
+        recorder: RunRecorder,
     ):
         self._config, self._recorder = config, recorder
         self._collector, self._prompts = collector, prompts

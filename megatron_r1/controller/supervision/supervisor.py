@@ -1,12 +1,12 @@
-"""Supervises the work of a command: runs it under a watchdog, restarts lost ranks, and serves the
-run's health: GET /health (JSON, 503 when stalled) and GET /metrics (Prometheus)."""
+"""Supervises a run: watches for hangs, restarts lost ranks, and serves the run's health:
+GET /health (JSON, 503 when stalled) and GET /metrics (Prometheus)."""
 
 import asyncio
 import contextlib
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Self
 
 import prometheus_client
@@ -19,10 +19,10 @@ from megatron_r1.base.errors import Cause, TrainerLost, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.collector import PHASES, RolloutCollector
+from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.diagnosis import RunHandles
 from megatron_r1.controller.supervision.watchdog import Watchdog
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.controller.trainer_calls.recorder import Recorder
 
 ADDRESS_FILE = "health_address"
 PREFIX = "megatron_r1_"
@@ -201,7 +201,7 @@ class Supervisor:
     """Watches the roles of one run, and stops or restarts what hangs or has died."""
 
     def __init__(
-        self, config: Config, recorder: Recorder, trainer: TrainerClient, *, spans_hosts: bool
+        self, config: Config, recorder: RunRecorder, trainer: TrainerClient, *, spans_hosts: bool
     ) -> None:
         """spans_hosts: the health endpoint listens on every address instead of 127.0.0.1."""
         self._run = RunHandles(config, recorder, trainer)
@@ -212,45 +212,34 @@ class Supervisor:
         """Also supervise engines, reward workers and their groups from now on."""
         self._run.rollouts = rollouts
 
-    async def with_restarts(self, attempt: Callable[[], Awaitable[None]]) -> None:
-        """Await `attempt()`, and again each time trainer ranks are lost in it, at most
-        `run.max_trainer_restarts` times.
-
-        The ranks start again and continue from the newest good checkpoint. Engines and reward
-        workers live on meanwhile, and the sample log has what was sampled, so what is repeated is
-        the training of the steps since the checkpoint.
-
-        attempt: continues from the recorder's checkpoint, with ranks that have just started. Raises
-        what it raises; TrainerLost where no restart is left, or where others start the ranks
-        (torchrun restarts them together with the controller)."""
-        while True:
-            try:
-                return await attempt()
-            except TrainerLost as loss:
-                await self._restart_trainer(loss)
-
-    async def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Await `work`. Raises what it raises; cancels it and raises HangError if it hangs."""
+    @contextlib.asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """Watch the run, and serve its health, while the block runs. Cancels the block and raises
+        HangError if it hangs."""
+        block = asyncio.current_task()
+        assert block is not None
         async with contextlib.AsyncExitStack() as stack:
             if (port := self._run.config.run.health_port) is not None:
                 server = HealthServer(self._watchdog, self._host, port)
-                try:
-                    await stack.enter_async_context(server)
-                except BaseException:
-                    work.close()
-                    raise
+                await stack.enter_async_context(server)
                 self._run.recorder.view.message(f"health: {server.address}/health, /metrics")
-            tasks = [asyncio.create_task(work), asyncio.create_task(self._watchdog.watch())]
+            watch = asyncio.create_task(self._watch(block))
             try:
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                # If both have ended, the result of the work counts.
-                await next(task for task in tasks if task in done)
+                yield
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                watch.cancel()
+                (end,) = await asyncio.gather(watch, return_exceptions=True)
+                if isinstance(end, Exception):
+                    block.uncancel()
+                    raise end
 
-    async def _restart_trainer(self, loss: TrainerLost) -> None:
+    async def restart_trainer(self, loss: TrainerLost) -> None:
+        """Start the trainer ranks again, which go on from the newest good checkpoint. Raises `loss`
+        where `run.max_trainer_restarts` are done, or where others start the ranks (torchrun
+        restarts them together with the controller).
+
+        Engines and reward workers live on meanwhile, and the sample log has what was sampled, so
+        what is repeated is the training of the steps since the checkpoint."""
         trainer, recorder = self._run.trainer, self._run.recorder
         most = self._run.config.run.max_trainer_restarts
         while True:
@@ -265,3 +254,11 @@ class Supervisor:
                 return await trainer.restart()
             except TrainerLost as again:
                 loss = again
+
+    async def _watch(self, block: asyncio.Task[Any]) -> None:
+        """Watch until cancelled. Cancels `block` where the run must stop, and raises why."""
+        try:
+            await self._watchdog.watch()
+        except Exception:
+            block.cancel()
+            raise

@@ -1,6 +1,4 @@
 """The controller's side of the trainer, without torch: `ranks` starts the ranks and carries their
-calls over ZeroMQ, `client` calls their operations, `packing` divides samples among ranks and
-micro-batches of equal cost, `recorder` keeps the run's folder, trackers and checkpoints, and
-`cpu_memory` says what a run takes on a host without GPUs. Both sides import `trainer.operations`,
-the operations with their messages, and what of `trainer.sample` and `trainer.checkpoints` needs no
-torch."""
+calls over ZeroMQ, `client` calls their operations, and `packing` divides samples among ranks and
+micro-batches of equal cost. Both sides import `trainer.operations`, the operations with their
+messages, and what of `trainer.sample` and `trainer.checkpoints` needs no torch."""

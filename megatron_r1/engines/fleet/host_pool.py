@@ -145,7 +145,20 @@ class HostPool:
     second. Safe to use from any thread.
 
     A thread of its own exchanges messages with the hosts, so that a busy controller does not look
-    dead. The pool restarts nothing that has died: the fleet decides that."""
+    dead. The pool restarts nothing that has died: the fleet decides that.
+
+    Args:
+        bind: the address at which hosts connect, such as tcp://*:5557.
+        token: the run's secret, which hosts must know.
+        hosts_per_engine: the number of hosts over which every engine is spread.
+        silence_seconds: a host that sends no report for this time is lost.
+        needs_shared_memory: refuse other hosts, because weights travel through this host's
+            /dev/shm.
+        notify: called in the pool's thread with a line when a host joins or leaves.
+
+    Raises:
+        UserError: if the port is taken.
+    """
 
     def __init__(
         self,
@@ -157,11 +170,6 @@ class HostPool:
         needs_shared_memory: bool = False,
         notify: Callable[[str], None] = lambda message: None,
     ) -> None:
-        """bind: the address at which hosts connect, such as tcp://*:5557. hosts_per_engine: the
-        number of hosts over which every engine is spread. silence_seconds: a host that sends no
-        report for this time is lost. needs_shared_memory: refuse other hosts, because weights
-        travel through this host's /dev/shm. notify: called in the pool's thread with a line when a
-        host joins or leaves. Raises UserError if the port is taken."""
         self.hosts_per_engine = hosts_per_engine
         self.silence_seconds, self.notify = silence_seconds, notify
         self._memory = shared_memory_identity() if needs_shared_memory else None

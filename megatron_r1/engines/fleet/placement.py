@@ -102,13 +102,18 @@ EXTERNAL_ANSWER_SECONDS = 30.0
 
 class ExternalFleet(RolloutFleet):
     """A fleet of servers that run already. A lost one may return within the time that an engine
-    gets to start; the others go on meanwhile."""
+    gets to start; the others go on meanwhile.
+
+    Args:
+        urls: of the servers.
+        log_folder: for what the fleet writes of them.
+        max_model_len: the tokens that each server must have room for.
+        **settings: arguments of `RolloutFleet`.
+    """
 
     def __init__(
         self, urls: Sequence[str], log_folder: Path, *, max_model_len: int, **settings: Any
     ) -> None:
-        """max_model_len: the tokens that each server must have room for. settings: arguments of
-        `RolloutFleet`."""
         super().__init__(len(urls), log_folder, max_model_len=max_model_len, **settings)
         self.urls = list(urls)
 
@@ -215,8 +220,18 @@ async def open_pool(
 ) -> AsyncIterator[HostPool | None]:
     """Yield the pool of engine hosts of a run in `folder`, or None for `rollout.placement: local`.
 
-    Hosts find the pool by the folder; at the end it orders them to leave. Raises UserError if the
-    port is taken, or this host's name does not resolve."""
+    Hosts find the pool by the folder; at the end it orders them to leave.
+
+    Args:
+        rollout: the recipe's section.
+        folder: of the run.
+        needs_shared_memory: whether weights travel through this host's /dev/shm, so that other
+            hosts are refused.
+        notify: called with a line when a host joins or leaves.
+
+    Raises:
+        UserError: if the port is taken, or this host's name does not resolve.
+    """
     if rollout.placement == "local":
         yield None
         return

@@ -38,8 +38,13 @@ EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]
 def swap_calls(update_info: UpdateInfo, version: int, *, asleep: bool) -> list[EngineCall]:
     """Return the calls that load a push as `version`, in order; after the last the engine samples.
 
-    asleep: the engine sleeps. An update while the weights sleep kills vLLM, and the memory of the
-    KV cache may hold the received weights until they are loaded, so it wakes after them."""
+    Args:
+        update_info: of the received push.
+        version: of the new weights.
+        asleep: the engine sleeps. An update while the weights sleep kills vLLM, and the memory of
+            the KV cache may hold the received weights until they are loaded, so it wakes after
+            them.
+    """
     if not asleep:
         return [lambda client: client.swap_weights(update_info, version, resume=True)]
     return [
@@ -62,7 +67,24 @@ class RolloutFleet:
     crawls or gives unusable replies is replaced while the others go on; the replacement gets the
     current weights, and lost requests are repeated. Engines may join and leave at any time. A push
     that a living engine refuses makes the fleet refuse every call: it never serves a mixture of
-    versions."""
+    versions.
+
+    Args:
+        num_engines: at the start; engines may join later.
+        log_folder: the folder of the engines' logs, `ROLE-0.log`, `ROLE-1.log`, …
+        max_restarts: the number of engines that may be replaced in all; the next death fails the
+            fleet's calls.
+        start_timeout_seconds: limit for the start of an engine.
+        request_timeout_seconds: limit for a call.
+        unresponsive_seconds: an engine that has not answered for this time counts as dead.
+        role: what the engines are for, in logs and errors.
+        make_server: makes an engine's server, `EngineServer` for one on this host.
+        notify: called with a line when an engine is replaced, joins or leaves.
+        **server_settings: fields of `EngineSettings`, the same for all engines.
+
+    Raises:
+        ValueError: for num_engines < 1.
+    """
 
     def __init__(
         self,
@@ -78,12 +100,6 @@ class RolloutFleet:
         notify: Notify = lambda message: None,
         **server_settings: Any,
     ) -> None:
-        """log_folder: the folder of the engines' logs, `ROLE-0.log`, `ROLE-1.log`, ...
-        max_restarts: the number of engines that may be replaced in all; the next death fails the
-        fleet's calls. unresponsive_seconds: an engine that has not answered for this time counts as
-        dead. notify: called with a line when an engine is replaced, joins or leaves. make_server:
-        makes an engine's server, `EngineServer` for one on this host. server_settings: fields of
-        `EngineSettings`, the same for all engines. Raises ValueError for num_engines < 1."""
         if num_engines < 1:
             raise ValueError(f"num_engines is {num_engines}; it must be at least 1")
         self.num_engines, self.log_folder = num_engines, Path(log_folder)
@@ -93,7 +109,7 @@ class RolloutFleet:
         self.server_settings = server_settings
         self.version = -1
         self.feed: Feed = contextlib.nullcontext
-        """Sends the fleet's weights to an engine that joins (`controller.delivery.bridge`)."""
+        """Sends the fleet's weights to an engine that joins (`controller.push.pusher`)."""
         self.awake = asyncio.Event()
         """Cleared while the trainer uses the engines' memory."""
         self.awake.set()
@@ -157,13 +173,20 @@ class RolloutFleet:
     ) -> list[Response]:
         """Sample a group of n responses on one engine; if that engine dies or fails, on another.
 
-        kind: the prompt's kind; response lengths are estimated for each kind.
-        order: groups with a smaller number are sent first.
-        affinity: the engine whose cache has the conversation's earlier turns.
-        sampling: further arguments of `EngineClient.generate`.
+        Args:
+            prompt_token_ids: of one prompt.
+            n: responses.
+            max_tokens: the most of a response.
+            kind: the prompt's kind; response lengths are estimated for each kind.
+            order: groups with a smaller number are sent first.
+            affinity: the engine whose cache has the conversation's earlier turns.
+            **sampling: further arguments of `EngineClient.generate`.
 
-        Raises EngineError if the call was refused, no engine could serve it, or its engine died and
-        no restart is left; the message names the engine and how it ended, and quotes its log."""
+        Raises:
+            EngineError: if the call was refused, no engine could serve it, or its engine died and
+                no restart is left; the message names the engine and how it ended, and quotes its
+                log.
+        """
         sampling |= {"n": n, "max_tokens": max_tokens}
         num_prompt_tokens = len(prompt_token_ids)
         expected = self.lengths.estimate(kind, num_prompt_tokens, max_tokens)
@@ -177,8 +200,13 @@ class RolloutFleet:
 
     async def score(self, token_ids: Sequence[int], first: int, *, order: int = 0) -> array[float]:
         """Return the log-probabilities of token_ids[first:] at temperature 1, float32, from one
-        engine; if that engine dies or fails, from another. order: calls with a smaller number are
-        sent first. Raises as `generate`."""
+        engine; if that engine dies or fails, from another. Raises as `generate`.
+
+        Args:
+            token_ids: of prompt and response.
+            first: the index of the first token to score.
+            order: calls with a smaller number are sent first.
+        """
         return await self.retries.run(
             Work(1, len(token_ids), ExpectedLength(1.0, 1.0, num_groups=1), order),
             lambda client: client.score(token_ids, first),
@@ -202,9 +230,15 @@ class RolloutFleet:
         Sequences in flight continue under the new weights; their earlier tokens keep their version.
         An engine that did not receive the weights, or whose connection breaks, is replaced.
 
-        Raises ValueError for a `version` that is not above the current one. Raises EngineError if
-        an engine refuses the weights, or dies and no restart is left; the fleet is unusable from
-        then on."""
+        Args:
+            update_info: what the engines need to find the push.
+            version: number of the new weights.
+
+        Raises:
+            ValueError: for a `version` that is not above the current one.
+            EngineError: if an engine refuses the weights, or dies and no restart is left; the fleet
+                is unusable from then on.
+        """
         self.members.require_usable()
         if version <= self.version:
             raise ValueError(

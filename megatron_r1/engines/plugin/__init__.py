@@ -1,16 +1,15 @@
 """The part of megatron-r1 that runs inside vLLM.
 
-It imports torch, vllm (with their dependencies), `megatron_r1.base.processes` and the receiving
-half of `megatron_r1.push`, nothing else of megatron_r1. vLLM calls `register` in every one of
-its processes (entry point group `vllm.general_plugins`)."""
+It imports torch, vllm (with their dependencies), `megatron_r1.base.processes` and `transports`, and
+the receiving half of `megatron_r1.push`, nothing else of megatron_r1. vLLM calls `register` in
+every one of its processes (entry point group `vllm.general_plugins`)."""
 
 import faulthandler
 import functools
 import multiprocessing
 import signal
 
-BACKEND_PREFIX = "megatron_r1_"
-"""A transport's name after this is its backend for --weight-transfer-config."""
+from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
 
 
 def register() -> None:
@@ -18,7 +17,6 @@ def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     from megatron_r1.base.processes import children
-    from megatron_r1.push.transports import TRANSPORTS
 
     for transport in TRANSPORTS:
         name = BACKEND_PREFIX + transport

@@ -5,7 +5,7 @@ paused, waits until a push is complete and correct, and loads it layer by layer.
 update fails before that keeps all its old weights; a later failure leaves it unusable, with an
 error.
 
-`DeliveryCheck` verifies that the engine computes with the weights that arrived. The checksums of a
+`LoadCheck` verifies that the engine computes with the weights that arrived. The checksums of a
 push end in the receive buffer. An engine that loads nothing from there, or all but one layer,
 computes on with old weights. The probes detect that in float32; in bfloat16 their tolerance is
 above what an optimizer step changes. So tensors are compared around a load:
@@ -36,8 +36,8 @@ from vllm.platforms import current_platform
 from megatron_r1.base.processes import timeline
 from megatron_r1.engines.plugin import BACKEND_PREFIX, swap
 from megatron_r1.engines.plugin.cpu_patches import is_packed
+from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter, lay_out, with_gaps
-from megatron_r1.engines.plugin.recorder import CheckpointParameter, LoaderCopy, record
 from megatron_r1.push.checksum import checksum
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.results import StoreUnreachable, UndeliveredPush
@@ -52,7 +52,7 @@ CPU_BYTES, GPU_BYTES = 1 << 24, 1 << 31
 before and after."""
 
 
-class DeliveryCheck:
+class LoadCheck:
     """Compares layers before and after each load. owners: for every slot of the engine rank's
     table, the parameter that it belongs to."""
 
@@ -212,7 +212,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             self._placed, table = lay_out(copies, in_place=in_place)
             # As `lay_out` makes the slots of the table: one of every copy into every parameter.
             owners = [at for at in self._placed for _ in copies[at.parameter]]
-            self._delivery = DeliveryCheck(owners)
+            self._load_check = LoadCheck(owners)
             self._recorded = init_info.tensors, table
         return self._recorded[1]
 
@@ -230,9 +230,9 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         assert receiver is not None, "start_weight_update comes first"
         receiver.buffer.wait(push, update_info.timeout_seconds)
         area = receiver.table.area(receiver.memory, push)
-        self._delivery.begin(receiver.buffer.take_changed())
+        self._load_check.begin(receiver.buffer.take_changed())
         swap.load(self._models, self._placed, area, in_place=receiver.table.areas > 1)
-        self._delivery.end(push, self._placed, area)
+        self._load_check.end(push, self._placed, area)
         swap.finish(self._models, self.model_config)
         receiver.free_memory()
 

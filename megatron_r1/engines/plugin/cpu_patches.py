@@ -31,7 +31,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.platforms import current_platform
 
-from megatron_r1.engines.plugin.recorder import CheckpointParameter
+from megatron_r1.engines.plugin.loader_copies import CheckpointParameter
 
 PLAIN_MATRICES = "plain_matrices"
 """Key of vLLM's --additional-config (`EngineSettings.plain_matrices`)."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_r1.engines.plugin.recorder import CheckpointParameter, LoaderCopy
+from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy
 from megatron_r1.push.table import Slot, SlotTable
 
 ALIGNMENT = 64

@@ -9,7 +9,7 @@
 `keep_expert_places` keeps on the host where an engine rank's experts are. vLLM's loaders look each
 expert up in a tensor on the GPU (model_executor/layers/fused_moe/expert_map_manager.py:
 `ExpertMapManager.map_global_to_local`). It is in the memory that a sleeping engine has given away,
-and the recorder runs the loaders while the engine of a colocated run sleeps: reading there ends
+and `loader_copies` runs the loaders while the engine of a colocated run sleeps: reading there ends
 the process. And each look-up waits for the GPU, three times an expert and layer.
 
 `keep_ranks_in_step`: for an engine of several ranks where some ranks fail in a push: it is

@@ -32,8 +32,8 @@ from megatron_r1.engines.plugin.cpu_patches import (
     is_lookup_only,
     repack_output_head,
 )
+from megatron_r1.engines.plugin.loader_copies import load_biases, to_checkpoint_form, to_kernel_form
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter
-from megatron_r1.engines.plugin.recorder import load_biases, to_checkpoint_form, to_kernel_form
 
 NO_STATE = (torch.Stream, torch.Event)
 """Types of objects that any other of the type may replace."""
@@ -161,7 +161,7 @@ def load(
         received = {}
         for each in in_layer:
             if each.parameter.is_live:
-                # It keeps its storage, by which the recorder identifies it.
+                # It keeps its storage, by which `loader_copies` identifies it.
                 getattr(layer, each.parameter.name).copy_(each.value(memory))
             else:
                 received[each.parameter.name] = each.value(memory)

@@ -135,8 +135,13 @@ class Player(Protocol):
         """Start what the episodes need. Raises UserError where they cannot be played."""
 
     async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
-        """Play one episode of a row. generate: samples the policy's answers. max_tokens: the most
-        tokens after the first prompt."""
+        """Play one episode of a row.
+
+        Args:
+            prompt: the row.
+            generate: samples the policy's answers.
+            max_tokens: the most tokens after the first prompt.
+        """
         ...
 
     async def close(self) -> None:

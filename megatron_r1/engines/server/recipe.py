@@ -88,8 +88,12 @@ def context_length(config: Config) -> int:
 
 
 def positions(folder: str | Path, key: str = "model.path") -> int:
-    """Return max_position_embeddings of the model in `folder`. key: the recipe's setting that names
-    the folder, for errors. Raises UserError."""
+    """Return max_position_embeddings of the model in `folder`. Raises UserError.
+
+    Args:
+        folder: of the model.
+        key: the recipe's setting that names the folder, for errors.
+    """
     hf = load_config(folder, key)
     try:
         return int(language_settings(hf)["max_position_embeddings"])
@@ -110,8 +114,12 @@ def vocab_size(model: Path) -> int | None:
 
 
 def check_engines(config: Config, hf: dict) -> None:
-    """Raise UserError for settings with which no rollout engine can serve the model. hf: its
-    `config.json`, of any architecture."""
+    """Raise UserError for settings with which no rollout engine can serve the model.
+
+    Args:
+        config: the recipe.
+        hf: the model's `config.json`, of any architecture.
+    """
     rollout = config.rollout
     check_ranks(rollout, hf, "rollout")
     if config.rl.routing_replay and rollout.pipeline > 1:
@@ -165,8 +173,13 @@ def _check_speculation(rollout: RolloutConfig, hf: dict) -> None:
 
 
 def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) -> None:
-    """Raise UserError for engines whose ranks cannot share the model. section: the section of the
-    recipe that has the settings."""
+    """Raise UserError for engines whose ranks cannot share the model.
+
+    Args:
+        engines: the recipe's section.
+        hf: the model's `config.json`.
+        section: the section of the recipe that has the settings.
+    """
     language = language_settings(hf)
     heads = language.get("num_attention_heads", engines.tensor)
     kv_heads = language.get("num_key_value_heads") or heads
@@ -282,7 +295,11 @@ REMEDY = "use a machine with a GPU, or a model of another size"
 
 def check_cpu_kernels(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
     """Raise UserError for a model that engines on this host, which has no GPU, cannot compute.
-    hf: any `config.json`; one of an architecture that is not known here is not checked."""
+
+    Args:
+        rollout: the recipe's section.
+        hf: any `config.json`; one of an architecture that is not known here is not checked.
+    """
     if rollout.placement != "local" or gpu.is_usable():
         return
     if not any(name in ARCHITECTURES for name in hf.get("architectures") or []):

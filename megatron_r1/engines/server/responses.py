@@ -346,10 +346,17 @@ Decode = Callable[[Sequence[int]], str]
 def cut_at_stop(
     response: Response, num_prompt_tokens: int, stop: Sequence[str], decode: Decode
 ) -> tuple[Response, str, str | None]:
-    """Return the response up to the token that first completes one of `stop`, its text before
-    that, and the stop string; the whole response, its text and None where none appears.
+    """Return the response up to the token that first completes one of `stop`, its text before that,
+    and the stop string; the whole response, its text and None where none appears.
 
-    The token that completes the string belongs to the response, with all of its text."""
+    The token that completes the string belongs to the response, with all of its text.
+
+    Args:
+        response: its tokens and log-probabilities, and what the engine says of each.
+        num_prompt_tokens: the tokens before the response, which routed experts begin with.
+        stop: strings, none of them empty.
+        decode: makes text of tokens.
+    """
     text = decode(response.token_ids)
     found = [(text.find(string), string) for string in stop if string in text]
     if not found:
@@ -368,7 +375,14 @@ def cut_at_stop(
 def first_tokens(
     response: Response, num_prompt_tokens: int, count: int, finish_reason: Literal["stop", "length"]
 ) -> Response:
-    """Return the first `count` tokens of a response."""
+    """Return the first `count` tokens of a response.
+
+    Args:
+        response: the whole one.
+        num_prompt_tokens: the tokens before the response, which routed experts begin with.
+        count: of tokens.
+        finish_reason: of the result.
+    """
     routing = response.routing
     if routing:
         row_bytes = len(routing) // (num_prompt_tokens + len(response.token_ids) - 1)

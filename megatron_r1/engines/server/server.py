@@ -117,14 +117,17 @@ class EngineServer(Server):
     Log-probabilities are `processed_logprobs`: log softmax(logits / temperature) of the sampled
     token, in fp32, after the top-p cut if there is one. So a trainer equals them by dividing its
     logits by the same temperature, and only with top_p = 1: a cut renormalizes over the tokens that
-    are left. Greedy sampling (temperature 0) reports the distribution at temperature 1."""
+    are left. Greedy sampling (temperature 0) reports the distribution at temperature 1.
+
+    Args:
+        model: a folder in Hugging Face format with `config.json` and the first weights.
+        log_path: the file to which everything that the engine prints is appended.
+        **settings: fields of `EngineSettings`.
+    """
 
     def __init__(
         self, model: str | os.PathLike[str], log_path: str | os.PathLike[str], **settings: Any
     ) -> None:
-        """model: a folder in Hugging Face format with `config.json` and the first weights.
-        log_path: the file to which everything that the engine prints is appended. settings: fields
-        of `EngineSettings`."""
         self.model = Path(model)
         self.log_path = Path(log_path)
         self.settings = EngineSettings(**settings)

@@ -12,6 +12,7 @@ import msgspec
 import psutil
 
 from megatron_r1.base.processes import allocators
+from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
 from megatron_r1.models.hf_config import implied
 
 MODULE = "megatron_r1.engines.plugin.serve"
@@ -95,7 +96,7 @@ class EngineSettings:
     kv_cache_gib: int = 1
     kv_block_tokens: int | None = None
     prefix_caching: bool = True
-    weight_transfer_backend: str = "megatron_r1_shm"
+    weight_transfer_backend: str = BACKEND_PREFIX + "shm"
     return_routing: bool = False
     tensor: int = 1
     pipeline: int = 1
@@ -157,7 +158,8 @@ class EngineSettings:
         environment = engine_environment(self.device, threads, self.kv_cache_gib)
         if self.return_routing and self.device != "cpu":
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-        if self.device != "cpu" and self.weight_transfer_backend.endswith("_cuda_ipc"):
+        transport = TRANSPORTS[self.weight_transfer_backend.removeprefix(BACKEND_PREFIX)]
+        if self.device != "cpu" and transport.exports_gpu_memory:
             environment |= allocators.exporting_engine_allocator(os.environ)
         if self.part is not None:
             environment |= network_environment(self.host)
@@ -167,14 +169,25 @@ class EngineSettings:
 
 def config_arguments(hf: dict, overrides: Mapping[str, Any] | None) -> list[str]:
     """Return vLLM's arguments for a model of config.json `hf` read with `overrides`, and with what
-    its class needs and transformers does not write."""
+    its class needs and transformers does not write.
+
+    Args:
+        hf: the model's `config.json`.
+        overrides: keys in place of those of `hf`.
+    """
     if not (changes := {**implied(hf), **(overrides or {})}):
         return []
     return ["--hf-overrides", json.dumps(changes)]
 
 
 def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict[str, str]:
-    """Return the environment variables of any vLLM server that we start."""
+    """Return the environment variables of any vLLM server that we start.
+
+    Args:
+        device: "cpu" or "cuda".
+        num_threads: of a rank of the engine, on a CPU.
+        kv_cache_gib: memory of the KV cache on a CPU, GiB.
+    """
     env = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and the weight-transfer calls exist only then

@@ -8,7 +8,8 @@ chunks is imported at first use."""
 
 from typing import Any
 
-from megatron_r1.base.processes.imports import import_lazily
+from r1_grading.base import import_lazily
+
 from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.models.weights.layout import (
     LayoutEntry,

@@ -143,7 +143,16 @@ def attach_adapters(chunks: Sequence, hf: dict, lora: LoraConfig, seed: int) -> 
 
     A is drawn as in PEFT, uniformly with the variance 1 / (3 in) of Kaiming's rule for a = sqrt(5),
     each Hugging Face tensor from a generator of its own; B is 0, so that nothing has changed yet.
-    Raises UserError for an unknown target."""
+
+    Args:
+        chunks: this rank's virtual stages.
+        hf: the model's `config.json`.
+        lora: rank, scale and targets.
+        seed: of the draws of A.
+
+    Raises:
+        UserError: for an unknown target.
+    """
     rules, fingerprint = adapter_table(hf, lora), _fingerprint(chunks, hf)
     shapes = adapter_shapes(rules)
     for chunk in chunks:
@@ -271,9 +280,19 @@ def save_adapter(
 ) -> None:
     """Write `out`, which peft.PeftModel.from_pretrained loads; call on every rank.
 
-    base: the folder of the model that the adapters belong to. The folder appears complete or not at
-    all (an existing one is replaced). Raises UserError on every rank when something cannot be
-    written."""
+    The folder appears complete or not at all (an existing one is replaced).
+
+    Args:
+        chunks: this rank's virtual stages.
+        hf: the model's `config.json`.
+        lora: rank, scale and targets.
+        base: the folder of the model that the adapters belong to.
+        out: the new folder.
+        dtype: of the written factors.
+
+    Raises:
+        UserError: on every rank when something cannot be written.
+    """
     rules = adapter_table(hf, lora)
     settings = {
         "peft_type": "LORA",

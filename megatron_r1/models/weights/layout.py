@@ -57,7 +57,12 @@ class LayoutEntry:
 def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
     """Return name -> (shape, dtype) of every tensor of the full HF checkpoint, in its order.
 
-    The dtype is config.json's (default "bfloat16"), except for tensors that have their own."""
+    The dtype is config.json's (default "bfloat16"), except for tensors that have their own.
+
+    Args:
+        hf: the model's `config.json`.
+        with_mtp: whether the MTP layers are counted.
+    """
     rules, default = table(hf), hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
     tensors: dict[str, tuple[Shape, str]] = {}
     for prefix, rule in _placed(rules, with_mtp):
@@ -84,7 +89,15 @@ def stage_shards(
     with_mtp: bool = True,
 ) -> list[list[Shard]]:
     """Return the shard of every model chunk, result[pipeline rank][virtual stage], whole along the
-    other axes. Errors as `pipeline_stages`."""
+    other axes. Errors as `pipeline_stages`.
+
+    Args:
+        hf: the model's `config.json`.
+        pipeline: its stages.
+        virtual: chunks of a stage.
+        pipeline_layout: Megatron's description of the stages; None: an even spread.
+        with_mtp: whether the MTP layers are on the last stage.
+    """
     num_mtp = len(table(hf).mtp) if with_mtp else 0
     stages = pipeline_stages(
         hf["num_hidden_layers"], pipeline, virtual, num_mtp=num_mtp, layout=pipeline_layout

@@ -64,7 +64,13 @@ def model_tensors(chunk: Module) -> dict[str, Tensor]:
 
 
 def merged(parameter: Tensor, rows: slice, columns: slice) -> Tensor:
-    """Return parameter[rows, columns]: a view, or of a weight with an adapter the merged values."""
+    """Return parameter[rows, columns]: a view, or of a weight with an adapter the merged values.
+
+    Args:
+        parameter: (M, N), with or without an adapter.
+        rows: of the result.
+        columns: of the result.
+    """
     adapter = getattr(parameter, "adapter", None)
     if adapter is None:
         return parameter.detach()[rows, columns]

@@ -88,7 +88,15 @@ class Table:
 
 def weight(megatron: str, name: str, shape: Shape, split: Split, te: str | None = None) -> Rule:
     """Return the rule of one `.weight` that is one HF `.weight`; names without the ending, except
-    `te`."""
+    `te`.
+
+    Args:
+        megatron: the parameter's name.
+        name: the Hugging Face tensor's.
+        shape: of the Hugging Face tensor.
+        split: which part of it a rank has.
+        te: the parameter's name in Transformer Engine's layers, where that differs.
+    """
     return Rule(f"{megatron}.weight", (Source(f"{name}.weight", shape),), split, te)
 
 
@@ -129,14 +137,26 @@ def column_parallel(
 ) -> tuple[Shape, list[Piece]]:
     """Return shape and pieces of a column-parallel tensor: its rows (output features) are split.
 
-    Several sources are concatenated: [gate of this rank; up of this rank]."""
+    Several sources are concatenated: [gate of this rank; up of this rank].
+
+    Args:
+        sources: the Hugging Face tensors, concatenated in this order.
+        rank: within the group that splits the parameter.
+        num_ranks: of that group.
+    """
     return _interleave(sources, num_blocks=num_ranks, chosen=range(rank, rank + 1))
 
 
 def row_parallel(
     sources: tuple[Source, ...], rank: int, num_ranks: int
 ) -> tuple[Shape, list[Piece]]:
-    """Return shape and pieces of a row-parallel tensor: its columns (input features) are split."""
+    """Return shape and pieces of a row-parallel tensor: its columns (input features) are split.
+
+    Args:
+        sources: the Hugging Face tensor, one.
+        rank: within the group that splits the parameter.
+        num_ranks: of that group.
+    """
     (source,) = sources
     height, width = source.shape
     length = _divide(width, num_ranks, source)
@@ -147,7 +167,13 @@ def vocab_parallel(
     sources: tuple[Source, ...], rank: int, num_ranks: int
 ) -> tuple[Shape, list[Piece]]:
     """Return shape and pieces of a vocabulary-parallel tensor: rows are split, and padded to a
-    multiple of `num_ranks`."""
+    multiple of `num_ranks`.
+
+    Args:
+        sources: the Hugging Face tensor, one.
+        rank: within the group that splits the parameter.
+        num_ranks: of that group.
+    """
     (source,) = sources
     num_tokens, width = source.shape
     height = -(-num_tokens // num_ranks)
@@ -196,7 +222,13 @@ class QueryGroups:
 
 def rows_of(pieces: Iterable[Piece], start: int, length: int) -> Iterator[Piece]:
     """Yield the parts of `pieces` (dim 0) within rows [start, start + length) of their parameter,
-    placed in a parameter that has these rows only."""
+    placed in a parameter that has these rows only.
+
+    Args:
+        pieces: of dim 0.
+        start: the first row.
+        length: the number of rows.
+    """
     for piece in pieces:
         first = max(start, piece.local_start)
         end = min(start + length, piece.local_start + piece.length)

@@ -231,7 +231,10 @@ def _values(parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
 def on_first_rank(action: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
     """Run `action` on rank 0 while the others wait; raise its OSError as a UserError on all ranks.
 
-    group: all ranks, over another backend than the default group's."""
+    Args:
+        action: may raise OSError.
+        group: all ranks, over another backend than the default group's.
+    """
     outcome: list[str | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:

@@ -1,8 +1,8 @@
 """Decides which trainer rank sends which rectangle of which tensor to which engine rank, and when.
 
 `planner` finds what each side holds and needs, `engine_sets` divides that among the engines of a
-set and finds the senders. `rounds` has the order in which buckets travel over NCCL, and
-`order_check` proves that it cannot wait in a circle. No torch.
+set and finds the senders. `rounds` has the order in which buckets travel over NCCL, of which
+`tools/bench/push/order_check.py` proves that it cannot wait in a circle. No torch.
 
 Words besides those of `megatron_r1.push`:
 

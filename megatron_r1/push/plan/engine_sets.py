@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import NamedTuple
 
+from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.weights.stored.published import BLOCK, is_quantized
 from megatron_r1.push.plan.planner import Planner
 from megatron_r1.push.plan.tensors import CountBytes, HFTensor, Region
@@ -103,7 +104,7 @@ def ranks_in_order(
 
 def largest_bundle(transport: str) -> float:
     """Return `LARGEST_BUNDLE` over a transport."""
-    return SHARED_MEMORY_LARGEST_BUNDLE if transport in ("shm", "cuda_ipc") else LARGEST_BUNDLE
+    return SHARED_MEMORY_LARGEST_BUNDLE if TRANSPORTS[transport].one_host else LARGEST_BUNDLE
 
 
 def entries(
@@ -115,11 +116,16 @@ def entries(
 ) -> list[Plan]:
     """Return the plan of each set; every rank computes the same.
 
-    sets: engines of each set; their number in `planner` is not used. sent: the bytes that each
-    trainer rank sends to other sets. largest: see `LARGEST_BUNDLE`.
-
     Each bundle comes from the trainer rank that has sent least by then. The largest are first, so
-    that the small ones level out what is left."""
+    that the small ones level out what is left.
+
+    Args:
+        planner: what the trainer ranks hold and engine ranks need.
+        count_bytes: counts the bytes of a region on the wire.
+        sets: engines of each set; their number in `planner` is not used.
+        sent: the bytes that each trainer rank sends to other sets.
+        largest: see `LARGEST_BUNDLE`.
+    """
     held = held_parts(planner, count_bytes)
     found = [
         bundle
@@ -165,7 +171,12 @@ def sent_bytes(plan: Plan, world: int) -> list[float]:
 
 
 def num_links(plans: Iterable[Plan], world: int) -> list[int]:
-    """Return the number of engine ranks that each trainer rank sends to, in all sets."""
+    """Return the number of engine ranks that each trainer rank sends to, in all sets.
+
+    Args:
+        plans: of all sets.
+        world: the trainer ranks.
+    """
     links = [0] * world
     for entry in (entry for plan in plans for entry in chain.from_iterable(plan)):
         links[entry.sender] += 1

@@ -70,7 +70,12 @@ class TrainerGrid:
         return self.world // self.pipeline
 
     def dense_replicas(self, stage: int, tensor: int) -> range:
-        """Return the ranks that hold the same part of a tensor-parallel parameter, in order."""
+        """Return the ranks that hold the same part of a tensor-parallel parameter, in order.
+
+        Args:
+            stage: of the pipeline.
+            tensor: the rank within its tensor-parallel group.
+        """
         start = stage * self.stage_ranks
         return range(start + tensor, start + self.stage_ranks, self.tensor)
 
@@ -79,7 +84,13 @@ class TrainerGrid:
         return range(stage * self.stage_ranks, (stage + 1) * self.stage_ranks)
 
     def expert_replicas(self, stage: int, expert_tensor: int, expert: int) -> range:
-        """Return the ranks that hold the same part of the same experts, in order."""
+        """Return the ranks that hold the same part of the same experts, in order.
+
+        Args:
+            stage: of the pipeline.
+            expert_tensor: the rank within its expert-tensor-parallel group.
+            expert: the rank within its expert-parallel group.
+        """
         start = stage * self.stage_ranks
         first = expert * self.expert_tensor + expert_tensor
         return range(start + first, start + self.stage_ranks, self.expert_model)
@@ -134,10 +145,17 @@ SHARED_EXPERTS = ".shared_experts."
 class PredictedLayout:
     """The regions that the ranks of one engine need of the model that `hf` describes.
 
-    A plan is made of this where no engine runs; a push is planned with `ReceiverLayout`. drafts:
-    whether the engine drafts with the MTP layers, on its last stage, and so needs them.
-    whole_shared: whether every tensor rank has the shared experts whole. Raises UserError where
-    vLLM cannot split the model so."""
+    A plan is made of this where no engine runs; a push is planned with `ReceiverLayout`.
+    `whole_shared` says whether every tensor rank has the shared experts whole.
+
+    Args:
+        hf: the model's `config.json`.
+        layout: of all engines.
+        drafts: whether the engine drafts with the MTP layers, on its last stage, and so needs them.
+
+    Raises:
+        UserError: where vLLM cannot split the model so.
+    """
 
     def __init__(self, hf: dict, layout: EngineLayout, *, drafts: bool = False):
         self.layout, self.table = layout, table(hf)
@@ -274,9 +292,17 @@ class Needs(Protocol):
 class Planner:
     """What moves between two layouts of the model that `hf` describes.
 
-    stages: the shards of each pipeline rank's virtual stages
-    (`models.weights.layout.stage_shards`), default an even spread. needs: default
-    `PredictedLayout`. Raises UserError for an impossible layout."""
+    Args:
+        hf: the model's `config.json`.
+        grid: the trainer ranks.
+        engines: the layout of all engines.
+        stages: the shards of each pipeline rank's virtual stages
+            (`models.weights.layout.stage_shards`), default an even spread.
+        needs: default `PredictedLayout`.
+
+    Raises:
+        UserError: for an impossible layout.
+    """
 
     def __init__(
         self,

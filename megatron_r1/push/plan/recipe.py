@@ -4,6 +4,7 @@ planned, and the checks that a push can serve it."""
 from collections.abc import Iterator
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
 from megatron_r1.config.rollout import LAYOUT, PushConfig
 from megatron_r1.models.hf_config import model_family
@@ -48,7 +49,7 @@ def engine_rank_bytes(config: Config, hf: dict) -> int:
 def shares_gpus_over_nccl(config: Config) -> bool:
     """Return whether engine ranks are on the trainer ranks' GPUs and pushes go over NCCL, which
     refuses a pair of ranks on one GPU."""
-    return config.rollout.colocated and config.push.transport == "nccl"
+    return config.rollout.colocated and TRANSPORTS[config.push.transport].in_rounds
 
 
 def planned_push(config: Config, hf: dict) -> list[Plan]:
@@ -78,7 +79,10 @@ def engine_layout(config: Config) -> EngineLayout:
 def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
     """Refuse layouts over which the trainer's weights, or their FP8 blocks, cannot be divided.
 
-    num_ranks: of the trainer; under torchrun not `parallel.processes`.
+    Args:
+        config: the recipe.
+        hf: the model's `config.json`.
+        num_ranks: of the trainer; under torchrun not `parallel.processes`.
 
     Raises:
         UserError: names the tensor's size, and the divisors to choose from, or the setting.

@@ -209,8 +209,13 @@ def planned_order(
 ) -> PushOrder:
     """Return the order of a push to engines that do not run yet.
 
-    plans: the `entries` of `sets`. colocated: the engines' ranks are on the trainer ranks' GPUs, in
-    order."""
+    Args:
+        plans: the `entries` of `sets`.
+        sets: engines of each set, by number.
+        ranks_per_engine: the positions.
+        world: the trainer ranks.
+        colocated: the engines' ranks are on the trainer ranks' GPUs, in order.
+    """
     shared = ranks_in_order(sets, ranks_per_engine, world) if colocated else {}
     return push_order(plans, receiving_processes(sets, ranks_per_engine, world, shared))
 

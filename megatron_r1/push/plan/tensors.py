@@ -128,8 +128,12 @@ def fp8_bytes(name: str, own_dtype: str | None, region: Region) -> int:
 def pushed_tensors(hf: dict, *, fp8: bool, drafts: bool = False) -> list[tuple[str, Shape]]:
     """Return the names and shapes of the tensors in a checkpoint of the model, plain or in FP8.
 
-    drafts: with the tensors of the MTP layers, but without their copies of embedding and head,
-    which the drafter shares with the model."""
+    Args:
+        hf: the model's `config.json`.
+        fp8: with the scales of quantized tensors.
+        drafts: with the tensors of the MTP layers, but without their copies of embedding and head,
+            which the drafter shares with the model.
+    """
     names_and_shapes: list[tuple[str, Shape]] = []
     copies = table(hf).copies
     for name, (shape, _) in hf_tensors(hf, with_mtp=drafts).items():

@@ -1,7 +1,7 @@
 """The two ends of a transport, and the memory of an engine rank in which a push arrives: which
 deliveries of the current push are there, and whether they are correct.
 
-An engine rank learns what it needs from vLLM's own loaders (`engines.plugin.recorder`) and
+An engine rank learns what it needs from vLLM's own loaders (`engines.plugin.loader_copies`) and
 publishes a
 `SlotTable`: where in that memory each rectangle of a Hugging Face tensor goes. Trainer ranks answer
 with their `Delivery`s, and with every push send the bytes of each and a checksum."""
@@ -30,10 +30,18 @@ from megatron_r1.push.table import Delivery, SlotTable, slot_view
 class ReceiveBuffer:
     """The memory of one engine rank and the state of its deliveries.
 
-    deliveries[sender]: the deliveries of each trainer rank or `Peer`, in its order, the same in
-    every push. is_weighted: see `RunningChecksum`. Pushes are numbered from 1. A transport writes
-    into `memory` and reports each delivery to `delivery_arrived`, from any thread; the engine waits
-    in `wait`. Raises ValueError where the deliveries do not cover the table."""
+    Pushes are numbered from 1. A transport writes into `memory` and reports each delivery to
+    `delivery_arrived`, from any thread; the engine waits in `wait`.
+
+    Args:
+        table: the slots of this rank.
+        memory: uint8, all areas.
+        deliveries: of each trainer rank or `Peer`, in its order, the same in every push.
+        is_weighted: see `RunningChecksum`.
+
+    Raises:
+        ValueError: where the deliveries do not cover the table
+    """
 
     def __init__(
         self,
@@ -175,9 +183,16 @@ class Receiver(ABC):
     """An engine rank's end. Its constructor publishes `table`, waits for all trainer ranks' plans,
     and then receives their pushes in threads of its own.
 
-    memory: uint8, all areas; default `allocate`'s. borrows_memory: between pushes others need the
-    memory; only NCCL's receiver frees it then. address: where senders reach this end. senders: the
-    trainer ranks that send to this engine rank. rounds: its part of a push in rounds."""
+    `address` is where senders reach this end, `senders` are the trainer ranks that send to this
+    engine rank, and `rounds` is its part of a push in rounds.
+
+    Args:
+        rendezvous: of the set.
+        rank: of the engine.
+        table: the regions that this rank needs, with their places in `memory`.
+        memory: uint8, all areas; default `allocate`'s.
+        borrows_memory: between pushes others need the memory; only NCCL's receiver frees it then.
+    """
 
     address = ""
     is_closing = False
@@ -266,8 +281,6 @@ class Slices(Protocol):
 class Sender:
     """A trainer rank's end of the link to one engine rank. Call `plan`, `connect`, then `send` for
     every push, but where links are sent together, in planned rounds (`round_sender`)."""
-
-    in_rounds = False
 
     def __init__(
         self, rendezvous: TrainerRendezvous, sender: int, rank: int, receiver: ReceiverInfo

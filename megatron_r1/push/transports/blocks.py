@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_r1.push.checksum import RowsChecksum, RowsWeightedSum
+from megatron_r1.push.checksum import INTEGERS, RowsChecksum, RowsWeightedSum
 from megatron_r1.push.rendezvous import Peer, SetFailed
 from megatron_r1.push.results import IncompletePush
 from megatron_r1.push.table import Delivery, SlotTable, dtype_of, slot_view
 from megatron_r1.push.transports.base import Receiver, Slices
 
 SUM_BYTES = 8
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Run(NamedTuple):
@@ -178,7 +177,7 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
         place for side in (target, source) for place in (side.storage_offset(), *side.stride()[:-1])
     ]
     size = gcd(8, target.shape[-1], *places)
-    target.view(_WORDS[size]).copy_(source.view(_WORDS[size]))
+    target.view(INTEGERS[size]).copy_(source.view(INTEGERS[size]))
 
 
 class Landing:

@@ -225,5 +225,3 @@ def _source(half: Half) -> int | Peer:
 
 class NcclSender(Sender):
     """The sending end of a link: its deliveries."""
-
-    in_rounds = True

@@ -9,6 +9,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.models.platform import trainer_store
@@ -61,7 +62,7 @@ def run(config: Config, settings: PreflightConfig) -> list[Facts]:
     progress.enter("links between nodes", START_TIMES)
     pairs = links.pair_rates(place) if place.num_nodes > 1 else []
     gloo = []
-    if config.push.transport == "gloo" and place.world_size > 1:
+    if TRANSPORTS[config.push.transport].rate == "host_network" and place.world_size > 1:
         progress.enter("links over gloo", START_TIMES)
         gloo = links.gloo_rates(place, progress)
     progress.enter("run folder")

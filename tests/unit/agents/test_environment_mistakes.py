@@ -14,7 +14,7 @@ from megatron_r1.agents.environment_server import _print_description
 from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig, Config
-from megatron_r1.controller.rollouts import environments as of_run
+from megatron_r1.controller.rollouts import players as of_run
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from tests.chat_tokenizer import CHATML, chat_tokenizer
@@ -118,7 +118,7 @@ def test_a_run_prints_its_tools_and_warns_of_a_template_that_shows_none(
                 "agents": {"environment": "mistaken:Misspelt", "parameters": {"table": 1}},
             }
         )
-        of_run.check_environment(config, model(tmp_path / str(number), template))
+        of_run.check_player(config, model(tmp_path / str(number), template))
         printed = capsys.readouterr()
         assert "get(key, default), get_rewards()" in printed.out
         assert bool(printed.err) == bool(number)

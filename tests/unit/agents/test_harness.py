@@ -19,8 +19,8 @@ from megatron_r1.agents.gateway import session
 from megatron_r1.agents.harness import HarnessPlayer
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
-from megatron_r1.controller.rollouts import environments
-from megatron_r1.controller.rollouts.environments import check_environment, player_of
+from megatron_r1.controller.rollouts import players
+from megatron_r1.controller.rollouts.players import check_player, player_of
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.server.errors import EngineDied
 
@@ -305,11 +305,11 @@ def test_functions_are_found_by_name_and_plain_ones_run_in_a_thread(tmp_path, mo
     ],
 )
 def test_mistakes_of_a_recipe(agents, data, key, cause, monkeypatch):
-    monkeypatch.setattr(environments, "context_length", lambda config: 2000)
+    monkeypatch.setattr(players, "context_length", lambda config: 2000)
     config = Config(agents={"harness": "json:loads"} | agents, data={"template": "chat"} | data)
 
     def prepare():
-        check_environment(config, text_of())
+        check_player(config, text_of())
         player_of(config, text_of())
 
     with refused(key, cause):

@@ -9,8 +9,8 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import rollout_run
 from megatron_r1.config import Config, load
+from megatron_r1.controller import cpu_memory
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
-from megatron_r1.controller.trainer_calls import cpu_memory
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.server.episodes import Episode, Turn
 from megatron_r1.engines.server.responses import Response
@@ -69,4 +69,9 @@ def test_on_gpus_the_receive_buffer_of_an_engine_is_shown(monkeypatch):
     """As `megatron-r1 plan` has it for the recipe for 2,048 GPUs."""
     monkeypatch.chdir(RECIPE.parents[2])
     monkeypatch.setattr(rollout_run.gpu, "is_usable", lambda: True)
-    assert "19.85 GiB" in rollout_run._memory(load(RECIPE))
+    shown = rollout_run._memory(load(RECIPE))
+    assert "19.85 GiB" in shown
+    # 671,026,419,200 parameters in bf16: 2 B, gradient 4, master copy 4 and moments 4 or 8.
+    moments = load(RECIPE).optimizer.moments
+    each = {"bfloat16": 14, "float32": 18}[moments]
+    assert f"{671_026_419_200 * each / 2**30:,.2f} GiB for weights" in shown

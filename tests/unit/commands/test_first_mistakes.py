@@ -1,5 +1,6 @@
 """Mistakes of a first day: each is named before anything starts, with what to do."""
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from refusals import refused
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands.rl_checks import naming_renamed_columns, show_padded_truths
-from megatron_r1.commands.training_run import run_training
+from megatron_r1.commands.training_run import training_run
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.engines.server.errors import EngineError
@@ -33,8 +34,13 @@ def write(path, rows):
 def test_the_folder_of_a_sampling_is_refused(tmp_path, file):
     (tmp_path / file).write_text("{}")
     config = configuration.from_overrides({"run.folder": str(tmp_path)})
+
+    async def start():
+        async with training_run(config, "rl", ["model"]):
+            raise AssertionError("it has started")
+
     with refused("run.folder", Cause.EXISTS, tmp_path):
-        run_training(config, "rl", ["model"], None)
+        asyncio.run(start())
 
 
 def test_the_log_of_an_engine_that_failed_stays():

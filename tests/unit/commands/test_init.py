@@ -191,6 +191,9 @@ def test_sizes_follow_the_machine():
     values = {guess.key: guess.value for guess in layout(hf, 10**9, eight)}
     assert values["parallel.processes"] == values["rollout.engines"] == 8
     assert "parallel.tensor" not in values
+    large = {guess.key: guess.value for guess in layout(hf, 7 * 10**9, eight)}
+    # A tenth for contexts; (2 + 2) B / 2 for weights and receive buffer, 12 B / 8 of optimizer.
+    assert large["rollout.gpu_memory"] == 0.55  # 0.9 - 3.5 x 7e9 / 80e9 = 0.594, in steps of 0.05
     response, total = lengths(100, 131_072, eight)
     assert (response.value, total.value) == (4096, 4224)
     response, total = lengths(500, 512, Machine(0, 0))

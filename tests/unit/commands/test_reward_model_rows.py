@@ -10,7 +10,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.reward_model import RowSampler, _next_commands, load_rows
-from megatron_r1.commands.training_run import with_steps
+from megatron_r1.commands.supervised import with_steps
 from megatron_r1.config import Config
 from megatron_r1.config.recipe import parse_overrides
 

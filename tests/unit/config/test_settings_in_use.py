@@ -10,7 +10,7 @@ from small_qwen2 import MODEL
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import sample
 from megatron_r1.config import Config, parse
-from megatron_r1.controller.delivery.bridge import weight_bridge
+from megatron_r1.controller.push.pusher import pusher_of
 from megatron_r1.controller.rollouts.metrics import sample_records
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.data.prompts import make_prompt
@@ -37,8 +37,8 @@ def test_probe_tolerance_replaces_that_of_the_dtype(tmp_path, dtype, tolerance, 
             "push": {"probe_tolerance": tolerance},
         }
     )
-    bridge = weight_bridge(config, trainer=None, fleet=None, probes=[[1, 2]])
-    assert bridge.prober.tolerance == expected
+    pusher = pusher_of(config, trainer=None, fleet=None, probes=[[1, 2]])
+    assert pusher.prober.tolerance == expected
 
 
 def test_log_samples_is_the_number_of_records_of_a_step():

@@ -1,15 +1,22 @@
-"""What a run does with engines that compute something else than the trainer."""
+"""What a session saves and resumes, and what it does with engines that compute something else than
+the trainer."""
 
 import asyncio
 import contextlib
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config import Config
-from megatron_r1.controller.session import PolicyEngines, Session
-from megatron_r1.controller.trainer_calls.recorder import RunState
+from megatron_r1.controller.policy_engines import PolicyEngines
+from megatron_r1.controller.run_recorder import RunState
+from megatron_r1.controller.session import Checkpointing, Session
+from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.trainer.checkpoints.finding import path_of, write_manifest
 
 
 class Pool:
@@ -20,10 +27,11 @@ class Pool:
 
 
 class Engines:
-    """Bridge, sampler, evaluation and recorder in one: notes what is done, and fails the probes."""
+    """Pusher, sampler, evaluation and recorder in one: notes what is done, and fails the probes."""
 
-    def __init__(self):
+    def __init__(self, differ=True):
         self.done: list[str] = []
+        self.differ = differ
         self.config, self.log = Config(), None
         self.collector = SimpleNamespace(pool=Pool(), fleet=None, teacher=None)
 
@@ -37,7 +45,9 @@ class Engines:
         return {}
 
     async def proven(self):
-        raise EngineError("differs")
+        if self.differ:
+            raise EngineError("differs")
+        return {}
 
     def pushed(self, version):
         self.done.append("pushed")
@@ -55,15 +65,19 @@ class Engines:
         self.done.append("save")
 
 
-@pytest.mark.parametrize("what", ["rollout", "finish", "begin"])
+def session_of(engines, recorder):
+    passes = SimpleNamespace(run_config=Config(), trainer=None, uses_reference=False)
+    policy = PolicyEngines(None, engines, engines)
+    return policy, Session(recorder, SimpleNamespace(requested=False), policy, passes, engines)
+
+
+@pytest.mark.parametrize("what", ["rollout", "save", "begin"])
 def test_nothing_is_taken_evaluated_or_saved_of_weights_whose_probes_fail(what):
     engines = Engines()
     recorder = SimpleNamespace(
         state=RunState(), view=None, resumed=False, save=engines.save, load=None
     )
-    passes = SimpleNamespace(run_config=Config(), trainer=None, uses_reference=False)
-    policy = PolicyEngines(None, engines, engines)
-    session = Session(recorder, SimpleNamespace(requested=False), policy, passes, engines)
+    policy, session = session_of(engines, recorder)
 
     async def story():
         await policy.push(0)
@@ -75,3 +89,110 @@ def test_nothing_is_taken_evaluated_or_saved_of_weights_whose_probes_fail(what):
     with pytest.raises(EngineError, match="differs"):
         asyncio.run(story())
     assert not {"take", "evaluate", "save"} & {*engines.done}
+
+
+@pytest.mark.parametrize("ends", ["after a checkpoint", "a step later", "by an error"])
+def test_the_steps_since_the_last_checkpoint_are_saved_unless_the_session_fails(ends, monkeypatch):
+    """As the loop ends when it is asked to stop."""
+    saved, closed = [], []
+    recorder = SimpleNamespace(state=RunState())
+    _, session = session_of(Engines(), recorder)
+
+    async def begin():
+        session.step = recorder.state.step = 3
+
+    async def save():
+        saved.append(session.step)
+
+    async def close():
+        closed.append(True)
+
+    monkeypatch.setattr(session, "begin", begin)
+    monkeypatch.setattr(session, "save", save)
+    monkeypatch.setattr(session.engines, "close", close)
+
+    async def story():
+        async with session.open():
+            if ends != "after a checkpoint":
+                session.next_step()
+            if ends == "by an error":
+                raise TrainerLost("rank 1 ended")
+
+    if ends == "by an error":
+        with pytest.raises(TrainerLost):
+            asyncio.run(story())
+    else:
+        asyncio.run(story())
+    assert saved == ([4] if ends == "a step later" else []) and closed == [True]
+
+
+class SavedRun:
+    """A run's recorder, whose checkpoint is a copy of its state, and a trainer."""
+
+    def __init__(self, checkpoint=None):
+        self.state, self.checkpoint, self.calls = RunState(), checkpoint, []
+        self.view = SimpleNamespace(phase=lambda name: None, message=lambda line: None)
+
+    @property
+    def resumed(self):
+        return self.checkpoint is not None
+
+    async def load(self, trainer, reference):
+        self.calls.append(("load", reference))
+        vars(self.state).update(asdict(self.checkpoint))
+
+    async def save(self, trainer):
+        self.checkpoint = RunState(**asdict(self.state))
+
+    async def call(self, operation):
+        self.calls.append((operation.__name__, None))
+
+
+def checkpointing_of(run, counts):
+    prompts = PromptSampler([make_prompt(f"{n} + 1?", "math", "1", {}) for n in range(10)], seed=3)
+    pool = SimpleNamespace(snapshot=lambda: dict(counts))
+    sampler = SimpleNamespace(
+        prompts=prompts, log=None, collector=SimpleNamespace(pool=pool, teacher=None)
+    )
+    return Checkpointing(run, run, sampler), prompts
+
+
+def test_a_resumed_session_draws_the_next_questions_and_goes_on_counting_rewards():
+    first = SavedRun()
+    counts = {"math": 0, "queued": 3}
+    checkpointing, prompts = checkpointing_of(first, counts)
+    asyncio.run(checkpointing.resume(uses_reference=True))
+    prompts.next(4)
+    counts["math"] = 40
+    asyncio.run(checkpointing.save(2, prompts.state_dict()))
+    expected = prompts.next(4)
+    assert first.calls == [("keep_reference", None)]
+    assert first.checkpoint.step == 2 and first.checkpoint.rewards == {"math": 40}
+
+    # The trainer was lost: the pool, which lives on, has counted ten more of the lost steps.
+    counts = {"math": 50, "code": 1, "queued": 2}
+    second = SavedRun(first.checkpoint)
+    checkpointing, prompts = checkpointing_of(second, counts)
+    asyncio.run(checkpointing.resume(uses_reference=True))
+    assert second.calls == [("load", True)]
+    assert prompts.next(4) == expected
+    counts["math"], counts["code"] = 57, 3
+    asyncio.run(checkpointing.save(3, prompts.state_dict()))
+    assert second.checkpoint.rewards == {"math": 47, "code": 2}
+
+
+@pytest.mark.parametrize("steps, oldest", [([], None), ([4, 6], 4)])
+def test_samples_before_the_oldest_checkpoint_are_deleted(tmp_path, steps, oldest):
+    pruned = []
+
+    class Log:
+        async def prune(self, step):
+            pruned.append(step)
+
+    for step in steps:
+        folder = path_of(tmp_path, step)
+        folder.mkdir()
+        write_manifest(folder)
+    run = SimpleNamespace(folder=SimpleNamespace(checkpoints=tmp_path))
+    asyncio.run(Checkpointing(run, None, SimpleNamespace(log=Log())).prune_samples())
+    assert pruned == ([] if oldest is None else [oldest])

@@ -12,7 +12,7 @@ from refusals import refused
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.sft import load_sampler
-from megatron_r1.commands.training_run import with_steps
+from megatron_r1.commands.supervised import with_steps
 from megatron_r1.config.training import MixturePart
 from megatron_r1.data.sft import MixtureSampler, describe_mixture, epoch_counts, load_mixture
 

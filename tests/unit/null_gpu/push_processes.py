@@ -1,5 +1,5 @@
 """Trainer ranks and engines of a push over NCCL in processes of their own, each rank on a null GPU,
-behind the controller's own bridge; an engine can be killed at a chosen round of a push.
+behind the controller's own pusher; an engine can be killed at a chosen round of a push.
 
 `python push_processes.py MODEL ENGINES [colocated] [host] [first] [middle] [last]` pushes; for each
 of the last words it kills engine 0 at that round of a push, replaces it, and pushes again. host: on
@@ -24,8 +24,8 @@ import torch
 from torch.distributed import TCPStore
 
 from megatron_r1.config.rollout import PushConfig
-from megatron_r1.controller.delivery.bridge import WeightBridge
-from megatron_r1.controller.delivery.engine_links import EngineLinks
+from megatron_r1.controller.push.engine_links import EngineLinks
+from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import ConnectionBroken, EngineDied, PushIncomplete
 from megatron_r1.push.plan import EngineLayout, TrainerGrid, rounds
@@ -33,7 +33,7 @@ from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.results import IncompletePush
 from megatron_r1.push.sender import WeightSender, run_all
 from megatron_r1.push.transports import nccl, nccl_rounds
-from tests.unit.controller.delivery.small_fleet import SmallFleet
+from tests.unit.controller.push.small_fleet import SmallFleet
 from tests.unit.push.push_models import DEEPSEEK, QWEN
 from tests.unit.push.push_world import draw, plain_table, wrong_slots
 from tools.bench.push.small_model import held_by
@@ -322,15 +322,15 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
     shape.pop("engines")
     quiet = {"notify": lambda line: None}
     links = EngineLinks(trainer, settings, [], shape, colocated=is_colocated, **quiet)
-    bridge = WeightBridge(fleet, links)
+    pusher = WeightPusher(fleet, links)
 
     async def push(version):
-        async with bridge.updating():
+        async with pusher.updating():
             if version == 1:
-                await bridge.open()
+                await pusher.open()
             await trainer.run("train", version=version)
             start = time.monotonic()
-            await bridge.push(version)
+            await pusher.push(version)
         seconds.append(round(time.monotonic() - start, 2))
         print(f"push {version}: {seconds[-1]} s", file=sys.stderr, flush=True)
 
@@ -358,7 +358,7 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
         seen["rounds"].append(number)
         new = make_engine(0, is_up=False)
         await new.client.process.call("num_rounds")  # it has started
-        async with bridge.feed(new):
+        async with pusher.feed(new):
             fleet.engines[0], new.is_up = new, True
         await counting().call("kill_at", None)
         version += 2
@@ -369,7 +369,7 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
     seen["trainer"] = trainer.pids == pids and len(pids) == grid.world
     seen["seconds"] = seconds
     seen["current"] = [engine.client.version == version for engine in fleet.engines]
-    seen["sets"] = [len(one.engines) for one in bridge.links.sets]
+    seen["sets"] = [len(one.engines) for one in pusher.links.sets]
     for watcher in watchers:
         watcher.cancel()
     for process in [*trainer.ranks, *(engine.client.process for engine in fleet.engines)]:

@@ -9,8 +9,8 @@ import sys
 import pytest
 from waiting import wait_until
 
-from megatron_r1.push.plan.order_check import Call, Step
 from megatron_r1.push.plan.rounds import NONE, Link, PushOrder
+from tools.bench.push.order_check import Call, Step
 from tools.bench.push.stream_queues import link_threads
 from tools.null_gpu import launch, watch
 

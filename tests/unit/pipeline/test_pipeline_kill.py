@@ -78,7 +78,7 @@ def test_a_death_around_a_record_loses_nothing(world, capsys, moment, monkeypatc
     targets = {
         "begin": (manifest, "begin"),
         "finish": (manifest, "finish"),
-        "outputs": (manifest.fingerprint, "digest_of_outputs"),
+        "outputs": (manifest, "digest_of_outputs"),
         "rename": (manifest, "fsync"),
     }
     with monkeypatch.context() as patched:

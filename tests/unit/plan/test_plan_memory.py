@@ -6,11 +6,11 @@ import pytest
 from planned_jobs import RECIPE, planned, real_job
 
 from megatron_r1.commands.plan import main
-from megatron_r1.models import weights
+from megatron_r1.models import memory, weights
 from megatron_r1.models.weights.layout import layout_of
 from megatron_r1.plan.bill import Bill
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.memory import GPU_CHUNK_ELEMENTS, GPU_CHUNK_TOKENS, rank_memory
+from megatron_r1.plan.memory import rank_memory
 
 
 def test_the_reference_lies_in_host_memory_or_on_the_gpu():
@@ -46,8 +46,8 @@ def test_all_that_the_trainer_keeps_on_a_gpu_is_not_the_engines(kind, changed):
 def test_constants_taken_from_the_kernels_are_theirs():
     from r1_kernels import linear_head
 
-    assert linear_head.GPU_CHUNK_TOKENS == GPU_CHUNK_TOKENS
-    assert linear_head.GPU_CHUNK_ELEMENTS == GPU_CHUNK_ELEMENTS
+    for name in ("GPU_CHUNK_TOKENS", "GPU_CHUNK_ELEMENTS", "CPU_CHUNK_ELEMENTS"):
+        assert getattr(memory, name) == getattr(linear_head, name)
 
 
 def test_more_ranks_never_need_more_of_one_gpu():

@@ -7,9 +7,10 @@ from planned_jobs import LLAMA_405B, QWEN_72B, RECIPE, V3, planned, real_job
 
 from megatron_r1 import config as configuration
 from megatron_r1.config.hardware import GIB, HARDWARE
+from megatron_r1.models.memory import cache_bytes_per_token
 from megatron_r1.plan.bill import Bill
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.rollout import Engines, cache_bytes_per_token, samples_section
+from megatron_r1.plan.rollout import Engines, samples_section
 
 
 def test_an_fp8_decoding_step_skips_idle_experts_of_one_byte_a_value():

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import Parameter
 
-from megatron_r1.engines.plugin.recorder import load_biases
+from megatron_r1.engines.plugin.loader_copies import load_biases
 
 
 def test_received_biases_are_in_the_tensors_in_use_and_those_left_out_are_zero():

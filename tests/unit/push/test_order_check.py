@@ -16,7 +16,11 @@ from megatron_r1.push.plan.engine_sets import (
     entries,
     ranks_in_order,
 )
-from megatron_r1.push.plan.order_check import (
+from megatron_r1.push.plan.planner import PredictedLayout
+from megatron_r1.push.plan.recipe import engine_layout
+from megatron_r1.push.plan.rounds import Link, PushOrder, push_order, receiving_processes
+from megatron_r1.push.plan.tensors import plain_bytes
+from tools.bench.push.order_check import (
     Call,
     Fault,
     Step,
@@ -24,10 +28,6 @@ from megatron_r1.push.plan.order_check import (
     operations_of_rounds,
     operations_of_steps,
 )
-from megatron_r1.push.plan.planner import PredictedLayout
-from megatron_r1.push.plan.recipe import engine_layout
-from megatron_r1.push.plan.rounds import Link, PushOrder, push_order, receiving_processes
-from megatron_r1.push.plan.tensors import plain_bytes
 from tools.bench.push.stream_queues import StreamQueues, link_threads
 
 ROOT = Path(__file__).parents[3]

@@ -141,8 +141,10 @@ def test_an_engine_receives_the_fp8_checkpoint_of_the_same_weights(
 
 def test_each_block_is_quantized_once_a_push(monkeypatch):
     monkeypatch.setattr(gloo, "BUCKET_BYTES", 10_000)
-    sizes, quantize = [], link_planner.quantize
-    monkeypatch.setattr(link_planner, "quantize", lambda x: sizes.append(x.numel()) or quantize(x))
+    sizes, quantize = [], link_planner.quantize_fp8
+    monkeypatch.setattr(
+        link_planner, "quantize_fp8", lambda x: sizes.append(x.numel()) or quantize(x)
+    )
     tensors = draw(DEEPSEEK, 1)
     world = World(DEEPSEEK, TrainerGrid(2, tensor=2), EngineLayout(), tensors)
     try:

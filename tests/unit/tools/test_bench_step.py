@@ -96,7 +96,7 @@ def test_a_comparison_that_was_stopped_continues_with_the_runs_that_are_missing(
         runs = compare.measure(chosen, about)
         return [system for system, _ in asked], compare.steps_of(runs)
 
-    monkeypatch.setattr(compare.machine, "cores_worth", lambda: 1.0)
+    monkeypatch.setattr(compare.host, "cores_worth", lambda: 1.0)
     first, steps = measured(4, {"cpu": "a"})
     assert first == ["ours", "trl 1", "trl 2", "ours"]
     assert [len(steps["short"][name]) for name in ("ours", *compare.PEERS)] == [2, 1, 1]

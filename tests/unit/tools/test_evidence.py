@@ -101,6 +101,26 @@ def test_a_file_that_is_taken_back_to_what_was_measured_makes_the_claim_fresh_ag
     assert repository.state(claim).name == "fresh"
 
 
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [
+        (
+            '"""Docs."""\n\n\ndef f(x):  # why\n    """Return twice x."""\n    return 2 * x\n',
+            "fresh",
+        ),
+        ("def f(x):\n    return 3 * x\n", "stale"),
+        ("def f(x, y=1):\n    return 2 * x\n", "stale"),
+        ('def f(x):\n    return 2 * x\n\n\nNAME = "a"\n', "stale"),
+        ("def f(x:\n", "stale"),
+    ],
+)
+def test_comments_and_docstrings_of_python_files_change_nothing(repository, text, state):
+    first = "def f(x):\n    return 2 * x\n"
+    claim = repository.measured(repository.commit(part__a=first))
+    repository.commit(part__a=text)
+    assert repository.state(claim).name == state
+
+
 def test_a_removed_file_makes_a_claim_stale(repository):
     claim = repository.measured(repository.commit(part__a="1", part__b="2"))
     repository.git("rm", "-q", "part/a.py")

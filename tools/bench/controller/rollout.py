@@ -24,8 +24,8 @@ from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import Rollout
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
+from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.controller.trainer_calls.recorder import RunState
 from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler

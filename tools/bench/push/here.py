@@ -24,8 +24,8 @@ import torch.multiprocessing
 
 from megatron_r1.base.processes.children import free_port
 from megatron_r1.config import Config
-from megatron_r1.controller.delivery.bridge import WeightBridge
-from megatron_r1.controller.delivery.engine_links import EngineLinks
+from megatron_r1.controller.push.engine_links import EngineLinks
+from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.weights import hf_tensors
@@ -83,17 +83,17 @@ async def _measure(
     width = 4 if config.rollout.dtype == "float32" else 2
     num_bytes = width * sum(torch.Size(size).numel() for _, size in tensors)
     links = EngineLinks(trainer, config.push, tensors, {})
-    bridge = WeightBridge(fleet, links)
+    pusher = WeightPusher(fleet, links)
     both = [torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2)]
     pushes, reloads = [], []
     worth = [host.cores_worth()]
     for version in range(WARM_UP + repeats):
         before = _copy_seconds(*both)
-        async with bridge.updating():
+        async with pusher.updating():
             if not version:
-                await bridge.open()
+                await pusher.open()
             start = time.perf_counter()
-            seconds = await bridge.push(version)
+            seconds = await pusher.push(version)
             seconds["push"] = time.perf_counter() - start
         seconds["copy"] = (before + _copy_seconds(*both)) / 2
         pushes.append(seconds)

@@ -23,11 +23,6 @@ from megatron_r1.push.plan.engine_sets import (
     held_parts,
     sum_bytes,
 )
-from megatron_r1.push.plan.order_check import (
-    find_fault,
-    operations_of_rounds,
-    operations_of_steps,
-)
 from megatron_r1.push.plan.planner import PredictedLayout
 from megatron_r1.push.plan.recipe import engine_layout
 from megatron_r1.push.plan.rounds import PushOrder, planned_order
@@ -35,6 +30,11 @@ from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from megatron_r1.push.transports import PASSED_BYTES
 from tools.bench.host import ROOT
 from tools.bench.push.assumptions import PushAssumptions, as_table
+from tools.bench.push.order_check import (
+    find_fault,
+    operations_of_rounds,
+    operations_of_steps,
+)
 from tools.bench.push.stream_queues import StreamQueues, link_threads
 
 FORMS = {"bf16": plain_bytes("bfloat16"), "FP8": fp8_bytes}

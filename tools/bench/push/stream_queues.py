@@ -5,7 +5,7 @@ start there are then *posted*; those that it waits for there must end before it 
 between two processes meet in order, as NCCL's do. One ends once both sides have posted it; with
 *buffered* buckets its send ends once all but so many of the pair's sends before it have ended.
 
-Unlike `plan.order_check`, which compares places, this counts what was posted on either side."""
+Unlike `order_check`, which compares places, this counts what was posted on either side."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_r1.push.plan.order_check import Call, Step
 from megatron_r1.push.plan.rounds import PushOrder
+from tools.bench.push.order_check import Call, Step
 
 
 class Ended(NamedTuple):
@@ -28,7 +28,7 @@ class Ended(NamedTuple):
 
 
 class StreamQueues:
-    """The streams of `operations` (`plan.order_check.OPERATION`).
+    """The streams of `operations` (`order_check.OPERATION`).
 
     transfer_seconds: how long each operation takes from when both sides have posted it."""
 

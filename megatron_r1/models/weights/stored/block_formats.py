@@ -17,16 +17,22 @@ from megatron_r1.models.weights.table import Shape
 def quantize_fp8(
     x: Tensor, known: Tensor | None = None, *, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return (q, scale_inv) of whole blocks x (M, N), fp32 or bf16: float8_e4m3fn (M, N)
-    and fp32 (⌈M/128⌉, ⌈N/128⌉).
+    """Quantize whole blocks of 128 x 128. A block's scale is amax / 448.
 
-    A block's scale is amax / 448 (rounded up to a power of two if `power_of_two`, for checkpoints
-    whose quantization_config has scale_fmt "ue8m0"). known: scales (⌈M/128⌉, ⌈N/128⌉) that the
-    weights may have been dequantized with: a block that equals FP8 numbers times its known scale,
-    in fp32 or rounded to bf16, keeps that scale, and with it every bit. Without it FP8 → bf16 → FP8
-    would not be the identity: bf16 rounding changes a number by at most 2^-8 of itself and half the
-    distance between two e4m3 numbers is at least 2^-5 of them, so the codes are recovered, but the
-    scale is not (amax has been rounded too). A block that training has changed gets a new scale."""
+    Args:
+        x: (M, N), fp32 or bf16.
+        known: scales (⌈M/128⌉, ⌈N/128⌉) that the weights may have been dequantized with: a block
+            that equals FP8 numbers times its known scale, in fp32 or rounded to bf16, keeps that
+            scale, and with it every bit. Without it FP8 → bf16 → FP8 would not be the identity:
+            bf16 rounding changes a number by at most 2^-8 of itself and half the distance between
+            two e4m3 numbers is at least 2^-5 of them, so the codes are recovered, but the scale is
+            not (amax has been rounded too). A block that training has changed gets a new scale.
+        power_of_two: round scales up to a power of two, for checkpoints whose quantization_config
+            has scale_fmt "ue8m0".
+
+    Returns:
+        (q, scale_inv): float8_e4m3fn (M, N) and fp32 (⌈M/128⌉, ⌈N/128⌉).
+    """
     x = x.float()
     q, scale = quantize_blockwise(x)
     if power_of_two:

@@ -86,7 +86,14 @@ class DistributedCheckpoint:
     def read(self, key: str, starts: Box, sizes: Box) -> Tensor:
         """Return a rectangle of the tensor `key`, of shape `sizes`, in its stored dtype.
 
-        Raises UserError where the chunks do not cover it, or are damaged."""
+        Args:
+            key: of the tensor in the checkpoint.
+            starts: the first index of each dimension.
+            sizes: of the rectangle.
+
+        Raises:
+            UserError: where the chunks do not cover it, or are damaged.
+        """
         out = torch.empty(tuple(sizes), dtype=self.dtypes[key])
         covered = 0
         for chunk in self._near(key, starts, sizes):
@@ -278,7 +285,14 @@ def write_metadata(
     dtypes: Mapping[str, torch.dtype],
     written: Iterable[WrittenChunk],
 ) -> None:
-    """Write the metadata that makes the `.distcp` files in `folder` a checkpoint."""
+    """Write the metadata that makes the `.distcp` files in `folder` a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        shapes: of each tensor, by key.
+        dtypes: of each tensor, by key.
+        written: what `write_chunks` returned for all files.
+    """
     tensors = {
         key: TensorStorageMetadata(TensorProperties(dtypes[key]), torch.Size(shape), [])
         for key, shape in shapes.items()

@@ -30,7 +30,12 @@ _DESCRIBE_WEIGHTS = ("config.json", "adapter_config.json", "*.index.json", "*qua
 def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, dict]:
     """Return file name -> its tensors, at most max_bytes, except for larger single tensors.
 
-    The scales of an FP8 weight are in the same file, because they are computed together."""
+    The scales of an FP8 weight are in the same file, because they are computed together.
+
+    Args:
+        tensors: name -> shape and dtype.
+        max_bytes: of a file.
+    """
     shards: list[dict] = [{}]
     size = 0
     for name, (shape, dtype) in tensors.items():
@@ -63,7 +68,15 @@ def write_index(folder: Path, files: Mapping[str, Tensors]) -> None:
 
 def carry_files(source: Path, folder: Path) -> None:
     """Copy the files of `source` other than weights and their description, such as the tokenizer's.
-    The copies survive a power cut. Raises UserError for a file that is a link elsewhere."""
+    The copies survive a power cut.
+
+    Args:
+        source: a folder in Hugging Face format.
+        folder: the new one.
+
+    Raises:
+        UserError: for a file that is a link elsewhere.
+    """
     for file in sorted(path for pattern in _CARRIED for path in source.glob(pattern)):
         describes_weights = any(file.match(pattern) for pattern in _DESCRIBE_WEIGHTS)
         if file.is_file() and not describes_weights:
@@ -93,8 +106,14 @@ def write_config(
 ) -> None:
     """Write the config.json of `source`, changed to describe the weights in `folder`.
 
-    dtype: of the weights; float8_e4m3fn for the published FP8 layout, whose other tensors are bf16.
-    with_score: whether they are a score model's, also if `source` is a language model's."""
+    Args:
+        source: a folder in Hugging Face format.
+        folder: the new one.
+        dtype: of the weights; float8_e4m3fn for the published FP8 layout, whose other tensors are
+            bf16.
+        with_mtp: whether the weights have the MTP layers.
+        with_score: whether they are a score model's, also if `source` is a language model's.
+    """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     # For loaders these take precedence over the files.
     quantization = config.pop("quantization_config", None)

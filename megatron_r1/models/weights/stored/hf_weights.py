@@ -80,7 +80,14 @@ class HfWeights:
         """Return `length` rows (dim 0) or columns (dim 1), in the stored dtype; FP8 as fp32 values.
 
         A tensor of `Table.copies` that the folder lacks is read from its original. After `check`,
-        raises UserError where a copy that the folder has differs from its original."""
+        raises UserError where a copy that the folder has differs from its original.
+
+        Args:
+            name: of the tensor.
+            dim: 0 for rows, 1 for columns.
+            start: the first of them.
+            length: how many.
+        """
         values = self._read(name, dim, start, length)
         for copy in self._repeated.get(name, ()):
             if not torch.equal(self._read(copy, dim, start, length).to(values.dtype), values):
@@ -306,7 +313,13 @@ class KnownScales:
         self.power_of_two = quantization.get("scale_fmt") == "ue8m0"
 
     def rows(self, name: str, first: int, count: int) -> Tensor | None:
-        """Return the scales of rows [first, first + count) of the weight `name`, or None."""
+        """Return the scales of rows [first, first + count) of the weight `name`, or None.
+
+        Args:
+            name: of the weight.
+            first: row.
+            count: of rows.
+        """
         scale = published.scale_name(name)
         if scale not in self._home:
             return None

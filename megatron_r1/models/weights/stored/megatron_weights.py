@@ -76,9 +76,14 @@ def stored_layout(
 ) -> StoredLayout:
     """Return the layout of the model `hf` describes, without vocabulary padding.
 
-    transformer_engine: whether Transformer Engine's layers saved the checkpoint; only the names of
-    latent attention differ. stacked: whether the layers are an axis of one tensor; None: as
-    Megatron 0.16 does, for models without experts."""
+    Args:
+        hf: the model's `config.json`.
+        with_mtp: whether the checkpoint has the MTP layers.
+        transformer_engine: whether Transformer Engine's layers saved the checkpoint; only the names
+            of latent attention differ.
+        stacked: whether the layers are an axis of one tensor; None: as Megatron 0.16 does, for
+            models without experts.
+    """
     rules = table(hf)
     if stacked is None:
         stacked = not rules.num_experts
@@ -160,7 +165,14 @@ class MegatronWeights:
         return tensors
 
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
-        """Return `length` rows (dim 0) or columns (dim 1) of an HF tensor, in the stored dtype."""
+        """Return `length` rows (dim 0) or columns (dim 1) of an HF tensor, in the stored dtype.
+
+        Args:
+            name: of the tensor.
+            dim: 0 for rows, 1 for columns.
+            start: the first of them.
+            length: how many.
+        """
         parts = []
         for slot, run in self._runs[self.copies.get(name, name)]:
             first, end = run.hf_start, run.hf_start + run.length

@@ -72,7 +72,13 @@ def _read_into(file: int, at: int, out: Tensor) -> None:
 
 
 def write_at(file: int, at: int, values: Tensor) -> None:
-    """Write all of a tensor, contiguously, at offset `at`."""
+    """Write all of a tensor, contiguously, at offset `at`.
+
+    Args:
+        file: descriptor of an open file.
+        at: offset in bytes.
+        values: of any dtype.
+    """
     _write_bytes(file, at, as_bytes(values.contiguous()).numpy().data)
 
 
@@ -169,7 +175,12 @@ def stored_tensors(
 ) -> dict[str, tuple[Shape, torch.dtype]]:
     """Return name -> (shape, dtype on disk) of the tensors of an export.
 
-    names: only these; ValueError for unknown ones."""
+    Args:
+        hf: the model's `config.json`.
+        dtype: of weights that have none of their own.
+        with_mtp: whether the MTP layers are exported.
+        names: only these; ValueError for unknown ones.
+    """
     tensors = {
         name: (shape, dtype if kept == "any" else torch.float32)
         for name, (shape, kept) in published_tensors({**hf, "dtype": "any"}, with_mtp).items()

@@ -8,8 +8,8 @@ from liveness import is_alive, wait_until_dead
 
 ENGINE = """
 import time
-from megatron_r1.base.processes import lifetime
-lifetime.end_without_parent()
+from megatron_r1.base.processes import children
+children.end_without_parent()
 print("lives", flush=True)
 time.sleep(10_000)
 """

@@ -25,14 +25,14 @@ class LosingTrainer(SimpleNamespace):
 
 @pytest.mark.parametrize("most", [0, 2])
 def test_ranks_are_lost_for_good_when_no_restart_is_left(most):
-    trainer, attempts = LosingTrainer(), []
+    trainer, lost = LosingTrainer(), TrainerLost("rank 1 ended")
 
-    async def attempt():
-        attempts.append(trainer.num_restarts)
-        raise TrainerLost("rank 1 ended")
+    async def lose_again_and_again():
+        while True:
+            await supervisor.restart_trainer(lost)
 
     config = Config().with_changes(run={"max_trainer_restarts": most})
     supervisor = Supervisor(config, MagicMock(), trainer, spans_hosts=False)
-    with pytest.raises(TrainerLost):
-        asyncio.run(supervisor.with_restarts(attempt))
-    assert attempts == list(range(most + 1))
+    with pytest.raises(TrainerLost) as error:
+        asyncio.run(lose_again_and_again())
+    assert error.value is lost and trainer.num_restarts == most

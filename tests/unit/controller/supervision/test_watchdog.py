@@ -23,11 +23,11 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import RewardsConfig, parse
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import Sampling
+from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.diagnosis import coordinates
 from megatron_r1.controller.supervision.supervisor import Supervisor
 from megatron_r1.controller.supervision.watchdog import HangError
 from megatron_r1.controller.trainer_calls.client import TrainerClient, Waiting
-from megatron_r1.controller.trainer_calls.recorder import Recorder
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
@@ -77,7 +77,7 @@ class Run:
     @contextlib.asynccontextmanager
     async def supervised(self):
         with RunFolder(self.folder) as folder:
-            self.recorder = Recorder(folder, self.config, may_change=(), title="test")
+            self.recorder = RunRecorder(folder, self.config, may_change=(), title="test")
             self.trainer = TrainerClient(self.config, folder.path / "logs")
             self.supervisor = Supervisor(
                 self.config, self.recorder, self.trainer, spans_hosts=False
@@ -125,7 +125,8 @@ def test_an_engine_that_starts_does_not_hide_a_trainer_that_hangs(tmp_path):
             server = EngineServer(run.config.model.path, tmp_path / "engine-0.log")
             engine = Engine(0, server, EngineClient(""), is_up=False)
             run.rollouts.fleet.engines.append(engine)
-            await supervisor.run(work())
+            async with supervisor.watching():
+                await work()
 
     asyncio.run(body(lambda: asyncio.sleep(1.5)))  # nothing moves, but an engine starts
     with pytest.raises(HangError, match="trainer: 'start'"):
@@ -138,7 +139,8 @@ def test_a_reward_that_hangs_stops_the_run_and_is_named(tmp_path):
     async def body():
         async with run.supervised() as supervisor:
             await run.start_grader()
-            await supervisor.run(run.grade(tmp_path / "never"))
+            async with supervisor.watching():
+                await run.grade(tmp_path / "never")
 
     with pytest.raises(HangError) as error:
         asyncio.run(body())
@@ -151,12 +153,55 @@ def test_a_reward_that_hangs_stops_the_run_and_is_named(tmp_path):
     assert not (run.folder / "health_address").exists()
 
 
+def test_a_block_that_fails_or_is_cancelled_while_it_is_watched_ends_as_it_would_alone(tmp_path):
+    """The second Ctrl-C cancels it, which is no hang."""
+    run = Run(tmp_path, hang_seconds=1e5)
+
+    async def body(end):
+        async with run.supervised() as supervisor, supervisor.watching():
+            await end()
+
+    async def cancel():
+        asyncio.current_task().cancel()
+        await asyncio.sleep(1e5)
+
+    async def fail():
+        raise RuntimeError("engine died") from KeyError("its cause")
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(body(cancel))
+    with pytest.raises(RuntimeError, match="engine died") as error:
+        asyncio.run(body(fail))
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_a_hang_is_raised_though_the_block_fails_when_it_is_cancelled(tmp_path):
+    run, left = Run(tmp_path, hang_seconds=0.5), []
+
+    async def body():
+        async with run.supervised() as supervisor:
+            try:
+                async with supervisor.watching():
+                    try:
+                        await run.trainer.connect()
+                    finally:
+                        raise RuntimeError("cannot clean up")
+            finally:
+                # What waits for the checkpoint being written is not cancelled as well.
+                left.append(asyncio.current_task().cancelling())
+                await asyncio.sleep(0)
+
+    with pytest.raises(HangError, match="trainer: 'start'"):
+        asyncio.run(body())
+    assert left == [0]
+
+
 def test_a_call_without_replies_names_the_ranks(tmp_path):
     run = Run(tmp_path, hang_seconds=1.0)
 
     async def body():
-        async with run.supervised() as supervisor:
-            await supervisor.run(run.trainer.connect())
+        async with run.supervised() as supervisor, supervisor.watching():
+            await run.trainer.connect()
 
     with pytest.raises(HangError, match="trainer: 'start' .*rank 0"):
         asyncio.run(body())
@@ -212,7 +257,8 @@ def test_reported_once_and_health_says_so_until_it_moves(tmp_path, monkeypatch):
         async with run.supervised() as supervisor:
             monkeypatch.setattr(run.recorder.view, "message", messages.append)
             await run.start_grader()
-            await supervisor.run(watch())
+            async with supervisor.watching():
+                await watch()
 
     asyncio.run(body())
     assert len(seen["reports"]) == 1
@@ -269,7 +315,8 @@ def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
             fleet.engines[:] = engines
             fleet.members.begin()  # as `start` would
             sampling = Sampling(num_samples=4, temperature=1.0, top_p=1.0, max_tokens=8)
-            await supervisor.run(run.rollouts.collect([asked], sampling))
+            async with supervisor.watching():
+                await run.rollouts.collect([asked], sampling)
 
     with (
         FakeServer(lambda *_: (501, "")) as busy,  # an error is an answer
@@ -305,7 +352,8 @@ def test_a_teacher_that_says_nothing_is_what_everything_waits_for(tmp_path, monk
             server = EngineServer(run.config.model.path, tmp_path / "teacher-0.log")
             teacher.engines.append(Engine(0, server, client, role="teacher", num_running=4))
             run.rollouts.teacher = teacher
-            await supervisor.run(score())
+            async with supervisor.watching():
+                await score()
 
     with pytest.raises(HangError, match="teacher: 1 .*teacher-0: 4 "):
         asyncio.run(body())
@@ -321,8 +369,8 @@ def test_a_controller_that_was_suspended_has_not_hung(tmp_path):
         await until(lambda: watchdog._quiet != before)
 
     async def body():
-        async with run.supervised() as supervisor:
-            await supervisor.run(suspended())
+        async with run.supervised() as supervisor, supervisor.watching():
+            await suspended()
 
     asyncio.run(body())
     assert not list((run.folder / "logs").glob("hang-*.txt"))
@@ -335,8 +383,8 @@ def test_errors_of_the_work_are_raised_and_a_taken_port_is_named(tmp_path):
         raise RuntimeError("engine died")
 
     async def body(port=None):
-        async with run.supervised() as supervisor:
-            await supervisor.run(fail())
+        async with run.supervised() as supervisor, supervisor.watching():
+            await fail()
 
     with pytest.raises(RuntimeError, match="engine died"):
         asyncio.run(body())
@@ -345,8 +393,8 @@ def test_errors_of_the_work_are_raised_and_a_taken_port_is_named(tmp_path):
         server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         taken = Run(tmp_path / "taken", health_port=port)
-        async with server, taken.supervised() as supervisor:
-            await supervisor.run(fail())
+        async with server, taken.supervised() as supervisor, supervisor.watching():
+            await fail()
 
     (tmp_path / "taken").mkdir()
     with refused("run.health_port", Cause.BUSY):

@@ -13,7 +13,7 @@ from megatron_r1.controller.trainer_calls.ranks import RankProcesses
 def test_a_kill_for_lack_of_memory_is_named_with_its_remedy(kills, says, tmp_path, monkeypatch):
     counters = tmp_path / "vmstat"
     counters.write_text("nr_free_pages 12\noom_kill 3\n")
-    monkeypatch.setattr(diagnosis, "COUNTERS", counters)
+    monkeypatch.setattr(diagnosis, "OOM_COUNTERS", counters)
     ranks = RankProcesses(tmp_path)
     ranks._kills_before = diagnosis.num_oom_kills()
     (tmp_path / "trainer_0.log").write_text("step 1\n")
@@ -51,5 +51,5 @@ def test_nccls_timeout_is_named_with_its_key(wait_seconds, is_named, tmp_path):
 
 
 def test_a_system_without_the_counter_says_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(diagnosis, "COUNTERS", tmp_path / "none")
+    monkeypatch.setattr(diagnosis, "OOM_COUNTERS", tmp_path / "none")
     assert diagnosis.num_oom_kills() == 0 and diagnosis.oom_explanation(0, "") == ""

@@ -5,7 +5,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
-from megatron_r1.controller.trainer_calls.recorder import Recorder
+from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints import finding
 
@@ -47,5 +47,5 @@ def test_a_wrong_one_is_refused_before_the_run_s_settings_are_written(tmp_path):
     config = Config(model={"checkpoint": str(tmp_path / "ghost")})
     with RunFolder(tmp_path / "run") as folder:
         with refused("model.checkpoint", Cause.NOT_FOUND, "ghost"):
-            Recorder(folder, config, may_change=(), title="t")
+            RunRecorder(folder, config, may_change=(), title="t")
         assert not folder.config_path.exists()

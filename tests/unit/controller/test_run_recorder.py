@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
-from megatron_r1.controller.trainer_calls.recorder import Recorder
+from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.reporting.run_folder import RunFolder
 
 
@@ -18,7 +18,7 @@ def test_the_format_reward_is_shown_where_it_has_a_weight_and_recorded_always(
 ):
     config = Config(run={"trackers": []}, rewards={"weights": weights})
     with RunFolder(tmp_path) as folder:
-        recorder = Recorder(folder, config, may_change=(), title="t")
+        recorder = RunRecorder(folder, config, may_change=(), title="t")
         line = {"step": 0, "eval/format": 0.25, "eval/pass@1": 0.5, "eval/questions": 47}
         recorder.evaluation(line, [])
         recorder.step({"step": 1, "accuracy": 0.5, "format/mean": 0.25, "time/step": 1.0}, [])
@@ -32,7 +32,7 @@ def test_the_format_reward_is_shown_where_it_has_a_weight_and_recorded_always(
 
 def test_metrics_and_evaluations_go_to_tensorboard_by_default(tmp_path):
     with RunFolder(tmp_path) as folder:
-        recorder = Recorder(folder, Config(), may_change=(), title="t")
+        recorder = RunRecorder(folder, Config(), may_change=(), title="t")
         recorder.step({"step": 1, "accuracy": 0.5}, [])
         recorder.evaluation({"step": 1, "eval/accuracy": 0.25}, [])
         recorder.close()
@@ -47,7 +47,7 @@ def test_metrics_and_evaluations_go_to_tensorboard_by_default(tmp_path):
 
 def test_without_the_tracker_nothing_is_written_for_tensorboard(tmp_path):
     with RunFolder(tmp_path) as folder:
-        recorder = Recorder(folder, Config(run={"trackers": []}), may_change=(), title="t")
+        recorder = RunRecorder(folder, Config(run={"trackers": []}), may_change=(), title="t")
         recorder.step({"step": 1, "accuracy": 0.5}, [])
         recorder.close()
         assert not folder.tensorboard.exists()
@@ -86,7 +86,7 @@ def test_one_line_says_what_is_kept_and_what_is_done_again(
     run_of(tmp_path, recorded, checkpoint, steps=20)
     config = settings_of(steps)
     with RunFolder(tmp_path) as folder:
-        Recorder(folder, config, may_change=("run.steps",), title="t").close()
+        RunRecorder(folder, config, may_change=("run.steps",), title="t").close()
         lines = [
             li for li in capsys.readouterr().out.splitlines() if "continu" in li or "over" in li
         ]
@@ -102,6 +102,6 @@ def test_fewer_steps_than_are_finished_are_refused_and_nothing_is_lost(
     config = settings_of(steps)
     with RunFolder(tmp_path) as folder:
         with refused("run.steps", Cause.CONFLICT, steps, recorded):
-            Recorder(folder, config, may_change=("run.steps",), title="t")
+            RunRecorder(folder, config, may_change=("run.steps",), title="t")
         assert len(folder.read_metrics()) == recorded
         assert folder.read_config()["run"]["steps"] == 20

@@ -1,4 +1,5 @@
-"""The environment or the agent of a run: its checks before the run starts, and its player.
+"""What plays the episodes of a run, an environment's player or an agent: found, checked before the
+run starts, and made.
 
 Only a run whose recipe names one (`config.rollout.players`) imports this module, and with it
 `megatron_r1.agents`."""
@@ -55,7 +56,7 @@ def find_player(config: Config) -> tuple[str, str | list[str]] | None:
     return key, player
 
 
-def check_environment(config: Config, text: PromptText) -> None:
+def check_player(config: Config, text: PromptText) -> None:
     """Check section `agents`; print the environment's tools and how the chat template continues a
     conversation. Raises UserError."""
     if find_player(config) is None:

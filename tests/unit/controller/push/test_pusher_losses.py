@@ -1,4 +1,4 @@
-"""The bridge when a trainer or an engine is lost during a push."""
+"""The pusher when a trainer or an engine is lost during a push."""
 
 import asyncio
 from array import array
@@ -11,8 +11,8 @@ from torch.distributed import TCPStore
 
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config.rollout import PushConfig
-from megatron_r1.controller.delivery.bridge import Prober, WeightBridge
-from megatron_r1.controller.delivery.engine_links import EngineLinks
+from megatron_r1.controller.push.engine_links import EngineLinks
+from megatron_r1.controller.push.pusher import Prober, WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import (
@@ -26,9 +26,9 @@ from megatron_r1.engines.server.responses import Response
 from megatron_r1.trainer.operations import PushOperations
 
 
-def make_bridge(trainer, fleet, probes=()):
+def make_pusher(trainer, fleet, probes=()):
     links = EngineLinks(trainer, PushConfig(), [], {})
-    return WeightBridge(fleet, links, Prober(trainer, probes, 1e-3, 600))
+    return WeightPusher(fleet, links, Prober(trainer, probes, 1e-3, 600))
 
 
 class TrainerThatIsLost:
@@ -52,24 +52,24 @@ def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_fails(is_closed_fi
 
     async def story():
         trainer = TrainerThatIsLost()
-        bridge = make_bridge(trainer, SmallFleet())
-        async with bridge.updating():
-            await bridge.open()
-            await bridge.push(1)
+        pusher = make_pusher(trainer, SmallFleet())
+        async with pusher.updating():
+            await pusher.open()
+            await pusher.push(1)
         engine = Engine(0, SimpleNamespace(), EngineClient("http://127.0.0.1:9"))
 
         async def feed():
-            async with bridge.feed(engine):
+            async with pusher.feed(engine):
                 pytest.fail("it was fed")
 
         feeding, waiting = asyncio.create_task(feed()), asyncio.create_task(feed())
         await trainer.is_connecting.wait()
         if is_closed_first:
-            bridge.close()
+            pusher.close()
         trainer.goes.set()
         with raised(NoWeights, "engine-0", "rank 0"):
             await feeding
-        bridge.close()
+        pusher.close()
         with raised(NoWeights, "engine-0"):
             await waiting
         await engine.client.close()
@@ -79,17 +79,17 @@ def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_fails(is_closed_fi
 
 def test_an_engine_gets_no_weights_after_an_error_between_two_versions():
     async def story():
-        bridge = make_bridge(SmallTrainer(), SmallFleet())
-        async with bridge.updating():
-            await bridge.open()
-            await bridge.push(1)
+        pusher = make_pusher(SmallTrainer(), SmallFleet())
+        async with pusher.updating():
+            await pusher.open()
+            await pusher.push(1)
 
         async def feed():
-            async with bridge.feed(Engine(0, SimpleNamespace(), SmallClient())):
+            async with pusher.feed(Engine(0, SimpleNamespace(), SmallClient())):
                 pytest.fail("it was fed")
 
         with raised(TrainerLost, "gone"):
-            async with bridge.updating():
+            async with pusher.updating():
                 joining = asyncio.create_task(feed())
                 await asyncio.sleep(0)
                 raise TrainerLost("gone")
@@ -151,12 +151,12 @@ def feed(trainer, client, probes=()):
     """Feed the weights to a new engine."""
 
     async def story():
-        bridge = make_bridge(trainer, SmallFleet(), probes)
-        async with bridge.updating():
-            await bridge.open()
-            await bridge.push(1)
+        pusher = make_pusher(trainer, SmallFleet(), probes)
+        async with pusher.updating():
+            await pusher.open()
+            await pusher.push(1)
         engine = Engine(3, SimpleNamespace(describe_end=lambda: "?"), client, is_up=False)
-        async with bridge.feed(engine):
+        async with pusher.feed(engine):
             pass
 
     asyncio.run(story())
@@ -204,11 +204,11 @@ def test_an_engine_on_the_trainer_s_gpu_has_no_cache_while_its_first_weights_arr
         trainer, client = SmallTrainer(), RecordingClient()
         settings = PushConfig(transport="nccl")
         links = EngineLinks(trainer, settings, [], {}, colocated=colocated)
-        bridge = WeightBridge(SmallFleet(), links)
-        async with bridge.updating():
-            await bridge.open()
-            await bridge.push(1)
-        async with bridge.feed(Engine(3, SimpleNamespace(), client, is_up=False)):
+        pusher = WeightPusher(SmallFleet(), links)
+        async with pusher.updating():
+            await pusher.open()
+            await pusher.push(1)
+        async with pusher.feed(Engine(3, SimpleNamespace(), client, is_up=False)):
             return client.called
 
     called = asyncio.run(story())
@@ -228,14 +228,14 @@ def test_an_engine_on_the_trainer_s_gpu_has_no_cache_while_its_first_weights_arr
 def test_the_trainer_forgets_engines_that_are_gone():
     async def story():
         trainer, fleet = SmallTrainer(), SmallFleet(engines(2))
-        bridge = make_bridge(trainer, fleet)
-        async with bridge.updating():
-            await bridge.open()
-            await bridge.push(1)
+        pusher = make_pusher(trainer, fleet)
+        async with pusher.updating():
+            await pusher.open()
+            await pusher.push(1)
         del fleet.engines[0]
         for version in (2, 3):
-            async with bridge.updating():
-                await bridge.push(version)
+            async with pusher.updating():
+                await pusher.push(version)
         return [
             (arguments["sets"], arguments["gone"])
             for operation, arguments in trainer.calls
@@ -252,30 +252,30 @@ def engines(count):
     return [Engine(index, names, SmallClient(), is_up=True) for index in range(count)]
 
 
-def sharing_bridge(trainer, fleet):
+def sharing_pusher(trainer, fleet):
     settings = PushConfig(transport="gloo")
     links = EngineLinks(trainer, settings, [], {}, notify=lambda line: None)
-    return WeightBridge(fleet, links)
+    return WeightPusher(fleet, links)
 
 
 def test_engines_that_join_or_leave_come_into_new_sets():
     async def story():
         trainer, fleet = SmallTrainer(), SmallFleet(engines(34))
-        bridge = sharing_bridge(trainer, fleet)
-        async with bridge.updating():
-            await bridge.open()
-            await bridge.push(1)
+        pusher = sharing_pusher(trainer, fleet)
+        async with pusher.updating():
+            await pusher.open()
+            await pusher.push(1)
         first = trainer.sets()
         trainer.calls.clear()
-        async with bridge.updating():
-            await bridge.push(2)
+        async with pusher.updating():
+            await pusher.push(2)
         none = trainer.sets()
         new = Engine(34, SimpleNamespace(), SmallClient(), is_up=True)
-        async with bridge.feed(new):
+        async with pusher.feed(new):
             fleet.engines.append(new)
         fleet.engines.pop(5)
-        async with bridge.updating():
-            await bridge.push(3)
+        async with pusher.updating():
+            await pusher.push(3)
         return first, none, trainer.sets()
 
     assert asyncio.run(story()) == ([[11, 11, 12]], [], [[1], [11, 11, 12]])
@@ -295,10 +295,10 @@ class TrainerThatConnectsNone(SmallTrainer):
 
 def test_an_engine_that_cannot_connect_has_the_problem_of_its_set_named_too():
     async def story():
-        bridge = sharing_bridge(TrainerThatConnectsNone(), SmallFleet(engines(2)))
+        pusher = sharing_pusher(TrainerThatConnectsNone(), SmallFleet(engines(2)))
         with raised(EngineError, "engine-0", "takes no pushes", "offer/3"):
-            async with bridge.updating():
-                await bridge.open()
+            async with pusher.updating():
+                await pusher.open()
 
     asyncio.run(story())
 
@@ -306,13 +306,13 @@ def test_an_engine_that_cannot_connect_has_the_problem_of_its_set_named_too():
 def test_a_full_set_stays_when_another_changes():
     async def story():
         trainer, fleet = SmallTrainer(), SmallFleet(engines(32))
-        bridge = sharing_bridge(trainer, fleet)
-        async with bridge.updating():
-            await bridge.open()
-            await bridge.push(1)
+        pusher = sharing_pusher(trainer, fleet)
+        async with pusher.updating():
+            await pusher.open()
+            await pusher.push(1)
         fleet.engines.pop(0)
-        async with bridge.updating():
-            await bridge.push(2)
+        async with pusher.updating():
+            await pusher.push(2)
         return trainer.sets()
 
     assert asyncio.run(story()) == [[16, 16], [15]]
@@ -321,10 +321,10 @@ def test_a_full_set_stays_when_another_changes():
 def test_a_push_is_repeated_for_the_others_of_a_set_whose_engine_is_lost():
     async def story():
         trainer, fleet = SmallTrainer([[1]]), SmallFleet(engines(3))
-        bridge = sharing_bridge(trainer, fleet)
-        async with bridge.updating():
-            await bridge.open()
-            await bridge.push(1)
+        pusher = sharing_pusher(trainer, fleet)
+        async with pusher.updating():
+            await pusher.open()
+            await pusher.push(1)
         sends = [
             a["push"] for operation, a in trainer.calls if operation == PushOperations.send_weights
         ]
@@ -340,12 +340,12 @@ def test_engines_that_cannot_reach_each_other_get_all_weights_from_the_trainer()
 
     async def story():
         trainer, fleet = SmallTrainer([[], []]), SmallFleet(engines(3))
-        bridge = sharing_bridge(trainer, fleet)
-        async with bridge.updating():
-            await bridge.open()
-            await bridge.push(1)
-        async with bridge.updating():
-            await bridge.push(2)
+        pusher = sharing_pusher(trainer, fleet)
+        async with pusher.updating():
+            await pusher.open()
+            await pusher.push(1)
+        async with pusher.updating():
+            await pusher.push(2)
         return trainer.sets(), fleet.lost
 
     assert asyncio.run(story()) == ([[3], [3], [1, 1, 1]], [])
@@ -356,13 +356,13 @@ def test_engines_of_other_sets_are_taken_from_them_as_well():
 
     async def story():
         trainer, fleet = SmallTrainer([[], None, []]), SmallFleet(engines(32))
-        bridge = sharing_bridge(trainer, fleet)
-        async with bridge.updating():
-            await bridge.open()
-            await bridge.push(1)
+        pusher = sharing_pusher(trainer, fleet)
+        async with pusher.updating():
+            await pusher.open()
+            await pusher.push(1)
         for version in (2, 3):
-            async with bridge.updating():
-                await bridge.push(version)
+            async with pusher.updating():
+                await pusher.push(version)
         return trainer.sets()
 
     # Those of the set that failed at once, the others with the next push.
@@ -380,10 +380,10 @@ def test_an_engine_that_dies_while_a_set_connects_is_lost_and_the_others_are_not
     async def story():
         trainer, fleet = SmallTrainer(store=store.port), SmallFleet(engines(3))
         fleet.engines[2].client = Dies()
-        bridge = sharing_bridge(trainer, fleet)
-        async with bridge.updating():
-            await bridge.open()
-            await bridge.push(1)
+        pusher = sharing_pusher(trainer, fleet)
+        async with pusher.updating():
+            await pusher.open()
+            await pusher.push(1)
         return trainer.sets(), fleet.lost
 
     sets, lost = asyncio.run(story())
@@ -411,11 +411,11 @@ def test_a_failed_probe_is_retried_once_and_then_its_engine_is_replaced(faults, 
 
     async def story():
         fleet = SmallFleet([Engine(0, SimpleNamespace(), SmallClient(*faults))])
-        bridge = make_bridge(ProbingTrainer(), fleet, [[1, 2]])
-        async with bridge.updating():
-            await bridge.open()
-            await bridge.push(1)
-        assert ("push/probe_diff" in await bridge.proven()) == (not lost)
+        pusher = make_pusher(ProbingTrainer(), fleet, [[1, 2]])
+        async with pusher.updating():
+            await pusher.open()
+            await pusher.push(1)
+        assert ("push/probe_diff" in await pusher.proven()) == (not lost)
         return fleet.lost
 
     assert asyncio.run(story()) == lost
@@ -431,19 +431,19 @@ def test_a_push_does_not_wait_for_probes_that_engines_answer_while_they_sample(c
 
     async def story():
         fleet = SmallFleet([Engine(0, SimpleNamespace(), SmallClient())])
-        bridge = make_bridge(Differing(), fleet, [[1, 2]])
-        bridge.links.colocated = colocated
+        pusher = make_pusher(Differing(), fleet, [[1, 2]])
+        pusher.links.colocated = colocated
 
         async def push():
-            async with bridge.updating():
-                await bridge.open()
-                assert "push/bytes" in await bridge.push(1)
+            async with pusher.updating():
+                await pusher.open()
+                assert "push/bytes" in await pusher.push(1)
 
         if not colocated:
             await push()
         with pytest.raises(EngineError, match="differ from the trainer's by 0.5"):
-            await (push() if colocated else bridge.proven())
-        bridge.close()
+            await (push() if colocated else pusher.proven())
+        pusher.close()
 
     asyncio.run(story())
 
@@ -459,11 +459,11 @@ def test_engines_answer_the_probes_at_once():
 
     async def story():
         fleet = SmallFleet([Engine(i, SimpleNamespace(), Waiting()) for i in range(2)])
-        bridge = make_bridge(ProbingTrainer(), fleet, [[1, 2]])
-        async with bridge.updating():
-            await bridge.open()
-            await bridge.push(1)
-        return await bridge.proven()
+        pusher = make_pusher(ProbingTrainer(), fleet, [[1, 2]])
+        async with pusher.updating():
+            await pusher.open()
+            await pusher.push(1)
+        return await pusher.proven()
 
     assert asyncio.run(story())["push/probe_diff"] == 0.0
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_r1.engines.plugin import backend
+from megatron_r1.engines.plugin.loader_copies import CheckpointParameter
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter
-from megatron_r1.engines.plugin.recorder import CheckpointParameter
 from megatron_r1.push.results import UndeliveredPush
 
 NAMES = ["small", "large", "larger", "live"]
@@ -28,7 +28,7 @@ class World:
         self.memory = torch.zeros(1024, dtype=torch.uint8)
         # Two copies into `large`: slots 1 and 2.
         self.owners = [self.placed[0], self.placed[1], *self.placed[1:]]
-        self.check = backend.DeliveryCheck(self.owners)
+        self.check = backend.LoadCheck(self.owners)
 
     def push(self, number, changed, loaded):
         """Slots whose values are others than before, and names that the engine loads."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_r1.base.errors import TrainerError, TrainerLost
 from megatron_r1.config import Config
-from megatron_r1.controller.delivery.engine_links import EngineLinks, OnLost
+from megatron_r1.controller.push.engine_links import EngineLinks, OnLost
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine, raise_dead_after
 from megatron_r1.engines.fleet.placement import hosts_address
@@ -101,10 +101,10 @@ class Prober:
             return await asyncio.gather(*calls)
 
 
-def weight_bridge(
+def pusher_of(
     config: Config, trainer: TrainerClient, fleet: RolloutFleet, probes: Sequence[Sequence[int]]
-) -> WeightBridge:
-    """Return the bridge of a run; probes: token ids of the prompts."""
+) -> WeightPusher:
+    """Return the pusher of a run; probes: token ids of the prompts."""
     push, fp8 = config.push, config.push.fp8
     elsewhere = config.rollout.placement == "hosts"
     is_exact = config.model.dtype == config.rollout.dtype == "float32" and not fp8
@@ -121,14 +121,14 @@ def weight_bridge(
         notify=lambda line: fleet.members.notify(line),
     )
     tolerance = push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE)
-    return WeightBridge(fleet, links, Prober(trainer, probes, tolerance, push.timeout_seconds))
+    return WeightPusher(fleet, links, Prober(trainer, probes, tolerance, push.timeout_seconds))
 
 
-class WeightBridge:
+class WeightPusher:
     """Call `open` and the first `push` in a block of `updating`; then each change of the trainer's
     weights in another, with the `push` of the new ones at its end.
 
-    The fleet's `feed` is set to this bridge's: an engine that is replaced, or joins, receives the
+    The fleet's `feed` is set to this pusher's: an engine that is replaced, or joins, receives the
     trainer's weights while those are the version that the other engines have."""
 
     def __init__(self, fleet: RolloutFleet, links: EngineLinks, prober: Prober | None = None):

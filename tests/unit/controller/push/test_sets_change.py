@@ -1,4 +1,4 @@
-"""Sets of engines that die, leave and join while a bridge pushes: the controller's part, trainer
+"""Sets of engines that die, leave and join while a pusher pushes: the controller's part, trainer
 ranks and engine ranks, with clients in the place of vLLM's servers. Oracle: plain slicing."""
 
 import asyncio
@@ -12,8 +12,8 @@ from torch.distributed import TCPStore
 from waiting import PATIENT
 
 from megatron_r1.config.rollout import PushConfig
-from megatron_r1.controller.delivery.bridge import WeightBridge
-from megatron_r1.controller.delivery.engine_links import EngineLinks
+from megatron_r1.controller.push.engine_links import EngineLinks
+from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import ConnectionBroken, EngineDied, PushIncomplete
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
@@ -150,7 +150,7 @@ def make(monkeypatch):
         fleet = Fleet(engine(index) for index in range(count))
         settings = PushConfig(transport="gloo", timeout_seconds=PATIENT)
         links = EngineLinks(trainers[-1], settings, [], SHAPE, notify=lambda line: None)
-        return fleet, WeightBridge(fleet, links), engine
+        return fleet, WeightPusher(fleet, links), engine
 
     yield make
     for trainer in trainers:
@@ -164,29 +164,29 @@ def run(story):
     asyncio.run(story)
 
 
-async def push(bridge, version):
-    async with bridge.updating():
+async def push(pusher, version):
+    async with pusher.updating():
         if version == 1:
-            await bridge.open()
-        await bridge.push(version)
+            await pusher.open()
+        await pusher.push(version)
 
 
 def test_an_engine_that_dies_between_pushes_costs_the_others_a_new_set(make):
     async def story():
-        fleet, bridge, engine = make(3)
-        await push(bridge, 1)
+        fleet, pusher, engine = make(3)
+        await push(pusher, 1)
         clients = [engine.client for engine in fleet.engines]
         clients[1].die()
-        await push(bridge, 2)  # not noticed yet
+        await push(pusher, 2)  # not noticed yet
         assert [index for index, _ in fleet.lost] == [1]
         assert [client.version for client in clients] == [2, 1, 2]
         assert [client.num_connections for client in clients] == [2, 1, 2]
         new = engine(1, is_up=False)
-        async with bridge.feed(new):
+        async with pusher.feed(new):
             assert new.client.version == -1 and new.client.num_connections == 1
             fleet.engines[1], new.is_up = new, True
-        await push(bridge, 3)
-        assert [len(one.engines) for one in bridge.links.sets] == [3]
+        await push(pusher, 3)
+        assert [len(one.engines) for one in pusher.links.sets] == [3]
         assert [e.client.version for e in fleet.engines] == [3, 3, 3]
         of_clients = Counter(
             sender
@@ -194,7 +194,7 @@ def test_an_engine_that_dies_between_pushes_costs_the_others_a_new_set(make):
             for receiver in client.receivers
             for sender in receiver.senders
         )
-        assert bridge.links.num_links == max(of_clients.values())
+        assert pusher.links.num_links == max(of_clients.values())
         assert clients[0].num_reused + clients[2].num_reused >= 4, "memory was allocated again"
 
     run(story())
@@ -202,8 +202,8 @@ def test_an_engine_that_dies_between_pushes_costs_the_others_a_new_set(make):
 
 def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(make, monkeypatch):
     async def story():
-        fleet, bridge, _ = make(3)
-        await push(bridge, 1)
+        fleet, pusher, _ = make(3)
+        await push(pusher, 1)
         clients, count = [engine.client for engine in fleet.engines], []
         packed = SlicesBlock.pack
 
@@ -216,10 +216,10 @@ def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(make, m
 
         loop = asyncio.get_running_loop()
         monkeypatch.setattr(SlicesBlock, "pack", dying)
-        await push(bridge, 2)
+        await push(pusher, 2)
         assert {index for index, _ in fleet.lost} == {2}
         assert [client.version for client in clients[:2]] == [2, 2]
-        await push(bridge, 3)
+        await push(pusher, 3)
         assert [client.version for client in clients[:2]] == [3, 3]
         assert clients[0].num_connections == 2
 
@@ -228,11 +228,11 @@ def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(make, m
 
 def test_an_engine_that_has_left_is_not_waited_for(make):
     async def story():
-        fleet, bridge, _ = make(3)
-        await push(bridge, 1)
+        fleet, pusher, _ = make(3)
+        await push(pusher, 1)
         left = fleet.engines.pop(0)
         left.client.die()
-        await push(bridge, 2)
+        await push(pusher, 2)
         assert fleet.lost == []
         assert [e.client.version for e in fleet.engines] == [2, 2]
 

@@ -11,24 +11,28 @@ import psutil
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
+from megatron_r1.config.rollout import RolloutConfig, TeacherConfig
 from megatron_r1.config.training import DEFAULT_TOKENS
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.hf_config import (
-    head_sizes,
-    key_value_heads,
-    load_config,
-    sparse_layers,
+from megatron_r1.models.hf_config import load_config, sparse_layers
+from megatron_r1.models.memory import (
+    BYTES,
+    checkpoint_bytes,
+    counts_of,
+    engine_bytes,
+    head_bytes,
+    layer_activations,
+    persistent_bytes,
+    reference_bytes,
 )
-from megatron_r1.models.weights import num_parameters
-from megatron_r1.models.weights.adapter_table import num_adapter_parameters
+from megatron_r1.models.weights import Shard, layout, num_parameters
+from megatron_r1.models.weights.adapter_table import adapter_table
+from megatron_r1.models.weights.layout import layout_of
+from megatron_r1.models.weights.table import table
 
-VALUE = {"float32": 4, "bfloat16": 2}
-FP32 = 4
 RANK_BYTES, ENGINE_BYTES, OTHER_BYTES = 500 << 20, 700 << 20, 500 << 20
 """Memory of a trainer rank and of an engine rank without a model, and of the controller with its
 graders: mostly libraries, whose pages processes share."""
-CHUNK_LOGITS = 1 << 24
-"""Logits that the loss head has in memory at once on a CPU (r1_kernels)."""
 MOST_BYTES, FEWEST_TOKENS = 3 << 29, 512
 """Limits of a default micro-batch: its activations and its tokens. Larger ones are not faster.
 SmolLM2-135M cut to 6 layers, 4,096 tokens, one core: 7.0 to 7.5 CPU seconds in micro-batches of
@@ -45,7 +49,7 @@ class CPUMemory:
         that a checkpoint is written from.
     engine_weights: those of the engines, with their receive buffers, and of a teacher's engines.
     others: KV caches, the loss head, processes.
-    per_token: activations of a token of every rank's micro-batch.
+    per_token: activations of a token of every rank's micro-batch, and its states in the head.
     free: free memory before the run."""
 
     weights: int
@@ -102,39 +106,35 @@ def cpu_memory(config: Config, num_ranks: int, *, has_engines: bool) -> CPUMemor
     """Return the memory of a run. num_ranks: trainer ranks, all on this host; has_engines: whether
     engines of the recipe run at the same time as them."""
     hf = read_hf_config(config.model.path, config.model.head)
-    parallel, value = config.parallel, VALUE[config.model.dtype]
-    parameters = num_parameters(hf)
-    # A weight and its gradient are on as many ranks as there are replicas, at most: experts are on
-    # fewer.
-    replicas = num_ranks // (parallel.tensor * parallel.pipeline)
-    lora = config.model.lora
-    trained = num_adapter_parameters(hf, lora) if lora else parameters
-    weights = _trained_bytes(config, trained, replicas)
-    weights += parameters * replicas * value if lora else 0
-    if has_engines and config.uses_reference:
-        weights += trained * value * (replicas + config.checkpoint.asynchronous)
+    parallel, rollout, teacher = config.parallel, config.rollout, config.teacher
+    weights = _state_bytes(config, hf, num_ranks, with_reference=has_engines)
     if has_engines and rules_of(config.rl.algorithm).critic:
-        critic = read_hf_config(config.of_critic().model.path, "score", "critic.path")
-        weights += _trained_bytes(config, num_parameters(critic), replicas)
-    columns = 1 if config.model.head == "score" else hf["vocab_size"]
-    head = 3 * FP32 * CHUNK_LOGITS + 2 * FP32 * columns * hf["hidden_size"]
-    others = OTHER_BYTES + num_ranks * (RANK_BYTES + min(head, 3 * FP32 * DEFAULT_TOKENS * columns))
-    engine_weights, rollout = 0, config.rollout
+        critic = config.of_critic()
+        score = read_hf_config(critic.model.path, "score", "critic.path")
+        weights += _state_bytes(critic, score, num_ranks, with_reference=False)
+    shape = table(hf).head[0].sources[0].shape
+    has_experts, sparse = bool(hf.get("n_routed_experts")), sparse_layers(hf)
+
+    def head(tokens: int) -> int:
+        return head_bytes(shape, config, tokens, on_gpu=False, has_experts=has_experts)[0]
+
+    # A chunk's part is that of any long micro-batch; hidden states grow with the tokens.
+    states = (head(2 * DEFAULT_TOKENS) - head(DEFAULT_TOKENS)) // DEFAULT_TOKENS
+    chunk = head(DEFAULT_TOKENS) - DEFAULT_TOKENS * states
+    others, engine_weights = OTHER_BYTES + num_ranks * (RANK_BYTES + chunk), 0
     if has_engines and rollout.placement == "local":
-        copies = rollout.engines * rollout.data
-        engine_weights = 2 * copies * parameters * VALUE[rollout.dtype]
-        ranks = copies * rollout.tensor * rollout.pipeline
-        others += ranks * (ENGINE_BYTES + (rollout.kv_cache_gib << 30))
-    teacher = config.teacher
+        values = num_parameters(hf, with_mtp=rollout.drafts_by_mtp)
+        engine_weights = round(rollout.engines * rollout.data * engine_bytes(values, rollout.dtype))
+        others += _engines_others(rollout)
     if has_engines and teacher.path and not teacher.url:
-        copies = teacher.engines * teacher.data
-        engine_weights += copies * _num_stored_parameters(teacher.path) * VALUE[teacher.dtype]
-        ranks = copies * teacher.tensor * teacher.pipeline
-        others += ranks * (ENGINE_BYTES + (teacher.kv_cache_gib << 30))
-    kept = activation_bytes(hf, value)
-    if parallel.recompute == "full":  # the inputs of all layers, and the rest of one
-        kept = kept // hf["num_hidden_layers"] + value * hf["num_hidden_layers"] * hf["hidden_size"]
-    per_token = kept * num_ranks // (parallel.tensor * parallel.context)
+        values = _num_stored_parameters(teacher.path)
+        stored = engine_bytes(values, teacher.dtype, receives=False)
+        engine_weights += round(teacher.engines * teacher.data * stored)
+        others += _engines_others(teacher)
+    layers = {kind: layer_activations(hf, config, 1, sparse=kind, local=True) for kind in {*sparse}}
+    kept = sum(layers[kind].kept(parallel) for kind in sparse)
+    working = max(layer.everything - layer.kept(parallel) for layer in layers.values())
+    per_token = num_ranks * (kept + working + states)
     return CPUMemory(
         weights=weights,
         engine_weights=engine_weights,
@@ -144,53 +144,42 @@ def cpu_memory(config: Config, num_ranks: int, *, has_engines: bool) -> CPUMemor
     )
 
 
-def _trained_bytes(config: Config, trained: int, replicas: int) -> int:
-    """Return the bytes on all ranks of `trained` parameters: the parameters, gradients, optimizer
-    state, and buffers for a checkpoint, if they are kept.
+def _engines_others(engines: RolloutConfig | TeacherConfig) -> int:
+    """Return bytes of KV caches and processes of all engines."""
+    ranks = engines.engines * engines.data * engines.tensor * engines.pipeline
+    return ranks * (ENGINE_BYTES + (engines.kv_cache_gib << 30))
 
-    Replicas share the optimizer state, whose moments are fp32 on a CPU (`trainer.construction`).
-    Each replica gathers all master weights and moments for a checkpoint, and writes a part of the
-    weights (`trainer.checkpoints.staging`)."""
-    value = VALUE[config.model.dtype]
-    master = FP32 if config.model.dtype == "bfloat16" else 0
-    num_bytes = trained * (replicas * (value + FP32) + master + 2 * FP32)
+
+def _state_bytes(config: Config, hf: dict, num_ranks: int, *, with_reference: bool) -> int:
+    """Return the bytes on all ranks of a model: parameters, gradients, optimizer state, reference,
+    and buffers for a checkpoint, if they are kept. Moments are fp32 on a CPU
+    (`trainer.construction`)."""
+    parallel, lora = config.parallel, config.model.lora
+    at = Shard(
+        tuple(range(hf["num_hidden_layers"])),
+        mtp=config.model.mtp != "none",
+        tp=(0, parallel.tensor),
+        ep=(0, parallel.expert),
+        etp=(0, parallel.expert_tensor),
+    )
+    adapters = layout_of(adapter_table(hf, lora), at) if lora else None
+    counts = counts_of(layout(hf, at), config.model.mtp, adapters)
+    ranks = num_ranks // parallel.pipeline  # stages have the layers once, all together
+    replicas = ranks // parallel.tensor, ranks // (parallel.expert * parallel.expert_tensor)
+    num_bytes = sum(persistent_bytes(config, counts, replicas, "float32").values())
+    kept = with_reference and config.uses_reference
+    if kept:
+        num_bytes += reference_bytes(config, counts)
     if config.checkpoint.asynchronous:
-        num_bytes += trained * (replicas * 3 * FP32 + value)
-    return num_bytes
+        num_bytes += checkpoint_bytes(config, counts, replicas, with_reference=kept)
+    return num_bytes * ranks
 
 
 def _num_stored_parameters(folder: str) -> int:
     """Return the number of parameters in a model folder of any architecture, by its files' size."""
     hf = load_config(folder, "teacher.path")
-    width = VALUE.get(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16", 2)
+    width = BYTES.get(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16", 2)
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) // width
-
-
-def activation_bytes(hf: dict, value: int) -> int:
-    """Return the bytes that the layers of `models/layers.py` keep of a token for the backward pass,
-    without recomputation. hf: config.json; value: bytes of a number."""
-    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
-    query, out = head_sizes(hf)
-    if rank := hf.get("kv_lora_rank"):
-        latent = 3 * (hf.get("q_lora_rank") or 0) + 3 * rank + hf["qk_rope_head_dim"]
-        # Up-projections; heads with their rotary part; q, k and v in batches of one head size.
-        widest = max(query, out)
-        attention = latent + heads * (2 * query + out + 2 * query + 3 * widest + 2 * out)
-    else:
-        groups = key_value_heads(hf)
-        # The projection; q and k with positions; q, k and v in batches; the output, and its copy.
-        attention = query * (2 * (heads + 2 * groups) + heads + groups + 2 * heads)
-    norms = 4 * hidden
-    dense = 4 * hf["intermediate_size"]  # gate, up, activation, product
-    sparse = sparse_layers(hf)
-    total = len(sparse) * (norms + attention) + (len(sparse) - sum(sparse)) * dense
-    if any(sparse):
-        experts = hf["n_routed_experts"]
-        inner, chosen = hf["moe_intermediate_size"], hf["num_experts_per_tok"]
-        shared = hf.get("n_shared_experts") or 0
-        routed = chosen * (2 * hidden + 4 * inner) + 4 * shared * inner + 4 * experts
-        total += sum(sparse) * routed
-    return total * value
 
 
 def free_bytes() -> int:

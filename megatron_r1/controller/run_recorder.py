@@ -160,7 +160,7 @@ class RunState:
     rewards: dict[str, int] = field(default_factory=dict)
 
 
-class Recorder:
+class RunRecorder:
     """Continues a locked run folder from its newest checkpoint and records the steps that follow.
 
     What a kill left behind (a torn line, a half-written checkpoint, steps after the newest

@@ -1,0 +1,90 @@
+"""The transports of pushes as data, for all who ask what a transport needs; the code of each is a
+module of `push.transports`.
+
+Configuration, plans and the plugin inside vLLM read this table, so it imports nothing. A new
+transport is a row here and its module there."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+BACKEND_PREFIX = "megatron_r1_"
+"""A transport's name after this is its backend for vLLM's --weight-transfer-config."""
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How weights travel from a trainer rank to an engine rank."""
+
+    receiver: str
+    """The engine rank's end, as module.class in `push.transports`."""
+    sender: str
+    """The trainer rank's end, likewise."""
+    memory: Literal["host", "GPU"]
+    """Where an engine rank's receive buffer is."""
+    rate: Literal["host_link", "nvlink", "host_network", "network"]
+    """The rate into an engine rank that a plan assumes: a field of `config.hardware.Hardware`."""
+    link: str
+    """What a plan calls the link of that rate."""
+    one_host: bool = False
+    """Whether trainer ranks write into the memory of engine ranks, which are on the same host."""
+    in_rounds: bool = False
+    """Whether it is a collective: all ranks send together, in planned rounds, through a
+    communicator that refuses two ranks on one GPU."""
+    without_gpu: str = ""
+    """The transport that stands for this one where there is no GPU; "": it needs none."""
+
+    @property
+    def needs_gpu(self) -> bool:
+        return self.memory == "GPU"
+
+    @property
+    def exports_gpu_memory(self) -> bool:
+        """Whether an engine hands memory of its GPU to other processes."""
+        return self.one_host and self.memory == "GPU"
+
+
+TRANSPORTS = {
+    "shm": Transport(
+        "shared_memory.SharedMemoryReceiver",
+        "shared_memory.SharedMemorySender",
+        memory="host",
+        rate="host_link",
+        link="link to the host",
+        one_host=True,
+    ),
+    "cuda_ipc": Transport(
+        "shared_memory.DeviceReceiver",
+        "shared_memory.DeviceSender",
+        memory="GPU",
+        rate="nvlink",
+        link="NVLink",
+        one_host=True,
+        without_gpu="shm",
+    ),
+    "gloo": Transport(
+        "gloo.GlooReceiver",
+        "gloo.GlooSender",
+        memory="host",
+        rate="host_network",
+        link="gloo connection",
+    ),
+    "nccl": Transport(
+        "nccl.NcclReceiver",
+        "nccl.NcclSender",
+        memory="GPU",
+        rate="network",
+        link="network adapter",
+        in_rounds=True,
+        without_gpu="gloo",
+    ),
+}
+"""name -> transport; `push.transport` is one of these names."""
+
+ACROSS_HOSTS = "gloo"
+"""The transport that works between any hosts; a plan for several takes it instead of one for one
+host."""
+
+if TYPE_CHECKING:
+    TransportName = str
+else:
+    TransportName = Literal[tuple(TRANSPORTS)]

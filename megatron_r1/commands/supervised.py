@@ -1,0 +1,129 @@
+"""Training over a data set of examples: the loop of `sft` and `reward-model`, which say what their
+data set, loss and evaluation are."""
+
+import math
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from megatron_r1.base.errors import Cause, TrainerLost, UserError
+from megatron_r1.base.processes.stopping import StopRequest
+from megatron_r1.commands.training_run import Commands, show_trainer, training_run
+from megatron_r1.config import Config
+from megatron_r1.config.training import learning_rate
+from megatron_r1.controller.run_recorder import RunRecorder
+from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.data.sampler import EpochSampler
+from megatron_r1.trainer.sample import Sample
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class SupervisedTask(Generic[Item]):
+    """A data set, its loss and its evaluation.
+
+    batch_size: items per optimizer step.
+    to_samples: tokenizes the items of a batch.
+    loss: as "module:function".
+    unit: as of `TrainerClient.load`.
+    notes: messages about the data and the model, once the trainer has started.
+    evaluate: called before the first step, every `eval.every` steps, and after the last."""
+
+    config: Config
+    sampler: EpochSampler[Item]
+    batch_size: int
+    to_samples: Callable[[list[Item]], list[Sample]]
+    loss: str
+    unit: int = 1
+    notes: Callable[[TrainerClient, bool], Sequence[str]] = lambda trainer, resumed: ()
+    evaluate: Callable[[RunRecorder, TrainerClient], Awaitable[None]] | None = None
+
+
+def with_steps(config: Config, section: Literal["sft", "reward_model"], epoch_size: int) -> Config:
+    """Return the configuration with the `run.steps` that the section's `epochs` amounts to; the
+    last batch may begin another epoch. Raises UserError where the recipe sets another number."""
+    settings = getattr(config, section)
+    if settings.epochs is None:
+        return config
+    # The rounding: 0.1 x 30 must not become 4 batches of one.
+    num_examples = round(settings.epochs * epoch_size, 6)
+    steps = max(1, math.ceil(num_examples / settings.batch_size))
+    if "steps" in config.run.model_fields_set and config.run.steps != steps:
+        raise UserError(
+            f"{section}.epochs: {settings.epochs:g} epochs of {epoch_size:,} examples are "
+            f"{steps:,} batches, and run.steps is {config.run.steps:,}; leave one of them out",
+            key=f"{section}.epochs",
+            cause=Cause.CONFLICT,
+        )
+    return config.with_changes(run={"steps": steps})
+
+
+async def train(
+    task: SupervisedTask, title: str, facts: Sequence[str], next_commands: Commands = ()
+) -> None:
+    """Train for `run.steps` batches; after the loss of trainer ranks again, from the newest
+    checkpoint. Arguments and errors are those of `training_run`."""
+    start = task.sampler.state_dict()
+    async with training_run(task.config, title, facts, next_commands) as running:
+        if running is None:
+            return
+        recorder, trainer = running.recorder, running.trainer
+        recorder.view.phase("starting trainer")
+        await trainer.connect()
+        show_trainer(recorder, trainer)
+        for note in task.notes(trainer, recorder.resumed):
+            recorder.view.message(note)
+        while True:
+            try:
+                if recorder.resumed:
+                    await recorder.load(trainer, reference=False)
+                task.sampler.load_state_dict(recorder.state.sampler or start)
+                return await _steps(task, recorder, trainer, running.stop)
+            except TrainerLost as lost:
+                await running.supervisor.restart_trainer(lost)
+
+
+async def _steps(
+    task: SupervisedTask, recorder: RunRecorder, trainer: TrainerClient, stop: StopRequest
+) -> None:
+    """Take the steps that are left, or those until a stop is requested."""
+    state, steps = recorder.state, task.config.run.steps
+    evaluation, checkpoint = task.config.eval, task.config.checkpoint
+    if task.evaluate and not recorder.resumed:
+        await task.evaluate(recorder, trainer)
+    while state.step < steps:
+        recorder.view.phase("train")
+        await _step(task, recorder, trainer)
+        is_last, is_stopping = state.step == steps, stop.requested
+        is_due = evaluation.every and state.step % evaluation.every == 0
+        if task.evaluate and (is_last or is_due):
+            await task.evaluate(recorder, trainer)
+        if is_last or is_stopping or state.step % checkpoint.every == 0:
+            await recorder.save(trainer)
+        if is_stopping:
+            return
+
+
+async def _step(task: SupervisedTask, recorder: RunRecorder, trainer: TrainerClient) -> None:
+    """Take one optimizer step on the next batch, and record it."""
+    state, config = recorder.state, task.config
+    batch = task.to_samples(task.sampler.next(task.batch_size))
+    start = time.perf_counter()
+    state.step += 1
+    state.optimizer_step += 1
+    rate = learning_rate(config.optimizer, state.step, config.run.steps)
+    metrics = await trainer.load([batch], unit=task.unit)
+    metrics |= await trainer.update(0, task.loss, None, rate)
+    seconds = time.perf_counter() - start
+    metrics["trainer/restarts"] = trainer.num_restarts
+    metrics |= await recorder.checkpoints.completed(trainer)
+    metrics |= {
+        "learning_rate": rate,
+        "time/train": seconds,
+        "time/step": seconds,
+        "tokens_per_second": sum(len(sample) for sample in batch) / seconds,
+    }
+    recorder.step({"step": state.step, **metrics}, [])
+    state.sampler = task.sampler.state_dict()

@@ -1,0 +1,81 @@
+"""The engines as the RL loop uses them: they sample each step's rollout and get its weights.
+
+What an engine computes from pushed weights counts only when it has proved that it computes what
+the trainer does; it does so while it samples the next rollout."""
+
+from contextlib import AbstractAsyncContextManager
+
+from megatron_r1.controller.push.pusher import WeightPusher
+from megatron_r1.controller.rollouts.rollout import Rollout
+from megatron_r1.controller.rollouts.step_sampler import StepRollout, StepSampler
+from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.engines.fleet.engine import AcceptanceMeter
+from megatron_r1.trainer.operations import ModelOperations
+
+
+class PolicyEngines:
+    """Samples with the policy's weights and pushes them; `pusher` connects trainer and engines."""
+
+    def __init__(self, trainer: TrainerClient, pusher: WeightPusher, sampler: StepSampler):
+        self.trainer, self.pusher, self.sampler = trainer, pusher, sampler
+        self._rollout_config = sampler.config.rollout
+        self._taken: StepRollout | None = None
+        self._acceptance = AcceptanceMeter()
+        self._push_metrics: dict[str, float] = {}
+        self._probe_metrics: dict[str, float] = {}
+        """Of the push before, whose weights the step's rollout is sampled from."""
+        self._draft_metrics: dict[str, float] = {}
+
+    async def open(self, version: int) -> None:
+        """Connect trainer and engines, and push the weights that the trainer begins with."""
+        async with self.updating():
+            await self.pusher.open()
+            await self.push(version)
+
+    def updating(self) -> AbstractAsyncContextManager[None]:
+        """Keep engines from joining while the block changes the trainer's weights and pushes them:
+        an engine that joined would get weights between two versions."""
+        return self.pusher.updating()
+
+    async def rollout(self, step: int) -> Rollout:
+        """Return the rollout of `step`, which may have begun before."""
+        self.sampler.begin(step)
+        await self.prove()  # while they sample
+        self._taken = await self.sampler.take(step)
+        if self._rollout_config.speculative.method != "none":
+            self._draft_metrics = await self._acceptance.read(self.sampler.collector.fleet.engines)
+        return self._taken.rollout
+
+    async def push(self, version: int) -> None:
+        """Send the trainer's weights to every engine, as `version`; what these compute counts once
+        `prove` has returned. Call it in a block of `updating`."""
+        if self._rollout_config.colocated:
+            await self.trainer.call(ModelOperations.yield_memory)
+        self._push_metrics = await self.pusher.push(version)
+        self.sampler.pushed(version)
+
+    async def prove(self) -> None:
+        """Wait until the engines have answered the probes of the last push. Raises EngineError if
+        one computes something else than the trainer."""
+        self._probe_metrics = await self.pusher.proven()
+        self.sampler.proven()
+
+    @property
+    def taken(self) -> StepRollout:
+        """The newest step's rollout, with the state of the sampler after it."""
+        assert self._taken is not None, "rollout() comes first"
+        return self._taken
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers of engines and pushes."""
+        return {
+            **self.sampler.collector.fleet.metrics(),
+            **self._push_metrics,
+            **self._probe_metrics,
+            **self._draft_metrics,
+        }
+
+    async def close(self) -> None:
+        """Release the engines that wait for weights, and cancel what is being sampled."""
+        self.pusher.close()
+        await self.sampler.close()

@@ -1,0 +1,307 @@
+"""Bytes of memory that training and sampling take: of a parameter, a token, a chunk of logits.
+
+The planner, the estimate for hosts without GPUs, `init`, `check-model` and `rl --dry-run` count
+with these functions. No torch.
+
+Activations are counted as by Korthikanti et al. (arXiv 2205.05198, section 4.1): every tensor that
+an operation needs in the backward pass, once; here for multi-head latent attention, routed experts
+and flash attention, which keeps its output and one fp32 number per head and token instead of
+scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import add
+from typing import TYPE_CHECKING
+
+from megatron_r1.config import Config, ParallelConfig
+from megatron_r1.models.hf_config import head_sizes, key_value_heads
+
+if TYPE_CHECKING:
+    from megatron_r1.models.weights.layout import LayoutEntry
+
+BYTES = {"float32": 4, "bfloat16": 2}
+FP32 = 4
+# Of r1_kernels.linear_head; not imported, as that would import torch.
+GPU_CHUNK_TOKENS = 8192
+GPU_CHUNK_ELEMENTS = 1 << 27
+CPU_CHUNK_ELEMENTS = 1 << 24
+_INSIDE_MOE = {"moe_act", "shared_experts"}
+
+
+@dataclass(frozen=True)
+class ParameterBytes:
+    """Bytes of one trained parameter. value, gradient: on every replica; optimizer: master copy and
+    moments, on one replica."""
+
+    value: int
+    optimizer: int
+    gradient: int = FP32
+
+    @property
+    def whole(self) -> int:
+        return self.value + self.gradient + self.optimizer
+
+
+def parameter_bytes(dtype: str, moments: str = "float32") -> ParameterBytes:
+    """Return the bytes of one trained parameter: two moments, and an fp32 copy of a bf16 one."""
+    master = FP32 if dtype == "bfloat16" else 0
+    return ParameterBytes(BYTES[dtype], master + 2 * BYTES[moments])
+
+
+def engine_bytes(values: float, dtype: str, *, receives: bool = True) -> float:
+    """Return bytes of `values` engine weights, with the receive buffer of pushes (docs/push.md)."""
+    return values * BYTES[dtype] * (1 + receives)
+
+
+def cache_bytes_per_token(hf: dict, value: int = 2, mtp_layers: int = 0) -> int:
+    """Return KV cache bytes of one token in all layers, with those that draft.
+
+    Latent attention caches the latent and the rotary key once for all heads (70,272 B for
+    DeepSeek-V3 in bf16, as published: arXiv 2505.09343, table 1)."""
+    if hf.get("kv_lora_rank"):
+        values = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
+    else:
+        values = key_value_heads(hf) * sum(head_sizes(hf))
+    return (hf["num_hidden_layers"] + mtp_layers) * values * value
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of values on a rank.
+
+    dense, expert: trained parameters, by the group that reduces their gradients; frozen: not
+    trained, with model.lora all but the adapters; dense_padded, expert_padded: with every parameter
+    padded to a multiple of 64, as in Megatron's gradient buffers (param_and_grad_buffer.py,
+    _pad_start_of_param_if_needed); buffers: fp32 values that are not parameters.
+    """
+
+    dense: int = 0
+    expert: int = 0
+    frozen: int = 0
+    dense_padded: int = 0
+    expert_padded: int = 0
+    buffers: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*map(add, vars(self).values(), vars(other).values()))
+
+    def __mul__(self, times: int) -> Counts:
+        return Counts(*(value * times for value in vars(self).values()))
+
+    @property
+    def trained(self) -> int:
+        return self.dense + self.expert
+
+    @property
+    def parameters(self) -> int:
+        return self.trained + self.frozen
+
+
+def counts_of(
+    entries: Mapping[str, LayoutEntry],
+    mtp: str,
+    adapters: Mapping[str, LayoutEntry] | None = None,
+) -> Counts:
+    """Return the counts of a rank's layout. mtp: `model.mtp`; adapters: the layout of what alone is
+    trained, if there is one."""
+
+    def count(name: str, entry: LayoutEntry) -> Counts:
+        values = math.prod(entry.shape)
+        if entry.dtype:
+            return Counts(buffers=values)
+        if name.startswith("mtp.") and mtp == "frozen":
+            return Counts(frozen=values)
+        padded = -(-values // 64) * 64
+        if entry.expert:
+            return Counts(expert=values, expert_padded=padded)
+        return Counts(dense=values, dense_padded=padded)
+
+    counts = sum((count(*item) for item in entries.items()), Counts())
+    if adapters is None:
+        return counts
+    frozen = Counts(frozen=counts.parameters, buffers=counts.buffers)
+    return frozen + counts_of(adapters, mtp)
+
+
+def persistent_bytes(
+    config: Config, counts: Counts, replicas: tuple[int, int], moments: str
+) -> dict[str, int]:
+    """Return bytes of parameters, gradients and optimizer state on a rank.
+
+    DDP's buffers pad each parameter to 64 values and the whole to a multiple of 128 and of the
+    number of replicas; the optimizer state is sharded over the replicas. replicas: of dense and of
+    expert parameters; moments: their dtype on this device."""
+    each = parameter_bytes(config.model.dtype, moments)
+    dense, expert = _padded(counts, replicas)
+    shared = dense / replicas[0] + expert / replicas[1]
+    values = dense + expert + counts.frozen
+    return {
+        "parameters": values * each.value + FP32 * counts.buffers,
+        "gradients": (dense + expert) * each.gradient,
+        "optimizer": round(shared * each.optimizer),
+    }
+
+
+def checkpoint_bytes(
+    config: Config, counts: Counts, replicas: tuple[int, int], *, with_reference: bool
+) -> int:
+    """Return bytes of a rank's host buffers for checkpoints (`trainer.checkpoints.staging`).
+
+    Every replica gathers the optimizer's fp32 master weights and moments of the rank's whole part;
+    replicas share the weights, which the reference doubles."""
+    written = counts.dense / replicas[0] + counts.expert / replicas[1]
+    if config.model.lora is None:  # frozen MTP layers; next to adapters nothing frozen is written
+        written += counts.frozen / replicas[0]
+    num_bytes = (1 + with_reference) * written * BYTES[config.model.dtype]
+    return 3 * FP32 * sum(_padded(counts, replicas)) + round(num_bytes)
+
+
+def reference_bytes(config: Config, counts: Counts) -> int:
+    """Return bytes of a rank's reference: of all that may change, so not of frozen weights under
+    adapters."""
+    changing = counts.parameters if config.model.lora is None else counts.trained
+    return changing * BYTES[config.model.dtype] + FP32 * counts.buffers
+
+
+def _padded(counts: Counts, replicas: tuple[int, int]) -> tuple[int, int]:
+    """Return the values in the gradient buffers of dense and of expert parameters."""
+    multiples = (math.lcm(each, 128) for each in replicas)
+    sizes = (counts.dense_padded, counts.expert_padded)
+    dense, expert = (-(-n // m) * m for n, m in zip(sizes, multiples, strict=True))
+    return dense, expert
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Bytes of one layer and one micro-batch, by the module whose recomputation frees them.
+
+    always: kept unless recomputation is full; input: the layer's input; dispatch: buffers of the
+    token exchange while the layer runs."""
+
+    input: int
+    always: int
+    modules: dict[str, int]
+    dispatch: int
+
+    @property
+    def everything(self) -> int:
+        return self.input + self.always + sum(self.modules.values())
+
+    def kept(self, parallel: ParallelConfig) -> int:
+        """Return the bytes kept from the forward pass to the backward pass."""
+        if parallel.recompute == "full":
+            return self.input
+        dropped = set(parallel.recompute_modules if parallel.recompute == "selective" else ())
+        if "moe" in dropped:
+            dropped |= _INSIDE_MOE
+        kept = (size for name, size in self.modules.items() if name not in dropped)
+        return self.input + self.always + sum(kept)
+
+    def working(self, parallel: ParallelConfig) -> int:
+        """Return the bytes added during its backward pass, by recomputation and dispatch."""
+        return self.everything - self.kept(parallel) + self.dispatch
+
+
+def layer_activations(
+    hf: dict,
+    config: Config,
+    tokens: float,
+    *,
+    sparse: bool,
+    imbalance: float = 1.0,
+    local: bool = False,
+) -> Layer:
+    """Return the activations of a decoder layer on a rank.
+
+    Two token counts: `split` tokens if sequence parallelism divides the sequence over the
+    tensor-parallel ranks (norms, residuals, latents, routed experts), `whole` if a rank has all
+    tokens and its part of heads or features.
+
+    Args:
+        hf: the model's `config.json`.
+        config: the recipe, for layout and dtype.
+        tokens: of the micro-batch.
+        sparse: whether the layer has routed experts, not a dense MLP.
+        imbalance: tokens of the busiest rank's experts, over the mean.
+        local: whether the layers are those without Transformer Engine (`models/layers.py`), which
+            keep more: unfused products, copies of queries, keys and values in batches.
+    """
+    parallel, value = config.parallel, BYTES[config.model.dtype]
+    tensor, more = parallel.tensor, int(local)
+    whole = tokens / parallel.context
+    divides = parallel.splits_sequences(bool(hf.get("n_routed_experts")))
+    split = whole / tensor if divides else whole
+    hidden, heads = hf["hidden_size"], hf["num_attention_heads"] / tensor
+    head, out = head_sizes(hf)
+    modules = {"layernorm": 2 * hidden * split * value}
+    always = hidden * split * value  # the residual between attention and MLP
+    if key := hf.get("kv_lora_rank"):
+        query = hf.get("q_lora_rank") or 0
+        latents = ((2 + more) * (query + key) + hf["qk_rope_head_dim"]) * split
+        always += (latents + heads * out * whole) * value
+        # Local layers: the heads' rotary part; q, k and v in batches of one head size.
+        copies = more * (2 * head + out + 3 * max(head, out))
+        modules["mla_up_proj"] = heads * (2 * head + out + copies) * whole * value
+    else:
+        # With fewer key and value heads than ranks, several ranks have the same one.
+        groups = max(key_value_heads(hf), tensor) / tensor
+        # Local layers: q and k before and after their positions; q, k and v in batches.
+        always += (2 + 3 * more) * (heads + groups) * head * whole * value
+    modules["core_attn"] = 4 * heads * whole
+    dispatch = 0.0
+    if sparse:
+        routed, inner = hf["num_experts_per_tok"] * split, hf["moe_intermediate_size"]
+        at_expert = routed * imbalance * parallel.expert_tensor
+        inner_local = inner / parallel.expert_tensor
+        scores = (3 + more) * FP32 * hf["n_routed_experts"] * split
+        kept = (1 + more) * hidden + (2 + more) * inner_local
+        modules["moe"] = at_expert * kept * value + scores
+        modules["moe_act"] = at_expert * inner_local * value
+        shared = inner * (hf.get("n_shared_experts") or 0)
+        modules["shared_experts"] = (3 + more) * shared / tensor * whole * value
+        # The sent and the received tokens, sorted by expert, exist at once.
+        dispatch = 2 * at_expert * hidden * value
+    else:
+        modules["mlp"] = (3 + more) * hf["intermediate_size"] / tensor * whole * value
+    rounded = {name: round(num_bytes) for name, num_bytes in modules.items()}
+    return Layer(round(hidden * split * value), round(always), rounded, round(dispatch))
+
+
+def head_bytes(
+    shape: tuple[int, ...], config: Config, tokens: float, *, on_gpu: bool, has_experts: bool
+) -> tuple[int, str]:
+    """Return (bytes, formula) of a rank's fused loss head (docs/kernels.md).
+
+    One chunk of fp32 logits and one of their gradient; the hidden states and their gradient, whole
+    along the sequence; the weight's gradient in fp32 while it is summed over chunks, and in the
+    parameter's dtype for the optimizer; on a CPU an fp32 copy of a bf16 weight, for its products.
+    In fp32 each gradient takes no second place. Measured on a CPU, 49,152 columns of 576: 0.20 GB
+    in fp32, 0.42 to 0.47 in bf16. A score head has states in fp32 for the product and its gradient.
+
+    Args:
+        shape: (outputs, features) of the head.
+        config: the recipe, for layout and dtype.
+        tokens: of the micro-batch.
+        on_gpu: whether chunks are those of a GPU.
+        has_experts: of the model.
+    """
+    (outputs, hidden), parallel = shape, config.parallel
+    rows, value = int(tokens) // parallel.context, BYTES[config.model.dtype]
+    if outputs == 1:
+        rows //= parallel.tensor if parallel.splits_sequences(has_experts) else 1
+        return rows * hidden * 8, f"{rows} x {hidden} states x (4 + 4) B"
+    columns = -(-outputs // parallel.tensor)
+    most = max(GPU_CHUNK_TOKENS, GPU_CHUNK_ELEMENTS // columns)
+    chunk = min(rows, most if on_gpu else max(16, CPU_CHUNK_ELEMENTS // columns))
+    width = FP32 if value == FP32 else FP32 + value
+    num_bytes = chunk * columns * width + rows * hidden * 2 * value
+    formula = f"{chunk} x {columns} logits x {width} B + {rows} x {hidden} states x {2 * value} B"
+    if not on_gpu and value != FP32:
+        num_bytes += columns * hidden * FP32
+    if config.model.lora is not None:
+        return num_bytes, formula  # the head is frozen
+    formula += f" + {columns} x {hidden} weight gradient x {width} B"
+    return num_bytes + columns * hidden * width, formula

@@ -1,0 +1,54 @@
+"""Verdicts of the math reward and of math-verify on labelled pairs of a truth and an answer.
+
+A line of FILE is {"truth": …, "answer": …, "reward": 0 or 1}. Our answer stands in `<answer>` tags.
+math-verify gets both sides as formulae between dollar signs, with its default extraction, and is
+right where its verdict is the label; `--plain` gives it both as they are.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from r1_grading import grade
+
+
+def add_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("file", type=Path, metavar="FILE", help="JSONL: truth, answer, reward")
+    options.add_argument("--plain", action="store_true", help="no dollar signs for math-verify")
+    options.add_argument("--show", action="store_true", help="print each wrong verdict of ours")
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Return, for each of the two, how many verdicts are right, and which wrong answers it pays."""
+    lines = chosen.file.read_text(encoding="utf-8").split("\n")
+    pairs = [json.loads(line) for line in lines if line.strip()]
+    result: dict[str, Any] = {"pairs": len(pairs), "plain": chosen.plain}
+    print(f"{len(pairs)} pairs, {sum(pair['reward'] == 0 for pair in pairs)} of them wrong answers")
+    for name, verdict in (("math", _ours), ("math-verify", _math_verify(chosen.plain))):
+        verdicts = [verdict(str(pair["truth"]), str(pair["answer"])) for pair in pairs]
+        wrong = [pair for pair, paid in zip(pairs, verdicts, strict=True) if paid != pair["reward"]]
+        paid = [pair for pair in wrong if not pair["reward"]]
+        result[name] = {"right": len(pairs) - len(wrong), "paid_although_wrong": len(paid)}
+        print(f"  {name:12} right in {len(pairs) - len(wrong)}, pays {len(paid)} wrong answers")
+        for pair in wrong if chosen.show and name == "math" else ():
+            print(f"    label {pair['reward']}: {pair['answer']!r} for {pair['truth']!r}")
+    return result
+
+
+def _ours(truth: str, answer: str) -> bool:
+    return grade("math", f"<answer>{answer}</answer>", truth).reward == 1.0
+
+
+def _math_verify(plain: bool) -> Callable[[str, str], bool]:
+    from math_verify import parse, verify  # imports sympy, which takes a second
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+
+    def verdict(truth: str, answer: str) -> bool:
+        expected, given = (parse(text if plain else f"${text}$") for text in (truth, answer))
+        return verify(expected, given)
+
+    return verdict
