@@ -70,11 +70,14 @@ class PaperTable(Section):
         for name, row in self.rows.items():
             for column in (*row.published, *row.ours):
                 if column not in self.columns:
-                    raise ValueError(f"rows.{name}: {column} is none of {', '.join(self.columns)}")
+                    known = ", ".join(self.columns)
+                    raise ValueError(f"rows.{name}: {column} is not one of {known}")
         for comparison in self.compare:
             for name in (comparison.above, comparison.below):
                 if name not in self.rows or comparison.column not in self.rows[name].ours:
-                    raise ValueError(f"compare: row {name} has no {comparison.column} of ours")
+                    raise ValueError(
+                        f"compare: row {name} has no {comparison.column} among our figures"
+                    )
         return self
 
     @property

@@ -196,7 +196,7 @@ def policy_loss(
         entropy: (T,), nats, for a bonus of entropy_coef · entropy.
         entropy_coef: the weight of that bonus.
         ratio_level: "token", or "sequence" (GSPO).
-        average: "token" or "sequence", see `averaging.Averaging.weights`.
+        average: "token" or "sequence", see `Averaging.weights`.
         denominator: the number, above 0, that the sum is divided by; 1 gives the sum; None: Σ mask,
             or with average "sequence" the number of responses with an unmasked token.
         cu_seqlens: (S + 1,) integers, the borders of the responses from 0 to T, for ratio_level or

@@ -72,7 +72,7 @@ def _token_logprobs(logits, targets, inplace: bool = False):
 def _rows(
     call: Callable, ours: Callable, plain: Callable, computes: str = ""
 ) -> tuple[Implementation, ...]:
-    """Return ours and the baselines. plain: a function of eager.py; computes: of the baselines."""
+    """Return ours and the baselines. plain: of reference.py; computes: of the baselines."""
     # One specialized graph for this call, as a training step would have.
     compiled = partial(torch.compile, plain, dynamic=False)
     return (

@@ -2,9 +2,9 @@
 
 `LossSettings` and `TokenSettings` reach a step's loss and its token advantages on trainer ranks.
 The mathematics of each is in `controller/algorithms/`, in the file of its name or in
-`grpo_variants.py`, whose docstring gives the source of the values here. An estimator of the user's
+`grpo.py`, whose docstring gives the source of the values here. An estimator of the user's
 own has both in one module (docs/algorithms.md). `RLConfig` makes `LossSettings` and
-`TokenSettings`; `trainer.wire` carries them as mappings of their names."""
+`TokenSettings`; `trainer.operations` carries them as mappings of their names."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields

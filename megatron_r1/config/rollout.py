@@ -194,7 +194,7 @@ class VerifiersConfig(Section):
     """An environment of the package verifiers, which runs in a Python of its own."""
 
     python: str = ".venv-agents/bin/python"
-    """the Python that has verifiers; `make agents` makes this one"""
+    """the Python that has verifiers; in a checkout `make agents` makes this one"""
     taskset: str = ""
     """id of the taskset, a module that this Python can import"""
     taskset_options: dict[str, Any] = Field(default_factory=dict)

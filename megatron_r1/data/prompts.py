@@ -163,7 +163,7 @@ def load_prompts(
         reward. A question or truth that no row has by that name is found by its usual names
         (`columns`). A question may be a chat that ends with the user's message.
     columns: our name → the file's.
-    where: rows are kept that meet these conditions (`where`).
+    where: rows are kept that meet these conditions (`records.RowFilter`).
     no_truth: truths that are none; their rows are left out.
     bad_rows: what becomes of rows whose question or truth cannot be used.
     task: a reasoning-gym dataset, generated with `parameters` and `seed`. Without `kind` (or with

@@ -222,7 +222,7 @@ def _check_conditions(where: Conditions, key: str = "data.where") -> None:
             if name not in CONDITION_KEYS:
                 near = did_you_mean(str(name), CONDITION_KEYS, "{}")
                 raise UserError(
-                    f"{place}: {name!r} is none of {', '.join(CONDITION_KEYS)}{near}; nested "
+                    f"{place}: {name!r} is not one of {', '.join(CONDITION_KEYS)}{near}; nested "
                     f"columns are written {column}.{name}",
                     key=place,
                     cause=Cause.UNKNOWN,

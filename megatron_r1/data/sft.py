@@ -86,7 +86,7 @@ def load_examples(
     Args:
         path: of a file or data set.
         columns: our name → the file's.
-        where: conditions that rows must meet (`where.RowFilter`).
+        where: conditions that rows must meet (`records.RowFilter`).
         report: counts the rows.
 
     Raises:

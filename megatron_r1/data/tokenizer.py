@@ -47,7 +47,7 @@ def load_tokenizer(folder: str, key: str) -> Any:
                 cause=Cause.UNSUPPORTED,
             )
         raise UserError(
-            f"{key}: {folder} has no tokenizer ({FILES[0]}); give a folder with one, beside "
+            f"{key}: {folder} has no tokenizer ({FILES[0]}); give a folder with one, next to "
             "config.json and the weights",
             key=key,
             cause=Cause.NOT_FOUND,

@@ -88,7 +88,7 @@ def rope_scaling(hf: dict) -> dict[str, Any] | None:
 
 
 def yarn_scaling(hf: dict) -> dict[str, Any] | None:
-    """Return the arguments of `rotary.set_yarn`, or None without YaRN; latent attention has it in
+    """Return the arguments of `patches.set_yarn`, or None without YaRN; latent attention has it in
     Megatron's own fields."""
     if model_family(hf).latent or (rope := _rope(hf))["rope_type"] != "yarn":
         return None

@@ -274,7 +274,7 @@ def _recompute_fields(parallel: ParallelConfig, fields: Mapping[str, Any]) -> di
     for module in modules:
         if module not in RECOMPUTABLE:
             raise UserError(
-                f"parallel.recompute_modules: {module!r} is none of {', '.join(RECOMPUTABLE)}",
+                f"parallel.recompute_modules: {module!r} is not one of {', '.join(RECOMPUTABLE)}",
                 key="parallel.recompute_modules",
                 cause=Cause.UNKNOWN,
             )

@@ -189,7 +189,7 @@ def _check_transformer_engine(fp8: FP8Config) -> None:
     except ImportError:
         raise UserError(
             f"fp8.recipe={fp8.recipe} needs Transformer Engine, which does not import here; "
-            "install it (make setup-cuda), or use fp8.recipe=none",
+            "install it (docs/gpu.md; in a checkout: make setup-cuda), or use fp8.recipe=none",
             key="fp8.recipe",
             cause=Cause.NOT_INSTALLED,
         ) from None

@@ -382,8 +382,8 @@ def rope_parameters(hf: dict) -> dict:
             if name in outside and name in new:
                 remedy = "transformers and vLLM read the latter: remove the former, if so meant"
             raise UserError(
-                f"config.json: {name}={value!r} beside rope_parameters with {name}={rope[name]!r}; "
-                + remedy,
+                f"config.json: {name}={value!r} next to rope_parameters with "
+                f"{name}={rope[name]!r}; " + remedy,
                 key=name,
                 cause=Cause.CONFLICT,
             )

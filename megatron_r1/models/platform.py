@@ -174,8 +174,8 @@ def uses_transformer_engine() -> bool:
     except (ImportError, OSError) as error:  # OSError: a library that its extension links against
         raise UserError(
             f"there is a GPU, but Transformer Engine does not import ({error}): install it, built "
-            "for this torch (make setup-cuda), or hide the GPU with "
-            "CUDA_VISIBLE_DEVICES= to train on the CPU",
+            "for this torch (docs/gpu.md; in a checkout: make setup-cuda), or hide the GPU "
+            "with CUDA_VISIBLE_DEVICES= to train on the CPU",
             key="transformer_engine",
             cause=Cause.NOT_INSTALLED,
         ) from error

@@ -123,7 +123,7 @@ class _PrefixAttention(torch.autograd.Function):
         out, grad (t, h, e).
 
         Both parts compute their gradients with the joint `out` and `lse` (equations:
-        `ring_attention`), and these add up; a prefix's keys and values get those of all its
+        `context_parallel`), and these add up; a prefix's keys and values get those of all its
         segments."""
         query, key, value, out, lse = ctx.saved_tensors
         segments, buckets = ctx.segments, ctx.segments.buckets

@@ -64,7 +64,7 @@ class PipelinePlan:
     """The stages of a pipeline for one seed.
 
     path: the recipe's. folder: the folder with this seed's stages. broken: stage → why its settings
-    cannot be read; `check.check` raises an error with all of them."""
+    cannot be read; checking the plan raises an error with all of them."""
 
     path: Path
     folder: Path

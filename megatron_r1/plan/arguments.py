@@ -166,7 +166,7 @@ def _prompt_tokens(
         room = context_length(config) - config.rollout.max_response_tokens
     if chosen.prompt_tokens is not None and chosen.prompt_tokens > room:
         raise UserError(
-            f"--prompt-tokens: {chosen.prompt_tokens} do not fit beside a response, there is room "
+            f"--prompt-tokens: {chosen.prompt_tokens} do not fit next to a response, there is room "
             f"for {room}; lower it, or raise {key}",
             key="--prompt-tokens",
             cause=Cause.TOO_LARGE,

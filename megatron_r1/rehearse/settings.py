@@ -55,7 +55,7 @@ class PreflightConfig(Section):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if name and name not in HARDWARE:
-            raise ValueError(f"preflight.hardware: {name} is none of {', '.join(HARDWARE)}")
+            raise ValueError(f"preflight.hardware: {name} is not one of {', '.join(HARDWARE)}")
         return name
 
 

@@ -173,7 +173,7 @@ def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTe
 def explained_variance(metrics: dict[str, float]) -> float:
     """Return 1 - Var(R - V) / Var(R), and 0 for equal returns.
 
-    metrics: the moments among the metrics of `value_loss`, reduced over all ranks; they are
+    metrics: the moments among the metrics of the value loss, reduced over all ranks; they are
     removed."""
     smallest = EQUAL_RETURNS**2 * metrics["return_squared"]
     returns, errors = (

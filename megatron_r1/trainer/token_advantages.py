@@ -190,7 +190,7 @@ class WholeResponses:
         return whole[held_positions(self._cu_seqlens, self._rank, self._ranks)]
 
     def token_rewards(self, kl_beta: float) -> Tensor:
-        """Return `returns.penalized_rewards`, (T,).
+        """Return `penalized_rewards`, (T,).
 
         Args:
             kl_beta: the weight of the penalty; above 0 it needs logprobs["old"] and ["ref"]."""

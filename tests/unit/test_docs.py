@@ -88,3 +88,49 @@ def test_short_names_of_modules_exist():
         return not is_one or path.exists() or path.with_suffix(".py").exists()
 
     assert wrong_in_pages(r"`((?:\w+/)+\w+(?:\.py)?/?)`", is_right) == []
+
+
+def test_files_in_folders_of_ours_exist():
+    """`transports/gloo.py` in a document is a file in a folder of this repository."""
+    tracked = [path for folder in FOLDERS.split("|") for path in (ROOT / folder).rglob("*.py")]
+    names = ["/" + path.relative_to(ROOT).as_posix() for path in tracked]
+    folders = {path.parent.name for path in tracked}
+
+    def is_right(page, short):
+        return short.split("/")[0] not in folders or any(n.endswith("/" + short) for n in names)
+
+    assert wrong_in_pages(r"`((?:\w+/)+\w+\.py)\b", is_right) == []
+
+
+def test_dotted_names_of_modules_exist():
+    """`trainer.operations` in a docstring, a comment or a document is a module or a name of one."""
+    # Packages that share their name with no section of a recipe.
+    rooms = "base|commands|controller|engines|evaluation|models|plan|rehearse|reporting|trainer"
+
+    def exists(path, dotted):
+        if not path.is_relative_to(ROOT):
+            return False
+        for part in dotted.split("."):
+            if (path / part).is_dir() or (path / f"{part}.py").is_file():
+                path /= part
+                continue
+            source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            return source.is_file() and bool(
+                re.search(rf"\b{part}\b", source.read_text(encoding="utf-8"))
+            )
+        return True
+
+    folders = ("megatron_r1", "kernels", "tools")
+    modules = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    wrong, found = [], 0
+    for file in [*PAGES, *modules]:
+        # A name with "(" is a call of an object's method.
+        pattern = rf"`((?:{rooms})(?:\.\w+)+)(?![\w(])"
+        for name in re.findall(pattern, file.read_text(encoding="utf-8")):
+            found += 1
+            is_file = name.endswith((".json", ".jsonl", ".py", ".yaml"))
+            below = [ROOT / "megatron_r1", ROOT / "megatron_r1/push", *file.parents]
+            if not is_file and not any(exists(base, name) for base in below):
+                wrong.append(f"{file.relative_to(ROOT)}: {name}")
+    assert found > 50
+    assert wrong == []

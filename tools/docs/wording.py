@@ -1,7 +1,8 @@
 """Find wordings that have a plainer form: `python tools/docs/wording.py [PATH …]`, in `make lint`.
 
-Reads the pages (all but CHANGELOG.md, which keeps what was written) and the comments and docstrings
-of the Python files. Code blocks, `quoted code` and strings that a program prints are left alone."""
+Reads the pages (all but CHANGELOG.md, which keeps what was written), the comments of the examples'
+YAML and sbatch files, and of the Python files outside tests the messages that they raise; and the
+comments and docstrings of all Python files. Code blocks and `quoted code` are left alone."""
 
 import ast
 import io
@@ -9,7 +10,7 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # What is found -> what to write instead.
@@ -46,6 +47,24 @@ def in_page(text: str) -> Iterator[tuple[int, str, str]]:
     yield from found(prose, PLAIN | PLAIN_PAGES)
 
 
+def in_settings(text: str) -> Iterator[tuple[int, str, str]]:
+    """Yield what the comments of a YAML or shell file have."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if comment := re.search(r"(?:^|\s)#(.*)", line):
+            for _, words, instead in found(QUOTED.sub(_blank, comment[1]), PLAIN):
+                yield number, words, instead
+
+
+def in_messages(source: str) -> Iterator[tuple[int, str, str]]:
+    """Yield what the texts in `raise` statements have."""
+    for statement in ast.walk(ast.parse(source)):
+        if isinstance(statement, ast.Raise):
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    for _, words, instead in found(node.value, PLAIN):
+                        yield node.lineno, words, instead
+
+
 def in_module(source: str) -> Iterator[tuple[int, str, str]]:
     """Yield what comments and docstrings have, those of fields and constants included."""
     texts = [
@@ -63,6 +82,16 @@ def in_module(source: str) -> Iterator[tuple[int, str, str]]:
             yield first + line - 1, words, instead
 
 
+def _readers(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, str, str]]], ...]:
+    if name.suffix == ".md":
+        return (in_page,)
+    if name.suffix == ".py":
+        return (in_module,) if name.parts[0] == "tests" else (in_module, in_messages)
+    if name.suffix in (".yaml", ".sbatch") and name.parts[0] == "examples":
+        return (in_settings,)
+    return ()
+
+
 def main(root: Path, paths: list[str]) -> int:
     """Print every finding below `root`, in `paths` or everywhere; return the exit status."""
     command = ["git", "ls-files", *(paths or ["."])]
@@ -70,10 +99,11 @@ def main(root: Path, paths: list[str]) -> int:
     findings = 0
     for name in listed.splitlines():
         path = root / name
-        if path.suffix not in (".py", ".md") or path.name == "CHANGELOG.md" or not path.exists():
+        if path.name == "CHANGELOG.md" or not path.exists():
             continue
-        read = in_page if path.suffix == ".md" else in_module
-        for line, words, instead in sorted(read(path.read_text(encoding="utf-8"))):
+        for line, words, instead in sorted(
+            each for read in _readers(Path(name)) for each in read(path.read_text(encoding="utf-8"))
+        ):
             print(f"{name}:{line}: {words!r}: write {instead}")
             findings += 1
     return 1 if findings else 0

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
@@ -80,6 +81,13 @@ def num_lines(paths) -> int:
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
 
 
+def num_modules(root: Path) -> int:
+    """Return the tracked Python files outside tests."""
+    command = ["git", "ls-files", "*.py"]
+    listed = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return sum(not name.startswith("tests/") for name in listed.splitlines())
+
+
 def num_words(root: Path) -> int:
     """Return the words of README, CONTRIBUTING and docs, without code blocks."""
     pages = [root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md")]
@@ -113,6 +121,7 @@ def table(root: Path) -> str:
     found = closure(known, tuple(start for starts in ROLES.values() for start in starts))
     rows["files of all three"] = len(found)
     rows["lines of all three"] = num_lines(known[name] for name in found)
+    rows["Python files outside tests"] = num_modules(root)
     rows["words of docs"] = num_words(root)
     rows["lines of tests"] = num_lines((root / "tests").rglob("*.py"))
     return "\n".join(f"{name:44} {value:8,}" for name, value in rows.items())

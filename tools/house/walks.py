@@ -70,7 +70,7 @@ WALKS = [
             "PolicyEngines.push",
             "WeightPush.send_weights",
             "_Follower.follow",
-            "swap_endpoint.py swap_weights",
+            "plugin/endpoints.py swap_weights",
             "PushTransferEngine.start_weight_update",
             "PushTransferEngine.receive_weights",
             "PushTransferEngine.finish_weight_update",

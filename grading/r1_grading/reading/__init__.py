@@ -95,7 +95,7 @@ def read_answer(
     Raises:
         ValueError: another reading."""
     if reading not in READINGS:
-        raise ValueError(f"rewards.answer: {reading!r} is none of {', '.join(READINGS)}")
+        raise ValueError(f"rewards.answer: {reading!r} is not one of {', '.join(READINGS)}")
     visible = after_thought(without_special_tokens(response), opened)
     if visible is None:
         return OPEN_THOUGHT

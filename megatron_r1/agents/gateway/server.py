@@ -276,7 +276,7 @@ class Gateway:
     def _next_prompt(self, session: GatewaySession, request: TurnRequest) -> NextPrompt:
         if request.token_ids is not None:
             if (most := max(request.token_ids)) >= (size := self._continuation.vocabulary_size):
-                raise Refused(f"token {most} is none of the vocabulary's {size}", "token_ids")
+                raise Refused(f"token {most} is not one of the vocabulary's {size}", "token_ids")
             return continue_tokens(session.tree, request.token_ids)
         try:
             return self._continuation.next_prompt(session.tree, request.messages, request.tools)

@@ -169,7 +169,7 @@ def list_tasks(settings: VerifiersConfig) -> list[dict[str, Any]]:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(
             f"agents.verifiers.python: {settings.python} cannot list the tasks: {error}; make an "
-            "environment with `make agents`, and name its python",
+            "environment with verifiers (in a checkout: `make agents`), and name its python",
             key="agents.verifiers.python",
             cause=Cause.NOT_FOUND,
         ) from None

@@ -136,7 +136,7 @@ def refuse_inside(out: Path, source: Path) -> None:
     """Raise UserError if `out` is inside the folder that is read."""
     if source.resolve() in (out.resolve(), *out.resolve().parents) and not out.exists():
         raise UserError(
-            f"{out} is inside {source}, which is read: give an OUT beside it",
+            f"{out} is inside {source}, which is read: give an OUT next to it",
             key="out",
             cause=Cause.CONFLICT,
         )

@@ -1,5 +1,5 @@
 """Policy-gradient estimators: one module each, named as in a recipe (`rl.algorithm`), but for those
-that are GRPO with other settings (`grpo_variants`).
+that are GRPO with other settings (`grpo.VARIANTS`).
 
 A module's docstring is its definition, with its source; `config/algorithms.py` has its defaults and
 the rules of its settings, which a user's own module, named "module:RULES", has itself. It defines

@@ -179,7 +179,7 @@ class RolloutCollector:
 
     def check_grades(self, groups: list[Group]) -> None:
         """Check the grades of everything that was sampled for one purpose; raises as
-        `grading.check_grades`."""
+        `rollout.check_grades`."""
         check_grades(groups, self._max_ungraded)
 
     async def _collect_group(

@@ -78,9 +78,9 @@ async def evaluate(
     (`evaluation.measures`);
     eval/ungraded: share of the responses whose accuracy could not be graded. Ungraded responses
     are excluded from all means; a prompt without graded responses is skipped.
-    interval/…/low, /high: their 95% intervals (`estimators.estimate`).
+    interval/…/low, /high: their 95% intervals (`measures.estimate`).
 
-    Raises UserError and RunError as `grading.check_grades`."""
+    Raises UserError and RunError as `rollout.check_grades`."""
     rollout = await collector.collect(prompts, sampling)
     collector.check_grades(rollout.groups)
     estimates = await _estimates(collector, rollout.groups, sampling.num_samples, rewards)

@@ -16,7 +16,7 @@ from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineFau
 T = TypeVar("T")
 OnFailure = Callable[[Engine, EngineDied | EngineFault], None]
 MAX_ATTEMPTS = 5
-"""More than the faults that get an engine replaced (`pace.MANY_FAULTS`), so that a request also
+"""More than the faults that get an engine replaced (`engine.MANY_FAULTS`), so that a request also
 meets a fresh engine; where that fails too, the weights or the request are at fault."""
 
 

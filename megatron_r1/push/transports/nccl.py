@@ -2,7 +2,7 @@
 rounds that the plan has (`plan.rounds`). The trainer ranks' part is in `round_sender`.
 
 An engine rank with a GPU of its own is a rank of its set's communicator: a thread runs its rounds
-(`round_runner`), checks what has entered before it passes that on, and then what others passed on.
+(`nccl_rounds`), checks what has entered before it passes that on, and then what others passed on.
 An engine rank on a trainer rank's GPU is in no communicator: it offers its memory through CUDA's
 inter-process handles, the trainer rank writes all of a push there, and behind it the push's number.
 """

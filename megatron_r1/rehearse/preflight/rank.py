@@ -40,7 +40,7 @@ PRODUCT_SIZES = {"cuda": (8192, torch.bfloat16), "cpu": (512, torch.float32)}
 def run(config: Config, settings: PreflightConfig) -> list[Facts]:
     """Run all checks; return the facts of all ranks on rank 0, elsewhere none.
 
-    A rank that hangs ends the process, with its name (`progress`)."""
+    A rank that hangs ends the process, with its name (`exchange`)."""
     place = Place.here()
     progress = RankProgress(
         _connect, place.rank, place.host, place.world_size, settings.timeout_seconds

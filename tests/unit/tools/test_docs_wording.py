@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tools.docs.wording import in_module, in_page, main
+from tools.docs.wording import in_messages, in_module, in_page, in_settings, main
 
 
 def lines(findings):
@@ -26,6 +26,16 @@ def test_comments_and_docstrings_of_a_module_are_read_and_strings_are_not():
         'print("beside the other, and in no mean")\n'
     )
     assert sorted(lines(in_module(source))) == [(1, "Whoever"), (2, "of ours"), (3, "is none of")]
+
+
+def test_comments_of_settings_are_read_and_values_are_not():
+    text = "name: beside  # beside it\n# Whoever reads\nurl: a#beside\n"
+    assert lines(in_settings(text)) == [(1, "beside"), (2, "Whoever")]
+
+
+def test_messages_that_are_raised_are_read_and_other_strings_are_not():
+    source = 'name = "beside"\nraise ValueError(\n    f"{name} is none of {name}"\n)\n'
+    assert lines(in_messages(source)) == [(3, "is none of")]
 
 
 @pytest.mark.parametrize(

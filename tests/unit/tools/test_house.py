@@ -1,6 +1,8 @@
+import subprocess
+
 import pytest
 
-from tools.house.structure import arrows, closure, modules, num_words
+from tools.house.structure import arrows, closure, modules, num_modules, num_words
 from tools.house.walks import Walk, stops, traced
 
 FILES = {
@@ -40,6 +42,15 @@ def test_what_a_module_can_import_has_its_packages_and_functions_not_annotations
     }
     assert arrows(known) == {("high", "low"): 1}
     assert num_words(root) == 3
+
+
+def test_tracked_modules_outside_tests_are_counted(root):
+    (root / "tests").mkdir()
+    (root / "tests" / "test_low.py").write_text("")
+    subprocess.run(["git", "init", "-q", root], check=True)
+    subprocess.run(["git", "add", "."], cwd=root, check=True)
+    (root / "untracked.py").write_text("")
+    assert num_modules(root) == sum(name.endswith(".py") for name in FILES)
 
 
 PROGRAM = {
