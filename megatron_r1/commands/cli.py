@@ -18,8 +18,8 @@ from megatron_r1.base.processes import startup, timeline
 from megatron_r1.base.processes.startup import without_garbage_collection
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.verb_module import load_verb, read_verb
-from megatron_r1.config.keys import describe, switches
 from megatron_r1.config.recipe import parse_overrides, take_section
+from megatron_r1.config.section import describe, switches
 from megatron_r1.engines.server import gpu
 
 VERBS = {
@@ -37,7 +37,7 @@ COMMANDS = {
     "check-model": "megatron_r1.commands.check_model.verb",
 }
 """Verbs that take no recipe: modules with `run(config, *arguments, **options)`, likewise."""
-OTHERS = {
+RUNNERS = {
     "pipeline": "megatron_r1.commands.pipeline",
     "rehearse": "megatron_r1.commands.rehearse",
     "preflight": "megatron_r1.commands.preflight",
@@ -45,7 +45,7 @@ OTHERS = {
 """Verbs that read a recipe and run other verbs (modules with `run(recipe, overrides, VERBS)`), and
 preflight, which checks the nodes before a run. Each of its processes is a rank and imports torch,
 so `_run_preflight` starts it."""
-MODULES = VERBS | COMMANDS | OTHERS
+MODULES = VERBS | COMMANDS | RUNNERS
 PROGRAMS = {
     "plan": "megatron_r1.commands.plan",
     "convert": "megatron_r1.commands.convert.verb",
@@ -143,13 +143,17 @@ def _dispatch(arguments: list[str]) -> int:
     recipe, *options = rest
     if verb == "preflight":
         return _run_preflight(recipe, options)
-    if verb in OTHERS:
+    if verb in RUNNERS:
         from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
 
         options = [re.sub(r"^--on(?=$|=)", "--rehearsal.on", option) for option in options]
         own = switches(PipelineRecipe if verb == "pipeline" else configuration.Config)
-        importlib.import_module(OTHERS[verb]).run(recipe, parse_overrides(options, own), VERBS)
+        importlib.import_module(RUNNERS[verb]).run(recipe, parse_overrides(options, own), VERBS)
         return 0
+    return _run_recipe(verb, recipe, options, arguments)
+
+
+def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]) -> int:
     timeline.reached("controller/command line read")
     with without_garbage_collection():
         command = load_verb(verb, VERBS[verb])

@@ -24,13 +24,13 @@ from megatron_r1.config.training import warmup_note
 from megatron_r1.controller.advice import advice
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import (
     Group,
     Rollout,
     Sampling,
     check_grades,
     responses_of,
-    rollout_metrics,
 )
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.run_recorder import RunRecorder

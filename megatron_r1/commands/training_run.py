@@ -69,7 +69,7 @@ class TrainingRun:
 IMPLEMENTATIONS = "implementations.json"
 """The file in the run's folder that names the implementation of each part of a step."""
 
-OTHERS = {"curation.json": "a sampling", "identity.json": "an evaluation or a sampling"}
+NOT_TRAINING = {"curation.json": "a sampling", "identity.json": "an evaluation or a sampling"}
 """Files of folders that a training run cannot continue."""
 
 Commands = Sequence[tuple[str, str]]
@@ -177,7 +177,7 @@ def show_trainer(recorder: RunRecorder, trainer: TrainerClient) -> None:
 
 def _check_folder(config: Config) -> None:
     """Raise UserError for the folder of a sampling or an evaluation."""
-    for file, what in OTHERS.items():
+    for file, what in NOT_TRAINING.items():
         if Path(config.run.folder, file).exists():
             raise UserError(
                 f"run.folder {config.run.folder} is that of {what}: give the training a folder of "

@@ -40,7 +40,7 @@ class PolicyEngines:
     async def rollout(self, step: int) -> Rollout:
         """Return the rollout of `step`, which may have begun before."""
         self.sampler.begin(step)
-        await self.prove()  # while they sample
+        await self.await_probes()  # while they sample
         self._taken = await self.sampler.take(step)
         if self._rollout_config.speculative.method != "none":
             self._draft_metrics = await self._acceptance.read(self.sampler.collector.fleet.engines)
@@ -48,17 +48,17 @@ class PolicyEngines:
 
     async def push(self, version: int) -> None:
         """Send the trainer's weights to every engine, as `version`; what these compute counts once
-        `prove` has returned. Call it in a block of `updating`."""
+        `await_probes` has returned. Call it in a block of `updating`."""
         if self._rollout_config.colocated:
             await self.trainer.call(ModelOperations.yield_memory)
         self._push_metrics = await self.pusher.push(version)
         self.sampler.pushed(version)
 
-    async def prove(self) -> None:
+    async def await_probes(self) -> None:
         """Wait until the engines have answered the probes of the last push. Raises EngineError if
         one computes something else than the trainer."""
-        self._probe_metrics = await self.pusher.proven()
-        self.sampler.proven()
+        self._probe_metrics = await self.pusher.probe_results()
+        self.sampler.probes_passed()
 
     @property
     def taken(self) -> StepRollout:

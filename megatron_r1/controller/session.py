@@ -19,12 +19,8 @@ from megatron_r1.controller.advice import FIRST_STEPS, advice
 from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
-from megatron_r1.controller.rollouts.rollout import (
-    Rollout,
-    mean_of_updates,
-    rollout_metrics,
-    sample_records,
-)
+from megatron_r1.controller.rollouts.metrics import mean_of_updates, rollout_metrics, sample_records
+from megatron_r1.controller.rollouts.rollout import Rollout
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
@@ -73,7 +69,7 @@ class Session:
         self.step = self.recorder.state.step
         await self.engines.open(self.step)
         if self.step == 0:
-            await self.engines.prove()
+            await self.engines.await_probes()
             await self.heldout.run(self.step)
         self.engines.sampler.start(self.step + 1)
 
@@ -117,15 +113,16 @@ class Session:
             faults = await asyncio.to_thread(advice, rollout, self.config.at(self.step))
             self.recorder.advise(self.step, faults)
         if self.heldout.is_due(self.step):
-            await self.engines.prove()
+            await self.engines.await_probes()
             await self.heldout.run(self.step)
         is_last = self.step == self.config.run.steps
         if is_last or self.step % self.config.checkpoint.every == 0:
             await self.save()
 
     async def save(self) -> None:
-        """Start a checkpoint of the newest step, once its weights are proven."""
-        await self.engines.prove()
+        """Start a checkpoint of the newest step, once the engines' probes of its weights have
+        passed."""
+        await self.engines.await_probes()
         await self.checkpointing.save(self.step, self.engines.taken.prompts_after)
 
 

@@ -28,7 +28,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.config.keys import flatten
+from megatron_r1.config.section import flatten
 from megatron_r1.reporting.wording import finite
 
 

@@ -8,13 +8,8 @@ import pytest
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.base.errors import RunError
-from megatron_r1.controller.rollouts.rollout import (
-    GradedResponse,
-    Group,
-    Rollout,
-    check_grades,
-    rollout_metrics,
-)
+from megatron_r1.controller.rollouts.metrics import rollout_metrics
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, check_grades
 from megatron_r1.controller.trainer_passes import training_samples
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.episodes import Episode

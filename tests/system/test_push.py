@@ -168,7 +168,7 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             async with pusher.updating():
                 await pusher.open()
                 await pusher.push(fleet.version + 1)
-            return await pusher.proven()
+            return await pusher.probe_results()
         finally:
             await trainer.close()
 

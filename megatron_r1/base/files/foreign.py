@@ -173,7 +173,7 @@ def _read_header(file: int) -> dict[str, StoredTensor]:
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-OTHERS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 """What a folder without these two may hold instead."""
 IGNORED = (".rotary_emb.inv_freq",)
 """Endings of names: buffers of older transformers, which no model reads."""
@@ -210,7 +210,7 @@ def weight_files(folder: Path) -> list[Path]:
             )
         return files
     if not single.is_file():
-        found = sorted(file.name for pattern in OTHERS for file in folder.glob(pattern))
+        found = sorted(file.name for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern))
         raise UserError(
             f"{folder} has neither {single.name} nor {index.name}"
             + (f", only {', '.join(found[:4])}" if found else "")

@@ -19,7 +19,7 @@ ENVIRONMENT = "MEGATRON_R1_TOKEN"
 FILE = "token"
 RANKS_ENVIRONMENT = "MEGATRON_R1_RANK_TOKEN"
 """Another secret, of trainer ranks only: made at every start by the process that starts them."""
-OTHERS = 0o077  # permission bits of everybody but the owner
+NOT_OWNER = 0o077  # permission bits of everybody but the owner
 
 
 def make_token(folder: str | os.PathLike[str]) -> str:
@@ -44,7 +44,7 @@ def known_token(path: str | os.PathLike[str] | None) -> str:
             cause=Cause.MISSING,
         )
     path = Path(path)
-    if path.stat().st_mode & OTHERS:
+    if path.stat().st_mode & NOT_OWNER:
         raise UserError(
             f"token file {path} can be read by others: chmod 600 {path}",
             key=FILE,

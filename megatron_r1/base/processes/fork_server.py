@@ -27,7 +27,7 @@ from typing import NamedTuple, NoReturn
 import msgspec
 
 from megatron_r1.base.processes import children, timeline
-from megatron_r1.base.processes.held import remove_scratch, shared_files
+from megatron_r1.base.processes.resources import remove_scratch, shared_files
 from megatron_r1.base.processes.startup import without_garbage_collection
 
 MAX_REQUEST_BYTES = 1 << 20

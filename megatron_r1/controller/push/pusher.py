@@ -163,7 +163,7 @@ class WeightPusher:
 
     async def push(self, version: int) -> dict[str, float]:
         """Make the trainer's present weights `version` on every engine; return metrics. Raises
-        EngineError where they arrived damaged. Await `proven` before anything that an engine
+        EngineError where they arrived damaged. Await `probe_results` before anything that an engine
         computes from them is trained on or recorded, and before they are saved."""
         assert self._settled.locked(), "it is called in a block of updating()"
         start = time.perf_counter()
@@ -184,10 +184,10 @@ class WeightPusher:
             # Where nobody awaits it any more, as something else has ended the session.
             self._probing.add_done_callback(lambda task: task.cancelled() or task.exception())
         if self.links.colocated:  # trainer and engines compute in turns
-            await self.proven()
+            await self.probe_results()
         return metrics
 
-    async def proven(self) -> dict[str, float]:
+    async def probe_results(self) -> dict[str, float]:
         """Return the metrics of the last push's probes, "push/probe_diff", when the engines have
         answered. Raises EngineError where one computes something else than the trainer."""
         return {} if self._probing is None else await self._probing

@@ -12,13 +12,8 @@ from r1_grading.terms import ACCURACY, weights_at
 
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import (
-    Group,
-    Sampling,
-    episode_metrics,
-    responses_of,
-    sample_records,
-)
+from megatron_r1.controller.rollouts.metrics import episode_metrics, sample_records
+from megatron_r1.controller.rollouts.rollout import Group, Sampling, responses_of
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.measures import Estimate, estimate, length_difference, win_rates

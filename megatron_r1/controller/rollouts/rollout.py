@@ -1,6 +1,5 @@
 """A rollout: P groups, one per prompt, of G graded responses each; the grader that makes a
-`GradedResponse` of a response: accuracy by the prompt's own reward, and other terms; the metrics
-of a step's rollout, and its lines for samples.jsonl."""
+`GradedResponse` of a response: accuracy by the prompt's own reward, and other terms."""
 
 from __future__ import annotations
 
@@ -11,10 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from statistics import fmean, pstdev
-from typing import Any
 
-import numpy as np
 from r1_grading import Grade, RewardPool, RewardTerms
 from r1_grading.rewards import FiniteGrade
 from r1_grading.terms import ACCURACY, DEFAULT_WEIGHTS, Options, Reward, are_equal, combine
@@ -23,7 +19,7 @@ from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.processes import timeline
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
-from megatron_r1.engines.server.episodes import STATUSES, Episode, Played
+from megatron_r1.engines.server.episodes import Episode, Played
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.experts import RoutingShape
 
@@ -227,101 +223,3 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
             f"the {'environment' if faults else 'reward'} or raise that setting; the same command "
             "continues"
         )
-
-
-@timeline.timed("controller/metrics")
-def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
-    """Return means over the responses of a rollout, the groups passed over included.
-
-    version: of the policy that trains on it. Reward means are over graded responses, and
-    rewards/ungraded is the share of the others. staleness: versions between the policy that sampled
-    a token and the one that trains on it, mean over tokens."""
-    groups = rollout.groups + rollout.passed_over
-    responses = responses_of(groups)
-    rewards = [graded.reward for graded in responses if graded.is_graded] or [0.0]
-    lengths = [len(graded.response.token_ids) for graded in responses]
-    versions = sum(
-        int(np.asarray(graded.response.policy_versions).sum(dtype=np.int64)) for graded in responses
-    )
-    means = {
-        term: fmean([r.rewards[term] for r in responses if term not in r.ungraded] or [0.0])
-        for term in responses[0].rewards
-    }
-    return {
-        "reward/mean": fmean(rewards),
-        "reward/std": pstdev(rewards),
-        "accuracy": means.pop("accuracy"),
-        **{f"{term}/mean": mean for term, mean in means.items()},
-        "rewards/ungraded": fmean(not graded.is_graded for graded in responses),
-        "response_length/mean": fmean(lengths),
-        "response_length/max": max(lengths),
-        "truncated": fmean(graded.truncated for graded in responses),
-        "groups/zero_variance": fmean(group.has_equal_rewards for group in groups),
-        "groups/passed_over": len(rollout.passed_over),
-        "policy_version": version,
-        "staleness": version - versions / sum(lengths) if any(lengths) else 0.0,
-        "response_tokens": sum(lengths),
-        **episode_metrics([graded.episode for graded in responses if graded.episode]),
-    }
-
-
-def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
-    """Return means over episodes, and the share of each status; nothing without episodes.
-
-    turns: answers of the policy. tokens: of all branches. forks: branches after the first.
-    versions: of the policy, in one episode."""
-    if not episodes:
-        return {}
-    per_episode: dict[str, list[float]] = {
-        "turns": [sum(turn.trained for turn in each.turns) for each in episodes],
-        "tokens": [each.num_tokens for each in episodes],
-        "sampled_tokens": [sum(b.num_sampled for b in each.branches) for each in episodes],
-        "tool_calls": [each.num_tool_calls for each in episodes],
-        "tool_errors": [each.num_tool_errors for each in episodes],
-        "tool_seconds": [each.tool_seconds for each in episodes],
-        "engine_seconds": [each.engine_seconds for each in episodes],
-        "forks": [max(0, len(each.branches) - 1) for each in episodes],
-        "versions": [
-            len({v for b in each.branches for v in b.policy_versions} - {-1}) for each in episodes
-        ],
-    }
-    statuses: Counter[str] = Counter(each.status for each in episodes)
-    return {f"episode/{name}": fmean(values) for name, values in per_episode.items()} | {
-        f"episode/status/{status}": statuses[status] / len(episodes) for status in STATUSES
-    }
-
-
-def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Return the mean of each metric over the mini-batches of a rollout; of a maximum, the
-    maximum."""
-    means = {name: max if name.endswith("/max") else fmean for name in updates[0]}
-    return {name: mean([update[name] for update in updates]) for name, mean in means.items()}
-
-
-def sample_records(
-    groups: list[Group], step: int, split: str, limit: int | None
-) -> list[dict[str, Any]]:
-    """Return lines for samples.jsonl: `limit` responses, the first of every group before the second
-    of any, or, with None, every response of all groups."""
-    responses = [
-        (place, group, graded) for group in groups for place, graded in enumerate(group.responses)
-    ]
-    if limit is not None:
-        responses = sorted(responses, key=lambda response: response[0])[:limit]
-    return [
-        {
-            "step": step,
-            "split": split,
-            "id": group.prompt.id,
-            "question": group.prompt.question,
-            "truth": group.prompt.truth,
-            "response": graded.text,
-            "reward": graded.reward,
-            "rewards": graded.rewards,
-            "reason": graded.reason,
-            "length": len(graded.response.token_ids),
-            "policy_version": (graded.response.policy_versions or [None])[-1],
-            **(graded.episode.record() if graded.episode else {}),
-        }
-        for _, group, graded in responses
-    ]

@@ -85,13 +85,13 @@ class StepSampler:
 
     def pushed(self, version: int) -> None:
         """Start the rollouts that may be sampled ahead from policy `version`. Their samples are
-        not written down until `proven`."""
+        not written down until `probes_passed`."""
         if self.log:
             self.log.hold_back()
         if self._stream is not None and self.config.rl.staleness:
             self._stream.pushed(version)
 
-    def proven(self) -> None:
+    def probes_passed(self) -> None:
         """Write down what was sampled since `pushed`: the engines compute what the trainer does."""
         if self.log:
             self.log.write_held()

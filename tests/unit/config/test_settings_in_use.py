@@ -11,7 +11,8 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands import sample
 from megatron_r1.config import Config, parse
 from megatron_r1.controller.push.pusher import pusher_of
-from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, sample_records
+from megatron_r1.controller.rollouts.metrics import sample_records
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.recipe import fleet_settings
 from megatron_r1.engines.server.responses import Response

@@ -44,7 +44,7 @@ class Engines:
     async def push(self, version):
         return {}
 
-    async def proven(self):
+    async def probe_results(self):
         if self.differ:
             raise EngineError("differs")
         return {}

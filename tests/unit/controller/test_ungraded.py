@@ -13,13 +13,13 @@ from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.loop import training_reward
 from megatron_r1.controller.rollouts.collector import RolloutCollector
+from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import (
     GradedResponse,
     Group,
     Rollout,
     Sampling,
     check_grades,
-    rollout_metrics,
 )
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response

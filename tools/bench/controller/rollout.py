@@ -20,7 +20,8 @@ from r1_grading import RewardPool
 from megatron_r1.config import Config, parse
 from megatron_r1.controller.loop import train
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import Rollout, rollout_metrics
+from megatron_r1.controller.rollouts.metrics import rollout_metrics
+from megatron_r1.controller.rollouts.rollout import Rollout
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.run_recorder import RunState

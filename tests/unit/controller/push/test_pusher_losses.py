@@ -415,7 +415,7 @@ def test_a_failed_probe_is_retried_once_and_then_its_engine_is_replaced(faults, 
         async with pusher.updating():
             await pusher.open()
             await pusher.push(1)
-        assert ("push/probe_diff" in await pusher.proven()) == (not lost)
+        assert ("push/probe_diff" in await pusher.probe_results()) == (not lost)
         return fleet.lost
 
     assert asyncio.run(story()) == lost
@@ -442,7 +442,7 @@ def test_a_push_does_not_wait_for_probes_that_engines_answer_while_they_sample(c
         if not colocated:
             await push()
         with pytest.raises(EngineError, match="differ from the trainer's by 0.5"):
-            await (push() if colocated else pusher.proven())
+            await (push() if colocated else pusher.probe_results())
         pusher.close()
 
     asyncio.run(story())
@@ -463,7 +463,7 @@ def test_engines_answer_the_probes_at_once():
         async with pusher.updating():
             await pusher.open()
             await pusher.push(1)
-        return await pusher.proven()
+        return await pusher.probe_results()
 
     assert asyncio.run(story())["push/probe_diff"] == 0.0
 
