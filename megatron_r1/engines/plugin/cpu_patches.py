@@ -286,7 +286,7 @@ def expand_temperatures() -> None:
     """Give every drafted token the temperature and top-p of its sequence.
 
     Upstream: utils/cpu_triton_utils.py: `_expand_kernel_impl`, behind
-    v1/sample/rejection_sampler.py: `_expand_batch_to_tokens`. Without it: the kernel fills a
+    v1/sample/rejection_sampler.py: `expand_batch_to_tokens`. Without it: the kernel fills a
     copy of its output, of integers, and logits are divided by uninitialized memory: tokens from
     another distribution, log-probabilities that are not finite. Goes when: it writes to its output.
     """

@@ -116,12 +116,6 @@ def test_on_a_cpu_no_share_is_needed(recipe, monkeypatch):
     check_gpu_memory(configuration.load(recipe), HF)
 
 
-def roles_of(config, trainer, fleet, recorder=None):
-    running = SimpleNamespace(trainer=trainer, recorder=recorder)
-    collector = SimpleNamespace(fleet=fleet, teacher=None)
-    return rl._Roles(config, running, collector, log=None, prompts=None, hosts=None)
-
-
 @pytest.mark.parametrize("has_gpus", [True, False])
 @pytest.mark.parametrize("colocated", [True, False])
 def test_engines_on_the_trainers_gpus_start_after_it(recipe, monkeypatch, has_gpus, colocated):
@@ -147,14 +141,14 @@ def test_engines_on_the_trainers_gpus_start_after_it(recipe, monkeypatch, has_gp
             engines_started.set()
 
     settings = {"rollout.colocated": colocated, "rollout.gpu_memory": 0.3}
-    roles = roles_of(configuration.load(recipe, settings), Trainer(), Fleet())
-    asyncio.run(roles.start())
+    collector = SimpleNamespace(fleet=Fleet(), teacher=None)
+    asyncio.run(rl._start_roles(configuration.load(recipe, settings), Trainer(), collector))
     in_turn = ["trainer", "yield_memory", "engines"] if colocated else ["trainer", "engines"]
     assert done == (in_turn if has_gpus or colocated else ["engines", "trainer"])
 
 
 @pytest.mark.parametrize("refuses", [False, True])
-def test_engines_sleep_when_no_rank_of_the_lost_trainer_allocates_any_more(recipe, refuses):
+def test_engines_sleep_when_no_rank_of_the_lost_trainer_allocates_any_more(refuses):
     """vLLM's sleep fails where less of the GPU is free after it than before."""
     done, messages = [], []
 
@@ -166,7 +160,7 @@ def test_engines_sleep_when_no_rank_of_the_lost_trainer_allocates_any_more(recip
 
     trainer = SimpleNamespace(kill=lambda: done.append("kill"))
     view = SimpleNamespace(message=messages.append)
-    roles = roles_of(configuration.load(recipe), trainer, Fleet(), SimpleNamespace(view=view))
-    asyncio.run(roles._free_gpus())
+    running = SimpleNamespace(trainer=trainer, recorder=SimpleNamespace(view=view))
+    asyncio.run(rl._free_gpus(running, Fleet()))
     assert done == ["kill", "sleep"]
     assert len(messages) == refuses and all("engine-0" in message for message in messages)

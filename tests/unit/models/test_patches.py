@@ -18,12 +18,12 @@ from megatron.core.transformer.moe import router
 
 from megatron_r1.models import build_model, patches
 from megatron_r1.models.patches import rotate_packed
-from megatron_r1.models.patches import route
+from megatron_r1.models.patches import _route
 
 def replaced():
     return (
         rope_utils._apply_rotary_pos_emb_thd is rotate_packed,
-        router.topk_routing_with_score_function is route,
+        router.topk_routing_with_score_function is _route,
         layers._grad_accum_fusion_available,
     )
 
