@@ -1,8 +1,8 @@
 """Checks the subject of a commit: `python tools/commit_subject.py FILE`; FILE has the message.
 
-A subject is one imperative sentence of at most 72 characters without a full stop, as "Refuse
-subjects that are too long". The mood is judged by the ending of the first word, so that many a noun
-passes. .githooks/commit-msg calls this; `git commit --no-verify` leaves it out."""
+A subject is one imperative sentence of at most 72 characters without a full stop or a semicolon,
+as "Refuse subjects that are too long". The mood is judged by the ending of the first word, so that
+many a noun passes. .githooks/commit-msg calls this; `git commit --no-verify` leaves it out."""
 
 import re
 import sys
@@ -33,6 +33,8 @@ def faults(message: str) -> list[str]:
         found.append(f"it has {len(subject)} characters, at most {MOST}; its body says why")
     if subject.endswith("."):
         found.append("it ends with a full stop")
+    if ";" in subject:
+        found.append("a semicolon joins two ideas: make two commits, or name the one idea")
     first = subject.split()[0].removesuffix(",")
     if first in NO_VERBS or not re.fullmatch(r"[A-Z][A-Za-z-]*", first):
         found.append(f"{first!r} is no verb with a capital: what does the commit do?")

@@ -1,6 +1,7 @@
-"""What a loss gets: the tensors of one packed micro-batch, and the LM head as a loss sees it:
-log-probabilities, or a whole policy loss with its gradients. Only response tokens pass through
-the head; prompts and padding cost nothing there.
+"""What a loss gets: the tensors of one packed micro-batch, and the LM head as a loss sees it.
+
+The head gives log-probabilities, or a whole policy loss with its gradients. Only response tokens
+pass through it; prompts and padding cost nothing there.
 
 Importing it needs no Megatron, so that a loss or an estimator can be computed and tested
 without."""
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 @dataclass
 class PackedBatch:
     """T tokens of S samples laid end to end: a whole micro-batch, or a context rank's part of one.
+
     Tensors of (T,) are indexed by the predicting position."""
 
     input_ids: Tensor

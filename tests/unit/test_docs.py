@@ -102,6 +102,20 @@ def test_files_in_folders_of_ours_exist():
     assert wrong_in_pages(r"`((?:\w+/)+\w+\.py)\b", is_right) == []
 
 
+def test_new_names_of_modules_in_the_changelog_exist():
+    """In the tables old name | new name of a version that is not released."""
+    sections = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## ")
+    rows = [(s, *row) for s in sections for row in re.findall(r"\| `([\w.]+)` \| `([\w.]+)` \|", s)]
+    assert len(rows) > 40, "the pattern is wrong"
+
+    def is_right(old, new):
+        path = ROOT / new.replace(".", "/")
+        return old != new and (path.is_dir() or path.with_suffix(".py").is_file())
+
+    in_work = [row for section, *row in rows if "(unreleased)" in section.partition("\n")[0]]
+    assert [row for row in in_work if not is_right(*row)] == []
+
+
 def test_dotted_names_of_modules_exist():
     """`trainer.operations` in a docstring, a comment or a document is a module or a name of one."""
     # Packages that share their name with no section of a recipe.

@@ -46,7 +46,9 @@ LN2 = tl.constexpr(math.log(2.0))
 # The constants below are chosen from the registers and instructions of the kernels as compiled for
 # sm_90 by Triton 3.9 (docs/benchmarks/kernel-resources.md), not by times: on an H200 both passes
 # together took 64 ms where memory needs 14.5 (docs/benchmarks/gpu-h200.md, one round). The target:
-# an H200 needs 29 kB in flight per SM to use its memory's 4.8 TB/s at a latency of 0.8 us.
+# an H200 needs 29 kB in flight per SM to use its memory's 4.8 TB/s at a latency of 0.8 us. The row
+# `r1_kernels` of `token_logprobs` and of `token_logprobs+backward` decides them by time (`python
+# tools/bench kernels --only token_logprobs`; NARROW_LOADS with `--vocab 129281`).
 LOAD_BYTES = 16  # the largest load of one thread
 # Loads in flight per lane, whose elements share one update of its maximum. For bf16 on sm_90, 2, 4
 # and 8 loads take 10.2, 9.5 and 9.1 instructions per element, where memory takes as long as 12.4,

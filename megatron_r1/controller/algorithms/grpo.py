@@ -12,7 +12,23 @@ Masked: prompts, and what follows the end of a response. `advantage_std` batch d
 standard deviation of the rollout instead of the group's. The defaults of `rl` are R1-Zero's, so
 GRPO sets none of its own.
 
-DAPO, Dr. GRPO and GSPO are GRPO's advantages and loss, each with settings of its own (`VARIANTS`).
+The paragraphs below `VARIANTS` have DAPO, Dr. GRPO and GSPO."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_r1.config import RLConfig
+from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.controller.advantages import group_advantages, over_batch_std
+
+if TYPE_CHECKING:
+    from megatron_r1.trainer.batch import Head, PackedBatch
+    from megatron_r1.trainer.losses import LossTerms
+
+
+VARIANTS = ("dapo", "dr_grpo", "gspo")
+"""DAPO, Dr. GRPO and GSPO are GRPO's advantages and loss, each with settings of its own.
 
 They have no code here, because every difference is a setting that any algorithm may take: their
 values are in `config/algorithms.py`, and the functions that read them are named below.
@@ -47,21 +63,6 @@ The ratio belongs to the whole response, as its reward does (`ratio_level` seque
 different lengths compare. Averaged per sequence. The ratio moves much less than a token's, hence
 the small clips (section 5.1, with four mini-batches per rollout). After an update some tokens take
 other experts, which upsets token ratios but hardly moves this one."""
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from megatron_r1.config import RLConfig
-from megatron_r1.config.algorithms import LossSettings
-from megatron_r1.controller.advantages import group_advantages, over_batch_std
-
-if TYPE_CHECKING:
-    from megatron_r1.trainer.batch import Head, PackedBatch
-    from megatron_r1.trainer.losses import LossTerms
-
-
-VARIANTS = ("dapo", "dr_grpo", "gspo")
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:

@@ -40,6 +40,7 @@ def test_subjects_that_pass(message):
         ("Add " + "a" * 69, "has 73 characters"),
         ("Add one line that is\nfolded into a second one without an empty line between", "has 75"),
         ("Add a test.", "full stop"),
+        ("Add a test; mend a page", "a semicolon joins two ideas"),
         ("add a test", "'add' is no verb with a capital"),
         ("Evidence: the last runs", "'Evidence:' is no verb"),
         ("docs/start.md: shorter", "is no verb"),
