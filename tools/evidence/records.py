@@ -1,10 +1,10 @@
 """The records of the claims, docs/evidence/ID.json, and whether the code that a claim depends on
 is the code that was measured."""
 
-import ast
 import json
 import os
 import subprocess
+import tokenize
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from megatron_r1.base.files import atomic_write
+from tools.cuda_record import code_of
 
 FOLDER = "docs/evidence"
 TOPICS = {
@@ -198,25 +199,8 @@ def has_same_code(root: Path, commit: str, name: str) -> bool:
     try:
         now = (root / name).read_text(encoding="utf-8")
         return before is not None and code_of(before) == code_of(now)
-    except (OSError, SyntaxError):
+    except (OSError, SyntaxError, tokenize.TokenError):
         return False
-
-
-def code_of(text: str) -> str:
-    """Return what a Python file computes: its syntax tree without docstrings."""
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [each for each in body if not _is_text(each)]  # type: ignore[attr-defined]
-    return ast.dump(tree)
-
-
-def _is_text(node: ast.AST) -> bool:
-    """Return whether a statement is a string alone: a docstring, or the text after a constant."""
-    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
-        return False
-    return isinstance(node.value.value, str)
 
 
 def covers(path: str, name: str) -> bool:

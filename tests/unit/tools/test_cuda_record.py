@@ -30,9 +30,11 @@ def test_a_record_is_current_until_a_covered_file_changes(tree):
     assert "is current: 33 passed, 0 failed at abc, 2026-01-02" in cuda_record.judgement(tree)
     (tree / "README.md").write_text("other")
     assert "is current" in cuda_record.judgement(tree)
-    (tree / "megatron_r1/models/weights/code.py").write_text("2")
+    (tree / "megatron_r1/models/code.py").write_text('"""Docs."""\n\n1  # why\n')
+    assert "is current" in cuda_record.judgement(tree), "comments and docstrings compute nothing"
+    (tree / "megatron_r1/models/code.py").write_text("2")
     said = cuda_record.judgement(tree)
-    assert "is old" in said and "megatron_r1/models/weights" in said and "trainer" not in said
+    assert "is old" in said and "megatron_r1/models" in said and "trainer" not in said
 
 
 def test_a_file_that_moves_or_goes_makes_the_record_old(tree):
