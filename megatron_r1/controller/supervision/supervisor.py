@@ -149,8 +149,9 @@ class Watchdog:
                 yield postpone
             finally:
                 faulthandler.cancel_dump_traceback_later()
-                if not path.stat().st_size:
-                    path.unlink()
+                with contextlib.suppress(OSError):
+                    if not path.stat().st_size:
+                        path.unlink()
 
 
 ADDRESS_FILE = "health_address"
@@ -344,7 +345,7 @@ class Supervisor:
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
         """Watch the run, and serve its health, while the block runs. Cancels the block and raises
-        HangError if it hangs."""
+        HangError if it hangs; a block that ends all the same counts as it ended."""
         block = asyncio.current_task()
         assert block is not None
         async with contextlib.AsyncExitStack() as stack:
@@ -352,15 +353,19 @@ class Supervisor:
                 server = HealthServer(self._watchdog, self._host, port)
                 await stack.enter_async_context(server)
                 self._run.recorder.view.message(f"health: {server.address}/health, /metrics")
-            watch = asyncio.create_task(self._watch(block))
+            failures: list[Exception] = []
+            watch = asyncio.create_task(self._watch(block, failures))
             try:
                 yield
+            except (Exception, asyncio.CancelledError):  # also what fails as it is cancelled
+                if failures and block.cancelling() == 1:  # not by a second signal as well
+                    raise failures[0] from None
+                raise
             finally:
-                watch.cancel()
-                (end,) = await asyncio.gather(watch, return_exceptions=True)
-                if isinstance(end, Exception):
+                if failures:
                     block.uncancel()
-                    raise end
+                watch.cancel()
+                await asyncio.gather(watch, return_exceptions=True)
 
     async def restart_trainer(self, loss: TrainerLost) -> None:
         """Start the trainer ranks again, which go on from the newest good checkpoint. Raises `loss`
@@ -384,10 +389,14 @@ class Supervisor:
             except TrainerLost as again:
                 loss = again
 
-    async def _watch(self, block: asyncio.Task[Any]) -> None:
-        """Watch until cancelled. Cancels `block` where the run must stop, and raises why."""
+    async def _watch(self, block: asyncio.Task[Any], failures: list[Exception]) -> None:
+        """Watch until cancelled. Where the run must stop, cancels `block` and appends why."""
+        watch = asyncio.current_task()
+        assert watch is not None
         try:
             await self._watchdog.watch()
-        except Exception:
-            block.cancel()
+        except Exception as error:
+            if not watch.cancelling():  # else the block has ended: what the end of watching raises
+                failures.append(error)
+                block.cancel()
             raise

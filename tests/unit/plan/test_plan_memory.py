@@ -1,6 +1,7 @@
 """The memory of each trainer rank, on its GPU and on its host."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from planned_jobs import RECIPE, planned, real_job
@@ -88,3 +89,16 @@ def rank_shard(job: PlannedJob, layer: int) -> weights.Shard:
     parallel = job.parallel
     sizes = {"tp": parallel.tensor, "ep": parallel.expert, "etp": parallel.expert_tensor}
     return weights.Shard((layer,), **{axis: (0, size) for axis, size in sizes.items()})
+
+
+@pytest.mark.parametrize(("tensor", "per_logit"), [(1, 4), (2, 8)])
+def test_in_fp32_the_heads_gradient_has_a_buffer_of_its_own_with_tensor_ranks(tensor, per_logit):
+    """`r1_kernels.linear_policy_loss` writes it over the logits on a rank alone."""
+    config = SimpleNamespace(
+        parallel=SimpleNamespace(context=1, tensor=tensor),
+        model=SimpleNamespace(dtype="float32", lora=None),
+    )
+    columns, hidden, tokens = 50_000 // tensor, 64, 1_000
+    counted, _ = memory.head_bytes((50_000, hidden), config, tokens, on_gpu=True, has_experts=False)
+    states, gradient = tokens * hidden * (4 + 4), columns * hidden * (4 + 4)
+    assert counted == tokens * columns * per_logit + states + gradient

@@ -25,7 +25,7 @@ from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import Sampling
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.diagnosis import coordinates
-from megatron_r1.controller.supervision.supervisor import HangError, Supervisor
+from megatron_r1.controller.supervision.supervisor import HangError, Supervisor, Watchdog
 from megatron_r1.controller.trainer_calls.client import TrainerClient, Waiting
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.fleet.engine import Engine
@@ -130,6 +130,53 @@ def test_an_engine_that_starts_does_not_hide_a_trainer_that_hangs(tmp_path):
     asyncio.run(body(lambda: asyncio.sleep(1.5)))  # nothing moves, but an engine starts
     with pytest.raises(HangError, match="trainer: 'start'"):
         asyncio.run(body(lambda: run.trainer.connect()))
+
+
+@pytest.mark.parametrize("ends", [ValueError, None])
+def test_an_error_while_watching_ends_leaves_how_the_block_ended(tmp_path, monkeypatch, ends):
+    """As where the run's folder is gone, and with it the file of a blocked loop's stacks."""
+    run = Run(tmp_path)
+
+    async def watch(self):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise OSError("stale file handle")
+
+    monkeypatch.setattr(Watchdog, "watch", watch)
+
+    async def body():
+        async with run.supervised() as supervisor:
+            async with supervisor.watching():
+                await asyncio.sleep(0.01)
+                if ends:
+                    raise ends("of the block")
+            return "exported"
+
+    if ends:
+        with pytest.raises(ends, match="of the block"):
+            asyncio.run(body())
+    else:
+        assert asyncio.run(body()) == "exported"
+
+
+def test_a_block_that_ends_in_spite_of_a_hang_counts_as_it_ended(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+
+    async def watch(self):
+        raise HangError("nothing moves")
+
+    monkeypatch.setattr(Watchdog, "watch", watch)
+
+    async def body():
+        async with run.supervised() as supervisor:
+            async with supervisor.watching():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()
+            await asyncio.sleep(0)  # it is not cancelled any more
+            return "exported"
+
+    assert asyncio.run(body()) == "exported"
 
 
 def test_a_reward_that_hangs_stops_the_run_and_is_named(tmp_path):
