@@ -30,7 +30,9 @@ def python(module: str, *arguments: str) -> None:
 def show_result(run: Path, before: str, seconds: float, *, intervals: bool = False) -> None:
     """Print the first and the last held-out evaluation of an RL run, and where its files are.
 
-    before: what the policy was called at first. intervals: print 95% intervals too."""
+    Args:
+        before: what the policy was called at first.
+        intervals: print 95% intervals too."""
     evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").open()]
     votes = next(key for key in evaluations[0] if key.startswith("eval/cons@"))
     announce(f"done in {seconds / 60:.1f} minutes")

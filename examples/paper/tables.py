@@ -28,8 +28,11 @@ class Column(Section):
 
 
 class PaperRow(Section):
-    """One row of a table: what the paper published and what this run got. published: {column: per
-    cent or number, or words if no number was published}. ours: {column: `stage.figure`}."""
+    """One row of a table: what the paper published and what this run got.
+
+    Attributes:
+        published: {column: per cent or number, or words if no number was published}.
+        ours: {column: `stage.figure`}."""
 
     title: str
     published: dict[str, float | str] = Field(default_factory=dict)

@@ -222,8 +222,10 @@ def _mentions(text: str, function: Callable[..., Any]) -> bool:
 class CallFault(NamedTuple):
     """Why a reward cannot be called.
 
-    text: the argument that it lacks or refuses, and the remedy; "" for a call that fits the
-    signature. missing: the names of the fields that it lacks."""
+    Attributes:
+        text: the argument that it lacks or refuses, and the remedy; "" for a call that fits the
+            signature.
+        missing: the names of the fields that it lacks."""
 
     text: str
     missing: tuple[str, ...] = ()

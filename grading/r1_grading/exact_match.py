@@ -32,9 +32,18 @@ def grade(
 ) -> Grade:
     """Return 1 when the response's final answer equals the truth, or any of several, else 0.
 
-    The answer is found by `read_answer`, with `reading` and `plain_line`. truth: text or a number,
-    or several (`truths.alternatives`). opened: the prompt ended with `<think>`. Raises ValueError
-    for a truth that is blank, or neither text nor a number."""
+    The answer is found by `read_answer`.
+
+    Args:
+        response: the text that ends with the answer.
+        truth: text or a number, or several (`truths.alternatives`).
+        opened: the prompt ended with `<think>`.
+        reading: of `read_answer`.
+        plain_line: of `read_answer`.
+        **entry: the prompt's other fields, which are not used.
+
+    Raises:
+        ValueError: a truth that is blank, or neither text nor a number."""
     expected = [math_truth(option) for option in alternatives(truth)]
     if not expected:
         raise ValueError("the truth is a list without an answer")

@@ -73,9 +73,19 @@ def grade_conciseness(
     The length reward of Kimi k1.5 compares a response with its group's and so is no function of the
     response alone.
 
-    free_length, max_length: F and M, in `unit`. num_tokens: the response's length, which a run
-    passes by itself. An empty response has 1: combine this with accuracy. Raises ValueError unless
-    0 <= F < M, for an unknown unit, and for unit "tokens" without num_tokens."""
+    An empty response has 1: combine this with accuracy.
+
+    Args:
+        response: not used where `unit` is "tokens".
+        truth: not used.
+        free_length: F, in `unit`.
+        max_length: M, in `unit`.
+        unit: what lengths are counted in.
+        num_tokens: the response's length, which a run passes by itself.
+        **entry: the prompt's other fields, which are not used.
+
+    Raises:
+        ValueError: not 0 <= F < M, an unknown unit, or unit "tokens" without num_tokens."""
     for name, value in (("free_length", free_length), ("max_length", max_length)):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{name} must be a number of {unit}, got {value!r}")

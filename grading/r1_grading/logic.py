@@ -275,12 +275,21 @@ def grade(
 ) -> Grade:
     """Return reasoning-gym's score of the response's final answer (see `reading.read_answer`).
 
-    task: a reasoning-gym dataset name.
-    entry: the dataset's item (question, answer, metadata).
-    parameters: the dataset's parameters, for scorers that read them.
-    exact: 1 for a full score and 0 for anything less; otherwise the scorer's partial credit counts.
-    truth: not used, the entry has it.
-    Raises ValueError for an unknown task or an incomplete entry."""
+    Args:
+        response: the text that ends with the answer.
+        truth: not used, the entry has it.
+        task: a reasoning-gym dataset name.
+        entry: the dataset's item (question, answer, metadata).
+        parameters: the dataset's parameters, for scorers that read them.
+        exact: 1 for a full score and 0 for anything less; otherwise the scorer's partial credit
+            counts.
+        opened: the prompt ended with `<think>`.
+        reading: of `read_answer`.
+        plain_line: of `read_answer`.
+        **other: the prompt's other fields, which are not used.
+
+    Raises:
+        ValueError: an unknown task or an incomplete entry."""
     if not isinstance(entry, dict) or not {"answer", "metadata"} <= entry.keys():
         raise ValueError(f"the entry of a {task} prompt needs 'answer' and 'metadata'")
     scorer = _scorer(task, json.dumps(parameters or {}, sort_keys=True))

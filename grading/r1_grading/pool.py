@@ -53,8 +53,9 @@ def _check_json(kind: str, values: Mapping[str, object]) -> None:
 class OutstandingJob:
     """A job that is queued or running, and the future that `RewardPool.grade` awaits.
 
-    worker_pid: the worker that runs the job; None while the job is queued. since: time.monotonic()
-    when the job was queued, or sent to the worker."""
+    Attributes:
+        worker_pid: the worker that runs the job; None while the job is queued.
+        since: time.monotonic() when the job was queued, or sent to the worker."""
 
     job: EncodedJob
     timeout_seconds: float

@@ -31,8 +31,12 @@ ALIGNED_ELEMENTS = 8  # 16 bytes of bf16: products of rows that start elsewhere 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """The output layer of one rank, whose logits are computed in chunks. weight: (V_local, H).
-    scale: 1 / temperature. chunk_tokens: tokens with logits at once."""
+    """The output layer of one rank, whose logits are computed in chunks.
+
+    Attributes:
+        weight: (V_local, H).
+        scale: 1 / temperature.
+        chunk_tokens: tokens with logits at once."""
 
     weight: Tensor
     shard: VocabShard
@@ -138,7 +142,12 @@ class HeadGradients:
         self.reducing: tuple[Rows, Tensor, dist.Work] | None = None
 
     def add(self, rows: Rows, states: Tensor, d_logits: Tensor) -> None:
-        """Add a chunk. states: hidden[rows]; d_logits: (rows, V_local) in hidden's dtype."""
+        """Add a chunk.
+
+        Args:
+            rows: those of the chunk.
+            states: hidden[rows].
+            d_logits: (rows, V_local) in hidden's dtype."""
         if self.weight is not None:
             accumulate(self.weight, d_logits.t(), states)
         if self.hidden is None:

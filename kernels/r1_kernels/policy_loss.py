@@ -249,8 +249,16 @@ def prepare_tokens(
 ) -> tuple[TokenTensors, Sequences | None]:
     """Check the tensors of one batch. Return them detached, with weights of `dtype` for the mask.
 
-    given: the caller's tensors, with the mask as `weights`. others: further tensors that must be on
-    the same device. Raises ValueError for tensors and settings that do not fit, by name."""
+    Args:
+        given: the caller's tensors, with the mask as `weights`.
+        settings: those of the loss.
+        averaging: how the loss is averaged.
+        primitives: the implementation that will compute the loss.
+        dtype: of the weights.
+        **others: further tensors that must be on the same device.
+
+    Raises:
+        ValueError: tensors and settings that do not fit, by name."""
     tensors = given._asdict()
     mask = tensors.pop("weights")
     num_tokens = len(given.advantages if given.logprobs is None else given.logprobs)

@@ -92,12 +92,15 @@ class TokenTensors(NamedTuple):
 
 
 class PolicyTerms(NamedTuple):
-    """The terms of the loss and its gradient, computed in one pass over the tokens. loss:
-    (blocks,), partial sums; the rest (T,), 0 where the weight is 0.
+    """The terms of the loss and its gradient, computed in one pass over the tokens.
 
-    grad_log_ratio: derivative of the loss with respect to the log-ratio, 0 for cispo. grad_logprob:
-    derivative with respect to the log-probability itself, of the KL term and of cispo's surrogate.
-    clipped: 1 where the clip is active, which makes the derivative of ppo's surrogate 0; else 0."""
+    Attributes:
+        loss: (blocks,), partial sums; the other terms are (T,), 0 where the weight is 0.
+        grad_log_ratio: derivative of the loss with respect to the log-ratio, 0 for cispo.
+        grad_logprob: derivative with respect to the log-probability itself, of the KL term and of
+            cispo's surrogate.
+        clipped: 1 where the clip is active, which makes the derivative of ppo's surrogate 0; else
+            0."""
 
     loss: Tensor
     grad_log_ratio: Tensor

@@ -31,8 +31,11 @@ SETTINGS: dict[str, Any] = {"clip_low": CLIP, "clip_high": CLIP, "kl_beta": refe
 
 @dataclass(frozen=True)
 class KernelCase:
-    """One computation that is measured in several implementations. gradients, masked: what the
-    bound counts. weight: about its share of the run's time."""
+    """One computation that is measured in several implementations.
+
+    Attributes:
+        gradients, masked: what the bound counts.
+        weight: about its share of the run's time."""
 
     name: str
     about: str
@@ -72,7 +75,11 @@ def _token_logprobs(logits, targets, inplace: bool = False):
 def _rows(
     call: Callable, ours: Callable, plain: Callable, computes: str = ""
 ) -> tuple[Implementation, ...]:
-    """Return ours and the baselines. plain: of reference.py; computes: of the baselines."""
+    """Return ours and the baselines.
+
+    Args:
+        plain: of reference.py.
+        computes: of the baselines."""
     # One specialized graph for this call, as a training step would have.
     compiled = partial(torch.compile, plain, dynamic=False)
     return (

@@ -28,8 +28,11 @@ from triton.runtime.jit import JITFunction
 
 
 class Launch(NamedTuple):
-    """A kernel as it was compiled and launched. programs: of the grid; kernel: Triton's compiled
-    one, with `asm` and `metadata`."""
+    """A kernel as it was compiled and launched.
+
+    Attributes:
+        programs: of the grid.
+        kernel: Triton's compiled one, with `asm` and `metadata`."""
 
     name: str
     programs: int

@@ -34,8 +34,10 @@ Results = dict[str, Tensor]
 class Implementation:
     """One row of a table: call(function, inputs) is timed, for the function that `load` returns.
 
-    load: imports what it needs and does what is not timed. computes: what it does more or less than
-    ours, in words. overwrites: its inputs are restored after each call."""
+    Attributes:
+        load: imports what it needs and does what is not timed.
+        computes: what it does more or less than ours, in words.
+        overwrites: its inputs are restored after each call."""
 
     name: str
     call: Callable[..., Results]

@@ -71,7 +71,11 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(example, launch, arch: int) -> dict[str, Any]:
-    """Return one kernel's entry. example: examples.ExampleLaunch; launch: compiled.Launch."""
+    """Return one kernel's entry.
+
+    Args:
+        example: examples.ExampleLaunch.
+        launch: compiled.Launch."""
     from r1_kernels_bench import compiled
 
     kernel, warps = launch.kernel, launch.kernel.metadata.num_warps

@@ -110,8 +110,11 @@ def run_case(
 ) -> dict[str, Any]:
     """Return the case's bound and rows.
 
-    task: sizes, device and repeats. until: time.time() by which it should end. skip:
-    implementations that ended an earlier process, each with the reason. report: see `Calls`."""
+    Args:
+        task: sizes, device and repeats.
+        until: time.time() by which it should end.
+        skip: implementations that ended an earlier process, each with the reason.
+        report: see `Calls`."""
     device, started = torch.device(task["device"]), time.time()
     report(doing="inputs")
     inputs = make_inputs(case.inputs, ProblemSizes(**task["sizes"]), device)

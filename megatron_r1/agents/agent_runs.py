@@ -45,9 +45,12 @@ class RunWithServer(Protocol):
 
 @dataclass(frozen=True)
 class AgentOutcome:
-    """What an agent's run has returned. reward: None where the row's own reward grades the episode.
-    sequences: the agent's record of the tokens, each sequence up to its last sampled token; None
-    where the agent keeps no record."""
+    """What an agent's run has returned.
+
+    Attributes:
+        reward: None where the row's own reward grades the episode.
+        sequences: the agent's record of the tokens, each sequence up to its last sampled token;
+            None where the agent keeps no record."""
 
     reward: float | None
     sequences: list[list[int]] | None = None

@@ -54,8 +54,11 @@ class Continuation:
     """A tokenizer's chat template, applied by the continuation rule."""
 
     def __init__(self, tokenizer: Any, ends: Sequence[EndToken] = ()) -> None:
-        """tokenizer: a tokenizer of transformers, with a chat template. ends: the tokens that end
-        an answer; by default the tokenizer's eos_token."""
+        """Prepare the template of a tokenizer.
+
+        Args:
+            tokenizer: a tokenizer of transformers, with a chat template.
+            ends: the tokens that end an answer; by default the tokenizer's eos_token."""
         self._tokenizer = tokenizer
         self.vocabulary_size = len(tokenizer)
         special = [re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special]

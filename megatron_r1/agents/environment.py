@@ -141,12 +141,13 @@ RESERVED = ("reset", "get_reward", "final_answer", "close")
 class Description:
     """The description of an environment's class.
 
-    tools: the schemas of its tools, in OpenAI's form.
-    grades: whether the class has `get_reward`.
-    parameters: the arguments of the class, and whether each is required; None where the class takes
-        any argument.
-    misspelt: tools whose name is close to that of a reserved method which the class lacks, each
-        with the reserved name."""
+    Attributes:
+        tools: the schemas of its tools, in OpenAI's form.
+        grades: whether the class has `get_reward`.
+        parameters: the arguments of the class, and whether each is required; None where the class
+            takes any argument.
+        misspelt: tools whose name is close to that of a reserved method which the class lacks, each
+            with the reserved name."""
 
     tools: list[dict[str, Any]]
     grades: bool

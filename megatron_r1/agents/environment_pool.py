@@ -31,8 +31,10 @@ LATE_SECONDS = 10.0
 class EnvironmentFault(Exception):
     """The environment failed: its `reset` or `get_reward` raised, or its process is gone.
 
-    what: the fault. fix: what the user should write instead. is_of_method: whether `what` begins
-    with the name of one of the environment's methods."""
+    Attributes:
+        what: the fault.
+        fix: what the user should write instead.
+        is_of_method: whether `what` begins with the name of one of the environment's methods."""
 
     def __init__(self, what: str, fix: str = "", is_of_method: bool = False) -> None:
         super().__init__(f"{what}; {fix}" if fix else what)
@@ -45,8 +47,12 @@ class CallTimedOut(EnvironmentFault):
 
 @dataclass(frozen=True)
 class CallResult:
-    """The result of a tool. is_error: the tool raised, and text is the error's. done: whether the
-    environment has ended the episode. seconds: the time that the call took."""
+    """The result of a tool.
+
+    Attributes:
+        is_error: the tool raised, and text is the error's.
+        done: whether the environment has ended the episode.
+        seconds: the time that the call took."""
 
     text: str
     is_error: bool

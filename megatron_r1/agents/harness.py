@@ -49,8 +49,18 @@ class HarnessPlayer:
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> None:
-        """max_turns, timeout_seconds: limits of an episode; the time in which engines sample does
-        not count. room: the most tokens of a prompt and its answer that an engine takes."""
+        """Prepare to play episodes with a harness.
+
+        Args:
+            text: the tokenizer and its template.
+            gateway: receives the harness's requests.
+            parsers: reads calls and thoughts out of sampled turns.
+            run: runs the harness.
+            max_turns: limit of an episode.
+            timeout_seconds: limit of an episode; the time in which engines sample does not count.
+            room: the most tokens of a prompt and its answer that an engine takes.
+            temperature: of sampling.
+            top_p: of sampling."""
         self.text, self.gateway, self.parsers, self.run = text, gateway, parsers, run
         self._max_turns, self._timeout_seconds, self._room = max_turns, timeout_seconds, room
         self._sampling = temperature, top_p

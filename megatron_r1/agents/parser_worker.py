@@ -110,7 +110,10 @@ def _is_number(word: str) -> bool:
 
 
 class Options(msgspec.Struct):
-    """The parsers of a worker. tool_parser, reasoning_parser: vLLM's names, "" for none."""
+    """The parsers of a worker.
+
+    Attributes:
+        tool_parser, reasoning_parser: vLLM's names, "" for none."""
 
     tokenizer: str
     tool_parser: str
@@ -118,8 +121,12 @@ class Options(msgspec.Struct):
 
 
 class ParseJob(msgspec.Struct):
-    """One sampled turn. text: decoded from token_ids, without the closing token. prompt_token_ids:
-    all tokens before it; a template may have opened a thought there. tools: in OpenAI's form."""
+    """One sampled turn.
+
+    Attributes:
+        text: decoded from token_ids, without the closing token.
+        prompt_token_ids: all tokens before it; a template may have opened a thought there.
+        tools: in OpenAI's form."""
 
     text: str
     token_ids: list[int]
@@ -132,7 +139,10 @@ class ParseReply(msgspec.Struct):
 
     ready: the worker has loaded the parsers. unusable: it cannot load them, and ends. failed: the
     parser raised. reason, of parsed: what the parser dropped of the turn, all of which is content
-    then; "" for nothing. key, cause: what is at fault, of unusable."""
+    then; "" for nothing.
+
+    Attributes:
+        key, cause: what is at fault, of unusable."""
 
     status: Literal["ready", "unusable", "parsed", "failed"]
     reason: str = ""

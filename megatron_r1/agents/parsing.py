@@ -69,8 +69,14 @@ class ParserPool:
         num_workers: int = 2,
         timeout_seconds: float = 30.0,
     ) -> None:
-        """tokenizer: its folder. tool_parser, reasoning_parser: vLLM's names, None for no parser.
-        timeout_seconds: for one turn; a worker that takes longer is killed."""
+        """Prepare workers, which start with the first turn.
+
+        Args:
+            tokenizer: its folder.
+            tool_parser: vLLM's name, None for no parser.
+            reasoning_parser: vLLM's name, None for no parser.
+            num_workers: the number of processes.
+            timeout_seconds: for one turn; a worker that takes longer is killed."""
         self._has_parsers = bool(tool_parser or reasoning_parser)
         self._options = Options(tokenizer, tool_parser or "", reasoning_parser or "")
         self._timeout_seconds = timeout_seconds
@@ -337,8 +343,14 @@ class AnswerReader:
 
         Calls that the template refuses stay text in the content, as malformed calls do, among them
         calls whose arguments are no JSON object; the message's field `tool_call_error` then says
-        why. text: decoded from token_ids, without the end
-        token. max_calls: tool calls that are kept."""
+        why.
+
+        Args:
+            text: decoded from token_ids, without the end token.
+            token_ids: the sampled tokens.
+            prompt_ids: all tokens before them.
+            tools: those that the prompt describes.
+            max_calls: tool calls that are kept."""
         job = ParseJob(text, list(token_ids), list(prompt_ids), list(tools))
         message = (await self._parser.parse(job)).message()
         calls = message.get("tool_calls", [])

@@ -122,8 +122,12 @@ class Lookup:
 
 
 class Gym:
-    """One tool, `submit`. attempts: answers of an episode. discount: a right answer earns
-    `discount` to the power of the wrong ones before it, so that guessing does not pay."""
+    """One tool, `submit`.
+
+    Args:
+        attempts: answers of an episode.
+        discount: a right answer earns `discount` to the power of the wrong ones before it, so that
+            guessing does not pay."""
 
     done = False
 
@@ -164,9 +168,13 @@ class Gym:
 
 
 class Python:
-    """One tool, `python`. seconds: the wall time limit of a call. cpu_seconds: the limit of the CPU
-    time of all calls of an episode. memory_mib: the interpreter's memory limit. output_chars: the
-    length at which a call's output is cut off."""
+    """One tool, `python`.
+
+    Args:
+        seconds: the wall time limit of a call.
+        cpu_seconds: the limit of the CPU time of all calls of an episode.
+        memory_mib: the interpreter's memory limit.
+        output_chars: the length at which a call's output is cut off."""
 
     def __init__(
         self,
@@ -215,8 +223,11 @@ SNIPPET_WORDS = 32
 
 
 class Retrieval:
-    """Two tools, `search` and `read`. corpus: the path of the JSONL file. text_chars: the most
-    characters of a document that `read` returns."""
+    """Two tools, `search` and `read`.
+
+    Args:
+        corpus: the path of the JSONL file.
+        text_chars: the most characters of a document that `read` returns."""
 
     def __init__(self, corpus: str, text_chars: int = 4_000) -> None:
         self._index = sqlite3.connect(f"file:{_index_of(Path(corpus))}?mode=ro", uri=True)

@@ -24,12 +24,13 @@ Message = Mapping[str, Any]
 class TreeNode:
     """One piece of a conversation.
 
-    parent: the number of the node before this one; None for a root.
-    messages: the chat messages that the tokens stand for.
-    tools: the tools that a root's prompt describes; empty for other nodes.
-    logprobs, policy_versions: one entry for each sampled token; None if the tokens were given.
-    routing: the experts that processed the tokens after the previous sampled node, without the last
-        token; empty unless the engine returned them."""
+    Attributes:
+        parent: the number of the node before this one; None for a root.
+        messages: the chat messages that the tokens stand for.
+        tools: the tools that a root's prompt describes; empty for other nodes.
+        logprobs, policy_versions: one entry for each sampled token; None if the tokens were given.
+        routing: the experts that processed the tokens after the previous sampled node, without the
+            last token; empty unless the engine returned them."""
 
     parent: int | None
     token_ids: array[int]

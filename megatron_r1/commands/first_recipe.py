@@ -35,7 +35,11 @@ class Guess(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine of a run. gpus: 0 for a CPU. memory: free bytes of the host, or of one GPU."""
+    """The machine of a run.
+
+    Attributes:
+        gpus: 0 for a CPU.
+        memory: free bytes of the host, or of one GPU."""
 
     gpus: int
     memory: int
@@ -46,8 +50,12 @@ class Machine:
 
 
 def lengths(longest_prompt: int, positions: int, machine: Machine) -> list[Guess]:
-    """Return the settings that limit a response and a sequence, in tokens. longest_prompt: of the
-    data. positions: of the model."""
+    """Return the settings that limit a response and a sequence, in tokens.
+
+    Args:
+        longest_prompt: of the data.
+        positions: of the model.
+        machine: what the run has."""
     usual = CPU_RESPONSE if machine.is_cpu else GPU_RESPONSE
     room = max(positions - longest_prompt, min(LEAST_RESPONSE, positions // 2))
     response = min(usual, room)
@@ -170,8 +178,11 @@ def value_text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder and the first rows of a data file. hf: the model's `config.json`.
-    parameters: their number."""
+    """A model's folder and the first rows of a data file.
+
+    Attributes:
+        hf: the model's `config.json`.
+        parameters: their number."""
 
     folder: Path
     hf: dict[str, Any]
@@ -183,9 +194,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Draft:
-    """A recipe for `verb`: its settings but for run and model. try_out: reads the written file as
-    the verb would and prints what it finds; raises UserError. has_dry_run: whether the verb has
-    --dry-run."""
+    """A recipe for `verb`: its settings but for run and model.
+
+    Attributes:
+        try_out: reads the written file as the verb would and prints what it finds; raises
+            UserError.
+        has_dry_run: whether the verb has --dry-run."""
 
     verb: str
     guesses: Sequence[Guess]

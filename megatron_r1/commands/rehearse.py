@@ -29,10 +29,16 @@ OF_VERBS = {"reward-model": reward_model.IMPLIED}
 
 
 def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:
-    """Rehearse the recipe at `path`. overrides: settings of the recipe, and `rehearsal.` settings.
-    verbs: name → module of the verbs that stages may use.
+    """Rehearse the recipe at `path`.
 
-    Raises UserError before anything starts, RunError for the first phase that fails."""
+    Args:
+        path: the recipe's.
+        overrides: settings of the recipe, and `rehearsal.` settings.
+        verbs: name → module of the verbs that stages may use.
+
+    Raises:
+        UserError: the recipe cannot be rehearsed; before anything starts.
+        RunError: the first phase that fails."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are stopped
     own, others = take_section(overrides, RehearsalSettings)
     settings = own.rehearsal

@@ -58,7 +58,9 @@ from megatron_r1.reporting.wording import counted, duration, percent, printable
 class Rollouts:
     """What samples and grades in a run: `collector`, with engines that are still to be started.
 
-    log: of finished groups; None without `rl.sample_log`. hosts: those of engines that may join."""
+    Attributes:
+        log: of finished groups; None without `rl.sample_log`.
+        hosts: those of engines that may join."""
 
     collector: RolloutCollector
     log: SampleLog | None

@@ -32,9 +32,15 @@ async def export_checkpoint(
 ) -> None:
     """Write `target` completely or not at all, unless it is an export of this checkpoint already.
 
-    checkpoint: `…/checkpoints/step_…` of a run, whose `config.yaml` describes the model. parallel:
-    layout of the exporting trainer, which may differ from that of the training. Raises UserError
-    for a checkpoint outside a run, TrainerError when the trainer fails."""
+    Args:
+        checkpoint: `…/checkpoints/step_…` of a run, whose `config.yaml` describes the model.
+        target: the folder that the model is written to.
+        parallel: layout of the exporting trainer, which may differ from that of the training.
+        log_folder: of the trainer's logs.
+
+    Raises:
+        UserError: a checkpoint outside a run.
+        TrainerError: the trainer fails."""
     listed, exported = checkpoint / finding.MANIFEST, target / SOURCE_FILE
     # A checkpoint without manifest is damaged: loading it raises.
     source = finding.file_entry(listed).checksum if listed.is_file() else ""
@@ -116,8 +122,15 @@ async def make_policy(
     decoding: Decoding,
     shots: Shots | None = None,
 ) -> Policy:
-    """Return the served model, or engines for `model.path`; a checkpoint is exported first. key:
-    the name of `server` in the recipe. shots: worked examples before every question."""
+    """Return the served model, or engines for `model.path`; a checkpoint is exported first.
+
+    Args:
+        config: the recipe.
+        folder: of the run.
+        server: of a served model; None: engines.
+        key: the name of `server` in the recipe.
+        decoding: the sampling parameters.
+        shots: worked examples before every question."""
     if server is not None:
         return ServerPolicy(server, config.data.template, decoding, shots, key)
     from megatron_r1.evaluation.engine_policy import EnginePolicy

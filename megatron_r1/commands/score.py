@@ -116,7 +116,11 @@ async def _score(config: Config, lines: BinaryIO, graded: BinaryIO) -> _Scoring:
 
 class _Scoring:
     """Grades lines, counts them and adds up rewards by kind; prints the progress to stderr now and
-    then. options: `rewards.options`. kind: the kind of lines that name none."""
+    then.
+
+    Args:
+        options: `rewards.options`.
+        kind: the kind of lines that name none."""
 
     def __init__(
         self, pool: RewardPool, options: dict[str, dict[str, Any]], kind: str | None

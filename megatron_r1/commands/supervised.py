@@ -24,12 +24,13 @@ Item = TypeVar("Item")
 class SupervisedTask(Generic[Item]):
     """A data set, its loss and its evaluation.
 
-    batch_size: items per optimizer step.
-    to_samples: tokenizes the items of a batch.
-    loss: as "module:function".
-    unit: as of `TrainerClient.load`.
-    notes: messages about the data and the model, once the trainer has started.
-    evaluate: called before the first step, every `eval.every` steps, and after the last."""
+    Attributes:
+        batch_size: items per optimizer step.
+        to_samples: tokenizes the items of a batch.
+        loss: as "module:function".
+        unit: as of `TrainerClient.load`.
+        notes: messages about the data and the model, once the trainer has started.
+        evaluate: called before the first step, every `eval.every` steps, and after the last."""
 
     config: Config
     sampler: EpochSampler[Item]

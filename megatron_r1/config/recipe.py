@@ -211,8 +211,14 @@ def from_tree(
 ) -> Config:
     """Build the configuration from a recipe's sections.
 
-    origin: name of the recipe in errors. given: keys that the command line sets. Raises UserError
-    naming every mistake."""
+    Args:
+        tree: sections and their values, as the recipe has them.
+        origin: name of the recipe in errors.
+        required: keys that must be set.
+        given: keys that the command line sets.
+
+    Raises:
+        UserError: the tree has mistakes; every one is named."""
     config = parse(tree, origin, given)
     missing = [key for key in required if not attrgetter(key)(config)]
     if missing:

@@ -121,9 +121,14 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, typ
 def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> str:
     """Return a line such as `rl.group_size: 16   # responses per question` per key.
 
-    models: their sections have different names. chosen: what to show; default: all. Sections or
-    keys (`rl`, `sample.keep`), words of other libraries (`words.WORDS`, each with a line of its
-    own), or words that stand in a key's name or meaning. Raises UserError for any other name."""
+    Args:
+        models: their sections have different names.
+        chosen: what to show; default: all. Sections or keys (`rl`, `sample.keep`), words of other
+            libraries (`words.WORDS`, each with a line of its own), or words that stand in a key's
+            name or meaning.
+
+    Raises:
+        UserError: any other name."""
     fields = {key: home for model in models for key, home in keys_of(model)}
     meanings = {home: _docstrings(home) for home in set(fields.values())}
     lines = {

@@ -8,9 +8,14 @@ SHOWN_NAMES = 4
 
 
 class Word(NamedTuple):
-    """A thing by its names elsewhere. names: as TRL, verl, OpenRLHF, slime, prime-rl and papers
-    write it, without a section or dashes before it. keys: the settings for it here. note: what
-    differs, or what is done instead. page: where docs explain it."""
+    """A thing by its names elsewhere.
+
+    Attributes:
+        names: as TRL, verl, OpenRLHF, slime, prime-rl and papers write it, without a section or
+            dashes before it.
+        keys: the settings for it here.
+        note: what differs, or what is done instead.
+        page: where docs explain it."""
 
     names: tuple[str, ...]
     keys: tuple[str, ...]

@@ -80,9 +80,13 @@ def overlong_punishment(num_tokens: int, limit: int, buffer: float) -> float:
         0                          up to L - B tokens
         ((L - B) - length) / B     from there to L, where it is -1
 
-    limit: L, the longest response that may be sampled. buffer: B as a share of L; 0 for no
-    punishment. The reported reward leaves it out. It grows gradually, because after a sudden drop
-    at L the policy could not tell a response that is too long from a wrong one."""
+    The reported reward leaves the punishment out. It grows gradually, because after a sudden drop
+    at L the policy could not tell a response that is too long from a wrong one.
+
+    Args:
+        num_tokens: the response's length.
+        limit: L, the longest response that may be sampled.
+        buffer: B as a share of L; 0 for no punishment."""
     buffer_tokens = buffer * limit
     excess = num_tokens - (limit - buffer_tokens)
     return -min(1.0, excess / buffer_tokens) if buffer_tokens and excess > 0 else 0.0

@@ -45,12 +45,14 @@ USED = 0.9
 class CPUMemory:
     """Bytes on this host.
 
-    weights: those of all ranks, with gradients, optimizer state, reference, critic and the buffers
-        that a checkpoint is written from.
-    engine_weights: those of the engines, with their receive buffers, and of a teacher's engines.
-    others: KV caches, the loss head, processes.
-    per_token: activations of a token of every rank's micro-batch, and its states in the head.
-    free: free memory before the run."""
+    Attributes:
+        weights: those of all ranks, with gradients, optimizer state, reference, critic and the
+            buffers that a checkpoint is written from.
+        engine_weights: those of the engines, with their receive buffers, and of a teacher's
+            engines.
+        others: KV caches, the loss head, processes.
+        per_token: activations of a token of every rank's micro-batch, and its states in the head.
+        free: free memory before the run."""
 
     weights: int
     engine_weights: int
@@ -103,8 +105,12 @@ class CPUMemory:
 
 
 def cpu_memory(config: Config, num_ranks: int, *, has_engines: bool) -> CPUMemory:
-    """Return the memory of a run. num_ranks: trainer ranks, all on this host; has_engines: whether
-    engines of the recipe run at the same time as them."""
+    """Return the memory of a run.
+
+    Args:
+        config: the recipe.
+        num_ranks: trainer ranks, all on this host.
+        has_engines: whether engines of the recipe run at the same time as them."""
     hf = read_hf_config(config.model.path, config.model.head)
     parallel, rollout, teacher = config.parallel, config.rollout, config.teacher
     weights = _state_bytes(config, hf, num_ranks, with_reference=has_engines)

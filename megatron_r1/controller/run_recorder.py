@@ -150,9 +150,12 @@ class CheckpointSeries:
 class RunState:
     """The controller's state across restarts; saved inside every checkpoint.
 
-    step: finished steps; optimizer_step: finished updates, which the learning rate depends on;
-    sampler: position in the data; rewards: counters of reward workers and services since the run
-    began (`RewardPool.snapshot`)."""
+    Attributes:
+        step: finished steps.
+        optimizer_step: finished updates, which the learning rate depends on.
+        sampler: position in the data.
+        rewards: counters of reward workers and services since the run began
+            (`RewardPool.snapshot`)."""
 
     step: int = 0
     optimizer_step: int = 0
@@ -175,9 +178,17 @@ class RunRecorder:
         title: str,
         facts: Sequence[str] = (),
     ):
-        """may_change: settings that may differ from the folder's. title, facts: for the terminal.
+        """Open the records of a run.
 
-        Raises UserError for other settings than the run's, or if no checkpoint is undamaged."""
+        Args:
+            folder: the run's.
+            config: the run's settings.
+            may_change: settings that may differ from the folder's.
+            title: for the terminal.
+            facts: for the terminal.
+
+        Raises:
+            UserError: other settings than the run's, or no undamaged checkpoint."""
         # First, so that a mistake is not recorded as the run's settings.
         start = config.model.checkpoint
         note = finding.check_start(Path(start)) if start else None

@@ -93,8 +93,12 @@ class Session:
     async def finish_step(
         self, rollout: Rollout, metrics: dict[str, float], updates: list[dict[str, float]]
     ) -> None:
-        """Record the step; evaluate and checkpoint when due. metrics: of the trainer's passes over
-        the whole rollout; updates: of each mini-batch."""
+        """Record the step; evaluate and checkpoint when due.
+
+        Args:
+            rollout: what the step was trained on.
+            metrics: of the trainer's passes over the whole rollout.
+            updates: of each mini-batch."""
         # In a thread: 8,192 long responses take 0.3 s.
         means = await asyncio.to_thread(rollout_metrics, rollout, version=self.step - 1)
         line = {"step": self.step, "optimizer_step": self.recorder.state.optimizer_step, **means}

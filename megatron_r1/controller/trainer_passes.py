@@ -19,9 +19,12 @@ from megatron_r1.trainer.sample import Sample
 class TrainerPasses:
     """Runs the passes of `rl.algorithm` on the trainer; each returns metrics.
 
-    The samples stay with the trainer, from `load` to the next `load`. state: counts the policy's
-    updates. run_config: the run's settings. Every pass also takes `config`, those of its step,
-    which `rl.schedule` may have changed."""
+    The samples stay with the trainer, from `load` to the next `load`.
+
+    Attributes:
+        state: counts the policy's updates.
+        run_config: the run's settings. Every pass also takes `config`, those of its step, which
+            `rl.schedule` may have changed."""
 
     def __init__(self, config: Config, trainer: TrainerClient, state: RunState):
         self.run_config, self.trainer, self.state = config, trainer, state

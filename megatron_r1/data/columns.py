@@ -45,9 +45,12 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a data file, `a.b` for the entry b of column a. truth: None where the rows'
-    own rewards need no truth. kind: the reward, None where the rows name it. reasons: why each
-    column was chosen."""
+    """The columns of a data file, `a.b` for the entry b of column a.
+
+    Attributes:
+        truth: None where the rows' own rewards need no truth.
+        kind: the reward, None where the rows name it.
+        reasons: why each column was chosen."""
 
     question: str
     truth: str | None
@@ -62,8 +65,17 @@ def guess_columns(
     truth: str | None = None,
     kind: str | None = None,
 ) -> Columns:
-    """Return the columns of `rows`, the file's first ones. question, truth, kind: those that the
-    user names. Raises UserError naming the columns where one is not found."""
+    """Return the columns of `rows`, the file's first ones.
+
+    Args:
+        source: the file, for errors.
+        rows: the file's first rows.
+        question: the column that the user names, if any.
+        truth: likewise.
+        kind: the reward that the user names, if any.
+
+    Raises:
+        UserError: one is not found; the columns are named."""
     flat = [_flat(row) for row in rows]
     reasons = {}
     for name, given in (("question", question), ("truth", truth)):

@@ -24,8 +24,10 @@ RESPONSES = ("response", "completion")
 @dataclass(frozen=True)
 class Preference:
     """One row: responses to a question, each with its label; of a pair, the better one first.
-    opened: whether the prompt ended with `<think>`, which the responses then do not repeat.
-    location: "file:line" of the row."""
+
+    Attributes:
+        opened: whether the prompt ended with `<think>`, which the responses then do not repeat.
+        location: "file:line" of the row."""
 
     question: str
     responses: tuple[str, ...]

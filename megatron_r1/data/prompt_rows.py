@@ -35,10 +35,15 @@ from megatron_r1.data.records import (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question. id: hash of the question's text, for an environment of text and fields; the same
-    in all runs. kind: the reward that grades its responses, by comparison with `truth`. fields: the
-    reward's other arguments, in JSON types. before: the messages of the chat before the question,
-    such as the system's. location: where the question's row is, as "file:line", if it has one."""
+    """A question.
+
+    Attributes:
+        id: hash of the question's text, for an environment of text and fields; the same in all
+            runs.
+        kind: the reward that grades its responses, by comparison with `truth`.
+        fields: the reward's other arguments, in JSON types.
+        before: the messages of the chat before the question, such as the system's.
+        location: where the question's row is, as "file:line", if it has one."""
 
     id: str
     question: str

@@ -131,8 +131,11 @@ def _plain(value: Any) -> Any:
 @dataclass(frozen=True)
 class PromptSplit:
     """Train and held-out prompts; no normalized question occurs twice in the two lists.
-    contradictions: the prompt that is kept and a later one of the same question and another truth.
-    reports: what became of the rows, one for each source that is a file."""
+
+    Attributes:
+        contradictions: the prompt that is kept and a later one of the same question and another
+            truth.
+        reports: what became of the rows, one for each source that is a file."""
 
     train: list[Prompt]
     heldout: list[Prompt]
@@ -158,21 +161,29 @@ def load_prompts(
 ) -> PromptSplit:
     """Read prompts from a file, or generate them with a reasoning-gym task.
 
-    path: of `records.read_records`, rows with `question`, `truth` and optionally `kind` (default:
-        `kind`, else what the truth shows: `r1_grading.truths.kind_of`); other columns go to the
-        reward. A question or truth that no row has by that name is found by its usual names
-        (`columns`). A question may be a chat that ends with the user's message.
-    columns: our name → the file's.
-    where: rows are kept that meet these conditions (`records.RowFilter`).
-    no_truth: truths that are none; their rows are left out.
-    bad_rows: what becomes of rows whose question or truth cannot be used.
-    task: a reasoning-gym dataset, generated with `parameters` and `seed`. Without `kind` (or with
-        "logic") its own scorer grades; any other kind gets the item's answer as its truth.
-    heldout_path: a file that is held out whole, its questions dropped from train; without it, the
-        share `heldout_fraction` of all possible questions is held out.
-    num_train, num_heldout: how many of each, the first ones; None: all (a task needs the numbers).
-    Raises UserError for a bad row (with file and line), an unknown task, parameter or kind, and
-    where questions are too few."""
+    Args:
+        path: of `records.read_records`, rows with `question`, `truth` and optionally `kind`
+            (default: `kind`, else what the truth shows: `r1_grading.truths.kind_of`); other columns
+            go to the reward. A question or truth that no row has by that name is found by its usual
+            names (`columns`). A question may be a chat that ends with the user's message.
+        heldout_path: a file that is held out whole, its questions dropped from train; without it,
+            the share `heldout_fraction` of all possible questions is held out.
+        task: a reasoning-gym dataset, generated with `parameters` and `seed`. Without `kind` (or
+            with "logic") its own scorer grades; any other kind gets the item's answer as its truth.
+        parameters: the task's.
+        seed: of the task's generator.
+        kind: the default reward; see `path` and `task`.
+        columns: our name → the file's.
+        num_train: how many to train on, the first ones; None: all (a task needs the number).
+        num_heldout: how many to hold out, likewise.
+        heldout_fraction: see `heldout_path`.
+        where: rows are kept that meet these conditions (`records.RowFilter`).
+        no_truth: truths that are none; their rows are left out.
+        bad_rows: what becomes of rows whose question or truth cannot be used.
+
+    Raises:
+        UserError: a bad row (with file and line), an unknown task, parameter or kind, or too few
+            questions."""
     _check_arguments(path, heldout_path, task, num_train, num_heldout, heldout_fraction)
     if kind is not None:
         resolve(kind)

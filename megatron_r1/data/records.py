@@ -22,7 +22,11 @@ from megatron_r1.data.table_files import Row, read_rows
 
 @dataclass
 class LeftOut:
-    """Rows left out for one reason. first: "file:line" of the first. key: the column or setting."""
+    """Rows left out for one reason.
+
+    Attributes:
+        first: "file:line" of the first.
+        key: the column or setting."""
 
     count: int
     first: str
@@ -33,11 +37,15 @@ class LeftOut:
 class DataReport:
     """Counts the rows of one source.
 
-    num_read: rows read. num_duplicates: rows whose question and truth another row has.
-    num_unused: questions beyond `data.num_train` and `data.num_heldout`. left_out: reason → rows.
-    columns: our name → the file's column, for those that were found by their names. kinds:
-    rewards, or forms of examples, where these differ → rows. is_complete: False where reading ended
-    before the file did, as enough questions were found."""
+    Attributes:
+        num_read: rows read.
+        num_duplicates: rows whose question and truth another row has.
+        num_unused: questions beyond `data.num_train` and `data.num_heldout`.
+        left_out: reason → rows.
+        columns: our name → the file's column, for those that were found by their names.
+        kinds: rewards, or forms of examples, where these differ → rows.
+        is_complete: False where reading ended before the file did, as enough questions were found.
+    """
 
     source: str = ""
     num_read: int = 0

@@ -62,9 +62,12 @@ RESPONSES = (
 class SftExample:
     """One example of supervised training: a text to continue, or a conversation.
 
-    prompt: the text the model is given, template included, without loss. response: with loss.
-    messages: the conversation in place of both; its assistant's messages from number `learned_from`
-    on have loss. tools: what a conversation's template is given as tools."""
+    Attributes:
+        prompt: the text the model is given, template included, without loss.
+        response: with loss.
+        messages: the conversation in place of both; its assistant's messages from number
+            `learned_from` on have loss.
+        tools: what a conversation's template is given as tools."""
 
     prompt: str = ""
     response: str = ""

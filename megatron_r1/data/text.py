@@ -162,15 +162,25 @@ class PromptText:
         keys: tuple[str, str] = ("model.path", "data.template"),
         stop_token_ids: Sequence[int] = (),
     ):
-        """keys: the recipe's keys that name model and template, for errors. stop_token_ids: tokens
-        that end a response besides the model's own (`rollout.stop_token_ids`).
+        """Load the tokenizer and read the template.
 
-        Sets opens_thought: whether prompts end with `<think>`, which responses then do not repeat;
-        closed_thought: the empty thought with which prompts end, "" without one;
-        end: the token that ends a written response; end_tokens: all that end a sampled one, and
-        stop_token_ids: their ids and the given ones. Raises UserError if the folder has no
-        tokenizer, the tokenizer names no end token or lacks one of stop_token_ids, or the template
-        is none."""
+        Args:
+            model_path: the Hugging Face folder.
+            template: a template's name or text, or "chat" for the tokenizer's own.
+            keys: the recipe's keys that name model and template, for errors.
+            stop_token_ids: tokens that end a response besides the model's own
+                (`rollout.stop_token_ids`).
+
+        Attributes:
+            opens_thought: whether prompts end with `<think>`, which responses then do not repeat.
+            closed_thought: the empty thought with which prompts end, "" without one.
+            end: the token that ends a written response.
+            end_tokens: all that end a sampled one.
+            stop_token_ids: their ids and the given ones.
+
+        Raises:
+            UserError: the folder has no tokenizer, the tokenizer names no end token or lacks one of
+                stop_token_ids, or the template is none."""
         self._chat, self._key = template == "chat", keys[1]
         self._template = template if self._chat else find_template(template, keys[1])
         self.tokenizer: Any = load_tokenizer(model_path, keys[0])

@@ -122,8 +122,11 @@ several."""
 
 
 class EndToken(NamedTuple):
-    """One token that ends a response. text: "" where the folder's files do not name it. source: the
-    file that says so."""
+    """One token that ends a response.
+
+    Attributes:
+        text: "" where the folder's files do not name it.
+        source: the file that says so."""
 
     id: int
     text: str

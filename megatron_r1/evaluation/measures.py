@@ -190,8 +190,13 @@ def equal_length_win_rates(
 ) -> np.ndarray:
     """Return sigmoid(theta), [fits], of logistic regressions that differ in their weights.
 
-    preferences, lengths: [samples]; weights: [fits, samples]. Newton's method on the weighted
-    log-likelihood less PRIOR_PRECISION (theta^2 + phi^2) / 2, which has one maximum."""
+    Newton's method on the weighted log-likelihood less PRIOR_PRECISION (theta^2 + phi^2) / 2, which
+    has one maximum.
+
+    Args:
+        preferences: [samples].
+        lengths: [samples].
+        weights: [fits, samples]."""
     inputs = np.stack([np.ones_like(lengths), lengths])  # [2, samples]
     squares = inputs[:, None] * inputs[None]  # [2, 2, samples]
     parameters = np.zeros((len(weights), 2))

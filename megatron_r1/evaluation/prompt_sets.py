@@ -25,9 +25,12 @@ OWN = "questions"
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts that are each sampled `num_samples` times. title: the benchmark's; "" for the
-    prompts of `sample`. compares: responses are compared with others (`benchmarks.base`). agents:
-    where episodes are played, their environment and limits."""
+    """Prompts that are each sampled `num_samples` times.
+
+    Attributes:
+        title: the benchmark's; "" for the prompts of `sample`.
+        compares: responses are compared with others (`benchmarks.base`).
+        agents: where episodes are played, their environment and limits."""
 
     title: str
     prompts: list[Prompt]

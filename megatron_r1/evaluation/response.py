@@ -31,17 +31,18 @@ LINE_NAMES = {"text": "response", "num_tokens": "length", "is_ungraded": "ungrad
 class TextResponse:
     """A response and its grade.
 
-    text: the response without the `<think>` that its prompt may end with.
-    num_tokens: the length in tokens; None if a server does not report it.
-    truncated: whether the response was cut at the limit of tokens.
-    opened: whether the prompt ended with `<think>`.
-    refusal: why the policy gave no response, else "".
-    index: the response's index among the question's samples.
-    rewards: term → reward in [0, 1]; empty while the response is ungraded.
-    reward: the weighted sum of the rewards.
-    reason: the graders' reasons.
-    is_ungraded: whether a grader was called and failed.
-    episode: for a response of several turns, its fields in samples.jsonl (`Episode.record`)."""
+    Attributes:
+        text: the response without the `<think>` that its prompt may end with.
+        num_tokens: the length in tokens; None if a server does not report it.
+        truncated: whether the response was cut at the limit of tokens.
+        opened: whether the prompt ended with `<think>`.
+        refusal: why the policy gave no response, else "".
+        index: the response's index among the question's samples.
+        rewards: term → reward in [0, 1]; empty while the response is ungraded.
+        reward: the weighted sum of the rewards.
+        reason: the graders' reasons.
+        is_ungraded: whether a grader was called and failed.
+        episode: for a response of several turns, its fields in samples.jsonl (`Episode.record`)."""
 
     text: str
     num_tokens: int | None = None
@@ -94,8 +95,11 @@ def is_ungraded(line: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Sampling parameters. max_tokens: the most tokens of a response. stop, stop_token_ids: strings
-    and tokens that end one, besides the model's end tokens."""
+    """Sampling parameters.
+
+    Attributes:
+        max_tokens: the most tokens of a response.
+        stop, stop_token_ids: strings and tokens that end one, besides the model's end tokens."""
 
     temperature: float
     top_p: float
@@ -118,8 +122,11 @@ class Decoding:
 
 
 class Policy(Protocol):
-    """A model that answers questions. concurrency: the number of requests that keep it busy.
-    identity: JSON values that must be the same when a run is resumed."""
+    """A model that answers questions.
+
+    Attributes:
+        concurrency: the number of requests that keep it busy.
+        identity: JSON values that must be the same when a run is resumed."""
 
     concurrency: int
     identity: dict[str, Any]
@@ -159,8 +166,9 @@ class ResponseLog:
     """Appends responses to a log: `add` returns at once; lines are written together and are
     durable when `close` returns.
 
-    digests: prompt → digest of everything that its grades depend on. ungraded: (prompt, index)
-    of the responses whose grader failed."""
+    Attributes:
+        digests: prompt → digest of everything that its grades depend on.
+        ungraded: (prompt, index) of the responses whose grader failed."""
 
     def __init__(self, path: Path, command: Literal["eval", "sample"]) -> None:
         """Open the log for appending. Raises UserError for a file that another command wrote."""

@@ -102,11 +102,20 @@ class Sampler:
         *,
         by_prompt: bool,
     ) -> None:
-        """grader: None to log responses ungraded. details: returns more fields for a response's
-        line. by_prompt: sample all responses to a prompt in a row, so that the engine can reuse its
-        cache; otherwise the first responses to all prompts come first.
+        """Count what the log has and what is still to be sampled.
 
-        Raises UserError if the log has responses to other versions of the prompts."""
+        Args:
+            policy: the model that answers.
+            grader: None to log responses ungraded.
+            log: of responses, where sampling continues.
+            sets: the prompts.
+            seed: of the draws.
+            details: returns more fields for a response's line.
+            by_prompt: sample all responses to a prompt in a row, so that the engine can reuse its
+                cache; otherwise the first responses to all prompts come first.
+
+        Raises:
+            UserError: the log has responses to other versions of the prompts."""
         self._policy, self._grader, self._log = policy, grader, log
         self._sets, self._seed, self._details = sets, seed, details
         self._by_prompt, self._progress = by_prompt, SamplingProgress()

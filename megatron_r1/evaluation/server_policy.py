@@ -184,9 +184,15 @@ async def wait_until_listening(
 ) -> None:
     """Return when the host and port of `url` accept connections.
 
-    on_failure: called with the reason after each failed attempt. key: the recipe's key of the
-    server, for the error. Raises ServiceError after `wait_seconds`. The default is short: a wrong
-    address should show at once, and only the user knows how long the server takes to start."""
+    Args:
+        url: the server's.
+        wait_seconds: the time limit. The default is short: a wrong address should show at once, and
+            only the user knows how long the server takes to start.
+        on_failure: called with the reason after each failed attempt.
+        key: the recipe's key of the server, for the error.
+
+    Raises:
+        ServiceError: nothing listens after `wait_seconds`."""
     address = urlsplit(url)
     port = address.port or {"http": 80, "https": 443}[address.scheme]
     deadline = time.monotonic() + wait_seconds

@@ -36,9 +36,10 @@ from megatron_r1.evaluation.voting import (
 class Summary:
     """The results of one benchmark.
 
-    metrics: name → estimate over questions; "length" is in tokens, the others are fractions.
-    counts: the numbers of questions and samples.
-    passes, votes: k → pass@k, k → cons@k; both empty if the metrics are win rates."""
+    Attributes:
+        metrics: name → estimate over questions; "length" is in tokens, the others are fractions.
+        counts: the numbers of questions and samples.
+        passes, votes: k → pass@k, k → cons@k; both empty if the metrics are win rates."""
 
     title: str
     num_samples: int

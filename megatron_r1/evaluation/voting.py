@@ -26,9 +26,12 @@ RIGHT = -1
 
 @dataclass(frozen=True)
 class Vote:
-    """A response's final answer. key: equal for the same number, and for the same text without
-    decoration and case. text: as written, for comparisons by meaning; "" for a text too long to
-    compare, whose key is a digest."""
+    """A response's final answer.
+
+    Attributes:
+        key: equal for the same number, and for the same text without decoration and case.
+        text: as written, for comparisons by meaning; "" for a text too long to compare, whose key
+            is a digest."""
 
     key: str | Fraction
     text: str
@@ -127,9 +130,17 @@ async def majority_score(
 ) -> float:
     """Return the score of the majority's answer, which cons@N averages; 0 without any vote.
 
-    opened, reading, numeric: as for `read_vote`. Answers are compared by meaning only if that can
-    change the outcome: for mathematics, if some answer is right and the wrong answers together
-    could outvote it."""
+    Answers are compared by meaning only if that can change the outcome: for mathematics, if some
+    answer is right and the wrong answers together could outvote it.
+
+    Args:
+        pool: grades responses and compares answers.
+        kind: the question's reward.
+        responses: of one question.
+        scores: their rewards.
+        opened: as for `read_vote`.
+        reading: as for `read_vote`.
+        numeric: as for `read_vote`."""
     votes = [read_vote(text, opened, reading, kind=kind, numeric=numeric) for text in responses]
     if kind == "math":
         num_votes = sum(vote is not None for vote in votes)

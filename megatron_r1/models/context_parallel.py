@@ -80,7 +80,10 @@ def sample_order(cu_seqlens: Tensor, num_ranks: int) -> Tensor:
 
 def spans(starts: Tensor, lengths: Tensor) -> Tensor:
     """Return start, start + 1, … start + length - 1 of each span, end to end, (Σ lengths,) int64.
-    starts, lengths: (N,) int64."""
+
+    Args:
+        starts: (N,) int64.
+        lengths: (N,) int64."""
     ends = lengths.cumsum(0)
     total = int(ends[-1]) if len(ends) else 0
     shift = (starts - (ends - lengths)).repeat_interleave(lengths, output_size=total)

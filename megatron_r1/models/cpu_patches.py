@@ -21,9 +21,10 @@ from torch.utils._device import _device_constructors
 class Patch:
     """What is done in place of one line of Megatron-Core.
 
-    upstream: `file:symbol`, the file below `megatron/core` and the function that has the line, as
-    of `platform.MEGATRON_VERSION`; without a symbol it is outside of functions. text: what the line
-    contains. A test fails when it is gone."""
+    Attributes:
+        upstream: `file:symbol`, the file below `megatron/core` and the function that has the line,
+            as of `platform.MEGATRON_VERSION`; without a symbol it is outside of functions.
+        text: what the line contains. A test fails when it is gone."""
 
     name: str
     upstream: str

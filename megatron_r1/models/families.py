@@ -15,30 +15,31 @@ from typing import Any, Literal
 class Family:
     """One architecture. A flag may also be a key of `config.json`, whose value decides.
 
-    latent: multi-head latent attention (DeepSeek-V2) instead of grouped-query attention.
-    qkv_bias: biases on query, key and value.
-    qk_norm: RMS norms of each head's query and key.
-    rope: supported values of rope_type.
-    rotary: part of a head that is rotated, unless `config.json` has another.
-    theta: base of the rotary angles, unless `config.json` has another.
-    sinks: each head has a learned logit for no key in its softmax (`models.attention`).
-    windows: every other layer, from the first, sees the last `sliding_window` tokens only.
-    router_score: the function that turns router logits into scores; with "sigmoid" there is also a
-    correction bias. None: the architecture has no experts.
-    expert_size: the key of `config.json` with the number of an expert's inner features.
-    open_swiglu: experts compute clamp(gate) sigmoid(1.702 gate) (clamp(up) + 1).
-    biases: whether the output projection, router and experts have biases.
-    stacked: a tensor of the checkpoint has all experts of a layer (`weights.stored.published`).
-    normalizes: whether a token's expert weights sum to 1, unless `norm_topk_prob` is given.
-    layer_types: whether transformers reads mlp_layer_types instead of first_k_dense_replace.
-    whole_shared: whether vLLM keeps shared experts whole on every rank of engines with tensor, data
-    and expert parallelism (it splits tokens there, `use_sequence_parallel_moe`).
-    needs: keys that must be given, because transformers has a default of its own.
-    fixed: keys that may have one value only.
-    inert: keys without an effect, given those values.
-    implied: keys that vLLM reads, with the only values of the architecture, which transformers
-    does not write.
-    score_head: whether transformers has the architecture with a scalar head."""
+    Attributes:
+        latent: multi-head latent attention (DeepSeek-V2) instead of grouped-query attention.
+        qkv_bias: biases on query, key and value.
+        qk_norm: RMS norms of each head's query and key.
+        rope: supported values of rope_type.
+        rotary: part of a head that is rotated, unless `config.json` has another.
+        theta: base of the rotary angles, unless `config.json` has another.
+        sinks: each head has a learned logit for no key in its softmax (`models.attention`).
+        windows: every other layer, from the first, sees the last `sliding_window` tokens only.
+        router_score: the function that turns router logits into scores; with "sigmoid" there is
+            also a correction bias. None: the architecture has no experts.
+        expert_size: the key of `config.json` with the number of an expert's inner features.
+        open_swiglu: experts compute clamp(gate) sigmoid(1.702 gate) (clamp(up) + 1).
+        biases: whether the output projection, router and experts have biases.
+        stacked: a tensor of the checkpoint has all experts of a layer (`weights.stored.published`).
+        normalizes: whether a token's expert weights sum to 1, unless `norm_topk_prob` is given.
+        layer_types: whether transformers reads mlp_layer_types instead of first_k_dense_replace.
+        whole_shared: whether vLLM keeps shared experts whole on every rank of engines with tensor,
+            data and expert parallelism (it splits tokens there, `use_sequence_parallel_moe`).
+        needs: keys that must be given, because transformers has a default of its own.
+        fixed: keys that may have one value only.
+        inert: keys without an effect, given those values.
+        implied: keys that vLLM reads, with the only values of the architecture, which transformers
+            does not write.
+        score_head: whether transformers has the architecture with a scalar head."""
 
     latent: bool = False
     qkv_bias: bool | str = False

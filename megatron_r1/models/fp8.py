@@ -69,10 +69,12 @@ Tile = tuple[int, int]
 class Recipe:
     """One FP8 recipe.
 
-    input_tile, weight_tile, gradient_tile: tiles of x (tokens, in), W (out, in) and dy (tokens,
-    out) where columns are summed; transposed where rows are. size_multiple: required of every
-    feature size, and of an expert's tokens (which Megatron pads), by the matrix units.
-    token_multiple: required of the tokens of a micro-batch on each tensor-parallel rank."""
+    Attributes:
+        input_tile, weight_tile, gradient_tile: tiles of x (tokens, in), W (out, in) and dy (tokens,
+            out) where columns are summed; transposed where rows are.
+        size_multiple: required of every feature size, and of an expert's tokens (which Megatron
+            pads), by the matrix units.
+        token_multiple: required of the tokens of a micro-batch on each tensor-parallel rank."""
 
     name: str
     input_tile: Tile

@@ -33,8 +33,11 @@ _INSIDE_MOE = {"moe_act", "shared_experts"}
 
 @dataclass(frozen=True)
 class ParameterBytes:
-    """Bytes of one trained parameter. value, gradient: on every replica; optimizer: master copy and
-    moments, on one replica."""
+    """Bytes of one trained parameter.
+
+    Attributes:
+        value, gradient: on every replica.
+        optimizer: master copy and moments, on one replica."""
 
     value: int
     optimizer: int
@@ -72,11 +75,12 @@ def cache_bytes_per_token(hf: dict, value: int = 2, mtp_layers: int = 0) -> int:
 class Counts:
     """Numbers of values on a rank.
 
-    dense, expert: trained parameters, by the group that reduces their gradients; frozen: not
-    trained, with model.lora all but the adapters; dense_padded, expert_padded: with every parameter
-    padded to a multiple of 64, as in Megatron's gradient buffers (param_and_grad_buffer.py,
-    _pad_start_of_param_if_needed); buffers: fp32 values that are not parameters.
-    """
+    Attributes:
+        dense, expert: trained parameters, by the group that reduces their gradients.
+        frozen: not trained, with model.lora all but the adapters.
+        dense_padded, expert_padded: with every parameter padded to a multiple of 64, as in
+            Megatron's gradient buffers (param_and_grad_buffer.py, _pad_start_of_param_if_needed).
+        buffers: fp32 values that are not parameters."""
 
     dense: int = 0
     expert: int = 0
@@ -105,8 +109,12 @@ def counts_of(
     mtp: str,
     adapters: Mapping[str, LayoutEntry] | None = None,
 ) -> Counts:
-    """Return the counts of a rank's layout. mtp: `model.mtp`; adapters: the layout of what alone is
-    trained, if there is one."""
+    """Return the counts of a rank's layout.
+
+    Args:
+        entries: the rank's layout, by the parameter's name.
+        mtp: `model.mtp`.
+        adapters: the layout of what alone is trained, if there is one."""
 
     def count(name: str, entry: LayoutEntry) -> Counts:
         values = math.prod(entry.shape)
@@ -132,8 +140,13 @@ def persistent_bytes(
     """Return bytes of parameters, gradients and optimizer state on a rank.
 
     DDP's buffers pad each parameter to 64 values and the whole to a multiple of 128 and of the
-    number of replicas; the optimizer state is sharded over the replicas. replicas: of dense and of
-    expert parameters; moments: their dtype on this device."""
+    number of replicas; the optimizer state is sharded over the replicas.
+
+    Args:
+        config: the recipe.
+        counts: the rank's parameters.
+        replicas: of dense and of expert parameters.
+        moments: their dtype on this device."""
     each = parameter_bytes(config.model.dtype, moments)
     dense, expert = _padded(counts, replicas)
     shared = dense / replicas[0] + expert / replicas[1]
@@ -178,8 +191,10 @@ def _padded(counts: Counts, replicas: tuple[int, int]) -> tuple[int, int]:
 class Layer:
     """Bytes of one layer and one micro-batch, by the module whose recomputation frees them.
 
-    always: kept unless recomputation is full; input: the layer's input; dispatch: buffers of the
-    token exchange while the layer runs."""
+    Attributes:
+        always: kept unless recomputation is full.
+        input: the layer's input.
+        dispatch: buffers of the token exchange while the layer runs."""
 
     input: int
     always: int

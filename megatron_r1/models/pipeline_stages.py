@@ -38,14 +38,20 @@ def pipeline_stages(
 ) -> list[list[Stage]]:
     """Return the stages as result[pipeline rank][virtual stage].
 
-    layout: Megatron's string, one group per chunk in the order micro-batches pass them, split by
-    "|": E embedding, t decoder layer, m MTP layer, L head and loss; x*3 and (xy|)*3 repeat, commas
-    are ignored. Its number of groups sets the virtual stages. None: the layers are spread evenly,
-    or as evenly as they can be (`uneven_layout`), the embedding on the first chunk, MTP layers and
-    head on the last. num_mtp: MTP layers of the model as built.
+    Args:
+        num_layers: decoder layers of the model.
+        pipeline: pipeline ranks.
+        virtual: virtual stages of a rank.
+        num_mtp: MTP layers of the model as built.
+        layout: Megatron's string, one group per chunk in the order micro-batches pass them, split
+            by "|": E embedding, t decoder layer, m MTP layer, L head and loss; x*3 and (xy|)*3
+            repeat, commas are ignored. Its number of groups sets the virtual stages. None: the
+            layers are spread evenly, or as evenly as they can be (`uneven_layout`), the embedding
+            on the first chunk, MTP layers and head on the last.
 
-    Raises UserError for a layout that Megatron would refuse or silently build differently, and for
-    fewer layers than chunks."""
+    Raises:
+        UserError: a layout that Megatron would refuse or silently build differently, or fewer
+            layers than chunks."""
     layout = layout or _spread(num_layers, pipeline, virtual, num_mtp)
     groups = parse_layout(layout)
     _check(layout, groups, num_layers, pipeline, virtual, num_mtp)

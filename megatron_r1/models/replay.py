@@ -25,8 +25,9 @@ from megatron_r1.models.experts import RoutingShape
 class RecordedRouting(NamedTuple):
     """The engine's choices for the T tokens of a micro-batch that this rank's routers process.
 
-    experts: (T, L, topk) uint8 or int16, L MoE layers of this rank; known: (T,) bool, the tokens
-    that have recorded choices. The trainer routes the others."""
+    Attributes:
+        experts: (T, L, topk) uint8 or int16, L MoE layers of this rank.
+        known: (T,) bool, the tokens that have recorded choices. The trainer routes the others."""
 
     experts: Tensor
     known: Tensor

@@ -36,10 +36,13 @@ def _all_of(mistakes: Sequence[UserError]) -> UserError:
 
 
 class Graph:
-    """The stages of a pipeline and the stages that each of them needs. upstream: stage → the stages
-    that it needs directly. order: all stages, each after its upstream.
+    """The stages of a pipeline and the stages that each of them needs.
 
-    order and `sorted` keep the recipe's order where the edges allow it."""
+    order and `sorted` keep the recipe's order where the edges allow it.
+
+    Attributes:
+        upstream: stage → the stages that it needs directly.
+        order: all stages, each after its upstream."""
 
     def __init__(self, stages: Mapping[str, PipelineStage]) -> None:
         """Read the edges.
@@ -168,8 +171,10 @@ def _ordered(upstream: Mapping[str, tuple[str, ...]]) -> list[str]:
 def check_plan(plan: PipelinePlan, verbs: Mapping[str, str], files: bool = True) -> None:
     """Raise UserError with a line for every stage that cannot run.
 
-    verbs: name → module, whose REQUIRED are the keys that a recipe must set. files: whether files
-    named in settings must exist."""
+    Args:
+        plan: the pipeline.
+        verbs: name → module, whose REQUIRED are the keys that a recipe must set.
+        files: whether files named in settings must exist."""
     mistakes = list(plan.broken.values())
     for name, stage in plan.stages.items():
         if name not in plan.broken:

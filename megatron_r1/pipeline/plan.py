@@ -63,8 +63,11 @@ class PipelineStage:
 class PipelinePlan:
     """The stages of a pipeline for one seed.
 
-    path: the recipe's. folder: the folder with this seed's stages. broken: stage → why its settings
-    cannot be read; checking the plan raises an error with all of them."""
+    Attributes:
+        path: the recipe's.
+        folder: the folder with this seed's stages.
+        broken: stage → why its settings cannot be read; checking the plan raises an error with all
+            of them."""
 
     path: Path
     folder: Path

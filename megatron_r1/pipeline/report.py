@@ -45,7 +45,11 @@ BOX_INKS = {
 
 @dataclass(frozen=True)
 class Box:
-    """One box of the drawing: a stage. state: a key of INKS; first, second: its lines of text."""
+    """One box of the drawing: a stage.
+
+    Attributes:
+        state: a key of INKS.
+        first, second: its lines of text."""
 
     state: str
     first: str
@@ -189,7 +193,12 @@ def write_report(
 ) -> Path:
     """Write `report.json`, `report.md` and `report.html` into `root`; return the path of the last.
 
-    command: the one that is ending. plans: one per seed, of the same stages."""
+    Args:
+        root: the pipeline's folder.
+        title: of the page.
+        command: the one that is ending.
+        plans: one per seed, of the same stages.
+        graph: the stages and their order."""
     statuses = [examine_all(plan, graph) for plan in plans]
     report = collect(title or root.resolve().name, plans, graph, statuses) | {"command": command}
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)

@@ -70,8 +70,10 @@ class Signals:
 class Runner:
     """Runs stages of one plan.
 
-    show: prints a line. prefix: is put before every line of a command's output, where other
-    commands run at the same time; then no command gets the terminal for its live view."""
+    Attributes:
+        show: prints a line.
+        prefix: put before every line of a command's output, where other commands run at the same
+            time; then no command gets the terminal for its live view."""
 
     plan: PipelinePlan
     signals: Signals
@@ -300,12 +302,18 @@ def run_all(
     """Call `work` for every task, after the tasks in `tasks` that it needs, at most `jobs` at a
     time.
 
-    tasks: of the tasks that are ready, the first one in this order begins first. work: is called in
-    threads. on_failure: is called with the exception of a task and the tasks still running, if
-    there are any or an earlier task has failed already.
+    After a failure no other task begins, and the running ones finish.
 
-    After a failure no other task begins, and the running ones finish. Raises the first
-    exception."""
+    Args:
+        tasks: of the tasks that are ready, the first one in this order begins first.
+        needs: returns the tasks that a task needs.
+        work: called in threads.
+        jobs: the most tasks at a time.
+        on_failure: called with the exception of a task and the tasks still running, if there are
+            any or an earlier task has failed already.
+
+    Raises:
+        Exception: the first one that a task raised."""
     sorter = TopologicalSorter({task: [n for n in needs(task) if n in tasks] for task in tasks})
     sorter.prepare()
     ready: list[Task] = []

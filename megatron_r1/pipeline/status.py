@@ -31,8 +31,11 @@ class StageState(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Status:
-    """The state of one stage, with the reasons for it. reasons: why the stage is stale, or how it
-    failed. manifest: its stage.json or begun.json."""
+    """The state of one stage, with the reasons for it.
+
+    Attributes:
+        reasons: why the stage is stale, or how it failed.
+        manifest: its stage.json or begun.json."""
 
     state: StageState
     reasons: list[str] = field(default_factory=list)

@@ -28,9 +28,10 @@ def text_limit(config: Config, hf: dict) -> int:
 class PlannedJob:
     """One run on `world_size` trainer ranks, one GPU each.
 
-    rollout_gpus: the engines' own GPUs; 0: they take turns on the trainer's. response_tokens: mean
-    length of a response, or of an example without its prompt. verb: rl and sample have engines,
-    all but sample have a trainer."""
+    Attributes:
+        rollout_gpus: the engines' own GPUs; 0: they take turns on the trainer's.
+        response_tokens: mean length of a response, or of an example without its prompt.
+        verb: rl and sample have engines, all but sample have a trainer."""
 
     hf: dict
     config: Config

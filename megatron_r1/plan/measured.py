@@ -67,8 +67,12 @@ def calibrate_from(folder: Path, file: Path, chosen: argparse.Namespace, overrid
 
 
 class Measured:
-    """The values that a run determines. values: by name; reasons: why others are not there; job:
-    the run's, with its lengths and the values found so far."""
+    """The values that a run determines.
+
+    Attributes:
+        values: by name.
+        reasons: why others are not there.
+        job: the run's, with its lengths and the values found so far."""
 
     def __init__(self, folder: Path, job: PlannedJob):
         self.values: dict[str, float] = {}
@@ -172,10 +176,14 @@ FILE = Path(__file__).with_name("published.yaml")
 
 @dataclass(frozen=True)
 class PublishedFigure:
-    """A published figure. options: options of megatron-r1 plan that describe the run; number: "run"
-    (hours) or a line of the bill's section "time" (seconds); inputs: what the source states;
-    assumed: what `options` sets and the source does not state; why: explanation of the
-    difference."""
+    """A published figure.
+
+    Attributes:
+        options: options of megatron-r1 plan that describe the run.
+        number: "run" (hours) or a line of the bill's section "time" (seconds).
+        inputs: what the source states.
+        assumed: what `options` sets and the source does not state.
+        why: explanation of the difference."""
 
     name: str
     options: str

@@ -37,10 +37,13 @@ SLOT_BYTES = 90
 class SetTraffic:
     """The links of a push in sets, and the bytes on them.
 
-    sent: bytes out of each trainer rank. out, into: most links of a trainer rank, of an engine
-    rank. num_links: of all. num_engines: of the largest set. entering: most bytes that enter an
-    engine rank from trainer ranks. received: bytes of each rank of an engine, with those that other
-    engines pass on."""
+    Attributes:
+        sent: bytes out of each trainer rank.
+        out, into: most links of a trainer rank, of an engine rank.
+        num_links: of all.
+        num_engines: of the largest set.
+        entering: most bytes that enter an engine rank from trainer ranks.
+        received: bytes of each rank of an engine, with those that other engines pass on."""
 
     sent: list[float]
     out: int
@@ -92,8 +95,13 @@ class SetTraffic:
     ) -> float:
         """Return the time in which all ranks meet.
 
-        num_slots: tensors in the tables of an engine's ranks, which rank 0 reads and broadcasts.
-        communicator: the ranks of NCCL's largest communicator, or 0 over another transport."""
+        Args:
+            engines: the layout of the engines.
+            world: trainer ranks.
+            num_slots: tensors in the tables of an engine's ranks, which rank 0 reads and
+                broadcasts.
+            given: the rates assumed.
+            communicator: the ranks of NCCL's largest communicator, or 0 over another transport."""
         tables = num_slots * SLOT_BYTES
         creating = given.group_seconds + communicator * given.group_rank_seconds
         return (
@@ -121,8 +129,16 @@ def set_links(
     *,
     drafts: bool = False,
 ) -> SetTraffic:
-    """Return the links of a push. max_engines: the most engines of a set. drafts: with the engines'
-    drafters."""
+    """Return the links of a push.
+
+    Args:
+        hf: the model's config.json.
+        grid: the trainer's layout.
+        engines: the layout of the engines.
+        stages: the shards of the pipeline's stages.
+        count: gives the bytes of a tensor.
+        max_engines: the most engines of a set.
+        drafts: the engines have drafters."""
     sets = engine_sets(engines.engines, max_engines)
     plans = set_plans(hf, grid, engines, stages, count, max_engines, drafts=drafts)
     out: Counter[int] = Counter()

@@ -17,9 +17,12 @@ Section = dict[str, "Quantity"]
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number with its unit and formula. unit: "B", "B/s", "parameters", "tokens", "FLOP",
-    "FLOP/s", "s", "hours", "share" (of 1), "x" (a ratio) or "" for a count. value: None if there is
-    none; the formula then gives the reason."""
+    """A number with its unit and formula.
+
+    Attributes:
+        unit: "B", "B/s", "parameters", "tokens", "FLOP", "FLOP/s", "s", "hours", "share" (of 1),
+            "x" (a ratio) or "" for a count.
+        value: None if there is none; the formula then gives the reason."""
 
     value: float | None
     unit: str

@@ -13,8 +13,13 @@ from megatron_r1.plan.push import check_engines_and_push
 
 @dataclass(frozen=True)
 class FittingLayout:
-    """A layout that fits. changes: the keys of `parallel` that differ; distance: `_distance`;
-    peak: bytes of the fullest rank; seconds: of a step."""
+    """A layout that fits.
+
+    Attributes:
+        changes: the keys of `parallel` that differ.
+        distance: `_distance`.
+        peak: bytes of the fullest rank.
+        seconds: of a step."""
 
     changes: dict
     distance: float

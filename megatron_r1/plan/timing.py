@@ -26,9 +26,12 @@ VALUE = BYTES["bfloat16"]
 class AxisTraffic:
     """Traffic of one parallel axis on one rank of the busiest pipeline stage.
 
-    microbatch: bytes sent for one micro-batch, forward and backward; forward: its forward part;
-    step: bytes sent once per optimizer step; size: ranks; span: ranks from the first to the last of
-    a group, which decides whether it fits a node."""
+    Attributes:
+        microbatch: bytes sent for one micro-batch, forward and backward.
+        forward: its forward part.
+        step: bytes sent once per optimizer step.
+        size: ranks.
+        span: ranks from the first to the last of a group, which decides whether it fits a node."""
 
     size: int
     span: int

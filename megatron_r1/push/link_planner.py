@@ -191,8 +191,11 @@ def read_offers(
 ) -> Offers:
     """Return the offers of these sets' engines; problems are also reported to the set.
 
-    sets: the rendezvous of each engine of a set. pushed: names of the tensors of a push. sent: see
-    `Offers`."""
+    Args:
+        sets: the rendezvous of each engine of a set.
+        ranks_per_engine: the ranks of each engine.
+        pushed: names of the tensors of a push.
+        sent: see `Offers`."""
     offers = Offers(sent)
     for name, engines in sets.items():
         try:
@@ -247,9 +250,11 @@ class PushLink(NamedTuple):
 class LinkedSet:
     """A set of engines, with the links of this rank to it.
 
-    rendezvous: of each engine with this rank. sent: the bytes that each trainer rank sends to the
-    set in a push. rounds: this rank's part of a push in rounds. number: of the set's pushes so far.
-    """
+    Attributes:
+        rendezvous: of each engine with this rank.
+        sent: the bytes that each trainer rank sends to the set in a push.
+        rounds: this rank's part of a push in rounds.
+        number: of the set's pushes so far."""
 
     rendezvous: list[TrainerRendezvous]
     sent: list[float]
@@ -273,8 +278,10 @@ class LinkedSet:
 class LinkPlanner:
     """Plans the links of all trainer ranks, and creates those of rank `rank` of `grid`.
 
-    Every trainer rank computes the same plan, and publishes a part of it for the engines. held,
-    stages, gpus: see `WeightSender`."""
+    Every trainer rank computes the same plan, and publishes a part of it for the engines.
+
+    Args:
+        held, stages, gpus: see `WeightSender`."""
 
     def __init__(
         self,
@@ -300,7 +307,11 @@ class LinkPlanner:
         """Return this rank's links by set, not connected yet, and the problems by set; a set with a
         problem may have some links.
 
-        rendezvous: of each engine of a set. engine_layout: of one engine."""
+        Args:
+            rendezvous: of each engine of a set.
+            offers: what the engines take.
+            engine_layout: of one engine.
+            transport: the name of the transport."""
         created: dict[str, LinkedSet] = {}
         problems: dict[str, str] = {}
         make_end = sender_class(transport)

@@ -68,8 +68,10 @@ PositionPlan = list[list[tuple[int, list[Delivery]]]]
 class Half(msgspec.Struct, frozen=True, array_like=True):
     """A send or a receive of a round: portion `number` of the `count` equal ones of a block.
 
-    peer: rank in the communicator. block: the trainer rank that sends it, or -1 - member where a
-    member of the position passes it on."""
+    Attributes:
+        peer: rank in the communicator.
+        block: the trainer rank that sends it, or -1 - member where a member of the position passes
+            it on."""
 
     peer: int
     block: int
@@ -81,8 +83,9 @@ class RankRounds(msgspec.Struct, frozen=True):
     """The part of an engine rank in a push over NCCL: (send, receive) of each of its rounds, at
     first those in which weights enter it, then those in which they are passed on.
 
-    rank, size: in the set's communicator. names: the ranks of its position that are in it, each
-    "member/rank"."""
+    Attributes:
+        rank, size: in the set's communicator.
+        names: the ranks of its position that are in it, each "member/rank"."""
 
     rank: int
     size: int

@@ -31,8 +31,9 @@ class ConnectedSets(TypedDict):
 class Failure(msgspec.Struct, frozen=True):
     """Why a set can push no more.
 
-    members: the engines at fault, by their number in the set, as far as known. is_damaged: bytes
-    arrived otherwise than they were sent."""
+    Attributes:
+        members: the engines at fault, by their number in the set, as far as known.
+        is_damaged: bytes arrived otherwise than they were sent."""
 
     error: str
     members: list[int] = []

@@ -76,9 +76,15 @@ class Call(NamedTuple):
 
 
 class OrderedSets:
-    """The order of a push to sets that are connected together. plans: their `entries`. sets: the
-    engines of each, numbered through. shared: the trainer ranks on engine ranks' GPUs. number: of
-    this order, in the order of connecting."""
+    """The order of a push to sets that are connected together.
+
+    Args:
+        plans: their `entries`.
+        sets: the engines of each, numbered through.
+        shared: the trainer ranks on engine ranks' GPUs.
+
+    Attributes:
+        number: of this order, in the order of connecting."""
 
     def __init__(
         self,
@@ -189,7 +195,9 @@ class OrderedSets:
 class SetRounds:
     """The part of trainer rank `rank` in the pushes to one set.
 
-    index: of the set in `ordered`. number: of the set's push."""
+    Attributes:
+        index: of the set in `ordered`.
+        number: of the set's push."""
 
     rendezvous: list[TrainerRendezvous]
     ordered: OrderedSets

@@ -68,11 +68,15 @@ FromRankZero = Callable[[bytes | None], bytes]
 class WeightSender:
     """Sends the weights of rank `rank` of `grid`; every method is called on all trainer ranks.
 
-    held: this rank's parameters of the model that `hf` describes. stages: the shards of the
-    pipeline's virtual stages, default an even spread. store: where trainer and engine ranks meet.
-    drafts: whether engines draft with the MTP layers. gpus: the UUID of each rank's GPU,
-    where engines may share it over NCCL. broadcast: see `FromRankZero`; a single rank needs
-    none."""
+    Args:
+        held: this rank's parameters of the model that `hf` describes.
+        stages: the shards of the pipeline's virtual stages, default an even spread.
+        gpus: the UUID of each rank's GPU, where engines may share it over NCCL.
+
+    Attributes:
+        store: where trainer and engine ranks meet.
+        drafts: whether engines draft with the MTP layers.
+        broadcast: see `FromRankZero`; a single rank needs none."""
 
     def __init__(
         self,
@@ -105,9 +109,13 @@ class WeightSender:
     ) -> ConnectedSets:
         """Agree with all engine ranks of these sets on the deliveries of this rank, and connect.
 
-        sets: name, unique to every call, and number of engines of each set. layout: the fields of
-        `EngineLayout`, of one engine. push_seconds: limit for a push, default `timeout_seconds`.
-        gone: sets to disconnect."""
+        Args:
+            sets: name, unique to every call, and number of engines of each set.
+            layout: the fields of `EngineLayout`, of one engine.
+            transport: the name of the transport.
+            timeout_seconds: limit for connecting.
+            push_seconds: limit for a push, default `timeout_seconds`.
+            gone: sets to disconnect."""
         for name in gone:
             self.disconnect(name)
         engine_layout = EngineLayout(**{**layout, "engines": 1})

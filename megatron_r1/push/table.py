@@ -7,8 +7,10 @@ import torch
 class Slot(msgspec.Struct, frozen=True, array_like=True):
     """Rows [top, bottom) and columns [left, right) of HF tensor `name`; a vector is one column.
 
-    offset: byte of its first element in the memory; pitch: bytes from one row to the next. dtype:
-    the engine's, such as "bfloat16"."""
+    Attributes:
+        offset: byte of its first element in the memory.
+        pitch: bytes from one row to the next.
+        dtype: the engine's, such as "bfloat16"."""
 
     name: str
     top: int
@@ -31,8 +33,10 @@ class Slot(msgspec.Struct, frozen=True, array_like=True):
 class SlotTable(msgspec.Struct, frozen=True):
     """All slots of one engine rank, in checkpoint order.
 
-    num_bytes: of one area. areas: 1, or 2 where the engine computes with the received weights in
-    place, so that the next push must be written next to these weights."""
+    Attributes:
+        num_bytes: of one area.
+        areas: 1, or 2 where the engine computes with the received weights in place, so that the
+            next push must be written next to these weights."""
 
     num_bytes: int
     slots: list[Slot]

@@ -73,10 +73,16 @@ def jobs(
 ) -> list[RehearsalJob]:
     """Return the runs of the recipe at `path`.
 
-    verbs: name → module, whose REQUIRED are the keys that a recipe must set. implied: verb →
-    settings that it adds by itself. only: names of stages; none: all. Raises UserError for a recipe
-    without anything to rehearse or without what its verb requires, for a stage that a pipeline
-    would refuse, and for a model that no stage has."""
+    Args:
+        path: the recipe's.
+        overrides: settings of the recipe.
+        verbs: name → module, whose REQUIRED are the keys that a recipe must set.
+        implied: verb → settings that it adds by itself.
+        only: names of stages; none: all.
+
+    Raises:
+        UserError: a recipe without anything to rehearse or without what its verb requires, a stage
+            that a pipeline would refuse, or a model that no stage has."""
     if "stages" not in pipeline_recipe.read_tree(Path(path)):
         config = configuration.load(path, dict(overrides))
         verb = verb_of(config)

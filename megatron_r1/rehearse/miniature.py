@@ -44,8 +44,12 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Miniature:
-    """A recipe's miniature. config: its settings; hf: its model; changes: everything that is not as
-    in the recipe."""
+    """A recipe's miniature.
+
+    Attributes:
+        config: its settings.
+        hf: its model.
+        changes: everything that is not as in the recipe."""
 
     config: Config
     hf: dict

@@ -34,8 +34,11 @@ writes the rank before each line."""
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """The result of a phase. evidence: the figures or files that show the result. cpu_seconds: of
-    all processes of the phase; None for a part of another phase."""
+    """The result of a phase.
+
+    Attributes:
+        evidence: the figures or files that show the result.
+        cpu_seconds: of all processes of the phase; None for a part of another phase."""
 
     phase: str
     evidence: str
@@ -44,8 +47,11 @@ class PhaseResult:
 
 
 class Phases:
-    """Runs the phases of one miniature. settings: added to every command line. notify: called with
-    a line at the start of each phase."""
+    """Runs the phases of one miniature.
+
+    Attributes:
+        settings: added to every command line.
+        notify: called with a line at the start of each phase."""
 
     def __init__(
         self,

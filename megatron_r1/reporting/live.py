@@ -39,10 +39,11 @@ class LiveView:
             view.phase("rollout", "256 samples")
             view.step(metrics, samples)
 
-    stream: the output; default: sys.stdout. The picture is drawn on UTF-8 terminals only; anything
-        else (a file, CI, a Slurm log) gets plain lines without control characters.
-    facts: short texts for the header: model, parameters, task.
-    history: metrics lines of the steps before this process, on resume."""
+    Args:
+        stream: the output; default: sys.stdout. The picture is drawn on UTF-8 terminals only;
+            anything else (a file, CI, a Slurm log) gets plain lines without control characters.
+        facts: short texts for the header: model, parameters, task.
+        history: metrics lines of the steps before this process, on resume."""
 
     def __init__(
         self,

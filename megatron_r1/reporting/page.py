@@ -56,8 +56,12 @@ Sample = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ShownTurn:
-    """One message. text: (tag, text) segments; tag: "", i (faint) or b (a tool call). details: its
-    tokens, whether they were trained or given, and the policy that sampled them."""
+    """One message.
+
+    Attributes:
+        text: (tag, text) segments; tag: "", i (faint) or b (a tool call).
+        details: its tokens, whether they were trained or given, and the policy that sampled them.
+    """
 
     role: str
     is_trained: bool
@@ -67,8 +71,11 @@ class ShownTurn:
 
 @dataclass(frozen=True)
 class Card:
-    """One sample as the page shows it. response: (tag, text) segments; tag: "", i (faint) or b.
-    turns: the turns of an episode, shown instead of the response."""
+    """One sample as the page shows it.
+
+    Attributes:
+        response: (tag, text) segments; tag: "", i (faint) or b.
+        turns: the turns of an episode, shown instead of the response."""
 
     question: str
     truth: str | None

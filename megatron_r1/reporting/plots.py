@@ -49,9 +49,11 @@ STYLE = {
 class Curve:
     """One quantity over steps; `values` may hold NaN where nothing was measured.
 
-    steps, values: [points] float64. low, high: [points] ends of the error bars, NaN for none.
-    marker: draw points (held-out evaluations) instead of a smoothed line over the raw one.
-    noisy: False for exact values, such as a schedule, which are drawn without smoothing."""
+    Attributes:
+        steps, values: [points] float64.
+        low, high: [points] ends of the error bars, NaN for none.
+        marker: draw points (held-out evaluations) instead of a smoothed line over the raw one.
+        noisy: False for exact values, such as a schedule, which are drawn without smoothing."""
 
     label: str
     steps: np.ndarray

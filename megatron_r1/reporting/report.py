@@ -44,7 +44,11 @@ FROM_ZERO = {"kl", "clip_fraction", "grad_norm", "tokens_per_second", "response_
 
 
 class Plot(NamedTuple):
-    """A plot with its caption. svg: inline SVG; value: the number next to the caption."""
+    """A plot with its caption.
+
+    Attributes:
+        svg: inline SVG.
+        value: the number next to the caption."""
 
     label: str
     meaning: str
@@ -61,11 +65,14 @@ def write_report(
 ) -> Path:
     """Write `report.html` into the folder from the files in it, and return its path.
 
-    title: the run's name; default: the folder's.
-    facts: what was run, in order, such as {"model": "DeepSeek-V3 shape, 3 layers", "parameters":
-        "1.36M", "device": "2 CPU cores"}; steps, duration and date are added.
-    next_commands: (comment, command) pairs to try next.
-    Any run will do: one step, no evaluations, supervised training, or nothing recorded yet."""
+    Any run will do: one step, no evaluations, supervised training, or nothing recorded yet.
+
+    Args:
+        run_folder: the run's.
+        title: the run's name; default: the folder's.
+        facts: what was run, in order, such as {"model": "DeepSeek-V3 shape, 3 layers",
+            "parameters": "1.36M", "device": "2 CPU cores"}; steps, duration and date are added.
+        next_commands: (comment, command) pairs to try next."""
     folder = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
     if not folder.path.is_dir():
         raise UserError(

@@ -70,9 +70,12 @@ STEP, EVALUATION = "step", "eval/step"
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """The arguments with which a tracker is opened. folder: the run's folder, whose name becomes
-    the name of the tracked run. project: W&B's project, MLflow's experiment. settings: the
-    recipe."""
+    """The arguments with which a tracker is opened.
+
+    Attributes:
+        folder: the run's folder, whose name becomes the name of the tracked run.
+        project: W&B's project, MLflow's experiment.
+        settings: the recipe."""
 
     folder: Path
     project: str

@@ -228,8 +228,11 @@ def check_filters(given: Mapping[str, Any]) -> None:
 
 
 def filters_of(output: str, given: Mapping[str, Mapping[str, Any] | bool]) -> Filters:
-    """Return the active filters in order, with their options. output: `sample.output`, for its
-    defaults. given: `sample.filters`."""
+    """Return the active filters in order, with their options.
+
+    Args:
+        output: `sample.output`, for its defaults.
+        given: `sample.filters`."""
     chosen: dict[str, Mapping[str, Any]] = {}
     for name in NAMES:
         options = given.get(name, name in OF_OUTPUT[output])

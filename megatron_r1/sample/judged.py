@@ -163,9 +163,11 @@ PairId = tuple[str, int, int]
 
 
 class PreferencePairs:
-    """Compares a question's responses in pairs. log_ratios: log(chosen / rejected) of the lengths,
-    for every pair with a winner. dropped: the pairs that `balance`, called when all pairs are
-    known, leaves out."""
+    """Compares a question's responses in pairs.
+
+    Attributes:
+        log_ratios: log(chosen / rejected) of the lengths, for every pair with a winner.
+        dropped: the pairs that `balance`, called when all pairs are known, leaves out."""
 
     def __init__(self, selection: Selection, settings: PairsConfig, judge: ResponseJudge) -> None:
         self._selection, self._settings, self._judge = selection, settings, judge

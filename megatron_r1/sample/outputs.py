@@ -30,8 +30,11 @@ FILES = {"sft": "sft.jsonl", "pairs": "pairs.jsonl", "labels": "labels.jsonl"}
 
 @dataclass(frozen=True)
 class PromptResult:
-    """The decisions about one prompt and the rows written for it. decisions: one for each of a
-    prompt's responses. rows: lines of the output file."""
+    """The decisions about one prompt and the rows written for it.
+
+    Attributes:
+        decisions: one for each of a prompt's responses.
+        rows: lines of the output file."""
 
     decisions: Sequence[Decision]
     rows: Sequence[Mapping[str, Any]]

@@ -38,8 +38,11 @@ DUPLICATE = "duplicate"
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a response is kept, and why. code: the field `decision` in samples.jsonl. why: the
-    reason, for a person who reads the line."""
+    """Whether a response is kept, and why.
+
+    Attributes:
+        code: the field `decision` in samples.jsonl.
+        why: the reason, for a person who reads the line."""
 
     code: str
     why: str = ""

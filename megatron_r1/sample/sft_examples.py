@@ -50,9 +50,16 @@ class Rendering:
     """The prompts and responses of sft.jsonl."""
 
     def __init__(self, settings: RenderConfig, template: str, model_path: str) -> None:
-        """template: the template of the prompts that responses were sampled from. model_path: the
-        folder with the tokenizer whose chat template is used, unless the settings name another
-        tokenizer. Raises ValueError for an invalid template, and for a chat without a tokenizer."""
+        """Load what prompts are rendered with.
+
+        Args:
+            settings: the recipe's.
+            template: the template of the prompts that responses were sampled from.
+            model_path: the folder with the tokenizer whose chat template is used, unless the
+                settings name another tokenizer.
+
+        Raises:
+            ValueError: an invalid template, or a chat without a tokenizer."""
         self._response = settings.response
         self._template = settings.template or template
         self._tokenizer_path = settings.tokenizer or model_path
@@ -133,8 +140,13 @@ class SftExamples:
         rewriter: Rewriter | None = None,
         grader: Grader | None = None,
     ) -> None:
-        """Take the selection's settings. rendering: None if nothing is written. grader: grades
-        rewritten responses, which are then selected again."""
+        """Take the selection's settings.
+
+        Args:
+            selection: chooses the responses.
+            rendering: None if nothing is written.
+            rewriter: rewrites responses; None: they stay as sampled.
+            grader: grades rewritten responses, which are then selected again."""
         self._selection, self._rendering = selection, rendering
         self._rewriter, self._grader = rewriter, grader
 

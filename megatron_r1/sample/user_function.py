@@ -59,9 +59,13 @@ def _digest(key: Key) -> str:
 
 @dataclass(frozen=True)
 class UserFunction:
-    """A user's function that a recipe names. path: "module:function". key: the recipe's key that
-    names it. identity: the path and a digest of its module; results of another version of the
-    module have another identity."""
+    """A user's function that a recipe names.
+
+    Attributes:
+        path: "module:function".
+        key: the recipe's key that names it.
+        identity: the path and a digest of its module; results of another version of the module have
+            another identity."""
 
     path: str
     key: str
@@ -83,9 +87,16 @@ class UserFunction:
 
 
 def load_function(path: str, key: str, arguments: str) -> UserFunction:
-    """Import a function; modules are also found in the folder the command was started in. key: of
-    the recipe. arguments: their names, comma-separated. Raises UserError for a path of another
-    form, a module that cannot be imported, and a function with other parameters."""
+    """Import a function; modules are also found in the folder the command was started in.
+
+    Args:
+        path: "module:function".
+        key: of the recipe.
+        arguments: their names, comma-separated.
+
+    Raises:
+        UserError: a path of another form, a module that cannot be imported, or a function with
+            other parameters."""
     module, _, name = path.partition(":")
     if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
         raise UserError(

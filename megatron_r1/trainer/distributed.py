@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 class GridPosition:
     """The process groups of a rank, and its coordinates in them.
 
-    groups: made once by `initialize`, handed to everything that communicates; data_rank, data_size:
-    of its model replica, by which the controller distributes batches; last_stage: whether the rank
-    is on the last pipeline stage, which computes the loss."""
+    Attributes:
+        groups: made once by `initialize`, handed to everything that communicates.
+        data_rank, data_size: of its model replica, by which the controller distributes batches.
+        last_stage: whether the rank is on the last pipeline stage, which computes the loss."""
 
     groups: ProcessGroupCollection
     rank: int

@@ -79,8 +79,11 @@ class RankDescription(TypedDict):
 
 
 class ThreadAt(msgspec.Struct, frozen=True):
-    """The stack of a thread. frames: "file:line in function: source", the innermost last.
-    collective: the one it waits in, with its ranks and its caller; None: it is in none."""
+    """The stack of a thread.
+
+    Attributes:
+        frames: "file:line in function: source", the innermost last.
+        collective: the one it waits in, with its ranks and its caller; None: it is in none."""
 
     name: str
     frames: list[str]
@@ -90,7 +93,9 @@ class ThreadAt(msgspec.Struct, frozen=True):
 class RankStatus(msgspec.Struct, frozen=True):
     """Rank → controller, from the monitor thread: the current operation and for how long it runs.
 
-    request: number of the request that this answers; threads: the main one first."""
+    Attributes:
+        request: number of the request that this answers.
+        threads: the main one first."""
 
     request: int
     operation: str
@@ -108,8 +113,11 @@ class SampleScores(TypedDict):
 
 
 class CheckpointProgress(TypedDict):
-    """State of the latest save. error: a sentence, the same on every rank. seconds: from the call
-    to the renaming."""
+    """State of the latest save.
+
+    Attributes:
+        error: a sentence, the same on every rank.
+        seconds: from the call to the renaming."""
 
     is_done: bool
     error: str | None

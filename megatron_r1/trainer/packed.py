@@ -90,9 +90,11 @@ def _rows(sample: Sample, shape: RoutingShape) -> np.ndarray:
 class TokenSplit:
     """The split of a micro-batch's tokens between the ranks that share it.
 
-    context, context_rank: size of the context-parallel group, and this rank's index in it. tensor,
-    tensor_rank: the same of the sequence-parallel group, which divides what a context rank holds.
-    token_multiple: the tokens of each rank are a multiple of it, as FP8 products need."""
+    Attributes:
+        tensor, tensor_rank: the same of the sequence-parallel group, which divides what a context
+            rank holds.
+        context, context_rank: size of the context-parallel group, and this rank's index in it.
+        token_multiple: the tokens of each rank are a multiple of it, as FP8 products need."""
 
     tensor: int = 1
     context: int = 1
@@ -120,9 +122,15 @@ def packed_batch(
 ) -> PackedBatch:
     """Pack `samples`, possibly none, and return this rank's part, T tokens on `device`.
 
-    The batch is padded to `split.batch_multiple` by a sample without response. routing: the part of
-    the samples' routing that this rank replays, if any. share_prompts: prompts that several samples
-    have lie at the beginning, once, without their last token (`models.prefixes`)."""
+    The batch is padded to `split.batch_multiple` by a sample without response.
+
+    Args:
+        samples: the micro-batch.
+        split: how its tokens are divided between ranks.
+        device: of the tensors.
+        routing: the part of the samples' routing that this rank replays, if any.
+        share_prompts: prompts that several samples have lie at the beginning, once, without their
+            last token (`models.prefixes`)."""
     placement = _place(samples, split, shared_prefixes(samples) if share_prompts else [])
     cu_seqlens, total = placement.cu_seqlens, int(placement.cu_seqlens[-1])
     tokens = _tokens(samples, placement)
@@ -169,13 +177,13 @@ def packed_batch(
 class Placement(NamedTuple):
     """The positions of a micro-batch's tokens: shared prefixes first, then samples, then padding.
 
-    cu_seqlens: (prefixes + samples + padding + 1,) int64, from 0 to T.
-    starts: the position of each sample's token 0. If a shared prefix has its first `skipped`
-        tokens, starts is the position of its first own token less `skipped`: starts + i is token
-        i's position for every own token.
-    prefixes: (indices of samples, shared tokens) of each.
-    links: for each segment the number of the prefix that it continues, -1 for
-        none."""
+    Attributes:
+        cu_seqlens: (prefixes + samples + padding + 1,) int64, from 0 to T.
+        starts: the position of each sample's token 0. If a shared prefix has its first `skipped`
+            tokens, starts is the position of its first own token less `skipped`: starts + i is
+            token i's position for every own token.
+        prefixes: (indices of samples, shared tokens) of each.
+        links: for each segment the number of the prefix that it continues, -1 for none."""
 
     cu_seqlens: Tensor
     starts: list[int]
@@ -275,8 +283,9 @@ def _packed_seq_params(cu_seqlens: Tensor, split: TokenSplit, longest: int) -> P
 class Scores:
     """The output of a score head for one micro-batch.
 
-    every: (T,) fp32, the score after each token of this rank; context_group: the ranks that hold
-    the other tokens."""
+    Attributes:
+        every: (T,) fp32, the score after each token of this rank.
+        context_group: the ranks that hold the other tokens."""
 
     batch: PackedBatch
     every: Tensor

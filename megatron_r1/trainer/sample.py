@@ -26,21 +26,21 @@ class Sample(msgspec.Struct, frozen=True):
     """A training sample: one prompt with its response, or one branch of a trajectory of several
     turns. Its `bytes` may be views of other memory, or of a file.
 
-    token_ids: int32 bytes, prompt then response.
-    logprobs: float32 bytes, the rollout engine's, one per response token (empty for SFT).
-    advantage: the same for every response token; with an algorithm's token_advantages, what these
-        are computed from (a reward or an advantage). NaN: the sample is not trained on.
-    routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes each
-        (`models.experts`), for the tokens before the last; empty without routing replay.
-    teacher: float32 bytes, the teacher's log-probabilities of the response, or None.
-    label: for a reward model, 1 for a good text, 0 for a bad one.
-
-    mask: a byte per token of the response, 1 where the policy sampled it and is trained on it, 0
-        where it was given (a tool's result, a user's turn); empty: all were sampled.
-    weight: the sample's share of its trajectory's sampled tokens; those of all branches add up to
-        1.
-    num_trajectories: how many trajectories it counts for in a denominator: 1, or 0 for every branch
-        but the first."""
+    Attributes:
+        token_ids: int32 bytes, prompt then response.
+        logprobs: float32 bytes, the rollout engine's, one per response token (empty for SFT).
+        advantage: the same for every response token; with an algorithm's token_advantages, what
+            these are computed from (a reward or an advantage). NaN: the sample is not trained on.
+        routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes
+            each (`models.experts`), for the tokens before the last; empty without routing replay.
+        teacher: float32 bytes, the teacher's log-probabilities of the response, or None.
+        label: for a reward model, 1 for a good text, 0 for a bad one.
+        mask: a byte per token of the response, 1 where the policy sampled it and is trained on it,
+            0 where it was given (a tool's result, a user's turn); empty: all were sampled.
+        weight: the sample's share of its trajectory's sampled tokens; those of all branches add up
+            to 1.
+        num_trajectories: how many trajectories it counts for in a denominator: 1, or 0 for every
+            branch but the first."""
 
     token_ids: bytes
     prompt_length: int
@@ -94,9 +94,18 @@ class Sample(msgspec.Struct, frozen=True):
         """Encode a branch, whose prompt is all that was given before its first sampled token; what
         follows the last one is left out, as nothing is learned from it.
 
-        is_sampled: a byte per token, 1 where it is trained on; logprobs: one per token; teacher:
-        one per sampled token; routing: of all tokens but the last. ValueError where these do not
-        fit."""
+        Args:
+            token_ids: the whole branch.
+            is_sampled: a byte per token, 1 where it is trained on.
+            logprobs: one per token.
+            advantage: of every sampled token.
+            weight: as of `Sample`.
+            num_trajectories: as of `Sample`.
+            routing: of all tokens but the last.
+            teacher: one per sampled token.
+
+        Raises:
+            ValueError: the arguments do not fit each other."""
         first, end, count = is_sampled.find(1), is_sampled.rfind(1) + 1, len(token_ids)
         if first < 1 or not count == len(is_sampled) == len(logprobs):
             raise ValueError(
@@ -175,7 +184,9 @@ def encode_samples(samples: ReplicaSamples) -> list[Buffer]:
 def decode_samples(headers: Buffer, buffers: memoryview) -> ReplicaSamples:
     """Return the samples that `encode_samples` encoded; they refer to `buffers`.
 
-    headers: the first part of its message; buffers: the others, joined."""
+    Args:
+        headers: the first part of its message.
+        buffers: the others, joined."""
     end = 0
 
     def take(size: int | None) -> memoryview | None:

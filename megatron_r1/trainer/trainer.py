@@ -205,9 +205,15 @@ class Trainer:
     ) -> dict[str, float]:
         """Make one optimizer step on mini-batch `index` with the loss at "module:function".
 
-        settings: of a policy loss; None for the others. temperature: the logits are divided by it,
-        as when they were sampled.
-        Returns the loss's metrics over the whole mini-batch, grad_norm and step_taken."""
+        Args:
+            index: number of the mini-batch.
+            loss: "module:function" of the loss.
+            settings: of a policy loss; None for the others.
+            learning_rate: of this update.
+            temperature: the logits are divided by it, as when they were sampled.
+
+        Returns:
+            The loss's metrics over the whole mini-batch, grad_norm and step_taken."""
         batches = self.minibatches[index]
         compute = partial(self._loss, find_function(loss), settings, temperature)
         if self.config.model.mtp == "train":

@@ -29,8 +29,11 @@ LATEST_RECOVERY_SECONDS = 420.0
 
 @dataclass
 class Report:
-    """One fault. step: the last finished step when it was injected; seconds_to_next_step: from its
-    beginning until a later step was finished."""
+    """One fault.
+
+    Attributes:
+        step: the last finished step when it was injected.
+        seconds_to_next_step: from its beginning until a later step was finished."""
 
     fault: str
     step: int

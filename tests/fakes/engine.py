@@ -22,10 +22,14 @@ def choice(**wrong):
 
 
 class Peer:
-    """In the place of an engine's server. reply: a function of k, the number of the generate call
-    from 0; it returns a response's wrong fields, a status with a text, `cut` to close the
-    connection, or `hang`. cuts: a path on which it closes the connection. fails: path → text of its
-    status 500. holds: path → event that it waits for."""
+    """In the place of an engine's server.
+
+    Attributes:
+        reply: a function of k, the number of the generate call from 0; it returns a response's
+            wrong fields, a status with a text, `cut` to close the connection, or `hang`.
+        cuts: a path on which it closes the connection.
+        fails: path → text of its status 500.
+        holds: path → event that it waits for."""
 
     def __init__(self, reply, cuts=None, fails=None, holds=None):
         self.cuts, self.fails, self.holds = cuts, fails or {}, holds or {}

@@ -51,10 +51,14 @@ FOLDERS = {
 class Mutation:
     """One entry of the table.
 
-    room: package that has the symbol. symbol: qualified name of a function, class or variable
-    within its module. replace: text that is found once in the symbol's source. by: the text in its
-    place. fault: what is then wrong. tests: `file.py` or `file.py::test`. survives: why no test can
-    catch it, or None."""
+    Attributes:
+        room: package that has the symbol.
+        symbol: qualified name of a function, class or variable within its module.
+        replace: text that is found once in the symbol's source.
+        by: the text in its place.
+        fault: what is then wrong.
+        tests: `file.py` or `file.py::test`.
+        survives: why no test can catch it, or None."""
 
     room: str
     symbol: str
@@ -282,8 +286,12 @@ RESULTS = Path("build/faults.jsonl")
 
 
 class Outcome(NamedTuple):
-    """Result of a fault. caught_by: the first test that failed, or None. fails_anyway: a covering
-    test that fails without the fault, too, which then was not planted."""
+    """Result of a fault.
+
+    Attributes:
+        caught_by: the first test that failed, or None.
+        fails_anyway: a covering test that fails without the fault, too, which then was not planted.
+    """
 
     caught_by: str | None = None
     fails_anyway: str | None = None

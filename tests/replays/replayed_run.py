@@ -63,8 +63,12 @@ class Replay:
         self.model, self.folder = model, folder
 
     def run(self, fault: str | None, sentence: str, *settings: object) -> Ended:
-        """Run to its end. fault: a key of `planted.sitecustomize.PLANTED`; it leaves a file at the
-        moment it happens. sentence: a part of what must be printed."""
+        """Run to its end.
+
+        Args:
+            fault: a key of `planted.sitecustomize.PLANTED`; it leaves a file at the moment it
+                happens.
+            sentence: a part of what must be printed."""
         paths = ["--run.folder", self.folder / "run", "--model.path", self.model / "hf"]
         paths += ["--data.path", self.model / "questions.jsonl"]
         struck, printed = self.folder / "struck", self.folder / "printed"

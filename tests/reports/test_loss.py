@@ -41,8 +41,12 @@ def graded(tokens, reward):
 
 def terms_of(name, groups, settings, temperature=1.0, hidden=None, split=False):
     """Loss, gradient by the head's weight, and metrics of one update, from graded responses, as
-    controller and trainer make them. groups: (tokens, reward) of each response; the hidden state of
-    a position follows from the token there. split: one micro-batch per sample."""
+    controller and trainer make them.
+
+    Args:
+        groups: (tokens, reward) of each response; the hidden state of a position follows from the
+            token there.
+        split: one micro-batch per sample."""
     rl = {"group_size": max(2, len(groups[0])), "minibatches": 1, **settings}
     config = Config(rl={"algorithm": name, **rl}, rollout={"max_response_tokens": LIMIT})
     algorithm = algorithms.find(name)

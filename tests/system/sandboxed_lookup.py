@@ -7,9 +7,11 @@ from megatron_r1.agents.shipped_environments import Lookup, Python
 
 
 class SandboxedLookup:
-    """The shipped look-up, whose table is read by the shipped interpreter. journal: a file that
-    gets a line for every call and for every reward. seconds: that a call takes; of rows with an odd
-    seed, forty times as long."""
+    """The shipped look-up, whose table is read by the shipped interpreter.
+
+    Args:
+        journal: a file that gets a line for every call and for every reward.
+        seconds: that a call takes; of rows with an odd seed, forty times as long."""
 
     def __init__(self, journal: str, seconds: float) -> None:
         self._table, self._python = Lookup(), Python(seconds=60)

@@ -34,8 +34,11 @@ TEACHER = "grpo"
 
 @dataclass(frozen=True)
 class EstimatorChoice:
-    """The settings that one estimator is compared with. settings: sections of a recipe. why: the
-    reason that this size needs them."""
+    """The settings that one estimator is compared with.
+
+    Attributes:
+        settings: sections of a recipe.
+        why: the reason that this size needs them."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     why: str = ""
@@ -190,9 +193,14 @@ def steps_until(accuracies: Sequence[float], target: float = TARGET) -> int | No
 def of_run(metrics: Lines, evaluations: Lines, questions: int, group_size: int) -> dict[str, Any]:
     """Return the figures of one run.
 
-    metrics: one line per step, in order. questions, group_size: what a step trains on.
-    seconds_per_step is the median without the first step, which includes warming up;
-    answers_per_step is the mean of all sampled responses, those of passed-over groups included."""
+    Args:
+        metrics: one line per step, in order.
+        questions: what a step trains on. seconds_per_step is the median without the first step,
+            which includes warming up; answers_per_step is the mean of all sampled responses, those
+            of passed-over groups included.
+        group_size: what a step trains on. seconds_per_step is the median without the first step,
+            which includes warming up; answers_per_step is the mean of all sampled responses, those
+            of passed-over groups included."""
     by_step = sorted(evaluations, key=lambda line: line["step"])
     passed_over = fmean(line["groups/passed_over"] for line in metrics)
     return {
@@ -239,8 +247,11 @@ def table(runs: dict[str, dict[str, dict]]) -> str:
 
 
 def as_page(result: dict[str, Any], cores: int) -> str:
-    """Return the page with the table of all estimators. result: as `run` returns it; cores: number
-    of CPU cores."""
+    """Return the page with the table of all estimators.
+
+    Args:
+        result: as `run` returns it.
+        cores: number of CPU cores."""
     runs = result["runs"]
     every = [run for by_seed in runs.values() for run in by_seed.values()]
     before = percent(fmean(run["heldout_before"] for run in every))

@@ -41,7 +41,11 @@ OPENED = re.compile(r'open(?:at)?\([^"]*"([^"]*)".* = (-?\d+)')
 
 
 class Point(NamedTuple):
-    """A point that a process has come to. seconds: since the command. cpu: of the process."""
+    """A point that a process has come to.
+
+    Attributes:
+        seconds: since the command.
+        cpu: of the process."""
 
     seconds: float
     role: str

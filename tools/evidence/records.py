@@ -27,11 +27,11 @@ TOPICS = {
 class Measured:
     """A run of the command whose figure the page shows.
 
-    figure: What was read out of the output.
-    commit: The tree that was measured; of figures from before 2026-11-26, which were written by
-        hand, the commit that put the figure into the repository.
-    machine: Processor, cores, memory and what else is known to matter.
-    """
+    Attributes:
+        figure: What was read out of the output.
+        commit: The tree that was measured; of figures from before 2026-11-26, which were written by
+            hand, the commit that put the figure into the repository.
+        machine: Processor, cores, memory and what else is known to matter."""
 
     figure: str
     commit: str
@@ -43,9 +43,9 @@ class Measured:
 class Failed:
     """A later run that gave no figure.
 
-    reason: Exit status, time limit, or what the output lacks.
-    tail: The end of the output.
-    """
+    Attributes:
+        reason: Exit status, time limit, or what the output lacks.
+        tail: The end of the output."""
 
     reason: str
     commit: str
@@ -58,16 +58,17 @@ class Failed:
 class Claim:
     """One claim.
 
-    topic: A key of `TOPICS`.
-    claim: One sentence.
-    page: Where it is explained, from the repository's root.
-    command: A line for bash in the root, with the environment's programs first in the path.
-    reads: Regular expressions with named groups; the last match of each in the output counts.
-    figure: The text of the figure, with the groups in braces.
-    bounds: By group, the lowest and the highest value with which the claim holds; None: no bound.
-    paths: Files, folders (ending with "/") and patterns whose change makes the claim stale.
-    seconds: What the last run took, or an estimate.
-    """
+    Attributes:
+        topic: A key of `TOPICS`.
+        claim: One sentence.
+        page: Where it is explained, from the repository's root.
+        command: A line for bash in the root, with the environment's programs first in the path.
+        reads: Regular expressions with named groups; the last match of each in the output counts.
+        figure: The text of the figure, with the groups in braces.
+        bounds: By group, the lowest and the highest value with which the claim holds; None: no
+            bound.
+        paths: Files, folders (ending with "/") and patterns whose change makes the claim stale.
+        seconds: What the last run took, or an estimate."""
 
     id: str
     topic: str
@@ -110,9 +111,9 @@ def write_claim(root: Path, claim: Claim) -> None:
 class State:
     """fresh, stale, unknown (the clone does not have the commit) or not measured.
 
-    changed: Of a stale claim, the files that differ.
-    failed: The day of a failed run since the figure was measured, or "".
-    """
+    Attributes:
+        changed: Of a stale claim, the files that differ.
+        failed: The day of a failed run since the figure was measured, or ""."""
 
     name: str
     changed: tuple[str, ...] = ()

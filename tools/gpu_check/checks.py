@@ -34,13 +34,17 @@ PARTS = ("one", "several")
 class Check:
     """One command that succeeds or fails.
 
-    arguments: of python, from the repository's root; {out}: the folder of results. seconds: its
-    limit. needs: modules without which it is not possible. settles: the lines of
-    docs/gpu-checklist.md that it settles, by a phrase of theirs. interpreted: arguments instead,
-    where Triton's interpreter runs on a CPU; none: not run there. num_gpus: how many it needs.
-
     A program of tools/gpu_check prints its verdict (`verdict`); of others the status is the
-    verdict."""
+    verdict.
+
+    Attributes:
+        arguments: of python, from the repository's root; {out}: the folder of results.
+        seconds: its limit.
+        needs: modules without which it is not possible.
+        settles: the lines of docs/gpu-checklist.md that it settles, by a phrase of theirs.
+        interpreted: arguments instead, where Triton's interpreter runs on a CPU; none: not run
+            there.
+        num_gpus: how many it needs."""
 
     name: str
     arguments: tuple[str, ...]
@@ -197,8 +201,13 @@ NOISE = ("nanobind: ", " - leaked ", " - ... skipped remainder", "See https://na
 
 @dataclass
 class CheckOutcome:
-    """The outcome of a check. status: `verdict.PASSED`, `FAILED`, `IMPOSSIBLE` or `NO_TIME`.
-    reason: of each but the first. tail: the end of its output. figures: what it has measured."""
+    """The outcome of a check.
+
+    Attributes:
+        status: `verdict.PASSED`, `FAILED`, `IMPOSSIBLE` or `NO_TIME`.
+        reason: of each but the first.
+        tail: the end of its output.
+        figures: what it has measured."""
 
     check: Check
     status: str

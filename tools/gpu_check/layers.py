@@ -39,9 +39,14 @@ TOKENS = 512
 
 
 class Limits(NamedTuple):
-    """gap: the most of the mean difference of log-probabilities (at most `trainer_steps.FAR` for a
-    token). cosine: the least between the changes by an update, here and on the CPU. A CPU in bf16
-    has 0.025 and 0.94, with FP8 emulated on both sides 0.12 and 0.82; other weights 0.2 and 0."""
+    """What a layer must hold.
+
+    Attributes:
+        gap: the most of the mean difference of log-probabilities (at most `trainer_steps.FAR` for a
+            token).
+        cosine: the least between the changes by an update, here and on the CPU. A CPU in bf16 has
+            0.025 and 0.94, with FP8 emulated on both sides 0.12 and 0.82; other weights 0.2 and 0.
+    """
 
     gap: float
     cosine: float
@@ -120,8 +125,11 @@ def judge(
 ) -> dict[str, Any]:
     """Return the figures of a comparison. Raises Failed for what is wrong.
 
-    found, wanted: of `trainer_steps`. backend: Transformer Engine's name of its attention. why: its
-    reason not to take cuDNN's."""
+    Args:
+        found: of `trainer_steps`.
+        wanted: of `trainer_steps`.
+        backend: Transformer Engine's name of its attention.
+        why: its reason not to take cuDNN's."""
     norm, exact = found["update"]["grad_norm"], wanted["update"]["grad_norm"]
     figures = {
         "logprob_diff": found["before"]["gap"],

@@ -129,7 +129,10 @@ def judge(
 ) -> dict[str, Any]:
     """Return the figures of a run. Raises Failed for what is wrong.
 
-    lines: of metrics.jsonl. steps: as many as there must be. used: of a GPU's memory."""
+    Args:
+        lines: of metrics.jsonl.
+        steps: as many as there must be.
+        used: of a GPU's memory."""
     last = lines[-1] if lines else {}
     figures = {
         "logprob_diff": last.get("logprob_diff/mean"),

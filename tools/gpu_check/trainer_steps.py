@@ -35,8 +35,11 @@ Logprobs = Sequence[Sequence[float]]
 
 
 def samples(vocabulary: int, now: Logprobs | None, before: Logprobs | None) -> list[Sample]:
-    """Return samples of all lengths. now, before: their log-probabilities at this moment and before
-    the update, for `distances`."""
+    """Return samples of all lengths.
+
+    Args:
+        now: their log-probabilities at this moment, for `distances`.
+        before: those before the update, likewise."""
     draw, made = random.Random(1), []
     for number in range(NUM_SAMPLES):
         prompt = [draw.randrange(vocabulary) for _ in range(draw.randint(1, MOST_PROMPT))]

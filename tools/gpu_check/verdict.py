@@ -13,8 +13,12 @@ PASSED, FAILED, IMPOSSIBLE = "passed", "failed", "not possible here"
 
 
 class Verdict(NamedTuple):
-    """status: one of the three above. reason: why it is not "passed". figures: what was measured,
-    by name."""
+    """What a check found.
+
+    Attributes:
+        status: one of the three above.
+        reason: why it is not "passed".
+        figures: what was measured, by name."""
 
     status: str
     reason: str = ""

@@ -24,9 +24,12 @@ from tools.house.structure import PACKAGES
 class Walk:
     """One thing's way; functions are named by the end of "file qualified.name".
 
-    begin, end: the walk is what is entered between them. within: calls all of whose inner calls
-    count. given: functions whose arguments are the thing. follows: whether it is followed by value:
-    results of functions of the walk are made from the thing."""
+    Attributes:
+        begin, end: the walk is what is entered between them.
+        within: calls all of whose inner calls count.
+        given: functions whose arguments are the thing.
+        follows: whether it is followed by value: results of functions of the walk are made from the
+            thing."""
 
     name: str
     begin: str

@@ -174,7 +174,10 @@ def topk_softmax(weights, experts, rows, logits, renormalizes, bias, is_padding)
 @_kernel("_moe_C::grouped_topk")
 def grouped_topk(scores, groups, kept_groups, topk, renormalizes, factor, bias, function):
     """Return the weights and numbers of each token's experts, of the best groups: by the sum of a
-    group's two best scores with the bias. function: 1: sigmoid of the scores first."""
+    group's two best scores with the bias.
+
+    Args:
+        function: 1: sigmoid of the scores first."""
     plain = scores.float().sigmoid() if function == 1 else scores.float()
     biased = plain + bias.float()
     by_group = biased.unflatten(-1, (groups, -1))

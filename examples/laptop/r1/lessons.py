@@ -29,9 +29,13 @@ Line = dict[str, str]
 
 @dataclass(frozen=True)
 class Lesson:
-    """A question with the thought that leads to its answer. language: of the question. lines: its
-    thought. wrong: draws a plausible wrong answer. kind, truth, fields: the reward's inputs, as in
-    a row of questions."""
+    """A question with the thought that leads to its answer.
+
+    Attributes:
+        language: of the question.
+        lines: its thought.
+        wrong: draws a plausible wrong answer.
+        kind, truth, fields: the reward's inputs, as in a row of questions."""
 
     subject: str
     language: str

@@ -20,7 +20,11 @@ CONFIGS = Path(__file__).parent / "models"
 
 
 def write(folder: str, corpus: str, architecture: str, vocabulary: int = 1024) -> None:
-    """Write `folder`. architecture: deepseek, qwen, llama; corpus: JSONL {prompt, response}."""
+    """Write `folder`.
+
+    Args:
+        corpus: JSONL {prompt, response}.
+        architecture: deepseek, qwen, llama."""
     write_folder(Path(folder), train_tokenizer(corpus, vocabulary), architecture)
 
 

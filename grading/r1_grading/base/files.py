@@ -27,8 +27,11 @@ def atomic_writer(
     The content goes to a temporary name in the same folder and is renamed. Missing parent folders
     are created.
 
-    mode: permissions from the start, less the umask. durable: fsync the content before the rename,
-    and the folder after it, so that both survive a power cut, as do the folders created."""
+    Args:
+        path: the file to write; what was there is replaced.
+        mode: permissions from the start, less the umask.
+        durable: fsync the content before the rename, and the folder after it, so that both survive
+            a power cut, as do the folders created."""
     path = Path(path)
     if durable:
         make_folder(path.parent)

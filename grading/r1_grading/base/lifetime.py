@@ -20,7 +20,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 class Child(Protocol):
     """A child process of `subprocess`, of `preloaded` or of asyncio.
 
-    pid: 0 for a process that has not been started. returncode: None until it was waited for."""
+    Attributes:
+        pid: 0 for a process that has not been started.
+        returncode: None until it was waited for."""
 
     @property
     def pid(self) -> int: ...

@@ -59,12 +59,22 @@ def grade(
 ) -> Grade:
     """Return 1 when the response's program (`find_program`) passes every test of `truth`, else 0.
 
-    truth: see `problem.parse_problem`. language: "python", or "cpp" of the given `standard`, as
-    `problem.language_of` reads it; None: the truth's own, else Python.
-    partial: run all tests and return the share passed; otherwise the first failure ends the run.
-    limits: overrides of `sandbox.limits.Limits`. Raises ValueError for an invalid truth, limit or
-    standard and for a broken checker, and SandboxUnavailable, with the remedy, where no sandbox can
-    run; both for every response, the empty one included."""
+    Args:
+        response: the text with the program.
+        truth: see `problem.parse_problem`.
+        language: "python", or "cpp" of the given `standard`, as `problem.language_of` reads it;
+            None: the truth's own, else Python.
+        partial: run all tests and return the share passed; otherwise the first failure ends the
+            run.
+        limits: overrides of `sandbox.limits.Limits`.
+        standard: of C++.
+        opened: the prompt ended with `<think>`.
+        **entry: the prompt's other fields, which are not used.
+
+    Raises:
+        ValueError: an invalid truth, limit or standard, or a broken checker; for every response,
+            the empty one included.
+        SandboxUnavailable: no sandbox can run; with the remedy, and likewise for every response."""
     problem = parse_problem(truth, language)
     language, standard = problem.language, standard or "c++20"
     parsed_limits = Limits.parse(limits)
@@ -295,8 +305,11 @@ ACTUAL_OPENED = b"\0actual\n"  # see sandbox/inside_program.py
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why a checker gave no verdict. reason: what ended the checker. opened_actual: whether it had
-    opened the program's output."""
+    """Why a checker gave no verdict.
+
+    Attributes:
+        reason: what ended the checker.
+        opened_actual: whether it had opened the program's output."""
 
     reason: str
     opened_actual: bool

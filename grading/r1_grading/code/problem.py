@@ -47,14 +47,15 @@ class Test:
 class Problem:
     """A programming problem, as its tests define it.
 
-    tests: at least one.
-    function: the name to call, or None where the program reads and prints.
-    checker: source of a Python program that replaces the comparison, or None.
-    tolerance: allowed difference of numbers, or None for that of floats only (`equal_output`).
-    is_livecodebench: the tests have LiveCodeBench's form, or another of public data sets. Integers
-        are compared by value, and a script has the names that its harness imports, as a function
-        always has.
-    language: "python" or "cpp"."""
+    Attributes:
+        tests: at least one.
+        function: the name to call, or None where the program reads and prints.
+        checker: source of a Python program that replaces the comparison, or None.
+        tolerance: allowed difference of numbers, or None for that of floats only (`equal_output`).
+        is_livecodebench: the tests have LiveCodeBench's form, or another of public data sets.
+            Integers are compared by value, and a script has the names that its harness imports, as
+            a function always has.
+        language: "python" or "cpp"."""
 
     tests: tuple[Test, ...]
     function: str | None = None

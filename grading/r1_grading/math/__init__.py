@@ -32,12 +32,21 @@ def grade(
 ) -> Grade:
     r"""Return 1 when the response's final answer is mathematically `truth`, else 0.
 
-    The answer is found by `read_answer`. truth: a number or a string: words, or LaTeX with or
-    without dollar signs and `\boxed{}`; it may be a whole solution whose answer is in a box or
-    after `####` (GSM8K); of several (`truths.alternatives`) the answer is any one. opened: the
-    prompt ended with `<think>`. reading, plain_line: of `read_answer`; by default the last line is
-    the answer where there is no `<answer>` and no box. Raises ValueError for a truth that is blank,
-    or not a number or string."""
+    The answer is found by `read_answer`.
+
+    Args:
+        response: the text that ends with the answer.
+        truth: a number or a string: words, or LaTeX with or without dollar signs and `\boxed{}`; it
+            may be a whole solution whose answer is in a box or after `####` (GSM8K); of several
+            (`truths.alternatives`) the answer is any one.
+        opened: the prompt ended with `<think>`.
+        reading: of `read_answer`.
+        plain_line: of `read_answer`; by default the last line is the answer where there is no
+            `<answer>` and no box.
+        **entry: the prompt's other fields, which are not used.
+
+    Raises:
+        ValueError: a truth that is blank, or not a number or string."""
     options = alternatives(truth)
     if not options:
         raise ValueError(f"the truth of a math answer must not be empty, got {truth!r}")

@@ -33,8 +33,11 @@ SETS = frozenset((r"\{\}", "{}"))
 
 @dataclass(frozen=True)
 class Structure:
-    """The outer structure of an answer. brackets: "" for a bare list, else a pair such as "[)" or
-    "()". members: the texts between them."""
+    """The outer structure of an answer.
+
+    Attributes:
+        brackets: "" for a bare list, else a pair such as "[)" or "()".
+        members: the texts between them."""
 
     brackets: str
     members: tuple[str, ...]
@@ -175,8 +178,10 @@ MAX_RELATIVE_ERROR = Fraction(1, 1000)
 class WrittenNumber:
     """A written number.
 
-    value: exact, without the percent sign. is_decimal: it may have been rounded. is_quotient: a
-    division left open, `24/2` or `1.5/2`, and not a fraction."""
+    Attributes:
+        value: exact, without the percent sign.
+        is_decimal: it may have been rounded.
+        is_quotient: a division left open, `24/2` or `1.5/2`, and not a fraction."""
 
     value: Fraction
     is_decimal: bool = False

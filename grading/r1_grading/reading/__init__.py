@@ -225,10 +225,13 @@ def check_template(template: str | None) -> str | None:
 def response_part(response: str, part: Part, opened: bool) -> Extraction:
     """Return one part of a response.
 
-    part: "summary" is the text after the thought, stripped: the whole text of a response without a
-    thought, and no text if the thought is never closed. "response" is the whole response with its
-    thought. opened: whether the prompt ended with `<think>`, which is then put back before the
-    whole response."""
+    Args:
+        response: the text that the policy sampled.
+        part: "summary" is the text after the thought, stripped: the whole text of a response
+            without a thought, and no text if the thought is never closed. "response" is the whole
+            response with its thought.
+        opened: whether the prompt ended with `<think>`, which is then put back before the whole
+            response."""
     if part == "response":
         text = THINK + response if opened else response
         return Extraction(text) if response.strip() else Extraction(None, "the response is empty")

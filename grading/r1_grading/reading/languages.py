@@ -250,9 +250,11 @@ KNOWN = frozenset(_KNOWN.split())
 class Prose:
     """The parts of a text, of which all but `text` are free up to a share.
 
-    text: in a language. inline: words of inline code, formulae and identifiers. fenced: words of
-    code blocks. marks: number of words that symbols and single letters may encode (`count_marks`).
-    """
+    Attributes:
+        text: in a language.
+        inline: words of inline code, formulae and identifiers.
+        fenced: words of code blocks.
+        marks: number of words that symbols and single letters may encode (`count_marks`)."""
 
     text: str
     inline: str

@@ -34,16 +34,19 @@ def _limit(default: float, cap: float) -> Any:
 class Limits:
     """Limits of one graded answer; a prompt may override each, up to its cap.
 
-    cpu_seconds, wall_seconds: per test (wall time also stops a program that sleeps).
-    total_seconds: wall time of the whole answer, compilation included.
-    memory_mib: address space.
-    processes: the program and its threads.
-    output_mib: standard output and error together.
-    compile_seconds, compile_memory_mib: CPU time and address space of each compiler process; the
-        compiler's wall time is twice its CPU time.
+    The default cpu_seconds is LiveCodeBench's limit.
 
-    The default cpu_seconds is LiveCodeBench's limit. Raises ValueError for a value that is not a
-    number above 0 and at most its cap."""
+    Attributes:
+        cpu_seconds, wall_seconds: per test (wall time also stops a program that sleeps).
+        total_seconds: wall time of the whole answer, compilation included.
+        memory_mib: address space.
+        processes: the program and its threads.
+        output_mib: standard output and error together.
+        compile_seconds, compile_memory_mib: CPU time and address space of each compiler process;
+            the compiler's wall time is twice its CPU time.
+
+    Raises:
+        ValueError: a value that is not a number above 0 and at most its cap."""
 
     cpu_seconds: float = _limit(6.0, cap=120)
     wall_seconds: float = _limit(12.0, cap=240)

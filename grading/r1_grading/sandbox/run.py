@@ -60,10 +60,12 @@ class SandboxError(RunError):
 class ProgramOutcome:
     """The outcome of one run.
 
-    stdout, stderr: the bytes written, cut off at the limit that `stopped` names. status: the exit
-    status, or 128 + the signal. seconds: wall time of sandbox and program, never less than the CPU
-    time that counts against the limit, since the program's process also builds the sandbox.
-    stopped: the limit for which the run was killed from outside, or ""."""
+    Attributes:
+        stdout, stderr: the bytes written, cut off at the limit that `stopped` names.
+        status: the exit status, or 128 + the signal.
+        seconds: wall time of sandbox and program, never less than the CPU time that counts against
+            the limit, since the program's process also builds the sandbox.
+        stopped: the limit for which the run was killed from outside, or ""."""
 
     stdout: bytes
     stderr: bytes
@@ -84,9 +86,15 @@ class SandboxProcess:
         budget: Budget,
         started: float,
     ) -> None:
-        """status_fd: reads bwrap's `--json-status-fd`. filter_file: where bwrap waits for
-        `system_calls`, the program of its `--seccomp`, less than a pipe holds. started:
-        time.monotonic() before bwrap was started."""
+        """Watch a started sandbox.
+
+        Args:
+            process: bwrap.
+            status_fd: reads bwrap's `--json-status-fd`.
+            filter_file: where bwrap waits for the program of its `--seccomp`.
+            system_calls: that program, less than a pipe holds.
+            budget: the limits of the run.
+            started: time.monotonic() before bwrap was started."""
         assert process.stdout is not None and process.stderr is not None, "started with pipes"
         self.process, self.budget = process, budget
         self.status_fd = status_fd

@@ -337,10 +337,20 @@ class Judge(JudgeClient):
     ) -> Grade:
         """Return the grade of a response by the judge's votes.
 
-        verify: 1 when most votes find the response correct, else 0; truth: the reference answer.
-        compare: the share of votes that prefer it to `truth`, another response to the question.
-        opened: the prompt ended with `<think>`. Raises UserError without a question or a truth,
-        Ungradable, ServiceError."""
+        In the mode "verify" it is 1 when most votes find the response correct, else 0; in the mode
+        "compare", the share of votes that prefer it to `truth`.
+
+        Args:
+            response: the text that the policy sampled.
+            truth: to verify: the reference answer; to compare: another response to the question.
+            question: what was asked.
+            opened: the prompt ended with `<think>`.
+            **entry: the prompt's other fields, which are not used.
+
+        Raises:
+            UserError: no question or no truth.
+            Ungradable: too few replies have a verdict.
+            ServiceError: the service cannot grade."""
         mode = self.settings.mode
         if not isinstance(question, str) or truth is None:
             missing = "question" if truth is not None else "truth"

@@ -87,8 +87,11 @@ class Ungradable(Exception):
 
 
 class _TryAgain(Exception):
-    """A failed request that may succeed if it is repeated. is_fault: the request itself may be the
-    cause. wait_seconds: requested by the service."""
+    """A failed request that may succeed if it is repeated.
+
+    Attributes:
+        is_fault: the request itself may be the cause.
+        wait_seconds: requested by the service."""
 
     def __init__(self, message: str, is_fault: bool, wait_seconds: float = 0.0) -> None:
         super().__init__(message)
@@ -98,10 +101,14 @@ class _TryAgain(Exception):
 class Service:
     """POSTs JSON to `url`, at most `settings.concurrency` requests at once.
 
-    reply_type: a msgspec type; a reply that does not match it counts as a failed try.
-    probe: a request that the service can answer whenever it works.
-    trouble: why the latest try failed, for progress messages; "" before the first failure.
-    Belongs to the event loop of its first `request`."""
+    Belongs to the event loop of its first `request`.
+
+    Args:
+        reply_type: a msgspec type; a reply that does not match it counts as a failed try.
+        probe: a request that the service can answer whenever it works.
+
+    Attributes:
+        trouble: why the latest try failed, for progress messages; "" before the first failure."""
 
     def __init__(
         self, settings: ServiceSettings, url: str, reply_type: type[Any], probe: dict[str, Any]

@@ -58,8 +58,11 @@ SUM_WARPS = 8
 
 
 class _Limits(NamedTuple):
-    """The numbers of `PolicySettings`, one argument of the kernel. dual_clip: read only with
-    HAS_DUAL_CLIP; importance_cap: inf for none."""
+    """The numbers of `PolicySettings`, one argument of the kernel.
+
+    Attributes:
+        dual_clip: read only with HAS_DUAL_CLIP.
+        importance_cap: inf for none."""
 
     clip_low: float
     clip_high: float

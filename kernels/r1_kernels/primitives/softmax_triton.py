@@ -231,8 +231,14 @@ def logits_gradient_kernel(
 def row_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, scale: float) -> Tensor:
     """Compute this shard's part of each row's softmax.
 
-    logits: (T, V_local), columns adjacent in memory; targets: (T,) ids of the whole vocabulary;
-    scale: 1 / temperature. Returns (4, T) fp32, `vocabulary.STATISTICS`."""
+    Args:
+        logits: (T, V_local), columns adjacent in memory.
+        targets: (T,) ids of the whole vocabulary.
+        shard: the part of the vocabulary that the columns are.
+        scale: 1 / temperature.
+
+    Returns:
+        (4, T) fp32, `vocabulary.STATISTICS`."""
     _check_rows(logits, targets, shard)
     rows = len(logits)
     out = torch.empty(len(STATISTICS), rows, dtype=torch.float32, device=logits.device)

@@ -38,12 +38,13 @@ class Refused(Exception):
 class TurnRequest:
     """A client's request for one turn.
 
-    max_tokens: None for as many as fit.
-    max_calls: 1 where the client takes one tool call a turn.
-    options: the request's sampling options that differ from the neutral ones; the run's own replace
-        them (`sampling_options`).
-    token_ids: the whole prompt, in token mode.
-    stored: the conversation that a later request may continue by `previous_response_id`."""
+    Attributes:
+        max_tokens: None for as many as fit.
+        max_calls: 1 where the client takes one tool call a turn.
+        options: the request's sampling options that differ from the neutral ones; the run's own
+            replace them (`sampling_options`).
+        token_ids: the whole prompt, in token mode.
+        stored: the conversation that a later request may continue by `previous_response_id`."""
 
     messages: list[Message]
     tools: list[dict[str, Any]]
@@ -60,8 +61,12 @@ class TurnRequest:
 
 @dataclass(frozen=True)
 class TurnReply:
-    """One sampled turn. message: the assistant's. stop_string: which of `TurnRequest.stop` ended
-    it. id: unique, hexadecimal."""
+    """One sampled turn.
+
+    Attributes:
+        message: the assistant's.
+        stop_string: which of `TurnRequest.stop` ended it.
+        id: unique, hexadecimal."""
 
     model: str
     num_prompt_tokens: int

@@ -51,9 +51,11 @@ class TakenTurn:
 class GatewaySession:
     """One episode behind the gateway.
 
-    status: how the episode has ended, by a limit or a failure that the policy did not cause; None
-    until then. notes: how often each sampling option was replaced, and each request refused.
-    stored: conversations by the id of their last reply, for `previous_response_id`."""
+    Attributes:
+        status: how the episode has ended, by a limit or a failure that the policy did not cause;
+            None until then.
+        notes: how often each sampling option was replaced, and each request refused.
+        stored: conversations by the id of their last reply, for `previous_response_id`."""
 
     limits: SessionLimits
     sampling: TurnSampling

@@ -38,8 +38,13 @@ OWN_VARIABLES = {children.PARENT, SERVERS, "OPENBLAS_NUM_THREADS", "TMPDIR"}
 
 
 class Request(NamedTuple):
-    """arguments: of the module. folder: the working directory. umask: of the process that asks, so
-    that its choice of who may read its files holds for those of the new one."""
+    """A request to run a module in a forked process.
+
+    Attributes:
+        arguments: of the module.
+        folder: the working directory.
+        umask: of the process that asks, so that its choice of who may read its files holds for
+            those of the new one."""
 
     arguments: list[str]
     environment: dict[str, str]
@@ -48,8 +53,12 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """pid: of the process. status: its exit code, or minus the number of the signal that ended it;
-    None while it runs."""
+    """The server's message that a process has started or ended.
+
+    Attributes:
+        pid: of the process.
+        status: its exit code, or minus the number of the signal that ended it; None while it runs.
+    """
 
     pid: int
     status: int | None = None

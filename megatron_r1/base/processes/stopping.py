@@ -18,7 +18,8 @@ class StopRequest:
     """Set by the first Ctrl-C or SIGTERM, or by a file: finish the current step, save, end. The
     second signal ends the run at once.
 
-    notify: gets a line when the first signal arrives."""
+    Attributes:
+        notify: gets a line when the first signal arrives."""
 
     is_signalled: bool = False
     file: Path | None = None

@@ -15,11 +15,15 @@ TOLERANCE = 1e-4
 
 
 class ReferenceResult(msgspec.Struct):
-    """The result of `commands.check_model.reference`. num_tokens: number of tokens of the
-    tokenizer; None: the folder has no tokenizer. template: whether the tokenizer has a chat
-    template. sequences: token ids. logprobs: log-probability of each token but the first, given the
-    tokens before it, by transformers in the checked dtype. noise: the largest difference of
-    `logprobs` from transformers' own in float32."""
+    """The result of `commands.check_model.reference`.
+
+    Attributes:
+        num_tokens: number of tokens of the tokenizer; None: the folder has no tokenizer.
+        template: whether the tokenizer has a chat template.
+        sequences: token ids.
+        logprobs: log-probability of each token but the first, given the tokens before it, by
+            transformers in the checked dtype.
+        noise: the largest difference of `logprobs` from transformers' own in float32."""
 
     num_tensors: int
     num_tokens: int | None
@@ -55,10 +59,15 @@ class NotCompared(msgspec.Struct, frozen=True):
 
 
 class Findings(msgspec.Struct, omit_defaults=True):
-    """The result of a check, as `--json` writes it. megatron and vllm: the largest difference from
-    transformers' log-probabilities, or why there is none. agree: whether the exit status is 0.
-    end_tokens: those that end a response. problem: why not; left out where it is. as_read:
-    sentences on what config.json does not say."""
+    """The result of a check, as `--json` writes it.
+
+    Attributes:
+        megatron, vllm: the largest difference from transformers' log-probabilities, or why there is
+            none.
+        agree: whether the exit status is 0.
+        end_tokens: those that end a response.
+        problem: why not; left out where it is.
+        as_read: sentences on what config.json does not say."""
 
     folder: str
     architecture: str

@@ -51,7 +51,9 @@ FILE_BYTES = 1 << 30
 class PlannedChunk:
     """A chunk to write and the rows of Hugging Face tensors in it.
 
-    shape: the chunk's, without prepended axes. runs: their `local_start` is the chunk's row."""
+    Attributes:
+        shape: the chunk's, without prepended axes.
+        runs: their `local_start` is the chunk's row."""
 
     chunk: Chunk
     shape: tuple[int, ...]

@@ -30,14 +30,15 @@ Advantages = Callable[[list[list[float | None]], RLConfig], list[list[float]]]
 class Algorithm:
     """An estimator: the rules of its settings, and what its module defines.
 
-    advantages: maps the rewards of a rollout's groups, None for an ungraded response, to a number
-        per response: the advantage of all its tokens or, with `token_advantages`, what these are
-        computed from, a reward or an advantage. NaN for a response that is not trained on
-        (`of_graded`).
-    loss: "module:function" of a `trainer.losses.Loss`, called on the trainer ranks.
-    token_advantages: "module:function" of a `trainer.token_advantages.TokenAdvantages`, called
-        there once the rollout is scored; None where all tokens of a response share one advantage.
-    """
+    Attributes:
+        advantages: maps the rewards of a rollout's groups, None for an ungraded response, to a
+            number per response: the advantage of all its tokens or, with `token_advantages`, what
+            these are computed from, a reward or an advantage. NaN for a response that is not
+            trained on (`of_graded`).
+        loss: "module:function" of a `trainer.losses.Loss`, called on the trainer ranks.
+        token_advantages: "module:function" of a `trainer.token_advantages.TokenAdvantages`, called
+            there once the rollout is scored; None where all tokens of a response share one
+            advantage."""
 
     name: str
     rules: AlgorithmRules

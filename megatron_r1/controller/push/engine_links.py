@@ -36,8 +36,10 @@ link, is known to have died."""
 class EngineSet:
     """Engines that receive a push together: what enters one is passed on to the others.
 
-    name: at the trainer and in its store, new for every set. num_links: links of each trainer rank
-    to the set. num_bytes: bytes of a whole push to the set, out of all trainer ranks."""
+    Attributes:
+        name: at the trainer and in its store, new for every set.
+        num_links: links of each trainer rank to the set.
+        num_bytes: bytes of a whole push to the set, out of all trainer ranks."""
 
     name: str
     engines: list[Engine]
@@ -51,10 +53,13 @@ class EngineLinks:
     Over gloo and nccl equal engines form sets of at most `plan.engine_sets.SET_ENGINES`; over other
     transports every engine is a set of its own.
 
-    tensors: name and shape of every tensor in a checkpoint of the model. layout: the fields of
-    `plan.EngineLayout`, of one engine. store_host: the address of trainer rank 0's host for
-    engines; None: the one that the trainer's ranks use. colocated: the engines share the trainer's
-    GPUs, in turn. notify: gets a line for the user."""
+    Attributes:
+        tensors: name and shape of every tensor in a checkpoint of the model.
+        layout: the fields of `plan.EngineLayout`, of one engine.
+        store_host: the address of trainer rank 0's host for engines; None: the one that the
+            trainer's ranks use.
+        colocated: the engines share the trainer's GPUs, in turn.
+        notify: gets a line for the user."""
 
     def __init__(
         self,

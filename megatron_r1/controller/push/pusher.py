@@ -37,7 +37,9 @@ more than 1."""
 class Prober:
     """Compares each engine's answers to a few prompts with the trainer.
 
-    prompts: token ids. tolerance: for the mean difference of log-probabilities."""
+    Attributes:
+        prompts: token ids.
+        tolerance: for the mean difference of log-probabilities."""
 
     def __init__(
         self,

@@ -64,9 +64,12 @@ class InFlightGroup:
 class InFlight:
     """Tracks the groups in flight and counts finished work since the start of the process.
 
-    num_started: groups requested. num_sampled, num_responses, num_tokens: groups that were sampled,
-    their responses, and the tokens of these. num_finished: groups that are graded, and scored
-    where there is a teacher. num_scored: responses that a teacher has scored."""
+    Attributes:
+        num_started: groups requested.
+        num_sampled, num_responses, num_tokens: groups that were sampled, their responses, and the
+            tokens of these.
+        num_finished: groups that are graded, and scored where there is a teacher.
+        num_scored: responses that a teacher has scored."""
 
     def __init__(self) -> None:
         self.groups: set[InFlightGroup] = set()
@@ -96,9 +99,11 @@ class InFlight:
 
 @dataclass
 class RolloutInProgress:
-    """Groups that are sampled together. log: the step's groups on disk, if they are kept.
+    """Groups that are sampled together.
 
-    sampled, graded, scored: time.perf_counter() when the newest group finished each phase."""
+    Attributes:
+        log: the step's groups on disk, if they are kept.
+        sampled, graded, scored: time.perf_counter() when the newest group finished each phase."""
 
     sampling: Sampling
     log: StepLog | None

@@ -28,13 +28,14 @@ from megatron_r1.models.experts import RoutingShape
 class Sampling:
     """Settings of the sampling of a rollout.
 
-    num_samples: G, responses per prompt.
-    max_tokens: the longest response.
-    step: the training step, from 1.
-    weights: the weight of each term in the reward (`r1_grading.terms`).
-    routing: shape of the experts' indices to return with each token, or None for none.
-    with_teacher: whether the teacher scores every token.
-    stop: strings that end a response with the token that completes one."""
+    Attributes:
+        num_samples: G, responses per prompt.
+        max_tokens: the longest response.
+        step: the training step, from 1.
+        weights: the weight of each term in the reward (`r1_grading.terms`).
+        routing: shape of the experts' indices to return with each token, or None for none.
+        with_teacher: whether the teacher scores every token.
+        stop: strings that end a response with the token that completes one."""
 
     num_samples: int
     temperature: float
@@ -51,13 +52,14 @@ class Sampling:
 class GradedResponse:
     """One response with its rewards (`r1_grading.terms.Reward`).
 
-    text: the decoded response.
-    rewards: each term alone.
-    reward: their weighted sum, 0 and without meaning where `is_graded` is False.
-    ungraded: terms whose grader failed.
-    teacher_logprobs: float32, of each token at temperature 1; None where no teacher scored it.
-    episode: None for a single turn; else `response` holds the sampled tokens of all its turns,
-        `text` is its last answer."""
+    Attributes:
+        text: the decoded response.
+        rewards: each term alone.
+        reward: their weighted sum, 0 and without meaning where `is_graded` is False.
+        ungraded: terms whose grader failed.
+        teacher_logprobs: float32, of each token at temperature 1; None where no teacher scored it.
+        episode: None for a single turn; else `response` holds the sampled tokens of all its turns,
+            `text` is its last answer."""
 
     response: Response
     text: str
@@ -92,9 +94,12 @@ class Group:
 class Rollout:
     """The groups of one step or evaluation.
 
-    rollout_seconds: until the last token was sampled. reward_seconds, teacher_seconds: from there
-    to the last grade and to the teacher's last score. passed_over: groups that were sampled and
-    graded but are not trained on (`collect_informative`)."""
+    Attributes:
+        rollout_seconds: until the last token was sampled.
+        reward_seconds, teacher_seconds: from there to the last grade and to the teacher's last
+            score.
+        passed_over: groups that were sampled and graded but are not trained on
+            (`collect_informative`)."""
 
     groups: list[Group]
     rollout_seconds: float

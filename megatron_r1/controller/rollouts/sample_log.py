@@ -92,9 +92,12 @@ class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
-    """One finished group of the sample log. position: of the group's prompt among all that the step
-    drew. prompt_id: of that prompt. schedule: `config.rl.digest_until` the step, under which
-    it was sampled."""
+    """One finished group of the sample log.
+
+    Attributes:
+        position: of the group's prompt among all that the step drew.
+        prompt_id: of that prompt.
+        schedule: `config.rl.digest_until` the step, under which it was sampled."""
 
     position: int
     prompt_id: str

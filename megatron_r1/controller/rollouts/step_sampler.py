@@ -31,8 +31,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StepRollout:
-    """One step's rollout. prompts_after: state of the prompt sampler after the step's prompts.
-    num_recalled: groups that came from the sample log."""
+    """One step's rollout.
+
+    Attributes:
+        prompts_after: state of the prompt sampler after the step's prompts.
+        num_recalled: groups that came from the sample log."""
 
     rollout: Rollout
     prompts_after: dict[str, Any]
@@ -149,12 +152,17 @@ class RolloutStream(Generic[T]):
         *,
         one_at_a_time: bool = False,
     ):
-        """sample: samples the rollout of a step; called in the order of the steps.
+        """Prepare the rollouts of steps, none of which starts yet.
 
-        one_at_a_time: start a rollout only when the one before has ended: where the number of its
-        prompts is not known in advance, and where engines gain nothing from more sequences.
-        Otherwise rollouts overlap: the next one fills the engines while the last long samples of
-        the one before are generated."""
+        Args:
+            sample: samples the rollout of a step; called in the order of the steps.
+            first: the first step.
+            last: the last step.
+            staleness: how many steps ahead of training a rollout may begin.
+            one_at_a_time: start a rollout only when the one before has ended: where the number of
+                its prompts is not known in advance, and where engines gain nothing from more
+                sequences. Otherwise rollouts overlap: the next one fills the engines while the last
+                long samples of the one before are generated."""
         self._sample, self._staleness, self._last = sample, staleness, last
         self._one_at_a_time = one_at_a_time
         self._next = first

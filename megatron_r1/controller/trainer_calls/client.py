@@ -50,7 +50,11 @@ def _require_finite(metrics: dict[str, float], names: tuple[str, ...], rate: str
 
 @dataclass
 class Waiting:
-    """A call in progress. since: time.monotonic(); missing: ranks that have not replied."""
+    """A call in progress.
+
+    Attributes:
+        since: time.monotonic().
+        missing: ranks that have not replied."""
 
     operation: str
     since: float
@@ -68,8 +72,13 @@ class TrainerClient:
         bind: str = "tcp://127.0.0.1:*",
         world_size: int | None = None,
     ):
-        """bind: the ZeroMQ address that ranks connect to; world_size: the number of ranks, where
-        torchrun starts them."""
+        """Prepare the ranks of a trainer.
+
+        Args:
+            config: the run's settings.
+            log_folder: of the ranks' logs.
+            bind: the ZeroMQ address that ranks connect to.
+            world_size: the number of ranks, where torchrun starts them."""
         self.world_size = world_size or config.parallel.processes
         self.config = config
         self._bind = bind

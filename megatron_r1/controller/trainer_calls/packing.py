@@ -32,9 +32,11 @@ Bins = list[list[int]]
 class Packing(NamedTuple):
     """An assignment of samples to ranks and micro-batches.
 
-    shares[rank][m]: indices of the samples of micro-batch m on that rank. waste: the share of all
-    ranks' time spent waiting for the rank with the costliest micro-batch. fill: mean of tokens per
-    micro-batch / limit."""
+    Attributes:
+        shares: shares[rank][m] are the indices of the samples of micro-batch m on that rank.
+        waste: the share of all ranks' time spent waiting for the rank with the costliest
+            micro-batch.
+        fill: mean of tokens per micro-batch / limit."""
 
     shares: list[Bins]
     waste: float
@@ -51,12 +53,20 @@ def pack(
 ) -> Packing:
     """Distribute samples of `lengths` tokens over `num_ranks` ranks.
 
-    limit: tokens of a micro-batch; only a sample longer than that exceeds it, and is then alone.
-    cost: length -> cost of a sample (`sample_cost`). unit: number of consecutive samples that stay
-    together, in their order (a pair of responses). There are as few micro-batches as a greedy
-    packing needs: more never waste less (measured on log-normal lengths). A micro-batch is empty
-    only where there are too few samples. Raises UserError when there are fewer samples, or units,
-    than ranks."""
+    There are as few micro-batches as a greedy packing needs: more never waste less (measured on
+    log-normal lengths). A micro-batch is empty only where there are too few samples.
+
+    Args:
+        lengths: tokens of each sample.
+        num_ranks: data-parallel ranks.
+        limit: tokens of a micro-batch; only a sample longer than that exceeds it, and is then
+            alone.
+        cost: length -> cost of a sample (`sample_cost`).
+        unit: number of consecutive samples that stay together, in their order (a pair of
+            responses).
+
+    Raises:
+        UserError: fewer samples, or units, than ranks."""
     starts = range(0, len(lengths), unit)
     costs = [sum(cost(length) for length in lengths[i : i + unit]) for i in starts]
     lengths = [sum(lengths[i : i + unit]) for i in starts]

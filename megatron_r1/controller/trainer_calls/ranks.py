@@ -142,7 +142,11 @@ class RankSocket:
     """The socket of one set of ranks; restarted ranks connect to a new one."""
 
     def __init__(self, bind: str, token: str) -> None:
-        """bind: a ZeroMQ address; token: authenticates the ranks."""
+        """Listen for ranks.
+
+        Args:
+            bind: a ZeroMQ address.
+            token: authenticates the ranks."""
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.BACKLOG, CONNECTING)

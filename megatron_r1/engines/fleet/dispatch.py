@@ -35,8 +35,12 @@ ENOUGH_GROUPS = 4
 
 @dataclass
 class ExpectedLength:
-    """The expected number of tokens of a response. mean: the mean over a group. longest: the
-    longest response of a group. num_groups: the number of groups that the estimate is made from."""
+    """The expected number of tokens of a response.
+
+    Attributes:
+        mean: the mean over a group.
+        longest: the longest response of a group.
+        num_groups: the number of groups that the estimate is made from."""
 
     mean: float
     longest: float
@@ -112,9 +116,12 @@ class Affinity:
 
 @dataclass
 class Work:
-    """One group to sample, or one sequence to score. order: work with a lower number goes first.
-    affinity: the engine that has the earlier turns of the same conversation. avoid: engines that
-    failed at this work."""
+    """One group to sample, or one sequence to score.
+
+    Attributes:
+        order: work with a lower number goes first.
+        affinity: the engine that has the earlier turns of the same conversation.
+        avoid: engines that failed at this work."""
 
     num_sequences: int
     prompt_tokens: int

@@ -40,8 +40,11 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class ServedGroup:
-    """A group that came back at time `at`, `seconds` after its request. tokens: the tokens of all
-    its responses. longest: the tokens of its longest response."""
+    """A group that came back at time `at`, `seconds` after its request.
+
+    Attributes:
+        tokens: the tokens of all its responses.
+        longest: the tokens of its longest response."""
 
     at: float
     seconds: float
@@ -131,14 +134,15 @@ PACE_SECONDS = 300.0
 class Engine:
     """One engine of a fleet, with its load and state.
 
-    role, index: make its name, which no other engine has at the same time.
-    num_running: sequences in flight.
-    num_occupied, tokens_expected: how many sequences and tokens of them the dispatcher expects to
-        be decoded (`dispatch.Work`).
-    is_up: it answers and holds the current weights, so it gets every push.
-    is_open: it gets new groups; a draining engine gets none.
-    is_leaving: it must not be replaced.
-    died: set when its death has been noticed."""
+    Attributes:
+        role, index: make its name, which no other engine has at the same time.
+        num_running: sequences in flight.
+        num_occupied, tokens_expected: how many sequences and tokens of them the dispatcher expects
+            to be decoded (`dispatch.Work`).
+        is_up: it answers and holds the current weights, so it gets every push.
+        is_open: it gets new groups; a draining engine gets none.
+        is_leaving: it must not be replaced.
+        died: set when its death has been noticed."""
 
     index: int
     server: Server

@@ -162,9 +162,14 @@ class LocalEngines:
     def __init__(
         self, num_engines: int, address: str, first_port: int | None, logs: Path | None
     ) -> None:
-        """address: the address of this host at which others reach the engines; they listen on no
-        other. first_port: the port of the engine in slot 0; None for any free port. logs: the
-        folder for the engines' logs; None for the controller's folder."""
+        """Prepare the slots of this host; no engine starts yet.
+
+        Args:
+            num_engines: the slots.
+            address: the address of this host at which others reach the engines; they listen on no
+                other.
+            first_port: the port of the engine in slot 0; None for any free port.
+            logs: the folder for the engines' logs; None for the controller's folder."""
         self.num_engines, self.address = num_engines, address
         self.first_port, self.logs = first_port, logs
         self._engines: dict[str, LocalEngine] = {}

@@ -21,10 +21,13 @@ ADDRESS_FILE = "controller.json"
 
 
 class EngineReport(msgspec.Struct, frozen=True):
-    """One engine of a host, or its part of one. url: reachable from other hosts, empty before its
-    process started and for a part without the API server; coordinator: where the other parts
-    connect, from the first part only; end: how it ended and an excerpt of its log, with state
-    "ended" only."""
+    """One engine of a host, or its part of one.
+
+    Attributes:
+        url: reachable from other hosts, empty before its process started and for a part without the
+            API server.
+        coordinator: where the other parts connect, from the first part only.
+        end: how it ended and an excerpt of its log, with state "ended" only."""
 
     engine: str
     state: Literal["running", "stopping", "ended"]
@@ -34,9 +37,12 @@ class EngineReport(msgspec.Struct, frozen=True):
 
 
 class HostReport(msgspec.Struct, frozen=True):
-    """Host → controller: what runs there. num_engines: the host's slots, for engines or parts of
-    engines. shared_memory: the identity of its /dev/shm, the same only for hosts that share it.
-    leaving: the host is about to exit."""
+    """Host → controller: what runs there.
+
+    Attributes:
+        num_engines: the host's slots, for engines or parts of engines.
+        shared_memory: the identity of its /dev/shm, the same only for hosts that share it.
+        leaving: the host is about to exit."""
 
     name: str
     num_engines: int
@@ -46,8 +52,11 @@ class HostReport(msgspec.Struct, frozen=True):
 
 
 class EngineOrder(msgspec.Struct, frozen=True):
-    """An engine that should run. settings: fields of `EngineSettings`, except those that the host
-    sets. part: the part that the host runs, of an engine over several hosts."""
+    """An engine that should run.
+
+    Attributes:
+        settings: fields of `EngineSettings`, except those that the host sets.
+        part: the part that the host runs, of an engine over several hosts."""
 
     engine: str
     model: str
@@ -57,9 +66,13 @@ class EngineOrder(msgspec.Struct, frozen=True):
 
 
 class Orders(msgspec.Struct, frozen=True):
-    """Controller → host: the engines that should run there, and no others. silence_seconds: the
-    time without a message from the controller after which the host stops its engines. finished: the
-    run is over, and the host is no longer needed. refusal: why this host cannot serve this run."""
+    """Controller → host: the engines that should run there, and no others.
+
+    Attributes:
+        silence_seconds: the time without a message from the controller after which the host stops
+            its engines.
+        finished: the run is over, and the host is no longer needed.
+        refusal: why this host cannot serve this run."""
 
     silence_seconds: float
     engines: list[EngineOrder] = []

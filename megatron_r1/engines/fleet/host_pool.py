@@ -31,10 +31,11 @@ from megatron_r1.engines.server.settings import EnginePart
 class HostRecord:
     """The controller's record of one engine host.
 
-    heard: when its last report arrived (time.monotonic).
-    reached: when the socket last accepted a message to it (time.monotonic).
-    assigned: the parts of engines that it runs, by the engine's name.
-    num_deaths: the number of engines that a part on this host has ended, without an order."""
+    Attributes:
+        heard: when its last report arrived (time.monotonic).
+        reached: when the socket last accepted a message to it (time.monotonic).
+        assigned: the parts of engines that it runs, by the engine's name.
+        num_deaths: the number of engines that a part on this host has ended, without an order."""
 
     report: HostReport
     heard: float
@@ -55,9 +56,12 @@ class HostRecord:
 
 @dataclass(eq=False)
 class RemotePart:
-    """The part of `engine` that one host runs: the whole engine, or an equal share. host: None
-    while the part waits for a host. report: the host's last report of the part. ended: when the
-    host first reported that the part has ended (time.monotonic)."""
+    """The part of `engine` that one host runs: the whole engine, or an equal share.
+
+    Attributes:
+        host: None while the part waits for a host.
+        report: the host's last report of the part.
+        ended: when the host first reported that the part has ended (time.monotonic)."""
 
     engine: RemoteEngine
     index: int
@@ -70,15 +74,21 @@ class RemoteEngine:
     """An engine that should run on hosts of a pool. Once it has lost a host, or a part of it has
     ended, it never runs again, even if the host comes back.
 
-    loss: which host was lost, and how the loss was noticed. first_ended: the part whose end ended
-    the engine."""
+    Attributes:
+        loss: which host was lost, and how the loss was noticed.
+        first_ended: the part whose end ended the engine."""
 
     def __init__(
         self, model: Path, log_path: Path, num_hosts: int, settings: dict[str, Any]
     ) -> None:
-        """num_hosts: the number of hosts over which the engine is spread; it gets all at once.
-        settings: fields of `EngineSettings`, except host, port, part and GPUs, which its hosts
-        set."""
+        """Describe an engine that has no hosts yet.
+
+        Args:
+            model: the model's folder.
+            log_path: the engine's log.
+            num_hosts: the number of hosts over which the engine is spread; it gets all at once.
+            settings: fields of `EngineSettings`, except host, port, part and GPUs, which its hosts
+                set."""
         self.name = uuid.uuid4().hex
         self.model, self.log_path = Path(model).resolve(), Path(log_path).resolve()
         self.settings = settings

@@ -84,8 +84,9 @@ class Replacement:
     """Replaces engines until `max_restarts` are used up. After that the death of an engine fails
     the fleet, and an engine that is only slow or faulty stays.
 
-    tasks: the replacements under way. patience_seconds: how long engines may be silent while they
-    wait for weights."""
+    Attributes:
+        tasks: the replacements under way.
+        patience_seconds: how long engines may be silent while they wait for weights."""
 
     def __init__(
         self,
@@ -94,9 +95,14 @@ class Replacement:
         max_restarts: int,
         unresponsive_seconds: float,
     ) -> None:
-        """start_replacement: starts an engine in the place of a dead one and gives it the current
-        weights, or raises EngineError. unresponsive_seconds: an engine that has not answered for
-        this time counts as dead."""
+        """Prepare to replace the engines of a fleet.
+
+        Args:
+            members: the fleet's engines.
+            start_replacement: starts an engine in the place of a dead one and gives it the current
+                weights, or raises EngineError.
+            max_restarts: how many engines may be replaced.
+            unresponsive_seconds: an engine that has not answered for this time counts as dead."""
         self.members, self.start_replacement = members, start_replacement
         self.max_restarts, self.unresponsive_seconds = max_restarts, unresponsive_seconds
         self.patience_seconds = 0.0

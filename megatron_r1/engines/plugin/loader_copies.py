@@ -99,8 +99,10 @@ def _load_expert(layer: Any, expert: int, kind: str, ending: str, tensor: torch.
 class CheckpointParameter:
     """A parameter or buffer in checkpoint form.
 
-    title: its name with its layer's. is_live: vLLM keeps it in this form while serving (a bias), so
-    that a new value is copied into it."""
+    Attributes:
+        title: its name with its layer's.
+        is_live: vLLM keeps it in this form while serving (a bias), so that a new value is copied
+            into it."""
 
     layer: torch.nn.Module
     name: str
@@ -120,7 +122,8 @@ class CheckpointParameter:
 class LoaderCopy:
     """A rectangle of HF tensor `name` that a loader copied into a parameter.
 
-    offset, pitch: of its first element and between its rows, in elements of the parameter."""
+    Attributes:
+        offset, pitch: of its first element and between its rows, in elements of the parameter."""
 
     name: str
     rectangle: tuple[int, int, int, int]

@@ -59,10 +59,14 @@ class EngineClient:
         timeout_seconds: float = 1800.0,
         vocab_size: int | None = None,
     ) -> None:
-        """url: `http://host:port`. secret: the server's bearer token (`EngineSettings.secret`);
-        empty if the server has none. timeout_seconds: the time limit of one call, from sending to
-        the last byte. vocab_size: the size of the model's vocabulary; a token beyond it is a fault.
-        """
+        """Prepare calls to one engine.
+
+        Args:
+            url: `http://host:port`.
+            secret: the server's bearer token (`EngineSettings.secret`); empty if the server has
+                none.
+            timeout_seconds: the time limit of one call, from sending to the last byte.
+            vocab_size: the size of the model's vocabulary; a token beyond it is a fault."""
         self.url = url.rstrip("/")
         self.headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self.timeout_seconds, self.vocab_size = timeout_seconds, vocab_size
@@ -94,15 +98,21 @@ class EngineClient:
     ) -> list[Response]:
         """Sample n responses to one prompt in one request.
 
-        stop_token_ids: the only tokens that end a response.
-        temperature: 0 is greedy; the log-probabilities are then reported at temperature 1.
-        seed: makes the n responses reproducible for the same weights and the same batch
-            composition. The engine then draws sequence by sequence, which is slower. None: the
-            engine draws from its own seed.
-        routing: the shape of the model's routing, to get the experts of every token from an engine
-            that was started with `return_routing`.
+        Args:
+            prompt_token_ids: the prompt.
+            n: the number of responses.
+            max_tokens: the longest response.
+            temperature: 0 is greedy; the log-probabilities are then reported at temperature 1.
+            top_p: of nucleus sampling; 1 for all tokens.
+            stop_token_ids: the only tokens that end a response.
+            seed: makes the n responses reproducible for the same weights and the same batch
+                composition. The engine then draws sequence by sequence, which is slower. None: the
+                engine draws from its own seed.
+            routing: the shape of the model's routing, to get the experts of every token from an
+                engine that was started with `return_routing`.
 
-        Raises EngineFault if the reply is not n responses as `parse_responses` requires them."""
+        Raises:
+            EngineFault: the reply is not n responses as `parse_responses` requires them."""
         sampling = {
             "n": n,
             "max_tokens": max_tokens,
@@ -140,9 +150,13 @@ class EngineClient:
         """Return the log-probability, float32, of each of token_ids[first:] after all tokens before
         it, at temperature 1.
 
-        token_ids: at most one less than the engine's max_model_len: vLLM always samples one more,
-        which is dropped. first: at least 1. Raises EngineFault where the reply is not one finite
-        number for each of these tokens."""
+        Args:
+            token_ids: at most one less than the engine's max_model_len: vLLM always samples one
+                more, which is dropped.
+            first: at least 1.
+
+        Raises:
+            EngineFault: the reply is not one finite number for each of these tokens."""
         sampling = {
             "max_tokens": 1,
             "temperature": 0.0,

@@ -29,10 +29,11 @@ STATUSES: tuple[str, ...] = get_args(Scored) + get_args(Ungraded)
 class Turn:
     """One message of an episode.
 
-    num_tokens: the message's tokens, including the tokens that the template adds. Of messages that
-        were given together, the last has all their tokens, the others 0.
-    trained: whether the policy sampled the message.
-    policy_version: the version that sampled its last token; None for a given message."""
+    Attributes:
+        num_tokens: the message's tokens, including the tokens that the template adds. Of messages
+            that were given together, the last has all their tokens, the others 0.
+        trained: whether the policy sampled the message.
+        policy_version: the version that sampled its last token; None for a given message."""
 
     role: str
     text: str
@@ -45,11 +46,12 @@ class Turn:
 class Branch:
     """A token sequence from a root to an answer that no other sampled turn follows.
 
-    token_ids: the whole sequence.
-    is_sampled: one byte a token, 1 where the token was sampled and is trained in this branch.
-    logprobs: the engine's log-probabilities, float32; 0 where is_sampled is 0.
-    policy_versions: the version that sampled each token; -1 where is_sampled is 0.
-    routing: the routed experts of all tokens but the last, or empty."""
+    Attributes:
+        token_ids: the whole sequence.
+        is_sampled: one byte a token, 1 where the token was sampled and is trained in this branch.
+        logprobs: the engine's log-probabilities, float32; 0 where is_sampled is 0.
+        policy_versions: the version that sampled each token; -1 where is_sampled is 0.
+        routing: the routed experts of all tokens but the last, or empty."""
 
     token_ids: array[int]
     is_sampled: bytes
@@ -65,9 +67,13 @@ class Branch:
 
 @dataclass(frozen=True)
 class Episode:
-    """A played episode. branches: its token sequences, from the first token to an answer that no
-    other follows. reason: what ended the episode, if the policy did not. tool_seconds: the time
-    spent in the environment's methods. engine_seconds: the time spent waiting for engines."""
+    """A played episode.
+
+    Attributes:
+        branches: its token sequences, from the first token to an answer that no other follows.
+        reason: what ended the episode, if the policy did not.
+        tool_seconds: the time spent in the environment's methods.
+        engine_seconds: the time spent waiting for engines."""
 
     status: Status
     turns: list[Turn]

@@ -61,31 +61,33 @@ class EnginePart(msgspec.Struct, frozen=True):
 class EngineSettings:
     """Settings of one engine, or of the part of an engine that one host runs.
 
-    dtype: of weights, activations and KV cache.
-    max_model_len: prompt plus response, tokens.
-    max_num_seqs: sequences decoded together, by each of `data` copies.
-    num_threads: OpenMP threads of all ranks together (CPU only).
-    kv_cache_gib: memory of a rank for keys and values (CPU only).
-    kv_block_tokens: tokens of a block of that memory; None for vLLM's default. With latent
-        attention a block on a CPU has 16 tokens, whatever this setting is.
-    prefix_caching: share the prompt's keys and values within a group. vLLM turns it off for MLA on
-        CPU.
-    weight_transfer_backend: a name registered by `engines.plugin`.
-    return_routing: add the experts of every token to each response (a model with experts only).
-        On a GPU vLLM has this in its second model runner and with prefix caching; on a CPU
-        `engines.plugin.cpu_patches` adds it, without.
-    tensor, pipeline, data, expert_parallel: how ranks share the model; see `RolloutConfig`.
-    gpu_memory: share of each GPU's memory that the engine takes (GPU only); None for vLLM's
-        default.
-    plain_matrices: leave matrices unpacked, which speeds up pushes and slows down generation (CPU
-        only; `engines.plugin.cpu_patches`).
-    sleeps: whether the engine can free its memory and allocate it again (GPU only).
-    speculative: vLLM's `speculative_config`; None for no speculation.
-    secret: bearer token that every call except `/health` needs; empty for none.
-    host: address to listen at. port: None for any free port.
-    part: the part of the engine that runs here; None for the whole engine.
-    hf_overrides: keys that replace those of the model's config.json.
-    extra_args, extra_env: passed to vLLM unchanged; they override the other settings."""
+    Attributes:
+        dtype: of weights, activations and KV cache.
+        max_model_len: prompt plus response, tokens.
+        max_num_seqs: sequences decoded together, by each of `data` copies.
+        num_threads: OpenMP threads of all ranks together (CPU only).
+        kv_cache_gib: memory of a rank for keys and values (CPU only).
+        kv_block_tokens: tokens of a block of that memory; None for vLLM's default. With latent
+            attention a block on a CPU has 16 tokens, whatever this setting is.
+        prefix_caching: share the prompt's keys and values within a group. vLLM turns it off for MLA
+            on CPU.
+        weight_transfer_backend: a name registered by `engines.plugin`.
+        return_routing: add the experts of every token to each response (a model with experts only).
+            On a GPU vLLM has this in its second model runner and with prefix caching; on a CPU
+            `engines.plugin.cpu_patches` adds it, without.
+        tensor, pipeline, data, expert_parallel: how ranks share the model; see `RolloutConfig`.
+        gpu_memory: share of each GPU's memory that the engine takes (GPU only); None for vLLM's
+            default.
+        plain_matrices: leave matrices unpacked, which speeds up pushes and slows down generation
+            (CPU only; `engines.plugin.cpu_patches`).
+        sleeps: whether the engine can free its memory and allocate it again (GPU only).
+        speculative: vLLM's `speculative_config`; None for no speculation.
+        secret: bearer token that every call except `/health` needs; empty for none.
+        host: address to listen at.
+        port: None for any free port.
+        part: the part of the engine that runs here; None for the whole engine.
+        hf_overrides: keys that replace those of the model's config.json.
+        extra_args, extra_env: passed to vLLM unchanged; they override the other settings."""
 
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: str = "float32"

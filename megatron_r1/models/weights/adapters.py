@@ -50,10 +50,13 @@ from megatron_r1.models.weights.writing import new_folder, write_pieces
 class Adapter(torch.nn.Module):
     """The product scale B A for the weights that a layer has on this rank.
 
-    a: (blocks x rank, in), a block per Hugging Face layer in the weight. b: (out, rank); a row
-    multiplies its own layer's block. Both have the dtype and device of `weight`; a is not
-    initialized, b is 0. group: the tensor ranks that share the weight. Under sequence parallelism
-    (`by_sequence`) each of these ranks has a part of the tokens, of routed experts all tokens."""
+    Both matrices have the dtype and device of `weight`; a is not initialized, b is 0.
+
+    Attributes:
+        a: (blocks x rank, in), a block per Hugging Face layer in the weight.
+        b: (out, rank); a row multiplies its own layer's block.
+        group: the tensor ranks that share the weight. Under sequence parallelism (`by_sequence`)
+            each of these ranks has a part of the tokens, of routed experts all tokens."""
 
     _blocks: Tensor
 

@@ -19,9 +19,11 @@ AxisRank = tuple[int, int]
 class Shard:
     """The part of a model on one rank: some layers, and a part of each.
 
-    layers: global indices of its decoder layers, in order. embedding, final_norm, head, mtp:
-    whether it has the embedding, the norm after the last decoder layer, the LM head, the MTP
-    layers. transformer_engine: whether its parameters have Transformer Engine's names."""
+    Attributes:
+        layers: global indices of its decoder layers, in order.
+        embedding, final_norm, head, mtp: whether it has the embedding, the norm after the last
+            decoder layer, the LM head, the MTP layers.
+        transformer_engine: whether its parameters have Transformer Engine's names."""
 
     layers: tuple[int, ...]
     embedding: bool = True
@@ -38,13 +40,14 @@ class Shard:
 class LayoutEntry:
     """One parameter of one rank.
 
-    shape: the shape of this rank's part of the parameter.
-    pieces: the HF tensors in the parameter; rows without a piece are vocabulary padding.
-    replicated: whether all tensor ranks have the same pieces.
-    owner: whether this rank writes the pieces. Of the ranks along the tensor and pipeline axes that
-        hold the same pieces, one does.
-    expert: whether the parameter's replicas are in the expert-data-parallel group.
-    dtype: the parameter's dtype if it differs from the model's, else None."""
+    Attributes:
+        shape: the shape of this rank's part of the parameter.
+        pieces: the HF tensors in the parameter; rows without a piece are vocabulary padding.
+        replicated: whether all tensor ranks have the same pieces.
+        owner: whether this rank writes the pieces. Of the ranks along the tensor and pipeline axes
+            that hold the same pieces, one does.
+        expert: whether the parameter's replicas are in the expert-data-parallel group.
+        dtype: the parameter's dtype if it differs from the model's, else None."""
 
     shape: Shape
     pieces: tuple[Piece, ...]

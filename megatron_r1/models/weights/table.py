@@ -51,11 +51,12 @@ Split = Callable[[tuple[Source, ...], int, int], tuple[Shape, list[Piece]]]
 class Rule:
     """One Megatron parameter (or buffer) and the HF tensors in it.
 
-    megatron: the parameter's name relative to its layer, with Megatron's own layers.
-    te: its name with Transformer Engine's layers, if that differs.
-    dtype: its dtype, if it is not the model's.
+    `{e}` in a name is an expert: its local index in Megatron's, its global one in HF's.
 
-    `{e}` in a name is an expert: its local index in Megatron's, its global one in HF's."""
+    Attributes:
+        megatron: the parameter's name relative to its layer, with Megatron's own layers.
+        te: its name with Transformer Engine's layers, if that differs.
+        dtype: its dtype, if it is not the model's."""
 
     megatron: str
     sources: tuple[Source, ...]

@@ -76,11 +76,19 @@ def write_hf(
 ) -> None:
     """Write the model, or its HF tensors in `names`, as one safetensors file; call on every rank.
 
-    path: seen by all ranks; replaced atomically, so that a reader which still maps the previous
-    file keeps the previous weights. dtype: of the stored tensors, except those with a dtype of
-    their own (the router's correction bias stays float32). durable: fsync before renaming. Raises
-    UserError on every rank when the file cannot be created (no such folder, not enough space), and
-    ValueError for unknown `names`."""
+    Args:
+        model_chunks: this rank's part of the model.
+        hf: the model's config.json.
+        path: seen by all ranks; replaced atomically, so that a reader which still maps the previous
+            file keeps the previous weights.
+        dtype: of the stored tensors, except those with a dtype of their own (the router's
+            correction bias stays float32).
+        names: the tensors to write; None: all.
+        durable: fsync before renaming.
+
+    Raises:
+        UserError: the file cannot be created (no such folder, not enough space); on every rank.
+        ValueError: unknown `names`."""
     plan = plan_file(stored_tensors(hf, dtype, with_mtp=has_mtp(model_chunks), names=names))
     _write_files(model_chunks, hf, {Path(path): plan}, durable=durable)
 
@@ -107,8 +115,13 @@ def write_pieces(
 ) -> None:
     """Write the planned files; call on every rank with that rank's (parameter, pieces, owner).
 
-    copies: tensor -> its further names. part_of: returns the part that a tensor is of a stored
-    tensor of all experts, or None if it is stored alone."""
+    Args:
+        held: this rank's (parameter, pieces, owner).
+        plans: the files by path.
+        copies: tensor -> its further names.
+        part_of: returns the part that a tensor is of a stored tensor of all experts, or None if it
+            is stored alone.
+        durable: fsync before renaming."""
     unfinished = {path: path.with_name(path.name + ".incomplete") for path in plans}
 
     def create() -> None:

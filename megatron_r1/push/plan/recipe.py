@@ -115,11 +115,14 @@ def check_drafter(config: Config) -> None:
 def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor: int) -> None:
     """Refuse layouts that cut blocks, and models without them.
 
-    tensor, expert_tensor: the trainer's parallel sizes.
+    Args:
+        hf: the model's config.json.
+        engines: the layout of the engines.
+        tensor: the trainer's tensor-parallel size.
+        expert_tensor: the trainer's expert-tensor-parallel size.
 
     Raises:
-        UserError: names the tensor, its size and the setting.
-    """
+        UserError: names the tensor, its size and the setting."""
     if model_family(hf).stacked:
         raise UserError(
             f"push.fp8: {hf['architectures'][0]} has no FP8 layout; set push.fp8: false",

@@ -68,10 +68,12 @@ class PushOrder:
     What enters is divided into buckets link by link, numbered in that order; what is passed on
     position by position and member by member, into as many for each member, numbered after those.
 
-    link_buckets: the number of buckets of each link. senders, receivers, entry_rounds: of each
-    bucket that enters; the round is NONE where a process copies it to itself, before all rounds.
-    entered: the bytes that enter each process. origins, num_bytes: of each bucket, the process that
-    sends it, and its size."""
+    Attributes:
+        link_buckets: the number of buckets of each link.
+        senders, receivers, entry_rounds: of each bucket that enters; the round is NONE where a
+            process copies it to itself, before all rounds.
+        entered: the bytes that enter each process.
+        origins, num_bytes: of each bucket, the process that sends it, and its size."""
 
     def __init__(
         self,

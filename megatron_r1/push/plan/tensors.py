@@ -17,8 +17,10 @@ from megatron_r1.models.weights.table import Piece, Rule, Shape, Table, table
 class HFTensor:
     """One tensor of a Hugging Face checkpoint.
 
-    part: "embedding", "layers", "final_norm" or "head". layer, expert: global indices, or None.
-    source: index of the tensor in its rule's sources."""
+    Attributes:
+        part: "embedding", "layers", "final_norm" or "head".
+        layer, expert: global indices, or None.
+        source: index of the tensor in its rule's sources."""
 
     name: str
     rule: Rule
@@ -80,9 +82,13 @@ def checkpoint_tensors(
 ) -> Iterator[HFTensor]:
     """Yield the tensors of `parts` in checkpoint order.
 
-    layers: which layers, where "layers" is one of the parts; MTP layers follow the decoder's.
-    experts: which routed experts.
-    A tied head is yielded as the embedding only."""
+    A tied head is yielded as the embedding only.
+
+    Args:
+        table: the model's rules.
+        parts: those of "embedding", "layers", "final_norm" and "head" that are yielded.
+        layers: which layers, where "layers" is one of the parts; MTP layers follow the decoder's.
+        experts: which routed experts."""
     if "embedding" in parts:
         yield from _rule_tensors(table.embedding, "embedding")
     if "layers" in parts:

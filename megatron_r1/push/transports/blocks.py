@@ -118,8 +118,11 @@ class SlicesBlock(Block):
 class MemoryBlock(Block):
     """What enters an engine rank's receive buffer from one source, or leaves from there.
 
-    area: the memory of this push. sums: the checksums of these deliveries, int64, one tensor where
-    something enters."""
+    Args:
+        area: the memory of this push.
+
+    Attributes:
+        sums: the checksums of these deliveries, int64, one tensor where something enters."""
 
     def __init__(
         self,
@@ -183,7 +186,11 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
 class Landing:
     """The receive buffer of an engine rank during one push, with the blocks that enter it.
 
-    deliveries: to the rank, by source. sums: a checksum of each, int64, in the same order."""
+    Args:
+        sums: a checksum of each, int64, in the same order.
+
+    Attributes:
+        deliveries: to the rank, by source."""
 
     def __init__(
         self,

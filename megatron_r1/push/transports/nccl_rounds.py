@@ -141,8 +141,12 @@ class Communicator:
     """Rank `rank` of a communicator of `size` ranks, on the current GPU. First `begin`, then
     `wait_settled`, then `exchange`. One thread calls all of it.
 
-    rendezvous: of its ranks. look: raises an error to abort with, by default the failure that one
-    of them has reported. error: why it was aborted, or None."""
+    Args:
+        look: raises an error to abort with, by default the failure that one of them has reported.
+
+    Attributes:
+        rendezvous: of its ranks.
+        error: why it was aborted, or None."""
 
     def __init__(
         self, rendezvous: Rendezvous, rank: int, size: int, look: Callable[[], None] | None = None

@@ -69,12 +69,13 @@ class LinkRate(msgspec.Struct):
 class Folder(msgspec.Struct):
     """The run folder from one rank.
 
-    error: why it cannot be used, or "".
-    shared: whether the file of node 0 is there.
-    excluded: whether a lock that rank 0 holds excludes this rank; None where it was not tried.
-    write, read: bytes per second.
-    fsync_seconds: median of small files.
-    free: bytes."""
+    Attributes:
+        error: why it cannot be used, or "".
+        shared: whether the file of node 0 is there.
+        excluded: whether a lock that rank 0 holds excludes this rank; None where it was not tried.
+        write, read: bytes per second.
+        fsync_seconds: median of small files.
+        free: bytes."""
 
     error: str = ""
     shared: bool = False
@@ -86,10 +87,14 @@ class Folder(msgspec.Struct):
 
 
 class NodeFacts(msgspec.Struct):
-    """The measurements of a node's first rank. ports: setting → why its port cannot be bound.
-    unreachable: why rank 0's node cannot be connected to, or "". clock_offset: seconds that this
-    node's clock is ahead of rank 0's. lookup_seconds: of the name of rank 0's address. sandbox: why
-    programs cannot be graded, or ""."""
+    """The measurements of a node's first rank.
+
+    Attributes:
+        ports: setting → why its port cannot be bound.
+        unreachable: why rank 0's node cannot be connected to, or "".
+        clock_offset: seconds that this node's clock is ahead of rank 0's.
+        lookup_seconds: of the name of rank 0's address.
+        sandbox: why programs cannot be graded, or ""."""
 
     versions: dict[str, str]
     memory: Memory
@@ -103,14 +108,15 @@ class NodeFacts(msgspec.Struct):
 class Facts(msgspec.Struct):
     """The measurements of a rank.
 
-    memory: the memory of the rank's GPU; None without a GPU.
-    products: FLOP/s of matrix products.
-    links: parallel axis → the rate of the rank's group on that axis.
-    pairs: rates to the rank of the same number on the neighboring nodes, in bytes per second.
-    folder: what the rank has found in the run folder, if it has used the folder.
-    node: what the rank has found about its node; None but for a node's first rank.
-    seconds: step of the preflight → how long it took.
-    gloo: like pairs, over gloo."""
+    Attributes:
+        memory: the memory of the rank's GPU; None without a GPU.
+        products: FLOP/s of matrix products.
+        links: parallel axis → the rate of the rank's group on that axis.
+        pairs: rates to the rank of the same number on the neighboring nodes, in bytes per second.
+        folder: what the rank has found in the run folder, if it has used the folder.
+        node: what the rank has found about its node; None but for a node's first rank.
+        seconds: step of the preflight → how long it took.
+        gloo: like pairs, over gloo."""
 
     rank: int
     node_index: int
@@ -156,8 +162,15 @@ class RankProgress:
         limit_seconds: float,
         end: Callable[[str], None] = _end_process,
     ):
-        """connect: opens a connection to the store. host: name of this rank's host. end: called
-        with the diagnosis, or "" where another rank has printed it."""
+        """Prepare to report and to watch the ranks' progress.
+
+        Args:
+            connect: opens a connection to the store.
+            rank: this rank.
+            host: name of this rank's host.
+            world_size: the number of ranks.
+            limit_seconds: the time that a step may take.
+            end: called with the diagnosis, or "" where another rank has printed it."""
         self.store = connect()
         self.seconds: dict[str, float] = {}
         self._connect, self._rank, self._host, self._world_size = connect, rank, host, world_size

@@ -50,8 +50,11 @@ half of thousands of ranks are slow."""
 
 @dataclass(frozen=True)
 class CheckFinding:
-    """One row of the table. level: "note" is out of line and does not block the run. hosts: those
-    to replace or repair."""
+    """One row of the table.
+
+    Attributes:
+        level: "note" is out of line and does not block the run.
+        hosts: those to replace or repair."""
 
     check: str
     measured: str

@@ -88,8 +88,10 @@ def manifest_damage(
 ) -> list[str]:
     """Return the faults of `folder`, a line per file; empty where it is as it was written.
 
-    verify: "full" hashes every byte, "size" compares file sizes, "none" checks nothing. only: the
-    files to check; None: all."""
+    Args:
+        folder: the checkpoint.
+        verify: "full" hashes every byte, "size" compares file sizes, "none" checks nothing.
+        only: the files to check; None: all."""
     if verify == "none":
         return []
     try:

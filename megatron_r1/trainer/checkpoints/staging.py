@@ -179,8 +179,12 @@ def stage(
 ) -> StagedCheckpoint:
     """Plan together with all ranks and copy this rank's part; training may continue afterwards.
 
-    partial: an empty folder, into which the small part that all ranks share is written (common.pt).
-    data_group: the data- and context-parallel ranks."""
+    Args:
+        tree: the sharded entries.
+        partial: an empty folder, into which the small part that all ranks share is written
+            (common.pt).
+        memory: the host buffers that they are copied to.
+        data_group: the data- and context-parallel ranks."""
     memory.reuse()
     plan = _PlanOnly(memory)
     # Over data and context parallelism: these ranks have the same weights and, gathered, the same

@@ -56,8 +56,11 @@ class WrittenFiles:
 
 @dataclass(frozen=True)
 class Progress:
-    """State of the latest save. error: a sentence, the same on every rank. seconds: from the call
-    to the renaming."""
+    """State of the latest save.
+
+    Attributes:
+        error: a sentence, the same on every rank.
+        seconds: from the call to the renaming."""
 
     is_done: bool = False
     error: str | None = None
@@ -70,9 +73,13 @@ class CheckpointWriter:
     def __init__(
         self, data_group: dist.ProcessGroup, keep_memory: bool, slowest: timedelta
     ) -> None:
-        """data_group: the data- and context-parallel ranks, which share the writing. keep_memory:
-        keep the host buffers between saves, which makes the next one faster. slowest: how long the
-        fastest rank waits for the slowest one's disk; a rank that died is noticed at once."""
+        """Prepare to write checkpoints.
+
+        Args:
+            data_group: the data- and context-parallel ranks, which share the writing.
+            keep_memory: keep the host buffers between saves, which makes the next one faster.
+            slowest: how long the fastest rank waits for the slowest one's disk; a rank that died is
+                noticed at once."""
         self._slowest = slowest
         self._data_group, self._keep_memory = data_group, keep_memory
         self._memory = HostMemory()
@@ -86,9 +93,13 @@ class CheckpointWriter:
         """Start to write `folder` and return when the tensors are copied; waits for the previous
         save first.
 
-        make_tree: returns the sharded entries, gathered in the memory given. state: the
-        controller's, JSON. Raises UserError, on every rank, where the folder cannot be made or the
-        previous save failed."""
+        Args:
+            folder: the checkpoint's.
+            make_tree: returns the sharded entries, gathered in the memory given.
+            state: the controller's, JSON.
+
+        Raises:
+            UserError: the folder cannot be made or the previous save failed; on every rank."""
         previous = self.progress(wait=True)
         if previous is not None and previous.error is not None:
             raise UserError(previous.error, key="checkpoint", cause=Cause.UNREADABLE)

@@ -49,11 +49,13 @@ BEAT_SECONDS = 0.002
 class Watch:
     """A task that is due every 2 ms, and measures its delays: `async with Watch() as watch`.
 
-    longest: seconds by which it was late at most, by phase: the longest time in which the loop ran
-    other things, or waited for a core or for the interpreter's lock. late: number of times over 0.1
-    s. computed: as longest, but seconds of the processor: without the waiting, which on a machine
-    with other work is most of it. peak: largest VmRSS and RssAnon, bytes; the latter without pages
-    of files."""
+    Attributes:
+        longest: seconds by which it was late at most, by phase: the longest time in which the loop
+            ran other things, or waited for a core or for the interpreter's lock.
+        late: number of times over 0.1 s.
+        computed: as longest, but seconds of the processor: without the waiting, which on a machine
+            with other work is most of it.
+        peak: largest VmRSS and RssAnon, bytes; the latter without pages of files."""
 
     def __init__(self) -> None:
         self.phase = ""

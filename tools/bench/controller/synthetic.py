@@ -42,8 +42,10 @@ END = "<｜end▁of▁sentence｜>"
 
 @dataclass(frozen=True)
 class GroupReply:
-    """The responses of a group: token_ids, logprobs: one array per response; routing: [rows,
-    layers, topk] of each, or None."""
+    """The responses of a group: token_ids, logprobs: one array per response.
+
+    Attributes:
+        routing: [rows, layers, topk] of each, or None."""
 
     token_ids: list[np.ndarray]
     logprobs: list[np.ndarray]
@@ -142,9 +144,11 @@ METRICS = {"loss": 0.0, "grad_norm": 0.0}
 def serve_engines(count: int, bodies: dict[str, Path], urls: Connection, interval: float) -> None:
     """Serve `count` engines in this process until it is killed; send their addresses.
 
-    bodies: files with the reply to a generate call, by media type; a call gets the type that it
-    accepts, JSON if it names none. interval: seconds from one reply to the next, of all engines
-    together, and from the first call to its reply; 0: every call is answered at once."""
+    Args:
+        bodies: files with the reply to a generate call, by media type; a call gets the type that it
+            accepts, JSON if it names none.
+        interval: seconds from one reply to the next, of all engines together, and from the first
+            call to its reply; 0: every call is answered at once."""
     calls = itertools.count()
     first: list[float] = []
 

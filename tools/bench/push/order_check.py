@@ -108,7 +108,9 @@ def operations_of_steps(steps: Mapping[int, Sequence[Step]]) -> np.ndarray:
 def find_fault(operations: np.ndarray, order: PushOrder) -> Refusal | None:
     """Return why an order is refused, or None if it is free of circular waits.
 
-    operations: of all processes, as `OPERATION`. order: has the buckets."""
+    Args:
+        operations: of all processes, as `OPERATION`.
+        order: has the buckets."""
     if refusal := _find_unmatched(operations):
         return refusal
     sends, receives = _by_pair(operations, sends=True), _by_pair(operations, sends=False)

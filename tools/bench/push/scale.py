@@ -51,8 +51,11 @@ MOST = {
 
 @dataclass(frozen=True)
 class ScaleCase:
-    """A push from the ranks of `planner` to its engines. colocated: on the trainer ranks' GPUs.
-    seeds: runs of the model."""
+    """A push from the ranks of `planner` to its engines.
+
+    Attributes:
+        colocated: on the trainer ranks' GPUs.
+        seeds: runs of the model."""
 
     name: str
     planner: Planner

@@ -20,8 +20,11 @@ from tools.bench.push.order_check import Call, Step
 
 
 class Ended(NamedTuple):
-    """num_stuck: processes that do not come to the end of their streams. seconds: until the last
-    comes there, without buffers."""
+    """How a push ends.
+
+    Attributes:
+        num_stuck: processes that do not come to the end of their streams.
+        seconds: until the last comes there, without buffers."""
 
     num_stuck: int
     seconds: float
@@ -110,7 +113,8 @@ def link_threads(order: PushOrder, seed: int, interleaved: int = 0) -> dict[int,
     which all enqueue on its one stream. A sender packs a bucket while the one before travels, a
     receiver unpacks it.
 
-    interleaved: the steps after which another thread may be next, default a whole link."""
+    Args:
+        interleaved: the steps after which another thread may be next, default a whole link."""
     rng = random.Random(seed)
     threads: defaultdict[int, list[list[Step]]] = defaultdict(list)
     first = 0

@@ -14,8 +14,11 @@ THOUGHT = "<think>" + "First I add the two numbers, then I check the sum again. 
 
 @dataclass(frozen=True)
 class LabelledResponse:
-    """A response whose correct reward is known. reward: the correct one. name: for the report of a
-    wrong one."""
+    """A response whose correct reward is known.
+
+    Attributes:
+        reward: the correct one.
+        name: for the report of a wrong one."""
 
     kind: str
     response: str

@@ -242,9 +242,13 @@ CASES = (*WORKS, PRETRAINED, OVERLAP)
 
 @dataclass(frozen=True)
 class Case:
-    """What all systems of a case are given. settings: ours, by the name of the system; peers: the
-    number of TRL's processes, likewise. steps, peer_steps: measured in a run of megatron-r1 and of
-    TRL, one of whose steps takes as long as several of megatron-r1 where responses are long."""
+    """What all systems of a case are given.
+
+    Attributes:
+        settings: ours, by the name of the system.
+        peers: the number of TRL's processes, likewise.
+        steps, peer_steps: measured in a run of megatron-r1 and of TRL, one of whose steps takes as
+            long as several of megatron-r1 where responses are long."""
 
     work: StepWork
     model: Path

@@ -21,7 +21,10 @@ FIRST = {"train": ("trainer", "core"), "push": ("trainer", "core")}
 
 
 class Span(NamedTuple):
-    """A span of one process. start, end: seconds on CLOCK_MONOTONIC."""
+    """A span of one process.
+
+    Attributes:
+        start, end: seconds on CLOCK_MONOTONIC."""
 
     name: str
     start: float

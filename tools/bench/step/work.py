@@ -21,9 +21,12 @@ from tools.bench.small_models import END, qwen2, write_folder
 @dataclass(frozen=True)
 class StepWork:
     """One setting. A step samples `questions` x `group` responses of at most `limit` tokens, then
-    makes `minibatches` fp32 updates. kl_beta: weight of the KL to a reference model; at 0 neither
-    system has a reference model. peer_microbatch: responses in one of TRL's forward and backward
-    passes; 0: all of an update."""
+    makes `minibatches` fp32 updates.
+
+    Attributes:
+        kl_beta: weight of the KL to a reference model; at 0 neither system has a reference model.
+        peer_microbatch: responses in one of TRL's forward and backward passes; 0: all of an update.
+    """
 
     limit: int
     questions: int = 16

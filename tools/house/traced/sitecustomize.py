@@ -73,8 +73,12 @@ class Carriers:
 
 
 class Running:
-    """A call on the walk. entries: of it and of the calls under it. new: identities of what these
-    have made. is_kept: whether something was sent from it."""
+    """A call on the walk.
+
+    Attributes:
+        entries: of it and of the calls under it.
+        new: identities of what these have made.
+        is_kept: whether something was sent from it."""
 
     def __init__(self, entries, is_within):
         self.entries, self.is_within = entries, is_within

@@ -48,8 +48,10 @@ class StoredParameter:
 class StoredLayout:
     """The tensors of a stored Megatron checkpoint, and the HF rows that each holds.
 
-    shapes: key -> shape of the whole stored tensor, prepended axes first. dtypes: key -> dtype of a
-    tensor whose dtype is not the model's. vocabulary: keys of tensors whose rows may be padded."""
+    Attributes:
+        shapes: key -> shape of the whole stored tensor, prepended axes first.
+        dtypes: key -> dtype of a tensor whose dtype is not the model's.
+        vocabulary: keys of tensors whose rows may be padded."""
 
     slots: list[StoredParameter] = field(default_factory=list)
     shapes: dict[str, Shape] = field(default_factory=dict)

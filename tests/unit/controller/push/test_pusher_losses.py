@@ -100,8 +100,12 @@ def test_an_engine_gets_no_weights_after_an_error_between_two_versions():
 
 
 class SmallTrainer:
-    """A trainer. calls: (operation, arguments). failures: of sends to the first set, one after
-    another: the members at fault, or None where it succeeds."""
+    """A trainer.
+
+    Attributes:
+        calls: (operation, arguments).
+        failures: of sends to the first set, one after another: the members at fault, or None where
+            it succeeds."""
 
     def __init__(self, failures=(), store=1):
         self.failures, self.calls, self.port = list(failures), [], store
