@@ -41,7 +41,7 @@ def pretend_to_have_a_gpu() -> None:
 
     from megatron_r1.trainer import construction
 
-    construction.platform = SimpleNamespace(has_gpu=lambda: True)
+    construction.platform = SimpleNamespace(device=platform.device, has_gpu=lambda: True)
     optimizer_config.is_te_min_version = lambda version: True
     divide = HybridDeviceOptimizer._get_sub_optimizer_param_groups
 
