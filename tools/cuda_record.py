@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tokenize
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +73,7 @@ def _digest(root: Path, covered: str) -> str:
     return digest.hexdigest()
 
 
+@cache
 def code_of(text: str) -> str:
     """Return a Python file without comments, docstrings and empty lines, which compute nothing.
 

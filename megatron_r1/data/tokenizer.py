@@ -15,6 +15,8 @@ from megatron_r1.base.files.foreign import read_json, require_own_files
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
+GENERATION, CONFIG = "generation_config.json", "config.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 def load_tokenizer(folder: str, key: str) -> Any:
@@ -65,11 +67,10 @@ def load_tokenizer(folder: str, key: str) -> Any:
 def _load(folder: Path) -> Any:
     """Load as AutoTokenizer does, but without importing it where its choice is known: the import
     loads torch and transformers' generation, which takes seconds."""
-    names = ("config.json", "tokenizer_config.json", "tokenizer.json")
-    if all((folder / name).is_file() for name in names):
-        settings = _read_object(folder / names[1])
+    if all((folder / name).is_file() for name in (CONFIG, TOKENIZER_CONFIG, TOKENIZER)):
+        settings = read_json(folder / TOKENIZER_CONFIG, TOKENIZER_CONFIG)
         if "auto_map" not in settings:
-            model_type = _read_object(folder / names[0]).get("model_type")
+            model_type = read_json(folder / CONFIG, CONFIG).get("model_type")
             if (known_class := _known_class(model_type, settings)) is not None:
                 return known_class.from_pretrained(folder)
     from transformers import AutoTokenizer
@@ -96,17 +97,8 @@ def _known_class(model_type: str | None, settings: dict[str, Any]) -> Any:
 
 def _is_code(folder: Path) -> bool:
     """Whether the settings name a class of the folder's own."""
-    path = folder / "tokenizer_config.json"
-    settings = _read_object(path) if path.is_file() else {}
-    return isinstance(settings, dict) and bool(settings.get("auto_map"))
+    return bool(_read_if_there(folder / TOKENIZER_CONFIG).get("auto_map"))
 
-
-def _read_object(path: Path) -> dict[str, Any]:
-    return read_json(path, path.name)
-
-
-GENERATION, CONFIG = "generation_config.json", "config.json"
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 TURN_ENDS = (
     *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|eot|>"),
@@ -158,16 +150,16 @@ def end_tokens(
         added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
         eos = tokenizer.eos_token_id
     else:
-        settings = _read_end_file(path / TOKENIZER_CONFIG)
+        settings = _read_if_there(path / TOKENIZER_CONFIG)
         added = _added_tokens(path, settings)
         name = settings.get("eos_token")
         name = name.get("content") if isinstance(name, dict) else name
         eos = next((number for number, text in added.items() if text == name), None)
     by_text = {text: number for number, text in added.items()}
     found: dict[int, str] = {} if eos is None else {eos: TOKENIZER_CONFIG}
-    for number in _ids(_read_end_file(path / GENERATION), path / GENERATION, key):
+    for number in _ids(_read_if_there(path / GENERATION), path / GENERATION, key):
         found.setdefault(number, GENERATION)
-    config = _read_end_file(path / CONFIG)
+    config = _read_if_there(path / CONFIG)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             is_list = isinstance(part.get("eos_token_id"), list)
@@ -192,7 +184,7 @@ def describe_end_tokens(ends: list[EndToken]) -> str:
     return ", ".join(f"{end.text or 'token'} {end.id} ({end.source})" for end in ends)
 
 
-def _read_end_file(path: Path) -> dict[str, Any]:
+def _read_if_there(path: Path) -> dict[str, Any]:
     content = read_json(path, path.name) if path.is_file() else {}
     return content if isinstance(content, dict) else {}
 
@@ -228,7 +220,7 @@ def _added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[int, str]:
             added[int(number)] = str(token.get("content", ""))
     if added:
         return added
-    for token in _read_end_file(path / TOKENIZER).get("added_tokens") or ():
+    for token in _read_if_there(path / TOKENIZER).get("added_tokens") or ():
         if isinstance(token, dict) and isinstance(token.get("id"), int):
             added[token["id"]] = str(token.get("content", ""))
     return added

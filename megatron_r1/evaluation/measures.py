@@ -231,7 +231,7 @@ def pair_measures(
     sigmoid(|margin|) as the probability that the response with the higher score is the chosen one.
     """
     margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
-    certain = [_sigmoid_of_one(abs(margin)) for margin in margins]
+    certain = sigmoid(np.abs(margins)).tolist()
     right = [float(margin > 0) for margin in margins]
     return _reliability(questions, margins, certain, right)
 
@@ -243,7 +243,7 @@ def label_measures(
     on their label's side of 0. margin: the distance from 0 to that side. loss: binary cross
     entropy. calibration_error: of sigmoid(score) as the probability of a good response."""
     margins = [score if label else -score for score, label in zip(scores, labels, strict=True)]
-    return _reliability(questions, margins, [_sigmoid_of_one(score) for score in scores], labels)
+    return _reliability(questions, margins, sigmoid(np.asarray(scores)).tolist(), labels)
 
 
 def expected_calibration_error(probabilities: Sequence[float], outcomes: Sequence[float]) -> float:
@@ -276,8 +276,3 @@ def _reliability(
         measures["interval/accuracy/low"] = accuracy.low
         measures["interval/accuracy/high"] = accuracy.high
     return measures
-
-
-def _sigmoid_of_one(x: float) -> float:
-    # exp of a positive number could overflow.
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
