@@ -138,8 +138,8 @@ class ParseReply(msgspec.Struct):
     """The parts of a turn, its calls in OpenAI's form, or the state of the worker.
 
     ready: the worker has loaded the parsers. unusable: it cannot load them, and ends. failed: the
-    parser raised. reason, of parsed: what the parser dropped of the turn, all of which is content
-    then; "" for nothing.
+    parser raised. reason, of parsed: what the parser dropped of the turn, whose whole text is
+    content then; "" for nothing.
 
     Attributes:
         key, cause: what is at fault, of unusable."""

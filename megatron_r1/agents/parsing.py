@@ -358,7 +358,7 @@ class AnswerReader:
             message["tool_calls"] = calls[:max_calls]
             message[FAILURE] = f"calls after the first {max_calls} are left out, as was asked"
         if not calls and not message["content"].strip() and "reasoning_content" not in message:
-            message["content"] = text  # whatever a parser has dropped
+            message["content"] = text  # a parser may have dropped all of it
         functions = [call["function"] for call in message.get("tool_calls", ())]
         # Parsers of vLLM keep a text or a list as arguments. No protocol has a place for these:
         # clients fail on them, or send back a call that the gateway has to refuse.

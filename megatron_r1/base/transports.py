@@ -1,5 +1,5 @@
-"""The transports of pushes as data, for all who ask what a transport needs; the code of each is a
-module of `push.transports`.
+"""The properties of each transport of pushes, as one table; the code of a transport is a module of
+`push.transports`.
 
 Configuration, plans and the plugin inside vLLM read this table, so it imports nothing. A new
 transport is a row here and its module there."""

@@ -2,7 +2,7 @@
 prompts, responses, weights, logs.
 
 The umask of the controller is that of all processes it starts, ranks, engines and graders, and so
-of all their files. Secrets (`token`) are their owner's whatever it is."""
+of all their files. Files of secrets (`token`) are readable by their owner only, under any umask."""
 
 import contextlib
 import errno

@@ -17,7 +17,7 @@ from megatron_r1.base.processes.children import die_with_parent
 
 SECONDS_BETWEEN_LINES = 10
 STRIPE_ELEMENTS = 8 << 20
-"""Elements in memory at a time: 32 MiB in fp32, of which a step holds a few copies."""
+"""Elements in memory at a time: 32 MiB in fp32. A step holds a few copies."""
 
 
 def stripes(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]]:

@@ -152,7 +152,7 @@ class RolloutStream(Generic[T]):
         *,
         one_at_a_time: bool = False,
     ):
-        """Prepare the rollouts of steps, none of which starts yet.
+        """Prepare the rollouts of steps, without starting one.
 
         Args:
             sample: samples the rollout of a step; called in the order of the steps.

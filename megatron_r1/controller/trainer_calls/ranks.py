@@ -88,7 +88,7 @@ class RankProcesses:
             children.kill(process)
 
     def clear(self) -> None:
-        """Forget the ranks, all of which have ended."""
+        """Forget the ranks, after all have ended."""
         self._processes = []
 
     def process_id(self, rank: int) -> int | None:
