@@ -16,7 +16,8 @@ from megatron_r1.config.recipe import parse_overrides
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SCRIPT = EXAMPLES / "deepseek_r1/stage.sbatch"
-# Each call's words on a line. A trainer, or a sampling process, lasts until it is asked to end.
+# Each call's words on a line. A trainer, or a sampling process, lasts until it is asked to end,
+# and until each word of AFTER has been called: what the script starts beside it starts in any order.
 RECORDER = """#!/bin/bash
 echo "$(basename "$0") $*" >> "$CALLS"
 case "$(basename "$0") $*" in
@@ -24,7 +25,7 @@ case "$(basename "$0") $*" in
     squeue*) echo R ;;
     srun*megatron_r1.engines.fleet.host*) exec sleep infinity ;;
     srun*)
-        until [ -z "$AFTER" ] || grep -q "$AFTER" "$CALLS"; do sleep 0.05; done
+        for word in $AFTER; do until grep -q "$word" "$CALLS"; do sleep 0.05; done; done
         while [ -n "$LASTS" ] && [ ! -e "$STOP" ]; do sleep 0.05; done; exit "${STATUS:-0}" ;;
 esac
 """
@@ -113,7 +114,7 @@ def test_sampling_is_one_process_beside_engine_hosts_on_every_node(stage):
 def test_engines_and_served_models_have_a_python_of_their_own(stage):
     job = stage(
         "rl",
-        AFTER="megatron_r1.engines.fleet.host",
+        AFTER="megatron_r1.engines.fleet.host engines.plugin.serve",
         ENGINE_PYTHON="/vllm/python",
         SERVED="helpful=/models/helpful",
         SERVED_NODES="1",
