@@ -1,14 +1,18 @@
-"""Checks the subject of a commit: `python tools/commit_subject.py FILE`; FILE has the message.
+"""Checks the message of a commit: `python tools/commit_subject.py FILE`; FILE has the message.
 
 A subject is one imperative sentence of at most 72 characters without a full stop or a semicolon,
 as "Refuse subjects that are too long". The mood is judged by the ending of the first word, so that
-many a noun passes. .githooks/commit-msg calls this; `git commit --no-verify` leaves it out."""
+many a noun passes. A commit of more than 20 files, and a merge under git's own subject, need a body
+that says why and how. .githooks/commit-msg calls this; `git commit --no-verify` leaves it out."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 MOST = 72
+MOST_FILES = 20
+"""Of a commit without a body."""
 MADE_BY_GIT = ("Merge ", "Revert ", "Reapply ", "fixup! ", "squash! ", "amend! ")
 SCISSORS = "# ------------------------ >8"
 """Below it `git commit -v` shows the changes."""
@@ -20,15 +24,25 @@ IMPERATIVES = (
 """Verbs that end as participles do."""
 
 
-def faults(message: str) -> list[str]:
-    """Return a sentence for each fault of a message's subject."""
+def faults(message: str, num_files: int = 0) -> list[str]:
+    """Return a sentence for each fault of a message.
+
+    Args:
+        message: as git hands it to the hook.
+        num_files: the number of files that the commit changes.
+    """
     lines = message.partition(SCISSORS)[0].splitlines()
     text = "\n".join(line.rstrip() for line in lines if not line.startswith("#")).strip("\n")
     # As git reads it: to the first empty line.
-    subject = " ".join(text.partition("\n\n")[0].split())
+    subject, _, body = text.partition("\n\n")
+    subject = " ".join(subject.split())
+    if subject.startswith("Merge branch ") and not body.strip():
+        return ["git wrote it: a body says what the branch brings"]
     if not subject or subject.startswith(MADE_BY_GIT):
         return []
     found = []
+    if num_files > MOST_FILES and not body.strip():
+        found.append(f"it stands alone for {num_files} files: a body says why, and how it was done")
     if len(subject) > MOST:
         found.append(f"it has {len(subject)} characters, at most {MOST}; its body says why")
     if subject.endswith("."):
@@ -44,7 +58,9 @@ def faults(message: str) -> list[str]:
 
 
 def main() -> int:
-    found = faults(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    staged = ["git", "diff", "--cached", "--name-only", "-z"]
+    num_files = subprocess.run(staged, capture_output=True).stdout.count(b"\0")
+    found = faults(Path(sys.argv[1]).read_text(encoding="utf-8"), num_files)
     for fault in found:
         print(f"the commit's subject: {fault}", file=sys.stderr)
     return min(len(found), 1)

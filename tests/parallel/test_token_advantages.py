@@ -49,7 +49,7 @@ def test_every_split_gives_one_process_s_advantages_and_updates(single, oracle, 
 
 
 def test_the_advantages_are_those_of_the_estimator(single):
-    """Of one process, by facts of the definitions: see tests/unit/controller/test_algorithms.py."""
+    """Of one process, by facts of the definitions: see `test_algorithms.py`."""
     found = json.loads((single / "one.json").read_text())
     normal = [numbers[0] for numbers in found["reinforce_pp"]["advantages"].values()]
     mean = sum(normal) / len(normal)

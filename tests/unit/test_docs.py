@@ -1,5 +1,6 @@
 """The documents name files, packages and commands that exist."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -88,6 +89,40 @@ def test_short_names_of_modules_exist():
         return not is_one or path.exists() or path.with_suffix(".py").exists()
 
     assert wrong_in_pages(r"`((?:\w+/)+\w+(?:\.py)?/?)`", is_right) == []
+
+
+def test_functions_that_a_response_passes_exist():
+    """In docs/README.md, each below the classes that it names."""
+
+    def has(body, names):
+        if not names:
+            return True
+        kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        nodes = [node for node in body if isinstance(node, kinds) and node.name == names[0]]
+        return any(has(node.body, names[1:]) for node in nodes)
+
+    page = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^(\S+\.py) +([\w.]+)$", page, re.M)
+    assert len(rows) > 10, "the pattern is wrong"
+    trees = {path: ast.parse((ROOT / path).read_text(encoding="utf-8")) for path, _ in rows}
+    assert [row for row in rows if not has(trees[row[0]].body, row[1].split("."))] == []
+
+
+def test_names_in_package_docstrings_exist():
+    """A bare name is a module, or is defined or quoted in the package."""
+    parts = [ROOT / "megatron_r1", ROOT / "grading/r1_grading", ROOT / "kernels/r1_kernels"]
+    paths = {path for part in parts for path in part.rglob("*") if path.suffix in ("", ".py")}
+    modules = {path.stem for path in paths}
+    wrong = []
+    for package in (path for path in paths if path.name == "__init__.py"):
+        docstring = ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) or ""
+        files = package.parent.rglob("*.py")
+        code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+        for name in set(re.findall(r"`([a-z_]+)(?:\.py)?`", docstring)) - modules:
+            defined = rf'^ *(?:async )?(?:def|class) {name}\b|^ *{name}\b ?[:=]|"{name}"'
+            if not re.search(defined, code, re.M):
+                wrong.append(f"{package.relative_to(ROOT)}: {name}")
+    assert wrong == []
 
 
 def test_files_in_folders_of_ours_exist():

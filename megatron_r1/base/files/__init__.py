@@ -2,7 +2,7 @@
 prompts, responses, weights, logs.
 
 The umask of the controller is that of all processes it starts, ranks, engines and graders, and so
-of all their files. Files of secrets (`token`) are readable by their owner only, under any umask."""
+of all their files. The file of the run's secret is readable by its owner only, under any umask."""
 
 import contextlib
 import errno

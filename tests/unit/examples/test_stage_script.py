@@ -17,7 +17,7 @@ from megatron_r1.config.recipe import parse_overrides
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SCRIPT = EXAMPLES / "deepseek_r1/stage.sbatch"
 # Each call's words on a line. A trainer, or a sampling process, lasts until it is asked to end,
-# and until each word of AFTER has been called: what the script starts beside it starts in any order.
+# and until each word of AFTER has been called: the script's background programs start in any order.
 RECORDER = """#!/bin/bash
 echo "$(basename "$0") $*" >> "$CALLS"
 case "$(basename "$0") $*" in

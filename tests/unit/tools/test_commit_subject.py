@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[3]
         "Focus the page",
         "# the template of somebody\n\nAdd a test\n# Please enter the commit message.",
         "x".upper() + "y" * 71,
-        "Merge branch 'evidence' into a branch whose name is so long that the subject is too",
+        "Merge branch 'evidence' into one whose name is so long that the subject is too\n\nWhy.",
         'Revert "Added things."',
         "fixup! Add a test",
         "Add a test\n# ------------------------ >8 ------------------------\ndiff --git a/x b/x.",
@@ -49,11 +49,19 @@ def test_subjects_that_pass(message):
         ("Adding a test", "'Adding' is not in the imperative"),
         ("Adds a test", "'Adds' is not in the imperative"),
         ("Rewards, votes and data read", "'Rewards' is not in the imperative"),
+        ("Merge branch 'pages'", "a body says what the branch brings"),
+        ("Merge branch 'pages'\n\n# Conflicts:\n#\tREADME.md", "a body says"),
     ],
 )
 def test_subjects_that_are_refused(subject, fault):
     (said,) = faults(subject)
     assert fault in said
+
+
+def test_a_commit_of_many_files_needs_a_body():
+    assert faults("Rename two packages", 20) == []
+    assert "21 files" in faults("Rename two packages", 21)[0]
+    assert faults("Rename two packages\n\nBy sed, as the map says.", 816) == []
 
 
 def test_every_fault_is_said():
@@ -91,6 +99,12 @@ def test_the_hook_refuses_and_accepts(clone):
     assert git(clone, "log").returncode != 0, "nothing is committed"
     assert git(clone, "commit", "--allow-empty", "-m", "Add a test").returncode == 0
     assert git(clone, "log", "--format=%s").stdout == "Add a test\n"
+    for number in range(21):
+        (clone / f"{number} é.txt").touch()
+    git(clone, "add", "*.txt")
+    refused = git(clone, "commit", "-m", "Add files")
+    assert refused.returncode != 0 and "21 files" in refused.stderr
+    assert git(clone, "commit", "-m", "Add files", "-m", "They are empty.").returncode == 0
 
 
 def test_hooks_that_a_clone_has_stay(clone):

@@ -15,7 +15,7 @@ from megatron_r1.config import RLConfig, dump, load, parse
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller import algorithms
 
-PAGE = Path(__file__).parents[3] / "docs/algorithms.md"
+PAGE = Path(__file__).parents[4] / "docs/algorithms.md"
 
 
 def blocks(language):
