@@ -25,7 +25,8 @@ from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import Sampling
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.diagnosis import coordinates
-from megatron_r1.controller.supervision.supervisor import HangError, Supervisor, Watchdog
+from megatron_r1.controller.supervision.supervisor import Supervisor
+from megatron_r1.controller.supervision.watchdog import HangError, Watchdog
 from megatron_r1.controller.trainer_calls.client import TrainerClient, Waiting
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.fleet.engine import Engine
