@@ -12,7 +12,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write, fsync
 from megatron_r1.config import Config, ParallelConfig
-from megatron_r1.config.sample import ServerConfig
+from megatron_r1.config.eval import ServerConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.shots import Shots
 from megatron_r1.evaluation.identity import find_model, require_same_identity
