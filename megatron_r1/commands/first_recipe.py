@@ -177,7 +177,7 @@ def value_text(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
+class QuestionSource:
     """A model's folder and the first rows of a data file.
 
     Attributes:
