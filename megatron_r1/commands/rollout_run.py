@@ -28,7 +28,7 @@ from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import (
     Group,
     Rollout,
-    Sampling,
+    RolloutSampling,
     check_grades,
     responses_of,
 )
@@ -190,7 +190,7 @@ async def _sample(
     )
     collector = RolloutCollector(fleet, pool, text, rewards, player=open_player(config, text))
     weights = weights_at(rewards.weights, 1)
-    sampling = Sampling(
+    sampling = RolloutSampling(
         group_size,
         rollout.temperature,
         rollout.top_p,

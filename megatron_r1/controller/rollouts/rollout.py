@@ -25,7 +25,7 @@ from megatron_r1.models.experts import RoutingShape
 
 
 @dataclass(frozen=True)
-class Sampling:
+class RolloutSampling:
     """Settings of the sampling of a rollout.
 
     Attributes:

@@ -18,7 +18,7 @@ from r1_grading.terms import weights_at
 from megatron_r1.config import Config
 from megatron_r1.config.rl import digest_until
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import Group, Rollout, Sampling
+from megatron_r1.controller.rollouts.rollout import Group, Rollout, RolloutSampling
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler
@@ -107,7 +107,7 @@ class StepSampler:
         """Draw the prompts of a step and collect its rollout under the step's settings."""
         config = self.config.at(step)
         rl, rollout = config.rl, config.rollout
-        sampling = Sampling(
+        sampling = RolloutSampling(
             num_samples=rl.group_size,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
