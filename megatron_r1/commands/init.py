@@ -167,9 +167,18 @@ OWN = ":"
 
 
 def run(config: Config, model: str, data: str, out: str | None = None, **given: str) -> None:
-    """Write the recipe and print it. given: the question, truth and kind that the user names.
-    Raises UserError naming what is missing, before it is written, and for a recipe that its verb
-    would refuse."""
+    """Write the recipe and print it.
+
+    Args:
+        config: not used; every such verb has this parameter.
+        model: the model's folder, or the run that made it.
+        data: the file of rows.
+        out: the recipe's file; None: named after the data.
+        **given: the question, truth and kind that the user names.
+
+    Raises:
+        UserError: naming what is missing, before the recipe is written, and for a recipe that its
+            verb would refuse."""
     path = Path(out or f"{Path(data.removeprefix('hub:').split(':')[0]).stem}.yaml")
     _check_arguments(model, path)
     folder = find_exported(model, MODEL)

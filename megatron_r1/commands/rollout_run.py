@@ -59,8 +59,8 @@ class Rollouts:
     """What samples and grades in a run: `collector`, with engines that are still to be started.
 
     Attributes:
-        log: of finished groups; None without `rl.sample_log`.
-        hosts: those of engines that may join."""
+        log: the log of finished groups; None without `rl.sample_log`.
+        hosts: the hosts of engines that may join."""
 
     collector: RolloutCollector
     log: SampleLog | None

@@ -188,7 +188,13 @@ def load(
 ) -> Config:
     """Read a recipe and apply `{"section.key": value}`.
 
-    required: dotted keys that must have a value. Raises UserError naming every mistake."""
+    Args:
+        path: the recipe.
+        overrides: values by dotted key.
+        required: dotted keys that must have a value.
+
+    Raises:
+        UserError: naming every mistake."""
     pipeline = UserError(
         f"recipe {path}: it has stages: run it with megatron-r1 pipeline {path}",
         key="stages",
@@ -271,13 +277,12 @@ def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[
     Values are YAML; a template such as `{problem}` is text.
 
     Args:
-        options: of the command line.
+        options: the words of the command line.
         switches: keys that become true when no value follows. A value that begins with "--" needs
             the form `--key=value`.
 
     Raises:
-        UserError: for an option without a value or without a section.
-    """
+        UserError: for an option without a value or without a section."""
     overrides: dict[str, Any] = {}
     pending = list(options)
     known = [*switches, "dry-run"]  # an option of rl that is no setting

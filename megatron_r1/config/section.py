@@ -42,7 +42,8 @@ class Section(BaseModel):
 class ResumableMark:
     """Marks a field that may differ when a run continues.
 
-    within: dotted keys of a mapping that may; default: the whole field."""
+    Attributes:
+        within: dotted keys of a mapping that may; default: the whole field."""
 
     within: tuple[str, ...] = ()
 
@@ -90,10 +91,9 @@ def value_text(values: Mapping[str, Any], key: str, absent: str = "not set") -> 
     """Return the value of a key as a message quotes it, `absent` where there is none.
 
     Args:
-        values: by dotted key.
-        key: dotted.
-        absent: the text for a key that is not there.
-    """
+        values: the values by dotted key.
+        key: the dotted key.
+        absent: the text for a key that is not there."""
     return repr(values[key]) if key in values else absent
 
 

@@ -63,7 +63,12 @@ def write_examples(path: Path, count: int, num_words: int) -> None:
 
 
 def write_preferences(path: Path, count: int, kind: str) -> None:
-    """Write `count` rows for a reward model. kind: pairwise or pointwise."""
+    """Write rows for a reward model.
+
+    Args:
+        path: the file.
+        count: the number of rows.
+        kind: pairwise or pointwise."""
     rows: list[dict[str, Any]] = []
     for i in range(count):
         question, right = f"{i} + {i + 1} =", f"The sum is {2 * i + 1}."

@@ -153,8 +153,13 @@ def verdict_of(first: Score, last: Score, num_questions: int | None) -> tuple[st
     from  d - √((last - low_last)² + (high_first - first)²)
     to    d + √((high_last - last)² + (first - low_first)²).
     "Learned" if all of it is above 0, "Worse" if all is below, else "Not shown". Both evaluations
-    have the same questions, so that the interval is rather too wide. num_questions: by it an
-    interval without width, of all right or all wrong, gets that of Clopper and Pearson."""
+    have the same questions, so that the interval is rather too wide.
+
+    Args:
+        first: the score before.
+        last: the score after.
+        num_questions: by it an interval without width, of all right or all wrong, gets that of
+            Clopper and Pearson."""
     pair = [_widened(score, num_questions) for score in (first, last)]
     if any(low is None or high is None for low, high in pair):
         return NOT_SHOWN, "One question has no interval."

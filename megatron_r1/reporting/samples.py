@@ -71,10 +71,13 @@ class Samples:
 
 
 def chosen_samples(read: Callable[[], Iterator[Sample]]) -> Samples | None:
-    """Return the samples to show, or None without any. read: a fresh pass over them, called twice.
+    """Return the samples to show, or None without any.
 
     Held-out questions that were asked at several steps are shown side by side; without them, the
-    first samples of three training steps."""
+    first samples of three training steps.
+
+    Args:
+        read: returns a fresh pass over the samples; called twice."""
     steps: dict[str, set[int]] = {"eval": set(), "train": set()}
     for sample in read():
         steps.setdefault(str(sample.get("split", "train")), set()).add(int(sample["step"]))

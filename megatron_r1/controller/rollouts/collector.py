@@ -40,8 +40,11 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 class InFlightGroup:
     """A group that is not finished, and the phase it is in.
 
-    since: when the phase began, time.monotonic(). "scoring" is a teacher's, which may begin before
-    the grades are back; the group is in that phase once only scores are missing."""
+    Phase "scoring" is a teacher's, which may begin before the grades are back; the group is in that
+    phase once only scores are missing.
+
+    Attributes:
+        since: when the phase began, time.monotonic()."""
 
     def __init__(self, tracker: InFlight, prompt: Prompt) -> None:
         self._tracker, self.prompt = tracker, prompt
@@ -125,7 +128,15 @@ class RolloutCollector:
         teacher: RolloutFleet | None = None,
         player: Player | None = None,
     ):
-        """player: plays episodes with an environment or agent; None: a response is one turn."""
+        """Prepare to collect; nothing is sampled yet.
+
+        Args:
+            fleet: the engines.
+            pool: the reward workers.
+            text: encodes questions and decodes responses.
+            rewards: the settings of the rewards.
+            teacher: the teacher's engines, if any.
+            player: plays episodes with an environment or agent; None: a response is one turn."""
         self.fleet, self.pool, self.text, self.teacher = fleet, pool, text, teacher
         self.player = player
         self.grader = ResponseGrader(pool, text, rewards.call_options)

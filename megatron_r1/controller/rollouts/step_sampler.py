@@ -215,9 +215,14 @@ async def collect_informative(
     compares accuracies. An estimator with another baseline (reinforce, reinforce_pp, ppo) would
     learn from the groups that are passed over.
 
-    draw: returns that many new prompts. Each of at most `max_rounds` rounds draws a prompt for
-    every group still missing; equal-reward groups then fill the batch up to its size, and the rest
-    of them are `passed_over`. Times are summed over the rounds."""
+    Each round draws a prompt for every group still missing; equal-reward groups then fill the batch
+    up to its size, and the rest of them are `passed_over`. Times are summed over the rounds.
+
+    Args:
+        collect: samples and grades a group for each prompt.
+        draw: returns that many new prompts.
+        num_groups: the groups of the rollout.
+        max_rounds: the most rounds."""
     different: list[Group] = []
     equal: list[Group] = []
     rounds: list[Rollout] = []

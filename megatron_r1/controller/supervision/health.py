@@ -27,8 +27,11 @@ COUNTED = ("trainer/restarts", "engines/restarts")
 def health(watchdog: Watchdog) -> dict[str, Any]:
     """Return the state of the run as JSON.
 
-    status: ok; degraded: the run goes on with fewer engines or ranks; stalled: no progress for
-    `run.hang_seconds`."""
+    Its `status` is one of these:
+
+    - ok.
+    - degraded: the run goes on with fewer engines or ranks.
+    - stalled: no progress for `run.hang_seconds`."""
     run = watchdog.run
     trainer, rollouts = run.trainer, run.rollouts
     phase, detail = run.recorder.view.doing
@@ -74,7 +77,12 @@ class HealthServer(Collector):
     """Serves while an `async with` block runs, at `address`."""
 
     def __init__(self, watchdog: Watchdog, host: str, port: int) -> None:
-        """port: 0 for any free one."""
+        """Prepare to serve; the port is taken when the block begins.
+
+        Args:
+            watchdog: what is served.
+            host: the address to listen on.
+            port: the port; 0: any free one."""
         self._watchdog, self._host, self._port = watchdog, host, port
         self._registry = prometheus_client.CollectorRegistry()
         self._registry.register(self)

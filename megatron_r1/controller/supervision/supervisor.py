@@ -21,7 +21,13 @@ class Supervisor:
     def __init__(
         self, config: Config, recorder: RunRecorder, trainer: TrainerClient, *, spans_hosts: bool
     ) -> None:
-        """spans_hosts: the health endpoint listens on every address instead of 127.0.0.1."""
+        """Prepare to watch; `watching` begins.
+
+        Args:
+            config: the recipe.
+            recorder: the run's record.
+            trainer: the ranks.
+            spans_hosts: the health endpoint listens on every address instead of 127.0.0.1."""
         self._run = RunHandles(config, recorder, trainer)
         self._watchdog = Watchdog(self._run)
         self._host = "0.0.0.0" if spans_hosts else "127.0.0.1"
