@@ -34,8 +34,12 @@ def is_safe(question: str, response: str) -> float:
 
 
 def write_questions(path: Path, count: int, others: Sequence[str] = ()) -> None:
-    """Write `count` questions whose responses `grade` grades, or in turn it and `others`. target:
-    for a recipe that also rewards the language."""
+    """Write questions with truths, and a target for a recipe that also rewards the language.
+
+    Args:
+        path: the file.
+        count: the number of questions.
+        others: kinds that take turns with the kind that `grade` grades."""
     kinds = [KIND, *others]
     rows = (
         {

@@ -130,7 +130,11 @@ def pack(position: int, group: Group, schedule: str = "") -> GroupRecord:
 
 
 def unpack(record: GroupRecord, prompt: Prompt) -> Group:
-    """Return the group that `record` was packed from; `prompt`: the one with the record's id."""
+    """Return the group that `record` was packed from.
+
+    Args:
+        record: the group as it is in the log.
+        prompt: the prompt with the record's id."""
     responses = [_unpack_response(response) for response in record.responses]
     return Group(prompt, _array("i", record.prompt_ids).tolist(), responses)
 
