@@ -217,12 +217,12 @@ def _run_preflight(recipe: str, options: list[str]) -> int:
         config.parallel.check_sizes(ranks)
         return preflight.start_ranks(["preflight", recipe, *options], ranks)
     with without_garbage_collection():
-        from megatron_r1.rehearse.preflight import judge, rank
+        from megatron_r1.rehearse.preflight import findings, rank, report
 
     facts = rank.run(config, own.preflight)
     if facts:
-        findings = judge.judge(config, own.preflight, facts)
-        judge.write_report(Path(recipe).stem, own.preflight, facts, findings)
+        found = findings.check_facts(config, own.preflight, facts)
+        report.write_report(Path(recipe).stem, own.preflight, facts, found)
     return 0
 
 

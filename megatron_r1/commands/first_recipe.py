@@ -53,8 +53,8 @@ def lengths(longest_prompt: int, positions: int, machine: Machine) -> list[Guess
     """Return the settings that limit a response and a sequence, in tokens.
 
     Args:
-        longest_prompt: of the data.
-        positions: of the model.
+        longest_prompt: the tokens of the longest prompt of the data.
+        positions: the most tokens that a sequence of the model has.
         machine: what the run has."""
     usual = CPU_RESPONSE if machine.is_cpu else GPU_RESPONSE
     room = max(positions - longest_prompt, min(LEAST_RESPONSE, positions // 2))
@@ -75,8 +75,12 @@ def lengths(longest_prompt: int, positions: int, machine: Machine) -> list[Guess
 
 
 def layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]:
-    """Return dtypes and the parallel layout; micro-batches fit themselves to a CPU's memory. hf:
-    `config.json`."""
+    """Return dtypes and the parallel layout; micro-batches fit themselves to a CPU's memory.
+
+    Args:
+        hf: the model's `config.json`.
+        parameters: the number of the model's parameters.
+        machine: what the run has."""
     if machine.is_cpu:
         reason = "this machine has no GPU"
         return [Guess(key, "float32", reason) for key in ("model.dtype", "rollout.dtype")]
@@ -153,7 +157,11 @@ SECTIONS = (
 
 
 def recipe_text(title: Sequence[str], guesses: Sequence[Guess]) -> str:
-    """Return a recipe that sets each key, its reason in a comment above. title: the first lines."""
+    """Return a recipe that sets each key, its reason in a comment above.
+
+    Args:
+        title: the first lines.
+        guesses: the keys with their values and reasons."""
     lines = [f"# {line}" for line in title]
     by_section: dict[str, list[Guess]] = {name: [] for name in SECTIONS}
     for guess in guesses:
@@ -177,12 +185,12 @@ def value_text(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
+class QuestionSource:
     """A model's folder and the first rows of a data file.
 
     Attributes:
         hf: the model's `config.json`.
-        parameters: their number."""
+        parameters: the number of the model's parameters."""
 
     folder: Path
     hf: dict[str, Any]

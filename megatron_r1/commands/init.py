@@ -25,7 +25,14 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.commands import first_recipe, reward_model, rl, sft
 from megatron_r1.commands import first_recipe as sizes
-from megatron_r1.commands.first_recipe import Draft, Guess, Machine, Source, recipe_text, value_text
+from megatron_r1.commands.first_recipe import (
+    Draft,
+    Guess,
+    Machine,
+    QuestionSource,
+    recipe_text,
+    value_text,
+)
 from megatron_r1.commands.rl_checks import naming_renamed_columns, prepare, this_machine
 from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
 from megatron_r1.config import Config, verb_of
@@ -55,7 +62,7 @@ MAX_JUDGED_ROWS = 20_000
 """The most rows of a reward model's data that are read."""
 
 
-def _draft_of_rows(source: Source) -> Draft | None:
+def _draft_of_rows(source: QuestionSource) -> Draft | None:
     """Return a recipe for rows that are responses with judgements, or examples to learn from; None
     for questions with truths."""
     if (kind := kind_of_rows(source.rows)) is not None:
@@ -74,7 +81,7 @@ def are_examples(rows: Sequence[dict[str, Any]]) -> bool:
     return not has_truth and not any("kind" in row for row in rows)
 
 
-def _of_examples(source: Source) -> Draft:
+def _of_examples(source: QuestionSource) -> Draft:
     def try_out(path: Path) -> None:
         recipe = configuration.load(path, required=sft.REQUIRED)
         sft.check_settings(recipe)
@@ -92,7 +99,7 @@ def _of_examples(source: Source) -> Draft:
     return Draft("sft", guesses, try_out)
 
 
-def _of_judged(source: Source, kind: Kind) -> Draft:
+def _of_judged(source: QuestionSource, kind: Kind) -> Draft:
     """Return a recipe for `reward-model`. Raises UserError for a row that it would refuse."""
     rows = list(itertools.islice(read_preferences(source.data, kind), MAX_JUDGED_ROWS))
     salt = reward_model.SPLIT_SALT
@@ -124,7 +131,7 @@ def _of_judged(source: Source, kind: Kind) -> Draft:
     return Draft("reward-model", guesses, try_out, has_dry_run=False)
 
 
-def _supervised_sizes(source: Source) -> list[Guess]:
+def _supervised_sizes(source: QuestionSource) -> list[Guess]:
     layout = sizes.layout(source.hf, source.parameters, source.machine)
     batches = sizes.batches(source.parameters, 1, source.machine)
     return [
@@ -133,7 +140,7 @@ def _supervised_sizes(source: Source) -> list[Guess]:
     ]
 
 
-def _has_chat(source: Source) -> bool:
+def _has_chat(source: QuestionSource) -> bool:
     return bool(load_tokenizer(str(source.folder), "MODEL_FOLDER").chat_template)
 
 
@@ -160,9 +167,18 @@ OWN = ":"
 
 
 def run(config: Config, model: str, data: str, out: str | None = None, **given: str) -> None:
-    """Write the recipe and print it. given: the question, truth and kind that the user names.
-    Raises UserError naming what is missing, before it is written, and for a recipe that its verb
-    would refuse."""
+    """Write the recipe and print it.
+
+    Args:
+        config: not used; every such verb has this parameter.
+        model: the model's folder, or the run that made it.
+        data: the file of rows.
+        out: the recipe's file; None: named after the data.
+        **given: the question, truth and kind that the user names.
+
+    Raises:
+        UserError: naming what is missing, before the recipe is written, and for a recipe that its
+            verb would refuse."""
     path = Path(out or f"{Path(data.removeprefix('hub:').split(':')[0]).stem}.yaml")
     _check_arguments(model, path)
     folder = find_exported(model, MODEL)
@@ -172,13 +188,13 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     rows = [row for _, row in itertools.islice(read_records(data), MAX_ROWS)]
     if not rows:
         raise UserError(f"{data}: it holds no rows", key=ARGUMENTS[1], cause=Cause.EMPTY)
-    source = Source(folder, hf, num_parameters(hf), data, rows, this_machine())
+    source = QuestionSource(folder, hf, num_parameters(hf), data, rows, this_machine())
     other = None if given else _draft_of_rows(source)
     options = [text for key, value in given.items() for text in (f"--{key}", value)]
     _write(path, source, other or _of_questions(source, given), [model, data, *options])
 
 
-def _of_questions(source: Source, given: Mapping[str, str]) -> Draft:
+def _of_questions(source: QuestionSource, given: Mapping[str, str]) -> Draft:
     """Return a recipe for `rl`. Raises UserError where question or truth are not found."""
     columns = guess_columns(source.data, source.rows[:COLUMN_ROWS], **given)
     if "kind" not in given:
@@ -199,7 +215,7 @@ def _of_questions(source: Source, given: Mapping[str, str]) -> Draft:
     return Draft("rl", [*guesses, *_sizes(source, questions, text)], try_out)
 
 
-def _write(path: Path, source: Source, draft: Draft, arguments: Sequence[str]) -> None:
+def _write(path: Path, source: QuestionSource, draft: Draft, arguments: Sequence[str]) -> None:
     """Write a recipe and print it, then try it out and print what comes next. arguments: of `init`.
     Raises UserError for a recipe that is refused, with the command that repeats the trial."""
     command = f"megatron-r1 {draft.verb} {shlex.quote(str(path))}"
@@ -341,7 +357,7 @@ def _answers(folder: Path, parameters: int) -> list[Guess]:
     ]
 
 
-def _sizes(source: Source, questions: Sequence[Asked], text: PromptText) -> list[Guess]:
+def _sizes(source: QuestionSource, questions: Sequence[Asked], text: PromptText) -> list[Guess]:
     """Return the settings that depend on the model's size, the prompts and the machine."""
     machine = source.machine
     limits = first_recipe.lengths(

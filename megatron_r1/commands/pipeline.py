@@ -23,9 +23,17 @@ from megatron_r1.reporting.run_folder import RunFolder, is_locked
 
 
 def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:
-    """Run the pipeline of the recipe at `path`. verbs: name → module of the verbs that stages may
-    use. Raises UserError before anything runs, RunError when a stage fails, KeyboardInterrupt
-    when asked to stop."""
+    """Run the pipeline of the recipe at `path`.
+
+    Args:
+        path: the recipe.
+        overrides: settings of the command line.
+        verbs: name → module of the verbs that stages may use.
+
+    Raises:
+        UserError: before anything runs.
+        RunError: a stage fails.
+        KeyboardInterrupt: the pipeline is asked to stop."""
     if is_rank():
         raise UserError(
             "pipeline is one process and starts the others: give a stage the launch "

@@ -18,7 +18,7 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.recipe import check_engines, context_length
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.push.plan.recipe import check_pushes
-from megatron_r1.rehearse import launch, miniature, model, table
+from megatron_r1.rehearse import coverage, launch, miniature, model
 from megatron_r1.rehearse.jobs import RehearsalJob, check_connections, jobs
 from megatron_r1.rehearse.phases import Phases
 from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalSettings
@@ -110,11 +110,11 @@ def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
         written = miniature.write(small, job.verb)
         ranks = "no" if job.verb == "sample" else small.config.parallel.processes
         print(f"{job.name}: {job.verb} with {ranks} trainer ranks in {folder}", flush=True)
-        rows = table.structure(config, hf, small.config, job.verb, on=settings.on)
+        rows = coverage.structure(config, hf, small.config, job.verb, on=settings.on)
         with model.served_reward_models(small.config, small.hf, folder, job.verb) as addresses:
             run = (job.verb, written, small.config, addresses)
             shown = Phases(*run, settings.timeout_seconds, _announce).run()
-        table.write(folder, job.name, rows, shown, small.changes)
+        coverage.write(folder, job.name, rows, shown, small.changes)
 
 
 def _announce(phase: str) -> None:

@@ -45,8 +45,10 @@ class RewardModelRow:
 
 @dataclass(frozen=True)
 class Rows:
-    """The training and held-out rows of a reward model. dropped: how many rows were left out, by
-    reason."""
+    """The training and held-out rows of a reward model.
+
+    Attributes:
+        dropped: how many rows were left out, by reason."""
 
     train: list[RewardModelRow]
     heldout: list[RewardModelRow]

@@ -63,8 +63,14 @@ def engines_share_gpus(config: Config) -> bool:
 
 
 def check_gpu_memory(config: Config, hf: Mapping[str, Any]) -> None:
-    """Raise UserError for engines that take vLLM's share of GPUs, nearly all, where
-    trainer ranks are on them. hf: the model's config.json."""
+    """Refuse engines that take vLLM's share of GPUs, nearly all, where trainer ranks are on them.
+
+    Args:
+        config: the recipe.
+        hf: the model's config.json.
+
+    Raises:
+        UserError: the engines' share is not set."""
     rollout, teacher = config.rollout, config.teacher
     taken = f"gpu_memory is not set, and vLLM takes {VLLM_SHARE} of GPUs that trainer ranks are on"
     if engines_share_gpus(config) and rollout.gpu_memory is None:
@@ -175,7 +181,10 @@ def _ids(ids: Sequence[int]) -> str:
 
 def show_padded_truths(source: str, prompts: PromptSplit) -> None:
     """Print how many truths have spaces at an end, which a reward of the user's own may compare.
-    source: the file or the task."""
+
+    Args:
+        source: the file or the task.
+        prompts: the questions with their truths."""
     padded = [
         prompt
         for prompt in prompts.train + prompts.heldout

@@ -28,7 +28,7 @@ from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import (
     Group,
     Rollout,
-    Sampling,
+    RolloutSampling,
     check_grades,
     responses_of,
 )
@@ -59,8 +59,8 @@ class Rollouts:
     """What samples and grades in a run: `collector`, with engines that are still to be started.
 
     Attributes:
-        log: of finished groups; None without `rl.sample_log`.
-        hosts: those of engines that may join."""
+        log: the log of finished groups; None without `rl.sample_log`.
+        hosts: the hosts of engines that may join."""
 
     collector: RolloutCollector
     log: SampleLog | None
@@ -190,7 +190,7 @@ async def _sample(
     )
     collector = RolloutCollector(fleet, pool, text, rewards, player=open_player(config, text))
     weights = weights_at(rewards.weights, 1)
-    sampling = Sampling(
+    sampling = RolloutSampling(
         group_size,
         rollout.temperature,
         rollout.top_p,

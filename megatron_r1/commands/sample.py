@@ -85,7 +85,10 @@ def check(config: Config) -> None:
 
 @dataclass(frozen=True)
 class SampleInputs:
-    """The inputs of a recipe, read and checked. avoided: prompt id → why it is not sampled."""
+    """The inputs of a recipe, read and checked.
+
+    Attributes:
+        avoided: prompt id → why it is not sampled."""
 
     prompt_set: PromptSet
     avoided: dict[str, str]

@@ -12,7 +12,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write, fsync
 from megatron_r1.config import Config, ParallelConfig
-from megatron_r1.config.sample import ServerConfig
+from megatron_r1.config.eval import ServerConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.shots import Shots
 from megatron_r1.evaluation.identity import find_model, require_same_identity
@@ -36,7 +36,7 @@ async def export_checkpoint(
         checkpoint: `…/checkpoints/step_…` of a run, whose `config.yaml` describes the model.
         target: the folder that the model is written to.
         parallel: layout of the exporting trainer, which may differ from that of the training.
-        log_folder: of the trainer's logs.
+        log_folder: the folder of the trainer's logs.
 
     Raises:
         UserError: a checkpoint outside a run.
@@ -89,8 +89,16 @@ async def _model_to_serve(config: Config, folder: Path) -> Path:
 def run_in_folder(
     config: Config, name: str, body: Callable[[RunFolder], Coroutine[Any, Any, None]]
 ) -> None:
-    """Run `body` with run.folder locked. name: what the work is called in errors. Raises UserError
-    if the folder belongs to a training run, KeyboardInterrupt when asked to stop."""
+    """Run `body` with run.folder locked.
+
+    Args:
+        config: the recipe.
+        name: what the work is called in errors.
+        body: what runs, given the folder.
+
+    Raises:
+        UserError: the folder belongs to a training run.
+        KeyboardInterrupt: the work is asked to stop."""
     folder = RunFolder(config.run.folder)
     if folder.metrics_path.exists() or folder.checkpoints.exists():
         raise UserError(
@@ -126,8 +134,8 @@ async def make_policy(
 
     Args:
         config: the recipe.
-        folder: of the run.
-        server: of a served model; None: engines.
+        folder: the run's folder.
+        server: the served model; None: engines.
         key: the name of `server` in the recipe.
         decoding: the sampling parameters.
         shots: worked examples before every question."""
@@ -142,8 +150,16 @@ async def make_policy(
 def require_same_settings(
     folder: RunFolder, config: Config, settings: Mapping[str, Any], log: ResponseLog
 ) -> None:
-    """Write the recipe. settings: all settings that responses and grades depend on. Raises
-    UserError if they differ from the settings of the responses that are logged already."""
+    """Write the recipe.
+
+    Args:
+        folder: the run's folder.
+        config: the recipe.
+        settings: all settings that responses and grades depend on.
+        log: the responses that are logged already.
+
+    Raises:
+        UserError: the settings differ from those of the logged responses."""
     models = folder.read_config().get("model", {}).get("path"), config.model.path
     identity = folder.path / "identity.json"
     require_same_identity(identity, settings, bool(log.digests), models)

@@ -44,9 +44,11 @@ def num_ranks(config: Config) -> int:
 def start_controller(
     arguments: list[str], inherited: Mapping[str, str]
 ) -> tuple[subprocess.Popen, str]:
-    """Start the controller next to rank 0 with the command's `arguments`; return it and the address
-    for all ranks. inherited: the environment without what is for ranks alone, which engines would
-    inherit."""
+    """Start the controller next to rank 0; return it and the address for all ranks.
+
+    Args:
+        arguments: those of the command.
+        inherited: the environment without what is for ranks alone, which engines would inherit."""
     port = children.free_port()
     os.environ[RANKS_ENVIRONMENT] = secrets.token_hex(32)  # rank 0 sends it to the other ranks
     environment = {k: v for k, v in inherited.items() if k not in TORCHRUN}

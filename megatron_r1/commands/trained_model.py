@@ -40,9 +40,14 @@ TEMPLATE_ROWS = 100
 
 
 def find_exported(path: str, name: str) -> Path:
-    """Return the Hugging Face folder that `path` is, or the `hf/` of the run whose folder `path`
-    is. name: the argument that is `path`, for errors. Raises UserError where there is no such
-    folder, with the command that makes one."""
+    """Return the Hugging Face folder that `path` is, or the `hf/` of the run whose folder it is.
+
+    Args:
+        path: a Hugging Face folder or a run's folder.
+        name: the argument that is `path`, for errors.
+
+    Raises:
+        UserError: there is no such folder; the message has the command that makes one."""
     folder = Path(path)
     if (folder / "config.json").is_file():
         return folder
@@ -80,8 +85,11 @@ def recipe_of(model: Path) -> Config | None:
 
 def template_of_model(model: Path, name: str) -> tuple[str, str]:
     """Return a model's template and the reason for it: the template of the RL run that made the
-    model, else the tokenizer's own, else the one of the supervised prompts, else plain. name: the
-    argument that names the model, for errors."""
+    model, else the tokenizer's own, else the one of the supervised prompts, else plain.
+
+    Args:
+        model: the model's folder.
+        name: the argument that names the model, for errors."""
     trained = recipe_of(model)
     if trained is not None and verb_of(trained) == "rl":
         return trained.data.template, f"as {model.parent} trained the model"

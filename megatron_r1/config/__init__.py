@@ -5,6 +5,7 @@ The defaults of `rl`, `optimizer` and `rollout` are DeepSeek-R1-Zero's (arXiv 25
 2 and supplement B); a recipe says only where it differs. Unknown keys are errors that name the
 nearest right one."""
 
+from megatron_r1.config.agents import AgentsConfig, VerifiersConfig
 from megatron_r1.config.model import CriticConfig, ModelConfig, RewardModelConfig
 from megatron_r1.config.recipe import (
     RESUMABLE,
@@ -19,7 +20,7 @@ from megatron_r1.config.recipe import (
     verb_of,
 )
 from megatron_r1.config.rl import RewardsConfig, RLConfig
-from megatron_r1.config.rollout import AgentsConfig, RolloutConfig, TeacherConfig, VerifiersConfig
+from megatron_r1.config.rollout import RolloutConfig, TeacherConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, RunConfig
 from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig

@@ -12,13 +12,16 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.config.agents import AgentsConfig
 from megatron_r1.config.algorithms import rules_of
+from megatron_r1.config.eval import EvalConfig
 from megatron_r1.config.mistakes import refusal, without_removed
 from megatron_r1.config.model import CriticConfig, ModelConfig, RewardModelConfig
+from megatron_r1.config.push import PushConfig
 from megatron_r1.config.rl import RewardsConfig, RLConfig, changes_at, check_schedule_keys
-from megatron_r1.config.rollout import AgentsConfig, PushConfig, RolloutConfig, TeacherConfig
+from megatron_r1.config.rollout import RolloutConfig, TeacherConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, RunConfig
-from megatron_r1.config.sample import EvalConfig, SampleConfig
+from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.section import Resumable, Section, is_within, keys_of, resumable_keys
 from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
 from megatron_r1.config.yaml_text import as_yaml, parse_text, put, read_sections
@@ -185,7 +188,13 @@ def load(
 ) -> Config:
     """Read a recipe and apply `{"section.key": value}`.
 
-    required: dotted keys that must have a value. Raises UserError naming every mistake."""
+    Args:
+        path: the recipe.
+        overrides: values by dotted key.
+        required: dotted keys that must have a value.
+
+    Raises:
+        UserError: naming every mistake."""
     pipeline = UserError(
         f"recipe {path}: it has stages: run it with megatron-r1 pipeline {path}",
         key="stages",
@@ -268,13 +277,12 @@ def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[
     Values are YAML; a template such as `{problem}` is text.
 
     Args:
-        options: of the command line.
+        options: the words of the command line.
         switches: keys that become true when no value follows. A value that begins with "--" needs
             the form `--key=value`.
 
     Raises:
-        UserError: for an option without a value or without a section.
-    """
+        UserError: for an option without a value or without a section."""
     overrides: dict[str, Any] = {}
     pending = list(options)
     known = [*switches, "dry-run"]  # an option of rl that is no setting

@@ -112,8 +112,14 @@ def digest_until(schedule: list[ScheduleEntry], step: int) -> str:
 
 
 def check_schedule_keys(schedule: list[ScheduleEntry], known: Collection[str]) -> None:
-    """Raise UserError for a setting that cannot change. known: all keys of a recipe, which are
-    not misspelt."""
+    """Refuse settings of a schedule that cannot change during a run.
+
+    Args:
+        schedule: the entries.
+        known: all keys of a recipe, which are not misspelt.
+
+    Raises:
+        UserError: for a setting that cannot change."""
     for key in (key for entry in schedule for key in entry.changes):
         if key not in SCHEDULED_KEYS:
             near = "" if key in known else did_you_mean(key, SCHEDULED_KEYS, "{}")
@@ -353,8 +359,10 @@ class RLConfig(Section):
         return self
 
     def loss_settings(self, max_response_tokens: int) -> LossSettings:
-        """Return the settings of the algorithm's loss. max_response_tokens: of the step's `rollout`
-        section."""
+        """Return the settings of the algorithm's loss.
+
+        Args:
+            max_response_tokens: the limit in the step's `rollout` section."""
         kl_in_reward = algorithms.rules_of(self.algorithm).kl_in_reward
         return LossSettings(
             average=self.loss_average,

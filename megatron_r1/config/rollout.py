@@ -1,12 +1,10 @@
-"""How the responses of a run are sampled: the vLLM engines, those of a teacher too, the push of
-weights to them, and episodes of several turns, with their environments and limits."""
+"""The vLLM engines of a run: those that sample from the policy, and those of a teacher."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.transports import TRANSPORTS, TransportName
 from megatron_r1.config.section import Resumable, Section
 
 LAYOUT = {"tensor", "pipeline", "data", "expert_parallel"}
@@ -164,102 +162,3 @@ class TeacherConfig(EngineConfig):
                 cause=Cause.CONFLICT,
             )
         return self
-
-
-class PushConfig(Section):
-    """How weights travel to the engines, and how each push is verified."""
-
-    transport: Resumable[TransportName] = "shm"
-    """shm, or cuda_ipc between GPUs, if all ranks are on one host; gloo or nccl for many hosts. See
-    docs/push.md"""
-    fp8: bool = False
-    """quantize projections on their way, in blocks of 128 x 128: half of bf16's bytes, and engines
-    compute with FP8 weights"""
-    timeout_seconds: Resumable[float] = Field(600.0, gt=0)
-    """limit for one push"""
-    probes: Resumable[int] = Field(2, ge=0)
-    """prompts each engine answers after every push, to compare its log-probabilities with the
-    trainer's; 0: none"""
-    probe_tolerance: Resumable[float | None] = Field(None, gt=0)
-    """mean difference of these log-probabilities at which the run stops; default: 0.001 where
-    trainer and engine compute in float32, 0.3 in bfloat16"""
-
-    @property
-    def on_one_host(self) -> bool:
-        """Whether trainer ranks write into the memory of engine ranks on the same host."""
-        return TRANSPORTS[self.transport].one_host
-
-
-class VerifiersConfig(Section):
-    """An environment of the package verifiers, which runs in a Python of its own."""
-
-    python: str = ".venv-agents/bin/python"
-    """the Python that has verifiers; in a checkout `make agents` makes this one"""
-    taskset: str = ""
-    """id of the taskset, a module that this Python can import"""
-    taskset_options: dict[str, Any] = Field(default_factory=dict)
-    """further fields of verifiers' TasksetConfig"""
-    harness: str = ""
-    """id of the harness; default: the taskset's own"""
-    harness_options: dict[str, Any] = Field(default_factory=dict)
-    """further fields of verifiers' HarnessConfig"""
-    environment_options: dict[str, Any] = Field(default_factory=dict)
-    """further fields of verifiers' EnvConfig, such as id"""
-    workers: int = Field(1, ge=1)
-    """processes of verifiers' environment server"""
-    client: Literal["chat", "tokens"] = "chat"
-    """chat: the gateway renders; tokens: verifiers' renderers do, and its trace must have the
-    gateway's tokens"""
-    renderer: dict[str, Any] | None = None
-    """verifiers' RendererConfig, for client tokens"""
-
-
-class AgentsConfig(Section):
-    """Episodes of several turns in an environment; without one, a response is a single turn."""
-
-    environment: str = ""
-    """a class of your own, module:Class, or calculator, gym, lookup, python, retrieval; see
-    docs/agents.md"""
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    """arguments of the environment's class, the same for all episodes"""
-    system: str = ""
-    """system message that begins every episode"""
-    harness: str | list[str] = ""
-    """instead of an environment, an agent that calls the gateway: module:function, or a command.
-    See docs/gateway.md"""
-    verifiers: VerifiersConfig = VerifiersConfig()
-    """instead of either: tasks, harness and reward of a verifiers environment"""
-    tool_parser: str = "auto"
-    """how tool calls are written: a tool parser of vLLM's, such as qwen3_coder, or none; auto,
-    hermes: JSON between <tool_call> tags, read without vLLM"""
-    reasoning_parser: str | None = None
-    """a reasoning parser of vLLM's; null: what precedes </think>, with auto and hermes"""
-    parser_workers: int = Field(2, ge=1)
-    """processes with vLLM's parsers, if any"""
-    sampling_options: Literal["run", "refuse"] = "run"
-    """sampling options of an agent's requests that are not the run's: replaced, or refused"""
-    harness_processes: int = Field(32, ge=1)
-    """commands of agents.harness at once"""
-    gateway_host: str = "127.0.0.1"
-    """the address that the gateway listens on: loopback, or the run's own network"""
-    environment_processes: Resumable[int] = Field(512, ge=1)
-    """environments at once; further episodes wait for one"""
-    max_turns: int = Field(16, ge=1)
-    """answers of the policy in an episode"""
-    call_seconds: float = Field(30.0, gt=0)
-    """wall time of one call of a tool"""
-    timeout_seconds: float = Field(600.0, gt=0)
-    """time of an episode without that of the engines; what exceeds it ends as agent_timeout"""
-    max_result_chars: int = Field(20_000, ge=1)
-    """a tool's longer result is cut off"""
-
-    @property
-    def players(self) -> dict[str, str | list[str]]:
-        """The settings that name what plays the episodes, by key; empty if responses are single
-        turns. A run has one of them at most."""
-        players = {
-            "agents.environment": self.environment,
-            "agents.harness": self.harness,
-            "agents.verifiers.taskset": self.verifiers.taskset,
-        }
-        return {key: value for key, value in players.items() if value}

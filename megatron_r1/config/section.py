@@ -42,7 +42,8 @@ class Section(BaseModel):
 class ResumableMark:
     """Marks a field that may differ when a run continues.
 
-    within: dotted keys of a mapping that may; default: the whole field."""
+    Attributes:
+        within: dotted keys of a mapping that may; default: the whole field."""
 
     within: tuple[str, ...] = ()
 
@@ -90,16 +91,15 @@ def value_text(values: Mapping[str, Any], key: str, absent: str = "not set") -> 
     """Return the value of a key as a message quotes it, `absent` where there is none.
 
     Args:
-        values: by dotted key.
-        key: dotted.
-        absent: the text for a key that is not there.
-    """
+        values: the values by dotted key.
+        key: the dotted key.
+        absent: the text for a key that is not there."""
     return repr(values[key]) if key in values else absent
 
 
 def is_within(key: str, names: Collection[str]) -> bool:
-    """Return whether a dotted key is one of `names` or lies in a section that is."""
-    return any(key == name or key.startswith(f"{name}.") for name in names)
+    """Return whether a dotted key is one of `names` or lies in a section or list that is."""
+    return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in names)
 
 
 ENTRY = {list: "[]", dict: ".NAME"}
@@ -144,7 +144,7 @@ def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> s
     rows: list[Word] = []
     shown: set[str] = set()
     for name in chosen:
-        of_name = [key for key in lines if _is_under(key, name)]
+        of_name = [key for key in lines if is_within(key, [name])]
         if not of_name:
             found = find(name)
             rows += [row for row in found if row not in rows]
@@ -217,7 +217,3 @@ def _line(key: str, field: FieldInfo, docstring: str) -> str:
     text = "(required)" if default is PydanticUndefined else as_text(to_jsonable_python(default))
     meaning = " ".join((field.description or docstring).split())
     return f"{key}: {text}" + (f"   # {meaning}" if meaning else "")
-
-
-def _is_under(key: str, name: str) -> bool:
-    return key == name or key.startswith((f"{name}.", f"{name}["))

@@ -71,8 +71,13 @@ class ParallelConfig(Section):
         return world_size // (self.tensor * self.pipeline * self.context)
 
     def splits_sequences(self, has_experts: bool) -> bool:
-        """Return whether tensor ranks share the tokens between matrices. has_experts: of the model.
-        Raises UserError for experts without it."""
+        """Return whether tensor ranks share the tokens between matrices.
+
+        Args:
+            has_experts: whether the model has experts.
+
+        Raises:
+            UserError: for experts without it."""
         if self.tensor > 1 and has_experts and self.sequence is False:
             raise UserError(
                 "parallel.sequence: false: Megatron's experts under tensor parallelism need "

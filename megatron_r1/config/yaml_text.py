@@ -19,14 +19,13 @@ def read_sections(
     """Read the sections of a YAML file, empty ones left out.
 
     Args:
-        path: of the file.
+        path: the file.
         what: name of the file's kind in errors.
         prepare: is applied to the text before it is parsed.
 
     Raises:
         UserError: for a missing file, invalid YAML, a key that occurs twice in one mapping (`<<`
-            may merge a key that the mapping also sets), and for content that is not a mapping.
-    """
+            may merge a key that the mapping also sets), and for content that is not a mapping."""
     if path.is_dir():
         raise UserError(
             f"{what} {path}: is a folder; name a file in it", key=what, cause=Cause.MALFORMED
@@ -113,7 +112,11 @@ def _parse(text: str, name: str) -> Any:
 
 
 def as_yaml(value: Any, **layout: Any) -> str:
-    """Return YAML that `read_sections` and `parse_text` read as `value`. layout: of yaml.dump."""
+    """Return YAML that `read_sections` and `parse_text` read as `value`.
+
+    Args:
+        value: plain values in mappings and lists.
+        **layout: arguments of yaml.dump."""
     layout = {"sort_keys": False, "allow_unicode": True} | layout
     return str(yaml.dump(value, Dumper=_Dumper, **layout))
 

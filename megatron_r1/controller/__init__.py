@@ -1,6 +1,14 @@
-"""Reinforcement learning: `loop` is the algorithm, `session` the run around it, `run_recorder` its
-folder and checkpoints, and `policy_engines` its engines; `trainer_passes` has the trainer's passes
-over a rollout, `teacher` the engines of on-policy distillation, `advantages` the arithmetic of
-`algorithms`, and `advice` what to change where a rollout teaches little. `rollouts`,
-`trainer_calls`, `push` and `supervision` are questions and responses, calls of the trainer, the
-push and the watch over the run."""
+"""Reinforcement learning; a run begins with 1 to 3, and a step passes 4 to 9 in this order.
+
+1. `session`: the run around the algorithm, from its begin to its end.
+2. `cpu_memory`: the micro-batch that fits into a host without GPUs.
+3. `supervision`: the watch over the run, its health endpoint and restarts.
+4. `loop`: the algorithm.
+5. `policy_engines`: the engines as the loop uses them; `push` brings them the trainer's weights.
+6. `rollouts`: questions, responses and their rewards; `teacher` has the engines that score tokens
+   in on-policy distillation.
+7. `advantages`: the arithmetic of rewards; `algorithms` has one module per algorithm.
+8. `trainer_passes`: the trainer's passes over a rollout; `trainer_calls` carries each call to its
+   ranks.
+9. `run_recorder`: the run's folder, metrics and checkpoints; `advice` says what to change where a
+   rollout teaches little."""

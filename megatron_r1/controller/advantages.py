@@ -35,10 +35,17 @@ def group_advantages(
 
         A_i = (r_i - mean(r)) / (std(r) + epsilon)
 
-    A group whose rewards are all equal (`r1_grading.terms`) has advantages of 0. divide_by: "group"
-    for the z-score (population standard deviation, the group's own root mean square), "none" to
-    leave the scale of the rewards (Dr. GRPO, arXiv 2503.20783, section 3.2). Raises ValueError as
-    `graded`, and for another divide_by."""
+    A group whose rewards are all equal (`r1_grading.terms`) has advantages of 0.
+
+    Args:
+        rewards: the rewards of the group; None: ungraded.
+        divide_by: "group" for the z-score (population standard deviation, the group's own root mean
+            square), "none" to leave the scale of the rewards (Dr. GRPO, arXiv 2503.20783, section
+            3.2).
+        epsilon: added to the deviation.
+
+    Raises:
+        ValueError: as `graded`, and for another divide_by."""
     if divide_by not in ("group", "none"):
         raise ValueError(f"divide_by {divide_by!r}: use group or none")
     known = graded(rewards)
@@ -64,9 +71,14 @@ def over_batch_std(
 
 def response_rewards(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
     """Return the rewards as they are, NaN for ungraded responses: the `advantages` of an algorithm
-    whose trainer ranks compute an advantage per token from them. Raises ValueError as `graded`.
+    whose trainer ranks compute an advantage per token from them.
 
-    rl: not used; every algorithm's `advantages` has this parameter."""
+    Args:
+        groups: the rewards of each group; None: ungraded.
+        rl: not used; every algorithm's `advantages` has this parameter.
+
+    Raises:
+        ValueError: as `graded`."""
     for rewards in groups:
         graded(rewards)
     return [[math.nan if r is None else r for r in rewards] for rewards in groups]

@@ -21,7 +21,11 @@ LEAST_LANGUAGE = 0.5
 
 
 def advice(rollout: Rollout, config: Config) -> dict[str, str]:
-    """Return topic → sentence for each fault of a rollout. config: the settings of its step."""
+    """Return topic → sentence for each fault of a rollout.
+
+    Args:
+        rollout: the groups of a step.
+        config: the settings of the step."""
     groups = rollout.groups + rollout.passed_over
     responses = responses_of(groups)
     nothing_right = _nothing_right(groups, config)

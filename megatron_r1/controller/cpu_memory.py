@@ -71,10 +71,14 @@ class CPUMemory:
         return max(0, int(USED * self.free) - self.fixed) // self.per_token
 
     def microbatch(self, wanted: int | None) -> int:
-        """Return the limit of a micro-batch in tokens. wanted: the recipe's, None by default.
+        """Return the limit of a micro-batch in tokens.
 
-        Raises UserError where the weights and a micro-batch alone need more than is free; `others`
-        do not count for that, because processes share parts of them."""
+        Args:
+            wanted: the recipe's limit, None by default.
+
+        Raises:
+            UserError: the weights and a micro-batch alone need more than is free; `others` do not
+                count for that, because processes share parts of them."""
         most = min(DEFAULT_TOKENS, MOST_BYTES // self.per_token)
         tokens = wanted or max(FEWEST_TOKENS, min(most, self.room))
         if self.weights + self.engine_weights + tokens * self.per_token <= self.free:

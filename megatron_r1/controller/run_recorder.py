@@ -35,9 +35,11 @@ class _Saving:
 
 
 class CheckpointSeries:
-    """The checkpoints of one run. `latest`: the newest checkpoint known to be whole, or None.
+    """The checkpoints of one run.
 
-    notify: called with lines for the user."""
+    Attributes:
+        latest: the newest checkpoint known to be whole, or None.
+        notify: called with lines for the user."""
 
     def __init__(self, folder: Path, settings: CheckpointConfig, notify: Callable[[str], None]):
         """Choose the newest checkpoint whose manifest, files and sizes are right.
@@ -229,7 +231,12 @@ class RunRecorder:
     async def load(self, trainer: TrainerClient, reference: bool) -> None:
         """Load the newest checkpoint into the trainer; go further back where it is damaged.
 
-        reference: whether it holds a reference policy. Raises UserError when none is good."""
+        Args:
+            trainer: the ranks.
+            reference: whether the checkpoint holds a reference policy.
+
+        Raises:
+            UserError: no checkpoint is good."""
         newest = self.checkpoints.latest
         await self.checkpoints.verify(trainer)
         if self.checkpoints.latest != newest:
@@ -253,7 +260,11 @@ class RunRecorder:
         self.latest = dict(metrics)
 
     def advise(self, step: int, sentences: Mapping[str, str]) -> None:
-        """Show and keep what should be changed, each topic once a run. sentences: by topic."""
+        """Show and keep what should be changed, each topic once a run.
+
+        Args:
+            step: the training step.
+            sentences: topic → sentence."""
         for topic, text in sentences.items():
             if topic not in self._advised:
                 self.folder.append_advice({"step": step, "topic": topic, "text": text})

@@ -97,8 +97,8 @@ class Session:
 
         Args:
             rollout: what the step was trained on.
-            metrics: of the trainer's passes over the whole rollout.
-            updates: of each mini-batch."""
+            metrics: the metrics of the trainer's passes over the whole rollout.
+            updates: the metrics of each mini-batch."""
         # In a thread: 8,192 long responses take 0.3 s.
         means = await asyncio.to_thread(rollout_metrics, rollout, version=self.step - 1)
         line = {"step": self.step, "optimizer_step": self.recorder.state.optimizer_step, **means}
@@ -157,7 +157,11 @@ class Checkpointing:
         self._rewards_before.subtract(self._num_rewards())
 
     async def save(self, step: int, sampler_state: dict[str, Any]) -> None:
-        """Start a checkpoint after `step`. sampler_state: of the questions, after that step."""
+        """Start a checkpoint after `step`.
+
+        Args:
+            step: the training step.
+            sampler_state: the position in the questions after that step."""
         state = self.recorder.state
         state.step, state.sampler = step, sampler_state
         state.rewards = dict(self._rewards_before + Counter(self._num_rewards()))

@@ -13,7 +13,7 @@ from megatron_r1.agents.environment_pool import describe
 from megatron_r1.agents.rows import load_rows
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig, Config
-from megatron_r1.config.sample import BenchmarkConfig, EvalConfig
+from megatron_r1.config.eval import BenchmarkConfig, EvalConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.base import Rows, read_rows, to_prompts

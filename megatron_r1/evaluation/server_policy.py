@@ -19,7 +19,7 @@ from r1_grading.served.service import (
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
-from megatron_r1.config.sample import ServerConfig
+from megatron_r1.config.eval import ServerConfig
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.shots import Shots

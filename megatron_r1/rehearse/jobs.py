@@ -37,7 +37,14 @@ def check_connections(config: Config, hf: dict) -> None:
 
 
 def check_links(links: list[int], engine_ranks: int) -> None:
-    """Raise UserError for too many links. links: how many each trainer rank has to engine ranks."""
+    """Refuse too many links between trainer ranks and engine ranks.
+
+    Args:
+        links: how many each trainer rank has to engine ranks.
+        engine_ranks: the number of engine ranks.
+
+    Raises:
+        UserError: for too many links."""
     most, pairs = max(links), sum(links)
     required = -(-engine_ranks // len(links))
     limit, requests = MAX_LINKS * required, PAIR_REQUESTS * pairs
@@ -57,7 +64,10 @@ VERBS = ("rl", "sft", "reward-model", "sample")
 
 @dataclass(frozen=True)
 class RehearsalJob:
-    """One run. config: as its verb would read it, with a model.path that exists."""
+    """One run.
+
+    Attributes:
+        config: the recipe as its verb would read it, with a model.path that exists."""
 
     name: str
     verb: str

@@ -59,8 +59,15 @@ class Miniature:
 def shrink(
     config: Config, hf: dict, folder: Path, max_ranks: int, *, on: Place = "cpu"
 ) -> Miniature:
-    """Return the miniature of a recipe for the model `hf`, which will run in `folder`. on: on GPUs
-    axes are left out for `max_ranks`, as a machine has few, and memory for few null GPUs."""
+    """Return the miniature of a recipe.
+
+    Args:
+        config: the recipe.
+        hf: the model's config.json.
+        folder: the folder that the miniature runs in.
+        max_ranks: the most trainer ranks.
+        on: on GPUs axes are left out for `max_ranks`, as a machine has few, and memory for few null
+            GPUs."""
     on_gpu = on != "cpu"
     parallel = layout.shrink(config.parallel, max_ranks, leaves_out=on_gpu)
     replicas = parallel.num_replicas(parallel.processes)

@@ -44,7 +44,10 @@ CHAT = (
 def shrink(hf: dict, num_layers: int, fp8: bool) -> dict:
     """Return config.json with its sizes divided; kinds of layers, experts and attention stay.
 
-    fp8: whether weights are pushed in blocks of 128, which heads must then fill."""
+    Args:
+        hf: the model's config.json.
+        num_layers: the number of layers that stay.
+        fp8: whether weights are pushed in blocks of 128, which heads must then fill."""
     heads = min(hf["num_attention_heads"], 4)
     small = {
         **hf,
@@ -152,7 +155,14 @@ def served_reward_models(config: Config, hf: dict, folder: Path, verb: str) -> I
     `rl` has; yield the settings that name its address, as on a cluster
     (examples/deepseek_r1/stage.sbatch).
 
-    hf: config.json of the policy, whose architecture the served model has. Raises RunError."""
+    Args:
+        config: the miniature.
+        hf: config.json of the policy, whose architecture the served model has.
+        folder: the folder of the served model and its logs.
+        verb: the recipe's verb.
+
+    Raises:
+        RunError: the server does not start."""
     names = reward_models(config.rewards.options)
     if verb != "rl" or not names:
         yield []

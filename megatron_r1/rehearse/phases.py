@@ -38,7 +38,7 @@ class PhaseResult:
 
     Attributes:
         evidence: the figures or files that show the result.
-        cpu_seconds: of all processes of the phase; None for a part of another phase."""
+        cpu_seconds: CPU time of all processes of the phase; None for a part of another phase."""
 
     phase: str
     evidence: str

@@ -34,8 +34,12 @@ def is_safe(question: str, response: str) -> float:
 
 
 def write_questions(path: Path, count: int, others: Sequence[str] = ()) -> None:
-    """Write `count` questions whose responses `grade` grades, or in turn it and `others`. target:
-    for a recipe that also rewards the language."""
+    """Write questions with truths, and a target for a recipe that also rewards the language.
+
+    Args:
+        path: the file.
+        count: the number of questions.
+        others: kinds that take turns with the kind that `grade` grades."""
     kinds = [KIND, *others]
     rows = (
         {
@@ -63,7 +67,12 @@ def write_examples(path: Path, count: int, num_words: int) -> None:
 
 
 def write_preferences(path: Path, count: int, kind: str) -> None:
-    """Write `count` rows for a reward model. kind: pairwise or pointwise."""
+    """Write rows for a reward model.
+
+    Args:
+        path: the file.
+        count: the number of rows.
+        kind: pairwise or pointwise."""
     rows: list[dict[str, Any]] = []
     for i in range(count):
         question, right = f"{i} + {i + 1} =", f"The sum is {2 * i + 1}."

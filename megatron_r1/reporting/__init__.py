@@ -1,2 +1,8 @@
-"""The output of a run for people: its folder (`run_folder`), the live view (`live`, `live_frame`),
-trackers, the held-out result (`outcome`) and the report (`report`, from `page` and `plots`)."""
+"""The output of a run for people.
+
+- `run_folder`: the folder of a run.
+- `live`, `live_frame`: the live view.
+- `trackers`: the curves in TensorBoard, Weights & Biases and others.
+- `outcome`: the held-out result as a sentence.
+- `report`: the report of a run, from `page` (templates), `plots` and `samples`.
+- `wording`: numbers and texts as people read them."""

@@ -141,7 +141,10 @@ class LiveView:
             self._console.print(Text(printable(text, keep_newlines=True)))
 
     def close(self, outcome: str = "finished") -> None:
-        """End the view and keep its last picture. outcome: "finished" or why the run ended."""
+        """End the view and keep its last picture.
+
+        Args:
+            outcome: "finished" or why the run ended."""
         state = self._state
         if state.ended:
             return

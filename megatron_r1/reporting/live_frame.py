@@ -23,11 +23,17 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def bar_columns(values: Sequence[float | None], width: int, height: int, top: float) -> list[str]:
-    """Return `height` rows of at most `width` characters, the top row first; scale: 0 to `top`.
+    """Return `height` rows of at most `width` characters, the top row first.
 
     Each value has a column until the width is full; longer histories are cut into `width` equal
     shares, of which each column shows the mean. A missing value leaves its column empty; a present
-    one shows at least a hairline."""
+    one shows at least a hairline.
+
+    Args:
+        values: the values; None: missing.
+        width: the most columns.
+        height: the number of rows.
+        top: the value of a full column; an empty one is 0."""
     bars = _resample(values, width)
     rows = []
     for row in reversed(range(height)):

@@ -94,7 +94,7 @@ def outcome_sentence(metrics: Metrics, heldout: Sequence[Evaluation]) -> str:
             steps = f"By step {scored[-1].step:,} of {num_steps(metrics):,}"
         first, last = scored[0], scored[-1]
         assert first.passed and last.passed
-        verdict, why = judge(first.passed, last.passed, last.num_questions)
+        verdict, why = verdict_of(first.passed, last.passed, last.num_questions)
         return f"{verdict}: {_lower(steps)}, {_change(first, last)}. {why}"
     if scored:
         last = scored[0]
@@ -106,7 +106,7 @@ def outcome_sentence(metrics: Metrics, heldout: Sequence[Evaluation]) -> str:
     judged = [evaluation.accuracy for evaluation in heldout if evaluation.accuracy]
     if len(judged) > 1:
         change = _from_to(judged[0], judged[-1], percent)
-        verdict, why = judge(judged[0], judged[-1], None)
+        verdict, why = verdict_of(judged[0], judged[-1], None)
         return f"{verdict}: {_lower(steps)}, the accuracy of held-out scores {change}. {why}"
     for key, name, form in (
         ("accuracy", "accuracy on the training samples", percent),
@@ -145,7 +145,7 @@ def _score(line: Mapping[str, Any], key: str) -> Score | None:
     return Score(value, finite(line, f"{ends}/low"), finite(line, f"{ends}/high"))
 
 
-def judge(first: Score, last: Score, num_questions: int | None) -> tuple[str, str]:
+def verdict_of(first: Score, last: Score, num_questions: int | None) -> tuple[str, str]:
     """Return the verdict of a change of a score, and the sentence that gives its interval.
 
     The change is `last - first`, and its 95% interval that of a difference of two means that are
@@ -153,8 +153,13 @@ def judge(first: Score, last: Score, num_questions: int | None) -> tuple[str, st
     from  d - √((last - low_last)² + (high_first - first)²)
     to    d + √((high_last - last)² + (first - low_first)²).
     "Learned" if all of it is above 0, "Worse" if all is below, else "Not shown". Both evaluations
-    have the same questions, so that the interval is rather too wide. num_questions: by it an
-    interval without width, of all right or all wrong, gets that of Clopper and Pearson."""
+    have the same questions, so that the interval is rather too wide.
+
+    Args:
+        first: the score before.
+        last: the score after.
+        num_questions: by it an interval without width, of all right or all wrong, gets that of
+            Clopper and Pearson."""
     pair = [_widened(score, num_questions) for score in (first, last)]
     if any(low is None or high is None for low, high in pair):
         return NOT_SHOWN, "One question has no interval."

@@ -77,12 +77,11 @@ def curve_plot(
 
     Args:
         name: unique on the page.
-        curves: with their names and points.
+        curves: the curves with their names and points.
         size: inches.
         percent: values are shares, shown as percentages.
-        log_scale: of the values.
-        from_zero: the values' axis begins at 0.
-    """
+        log_scale: whether the values' axis is logarithmic.
+        from_zero: the values' axis begins at 0."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(size)
         for curve in curves:

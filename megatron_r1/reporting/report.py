@@ -19,9 +19,10 @@ from megatron_r1.reporting.outcome import (
     outcome_sentence,
     recorded,
 )
-from megatron_r1.reporting.page import chosen_samples, render_page
+from megatron_r1.reporting.page import render_page
 from megatron_r1.reporting.plots import Curve, curve_plot, stacked_plot
 from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.reporting.samples import chosen_samples
 from megatron_r1.reporting.wording import (
     METRICS,
     PHASES,
@@ -103,7 +104,7 @@ def write_report(
 
 
 def headline(folder: RunFolder) -> str:
-    """Return the result of a run as a sentence, with its verdict (`outcome.judge`)."""
+    """Return the result of a run as a sentence, with its verdict (`outcome.verdict_of`)."""
     metrics = folder.read_metrics()
     sentence = outcome_sentence(metrics, evaluations([*metrics, *folder.read_evaluations()]))
     kind = str((folder.read_config().get("data") or {}).get("kind") or "")

@@ -36,10 +36,14 @@ class TensorBoardLog:
     """Writes every number of a metrics line as a scalar, to one event file per process."""
 
     def __init__(self, folder: str | Path, purge_step: int | None = None):
-        """purge_step: on resume, the first step that will be written again (checkpoint step + 1).
+        """Open the log; an earlier process may have written to it.
 
-        TensorBoard then drops what an earlier process wrote at that step and after (SessionLog
-        START, as in its event_accumulator.py), so that no step is shown twice."""
+        TensorBoard drops what an earlier process wrote at `purge_step` and after (SessionLog START,
+        as in its event_accumulator.py), so that no step is shown twice.
+
+        Args:
+            folder: the folder of the event files.
+            purge_step: on resume, the first step to be written again (checkpoint step + 1)."""
         self._writer = EventFileWriter(str(folder))
         if purge_step is not None:
             start = SessionLog(status=SessionLog.START)
@@ -110,7 +114,10 @@ class Tracker(Protocol):
         """Add a line."""
 
     def finish(self, finished: bool) -> None:
-        """End the tracked run. finished: whether the run reached its last step."""
+        """End the tracked run.
+
+        Args:
+            finished: whether the run reached its last step."""
 
 
 def _numbers_of(key: str, line: Mapping[str, Any]) -> dict[str, float]:
@@ -320,7 +327,10 @@ class TrackerSet:
         self._add(EVALUATION, metrics)
 
     def close(self, finished: bool) -> None:
-        """Send the rest and end the tracked runs. finished: whether the run is at its last step."""
+        """Send the rest and end the tracked runs.
+
+        Args:
+            finished: whether the run is at its last step."""
         for tracker in self._trackers:
             tracker.close(finished)
         self._show_notes()
@@ -341,7 +351,11 @@ class BackgroundTracker:
     again after a kill, are left out. What fails is sent again with the next line."""
 
     def __init__(self, name: str, opener: Callable[[], Tracker]) -> None:
-        """Start the thread. opener: opens the tracker there, again after each failure."""
+        """Start the thread.
+
+        Args:
+            name: the tracker's name in messages.
+            opener: opens the tracker in the thread, again after each failure."""
         self._name, self._open = name, opener
         self._tracker: Tracker | None = None
         self._newest: dict[str, float] = {}
@@ -352,7 +366,11 @@ class BackgroundTracker:
         self._thread.start()
 
     def add(self, key: str, line: Mapping[str, Any]) -> None:
-        """Send a line soon. key: `STEP` or `EVALUATION`."""
+        """Send a line soon.
+
+        Args:
+            key: `STEP` or `EVALUATION`.
+            line: the figures."""
         self._lines.put((key, line))
 
     def notes(self) -> list[str]:

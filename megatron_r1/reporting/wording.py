@@ -12,8 +12,8 @@ from typing import Any
 class Metric:
     """The label and form of one key of metrics.jsonl.
 
-    unit: "%" shows a fraction as a percentage, "s" seconds, "" a plain number.
-    """
+    Attributes:
+        unit: "%" shows a fraction as a percentage, "s" seconds, "" a plain number."""
 
     key: str
     label: str

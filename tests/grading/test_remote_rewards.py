@@ -17,7 +17,7 @@ from waiting import until
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import Sampling
+from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.data.prompts import load_prompts, make_prompt
 from megatron_r1.engines.server.responses import Response
 
@@ -344,10 +344,10 @@ def test_a_rollout_is_graded_by_the_recipes_judge_and_stops_when_it_is_down():
         # A column that happens to be called "model" is not the judge's.
         prompts = [make_prompt(ROW["question"], "judge", "Paris", {"model": "gpt", "votes": 4})]
         await collector.grader.check_rewards(rewards.weights, prompts)
-        rollout = await collector.collect(prompts, Sampling(2, 1.0, 1.0, 8))
+        rollout = await collector.collect(prompts, RolloutSampling(2, 1.0, 1.0, 8))
         is_down.append(True)
         with pytest.raises(ServiceError, match="503"):
-            await collector.collect(prompts, Sampling(2, 1.0, 1.0, 8))
+            await collector.collect(prompts, RolloutSampling(2, 1.0, 1.0, 8))
         return [graded.reward for graded in rollout.groups[0].responses]
 
     rewards, served = with_pool(answer, scenario)

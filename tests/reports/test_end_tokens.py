@@ -20,7 +20,7 @@ from megatron_r1.commands.check_model import Findings
 from megatron_r1.commands.check_model import verb as check_model
 from megatron_r1.config import ParallelConfig, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import Sampling
+from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
@@ -95,7 +95,7 @@ def collected(text, token_ids, **sampling):
     engine = Scripted(token_ids)
     collector = RolloutCollector(engine, Exact(), text, RewardsConfig())
     prompt = make_prompt("is", "math", "the answer is 4", {})
-    settings = Sampling(1, 1.0, 1.0, len(token_ids), weights={}, **sampling)
+    settings = RolloutSampling(1, 1.0, 1.0, len(token_ids), weights={}, **sampling)
     rollout = asyncio.run(collector.collect([prompt], settings))
     return rollout.groups[0].responses[0]
 

@@ -11,7 +11,7 @@ from test_end_tokens import collected, response_of, tokenizer_with
 from tokenizers import processors
 
 from megatron_r1.config import RewardsConfig
-from megatron_r1.config.sample import ServerConfig
+from megatron_r1.config.eval import ServerConfig
 from megatron_r1.controller.rollouts.rollout import ResponseGrader
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.shots import FewShotText, Shots

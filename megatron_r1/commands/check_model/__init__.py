@@ -48,8 +48,11 @@ class Refusal(msgspec.Struct):
 
 
 class NotCompared(msgspec.Struct, frozen=True):
-    """Why vLLM's log-probabilities were not compared. is_failure: vLLM could not run the model;
-    False where vLLM is not installed."""
+    """Why vLLM's log-probabilities were not compared.
+
+    Attributes:
+        reason: the message.
+        is_failure: vLLM could not run the model; False where vLLM is not installed."""
 
     reason: str
     is_failure: bool = True

@@ -35,8 +35,16 @@ QUESTION = "What is 2 + 3?"
 
 
 def main(folder: Path, dtype: str, with_mtp: bool, plain: Path) -> ReferenceResult:
-    """Return what was found. with_mtp: whether MTP layers must be there. Raises UserError for what
-    does not fit."""
+    """Return what was found.
+
+    Args:
+        folder: the model's Hugging Face folder.
+        dtype: the dtype that it is computed in.
+        with_mtp: whether MTP layers must be there.
+        plain: the folder that a copy with plain weights is written to where transformers needs one.
+
+    Raises:
+        UserError: for what does not fit."""
     hf = read_hf_config(folder, key="HF_FOLDER")
     with HfWeights(folder, hf) as weights:
         weights.check(with_mtp)

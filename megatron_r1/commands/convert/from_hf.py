@@ -63,7 +63,10 @@ class PlannedChunk:
 
 @dataclass(frozen=True)
 class ImportJob:
-    """The task of every worker. own_dtypes: those of tensors that keep their dtype, by key."""
+    """The task of every worker.
+
+    Attributes:
+        own_dtypes: dtypes of the tensors that keep theirs, by key."""
 
     hf: Path
     folder: Path

@@ -27,7 +27,10 @@ HF_FILES = "huggingface"
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint's folder; run: the run's folder if the command named that, else None."""
+    """A checkpoint's folder.
+
+    Attributes:
+        run: the run's folder if the command named that, else None."""
 
     folder: Path
     run: Path | None
@@ -77,10 +80,18 @@ def find_checkpoint(path: Path) -> Found:
 
 
 def check_manifest(found: Found, how: Verify, chosen: Namespace) -> None:
-    """Raise UserError with the damaged files and the remedy.
+    """Check the files of a checkpoint against its manifest.
 
-    chosen: the command line. A run's newest checkpoint must have its manifest; a checkpoint that
-    the command names itself may come from elsewhere, without one."""
+    A run's newest checkpoint must have its manifest; a checkpoint that the command names itself may
+    come from elsewhere, without one.
+
+    Args:
+        found: the checkpoint.
+        how: what is compared.
+        chosen: the command line.
+
+    Raises:
+        UserError: with the damaged files and the remedy."""
     if found.run is None and not (found.folder / finding.MANIFEST).is_file():
         return
     faults = finding.manifest_damage(found.folder, how)
@@ -112,10 +123,15 @@ def check_manifest(found: Found, how: Verify, chosen: Namespace) -> None:
 
 
 def read_supported_config(folder: Path, checkpoint: Path | None = None) -> dict:
-    """Return the config.json in `folder`; raise UserError if the trainer does not support it.
+    """Return the config.json in `folder`.
 
-    checkpoint: the model's. If that is a score model, so is the configuration, even if `folder` has
-    the language model it was started from."""
+    Args:
+        folder: a Hugging Face folder.
+        checkpoint: the model's. If that is a score model, so is the configuration, even if `folder`
+            has the language model it was started from.
+
+    Raises:
+        UserError: the trainer does not support the model."""
     hf = read_config(folder, checkpoint)
     try:
         check_supported(hf)

@@ -148,7 +148,10 @@ FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class ExportJob:
-    """The task of every worker. hf_files: the folder of the model's config.json."""
+    """The task of every worker.
+
+    Attributes:
+        hf_files: the folder of the model's config.json."""
 
     checkpoint: Path
     hf_files: Path

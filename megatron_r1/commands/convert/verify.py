@@ -29,7 +29,10 @@ _ORDER = ("float64", "float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Sides:
-    """The two models to compare. config: the folder with a checkpoint's config.json."""
+    """The two models to compare.
+
+    Attributes:
+        config: the folder with a checkpoint's config.json."""
 
     a: Path
     b: Path

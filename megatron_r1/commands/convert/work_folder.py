@@ -76,9 +76,14 @@ _PLAN, _LOCK = ".plan.json", ".lock"
 class WorkFolder:
     """The folder `OUT.incomplete`, locked by one process at a time.
 
-    plan: source and options, as JSON. An interrupted conversion with the same plan is continued.
-    Raises UserError if OUT exists, if the folder has another plan, or if another process holds it.
-    """
+    An interrupted conversion with the same plan is continued.
+
+    Args:
+        out: the folder that the finished one becomes.
+        plan: source and options, as JSON.
+
+    Raises:
+        UserError: OUT exists, the folder has another plan, or another process holds it."""
 
     def __init__(self, out: Path, plan: dict):
         if out.exists():

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 
 def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
-    """Return -J; `clip_fraction` counts the tokens whose weight is clipped. settings: as GRPO's."""
+    """Return -J; `clip_fraction` counts the tokens whose weight is clipped.
+
+    Args:
+        batch: the packed samples.
+        head: the model's output layer.
+        settings: as GRPO's."""
     settings = LossSettings.of(settings)
     return grpo.loss(batch, head, replace(settings, objective="cispo"))

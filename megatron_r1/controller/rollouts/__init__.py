@@ -1,3 +1,8 @@
-"""One rollout: `step_sampler` and `rollout` draw its questions and start them, `collector` has the
-responses sampled, graded and grouped, `players` finds who plays an episode, and `metrics` and
-`sample_log` record them; `heldout` answers held-out questions."""
+"""One rollout, from its questions to its record.
+
+- `step_sampler`: draws a step's questions and has them sampled, some steps ahead.
+- `collector`: has responses sampled, graded, scored by a teacher, and grouped.
+- `players`: finds who plays an episode.
+- `rollout`: groups and graded responses, and the grader.
+- `metrics`, `sample_log`: what is kept of them.
+- `heldout`: answers held-out questions."""

@@ -22,7 +22,7 @@ from megatron_r1.controller.rollouts.rollout import (
     Group,
     ResponseGrader,
     Rollout,
-    Sampling,
+    RolloutSampling,
     check_grades,
 )
 from megatron_r1.controller.rollouts.sample_log import StepLog
@@ -40,8 +40,11 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 class InFlightGroup:
     """A group that is not finished, and the phase it is in.
 
-    since: when the phase began, time.monotonic(). "scoring" is a teacher's, which may begin before
-    the grades are back; the group is in that phase once only scores are missing."""
+    Phase "scoring" is a teacher's, which may begin before the grades are back; the group is in that
+    phase once only scores are missing.
+
+    Attributes:
+        since: when the phase began, time.monotonic()."""
 
     def __init__(self, tracker: InFlight, prompt: Prompt) -> None:
         self._tracker, self.prompt = tracker, prompt
@@ -105,7 +108,7 @@ class RolloutInProgress:
         log: the step's groups on disk, if they are kept.
         sampled, graded, scored: time.perf_counter() when the newest group finished each phase."""
 
-    sampling: Sampling
+    sampling: RolloutSampling
     log: StepLog | None
     sampled: float
     graded: float
@@ -125,7 +128,15 @@ class RolloutCollector:
         teacher: RolloutFleet | None = None,
         player: Player | None = None,
     ):
-        """player: plays episodes with an environment or agent; None: a response is one turn."""
+        """Prepare to collect; nothing is sampled yet.
+
+        Args:
+            fleet: the engines.
+            pool: the reward workers.
+            text: encodes questions and decodes responses.
+            rewards: the settings of the rewards.
+            teacher: the teacher's engines, if any.
+            player: plays episodes with an environment or agent; None: a response is one turn."""
         self.fleet, self.pool, self.text, self.teacher = fleet, pool, text, teacher
         self.player = player
         self.grader = ResponseGrader(pool, text, rewards.call_options)
@@ -133,7 +144,7 @@ class RolloutCollector:
         self._max_ungraded = rewards.max_ungraded
 
     async def collect(
-        self, prompts: list[Prompt], sampling: Sampling, log: StepLog | None = None
+        self, prompts: list[Prompt], sampling: RolloutSampling, log: StepLog | None = None
     ) -> Rollout:
         """Sample and grade a group for each prompt, all at once; with `sampling.with_teacher` the
         teacher scores a group as soon as it is sampled.
@@ -229,7 +240,7 @@ class RolloutCollector:
         self,
         prompt: Prompt,
         token_ids: Sequence[int],
-        sampling: Sampling,
+        sampling: RolloutSampling,
         affinity: Affinity | None = None,
     ) -> list[Response]:
         responses = await self.fleet.generate(
@@ -249,7 +260,7 @@ class RolloutCollector:
         count, decode = len(token_ids), self.text.decode
         return [cut_at_stop(response, count, sampling.stop, decode)[0] for response in responses]
 
-    async def _play(self, prompt: Prompt, sampling: Sampling) -> list[Played]:
+    async def _play(self, prompt: Prompt, sampling: RolloutSampling) -> list[Played]:
         """Play the group's episodes. Raises EngineError where the fleet has failed; a single call
         that fails is its episode's."""
         player = self.player
@@ -298,7 +309,7 @@ class RolloutCollector:
         if not sampling.with_teacher:
             return []
         teacher = self.teacher
-        assert teacher is not None, "Sampling.with_teacher needs a teacher"
+        assert teacher is not None, "RolloutSampling.with_teacher needs a teacher"
 
         async def score(token_ids: Sequence[int], first: int) -> array[float]:
             logprobs = await teacher.score(token_ids, first, order=sampling.step)

@@ -13,7 +13,7 @@ from r1_grading.terms import ACCURACY, weights_at
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.metrics import episode_metrics, sample_records
-from megatron_r1.controller.rollouts.rollout import Group, Sampling, responses_of
+from megatron_r1.controller.rollouts.rollout import Group, RolloutSampling, responses_of
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.measures import Estimate, estimate, length_difference, win_rates
@@ -46,7 +46,7 @@ class HeldoutEvaluation:
         settings = self._config.eval
         step_of_settings = max(1, step)  # the base model is evaluated as step 0
         config = self._config.at(step_of_settings)
-        sampling = Sampling(
+        sampling = RolloutSampling(
             settings.samples,
             settings.temperature,
             settings.top_p,
@@ -61,7 +61,10 @@ class HeldoutEvaluation:
 
 
 async def evaluate(
-    collector: RolloutCollector, prompts: list[Prompt], sampling: Sampling, rewards: RewardsConfig
+    collector: RolloutCollector,
+    prompts: list[Prompt],
+    sampling: RolloutSampling,
+    rewards: RewardsConfig,
 ) -> tuple[dict[str, float], list[Group]]:
     """Sample `sampling.num_samples` = N responses to every prompt; return metrics and groups.
 

@@ -15,9 +15,13 @@ from megatron_r1.engines.server.episodes import STATUSES, Episode
 def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
     """Return means over the responses of a rollout, the groups passed over included.
 
-    version: of the policy that trains on it. Reward means are over graded responses, and
-    rewards/ungraded is the share of the others. staleness: versions between the policy that sampled
-    a token and the one that trains on it, mean over tokens."""
+    Reward means are over graded responses, and rewards/ungraded is the share of the others.
+    `staleness` is the number of versions between the policy that sampled a token and the one that
+    trains on it, mean over tokens.
+
+    Args:
+        rollout: the groups of a step.
+        version: the version of the policy that trains on it."""
     groups = rollout.groups + rollout.passed_over
     responses = responses_of(groups)
     rewards = [graded.reward for graded in responses if graded.is_graded] or [0.0]
@@ -50,8 +54,10 @@ def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
 def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
     """Return means over episodes, and the share of each status; nothing without episodes.
 
-    turns: answers of the policy. tokens: of all branches. forks: branches after the first.
-    versions: of the policy, in one episode."""
+    - `turns`: answers of the policy.
+    - `tokens`: tokens of all branches.
+    - `forks`: branches after the first.
+    - `versions`: versions of the policy in one episode."""
     if not episodes:
         return {}
     per_episode: dict[str, list[float]] = {

@@ -25,7 +25,7 @@ from megatron_r1.models.experts import RoutingShape
 
 
 @dataclass(frozen=True)
-class Sampling:
+class RolloutSampling:
     """Settings of the sampling of a rollout.
 
     Attributes:
@@ -117,7 +117,12 @@ class ResponseGrader:
     """Turns a `Response` into a `GradedResponse`."""
 
     def __init__(self, pool: RewardPool, text: PromptText, options: Options) -> None:
-        """options: `rewards.options`."""
+        """Prepare to grade.
+
+        Args:
+            pool: the reward workers.
+            text: decodes responses.
+            options: `rewards.options`."""
         self._terms, self._text = RewardTerms(pool, options), text
         self._decoding = ThreadPoolExecutor(1, "decoding")
 

@@ -73,8 +73,11 @@ class EpisodeRecord(msgspec.Struct, array_like=True, frozen=True):
 
 class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
     """A `GradedResponse`, flat: arrays as little-endian bytes, texts as UTF-8 with surrogates.
-    policy_versions: one where all are the same. What was decoded refers to the file: routing may
-    be larger than the memory."""
+
+    What was decoded refers to the file: routing may be larger than the memory.
+
+    Attributes:
+        policy_versions: one version where all are the same."""
 
     token_ids: memoryview
     logprobs: memoryview
@@ -95,8 +98,8 @@ class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
     """One finished group of the sample log.
 
     Attributes:
-        position: of the group's prompt among all that the step drew.
-        prompt_id: of that prompt.
+        position: the place of the group's prompt among all that the step drew.
+        prompt_id: the id of that prompt.
         schedule: `config.rl.digest_until` the step, under which it was sampled."""
 
     position: int
@@ -108,7 +111,9 @@ class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
 
 class Accepted(msgspec.Struct, array_like=True, frozen=True, tag="accepted"):
     """The step's batch was complete and its grades were checked: it may have been trained on.
-    schedule: as in `GroupRecord`."""
+
+    Attributes:
+        schedule: as in `GroupRecord`."""
 
     schedule: str = ""
 
@@ -125,7 +130,11 @@ def pack(position: int, group: Group, schedule: str = "") -> GroupRecord:
 
 
 def unpack(record: GroupRecord, prompt: Prompt) -> Group:
-    """Return the group that `record` was packed from; `prompt`: the one with the record's id."""
+    """Return the group that `record` was packed from.
+
+    Args:
+        record: the group as it is in the log.
+        prompt: the prompt with the record's id."""
     responses = [_unpack_response(response) for response in record.responses]
     return Group(prompt, _array("i", record.prompt_ids).tolist(), responses)
 
@@ -224,7 +233,11 @@ class SampleLog:
     """The logs of a run's steps. One process at a time may use them, from one event loop."""
 
     def __init__(self, folder: Path, notify: Callable[[str], None] = lambda line: None) -> None:
-        """notify: called with a message for the user where a file is damaged."""
+        """Open the folder; logs of single steps are opened by `step`.
+
+        Args:
+            folder: the folder of the logs.
+            notify: called with a message for the user where a file is damaged."""
         self.folder, self._notify = folder, notify
         self._thread = ThreadPoolExecutor(1, "sample-log")
         self._open: dict[Path, int] = {}
@@ -250,8 +263,10 @@ class SampleLog:
     async def step(self, step: int, schedule: str = "") -> StepLog:
         """Open the log of `step`, with the groups that it already holds.
 
-        schedule: `config.rl.digest_until` the step; groups that were sampled under another
-        schedule, as a continued run may have it, are not used."""
+        Args:
+            step: the training step.
+            schedule: `config.rl.digest_until` the step; groups that were sampled under another
+                schedule, as a continued run may have it, are not used."""
         path = self.folder / f"step_{step:08d}.log"
         log = await asyncio.wrap_future(self._thread.submit(StepLog, self, path, schedule))
         if log.num_damaged_bytes:
@@ -378,7 +393,12 @@ class StepLog:
         return range(self._drawn - count, self._drawn)
 
     def recall(self, position: int, prompt: Prompt, only_final: bool = False) -> Group | None:
-        """Return the finished group of `prompt` at `position`, or None. only_final: `is_final`."""
+        """Return the finished group of `prompt` at `position`, or None.
+
+        Args:
+            position: the place of the prompt among all that the step drew.
+            prompt: the prompt.
+            only_final: return the group only if it `is_final`."""
         record = self._records.pop(position, None)
         if record is None or record.prompt_id != prompt.id:
             return None

@@ -18,7 +18,7 @@ from r1_grading.terms import weights_at
 from megatron_r1.config import Config
 from megatron_r1.config.rl import digest_until
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import Group, Rollout, Sampling
+from megatron_r1.controller.rollouts.rollout import Group, Rollout, RolloutSampling
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.sampler import PromptSampler
@@ -107,7 +107,7 @@ class StepSampler:
         """Draw the prompts of a step and collect its rollout under the step's settings."""
         config = self.config.at(step)
         rl, rollout = config.rl, config.rollout
-        sampling = Sampling(
+        sampling = RolloutSampling(
             num_samples=rl.group_size,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
@@ -215,9 +215,14 @@ async def collect_informative(
     compares accuracies. An estimator with another baseline (reinforce, reinforce_pp, ppo) would
     learn from the groups that are passed over.
 
-    draw: returns that many new prompts. Each of at most `max_rounds` rounds draws a prompt for
-    every group still missing; equal-reward groups then fill the batch up to its size, and the rest
-    of them are `passed_over`. Times are summed over the rounds."""
+    Each round draws a prompt for every group still missing; equal-reward groups then fill the batch
+    up to its size, and the rest of them are `passed_over`. Times are summed over the rounds.
+
+    Args:
+        collect: samples and grades a group for each prompt.
+        draw: returns that many new prompts.
+        num_groups: the groups of the rollout.
+        max_rounds: the most rounds."""
     different: list[Group] = []
     equal: list[Group] = []
     rounds: list[Rollout] = []

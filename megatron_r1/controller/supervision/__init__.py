@@ -1,2 +1,6 @@
-"""Watches a run from its controller: `watchdog` notices hangs, `diagnosis` says what
-hangs, and `supervisor` answers requests for the run's health and starts it again after a fault."""
+"""Watches a run from its controller.
+
+- `diagnosis`: what a hung run waits for, and the report.
+- `watchdog`: notices hangs.
+- `health`: the endpoints /health and /metrics.
+- `supervisor`: runs the watchdog and the endpoints around a run, and restarts the trainer."""

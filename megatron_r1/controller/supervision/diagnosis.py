@@ -351,7 +351,12 @@ async def diagnose(run: RunHandles) -> list[RoleFinding]:
 
 
 def report(run: RunHandles, findings: list[RoleFinding], quiet_seconds: float) -> str:
-    """Return the text of a hang's report. quiet_seconds: since the last progress."""
+    """Return the text of a hang's report.
+
+    Args:
+        run: the roles of the run.
+        findings: what each role waits for.
+        quiet_seconds: the time since the last progress."""
     step = run.recorder.latest.get("step", run.recorder.state.step)
     lines = [
         f"Nothing has moved for {rounded(quiet_seconds)}.",

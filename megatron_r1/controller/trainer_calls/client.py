@@ -76,7 +76,7 @@ class TrainerClient:
 
         Args:
             config: the run's settings.
-            log_folder: of the ranks' logs.
+            log_folder: the folder of the ranks' logs.
             bind: the ZeroMQ address that ranks connect to.
             world_size: the number of ranks, where torchrun starts them."""
         self.world_size = world_size or config.parallel.processes
@@ -136,9 +136,13 @@ class TrainerClient:
     async def load(self, minibatches: list[list[Sample]], unit: int = 1) -> dict[str, float]:
         """Send each model replica its share of every mini-batch, packed into micro-batches.
 
-        unit: number of consecutive samples that stay in one micro-batch, in their order. Returns
-        `packing/waste` and `packing/fill` (`packing.Packing`), `packing/microbatches` per rank and
-        update, and `packing/padding`, the share of padding tokens."""
+        Args:
+            minibatches: the samples of each update.
+            unit: number of consecutive samples that stay in one micro-batch, in their order.
+
+        Returns:
+            `packing/waste` and `packing/fill` (`packing.Packing`), `packing/microbatches` per rank
+            and update, and `packing/padding`, the share of padding tokens."""
         packings, shares = await asyncio.to_thread(self._shares, minibatches, unit)
         loaded = self._last_stage(await self._everywhere(LOAD, shares=shares))
         self._packings = packings
@@ -229,8 +233,12 @@ class TrainerClient:
         *_: P.args,
         **arguments: P.kwargs,
     ) -> list[R]:
-        """Run `operation` on every rank; return all results, by rank. begun: called when earlier
-        calls are done and this one starts."""
+        """Run `operation` on every rank; return all results, by rank.
+
+        Args:
+            operation: the method of the ranks' operations.
+            begun: called when earlier calls are done and this one starts.
+            **arguments: the operation's arguments."""
         return cast(list[R], await self._everywhere(operation.__name__, arguments, begun=begun))
 
     async def probe(
@@ -239,7 +247,8 @@ class TrainerClient:
         """Return the mean absolute difference between the engine's and the trainer's
         log-probabilities of the sampled tokens.
 
-        sequences: (prompt_ids, response_ids, logprobs) of each."""
+        Args:
+            sequences: (prompt_ids, response_ids, logprobs) of each."""
         samples = [Sample.pack(*sequence) for sequence in sequences]
         return (await self.call(ModelOperations.probe, samples=samples))["probe/mean"]
 

@@ -136,7 +136,13 @@ def pack_by_prompt(
     count once.
 
     A unit has at most `limit` tokens; where there would be fewer units than ranks, every sample is
-    a unit. cost: the argument of `pack`."""
+    a unit.
+
+    Args:
+        samples: the samples of a mini-batch.
+        num_ranks: the data-parallel ranks.
+        limit: the most tokens of a micro-batch.
+        cost: the argument of `pack`."""
     units = [unit for members in by_prompt(samples) for unit in _within(samples, members, limit)]
     if len(units) < num_ranks:
         units = [[i] for i in range(len(samples))]
@@ -163,8 +169,16 @@ def _shared_length(samples: list[Sample], unit: list[int]) -> int:
 
 
 def check_batches(config: Config, verb: str, world_size: int, rank: str = "trainer rank") -> None:
-    """Raise UserError where an optimizer step of rl, sft or reward-model has too few samples for
-    the data-parallel ranks among `world_size`. rank: what one of these is called."""
+    """Refuse batches that do not give each data-parallel rank a sample.
+
+    Args:
+        config: the recipe.
+        verb: rl, sft or reward-model.
+        world_size: the number of ranks, the data-parallel ones among them.
+        rank: what a data-parallel rank is called.
+
+    Raises:
+        UserError: an optimizer step has too few samples."""
     rl, replicas, item = config.rl, config.parallel.num_replicas(world_size), "sample"
     if verb == "rl":
         num_samples = rl.questions_per_rollout * rl.group_size // rl.minibatches

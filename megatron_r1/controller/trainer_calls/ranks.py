@@ -45,7 +45,10 @@ class RankProcesses:
     """Trainer ranks as child processes, by rank; empty where torchrun starts them."""
 
     def __init__(self, log_folder: Path):
-        """log_folder: where each rank's output is written."""
+        """Prepare to start ranks.
+
+        Args:
+            log_folder: where each rank's output is written."""
         self._log_folder = log_folder
         self._processes: list[ForkedProcess | subprocess.Popen[bytes]] = []
         self._kills_before = 0
@@ -61,9 +64,12 @@ class RankProcesses:
         return all(process.poll() is None for process in self._processes)
 
     def start(self, config: Config, address: str, token: str) -> None:
-        """Start `parallel.processes` ranks, which connect to the controller at `address`.
+        """Start `parallel.processes` ranks.
 
-        token: the secret of the ZeroMQ connection."""
+        Args:
+            config: the recipe.
+            address: the controller's address, which they connect to.
+            token: the secret of the ZeroMQ connection."""
         num_ranks = config.parallel.processes
         port = children.free_port("127.0.0.1")
         settings = config.model_dump_json()
@@ -105,7 +111,11 @@ class RankProcesses:
         return next((r for r, p in enumerate(self._processes) if (p.poll() or 0) < 0), None)
 
     def cause_of_death(self, rank: int, operation: str) -> str:
-        """Return a sentence on how `rank` ended, with the end of its log. operation: the call."""
+        """Return a sentence on how `rank` ended, with the end of its log.
+
+        Args:
+            rank: the rank.
+            operation: the call."""
         if rank >= len(self._processes):
             return f"trainer rank {rank} is gone"
         code, log = self._processes[rank].poll(), self._log(rank)

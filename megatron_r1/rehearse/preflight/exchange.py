@@ -21,7 +21,7 @@ from torch.distributed import DistError, Store
 
 @dataclass(frozen=True)
 class Place:
-    """A rank and its node. leads: whether it is its node's first rank, which checks the node."""
+    """A rank and its node; it `leads` where it is its node's first rank, which checks the node."""
 
     rank: int
     world_size: int
@@ -51,7 +51,10 @@ class Place:
 
 
 class Memory(msgspec.Struct):
-    """Bytes of a device or a host before the run. holders: the largest other processes."""
+    """Bytes of a device or a host before the run.
+
+    Attributes:
+        holders: the largest other processes."""
 
     total: int
     free: int
@@ -93,7 +96,7 @@ class NodeFacts(msgspec.Struct):
         ports: setting → why its port cannot be bound.
         unreachable: why rank 0's node cannot be connected to, or "".
         clock_offset: seconds that this node's clock is ahead of rank 0's.
-        lookup_seconds: of the name of rank 0's address.
+        lookup_seconds: the time to look up the name of rank 0's address.
         sandbox: why programs cannot be graded, or ""."""
 
     versions: dict[str, str]
@@ -150,8 +153,10 @@ def _end_process(message: str) -> None:
 
 
 class RankProgress:
-    """Publishes the steps of this rank, and ends the process where a step takes too long. seconds:
-    how long each step took, by name."""
+    """Publishes the steps of this rank, and ends the process where a step takes too long.
+
+    Attributes:
+        seconds: how long each step took, by name."""
 
     def __init__(
         self,
@@ -184,8 +189,11 @@ class RankProgress:
         self._thread.start()
 
     def enter(self, name: str, times_limit: float = 1.0) -> None:
-        """Begin a step; every rank enters the same steps. times_limit: the multiple of the usual
-        limit that this step may take."""
+        """Begin a step; every rank enters the same steps.
+
+        Args:
+            name: the step.
+            times_limit: the multiple of the usual limit that this step may take."""
         self._finish()
         self._number, self._name, self._factor = self._number + 1, name, times_limit
         self._since = time.monotonic()

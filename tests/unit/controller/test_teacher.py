@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import Sampling
+from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.controller.rollouts.sample_log import decode, encode, pack, unpack
 from megatron_r1.controller.teacher import check_teacher, differing_tokens
 from megatron_r1.data.prompts import make_prompt
@@ -307,7 +307,7 @@ def collected(with_teacher):
         pool = SlowGrader(teacher) if with_teacher else RewardPool(1)
         collector = RolloutCollector(Student(), pool, Text(), RewardsConfig(), teacher)
         prompts = [make_prompt("27", "math", "9", {}), make_prompt("3", "math", "9", {})]
-        sampling = Sampling(3, 1.0, 1.0, 32, step=2, with_teacher=with_teacher)
+        sampling = RolloutSampling(3, 1.0, 1.0, 32, step=2, with_teacher=with_teacher)
         rollout = await collector.collect(prompts, sampling)
         if not with_teacher:
             await pool.close()
@@ -341,7 +341,7 @@ def test_an_episode_is_scored_branch_by_branch_where_it_was_sampled():
         members = SimpleNamespace(require_usable=lambda: None)
         peers = SimpleNamespace(members=members), RewardPool(1), Text(), RewardsConfig()
         collector = RolloutCollector(*peers, teacher, SimpleNamespace(play=play))
-        sampling = Sampling(1, 1.0, 1.0, 32, step=2, with_teacher=True)
+        sampling = RolloutSampling(1, 1.0, 1.0, 32, step=2, with_teacher=True)
         prompts = [make_prompt("2", "environment", "9", {})]
         return (await collector.collect(prompts, sampling)).groups[0].responses[0]
 

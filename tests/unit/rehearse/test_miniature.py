@@ -21,8 +21,8 @@ from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.recipe import check_pushes, engine_layout
 from megatron_r1.push.plan.tensors import plain_bytes
 from megatron_r1.rehearse import layout, miniature, model, questions
+from megatron_r1.rehearse.coverage import structure
 from megatron_r1.rehearse.phases import Phases
-from megatron_r1.rehearse.table import structure
 
 ROOT = Path(__file__).parents[3]
 RECIPES = [

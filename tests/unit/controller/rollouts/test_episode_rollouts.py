@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import Sampling
+from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.episodes import Branch, Episode, Played, Turn
 
 PROMPTS = [make_prompt(f"row {i}", "environment", None, {}) for i in range(3)]
-SAMPLING = Sampling(2, 1.0, 1.0, 64, weights={"accuracy": 1.0})
+SAMPLING = RolloutSampling(2, 1.0, 1.0, 64, weights={"accuracy": 1.0})
 TEXT = SimpleNamespace(
     encode=lambda question, before=(): [1, 2],
     stop_token_ids=[0],

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.heldout import evaluate
-from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, Sampling
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, RolloutSampling
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
 
@@ -38,7 +38,7 @@ def run(right_of, ungraded=0):
         collect=collect, pool=None, text=text, check_grades=lambda groups: None
     )
     metrics, groups = asyncio.run(
-        evaluate(collector, [], Sampling(4, 1.0, 1.0, 8), RewardsConfig())
+        evaluate(collector, [], RolloutSampling(4, 1.0, 1.0, 8), RewardsConfig())
     )
     assert len(groups) == len(right_of)
     return metrics
@@ -91,7 +91,7 @@ def test_compared_responses_have_win_rates_beside_the_rest():
     collector = SimpleNamespace(
         collect=collect, pool=None, text=text, check_grades=lambda groups: None
     )
-    sampling = Sampling(4, 1.0, 1.0, 8)
+    sampling = RolloutSampling(4, 1.0, 1.0, 8)
     judge = {"judge": {"mode": "compare", "part": "summary"}}
     comparing = RewardsConfig().model_copy(update={"options": judge})
     metrics, _ = asyncio.run(evaluate(collector, [], sampling, comparing))

@@ -18,7 +18,7 @@ from megatron_r1.controller.rollouts.rollout import (
     GradedResponse,
     Group,
     Rollout,
-    Sampling,
+    RolloutSampling,
     check_grades,
 )
 from megatron_r1.data.prompts import make_prompt
@@ -66,7 +66,7 @@ def test_a_group_that_cannot_be_graded_is_one_of_many():
     )
     collector = RolloutCollector(Engine(), Broken(), text, RewardsConfig(max_ungraded=0.5))
     prompt = make_prompt("2 + 11?", "math", "13", {})
-    alone = asyncio.run(collector.collect([prompt], Sampling(2, 1.0, 1.0, 8)))
+    alone = asyncio.run(collector.collect([prompt], RolloutSampling(2, 1.0, 1.0, 8)))
     fine = Group(prompt, [], [graded(1.0), graded(0.0)])
     collector.check_grades([*alone.groups, fine])
     with refused("kind", Cause.FAILED, "'math'", "all 2"):

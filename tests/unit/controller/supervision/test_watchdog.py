@@ -22,10 +22,11 @@ from waiting import until
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import RewardsConfig, parse
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import Sampling
+from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.diagnosis import coordinates
-from megatron_r1.controller.supervision.supervisor import HangError, Supervisor, Watchdog
+from megatron_r1.controller.supervision.supervisor import Supervisor
+from megatron_r1.controller.supervision.watchdog import HangError, Watchdog
 from megatron_r1.controller.trainer_calls.client import TrainerClient, Waiting
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.fleet.engine import Engine
@@ -360,7 +361,7 @@ def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
             fleet = run.rollouts.fleet
             fleet.engines[:] = engines
             fleet.members.begin()  # as `start` would
-            sampling = Sampling(num_samples=4, temperature=1.0, top_p=1.0, max_tokens=8)
+            sampling = RolloutSampling(num_samples=4, temperature=1.0, top_p=1.0, max_tokens=8)
             async with supervisor.watching():
                 await run.rollouts.collect([asked], sampling)
 

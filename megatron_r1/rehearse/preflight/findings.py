@@ -1,29 +1,13 @@
-"""Judges the measurements of all ranks, against each other and against the planner's rates; prints
-the result as a table, and writes a JSON file, and a file for `megatron-r1 plan --calibrate`."""
+"""Compares the measurements of all ranks, with each other and with the planner's rates."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import median, median_high
 from typing import Literal
 
-import msgspec
-import yaml
-from rich.console import Console
-from rich.table import Table
-
-from megatron_r1.base.errors import RunError
-from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
-from megatron_r1.config.hardware import (
-    GIB,
-    HARDWARE,
-    Assumptions,
-    Hardware,
-    link_rate,
-    share_inside,
-)
+from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions, Hardware, link_rate
 from megatron_r1.rehearse.preflight.exchange import Facts, NodeFacts
 from megatron_r1.rehearse.preflight.links import AXES
 from megatron_r1.rehearse.settings import PreflightConfig
@@ -64,9 +48,16 @@ class CheckFinding:
     hosts: tuple[str, ...] = ()
 
 
-def judge(config: Config, settings: PreflightConfig, facts: Sequence[Facts]) -> list[CheckFinding]:
-    """Return the findings, in the order of the table. facts: the measurements of all ranks, by
-    rank."""
+def check_facts(
+    config: Config, settings: PreflightConfig, facts: Sequence[Facts]
+) -> list[CheckFinding]:
+    """Return the findings, in the order of the table.
+
+    Args:
+        config: the recipe.
+        settings: the limits that measurements are held to.
+        facts: the measurements of all ranks, by rank.
+    """
     nodes = [(each, each.node) for each in facts if each.node is not None]
     return [
         *_versions(nodes),
@@ -88,31 +79,6 @@ def hardware_of(settings: PreflightConfig, facts: Sequence[Facts]) -> Hardware:
     name = settings.hardware or next((name for name in HARDWARE if name in gpu), "H800")
     ranks = sum(each.node_index == 0 for each in facts)
     return replace(HARDWARE[name], gpus_per_node=ranks)
-
-
-def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, object]:
-    """Return {name: value} for `megatron-r1 plan --calibrate`: link rates within a node (`nvlink`)
-    and between nodes (`network`), such that rate x the planner's `link_efficiency` is the rate
-    measured on the slowest axis; and the slowest node's rate over gloo (`host_network`), as
-    measured."""
-    efficiency, gpus = Assumptions().link_efficiency, hardware.gpus_per_node
-    inside: list[float] = []
-    across: list[float] = []
-    for axis in AXES:
-        if groups := _groups(facts, axis):
-            span = max(max(ranks) - min(ranks) + 1 for ranks in groups)
-            share = share_inside(gpus, span)
-            rate = median_high(groups.values()) / efficiency
-            (inside if share == 1 else across).append(rate * (1 - share) or rate)
-    across += [rate / efficiency for rate in _node_rates(facts, "pairs").values()]
-    values: dict[str, object] = {"hardware": hardware.name, "gpus_per_node": gpus}
-    if inside:
-        values["nvlink"] = min(inside)
-    if across:
-        values["network"] = min(across)
-    if gloo := _node_rates(facts, "gloo"):
-        values["host_network"] = min(gloo.values())
-    return values
 
 
 def _versions(nodes: Sequence[tuple[Facts, NodeFacts]]) -> Iterable[CheckFinding]:
@@ -201,7 +167,7 @@ def _links(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckF
     hardware = hardware_of(settings, facts)
     is_gpu = facts[0].device == "cuda"
     for axis, (_, operation) in AXES.items():
-        groups = _groups(facts, axis)
+        groups = group_rates(facts, axis)
         if not groups:
             continue
         usual = median_high(groups.values())
@@ -232,7 +198,7 @@ def _links(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckF
 
 
 def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFinding]:
-    rates = _node_rates(facts, "pairs")
+    rates = node_rates(facts, "pairs")
     if not rates:
         return
     usual = median_high(rates.values())
@@ -249,7 +215,7 @@ def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckF
 
 
 def _gloo(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[CheckFinding]:
-    rates = _node_rates(facts, "gloo")
+    rates = node_rates(facts, "gloo")
     if not rates:
         return
     hardware, usual = hardware_of(settings, facts), median_high(rates.values())
@@ -378,8 +344,8 @@ def _sandbox(config: Config, nodes: Sequence[tuple[Facts, NodeFacts]]) -> CheckF
     )
 
 
-def _groups(facts: Sequence[Facts], axis: str) -> dict[tuple[int, ...], float]:
-    """Return the rate of each group of an axis, by its ranks."""
+def group_rates(facts: Sequence[Facts], axis: str) -> dict[tuple[int, ...], float]:
+    """Return the rate of each group of a parallel axis, by its ranks."""
     rates: dict[tuple[int, ...], float] = {}
     for each in facts:
         if link := each.links.get(axis):
@@ -388,8 +354,13 @@ def _groups(facts: Sequence[Facts], axis: str) -> dict[tuple[int, ...], float]:
     return rates
 
 
-def _node_rates(facts: Sequence[Facts], kind: Literal["pairs", "gloo"]) -> dict[int, float]:
-    """Return the rate of each node to the better of its neighbors: the median of its ranks."""
+def node_rates(facts: Sequence[Facts], kind: Literal["pairs", "gloo"]) -> dict[int, float]:
+    """Return the rate of each node to the better of its neighbors: the median of its ranks.
+
+    Args:
+        facts: the measurements of all ranks.
+        kind: the measurement: NCCL between pairs of nodes, or gloo.
+    """
     rates: dict[int, list[float]] = {}
     for each in facts:
         if found := getattr(each, kind):
@@ -411,45 +382,3 @@ def _listed(values: Sequence[object]) -> str:
 def _by_whom(holders: Sequence[str]) -> str:
     """Return " by " and the processes that hold some memory; "" where none is known."""
     return f" by {', '.join(holders)}" if holders else ""
-
-
-WORDS = {"ok": "", "note": "out of line", "block": "blocks"}
-
-
-def write_report(
-    title: str, settings: PreflightConfig, facts: Sequence[Facts], findings: Sequence[CheckFinding]
-) -> None:
-    """Print the table and write the files that the settings name. Raises RunError where a finding
-    blocks the run."""
-    table = Table("check", "measured", "expected", "", title=f"preflight of {title}")
-    for finding in findings:
-        table.add_row(finding.check, finding.measured, finding.expected, WORDS[finding.level])
-    console = Console(width=140, highlight=False)
-    console.print(table)
-    for finding in findings:
-        if finding.problem:
-            console.print(f"{finding.check}: {finding.problem}", soft_wrap=True, markup=False)
-    seconds = facts[0].seconds
-    print(f"{sum(seconds.values()):.0f} s, the longest: {max(seconds, key=lambda s: seconds[s])}")
-    if settings.output:
-        content = {
-            "recipe": title,
-            "findings": [asdict(finding) for finding in findings],
-            "ranks": [msgspec.to_builtins(each) for each in facts],
-        }
-        atomic_write(settings.output, json.dumps(content, indent=1) + "\n")
-    if settings.calibration:
-        header = (
-            f"# Measured by preflight on {len(facts)} ranks: rates that, times the planner's\n"
-            "# link_efficiency, are what the slowest axis has reached; host_network as it is.\n"
-        )
-        rates = yaml.safe_dump(measured_rates(hardware_of(settings, facts), facts), sort_keys=False)
-        path = atomic_write(settings.calibration, header + rates)
-        print(f"{path}: for megatron-r1 plan --calibrate")
-    if blocking := [finding for finding in findings if finding.level == "block"]:
-        hosts = list(dict.fromkeys(host for finding in blocking for host in finding.hosts))
-        raise RunError(
-            f"preflight: {', '.join(dict.fromkeys(f.check for f in blocking))} would spoil the run"
-            + (f"; replace or repair {', '.join(hosts)}" if hosts else "")
-        )
-    print("nothing blocks the run")

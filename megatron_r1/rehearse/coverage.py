@@ -19,7 +19,10 @@ from megatron_r1.rehearse.settings import Place
 
 
 class StructureRow(NamedTuple):
-    """A part of a recipe's structure. exercised: `YES`, or why not."""
+    """A part of a recipe's structure.
+
+    Attributes:
+        exercised: `YES`, or why not."""
 
     what: str
     recipe: str
@@ -68,8 +71,14 @@ ON_NULL_GPU = ON_GPU | {"fp8.recipe": "no: kernels compute on the host"}
 def structure(
     recipe: Config, hf: dict, small: Config, verb: str, *, on: Place = "cpu"
 ) -> list[StructureRow]:
-    """Return a row for each part of the recipe's structure that its verb uses. on: where the
-    miniature runs."""
+    """Return a row for each part of the recipe's structure that its verb uses.
+
+    Args:
+        recipe: the recipe.
+        hf: the model's config.json.
+        small: the miniature.
+        verb: the recipe's verb.
+        on: where the miniature runs."""
     not_here = {"cpu": NOT_HERE, "gpu": ON_GPU, "null-gpu": ON_NULL_GPU}[on]
     rows: list[StructureRow] = []
     for section in SECTIONS[verb]:

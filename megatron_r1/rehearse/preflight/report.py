@@ -1,0 +1,91 @@
+"""Prints the findings of the preflight as a table, and writes a JSON file, and a file for
+`megatron-r1 plan --calibrate`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from statistics import median_high
+
+import msgspec
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from megatron_r1.base.errors import RunError
+from megatron_r1.base.files import atomic_write
+from megatron_r1.config.hardware import Assumptions, Hardware, share_inside
+from megatron_r1.rehearse.preflight.exchange import Facts
+from megatron_r1.rehearse.preflight.findings import (
+    CheckFinding,
+    group_rates,
+    hardware_of,
+    node_rates,
+)
+from megatron_r1.rehearse.preflight.links import AXES
+from megatron_r1.rehearse.settings import PreflightConfig
+
+WORDS = {"ok": "", "note": "out of line", "block": "blocks"}
+
+
+def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, object]:
+    """Return {name: value} for `megatron-r1 plan --calibrate`: link rates within a node (`nvlink`)
+    and between nodes (`network`), such that rate x the planner's `link_efficiency` is the rate
+    measured on the slowest axis; and the slowest node's rate over gloo (`host_network`), as
+    measured."""
+    efficiency, gpus = Assumptions().link_efficiency, hardware.gpus_per_node
+    inside: list[float] = []
+    across: list[float] = []
+    for axis in AXES:
+        if groups := group_rates(facts, axis):
+            span = max(max(ranks) - min(ranks) + 1 for ranks in groups)
+            share = share_inside(gpus, span)
+            rate = median_high(groups.values()) / efficiency
+            (inside if share == 1 else across).append(rate * (1 - share) or rate)
+    across += [rate / efficiency for rate in node_rates(facts, "pairs").values()]
+    values: dict[str, object] = {"hardware": hardware.name, "gpus_per_node": gpus}
+    if inside:
+        values["nvlink"] = min(inside)
+    if across:
+        values["network"] = min(across)
+    if gloo := node_rates(facts, "gloo"):
+        values["host_network"] = min(gloo.values())
+    return values
+
+
+def write_report(
+    title: str, settings: PreflightConfig, facts: Sequence[Facts], findings: Sequence[CheckFinding]
+) -> None:
+    """Print the table and write the files that the settings name. Raises RunError where a finding
+    blocks the run."""
+    table = Table("check", "measured", "expected", "", title=f"preflight of {title}")
+    for finding in findings:
+        table.add_row(finding.check, finding.measured, finding.expected, WORDS[finding.level])
+    console = Console(width=140, highlight=False)
+    console.print(table)
+    for finding in findings:
+        if finding.problem:
+            console.print(f"{finding.check}: {finding.problem}", soft_wrap=True, markup=False)
+    seconds = facts[0].seconds
+    print(f"{sum(seconds.values()):.0f} s, the longest: {max(seconds, key=lambda s: seconds[s])}")
+    if settings.output:
+        content = {
+            "recipe": title,
+            "findings": [asdict(finding) for finding in findings],
+            "ranks": [msgspec.to_builtins(each) for each in facts],
+        }
+        atomic_write(settings.output, json.dumps(content, indent=1) + "\n")
+    if settings.calibration:
+        header = (
+            f"# Measured by preflight on {len(facts)} ranks: rates that, times the planner's\n"
+            "# link_efficiency, are what the slowest axis has reached; host_network as it is.\n"
+        )
+        rates = yaml.safe_dump(measured_rates(hardware_of(settings, facts), facts), sort_keys=False)
+        path = atomic_write(settings.calibration, header + rates)
+        print(f"{path}: for megatron-r1 plan --calibrate")
+    if blocking := [finding for finding in findings if finding.level == "block"]:
+        hosts = list(dict.fromkeys(host for finding in blocking for host in finding.hosts))
+        raise RunError(
+            f"preflight: {', '.join(dict.fromkeys(f.check for f in blocking))} would spoil the run"
+            + (f"; replace or repair {', '.join(hosts)}" if hosts else "")
+        )
+    print("nothing blocks the run")

@@ -1,0 +1,220 @@
+"""The samples on a page: the same run at its beginning, in the middle and at the end, an episode of
+several turns as a conversation."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from r1_grading.truths import stated_answer
+
+from megatron_r1.reporting.wording import (
+    counted,
+    finite,
+    is_right,
+    last_line,
+    printable,
+    shorten_middle,
+)
+
+NUM_QUESTIONS = 3
+MAX_CHARACTERS, MAX_TURN_CHARACTERS = 6000, 2000
+MAX_TURNS = 40
+"""Turns shown; of a longer episode the first and the last ones."""
+CALL = re.compile(r"(<tool_call>.*?</tool_call>)", re.DOTALL)
+ROLE_NAMES = {1: ("",), 2: ("beginning", "end"), 3: ("beginning", "middle", "end")}
+
+Sample = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ShownTurn:
+    """One message.
+
+    Attributes:
+        text: (tag, text) segments; tag: "", i (faint) or b (a tool call).
+        details: its tokens, whether they were trained or given, and the policy that sampled them.
+    """
+
+    role: str
+    is_trained: bool
+    details: str
+    text: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Card:
+    """One sample as the page shows it.
+
+    Attributes:
+        response: (tag, text) segments; tag: "", i (faint) or b.
+        turns: the turns of an episode, shown instead of the response."""
+
+    question: str
+    truth: str | None
+    is_right: bool
+    details: list[str]
+    response: list[tuple[str, str]]
+    reason: str
+    turns: list[ShownTurn]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples to show: either `by_question`, each question with the (moment, sample) of several
+    moments, or `by_moment`, the samples of each moment."""
+
+    intro: str
+    by_question: list[tuple[Card, list[tuple[str, Card]]]] = field(default_factory=list)
+    by_moment: list[tuple[str, list[Card]]] = field(default_factory=list)
+
+
+def chosen_samples(read: Callable[[], Iterator[Sample]]) -> Samples | None:
+    """Return the samples to show, or None without any.
+
+    Held-out questions that were asked at several steps are shown side by side; without them, the
+    first samples of three training steps.
+
+    Args:
+        read: returns a fresh pass over the samples; called twice."""
+    steps: dict[str, set[int]] = {"eval": set(), "train": set()}
+    for sample in read():
+        steps.setdefault(str(sample.get("split", "train")), set()).add(int(sample["step"]))
+    split = "eval" if len(steps["eval"]) > 1 or not steps["train"] else "train"
+    moments = sorted(steps[split])
+    if not moments:
+        return None
+    if len(moments) > 3:
+        moments = [moments[0], moments[len(moments) // 2], moments[-1]]
+    by_step: dict[int, list[Sample]] = {step: [] for step in moments}
+    for sample in read():
+        if sample.get("split", "train") == split and sample["step"] in by_step:
+            by_step[sample["step"]].append(sample)
+    if split == "eval" and len(moments) > 1:
+        intro = "The same held-out questions at each moment; of several responses, the first."
+        if by_question := _same_questions(by_step):
+            return Samples(intro, by_question=by_question)
+    else:
+        intro = f"The first {NUM_QUESTIONS} samples recorded at each moment."
+    by_moment = [
+        (
+            _moment(by_step, step),
+            [_card(group[0]) for group in [*_by_question(samples).values()][:NUM_QUESTIONS]],
+        )
+        for step, samples in by_step.items()
+    ]
+    return Samples(intro, by_moment=by_moment)
+
+
+def _same_questions(
+    by_step: Mapping[int, Sequence[Sample]],
+) -> list[tuple[Card, list[tuple[str, Card]]]]:
+    """Return the first questions that were asked at every step, with their first responses."""
+    grouped = {step: _by_question(samples) for step, samples in by_step.items()}
+    first, *others = grouped.values()
+    everywhere = [question for question in first if all(question in other for other in others)]
+    return [
+        (
+            _card(first[question][0]),
+            [
+                (_moment(by_step, step, questions[question]), _card(questions[question][0]))
+                for step, questions in grouped.items()
+            ],
+        )
+        for question in everywhere[:NUM_QUESTIONS]
+    ]
+
+
+def _by_question(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    grouped: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        grouped[str(sample.get("question", ""))].append(sample)
+    return grouped
+
+
+def _moment(by_step: Mapping[int, Any], step: int, answers: Sequence[Sample] = ()) -> str:
+    name = ROLE_NAMES[len(by_step)][list(by_step).index(step)]
+    text = f"{name}, step {step}" if name else f"step {step}"
+    if len(answers) > 1:
+        text += f" · {sum(map(is_right, answers))} of {len(answers)} responses right"
+    return text
+
+
+def _card(sample: Sample) -> Card:
+    truth, reward, length = sample.get("truth"), finite(sample, "reward"), finite(sample, "length")
+    details = [
+        "" if reward is None else f"reward {reward:.3g}",
+        "" if length is None else f"{length:.0f} tokens",
+        printable(sample.get("status") or ""),
+    ]
+    return Card(
+        question=printable(last_line(sample.get("question", ""))),
+        truth=None if truth is None else printable(stated_answer(truth))[:200],
+        is_right=is_right(sample),
+        details=[detail for detail in details if detail],
+        response=list(_segments(str(sample.get("response", "")))),
+        reason=printable(sample.get("reason") or ""),
+        turns=conversation(sample),
+    )
+
+
+def _segments(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the chain of thought plain, its tags faint, the answer in the color of the verdict."""
+    text = printable(shorten_middle(text, MAX_CHARACTERS).strip(), keep_newlines=True)
+    if not text:
+        yield "i", "(empty)"
+    tags: dict[int, str] = {}
+    if (start := text.rfind("<think>")) >= 0:
+        tags |= {start: "<think>", text.find("</think>"): "</think>\n"}
+    answer = range(0)
+    if (start := text.rfind("<answer>")) >= 0:
+        end = text.find("</answer>", start)
+        tags |= {start: "<answer>", end: "</answer>"}
+        answer = range(start, end if end >= 0 else len(text))
+    tags.pop(-1, None)  # a closing tag that is not there
+    position = 0
+    for at, tag in [*sorted(tags.items()), (len(text), "")]:
+        if position < at:
+            yield "b" if position in answer else "", text[position:at]
+        if tag:
+            yield "i", tag
+        position = at + len(tag.strip())
+
+
+def conversation(sample: Mapping[str, Any]) -> list[ShownTurn]:
+    """Return the turns of a line of samples.jsonl; empty for a single turn."""
+    turns = sample.get("turns")
+    if not isinstance(turns, list):
+        return []
+    shown = [_shown(turn) for turn in turns if isinstance(turn, Mapping)]
+    if len(shown) <= MAX_TURNS:
+        return shown
+    half = MAX_TURNS // 2
+    gap = ShownTurn("…", False, f"{len(shown) - 2 * half:,} turns left out", [])
+    return [*shown[:half], gap, *shown[-half:]]
+
+
+def _shown(turn: Mapping[str, Any]) -> ShownTurn:
+    is_trained, tokens = bool(turn.get("trained")), finite(turn, "tokens")
+    version = finite(turn, "policy_version")
+    details = [
+        "" if tokens is None else counted(int(tokens), "token"),
+        "trained" if is_trained else "given",
+        "" if version is None else f"policy {version:.0f}",
+    ]
+    return ShownTurn(
+        printable(turn.get("role", "")),
+        is_trained,
+        " · ".join(detail for detail in details if detail),
+        list(_turn_segments(str(turn.get("text") or ""))),
+    )
+
+
+def _turn_segments(text: str) -> Iterator[tuple[str, str]]:
+    text = printable(shorten_middle(text, MAX_TURN_CHARACTERS).strip(), keep_newlines=True)
+    if not text:
+        yield "i", "(empty)"
+    for part in CALL.split(text):
+        if part:
+            yield "b" if CALL.fullmatch(part) else "", part
