@@ -94,7 +94,7 @@ def is_ungraded(line: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Decoding:
+class SamplingSettings:
     """Sampling parameters.
 
     Attributes:
