@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1_kernels_bench import reference
+from r1_kernels_bench import eager
+from r1_kernels_bench.eager import CLIP, KL_BETA
 from r1_kernels_bench.inputs import HiddenInputs, LogitsInputs, MatrixInputs, PolicyInputs
-from r1_kernels_bench.reference import CLIP, KL_BETA
 
 OURS = "r1_kernels"
 TOO_LATE = "the time given was used up: raise --minutes, or use --only"
@@ -63,7 +63,7 @@ def on_hidden(
         logprobs, *_ = logprobs_of(*leaves, tokens.targets)
     results = {"logprobs": logprobs.detach()}
     if gradients:
-        loss = reference.eager_policy_loss(logprobs, *tokens.loss_inputs) if policy else None
+        loss = eager.eager_policy_loss(logprobs, *tokens.loss_inputs) if policy else None
         total, upstream = (logprobs, inputs.upstream) if loss is None else (loss, None)
         results["hidden"], results["weight"] = torch.autograd.grad(total, leaves, upstream)
     return results
