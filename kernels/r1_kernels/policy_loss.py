@@ -254,7 +254,7 @@ def prepare_tokens(
         settings: those of the loss.
         averaging: how the loss is averaged.
         primitives: the implementation that will compute the loss.
-        dtype: of the weights.
+        dtype: the dtype of the returned weights.
         **others: further tensors that must be on the same device.
 
     Raises:

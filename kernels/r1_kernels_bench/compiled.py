@@ -31,7 +31,7 @@ class Launch(NamedTuple):
     """A kernel as it was compiled and launched.
 
     Attributes:
-        programs: of the grid.
+        programs: the number of programs in the grid.
         kernel: Triton's compiled one, with `asm` and `metadata`."""
 
     name: str

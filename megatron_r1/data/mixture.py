@@ -78,7 +78,7 @@ class MixtureSampler(ExampleSampler):
 
     Args:
         parts: each with the examples of a file and their number in an epoch.
-        seed: of all shuffles.
+        seed: the seed of all shuffles.
         shuffled: whether the examples of an epoch are mixed.
     """
 

@@ -258,7 +258,7 @@ def question_of(location: str, row: Record) -> tuple[list[Message], str]:
 
     Args:
         location: "file:line", for errors.
-        row: of the file.
+        row: a row of the file.
     """
     value = row.get("question")
     if isinstance(value, dict) and all(isinstance(part, str) for part in value.values()):

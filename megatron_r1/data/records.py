@@ -110,7 +110,7 @@ def read_records(
             columns are kept.
         names: the columns that the caller reads.
         role: the key of errors, such as the setting that names the file.
-        keeps: of location and row, whether the row is yielded.
+        keeps: a function of location and row that says whether the row is yielded.
 
     Raises:
         UserError: with file and line for a row that is not an object or lacks a mapped column, for

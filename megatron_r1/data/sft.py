@@ -79,7 +79,7 @@ def load_examples(
     of this module.
 
     Args:
-        path: of a file or data set.
+        path: a file or data set.
         columns: our name → the file's.
         where: conditions that rows must meet (`records.RowFilter`).
         report: counts the rows.

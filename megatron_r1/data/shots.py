@@ -32,7 +32,7 @@ class Shots:
     Args:
         path: the examples' file, of `read_records`.
         num_shots: per question; None: all.
-        seed: of the choice.
+        seed: the seed of the choice.
 
     Raises:
         UserError: for a bad or too small file.

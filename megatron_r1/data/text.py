@@ -46,7 +46,7 @@ def find_template(template: str, key: str = "data.template") -> str:
 
     Args:
         template: the recipe's value.
-        key: of the recipe, for errors.
+        key: the recipe's key, for errors.
     """
     if template == CHAT:
         raise ValueError("the chat template belongs to the tokenizer: use apply_chat_template")

@@ -91,9 +91,9 @@ def subsets(num_samples: int, size: int, seed: int) -> list[tuple[int, ...]]:
     The vote of m out of n samples is the mean over these; m = n gives the whole set.
 
     Args:
-        num_samples: of a question.
-        size: of a set.
-        seed: of the draws, where not all sets are returned.
+        num_samples: the number of samples of a question.
+        size: the number of indices in a set.
+        seed: the seed of the draws, where not all sets are returned.
     """
     if math.comb(num_samples, size) <= NUM_SUBSETS:
         return list(itertools.combinations(range(num_samples), size))

@@ -40,8 +40,8 @@ def win_rates(questions: Comparisons, seed: int) -> dict[str, Estimate]:
     whole questions; each question has the same weight.
 
     Args:
-        questions: the comparisons of each.
-        seed: of the resampling.
+        questions: the comparisons of each question.
+        seed: the seed of the resampling.
     """
     raw = [sum(preference for preference, _ in samples) / len(samples) for samples in questions]
     weights = np.array([1 / len(samples) for samples in questions for _ in samples])

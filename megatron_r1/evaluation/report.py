@@ -132,10 +132,10 @@ def write_report(
     """Write one self-contained page: all metrics, the figure, and samples of every verdict.
 
     Args:
-        path: of the page.
+        path: the page's file.
         title: its heading.
         settings: name → value, as shown.
-        summaries: of each benchmark.
+        summaries: the summary of each benchmark.
         figure: the PNG of `write_figure`.
         questions: (benchmark, id) → its line of questions.jsonl.
         samples: lines of samples.jsonl.

@@ -87,7 +87,7 @@ async def summarize(
 
     Args:
         pool: the workers that compare answers.
-        log: of the folder.
+        log: the responses in the run's folder.
         prompt_set: the benchmark's prompts.
         seed: the seed of the resampling.
         part: the part of a response that a judge compares.

@@ -136,7 +136,7 @@ async def majority_score(
     Args:
         pool: grades responses and compares answers.
         kind: the question's reward.
-        responses: of one question.
+        responses: the texts sampled for one question.
         scores: their rewards.
         opened: as for `read_vote`.
         reading: as for `read_vote`.

@@ -67,7 +67,7 @@ def grade(
         partial: run all tests and return the share passed; otherwise the first failure ends the
             run.
         limits: overrides of `sandbox.limits.Limits`.
-        standard: of C++.
+        standard: the C++ standard, one of `STANDARDS`.
         opened: the prompt ended with `<think>`.
         **entry: the prompt's other fields, which are not used.
 
