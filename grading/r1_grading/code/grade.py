@@ -235,9 +235,13 @@ def equal_output(
 ) -> bool:
     """Whether all lines have the same tokens (split at white space), blank lines at the ends aside.
 
-    tolerance: two tokens that are decimal numbers may differ by tolerance × max(1, |expected|), so
-    that 0 accepts 1.0 for 1. None: `FLOAT_TOLERANCE` where the expected token is a float; others
-    are compared as text, or with `by_value` as numbers."""
+    Args:
+        actual: what the program printed.
+        expected: the test's output.
+        tolerance: two tokens that are decimal numbers may differ by tolerance × max(1, |expected|),
+            so that 0 accepts 1.0 for 1. None: `FLOAT_TOLERANCE` where the expected token is a
+            float; others are compared as text, or with `by_value` as numbers.
+        by_value: whether, without a tolerance, other decimal numbers are compared as numbers."""
     texts = actual, expected.encode("utf-8", "replace")
     left, right = (text.strip().split(b"\n") for text in texts)
     return len(left) == len(right) and all(
@@ -252,8 +256,13 @@ def equal_output(
 def equal_result(actual: bytes, expected: Any, tolerance: float | None) -> bool:
     """Whether `actual`, JSON text, is the JSON value `expected`, compared as Python compares.
 
-    So 1 == 1.0 == True, and NaN equals nothing; a tuple is a list in JSON. tolerance: as in
-    `equal_output`, for every number; None: `FLOAT_TOLERANCE` where a float is expected."""
+    So 1 == 1.0 == True, and NaN equals nothing; a tuple is a list in JSON.
+
+    Args:
+        actual: the function's result as JSON text.
+        expected: the test's result.
+        tolerance: as in `equal_output`, for every number; None: `FLOAT_TOLERANCE` where a float is
+            expected."""
     try:
         return _equal_values(load_json(actual), expected, tolerance)
     except (ValueError, RecursionError, OverflowError):
@@ -330,9 +339,20 @@ def run_checker(
     `int` raise, and is wrong. So the checker counts as broken only where it also fails on the
     expected output or, without one, before it opens any output.
 
-    full_budget: for the run on the expected output, which must not suffer from the time that the
-    response's program has used. Raises ValueError for a checker that is broken for every response.
-    """
+    Args:
+        checker: the checker's source.
+        test: the test, whose `stdin` and `expected` the checker reads.
+        actual: what the response's program printed.
+        budget: the limits of the run on `actual`.
+        full_budget: the limits of the run on the expected output, which must not suffer from the
+            time that the response's program has used.
+
+    Returns:
+        The score as a grade with its reason; 0 for an output on which only the checker's run on it
+        fails.
+
+    Raises:
+        ValueError: a checker that is broken for every response."""
     score = _score(checker, test, actual, budget)
     if isinstance(score, Grade):
         return score

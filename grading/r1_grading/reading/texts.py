@@ -23,8 +23,11 @@ PLACEHOLDERS = re.compile(r"\{(question|response)\}")
 def chain_of_thought(response: str, opened: bool = False) -> str | None:
     """Return the text from the first `<think>` to the last `</think>`; None without a `<think>`.
 
-    opened: the prompt ended with `<think>`, so the response begins inside the thought. A thought
-    that is never closed (a response cut at its length limit) extends to the end."""
+    A thought that is never closed (a response cut at its length limit) extends to the end.
+
+    Args:
+        response: the text that the policy sampled.
+        opened: the prompt ended with `<think>`, so the response begins inside the thought."""
     if not opened:
         _, found, response = response.partition(THINK)
         if not found:
@@ -38,7 +41,15 @@ def prepare_texts(
 ) -> tuple[str, Extraction]:
     """Return the question and the `part` of the response, without control tokens.
 
-    The part is cut to about `max_chars`; its text is None where the response has no such part."""
+    Args:
+        question: the prompt's question.
+        response: the text that the policy sampled.
+        part: the part that is read, as in `response_part`.
+        opened: the prompt ended with `<think>`.
+        max_chars: the length to about which the part is cut.
+
+    Returns:
+        The question, and the part; its text is None where the response has no such part."""
     extraction = response_part(response, part, opened)
     if extraction.text is not None:
         extraction = Extraction(cut_middle(break_control_tokens(extraction.text), max_chars))
