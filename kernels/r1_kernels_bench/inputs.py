@@ -129,8 +129,10 @@ def make_tokens(
 
 
 class Inputs:
-    """The tensors that every implementation of a case is called with. checks: the error of each
-    result that a call may return, with the error's name."""
+    """The tensors that every implementation of a case is called with.
+
+    Attributes:
+        checks: the error of each result that a call may return, with the error's name."""
 
     tokens: Tokens
     logprobs: Tensor
@@ -201,8 +203,11 @@ class HiddenInputs(Inputs):
         return (hidden, weight) if gradients else (hidden.detach(), weight.detach())
 
     def bound(self, gradients: bool, masked: bool) -> measure.Bound:
-        """Return the least time that the matrix products can take. masked: masked tokens need not
-        be computed."""
+        """Return the least time that the matrix products can take.
+
+        Args:
+            gradients: whether the gradients are computed.
+            masked: whether masked tokens need not be computed."""
         tokens = int((self.tokens.mask > 0).sum()) if masked else len(self.hidden)
         return measure.matrix_bound(*self.leaves(False), tokens, 3 if gradients else 1)
 

@@ -31,7 +31,10 @@ def normalizers(
 ) -> tuple[Tensor, Tensor]:
     """Return log sum exp of every row and the targets' log-probabilities, each (T,) fp64.
 
-    logits_of: returns the fp64 logits (n, V) of a slice of tokens."""
+    Args:
+        logits_of: returns the fp64 logits (n, V) of a slice of tokens.
+        targets: (T,) ids.
+        vocab: V."""
     sums, chosen = [], []
     for part in row_chunks(len(targets), vocab, targets.device):
         logits = logits_of(part)

@@ -11,10 +11,12 @@ import numpy as np
 
 
 class ByteDecoder:
-    """Decodes as `tokenizer.decode(ids, skip_special_tokens=False)` does."""
+    """Decodes as `tokenizer.decode(ids, skip_special_tokens=False)` does.
+
+    Args:
+        tokens: id → token in GPT-2's alphabet of bytes; None for an id without a token."""
 
     def __init__(self, tokens: list[str | None]) -> None:
-        """tokens: id → token in GPT-2's alphabet of bytes; None for an id without a token."""
         alphabet = _byte_alphabet()
         table = [_token_bytes(token or "", alphabet) for token in tokens]
         # The last row is for ids beyond the table, which have no text.

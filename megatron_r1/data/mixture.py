@@ -17,7 +17,13 @@ from megatron_r1.data.sft import ExampleSampler, SftExample, load_examples
 
 @dataclass(frozen=True)
 class LoadedPart:
-    """The examples of one file. num_per_epoch: how many of them an epoch has, repeats counted."""
+    """The examples of one file.
+
+    Attributes:
+        path: the file.
+        examples: all of its examples.
+        num_per_epoch: how many of them an epoch has, repeats counted.
+        report: the counts of its rows."""
 
     path: str
     examples: list[SftExample]
@@ -38,11 +44,18 @@ def load_mixture(parts: Sequence[MixturePart]) -> list[LoadedPart]:
 
 
 def epoch_counts(parts: Sequence[MixturePart], sizes: Sequence[int]) -> list[int]:
-    """Return how many examples of each part an epoch has; sizes: numbers of examples in the files.
+    """Return how many examples of each part an epoch has.
 
     Shares are of the whole epoch. Parts with a count or repeat fix its size; if all parts have
     shares, it is the largest epoch that repeats nothing. Examples beyond a file's share come up in
-    later epochs. Raises UserError for a share that would need repeats."""
+    later epochs.
+
+    Args:
+        parts: the recipe's entries.
+        sizes: the number of examples in each file.
+
+    Raises:
+        UserError: a share that would need repeats."""
     fixed = [_fixed_count(part, size) for part, size in zip(parts, sizes, strict=True)]
     shares = [part.share or 0.0 for part in parts]
     if not any(shares):

@@ -42,12 +42,14 @@ TEMPLATES: dict[str, str] = {
 
 def find_template(template: str, key: str = "data.template") -> str:
     """Return the text of a template: a name in `TEMPLATES`, or a text with `{problem}` in it.
-    Raises UserError for a text without the placeholder, ValueError for "chat".
 
     Args:
         template: the recipe's value.
         key: the recipe's key, for errors.
-    """
+
+    Raises:
+        UserError: a text without the placeholder.
+        ValueError: "chat"."""
     if template == CHAT:
         raise ValueError("the chat template belongs to the tokenizer: use apply_chat_template")
     text = TEMPLATES.get(template, template)

@@ -22,8 +22,13 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
 
 def find_model(path: str) -> tuple[Path, bool]:
     """Return (a Hugging Face folder, False) or (a checkpoint that must be exported first, True).
-    path: a Hugging Face folder; a run's folder, whose `hf/` is used unless a checkpoint is newer;
-    or one checkpoint of a run. Raises UserError for anything else."""
+
+    Args:
+        path: a Hugging Face folder; a run's folder, whose `hf/` is used unless a checkpoint is
+            newer; or one checkpoint of a run.
+
+    Raises:
+        UserError: anything else."""
     folder = Path(path)
     if (folder / "config.json").is_file():
         return folder, False

@@ -94,8 +94,8 @@ def equal_length_win_rates(
     has one maximum.
 
     Args:
-        preferences: [samples].
-        lengths: [samples].
+        preferences: [samples], from 0 to 1.
+        lengths: [samples], as `squashed` returns them.
         weights: [fits, samples]."""
     inputs = np.stack([np.ones_like(lengths), lengths])  # [2, samples]
     squares = inputs[:, None] * inputs[None]  # [2, 2, samples]
@@ -126,10 +126,18 @@ def pair_measures(
 ) -> dict[str, float]:
     """Return measures of preference pairs by their scores (logits).
 
-    accuracy: the share of pairs whose chosen response scores higher, by question, with its
-    interval. margin: chosen minus rejected. loss: -log sigmoid(margin). calibration_error: of
-    sigmoid(|margin|) as the probability that the response with the higher score is the chosen one.
-    """
+    Args:
+        questions: the question of each pair.
+        chosen: the score of each pair's chosen response.
+        rejected: the score of the other.
+
+    Returns:
+        accuracy: the share of pairs whose chosen response scores higher, by question, with its
+        interval.
+        margin: chosen minus rejected.
+        loss: -log sigmoid(margin).
+        calibration_error: that of sigmoid(|margin|) as the probability that the response with the
+        higher score is the chosen one."""
     margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
     certain = sigmoid(np.abs(margins)).tolist()
     right = [float(margin > 0) for margin in margins]
@@ -139,16 +147,29 @@ def pair_measures(
 def label_measures(
     questions: Sequence[str], scores: Sequence[float], labels: Sequence[float]
 ) -> dict[str, float]:
-    """Return measures of labelled responses by their scores (logits). accuracy: the share of scores
-    on their label's side of 0. margin: the distance from 0 to that side. loss: binary cross
-    entropy. calibration_error: of sigmoid(score) as the probability of a good response."""
+    """Return measures of labelled responses by their scores (logits).
+
+    Args:
+        questions: the question of each response.
+        scores: the score of each.
+        labels: 1 for a good response, else 0.
+
+    Returns:
+        accuracy: the share of scores on their label's side of 0.
+        margin: the distance from 0 to that side.
+        loss: binary cross entropy.
+        calibration_error: that of sigmoid(score) as the probability of a good response."""
     margins = [score if label else -score for score, label in zip(scores, labels, strict=True)]
     return _reliability(questions, margins, sigmoid(np.asarray(scores)).tolist(), labels)
 
 
 def expected_calibration_error(probabilities: Sequence[float], outcomes: Sequence[float]) -> float:
     """Return Σ_b n_b / n · |mean outcome - mean probability| over ten equal bins of the probability
-    (Guo et al. 2017, arXiv 1706.04599, eq. 3). outcomes: 0 or 1."""
+    (Guo et al. 2017, arXiv 1706.04599, eq. 3).
+
+    Args:
+        probabilities: [n].
+        outcomes: [n], 0 or 1."""
     members_of: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for probability, outcome in zip(probabilities, outcomes, strict=True):
         members_of[min(NUM_BINS - 1, int(probability * NUM_BINS))].append((probability, outcome))

@@ -108,8 +108,12 @@ def print_table(summaries: Sequence[Summary]) -> None:
 
 
 def worded(metric: str, estimate: Estimate, name: bool = False) -> str:
-    """Return an estimate as "71.0% (66.2–75.8)"; name: with "@k: " of "pass@k" in front, or with
-    "wins: " and "at equal length: "."""
+    """Return an estimate as "71.0% (66.2–75.8)".
+
+    Args:
+        metric: the metric's name.
+        estimate: its value.
+        name: whether "@k: " of "pass@k" stands in front, or "wins: " and "at equal length: "."""
     is_length = metric == "length"
     value = number(estimate.value) if is_length else percent(estimate.value)
     prefix = WIN_RATES.get(metric) or f"@{metric.partition('@')[2]}: " if name else ""

@@ -62,7 +62,13 @@ class GradedSample:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any], prompt: Prompt, part: Part, reading: str) -> Self:
-        """Return the sample of a line of the log. reading: `rewards.answer`."""
+        """Return the sample of a line of the log.
+
+        Args:
+            line: a line of samples.jsonl.
+            prompt: the prompt that it responds to.
+            part: the part of a response that a judge compares.
+            reading: `rewards.answer`."""
         text, opened = line["response"], line["opened"]
         numeric = expects_number(prompt)
         return cls(

@@ -23,8 +23,13 @@ Ngram = tuple[str, ...]
 
 
 def load_avoided(paths: Iterable[str | Path]) -> list[str]:
-    """Return the questions of JSONL or Parquet files. Raises ValueError with file and line for a
-    row without one."""
+    """Return the questions of JSONL or Parquet files.
+
+    Args:
+        paths: the files.
+
+    Raises:
+        ValueError: a row without a question; with file and line."""
     return [
         require_text(place, row, "question")
         for path in paths
@@ -33,7 +38,12 @@ def load_avoided(paths: Iterable[str | Path]) -> list[str]:
 
 
 def contaminated(prompts: Sequence[Prompt], avoided: Sequence[str], n: int) -> dict[str, str]:
-    """Return id → reason of the prompts that must not be used. n: in words; 0: equality only."""
+    """Return id → reason of the prompts that must not be used.
+
+    Args:
+        prompts: the prompts to check.
+        avoided: the questions of benchmarks.
+        n: the number of words in a row that make a question too near; 0: equality only."""
     texts = {normalize(question) for question in avoided}
     grams = {gram for text in texts for gram in ngrams(text, n)}
     shared = {prompt.id: grams & ngrams(prompt.question, n) for prompt in prompts}

@@ -67,8 +67,12 @@ class DecisionCounts:
             self._num_kept_tokens += line["length"] or 0
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of curation.json. accuracy: the mean over graded responses; None
-        without graded responses. kept_tokens: the sampled tokens, before rewriting."""
+        """Return the content of curation.json.
+
+        Returns:
+            accuracy: the mean over graded responses; None without graded responses.
+            kept_tokens: the sampled tokens, before rewriting.
+            The other values are counts."""
         return {
             "questions": len(self._questions),
             "questions_with_kept": sum(self._questions.values()),
@@ -100,12 +104,17 @@ RunFilters = Callable[[Prompt, TextResponse], Awaitable[Decision | None]]
 
 
 class Selection:
-    """Chooses the responses that a `sample` recipe keeps."""
+    """Chooses the responses that a `sample` recipe keeps.
+
+    Args:
+        keep: the recipe's section.
+        filters: says why the filters drop a response.
+        drops_duplicates: whether a response equal to an earlier one is dropped.
+        seed: the seed of `keep.choose: random`."""
 
     def __init__(
         self, keep: KeepConfig, filters: RunFilters, drops_duplicates: bool, seed: int = 0
     ) -> None:
-        """seed: for `keep.choose: random`."""
         self.keep, self._filters = keep, filters
         self._drops_duplicates, self._seed = drops_duplicates, seed
 
@@ -127,8 +136,12 @@ class Selection:
     async def drop(
         self, prompt: Prompt, response: TextResponse, of_question: Decision | None = None
     ) -> Decision | None:
-        """Return why a response by itself is dropped, None to keep it. of_question: why all graded
-        responses to this question are dropped."""
+        """Return why a response by itself is dropped, None to keep it.
+
+        Args:
+            prompt: the prompt.
+            response: one response to it.
+            of_question: why all graded responses to this question are dropped."""
         if response.refusal:
             return Decision("no_answer", response.refusal)
         if response.is_ungraded:
