@@ -87,7 +87,12 @@ def of_signature(function: Callable[..., Any], target: str) -> GradeFunction:
       It gets messages instead of texts where its code reads their "content".
     - any other is called as it is.
 
-    target: its "module:function". Raises UserError for a signature of a library in `REFUSED`."""
+    Args:
+        function: the user's function.
+        target: its "module:function", for errors.
+
+    Raises:
+        UserError: a signature of a library in `REFUSED`."""
     parameters = _parameters(function)
     names = parameters.keys()
     if names >= VERL_NAMES:
@@ -237,9 +242,13 @@ FITS = CallFault("")
 def explain_failure(
     error: BaseException, function: GradeFunction, target: str, fields: Mapping[str, Any]
 ) -> CallFault:
-    """Return what is wrong with the call function(response, truth, **fields) that raised `error`.
+    """Return what is wrong with a call function(response, truth, **fields) that raised.
 
-    target: the function's "module:function"."""
+    Args:
+        error: what the call raised.
+        function: the function that was called.
+        target: its "module:function".
+        fields: the keyword arguments of the call."""
     if isinstance(error, MissingArguments):
         return _lacking(_kind_of(target), error.names)
     if not isinstance(error, TypeError) or isinstance(function, Adapted):

@@ -38,8 +38,8 @@ def grade(
         response: the text that ends with the answer.
         truth: text or a number, or several (`truths.alternatives`).
         opened: the prompt ended with `<think>`.
-        reading: of `read_answer`.
-        plain_line: of `read_answer`.
+        reading: where the answer is, as in `read_answer`.
+        plain_line: whether a last line is read, as in `read_answer`.
         **entry: the prompt's other fields, which are not used.
 
     Raises:

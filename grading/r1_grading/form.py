@@ -20,11 +20,15 @@ def grade_format(
 ) -> Grade:
     """Return 1 if the response is `<think>…</think><answer>…</answer>`, else 0.
 
-    The four tags each occur once, in order, with only white space outside.
+    The four tags each occur once, in order, with only white space outside. Thought and answer may
+    hold any text, or none, but not the prompt's own example.
 
-    opened: the prompt ended with `<think>`, so the response starts inside the thought and must not
-    open it again. Thought and answer may hold any text, or none, but not the prompt's own example.
-    """
+    Args:
+        response: the text that the policy sampled.
+        truth: not used.
+        opened: the prompt ended with `<think>`, so the response starts inside the thought and must
+            not open it again.
+        **entry: the prompt's other fields, which are not used."""
     text = (THINK + response if opened else response).strip()
     for tag in TAGS:
         if (num_found := text.count(tag)) != 1:
@@ -117,16 +121,27 @@ def _length(response: str, unit: str, num_tokens: object) -> int:
 def grade_language(
     response: str, truth: object = None, *, target: str, opened: bool = False, **entry: object
 ) -> Grade:
-    """Return the share of the thought's words that are in the language `target`, "en" or "zh".
+    """Return the share of the thought's words that are in the language `target`.
 
         reward = words in the target language / words      (DeepSeek-R1, arXiv 2501.12948 v2, eq. 5)
 
     Code, formulae, numbers, identifiers and symbols are in no language and do not count, up to a
     share of the words: a thought with more of them is written in them. The script decides, so a
-    Latin word of another language counts as English.
+    Latin word of another language counts as English. Linear in the length of the response.
 
-    0 for a response without a thought, and for a thought without words. Linear in the length of the
-    response. Raises ValueError for another target."""
+    Args:
+        response: the text that the policy sampled.
+        truth: not used.
+        target: "en" or "zh".
+        opened: the prompt ended with `<think>`, so the response starts inside the thought.
+        **entry: the prompt's other fields, which are not used.
+
+    Returns:
+        The share with its reason; 0 for a response without a thought, and for a thought without
+        words.
+
+    Raises:
+        ValueError: another target."""
     if not isinstance(target, str) or target not in LANGUAGES:
         raise ValueError(f"target must be one of {', '.join(LANGUAGES)}, got {target!r}")
     thought = chain_of_thought(response, opened)
@@ -162,12 +177,22 @@ def grade_repetition(
     The n-gram repetition penalty of "Demystifying Long Chain-of-Thought Reasoning" (arXiv
     2502.03373, appendix C), inverted so that 1 is no repetition. Characters instead of words need
     no segmentation, and with a long window (50: some eight words of English) formulae and phrases
-    may occur again: only long copies count.
+    may occur again: only long copies count. White space, case, zero-width characters and accents
+    make no difference.
 
-    White space, case, zero-width characters and accents make no difference. mask_numbers: neither
-    do digits, so that a counter in a loop does not hide it; many cases worked through in the same
-    words then count as repetition too. A response shorter than a window has 1. Raises ValueError
-    for a window that is not a positive integer."""
+    Args:
+        response: the text that the policy sampled.
+        truth: not used.
+        window: the number of characters of a window.
+        mask_numbers: whether digits make no difference either, so that a counter in a loop does not
+            hide it; many cases worked through in the same words then count as repetition too.
+        **entry: the prompt's other fields, which are not used.
+
+    Returns:
+        The share with its reason; 1 for a response shorter than a window.
+
+    Raises:
+        ValueError: a window that is not a positive integer."""
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise ValueError(f"window must be a positive number of characters, got {window!r}")
     # Once more for the accents of whole characters; millions of accents in a row, which decomposing

@@ -284,8 +284,8 @@ def grade(
         exact: 1 for a full score and 0 for anything less; otherwise the scorer's partial credit
             counts.
         opened: the prompt ended with `<think>`.
-        reading: of `read_answer`.
-        plain_line: of `read_answer`.
+        reading: where the answer is, as in `read_answer`.
+        plain_line: whether a last line is read, as in `read_answer`.
         **other: the prompt's other fields, which are not used.
 
     Raises:

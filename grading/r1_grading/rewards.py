@@ -112,10 +112,14 @@ WITHOUT_TRUTH = (ENVIRONMENT, "helpful", "logic", "safety")
 
 
 def resolve(kind: str) -> str:
-    """Return the "module:function" of a reward; kind: a registered name, or such a path itself.
+    """Return the "module:function" of a reward.
 
-    Raises UserError for an unknown kind, naming the known ones, and for a path into Python's own
-    library: a row of a data set could otherwise name `builtins:exec` and contain its program."""
+    Args:
+        kind: a registered name, or such a path itself.
+
+    Raises:
+        UserError: an unknown kind, naming the known ones, and a path into Python's own library: a
+            row of a data set could otherwise name `builtins:exec` and contain its program."""
     known = REGISTRY | REMOTE | {ENVIRONMENT: f"{__name__}:refuse_environment"}
     if kind in known:
         return known[kind]

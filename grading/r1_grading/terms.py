@@ -237,8 +237,13 @@ def call_fields(
     For rewards in worker processes the prompt's own `fields` override the options. For served
     rewards only the recipe selects the service and the key: a data set with a column "model"
     changes nothing, nor does one with a column "url", which could collect keys. Only if there are
-    no options (`megatron-r1 score`) do the settings of a line count, except api_key_env. `facts`
-    override options and fields."""
+    no options (`megatron-r1 score`) do the settings of a line count, except api_key_env.
+
+    Args:
+        kind: the reward.
+        options: kind → the recipe's options.
+        fields: the prompt's fields.
+        facts: facts about the response, which override options and fields."""
     given = options.get(kind, {})
     if kind in REMOTE:
         from r1_grading.served.service import settings_names  # aiohttp: a recipe needs none

@@ -146,8 +146,17 @@ def math_truth(truth: object) -> str:
 
 
 def check_truth(kind: str, truth: Any, fields: Mapping[str, Any]) -> None:
-    """Raise ValueError for a truth that the reward `kind` cannot compare with. Rewards of a user's
-    own, served ones and those without a truth are not checked. fields: of the prompt."""
+    """Raise for a truth that the reward `kind` cannot compare with.
+
+    Rewards of a user's own, served ones and those without a truth are not checked.
+
+    Args:
+        kind: the reward.
+        truth: the row's truth.
+        fields: the prompt's fields.
+
+    Raises:
+        ValueError: the truth does not fit."""
     if check := CHECKS.get(kind):
         if fault := find_non_finite(truth, "truth"):
             raise ValueError(fault)

@@ -24,8 +24,13 @@ MAX_REPLY_BYTES = 64 * 1024
 
 
 class JobArguments(msgspec.Struct):
-    """A grading job without its response. target: "module:function" of the reward, called as
-    function(response, truth, **fields)."""
+    """A grading job without its response.
+
+    Attributes:
+        id: the job's number.
+        target: the reward's "module:function", called as function(response, truth, **fields).
+        truth: what the reward compares with.
+        fields: the keyword arguments of the call."""
 
     id: int
     target: str

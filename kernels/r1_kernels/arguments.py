@@ -74,7 +74,16 @@ def check_head(hidden: Tensor, weight: Tensor) -> None:
 def check_targets(
     targets: Tensor, num_tokens: int, vocab_size: int, unmasked: Tensor | None = None
 ) -> None:
-    """Require `targets` (T,), integers in 0 … vocab_size - 1 where `unmasked` (None: all)."""
+    """Require targets that are ids of the vocabulary.
+
+    Args:
+        targets: (T,) integers in 0 … vocab_size - 1.
+        num_tokens: T.
+        vocab_size: the ids in the whole vocabulary.
+        unmasked: (T,) booleans, where the ids count; None: everywhere.
+
+    Raises:
+        ValueError: another shape or dtype, or an id outside the vocabulary."""
     if targets.shape != (num_tokens,):
         raise ValueError(f"targets must be ({num_tokens},), got {tuple(targets.shape)}")
     if targets.dtype not in (torch.int64, torch.int32):

@@ -66,7 +66,16 @@ class LinearHead:
     def gradient(
         self, logits: Tensor, targets: Tensor, upstream: RowUpstream, out: Tensor
     ) -> Tensor:
-        """Compute the gradient of `logits` in out[:rows]."""
+        """Compute the gradient of the logits in out[:rows].
+
+        Args:
+            logits: (rows, V_local), unscaled.
+            targets: (rows,) ids of the whole vocabulary.
+            upstream: parts of the softmax and the upstream gradients, each (rows,).
+            out: at least `rows` rows of V_local columns; it may be the memory of `logits`.
+
+        Returns:
+            out[:rows]."""
         out = out[: len(logits)]
         return self.primitives.logits_gradient(
             logits, targets, self.shard, self.scale, upstream, out
@@ -76,7 +85,8 @@ class LinearHead:
         """Yield parts of `rows` of nearly equal size: a small last chunk would read the whole
         weight too. If `chunk_tokens` is a multiple of `CHUNK_STEP`, so is every chunk but the last.
 
-        rows: a range that begins at 0, or indices."""
+        Args:
+            rows: a range that begins at 0, or indices."""
         count = num_rows(rows)
         step = CHUNK_STEP if self.chunk_tokens % CHUNK_STEP == 0 else 1
         size = -(-count // max(1, -(-count // self.chunk_tokens)))
@@ -100,7 +110,12 @@ def default_chunk_tokens(weight: Tensor) -> int:
 
 
 def head_softmax(head: LinearHead, hidden: Tensor, targets: Tensor) -> RowSoftmax:
-    """Compute the softmax of every token, in one product. hidden: (T, H)."""
+    """Compute the softmax of every token, in one product.
+
+    Args:
+        head: the output layer.
+        hidden: (T, H).
+        targets: (T,) ids."""
     out = RowSoftmax(
         *(hidden.new_empty(len(hidden), dtype=wide(hidden.dtype)) for _ in RowSoftmax._fields)
     )
@@ -126,12 +141,17 @@ class HeadGradients:
 
     The weight's gradient is accumulated in fp32. The hidden states' gradient is one product per
     chunk, rounded once; with a group it is this rank's part of a sum, which is reduced in fp32,
-    chunk by chunk, while later products run."""
+    chunk by chunk, while later products run.
+
+    Args:
+        head: the output layer.
+        hidden: (T, H).
+        needs: whether hidden and weight need a gradient; one not needed stays None.
+        reduce_hidden: whether the hidden states' gradient is summed over the group."""
 
     def __init__(
         self, head: LinearHead, hidden: Tensor, needs: Sequence[bool], reduce_hidden: bool
     ):
-        """needs: whether hidden and weight need a gradient; one not needed stays None."""
         self.head = head
         self.needed = any(needs[:2])
         self.hidden = torch.zeros_like(hidden) if needs[0] else None

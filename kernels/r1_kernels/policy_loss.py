@@ -33,7 +33,16 @@ class Sequences:
     """S sequences packed into T tokens: sums over each, and per-sequence values per token.
 
     With a group, each of its ranks holds some tokens of every sequence, and every rank gets the
-    sums of the whole sequences."""
+    sums of the whole sequences.
+
+    Args:
+        cu_seqlens: (S + 1,) integers from 0 to T.
+        num_tokens: T.
+        primitives: the implementation that sums.
+        group: the ranks that share the sequences; None: this one alone.
+
+    Raises:
+        ValueError: other cu_seqlens."""
 
     def __init__(
         self,
@@ -42,7 +51,6 @@ class Sequences:
         primitives: Primitives,
         group: ProcessGroup | None = None,
     ):
-        """cu_seqlens: (S + 1,) integers from 0 to T. Raises ValueError for anything else."""
         check_cu_seqlens(cu_seqlens, num_tokens)
         self.cu_seqlens, self.num_tokens = cu_seqlens, num_tokens
         self.primitives, self.group = primitives, group
@@ -79,8 +87,13 @@ class Averaging(NamedTuple):
     def sequences(self, num_tokens: int, primitives: Primitives) -> Sequences | None:
         """Return the sequences of the batch, or None if `average` and `ratio_level` need none.
 
-        Raises ValueError for unknown names, missing or wrong borders, and a group of several ranks
-        without a denominator: a rank cannot count the tokens of other ranks."""
+        Args:
+            num_tokens: T.
+            primitives: the implementation that sums.
+
+        Raises:
+            ValueError: unknown names, missing or wrong borders, and a group of several ranks
+                without a denominator: a rank cannot count the tokens of other ranks."""
         group = self.sequence_group
         if group is not None and dist.get_world_size(group) == 1:
             group = None
@@ -254,7 +267,7 @@ def prepare_tokens(
         settings: those of the loss.
         averaging: how the loss is averaged.
         primitives: the implementation that will compute the loss.
-        dtype: of the weights.
+        dtype: the dtype of the returned weights.
         **others: further tensors that must be on the same device.
 
     Raises:
@@ -281,7 +294,16 @@ def tokens_loss(
     entropy_coef: float,
     primitives: Primitives,
 ) -> PolicyLoss:
-    """Compute `policy_loss` of prepared tokens. sequences: those whose ratio is one, or None."""
+    """Compute `policy_loss` of prepared tokens.
+
+    Args:
+        logprobs: (T,), with gradient.
+        entropy: (T,), or None.
+        tokens: the other tensors, each (T,).
+        settings: the settings of the loss.
+        sequences: those whose ratio is one number, or None.
+        entropy_coef: the weight of the entropy.
+        primitives: the implementation."""
     if sequences is None:
         terms = primitives.policy_terms(tokens, settings)
         grad = terms.grad_log_ratio + terms.grad_logprob

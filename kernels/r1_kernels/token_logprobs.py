@@ -173,7 +173,19 @@ def make_head(
     chunk_tokens: int | None,
     backend: str | None,
 ) -> LinearHead:
-    """Check the arguments of a head and return it."""
+    """Check the arguments of a head and return it.
+
+    Args:
+        hidden: (T, H).
+        weight: (V_local, H).
+        temperature: the logits' divisor.
+        group: the ranks that share the vocabulary; None: this one alone.
+        vocab_size: the ids in the whole vocabulary; None: one for each column of all ranks.
+        chunk_tokens: the tokens with logits at once; None: `default_chunk_tokens`.
+        backend: the implementation, as for `registry.choose`.
+
+    Raises:
+        ValueError: arguments that do not fit, by name."""
     check_head(hidden, weight)
     check_temperature(temperature)
     check_count(chunk_tokens=chunk_tokens, vocab_size=vocab_size)

@@ -46,11 +46,19 @@ class VocabShard(NamedTuple):
     def of(
         cls, local: Tensor, num_columns: int, group: ProcessGroup | None, vocab_size: int | None
     ) -> VocabShard:
-        """Return this rank's shard of `num_columns` columns. local: any tensor on its device.
+        """Return this rank's shard of the vocabulary.
 
-        Raises ValueError if the ranks' shards differ, or cannot hold vocab_size ids together. One
-        all-gather per group, num_columns and vocab_size compares the shards, so all ranks must
-        change these together: a rank that changes them alone hangs in the all-gather."""
+        One all-gather per group, num_columns and vocab_size compares the shards, so all ranks must
+        change these together: a rank that changes them alone hangs in the all-gather.
+
+        Args:
+            local: any tensor on this rank's device.
+            num_columns: the columns of this rank, padding included.
+            group: the ranks that share the vocabulary; None: this one alone.
+            vocab_size: the ids in the whole vocabulary; None: one for each column of all ranks.
+
+        Raises:
+            ValueError: the ranks' shards differ, or cannot hold vocab_size ids together."""
         num_ranks = 1 if group is None else dist.get_world_size(group)
         group = group if num_ranks > 1 else None
         first = 0 if group is None else num_columns * dist.get_rank(group)
@@ -108,10 +116,14 @@ class RowUpstream(NamedTuple):
 
 
 class PendingStatistics:
-    """Statistics of a block of rows during their all-gather; other work may run meanwhile."""
+    """Statistics of a block of rows during their all-gather; other work may run meanwhile.
+
+    Args:
+        local: (4, T), this rank's `STATISTICS`, whose all-gather starts.
+        scale: 1 / temperature.
+        group: the ranks that share the vocabulary; None: this one alone."""
 
     def __init__(self, local: Tensor, scale: float, group: ProcessGroup | None):
-        """local: (4, T), this rank's `STATISTICS`; starts the all-gather."""
         self.scale = scale
         self.work = None
         self.parts = local[None]

@@ -45,7 +45,11 @@ def worker_results(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (case name, result) for each of task["cases"], in order.
 
-    task["deadline"]: as time.time(); progress: called with what is being measured."""
+    Args:
+        task: what the worker measures; task["deadline"] is as time.time().
+        progress: called with what is being measured.
+        silence: the seconds without a message after which the worker is given up.
+        worker: the worker's command."""
     task = {**task, "skip": {name: {} for name in task["cases"]}}
     while task["cases"]:
         if time.time() > task["deadline"]:

@@ -13,9 +13,9 @@ import r1_kernels
 import torch
 from r1_kernels.registry import KERNELS, Kernel, primitives
 
+from r1_kernels_bench import eager
 from r1_kernels_bench import implementations as calls
 from r1_kernels_bench import implementations as peers
-from r1_kernels_bench import reference
 from r1_kernels_bench.implementations import OURS, Implementation, with_gradients
 from r1_kernels_bench.inputs import (
     ExampleInputs,
@@ -25,8 +25,8 @@ from r1_kernels_bench.inputs import (
     PolicyInputs,
 )
 
-CLIP = reference.CLIP
-SETTINGS: dict[str, Any] = {"clip_low": CLIP, "clip_high": CLIP, "kl_beta": reference.KL_BETA}
+CLIP = eager.CLIP
+SETTINGS: dict[str, Any] = {"clip_low": CLIP, "clip_high": CLIP, "kl_beta": eager.KL_BETA}
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def _rows(
     """Return ours and the baselines.
 
     Args:
-        plain: of reference.py.
-        computes: of the baselines."""
+        plain: the function of `eager`.
+        computes: what the baselines do more or less, in words."""
     # One specialized graph for this call, as a training step would have.
     compiled = partial(torch.compile, plain, dynamic=False)
     return (
@@ -90,9 +90,9 @@ def _rows(
 
 
 _ON_HIDDEN = _rows(
-    calls.on_hidden, r1_kernels.linear_token_logprobs, reference.eager_linear_token_logprobs
+    calls.on_hidden, r1_kernels.linear_token_logprobs, eager.eager_linear_token_logprobs
 )
-_ON_LOGITS = _rows(calls.on_logits, _token_logprobs, reference.eager_token_logprobs)
+_ON_LOGITS = _rows(calls.on_logits, _token_logprobs, eager.eager_token_logprobs)
 _IN_PLACE = Implementation(
     OURS, calls.on_logits, lambda: partial(_token_logprobs, inplace=True), overwrites=True
 )
@@ -104,9 +104,7 @@ _FUNCTIONS = (
         "policy loss from hidden states, forward and backward",
         HiddenInputs,
         (
-            *_rows(
-                calls.linear_policy_loss, _linear_policy_loss, reference.eager_linear_policy_loss
-            ),
+            *_rows(calls.linear_policy_loss, _linear_policy_loss, eager.eager_linear_policy_loss),
             peers.LIGER_LINEAR_GRPO,
             *(
                 with_gradients(peer, "loss in eager PyTorch", policy=True)
@@ -163,22 +161,20 @@ _FUNCTIONS = (
         "policy_loss",
         "policy loss from log-probabilities, forward and backward",
         PolicyInputs,
-        _rows(
-            calls.policy_loss, _policy_loss, reference.eager_policy_loss, "no ratio, clip or KL out"
-        ),
+        _rows(calls.policy_loss, _policy_loss, eager.eager_policy_loss, "no ratio, clip or KL out"),
         gradients=True,
     ),
     KernelCase(
         "quantize_blockwise",
         "a matrix to fp8 with a scale for each 128 x 128 block (DeepGEMM's definition)",
         MatrixInputs,
-        _rows(calls.quantize, r1_kernels.quantize_blockwise, reference.eager_quantize),
+        _rows(calls.quantize, r1_kernels.quantize_blockwise, eager.eager_quantize),
     ),
     KernelCase(
         "dequantize_blockwise",
         "and back",
         MatrixInputs,
-        _rows(calls.dequantize, r1_kernels.dequantize_blockwise, reference.eager_dequantize),
+        _rows(calls.dequantize, r1_kernels.dequantize_blockwise, eager.eager_dequantize),
     ),
 )
 

@@ -31,7 +31,7 @@ class Launch(NamedTuple):
     """A kernel as it was compiled and launched.
 
     Attributes:
-        programs: of the grid.
+        programs: the number of programs in the grid.
         kernel: Triton's compiled one, with `asm` and `metadata`."""
 
     name: str
@@ -143,7 +143,10 @@ def resources(kernel: Any) -> dict[str, int]:
 def main_loop(kernel: Any, moved: Traffic, elements: float) -> dict[str, float]:
     """Return what one thread's main loop does; mufu and instructions are per element.
 
-    elements: of one thread; with a loop, in one iteration of the source's loop."""
+    Args:
+        kernel: Triton's compiled kernel.
+        moved: the bytes that it moves.
+        elements: the elements of one thread; with a loop, in one iteration of the source's loop."""
     body = _innermost_loop(_instructions(_cuobjdump(kernel, "-sass")), moved.elements is not None)
     loads = [i.num_bytes for i in body if i.is_a("LDG")]
     stores = [i.num_bytes for i in body if i.is_a("STG")]

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1_kernels_bench import reference
+from r1_kernels_bench import eager
+from r1_kernels_bench.eager import CLIP, KL_BETA
 from r1_kernels_bench.inputs import HiddenInputs, LogitsInputs, MatrixInputs, PolicyInputs
-from r1_kernels_bench.reference import CLIP, KL_BETA
 
 OURS = "r1_kernels"
 TOO_LATE = "the time given was used up: raise --minutes, or use --only"
@@ -48,7 +48,12 @@ class Implementation:
 
 
 def with_gradients(row: Implementation, adds: str = "", **options: bool) -> Implementation:
-    """Return `row` with its backward pass. adds: what that adds to `computes`."""
+    """Return `row` with its backward pass.
+
+    Args:
+        row: an implementation.
+        adds: what the backward pass adds to `computes`.
+        **options: keyword arguments of the call."""
     call = partial(row.call, gradients=True, **options)
     return replace(row, call=call, computes="; ".join(filter(None, [row.computes, adds])))
 
@@ -56,14 +61,19 @@ def with_gradients(row: Implementation, adds: str = "", **options: bool) -> Impl
 def on_hidden(
     logprobs_of: Callable, inputs: HiddenInputs, gradients: bool = False, policy: bool = False
 ) -> Results:
-    """Linear log-probabilities. gradients: of the fixed upstream gradient; with `policy` those of
-    the policy loss in eager PyTorch."""
+    """Linear log-probabilities.
+
+    Args:
+        logprobs_of: the implementation.
+        inputs: the case's tensors.
+        gradients: whether to compute gradients, of the fixed upstream gradient.
+        policy: whether they are of the policy loss in eager PyTorch."""
     leaves, tokens = inputs.leaves(gradients), inputs.tokens
     with torch.set_grad_enabled(gradients):
         logprobs, *_ = logprobs_of(*leaves, tokens.targets)
     results = {"logprobs": logprobs.detach()}
     if gradients:
-        loss = reference.eager_policy_loss(logprobs, *tokens.loss_inputs) if policy else None
+        loss = eager.eager_policy_loss(logprobs, *tokens.loss_inputs) if policy else None
         total, upstream = (logprobs, inputs.upstream) if loss is None else (loss, None)
         results["hidden"], results["weight"] = torch.autograd.grad(total, leaves, upstream)
     return results

@@ -15,7 +15,7 @@ import torch
 from r1_kernels import examples, registry
 from torch import Tensor
 
-from r1_kernels_bench import measure, reference
+from r1_kernels_bench import eager, measure, reference
 
 DTYPES = ("bfloat16", "float16", "float32")
 LONGEST_SEQUENCE = 4_096
@@ -129,8 +129,10 @@ def make_tokens(
 
 
 class Inputs:
-    """The tensors that every implementation of a case is called with. checks: the error of each
-    result that a call may return, with the error's name."""
+    """The tensors that every implementation of a case is called with.
+
+    Attributes:
+        checks: the error of each result that a call may return, with the error's name."""
 
     tokens: Tokens
     logprobs: Tensor
@@ -201,8 +203,11 @@ class HiddenInputs(Inputs):
         return (hidden, weight) if gradients else (hidden.detach(), weight.detach())
 
     def bound(self, gradients: bool, masked: bool) -> measure.Bound:
-        """Return the least time that the matrix products can take. masked: masked tokens need not
-        be computed."""
+        """Return the least time that the matrix products can take.
+
+        Args:
+            gradients: whether the gradients are computed.
+            masked: whether masked tokens need not be computed."""
         tokens = int((self.tokens.mask > 0).sum()) if masked else len(self.hidden)
         return measure.matrix_bound(*self.leaves(False), tokens, 3 if gradients else 1)
 
@@ -273,7 +278,7 @@ class MatrixInputs(Inputs):
         x = torch.randn(sizes.shard, sizes.hidden, **seeded(device))
         self.x = x.mul_(sizes.hidden**-0.5).to(sizes.torch_dtype)
         del x
-        self.quantized, self.scale = reference.eager_quantize(self.x)
+        self.quantized, self.scale = eager.eager_quantize(self.x)
         self.rows = reference.sample_rows(sizes.shard, device)
         self.exact_scale = self._scales_in_fp64(self.rows)
         scaled = self.x[self.rows].double() / self.exact_scale
@@ -297,7 +302,7 @@ class MatrixInputs(Inputs):
         amax = torch.stack([self.x[r // 128 * 128 :][:128].abs().amax(0) for r in rows.tolist()])
         parts = amax.double().split(128, 1)
         blocks = [part.amax(1, keepdim=True).expand_as(part) for part in parts]
-        return torch.cat(blocks, 1).clamp(min=reference.SMALLEST_AMAX) / reference.FP8_MAX
+        return torch.cat(blocks, 1).clamp(min=eager.SMALLEST_AMAX) / eager.FP8_MAX
 
     def _of_rows(self, scale: Tensor) -> Tensor:
         spread = scale[self.rows // 128].repeat_interleave(128, 1)

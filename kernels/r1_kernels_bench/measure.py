@@ -26,7 +26,10 @@ L2_BYTES = 2**28  # several times the largest L2 cache (H200: 50 MB; B200: 126 M
 
 
 class CallCost(NamedTuple):
-    """One measurement of a call. extra_bytes: None if it cannot be measured on this machine."""
+    """One measurement of a call.
+
+    Attributes:
+        extra_bytes: None if it cannot be measured on this machine."""
 
     seconds: float
     extra_bytes: int | None
@@ -108,8 +111,14 @@ class Bound:
 def matrix_bound(hidden: Tensor, weight: Tensor, tokens: int, products: int) -> Bound:
     """Return the bound of a kernel on hidden states: torch.mm alone, on `tokens` rows.
 
-    products: 1, the logits; 3, also the gradients of hidden states and weight. On a GPU the logits
-    and the weight's gradient are written in fp32, as by a kernel that rounds neither."""
+    On a GPU the logits and the weight's gradient are written in fp32, as by a kernel that rounds
+    neither.
+
+    Args:
+        hidden: (T, H).
+        weight: (V, H).
+        tokens: the number of rows.
+        products: 1, the logits; 3, also the gradients of hidden states and weight."""
     rows = hidden[:TOKENS_AT_ONCE]
     rounds = rows.is_cuda and rows.dtype != torch.float32
     product: Callable[[Tensor, Tensor], Tensor] = torch.mm

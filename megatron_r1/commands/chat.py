@@ -21,7 +21,7 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.recipe import positions
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.evaluation.engine_policy import EnginePolicy
-from megatron_r1.evaluation.response import Decoding, TextResponse
+from megatron_r1.evaluation.response import SamplingSettings, TextResponse
 from megatron_r1.trainer.checkpoints.finding import complete_checkpoints
 
 ARGUMENTS = ("RUN_OR_FOLDER",)
@@ -86,7 +86,9 @@ def _settings(config: Config, model: Path) -> Config:
 async def _answer(config: Config, model: Path, questions: list[str] | None) -> None:
     """Answer the questions on one engine; questions None: those typed at the terminal."""
     rollout = config.rollout
-    decoding = Decoding.of(rollout, rollout.temperature, rollout.top_p, rollout.max_response_tokens)
+    decoding = SamplingSettings.of(
+        rollout, rollout.temperature, rollout.top_p, rollout.max_response_tokens
+    )
     with temporary_logs() as scratch:
         policy = EnginePolicy(config, model, decoding, scratch, None)
         try:

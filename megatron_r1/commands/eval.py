@@ -22,8 +22,8 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.identity import settings_that_matter, versions
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest, load_prompt_sets
 from megatron_r1.evaluation.report import print_table, write_figure, write_report
-from megatron_r1.evaluation.response import Decoding, ResponseLog, TextResponse
-from megatron_r1.evaluation.sampling import Grader, Sampler
+from megatron_r1.evaluation.response import ResponseLog, SamplingSettings, TextResponse
+from megatron_r1.evaluation.sampling import ResponseBatchGrader, Sampler
 from megatron_r1.evaluation.summary import Summary, summarize
 from megatron_r1.reporting.run_folder import RunFolder
 
@@ -64,7 +64,9 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
     began = time.monotonic()
     log = ResponseLog(folder.samples_path, "eval")
     limit = config.rollout.max_response_tokens
-    decoding = Decoding.of(config.rollout, config.eval.temperature, config.eval.top_p, limit)
+    decoding = SamplingSettings.of(
+        config.rollout, config.eval.temperature, config.eval.top_p, limit
+    )
     policy = await make_policy(config, folder.path, config.eval.server, "eval.server", decoding)
     played = {s.title: s.agents.model_dump() for s in sets if s.agents is not None}
     identity = policy.identity | ({"agents": played} if played else {})
@@ -73,7 +75,7 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
     rewards = config.rewards
     pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
     try:
-        grader = Grader(pool, {ACCURACY: 1.0}, rewards.call_options)
+        grader = ResponseBatchGrader(pool, {ACCURACY: 1.0}, rewards.call_options)
         seed = config.run.seed
         sampler = Sampler(policy, grader, log, sets, seed, _audit_fields, by_prompt=False)
         write_lines(folder.path / "questions.jsonl", _question_lines(sets))

@@ -22,7 +22,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.preferences import Preference, ScoredText, read_preferences
 from megatron_r1.data.prompts import is_heldout, normalize
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.evaluation.measures import label_measures, pair_measures
+from megatron_r1.evaluation.pair_measures import label_measures, pair_measures
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer.sample import Sample
 

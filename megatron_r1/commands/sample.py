@@ -26,20 +26,15 @@ from megatron_r1.data.shots import Shots
 from megatron_r1.data.text import TEMPLATES
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import Decoding, Policy, ResponseLog
-from megatron_r1.evaluation.sampling import Grader, Sampler
+from megatron_r1.evaluation.response import Policy, ResponseLog, SamplingSettings
+from megatron_r1.evaluation.sampling import ResponseBatchGrader, Sampler
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted
+from megatron_r1.sample.decontamination import contaminated, load_avoided
 from megatron_r1.sample.filters import NAMES, PooledFilters, check_filters, filters_of
 from megatron_r1.sample.judged import PreferencePairs, ResponseJudge, SafetyLabels, make_judge
 from megatron_r1.sample.outputs import FILES, Decide, decide_all, write_outputs
-from megatron_r1.sample.selection import (
-    DUPLICATE,
-    DecisionCounts,
-    Selection,
-    contaminated,
-    load_avoided,
-)
+from megatron_r1.sample.selection import DUPLICATE, DecisionCounts, Selection
 from megatron_r1.sample.sft_examples import Rendering, SftExamples, cached_rewriter
 from megatron_r1.sample.user_function import ResultCache, UserFunction, load_function
 
@@ -169,9 +164,11 @@ async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> No
         grader = None
         if config.sample.is_graded:
             # As a training run grades in its first step.
-            grader = Grader(pool, weights_at(rewards.weights, step=1), rewards.call_options)
+            grader = ResponseBatchGrader(
+                pool, weights_at(rewards.weights, step=1), rewards.call_options
+            )
         rollout, server = config.rollout, config.sample.server
-        decoding = Decoding.of(
+        decoding = SamplingSettings.of(
             rollout, rollout.temperature, rollout.top_p, rollout.max_response_tokens
         )
         key = "sample.server"
@@ -219,7 +216,7 @@ async def _decide(
     inputs: SampleInputs,
     log: ResponseLog,
     pool: RewardPool,
-    grader: Grader | None,
+    grader: ResponseBatchGrader | None,
     judge: ResponseJudge | None,
     settings: dict[str, Any],
 ) -> None:

@@ -16,7 +16,7 @@ from megatron_r1.config.eval import ServerConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.shots import Shots
 from megatron_r1.evaluation.identity import find_model, require_same_identity
-from megatron_r1.evaluation.response import Decoding, Policy, ResponseLog
+from megatron_r1.evaluation.response import Policy, ResponseLog, SamplingSettings
 from megatron_r1.evaluation.server_policy import ServerPolicy
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints import finding
@@ -127,7 +127,7 @@ async def make_policy(
     folder: Path,
     server: ServerConfig | None,
     key: str,
-    decoding: Decoding,
+    decoding: SamplingSettings,
     shots: Shots | None = None,
 ) -> Policy:
     """Return the served model, or engines for `model.path`; a checkpoint is exported first.

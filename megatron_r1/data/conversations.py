@@ -28,11 +28,17 @@ MARK = "\ue000\ue001"
 
 
 class ExampleText:
-    """The tokenizer of a Hugging Face folder, and the template of conversations."""
+    """The tokenizer of a Hugging Face folder, and the template of conversations.
+
+    Args:
+        model_path: the folder.
+        template: "chat", or a text with {problem} (`templates`), for conversations of one question;
+            None: chat where the tokenizer has a chat template.
+
+    Raises:
+        UserError: the folder has no tokenizer, or the template does not fit it."""
 
     def __init__(self, model_path: str, template: str | None) -> None:
-        """template: "chat", or a text with {problem} (`templates`), for conversations of one
-        question; None: chat where the tokenizer has a chat template. Raises UserError."""
         self._text = PromptText(model_path, PLACEHOLDER)
         self._tokenizer: Any = self._text.tokenizer
         self._model_path = model_path

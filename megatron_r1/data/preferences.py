@@ -144,7 +144,7 @@ class ScoredText:
     Args:
         model_path: the folder.
         template: text with {question} and {response}; None: the tokenizer's chat template.
-        part: of the response that is scored.
+        part: the part of the response that is scored.
         max_chars: longer texts are shortened.
 
     Raises:

@@ -68,7 +68,13 @@ SCRIPTS = _ScriptMarks()
 
 
 def make_prompt(question: str, kind: str, truth: Any, fields: dict[str, Any]) -> Prompt:
-    """Return a prompt whose id is a hash of its normalized question."""
+    """Return a prompt whose id is a hash of its normalized question.
+
+    Args:
+        question: the question's text.
+        kind: the reward that grades it.
+        truth: what the reward compares with.
+        fields: the row's other columns."""
     return Prompt(digest(question).hex()[:16], question, kind, truth, fields)
 
 
@@ -80,9 +86,14 @@ def normalize(question: str, fold_case: bool = True) -> str:
 
 
 def is_heldout(question: str, fraction: float, salt: str = "") -> bool:
-    """Return whether a question belongs to the held-out share, by its text alone. salt: makes the
-    share independent of the shares of other salts. Without a salt of its own, a reward model whose
-    pairs have a policy's questions would find all of them on one side."""
+    """Return whether a question belongs to the held-out share, by its text alone.
+
+    Args:
+        question: the question's text.
+        fraction: the share that is held out.
+        salt: makes the share independent of the shares of other salts. Without a salt of its own, a
+            reward model whose pairs have a policy's questions would find all of them on one side.
+    """
     return int.from_bytes(digest(salt + question)[-8:], "big") < fraction * 2**64
 
 
@@ -93,7 +104,11 @@ def asked(prompt: Prompt) -> str:
 
 
 def identity(prompt: Prompt, kind: str | None) -> str:
-    """Return the text that identifies a prompt. kind: as in `load_prompts`."""
+    """Return the text that identifies a prompt.
+
+    Args:
+        prompt: the prompt.
+        kind: as in `load_prompts`."""
     question = asked(prompt)
     if kind != ENVIRONMENT or not prompt.fields:
         return question
@@ -166,7 +181,10 @@ FIRST_ROWS = 100
 
 
 class MissingTruth(UserError):
-    """A row has no truth. kind: the reward that would compare with it."""
+    """A row has no truth.
+
+    Attributes:
+        kind: the reward that would compare with it."""
 
     def __init__(self, message: str, kind: str) -> None:
         super().__init__(message, key="truth", cause=Cause.MISSING)
@@ -258,7 +276,7 @@ def question_of(location: str, row: Record) -> tuple[list[Message], str]:
 
     Args:
         location: "file:line", for errors.
-        row: of the file.
+        row: a row of the file.
     """
     value = row.get("question")
     if isinstance(value, dict) and all(isinstance(part, str) for part in value.values()):

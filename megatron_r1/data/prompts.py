@@ -45,8 +45,8 @@ def generate_items(
 
     Args:
         task: its name in reasoning-gym.
-        parameters: of the task.
-        seed: of its first item.
+        parameters: the task's parameters.
+        seed: the seed of its first item.
         num_items: how many.
 
     Raises:
@@ -162,16 +162,17 @@ def load_prompts(
     """Read prompts from a file, or generate them with a reasoning-gym task.
 
     Args:
-        path: of `records.read_records`, rows with `question`, `truth` and optionally `kind`
-            (default: `kind`, else what the truth shows: `r1_grading.truths.kind_of`); other columns
-            go to the reward. A question or truth that no row has by that name is found by its usual
-            names (`columns`). A question may be a chat that ends with the user's message.
+        path: a file, pattern, folder or data set as in `records.read_records`, of rows with
+            `question`, `truth` and optionally `kind` (default: `kind`, else what the truth shows:
+            `r1_grading.truths.kind_of`); other columns go to the reward. A question or truth that
+            no row has by that name is found by its usual names (`columns`). A question may be a
+            chat that ends with the user's message.
         heldout_path: a file that is held out whole, its questions dropped from train; without it,
             the share `heldout_fraction` of all possible questions is held out.
         task: a reasoning-gym dataset, generated with `parameters` and `seed`. Without `kind` (or
             with "logic") its own scorer grades; any other kind gets the item's answer as its truth.
         parameters: the task's.
-        seed: of the task's generator.
+        seed: the seed of the task's generator.
         kind: the default reward; see `path` and `task`.
         columns: our name → the file's.
         num_train: how many to train on, the first ones; None: all (a task needs the number).

@@ -57,7 +57,12 @@ class DataReport:
     is_complete: bool = True
 
     def leave_out(self, reason: str, location: str, key: str) -> None:
-        """Count a row that is left out; key: the column or the setting that it fails."""
+        """Count a row that is left out.
+
+        Args:
+            reason: what it fails.
+            location: "file:line".
+            key: the column or the setting that it fails."""
         if reason in self.left_out:
             self.left_out[reason].count += 1
         else:
@@ -110,7 +115,7 @@ def read_records(
             columns are kept.
         names: the columns that the caller reads.
         role: the key of errors, such as the setting that names the file.
-        keeps: of location and row, whether the row is yielded.
+        keeps: a function of location and row that says whether the row is yielded.
 
     Raises:
         UserError: with file and line for a row that is not an object or lacks a mapped column, for
@@ -168,14 +173,26 @@ def require_text(location: str, record: Record, name: str, renaming: str = "") -
 
 
 def missing(record: Record, name: str, renaming: str = "") -> str:
-    """Describe the lack of `name` in `record`. renaming: the setting that maps column names."""
+    """Describe the lack of `name` in `record`.
+
+    Args:
+        record: the row.
+        name: the column that it lacks.
+        renaming: the setting that maps column names."""
     hint = f"; if one of them is meant: {renaming}: {{{name}: …}}" if renaming and record else ""
     return f"is missing; the row has {', '.join(record) or 'nothing'}{hint}"
 
 
 def rename(location: str, row: Record, columns: Mapping[str, str]) -> Record:
-    """Return the row with the columns under our names. columns: our name → the file's. Raises
-    UserError for a column that the row lacks."""
+    """Return the row with the columns under our names.
+
+    Args:
+        location: "file:line", for errors.
+        row: the row as the file has it.
+        columns: our name → the file's.
+
+    Raises:
+        UserError: a column that the row lacks."""
     found = {ours: entry(row, theirs) for ours, theirs in columns.items()}
     for ours, theirs in columns.items():
         if found[ours] is ABSENT:
@@ -251,10 +268,17 @@ def _check_conditions(where: Conditions, key: str = "data.where") -> None:
 
 
 class RowFilter:
-    """Keeps the rows of one source that meet all conditions, and counts the others in `report`."""
+    """Keeps the rows of one source that meet all conditions, and counts the others in `report`.
+
+    Args:
+        where: column → condition.
+        report: counts the rows.
+        key: the setting, for errors.
+
+    Raises:
+        UserError: an invalid condition."""
 
     def __init__(self, where: Conditions, report: DataReport, key: str = "data.where") -> None:
-        """key: the setting, for errors. Raises UserError for an invalid condition."""
         _check_conditions(where, key)
         self._where, self._report, self._key = where, report, key
         self._unseen, self._known = set(where), dict[str, None]()

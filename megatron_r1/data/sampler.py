@@ -15,8 +15,8 @@ class EpochSampler(Generic[Item]):
     """Draws from `items`; each epoch is a new shuffle that depends on (seed, epoch) only.
 
     Args:
-        items: of an epoch.
-        seed: of all shuffles.
+        items: the items of an epoch.
+        seed: the seed of all shuffles.
         shuffled: False keeps the items in their order in every epoch.
     """
 
@@ -109,7 +109,7 @@ def draw_shares(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> dict
     is 1.
 
     Args:
-        prompts: of an epoch.
+        prompts: the prompts of an epoch.
         weights: by kind.
 
     Raises:

@@ -32,7 +32,7 @@ class Shots:
     Args:
         path: the examples' file, of `read_records`.
         num_shots: per question; None: all.
-        seed: of the choice.
+        seed: the seed of the choice.
 
     Raises:
         UserError: for a bad or too small file.
@@ -104,9 +104,18 @@ class FewShotText(PromptText):
     def __init__(
         self, model_path: str, template: str, shots: Shots, stop_token_ids: Sequence[int] = ()
     ) -> None:
-        """Load the tokenizer. Raises UserError also if its chat template drops the thoughts of
-        earlier turns, as templates of reasoning models do: the worked examples would lack their
-        thoughts."""
+        """Load the tokenizer.
+
+        Args:
+            model_path: the Hugging Face folder.
+            template: as for `PromptText`.
+            shots: the worked examples.
+            stop_token_ids: as for `PromptText`.
+
+        Raises:
+            UserError: as `PromptText`, and if the chat template drops the thoughts of earlier
+                turns, as templates of reasoning models do: the worked examples would lack their
+                thoughts."""
         super().__init__(model_path, template, stop_token_ids=stop_token_ids)
         self._shots = shots
         if self._chat:

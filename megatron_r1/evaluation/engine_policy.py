@@ -29,7 +29,7 @@ from megatron_r1.engines.server.recipe import (
 )
 from megatron_r1.engines.server.responses import Response, cut_at_stop
 from megatron_r1.evaluation.identity import fingerprint, require_weights
-from megatron_r1.evaluation.response import Decoding, TextResponse
+from megatron_r1.evaluation.response import SamplingSettings, TextResponse
 from megatron_r1.models.hf_config import as_read, load_config
 
 ATTEMPTS = 3
@@ -51,7 +51,12 @@ class EnginePolicy:
     """
 
     def __init__(
-        self, config: Config, model: Path, decoding: Decoding, folder: Path, shots: Shots | None
+        self,
+        config: Config,
+        model: Path,
+        decoding: SamplingSettings,
+        folder: Path,
+        shots: Shots | None,
     ) -> None:
         require_weights(model)
         config = config.with_changes(model={"path": str(model)})

@@ -22,8 +22,13 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
 
 def find_model(path: str) -> tuple[Path, bool]:
     """Return (a Hugging Face folder, False) or (a checkpoint that must be exported first, True).
-    path: a Hugging Face folder; a run's folder, whose `hf/` is used unless a checkpoint is newer;
-    or one checkpoint of a run. Raises UserError for anything else."""
+
+    Args:
+        path: a Hugging Face folder; a run's folder, whose `hf/` is used unless a checkpoint is
+            newer; or one checkpoint of a run.
+
+    Raises:
+        UserError: anything else."""
     folder = Path(path)
     if (folder / "config.json").is_file():
         return folder, False
@@ -54,8 +59,8 @@ def require_weights(folder: Path, key: str = "model.path") -> None:
     """Raise UserError for a model folder without whole weights that an engine can load.
 
     Args:
-        folder: of the model.
-        key: that names it, for errors.
+        folder: the model's folder.
+        key: the key that names it, for errors.
     """
     has_safetensors = any((folder / name).exists() for name in (SINGLE, INDEX))
     if not has_safetensors and any(folder.glob("*.bin")):
@@ -107,7 +112,7 @@ def require_same_identity(
     that has samples.
 
     Args:
-        path: of the file with the settings.
+        path: the file with the settings.
         settings: all that changes samples and grades.
         has_samples: whether the folder has any.
         models: `model.path` in the folder and now.

@@ -109,8 +109,12 @@ def print_table(summaries: Sequence[Summary]) -> None:
 
 
 def worded(metric: str, estimate: Estimate, name: bool = False) -> str:
-    """Return an estimate as "71.0% (66.2–75.8)"; name: with "@k: " of "pass@k" in front, or with
-    "wins: " and "at equal length: "."""
+    """Return an estimate as "71.0% (66.2–75.8)".
+
+    Args:
+        metric: the metric's name.
+        estimate: its value.
+        name: whether "@k: " of "pass@k" stands in front, or "wins: " and "at equal length: "."""
     is_length = metric == "length"
     value = number(estimate.value) if is_length else percent(estimate.value)
     prefix = WIN_RATES.get(metric) or f"@{metric.partition('@')[2]}: " if name else ""
@@ -133,10 +137,10 @@ def write_report(
     """Write one self-contained page: all metrics, the figure, and samples of every verdict.
 
     Args:
-        path: of the page.
+        path: the page's file.
         title: its heading.
         settings: name → value, as shown.
-        summaries: of each benchmark.
+        summaries: the summary of each benchmark.
         figure: the PNG of `write_figure`.
         questions: (benchmark, id) → its line of questions.jsonl.
         samples: lines of samples.jsonl.

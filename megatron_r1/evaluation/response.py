@@ -94,7 +94,7 @@ def is_ungraded(line: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Decoding:
+class SamplingSettings:
     """Sampling parameters.
 
     Attributes:
@@ -189,7 +189,7 @@ class ResponseLog:
 
         Args:
             prompts: their keys.
-            num_samples: of each prompt.
+            num_samples: the number of responses to each prompt.
         """
         mask = (1 << num_samples) - 1
         return sum((self._indices.get(prompt, 0) & mask).bit_count() for prompt in prompts)
@@ -209,7 +209,7 @@ class ResponseLog:
 
         Args:
             prompts: their keys, in the order of the result.
-            num_samples: of each prompt.
+            num_samples: the number of responses to each prompt.
         """
         if not self.path.exists():
             yield from ([] for _ in prompts)

@@ -58,13 +58,13 @@ SampleJob = tuple[PromptSet, Prompt, int]
 Details = Callable[[PromptSet, Prompt, TextResponse], dict[str, Any]]
 
 
-class Grader:
+class ResponseBatchGrader:
     """Grades a `TextResponse` by constant weights.
 
     Args:
         pool: the workers that grade.
         weights: reward term → weight in the sum.
-        options: of each kind of reward.
+        options: the options of each kind of reward.
     """
 
     def __init__(self, pool: RewardPool, weights: Mapping[str, float], options: Options) -> None:
@@ -94,7 +94,7 @@ class Sampler:
     def __init__(
         self,
         policy: Policy,
-        grader: Grader | None,
+        grader: ResponseBatchGrader | None,
         log: ResponseLog,
         sets: Sequence[PromptSet],
         seed: int,
@@ -107,9 +107,9 @@ class Sampler:
         Args:
             policy: the model that answers.
             grader: None to log responses ungraded.
-            log: of responses, where sampling continues.
+            log: the log of responses, where sampling continues.
             sets: the prompts.
-            seed: of the draws.
+            seed: the seed of the draws.
             details: returns more fields for a response's line.
             by_prompt: sample all responses to a prompt in a row, so that the engine can reuse its
                 cache; otherwise the first responses to all prompts come first.

@@ -24,7 +24,7 @@ from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.shots import Shots
 from megatron_r1.data.text import find_template, is_opened, render_template, system_text
-from megatron_r1.evaluation.response import Decoding, TextResponse
+from megatron_r1.evaluation.response import SamplingSettings, TextResponse
 
 TINY_QUESTION = "1 + 1 ="
 CONNECT_SECONDS = 5.0
@@ -58,7 +58,7 @@ class ServerPolicy:
         self,
         server: ServerConfig,
         template: str,
-        decoding: Decoding,
+        decoding: SamplingSettings,
         shots: Shots | None = None,
         key: str = "eval.server",
     ) -> None:

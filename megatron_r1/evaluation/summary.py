@@ -11,15 +11,8 @@ from r1_grading import RewardPool
 from r1_grading.reading import Part
 
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.measures import (
-    Estimate,
-    estimate,
-    length_difference,
-    pass_at_k,
-    powers_up_to,
-    subsets,
-    win_rates,
-)
+from megatron_r1.evaluation.measures import Estimate, estimate, pass_at_k, powers_up_to, subsets
+from megatron_r1.evaluation.pair_measures import length_difference, win_rates
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import ResponseLog, is_ungraded
 from megatron_r1.evaluation.voting import (
@@ -69,7 +62,13 @@ class GradedSample:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any], prompt: Prompt, part: Part, reading: str) -> Self:
-        """Return the sample of a line of the log. reading: `rewards.answer`."""
+        """Return the sample of a line of the log.
+
+        Args:
+            line: a line of samples.jsonl.
+            prompt: the prompt that it responds to.
+            part: the part of a response that a judge compares.
+            reading: `rewards.answer`."""
         text, opened = line["response"], line["opened"]
         numeric = expects_number(prompt)
         return cls(
@@ -94,7 +93,7 @@ async def summarize(
 
     Args:
         pool: the workers that compare answers.
-        log: of the folder.
+        log: the responses in the run's folder.
         prompt_set: the benchmark's prompts.
         seed: the seed of the resampling.
         part: the part of a response that a judge compares.

@@ -50,8 +50,16 @@ def read_vote(
     kind: str = "",
     numeric: bool = False,
 ) -> Vote | None:
-    """Return the vote of a response; None without an answer. The answer is read as the reward
-    `kind` reads it, by `r1_grading.read_answer`, whose arguments these are."""
+    """Return the vote of a response; None without an answer.
+
+    The answer is read as the reward `kind` reads it, by `r1_grading.read_answer`.
+
+    Args:
+        response: the text that the policy sampled.
+        opened: as for `read_answer`.
+        reading: as for `read_answer`.
+        kind: the question's reward.
+        numeric: whether the truth is one number."""
     answer = read_answer(
         response, reading, opened=opened, plain_line=kind == "math", numeric=numeric
     ).text
@@ -85,10 +93,16 @@ async def group_answers(
 ) -> list[int | None]:
     """Return the group of each sample's answer, [samples]; None for a sample without a vote.
 
-    scores: [samples] rewards. Answers are first compared as exact numbers and as texts. For kind
-    "math" they are then compared by meaning, in the pool's workers; the rewards save some of these
-    comparisons: right answers are equal to each other (group `RIGHT`) and to no wrong one. Other
-    kinds are compared by number and text only: a puzzle may have many right answers."""
+    Answers are first compared as exact numbers and as texts. For kind "math" they are then compared
+    by meaning, in the pool's workers; the rewards save some of these comparisons: right answers are
+    equal to each other (group `RIGHT`) and to no wrong one. Other kinds are compared by number and
+    text only: a puzzle may have many right answers.
+
+    Args:
+        pool: the workers that compare.
+        kind: the question's reward.
+        votes: [samples].
+        scores: [samples], the rewards."""
     if kind != "math":
         first_with = {vote.key: i for i, vote in reversed(list(enumerate(votes))) if vote}
         return [first_with[vote.key] if vote else None for vote in votes]
@@ -136,7 +150,7 @@ async def majority_score(
     Args:
         pool: grades responses and compares answers.
         kind: the question's reward.
-        responses: of one question.
+        responses: the texts sampled for one question.
         scores: their rewards.
         opened: as for `read_vote`.
         reading: as for `read_vote`.

@@ -124,8 +124,16 @@ def code_blocks(
     kinds: Sequence[str] = ("code",),
     part: str = "thought",
 ) -> str:
-    """Drop a response with a fenced code block, also one that is never closed. kinds: of questions
-    whose responses may have them. Raises ValueError if it is no list."""
+    """Drop a response with a fenced code block, also one that is never closed.
+
+    Args:
+        response: the response.
+        prompt: its prompt.
+        kinds: the kinds of questions whose responses may have them.
+        part: "thought" or "response".
+
+    Raises:
+        ValueError: kinds is no list."""
     if isinstance(kinds, str) or not all(isinstance(kind, str) for kind in kinds):
         raise ValueError(f"kinds must be a list of kinds of questions, got {kinds!r}")
     text = _judged_part(response, part)
@@ -138,8 +146,16 @@ def repetition(
     response: TextResponse, prompt: Prompt, *, min_new: float = 0.7, window: int = 50
 ) -> str:
     """Drop a response in which less than `min_new` of the windows of `window` characters are new
-    (the repetition reward; a text written twice has half). Raises ValueError for values out of
-    range."""
+    (the repetition reward; a text written twice has half).
+
+    Args:
+        response: the response.
+        prompt: its prompt.
+        min_new: the least share.
+        window: the number of characters.
+
+    Raises:
+        ValueError: values out of range."""
     _require_share("min_new", min_new)
     verdict = grade("repetition", response.text, window=window)
     return verdict.reason if verdict.reward < min_new else ""
@@ -279,7 +295,14 @@ def grade_by_filters(
     response: str, truth: object, *, facts: dict[str, Any], prompt: dict[str, Any], filters: Filters
 ) -> Grade:
     """Return 1 for a response that all filters keep, else 0 with the name of the filter that drops
-    it as the verdict."""
+    it as the verdict.
+
+    Args:
+        response: the text that the policy sampled.
+        truth: the prompt's truth.
+        facts: the other fields of the `TextResponse`.
+        prompt: the other fields of the `Prompt`.
+        filters: the filters, in order."""
     filtered = TextResponse(response, **facts)
     name, why = first_objection(filtered, Prompt("", truth=truth, **prompt), filters)
     return Grade(0.0, why, verdict=name) if name else Grade(1.0, "")

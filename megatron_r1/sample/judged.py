@@ -51,10 +51,13 @@ ARGUMENTS = {"pairs": "question, first, second", "labels": "question, response"}
 
 class ResponseJudge(ABC):
     """Base class of judges. Votes are cached on disk by the texts that were judged, so that a
-    resumed command requests no vote twice."""
+    resumed command requests no vote twice.
+
+    Args:
+        identity: a JSON value of everything besides the texts that the votes depend on.
+        cache: where votes are kept."""
 
     def __init__(self, identity: object, cache: ResultCache) -> None:
-        """identity: a JSON value of everything besides the texts that the votes depend on."""
         self._identity, self._cache = identity, cache
 
     async def compare(self, question: str, first: str, second: str) -> Comparison:
@@ -140,8 +143,15 @@ class ServedJudge(ResponseJudge):
 def make_judge(
     config: SampleConfig, options: Mapping[str, Any], cache: ResultCache
 ) -> ResponseJudge:
-    """Return the judge that `sample.judge` names. options: `rewards.options.judge`. Raises
-    UserError for a judge without an address, and for a function that cannot be called."""
+    """Return the judge that `sample.judge` names.
+
+    Args:
+        config: the recipe's section.
+        options: `rewards.options.judge`.
+        cache: where votes are kept.
+
+    Raises:
+        UserError: a judge without an address, and a function that cannot be called."""
     if config.judge != SERVED_JUDGE:
         function = load_function(config.judge, "sample.judge", ARGUMENTS[config.output])
         return FunctionJudge(function, config.pairs.votes, cache)
@@ -256,9 +266,14 @@ class PreferencePairs:
 
 
 def pair_up(lengths: dict[int, int], num_pairs: int) -> list[tuple[int, int]]:
-    """Return at most `num_pairs` disjoint pairs of responses. lengths: index → length. Each pair in
-    turn is the one with the smallest ratio of lengths among the responses that are left; ties go to
-    the smaller indices."""
+    """Return at most `num_pairs` disjoint pairs of responses.
+
+    Each pair in turn is the one with the smallest ratio of lengths among the responses that are
+    left; ties go to the smaller indices.
+
+    Args:
+        lengths: index → length.
+        num_pairs: the most pairs."""
     distance = {
         (i, j): abs(math.log(max(1, lengths[i]) / max(1, lengths[j])))
         for i, j in itertools.combinations(sorted(lengths), 2)

@@ -72,8 +72,14 @@ async def write_outputs(
     output: Path | None,
     count: Callable[[Mapping[str, Any], Decision], None],
 ) -> None:
-    """Write `output`, and samples.jsonl anew with every decision; both whole or not at all. count:
-    called with every response's line and the decision about it."""
+    """Write `output`, and samples.jsonl anew with every decision; both whole or not at all.
+
+    Args:
+        log: the sampled responses.
+        prompt_set: the prompts.
+        decide: returns the decisions about a prompt's responses.
+        output: the file that is trained on; None: only samples.jsonl.
+        count: called with every response's line and the decision about it."""
     keys = {prompt_set.key(prompt) for prompt in prompt_set.prompts}
     async with contextlib.AsyncExitStack() as stack:
         kept = stack.enter_context(atomic_writer(output)) if output else None

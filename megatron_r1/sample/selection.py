@@ -1,32 +1,22 @@
-"""Rejection sampling: which of a question's responses are kept, and why the others are not; and
-decontamination: questions of benchmarks must not be trained on.
+"""Rejection sampling: which of a question's responses are kept, and why the others are not.
 
 The first of these that applies: the model gave no response; the grader failed; the response is
 empty; the whole question is too easy or too hard; the response is wrong, or its reward too low; a
 filter drops it; it duplicates an earlier one. `keep.per_prompt` of the others are chosen. A
-decision is a code with its reason.
-
-Two questions are the same if their normalized texts are, and too near if they share n words in a
-row (13: GPT-3, arXiv 2005.14165, appendix C). As there, an n-gram that more than ten of the
-questions have in common is a task's boilerplate, and is ignored."""
+decision is a code with its reason."""
 
 import asyncio
-import itertools
 import random
-import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cmp_to_key
-from pathlib import Path
 from typing import Any
 
-from r1_grading.reading import HAN
 from r1_grading.terms import ACCURACY, order
 
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.prompts import Prompt, normalize
-from megatron_r1.data.records import read_records, require_text
 from megatron_r1.evaluation.response import TextResponse
 
 KEPT, NOT_CHOSEN = "kept", "not_chosen"
@@ -77,8 +67,12 @@ class DecisionCounts:
             self._num_kept_tokens += line["length"] or 0
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of curation.json. accuracy: the mean over graded responses; None
-        without graded responses. kept_tokens: the sampled tokens, before rewriting."""
+        """Return the content of curation.json.
+
+        Returns:
+            accuracy: the mean over graded responses; None without graded responses.
+            kept_tokens: the sampled tokens, before rewriting.
+            The other values are counts."""
         return {
             "questions": len(self._questions),
             "questions_with_kept": sum(self._questions.values()),
@@ -110,12 +104,17 @@ RunFilters = Callable[[Prompt, TextResponse], Awaitable[Decision | None]]
 
 
 class Selection:
-    """Chooses the responses that a `sample` recipe keeps."""
+    """Chooses the responses that a `sample` recipe keeps.
+
+    Args:
+        keep: the recipe's section.
+        filters: says why the filters drop a response.
+        drops_duplicates: whether a response equal to an earlier one is dropped.
+        seed: the seed of `keep.choose: random`."""
 
     def __init__(
         self, keep: KeepConfig, filters: RunFilters, drops_duplicates: bool, seed: int = 0
     ) -> None:
-        """seed: for `keep.choose: random`."""
         self.keep, self._filters = keep, filters
         self._drops_duplicates, self._seed = drops_duplicates, seed
 
@@ -137,8 +136,12 @@ class Selection:
     async def drop(
         self, prompt: Prompt, response: TextResponse, of_question: Decision | None = None
     ) -> Decision | None:
-        """Return why a response by itself is dropped, None to keep it. of_question: why all graded
-        responses to this question are dropped."""
+        """Return why a response by itself is dropped, None to keep it.
+
+        Args:
+            prompt: the prompt.
+            response: one response to it.
+            of_question: why all graded responses to this question are dropped."""
         if response.refusal:
             return Decision("no_answer", response.refusal)
         if response.is_ungraded:
@@ -191,42 +194,3 @@ def _pass_rate(responses: Sequence[TextResponse], min_accuracy: float) -> float 
 def _reward(response: TextResponse) -> float:
     assert response.reward is not None, f"response {response.index} is not graded"
     return response.reward
-
-
-NUM_BOILERPLATE = 10
-# Each Chinese character and each sign is a word: `4 + 9` and `4 - 9` are different questions.
-WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]")
-
-Ngram = tuple[str, ...]
-
-
-def load_avoided(paths: Iterable[str | Path]) -> list[str]:
-    """Return the questions of JSONL or Parquet files. Raises ValueError with file and line for a
-    row without one."""
-    return [
-        require_text(place, row, "question")
-        for path in paths
-        for place, row in read_records(path, role="sample.avoid")
-    ]
-
-
-def contaminated(prompts: Sequence[Prompt], avoided: Sequence[str], n: int) -> dict[str, str]:
-    """Return id → reason of the prompts that must not be used. n: in words; 0: equality only."""
-    texts = {normalize(question) for question in avoided}
-    grams = {gram for text in texts for gram in ngrams(text, n)}
-    shared = {prompt.id: grams & ngrams(prompt.question, n) for prompt in prompts}
-    num_prompts = Counter(itertools.chain.from_iterable(shared.values()))
-    reasons = {}
-    for prompt in prompts:
-        rare = sorted(g for g in shared[prompt.id] if num_prompts[g] <= NUM_BOILERPLATE)
-        if normalize(prompt.question) in texts:
-            reasons[prompt.id] = "the same question is to be avoided"
-        elif rare:
-            reasons[prompt.id] = f"{n} words of a question to be avoided: {' '.join(rare[0])}"
-    return reasons
-
-
-def ngrams(question: str, n: int) -> set[Ngram]:
-    """Return the n-grams of words; no n-grams for n = 0."""
-    words = WORD.findall(normalize(question))
-    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)} if n else set()

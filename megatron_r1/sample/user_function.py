@@ -91,7 +91,7 @@ def load_function(path: str, key: str, arguments: str) -> UserFunction:
 
     Args:
         path: "module:function".
-        key: of the recipe.
+        key: the recipe's key, for errors.
         arguments: their names, comma-separated.
 
     Raises:

@@ -25,7 +25,7 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
 from megatron_r1.engines.server.responses import Response, cut_at_stop
-from megatron_r1.evaluation.response import Decoding
+from megatron_r1.evaluation.response import SamplingSettings
 from megatron_r1.models.weights.stored.hf_folder import carry_files
 
 MODELS = yaml.safe_load((Path(__file__).parent / "end_tokens.yaml").read_text(encoding="utf-8"))
@@ -286,7 +286,8 @@ def test_b18_evaluations_and_servers_get_the_same_ends():
     from megatron_r1.config import Config
 
     rollout = Config(rollout={"stop": ["</answer>"], "stop_token_ids": [5]}).rollout
-    assert Decoding.of(rollout, 0.6, 0.95, 100) == Decoding(0.6, 0.95, 100, ("</answer>",), (5,))
+    settings = SamplingSettings.of(rollout, 0.6, 0.95, 100)
+    assert settings == SamplingSettings(0.6, 0.95, 100, ("</answer>",), (5,))
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,15 @@ from typing import Any
 
 
 def import_lazily(package: str, homes: Mapping[str, str], name: str) -> Any:
-    """Return `name` from the module of `package` in `homes`: the body of a package's `__getattr__`.
+    """Return `name` from its module: the body of a package's `__getattr__`.
 
-    Raises AttributeError for a name that is not in `homes`."""
+    Args:
+        package: the package's dotted name.
+        homes: name → the module of `package` that has it.
+        name: the attribute that is asked for.
+
+    Raises:
+        AttributeError: a name that is not in `homes`."""
     if name not in homes:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     return getattr(import_module(f"{package}.{homes[name]}"), name)

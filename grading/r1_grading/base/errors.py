@@ -81,8 +81,13 @@ class RunError(RuntimeError):
 def did_you_mean(name: object, known: Iterable[str], form: str = "{!r}") -> str:
     """Return `; did you mean 'math'?` where one of `known` is close to `name`, else "".
 
-    form: how the suggestion is formatted. Names that are not close are not suggested: a wrong guess
-    sends the user looking for a mistake that is not there."""
+    Names that are not close are not suggested: a wrong guess sends the user looking for a mistake
+    that is not there.
+
+    Args:
+        name: what the user wrote.
+        known: the names that exist.
+        form: how the suggestion is formatted."""
     near = difflib.get_close_matches(str(name).lower(), list(known), n=1)
     return f"; did you mean {form.format(near[0])}?" if near else ""
 

@@ -11,8 +11,13 @@ from typing import BinaryIO
 def atomic_write(
     path: str | Path, content: str | bytes, *, mode: int = 0o666, durable: bool = True
 ) -> Path:
-    """Replace `path` by `content` (text as UTF-8) so that no reader ever sees half of it. The other
-    arguments are those of `atomic_writer`."""
+    """Replace a file's content so that no reader ever sees half of it; return its path.
+
+    Args:
+        path: the file to write; what was there is replaced.
+        content: bytes, or text that is written as UTF-8.
+        mode: permissions from the start, less the umask.
+        durable: whether the file survives a power cut, as in `atomic_writer`."""
     with atomic_writer(path, mode=mode, durable=durable) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
     return Path(path)

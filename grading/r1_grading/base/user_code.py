@@ -24,8 +24,14 @@ def find_function(path: str) -> Callable[..., Any]:
 def find(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
     """Import and return "module:name"; modules are also found in the working folder.
 
-    kind: what it must be, in errors. Raises UserError for an unknown module, and where `is_one` is
-    false of the value or there is none; raises what the module raises at its import."""
+    Args:
+        path: "module:name".
+        kind: what the value must be, in errors.
+        is_one: whether a value is of the kind.
+
+    Raises:
+        UserError: an unknown module, no value of the name, or one of which `is_one` is false.
+        Exception: what the module raises at its import."""
     module_name, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last: a user's folder may have the name of a package
@@ -63,7 +69,11 @@ def find(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
 
 def place_of(error: BaseException, program: str | None = None) -> str:
     """Return ` (my_env.py:60)`, the innermost line of the user's own files that an error comes
-    from; "" where it comes from none. program: a folder whose files are not the user's either."""
+    from; "" where it comes from none.
+
+    Args:
+        error: the error with its traceback.
+        program: a folder whose files are not the user's either."""
     places = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
         places.append((error.filename or "<string>", error.lineno or 1))

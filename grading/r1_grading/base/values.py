@@ -94,9 +94,13 @@ def read_as(value: Any, annotation: Any) -> Any:
     """Return a setting as its type wants it: text that is a number as a number, a whole float as an
     int, a word as a truth value; anything else as it is, also within lists and mappings.
 
-    annotation: the type of the setting. Raises ValueError with the right spelling for a truth value
-    where a number is wanted, or the reverse, for either where text is wanted, and for a number in
-    another spelling."""
+    Args:
+        value: the setting as it was written.
+        annotation: the type of the setting.
+
+    Raises:
+        ValueError: with the right spelling, for a truth value where a number is wanted, or the
+            reverse, for either where text is wanted, and for a number in another spelling."""
     kinds = list(_members(annotation))
     if isinstance(value, dict | list):
         for kind in kinds:

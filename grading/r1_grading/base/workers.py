@@ -86,10 +86,16 @@ class FramedProcess(Generic[Reply]):
     async def launch(
         cls, module: str, arguments: list[str], reply: type[Reply], max_bytes: int
     ) -> Self:
-        """Return a process that is ready. Raises WorkerLost with the process's last words
-        otherwise.
+        """Return a process that is ready.
 
-        max_bytes: bytes of the largest reply."""
+        Args:
+            module: the Python module to run.
+            arguments: its command-line arguments.
+            reply: the type of a reply.
+            max_bytes: the bytes of the largest reply.
+
+        Raises:
+            WorkerLost: the process ended before it was ready; with its last words."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", module, *arguments),
             stdout=asyncio.subprocess.PIPE,

@@ -33,8 +33,13 @@ CALL_KEYS = ("args", "kwargs", "result", "also", "input", "output", "testtype")
 
 @dataclass(frozen=True)
 class Test:
-    """One test: stdin and expected (text) of a program, or args, kwargs and expected (JSON values)
-    of a function call. alternatives: other results that count as the expected one."""
+    """One test: the input and output of a program, or the arguments and result of a call.
+
+    Attributes:
+        expected: the output as text, or the result as a JSON value.
+        stdin: the input of a program.
+        args, kwargs: the JSON values with which a function is called.
+        alternatives: other results that count as the expected one."""
 
     expected: Any
     stdin: str = ""
@@ -68,9 +73,16 @@ class Problem:
 def parse_problem(truth: object, language: str | None = None) -> Problem:
     """Parse `truth`: an object, a form of public data sets, or the JSON text of either.
 
-    language: of the prompt, as `language_of` reads it; None: the truth's own, else
-    Python. A key whose value is null counts as absent: Arrow fills the keys of nested columns that
-    a row lacks. Raises ValueError naming the faulty test."""
+    A key whose value is null counts as absent: Arrow fills the keys of nested columns that a row
+    lacks.
+
+    Args:
+        truth: the tests of a code prompt.
+        language: the prompt's language, as `language_of` reads it; None: the truth's own, else
+            Python.
+
+    Raises:
+        ValueError: an invalid truth; it names the faulty test."""
     asked = language_of(language)
     if isinstance(truth, str):
         truth = _read(truth)
@@ -244,9 +256,12 @@ def read_asserts(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def read_check_code(code: Any, function: str | None) -> dict[str, Any]:
-    """Return as `read_asserts` the asserts of all functions in Python code. function: the one under
-    test, where the code calls it `candidate`; None: the argument of its `check(…)`, else the name
-    that it calls."""
+    """Return as `read_asserts` the asserts of all functions in Python code.
+
+    Args:
+        code: the Python code of a check.
+        function: the one under test, where the code calls it `candidate`; None: the argument of its
+            `check(…)`, else the name that it calls."""
     if not isinstance(code, str) or not is_check_code(code):
         raise ValueError(f"test must be Python code with asserts, got {shorten(code)}")
     try:

@@ -40,9 +40,9 @@ def grade(
             may be a whole solution whose answer is in a box or after `####` (GSM8K); of several
             (`truths.alternatives`) the answer is any one.
         opened: the prompt ended with `<think>`.
-        reading: of `read_answer`.
-        plain_line: of `read_answer`; by default the last line is the answer where there is no
-            `<answer>` and no box.
+        reading: where the answer is, as in `read_answer`.
+        plain_line: whether a last line is read, as in `read_answer`; by default the last line is
+            the answer where there is no `<answer>` and no box.
         **entry: the prompt's other fields, which are not used.
 
     Raises:

@@ -111,7 +111,11 @@ def compare(truth: str, answer: str) -> Result:
 def equivalent(expected: str, answer: str, *, finished: bool = True) -> bool:
     """Compare two spelled texts that are not refused; recursive over their structure.
 
-    finished: a number has to be worked out. It need not be in a step, as in `2 + 11 = 13`."""
+    Args:
+        expected: the truth, spelled.
+        answer: the response's answer, spelled.
+        finished: whether a number has to be worked out. It need not be in a step, as in `2 + 11 =
+            13`."""
     # First, as most answers are written numbers: these are compared some hundred times faster.
     if (same := _compare_numbers(expected, answer, finished=finished)) is not None:
         return same

@@ -218,8 +218,11 @@ def same_expression(expected: str, answer: str) -> bool:
 def same_value(left: sympy.Basic, right: sympy.Basic, *, seed: str) -> bool:
     """Whether two sympy objects are equal: identical, or equal at random points, or by verify.
 
-    seed: selects the points. (It is not computed from the objects: sympy may evaluate one in order
-    to print it.)"""
+    Args:
+        left: one object.
+        right: the other.
+        seed: a text that selects the points. It is not computed from the objects: sympy may
+            evaluate one in order to print it."""
     if left.has(sympy.nan, sympy.zoo) or right.has(sympy.nan, sympy.zoo):
         return False
     if isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from r1_grading.base.errors import Cause, UserError, shorten
+from r1_grading.base.errors import shorten
 from r1_grading.reading.answer import (
     ANSWER,
     BOXES,
@@ -36,17 +36,18 @@ from r1_grading.reading.context import (
 )
 from r1_grading.reading.languages import HAN, HAN_PER_WORD, LANGUAGES, judged_words
 from r1_grading.reading.marked import marked_answer
-
-Part = Literal["summary", "response"]
-# Control tokens that chat templates write between turns. The server's tokenizer would read their
-# text as the tokens themselves: a response could end its own turn and begin another.
-CONTROL_TOKEN = re.compile(
-    r"<(?=[|｜])|(?<=[|｜])>|"
-    r"[\[<](?=/?INST\])|<(?=</?SYS>>)|"
-    r"<(?=/?(?:s|bos|eos|pad|unk)>)|<(?=(?:start|end)_of_turn>)",
-    re.IGNORECASE,
+from r1_grading.reading.texts import (
+    Part,
+    break_control_tokens,
+    chain_of_thought,
+    chat_messages,
+    check_template,
+    cut_middle,
+    fill_template,
+    prepare_texts,
+    response_part,
 )
-PLACEHOLDERS = re.compile(r"\{(question|response)\}")
+
 Reading = Literal["strict", "tags", "boxed", "last", "auto"]
 READINGS: tuple[str, ...] = get_args(Reading)
 READERS = ("math", "logic", "exact_match")
@@ -175,86 +176,3 @@ FINDERS: dict[str, Callable[[str, bool], Extraction | None]] = {
     "last": _last,
 }
 ABSENT = {"tags": "there is no <answer> block", "boxed": r"there is no \boxed{}"}
-
-
-def chain_of_thought(response: str, opened: bool = False) -> str | None:
-    """Return the text from the first `<think>` to the last `</think>`; None without a `<think>`.
-
-    opened: the prompt ended with `<think>`, so the response begins inside the thought. A thought
-    that is never closed (a response cut at its length limit) extends to the end."""
-    if not opened:
-        _, found, response = response.partition(THINK)
-        if not found:
-            return None
-    inside, closed, rest = response.rpartition(END_THINK)
-    return (inside if closed else rest).replace(THINK, " ").replace(END_THINK, " ")
-
-
-def prepare_texts(
-    question: str, response: str, part: Part, opened: bool, max_chars: int
-) -> tuple[str, Extraction]:
-    """Return the question and the `part` of the response, without control tokens.
-
-    The part is cut to about `max_chars`; its text is None where the response has no such part."""
-    extraction = response_part(response, part, opened)
-    if extraction.text is not None:
-        extraction = Extraction(cut_middle(break_control_tokens(extraction.text), max_chars))
-    return break_control_tokens(question), extraction
-
-
-def fill_template(template: str, question: str, response: str) -> str:
-    """Return `template` with both texts filled in."""
-    texts = {"question": question, "response": response}
-    # One pass: a question that contains "{response}" keeps it.
-    return PLACEHOLDERS.sub(lambda match: texts[match[1]], template)
-
-
-def chat_messages(question: str, response: str) -> list[dict[str, str]]:
-    """Return both texts as messages for a chat template."""
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
-
-
-def check_template(template: str | None) -> str | None:
-    """Return `template`. Raises UserError for one without {response}."""
-    if template is not None and "{response}" not in template:
-        message = f"template must contain {{response}}, got {template!r}"
-        raise UserError(message, key="template", cause=Cause.MALFORMED)
-    return template
-
-
-def response_part(response: str, part: Part, opened: bool) -> Extraction:
-    """Return one part of a response.
-
-    Args:
-        response: the text that the policy sampled.
-        part: "summary" is the text after the thought, stripped: the whole text of a response
-            without a thought, and no text if the thought is never closed. "response" is the whole
-            response with its thought.
-        opened: whether the prompt ended with `<think>`, which is then put back before the whole
-            response."""
-    if part == "response":
-        text = THINK + response if opened else response
-        return Extraction(text) if response.strip() else Extraction(None, "the response is empty")
-    summary = after_thought(response, opened)
-    if summary is None:
-        return Extraction(None, "no summary: the thought is never closed")
-    summary = summary.strip()
-    return Extraction(summary) if summary else Extraction(None, "no summary: it is empty")
-
-
-def break_control_tokens(text: str) -> str:
-    """Return `text` in valid UTF-8 with every chat control token broken by a space."""
-    text = text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
-    return CONTROL_TOKEN.sub(lambda sign: " >" if sign[0] == ">" else f"{sign[0]} ", text)
-
-
-def cut_middle(text: str, max_chars: int) -> str:
-    """Cut `text` to about `max_chars`.
-
-    Kept are equal parts of its beginning and of its end, where the answer is, with a note between
-    them of how much is missing."""
-    if len(text) <= max_chars:
-        return text
-    half = max_chars // 2
-    missing = len(text) - 2 * half
-    return f"{text[:half]}\n[... {missing} characters left out ...]\n{text[-half:]}"

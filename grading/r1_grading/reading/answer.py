@@ -105,11 +105,15 @@ OPEN_THOUGHT = Extraction(None, "no answer found: the thought is never closed")
 def extract(response: str, *, opened: bool = False, plain_line: bool = False) -> Extraction:
     r"""Return the final answer of a response, from the text after its chain of thought.
 
-    Only text after the last `</think>` is searched; a thought that is never closed has none
-    (`opened`: the prompt ended with `<think>`). The answer is, in this order: the one `<answer>`
-    block (two, or an unclosed one, are no answer); the last `\boxed{}`; with `plain_line`, the last
-    line that is not blank, or the display formula that ends there. Linear in the length of the
-    response."""
+    Only text after the last `</think>` is searched; a thought that is never closed has none. The
+    answer is, in this order: the one `<answer>` block (two, or an unclosed one, are no answer); the
+    last `\boxed{}`; with `plain_line`, the last line that is not blank, or the display formula that
+    ends there. Linear in the length of the response.
+
+    Args:
+        response: the text that the policy sampled.
+        opened: the prompt ended with `<think>`.
+        plain_line: whether a last line without tags and boxes is read."""
     visible = after_thought(without_special_tokens(response), opened)
     if visible is None:
         return OPEN_THOUGHT
@@ -297,8 +301,13 @@ def closing_brace(text: str, start: int) -> int | None:
 
 
 def describe(answer: str, expected: str, correct: bool, source: str = "") -> str:
-    """Return the reason of a comparison: "correct: 13" or "wrong: 12, expected 13". source: where
-    the answer was found, as in "correct: 13 (in the last line)"."""
+    """Return the reason of a comparison: "correct: 13" or "wrong: 12, expected 13".
+
+    Args:
+        answer: the response's answer.
+        expected: the truth.
+        correct: whether they are equal.
+        source: where the answer was found, as in "correct: 13 (in the last line)"."""
     where = f" ({source})" if source else ""
     if correct:
         return f"correct: {shorten(answer)}{where}"

@@ -255,7 +255,8 @@ def with_plain_signs(line: str) -> str:
 def last_number(text: str) -> Extraction | None:
     """Return the last number of a text as an answer, or why it is rejected; None without a number.
 
-    text: a part of a line, after `with_plain_signs`."""
+    Args:
+        text: a part of a line, after `with_plain_signs`."""
     text = SPACED.sub(_without_spaces, text)
     numbers = list(LAST_NUMBER.finditer(text))
     if not numbers:
@@ -363,8 +364,10 @@ def changes_box(text: str, *, alone: bool = False) -> bool:
     """Return whether the text next to the last box, in its line, changes the box's value, or denies
     it. It takes time linear in the length of the text.
 
-    alone: whether the text is an answer alone, without its solution. It must commit itself, so
-    `about` and `at most` change it, too."""
+    Args:
+        text: the text with the box.
+        alone: whether the text is an answer alone, without its solution. It must commit itself, so
+            `about` and `at most` change it, too."""
     span = box_span(text)
     if span is None:
         return False

@@ -52,7 +52,12 @@ the words of the prose. An explanation of a program may name an identifier in ev
 
 @dataclass(frozen=True)
 class WordCount:
-    """Words by language; other: neither. Fractions, because Chinese words are estimated."""
+    """The number of words by language, as fractions because Chinese words are estimated.
+
+    Attributes:
+        en: English words.
+        zh: Chinese words.
+        other: words of neither."""
 
     en: float
     zh: float

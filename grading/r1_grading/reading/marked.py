@@ -89,7 +89,9 @@ def marked_answer(visible: str, numeric: bool) -> Extraction | None:
     """Return the last marked answer of the text after a thought that other text follows; None where
     there is none, and where the mark is in the text's last sentence, which is read as it is.
 
-    numeric: whether the truth is a number; other truths may be formulae and words."""
+    Args:
+        visible: the text after the thought.
+        numeric: whether the truth is a number; other truths may be formulae and words."""
     visible = visible.rstrip()
     marks = [match.start() for match in MARK.finditer(visible)][-MAX_MARKS:]
     seen: set[tuple[int, int]] = set()

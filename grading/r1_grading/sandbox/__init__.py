@@ -29,8 +29,12 @@ class SessionEnded(Exception):
 class PythonSession:
     """An interpreter that starts at once; `close` ends it.
 
-    limits: cpu_seconds limits all calls together, memory_mib the process, output_mib the output of
-    one call. Raises as `run.launch`."""
+    Args:
+        limits: the limits, of which cpu_seconds limits all calls together, memory_mib the process,
+            output_mib the output of one call.
+
+    Raises:
+        SandboxUnavailable, SandboxError: as `run.launch`."""
 
     def __init__(self, limits: Limits) -> None:
         self._stack = contextlib.ExitStack()

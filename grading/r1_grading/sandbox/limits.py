@@ -14,7 +14,10 @@ COMPILER_PROCESSES, COMPILER_STACK_BYTES = 16, 64 * MIB
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of one run. disk_bytes: files that a compiler may write."""
+    """Limits of one run.
+
+    Attributes:
+        disk_bytes: the bytes of files that a compiler may write."""
 
     wall_seconds: float
     cpu_seconds: float
@@ -79,7 +82,9 @@ class Limits:
     def program(self, seconds_left: float = math.inf, *, compiled: bool = False) -> Budget:
         """Return the budget of one run of the program or of a checker.
 
-        seconds_left: what remains of `total_seconds`."""
+        Args:
+            seconds_left: what remains of `total_seconds`.
+            compiled: whether the program recurses on the machine's stack."""
         memory_bytes = int(self.memory_mib * MIB)
         return Budget(
             wall_seconds=min(self.wall_seconds, max(seconds_left, 0.01)),

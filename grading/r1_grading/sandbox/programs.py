@@ -56,9 +56,12 @@ those in the sandbox."""
 
 @dataclass(frozen=True)
 class Program:
-    """A command with the `files` of its working folder, by name.
+    """A command with the files of its working folder.
 
-    compiled: it recurses on the machine's stack, as Python does not."""
+    Attributes:
+        command: the command and its arguments.
+        files: name → content.
+        compiled: whether it recurses on the machine's stack, as Python does not."""
 
     command: tuple[str, ...]
     files: dict[str, bytes]
@@ -66,8 +69,12 @@ class Program:
 
 
 def python_script(source: str, *arguments: str, names: bool = False) -> Program:
-    """Return `source` as a script, or as a checker of the files in `arguments`. names: it has the
-    names of LiveCodeBench's harness."""
+    """Return `source` as a script, or as a checker of files.
+
+    Args:
+        source: the Python program.
+        *arguments: the names of the files that a checker gets.
+        names: whether the script has the names of LiveCodeBench's harness."""
     return _python("", names_in(source) if names else {}, source, *arguments)
 
 

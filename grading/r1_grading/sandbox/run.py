@@ -245,10 +245,19 @@ def run(
     files: Mapping[str, bytes],
     compiler: bool = False,
 ) -> ProgramOutcome:
-    """Run `command` with `files` in its working folder; the sandbox is gone on return.
+    """Run a command in a sandbox, which is gone on return.
 
-    compiler: mount the system's programs and headers, and allow new processes and files. Raises
-    SandboxUnavailable where bubblewrap is missing, SandboxError where it fails twice."""
+    Args:
+        command: the command and its arguments.
+        budget: the limits of the run.
+        stdin: the content of its standard input.
+        files: name → content, in the working folder.
+        compiler: whether to mount the system's programs and headers, and allow new processes and
+            files.
+
+    Raises:
+        SandboxUnavailable: bubblewrap is missing.
+        SandboxError: the sandbox fails twice."""
     try:
         return _run_once(command, budget, stdin, files, compiler)
     except SandboxError:  # the host may be out of processes or memory for a moment
@@ -274,8 +283,15 @@ def launch(
     files: Mapping[str, bytes],
     compiler: bool = False,
 ) -> SandboxProcess:
-    """Start a sandbox. `stack` closes its files; the caller closes the sandbox before that. stdin:
-    as for `Popen`; the other arguments: as for `run`."""
+    """Start a sandbox.
+
+    Args:
+        stack: closes the sandbox's files; the caller closes the sandbox before that.
+        command: the command and its arguments.
+        budget: the limits of the run.
+        stdin: the standard input, as for `Popen`.
+        files: name → content, in the working folder.
+        compiler: as for `run`."""
     system_calls = build_filter(compiler=compiler)
     fds = [stack.enter_context(sealed_file(content)).fileno() for content in files.values()]
     options: list[str] = []

@@ -73,9 +73,12 @@ DESCRIPTOR_SETTINGS = (0x5450, 0x5451, 0x541B, 0x5421)  # FIONCLEX, FIOCLEX, FIO
 def build_filter(*, compiler: bool) -> bytes:
     """Return the BPF program in the form that `--seccomp` reads.
 
-    compiler: allow new processes and files. Otherwise only threads are allowed, so that one limit
-    on address space bounds the memory of the whole sandbox. Raises SandboxUnavailable on a machine
-    whose system calls are not in the table."""
+    Args:
+        compiler: whether to allow new processes and files. Otherwise only threads are allowed, so
+            that one limit on address space bounds the memory of the whole sandbox.
+
+    Raises:
+        SandboxUnavailable: a machine whose system calls are not in the table."""
     machine = platform.machine()
     if machine not in MACHINES:
         raise SandboxUnavailable(

@@ -155,7 +155,10 @@ class JudgeSettings(ServiceSettings):
 
 def compared_part(options: dict[str, Any]) -> Part | None:
     """Return the part of a response that a judge with these options compares; None for a judge that
-    verifies. options: `rewards.options.judge`, after validation."""
+    verifies.
+
+    Args:
+        options: `rewards.options.judge`, after validation."""
     settings = JudgeSettings.model_fields
     if options.get("mode", settings["mode"].default) != "compare":
         return None
@@ -176,11 +179,19 @@ class JudgeClient:
     async def votes(
         self, instructions: str, texts: dict[str, str], num_votes: int, first: int = 0
     ) -> list[str]:
-        """Return `num_votes` verdicts on `texts`; those named "response…" are cut if too long.
+        """Return `num_votes` verdicts on `texts`.
 
-        A reply without a verdict is no vote and is replaced, `num_votes` times at most; then this
-        raises Ungradable. first: number of the first of up to 2 x num_votes requests; a vote's
-        number is part of its request, and of its name in the cache."""
+        A reply without a verdict is no vote and is replaced, `num_votes` times at most.
+
+        Args:
+            instructions: the template of a request.
+            texts: name → text in the template; those named "response…" are cut if too long.
+            num_votes: the number of verdicts.
+            first: the number of the first of up to 2 x num_votes requests; a vote's number is part
+                of its request, and of its name in the cache.
+
+        Raises:
+            Ungradable: too many replies without a verdict."""
         texts = {name: break_control_tokens(text) for name, text in texts.items()}
         for name in texts:
             if name.startswith("response"):

@@ -106,8 +106,19 @@ class RewardModel:
         opened: bool = False,
         **entry: object,
     ) -> Grade:
-        """Return the response's score as a reward in [0, 1]. opened: the prompt ended with
-        `<think>`. Raises UserError without a question, Ungradable, ServiceError."""
+        """Return the response's score as a reward in [0, 1].
+
+        Args:
+            response: the text that the policy sampled.
+            truth: not used.
+            question: the prompt's question.
+            opened: the prompt ended with `<think>`.
+            **entry: the prompt's other fields, which are not used.
+
+        Raises:
+            UserError: no question.
+            Ungradable: only this response cannot be graded.
+            ServiceError: the service is down or refuses the client."""
         if not isinstance(question, str):
             raise UserError(
                 "a reward model needs the question: add it to the row",

@@ -127,8 +127,13 @@ class Service:
     async def request(self, body: dict[str, Any], retry_seconds: float | None = None) -> Any:
         """Return the decoded reply to `body`.
 
-        retry_seconds: how long to retry; default: the setting. Raises Ungradable, or
-        ServiceError with the URL, the last failure and the remedy."""
+        Args:
+            body: the request as JSON.
+            retry_seconds: how long to retry; None: the setting.
+
+        Raises:
+            Ungradable: only this request cannot be answered.
+            ServiceError: the service fails; with the URL, the last failure and the remedy."""
         patience = self.settings.retry_seconds if retry_seconds is None else retry_seconds
         deadline = time.monotonic() + patience
         num_faults = 0
@@ -265,11 +270,18 @@ class RemoteRewards:
         self._counters: Counter[str] = Counter()
 
     async def grade(self, kind: str, response: str, truth: object, fields: dict[str, Any]) -> Grade:
-        """Return the grade of one response. fields: settings of `kind`, and the prompt's fields.
+        """Return the grade of one response; `Grade.ungraded` if only this response cannot be
+        graded.
 
-        Raises ServiceError when the service is down, refuses the client, or fails its check: that
-        is never turned into a reward. If only this response cannot be graded, the grade is
-        `Grade.ungraded`."""
+        Args:
+            kind: a served reward.
+            response: the text that the policy sampled.
+            truth: what the reward compares with.
+            fields: settings of `kind`, and the prompt's fields.
+
+        Raises:
+            ServiceError: the service is down, refuses the client, or fails its check: that is never
+                turned into a reward."""
         names = settings_names(kind)
         options = {name: value for name, value in fields.items() if name in names}
         entry = {name: value for name, value in fields.items() if name not in names}

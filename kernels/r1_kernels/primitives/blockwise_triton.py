@@ -180,7 +180,16 @@ def quantize_blocks(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def dequantize_blocks(
     q: Tensor, scale_inv: Tensor, block: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Return q (M, N) float8_e4m3fn times the fp32 scale of its block, (M, N) of `dtype`."""
+    """Return each value times the scale of its block.
+
+    Args:
+        q: (M, N) float8_e4m3fn.
+        scale_inv: the blocks' scales, fp32.
+        block: the rows and columns of a block.
+        dtype: the dtype of the result.
+
+    Returns:
+        (M, N) of `dtype`."""
     blocks = tuple(triton.cdiv(size, along) for size, along in zip(q.shape, block, strict=True))
     assert scale_inv.shape == blocks, (scale_inv.shape, q.shape, block)
     assert scale_inv.dtype == torch.float32, scale_inv.dtype

@@ -274,9 +274,17 @@ def logits_gradient(
     upstream: RowUpstream,
     out: Tensor,
 ) -> Tensor:
-    """Write the gradient of the logits to `out`, in its dtype; `out` may be `logits` itself.
+    """Write the gradient of the logits to `out`, in its dtype; return `out`.
 
-    Padding columns get 0, and so do rows whose two upstream gradients are 0."""
+    Padding columns get 0, and so do rows whose two upstream gradients are 0.
+
+    Args:
+        logits: (T, V_local), columns adjacent in memory.
+        targets: (T,) ids of the whole vocabulary.
+        shard: the part of the vocabulary that the columns are.
+        scale: 1 / temperature.
+        upstream: parts of the softmax and the upstream gradients, each (T,).
+        out: (T, V_local); it may be `logits` itself."""
     _check_rows(logits, targets, shard)
     _check_rows(out, targets, shard)
     # The upstream gradient of a sum is expanded from one number, with stride 0.

@@ -31,10 +31,16 @@ def stripes(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, in
 def run_parts(
     work: Callable[[Any], Any], parts: Sequence[Any], workers: int, what: str = "file"
 ) -> list[Any]:
-    """Return [work(part) for part in parts], computed in `workers` processes with progress lines.
+    """Return [work(part) for part in parts], computed in processes with progress lines.
 
-    work and parts must be picklable. Workers die with this process, so that after a kill none of
-    them writes next to the command that continues."""
+    Workers die with this process, so that after a kill none of them writes next to the command that
+    continues.
+
+    Args:
+        work: the function of a part; picklable.
+        parts: its arguments; picklable.
+        workers: the number of processes; with 1, this process computes.
+        what: what a part is, in progress lines."""
     if workers == 1 or len(parts) < 2:
         _prepare()
         return _with_progress(map(work, parts), len(parts), what)

@@ -21,8 +21,13 @@ REGISTRY: dict[str, str] = {
 
 
 def find_benchmark(name: str) -> tuple[Benchmark, str]:
-    """Return the benchmark and what follows its slash: "gym/logic" gives gym and "logic". name: of
-    `REGISTRY`, or "package.module:NAME" of a user's. Raises UserError for an unknown one."""
+    """Return the benchmark and what follows its slash: "gym/logic" gives gym and "logic".
+
+    Args:
+        name: a name of `REGISTRY`, or "package.module:NAME" of a user's.
+
+    Raises:
+        UserError: an unknown name."""
     base, _, part = name.partition("/")
     module, _, attribute = REGISTRY.get(base, base).partition(":")
     if not attribute:

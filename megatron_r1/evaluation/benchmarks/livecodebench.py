@@ -53,8 +53,14 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def decode_tests(packed: str, place: str) -> list[dict[str, Any]]:
-    """Return the test cases in `packed`: JSON text, plain or as packed by the data set. Raises
-    UserError with `place` for anything else; nothing in `packed` is ever executed."""
+    """Return the test cases of a row; nothing in them is ever executed.
+
+    Args:
+        packed: JSON text, plain or as packed by the data set.
+        place: where the row is, for errors.
+
+    Raises:
+        UserError: anything else."""
     try:
         tests = json.loads(packed) if packed.lstrip()[:1] in ("[", "{") else _unpack(packed)
         if isinstance(tests, str):

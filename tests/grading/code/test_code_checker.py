@@ -2,7 +2,7 @@
 
 import pytest
 from code_answers import PATIENT, SPIN, fenced, needs_sandbox
-from r1_grading import code
+from r1_grading import Grade, code
 
 pytestmark = needs_sandbox
 RIGHT, WRONG = "print(4)", "print(5)"
@@ -11,7 +11,7 @@ COUNTING_DOWN = READ + "n = int(a)\nwhile n != 4: n -= 1"
 GOOD = READ + "sys.exit(0 if int(a) == int(e) else 1)"
 
 
-def grade(program: str, checker: str, expected: str = "4", **limits: float) -> code.Grade:
+def grade(program: str, checker: str, expected: str = "4", **limits: float) -> Grade:
     truth = {"tests": [{"stdin": "", "stdout": expected}], "checker": checker}
     patience = SPIN if "while" in checker else PATIENT
     return code.grade(fenced(program), truth, limits={**patience, **limits})

@@ -4,7 +4,7 @@ import uuid
 
 import pytest
 from code_answers import NAP, PATIENT, SPIN, attack, fenced, named_sandboxes, needs_compiler
-from r1_grading import code
+from r1_grading import Grade, code
 
 pytestmark = needs_compiler
 SUM = {"tests": [{"stdin": "2 3\n", "stdout": "5"}, {"stdin": "-7 3", "stdout": "-4\n"}]}
@@ -17,7 +17,7 @@ def nothing_is_left_behind():
         yield
 
 
-def grade(program: str, truth: dict = SUM, **fields: object) -> code.Grade:
+def grade(program: str, truth: dict = SUM, **fields: object) -> Grade:
     return code.grade(fenced(program, "cpp"), truth, language="cpp", limits=PATIENT, **fields)
 
 

@@ -4,7 +4,7 @@ import uuid
 
 import pytest
 from code_answers import PATIENT, fenced, named_sandboxes, needs_sandbox
-from r1_grading import code
+from r1_grading import Grade, code
 
 pytestmark = needs_sandbox
 SECRET = "expected-7041776"
@@ -23,7 +23,7 @@ def nothing_is_left_behind():
         yield
 
 
-def grade(program: str, truth: dict) -> code.Grade:
+def grade(program: str, truth: dict) -> Grade:
     return code.grade(fenced(program), truth, limits=PATIENT)
 
 
