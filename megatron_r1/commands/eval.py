@@ -23,7 +23,7 @@ from megatron_r1.evaluation.identity import settings_that_matter, versions
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest, load_prompt_sets
 from megatron_r1.evaluation.report import print_table, write_figure, write_report
 from megatron_r1.evaluation.response import ResponseLog, SamplingSettings, TextResponse
-from megatron_r1.evaluation.sampling import ResponseBatchGrader, Sampler
+from megatron_r1.evaluation.sampling import TextResponseGrader, Sampler
 from megatron_r1.evaluation.summary import Summary, summarize
 from megatron_r1.reporting.run_folder import RunFolder
 
@@ -75,7 +75,7 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
     rewards = config.rewards
     pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
     try:
-        grader = ResponseBatchGrader(pool, {ACCURACY: 1.0}, rewards.call_options)
+        grader = TextResponseGrader(pool, {ACCURACY: 1.0}, rewards.call_options)
         seed = config.run.seed
         sampler = Sampler(policy, grader, log, sets, seed, _audit_fields, by_prompt=False)
         write_lines(folder.path / "questions.jsonl", _question_lines(sets))

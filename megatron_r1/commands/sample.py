@@ -27,7 +27,7 @@ from megatron_r1.data.text import TEMPLATES
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import Policy, ResponseLog, SamplingSettings
-from megatron_r1.evaluation.sampling import ResponseBatchGrader, Sampler
+from megatron_r1.evaluation.sampling import TextResponseGrader, Sampler
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted
 from megatron_r1.sample.decontamination import contaminated, load_avoided
@@ -164,7 +164,7 @@ async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> No
         grader = None
         if config.sample.is_graded:
             # As a training run grades in its first step.
-            grader = ResponseBatchGrader(
+            grader = TextResponseGrader(
                 pool, weights_at(rewards.weights, step=1), rewards.call_options
             )
         rollout, server = config.rollout, config.sample.server
@@ -216,7 +216,7 @@ async def _decide(
     inputs: SampleInputs,
     log: ResponseLog,
     pool: RewardPool,
-    grader: ResponseBatchGrader | None,
+    grader: TextResponseGrader | None,
     judge: ResponseJudge | None,
     settings: dict[str, Any],
 ) -> None:

@@ -58,7 +58,7 @@ SampleJob = tuple[PromptSet, Prompt, int]
 Details = Callable[[PromptSet, Prompt, TextResponse], dict[str, Any]]
 
 
-class ResponseBatchGrader:
+class TextResponseGrader:
     """Grades a `TextResponse` by constant weights.
 
     Args:
@@ -94,7 +94,7 @@ class Sampler:
     def __init__(
         self,
         policy: Policy,
-        grader: ResponseBatchGrader | None,
+        grader: TextResponseGrader | None,
         log: ResponseLog,
         sets: Sequence[PromptSet],
         seed: int,

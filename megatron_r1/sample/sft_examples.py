@@ -25,7 +25,7 @@ from megatron_r1.data.text import (
     system_text,
 )
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.evaluation.sampling import ResponseBatchGrader
+from megatron_r1.evaluation.sampling import TextResponseGrader
 from megatron_r1.sample.outputs import PromptResult
 from megatron_r1.sample.selection import KEPT, NOT_CHOSEN, Decision, Selection
 from megatron_r1.sample.user_function import ResultCache, UserFunction
@@ -138,7 +138,7 @@ class SftExamples:
         selection: Selection,
         rendering: Rendering | None,
         rewriter: Rewriter | None = None,
-        grader: ResponseBatchGrader | None = None,
+        grader: TextResponseGrader | None = None,
     ) -> None:
         """Take the selection's settings.
 

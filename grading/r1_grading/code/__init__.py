@@ -1,3 +1,3 @@
 """Accuracy of programs: `grade` runs the response's program on the tests that `problem` reads."""
 
-from r1_grading.code.grade import equal_output, equal_result, find_program, grade
+from r1_grading.code.grader import equal_output, equal_result, find_program, grade

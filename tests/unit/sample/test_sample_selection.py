@@ -13,7 +13,7 @@ from sample_answers import PROMPT, answer, run_decide, selection
 from megatron_r1.config import parse
 from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.evaluation.sampling import ResponseBatchGrader
+from megatron_r1.evaluation.sampling import TextResponseGrader
 from megatron_r1.sample.sft_examples import Rendering, SftExamples
 
 ROOT = Path(__file__).parents[3]
@@ -151,7 +151,7 @@ def test_a_reward_that_is_only_measured_may_fail(weight, is_graded):
             return Grade.ungraded("broken") if failed else Grade(1.0, "right")
 
     weights = {"accuracy": 1.0, "repetition": weight}
-    grader = ResponseBatchGrader(Pool(), weights, {})
+    grader = TextResponseGrader(Pool(), weights, {})
     graded = asyncio.run(grader.grade(PROMPT, answer(0, None)))
     assert graded.is_ungraded != is_graded
     assert graded.reward == (1.0 if is_graded else None)
