@@ -67,7 +67,7 @@ def _kill_descendants() -> None:
         time.sleep(0.01)
 
 
-class Child:
+class StageProcess:
     """A running `command` (behind `launch`) with everything it starts; none of it outlives this
     process.
 

@@ -19,7 +19,7 @@ from megatron_r1.base.processes import stopping
 from megatron_r1.base.processes.diagnosis import excerpt
 from megatron_r1.config.yaml_text import as_yaml
 from megatron_r1.pipeline import function_stage, manifest, serving
-from megatron_r1.pipeline.child import Child, describe_status
+from megatron_r1.pipeline.child import StageProcess, describe_status
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.pipeline_recipe import PipelineConfig
 from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
@@ -140,7 +140,7 @@ class Runner:
             command = write_recipe(self.plan, stage, urls)
             launch = self.plan.resolve(stage.config.launch, urls)
             log = self.plan.log_of(stage.name)
-            child = Child(command, log, launch=launch, prefix="  " + self.prefix)
+            child = StageProcess(command, log, launch=launch, prefix="  " + self.prefix)
             try:
                 self._wait(child, stage, folder, servers)
             finally:
@@ -148,7 +148,11 @@ class Runner:
         return [*shlex.split(launch), *command]
 
     def _wait(
-        self, child: Child, stage: PipelineStage, folder: Path, servers: list[serving.StageServer]
+        self,
+        child: StageProcess,
+        stage: PipelineStage,
+        folder: Path,
+        servers: list[serving.StageServer],
     ) -> None:
         num_signals = 0
         while (status := child.wait(POLL_SECONDS)) is None:
@@ -164,7 +168,7 @@ class Runner:
             raise KeyboardInterrupt
         raise RunError(f"{describe_status(status)}; from {child.log}:\n{excerpt(child.output())}")
 
-    def _request_stop(self, child: Child, stage: PipelineStage, folder: Path) -> None:
+    def _request_stop(self, child: StageProcess, stage: PipelineStage, folder: Path) -> None:
         if self.signals.count == 1:
             self.show(f"stopping {stage.name} when its step is done; once more ends it at once")
         if self.signals.count == 1 and stage.config.launch:

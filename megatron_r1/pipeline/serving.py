@@ -16,7 +16,7 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.client import is_healthy
 from megatron_r1.engines.server.settings import config_arguments, engine_environment
 from megatron_r1.models.hf_config import load_config
-from megatron_r1.pipeline.child import Child, describe_status
+from megatron_r1.pipeline.child import StageProcess, describe_status
 from megatron_r1.pipeline.pipeline_recipe import ServeConfig
 
 POLL_SECONDS = 0.1
@@ -41,7 +41,7 @@ class StageServer:
             environment = engine_environment(gpu.device(), CPU_THREADS, CPU_CACHE_GIB)
             environment |= self._scratch.environment()
         command = server_command(name, config, port)
-        self._child = Child(command, log, launch=config.launch, environment=environment)
+        self._child = StageProcess(command, log, launch=config.launch, environment=environment)
 
     def wait_ready(self, while_waiting: Callable[[], None]) -> None:
         """Return when the server answers.

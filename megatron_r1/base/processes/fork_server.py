@@ -52,7 +52,7 @@ class Request(NamedTuple):
     umask: int
 
 
-class Reply(NamedTuple):
+class ForkReply(NamedTuple):
     """The server's message that a process has started or ended.
 
     Attributes:
@@ -64,7 +64,7 @@ class Reply(NamedTuple):
     status: int | None = None
 
 
-class Child:
+class ForkedChild:
     """A process that was started, and the connection that asked for it."""
 
     def __init__(self, pid: int, connection: socket.socket, temporary: str) -> None:
@@ -95,7 +95,7 @@ class ForkServer:
         self._environment = dict(os.environ)
         """As it was when the imports began, which may change it."""
         self._may_differ = set(OWN_VARIABLES)
-        self._children: set[Child] = set()
+        self._children: set[ForkedChild] = set()
         self._selector = selectors.DefaultSelector()
         # Not by the channel alone, which another process may have inherited.
         self._selector.register(os.pidfd_open(os.getppid()), selectors.EVENT_READ, self.end)
@@ -111,7 +111,7 @@ class ForkServer:
             self._selector.register(0, selectors.EVENT_READ, self.end)
         while True:
             for key, _ in self._selector.select():
-                if isinstance(key.data, Child):
+                if isinstance(key.data, ForkedChild):
                     self._follow(key.data, has_ended=key.fd == key.data.end)
                 elif key.data is not None:
                     key.data()
@@ -171,11 +171,11 @@ class ForkServer:
                 os.execve(sys.executable, command, asked.environment)
             return asked.arguments
         os.close(descriptors[0])
-        child = Child(pid, connection, asked.environment.get("TMPDIR", ""))
+        child = ForkedChild(pid, connection, asked.environment.get("TMPDIR", ""))
         self._children.add(child)
         self._selector.register(child.end, selectors.EVENT_READ, child)
         self._selector.register(connection, selectors.EVENT_READ, child)
-        _send(child, Reply(pid))
+        _send(child, ForkReply(pid))
         return None
 
     def _may_fork(self, environment: Mapping[str, str]) -> bool:
@@ -211,7 +211,7 @@ class ForkServer:
         if "numpy" in sys.modules:  # Python's own generator is seeded at a fork
             sys.modules["numpy"].random.seed()
 
-    def _follow(self, child: Child, has_ended: bool) -> None:
+    def _follow(self, child: ForkedChild, has_ended: bool) -> None:
         """Report a child's end; end the child whose connection has been closed."""
         if has_ended:
             self._selector.unregister(child.end)
@@ -220,7 +220,7 @@ class ForkServer:
             child.end = -1
             assert end is not None, "it waits"
             exited = end.si_code == os.CLD_EXITED
-            _send(child, Reply(child.pid, end.si_status if exited else -end.si_status))
+            _send(child, ForkReply(child.pid, end.si_status if exited else -end.si_status))
         else:
             self._selector.unregister(child.connection)
             child.connection.close()
@@ -231,7 +231,7 @@ class ForkServer:
             os.waitpid(child.pid, 0)
 
 
-def _send(child: Child, reply: Reply) -> None:
+def _send(child: ForkedChild, reply: ForkReply) -> None:
     if child.is_wanted:
         with contextlib.suppress(ConnectionError):  # that it is closed is seen next
             child.connection.send(msgspec.msgpack.encode(reply))

@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from megatron_r1.base.processes import children
-from megatron_r1.base.processes.fork_server import SERVERS, Reply, Request
+from megatron_r1.base.processes.fork_server import SERVERS, ForkReply, Request
 from megatron_r1.base.processes.resources import Scratch
 
 POLL_SECONDS = 0.02
@@ -60,7 +60,7 @@ class ForkedProcess:
             except ConnectionError:
                 message = b""
             if message:
-                self._pid, self.returncode = msgspec.msgpack.decode(message, type=Reply)
+                self._pid, self.returncode = msgspec.msgpack.decode(message, type=ForkReply)
             elif self._pid or self._server is None:
                 self.returncode = -signal.SIGKILL  # the kernel's, at the end of the server
             else:
