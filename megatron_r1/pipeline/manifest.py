@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write, fsync
+from megatron_r1.base.files.blocks import spread_blocks
 from megatron_r1.base.user_code import syntax_of
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
@@ -28,8 +29,8 @@ from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
 WHOLE_BYTES = 256 * 1024**2
 """Larger files count by their size and some blocks, so that the status of a pipeline with a
 terabyte's model takes seconds."""
-NUM_BLOCKS, BLOCK_BYTES = 64, 65_536
-"""The blocks of a larger file that count: at equal distances, from its first to its last bytes."""
+NUM_BLOCKS = 64
+"""Blocks of a larger file that count (`spread_blocks`)."""
 MISSING = "missing"
 LENGTH = 16
 """Hexadecimal digits of a SHA-256 that are kept: 64 bits."""
@@ -139,14 +140,13 @@ def digest(path: Path) -> str:
         return _joined((name, digest(path / name)) for name in names)
     if not path.exists():
         return MISSING
-    size, content = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= WHOLE_BYTES:
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES:
+        with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:LENGTH]
-        content.update(str(size).encode())
-        for block in range(NUM_BLOCKS):
-            file.seek(block * (size - BLOCK_BYTES) // (NUM_BLOCKS - 1))
-            content.update(file.read(BLOCK_BYTES))
+    content = hashlib.sha256(str(size).encode())
+    for block in spread_blocks(path, NUM_BLOCKS):
+        content.update(block)
     return content.hexdigest()[:LENGTH]
 
 
