@@ -27,8 +27,9 @@ from megatron_r1.trainer.batch import Head, PackedBatch
 from megatron_r1.trainer.checkpoints.contents import Network, Networks
 from megatron_r1.trainer.critic import Critic, needs_critic
 from megatron_r1.trainer.distributed import GridPosition
+from megatron_r1.trainer.logprob_gaps import engine_gap, teacher_kl
 from megatron_r1.trainer.losses import Loss, LossTerms
-from megatron_r1.trainer.metrics import Maximum, Mean, Metrics, merge, nan_max, reduce_over_data
+from megatron_r1.trainer.metrics import Maximum, Mean, Metrics, merge, reduce_over_data
 from megatron_r1.trainer.operations import SUPERVISED, SampleScores
 from megatron_r1.trainer.packed import (
     RoutingPart,
@@ -151,8 +152,8 @@ class Trainer:
             if first:
                 self._fill_logprobs(first, "own_routing", temperature)
         metrics = self.replay.agreement(platform.device())
-        if first:
-            mean, _ = self._engine_gap(first, "own_routing")
+        if first and self.position.last_stage:
+            mean, _ = engine_gap(first, "own_routing")
             metrics |= self._reduced({"logprob_diff/without_replay": mean})
         return metrics
 
@@ -170,30 +171,17 @@ class Trainer:
         """Return the mean and the largest absolute difference, over response tokens, of the
         engine's log-probabilities and the trainer's "old" ones; compute_logprobs() comes first.
 
-        With a teacher also teacher/kl, the sampled estimate of KL(π_old ‖ teacher): the mean of
-        log π_old - log π_teacher over the same tokens."""
+        With a teacher also teacher/kl, the sampled estimate of KL(π_old ‖ teacher) over the same
+        tokens. Empty on ranks before the last stage."""
+        if not self.position.last_stage:
+            return {}
         batches = self._batches()
-        mean, largest = self._engine_gap(batches, "old")
+        mean, largest = engine_gap(batches, "old")
         metrics: dict[str, Mean | Maximum]
         metrics = {"logprob_diff/max": largest, "logprob_diff/mean": mean}
-        if self.config.teacher.path and self.position.last_stage:
-            gaps = [
-                (batch.logprobs["old"] - batch.logprobs["teacher"])[batch.is_response]
-                for batch in batches
-            ]
-            metrics["teacher/kl"] = Mean(sum(g.double().sum().item() for g in gaps), mean.count)
+        if self.config.teacher.path:
+            metrics["teacher/kl"] = teacher_kl(batches)
         return self._reduced(metrics)
-
-    def _engine_gap(self, batches: list[PackedBatch], name: str) -> tuple[Mean, Maximum]:
-        """Return |trainer's - engine's log-probability| over this rank's response tokens. name:
-        of the trainer's log-probabilities."""
-        gap, count, largest = 0.0, 0, 0.0
-        for batch in batches if self.position.last_stage else []:
-            gaps = (batch.logprobs[name] - batch.rollout_logprobs)[batch.is_response].abs()
-            gap, count = gap + gaps.double().sum().item(), count + gaps.numel()
-            if gaps.numel():
-                largest = nan_max(largest, gaps.max().item())
-        return Mean(gap, count), Maximum(largest)
 
     def update(
         self,
@@ -261,7 +249,9 @@ class Trainer:
         batches = [packed_batch(s, self.split, platform.device()) for s in rounds]
         with self.replay.paused():  # an engine's answer to a probe comes without its routing
             self._fill_logprobs(batches, "old", 1.0)
-        mean, largest = self._engine_gap(batches, "old")
+        if not self.position.last_stage:
+            return {}
+        mean, largest = engine_gap(batches, "old")
         return self._reduced({"probe/max": largest, "probe/mean": mean})
 
     def yield_memory(self) -> None:
