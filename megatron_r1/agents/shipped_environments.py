@@ -265,7 +265,7 @@ class Retrieval:
         """Return a document.
 
         Args:
-            number: of the document, as search returns it.
+            number: the document's number, as search returns it.
         """
         query = "SELECT title, text FROM documents WHERE rowid = ?"
         row = self._index.execute(query, (number,)).fetchone()

@@ -45,7 +45,7 @@ def held_positions(cu_seqlens: Tensor, rank: int, num_ranks: int) -> Tensor:
     Args:
         cu_seqlens: (S + 1,) integers from 0 to T.
         rank: within the context-parallel group.
-        num_ranks: of that group.
+        num_ranks: the number of ranks of that group.
 
     Raises:
         ValueError: where num_ranks > 1 and a sample's length is not a multiple of 2 * num_ranks.
@@ -70,7 +70,7 @@ def sample_order(cu_seqlens: Tensor, num_ranks: int) -> Tensor:
 
     Args:
         cu_seqlens: (S + 1,) integers from 0 to T.
-        num_ranks: of the context-parallel group.
+        num_ranks: the number of ranks of the context-parallel group.
     """
     gathered = torch.cat([held_positions(cu_seqlens, rank, num_ranks) for rank in range(num_ranks)])
     order = torch.empty_like(gathered)
@@ -153,7 +153,7 @@ def ring_attention(
         key: (t, g, d).
         value: (t, g, e).
         cu_seqlens: int64 (S + 1,), of the whole batch.
-        scale: of the products of queries and keys.
+        scale: the factor of the products of queries and keys.
         group: the context-parallel ranks.
 
     Returns:

@@ -145,7 +145,7 @@ def persistent_bytes(
     Args:
         config: the recipe.
         counts: the rank's parameters.
-        replicas: of dense and of expert parameters.
+        replicas: the number of replicas of dense and of expert parameters.
         moments: their dtype on this device."""
     each = parameter_bytes(config.model.dtype, moments)
     dense, expert = _padded(counts, replicas)
@@ -238,7 +238,7 @@ def layer_activations(
     Args:
         hf: the model's `config.json`.
         config: the recipe, for layout and dtype.
-        tokens: of the micro-batch.
+        tokens: the number of tokens of the micro-batch.
         sparse: whether the layer has routed experts, not a dense MLP.
         imbalance: tokens of the busiest rank's experts, over the mean.
         local: whether the layers are those without Transformer Engine (`models/layers.py`), which
@@ -300,9 +300,9 @@ def head_bytes(
     Args:
         shape: (outputs, features) of the head.
         config: the recipe, for layout and dtype.
-        tokens: of the micro-batch.
+        tokens: the number of tokens of the micro-batch.
         on_gpu: whether chunks are those of a GPU.
-        has_experts: of the model.
+        has_experts: whether the model has experts.
     """
     (outputs, hidden), parallel = shape, config.parallel
     rows, value = int(tokens) // parallel.context, BYTES[config.model.dtype]

@@ -265,8 +265,8 @@ def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     pinned memory are copies fast and asynchronous.
 
     Args:
-        shape: of the tensor.
-        dtype: of the tensor.
+        shape: the tensor's shape.
+        dtype: the tensor's dtype.
 
     Raises:
         UserError: where the host has no memory left to pin: torch takes the next power of two.

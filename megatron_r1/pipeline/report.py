@@ -60,7 +60,7 @@ def write_report(
 
     Args:
         root: the pipeline's folder.
-        title: of the page.
+        title: the title of the page.
         command: the one that is ending.
         plans: one per seed, of the same stages.
         graph: the stages and their order."""

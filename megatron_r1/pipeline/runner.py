@@ -309,7 +309,7 @@ def run_all(
     After a failure no other task begins, and the running ones finish.
 
     Args:
-        tasks: of the tasks that are ready, the first one in this order begins first.
+        tasks: the tasks; of those that are ready, the first one in this order begins first.
         needs: returns the tasks that a task needs.
         work: called in threads.
         jobs: the most tasks at a time.

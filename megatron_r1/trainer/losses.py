@@ -35,7 +35,7 @@ class LossTerms(NamedTuple):
     Attributes:
         loss: () fp32.
         denominator: () int.
-        metrics: of this micro-batch, on this rank."""
+        metrics: the metrics of this micro-batch, on this rank."""
 
     loss: Tensor
     denominator: Tensor

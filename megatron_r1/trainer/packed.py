@@ -127,7 +127,7 @@ def packed_batch(
     Args:
         samples: the micro-batch.
         split: how its tokens are divided between ranks.
-        device: of the tensors.
+        device: the device of the tensors.
         routing: the part of the samples' routing that this rank replays, if any.
         share_prompts: prompts that several samples have lie at the beginning, once, without their
             last token (`models.prefixes`)."""

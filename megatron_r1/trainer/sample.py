@@ -98,10 +98,10 @@ class Sample(msgspec.Struct, frozen=True):
             token_ids: the whole branch.
             is_sampled: a byte per token, 1 where it is trained on.
             logprobs: one per token.
-            advantage: of every sampled token.
+            advantage: the advantage of every sampled token.
             weight: as of `Sample`.
             num_trajectories: as of `Sample`.
-            routing: of all tokens but the last.
+            routing: the routing of all tokens but the last.
             teacher: one per sampled token.
 
         Raises:

@@ -196,8 +196,8 @@ class Trainer:
         Args:
             index: number of the mini-batch.
             loss: "module:function" of the loss.
-            settings: of a policy loss; None for the others.
-            learning_rate: of this update.
+            settings: the settings of a policy loss; None for the others.
+            learning_rate: the learning rate of this update.
             temperature: the logits are divided by it, as when they were sampled.
 
         Returns:

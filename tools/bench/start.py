@@ -45,7 +45,7 @@ class Point(NamedTuple):
 
     Attributes:
         seconds: since the command.
-        cpu: of the process."""
+        cpu: the processor time of the process."""
 
     seconds: float
     role: str

@@ -38,7 +38,8 @@ class Check:
     verdict.
 
     Attributes:
-        arguments: of python, from the repository's root; {out}: the folder of results.
+        arguments: the arguments of python, from the repository's root; {out}: the folder of
+            results.
         seconds: its limit.
         needs: modules without which it is not possible.
         settles: the lines of docs/gpu-checklist.md that it settles, by a phrase of theirs.
@@ -205,7 +206,7 @@ class CheckOutcome:
 
     Attributes:
         status: `verdict.PASSED`, `FAILED`, `IMPOSSIBLE` or `NO_TIME`.
-        reason: of each but the first.
+        reason: the reason of each but the first.
         tail: the end of its output.
         figures: what it has measured."""
 

@@ -84,8 +84,8 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     The file is replaced atomically, and only if something is dropped.
 
     Args:
-        path: of a JSONL file.
-        keep: of a record, whether it stays.
+        path: a JSONL file.
+        keep: whether a record stays.
     """
     if not path.exists():
         return 0

@@ -38,7 +38,7 @@ def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """Return the environment variables by which torchrun names a rank of this machine.
 
     Args:
-        rank: of the process.
+        rank: the process's rank.
         num_ranks: in all.
         port: the port of torch.distributed's store, which rank 0 hosts.
     """

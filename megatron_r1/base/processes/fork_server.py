@@ -41,10 +41,10 @@ class Request(NamedTuple):
     """A request to run a module in a forked process.
 
     Attributes:
-        arguments: of the module.
+        arguments: the module's arguments.
         folder: the working directory.
-        umask: of the process that asks, so that its choice of who may read its files holds for
-            those of the new one."""
+        umask: the umask of the process that asks, so that its choice of who may read its files
+            holds for those of the new one."""
 
     arguments: list[str]
     environment: dict[str, str]
@@ -56,7 +56,7 @@ class ForkReply(NamedTuple):
     """The server's message that a process has started or ended.
 
     Attributes:
-        pid: of the process.
+        pid: the process's id.
         status: its exit code, or minus the number of the signal that ended it; None while it runs.
     """
 

@@ -151,7 +151,7 @@ def attach_adapters(chunks: Sequence, hf: dict, lora: LoraConfig, seed: int) -> 
         chunks: this rank's virtual stages.
         hf: the model's `config.json`.
         lora: rank, scale and targets.
-        seed: of the draws of A.
+        seed: the seed of the draws of A.
 
     Raises:
         UserError: for an unknown target.
@@ -291,7 +291,7 @@ def save_adapter(
         lora: rank, scale and targets.
         base: the folder of the model that the adapters belong to.
         out: the new folder.
-        dtype: of the written factors.
+        dtype: the dtype of the written factors.
 
     Raises:
         UserError: on every rank when something cannot be written.

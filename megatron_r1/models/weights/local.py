@@ -68,8 +68,8 @@ def merged(parameter: Tensor, rows: slice, columns: slice) -> Tensor:
 
     Args:
         parameter: (M, N), with or without an adapter.
-        rows: of the result.
-        columns: of the result.
+        rows: the number of rows of the result.
+        columns: the number of columns of the result.
     """
     adapter = getattr(parameter, "adapter", None)
     if adapter is None:

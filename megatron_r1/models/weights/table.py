@@ -93,8 +93,8 @@ def weight(megatron: str, name: str, shape: Shape, split: Split, te: str | None 
 
     Args:
         megatron: the parameter's name.
-        name: the Hugging Face tensor's.
-        shape: of the Hugging Face tensor.
+        name: the Hugging Face tensor's name.
+        shape: the shape of the Hugging Face tensor.
         split: which part of it a rank has.
         te: the parameter's name in Transformer Engine's layers, where that differs.
     """
@@ -142,8 +142,8 @@ def column_parallel(
 
     Args:
         sources: the Hugging Face tensors, concatenated in this order.
-        rank: within the group that splits the parameter.
-        num_ranks: of that group.
+        rank: the rank within the group that splits the parameter.
+        num_ranks: the number of ranks of that group.
     """
     return _interleave(sources, num_blocks=num_ranks, chosen=range(rank, rank + 1))
 
@@ -155,8 +155,8 @@ def row_parallel(
 
     Args:
         sources: the Hugging Face tensor, one.
-        rank: within the group that splits the parameter.
-        num_ranks: of that group.
+        rank: the rank within the group that splits the parameter.
+        num_ranks: the number of ranks of that group.
     """
     (source,) = sources
     height, width = source.shape
@@ -172,8 +172,8 @@ def vocab_parallel(
 
     Args:
         sources: the Hugging Face tensor, one.
-        rank: within the group that splits the parameter.
-        num_ranks: of that group.
+        rank: the rank within the group that splits the parameter.
+        num_ranks: the number of ranks of that group.
     """
     (source,) = sources
     num_tokens, width = source.shape
@@ -226,7 +226,7 @@ def rows_of(pieces: Iterable[Piece], start: int, length: int) -> Iterator[Piece]
     placed in a parameter that has these rows only.
 
     Args:
-        pieces: of dim 0.
+        pieces: the pieces, all of dim 0.
         start: the first row.
         length: the number of rows.
     """

@@ -81,7 +81,7 @@ def write_hf(
         hf: the model's config.json.
         path: seen by all ranks; replaced atomically, so that a reader which still maps the previous
             file keeps the previous weights.
-        dtype: of the stored tensors, except those with a dtype of their own (the router's
+        dtype: the dtype of the stored tensors, except those with a dtype of their own (the router's
             correction bias stays float32).
         names: the tensors to write; None: all.
         durable: fsync before renaming.

@@ -76,7 +76,7 @@ class Running:
     """A call on the walk.
 
     Attributes:
-        entries: of it and of the calls under it.
+        entries: the entries of it and of the calls under it.
         new: identities of what these have made.
         is_kept: whether something was sent from it."""
 

@@ -77,7 +77,7 @@ def write_at(file: int, at: int, values: Tensor) -> None:
     Args:
         file: descriptor of an open file.
         at: offset in bytes.
-        values: of any dtype.
+        values: the values to write, of any dtype.
     """
     _write_bytes(file, at, as_bytes(values.contiguous()).numpy().data)
 
@@ -177,7 +177,7 @@ def stored_tensors(
 
     Args:
         hf: the model's `config.json`.
-        dtype: of weights that have none of their own.
+        dtype: the dtype of weights that have none of their own.
         with_mtp: whether the MTP layers are exported.
         names: only these; ValueError for unknown ones.
     """
