@@ -58,8 +58,12 @@ def deciding_settings(plan: PipelinePlan, stage: PipelineStage, finished: bool) 
     """Return the settings that decide the stage's result, by dotted keys.
 
     References stay as written, since what they mean is an input: a pipeline's folder may be moved.
-    finished: whether the stage is done; one that is not may continue with another number of steps.
-    """
+
+    Args:
+        plan: the plan of the pipeline.
+        stage: the pipeline stage.
+        finished: whether the stage is done; one that is not may continue with another number of
+            steps."""
     if stage.is_function:
         arguments = substitute(stage.settings, plan.unresolved)
         deciding = flatten({"function": stage.config.function, "arguments": arguments})
@@ -120,7 +124,10 @@ def list_changes(
 ) -> list[str]:
     """Return a sentence such as `rl.group_size: 16 then, 8 now` for each difference.
 
-    known: values of keys that `before`, written by an earlier version, may lack."""
+    Args:
+        before: the settings or digests that were recorded.
+        after: those of now.
+        known: values of keys that `before`, written by an earlier version, may lack."""
     before = {key: value for key, value in (known or {}).items() if key in after} | before
     none = "not there"
     return [
@@ -219,7 +226,11 @@ def begin(
 ) -> None:
     """Record that an attempt at `stage` begins, with its settings and inputs.
 
-    last_output: when an attempt that was killed wrote its last line, in seconds since 1970."""
+    Args:
+        plan: the plan of the pipeline.
+        stage: the pipeline stage.
+        upstream: the names of the stages that it needs.
+        last_output: when an attempt that was killed wrote its last line, in seconds since 1970."""
     folder = plan.folder_of(stage.name)
     before = read(folder, BEGUN) or {}
     attempts = before.get("attempts", [])
@@ -241,7 +252,11 @@ def keep_ports(folder: Path, ports: dict[str, int]) -> None:
 
 
 def end_attempt(folder: Path, failed: str | None) -> None:
-    """Record the end of the attempt. failed: why it failed; None if it did not."""
+    """Record the end of the attempt.
+
+    Args:
+        folder: the stage's folder.
+        failed: why the attempt failed; None if it did not."""
     record = read(folder, BEGUN) or {}
     last = record["attempts"][-1]
     last["seconds"] = time.time() - last["began"]

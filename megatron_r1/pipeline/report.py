@@ -46,8 +46,11 @@ Lines = list[dict[str, Any]]
 
 
 class Cell(NamedTuple):
-    """One number of the report's table, with its source. source: the file and key of the number,
-    and the number of each seed."""
+    """One number of the report's table, with its source.
+
+    Attributes:
+        text: the number as it is shown.
+        source: the file and key of the number, and the number of each seed."""
 
     text: str
     source: str = ""
@@ -106,8 +109,13 @@ def collect(
     graph: Graph,
     statuses: Sequence[Mapping[str, Status]],
 ) -> dict[str, Any]:
-    """Return the content of report.json. statuses: for each plan, the status of each of its
-    stages."""
+    """Return the content of report.json.
+
+    Args:
+        title: the title of the page.
+        plans: one plan per seed, of the same stages.
+        graph: the stages and their order.
+        statuses: for each plan, the status of each of its stages."""
     results = {
         name: [
             {} if by_name[name].state is StageState.FAILED else results_of(plan.folder_of(name))
@@ -240,7 +248,10 @@ def _rl_plots(plans: Sequence[PipelinePlan], graph: Graph) -> list[Plot]:
 def heldout_points(runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
     """Return the held-out evaluations of one stage as points, none if there are none.
 
-    runs: the lines of evaluations.jsonl of each seed."""
+    Args:
+        runs: the lines of evaluations.jsonl of each seed.
+        key: the quantity's key in these lines.
+        ink: the color of the points."""
     by_step = _by_step(runs, key)
     if not by_step:
         return []

@@ -81,10 +81,15 @@ class Runner:
     prefix: str = ""
 
     def run(self, stage: PipelineStage, upstream: tuple[str, ...], referenced: set[str]) -> None:
-        """Run `stage` to its end. referenced: outputs that other stages refer to.
+        """Run `stage` to its end.
 
         Raises RunError where it ends without being done, and KeyboardInterrupt when a signal asked
-        to stop; in both cases the stage continues when it is run again."""
+        to stop; in both cases the stage continues when it is run again.
+
+        Args:
+            stage: the pipeline stage.
+            upstream: the names of the stages that it needs.
+            referenced: outputs that other stages refer to."""
         folder = self.plan.folder_of(stage.name)
         self._wait_for_folder(folder)
         self._clear(stage, folder)
@@ -225,7 +230,13 @@ class StageOfSeed(NamedTuple):
 
 
 class Executor:
-    """Runs stages and keeps their statuses up to date. plans: one per seed, of the same stages."""
+    """Runs stages and keeps their statuses up to date.
+
+    Args:
+        config: the pipeline's section of the recipe.
+        plans: one plan per seed, of the same stages.
+        graph: the stages and their order.
+        signals: the requests to stop."""
 
     def __init__(
         self, config: PipelineConfig, plans: Sequence[PipelinePlan], graph: Graph, signals: Signals

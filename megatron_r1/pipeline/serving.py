@@ -32,7 +32,13 @@ class StageServer:
     """One served model or other HTTP service."""
 
     def __init__(self, name: str, config: ServeConfig, port: int, log: Path) -> None:
-        """Start the server. config: with references replaced."""
+        """Start the server.
+
+        Args:
+            name: the server's name in the stage.
+            config: the server's settings, with references replaced.
+            port: the port on which it listens.
+            log: the file of its output."""
         self.name, self.config, self.log = name, config, log
         self.url = url(config, port)
         self._scratch = Scratch() if config.model else None
@@ -46,8 +52,11 @@ class StageServer:
     def wait_ready(self, while_waiting: Callable[[], None]) -> None:
         """Return when the server answers.
 
-        while_waiting: is called several times a second, and may raise. Raises RunError when the
-        server ended, or is not ready after `timeout_seconds`."""
+        Args:
+            while_waiting: is called several times a second, and may raise.
+
+        Raises:
+            RunError: when the server ended, or is not ready after `timeout_seconds`."""
         deadline = time.monotonic() + self.config.timeout_seconds
         while time.monotonic() < deadline:
             while_waiting()
@@ -85,7 +94,11 @@ def served(
 ) -> Iterator[list[StageServer]]:
     """Start servers and yield them when all are ready; they are stopped at the end of the block.
 
-    while_waiting: as for `StageServer.wait_ready`."""
+    Args:
+        configs: the servers' settings, by name.
+        ports: the servers' ports, by name.
+        logs: the servers' log files, by name.
+        while_waiting: as for `StageServer.wait_ready`."""
     servers: list[StageServer] = []
     try:
         for name, config in configs.items():

@@ -68,7 +68,12 @@ class ForkedChild:
     """A process that was started, and the connection that asked for it."""
 
     def __init__(self, pid: int, connection: socket.socket, temporary: str) -> None:
-        """temporary: its folder for temporary files."""
+        """Take up a process that was forked.
+
+        Args:
+            pid: the process's id.
+            connection: the connection that asked for the process.
+            temporary: the process's folder for temporary files."""
         self.pid, self.connection, self._temporary = pid, connection, Path(temporary)
         self.end = os.pidfd_open(pid)
         """Becomes readable when the process ends."""
@@ -90,7 +95,12 @@ class ForkServer:
     """Starts a process for each connection, and reports its end."""
 
     def __init__(self, channel: socket.socket, module: str) -> None:
-        """channel: connections are accepted from it if it listens, else received over it."""
+        """Prepare the server; `wait_for_request` starts processes.
+
+        Args:
+            channel: the socket from which connections are accepted if it listens, else the socket
+                over which they are received.
+            module: the name of the module that the processes run."""
         self._channel, self._module = channel, module
         self._environment = dict(os.environ)
         """As it was when the imports began, which may change it."""
