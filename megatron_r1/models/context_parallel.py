@@ -100,7 +100,10 @@ class Buckets:
     """The places of the tokens of packed sequences in right-padded batches."""
 
     def __init__(self, lengths: Tensor):
-        """lengths: (S,) int64, tokens per sequence."""
+        """Place the tokens of each sequence.
+
+        Args:
+            lengths: (S,) int64, tokens per sequence."""
         padded = (lengths + BUCKET_TOKENS - 1) // BUCKET_TOKENS * BUCKET_TOKENS
         order = padded.argsort(stable=True)
         starts = torch.empty_like(padded)
@@ -115,7 +118,11 @@ class Buckets:
 
     def spread(self, x: Tensor, size: int | None = None) -> list[Tensor]:
         """Return packed x (t, h, d) as a batch (rows, h, width, size) per bucket, with zeros where
-        it is padded. size: at least d; default: d."""
+        it is padded.
+
+        Args:
+            x: packed (t, h, d).
+            size: the size of the last dimension of the batches, at least d; None: d."""
         sizes = [count * width for count, width in self._shapes]
         size = x.shape[2] if size is None else size
         spread = x.new_zeros(sum(sizes), x.shape[1], size)

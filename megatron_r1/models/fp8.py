@@ -272,9 +272,14 @@ def round_to_fp8(x: Tensor, tile: Tile, dtype: torch.dtype, power_of_two: bool) 
     """Return `x` (M, N), any float, as fp32 (M, N), each value the nearest that `dtype` can hold at
     the scale of its tile.
 
-    tile: rows and columns, 0 for all; those at the edge are cut off. A tile with NaN or infinity
-    becomes NaN as a whole. (Transformer Engine returns NaN for NaN only, and casts infinity to the
-    largest number of the format: an overflow would go unnoticed.)"""
+    A tile with NaN or infinity becomes NaN as a whole. (Transformer Engine returns NaN for NaN
+    only, and casts infinity to the largest number of the format: an overflow would go unnoticed.)
+
+    Args:
+        x: (M, N), any float.
+        tile: rows and columns of a tile, 0 for all; those at the edge are cut off.
+        dtype: the FP8 format.
+        power_of_two: whether scales are rounded down to a power of two."""
     if x.numel() == 0:
         return x.float()
     rows, columns = (size or whole for size, whole in zip(tile, x.shape, strict=True))

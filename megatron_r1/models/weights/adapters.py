@@ -234,7 +234,12 @@ def add_product(layer: Any, inputs: tuple, out: tuple) -> tuple:
 
 def add_products(layer: Any, inputs: tuple, out: tuple) -> tuple:
     """Return the output of a layer of all experts, (values, bias), with the adapters' products
-    added to the values. inputs: tokens by expert, and each expert's number of tokens."""
+    added to the values.
+
+    Args:
+        layer: the layer of all experts.
+        inputs: tokens by expert, and each expert's number of tokens.
+        out: the layer's own output, (values, bias)."""
     x, counts = inputs[:2]
     shares = zip(layer.lora, x.split(counts), strict=True)
     parts = [adapter(tokens) for adapter, tokens in shares]

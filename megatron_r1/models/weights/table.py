@@ -74,9 +74,16 @@ class Rule:
 class Table:
     """All rules of a model, by part.
 
-    layers[i] are the rules of decoder layer i (Megatron `decoder.layers.`, HF `model.layers.i.`),
-    mtp[k] those of MTP layer k (Megatron `mtp.layers.k.`, HF `model.layers.<num_layers + k>.`).
-    copies: HF tensors that repeat another one; written on export, ignored on import."""
+    Attributes:
+        embedding: rules of the embedding.
+        layers: layers[i] are the rules of decoder layer i (Megatron `decoder.layers.`, HF
+            `model.layers.i.`).
+        final_norm: rules of the norm after the last decoder layer.
+        head: rules of the output head.
+        mtp: mtp[k] are the rules of MTP layer k (Megatron `mtp.layers.k.`, HF
+            `model.layers.<num_layers + k>.`).
+        copies: HF tensors that repeat another one; written on export, ignored on import.
+        num_experts: the number of routed experts of a layer, 0 for a dense model."""
 
     embedding: list[Rule]
     layers: list[list[Rule]]

@@ -283,7 +283,11 @@ def _on_every_rank(action: Callable[[], object]) -> None:
 @contextlib.contextmanager
 def new_folder(out: Path, begin: Callable[[Path], None]) -> Iterator[Path]:
     """Yield a folder that all ranks write into; the end of the block renames it to `out` and
-    replaces a folder that has this name. begin: writes into the folder first, on rank 0."""
+    replaces a folder that has this name.
+
+    Args:
+        out: the final folder.
+        begin: writes into the folder first, on rank 0."""
     unfinished = out.with_name(out.name + ".incomplete")
 
     def create() -> None:

@@ -55,9 +55,16 @@ class _StoredChunk:
 
 
 class DistributedCheckpoint:
-    """The tensors of the checkpoint in `folder`: `shapes` and `dtypes` by key.
+    """The tensors of a checkpoint folder.
 
-    Raises UserError when the folder is not such a checkpoint, or a file is missing or truncated."""
+    Raises UserError when the folder is not such a checkpoint, or a file is missing or truncated.
+
+    Args:
+        folder: the checkpoint's folder.
+
+    Attributes:
+        shapes: the shape of each tensor, by key.
+        dtypes: the dtype of each tensor, by key."""
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
