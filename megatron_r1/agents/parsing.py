@@ -35,7 +35,12 @@ MAX_REPLY_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Parsed:
-    """The parts of one turn. tool_calls: in OpenAI's form, arguments as JSON text."""
+    """The parts of one turn.
+
+    Attributes:
+        reasoning: the reasoning, None where there is none.
+        content: the answer, None where there is none.
+        tool_calls: the tool calls, in OpenAI's form, arguments as JSON text."""
 
     reasoning: str | None
     content: str | None

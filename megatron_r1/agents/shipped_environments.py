@@ -87,7 +87,10 @@ DIGITS = 2
 
 
 class Lookup:
-    """One tool, `lookup`. hops: how many entries must be read one after the other."""
+    """One tool, `lookup`.
+
+    Args:
+        hops: how many entries must be read one after the other."""
 
     def __init__(self, hops: int = 2) -> None:
         self._hops = hops

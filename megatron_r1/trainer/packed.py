@@ -41,8 +41,11 @@ from megatron_r1.trainer.sample import Sample, shared_prefixes
 
 @dataclass(frozen=True)
 class RoutingPart:
-    """The part of the routing that a rank replays. layers: the rank's MoE layers, as indices into
-    shape.moe_layers."""
+    """The part of the routing that a rank replays.
+
+    Attributes:
+        shape: the sizes of the whole model's routing.
+        layers: the rank's MoE layers, as indices into shape.moe_layers."""
 
     shape: RoutingShape
     layers: list[int]

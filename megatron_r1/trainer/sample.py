@@ -209,7 +209,12 @@ def decode_samples(headers: Buffer, buffers: memoryview) -> ReplicaSamples:
 
 def check_shared_prompts(config: Config, on_gpu: bool, is_plain: bool) -> None:
     """Raise UserError where `parallel.share_prompts` does not go with the device, the model or a
-    setting. is_plain: whether attention has neither windows nor softmax offsets."""
+    setting.
+
+    Args:
+        config: the recipe.
+        on_gpu: whether the trainer runs on a GPU.
+        is_plain: whether attention has neither windows nor softmax offsets."""
     if not config.parallel.share_prompts:
         return
     obstacles = {

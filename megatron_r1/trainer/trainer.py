@@ -134,11 +134,19 @@ class Trainer:
         """Compute the log-probabilities of every loaded token under the current policy ("old") and,
         if `reference`, the reference.
 
-        first_minibatch False: those of mini-batch 0 under the current policy are left to its
-        update, which starts at that policy and computes them anyway. With routing replay, returns
-        routing/agreement and, for the first micro-batches, the difference from the engine's
-        log-probabilities without replay. The reference always chooses its own experts: it is a
-        model of its own, not the policy that made the samples."""
+        The reference always chooses its own experts: it is a model of its own, not the policy that
+        made the samples.
+
+        Args:
+            temperature: the logits are divided by it.
+            reference: whether the reference's are computed too.
+            first_minibatch: whether those of mini-batch 0 under the current policy are computed; if
+                not, they are left to its update, which starts at that policy and computes them
+                anyway.
+
+        Returns:
+            With routing replay, routing/agreement and, for the first micro-batches, the difference
+            from the engine's log-probabilities without replay."""
         batches = self._batches()
         later = batches if first_minibatch else batches[len(self.minibatches[0]) :]
         with self.replay.measured():
@@ -243,7 +251,10 @@ class Trainer:
         """Return the mean and the largest difference of an engine's log-probabilities, at
         temperature 1, and the trainer's.
 
-        samples: the same on every rank; loaded ones stay."""
+        Loaded samples stay.
+
+        Args:
+            samples: the samples to compare, the same on every rank."""
         check_token_ids(samples, self.hf["vocab_size"])
         rounds = self._in_rounds([samples])
         batches = [packed_batch(s, self.split, platform.device()) for s in rounds]

@@ -114,7 +114,11 @@ class Body:
     fields are null, and clients send replies back as messages."""
 
     def __init__(self, value: object, where: str = "") -> None:
-        """where: the path of this object in the request, for errors."""
+        """Take an object of the request.
+
+        Args:
+            value: the object.
+            where: the path of this object in the request, for errors."""
         if not isinstance(value, Mapping):
             raise Refused(f"must be an object, got {_shown(value)}", where or None)
         self._left = {name: entry for name, entry in value.items() if entry is not None}
@@ -170,8 +174,11 @@ class Body:
             self._left.pop(name, None)
 
     def options(self, neutral: Mapping[str, object]) -> dict[str, object]:
-        """Return the sampling options whose value changes something. neutral: the options, each
-        with the value that changes nothing; None where every value changes something."""
+        """Return the sampling options whose value changes something.
+
+        Args:
+            neutral: the options, each with the value that changes nothing; None where every value
+                changes something."""
         found = {name: self._left.pop(name) for name in neutral if name in self._left}
         return {name: value for name, value in found.items() if value != neutral[name]}
 

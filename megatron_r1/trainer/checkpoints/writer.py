@@ -121,7 +121,10 @@ class CheckpointWriter:
         self._thread.start()
 
     def progress(self, wait: bool) -> Progress | None:
-        """Return the state of the latest save, None before the first. wait: until it is done."""
+        """Return the state of the latest save, None before the first.
+
+        Args:
+            wait: whether to wait until the save is done."""
         if wait and self._thread is not None:
             self._thread.join()
             self._thread = None
