@@ -120,9 +120,11 @@ class PipelinePlan:
         return cls(path, folder, seed, stages, broken)
 
     def folder_of(self, stage: str) -> Path:
+        """Return the folder of a stage."""
         return self.folder / stage
 
     def log_of(self, stage: str, server: str = "") -> Path:
+        """Return the log file of a stage, or of one of its servers."""
         return self.folder / "logs" / f"{stage}{'.' if server else ''}{server}.log"
 
     def config(self, stage: PipelineStage, required: tuple[str, ...] = ()) -> Config:

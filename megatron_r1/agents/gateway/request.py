@@ -19,7 +19,14 @@ Message = dict[str, Any]
 
 
 class Refused(Exception):
-    """A request that is not served. kind: the error's type, as OpenAI and Anthropic name it."""
+    """A request that is not served.
+
+    Args:
+        message: what is wrong.
+        field: the path of the field in the request, None for the whole request.
+        status: the HTTP status of the reply.
+        kind: the error's type, as OpenAI and Anthropic name it.
+        code: the error's code, None for none."""
 
     def __init__(
         self,

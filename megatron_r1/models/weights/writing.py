@@ -214,6 +214,7 @@ class _StackedBoxes:
         self._boxes: dict[tuple[str, tuple[int, ...]], tuple[torch.Tensor, set[int]]] = {}
 
     def add(self, part: StackedPart, piece: Piece, values: torch.Tensor) -> None:
+        """Add an expert's part to its rectangle; write the rectangle when it is whole."""
         at = self._files.planned(part.name)
         within, sizes = part.box(at.shape[1:], piece.dim, piece.hf_start, piece.length)
         key = part.name, (part.expert, *within)
