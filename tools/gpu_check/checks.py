@@ -234,7 +234,13 @@ class CheckOutcome:
 def run_all(
     checks: Sequence[Check], out: Path, deadline: float, num_gpus: int
 ) -> Iterator[CheckOutcome]:
-    """Yield the outcome of every check, in order. deadline: as `time.time()`."""
+    """Yield the outcome of every check, in order.
+
+    Args:
+        checks: the checks to run.
+        out: the folder of results.
+        deadline: the time at which the checks must have ended, as `time.time()`.
+        num_gpus: the number of GPUs of this machine."""
     for check in checks:
         missing = [name for name in check.needs if not _is_installed(name)]
         left = deadline - time.time()

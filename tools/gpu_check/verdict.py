@@ -40,8 +40,11 @@ class Impossible(Exception):
 def run(check: Callable[[], Mapping[str, Any]]) -> int:
     """Run a check, print its verdict, and return the exit status of its process.
 
-    check: returns its figures, and raises `Failed` or `Impossible`; what else it raises is a
-    failure, too. SIGTERM says that its time is over."""
+    SIGTERM says that its time is over.
+
+    Args:
+        check: returns its figures, and raises `Failed` or `Impossible`; what else it raises is a
+            failure, too."""
     signal.signal(signal.SIGTERM, _stop)
     try:
         verdict = Verdict(PASSED, figures=check())
