@@ -131,7 +131,7 @@ class ParseJob(msgspec.Struct):
     Attributes:
         text: decoded from token_ids, without the closing token.
         prompt_token_ids: all tokens before it; a template may have opened a thought there.
-        tools: in OpenAI's form."""
+        tools: the tools, in OpenAI's form."""
 
     text: str
     token_ids: list[int]

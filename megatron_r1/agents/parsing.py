@@ -77,11 +77,11 @@ class ParserPool:
         """Prepare workers, which start with the first turn.
 
         Args:
-            tokenizer: its folder.
+            tokenizer: the tokenizer's folder.
             tool_parser: vLLM's name, None for no parser.
             reasoning_parser: vLLM's name, None for no parser.
             num_workers: the number of processes.
-            timeout_seconds: for one turn; a worker that takes longer is killed."""
+            timeout_seconds: the time for one turn; a worker that takes longer is killed."""
         self._has_parsers = bool(tool_parser or reasoning_parser)
         self._options = Options(tokenizer, tool_parser or "", reasoning_parser or "")
         self._timeout_seconds = timeout_seconds

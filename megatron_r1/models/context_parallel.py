@@ -44,7 +44,7 @@ def held_positions(cu_seqlens: Tensor, rank: int, num_ranks: int) -> Tensor:
 
     Args:
         cu_seqlens: (S + 1,) integers from 0 to T.
-        rank: within the context-parallel group.
+        rank: the rank within the context-parallel group.
         num_ranks: the number of ranks of that group.
 
     Raises:

@@ -78,8 +78,9 @@ class Counts:
     Attributes:
         dense, expert: trained parameters, by the group that reduces their gradients.
         frozen: not trained, with model.lora all but the adapters.
-        dense_padded, expert_padded: with every parameter padded to a multiple of 64, as in
-            Megatron's gradient buffers (param_and_grad_buffer.py, _pad_start_of_param_if_needed).
+        dense_padded, expert_padded: the counts with every parameter padded to a multiple of 64, as
+            in Megatron's gradient buffers (param_and_grad_buffer.py,
+            _pad_start_of_param_if_needed).
         buffers: fp32 values that are not parameters."""
 
     dense: int = 0

@@ -120,7 +120,7 @@ class CheckpointProgress(TypedDict):
 
     Attributes:
         error: a sentence, the same on every rank.
-        seconds: from the call to the renaming."""
+        seconds: the time from the call to the renaming."""
 
     is_done: bool
     error: str | None

@@ -34,7 +34,7 @@ class Sample(msgspec.Struct, frozen=True):
         routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes
             each (`models.experts`), for the tokens before the last; empty without routing replay.
         teacher: float32 bytes, the teacher's log-probabilities of the response, or None.
-        label: for a reward model, 1 for a good text, 0 for a bad one.
+        label: the label for a reward model, 1 for a good text, 0 for a bad one.
         mask: a byte per token of the response, 1 where the policy sampled it and is trained on it,
             0 where it was given (a tool's result, a user's turn); empty: all were sampled.
         weight: the sample's share of its trajectory's sampled tokens; those of all branches add up

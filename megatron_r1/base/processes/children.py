@@ -39,7 +39,7 @@ def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 
     Args:
         rank: the process's rank.
-        num_ranks: in all.
+        num_ranks: the number of ranks in all.
         port: the port of torch.distributed's store, which rank 0 hosts.
     """
     return {
@@ -68,7 +68,7 @@ def stop(
     """Send SIGTERM, wait, then kill the process with everything in its session's first group.
 
     Args:
-        process: that leads its process group.
+        process: the process that leads its process group.
         timeout_seconds: how long it may take to end by itself.
         kill_seconds: as `kill`'s.
     """
@@ -83,7 +83,7 @@ def kill(process: Stoppable, timeout_seconds: float | None = None) -> None:
     """Kill a process that leads its process group, and the group; harmless if it has ended.
 
     Args:
-        process: that leads its process group.
+        process: the process that leads its process group.
         timeout_seconds: how long to wait for its end, None: until it has ended. A process inside a
             driver that hangs does not end even so.
     """

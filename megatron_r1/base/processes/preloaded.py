@@ -147,7 +147,7 @@ def begin(module: str, environment: Mapping[str, str]) -> None:
     where processes are not forked from here.
 
     Args:
-        module: that the process runs.
+        module: the module that the process runs.
         environment: variables over this process's, as later in `start`.
     """
     if os.environ.get(SERVERS) or not _can_fork():

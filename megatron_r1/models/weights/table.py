@@ -102,7 +102,7 @@ def weight(megatron: str, name: str, shape: Shape, split: Split, te: str | None 
         megatron: the parameter's name.
         name: the Hugging Face tensor's name.
         shape: the shape of the Hugging Face tensor.
-        split: which part of it a rank has.
+        split: the rule by which a rank gets its part of it.
         te: the parameter's name in Transformer Engine's layers, where that differs.
     """
     return Rule(f"{megatron}.weight", (Source(f"{name}.weight", shape),), split, te)

@@ -60,7 +60,7 @@ class Progress:
 
     Attributes:
         error: a sentence, the same on every rank.
-        seconds: from the call to the renaming."""
+        seconds: the time from the call to the renaming."""
 
     is_done: bool = False
     error: str | None = None
