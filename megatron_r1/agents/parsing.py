@@ -315,7 +315,7 @@ def parser_of(agents: AgentsConfig, tokenizer: str) -> Parser:
 
     Args:
         agents: the recipe's section.
-        tokenizer: folder of the model's.
+        tokenizer: the folder of the model's tokenizer.
     """
     if agents.tool_parser in IN_PROCESS and agents.reasoning_parser is None:
         return HermesParser()

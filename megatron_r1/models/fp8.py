@@ -363,7 +363,7 @@ def apply(model: torch.nn.Module, fp8: FP8Config) -> None:
     """Check that the model's sizes fit the recipe and, without a GPU, install the emulation.
 
     Args:
-        model: as `build_model` returns it.
+        model: the model that `build_model` returns.
         fp8: the recipe's section.
 
     Raises:

@@ -77,7 +77,7 @@ class Counts:
 
     Attributes:
         dense, expert: trained parameters, by the group that reduces their gradients.
-        frozen: not trained, with model.lora all but the adapters.
+        frozen: parameters that are not trained, with model.lora all but the adapters.
         dense_padded, expert_padded: the counts with every parameter padded to a multiple of 64, as
             in Megatron's gradient buffers (param_and_grad_buffer.py,
             _pad_start_of_param_if_needed).
@@ -147,7 +147,7 @@ def persistent_bytes(
         config: the recipe.
         counts: the rank's parameters.
         replicas: the number of replicas of dense and of expert parameters.
-        moments: their dtype on this device."""
+        moments: the dtype of the moments on this device."""
     each = parameter_bytes(config.model.dtype, moments)
     dense, expert = _padded(counts, replicas)
     shared = dense / replicas[0] + expert / replicas[1]

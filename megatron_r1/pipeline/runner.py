@@ -322,7 +322,7 @@ def run_all(
     Args:
         tasks: the tasks; of those that are ready, the first one in this order begins first.
         needs: returns the tasks that a task needs.
-        work: called in threads.
+        work: the function that does a task, called in threads.
         jobs: the most tasks at a time.
         on_failure: called with the exception of a task and the tasks still running, if there are
             any or an earlier task has failed already.

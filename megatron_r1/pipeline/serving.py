@@ -53,7 +53,7 @@ class StageServer:
         """Return when the server answers.
 
         Args:
-            while_waiting: is called several times a second, and may raise.
+            while_waiting: a function that is called several times a second, and may raise.
 
         Raises:
             RunError: when the server ended, or is not ready after `timeout_seconds`."""

@@ -35,7 +35,7 @@ class Status:
 
     Attributes:
         reasons: why the stage is stale, or how it failed.
-        manifest: its stage.json or begun.json."""
+        manifest: the stage's stage.json or begun.json."""
 
     state: StageState
     reasons: list[str] = field(default_factory=list)

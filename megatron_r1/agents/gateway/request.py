@@ -71,7 +71,7 @@ class TurnReply:
     """One sampled turn.
 
     Attributes:
-        message: the assistant's.
+        message: the assistant's message.
         stop_string: which of `TurnRequest.stop` ended it.
         id: unique, hexadecimal."""
 

@@ -70,7 +70,7 @@ def stop(
     Args:
         process: the process that leads its process group.
         timeout_seconds: how long it may take to end by itself.
-        kill_seconds: as `kill`'s.
+        kill_seconds: the time-out of `kill`.
     """
     if process.poll() is None:
         process.terminate()

@@ -57,7 +57,7 @@ class ForkReply(NamedTuple):
 
     Attributes:
         pid: the process's id.
-        status: its exit code, or minus the number of the signal that ended it; None while it runs.
+        status: the exit code, or minus the number of the signal that ended it; None while it runs.
     """
 
     pid: int

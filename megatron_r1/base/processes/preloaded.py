@@ -35,7 +35,7 @@ class ForkedProcess:
     """A process that a fork server starts, with the methods of `subprocess.Popen` that `children`
     uses. It ends with the server, and with this process; its process group ends with it.
 
-    returncode: as Popen's, None until the end was noticed."""
+    returncode: the exit status as Popen has it, None until the end was noticed."""
 
     def __init__(self, connection: socket.socket, server: "Importer | None", log: Path) -> None:
         connection.setblocking(False)
@@ -164,7 +164,7 @@ def start(
 
     Args:
         module: as in `begin`.
-        arguments: its command line.
+        arguments: the module's command line.
         log: the file that its output is appended to.
         environment: as in `begin`.
     """

@@ -56,7 +56,7 @@ class Rule:
     Attributes:
         megatron: the parameter's name relative to its layer, with Megatron's own layers.
         te: its name with Transformer Engine's layers, if that differs.
-        dtype: its dtype, if it is not the model's."""
+        dtype: the tensor's dtype, if it is not the model's."""
 
     megatron: str
     sources: tuple[Source, ...]

@@ -94,7 +94,7 @@ class CheckpointWriter:
         save first.
 
         Args:
-            folder: the checkpoint's.
+            folder: the checkpoint's folder.
             make_tree: returns the sharded entries, gathered in the memory given.
             state: the controller's, JSON.
 

@@ -190,7 +190,7 @@ def stored_tensors(
         hf: the model's `config.json`.
         dtype: the dtype of weights that have none of their own.
         with_mtp: whether the MTP layers are exported.
-        names: only these; ValueError for unknown ones.
+        names: the names of the only tensors to return; ValueError for unknown ones.
     """
     tensors = {
         name: (shape, dtype if kept == "any" else torch.float32)
