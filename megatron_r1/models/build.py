@@ -252,7 +252,10 @@ def logits(model: Module, hidden: Tensor) -> Tensor:
 
 
 class ScoreHead(MegatronModule):
-    """The score head. weight: (1, h) in the model's dtype."""
+    """The score head.
+
+    Attributes:
+        weight: (1, h) in the model's dtype."""
 
     def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup):
         super().__init__(config)

@@ -26,7 +26,10 @@ class Verdict(NamedTuple):
 
 
 class Failed(Exception):
-    """The subject of a check is wrong. figures: what was measured until then."""
+    """The subject of a check is wrong.
+
+    Attributes:
+        figures: what was measured until then."""
 
     def __init__(self, reason: str, **figures: Any) -> None:
         super().__init__(reason)

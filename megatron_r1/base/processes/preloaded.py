@@ -35,7 +35,8 @@ class ForkedProcess:
     """A process that a fork server starts, with the methods of `subprocess.Popen` that `children`
     uses. It ends with the server, and with this process; its process group ends with it.
 
-    returncode: the exit status as Popen has it, None until the end was noticed."""
+    Attributes:
+        returncode: the exit status as Popen has it, None until the end was noticed."""
 
     def __init__(self, connection: socket.socket, server: "Importer | None", log: Path) -> None:
         connection.setblocking(False)
