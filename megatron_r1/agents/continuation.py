@@ -87,7 +87,7 @@ class Continuation:
 
         Args:
             messages: the conversation.
-            tools: their descriptions, in OpenAI's form.
+            tools: the descriptions of the tools, in OpenAI's form.
         """
         return self._encode(self._text(messages, tools, add_generation_prompt=True))
 

@@ -226,8 +226,8 @@ def check_parameters(name: str, description: Description, values: Mapping[str, A
 
     Args:
         name: the value of `agents.environment`.
-        description: of the class.
-        values: of `agents.parameters`.
+        description: the environment's class.
+        values: the values of `agents.parameters`.
     """
     known, title = description.parameters, name.rpartition(":")[2]
     if known is None:

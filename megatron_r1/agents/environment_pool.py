@@ -201,8 +201,13 @@ class EnvironmentProcess:
         return await self._checked("reset", row)
 
     async def reward(self, answer: str) -> float:
-        """Return the episode's reward, a finite number. answer: the text of its last answer. Raises
-        EnvironmentFault."""
+        """Return the episode's reward, a finite number.
+
+        Args:
+            answer: the text of the episode's last answer.
+
+        Raises:
+            EnvironmentFault: where the environment fails."""
         return await self._checked("reward", answer)
 
     async def finish(self) -> bool:

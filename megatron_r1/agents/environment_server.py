@@ -52,7 +52,11 @@ class CallTimeout(BaseException):
 
 
 class WrongUse(Exception):
-    """A method's signature or result is not what an environment's must be; fix: what to write."""
+    """A method's signature or result is not what an environment's must be.
+
+    Args:
+        fault: what is wrong.
+        fix: what to write."""
 
     def __init__(self, fault: str, fix: str) -> None:
         super().__init__(fault)

@@ -59,8 +59,8 @@ class HarnessPlayer:
             max_turns: limit of an episode.
             timeout_seconds: limit of an episode; the time in which engines sample does not count.
             room: the most tokens of a prompt and its answer that an engine takes.
-            temperature: of sampling.
-            top_p: of sampling."""
+            temperature: the sampling temperature.
+            top_p: the sampling's probability mass."""
         self.text, self.gateway, self.parsers, self.run = text, gateway, parsers, run
         self._max_turns, self._timeout_seconds, self._room = max_turns, timeout_seconds, room
         self._sampling = temperature, top_p

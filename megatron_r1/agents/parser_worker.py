@@ -45,8 +45,13 @@ _MARKUP = {
 def left_out(
     text: str, reasoning: str | None, content: str | None, calls: Sequence[dict[str, Any]]
 ) -> str:
-    """Return a sentence on what of `text` is in no part, "" where everything is. calls: in OpenAI's
-    form."""
+    """Return a sentence on what of `text` is in no part, "" where everything is.
+
+    Args:
+        text: the whole text of a turn.
+        reasoning: the part that is reasoning, None where there is none.
+        content: the part that is the answer, None where there is none.
+        calls: the tool calls, in OpenAI's form."""
     kept = f"{reasoning or ''} {content or ''}"
     if not calls and (tag := _TOOL_TAG.search(text)) and tag[0] not in kept:
         return f"{tag[0]} begins no call that can be read"
@@ -126,7 +131,7 @@ class ParseJob(msgspec.Struct):
     Attributes:
         text: decoded from token_ids, without the closing token.
         prompt_token_ids: all tokens before it; a template may have opened a thought there.
-        tools: in OpenAI's form."""
+        tools: the tools, in OpenAI's form."""
 
     text: str
     token_ids: list[int]
@@ -137,12 +142,13 @@ class ParseJob(msgspec.Struct):
 class ParseReply(msgspec.Struct):
     """The parts of a turn, its calls in OpenAI's form, or the state of the worker.
 
-    ready: the worker has loaded the parsers. unusable: it cannot load them, and ends. failed: the
-    parser raised. reason, of parsed: what the parser dropped of the turn, whose whole text is
-    content then; "" for nothing.
-
     Attributes:
-        key, cause: what is at fault, of unusable."""
+        status: "ready": the worker has loaded the parsers; "unusable": it cannot load them, and
+            ends; "parsed": the turn's parts follow; "failed": the parser raised.
+        reason: what is wrong; of "parsed", what the parser dropped of the turn, whose whole text is
+            content then; "" for nothing.
+        reasoning, content, tool_calls: the parts, as in `parsing.Parsed`.
+        key, cause: what is at fault, of "unusable"."""
 
     status: Literal["ready", "unusable", "parsed", "failed"]
     reason: str = ""
@@ -154,7 +160,12 @@ class ParseReply(msgspec.Struct):
 
 
 def tool_call(name: str, arguments: str, call_id: str | None = None) -> dict[str, Any]:
-    """Return a tool call in OpenAI's form, with a new id where it has none. arguments: JSON."""
+    """Return a tool call in OpenAI's form, with a new id where it has none.
+
+    Args:
+        name: the tool's name.
+        arguments: the call's arguments, as JSON.
+        call_id: the call's id; None: a new one is made."""
     function = {"name": name, "arguments": arguments}
     call_id = call_id or f"call_{uuid.uuid4().hex[:24]}"
     return {"id": call_id, "type": "function", "function": function}

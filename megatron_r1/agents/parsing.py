@@ -35,7 +35,12 @@ MAX_REPLY_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Parsed:
-    """The parts of one turn. tool_calls: in OpenAI's form, arguments as JSON text."""
+    """The parts of one turn.
+
+    Attributes:
+        reasoning: the reasoning, None where there is none.
+        content: the answer, None where there is none.
+        tool_calls: the tool calls, in OpenAI's form, arguments as JSON text."""
 
     reasoning: str | None
     content: str | None
@@ -72,11 +77,11 @@ class ParserPool:
         """Prepare workers, which start with the first turn.
 
         Args:
-            tokenizer: its folder.
+            tokenizer: the tokenizer's folder.
             tool_parser: vLLM's name, None for no parser.
             reasoning_parser: vLLM's name, None for no parser.
             num_workers: the number of processes.
-            timeout_seconds: for one turn; a worker that takes longer is killed."""
+            timeout_seconds: the time for one turn; a worker that takes longer is killed."""
         self._has_parsers = bool(tool_parser or reasoning_parser)
         self._options = Options(tokenizer, tool_parser or "", reasoning_parser or "")
         self._timeout_seconds = timeout_seconds
@@ -310,7 +315,7 @@ def parser_of(agents: AgentsConfig, tokenizer: str) -> Parser:
 
     Args:
         agents: the recipe's section.
-        tokenizer: folder of the model's.
+        tokenizer: the folder of the model's tokenizer.
     """
     if agents.tool_parser in IN_PROCESS and agents.reasoning_parser is None:
         return HermesParser()

@@ -32,7 +32,7 @@ class EpisodePlayer:
 
     Args:
         text: tokenizer and template.
-        environments: of one class.
+        environments: the pool of environments of one class.
         settings: the recipe's section.
         room: most tokens of a prompt and its answer that an engine takes.
     """

@@ -87,7 +87,10 @@ DIGITS = 2
 
 
 class Lookup:
-    """One tool, `lookup`. hops: how many entries must be read one after the other."""
+    """One tool, `lookup`.
+
+    Args:
+        hops: how many entries must be read one after the other."""
 
     def __init__(self, hops: int = 2) -> None:
         self._hops = hops
@@ -265,7 +268,7 @@ class Retrieval:
         """Return a document.
 
         Args:
-            number: of the document, as search returns it.
+            number: the document's number, as search returns it.
         """
         query = "SELECT title, text FROM documents WHERE rowid = ?"
         row = self._index.execute(query, (number,)).fetchone()

@@ -71,8 +71,14 @@ class TokenTree:
     def add_sampled(self, parent: int, response: Response, message: Message) -> int:
         """Add an engine's answer to the tokens of `parent`; return the node's number.
 
-        message: the answer as a chat message. Raises ValueError if a token has no log-probability
-        or version, or if the routed experts are not rows of this sequence."""
+        Args:
+            parent: the number of the node that the answer continues.
+            response: the engine's answer.
+            message: the answer as a chat message.
+
+        Raises:
+            ValueError: if a token has no log-probability or version, or if the routed experts are
+                not rows of this sequence."""
         num_tokens = len(response.token_ids)
         if not len(response.logprobs) == len(response.policy_versions) == num_tokens:
             raise ValueError(f"{num_tokens} tokens without as many log-probabilities and versions")
@@ -172,8 +178,11 @@ class TokenTree:
 
 
 def turns_of(tree: TokenTree, decode: Callable[[Sequence[int]], str]) -> list[Turn]:
-    """Return the turns of an episode in the order in which they happened. decode: returns the text
-    of tokens."""
+    """Return the turns of an episode in the order in which they happened.
+
+    Args:
+        tree: the episode's tokens.
+        decode: returns the text of tokens."""
     turns = []
     for node in tree.nodes:
         count, last = len(node.token_ids), len(node.messages) - 1

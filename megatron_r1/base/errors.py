@@ -1,4 +1,5 @@
-"""Errors that end a command; those that grading raises too are its own (`r1_grading.base`)."""
+"""Errors that end a command. `UserError` and `RunError` come from `r1_grading.base.errors`, the
+trainer's are defined here."""
 
 from r1_grading.base.errors import Cause, RunError, UserError, did_you_mean
 

@@ -27,7 +27,7 @@ from megatron_r1.data.text import TEMPLATES
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import Policy, ResponseLog, SamplingSettings
-from megatron_r1.evaluation.sampling import TextResponseGrader, Sampler
+from megatron_r1.evaluation.sampling import Sampler, TextResponseGrader
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.wording import counted
 from megatron_r1.sample.decontamination import contaminated, load_avoided

@@ -12,11 +12,13 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
+from megatron_r1.base.files.blocks import spread_blocks
 from megatron_r1.base.files.foreign import INDEX, SINGLE, require_complete, weight_files
 from megatron_r1.config import Config
 from megatron_r1.trainer.checkpoints.finding import STATE_FILE, complete_checkpoints
 
-NUM_BLOCKS, BLOCK_BYTES = 16, 65_536
+NUM_BLOCKS = 16
+"""Blocks of each of a model's files that count in its fingerprint."""
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
 
 
@@ -78,12 +80,9 @@ def fingerprint(folder: Path) -> str:
     of gigabytes."""
     digest = hashlib.sha256()
     for path in sorted({p for pattern in WEIGHTS for p in folder.glob(pattern)}):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for block in range(NUM_BLOCKS):
-                file.seek(block * max(0, size - BLOCK_BYTES) // (NUM_BLOCKS - 1))
-                digest.update(file.read(BLOCK_BYTES))
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        for block in spread_blocks(path, NUM_BLOCKS):
+            digest.update(block)
     return digest.hexdigest()[:16]
 
 

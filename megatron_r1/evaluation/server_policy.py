@@ -114,6 +114,7 @@ class ServerPolicy:
         return TextResponse(text, num_tokens, truncated, self._is_opened(text, truncated))
 
     async def check(self, agents: AgentsConfig, prompts: Sequence[Prompt]) -> None:
+        """Raise UserError: no episode can be played without the tokens of a model folder."""
         raise UserError(
             f"{self._key}: episodes in environment {agents.environment} need the tokens of a model "
             "folder; give model.path instead",
@@ -122,6 +123,7 @@ class ServerPolicy:
         )
 
     async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
+        """Raise AssertionError: `check` refuses episodes."""
         raise AssertionError("refused by check()")
 
     async def close(self) -> None:

@@ -214,7 +214,7 @@ def attend_packed(
         key: (t, g, d).
         value: (t, g, e).
         lengths: int64, tokens per sequence, summing to t.
-        scale: of the products of queries and keys.
+        scale: the factor of the products of queries and keys.
         offset: (h,), a logit of each head with no value; None: no such logits.
         window: tokens that a query sees, its own included; None: all.
 

@@ -82,12 +82,18 @@ class LMHead(ColumnParallelLinear):
         weight: Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> tuple[Tensor, None]:
-        """Gather the input of the output layer. input_: (s, b, h), under sequence parallelism this
-        rank's part of s -> (s, b, h) whole.
+        """Gather the input of the output layer.
 
         Over the tensor-parallel group: each rank's gradient comes from its part of the vocabulary,
         so the backward pass sums them (all-reduce, or reduce-scatter under sequence parallelism).
-        """
+
+        Args:
+            input_: (s, b, h), under sequence parallelism this rank's part of s.
+            weight: not used; an argument of Megatron's output layers.
+            runtime_gather_output: not used, likewise.
+
+        Returns:
+            (s, b, h) whole, and no bias."""
         if self.sequence_parallel:
             return gather_from_sequence_parallel_region(
                 input_, tensor_parallel_output_grad=True, group=self.tp_group
@@ -214,7 +220,10 @@ class PolicyModel(GPTModel):
 def lm_head_weight(model: Module) -> Tensor:
     """Return this rank's rows of the head, (padded vocabulary / tensor_parallel, h), tied or not.
 
-    model: a last pipeline stage, bare or wrapped. Rows outside `vocab_shard` are padding."""
+    Rows outside `vocab_shard` are padding.
+
+    Args:
+        model: a last pipeline stage, bare or wrapped."""
     stage: GPTModel = unwrap_model(model)
     weight = stage.output_layer.weight
     return stage.shared_embedding_or_output_weight() if weight is None else weight
@@ -243,7 +252,10 @@ def logits(model: Module, hidden: Tensor) -> Tensor:
 
 
 class ScoreHead(MegatronModule):
-    """The score head. weight: (1, h) in the model's dtype."""
+    """The score head.
+
+    Attributes:
+        weight: (1, h) in the model's dtype."""
 
     def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup):
         super().__init__(config)
@@ -254,8 +266,13 @@ class ScoreHead(MegatronModule):
         self.tp_group = tp_group
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the score at every position. hidden: (s, b, h), under sequence parallelism this
-        rank's part of s -> (s, b) whole, fp32 as in vLLM's pooling heads."""
+        """Return the score at every position.
+
+        Args:
+            hidden: (s, b, h), under sequence parallelism this rank's part of s.
+
+        Returns:
+            (s, b) whole, fp32 as in vLLM's pooling heads."""
         scores = hidden.float() @ self.weight[0].float()
         if not self.config.sequence_parallel:
             return scores
@@ -301,9 +318,17 @@ def build_model(
 
     The model maps input_ids and position_ids, (b, s) int64, to hidden states (b, s, h) or, with a
     score head, scores (b, s) fp32, on the last stage; earlier stages return (s, b, h), Megatron's
-    order. groups: Megatron's process groups, which agree with `config`; None: those of its
-    `parallel_state`. The vocabulary is padded to a multiple of the tensor-parallel size (see
-    `vocab_shard`). Raises RuntimeError before `patches.install()`."""
+    order. The vocabulary is padded to a multiple of the tensor-parallel size (see `vocab_shard`).
+
+    Args:
+        hf: the model's `config.json`.
+        config: Megatron's configuration of the model.
+        groups: Megatron's process groups, which agree with `config`; None: those of its
+            `parallel_state`.
+        vp_stage: the virtual stage; None without virtual stages.
+
+    Raises:
+        RuntimeError: before `patches.install()`."""
     patches.check_installed()
     groups = groups or ProcessGroupCollection.use_mpu_process_groups()
     block, mtp = block_specs(config, vp_stage=vp_stage)

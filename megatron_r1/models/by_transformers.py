@@ -26,10 +26,10 @@ def load_by_transformers(folder: str | Path, hf: dict, dtype: torch.dtype, **opt
     whose rows are not a multiple of 16 bytes.
 
     Args:
-        folder: of the model, in Hugging Face format.
+        folder: the model's folder, in Hugging Face format.
         hf: the model's `config.json`.
-        dtype: of the loaded weights.
-        **options: of from_pretrained.
+        dtype: the dtype of the loaded weights.
+        **options: further options of from_pretrained.
 
     Raises:
         UserError: for a `config.json` that transformers refuses.

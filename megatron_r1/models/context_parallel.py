@@ -44,8 +44,8 @@ def held_positions(cu_seqlens: Tensor, rank: int, num_ranks: int) -> Tensor:
 
     Args:
         cu_seqlens: (S + 1,) integers from 0 to T.
-        rank: within the context-parallel group.
-        num_ranks: of that group.
+        rank: the rank within the context-parallel group.
+        num_ranks: the number of ranks of that group.
 
     Raises:
         ValueError: where num_ranks > 1 and a sample's length is not a multiple of 2 * num_ranks.
@@ -70,7 +70,7 @@ def sample_order(cu_seqlens: Tensor, num_ranks: int) -> Tensor:
 
     Args:
         cu_seqlens: (S + 1,) integers from 0 to T.
-        num_ranks: of the context-parallel group.
+        num_ranks: the number of ranks of the context-parallel group.
     """
     gathered = torch.cat([held_positions(cu_seqlens, rank, num_ranks) for rank in range(num_ranks)])
     order = torch.empty_like(gathered)
@@ -100,7 +100,10 @@ class Buckets:
     """The places of the tokens of packed sequences in right-padded batches."""
 
     def __init__(self, lengths: Tensor):
-        """lengths: (S,) int64, tokens per sequence."""
+        """Place the tokens of each sequence.
+
+        Args:
+            lengths: (S,) int64, tokens per sequence."""
         padded = (lengths + BUCKET_TOKENS - 1) // BUCKET_TOKENS * BUCKET_TOKENS
         order = padded.argsort(stable=True)
         starts = torch.empty_like(padded)
@@ -115,7 +118,11 @@ class Buckets:
 
     def spread(self, x: Tensor, size: int | None = None) -> list[Tensor]:
         """Return packed x (t, h, d) as a batch (rows, h, width, size) per bucket, with zeros where
-        it is padded. size: at least d; default: d."""
+        it is padded.
+
+        Args:
+            x: packed (t, h, d).
+            size: the size of the last dimension of the batches, at least d; None: d."""
         sizes = [count * width for count, width in self._shapes]
         size = x.shape[2] if size is None else size
         spread = x.new_zeros(sum(sizes), x.shape[1], size)
@@ -153,7 +160,7 @@ def ring_attention(
         key: (t, g, d).
         value: (t, g, e).
         cu_seqlens: int64 (S + 1,), of the whole batch.
-        scale: of the products of queries and keys.
+        scale: the factor of the products of queries and keys.
         group: the context-parallel ranks.
 
     Returns:

@@ -133,8 +133,11 @@ def _groups(hf: dict, best: int) -> dict[str, int]:
 class RoutingShape:
     """The sizes of the routing decisions of a mixture of experts.
 
-    moe_layers: indices of the decoder layers with routed experts, among num_layers. In each of
-    these, every token is routed to topk of num_experts."""
+    Attributes:
+        num_layers: the number of decoder layers.
+        moe_layers: indices of the decoder layers with routed experts, among num_layers.
+        topk: the number of experts to which each of these layers routes a token.
+        num_experts: the routed experts of each of these layers."""
 
     num_layers: int
     moe_layers: tuple[int, ...]

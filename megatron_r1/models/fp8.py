@@ -53,7 +53,7 @@ from megatron_r1.models import platform
 from megatron_r1.models.build import LMHead
 from megatron_r1.models.layers import ReplicatedLinear
 
-__all__ = ["Recipe", "apply", "find_recipe", "megatron_fields", "token_multiple"]
+__all__ = ["FP8Recipe", "apply", "find_fp8_recipe", "megatron_fields", "token_multiple"]
 
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -66,7 +66,7 @@ Tile = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FP8Recipe:
     """One FP8 recipe.
 
     Attributes:
@@ -86,12 +86,12 @@ class Recipe:
     token_multiple: int
 
 
-def find_recipe(fp8: FP8Config) -> Recipe | None:
+def find_fp8_recipe(fp8: FP8Config) -> FP8Recipe | None:
     """Return the recipe of section `fp8`, or None."""
     if fp8.recipe == "none":
         return None
     tiles, size_multiple, token_multiple = _SHAPES[fp8.recipe]
-    return Recipe(
+    return FP8Recipe(
         fp8.recipe,
         *tiles,
         gradient_dtype=E5M2 if fp8.gradient_format == "e5m2" else E4M3,
@@ -111,7 +111,7 @@ _SHAPES: dict[str, tuple[tuple[Tile, Tile, Tile], int, int]] = {
 }
 
 
-def check_sizes(model: torch.nn.Module, recipe: Recipe) -> None:
+def check_sizes(model: torch.nn.Module, recipe: FP8Recipe) -> None:
     """Raise UserError for a weight with a size, on this rank, that the matrix units do not support.
 
     Tiles that are cut off at the edge are supported (DeepSeek-V3's 576 latent rows)."""
@@ -224,7 +224,7 @@ def _check_transformer_engine(fp8: FP8Config) -> None:
 _EXPONENT_BITS = 0x7F800000
 
 
-def fp8_linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+def fp8_linear(x: Tensor, weight: Tensor, recipe: FP8Recipe) -> Tensor:
     """Return x (..., in) · weight (out, in) transposed, (..., out) in x's dtype, by FP8 products.
 
     The gradients have x's and weight's dtypes; sums are fp32, rounded once."""
@@ -238,7 +238,7 @@ class _Product(torch.autograd.Function):
     x (..., in), W (out, in), dy (..., out), each in its own float dtype. Saved: x and W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: FP8Recipe) -> Tensor:
         ctx.recipe = recipe
         ctx.save_for_backward(x, weight)
         tokens = x.reshape(-1, x.shape[-1])
@@ -248,7 +248,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        recipe: Recipe = ctx.recipe
+        recipe: FP8Recipe = ctx.recipe
         dy = dy.reshape(-1, weight.shape[0])
         dx = dweight = None
         if ctx.needs_input_grad[0]:
@@ -264,7 +264,7 @@ class _Product(torch.autograd.Function):
         return dx, dweight, None
 
 
-def _round(x: Tensor, tile: Tile, recipe: Recipe, dtype: torch.dtype = E4M3) -> Tensor:
+def _round(x: Tensor, tile: Tile, recipe: FP8Recipe, dtype: torch.dtype = E4M3) -> Tensor:
     return round_to_fp8(x, tile, dtype, recipe.power_of_two)
 
 
@@ -272,9 +272,14 @@ def round_to_fp8(x: Tensor, tile: Tile, dtype: torch.dtype, power_of_two: bool) 
     """Return `x` (M, N), any float, as fp32 (M, N), each value the nearest that `dtype` can hold at
     the scale of its tile.
 
-    tile: rows and columns, 0 for all; those at the edge are cut off. A tile with NaN or infinity
-    becomes NaN as a whole. (Transformer Engine returns NaN for NaN only, and casts infinity to the
-    largest number of the format: an overflow would go unnoticed.)"""
+    A tile with NaN or infinity becomes NaN as a whole. (Transformer Engine returns NaN for NaN
+    only, and casts infinity to the largest number of the format: an overflow would go unnoticed.)
+
+    Args:
+        x: (M, N), any float.
+        tile: rows and columns of a tile, 0 for all; those at the edge are cut off.
+        dtype: the FP8 format.
+        power_of_two: whether scales are rounded down to a power of two."""
     if x.numel() == 0:
         return x.float()
     rows, columns = (size or whole for size, whole in zip(tile, x.shape, strict=True))
@@ -305,7 +310,7 @@ def _scale(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
 LINEAR = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
 
 
-def _emulate(model: torch.nn.Module, recipe: Recipe) -> None:
+def _emulate(model: torch.nn.Module, recipe: FP8Recipe) -> None:
     """Make every linear layer of `model` but the head compute as `recipe` does.
 
     Megatron's linear layers, and our ReplicatedLinear, compute their product in the method
@@ -319,7 +324,7 @@ def _emulate(model: torch.nn.Module, recipe: Recipe) -> None:
 
 
 def _forward_impl(
-    recipe: Recipe,
+    recipe: FP8Recipe,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -358,13 +363,13 @@ def apply(model: torch.nn.Module, fp8: FP8Config) -> None:
     """Check that the model's sizes fit the recipe and, without a GPU, install the emulation.
 
     Args:
-        model: as `build_model` returns it.
+        model: the model that `build_model` returns.
         fp8: the recipe's section.
 
     Raises:
         UserError: naming the weight that does not fit.
     """
-    recipe = find_recipe(fp8)
+    recipe = find_fp8_recipe(fp8)
     if recipe is None:
         return
     check_sizes(model, recipe)
@@ -374,5 +379,5 @@ def apply(model: torch.nn.Module, fp8: FP8Config) -> None:
 
 def token_multiple(fp8: FP8Config) -> int:
     """Return the number that divides the tokens of a micro-batch on each tensor-parallel rank."""
-    recipe = find_recipe(fp8)
+    recipe = find_fp8_recipe(fp8)
     return recipe.token_multiple if recipe else 1

@@ -46,7 +46,11 @@ def sum_over_token_parts(parameter: Parameter, config: TransformerConfig) -> Non
 
 def mark_like(factor: Parameter, weight: Tensor, counts: bool) -> None:
     """Have the gradient of an adapter's factor summed over the data ranks as that of `weight`.
-    counts: whether the norm counts it on this tensor rank."""
+
+    Args:
+        factor: the adapter's factor.
+        weight: the weight that the adapter changes.
+        counts: whether the norm counts the factor's gradient on this tensor rank."""
     factor.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
     factor.tensor_model_parallel = counts  # type: ignore[attr-defined]
 

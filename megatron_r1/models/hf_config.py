@@ -58,7 +58,7 @@ def load_config(path: str | Path, key: str = "model.path") -> dict:
     """Return `config.json` of a model folder as it is, of any architecture.
 
     Args:
-        path: of the folder.
+        path: the model's folder.
         key: the recipe's key of `path`, for error messages.
 
     Raises:
@@ -182,7 +182,7 @@ def read_hf_config(
     and keys of `implied` are added: transformers writes such folders (`as_read` says so).
 
     Args:
-        path: of the folder.
+        path: the model's folder.
         head: the expected kind of model. "score" converts a language model's configuration to that
             of the score model which starts from it (`as_score_model`); None: either kind.
         key: the recipe's key of `path`, for error messages.
@@ -222,7 +222,7 @@ def as_read(path: str | Path, key: str = "model.path") -> list[str]:
     for architectures that are not in ARCHITECTURES.
 
     Args:
-        path: of the folder.
+        path: the model's folder.
         key: as in `read_hf_config`.
     """
     hf = resolve_aliases(load_config(path, key))

@@ -45,8 +45,13 @@ class RMSNorm(torch.nn.Module):
         sum_over_token_parts(self.weight, config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalized activations. x: (s, b, hidden_size) or (..., hidden_size), any
-        float dtype -> same shape and dtype."""
+        """Return the normalized activations.
+
+        Args:
+            x: (s, b, hidden_size) or (..., hidden_size), any float dtype.
+
+        Returns:
+            The same shape and dtype."""
         return _Normalize.apply(x, self.weight, self.eps)
 
 
@@ -89,8 +94,13 @@ class ReplicatedLinear(torch.nn.Module):
         sum_over_token_parts(self.weight, config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """Return the layer's product. x: (s, b, input_size) -> (s, b, output_size) and no bias, as
-        Megatron's linear layers."""
+        """Return the layer's product.
+
+        Args:
+            x: (s, b, input_size).
+
+        Returns:
+            (s, b, output_size) and no bias, as Megatron's linear layers."""
         return self._forward_impl(x, self.weight), None
 
     def _forward_impl(self, input: Tensor, weight: Tensor) -> Tensor:

@@ -77,9 +77,10 @@ class Counts:
 
     Attributes:
         dense, expert: trained parameters, by the group that reduces their gradients.
-        frozen: not trained, with model.lora all but the adapters.
-        dense_padded, expert_padded: with every parameter padded to a multiple of 64, as in
-            Megatron's gradient buffers (param_and_grad_buffer.py, _pad_start_of_param_if_needed).
+        frozen: parameters that are not trained, with model.lora all but the adapters.
+        dense_padded, expert_padded: the counts with every parameter padded to a multiple of 64, as
+            in Megatron's gradient buffers (param_and_grad_buffer.py,
+            _pad_start_of_param_if_needed).
         buffers: fp32 values that are not parameters."""
 
     dense: int = 0
@@ -145,8 +146,8 @@ def persistent_bytes(
     Args:
         config: the recipe.
         counts: the rank's parameters.
-        replicas: of dense and of expert parameters.
-        moments: their dtype on this device."""
+        replicas: the number of replicas of dense and of expert parameters.
+        moments: the dtype of the moments on this device."""
     each = parameter_bytes(config.model.dtype, moments)
     dense, expert = _padded(counts, replicas)
     shared = dense / replicas[0] + expert / replicas[1]
@@ -238,7 +239,7 @@ def layer_activations(
     Args:
         hf: the model's `config.json`.
         config: the recipe, for layout and dtype.
-        tokens: of the micro-batch.
+        tokens: the number of tokens of the micro-batch.
         sparse: whether the layer has routed experts, not a dense MLP.
         imbalance: tokens of the busiest rank's experts, over the mean.
         local: whether the layers are those without Transformer Engine (`models/layers.py`), which
@@ -300,9 +301,9 @@ def head_bytes(
     Args:
         shape: (outputs, features) of the head.
         config: the recipe, for layout and dtype.
-        tokens: of the micro-batch.
+        tokens: the number of tokens of the micro-batch.
         on_gpu: whether chunks are those of a GPU.
-        has_experts: of the model.
+        has_experts: whether the model has experts.
     """
     (outputs, hidden), parallel = shape, config.parallel
     rows, value = int(tokens) // parallel.context, BYTES[config.model.dtype]

@@ -39,7 +39,12 @@ from megatron_r1.models.prefixes import first_positions
 
 def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> Tensor:
     """Return the position in its sample of each token that a context-parallel rank holds, (T /
-    num_ranks,) int64. cu_seqlens: (S + 1,) integers from 0 to T, of the whole batch."""
+    num_ranks,) int64.
+
+    Args:
+        cu_seqlens: (S + 1,) integers from 0 to T, the borders of the whole batch's samples.
+        rank: the rank in the context-parallel group.
+        num_ranks: the number of ranks of that group."""
     cu_seqlens = cu_seqlens.long()
     total = int(cu_seqlens[-1])
     # output_size: without it the host would wait for the GPU's sum once more.

@@ -18,8 +18,13 @@ _ITEM = re.compile(r"\(([^()]*)\)\*(\d+)|([EtmL|])(?:\*(\d+))?")
 class Stage:
     """One model chunk: its decoder layers by global index, and its other parts.
 
-    final_norm: the norm after the last decoder layer; a model with MTP layers has it on the chunk
-    of that layer, not on that of the head."""
+    Attributes:
+        layers: indices of the chunk's decoder layers in the model.
+        embedding: whether it has the embedding.
+        mtp: whether it has the MTP layers.
+        final_norm: whether it has the norm after the last decoder layer; a model with MTP layers
+            has it on the chunk of that layer, not on that of the head.
+        head: whether it has the output head."""
 
     layers: tuple[int, ...]
     embedding: bool = True

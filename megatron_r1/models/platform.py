@@ -84,8 +84,12 @@ def trainer_store(timeout: timedelta | None = None) -> dist.TCPStore:
     """Return a connection to the store at which the ranks meet: torchrun's own, or one that rank 0
     hosts at MASTER_PORT.
 
-    timeout: how long a key is waited for; None for torch's. Raises OSError where the port is taken,
-    torch.distributed.DistError where the store is not reached."""
+    Args:
+        timeout: how long a key is waited for; None for torch's default.
+
+    Raises:
+        OSError: where the port is taken.
+        torch.distributed.DistError: where the store is not reached."""
     port, limit = int(os.environ["MASTER_PORT"]), timeout or dist.default_pg_timeout
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address = os.environ["MASTER_ADDR"]
@@ -221,7 +225,9 @@ def _without_wandb() -> Iterator[None]:
 def join_process_group(timeout: timedelta | None = None) -> None:
     """Initialize torch.distributed from torchrun's environment variables, unless it is already.
 
-    timeout: of its collective operations; None for torch's, ten minutes for NCCL."""
+    Args:
+        timeout: the timeout of its collective operations; None for torch's, ten minutes for NCCL.
+    """
     if not dist.is_initialized():
         gpu = device() if _REAL_CUDA else None
         store = dist.PrefixStore("default_pg", trainer_store(timeout))
@@ -265,8 +271,8 @@ def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     pinned memory are copies fast and asynchronous.
 
     Args:
-        shape: of the tensor.
-        dtype: of the tensor.
+        shape: the tensor's shape.
+        dtype: the tensor's dtype.
 
     Raises:
         UserError: where the host has no memory left to pin: torch takes the next power of two.

@@ -63,7 +63,16 @@ def prefix_attention(
 ) -> Tensor:
     """Attend causally within each segment and to the whole segment before it.
 
-    query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h, e). cu_seqlens: (S + 1,) int64."""
+    Args:
+        query: (t, h, d).
+        key: (t, g, d).
+        value: (t, g, e).
+        cu_seqlens: (S + 1,) int64, the borders of the segments.
+        before: (S,) int64, the segment before each segment; -1 for none.
+        scale: the factor of the products of queries and keys.
+
+    Returns:
+        (t, h, e)."""
     return _PrefixAttention.apply(query, key, value, _Segments(cu_seqlens, before), scale)
 
 

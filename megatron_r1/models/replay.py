@@ -55,7 +55,12 @@ class LayerReplay:
     ) -> tuple[Tensor, Tensor]:
         """Return the scores of the chosen experts and their indices, (T, topk) each, int64 indices.
 
-        scores: (T, experts), what the choice is based on."""
+        Args:
+            scores: (T, experts), what the choice is based on.
+            topk: the number of experts of a token.
+            num_groups: the number of groups of experts, for `default_compute_topk`.
+            group_topk: the number of groups of a token, for `default_compute_topk`.
+            default_compute_topk: the router's own choice."""
         own_scores, own = default_compute_topk(
             scores, topk, num_groups=num_groups, group_topk=group_topk
         )

@@ -46,6 +46,7 @@ class Recorded(dict):
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of `key`, or `default`, and record the key as read."""
         self.keys_read.add(key)
         return super().get(key, default)
 

@@ -67,12 +67,18 @@ def _kill_descendants() -> None:
         time.sleep(0.01)
 
 
-class Child:
+class StageProcess:
     """A running `command` (behind `launch`) with everything it starts; none of it outlives this
     process.
 
-    prefix: also print its lines, each after this. Where it is blank and the output is a terminal,
-    the command gets the terminal itself for its live view, and the log its standard error only."""
+    Args:
+        command: the command and its arguments.
+        log: the file to which its output is appended.
+        launch: the words in front of the command, such as srun and its options.
+        prefix: the text after which each line of output is also printed; None: lines are not
+            printed. Where it is blank and the output is a terminal, the command gets the terminal
+            itself for its live view, and the log its standard error only.
+        environment: variables that are set for the command."""
 
     def __init__(
         self,

@@ -12,7 +12,10 @@ from megatron_r1.config.yaml_text import parse_text
 
 
 def main(recipe: Path) -> None:
-    """Call the function. recipe: YAML with `function`, `folder` and `arguments`."""
+    """Call the function.
+
+    Args:
+        recipe: a YAML file with `function`, `folder` and `arguments`."""
     call = parse_text(recipe.read_text(encoding="utf-8"))
     function = find_function(call["function"])
     function(Path(call["folder"]), **call["arguments"])

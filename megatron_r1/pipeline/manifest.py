@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write, fsync
+from megatron_r1.base.files.blocks import spread_blocks
 from megatron_r1.base.user_code import syntax_of
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
@@ -28,8 +29,8 @@ from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
 WHOLE_BYTES = 256 * 1024**2
 """Larger files count by their size and some blocks, so that the status of a pipeline with a
 terabyte's model takes seconds."""
-NUM_BLOCKS, BLOCK_BYTES = 64, 65_536
-"""The blocks of a larger file that count: at equal distances, from its first to its last bytes."""
+NUM_BLOCKS = 64
+"""Blocks of a larger file that count (`spread_blocks`)."""
 MISSING = "missing"
 LENGTH = 16
 """Hexadecimal digits of a SHA-256 that are kept: 64 bits."""
@@ -57,8 +58,12 @@ def deciding_settings(plan: PipelinePlan, stage: PipelineStage, finished: bool) 
     """Return the settings that decide the stage's result, by dotted keys.
 
     References stay as written, since what they mean is an input: a pipeline's folder may be moved.
-    finished: whether the stage is done; one that is not may continue with another number of steps.
-    """
+
+    Args:
+        plan: the plan of the pipeline.
+        stage: the pipeline stage.
+        finished: whether the stage is done; one that is not may continue with another number of
+            steps."""
     if stage.is_function:
         arguments = substitute(stage.settings, plan.unresolved)
         deciding = flatten({"function": stage.config.function, "arguments": arguments})
@@ -119,7 +124,10 @@ def list_changes(
 ) -> list[str]:
     """Return a sentence such as `rl.group_size: 16 then, 8 now` for each difference.
 
-    known: values of keys that `before`, written by an earlier version, may lack."""
+    Args:
+        before: the settings or digests that were recorded.
+        after: those of now.
+        known: values of keys that `before`, written by an earlier version, may lack."""
     before = {key: value for key, value in (known or {}).items() if key in after} | before
     none = "not there"
     return [
@@ -139,14 +147,13 @@ def digest(path: Path) -> str:
         return _joined((name, digest(path / name)) for name in names)
     if not path.exists():
         return MISSING
-    size, content = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= WHOLE_BYTES:
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES:
+        with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:LENGTH]
-        content.update(str(size).encode())
-        for block in range(NUM_BLOCKS):
-            file.seek(block * (size - BLOCK_BYTES) // (NUM_BLOCKS - 1))
-            content.update(file.read(BLOCK_BYTES))
+    content = hashlib.sha256(str(size).encode())
+    for block in spread_blocks(path, NUM_BLOCKS):
+        content.update(block)
     return content.hexdigest()[:LENGTH]
 
 
@@ -219,7 +226,11 @@ def begin(
 ) -> None:
     """Record that an attempt at `stage` begins, with its settings and inputs.
 
-    last_output: when an attempt that was killed wrote its last line, in seconds since 1970."""
+    Args:
+        plan: the plan of the pipeline.
+        stage: the pipeline stage.
+        upstream: the names of the stages that it needs.
+        last_output: when an attempt that was killed wrote its last line, in seconds since 1970."""
     folder = plan.folder_of(stage.name)
     before = read(folder, BEGUN) or {}
     attempts = before.get("attempts", [])
@@ -241,7 +252,11 @@ def keep_ports(folder: Path, ports: dict[str, int]) -> None:
 
 
 def end_attempt(folder: Path, failed: str | None) -> None:
-    """Record the end of the attempt. failed: why it failed; None if it did not."""
+    """Record the end of the attempt.
+
+    Args:
+        folder: the stage's folder.
+        failed: why the attempt failed; None if it did not."""
     record = read(folder, BEGUN) or {}
     last = record["attempts"][-1]
     last["seconds"] = time.time() - last["began"]

@@ -32,8 +32,13 @@ INDEX = re.compile(r"\[\d+\]")
 
 @dataclass(frozen=True)
 class PipelineStage:
-    """One stage of a pipeline. settings: sections of a recipe, or the arguments of a function, with
-    references not yet replaced."""
+    """One stage of a pipeline.
+
+    Attributes:
+        name: the stage's name in the pipeline.
+        config: the stage's entry in the pipeline's recipe.
+        settings: sections of a recipe, or the arguments of a function, with references not yet
+            replaced."""
 
     name: str
     config: StageConfig
@@ -64,7 +69,7 @@ class PipelinePlan:
     """The stages of a pipeline for one seed.
 
     Attributes:
-        path: the recipe's.
+        path: the recipe's file.
         folder: the folder with this seed's stages.
         broken: stage → why its settings cannot be read; checking the plan raises an error with all
             of them."""
@@ -84,7 +89,14 @@ class PipelinePlan:
         seed: int,
         implied: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Self:
-        """Plan the stages of a recipe. implied: verb → sections that it sets by itself."""
+        """Plan the stages of a recipe.
+
+        Args:
+            recipe: the pipeline's recipe.
+            path: the recipe's file.
+            folder: the folder for this seed's stages.
+            seed: the seed of all stages that name none.
+            implied: verb → sections that it sets by itself."""
         path, stages, broken = Path(path), {}, {}
         for name, config in recipe.stages.items():
             if config.verb == MAKE:
@@ -108,15 +120,22 @@ class PipelinePlan:
         return cls(path, folder, seed, stages, broken)
 
     def folder_of(self, stage: str) -> Path:
+        """Return the folder of a stage."""
         return self.folder / stage
 
     def log_of(self, stage: str, server: str = "") -> Path:
+        """Return the log file of a stage, or of one of its servers."""
         return self.folder / "logs" / f"{stage}{'.' if server else ''}{server}.log"
 
     def config(self, stage: PipelineStage, required: tuple[str, ...] = ()) -> Config:
         """Return a stage's settings as its verb will read them, with references unresolved.
 
-        required: keys that must have a value. Raises UserError naming every mistake."""
+        Args:
+            stage: the pipeline stage.
+            required: keys that must have a value.
+
+        Raises:
+            UserError: naming every mistake."""
         tree = substitute(stage.settings, self.unresolved)
         tree = {section: keys for section, keys in tree.items() if keys is not None}
         return configuration.from_tree(tree, f"{self.path}, stage {stage.name}", required)
@@ -131,7 +150,11 @@ class PipelinePlan:
         return f"${{{reference}}}"
 
     def value_of(self, reference: str, urls: Mapping[str, str]) -> Any:
-        """Return the value of `${reference}`. urls: name of a served model → its address."""
+        """Return the value of `${reference}`.
+
+        Args:
+            reference: the reference, without `${}`.
+            urls: name of a served model → its address."""
         head, _, rest = reference.partition(".")
         if head == "pipeline":
             return self.seed if rest == "seed" else str(self.folder)

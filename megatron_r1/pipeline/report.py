@@ -1,12 +1,10 @@
 """The reports of a pipeline: the page `report.html`, its numbers in `report.json`, and their table
-in `report.md`. The page has the graph of stages as inline SVG: layers from top to bottom, edges
-between the boxes."""
+in `report.md`. The page has the graph of stages as `graph_svg` draws it."""
 
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ import numpy as np
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.append_only import read_lines
 from megatron_r1.pipeline.graph import Graph
+from megatron_r1.pipeline.graph_svg import Box, graph_svg
 from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.results import LABELS, Result, Spread, results_of
 from megatron_r1.pipeline.status import StageState, Status, examine_all
@@ -23,140 +22,6 @@ from megatron_r1.reporting.page import render_page
 from megatron_r1.reporting.plots import Curve, curve_plot
 from megatron_r1.reporting.report import Plot
 from megatron_r1.reporting.wording import duration, finite, printable
-
-BOX_WIDTH, BOX_HEIGHT = 196, 56
-PASS_WIDTH = 14
-"""Width that an edge takes in a layer that it passes through."""
-GAP, LAYER_GAP, MARGIN = 26, 40, 6
-SWEEPS = 4
-"""Passes of `_reduce_crossings` over all layers, downwards and upwards in turn."""
-MAX_CHARS = 24
-"""The most characters of a line that fit into a box."""
-BOX_INKS = {
-    "done": "right",
-    "running": "accent",
-    "unfinished": "accent",
-    "stale": "second",
-    "failed": "wrong",
-    "pending": "other",
-}
-"""State → color of the page (`reporting/templates/style.css.jinja`)."""
-
-
-@dataclass(frozen=True)
-class Box:
-    """One box of the drawing: a stage.
-
-    Attributes:
-        state: a key of INKS.
-        first, second: its lines of text."""
-
-    state: str
-    first: str
-    second: str
-
-
-@dataclass(frozen=True)
-class GraphNode:
-    """A stage; or, named after a layer, the point where an edge passes through that layer."""
-
-    name: str
-    edge: tuple[str, str] | None = None
-
-    @property
-    def width(self) -> int:
-        return PASS_WIDTH if self.edge else BOX_WIDTH
-
-
-Paths = Sequence[Sequence[GraphNode]]
-"""The nodes that each edge goes through, from top to bottom."""
-
-
-def graph_svg(
-    boxes: Mapping[str, Box], upstream: Mapping[str, Sequence[str]], depths: Mapping[str, int]
-) -> str:
-    """Return the SVG. depths: layer of each stage, 0 at the top; a stage is below all stages that
-    it needs."""
-    layers, paths = _layers(upstream, depths)
-    _reduce_crossings(layers, paths)
-    centres = _centres(layers)
-    return render_page(
-        "pipeline/templates/graph.svg.jinja",
-        width=max(x + node.width / 2 for node, (x, _) in centres.items()) + MARGIN,
-        height=MARGIN * 2 + len(layers) * (BOX_HEIGHT + LAYER_GAP) - LAYER_GAP,
-        edges=[_edge([centres[node] for node in path]) for path in paths],
-        boxes=[
-            (box, BOX_INKS[box.state], *centres[GraphNode(name)]) for name, box in boxes.items()
-        ],
-        box_width=BOX_WIDTH,
-        box_height=BOX_HEIGHT,
-        max_chars=MAX_CHARS,
-    )
-
-
-def _layers(
-    upstream: Mapping[str, Sequence[str]], depths: Mapping[str, int]
-) -> tuple[list[list[GraphNode]], Paths]:
-    """Return the nodes by layer, and the paths of all edges."""
-    layers: list[list[GraphNode]] = [[] for _ in range(max(depths.values()) + 1)]
-    for name, depth in depths.items():
-        layers[depth].append(GraphNode(name))
-    paths = []
-    for name, above in upstream.items():
-        for start in above:
-            passed = range(depths[start] + 1, depths[name])
-            passes = [GraphNode(str(layer), (start, name)) for layer in passed]
-            for layer, node in zip(passed, passes, strict=True):
-                layers[layer].append(node)
-            paths.append([GraphNode(start), *passes, GraphNode(name)])
-    return layers, paths
-
-
-def _reduce_crossings(layers: list[list[GraphNode]], paths: Paths) -> None:
-    """Sort each layer by the mean position of its neighbors, downwards and upwards in turn
-    (Sugiyama et al. 1981)."""
-    above: dict[GraphNode, list[GraphNode]] = {}
-    below: dict[GraphNode, list[GraphNode]] = {}
-    for path in paths:
-        for upper, lower in pairwise(path):
-            above.setdefault(lower, []).append(upper)
-            below.setdefault(upper, []).append(lower)
-    for sweep in range(SWEEPS):
-        neighbors = below if sweep % 2 else above
-        for layer in reversed(layers) if sweep % 2 else layers:
-            position = {n: (i + 0.5) / len(row) for row in layers for i, n in enumerate(row)}
-            target = {
-                node: fmean(position[other] for other in neighbors.get(node, [node]))
-                for node in layer
-            }
-            layer.sort(key=target.__getitem__)
-
-
-def _centres(layers: Sequence[Sequence[GraphNode]]) -> dict[GraphNode, tuple[float, float]]:
-    widths = [sum(n.width for n in layer) + GAP * (len(layer) - 1) for layer in layers]
-    centres = {}
-    for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):
-        x = MARGIN + (max(widths) - width) / 2
-        y = MARGIN + index * (BOX_HEIGHT + LAYER_GAP) + BOX_HEIGHT / 2
-        for node in layer:
-            centres[node] = (x + node.width / 2, y)
-            x += node.width + GAP
-    return centres
-
-
-def _edge(points: Sequence[tuple[float, float]]) -> tuple[str, tuple[float, float]]:
-    """Return the path of an edge and its end: from the bottom of the first node to the top of the
-    last, straight through the layers between."""
-    half = BOX_HEIGHT / 2
-    path = ""
-    for (x0, y0), (x1, y1) in pairwise(points):
-        start, end = y0 + half, y1 - half
-        middle = (start + end) / 2
-        path += f"{'L' if path else 'M'}{x0:.1f},{start:.1f}"
-        path += f"C{x0:.1f},{middle:.1f} {x1:.1f},{middle:.1f} {x1:.1f},{end:.1f}"
-    x, y = points[-1]
-    return path, (x, y - half)
-
 
 # A stage of several seeds is shown in the first of these states that one of them has.
 BY_PROGRESS = [
@@ -181,8 +46,11 @@ Lines = list[dict[str, Any]]
 
 
 class Cell(NamedTuple):
-    """One number of the report's table, with its source. source: the file and key of the number,
-    and the number of each seed."""
+    """One number of the report's table, with its source.
+
+    Attributes:
+        text: the number as it is shown.
+        source: the file and key of the number, and the number of each seed."""
 
     text: str
     source: str = ""
@@ -195,7 +63,7 @@ def write_report(
 
     Args:
         root: the pipeline's folder.
-        title: of the page.
+        title: the title of the page.
         command: the one that is ending.
         plans: one per seed, of the same stages.
         graph: the stages and their order."""
@@ -241,8 +109,13 @@ def collect(
     graph: Graph,
     statuses: Sequence[Mapping[str, Status]],
 ) -> dict[str, Any]:
-    """Return the content of report.json. statuses: for each plan, the status of each of its
-    stages."""
+    """Return the content of report.json.
+
+    Args:
+        title: the title of the page.
+        plans: one plan per seed, of the same stages.
+        graph: the stages and their order.
+        statuses: for each plan, the status of each of its stages."""
     results = {
         name: [
             {} if by_name[name].state is StageState.FAILED else results_of(plan.folder_of(name))
@@ -375,7 +248,10 @@ def _rl_plots(plans: Sequence[PipelinePlan], graph: Graph) -> list[Plot]:
 def heldout_points(runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
     """Return the held-out evaluations of one stage as points, none if there are none.
 
-    runs: the lines of evaluations.jsonl of each seed."""
+    Args:
+        runs: the lines of evaluations.jsonl of each seed.
+        key: the quantity's key in these lines.
+        ink: the color of the points."""
     by_step = _by_step(runs, key)
     if not by_step:
         return []

@@ -33,7 +33,12 @@ HELDOUT = {"pass@1": "accuracy", "response_length": "length"}
 
 @dataclass(frozen=True)
 class Result:
-    """A number with its 95% interval where one is known. source: its file and key."""
+    """A number with its 95% interval where one is known.
+
+    Attributes:
+        value: the number.
+        low, high: the ends of the interval; None where it is not known.
+        source: the number's file and key."""
 
     value: float
     low: float | None = None
@@ -46,8 +51,10 @@ class Result:
         return not self.source.startswith("metrics.jsonl")
 
     def format(self, name: str) -> str:
-        """Return a result as `71.0% (66.2–75.8)` or `1,203 (1,100–1,310)`. name: the name of the
-        result."""
+        """Return a result as `71.0% (66.2–75.8)` or `1,203 (1,100–1,310)`.
+
+        Args:
+            name: the name of the result."""
         if self.low is None or self.high is None:
             return _format_value(name, self.value)
         if _is_share(name, self.value):
@@ -57,7 +64,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Spread:
-    """One number over seeds. deviation: sample standard deviation; None of a single seed."""
+    """One number over seeds.
+
+    Attributes:
+        mean: the mean over seeds.
+        deviation: sample standard deviation; None of a single seed.
+        values: the number of each seed."""
 
     mean: float
     deviation: float | None
@@ -69,7 +81,10 @@ class Spread:
         return cls(fmean(values), deviation, list(values))
 
     def format(self, name: str) -> str:
-        """Return a result as `71.0% ± 1.2`. name: the name of the result."""
+        """Return a result as `71.0% ± 1.2`.
+
+        Args:
+            name: the name of the result."""
         if self.deviation is None:
             return _format_value(name, self.mean)
         if _is_share(name, self.mean):

@@ -19,7 +19,7 @@ from megatron_r1.base.processes import stopping
 from megatron_r1.base.processes.diagnosis import excerpt
 from megatron_r1.config.yaml_text import as_yaml
 from megatron_r1.pipeline import function_stage, manifest, serving
-from megatron_r1.pipeline.child import Child, describe_status
+from megatron_r1.pipeline.child import StageProcess, describe_status
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.pipeline_recipe import PipelineConfig
 from megatron_r1.pipeline.plan import PipelinePlan, PipelineStage
@@ -81,10 +81,15 @@ class Runner:
     prefix: str = ""
 
     def run(self, stage: PipelineStage, upstream: tuple[str, ...], referenced: set[str]) -> None:
-        """Run `stage` to its end. referenced: outputs that other stages refer to.
+        """Run `stage` to its end.
 
         Raises RunError where it ends without being done, and KeyboardInterrupt when a signal asked
-        to stop; in both cases the stage continues when it is run again."""
+        to stop; in both cases the stage continues when it is run again.
+
+        Args:
+            stage: the pipeline stage.
+            upstream: the names of the stages that it needs.
+            referenced: outputs that other stages refer to."""
         folder = self.plan.folder_of(stage.name)
         self._wait_for_folder(folder)
         self._clear(stage, folder)
@@ -140,7 +145,7 @@ class Runner:
             command = write_recipe(self.plan, stage, urls)
             launch = self.plan.resolve(stage.config.launch, urls)
             log = self.plan.log_of(stage.name)
-            child = Child(command, log, launch=launch, prefix="  " + self.prefix)
+            child = StageProcess(command, log, launch=launch, prefix="  " + self.prefix)
             try:
                 self._wait(child, stage, folder, servers)
             finally:
@@ -148,7 +153,11 @@ class Runner:
         return [*shlex.split(launch), *command]
 
     def _wait(
-        self, child: Child, stage: PipelineStage, folder: Path, servers: list[serving.StageServer]
+        self,
+        child: StageProcess,
+        stage: PipelineStage,
+        folder: Path,
+        servers: list[serving.StageServer],
     ) -> None:
         num_signals = 0
         while (status := child.wait(POLL_SECONDS)) is None:
@@ -164,7 +173,7 @@ class Runner:
             raise KeyboardInterrupt
         raise RunError(f"{describe_status(status)}; from {child.log}:\n{excerpt(child.output())}")
 
-    def _request_stop(self, child: Child, stage: PipelineStage, folder: Path) -> None:
+    def _request_stop(self, child: StageProcess, stage: PipelineStage, folder: Path) -> None:
         if self.signals.count == 1:
             self.show(f"stopping {stage.name} when its step is done; once more ends it at once")
         if self.signals.count == 1 and stage.config.launch:
@@ -221,7 +230,13 @@ class StageOfSeed(NamedTuple):
 
 
 class Executor:
-    """Runs stages and keeps their statuses up to date. plans: one per seed, of the same stages."""
+    """Runs stages and keeps their statuses up to date.
+
+    Args:
+        config: the pipeline's section of the recipe.
+        plans: one plan per seed, of the same stages.
+        graph: the stages and their order.
+        signals: the requests to stop."""
 
     def __init__(
         self, config: PipelineConfig, plans: Sequence[PipelinePlan], graph: Graph, signals: Signals
@@ -305,9 +320,9 @@ def run_all(
     After a failure no other task begins, and the running ones finish.
 
     Args:
-        tasks: of the tasks that are ready, the first one in this order begins first.
+        tasks: the tasks; of those that are ready, the first one in this order begins first.
         needs: returns the tasks that a task needs.
-        work: called in threads.
+        work: the function that does a task, called in threads.
         jobs: the most tasks at a time.
         on_failure: called with the exception of a task and the tasks still running, if there are
             any or an earlier task has failed already.

@@ -16,7 +16,7 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.client import is_healthy
 from megatron_r1.engines.server.settings import config_arguments, engine_environment
 from megatron_r1.models.hf_config import load_config
-from megatron_r1.pipeline.child import Child, describe_status
+from megatron_r1.pipeline.child import StageProcess, describe_status
 from megatron_r1.pipeline.pipeline_recipe import ServeConfig
 
 POLL_SECONDS = 0.1
@@ -32,7 +32,13 @@ class StageServer:
     """One served model or other HTTP service."""
 
     def __init__(self, name: str, config: ServeConfig, port: int, log: Path) -> None:
-        """Start the server. config: with references replaced."""
+        """Start the server.
+
+        Args:
+            name: the server's name in the stage.
+            config: the server's settings, with references replaced.
+            port: the port on which it listens.
+            log: the file of its output."""
         self.name, self.config, self.log = name, config, log
         self.url = url(config, port)
         self._scratch = Scratch() if config.model else None
@@ -41,13 +47,16 @@ class StageServer:
             environment = engine_environment(gpu.device(), CPU_THREADS, CPU_CACHE_GIB)
             environment |= self._scratch.environment()
         command = server_command(name, config, port)
-        self._child = Child(command, log, launch=config.launch, environment=environment)
+        self._child = StageProcess(command, log, launch=config.launch, environment=environment)
 
     def wait_ready(self, while_waiting: Callable[[], None]) -> None:
         """Return when the server answers.
 
-        while_waiting: is called several times a second, and may raise. Raises RunError when the
-        server ended, or is not ready after `timeout_seconds`."""
+        Args:
+            while_waiting: a function that is called several times a second, and may raise.
+
+        Raises:
+            RunError: when the server ended, or is not ready after `timeout_seconds`."""
         deadline = time.monotonic() + self.config.timeout_seconds
         while time.monotonic() < deadline:
             while_waiting()
@@ -85,7 +94,11 @@ def served(
 ) -> Iterator[list[StageServer]]:
     """Start servers and yield them when all are ready; they are stopped at the end of the block.
 
-    while_waiting: as for `StageServer.wait_ready`."""
+    Args:
+        configs: the servers' settings, by name.
+        ports: the servers' ports, by name.
+        logs: the servers' log files, by name.
+        while_waiting: as for `StageServer.wait_ready`."""
     servers: list[StageServer] = []
     try:
         for name, config in configs.items():

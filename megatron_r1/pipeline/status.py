@@ -35,7 +35,7 @@ class Status:
 
     Attributes:
         reasons: why the stage is stale, or how it failed.
-        manifest: its stage.json or begun.json."""
+        manifest: the stage's stage.json or begun.json."""
 
     state: StageState
     reasons: list[str] = field(default_factory=list)
@@ -61,8 +61,13 @@ class Status:
 def examine_all(plan: PipelinePlan, graph: Graph, is_running: bool = False) -> dict[str, Status]:
     """Return the status of every stage.
 
-    is_running: whether another process works on the pipeline. Raises UserError for a folder that is
-    not of this pipeline."""
+    Args:
+        plan: the plan of the pipeline.
+        graph: the stages and their order.
+        is_running: whether another process works on the pipeline.
+
+    Raises:
+        UserError: for a folder that is not of this pipeline."""
     statuses: dict[str, Status] = {}
     for name in graph.order:
         upstream = {upper: statuses[upper] for upper in graph.upstream[name]}
@@ -76,8 +81,13 @@ def examine(
     upstream: Mapping[str, Status],
     is_running: bool = False,
 ) -> Status:
-    """Return the status of one stage. upstream: the statuses of the stages that it needs
-    directly."""
+    """Return the status of one stage.
+
+    Args:
+        plan: the plan of the pipeline.
+        stage: the pipeline stage.
+        upstream: the statuses of the stages that it needs directly.
+        is_running: whether another process works on the pipeline."""
     folder = plan.folder_of(stage.name)
     done = manifest.read(folder, manifest.DONE)
     begun = None if done else manifest.read(folder, manifest.BEGUN)

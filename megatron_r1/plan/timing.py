@@ -41,6 +41,7 @@ class AxisTraffic:
     step: float = 0
 
     def seconds(self, job: PlannedJob, num_bytes: float) -> float:
+        """Return the seconds in which `num_bytes` cross the links of a group of this axis."""
         return num_bytes / link_rate(job.hardware, job.assumptions, self.span)
 
 
@@ -201,6 +202,8 @@ class StepTime:
         return flops * share / (job.hardware.bf16 * job.assumptions.compute_efficiency)
 
     def microbatch(self, rank: int, backward: bool) -> float:
+        """Return the seconds of a mean micro-batch on pipeline rank `rank`: of its computation, and
+        of the communication that it does not hide."""
         return self.compute(rank, backward) + self.exposed(rank, backward)
 
     def bubble(self, microbatches: int, slots: int) -> float:

@@ -155,8 +155,13 @@ def model_chunks(
 ) -> list[PolicyModel | ScoreModel]:
     """Return this rank's chunks, one per virtual pipeline stage, with their initial weights.
 
-    score_std: standard deviation of a new score head; None: 1 / sqrt(hidden_size + 1) (arXiv
-    2009.01325), which gives scores of about unit variance behind the final norm."""
+    Args:
+        config: the recipe.
+        hf: the model's `config.json`.
+        transformer: Megatron's configuration of the model.
+        groups: Megatron's process groups.
+        score_std: standard deviation of a new score head; None: 1 / sqrt(hidden_size + 1) (arXiv
+            2009.01325), which gives scores of about unit variance behind the final norm."""
     num_chunks = transformer.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(num_chunks) if num_chunks else [None]:

@@ -62,10 +62,16 @@ class Critic:
     ) -> dict[str, float]:
         """Make one optimizer step towards `PackedBatch.returns`.
 
-        is_last: of the rollout, as of `optimizer_step`. Returns, over the response tokens of the
-        whole mini-batch, value/loss, value/clip_fraction, value/mean (before the step),
-        value/explained_variance of the values used for the advantages (1: equal to the returns; 0:
-        no better than their mean), and value/grad_norm."""
+        Args:
+            batches: the micro-batches of the mini-batch.
+            learning_rate: the learning rate of this step.
+            is_last: whether this is the rollout's last update, as in `optimizer_step`.
+
+        Returns:
+            Over the response tokens of the whole mini-batch, value/loss, value/clip_fraction,
+            value/mean (before the step), value/explained_variance of the values used for the
+            advantages (1: equal to the returns; 0: no better than their mean), and value/grad_norm.
+        """
         compute = partial(value_loss, clip=self.value_clip)
         run = partial(run_passes, self.ddp_chunks, batches, compute, forward_only=False)
         reports, stepped = optimizer_step(

@@ -30,7 +30,8 @@ class GridPosition:
 
     Attributes:
         groups: made once by `initialize`, handed to everything that communicates.
-        data_rank, data_size: of its model replica, by which the controller distributes batches.
+        data_rank, data_size: the index of its model replica and the number of replicas, by which
+            the controller distributes batches.
         last_stage: whether the rank is on the last pipeline stage, which computes the loss."""
 
     groups: ProcessGroupCollection
@@ -134,7 +135,12 @@ class Replica:
     replica has, and no rank sees another replica's samples."""
 
     def __init__(self, position: GridPosition, timeout: timedelta | None = None):
-        """timeout: for the other ranks of the replica to come to a broadcast; None for torch's."""
+        """Make the replica's process group.
+
+        Args:
+            position: this rank's place in the grid.
+            timeout: the time that the other ranks of the replica have to come to a broadcast; None
+                for torch's."""
         own = torch.tensor([position.data_rank], device=platform.device())
         data_ranks = [torch.empty_like(own) for _ in range(position.world_size)]
         dist.all_gather(data_ranks, own)  # over all ranks: each needs the members of all replicas

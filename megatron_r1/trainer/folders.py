@@ -54,7 +54,8 @@ class Folders:
     def checkpoint_progress(self, wait: bool = False) -> CheckpointProgress:
         """Return is_done, error (a sentence or None) and seconds of the latest `save_checkpoint`.
 
-        wait: until it is done."""
+        Args:
+            wait: whether to wait until the save is done."""
         progress = self._writer.progress(wait)
         assert progress is not None, "save_checkpoint() comes first"
         return {
@@ -70,9 +71,14 @@ class Folders:
         return {"damage": damage}
 
     def load_checkpoint(self, folder: str, reference: bool) -> LoadedCheckpoint:
-        """Verify `folder` and continue from it; `reference`: whether it holds a reference policy.
+        """Verify `folder` and continue from it.
 
-        Returns is_same_layout: whether the random streams were restored too."""
+        Args:
+            folder: the checkpoint's folder.
+            reference: whether it holds a reference policy.
+
+        Returns:
+            is_same_layout, whether the random streams were restored too."""
         if folder != self._verified:
             damage = self.verify_checkpoint(folder)["damage"]
             if damage:

@@ -35,7 +35,7 @@ class LossTerms(NamedTuple):
     Attributes:
         loss: () fp32.
         denominator: () int.
-        metrics: of this micro-batch, on this rank."""
+        metrics: the metrics of this micro-batch, on this rank."""
 
     loss: Tensor
     denominator: Tensor
@@ -145,9 +145,13 @@ def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTe
     """Return the clipped squared error of values, summed over response tokens.
 
     Σ ½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²), with their number as the denominator.
-    scores: (1, T) fp32, V at every position; V_old is `batch.values`, R `batch.returns`, ε `clip`,
-    None for ∞. The clipped term is that of PPO's first implementation (arXiv 2005.12729, section
-    3)."""
+    V_old is `batch.values`, R `batch.returns`, ε `clip`. The clipped term is that of PPO's first
+    implementation (arXiv 2005.12729, section 3).
+
+    Args:
+        batch: the micro-batch, with `values` and `returns`.
+        scores: (1, T) fp32, V at every position.
+        clip: ε; None for ∞."""
     assert batch.values is not None and batch.returns is not None, "values and returns come first"
     rows, values = batch.response_rows, scores.view(-1)
     new, old, returns = values[rows], batch.values[rows], batch.returns[rows]
@@ -173,8 +177,9 @@ def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTe
 def explained_variance(metrics: dict[str, float]) -> float:
     """Return 1 - Var(R - V) / Var(R), and 0 for equal returns.
 
-    metrics: the moments among the metrics of the value loss, reduced over all ranks; they are
-    removed."""
+    Args:
+        metrics: the metrics of the value loss, reduced over all ranks; the moments among them are
+            removed."""
     smallest = EQUAL_RETURNS**2 * metrics["return_squared"]
     returns, errors = (
         metrics.pop(f"{name}_squared") - metrics.pop(name) ** 2 for name in ("return", "error")

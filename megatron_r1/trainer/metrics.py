@@ -77,7 +77,7 @@ def reduce_over_data(position: GridPosition, metrics: Metrics) -> dict[str, floa
 
     Args:
         position: this rank's place in the grid.
-        metrics: of this rank.
+        metrics: the metrics of this rank.
 
     Returns:
         name → number, on the ranks of the last stage; {} on the other stages. A mean over nothing

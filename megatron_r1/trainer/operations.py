@@ -47,9 +47,12 @@ class Call(msgspec.Struct, frozen=True):
 class Reply(msgspec.Struct, frozen=True):
     """Rank → controller: the operation's result or error.
 
-    is_mistake: the error is a `UserError` with this key and cause; `error` is then its message, and
-        a traceback otherwise.
-    """
+    Attributes:
+        rank: the rank that replies.
+        result: the operation's result; None after an error.
+        error: the message of a `UserError`, a traceback otherwise; None without an error.
+        is_mistake: whether the error is a `UserError`.
+        key, cause: the key and cause of a `UserError`."""
 
     rank: int
     result: dict[str, Any] | None = None
@@ -117,7 +120,7 @@ class CheckpointProgress(TypedDict):
 
     Attributes:
         error: a sentence, the same on every rank.
-        seconds: from the call to the renaming."""
+        seconds: the time from the call to the renaming."""
 
     is_done: bool
     error: str | None
@@ -125,13 +128,19 @@ class CheckpointProgress(TypedDict):
 
 
 class Damage(TypedDict):
-    """damage: a line for each fault of a checkpoint."""
+    """The damage of a checkpoint.
+
+    Attributes:
+        damage: a line for each fault of the checkpoint."""
 
     damage: list[str]
 
 
 class LoadedCheckpoint(TypedDict):
-    """is_same_layout: whether the random streams were restored too."""
+    """What a loaded checkpoint restored.
+
+    Attributes:
+        is_same_layout: whether the random streams were restored too."""
 
     is_same_layout: bool
 

@@ -41,8 +41,11 @@ from megatron_r1.trainer.sample import Sample, shared_prefixes
 
 @dataclass(frozen=True)
 class RoutingPart:
-    """The part of the routing that a rank replays. layers: the rank's MoE layers, as indices into
-    shape.moe_layers."""
+    """The part of the routing that a rank replays.
+
+    Attributes:
+        shape: the sizes of the whole model's routing.
+        layers: the rank's MoE layers, as indices into shape.moe_layers."""
 
     shape: RoutingShape
     layers: list[int]
@@ -127,7 +130,7 @@ def packed_batch(
     Args:
         samples: the micro-batch.
         split: how its tokens are divided between ranks.
-        device: of the tensors.
+        device: the device of the tensors.
         routing: the part of the samples' routing that this rank replays, if any.
         share_prompts: prompts that several samples have lie at the beginning, once, without their
             last token (`models.prefixes`)."""

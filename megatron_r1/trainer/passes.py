@@ -85,9 +85,17 @@ def optimizer_step(
 ) -> tuple[list[Any], dict[str, float]]:
     """Make one optimizer step with the gradients that `run` computes.
 
-    is_last: whether this is the rollout's last update. Its parameters are gathered at once, because
-    scoring or a push reads them before the forward pass of the next update would gather them.
-    Returns the reports of `run`, and the metrics grad_norm and step_taken (0 or 1)."""
+    Args:
+        chunks: the model's chunks in DistributedDataParallel.
+        optimizer: Megatron's optimizer of the chunks.
+        learning_rate: the learning rate of this step.
+        run: runs forward and backward; returns its reports.
+        is_last: whether this is the rollout's last update. Its parameters are gathered at once,
+            because scoring or a push reads them before the forward pass of the next update would
+            gather them.
+
+    Returns:
+        The reports of `run`, and the metrics grad_norm and step_taken (0 or 1)."""
     for chunk in chunks:
         chunk.train()
         chunk.restore_grad_buffers(synchronize=False)  # where `free_gradients` has freed them

@@ -56,9 +56,12 @@ AXES = {
 def collective(innermost: FrameType, groups: ProcessGroupCollection | None = None) -> str | None:
     """Return a description of the collective that `innermost` waits in, or None.
 
-    Such as "all_reduce among ranks 0, 1 (tensor), asked for by _reduce (mappings.py:32)", or
-    "a request among ranks 0, 1 (tensor), waited for by backward (layers.py:535)". groups: those
-    whose axes are named; None before they exist."""
+    Such as "all_reduce among ranks 0, 1 (tensor), asked for by _reduce (mappings.py:32)", or "a
+    request among ranks 0, 1 (tensor), waited for by backward (layers.py:535)".
+
+    Args:
+        innermost: the innermost frame of a thread.
+        groups: the process groups whose axes are named; None before they exist."""
     frame: FrameType | None = innermost
     while frame is not None:
         for files in (C10D, MEGATRON):
@@ -160,7 +163,10 @@ class RankMonitor:
     """Created on the main thread, whose stack it reports first."""
 
     def __init__(self, connect: Callable[[], zmq.Socket]) -> None:
-        """connect: opens the monitor's connection; called in the monitor's thread."""
+        """Start the monitor's thread.
+
+        Args:
+            connect: opens the monitor's connection; called in the monitor's thread."""
         self._connect = connect
         self._main = threading.get_ident()
         self._is_stopping = False

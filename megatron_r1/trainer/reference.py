@@ -20,7 +20,12 @@ class Reference:
     without them."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], on_host: bool = True):
-        """on_host: keep the weights in pinned host memory, not on the policy's device."""
+        """Keep a copy of the policy's weights.
+
+        Args:
+            chunks: the policy's chunks.
+            on_host: whether the weights are kept in pinned host memory, not on the policy's device.
+        """
         self._live = [t for chunk in chunks for t in _weights(chunk)]
         self._kept = [
             platform.empty_on_host(tuple(t.shape), t.dtype) if on_host else torch.empty_like(t)
@@ -37,7 +42,11 @@ class Reference:
         """Return the reference's value of one of the model's own tensors, where it is kept; of one
         that is not trained, the tensor itself.
 
-        live: the parameter or buffer, not a view. Raises KeyError for any other tensor."""
+        Args:
+            live: the parameter or buffer, not a view.
+
+        Raises:
+            KeyError: for any other tensor."""
         return self._by_live[id(live)]
 
     def refresh(self) -> None:

@@ -34,7 +34,7 @@ class Sample(msgspec.Struct, frozen=True):
         routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes
             each (`models.experts`), for the tokens before the last; empty without routing replay.
         teacher: float32 bytes, the teacher's log-probabilities of the response, or None.
-        label: for a reward model, 1 for a good text, 0 for a bad one.
+        label: the label for a reward model, 1 for a good text, 0 for a bad one.
         mask: a byte per token of the response, 1 where the policy sampled it and is trained on it,
             0 where it was given (a tool's result, a user's turn); empty: all were sampled.
         weight: the sample's share of its trajectory's sampled tokens; those of all branches add up
@@ -98,10 +98,10 @@ class Sample(msgspec.Struct, frozen=True):
             token_ids: the whole branch.
             is_sampled: a byte per token, 1 where it is trained on.
             logprobs: one per token.
-            advantage: of every sampled token.
+            advantage: the advantage of every sampled token.
             weight: as of `Sample`.
             num_trajectories: as of `Sample`.
-            routing: of all tokens but the last.
+            routing: the routing of all tokens but the last.
             teacher: one per sampled token.
 
         Raises:
@@ -209,7 +209,12 @@ def decode_samples(headers: Buffer, buffers: memoryview) -> ReplicaSamples:
 
 def check_shared_prompts(config: Config, on_gpu: bool, is_plain: bool) -> None:
     """Raise UserError where `parallel.share_prompts` does not go with the device, the model or a
-    setting. is_plain: whether attention has neither windows nor softmax offsets."""
+    setting.
+
+    Args:
+        config: the recipe.
+        on_gpu: whether the trainer runs on a GPU.
+        is_plain: whether attention has neither windows nor softmax offsets."""
     if not config.parallel.share_prompts:
         return
     obstacles = {

@@ -27,8 +27,9 @@ from megatron_r1.trainer.batch import Head, PackedBatch
 from megatron_r1.trainer.checkpoints.contents import Network, Networks
 from megatron_r1.trainer.critic import Critic, needs_critic
 from megatron_r1.trainer.distributed import GridPosition
+from megatron_r1.trainer.logprob_gaps import engine_gap, teacher_kl
 from megatron_r1.trainer.losses import Loss, LossTerms
-from megatron_r1.trainer.metrics import Maximum, Mean, Metrics, merge, nan_max, reduce_over_data
+from megatron_r1.trainer.metrics import Maximum, Mean, Metrics, merge, reduce_over_data
 from megatron_r1.trainer.operations import SUPERVISED, SampleScores
 from megatron_r1.trainer.packed import (
     RoutingPart,
@@ -133,11 +134,19 @@ class Trainer:
         """Compute the log-probabilities of every loaded token under the current policy ("old") and,
         if `reference`, the reference.
 
-        first_minibatch False: those of mini-batch 0 under the current policy are left to its
-        update, which starts at that policy and computes them anyway. With routing replay, returns
-        routing/agreement and, for the first micro-batches, the difference from the engine's
-        log-probabilities without replay. The reference always chooses its own experts: it is a
-        model of its own, not the policy that made the samples."""
+        The reference always chooses its own experts: it is a model of its own, not the policy that
+        made the samples.
+
+        Args:
+            temperature: the logits are divided by it.
+            reference: whether the reference's are computed too.
+            first_minibatch: whether those of mini-batch 0 under the current policy are computed; if
+                not, they are left to its update, which starts at that policy and computes them
+                anyway.
+
+        Returns:
+            With routing replay, routing/agreement and, for the first micro-batches, the difference
+            from the engine's log-probabilities without replay."""
         batches = self._batches()
         later = batches if first_minibatch else batches[len(self.minibatches[0]) :]
         with self.replay.measured():
@@ -151,8 +160,8 @@ class Trainer:
             if first:
                 self._fill_logprobs(first, "own_routing", temperature)
         metrics = self.replay.agreement(platform.device())
-        if first:
-            mean, _ = self._engine_gap(first, "own_routing")
+        if first and self.position.last_stage:
+            mean, _ = engine_gap(first, "own_routing")
             metrics |= self._reduced({"logprob_diff/without_replay": mean})
         return metrics
 
@@ -170,30 +179,17 @@ class Trainer:
         """Return the mean and the largest absolute difference, over response tokens, of the
         engine's log-probabilities and the trainer's "old" ones; compute_logprobs() comes first.
 
-        With a teacher also teacher/kl, the sampled estimate of KL(π_old ‖ teacher): the mean of
-        log π_old - log π_teacher over the same tokens."""
+        With a teacher also teacher/kl, the sampled estimate of KL(π_old ‖ teacher) over the same
+        tokens. Empty on ranks before the last stage."""
+        if not self.position.last_stage:
+            return {}
         batches = self._batches()
-        mean, largest = self._engine_gap(batches, "old")
+        mean, largest = engine_gap(batches, "old")
         metrics: dict[str, Mean | Maximum]
         metrics = {"logprob_diff/max": largest, "logprob_diff/mean": mean}
-        if self.config.teacher.path and self.position.last_stage:
-            gaps = [
-                (batch.logprobs["old"] - batch.logprobs["teacher"])[batch.is_response]
-                for batch in batches
-            ]
-            metrics["teacher/kl"] = Mean(sum(g.double().sum().item() for g in gaps), mean.count)
+        if self.config.teacher.path:
+            metrics["teacher/kl"] = teacher_kl(batches)
         return self._reduced(metrics)
-
-    def _engine_gap(self, batches: list[PackedBatch], name: str) -> tuple[Mean, Maximum]:
-        """Return |trainer's - engine's log-probability| over this rank's response tokens. name:
-        of the trainer's log-probabilities."""
-        gap, count, largest = 0.0, 0, 0.0
-        for batch in batches if self.position.last_stage else []:
-            gaps = (batch.logprobs[name] - batch.rollout_logprobs)[batch.is_response].abs()
-            gap, count = gap + gaps.double().sum().item(), count + gaps.numel()
-            if gaps.numel():
-                largest = nan_max(largest, gaps.max().item())
-        return Mean(gap, count), Maximum(largest)
 
     def update(
         self,
@@ -208,8 +204,8 @@ class Trainer:
         Args:
             index: number of the mini-batch.
             loss: "module:function" of the loss.
-            settings: of a policy loss; None for the others.
-            learning_rate: of this update.
+            settings: the settings of a policy loss; None for the others.
+            learning_rate: the learning rate of this update.
             temperature: the logits are divided by it, as when they were sampled.
 
         Returns:
@@ -255,13 +251,18 @@ class Trainer:
         """Return the mean and the largest difference of an engine's log-probabilities, at
         temperature 1, and the trainer's.
 
-        samples: the same on every rank; loaded ones stay."""
+        Loaded samples stay.
+
+        Args:
+            samples: the samples to compare, the same on every rank."""
         check_token_ids(samples, self.hf["vocab_size"])
         rounds = self._in_rounds([samples])
         batches = [packed_batch(s, self.split, platform.device()) for s in rounds]
         with self.replay.paused():  # an engine's answer to a probe comes without its routing
             self._fill_logprobs(batches, "old", 1.0)
-        mean, largest = self._engine_gap(batches, "old")
+        if not self.position.last_stage:
+            return {}
+        mean, largest = engine_gap(batches, "old")
         return self._reduced({"probe/max": largest, "probe/mean": mean})
 
     def yield_memory(self) -> None:

@@ -38,9 +38,11 @@ from megatron_r1.trainer.sample import decode_samples
 def serve_under_torchrun(config: Config, find_controller: Callable[[], str | None]) -> None:
     """Do as `serve`; rank 0 broadcasts the controller's address and token to the others.
 
-    find_controller: called on rank 0; waits until the controller listens and returns its address,
-    or None if it has ended: every rank then returns, as none would detect the end of a process
-    that it was never connected to."""
+    Args:
+        config: the recipe.
+        find_controller: called on rank 0; waits until the controller listens and returns its
+            address, or None if it has ended: every rank then returns, as none would detect the end
+            of a process that it was never connected to."""
     position = distributed.initialize(config.parallel, config.run.seed)
     token = platform.from_rank_zero(os.environ.get(RANKS_ENVIRONMENT))
     assert token is not None, "rank 0 sets it when it starts the controller"
@@ -170,8 +172,14 @@ class Operations:
         }
 
     def run(self, call: Call, share: Sequence[memoryview] = ()) -> dict[str, Any]:
-        """Run one operation; its result is JSON-like. share: of "load", on the leader of a replica:
-        the parts of `sample.encode_samples`. Raises ValueError for an unknown operation."""
+        """Run one operation; its result is JSON-like.
+
+        Args:
+            call: the operation and its arguments.
+            share: for "load" on the leader of a replica, the parts of `sample.encode_samples`.
+
+        Raises:
+            ValueError: for an unknown operation."""
         if call.operation == LOAD:
             broadcast = self.replica.broadcast
             headers, buffers = broadcast(share[:1]), broadcast(share[1:])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_r1.config import FP8Config
-from megatron_r1.models.fp8 import check_device, find_recipe, fp8_linear
+from megatron_r1.models.fp8 import check_device, find_fp8_recipe, fp8_linear
 
 ENGINE_RECIPES = {
     "blockwise": "Float8BlockScaling",
@@ -40,7 +40,7 @@ def test_the_emulation_is_what_transformer_engine_computes(name, shape):
         y = layer(x)
     got = (y, *torch.autograd.grad(y, (x, layer.weight), dy))
     weight = layer.weight.detach().requires_grad_()
-    want = fp8_linear(x, weight, find_recipe(fp8))
+    want = fp8_linear(x, weight, find_fp8_recipe(fp8))
     want = (want, *torch.autograd.grad(want, (x, weight), dy))
     exact = (x @ weight.T, dy @ weight, dy.T @ x)
     for what, ours, theirs, plain in zip(("y", "dx", "dw"), want, got, exact, strict=True):

@@ -45,7 +45,7 @@ class Point(NamedTuple):
 
     Attributes:
         seconds: since the command.
-        cpu: of the process."""
+        cpu: the processor time of the process."""
 
     seconds: float
     role: str
@@ -189,7 +189,11 @@ def kill_engine(root: int) -> None:
 
 def points(folder: Path, start: float) -> list[Point]:
     """Return the points that the processes of a run have come to, in order of time; the first
-    sampled token among them. start: the command's time."""
+    sampled token among them.
+
+    Args:
+        folder: the run's folder.
+        start: the time at which the command was started."""
     found = []
     for process in critical_path.read(folder):
         cpu = dict(process.cpu)

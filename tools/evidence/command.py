@@ -38,7 +38,12 @@ COLUMNS = "| claim | command, seconds | figure | measured | state |\n|---|---|--
 
 
 def render(claims: list[Claim], states: dict[str, State], commit: str) -> str:
-    """Return the page. commit: the one at which `states` hold, "" where that is not known."""
+    """Return the page.
+
+    Args:
+        claims: the claims of the page.
+        states: the state of each claim, by its id.
+        commit: the commit at which `states` hold, "" where that is not known."""
     lines = [PAGE_HEAD, state_line(states.values(), commit)]
     for topic, title in TOPICS.items():
         rows = [claim_row(claim, states[claim.id]) for claim in claims if claim.topic == topic]

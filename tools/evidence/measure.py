@@ -91,7 +91,13 @@ def order(root: Path, claims: list[Claim]) -> list[Claim]:
 
 def measured(root: Path, claim: Claim, limit: float, where: str) -> Claim:
     """Run the claim's command; return the claim with the figure, or with the failure and the figure
-    that it had. The output is in build/evidence. where: the machine and what else it does."""
+    that it had. The output is in build/evidence.
+
+    Args:
+        root: the repository's root.
+        claim: the claim.
+        limit: the most seconds that the command may take.
+        where: the machine and what else it does."""
     commit, start = head(root), time.monotonic()
     status, output = run(root, claim, limit)
     figure, reason = None, ""

@@ -38,7 +38,8 @@ class Check:
     verdict.
 
     Attributes:
-        arguments: of python, from the repository's root; {out}: the folder of results.
+        arguments: the arguments of python, from the repository's root; {out}: the folder of
+            results.
         seconds: its limit.
         needs: modules without which it is not possible.
         settles: the lines of docs/gpu-checklist.md that it settles, by a phrase of theirs.
@@ -205,7 +206,7 @@ class CheckOutcome:
 
     Attributes:
         status: `verdict.PASSED`, `FAILED`, `IMPOSSIBLE` or `NO_TIME`.
-        reason: of each but the first.
+        reason: the reason of each but the first.
         tail: the end of its output.
         figures: what it has measured."""
 
@@ -233,7 +234,13 @@ class CheckOutcome:
 def run_all(
     checks: Sequence[Check], out: Path, deadline: float, num_gpus: int
 ) -> Iterator[CheckOutcome]:
-    """Yield the outcome of every check, in order. deadline: as `time.time()`."""
+    """Yield the outcome of every check, in order.
+
+    Args:
+        checks: the checks to run.
+        out: the folder of results.
+        deadline: the time at which the checks must have ended, as `time.time()`.
+        num_gpus: the number of GPUs of this machine."""
     for check in checks:
         missing = [name for name in check.needs if not _is_installed(name)]
         left = deadline - time.time()

@@ -126,8 +126,8 @@ def judge(
     """Return the figures of a comparison. Raises Failed for what is wrong.
 
     Args:
-        found: of `trainer_steps`.
-        wanted: of `trainer_steps`.
+        found: the results of `trainer_steps`.
+        wanted: the results of `trainer_steps`.
         backend: Transformer Engine's name of its attention.
         why: its reason not to take cuDNN's."""
     norm, exact = found["update"]["grad_norm"], wanted["update"]["grad_norm"]

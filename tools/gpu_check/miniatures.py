@@ -31,8 +31,12 @@ def place() -> Place:
 
 
 def shrunk(folder: Path, max_ranks: int, **sections: dict[str, Any]) -> miniature.Miniature:
-    """Return the recipe in miniature with `max_ranks` trainer ranks at most. sections: settings of
-    the recipe that differ before it is shrunk."""
+    """Return the recipe in miniature with `max_ranks` trainer ranks at most.
+
+    Args:
+        folder: the folder in which the miniature will run.
+        max_ranks: the most trainer ranks.
+        **sections: settings of the recipe that differ before it is shrunk."""
     os.chdir(ROOT)  # the recipe names its model so
     changed = {
         f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()

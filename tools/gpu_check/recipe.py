@@ -130,9 +130,9 @@ def judge(
     """Return the figures of a run. Raises Failed for what is wrong.
 
     Args:
-        lines: of metrics.jsonl.
+        lines: the lines of metrics.jsonl.
         steps: as many as there must be.
-        used: of a GPU's memory."""
+        used: how much of a GPU's memory was in use."""
     last = lines[-1] if lines else {}
     figures = {
         "logprob_diff": last.get("logprob_diff/mean"),

@@ -26,7 +26,10 @@ class Verdict(NamedTuple):
 
 
 class Failed(Exception):
-    """The subject of a check is wrong. figures: what was measured until then."""
+    """The subject of a check is wrong.
+
+    Attributes:
+        figures: what was measured until then."""
 
     def __init__(self, reason: str, **figures: Any) -> None:
         super().__init__(reason)
@@ -40,8 +43,11 @@ class Impossible(Exception):
 def run(check: Callable[[], Mapping[str, Any]]) -> int:
     """Run a check, print its verdict, and return the exit status of its process.
 
-    check: returns its figures, and raises `Failed` or `Impossible`; what else it raises is a
-    failure, too. SIGTERM says that its time is over."""
+    SIGTERM says that its time is over.
+
+    Args:
+        check: returns its figures, and raises `Failed` or `Impossible`; what else it raises is a
+            failure, too."""
     signal.signal(signal.SIGTERM, _stop)
     try:
         verdict = Verdict(PASSED, figures=check())

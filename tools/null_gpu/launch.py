@@ -50,8 +50,12 @@ ON_HOST = {
 
 
 def environment(libraries: Path, gpus: int, *, computes: bool) -> dict[str, str]:
-    """Return the variables of a process on `gpus` null GPUs; `libraries`: where `shim.build` has
-    written them. computes: kernels compute on the host, in this process and in all it starts."""
+    """Return the variables of a process on `gpus` null GPUs.
+
+    Args:
+        libraries: the folder into which `shim.build` has written the libraries.
+        gpus: the number of null GPUs.
+        computes: whether kernels compute on the host, in this process and in all it starts."""
     library = f"{libraries}/libnullgpu.so"
     imports = [ROOT, ROOT / "kernels", HERE]
     found = {

@@ -73,7 +73,10 @@ def vocab_parallel_embedding(
 def rotary_embedding(
     positions, query, key, head_size, cosines_and_sines, is_neox, offset=0, inverse=False
 ) -> None:
-    """Rotate the heads of query and key in place. cosines_and_sines: (positions, rotated size)."""
+    """Rotate the heads of query and key in place.
+
+    Args:
+        cosines_and_sines: (positions, rotated size)."""
     angles = cosines_and_sines[positions.flatten()].float()
     size = angles.shape[-1]
     cosine, sine = angles[:, None].chunk(2, dim=-1)

@@ -70,7 +70,10 @@ class ProcessRecord(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Call:
-    """A call of NCCL that has not ended. peer: None for a collective."""
+    """A call of NCCL that has not ended.
+
+    Attributes:
+        peer: the rank of the other side, None for a collective."""
 
     pid: int
     gpu: int

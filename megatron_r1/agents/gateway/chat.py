@@ -33,7 +33,14 @@ KEEP_ALIVE = b": sampling\n\n"
 
 
 def read(body: Body, stored: object) -> TurnRequest:
-    """Return the turn that a body requests. stored: not used here. Raises Refused."""
+    """Return the turn that a body requests.
+
+    Args:
+        body: the request's body.
+        stored: not used here.
+
+    Raises:
+        Refused: for a body that cannot be served."""
     body.ignore(*WITHOUT_EFFECT)
     model = body.take("model", str, "")
     messages = [_message(each) for each in body.take_objects("messages")]
@@ -181,9 +188,13 @@ def _tool(body: Body) -> dict[str, Any]:
 
 
 def function_tool(body: Body, schema: str) -> dict[str, Any]:
-    """Return a tool in Chat Completions' form. schema: the field with its parameters.
+    """Return a tool in Chat Completions' form.
 
-    Its option `strict` is dropped: constrained sampling would not be the policy's distribution."""
+    Its option `strict` is dropped: constrained sampling would not be the policy's distribution.
+
+    Args:
+        body: the tool in the request.
+        schema: the field with its parameters."""
     body.ignore("strict", "cache_control")
     function = {"name": body.take("name", str)}
     description = body.take("description", str, None)

@@ -39,7 +39,14 @@ KEEP_ALIVE = b'event: ping\ndata: {"type": "ping"}\n\n'
 
 
 def read(body: Body, stored: object) -> TurnRequest:
-    """Return the turn that a body requests. stored: not used here. Raises Refused."""
+    """Return the turn that a body requests.
+
+    Args:
+        body: the request's body.
+        stored: not used here.
+
+    Raises:
+        Refused: for a body that cannot be served."""
     body.ignore(*WITHOUT_EFFECT)
     model = body.take("model", str, "")
     system = _system(body.take("system", (str, list), None))

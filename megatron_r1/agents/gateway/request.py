@@ -19,7 +19,14 @@ Message = dict[str, Any]
 
 
 class Refused(Exception):
-    """A request that is not served. kind: the error's type, as OpenAI and Anthropic name it."""
+    """A request that is not served.
+
+    Args:
+        message: what is wrong.
+        field: the path of the field in the request, None for the whole request.
+        status: the HTTP status of the reply.
+        kind: the error's type, as OpenAI and Anthropic name it.
+        code: the error's code, None for none."""
 
     def __init__(
         self,
@@ -64,7 +71,7 @@ class TurnReply:
     """One sampled turn.
 
     Attributes:
-        message: the assistant's.
+        message: the assistant's message.
         stop_string: which of `TurnRequest.stop` ended it.
         id: unique, hexadecimal."""
 
@@ -114,7 +121,11 @@ class Body:
     fields are null, and clients send replies back as messages."""
 
     def __init__(self, value: object, where: str = "") -> None:
-        """where: the path of this object in the request, for errors."""
+        """Take an object of the request.
+
+        Args:
+            value: the object.
+            where: the path of this object in the request, for errors."""
         if not isinstance(value, Mapping):
             raise Refused(f"must be an object, got {_shown(value)}", where or None)
         self._left = {name: entry for name, entry in value.items() if entry is not None}
@@ -170,8 +181,11 @@ class Body:
             self._left.pop(name, None)
 
     def options(self, neutral: Mapping[str, object]) -> dict[str, object]:
-        """Return the sampling options whose value changes something. neutral: the options, each
-        with the value that changes nothing; None where every value changes something."""
+        """Return the sampling options whose value changes something.
+
+        Args:
+            neutral: the options, each with the value that changes nothing; None where every value
+                changes something."""
         found = {name: self._left.pop(name) for name in neutral if name in self._left}
         return {name: value for name, value in found.items() if value != neutral[name]}
 

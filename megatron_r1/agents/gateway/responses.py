@@ -24,8 +24,14 @@ WITHOUT_EFFECT = (*chat.WITHOUT_EFFECT, "include", "stream_options", "max_tool_c
 
 
 def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
-    """Return the turn that a body requests. stored: conversations by the id of their last reply.
-    Raises Refused."""
+    """Return the turn that a body requests.
+
+    Args:
+        body: the request's body.
+        stored: conversations by the id of their last reply.
+
+    Raises:
+        Refused: for a body that cannot be served."""
     body.ignore(*WITHOUT_EFFECT)
     model = body.take("model", str, "")
     history: list[Message] = []

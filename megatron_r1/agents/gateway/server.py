@@ -82,7 +82,7 @@ class Gateway:
 
     Args:
         text: tokenizer and template.
-        parser: of reasoning and tool calls.
+        parser: the parser of reasoning and tool calls.
         host: the address to listen on, at a free port.
         sampling_options: `run` replaces a request's options that differ from the run's, and notes
             it in the session, as only the policy's own distribution can be trained on; `refuse`

@@ -28,8 +28,13 @@ class SessionLimits:
 
 @dataclass(frozen=True)
 class TurnSampling:
-    """The run's sampling of a session's turns. max_context: most tokens of a prompt and its
-    answer."""
+    """The run's sampling of a session's turns.
+
+    Attributes:
+        generate: samples an answer to a prompt.
+        max_context: most tokens of a prompt and its answer.
+        temperature: the sampling temperature.
+        top_p: the sampling's probability mass."""
 
     generate: Generate
     max_context: int
@@ -39,7 +44,10 @@ class TurnSampling:
 
 @dataclass
 class TakenTurn:
-    """A sampled turn and its request. is_added: whether it is in the session's tree."""
+    """A sampled turn and its request.
+
+    Attributes:
+        is_added: whether it is in the session's tree."""
 
     prompt: NextPrompt
     request: TurnRequest
@@ -180,7 +188,11 @@ class GatewaySession:
         return reply
 
     def finished(self, key: bytes, task: asyncio.Task[TakenTurn]) -> None:
-        """Count a turn's task off. key: the hash of its request."""
+        """Count a turn's task off.
+
+        Args:
+            key: the hash of the turn's request.
+            task: the turn's task."""
         self.running.discard(task)
         if task.cancelled():
             return

@@ -19,7 +19,14 @@ WITHOUT_EFFECT = (
 
 
 def read(body: Body, stored: object) -> TurnRequest:
-    """Return the turn that a body requests. stored: not used here. Raises Refused."""
+    """Return the turn that a body requests.
+
+    Args:
+        body: the request's body.
+        stored: not used here.
+
+    Raises:
+        Refused: for a body that cannot be served."""
     model = body.take("model", str, "")
     body.ignore("request_id", "cache_salt", "priority", "return_token_ids")
     token_ids = body.take("token_ids", list)

@@ -30,7 +30,11 @@ class VerifiersHarness:
     """Runs an episode per call; an `agent_runs.Run`."""
 
     def __init__(self, settings: VerifiersConfig, tokenizer: str) -> None:
-        """tokenizer: its folder, for client `tokens`."""
+        """Prepare the harness.
+
+        Args:
+            settings: the recipe's section.
+            tokenizer: the tokenizer's folder, for client `tokens`."""
         self._settings, self._tokenizer = settings, tokenizer
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()

@@ -84,8 +84,8 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     The file is replaced atomically, and only if something is dropped.
 
     Args:
-        path: of a JSONL file.
-        keep: of a record, whether it stays.
+        path: a JSONL file.
+        keep: whether a record stays.
     """
     if not path.exists():
         return 0
@@ -232,7 +232,10 @@ def append_frame(descriptor: int, payload: bytes) -> None:
 @dataclass
 class FramedFile:
     """The whole records of a file at the time it was read; iterating yields their payloads, views.
-    num_damaged_bytes: bytes that belong to no whole record."""
+
+    Attributes:
+        spans: where each payload begins and ends in the file.
+        num_damaged_bytes: bytes that belong to no whole record."""
 
     spans: list[tuple[int, int]] = field(default_factory=list)
     num_damaged_bytes: int = 0

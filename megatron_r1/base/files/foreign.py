@@ -29,8 +29,8 @@ def read_json(path: Path, key: str) -> Any:
     """Return the content of a JSON file, UTF-8.
 
     Args:
-        path: of a file that others wrote.
-        key: of errors.
+        path: a file that others wrote.
+        key: the key of errors.
 
     Raises:
         UserError: naming the file where it is no JSON, has a key twice with two values, more than
@@ -88,9 +88,9 @@ def require_inside(path: Path, folder: Path, key: str) -> None:
     Nothing of the file is read.
 
     Args:
-        path: of the file.
-        folder: of the model.
-        key: of the error.
+        path: the file.
+        folder: the model's folder.
+        key: the key of the error.
     """
     home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     homes = [home]
@@ -271,7 +271,7 @@ def require_as_indexed(folder: Path, held: Mapping[Path, Collection[str]]) -> No
     A tensor that one file has and the index lacks is read: transformers and vLLM read it, too.
 
     Args:
-        folder: of the model.
+        folder: the model's folder.
         held: file -> names of its tensors.
     """
     home: dict[str, Path] = {}

@@ -38,8 +38,8 @@ def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """Return the environment variables by which torchrun names a rank of this machine.
 
     Args:
-        rank: of the process.
-        num_ranks: in all.
+        rank: the process's rank.
+        num_ranks: the number of ranks in all.
         port: the port of torch.distributed's store, which rank 0 hosts.
     """
     return {
@@ -68,9 +68,9 @@ def stop(
     """Send SIGTERM, wait, then kill the process with everything in its session's first group.
 
     Args:
-        process: that leads its process group.
+        process: the process that leads its process group.
         timeout_seconds: how long it may take to end by itself.
-        kill_seconds: as `kill`'s.
+        kill_seconds: the time-out of `kill`.
     """
     if process.poll() is None:
         process.terminate()
@@ -83,7 +83,7 @@ def kill(process: Stoppable, timeout_seconds: float | None = None) -> None:
     """Kill a process that leads its process group, and the group; harmless if it has ended.
 
     Args:
-        process: that leads its process group.
+        process: the process that leads its process group.
         timeout_seconds: how long to wait for its end, None: until it has ended. A process inside a
             driver that hangs does not end even so.
     """

@@ -108,7 +108,7 @@ def collective_wait(text: str, wait_seconds: float) -> str | None:
     error, and None if not: also where the limit was another than `wait_seconds`, as of a push.
 
     Args:
-        text: of an error.
+        text: the text of an error.
         wait_seconds: the limit of the groups in question.
     """
     for pattern in _TIMEOUT_LIMITS:

@@ -41,10 +41,10 @@ class Request(NamedTuple):
     """A request to run a module in a forked process.
 
     Attributes:
-        arguments: of the module.
+        arguments: the module's arguments.
         folder: the working directory.
-        umask: of the process that asks, so that its choice of who may read its files holds for
-            those of the new one."""
+        umask: the umask of the process that asks, so that its choice of who may read its files
+            holds for those of the new one."""
 
     arguments: list[str]
     environment: dict[str, str]
@@ -52,23 +52,28 @@ class Request(NamedTuple):
     umask: int
 
 
-class Reply(NamedTuple):
+class ForkReply(NamedTuple):
     """The server's message that a process has started or ended.
 
     Attributes:
-        pid: of the process.
-        status: its exit code, or minus the number of the signal that ended it; None while it runs.
+        pid: the process's id.
+        status: the exit code, or minus the number of the signal that ended it; None while it runs.
     """
 
     pid: int
     status: int | None = None
 
 
-class Child:
+class ForkedChild:
     """A process that was started, and the connection that asked for it."""
 
     def __init__(self, pid: int, connection: socket.socket, temporary: str) -> None:
-        """temporary: its folder for temporary files."""
+        """Take up a process that was forked.
+
+        Args:
+            pid: the process's id.
+            connection: the connection that asked for the process.
+            temporary: the process's folder for temporary files."""
         self.pid, self.connection, self._temporary = pid, connection, Path(temporary)
         self.end = os.pidfd_open(pid)
         """Becomes readable when the process ends."""
@@ -90,12 +95,17 @@ class ForkServer:
     """Starts a process for each connection, and reports its end."""
 
     def __init__(self, channel: socket.socket, module: str) -> None:
-        """channel: connections are accepted from it if it listens, else received over it."""
+        """Prepare the server; `wait_for_request` starts processes.
+
+        Args:
+            channel: the socket from which connections are accepted if it listens, else the socket
+                over which they are received.
+            module: the name of the module that the processes run."""
         self._channel, self._module = channel, module
         self._environment = dict(os.environ)
         """As it was when the imports began, which may change it."""
         self._may_differ = set(OWN_VARIABLES)
-        self._children: set[Child] = set()
+        self._children: set[ForkedChild] = set()
         self._selector = selectors.DefaultSelector()
         # Not by the channel alone, which another process may have inherited.
         self._selector.register(os.pidfd_open(os.getppid()), selectors.EVENT_READ, self.end)
@@ -111,7 +121,7 @@ class ForkServer:
             self._selector.register(0, selectors.EVENT_READ, self.end)
         while True:
             for key, _ in self._selector.select():
-                if isinstance(key.data, Child):
+                if isinstance(key.data, ForkedChild):
                     self._follow(key.data, has_ended=key.fd == key.data.end)
                 elif key.data is not None:
                     key.data()
@@ -171,11 +181,11 @@ class ForkServer:
                 os.execve(sys.executable, command, asked.environment)
             return asked.arguments
         os.close(descriptors[0])
-        child = Child(pid, connection, asked.environment.get("TMPDIR", ""))
+        child = ForkedChild(pid, connection, asked.environment.get("TMPDIR", ""))
         self._children.add(child)
         self._selector.register(child.end, selectors.EVENT_READ, child)
         self._selector.register(connection, selectors.EVENT_READ, child)
-        _send(child, Reply(pid))
+        _send(child, ForkReply(pid))
         return None
 
     def _may_fork(self, environment: Mapping[str, str]) -> bool:
@@ -211,7 +221,7 @@ class ForkServer:
         if "numpy" in sys.modules:  # Python's own generator is seeded at a fork
             sys.modules["numpy"].random.seed()
 
-    def _follow(self, child: Child, has_ended: bool) -> None:
+    def _follow(self, child: ForkedChild, has_ended: bool) -> None:
         """Report a child's end; end the child whose connection has been closed."""
         if has_ended:
             self._selector.unregister(child.end)
@@ -220,7 +230,7 @@ class ForkServer:
             child.end = -1
             assert end is not None, "it waits"
             exited = end.si_code == os.CLD_EXITED
-            _send(child, Reply(child.pid, end.si_status if exited else -end.si_status))
+            _send(child, ForkReply(child.pid, end.si_status if exited else -end.si_status))
         else:
             self._selector.unregister(child.connection)
             child.connection.close()
@@ -231,7 +241,7 @@ class ForkServer:
             os.waitpid(child.pid, 0)
 
 
-def _send(child: Child, reply: Reply) -> None:
+def _send(child: ForkedChild, reply: ForkReply) -> None:
     if child.is_wanted:
         with contextlib.suppress(ConnectionError):  # that it is closed is seen next
             child.connection.send(msgspec.msgpack.encode(reply))

@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from megatron_r1.base.processes import children
-from megatron_r1.base.processes.fork_server import SERVERS, Reply, Request
+from megatron_r1.base.processes.fork_server import SERVERS, ForkReply, Request
 from megatron_r1.base.processes.resources import Scratch
 
 POLL_SECONDS = 0.02
@@ -35,7 +35,8 @@ class ForkedProcess:
     """A process that a fork server starts, with the methods of `subprocess.Popen` that `children`
     uses. It ends with the server, and with this process; its process group ends with it.
 
-    returncode: as Popen's, None until the end was noticed."""
+    Attributes:
+        returncode: the exit status as Popen has it, None until the end was noticed."""
 
     def __init__(self, connection: socket.socket, server: "Importer | None", log: Path) -> None:
         connection.setblocking(False)
@@ -60,7 +61,7 @@ class ForkedProcess:
             except ConnectionError:
                 message = b""
             if message:
-                self._pid, self.returncode = msgspec.msgpack.decode(message, type=Reply)
+                self._pid, self.returncode = msgspec.msgpack.decode(message, type=ForkReply)
             elif self._pid or self._server is None:
                 self.returncode = -signal.SIGKILL  # the kernel's, at the end of the server
             else:
@@ -147,7 +148,7 @@ def begin(module: str, environment: Mapping[str, str]) -> None:
     where processes are not forked from here.
 
     Args:
-        module: that the process runs.
+        module: the module that the process runs.
         environment: variables over this process's, as later in `start`.
     """
     if os.environ.get(SERVERS) or not _can_fork():
@@ -164,7 +165,7 @@ def start(
 
     Args:
         module: as in `begin`.
-        arguments: its command line.
+        arguments: the module's command line.
         log: the file that its output is appended to.
         environment: as in `begin`.
     """

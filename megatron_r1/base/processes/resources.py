@@ -61,7 +61,10 @@ class PeakMemory:
     once."""
 
     def __init__(self, every_seconds: float = 5.0):
-        """every_seconds: time between two measurements. One took 90 ms for 10 GiB."""
+        """Prepare the measurements.
+
+        Args:
+            every_seconds: time between two measurements. One took 90 ms for 10 GiB."""
         self.gib = 0.0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._measure, args=(every_seconds,), daemon=True)

@@ -44,9 +44,10 @@ def keep_freed_memory(*, also_large: bool = False) -> None:
     """Have this process, and processes forked from it, keep the memory that they free; do nothing
     with a C library other than glibc.
 
-    also_large: also keep blocks above 32 MiB, the largest that glibc takes from its heap while it
-        may map any. Engines need that, which allocate their largest blocks, packed matrices, with
-        every push; trainers allocate their largest blocks once."""
+    Args:
+        also_large: whether to keep blocks above 32 MiB too, the largest that glibc takes from its
+            heap while it may map any. Engines need that, which allocate their largest blocks,
+            packed matrices, with every push; trainers allocate their largest blocks once."""
     settings = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 512 << 20, TOP_PAD: 64 << 20}
     if also_large:
         settings[MMAP_MAX] = 0

@@ -115,8 +115,10 @@ def timed(name: str) -> Callable[[Function], Function]:
 
 
 def time_methods(names: dict[str, tuple[type, str]]) -> None:
-    """Record every call of others' methods, if this process records. names: class and method by the
-    span's name."""
+    """Record every call of others' methods, if this process records.
+
+    Args:
+        names: class and method by the span's name."""
     if is_on():
         for name, (owner, method) in names.items():
             setattr(owner, method, timed(name)(getattr(owner, method)))

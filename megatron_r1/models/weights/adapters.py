@@ -151,7 +151,7 @@ def attach_adapters(chunks: Sequence, hf: dict, lora: LoraConfig, seed: int) -> 
         chunks: this rank's virtual stages.
         hf: the model's `config.json`.
         lora: rank, scale and targets.
-        seed: of the draws of A.
+        seed: the seed of the draws of A.
 
     Raises:
         UserError: for an unknown target.
@@ -234,7 +234,12 @@ def add_product(layer: Any, inputs: tuple, out: tuple) -> tuple:
 
 def add_products(layer: Any, inputs: tuple, out: tuple) -> tuple:
     """Return the output of a layer of all experts, (values, bias), with the adapters' products
-    added to the values. inputs: tokens by expert, and each expert's number of tokens."""
+    added to the values.
+
+    Args:
+        layer: the layer of all experts.
+        inputs: tokens by expert, and each expert's number of tokens.
+        out: the layer's own output, (values, bias)."""
     x, counts = inputs[:2]
     shares = zip(layer.lora, x.split(counts), strict=True)
     parts = [adapter(tokens) for adapter, tokens in shares]
@@ -291,7 +296,7 @@ def save_adapter(
         lora: rank, scale and targets.
         base: the folder of the model that the adapters belong to.
         out: the new folder.
-        dtype: of the written factors.
+        dtype: the dtype of the written factors.
 
     Raises:
         UserError: on every rank when something cannot be written.

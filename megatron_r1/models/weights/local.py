@@ -24,9 +24,16 @@ def local_pieces(
 ) -> Iterator[tuple[Tensor, tuple[Piece, ...], bool]]:
     """Yield (parameter, pieces, owner) for all parameters and router bias buffers of this rank.
 
-    model_chunks: this rank's virtual pipeline stages, bare or wrapped. owner: exactly one rank of
-    the job owns each piece, so the owners together write every HF tensor once. Raises ValueError
-    for a parameter that no rule covers, and for one whose shape differs from its rule's."""
+    `owner` says whether this rank owns the pieces: exactly one rank of the job owns each piece, so
+    the owners together write every HF tensor once.
+
+    Args:
+        model_chunks: this rank's virtual pipeline stages, bare or wrapped.
+        hf: the model's `config.json`.
+
+    Raises:
+        ValueError: for a parameter that no rule covers, and for one whose shape differs from its
+            rule's."""
     groups = process_groups(model_chunks)
     for tensor, entry in local_entries(model_chunks, hf):
         # Replicas hold the same values; the first of them owns the pieces.
@@ -68,8 +75,8 @@ def merged(parameter: Tensor, rows: slice, columns: slice) -> Tensor:
 
     Args:
         parameter: (M, N), with or without an adapter.
-        rows: of the result.
-        columns: of the result.
+        rows: the number of rows of the result.
+        columns: the number of columns of the result.
     """
     adapter = getattr(parameter, "adapter", None)
     if adapter is None:
@@ -102,11 +109,19 @@ def has_mtp(model_chunks: Sequence) -> bool:
 def load_hf(model_chunks: Sequence, hf: dict, path: str | Path, stored: dict | None = None) -> None:
     """Fill this rank's parameters, in their dtype, from the safetensors checkpoint in `path`.
 
-    stored: the configuration of the checkpoint, where that is the language model that a score model
-    `hf` starts from; its heads are ignored and the score head's weights are not changed. FP8
-    checkpoints (fp8.py) are dequantized. MTP layers' copies of the embedding and head are ignored.
-    Vocabulary padding becomes zero. Raises UserError naming every missing, unexpected or mis-shaped
-    tensor."""
+    FP8 checkpoints (fp8.py) are dequantized. MTP layers' copies of the embedding and head are
+    ignored. Vocabulary padding becomes zero.
+
+    Args:
+        model_chunks: this rank's virtual pipeline stages, bare or wrapped.
+        hf: the model's `config.json`.
+        path: the checkpoint's folder.
+        stored: the configuration of the checkpoint, where that is the language model that a score
+            model `hf` starts from; its heads are ignored and the score head's weights are not
+            changed.
+
+    Raises:
+        UserError: naming every missing, unexpected or mis-shaped tensor."""
     _load(model_chunks, hf, HfWeights(path, stored or hf))
 
 
@@ -116,7 +131,7 @@ def load_megatron(
     """Fill this rank's parameters from the weights in the Megatron checkpoint `path`.
 
     It may have been saved at any layout, with Megatron's own or Transformer Engine's layers; other
-    content (optimizer, reference) is ignored. stored and errors: as in `load_hf`."""
+    content (optimizer, reference) is ignored. Arguments and errors are those of `load_hf`."""
     _load(model_chunks, hf, MegatronWeights(path, stored or hf))
 
 

@@ -56,7 +56,7 @@ class Rule:
     Attributes:
         megatron: the parameter's name relative to its layer, with Megatron's own layers.
         te: its name with Transformer Engine's layers, if that differs.
-        dtype: its dtype, if it is not the model's."""
+        dtype: the tensor's dtype, if it is not the model's."""
 
     megatron: str
     sources: tuple[Source, ...]
@@ -74,9 +74,16 @@ class Rule:
 class Table:
     """All rules of a model, by part.
 
-    layers[i] are the rules of decoder layer i (Megatron `decoder.layers.`, HF `model.layers.i.`),
-    mtp[k] those of MTP layer k (Megatron `mtp.layers.k.`, HF `model.layers.<num_layers + k>.`).
-    copies: HF tensors that repeat another one; written on export, ignored on import."""
+    Attributes:
+        embedding: rules of the embedding.
+        layers: layers[i] are the rules of decoder layer i (Megatron `decoder.layers.`, HF
+            `model.layers.i.`).
+        final_norm: rules of the norm after the last decoder layer.
+        head: rules of the output head.
+        mtp: mtp[k] are the rules of MTP layer k (Megatron `mtp.layers.k.`, HF
+            `model.layers.<num_layers + k>.`).
+        copies: HF tensors that repeat another one; written on export, ignored on import.
+        num_experts: the number of routed experts of a layer, 0 for a dense model."""
 
     embedding: list[Rule]
     layers: list[list[Rule]]
@@ -93,9 +100,9 @@ def weight(megatron: str, name: str, shape: Shape, split: Split, te: str | None 
 
     Args:
         megatron: the parameter's name.
-        name: the Hugging Face tensor's.
-        shape: of the Hugging Face tensor.
-        split: which part of it a rank has.
+        name: the Hugging Face tensor's name.
+        shape: the shape of the Hugging Face tensor.
+        split: the rule by which a rank gets its part of it.
         te: the parameter's name in Transformer Engine's layers, where that differs.
     """
     return Rule(f"{megatron}.weight", (Source(f"{name}.weight", shape),), split, te)
@@ -142,8 +149,8 @@ def column_parallel(
 
     Args:
         sources: the Hugging Face tensors, concatenated in this order.
-        rank: within the group that splits the parameter.
-        num_ranks: of that group.
+        rank: the rank within the group that splits the parameter.
+        num_ranks: the number of ranks of that group.
     """
     return _interleave(sources, num_blocks=num_ranks, chosen=range(rank, rank + 1))
 
@@ -155,8 +162,8 @@ def row_parallel(
 
     Args:
         sources: the Hugging Face tensor, one.
-        rank: within the group that splits the parameter.
-        num_ranks: of that group.
+        rank: the rank within the group that splits the parameter.
+        num_ranks: the number of ranks of that group.
     """
     (source,) = sources
     height, width = source.shape
@@ -172,8 +179,8 @@ def vocab_parallel(
 
     Args:
         sources: the Hugging Face tensor, one.
-        rank: within the group that splits the parameter.
-        num_ranks: of that group.
+        rank: the rank within the group that splits the parameter.
+        num_ranks: the number of ranks of that group.
     """
     (source,) = sources
     num_tokens, width = source.shape
@@ -226,7 +233,7 @@ def rows_of(pieces: Iterable[Piece], start: int, length: int) -> Iterator[Piece]
     placed in a parameter that has these rows only.
 
     Args:
-        pieces: of dim 0.
+        pieces: the pieces, all of dim 0.
         start: the first row.
         length: the number of rows.
     """

@@ -81,7 +81,7 @@ def write_hf(
         hf: the model's config.json.
         path: seen by all ranks; replaced atomically, so that a reader which still maps the previous
             file keeps the previous weights.
-        dtype: of the stored tensors, except those with a dtype of their own (the router's
+        dtype: the dtype of the stored tensors, except those with a dtype of their own (the router's
             correction bias stays float32).
         names: the tensors to write; None: all.
         durable: fsync before renaming.
@@ -214,6 +214,7 @@ class _StackedBoxes:
         self._boxes: dict[tuple[str, tuple[int, ...]], tuple[torch.Tensor, set[int]]] = {}
 
     def add(self, part: StackedPart, piece: Piece, values: torch.Tensor) -> None:
+        """Add an expert's part to its rectangle; write the rectangle when it is whole."""
         at = self._files.planned(part.name)
         within, sizes = part.box(at.shape[1:], piece.dim, piece.hf_start, piece.length)
         key = part.name, (part.expert, *within)
@@ -283,7 +284,11 @@ def _on_every_rank(action: Callable[[], object]) -> None:
 @contextlib.contextmanager
 def new_folder(out: Path, begin: Callable[[Path], None]) -> Iterator[Path]:
     """Yield a folder that all ranks write into; the end of the block renames it to `out` and
-    replaces a folder that has this name. begin: writes into the folder first, on rank 0."""
+    replaces a folder that has this name.
+
+    Args:
+        out: the final folder.
+        begin: writes into the folder first, on rank 0."""
     unfinished = out.with_name(out.name + ".incomplete")
 
     def create() -> None:

@@ -54,7 +54,10 @@ def load_adapters(chunk, values: dict[str, Tensor]) -> None:
 def check_base(folder: Path, written: int | None, chunks: Any) -> None:
     """Raise UserError where the checkpoint `folder` belongs to another model than the one loaded.
 
-    written: its entry BASE, None for a checkpoint of whole weights."""
+    Args:
+        folder: the checkpoint's folder.
+        written: the checkpoint's entry BASE, None for a checkpoint of whole weights.
+        chunks: this rank's chunks of the loaded model."""
     own = getattr(unwrap_model(chunks[0]), BASE, None)
     if written == own:
         return

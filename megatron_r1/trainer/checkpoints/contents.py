@@ -69,8 +69,10 @@ class Networks(NamedTuple):
 def sharded(networks: Networks, memory: HostMemory | None = None) -> dict[str, Any]:
     """Return the tree of this rank. Its tensors are the model's own: copy before either changes.
 
-    memory: where the optimizer's shards are gathered, for saving; None: for loading, only buffers
-    of the right size are made."""
+    Args:
+        networks: the models and optimizers of the checkpoint.
+        memory: where the optimizer's shards are gathered, for saving; None: for loading, only
+            buffers of the right size are made."""
     (chunks, optimizer), reference, critic = networks
     weights = [_weights(chunk, "") for chunk in chunks]
     states, step = _optimizer(optimizer, weights, memory)

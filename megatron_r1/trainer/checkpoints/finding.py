@@ -47,7 +47,9 @@ class BadManifest(Exception):
 def write_manifest(folder: Path, known: Mapping[str, FileEntry] | None = None) -> None:
     """Write the manifest of every file in `folder`, atomically; call when all are written.
 
-    known: entries of files that were hashed as they were written; the other files are read."""
+    Args:
+        folder: the checkpoint's folder.
+        known: entries of files that were hashed as they were written; the other files are read."""
     known = known or {}
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -153,7 +155,11 @@ SHOWN_FAULTS = 3
 
 @dataclass(frozen=True)
 class DamagedCheckpoint:
-    """A checkpoint that differs from what was written. faults: a line per file."""
+    """A checkpoint that differs from what was written.
+
+    Attributes:
+        folder: the checkpoint's folder.
+        faults: a line per damaged file."""
 
     folder: Path
     faults: tuple[str, ...]
@@ -193,8 +199,12 @@ def newest(
     """Return the newest checkpoint that can be used (None if none is good), and the damaged ones
     that are newer.
 
-    below: consider only checkpoints older than this one. Compares names, sizes and the manifest
-    (verify "none": names only); the trainer ranks verify the checksums."""
+    The trainer ranks verify the checksums.
+
+    Args:
+        checkpoints: the folder of the run's checkpoints.
+        verify: what is compared: names, sizes and the manifest; for "none" names only.
+        below: a checkpoint; only older ones are considered. None: all are."""
     damaged: list[DamagedCheckpoint] = []
     for folder in reversed(complete_checkpoints(checkpoints)):
         if below is not None and step_of(folder) >= step_of(below):

@@ -159,7 +159,11 @@ FILES_PER_RANK = 2  # written side by side
 
 @dataclass
 class StagedFile:
-    """A file to write. items: pairs of Megatron's write item and its bytes or host tensor."""
+    """A file to write.
+
+    Attributes:
+        path: the file's path.
+        items: pairs of Megatron's write item and its bytes or host tensor."""
 
     path: Path
     items: list[tuple[Any, Any]]
@@ -167,7 +171,12 @@ class StagedFile:
 
 @dataclass
 class StagedCheckpoint:
-    """The part that this rank writes. metadata: the file of every tensor, on rank 0 only."""
+    """The part that this rank writes.
+
+    Attributes:
+        writer: Megatron's writer of the checkpoint.
+        metadata: the file of every tensor, on rank 0 only.
+        files: the files that this rank writes."""
 
     writer: FileSystemWriterAsync
     metadata: Metadata | None

@@ -60,7 +60,7 @@ class Progress:
 
     Attributes:
         error: a sentence, the same on every rank.
-        seconds: from the call to the renaming."""
+        seconds: the time from the call to the renaming."""
 
     is_done: bool = False
     error: str | None = None
@@ -94,7 +94,7 @@ class CheckpointWriter:
         save first.
 
         Args:
-            folder: the checkpoint's.
+            folder: the checkpoint's folder.
             make_tree: returns the sharded entries, gathered in the memory given.
             state: the controller's, JSON.
 
@@ -121,7 +121,10 @@ class CheckpointWriter:
         self._thread.start()
 
     def progress(self, wait: bool) -> Progress | None:
-        """Return the state of the latest save, None before the first. wait: until it is done."""
+        """Return the state of the latest save, None before the first.
+
+        Args:
+            wait: whether to wait until the save is done."""
         if wait and self._thread is not None:
             self._thread.join()
             self._thread = None

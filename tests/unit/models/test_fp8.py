@@ -10,7 +10,7 @@ import torch
 from r1_kernels import dequantize_blockwise, quantize_blockwise
 
 from megatron_r1.config import FP8Config
-from megatron_r1.models.fp8 import E4M3, E5M2, find_recipe, fp8_linear, round_to_fp8
+from megatron_r1.models.fp8 import E4M3, E5M2, find_fp8_recipe, fp8_linear, round_to_fp8
 
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 # Of the settings, what each operand of fprop, dgrad and wgrad is cut into: written down again from
@@ -137,7 +137,7 @@ def test_a_linear_s_output_and_gradients_are_products_of_quantized_operands(name
     dy = torch.randn(3, 70, 272, generator=g) * torch.logspace(-6, -3, 272)
     x.requires_grad_()
     w.requires_grad_()
-    y = fp8_linear(x, w, find_recipe(fp8))
+    y = fp8_linear(x, w, find_fp8_recipe(fp8))
     dx, dw = torch.autograd.grad(y, (x, w), dy)
 
     gradient = E5M2 if name == "tensorwise" else E4M3
@@ -167,7 +167,7 @@ def test_a_linear_s_output_and_gradients_are_products_of_quantized_operands(name
 
 
 def test_a_linear_takes_no_tokens_bf16_and_frozen_weights():
-    recipe = find_recipe(FP8Config(recipe="blockwise"))
+    recipe = find_fp8_recipe(FP8Config(recipe="blockwise"))
     w = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
     x = torch.randn(0, 32, dtype=torch.bfloat16, requires_grad=True)
     y = fp8_linear(x, w, recipe)

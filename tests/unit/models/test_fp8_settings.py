@@ -15,7 +15,7 @@ from megatron_r1.models.fp8 import (
     E5M2,
     check_device,
     check_sizes,
-    find_recipe,
+    find_fp8_recipe,
     transformer_engine_fields,
 )
 
@@ -31,8 +31,8 @@ def test_defaults_of_each_recipe():
         "tensorwise": ("e5m2", "float32"),
         "mxfp8": ("e4m3", "power_of_two"),
     }
-    assert find_recipe(FP8Config()) is None
-    assert find_recipe(FP8Config(recipe="blockwise", format="hybrid")).gradient_dtype == E5M2
+    assert find_fp8_recipe(FP8Config()) is None
+    assert find_fp8_recipe(FP8Config(recipe="blockwise", format="hybrid")).gradient_dtype == E5M2
 
 
 @pytest.mark.parametrize(
@@ -135,9 +135,9 @@ def test_a_size_the_matrix_units_cannot_take_is_named():
             self.linear_fc1 = torch.nn.Linear(columns, rows, bias=False)
             self.router = torch.nn.Linear(columns, 7, bias=False)  # not FP8
 
-    blockwise = find_recipe(FP8Config(recipe="blockwise"))
+    blockwise = find_fp8_recipe(FP8Config(recipe="blockwise"))
     check_sizes(Layer(576, 48), blockwise)  # 576 is 4.5 tiles
     with refused("fp8.recipe", Cause.INDIVISIBLE, 16, "linear_fc1.weight", (40, 48)):
         check_sizes(Layer(40, 48), blockwise)
     with refused("fp8.recipe", Cause.INDIVISIBLE, 32):
-        check_sizes(Layer(576, 48), find_recipe(FP8Config(recipe="mxfp8")))
+        check_sizes(Layer(576, 48), find_fp8_recipe(FP8Config(recipe="mxfp8")))

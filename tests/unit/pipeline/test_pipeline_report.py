@@ -11,7 +11,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.pipeline import report
-from megatron_r1.pipeline.report import BOX_HEIGHT, BOX_WIDTH, Box, graph_svg
+from megatron_r1.pipeline.graph_svg import BOX_HEIGHT, BOX_WIDTH, Box, graph_svg
 from megatron_r1.pipeline.results import Result, Spread, headline, results_of
 
 RECIPE = recipe("reported")

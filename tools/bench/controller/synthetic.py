@@ -42,9 +42,10 @@ END = "<｜end▁of▁sentence｜>"
 
 @dataclass(frozen=True)
 class GroupReply:
-    """The responses of a group: token_ids, logprobs: one array per response.
+    """The responses of a group.
 
     Attributes:
+        token_ids, logprobs: an array per response.
         routing: [rows, layers, topk] of each, or None."""
 
     token_ids: list[np.ndarray]

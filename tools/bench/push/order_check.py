@@ -109,7 +109,7 @@ def find_fault(operations: np.ndarray, order: PushOrder) -> Refusal | None:
     """Return why an order is refused, or None if it is free of circular waits.
 
     Args:
-        operations: of all processes, as `OPERATION`.
+        operations: the operations of all processes, as `OPERATION`.
         order: has the buckets."""
     if refusal := _find_unmatched(operations):
         return refusal

@@ -31,9 +31,11 @@ class Ended(NamedTuple):
 
 
 class StreamQueues:
-    """The streams of `operations` (`order_check.OPERATION`).
+    """The streams of all processes, each a queue of operations.
 
-    transfer_seconds: how long each operation takes from when both sides have posted it."""
+    Args:
+        operations: the operations of all processes, as `order_check.OPERATION`.
+        transfer_seconds: how long each operation takes from when both sides have posted it."""
 
     def __init__(self, operations: np.ndarray, transfer_seconds: np.ndarray | float = 0.0):
         self._seconds = np.broadcast_to(transfer_seconds, len(operations))

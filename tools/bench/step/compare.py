@@ -111,7 +111,11 @@ def summary(processor: str, comparisons: dict[str, dict]) -> str:
 
 
 def as_page(result: dict[str, Any], cores: int) -> str:
-    """Return the page `docs/benchmarks/step.md`. cores: number of CPU cores."""
+    """Return the page `docs/benchmarks/step.md`.
+
+    Args:
+        result: the content of the benchmark's JSON file.
+        cores: the number of CPU cores."""
     work = result["work"]
     return PAGE.read_text(encoding="utf-8").format(
         date=datetime.date.today().isoformat(),
@@ -276,7 +280,11 @@ Runs = dict[tuple[str, str], list[dict[str, Any]]]
 
 def measure(chosen: argparse.Namespace, about: dict[str, Any]) -> Runs:
     """Make the runs that `chosen.runs` does not have yet, and return all; after Ctrl-C those that
-    have ended. about: what runs of one comparison have in common."""
+    have ended.
+
+    Args:
+        chosen: the command's options.
+        about: what runs of one comparison have in common."""
     records = list(read_lines(chosen.runs)) if chosen.runs.exists() else []
     if records and records[0] != about:
         raise SystemExit(

@@ -37,7 +37,11 @@ class Span(NamedTuple):
 
 @dataclass
 class Process:
-    """The records of one process. cpu: (time, seconds of its processor time until then)."""
+    """The records of one process.
+
+    Attributes:
+        spans: the spans that the process recorded.
+        cpu: (time, seconds of its processor time until then)."""
 
     spans: list[Span] = field(default_factory=list)
     cpu: list[tuple[float, float]] = field(default_factory=list)
@@ -187,7 +191,11 @@ def profile(folder: Path) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any], least: float = 0.002) -> str:
-    """Return a profile as text. least: shares of a step below it are summed up by phase."""
+    """Return a profile as text.
+
+    Args:
+        found: the profile.
+        least: the share of a step below which shares are summed up by phase."""
     seconds = found["seconds"]
     lines = [
         f"mean of {found['steps']} steps, {1000 * seconds:.0f} ms each: "

@@ -123,7 +123,15 @@ def trl_version(python: str) -> str:
 def run_trl(
     work: StepWork, model: Path, questions: Path, steps: int, python: str, processes: int = 1
 ) -> list[dict[str, Any]]:
-    """Return one line per step but the first. processes: that share the cores."""
+    """Return one line per step but the first.
+
+    Args:
+        work: the work of a step.
+        model: the model's folder.
+        questions: the file of questions.
+        steps: the number of steps.
+        python: the interpreter that has TRL.
+        processes: the number of processes that share the cores."""
     module = "tools.bench.step.peer_trl"
     environment = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     command = [python, "-m"]

@@ -77,7 +77,12 @@ WORD_STD = 0.5  # about the standard deviation of the other tokens' logits
 
 @dataclass(frozen=True)
 class Tail:
-    """Probabilities per token. dwell: from plain to dwelling, which is final."""
+    """Probabilities per token.
+
+    Attributes:
+        end: the probability that a plain response ends.
+        end_dwelling: the probability that a dwelling response ends.
+        dwell: the probability of going from plain to dwelling, which is final."""
 
     end: float = 1 / 20
     end_dwelling: float = 1 / 150

@@ -59,8 +59,13 @@ class Carriers:
         self._awaited |= dict.fromkeys(new, (entries, new))
 
     def are_in(self, value, use, depth=DEPTH) -> bool:
-        """Whether the value is one of them or holds one. use: called with the entries that await
-        the use of what is found, and the identities whose use they await; they do not any more."""
+        """Whether the value is one of them or holds one.
+
+        Args:
+            value: the value to search.
+            use: called with the entries that await the use of what is found, and the identities
+                whose use they await; they do not any more.
+            depth: how deep containers are searched."""
         if isinstance(value, SHARED) or not self._kept:
             return False
         if id(value) in self._kept:
@@ -76,7 +81,7 @@ class Running:
     """A call on the walk.
 
     Attributes:
-        entries: of it and of the calls under it.
+        entries: the entries of it and of the calls under it.
         new: identities of what these have made.
         is_kept: whether something was sent from it."""
 
@@ -88,7 +93,8 @@ class Running:
 class Walk:
     """What one process has seen of a walk; its fields are those of `walks.Walk`.
 
-    write: called with time, name of the walk and title of a function."""
+    Args:
+        write: called with time, name of the walk and title of a function."""
 
     def __init__(self, write, name, begin, end, within, given, hands_over, outside, follows):
         self.write, self.name, self.follows = write, name, follows

@@ -55,9 +55,16 @@ class _StoredChunk:
 
 
 class DistributedCheckpoint:
-    """The tensors of the checkpoint in `folder`: `shapes` and `dtypes` by key.
+    """The tensors of a checkpoint folder.
 
-    Raises UserError when the folder is not such a checkpoint, or a file is missing or truncated."""
+    Raises UserError when the folder is not such a checkpoint, or a file is missing or truncated.
+
+    Args:
+        folder: the checkpoint's folder.
+
+    Attributes:
+        shapes: the shape of each tensor, by key.
+        dtypes: the dtype of each tensor, by key."""
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
@@ -87,9 +94,9 @@ class DistributedCheckpoint:
         """Return a rectangle of the tensor `key`, of shape `sizes`, in its stored dtype.
 
         Args:
-            key: of the tensor in the checkpoint.
+            key: the tensor's key in the checkpoint.
             starts: the first index of each dimension.
-            sizes: of the rectangle.
+            sizes: the rectangle's size in each dimension.
 
         Raises:
             UserError: where the chunks do not cover it, or are damaged.
@@ -288,9 +295,9 @@ def write_metadata(
     """Write the metadata that makes the `.distcp` files in `folder` a checkpoint.
 
     Args:
-        folder: of the checkpoint.
-        shapes: of each tensor, by key.
-        dtypes: of each tensor, by key.
+        folder: the checkpoint's folder.
+        shapes: the shape of each tensor, by key.
+        dtypes: the dtype of each tensor, by key.
         written: what `write_chunks` returned for all files.
     """
     tensors = {

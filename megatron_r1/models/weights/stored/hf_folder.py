@@ -55,7 +55,7 @@ def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, dict]:
 
     Args:
         tensors: name -> shape and dtype.
-        max_bytes: of a file.
+        max_bytes: the most bytes of a file.
     """
     shards: list[dict] = [{}]
     size = 0
@@ -130,8 +130,8 @@ def write_config(
     Args:
         source: a folder in Hugging Face format.
         folder: the new one.
-        dtype: of the weights; float8_e4m3fn for the published FP8 layout, whose other tensors are
-            bf16.
+        dtype: the dtype of the weights; float8_e4m3fn for the published FP8 layout, whose other
+            tensors are bf16.
         with_mtp: whether the weights have the MTP layers.
         with_score: whether they are a score model's, also if `source` is a language model's.
     """
@@ -209,7 +209,7 @@ class HfWeights:
         raises UserError where a copy that the folder has differs from its original.
 
         Args:
-            name: of the tensor.
+            name: the tensor's name.
             dim: 0 for rows, 1 for columns.
             start: the first of them.
             length: how many.
@@ -442,9 +442,9 @@ class KnownScales:
         """Return the scales of rows [first, first + count) of the weight `name`, or None.
 
         Args:
-            name: of the weight.
+            name: the weight's name.
             first: row.
-            count: of rows.
+            count: the number of rows.
         """
         scale = published.scale_name(name)
         if scale not in self._home:

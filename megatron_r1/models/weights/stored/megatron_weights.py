@@ -170,7 +170,7 @@ class MegatronWeights:
         """Return `length` rows (dim 0) or columns (dim 1) of an HF tensor, in the stored dtype.
 
         Args:
-            name: of the tensor.
+            name: the tensor's name.
             dim: 0 for rows, 1 for columns.
             start: the first of them.
             length: how many.

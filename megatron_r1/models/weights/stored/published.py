@@ -71,8 +71,14 @@ _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|b
 
 @dataclass(frozen=True)
 class StackedPart:
-    """One expert's tensor of the weight table, as a part of the stored tensor `name`: the columns
-    first, first + step, first + 2 step … of stored[expert]."""
+    """One expert's tensor of the weight table, as a part of the stored tensor `name`: every
+    `step`-th column of stored[expert].
+
+    Attributes:
+        name: the stored tensor's name.
+        expert: the expert's index in the stored tensor.
+        first: the first column of stored[expert].
+        step: the distance of the columns: first, first + step, first + 2 step …"""
 
     name: str
     expert: int
@@ -82,14 +88,20 @@ class StackedPart:
     def of(self, stored: Any) -> Any:
         """Return the expert's torch tensor, or some of its rows, as a view of `stored`.
 
-        stored: stored[expert], or a run of its columns that begins at a multiple of `step`."""
+        Args:
+            stored: stored[expert], or a run of its columns that begins at a multiple of `step`."""
         own = stored[..., self.first :: self.step]
         return own.T if own.dim() == 2 else own
 
     def box(self, shape: Shape, dim: int, start: int, length: int) -> tuple[Shape, Shape]:
         """Return (starts, sizes) of the rectangle of stored[expert] that holds `length` rows (dim
-        0) or columns (dim 1) of the expert's tensor, from `start`. shape: that of stored[expert].
-        """
+        0) or columns (dim 1) of the expert's tensor, from `start`.
+
+        Args:
+            shape: the shape of stored[expert].
+            dim: 0 for rows, 1 for columns.
+            start: the first row or column.
+            length: the number of rows or columns."""
         starts, sizes = [0] * len(shape), list(shape)
         if dim == 0:
             starts[-1], sizes[-1] = self.step * start, self.step * length
@@ -98,7 +110,11 @@ class StackedPart:
         return tuple(starts), tuple(sizes)
 
     def whole(self, shape: Shape, num_experts: int) -> Shape:
-        """Return the shape of the stored tensor; shape: that of one expert's tensor."""
+        """Return the shape of the stored tensor.
+
+        Args:
+            shape: the shape of one expert's tensor.
+            num_experts: the number of experts in the stored tensor."""
         *rest, columns = reversed(shape)
         return (num_experts, *rest, self.step * columns)
 

@@ -37,8 +37,19 @@ def read_box(
     """Return tensor[starts[0] : starts[0] + sizes[0], …], of shape `sizes`, of the contiguous
     tensor at offset `at`, which has `shape` and `dtype`.
 
-    file: a file descriptor. Only the rows of the rectangle are read; where it has only some of the
-    columns, in stripes of STRIPE_BYTES. Raises EOFError when the file is too short."""
+    Only the rows of the rectangle are read; where it has only some of the columns, in stripes of
+    STRIPE_BYTES.
+
+    Args:
+        file: a file descriptor.
+        at: the tensor's offset in the file, in bytes.
+        shape: the shape of the whole tensor.
+        dtype: the tensor's dtype.
+        starts: the rectangle's first index in each dimension.
+        sizes: the rectangle's size in each dimension.
+
+    Raises:
+        EOFError: when the file is too short."""
     out = torch.empty(tuple(sizes), dtype=dtype)
     if not out.numel():
         return out
@@ -77,7 +88,7 @@ def write_at(file: int, at: int, values: Tensor) -> None:
     Args:
         file: descriptor of an open file.
         at: offset in bytes.
-        values: of any dtype.
+        values: the values to write, of any dtype.
     """
     _write_bytes(file, at, as_bytes(values.contiguous()).numpy().data)
 
@@ -177,9 +188,9 @@ def stored_tensors(
 
     Args:
         hf: the model's `config.json`.
-        dtype: of weights that have none of their own.
+        dtype: the dtype of weights that have none of their own.
         with_mtp: whether the MTP layers are exported.
-        names: only these; ValueError for unknown ones.
+        names: the names of the only tensors to return; ValueError for unknown ones.
     """
     tensors = {
         name: (shape, dtype if kept == "any" else torch.float32)
