@@ -28,7 +28,11 @@ def answers_of_transformers(folder: str, prompts: list[list[int]], limit: int) -
     """Return greedy answers of transformers, as token ids with the end token, to prompts of token
     ids.
 
-    limit: most tokens of an answer."""
+    Args:
+        folder: the model.
+        prompts: token ids of each prompt.
+        limit: most tokens of an answer.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 

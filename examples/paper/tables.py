@@ -48,7 +48,14 @@ class PaperRow(Section):
 
 
 class PaperComparison(Section):
-    """Row `above` has the larger published figure. otherwise: the reason if ours differs."""
+    """Two rows of a column, the one with the larger published figure first.
+
+    Attributes:
+        column: the column's name.
+        above: the row with the larger published figure.
+        below: the other row.
+        otherwise: the reason if ours differs.
+    """
 
     column: str
     above: str
@@ -57,8 +64,11 @@ class PaperComparison(Section):
 
 
 class PaperTable(Section):
-    """One table of the paper compared with this run's numbers. curve: figures `stage.NAME` with a
-    `NAME@STEP` for several steps."""
+    """One table of the paper compared with this run's numbers.
+
+    Attributes:
+        curve: figures `stage.NAME` with a `NAME@STEP` for several steps.
+    """
 
     title: str
     source: str
@@ -109,8 +119,11 @@ def split(reference: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Results:
-    """The results of a pipeline, read from its report. report: as `megatron-r1 pipeline` writes
-    it."""
+    """The results of a pipeline, read from its report.
+
+    Attributes:
+        report: as `megatron-r1 pipeline` writes it.
+    """
 
     report: Mapping[str, Any]
 
@@ -178,8 +191,11 @@ class Agreement(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the seeds confirm a comparison. gap: `above` minus `below`, one value per seed that
-    has both; None if no seed has."""
+    """Whether the seeds confirm a comparison.
+
+    Attributes:
+        gap: `above` minus `below`, one value per seed that has both; None if no seed has.
+    """
 
     comparison: PaperComparison
     state: Agreement

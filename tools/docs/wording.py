@@ -2,7 +2,8 @@
 
 Reads the pages (all but CHANGELOG.md, which keeps what was written), the comments of the examples'
 YAML and sbatch files, and of the Python files outside tests the messages that they raise; and the
-comments and docstrings of all Python files. Code blocks and `quoted code` are left alone."""
+comments and docstrings of all Python files. Code blocks and `quoted code` are left alone. A public
+docstring describes parameters and fields in sections, each by what it is."""
 
 import ast
 import io
@@ -82,11 +83,59 @@ def in_module(source: str) -> Iterator[tuple[int, str, str]]:
             yield first + line - 1, words, instead
 
 
+SECTION = re.compile(r"^ *(?:Args|Attributes|Returns|Yields|Raises):\n(?:(?: .*)?\n?)*", re.M)
+
+
+def in_public_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
+    """Yield parameters and fields that are described outside of sections, and entries of sections
+    that begin with "of"."""
+    for node in _public(ast.parse(source)):
+        text = ast.get_docstring(node, clean=False)
+        if text is None:
+            continue
+        first = node.body[0].lineno
+        for entry in re.finditer(r"^ +(\w+): of ", text, re.M):
+            line = first + text.count("\n", 0, entry.start())
+            yield line, entry[0].strip(), "what it is, as `key: the key that errors name.`"
+        prose = SECTION.sub(_blank, text)
+        names = "|".join(map(re.escape, _described(node)))
+        for entry in re.finditer(rf"(?:^|(?<=[.;] )|(?<=[.;]\n)) *({names}): ", prose, re.M):
+            line = first + text.count("\n", 0, entry.start(1))
+            if names:
+                yield line, f"{entry[1]}:", "an entry of `Args:` or `Attributes:`"
+
+
+def _public(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    waiting: list[ast.stmt] = list(tree.body)
+    for node in waiting:
+        is_definition = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if is_definition and not node.name.startswith("_"):
+            yield node
+            waiting += node.body if isinstance(node, ast.ClassDef) else []
+
+
+def _described(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """Return the parameters of a function, or the fields of a class and its constructor's."""
+    if not isinstance(node, ast.ClassDef):
+        arguments = node.args
+        every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        return [argument.arg for argument in every]
+    names = []
+    for part in node.body:
+        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+            names.append(part.target.id)
+        elif isinstance(part, ast.FunctionDef) and part.name == "__init__":
+            names += _described(part)
+    return names
+
+
 def _readers(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, str, str]]], ...]:
     if name.suffix == ".md":
         return (in_page,)
     if name.suffix == ".py":
-        return (in_module,) if name.parts[0] == "tests" else (in_module, in_messages)
+        if name.parts[0] == "tests":
+            return (in_module,)
+        return in_module, in_messages, in_public_docstrings
     if name.suffix in (".yaml", ".sbatch") and name.parts[0] == "examples":
         return (in_settings,)
     return ()

@@ -72,7 +72,13 @@ def worked_out(lesson: Lesson, draw: random.Random) -> dict[str, str]:
 
 def of_mixture(lesson: Lesson, drawn: Callable[[], Lesson], draw: random.Random) -> dict[str, str]:
     """Return the lesson as one line of the base model's mixture: behind an example, worked out, or
-    guessed, some with a wrong answer or a broken format. drawn: returns another lesson."""
+    guessed, some with a wrong answer or a broken format.
+
+    Args:
+        lesson: what the line teaches.
+        drawn: returns another lesson.
+        draw: the source of all random choices.
+    """
     if draw.random() < AFTER_EXAMPLES:
         shown = worked_out(drawn(), draw)
         own = worked_out(lesson, draw)

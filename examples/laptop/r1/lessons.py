@@ -32,8 +32,8 @@ class Lesson:
     """A question with the thought that leads to its answer.
 
     Attributes:
-        language: of the question.
-        lines: its thought.
+        language: the language of the question.
+        lines: the lines of the thought.
         wrong: draws a plausible wrong answer.
         kind, truth, fields: the reward's inputs, as in a row of questions."""
 

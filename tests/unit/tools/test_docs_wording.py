@@ -4,7 +4,14 @@ import subprocess
 
 import pytest
 
-from tools.docs.wording import in_messages, in_module, in_page, in_settings, main
+from tools.docs.wording import (
+    in_messages,
+    in_module,
+    in_page,
+    in_public_docstrings,
+    in_settings,
+    main,
+)
 
 
 def lines(findings):
@@ -36,6 +43,48 @@ def test_comments_of_settings_are_read_and_values_are_not():
 def test_messages_that_are_raised_are_read_and_other_strings_are_not():
     source = 'name = "beside"\nraise ValueError(\n    f"{name} is none of {name}"\n)\n'
     assert lines(in_messages(source)) == [(3, "is none of")]
+
+
+PUBLIC = '''
+class Step:
+    """One step. index: its number.
+
+    Attributes:
+        index: of the run.
+        rows: the questions.
+    """
+
+    index: int
+    rows: list
+
+    def take(self, count, first):
+        """Return rows; count: how many.
+
+        first: where to begin. Note: nothing is copied.
+
+        Args:
+            count: how many: at most 8.
+
+        Raises:
+            ValueError: count: too large.
+        """
+
+    def _hidden(self, count):
+        """Returns rows. count: how many."""
+
+
+def rows(path):
+    """Return the rows of `path: text`, path by path."""
+'''
+
+
+def test_parameters_and_fields_stand_in_sections_by_what_they_are():
+    assert lines(in_public_docstrings(PUBLIC)) == [
+        (6, "index: of"),
+        (3, "index:"),
+        (14, "count:"),
+        (16, "first:"),
+    ]
 
 
 @pytest.mark.parametrize(
