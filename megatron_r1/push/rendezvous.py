@@ -65,7 +65,7 @@ PositionPlan = list[list[tuple[int, list[Delivery]]]]
 """plan[member]: the pairs (sender, deliveries) that enter that engine's rank at one position."""
 
 
-class Half(msgspec.Struct, frozen=True, array_like=True):
+class RankCall(msgspec.Struct, frozen=True, array_like=True):
     """A send or a receive of a round: portion `number` of the `count` equal ones of a block.
 
     Attributes:
@@ -90,8 +90,8 @@ class RankRounds(msgspec.Struct, frozen=True):
     rank: int
     size: int
     names: list[str]
-    entering: list[tuple[Half | None, Half | None]]
-    passing: list[tuple[Half | None, Half | None]]
+    entering: list[tuple[RankCall | None, RankCall | None]]
+    passing: list[tuple[RankCall | None, RankCall | None]]
 
 
 class PublishedPlan(msgspec.Struct, frozen=True):

@@ -19,7 +19,7 @@ from megatron_r1.push.transports.base import Receiver, Slices
 SUM_BYTES = 8
 
 
-class Run(NamedTuple):
+class ByteRun(NamedTuple):
     """Bytes of delivery `number`: `num_bytes` of its rows [top, bottom), without the `skipped`
     first ones."""
 
@@ -45,14 +45,14 @@ class Block:
         """Return the first byte and the end of portion `number` of `count`."""
         return self.num_bytes * number // count, self.num_bytes * (number + 1) // count
 
-    def runs(self, start: int, end: int) -> Iterator[Run]:
+    def runs(self, start: int, end: int) -> Iterator[ByteRun]:
         """Yield the runs of deliveries between two bytes of the block."""
         index = bisect_right(self._ends, start)
         while index < len(self._ends) and start < min(end, self.weight_bytes):
             first = self._ends[index - 1] if index else 0
             stop, row_bytes = min(end, self._ends[index]), self._row_bytes[index]
             top, skipped = divmod(start - first, row_bytes)
-            yield Run(index, top, -(-(stop - first) // row_bytes), skipped, stop - start)
+            yield ByteRun(index, top, -(-(stop - first) // row_bytes), skipped, stop - start)
             start, index = stop, index + 1
 
     def sums_between(self, start: int, end: int) -> slice:
@@ -101,7 +101,7 @@ class SlicesBlock(Block):
             packed.append(sums[self.sums_between(start, end)])
         torch.cat(packed, out=target)
 
-    def _read(self, run: Run, rows: torch.Tensor) -> None:
+    def _read(self, run: ByteRun, rows: torch.Tensor) -> None:
         """Add to the checksum those of the rows that the portion before did not have."""
         if self._running is None or self._running[0] != run.number:
             row_bytes = self._row_bytes[run.number]
@@ -183,7 +183,7 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     target.view(INTEGERS[size]).copy_(source.view(INTEGERS[size]))
 
 
-class Landing:
+class ArrivingBlocks:
     """The receive buffer of an engine rank during one push, with the blocks that enter it.
 
     Args:
@@ -226,7 +226,7 @@ class Landing:
 
 class BlockReceiver(Receiver):
     """An engine rank's end that receives blocks, from trainer ranks and from engines that pass them
-    on. sums: as `Landing`'s."""
+    on. sums: as `ArrivingBlocks`'s."""
 
     sums: torch.Tensor
 
@@ -249,16 +249,16 @@ class BlockReceiver(Receiver):
     def reusable_memory(self, table: SlotTable) -> torch.Tensor | None:
         return None if table != self.table or self.is_running else self.memory
 
-    def landing(self, push: int) -> Landing:
+    def arriving_blocks(self, push: int) -> ArrivingBlocks:
         """Return where the blocks of a push enter."""
         area = self.table.area(self.memory, push)
-        return Landing(self.table, self.buffer.deliveries, area, self.sums)
+        return ArrivingBlocks(self.table, self.buffer.deliveries, area, self.sums)
 
     def check(self, push: int, sources: Sequence[int | Peer]) -> None:
         """Compare what has come from these sources with its checksums."""
-        landing = self.landing(push)
+        arriving = self.arriving_blocks(push)
         for source in sources:
-            for index, sent in enumerate(landing.block(source).sums.tolist()):
+            for index, sent in enumerate(arriving.block(source).sums.tolist()):
                 self.buffer.delivery_arrived(source, push, index, sent % 2**64)
 
     def give_up(self, error: Exception, lost: Sequence[str] | None = None, number: int = 0) -> None:

@@ -292,8 +292,8 @@ class RoundRunner:
 
     def __init__(self, streams: PushStreams, rounds: Sequence[Round]):
         self._streams = streams
-        halves = [half for each in rounds for half in (each.sent, each.received) if half]
-        bucket_bytes = max((half.end - half.start for half in halves), default=0)
+        transfers = [each for one in rounds for each in (one.sent, one.received) if each]
+        bucket_bytes = max((each.end - each.start for each in transfers), default=0)
         with streams.copying():
             memory = torch.empty(
                 (ROUNDS_AHEAD, 2, bucket_bytes), dtype=torch.uint8, device=streams.device
