@@ -19,8 +19,8 @@ from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, Section, in_bytes
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.push.plan.engine_sets import SET_ENGINES, Plan, engine_sets, entries
+from megatron_r1.push.plan.from_recipe import check_drafter, engine_layout, shares_gpus_over_nccl
 from megatron_r1.push.plan.planner import PredictedLayout
-from megatron_r1.push.plan.recipe import check_drafter, engine_layout, shares_gpus_over_nccl
 from megatron_r1.push.plan.rounds import ENTRY_BYTES, PushOrder, planned_order
 from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.push.transports import PASSED_BYTES, ROUNDS_AHEAD
@@ -245,9 +245,8 @@ def drafts(job: PlannedJob) -> bool:
 
 def planned_rank_bytes(job: PlannedJob) -> int:
     """Return the pushed bytes of an engine's first GPU, which has the most."""
-    return _rank_bytes(json.dumps(job.hf), planned_engine_layout(job), _form(job), 1, drafts(job))[
-        0
-    ]
+    layout = planned_engine_layout(job)
+    return _rank_bytes(json.dumps(job.hf), layout, _form(job), 1, drafts(job))[0]
 
 
 def _form(job: PlannedJob) -> str:

@@ -14,7 +14,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import EngineDied, EngineError
 from megatron_r1.push.plan.engine_sets import engine_sets
-from megatron_r1.push.plan.recipe import max_engines
+from megatron_r1.push.plan.from_recipe import max_engines
 from megatron_r1.push.results import Failure, StoreUnreachable
 from megatron_r1.trainer.operations import PushOperations
 

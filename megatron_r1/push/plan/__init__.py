@@ -2,7 +2,8 @@
 
 `planner` finds what each side holds and needs, `engine_sets` divides that among the engines of a
 set and finds the senders. `rounds` has the order in which buckets travel over NCCL, of which
-`tools/bench/push/order_check.py` proves that it cannot wait in a circle. No torch.
+`tools/bench/push/order_check.py` proves that it cannot wait in a circle. `from_recipe` plans and
+checks the push of a recipe before any engine runs. No torch.
 
 Words besides those of `megatron_r1.push`:
 
