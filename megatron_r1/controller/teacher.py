@@ -8,7 +8,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.engines.fleet.placement import ExternalFleet
+from megatron_r1.engines.fleet.external import ExternalFleet
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import from_recipe, gpu
 from megatron_r1.models.hf_config import language_settings, load_config
